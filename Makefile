@@ -1,0 +1,33 @@
+# Two commands do everything on a fresh machine: `make repro` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: repro test test-fast lint lock install
+
+repro: install ## environment, the whole pipeline on the embedded default, a table of results
+	dvc repro
+	@wanda-dvc show
+
+test: install lint ## everything, under ten minutes on two cores
+	pytest
+
+test-fast: install ## without the tests on a real DVC repository, under two minutes
+	pytest -m "not pipeline"
+
+lint: install
+	ruff check
+	ruff format --check
+	mypy
+
+install: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "wanda-dvc needs Python 3.11 or later: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	touch $@
+
+lock: install ## write the versions at hand into requirements.lock; torch stays a range, its builds differ by platform
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E '^(torch|nvidia-|triton|setuptools|pip)([=-]|$$)' > requirements.lock

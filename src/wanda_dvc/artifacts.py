@@ -1,0 +1,261 @@
+"""What is on disk: the only module that knows file names, tensor keys, dtypes and provenance.
+
+Every artifact is safetensors or JSON, written beside its place and renamed, and carries a
+`provenance.json`: format version, what it was made from (with hashes), the parameters that made it,
+and the versions of the libraries that computed it. Nothing in it depends on time, host or path.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wanda_dvc import __version__
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import Params, read_params
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wanda_dvc.input_stats import InputStats
+
+FORMAT = 1
+PROVENANCE = "provenance.json"
+TEXT = "text.txt"
+ITEMS = "items.jsonl"
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Project:
+    """A pruning study: a directory with `params.yaml`, `dvc.yaml` and everything that the stages write."""
+
+    root: Path
+
+    @classmethod
+    def find(cls, start: Path | None = None) -> "Project":
+        """The project that holds `start`: under DVC its root, else the nearest folder with a `params.yaml`."""
+        start = (start or Path(os.environ.get("DVC_ROOT") or Path.cwd())).resolve()
+        for folder in (start, *start.parents):
+            if (folder / "params.yaml").is_file():
+                return cls(folder)
+        raise UserError(f"{start}: no params.yaml here or above, expected a wanda-dvc project; cd into one")
+
+    @cached_property
+    def params(self) -> Params:
+        return read_params(self.root / "params.yaml")
+
+    def model(self, which: str) -> Path:
+        """`dense` or `pruned`."""
+        return self.root / "models" / which
+
+    def data(self, part: str) -> Path:
+        """`calibration`, `perplexity` or `tasks`."""
+        return self.root / "data" / part
+
+    def text(self, part: str) -> str:
+        """The text of `data/calibration` or `data/perplexity`."""
+        return (self.data(part) / TEXT).read_bytes().decode("utf-8")  # read_text would change its line ends
+
+    @property
+    def stats(self) -> Path:
+        return self.root / "stats"
+
+    @property
+    def masks(self) -> Path:
+        return self.root / "masks"
+
+    def metrics(self, which: str, name: str) -> Path:
+        """The numbers that are compared: `metrics/dense/perplexity.json`."""
+        return self.root / "metrics" / which / f"{name}.json"
+
+    def details(self, which: str, name: str) -> Path:
+        """What stands behind the numbers: protocol, and each window's or item's result."""
+        return self.root / "metrics" / "details" / which / f"{name}.json"
+
+    def times(self, stage: str) -> Path:
+        """Seconds and machine of a stage's last run."""
+        return self.root / "metrics" / "times" / f"{stage}.json"
+
+    def work(self, made_from: Json) -> "Work":
+        """Where a stage keeps unfinished work: one place for each set of inputs, parameters and versions."""
+        return Work(self.root / ".dvc" / "tmp" / "wanda-dvc" / digest(made_from)[:32])
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage's unfinished work. It survives a kill; the next run with the same inputs finds it."""
+
+    path: Path
+
+    @property
+    def out(self) -> Path:
+        """The artifact so far."""
+        folder = self.path / "out"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def fresh(self) -> Path:
+        """An empty folder for the artifact, for stages that are not worth resuming."""
+        shutil.rmtree(self.path / "out", ignore_errors=True)
+        return self.out
+
+    def publish(self, target: Path) -> None:
+        """Put the finished artifact in its place and forget the rest."""
+        publish(self.out, target)
+        self.forget()
+
+    def forget(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Move a finished directory to its place; what was there goes only once the new one is ready."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_symlink() or target.is_file():
+        target.unlink()
+    elif target.exists():
+        shutil.rmtree(target)
+    os.replace(source, target)
+
+
+def digest(content: object) -> str:
+    """SHA-256 of something that JSON can say, in one canonical spelling."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write beside its place and rename: a reader never sees half a file, a link's target is never touched."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_json(path: Path, made_by: str) -> Any:
+    """Read an artifact's JSON. UserError naming the command that makes it, if it isn't there or isn't ours."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); run `wanda-dvc {made_by}` again") from None
+
+
+def describe(kind: str, *, libraries: tuple[str, ...] = (), **content: object) -> Json:
+    """A provenance: what kind of artifact, what it was made from, and which libraries computed it."""
+    versions = {name: version(name) for name in libraries}
+    return {"format": FORMAT, "kind": kind, "wanda_dvc": __version__, "libraries": versions, **content}
+
+
+def read_provenance(artifact: Path, made_by: str) -> Json:
+    """The provenance of an artifact that this version can read."""
+    content = read_json(artifact / PROVENANCE, made_by)
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{artifact / PROVENANCE}: format {content.get('format')}, expected {FORMAT}; "
+            f"run `wanda-dvc {made_by}` again"
+        )
+    return content
+
+
+def write_provenance(artifact: Path, content: Json) -> None:
+    write_json(artifact / PROVENANCE, content)
+
+
+def files_digest(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, but for its provenance."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != PROVENANCE)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
+
+
+# --- stats/ and masks/: one file a block, so that neither a writer nor a reader ever holds them all ---
+
+
+def block_file(folder: Path, block: int) -> Path:
+    return folder / f"block_{block:03d}.safetensors"
+
+
+def write_stats(folder: Path, block: int, stats: "dict[str, InputStats]", readers: dict[str, list[str]]) -> None:
+    """One block's statistics: for each distinct input, named after the first linear that reads it,
+    `NAME.sum_squares` and `NAME.sum` (float64 [in]) and `NAME.count` (int64); who reads it is in the header."""
+    import torch
+
+    tensors = {}
+    for name, x in stats.items():
+        tensors |= {f"{name}.sum_squares": x.sum_squares, f"{name}.sum": x.sum, f"{name}.count": torch.tensor(x.count)}
+    _save(block_file(folder, block), tensors, {"readers": json.dumps(readers)})
+
+
+def read_stats(folder: Path, block: int) -> "tuple[dict[str, InputStats], dict[str, list[str]]]":
+    """As `write_stats` took them: the statistics by distinct input, and the linears that read each."""
+    from wanda_dvc.input_stats import InputStats
+
+    tensors, header = _load(block_file(folder, block), "calibrate")
+    readers = json.loads(header["readers"])
+    stats = {
+        name: InputStats(tensors[f"{name}.sum_squares"], tensors[f"{name}.sum"], int(tensors[f"{name}.count"]))
+        for name in readers
+    }
+    return stats, readers
+
+
+def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
+    """One block's `keep` masks, one bit a weight: uint8 [out, ⌈in / 8⌉], the first input in the highest bit."""
+    import numpy as np
+    import torch
+
+    packed = {name: torch.from_numpy(np.packbits(keep.cpu().numpy(), axis=1)) for name, keep in keeps.items()}
+    inputs = {name: keep.shape[1] for name, keep in keeps.items()}
+    _save(block_file(folder, block), packed, {"inputs": json.dumps(inputs)})
+
+
+def read_masks(folder: Path, block: int) -> "dict[str, Tensor]":
+    """One block's `keep` masks, bool [out, in]."""
+    import numpy as np
+    import torch
+
+    tensors, header = _load(block_file(folder, block), "mask")
+    return {
+        name: torch.from_numpy(np.unpackbits(tensors[name].numpy(), axis=1, count=size)).bool()
+        for name, size in json.loads(header["inputs"]).items()
+    }
+
+
+def block_count(folder: Path) -> int:
+    return len(list(folder.glob("block_*.safetensors")))
+
+
+def each_block(folder: Path) -> Iterator[int]:
+    yield from range(block_count(folder))
+
+
+def _save(path: Path, tensors: "dict[str, Tensor]", header: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    beside = path.with_name(path.name + ".part")
+    save_file(tensors, beside, header)
+    os.replace(beside, path)
+
+
+def _load(path: Path, made_by: str) -> "tuple[dict[str, Tensor], dict[str, str]]":
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}); run `wanda-dvc {made_by}` again") from None

@@ -1,0 +1,400 @@
+"""The engine: rows of tokens pushed through a checkpoint, one block at a time.
+
+Only the embeddings, the final norm and the head stay in memory; a block's weights come from the
+mapped checkpoint when it is its turn, the next one's while it computes. The hidden states of all
+windows wait between blocks in two mapped files, so that neither the model nor the data has to fit
+in memory, and a run that is killed goes on from the last finished block.
+
+This is the only module that knows what a model looks like inside, and it knows no family: what a
+block is called with is recorded from the model's own forward pass.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from wanda_dvc.checkpoint import Checkpoint
+from wanda_dvc.errors import UserError
+from wanda_dvc.input_stats import InputStats
+
+LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model passes to one block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stop(Exception):
+    """Ends the model's own forward pass once the blocks' calls are recorded."""
+
+
+class Decoder:
+    """A causal language model on disk. UserError where its structure is not understood."""
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint = Checkpoint(folder)
+        self.model = empty_model(folder, dtype)
+        self.dtype, self.device = dtype, device
+        self.blocks_name, self.blocks = find_blocks(self.model)
+        self._empty = [dict(block.named_parameters()) for block in self.blocks]
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._calls: dict[int, list[Call]] = {}
+        self._load_rest()
+
+    # --- weights ---
+
+    def _read(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Tensors from the checkpoint for parameters by their full names, in the dtype and on the device to run in."""
+        found = {}
+        for name, parameter in parameters.items():
+            stored = self.checkpoint.find(name)
+            if stored is None:
+                raise UserError(f"{self.checkpoint.folder}: no tensor for {name}, which the model's config asks for")
+            tensor = self.checkpoint.read(stored)
+            if tensor.shape != parameter.shape:
+                raise UserError(
+                    f"{self.checkpoint.folder}: {stored} is {list(tensor.shape)}, expected {list(parameter.shape)}"
+                )
+            found[name] = tensor.to(self.device, self.dtype, non_blocking=True)
+        return found
+
+    def _load_rest(self) -> None:
+        """Everything but the blocks. A tied head is the embeddings' own parameter, and stored once or twice."""
+        inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if id(parameter) not in inside:
+                names.setdefault(id(parameter), []).append(name)
+        for aliases in names.values():
+            stored = [name for name in aliases if self.checkpoint.find(name)]
+            name = (stored or aliases)[0]
+            loaded = self._read({name: self.model.get_parameter(name)})[name]
+            for alias in aliases:
+                _set(self.model, alias, nn.Parameter(loaded, requires_grad=False))
+        for name, buffer in self.model.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+
+    def _read_block(self, index: int) -> dict[str, Tensor]:
+        prefix = f"{self.blocks_name}.{index}."
+        tensors = self._read({prefix + name: parameter for name, parameter in self._empty[index].items()})
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    @contextlib.contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """One block with its weights, and the next one's on their way; empty again afterwards."""
+        ahead, self._ahead = self._ahead, None
+        tensors = ahead[1].result() if ahead and ahead[0] == index else self._read_block(index)
+        if index + 1 < len(self.blocks):
+            self._ahead = index + 1, self._reader.submit(self._read_block, index + 1)
+        for name, tensor in tensors.items():
+            _set(self.blocks[index], name, nn.Parameter(tensor, requires_grad=False))
+        del tensors
+        try:
+            yield self.blocks[index]
+        finally:
+            for name, parameter in self._empty[index].items():
+                _set(self.blocks[index], name, parameter)
+
+    def linears(self, index: int) -> dict[str, nn.Module]:
+        """The prunable weights of a block, by their full names."""
+        prefix = f"{self.blocks_name}.{index}"
+        return {f"{prefix}.{name}": module for name, module in find_linears(self.blocks[index]).items()}
+
+    def inputs(self) -> dict[str, int]:
+        """The number of input features of every linear."""
+        linears = (self.linears(index) for index in range(len(self.blocks)))
+        return {name: module.in_features for block in linears for name, module in block.items()}  # type: ignore[misc]
+
+    # --- the model's own forward pass, with the blocks taken out ---
+
+    @contextlib.contextmanager
+    def _instead_of_blocks(self, replacement: Callable[..., Any]) -> Iterator[None]:
+        """Every block's forward is `replacement(index, *args, **kwargs)`, whatever happens restored."""
+        try:
+            for index, block in enumerate(self.blocks):
+                block.forward = partial(replacement, index)  # type: ignore[method-assign]
+            yield
+        finally:
+            for block in self.blocks:
+                block.__dict__.pop("forward", None)
+
+    def embed(self, tokens: Int[Tensor, " length"]) -> Float[Tensor, "1 length width"]:
+        """What the first block is given."""
+        return self._record(tokens, until=0)[0][0]
+
+    @torch.no_grad()
+    def _record(self, tokens: Int[Tensor, " length"], until: int) -> list[tuple[Tensor, Call]]:
+        """The hidden states and the call that each block gets, up to block `until`, if all change nothing."""
+        recorded: list[tuple[Tensor, Call]] = []
+        wrap = until > 0 and self._returns_tuple
+
+        def record(index: int, *args: Any, **kwargs: Any) -> Any:
+            if args:
+                hidden, args = args[0], args[1:]
+            else:
+                hidden = kwargs.pop("hidden_states")
+            recorded.append((hidden, Call(args, kwargs)))
+            if index == until:
+                raise _Stop
+            return (hidden,) if wrap else hidden
+
+        with self._instead_of_blocks(record), contextlib.suppress(_Stop):
+            self.model(input_ids=tokens[None].to(self.device), use_cache=False)
+        if len(recorded) != until + 1:
+            raise UserError(
+                f"{self.checkpoint.folder}: the model's forward pass called {len(recorded)} of its "
+                f"{len(self.blocks)} blocks once each, in order; such a structure is not understood"
+            )
+        return recorded
+
+    @cached_property
+    def _returns_tuple(self) -> bool:
+        """Whether a block returns its hidden states alone or as the first of a tuple: asked of a real one, once."""
+        hidden, call = self._record(torch.zeros(2, dtype=torch.long), until=0)[0]
+        with self.block(0) as block:
+            return isinstance(block(hidden, *call.args, **call.kwargs), tuple)
+
+    def calls(self, length: int) -> list[Call]:
+        """What each block is called with for a window of `length` tokens, recorded once for each length."""
+        if length not in self._calls:
+            once, again = (
+                [call for _, call in self._record(torch.full((length,), token), until=len(self.blocks) - 1)]
+                for token in (0, 1)
+            )
+            if not _equal([(c.args, c.kwargs) for c in once], [(c.args, c.kwargs) for c in again]):
+                raise UserError(
+                    f"{self.checkpoint.folder}: its blocks are given more than the hidden states that depends on the "
+                    "tokens; such a structure is not understood"
+                )
+            self._calls[length] = once
+        return self._calls[length]
+
+    def run(self, index: int, hidden: Float[Tensor, "1 length width"]) -> Float[Tensor, "1 length width"]:
+        """One window through one block (which `block` holds ready)."""
+        call = self.calls(hidden.shape[1])[index]
+        out = self.blocks[index](hidden, *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def logits(
+        self, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
+    ) -> Iterator[tuple[slice, Float[Tensor, "chunk vocabulary"]]]:
+        """The logits after the last block, a chunk of positions at a time, through the model's own norm and head."""
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        chunk = max(1, LOGITS_AT_A_TIME // vocabulary)
+        for start in range(0, hidden.shape[1], chunk):
+            positions = slice(start, min(start + chunk, hidden.shape[1]))
+            given = hidden[:, positions].to(self.device)
+
+            result = (given,) if self._returns_tuple else given
+
+            with self._instead_of_blocks(lambda *args, result=result, **kwargs: result):
+                yield positions, self.model(input_ids=tokens[None, positions].to(self.device), use_cache=False).logits[0]
+
+    # --- many windows ---
+
+    @torch.no_grad()
+    def walk(self, windows: Int[Tensor, "samples length"], work: Path) -> Iterator["Step"]:
+        """All windows through all blocks: for each block a `Step`, whose `advance` runs them.
+
+        Goes on from the block after the last that was finished in `work` with these windows.
+        """
+        states = HiddenStates.open(work, len(windows), windows.shape[1], self.model.config, self.dtype)
+        self.calls(windows.shape[1])
+        if states.finished < 0:
+            for row, tokens in enumerate(windows):
+                states.after[row] = self.embed(tokens)[0]
+            states.turn()
+        for index in range(states.finished, len(self.blocks)):
+            with self.block(index):
+                yield Step(self, index, states)
+            states.turn()
+
+    def outputs(self, windows: Int[Tensor, "samples length"], work: Path) -> Float[Tensor, "samples length width"]:
+        """Where `walk` left the hidden states after the last block; a view of a file in `work`."""
+        return HiddenStates.open(work, len(windows), windows.shape[1], self.model.config, self.dtype).before
+
+
+@dataclass
+class Step:
+    """One block's turn in a walk."""
+
+    decoder: Decoder
+    index: int
+    states: "HiddenStates"
+
+    @torch.no_grad()
+    def advance(self, recorder: "InputRecorder | None" = None) -> None:
+        """Every window through this block; a recorder sees what the block's linears read."""
+        linears = self.decoder.linears(self.index)
+        with recorder.recording(linears) if recorder else contextlib.nullcontext():
+            for before, after in zip(self.states.before, self.states.after, strict=True):
+                after.copy_(self.decoder.run(self.index, before[None].to(self.decoder.device))[0])
+                if recorder:
+                    recorder.end_window()
+
+
+@dataclass
+class HiddenStates:
+    """The hidden states of all windows before and after the block at work, in two files that take turns.
+
+    They are mapped, so they cost page cache and not memory, and outlive a killed process. What a
+    machine that goes down leaves of them can't be trusted: they are used again only on the same boot.
+    """
+
+    folder: Path
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    finished: int  # blocks done; −1: not even the embeddings
+
+    @classmethod
+    def open(cls, folder: Path, samples: int, length: int, config: Any, dtype: torch.dtype) -> "HiddenStates":
+        folder.mkdir(parents=True, exist_ok=True)
+        finished = -1
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            progress = json.loads((folder / "progress.json").read_text())
+            if progress["boot"] == _boot():
+                finished = progress["finished"]
+        width = config.get_text_config().hidden_size
+        return cls(folder, (samples, length, width), dtype, finished)
+
+    def _map(self, turn: int) -> Tensor:
+        samples, length, width = self.shape
+        path = self.folder / f"hidden_{turn % 2}.bin"
+        return torch.from_file(str(path), shared=True, size=samples * length * width, dtype=self.dtype).view(self.shape)
+
+    @property
+    def before(self) -> Tensor:
+        return self._map(self.finished)
+
+    @property
+    def after(self) -> Tensor:
+        return self._map(self.finished + 1)
+
+    def turn(self) -> None:
+        """The block at work is finished: what came after it comes before the next."""
+        self.finished += 1
+        beside = self.folder / "progress.part"
+        beside.write_text(json.dumps({"finished": self.finished, "boot": _boot()}))
+        os.replace(beside, self.folder / "progress.json")
+
+
+@dataclass
+class InputRecorder:
+    """Statistics of what a block's linears read, kept once for each distinct input.
+
+    Two linears share an input if, within one pass, they are given the same memory in the same state;
+    the input is named after the first that reads it.
+    """
+
+    stats: dict[str, InputStats] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)  # of each linear, its input's name
+    # What was read is held until the window ends, so that no other tensor can take its address.
+    _held: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def recording(self, linears: dict[str, nn.Module]) -> Iterator[None]:
+        hooks = [module.register_forward_pre_hook(partial(self._read, name)) for name, module in linears.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._held.clear()
+
+    def _read(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        key = (x.data_ptr(), x.shape, x.stride(), x._version)
+        if key not in self._held:
+            self._held[key] = (name, x)
+            self.stats.setdefault(name, InputStats.empty(x.shape[-1])).add(x.flatten(0, -2))
+        source = self._held[key][0]
+        if self.source.setdefault(name, source) != source:
+            raise UserError(f"{name}: reads {self.source[name]} in one window and {source} in another")
+
+    def end_window(self) -> None:
+        self._held.clear()
+
+    @property
+    def readers(self) -> dict[str, list[str]]:
+        """The linears that read each distinct input."""
+        readers: dict[str, list[str]] = {}
+        for linear, source in self.source.items():
+            readers.setdefault(source, []).append(linear)
+        return readers
+
+
+def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a directory's config.json with no weights (buffers are real), for inference."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {config.model_type} is not a causal language model") from error
+    model.tie_weights()  # parameters made anew inside the context have lost it
+    return model.eval()
+
+
+def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """The list of decoder layers and its name: the only module list as long as the config says there are layers."""
+    layers = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
+    lists = [
+        (name, list(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+    if len(lists) != 1:
+        found = ", ".join(name for name, _ in lists) or "none"
+        raise UserError(
+            f"{type(model).__name__}: found {found} as lists of {layers} blocks, expected one; "
+            "such a structure is not understood"
+        )
+    return lists[0]
+
+
+def find_linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The linears of a block, by name."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = parameter
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return bool(one == other)
+
+
+def _boot() -> str | None:
+    """This boot of this machine, where the system tells."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,81 @@
+"""A Hugging Face directory of safetensors, single-file or sharded, read one tensor at a time."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from wanda_dvc.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name. A tensor that is read is a view of the mapped file: cheap, and never to be written to."""
+
+    folder: Path
+
+    @cached_property
+    def where(self) -> dict[str, Path]:
+        """Which file holds each tensor."""
+        if not (self.folder / "config.json").is_file():
+            raise UserError(f"{self.folder}: no config.json, expected a Hugging Face model directory")
+        if (self.folder / INDEX).is_file():
+            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            where = {name: self.folder / file for name, file in index.items()}
+            if missing := sorted({path.name for path in where.values() if not path.is_file()}):
+                raise UserError(f"{self.folder}: {INDEX} names {', '.join(missing)}, which is not there; copy it again")
+            return where
+        if not (self.folder / SINGLE).is_file():
+            found = ", ".join(sorted(path.name for path in self.folder.iterdir())) or "nothing"
+            raise UserError(
+                f"{self.folder}: found {found}, expected {SINGLE} or {INDEX}; "
+                "weights in another format must be saved as safetensors first"
+            )
+        return {name: self.folder / SINGLE for name in self._open(self.folder / SINGLE).keys()}
+
+    @property
+    def shards(self) -> list[Path]:
+        return sorted(set(self.where.values()))
+
+    @cached_property
+    def _files(self) -> dict[Path, safe_open]:
+        return {}
+
+    def _open(self, path: Path) -> safe_open:
+        if path not in self._files:
+            try:
+                self._files[path] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+        return self._files[path]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in the dtype that it is stored in."""
+        return self._open(self.where[name]).get_tensor(name)
+
+    def shape(self, name: str) -> list[int]:
+        return list(self._open(self.where[name]).get_slice(name).get_shape())
+
+    def find(self, parameter: str) -> str | None:
+        """The stored name of a model's parameter: some checkpoints hold the bare base model, without its prefix."""
+        for name in (parameter, parameter.partition(".")[2]):
+            if name in self.where:
+                return name
+        return None
+
+    def bytes_at(self, path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
+        """Name, dtype, shape, first byte and length in the file, of every tensor in one shard."""
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                yield name, entry["dtype"], entry["shape"], 8 + size + begin, end - begin

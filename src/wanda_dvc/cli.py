@@ -1,0 +1,171 @@
+"""The command line. No ideas in it: each command checks its words and calls a plain function."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wanda_dvc import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Prune language models with Wanda: calibrate once; prune, compare and ship as often as you like.\n\n"
+    "The stages are run by `dvc repro` and `dvc exp run -S sparsity=0.7`; by hand they do the same, one at a time.",
+)
+STAGE_PANEL, RESULT_PANEL = "Stages, in the order of the pipeline", "Results"
+
+Version = Annotated[
+    int | None, typer.Option("--version", help="Fail unless this wanda-dvc computes that version of the stage.")
+]
+
+
+@app.callback()
+def main(
+    directory: Annotated[
+        Path | None, typer.Option("--directory", "-C", help="The project; by default the one around this folder.")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if directory is not None:
+        if not directory.is_dir():
+            raise typer.BadParameter(f"{directory} is no directory", param_hint="--directory")
+        os.chdir(directory)
+        os.environ.pop("DVC_ROOT", None)
+    os.environ["WANDA_DVC_DEBUG"] = "1" if debug else ""
+
+
+def _stage(name: str, version: int | None, run: str, stage: Callable[..., None], **words: str) -> None:
+    """Run one stage: without a network (but for download), timed, quiet where nobody watches."""
+    from wanda_dvc.artifacts import Project
+    from wanda_dvc.stages import check_version, timed
+
+    check_version(name, version)
+    project = Project.find()
+    _ = project.params  # all that is wrong in it is said before anything starts
+    if not sys.stderr.isatty():  # bars of libraries would fill a log; ours says a line a minute
+        os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+        os.environ.setdefault("TQDM_MININTERVAL", "60")
+    if name != "download":
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    with timed(project, run):
+        if name in ("calibrate", "mask", "perplexity", "zero-shot"):
+            import torch
+
+            torch.set_num_threads(project.params.runtime.threads or os.cpu_count() or 1)
+        stage(project=project, **words)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def download(
+    part: Annotated[str, typer.Argument(help="model, calibration, perplexity or tasks")], version: Version = None
+) -> None:
+    """Fetch the model, a text, or the tasks. Only this stage touches a network."""
+    from wanda_dvc.stages import PARTS
+    from wanda_dvc.stages.download import download as stage
+
+    _one_of("part", part, PARTS)
+    _stage("download", version, f"download-{part}", stage, part=part)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def calibrate(version: Version = None) -> None:
+    """Measure the dense model's activations once: stats/."""
+    from wanda_dvc.stages.calibrate import calibrate as stage
+
+    _stage("calibrate", version, "calibrate", stage)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def mask(version: Version = None) -> None:
+    """Choose the weights that stay: masks/."""
+    from wanda_dvc.stages.mask import mask as stage
+
+    _stage("mask", version, "mask", stage)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def apply(version: Version = None) -> None:
+    """Write the pruned model: models/pruned."""
+    from wanda_dvc.stages.apply import apply as stage
+
+    _stage("apply", version, "apply", stage)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def perplexity(
+    model: Annotated[str, typer.Argument(help="dense or pruned")], version: Version = None
+) -> None:
+    """Measure a model's perplexity on a text."""
+    from wanda_dvc.stages import MODELS
+    from wanda_dvc.stages.perplexity import perplexity as stage
+
+    _one_of("model", model, MODELS)
+    _stage("perplexity", version, f"perplexity-{model}", stage, model=model)
+
+
+@app.command("zero-shot", rich_help_panel=STAGE_PANEL)
+def zero_shot(
+    model: Annotated[str, typer.Argument(help="dense or pruned")],
+    task: Annotated[str, typer.Argument(help="one of tasks.names")],
+    version: Version = None,
+) -> None:
+    """Ask a model the questions of one task."""
+    from wanda_dvc.stages import MODELS
+    from wanda_dvc.stages.zero_shot import zero_shot as stage
+
+    _one_of("model", model, MODELS)
+    _stage("zero-shot", version, f"zero-shot-{model}-{task}", stage, model=model, task=task)
+
+
+@app.command(rich_help_panel=RESULT_PANEL)
+def show() -> None:
+    """Show the last results: dense beside pruned."""
+    from wanda_dvc.artifacts import Project
+    from wanda_dvc.results import show as table
+
+    typer.echo(table(project=Project.find()))
+
+
+@app.command(rich_help_panel=RESULT_PANEL)
+def stats(
+    layer: Annotated[int | None, typer.Option("--layer", help="Only this block, counted from 0.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show the input norms by block and distinct input, with their outliers."""
+    from wanda_dvc.artifacts import Project
+    from wanda_dvc.results import stats as table
+
+    typer.echo(table(project=Project.find(), layer=layer, as_json=as_json))
+
+
+def _one_of(what: str, given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise typer.BadParameter(f"got {given}, expected {', '.join(known)}", param_hint=what)
+
+
+def run() -> None:
+    """The console script: errors as lines, not as tracebacks."""
+    from wanda_dvc.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        if os.environ.get("WANDA_DVC_DEBUG"):
+            raise
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if os.environ.get("WANDA_DVC_DEBUG"):
+            raise
+        print(f"wanda-dvc {__version__}: {type(error).__name__}: {error}", file=sys.stderr)
+        print("This is a defect or a lack of memory or disk; `wanda-dvc --debug …` shows where.", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,33 @@
+"""Statistics of what a linear reads, per input feature: the norm tier (Σx², Σx, count)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+
+@dataclass
+class InputStats:
+    """Sums over all tokens seen, in float64. `add` sums a window in float32 first, which is fast and
+    loses nothing that matters over a few thousand tokens; across windows float32 would."""
+
+    sum_squares: Float64[Tensor, " in"]
+    sum: Float64[Tensor, " in"]
+    count: int
+
+    @classmethod
+    def empty(cls, features: int) -> "InputStats":
+        return cls(torch.zeros(features, dtype=torch.float64), torch.zeros(features, dtype=torch.float64), 0)
+
+    def add(self, x: Float[Tensor, "tokens in"]) -> None:
+        """Count in one window."""
+        x = x.float()
+        self.sum_squares += (x * x).sum(dim=0).double().cpu()
+        self.sum += x.sum(dim=0).double().cpu()
+        self.count += len(x)
+
+    @property
+    def norm(self) -> Float[Tensor, " in"]:
+        """‖X_j‖₂ over all tokens, float32."""
+        return self.sum_squares.sqrt().float()

@@ -1,0 +1,27 @@
+"""The table of methods. A new one is a scoring function and a row."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from wanda_dvc import scores
+from wanda_dvc.input_stats import InputStats
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a weight is scored, from the weight and the statistics of its input."""
+
+    name: str
+    score: Callable[[Tensor, InputStats], Tensor]
+    paper: str
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("magnitude", lambda weight, _: scores.magnitude(weight), "Han et al. 2015, arXiv 1506.02626"),
+        Method("wanda", lambda weight, x: scores.wanda(weight, x.norm), "Sun et al. 2024, arXiv 2306.11695"),
+    )
+}

@@ -1,0 +1,188 @@
+"""The schema of `params.yaml`: every setting, its range, and what it means.
+
+Read as DVC reads it, YAML 1.2: in YAML 1.1 an unquoted `2:4` is the number 124.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.patterns import parse_pattern
+
+Split = Literal["train", "validation", "test"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Text(_Section):
+    """A text, and how its rows are joined."""
+
+    source: str = Field(description="`embedded`, `wikitext2`, or an absolute path to a .txt or .jsonl file")
+    split: Split = Field(description="which split of `embedded` (train, test) or of `wikitext2`")
+    column: str = Field("text", min_length=1, description="the column of a .jsonl file that holds the text")
+    join: str = Field(description="what stands between two rows")
+
+
+class Calibration(_Section):
+    """The text that shows what the activations look like, and how it is cut."""
+
+    text: Text
+    samples: int = Field(ge=1, description="number of windows, drawn at random")
+    length: int = Field(ge=2, description="tokens a window")
+    seed: int = Field(ge=0, description="of the draw")
+
+
+class Perplexity(_Section):
+    """The text that the model is measured on, and how it is cut."""
+
+    text: Text
+    length: int = Field(ge=2, description="tokens a window; windows follow one another, the rest is dropped")
+    windows: int | None = Field(None, ge=1, description="only the first so many windows; null: all")
+
+
+class Tasks(_Section):
+    """The zero-shot tasks."""
+
+    source: Literal["samples", "benchmark"] = Field(
+        description="`samples`: questions written for this project; `benchmark`: the real ones, from `runtime.mirror`"
+    )
+    names: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]] = Field(
+        min_length=1, description="lm-eval's names of multiple-choice tasks"
+    )
+
+
+class ZeroShot(_Section):
+    """How the tasks are asked."""
+
+    limit: int | None = Field(None, ge=1, description="only the first so many items of each task; null: all")
+
+
+class Runtime(_Section):
+    """What changes how fast a result comes, and not the result. No stage depends on it."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto (cuda where there is one), cpu, cuda, cuda:1 or mps")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null: as many as there are cores")
+    batch_size: int = Field(16, ge=1, description="rows at a time in zero-shot evaluation")
+    mirror: str | None = Field(
+        None, description="a directory laid out like the Hub (id/config/split.jsonl), where data sets are taken from"
+    )
+
+
+class Params(_Section):
+    """All of `params.yaml`."""
+
+    model: str = Field(description="`package:NAME==VERSION` with a GGUF file, or an absolute directory of safetensors")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="of the model when it runs")
+    calibration: Calibration
+    method: Literal["magnitude", "wanda"] = Field(description="what a weight is worth")
+    sparsity: float = Field(ge=0, lt=1, description="the fraction of each linear's weights that go")
+    pattern: str = Field("unstructured", description="`unstructured`, or `n:m`: n of every m neighbours stay")
+    group: Literal["row", "layer"] = Field("row", description="the weights that compete; n:m brings its own")
+    perplexity: Perplexity
+    tasks: Tasks
+    zero_shot: ZeroShot = ZeroShot()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Params":
+        if problems := list(self._conflicts()):
+            raise UserError(*problems)
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        """Settings that are each well formed and cannot be meant together, or can't be what they say."""
+        if self.pattern != "unstructured":
+            if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.pattern):
+                yield _problem("pattern", self.pattern, "`unstructured` or n:m, such as 2:4")
+            else:
+                n, m = parse_pattern(self.pattern) or (0, 0)
+                if not n < m:
+                    yield _problem("pattern", self.pattern, "n:m with n < m: n of every m neighbours stay")
+                elif abs(self.sparsity - (1 - n / m)) > 1e-9:
+                    yield (
+                        f"params.yaml: sparsity: got {self.sparsity} with pattern {self.pattern}, "
+                        f"expected {1 - n / m:g} (1 − n/m); set sparsity={1 - n / m:g} or pattern=unstructured"
+                    )
+        if not self.model.startswith("package:") and not Path(self.model).is_absolute():
+            yield _problem("model", self.model, "`package:NAME==VERSION` or an absolute directory")
+        calibration, perplexity = self.calibration.text, self.perplexity.text
+        for name, text in (("calibration", calibration), ("perplexity", perplexity)):
+            if text.source == "embedded" and text.split == "validation":
+                yield _problem(f"{name}.text.split", text.split, "train or test, the splits of the embedded text")
+            elif text.source not in ("embedded", "wikitext2"):
+                if not Path(text.source).is_absolute():
+                    yield _problem(f"{name}.text.source", text.source, "`embedded`, `wikitext2` or an absolute path")
+                elif Path(text.source).suffix not in (".txt", ".jsonl"):
+                    yield _problem(f"{name}.text.source", text.source, "a file that ends in .txt or .jsonl")
+        same_split = calibration.split == perplexity.split or Path(calibration.source).is_absolute()
+        if calibration.source == perplexity.source and same_split:
+            yield (
+                f"params.yaml: calibration.text: got the text that perplexity is measured on ({perplexity.source}, "
+                f"{perplexity.split}), expected another; change its source or split"
+            )
+        duplicates = sorted({name for name in self.tasks.names if self.tasks.names.count(name) > 1})
+        if duplicates:
+            yield _problem("tasks.names", ", ".join(duplicates), "each task once")
+        mirror = self.runtime.mirror
+        if mirror is not None and not Path(mirror).is_absolute():
+            yield _problem("runtime.mirror", mirror, "an absolute directory (queued experiments run elsewhere)")
+
+
+def read_params(path: Path) -> Params:
+    """Read and check `params.yaml`. UserError, with every problem that it has, if it can't be meant."""
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except YAMLError as error:
+        raise UserError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path.name}: got {type(content).__name__}, expected a mapping of settings")
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise UserError(*(_explain(problem) for problem in error.errors())) from None
+
+
+def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting's dotted name and its field, in order."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _problem(where: str, found: object, expected: str) -> str:
+    shown = found if isinstance(found, str) and found else repr(found)
+    return f"params.yaml: {where}: got {shown}, expected {expected}"
+
+
+def _explain(error: Any) -> str:
+    """One of pydantic's errors in our form."""
+    where = ".".join(str(part) for part in error["loc"])
+    context = error.get("ctx", {})
+    if error["type"] == "extra_forbidden":
+        known = [name for name, _ in settings()] + list(Params.model_fields)
+        close = difflib.get_close_matches(where, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "remove it"
+        return f"params.yaml: {where}: no such setting; {hint}"
+    if error["type"] == "missing":
+        return f"params.yaml: {where}: missing"
+    comparisons = {"greater_than_equal": ("≥", "ge"), "less_than": ("<", "lt")}
+    if error["type"] in comparisons:
+        sign, key = comparisons[error["type"]]
+        return _problem(where, error["input"], f"{sign} {context[key]:g}")
+    if error["type"] == "literal_error":
+        return _problem(where, error["input"], context["expected"].replace("'", ""))
+    if error["type"] == "string_pattern_mismatch":
+        field = dict(settings()).get(re.sub(r"\.\d+$", "", where))
+        return _problem(where, error["input"], field.description if field else error["msg"])
+    return _problem(where, error["input"], error["msg"].removeprefix("Input should be ").removeprefix("a valid "))

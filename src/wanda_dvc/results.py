@@ -1,0 +1,179 @@
+"""Tables of what the stages measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from wanda_dvc.artifacts import PROVENANCE, Project, block_count, digest, read_provenance, read_stats
+from wanda_dvc.errors import UserError
+from wanda_dvc.stages import MODELS, PARTS
+
+OUTLIER = 6  # times the median; as in Dettmers et al. 2022, arXiv 2208.07339, where 6 marks an outlier feature
+
+
+def show(*, project: Project) -> str:
+    """The last results, dense beside pruned, and what they are results of."""
+    params = project.params
+    rows = []
+    dense, pruned = (_load(project.metrics(model, "perplexity")).get("perplexity") for model in MODELS)
+    rows.append(["perplexity", _number(dense), _number(pruned), _ratio(dense, pruned)])
+    accuracies: dict[str, list[float]] = {model: [] for model in MODELS}
+    for task in params.tasks.names:
+        both = [_load(project.metrics(model, f"zero_shot/{task}")) for model in MODELS]
+        cells = []
+        for model, result in zip(MODELS, both, strict=True):
+            if "acc" in result:
+                accuracies[model].append(result["acc"])
+                cells.append(f"{100 * result['acc']:.1f} ± {100 * result['acc_stderr']:.1f}")
+            else:
+                cells.append("–")
+        rows.append([f"{task}, acc %", *cells, _retained(*(result.get("acc") for result in both))])
+    means = [
+        sum(values) / len(values) if len(values) == len(params.tasks.names) else None for values in accuracies.values()
+    ]
+    rows.append(["mean, acc %", *(f"{100 * mean:.1f}" if mean is not None else "–" for mean in means), _retained(*means)])
+    sparsity = _load(project.metrics("pruned", "sparsity")).get("sparsity")
+    rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
+    parts = [_title(project), tabulate(rows, ["", "dense", "pruned", "pruned / dense"], tablefmt="github")]
+    parts += [*_footnotes(project), _times(project)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _title(project: Project) -> str:
+    """What the masks at hand were made by, and where the workspace is not all of one experiment."""
+    params = project.params
+    masks = _load(project.masks / PROVENANCE)
+    if not masks:
+        return f"{params.model}: no masks yet; `dvc repro` makes them."
+    made = masks["params"]
+    group = f", group {made['group']}" if made["pattern"] == "unstructured" else ""
+    lines = [
+        f"{masks['model']['source']}: {made['method']}, sparsity {made['sparsity']:g}, pattern {made['pattern']}{group}"
+    ]
+    wanted = {name: getattr(params, name) for name in made}
+    if made != wanted:
+        changed = ", ".join(f"{name}={wanted[name]}" for name in made if made[name] != wanted[name])
+        lines.append(f"params.yaml asks for {changed}, which has not run: `dvc repro` runs it.")
+    pruned = _load(project.model("pruned") / PROVENANCE)
+    if not pruned:
+        lines.append("models/pruned is not there (it is not cached): `dvc repro` makes it.")
+    elif pruned["masks"] != digest(masks):
+        other = pruned["params"]
+        lines.append(
+            f"models/pruned is still that of another experiment ({other['method']}, sparsity {other['sparsity']:g}, "
+            f"pattern {other['pattern']}): `dvc repro` makes this one's."
+        )
+    return "\n".join(lines)
+
+
+def _footnotes(project: Project) -> list[str]:
+    notes = []
+    tasks = [_load(project.data("tasks") / name / PROVENANCE) for name in project.params.tasks.names]
+    if any(task.get("samples") for task in tasks):
+        notes.append(
+            "The tasks are samples written for this project, not the benchmarks: "
+            "they compare these two models and nothing else."
+        )
+    protocol = _load(project.details("dense", "perplexity")).get("protocol")
+    if protocol:
+        limit = project.params.zero_shot.limit
+        notes.append(
+            f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of {protocol['text']['source']} "
+            f"(sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}. "
+            f"Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error."
+        )
+    return notes
+
+
+def _times(project: Project) -> str:
+    runs = [f"download-{part}" for part in PARTS] + ["calibrate", "mask", "apply"]
+    runs += [f"perplexity-{model}" for model in MODELS]
+    runs += [f"zero-shot-{model}-{task}" for model in MODELS for task in project.params.tasks.names]
+    times = {run: _load(project.times(run)) for run in runs}
+    known = {run: time for run, time in times.items() if time}
+    if not known:
+        return ""
+    rows = [[run, f"{time['seconds']:.1f}", f"{time['peak_memory_gb']:.2f}"] for run, time in known.items()]
+    rows.append(["all", f"{sum(time['seconds'] for time in known.values()):.1f}", ""])
+    machines = sorted({f"{time['machine']}, {time['device']}" for time in known.values()})
+    table = tabulate(rows, ["stage", "seconds", "peak memory, GB"], tablefmt="github", disable_numparse=True)
+    return f"{table}\n\nMeasured on {'; '.join(machines)}."
+
+
+def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
+    """The input norms of every distinct input, of one block or of all: as a table, or as JSON."""
+    read_provenance(project.stats, "calibrate")
+    blocks = block_count(project.stats)
+    if layer is not None and not 0 <= layer < blocks:
+        raise UserError(f"--layer: got {layer}, expected 0 to {blocks - 1}: the model has {blocks} blocks")
+    _belongs(project)
+    records = []
+    for block in range(blocks) if layer is None else [layer]:
+        inputs, readers = read_stats(project.stats, block)
+        records += [_summary(block, readers[name], x.norm) for name, x in inputs.items()]
+    if as_json:
+        return json.dumps(records, indent=2)
+    rows = [
+        [
+            record["block"],
+            ", ".join(name.rpartition(".")[2] for name in record["linears"]),
+            f"{record['mean']:.4g}",
+            f"{record['median']:.4g}",
+            f"{record['max']:.4g}",
+            f"{100 * record['outliers']:.2f} %",
+            "  ".join(f"{feature['index']}: {feature['norm']:.4g}" for feature in record["largest"]),
+        ]
+        for record in records
+    ]
+    headers = ["block", "input of", "mean", "median", "largest", f"> {OUTLIER} × median", "largest features (index: norm)"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _belongs(project: Project) -> None:
+    """UserError if the statistics are not the model's that is there."""
+    measured = read_provenance(project.stats, "calibrate")["model"]
+    model = _load(project.model("dense") / PROVENANCE)
+    if model and model["sha256"] != measured["sha256"]:
+        raise UserError(
+            f"stats/: measured on {measured['source']}, expected {model['source']}, the model in models/dense; "
+            "run `dvc repro` or `wanda-dvc calibrate`"
+        )
+
+
+def _summary(block: int, linears: list[str], norm: Any) -> dict[str, Any]:
+    median = norm.quantile(0.5).item()
+    top = norm.topk(min(5, len(norm)))
+    return {
+        "block": block,
+        "linears": linears,
+        "features": len(norm),
+        "mean": norm.mean().item(),
+        "median": median,
+        "max": norm.max().item(),
+        "outliers": (norm > OUTLIER * median).float().mean().item(),
+        "largest": [
+            {"index": index, "norm": value} for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        ],
+    }
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _number(value: float | str | None) -> str:
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else f"{value:,.2f}"
+
+
+def _ratio(dense: float | str | None, pruned: float | str | None) -> str:
+    if isinstance(dense, float) and isinstance(pruned, float):
+        return f"{pruned / dense:.2f} ×"
+    return ""
+
+
+def _retained(dense: float | None, pruned: float | None) -> str:
+    return f"{100 * pruned / dense:.1f} % retained" if dense and pruned is not None else ""

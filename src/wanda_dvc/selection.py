@@ -1,0 +1,72 @@
+"""Which weights stay: from scores to `keep`, with exact counts in every group.
+
+The rule for ties is one everywhere: among equal scores the weight that stands first goes first,
+as a stable ascending sort would have it.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from wanda_dvc.patterns import parse_pattern
+
+
+def removed(size: int, sparsity: float) -> int:
+    """How many of `size` weights go: ⌊size · sparsity⌋, with the sparsity taken as the decimal that was written.
+
+    In binary floating point 100 · 0.29 is 28.999…, and the authors' `int(in · s)` would remove 28.
+    """
+    return int(size * Fraction(str(sparsity)))
+
+
+def select(
+    score: Float[Tensor, "out in"], *, sparsity: float, pattern: str = "unstructured", group: str = "row"
+) -> Bool[Tensor, "out in"]:
+    """The weights that stay.
+
+    The group that competes is a `row` (each output, the Wanda paper's choice) or the whole `layer`;
+    under `n:m` it is m neighbours along the input, whatever `group` says.
+    """
+    if n_of_m := parse_pattern(pattern):
+        return keep_n_of_m(score, *n_of_m)
+    rows = score if group == "row" else score.reshape(1, -1)
+    return keep_highest(rows, rows.shape[1] - removed(rows.shape[1], sparsity)).view(score.shape)
+
+
+def keep_highest(score: Float[Tensor, "group size"], stay: int) -> Bool[Tensor, "group size"]:
+    """The `stay` highest scores of each row, exactly, by one partition instead of a sort."""
+    go = score.shape[1] - stay
+    if go == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = _kth_lowest(score, go)
+    keep = score > threshold
+    # The threshold itself goes; of the weights that equal it, the last ones fill the row up to `stay`.
+    missing = stay - keep.sum(dim=1, keepdim=True)
+    rows = missing[:, 0].nonzero()[:, 0]
+    if len(rows):
+        ties = score[rows] == threshold[rows]
+        from_the_end = ties.flip(1).cumsum(dim=1, dtype=torch.int32).flip(1)
+        keep[rows] |= ties & (from_the_end <= missing[rows])
+    return keep
+
+
+def _kth_lowest(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "group 1"]:
+    if score.device.type != "cpu":
+        return torch.kthvalue(score, k, dim=1, keepdim=True).values
+    # On a CPU numpy's partition is vectorised: about 5 times as fast as kthvalue, 18 times as a sort.
+    return torch.from_numpy(np.partition(score.numpy(), k - 1, axis=1)[:, k - 1 : k])
+
+
+def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, "out in"]:
+    """The n highest of every m neighbours along the input, by counting for each how many rank above it."""
+    neighbours = score.unflatten(1, (-1, m)).movedim(-1, 0).contiguous()  # [m, out, in / m]
+    above = torch.zeros(neighbours.shape, dtype=torch.uint8, device=score.device)
+    for later in range(m):
+        for earlier in range(later):
+            first_wins = neighbours[earlier] > neighbours[later]
+            above[later] += first_wins
+            above[earlier] += ~first_wins
+    return (above < n).movedim(0, -1).flatten(1)

@@ -1,0 +1,159 @@
+"""The engine, against the whole model run by transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from wanda_dvc import blocks
+from wanda_dvc.blocks import Decoder, InputRecorder
+from wanda_dvc.errors import UserError
+
+CPU = torch.device("cpu")
+VARIANTS = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "sharded": {"shard": "40KB"},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "rope scaling": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+}
+
+
+def windows(length: int = 64) -> torch.Tensor:
+    return torch.randint(0, 256, (3, length), generator=torch.Generator().manual_seed(1))
+
+
+def walk(decoder: Decoder, tokens: torch.Tensor, work: Path) -> list[InputRecorder]:
+    recorders = []
+    for step in decoder.walk(tokens, work):
+        recorders.append(InputRecorder())
+        step.advance(recorders[-1])
+    return recorders
+
+
+@pytest.fixture(params=VARIANTS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return save_tiny_model(tmp_path / "model", **VARIANTS[request.param])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_the_models_bit_for_bit(checkpoint: Path, tmp_path: Path, dtype: torch.dtype):
+    """Small enough for one chunk of logits; in several, the head's sums run in another order."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+    decoder, tokens = Decoder(checkpoint, dtype=dtype, device=CPU), windows()
+    walk(decoder, tokens, tmp_path / "work")
+    for hidden, row in zip(decoder.outputs(tokens, tmp_path / "work"), tokens, strict=True):
+        ours = torch.cat([logits for _, logits in decoder.logits(hidden[None], row)])
+        with torch.no_grad():
+            assert torch.equal(ours, model(input_ids=row[None]).logits[0])
+
+
+def test_chunks_of_logits_agree(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU), windows()
+    walk(decoder, tokens, tmp_path)
+    hidden = decoder.outputs(tokens, tmp_path)[:1]
+    (whole,) = (logits for _, logits in decoder.logits(hidden, tokens[0]))
+    monkeypatch.setattr(blocks, "LOGITS_AT_A_TIME", 7 * 260)
+    chunks = list(decoder.logits(hidden, tokens[0]))
+    assert [(place.start, place.stop) for place, _ in chunks[:2]] == [(0, 7), (7, 14)]
+    torch.testing.assert_close(torch.cat([logits for _, logits in chunks]), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_are_those_of_plain_hooks(checkpoint: Path, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    seen: dict[str, list[torch.Tensor]] = {}
+    linears = {name: module for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name, module in linears.items():
+        module.register_forward_hook(lambda _, args, __, name=name: seen.setdefault(f"model.{name}", []).append(args[0][0]))
+    tokens = windows()
+    with torch.no_grad():
+        for row in tokens:
+            model(input_ids=row[None])
+    recorders = walk(Decoder(checkpoint, dtype=torch.float32, device=CPU), tokens, tmp_path / "work")
+    found = {}
+    for recorder in recorders:
+        for source, readers in recorder.readers.items():
+            found |= {reader: recorder.stats[source] for reader in readers}
+    assert found.keys() == seen.keys()
+    for name, stats in found.items():
+        inputs = torch.cat(seen[name]).double()
+        torch.testing.assert_close(stats.sum_squares, (inputs**2).sum(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.sum, inputs.sum(0), rtol=1e-4, atol=1e-3)
+        assert stats.count == tokens.numel()
+
+
+def test_a_distinct_input_is_kept_once(tiny: Path, tmp_path: Path):
+    recorders = walk(Decoder(tiny, dtype=torch.float32, device=CPU), windows(), tmp_path)
+    for block, recorder in enumerate(recorders):
+        short = [[name.removeprefix(f"model.layers.{block}.") for name in names] for names in recorder.readers.values()]
+        assert short == [
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            ["self_attn.o_proj"],
+            ["mlp.gate_proj", "mlp.up_proj"],
+            ["mlp.down_proj"],
+        ]
+
+
+@pytest.mark.parametrize("finished", [0, 1, 3])
+def test_a_killed_walk_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, finished: int):
+    tokens = windows()
+    whole = walk(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path / "whole")
+    steps = Decoder(tiny, dtype=torch.float32, device=CPU).walk(tokens, tmp_path / "killed")
+    for step in steps:
+        if step.index == finished:
+            step.states.after[0].fill_(torch.nan)  # in the middle of its block
+            break
+        step.advance()
+    del steps
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    rest = walk(decoder, tokens, tmp_path / "killed")
+    assert len(rest) == len(whole) - finished
+    for one, other in zip(rest, whole[finished:], strict=True):
+        assert all(torch.equal(one.stats[name].sum_squares, other.stats[name].sum_squares) for name in other.stats)
+    assert torch.equal(decoder.outputs(tokens, tmp_path / "killed"), decoder.outputs(tokens, tmp_path / "whole"))
+
+
+def test_what_another_boot_left_is_not_trusted(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tokens = windows()
+    walk(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path)
+    monkeypatch.setattr(blocks, "_boot", lambda: "another")
+    assert len(walk(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path)) == 4
+
+
+def test_only_the_block_at_work_has_weights(tiny: Path, tmp_path: Path):
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    for step in decoder.walk(windows(), tmp_path):
+        held = [any(not p.is_meta for p in block.parameters()) for block in decoder.blocks]
+        assert held == [index == step.index for index in range(4)]
+        step.advance()
+    assert all(p.is_meta for block in decoder.blocks for p in block.parameters())
+
+
+def test_the_blocks_are_restored_whatever_happens(tiny: Path):
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    with pytest.raises(RuntimeError), decoder._instead_of_blocks(lambda *_: None):
+        raise RuntimeError
+    assert not any("forward" in block.__dict__ for block in decoder.blocks)
+
+
+def test_a_structure_that_is_not_understood_says_so():
+    module = torch.nn.Module()
+    module.config = type("Config", (), {"get_text_config": lambda self: type("Text", (), {"num_hidden_layers": 3})()})()
+    module.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
+    with pytest.raises(UserError, match="found none as lists of 3 blocks"):
+        blocks.find_blocks(module)
+
+
+def test_a_missing_tensor_is_named(tiny: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    tensors = load_file(tiny / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match="no tensor for model.norm.weight"):
+        Decoder(folder, dtype=torch.float32, device=CPU)

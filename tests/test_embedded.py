@@ -1,0 +1,51 @@
+"""What is embedded is what its page says."""
+
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+EMBEDDED = ROOT / "src/wanda_dvc/embedded"
+TASKS = {
+    "piqa": ("baber/piqa/validation", {"goal", "sol1", "sol2", "label"}, lambda row: row["label"], 2),
+    "hellaswag": (
+        "Rowan/hellaswag/validation",
+        {"ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "source_id", "split", "split_type", "label"},
+        lambda row: row["label"],
+        4,
+    ),
+    "arc_easy": ("allenai/ai2_arc/ARC-Easy/test", {"id", "question", "choices", "answerKey"}, lambda row: row["answerKey"], 4),
+    "boolq": ("aps/super_glue/boolq/validation", {"question", "passage", "idx", "label"}, lambda row: row["label"], 2),
+    "rte": ("nyu-mll/glue/rte/validation", {"sentence1", "sentence2", "label", "idx"}, lambda row: row["label"], 2),
+}
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_samples_are_balanced_and_in_the_benchmarks_schema(task: str):
+    place, columns, gold, answers = TASKS[task]
+    items = rows(EMBEDDED / "tasks" / f"{place}.jsonl")
+    assert len(items) >= 40
+    assert all(set(item) == columns for item in items)
+    counts = Counter(gold(item) for item in items)
+    assert set(counts.values()) == {len(items) // answers}
+    assert len({json.dumps({k: v for k, v in item.items() if k not in ("idx", "id", "ind")}) for item in items}) == len(items)
+
+
+def test_the_two_texts_share_no_passage():
+    spec = importlib.util.spec_from_file_location("embedded_text", ROOT / "scripts/embedded_text.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    train, test = (
+        set().union(*(script.passages(row["text"]) for row in rows(EMBEDDED / "text" / f"{split}.jsonl")))
+        for split in ("train", "test")
+    )
+    assert len(train) > 1000
+    assert len(test) > 1000
+    assert not train & test

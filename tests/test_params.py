@@ -1,0 +1,79 @@
+"""params.yaml: what is wrong is said, all of it, in one form."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_params
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import read_params, settings
+
+
+def problems(tmp_path: Path, **changes: object) -> list[str]:
+    write_params(tmp_path, tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        read_params(tmp_path / "params.yaml")
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"calibration__samples": 0}, "params.yaml: calibration.samples: got 0, expected ≥ 1"),
+        ({"sparsity": 1.5}, "params.yaml: sparsity: got 1.5, expected < 1"),
+        ({"sparsity": "half"}, "params.yaml: sparsity: got half, expected number"),
+        ({"method": "wands"}, "params.yaml: method: got wands, expected magnitude or wanda"),
+        ({"pattern": "4:2"}, "params.yaml: pattern: got 4:2, expected n:m with n < m: n of every m neighbours stay"),
+        ({"pattern": "half"}, "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4"),
+        (
+            {"pattern": "2:4", "sparsity": 0.6},
+            "params.yaml: sparsity: got 0.6 with pattern 2:4, expected 0.5 (1 − n/m); "
+            "set sparsity=0.5 or pattern=unstructured",
+        ),
+        ({"sparsty": 0.5}, "params.yaml: sparsty: no such setting; did you mean sparsity?"),
+        ({"model": "some/where"}, "params.yaml: model: got some/where, expected `package:NAME==VERSION` or an absolute directory"),
+        ({"runtime__device": "gpu"}, "params.yaml: runtime.device: got gpu, expected auto (cuda where there is one), cpu, cuda, cuda:1 or mps"),
+        (
+            {"calibration__text__split": "test"},
+            "params.yaml: calibration.text: got the text that perplexity is measured on (embedded, test), "
+            "expected another; change its source or split",
+        ),
+        ({"tasks__names": ["piqa", "piqa"]}, "params.yaml: tasks.names: got piqa, expected each task once"),
+    ],
+)
+def test_each_problem_has_its_line(tmp_path: Path, changes: dict[str, object], expected: str):
+    (problem,) = problems(tmp_path, **changes)
+    assert problem == expected
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path):
+    assert len(problems(tmp_path, sparsity=-1, method="x", calibration__length=1)) == 3
+    assert len(problems(tmp_path, pattern="4:2", runtime__mirror="here")) == 2
+
+
+def test_a_missing_setting_is_named(tmp_path: Path):
+    (tmp_path / "params.yaml").write_text("sparsity: 0.5\n")
+    with pytest.raises(UserError, match=r"params.yaml: method: missing"):
+        read_params(tmp_path / "params.yaml")
+
+
+def test_an_unquoted_pattern_is_no_number(tmp_path: Path):
+    """`dvc exp run -S pattern=2:4` writes it without quotes; YAML 1.1 would read 124."""
+    write_params(tmp_path, tmp_path, pattern="PATTERN")
+    text = (tmp_path / "params.yaml").read_text().replace("PATTERN", "2:4")
+    (tmp_path / "params.yaml").write_text(text)
+    assert read_params(tmp_path / "params.yaml").pattern == "2:4"
+
+
+def test_the_committed_file_sets_every_setting():
+    """Someone who reads params.yaml sees all there is."""
+    from ruamel.yaml import YAML
+
+    def names(node: object, prefix: str = "") -> list[str]:
+        if not isinstance(node, dict):
+            return [prefix[:-1]]
+        return [name for key, value in node.items() for name in names(value, f"{prefix}{key}.")]
+
+    committed = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    assert names(committed) == [name for name, _ in settings()]
+    assert all(field.description for _, field in settings())

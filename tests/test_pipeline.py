@@ -1,0 +1,179 @@
+"""The pipeline on a real DVC repository: what a change reruns, and what it doesn't."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, save_tiny_model, write_params
+
+pytestmark = pytest.mark.pipeline
+
+DOWNLOADS = {"download@model", "download@calibration", "download@perplexity", "download@tasks"}
+PRUNE = {"mask", "apply"}
+EVALUATE = {"perplexity@pruned", "zero-shot@pruned-piqa"}
+BASELINE = {"perplexity@dense", "zero-shot@dense-piqa"}
+ALL = DOWNLOADS | {"calibrate"} | PRUNE | EVALUATE | BASELINE
+
+
+@dataclass
+class Repository:
+    """A user's repository, with commands run as the user runs them."""
+
+    root: Path
+    model: Path
+
+    def run(self, *words: str, check: bool = True) -> str:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore"}
+        environment.pop("DVC_ROOT", None)
+        done = subprocess.run(words, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def repro(self, **changes: object) -> set[str]:
+        """Change parameters, reproduce; the stages whose commands ran."""
+        if changes:
+            write_params(self.root, self.model, **changes)
+        return ran(self.run("dvc", "repro"))
+
+    def commit(self) -> None:
+        self.run("git", "add", "--all")
+        self.run("git", "commit", "--quiet", "--allow-empty", "--message", "state")
+
+    def cached(self) -> int:
+        """Bytes in the cache."""
+        return sum(path.stat().st_size for path in (self.root / ".dvc/cache").rglob("*") if path.is_file())
+
+
+def ran(output: str) -> set[str]:
+    return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """A repository in which everything has run once, and is committed."""
+    root = tmp_path_factory.mktemp("start") / "study"
+    root.mkdir()
+    # Wide enough that a copy of the model in the cache could not be missed.
+    model = save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", hidden_size=256, intermediate_size=512)
+    repository = Repository(root, model)
+    repository.run("git", "init", "--quiet", "--initial-branch", "main")
+    repository.run("git", "config", "user.name", "test")
+    repository.run("git", "config", "user.email", "test@example.org")
+    repository.run("dvc", "init", "--quiet")
+    shutil.copyfile(ROOT / ".dvc/config", root / ".dvc/config")
+    for name in ("dvc.yaml", ".gitignore"):
+        shutil.copyfile(ROOT / name, root / name)
+    write_params(root, model)
+    assert ran(repository.run("dvc", "repro")) == ALL
+    repository.commit()
+    return repository
+
+
+@pytest.fixture
+def repository(start: Repository, tmp_path: Path) -> Repository:
+    """A copy of it, with its own cache."""
+    shutil.copytree(start.root, tmp_path / "study", symlinks=True)
+    return Repository(tmp_path / "study", start.model)
+
+
+def test_nothing_to_do_runs_nothing(repository: Repository):
+    assert repository.repro() == set()
+    assert repository.run("git", "status", "--porcelain") == ""
+
+
+def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
+    changes = {"device": "cpu", "threads": 1, "batch_size": 3, "mirror": str(tmp_path)}
+    assert repository.repro(**{f"runtime__{name}": value for name, value in changes.items()}) == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"method": "magnitude"}, PRUNE | EVALUATE),
+        ({"pattern": "2:4"}, PRUNE | EVALUATE),
+        ({"group": "layer"}, PRUNE | EVALUATE),
+        ({"calibration__samples": 4}, {"calibrate"} | PRUNE | EVALUATE),
+        ({"calibration__length": 32}, {"calibrate"} | PRUNE | EVALUATE),
+        ({"calibration__seed": 1}, {"calibrate"} | PRUNE | EVALUATE),
+        ({"calibration__text__join": "\n"}, {"download@calibration", "calibrate"} | PRUNE | EVALUATE),
+        ({"perplexity__text__join": "\n"}, {"download@perplexity", "perplexity@dense", "perplexity@pruned"}),
+        ({"perplexity__windows": 3}, {"perplexity@dense", "perplexity@pruned"}),
+        ({"perplexity__length": 32}, {"perplexity@dense", "perplexity@pruned"}),
+        ({"zero_shot__limit": 3}, {"zero-shot@dense-piqa", "zero-shot@pruned-piqa"}),
+        (
+            {"tasks__names": ["piqa", "rte"]},
+            {"download@tasks", "zero-shot@dense-rte", "zero-shot@pruned-rte"},
+        ),
+        ({"dtype": "bfloat16"}, {"calibrate"} | PRUNE | EVALUATE | BASELINE),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_change_reruns_what_depends_on_it(repository: Repository, changes: dict, expected: set[str]):
+    assert repository.repro(**changes) == expected
+
+
+def test_another_model_reruns_all_but_the_texts_and_tasks(repository: Repository, tmp_path: Path):
+    repository.model = save_tiny_model(tmp_path / "other", seed=5)
+    assert repository.repro(sparsity=0.5) == ALL - DOWNLOADS | {"download@model"}
+
+
+def test_coming_back_to_a_sparsity_runs_apply_alone_and_caches_no_model(repository: Repository):
+    first = json.loads((repository.root / "metrics/pruned/perplexity.json").read_text())
+    before = repository.cached()
+    assert repository.repro(sparsity=0.7) == PRUNE | EVALUATE
+    added = repository.cached() - before
+    weights = (repository.model / "model.safetensors").stat().st_size
+    masks = sum(path.stat().st_size for path in (repository.root / "masks").iterdir())
+    assert masks < added < masks + 100_000 < weights / 2  # masks, metrics and details
+    assert repository.repro(sparsity=0.5) == {"apply"}
+    assert json.loads((repository.root / "metrics/pruned/perplexity.json").read_text()) == first
+    assert repository.repro() == set()
+
+
+def test_a_stage_of_another_version_is_refused(repository: Repository):
+    text = (repository.root / "dvc.yaml").read_text(encoding="utf-8")
+    (repository.root / "dvc.yaml").write_text(text.replace("wanda-dvc mask --version 1", "wanda-dvc mask --version 2"))
+    assert "mask: version 2, this wanda-dvc computes version 1" in repository.run("dvc", "repro", check=False)
+
+
+def test_experiments(repository: Repository):
+    """One in the workspace, a grid in the queue; compared, shown, applied."""
+    assert ran(repository.run("dvc", "exp", "run", "--name", "two-of-four", "--set-param", "pattern=2:4")) == PRUNE | EVALUATE
+    assert "pattern: 2:4" in (repository.root / "params.yaml").read_text()
+    difference = repository.run("dvc", "metrics", "diff")
+    assert re.search(r"metrics/pruned/perplexity.json +perplexity +[\d.]+ +[\d.]+", difference)
+    assert "metrics/dense" not in difference
+    repository.run("git", "checkout", "--", ".")
+    repository.run("dvc", "checkout")
+
+    before = repository.cached()
+    repository.run("dvc", "exp", "run", "--queue", "--set-param", "pattern=2:4,4:8", "--set-param", "method=magnitude,wanda")
+    repository.run("dvc", "queue", "start")
+    repository.run("dvc", "exp", "run", "--run-all")  # returns when the queue's worker has nothing left to do
+    added = repository.cached() - before
+    weights = (repository.model / "model.safetensors").stat().st_size
+    assert added < weights  # four experiments, and no copy of the model
+
+    shown = json.loads(repository.run("dvc", "exp", "show", "--json"))
+    revisions = [(one["name"], one["revs"][0]["data"]) for branch in shown for one in branch["experiments"] or []]
+    names = {}
+    for name, data in revisions:
+        params = data["params"]["params.yaml"]["data"]
+        names[params["pattern"], params["method"]] = name
+        assert data["metrics"]["metrics/pruned/sparsity.json"]["data"] == {"sparsity": 0.5}
+    assert names.keys() >= {(pattern, method) for pattern in ("2:4", "4:8") for method in ("magnitude", "wanda")}
+
+    repository.run("dvc", "exp", "apply", names["4:8", "magnitude"])
+    shown_here = repository.run("wanda-dvc", "show")
+    assert "magnitude, sparsity 0.5, pattern 4:8" in shown_here
+    assert "models/pruned is still that of another experiment (wanda, sparsity 0.5" in shown_here
+    assert repository.repro() == {"apply"}
+    assert "another experiment" not in repository.run("wanda-dvc", "show")
+

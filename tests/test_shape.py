@@ -1,0 +1,94 @@
+"""One order, three views; a light command line; and a product that stands on its own."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_params
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from wanda_dvc.cli import app
+from wanda_dvc.stages import MODELS, PARTS, STAGES
+
+
+def wanda_dvc(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from wanda_dvc.cli import run; sys.argv[0] = 'wanda-dvc'; run()"
+    return subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_readme_dvc_yaml_modules_and_commands_name_the_same_stages_in_the_same_order():
+    dvc = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert list(dvc) == list(STAGES)
+    table = re.findall(r"^\| `([a-z-]+)`", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert table == list(STAGES)
+    modules = {path.stem.replace("_", "-") for path in (ROOT / "src/wanda_dvc/stages").glob("*.py")} - {"--init--"}
+    assert modules == set(STAGES)
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert commands[: len(STAGES)] == list(STAGES)
+
+
+def test_dvc_yaml_asks_for_the_versions_that_the_code_computes():
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for name, stage in stages.items():
+        command = stage.get("do", stage)["cmd"]
+        assert command.startswith(f"wanda-dvc {name}")
+        assert command.endswith(f"--version {STAGES[name]}")
+    assert tuple(stages["download"]["foreach"]) == PARTS
+    assert tuple(stages["perplexity"]["matrix"]["model"]) == MODELS
+
+
+def test_no_stage_depends_on_runtime_or_on_times():
+    text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    for stage in YAML(typ="safe").load(text)["stages"].values():
+        stage = stage.get("do", stage)
+        assert not any(str(param).startswith("runtime") for param in stage["params"] if "params" in stage) if "params" in stage else True
+        assert not any("times" in dep for dep in stage.get("deps", []))
+
+
+def test_the_command_line_loads_no_library_to_print_its_help():
+    code = "import sys, wanda_dvc.cli; print([m for m in ('torch', 'transformers', 'dvc', 'pydantic', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    shown = CliRunner().invoke(app, ["--help"]).output
+    assert "Stages, in the order of the pipeline" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "message"),
+    [
+        (["mask"], {"sparsity": 1.5}, "params.yaml: sparsity: got 1.5, expected < 1"),
+        (["mask"], {"pattern": "4:2"}, "params.yaml: pattern: got 4:2, expected n:m with n < m"),
+        (["mask"], {"sparsety": 1}, "params.yaml: sparsety: no such setting; did you mean sparsity?"),
+        (["mask", "--version", "7"], {}, "dvc.yaml: mask: version 7, this wanda-dvc computes version 1"),
+        (["mask"], {}, "models/dense/provenance.json: not there; run `dvc repro` or `wanda-dvc download model` first"),
+        (["stats"], {}, "stats/provenance.json: not there; run `dvc repro` or `wanda-dvc calibrate` first"),
+        (["perplexity", "thin"], {}, "got thin, expected dense, pruned"),
+        (["download", "weights"], {}, "got weights, expected model, calibration, perplexity, tasks"),
+    ],
+)
+def test_a_users_mistake_is_a_line_and_exit_2(tmp_path: Path, words: list[str], changes: dict, message: str):
+    write_params(tmp_path, tmp_path, **changes)
+    done = wanda_dvc(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_outside_a_project_it_says_so(tmp_path: Path):
+    done = wanda_dvc("show", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no params.yaml here or above" in done.stderr
+
+
+def test_a_defect_is_no_users_mistake(tmp_path: Path):
+    write_params(tmp_path, tmp_path)
+    (tmp_path / "models/dense").mkdir(parents=True)
+    (tmp_path / "models/dense/provenance.json").write_text('{"format": 1}')
+    (tmp_path / "stats").mkdir()
+    (tmp_path / "stats/provenance.json").write_text('{"format": 1}')
+    done = wanda_dvc("mask", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "`wanda-dvc --debug …` shows where" in done.stderr
+    assert "Traceback" in wanda_dvc("--debug", "mask", cwd=tmp_path).stderr

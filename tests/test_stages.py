@@ -1,0 +1,343 @@
+"""The stages on a tiny model, called as plain functions."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import save_tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wanda_dvc import results
+from wanda_dvc.artifacts import Project, read_masks, read_stats, write_json, write_masks
+from wanda_dvc.errors import UserError
+from wanda_dvc.stages import PARTS
+from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.download import download
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.perplexity import from_losses, perplexity
+from wanda_dvc.stages.zero_shot import load_task, zero_shot
+
+Make = Callable[..., Project]
+
+
+def fetch(project: Project, *parts: str) -> Project:
+    for part in parts or PARTS:
+        if part != "tasks":  # lm-eval's index takes seconds
+            download(project=project, part=part)
+    return project
+
+
+def prune(project: Project) -> Project:
+    calibrate(project=project)
+    mask(project=project)
+    apply(project=project)
+    return project
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- download ---
+
+
+def test_a_local_directory_is_taken_whole_and_nothing_else(project: Make, tiny: Path, tmp_path: Path):
+    source = shutil.copytree(tiny, tmp_path / "source")
+    (source / "pytorch_model.bin").write_bytes(b"a second copy in another format")
+    made = fetch(project(model=source), "model")
+    names = {path.name for path in made.model("dense").iterdir()}
+    assert names == {path.name for path in tiny.iterdir()} | {"provenance.json"}
+    assert (made.model("dense") / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
+def test_the_same_model_from_two_places_is_the_same_bytes(project: Make, tiny: Path, tmp_path: Path):
+    first = tree(fetch(project(), "model").model("dense"))
+    elsewhere = shutil.copytree(tiny, tmp_path / "elsewhere" / tiny.name)
+    assert tree(fetch(project(model=elsewhere), "model").model("dense")) == first
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "is no directory; name one that holds a Hugging Face model"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json, expected a Hugging Face model directory"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            "pytorch_model.bin.*expected model.safetensors or model.safetensors.index.json",
+        ),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"half"), "not a whole safetensors file"),
+    ],
+)
+def test_a_directory_that_is_no_model_says_what_is_missing(project: Make, tiny: Path, tmp_path: Path, spoil, message):
+    made = fetch(project(), "model")
+    before = tree(made.model("dense"))
+    spoil(shutil.copytree(tiny, tmp_path / "source"))
+    with pytest.raises(UserError, match=message):
+        fetch(project(model=tmp_path / "source"), "model")
+    assert tree(made.model("dense")) == before  # a failed stage leaves what was there
+
+
+def test_text_files_and_mirrors(project: Make, tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes("line\r\nend é".encode())
+    (tmp_path / "b.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    made = project(
+        calibration__text__source=str(tmp_path / "a.txt"),
+        perplexity__text__source=str(tmp_path / "b.jsonl"),
+        perplexity__text__column="body",
+    )
+    fetch(made, "calibration", "perplexity")
+    assert (made.text("calibration"), made.text("perplexity")) == ("line\r\nend é", "one\n\ntwo")
+    mirror = tmp_path / "mirror/Salesforce/wikitext/wikitext-2-raw-v1"
+    mirror.mkdir(parents=True)
+    (mirror / "validation.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
+    made = project(
+        calibration__text__source="wikitext2", calibration__text__split="validation", runtime__mirror=str(tmp_path / "mirror")
+    )
+    fetch(made, "calibration")
+    assert made.text("calibration") == "x y"
+    with pytest.raises(UserError, match="test.jsonl is not there; put the split there"):
+        fetch(project(perplexity__text__source="wikitext2", runtime__mirror=str(tmp_path / "mirror")), "perplexity")
+    with pytest.raises(UserError, match="runtime.mirror: not set"):
+        fetch(project(perplexity__text__source="wikitext2"), "perplexity")
+    with pytest.raises(UserError, match="line 1: found body, expected a column `text`"):
+        fetch(project(perplexity__text__source=str(tmp_path / "b.jsonl")), "perplexity")
+
+
+# --- calibrate, mask, apply ---
+
+
+@pytest.mark.parametrize("shard", ["1GB", "30KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_pruned_model_is_the_dense_one_with_zeros_where_the_masks_say(
+    project: Make, tmp_path: Path, shard: str, dtype: torch.dtype, tied: bool
+):
+    source = save_tiny_model(tmp_path / "source", dtype=dtype, shard=shard, tie_word_embeddings=tied)
+    made = prune(fetch(project(model=source)))
+    keeps = {f"{name}.weight": keep for block in range(4) for name, keep in read_masks(made.masks, block).items()}
+    assert len(keeps) == 4 * 7
+    shards = sorted(source.glob("*.safetensors"))
+    assert (len(shards) > 1) == (shard == "30KB")
+    for path in shards:
+        dense, pruned = load_file(path), load_file(made.model("pruned") / path.name)
+        assert list(dense) == list(pruned)
+        for name, weight in dense.items():
+            expected = weight * keeps[name] if name in keeps else weight
+            assert pruned[name].dtype == dtype
+            assert torch.equal(pruned[name], expected)
+    model = AutoModelForCausalLM.from_pretrained(made.model("pruned"))
+    tokenizer = AutoTokenizer.from_pretrained(made.model("pruned"))
+    out = model.generate(**tokenizer("ab", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert out.shape[1] <= 5
+    assert json.loads(made.metrics("pruned", "sparsity").read_text()) == {"sparsity": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "loops"),
+    [
+        ({"sparsity": 0.3}, lambda score: oracle.keep_by_row(score, int(len(score[0]) * 0.3))),
+        ({"group": "layer"}, lambda score: oracle.keep_by_layer(score, len(score) * len(score[0]) // 2)),
+        ({"pattern": "2:4"}, lambda score: oracle.keep_n_of_m(score, 2, 4)),
+    ],
+)
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_masks_are_those_of_the_loops(project: Make, tiny: Path, method: str, changes: dict, loops):
+    made = fetch(project(method=method, **changes))
+    calibrate(project=made)
+    mask(project=made)
+    weights = load_file(tiny / "model.safetensors")
+    inputs, readers = read_stats(made.stats, 2)
+    keeps = read_masks(made.masks, 2)
+    for source, names in readers.items():
+        for name in names:
+            norm = inputs[source].norm.tolist()
+            score = oracle.scores(weights[f"{name}.weight"].tolist(), [norm] if method == "wanda" else None)
+            assert keeps[name].tolist() == loops(score)
+
+
+def test_a_mask_costs_one_bit_a_weight(tmp_path: Path):
+    keep = torch.rand(64, 1001) > 0.5
+    write_masks(tmp_path, 0, {"a.linear": keep})
+    assert torch.equal(read_masks(tmp_path, 0)["a.linear"], keep)
+    assert next(tmp_path.iterdir()).stat().st_size < 64 * 126 + 500
+
+
+def test_a_stage_run_twice_writes_the_same_bytes(project: Make):
+    made = prune(fetch(project()))
+    first = {place: tree(place) for place in (made.stats, made.masks, made.model("pruned"))}
+    prune(made)
+    assert {place: tree(place) for place in first} == first
+    assert not list((made.root / ".dvc/tmp/wanda-dvc").iterdir())  # and leaves no work behind
+
+
+def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(project: Make, monkeypatch: pytest.MonkeyPatch):
+    from wanda_dvc.stages import calibrate as module
+
+    made = fetch(project())
+    calibrate(project=made)
+    whole = tree(made.stats)
+    real, written = module.write_stats, []
+
+    def killed(folder, block, *rest):
+        if block == 2:
+            raise KeyboardInterrupt
+        written.append(block)
+        real(folder, block, *rest)
+
+    monkeypatch.setattr(module, "write_stats", killed)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(project=made)
+    assert tree(made.stats) == whole  # the earlier output stands until the new one is whole
+    monkeypatch.setattr(module, "write_stats", lambda folder, block, *rest: (written.append(block), real(folder, block, *rest)))
+    calibrate(project=made)
+    assert written == [0, 1, 2, 3]
+    assert tree(made.stats) == whole
+
+
+def test_statistics_of_another_model_are_refused(project: Make, tmp_path: Path):
+    made = prune(fetch(project()))
+    other = fetch(project(model=save_tiny_model(tmp_path / "other", seed=1)), "model")
+    with pytest.raises(UserError, match=r"stats/: measured on .*, expected other, the model in models/dense"):
+        mask(project=other)
+    with pytest.raises(UserError, match=r"masks/: made for .*, expected other"):
+        apply(project=other)
+    with pytest.raises(UserError, match=r"stats/: measured on .*, expected other"):
+        results.stats(project=made, layer=0, as_json=False)
+
+
+def test_an_m_that_does_not_divide_the_inputs_is_refused_before_the_work(project: Make):
+    made = fetch(project(pattern="3:6"))
+    message = r"pattern: got 3:6, but model.layers.0.self_attn.q_proj has 32 inputs and 23 more, expected a multiple of 6"
+    with pytest.raises(UserError, match=message):
+        calibrate(project=made)
+    assert not made.stats.exists()
+
+
+def test_weights_that_are_not_finite_are_refused(project: Make, tiny: Path, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
+    model.save_pretrained(tmp_path / "broken")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny / name, tmp_path / "broken" / name)
+    made = fetch(project(model=tmp_path / "broken", method="magnitude"))
+    calibrate(project=made)
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj: scores that are not finite"):
+        mask(project=made)
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(project: Make):
+    made = project()
+    with pytest.raises(UserError, match=r"models/dense/provenance.json: not there; run .* `wanda-dvc download model`"):
+        calibrate(project=made)
+    with pytest.raises(UserError, match=r"masks/provenance.json: not there"):
+        apply(project=fetch(made, "model"))
+
+
+# --- evaluation ---
+
+
+def test_perplexity_is_that_of_the_whole_model(project: Make, tiny: Path):
+    made = fetch(project(perplexity__length=50, perplexity__windows=6))
+    perplexity(project=made, model="dense")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    tokens = torch.tensor(tokenizer(made.text("perplexity"))["input_ids"])
+    with torch.no_grad():
+        losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in tokens[:300].view(6, 50)]
+    details = json.loads(made.details("dense", "perplexity").read_text())
+    np.testing.assert_allclose(details["losses"], losses, rtol=1e-5)
+    value = json.loads(made.metrics("dense", "perplexity").read_text())["perplexity"]
+    assert value == pytest.approx(math.exp(sum(losses) / 6), rel=1e-4)
+    assert details["protocol"]["windows"] == 6
+
+
+@pytest.mark.parametrize("losses", [[1.0, math.inf], [math.nan], [800.0, 900.0]])
+def test_a_perplexity_that_overflows_has_diverged(project: Make, losses: list[float], tmp_path: Path):
+    assert from_losses(losses) == "diverged"
+    made = fetch(project(), "model")
+    write_json(made.metrics("pruned", "perplexity"), {"perplexity": from_losses(losses)})
+    assert "diverged" in results.show(project=made)
+
+
+def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: Path):
+    """Each choice's log-likelihood, against the whole model's; prompts are those of lm-eval's own definition."""
+    made = fetch(project(), "model")
+    folder = made.data("tasks") / "piqa"
+    folder.mkdir(parents=True)
+    items = [{"goal": "To sit", "sol1": "take a chair.", "sol2": "take a cloud.", "label": 0}]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items * 2))
+    definition = {"task": "piqa", "source": "x", "role": "validation", "sha256": "", "lm_eval": "", "definition": "piqa/piqa.yaml"}
+    write_json(folder / "provenance.json", {"format": 1, **definition})
+    zero_shot(project=made, model="dense", task="piqa")
+    answers = json.loads(made.details("dense", "zero_shot/piqa").read_text())["items"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    for choice, found in zip(("take a chair.", "take a cloud."), answers[0]["loglikelihoods"], strict=True):
+        context = tokenizer("Question: To sit\nAnswer:")["input_ids"]
+        wanted = tokenizer(f" {choice}")["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([context + wanted])).logits[0].log_softmax(-1)
+        expected = sum(logits[len(context) + i - 1, token].item() for i, token in enumerate(wanted))
+        assert found == pytest.approx(expected, rel=1e-4)
+    numbers = json.loads(made.metrics("dense", "zero_shot/piqa").read_text())
+    assert numbers["acc"] == float(answers[0]["answer"] == 0)
+    assert set(numbers) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+
+
+@pytest.mark.parametrize(
+    ("definition", "role", "place"),
+    [
+        ("piqa/piqa.yaml", "validation", "baber/piqa/validation"),
+        ("hellaswag/hellaswag.yaml", "validation", "Rowan/hellaswag/validation"),
+        ("arc/arc_easy.yaml", "test", "allenai/ai2_arc/ARC-Easy/test"),
+        ("super_glue/boolq/default.yaml", "validation", "aps/super_glue/boolq/validation"),
+        ("glue/rte/default.yaml", "validation", "nyu-mll/glue/rte/validation"),
+    ],
+)
+def test_samples_run_through_lm_evals_own_definitions(definition: str, role: str, place: str):
+    from conftest import ROOT
+
+    task = load_task(definition, role, ROOT / f"src/wanda_dvc/embedded/tasks/{place}.jsonl")
+    docs = list(task.eval_docs)
+    assert len(docs) == 48
+    assert all(0 <= task.doc_to_target(doc) < len(task.doc_to_choice(doc)) for doc in docs)
+    assert all(task.doc_to_text(doc).strip() for doc in docs)
+
+
+# --- results ---
+
+
+def test_show_says_whose_model_is_in_the_workspace(project: Make):
+    made = prune(fetch(project(), "model", "calibration"))
+    assert "another experiment" not in results.show(project=made)
+    changed = project(sparsity=0.7)
+    assert "params.yaml asks for sparsity=0.7, which has not run" in results.show(project=changed)
+    mask(project=changed)  # as `dvc exp apply` leaves it: these masks, that model
+    shown = results.show(project=changed)
+    assert "models/pruned is still that of another experiment (wanda, sparsity 0.5, pattern unstructured)" in shown
+    apply(project=changed)
+    assert "another experiment" not in results.show(project=changed)
+
+
+def test_stats_are_a_summary_of_the_norms(project: Make):
+    made = fetch(project(), "model", "calibration")
+    calibrate(project=made)
+    records = json.loads(results.stats(project=made, layer=1, as_json=True))
+    inputs, _ = read_stats(made.stats, 1)
+    assert [record["linears"][0] for record in records] == list(inputs)
+    for record, x in zip(records, inputs.values(), strict=True):
+        norm = sorted(enumerate(x.norm.tolist()), key=lambda pair: -pair[1])
+        assert [(f["index"], f["norm"]) for f in record["largest"]] == norm[:5]
+        assert record["max"] == norm[0][1]
+        assert record["median"] == pytest.approx(float(np.median(x.norm)))
+        assert record["outliers"] == pytest.approx(sum(v > 6 * record["median"] for _, v in norm) / len(norm))
+    assert len(json.loads(results.stats(project=made, layer=None, as_json=True))) == 4 * 4
+    with pytest.raises(UserError, match="--layer: got 4, expected 0 to 3: the model has 4 blocks"):
+        results.stats(project=made, layer=4, as_json=False)
