@@ -24,7 +24,9 @@ from wanda_dvc.artifacts import Project  # noqa: E402
 ROOT = Path(__file__).parent.parent
 
 
-def save_tiny_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "1GB", **config: Any) -> Path:
+def save_tiny_model(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "1GB", **config: Any
+) -> Path:
     """A random Llama of four blocks with grouped queries, and a tokenizer that knows bytes."""
     torch.manual_seed(seed)
     shape = {

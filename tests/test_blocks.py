@@ -66,7 +66,9 @@ def test_statistics_are_those_of_plain_hooks(checkpoint: Path, tmp_path: Path):
     seen: dict[str, list[torch.Tensor]] = {}
     linears = {name: module for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)}
     for name, module in linears.items():
-        module.register_forward_hook(lambda _, args, __, name=name: seen.setdefault(f"model.{name}", []).append(args[0][0]))
+        module.register_forward_hook(
+            lambda _, args, __, name=name: seen.setdefault(f"model.{name}", []).append(args[0][0])
+        )
     tokens = windows()
     with torch.no_grad():
         for row in tokens:
@@ -75,7 +77,7 @@ def test_statistics_are_those_of_plain_hooks(checkpoint: Path, tmp_path: Path):
     found = {}
     for recorder in recorders:
         for source, readers in recorder.readers.items():
-            found |= {reader: recorder.stats[source] for reader in readers}
+            found |= dict.fromkeys(readers, recorder.stats[source])
     assert found.keys() == seen.keys()
     for name, stats in found.items():
         inputs = torch.cat(seen[name]).double()

@@ -17,7 +17,12 @@ TASKS = {
         lambda row: row["label"],
         4,
     ),
-    "arc_easy": ("allenai/ai2_arc/ARC-Easy/test", {"id", "question", "choices", "answerKey"}, lambda row: row["answerKey"], 4),
+    "arc_easy": (
+        "allenai/ai2_arc/ARC-Easy/test",
+        {"id", "question", "choices", "answerKey"},
+        lambda row: row["answerKey"],
+        4,
+    ),
     "boolq": ("aps/super_glue/boolq/validation", {"question", "passage", "idx", "label"}, lambda row: row["label"], 2),
     "rte": ("nyu-mll/glue/rte/validation", {"sentence1", "sentence2", "label", "idx"}, lambda row: row["label"], 2),
 }
@@ -35,7 +40,9 @@ def test_samples_are_balanced_and_in_the_benchmarks_schema(task: str):
     assert all(set(item) == columns for item in items)
     counts = Counter(gold(item) for item in items)
     assert set(counts.values()) == {len(items) // answers}
-    assert len({json.dumps({k: v for k, v in item.items() if k not in ("idx", "id", "ind")}) for item in items}) == len(items)
+    assert len({json.dumps({k: v for k, v in item.items() if k not in ("idx", "id", "ind")}) for item in items}) == len(
+        items
+    )
 
 
 def test_the_two_texts_share_no_passage():

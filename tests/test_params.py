@@ -31,8 +31,14 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
             "set sparsity=0.5 or pattern=unstructured",
         ),
         ({"sparsty": 0.5}, "params.yaml: sparsty: no such setting; did you mean sparsity?"),
-        ({"model": "some/where"}, "params.yaml: model: got some/where, expected `package:NAME==VERSION` or an absolute directory"),
-        ({"runtime__device": "gpu"}, "params.yaml: runtime.device: got gpu, expected auto (cuda where there is one), cpu, cuda, cuda:1 or mps"),
+        (
+            {"model": "some/where"},
+            "params.yaml: model: got some/where, expected `package:NAME==VERSION` or an absolute directory",
+        ),
+        (
+            {"runtime__device": "gpu"},
+            "params.yaml: runtime.device: got gpu, expected auto (cuda where there is one), cpu, cuda, cuda:1 or mps",
+        ),
         (
             {"calibration__text__split": "test"},
             "params.yaml: calibration.text: got the text that perplexity is measured on (embedded, test), "

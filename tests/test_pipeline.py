@@ -145,7 +145,10 @@ def test_a_stage_of_another_version_is_refused(repository: Repository):
 
 def test_experiments(repository: Repository):
     """One in the workspace, a grid in the queue; compared, shown, applied."""
-    assert ran(repository.run("dvc", "exp", "run", "--name", "two-of-four", "--set-param", "pattern=2:4")) == PRUNE | EVALUATE
+    assert (
+        ran(repository.run("dvc", "exp", "run", "--name", "two-of-four", "--set-param", "pattern=2:4"))
+        == PRUNE | EVALUATE
+    )
     assert "pattern: 2:4" in (repository.root / "params.yaml").read_text()
     difference = repository.run("dvc", "metrics", "diff")
     assert re.search(r"metrics/pruned/perplexity.json +perplexity +[\d.]+ +[\d.]+", difference)
@@ -154,7 +157,9 @@ def test_experiments(repository: Repository):
     repository.run("dvc", "checkout")
 
     before = repository.cached()
-    repository.run("dvc", "exp", "run", "--queue", "--set-param", "pattern=2:4,4:8", "--set-param", "method=magnitude,wanda")
+    repository.run(
+        "dvc", "exp", "run", "--queue", "--set-param", "pattern=2:4,4:8", "--set-param", "method=magnitude,wanda"
+    )
     repository.run("dvc", "queue", "start")
     repository.run("dvc", "exp", "run", "--run-all")  # returns when the queue's worker has nothing left to do
     added = repository.cached() - before
@@ -176,4 +181,3 @@ def test_experiments(repository: Repository):
     assert "models/pruned is still that of another experiment (wanda, sparsity 0.5" in shown_here
     assert repository.repro() == {"apply"}
     assert "another experiment" not in repository.run("wanda-dvc", "show")
-

@@ -100,7 +100,9 @@ def test_text_files_and_mirrors(project: Make, tmp_path: Path):
     mirror.mkdir(parents=True)
     (mirror / "validation.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
     made = project(
-        calibration__text__source="wikitext2", calibration__text__split="validation", runtime__mirror=str(tmp_path / "mirror")
+        calibration__text__source="wikitext2",
+        calibration__text__split="validation",
+        runtime__mirror=str(tmp_path / "mirror"),
     )
     fetch(made, "calibration")
     assert made.text("calibration") == "x y"
@@ -176,10 +178,12 @@ def test_a_stage_run_twice_writes_the_same_bytes(project: Make):
     first = {place: tree(place) for place in (made.stats, made.masks, made.model("pruned"))}
     prune(made)
     assert {place: tree(place) for place in first} == first
-    assert not list((made.root / ".dvc/tmp/wanda-dvc").iterdir())  # and leaves no work behind
+    assert not [path for path in (made.root / ".dvc/tmp/wanda-dvc").iterdir() if path.is_dir()]  # leaves no work behind
 
 
-def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(project: Make, monkeypatch: pytest.MonkeyPatch):
+def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(
+    project: Make, monkeypatch: pytest.MonkeyPatch
+):
     from wanda_dvc.stages import calibrate as module
 
     made = fetch(project())
@@ -197,10 +201,52 @@ def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(proje
     with pytest.raises(KeyboardInterrupt):
         calibrate(project=made)
     assert tree(made.stats) == whole  # the earlier output stands until the new one is whole
-    monkeypatch.setattr(module, "write_stats", lambda folder, block, *rest: (written.append(block), real(folder, block, *rest)))
+    monkeypatch.setattr(
+        module, "write_stats", lambda folder, block, *rest: (written.append(block), real(folder, block, *rest))
+    )
     calibrate(project=made)
     assert written == [0, 1, 2, 3]
     assert tree(made.stats) == whole
+
+
+def test_work_lies_in_the_repository_that_dvc_was_started_in(project: Make, tmp_path: Path, monkeypatch):
+    """A queued experiment's checkout is gone when it fails; `DVC_ROOT` names the repository that stays."""
+    made = project()
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "repository"))
+    with made.work({"a": 1}) as work:
+        assert work.path.is_relative_to(tmp_path / "repository/.dvc/tmp/wanda-dvc")
+        assert Project.find(made.root) == made  # and what is written goes to the checkout
+
+
+def test_two_runs_with_the_same_inputs_do_not_work_in_one_place(project: Make):
+    from filelock import FileLock, Timeout
+
+    with project().work({"a": 1}) as work, pytest.raises(Timeout):
+        FileLock(f"{work.path}.lock", is_singleton=False).acquire(timeout=0)
+
+
+@pytest.mark.parametrize("finished", [0, 2])
+def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pytest.MonkeyPatch, finished: int):
+    from wanda_dvc.stages import perplexity as module
+
+    made = fetch(project(), "model", "perplexity")
+    perplexity(project=made, model="dense")
+    whole = made.details("dense", "perplexity").read_bytes()
+    real, measured = module.window_loss, []
+
+    def killed(*words):
+        if len(measured) == finished:
+            raise KeyboardInterrupt
+        measured.append(real(*words))
+        return measured[-1]
+
+    monkeypatch.setattr(module, "window_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        perplexity(project=made, model="dense")
+    monkeypatch.setattr(module, "window_loss", lambda *words: measured.append(real(*words)) or measured[-1])
+    perplexity(project=made, model="dense")
+    assert len(measured) == 4
+    assert made.details("dense", "perplexity").read_bytes() == whole
 
 
 def test_statistics_of_another_model_are_refused(project: Make, tmp_path: Path):
@@ -216,7 +262,9 @@ def test_statistics_of_another_model_are_refused(project: Make, tmp_path: Path):
 
 def test_an_m_that_does_not_divide_the_inputs_is_refused_before_the_work(project: Make):
     made = fetch(project(pattern="3:6"))
-    message = r"pattern: got 3:6, but model.layers.0.self_attn.q_proj has 32 inputs and 23 more, expected a multiple of 6"
+    message = (
+        r"pattern: got 3:6, but model.layers.0.self_attn.q_proj has 32 inputs and 23 more, expected a multiple of 6"
+    )
     with pytest.raises(UserError, match=message):
         calibrate(project=made)
     assert not made.stats.exists()
@@ -274,7 +322,14 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: P
     folder.mkdir(parents=True)
     items = [{"goal": "To sit", "sol1": "take a chair.", "sol2": "take a cloud.", "label": 0}]
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items * 2))
-    definition = {"task": "piqa", "source": "x", "role": "validation", "sha256": "", "lm_eval": "", "definition": "piqa/piqa.yaml"}
+    definition = {
+        "task": "piqa",
+        "source": "x",
+        "role": "validation",
+        "sha256": "",
+        "lm_eval": "",
+        "definition": "piqa/piqa.yaml",
+    }
     write_json(folder / "provenance.json", {"format": 1, **definition})
     zero_shot(project=made, model="dense", task="piqa")
     answers = json.loads(made.details("dense", "zero_shot/piqa").read_text())["items"]

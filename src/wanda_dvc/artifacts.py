@@ -5,10 +5,12 @@ Every artifact is safetensors or JSON, written beside its place and renamed, and
 and the versions of the libraries that computed it. Nothing in it depends on time, host or path.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,8 +42,8 @@ class Project:
 
     @classmethod
     def find(cls, start: Path | None = None) -> "Project":
-        """The project that holds `start`: under DVC its root, else the nearest folder with a `params.yaml`."""
-        start = (start or Path(os.environ.get("DVC_ROOT") or Path.cwd())).resolve()
+        """The project that holds `start` (by default this folder): the nearest one with a `params.yaml`."""
+        start = (start or Path.cwd()).resolve()  # not DVC_ROOT: in a queued experiment that is another checkout
         for folder in (start, *start.parents):
             if (folder / "params.yaml").is_file():
                 return cls(folder)
@@ -83,9 +85,28 @@ class Project:
         """Seconds and machine of a stage's last run."""
         return self.root / "metrics" / "times" / f"{stage}.json"
 
-    def work(self, made_from: Json) -> "Work":
-        """Where a stage keeps unfinished work: one place for each set of inputs, parameters and versions."""
-        return Work(self.root / ".dvc" / "tmp" / "wanda-dvc" / digest(made_from)[:32])
+    @contextlib.contextmanager
+    def work(self, made_from: Json) -> Iterator["Work"]:
+        """Where a stage keeps unfinished work: one place for each set of inputs, parameters and versions.
+
+        Under DVC it lies in the repository that DVC was started in, not in the temporary checkout of a queued
+        experiment, which is gone when the experiment fails. One process at a time works there.
+        """
+        from filelock import FileLock, Timeout
+
+        root = Path(os.environ.get("DVC_ROOT") or self.root)
+        path = root / ".dvc" / "tmp" / "wanda-dvc" / digest(made_from)[:32]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print("waiting for another run with the same inputs and parameters …", file=sys.stderr, flush=True)
+            lock.acquire()
+        try:
+            yield Work(path)
+        finally:
+            lock.release()
 
 
 @dataclass(frozen=True)
@@ -117,12 +138,15 @@ class Work:
 
 def publish(source: Path, target: Path) -> None:
     """Move a finished directory to its place; what was there goes only once the new one is ready."""
+    beside = target.with_name(target.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(source, beside)  # a rename, but for work that lies on another file system
     if target.is_symlink() or target.is_file():
         target.unlink()
     elif target.exists():
         shutil.rmtree(target)
-    os.replace(source, target)
+    beside.replace(target)
 
 
 def digest(content: object) -> str:
@@ -140,7 +164,7 @@ def write_json(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def read_json(path: Path, made_by: str) -> Any:
@@ -192,7 +216,7 @@ def write_stats(folder: Path, block: int, stats: "dict[str, InputStats]", reader
     `NAME.sum_squares` and `NAME.sum` (float64 [in]) and `NAME.count` (int64); who reads it is in the header."""
     import torch
 
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, x in stats.items():
         tensors |= {f"{name}.sum_squares": x.sum_squares, f"{name}.sum": x.sum, f"{name}.count": torch.tensor(x.count)}
     _save(block_file(folder, block), tensors, {"readers": json.dumps(readers)})
@@ -246,7 +270,7 @@ def _save(path: Path, tensors: "dict[str, Tensor]", header: dict[str, str]) -> N
 
     beside = path.with_name(path.name + ".part")
     save_file(tensors, beside, header)
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def _load(path: Path, made_by: str) -> "tuple[dict[str, Tensor], dict[str, str]]":
@@ -254,7 +278,7 @@ def _load(path: Path, made_by: str) -> "tuple[dict[str, Tensor], dict[str, str]]
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except FileNotFoundError:
         raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first") from None
     except SafetensorError as error:

@@ -11,7 +11,6 @@ block is called with is recorded from the model's own forward pass.
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -128,7 +127,7 @@ class Decoder:
         """Every block's forward is `replacement(index, *args, **kwargs)`, whatever happens restored."""
         try:
             for index, block in enumerate(self.blocks):
-                block.forward = partial(replacement, index)  # type: ignore[method-assign]
+                block.forward = partial(replacement, index)
             yield
         finally:
             for block in self.blocks:
@@ -205,7 +204,10 @@ class Decoder:
             result = (given,) if self._returns_tuple else given
 
             with self._instead_of_blocks(lambda *args, result=result, **kwargs: result):
-                yield positions, self.model(input_ids=tokens[None, positions].to(self.device), use_cache=False).logits[0]
+                yield (
+                    positions,
+                    self.model(input_ids=tokens[None, positions].to(self.device), use_cache=False).logits[0],
+                )
 
     # --- many windows ---
 
@@ -292,7 +294,7 @@ class HiddenStates:
         self.finished += 1
         beside = self.folder / "progress.part"
         beside.write_text(json.dumps({"finished": self.finished, "boot": _boot()}))
-        os.replace(beside, self.folder / "progress.json")
+        beside.replace(self.folder / "progress.json")
 
 
 @dataclass

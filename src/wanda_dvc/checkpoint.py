@@ -38,7 +38,7 @@ class Checkpoint:
                 f"{self.folder}: found {found}, expected {SINGLE} or {INDEX}; "
                 "weights in another format must be saved as safetensors first"
             )
-        return {name: self.folder / SINGLE for name in self._open(self.folder / SINGLE).keys()}
+        return dict.fromkeys(self._open(self.folder / SINGLE).keys(), self.folder / SINGLE)
 
     @property
     def shards(self) -> list[Path]:

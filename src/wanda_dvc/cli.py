@@ -36,7 +36,6 @@ def main(
         if not directory.is_dir():
             raise typer.BadParameter(f"{directory} is no directory", param_hint="--directory")
         os.chdir(directory)
-        os.environ.pop("DVC_ROOT", None)
     os.environ["WANDA_DVC_DEBUG"] = "1" if debug else ""
 
 
@@ -100,9 +99,7 @@ def apply(version: Version = None) -> None:
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
-def perplexity(
-    model: Annotated[str, typer.Argument(help="dense or pruned")], version: Version = None
-) -> None:
+def perplexity(model: Annotated[str, typer.Argument(help="dense or pruned")], version: Version = None) -> None:
     """Measure a model's perplexity on a text."""
     from wanda_dvc.stages import MODELS
     from wanda_dvc.stages.perplexity import perplexity as stage
@@ -147,8 +144,10 @@ def stats(
 
 
 def _one_of(what: str, given: str, known: tuple[str, ...]) -> None:
+    from wanda_dvc.errors import UserError
+
     if given not in known:
-        raise typer.BadParameter(f"got {given}, expected {', '.join(known)}", param_hint=what)
+        raise UserError(f"{what}: got {given}, expected {', '.join(known)}")
 
 
 def run() -> None:

@@ -69,7 +69,11 @@ class ZeroShot(_Section):
 class Runtime(_Section):
     """What changes how fast a result comes, and not the result. No stage depends on it."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="auto (cuda where there is one), cpu, cuda, cuda:1 or mps")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
+        description="auto (cuda where there is one), cpu, cuda, cuda:1 or mps",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; null: as many as there are cores")
     batch_size: int = Field(16, ge=1, description="rows at a time in zero-shot evaluation")
     mirror: str | None = Field(

@@ -33,7 +33,9 @@ def show(*, project: Project) -> str:
     means = [
         sum(values) / len(values) if len(values) == len(params.tasks.names) else None for values in accuracies.values()
     ]
-    rows.append(["mean, acc %", *(f"{100 * mean:.1f}" if mean is not None else "–" for mean in means), _retained(*means)])
+    rows.append(
+        ["mean, acc %", *(f"{100 * mean:.1f}" if mean is not None else "–" for mean in means), _retained(*means)]
+    )
     sparsity = _load(project.metrics("pruned", "sparsity")).get("sparsity")
     rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
     parts = [_title(project), tabulate(rows, ["", "dense", "pruned", "pruned / dense"], tablefmt="github")]
@@ -127,7 +129,15 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
         ]
         for record in records
     ]
-    headers = ["block", "input of", "mean", "median", "largest", f"> {OUTLIER} × median", "largest features (index: norm)"]
+    headers = [
+        "block",
+        "input of",
+        "mean",
+        "median",
+        "largest",
+        f"> {OUTLIER} × median",
+        "largest features (index: norm)",
+    ]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -154,7 +164,8 @@ def _summary(block: int, linears: list[str], norm: Any) -> dict[str, Any]:
         "max": norm.max().item(),
         "outliers": (norm > OUTLIER * median).float().mean().item(),
         "largest": [
-            {"index": index, "norm": value} for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            {"index": index, "norm": value}
+            for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         ],
     }
 

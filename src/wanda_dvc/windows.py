@@ -28,7 +28,7 @@ def tokenize(text: str, tokenizer: Any) -> Int[Tensor, " tokens"]:
 
 
 def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int) -> Int[Tensor, "samples length"]:
-    """Windows at random places, as the Wanda authors draw them: `randint(0, tokens − length − 1)` after `seed(seed)`."""
+    """Windows at random places, as the Wanda authors draw them: `randint(0, tokens − length − 1)` from `seed`."""
     if len(tokens) <= length:
         raise UserError(
             f"calibration text: {len(tokens)} tokens, expected more than {length} (calibration.length); "

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from wanda_dvc.artifacts import Project, write_json
@@ -79,7 +80,7 @@ def _peak_memory() -> int:
 
 
 def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
         for line in file:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()

@@ -26,7 +26,8 @@ tags: [pruned, wanda-dvc]
 ---
 # {source}, pruned
 
-{percent:g} % of the weights in the linear layers of every block are zero; embeddings, norms and output head are unchanged.
+{percent:g} % of the weights in the linear layers of every block are zero; embeddings, norms and output head are
+unchanged.
 
 | what | value |
 | --- | --- |
@@ -58,47 +59,48 @@ def apply(*, project: Project) -> None:
     checkpoint = Checkpoint(project.model("dense"))
     # What the masks say and no more: versions of this run's libraries would make other bytes of the same model.
     made_from = masks | {"kind": "model", "masks": digest(masks)}
-    work = project.work(made_from)
-    out = work.fresh()
-    skipped = shutil.ignore_patterns(PROVENANCE, "README.md")
-    shutil.copytree(checkpoint.folder, out, ignore=skipped, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    places = {
-        name: (out / shard.name, stored, shape, begin)
-        for shard in checkpoint.shards
-        for name, stored, shape, begin, _ in checkpoint.bytes_at(shard)
-    }
-    zeros: dict[str, tuple[int, int]] = {}
-    blocks = block_count(project.masks)
-    for block in progress(range(blocks), total=blocks, what="apply, blocks"):
-        for linear, keep in read_masks(project.masks, block).items():
-            path, stored, shape, begin = places[weight_name(checkpoint, linear)]
-            if tuple(shape) != tuple(keep.shape):
-                raise UserError(f"masks/: {linear} is {list(keep.shape)}, expected {shape}; run `wanda-dvc mask` again")
-            # As unsigned integers: a weight that stays keeps its bits, whatever the dtype.
-            bits = np.dtype({"F64": "u8", "F32": "u4", "BF16": "u2", "F16": "u2"}[stored])
-            weight = np.memmap(path, bits, "r+", offset=begin, shape=tuple(shape))
-            np.multiply(weight, keep.numpy(), out=weight)
-            magnitude = weight & bits.type(2 ** (8 * bits.itemsize - 1) - 1)
-            zeros[linear] = int(weight.size - np.count_nonzero(magnitude)), weight.size
-            weight.flush()
-    measured = sum(count for count, _ in zeros.values()) / sum(size for _, size in zeros.values())
-    params, calibration = masks["params"], masks["calibration"]
-    card = CARD.format(
-        source=dense["source"],
-        percent=round(100 * measured, 2),
-        measured=measured,
-        method=params["method"],
-        sparsity=params["sparsity"],
-        pattern=params["pattern"],
-        group=f", compared within a {params['group']}" if params["pattern"] == "unstructured" else "",
-        text=calibration["text"]["source"],
-        **{name: calibration[name] for name in ("samples", "length", "seed", "dtype")},
-    )
-    (out / "README.md").write_text(card, encoding="utf-8")
-    write_provenance(out, made_from)
-    work.publish(project.model("pruned"))
-    write_json(project.metrics("pruned", "sparsity"), {"sparsity": round(measured, 6)})
-    write_json(
-        project.details("pruned", "sparsity"),
-        {linear: round(count / size, 6) for linear, (count, size) in zeros.items()},
-    )
+    with project.work(made_from) as work:
+        out = work.fresh()
+        skipped = shutil.ignore_patterns(PROVENANCE, "README.md")
+        shutil.copytree(checkpoint.folder, out, ignore=skipped, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        places = {
+            name: (out / shard.name, stored, shape, begin)
+            for shard in checkpoint.shards
+            for name, stored, shape, begin, _ in checkpoint.bytes_at(shard)
+        }
+        zeros: dict[str, tuple[int, int]] = {}
+        blocks = block_count(project.masks)
+        for block in progress(range(blocks), total=blocks, what="apply, blocks"):
+            for linear, keep in read_masks(project.masks, block).items():
+                path, stored, shape, begin = places[weight_name(checkpoint, linear)]
+                if tuple(shape) != tuple(keep.shape):
+                    raise UserError(
+                        f"masks/: {linear} is {list(keep.shape)}, expected {shape}; run `wanda-dvc mask` again"
+                    )
+                # As unsigned integers: a weight that stays keeps its bits, whatever the dtype.
+                bits = np.dtype({"F64": "u8", "F32": "u4", "BF16": "u2", "F16": "u2"}[stored])
+                weight = np.memmap(path, bits, "r+", offset=begin, shape=tuple(shape))
+                np.multiply(weight, keep.numpy(), out=weight)
+                magnitude = weight & bits.type(2 ** (8 * bits.itemsize - 1) - 1)
+                zeros[linear] = int(weight.size - np.count_nonzero(magnitude)), weight.size
+        measured = sum(count for count, _ in zeros.values()) / sum(size for _, size in zeros.values())
+        params, calibration = masks["params"], masks["calibration"]
+        card = CARD.format(
+            source=dense["source"],
+            percent=round(100 * measured, 2),
+            measured=measured,
+            method=params["method"],
+            sparsity=params["sparsity"],
+            pattern=params["pattern"],
+            group=f", compared within a {params['group']}" if params["pattern"] == "unstructured" else "",
+            text=calibration["text"]["source"],
+            **{name: calibration[name] for name in ("samples", "length", "seed", "dtype")},
+        )
+        (out / "README.md").write_text(card, encoding="utf-8")
+        write_provenance(out, made_from)
+        work.publish(project.model("pruned"))
+        write_json(project.metrics("pruned", "sparsity"), {"sparsity": round(measured, 6)})
+        write_json(
+            project.details("pruned", "sparsity"),
+            {linear: round(count / size, 6) for linear, (count, size) in zeros.items()},
+        )

@@ -39,11 +39,11 @@ def calibrate(*, project: Project) -> None:
         device=torch.device(device_name(params.runtime)),
     )
     check_pattern(params.pattern, decoder.inputs())
-    work = project.work(made_from)
-    steps = decoder.walk(windows, work.path)
-    for step in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
-        recorder = InputRecorder()
-        step.advance(recorder)
-        write_stats(work.out, step.index, recorder.stats, recorder.readers)
-    write_provenance(work.out, made_from)
-    work.publish(project.stats)
+    with project.work(made_from) as work:
+        steps = decoder.walk(windows, work.path)
+        for step in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
+            recorder = InputRecorder()
+            step.advance(recorder)
+            write_stats(work.out, step.index, recorder.stats, recorder.readers)
+        write_provenance(work.out, made_from)
+        work.publish(project.stats)

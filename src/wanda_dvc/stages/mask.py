@@ -36,7 +36,8 @@ def mask(*, project: Project) -> None:
         )
     checkpoint = Checkpoint(project.model("dense"))
     blocks = block_count(project.stats)
-    linears = [name for block in range(blocks) for readers in read_stats(project.stats, block)[1].values() for name in readers]
+    readers = [read_stats(project.stats, block)[1] for block in range(blocks)]
+    linears = [name for block in readers for names in block.values() for name in names]
     check_pattern(params.pattern, {name: checkpoint.shape(weight_name(checkpoint, name))[1] for name in linears})
     made_from = describe(
         "masks",
@@ -60,15 +61,15 @@ def mask(*, project: Project) -> None:
             raise UserError(f"{name}: scores that are not finite; its weights or the activations it reads overflow")
         return select(score, sparsity=params.sparsity, pattern=params.pattern, group=params.group)
 
-    work = project.work(made_from)
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # partitioning holds no lock
-        for block in progress(range(blocks), total=blocks, what="mask, blocks"):
-            inputs, readers = read_stats(project.stats, block)
-            sources = {name: source for source, names in readers.items() for name in names}
-            keeps = dict(zip(sources, pool.map(lambda item: keep(item[0], inputs[item[1]]), sources.items()), strict=True))
-            write_masks(work.out, block, keeps)
-    write_provenance(work.out, made_from)
-    work.publish(project.masks)
+    with project.work(made_from) as work:
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # partitioning holds no lock
+            for block in progress(range(blocks), total=blocks, what="mask, blocks"):
+                inputs, names = read_stats(project.stats, block)
+                jobs = {name: pool.submit(keep, name, inputs[source]) for source in names for name in names[source]}
+                keeps = {name: job.result() for name, job in jobs.items()}
+                write_masks(work.out, block, keeps)
+        write_provenance(work.out, made_from)
+        work.publish(project.masks)
 
 
 def check_pattern(pattern: str, inputs: dict[str, int]) -> None:

@@ -1,6 +1,8 @@
 """Measure a model's perplexity on a text, through the engine."""
 
+import json
 import math
+from pathlib import Path
 
 import torch
 
@@ -33,18 +35,21 @@ def perplexity(*, project: Project, model: str) -> None:
         dtype=params.dtype,
         formula="exp(mean over windows of the mean loss of its length − 1 predictions)",
     )
-    work = project.work(protocol)
-    decoder = Decoder(folder, dtype=getattr(torch, params.dtype), device=torch.device(device_name(params.runtime)))
-    for step in progress(decoder.walk(windows, work.path), total=len(decoder.blocks), what=f"perplexity {model}, blocks"):
-        step.advance()
-    losses = []
-    for hidden, row in progress(
-        zip(decoder.outputs(windows, work.path), windows, strict=True), total=len(windows), what="output head, windows"
-    ):
-        losses.append(window_loss(decoder, hidden[None], row))
-    work.forget()
-    write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": [_finite(x) for x in losses]})
-    write_json(project.metrics(model, "perplexity"), {"perplexity": from_losses(losses)})
+    with project.work(protocol) as work:
+        decoder = Decoder(folder, dtype=getattr(torch, params.dtype), device=torch.device(device_name(params.runtime)))
+        for step in progress(
+            decoder.walk(windows, work.path), total=len(decoder.blocks), what=f"perplexity {model}, blocks"
+        ):
+            step.advance()
+        losses: list[float] = _read_losses(work.path / "losses.json")
+        rest = list(range(len(losses), len(windows)))
+        hidden = decoder.outputs(windows, work.path)
+        for row in progress(rest, total=len(rest), what="output head, windows"):
+            losses.append(window_loss(decoder, hidden[row : row + 1], windows[row]))
+            write_json(work.path / "losses.json", [_finite(loss) for loss in losses])
+        write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": [_finite(x) for x in losses]})
+        write_json(project.metrics(model, "perplexity"), {"perplexity": from_losses(losses)})
+        work.forget()
 
 
 def window_loss(decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor) -> float:
@@ -63,6 +68,12 @@ def from_losses(losses: list[float]) -> float | str:
     if not mean < math.log(torch.finfo(torch.float64).max):
         return DIVERGED
     return float(f"{math.exp(mean):.6g}")
+
+
+def _read_losses(path: Path) -> list[float]:
+    """The losses of the windows that a killed run had finished."""
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return [math.nan if loss == DIVERGED else loss for loss in stored]
 
 
 def _finite(loss: float) -> float | str:
