@@ -84,7 +84,8 @@ def _footnotes(project: Project) -> list[str]:
         notes.append(
             f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of {protocol['text']['source']} "
             f"(sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}. "
-            f"Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error."
+            f"Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error: "
+            "differences of less than two are within luck."
         )
     return notes
 
