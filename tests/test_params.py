@@ -32,8 +32,9 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ),
         ({"sparsty": 0.5}, "params.yaml: sparsty: no such setting; did you mean sparsity?"),
         (
-            {"model": "some/where"},
-            "params.yaml: model: got some/where, expected `package:NAME==VERSION` or an absolute directory",
+            {"model": "some/where/else"},
+            "params.yaml: model: got some/where/else, expected `package:NAME==VERSION`, an absolute directory "
+            "or a Hub id, `ORG/NAME`",
         ),
         (
             {"runtime__device": "gpu"},

@@ -16,7 +16,8 @@ from ruamel.yaml.error import YAMLError
 from wanda_dvc.errors import UserError
 from wanda_dvc.patterns import parse_pattern
 
-Split = Literal["train", "validation", "test"]
+NAMED_TEXTS = ("embedded", "wikitext2", "c4", "ptb")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?")
 
 
 class _Section(BaseModel):
@@ -26,9 +27,14 @@ class _Section(BaseModel):
 class Text(_Section):
     """A text, and how its rows are joined."""
 
-    source: str = Field(description="`embedded`, `wikitext2`, or an absolute path to a .txt or .jsonl file")
-    split: Split = Field(description="which split of `embedded` (train, test) or of `wikitext2`")
-    column: str = Field("text", min_length=1, description="the column of a .jsonl file that holds the text")
+    source: str = Field(
+        description="`embedded`, `wikitext2`, `c4`, `ptb`, the Hub id of a data set, or an absolute path to a .txt or "
+        ".jsonl file"
+    )
+    config: str | None = Field(None, description="which configuration of a Hub data set; null: its only one")
+    revision: str | None = Field(None, description="commit, tag or branch of a Hub data set; null: its main branch")
+    split: str = Field(min_length=1, description="which split of `embedded` (train, test) or of a data set")
+    column: str = Field("text", min_length=1, description="the column of a data set or .jsonl file that holds the text")
     join: str = Field(description="what stands between two rows")
 
 
@@ -84,13 +90,21 @@ class Runtime(_Section):
 class Params(_Section):
     """All of `params.yaml`."""
 
-    model: str = Field(description="`package:NAME==VERSION` with a GGUF file, or an absolute directory of safetensors")
+    model: str = Field(
+        description="`package:NAME==VERSION` with a GGUF file, an absolute directory of safetensors, or a Hub id, "
+        "`ORG/NAME@REVISION`"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="of the model when it runs")
     calibration: Calibration
     method: Literal["magnitude", "wanda"] = Field(description="what a weight is worth")
     sparsity: float = Field(ge=0, lt=1, description="the fraction of each linear's weights that go")
     pattern: str = Field("unstructured", description="`unstructured`, or `n:m`: n of every m neighbours stay")
     group: Literal["row", "layer"] = Field("row", description="the weights that compete; n:m brings its own")
+    propagation: Literal["dense", "pruned"] = Field(
+        "dense",
+        description="what a block is calibrated on: the outputs of dense blocks (cached), or of the blocks pruned so "
+        "far, as in the paper",
+    )
     perplexity: Perplexity
     tasks: Tasks
     zero_shot: ZeroShot = ZeroShot()
@@ -116,15 +130,18 @@ class Params(_Section):
                         f"params.yaml: sparsity: got {self.sparsity} with pattern {self.pattern}, "
                         f"expected {1 - n / m:g} (1 − n/m); set sparsity={1 - n / m:g} or pattern=unstructured"
                     )
-        if not self.model.startswith("package:") and not Path(self.model).is_absolute():
-            yield _problem("model", self.model, "`package:NAME==VERSION` or an absolute directory")
+        if not (self.model.startswith("package:") or Path(self.model).is_absolute() or HUB_ID.fullmatch(self.model)):
+            yield _problem(
+                "model", self.model, "`package:NAME==VERSION`, an absolute directory or a Hub id, `ORG/NAME`"
+            )
         calibration, perplexity = self.calibration.text, self.perplexity.text
         for name, text in (("calibration", calibration), ("perplexity", perplexity)):
-            if text.source == "embedded" and text.split == "validation":
+            if text.source == "embedded" and text.split not in ("train", "test"):
                 yield _problem(f"{name}.text.split", text.split, "train or test, the splits of the embedded text")
-            elif text.source not in ("embedded", "wikitext2"):
+            elif text.source not in NAMED_TEXTS and not HUB_ID.fullmatch(text.source):
                 if not Path(text.source).is_absolute():
-                    yield _problem(f"{name}.text.source", text.source, "`embedded`, `wikitext2` or an absolute path")
+                    expected = f"{', '.join(NAMED_TEXTS)}, a Hub id (ORG/NAME) or an absolute path"
+                    yield _problem(f"{name}.text.source", text.source, expected)
                 elif Path(text.source).suffix not in (".txt", ".jsonl"):
                     yield _problem(f"{name}.text.source", text.source, "a file that ends in .txt or .jsonl")
         same_split = calibration.split == perplexity.split or Path(calibration.source).is_absolute()
