@@ -166,6 +166,72 @@ def test_masks_are_those_of_the_loops(project: Make, tiny: Path, method: str, ch
             assert keeps[name].tolist() == loops(score)
 
 
+def masks_of_the_papers_procedure(folder: Path, windows: torch.Tensor, sparsity: float) -> dict[str, list[list[bool]]]:
+    """Block by block, on the whole model as transformers runs it, with plain hooks and the loops."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    keeps = {}
+    for block in model.model.layers:
+        squares: dict[str, torch.Tensor] = {}
+        linears = {name: m for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+        hooks = [
+            m.register_forward_hook(
+                lambda _, args, __, name=name, squares=squares: squares.update(
+                    {name: squares.get(name, 0) + (args[0][0].double() ** 2).sum(0)}
+                )
+            )
+            for name, m in linears.items()
+        ]
+        with torch.no_grad():
+            for row in windows:
+                model(input_ids=row[None])
+        for hook in hooks:
+            hook.remove()
+        for name, linear in linears.items():
+            score = oracle.scores(linear.weight.tolist(), [squares[name].sqrt().tolist()])
+            keep = oracle.keep_by_row(score, int(len(score[0]) * sparsity))
+            linear.weight.data *= torch.tensor(keep)
+            keeps[f"model.layers.{block.self_attn.layer_idx}.{name}"] = keep
+    return keeps
+
+
+@pytest.mark.parametrize("killed", [None, 0, 2])
+def test_propagation_pruned_is_the_papers_procedure(project: Make, tiny: Path, monkeypatch, killed: int | None):
+    from wanda_dvc.stages import mask as module
+    from wanda_dvc.stages.calibrate import calibration_windows
+
+    made = fetch(project(propagation="pruned", sparsity=0.7))
+    calibrate(project=made)
+    if killed is not None:
+        real = module.write_masks
+
+        def kill(folder, block, keeps):
+            if block == killed:
+                raise KeyboardInterrupt
+            real(folder, block, keeps)
+
+        monkeypatch.setattr(module, "write_masks", kill)
+        with pytest.raises(KeyboardInterrupt):
+            mask(project=made)
+        monkeypatch.setattr(module, "write_masks", real)
+    mask(project=made)
+    expected = masks_of_the_papers_procedure(tiny, calibration_windows(made), 0.7)
+    found = {name: keep for block in range(4) for name, keep in read_masks(made.masks, block).items()}
+    assert {name: keep.tolist() for name, keep in found.items()} == expected
+    dense = project(propagation="dense", sparsity=0.7)
+    mask(project=dense)
+    other = {name: keep for block in range(4) for name, keep in read_masks(dense.masks, block).items()}
+    same = {name for name in found if torch.equal(found[name], other[name])}
+    assert same != set(found)  # the procedures differ, but not in what the first block reads
+    assert {name for name in found if name.startswith("model.layers.0.self_attn.q")} <= same
+
+
+def test_statistics_cut_in_another_way_are_refused(project: Make):
+    made = fetch(project())
+    calibrate(project=made)
+    with pytest.raises(UserError, match=r"stats/: measured with .*'samples': 3.* expected .*'samples': 4"):
+        mask(project=project(calibration__samples=4))
+
+
 def test_a_mask_costs_one_bit_a_weight(tmp_path: Path):
     keep = torch.rand(64, 1001) > 0.5
     write_masks(tmp_path, 0, {"a.linear": keep})

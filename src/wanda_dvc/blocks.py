@@ -241,11 +241,21 @@ class Step:
     index: int
     states: "HiddenStates"
 
+    @property
+    def linears(self) -> dict[str, nn.Module]:
+        return self.decoder.linears(self.index)
+
+    @torch.no_grad()
+    def prune(self, keeps: dict[str, Tensor]) -> None:
+        """Zero the weights of this block that don't stay, until its turn is over; the checkpoint is not touched."""
+        for name, linear in self.linears.items():
+            weight = linear.get_parameter("weight") * keeps[name].to(self.decoder.device)
+            _set(linear, "weight", nn.Parameter(weight, requires_grad=False))
+
     @torch.no_grad()
     def advance(self, recorder: "InputRecorder | None" = None) -> None:
         """Every window through this block; a recorder sees what the block's linears read."""
-        linears = self.decoder.linears(self.index)
-        with recorder.recording(linears) if recorder else contextlib.nullcontext():
+        with recorder.recording(self.linears) if recorder else contextlib.nullcontext():
             for before, after in zip(self.states.before, self.states.after, strict=True):
                 after.copy_(self.decoder.run(self.index, before[None].to(self.decoder.device))[0])
                 if recorder:

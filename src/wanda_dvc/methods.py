@@ -15,13 +15,14 @@ class Method:
 
     name: str
     score: Callable[[Tensor, InputStats], Tensor]
+    needs_inputs: bool
     paper: str
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("magnitude", lambda weight, _: scores.magnitude(weight), "Han et al. 2015, arXiv 1506.02626"),
-        Method("wanda", lambda weight, x: scores.wanda(weight, x.norm), "Sun et al. 2024, arXiv 2306.11695"),
+        Method("magnitude", lambda weight, _: scores.magnitude(weight), False, "Han et al. 2015, arXiv 1506.02626"),
+        Method("wanda", lambda weight, x: scores.wanda(weight, x.norm), True, "Sun et al. 2024, arXiv 2306.11695"),
     )
 }

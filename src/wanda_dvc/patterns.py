@@ -1,5 +1,7 @@
 """Where zeros may stand."""
 
+from wanda_dvc.errors import UserError
+
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
     """`"2:4"` as (2, 4): 2 of every 4 neighbours stay. None for `"unstructured"`."""
@@ -7,3 +9,15 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
         return None
     n, m = pattern.split(":")
     return int(n), int(m)
+
+
+def check_pattern(pattern: str, inputs: dict[str, int]) -> None:
+    """UserError, naming every linear whose inputs don't divide into groups of m."""
+    if n_of_m := parse_pattern(pattern):
+        odd = [f"{name} has {size} inputs" for name, size in inputs.items() if size % n_of_m[1]]
+        if odd:
+            more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+            raise UserError(
+                f"params.yaml: pattern: got {pattern}, but {odd[0]}{more}, expected a multiple of {n_of_m[1]}; "
+                "choose another m"
+            )

@@ -51,6 +51,8 @@ def _title(project: Project) -> str:
         return f"{params.model}: no masks yet; `dvc repro` makes them."
     made = masks["params"]
     group = f", group {made['group']}" if made["pattern"] == "unstructured" else ""
+    if made["propagation"] == "pruned":
+        group += ", propagation pruned"
     lines = [
         f"{masks['model']['source']}: {made['method']}, sparsity {made['sparsity']:g}, pattern {made['pattern']}{group}"
     ]

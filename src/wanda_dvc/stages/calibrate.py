@@ -1,11 +1,14 @@
 """Measure what the dense model's activations look like: the norm tier, once for each distinct input."""
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from wanda_dvc.artifacts import Project, describe, read_provenance, write_provenance, write_stats
+from wanda_dvc.artifacts import Json, Project, describe, read_provenance, write_provenance, write_stats
 from wanda_dvc.blocks import Decoder, InputRecorder
+from wanda_dvc.params import Params
+from wanda_dvc.patterns import check_pattern
 from wanda_dvc.stages import STAGES, device_name, progress
-from wanda_dvc.stages.mask import check_pattern
 from wanda_dvc.windows import draw, load_tokenizer, tokenize
 
 
@@ -22,22 +25,10 @@ def calibrate(*, project: Project) -> None:
         libraries=("torch", "transformers"),
         model={"source": model["source"], "sha256": model["sha256"]},
         text={"source": text["source"], "sha256": text["sha256"]},
-        params={
-            "samples": params.calibration.samples,
-            "length": params.calibration.length,
-            "seed": params.calibration.seed,
-            "dtype": params.dtype,
-        },
+        params=calibration_params(params),
     )
-    tokens = tokenize(project.text("calibration"), load_tokenizer(project.model("dense")))
-    windows = draw(
-        tokens, samples=params.calibration.samples, length=params.calibration.length, seed=params.calibration.seed
-    )
-    decoder = Decoder(
-        project.model("dense"),
-        dtype=getattr(torch, params.dtype),
-        device=torch.device(device_name(params.runtime)),
-    )
+    windows = calibration_windows(project)
+    decoder = open_decoder(project, "dense")
     check_pattern(params.pattern, decoder.inputs())
     with project.work(made_from) as work:
         steps = decoder.walk(windows, work.path)
@@ -47,3 +38,22 @@ def calibrate(*, project: Project) -> None:
             write_stats(work.out, step.index, recorder.stats, recorder.readers)
         write_provenance(work.out, made_from)
         work.publish(project.stats)
+
+
+def calibration_params(params: Params) -> Json:
+    """What of params.yaml decides how the text is cut and run."""
+    return params.calibration.model_dump(exclude={"text"}) | {"dtype": params.dtype}
+
+
+def calibration_windows(project: Project) -> Int[Tensor, "samples length"]:
+    """The windows that data/calibration and params.yaml ask for."""
+    calibration = project.params.calibration
+    tokens = tokenize(project.text("calibration"), load_tokenizer(project.model("dense")))
+    return draw(tokens, samples=calibration.samples, length=calibration.length, seed=calibration.seed)
+
+
+def open_decoder(project: Project, model: str) -> Decoder:
+    """The engine on one of the project's models, in the dtype and on the device that params.yaml asks for."""
+    params = project.params
+    device = torch.device(device_name(params.runtime))
+    return Decoder(project.model(model), dtype=getattr(torch, params.dtype), device=device)

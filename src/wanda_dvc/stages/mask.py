@@ -7,6 +7,7 @@ from torch import Tensor
 
 from wanda_dvc.artifacts import (
     Project,
+    Work,
     block_count,
     describe,
     digest,
@@ -15,23 +16,31 @@ from wanda_dvc.artifacts import (
     write_masks,
     write_provenance,
 )
+from wanda_dvc.blocks import InputRecorder
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.input_stats import InputStats
 from wanda_dvc.methods import METHODS
-from wanda_dvc.patterns import parse_pattern
+from wanda_dvc.params import Params
+from wanda_dvc.patterns import check_pattern
 from wanda_dvc.selection import select
 from wanda_dvc.stages import STAGES, progress
+from wanda_dvc.stages.calibrate import calibration_params, calibration_windows, open_decoder
 
 
 def mask(*, project: Project) -> None:
-    """models/dense + stats/ → masks/"""
+    """models/dense + stats/ (+ data/calibration for `propagation: pruned`) → masks/"""
     params = project.params
     model = read_provenance(project.model("dense"), "download model")
     stats = read_provenance(project.stats, "calibrate")
     if stats["model"]["sha256"] != model["sha256"]:
         raise UserError(
             f"stats/: measured on {stats['model']['source']}, expected {model['source']}, the model in models/dense; "
+            "run `dvc repro` or `wanda-dvc calibrate`"
+        )
+    if stats["params"] != calibration_params(params):
+        raise UserError(
+            f"stats/: measured with {stats['params']}, expected {calibration_params(params)} as params.yaml has it; "
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
     checkpoint = Checkpoint(project.model("dense"))
@@ -51,8 +60,36 @@ def mask(*, project: Project) -> None:
             "sparsity": params.sparsity,
             "pattern": params.pattern,
             "group": params.group,
+            "propagation": params.propagation,
         },
     )
+    with project.work(made_from) as work:
+        if params.propagation == "pruned" and METHODS[params.method].needs_inputs:
+            _propagate(project, checkpoint, work)
+        else:
+            for block in progress(range(blocks), total=blocks, what="mask, blocks"):
+                write_masks(work.out, block, choose(params, checkpoint, *read_stats(project.stats, block)))
+        write_provenance(work.out, made_from)
+        work.publish(project.masks)
+
+
+def _propagate(project: Project, checkpoint: Checkpoint, work: Work) -> None:
+    """The paper's procedure: each block is calibrated on what the pruned blocks before it put out."""
+    decoder = open_decoder(project, "dense")
+    steps = decoder.walk(calibration_windows(project), work.path)
+    for step in progress(steps, total=len(decoder.blocks), what="mask, blocks calibrated and pruned"):
+        recorder = InputRecorder()
+        step.advance(recorder)
+        keeps = choose(project.params, checkpoint, recorder.stats, recorder.readers)
+        write_masks(work.out, step.index, keeps)
+        step.prune(keeps)
+        step.advance()
+
+
+def choose(
+    params: Params, checkpoint: Checkpoint, inputs: dict[str, InputStats], readers: dict[str, list[str]]
+) -> dict[str, Tensor]:
+    """The `keep` masks of one block's linears, from their weights and the statistics of what they read."""
     method = METHODS[params.method]
 
     def keep(name: str, x: InputStats) -> Tensor:
@@ -61,27 +98,9 @@ def mask(*, project: Project) -> None:
             raise UserError(f"{name}: scores that are not finite; its weights or the activations it reads overflow")
         return select(score, sparsity=params.sparsity, pattern=params.pattern, group=params.group)
 
-    with project.work(made_from) as work:
-        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # partitioning holds no lock
-            for block in progress(range(blocks), total=blocks, what="mask, blocks"):
-                inputs, names = read_stats(project.stats, block)
-                jobs = {name: pool.submit(keep, name, inputs[source]) for source in names for name in names[source]}
-                keeps = {name: job.result() for name, job in jobs.items()}
-                write_masks(work.out, block, keeps)
-        write_provenance(work.out, made_from)
-        work.publish(project.masks)
-
-
-def check_pattern(pattern: str, inputs: dict[str, int]) -> None:
-    """UserError, naming every linear whose inputs don't divide into groups of m."""
-    if n_of_m := parse_pattern(pattern):
-        odd = [f"{name} has {size} inputs" for name, size in inputs.items() if size % n_of_m[1]]
-        if odd:
-            more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-            raise UserError(
-                f"params.yaml: pattern: got {pattern}, but {odd[0]}{more}, expected a multiple of {n_of_m[1]}; "
-                "choose another m"
-            )
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # partitioning holds no lock
+        jobs = {name: pool.submit(keep, name, inputs[source]) for source in readers for name in readers[source]}
+        return {name: job.result() for name, job in jobs.items()}
 
 
 def weight_name(checkpoint: Checkpoint, linear: str) -> str:

@@ -8,7 +8,8 @@ import torch
 
 from wanda_dvc.artifacts import Project, describe, digest, read_provenance, write_json
 from wanda_dvc.blocks import Decoder
-from wanda_dvc.stages import STAGES, device_name, progress
+from wanda_dvc.stages import STAGES, progress
+from wanda_dvc.stages.calibrate import open_decoder
 from wanda_dvc.windows import cut, load_tokenizer, tokenize
 
 DIVERGED = "diverged"
@@ -36,7 +37,7 @@ def perplexity(*, project: Project, model: str) -> None:
         formula="exp(mean over windows of the mean loss of its length − 1 predictions)",
     )
     with project.work(protocol) as work:
-        decoder = Decoder(folder, dtype=getattr(torch, params.dtype), device=torch.device(device_name(params.runtime)))
+        decoder = open_decoder(project, model)
         for step in progress(
             decoder.walk(windows, work.path), total=len(decoder.blocks), what=f"perplexity {model}, blocks"
         ):
