@@ -11,10 +11,10 @@ from wanda_dvc.windows import cut, draw, load_tokenizer, tokenize
 
 
 def test_draw_is_the_authors_draw():
-    tokens = torch.arange(1000)
+    tokens = torch.arange(13)  # so few places that one more or one fewer would show
     random.seed(7)
-    expected = [random.randint(0, 1000 - 100 - 1) for _ in range(5)]
-    assert draw(tokens, samples=5, length=100, seed=7)[:, 0].tolist() == expected
+    expected = [random.randint(0, 13 - 10 - 1) for _ in range(50)]
+    assert draw(tokens, samples=50, length=10, seed=7)[:, 0].tolist() == expected
 
 
 def test_draw_leaves_the_global_generator_alone():

@@ -328,7 +328,6 @@ class InputRecorder:
         finally:
             for hook in hooks:
                 hook.remove()
-            self._held.clear()
 
     def _read(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
