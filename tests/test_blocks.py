@@ -76,8 +76,9 @@ def test_statistics_are_those_of_plain_hooks(checkpoint: Path, tmp_path: Path):
     recorders = walk(Decoder(checkpoint, dtype=torch.float32, device=CPU), tokens, tmp_path / "work")
     found = {}
     for recorder in recorders:
-        for source, readers in recorder.readers.items():
-            found |= dict.fromkeys(readers, recorder.stats[source])
+        inputs, readers, _ = recorder.result()
+        for source, names in readers.items():
+            found |= dict.fromkeys(names, inputs[source])
     assert found.keys() == seen.keys()
     for name, stats in found.items():
         inputs = torch.cat(seen[name]).double()
@@ -89,7 +90,10 @@ def test_statistics_are_those_of_plain_hooks(checkpoint: Path, tmp_path: Path):
 def test_a_distinct_input_is_kept_once(tiny: Path, tmp_path: Path):
     recorders = walk(Decoder(tiny, dtype=torch.float32, device=CPU), windows(), tmp_path)
     for block, recorder in enumerate(recorders):
-        short = [[name.removeprefix(f"model.layers.{block}.") for name in names] for names in recorder.readers.values()]
+        short = [
+            [name.removeprefix(f"model.layers.{block}.") for name in names]
+            for names in recorder.result().readers.values()
+        ]
         assert short == [
             ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
             ["self_attn.o_proj"],

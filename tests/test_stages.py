@@ -157,7 +157,7 @@ def test_masks_are_those_of_the_loops(project: Make, tiny: Path, method: str, ch
     calibrate(project=made)
     mask(project=made)
     weights = load_file(tiny / "model.safetensors")
-    inputs, readers = read_stats(made.stats, 2)
+    inputs, readers, _ = read_stats(made.stats, 2)
     keeps = read_masks(made.masks, 2)
     for source, names in readers.items():
         for name in names:
@@ -451,7 +451,7 @@ def test_stats_are_a_summary_of_the_norms(project: Make):
     made = fetch(project(), "model", "calibration")
     calibrate(project=made)
     records = json.loads(results.stats(project=made, layer=1, as_json=True))
-    inputs, _ = read_stats(made.stats, 1)
+    inputs = read_stats(made.stats, 1).inputs
     assert [record["linears"][0] for record in records] == list(inputs)
     for record, x in zip(records, inputs.values(), strict=True):
         norm = sorted(enumerate(x.norm.tolist()), key=lambda pair: -pair[1])

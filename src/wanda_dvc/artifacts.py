@@ -25,7 +25,7 @@ from wanda_dvc.params import Params, read_params
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wanda_dvc.input_stats import InputStats
+    from wanda_dvc.input_stats import BlockStats
 
 FORMAT = 1
 PROVENANCE = "provenance.json"
@@ -211,49 +211,51 @@ def block_file(folder: Path, block: int) -> Path:
     return folder / f"block_{block:03d}.safetensors"
 
 
-def write_stats(folder: Path, block: int, stats: "dict[str, InputStats]", readers: dict[str, list[str]]) -> None:
-    """One block's statistics: for each distinct input, named after the first linear that reads it,
-    `NAME.sum_squares` and `NAME.sum` (float64 [in]) and `NAME.count` (int64); who reads it is in the header."""
+def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
+    """One block's statistics: for each distinct input `NAME.sum_squares` and `NAME.sum` (float64 [in]) and
+    `NAME.count` (int64); who reads it, and which of them are stored transposed, is in the header."""
     import torch
 
     tensors: dict[str, Tensor] = {}
-    for name, x in stats.items():
+    for name, x in stats.inputs.items():
         tensors |= {f"{name}.sum_squares": x.sum_squares, f"{name}.sum": x.sum, f"{name}.count": torch.tensor(x.count)}
-    _save(block_file(folder, block), tensors, {"readers": json.dumps(readers)})
+    header = {"readers": json.dumps(stats.readers), "transposed": json.dumps(stats.transposed)}
+    _save(block_file(folder, block), tensors, header)
 
 
-def read_stats(folder: Path, block: int) -> "tuple[dict[str, InputStats], dict[str, list[str]]]":
-    """As `write_stats` took them: the statistics by distinct input, and the linears that read each."""
-    from wanda_dvc.input_stats import InputStats
+def read_stats(folder: Path, block: int) -> "BlockStats":
+    """As `write_stats` took them."""
+    from wanda_dvc.input_stats import BlockStats, InputStats
 
     tensors, header = _load(block_file(folder, block), "calibrate")
     readers = json.loads(header["readers"])
-    stats = {
+    inputs = {
         name: InputStats(tensors[f"{name}.sum_squares"], tensors[f"{name}.sum"], int(tensors[f"{name}.count"]))
         for name in readers
     }
-    return stats, readers
+    return BlockStats(inputs, readers, json.loads(header["transposed"]))
 
 
 def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
-    """One block's `keep` masks, one bit a weight: uint8 [out, ⌈in / 8⌉], the first input in the highest bit."""
+    """One block's `keep` masks, in the orientation in which the weights are stored, one bit a weight: uint8
+    [rows, ⌈columns / 8⌉], the first column in the highest bit."""
     import numpy as np
     import torch
 
     packed = {name: torch.from_numpy(np.packbits(keep.cpu().numpy(), axis=1)) for name, keep in keeps.items()}
-    inputs = {name: keep.shape[1] for name, keep in keeps.items()}
-    _save(block_file(folder, block), packed, {"inputs": json.dumps(inputs)})
+    columns = {name: keep.shape[1] for name, keep in keeps.items()}
+    _save(block_file(folder, block), packed, {"columns": json.dumps(columns)})
 
 
 def read_masks(folder: Path, block: int) -> "dict[str, Tensor]":
-    """One block's `keep` masks, bool [out, in]."""
+    """One block's `keep` masks, bool, in the orientation in which the weights are stored."""
     import numpy as np
     import torch
 
     tensors, header = _load(block_file(folder, block), "mask")
     return {
         name: torch.from_numpy(np.unpackbits(tensors[name].numpy(), axis=1, count=size)).bool()
-        for name, size in json.loads(header["inputs"]).items()
+        for name, size in json.loads(header["columns"]).items()
     }
 
 

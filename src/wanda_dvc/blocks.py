@@ -21,10 +21,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError
-from wanda_dvc.input_stats import InputStats
+from wanda_dvc.input_stats import BlockStats, InputStats
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
 
@@ -48,6 +51,7 @@ class Decoder:
         self.checkpoint = Checkpoint(folder)
         self.model = empty_model(folder, dtype)
         self.dtype, self.device = dtype, device
+        self._stored = stored_names(self.model, self.checkpoint)
         self.blocks_name, self.blocks = find_blocks(self.model)
         self._empty = [dict(block.named_parameters()) for block in self.blocks]
         self._reader = ThreadPoolExecutor(max_workers=1)
@@ -61,9 +65,12 @@ class Decoder:
         """Tensors from the checkpoint for parameters by their full names, in the dtype and on the device to run in."""
         found = {}
         for name, parameter in parameters.items():
-            stored = self.checkpoint.find(name)
+            stored = self._stored.get(name)
             if stored is None:
-                raise UserError(f"{self.checkpoint.folder}: no tensor for {name}, which the model's config asks for")
+                raise UserError(
+                    f"{self.checkpoint.folder}: no tensor for {name}, which the model's config asks for; the "
+                    "checkpoint is not whole, or stores it in parts, as mixtures of experts do, which is not understood"
+                )
             tensor = self.checkpoint.read(stored)
             if tensor.shape != parameter.shape:
                 raise UserError(
@@ -80,7 +87,7 @@ class Decoder:
             if id(parameter) not in inside:
                 names.setdefault(id(parameter), []).append(name)
         for aliases in names.values():
-            stored = [name for name in aliases if self.checkpoint.find(name)]
+            stored = [name for name in aliases if name in self._stored]
             name = (stored or aliases)[0]
             loaded = self._read({name: self.model.get_parameter(name)})[name]
             for alias in aliases:
@@ -111,14 +118,21 @@ class Decoder:
                 _set(self.blocks[index], name, parameter)
 
     def linears(self, index: int) -> dict[str, nn.Module]:
-        """The prunable weights of a block, by their full names."""
+        """The prunable weights of a block, named as the checkpoint stores them."""
         prefix = f"{self.blocks_name}.{index}"
-        return {f"{prefix}.{name}": module for name, module in find_linears(self.blocks[index]).items()}
+        linears = find_linears(self.blocks[index])
+        if not linears:
+            raise UserError(f"{self.checkpoint.folder}: {prefix} has no linear; such a structure is not understood")
+        return {self._stored[f"{prefix}.{name}.weight"].removesuffix(".weight"): linears[name] for name in linears}
 
     def inputs(self) -> dict[str, int]:
         """The number of input features of every linear."""
         linears = (self.linears(index) for index in range(len(self.blocks)))
-        return {name: module.in_features for block in linears for name, module in block.items()}  # type: ignore[misc]
+        return {
+            name: module.get_parameter("weight").shape[0 if is_transposed(module) else 1]
+            for block in linears
+            for name, module in block.items()
+        }
 
     # --- the model's own forward pass, with the blocks taken out ---
 
@@ -317,11 +331,13 @@ class InputRecorder:
 
     stats: dict[str, InputStats] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)  # of each linear, its input's name
+    transposed: list[str] = field(default_factory=list)
     # What was read is held until the window ends, so that no other tensor can take its address.
     _held: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def recording(self, linears: dict[str, nn.Module]) -> Iterator[None]:
+        self.transposed = [name for name, module in linears.items() if is_transposed(module)]
         hooks = [module.register_forward_pre_hook(partial(self._read, name)) for name, module in linears.items()]
         try:
             yield
@@ -339,16 +355,15 @@ class InputRecorder:
         if self.source.setdefault(name, source) != source:
             raise UserError(f"{name}: reads {self.source[name]} in one window and {source} in another")
 
-    def end_window(self) -> None:
-        self._held.clear()
-
-    @property
-    def readers(self) -> dict[str, list[str]]:
-        """The linears that read each distinct input."""
+    def result(self) -> BlockStats:
+        """Statistics of the windows seen, and the linears that read each distinct input."""
         readers: dict[str, list[str]] = {}
         for linear, source in self.source.items():
             readers.setdefault(source, []).append(linear)
-        return readers
+        return BlockStats(self.stats, readers, self.transposed)
+
+    def end_window(self) -> None:
+        self._held.clear()
 
 
 def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -384,8 +399,30 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The linears of a block, by name."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """The linears of a block, by name: torch's, and transformers' `Conv1D`, which is one with its weight transposed."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether a linear's weight is [in, out]."""
+    return isinstance(linear, Conv1D)
+
+
+def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """The checkpoint's tensor for each parameter that it holds as a whole, by transformers' own rules.
+
+    Older checkpoints have other names (GPT-NeoX's `embed_out`), some the bare base model without its prefix.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = {}
+    for tensor in checkpoint.where:
+        name, part = rename_source_key(tensor, renamings, converters, model.base_model_prefix, parameters)
+        if part is None:
+            names[name] = tensor
+    return names
 
 
 def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

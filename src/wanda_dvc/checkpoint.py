@@ -63,13 +63,6 @@ class Checkpoint:
     def shape(self, name: str) -> list[int]:
         return list(self._open(self.where[name]).get_slice(name).get_shape())
 
-    def find(self, parameter: str) -> str | None:
-        """The stored name of a model's parameter: some checkpoints hold the bare base model, without its prefix."""
-        for name in (parameter, parameter.partition(".")[2]):
-            if name in self.where:
-                return name
-        return None
-
     def bytes_at(self, path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
         """Name, dtype, shape, first byte and length in the file, of every tensor in one shard."""
         with path.open("rb") as file:

@@ -1,6 +1,7 @@
 """Statistics of what a linear reads, per input feature: the norm tier (Σx², Σx, count)."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
@@ -31,3 +32,11 @@ class InputStats:
     def norm(self) -> Float[Tensor, " in"]:
         """‖X_j‖₂ over all tokens, float32."""
         return self.sum_squares.sqrt().float()
+
+
+class BlockStats(NamedTuple):
+    """What one block's linears read. A linear is named as the checkpoint stores its weight."""
+
+    inputs: dict[str, InputStats]  # by distinct input, named after the first linear that reads it
+    readers: dict[str, list[str]]  # the linears that read each
+    transposed: list[str]  # linears whose weight is stored [in, out], as GPT-2's are

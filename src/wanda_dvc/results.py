@@ -116,8 +116,8 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
     _belongs(project)
     records = []
     for block in range(blocks) if layer is None else [layer]:
-        inputs, readers = read_stats(project.stats, block)
-        records += [_summary(block, readers[name], x.norm) for name, x in inputs.items()]
+        measured = read_stats(project.stats, block)
+        records += [_summary(block, measured.readers[name], x.norm) for name, x in measured.inputs.items()]
     if as_json:
         return json.dumps(records, indent=2)
     rows = [

@@ -35,7 +35,7 @@ def calibrate(*, project: Project) -> None:
         for step in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
             recorder = InputRecorder()
             step.advance(recorder)
-            write_stats(work.out, step.index, recorder.stats, recorder.readers)
+            write_stats(work.out, step.index, recorder.result())
         write_provenance(work.out, made_from)
         work.publish(project.stats)
 

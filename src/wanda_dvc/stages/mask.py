@@ -19,7 +19,7 @@ from wanda_dvc.artifacts import (
 from wanda_dvc.blocks import InputRecorder
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError
-from wanda_dvc.input_stats import InputStats
+from wanda_dvc.input_stats import BlockStats, InputStats
 from wanda_dvc.methods import METHODS
 from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
@@ -45,9 +45,12 @@ def mask(*, project: Project) -> None:
         )
     checkpoint = Checkpoint(project.model("dense"))
     blocks = block_count(project.stats)
-    readers = [read_stats(project.stats, block)[1] for block in range(blocks)]
-    linears = [name for block in readers for names in block.values() for name in names]
-    check_pattern(params.pattern, {name: checkpoint.shape(weight_name(checkpoint, name))[1] for name in linears})
+    features: dict[str, int] = {}
+    for block in range(blocks):
+        measured = read_stats(project.stats, block)
+        for source, names in measured.readers.items():
+            features |= dict.fromkeys(names, len(measured.inputs[source].sum))
+    check_pattern(params.pattern, features)
     made_from = describe(
         "masks",
         version=STAGES["mask"],
@@ -68,7 +71,7 @@ def mask(*, project: Project) -> None:
             _propagate(project, checkpoint, work)
         else:
             for block in progress(range(blocks), total=blocks, what="mask, blocks"):
-                write_masks(work.out, block, choose(params, checkpoint, *read_stats(project.stats, block)))
+                write_masks(work.out, block, choose(params, checkpoint, read_stats(project.stats, block)))
         write_provenance(work.out, made_from)
         work.publish(project.masks)
 
@@ -80,32 +83,37 @@ def _propagate(project: Project, checkpoint: Checkpoint, work: Work) -> None:
     for step in progress(steps, total=len(decoder.blocks), what="mask, blocks calibrated and pruned"):
         recorder = InputRecorder()
         step.advance(recorder)
-        keeps = choose(project.params, checkpoint, recorder.stats, recorder.readers)
+        keeps = choose(project.params, checkpoint, recorder.result())
         write_masks(work.out, step.index, keeps)
         step.prune(keeps)
         step.advance()
 
 
-def choose(
-    params: Params, checkpoint: Checkpoint, inputs: dict[str, InputStats], readers: dict[str, list[str]]
-) -> dict[str, Tensor]:
-    """The `keep` masks of one block's linears, from their weights and the statistics of what they read."""
+def choose(params: Params, checkpoint: Checkpoint, block: BlockStats) -> dict[str, Tensor]:
+    """The `keep` masks of one block's linears, oriented as their weights are stored."""
     method = METHODS[params.method]
 
     def keep(name: str, x: InputStats) -> Tensor:
-        score = method.score(checkpoint.read(weight_name(checkpoint, name)), x)
+        transposed = name in block.transposed
+        weight = checkpoint.read(weight_name(checkpoint, name))
+        score = method.score(weight.T.contiguous() if transposed else weight, x)
         if not score.amax().isfinite():
             raise UserError(f"{name}: scores that are not finite; its weights or the activations it reads overflow")
-        return select(score, sparsity=params.sparsity, pattern=params.pattern, group=params.group)
+        kept = select(score, sparsity=params.sparsity, pattern=params.pattern, group=params.group)
+        return kept.T.contiguous() if transposed else kept
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # partitioning holds no lock
-        jobs = {name: pool.submit(keep, name, inputs[source]) for source in readers for name in readers[source]}
+        jobs = {
+            name: pool.submit(keep, name, block.inputs[source])
+            for source, names in block.readers.items()
+            for name in names
+        }
         return {name: job.result() for name, job in jobs.items()}
 
 
 def weight_name(checkpoint: Checkpoint, linear: str) -> str:
     """The stored name of a linear's weight."""
-    name = checkpoint.find(f"{linear}.weight")
-    if name is None:
+    name = f"{linear}.weight"
+    if name not in checkpoint.where:
         raise UserError(f"{checkpoint.folder}: no weight of {linear}, which the statistics name; run `dvc repro`")
     return name
