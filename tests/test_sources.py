@@ -36,7 +36,7 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT, "v1": OLDER})
     status: int = 200
-    asked: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, range
+    asked: list[tuple[str, str]] = field(default_factory=list)  # method, path
 
     def add(self, path: str, folder: Path | None = None, **files: bytes) -> None:
         found = {file.name: file.read_bytes() for file in folder.iterdir()} if folder else {}
@@ -45,7 +45,8 @@ class Hub:
     @property
     def fetched(self) -> list[str]:
         """The files whose content was asked for."""
-        return [path.partition("/resolve/")[2].partition("/")[2] for m, path, _ in self.asked if m == "GET" and "/resolve/" in path]  # fmt: skip  # noqa: E501
+        contents = [path.partition("/resolve/")[2] for method, path in self.asked if method == "GET"]
+        return [path.partition("/")[2] for path in contents if path]
 
     def answer(self, path: str, logged_in: bool) -> tuple[int, dict[str, str], bytes]:
         path, _, _ = path.partition("?")
@@ -59,7 +60,7 @@ class Hub:
             return (404 if logged_in else 401), {"X-Error-Code": "RepoNotFound"}, b""
         files = self.repositories[repository]
         known = self.revisions | {commit: commit for commit in self.revisions.values()}
-        verb, revision = (rest + ["", "main"])[0], (rest + ["main"])[1] if len(rest) > 1 else "main"
+        verb, revision = rest[0] if rest else "", rest[1] if len(rest) > 1 else "main"
         if verb in ("auth-check", "resolve") and repository in self.gated:
             return (403 if logged_in else 401), {"X-Error-Code": "GatedRepo"}, b""
         if revision not in known:
@@ -77,7 +78,7 @@ class Hub:
         if name not in files:
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
         tag = hashlib.sha256(files[name]).hexdigest()
-        return 200, {"X-Repo-Commit": known[revision], "ETag": f'"{tag}"', "Accept-Ranges": "bytes"}, files[name]
+        return 200, {"X-Repo-Commit": known[revision], "ETag": f'"{tag}"'}, files[name]
 
 
 @pytest.fixture
@@ -86,13 +87,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            wanted = self.headers.get("Range")
-            played.asked.append((self.command, self.path, wanted))
+            played.asked.append((self.command, self.path))
             status, headers, content = played.answer(self.path, "Authorization" in self.headers)
-            if wanted and status == 200:
-                begin = int(wanted.removeprefix("bytes=").partition("-")[0])
-                headers |= {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
-                status, content = 206, content[begin:]
             self.send_response(status)
             for name, value in (headers | {"Content-Length": str(len(content))}).items():
                 self.send_header(name, value)
@@ -131,7 +127,12 @@ def provenance(folder: Path) -> dict[str, Any]:
 
 
 def test_a_model_is_what_is_needed_of_a_commit(project: Make, hub: Hub, tiny: Path):
-    doubles = {"pytorch_model.bin": b"x", "consolidated.safetensors": b"x", "original__model.pth": b"x", "README.md": b"x"}  # fmt: skip  # noqa: E501
+    doubles = {
+        "pytorch_model.bin": b"x",
+        "consolidated.safetensors": b"x",
+        "original__model.pth": b"x",
+        "README.md": b"x",
+    }
     hub.add("models/org/tiny", tiny, **doubles)
     made = project(model="org/tiny@v1")
     download(project=made, part="model")
@@ -141,8 +142,8 @@ def test_a_model_is_what_is_needed_of_a_commit(project: Make, hub: Hub, tiny: Pa
     assert all((made.model("dense") / name).read_bytes() == (tiny / name).read_bytes() for name in names)
     found = provenance(made.model("dense"))
     assert (found["source"], found["revision"]) == ("org/tiny", OLDER)
-    assert len([path for _, path, _ in hub.asked if "/revision/" in path]) == 1  # resolved once
-    assert all(f"/resolve/{OLDER}/" in path for _, path, _ in hub.asked if "/resolve/" in path)
+    assert len([path for _, path in hub.asked if "/revision/" in path]) == 1  # resolved once
+    assert all(f"/resolve/{OLDER}/" in path for _, path in hub.asked if "/resolve/" in path)
     before = (made.model("dense") / "provenance.json").read_bytes()
     download(project=project(model=f"org/tiny@{OLDER}"), part="model")
     assert (made.model("dense") / "provenance.json").read_bytes() == before  # whatever name the commit went by
@@ -156,7 +157,9 @@ def test_the_main_branch_is_recorded_as_its_commit(project: Make, hub: Hub, tiny
     assert "main" not in (made.model("dense") / "provenance.json").read_text()
 
 
-def test_a_killed_download_goes_on(project: Make, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_download_fetches_no_finished_file_again(
+    project: Make, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     source = save_tiny_model(tmp_path / "source", shard="30KB")
     *_, last = shards = sorted(path.name for path in source.glob("*.safetensors"))
     assert len(shards) > 1
@@ -180,7 +183,7 @@ def test_a_killed_download_goes_on(project: Make, hub: Hub, tmp_path: Path, monk
     hub.asked.clear()
     download(project=made, part="model")
     assert not done & set(hub.fetched)
-    assert [wanted for m, path, wanted in hub.asked if m == "GET" and path.endswith(last)] == ["bytes=1000-"]
+    assert set(hub.fetched) >= {last}
     assert all((made.model("dense") / name).read_bytes() == (source / name).read_bytes() for name in shards)
 
 
@@ -212,7 +215,7 @@ def without(*names: str) -> Callable[[dict[str, bytes]], None]:
         (
             lambda files: files.update(
                 {"config.json": BertConfig(architectures=["BertForMaskedLM"]).to_json_string().encode()}
-            ),  # fmt: skip  # noqa: E501
+            ),
             "config.json: found bert, expected a causal decoder",
         ),
         (
@@ -227,7 +230,7 @@ def without(*names: str) -> Callable[[dict[str, bytes]], None]:
         (
             lambda files: files.update(
                 {"config.json": config(model_type="llama", quantization_config={"quant_method": "gptq"})}
-            ),  # fmt: skip  # noqa: E501
+            ),
             "config.json: weights quantized by gptq, expected plain ones",
         ),
     ],
@@ -258,23 +261,25 @@ def test_a_local_directory_must_be_a_decoder_too(project: Make, tiny: Path, tmp_
         (
             "gated",
             None,
-            "is gated, and no one is logged in; accept its conditions on its page on the Hub, org/tiny, then log in with `hf auth login`",
-        ),  # fmt: skip  # noqa: E501
+            "is gated, and no one is logged in; accept its conditions on its page on the Hub, org/tiny, then log in "
+            "with `hf auth login`",
+        ),
         (
             "gated",
             "hf_x",
             "is gated, and the account that is logged in has no access; accept its conditions on its page on the Hub",
-        ),  # fmt: skip  # noqa: E501
+        ),
         (
             "unknown",
             None,
-            "found no (model|data set) org/tiny that everyone may read; correct its id or, if it is private, log in with `hf auth login`",
-        ),  # fmt: skip  # noqa: E501
+            "found no (model|data set) org/tiny that everyone may read; correct its id or, if it is private, log in "
+            "with `hf auth login`",
+        ),
         (
             "unknown",
             "hf_x",
             "found no (model|data set) org/tiny that the account that is logged in may read; correct its id",
-        ),  # fmt: skip  # noqa: E501
+        ),
         ("revision", None, "org/tiny has no revision v2; name a commit, a tag or a branch that it has"),
         ("offline", None, "org/tiny is on the Hub, and HF_HUB_OFFLINE forbids asking it"),
         ("no network", None, r"org/tiny is on the Hub, which can't be reached from here \(ConnectError\)"),
@@ -289,7 +294,7 @@ def test_what_the_hub_refuses_is_told_apart(
     part: str,
     trouble: str,
     token: str | None,
-    message: str,  # fmt: skip  # noqa: E501
+    message: str,
 ):
     kind = "models" if part == "model" else "datasets"
     if trouble != "unknown":
