@@ -187,6 +187,25 @@ def test_a_killed_download_fetches_no_finished_file_again(
     assert all((made.model("dense") / name).read_bytes() == (source / name).read_bytes() for name in shards)
 
 
+def test_a_run_killed_after_the_download_fetches_nothing_again(
+    project: Make, hub: Hub, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from wanda_dvc.stages import download as module
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    hub.add("models/org/tiny", tiny)
+    made = project(model="org/tiny")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module, "files_digest", killed)
+        download(project=made, part="model")
+    hub.asked.clear()
+    download(project=made, part="model")
+    assert hub.fetched == []
+    assert (made.model("dense") / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
 def config(**content: Any) -> bytes:
     return json.dumps(content).encode()
 
