@@ -45,6 +45,24 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
             "params.yaml: calibration.text: got the text that perplexity is measured on (embedded, test), "
             "expected another; change its source or split",
         ),
+        (
+            {"calibration__text__source": "c4", "calibration__text__split": "test"},
+            "params.yaml: calibration.text.split: got test, expected train or validation of c4",
+        ),
+        (
+            {"calibration__text__source": "ptb", "calibration__text__config": "x"},
+            "params.yaml: calibration.text.config: got x, expected null: ptb is one configuration",
+        ),
+        (
+            {"calibration__text__source": "ptb", "calibration__text__column": "body"},
+            "params.yaml: calibration.text.column: got body, expected sentence, the text of ptb",
+        ),
+        (
+            {"calibration__text__source": "org/prose@v1"},
+            "params.yaml: calibration.text.source: got org/prose@v1, expected org/prose, and its revision in "
+            "calibration.text.revision",
+        ),
+        ({"perplexity__rest": "some"}, "params.yaml: perplexity.rest: got some, expected dropped or kept"),
         ({"tasks__names": ["piqa", "piqa"]}, "params.yaml: tasks.names: got piqa, expected each task once"),
     ],
 )

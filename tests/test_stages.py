@@ -106,10 +106,8 @@ def test_text_files_and_mirrors(project: Make, tmp_path: Path):
     )
     fetch(made, "calibration")
     assert made.text("calibration") == "x y"
-    with pytest.raises(UserError, match="test.jsonl is not there; put the split there"):
+    with pytest.raises(UserError, match="test.jsonl is not there; put it there as JSONL, a row a line"):
         fetch(project(perplexity__text__source="wikitext2", runtime__mirror=str(tmp_path / "mirror")), "perplexity")
-    with pytest.raises(UserError, match="runtime.mirror: not set"):
-        fetch(project(perplexity__text__source="wikitext2"), "perplexity")
     with pytest.raises(UserError, match="line 1: found body, expected a column `text`"):
         fetch(project(perplexity__text__source=str(tmp_path / "b.jsonl")), "perplexity")
 
@@ -373,11 +371,42 @@ def test_perplexity_is_that_of_the_whole_model(project: Make, tiny: Path):
     assert details["protocol"]["windows"] == 6
 
 
+def test_the_rest_of_a_text_is_one_more_window_if_it_is_kept(project: Make, tiny: Path, tmp_path: Path):
+    """As the reproduction study takes it: total loss / total predictions."""
+    (tmp_path / "text.txt").write_text("".join(chr(97 + (i * i) % 23) for i in range(3 * 50 + 17)))
+    made = fetch(
+        project(
+            perplexity__text__source=str(tmp_path / "text.txt"),
+            perplexity__length=50,
+            perplexity__windows=None,
+            perplexity__rest="kept",
+        ),
+        "model",
+        "perplexity",
+    )
+    perplexity(project=made, model="dense")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    tokens = torch.tensor(tokenizer(made.text("perplexity"))["input_ids"])
+    with torch.no_grad():
+        losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in tokens.split(50)]
+    details = json.loads(made.details("dense", "perplexity").read_text())
+    np.testing.assert_allclose(details["losses"], losses, rtol=1e-5)
+    assert (details["protocol"]["windows"], details["protocol"]["rest"]) == (3, 17)
+    value = json.loads(made.metrics("dense", "perplexity").read_text())["perplexity"]
+    expected = math.exp((49 * sum(losses[:3]) + 16 * losses[3]) / (3 * 49 + 16))
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert abs(expected / math.exp(sum(losses) / 4) - 1) > 1e-4  # the windows' mean is another number
+
+
+def test_windows_of_one_length_count_alike():
+    assert from_losses([1.0, 2.0], [9, 9]) == float(f"{math.exp(1.5):.6g}")
+
+
 @pytest.mark.parametrize("losses", [[1.0, math.inf], [math.nan], [800.0, 900.0]])
 def test_a_perplexity_that_overflows_has_diverged(project: Make, losses: list[float], tmp_path: Path):
-    assert from_losses(losses) == "diverged"
+    assert from_losses(losses, [63] * len(losses)) == "diverged"
     made = fetch(project(), "model")
-    write_json(made.metrics("pruned", "perplexity"), {"perplexity": from_losses(losses)})
+    write_json(made.metrics("pruned", "perplexity"), {"perplexity": "diverged"})
     assert "diverged" in results.show(project=made)
 
 

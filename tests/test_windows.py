@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, shared
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.windows import cut, draw, load_tokenizer, tokenize
+from wanda_dvc.windows import cut, draw, left_over, load_tokenizer, tokenize
 
 
 def test_draw_is_the_authors_draw():
@@ -28,6 +28,15 @@ def test_cut_takes_whole_windows_in_order():
     windows = cut(torch.arange(25), length=10, windows=None)
     assert windows.tolist() == [list(range(10)), list(range(10, 20))]
     assert cut(torch.arange(25), length=10, windows=1).tolist() == [list(range(10))]
+
+
+def test_what_is_left_over_has_a_token_to_predict():
+    def rest(tokens: int, windows: int | None = None) -> list[int] | None:
+        found = left_over(torch.arange(tokens), length=10, windows=windows)
+        return None if found is None else found.tolist()
+
+    assert rest(23) == [20, 21, 22]
+    assert (rest(21), rest(20), rest(23, windows=1), rest(23, windows=2)) == (None, None, None, None)
 
 
 def test_too_short_a_text_says_how_short():

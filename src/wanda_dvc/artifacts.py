@@ -6,17 +6,20 @@ and the versions of the libraries that computed it. Nothing in it depends on tim
 """
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, overload
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 PROVENANCE = "provenance.json"
 TEXT = "text.txt"
+DOCUMENTS = "documents.json.gz"
 ITEMS = "items.jsonl"
 Json = dict[str, Any]
 
@@ -65,6 +69,26 @@ class Project:
         """The text of `data/calibration` or `data/perplexity`."""
         return (self.data(part) / TEXT).read_bytes().decode("utf-8")  # read_text would change its line ends
 
+    @contextlib.contextmanager
+    def documents(self, part: str) -> Iterator["Documents | None"]:
+        """The documents of `data/calibration`, where it holds those and not one text.
+
+        They are unpacked into a temporary file of the project, since a system's own place for such may be memory.
+        """
+        shard = self.data(part) / DOCUMENTS
+        if not shard.is_file():
+            yield None
+            return
+        column = read_provenance(self.data(part), f"download {part}")["column"]
+        self.work_root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.work_root) as scratch:
+            yield Documents.unpack(shard, column, scratch)
+
+    @property
+    def work_root(self) -> Path:
+        """Under DVC, in the repository that it was started in: a queued experiment's checkout is temporary."""
+        return Path(os.environ.get("DVC_ROOT") or self.root) / ".dvc" / "tmp" / "wanda-dvc"
+
     @property
     def stats(self) -> Path:
         return self.root / "stats"
@@ -89,13 +113,11 @@ class Project:
     def work(self, made_from: Json) -> Iterator["Work"]:
         """Where a stage keeps unfinished work: one place for each set of inputs, parameters and versions.
 
-        Under DVC it lies in the repository that DVC was started in, not in the temporary checkout of a queued
-        experiment, which is gone when the experiment fails. One process at a time works there.
+        One process at a time works there.
         """
         from filelock import FileLock, Timeout
 
-        root = Path(os.environ.get("DVC_ROOT") or self.root)
-        path = root / ".dvc" / "tmp" / "wanda-dvc" / digest(made_from)[:32]
+        path = self.work_root / digest(made_from)[:32]
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")
         try:
@@ -134,6 +156,53 @@ class Work:
 
     def forget(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Documents(Sequence[str]):
+    """The documents of a gzipped file, a JSON object a line, read one at a time by their number.
+
+    Gzip can't be entered in the middle, so the lines are unpacked once, to a file; in memory there is only where each
+    begins.
+    """
+
+    lines: IO[bytes]
+    starts: "array[int]"  # one more than there are documents
+    column: str
+    shard: Path
+
+    @classmethod
+    def unpack(cls, shard: Path, column: str, scratch: IO[bytes]) -> "Documents":
+        """UserError if it isn't whole."""
+        starts = array("q", [0])
+        try:
+            with gzip.open(shard) as packed:
+                for line in packed:
+                    scratch.write(line)
+                    starts.append(starts[-1] + len(line))
+        except (OSError, EOFError) as error:
+            raise UserError(f"{shard}: damaged ({error}), expected lines of JSON, gzipped; fetch it again") from None
+        return cls(scratch, starts, column, shard)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        begin, end = self.starts[index], self.starts[index + 1]
+        self.lines.seek(begin)
+        try:
+            document = json.loads(self.lines.read(end - begin))[self.column]
+            if isinstance(document, str):
+                return document
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise UserError(f"{self.shard}: line {index + 1}: no text `{self.column}`, expected one in every line")
 
 
 def publish(source: Path, target: Path) -> None:

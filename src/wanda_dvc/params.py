@@ -15,8 +15,9 @@ from ruamel.yaml.error import YAMLError
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.patterns import parse_pattern
+from wanda_dvc.texts import TEXTS
 
-NAMED_TEXTS = ("embedded", "wikitext2", "c4", "ptb")
+NAMED_TEXTS = ("embedded", *TEXTS)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?")
 
 
@@ -31,11 +32,28 @@ class Text(_Section):
         description="`embedded`, `wikitext2`, `c4`, `ptb`, the Hub id of a data set, or an absolute path to a .txt or "
         ".jsonl file"
     )
-    config: str | None = Field(None, description="which configuration of a Hub data set; null: its only one")
-    revision: str | None = Field(None, description="commit, tag or branch of a Hub data set; null: its main branch")
-    split: str = Field(min_length=1, description="which split of `embedded` (train, test) or of a data set")
-    column: str = Field("text", min_length=1, description="the column of a data set or .jsonl file that holds the text")
-    join: str = Field(description="what stands between two rows")
+    config: str | None = Field(
+        None, description="which configuration of a Hub id; null: its only one. A named text knows its own"
+    )
+    revision: str | None = Field(
+        None,
+        description="commit, tag or branch of a data set on the Hub; null: its main branch, or a named text's own. A "
+        "branch is resolved when the text is fetched; only a commit is the same text tomorrow",
+    )
+    split: str = Field(
+        min_length=1,
+        description="which split of `embedded` (train, test) or of a data set; of `c4` (train, validation) it is the "
+        "first of its shards",
+    )
+    column: str = Field(
+        "text",
+        min_length=1,
+        description="the column of a Hub id or .jsonl file that holds the text. A named text knows its own",
+    )
+    join: str = Field(
+        description="what stands between two rows; `c4` is not joined for calibration, which draws its windows "
+        "within documents, and is for perplexity"
+    )
 
 
 class Calibration(_Section):
@@ -51,15 +69,21 @@ class Perplexity(_Section):
     """The text that the model is measured on, and how it is cut."""
 
     text: Text
-    length: int = Field(ge=2, description="tokens a window; windows follow one another, the rest is dropped")
+    length: int = Field(ge=2, description="tokens a window; windows follow one another")
     windows: int | None = Field(None, ge=1, description="only the first so many windows; null: all")
+    rest: Literal["dropped", "kept"] = Field(
+        "dropped",
+        description="whether what is left over after all windows is one more, shorter window, counted by its tokens; "
+        "with `windows` set there is none",
+    )
 
 
 class Tasks(_Section):
     """The zero-shot tasks."""
 
     source: Literal["samples", "benchmark"] = Field(
-        description="`samples`: questions written for this project; `benchmark`: the real ones, from `runtime.mirror`"
+        description="`samples`: questions written for this project; `benchmark`: the real ones, from "
+        "`runtime.mirror` or the Hub"
     )
     names: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]] = Field(
         min_length=1, description="lm-eval's names of multiple-choice tasks"
@@ -83,7 +107,9 @@ class Runtime(_Section):
     threads: int | None = Field(None, ge=1, description="CPU threads; null: as many as there are cores")
     batch_size: int = Field(16, ge=1, description="rows at a time in zero-shot evaluation")
     mirror: str | None = Field(
-        None, description="a directory laid out like the Hub (id/config/split.jsonl), where data sets are taken from"
+        None,
+        description="a directory laid out like the Hub (id/config/split.jsonl), where data sets, and only they, are "
+        "taken from instead of the Hub",
     )
 
 
@@ -138,14 +164,26 @@ class Params(_Section):
         for name, text in (("calibration", calibration), ("perplexity", perplexity)):
             if text.source == "embedded" and text.split not in ("train", "test"):
                 yield _problem(f"{name}.text.split", text.split, "train or test, the splits of the embedded text")
-            elif text.source not in NAMED_TEXTS and not HUB_ID.fullmatch(text.source):
+            elif named := TEXTS.get(text.source):
+                if text.split not in named.splits:
+                    yield _problem(f"{name}.text.split", text.split, f"{_or(named.splits)} of {text.source}")
+                if text.config is not None:
+                    yield _problem(f"{name}.text.config", text.config, f"null: {text.source} is one configuration")
+                if text.column not in ("text", named.column):
+                    yield _problem(f"{name}.text.column", text.column, f"{named.column}, the text of {text.source}")
+            elif HUB_ID.fullmatch(text.source):
+                if "@" in text.source:
+                    expected = f"{text.source.partition('@')[0]}, and its revision in {name}.text.revision"
+                    yield _problem(f"{name}.text.source", text.source, expected)
+            elif text.source != "embedded":
                 if not Path(text.source).is_absolute():
                     expected = f"{', '.join(NAMED_TEXTS)}, a Hub id (ORG/NAME) or an absolute path"
                     yield _problem(f"{name}.text.source", text.source, expected)
                 elif Path(text.source).suffix not in (".txt", ".jsonl"):
                     yield _problem(f"{name}.text.source", text.source, "a file that ends in .txt or .jsonl")
         same_split = calibration.split == perplexity.split or Path(calibration.source).is_absolute()
-        if calibration.source == perplexity.source and same_split:
+        same_data = (calibration.source, calibration.config) == (perplexity.source, perplexity.config)
+        if same_data and same_split:
             yield (
                 f"params.yaml: calibration.text: got the text that perplexity is measured on ({perplexity.source}, "
                 f"{perplexity.split}), expected another; change its source or split"
@@ -184,6 +222,10 @@ def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tupl
 def _problem(where: str, found: object, expected: str) -> str:
     shown = found if isinstance(found, str) and found else repr(found)
     return f"params.yaml: {where}: got {shown}, expected {expected}"
+
+
+def _or(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _explain(error: Any) -> str:

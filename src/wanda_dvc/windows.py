@@ -1,6 +1,7 @@
 """From text to rows of tokens."""
 
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,49 @@ def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int
     return torch.stack([tokens[start : start + length] for start in starts])
 
 
+def draw_from_documents(
+    documents: Sequence[str],
+    tokens_of: Callable[[str], Tensor],
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+) -> Int[Tensor, "samples length"]:
+    """Windows within documents, as the Wanda authors draw them from C4: for each sample,
+
+        while True: i = randint(0, documents − 1); break if document i has more than `length` tokens
+        start = randint(0, its tokens − length − 1)
+
+    all from one generator. Ours are the same draws without two faults: a document is tokenized only if it can be long
+    enough (a token stands for a byte or more, but for those that the tokenizer puts before and after an empty text
+    and one more before a first word), and where no document is long enough this ends.
+    """
+    extra = len(tokens_of("")) + 1
+    too_short: set[int] = set()
+    rng = random.Random(seed)
+
+    def next_document() -> Tensor:
+        while len(too_short) < len(documents):
+            index = rng.randint(0, len(documents) - 1)
+            if index in too_short:
+                continue
+            document = documents[index]
+            if len(document.encode("utf-8")) + extra > length and len(tokens := tokens_of(document)) > length:
+                return tokens
+            too_short.add(index)
+        raise UserError(
+            f"calibration text: none of its {len(documents)} documents has more than {length} tokens "
+            "(calibration.length); take shorter windows or another text"
+        )
+
+    windows = []
+    for _ in range(samples):
+        tokens = next_document()
+        start = rng.randint(0, len(tokens) - length - 1)
+        windows.append(tokens[start : start + length])
+    return torch.stack(windows)
+
+
 def cut(tokens: Int[Tensor, " tokens"], *, length: int, windows: int | None) -> Int[Tensor, "windows length"]:
     """Windows one after another without overlap, at most `windows` of them; what is left over is dropped."""
     whole = len(tokens) // length
@@ -49,3 +93,9 @@ def cut(tokens: Int[Tensor, " tokens"], *, length: int, windows: int | None) -> 
         )
     count = windows or whole
     return tokens[: count * length].view(count, length)
+
+
+def left_over(tokens: Int[Tensor, " tokens"], *, length: int, windows: int | None) -> Int[Tensor, " rest"] | None:
+    """What `cut` drops after all whole windows, if there is a token in it to predict (the first of it is none)."""
+    rest = tokens[len(tokens) // length * length :]
+    return rest if windows is None and len(rest) >= 2 else None

@@ -1,5 +1,7 @@
 """Measure what the dense model's activations look like: the norm tier, once for each distinct input."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -9,7 +11,7 @@ from wanda_dvc.blocks import Decoder, InputRecorder
 from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
 from wanda_dvc.stages import STAGES, device_name, progress
-from wanda_dvc.windows import draw, load_tokenizer, tokenize
+from wanda_dvc.windows import draw, draw_from_documents, load_tokenizer, tokenize
 
 
 def calibrate(*, project: Project) -> None:
@@ -48,8 +50,12 @@ def calibration_params(params: Params) -> Json:
 def calibration_windows(project: Project) -> Int[Tensor, "samples length"]:
     """The windows that data/calibration and params.yaml ask for."""
     calibration = project.params.calibration
-    tokens = tokenize(project.text("calibration"), load_tokenizer(project.model("dense")))
-    return draw(tokens, samples=calibration.samples, length=calibration.length, seed=calibration.seed)
+    wanted = {"samples": calibration.samples, "length": calibration.length, "seed": calibration.seed}
+    tokenizer = load_tokenizer(project.model("dense"))
+    with project.documents("calibration") as documents:
+        if documents is not None:
+            return draw_from_documents(documents, partial(tokenize, tokenizer=tokenizer), **wanted)
+    return draw(tokenize(project.text("calibration"), tokenizer), **wanted)
 
 
 def open_decoder(project: Project, model: str) -> Decoder:

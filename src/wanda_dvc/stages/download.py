@@ -5,16 +5,20 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from wanda_dvc.artifacts import (
+    DOCUMENTS,
     ITEMS,
     TEXT,
+    Documents,
     Project,
     Work,
     describe,
@@ -24,16 +28,21 @@ from wanda_dvc.artifacts import (
     write_provenance,
 )
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Text
+from wanda_dvc.params import HUB_ID, Text
+from wanda_dvc.sources import (
+    MODEL_FILES,
+    Repository,
+    check_decoder,
+    check_tokenizer,
+    column_of,
+    fetch_model,
+    load_rows,
+    resolve,
+)
 from wanda_dvc.stages import STAGES
+from wanda_dvc.texts import TEXTS, NamedText
 
-WIKITEXT2 = "Salesforce/wikitext", "wikitext-2-raw-v1"
 EMBEDDED = files("wanda_dvc") / "embedded"
-# What a Hugging Face directory needs to load and to be passed on; never a second copy in another format.
-MODEL_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 
 
 def download(*, project: Project, part: str) -> None:
@@ -51,33 +60,52 @@ def download(*, project: Project, part: str) -> None:
 
 
 def _model(project: Project) -> None:
+    from wanda_dvc.checkpoint import Checkpoint
+
     source = project.params.model
-    with project.work(describe("model", version=STAGES["download"], model=source)) as work:
+    origin: dict[str, Any]
+    if source.startswith("package:") or Path(source).is_absolute():
+        repository, origin = None, {"source": source}
+    else:
+        name, _, revision = source.partition("@")
+        repository = resolve("model", name, revision or None, "params.yaml: model")
+        origin = {"source": name, "revision": repository.commit}
+    with project.work(describe("model", version=STAGES["download"], **origin)) as work:
         out = work.fresh()
         libraries: tuple[str, ...] = ()
-        if source.startswith("package:"):
+        if repository:
+            for path in fetch_model(repository, work.path / "hub"):
+                _link(path, out / path.name)  # not moved: a killed run must find it
+            Checkpoint(out).where  # noqa: B018 - raises where it is no whole checkpoint
+        elif source.startswith("package:"):
             libraries = ("torch", "transformers", "gguf")
             _dequantize(_gguf_of_package(source.removeprefix("package:"), work), out)
         else:
             _copy_directory(Path(source), out)
-            source = Path(source).name  # where it lay is no property of the model
+            origin = {"source": Path(source).name}  # where it lay is no property of the model
         hashes = files_digest(out)
-        write_provenance(
-            out, describe("model", libraries=libraries, source=source, files=hashes, sha256=digest(hashes))
-        )
+        write_provenance(out, describe("model", libraries=libraries, **origin, files=hashes, sha256=digest(hashes)))
         work.publish(project.model("dense"))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
 
 
 def _copy_directory(source: Path, target: Path) -> None:
     """A local directory of safetensors. Checked before anything large is copied."""
-    from wanda_dvc.checkpoint import Checkpoint
+    from wanda_dvc.checkpoint import INDEX, Checkpoint
 
     if not source.is_dir():
         raise UserError(f"params.yaml: model: {source} is no directory; name one that holds a Hugging Face model")
-    Checkpoint(source).where  # noqa: B018 - raises where it is no whole checkpoint
-    if not any(path for name in ("tokenizer.json", "tokenizer.model", "vocab.*") for path in source.glob(name)):
-        raise UserError(f"{source}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy it there")
-    for path in sorted({path for pattern in MODEL_FILES for path in source.glob(pattern)}):
+    shards = Checkpoint(source).shards
+    check_decoder(source, str(source))
+    check_tokenizer([path.name for path in source.iterdir()], str(source))
+    others = {path for pattern in (*MODEL_FILES, INDEX) for path in source.glob(pattern)}
+    for path in [*sorted(others), *shards]:
         shutil.copyfile(path, target / path.name)
 
 
@@ -139,32 +167,65 @@ def _dequantize(gguf: Path, target: Path) -> None:
 
 
 def _text(project: Project, part: str, wanted: Text) -> None:
-    if wanted.source == "embedded":
-        rows = _rows(Path(str(EMBEDDED)) / "text" / f"{wanted.split}.jsonl", wanted.column)
-        source = f"embedded, {wanted.split}"
-    elif wanted.source == "wikitext2":
-        rows = _rows(_in_mirror(project, *WIKITEXT2, f"{wanted.split}.jsonl"), wanted.column)
-        source = f"{'/'.join(WIKITEXT2)}, {wanted.split}"
+    where = f"params.yaml: {part}.text.source"
+    named = TEXTS.get(wanted.source)
+    repository: Repository | None = None
+    if named or HUB_ID.fullmatch(wanted.source):
+        text = named or NamedText(wanted.source, wanted.config, wanted.column)
+        shard = text.shards.get(wanted.split)
+        place = (shard,) if shard else tuple(name for name in (text.config, f"{wanted.split}.jsonl") if name)
+        source = ", ".join(["/".join(name for name in (text.dataset, text.config) if name), wanted.split])
+        mirrored = _in_mirror(project, text.dataset, *place)
+        if not mirrored:
+            repository = resolve("dataset", text.dataset, wanted.revision or text.revision, where)
+    elif wanted.source == "embedded":
+        text, shard, source = NamedText("embedded", None, wanted.column), None, f"embedded, {wanted.split}"
+        mirrored = Path(str(EMBEDDED)) / "text" / f"{wanted.split}.jsonl"
     else:
-        path = Path(wanted.source)
-        if not path.is_file():
-            raise UserError(f"params.yaml: {part}.text.source: {path} is not there, expected a text file")
-        rows = _rows(path, wanted.column) if path.suffix == ".jsonl" else [_read(path)]
-        source = path.name
-    text = wanted.join.join(rows)
-    if not text.strip():
-        raise UserError(f"{part} text ({source}): empty, expected text")
-    content = text.encode("utf-8")
-    with project.work(describe(part, version=STAGES["download"], text=wanted.model_dump(mode="json"))) as work:
+        mirrored = Path(wanted.source)
+        text, shard, source = NamedText(mirrored.name, None, wanted.column), None, mirrored.name
+        if not mirrored.is_file():
+            raise UserError(f"{where}: {mirrored} is not there, expected a text file")
+    commit = repository.commit if repository else None
+    made_from = describe(part, version=STAGES["download"], text=wanted.model_dump(mode="json"), commit=commit)
+    with project.work(made_from) as work:
         out = work.fresh()
-        (out / TEXT).write_bytes(content)
-        write_provenance(
-            out,
-            describe(
-                "text", source=source, join=wanted.join, rows=len(rows), sha256=hashlib.sha256(content).hexdigest()
-            ),
-        )
+        path = mirrored
+        if repository and shard:
+            repository.fetch(work.path / "hub", shard)
+            path = work.path / "hub" / shard
+        origin: dict[str, Any] = {"source": source, "revision": commit}
+        if shard and path and part == "calibration":
+            with tempfile.TemporaryFile(dir=work.path) as scratch:
+                origin |= {"column": text.column, "rows": _check(Documents.unpack(path, text.column, scratch))}
+            shutil.copyfile(path, out / DOCUMENTS)
+            write_provenance(out, describe("documents", **origin, sha256=file_digest(out / DOCUMENTS)))
+        else:
+            if shard and path:
+                with tempfile.TemporaryFile(dir=work.path) as scratch:
+                    rows = list(Documents.unpack(path, text.column, scratch))
+            elif repository:
+                found = load_rows(repository, text.config, wanted.split)
+                rows = column_of(found, text.column, f"params.yaml: {part}.text.column: {text.dataset}")
+            elif path and path.suffix == ".jsonl":
+                rows = _rows(path, text.column)
+            else:
+                rows = [_read(Path(wanted.source))]
+            joined = wanted.join.join(rows)
+            if not joined.strip():
+                raise UserError(f"{part} text ({source}): empty, expected text")
+            content = joined.encode("utf-8")
+            (out / TEXT).write_bytes(content)
+            sha256 = hashlib.sha256(content).hexdigest()
+            write_provenance(out, describe("text", **origin, join=wanted.join, rows=len(rows), sha256=sha256))
         work.publish(project.data(part))
+
+
+def _check(documents: Documents) -> int:
+    """How many documents there are. UserError where there is none, or the first is no document."""
+    if not documents or not documents[0]:
+        raise UserError(f"{documents.shard}: no documents, expected lines of JSON with `{documents.column}`")
+    return len(documents)
 
 
 def _read(path: Path) -> str:
@@ -180,6 +241,8 @@ def _rows(path: Path, column: str) -> list[str]:
     for number, line in enumerate(_read(path).splitlines(), start=1):
         try:
             row = json.loads(line)
+            if not isinstance(row[column], str):
+                raise UserError(f"{path}: line {number}: `{column}` is {type(row[column]).__name__}, expected text")
             rows.append(row[column])
         except (json.JSONDecodeError, KeyError, TypeError):
             found = ", ".join(row) if line.startswith("{") and line.endswith("}") else "no JSON object"
@@ -187,16 +250,15 @@ def _rows(path: Path, column: str) -> list[str]:
     return rows
 
 
-def _in_mirror(project: Project, *parts: str) -> Path:
+def _in_mirror(project: Project, *parts: str) -> Path | None:
+    """Where the mirror has a file; None where there is no mirror. UserError where there is one without it."""
     mirror = project.params.runtime.mirror
     if mirror is None:
-        raise UserError(
-            f"params.yaml: runtime.mirror: not set, expected a directory that holds {'/'.join(parts)}; "
-            "`wanda-dvc` takes data sets from a mirror laid out like the Hub (id/config/split.jsonl)"
-        )
+        return None
     path = Path(mirror, *parts)
     if not path.is_file():
-        raise UserError(f"runtime.mirror: {path} is not there; put the split there as JSONL, a row a line")
+        how = "as it lies on the Hub" if path.suffix == ".gz" else "as JSONL, a row a line"
+        raise UserError(f"runtime.mirror: {path} is not there; put it there {how}, or set runtime.mirror to null")
     return path
 
 
@@ -212,7 +274,7 @@ def _tasks(project: Project) -> None:
     index = TaskManager().task_index
     home = Path(lm_eval.tasks.__file__).parent
     configs: dict[str, tuple[Path, dict[str, Any]]] = {}
-    problems = []
+    problems: list[str] = []
     for name in wanted.names:
         path = index[name].yaml_path if name in index else None
         config = load_yaml(path) if path else {}
@@ -225,35 +287,91 @@ def _tasks(project: Project) -> None:
             )
     if problems:
         raise UserError(*problems)
+    found = [_items(project, name, config, problems) for name, (_, config) in configs.items()]
+    if problems:
+        raise UserError(*problems)
     with project.work(describe("tasks", version=STAGES["download"], tasks=wanted.model_dump(mode="json"))) as work:
         out = work.fresh()
-        for name, (path, config) in configs.items():
-            role = "test" if config.get("test_split") else "validation"
-            parts = [config["dataset_path"], config.get("dataset_name"), f"{config[f'{role}_split']}.jsonl"]
-            place = [part for part in parts if part]
-            if wanted.source == "samples":
-                source = Path(str(EMBEDDED), "tasks", *place)
-                if not source.is_file():
-                    raise UserError(
-                        f"params.yaml: tasks.names: there are no samples of {name}; "
-                        "take it out or set tasks.source to benchmark"
-                    )
-            else:
-                source = _in_mirror(project, *place)
+        for (name, (path, _)), items in zip(configs.items(), found, strict=True):
+            if items is None:
+                continue  # a problem, told above
             folder = out / name
             folder.mkdir()
-            shutil.copyfile(source, folder / ITEMS)
+            items.write(folder / ITEMS)
             write_provenance(
                 folder,
                 describe(
                     "task",
                     task=name,
-                    source="samples written for wanda-dvc" if wanted.source == "samples" else "/".join(place[:-1]),
+                    source="samples written for wanda-dvc" if wanted.source == "samples" else items.source,
+                    revision=items.repository.commit if items.repository else None,
                     samples=wanted.source == "samples",
                     definition=path.relative_to(home).as_posix(),
-                    role=role,
+                    role=items.role,
                     lm_eval=version("lm_eval"),
                     sha256=file_digest(folder / ITEMS),
                 ),
             )
         work.publish(project.data("tasks"))
+
+
+@dataclass(frozen=True)
+class Items:
+    """A task's items: in a file, or in a commit of a data set on the Hub."""
+
+    role: str  # of the split, for lm-eval: test or validation
+    split: str
+    dataset: str
+    config: str | None
+    options: dict[str, Any]  # for `datasets`, from the task's definition
+    path: Path | None = None
+    repository: Repository | None = None
+
+    @property
+    def source(self) -> str:
+        return "/".join(part for part in (self.dataset, self.config) if part)
+
+    def write(self, target: Path) -> None:
+        """As JSON lines."""
+        if self.path:
+            shutil.copyfile(self.path, target)
+        elif self.repository:
+            rows = load_rows(self.repository, self.config, self.split, **self.options)
+            with target.open("w", encoding="utf-8", newline="\n") as file:
+                for row in rows:
+                    try:
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    except TypeError as error:
+                        raise UserError(
+                            f"{self.repository.where}: {self.source} holds what JSON can't say ({error}); take it out"
+                        ) from error
+
+
+def _items(project: Project, name: str, config: dict[str, Any], problems: list[str]) -> Items | None:
+    """Where a task's items are; None, and a problem more, where they can't be had."""
+    where = f"params.yaml: tasks.names: {name}"
+    role = "test" if config.get("test_split") else "validation"
+    dataset, split = config.get("dataset_path"), config.get(f"{role}_split")
+    if not dataset or not split or config.get("custom_dataset"):
+        problems.append(f"{where}: its definition names no data set and split to take items from; take it out")
+        return None
+    options = dict(config.get("dataset_kwargs") or {})
+    revision = options.pop("revision", None)
+    for option in ("trust_remote_code", "streaming", "split"):  # nothing here runs a data set's code
+        options.pop(option, None)
+    items = Items(role, split, dataset, config.get("dataset_name"), options)
+    place = [part for part in (dataset, items.config, f"{split}.jsonl") if part]
+    try:
+        if project.params.tasks.source == "samples":
+            path = Path(str(EMBEDDED), "tasks", *place)
+            if not path.is_file():
+                raise UserError(f"{where}: there are no samples of it; take it out or set tasks.source to benchmark")
+            return replace(items, path=path)
+        if mirrored := _in_mirror(project, *place):
+            return replace(items, path=mirrored)
+        if not HUB_ID.fullmatch(dataset):
+            raise UserError(f"{where}: its items ({dataset}) are no data set of the Hub, ORG/NAME; take it out")
+        return replace(items, repository=resolve("dataset", dataset, revision, where))
+    except UserError as error:
+        problems += error.problems
+        return None

@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from wanda_dvc.artifacts import Project, describe, digest, read_provenance, write_json
 from wanda_dvc.blocks import Decoder
 from wanda_dvc.stages import STAGES, progress
 from wanda_dvc.stages.calibrate import open_decoder
-from wanda_dvc.windows import cut, load_tokenizer, tokenize
+from wanda_dvc.windows import cut, left_over, load_tokenizer, tokenize
 
 DIVERGED = "diverged"
 
@@ -21,7 +23,9 @@ def perplexity(*, project: Project, model: str) -> None:
     made_by = "download model" if model == "dense" else "apply"
     text = read_provenance(project.data("perplexity"), "download perplexity")
     tokens = tokenize(project.text("perplexity"), load_tokenizer(folder))
-    windows = cut(tokens, length=params.perplexity.length, windows=params.perplexity.windows)
+    length, count = params.perplexity.length, params.perplexity.windows
+    windows = cut(tokens, length=length, windows=count)
+    rest = left_over(tokens, length=length, windows=count) if params.perplexity.rest == "kept" else None
     protocol = describe(
         "perplexity",
         version=STAGES["perplexity"],
@@ -32,25 +36,35 @@ def perplexity(*, project: Project, model: str) -> None:
         tokens_sha256=digest(tokens.tolist()),
         windows=len(windows),
         length=windows.shape[1],
-        rest="dropped",
+        rest="dropped" if rest is None else len(rest),
         dtype=params.dtype,
-        formula="exp(mean over windows of the mean loss of its length − 1 predictions)",
+        formula="exp(mean over windows of the mean loss of its length − 1 predictions)"
+        if rest is None
+        else "exp(total loss of all predictions / their number); a window's first token is not predicted",
     )
     with project.work(protocol) as work:
         decoder = open_decoder(project, model)
-        for step in progress(
-            decoder.walk(windows, work.path), total=len(decoder.blocks), what=f"perplexity {model}, blocks"
-        ):
-            step.advance()
-        losses: list[float] = _read_losses(work.path / "losses.json")
-        rest = list(range(len(losses), len(windows)))
-        hidden = decoder.outputs(windows, work.path)
-        for row in progress(rest, total=len(rest), what="output head, windows"):
-            losses.append(window_loss(decoder, hidden[row : row + 1], windows[row]))
-            write_json(work.path / "losses.json", [_finite(loss) for loss in losses])
+        losses = _losses(decoder, windows, work.path, what=f"perplexity {model}")
+        predictions = [windows.shape[1] - 1] * len(windows)
+        if rest is not None:  # the engine's windows are all of one length
+            losses += _losses(decoder, rest[None], work.path / "rest", what=f"perplexity {model}, rest")
+            predictions.append(len(rest) - 1)
         write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": [_finite(x) for x in losses]})
-        write_json(project.metrics(model, "perplexity"), {"perplexity": from_losses(losses)})
+        write_json(project.metrics(model, "perplexity"), {"perplexity": from_losses(losses, predictions)})
         work.forget()
+
+
+def _losses(decoder: Decoder, windows: Int[Tensor, "windows length"], work: Path, *, what: str) -> list[float]:
+    """Each window's mean loss; what a killed run has in `work` is gone on from."""
+    for step in progress(decoder.walk(windows, work), total=len(decoder.blocks), what=f"{what}, blocks"):
+        step.advance()
+    losses: list[float] = _read_losses(work / "losses.json")
+    rows = range(len(losses), len(windows))
+    hidden = decoder.outputs(windows, work)
+    for row in progress(rows, total=len(rows), what=f"{what}, output head, windows"):
+        losses.append(window_loss(decoder, hidden[row : row + 1], windows[row]))
+        write_json(work / "losses.json", [_finite(loss) for loss in losses])
+    return losses
 
 
 def window_loss(decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor) -> float:
@@ -63,9 +77,14 @@ def window_loss(decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor) ->
     return total / len(targets)
 
 
-def from_losses(losses: list[float]) -> float | str:
-    """exp(mean), to six significant digits: what comes after them differs from machine to machine."""
-    mean = math.fsum(losses) / len(losses)
+def from_losses(losses: list[float], predictions: list[int]) -> float | str:
+    """exp(total loss / predictions), to six significant digits: what comes after them differs from machine to machine.
+
+    `losses` are windows' means. Where all windows are of one length it is exp(mean), as the papers write it.
+    """
+    equal = len(set(predictions)) == 1  # then the weights would only round
+    weighted = losses if equal else [loss * count for loss, count in zip(losses, predictions, strict=True)]
+    mean = math.fsum(weighted) / (len(losses) if equal else sum(predictions))
     if not mean < math.log(torch.finfo(torch.float64).max):
         return DIVERGED
     return float(f"{math.exp(mean):.6g}")

@@ -1,0 +1,536 @@
+"""The Hub, played by a server on this machine that speaks the few requests the real client makes."""
+
+import gzip
+import hashlib
+import json
+import random
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import save_tiny_model
+from transformers import BertConfig, T5Config
+
+from wanda_dvc.artifacts import Project
+from wanda_dvc.errors import UserError
+from wanda_dvc.stages.calibrate import calibrate, calibration_windows
+from wanda_dvc.stages.download import download
+from wanda_dvc.windows import draw_from_documents, load_tokenizer, tokenize
+
+Make = Callable[..., Project]
+COMMIT, OLDER = "c" * 40, "0" * 40
+
+
+@dataclass
+class Hub:
+    """Repositories by path, `models/ORG/NAME` or `datasets/ORG/NAME`; all revisions hold the same files."""
+
+    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT, "v1": OLDER})
+    status: int = 200
+    asked: list[tuple[str, str]] = field(default_factory=list)  # method, path
+
+    def add(self, path: str, folder: Path | None = None, **files: bytes) -> None:
+        found = {file.name: file.read_bytes() for file in folder.iterdir()} if folder else {}
+        self.repositories[path] = found | {name.replace("__", "/"): content for name, content in files.items()}
+
+    @property
+    def fetched(self) -> list[str]:
+        """The files whose content was asked for."""
+        contents = [path.partition("/resolve/")[2] for method, path in self.asked if method == "GET"]
+        return [path.partition("/")[2] for path in contents if path]
+
+    def answer(self, path: str, logged_in: bool) -> tuple[int, dict[str, str], bytes]:
+        path, _, _ = path.partition("?")
+        if self.status != 200:
+            return self.status, {"X-Error-Message": "Service in pieces"}, b""
+        parts = path.removeprefix("/api/").strip("/").split("/")
+        if not path.startswith("/api/") and parts[0] != "datasets":
+            parts.insert(0, "models")
+        repository, rest = "/".join(parts[:3]), [part.replace("%2F", "/") for part in parts[3:]]
+        if repository not in self.repositories:
+            return (404 if logged_in else 401), {"X-Error-Code": "RepoNotFound"}, b""
+        files = self.repositories[repository]
+        known = self.revisions | {commit: commit for commit in self.revisions.values()}
+        verb, revision = rest[0] if rest else "", rest[1] if len(rest) > 1 else "main"
+        if verb in ("auth-check", "resolve") and repository in self.gated:
+            return (403 if logged_in else 401), {"X-Error-Code": "GatedRepo"}, b""
+        if revision not in known:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        if verb in ("", "revision"):
+            siblings = [{"rfilename": name} for name in files]
+            info = {"id": "/".join(parts[1:3]), "sha": known[revision], "siblings": siblings}
+            return 200, {}, json.dumps(info | {"gated": "manual" if repository in self.gated else False}).encode()
+        if verb == "tree":
+            entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files]
+            return 200, {}, json.dumps(entries).encode()
+        if verb == "auth-check":
+            return 200, {}, b"{}"
+        name = "/".join(rest[2:])
+        if name not in files:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
+        tag = hashlib.sha256(files[name]).hexdigest()
+        return 200, {"X-Repo-Commit": known[revision], "ETag": f'"{tag}"'}, files[name]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    played = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            played.asked.append((self.command, self.path))
+            status, headers, content = played.answer(self.path, "Authorization" in self.headers)
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": str(len(content))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        for name, value in {
+            "ENDPOINT": place,
+            "HUGGINGFACE_CO_URL_TEMPLATE": place + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+        }.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield played
+        huggingface_hub.close_session()
+        server.shutdown()
+        thread.join()
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+
+
+# --- models ---
+
+
+def test_a_model_is_what_is_needed_of_a_commit(project: Make, hub: Hub, tiny: Path):
+    doubles = {
+        "pytorch_model.bin": b"x",
+        "consolidated.safetensors": b"x",
+        "original__model.pth": b"x",
+        "README.md": b"x",
+    }
+    hub.add("models/org/tiny", tiny, **doubles)
+    made = project(model="org/tiny@v1")
+    download(project=made, part="model")
+    names = {path.name for path in tiny.iterdir()}
+    assert {path.name for path in made.model("dense").iterdir()} == names | {"provenance.json"}
+    assert set(hub.fetched) == names
+    assert all((made.model("dense") / name).read_bytes() == (tiny / name).read_bytes() for name in names)
+    found = provenance(made.model("dense"))
+    assert (found["source"], found["revision"]) == ("org/tiny", OLDER)
+    assert len([path for _, path in hub.asked if "/revision/" in path]) == 1  # resolved once
+    assert all(f"/resolve/{OLDER}/" in path for _, path in hub.asked if "/resolve/" in path)
+    before = (made.model("dense") / "provenance.json").read_bytes()
+    download(project=project(model=f"org/tiny@{OLDER}"), part="model")
+    assert (made.model("dense") / "provenance.json").read_bytes() == before  # whatever name the commit went by
+
+
+def test_the_main_branch_is_recorded_as_its_commit(project: Make, hub: Hub, tiny: Path):
+    hub.add("models/org/tiny", tiny)
+    made = project(model="org/tiny")
+    download(project=made, part="model")
+    assert provenance(made.model("dense"))["revision"] == COMMIT
+    assert "main" not in (made.model("dense") / "provenance.json").read_text()
+
+
+def test_a_killed_download_fetches_no_finished_file_again(
+    project: Make, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = save_tiny_model(tmp_path / "source", shard="30KB")
+    *_, last = shards = sorted(path.name for path in source.glob("*.safetensors"))
+    assert len(shards) > 1
+    hub.add("models/org/tiny", source)
+    real = huggingface_hub.file_download.http_get
+
+    def killed(url: str, temp_file: Any, **words: Any) -> None:
+        if not url.endswith(last):
+            return real(url, temp_file, **words)
+        temp_file.write((source / last).read_bytes()[:1000])
+        temp_file.flush()
+        raise KeyboardInterrupt
+
+    made = project(model="org/tiny")
+    monkeypatch.setattr(huggingface_hub.file_download, "http_get", killed)
+    with pytest.raises(KeyboardInterrupt):
+        download(project=made, part="model")
+    assert not made.model("dense").exists()
+    monkeypatch.setattr(huggingface_hub.file_download, "http_get", real)
+    done = set(hub.fetched)
+    hub.asked.clear()
+    download(project=made, part="model")
+    assert not done & set(hub.fetched)
+    assert set(hub.fetched) >= {last}
+    assert all((made.model("dense") / name).read_bytes() == (source / name).read_bytes() for name in shards)
+
+
+def test_a_run_killed_after_the_download_fetches_nothing_again(
+    project: Make, hub: Hub, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from wanda_dvc.stages import download as module
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    hub.add("models/org/tiny", tiny)
+    made = project(model="org/tiny")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module, "files_digest", killed)
+        download(project=made, part="model")
+    hub.asked.clear()
+    download(project=made, part="model")
+    assert hub.fetched == []
+    assert (made.model("dense") / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
+def config(**content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+def without(*names: str) -> Callable[[dict[str, bytes]], None]:
+    return lambda files: [files.pop(name) for name in names] and None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without("config.json"), "model: org/tiny has no config.json, expected a Hugging Face model"),
+        (
+            lambda files: files.update({"pytorch_model.bin": files.pop("model.safetensors")}),
+            r"model: org/tiny has its weights only as pickles \(pytorch_model.bin\), which nothing here opens",
+        ),
+        (
+            lambda files: files.update({"tiny.gguf": files.pop("model.safetensors")}),
+            "found tiny.gguf, expected model.safetensors or model.safetensors.index.json",
+        ),
+        (without("tokenizer.json"), "org/tiny: no tokenizer"),
+        (
+            lambda files: files.update({"config.json": T5Config().to_json_string().encode()}),
+            "org/tiny: config.json: found t5, expected a causal decoder",
+        ),
+        (
+            lambda files: files.update(
+                {"config.json": BertConfig(architectures=["BertForMaskedLM"]).to_json_string().encode()}
+            ),
+            "config.json: found bert, expected a causal decoder",
+        ),
+        (
+            lambda files: files.update({"config.json": config(model_type="bart", is_encoder_decoder=True)}),
+            "config.json: found bart, expected a causal decoder",
+        ),
+        (
+            lambda files: files.update({"config.json": config(model_type="new", auto_map={"AutoConfig": "new.C"})}),
+            "config.json: new comes with code of its own, which nothing here runs",
+        ),
+        (lambda files: files.update({"config.json": b"{}"}), "config.json: no model_type"),
+        (
+            lambda files: files.update(
+                {"config.json": config(model_type="llama", quantization_config={"quant_method": "gptq"})}
+            ),
+            "config.json: weights quantized by gptq, expected plain ones",
+        ),
+    ],
+)
+def test_what_is_no_model_for_us_is_said_before_its_weights_are_read(
+    project: Make, hub: Hub, tiny: Path, spoil: Callable[[dict[str, bytes]], None], message: str
+):
+    hub.add("models/org/tiny", tiny)
+    spoil(hub.repositories["models/org/tiny"])
+    with pytest.raises(UserError, match=message):
+        download(project=project(model="org/tiny"), part="model")
+    assert set(hub.fetched) <= {"config.json"}
+
+
+def test_a_local_directory_must_be_a_decoder_too(project: Make, tiny: Path, tmp_path: Path):
+    source = shutil.copytree(tiny, tmp_path / "source")
+    T5Config().to_json_file(source / "config.json")
+    made = project(model=source)
+    with pytest.raises(UserError, match="source: config.json: found t5, expected a causal decoder"):
+        download(project=made, part="model")
+    assert not made.model("dense").exists()
+
+
+@pytest.mark.parametrize("part", ["model", "perplexity"])
+@pytest.mark.parametrize(
+    ("trouble", "token", "message"),
+    [
+        (
+            "gated",
+            None,
+            "is gated, and no one is logged in; accept its conditions on its page on the Hub, org/tiny, then log in "
+            "with `hf auth login`",
+        ),
+        (
+            "gated",
+            "hf_x",
+            "is gated, and the account that is logged in has no access; accept its conditions on its page on the Hub",
+        ),
+        (
+            "unknown",
+            None,
+            "found no (model|data set) org/tiny that everyone may read; correct its id or, if it is private, log in "
+            "with `hf auth login`",
+        ),
+        (
+            "unknown",
+            "hf_x",
+            "found no (model|data set) org/tiny that the account that is logged in may read; correct its id",
+        ),
+        ("revision", None, "org/tiny has no revision v2; name a commit, a tag or a branch that it has"),
+        ("offline", None, "org/tiny is on the Hub, and HF_HUB_OFFLINE forbids asking it"),
+        ("no network", None, r"org/tiny is on the Hub, which can't be reached from here \(ConnectError\)"),
+        ("down", None, r"org/tiny: the Hub answered 500 \(Service in pieces\); try again later"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_apart(
+    project: Make,
+    hub: Hub,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    trouble: str,
+    token: str | None,
+    message: str,
+):
+    kind = "models" if part == "model" else "datasets"
+    if trouble != "unknown":
+        hub.add(f"{kind}/org/tiny", tiny)
+    if trouble == "gated":
+        hub.gated.add(f"{kind}/org/tiny")
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    if trouble == "offline":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    if trouble == "no network":
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    hub.status = 500 if trouble == "down" else 200
+    revision = "v2" if trouble == "revision" else None
+    if part == "model":
+        made = project(model="org/tiny" + (f"@{revision}" if revision else ""))
+    else:
+        made = project(perplexity__text__source="org/tiny", perplexity__text__revision=revision)
+    with pytest.raises(UserError, match=rf"^params.yaml: (model|perplexity.text.source): .*{message}"):
+        download(project=made, part=part)
+    assert hub.fetched == []
+
+
+# --- texts ---
+
+
+@pytest.fixture
+def data(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """Puts a data set on the Hub: `datasets`' own loader reads it from a folder, and what it was asked is noted."""
+    import datasets
+
+    real, asked = datasets.load_dataset, []
+
+    def add(name: str, config: str | None, split: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        folder = tmp_path / "sets" / name
+        (folder / (config or "data")).mkdir(parents=True, exist_ok=True)
+        (folder / (config or "data") / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if config:
+            card = f"---\nconfigs:\n- config_name: {config}\n  data_dir: {config}\n---\n"
+            (folder / "README.md").write_text(card)
+        hub.add(f"datasets/{name}")
+        return asked
+
+    def load(path: str, name: str | None = None, *, split: str, revision: str, **options: Any) -> Any:
+        asked.append({"path": path, "name": name, "split": split, "revision": revision, **options})
+        return real(str(tmp_path / "sets" / path), name, split=split, cache_dir=str(tmp_path / "arrow"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return add
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "config", "column", "revision", "commit"),
+    [
+        ("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", "text", "main", COMMIT),
+        ("ptb", "ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "refs/convert/parquet", "b" * 40),
+        ("org/prose", "org/prose", None, "body", "v1", OLDER),
+    ],
+)
+def test_texts_come_from_the_hub_at_a_commit(
+    project: Make, hub: Hub, data, source: str, name: str, config: str | None, column: str, revision: str, commit: str
+):
+    hub.revisions["refs/convert/parquet"] = "b" * 40
+    asked = data(name, config, "validation", [{column: "one é"}, {column: "two"}])
+    changes = {"column": "body", "revision": "v1"} if source == "org/prose" else {}
+    made = project(
+        calibration__text__source=source,
+        calibration__text__split="validation",
+        **{f"calibration__text__{key}": value for key, value in changes.items()},
+    )
+    download(project=made, part="calibration")
+    assert made.text("calibration") == "one é two"
+    assert asked == [{"path": name, "name": config, "split": "validation", "revision": commit}]
+    found = provenance(made.data("calibration"))
+    assert found["revision"] == commit
+    assert found["source"] == "/".join(part for part in (name, config) if part) + ", validation"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"column": "title"}, "text.column: org/prose: found body, rank, expected a column `title`"),
+        ({"column": "rank"}, "text.column: org/prose: column `rank` holds int, expected text"),
+        ({"split": "dev"}, r"org/prose, config good, split dev: .*validation"),
+        ({"config": "bad"}, r"org/prose, config bad, split validation: .*good"),
+    ],
+)
+def test_a_column_split_or_config_that_is_not_there_says_which_are(project: Make, data, changes: dict, message: str):
+    data("org/prose", "good", "validation", [{"body": "one", "rank": 1}])
+    wanted = {"source": "org/prose", "config": "good", "split": "validation", "column": "body"} | changes
+    made = project(**{f"calibration__text__{key}": value for key, value in wanted.items()})
+    with pytest.raises(UserError, match=message):
+        download(project=made, part="calibration")
+    assert not made.data("calibration").exists()
+
+
+# --- C4 ---
+
+SHARD = "en/c4-train.00000-of-01024.json.gz"
+
+
+def packed(documents: list[str]) -> bytes:
+    lines = "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in documents)
+    return gzip.compress(lines.encode(), mtime=0)
+
+
+def documents(count: int = 60) -> list[str]:
+    rng = random.Random(5)
+    return ["".join(rng.choices("abc é\n", k=rng.choice([5, 40, 64, 65, 66, 90, 200]))) for _ in range(count)]
+
+
+def authors_windows(texts: list[str], tokenizer: Any, samples: int, length: int, seed: int) -> list[list[int]]:
+    """get_c4 of the Wanda authors, line for line."""
+    random.seed(seed)
+    windows = []
+    for _ in range(samples):
+        while True:
+            i = random.randint(0, len(texts) - 1)
+            tokens = tokenizer(texts[i])["input_ids"]
+            if len(tokens) > length:
+                break
+        i = random.randint(0, len(tokens) - length - 1)
+        windows.append(tokens[i : i + length])
+    return windows
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_c4_is_drawn_as_the_authors_draw_it(
+    project: Make, hub: Hub, tiny: Path, tmp_path: Path, seed: int, mirrored: bool
+):
+    content = packed(documents())
+    hub.add("datasets/allenai/c4", **{SHARD.replace("/", "__"): content, "en__other.json.gz": b"x"})
+    mirror = tmp_path / "mirror/allenai/c4" / SHARD
+    mirror.parent.mkdir(parents=True)
+    mirror.write_bytes(content)
+    made = project(
+        calibration__text__source="c4",
+        calibration__seed=seed,
+        calibration__samples=20,
+        runtime__mirror=str(tmp_path / "mirror") if mirrored else None,
+    )
+    for part in ("model", "calibration"):
+        download(project=made, part=part)
+    assert hub.fetched == ([] if mirrored else [SHARD])
+    assert (made.data("calibration") / "documents.json.gz").read_bytes() == content  # as it was fetched
+    found = provenance(made.data("calibration"))
+    assert (found["revision"], found["rows"]) == (None if mirrored else COMMIT, 60)
+    expected = authors_windows(documents(), load_tokenizer(tiny), samples=20, length=64, seed=seed)
+    assert calibration_windows(made).tolist() == expected
+    calibrate(project=made)
+    assert provenance(made.stats)["text"]["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_document_that_cannot_be_long_enough_is_drawn_and_not_tokenized():
+    texts, seen = ["a" * size for size in (3, 9, 10, 11, 12, 13, 30)], []
+
+    def tokens_of(text: str) -> torch.Tensor:  # a token before the text, as Llama has it, and one for each byte
+        seen.append(len(text))
+        return torch.tensor([1, *text.encode()])
+
+    drawn = draw_from_documents(texts, tokens_of, samples=30, length=10, seed=3)
+    expected = authors_windows(texts, lambda text: {"input_ids": [1, *text.encode()]}, samples=30, length=10, seed=3)
+    assert drawn.tolist() == expected
+    assert {3} & set(seen) == set()
+    assert {10, 30} <= set(seen)  # with its first token, 10 letters are enough
+
+
+@pytest.mark.parametrize("texts", [[], ["short", "b" * 64]])
+def test_where_no_document_is_long_enough_it_ends(tiny: Path, texts: list[str]):
+    tokenizer = load_tokenizer(tiny)
+    message = f"none of its {len(texts)} documents has more than 64 tokens \\(calibration.length\\)"
+    with pytest.raises(UserError, match=message):
+        draw_from_documents(texts, lambda text: tokenize(text, tokenizer), samples=1, length=64, seed=0)
+
+
+def test_perplexity_on_c4_is_on_its_joined_documents(project: Make, hub: Hub):
+    content = packed(["one", "two é"])
+    hub.add("datasets/allenai/c4", **{"en__c4-validation.00000-of-00008.json.gz": content})
+    made = project(perplexity__text__source="c4", perplexity__text__split="validation")
+    download(project=made, part="perplexity")
+    assert made.text("perplexity") == "one\n\ntwo é"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (packed(["a"] * 99)[:-20], r"damaged \(.*\), expected lines of JSON, gzipped"),
+        (gzip.compress(b'{"body": "x"}\n'), "line 1: no text `text`"),
+        (gzip.compress(b""), "no documents"),
+    ],
+)
+def test_a_shard_that_is_not_whole_is_refused(project: Make, hub: Hub, content: bytes, message: str):
+    hub.add("datasets/allenai/c4", **{SHARD.replace("/", "__"): content})
+    with pytest.raises(UserError, match=message):
+        download(project=project(calibration__text__source="c4"), part="calibration")
+
+
+# --- tasks ---
+
+
+def test_tasks_come_from_the_hub_at_a_commit(project: Make, data):
+    rows = [{"goal": "é", "sol1": "a", "sol2": "b", "label": 0}]
+    asked = data("baber/piqa", None, "validation", rows)
+    made = project(tasks__source="benchmark")
+    download(project=made, part="tasks")
+    folder = made.data("tasks") / "piqa"
+    assert (folder / "items.jsonl").read_bytes() == (json.dumps(rows[0], ensure_ascii=False) + "\n").encode()
+    assert asked == [{"path": "baber/piqa", "name": None, "split": "validation", "revision": COMMIT}]
+    found = provenance(folder)
+    assert (found["source"], found["revision"], found["samples"]) == ("baber/piqa", COMMIT, False)
+    assert found["lm_eval"]
+
+
+def test_tasks_that_cannot_be_had_are_all_named(project: Make, hub: Hub):
+    with pytest.raises(UserError) as caught:
+        download(project=project(tasks__source="benchmark", tasks__names=["piqa", "rte"]), part="tasks")
+    first, second = caught.value.problems
+    assert first.startswith("params.yaml: tasks.names: piqa: found no data set baber/piqa that everyone may read")
+    assert second.startswith("params.yaml: tasks.names: rte: found no data set nyu-mll/glue")
