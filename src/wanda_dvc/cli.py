@@ -18,7 +18,7 @@ app = typer.Typer(
     help="Prune language models with Wanda: calibrate once; prune, compare and ship as often as you like.\n\n"
     "The stages are run by `dvc repro` and `dvc exp run -S sparsity=0.7`; by hand they do the same, one at a time.",
 )
-STAGE_PANEL, RESULT_PANEL = "Stages, in the order of the pipeline", "Results"
+STAGE_PANEL, RESULT_PANEL, STUDY_PANEL = "Stages, in the order of the pipeline", "Results", "Studies"
 
 Version = Annotated[
     int | None, typer.Option("--version", help="Fail unless this wanda-dvc computes that version of the stage.")
@@ -141,6 +141,17 @@ def stats(
     from wanda_dvc.results import stats as table
 
     typer.echo(table(project=Project.find(), layer=layer, as_json=as_json))
+
+
+@app.command(rich_help_panel=STUDY_PANEL)
+def preset(
+    name: Annotated[str | None, typer.Argument(help="which; without it they are listed")] = None,
+) -> None:
+    """Write a whole study's settings into params.yaml."""
+    from wanda_dvc.artifacts import Project
+    from wanda_dvc.presets import apply_preset, preset_table
+
+    typer.echo(preset_table() if name is None else apply_preset(project=Project.find(), name=name))
 
 
 def _one_of(what: str, given: str, known: tuple[str, ...]) -> None:
