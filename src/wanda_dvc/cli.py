@@ -154,6 +154,26 @@ def preset(
     typer.echo(preset_table() if name is None else apply_preset(project=Project.find(), name=name))
 
 
+@app.command(rich_help_panel=STUDY_PANEL)
+def export(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[EXPERIMENT] DIRECTORY",
+            help="an experiment, commit, branch or tag (by default the workspace), and a new or empty directory",
+        ),
+    ],
+) -> None:
+    """Build any experiment's pruned model, with its full card, ready to upload; the workspace stays as it is."""
+    from wanda_dvc.artifacts import Project
+    from wanda_dvc.export import export as build
+
+    if len(words) > 2:
+        raise typer.BadParameter(f"got {len(words)} words, expected [EXPERIMENT] DIRECTORY")
+    *experiment, target = words
+    typer.echo(build(project=Project.find(), experiment=experiment[0] if experiment else None, target=Path(target)))
+
+
 def _one_of(what: str, given: str, known: tuple[str, ...]) -> None:
     from wanda_dvc.errors import UserError
 
