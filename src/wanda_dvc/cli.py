@@ -42,6 +42,7 @@ def main(
 def _stage(name: str, version: int | None, run: str, stage: Callable[..., None], **words: str) -> None:
     """Run one stage: without a network (but for download), timed, quiet where nobody watches."""
     from wanda_dvc.artifacts import Project
+    from wanda_dvc.needs import announce
     from wanda_dvc.stages import check_version, timed
 
     check_version(name, version)
@@ -54,6 +55,7 @@ def _stage(name: str, version: int | None, run: str, stage: Callable[..., None],
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    announce(project=project, stage=name, part=words.get("part") or words.get("model"))
     with timed(project, run):
         if name in ("calibrate", "mask", "perplexity", "zero-shot"):
             import torch
