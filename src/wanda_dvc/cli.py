@@ -176,6 +176,17 @@ def export(
     typer.echo(build(project=Project.find(), experiment=experiment[0] if experiment else None, target=Path(target)))
 
 
+@app.command(rich_help_panel=STUDY_PANEL)
+def doctor() -> None:
+    """Check machine, libraries, settings and repository; exit 2 if something that is needed is missing."""
+    from wanda_dvc.doctor import doctor as look
+
+    table, well = look(start=Path.cwd())
+    typer.echo(table)
+    if not well:
+        raise typer.Exit(2)
+
+
 def _one_of(what: str, given: str, known: tuple[str, ...]) -> None:
     from wanda_dvc.errors import UserError
 
