@@ -329,7 +329,7 @@ def how_to_repeat(params: Params) -> tuple[str, str]:
 
 def _override(value: Any) -> str:
     """A value as `dvc exp run --set-param` reads it."""
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z][\w./@:\-]*|\d+:\d+", value):
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z/][\w./@:\-]*|\d+:\d+", value):
         return f'"{value}"'
     return "null" if value is None else f"[{','.join(value)}]" if isinstance(value, list) else f"{value}"
 
