@@ -181,3 +181,63 @@ def test_experiments(repository: Repository):
     assert "models/pruned is still that of another experiment (wanda, sparsity 0.5" in shown_here
     assert repository.repro() == {"apply"}
     assert "another experiment" not in repository.run("wanda-dvc", "show")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, but for git's and DVC's own."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and not {".git", ".dvc"} & set(path.parts))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository: Repository, tmp_path: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    repository.run("dvc", "exp", "run", "--name", "two-of-four", "--set-param", "pattern=2:4")
+    repository.run("git", "checkout", "--", ".")
+    repository.run("dvc", "checkout")
+    before, cached = contents(repository.root), repository.cached()
+    exported = tmp_path / "exported"
+    repository.run("wanda-dvc", "export", "two-of-four", str(exported))
+    assert contents(repository.root) == before
+    assert repository.run("git", "status", "--porcelain") == ""
+    assert repository.cached() == cached
+    assert not [path for path in (repository.root / ".dvc/tmp/wanda-dvc").iterdir() if path.is_dir()]
+
+    # The workspace has another model: the dense one comes out of the cache too.
+    dense, away = repository.root / "models/dense", tmp_path / "away"
+    dense.rename(away)
+    repository.run("wanda-dvc", "export", "two-of-four", str(tmp_path / "again"))
+    away.rename(dense)
+    assert contents(tmp_path / "again") == contents(exported)
+
+    repository.run("dvc", "exp", "apply", "two-of-four")
+    repository.run("wanda-dvc", "apply")
+    applied = contents(repository.root / "models/pruned")
+    own = contents(exported)
+    card = own.pop("README.md").decode()
+    del applied["README.md"]
+    assert own == applied
+    assert not any(path.is_symlink() for path in exported.rglob("*"))
+    assert not any(str(tmp_path.parent).encode() in content for content in [card.encode(), *own.values()])
+
+    measured = json.loads((repository.root / "metrics/pruned/perplexity.json").read_text())["perplexity"]
+    assert f"{measured:,.2f}" in card
+    assert "| pattern     | `2:4`" in card
+    assert "wanda-dvc preset default\ndvc exp run \\\n    -S model=/path/to/tiny \\\n" in card
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert ((weight.reshape(-1, 4) == 0).sum(1) >= 2).all()
+    assert AutoTokenizer.from_pretrained(exported)("a")["input_ids"]
+
+    assert f"{exported}: already there, expected a new or an empty directory" in repository.run(
+        "wanda-dvc", "export", str(exported), check=False
+    )
+    assert "six: no experiment, commit, branch or tag of that name" in repository.run(
+        "wanda-dvc", "export", "six", str(tmp_path / "six"), check=False
+    )
+    revision = repository.run("git", "rev-parse", "HEAD").strip()
+    shutil.rmtree(repository.root / ".dvc/cache")
+    missing = repository.run("wanda-dvc", "export", revision, str(tmp_path / "missing"), check=False)
+    assert f"{revision}: its masks are not in DVC's cache" in missing
+    assert "`dvc pull --all-commits`" in missing
+    assert not (tmp_path / "missing").exists()

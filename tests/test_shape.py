@@ -54,7 +54,9 @@ def test_the_command_line_loads_no_library_to_print_its_help():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     shown = CliRunner().invoke(app, ["--help"]).output
-    assert "Stages, in the order of the pipeline" in shown
+    panels = [shown.index(panel) for panel in ("Stages, in the order of the pipeline", "Results", "Studies")]
+    assert panels == sorted(panels)
+    assert all(command in shown[panels[-1] :] for command in ("preset", "export", "doctor"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ app = typer.Typer(
     help="Prune language models with Wanda: calibrate once; prune, compare and ship as often as you like.\n\n"
     "The stages are run by `dvc repro` and `dvc exp run -S sparsity=0.7`; by hand they do the same, one at a time.",
 )
-STAGE_PANEL, RESULT_PANEL = "Stages, in the order of the pipeline", "Results"
+STAGE_PANEL, RESULT_PANEL, STUDY_PANEL = "Stages, in the order of the pipeline", "Results", "Studies"
 
 Version = Annotated[
     int | None, typer.Option("--version", help="Fail unless this wanda-dvc computes that version of the stage.")
@@ -42,6 +42,7 @@ def main(
 def _stage(name: str, version: int | None, run: str, stage: Callable[..., None], **words: str) -> None:
     """Run one stage: without a network (but for download), timed, quiet where nobody watches."""
     from wanda_dvc.artifacts import Project
+    from wanda_dvc.needs import announce
     from wanda_dvc.stages import check_version, timed
 
     check_version(name, version)
@@ -54,6 +55,7 @@ def _stage(name: str, version: int | None, run: str, stage: Callable[..., None],
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    announce(project=project, stage=name, part=words.get("part") or words.get("model"))
     with timed(project, run):
         if name in ("calibrate", "mask", "perplexity", "zero-shot"):
             import torch
@@ -141,6 +143,48 @@ def stats(
     from wanda_dvc.results import stats as table
 
     typer.echo(table(project=Project.find(), layer=layer, as_json=as_json))
+
+
+@app.command(rich_help_panel=STUDY_PANEL)
+def preset(
+    name: Annotated[str | None, typer.Argument(help="which; without it they are listed")] = None,
+) -> None:
+    """Write a whole study's settings into params.yaml."""
+    from wanda_dvc.artifacts import Project
+    from wanda_dvc.presets import apply_preset, preset_table
+
+    typer.echo(preset_table() if name is None else apply_preset(project=Project.find(), name=name))
+
+
+@app.command(rich_help_panel=STUDY_PANEL)
+def export(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[EXPERIMENT] DIRECTORY",
+            help="an experiment, commit, branch or tag (by default the workspace), and a new or empty directory",
+        ),
+    ],
+) -> None:
+    """Build any experiment's pruned model, with its full card, ready to upload; the workspace stays as it is."""
+    from wanda_dvc.artifacts import Project
+    from wanda_dvc.export import export as build
+
+    if len(words) > 2:
+        raise typer.BadParameter(f"got {len(words)} words, expected [EXPERIMENT] DIRECTORY")
+    *experiment, target = words
+    typer.echo(build(project=Project.find(), experiment=experiment[0] if experiment else None, target=Path(target)))
+
+
+@app.command(rich_help_panel=STUDY_PANEL)
+def doctor() -> None:
+    """Check machine, libraries, settings and repository; exit 2 if something that is needed is missing."""
+    from wanda_dvc.doctor import doctor as look
+
+    table, well = look(start=Path.cwd())
+    typer.echo(table)
+    if not well:
+        raise typer.Exit(2)
 
 
 def _one_of(what: str, given: str, known: tuple[str, ...]) -> None:

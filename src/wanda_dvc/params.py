@@ -202,8 +202,13 @@ def read_params(path: Path) -> Params:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except YAMLError as error:
         raise UserError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
+    return check_params(content)
+
+
+def check_params(content: object) -> Params:
+    """The settings of a document that is read already. UserError as `read_params`."""
     if not isinstance(content, dict):
-        raise UserError(f"{path.name}: got {type(content).__name__}, expected a mapping of settings")
+        raise UserError(f"params.yaml: got {type(content).__name__}, expected a mapping of settings")
     try:
         return Params.model_validate(content)
     except ValidationError as error:

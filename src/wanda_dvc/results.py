@@ -12,9 +12,18 @@ from wanda_dvc.stages import MODELS, PARTS
 
 OUTLIER = 6  # times the median; as in Dettmers et al. 2022, arXiv 2208.07339, where 6 marks an outlier feature
 
+HEADERS = ["", "dense", "pruned", "pruned / dense"]
+
 
 def show(*, project: Project) -> str:
     """The last results, dense beside pruned, and what they are results of."""
+    parts = [_title(project), tabulate(comparison(project), HEADERS, tablefmt="github")]
+    parts += [*_footnotes(project), _times(project)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def comparison(project: Project) -> list[list[str]]:
+    """Every measure, dense beside pruned, as rows under `HEADERS`; a dash where nothing was measured."""
     params = project.params
     rows = []
     dense, pruned = (_load(project.metrics(model, "perplexity")).get("perplexity") for model in MODELS)
@@ -38,9 +47,7 @@ def show(*, project: Project) -> str:
     )
     sparsity = _load(project.metrics("pruned", "sparsity")).get("sparsity")
     rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
-    parts = [_title(project), tabulate(rows, ["", "dense", "pruned", "pruned / dense"], tablefmt="github")]
-    parts += [*_footnotes(project), _times(project)]
-    return "\n\n".join(part for part in parts if part)
+    return rows
 
 
 def _title(project: Project) -> str:

@@ -1,11 +1,13 @@
 """Write the pruned model: the dense checkpoint, byte for byte, with zeros where the masks say so."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 
 from wanda_dvc.artifacts import (
     PROVENANCE,
+    Json,
     Project,
     block_count,
     digest,
@@ -49,58 +51,73 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 
 def apply(*, project: Project) -> None:
     """models/dense + masks/ → models/pruned"""
-    dense = read_provenance(project.model("dense"), "download model")
-    masks = read_provenance(project.masks, "mask")
-    if masks["model"]["sha256"] != dense["sha256"]:
-        raise UserError(
-            f"masks/: made for {masks['model']['source']}, expected {dense['source']}, the model in models/dense; "
-            "run `dvc repro` or `wanda-dvc mask`"
-        )
     checkpoint = Checkpoint(project.model("dense"))
-    # What the masks say and no more: versions of this run's libraries would make other bytes of the same model.
-    made_from = masks | {"kind": "model", "masks": digest(masks)}
+    made_from = check_masks(checkpoint, project.masks)
     with project.work(made_from) as work:
-        out = work.fresh()
-        skipped = shutil.ignore_patterns(PROVENANCE, "README.md")
-        shutil.copytree(checkpoint.folder, out, ignore=skipped, copy_function=shutil.copyfile, dirs_exist_ok=True)
-        places = {
-            name: (out / shard.name, stored, shape, begin)
-            for shard in checkpoint.shards
-            for name, stored, shape, begin, _ in checkpoint.bytes_at(shard)
-        }
-        zeros: dict[str, tuple[int, int]] = {}
-        blocks = block_count(project.masks)
-        for block in progress(range(blocks), total=blocks, what="apply, blocks"):
-            for linear, keep in read_masks(project.masks, block).items():
-                path, stored, shape, begin = places[weight_name(checkpoint, linear)]
-                if tuple(shape) != tuple(keep.shape):
-                    raise UserError(
-                        f"masks/: {linear} is {list(keep.shape)}, expected {shape}; run `wanda-dvc mask` again"
-                    )
-                # As unsigned integers: a weight that stays keeps its bits, whatever the dtype.
-                bits = np.dtype({"F64": "u8", "F32": "u4", "BF16": "u2", "F16": "u2"}[stored])
-                weight = np.memmap(path, bits, "r+", offset=begin, shape=tuple(shape))
-                np.multiply(weight, keep.numpy(), out=weight)
-                magnitude = weight & bits.type(2 ** (8 * bits.itemsize - 1) - 1)
-                zeros[linear] = int(weight.size - np.count_nonzero(magnitude)), weight.size
-        measured = sum(count for count, _ in zeros.values()) / sum(size for _, size in zeros.values())
-        params, calibration = masks["params"], masks["calibration"]
-        card = CARD.format(
-            source=dense["source"],
-            percent=round(100 * measured, 2),
-            measured=measured,
-            method=params["method"],
-            sparsity=params["sparsity"],
-            pattern=params["pattern"],
-            group=f", compared within a {params['group']}" if params["pattern"] == "unstructured" else "",
-            text=calibration["text"]["source"],
-            **{name: calibration[name] for name in ("samples", "length", "seed", "dtype")},
-        )
-        (out / "README.md").write_text(card, encoding="utf-8")
-        write_provenance(out, made_from)
+        zeros = prune(checkpoint, project.masks, work.fresh())
         work.publish(project.model("pruned"))
-        write_json(project.metrics("pruned", "sparsity"), {"sparsity": round(measured, 6)})
+        write_json(project.metrics("pruned", "sparsity"), {"sparsity": round(measured_sparsity(zeros), 6)})
         write_json(
             project.details("pruned", "sparsity"),
             {linear: round(count / size, 6) for linear, (count, size) in zeros.items()},
         )
+
+
+def check_masks(checkpoint: Checkpoint, masks: Path) -> Json:
+    """What a model pruned by these masks is made from. UserError if they are another model's."""
+    dense, made = read_provenance(checkpoint.folder, "download model"), read_provenance(masks, "mask")
+    if made["model"]["sha256"] != dense["sha256"]:
+        raise UserError(
+            f"masks/: made for {made['model']['source']}, expected {dense['source']}, the model in models/dense; "
+            "run `dvc repro` or `wanda-dvc mask`"
+        )
+    # What the masks say and no more: versions of this run's libraries would make other bytes of the same model.
+    return made | {"kind": "model", "masks": digest(made)}
+
+
+def prune(checkpoint: Checkpoint, masks: Path, target: Path) -> dict[str, tuple[int, int]]:
+    """Write the pruned checkpoint, its card and its provenance into an empty folder.
+
+    For each linear, how many of its weights are zero now, and how many there are.
+    """
+    made_from = check_masks(checkpoint, masks)
+    skipped = shutil.ignore_patterns(PROVENANCE, "README.md")
+    shutil.copytree(checkpoint.folder, target, ignore=skipped, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    places = {
+        name: (target / shard.name, stored, shape, begin)
+        for shard in checkpoint.shards
+        for name, stored, shape, begin, _ in checkpoint.bytes_at(shard)
+    }
+    zeros: dict[str, tuple[int, int]] = {}
+    blocks = block_count(masks)
+    for block in progress(range(blocks), total=blocks, what="apply, blocks"):
+        for linear, keep in read_masks(masks, block).items():
+            path, stored, shape, begin = places[weight_name(checkpoint, linear)]
+            if tuple(shape) != tuple(keep.shape):
+                raise UserError(f"masks/: {linear} is {list(keep.shape)}, expected {shape}; run `wanda-dvc mask` again")
+            # As unsigned integers: a weight that stays keeps its bits, whatever the dtype.
+            bits = np.dtype({"F64": "u8", "F32": "u4", "BF16": "u2", "F16": "u2"}[stored])
+            weight = np.memmap(path, bits, "r+", offset=begin, shape=tuple(shape))
+            np.multiply(weight, keep.numpy(), out=weight)
+            magnitude = weight & bits.type(2 ** (8 * bits.itemsize - 1) - 1)
+            zeros[linear] = int(weight.size - np.count_nonzero(magnitude)), weight.size
+    params, calibration, measured = made_from["params"], made_from["calibration"], measured_sparsity(zeros)
+    card = CARD.format(
+        source=read_provenance(checkpoint.folder, "download model")["source"],
+        percent=round(100 * measured, 2),
+        measured=measured,
+        method=params["method"],
+        sparsity=params["sparsity"],
+        pattern=params["pattern"],
+        group=f", compared within a {params['group']}" if params["pattern"] == "unstructured" else "",
+        text=calibration["text"]["source"],
+        **{name: calibration[name] for name in ("samples", "length", "seed", "dtype")},
+    )
+    (target / "README.md").write_text(card, encoding="utf-8")
+    write_provenance(target, made_from)
+    return zeros
+
+
+def measured_sparsity(zeros: dict[str, tuple[int, int]]) -> float:
+    """The fraction of the linears' weights that are zero."""
+    return sum(count for count, _ in zeros.values()) / sum(size for _, size in zeros.values())

@@ -1,0 +1,90 @@
+"""The doctor finds what is missing, says what to do, and exits as it found."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_params
+from dvc.repo import Repo
+from test_shape import wanda_dvc
+
+from wanda_dvc.doctor import doctor
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    Repo.init(str(tmp_path)).close()
+    shutil.copyfile(ROOT / ".dvc/config", tmp_path / ".dvc/config")
+    shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
+    write_params(tmp_path, tmp_path)
+    return tmp_path
+
+
+def row(table: str, what: str) -> str:
+    return next(line for line in table.splitlines() if re.match(rf"\| {re.escape(what)} +\|", line))
+
+
+def test_a_whole_study_is_well(study: Path):
+    before = sorted(study.iterdir())
+    table, well = doctor(start=study)
+    assert well, table
+    for what in ("wanda-dvc", "libraries", "params.yaml", "cpu", "disk", "dvc.yaml", "git", "dvc", "cache.type"):
+        assert "✓" in row(table, what)
+    assert "Nothing that is needed is missing." in table
+    assert sorted(study.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("what", "harm", "todo"),
+    [
+        ("params.yaml", lambda study: write_params(study, study, sparsity=2.0), "got 2.0, expected < 1"),
+        ("params.yaml", lambda study: (study / "params.yaml").unlink(), "cd into one"),
+        ("runtime.device", lambda study: write_params(study, study, runtime__device="cuda:99"), "expected one of auto"),
+        ("runtime.mirror", lambda study: write_params(study, study, runtime__mirror="/nowhere"), "is no directory"),
+        (
+            "runtime.mirror",
+            lambda study: write_params(
+                study,
+                study,
+                runtime__mirror=str(study),
+                perplexity__text__source="wikitext2",
+                tasks__source="benchmark",
+            ),
+            "without Salesforce/wikitext/wikitext-2-raw-v1/test.jsonl, baber/piqa/validation.jsonl",
+        ),
+        ("dvc.yaml", lambda study: (study / "dvc.yaml").unlink(), "copy the one"),
+        (
+            "dvc.yaml",
+            lambda study: (study / "dvc.yaml").write_text(
+                (study / "dvc.yaml").read_text().replace("mask --version ", "mask --version 7")
+            ),
+            "mask 71, expected 1",
+        ),
+        ("dvc", lambda study: shutil.rmtree(study / ".dvc"), "run `dvc init`"),
+        ("git", lambda study: shutil.rmtree(study / ".git"), "run `git init`"),
+    ],
+)
+def test_what_is_missing_is_named_with_what_to_do(study: Path, what: str, harm, todo: str):
+    harm(study)
+    table, well = doctor(start=study)
+    assert not well
+    assert "✗" in row(table, what)
+    assert todo in row(table, what)
+    assert re.search(rf"Missing: .*{re.escape(what)}", table)
+
+
+def test_what_is_only_slower_is_no_reason_to_fail(study: Path):
+    (study / ".dvc/config").write_text("[cache]\n    type = copy\n")
+    table, well = doctor(start=study)
+    assert well
+    assert "✗" in row(table, "cache.type")
+
+
+def test_its_exit_says_it_too(study: Path):
+    assert wanda_dvc("doctor", cwd=study).returncode == 0
+    (study / "dvc.yaml").unlink()
+    done = wanda_dvc("doctor", cwd=study)
+    assert (done.returncode, done.stderr) == (2, "")

@@ -1,0 +1,160 @@
+"""The card of an exported model, and what export refuses. The model itself: test_pipeline.py."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from wanda_dvc.artifacts import Project, digest, read_provenance, write_json
+from wanda_dvc.errors import UserError
+from wanda_dvc.export import export, how_to_repeat
+from wanda_dvc.params import Params
+from wanda_dvc.presets import flatten, read_preset
+from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.download import download
+from wanda_dvc.stages.mask import mask
+
+
+@pytest.fixture
+def pruned(project: Callable[..., Project]) -> Project:
+    """A project in which everything has run but the evaluation."""
+    made = project(sparsity=0.3)
+    for part in ("model", "calibration"):
+        download(project=made, part=part)
+    for stage in (calibrate, mask, apply):
+        stage(project=made)
+    return made
+
+
+def measure(project: Project, which: str, perplexity: float | str, model: str | None = None) -> None:
+    """As the stage writes it, for the model at hand or another one."""
+    folder = project.model(which)
+    protocol = {"model": model or digest(read_provenance(folder, "apply")), "windows": 4, "length": 64}
+    protocol |= {"dtype": "float32", "text": {"source": "embedded, test", "sha256": "0" * 64}}
+    write_json(project.details(which, "perplexity"), {"protocol": protocol, "losses": []})
+    write_json(project.metrics(which, "perplexity"), {"perplexity": perplexity})
+
+
+def exported(project: Project) -> ModelCard:
+    target = project.root.parent / f"{project.root.name}-exported"
+    export(project=project, experiment=None, target=target)
+    return ModelCard.load(target / "README.md")
+
+
+def test_the_workspaces_model_is_what_apply_wrote(pruned: Project):
+    exported(pruned)
+    target = pruned.root.parent / f"{pruned.root.name}-exported"
+    files = {path.name for path in target.iterdir()}
+    assert files == {path.name for path in pruned.model("pruned").iterdir()}
+    for name in files - {"README.md"}:
+        assert (target / name).read_bytes() == (pruned.model("pruned") / name).read_bytes()
+
+
+def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
+    measure(pruned, "dense", 12.5)
+    measure(pruned, "pruned", "diverged")
+    write_json(pruned.metrics("pruned", "zero_shot/piqa"), {"acc": 0.5, "acc_stderr": 0.07})
+    card = exported(pruned)
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "wanda", "wanda-dvc"],
+    }
+    text = " ".join(card.text.split())
+    measured = json.loads(pruned.metrics("pruned", "sparsity").read_text())["sparsity"]
+    for said in (
+        f"0.3 wanted, {measured:.6f} measured",
+        "`wanda`",
+        "`unstructured`",
+        "weights compete within a row",
+        "`dense`: every block calibrated on the outputs of dense blocks",
+        "3 windows of 64 tokens of embedded, train, seed 0, float32",
+        "| perplexity | 12.50 | diverged |",
+        "| piqa, acc % | – | 50.0 ± 7.0 |",
+        "`diverged`: the loss was not finite",
+        "samples, not benchmarks",
+        "Unknown: nothing that came with the dense model names one",
+        "files are no smaller",
+        "make no GPU faster",
+        "-S sparsity=0.3",
+    ):
+        assert said in text
+    assert str(pruned.root.parent) not in card.content
+
+
+def test_numbers_of_another_model_are_not_on_the_card(pruned: Project):
+    measure(pruned, "dense", 12.5)
+    measure(pruned, "pruned", 99.75, model="another")
+    card = exported(pruned)
+    assert "12.50" in card.text
+    assert "99.75" not in card.text
+    assert "–: not measured on this model." in card.text
+    assert "99.75" in pruned.metrics("pruned", "perplexity").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "license"),
+    [
+        ("README.md", "---\nlicense: llama3.1\n---\nA card.\n", "llama3.1"),
+        ("LICENSE.txt", "LLAMA 2 COMMUNITY\nLICENSE AGREEMENT", "llama2"),
+        ("LICENSE", "Apache License\n Version 2.0", "apache-2.0"),
+        ("LICENSE", "Whoever uses this owes me a beer.", "other"),
+    ],
+)
+def test_the_dense_models_licence_goes_with_it(pruned: Project, name: str, content: str, license: str):
+    (pruned.model("dense") / name).write_text(content, encoding="utf-8")
+    assert exported(pruned).data.license == license
+
+
+def test_a_model_of_the_hub_is_named_as_the_base(pruned: Project):
+    path = pruned.model("dense") / "provenance.json"
+    write_json(path, json.loads(path.read_text()) | {"source": "meta-llama/Llama-2-7b-hf@main"})
+    assert exported(pruned).data.base_model == "meta-llama/Llama-2-7b-hf"
+
+
+def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_path: Path):
+    full, file = tmp_path / "full", tmp_path / "file"
+    full.mkdir()
+    for path in (full / "thesis.txt", file):
+        path.write_text("mine")
+        with pytest.raises(UserError, match="already there, expected a new or an empty directory; name another"):
+            export(project=pruned, experiment=None, target=path if path == file else full)
+        assert path.read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    export(project=pruned, experiment=None, target=tmp_path / "empty")
+    assert (tmp_path / "empty/config.json").is_file()
+
+
+def test_without_masks_or_a_repository_it_says_what_to_run(project: Callable[..., Project], tmp_path: Path):
+    with pytest.raises(UserError, match="masks/provenance.json: not there; run `dvc repro`"):
+        export(project=project(), experiment=None, target=tmp_path / "out")
+
+
+def test_the_command_on_the_card_runs_the_same_experiment(project: Callable[..., Project]):
+    """Read as a shell and then as DVC reads it: the preset, overridden, is the experiment."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    made = project(Path("/home/someone/models/tiny 7=b"), pattern="2:4", tasks__names=["piqa", "rte"])
+    content = made.params.model_dump(mode="json")
+    for changes in ({}, {"model": "package:x==1"}, {"zero_shot": {"limit": None}}, {"dtype": "float16"}):
+        params = Params.model_validate(content | changes)
+        preset, command = how_to_repeat(params)[0].split("\n", 1)
+        words = shlex.split(command.replace("\\\n", ""))
+        overrides = OverridesParser.create().parse_overrides(words[words.index("-S") :][1::2])
+        got = read_preset(preset.split()[-1]).settings
+        got |= {override.key_or_group: override.value() for override in overrides}
+        got = {k: str(v) if hasattr(v, "with_quotes") else v for k, v in got.items()}
+        wanted = {k: v for k, v in flatten(params.model_dump(mode="json")) if not k.startswith("runtime.")}
+        if "/" in wanted["model"]:
+            wanted["model"] = "/path/to/tiny 7=b"
+        assert {k: getattr(v, "text", v) for k, v in got.items()} == wanted
+    other = content | {
+        "calibration": content["calibration"] | {"text": content["calibration"]["text"] | {"join": "\n"}}
+    }
+    assert how_to_repeat(Params.model_validate(other))[1] == (
+        '\nafter setting `calibration.text.join: "\\n"` in params.yaml.\n'
+    )

@@ -1,0 +1,132 @@
+"""What a stage needs, from a config alone."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import save_tiny_model
+
+from wanda_dvc import needs
+from wanda_dvc.artifacts import Project
+from wanda_dvc.blocks import LOGITS_AT_A_TIME
+from wanda_dvc.checkpoint import Checkpoint
+from wanda_dvc.errors import UserError
+
+# The tiny model of conftest: q and o, k and v, three of the feed-forward, two norms; embeddings (tied), a norm.
+BLOCK = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32
+REST = 260 * 32 + 32
+
+
+@pytest.fixture
+def config_only(project: Callable[..., Project], tiny: Path) -> Callable[..., Project]:
+    """A project whose models are config.json and nothing else."""
+
+    def make(**changes: object) -> Project:
+        made = project(**changes)
+        for which in ("dense", "pruned"):
+            made.model(which).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tiny / "config.json", made.model(which) / "config.json")
+        return made
+
+    return make
+
+
+def test_sizes_are_those_of_the_checkpoint_and_need_no_weights(tmp_path: Path, tiny: Path):
+    shutil.copyfile(tiny / "config.json", tmp_path / "config.json")
+    found = needs.sizes(tmp_path)
+    checkpoint = Checkpoint(tiny)
+    stored = [size for shard in checkpoint.shards for *_, size in checkpoint.bytes_at(shard)]
+    assert found == needs.Sizes(4 * BLOCK + REST, BLOCK, 32, REST, sum(stored))
+
+
+def test_an_untied_head_counts(tmp_path: Path):
+    assert needs.sizes(save_tiny_model(tmp_path, tie_word_embeddings=False)).rest == REST + 260 * 32
+
+
+def test_the_7b_model_is_as_large_as_its_card_says(tmp_path: Path):
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+        "tie_word_embeddings": False, "dtype": "float16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = needs.sizes(tmp_path)
+    assert found.parameters == 6_738_415_616
+    assert found.stored == 2 * 6_738_415_616
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2)])
+def test_what_each_stage_needs(config_only: Callable[..., Project], dtype: str, width: int):
+    project = config_only(dtype=dtype)  # 3 × 64 tokens to calibrate on, 4 × 64 to measure on
+
+    def need(stage: str, part: str | None = None) -> tuple[int | None, int | None]:
+        found = needs.need(project=project, stage=stage, part=part)
+        return found.memory, found.disk
+
+    walk = (2 * BLOCK + REST) * width
+    assert need("calibrate") == (walk, 3 * 64 * 32 * width * 2)
+    assert need("mask") == (BLOCK * width, 0)
+    assert need("apply") == (None, (project.model("dense") / "config.json").stat().st_size)
+    logits = LOGITS_AT_A_TIME * (4 + width)
+    assert need("perplexity", "pruned") == (walk + logits, 4 * 64 * 32 * width * 2)
+    assert need("zero-shot", "dense") == ((4 * BLOCK + REST) * width, 0)
+    project = config_only(dtype=dtype, propagation="pruned")
+    assert need("mask") == need("calibrate")
+    project = config_only(dtype=dtype, propagation="pruned", method="magnitude")
+    assert need("mask") == (BLOCK * width, 0)
+    project = config_only(dtype=dtype, perplexity__windows=None)
+    assert need("perplexity", "dense")[1] is None
+    project.data("perplexity").mkdir(parents=True)
+    (project.data("perplexity") / "text.txt").write_text("x" * 4000)
+    assert need("perplexity", "dense")[1] == 1000 * 32 * width * 2
+
+
+def test_before_there_is_a_config_only_what_is_known_is_said(
+    project: Callable[..., Project], tiny: Path, capsys: pytest.CaptureFixture[str]
+):
+    made = project()
+    assert needs.need(project=made, stage="calibrate") == needs.Need()
+    weights = (tiny / "model.safetensors").stat().st_size
+    assert needs.need(project=made, stage="download", part="model") == needs.Need(disk=2 * weights, least=weights)
+    assert needs.need(project=project(model="some/model"), stage="download", part="model") == needs.Need()
+    needs.announce(project=made, stage="calibrate")
+    assert capsys.readouterr().err == ""
+
+
+def test_one_line_says_it_and_a_disk_that_is_too_small_is_refused(
+    config_only: Callable[..., Project], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    project = config_only()
+    monkeypatch.setattr(needs, "disk", lambda project: 3 * 64 * 32 * 4 * 2)
+    monkeypatch.setattr(needs, "memory", lambda device: 1)  # too little memory is said, not refused
+    needs.announce(project=project, stage="calibrate")
+    needs_memory = f"{(2 * BLOCK + REST) * 4 / 1e6:.1f} MB of memory"
+    assert capsys.readouterr().err == (
+        f"calibrate needs about {needs_memory} and 0.1 MB of disk; free: 0.1 MB of memory and 0.1 MB of disk\n"
+    )
+    monkeypatch.setattr(needs, "disk", lambda project: 3 * 64 * 32 * 4 * 2 - 1)
+    with pytest.raises(UserError, match="of disk free, expected about 0.1 MB for calibrate; free some"):
+        needs.announce(project=project, stage="calibrate")
+
+
+def test_a_config_that_means_nothing_stops_no_stage(
+    project: Callable[..., Project], capsys: pytest.CaptureFixture[str]
+):
+    made = project()
+    made.model("dense").mkdir(parents=True)
+    for content in ("{", '{"model_type": "abacus"}', "{}"):
+        (made.model("dense") / "config.json").write_text(content)
+        needs.announce(project=made, stage="mask")
+    assert capsys.readouterr().err == ""
+
+
+def test_unfinished_work_counts_as_free_disk(project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch):
+    made = project()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 10}))
+    assert needs.disk(made) == 10
+    work = made.root / ".dvc/tmp/wanda-dvc/abc"
+    work.mkdir(parents=True)
+    (work / "hidden_0.bin").write_bytes(b"x" * 8192)
+    assert needs.disk(made) >= 10 + 8192

