@@ -16,8 +16,9 @@ from wanda_dvc import __version__
 from wanda_dvc.artifacts import Project
 from wanda_dvc.errors import UserError
 from wanda_dvc.needs import disk, memory
-from wanda_dvc.params import HUB_ID, NAMED_TEXTS, Params
+from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
+from wanda_dvc.texts import on_the_hub
 
 LINKS = ("reflink", "hardlink", "symlink")
 SHOWN = ("torch", "transformers", "dvc", "lm-eval")
@@ -104,8 +105,6 @@ def _hub() -> Iterator[Check]:
 
 
 def _mirror(params: Params) -> Iterator[Check]:
-    from wanda_dvc.stages.download import WIKITEXT2
-
     mirror = params.runtime.mirror
     if mirror is None:
         asked = [text.source for text in (params.calibration.text, params.perplexity.text)]
@@ -122,15 +121,13 @@ def _mirror(params: Params) -> Iterator[Check]:
         return
     wanted = []
     for text in (params.calibration.text, params.perplexity.text):
-        if text.source == "wikitext2":
-            wanted.append(Path(*WIKITEXT2, f"{text.split}.jsonl"))
-        elif text.source not in NAMED_TEXTS and HUB_ID.fullmatch(text.source):
-            wanted.append(Path(text.source, *([text.config] if text.config else []), f"{text.split}.jsonl"))
+        if found := on_the_hub(text):
+            wanted.append(Path(found[0].dataset, *found[2]))
     if params.tasks.source == "benchmark":
         wanted += [place for name in params.tasks.names if (place := _place(name))]
     missing = [place.as_posix() for place in wanted if not Path(mirror, place).is_file()]
-    found = f"without {', '.join(missing)}" if missing else f"{mirror} holds what params.yaml asks for"
-    yield Check("runtime.mirror", not missing, found, "put the splits there as JSONL, a row a line")
+    holds = f"without {', '.join(missing)}" if missing else f"{mirror} holds what params.yaml asks for"
+    yield Check("runtime.mirror", not missing, holds, "put the splits there as JSONL, a row a line")
 
 
 def _place(task: str) -> Path | None:

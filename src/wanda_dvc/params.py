@@ -15,10 +15,9 @@ from ruamel.yaml.error import YAMLError
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.patterns import parse_pattern
-from wanda_dvc.texts import TEXTS
+from wanda_dvc.texts import HUB_ID, TEXTS
 
 NAMED_TEXTS = ("embedded", *TEXTS)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?")
 
 
 class _Section(BaseModel):

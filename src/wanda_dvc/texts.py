@@ -1,6 +1,14 @@
 """The texts that have a name: where each lies on the Hub, as data."""
 
+import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wanda_dvc.params import Text
+
+# The name of anything on the Hub: an owner's name, one slash, and for a model perhaps @ and a revision.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?")
 
 
 @dataclass(frozen=True)
@@ -32,3 +40,14 @@ TEXTS = {
     # Its main branch is a script, which nothing here runs; the Hub keeps its rows as Parquet beside it.
     "ptb": NamedText("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", revision="refs/convert/parquet"),
 }
+
+
+def on_the_hub(wanted: "Text") -> tuple[NamedText, str | None, tuple[str, ...]] | None:
+    """The data set that a text is, its shard if one stands for the split, and the file's place below the data set's
+    id in a mirror. None for a text that is embedded or a file."""
+    named = TEXTS.get(wanted.source)
+    if not named and not HUB_ID.fullmatch(wanted.source):
+        return None
+    text = named or NamedText(wanted.source, wanted.config, wanted.column)
+    shard = text.shards.get(wanted.split)
+    return text, shard, (shard,) if shard else tuple(name for name in (text.config, f"{wanted.split}.jsonl") if name)

@@ -28,7 +28,7 @@ from wanda_dvc.artifacts import (
     write_provenance,
 )
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import HUB_ID, Text
+from wanda_dvc.params import Text
 from wanda_dvc.sources import (
     MODEL_FILES,
     Repository,
@@ -40,7 +40,7 @@ from wanda_dvc.sources import (
     resolve,
 )
 from wanda_dvc.stages import STAGES
-from wanda_dvc.texts import TEXTS, NamedText
+from wanda_dvc.texts import HUB_ID, NamedText, on_the_hub
 
 EMBEDDED = files("wanda_dvc") / "embedded"
 
@@ -168,12 +168,9 @@ def _dequantize(gguf: Path, target: Path) -> None:
 
 def _text(project: Project, part: str, wanted: Text) -> None:
     where = f"params.yaml: {part}.text.source"
-    named = TEXTS.get(wanted.source)
     repository: Repository | None = None
-    if named or HUB_ID.fullmatch(wanted.source):
-        text = named or NamedText(wanted.source, wanted.config, wanted.column)
-        shard = text.shards.get(wanted.split)
-        place = (shard,) if shard else tuple(name for name in (text.config, f"{wanted.split}.jsonl") if name)
+    if found := on_the_hub(wanted):
+        text, shard, place = found
         source = ", ".join(["/".join(name for name in (text.dataset, text.config) if name), wanted.split])
         mirrored = _in_mirror(project, text.dataset, *place)
         if not mirrored:
