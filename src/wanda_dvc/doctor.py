@@ -121,8 +121,8 @@ def _mirror(params: Params) -> Iterator[Check]:
         return
     wanted = []
     for text in (params.calibration.text, params.perplexity.text):
-        if found := on_the_hub(text):
-            wanted.append(Path(found[0].dataset, *found[2]))
+        if named := on_the_hub(text):
+            wanted.append(Path(named[0].dataset, *named[2]))
     if params.tasks.source == "benchmark":
         wanted += [place for name in params.tasks.names if (place := _place(name))]
     missing = [place.as_posix() for place in wanted if not Path(mirror, place).is_file()]

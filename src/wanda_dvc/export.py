@@ -16,11 +16,12 @@ from tabulate import tabulate
 from wanda_dvc.artifacts import PROVENANCE, Json, Project, digest, read_provenance
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import HUB_ID, Params
+from wanda_dvc.params import Params
 from wanda_dvc.presets import flatten, names, read_preset
 from wanda_dvc.results import HEADERS, comparison
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.apply import check_masks, measured_sparsity, prune
+from wanda_dvc.texts import HUB_ID
 
 # The Hub's name of a licence, by a phrase of its text.
 LICENSES = {

@@ -19,8 +19,6 @@ from wanda_dvc.params import check_params, settings
 
 FOLDER = files("wanda_dvc") / "presets"
 DEFAULT = "default"
-# Settings that presets name and the schema may not have yet. Empty this once it has them; nothing else changes.
-COMING = frozenset({"perplexity.rest"})
 
 Settings = dict[str, Any]
 
@@ -54,9 +52,7 @@ def read_preset(name: str) -> Preset:
         raise UserError(f"preset: got {name}, expected {', '.join(names())}; `wanda-dvc preset` describes them")
     content = _load(name)
     own, default = dict(flatten(content["settings"])), dict(flatten(_load(DEFAULT)["settings"]))
-    known = {setting for setting, _ in settings()}
-    merged = {key: value for key, value in (default | own).items() if key in known or key not in COMING}
-    return Preset(name, content["description"], merged, content.get("grid"))
+    return Preset(name, content["description"], default | own, content.get("grid"))
 
 
 def preset_table() -> str:
