@@ -288,7 +288,7 @@ def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
     tensors: dict[str, Tensor] = {}
     for name, x in stats.inputs.items():
         tensors |= {f"{name}.sum_squares": x.sum_squares, f"{name}.sum": x.sum, f"{name}.count": torch.tensor(x.count)}
-    header = {"readers": json.dumps(stats.readers), "transposed": json.dumps(stats.transposed)}
+    header = {"readers": stats.readers, "transposed": stats.transposed}
     _save(block_file(folder, block), tensors, header)
 
 
@@ -297,12 +297,12 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
     from wanda_dvc.input_stats import BlockStats, InputStats
 
     tensors, header = _load(block_file(folder, block), "calibrate")
-    readers = json.loads(header["readers"])
+    readers = header["readers"]
     inputs = {
         name: InputStats(tensors[f"{name}.sum_squares"], tensors[f"{name}.sum"], int(tensors[f"{name}.count"]))
         for name in readers
     }
-    return BlockStats(inputs, readers, json.loads(header["transposed"]))
+    return BlockStats(inputs, readers, header["transposed"])
 
 
 def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
@@ -313,7 +313,7 @@ def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
 
     packed = {name: torch.from_numpy(np.packbits(keep.cpu().numpy(), axis=1)) for name, keep in keeps.items()}
     columns = {name: keep.shape[1] for name, keep in keeps.items()}
-    _save(block_file(folder, block), packed, {"columns": json.dumps(columns)})
+    _save(block_file(folder, block), packed, {"columns": columns})
 
 
 def read_masks(folder: Path, block: int) -> "dict[str, Tensor]":
@@ -324,7 +324,7 @@ def read_masks(folder: Path, block: int) -> "dict[str, Tensor]":
     tensors, header = _load(block_file(folder, block), "mask")
     return {
         name: torch.from_numpy(np.unpackbits(tensors[name].numpy(), axis=1, count=size)).bool()
-        for name, size in json.loads(header["columns"]).items()
+        for name, size in header["columns"].items()
     }
 
 
@@ -336,21 +336,22 @@ def each_block(folder: Path) -> Iterator[int]:
     yield from range(block_count(folder))
 
 
-def _save(path: Path, tensors: "dict[str, Tensor]", header: dict[str, str]) -> None:
+def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
     from safetensors.torch import save_file
 
     beside = path.with_name(path.name + ".part")
-    save_file(tensors, beside, header)
+    # One key: safetensors writes several in an order that changes from run to run.
+    save_file(tensors, beside, {"wanda_dvc": json.dumps(header)})
     beside.replace(path)
 
 
-def _load(path: Path, made_by: str) -> "tuple[dict[str, Tensor], dict[str, str]]":
+def _load(path: Path, made_by: str) -> "tuple[dict[str, Tensor], Json]":
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["wanda_dvc"])
     except FileNotFoundError:
         raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first") from None
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); run `wanda-dvc {made_by}` again") from None

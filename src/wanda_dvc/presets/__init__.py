@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from wanda_dvc.artifacts import Project
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import check_params, settings
+from wanda_dvc.params import check_params
 
 FOLDER = files("wanda_dvc") / "presets"
 DEFAULT = "default"
