@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc import results
-from wanda_dvc.artifacts import Project, read_masks, read_stats, write_json, write_masks
+from wanda_dvc.artifacts import Project, read_masks, read_stats, tokenizer_digest, write_json, write_masks
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import PARTS
 from wanda_dvc.stages.apply import apply
@@ -369,6 +369,9 @@ def test_perplexity_is_that_of_the_whole_model(project: Make, tiny: Path):
     value = json.loads(made.metrics("dense", "perplexity").read_text())["perplexity"]
     assert value == pytest.approx(math.exp(sum(losses) / 6), rel=1e-4)
     assert details["protocol"]["windows"] == 6
+    other = shutil.copytree(tiny, made.root / "other")
+    (other / "tokenizer.json").write_text("{}")
+    assert details["protocol"]["tokenizer_sha256"] == tokenizer_digest(tiny) != tokenizer_digest(other)
 
 
 def test_the_rest_of_a_text_is_one_more_window_if_it_is_kept(project: Make, tiny: Path, tmp_path: Path):

@@ -273,6 +273,13 @@ def files_digest(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
 
 
+def tokenizer_digest(model: Path) -> str:
+    """SHA-256 over the files that a model's tokenizer is made of."""
+    patterns = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+    files = sorted({path for pattern in patterns for path in model.glob(pattern)})
+    return digest({path.name: file_digest(path) for path in files})
+
+
 # --- stats/ and masks/: one file a block, so that neither a writer nor a reader ever holds them all ---
 
 

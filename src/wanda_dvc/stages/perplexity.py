@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from wanda_dvc.artifacts import Project, describe, digest, read_provenance, write_json
+from wanda_dvc.artifacts import Project, describe, digest, read_provenance, tokenizer_digest, write_json
 from wanda_dvc.blocks import Decoder
 from wanda_dvc.stages import STAGES, progress
 from wanda_dvc.stages.calibrate import open_decoder
@@ -31,6 +31,7 @@ def perplexity(*, project: Project, model: str) -> None:
         version=STAGES["perplexity"],
         libraries=("torch", "transformers"),
         model=digest(read_provenance(folder, made_by)),
+        tokenizer_sha256=tokenizer_digest(folder),
         text={key: text[key] for key in ("source", "join", "sha256")},
         tokens=len(tokens),
         tokens_sha256=digest(tokens.tolist()),

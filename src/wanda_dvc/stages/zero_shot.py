@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.artifacts import ITEMS, Project, describe, digest, read_provenance, write_json
+from wanda_dvc.artifacts import ITEMS, Project, describe, digest, read_provenance, tokenizer_digest, write_json
 from wanda_dvc.stages import STAGES, device_name
 
 METRICS = ("acc", "acc_norm")
@@ -25,6 +25,7 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
         version=STAGES["zero-shot"],
         libraries=("torch", "transformers", "lm_eval"),
         model=digest(read_provenance(folder, made_by)),
+        tokenizer_sha256=tokenizer_digest(folder),
         task={key: items[key] for key in ("task", "source", "role", "sha256", "lm_eval")},
         examples=0,
         limit=params.zero_shot.limit,
