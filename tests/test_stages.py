@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import save_tiny_model, shared
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,6 +110,22 @@ def test_text_files_and_mirrors(project: Make, tmp_path: Path):
         fetch(project(perplexity__text__source="wikitext2", runtime__mirror=str(tmp_path / "mirror")), "perplexity")
     with pytest.raises(UserError, match="line 1: found body, expected a column `text`"):
         fetch(project(perplexity__text__source=str(tmp_path / "b.jsonl")), "perplexity")
+
+
+def test_a_mirror_of_the_real_benchmarks_is_taken_whole(project: Make):
+    mirror = shared() / "datasets"
+    names = {"piqa": 1838, "hellaswag": 1000, "arc_easy": 2376, "boolq": 3270, "rte": 277}
+    made = project(
+        tasks__source="benchmark",
+        tasks__names=list(names),
+        perplexity__text__source="wikitext2",
+        runtime__mirror=str(mirror),
+    )
+    download(project=made, part="tasks")
+    download(project=made, part="perplexity")
+    rows = {name: len((made.data("tasks") / name / "items.jsonl").read_bytes().splitlines()) for name in names}
+    assert rows == names
+    assert len(made.text("perplexity").encode()) > 1_290_000
 
 
 # --- calibrate, mask, apply ---

@@ -5,6 +5,7 @@ Only `download` calls this. A branch is resolved once, and what comes after asks
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -36,6 +37,8 @@ class Repository:
         """Some of its files, into `target`; what a killed run has left there is gone on from."""
         from huggingface_hub import snapshot_download
 
+        if not sys.stderr.isatty():  # on a terminal the client's own bars tell
+            print(f"{self.name} at {self.commit[:12]}: fetching {', '.join(files)}", file=sys.stderr, flush=True)
         with _problems(self.where, self.kind, self.name, self.commit):
             snapshot_download(
                 self.name, repo_type=self.kind, revision=self.commit, local_dir=target, allow_patterns=list(files)

