@@ -13,8 +13,8 @@ repro: install ## environment, the whole pipeline on the embedded default, a tab
 test: install lint ## everything, under ten minutes on two cores
 	pytest
 
-test-fast: install ## without the tests on a real DVC repository, under two minutes
-	pytest -m "not pipeline"
+test-fast: install ## without the tests on a real DVC repository and the families' long one, under two minutes
+	pytest -m "not pipeline" --deselect tests/test_families.py::test_the_pruned_model_loads_and_generates
 
 lint: install
 	ruff check
