@@ -339,10 +339,6 @@ def block_count(folder: Path) -> int:
     return len(list(folder.glob("block_*.safetensors")))
 
 
-def each_block(folder: Path) -> Iterator[int]:
-    yield from range(block_count(folder))
-
-
 def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
     from safetensors.torch import save_file
 

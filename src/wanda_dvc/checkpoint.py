@@ -60,9 +60,6 @@ class Checkpoint:
         """The tensor, in the dtype that it is stored in."""
         return self._open(self.where[name]).get_tensor(name)
 
-    def shape(self, name: str) -> list[int]:
-        return list(self._open(self.where[name]).get_slice(name).get_shape())
-
     def bytes_at(self, path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
         """Name, dtype, shape, first byte and length in the file, of every tensor in one shard."""
         with path.open("rb") as file:
