@@ -10,10 +10,11 @@ block is called with is recorded from the model's own forward pass.
 """
 
 import contextlib
+import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,21 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from wanda_dvc import attention
+from wanda_dvc.attention import Layout
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.input_stats import BlockStats, InputStats
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Tokens that go through the model together: one text, or several questions laid out."""
+
+    tokens: Int[Tensor, " length"]
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,8 @@ class _Stop(Exception):
 class Decoder:
     """A causal language model on disk. UserError where its structure is not understood."""
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, resident: bool = False) -> None:
+        """With `resident`, a block that was read stays in memory."""
         self.checkpoint = Checkpoint(folder)
         self.model = empty_model(folder, dtype)
         self.dtype, self.device = dtype, device
@@ -55,9 +67,14 @@ class Decoder:
         self.blocks_name, self.blocks = find_blocks(self.model)
         self._empty = [dict(block.named_parameters()) for block in self.blocks]
         self._reader = ThreadPoolExecutor(max_workers=1)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-        self._calls: dict[int, list[Call]] = {}
+        self._resident: dict[int, dict[str, Tensor]] | None = {} if resident else None
+        self._calls: dict[int | Layout, list[Call]] = {}
+        self._stock_attention = self.model.config._attn_implementation
+        self._ours_for_windows = False
         self._load_rest()
+        self._ours_for_windows = fast_in_half(dtype, device) and self._attends_alike()
 
     # --- weights ---
 
@@ -76,6 +93,8 @@ class Decoder:
                 raise UserError(
                     f"{self.checkpoint.folder}: {stored} is {list(tensor.shape)}, expected {list(parameter.shape)}"
                 )
+            if self.device.type == "cuda":  # only from pinned memory does a copy run beside the computation
+                tensor = tensor.pin_memory()
             found[name] = tensor.to(self.device, self.dtype, non_blocking=True)
         return found
 
@@ -97,17 +116,33 @@ class Decoder:
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
+        """On a GPU through a stream of its own, so that the copy doesn't wait for the block at work, nor that for it."""
         prefix = f"{self.blocks_name}.{index}."
-        tensors = self._read({prefix + name: parameter for name, parameter in self._empty[index].items()})
+        with torch.cuda.stream(self._copies):  # of None: nothing
+            tensors = self._read({prefix + name: parameter for name, parameter in self._empty[index].items()})
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def _weights(self, index: int) -> dict[str, Tensor]:
+        """A block's tensors, and the next one's on their way."""
+        if self._resident is not None and index in self._resident:
+            return self._resident[index]
+        ahead, self._ahead = self._ahead, None
+        tensors = ahead[1].result() if ahead and ahead[0] == index else self._read_block(index)
+        if self._copies is not None:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(self._copies)
+            for tensor in tensors.values():
+                tensor.record_stream(computing)  # its memory is not given away while it is computed with
+        if self._resident is not None:
+            self._resident[index] = tensors
+        if index + 1 < len(self.blocks):
+            self._ahead = index + 1, self._reader.submit(self._read_block, index + 1)
+        return tensors
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """One block with its weights, and the next one's on their way; empty again afterwards."""
-        ahead, self._ahead = self._ahead, None
-        tensors = ahead[1].result() if ahead and ahead[0] == index else self._read_block(index)
-        if index + 1 < len(self.blocks):
-            self._ahead = index + 1, self._reader.submit(self._read_block, index + 1)
+        """One block with its weights; empty again afterwards."""
+        tensors = self._weights(index)
         for name, tensor in tensors.items():
             _set(self.blocks[index], name, nn.Parameter(tensor, requires_grad=False))
         del tensors
@@ -147,12 +182,22 @@ class Decoder:
             for block in self.blocks:
                 block.__dict__.pop("forward", None)
 
-    def embed(self, tokens: Int[Tensor, " length"]) -> Float[Tensor, "1 length width"]:
+    @contextlib.contextmanager
+    def _attending(self, row: Row) -> Iterator[None]:
+        """The model attends as the row needs it: through the stock attention, or through ours."""
+        ours = row.layout is not None or self._ours_for_windows
+        wanted = attention.NAME if ours else self._stock_attention
+        if self.model.config._attn_implementation != wanted:
+            self.model.set_attn_implementation(wanted)
+        with attention.laid_out(row.layout):
+            yield
+
+    def embed(self, row: Row) -> Float[Tensor, "1 length width"]:
         """What the first block is given."""
-        return self._record(tokens, until=0)[0][0]
+        return self._record(row, until=0)[0][0]
 
     @torch.no_grad()
-    def _record(self, tokens: Int[Tensor, " length"], until: int) -> list[tuple[Tensor, Call]]:
+    def _record(self, row: Row, until: int) -> list[tuple[Tensor, Call]]:
         """The hidden states and the call that each block gets, up to block `until`, if all change nothing."""
         recorded: list[tuple[Tensor, Call]] = []
         wrap = until > 0 and self._returns_tuple
@@ -167,8 +212,13 @@ class Decoder:
                 raise _Stop
             return (hidden,) if wrap else hidden
 
-        with self._instead_of_blocks(record), contextlib.suppress(_Stop):
-            self.model(input_ids=tokens[None].to(self.device), use_cache=False)
+        words: dict[str, Any] = {}
+        if row.layout is not None:
+            words["position_ids"] = row.layout.positions[None].to(self.device)
+            # Of ones, it changes nothing but keeps transformers from taking a position that repeats for a new text.
+            words["attention_mask"] = torch.ones_like(row.tokens)[None].to(self.device)
+        with self._attending(row), self._instead_of_blocks(record), contextlib.suppress(_Stop):
+            self.model(input_ids=row.tokens[None].to(self.device), use_cache=False, **words)
         if len(recorded) != until + 1:
             raise UserError(
                 f"{self.checkpoint.folder}: the model's forward pass called {len(recorded)} of its "
@@ -179,29 +229,36 @@ class Decoder:
     @cached_property
     def _returns_tuple(self) -> bool:
         """Whether a block returns its hidden states alone or as the first of a tuple: asked of a real one, once."""
-        hidden, call = self._record(torch.zeros(2, dtype=torch.long), until=0)[0]
+        hidden, call = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
         with self.block(0) as block:
             return isinstance(block(hidden, *call.args, **call.kwargs), tuple)
 
-    def calls(self, length: int) -> list[Call]:
-        """What each block is called with for a window of `length` tokens, recorded once for each length."""
-        if length not in self._calls:
-            once, again = (
-                [call for _, call in self._record(torch.full((length,), token), until=len(self.blocks) - 1)]
-                for token in (0, 1)
-            )
-            if not _equal([(c.args, c.kwargs) for c in once], [(c.args, c.kwargs) for c in again]):
-                raise UserError(
-                    f"{self.checkpoint.folder}: its blocks are given more than the hidden states that depends on the "
-                    "tokens; such a structure is not understood"
-                )
-            self._calls[length] = once
-        return self._calls[length]
+    def calls(self, row: Row) -> list[Call]:
+        """What each block is called with for a row, recorded once for each length or layout."""
+        key = row.layout or len(row.tokens)
+        if key not in self._calls:
+            self._calls[key] = self._record_calls(row)
+        return self._calls[key]
 
-    def run(self, index: int, hidden: Float[Tensor, "1 length width"]) -> Float[Tensor, "1 length width"]:
-        """One window through one block (which `block` holds ready)."""
-        call = self.calls(hidden.shape[1])[index]
-        out = self.blocks[index](hidden, *call.args, **call.kwargs)
+    def _record_calls(self, row: Row) -> list[Call]:
+        if row.layout is not None:  # `holds_layouts` has found that it makes no difference what the tokens are
+            return [call for _, call in self._record(row, until=len(self.blocks) - 1)]
+        once, again = (
+            [call for _, call in self._record(Row(torch.full_like(row.tokens, token)), until=len(self.blocks) - 1)]
+            for token in (0, 1)
+        )
+        if not _equal([(c.args, c.kwargs) for c in once], [(c.args, c.kwargs) for c in again]):
+            raise UserError(
+                f"{self.checkpoint.folder}: its blocks are given more than the hidden states that depends on the "
+                "tokens; such a structure is not understood"
+            )
+        return once
+
+    def run(self, index: int, hidden: Float[Tensor, "1 length width"], row: Row) -> Float[Tensor, "1 length width"]:
+        """One row through one block (which `block` holds ready)."""
+        call = self.calls(row)[index]
+        with self._attending(row):
+            out = self.blocks[index](hidden, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -223,28 +280,96 @@ class Decoder:
                     self.model(input_ids=tokens[None, positions].to(self.device), use_cache=False).logits[0],
                 )
 
-    # --- many windows ---
+    # --- many rows ---
 
     @torch.no_grad()
-    def walk(self, windows: Int[Tensor, "samples length"], work: Path) -> Iterator["Step"]:
-        """All windows through all blocks: for each block a `Step`, whose `advance` runs them.
+    def walk(self, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path) -> Iterator["Step"]:
+        """All rows through all blocks: for each block a `Step`, whose `advance` runs them.
 
-        Goes on from the block after the last that was finished in `work` with these windows.
+        Goes on from the block after the last that was finished in `work` with these rows.
         """
-        states = HiddenStates.open(work, len(windows), windows.shape[1], self.model.config, self.dtype)
-        self.calls(windows.shape[1])
+        rows = as_rows(rows)
+        states = self._states(rows, work)
+        for row in rows:
+            self.calls(row)
         if states.finished < 0:
-            for row, tokens in enumerate(windows):
-                states.after[row] = self.embed(tokens)[0]
+            for row, after in zip(rows, states.after, strict=True):
+                after.copy_(self.embed(row)[0])
             states.turn()
         for index in range(states.finished, len(self.blocks)):
             with self.block(index):
-                yield Step(self, index, states)
+                yield Step(self, index, rows, states)
             states.turn()
 
-    def outputs(self, windows: Int[Tensor, "samples length"], work: Path) -> Float[Tensor, "samples length width"]:
-        """Where `walk` left the hidden states after the last block; a view of a file in `work`."""
-        return HiddenStates.open(work, len(windows), windows.shape[1], self.model.config, self.dtype).before
+    def outputs(
+        self, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path
+    ) -> list[Float[Tensor, "length width"]]:
+        """Where `walk` left the hidden states after the last block: views of a file in `work`."""
+        return self._states(as_rows(rows), work).before
+
+    def _states(self, rows: list[Row], work: Path) -> "HiddenStates":
+        width = self.model.config.get_text_config().hidden_size
+        return HiddenStates.open(work, [len(row.tokens) for row in rows], width, self.dtype)
+
+    @cached_property
+    def holds_layouts(self) -> bool:
+        """Whether rows with a layout come out of this model as their questions do one by one; tried with two short ones.
+
+        They don't where positions are learned by distance from the row's start (ALiBi), where a block mixes neighbours
+        without attention, or where the model's attention can't be replaced.
+        """
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            return False
+        tokens = torch.arange(24) % 7
+        layout = Layout(
+            positions=torch.tensor([*range(8), 8, 9, 8, 9, 10, *range(7), 7, 8, 7, 8]),
+            question=torch.tensor([0] * 13 + [1] * 11),
+            choice=torch.tensor([0] * 8 + [1] * 2 + [2] * 3 + [0] * 7 + [1] * 2 + [2] * 2),
+        )
+        parts = [[*range(8), 8, 9], [*range(8), 10, 11, 12], [*range(13, 20), 20, 21], [*range(13, 20), 22, 23]]
+        alone = [self._through(Row(tokens[part])) for part in parts]
+        try:
+            together = self._through(Row(tokens, layout))
+        except (TypeError, ValueError, RuntimeError):  # attention of its own, that can't do with ours
+            return False
+        tolerance = 1e-3 if self.dtype is torch.float32 else 5e-2
+        packed = torch.cat([together[part] for part in parts])
+        return bool((packed - torch.cat(alone)).norm() <= tolerance * torch.cat(alone).norm())
+
+    @torch.no_grad()
+    def _attends_alike(self) -> bool:
+        """Whether a block computes the same with our attention as with the stock one."""
+        row = Row(torch.arange(24) % 7)
+        outs = []
+        for ours in (False, True):
+            self._ours_for_windows = ours
+            self._calls.clear()
+            hidden = self.embed(row)
+            self.calls(row)
+            with self.block(0), contextlib.suppress(TypeError, ValueError, RuntimeError):
+                outs.append(self.run(0, hidden, row).float())
+        self._calls.clear()
+        return len(outs) == 2 and bool((outs[1] - outs[0]).norm() <= 5e-2 * outs[0].norm())
+
+    @torch.no_grad()
+    def _through(self, row: Row) -> Float[Tensor, "length width"]:
+        """One row through all blocks."""
+        self.calls(row)
+        hidden = self.embed(row)
+        for index in range(len(self.blocks)):
+            with self.block(index):
+                hidden = self.run(index, hidden, row)
+        return hidden[0].float()
+
+
+def fast_in_half(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrix multiplications in this half precision have units of their own on this CPU."""
+    return device.type == "cpu" and dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def as_rows(rows: Sequence[Row] | Int[Tensor, "samples length"]) -> list[Row]:
+    """Windows as rows."""
+    return [Row(tokens) for tokens in rows] if isinstance(rows, Tensor) else list(rows)
 
 
 @dataclass
@@ -253,6 +378,7 @@ class Step:
 
     decoder: Decoder
     index: int
+    rows: list[Row]
     states: "HiddenStates"
 
     @property
@@ -268,49 +394,49 @@ class Step:
 
     @torch.no_grad()
     def advance(self, recorder: "InputRecorder | None" = None) -> None:
-        """Every window through this block; a recorder sees what the block's linears read."""
+        """Every row through this block; a recorder sees what the block's linears read."""
         with recorder.recording(self.linears) if recorder else contextlib.nullcontext():
-            for before, after in zip(self.states.before, self.states.after, strict=True):
-                after.copy_(self.decoder.run(self.index, before[None].to(self.decoder.device))[0])
+            for row, before, after in zip(self.rows, self.states.before, self.states.after, strict=True):
+                after.copy_(self.decoder.run(self.index, before[None].to(self.decoder.device), row)[0])
                 if recorder:
                     recorder.end_window()
 
 
 @dataclass
 class HiddenStates:
-    """The hidden states of all windows before and after the block at work, in two files that take turns.
+    """The hidden states of all rows before and after the block at work, in two files that take turns.
 
     They are mapped, so they cost page cache and not memory, and outlive a killed process. What a
     machine that goes down leaves of them can't be trusted: they are used again only on the same boot.
     """
 
     folder: Path
-    shape: tuple[int, int, int]
+    lengths: list[int]  # of the rows
+    width: int
     dtype: torch.dtype
     finished: int  # blocks done; −1: not even the embeddings
 
     @classmethod
-    def open(cls, folder: Path, samples: int, length: int, config: Any, dtype: torch.dtype) -> "HiddenStates":
+    def open(cls, folder: Path, lengths: list[int], width: int, dtype: torch.dtype) -> "HiddenStates":
         folder.mkdir(parents=True, exist_ok=True)
         finished = -1
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             progress = json.loads((folder / "progress.json").read_text())
             if progress["boot"] == _boot():
                 finished = progress["finished"]
-        width = config.get_text_config().hidden_size
-        return cls(folder, (samples, length, width), dtype, finished)
+        return cls(folder, lengths, width, dtype, finished)
 
-    def _map(self, turn: int) -> Tensor:
-        samples, length, width = self.shape
-        path = self.folder / f"hidden_{turn % 2}.bin"
-        return torch.from_file(str(path), shared=True, size=samples * length * width, dtype=self.dtype).view(self.shape)
+    def _map(self, turn: int) -> list[Float[Tensor, "length width"]]:
+        path, tokens = self.folder / f"hidden_{turn % 2}.bin", sum(self.lengths)
+        states = torch.from_file(str(path), shared=True, size=tokens * self.width, dtype=self.dtype)
+        return list(states.view(tokens, self.width).split(self.lengths))
 
     @property
-    def before(self) -> Tensor:
+    def before(self) -> list[Float[Tensor, "length width"]]:
         return self._map(self.finished)
 
     @property
-    def after(self) -> Tensor:
+    def after(self) -> list[Float[Tensor, "length width"]]:
         return self._map(self.finished + 1)
 
     def turn(self) -> None:
@@ -350,7 +476,8 @@ class InputRecorder:
         key = (x.data_ptr(), x.shape, x.stride(), x._version)
         if key not in self._held:
             self._held[key] = (name, x)
-            self.stats.setdefault(name, InputStats.empty(x.shape[-1])).add(x.flatten(0, -2))
+            where = x.device if x.is_cuda else "cpu"  # not every accelerator knows float64
+            self.stats.setdefault(name, InputStats.empty(x.shape[-1], where)).add(x.flatten(0, -2))
         source = self._held[key][0]
         if self.source.setdefault(name, source) != source:
             raise UserError(f"{name}: reads {self.source[name]} in one window and {source} in another")
@@ -360,7 +487,7 @@ class InputRecorder:
         readers: dict[str, list[str]] = {}
         for linear, source in self.source.items():
             readers.setdefault(source, []).append(linear)
-        return BlockStats(self.stats, readers, self.transposed)
+        return BlockStats({name: x.cpu() for name, x in self.stats.items()}, readers, self.transposed)
 
     def end_window(self) -> None:
         self._held.clear()

@@ -1,11 +1,13 @@
 """A Hugging Face directory of safetensors, single-file or sharded, read one tensor at a time."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -59,6 +61,11 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """The tensor, in the dtype that it is stored in."""
         return self._open(self.where[name]).get_tensor(name)
+
+    def size(self, dtype: torch.dtype) -> int:
+        """Bytes of all tensors in a dtype."""
+        shapes = (shape for path in self.shards for _, _, shape, _, _ in self.bytes_at(path))
+        return sum(map(math.prod, shapes)) * dtype.itemsize
 
     def bytes_at(self, path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
         """Name, dtype, shape, first byte and length in the file, of every tensor in one shard."""

@@ -18,15 +18,19 @@ class InputStats:
     count: int
 
     @classmethod
-    def empty(cls, features: int) -> "InputStats":
-        return cls(torch.zeros(features, dtype=torch.float64), torch.zeros(features, dtype=torch.float64), 0)
+    def empty(cls, features: int, device: torch.device | str = "cpu") -> "InputStats":
+        return cls(*(torch.zeros(features, dtype=torch.float64, device=device) for _ in range(2)), 0)
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Count in one window."""
         x = x.float()
-        self.sum_squares += (x * x).sum(dim=0).double().cpu()
-        self.sum += x.sum(dim=0).double().cpu()
+        self.sum_squares += (x * x).sum(dim=0).to(self.sum_squares)
+        self.sum += x.sum(dim=0).to(self.sum)
         self.count += len(x)
+
+    def cpu(self) -> "InputStats":
+        """The same in main memory."""
+        return InputStats(self.sum_squares.cpu(), self.sum.cpu(), self.count)
 
     @property
     def norm(self) -> Float[Tensor, " in"]:

@@ -104,7 +104,11 @@ class Runtime(_Section):
         description="auto (cuda where there is one), cpu, cuda, cuda:1 or mps",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; null: as many as there are cores")
-    batch_size: int = Field(16, ge=1, description="rows at a time in zero-shot evaluation")
+    memory_gb: float | None = Field(
+        None,
+        gt=0,
+        description="a model that fits in so many GB stays in memory once it is read; null: one block at a time",
+    )
     mirror: str | None = Field(
         None,
         description="a directory laid out like the Hub (id/config/split.jsonl), where data sets, and only they, are "

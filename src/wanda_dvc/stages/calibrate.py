@@ -8,6 +8,7 @@ from torch import Tensor
 
 from wanda_dvc.artifacts import Json, Project, describe, read_provenance, write_provenance, write_stats
 from wanda_dvc.blocks import Decoder, InputRecorder
+from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
 from wanda_dvc.stages import STAGES, device_name, progress
@@ -60,6 +61,7 @@ def calibration_windows(project: Project) -> Int[Tensor, "samples length"]:
 
 def open_decoder(project: Project, model: str) -> Decoder:
     """The engine on one of the project's models, in the dtype and on the device that params.yaml asks for."""
-    params = project.params
-    device = torch.device(device_name(params.runtime))
-    return Decoder(project.model(model), dtype=getattr(torch, params.dtype), device=device)
+    params, folder = project.params, project.model(model)
+    dtype, budget = getattr(torch, params.dtype), params.runtime.memory_gb
+    resident = budget is not None and Checkpoint(folder).size(dtype) <= budget * 1e9
+    return Decoder(folder, dtype=dtype, device=torch.device(device_name(params.runtime)), resident=resident)
