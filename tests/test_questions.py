@@ -67,7 +67,7 @@ def asked() -> list[Request]:
         for choice in range(1 + question % 4):
             size = 1 if question % 3 == 0 else 1 + choice
             made.append(Request(context, tuple(torch.randint(3, 256, (size,), generator=generator).tolist())))
-    made += [made[-1], Request(made[-1].context, made[-1].continuation + (7, 8)), Request(tuple([9] * 70), (5, 6))]
+    made += [made[-1], Request(made[-1].context, (*made[-1].continuation, 7, 8)), Request(tuple([9] * 70), (5, 6))]
     return made
 
 

@@ -14,7 +14,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ class Decoder:
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
-        """On a GPU through a stream of its own, so that the copy doesn't wait for the block at work, nor that for it."""
+        """On a GPU through a stream of its own: the copy and the block at work don't wait for each other."""
         prefix = f"{self.blocks_name}.{index}."
         with torch.cuda.stream(self._copies):  # of None: nothing
             tensors = self._read({prefix + name: parameter for name, parameter in self._empty[index].items()})
@@ -313,7 +313,7 @@ class Decoder:
 
     @cached_property
     def holds_layouts(self) -> bool:
-        """Whether rows with a layout come out of this model as their questions do one by one; tried with two short ones.
+        """Whether questions come out of a row as they do one by one; tried with two short ones.
 
         They don't where positions are learned by distance from the row's start (ALiBi), where a block mixes neighbours
         without attention, or where the model's attention can't be replaced.

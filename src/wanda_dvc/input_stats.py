@@ -19,7 +19,8 @@ class InputStats:
 
     @classmethod
     def empty(cls, features: int, device: torch.device | str = "cpu") -> "InputStats":
-        return cls(*(torch.zeros(features, dtype=torch.float64, device=device) for _ in range(2)), 0)
+        zeros = torch.zeros(features, dtype=torch.float64, device=device)
+        return cls(zeros, zeros.clone(), 0)
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Count in one window."""

@@ -2,19 +2,18 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from wanda_dvc.attention import Layout
-from wanda_dvc.blocks import LOGITS_AT_A_TIME, Decoder, Row
+from wanda_dvc.blocks import LOGITS_AT_A_TIME, Decoder, Row, Step
 
 ROW = 2048  # tokens; enough to keep a machine's multiplications large, and a row's activations small
 
-T = TypeVar("T")
-Progress = Callable[[Iterable[T], int], Iterable[T]]
+Progress = Callable[[Iterable[Step], int], Iterable[Step]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Request:
     continuation: tuple[int, ...]
 
     def within(self, length: int) -> "Request":
-        """Cut from the left, as lm-eval does, to what a model of so many positions can see: the last token isn't fed."""
+        """Cut from the left, as lm-eval does, to what a model of so many positions sees; the last token isn't fed."""
         tokens = (self.context + self.continuation)[-(length + 1) :]
         return Request(tokens[: -len(self.continuation)], self.continuation)
 
@@ -99,31 +98,25 @@ def loglikelihoods(
     for step in progress(decoder.walk(rows, work), len(decoder.blocks)):
         step.advance()
     hidden = decoder.outputs(rows, work)
-    # Every prediction as (row, token, request, target), those of one token side by side.
-    wanted = sorted(
+    # Every prediction as (row, token, request, target), and those of one token together.
+    predicted = sorted(
         (place.row, token, index, target)
         for index, (place, request) in enumerate(zip(places, requests, strict=True))
         for token, target in zip(place.tokens, request.continuation, strict=True)
     )
-    where = list(dict.fromkeys((row, token) for row, token, _, _ in wanted))
-    number = {at: index for index, at in enumerate(where)}
+    tokens = [list(group) for _, group in groupby(predicted, key=itemgetter(0, 1))]
     totals, greedy = [0.0] * len(requests), [True] * len(requests)
-    vocabulary = decoder.model.get_output_embeddings().weight.shape[0]
-    chunk = max(1, min(LOGITS_AT_A_TIME // vocabulary, length))
-    asked = iter(wanted)
-    ahead = next(asked, None)
-    for start in range(0, len(where), chunk):
-        part = where[start : start + chunk]
-        states = torch.stack([hidden[row][token] for row, token in part])[None]
+    # One chunk of logits at a time, and no more than the model has positions: some look those up even here.
+    chunk = max(1, min(LOGITS_AT_A_TIME // decoder.model.get_output_embeddings().weight.shape[0], length))
+    for start in range(0, len(tokens), chunk):
+        part = tokens[start : start + chunk]
+        states = torch.stack([hidden[group[0][0]][group[0][1]] for group in part])[None]
         ((_, logits),) = decoder.logits(states, torch.zeros(len(part), dtype=torch.long))
-        logprobs: Tensor = logits.float().log_softmax(dim=-1)
-        best = logprobs.argmax(dim=-1).tolist()
-        pairs = []
-        while ahead is not None and (at := number[ahead[:2]]) < start + len(part):
-            pairs.append((at - start, ahead[2], ahead[3]))
-            ahead = next(asked, None)
-        at, _, targets = (torch.tensor(column, device=logprobs.device) for column in zip(*pairs, strict=True))
-        for (place, index, target), value in zip(pairs, logprobs[at, targets].tolist(), strict=True):
+        logprobs = logits.float().log_softmax(dim=-1)
+        likeliest = logprobs.argmax(dim=-1).tolist()
+        asked = [(at, index, target) for at, group in enumerate(part) for _, _, index, target in group]
+        values = logprobs[[at for at, _, _ in asked], [target for _, _, target in asked]].tolist()
+        for (at, index, target), value in zip(asked, values, strict=True):
             totals[index] += value
-            greedy[index] &= best[place] == target
+            greedy[index] &= likeliest[at] == target
     return list(zip(totals, greedy, strict=True))

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from wanda_dvc.artifacts import ITEMS, Project, describe, digest, read_provenance, tokenizer_digest, write_json
-from wanda_dvc.blocks import Decoder
+from wanda_dvc.blocks import Decoder, Step
 from wanda_dvc.questions import Request, loglikelihoods
 from wanda_dvc.stages import STAGES, progress
 from wanda_dvc.stages.calibrate import open_decoder
@@ -57,7 +57,7 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
     write_json(project.metrics(model, f"zero_shot/{task}"), numbers)
 
 
-class EngineLM(HFLM):
+class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     """lm-eval's model class, its log-likelihoods from the engine: contexts once, no padding, a block at a time.
 
     How a text becomes tokens, how many positions there are, and what stands before an empty context stay lm-eval's.
@@ -78,7 +78,7 @@ class EngineLM(HFLM):
                 flush=True,
             )
 
-        def blocks(items: Iterable[Any], total: int) -> Iterable[Any]:
+        def blocks(items: Iterable[Step], total: int) -> Iterable[Step]:
             return progress(items, total=total, what=f"{self.what}, blocks")
 
         asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
