@@ -477,7 +477,8 @@ class InputRecorder:
         readers: dict[str, list[str]] = {}
         for linear in dict.fromkeys([*(name for name in source if name not in set(experts)), *experts]):
             readers.setdefault(source[linear], []).append(linear)
-        return BlockStats(stats, readers, [name for name, linear in self.linears.items() if linear.transposed])
+        inputs = {name: stats[name] for name in readers}
+        return BlockStats(inputs, readers, [name for name, linear in self.linears.items() if linear.transposed])
 
     def end_window(self) -> None:
         self._held.clear()
