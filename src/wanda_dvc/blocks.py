@@ -12,8 +12,10 @@ block is called with is recorded from the model's own forward pass.
 import contextlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,13 +24,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from wanda_dvc import attention
 from wanda_dvc.attention import Layout
-from wanda_dvc.checkpoint import Checkpoint
+from wanda_dvc.checkpoint import Checkpoint, expert_name
 from wanda_dvc.errors import UserError
 from wanda_dvc.input_stats import BlockStats, InputStats
 
@@ -49,6 +52,46 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored tensor and its place in a parameter: some rows, of one expert where the parameter holds several."""
+
+    name: str
+    rows: tuple[int, int] | None = None  # from, up to; None: all
+    expert: int | None = None
+
+    def of(self, whole: Tensor) -> Tensor:
+        """A view of this part of the parameter."""
+        whole = whole if self.expert is None else whole[self.expert]
+        return whole if self.rows is None else whole[slice(*self.rows)]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A prunable weight [out, in], as it is stored: a module's own, or some rows of one, or one expert's."""
+
+    module: nn.Module
+    leaf: str
+    part: Part
+
+    @property
+    def weight(self) -> Tensor:
+        """A view of the module's parameter."""
+        return self.part.of(self.module.get_parameter(self.leaf))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is [in, out]: GPT-2's, and experts of which transformers says so."""
+        if self.part.expert is None:
+            return isinstance(self.module, Conv1D)
+        return bool(getattr(self.module, "is_transposed", False))
+
+    @property
+    def features(self) -> int:
+        """The number of input features."""
+        return self.weight.shape[0 if self.transposed else 1]
 
 
 class _Stop(Exception):
@@ -79,24 +122,38 @@ class Decoder:
     # --- weights ---
 
     def _read(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Tensors from the checkpoint for parameters by their full names, in the dtype and on the device to run in."""
+        """Tensors from the checkpoint for parameters by their full names, in the dtype and on the device to run in.
+
+        A parameter that is stored in parts is put together here: the only weights that are copied on a CPU.
+        """
         found = {}
         for name, parameter in parameters.items():
-            stored = self._stored.get(name)
-            if stored is None:
-                raise UserError(
-                    f"{self.checkpoint.folder}: no tensor for {name}, which the model's config asks for; the "
-                    "checkpoint is not whole, or stores it in parts, as mixtures of experts do, which is not understood"
-                )
-            tensor = self.checkpoint.read(stored)
-            if tensor.shape != parameter.shape:
-                raise UserError(
-                    f"{self.checkpoint.folder}: {stored} is {list(tensor.shape)}, expected {list(parameter.shape)}"
-                )
-            if self.device.type == "cuda":  # only from pinned memory does a copy run beside the computation
-                tensor = tensor.pin_memory()
-            found[name] = tensor.to(self.device, self.dtype, non_blocking=True)
+            parts = self._parts(name)
+            if parts == [Part(parts[0].name)]:
+                tensor = self.checkpoint.read(parts[0].name)
+                if tensor.shape != parameter.shape:
+                    raise UserError(
+                        f"{self.checkpoint.folder}: {parts[0].name} is {list(tensor.shape)}, "
+                        f"expected {list(parameter.shape)}"
+                    )
+                if self.device.type == "cuda":  # only from pinned memory does a copy run beside the computation
+                    tensor = tensor.pin_memory()
+                found[name] = tensor.to(self.device, parameter.dtype, non_blocking=True)
+                continue
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+            for part in parts:
+                part.of(whole).copy_(self.checkpoint.read(part.name))
+            found[name] = whole
         return found
+
+    def _parts(self, name: str) -> list[Part]:
+        """What the checkpoint stores of a parameter."""
+        if name not in self._stored:
+            raise UserError(
+                f"{self.checkpoint.folder}: no tensor for {name}, which the model's config asks for; the "
+                "checkpoint is not whole, or stores it in a form that is not understood"
+            )
+        return self._stored[name]
 
     def _load_rest(self) -> None:
         """Everything but the blocks. A tied head is the embeddings' own parameter, and stored once or twice."""
@@ -113,6 +170,8 @@ class Decoder:
                 _set(self.model, alias, nn.Parameter(loaded, requires_grad=False))
         for name, buffer in self.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
+            if name in self._stored:  # few: the bias by which some routers balance their experts
+                buffer = self.checkpoint.read(self._stored[name][0].name).to(buffer.dtype)
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
@@ -152,21 +211,41 @@ class Decoder:
             for name, parameter in self._empty[index].items():
                 _set(self.blocks[index], name, parameter)
 
-    def linears(self, index: int) -> dict[str, nn.Module]:
-        """The prunable weights of a block, named as the checkpoint stores them."""
-        prefix = f"{self.blocks_name}.{index}"
-        linears = find_linears(self.blocks[index])
+    def linears(self, index: int) -> dict[str, Linear]:
+        """The prunable weights of a block, named as the checkpoint stores them; each expert has its own."""
+        block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."
+        weights = find_linears(block)
+        linears: dict[str, Linear] = {}
+        for name, module in weights.items():
+            leaf = name.rpartition(".")[2]
+            parts = self._parts(prefix + name)
+            shape = module.get_parameter(leaf).shape
+            if len(shape) == 3 and parts[0].expert is None:  # all experts in one tensor
+                stored = parts[0].name.removesuffix(".weight")
+                linears |= {
+                    expert_name(stored, expert): Linear(module, leaf, Part(parts[0].name, expert=expert))
+                    for expert in range(shape[0])
+                }
+            else:
+                linears |= {part.name.removesuffix(".weight"): Linear(module, leaf, part) for part in parts}
+        largest = max((linear.weight.numel() for linear in linears.values()), default=0)
+        others = {name: p.numel() for name, p in block.named_parameters() if name not in weights and p.dim() > 1}
+        for name, size in others.items():
+            if size > largest:
+                raise UserError(
+                    f"{self.checkpoint.folder}: {prefix}{name} belongs to no linear, and is larger than any; "
+                    "such a structure is not understood"
+                )
         if not linears:
-            raise UserError(f"{self.checkpoint.folder}: {prefix} has no linear; such a structure is not understood")
-        return {self._stored[f"{prefix}.{name}.weight"].removesuffix(".weight"): linears[name] for name in linears}
+            raise UserError(
+                f"{self.checkpoint.folder}: {prefix[:-1]} has no linear; such a structure is not understood"
+            )
+        return linears
 
     def inputs(self) -> dict[str, int]:
         """The number of input features of every linear."""
-        linears = (self.linears(index) for index in range(len(self.blocks)))
         return {
-            name: module.get_parameter("weight").shape[0 if is_transposed(module) else 1]
-            for block in linears
-            for name, module in block.items()
+            name: linear.features for index in range(len(self.blocks)) for name, linear in self.linears(index).items()
         }
 
     # --- the model's own forward pass, with the blocks taken out ---
@@ -382,15 +461,19 @@ class Step:
     states: "HiddenStates"
 
     @property
-    def linears(self) -> dict[str, nn.Module]:
+    def linears(self) -> dict[str, Linear]:
         return self.decoder.linears(self.index)
 
     @torch.no_grad()
     def prune(self, keeps: dict[str, Tensor]) -> None:
         """Zero the weights of this block that don't stay, until its turn is over; the checkpoint is not touched."""
+        copied = set()
         for name, linear in self.linears.items():
-            weight = linear.get_parameter("weight") * keeps[name].to(self.decoder.device)
-            _set(linear, "weight", nn.Parameter(weight, requires_grad=False))
+            if (linear.module, linear.leaf) not in copied:
+                copied.add((linear.module, linear.leaf))
+                whole = linear.module.get_parameter(linear.leaf).clone()
+                _set(linear.module, linear.leaf, nn.Parameter(whole, requires_grad=False))
+            linear.weight.mul_(keeps[name].to(self.decoder.device))
 
     @torch.no_grad()
     def advance(self, recorder: "InputRecorder | None" = None) -> None:
@@ -452,45 +535,114 @@ class InputRecorder:
     """Statistics of what a block's linears read, kept once for each distinct input.
 
     Two linears share an input if, within one pass, they are given the same memory in the same state;
-    the input is named after the first that reads it.
+    the input is named after the first that reads it. An expert's input is the tokens that it is given.
     """
 
     stats: dict[str, InputStats] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)  # of each linear, its input's name
-    transposed: list[str] = field(default_factory=list)
+    linears: dict[str, Linear] = field(default_factory=dict)
     # What was read is held until the window ends, so that no other tensor can take its address.
     _held: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def recording(self, linears: dict[str, nn.Module]) -> Iterator[None]:
-        self.transposed = [name for name, module in linears.items() if is_transposed(module)]
-        hooks = [module.register_forward_pre_hook(partial(self._read, name)) for name, module in linears.items()]
+    def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
+        self.linears = linears
+        hooks: list[Any] = []
+        experts: dict[tuple[nn.Module, str], dict[int, list[str]]] = {}
+        for (module, leaf, expert), names in self._weights().items():
+            if expert is None:
+                hooks.append(module.register_forward_pre_hook(lambda _, args, names=names: self._read(names, args[0])))
+            else:
+                experts.setdefault((module, leaf), {})[expert] = names
+        watched = [(module.get_parameter(leaf), names) for (module, leaf), names in experts.items()]
         try:
-            yield
+            with _ExpertCalls(watched, self._read) if watched else contextlib.nullcontext():
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _read(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
+    def _weights(self) -> dict[tuple[nn.Module, str, int | None], list[str]]:
+        """The linears by the weight that they are rows of: they read what it is multiplied with."""
+        weights: dict[tuple[nn.Module, str, int | None], list[str]] = {}
+        for name, linear in self.linears.items():
+            weights.setdefault((linear.module, linear.leaf, linear.part.expert), []).append(name)
+        return weights
+
+    def _read(self, names: list[str], x: Tensor) -> None:
+        """The linears of one weight are given an input [..., in]."""
+        if x.shape[-1] != self.linears[names[0]].features:
+            raise UserError(
+                f"{names[0]}: given {x.shape[-1]} features, expected {self.linears[names[0]].features}; "
+                "such a structure is not understood"
+            )
         key = (x.data_ptr(), x.shape, x.stride(), x._version)
         if key not in self._held:
-            self._held[key] = (name, x)
+            self._held[key] = (names[0], x)
             where = x.device if x.is_cuda else "cpu"  # not every accelerator knows float64
-            self.stats.setdefault(name, InputStats.empty(x.shape[-1], where)).add(x.flatten(0, -2))
+            self.stats.setdefault(names[0], InputStats.empty(x.shape[-1], where)).add(x.flatten(0, -2))
         source = self._held[key][0]
-        if self.source.setdefault(name, source) != source:
-            raise UserError(f"{name}: reads {self.source[name]} in one window and {source} in another")
+        for name in names:
+            if self.source.setdefault(name, source) != source:
+                raise UserError(f"{name}: reads {self.source[name]} in one window and {source} in another")
 
     def result(self) -> BlockStats:
-        """Statistics of the windows seen, and the linears that read each distinct input."""
+        """Statistics of the windows seen, and the linears that read each distinct input.
+
+        Linears that read nothing, those of an expert that no token was sent to, have an input of no tokens.
+        """
+        reached = {(linear.module, linear.leaf) for name, linear in self.linears.items() if name in self.source}
+        stats, source = dict(self.stats), dict(self.source)
+        for (module, leaf, expert), names in self._weights().items():
+            if expert is not None and (module, leaf) not in reached:
+                raise UserError(f"{names[0]}: its experts are computed in a way that is not understood")
+            if names[0] not in source:
+                stats[names[0]] = InputStats.empty(self.linears[names[0]].features)
+                source |= dict.fromkeys(names, names[0])
+        # Experts last and in their own order: when each was first sent a token says nothing.
+        experts = [name for name, linear in self.linears.items() if linear.part.expert is not None]
         readers: dict[str, list[str]] = {}
-        for linear, source in self.source.items():
-            readers.setdefault(source, []).append(linear)
-        return BlockStats({name: x.cpu() for name, x in self.stats.items()}, readers, self.transposed)
+        for linear in dict.fromkeys([*(name for name in source if name not in set(experts)), *experts]):
+            readers.setdefault(source[linear], []).append(linear)
+        inputs = {name: stats[name].cpu() for name in readers}
+        return BlockStats(inputs, readers, [name for name, linear in self.linears.items() if linear.transposed])
 
     def end_window(self) -> None:
         self._held.clear()
+
+
+class _ExpertCalls(TorchFunctionMode):
+    """Sees the tokens that each expert's weights are multiplied with, while the model computes them in its own way.
+
+    A parameter that holds several experts is no module to put a hook on. But the ways to compute with it, a
+    `linear` or `matmul` for each expert in turn and one grouped product for all, are torch functions that are
+    given the tokens, and then a view of that parameter.
+    """
+
+    def __init__(
+        self, experts: list[tuple[nn.Parameter, dict[int, list[str]]]], read: Callable[[list[str], Tensor], None]
+    ) -> None:
+        super().__init__()
+        self.experts, self.read = experts, read
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+            x, weight = args[:2]
+            for parameter, names in self.experts:
+                offset = weight.data_ptr() - parameter.data_ptr()
+                if not 0 <= offset < parameter.nbytes:
+                    continue
+                if weight.dim() == 2:
+                    self.read(names[offset // (parameter.nbytes // len(parameter))], x)
+                elif kwargs.get("offs") is not None:  # the tokens lie sorted by expert; where those of each end
+                    ends = kwargs["offs"].tolist()
+                    for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                        if end > begin:
+                            self.read(names[expert], x[begin:end])
+        return function(*args, **kwargs)
 
 
 def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -526,30 +678,102 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The linears of a block, by name: torch's, and transformers' `Conv1D`, which is one with its weight transposed."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    """The weights of a block to prune, by name, with the modules that they belong to.
+
+    A linear is torch's, or transformers' `Conv1D`, which is one with its weight transposed; or one matrix of a
+    parameter [experts, ·, ·]. The gates of experts are no linears, wherever they are written as such.
+    """
+    weights: dict[str, nn.Module] = {}
+    mixtures: dict[str, int] = {}  # modules that have experts, and how many
+    for name, module in block.named_modules():
+        inside = f"{name}." if name else ""
+        if isinstance(module, (nn.Linear, Conv1D)):
+            weights[inside + "weight"] = module
+        elif not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3 and min(parameter.shape) > 1:
+                    weights[inside + leaf] = module
+                    mixtures[name.rpartition(".")[0]] = len(parameter)
+    owners = [name.rpartition(".")[0].rpartition(".")[0] for name in weights]
+
+    def is_gate(name: str, module: nn.Module) -> bool:
+        """Whether a linear chooses experts or weighs the shared one: it has as many outputs as there are experts,
+        or one, and stands beside them, itself or as the only linear of a module that does."""
+        owner = name.rpartition(".")[0].rpartition(".")[0]
+        return isinstance(module, nn.Linear) and any(
+            module.out_features in (1, experts)
+            and (owner == mixture or (owner.rpartition(".")[0] == mixture and owners.count(owner) == 1))
+            for mixture, experts in mixtures.items()
+        )
+
+    return {name: module for name, module in weights.items() if not is_gate(name, module)}
 
 
-def is_transposed(linear: nn.Module) -> bool:
-    """Whether a linear's weight is [in, out]."""
-    return isinstance(linear, Conv1D)
+def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
+    """What the checkpoint stores of each parameter and buffer, by transformers' own rules.
 
-
-def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """The checkpoint's tensor for each parameter that it holds as a whole, by transformers' own rules.
-
-    Older checkpoints have other names (GPT-NeoX's `embed_out`), some the bare base model without its prefix.
+    Older checkpoints have other names (GPT-NeoX's `embed_out`), some the bare base model without its prefix, and
+    each expert's matrices lie for themselves.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = {}
-    for tensor in checkpoint.where:
-        name, part = rename_source_key(tensor, renamings, converters, model.base_model_prefix, parameters)
-        if part is None:
-            names[name] = tensor
+    state = model.state_dict(keep_vars=True)
+    names: dict[str, list[Part]] = {}
+    pieces: dict[str, list[tuple[str, str]]] = {}
+    for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in their order
+        name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
+        if name not in state:
+            continue
+        if pattern is None:
+            names[name] = [Part(tensor)]
+        else:
+            pieces.setdefault(name, []).append((pattern, tensor))
+    for name, stored in pieces.items():
+        rule = next(rule for rule in converters if stored[0][0] in rule.source_patterns)
+        if len(rule.target_patterns) == 1:
+            names[name] = place_parts(name, stored, rule, model, checkpoint)
     return names
+
+
+def place_parts(
+    name: str, stored: list[tuple[str, str]], rule: WeightConverter, model: Any, checkpoint: Checkpoint
+) -> list[Part]:
+    """Where each of the tensors (with their patterns in the rule) that a parameter is made of lies in it.
+
+    The rule is asked: it converts small tensors of marks, which are then found again. UserError if it does more
+    than to put rows one below the other, expert by expert.
+    """
+    expected = list(model.get_parameter(name).shape)
+    shapes = [list(checkpoint.read(tensor).shape) for _, tensor in stored]
+    shape = range(2, 2 + len(shapes[0]))
+    size = math.prod(shape)
+    marks = [(torch.arange(size) + size * number).view(*shape) for number in range(len(stored))]
+    rule = deepcopy(rule)
+    for (pattern, tensor), mark in zip(stored, marks, strict=True):
+        rule.add_tensor(name, tensor, pattern, mark)  # type: ignore[arg-type] # it takes tensors too
+    parts = []
+    try:
+        (made,) = rule.convert(name, model=model, config=model.config).values()
+        several = made.dim() > len(shape)
+        for expert, rows in enumerate(made if several else [made]):
+            begin = 0
+            for found in rows.split(shape[0]):
+                number = int(found.flatten()[0]) // size
+                if not torch.equal(found, marks[number]):
+                    raise ValueError("their elements change places")
+                end = begin + shapes[number][0]
+                parts.append(Part(stored[number][1], (begin, end), expert if several else None))
+                begin = end
+            result = [*([len(made)] if several else []), begin, *shapes[0][1:]]
+            if result != expected or any(each[1:] != shapes[0][1:] for each in shapes):
+                raise ValueError(f"together they are {result}, expected {expected}")
+    except Exception as error:  # whatever a rule does not like
+        raise UserError(
+            f"{checkpoint.folder}: {name} is made of {len(stored)} tensors like {stored[0][1]}, "
+            f"in a way that is not understood: {error}"
+        ) from error
+    return parts
 
 
 def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -35,8 +35,12 @@ class InputStats:
 
     @property
     def norm(self) -> Float[Tensor, " in"]:
-        """‖X_j‖₂ over all tokens, float32."""
-        return self.sum_squares.sqrt().float()
+        """‖X_j‖₂ over all tokens, float32.
+
+        1 for every feature where no token was seen, as by an expert that none was sent to: nothing is known of
+        one feature that is not known of the others, and Wanda's score is the weight's magnitude.
+        """
+        return self.sum_squares.sqrt().float() if self.count else torch.ones_like(self.sum_squares).float()
 
 
 class BlockStats(NamedTuple):
@@ -45,3 +49,8 @@ class BlockStats(NamedTuple):
     inputs: dict[str, InputStats]  # by distinct input, named after the first linear that reads it
     readers: dict[str, list[str]]  # the linears that read each
     transposed: list[str]  # linears whose weight is stored [in, out], as GPT-2's are
+
+    def unreached(self) -> set[str]:
+        """The experts that no token was sent to: the names of their linears but for the last word."""
+        unread = [name for name, x in self.inputs.items() if not x.count]
+        return {linear.rpartition(".")[0] for name in unread for linear in self.readers[name]}

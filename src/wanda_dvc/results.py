@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
 from wanda_dvc.artifacts import PROVENANCE, Project, block_count, digest, read_provenance, read_stats
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import MODELS, PARTS
+
+if TYPE_CHECKING:
+    from wanda_dvc.input_stats import InputStats
 
 OUTLIER = 6  # times the median; as in Dettmers et al. 2022, arXiv 2208.07339, where 6 marks an outlier feature
 
@@ -124,17 +127,16 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
     records = []
     for block in range(blocks) if layer is None else [layer]:
         measured = read_stats(project.stats, block)
-        records += [_summary(block, measured.readers[name], x.norm) for name, x in measured.inputs.items()]
+        records += [_summary(block, measured.readers[name], x) for name, x in measured.inputs.items()]
     if as_json:
         return json.dumps(records, indent=2)
     rows = [
         [
             record["block"],
-            ", ".join(name.rpartition(".")[2] for name in record["linears"]),
-            f"{record['mean']:.4g}",
-            f"{record['median']:.4g}",
-            f"{record['max']:.4g}",
-            f"{100 * record['outliers']:.2f} %",
+            ", ".join(map(_last_word, record["linears"])),
+            str(record["tokens"]),
+            *(_short(record[name]) for name in ("mean", "median", "max")),
+            "–" if record["outliers"] is None else f"{100 * record['outliers']:.2f} %",
             "  ".join(f"{feature['index']}: {feature['norm']:.4g}" for feature in record["largest"]),
         ]
         for record in records
@@ -142,6 +144,7 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
     headers = [
         "block",
         "input of",
+        "tokens",
         "mean",
         "median",
         "largest",
@@ -162,13 +165,11 @@ def _belongs(project: Project) -> None:
         )
 
 
-def _summary(block: int, linears: list[str], norm: Any) -> dict[str, Any]:
+def _summary(block: int, linears: list[str], x: "InputStats") -> dict[str, Any]:
+    norm = x.norm
     median = norm.quantile(0.5).item()
     top = norm.topk(min(5, len(norm)))
-    return {
-        "block": block,
-        "linears": linears,
-        "features": len(norm),
+    known = {
         "mean": norm.mean().item(),
         "median": median,
         "max": norm.max().item(),
@@ -178,6 +179,20 @@ def _summary(block: int, linears: list[str], norm: Any) -> dict[str, Any]:
             for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         ],
     }
+    nothing: dict[str, Any] = {name: [] if name == "largest" else None for name in known}
+    record = {"block": block, "linears": linears, "features": len(norm), "tokens": x.count}
+    return record | (known if x.count else nothing)
+
+
+def _last_word(linear: str) -> str:
+    """Of a linear's name, and an expert's number with it."""
+    words = linear.split(".")
+    is_expert = words[-2].isdecimal() and sum(word.isdecimal() for word in words) > 1  # the first counts blocks
+    return ".".join(words[-2:] if is_expert else words[-1:])
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _load(path: Path) -> dict[str, Any]:

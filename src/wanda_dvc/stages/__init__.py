@@ -74,6 +74,18 @@ def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
             said = now
 
 
+def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
+    """On stderr, the experts that no calibration token was sent to, if there are any, by block."""
+    if count := sum(map(len, unreached.values())):
+        blocks = ", ".join(str(block) for block, experts in sorted(unreached.items()) if experts)
+        print(
+            f"{stage}: no calibration token reached {count} expert{'s' * (count > 1)} (blocks: {blocks}); Wanda judges "
+            "their weights by magnitude. More calibration windows reach more experts.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def _peak_memory() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from wanda_dvc.artifacts import Json, Project, describe, read_provenance, write_provenance, write_stats
+from wanda_dvc.artifacts import Json, Project, describe, read_provenance, read_stats, write_provenance, write_stats
 from wanda_dvc.blocks import Decoder, InputRecorder
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
-from wanda_dvc.stages import STAGES, device_name, progress
+from wanda_dvc.stages import STAGES, device_name, progress, say_unreached
 from wanda_dvc.windows import draw, draw_from_documents, load_tokenizer, tokenize
 
 
@@ -39,6 +39,8 @@ def calibrate(*, project: Project) -> None:
             recorder = InputRecorder()
             step.advance(recorder)
             write_stats(work.out, step.index, recorder.result())
+        blocks = range(len(decoder.blocks))
+        say_unreached("calibrate", {block: read_stats(work.out, block).unreached() for block in blocks})
         write_provenance(work.out, made_from)
         work.publish(project.stats)
 
