@@ -79,7 +79,7 @@ def _machine(project: Project) -> Iterator[Check]:
     import torch
 
     device = project.params.runtime.device
-    units = " and bf16 units" if _has_bf16_units() else ""
+    units = " and bf16 units" if has_bf16_units() else ""
     yield Check("cpu", True, f"{torch.get_num_threads()} threads{units}, {memory('cpu') / 1e9:.1f} GB of memory free")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     for gpu in gpus:
@@ -194,7 +194,7 @@ def _repository(project: Project) -> Iterator[Check]:
     )
 
 
-def _has_bf16_units() -> bool:
+def has_bf16_units() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware, where the system tells."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
