@@ -128,10 +128,10 @@ def stage_costs(params: Params, model: Sizes, through: Work, device: Device, *, 
     """Of every stage after the downloads, for one model; `tokens` are those of the perplexity text."""
     width, stored = WIDTH[params.dtype], WIDTH.get(model.dtype, 4)
     where = "cuda" if device.link else "cpu"
-    rate = device.flops[params.dtype] * device.efficiency
+    rate, threads = device.flops[params.dtype] * device.efficiency, os.cpu_count() or 1
 
     def memory(stage: str, length: int) -> Memory:
-        return peak(stage, model, dtype=params.dtype, length=length, device=where, threads=os.cpu_count() or 1)
+        return peak(stage, model, dtype=params.dtype, length=length, device=where, threads=threads)
 
     def walk(stage: str, windows: float, length: float, logits: float = 0) -> StageCost:
         waiting = 2 * windows * length * model.hidden * width  # two files that take turns
@@ -149,13 +149,21 @@ def stage_costs(params: Params, model: Sizes, through: Work, device: Device, *, 
         return StageCost(stage, flops, model.stored, hidden, waiting, size, max(computed, read))
 
     calibration, measured = params.calibration, params.perplexity
-    yield walk("calibrate", calibration.samples, calibration.length)
-    for stage, each, disk in (
-        ("mask", stored + SELECTION, through.linears / 8),
-        ("apply", 4 * stored + 1, model.stored),  # copied, then read, multiplied and counted
-    ):
-        seconds = through.linears * each / HOST
-        yield StageCost(stage, 0, model.stored, 0, disk, memory(stage, 0), seconds)
+    calibrate = walk("calibrate", calibration.samples, calibration.length)
+    yield calibrate
+    masks = through.linears / 8
+    chosen = StageCost(
+        "mask", 0, model.stored, 0, masks, memory("mask", 0), through.linears * (stored + SELECTION) / HOST
+    )
+    if params.propagation == "pruned" and params.method != "magnitude":  # each block is run twice more
+        twice = walk("mask", 2 * calibration.samples, calibration.length)
+        size = peak(
+            "mask", model, dtype=params.dtype, length=calibration.length, device=where, threads=threads, propagates=True
+        )
+        chosen = replace(twice, disk=masks + calibrate.disk, memory=size, seconds=twice.seconds + chosen.seconds)
+    yield chosen
+    seconds = through.linears * (4 * stored + 1) / HOST  # copied, then read, multiplied and counted
+    yield StageCost("apply", 0, model.stored, 0, model.stored, memory("apply", 0), seconds)
     windows = tokens / measured.length
     yield walk("perplexity", windows, measured.length, logits=tokens)
     most = min(params.zero_shot.limit or 10**9, SAMPLES if params.tasks.source == "samples" else 10**9)
@@ -216,7 +224,6 @@ def cost(
     rate = f"{on.flops[params.dtype] / 1e12:.3g} TFLOP/s"
     how = "published" if on.link else "measured now"
     card = "; an estimate, no card was at hand" if on.link else ""
-    mask = next(row for row in costs if row.stage == "mask")
     return "\n".join(
         [
             f"{model.parameters / 1e9:.2f} B parameters, {through.linears / 1e9:.2f} B of them in the linears that a "
@@ -228,7 +235,7 @@ def cost(
             "",
             tabulate(rows, headers, tablefmt="github", disable_numparse=True),
             "",
-            f"One more experiment adds {_gb(mask.disk)} GB to the cache (its masks) and takes "
+            f"One more experiment adds {_gb(through.linears / 8)} GB to the cache (its masks) and takes "
             f"{_duration(sum(row.seconds for row in costs[1:]))}; the first one "
             f"{_duration(sum(row.seconds for row in costs))} and its dense baselines "
             f"{_duration(sum(row.seconds for row in costs[3:]))} more.",
