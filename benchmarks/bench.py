@@ -2,7 +2,7 @@
 
     make bench                                  everything, about 40 minutes on two quiet cores
     make bench ROWS="mask perplexity"           some of it; other rows of the last result stay
-    python benchmarks/bench.py --quick          small sizes, to try the harness; writes results-quick.*
+    python benchmarks/bench.py --quick          a tiny random model, to try the harness; writes results-quick.*
     python benchmarks/bench.py --resume         go on after an interruption, with what was measured
     python benchmarks/bench.py --mirror DIR     WikiText-2 and the real benchmarks, 200 items a task
 
@@ -33,7 +33,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TASKS = ("piqa", "hellaswag", "arc_easy", "boolq", "rte")
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}  # of a log-likelihood
-QWEN_PARAMETERS = 1_543_714_304
+TINY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 300,
+}  # fmt: skip
 
 Part = dict[str, Any]
 
@@ -154,7 +157,19 @@ class Bench:
                 "perplexity.text.source": "wikitext2",
                 "tasks.source": "benchmark",
             }
-        return changes | ({"model": str(self.words.model.resolve())} if self.words.model else {})
+        return changes | self.source
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The model, where it is not params.yaml's own."""
+        if self.words.model:
+            return {"model": str(self.words.model.resolve())}
+        if not self.words.quick:
+            return {}
+        tiny = self.work / "tiny"
+        if not (tiny / "config.json").is_file():
+            self.run(sys.executable, HERE / "memory.py", "make", tiny, "--config", json.dumps(TINY))
+        return {"model": str(tiny)}
 
     def project(self, dtype: str = "float32") -> Path:
         """A project without DVC, whose downloads are done. That of another dtype shares them."""
@@ -247,7 +262,16 @@ class Bench:
     def plain(self, what: str, dtype: str = "float32") -> Part:
         """(a), or for `perplexity` the authors' loop."""
         tokens = self.token_file("perplexity" if what == "perplexity" else "calibration")
-        words = [what, self.model, "--windows", tokens, "--dtype", dtype, "--out", self.work / "plain"]
+        words: list[str | Path] = [
+            what,
+            self.model,
+            "--windows",
+            tokens,
+            "--dtype",
+            dtype,
+            "--out",
+            self.work / "plain",
+        ]
         made = self.part(f"plain {what} {dtype}", lambda: self.script("plain", *words))
         shutil.rmtree(self.work / "plain", ignore_errors=True)
         return made
@@ -274,7 +298,7 @@ class Bench:
         """(b)"""
         batches = ["1", "16"] if self.words.quick else ["1", "4", "16", "64"]
         part = "2" if self.words.quick else "20"
-        words = [self.model, *self.tasks, "--data", self.project() / "data/tasks", "--dtype", dtype]
+        words: list[str | Path] = [self.model, *self.tasks, "--data", self.project() / "data/tasks", "--dtype", dtype]
         words += ["--batch", *batches, "--part", part, "--limit", str(self.limit)]
         made = self.part(f"stock lm-eval {dtype}", lambda: self.script("stock", *words))
         return made | {"wall": made["wall"] - sum(made["tried"].values())}  # looking for the batch size is not counted
@@ -290,7 +314,7 @@ class Bench:
             folder.mkdir()
             shutil.copyfile(ROOT / "dvc.yaml", folder / "dvc.yaml")
             small = self.sizes() if self.words.quick else {}
-            self.settings(folder, small | ({"model": str(self.words.model.resolve())} if self.words.model else {}))
+            self.settings(folder, small | self.source)
             self.run("git", "init", "-q", cwd=folder)
             self.run("dvc", "init", "-q", cwd=folder)
             shutil.copyfile(ROOT / ".dvc/config", folder / ".dvc/config")
@@ -475,9 +499,8 @@ def study_rows(bench: Bench) -> list[Row]:
 
 def dvc_rows(bench: Bench) -> list[Row]:
     full = bench.full_repro()
-    nothing = bench.part(
-        "dvc repro, nothing to do", lambda: min(map(repro_again, [bench] * 3), key=lambda x: x["wall"])
-    )
+    again = bench.part("dvc repro, nothing to do", lambda: {"walls": [repro_again(bench) for _ in range(3)]})
+    nothing = round(min(again["walls"]), 2)
     overhead = full["wall"] / full["commands"] - 1
     inside = full["wall"] / full["inside"] - 1
     note = f"{full['ran']} commands, model fetched; over the time inside the stages, processes included: {inside:.1%}"
@@ -500,7 +523,7 @@ def memory_rows(bench: Bench) -> list[Row]:
     if not (folder / "ready").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        smaller = ["--config", json.dumps({"num_hidden_layers": 4, "vocab_size": 32000}), "--shard", "2e8"]
+        smaller = ["--config", json.dumps(TINY | {"hidden_size": 256, "intermediate_size": 1024}), "--shard", "1e6"]
         made = bench.work / "random"
         say("making a random checkpoint")
         bench.run(sys.executable, HERE / "memory.py", "make", made, *(smaller if bench.words.quick else []))
@@ -619,7 +642,7 @@ def machine(bench: Bench) -> Part:
     }
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], *, notes: bool = True) -> str:
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
 
@@ -634,12 +657,27 @@ def table(rows: list[Row]) -> str:
         return f"{sign} {100 * float(bound):g} %" if bound.startswith("0.") else row.goal
 
     met = {True: "yes", False: "**no**", None: "–"}
+    headers = ["what", "ours, s", "baseline or floor, s", "ratio", "goal", "met", "how"]
     lines = [
         [row.name, number(row.ours_s), number(row.baseline_s), ratio(row), goal(row), met[row.met], row.note]
         for row in rows
     ]
-    headers = ["what", "ours, s", "baseline or floor, s", "ratio", "goal", "met", "how"]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    columns = len(headers) - (not notes)
+    return tabulate([line[:columns] for line in lines], headers[:columns], tablefmt="github", disable_numparse=True)
+
+
+def describe(about: Part) -> str:
+    return ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items()) + "."
+
+
+def write_readme(about: Part, rows: list[Row]) -> None:
+    """The block of the README between its two marks."""
+    path = ROOT / "README.md"
+    before, begin, rest = path.read_text(encoding="utf-8").partition("<!-- benchmarks -->\n")
+    _, end, after = rest.partition("<!-- /benchmarks -->\n")
+    if begin and end:
+        block = f"{describe(about)}\n\n{table(rows, notes=False)}\n"
+        path.write_text(before + begin + block + end + after, encoding="utf-8")
 
 
 def write(bench: Bench, rows: list[Row], failed: dict[str, str]) -> None:
@@ -664,7 +702,7 @@ def write(bench: Bench, rows: list[Row], failed: dict[str, str]) -> None:
         "published procedure (`plain.py`), (b) stock lm-eval (`stock.py`), the floor the machine's own matrix "
         "multiplication (`floor.py`).",
         "",
-        ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items()) + ".",
+        describe(about),
         "",
         table(together),
         "",
@@ -673,6 +711,8 @@ def write(bench: Bench, rows: list[Row], failed: dict[str, str]) -> None:
     ]
     lines += [f"Failed: {name}: {why}" for name, why in failed.items()]
     target.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if not bench.words.quick:
+        write_readme(about, together)
 
 
 def say(text: str) -> None:

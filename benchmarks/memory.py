@@ -105,7 +105,7 @@ def measure(root: Path, stage: str, part: str | None) -> dict[str, float | None]
 
     project = Project(root)
     torch.set_num_threads(project.params.runtime.threads or torch.get_num_threads())
-    run = {"calibrate": calibrate, "mask": mask, "apply": apply, "perplexity": perplexity}[stage]
+    run: Any = {"calibrate": calibrate, "mask": mask, "apply": apply, "perplexity": perplexity}[stage]
     wanted = need(project=project, stage=stage, part=part)  # it imports the family's code, as it does before a stage
     waited = 0.0
     original = Decoder.block

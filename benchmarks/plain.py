@@ -10,6 +10,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,24 +23,24 @@ class _Caught(Exception):
 
 
 class _Catcher(nn.Module):
-    def __init__(self, block: nn.Module, caught: list[tuple[Tensor, dict]]) -> None:
+    def __init__(self, block: nn.Module, caught: list[tuple[Tensor, Any]]) -> None:
         super().__init__()
         self.block, self.caught = block, caught
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("block"), name)
 
-    def forward(self, hidden: Tensor, **kwargs):
+    def forward(self, hidden: Tensor, **kwargs: Any) -> None:
         self.caught.append((hidden, kwargs))
         raise _Caught
 
 
-def first_inputs(model: nn.Module, windows: Tensor) -> list[tuple[Tensor, dict]]:
+def first_inputs(model: Any, windows: Tensor) -> list[tuple[Tensor, Any]]:
     """What the first block is called with for each window."""
-    caught: list[tuple[Tensor, dict]] = []
+    caught: list[tuple[Tensor, Any]] = []
     layers = model.model.layers
     layers[0] = _Catcher(layers[0], caught)
     for window in windows:
@@ -54,7 +55,7 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
 
 
 @torch.no_grad()
-def prune_wanda(model: nn.Module, windows: Tensor, sparsity: float) -> None:
+def prune_wanda(model: Any, windows: Tensor, sparsity: float) -> None:
     calls = first_inputs(model, windows)
     hidden = [first for first, _ in calls]
     kwargs = calls[0][1]
@@ -67,8 +68,8 @@ def prune_wanda(model: nn.Module, windows: Tensor, sparsity: float) -> None:
         linears = linears_of(block)
         squares = {name: torch.zeros(linear.in_features) for name, linear in linears.items()}
 
-        def collect(name: str, squares: dict[str, Tensor] = squares):
-            def hook(_, inputs, __):
+        def collect(name: str, squares: dict[str, Tensor] = squares) -> Any:
+            def hook(_: nn.Module, inputs: Any, __: Any) -> None:
                 squares[name] += inputs[0].float().flatten(0, -2).pow(2).sum(dim=0)
 
             return hook
@@ -87,7 +88,7 @@ def prune_wanda(model: nn.Module, windows: Tensor, sparsity: float) -> None:
 
 
 @torch.no_grad()
-def prune_magnitude(model: nn.Module, sparsity: float) -> None:
+def prune_magnitude(model: Any, sparsity: float) -> None:
     for block in model.model.layers:
         for linear in linears_of(block).values():
             score = linear.weight.abs()
@@ -96,7 +97,7 @@ def prune_magnitude(model: nn.Module, sparsity: float) -> None:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Tensor) -> float:
+def perplexity(model: Any, windows: Tensor) -> float:
     """exp(mean over windows of the mean loss), logits whole, a window at a time."""
     losses = []
     for window in windows:
