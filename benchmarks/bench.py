@@ -66,7 +66,7 @@ class Bench:
 
     def __init__(self, words: argparse.Namespace) -> None:
         self.words = words
-        self.work: Path = words.work.resolve()
+        self.work: Path = words.work.resolve() / ("quick" if words.quick else "full")
         if not words.resume:
             shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True, exist_ok=True)
