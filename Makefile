@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test test-fast lint lock install
+.PHONY: repro test test-fast bench lint lock install
 
 repro: install ## environment, the whole pipeline on the embedded default, a table of results
 	dvc repro
@@ -15,6 +15,9 @@ test: install lint ## everything, under ten minutes on two cores
 
 test-fast: install ## without the tests on a real DVC repository and the families' long one, under two minutes
 	pytest -m "not pipeline" --deselect tests/test_families.py::test_the_pruned_model_loads_and_generates
+
+bench: install ## measure against the published procedure, stock lm-eval and the floor; ROWS="mask perplexity" for some
+	python benchmarks/bench.py $(ROWS) $(BENCH)
 
 lint: install
 	ruff check

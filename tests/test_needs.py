@@ -38,7 +38,9 @@ def test_sizes_are_those_of_the_checkpoint_and_need_no_weights(tmp_path: Path, t
     found = needs.sizes(tmp_path)
     checkpoint = Checkpoint(tiny)
     stored = [size for shard in checkpoint.shards for *_, size in checkpoint.bytes_at(shard)]
-    assert found == needs.Sizes(4 * BLOCK + REST, BLOCK, 32, REST, sum(stored))
+    features = 4 * 32 + 2 * (32 + 16) + 3 * (32 + 48)
+    assert found == needs.Sizes(4 * BLOCK + REST, BLOCK, REST, 32 * 48, features, 48, 32, 260, "float32")
+    assert found.stored == sum(stored)
 
 
 def test_an_untied_head_counts(tmp_path: Path):
@@ -59,28 +61,53 @@ def test_the_7b_model_is_as_large_as_its_card_says(tmp_path: Path):
 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2)])
 def test_what_each_stage_needs(config_only: Callable[..., Project], dtype: str, width: int):
-    project = config_only(dtype=dtype)  # 3 × 64 tokens to calibrate on, 4 × 64 to measure on
-
-    def need(stage: str, part: str | None = None) -> tuple[int | None, int | None]:
+    def need(project: Project, stage: str, part: str | None = None) -> tuple[int, int | None]:
+        """Memory beyond what is the same for all models, and disk."""
         found = needs.need(project=project, stage=stage, part=part)
-        return found.memory, found.disk
+        assert found.memory
+        assert found.memory.mapped == (stage in ("calibrate", "perplexity", "zero-shot") and dtype == "float32")
+        return found.memory.total - needs.LIBRARIES - needs.ALLOCATOR, found.disk
 
-    walk = (2 * BLOCK + REST) * width
-    assert need("calibrate") == (walk, 3 * 64 * 32 * width * 2)
-    assert need("mask") == (BLOCK * width, 0)
-    assert need("apply") == (None, (project.model("dense") / "config.json").stat().st_size)
-    logits = LOGITS_AT_A_TIME * (4 + width)
-    assert need("perplexity", "pruned") == (walk + logits, 4 * 64 * 32 * width * 2)
-    assert need("zero-shot", "dense") == ((4 * BLOCK + REST) * width, 0)
-    project = config_only(dtype=dtype, propagation="pruned")
-    assert need("mask") == need("calibrate")
-    project = config_only(dtype=dtype, propagation="pruned", method="magnitude")
-    assert need("mask") == (BLOCK * width, 0)
+    project = config_only(dtype=dtype, runtime__threads=1)  # 3 × 64 tokens to calibrate on, 4 × 64 to measure on
+    features, linear = 4 * 32 + 2 * (32 + 16) + 3 * (32 + 48), 32 * 48
+    walk = (2 * BLOCK + REST + linear + 64 * features) * width
+    assert need(project, "calibrate") == (walk + 64 * 48 * 8, 3 * 64 * 32 * width * 2)
+    masks = BLOCK + needs.SELECTION * linear
+    assert need(project, "mask") == (masks, 0)
+    assert need(project, "apply") == (BLOCK + 8 * linear, (project.model("dense") / "config.json").stat().st_size)
+    logits = 64 * 260 * (width + 8)
+    assert need(project, "perplexity", "pruned") == (walk + logits, 4 * 64 * 32 * width * 2)
+    assert need(project, "zero-shot", "dense") == ((4 * BLOCK + REST) * width, 0)
+    assert need(config_only(dtype=dtype, runtime__threads=99), "mask")[0] == BLOCK + needs.SELECTION * BLOCK
     project = config_only(dtype=dtype, perplexity__windows=None)
-    assert need("perplexity", "dense")[1] is None
+    assert need(project, "perplexity", "dense")[1] is None
     project.data("perplexity").mkdir(parents=True)
     (project.data("perplexity") / "text.txt").write_text("x" * 4000)
-    assert need("perplexity", "dense")[1] == 1000 * 32 * width * 2
+    memory, disk = need(project, "perplexity", "dense")
+    assert (memory, disk) == (walk + logits + 4000 * needs.TEXT_IN_MEMORY, 1000 * 32 * width * 2)
+
+
+def test_masks_of_pruned_inputs_take_a_walk_more(config_only: Callable[..., Project]):
+    def memory(stage: str) -> needs.Memory:
+        found = needs.need(project=project, stage=stage).memory
+        assert found
+        return found
+
+    project = config_only()
+    masks = memory("mask")
+    project = config_only(propagation="pruned", method="magnitude")
+    assert memory("mask") == masks
+    project = config_only(propagation="pruned")
+    walk = memory("calibrate")
+    both = walk.total + masks.selection + BLOCK * 4  # a pruned block is no view of the checkpoint
+    assert memory("mask").total == both
+    assert memory("mask").weights == walk.weights
+
+
+def test_logits_are_a_chunk_at_most(config_only: Callable[..., Project]):
+    found = needs.need(project=config_only(perplexity__length=2**20), stage="perplexity", part="dense").memory
+    assert found
+    assert found.logits == LOGITS_AT_A_TIME * 12
 
 
 def test_before_there_is_a_config_only_what_is_known_is_said(
@@ -102,7 +129,9 @@ def test_one_line_says_it_and_a_disk_that_is_too_small_is_refused(
     monkeypatch.setattr(needs, "disk", lambda project: 3 * 64 * 32 * 4 * 2)
     monkeypatch.setattr(needs, "memory", lambda device: 1)  # too little memory is said, not refused
     needs.announce(project=project, stage="calibrate")
-    needs_memory = f"{(2 * BLOCK + REST) * 4 / 1e6:.1f} MB of memory"
+    wanted = needs.need(project=project, stage="calibrate").memory
+    assert wanted
+    needs_memory = f"{wanted.total / 1e9:.1f} GB of memory"
     assert capsys.readouterr().err == (
         f"calibrate needs about {needs_memory} and 0.1 MB of disk; free: 0.1 MB of memory and 0.1 MB of disk\n"
     )

@@ -177,6 +177,22 @@ def export(
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
+def cost(
+    config: Annotated[
+        Path | None, typer.Argument(help="a config.json or a directory with one; by default the project's model")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu (this one, measured), l40s or h100")] = "cpu",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="instead of params.yaml's")] = None,
+    windows: Annotated[int | None, typer.Option("--windows", help="to calibrate and to measure on")] = None,
+    length: Annotated[int | None, typer.Option("--length", help="tokens a window")] = None,
+) -> None:
+    """Estimate FLOPs, memory, disk and time of every stage; the model's weights need not be there."""
+    from wanda_dvc.cost import cost as table
+
+    typer.echo(table(start=Path.cwd(), config=config, device=device, dtype=dtype, windows=windows, length=length))
+
+
+@app.command(rich_help_panel=STUDY_PANEL)
 def doctor() -> None:
     """Check machine, libraries, settings and repository; exit 2 if something that is needed is missing."""
     from wanda_dvc.doctor import doctor as look

@@ -18,7 +18,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.needs import disk, memory
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
-from wanda_dvc.texts import on_the_hub
+from wanda_dvc.texts import on_the_hub, task_items
 
 LINKS = ("reflink", "hardlink", "symlink")
 SHOWN = ("torch", "transformers", "dvc", "lm-eval")
@@ -79,7 +79,7 @@ def _machine(project: Project) -> Iterator[Check]:
     import torch
 
     device = project.params.runtime.device
-    units = " and bf16 units" if _has_bf16_units() else ""
+    units = " and bf16 units" if has_bf16_units() else ""
     yield Check("cpu", True, f"{torch.get_num_threads()} threads{units}, {memory('cpu') / 1e9:.1f} GB of memory free")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     for gpu in gpus:
@@ -131,16 +131,14 @@ def _mirror(params: Params) -> Iterator[Check]:
 
 
 def _place(task: str) -> Path | None:
-    """Where a mirror has the items of one of lm-eval's tasks; None if it is none: `download` says that."""
+    """Where a mirror has the items of one of lm-eval's tasks; None if it has none: `download` says that."""
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
     index = TaskManager().task_index
     path = index[task].yaml_path if task in index else None
-    config = load_yaml(path) if path else {}
-    split = config.get("test_split") or config.get("validation_split")
-    parts = [config.get("dataset_path"), config.get("dataset_name"), f"{split}.jsonl"]
-    return Path(*(part for part in parts if part)) if split and parts[0] else None
+    items = task_items(load_yaml(path)) if path else None
+    return Path(*items.place) if items else None
 
 
 def _versions(project: Project) -> Iterator[Check]:
@@ -194,7 +192,7 @@ def _repository(project: Project) -> Iterator[Check]:
     )
 
 
-def _has_bf16_units() -> bool:
+def has_bf16_units() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware, where the system tells."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")

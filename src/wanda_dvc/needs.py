@@ -5,6 +5,7 @@ Estimates from a model's config.json, which is there before its weights are: wha
 to fail: a stage is refused only where the disk is clearly too small.
 """
 
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from wanda_dvc.stages import device_name
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
 BYTES_A_TOKEN = 4  # of English text, about
+LIBRARIES = 96 * 2**20  # what threads, kernels made at run time and a tokenizer take beyond the imports, about
+ALLOCATOR = 64 * 2**20  # what glibc keeps of freed tensors under 32 MB, about; none with MALLOC_MMAP_THRESHOLD_ set
+TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
+SELECTION = 24  # bytes a weight at work: its score, the partition of the scores, and what counts the ties
 
 
 @dataclass(frozen=True)
@@ -24,37 +29,116 @@ class Sizes:
 
     parameters: int
     block: int  # the largest
-    hidden: int
     rest: int  # embeddings, norms and head: all that is in no block
-    stored: int  # bytes on disk, in the dtype that the config names
+    linear: int  # the largest linear's weights
+    features: int  # that a block's linears read and write, each linear by itself
+    widest: int  # the most features that a linear reads
+    hidden: int
+    vocabulary: int
+    dtype: str  # as stored
+
+    @property
+    def stored(self) -> int:
+        """Bytes on disk."""
+        return self.parameters * WIDTH.get(self.dtype, 4)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The most that a stage holds beyond its imports, in bytes, by what it is for."""
+
+    weights: int = 0
+    activations: int = 0
+    logits: int = 0
+    selection: int = 0
+    text: int = 0
+    mapped: bool = False  # the weights are views of the checkpoint: page cache, which may go and come back
+
+    @property
+    def total(self) -> int:
+        own = self.weights + self.activations + self.logits + self.selection + self.text
+        return own + LIBRARIES + ALLOCATOR
+
+    @property
+    def anonymous(self) -> int:
+        return self.total - (self.weights if self.mapped else 0)
 
 
 @dataclass(frozen=True)
 class Need:
     """Bytes, about; None where it can't be known yet. With less free disk than `least` it can't end well."""
 
-    memory: int | None = None
+    memory: Memory | None = None
     disk: int | None = None
     least: int = 0
 
 
-def sizes(folder: Path) -> Sizes:
-    """Of the model that a directory's config.json describes. Its weights need not be there."""
+def sizes(config: Path) -> Sizes:
+    """Of the model that a config.json, or the one in a directory, describes. Its weights need not be there."""
     from transformers import AutoConfig
 
-    from wanda_dvc.blocks import empty_model, find_blocks
+    from wanda_dvc.blocks import empty_model, find_blocks, find_linears
 
-    model = empty_model(folder)
+    model = empty_model(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
-    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in find_blocks(model)[1]]
-    stored = AutoConfig.from_pretrained(folder).dtype  # the model's own config says what it runs in
-    width = WIDTH.get(str(stored).removeprefix("torch."), 4)
+    blocks = find_blocks(model)[1]
+    counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    shapes = [[linear.get_parameter("weight").shape for linear in find_linears(block).values()] for block in blocks]
+    stored = AutoConfig.from_pretrained(config).dtype  # the model's own config says what it runs in
     return Sizes(
-        parameters,
-        max(blocks),
-        model.config.get_text_config().hidden_size,
-        parameters - sum(blocks),
-        parameters * width,
+        parameters=parameters,
+        block=max(counts),
+        rest=parameters - sum(counts),
+        linear=max(shape.numel() for block in shapes for shape in block),
+        features=max(sum(sum(shape) for shape in block) for block in shapes),
+        widest=max(max(shape) for block in shapes for shape in block),
+        hidden=model.config.get_text_config().hidden_size,
+        vocabulary=model.get_output_embeddings().weight.shape[0],
+        dtype=str(stored or "float32").removeprefix("torch."),
+    )
+
+
+def peak(
+    stage: str,
+    model: Sizes,
+    *,
+    dtype: str,
+    length: int = 0,
+    device: str = "cpu",
+    threads: int = 1,
+    propagates: bool = False,
+    text: int = 0,
+) -> Memory:
+    """The formula of docs/cost.md: what a stage holds at most beyond its imports.
+
+    `length` is a window's, `text` the bytes of the text that is tokenized, `propagates` says that masks are chosen
+    on the outputs of pruned blocks. Zero-shot holds the whole model.
+    """
+    from wanda_dvc.blocks import LOGITS_AT_A_TIME
+
+    width = WIDTH[dtype]
+    # The masks, a byte a weight, and the scores of as many linears as there are threads.
+    selection = model.block + SELECTION * min(threads * model.linear, model.block)
+    if stage == "apply":
+        return Memory(selection=model.block + 8 * model.linear)
+    if stage == "mask" and not propagates:
+        return Memory(selection=selection)
+    mapped = device == "cpu" and dtype == model.dtype
+    if stage == "zero-shot":
+        return Memory(weights=model.parameters * width, mapped=mapped)
+    activations = length * model.features * width + model.linear * width  # which a matrix library packs
+    if stage != "perplexity":
+        activations += length * model.widest * 8  # the statistics' float32 copy, and its square
+    return Memory(
+        # The block at work, the next one, and all that is in no block.
+        weights=(2 * model.block + model.rest) * width,
+        activations=activations,
+        # A chunk's logits, as the model gives them, in float32, and their log-softmax.
+        logits=min(LOGITS_AT_A_TIME, length * model.vocabulary) * (width + 8) if stage == "perplexity" else 0,
+        # A pruned block is no view of the checkpoint.
+        selection=selection + model.block * width if propagates else 0,
+        text=text * TEXT_IN_MEMORY,
+        mapped=mapped,
     )
 
 
@@ -70,24 +154,31 @@ def need(*, project: Project, stage: str, part: str | None = None) -> Need:
     folder = project.model(part if stage in ("perplexity", "zero-shot") and part else "dense")
     if not (folder / "config.json").is_file():
         return Need()
+    model, width = sizes(folder), WIDTH[params.dtype]
+    propagates = stage == "mask" and params.propagation == "pruned" and params.method != "magnitude"
+    tokens: int | None
+    if stage == "perplexity":
+        tokens, length = _tokens(project), params.perplexity.length
+    else:
+        tokens, length = params.calibration.samples * params.calibration.length, params.calibration.length
+    text = project.data("perplexity" if stage == "perplexity" else "calibration") / TEXT
+    memory = peak(
+        stage,
+        model,
+        dtype=params.dtype,
+        length=length,
+        device=device_name(params.runtime).partition(":")[0],
+        threads=params.runtime.threads or os.cpu_count() or 1,
+        propagates=propagates,
+        text=text.stat().st_size if text.is_file() else 0,
+    )
     if stage == "apply":
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-        return Need(disk=size, least=size)
-    model, width = sizes(folder), WIDTH[params.dtype]
-    if stage == "zero-shot":
-        return Need(memory=model.parameters * width, disk=0)
-    walking = (2 * model.block + model.rest) * width
-    if stage == "perplexity":
-        from wanda_dvc.blocks import LOGITS_AT_A_TIME
-
-        tokens = _tokens(project)
+        return Need(memory, disk=size, least=size)
+    if stage in ("calibrate", "perplexity") or propagates:
         disk = tokens * model.hidden * width * 2 if tokens else None
-        return Need(memory=walking + LOGITS_AT_A_TIME * (4 + width), disk=disk, least=(disk or 0) // 2)
-    disk = params.calibration.samples * params.calibration.length * model.hidden * width * 2
-    propagates = params.propagation == "pruned" and params.method != "magnitude"
-    if stage == "calibrate" or propagates:
-        return Need(memory=walking, disk=disk, least=disk)
-    return Need(memory=model.block * width, disk=0)
+        return Need(memory, disk=disk, least=(disk or 0) // (2 if stage == "perplexity" else 1))
+    return Need(memory, disk=0)
 
 
 def announce(*, project: Project, stage: str, part: str | None = None) -> None:
@@ -105,7 +196,7 @@ def announce(*, project: Project, stage: str, part: str | None = None) -> None:
         )
     on = f" on {device}" if device.startswith("cuda") else ""
     parts = [
-        (f"{_gb(wanted.memory)} of memory{on}", f"{_gb(free_memory)} of memory{on}") if wanted.memory else None,
+        (f"{_gb(wanted.memory.total)} of memory{on}", f"{_gb(free_memory)} of memory{on}") if wanted.memory else None,
         (f"{_gb(wanted.disk)} of disk", f"{_gb(free_disk)} of disk") if wanted.disk else None,
     ]
     known = [part for part in parts if part]

@@ -1,8 +1,8 @@
-"""The texts that have a name: where each lies on the Hub, as data."""
+"""Where texts and tasks' items lie on the Hub, and so in a mirror."""
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wanda_dvc.params import Text
@@ -51,3 +51,27 @@ def on_the_hub(wanted: "Text") -> tuple[NamedText, str | None, tuple[str, ...]] 
     text = named or NamedText(wanted.source, wanted.config, wanted.column)
     shard = text.shards.get(wanted.split)
     return text, shard, (shard,) if shard else tuple(name for name in (text.config, f"{wanted.split}.jsonl") if name)
+
+
+@dataclass(frozen=True)
+class TaskItems:
+    """The split of a data set that holds a task's items."""
+
+    role: str  # of the split, for lm-eval: test or validation
+    split: str
+    dataset: str
+    config: str | None
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """The file's place in a mirror."""
+        return tuple(part for part in (self.dataset, self.config, f"{self.split}.jsonl") if part)
+
+
+def task_items(definition: dict[str, Any]) -> TaskItems | None:
+    """Where the items of one of lm-eval's tasks are, by its definition; None if that names no data set and split."""
+    role = "test" if definition.get("test_split") else "validation"
+    dataset, split = definition.get("dataset_path"), definition.get(f"{role}_split")
+    if not dataset or not split or definition.get("custom_dataset"):
+        return None
+    return TaskItems(role, split, dataset, definition.get("dataset_name"))

@@ -44,7 +44,7 @@ def timed(project: Project, run: str) -> Iterator[None]:
         {
             "seconds": round(time.perf_counter() - began, 2),
             "peak_memory_gb": round(_peak_memory() / 1e9, 3),
-            "machine": f"{_processor()}, {os.cpu_count()} cores",
+            "machine": f"{processor()}, {os.cpu_count()} cores",
             "device": device_name(project.params.runtime),
         },
     )
@@ -91,7 +91,7 @@ def _peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _processor() -> str:
+def processor() -> str:
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
         for line in file:
             if line.startswith("model name"):

@@ -40,7 +40,7 @@ from wanda_dvc.sources import (
     resolve,
 )
 from wanda_dvc.stages import STAGES
-from wanda_dvc.texts import HUB_ID, NamedText, on_the_hub
+from wanda_dvc.texts import HUB_ID, NamedText, TaskItems, on_the_hub, task_items
 
 EMBEDDED = files("wanda_dvc") / "embedded"
 
@@ -314,13 +314,9 @@ def _tasks(project: Project) -> None:
 
 
 @dataclass(frozen=True)
-class Items:
+class Items(TaskItems):
     """A task's items: in a file, or in a commit of a data set on the Hub."""
 
-    role: str  # of the split, for lm-eval: test or validation
-    split: str
-    dataset: str
-    config: str | None
     options: dict[str, Any]  # for `datasets`, from the task's definition
     path: Path | None = None
     repository: Repository | None = None
@@ -348,28 +344,26 @@ class Items:
 def _items(project: Project, name: str, config: dict[str, Any], problems: list[str]) -> Items | None:
     """Where a task's items are; None, and a problem more, where they can't be had."""
     where = f"params.yaml: tasks.names: {name}"
-    role = "test" if config.get("test_split") else "validation"
-    dataset, split = config.get("dataset_path"), config.get(f"{role}_split")
-    if not dataset or not split or config.get("custom_dataset"):
+    found = task_items(config)
+    if found is None:
         problems.append(f"{where}: its definition names no data set and split to take items from; take it out")
         return None
     options = dict(config.get("dataset_kwargs") or {})
     revision = options.pop("revision", None)
     for option in ("trust_remote_code", "streaming", "split"):  # nothing here runs a data set's code
         options.pop(option, None)
-    items = Items(role, split, dataset, config.get("dataset_name"), options)
-    place = [part for part in (dataset, items.config, f"{split}.jsonl") if part]
+    items = Items(**vars(found), options=options)
     try:
         if project.params.tasks.source == "samples":
-            path = Path(str(EMBEDDED), "tasks", *place)
+            path = Path(str(EMBEDDED), "tasks", *items.place)
             if not path.is_file():
                 raise UserError(f"{where}: there are no samples of it; take it out or set tasks.source to benchmark")
             return replace(items, path=path)
-        if mirrored := _in_mirror(project, *place):
+        if mirrored := _in_mirror(project, *items.place):
             return replace(items, path=mirrored)
-        if not HUB_ID.fullmatch(dataset):
-            raise UserError(f"{where}: its items ({dataset}) are no data set of the Hub, ORG/NAME; take it out")
-        return replace(items, repository=resolve("dataset", dataset, revision, where))
+        if not HUB_ID.fullmatch(items.dataset):
+            raise UserError(f"{where}: its items ({items.dataset}) are no data set of the Hub, ORG/NAME; take it out")
+        return replace(items, repository=resolve("dataset", items.dataset, revision, where))
     except UserError as error:
         problems += error.problems
         return None

@@ -1,0 +1,81 @@
+"""What can only be measured inside a process: the statistics' share, the masks against full sorts."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wanda_dvc.artifacts import Project, block_count, read_stats
+from wanda_dvc.blocks import InputRecorder
+from wanda_dvc.checkpoint import Checkpoint
+from wanda_dvc.stages.calibrate import calibration_windows, open_decoder
+from wanda_dvc.stages.mask import choose, weight_name
+
+
+@torch.no_grad()
+def statistics(project: Project) -> dict[str, Any]:
+    """Seconds of windows through three blocks with the recorder and without, in turn."""
+    decoder, windows = open_decoder(project, "dense"), calibration_windows(project)
+    decoder.calls(windows.shape[1])
+    hidden = [decoder.embed(tokens) for tokens in windows[:16]]
+    spent = {True: 0.0, False: 0.0}
+    for index in sorted({0, len(decoder.blocks) // 2, len(decoder.blocks) - 1}):
+        with decoder.block(index):
+            decoder.run(index, hidden[0])  # whatever is slow the first time
+            recorder = InputRecorder()
+            for number, x in enumerate(hidden):
+                for recorded in (number % 2 == 0, number % 2 == 1):
+                    began = time.perf_counter()
+                    if recorded:
+                        with recorder.recording(decoder.linears(index)):
+                            decoder.run(index, x)
+                            recorder.end_window()
+                    else:
+                        decoder.run(index, x)
+                    spent[recorded] += time.perf_counter() - began
+    return {"with": spent[True], "without": spent[False]}
+
+
+def masks(project: Project) -> dict[str, Any]:
+    """Seconds to choose every mask, as the stage does and by a full stable sort of every row; the best of three."""
+    checkpoint, params = Checkpoint(project.model("dense")), project.params
+    stats = [read_stats(project.stats, block) for block in range(block_count(project.stats))]
+
+    def chosen() -> float:
+        began = time.perf_counter()
+        for block in stats:
+            choose(params, checkpoint, block)
+        return time.perf_counter() - began
+
+    def by_sorting() -> float:
+        began = time.perf_counter()
+        for block in stats:
+            for source, names in block.readers.items():
+                norm = block.inputs[source].norm
+                for name in names:
+                    score = checkpoint.read(weight_name(checkpoint, name)).float().abs() * norm
+                    order = torch.sort(score, dim=1, stable=True).indices
+                    keep = torch.ones_like(score, dtype=torch.bool)
+                    keep.scatter_(1, order[:, : int(score.shape[1] * params.sparsity)], False)
+        return time.perf_counter() - began
+
+    rounds = [(chosen(), by_sorting()) for _ in range(3)]
+    linears = sum(len(names) for block in stats for names in block.readers.values())
+    return {"chosen": min(ours for ours, _ in rounds), "sorted": min(sort for _, sort in rounds), "linears": linears}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["statistics", "masks"])
+    parser.add_argument("project", type=Path)
+    parser.add_argument("--result", type=Path, required=True)
+    words = parser.parse_args()
+    measured = {"statistics": statistics, "masks": masks}[words.what](Project(words.project))
+    words.result.write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()

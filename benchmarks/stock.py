@@ -1,0 +1,77 @@
+"""Stock lm-eval on the same items through the same task definitions: what zero-shot is compared with."""
+
+import time
+
+BEGAN = time.perf_counter()
+
+import argparse  # noqa: E402 - its own imports count as part of its time
+import json  # noqa: E402
+import logging  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+
+def needed(model: Any, samples: list[dict[str, Any]]) -> list[list[Any]]:
+    """Of each question: its distinct contexts' tokens, each with its choices' tokens."""
+    questions = []
+    for sample in samples:
+        contexts: dict[tuple[int, ...], list[int]] = {}
+        for argument in sample["arguments"]:
+            context, choice = model._encode_pair(*argument)
+            contexts.setdefault(tuple(context), []).append(len(choice))
+        questions.append([[len(context), choices] for context, choices in contexts.items()])
+    return questions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("tasks", nargs="+")
+    parser.add_argument("--data", type=Path, required=True, help="the project's data/tasks")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16], help="several: the best on --part is taken")
+    parser.add_argument("--part", type=int, default=20, help="items a task to find the best batch size on")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--result", type=Path, required=True)
+    words = parser.parse_args()
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from wanda_dvc.stages.zero_shot import load_task
+
+    model = HFLM(pretrained=words.model, dtype=words.dtype, device="cpu", batch_size=words.batch[0])
+    before = time.perf_counter() - BEGAN  # imports and the model
+
+    def run(task: str, limit: int | None) -> tuple[float, list[dict[str, Any]]]:
+        began = time.perf_counter()
+        made = json.loads((words.data / task / "provenance.json").read_text())
+        definition = load_task(made["definition"], made["role"], words.data / task / "items.jsonl")
+        samples = evaluate(model, {task: definition}, limit=limit)["samples"][task]
+        return time.perf_counter() - began, samples
+
+    tried: dict[int, float] = {}
+    if len(words.batch) > 1:
+        run(words.tasks[0], 2)  # whatever is slow the first time
+        for batch in words.batch:
+            model.batch_size_per_gpu = batch
+            tried[batch] = sum(run(task, words.part)[0] for task in words.tasks)
+            print(f"stock lm-eval, batch {batch}: {tried[batch]:.1f} s on {words.part} items a task", flush=True)
+        words.batch = [min(tried, key=tried.__getitem__)]
+    model.batch_size_per_gpu = words.batch[0]
+    result: dict[str, Any] = {"batch": words.batch[0], "tried": tried, "before_s": before, "tasks": {}}
+    for task in words.tasks:
+        seconds, samples = run(task, words.limit)
+        result["tasks"][task] = {
+            "seconds": seconds,
+            "loglikelihoods": [[response[0] for response in sample["filtered_resps"]] for sample in samples],
+            "needed": needed(model, samples),
+        }
+        print(f"stock lm-eval, {task}: {seconds:.1f} s", flush=True)
+    result["seconds"] = before + sum(task["seconds"] for task in result["tasks"].values())
+    words.result.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What a study costs on paper, against torch's own count, the models' cards and what was measured."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, save_tiny_model, write_params
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from wanda_dvc import cost
+from wanda_dvc.artifacts import Project
+from wanda_dvc.cli import app
+from wanda_dvc.errors import UserError
+from wanda_dvc.needs import peak, sizes
+from wanda_dvc.params import Params
+
+CONFIGS = ROOT / "tests/configs"
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Params:
+    """Of docs/experiments.md: 32 × 2,048 tokens to calibrate on, 16 × 2,048 to measure on."""
+    changes = {"calibration__samples": 32, "calibration__length": 2048, "perplexity__length": 2048}
+    write_params(tmp_path, CONFIGS, **changes, perplexity__windows=16)
+    return Project(tmp_path).params
+
+
+def test_flops_are_those_that_torch_counts(tmp_path: Path):
+    folder = save_tiny_model(tmp_path, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(3, 64, dtype=torch.long))
+    through = cost.work(folder)
+    causal_half = 2 * 3 * 64 * 64 * through.pairs  # torch multiplies the other half too
+    rotary = counter.get_flop_counts()["Global"][torch.ops.aten.bmm] - 2 * causal_half  # the angles of the positions
+    assert 0 <= rotary < 0.001 * causal_half + 64 * 64
+    assert counter.get_total_flops() - rotary == through.flops(3, 64, logits=3 * 64) + causal_half
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "linears"),
+    [
+        ("llama-2-7b", 6_738_415_616, 6_476_005_376),
+        ("llama-3.1-8b", 8_030_261_248, 6_979_321_856),
+        ("llama-2-70b", 68_976_648_192, 68_451_041_280),
+        ("smollm2-135m", 134_515_008, 106_168_320),
+    ],
+)
+def test_parameters_are_those_of_the_models_cards(name: str, parameters: int, linears: int):
+    config = CONFIGS / f"{name}.json"
+    assert sizes(config).parameters == parameters
+    assert cost.work(config).linears == linears
+
+
+def test_only_the_experts_that_a_token_meets_count(tmp_path: Path):
+    config = {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260,
+        "num_local_experts": 8, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    attention, expert = 2 * 32 * 32 + 2 * 16 * 32, 3 * 32 * 48
+    assert 2 * (attention + 2 * expert) <= cost.work(tmp_path).linears <= 2 * (attention + 2 * expert + 8 * 32)
+
+
+def test_the_model_gives_what_was_measured_on_the_reference_machine(params: Params):
+    config = CONFIGS / "smollm2-135m.json"
+    device = cost.Device("two cores with AVX-512", {"float32": 205e9}, cost.HOST, None, cost.CPU_EFFICIENCY)
+    costs = cost.stage_costs(params, sizes(config), cost.work(config), device, tokens=16 * 2048)
+    seconds = {row.stage: row.seconds for row in costs}
+    assert seconds["calibrate"] == pytest.approx(108, rel=0.1)
+    assert seconds["perplexity"] == pytest.approx(65, rel=0.1)
+    assert seconds["mask"] == pytest.approx(0.5, rel=0.1)
+
+
+def test_what_a_card_holds_does_not_grow_with_depth():
+    model = sizes(CONFIGS / "llama-2-7b.json")
+    deeper = replace(model, parameters=2 * model.parameters)
+    for stage in ("calibrate", "mask", "apply", "perplexity"):
+        held = peak(stage, model, dtype="float16", length=2048, device="cuda")
+        assert held == peak(stage, deeper, dtype="float16", length=2048, device="cuda")
+        assert held.anonymous == held.total
+    on_cpu = peak("calibrate", model, dtype="float16", length=2048)
+    assert on_cpu.anonymous == on_cpu.total - (2 * model.block + model.rest) * 2
+    assert peak("calibrate", model, dtype="float32", length=2048).anonymous > on_cpu.total
+
+
+def test_it_needs_no_weights_and_no_project(tmp_path: Path):
+    table = cost.cost(start=tmp_path, config=CONFIGS / "llama-2-7b.json", device="l40s", dtype="float16", windows=128)
+    assert "6.74 B parameters" in table
+    assert "no card was at hand" in table
+    assert [line.split()[1] for line in table.splitlines() if line.startswith("| ")][1:] == [
+        "calibrate", "mask", "apply", "perplexity", "zero-shot",
+    ]  # fmt: skip
+
+
+def test_in_a_project_it_is_the_projects_model_and_settings(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_params(tmp_path, tiny, calibration__samples=7)
+    with pytest.raises(UserError, match=r"models/dense: no config.json, expected a model's directory"):
+        cost.cost(start=tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/dense").symlink_to(tiny)
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["cost"]).output
+    assert "7 windows of 64 to calibrate" in shown
+    assert "measured now" in shown
+
+
+def test_a_device_that_is_not_known(tmp_path: Path, tiny: Path):
+    with pytest.raises(UserError, match="--device: got abacus, expected cpu, l40s, h100"):
+        cost.cost(start=tmp_path, config=tiny, device="abacus")
+    with pytest.raises(UserError, match="no project here; name a config.json"):
+        cost.cost(start=tmp_path)
