@@ -219,7 +219,7 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
     project: Callable[..., Project], tmp_path: Path, family: str, dtype: torch.dtype, shard: str
 ):
     source = save(family, tmp_path / "model", dtype, shard)
-    made = project(model=source, perplexity__windows=1, runtime__threads=1)
+    made = project(model=source, perplexity__windows=1, **short_texts(tmp_path))
     lines = ["download model", "download calibration", "download perplexity", "calibrate", "mask", "apply"]
     run(made, *lines, "perplexity pruned", "stats --layer 1", f"export {tmp_path / 'exported'}")
     blocks, linears = ALL[family][1:]
@@ -242,6 +242,15 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
     model = AutoModelForCausalLM.from_pretrained(made.model("pruned"), dtype=dtype)
     out = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert out.shape[1] > 3
+
+
+def short_texts(folder: Path) -> dict[str, Any]:
+    """Changes of params.yaml: a text for each purpose, since bytes of a long one take long to be made tokens of."""
+    for part, base in (("calibration", "b"), ("perplexity", "x")):
+        words = [f"{number:{base}} is {number}." for number in range(500)]
+        (folder / f"{part}.txt").write_text(" ".join(words), encoding="utf-8")
+    sources = {f"{part}__text__source": str(folder / f"{part}.txt") for part in ("calibration", "perplexity")}
+    return sources | {"runtime__threads": 1}
 
 
 def rows_are_inputs(name: str) -> bool:
@@ -325,12 +334,12 @@ def test_an_expert_that_no_token_reached_is_pruned_by_magnitude(
     project: Callable[..., Project], tmp_path: Path, propagation: str
 ):
     source = one_is_never_chosen(tmp_path / "model")
-    made = project(model=source, propagation=propagation, runtime__threads=1)
+    made = project(model=source, propagation=propagation, **short_texts(tmp_path))
     run(made, "download model", "download calibration", "calibrate", "mask")
     wanda = [read_masks(made.masks, block) for block in range(3)]
     records = json.loads(run(made, "stats --json"))
     table = run(made, "stats --layer 0")
-    made = project(model=source, method="magnitude", runtime__threads=1)
+    made = project(model=source, method="magnitude", **short_texts(tmp_path))
     said = run(made, "mask")
     assert "expert" not in said  # magnitude asks nothing of them
     magnitude = [read_masks(made.masks, block) for block in range(3)]
@@ -349,7 +358,7 @@ def test_an_expert_that_no_token_reached_is_pruned_by_magnitude(
 
 
 def test_how_many_experts_no_token_reached_is_said(project: Callable[..., Project], tmp_path: Path):
-    made = project(model=one_is_never_chosen(tmp_path / "model"), pattern="2:4", runtime__threads=1)
+    made = project(model=one_is_never_chosen(tmp_path / "model"), pattern="2:4", **short_texts(tmp_path))
     said = run(made, "download model", "download calibration", "calibrate")
     assert "calibrate: no calibration token reached" in said
     assert "mask: no calibration token reached" in run(made, "mask")
@@ -358,7 +367,9 @@ def test_how_many_experts_no_token_reached_is_said(project: Callable[..., Projec
 
 
 def test_an_m_that_does_not_divide_an_experts_inputs_is_refused(project: Callable[..., Project], tmp_path: Path):
-    made = project(model=save("mixtral", tmp_path / "model", intermediate_size=40), pattern="8:16")
+    made = project(
+        model=save("mixtral", tmp_path / "model", intermediate_size=40), pattern="8:16", **short_texts(tmp_path)
+    )
     run(made, "download model", "download calibration")
     with pytest.raises(UserError, match=r"layers.0.block_sparse_moe.experts.0.w2 has 40 inputs and 11 more"):
         run(made, "--debug calibrate")
@@ -375,7 +386,8 @@ REFUSED = {
     "none at all": ("mixtral", {"without": ".experts."}, "no tensor for model.layers.0.mlp.experts.gate_up_proj"),
     "rows of all": (
         "dbrx",
-        {"d_model": 32, "n_heads": 4, "n_layers": 3, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4}},
+        {"d_model": 32, "n_heads": 4, "n_layers": 3, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4}}
+        | {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
         "ffn.experts.mlp.w1 belongs to no linear, and is larger than any",
     ),
 }

@@ -314,8 +314,8 @@ def how_to_repeat(params: Params) -> tuple[str, str]:
         if Path(wanted[key]).is_absolute():
             wanted[key] = f"/path/to/{Path(wanted[key]).name}"
     changes = {
-        name: {key: value for key, value in wanted.items() if read_preset(name).settings[key] != value}
-        for name in names()
+        preset.name: {key: value for key, value in wanted.items() if preset.settings[key] != value}
+        for preset in map(read_preset, names())
     }
     name = min(changes, key=lambda name: len(changes[name]))
     words, by_hand = [], []
