@@ -20,6 +20,7 @@ from wanda_dvc.blocks import Decoder, InputRecorder
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.cli import app
 from wanda_dvc.errors import UserError
+from wanda_dvc.questions import Request, loglikelihoods
 
 SHAPE = {
     "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -212,6 +213,32 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
 # Every family in every kind; of the further mixtures one kind each.
 RUNS = [(family, *kind) for family in FAMILIES for kind in KINDS]
 RUNS += [(family, *KINDS[index % 3]) for index, family in enumerate(MIXTURES)]
+
+
+# ALiBi (its bias is the distance in the row), attention outside transformers' registry, and attention with sinks.
+ONE_BY_ONE = {"bloom", "falcon", "gpt_oss"}
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_questions_get_the_models_own_answers(family: str, tmp_path: Path):
+    """Packed into rows where the model allows it, longer than what a layer with a window sees; else one by one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(size: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 256, (size,), generator=generator).tolist())
+
+    contexts = [draw(5 + 6 * question) for question in range(6)]
+    asked = [Request(context, draw(1 + k * (q % 3))) for q, context in enumerate(contexts) for k in range(2 + q % 2)]
+    folder = save(family, tmp_path / "model")
+    decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
+    ours = loglikelihoods(decoder, asked, tmp_path / "work", length=128, progress=lambda items, _: items)
+    assert decoder.holds_layouts == (family not in ONE_BY_ONE)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for request, (value, _) in zip(asked, ours, strict=True):
+        tokens, size = torch.tensor(request.context + request.continuation), len(request.continuation)
+        with torch.no_grad():
+            logprobs = model(input_ids=tokens[None, :-1], use_cache=False).logits[0].log_softmax(-1)[-size:]
+        assert value == pytest.approx(logprobs.gather(1, tokens[-size:, None]).sum().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize(("family", "dtype", "shard"), RUNS, ids=[f"{family}-{dtype}" for family, dtype, _ in RUNS])

@@ -185,8 +185,10 @@ class Decoder:
         """A block's tensors, and the next one's on their way."""
         if self._resident is not None and index in self._resident:
             return self._resident[index]
-        ahead, self._ahead = self._ahead, None
-        tensors = ahead[1].result() if ahead and ahead[0] == index else self._read_block(index)
+        if self._ahead is not None and self._ahead[0] == index:
+            tensors, self._ahead = self._ahead[1].result(), None
+        else:
+            tensors = self._read_block(index)
         if self._copies is not None:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(self._copies)
@@ -194,7 +196,7 @@ class Decoder:
                 tensor.record_stream(computing)  # its memory is not given away while it is computed with
         if self._resident is not None:
             self._resident[index] = tensors
-        if index + 1 < len(self.blocks):
+        if index + 1 < len(self.blocks) and (self._ahead is None or self._ahead[0] != index + 1):
             self._ahead = index + 1, self._reader.submit(self._read_block, index + 1)
         return tensors
 

@@ -23,7 +23,6 @@ from wanda_dvc.input_stats import BlockStats, InputStats
 from wanda_dvc.methods import METHODS
 from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
-from wanda_dvc.selection import select
 from wanda_dvc.stages import STAGES, progress, say_unreached
 from wanda_dvc.stages.calibrate import calibration_params, calibration_windows, open_decoder
 
@@ -108,7 +107,7 @@ def choose(params: Params, checkpoint: Checkpoint, block: BlockStats) -> dict[st
         score = method.score(weight.T.contiguous() if transposed else weight, x)
         if not score.amax().isfinite():
             raise UserError(f"{name}: scores that are not finite; its weights or the activations it reads overflow")
-        kept = select(score, sparsity=params.sparsity, pattern=params.pattern, group=params.group)
+        kept = method.select(score, sparsity=params.sparsity, pattern=params.pattern, group=params.group)
         return kept.T.contiguous() if transposed else kept
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # partitioning holds no lock
