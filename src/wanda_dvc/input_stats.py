@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
+
+OUTLIER = 6  # times the median; as in Dettmers et al. 2022, arXiv 2208.07339, where 6 marks an outlier feature
 
 
 @dataclass
@@ -40,3 +42,12 @@ class BlockStats(NamedTuple):
     inputs: dict[str, InputStats]  # by distinct input, named after the first linear that reads it
     readers: dict[str, list[str]]  # the linears that read each
     transposed: list[str]  # linears whose weight is stored [in, out], as GPT-2's are
+
+    def label(self, name: str) -> str:
+        """A distinct input by who reads it, such as `q_proj, k_proj, v_proj`."""
+        return ", ".join(reader.rpartition(".")[2] for reader in self.readers[name])
+
+
+def outliers(norm: Float[Tensor, " in"]) -> Bool[Tensor, " in"]:
+    """Features whose norm is more than `OUTLIER` times the median of their input."""
+    return norm > OUTLIER * norm.quantile(0.5)

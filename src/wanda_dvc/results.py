@@ -10,8 +10,6 @@ from wanda_dvc.artifacts import PROVENANCE, Project, block_count, digest, read_p
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import MODELS, PARTS
 
-OUTLIER = 6  # times the median; as in Dettmers et al. 2022, arXiv 2208.07339, where 6 marks an outlier feature
-
 HEADERS = ["", "dense", "pruned", "pruned / dense"]
 
 
@@ -145,7 +143,7 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
         "mean",
         "median",
         "largest",
-        f"> {OUTLIER} × median",
+        f"> 6 × median",
         "largest features (index: norm)",
     ]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
@@ -172,7 +170,7 @@ def _summary(block: int, linears: list[str], norm: Any) -> dict[str, Any]:
         "mean": norm.mean().item(),
         "median": median,
         "max": norm.max().item(),
-        "outliers": (norm > OUTLIER * median).float().mean().item(),
+        "outliers": (norm > 6 * median).float().mean().item(),
         "largest": [
             {"index": index, "norm": value}
             for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)

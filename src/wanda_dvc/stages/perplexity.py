@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from wanda_dvc.artifacts import Project, describe, digest, read_provenance, tokenizer_digest, write_json
+from wanda_dvc.artifacts import Project, describe, digest, read_provenance, tokenizer_digest, write_csv, write_json
 from wanda_dvc.blocks import Decoder
 from wanda_dvc.stages import STAGES, progress
 from wanda_dvc.stages.calibrate import open_decoder
@@ -52,6 +52,9 @@ def perplexity(*, project: Project, model: str) -> None:
             predictions.append(len(rest) - 1)
         write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": [_finite(x) for x in losses]})
         write_json(project.metrics(model, "perplexity"), {"perplexity": from_losses(losses, predictions)})
+        rows = zip(predictions, [loss if math.isfinite(loss) else "" for loss in losses], strict=True)
+        headers = ["window", "predictions", "loss"]
+        write_csv(project.plots(f"{model}/perplexity"), headers, ([i, *row] for i, row in enumerate(rows)))
         work.forget()
 
 
