@@ -242,7 +242,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write as `write_json` does. Floats have six significant digits: what comes after them differs between machines."""
+    """Write as `write_json` does. Floats have six significant digits: later ones differ between machines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     with beside.open("w", encoding="utf-8", newline="") as file:

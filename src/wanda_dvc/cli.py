@@ -145,6 +145,24 @@ def stats(
     typer.echo(table(project=Project.find(), layer=layer, as_json=as_json))
 
 
+@app.command(rich_help_panel=RESULT_PANEL)
+def report(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The page; report.md and its pictures go beside it.")
+    ] = Path("report.html"),
+    model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
+    rev: Annotated[
+        list[str] | None,
+        typer.Option("--rev", help="Only this experiment, branch, tag or commit; may be given several times."),
+    ] = None,
+) -> None:
+    """Write the experiments of the repository as one page: tables, pictures, and how sure they are."""
+    from wanda_dvc.artifacts import Project
+    from wanda_dvc.report import report as write
+
+    typer.echo(write(project=Project.find(), output=output, model=model, revs=rev))
+
+
 @app.command(rich_help_panel=STUDY_PANEL)
 def preset(
     name: Annotated[str | None, typer.Argument(help="which; without it they are listed")] = None,

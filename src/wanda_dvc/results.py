@@ -143,7 +143,7 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
         "mean",
         "median",
         "largest",
-        f"> 6 × median",
+        "> 6 × median",
         "largest features (index: norm)",
     ]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
