@@ -112,8 +112,8 @@ def _times(project: Project) -> str:
     return f"{table}\n\nMeasured on {'; '.join(machines)}."
 
 
-def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
-    """The input norms of every distinct input, of one block or of all: as a table, or as JSON."""
+def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | None = None) -> str:
+    """The input norms of every distinct input, of one block or of all, or of one linear: as a table, or as JSON."""
     read_provenance(project.stats, "calibrate")
     blocks = block_count(project.stats)
     if layer is not None and not 0 <= layer < blocks:
@@ -123,6 +123,12 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
     for block in range(blocks) if layer is None else [layer]:
         measured = read_stats(project.stats, block)
         records += [_summary(block, measured.readers[name], x.norm) for name, x in measured.inputs.items()]
+    if linear is not None:
+        every = [name for record in records for name in record["linears"]]
+        records = [r for r in records if any(f".{name}".endswith(f".{linear}") for name in r["linears"])]
+        if not records:
+            last = sorted({name.rpartition(".")[2] for name in every})
+            raise UserError(f"--linear: got {linear}, expected a linear's name or its end: {', '.join(last)}")
     if as_json:
         return json.dumps(records, indent=2)
     rows = [
@@ -147,6 +153,12 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
         "largest features (index: norm)",
     ]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def check_stats(project: Project) -> None:
+    """UserError if there are no statistics, or not the model's that is there."""
+    read_provenance(project.stats, "calibrate")
+    _belongs(project)
 
 
 def _belongs(project: Project) -> None:

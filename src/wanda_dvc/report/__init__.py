@@ -9,7 +9,7 @@ from wanda_dvc.errors import UserError
 
 
 def report(*, project: Project, output: Path, model: str | None = None, revs: list[str] | None = None) -> str:
-    """Write `output` (HTML), the same in Markdown beside it, and its pictures in a folder; what was written, in words."""
+    """Write `output` (HTML), the same in Markdown beside it, and its pictures in a folder; say what was written."""
     from wanda_dvc.report.charts import standalone
     from wanda_dvc.report.pages import Content, Picture, Text, as_html, as_markdown
     from wanda_dvc.report.rows import collect

@@ -6,7 +6,8 @@ follows the page's light or dark mode. Series differ in marker and line style to
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -73,13 +74,41 @@ def svg(figure: "Figure", name: str, title: str, description: str) -> str:
         f'<title id="{name}-t">{_escape(title)}</title><desc id="{name}-d">{_escape(description)}</desc>'
     )
     text = head + text[text.index(">") + 1 :]
-    text = re.sub(r'(?<![-\w])id="(?!%s-[td]")([^"]+)"' % re.escape(name), rf'id="{name}-\1"', text)
+    text = re.sub(rf'(?<![-\w])id="(?!{name}-[td]")([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'(?:xlink:)?href="#([^"]+)"', rf'href="#{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]+", rf"font: \1px {FONT}", text)
     for colour, (stand_in, *_) in COLOURS.items():
         text = text.replace(stand_in, f"var(--{colour})")
     return text
+
+
+def png(figure: "Figure", target: Path) -> None:
+    """The picture as a PNG file, in the light colours."""
+    from matplotlib.artist import Artist
+    from matplotlib.colors import to_hex, to_rgba
+
+    light = {stand_in: colour for stand_in, colour, _ in COLOURS.values()}
+
+    def lit(artist: Artist) -> None:
+        for part in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+            if not hasattr(artist, f"get_{part}") or not hasattr(artist, f"set_{part}"):
+                continue
+            value = getattr(artist, f"get_{part}")()
+            value = value[0] if getattr(value, "ndim", 1) == 2 and len(value) else value
+            if isinstance(value, str) and value in ("none", "auto"):
+                continue
+            try:
+                stand_in = to_hex(value)
+            except ValueError:
+                continue
+            if stand_in in light:
+                getattr(artist, f"set_{part}")((*to_rgba(light[stand_in])[:3], to_rgba(value)[3]))
+        for child in artist.get_children():
+            lit(child)
+
+    lit(figure)
+    figure.savefig(target, dpi=160, facecolor="white")
 
 
 def standalone(picture: str) -> str:
@@ -102,7 +131,7 @@ def _figure(rows: int = 1, columns: int = 1, height: float = 3.6, **words: Any) 
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context():
+    with mpl.rc_context({"axes.labelsize": 10}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, **words)
     for ax in axes.flat:
@@ -145,7 +174,9 @@ def _plain(value: float) -> str:
     return f"{value:,.0f}" if 1 <= value < 1e6 and float(value).is_integer() else f"{value:.3g}"
 
 
-def curves(series: dict[str, Sequence[Point]], *, y_label: str, level: tuple[str, float] | None, log: bool) -> "Figure":
+def curves(
+    series: Mapping[str, Sequence[Point]], *, y_label: str, level: tuple[str, float] | None, log: bool
+) -> "Figure":
     """Values by sparsity in percent, with intervals; what diverged stands at the upper edge, and says so."""
     figure, axes = _figure()
     ax = axes[0, 0]
@@ -195,7 +226,7 @@ def accuracies(
     rows = -(-len(panels) // columns)
     figure, axes = _figure(rows, columns, height=1.1 + 2.7 * rows, sharey=True)
     for ax, (title, series) in zip(axes.flat, panels.items(), strict=False):
-        ax.set_title(title)
+        ax.set_title(title, fontsize=10, color=INK)
         for number, point in enumerate(dense):
             if point.y is not None:
                 label = "dense" if number == 0 else None

@@ -1,7 +1,7 @@
 """How sure a number is: intervals, and paired tests. Pure functions of losses and answers.
 
 Windows and items are taken as drawn independently. Windows that follow one another in a text are not quite, so that a
-single perplexity's interval is rather too narrow; a paired ratio feels it less, since both models read the same windows.
+single perplexity's interval is rather too narrow; a paired ratio feels it less: both models read the same windows.
 """
 
 import math
@@ -29,7 +29,7 @@ def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate 
     `losses` are windows' means in nats. None if one of them is not finite, or there are fewer than two.
     """
     mean = _mean(np.asarray(losses, float), np.asarray(predictions, float))
-    return mean and Estimate(*(_exp(x) for x in mean[:3]))
+    return mean and Estimate(_exp(mean.value), _exp(mean.low), _exp(mean.high))
 
 
 def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
@@ -38,7 +38,7 @@ def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequenc
     None as for `perplexity`.
     """
     mean = _mean(np.asarray(losses, float) - np.asarray(others, float), np.asarray(predictions, float))
-    return mean and Estimate(*(_exp(x) for x in mean[:3]), mean.p)
+    return mean and Estimate(_exp(mean.value), _exp(mean.low), _exp(mean.high), mean.p)
 
 
 def accuracy(right: Sequence[bool]) -> Estimate:
@@ -72,11 +72,11 @@ def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> Estimate:
     not a sample of tasks.
     """
     value = float(np.mean([np.mean(task) for task in tasks]))
-    parts = [np.var(task, ddof=1) / len(task) / len(tasks) ** 2 for task in tasks if len(task) > 1]
+    parts = [float(np.var(task, ddof=1)) / len(task) / len(tasks) ** 2 for task in tasks if len(task) > 1]
     if not (variance := float(sum(parts))):
         return Estimate(value, value, value, 1.0 if value == 0 else 0.0)
     sizes = [len(task) for task in tasks if len(task) > 1]
-    freedom = variance**2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
+    freedom: float = variance**2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
     return _student(value, math.sqrt(variance), freedom)
 
 

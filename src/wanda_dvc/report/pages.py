@@ -50,13 +50,13 @@ STYLE = """
 :root{color-scheme:light dark;--paper:#ffffff;--shade:#f4f4f4;%(light)s}
 @media (prefers-color-scheme: dark){:root{--paper:#161616;--shade:#232323;%(dark)s}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:60rem;padding:1rem;background:var(--paper);color:var(--ink);
+body{margin:0 auto;max-width:66rem;padding:1rem;background:var(--paper);color:var(--ink);
  font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.6rem;line-height:1.2}h2{margin-top:2.5rem;border-bottom:1px solid var(--line);padding-bottom:.2rem}
 h3{margin-top:1.8rem}
 .box{overflow-x:auto;margin:1rem 0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-caption{text-align:left;color:var(--muted);padding-bottom:.3rem}
+.caption{color:var(--muted);font-size:.9rem;margin:1.2rem 0 0}.caption+.box{margin-top:.3rem}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 thead th{border-bottom:2px solid var(--muted);vertical-align:bottom}
 .numbers td{text-align:right;white-space:nowrap}.numbers thead th+th{text-align:right}
@@ -117,15 +117,18 @@ def _html(part: Heading | Text | Items | Code | Table | Picture) -> str:
             )
         case Table():
             head = "".join(f'<th scope="col">{_inline(cell)}</th>' for cell in part.headers)
-            rows = "".join(
-                f'<tr><th scope="row">{_inline(first)}</th>{"".join(f"<td>{_inline(cell)}</td>" for cell in cells)}</tr>'
-                for first, *cells in part.rows
-            )
+            rows = "".join(f"<tr>{_row(row)}</tr>" for row in part.rows)
             kind = ' class="numbers"' if part.numbers else ""
             return (
-                f'<div class="box" tabindex="0"><table{kind}><caption>{_inline(part.caption)}</caption>'
+                f'<p class="caption">{_inline(part.caption)}</p>'
+                f'<div class="box" tabindex="0"><table{kind} aria-label="{html.escape(part.caption)}">'
                 f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
             )
+
+
+def _row(cells: list[str]) -> str:
+    first, *others = (_inline(cell) for cell in cells)
+    return f'<th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in others)}'
 
 
 def _markdown(part: Heading | Text | Items | Code | Table | Picture, pictures: str) -> str:

@@ -1,7 +1,7 @@
 """What the experiments of a repository hold, as rows: parameters, numbers, what stands behind them, times.
 
-`dvc.lock` says which numbers are of which parameters: a stage that has not run on the parameters or the inputs at hand is
-stale, and so is all that follows. What a stale stage wrote is not read.
+`dvc.lock` says which numbers are of which parameters: a stage that has not run on the parameters or the inputs at hand
+is stale, and so is all that follows. What a stale stage wrote is not read.
 """
 
 import csv
@@ -37,6 +37,7 @@ class Row:
     missing: list[str]  # paths that the cache lacks
     also: list[str] = field(default_factory=list)  # other names of the same results
     notes: list[str] = field(default_factory=list)
+    _read: dict[Path, Json] = field(default_factory=dict, repr=False)  # a benchmark's answers are megabytes
 
     @property
     def params(self) -> Params:
@@ -48,10 +49,15 @@ class Row:
         return {key: value for key, value in content if not key.startswith("runtime.")}
 
     def metric(self, model: str, name: str) -> Json:
-        return _json(self.study.metrics(model, name))
+        return self._json(self.study.metrics(model, name))
 
     def details(self, model: str, name: str) -> Json:
-        return _json(self.study.details(model, name))
+        return self._json(self.study.details(model, name))
+
+    def _json(self, path: Path) -> Json:
+        if path not in self._read:
+            self._read[path] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return self._read[path]
 
     def plot(self, name: str) -> list[dict[str, str]]:
         path = self.study.plots(name)
@@ -63,7 +69,7 @@ class Row:
     def times(self) -> dict[str, Json]:
         """By run, such as `zero-shot-pruned-piqa`."""
         folder = self.study.times("x").parent
-        return {path.stem: _json(path) for path in sorted(folder.glob("*.json"))}
+        return {path.stem: self._json(path) for path in sorted(folder.glob("*.json"))}
 
 
 class Unfinished(NamedTuple):
@@ -271,7 +277,3 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-
-
-def _json(path: Path) -> Json:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

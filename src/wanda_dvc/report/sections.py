@@ -4,14 +4,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from wanda_dvc.artifacts import block_count, read_stats
+from wanda_dvc.artifacts import block_count
 from wanda_dvc.export import how_to_repeat
+from wanda_dvc.norms import input_norms
 from wanda_dvc.patterns import parse_pattern
 from wanda_dvc.report import charts, inference
-from wanda_dvc.report.charts import InputNorms, Point
+from wanda_dvc.report.charts import Point
 from wanda_dvc.report.inference import Estimate
 from wanda_dvc.report.pages import Code, Content, Heading, Items, Picture, Table, Text
 from wanda_dvc.report.published import sources
@@ -127,23 +128,33 @@ def content(collected: Collected) -> Content:
         )
     for number, section in enumerate(found):
         prefix = f"s{number}-"
-        chapter = f"{section.title} ({number + 1})" if several else section.title
-        parts += _chapter(section, chapter, prefix)
+        parts += _chapter(section, f" ({number + 1})" if several else "", prefix)
     parts += _left_out(collected)
     return parts
 
 
-def _chapter(section: Section, chapter: str, prefix: str) -> Content:
+def _chapter(section: Section, mark: str, prefix: str) -> Content:
     sure = _how_sure(section)  # makes the tests, which what is said first needs
-    parts: Content = [Heading(2, chapter), *_protocol(section), Heading(3, f"In words: {chapter}"), _in_words(section)]
-    parts += [Heading(3, f"Perplexity: {chapter}"), *_perplexity(section, prefix)]
-    parts += [Heading(3, f"Zero-shot accuracy: {chapter}"), *_zero_shot(section, prefix)]
-    parts += [Heading(3, f"How sure it is: {chapter}"), *sure]
-    parts += [Heading(3, f"Beside what was published: {chapter}"), *_published(section)]
-    parts += [Heading(3, f"What was removed, and where: {chapter}"), *_structure(section, prefix)]
-    parts += [Heading(3, f"What it took: {chapter}"), *_took(section, prefix)]
-    parts += [Heading(3, f"How each row was made: {chapter}"), *_made(section)]
-    return parts
+    return [
+        Heading(2, section.title + mark),
+        *_protocol(section),
+        Heading(3, f"In words{mark}"),
+        _in_words(section),
+        Heading(3, f"Perplexity{mark}"),
+        *_perplexity(section, prefix),
+        Heading(3, f"Zero-shot accuracy{mark}"),
+        *_zero_shot(section, prefix),
+        Heading(3, f"How sure it is{mark}"),
+        *sure,
+        Heading(3, f"Beside what was published{mark}"),
+        *_published(section),
+        Heading(3, f"What was removed, and where{mark}"),
+        *_structure(section, prefix),
+        Heading(3, f"What it took{mark}"),
+        *_took(section, prefix),
+        Heading(3, f"How each row was made{mark}"),
+        *_made(section),
+    ]
 
 
 def _protocol(section: Section) -> Content:
@@ -154,12 +165,13 @@ def _protocol(section: Section) -> Content:
         f"Perplexity: {windows} windows of {settings['perplexity.length']} tokens of "
         f"`{settings['perplexity.text.source']}`, {settings['perplexity.text.split']}, rest "
         f"{settings['perplexity.rest']}; {settings['dtype']}.",
-        f"Zero-shot: {', '.join(section.tasks)}; {f'the first {limit} items' if limit else 'all items'}, no examples in "
-        "the prompt.",
+        f"Zero-shot: {', '.join(section.tasks)}; {f'the first {limit} items' if limit else 'all items'}, no examples "
+        "in the prompt.",
     ]
     if settings["tasks.source"] == "samples":
         texts.append(
-            "The tasks are samples written for wanda-dvc, not the benchmarks: they compare these models and nothing else."
+            "The tasks are samples written for wanda-dvc, not the benchmarks: they compare these models and nothing "
+            "else."
         )
     same = {key: value for key, value in settings.items() if key.startswith("calibration.")}
     if not any(key in section.varying for key in same):
@@ -273,7 +285,7 @@ def _place(section: Section, row: Row) -> tuple[float, str]:
 def _improvement(magnitude: float | str | None, wanda: float | str | None) -> str:
     if isinstance(magnitude, float) and isinstance(wanda, float):
         percent = 100 * (1 - wanda / magnitude)
-        return f"{percent:.2f} %" if 99 < percent < 100 else f"{percent:.1f} %"
+        return (f"{percent:.2f} %" if 99 < percent < 100 else f"{percent:.1f} %").replace("-", "−")
     return f"{DASH} (magnitude diverged)" if magnitude == "diverged" and isinstance(wanda, float) else DASH
 
 
@@ -416,8 +428,8 @@ def _how_sure(section: Section) -> Content:
         absolute.append([label, number(value), _range(interval, number), *accurate])
     parts: Content = [
         Table(
-            "Each number's own 95 % interval: of perplexity over its windows (t on the mean loss), of the mean accuracy "
-            "over its items, in percent.",
+            "Each number's own 95 % interval: of perplexity over its windows (t on the mean loss), of the mean "
+            "accuracy over its items, in percent.",
             ["", "perplexity", "interval", "mean accuracy", "interval"],
             absolute,
         )
@@ -426,7 +438,7 @@ def _how_sure(section: Section) -> Content:
     for first, second in _pairs(section):
         one, other = section.label(first), section.label(second) if second else "dense"
         against = second or base
-        ratio = against and _paired_ratio(first, "pruned", against, "pruned" if second else "dense")
+        ratio = _paired_ratio(first, "pruned", against, "pruned" if second else "dense") if against else None
         mean = _paired_mean(section, first, "pruned", second)
         tasks = {}
         for task in section.tasks:
@@ -444,7 +456,7 @@ def _how_sure(section: Section) -> Content:
         cells = [f"{one} against {other}"]
         cells += [f"{ratio.value:.3f} ×", _range(ratio, lambda x: f"{x:.3f}")] if ratio else [DASH, DASH]
         cells += [_verdict(section, one, other, "perplexity")]
-        cells += [f"{100 * mean.value:+.1f}", _range(mean, lambda x: f"{100 * x:+.1f}")] if mean else [DASH, DASH]
+        cells += [signed(mean.value), _range(mean, signed)] if mean else [DASH, DASH]
         cells += [_verdict(section, one, other, "mean")]
         summary.append(cells)
         shown = [
@@ -472,7 +484,8 @@ def _how_sure(section: Section) -> Content:
     )
     parts.append(
         Table(
-            "Items that only the first got right / only the second; * where McNemar's exact test, adjusted, is below 0.05.",
+            "Items that only the first got right / only the second; * where McNemar's exact test, adjusted, is below "
+            "0.05.",
             ["", *section.tasks],
             items,
         )
@@ -480,10 +493,10 @@ def _how_sure(section: Section) -> Content:
     parts.append(
         Text(
             f"{tests} tests were made in this chapter. All p-values are adjusted for that number (Holm); unadjusted, "
-            f"about {max(1, round(ALPHA * tests))} of {tests} would fall below 0.05 if nothing differed at all. Intervals "
-            "are not adjusted. Windows of one text are taken as independent, which they are not quite: the intervals "
-            "of single perplexities are rather too narrow. What a test says, it says of these items and this text, "
-            "with one calibration; another seed is another experiment."
+            f"about {max(1, round(ALPHA * tests))} of {tests} would fall below 0.05 if nothing differed at all. "
+            "Intervals are not adjusted. Windows of one text are taken as independent, which they are not quite: the "
+            "intervals of single perplexities are rather too narrow. What a test says, it says of these items and this "
+            "text, with one calibration; another seed is another experiment."
         )
     )
     return parts
@@ -533,7 +546,7 @@ def _in_words(section: Section) -> Items:
             parts.append(f"{other}'s perplexity diverged, its own did not")
         else:
             against = second or base
-            ratio = against and _paired_ratio(first, "pruned", against, "pruned" if second else "dense")
+            ratio = _paired_ratio(first, "pruned", against, "pruned" if second else "dense") if against else None
             if ratio:
                 noise = (_find(section, one, other, "perplexity") or 0) >= ALPHA
                 parts.append(f"{ratio.value:.2f} × the perplexity ({'within' if noise else 'beyond'} noise)")
@@ -542,7 +555,7 @@ def _in_words(section: Section) -> Items:
         mean = _paired_mean(section, first, "pruned", second)
         if mean:
             noise = (_find(section, one, other, "mean") or 0) >= ALPHA
-            size = f"{100 * mean.value:+.1f} points of mean accuracy"
+            size = f"{signed(mean.value)} points of mean accuracy"
             parts.append(f"{size} ({'within noise' if noise else 'beyond noise'})")
         said.append(f"{one} against {other}: {'; '.join(parts)}.")
     return Items(said)
@@ -577,8 +590,8 @@ def _published(section: Section) -> Content:
     assert nearest
     return [
         Text(
-            "No published row that this report knows has the protocol of these experiments, so none is set beside them. "
-            f"The nearest is {nearest[0]}; it differs in {', '.join(f'`{key}`' for key in nearest[1])}."
+            "No published row that this report knows has the protocol of these experiments, so none is set beside "
+            f"them. The nearest is {nearest[0]}; it differs in {', '.join(f'`{key}`' for key in nearest[1])}."
         )
     ]
 
@@ -616,7 +629,8 @@ def _structure(section: Section, prefix: str) -> Content:
         parts.append(
             _picture(
                 prefix + "sparsity", "Sparsity by block",
-                "Measured on the pruned weights; the shade is from a block's least to its most pruned linear.",
+                "Measured on the pruned weights; the shade is from a block's least to its most pruned linear. Curves "
+                "of one sparsity lie over each other.",
                 lambda: charts.by_block(series),
             )
         )  # fmt: skip
@@ -625,7 +639,7 @@ def _structure(section: Section, prefix: str) -> Content:
         if block_count(row.study.stats):
             by_stats.setdefault(row.hashes.get("stats", row.name), row)
     for count, row in enumerate(by_stats.values()):
-        inputs = input_norms(row)
+        inputs = input_norms(row.study.stats)
         found = sum(len(one.outliers) for one in inputs)
         total = sum(one.features * len(one.blocks) for one in inputs)
         named = f" of {section.series(row)}" if len(by_stats) > 1 else ""
@@ -633,8 +647,9 @@ def _structure(section: Section, prefix: str) -> Content:
             _picture(
                 f"{prefix}norms{count or ''}", f"Input norms by block and feature{named}",
                 f"Above: the norms ‖X‖₂ of each distinct input. Below: which features are outliers, more than 6 times "
-                f"their median ({found} of {total}, {100 * found / total:.2f} %). Wanda keeps the weights that read them.",
-                lambda inputs=inputs: charts.norms(inputs),
+                f"their median ({found} of {total}, {100 * found / total:.2f} %). Wanda spares the weights that read "
+                "them.",
+                partial(charts.norms, inputs),
             )
         )  # fmt: skip
     return parts + _bytes(section, prefix)
@@ -644,28 +659,6 @@ def _of_block(block: int, linears: list[tuple[int, int]]) -> tuple[int, float, f
     fractions = [100 * zeros / weights for zeros, weights in linears]
     mean = 100 * sum(zeros for zeros, _ in linears) / sum(weights for _, weights in linears)
     return block, mean, min(fractions), max(fractions)
-
-
-def input_norms(row: Row) -> list[InputNorms]:
-    """The norms of a row's statistics, by distinct input over the blocks."""
-    return norms_of(row.study.stats)
-
-
-def norms_of(folder: Any) -> list[InputNorms]:
-    from wanda_dvc.input_stats import outliers
-
-    found: dict[str, InputNorms] = {}
-    for block in range(block_count(folder)):
-        stats = read_stats(folder, block)
-        for name, x in stats.inputs.items():
-            norm = x.norm
-            one = found.setdefault(stats.label(name), InputNorms(stats.label(name), [], [], [], [], [], len(norm)))
-            one.blocks.append(block)
-            for values, share in ((one.low, 0.05), (one.median, 0.5), (one.high, 0.95)):
-                values.append(norm.quantile(share).item())
-            above = outliers(norm).nonzero().flatten().tolist()
-            one.outliers.extend((block, feature, norm[feature].item()) for feature in above)
-    return list(found.values())
 
 
 def stored_bytes(row: Row) -> int | None:
@@ -709,9 +702,9 @@ def _bytes(section: Section, prefix: str) -> Content:
     if not rows:
         return []
     caption = (
-        "What the model would take were zeros left out. Assumed: unstructured, one bit a weight for where they stand and "
-        "the values that stay; n:m, the values that stay and ⌈log₂ m⌉ bits each for their place. The files that `apply` "
-        "writes hold the zeros and are no smaller."
+        "What the model would take were zeros left out. Assumed: unstructured, one bit a weight for where they stand "
+        "and the values that stay; n:m, the values that stay and ⌈log₂ m⌉ bits each for their place. The files that "
+        "`apply` writes hold the zeros and are no smaller."
     )
     parts: Content = [Table(caption, ["", "MB", "% of dense", "perplexity"], rows)]
     if series:
@@ -719,7 +712,8 @@ def _bytes(section: Section, prefix: str) -> Content:
         parts.append(
             _picture(
                 prefix + "bytes", "Quality against bytes",
-                "Perplexity on a log scale against the model's size with its zeros left out; what diverged is not on it.",
+                "Perplexity on a log scale against the model's size with its zeros left out; what diverged is not on "
+                "it.",
                 lambda: charts.against_bytes(at_dense, series),
             )
         )  # fmt: skip
@@ -848,6 +842,11 @@ def number(value: float | str | None) -> str:
 
 def percent(value: float | None) -> str:
     return DASH if value is None else f"{100 * value:.1f}"
+
+
+def signed(value: float) -> str:
+    """A difference in percentage points."""
+    return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def _range(interval: Estimate | None, shown: Callable[[float], str]) -> str:
