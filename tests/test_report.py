@@ -219,7 +219,7 @@ class Study:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path, str]:
-    """The report of four experiments, one of which diverged and one whose losses the cache lacks; one more is queued."""
+    """The report of four experiments, one diverged and one without its losses in the cache; one more is queued."""
     root = tmp_path_factory.mktemp("report") / "study"
     root.mkdir()
     study = Study(root)
