@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
+
+OUTLIER = 6  # times the median; as in Dettmers et al. 2022, arXiv 2208.07339, where 6 marks an outlier feature
 
 
 @dataclass
@@ -54,3 +56,12 @@ class BlockStats(NamedTuple):
         """The experts that no token was sent to: the names of their linears but for the last word."""
         unread = [name for name, x in self.inputs.items() if not x.count]
         return {linear.rpartition(".")[0] for name in unread for linear in self.readers[name]}
+
+    def label(self, name: str) -> str:
+        """A distinct input by who reads it, such as `q_proj, k_proj, v_proj`."""
+        return ", ".join(reader.rpartition(".")[2] for reader in self.readers[name])
+
+
+def outliers(norm: Float[Tensor, " in"]) -> Bool[Tensor, " in"]:
+    """Features whose norm is more than `OUTLIER` times the median of their input."""
+    return norm > OUTLIER * norm.quantile(0.5)

@@ -13,8 +13,6 @@ from wanda_dvc.stages import MODELS, PARTS
 if TYPE_CHECKING:
     from wanda_dvc.input_stats import InputStats
 
-OUTLIER = 6  # times the median; as in Dettmers et al. 2022, arXiv 2208.07339, where 6 marks an outlier feature
-
 HEADERS = ["", "dense", "pruned", "pruned / dense"]
 
 
@@ -117,8 +115,8 @@ def _times(project: Project) -> str:
     return f"{table}\n\nMeasured on {'; '.join(machines)}."
 
 
-def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
-    """The input norms of every distinct input, of one block or of all: as a table, or as JSON."""
+def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | None = None) -> str:
+    """The input norms of every distinct input, of one block or of all, or of one linear: as a table, or as JSON."""
     read_provenance(project.stats, "calibrate")
     blocks = block_count(project.stats)
     if layer is not None and not 0 <= layer < blocks:
@@ -128,6 +126,12 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
     for block in range(blocks) if layer is None else [layer]:
         measured = read_stats(project.stats, block)
         records += [_summary(block, measured.readers[name], x) for name, x in measured.inputs.items()]
+    if linear is not None:
+        every = [name for record in records for name in record["linears"]]
+        records = [r for r in records if any(f".{name}".endswith(f".{linear}") for name in r["linears"])]
+        if not records:
+            last = sorted({name.rpartition(".")[2] for name in every})
+            raise UserError(f"--linear: got {linear}, expected a linear's name or its end: {', '.join(last)}")
     if as_json:
         return json.dumps(records, indent=2)
     rows = [
@@ -148,10 +152,16 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
         "mean",
         "median",
         "largest",
-        f"> {OUTLIER} × median",
+        "> 6 × median",
         "largest features (index: norm)",
     ]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def check_stats(project: Project) -> None:
+    """UserError if there are no statistics, or not the model's that is there."""
+    read_provenance(project.stats, "calibrate")
+    _belongs(project)
 
 
 def _belongs(project: Project) -> None:
@@ -166,6 +176,8 @@ def _belongs(project: Project) -> None:
 
 
 def _summary(block: int, linears: list[str], x: "InputStats") -> dict[str, Any]:
+    from wanda_dvc.input_stats import outliers
+
     norm = x.norm
     median = norm.quantile(0.5).item()
     top = norm.topk(min(5, len(norm)))
@@ -173,7 +185,7 @@ def _summary(block: int, linears: list[str], x: "InputStats") -> dict[str, Any]:
         "mean": norm.mean().item(),
         "median": median,
         "max": norm.max().item(),
-        "outliers": (norm > OUTLIER * median).float().mean().item(),
+        "outliers": outliers(norm).float().mean().item(),
         "largest": [
             {"index": index, "norm": value}
             for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)

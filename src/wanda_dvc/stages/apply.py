@@ -14,6 +14,7 @@ from wanda_dvc.artifacts import (
     digest,
     read_masks,
     read_provenance,
+    write_csv,
     write_json,
     write_provenance,
 )
@@ -61,6 +62,19 @@ def apply(*, project: Project) -> None:
             project.details("pruned", "sparsity"),
             {linear: round(count / size, 6) for linear, (count, size) in zeros.items()},
         )
+        _write_sparsity(project, checkpoint, zeros)
+
+
+def _write_sparsity(project: Project, checkpoint: Checkpoint, zeros: dict[str, tuple[int, int]]) -> None:
+    """The sparsity by block and linear, and what each linear takes when dense, for plots."""
+    stored = {name: dtype for shard in checkpoint.shards for name, dtype, *_ in checkpoint.bytes_at(shard)}
+    rows = []
+    for block in range(block_count(project.masks)):
+        for linear in read_masks(project.masks, block):
+            count, size = zeros[linear]
+            bits = int(stored[weight_name(checkpoint, linear)].lstrip("BF"))
+            rows.append([block, linear, size, count, count / size, size * bits // 8])
+    write_csv(project.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity", "bytes"], rows)
 
 
 def check_masks(checkpoint: Checkpoint, masks: Path) -> Json:

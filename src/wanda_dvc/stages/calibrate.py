@@ -6,9 +6,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from wanda_dvc.artifacts import Json, Project, describe, read_provenance, read_stats, write_provenance, write_stats
+from wanda_dvc.artifacts import (
+    Json,
+    Project,
+    block_count,
+    describe,
+    read_provenance,
+    read_stats,
+    write_csv,
+    write_provenance,
+    write_stats,
+)
 from wanda_dvc.blocks import Decoder, InputRecorder
 from wanda_dvc.checkpoint import Checkpoint
+from wanda_dvc.input_stats import outliers
 from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
 from wanda_dvc.stages import STAGES, device_name, progress, say_unreached
@@ -43,6 +54,20 @@ def calibrate(*, project: Project) -> None:
         say_unreached("calibrate", {block: read_stats(work.out, block).unreached() for block in blocks})
         write_provenance(work.out, made_from)
         work.publish(project.stats)
+    _write_norms(project)
+
+
+def _write_norms(project: Project) -> None:
+    """The norms by block, for plots."""
+    rows: list[list[object]] = []
+    for block in range(block_count(project.stats)):
+        stats = read_stats(project.stats, block)
+        for name, x in stats.inputs.items():
+            norm = x.norm
+            numbers = [norm.mean(), norm.quantile(0.5), norm.max(), outliers(norm).float().mean()]
+            rows.append([block, stats.label(name), len(norm), *(number.item() for number in numbers)])
+    headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
+    write_csv(project.plots("norms"), headers, rows)
 
 
 def calibration_params(params: Params) -> Json:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from wanda_dvc.artifacts import Project, describe, digest, read_provenance, tokenizer_digest, write_json
+from wanda_dvc.artifacts import Project, describe, digest, read_provenance, tokenizer_digest, write_csv, write_json
 from wanda_dvc.blocks import Decoder, Row, as_rows
 from wanda_dvc.stages import STAGES, progress
 from wanda_dvc.stages.calibrate import open_decoder
@@ -48,6 +48,9 @@ def perplexity(*, project: Project, model: str) -> None:
         predictions = [len(row.tokens) - 1 for row in rows]
         write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": [_finite(x) for x in losses]})
         write_json(project.metrics(model, "perplexity"), {"perplexity": from_losses(losses, predictions)})
+        plotted = zip(predictions, [loss if math.isfinite(loss) else "" for loss in losses], strict=True)
+        headers = ["window", "predictions", "loss"]
+        write_csv(project.plots(f"{model}/perplexity"), headers, ([i, *pair] for i, pair in enumerate(plotted)))
         work.forget()
 
 
