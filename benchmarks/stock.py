@@ -1,14 +1,16 @@
 """Stock lm-eval on the same items through the same task definitions: what zero-shot is compared with."""
 
+import argparse
+import json
+import logging
 import time
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: F401 - a stage's clock starts after these imports, and so does this one
+import transformers  # noqa: F401
 
 BEGAN = time.perf_counter()
-
-import argparse  # noqa: E402 - its own imports count as part of its time
-import json  # noqa: E402
-import logging  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
 
 
 def needed(model: Any, samples: list[dict[str, Any]]) -> list[list[Any]]:
@@ -42,7 +44,7 @@ def main() -> None:
     from wanda_dvc.stages.zero_shot import load_task
 
     model = HFLM(pretrained=words.model, dtype=words.dtype, device="cpu", batch_size=words.batch[0])
-    before = time.perf_counter() - BEGAN  # imports and the model
+    before = time.perf_counter() - BEGAN  # lm-eval's imports and the model
 
     def run(task: str, limit: int | None) -> tuple[float, list[dict[str, Any]]]:
         began = time.perf_counter()
