@@ -711,6 +711,11 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in weights.items() if not is_gate(name, module)}
 
 
+def weight_shapes(block: nn.Module) -> list[torch.Size]:
+    """The shapes of a block's weights to prune: [out, in], or of all experts together [experts, ·, ·]."""
+    return [module.get_parameter(name.rpartition(".")[2]).shape for name, module in find_linears(block).items()]
+
+
 def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     """What the checkpoint stores of each parameter and buffer, by transformers' own rules.
 

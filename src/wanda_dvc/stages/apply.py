@@ -72,7 +72,7 @@ def _write_sparsity(project: Project, checkpoint: Checkpoint, zeros: dict[str, t
     for block in range(block_count(project.masks)):
         for linear in read_masks(project.masks, block):
             count, size = zeros[linear]
-            bits = int(stored[weight_name(checkpoint, linear)].lstrip("BF"))
+            bits = int(stored[checkpoint.find(linear)[0]].lstrip("BF"))
             rows.append([block, linear, size, count, count / size, size * bits // 8])
     write_csv(project.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity", "bytes"], rows)
 
