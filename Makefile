@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CORES ?= auto
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: repro test test-fast bench lint lock install
@@ -11,10 +12,10 @@ repro: install ## environment, the whole pipeline on the embedded default, a tab
 	@wanda-dvc show
 
 test: install lint ## everything, under ten minutes on two cores
-	pytest
+	pytest -n $(CORES)
 
 test-fast: install ## without the tests on a real DVC repository and the families' long one, under two minutes
-	pytest -m "not pipeline" --deselect tests/test_families.py::test_the_pruned_model_loads_and_generates
+	pytest -n $(CORES) -m "not pipeline and not slow"
 
 bench: install ## measure against the published procedure, stock lm-eval and the floor; ROWS="mask perplexity" for some
 	python benchmarks/bench.py $(ROWS) $(BENCH)

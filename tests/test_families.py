@@ -241,6 +241,7 @@ def test_questions_get_the_models_own_answers(family: str, tmp_path: Path):
         assert value == pytest.approx(logprobs.gather(1, tokens[-size:, None]).sum().item(), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype", "shard"), RUNS, ids=[f"{family}-{dtype}" for family, dtype, _ in RUNS])
 def test_by_the_command_line_to_a_pruned_model_that_generates(
     project: Callable[..., Project], tmp_path: Path, family: str, dtype: torch.dtype, shard: str

@@ -13,6 +13,7 @@ from wanda_dvc.artifacts import Project
 from wanda_dvc.blocks import LOGITS_AT_A_TIME
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError
+from wanda_dvc.questions import ROW
 
 # The tiny model of conftest: q and o, k and v, three of the feed-forward, two norms; embeddings (tied), a norm.
 BLOCK = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32
@@ -77,7 +78,8 @@ def test_what_each_stage_needs(config_only: Callable[..., Project], dtype: str, 
     assert need(project, "apply") == (BLOCK + 8 * linear, (project.model("dense") / "config.json").stat().st_size)
     logits = 64 * 260 * (width + 8)
     assert need(project, "perplexity", "pruned") == (walk + logits, 4 * 64 * 32 * width * 2)
-    assert need(project, "zero-shot", "dense") == ((4 * BLOCK + REST) * width, 0)
+    packed = (2 * BLOCK + REST + linear + ROW * features) * width + ROW * 260 * (width + 8)
+    assert need(project, "zero-shot", "dense") == (packed, 0)
     assert need(config_only(dtype=dtype, runtime__threads=99), "mask")[0] == BLOCK + needs.SELECTION * BLOCK
     project = config_only(dtype=dtype, perplexity__windows=None)
     assert need(project, "perplexity", "dense")[1] is None

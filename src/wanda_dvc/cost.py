@@ -168,7 +168,7 @@ def stage_costs(params: Params, model: Sizes, through: Work, device: Device, *, 
     asked = sum(min(items, most) * fed for items, fed, _ in needed)
     logits = sum(min(items, most) * positions for items, _, positions in needed)
     rows = max(1.0, asked / 2048)  # packed; attention is within a question, and so small that rows overstate it
-    yield replace(walk("zero-shot", rows, asked / rows, logits), memory=memory("zero-shot", 0))
+    yield walk("zero-shot", rows, asked / rows, logits)
 
 
 def _task(name: str) -> tuple[int, float, float]:

@@ -113,9 +113,10 @@ def peak(
     """The formula of docs/cost.md: what a stage holds at most beyond its imports.
 
     `length` is a window's, `text` the bytes of the text that is tokenized, `propagates` says that masks are chosen
-    on the outputs of pruned blocks. Zero-shot holds the whole model.
+    on the outputs of pruned blocks. Zero-shot's rows are as long as `questions` packs them.
     """
     from wanda_dvc.blocks import LOGITS_AT_A_TIME
+    from wanda_dvc.questions import ROW
 
     width = WIDTH[dtype]
     # The masks, a byte a weight, and the scores of as many linears as there are threads.
@@ -125,17 +126,18 @@ def peak(
     if stage == "mask" and not propagates:
         return Memory(selection=selection)
     mapped = device == "cpu" and dtype == model.dtype
+    measures = stage in ("perplexity", "zero-shot")
     if stage == "zero-shot":
-        return Memory(weights=model.parameters * width, mapped=mapped)
+        length = ROW
     activations = length * model.features * width + model.linear * width  # which a matrix library packs
-    if stage != "perplexity":
+    if not measures:
         activations += length * model.widest * 8  # the statistics' float32 copy, and its square
     return Memory(
         # The block at work, the next one, and all that is in no block.
         weights=(2 * model.block + model.rest) * width,
         activations=activations,
         # A chunk's logits, as the model gives them, in float32, and their log-softmax.
-        logits=min(LOGITS_AT_A_TIME, length * model.vocabulary) * (width + 8) if stage == "perplexity" else 0,
+        logits=min(LOGITS_AT_A_TIME, length * model.vocabulary) * (width + 8) if measures else 0,
         # A pruned block is no view of the checkpoint.
         selection=selection + model.block * width if propagates else 0,
         text=text * TEXT_IN_MEMORY,
@@ -171,7 +173,7 @@ def need(*, project: Project, stage: str, part: str | None = None) -> Need:
         device=device_name(params.runtime).partition(":")[0],
         threads=params.runtime.threads or os.cpu_count() or 1,
         propagates=propagates,
-        text=text.stat().st_size if text.is_file() else 0,
+        text=text.stat().st_size if text.is_file() and stage != "zero-shot" else 0,
     )
     if stage == "apply":
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
