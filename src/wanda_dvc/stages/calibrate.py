@@ -1,5 +1,6 @@
 """Measure what the dense model's activations look like: the norm tier, once for each distinct input."""
 
+import sys
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from wanda_dvc.artifacts import (
     write_provenance,
     write_stats,
 )
-from wanda_dvc.blocks import Decoder, InputRecorder
+from wanda_dvc.blocks import Decoder, InputRecorder, has_units
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.input_stats import outliers
 from wanda_dvc.params import Params
@@ -90,5 +91,13 @@ def open_decoder(project: Project, model: str) -> Decoder:
     """The engine on one of the project's models, in the dtype and on the device that params.yaml asks for."""
     params, folder = project.params, project.model(model)
     dtype, budget = getattr(torch, params.dtype), params.runtime.memory_gb
+    device = torch.device(device_name(params.runtime))
+    if device.type == "cpu" and not has_units(dtype):
+        print(
+            f"dtype: this CPU has no units for {params.dtype} and computes it many times slower than float32; "
+            "set dtype=float32 (other last digits), or run it where there are some",
+            file=sys.stderr,
+            flush=True,
+        )
     resident = budget is not None and Checkpoint(folder).size(dtype) <= budget * 1e9
-    return Decoder(folder, dtype=dtype, device=torch.device(device_name(params.runtime)), resident=resident)
+    return Decoder(folder, dtype=dtype, device=device, resident=resident)
