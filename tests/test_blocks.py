@@ -66,7 +66,7 @@ def test_rows_of_different_lengths_go_together(tiny: Path, tmp_path: Path):
 
 
 def test_a_resident_model_is_read_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for resident, reads in ((True, 4), (False, 8)):
+    for resident, reads in ((True, [2, 3]), (False, [0, 0, 1, 2, 2, 3, 3])):
         decoder, read = Decoder(tiny, dtype=torch.float32, device=CPU, resident=resident), []
         monkeypatch.setattr(
             decoder, "_read_block", lambda i, d=decoder, r=read: r.append(i) or Decoder._read_block(d, i)
@@ -75,7 +75,7 @@ def test_a_resident_model_is_read_once(tiny: Path, tmp_path: Path, monkeypatch: 
         read.clear()
         for turn in range(2):
             walk(decoder, windows(), tmp_path / f"{resident}{turn}")
-        assert len(read) == reads - 2 * resident  # what `calls` read stays there too: block 0, and 1 ahead of it
+        assert sorted(read) == reads  # `calls` has read 0, and 1 ahead of it
 
 
 def test_chunks_of_logits_agree(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -67,6 +67,9 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
         super().__init__(pretrained=decoder.model, tokenizer=load_tokenizer(decoder.checkpoint.folder))
         self.decoder, self.work, self.what = decoder, work, what
 
+    def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)  # ours is the bar that matters
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *_: Any, **__: Any
     ) -> list[tuple[float, bool]]:
