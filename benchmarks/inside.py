@@ -9,32 +9,33 @@ from typing import Any
 import torch
 
 from wanda_dvc.artifacts import Project, block_count, read_stats
-from wanda_dvc.blocks import InputRecorder
+from wanda_dvc.blocks import InputRecorder, as_rows
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.stages.calibrate import calibration_windows, open_decoder
-from wanda_dvc.stages.mask import choose, weight_name
+from wanda_dvc.stages.mask import choose
 
 
 @torch.no_grad()
 def statistics(project: Project) -> dict[str, Any]:
     """Seconds of windows through three blocks with the recorder and without, in turn."""
     decoder, windows = open_decoder(project, "dense"), calibration_windows(project)
-    decoder.calls(windows.shape[1])
-    hidden = [decoder.embed(tokens) for tokens in windows[:16]]
+    rows = as_rows(windows[:16])
+    decoder.calls(rows[0])
+    hidden = [decoder.embed(row) for row in rows]
     spent = {True: 0.0, False: 0.0}
     for index in sorted({0, len(decoder.blocks) // 2, len(decoder.blocks) - 1}):
         with decoder.block(index):
-            decoder.run(index, hidden[0])  # whatever is slow the first time
+            decoder.run(index, hidden[0], rows[0])  # whatever is slow the first time
             recorder = InputRecorder()
             for number, x in enumerate(hidden):
                 for recorded in (number % 2 == 0, number % 2 == 1):
                     began = time.perf_counter()
                     if recorded:
                         with recorder.recording(decoder.linears(index)):
-                            decoder.run(index, x)
+                            decoder.run(index, x, rows[number])
                             recorder.end_window()
                     else:
-                        decoder.run(index, x)
+                        decoder.run(index, x, rows[number])
                     spent[recorded] += time.perf_counter() - began
     return {"with": spent[True], "without": spent[False]}
 
@@ -56,7 +57,7 @@ def masks(project: Project) -> dict[str, Any]:
             for source, names in block.readers.items():
                 norm = block.inputs[source].norm
                 for name in names:
-                    score = checkpoint.read(weight_name(checkpoint, name)).float().abs() * norm
+                    score = checkpoint.weight(name).float().abs() * norm
                     order = torch.sort(score, dim=1, stable=True).indices
                     keep = torch.ones_like(score, dtype=torch.bool)
                     keep.scatter_(1, order[:, : int(score.shape[1] * params.sparsity)], False)

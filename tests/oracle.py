@@ -36,3 +36,36 @@ def keep_n_of_m(score, n, m):
             kept += [j not in gone for j in range(m)]
         keep.append(kept)
     return keep
+
+
+def keep_by_share(score, sparsity):
+    """The appendix's variant: of every row's lowest scores as many go as hold at most α of its sum."""
+
+    def gone(alpha):
+        rows = []
+        for row in score:
+            order = sorted(range(len(row)), key=lambda position: (row[position], position))
+            total = 0.0
+            for position in order:
+                total += row[position]
+            so_far, out = 0.0, set()
+            for position in order:
+                so_far += row[position]
+                if so_far > alpha * total:
+                    break
+                out.add(position)
+            rows.append(out)
+        return rows
+
+    size = sum(len(row) for row in score)
+    low, high, chosen = 0.0, 0.8, [set() for _ in score]
+    for _ in range(50):
+        if sparsity == 0:
+            break
+        alpha = (low + high) / 2
+        chosen = gone(alpha)
+        off = sum(map(len, chosen)) / size - sparsity
+        if abs(off) <= 0.001:
+            break
+        low, high = (low, alpha) if off > 0 else (alpha, high)
+    return [[j not in out for j in range(len(row))] for row, out in zip(score, chosen, strict=True)]

@@ -1,21 +1,26 @@
 """Families that people use, each as a tiny random model: no code of ours knows any of them."""
 
+import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from conftest import save_tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from wanda_dvc.artifacts import Project
+from wanda_dvc.artifacts import Project, read_masks
 from wanda_dvc.blocks import Decoder, InputRecorder
+from wanda_dvc.checkpoint import Checkpoint
+from wanda_dvc.cli import app
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.calibrate import calibrate
-from wanda_dvc.stages.download import download
-from wanda_dvc.stages.mask import mask
+from wanda_dvc.questions import Request, loglikelihoods
 
 SHAPE = {
     "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -23,10 +28,35 @@ SHAPE = {
 }  # fmt: skip
 ATTENTION = ["self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj"]
 GATED = [*ATTENTION, "mlp.gate_proj mlp.up_proj", "mlp.down_proj"]
+SCALED = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32, "rope_theta": 500000.0,
+}  # fmt: skip
 ALTERNATING = {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
-# What differs from SHAPE, where the blocks are, and their linears: those of one input in one string.
+FINE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+LATENT = {
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
+def experts(count: int, first: str, second: str) -> list[str]:
+    """The linears of `count` experts: of each those that read the tokens, and the one that reads what they put out."""
+    return [
+        " ".join(f"{name.replace('*', str(expert))}" for name in names.split())
+        for names in (first, second)
+        for expert in range(count)
+    ]
+
+
+QWEN = "mlp.experts.*.gate_proj mlp.experts.*.up_proj", "mlp.experts.*.down_proj"
+# Of a model type (with a word more where there are several): what differs from SHAPE, where the blocks are, and the
+# linears of the middle one as the checkpoint stores them, those of one input in one string.
 FAMILIES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "llama": ({}, "model.layers", GATED),
+    "llama tied": ({"tie_word_embeddings": True}, "model.layers", GATED),
+    "llama scaled": ({"rope_parameters": SCALED}, "model.layers", GATED),
+    "llama scaled-tied": ({"rope_parameters": SCALED, "tie_word_embeddings": True}, "model.layers", GATED),
     "mistral": ({"sliding_window": 16}, "model.layers", GATED),
     "qwen2": ({}, "model.layers", GATED),
     "qwen3": ({"head_dim": 8}, "model.layers", GATED),
@@ -61,39 +91,109 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "stablelm": ({}, "model.layers", GATED),
     "olmo2": ({}, "model.layers", GATED),
     "smollm3": ({}, "model.layers", GATED),
+    "mixtral": (
+        {"num_local_experts": 4},
+        "model.layers",
+        [
+            *ATTENTION,
+            "block_sparse_moe.experts.0.w1 block_sparse_moe.experts.0.w3",
+            "block_sparse_moe.experts.1.w1 block_sparse_moe.experts.1.w3",
+            "block_sparse_moe.experts.2.w1 block_sparse_moe.experts.2.w3",
+            "block_sparse_moe.experts.3.w1 block_sparse_moe.experts.3.w3",
+            "block_sparse_moe.experts.0.w2",
+            "block_sparse_moe.experts.1.w2",
+            "block_sparse_moe.experts.2.w2",
+            "block_sparse_moe.experts.3.w2",
+        ],
+    ),
+    "qwen3_moe": (FINE | {"num_experts": 12, "head_dim": 8}, "model.layers", [*ATTENTION, *experts(12, *QWEN)]),
 }
+# More mixtures: with a shared expert and its gate, a biased router and a first block without experts, experts stored
+# in one tensor, and that in [experts, in, out].
+MIXTURES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "qwen2_moe": (
+        FINE | {"num_experts": 4, "shared_expert_intermediate_size": 24},
+        "model.layers",
+        [
+            *ATTENTION,
+            "mlp.shared_expert.gate_proj mlp.shared_expert.up_proj",
+            "mlp.shared_expert.down_proj",
+            *experts(4, *QWEN),
+        ],
+    ),
+    "olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, "model.layers", [*ATTENTION, *experts(4, *QWEN)]),
+    "deepseek_v3": (
+        FINE | LATENT | {"n_routed_experts": 4, "n_shared_experts": 1},
+        "model.layers",
+        [
+            "self_attn.q_a_proj self_attn.kv_a_proj_with_mqa",
+            "self_attn.q_b_proj",
+            "self_attn.kv_b_proj",
+            "self_attn.o_proj",
+            "mlp.shared_experts.gate_proj mlp.shared_experts.up_proj",
+            "mlp.shared_experts.down_proj",
+            *experts(4, *QWEN),
+        ],
+    ),
+    "jamba": (  # its router is a plain linear
+        {"num_experts": 4, "attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_period": 1}
+        | {"expert_layer_offset": 0, "mamba_dt_rank": 4},
+        "model.layers",
+        [*ATTENTION, *(names.replace("mlp", "feed_forward") for names in experts(4, *QWEN))],
+    ),
+    "granitemoe": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "model.layers",
+        [*ATTENTION, *experts(4, "block_sparse_moe.*.input_linear", "block_sparse_moe.*.output_linear")],
+    ),
+    "gpt_oss": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+        "model.layers",
+        [*ATTENTION, *experts(4, "mlp.experts.*.gate_up_proj", "mlp.experts.*.down_proj")],
+    ),
+}
+ALL = FAMILIES | MIXTURES
+KINDS = [(torch.float32, "1GB"), (torch.bfloat16, "30KB"), (torch.float16, "1GB")]
 
 
-def save(family: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB") -> Path:
+def save(family: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **changes: Any) -> Path:
     save_tiny_model(folder)  # for its tokenizer
     torch.manual_seed(0)
-    known = set(AutoConfig.for_model(family).to_dict()) | {"num_key_value_heads", "num_attention_heads"}
-    shape = {name: value for name, value in SHAPE.items() if name in known} | FAMILIES[family][0]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).to(dtype)
+    kind = family.split()[0]
+    known = set(AutoConfig.for_model(kind).to_dict()) | {"num_key_value_heads", "num_attention_heads"}
+    shape = {name: value for name, value in SHAPE.items() if name in known} | ALL[family][0] | changes
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
     for parameter in model.parameters():
         parameter.data.mul_(3)
+    for name, buffer in model.state_dict().items():
+        if name not in dict(model.named_parameters(remove_duplicate=False)):
+            buffer.normal_()
     (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size=shard)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp_path: Path):
     folder = save(family, tmp_path / "model")
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     tokens = torch.randint(3, 256, (2, 48), generator=torch.Generator().manual_seed(1))
     recorders = []
     for step in decoder.walk(tokens, tmp_path / "work"):
+        assert [i for i, block in enumerate(decoder.blocks) if not next(block.parameters()).is_meta] == [step.index]
         recorders.append(InputRecorder())
         step.advance(recorders[-1])
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    read: dict[torch.nn.Module, torch.Tensor] = {}
-    _, blocks, linears = FAMILIES[family]
+    read: dict[str, torch.Tensor] = {}
+    _, blocks, linears = ALL[family]
     block = model.get_submodule(blocks)[1]
-    for name in " ".join(linears).split():
-        linear = block.get_submodule(name)
-        linear.register_forward_hook(
-            lambda m, args, _: read.update({m: read.get(m, 0) + (args[0].reshape(-1, args[0].shape[-1]) ** 2).sum(0)})
+    for name, module in block.named_modules():
+        module.register_forward_hook(
+            lambda _, args, __, name=name: (
+                read.update({name: read.get(name, 0) + (args[0].reshape(-1, args[0].shape[-1]) ** 2).sum(0)})
+                if args and isinstance(args[0], torch.Tensor)
+                else None
+            )
         )
     with torch.no_grad():
         for row, hidden in zip(tokens, decoder.outputs(tokens, tmp_path / "work"), strict=True):
@@ -106,42 +206,241 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
     assert sorted(found) == sorted(linears)
     for names, x in zip(found, inputs.values(), strict=True):
         for name in names.split():
-            torch.testing.assert_close(x.sum_squares.float(), read[block.get_submodule(name)], rtol=1e-4, atol=1e-5)
+            if name in dict(block.named_modules()):  # experts are none; they have a test of their own
+                torch.testing.assert_close(x.sum_squares.float(), read[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "shard"), [(torch.float32, "1GB"), (torch.bfloat16, "30KB"), (torch.float16, "1GB")], ids=str
-)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_pruned_model_loads_and_generates(
+# Every family in every kind; of the further mixtures one kind each.
+RUNS = [(family, *kind) for family in FAMILIES for kind in KINDS]
+RUNS += [(family, *KINDS[index % 3]) for index, family in enumerate(MIXTURES)]
+
+
+# ALiBi (its bias is the distance in the row), attention outside transformers' registry, and attention with sinks.
+ONE_BY_ONE = {"bloom", "falcon", "gpt_oss"}
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_questions_get_the_models_own_answers(family: str, tmp_path: Path):
+    """Packed into rows where the model allows it, longer than what a layer with a window sees; else one by one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(size: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 256, (size,), generator=generator).tolist())
+
+    contexts = [draw(5 + 6 * question) for question in range(6)]
+    asked = [Request(context, draw(1 + k * (q % 3))) for q, context in enumerate(contexts) for k in range(2 + q % 2)]
+    folder = save(family, tmp_path / "model")
+    decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
+    ours = loglikelihoods(decoder, asked, tmp_path / "work", length=128, progress=lambda items, _: items)
+    assert decoder.holds_layouts == (family not in ONE_BY_ONE)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for request, (value, _) in zip(asked, ours, strict=True):
+        tokens, size = torch.tensor(request.context + request.continuation), len(request.continuation)
+        with torch.no_grad():
+            logprobs = model(input_ids=tokens[None, :-1], use_cache=False).logits[0].log_softmax(-1)[-size:]
+        assert value == pytest.approx(logprobs.gather(1, tokens[-size:, None]).sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("family", "dtype", "shard"), RUNS, ids=[f"{family}-{dtype}" for family, dtype, _ in RUNS])
+def test_by_the_command_line_to_a_pruned_model_that_generates(
     project: Callable[..., Project], tmp_path: Path, family: str, dtype: torch.dtype, shard: str
 ):
     source = save(family, tmp_path / "model", dtype, shard)
-    made = project(model=source)
-    for part in ("model", "calibration"):
-        download(project=made, part=part)
-    calibrate(project=made)
-    mask(project=made)
-    apply(project=made)
-    _, blocks, linears = FAMILIES[family]
-    dense, pruned = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for path in (source, made.model("pruned")))
-    inside = {f"{blocks}.{block}.{name}.weight" for block in range(3) for name in " ".join(linears).split()}
-    for (name, before), after in zip(dense.named_parameters(), pruned.parameters(), strict=True):
-        if name not in inside:
-            assert torch.equal(before, after), name
-            continue
-        rows, kept = (before.T, after.T) if family == "gpt2" else (before, after)
-        assert ((kept == 0) | (kept == rows)).all(), name
-        assert ((kept == 0).sum(1) >= rows.shape[1] // 2).all(), name  # of each output
-        assert ((kept == 0).sum(1) <= rows.shape[1] // 2 + (rows == 0).sum(1)).all(), name
-    out = pruned.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    made = project(model=source, perplexity__windows=1, **short_texts(tmp_path))
+    lines = ["download model", "download calibration", "download perplexity", "calibrate", "mask", "apply"]
+    run(made, *lines, "perplexity pruned", "stats --layer 1", f"export {tmp_path / 'exported'}")
+    blocks, linears = ALL[family][1:]
+    dense, pruned, exported = map(Checkpoint, (source, made.model("pruned"), tmp_path / "exported"))
+    assert dense.where.keys() == pruned.where.keys()
+    for block, names in [(1, linears)]:
+        for name in " ".join(names).split():
+            before, after = (each.weight(f"{blocks}.{block}.{name}") for each in (dense, pruned))
+            rows, kept = (
+                (before.T, after.T) if family in ("gpt2", "gpt_oss") and rows_are_inputs(name) else (before, after)
+            )
+            assert ((kept == 0) | (kept == rows)).all(), name
+            assert ((kept == 0).sum(1) >= rows.shape[1] // 2).all(), name  # of each output
+            assert ((kept == 0).sum(1) <= rows.shape[1] // 2 + (rows == 0).sum(1)).all(), name
+    inside = {dense.find(f"{blocks}.1.{name}")[0] for name in " ".join(linears).split()}
+    for name in dense.where:
+        assert torch.equal(pruned.read(name), exported.read(name)), name
+        if blocks not in name or (f"{blocks}.1." in name and name not in inside):
+            assert torch.equal(dense.read(name), pruned.read(name)), name
+    model = AutoModelForCausalLM.from_pretrained(made.model("pruned"), dtype=dtype)
+    out = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert out.shape[1] > 3
 
 
-def test_a_mixture_of_experts_is_refused(tmp_path: Path):
-    """transformers fuses the experts into one tensor, which is none that the checkpoint holds."""
-    config = AutoConfig.for_model("mixtral", **SHAPE | {"num_local_experts": 4})
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    decoder = Decoder(tmp_path, dtype=torch.float32, device=torch.device("cpu"))
-    with pytest.raises(UserError, match="no tensor for .*experts.*, which is not understood"):
-        decoder.calls(8)
+def short_texts(folder: Path) -> dict[str, Any]:
+    """Changes of params.yaml: a text for each purpose, since bytes of a long one take long to be made tokens of."""
+    for part, base in (("calibration", "b"), ("perplexity", "x")):
+        words = [f"{number:{base}} is {number}." for number in range(500)]
+        (folder / f"{part}.txt").write_text(" ".join(words), encoding="utf-8")
+    sources = {f"{part}__text__source": str(folder / f"{part}.txt") for part in ("calibration", "perplexity")}
+    return sources | {"runtime__threads": 1}
+
+
+def rows_are_inputs(name: str) -> bool:
+    """Of GPT-2's linears, and of gpt-oss's experts."""
+    return "self_attn" not in name
+
+
+def run(project: Project, *lines: str) -> str:
+    """Commands as they are typed, in this process; what they print."""
+    said = ""
+    with mock.patch.dict(os.environ):
+        for line in lines:
+            result = CliRunner().invoke(app, ["-C", str(project.root), *line.split()], catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+            said += result.output
+    return said
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "fallback", "eager"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_an_experts_statistics_are_those_of_the_tokens_it_was_sent(
+    family: str, implementation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Token by token from the stored matrices: the router's choice, then the sums of what the chosen experts read."""
+    folder = save(family, tmp_path / "model")
+    if implementation == "fallback":
+        monkeypatch.setattr("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)
+    decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
+    decoder.model.set_experts_implementation("eager" if implementation == "eager" else "grouped_mm")
+    tokens = torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))
+    recorder = InputRecorder()
+    for step in decoder.walk(tokens, tmp_path / "work"):
+        step.advance(recorder)
+        break
+    inputs, readers, _ = recorder.result()
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    given: list[torch.Tensor] = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: given.extend(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for row in tokens:
+            model(input_ids=row[None])
+    stored = Checkpoint(folder)
+    inside = "block_sparse_moe" if family == "mixtral" else "mlp"
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    router = stored.read(f"model.layers.0.{inside}.gate.weight")
+    chosen = 2 if family == "mixtral" else model.config.num_experts_per_tok
+    count = [0] * len(router)
+    squares: dict[str, torch.Tensor] = {}
+    for token in given:
+        logits = [float(torch.dot(row, token)) for row in router]
+        for expert in sorted(range(len(router)), key=lambda e: -logits[e])[:chosen]:
+            name = f"model.layers.0.{inside}.experts.{expert}"
+            count[expert] += 1
+            opened = stored.weight(f"{name}.{gate}") @ token
+            between = opened * torch.sigmoid(opened) * (stored.weight(f"{name}.{up}") @ token)
+            for linear, x in ((gate, token), (up, token), (down, between)):
+                squares[f"{name}.{linear}"] = squares.get(f"{name}.{linear}", 0) + x.double() ** 2
+    for source, names in readers.items():
+        for name in names:
+            if "experts" in name:
+                assert inputs[source].count == count[int(name.split(".")[-2])], name
+                expected = squares.get(name, torch.zeros_like(inputs[source].sum))
+                torch.testing.assert_close(inputs[source].sum_squares, expected, rtol=1e-4, atol=1e-6)
+    assert sum(count) == chosen * tokens.numel()
+
+
+def one_is_never_chosen(folder: Path) -> Path:
+    """A mixture with one expert a token, whose expert 2 has the mean of two others' rows in the router."""
+    save("mixtral", folder, num_experts_per_tok=1)
+    tensors = load_file(folder / "model.safetensors")
+    for name, router in tensors.items():
+        if name.endswith("gate.weight"):
+            router[2] = (router[0] + router[1]) / 2
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("propagation", ["dense", "pruned"])
+def test_an_expert_that_no_token_reached_is_pruned_by_magnitude(
+    project: Callable[..., Project], tmp_path: Path, propagation: str
+):
+    source = one_is_never_chosen(tmp_path / "model")
+    made = project(model=source, propagation=propagation, **short_texts(tmp_path))
+    run(made, "download model", "download calibration", "calibrate", "mask")
+    wanda = [read_masks(made.masks, block) for block in range(3)]
+    records = json.loads(run(made, "stats --json"))
+    table = run(made, "stats --layer 0")
+    made = project(model=source, method="magnitude", **short_texts(tmp_path))
+    said = run(made, "mask")
+    assert "expert" not in said  # magnitude asks nothing of them
+    magnitude = [read_masks(made.masks, block) for block in range(3)]
+    for block in range(3):
+        for name, keep in wanda[block].items():
+            unreached = ".experts.2." in name
+            assert unreached or not torch.equal(keep, magnitude[block][name]) or "experts" in name, name
+            if unreached:
+                assert torch.equal(keep, magnitude[block][name]), name
+                assert (keep.sum(1) == keep.shape[1] - keep.shape[1] // 2).all()
+    for record in records:
+        if ".experts.2." in record["linears"][0]:
+            assert [record[name] for name in ("tokens", "mean", "largest")] == [0, None, []]
+    assert sum(record["tokens"] for record in records if record["linears"][0].endswith("w1")) == 3 * 3 * 64
+    assert re.search(r"\| 2\.w1, 2\.w3 +\| 0 +\| – ", table)
+
+
+def test_how_many_experts_no_token_reached_is_said(project: Callable[..., Project], tmp_path: Path):
+    made = project(model=one_is_never_chosen(tmp_path / "model"), pattern="2:4", **short_texts(tmp_path))
+    said = run(made, "download model", "download calibration", "calibrate")
+    assert "calibrate: no calibration token reached" in said
+    assert "mask: no calibration token reached" in run(made, "mask")
+    for keep in read_masks(made.masks, 1).values():
+        assert (keep.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+
+
+def test_an_m_that_does_not_divide_an_experts_inputs_is_refused(project: Callable[..., Project], tmp_path: Path):
+    made = project(
+        model=save("mixtral", tmp_path / "model", intermediate_size=40), pattern="8:16", **short_texts(tmp_path)
+    )
+    run(made, "download model", "download calibration")
+    with pytest.raises(UserError, match=r"layers.0.block_sparse_moe.experts.0.w2 has 40 inputs and 11 more"):
+        run(made, "--debug calibrate")
+
+
+REFUSED = {
+    "a way to compute": (
+        "mixtral",
+        {"experts": "batched_mm"},
+        "experts.0.w1: its experts are computed in a way that is",
+    ),
+    "no expert 1": ("mixtral", {"without": "experts.1.w3"}, "experts.gate_up_proj is made of 7 tensors like"),
+    "no last expert": ("mixtral", {"without": "experts.3.w2"}, r"are \[3, 32, 48\], expected \[4, 32, 48\]"),
+    "none at all": ("mixtral", {"without": ".experts."}, "no tensor for model.layers.0.mlp.experts.gate_up_proj"),
+    "rows of all": (
+        "dbrx",
+        {"d_model": 32, "n_heads": 4, "n_layers": 3, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4}}
+        | {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
+        "ffn.experts.mlp.w1 belongs to no linear, and is larger than any",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mixture_that_is_not_understood_is_refused_with_what_was_not(case: str, tmp_path: Path):
+    family, changes, message = REFUSED[case]
+    changes = dict(changes)
+    implementation, without = changes.pop("experts", None), changes.pop("without", None)
+    shape = changes or SHAPE | ALL[family][0]
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).save_pretrained(tmp_path / "model")
+    if without:
+        file = tmp_path / "model" / "model.safetensors"
+        tensors = {name: tensor for name, tensor in load_file(file).items() if without not in name}
+        save_file(tensors, file, {"format": "pt"})
+
+    def look() -> None:
+        decoder = Decoder(tmp_path / "model", dtype=torch.float32, device=torch.device("cpu"))
+        if implementation:
+            decoder.model.set_experts_implementation(implementation)
+        decoder.inputs()
+        for step in decoder.walk(torch.ones(1, 8, dtype=torch.long), tmp_path / "work"):
+            recorder = InputRecorder()
+            step.advance(recorder)
+            recorder.result()
+
+    with pytest.raises(UserError, match=message):
+        look()

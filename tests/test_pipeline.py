@@ -89,7 +89,7 @@ def test_nothing_to_do_runs_nothing(repository: Repository):
 
 
 def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
-    changes = {"device": "cpu", "threads": 1, "batch_size": 3, "mirror": str(tmp_path)}
+    changes = {"device": "cpu", "threads": 1, "memory_gb": 3.0, "mirror": str(tmp_path)}
     assert repository.repro(**{f"runtime__{name}": value for name, value in changes.items()}) == set()
 
 

@@ -115,7 +115,7 @@ def test_the_studys_set_up_is_what_its_page_says():
 def study(tmp_path: Path) -> Project:
     """The committed params.yaml, with a runtime of the user's own."""
     committed = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    (tmp_path / "params.yaml").write_text(committed.replace("batch_size: 16", "batch_size: 3"), encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(committed.replace("memory_gb: null", "memory_gb: 3.5"), encoding="utf-8")
     return Project(tmp_path)
 
 

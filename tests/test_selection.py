@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from wanda_dvc import scores
+from wanda_dvc.errors import UserError
 from wanda_dvc.input_stats import InputStats
 from wanda_dvc.methods import METHODS
-from wanda_dvc.selection import keep_n_of_m, removed, select
+from wanda_dvc.selection import keep_by_share, keep_n_of_m, removed, select
 
 # Few distinct values, so that ties, zeros and constant rows are the rule; and a huge one.
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 1e30])
@@ -52,6 +53,33 @@ def test_n_of_m_equals_the_loops(n_of_m, data):
     keep = select(scores.magnitude(weight), sparsity=1 - n / m, pattern=f"{n}:{m}")
     assert keep.tolist() == oracle.keep_n_of_m(oracle.scores(weight.tolist()), n, m)
     assert (keep.unflatten(1, (-1, m)).sum(-1) == n).all()
+
+
+@given(matrices(), SPARSITY)
+def test_the_variant_equals_the_loops(weight, sparsity):
+    score = oracle.scores(weight.tolist())
+    try:
+        keep = keep_by_share(scores.magnitude(weight), sparsity)
+    except UserError:  # at the largest share too little goes
+        return
+    assert keep.tolist() == oracle.keep_by_share(score, sparsity)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.7])
+def test_the_variants_rows_give_up_the_same_share(sparsity: float):
+    generator = torch.Generator().manual_seed(0)
+    score = torch.rand(64, 512, generator=generator) ** torch.linspace(0.5, 8, 64)[:, None]
+    keep = keep_by_share(score, sparsity)
+    assert (~keep).float().mean().item() == pytest.approx(sparsity, abs=0.001)
+    shares = (score * ~keep).sum(1) / score.sum(1)
+    assert (shares.max() - shares.min()).item() < 0.01
+    assert (~keep).sum(1)[0] < (~keep).sum(1)[-1]  # where few scores are large, more go
+    assert torch.equal(keep_by_share(score * torch.rand(64, 1, generator=generator).add(0.5), sparsity), keep)
+
+
+def test_the_variant_says_what_it_cannot_reach():
+    with pytest.raises(UserError, match=r"sparsity: got 0.95 with method wanda-variant, expected at most 0.800"):
+        keep_by_share(torch.ones(2, 100), 0.95)
 
 
 @given(st.data())

@@ -49,7 +49,7 @@ def test_no_stage_depends_on_runtime_or_on_times():
 
 
 def test_the_command_line_loads_no_library_to_print_its_help():
-    heavy = {"torch", "transformers", "dvc", "pydantic", "numpy"}
+    heavy = {"torch", "transformers", "dvc", "pydantic", "numpy", "matplotlib", "scipy"}
     code = f"import sys, wanda_dvc.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

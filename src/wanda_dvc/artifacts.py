@@ -6,6 +6,7 @@ and the versions of the libraries that computed it. Nothing in it depends on tim
 """
 
 import contextlib
+import csv
 import gzip
 import hashlib
 import json
@@ -14,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -108,6 +109,10 @@ class Project:
     def times(self, stage: str) -> Path:
         """Seconds and machine of a stage's last run."""
         return self.root / "metrics" / "times" / f"{stage}.json"
+
+    def plots(self, name: str) -> Path:
+        """What DVC's plots are drawn from, and the report's."""
+        return self.root / "metrics" / "plots" / f"{name}.csv"
 
     @contextlib.contextmanager
     def work(self, made_from: Json) -> Iterator["Work"]:
@@ -233,6 +238,17 @@ def write_json(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write as `write_json` does. Floats have six significant digits: later ones differ between machines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    with beside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(headers)
+        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
     beside.replace(path)
 
 

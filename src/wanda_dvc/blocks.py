@@ -10,9 +10,12 @@ block is called with is recorded from the model's own forward pass.
 """
 
 import contextlib
+import inspect
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,15 +24,26 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from wanda_dvc.checkpoint import Checkpoint
+from wanda_dvc import attention
+from wanda_dvc.attention import Layout
+from wanda_dvc.checkpoint import Checkpoint, expert_name
 from wanda_dvc.errors import UserError
 from wanda_dvc.input_stats import BlockStats, InputStats
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Tokens that go through the model together: one text, or several questions laid out."""
+
+    tokens: Int[Tensor, " length"]
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,46 @@ class Call:
     kwargs: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Part:
+    """A stored tensor and its place in a parameter: some rows, of one expert where the parameter holds several."""
+
+    name: str
+    rows: tuple[int, int] | None = None  # from, up to; None: all
+    expert: int | None = None
+
+    def of(self, whole: Tensor) -> Tensor:
+        """A view of this part of the parameter."""
+        whole = whole if self.expert is None else whole[self.expert]
+        return whole if self.rows is None else whole[slice(*self.rows)]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A prunable weight [out, in], as it is stored: a module's own, or some rows of one, or one expert's."""
+
+    module: nn.Module
+    leaf: str
+    part: Part
+
+    @property
+    def weight(self) -> Tensor:
+        """A view of the module's parameter."""
+        return self.part.of(self.module.get_parameter(self.leaf))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is [in, out]: GPT-2's, and experts of which transformers says so."""
+        if self.part.expert is None:
+            return isinstance(self.module, Conv1D)
+        return bool(getattr(self.module, "is_transposed", False))
+
+    @property
+    def features(self) -> int:
+        """The number of input features."""
+        return self.weight.shape[0 if self.transposed else 1]
+
+
 class _Stop(Exception):
     """Ends the model's own forward pass once the blocks' calls are recorded."""
 
@@ -47,7 +101,8 @@ class _Stop(Exception):
 class Decoder:
     """A causal language model on disk. UserError where its structure is not understood."""
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, resident: bool = False) -> None:
+        """With `resident`, a block that was read stays in memory."""
         self.checkpoint = Checkpoint(folder)
         self.model = empty_model(folder, dtype)
         self.dtype, self.device = dtype, device
@@ -55,29 +110,50 @@ class Decoder:
         self.blocks_name, self.blocks = find_blocks(self.model)
         self._empty = [dict(block.named_parameters()) for block in self.blocks]
         self._reader = ThreadPoolExecutor(max_workers=1)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-        self._calls: dict[int, list[Call]] = {}
+        self._resident: dict[int, dict[str, Tensor]] | None = {} if resident else None
+        self._calls: dict[int | Layout, list[Call]] = {}
+        self._stock_attention = self.model.config._attn_implementation
+        self._ours_for_windows = False
         self._load_rest()
+        self._ours_for_windows = fast_in_half(dtype, device) and self._attends_alike()
 
     # --- weights ---
 
     def _read(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Tensors from the checkpoint for parameters by their full names, in the dtype and on the device to run in."""
+        """Tensors from the checkpoint for parameters by their full names, in the dtype and on the device to run in.
+
+        A parameter that is stored in parts is put together here: the only weights that are copied on a CPU.
+        """
         found = {}
         for name, parameter in parameters.items():
-            stored = self._stored.get(name)
-            if stored is None:
-                raise UserError(
-                    f"{self.checkpoint.folder}: no tensor for {name}, which the model's config asks for; the "
-                    "checkpoint is not whole, or stores it in parts, as mixtures of experts do, which is not understood"
-                )
-            tensor = self.checkpoint.read(stored)
-            if tensor.shape != parameter.shape:
-                raise UserError(
-                    f"{self.checkpoint.folder}: {stored} is {list(tensor.shape)}, expected {list(parameter.shape)}"
-                )
-            found[name] = tensor.to(self.device, self.dtype, non_blocking=True)
+            parts = self._parts(name)
+            if parts == [Part(parts[0].name)]:
+                tensor = self.checkpoint.read(parts[0].name)
+                if tensor.shape != parameter.shape:
+                    raise UserError(
+                        f"{self.checkpoint.folder}: {parts[0].name} is {list(tensor.shape)}, "
+                        f"expected {list(parameter.shape)}"
+                    )
+                if self.device.type == "cuda":  # only from pinned memory does a copy run beside the computation
+                    tensor = tensor.pin_memory()
+                found[name] = tensor.to(self.device, parameter.dtype, non_blocking=True)
+                continue
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+            for part in parts:
+                part.of(whole).copy_(self.checkpoint.read(part.name))
+            found[name] = whole
         return found
+
+    def _parts(self, name: str) -> list[Part]:
+        """What the checkpoint stores of a parameter."""
+        if name not in self._stored:
+            raise UserError(
+                f"{self.checkpoint.folder}: no tensor for {name}, which the model's config asks for; the "
+                "checkpoint is not whole, or stores it in a form that is not understood"
+            )
+        return self._stored[name]
 
     def _load_rest(self) -> None:
         """Everything but the blocks. A tied head is the embeddings' own parameter, and stored once or twice."""
@@ -94,20 +170,40 @@ class Decoder:
                 _set(self.model, alias, nn.Parameter(loaded, requires_grad=False))
         for name, buffer in self.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
+            if name in self._stored:  # few: the bias by which some routers balance their experts
+                buffer = self.checkpoint.read(self._stored[name][0].name).to(buffer.dtype)
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
+        """On a GPU through a stream of its own: the copy and the block at work don't wait for each other."""
         prefix = f"{self.blocks_name}.{index}."
-        tensors = self._read({prefix + name: parameter for name, parameter in self._empty[index].items()})
+        with torch.cuda.stream(self._copies):  # of None: nothing
+            tensors = self._read({prefix + name: parameter for name, parameter in self._empty[index].items()})
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def _weights(self, index: int) -> dict[str, Tensor]:
+        """A block's tensors, and the next one's on their way."""
+        if self._resident is not None and index in self._resident:
+            return self._resident[index]
+        if self._ahead is not None and self._ahead[0] == index:
+            tensors, self._ahead = self._ahead[1].result(), None
+        else:
+            tensors = self._read_block(index)
+        if self._copies is not None:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(self._copies)
+            for tensor in tensors.values():
+                tensor.record_stream(computing)  # its memory is not given away while it is computed with
+        if self._resident is not None:
+            self._resident[index] = tensors
+        if index + 1 < len(self.blocks) and (self._ahead is None or self._ahead[0] != index + 1):
+            self._ahead = index + 1, self._reader.submit(self._read_block, index + 1)
+        return tensors
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """One block with its weights, and the next one's on their way; empty again afterwards."""
-        ahead, self._ahead = self._ahead, None
-        tensors = ahead[1].result() if ahead and ahead[0] == index else self._read_block(index)
-        if index + 1 < len(self.blocks):
-            self._ahead = index + 1, self._reader.submit(self._read_block, index + 1)
+        """One block with its weights; empty again afterwards."""
+        tensors = self._weights(index)
         for name, tensor in tensors.items():
             _set(self.blocks[index], name, nn.Parameter(tensor, requires_grad=False))
         del tensors
@@ -117,21 +213,41 @@ class Decoder:
             for name, parameter in self._empty[index].items():
                 _set(self.blocks[index], name, parameter)
 
-    def linears(self, index: int) -> dict[str, nn.Module]:
-        """The prunable weights of a block, named as the checkpoint stores them."""
-        prefix = f"{self.blocks_name}.{index}"
-        linears = find_linears(self.blocks[index])
+    def linears(self, index: int) -> dict[str, Linear]:
+        """The prunable weights of a block, named as the checkpoint stores them; each expert has its own."""
+        block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."
+        weights = find_linears(block)
+        linears: dict[str, Linear] = {}
+        for name, module in weights.items():
+            leaf = name.rpartition(".")[2]
+            parts = self._parts(prefix + name)
+            shape = module.get_parameter(leaf).shape
+            if len(shape) == 3 and parts[0].expert is None:  # all experts in one tensor
+                stored = parts[0].name.removesuffix(".weight")
+                linears |= {
+                    expert_name(stored, expert): Linear(module, leaf, Part(parts[0].name, expert=expert))
+                    for expert in range(shape[0])
+                }
+            else:
+                linears |= {part.name.removesuffix(".weight"): Linear(module, leaf, part) for part in parts}
+        largest = max((linear.weight.numel() for linear in linears.values()), default=0)
+        others = {name: p.numel() for name, p in block.named_parameters() if name not in weights and p.dim() > 1}
+        for name, size in others.items():
+            if size > largest:
+                raise UserError(
+                    f"{self.checkpoint.folder}: {prefix}{name} belongs to no linear, and is larger than any; "
+                    "such a structure is not understood"
+                )
         if not linears:
-            raise UserError(f"{self.checkpoint.folder}: {prefix} has no linear; such a structure is not understood")
-        return {self._stored[f"{prefix}.{name}.weight"].removesuffix(".weight"): linears[name] for name in linears}
+            raise UserError(
+                f"{self.checkpoint.folder}: {prefix[:-1]} has no linear; such a structure is not understood"
+            )
+        return linears
 
     def inputs(self) -> dict[str, int]:
         """The number of input features of every linear."""
-        linears = (self.linears(index) for index in range(len(self.blocks)))
         return {
-            name: module.get_parameter("weight").shape[0 if is_transposed(module) else 1]
-            for block in linears
-            for name, module in block.items()
+            name: linear.features for index in range(len(self.blocks)) for name, linear in self.linears(index).items()
         }
 
     # --- the model's own forward pass, with the blocks taken out ---
@@ -147,12 +263,22 @@ class Decoder:
             for block in self.blocks:
                 block.__dict__.pop("forward", None)
 
-    def embed(self, tokens: Int[Tensor, " length"]) -> Float[Tensor, "1 length width"]:
+    @contextlib.contextmanager
+    def _attending(self, row: Row) -> Iterator[None]:
+        """The model attends as the row needs it: through the stock attention, or through ours."""
+        ours = row.layout is not None or self._ours_for_windows
+        wanted = attention.NAME if ours else self._stock_attention
+        if self.model.config._attn_implementation != wanted:
+            self.model.set_attn_implementation(wanted)
+        with attention.laid_out(row.layout):
+            yield
+
+    def embed(self, row: Row) -> Float[Tensor, "1 length width"]:
         """What the first block is given."""
-        return self._record(tokens, until=0)[0][0]
+        return self._record(row, until=0)[0][0]
 
     @torch.no_grad()
-    def _record(self, tokens: Int[Tensor, " length"], until: int) -> list[tuple[Tensor, Call]]:
+    def _record(self, row: Row, until: int) -> list[tuple[Tensor, Call]]:
         """The hidden states and the call that each block gets, up to block `until`, if all change nothing."""
         recorded: list[tuple[Tensor, Call]] = []
         wrap = until > 0 and self._returns_tuple
@@ -167,8 +293,13 @@ class Decoder:
                 raise _Stop
             return (hidden,) if wrap else hidden
 
-        with self._instead_of_blocks(record), contextlib.suppress(_Stop):
-            self.model(input_ids=tokens[None].to(self.device), use_cache=False)
+        words: dict[str, Any] = {}
+        if row.layout is not None:
+            words["position_ids"] = row.layout.positions[None].to(self.device)
+            # Of ones, it changes nothing but keeps transformers from taking a position that repeats for a new text.
+            words["attention_mask"] = torch.ones_like(row.tokens)[None].to(self.device)
+        with self._attending(row), self._instead_of_blocks(record), contextlib.suppress(_Stop):
+            self.model(input_ids=row.tokens[None].to(self.device), use_cache=False, **words)
         if len(recorded) != until + 1:
             raise UserError(
                 f"{self.checkpoint.folder}: the model's forward pass called {len(recorded)} of its "
@@ -179,29 +310,36 @@ class Decoder:
     @cached_property
     def _returns_tuple(self) -> bool:
         """Whether a block returns its hidden states alone or as the first of a tuple: asked of a real one, once."""
-        hidden, call = self._record(torch.zeros(2, dtype=torch.long), until=0)[0]
+        hidden, call = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
         with self.block(0) as block:
             return isinstance(block(hidden, *call.args, **call.kwargs), tuple)
 
-    def calls(self, length: int) -> list[Call]:
-        """What each block is called with for a window of `length` tokens, recorded once for each length."""
-        if length not in self._calls:
-            once, again = (
-                [call for _, call in self._record(torch.full((length,), token), until=len(self.blocks) - 1)]
-                for token in (0, 1)
-            )
-            if not _equal([(c.args, c.kwargs) for c in once], [(c.args, c.kwargs) for c in again]):
-                raise UserError(
-                    f"{self.checkpoint.folder}: its blocks are given more than the hidden states that depends on the "
-                    "tokens; such a structure is not understood"
-                )
-            self._calls[length] = once
-        return self._calls[length]
+    def calls(self, row: Row) -> list[Call]:
+        """What each block is called with for a row, recorded once for each length or layout."""
+        key = row.layout or len(row.tokens)
+        if key not in self._calls:
+            self._calls[key] = self._record_calls(row)
+        return self._calls[key]
 
-    def run(self, index: int, hidden: Float[Tensor, "1 length width"]) -> Float[Tensor, "1 length width"]:
-        """One window through one block (which `block` holds ready)."""
-        call = self.calls(hidden.shape[1])[index]
-        out = self.blocks[index](hidden, *call.args, **call.kwargs)
+    def _record_calls(self, row: Row) -> list[Call]:
+        if row.layout is not None:  # `holds_layouts` has found that it makes no difference what the tokens are
+            return [call for _, call in self._record(row, until=len(self.blocks) - 1)]
+        once, again = (
+            [call for _, call in self._record(Row(torch.full_like(row.tokens, token)), until=len(self.blocks) - 1)]
+            for token in (0, 1)
+        )
+        if not _equal([(c.args, c.kwargs) for c in once], [(c.args, c.kwargs) for c in again]):
+            raise UserError(
+                f"{self.checkpoint.folder}: its blocks are given more than the hidden states that depends on the "
+                "tokens; such a structure is not understood"
+            )
+        return once
+
+    def run(self, index: int, hidden: Float[Tensor, "1 length width"], row: Row) -> Float[Tensor, "1 length width"]:
+        """One row through one block (which `block` holds ready)."""
+        call = self.calls(row)[index]
+        with self._attending(row):
+            out = self.blocks[index](hidden, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -223,28 +361,96 @@ class Decoder:
                     self.model(input_ids=tokens[None, positions].to(self.device), use_cache=False).logits[0],
                 )
 
-    # --- many windows ---
+    # --- many rows ---
 
     @torch.no_grad()
-    def walk(self, windows: Int[Tensor, "samples length"], work: Path) -> Iterator["Step"]:
-        """All windows through all blocks: for each block a `Step`, whose `advance` runs them.
+    def walk(self, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path) -> Iterator["Step"]:
+        """All rows through all blocks: for each block a `Step`, whose `advance` runs them.
 
-        Goes on from the block after the last that was finished in `work` with these windows.
+        Goes on from the block after the last that was finished in `work` with these rows.
         """
-        states = HiddenStates.open(work, len(windows), windows.shape[1], self.model.config, self.dtype)
-        self.calls(windows.shape[1])
+        rows = as_rows(rows)
+        states = self._states(rows, work)
+        for row in rows:
+            self.calls(row)
         if states.finished < 0:
-            for row, tokens in enumerate(windows):
-                states.after[row] = self.embed(tokens)[0]
+            for row, after in zip(rows, states.after, strict=True):
+                after.copy_(self.embed(row)[0])
             states.turn()
         for index in range(states.finished, len(self.blocks)):
             with self.block(index):
-                yield Step(self, index, states)
+                yield Step(self, index, rows, states)
             states.turn()
 
-    def outputs(self, windows: Int[Tensor, "samples length"], work: Path) -> Float[Tensor, "samples length width"]:
-        """Where `walk` left the hidden states after the last block; a view of a file in `work`."""
-        return HiddenStates.open(work, len(windows), windows.shape[1], self.model.config, self.dtype).before
+    def outputs(
+        self, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path
+    ) -> list[Float[Tensor, "length width"]]:
+        """Where `walk` left the hidden states after the last block: views of a file in `work`."""
+        return self._states(as_rows(rows), work).before
+
+    def _states(self, rows: list[Row], work: Path) -> "HiddenStates":
+        width = self.model.config.get_text_config().hidden_size
+        return HiddenStates.open(work, [len(row.tokens) for row in rows], width, self.dtype)
+
+    @cached_property
+    def holds_layouts(self) -> bool:
+        """Whether questions come out of a row as they do one by one; tried with two short ones.
+
+        They don't where positions are learned by distance from the row's start (ALiBi), where a block mixes neighbours
+        without attention, or where the model's attention can't be replaced.
+        """
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            return False
+        tokens = torch.arange(24) % 7
+        layout = Layout(
+            positions=torch.tensor([*range(8), 8, 9, 8, 9, 10, *range(7), 7, 8, 7, 8]),
+            question=torch.tensor([0] * 13 + [1] * 11),
+            choice=torch.tensor([0] * 8 + [1] * 2 + [2] * 3 + [0] * 7 + [1] * 2 + [2] * 2),
+        )
+        parts = [[*range(8), 8, 9], [*range(8), 10, 11, 12], [*range(13, 20), 20, 21], [*range(13, 20), 22, 23]]
+        alone = [self._through(Row(tokens[part])) for part in parts]
+        try:
+            together = self._through(Row(tokens, layout))
+        except (TypeError, ValueError, RuntimeError):  # attention of its own, that can't do with ours
+            return False
+        tolerance = 1e-3 if self.dtype is torch.float32 else 5e-2
+        packed = torch.cat([together[part] for part in parts])
+        return bool((packed - torch.cat(alone)).norm() <= tolerance * torch.cat(alone).norm())
+
+    @torch.no_grad()
+    def _attends_alike(self) -> bool:
+        """Whether a block computes the same with our attention as with the stock one."""
+        row = Row(torch.arange(24) % 7)
+        outs = []
+        for ours in (False, True):
+            self._ours_for_windows = ours
+            self._calls.clear()
+            hidden = self.embed(row)
+            self.calls(row)
+            with self.block(0), contextlib.suppress(TypeError, ValueError, RuntimeError):
+                outs.append(self.run(0, hidden, row).float())
+        self._calls.clear()
+        return len(outs) == 2 and bool((outs[1] - outs[0]).norm() <= 5e-2 * outs[0].norm())
+
+    @torch.no_grad()
+    def _through(self, row: Row) -> Float[Tensor, "length width"]:
+        """One row through all blocks."""
+        self.calls(row)
+        hidden = self.embed(row)
+        for index in range(len(self.blocks)):
+            with self.block(index):
+                hidden = self.run(index, hidden, row)
+        return hidden[0].float()
+
+
+def fast_in_half(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrix multiplications in this half precision have units of their own on this CPU."""
+    return device.type == "cpu" and dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def as_rows(rows: Sequence[Row] | Int[Tensor, "samples length"]) -> list[Row]:
+    """Windows as rows."""
+    return [Row(tokens) for tokens in rows] if isinstance(rows, Tensor) else list(rows)
 
 
 @dataclass
@@ -253,64 +459,69 @@ class Step:
 
     decoder: Decoder
     index: int
+    rows: list[Row]
     states: "HiddenStates"
 
     @property
-    def linears(self) -> dict[str, nn.Module]:
+    def linears(self) -> dict[str, Linear]:
         return self.decoder.linears(self.index)
 
     @torch.no_grad()
     def prune(self, keeps: dict[str, Tensor]) -> None:
         """Zero the weights of this block that don't stay, until its turn is over; the checkpoint is not touched."""
+        copied = set()
         for name, linear in self.linears.items():
-            weight = linear.get_parameter("weight") * keeps[name].to(self.decoder.device)
-            _set(linear, "weight", nn.Parameter(weight, requires_grad=False))
+            if (linear.module, linear.leaf) not in copied:
+                copied.add((linear.module, linear.leaf))
+                whole = linear.module.get_parameter(linear.leaf).clone()
+                _set(linear.module, linear.leaf, nn.Parameter(whole, requires_grad=False))
+            linear.weight.mul_(keeps[name].to(self.decoder.device))
 
     @torch.no_grad()
     def advance(self, recorder: "InputRecorder | None" = None) -> None:
-        """Every window through this block; a recorder sees what the block's linears read."""
+        """Every row through this block; a recorder sees what the block's linears read."""
         with recorder.recording(self.linears) if recorder else contextlib.nullcontext():
-            for before, after in zip(self.states.before, self.states.after, strict=True):
-                after.copy_(self.decoder.run(self.index, before[None].to(self.decoder.device))[0])
+            for row, before, after in zip(self.rows, self.states.before, self.states.after, strict=True):
+                after.copy_(self.decoder.run(self.index, before[None].to(self.decoder.device), row)[0])
                 if recorder:
                     recorder.end_window()
 
 
 @dataclass
 class HiddenStates:
-    """The hidden states of all windows before and after the block at work, in two files that take turns.
+    """The hidden states of all rows before and after the block at work, in two files that take turns.
 
     They are mapped, so they cost page cache and not memory, and outlive a killed process. What a
     machine that goes down leaves of them can't be trusted: they are used again only on the same boot.
     """
 
     folder: Path
-    shape: tuple[int, int, int]
+    lengths: list[int]  # of the rows
+    width: int
     dtype: torch.dtype
     finished: int  # blocks done; −1: not even the embeddings
 
     @classmethod
-    def open(cls, folder: Path, samples: int, length: int, config: Any, dtype: torch.dtype) -> "HiddenStates":
+    def open(cls, folder: Path, lengths: list[int], width: int, dtype: torch.dtype) -> "HiddenStates":
         folder.mkdir(parents=True, exist_ok=True)
         finished = -1
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             progress = json.loads((folder / "progress.json").read_text())
             if progress["boot"] == _boot():
                 finished = progress["finished"]
-        width = config.get_text_config().hidden_size
-        return cls(folder, (samples, length, width), dtype, finished)
+        return cls(folder, lengths, width, dtype, finished)
 
-    def _map(self, turn: int) -> Tensor:
-        samples, length, width = self.shape
-        path = self.folder / f"hidden_{turn % 2}.bin"
-        return torch.from_file(str(path), shared=True, size=samples * length * width, dtype=self.dtype).view(self.shape)
+    def _map(self, turn: int) -> list[Float[Tensor, "length width"]]:
+        path, tokens = self.folder / f"hidden_{turn % 2}.bin", sum(self.lengths)
+        states = torch.from_file(str(path), shared=True, size=tokens * self.width, dtype=self.dtype)
+        return list(states.view(tokens, self.width).split(self.lengths))
 
     @property
-    def before(self) -> Tensor:
+    def before(self) -> list[Float[Tensor, "length width"]]:
         return self._map(self.finished)
 
     @property
-    def after(self) -> Tensor:
+    def after(self) -> list[Float[Tensor, "length width"]]:
         return self._map(self.finished + 1)
 
     def turn(self) -> None:
@@ -326,44 +537,114 @@ class InputRecorder:
     """Statistics of what a block's linears read, kept once for each distinct input.
 
     Two linears share an input if, within one pass, they are given the same memory in the same state;
-    the input is named after the first that reads it.
+    the input is named after the first that reads it. An expert's input is the tokens that it is given.
     """
 
     stats: dict[str, InputStats] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)  # of each linear, its input's name
-    transposed: list[str] = field(default_factory=list)
+    linears: dict[str, Linear] = field(default_factory=dict)
     # What was read is held until the window ends, so that no other tensor can take its address.
     _held: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def recording(self, linears: dict[str, nn.Module]) -> Iterator[None]:
-        self.transposed = [name for name, module in linears.items() if is_transposed(module)]
-        hooks = [module.register_forward_pre_hook(partial(self._read, name)) for name, module in linears.items()]
+    def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
+        self.linears = linears
+        hooks: list[Any] = []
+        experts: dict[tuple[nn.Module, str], dict[int, list[str]]] = {}
+        for (module, leaf, expert), names in self._weights().items():
+            if expert is None:
+                hooks.append(module.register_forward_pre_hook(lambda _, args, names=names: self._read(names, args[0])))
+            else:
+                experts.setdefault((module, leaf), {})[expert] = names
+        watched = [(module.get_parameter(leaf), names) for (module, leaf), names in experts.items()]
         try:
-            yield
+            with _ExpertCalls(watched, self._read) if watched else contextlib.nullcontext():
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _read(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
+    def _weights(self) -> dict[tuple[nn.Module, str, int | None], list[str]]:
+        """The linears by the weight that they are rows of: they read what it is multiplied with."""
+        weights: dict[tuple[nn.Module, str, int | None], list[str]] = {}
+        for name, linear in self.linears.items():
+            weights.setdefault((linear.module, linear.leaf, linear.part.expert), []).append(name)
+        return weights
+
+    def _read(self, names: list[str], x: Tensor) -> None:
+        """The linears of one weight are given an input [..., in]."""
+        if x.shape[-1] != self.linears[names[0]].features:
+            raise UserError(
+                f"{names[0]}: given {x.shape[-1]} features, expected {self.linears[names[0]].features}; "
+                "such a structure is not understood"
+            )
         key = (x.data_ptr(), x.shape, x.stride(), x._version)
         if key not in self._held:
-            self._held[key] = (name, x)
-            self.stats.setdefault(name, InputStats.empty(x.shape[-1])).add(x.flatten(0, -2))
+            self._held[key] = (names[0], x)
+            where = x.device if x.is_cuda else "cpu"  # not every accelerator knows float64
+            self.stats.setdefault(names[0], InputStats.empty(x.shape[-1], where)).add(x.flatten(0, -2))
         source = self._held[key][0]
-        if self.source.setdefault(name, source) != source:
-            raise UserError(f"{name}: reads {self.source[name]} in one window and {source} in another")
+        for name in names:
+            if self.source.setdefault(name, source) != source:
+                raise UserError(f"{name}: reads {self.source[name]} in one window and {source} in another")
 
     def result(self) -> BlockStats:
-        """Statistics of the windows seen, and the linears that read each distinct input."""
+        """Statistics of the windows seen, and the linears that read each distinct input.
+
+        Linears that read nothing, those of an expert that no token was sent to, have an input of no tokens.
+        """
+        reached = {(linear.module, linear.leaf) for name, linear in self.linears.items() if name in self.source}
+        stats, source = dict(self.stats), dict(self.source)
+        for (module, leaf, expert), names in self._weights().items():
+            if expert is not None and (module, leaf) not in reached:
+                raise UserError(f"{names[0]}: its experts are computed in a way that is not understood")
+            if names[0] not in source:
+                stats[names[0]] = InputStats.empty(self.linears[names[0]].features)
+                source |= dict.fromkeys(names, names[0])
+        # Experts last and in their own order: when each was first sent a token says nothing.
+        experts = [name for name, linear in self.linears.items() if linear.part.expert is not None]
         readers: dict[str, list[str]] = {}
-        for linear, source in self.source.items():
-            readers.setdefault(source, []).append(linear)
-        return BlockStats(self.stats, readers, self.transposed)
+        for linear in dict.fromkeys([*(name for name in source if name not in set(experts)), *experts]):
+            readers.setdefault(source[linear], []).append(linear)
+        inputs = {name: stats[name].cpu() for name in readers}
+        return BlockStats(inputs, readers, [name for name, linear in self.linears.items() if linear.transposed])
 
     def end_window(self) -> None:
         self._held.clear()
+
+
+class _ExpertCalls(TorchFunctionMode):
+    """Sees the tokens that each expert's weights are multiplied with, while the model computes them in its own way.
+
+    A parameter that holds several experts is no module to put a hook on. But the ways to compute with it, a
+    `linear` or `matmul` for each expert in turn and one grouped product for all, are torch functions that are
+    given the tokens, and then a view of that parameter.
+    """
+
+    def __init__(
+        self, experts: list[tuple[nn.Parameter, dict[int, list[str]]]], read: Callable[[list[str], Tensor], None]
+    ) -> None:
+        super().__init__()
+        self.experts, self.read = experts, read
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+            x, weight = args[:2]
+            for parameter, names in self.experts:
+                offset = weight.data_ptr() - parameter.data_ptr()
+                if not 0 <= offset < parameter.nbytes:
+                    continue
+                if weight.dim() == 2:
+                    self.read(names[offset // (parameter.nbytes // len(parameter))], x)
+                elif kwargs.get("offs") is not None:  # the tokens lie sorted by expert; where those of each end
+                    ends = kwargs["offs"].tolist()
+                    for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                        if end > begin:
+                            self.read(names[expert], x[begin:end])
+        return function(*args, **kwargs)
 
 
 def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -399,30 +680,107 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The linears of a block, by name: torch's, and transformers' `Conv1D`, which is one with its weight transposed."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    """The weights of a block to prune, by name, with the modules that they belong to.
+
+    A linear is torch's, or transformers' `Conv1D`, which is one with its weight transposed; or one matrix of a
+    parameter [experts, ·, ·]. The gates of experts are no linears, wherever they are written as such.
+    """
+    weights: dict[str, nn.Module] = {}
+    mixtures: dict[str, int] = {}  # modules that have experts, and how many
+    for name, module in block.named_modules():
+        inside = f"{name}." if name else ""
+        if isinstance(module, (nn.Linear, Conv1D)):
+            weights[inside + "weight"] = module
+        elif not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3 and min(parameter.shape) > 1:
+                    weights[inside + leaf] = module
+                    mixtures[name.rpartition(".")[0]] = len(parameter)
+    owners = [name.rpartition(".")[0].rpartition(".")[0] for name in weights]
+
+    def is_gate(name: str, module: nn.Module) -> bool:
+        """Whether a linear chooses experts or weighs the shared one: it has as many outputs as there are experts,
+        or one, and stands beside them, itself or as the only linear of a module that does."""
+        owner = name.rpartition(".")[0].rpartition(".")[0]
+        return isinstance(module, nn.Linear) and any(
+            module.out_features in (1, experts)
+            and (owner == mixture or (owner.rpartition(".")[0] == mixture and owners.count(owner) == 1))
+            for mixture, experts in mixtures.items()
+        )
+
+    return {name: module for name, module in weights.items() if not is_gate(name, module)}
 
 
-def is_transposed(linear: nn.Module) -> bool:
-    """Whether a linear's weight is [in, out]."""
-    return isinstance(linear, Conv1D)
+def weight_shapes(block: nn.Module) -> list[torch.Size]:
+    """The shapes of a block's weights to prune: [out, in], or of all experts together [experts, ·, ·]."""
+    return [module.get_parameter(name.rpartition(".")[2]).shape for name, module in find_linears(block).items()]
 
 
-def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """The checkpoint's tensor for each parameter that it holds as a whole, by transformers' own rules.
+def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
+    """What the checkpoint stores of each parameter and buffer, by transformers' own rules.
 
-    Older checkpoints have other names (GPT-NeoX's `embed_out`), some the bare base model without its prefix.
+    Older checkpoints have other names (GPT-NeoX's `embed_out`), some the bare base model without its prefix, and
+    each expert's matrices lie for themselves.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = {}
-    for tensor in checkpoint.where:
-        name, part = rename_source_key(tensor, renamings, converters, model.base_model_prefix, parameters)
-        if part is None:
-            names[name] = tensor
+    state = model.state_dict(keep_vars=True)
+    names: dict[str, list[Part]] = {}
+    pieces: dict[str, list[tuple[str, str]]] = {}
+    for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in their order
+        name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
+        if name not in state:
+            continue
+        if pattern is None:
+            names[name] = [Part(tensor)]
+        else:
+            pieces.setdefault(name, []).append((pattern, tensor))
+    for name, stored in pieces.items():
+        rule = next(rule for rule in converters if stored[0][0] in rule.source_patterns)
+        if len(rule.target_patterns) == 1:
+            names[name] = place_parts(name, stored, rule, model, checkpoint)
     return names
+
+
+def place_parts(
+    name: str, stored: list[tuple[str, str]], rule: WeightConverter, model: Any, checkpoint: Checkpoint
+) -> list[Part]:
+    """Where each of the tensors (with their patterns in the rule) that a parameter is made of lies in it.
+
+    The rule is asked: it converts small tensors of marks, which are then found again. UserError if it does more
+    than to put rows one below the other, expert by expert.
+    """
+    expected = list(model.get_parameter(name).shape)
+    shapes = [list(checkpoint.read(tensor).shape) for _, tensor in stored]
+    shape = range(2, 2 + len(shapes[0]))
+    size = math.prod(shape)
+    marks = [(torch.arange(size) + size * number).view(*shape) for number in range(len(stored))]
+    rule = deepcopy(rule)
+    for (pattern, tensor), mark in zip(stored, marks, strict=True):
+        rule.add_tensor(name, tensor, pattern, mark)  # type: ignore[arg-type] # it takes tensors too
+    parts = []
+    try:
+        (made,) = rule.convert(name, model=model, config=model.config).values()
+        several = made.dim() > len(shape)
+        for expert, rows in enumerate(made if several else [made]):
+            begin = 0
+            for found in rows.split(shape[0]):
+                number = int(found.flatten()[0]) // size
+                if not torch.equal(found, marks[number]):
+                    raise ValueError("their elements change places")
+                end = begin + shapes[number][0]
+                parts.append(Part(stored[number][1], (begin, end), expert if several else None))
+                begin = end
+            result = [*([len(made)] if several else []), begin, *shapes[0][1:]]
+            if result != expected or any(each[1:] != shapes[0][1:] for each in shapes):
+                raise ValueError(f"together they are {result}, expected {expected}")
+    except Exception as error:  # whatever a rule does not like
+        raise UserError(
+            f"{checkpoint.folder}: {name} is made of {len(stored)} tensors like {stored[0][1]}, "
+            f"in a way that is not understood: {error}"
+        ) from error
+    return parts
 
 
 def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

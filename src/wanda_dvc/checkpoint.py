@@ -1,11 +1,13 @@
 """A Hugging Face directory of safetensors, single-file or sharded, read one tensor at a time."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -60,6 +62,27 @@ class Checkpoint:
         """The tensor, in the dtype that it is stored in."""
         return self._open(self.where[name]).get_tensor(name)
 
+    def size(self, dtype: torch.dtype) -> int:
+        """Bytes of all tensors in a dtype."""
+        shapes = (shape for path in self.shards for _, _, shape, _, _ in self.bytes_at(path))
+        return sum(map(math.prod, shapes)) * dtype.itemsize
+
+    def find(self, linear: str) -> tuple[str, int | None]:
+        """The tensor that holds a linear's weight and, where it holds those of several experts, which one's it is."""
+        if (name := f"{linear}.weight") in self.where:
+            return name, None
+        owner, _, leaf = linear.rpartition(".")
+        owner, _, expert = owner.rpartition(".")
+        for name in (f"{owner}.{leaf}", f"{owner}.{leaf}.weight"):
+            if expert.isdecimal() and name in self.where:
+                return name, int(expert)
+        raise UserError(f"{self.folder}: no weight of {linear}, which the statistics name; run `dvc repro`")
+
+    def weight(self, linear: str) -> Tensor:
+        """A linear's weight, as it is stored."""
+        name, expert = self.find(linear)
+        return self.read(name) if expert is None else self.read(name)[expert]
+
     def bytes_at(self, path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
         """Name, dtype, shape, first byte and length in the file, of every tensor in one shard."""
         with path.open("rb") as file:
@@ -69,3 +92,9 @@ class Checkpoint:
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 yield name, entry["dtype"], entry["shape"], 8 + size + begin, end - begin
+
+
+def expert_name(stored: str, expert: int) -> str:
+    """The linear that is one expert's matrix in a tensor that holds several: its number stands before the last word."""
+    owner, _, leaf = stored.rpartition(".")
+    return f"{owner}.{expert}.{leaf}"

@@ -136,13 +136,54 @@ def show() -> None:
 @app.command(rich_help_panel=RESULT_PANEL)
 def stats(
     layer: Annotated[int | None, typer.Option("--layer", help="Only this block, counted from 0.")] = None,
+    linear: Annotated[
+        str | None, typer.Option("--linear", help="Only what this linear reads: q_proj, or all of its name.")
+    ] = None,
+    recurring: Annotated[
+        bool, typer.Option("--recurring", help="Features that are outliers in several blocks.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw them, with the outliers, into this PNG.")] = None,
+    compare: Annotated[
+        str | None, typer.Option("--compare", help="Against an experiment's, commit's or another directory's.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show the input norms by block and distinct input, with their outliers."""
+    from wanda_dvc import norms
     from wanda_dvc.artifacts import Project
+    from wanda_dvc.results import check_stats
     from wanda_dvc.results import stats as table
 
-    typer.echo(table(project=Project.find(), layer=layer, as_json=as_json))
+    if sum((layer is not None or linear is not None, recurring, plot is not None, compare is not None)) > 1:
+        raise typer.BadParameter("one of --recurring, --plot, --compare, or --layer and --linear")
+    project = Project.find()
+    check_stats(project)
+    if plot is not None:
+        typer.echo(norms.plot(folder=project.stats, target=plot))
+    elif compare is not None:
+        typer.echo(norms.compare(project=project, other=compare, as_json=as_json))
+    elif recurring:
+        typer.echo(norms.recurring(folder=project.stats, as_json=as_json))
+    else:
+        typer.echo(table(project=project, layer=layer, linear=linear, as_json=as_json))
+
+
+@app.command(rich_help_panel=RESULT_PANEL)
+def report(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The page; report.md and its pictures go beside it.")
+    ] = Path("report.html"),
+    model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
+    rev: Annotated[
+        list[str] | None,
+        typer.Option("--rev", help="Only this experiment, branch, tag or commit; may be given several times."),
+    ] = None,
+) -> None:
+    """Write the experiments of the repository as one page: tables, pictures, and how sure they are."""
+    from wanda_dvc.artifacts import Project
+    from wanda_dvc.report import report as write
+
+    typer.echo(write(project=Project.find(), output=output, model=model, revs=rev))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

@@ -84,17 +84,14 @@ class StageCost:
 
 def work(config: Path) -> Work:
     """Of the model that a config.json describes. Windowed attention counts as if it saw all."""
-    from wanda_dvc.blocks import empty_model, find_blocks, find_linears
+    from wanda_dvc.blocks import empty_model, find_blocks, weight_shapes
 
     model = empty_model(config)
     text = model.config.get_text_config()
     blocks = find_blocks(model)[1]
     experts, asked = _experts(text)
-    linears = 0.0
-    for block in blocks:
-        linears += sum(linear.get_parameter("weight").numel() for linear in find_linears(block).values())
-        # Experts are fused: [experts, out, in].
-        linears += sum(p.numel() * asked / experts for p in block.parameters() if p.ndim == 3 and len(p) == experts)
+    shapes = [shape for block in blocks for shape in weight_shapes(block)]
+    linears = sum(shape.numel() * (asked / experts if len(shape) == 3 else 1) for shape in shapes)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     head = model.get_output_embeddings().weight.numel()
     return Work(int(linears), len(blocks) * text.num_attention_heads * width, head, len(blocks))

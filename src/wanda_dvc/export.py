@@ -19,6 +19,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.presets import flatten, names, read_preset
 from wanda_dvc.results import HEADERS, comparison
+from wanda_dvc.revisions import Revision
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.apply import check_masks, measured_sparsity, prune
 from wanda_dvc.texts import HUB_ID
@@ -126,51 +127,11 @@ def _take_workspace(project: Project, study: Project) -> None:
 
 
 def _take_experiment(project: Project, study: Project, experiment: str) -> None:
-    """Out of git and the cache. Large files are links into the cache, so that no model lies there twice."""
-    from dvc.api import DVCFileSystem
-    from dvc.exceptions import DvcException, NotDvcRepoError
-    from dvc.repo import Repo
-    from dvc.scm import NoSCM, SCMError
-
-    try:
-        root = Path(Repo.find_root(str(project.root)))
-        files = DVCFileSystem(str(root), rev=experiment)
-        if isinstance(files.repo.scm, NoSCM):
-            raise UserError(f"{root}: no git repository, expected one that knows {experiment}; run `git init`")
-    except NotDvcRepoError:
-        raise UserError(
-            f"{project.root}: no DVC repository, expected one that knows {experiment}; "
-            "`wanda-dvc export DIRECTORY` takes the workspace"
-        ) from None
-    except SCMError:
-        raise UserError(
-            f"{experiment}: no experiment, commit, branch or tag of that name; `dvc exp list --all-commits` lists "
-            "the experiments"
-        ) from None
-    prefix = project.root.resolve().relative_to(root.resolve()).as_posix().removeprefix(".")
-
-    def take(part: str) -> bool:
-        """One file or folder, if all of it can be had."""
-        try:
-            inside = f"{prefix}/{part}" if prefix else part
-            found = files.find(inside) or [inside]
-            for path in found:
-                place = study.root / Path(path.removeprefix("/")).relative_to(prefix or ".")
-                place.parent.mkdir(parents=True, exist_ok=True)
-                md5 = files.info(path).get("md5")
-                cached = Path(files.repo.cache.local.oid_to_path(md5)) if md5 else None
-                if cached and cached.is_file():
-                    place.symlink_to(cached)
-                else:
-                    files.get_file(path, str(place))
-        except (OSError, DvcException):
-            shutil.rmtree(study.root / part, ignore_errors=True)
-            return False
-        return True
-
-    if not take("params.yaml"):
+    """Out of git and the cache."""
+    revision = Revision.open(project, experiment, otherwise="`wanda-dvc export DIRECTORY` takes the workspace")
+    if not revision.take_whole("params.yaml", study):
         raise UserError(f"{experiment}: no params.yaml, expected an experiment of this study")
-    if not take("masks"):
+    if not revision.take_whole("masks", study):
         raise UserError(
             f"{experiment}: its masks are not in DVC's cache, expected all of masks/; `dvc pull --all-commits` fetches "
             f"them where a remote has them, `dvc exp apply {experiment}` and `dvc exp run` make them anew"
@@ -180,14 +141,14 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:
         study.model("dense").parent.mkdir()
         study.model("dense").symlink_to(here)
-    elif not take("models/dense"):
+    elif not revision.take_whole("models/dense", study):
         raise UserError(
             f"{experiment}: its dense model ({wanted['source']}) is not in DVC's cache, expected all of models/dense; "
             f"`dvc exp apply {experiment}` and `dvc exp run` fetch it"
         )
     for model in MODELS:
-        take(f"metrics/{model}")
-        take(f"metrics/details/{model}")
+        revision.take_whole(f"metrics/{model}", study)
+        revision.take_whole(f"metrics/details/{model}", study)
 
 
 def _drop_metrics_of_others(study: Project) -> None:
@@ -314,8 +275,8 @@ def how_to_repeat(params: Params) -> tuple[str, str]:
         if Path(wanted[key]).is_absolute():
             wanted[key] = f"/path/to/{Path(wanted[key]).name}"
     changes = {
-        name: {key: value for key, value in wanted.items() if read_preset(name).settings[key] != value}
-        for name in names()
+        preset.name: {key: value for key, value in wanted.items() if preset.settings[key] != value}
+        for preset in map(read_preset, names())
     }
     name = min(changes, key=lambda name: len(changes[name]))
     words, by_hand = [], []

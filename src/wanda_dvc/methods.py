@@ -7,16 +7,18 @@ from torch import Tensor
 
 from wanda_dvc import scores
 from wanda_dvc.input_stats import InputStats
+from wanda_dvc.selection import keep_by_share, select
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a weight is scored, from the weight and the statistics of its input."""
+    """How a weight is scored, from the weight and the statistics of its input, and how the scores choose."""
 
     name: str
     score: Callable[[Tensor, InputStats], Tensor]
     needs_inputs: bool
     paper: str
+    select: Callable[..., Tensor] = select
 
 
 METHODS = {
@@ -24,5 +26,12 @@ METHODS = {
     for method in (
         Method("magnitude", lambda weight, _: scores.magnitude(weight), False, "Han et al. 2015, arXiv 1506.02626"),
         Method("wanda", lambda weight, x: scores.wanda(weight, x.norm), True, "Sun et al. 2024, arXiv 2306.11695"),
+        Method(
+            "wanda-variant",
+            lambda weight, x: scores.wanda(weight, x.norm),
+            True,
+            "Sun et al. 2024, arXiv 2306.11695, appendix",
+            lambda score, *, sparsity, **_: keep_by_share(score, sparsity),
+        ),
     )
 }

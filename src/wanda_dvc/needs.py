@@ -17,7 +17,7 @@ from wanda_dvc.stages import device_name
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
 BYTES_A_TOKEN = 4  # of English text, about
-LIBRARIES = 96 * 2**20  # what threads, kernels made at run time and a tokenizer take beyond the imports, about
+LIBRARIES = 48 * 2**20  # what threads, kernels made at run time and a tokenizer take beyond the imports, about
 ALLOCATOR = 64 * 2**20  # what glibc keeps of freed tensors under 32 MB, about; none with MALLOC_MMAP_THRESHOLD_ set
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
 SELECTION = 24  # bytes a weight at work: its score, the partition of the scores, and what counts the ties
@@ -77,13 +77,14 @@ def sizes(config: Path) -> Sizes:
     """Of the model that a config.json, or the one in a directory, describes. Its weights need not be there."""
     from transformers import AutoConfig
 
-    from wanda_dvc.blocks import empty_model, find_blocks, find_linears
+    from wanda_dvc.blocks import empty_model, find_blocks, weight_shapes
 
     model = empty_model(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
     blocks = find_blocks(model)[1]
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
-    shapes = [[linear.get_parameter("weight").shape for linear in find_linears(block).values()] for block in blocks]
+    # Each expert's matrix is a linear of its own.
+    shapes = [[shape[-2:] for shape in weight_shapes(block) for _ in range(shape[:-2].numel())] for block in blocks]
     stored = AutoConfig.from_pretrained(config).dtype  # the model's own config says what it runs in
     return Sizes(
         parameters=parameters,

@@ -104,7 +104,11 @@ class Runtime(_Section):
         description="auto (cuda where there is one), cpu, cuda, cuda:1 or mps",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; null: as many as there are cores")
-    batch_size: int = Field(16, ge=1, description="rows at a time in zero-shot evaluation")
+    memory_gb: float | None = Field(
+        None,
+        gt=0,
+        description="a model that fits in so many GB stays in memory once it is read; null: one block at a time",
+    )
     mirror: str | None = Field(
         None,
         description="a directory laid out like the Hub (id/config/split.jsonl), where data sets, and only they, are "
@@ -121,7 +125,9 @@ class Params(_Section):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="of the model when it runs")
     calibration: Calibration
-    method: Literal["magnitude", "wanda"] = Field(description="what a weight is worth")
+    method: Literal["magnitude", "wanda", "wanda-variant"] = Field(
+        description="what a weight is worth; `wanda-variant` lets rows differ in how many they lose"
+    )
     sparsity: float = Field(ge=0, lt=1, description="the fraction of each linear's weights that go")
     pattern: str = Field("unstructured", description="`unstructured`, or `n:m`: n of every m neighbours stay")
     group: Literal["row", "layer"] = Field("row", description="the weights that compete; n:m brings its own")
@@ -155,6 +161,11 @@ class Params(_Section):
                         f"params.yaml: sparsity: got {self.sparsity} with pattern {self.pattern}, "
                         f"expected {1 - n / m:g} (1 − n/m); set sparsity={1 - n / m:g} or pattern=unstructured"
                     )
+        if self.method == "wanda-variant" and (self.pattern, self.group) != ("unstructured", "row"):
+            yield (
+                f"params.yaml: method: got wanda-variant with pattern {self.pattern} and group {self.group}, expected "
+                "unstructured and row: it chooses by each row's scores how many go; set those or method=wanda"
+            )
         if not (self.model.startswith("package:") or Path(self.model).is_absolute() or HUB_ID.fullmatch(self.model)):
             yield _problem(
                 "model", self.model, "`package:NAME==VERSION`, an absolute directory or a Hub id, `ORG/NAME`"

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
@@ -10,7 +10,8 @@ from wanda_dvc.artifacts import PROVENANCE, Project, block_count, digest, read_p
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import MODELS, PARTS
 
-OUTLIER = 6  # times the median; as in Dettmers et al. 2022, arXiv 2208.07339, where 6 marks an outlier feature
+if TYPE_CHECKING:
+    from wanda_dvc.input_stats import InputStats
 
 HEADERS = ["", "dense", "pruned", "pruned / dense"]
 
@@ -114,8 +115,8 @@ def _times(project: Project) -> str:
     return f"{table}\n\nMeasured on {'; '.join(machines)}."
 
 
-def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
-    """The input norms of every distinct input, of one block or of all: as a table, or as JSON."""
+def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | None = None) -> str:
+    """The input norms of every distinct input, of one block or of all, or of one linear: as a table, or as JSON."""
     read_provenance(project.stats, "calibrate")
     blocks = block_count(project.stats)
     if layer is not None and not 0 <= layer < blocks:
@@ -124,17 +125,22 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
     records = []
     for block in range(blocks) if layer is None else [layer]:
         measured = read_stats(project.stats, block)
-        records += [_summary(block, measured.readers[name], x.norm) for name, x in measured.inputs.items()]
+        records += [_summary(block, measured.readers[name], x) for name, x in measured.inputs.items()]
+    if linear is not None:
+        every = [name for record in records for name in record["linears"]]
+        records = [r for r in records if any(f".{name}".endswith(f".{linear}") for name in r["linears"])]
+        if not records:
+            last = sorted({name.rpartition(".")[2] for name in every})
+            raise UserError(f"--linear: got {linear}, expected a linear's name or its end: {', '.join(last)}")
     if as_json:
         return json.dumps(records, indent=2)
     rows = [
         [
             record["block"],
-            ", ".join(name.rpartition(".")[2] for name in record["linears"]),
-            f"{record['mean']:.4g}",
-            f"{record['median']:.4g}",
-            f"{record['max']:.4g}",
-            f"{100 * record['outliers']:.2f} %",
+            ", ".join(map(_last_word, record["linears"])),
+            str(record["tokens"]),
+            *(_short(record[name]) for name in ("mean", "median", "max")),
+            "–" if record["outliers"] is None else f"{100 * record['outliers']:.2f} %",
             "  ".join(f"{feature['index']}: {feature['norm']:.4g}" for feature in record["largest"]),
         ]
         for record in records
@@ -142,13 +148,20 @@ def stats(*, project: Project, layer: int | None, as_json: bool) -> str:
     headers = [
         "block",
         "input of",
+        "tokens",
         "mean",
         "median",
         "largest",
-        f"> {OUTLIER} × median",
+        "> 6 × median",
         "largest features (index: norm)",
     ]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def check_stats(project: Project) -> None:
+    """UserError if there are no statistics, or not the model's that is there."""
+    read_provenance(project.stats, "calibrate")
+    _belongs(project)
 
 
 def _belongs(project: Project) -> None:
@@ -162,22 +175,36 @@ def _belongs(project: Project) -> None:
         )
 
 
-def _summary(block: int, linears: list[str], norm: Any) -> dict[str, Any]:
+def _summary(block: int, linears: list[str], x: "InputStats") -> dict[str, Any]:
+    from wanda_dvc.input_stats import outliers
+
+    norm = x.norm
     median = norm.quantile(0.5).item()
     top = norm.topk(min(5, len(norm)))
-    return {
-        "block": block,
-        "linears": linears,
-        "features": len(norm),
+    known = {
         "mean": norm.mean().item(),
         "median": median,
         "max": norm.max().item(),
-        "outliers": (norm > OUTLIER * median).float().mean().item(),
+        "outliers": outliers(norm).float().mean().item(),
         "largest": [
             {"index": index, "norm": value}
             for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         ],
     }
+    nothing: dict[str, Any] = {name: [] if name == "largest" else None for name in known}
+    record = {"block": block, "linears": linears, "features": len(norm), "tokens": x.count}
+    return record | (known if x.count else nothing)
+
+
+def _last_word(linear: str) -> str:
+    """Of a linear's name, and an expert's number with it."""
+    words = linear.split(".")
+    is_expert = words[-2].isdecimal() and sum(word.isdecimal() for word in words) > 1  # the first counts blocks
+    return ".".join(words[-2:] if is_expert else words[-1:])
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _load(path: Path) -> dict[str, Any]:

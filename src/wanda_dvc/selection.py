@@ -8,10 +8,13 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from wanda_dvc.errors import UserError
 from wanda_dvc.patterns import parse_pattern
+
+LARGEST_SHARE, SPARSITY_TOLERANCE = 0.8, 0.001  # of Wanda's variant, as in its authors' code
 
 
 def removed(size: int, sparsity: float) -> int:
@@ -51,6 +54,40 @@ def keep_highest(score: Float[Tensor, "group size"], stay: int) -> Bool[Tensor, 
         from_the_end = ties.flip(1).cumsum(dim=1, dtype=torch.int32).flip(1)
         keep[rows] |= ties & (from_the_end <= missing[rows])
     return keep
+
+
+def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
+    """The weights that stay in Wanda's variant: rows give up not the same number but the same share α of their scores.
+
+    In every row the longest run of lowest scores goes whose sum is at most α times the row's; α is found by halving
+    [0, 0.8] until the fraction removed of the whole matrix is within 0.001 of `sparsity`, or as near as the matrix
+    allows. Sun et al. 2024, arXiv 2306.11695, appendix; with the authors' bounds, but by counts, where their code takes
+    a threshold and prunes what equals it. UserError where α = 0.8 removes too little.
+    """
+    if sparsity == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    lowest_first = score.sort(dim=1, stable=True)
+    sums = lowest_first.values.double().cumsum(dim=1)
+
+    def removed_of(alpha: float) -> Int[Tensor, "out 1"]:
+        return (sums <= alpha * sums[:, -1:]).sum(dim=1, keepdim=True)
+
+    low, high = 0.0, LARGEST_SHARE
+    if (most := removed_of(high).sum().item() / score.numel()) < sparsity - SPARSITY_TOLERANCE:
+        raise UserError(
+            f"params.yaml: sparsity: got {sparsity:g} with method wanda-variant, expected at most {most:.3f}, which is "
+            f"what a share of {LARGEST_SHARE:g} of the scores removes of some linear; use method=wanda"
+        )
+    go = removed_of(high)
+    for _ in range(50):
+        alpha = (low + high) / 2
+        go = removed_of(alpha)
+        off = go.sum().item() / score.numel() - sparsity
+        if abs(off) <= SPARSITY_TOLERANCE:
+            break
+        low, high = (low, alpha) if off > 0 else (alpha, high)
+    stays = torch.arange(score.shape[1], device=score.device) >= go
+    return torch.empty_like(stays).scatter_(1, lowest_first.indices, stays)
 
 
 def _kth_lowest(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "group 1"]:

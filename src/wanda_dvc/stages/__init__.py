@@ -18,7 +18,7 @@ from wanda_dvc.artifacts import Project, write_json
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Runtime
 
-STAGES = {"download": 1, "calibrate": 1, "mask": 1, "apply": 1, "perplexity": 1, "zero-shot": 1}
+STAGES = {"download": 1, "calibrate": 1, "mask": 1, "apply": 1, "perplexity": 1, "zero-shot": 2}
 PARTS = ("model", "calibration", "perplexity", "tasks")
 MODELS = ("dense", "pruned")
 
@@ -72,6 +72,18 @@ def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
         if now - said >= 60 or (done == total and now - began >= 10):
             print(f"{what}: {done} of {total}, {now - began:.0f} s", file=sys.stderr, flush=True)
             said = now
+
+
+def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
+    """On stderr, the experts that no calibration token was sent to, if there are any, by block."""
+    if count := sum(map(len, unreached.values())):
+        blocks = ", ".join(str(block) for block, experts in sorted(unreached.items()) if experts)
+        print(
+            f"{stage}: no calibration token reached {count} expert{'s' * (count > 1)} (blocks: {blocks}); Wanda judges "
+            "their weights by magnitude. More calibration windows reach more experts.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _peak_memory() -> int:

@@ -1,5 +1,6 @@
 """Write the pruned model: the dense checkpoint, byte for byte, with zeros where the masks say so."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from wanda_dvc.artifacts import (
     digest,
     read_masks,
     read_provenance,
+    write_csv,
     write_json,
     write_provenance,
 )
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import progress
-from wanda_dvc.stages.mask import weight_name
 
 CARD = """\
 ---
@@ -61,6 +62,19 @@ def apply(*, project: Project) -> None:
             project.details("pruned", "sparsity"),
             {linear: round(count / size, 6) for linear, (count, size) in zeros.items()},
         )
+        _write_sparsity(project, checkpoint, zeros)
+
+
+def _write_sparsity(project: Project, checkpoint: Checkpoint, zeros: dict[str, tuple[int, int]]) -> None:
+    """The sparsity by block and linear, and what each linear takes when dense, for plots."""
+    stored = {name: dtype for shard in checkpoint.shards for name, dtype, *_ in checkpoint.bytes_at(shard)}
+    rows = []
+    for block in range(block_count(project.masks)):
+        for linear in read_masks(project.masks, block):
+            count, size = zeros[linear]
+            bits = int(stored[checkpoint.find(linear)[0]].lstrip("BF"))
+            rows.append([block, linear, size, count, count / size, size * bits // 8])
+    write_csv(project.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity", "bytes"], rows)
 
 
 def check_masks(checkpoint: Checkpoint, masks: Path) -> Json:
@@ -92,11 +106,15 @@ def prune(checkpoint: Checkpoint, masks: Path, target: Path) -> dict[str, tuple[
     blocks = block_count(masks)
     for block in progress(range(blocks), total=blocks, what="apply, blocks"):
         for linear, keep in read_masks(masks, block).items():
-            path, stored, shape, begin = places[weight_name(checkpoint, linear)]
-            if tuple(shape) != tuple(keep.shape):
-                raise UserError(f"masks/: {linear} is {list(keep.shape)}, expected {shape}; run `wanda-dvc mask` again")
+            tensor, expert = checkpoint.find(linear)
+            path, stored, shape, begin = places[tensor]
             # As unsigned integers: a weight that stays keeps its bits, whatever the dtype.
             bits = np.dtype({"F64": "u8", "F32": "u4", "BF16": "u2", "F16": "u2"}[stored])
+            if expert is not None:  # one of several that lie one after the other
+                shape = shape[1:]
+                begin += expert * math.prod(shape) * bits.itemsize
+            if tuple(shape) != tuple(keep.shape):
+                raise UserError(f"masks/: {linear} is {list(keep.shape)}, expected {shape}; run `wanda-dvc mask` again")
             weight = np.memmap(path, bits, "r+", offset=begin, shape=tuple(shape))
             np.multiply(weight, keep.numpy(), out=weight)
             magnitude = weight & bits.type(2 ** (8 * bits.itemsize - 1) - 1)

@@ -6,11 +6,23 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from wanda_dvc.artifacts import Json, Project, describe, read_provenance, write_provenance, write_stats
+from wanda_dvc.artifacts import (
+    Json,
+    Project,
+    block_count,
+    describe,
+    read_provenance,
+    read_stats,
+    write_csv,
+    write_provenance,
+    write_stats,
+)
 from wanda_dvc.blocks import Decoder, InputRecorder
+from wanda_dvc.checkpoint import Checkpoint
+from wanda_dvc.input_stats import outliers
 from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
-from wanda_dvc.stages import STAGES, device_name, progress
+from wanda_dvc.stages import STAGES, device_name, progress, say_unreached
 from wanda_dvc.windows import draw, draw_from_documents, load_tokenizer, tokenize
 
 
@@ -38,8 +50,24 @@ def calibrate(*, project: Project) -> None:
             recorder = InputRecorder()
             step.advance(recorder)
             write_stats(work.out, step.index, recorder.result())
+        blocks = range(len(decoder.blocks))
+        say_unreached("calibrate", {block: read_stats(work.out, block).unreached() for block in blocks})
         write_provenance(work.out, made_from)
         work.publish(project.stats)
+    _write_norms(project)
+
+
+def _write_norms(project: Project) -> None:
+    """The norms by block, for plots."""
+    rows: list[list[object]] = []
+    for block in range(block_count(project.stats)):
+        stats = read_stats(project.stats, block)
+        for name, x in stats.inputs.items():
+            norm = x.norm
+            numbers = [norm.mean(), norm.quantile(0.5), norm.max(), outliers(norm).float().mean()]
+            rows.append([block, stats.label(name), len(norm), *(number.item() for number in numbers)])
+    headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
+    write_csv(project.plots("norms"), headers, rows)
 
 
 def calibration_params(params: Params) -> Json:
@@ -60,6 +88,7 @@ def calibration_windows(project: Project) -> Int[Tensor, "samples length"]:
 
 def open_decoder(project: Project, model: str) -> Decoder:
     """The engine on one of the project's models, in the dtype and on the device that params.yaml asks for."""
-    params = project.params
-    device = torch.device(device_name(params.runtime))
-    return Decoder(project.model(model), dtype=getattr(torch, params.dtype), device=device)
+    params, folder = project.params, project.model(model)
+    dtype, budget = getattr(torch, params.dtype), params.runtime.memory_gb
+    resident = budget is not None and Checkpoint(folder).size(dtype) <= budget * 1e9
+    return Decoder(folder, dtype=dtype, device=torch.device(device_name(params.runtime)), resident=resident)

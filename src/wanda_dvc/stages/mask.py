@@ -23,8 +23,7 @@ from wanda_dvc.input_stats import BlockStats, InputStats
 from wanda_dvc.methods import METHODS
 from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
-from wanda_dvc.selection import select
-from wanda_dvc.stages import STAGES, progress
+from wanda_dvc.stages import STAGES, progress, say_unreached
 from wanda_dvc.stages.calibrate import calibration_params, calibration_windows, open_decoder
 
 
@@ -70,8 +69,13 @@ def mask(*, project: Project) -> None:
         if params.propagation == "pruned" and METHODS[params.method].needs_inputs:
             _propagate(project, checkpoint, work)
         else:
+            unreached = {}
             for block in progress(range(blocks), total=blocks, what="mask, blocks"):
-                write_masks(work.out, block, choose(params, checkpoint, read_stats(project.stats, block)))
+                measured = read_stats(project.stats, block)
+                unreached[block] = measured.unreached()
+                write_masks(work.out, block, choose(params, checkpoint, measured))
+            if METHODS[params.method].needs_inputs:
+                say_unreached("mask", unreached)
         write_provenance(work.out, made_from)
         work.publish(project.masks)
 
@@ -80,13 +84,17 @@ def _propagate(project: Project, checkpoint: Checkpoint, work: Work) -> None:
     """The paper's procedure: each block is calibrated on what the pruned blocks before it put out."""
     decoder = open_decoder(project, "dense")
     steps = decoder.walk(calibration_windows(project), work.path)
+    unreached = {}
     for step in progress(steps, total=len(decoder.blocks), what="mask, blocks calibrated and pruned"):
         recorder = InputRecorder()
         step.advance(recorder)
-        keeps = choose(project.params, checkpoint, recorder.result())
+        measured = recorder.result()
+        unreached[step.index] = measured.unreached()
+        keeps = choose(project.params, checkpoint, measured)
         write_masks(work.out, step.index, keeps)
         step.prune(keeps)
         step.advance()
+    say_unreached("mask", unreached)  # of the blocks that this run has calibrated
 
 
 def choose(params: Params, checkpoint: Checkpoint, block: BlockStats) -> dict[str, Tensor]:
@@ -95,11 +103,11 @@ def choose(params: Params, checkpoint: Checkpoint, block: BlockStats) -> dict[st
 
     def keep(name: str, x: InputStats) -> Tensor:
         transposed = name in block.transposed
-        weight = checkpoint.read(weight_name(checkpoint, name))
+        weight = checkpoint.weight(name)
         score = method.score(weight.T.contiguous() if transposed else weight, x)
         if not score.amax().isfinite():
             raise UserError(f"{name}: scores that are not finite; its weights or the activations it reads overflow")
-        kept = select(score, sparsity=params.sparsity, pattern=params.pattern, group=params.group)
+        kept = method.select(score, sparsity=params.sparsity, pattern=params.pattern, group=params.group)
         return kept.T.contiguous() if transposed else kept
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # partitioning holds no lock
@@ -109,11 +117,3 @@ def choose(params: Params, checkpoint: Checkpoint, block: BlockStats) -> dict[st
             for name in names
         }
         return {name: job.result() for name, job in jobs.items()}
-
-
-def weight_name(checkpoint: Checkpoint, linear: str) -> str:
-    """The stored name of a linear's weight."""
-    name = f"{linear}.weight"
-    if name not in checkpoint.where:
-        raise UserError(f"{checkpoint.folder}: no weight of {linear}, which the statistics name; run `dvc repro`")
-    return name

@@ -5,11 +5,9 @@ import math
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
-from wanda_dvc.artifacts import Project, describe, digest, read_provenance, tokenizer_digest, write_json
-from wanda_dvc.blocks import Decoder
+from wanda_dvc.artifacts import Project, describe, digest, read_provenance, tokenizer_digest, write_csv, write_json
+from wanda_dvc.blocks import Decoder, Row, as_rows
 from wanda_dvc.stages import STAGES, progress
 from wanda_dvc.stages.calibrate import open_decoder
 from wanda_dvc.windows import cut, left_over, load_tokenizer, tokenize
@@ -45,25 +43,26 @@ def perplexity(*, project: Project, model: str) -> None:
     )
     with project.work(protocol) as work:
         decoder = open_decoder(project, model)
-        losses = _losses(decoder, windows, work.path, what=f"perplexity {model}")
-        predictions = [windows.shape[1] - 1] * len(windows)
-        if rest is not None:  # the engine's windows are all of one length
-            losses += _losses(decoder, rest[None], work.path / "rest", what=f"perplexity {model}, rest")
-            predictions.append(len(rest) - 1)
+        rows = as_rows(windows) if rest is None else [*as_rows(windows), Row(rest)]
+        losses = _losses(decoder, rows, work.path, what=f"perplexity {model}")
+        predictions = [len(row.tokens) - 1 for row in rows]
         write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": [_finite(x) for x in losses]})
         write_json(project.metrics(model, "perplexity"), {"perplexity": from_losses(losses, predictions)})
+        plotted = zip(predictions, [loss if math.isfinite(loss) else "" for loss in losses], strict=True)
+        headers = ["window", "predictions", "loss"]
+        write_csv(project.plots(f"{model}/perplexity"), headers, ([i, *pair] for i, pair in enumerate(plotted)))
         work.forget()
 
 
-def _losses(decoder: Decoder, windows: Int[Tensor, "windows length"], work: Path, *, what: str) -> list[float]:
-    """Each window's mean loss; what a killed run has in `work` is gone on from."""
-    for step in progress(decoder.walk(windows, work), total=len(decoder.blocks), what=f"{what}, blocks"):
+def _losses(decoder: Decoder, rows: list[Row], work: Path, *, what: str) -> list[float]:
+    """Each row's mean loss; what a killed run has in `work` is gone on from."""
+    for step in progress(decoder.walk(rows, work), total=len(decoder.blocks), what=f"{what}, blocks"):
         step.advance()
     losses: list[float] = _read_losses(work / "losses.json")
-    rows = range(len(losses), len(windows))
-    hidden = decoder.outputs(windows, work)
-    for row in progress(rows, total=len(rows), what=f"{what}, output head, windows"):
-        losses.append(window_loss(decoder, hidden[row : row + 1], windows[row]))
+    left = range(len(losses), len(rows))
+    hidden = decoder.outputs(rows, work)
+    for row in progress(left, total=len(left), what=f"{what}, output head, windows"):
+        losses.append(window_loss(decoder, hidden[row][None], rows[row].tokens))
         write_json(work / "losses.json", [_finite(loss) for loss in losses])
     return losses
 

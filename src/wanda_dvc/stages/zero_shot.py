@@ -1,12 +1,25 @@
-"""Ask a model multiple-choice questions, through lm-eval's own definitions of the tasks."""
+"""Ask a model multiple-choice questions: lm-eval's own definitions of the tasks, our engine's log-likelihoods."""
 
 import json
 import logging
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._yaml_loader import load_yaml
+
 from wanda_dvc.artifacts import ITEMS, Project, describe, digest, read_provenance, tokenizer_digest, write_json
-from wanda_dvc.stages import STAGES, device_name
+from wanda_dvc.blocks import Decoder, Step
+from wanda_dvc.questions import Request, loglikelihoods
+from wanda_dvc.stages import STAGES, progress
+from wanda_dvc.stages.calibrate import open_decoder
+from wanda_dvc.windows import load_tokenizer
 
 METRICS = ("acc", "acc_norm")
 
@@ -14,9 +27,6 @@ METRICS = ("acc", "acc_norm")
 def zero_shot(*, project: Project, model: str, task: str) -> None:
     """models/{dense,pruned} + data/tasks/TASK → metrics/{dense,pruned}/zero_shot/TASK.json"""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every data set that is no Hub id
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
-
     params, folder = project.params, project.model(model)
     items = read_provenance(project.data("tasks") / task, "download tasks")
     made_by = "download model" if model == "dense" else "apply"
@@ -31,14 +41,11 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
         limit=params.zero_shot.limit,
         dtype=params.dtype,
     )
-    language_model = HFLM(
-        pretrained=str(folder),
-        dtype=params.dtype,
-        device=device_name(params.runtime),
-        batch_size=params.runtime.batch_size,
-    )
     definition = load_task(items["definition"], items["role"], project.data("tasks") / task / ITEMS)
-    evaluated = evaluate(language_model, {task: definition}, limit=params.zero_shot.limit)
+    with project.work(protocol) as work:
+        language_model = EngineLM(open_decoder(project, model), work.path, what=f"zero-shot {model} {task}")
+        evaluated = evaluate(language_model, {task: definition}, limit=params.zero_shot.limit)
+        work.forget()
     result = evaluated["results"][task]
     numbers = {}
     for metric in METRICS:
@@ -50,13 +57,36 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
     write_json(project.metrics(model, f"zero_shot/{task}"), numbers)
 
 
+class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
+    """lm-eval's model class, its log-likelihoods from the engine: contexts once, no padding, a block at a time.
+
+    How a text becomes tokens, how many positions there are, and what stands before an empty context stay lm-eval's.
+    """
+
+    def __init__(self, decoder: Decoder, work: Path, *, what: str) -> None:
+        super().__init__(pretrained=decoder.model, tokenizer=load_tokenizer(decoder.checkpoint.folder))
+        self.decoder, self.work, self.what = decoder, work, what
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *_: Any, **__: Any
+    ) -> list[tuple[float, bool]]:
+        if not self.decoder.holds_layouts:
+            print(
+                f"{self.what}: this model can't hold several questions in one row (its attention, or what it does with "
+                "positions, is its own); each choice goes through it alone, which takes longer and answers the same",
+                file=sys.stderr,
+                flush=True,
+            )
+
+        def blocks(items: Iterable[Step], total: int) -> Iterable[Step]:
+            return progress(items, total=total, what=f"{self.what}, blocks")
+
+        asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        return loglikelihoods(self.decoder, asked, self.work, length=self.max_length, progress=blocks)
+
+
 def load_task(definition: str, role: str, items: Path) -> Any:
     """lm-eval's task, on items from a file: its own YAML, with every split but the one in that role taken out."""
-    import lm_eval.tasks
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     rows = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()]
     config = load_yaml(Path(lm_eval.tasks.__file__).parent / definition)
     config |= {f"{name}_split": role if name == role else None for name in ("training", "validation", "test")}

@@ -1,0 +1,183 @@
+"""Input norms looked at closer: drawn, compared between two sets of statistics, and which features stand out again
+and again."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from wanda_dvc.artifacts import PROVENANCE, Json, Project, block_count, read_provenance, read_stats
+from wanda_dvc.errors import UserError
+from wanda_dvc.report.charts import InputNorms
+
+SHOWN = 20  # lines of a table; JSON has all
+
+
+def input_norms(folder: Path) -> list[InputNorms]:
+    """The norms of a set of statistics, by distinct input over the blocks."""
+    from wanda_dvc.input_stats import outliers
+
+    found: dict[str, InputNorms] = {}
+    for block in range(block_count(folder)):
+        stats = read_stats(folder, block)
+        for name, x in stats.inputs.items():
+            norm = x.norm
+            one = found.setdefault(stats.label(name), InputNorms(stats.label(name), [], [], [], [], [], len(norm)))
+            one.blocks.append(block)
+            for values, share in ((one.low, 0.05), (one.median, 0.5), (one.high, 0.95)):
+                values.append(norm.quantile(share).item())
+            above = outliers(norm).nonzero().flatten().tolist()
+            one.outliers.extend((block, feature, norm[feature].item()) for feature in above)
+    return list(found.values())
+
+
+def plot(*, folder: Path, target: Path) -> str:
+    """Draw the norms by block and feature, outliers marked, as a PNG."""
+    from wanda_dvc.report.charts import norms, png
+
+    if target.suffix.lower() != ".png":
+        raise UserError(f"--plot: got {target.name}, expected a name that ends in .png")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    png(norms(input_norms(folder)), target)
+    return f"{target}: norms by block, and below them which features are outliers"
+
+
+def recurring(*, folder: Path, as_json: bool) -> str:
+    """The features that are outliers in several blocks, by distinct input, those in most blocks first.
+
+    Inputs that are read off the residual stream share their features' numbers: a feature that is listed for
+    attention's input and for the MLP's is one direction of the stream.
+    """
+    records: list[Json] = []
+    for one in input_norms(folder):
+        by_feature: dict[int, list[tuple[int, float]]] = defaultdict(list)
+        medians = dict(zip(one.blocks, one.median, strict=True))
+        for block, feature, norm in one.outliers:
+            by_feature[feature].append((block, norm / medians[block]))
+        for feature, places in by_feature.items():
+            if len(places) > 1:
+                blocks, largest = [block for block, _ in places], max(ratio for _, ratio in places)
+                records.append({"input": one.label, "feature": feature, "blocks": blocks, "largest_ratio": largest})
+    records.sort(key=lambda record: (-len(record["blocks"]), record["input"], record["feature"]))
+    if as_json:
+        return json.dumps(records, indent=2)
+    if not records:
+        return "No feature is an outlier in more than one block."
+    total = block_count(folder)
+    rows = [
+        [r["input"], r["feature"], f"{len(r['blocks'])} of {total}", _spans(r["blocks"]), f"{r['largest_ratio']:.1f} ×"]
+        for r in records[:SHOWN]
+    ]
+    headers = ["input of", "feature", "blocks", "which", "at most, of the median"]
+    return _table(rows, headers, len(records))
+
+
+def compare(*, project: Project, other: str, as_json: bool) -> str:
+    """This study's statistics against another's: a stats directory, a study, or an experiment or other revision."""
+    path = Path(other)
+    for folder in (path, path / "stats"):
+        if (folder / PROVENANCE).is_file() and block_count(folder):
+            return _compare(project.stats, folder, other, as_json)
+    if path.exists():
+        raise UserError(f"--compare: {other}: no statistics, expected a directory that `wanda-dvc calibrate` wrote")
+    from wanda_dvc.revisions import Revision
+
+    with project.work({"kind": "stats", "revision": other}) as work:
+        work.forget()
+        study = Project(work.path / "study")
+        study.root.mkdir(parents=True)
+        revision = Revision.open(project, other, otherwise="`--compare DIRECTORY` needs none")
+        if missing := revision.take("stats", study):
+            raise UserError(
+                f"{other}: {missing[0]} is not in DVC's cache, expected all of stats/; `dvc pull --all-commits` "
+                f"fetches it where a remote has it, `dvc exp apply {other}` and `dvc repro calibrate` make it anew"
+            )
+        table = _compare(project.stats, study.stats, other, as_json)
+        work.forget()
+    return table
+
+
+def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
+    import torch
+
+    from wanda_dvc.input_stats import outliers
+
+    here, there = read_provenance(ours, "calibrate"), read_provenance(theirs, "calibrate")
+    records: list[Json] = []
+    if block_count(ours) != block_count(theirs):
+        raise UserError(f"--compare: {name}: {block_count(theirs)} blocks, expected {block_count(ours)} as in stats/")
+    for block in range(block_count(ours)):
+        mine, other = read_stats(ours, block), read_stats(theirs, block)
+        for key, x in mine.inputs.items():
+            if key not in other.inputs or len(other.inputs[key].sum) != len(x.sum):
+                raise UserError(
+                    f"--compare: {name}: no input of {key} with {len(x.sum)} features; it is another model's"
+                )
+            # Root mean squares: the number of tokens may differ.
+            a, b = (one.sum_squares.div(one.count).sqrt().float() for one in (x, other.inputs[key]))
+            change = ((a - b).abs() / b.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num(0, 0, 0)
+            correlation = torch.corrcoef(torch.stack([a, b]))[0, 1].item() if len(a) > 1 else 1.0
+            gained, lost = outliers(a) & ~outliers(b), outliers(b) & ~outliers(a)
+            records.append(
+                {
+                    "block": block,
+                    "input": mine.label(key),
+                    "correlation": correlation,
+                    "largest_change": change.max().item(),
+                    "at_feature": int(change.argmax()),
+                    "mean_change": change.mean().item(),
+                    "outliers_gained": gained.nonzero().flatten().tolist(),
+                    "outliers_lost": lost.nonzero().flatten().tolist(),
+                }
+            )
+    if as_json:
+        return json.dumps({"here": _made(here), "other": _made(there), "inputs": records}, indent=2)
+    rows = [
+        [
+            r["block"],
+            r["input"],
+            f"{r['correlation']:.4f}",
+            f"{100 * r['mean_change']:.1f} %",
+            f"{100 * r['largest_change']:.1f} % (feature {r['at_feature']})",
+            _numbers(r["outliers_gained"]),
+            _numbers(r["outliers_lost"]),
+        ]
+        for r in records
+    ]
+    headers = ["block", "input of", "correlation", "mean change", "largest change", "outliers gained", "lost"]
+    title = (
+        f"stats/ ({_described(here)}) against {name} ({_described(there)}): the root mean square of each input "
+        "feature, changes relative to the latter."
+    )
+    return f"{title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}"
+
+
+def _made(provenance: Json) -> Json:
+    return {key: provenance[key] for key in ("model", "text", "params") if key in provenance}
+
+
+def _described(provenance: Json) -> str:
+    params = provenance["params"]
+    return f"{params['samples']} windows of {params['length']} tokens of {provenance['text']['source']}"
+
+
+def _numbers(values: list[int]) -> str:
+    return ", ".join(map(str, values[:5])) + (f" and {len(values) - 5} more" if len(values) > 5 else "") or "–"
+
+
+def _spans(blocks: list[int]) -> str:
+    """`0, 3–7`"""
+    spans: list[list[int]] = []
+    for block in blocks:
+        if spans and spans[-1][1] == block - 1:
+            spans[-1][1] = block
+        else:
+            spans.append([block, block])
+    return ", ".join(f"{first}–{last}" if first != last else f"{first}" for first, last in spans)
+
+
+def _table(rows: list[list[Any]], headers: list[str], total: int) -> str:
+    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return table + (f"\n\nand {total - len(rows)} more; --json lists all" if total > len(rows) else "")

@@ -1,0 +1,54 @@
+"""Published rows, and which of them an experiment may be compared with: those of the same protocol."""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from ruamel.yaml import YAML
+
+Settings = dict[str, Any]
+OF_INPUTS = ("calibration.", "propagation")  # magnitude sees no activations
+
+
+@dataclass(frozen=True)
+class Source:
+    source: str
+    models: list[str]
+    perplexity: Settings
+    pruning: Settings
+    rows: list[dict[str, Any]]
+    zero_shot: Settings | None = None
+
+    def differences(self, settings: Settings, measure: str, row: dict[str, Any]) -> list[str]:
+        """In what an experiment's protocol is not this row's; [] if it may be compared.
+
+        `measure` is `perplexity` or a task. The row's `method: dense` asks nothing of how weights were chosen.
+        """
+        wanted = self.perplexity if measure == "perplexity" else self.zero_shot
+        if wanted is None:
+            return [measure]
+        wanted = dict(wanted)
+        if row["method"] != "dense":
+            pruning = self.pruning | {key: row[key] for key in ("method", "sparsity", "pattern", "group") if key in row}
+            if row["method"] == "magnitude":
+                pruning = {key: value for key, value in pruning.items() if not key.startswith(OF_INPUTS)}
+            if pruning.get("pattern", "unstructured") != "unstructured":
+                pruning.pop("group", None)
+            wanted |= pruning
+        different = [] if self._is_model(settings["model"]) else ["model"]
+        return different + [key for key, value in wanted.items() if settings.get(key) != value]
+
+    def _is_model(self, name: str) -> bool:
+        """A Hub id at any revision, or a directory that bears its name."""
+        name = name.partition("@")[0]
+        return name in self.models or (name.startswith("/") and name.rsplit("/", 1)[-1] in self._names())
+
+    def _names(self) -> list[str]:
+        return [model.rsplit("/", 1)[-1] for model in self.models]
+
+
+@cache
+def sources() -> list[Source]:
+    text = (files("wanda_dvc.report") / "published.yaml").read_text(encoding="utf-8")
+    return [Source(**entry) for entry in YAML(typ="safe", pure=True).load(text)]

@@ -1,0 +1,83 @@
+"""What an experiment, commit, branch or tag holds, out of git and DVC's cache; the workspace is only read."""
+
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from wanda_dvc.artifacts import Project
+from wanda_dvc.errors import UserError
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One state of a study's repository, `files` being DVC's view of it."""
+
+    name: str
+    files: Any
+    prefix: str  # of the project inside the repository
+
+    @classmethod
+    def open(cls, project: Project, name: str, *, otherwise: str) -> "Revision":
+        """UserError if there is no such revision; `otherwise` says what to do without a repository."""
+        from dvc.api import DVCFileSystem
+        from dvc.exceptions import NotDvcRepoError
+        from dvc.repo import Repo
+        from dvc.scm import NoSCM, SCMError
+
+        try:
+            root = Path(Repo.find_root(str(project.root)))
+            files = DVCFileSystem(str(root), rev=name)
+            if isinstance(files.repo.scm, NoSCM):
+                raise UserError(f"{root}: no git repository, expected one that knows {name}; run `git init`")
+        except NotDvcRepoError:
+            raise UserError(f"{project.root}: no DVC repository, expected one that knows {name}; {otherwise}") from None
+        except SCMError:
+            raise UserError(
+                f"{name}: no experiment, commit, branch or tag of that name; `dvc exp list --all-commits` lists "
+                "the experiments"
+            ) from None
+        return cls(name, files, project.root.resolve().relative_to(root.resolve()).as_posix().removeprefix("."))
+
+    @cached_property
+    def _cache(self) -> Any:
+        return self.files.repo.cache.local
+
+    def take(self, part: str, target: Project) -> list[str]:
+        """One file or folder into `target`, laid out like a project; what of it could not be had.
+
+        Large files are links into the cache, so that nothing lies there twice.
+        """
+        from dvc.exceptions import DvcException
+        from dvc_data.index import DataIndexDirError  # a folder whose list of files is not in the cache
+
+        lost = (OSError, DvcException, DataIndexDirError)
+        inside = f"{self.prefix}/{part}" if self.prefix else part
+        try:
+            found = self.files.find(inside) or [inside]
+        except lost:
+            return [part]
+        missing = []
+        for path in found:
+            within = Path(path.removeprefix("/")).relative_to(self.prefix or ".")
+            place = target.root / within
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                md5 = self.files.info(path).get("md5")
+                cached = Path(self._cache.oid_to_path(md5)) if md5 else None
+                if cached and cached.is_file():
+                    place.symlink_to(cached)
+                else:
+                    self.files.get_file(path, str(place))
+            except lost:
+                place.unlink(missing_ok=True)
+                missing.append(within.as_posix())
+        return missing
+
+    def take_whole(self, part: str, target: Project) -> bool:
+        """Whether all of it could be had; if not, nothing of it is left in `target`."""
+        if self.take(part, target):
+            shutil.rmtree(target.root / part, ignore_errors=True)
+            return False
+        return True

@@ -1,0 +1,120 @@
+"""Our attention against torch's own: causal, with a window, with keys shared, soft-capped, and by questions."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+from wanda_dvc import attention, blocks
+from wanda_dvc.attention import Layout, attend, laid_out, visible
+from wanda_dvc.blocks import Decoder
+
+MODULE = torch.nn.Module()
+
+
+def heads(length: int, *, keys: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(1, 6, length, 8, generator=generator),
+        torch.randn(1, keys, length, 8, generator=generator),
+        torch.randn(1, keys, length, 8, generator=generator),
+    )
+
+
+def oracle(q, k, v, sees, scale=8**-0.5, softcap=None):
+    """Token by token, head by head."""
+    out = torch.zeros(1, q.shape[2], q.shape[1], v.shape[-1])
+    for head in range(q.shape[1]):
+        group = head * k.shape[1] // q.shape[1]
+        for i in range(q.shape[2]):
+            scores = scale * (k[0, group] @ q[0, head, i])
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            weights = torch.where(sees[i], scores, -torch.inf).softmax(0)
+            out[0, i, head] = weights @ v[0, group]
+    return out
+
+
+@pytest.mark.parametrize("queries", [5, 16, 256])
+@pytest.mark.parametrize("keys", [1, 2, 6])
+def test_a_window_is_causal(monkeypatch: pytest.MonkeyPatch, queries: int, keys: int):
+    monkeypatch.setattr(attention, "QUERIES_AT_A_TIME", queries)
+    q, k, v = heads(37, keys=keys)
+    ours, _ = attend(MODULE, q, k, v, None, scaling=8**-0.5)
+    shared = (x.repeat_interleave(6 // keys, dim=1) for x in (k, v))
+    theirs = scaled_dot_product_attention(q, *shared, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [5, 256])
+def test_a_layer_that_sees_a_few_tokens_back(monkeypatch: pytest.MonkeyPatch, queries: int):
+    monkeypatch.setattr(attention, "QUERIES_AT_A_TIME", queries)
+    mask = visible(1, 37, 37, sliding_window_causal_mask_function(4), "cpu", local_size=4)
+    q, k, v = heads(37)
+    behind = torch.arange(37)[:, None] - torch.arange(37)
+    ours, _ = attend(MODULE, q, k, v, mask, softcap=2.0)
+    torch.testing.assert_close(ours, oracle(q, k, v, (behind >= 0) & (behind < 4), softcap=2.0), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(0, 4), min_size=1, max_size=3)), min_size=1, max_size=3),
+    st.sampled_from([None, 2, 5]),
+)
+def test_a_token_sees_its_context_and_its_own_choice(questions: list[tuple[int, list[int]]], window: int | None):
+    places = [
+        (question, choice, position)
+        for question, (context, choices) in enumerate(questions)
+        for choice, size in enumerate([context, *choices])
+        for position in range(0 if choice == 0 else context, size if choice == 0 else context + size)
+    ]
+    question, choice, positions = (torch.tensor(column) for column in zip(*places, strict=True))
+    sees = torch.tensor(
+        [
+            [
+                q == r and d in (0, c) and e <= p and (window is None or p - e < window)
+                for r, d, e in places
+            ]
+            for q, c, p in places
+        ]
+    )  # fmt: skip
+    q, k, v = heads(len(places))
+    kind = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    with laid_out(Layout(positions, question, choice)):
+        mask = visible(1, len(places), len(places), kind, "cpu", attention_mask=None, allow_is_causal_skip=True)
+        ours, _ = attend(MODULE, q, k, v, mask)
+    torch.testing.assert_close(ours, oracle(q, k, v, sees), rtol=1e-5, atol=1e-5)
+
+
+def test_in_bfloat16_a_cpu_with_units_for_it_takes_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It rounds otherwise than the stock attention, and no worse: float32 says what is right."""
+    folder, device = save_tiny_model(tmp_path / "model"), torch.device("cpu")
+    tokens = torch.randint(0, 256, (1, 300), generator=torch.Generator().manual_seed(0))
+    hidden = {}
+    for name, dtype, units in (
+        ("right", torch.float32, False),
+        ("stock", torch.bfloat16, False),
+        ("ours", torch.bfloat16, True),
+    ):
+        monkeypatch.setattr(blocks, "fast_in_half", lambda *_, units=units: units)
+        decoder = Decoder(folder, dtype=dtype, device=device)
+        for step in decoder.walk(tokens, tmp_path / name):
+            step.advance()
+        hidden[name] = decoder.outputs(tokens, tmp_path / name)[0].float()
+        assert (decoder.model.config._attn_implementation == attention.NAME) == units
+    stock, ours = ((hidden[name] - hidden["right"]).norm() for name in ("stock", "ours"))
+    assert not torch.equal(hidden["ours"], hidden["stock"])
+    assert ours < 1.5 * stock
+
+
+def test_where_ours_computes_something_else_the_stock_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(blocks, "fast_in_half", lambda *_: True)
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, lambda m, q, *_, **__: (q.mT * 0, None))
+    folder = save_tiny_model(tmp_path / "model")
+    assert not Decoder(folder, dtype=torch.bfloat16, device=torch.device("cpu"))._ours_for_windows

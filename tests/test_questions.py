@@ -1,0 +1,132 @@
+"""Questions packed into rows: every continuation as likely as one by one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from wanda_dvc import blocks, questions
+from wanda_dvc.blocks import Decoder
+from wanda_dvc.questions import Request, loglikelihoods, pack, spread
+
+CPU = torch.device("cpu")
+token_lists = st.lists(st.integers(3, 6), min_size=1, max_size=4).map(tuple)
+requests = st.lists(st.builds(Request, token_lists, token_lists), min_size=1, max_size=12)
+
+
+def quiet(items, total):
+    return items
+
+
+@given(requests, st.integers(1, 20))
+def test_a_row_holds_each_context_once_and_every_prediction_has_its_place(asked: list[Request], tokens: int):
+    rows, places = pack(asked, tokens=tokens)
+    fed = sum(len(row.tokens) for row in rows)
+    contexts = {request.context for request in asked}
+    behind = {(request.context, request.continuation[:-1]) for request in asked}
+    assert fed == sum(map(len, contexts)) + sum(len(part) for _, part in behind)
+    for request, place in zip(asked, places, strict=True):
+        row = rows[place.row]
+        context, *rest = place.tokens
+        # What a prediction can look back on is what it would be alone: context, then its own choice.
+        seen = [*range(context - len(request.context) + 1, context + 1), *rest]
+        assert tuple(row.tokens[seen].tolist()) == request.context + request.continuation[:-1]
+        assert row.layout.positions[seen].tolist() == list(range(len(seen)))
+        assert len(set(row.layout.question[seen].tolist())) == 1
+        assert set(row.layout.choice[rest].tolist()) <= {int(row.layout.choice[rest[0]])} if rest else True
+    for row in rows:
+        several = len(set(row.layout.question.tolist())) > 1
+        assert len(row.tokens) <= tokens or not several
+
+
+@given(requests)
+def test_spread_feeds_what_is_equal_once(asked: list[Request]):
+    rows, places = spread(asked)
+    assert len(rows) == len({request.context + request.continuation[:-1] for request in asked})
+    for request, place in zip(asked, places, strict=True):
+        assert tuple(rows[place.row].tokens.tolist()) == request.context + request.continuation[:-1]
+        assert place.tokens[0] == len(request.context) - 1
+        assert len(place.tokens) == len(request.continuation)
+
+
+def test_long_contexts_are_cut_from_the_left_and_the_last_token_is_not_fed():
+    asked = Request(tuple(range(10)), (20, 21, 22)).within(8)
+    assert asked == Request((4, 5, 6, 7, 8, 9), (20, 21, 22))  # 6 + 3 − 1 fed
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[Request]:
+    """Shared contexts, one-token choices, equal choices, a choice that begins another, and one that is too long."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for question in range(9):
+        context = tuple(torch.randint(3, 256, (3 + 5 * question,), generator=generator).tolist())
+        for choice in range(1 + question % 4):
+            size = 1 if question % 3 == 0 else 1 + choice
+            made.append(Request(context, tuple(torch.randint(3, 256, (size,), generator=generator).tolist())))
+    made += [made[-1], Request(made[-1].context, (*made[-1].continuation, 7, 8)), Request(tuple([9] * 70), (5, 6))]
+    return made
+
+
+@pytest.mark.parametrize("row", [30, 2048])
+@pytest.mark.parametrize("together", [True, False])
+def test_they_are_the_models_own(
+    tiny: Path, tmp_path: Path, asked: list[Request], monkeypatch: pytest.MonkeyPatch, row: int, together: bool
+):
+    monkeypatch.setattr(questions.pack, "__kwdefaults__", {"tokens": row})
+    monkeypatch.setattr(blocks, "LOGITS_AT_A_TIME", 260 * 5)
+    monkeypatch.setattr(questions, "LOGITS_AT_A_TIME", 260 * 5)
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    assert decoder.holds_layouts
+    decoder.holds_layouts = together
+    ours = loglikelihoods(decoder, asked, tmp_path, length=64, progress=quiet)
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    for request, (value, greedy) in zip(asked, ours, strict=True):
+        tokens = torch.tensor(request.context + request.continuation)[-65:]
+        size = len(request.continuation)
+        with torch.no_grad():
+            logprobs = model(input_ids=tokens[None, :-1]).logits[0].log_softmax(-1)[-size:]
+        assert value == pytest.approx(logprobs.gather(1, tokens[-size:, None]).sum().item(), abs=2e-4)
+        assert greedy == bool((logprobs.argmax(-1) == tokens[-size:]).all())
+
+
+def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, asked: list[Request]):
+    whole = loglikelihoods(
+        Decoder(tiny, dtype=torch.float32, device=CPU), asked, tmp_path / "whole", length=64, progress=quiet
+    )
+
+    def killed(items, total):
+        for done, item in enumerate(items):
+            if done == 2:
+                raise KeyboardInterrupt
+            yield item
+
+    seen = []
+
+    def counted(items, total):
+        for item in items:
+            seen.append(item)
+            yield item
+
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    with pytest.raises(KeyboardInterrupt):
+        loglikelihoods(decoder, asked, tmp_path / "killed", length=64, progress=killed)
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    assert loglikelihoods(decoder, asked, tmp_path / "killed", length=64, progress=counted) == whole
+    assert len(seen) == 2  # of four blocks
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+def test_more_choices_change_nothing_for_the_others(tiny: Path, tmp_path: Path, choices: int):
+    """A question's other choices are out of sight."""
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    first = [Request((5, 6, 7, 8), (9, 10, 11))]
+    more = [*first, *(Request((5, 6, 7, 8), (20 + i, 30 + i)) for i in range(choices))]
+    alone, together = (
+        loglikelihoods(decoder, asked, tmp_path / name, length=64, progress=quiet)[0][0]
+        for name, asked in (("alone", first), ("together", more))
+    )
+    assert together == pytest.approx(alone, abs=1e-4)
