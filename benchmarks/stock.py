@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401 - a stage's clock starts after these imports, and so does this one
-import transformers  # noqa: F401
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
 
-BEGAN = time.perf_counter()
+from wanda_dvc.stages.zero_shot import load_task
+
+BEGAN = time.perf_counter()  # after imports, as a stage's clock
 
 
 def needed(model: Any, samples: list[dict[str, Any]]) -> list[list[Any]]:
@@ -38,13 +40,8 @@ def main() -> None:
     words = parser.parse_args()
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    from wanda_dvc.stages.zero_shot import load_task
-
     model = HFLM(pretrained=words.model, dtype=words.dtype, device="cpu", batch_size=words.batch[0])
-    before = time.perf_counter() - BEGAN  # lm-eval's imports and the model
+    before = time.perf_counter() - BEGAN  # the model
 
     def run(task: str, limit: int | None) -> tuple[float, list[dict[str, Any]]]:
         began = time.perf_counter()
