@@ -624,9 +624,11 @@ def without_units(name: str, goal: str) -> Row:
 
 
 def has_bf16_units() -> bool:
-    from wanda_dvc.doctor import has_bf16_units
+    import torch
 
-    return has_bf16_units()
+    from wanda_dvc.blocks import has_units
+
+    return has_units(torch.bfloat16)
 
 
 def machine(bench: Bench) -> Part:

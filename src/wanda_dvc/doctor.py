@@ -78,8 +78,10 @@ def _python() -> Iterator[Check]:
 def _machine(project: Project) -> Iterator[Check]:
     import torch
 
+    from wanda_dvc.blocks import has_units
+
     device = project.params.runtime.device
-    units = " and bf16 units" if has_bf16_units() else ""
+    units = " and bf16 units" if has_units(torch.bfloat16) else ""
     yield Check("cpu", True, f"{torch.get_num_threads()} threads{units}, {memory('cpu') / 1e9:.1f} GB of memory free")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     for gpu in gpus:
@@ -190,12 +192,3 @@ def _repository(project: Project) -> Iterator[Check]:
         "every artifact lies here twice; `dvc config cache.type reflink,hardlink,symlink`, and the cache on this disk",
         needed=False,
     )
-
-
-def has_bf16_units() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware, where the system tells."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))

@@ -65,3 +65,13 @@ class BlockStats(NamedTuple):
 def outliers(norm: Float[Tensor, " in"]) -> Bool[Tensor, " in"]:
     """Features whose norm is more than `OUTLIER` times the median of their input."""
     return norm > OUTLIER * norm.quantile(0.5)
+
+
+def summary(norm: Float[Tensor, " in"]) -> dict[str, float]:
+    """Mean, median and largest norm, and the share of features that are outliers."""
+    return {
+        "mean": norm.mean().item(),
+        "median": norm.quantile(0.5).item(),
+        "max": norm.max().item(),
+        "outliers": outliers(norm).float().mean().item(),
+    }

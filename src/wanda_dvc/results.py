@@ -176,16 +176,12 @@ def _belongs(project: Project) -> None:
 
 
 def _summary(block: int, linears: list[str], x: "InputStats") -> dict[str, Any]:
-    from wanda_dvc.input_stats import outliers
+    from wanda_dvc.input_stats import summary
 
     norm = x.norm
-    median = norm.quantile(0.5).item()
     top = norm.topk(min(5, len(norm)))
-    known = {
-        "mean": norm.mean().item(),
-        "median": median,
-        "max": norm.max().item(),
-        "outliers": outliers(norm).float().mean().item(),
+    known: dict[str, Any] = {
+        **summary(norm),
         "largest": [
             {"index": index, "norm": value}
             for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)

@@ -3,6 +3,7 @@
 import math
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,6 +51,15 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 """
 
 
+class Zeros(NamedTuple):
+    """How many of a linear's weights are zero, and how many there are; and what they take when dense."""
+
+    block: int
+    zero: int
+    size: int
+    nbytes: int
+
+
 def apply(*, project: Project) -> None:
     """models/dense + masks/ → models/pruned"""
     checkpoint = Checkpoint(project.model("dense"))
@@ -60,21 +70,13 @@ def apply(*, project: Project) -> None:
         write_json(project.metrics("pruned", "sparsity"), {"sparsity": round(measured_sparsity(zeros), 6)})
         write_json(
             project.details("pruned", "sparsity"),
-            {linear: round(count / size, 6) for linear, (count, size) in zeros.items()},
+            {linear: round(found.zero / found.size, 6) for linear, found in zeros.items()},
         )
-        _write_sparsity(project, checkpoint, zeros)
-
-
-def _write_sparsity(project: Project, checkpoint: Checkpoint, zeros: dict[str, tuple[int, int]]) -> None:
-    """The sparsity by block and linear, and what each linear takes when dense, for plots."""
-    stored = {name: dtype for shard in checkpoint.shards for name, dtype, *_ in checkpoint.bytes_at(shard)}
-    rows = []
-    for block in range(block_count(project.masks)):
-        for linear in read_masks(project.masks, block):
-            count, size = zeros[linear]
-            bits = int(stored[checkpoint.find(linear)[0]].lstrip("BF"))
-            rows.append([block, linear, size, count, count / size, size * bits // 8])
-    write_csv(project.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity", "bytes"], rows)
+        write_csv(
+            project.plots("sparsity"),
+            ["block", "linear", "weights", "zeros", "sparsity", "bytes"],
+            ([x.block, linear, x.size, x.zero, x.zero / x.size, x.nbytes] for linear, x in zeros.items()),
+        )
 
 
 def check_masks(checkpoint: Checkpoint, masks: Path) -> Json:
@@ -89,11 +91,8 @@ def check_masks(checkpoint: Checkpoint, masks: Path) -> Json:
     return made | {"kind": "model", "masks": digest(made)}
 
 
-def prune(checkpoint: Checkpoint, masks: Path, target: Path) -> dict[str, tuple[int, int]]:
-    """Write the pruned checkpoint, its card and its provenance into an empty folder.
-
-    For each linear, how many of its weights are zero now, and how many there are.
-    """
+def prune(checkpoint: Checkpoint, masks: Path, target: Path) -> dict[str, Zeros]:
+    """Write the pruned checkpoint, its card and its provenance into an empty folder; by linear, what is zero now."""
     made_from = check_masks(checkpoint, masks)
     skipped = shutil.ignore_patterns(PROVENANCE, "README.md")
     shutil.copytree(checkpoint.folder, target, ignore=skipped, copy_function=shutil.copyfile, dirs_exist_ok=True)
@@ -102,7 +101,7 @@ def prune(checkpoint: Checkpoint, masks: Path, target: Path) -> dict[str, tuple[
         for shard in checkpoint.shards
         for name, stored, shape, begin, _ in checkpoint.bytes_at(shard)
     }
-    zeros: dict[str, tuple[int, int]] = {}
+    zeros: dict[str, Zeros] = {}
     blocks = block_count(masks)
     for block in progress(range(blocks), total=blocks, what="apply, blocks"):
         for linear, keep in read_masks(masks, block).items():
@@ -118,7 +117,8 @@ def prune(checkpoint: Checkpoint, masks: Path, target: Path) -> dict[str, tuple[
             weight = np.memmap(path, bits, "r+", offset=begin, shape=tuple(shape))
             np.multiply(weight, keep.numpy(), out=weight)
             magnitude = weight & bits.type(2 ** (8 * bits.itemsize - 1) - 1)
-            zeros[linear] = int(weight.size - np.count_nonzero(magnitude)), weight.size
+            zero = int(weight.size - np.count_nonzero(magnitude))
+            zeros[linear] = Zeros(block, zero, weight.size, weight.nbytes)
     params, calibration, measured = made_from["params"], made_from["calibration"], measured_sparsity(zeros)
     card = CARD.format(
         source=read_provenance(checkpoint.folder, "download model")["source"],
@@ -136,6 +136,6 @@ def prune(checkpoint: Checkpoint, masks: Path, target: Path) -> dict[str, tuple[
     return zeros
 
 
-def measured_sparsity(zeros: dict[str, tuple[int, int]]) -> float:
+def measured_sparsity(zeros: dict[str, Zeros]) -> float:
     """The fraction of the linears' weights that are zero."""
-    return sum(count for count, _ in zeros.values()) / sum(size for _, size in zeros.values())
+    return sum(found.zero for found in zeros.values()) / sum(found.size for found in zeros.values())

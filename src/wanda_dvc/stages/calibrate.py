@@ -20,7 +20,7 @@ from wanda_dvc.artifacts import (
 )
 from wanda_dvc.blocks import Decoder, InputRecorder, has_units
 from wanda_dvc.checkpoint import Checkpoint
-from wanda_dvc.input_stats import outliers
+from wanda_dvc.input_stats import summary
 from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
 from wanda_dvc.stages import STAGES, device_name, progress, say_unreached
@@ -64,9 +64,7 @@ def _write_norms(project: Project) -> None:
     for block in range(block_count(project.stats)):
         stats = read_stats(project.stats, block)
         for name, x in stats.inputs.items():
-            norm = x.norm
-            numbers = [norm.mean(), norm.quantile(0.5), norm.max(), outliers(norm).float().mean()]
-            rows.append([block, stats.label(name), len(norm), *(number.item() for number in numbers)])
+            rows.append([block, stats.label(name), len(x.norm), *summary(x.norm).values()])
     headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
     write_csv(project.plots("norms"), headers, rows)
 
