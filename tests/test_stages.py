@@ -1,5 +1,6 @@
 """The stages on a tiny model, called as plain functions."""
 
+import csv
 import json
 import math
 import shutil
@@ -155,6 +156,32 @@ def test_the_pruned_model_is_the_dense_one_with_zeros_where_the_masks_say(
     out = model.generate(**tokenizer("ab", return_tensors="pt"), max_new_tokens=3, do_sample=False)
     assert out.shape[1] <= 5
     assert json.loads(made.metrics("pruned", "sparsity").read_text()) == {"sparsity": 0.5}
+
+
+def test_what_is_plotted_is_what_the_stages_found(project: Make):
+    made = prune(fetch(project(sparsity=0.3)))
+
+    def plotted(name: str) -> list[dict[str, str]]:
+        with made.plots(name).open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    weights = load_file(made.model("pruned") / "model.safetensors")
+    expected = {
+        (str(block), name): weights[f"{name}.weight"] for block in range(4) for name in read_masks(made.masks, block)
+    }
+    rows = plotted("sparsity")
+    assert [(row["block"], row["linear"]) for row in rows] == list(expected)
+    for row, weight in zip(rows, expected.values(), strict=True):
+        assert int(row["zeros"]) == (weight == 0).sum()
+        assert (int(row["weights"]), int(row["bytes"])) == (weight.numel(), weight.nbytes)
+        assert float(row["sparsity"]) == pytest.approx((weight == 0).float().mean().item(), abs=1e-5)
+    inputs = [(block, x) for block in range(4) for x in read_stats(made.stats, block).inputs.values()]
+    for row, (block, x) in zip(plotted("norms"), inputs, strict=True):
+        norms = x.sum_squares.sqrt()
+        assert (int(row["block"]), int(row["features"])) == (block, len(norms))
+        wanted = [norms.mean(), norms.quantile(0.5), norms.max(), (norms > 6 * norms.quantile(0.5)).double().mean()]
+        found = [float(row[name]) for name in ("mean", "median", "largest", "outliers")]
+        assert found == pytest.approx([number.item() for number in wanted], rel=1e-4)
 
 
 @pytest.mark.parametrize(
