@@ -57,7 +57,8 @@ def test_the_workspaces_model_is_what_apply_wrote(pruned: Project):
 def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
     measure(pruned, "dense", 12.5)
     measure(pruned, "pruned", "diverged")
-    write_json(pruned.metrics("pruned", "zero_shot/piqa"), {"acc": 0.5, "acc_stderr": 0.07})
+    write_json(pruned.metrics("pruned", "zero_shot/piqa"), {"acc": 0.5})
+    write_json(pruned.details("pruned", "zero_shot/piqa"), {"standard_errors": {"acc": 0.07}, "items": []})
     card = exported(pruned)
     assert card.data.to_dict() == {
         "library_name": "transformers",

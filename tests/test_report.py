@@ -195,7 +195,7 @@ class Study:
             write_json(
                 project.details(model, "zero_shot/piqa"), {"protocol": {"task": {"sha256": "0"}}, "items": items}
             )
-            write_json(project.metrics(model, "zero_shot/piqa"), {"acc": count / 40, "acc_stderr": 0.07})
+            write_json(project.metrics(model, "zero_shot/piqa"), {"acc": count / 40})
         write_json(project.metrics("pruned", "sparsity"), {"sparsity": sparsity})
         write_json(project.details("pruned", "sparsity"), {})
         lines = [[block, "q_proj", 1000, int(1000 * sparsity), sparsity, 4000] for block in range(2)]

@@ -473,7 +473,8 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: P
     }
     write_json(folder / "provenance.json", {"format": 1, **definition})
     zero_shot(project=made, model="dense", task="piqa")
-    answers = json.loads(made.details("dense", "zero_shot/piqa").read_text())["items"]
+    details = json.loads(made.details("dense", "zero_shot/piqa").read_text())
+    answers = details["items"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
     for choice, found in zip(("take a chair.", "take a cloud."), answers[0]["loglikelihoods"], strict=True):
         context = tokenizer("Question: To sit\nAnswer:")["input_ids"]
@@ -484,7 +485,7 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: P
         assert found == pytest.approx(expected, rel=1e-4)
     numbers = json.loads(made.metrics("dense", "zero_shot/piqa").read_text())
     assert numbers["acc"] == float(answers[0]["answer"] == 0)
-    assert set(numbers) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+    assert set(numbers) == set(details["standard_errors"]) == {"acc", "acc_norm"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 and again."""
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -118,13 +119,13 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
             # Root mean squares: the number of tokens may differ.
             a, b = (one.sum_squares.div(one.count).sqrt().float() for one in (x, other.inputs[key]))
             change = ((a - b).abs() / b.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num(0, 0, 0)
-            correlation = torch.corrcoef(torch.stack([a, b]))[0, 1].item() if len(a) > 1 else 1.0
+            correlation = torch.corrcoef(torch.stack([a, b]))[0, 1].item() if len(a) > 1 else math.nan
             gained, lost = outliers(a) & ~outliers(b), outliers(b) & ~outliers(a)
             records.append(
                 {
                     "block": block,
                     "input": mine.label(key),
-                    "correlation": correlation,
+                    "correlation": correlation if math.isfinite(correlation) else None,  # constant, or never read
                     "largest_change": change.max().item(),
                     "at_feature": int(change.argmax()),
                     "mean_change": change.mean().item(),
@@ -138,7 +139,7 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
         [
             r["block"],
             r["input"],
-            f"{r['correlation']:.4f}",
+            "–" if r["correlation"] is None else f"{r['correlation']:.4f}",
             f"{100 * r['mean_change']:.1f} %",
             f"{100 * r['largest_change']:.1f} % (feature {r['at_feature']})",
             _numbers(r["outliers_gained"]),

@@ -36,7 +36,8 @@ def comparison(project: Project) -> list[list[str]]:
         for model, result in zip(MODELS, both, strict=True):
             if "acc" in result:
                 accuracies[model].append(result["acc"])
-                cells.append(f"{100 * result['acc']:.1f} ± {100 * result['acc_stderr']:.1f}")
+                errors = _load(project.details(model, f"zero_shot/{task}")).get("standard_errors", {})
+                cells.append(f"{100 * result['acc']:.1f}" + (f" ± {100 * errors['acc']:.1f}" if errors else ""))
             else:
                 cells.append("–")
         rows.append([f"{task}, acc %", *cells, _retained(*(result.get("acc") for result in both))])

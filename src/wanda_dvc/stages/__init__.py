@@ -18,7 +18,7 @@ from wanda_dvc.artifacts import Project, write_json
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Runtime
 
-STAGES = {"download": 1, "calibrate": 1, "mask": 1, "apply": 1, "perplexity": 1, "zero-shot": 2}
+STAGES = {"download": 1, "calibrate": 1, "mask": 1, "apply": 1, "perplexity": 1, "zero-shot": 3}
 PARTS = ("model", "calibration", "perplexity", "tasks")
 MODELS = ("dense", "pruned")
 

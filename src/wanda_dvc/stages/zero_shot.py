@@ -47,14 +47,17 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
         evaluated = evaluate(language_model, {task: definition}, limit=params.zero_shot.limit)
         work.forget()
     result = evaluated["results"][task]
-    numbers = {}
-    for metric in METRICS:
-        if f"{metric},none" in result:
-            numbers[metric] = round(result[f"{metric},none"], 6)
-            numbers[f"{metric}_stderr"] = round(result[f"{metric}_stderr,none"], 6)
-    answers = [_answer(sample) for sample in evaluated["samples"][task]]
-    write_json(project.details(model, f"zero_shot/{task}"), {"protocol": protocol, "items": answers})
-    write_json(project.metrics(model, f"zero_shot/{task}"), numbers)
+    given = [metric for metric in METRICS if f"{metric},none" in result]
+    details = {
+        "protocol": protocol,
+        "standard_errors": {metric: round(result[f"{metric}_stderr,none"], 6) for metric in given},
+        "items": [_answer(sample) for sample in evaluated["samples"][task]],
+    }
+    write_json(project.details(model, f"zero_shot/{task}"), details)
+    # Only what a reader compares: `dvc metrics diff` prints every number that is in here.
+    write_json(
+        project.metrics(model, f"zero_shot/{task}"), {metric: round(result[f"{metric},none"], 6) for metric in given}
+    )
 
 
 class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
