@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from wanda_dvc.artifacts import Project, block_count, read_stats
-from wanda_dvc.blocks import InputRecorder, as_rows
+from wanda_dvc.blocks import as_rows
 from wanda_dvc.checkpoint import Checkpoint
+from wanda_dvc.recorder import InputRecorder
 from wanda_dvc.stages.calibrate import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import choose
 

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import install_import_hook
 
 # Shapes in annotations are checked at run time, before anything imports these modules.
-CHECKED = ["scores", "selection", "input_stats", "windows", "attention", "blocks"]
+CHECKED = ["scores", "selection", "input_stats", "windows", "attention", "structure", "recorder", "blocks"]
 install_import_hook([f"wanda_dvc.{name}" for name in CHECKED], "beartype.beartype")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside one another, on models too small to share

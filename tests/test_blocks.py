@@ -7,9 +7,10 @@ import torch
 from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc import blocks
-from wanda_dvc.blocks import Decoder, InputRecorder
+from wanda_dvc import blocks, structure
+from wanda_dvc.blocks import Decoder
 from wanda_dvc.errors import UserError
+from wanda_dvc.recorder import InputRecorder
 
 CPU = torch.device("cpu")
 VARIANTS = {
@@ -178,7 +179,7 @@ def test_a_structure_that_is_not_understood_says_so():
     module.config = type("Config", (), {"get_text_config": lambda self: type("Text", (), {"num_hidden_layers": 3})()})()
     module.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(2))
     with pytest.raises(UserError, match="found none as lists of 3 blocks"):
-        blocks.find_blocks(module)
+        structure.find_blocks(module)
 
 
 def test_a_missing_tensor_is_named(tiny: Path, tmp_path: Path):

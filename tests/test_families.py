@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from wanda_dvc.artifacts import Project, read_masks
-from wanda_dvc.blocks import Decoder, InputRecorder
+from wanda_dvc.blocks import Decoder
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.cli import app
 from wanda_dvc.errors import UserError
 from wanda_dvc.questions import Request, loglikelihoods
+from wanda_dvc.recorder import InputRecorder
 
 SHAPE = {
     "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

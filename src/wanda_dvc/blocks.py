@@ -5,18 +5,15 @@ mapped checkpoint when it is its turn, the next one's while it computes. The hid
 windows wait between blocks in two mapped files, so that neither the model nor the data has to fit
 in memory, and a run that is killed goes on from the last finished block.
 
-This is the only module that knows what a model looks like inside, and it knows no family: what a
-block is called with is recorded from the model's own forward pass.
+What a block is called with is recorded from the model's own forward pass; what is in it is `structure`'s to know.
 """
 
 import contextlib
 import inspect
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,16 +21,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.pytorch_utils import Conv1D
 
 from wanda_dvc import attention
 from wanda_dvc.attention import Layout
 from wanda_dvc.checkpoint import Checkpoint, expert_name
 from wanda_dvc.errors import UserError
-from wanda_dvc.input_stats import BlockStats, InputStats
+from wanda_dvc.recorder import InputRecorder
+from wanda_dvc.structure import Linear, Part, empty_model, find_blocks, find_linears, stored_names
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
 
@@ -52,46 +46,6 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stored tensor and its place in a parameter: some rows, of one expert where the parameter holds several."""
-
-    name: str
-    rows: tuple[int, int] | None = None  # from, up to; None: all
-    expert: int | None = None
-
-    def of(self, whole: Tensor) -> Tensor:
-        """A view of this part of the parameter."""
-        whole = whole if self.expert is None else whole[self.expert]
-        return whole if self.rows is None else whole[slice(*self.rows)]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A prunable weight [out, in], as it is stored: a module's own, or some rows of one, or one expert's."""
-
-    module: nn.Module
-    leaf: str
-    part: Part
-
-    @property
-    def weight(self) -> Tensor:
-        """A view of the module's parameter."""
-        return self.part.of(self.module.get_parameter(self.leaf))
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight is [in, out]: GPT-2's, and experts of which transformers says so."""
-        if self.part.expert is None:
-            return isinstance(self.module, Conv1D)
-        return bool(getattr(self.module, "is_transposed", False))
-
-    @property
-    def features(self) -> int:
-        """The number of input features."""
-        return self.weight.shape[0 if self.transposed else 1]
 
 
 class _Stop(Exception):
@@ -484,7 +438,7 @@ class Step:
             linear.weight.mul_(keeps[name].to(self.decoder.device))
 
     @torch.no_grad()
-    def advance(self, recorder: "InputRecorder | None" = None) -> None:
+    def advance(self, recorder: InputRecorder | None = None) -> None:
         """Every row through this block; a recorder sees what the block's linears read."""
         with recorder.recording(self.linears) if recorder else contextlib.nullcontext():
             for row, before, after in zip(self.rows, self.states.before, self.states.after, strict=True):
@@ -536,257 +490,6 @@ class HiddenStates:
         beside = self.folder / "progress.part"
         beside.write_text(json.dumps({"finished": self.finished, "boot": _boot()}))
         beside.replace(self.folder / "progress.json")
-
-
-@dataclass
-class InputRecorder:
-    """Statistics of what a block's linears read, kept once for each distinct input.
-
-    Two linears share an input if, within one pass, they are given the same memory in the same state;
-    the input is named after the first that reads it. An expert's input is the tokens that it is given.
-    """
-
-    stats: dict[str, InputStats] = field(default_factory=dict)
-    source: dict[str, str] = field(default_factory=dict)  # of each linear, its input's name
-    linears: dict[str, Linear] = field(default_factory=dict)
-    # What was read is held until the window ends, so that no other tensor can take its address.
-    _held: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
-        self.linears = linears
-        hooks: list[Any] = []
-        experts: dict[tuple[nn.Module, str], dict[int, list[str]]] = {}
-        for (module, leaf, expert), names in self._weights().items():
-            if expert is None:
-                hooks.append(module.register_forward_pre_hook(lambda _, args, names=names: self._read(names, args[0])))
-            else:
-                experts.setdefault((module, leaf), {})[expert] = names
-        watched = [(module.get_parameter(leaf), names) for (module, leaf), names in experts.items()]
-        try:
-            with _ExpertCalls(watched, self._read) if watched else contextlib.nullcontext():
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _weights(self) -> dict[tuple[nn.Module, str, int | None], list[str]]:
-        """The linears by the weight that they are rows of: they read what it is multiplied with."""
-        weights: dict[tuple[nn.Module, str, int | None], list[str]] = {}
-        for name, linear in self.linears.items():
-            weights.setdefault((linear.module, linear.leaf, linear.part.expert), []).append(name)
-        return weights
-
-    def _read(self, names: list[str], x: Tensor) -> None:
-        """The linears of one weight are given an input [..., in]."""
-        if x.shape[-1] != self.linears[names[0]].features:
-            raise UserError(
-                f"{names[0]}: given {x.shape[-1]} features, expected {self.linears[names[0]].features}; "
-                "such a structure is not understood"
-            )
-        key = (x.data_ptr(), x.shape, x.stride(), x._version)
-        if key not in self._held:
-            self._held[key] = (names[0], x)
-            where = x.device if x.is_cuda else "cpu"  # not every accelerator knows float64
-            self.stats.setdefault(names[0], InputStats.empty(x.shape[-1], where)).add(x.flatten(0, -2))
-        source = self._held[key][0]
-        for name in names:
-            if self.source.setdefault(name, source) != source:
-                raise UserError(f"{name}: reads {self.source[name]} in one window and {source} in another")
-
-    def result(self) -> BlockStats:
-        """Statistics of the windows seen, and the linears that read each distinct input.
-
-        Linears that read nothing, those of an expert that no token was sent to, have an input of no tokens.
-        """
-        reached = {(linear.module, linear.leaf) for name, linear in self.linears.items() if name in self.source}
-        stats, source = dict(self.stats), dict(self.source)
-        for (module, leaf, expert), names in self._weights().items():
-            if expert is not None and (module, leaf) not in reached:
-                raise UserError(f"{names[0]}: its experts are computed in a way that is not understood")
-            if names[0] not in source:
-                stats[names[0]] = InputStats.empty(self.linears[names[0]].features)
-                source |= dict.fromkeys(names, names[0])
-        # Experts last and in their own order: when each was first sent a token says nothing.
-        experts = [name for name, linear in self.linears.items() if linear.part.expert is not None]
-        readers: dict[str, list[str]] = {}
-        for linear in dict.fromkeys([*(name for name in source if name not in set(experts)), *experts]):
-            readers.setdefault(source[linear], []).append(linear)
-        inputs = {name: stats[name].cpu() for name in readers}
-        return BlockStats(inputs, readers, [name for name, linear in self.linears.items() if linear.transposed])
-
-    def end_window(self) -> None:
-        self._held.clear()
-
-
-class _ExpertCalls(TorchFunctionMode):
-    """Sees the tokens that each expert's weights are multiplied with, while the model computes them in its own way.
-
-    A parameter that holds several experts is no module to put a hook on. But the ways to compute with it, a
-    `linear` or `matmul` for each expert in turn and one grouped product for all, are torch functions that are
-    given the tokens, and then a view of that parameter.
-    """
-
-    def __init__(
-        self, experts: list[tuple[nn.Parameter, dict[int, list[str]]]], read: Callable[[list[str], Tensor], None]
-    ) -> None:
-        super().__init__()
-        self.experts, self.read = experts, read
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
-            x, weight = args[:2]
-            for parameter, names in self.experts:
-                offset = weight.data_ptr() - parameter.data_ptr()
-                if not 0 <= offset < parameter.nbytes:
-                    continue
-                if weight.dim() == 2:
-                    self.read(names[offset // (parameter.nbytes // len(parameter))], x)
-                elif kwargs.get("offs") is not None:  # the tokens lie sorted by expert; where those of each end
-                    ends = kwargs["offs"].tolist()
-                    for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
-                        if end > begin:
-                            self.read(names[expert], x[begin:end])
-        return function(*args, **kwargs)
-
-
-def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of a directory's config.json with no weights (buffers are real), for inference."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {config.model_type} is not a causal language model") from error
-    model.tie_weights()  # parameters made anew inside the context have lost it
-    return model.eval()
-
-
-def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """The list of decoder layers and its name: the only module list as long as the config says there are layers."""
-    layers = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
-    lists = [
-        (name, list(module))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
-    if len(lists) != 1:
-        found = ", ".join(name for name, _ in lists) or "none"
-        raise UserError(
-            f"{type(model).__name__}: found {found} as lists of {layers} blocks, expected one; "
-            "such a structure is not understood"
-        )
-    return lists[0]
-
-
-def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The weights of a block to prune, by name, with the modules that they belong to.
-
-    A linear is torch's, or transformers' `Conv1D`, which is one with its weight transposed; or one matrix of a
-    parameter [experts, ·, ·]. The gates of experts are no linears, wherever they are written as such.
-    """
-    weights: dict[str, nn.Module] = {}
-    mixtures: dict[str, int] = {}  # modules that have experts, and how many
-    for name, module in block.named_modules():
-        inside = f"{name}." if name else ""
-        if isinstance(module, (nn.Linear, Conv1D)):
-            weights[inside + "weight"] = module
-        elif not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and min(parameter.shape) > 1:
-                    weights[inside + leaf] = module
-                    mixtures[name.rpartition(".")[0]] = len(parameter)
-    owners = [name.rpartition(".")[0].rpartition(".")[0] for name in weights]
-
-    def is_gate(name: str, module: nn.Module) -> bool:
-        """Whether a linear chooses experts or weighs the shared one: it has as many outputs as there are experts,
-        or one, and stands beside them, itself or as the only linear of a module that does."""
-        owner = name.rpartition(".")[0].rpartition(".")[0]
-        return isinstance(module, nn.Linear) and any(
-            module.out_features in (1, experts)
-            and (owner == mixture or (owner.rpartition(".")[0] == mixture and owners.count(owner) == 1))
-            for mixture, experts in mixtures.items()
-        )
-
-    return {name: module for name, module in weights.items() if not is_gate(name, module)}
-
-
-def weight_shapes(block: nn.Module) -> list[torch.Size]:
-    """The shapes of a block's weights to prune: [out, in], or of all experts together [experts, ·, ·]."""
-    return [module.get_parameter(name.rpartition(".")[2]).shape for name, module in find_linears(block).items()]
-
-
-def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
-    """What the checkpoint stores of each parameter and buffer, by transformers' own rules.
-
-    Older checkpoints have other names (GPT-NeoX's `embed_out`), some the bare base model without its prefix, and
-    each expert's matrices lie for themselves.
-    """
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = model.state_dict(keep_vars=True)
-    names: dict[str, list[Part]] = {}
-    pieces: dict[str, list[tuple[str, str]]] = {}
-    for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in their order
-        name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
-        if name not in state:
-            continue
-        if pattern is None:
-            names[name] = [Part(tensor)]
-        else:
-            pieces.setdefault(name, []).append((pattern, tensor))
-    for name, stored in pieces.items():
-        rule = next(rule for rule in converters if stored[0][0] in rule.source_patterns)
-        if len(rule.target_patterns) == 1:
-            names[name] = place_parts(name, stored, rule, model, checkpoint)
-    return names
-
-
-def place_parts(
-    name: str, stored: list[tuple[str, str]], rule: WeightConverter, model: Any, checkpoint: Checkpoint
-) -> list[Part]:
-    """Where each of the tensors (with their patterns in the rule) that a parameter is made of lies in it.
-
-    The rule is asked: it converts small tensors of marks, which are then found again. UserError if it does more
-    than to put rows one below the other, expert by expert.
-    """
-    expected = list(model.get_parameter(name).shape)
-    shapes = [list(checkpoint.read(tensor).shape) for _, tensor in stored]
-    shape = range(2, 2 + len(shapes[0]))
-    size = math.prod(shape)
-    marks = [(torch.arange(size) + size * number).view(*shape) for number in range(len(stored))]
-    rule = deepcopy(rule)
-    for (pattern, tensor), mark in zip(stored, marks, strict=True):
-        rule.add_tensor(name, tensor, pattern, mark)  # type: ignore[arg-type] # it takes tensors too
-    parts = []
-    try:
-        (made,) = rule.convert(name, model=model, config=model.config).values()
-        several = made.dim() > len(shape)
-        for expert, rows in enumerate(made if several else [made]):
-            begin = 0
-            for found in rows.split(shape[0]):
-                number = int(found.flatten()[0]) // size
-                if not torch.equal(found, marks[number]):
-                    raise ValueError("their elements change places")
-                end = begin + shapes[number][0]
-                parts.append(Part(stored[number][1], (begin, end), expert if several else None))
-                begin = end
-            result = [*([len(made)] if several else []), begin, *shapes[0][1:]]
-            if result != expected or any(each[1:] != shapes[0][1:] for each in shapes):
-                raise ValueError(f"together they are {result}, expected {expected}")
-    except Exception as error:  # whatever a rule does not like
-        raise UserError(
-            f"{checkpoint.folder}: {name} is made of {len(stored)} tensors like {stored[0][1]}, "
-            f"in a way that is not understood: {error}"
-        ) from error
-    return parts
 
 
 def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

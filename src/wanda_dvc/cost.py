@@ -84,7 +84,7 @@ class StageCost:
 
 def work(config: Path) -> Work:
     """Of the model that a config.json describes. Windowed attention counts as if it saw all."""
-    from wanda_dvc.blocks import empty_model, find_blocks, weight_shapes
+    from wanda_dvc.structure import empty_model, find_blocks, weight_shapes
 
     model = empty_model(config)
     text = model.config.get_text_config()

@@ -77,7 +77,7 @@ def sizes(config: Path) -> Sizes:
     """Of the model that a config.json, or the one in a directory, describes. Its weights need not be there."""
     from transformers import AutoConfig
 
-    from wanda_dvc.blocks import empty_model, find_blocks, weight_shapes
+    from wanda_dvc.structure import empty_model, find_blocks, weight_shapes
 
     model = empty_model(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())  # each once

@@ -18,11 +18,12 @@ from wanda_dvc.artifacts import (
     write_provenance,
     write_stats,
 )
-from wanda_dvc.blocks import Decoder, InputRecorder, has_units
+from wanda_dvc.blocks import Decoder, has_units
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.input_stats import summary
 from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
+from wanda_dvc.recorder import InputRecorder
 from wanda_dvc.stages import STAGES, device_name, progress, say_unreached
 from wanda_dvc.windows import draw, draw_from_documents, load_tokenizer, tokenize
 

@@ -16,13 +16,13 @@ from wanda_dvc.artifacts import (
     write_masks,
     write_provenance,
 )
-from wanda_dvc.blocks import InputRecorder
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.input_stats import BlockStats, InputStats
 from wanda_dvc.methods import METHODS
 from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
+from wanda_dvc.recorder import InputRecorder
 from wanda_dvc.stages import STAGES, progress, say_unreached
 from wanda_dvc.stages.calibrate import calibration_params, calibration_windows, open_decoder
 

@@ -1,0 +1,128 @@
+"""Sees what the linears of a block at work read, and keeps its statistics."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.input_stats import BlockStats, InputStats
+from wanda_dvc.structure import Linear
+
+
+@dataclass
+class InputRecorder:
+    """Statistics of what a block's linears read, kept once for each distinct input.
+
+    Two linears share an input if, within one pass, they are given the same memory in the same state;
+    the input is named after the first that reads it. An expert's input is the tokens that it is given.
+    """
+
+    stats: dict[str, InputStats] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)  # of each linear, its input's name
+    linears: dict[str, Linear] = field(default_factory=dict)
+    # What was read is held until the window ends, so that no other tensor can take its address.
+    _held: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
+        self.linears = linears
+        hooks: list[Any] = []
+        experts: dict[tuple[nn.Module, str], dict[int, list[str]]] = {}
+        for (module, leaf, expert), names in self._weights().items():
+            if expert is None:
+                hooks.append(module.register_forward_pre_hook(lambda _, args, names=names: self._read(names, args[0])))
+            else:
+                experts.setdefault((module, leaf), {})[expert] = names
+        watched = [(module.get_parameter(leaf), names) for (module, leaf), names in experts.items()]
+        try:
+            with _ExpertCalls(watched, self._read) if watched else contextlib.nullcontext():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _weights(self) -> dict[tuple[nn.Module, str, int | None], list[str]]:
+        """The linears by the weight that they are rows of: they read what it is multiplied with."""
+        weights: dict[tuple[nn.Module, str, int | None], list[str]] = {}
+        for name, linear in self.linears.items():
+            weights.setdefault((linear.module, linear.leaf, linear.part.expert), []).append(name)
+        return weights
+
+    def _read(self, names: list[str], x: Tensor) -> None:
+        """The linears of one weight are given an input [..., in]."""
+        if x.shape[-1] != self.linears[names[0]].features:
+            raise UserError(
+                f"{names[0]}: given {x.shape[-1]} features, expected {self.linears[names[0]].features}; "
+                "such a structure is not understood"
+            )
+        key = (x.data_ptr(), x.shape, x.stride(), x._version)
+        if key not in self._held:
+            self._held[key] = (names[0], x)
+            where = x.device if x.is_cuda else "cpu"  # not every accelerator knows float64
+            self.stats.setdefault(names[0], InputStats.empty(x.shape[-1], where)).add(x.flatten(0, -2))
+        source = self._held[key][0]
+        for name in names:
+            if self.source.setdefault(name, source) != source:
+                raise UserError(f"{name}: reads {self.source[name]} in one window and {source} in another")
+
+    def result(self) -> BlockStats:
+        """Statistics of the windows seen, and the linears that read each distinct input.
+
+        Linears that read nothing, those of an expert that no token was sent to, have an input of no tokens.
+        """
+        reached = {(linear.module, linear.leaf) for name, linear in self.linears.items() if name in self.source}
+        stats, source = dict(self.stats), dict(self.source)
+        for (module, leaf, expert), names in self._weights().items():
+            if expert is not None and (module, leaf) not in reached:
+                raise UserError(f"{names[0]}: its experts are computed in a way that is not understood")
+            if names[0] not in source:
+                stats[names[0]] = InputStats.empty(self.linears[names[0]].features)
+                source |= dict.fromkeys(names, names[0])
+        # Experts last and in their own order: when each was first sent a token says nothing.
+        experts = [name for name, linear in self.linears.items() if linear.part.expert is not None]
+        readers: dict[str, list[str]] = {}
+        for linear in dict.fromkeys([*(name for name in source if name not in set(experts)), *experts]):
+            readers.setdefault(source[linear], []).append(linear)
+        inputs = {name: stats[name].cpu() for name in readers}
+        return BlockStats(inputs, readers, [name for name, linear in self.linears.items() if linear.transposed])
+
+    def end_window(self) -> None:
+        self._held.clear()
+
+
+class _ExpertCalls(TorchFunctionMode):
+    """Sees the tokens that each expert's weights are multiplied with, while the model computes them in its own way.
+
+    A parameter that holds several experts is no module to put a hook on. But the ways to compute with it, a
+    `linear` or `matmul` for each expert in turn and one grouped product for all, are torch functions that are
+    given the tokens, and then a view of that parameter.
+    """
+
+    def __init__(
+        self, experts: list[tuple[nn.Parameter, dict[int, list[str]]]], read: Callable[[list[str], Tensor], None]
+    ) -> None:
+        super().__init__()
+        self.experts, self.read = experts, read
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+            x, weight = args[:2]
+            for parameter, names in self.experts:
+                offset = weight.data_ptr() - parameter.data_ptr()
+                if not 0 <= offset < parameter.nbytes:
+                    continue
+                if weight.dim() == 2:
+                    self.read(names[offset // (parameter.nbytes // len(parameter))], x)
+                elif kwargs.get("offs") is not None:  # the tokens lie sorted by expert; where those of each end
+                    ends = kwargs["offs"].tolist()
+                    for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                        if end > begin:
+                            self.read(names[expert], x[begin:end])
+        return function(*args, **kwargs)
