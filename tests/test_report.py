@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from wanda_dvc.params import read_params
 from wanda_dvc.presets import read_preset
 from wanda_dvc.report import inference, report
 from wanda_dvc.report.published import sources
-from wanda_dvc.report.rows import stale_stages
+from wanda_dvc.report.rows import Row, stale_stages
+from wanda_dvc.report.sections import stored_bytes
 
 # --- inference ---
 
@@ -149,6 +151,25 @@ def test_what_ran_on_other_parameters_is_stale_and_so_is_what_follows(tmp_path: 
     anew = stage("models/pruned", "masks")
     anew["outs"][0]["md5"] = "other"
     assert stale_stages(stages | {"apply": anew}, params) == {"perplexity"}
+
+
+@pytest.mark.parametrize(("pattern", "places"), [("unstructured", 4096), ("2:4", 2048 * 2), ("4:8", 2048 * 3)])
+def test_bytes_are_those_of_a_packing_that_can_be_written_down(
+    project: Callable[..., Project], pattern: str, places: int
+):
+    """Half of 4,096 weights in 16 bits: numpy's own bit packing of where they stand, and the values that stay."""
+    made = project(pattern=pattern, sparsity=0.5)
+    write_csv(made.plots("sparsity"), ["weights", "zeros", "bytes"], [[4096, 2048, 8192]])
+    row = Row("it", None, made, {"models/dense": 10_000}, {}, [])
+    kept = np.zeros(2048, np.float16).nbytes + np.packbits(np.ones(places, bool)).nbytes
+    assert stored_bytes(row) == 10_000 - 8192 + kept
+
+
+def test_bytes_are_not_guessed(project: Callable[..., Project]):
+    made = project()
+    assert stored_bytes(Row("it", None, made, {"models/dense": 10_000}, {}, [])) is None
+    write_csv(made.plots("sparsity"), ["weights", "zeros", "bytes"], [[4096, 2048, 8192]])
+    assert stored_bytes(Row("it", None, made, {}, {}, [])) is None
 
 
 # --- the page ---
