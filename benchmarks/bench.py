@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,8 @@ TINY = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 300,
 }  # fmt: skip
+
+PAUSE_EVERY = 8.0  # seconds
 
 Part = dict[str, Any]
 
@@ -73,6 +76,7 @@ class Bench:
         self.state = self.work / "state.json"
         self.parts: dict[str, Part] = json.loads(self.state.read_text()) if self.state.is_file() else {}
         self.bf16 = has_bf16_units() or words.quick  # quick tries every row
+        self.beside: Any = None  # the floor that a process is paused for
         self.length, self.samples, self.windows = (128, 4, 4) if words.quick else (2048, 32, 16)
         self.limit = 4 if words.quick else 200
         self.tasks = ("piqa", "boolq") if words.quick else TASKS
@@ -95,21 +99,32 @@ class Bench:
         env["PATH"] = os.pathsep.join([*([str(path)] if path else []), str(Path(sys.executable).parent), env["PATH"]])
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), env.get("PYTHONPATH")]))
         log = self.work / "last.log"
+        paused = 0.0
         with log.open("wb") as out:
-            began = time.perf_counter()
+            began = looked = time.perf_counter()
             process = subprocess.Popen(list(map(str, words)), cwd=cwd or self.work, env=env, stdout=out, stderr=out)
             try:
-                _, status, usage = os.wait4(process.pid, 0)
+                ended, status, usage = os.wait4(process.pid, os.WNOHANG if self.beside else 0)
+                while not ended and self.beside:
+                    time.sleep(0.02)
+                    if time.perf_counter() - looked > PAUSE_EVERY:
+                        looked = time.perf_counter()
+                        process.send_signal(signal.SIGSTOP)
+                        self.beside.sample()
+                        process.send_signal(signal.SIGCONT)
+                        paused += time.perf_counter() - looked
+                        looked = time.perf_counter()
+                    ended, status, usage = os.wait4(process.pid, os.WNOHANG)
             except BaseException:
                 process.kill()
                 raise
-            wall = time.perf_counter() - began
+            wall = time.perf_counter() - began - paused
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             last = log.read_text(errors="replace").splitlines()[-5:]
             raise RuntimeError(f"{' '.join(map(str, words))}: exit {process.returncode}: {' | '.join(last)}")
         scale = 1 if sys.platform == "darwin" else 1024
-        return {"wall": wall, "peak_gb": usage.ru_maxrss * scale / 1e9}
+        return {"wall": wall, "paused": paused, "peak_gb": usage.ru_maxrss * scale / 1e9}
 
     def script(self, name: str, *words: str | Path) -> Part:
         """One of the scripts beside this one, in a process of its own, and what it found."""
@@ -119,11 +134,11 @@ class Bench:
         return json.loads(result.read_text()) | done
 
     def stage(self, project: Path, *words: str) -> Part:
-        """A stage through the command line: the process's wall seconds, and those inside the stage."""
+        """A stage through the command line: the process's wall seconds, and those inside the stage, without pauses."""
         done = self.run("wanda-dvc", *words, cwd=project)
         name = "-".join(words)
         inside = json.loads((project / f"metrics/times/{name}.json").read_text())["seconds"]
-        return done | {"seconds": inside}
+        return done | {"seconds": inside - done["paused"]}
 
     # --- projects ---
 
@@ -214,16 +229,23 @@ class Bench:
 
     # --- what is measured, each once ---
 
-    def floor(self, dtype: str) -> Part:
-        budget = "0.1" if self.words.quick else "0.5"
-        return self.script("floor", self.model, "--dtype", dtype, "--tokens", str(self.length), "--budget", budget)
-
     def with_floor(self, dtype: str, measure: Callable[[], Part]) -> Part:
-        """Something measured between two looks at the floor, whose mean it is compared with."""
-        before = self.floor(dtype)
-        made = measure()
-        after = self.floor(dtype)
-        return made | {"floor": {name: (before[name] + after[name]) / 2 for name in before}}
+        """Something measured, paused every few seconds for a look at the floor; what it is compared with is their mean.
+
+        A machine that others share is now faster, now slower, by a third within minutes.
+        """
+        import torch
+        from floor import Floor
+
+        floor = Floor(self.model, getattr(torch, dtype), self.length, budget=0.1)
+        floor.sample()
+        self.beside = floor
+        try:
+            made = measure()
+        finally:
+            self.beside = None
+        floor.sample()
+        return made | {"floor": floor.mean()}
 
     def calibrate(self, dtype: str) -> Part:
         stage = partial(self.stage, self.project(dtype), "calibrate")

@@ -1,7 +1,5 @@
 """The floor: how fast this machine multiplies matrices of a model's shapes, with nothing around it."""
 
-import argparse
-import json
 import statistics
 import time
 from collections import Counter
@@ -9,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+AT_THE_HEAD = 512  # positions at a time, whose logits are as large as all a block's activations
 
 
 def seconds_of(multiply: Callable[[], object], budget: float) -> float:
@@ -24,57 +24,63 @@ def seconds_of(multiply: Callable[[], object], budget: float) -> float:
     return statistics.median(times)
 
 
-@torch.no_grad()
-def floor(folder: str, dtype: torch.dtype, tokens: int, budget: float) -> dict[str, float]:
-    """Seconds a token for the linears of all blocks and for the head, and seconds a FLOP for attention."""
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    shapes = Counter(
-        (module.out_features, module.in_features)
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module is not head
-    )
+class Floor:
+    """The matrices that a model multiplies, to be timed again and again: a shared machine's speed drifts."""
 
-    def linear(out: int, features: int) -> float:
-        x, weight = torch.randn(tokens, features, dtype=dtype), torch.randn(out, features, dtype=dtype)
-        return seconds_of(lambda: torch.matmul(x, weight.T), budget) / tokens
+    def __init__(self, folder: Path, dtype: torch.dtype, tokens: int, budget: float) -> None:
+        """`budget`: seconds for each shape."""
+        self.tokens, self.budget = tokens, budget
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        head = model.get_output_embeddings()
+        self.shapes = Counter(
+            (module.out_features, module.in_features)
+            for module in model.modules()
+            if isinstance(module, nn.Linear) and module is not head
+        )
+        self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.attention_flops_a_pair = 4 * self.width * config.num_attention_heads * config.num_hidden_layers
 
-    linears = sum(count * linear(*shape) for shape, count in shapes.items())
-    weights = sum(count * out * features for (out, features), count in shapes.items())
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    query, key = torch.randn(tokens, width, dtype=dtype), torch.randn(tokens, width, dtype=dtype)
-    share = torch.randn(tokens, tokens, dtype=dtype)
+        def matrix(rows: int, columns: int) -> Tensor:
+            return torch.randn(rows, columns, dtype=dtype)
 
-    def one_head() -> None:
-        torch.matmul(query, key.T, out=share)
-        torch.matmul(share, key)
+        self.weights = {shape: matrix(*shape) for shape in self.shapes}
+        self.inputs = {features: matrix(tokens, features) for _, features in self.shapes}
+        self.head = matrix(*head.weight.shape)
+        self.last = matrix(min(tokens, AT_THE_HEAD), self.head.shape[1])
+        self.query, self.key, self.share = (
+            matrix(tokens, self.width),
+            matrix(tokens, self.width),
+            matrix(tokens, tokens),
+        )
+        self.samples: list[dict[str, float]] = []
 
-    attention = seconds_of(one_head, budget) / (4 * width * tokens**2)
-    on_top = linear(*head.weight.shape)
-    return {
-        "linears": linears,
-        "head": on_top,
-        "attention": attention,
-        "attention_flops_a_pair": 4 * width * config.num_attention_heads * config.num_hidden_layers,
-        "gflops_linears": 2 * weights / linears / 1e9,
-        "gflops_attention": 1e-9 / attention,
-        "gflops_head": 2 * head.weight.numel() / on_top / 1e9,
-    }
+    @torch.no_grad()
+    def sample(self) -> None:
+        """Seconds a token for the linears of all blocks and for the head, and seconds a FLOP for attention, now."""
 
+        def linear(shape: tuple[int, int]) -> float:
+            x, weight = self.inputs[shape[1]], self.weights[shape]
+            return seconds_of(lambda: torch.matmul(x, weight.T), self.budget) / self.tokens
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--budget", type=float, default=0.5, help="seconds a shape")
-    parser.add_argument("--result", type=Path, required=True)
-    words = parser.parse_args()
-    measured = floor(words.model, getattr(torch, words.dtype), words.tokens, words.budget)
-    words.result.write_text(json.dumps(measured))
+        def one_head() -> None:
+            torch.matmul(self.query, self.key.T, out=self.share)
+            torch.matmul(self.share, self.key)
 
+        attention = seconds_of(one_head, self.budget) / (4 * self.width * self.tokens**2)
+        head = seconds_of(lambda: torch.matmul(self.last, self.head.T), self.budget) / len(self.last)
+        linears = sum(count * linear(shape) for shape, count in self.shapes.items())
+        self.samples.append({"linears": linears, "head": head, "attention": attention})
 
-if __name__ == "__main__":
-    main()
+    def mean(self) -> dict[str, float]:
+        """Of the samples, with the rates that they come to."""
+        mean = {name: statistics.fmean(sample[name] for sample in self.samples) for name in self.samples[0]}
+        weights = sum(count * out * features for (out, features), count in self.shapes.items())
+        return mean | {
+            "samples": len(self.samples),
+            "attention_flops_a_pair": self.attention_flops_a_pair,
+            "gflops_linears": 2 * weights / mean["linears"] / 1e9,
+            "gflops_attention": 1e-9 / mean["attention"],
+            "gflops_head": 2 * self.head.numel() / mean["head"] / 1e9,
+        }

@@ -2,14 +2,17 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, write_params
 
 from wanda_dvc.artifacts import Project
+from wanda_dvc.blocks import Decoder
 from wanda_dvc.needs import ALLOCATOR
 from wanda_dvc.stages.download import download
 
@@ -49,3 +52,15 @@ def test_the_peak_of_anonymous_memory_stays_within_the_formula(root: Path, tmp_p
     assert found["peak"] <= bound
     if words != ["mask"]:
         assert bound < found["peak"] + BLOCK  # a third block would not fit
+
+
+def test_what_one_window_frees_the_next_has_without_the_system(tiny: Path):
+    Decoder(tiny, dtype=torch.float32, device=torch.device("cpu"))
+
+    def page_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 64 MB, 16,384 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    page_faults()
+    assert page_faults() < 1000
