@@ -48,6 +48,12 @@ def test_the_floor_counts_each_needed_token_once():
     assert bench.pass_floor(floor, 2, 4, head=True) == 8 * 1001 + 1e6 * 16
 
 
+def test_a_baseline_is_held_to_the_speed_of_its_time():
+    """Measured while the machine was twice as slow, it counts half."""
+    slow, ours = {"wall": 30.0, "floor": {"linears": 2e-3}}, {"floor": {"linears": 1e-3}}
+    assert bench.then(slow, ours) == 15
+
+
 def test_answers_differ_only_where_the_choice_was_clear():
     stock = {"tasks": {"task": {"loglikelihoods": [[-1.0, -2.0], [-1.0, -1.0005], [-3.0, -1.0]]}}}
     ours = {"loglikelihoods": {"task": [[-2.0, -1.0], [-1.0005, -1.0], [-3.0, -1.0]]}}

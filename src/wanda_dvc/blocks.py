@@ -15,7 +15,7 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -339,8 +339,7 @@ class Decoder:
         for row in rows:
             self.calls(row)
         if states.finished < 0:
-            for row, after in zip(rows, states.after, strict=True):
-                after.copy_(self.embed(row)[0])
+            states.write(self.embed(row)[0] for row in rows)
             states.turn()
         for index in range(states.finished, len(self.blocks)):
             with self.block(index):
@@ -470,22 +469,26 @@ class Step:
                 _set(linear.module, linear.leaf, nn.Parameter(whole, requires_grad=False))
             linear.weight.mul_(keeps[name].to(self.decoder.device))
 
+    def _outputs(self, recorder: InputRecorder | None) -> Iterator[Float[Tensor, "length width"]]:
+        for row, before in zip(self.rows, self.states.before, strict=True):
+            yield self.decoder.run(self.index, before[None].to(self.decoder.device), row)[0]
+            if recorder:
+                recorder.end_window()
+
     @torch.no_grad()
     def advance(self, recorder: InputRecorder | None = None) -> None:
         """Every row through this block; a recorder sees what the block's linears read."""
         with recorder.recording(self.linears) if recorder else contextlib.nullcontext():
-            for row, before, after in zip(self.rows, self.states.before, self.states.after, strict=True):
-                after.copy_(self.decoder.run(self.index, before[None].to(self.decoder.device), row)[0])
-                if recorder:
-                    recorder.end_window()
+            self.states.write(self._outputs(recorder))
 
 
 @dataclass
 class HiddenStates:
     """The hidden states of all rows before and after the block at work, in two files that take turns.
 
-    They are mapped, so they cost page cache and not memory, and outlive a killed process. What a
-    machine that goes down leaves of them can't be trusted: they are used again only on the same boot.
+    They are read as mapped, so they cost page cache and not memory, and outlive a killed process. They are written as
+    files are: a full disk is an error then, and pages need not be claimed one by one. What a machine that goes down
+    leaves of them can't be trusted: they are used again only on the same boot.
     """
 
     folder: Path
@@ -504,18 +507,25 @@ class HiddenStates:
                 finished = progress["finished"]
         return cls(folder, lengths, width, dtype, finished)
 
+    def _path(self, turn: int) -> Path:
+        return self.folder / f"hidden_{turn % 2}.bin"
+
     def _map(self, turn: int) -> list[Float[Tensor, "length width"]]:
-        path, tokens = self.folder / f"hidden_{turn % 2}.bin", sum(self.lengths)
-        states = torch.from_file(str(path), shared=True, size=tokens * self.width, dtype=self.dtype)
+        tokens = sum(self.lengths)
+        states = torch.from_file(str(self._path(turn)), shared=True, size=tokens * self.width, dtype=self.dtype)
         return list(states.view(tokens, self.width).split(self.lengths))
 
     @property
     def before(self) -> list[Float[Tensor, "length width"]]:
         return self._map(self.finished)
 
-    @property
-    def after(self) -> list[Float[Tensor, "length width"]]:
-        return self._map(self.finished + 1)
+    def write(self, rows: Iterable[Float[Tensor, "length width"]]) -> None:
+        """What comes after the block at work, row by row. OSError where the disk is full."""
+        path = self._path(self.finished + 1)
+        path.touch()
+        with path.open("r+b") as file:  # over what is there: its place on the disk stays
+            for row in rows:
+                file.write(row.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data)
 
     def turn(self) -> None:
         """The block at work is finished: what came after it comes before the next."""
