@@ -449,6 +449,7 @@ def further_rows(bench: Bench) -> list[Row]:
 
     def measure() -> Part:
         found = {}
+        shutil.rmtree(bench.dvc_project / ".dvc/cache/runs", ignore_errors=True)  # what an interrupted run has answered
         for name, change in changes.items():
             bench.settings(bench.dvc_project, change)
             done = bench.repro("apply")

@@ -14,6 +14,8 @@ from wanda_dvc.blocks import LOGITS_AT_A_TIME
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.questions import ROW
+from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.download import download
 
 # The tiny model of conftest: q and o, k and v, three of the feed-forward, two norms; embeddings (tied), a norm.
 BLOCK = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32
@@ -104,6 +106,18 @@ def test_masks_of_pruned_inputs_take_a_walk_more(config_only: Callable[..., Proj
     both = walk.total + masks.selection + BLOCK * 4  # a pruned block is no view of the checkpoint
     assert memory("mask").total == both
     assert memory("mask").weights == walk.weights
+
+
+def test_what_was_measured_tells_the_linears(project: Callable[..., Project]):
+    made = project(runtime__threads=1)
+    for part in ("model", "calibration"):
+        download(project=made, part=part)
+    before = needs.need(project=made, stage="mask").memory
+    calibrate(project=made)
+    after = needs.need(project=made, stage="mask").memory
+    assert before
+    assert after
+    assert before.selection - after.selection == 2 * 32  # the norms, which nobody measures
 
 
 def test_logits_are_a_chunk_at_most(config_only: Callable[..., Project]):

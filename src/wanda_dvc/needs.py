@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanda_dvc.artifacts import TEXT, Project
+from wanda_dvc.artifacts import TEXT, Project, block_count, read_stats
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import device_name
 
@@ -99,6 +99,14 @@ def sizes(config: Path) -> Sizes:
     )
 
 
+def choosing(stage: str, *, block: int, linear: int, threads: int) -> Memory:
+    """Of `mask` and `apply`, which hold no model: by the weights of the largest block and the largest linear."""
+    if stage == "apply":
+        return Memory(selection=block + 8 * linear)
+    # The masks, a byte a weight, and the scores of as many linears as there are threads.
+    return Memory(selection=block + SELECTION * min(threads * linear, block))
+
+
 def peak(
     stage: str,
     model: Sizes,
@@ -118,13 +126,10 @@ def peak(
     from wanda_dvc.blocks import LOGITS_AT_A_TIME
     from wanda_dvc.questions import ROW
 
+    chosen = choosing(stage, block=model.block, linear=model.linear, threads=threads)
+    if stage == "apply" or (stage == "mask" and not propagates):
+        return chosen
     width = WIDTH[dtype]
-    # The masks, a byte a weight, and the scores of as many linears as there are threads.
-    selection = model.block + SELECTION * min(threads * model.linear, model.block)
-    if stage == "apply":
-        return Memory(selection=model.block + 8 * model.linear)
-    if stage == "mask" and not propagates:
-        return Memory(selection=selection)
     mapped = device == "cpu" and dtype == model.dtype
     measures = stage in ("perplexity", "zero-shot")
     if stage == "zero-shot":
@@ -139,7 +144,7 @@ def peak(
         # A chunk's logits, as the model gives them, in float32, and their log-softmax.
         logits=min(LOGITS_AT_A_TIME, length * model.vocabulary) * (width + 8) if measures else 0,
         # A pruned block is no view of the checkpoint.
-        selection=selection + model.block * width if propagates else 0,
+        selection=chosen.selection + model.block * width if propagates else 0,
         text=text * TEXT_IN_MEMORY,
         mapped=mapped,
     )
@@ -157,8 +162,14 @@ def need(*, project: Project, stage: str, part: str | None = None) -> Need:
     folder = project.model(part if stage in ("perplexity", "zero-shot") and part else "dense")
     if not (folder / "config.json").is_file():
         return Need()
-    model, width = sizes(folder), WIDTH[params.dtype]
+    threads = params.runtime.threads or os.cpu_count() or 1
     propagates = stage == "mask" and params.propagation == "pruned" and params.method != "magnitude"
+    if stage == "apply" or (stage == "mask" and not propagates):
+        block, linear = _largest(project)
+        memory = choosing(stage, block=block, linear=linear, threads=threads)
+        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if stage == "apply" else 0
+        return Need(memory, disk=size, least=size)
+    model, width = sizes(folder), WIDTH[params.dtype]
     tokens: int | None
     if stage == "perplexity":
         tokens, length = _tokens(project), params.perplexity.length
@@ -171,17 +182,35 @@ def need(*, project: Project, stage: str, part: str | None = None) -> Need:
         dtype=params.dtype,
         length=length,
         device=device_name(params.runtime).partition(":")[0],
-        threads=params.runtime.threads or os.cpu_count() or 1,
+        threads=threads,
         propagates=propagates,
         text=text.stat().st_size if text.is_file() and stage != "zero-shot" else 0,
     )
-    if stage == "apply":
-        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-        return Need(memory, disk=size, least=size)
     if stage in ("calibrate", "perplexity") or propagates:
         disk = tokens * model.hidden * width * 2 if tokens else None
         return Need(memory, disk=disk, least=(disk or 0) // (2 if stage == "perplexity" else 1))
     return Need(memory, disk=0)
+
+
+def _largest(project: Project) -> tuple[int, int]:
+    """The weights of the largest block and of the largest linear: of the linears that were measured, where some were,
+    since to build a model takes seconds of imports."""
+    from wanda_dvc.checkpoint import Checkpoint
+
+    blocks = range(block_count(project.stats))
+    if not blocks:
+        model = sizes(project.model("dense"))
+        return model.block, model.linear
+    checkpoint = Checkpoint(project.model("dense"))
+    counts = [
+        [
+            checkpoint.weight(name).numel()
+            for names in read_stats(project.stats, block).readers.values()
+            for name in names
+        ]
+        for block in blocks
+    ]
+    return max(map(sum, counts)), max(map(max, counts))
 
 
 def announce(*, project: Project, stage: str, part: str | None = None) -> None:

@@ -141,6 +141,10 @@ class Params(_Section):
     zero_shot: ZeroShot = ZeroShot()
     runtime: Runtime = Runtime()
 
+    def calibrated_with(self) -> dict[str, Any]:
+        """What decides how the calibration text is cut and run."""
+        return self.calibration.model_dump(exclude={"text"}) | {"dtype": self.dtype}
+
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
         if problems := list(self._conflicts()):

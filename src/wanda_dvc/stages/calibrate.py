@@ -8,7 +8,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from wanda_dvc.artifacts import (
-    Json,
     Project,
     block_count,
     describe,
@@ -21,7 +20,6 @@ from wanda_dvc.artifacts import (
 from wanda_dvc.blocks import Decoder, has_units
 from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.input_stats import summary
-from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
 from wanda_dvc.recorder import InputRecorder
 from wanda_dvc.stages import STAGES, device_name, progress, say_unreached
@@ -41,7 +39,7 @@ def calibrate(*, project: Project) -> None:
         libraries=("torch", "transformers"),
         model={"source": model["source"], "sha256": model["sha256"]},
         text={"source": text["source"], "sha256": text["sha256"]},
-        params=calibration_params(params),
+        params=params.calibrated_with(),
     )
     windows = calibration_windows(project)
     decoder = open_decoder(project, "dense")
@@ -68,11 +66,6 @@ def _write_norms(project: Project) -> None:
             rows.append([block, stats.label(name), len(x.norm), *summary(x.norm).values()])
     headers = ["block", "input", "features", "mean", "median", "largest", "outliers"]
     write_csv(project.plots("norms"), headers, rows)
-
-
-def calibration_params(params: Params) -> Json:
-    """What of params.yaml decides how the text is cut and run."""
-    return params.calibration.model_dump(exclude={"text"}) | {"dtype": params.dtype}
 
 
 def calibration_windows(project: Project) -> Int[Tensor, "samples length"]:

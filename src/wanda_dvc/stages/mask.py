@@ -22,9 +22,7 @@ from wanda_dvc.input_stats import BlockStats, InputStats
 from wanda_dvc.methods import METHODS
 from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
-from wanda_dvc.recorder import InputRecorder
 from wanda_dvc.stages import STAGES, progress, say_unreached
-from wanda_dvc.stages.calibrate import calibration_params, calibration_windows, open_decoder
 
 
 def mask(*, project: Project) -> None:
@@ -37,9 +35,9 @@ def mask(*, project: Project) -> None:
             f"stats/: measured on {stats['model']['source']}, expected {model['source']}, the model in models/dense; "
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
-    if stats["params"] != calibration_params(params):
+    if stats["params"] != params.calibrated_with():
         raise UserError(
-            f"stats/: measured with {stats['params']}, expected {calibration_params(params)} as params.yaml has it; "
+            f"stats/: measured with {stats['params']}, expected {params.calibrated_with()} as params.yaml has it; "
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
     checkpoint = Checkpoint(project.model("dense"))
@@ -82,6 +80,10 @@ def mask(*, project: Project) -> None:
 
 def _propagate(project: Project, checkpoint: Checkpoint, work: Work) -> None:
     """The paper's procedure: each block is calibrated on what the pruned blocks before it put out."""
+    # Only here is a model run: without the engine and transformers a further sparsity starts seconds earlier.
+    from wanda_dvc.recorder import InputRecorder
+    from wanda_dvc.stages.calibrate import calibration_windows, open_decoder
+
     decoder = open_decoder(project, "dense")
     steps = decoder.walk(calibration_windows(project), work.path)
     unreached = {}
