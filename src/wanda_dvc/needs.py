@@ -18,7 +18,7 @@ from wanda_dvc.stages import device_name
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
 BYTES_A_TOKEN = 4  # of English text, about
 LIBRARIES = 48 * 2**20  # what threads, kernels made at run time and a tokenizer take beyond the imports, about
-ALLOCATOR = 64 * 2**20  # what glibc keeps of freed tensors under 32 MB, about; none with MALLOC_MMAP_THRESHOLD_ set
+ALLOCATOR = 64 * 2**20  # pieces of freed memory that glibc keeps, about; none with MALLOC_MMAP_THRESHOLD_ set
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
 SELECTION = 24  # bytes a weight at work: its score, the partition of the scores, and what counts the ties
 
