@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from wanda_dvc.artifacts import Project, write_csv, write_json
 from wanda_dvc.params import read_params
 from wanda_dvc.presets import read_preset
 from wanda_dvc.report import inference, report
+from wanda_dvc.report.charts import Point, curves, times
+from wanda_dvc.report.pages import as_markdown
 from wanda_dvc.report.published import sources
-from wanda_dvc.report.rows import Row, stale_stages
-from wanda_dvc.report.sections import stored_bytes
+from wanda_dvc.report.rows import Collected, Row, stale_stages
+from wanda_dvc.report.sections import content, stored_bytes
 
 # --- inference ---
 
@@ -172,6 +175,116 @@ def test_bytes_are_not_guessed(project: Callable[..., Project]):
     assert stored_bytes(Row("it", None, made, {}, {}, [])) is None
 
 
+# --- what is set against what ---
+
+
+def write_results(
+    root: Path,
+    method: str,
+    sparsity: float,
+    loss: float,
+    right: int,
+    *,
+    text: str = "0",
+    task: str = "0",
+    rest: int = 0,
+) -> None:
+    """All that an experiment leaves behind, of a text and a task with these hashes; `rest`: a shorter last window's
+    tokens."""
+    write_params(root, Path("/models/tiny"), method=method, sparsity=sparsity)
+    project = Project(root)
+    for folder in ("models/dense", "models/pruned", "data/calibration", "data/perplexity", "data/tasks/piqa"):
+        write_json(root / folder / "provenance.json", {"of": [folder, method, sparsity * ("pruned" in folder)]})
+    for folder in ("stats", "masks"):
+        write_json(root / folder / "provenance.json", {"of": [method, sparsity] if folder == "masks" else []})
+    for model, mean, count in (("dense", 2.0, 24), ("pruned", loss, right)):
+        protocol = {"windows": 3 if rest else 4, "length": 64, "rest": rest or "dropped", "tokens_sha256": text}
+        losses = [mean + x if math.isfinite(mean) else "diverged" for x in (-0.1, 0.0, 0.0, 0.1)]
+        write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": losses})
+        value = float(f"{math.exp(mean):.6g}") if math.isfinite(mean) else "diverged"
+        write_json(project.metrics(model, "perplexity"), {"perplexity": value})
+        write_csv(project.plots(f"{model}/perplexity"), ["window", "predictions", "loss"], [[0, 63, mean]])
+        items = [{"item": i, "acc": float(i < count)} for i in range(40)]
+        write_json(project.details(model, "zero_shot/piqa"), {"protocol": {"task": {"sha256": task}}, "items": items})
+        write_json(project.metrics(model, "zero_shot/piqa"), {"acc": count / 40})
+    write_json(project.metrics("pruned", "sparsity"), {"sparsity": sparsity})
+    write_json(project.details("pruned", "sparsity"), {})
+    lines = [[block, "q_proj", 1000, int(1000 * sparsity), sparsity, 4000] for block in range(2)]
+    write_csv(project.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity", "bytes"], lines)
+    write_csv(project.plots("norms"), ["block"], [])
+    runs = [f"download-{part}" for part in ("model", "calibration", "perplexity", "tasks")]
+    runs += ["calibrate", "mask", "apply", "perplexity-dense", "perplexity-pruned"]
+    for run in [*runs, "zero-shot-dense-piqa", "zero-shot-pruned-piqa"]:
+        seconds = loss if run.endswith("pruned") and math.isfinite(loss) else 1.0
+        time = {"seconds": round(seconds, 2), "peak_memory_gb": 0.5, "machine": "test", "device": "cpu"}
+        write_json(project.times(run), time)
+
+
+def said_of(tmp_path: Path, *experiments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    """The report's content of experiments, with single spaces."""
+    rows = []
+    for number, (results, words) in enumerate(experiments):
+        root = tmp_path / str(number)
+        root.mkdir()
+        write_results(root, *results, **words)
+        rows.append(Row(f"e{number}", None, Project(root), {}, {}, []))
+    return re.sub(r" {2,}", " ", as_markdown("study", content(Collected(rows, [], [])), "pictures"))
+
+
+def test_what_read_other_windows_or_items_is_not_compared(tmp_path: Path):
+    same = said_of(tmp_path, (("wanda", 0.5, 2.5, 20), {}), (("magnitude", 0.5, 3.5, 4), {}))
+    assert "- Wanda 50 % against magnitude 50 %: 0.37 × the perplexity (beyond noise); +40.0 points" in same
+    (tmp_path / "other").mkdir()
+    other = {"text": "another", "task": "another"}
+    text = said_of(tmp_path / "other", (("wanda", 0.5, 2.5, 20), {}), (("magnitude", 0.5, 3.5, 4), other))
+    for pair in ("Wanda 50 % against magnitude 50 %", "magnitude 50 % against dense"):
+        assert f"- {pair}: perplexities could not be compared window by window.\n" in text
+        assert f"| {pair} | – |" in text
+    assert "- Wanda 50 % against dense: 1.65 × the perplexity" in text
+
+
+def test_intervals_in_the_report_are_those_of_the_windows(tmp_path: Path):
+    """Student's t by the table: 3 degrees of freedom; and where the last window is shorter, weighted by hand."""
+    half = 3.182446 * math.sqrt(0.02 / 3) / 2
+    low, high = (f"{math.exp(2.5 + sign * half):.2f}" for sign in (-1, 1))
+    assert f"| Wanda 50 % | 12.18 | {low} to {high} | 50.0 |" in said_of(tmp_path, (("wanda", 0.5, 2.5, 20), {}))
+    (tmp_path / "rest").mkdir()
+    text = said_of(tmp_path / "rest", (("wanda", 0.5, 2.5, 20), {"rest": 11}))
+    shares, losses = np.array([63, 63, 63, 10]) / 199, np.array([2.4, 2.5, 2.5, 2.6])
+    mean = shares @ losses
+    half = 3.182446 * math.sqrt(shares**2 @ (losses - mean) ** 2 * 4 / 3)
+    low, high = (f"{math.exp(mean + sign * half):.2f}" for sign in (-1, 1))
+    assert f"to {high} |" in text
+    assert f"| {low} to" in text
+
+
+def test_curves_stand_where_their_numbers_are():
+    series = {"a": [Point(30, 7.0, 6.0, 8.0), Point(70, None)], "b": [Point(30, 9.0), Point(50, 700.0, 600.0, 900.0)]}
+    figure = curves(series, y_label="perplexity", level=("dense", 5.0), log=True)
+    [ax] = figure.axes
+    lines = {line.get_label(): line for line in ax.lines}
+    assert [list(lines[name].get_ydata()) for name in ("dense", "a", "b")] == [[5, 5], [7], [9, 700]]
+    assert list(lines["b"].get_xdata()) == pytest.approx([30, 50], abs=0.5)
+    bars = [segment[:, 1].tolist() for bars in ax.collections for segment in bars.get_segments()]
+    assert bars == [[6, 8], [600, 900]]
+    low, high = ax.get_ylim()
+    assert low < 5
+    assert high > 900
+    assert ax.get_yscale() == "log"
+    [edge] = [line for line in ax.lines if line.get_transform() == ax.get_xaxis_transform()]
+    assert edge.get_xydata()[0] == pytest.approx((70, 1), abs=0.5)
+    assert [text.get_text() for text in ax.texts] == ["a diverged"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["30 %", "50 %", "70 %"]
+
+
+def test_bars_of_time_add_up():
+    bars = {"shared": {"calibrate": 4.0}, "one": {"mask": 1.0, "apply": 2.0}}
+    [ax] = times(bars, ["calibrate", "mask", "apply"]).axes
+    ends = [patch.get_x() + patch.get_width() for patch in ax.patches if patch.get_width()]
+    assert ends == [4, 1, 3]
+    assert [text.get_text() for text in ax.texts] == ["4 s", "3 s"]
+
+
 # --- the page ---
 
 
@@ -195,39 +308,8 @@ class Study:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def write(self, method: str, sparsity: float, loss: float, right: int) -> None:
-        """All that an experiment leaves behind."""
-        write_params(self.root, Path("/models/tiny"), method=method, sparsity=sparsity)
-        project = Project(self.root)
-        for folder in ("models/dense", "models/pruned", "data/calibration", "data/perplexity", "data/tasks/piqa"):
-            write_json(
-                self.root / folder / "provenance.json", {"of": [folder, method, sparsity * ("pruned" in folder)]}
-            )
-        for folder in ("stats", "masks"):
-            write_json(self.root / folder / "provenance.json", {"of": [method, sparsity] if folder == "masks" else []})
-        for model, mean, count in (("dense", 2.0, 24), ("pruned", loss, right)):
-            protocol = {"windows": 4, "length": 64, "rest": "dropped", "tokens_sha256": "0"}
-            losses = [mean + x if math.isfinite(mean) else "diverged" for x in (-0.1, 0.0, 0.0, 0.1)]
-            write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": losses})
-            value = float(f"{math.exp(mean):.6g}") if math.isfinite(mean) else "diverged"
-            write_json(project.metrics(model, "perplexity"), {"perplexity": value})
-            write_csv(project.plots(f"{model}/perplexity"), ["window", "predictions", "loss"], [[0, 63, mean]])
-            items = [{"item": i, "acc": float(i < count)} for i in range(40)]
-            write_json(
-                project.details(model, "zero_shot/piqa"), {"protocol": {"task": {"sha256": "0"}}, "items": items}
-            )
-            write_json(project.metrics(model, "zero_shot/piqa"), {"acc": count / 40})
-        write_json(project.metrics("pruned", "sparsity"), {"sparsity": sparsity})
-        write_json(project.details("pruned", "sparsity"), {})
-        lines = [[block, "q_proj", 1000, int(1000 * sparsity), sparsity, 4000] for block in range(2)]
-        write_csv(project.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity", "bytes"], lines)
-        write_csv(project.plots("norms"), ["block"], [])
-        runs = [f"download-{part}" for part in ("model", "calibration", "perplexity", "tasks")]
-        runs += ["calibrate", "mask", "apply", "perplexity-dense", "perplexity-pruned"]
-        for run in [*runs, "zero-shot-dense-piqa", "zero-shot-pruned-piqa"]:
-            seconds = loss if run.endswith("pruned") and math.isfinite(loss) else 1.0
-            time = {"seconds": round(seconds, 2), "peak_memory_gb": 0.5, "machine": "test", "device": "cpu"}
-            write_json(project.times(run), time)
+    def write(self, *results: Any) -> None:
+        write_results(self.root, *results)
 
     def save(self, name: str) -> None:
         self.run("dvc", "commit", "--force", "--quiet")
@@ -334,6 +416,9 @@ def test_the_report_says_what_is_so(written: tuple[Study, Path, str]):
         "Wanda 70 % against dense: perplexities could not be compared window by window; −2.5 points of mean accuracy "
         "(within noise).",
         "| Wanda 70 % against dense | 0 / 1 |",
+        "| magnitude 50 % against dense | 0 / 20 * |",
+        "| shared by the rows | 4.0 | 1.0 | – | – | 1.0 | 1.0 | 7.0 |",
+        "| Wanda 50 % | – | – | 1.0 | 1.0 | 2.5 | 2.5 | 7.0 |",
         "Diverged, and so at the upper edge: magnitude 70 %",
         "No published row that this report knows has the protocol",
         "waiting: queued (sparsity=0.3)",

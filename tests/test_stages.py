@@ -316,6 +316,30 @@ def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(
     assert tree(made.stats) == whole
 
 
+def test_a_stage_whose_dvc_is_gone_stops_and_loses_nothing(project: Make, monkeypatch: pytest.MonkeyPatch):
+    """As `dvc queue kill` leaves it: without its parent."""
+    from wanda_dvc import stages
+    from wanda_dvc.stages import calibrate as module
+
+    made = fetch(project())
+    real, written = module.write_stats, []
+
+    def orphaned(folder, block, *rest):
+        written.append(block)
+        real(folder, block, *rest)
+        if block == 1:
+            monkeypatch.setattr(stages.os, "getppid", lambda: stages.STARTED_BY + 1)
+
+    monkeypatch.setattr(module, "write_stats", orphaned)
+    monkeypatch.setenv("DVC_STAGE", "calibrate")
+    with pytest.raises(UserError, match="is gone"):
+        calibrate(project=made)
+    assert written == [0, 1]
+    monkeypatch.delenv("DVC_STAGE")  # whoever starts a stage without DVC may leave it alone
+    calibrate(project=made)
+    assert written == [0, 1, 2, 3]
+
+
 def test_work_lies_in_the_repository_that_dvc_was_started_in(project: Make, tmp_path: Path, monkeypatch):
     """A queued experiment's checkout is gone when it fails; `DVC_ROOT` names the repository that stays."""
     made = project()

@@ -22,6 +22,8 @@ STAGES = {"download": 1, "calibrate": 1, "mask": 1, "apply": 1, "perplexity": 1,
 PARTS = ("model", "calibration", "perplexity", "tasks")
 MODELS = ("dense", "pruned")
 
+STARTED_BY = os.getppid()
+
 T = TypeVar("T")
 
 
@@ -59,9 +61,10 @@ def device_name(runtime: Runtime) -> str:
 
 
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
-    """A bar on a terminal; elsewhere a line a minute."""
+    """A bar on a terminal; elsewhere a line a minute. UserError between two items once nobody waits for the rest."""
     from tqdm import tqdm
 
+    items = _while_wanted(items)
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=what, file=sys.stderr)
         return
@@ -72,6 +75,15 @@ def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
         if now - said >= 60 or (done == total and now - began >= 10):
             print(f"{what}: {done} of {total}, {now - began:.0f} s", file=sys.stderr, flush=True)
             said = now
+
+
+def _while_wanted(items: Iterable[T]) -> Iterator[T]:
+    """DVC kills a queued experiment but not the stage that it runs, which would go on to its end, for a checkout that
+    is gone; and whoever runs the experiment again would wait for it."""
+    for item in items:
+        if "DVC_STAGE" in os.environ and os.getppid() != STARTED_BY:
+            raise UserError("the DVC that ran this stage is gone: stopped; run it again and it goes on from here")
+        yield item
 
 
 def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
