@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, write_params
 
 from wanda_dvc.artifacts import Project, write_csv, write_json
+from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.presets import read_preset
 from wanda_dvc.report import inference, report
@@ -233,14 +234,14 @@ def said_of(tmp_path: Path, *experiments: tuple[tuple[Any, ...], dict[str, Any]]
 
 def test_what_read_other_windows_or_items_is_not_compared(tmp_path: Path):
     same = said_of(tmp_path, (("wanda", 0.5, 2.5, 20), {}), (("magnitude", 0.5, 3.5, 4), {}))
-    assert "- Wanda 50 % against magnitude 50 %: 0.37 × the perplexity (beyond noise); +40.0 points" in same
+    assert "- Wanda 50 % against magnitude 50 %: 0.368 × the perplexity (beyond noise); +40.0 points" in same
     (tmp_path / "other").mkdir()
     other = {"text": "another", "task": "another"}
     text = said_of(tmp_path / "other", (("wanda", 0.5, 2.5, 20), {}), (("magnitude", 0.5, 3.5, 4), other))
     for pair in ("Wanda 50 % against magnitude 50 %", "magnitude 50 % against dense"):
         assert f"- {pair}: perplexities could not be compared window by window.\n" in text
         assert f"| {pair} | – |" in text
-    assert "- Wanda 50 % against dense: 1.65 × the perplexity" in text
+    assert "- Wanda 50 % against dense: 1.649 × the perplexity" in text
 
 
 def test_intervals_in_the_report_are_those_of_the_windows(tmp_path: Path):
@@ -322,10 +323,13 @@ class Study:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path, str]:
-    """The report of four experiments, one diverged and one without its losses in the cache; one more is queued."""
+    """The report of four experiments, one diverged and one without its losses in the cache; one more is queued, and
+    an older commit has other numbers."""
     root = tmp_path_factory.mktemp("report") / "study"
     root.mkdir()
     study = Study(root)
+    study.write("wanda", 0.5, 2.7, 19)
+    study.save("main")
     study.write("wanda", 0.5, 2.5, 20)
     study.save("main")
     study.write("magnitude", 0.5, 3.5, 4)
@@ -410,7 +414,7 @@ def test_the_report_says_what_is_so(written: tuple[Study, Path, str]):
         f"| 50 % | 7.39 | 33.12 | 12.18 | {improvement:.1f} % |",
         "| 70 % | 7.39 | diverged | 20.09 | – (magnitude diverged) |",
         "| Wanda 50 % | 50.0 | 50.0 | 83.3 |",
-        "magnitude 50 % against dense: 4.48 × the perplexity (beyond noise); −50.0 points of mean accuracy (beyond "
+        "magnitude 50 % against dense: 4.482 × the perplexity (beyond noise); −50.0 points of mean accuracy (beyond "
         "noise).",
         "magnitude 70 % against dense: its perplexity diverged",
         "Wanda 70 % against dense: perplexities could not be compared window by window; −2.5 points of mean accuracy "
@@ -418,7 +422,7 @@ def test_the_report_says_what_is_so(written: tuple[Study, Path, str]):
         "| Wanda 70 % against dense | 0 / 1 |",
         "| magnitude 50 % against dense | 0 / 20 * |",
         "| shared by the rows | 4.0 | 1.0 | – | – | 1.0 | 1.0 | 7.0 |",
-        "| Wanda 50 % | – | – | 1.0 | 1.0 | 2.5 | 2.5 | 7.0 |",
+        "| Wanda 50 % | – | – | 1.0 | 1.0 | 2.5 | 1.0 | 5.5 |",
         "Diverged, and so at the upper edge: magnitude 70 %",
         "No published row that this report knows has the protocol",
         "waiting: queued (sparsity=0.3)",
@@ -432,6 +436,21 @@ def test_the_report_says_what_is_so(written: tuple[Study, Path, str]):
     assert tests == 6 * 2 + 3
     assert study.run("git", "status", "--porcelain") == ""
     assert not [path for path in (study.root / ".dvc/tmp/wanda-dvc").iterdir() if path.is_dir()]
+
+
+@pytest.mark.pipeline
+def test_a_killed_experiment_that_counts_as_running_is_named_as_the_cause(
+    written: tuple[Study, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`dvc exp show` fails so, too, after `dvc queue stop --kill` if a worker had already taken the next one."""
+    from dvc.repo.experiments.queue.base import QueueEntry
+    from dvc.repo.experiments.queue.celery import LocalCeleryQueue
+
+    root, head = str(written[0].root), written[0].run("git", "rev-parse", "HEAD").strip()
+    entry = QueueEntry(root, root, "refs/exps/celery/stash", "1" * 40, head, None, "lost")
+    monkeypatch.setattr(LocalCeleryQueue, "iter_active", lambda _: iter([entry]))
+    with pytest.raises(UserError, match=r"may still count as running: .*`dvc queue kill NAME` clears it"):
+        report(project=Project(written[0].root), output=tmp_path / "report.html")
 
 
 @pytest.mark.pipeline

@@ -78,6 +78,7 @@ def svg(figure: "Figure", name: str, title: str, description: str) -> str:
     text = re.sub(r'(?:xlink:)?href="#([^"]+)"', rf'href="#{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]+", rf"font: \1px {FONT}", text)
+    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # of a point; finer is only more to load
     for colour, (stand_in, *_) in COLOURS.items():
         text = text.replace(stand_in, f"var(--{colour})")
     return text
@@ -283,7 +284,7 @@ def times(bars: dict[str, dict[str, float]], stages: list[str]) -> "Figure":
     ax = axes[0, 0]
     ax.grid(False)
     ax.grid(axis="x", color=LINE, linewidth=0.6)
-    hatches = ["", "////", "....", "xxxx", "\\\\\\\\", "++++"]
+    hatches = ["", "///", "---", "xxx", "\\\\\\", "|||"]
     left = dict.fromkeys(bars, 0.0)
     for index, stage in enumerate(stages):
         widths = [bars[bar].get(stage, 0.0) for bar in bars]

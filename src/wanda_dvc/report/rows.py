@@ -149,12 +149,18 @@ def _states(project: Project, revs: list[str]) -> tuple[list[_Candidate], list[U
             raise UserError(
                 f"{project.root}: DVC can't list its experiments ({error}); look at `dvc exp show`"
             ) from None
+        except OSError as error:  # it looks for files of an experiment that never began
+            raise UserError(
+                f"{project.root}: DVC can't list its experiments ({error}); one that was killed may still count as "
+                "running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
+            ) from None
         found: list[_Candidate] = []
         unfinished: dict[str, Unfinished] = {}
         for state in states:
             name = state.name or (state.rev if state.rev == "workspace" else state.rev[:7])
             kind = 2 if state.rev == "workspace" else 1 if state.name else 3
-            found.append(_Candidate(state.rev, name, kind))
+            if kind < 3 or state.experiments:  # what a branch has left behind is not a result of today
+                found.append(_Candidate(state.rev, name, kind))
             base = _settings_of(state)
             for experiment in state.experiments or []:
                 last = experiment.revs[0]

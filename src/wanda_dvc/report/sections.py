@@ -454,7 +454,7 @@ def _how_sure(section: Section) -> Content:
     summary, items = [], []
     for one, other, ratio, mean, tasks in measured:
         cells = [f"{one} against {other}"]
-        cells += [f"{ratio.value:.3f} ×", _range(ratio, lambda x: f"{x:.3f}")] if ratio else [DASH, DASH]
+        cells += [f"{factor(ratio.value)} ×", _range(ratio, factor)] if ratio else [DASH, DASH]
         cells += [_verdict(section, one, other, "perplexity")]
         cells += [signed(mean.value), _range(mean, signed)] if mean else [DASH, DASH]
         cells += [_verdict(section, one, other, "mean")]
@@ -549,7 +549,7 @@ def _in_words(section: Section) -> Items:
             ratio = _paired_ratio(first, "pruned", against, "pruned" if second else "dense") if against else None
             if ratio:
                 noise = (_find(section, one, other, "perplexity") or 0) >= ALPHA
-                parts.append(f"{ratio.value:.2f} × the perplexity ({'within' if noise else 'beyond'} noise)")
+                parts.append(f"{factor(ratio.value)} × the perplexity ({'within' if noise else 'beyond'} noise)")
             else:
                 parts.append("perplexities could not be compared window by window")
         mean = _paired_mean(section, first, "pruned", second)
@@ -753,7 +753,10 @@ def _took(section: Section, prefix: str) -> Content:
     all_of = {stage: sum(bar.get(stage, 0.0) for bar in bars.values()) for stage in used}
     table.append(["all", *(f"{all_of[stage]:,.1f}" for stage in used), f"{sum(all_of.values()):,.1f}"])
     machines = sorted({f"{t['machine']}, {t['device']}" for row in section.rows for t in row.times().values()})
-    caption = f"Seconds by stage, each run counted once. Measured on {'; '.join(machines)}."
+    caption = (
+        "Seconds by stage, each run counted once; of a stage that was killed and went on, those since then. Measured "
+        f"on {'; '.join(machines)}."
+    )
     return [
         Table(caption, ["", *used, "all"], table),
         _picture(
@@ -838,6 +841,11 @@ def number(value: float | str | None) -> str:
     if isinstance(value, str):
         return value
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.2e}"
+
+
+def factor(value: float) -> str:
+    """How many times, to a thousandth where that is much."""
+    return f"{value:.3f}" if value < 10 else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def percent(value: float | None) -> str:
