@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "wanda_dvc"
-QUERIES_AT_A_TIME = 256  # of a window: enough for a matrix unit, and little above the diagonal is computed
+QUERIES_AT_A_TIME = 128  # of a window: enough for a matrix unit, and little above the diagonal is computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,15 +87,16 @@ def attend(
     heads, groups = query.shape[1], key.shape[1]
     # The heads that share a key stand below one another: fewer and larger multiplications.
     q = (query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)).unflatten(0, (groups, heads // groups))
+    k, v = key[0].contiguous(), value[0].contiguous()  # once, and not in every part
     out = query.new_empty(groups, heads // groups, query.shape[2], value.shape[-1])
     for queries, keys, mask in _parts(query.shape[2], attention_mask, query.device):
         part = q[:, :, queries]
-        scores = part.flatten(1, 2) @ key[0, :, keys].mT
+        scores = part.flatten(1, 2) @ k[:, keys].mT
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         scores.unflatten(1, part.shape[1:3])[..., -mask.shape[1] :].masked_fill_(~mask, -torch.inf)
         weights = torch.softmax(scores, dim=-1)  # sums in float32 whatever the dtype
-        out[:, :, queries] = (weights @ value[0, :, keys]).unflatten(1, part.shape[1:3])
+        out[:, :, queries] = (weights @ v[:, keys]).unflatten(1, part.shape[1:3])
     return out.flatten(0, 1).transpose(0, 1)[None].contiguous(), None
 
 
