@@ -647,7 +647,7 @@ def _structure(section: Section, prefix: str) -> Content:
             _picture(
                 f"{prefix}norms{count or ''}", f"Input norms by block and feature{named}",
                 f"Above: the norms ‖X‖₂ of each distinct input. Below: which features are outliers, more than 6 times "
-                f"their median ({found} of {total}, {100 * found / total:.2f} %). Wanda spares the weights that read "
+                f"their median ({found:,} of {total:,}, {100 * found / total:.2f} %). Wanda spares the weights that read "
                 "them.",
                 partial(charts.norms, inputs),
             )
