@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from wanda_dvc.allocator import keep_freed_memory
 from wanda_dvc.artifacts import Project, block_count, read_stats
 from wanda_dvc.blocks import as_rows
 from wanda_dvc.checkpoint import Checkpoint
@@ -43,6 +44,7 @@ def statistics(project: Project) -> dict[str, Any]:
 
 def masks(project: Project) -> dict[str, Any]:
     """Seconds to choose every mask, as the stage does and by a full stable sort of every row; the best of three."""
+    keep_freed_memory()
     checkpoint, params = Checkpoint(project.model("dense")), project.params
     stats = [read_stats(project.stats, block) for block in range(block_count(project.stats))]
 

@@ -108,6 +108,19 @@ def test_masks_of_pruned_inputs_take_a_walk_more(config_only: Callable[..., Proj
     assert memory("mask").weights == walk.weights
 
 
+def test_rows_that_are_chosen_apart_need_no_more_than_some(config_only: Callable[..., Project], monkeypatch):
+    monkeypatch.setattr("wanda_dvc.selection.WEIGHTS_AT_A_TIME", 100)
+    for changes, scores in (
+        ({}, 100),
+        ({"group": "layer"}, 32 * 48),
+        ({"group": "layer", "pattern": "2:4"}, 100),
+        ({"method": "wanda-variant"}, 32 * 48),
+    ):
+        found = needs.need(project=config_only(runtime__threads=1, **changes), stage="mask").memory
+        assert found
+        assert found.selection == BLOCK + needs.SELECTION * scores
+
+
 def test_what_was_measured_tells_the_linears(project: Callable[..., Project]):
     made = project(runtime__threads=1)
     for part in ("model", "calibration"):

@@ -5,7 +5,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -18,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wanda_dvc import results
 from wanda_dvc.artifacts import Project, read_masks, read_stats, tokenizer_digest, write_json, write_masks
 from wanda_dvc.errors import UserError
+from wanda_dvc.input_stats import BlockStats, InputStats
+from wanda_dvc.methods import METHODS
 from wanda_dvc.stages import PARTS
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
@@ -271,6 +275,52 @@ def test_statistics_cut_in_another_way_are_refused(project: Make):
     calibrate(project=made)
     with pytest.raises(UserError, match=r"stats/: measured with .*'samples': 3.* expected .*'samples': 4"):
         mask(project=project(calibration__samples=4))
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "group", "apart"),
+    [
+        ("wanda", "unstructured", "row", True),
+        ("magnitude", "unstructured", "row", True),
+        ("wanda", "2:4", "row", True),
+        ("magnitude", "unstructured", "layer", False),
+        ("magnitude", "2:4", "layer", True),
+        ("wanda-variant", "unstructured", "row", False),
+    ],
+)
+def test_some_rows_at_a_time_choose_as_all_do(
+    monkeypatch: pytest.MonkeyPatch, method: str, pattern: str, group: str, apart: bool
+):
+    from wanda_dvc.stages import mask as module
+
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "linear": (4 * torch.randn(13, 24, generator=generator)).round(),  # so that some scores are equal
+        "stored_across": (4 * torch.randn(24, 13, generator=generator)).round(),
+    }
+    squares = torch.randint(1, 4, (24,), generator=generator).double() ** 2
+    block = BlockStats({"x": InputStats(squares, squares, 1)}, {"x": list(weights)}, ["stored_across"])
+    params = SimpleNamespace(method=method, sparsity=0.5, pattern=pattern, group=group)
+    checkpoint = SimpleNamespace(weight=weights.__getitem__)
+    seen: list[int] = []
+    plain = METHODS[method]
+    spied = replace(plain, select=lambda score, **words: seen.append(score.numel()) or plain.select(score, **words))
+    monkeypatch.setitem(METHODS, method, spied)
+    whole = module.choose(params, checkpoint, block)
+    assert seen == [13 * 24] * 2
+    seen.clear()
+    monkeypatch.setattr(module, "WEIGHTS_AT_A_TIME", 50)
+    parts = module.choose(params, checkpoint, block)
+    assert sorted(seen) == ([24] * 2 + [48] * 12 if apart else [13 * 24] * 2)
+    for name, weight in weights.items():
+        assert torch.equal(parts[name], whole[name])
+        assert parts[name].shape == weight.shape
+        assert parts[name].is_contiguous()
+    x = block.inputs["x"]
+    across = plain.select(
+        plain.score(weights["stored_across"].T.contiguous(), x), sparsity=0.5, pattern=pattern, group=group
+    )
+    assert torch.equal(parts["stored_across"].T, across)
 
 
 def test_a_mask_costs_one_bit_a_weight(tmp_path: Path):

@@ -8,8 +8,7 @@ A model's other attention (windows in float32, everything that fits a GPU's kern
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -34,16 +33,21 @@ class Layout:
     question: Int[Tensor, " length"]  # ascending
     choice: Int[Tensor, " length"]  # 0: the context; k: the k-th choice
 
-    @cached_property
-    def questions(self) -> list[tuple[slice, Bool[Tensor, "tokens tokens"]]]:
-        """Each question's place, and which token may attend to which, but for what the positions say."""
-        _, counts = torch.unique_consecutive(self.question, return_counts=True)
-        ends = counts.cumsum(0).tolist()
-        found = []
-        for start, end in pairwise([0, *ends]):
-            choice = self.choice[start:end]
-            found.append((slice(start, end), (choice == 0) | (choice == choice[:, None])))
-        return found
+    # By the mask that they follow from, which is kept, so that no other takes its number.
+    _hidden: dict[int, tuple[Tensor, list[tuple[slice, Tensor]]]] = field(default_factory=dict, init=False, repr=False)
+
+    def questions(self, mask: Bool[Tensor, "1 1 positions positions"]) -> list[tuple[slice, Tensor]]:
+        """Each question's place, and which tokens are hidden from which, bool [tokens, tokens]; found once for all
+        blocks of one kind. `mask` says which positions the kind of block lets a position see."""
+        if id(mask) not in self._hidden:
+            _, counts = torch.unique_consecutive(self.question, return_counts=True)
+            found = []
+            for start, end in pairwise([0, *counts.cumsum(0).tolist()]):
+                choice, at = self.choice[start:end], self.positions[start:end]
+                related = (choice == 0) | (choice == choice[:, None])
+                found.append((slice(start, end), ~(mask[0, 0].cpu()[at[:, None], at] & related)))
+            self._hidden[id(mask)] = mask, found
+        return self._hidden[id(mask)][1]
 
 
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -89,12 +93,12 @@ def attend(
     q = (query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)).unflatten(0, (groups, heads // groups))
     k, v = key[0].contiguous(), value[0].contiguous()  # once, and not in every part
     out = query.new_empty(groups, heads // groups, query.shape[2], value.shape[-1])
-    for queries, keys, mask in _parts(query.shape[2], attention_mask, query.device):
+    for queries, keys, hidden in _parts(query.shape[2], attention_mask, query.device):
         part = q[:, :, queries]
         scores = part.flatten(1, 2) @ k[:, keys].mT
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        scores.unflatten(1, part.shape[1:3])[..., -mask.shape[1] :].masked_fill_(~mask, -torch.inf)
+        scores.unflatten(1, part.shape[1:3])[..., -hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
         weights = torch.softmax(scores, dim=-1)  # sums in float32 whatever the dtype
         out[:, :, queries] = (weights @ v[:, keys]).unflatten(1, part.shape[1:3])
     return out.flatten(0, 1).transpose(0, 1)[None].contiguous(), None
@@ -103,21 +107,18 @@ def attend(
 def _parts(
     length: int, mask: Tensor | None, device: torch.device
 ) -> Iterator[tuple[slice, slice, Bool[Tensor, "queries last_keys"]]]:
-    """Queries, the keys among which are all that they see, and which of the last of those each sees."""
+    """Queries, the keys among which are all that they see, and which of the last of those are hidden from each."""
     layout = _layout.get()
     if layout is not None:
         assert mask is not None
-        for place, related in layout.questions:
-            at = layout.positions[place].to(device)
-            yield place, place, mask[0, 0][at[:, None], at] & related.to(device)
+        for place, hidden in layout.questions(mask):
+            yield place, place, hidden.to(device)
         return
+    later = torch.ones(QUERIES_AT_A_TIME, QUERIES_AT_A_TIME, dtype=torch.bool, device=device).triu_(1)
     for start in range(0, length, QUERIES_AT_A_TIME):
         end = min(start + QUERIES_AT_A_TIME, length)
-        if mask is None:
-            sees = torch.ones(end - start, end - start, dtype=torch.bool, device=device).tril_()
-        else:
-            sees = mask[0, 0, start:end, :end]
-        yield slice(start, end), slice(0, end), sees
+        hidden = later[: end - start, : end - start] if mask is None else ~mask[0, 0, start:end, :end]
+        yield slice(start, end), slice(0, end), hidden
 
 
 AttentionInterface.register(NAME, attend)

@@ -9,12 +9,8 @@ What a block is called with is recorded from the model's own forward pass; what 
 """
 
 import contextlib
-import ctypes
 import inspect
 import json
-import mmap
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from wanda_dvc import attention
+from wanda_dvc.allocator import empty_weight, keep_freed_memory
 from wanda_dvc.attention import Layout
 from wanda_dvc.checkpoint import Checkpoint, expert_name
 from wanda_dvc.errors import UserError
@@ -34,8 +31,6 @@ from wanda_dvc.recorder import InputRecorder
 from wanda_dvc.structure import Linear, Part, empty_model, find_blocks, find_linears, stored_names
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-KEPT = 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -405,28 +400,6 @@ class Decoder:
             with self.block(index):
                 hidden = self.run(index, hidden, row)
         return hidden[0].float()
-
-
-def empty_weight(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for a weight. On a CPU in pages of its own, which go back when it does: in the heap, which keeps what is
-    freed, weights would lie between what comes and goes with each window."""
-    if device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, max(1, shape.numel()) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype)[: shape.numel()].view(shape)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones, instead of giving it back at once.
-
-    What is given back has to be cleared by the system before it is had again, which is a fifth of a small model's time.
-    Other allocators, and a threshold that the environment sets, stay as they are.
-    """
-    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        with contextlib.suppress(OSError, AttributeError):
-            set_option = ctypes.CDLL(None).mallopt
-            for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-                set_option(option, KEPT)
 
 
 def has_units(dtype: torch.dtype) -> bool:

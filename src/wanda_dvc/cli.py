@@ -144,7 +144,8 @@ def stats(
     ] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw them, with the outliers, into this PNG.")] = None,
     compare: Annotated[
-        str | None, typer.Option("--compare", help="Against an experiment's, commit's or another directory's.")
+        str | None,
+        typer.Option("--compare", help="Compare with the statistics of an experiment, a commit or a directory."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

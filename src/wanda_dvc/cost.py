@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tabulate import tabulate
 
 from wanda_dvc.artifacts import TEXT, Project
 from wanda_dvc.errors import UserError
+from wanda_dvc.methods import METHODS
 from wanda_dvc.needs import BYTES_A_TOKEN, SELECTION, WIDTH, Memory, Sizes, peak, sizes
 from wanda_dvc.params import Params, check_params
 
@@ -126,9 +128,11 @@ def stage_costs(params: Params, model: Sizes, through: Work, device: Device, *, 
     width, stored = WIDTH[params.dtype], WIDTH.get(model.dtype, 4)
     where = "cuda" if device.link else "cpu"
     rate, threads = device.flops[params.dtype] * device.efficiency, os.cpu_count() or 1
+    apart = METHODS[params.method].rows_apart(params.pattern, params.group)
+    held = partial(peak, model=model, dtype=params.dtype, device=where, threads=threads, rows_apart=apart)
 
     def memory(stage: str, length: int) -> Memory:
-        return peak(stage, model, dtype=params.dtype, length=length, device=where, threads=threads)
+        return held(stage, length=length)
 
     def walk(stage: str, windows: float, length: float, logits: float = 0) -> StageCost:
         waiting = 2 * windows * length * model.hidden * width  # two files that take turns
@@ -154,9 +158,7 @@ def stage_costs(params: Params, model: Sizes, through: Work, device: Device, *, 
     )
     if params.propagation == "pruned" and params.method != "magnitude":  # each block is run twice more
         twice = walk("mask", 2 * calibration.samples, calibration.length)
-        size = peak(
-            "mask", model, dtype=params.dtype, length=calibration.length, device=where, threads=threads, propagates=True
-        )
+        size = held("mask", length=calibration.length, propagates=True)
         chosen = replace(twice, disk=masks + calibrate.disk, memory=size, seconds=twice.seconds + chosen.seconds)
     yield chosen
     seconds = through.linears * (4 * stored + 1) / HOST  # copied, then read, multiplied and counted

@@ -59,7 +59,7 @@ def _python() -> Iterator[Check]:
     try:
         wanted = [Requirement(text) for text in requires("wanda-dvc") or []]
     except PackageNotFoundError:
-        yield Check("libraries", False, "wanda-dvc is not installed", "`pip install wanda-dvc`", needed=False)
+        yield Check("libraries", False, "wanda-dvc is not installed", "`make install` in the repository", needed=False)
         return
     wrong = []
     for requirement in wanted:
@@ -72,7 +72,7 @@ def _python() -> Iterator[Check]:
             if not requirement.specifier.contains(there, prereleases=True):
                 wrong.append(f"{requirement.name} {there}, expected {requirement.specifier}")
     shown = ", ".join(f"{name} {version(name)}" for name in SHOWN) if not wrong else "; ".join(wrong)
-    yield Check("libraries", not wrong, shown, "`pip install --upgrade wanda-dvc` into an environment of its own")
+    yield Check("libraries", not wrong, shown, "`make install` in the repository, or an environment of its own")
 
 
 def _machine(project: Project) -> Iterator[Check]:
@@ -129,7 +129,12 @@ def _mirror(params: Params) -> Iterator[Check]:
         wanted += [place for name in params.tasks.names if (place := _place(name))]
     missing = [place.as_posix() for place in wanted if not Path(mirror, place).is_file()]
     holds = f"without {', '.join(missing)}" if missing else f"{mirror} holds what params.yaml asks for"
-    yield Check("runtime.mirror", not missing, holds, "put the splits there as JSONL, a row a line")
+    yield Check(
+        "runtime.mirror",
+        not missing,
+        holds,
+        "put the splits there as JSONL, a row a line; c4's shard as it lies on the Hub",
+    )
 
 
 def _place(task: str) -> Path | None:

@@ -19,6 +19,11 @@ class Method:
     needs_inputs: bool
     paper: str
     select: Callable[..., Tensor] = select
+    by_row: bool = True  # whether, where rows are the group, what goes of one depends on no other
+
+    def rows_apart(self, pattern: str, group: str) -> bool:
+        """Whether some rows of a linear can be chosen from without the others."""
+        return self.by_row and (pattern != "unstructured" or group == "row")
 
 
 METHODS = {
@@ -32,6 +37,7 @@ METHODS = {
             True,
             "Sun et al. 2024, arXiv 2306.11695, appendix",
             lambda score, *, sparsity, **_: keep_by_share(score, sparsity),
+            by_row=False,
         ),
     )
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from wanda_dvc.artifacts import TEXT, Project, block_count, read_stats
 from wanda_dvc.errors import UserError
+from wanda_dvc.params import Params
 from wanda_dvc.stages import device_name
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
@@ -99,12 +100,15 @@ def sizes(config: Path) -> Sizes:
     )
 
 
-def choosing(stage: str, *, block: int, linear: int, threads: int) -> Memory:
+def choosing(stage: str, *, block: int, linear: int, threads: int, rows_apart: bool) -> Memory:
     """Of `mask` and `apply`, which hold no model: by the weights of the largest block and the largest linear."""
+    from wanda_dvc.selection import WEIGHTS_AT_A_TIME
+
     if stage == "apply":
         return Memory(selection=block + 8 * linear)
-    # The masks, a byte a weight, and the scores of as many linears as there are threads.
-    return Memory(selection=block + SELECTION * min(threads * linear, block))
+    # The masks, a byte a weight, and the scores of as many linears as there are threads, or of some of their rows.
+    scores = min(linear, WEIGHTS_AT_A_TIME) if rows_apart else linear
+    return Memory(selection=block + SELECTION * min(threads * scores, block))
 
 
 def peak(
@@ -116,17 +120,19 @@ def peak(
     device: str = "cpu",
     threads: int = 1,
     propagates: bool = False,
+    rows_apart: bool = True,
     text: int = 0,
 ) -> Memory:
     """The formula of docs/cost.md: what a stage holds at most beyond its imports.
 
     `length` is a window's, `text` the bytes of the text that is tokenized, `propagates` says that masks are chosen
-    on the outputs of pruned blocks. Zero-shot's rows are as long as `questions` packs them.
+    on the outputs of pruned blocks, `rows_apart` that some rows of a linear are chosen from at a time. Zero-shot's rows
+    are as long as `questions` packs them.
     """
     from wanda_dvc.blocks import LOGITS_AT_A_TIME
     from wanda_dvc.questions import ROW
 
-    chosen = choosing(stage, block=model.block, linear=model.linear, threads=threads)
+    chosen = choosing(stage, block=model.block, linear=model.linear, threads=threads, rows_apart=rows_apart)
     if stage == "apply" or (stage == "mask" and not propagates):
         return chosen
     width = WIDTH[dtype]
@@ -164,9 +170,10 @@ def need(*, project: Project, stage: str, part: str | None = None) -> Need:
         return Need()
     threads = params.runtime.threads or os.cpu_count() or 1
     propagates = stage == "mask" and params.propagation == "pruned" and params.method != "magnitude"
+    rows_apart = stage != "mask" or _rows_apart(params)
     if stage == "apply" or (stage == "mask" and not propagates):
         block, linear = _largest(project)
-        memory = choosing(stage, block=block, linear=linear, threads=threads)
+        memory = choosing(stage, block=block, linear=linear, threads=threads, rows_apart=rows_apart)
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if stage == "apply" else 0
         return Need(memory, disk=size, least=size)
     model, width = sizes(folder), WIDTH[params.dtype]
@@ -184,12 +191,19 @@ def need(*, project: Project, stage: str, part: str | None = None) -> Need:
         device=device_name(params.runtime).partition(":")[0],
         threads=threads,
         propagates=propagates,
+        rows_apart=rows_apart,
         text=text.stat().st_size if text.is_file() and stage != "zero-shot" else 0,
     )
     if stage in ("calibrate", "perplexity") or propagates:
         disk = tokens * model.hidden * width * 2 if tokens else None
         return Need(memory, disk=disk, least=(disk or 0) // (2 if stage == "perplexity" else 1))
     return Need(memory, disk=0)
+
+
+def _rows_apart(params: Params) -> bool:
+    from wanda_dvc.methods import METHODS
+
+    return METHODS[params.method].rows_apart(params.pattern, params.group)
 
 
 def _largest(project: Project) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 def magnitude(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     """S_ij = |W_ij|, in float32. Han et al. 2015, arXiv 1506.02626."""
-    return weight.float().abs()
+    return weight.abs().float()
 
 
 def wanda(weight: Float[Tensor, "out in"], input_norm: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
@@ -15,4 +15,4 @@ def wanda(weight: Float[Tensor, "out in"], input_norm: Float[Tensor, " in"]) -> 
     `input_norm` is ‖X_j‖₂ over all calibration tokens. Selection compares scores with one another,
     so any common factor (the authors' code divides by the number of windows) changes nothing.
     """
-    return weight.float().abs() * input_norm
+    return weight.abs().float().mul_(input_norm)

@@ -14,6 +14,7 @@ from torch import Tensor
 from wanda_dvc.errors import UserError
 from wanda_dvc.patterns import parse_pattern
 
+WEIGHTS_AT_A_TIME = 2**22  # of a linear whose rows are chosen apart: scores that a core's caches nearly hold
 LARGEST_SHARE, SPARSITY_TOLERANCE = 0.8, 0.001  # of Wanda's variant, as in its authors' code
 
 
@@ -47,7 +48,7 @@ def keep_highest(score: Float[Tensor, "group size"], stay: int) -> Bool[Tensor, 
     threshold = _kth_lowest(score, go)
     keep = score > threshold
     # The threshold itself goes; of the weights that equal it, the last ones fill the row up to `stay`.
-    missing = stay - keep.sum(dim=1, keepdim=True)
+    missing = stay - keep.sum(dim=1, keepdim=True, dtype=torch.int32)
     rows = missing[:, 0].nonzero()[:, 0]
     if len(rows):
         ties = score[rows] == threshold[rows]

@@ -339,7 +339,7 @@ def _zero_shot(section: Section, prefix: str) -> Content:
             if any(point.y is not None for point in points):
                 panels.setdefault(sparsity(row), {})[label] = points
     headers = ["", *section.tasks, "mean", "retained"]
-    caption = "Accuracy in percent; the mean is over tasks, retained is it as a percentage of the dense model's."
+    caption = "Accuracy in percent; the mean is over tasks, retained is the mean as a percentage of the dense model's."
     parts: Content = [Table(caption, headers, table)]
     points = [_accuracy_point(row, "dense", task, section.tasks.index(task)) for task, row in dense_rows.items()]
     ordered = dict(sorted(panels.items(), key=lambda item: float(item[0].split()[0])))
@@ -573,8 +573,8 @@ def _published(section: Section) -> Content:
                     (row, source.differences(row.settings(), measure, entry)) for row in section.rows
                 ]:
                     if different:
-                        if nearest is None or len(different) < len(nearest[1]):
-                            nearest = source.source, different
+                        if nearest is None or len(different) < len(nearest[-1]):
+                            nearest = source.source, entry["method"], measure, different
                         continue
                     model = "dense" if entry["method"] == "dense" else "pruned"
                     own, shown = _own(section, row, model, measure), entry[measure]
@@ -591,7 +591,8 @@ def _published(section: Section) -> Content:
     return [
         Text(
             "No published row that this report knows has the protocol of these experiments, so none is set beside "
-            f"them. The nearest is {nearest[0]}; it differs in {', '.join(f'`{key}`' for key in nearest[1])}."
+            f"them. The nearest is {nearest[0]}: {nearest[1]}, {nearest[2]}; it differs in "
+            f"{', '.join(f'`{key}`' for key in nearest[3])}."
         )
     ]
 
@@ -647,8 +648,8 @@ def _structure(section: Section, prefix: str) -> Content:
             _picture(
                 f"{prefix}norms{count or ''}", f"Input norms by block and feature{named}",
                 f"Above: the norms ‖X‖₂ of each distinct input. Below: which features are outliers, more than 6 times "
-                f"their median ({found:,} of {total:,}, {100 * found / total:.2f} %). Wanda spares the weights that read "
-                "them.",
+                f"their median ({found:,} of {total:,}, {100 * found / total:.2f} %). Wanda spares the weights that "
+                "read them.",
                 partial(charts.norms, inputs),
             )
         )  # fmt: skip
@@ -747,11 +748,11 @@ def _took(section: Section, prefix: str) -> Content:
         return [Text("No times are at hand.")]
     used = [stage for stage in stages if any(stage in bar for bar in bars.values())]
     table = [
-        [label, *(f"{bar[stage]:,.1f}" if stage in bar else DASH for stage in used), f"{sum(bar.values()):,.1f}"]
+        [label, *(seconds(bar[stage]) if stage in bar else DASH for stage in used), seconds(sum(bar.values()))]
         for label, bar in bars.items()
     ]
     all_of = {stage: sum(bar.get(stage, 0.0) for bar in bars.values()) for stage in used}
-    table.append(["all", *(f"{all_of[stage]:,.1f}" for stage in used), f"{sum(all_of.values()):,.1f}"])
+    table.append(["all", *(seconds(all_of[stage]) for stage in used), seconds(sum(all_of.values()))])
     machines = sorted({f"{t['machine']}, {t['device']}" for row in section.rows for t in row.times().values()})
     caption = (
         "Seconds by stage, each run counted once; of a stage that was killed and went on, those since then. Measured "
@@ -783,7 +784,7 @@ def _made(section: Section) -> Content:
                     ", ".join([row.name, *row.also]),
                     row.commit[:10] if row.commit else "not committed",
                     ", ".join(f"{key}={row.settings()[key]}" for key in row.settings() if key in own),
-                    f"{mine:,.1f} s" if times else DASH,
+                    f"{seconds(mine)} s" if times else DASH,
                     f"{memory:.2f} GB" if memory else DASH,
                     machine,
                 ]
@@ -795,7 +796,7 @@ def _made(section: Section) -> Content:
     for on_curve in section.curves.values():
         for row in on_curve:
             commands, by_hand = how_to_repeat(row.params)
-            parts += [Text(f"{section.label(row)}, repeated in a study of its own:"), Code(commands)]
+            parts += [Text(f"To repeat {section.label(row)}, in a fresh clone:"), Code(commands)]
             if by_hand:
                 parts.append(Text(by_hand.strip()))
             parts += [Items(row.notes)] if row.notes else []
@@ -841,6 +842,11 @@ def number(value: float | str | None) -> str:
     if isinstance(value, str):
         return value
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.2e}"
+
+
+def seconds(value: float) -> str:
+    """The same whatever the order in which it was summed up, of hundredths."""
+    return f"{round(value, 2):,.1f}"
 
 
 def factor(value: float) -> str:

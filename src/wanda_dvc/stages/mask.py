@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from wanda_dvc.allocator import keep_freed_memory
 from wanda_dvc.artifacts import (
     Project,
     Work,
@@ -22,11 +23,13 @@ from wanda_dvc.input_stats import BlockStats, InputStats
 from wanda_dvc.methods import METHODS
 from wanda_dvc.params import Params
 from wanda_dvc.patterns import check_pattern
+from wanda_dvc.selection import WEIGHTS_AT_A_TIME
 from wanda_dvc.stages import STAGES, progress, say_unreached
 
 
 def mask(*, project: Project) -> None:
     """models/dense + stats/ (+ data/calibration for `propagation: pruned`) → masks/"""
+    keep_freed_memory()
     params = project.params
     model = read_provenance(project.model("dense"), "download model")
     stats = read_provenance(project.stats, "calibrate")
@@ -104,13 +107,21 @@ def choose(params: Params, checkpoint: Checkpoint, block: BlockStats) -> dict[st
     method = METHODS[params.method]
 
     def keep(name: str, x: InputStats) -> Tensor:
-        transposed = name in block.transposed
         weight = checkpoint.weight(name)
-        score = method.score(weight.T.contiguous() if transposed else weight, x)
-        if not score.amax().isfinite():
-            raise UserError(f"{name}: scores that are not finite; its weights or the activations it reads overflow")
-        kept = method.select(score, sparsity=params.sparsity, pattern=params.pattern, group=params.group)
-        return kept.T.contiguous() if transposed else kept
+        kept = torch.empty(weight.shape, dtype=torch.bool)
+        if name in block.transposed:
+            weight, chosen = weight.T, kept.T
+        else:
+            chosen = kept
+        at_a_time = len(weight)
+        if method.rows_apart(params.pattern, params.group):  # in memory that does not grow with the linear
+            at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
+        for rows, into in zip(weight.split(at_a_time), chosen.split(at_a_time), strict=True):
+            score = method.score(rows.contiguous(), x)
+            if not score.amax().isfinite():
+                raise UserError(f"{name}: scores that are not finite; its weights or the activations it reads overflow")
+            into.copy_(method.select(score, sparsity=params.sparsity, pattern=params.pattern, group=params.group))
+        return kept
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # partitioning holds no lock
         jobs = {
