@@ -111,9 +111,9 @@ class Bench:
                     time.sleep(0.02)
                     if time.perf_counter() - looked > PAUSE_EVERY:
                         looked = time.perf_counter()
-                        process.send_signal(signal.SIGSTOP)
+                        os.kill(process.pid, signal.SIGSTOP)  # Popen's own way would wait for one that has ended
                         self.beside.sample()
-                        process.send_signal(signal.SIGCONT)
+                        os.kill(process.pid, signal.SIGCONT)
                         paused += time.perf_counter() - looked
                         looked = time.perf_counter()
                     ended, status, usage = os.wait4(process.pid, os.WNOHANG)
