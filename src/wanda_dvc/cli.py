@@ -1,5 +1,6 @@
 """The command line. No ideas in it: each command checks its words and calls a plain function."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -253,11 +254,20 @@ def _one_of(what: str, given: str, known: tuple[str, ...]) -> None:
 
 
 def run() -> None:
-    """The console script: errors as lines, not as tracebacks."""
+    """The console script: errors as lines, not as tracebacks. It ends the process."""
     from wanda_dvc.errors import UserError
 
+    # Torch and transformers bring a million objects that stay. To look through them again and again while they come,
+    # and to take them apart in the end, are two of the six seconds in which a stage does nothing.
+    gc.set_threshold(100_000)
     try:
         app()
+    except SystemExit as end:  # how typer ends
+        if "torch" not in sys.modules:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
     except UserError as error:
         if os.environ.get("WANDA_DVC_DEBUG"):
             raise
