@@ -12,10 +12,10 @@ repro: install ## environment, the whole pipeline on the embedded default, a tab
 	@wanda-dvc show
 
 test: install lint ## everything, under ten minutes on two cores
-	pytest -n $(CORES)
+	pytest -n $(CORES) --dist worksteal
 
 test-fast: install ## without the tests on a real DVC repository and the families' long one, under two minutes
-	pytest -n $(CORES) -m "not pipeline and not slow"
+	pytest -n $(CORES) --dist worksteal -m "not pipeline and not slow"
 
 bench: install ## measure against the published procedure, stock lm-eval and the floor; ROWS="mask perplexity" for some
 	python benchmarks/bench.py $(ROWS) $(BENCH)

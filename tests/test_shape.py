@@ -14,8 +14,8 @@ from wanda_dvc.cli import app
 from wanda_dvc.stages import MODELS, PARTS, STAGES
 
 
-def wanda_dvc(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from wanda_dvc.cli import run; sys.argv[0] = 'wanda-dvc'; run()"
+def wanda_dvc(*words: str, cwd: Path = ROOT, first: str = "") -> subprocess.CompletedProcess[str]:
+    code = f"{first}; import sys; from wanda_dvc.cli import run; sys.argv[0] = 'wanda-dvc'; run()".removeprefix("; ")
     return subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, capture_output=True, text=True, check=False)
 
 
@@ -46,6 +46,16 @@ def test_no_stage_depends_on_runtime_or_on_times():
         inside = stage.get("do", stage)
         assert not any(param.startswith("runtime") for param in inside.get("params", []))
         assert not any("times" in dep for dep in inside.get("deps", []))
+
+
+@pytest.mark.parametrize("words", [["preset"], ["--help"], ["perplexity"], ["mask", "--no-such-option"]])
+def test_a_process_that_holds_torch_ends_as_one_without(words: list[str]):
+    """It is not taken apart in the end, but all that it prints comes out, and its status is the same."""
+    light, heavy = wanda_dvc(*words), wanda_dvc(*words, first="import torch")
+    assert light.stdout + light.stderr
+    assert (heavy.returncode, heavy.stdout, heavy.stderr) == (light.returncode, light.stdout, light.stderr)
+    taken_apart = "import torch, atexit; atexit.register(print, 'taken apart')"
+    assert "taken apart" not in wanda_dvc(*words, first=taken_apart).stdout
 
 
 def test_the_command_line_loads_no_library_to_print_its_help():
