@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, write_params
+from scipy import stats
 
 from wanda_dvc.artifacts import Project, write_csv, write_json
 from wanda_dvc.errors import UserError
@@ -24,8 +25,8 @@ from wanda_dvc.report import inference, report
 from wanda_dvc.report.charts import Point, curves, times
 from wanda_dvc.report.pages import as_markdown
 from wanda_dvc.report.published import sources
-from wanda_dvc.report.rows import Collected, Row, stale_stages
-from wanda_dvc.report.sections import content, stored_bytes
+from wanda_dvc.report.rows import Collected, Row, identity, stale_stages
+from wanda_dvc.report.sections import content, of_block, stored_bytes
 
 # --- inference ---
 
@@ -189,10 +190,11 @@ def write_results(
     text: str = "0",
     task: str = "0",
     rest: int = 0,
+    **changes: Any,
 ) -> None:
     """All that an experiment leaves behind, of a text and a task with these hashes; `rest`: a shorter last window's
     tokens."""
-    write_params(root, Path("/models/tiny"), method=method, sparsity=sparsity)
+    write_params(root, Path("/models/tiny"), method=method, sparsity=sparsity, **changes)
     project = Project(root)
     for folder in ("models/dense", "models/pruned", "data/calibration", "data/perplexity", "data/tasks/piqa"):
         write_json(root / folder / "provenance.json", {"of": [folder, method, sparsity * ("pruned" in folder)]})
@@ -257,6 +259,42 @@ def test_intervals_in_the_report_are_those_of_the_windows(tmp_path: Path):
     low, high = (f"{math.exp(mean + sign * half):.2f}" for sign in (-1, 1))
     assert f"to {high} |" in text
     assert f"| {low} to" in text
+
+
+def test_p_values_are_adjusted_before_they_are_judged(tmp_path: Path):
+    """Three tests: the ratio's p is 0, the task's 1, so the mean's counts twice."""
+    text = said_of(tmp_path, (("wanda", 0.5, 2.5, 23), {}))
+    p = stats.ttest_1samp([-1.0] + [0.0] * 39, 0).pvalue
+    assert f"| < 0.001 | −2.5 | −7.6 to +2.6 | {2 * p:.3f}, within noise |" in text
+    assert "3 tests were made" in text
+
+
+def test_rows_are_called_by_what_they_differ_in(tmp_path: Path):
+    seeds = [(("wanda", 0.5, 2.5, 20), {"calibration__seed": seed}) for seed in (0, 1)]
+    text = said_of(tmp_path, *seeds)
+    for seed in (0, 1):
+        assert f"| Wanda (calibration.seed={seed}) 50 % | 50.0 |" in text
+    assert "against Wanda" not in text  # another seed is no other method
+    (tmp_path / "twins").mkdir()
+    text = said_of(tmp_path / "twins", (("wanda", 0.5, 2.5, 20), {}), (("wanda", 0.5, 2.6, 20), {}))
+    assert "| Wanda 50 % [e0] | 50.0 |" in text
+    assert "| Wanda 50 % [e1] | 50.0 |" in text
+    assert "against Wanda" not in text
+
+
+def test_rows_are_one_if_parameters_and_numbers_are_the_same(tmp_path: Path):
+    rows = []
+    for number, (loss, changes) in enumerate([(2.5, {}), (2.5, {}), (2.6, {}), (2.5, {"calibration__seed": 1})]):
+        root = tmp_path / str(number)
+        root.mkdir()
+        write_results(root, "wanda", 0.5, loss, 20, **changes)
+        rows.append(identity(Row(f"e{number}", None, Project(root), {}, {}, [])))
+    assert rows[0] == rows[1]
+    assert len(set(rows)) == 3
+
+
+def test_a_blocks_sparsity_is_that_of_its_weights():
+    assert of_block(3, [(50, 100), (300, 400)]) == (3, 70.0, 50.0, 75.0)
 
 
 def test_curves_stand_where_their_numbers_are():
@@ -395,10 +433,9 @@ def test_the_page_stands_on_its_own(written: tuple[Study, Path, str]):
 def test_html_and_markdown_say_the_same(written: tuple[Study, Path, str]):
     markdown = written[1].with_suffix(".md").read_text(encoding="utf-8")
     page = " ".join(Page(written[1].read_text(encoding="utf-8")).texts)
-    numbers = re.compile(r"\d[\d,.]*\d|\d")
+    words = re.compile(r"\w[\w,.]*\w|\w")
     plain = re.sub(r"!\[.*?\]\(.*?\)", "", markdown)
-    for only in set(numbers.findall(plain)) ^ set(numbers.findall(page)):
-        raise AssertionError(only)
+    assert set(words.findall(plain)) == set(words.findall(page))
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
     assert len(pictures) >= 7
     assert all((written[1].parent / picture).is_file() for picture in pictures)
@@ -465,6 +502,16 @@ def test_numbers_of_other_parameters_are_left_out(written: tuple[Study, Path, st
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "workspace: not run on these parameters, and left out: " in text
     assert "Wanda 90 %" not in text
+    with pytest.raises(UserError, match="no experiment of a model named like large with results"):
+        report(project=Project(study.root), output=tmp_path / "report.html", model="large")
+    number = study.root / "metrics/pruned/perplexity.json"
+    by_dvc = number.read_bytes()
+    try:
+        number.write_text('{"perplexity": 987.25}', encoding="utf-8")  # by hand: not what dvc.lock knows of
+        report(project=Project(study.root), output=tmp_path / "report.html", model="TINY")
+    finally:
+        number.write_bytes(by_dvc)
+    assert "987.25" not in (tmp_path / "report.md").read_text(encoding="utf-8")
     report(project=Project(study.root), output=tmp_path / "report.html", revs=["middling"])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "magnitude 50 %" in text

@@ -111,7 +111,7 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
             continue
         if model and model.lower() not in row.params.model.lower():
             continue
-        twin = rows.setdefault(_identity(row), row)
+        twin = rows.setdefault(identity(row), row)
         if twin is row:
             continue
         if candidate.kind < 3 and row.name not in (twin.name, *twin.also):
@@ -267,7 +267,7 @@ def _maker(path: str, made: dict[str, tuple[str, Any]]) -> str | None:
     return None
 
 
-def _identity(row: Row) -> str:
+def identity(row: Row) -> str:
     """The same for rows with the same parameters and the same numbers."""
     numbers = {f"{model}/{path.name}": path.read_text() for model in MODELS for path in _metric_files(row, model)}
     return json.dumps([row.settings(), numbers], sort_keys=True)

@@ -625,7 +625,7 @@ def _structure(section: Section, prefix: str) -> Content:
             for line in row.plot("sparsity"):
                 blocks.setdefault(int(line["block"]), []).append((int(line["zeros"]), int(line["weights"])))
             if blocks:
-                series[section.label(row)] = [_of_block(block, linears) for block, linears in sorted(blocks.items())]
+                series[section.label(row)] = [of_block(block, linears) for block, linears in sorted(blocks.items())]
     if series:
         parts.append(
             _picture(
@@ -656,7 +656,8 @@ def _structure(section: Section, prefix: str) -> Content:
     return parts + _bytes(section, prefix)
 
 
-def _of_block(block: int, linears: list[tuple[int, int]]) -> tuple[int, float, float, float]:
+def of_block(block: int, linears: list[tuple[int, int]]) -> tuple[int, float, float, float]:
+    """From each linear's zeros and weights: the block, its sparsity in percent, and its linears' least and most."""
     fractions = [100 * zeros / weights for zeros, weights in linears]
     mean = 100 * sum(zeros for zeros, _ in linears) / sum(weights for _, weights in linears)
     return block, mean, min(fractions), max(fractions)
