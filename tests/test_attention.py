@@ -92,6 +92,16 @@ def test_a_token_sees_its_context_and_its_own_choice(questions: list[tuple[int, 
     torch.testing.assert_close(ours, oracle(q, k, v, sees), rtol=1e-5, atol=1e-5)
 
 
+def test_each_kind_of_block_hides_what_its_own_mask_says():
+    layout = Layout(torch.arange(6), torch.zeros(6, dtype=torch.long), torch.zeros(6, dtype=torch.long))
+    causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    window = causal & ~causal.tril(-2)
+    for mask in (causal, window, causal):
+        [(place, hidden)] = layout.questions(mask)
+        assert place == slice(0, 6)
+        assert torch.equal(hidden, ~mask[0, 0])
+
+
 def test_in_bfloat16_a_cpu_with_units_for_it_takes_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """It rounds otherwise than the stock attention, and no worse: float32 says what is right."""
     folder, device = save_tiny_model(tmp_path / "model"), torch.device("cpu")

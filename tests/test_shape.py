@@ -51,9 +51,9 @@ def test_no_stage_depends_on_runtime_or_on_times():
 @pytest.mark.parametrize("words", [["preset"], ["--help"], ["perplexity"], ["mask", "--no-such-option"]])
 def test_a_process_that_holds_torch_ends_as_one_without(words: list[str]):
     """It is not taken apart in the end, but all that it prints comes out, and its status is the same."""
-    light, heavy = wanda_dvc(*words), wanda_dvc(*words, first="import torch")
+    light, heavy = wanda_dvc(*words), wanda_dvc(*words, first="import torch; print('first')")
     assert light.stdout + light.stderr
-    assert (heavy.returncode, heavy.stdout, heavy.stderr) == (light.returncode, light.stdout, light.stderr)
+    assert (heavy.returncode, heavy.stdout, heavy.stderr) == (light.returncode, "first\n" + light.stdout, light.stderr)
     taken_apart = "import torch, atexit; atexit.register(print, 'taken apart')"
     assert "taken apart" not in wanda_dvc(*words, first=taken_apart).stdout
 
