@@ -514,7 +514,9 @@ def zero_shot_rows(bench: Bench) -> list[Row]:
         floor, tokens = needed_floor(ours["floor"], stock)
         note = f"inside; {tokens} tokens are needed"
         rows.append(reach(names[1], ours["seconds"], floor, floor / ours["seconds"], "≥ 0.75", note))
-        tolerance = TOLERANCE if dtype == "float32" else furthest_apart(stock, bench.stock("float32"))
+        tolerance = (
+            TOLERANCE if dtype == "float32" else furthest_apart(of_stock(stock), of_stock(bench.stock("float32")))
+        )
         others, close, furthest = other_answers(ours, stock, tolerance)
         note = f"{others} of {items}; {close} more within {tolerance:.3g}; log-likelihoods differ by ≤ {furthest:.2g}"
         rows.append(Row(names[2], None, None, others, "0", others == 0, note))
@@ -651,25 +653,27 @@ def other_answers(ours: Part, stock: Part, tolerance: float) -> tuple[int, int, 
     """Items answered otherwise though stock's two best differ by more than the tolerance; otherwise for any other
     reason; and the largest difference of a log-likelihood."""
     far = close = 0
-    furthest = 0.0
     for task, answers in ours["loglikelihoods"].items():
-        for mine, theirs in zip(answers, stock["tasks"][task]["loglikelihoods"], strict=True):
-            furthest = max([furthest, *(abs(a - b) for a, b in zip(mine, theirs, strict=True))])
+        for mine, theirs in zip(answers, of_stock(stock)[task], strict=True):
             if np.argmax(mine) != np.argmax(theirs):
                 second, best = sorted(theirs)[-2:]
                 far, close = (far + 1, close) if best - second > tolerance else (far, close + 1)
-    return far, close, furthest
+    return far, close, furthest_apart(ours["loglikelihoods"], of_stock(stock))
 
 
-def furthest_apart(stock: Part, other: Part) -> float:
-    """The largest difference of a log-likelihood between two runs of stock lm-eval."""
-    both = [
-        (a, b)
-        for task, found in stock["tasks"].items()
-        for mine, theirs in zip(found["loglikelihoods"], other["tasks"][task]["loglikelihoods"], strict=True)
+def of_stock(stock: Part) -> Part:
+    """Its log-likelihoods by task, as ours are."""
+    return {task: found["loglikelihoods"] for task, found in stock["tasks"].items()}
+
+
+def furthest_apart(one: Part, other: Part) -> float:
+    """The largest difference of a log-likelihood, by task, item and choice."""
+    return max(
+        abs(a - b)
+        for task, answers in one.items()
+        for mine, theirs in zip(answers, other[task], strict=True)
         for a, b in zip(mine, theirs, strict=True)
-    ]
-    return max(abs(a - b) for a, b in both)
+    )
 
 
 def without_units(name: str, goal: str) -> Row:

@@ -41,11 +41,11 @@ class Layout:
         blocks of one kind. `mask` says which positions the kind of block lets a position see."""
         if id(mask) not in self._hidden:
             _, counts = torch.unique_consecutive(self.question, return_counts=True)
-            found = []
+            sees, found = mask[0, 0].cpu(), []
             for start, end in pairwise([0, *counts.cumsum(0).tolist()]):
                 choice, at = self.choice[start:end], self.positions[start:end]
                 related = (choice == 0) | (choice == choice[:, None])
-                found.append((slice(start, end), ~(mask[0, 0].cpu()[at[:, None], at] & related)))
+                found.append((slice(start, end), ~(sees[at[:, None], at] & related)))
             self._hidden[id(mask)] = mask, found
         return self._hidden[id(mask)][1]
 

@@ -15,8 +15,7 @@ from tabulate import tabulate
 
 from wanda_dvc.artifacts import TEXT, Project
 from wanda_dvc.errors import UserError
-from wanda_dvc.methods import METHODS
-from wanda_dvc.needs import BYTES_A_TOKEN, SELECTION, WIDTH, Memory, Sizes, peak, sizes
+from wanda_dvc.needs import BYTES_A_TOKEN, SELECTION, WIDTH, Memory, Sizes, peak, rows_apart, sizes
 from wanda_dvc.params import Params, check_params
 
 DISK = 2e9  # bytes a second from a local NVMe disk; from the page cache it is more
@@ -128,11 +127,8 @@ def stage_costs(params: Params, model: Sizes, through: Work, device: Device, *, 
     width, stored = WIDTH[params.dtype], WIDTH.get(model.dtype, 4)
     where = "cuda" if device.link else "cpu"
     rate, threads = device.flops[params.dtype] * device.efficiency, os.cpu_count() or 1
-    apart = METHODS[params.method].rows_apart(params.pattern, params.group)
-    held = partial(peak, model=model, dtype=params.dtype, device=where, threads=threads, rows_apart=apart)
-
-    def memory(stage: str, length: int) -> Memory:
-        return held(stage, length=length)
+    apart = rows_apart(params)
+    memory = partial(peak, model=model, dtype=params.dtype, device=where, threads=threads, rows_apart=apart)
 
     def walk(stage: str, windows: float, length: float, logits: float = 0) -> StageCost:
         waiting = 2 * windows * length * model.hidden * width  # two files that take turns
@@ -146,24 +142,22 @@ def stage_costs(params: Params, model: Sizes, through: Work, device: Device, *, 
             computed = max(computed, windows * through.linears * width / (device.bandwidth * device.efficiency))
             computed += hidden / (device.link * device.efficiency)
             read = max(read, model.parameters * width / (device.link * device.efficiency))
-        size = memory(stage, int(length))
+        size = memory(stage, length=int(length))
         return StageCost(stage, flops, model.stored, hidden, waiting, size, max(computed, read))
 
     calibration, measured = params.calibration, params.perplexity
     calibrate = walk("calibrate", calibration.samples, calibration.length)
     yield calibrate
     masks = through.linears / 8
-    chosen = StageCost(
-        "mask", 0, model.stored, 0, masks, memory("mask", 0), through.linears * (stored + SELECTION) / HOST
-    )
+    chosen = StageCost("mask", 0, model.stored, 0, masks, memory("mask"), through.linears * (stored + SELECTION) / HOST)
     if params.propagation == "pruned" and params.method != "magnitude":  # each block is run twice more
         twice = walk("mask", 2 * calibration.samples, calibration.length)
-        size = held("mask", length=calibration.length, propagates=True)
+        size = memory("mask", length=calibration.length, propagates=True)
         chosen = replace(twice, disk=masks + calibrate.disk, memory=size, seconds=twice.seconds + chosen.seconds)
     yield chosen
     # Copied to the disk, then read, multiplied and counted.
     seconds = model.stored / DISK + through.linears * (4 * stored + 1) / HOST
-    yield StageCost("apply", 0, model.stored, 0, model.stored, memory("apply", 0), seconds)
+    yield StageCost("apply", 0, model.stored, 0, model.stored, memory("apply"), seconds)
     windows = tokens / measured.length
     yield walk("perplexity", windows, measured.length, logits=tokens)
     most = min(params.zero_shot.limit or 10**9, SAMPLES if params.tasks.source == "samples" else 10**9)

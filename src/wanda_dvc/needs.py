@@ -170,10 +170,10 @@ def need(*, project: Project, stage: str, part: str | None = None) -> Need:
         return Need()
     threads = params.runtime.threads or os.cpu_count() or 1
     propagates = stage == "mask" and params.propagation == "pruned" and params.method != "magnitude"
-    rows_apart = stage != "mask" or _rows_apart(params)
+    apart = rows_apart(params)
     if stage == "apply" or (stage == "mask" and not propagates):
         block, linear = _largest(project)
-        memory = choosing(stage, block=block, linear=linear, threads=threads, rows_apart=rows_apart)
+        memory = choosing(stage, block=block, linear=linear, threads=threads, rows_apart=apart)
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if stage == "apply" else 0
         return Need(memory, disk=size, least=size)
     model, width = sizes(folder), WIDTH[params.dtype]
@@ -191,7 +191,7 @@ def need(*, project: Project, stage: str, part: str | None = None) -> Need:
         device=device_name(params.runtime).partition(":")[0],
         threads=threads,
         propagates=propagates,
-        rows_apart=rows_apart,
+        rows_apart=apart,
         text=text.stat().st_size if text.is_file() and stage != "zero-shot" else 0,
     )
     if stage in ("calibrate", "perplexity") or propagates:
@@ -200,7 +200,8 @@ def need(*, project: Project, stage: str, part: str | None = None) -> Need:
     return Need(memory, disk=0)
 
 
-def _rows_apart(params: Params) -> bool:
+def rows_apart(params: Params) -> bool:
+    """Whether `mask` holds the scores of some rows of a linear at a time, or of all."""
     from wanda_dvc.methods import METHODS
 
     return METHODS[params.method].rows_apart(params.pattern, params.group)

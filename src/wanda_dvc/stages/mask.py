@@ -109,10 +109,7 @@ def choose(params: Params, checkpoint: Checkpoint, block: BlockStats) -> dict[st
     def keep(name: str, x: InputStats) -> Tensor:
         weight = checkpoint.weight(name)
         kept = torch.empty(weight.shape, dtype=torch.bool)
-        if name in block.transposed:
-            weight, chosen = weight.T, kept.T
-        else:
-            chosen = kept
+        weight, chosen = (weight.T, kept.T) if name in block.transposed else (weight, kept)
         at_a_time = len(weight)
         if method.rows_apart(params.pattern, params.group):  # in memory that does not grow with the linear
             at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
