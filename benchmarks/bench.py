@@ -216,9 +216,9 @@ class Bench:
         """The windows that the project draws, for the baselines."""
         path = self.work / f"{part}.npy"
         if not path.is_file():
-            from wanda_dvc.artifacts import Project
+            from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
             from wanda_dvc.stages.calibrate import calibration_windows
-            from wanda_dvc.windows import cut, load_tokenizer, tokenize
+            from wanda_dvc.study.project import Project
 
             project = Project(self.project())
             if part == "calibration":
@@ -686,7 +686,7 @@ def without_units(name: str, goal: str) -> Row:
 def has_bf16_units() -> bool:
     import torch
 
-    from wanda_dvc.blocks import has_units
+    from wanda_dvc.engine.decoder import has_units
 
     return has_units(torch.bfloat16)
 

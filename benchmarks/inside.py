@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from wanda_dvc.allocator import keep_freed_memory
-from wanda_dvc.artifacts import Project, block_count, read_stats
-from wanda_dvc.blocks import as_rows
-from wanda_dvc.checkpoint import Checkpoint
-from wanda_dvc.recorder import InputRecorder
+from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.decoder import as_rows
+from wanda_dvc.engine.memory import keep_freed_memory
+from wanda_dvc.engine.recorder import InputRecorder
 from wanda_dvc.stages.calibrate import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import choose
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.tensors import block_count, read_stats
 
 
 @torch.no_grad()

@@ -95,13 +95,13 @@ def measure(root: Path, stage: str, part: str | None) -> dict[str, float | None]
     """One stage: its peak above what imports hold, the formula's bound, and the wait for weights."""
     import torch
 
-    from wanda_dvc.artifacts import Project
-    from wanda_dvc.blocks import Decoder
-    from wanda_dvc.needs import need
+    from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.stages.apply import apply
     from wanda_dvc.stages.calibrate import calibrate
     from wanda_dvc.stages.mask import mask
     from wanda_dvc.stages.perplexity import perplexity
+    from wanda_dvc.study.project import Project
+    from wanda_dvc.views.needs import need
 
     project = Project(root)
     torch.set_num_threads(project.params.runtime.threads or torch.get_num_threads())

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import install_import_hook
 
 # Shapes in annotations are checked at run time, before anything imports these modules.
-CHECKED = ["scores", "selection", "input_stats", "windows", "attention", "structure", "recorder", "blocks"]
+CHECKED = ["pruning", "engine"]
 install_import_hook([f"wanda_dvc.{name}" for name in CHECKED], "beartype.beartype")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside one another, on models too small to share
@@ -20,7 +20,7 @@ from ruamel.yaml import YAML  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from wanda_dvc.artifacts import Project  # noqa: E402
+from wanda_dvc.study.project import Project  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 

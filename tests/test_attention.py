@@ -11,9 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from wanda_dvc import attention, blocks
-from wanda_dvc.attention import Layout, attend, laid_out, visible
-from wanda_dvc.blocks import Decoder
+from wanda_dvc.engine import attention
+from wanda_dvc.engine import decoder as blocks
+from wanda_dvc.engine.attention import Layout, attend, laid_out, visible
+from wanda_dvc.engine.decoder import Decoder
 
 MODULE = torch.nn.Module()
 

@@ -7,10 +7,11 @@ import torch
 from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc import blocks, structure
-from wanda_dvc.blocks import Decoder
+from wanda_dvc.engine import decoder as blocks
+from wanda_dvc.engine import structure
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.recorder import InputRecorder
 from wanda_dvc.errors import UserError
-from wanda_dvc.recorder import InputRecorder
 
 CPU = torch.device("cpu")
 VARIANTS = {

@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from wanda_dvc import cost
-from wanda_dvc.artifacts import Project
 from wanda_dvc.cli import app
 from wanda_dvc.errors import UserError
-from wanda_dvc.needs import peak, sizes
 from wanda_dvc.params import Params
+from wanda_dvc.study.project import Project
+from wanda_dvc.views import cost
+from wanda_dvc.views.needs import peak, sizes
 
 CONFIGS = ROOT / "tests/configs"
 

@@ -10,7 +10,7 @@ from conftest import ROOT, write_params
 from dvc.repo import Repo
 from test_shape import wanda_dvc
 
-from wanda_dvc.doctor import doctor
+from wanda_dvc.views.doctor import doctor
 
 
 @pytest.fixture

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from wanda_dvc.artifacts import Project, digest, read_provenance, write_json
 from wanda_dvc.errors import UserError
-from wanda_dvc.export import export, how_to_repeat
+from wanda_dvc.export.build import export, how_to_repeat
 from wanda_dvc.params import Params
-from wanda_dvc.presets import flatten, read_preset
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
+from wanda_dvc.study.files import write_json
+from wanda_dvc.study.presets import flatten, read_preset
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import digest, read_provenance
 
 
 @pytest.fixture

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from wanda_dvc.artifacts import Project, read_masks
-from wanda_dvc.blocks import Decoder
-from wanda_dvc.checkpoint import Checkpoint
 from wanda_dvc.cli import app
+from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.questions import Request, loglikelihoods
+from wanda_dvc.engine.recorder import InputRecorder
 from wanda_dvc.errors import UserError
-from wanda_dvc.questions import Request, loglikelihoods
-from wanda_dvc.recorder import InputRecorder
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.tensors import read_masks
 
 SHAPE = {
     "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -2,7 +2,7 @@
 
 import torch
 
-from wanda_dvc.input_stats import InputStats
+from wanda_dvc.pruning.statistics import InputStats
 
 
 def test_sums_equal_those_in_float64():

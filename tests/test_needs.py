@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny_model
 
-from wanda_dvc import needs
-from wanda_dvc.artifacts import Project
-from wanda_dvc.blocks import LOGITS_AT_A_TIME
-from wanda_dvc.checkpoint import Checkpoint
+from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME
+from wanda_dvc.engine.questions import ROW
 from wanda_dvc.errors import UserError
-from wanda_dvc.questions import ROW
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
+from wanda_dvc.study.project import Project
+from wanda_dvc.views import needs
 
 # The tiny model of conftest: q and o, k and v, three of the feed-forward, two norms; embeddings (tied), a norm.
 BLOCK = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32
@@ -109,7 +109,7 @@ def test_masks_of_pruned_inputs_take_a_walk_more(config_only: Callable[..., Proj
 
 
 def test_rows_that_are_chosen_apart_need_no_more_than_some(config_only: Callable[..., Project], monkeypatch):
-    monkeypatch.setattr("wanda_dvc.selection.WEIGHTS_AT_A_TIME", 100)
+    monkeypatch.setattr("wanda_dvc.pruning.selection.WEIGHTS_AT_A_TIME", 100)
     for changes, scores in (
         ({}, 100),
         ({"group": "layer"}, 32 * 48),

@@ -7,10 +7,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from wanda_dvc.artifacts import FORMAT, Project, write_provenance, write_stats
 from wanda_dvc.cli import app
 from wanda_dvc.errors import UserError
-from wanda_dvc.input_stats import BlockStats, InputStats
+from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import FORMAT, write_provenance
+from wanda_dvc.study.tensors import write_stats
 
 ATTENTION, MLP = ["q_proj", "k_proj"], ["up_proj"]
 

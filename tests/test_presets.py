@@ -7,10 +7,10 @@ import pytest
 from conftest import ROOT, shared
 from ruamel.yaml import YAML
 
-from wanda_dvc.artifacts import Project
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, read_params, settings
-from wanda_dvc.presets import apply_preset, flatten, names, preset_table, read_preset
+from wanda_dvc.study.presets import apply_preset, flatten, names, preset_table, read_preset
+from wanda_dvc.study.project import Project
 
 SCHEMA = {name for name, _ in settings()}
 GRID = "dvc exp run --queue -S 'sparsity=0.3,0.5,0.7' -S 'method=magnitude,wanda' && dvc queue start"

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc import blocks, questions
-from wanda_dvc.blocks import Decoder
-from wanda_dvc.questions import Request, loglikelihoods, pack, spread
+from wanda_dvc.engine import decoder as blocks
+from wanda_dvc.engine import questions
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.questions import Request, loglikelihoods, pack, spread
 
 CPU = torch.device("cpu")
 token_lists = st.lists(st.integers(3, 6), min_size=1, max_size=4).map(tuple)

@@ -17,16 +17,17 @@ import pytest
 from conftest import ROOT, write_params
 from scipy import stats
 
-from wanda_dvc.artifacts import Project, write_csv, write_json
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
-from wanda_dvc.presets import read_preset
 from wanda_dvc.report import inference, report
 from wanda_dvc.report.charts import Point, curves, times
 from wanda_dvc.report.pages import as_markdown
 from wanda_dvc.report.published import sources
 from wanda_dvc.report.rows import Collected, Row, identity, stale_stages
 from wanda_dvc.report.sections import content, of_block, stored_bytes
+from wanda_dvc.study.files import write_csv, write_json
+from wanda_dvc.study.presets import read_preset
+from wanda_dvc.study.project import Project
 
 # --- inference ---
 

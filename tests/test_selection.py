@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from wanda_dvc import scores
 from wanda_dvc.errors import UserError
-from wanda_dvc.input_stats import InputStats
-from wanda_dvc.methods import METHODS
-from wanda_dvc.selection import keep_by_share, keep_n_of_m, removed, select
+from wanda_dvc.pruning import scores
+from wanda_dvc.pruning.methods import METHODS
+from wanda_dvc.pruning.selection import keep_by_share, keep_n_of_m, removed, select
+from wanda_dvc.pruning.statistics import InputStats
 
 # Few distinct values, so that ties, zeros and constant rows are the rule; and a huge one.
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 1e30])

@@ -18,11 +18,11 @@ import torch
 from conftest import save_tiny_model
 from transformers import BertConfig, T5Config
 
-from wanda_dvc.artifacts import Project
+from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.calibrate import calibrate, calibration_windows
 from wanda_dvc.stages.download import download
-from wanda_dvc.windows import draw_from_documents, load_tokenizer, tokenize
+from wanda_dvc.study.project import Project
 
 Make = Callable[..., Project]
 COMMIT, OLDER = "c" * 40, "0" * 40

@@ -17,11 +17,9 @@ from conftest import save_tiny_model, shared
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wanda_dvc import results
-from wanda_dvc.artifacts import Project, read_masks, read_stats, tokenizer_digest, write_json, write_masks
 from wanda_dvc.errors import UserError
-from wanda_dvc.input_stats import BlockStats, InputStats
-from wanda_dvc.methods import METHODS
+from wanda_dvc.pruning.methods import METHODS
+from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.stages import PARTS
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
@@ -29,6 +27,11 @@ from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import from_losses, perplexity
 from wanda_dvc.stages.zero_shot import load_task, zero_shot
+from wanda_dvc.study.files import write_json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import tokenizer_digest
+from wanda_dvc.study.tensors import read_masks, read_stats, write_masks
+from wanda_dvc.views import show as results
 
 Make = Callable[..., Project]
 

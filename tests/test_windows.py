@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import ROOT, shared
 
+from wanda_dvc.engine.windows import cut, draw, left_over, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
-from wanda_dvc.windows import cut, draw, left_over, load_tokenizer, tokenize
 
 
 def test_draw_is_the_authors_draw():

@@ -42,9 +42,9 @@ def main(
 
 def _stage(name: str, version: int | None, run: str, stage: Callable[..., None], **words: str) -> None:
     """Run one stage: without a network (but for download), timed, quiet where nobody watches."""
-    from wanda_dvc.artifacts import Project
-    from wanda_dvc.needs import announce
     from wanda_dvc.stages import check_version, timed
+    from wanda_dvc.study.project import Project
+    from wanda_dvc.views.needs import announce
 
     check_version(name, version)
     project = Project.find()
@@ -128,8 +128,8 @@ def zero_shot(
 @app.command(rich_help_panel=RESULT_PANEL)
 def show() -> None:
     """Show the last results: dense beside pruned."""
-    from wanda_dvc.artifacts import Project
-    from wanda_dvc.results import show as table
+    from wanda_dvc.study.project import Project
+    from wanda_dvc.views.show import show as table
 
     typer.echo(table(project=Project.find()))
 
@@ -151,10 +151,10 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show the input norms by block and distinct input, with their outliers."""
-    from wanda_dvc import norms
-    from wanda_dvc.artifacts import Project
-    from wanda_dvc.results import check_stats
-    from wanda_dvc.results import stats as table
+    from wanda_dvc.study.project import Project
+    from wanda_dvc.views import norms
+    from wanda_dvc.views.show import check_stats
+    from wanda_dvc.views.show import stats as table
 
     if sum((layer is not None or linear is not None, recurring, plot is not None, compare is not None)) > 1:
         raise typer.BadParameter("one of --recurring, --plot, --compare, or --layer and --linear")
@@ -182,8 +182,8 @@ def report(
     ] = None,
 ) -> None:
     """Write the experiments of the repository as one page: tables, pictures, and how sure they are."""
-    from wanda_dvc.artifacts import Project
     from wanda_dvc.report import report as write
+    from wanda_dvc.study.project import Project
 
     typer.echo(write(project=Project.find(), output=output, model=model, revs=rev))
 
@@ -193,8 +193,8 @@ def preset(
     name: Annotated[str | None, typer.Argument(help="which; without it they are listed")] = None,
 ) -> None:
     """Write a whole study's settings into params.yaml."""
-    from wanda_dvc.artifacts import Project
-    from wanda_dvc.presets import apply_preset, preset_table
+    from wanda_dvc.study.presets import apply_preset, preset_table
+    from wanda_dvc.study.project import Project
 
     typer.echo(preset_table() if name is None else apply_preset(project=Project.find(), name=name))
 
@@ -210,8 +210,8 @@ def export(
     ],
 ) -> None:
     """Build any experiment's pruned model, with its full card, ready to upload; the workspace stays as it is."""
-    from wanda_dvc.artifacts import Project
-    from wanda_dvc.export import export as build
+    from wanda_dvc.export.build import export as build
+    from wanda_dvc.study.project import Project
 
     if len(words) > 2:
         raise typer.BadParameter(f"got {len(words)} words, expected [EXPERIMENT] DIRECTORY")
@@ -230,7 +230,7 @@ def cost(
     length: Annotated[int | None, typer.Option("--length", help="tokens a window")] = None,
 ) -> None:
     """Estimate FLOPs, memory, disk and time of every stage; the model's weights need not be there."""
-    from wanda_dvc.cost import cost as table
+    from wanda_dvc.views.cost import cost as table
 
     typer.echo(table(start=Path.cwd(), config=config, device=device, dtype=dtype, windows=windows, length=length))
 
@@ -238,7 +238,7 @@ def cost(
 @app.command(rich_help_panel=STUDY_PANEL)
 def doctor() -> None:
     """Check machine, libraries, settings and repository; exit 2 if something that is needed is missing."""
-    from wanda_dvc.doctor import doctor as look
+    from wanda_dvc.views.doctor import doctor as look
 
     table, well = look(start=Path.cwd())
     typer.echo(table)

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from wanda_dvc.catalog import HUB_ID, TEXTS
 from wanda_dvc.errors import UserError
-from wanda_dvc.patterns import parse_pattern
-from wanda_dvc.texts import HUB_ID, TEXTS
+from wanda_dvc.pruning.patterns import parse_pattern
 
 NAMED_TEXTS = ("embedded", *TEXTS)
 

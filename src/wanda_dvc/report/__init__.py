@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 from wanda_dvc import __version__
-from wanda_dvc.artifacts import Project
 from wanda_dvc.errors import UserError
+from wanda_dvc.study.project import Project
 
 
 def report(*, project: Project, output: Path, model: str | None = None, revs: list[str] | None = None) -> str:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
-from wanda_dvc.artifacts import Json, Project
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
-from wanda_dvc.presets import flatten
-from wanda_dvc.revisions import Revision
 from wanda_dvc.stages import MODELS
+from wanda_dvc.study.files import Json
+from wanda_dvc.study.presets import flatten
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.revisions import Revision
 
 TAKEN = ("metrics", "stats")
 

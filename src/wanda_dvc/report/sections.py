@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from wanda_dvc.artifacts import block_count
-from wanda_dvc.export import how_to_repeat
-from wanda_dvc.norms import input_norms
-from wanda_dvc.patterns import parse_pattern
+from wanda_dvc.export.build import how_to_repeat
+from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.report import charts, inference
 from wanda_dvc.report.charts import Point
 from wanda_dvc.report.inference import Estimate
 from wanda_dvc.report.pages import Code, Content, Heading, Items, Picture, Table, Text
 from wanda_dvc.report.published import sources
 from wanda_dvc.report.rows import Collected, Row
+from wanda_dvc.study.tensors import block_count
+from wanda_dvc.views.norms import input_norms
 
 METHOD = {"wanda": "Wanda"}
 OF_EVALUATION = ("model", "dtype", "perplexity.", "tasks.", "zero_shot.")

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from wanda_dvc.artifacts import Project, write_json
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Runtime
+from wanda_dvc.study.files import write_json
+from wanda_dvc.study.project import Project
 
 STAGES = {"download": 1, "calibrate": 1, "mask": 1, "apply": 1, "perplexity": 1, "zero-shot": 3}
 PARTS = ("model", "calibration", "perplexity", "tasks")

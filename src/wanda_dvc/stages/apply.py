@@ -7,21 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wanda_dvc.artifacts import (
-    PROVENANCE,
-    Json,
-    Project,
-    block_count,
-    digest,
-    read_masks,
-    read_provenance,
-    write_csv,
-    write_json,
-    write_provenance,
-)
-from wanda_dvc.checkpoint import Checkpoint
+from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import progress
+from wanda_dvc.study.files import Json, write_csv, write_json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
+from wanda_dvc.study.tensors import block_count, read_masks
 
 CARD = """\
 ---

@@ -7,23 +7,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from wanda_dvc.artifacts import (
-    Project,
-    block_count,
-    describe,
-    read_provenance,
-    read_stats,
-    write_csv,
-    write_provenance,
-    write_stats,
-)
-from wanda_dvc.blocks import Decoder, has_units
-from wanda_dvc.checkpoint import Checkpoint
-from wanda_dvc.input_stats import summary
-from wanda_dvc.patterns import check_pattern
-from wanda_dvc.recorder import InputRecorder
+from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.decoder import Decoder, has_units
+from wanda_dvc.engine.recorder import InputRecorder
+from wanda_dvc.engine.windows import draw, draw_from_documents, load_tokenizer, tokenize
+from wanda_dvc.pruning.patterns import check_pattern
+from wanda_dvc.pruning.statistics import summary
 from wanda_dvc.stages import STAGES, device_name, progress, say_unreached
-from wanda_dvc.windows import draw, draw_from_documents, load_tokenizer, tokenize
+from wanda_dvc.study.files import write_csv
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import describe, read_provenance, write_provenance
+from wanda_dvc.study.tensors import block_count, read_stats, write_stats
 
 
 def calibrate(*, project: Project) -> None:

@@ -14,22 +14,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.artifacts import (
-    DOCUMENTS,
-    ITEMS,
-    TEXT,
-    Documents,
-    Project,
-    Work,
-    describe,
-    digest,
-    file_digest,
-    files_digest,
-    write_provenance,
-)
+from wanda_dvc.catalog import HUB_ID, NamedText
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Text
-from wanda_dvc.sources import (
+from wanda_dvc.sources.hub import (
     MODEL_FILES,
     Repository,
     check_decoder,
@@ -40,7 +28,10 @@ from wanda_dvc.sources import (
     resolve,
 )
 from wanda_dvc.stages import STAGES
-from wanda_dvc.texts import HUB_ID, NamedText, TaskItems, on_the_hub, task_items
+from wanda_dvc.study.documents import Documents
+from wanda_dvc.study.places import TaskItems, on_the_hub, task_items
+from wanda_dvc.study.project import DOCUMENTS, ITEMS, TEXT, Project, Work
+from wanda_dvc.study.provenance import describe, digest, file_digest, files_digest, write_provenance
 
 EMBEDDED = files("wanda_dvc") / "embedded"
 
@@ -60,7 +51,7 @@ def download(*, project: Project, part: str) -> None:
 
 
 def _model(project: Project) -> None:
-    from wanda_dvc.checkpoint import Checkpoint
+    from wanda_dvc.engine.checkpoint import Checkpoint
 
     source = project.params.model
     origin: dict[str, Any]
@@ -97,7 +88,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _copy_directory(source: Path, target: Path) -> None:
     """A local directory of safetensors. Checked before anything large is copied."""
-    from wanda_dvc.checkpoint import INDEX, Checkpoint
+    from wanda_dvc.engine.checkpoint import INDEX, Checkpoint
 
     if not source.is_dir():
         raise UserError(f"params.yaml: model: {source} is no directory; name one that holds a Hugging Face model")

@@ -5,26 +5,18 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from wanda_dvc.allocator import keep_freed_memory
-from wanda_dvc.artifacts import (
-    Project,
-    Work,
-    block_count,
-    describe,
-    digest,
-    read_provenance,
-    read_stats,
-    write_masks,
-    write_provenance,
-)
-from wanda_dvc.checkpoint import Checkpoint
+from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.errors import UserError
-from wanda_dvc.input_stats import BlockStats, InputStats
-from wanda_dvc.methods import METHODS
 from wanda_dvc.params import Params
-from wanda_dvc.patterns import check_pattern
-from wanda_dvc.selection import WEIGHTS_AT_A_TIME
+from wanda_dvc.pruning.methods import METHODS
+from wanda_dvc.pruning.patterns import check_pattern
+from wanda_dvc.pruning.selection import WEIGHTS_AT_A_TIME
+from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.stages import STAGES, progress, say_unreached
+from wanda_dvc.study.project import Project, Work
+from wanda_dvc.study.provenance import describe, digest, read_provenance, write_provenance
+from wanda_dvc.study.tensors import block_count, read_stats, write_masks
 
 
 def mask(*, project: Project) -> None:
@@ -84,7 +76,7 @@ def mask(*, project: Project) -> None:
 def _propagate(project: Project, checkpoint: Checkpoint, work: Work) -> None:
     """The paper's procedure: each block is calibrated on what the pruned blocks before it put out."""
     # Only here is a model run: without the engine and transformers a further sparsity starts seconds earlier.
-    from wanda_dvc.recorder import InputRecorder
+    from wanda_dvc.engine.recorder import InputRecorder
     from wanda_dvc.stages.calibrate import calibration_windows, open_decoder
 
     decoder = open_decoder(project, "dense")

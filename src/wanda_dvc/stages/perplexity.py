@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
-from wanda_dvc.artifacts import Project, describe, digest, read_provenance, tokenizer_digest, write_csv, write_json
-from wanda_dvc.blocks import Decoder, Row, as_rows
+from wanda_dvc.engine.decoder import Decoder, Row, as_rows
+from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
 from wanda_dvc.stages import STAGES, progress
 from wanda_dvc.stages.calibrate import open_decoder
-from wanda_dvc.windows import cut, left_over, load_tokenizer, tokenize
+from wanda_dvc.study.files import write_csv, write_json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
 DIVERGED = "diverged"
 

@@ -14,12 +14,14 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from wanda_dvc.artifacts import ITEMS, Project, describe, digest, read_provenance, tokenizer_digest, write_json
-from wanda_dvc.blocks import Decoder, Step
-from wanda_dvc.questions import Request, loglikelihoods
+from wanda_dvc.engine.decoder import Decoder, Step
+from wanda_dvc.engine.questions import Request, loglikelihoods
+from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.stages import STAGES, progress
 from wanda_dvc.stages.calibrate import open_decoder
-from wanda_dvc.windows import load_tokenizer
+from wanda_dvc.study.files import write_json
+from wanda_dvc.study.project import ITEMS, Project
+from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
 METRICS = ("acc", "acc_norm")
 

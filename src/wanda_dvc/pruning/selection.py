@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.patterns import parse_pattern
+from wanda_dvc.pruning.patterns import parse_pattern
 
 WEIGHTS_AT_A_TIME = 2**22  # of a linear whose rows are chosen apart: scores that a core's caches nearly hold
 LARGEST_SHARE, SPARSITY_TOLERANCE = 0.8, 0.001  # of Wanda's variant, as in its authors' code

@@ -129,7 +129,7 @@ def _problems(where: str, kind: str, name: str, revision: str | None) -> Iterato
 def fetch_model(repository: Repository, target: Path) -> list[Path]:
     """The files of a model that are needed, and no second copy of its weights. All that can be known from small
     files is known before a large one is asked for."""
-    from wanda_dvc.checkpoint import INDEX, SINGLE
+    from wanda_dvc.engine.checkpoint import INDEX, SINGLE
 
     name, where = repository.name, repository.where
     here = [file for file in repository.files if "/" not in file]

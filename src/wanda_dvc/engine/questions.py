@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from wanda_dvc.attention import Layout
-from wanda_dvc.blocks import LOGITS_AT_A_TIME, Decoder, Row, Step
+from wanda_dvc.engine.attention import Layout
+from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder, Row, Step
 
 ROW = 2048  # tokens; enough to keep a machine's multiplications large, and a row's activations small
 

@@ -9,16 +9,19 @@ from typing import Any
 
 from tabulate import tabulate
 
-from wanda_dvc.artifacts import PROVENANCE, Json, Project, block_count, read_provenance, read_stats
 from wanda_dvc.errors import UserError
 from wanda_dvc.report.charts import InputNorms
+from wanda_dvc.study.files import Json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import PROVENANCE, read_provenance
+from wanda_dvc.study.tensors import block_count, read_stats
 
 SHOWN = 20  # lines of a table; JSON has all
 
 
 def input_norms(folder: Path) -> list[InputNorms]:
     """The norms of a set of statistics, by distinct input over the blocks."""
-    from wanda_dvc.input_stats import outliers
+    from wanda_dvc.pruning.statistics import outliers
 
     found: dict[str, InputNorms] = {}
     for block in range(block_count(folder)):
@@ -83,7 +86,7 @@ def compare(*, project: Project, other: str, as_json: bool) -> str:
             return _compare(project.stats, folder, other, as_json)
     if path.exists():
         raise UserError(f"--compare: {other}: no statistics, expected a directory that `wanda-dvc calibrate` wrote")
-    from wanda_dvc.revisions import Revision
+    from wanda_dvc.study.revisions import Revision
 
     with project.work({"kind": "stats", "revision": other}) as work:
         work.forget()
@@ -103,7 +106,7 @@ def compare(*, project: Project, other: str, as_json: bool) -> str:
 def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
     import torch
 
-    from wanda_dvc.input_stats import outliers
+    from wanda_dvc.pruning.statistics import outliers
 
     here, there = read_provenance(ours, "calibrate"), read_provenance(theirs, "calibrate")
     records: list[Json] = []

@@ -13,10 +13,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from wanda_dvc.artifacts import TEXT, Project
 from wanda_dvc.errors import UserError
-from wanda_dvc.needs import BYTES_A_TOKEN, SELECTION, WIDTH, Memory, Sizes, peak, rows_apart, sizes
 from wanda_dvc.params import Params, check_params
+from wanda_dvc.study.project import TEXT, Project
+from wanda_dvc.views.needs import BYTES_A_TOKEN, SELECTION, WIDTH, Memory, Sizes, peak, rows_apart, sizes
 
 DISK = 2e9  # bytes a second from a local NVMe disk; from the page cache it is more
 HOST = 4e9  # bytes of weights and scores a second in mask and apply, on two cores of 135 M and of 1.5 B parameters
@@ -85,7 +85,7 @@ class StageCost:
 
 def work(config: Path) -> Work:
     """Of the model that a config.json describes. Windowed attention counts as if it saw all."""
-    from wanda_dvc.structure import empty_model, find_blocks, weight_shapes
+    from wanda_dvc.engine.structure import empty_model, find_blocks, weight_shapes
 
     model = empty_model(config)
     text = model.config.get_text_config()
@@ -238,7 +238,7 @@ def cost(
 
 
 def _settings(start: Path, dtype: str | None, windows: int | None, length: int | None) -> tuple[Project | None, Params]:
-    from wanda_dvc.presets import DEFAULT, read_preset
+    from wanda_dvc.study.presets import DEFAULT, read_preset
 
     try:
         project = Project.find(start)

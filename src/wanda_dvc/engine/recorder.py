@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from wanda_dvc.engine.structure import Linear
 from wanda_dvc.errors import UserError
-from wanda_dvc.input_stats import BlockStats, InputStats
-from wanda_dvc.structure import Linear
+from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
 
 @dataclass

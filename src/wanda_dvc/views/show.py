@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from wanda_dvc.artifacts import PROVENANCE, Project, block_count, digest, read_provenance, read_stats
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import MODELS, PARTS
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
+from wanda_dvc.study.tensors import block_count, read_stats
 
 if TYPE_CHECKING:
-    from wanda_dvc.input_stats import InputStats
+    from wanda_dvc.pruning.statistics import InputStats
 
 HEADERS = ["", "dense", "pruned", "pruned / dense"]
 
@@ -177,7 +179,7 @@ def _belongs(project: Project) -> None:
 
 
 def _summary(block: int, linears: list[str], x: "InputStats") -> dict[str, Any]:
-    from wanda_dvc.input_stats import summary
+    from wanda_dvc.pruning.statistics import summary
 
     norm = x.norm
     top = norm.topk(min(5, len(norm)))

@@ -11,10 +11,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanda_dvc.artifacts import TEXT, Project, block_count, read_stats
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.stages import device_name
+from wanda_dvc.study.project import TEXT, Project
+from wanda_dvc.study.tensors import block_count, read_stats
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
 BYTES_A_TOKEN = 4  # of English text, about
@@ -78,7 +79,7 @@ def sizes(config: Path) -> Sizes:
     """Of the model that a config.json, or the one in a directory, describes. Its weights need not be there."""
     from transformers import AutoConfig
 
-    from wanda_dvc.structure import empty_model, find_blocks, weight_shapes
+    from wanda_dvc.engine.structure import empty_model, find_blocks, weight_shapes
 
     model = empty_model(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
@@ -102,7 +103,7 @@ def sizes(config: Path) -> Sizes:
 
 def choosing(stage: str, *, block: int, linear: int, threads: int, rows_apart: bool) -> Memory:
     """Of `mask` and `apply`, which hold no model: by the weights of the largest block and the largest linear."""
-    from wanda_dvc.selection import WEIGHTS_AT_A_TIME
+    from wanda_dvc.pruning.selection import WEIGHTS_AT_A_TIME
 
     if stage == "apply":
         return Memory(selection=block + 8 * linear)
@@ -129,8 +130,8 @@ def peak(
     on the outputs of pruned blocks, `rows_apart` that some rows of a linear are chosen from at a time. Zero-shot's rows
     are as long as `questions` packs them.
     """
-    from wanda_dvc.blocks import LOGITS_AT_A_TIME
-    from wanda_dvc.questions import ROW
+    from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME
+    from wanda_dvc.engine.questions import ROW
 
     chosen = choosing(stage, block=model.block, linear=model.linear, threads=threads, rows_apart=rows_apart)
     if stage == "apply" or (stage == "mask" and not propagates):
@@ -202,7 +203,7 @@ def need(*, project: Project, stage: str, part: str | None = None) -> Need:
 
 def rows_apart(params: Params) -> bool:
     """Whether `mask` holds the scores of some rows of a linear at a time, or of all."""
-    from wanda_dvc.methods import METHODS
+    from wanda_dvc.pruning.methods import METHODS
 
     return METHODS[params.method].rows_apart(params.pattern, params.group)
 
@@ -210,7 +211,7 @@ def rows_apart(params: Params) -> bool:
 def _largest(project: Project) -> tuple[int, int]:
     """The weights of the largest block and of the largest linear: of the linears that were measured, where some were,
     since to build a model takes seconds of imports."""
-    from wanda_dvc.checkpoint import Checkpoint
+    from wanda_dvc.engine.checkpoint import Checkpoint
 
     blocks = range(block_count(project.stats))
     if not blocks:

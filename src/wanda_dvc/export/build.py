@@ -13,16 +13,18 @@ from typing import Any
 
 from tabulate import tabulate
 
-from wanda_dvc.artifacts import PROVENANCE, Json, Project, digest, read_provenance
-from wanda_dvc.checkpoint import Checkpoint
+from wanda_dvc.catalog import HUB_ID
+from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
-from wanda_dvc.presets import flatten, names, read_preset
-from wanda_dvc.results import HEADERS, comparison
-from wanda_dvc.revisions import Revision
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.apply import check_masks, measured_sparsity, prune
-from wanda_dvc.texts import HUB_ID
+from wanda_dvc.study.files import Json
+from wanda_dvc.study.presets import flatten, names, read_preset
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
+from wanda_dvc.study.revisions import Revision
+from wanda_dvc.views.show import HEADERS, comparison
 
 # The Hub's name of a licence, by a phrase of its text.
 LICENSES = {

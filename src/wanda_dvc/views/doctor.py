@@ -13,12 +13,12 @@ from ruamel.yaml.error import YAMLError
 from tabulate import tabulate
 
 from wanda_dvc import __version__
-from wanda_dvc.artifacts import Project
 from wanda_dvc.errors import UserError
-from wanda_dvc.needs import disk, memory
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
-from wanda_dvc.texts import on_the_hub, task_items
+from wanda_dvc.study.places import on_the_hub, task_items
+from wanda_dvc.study.project import Project
+from wanda_dvc.views.needs import disk, memory
 
 LINKS = ("reflink", "hardlink", "symlink")
 SHOWN = ("torch", "transformers", "dvc", "lm-eval")
@@ -78,7 +78,7 @@ def _python() -> Iterator[Check]:
 def _machine(project: Project) -> Iterator[Check]:
     import torch
 
-    from wanda_dvc.blocks import has_units
+    from wanda_dvc.engine.decoder import has_units
 
     device = project.params.runtime.device
     units = " and bf16 units" if has_units(torch.bfloat16) else ""

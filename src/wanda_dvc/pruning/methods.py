@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from wanda_dvc import scores
-from wanda_dvc.input_stats import InputStats
-from wanda_dvc.selection import keep_by_share, select
+from wanda_dvc.pruning import scores
+from wanda_dvc.pruning.selection import keep_by_share, select
+from wanda_dvc.pruning.statistics import InputStats
 
 
 @dataclass(frozen=True)

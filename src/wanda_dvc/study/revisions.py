@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.artifacts import Project
 from wanda_dvc.errors import UserError
+from wanda_dvc.study.project import Project
 
 
 @dataclass(frozen=True)

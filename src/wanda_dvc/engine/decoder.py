@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from wanda_dvc import attention
-from wanda_dvc.allocator import empty_weight, keep_freed_memory
-from wanda_dvc.attention import Layout
-from wanda_dvc.checkpoint import Checkpoint, expert_name
+from wanda_dvc.engine import attention
+from wanda_dvc.engine.attention import Layout
+from wanda_dvc.engine.checkpoint import Checkpoint, expert_name
+from wanda_dvc.engine.memory import empty_weight, keep_freed_memory
+from wanda_dvc.engine.recorder import InputRecorder
+from wanda_dvc.engine.structure import Linear, Part, empty_model, find_blocks, find_linears, stored_names
 from wanda_dvc.errors import UserError
-from wanda_dvc.recorder import InputRecorder
-from wanda_dvc.structure import Linear, Part, empty_model, find_blocks, find_linears, stored_names
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
 

@@ -13,11 +13,11 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from tabulate import tabulate
 
-from wanda_dvc.artifacts import Project
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
+from wanda_dvc.study.project import Project
 
-FOLDER = files("wanda_dvc") / "presets"
+FOLDER = files("wanda_dvc.study") / "presets"
 DEFAULT = "default"
 
 Settings = dict[str, Any]

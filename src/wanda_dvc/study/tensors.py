@@ -1,0 +1,90 @@
+"""stats/ and masks/ on disk: one safetensors file a block, so that neither a writer nor a reader holds them all."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.study.files import Json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wanda_dvc.pruning.statistics import BlockStats
+
+
+def block_file(folder: Path, block: int) -> Path:
+    return folder / f"block_{block:03d}.safetensors"
+
+
+def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
+    """One block's statistics: for each distinct input `NAME.sum_squares` and `NAME.sum` (float64 [in]) and
+    `NAME.count` (int64); who reads it, and which of them are stored transposed, is in the header."""
+    import torch
+
+    tensors: dict[str, Tensor] = {}
+    for name, x in stats.inputs.items():
+        tensors |= {f"{name}.sum_squares": x.sum_squares, f"{name}.sum": x.sum, f"{name}.count": torch.tensor(x.count)}
+    header = {"readers": stats.readers, "transposed": stats.transposed}
+    _save(block_file(folder, block), tensors, header)
+
+
+def read_stats(folder: Path, block: int) -> "BlockStats":
+    """As `write_stats` took them."""
+    from wanda_dvc.pruning.statistics import BlockStats, InputStats
+
+    tensors, header = _load(block_file(folder, block), "calibrate")
+    readers = header["readers"]
+    inputs = {
+        name: InputStats(tensors[f"{name}.sum_squares"], tensors[f"{name}.sum"], int(tensors[f"{name}.count"]))
+        for name in readers
+    }
+    return BlockStats(inputs, readers, header["transposed"])
+
+
+def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
+    """One block's `keep` masks, in the orientation in which the weights are stored, one bit a weight: uint8
+    [rows, ⌈columns / 8⌉], the first column in the highest bit."""
+    import numpy as np
+    import torch
+
+    packed = {name: torch.from_numpy(np.packbits(keep.cpu().numpy(), axis=1)) for name, keep in keeps.items()}
+    columns = {name: keep.shape[1] for name, keep in keeps.items()}
+    _save(block_file(folder, block), packed, {"columns": columns})
+
+
+def read_masks(folder: Path, block: int) -> "dict[str, Tensor]":
+    """One block's `keep` masks, bool, in the orientation in which the weights are stored."""
+    import numpy as np
+    import torch
+
+    tensors, header = _load(block_file(folder, block), "mask")
+    return {
+        name: torch.from_numpy(np.unpackbits(tensors[name].numpy(), axis=1, count=size)).bool()
+        for name, size in header["columns"].items()
+    }
+
+
+def block_count(folder: Path) -> int:
+    return len(list(folder.glob("block_*.safetensors")))
+
+
+def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
+    from safetensors.torch import save_file
+
+    beside = path.with_name(path.name + ".part")
+    # One key: safetensors writes several in an order that changes from run to run.
+    save_file(tensors, beside, {"wanda_dvc": json.dumps(header)})
+    beside.replace(path)
+
+
+def _load(path: Path, made_by: str) -> "tuple[dict[str, Tensor], Json]":
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["wanda_dvc"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first") from None
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); run `wanda-dvc {made_by}` again") from None
