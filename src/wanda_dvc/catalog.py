@@ -1,7 +1,113 @@
-"""What a setting of params.yaml can name: methods and texts. Importing it is instant: no torch."""
+"""What a setting of params.yaml can name: methods and texts. Importing it is instant: no torch.
+
+A method is a row here and a function. A package of its own adds one through an entry point in the group
+`wanda_dvc.methods` that names a `Method`.
+"""
 
 import re
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Literal
+
+from wanda_dvc.errors import UserError
+
+ENTRY_POINTS = "wanda_dvc.methods"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How weights are scored, and how the scores decide which weights stay."""
+
+    name: str  # as params.yaml writes it
+    title: str  # as a table or a plot shows it
+    citation: str
+    link: str
+    about: str  # one line: what a weight is worth
+    function: str  # `module:function`: (weight [out, in], InputStats) → score [out, in], higher stays
+    needs: Literal["weights", "norms"]  # beside the weights: nothing, or the statistics of what the linear reads
+    # groups: in every group (a row, a layer, m neighbours) the same number of lowest scores goes.
+    # rows: each row loses the same share of its summed scores, so rows differ in how many weights they lose.
+    competition: Literal["groups", "rows"]
+    # Whether the scores of some rows follow from those rows alone: large matrices are then scored in slices. It has no
+    # default, because a method with sums over columns that said so by mistake would be wrong on large matrices.
+    scores_by_row: bool
+
+    def selects_by_row(self, pattern: str, group: str) -> bool:
+        """Whether some rows' masks can be chosen without the other rows."""
+        return self.scores_by_row and self.competition == "groups" and (pattern != "unstructured" or group == "row")
+
+    def needs_inputs(self) -> bool:
+        """Whether the scores depend on calibration."""
+        return self.needs != "weights"
+
+
+# Baselines first: reports compare a later method with an earlier one.
+_METHODS = (
+    Method(
+        name="magnitude",
+        title="magnitude",
+        citation="Han et al. 2015",
+        link="https://arxiv.org/abs/1506.02626",
+        about="|W|",
+        function="wanda_dvc.pruning.scores:magnitude",
+        needs="weights",
+        competition="groups",
+        scores_by_row=True,
+    ),
+    Method(
+        name="wanda",
+        title="Wanda",
+        citation="Sun et al. 2024",
+        link="https://arxiv.org/abs/2306.11695",
+        about="|W| · ‖X‖₂",
+        function="wanda_dvc.pruning.scores:wanda",
+        needs="norms",
+        competition="groups",
+        scores_by_row=True,
+    ),
+    Method(
+        name="wanda-variant",
+        title="Wanda variant",
+        citation="Sun et al. 2024, appendix",
+        link="https://arxiv.org/abs/2306.11695",
+        about="|W| · ‖X‖₂, and each row loses the same share of its summed scores",
+        function="wanda_dvc.pruning.scores:wanda",
+        needs="norms",
+        competition="rows",
+        scores_by_row=True,
+    ),
+)
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """Return every method by name: ours, then those of installed packages.
+
+    UserError for an entry point that names no `Method`, or a method whose name is taken.
+    """
+    found = {method.name: method for method in _METHODS}
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+        where = f"entry point {entry.name} of {entry.dist.name if entry.dist else 'a package'} ({ENTRY_POINTS})"
+        try:
+            method = entry.load()
+        except Exception as error:  # whatever its module raises
+            raise UserError(
+                f"{where}: {entry.value} does not load ({error}), expected a wanda_dvc.catalog.Method; "
+                "mend or uninstall that package"
+            ) from error
+        if not isinstance(method, Method):
+            raise UserError(
+                f"{where}: {entry.value} is a {type(method).__name__}, expected a wanda_dvc.catalog.Method; "
+                "mend or uninstall that package"
+            )
+        if method.name in found:
+            raise UserError(f"{where}: method {method.name} exists already, expected another name; rename it there")
+        found[method.name] = method
+    return found
+
+
+# --- texts ---
 
 # The name of anything on the Hub: an owner's name, one slash, and for a model perhaps @ and a revision.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?")
@@ -9,15 +115,15 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?")
 
 @dataclass(frozen=True)
 class NamedText:
-    """A data set of text, its configuration, and the splits that it has."""
+    """A data set of text, its configuration, and its splits."""
 
     dataset: str
     config: str | None
     column: str
     splits: tuple[str, ...] = ("train", "validation", "test")
     revision: str | None = None  # None: its main branch
-    # Of a data set too large to be taken whole, the one file that stands for each split. Its rows are documents,
-    # which calibration draws from as the Wanda authors do instead of joining them.
+    # One file a split, for a data set too large to fetch whole. Its rows are documents: calibration draws its windows
+    # within them, as the Wanda authors do, and does not join them.
     shards: dict[str, str] = field(default_factory=dict)
 
 
@@ -36,3 +142,4 @@ TEXTS = {
     # Its main branch is a script, which nothing here runs; the Hub keeps its rows as Parquet beside it.
     "ptb": NamedText("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", revision="refs/convert/parquet"),
 }
+EMBEDDED_SPLITS = ("train", "test")
