@@ -217,7 +217,7 @@ class Bench:
         path = self.work / f"{part}.npy"
         if not path.is_file():
             from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
-            from wanda_dvc.stages.calibrate import calibration_windows
+            from wanda_dvc.stages.inputs import calibration_windows
             from wanda_dvc.study.project import Project
 
             project = Project(self.project())
@@ -694,7 +694,7 @@ def has_bf16_units() -> bool:
 def machine(bench: Bench) -> Part:
     from importlib.metadata import version
 
-    from wanda_dvc.stages import processor
+    from wanda_dvc.stages.running import processor
 
     return {
         "cpu": processor(),

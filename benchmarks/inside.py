@@ -12,8 +12,8 @@ from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import as_rows
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.recorder import InputRecorder
-from wanda_dvc.stages.calibrate import calibration_windows, open_decoder
-from wanda_dvc.stages.mask import choose
+from wanda_dvc.stages.inputs import calibration_windows, open_decoder
+from wanda_dvc.stages.mask import keeps
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_count, read_stats
 
@@ -52,7 +52,7 @@ def masks(project: Project) -> dict[str, Any]:
     def chosen() -> float:
         began = time.perf_counter()
         for block in stats:
-            choose(params, checkpoint, block)
+            keeps(params, checkpoint, block)
         return time.perf_counter() - began
 
     def by_sorting() -> float:

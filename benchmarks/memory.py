@@ -96,17 +96,17 @@ def measure(root: Path, stage: str, part: str | None) -> dict[str, float | None]
     import torch
 
     from wanda_dvc.engine.decoder import Decoder
+    from wanda_dvc.stages import STAGES
     from wanda_dvc.stages.apply import apply
     from wanda_dvc.stages.calibrate import calibrate
     from wanda_dvc.stages.mask import mask
     from wanda_dvc.stages.perplexity import perplexity
     from wanda_dvc.study.project import Project
-    from wanda_dvc.views.needs import need
 
     project = Project(root)
     torch.set_num_threads(project.params.runtime.threads or torch.get_num_threads())
     run: Any = {"calibrate": calibrate, "mask": mask, "apply": apply, "perplexity": perplexity}[stage]
-    wanted = need(project=project, stage=stage, part=part)  # it imports the family's code, as it does before a stage
+    wanted = STAGES[stage].need(project, part)  # it imports the family's code, as it does before a stage
     waited = 0.0
     original = Decoder.block
 

@@ -10,7 +10,7 @@ from typing import Any
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
-from wanda_dvc.stages.zero_shot import load_task
+from wanda_dvc.engine.harness import load_task
 
 BEGAN = time.perf_counter()  # after imports, as a stage's clock
 

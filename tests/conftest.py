@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 
 # Shapes in annotations are checked at run time, before anything imports these modules.
 CHECKED = ["pruning", "engine"]
-install_import_hook([f"wanda_dvc.{name}" for name in CHECKED], "beartype.beartype")
+install_import_hook([f"wanda_dvc.{name}" for name in CHECKED], "checker.checked")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside one another, on models too small to share
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")

@@ -8,8 +8,9 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.stages.calibrate import calibrate, calibration_windows
+from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
+from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_count, read_masks

@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
+from wanda_dvc.engine.costs import CPU_EFFICIENCY, HOST, Device, Setting, work
+from wanda_dvc.engine.sizes import choosing, sizes, walking, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
+from wanda_dvc.stages import STAGES
 from wanda_dvc.study.project import Project
 from wanda_dvc.views import cost
-from wanda_dvc.views.needs import peak, sizes
 
 CONFIGS = ROOT / "tests/configs"
 
@@ -34,7 +36,7 @@ def test_flops_are_those_that_torch_counts(tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(3, 64, dtype=torch.long))
-    through = cost.work(folder)
+    through = work(folder)
     causal_half = 2 * 3 * 64 * 64 * through.pairs  # torch multiplies the other half too
     rotary = counter.get_flop_counts()["Global"][torch.ops.aten.bmm] - 2 * causal_half  # the angles of the positions
     assert 0 <= rotary < 0.001 * causal_half + 64 * 64
@@ -53,7 +55,7 @@ def test_flops_are_those_that_torch_counts(tmp_path: Path):
 def test_parameters_are_those_of_the_models_cards(name: str, parameters: int, linears: int):
     config = CONFIGS / f"{name}.json"
     assert sizes(config).parameters == parameters
-    assert cost.work(config).linears == linears
+    assert work(config).linears == linears
 
 
 def test_only_the_experts_that_a_token_meets_count(tmp_path: Path):
@@ -64,14 +66,14 @@ def test_only_the_experts_that_a_token_meets_count(tmp_path: Path):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     attention, expert = 2 * 32 * 32 + 2 * 16 * 32, 3 * 32 * 48
-    assert 2 * (attention + 2 * expert) <= cost.work(tmp_path).linears <= 2 * (attention + 2 * expert + 8 * 32)
+    assert 2 * (attention + 2 * expert) <= work(tmp_path).linears <= 2 * (attention + 2 * expert + 8 * 32)
 
 
 def test_the_model_gives_what_was_measured_on_the_reference_machine(params: Params):
     config = CONFIGS / "smollm2-135m.json"
-    device = cost.Device("two cores with AVX-512", {"float32": 205e9}, cost.HOST, None, cost.CPU_EFFICIENCY)
-    costs = cost.stage_costs(params, sizes(config), cost.work(config), device, tokens=16 * 2048)
-    seconds = {row.stage: row.seconds for row in costs}
+    device = Device("two cores with AVX-512", {"float32": 205e9}, HOST, None, CPU_EFFICIENCY)
+    on = Setting(sizes(config), work(config), device, "float32", tokens=16 * 2048)
+    seconds = {name: row.seconds for name, stage in STAGES.items() if (row := stage.cost(params, on))}
     assert seconds["calibrate"] == pytest.approx(108, rel=0.1)
     assert seconds["perplexity"] == pytest.approx(65, rel=0.1)
     assert seconds["mask"] == pytest.approx(0.61, rel=0.25)  # and 9.5 s at 1.5 B parameters: one rate for both
@@ -80,13 +82,14 @@ def test_the_model_gives_what_was_measured_on_the_reference_machine(params: Para
 def test_what_a_card_holds_does_not_grow_with_depth():
     model = sizes(CONFIGS / "llama-2-7b.json")
     deeper = replace(model, parameters=2 * model.parameters)
-    for stage in ("calibrate", "mask", "apply", "perplexity"):
-        held = peak(stage, model, dtype="float16", length=2048, device="cuda")
-        assert held == peak(stage, deeper, dtype="float16", length=2048, device="cuda")
+    for words in ({"statistics": True}, {"logits": True}):
+        held = walking(model, dtype="float16", length=2048, device="cuda", **words)
+        assert held == walking(deeper, dtype="float16", length=2048, device="cuda", **words)
         assert held.anonymous == held.total
-    on_cpu = peak("calibrate", model, dtype="float16", length=2048)
+    assert writing(block=10, linear=2).anonymous < choosing(block=10, linear=2, threads=1, by_row=True).anonymous
+    on_cpu = walking(model, dtype="float16", length=2048, statistics=True)
     assert on_cpu.anonymous == on_cpu.total - (2 * model.block + model.rest) * 2
-    assert peak("calibrate", model, dtype="float32", length=2048).anonymous > on_cpu.total
+    assert walking(model, dtype="float32", length=2048, statistics=True).anonymous > on_cpu.total
 
 
 def test_it_needs_no_weights_and_no_project(tmp_path: Path):

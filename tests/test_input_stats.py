@@ -1,8 +1,9 @@
-"""Statistics of inputs: sums that are right and stay right over many windows."""
+"""Statistics of inputs: sums that are right, stay right over many windows, and merge."""
 
+import pytest
 import torch
 
-from wanda_dvc.pruning.statistics import InputStats
+from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
 
 def test_sums_equal_those_in_float64():
@@ -28,3 +29,35 @@ def test_half_precision_does_not_overflow():
     stats = InputStats.empty(1)
     stats.add(torch.full((100, 1), 60000.0, dtype=torch.float16))
     assert stats.norm.item() == torch.tensor(60000.0, dtype=torch.float16).item() * 10
+
+
+def test_sums_of_shards_merge_to_those_of_all_tokens():
+    windows = list(torch.randn(4, 50, 7, generator=torch.Generator().manual_seed(0)))
+    whole, merged = InputStats.empty(7), InputStats.empty(7)
+    for window in windows:
+        whole.add(window)
+    for shard in (windows[:1], windows[1:]):
+        stats = InputStats.empty(7)
+        for window in shard:
+            stats.add(window)
+        merged.merge(stats)
+    assert merged.count == whole.count
+    torch.testing.assert_close(merged.sum_squares, whole.sum_squares, rtol=1e-14, atol=0)
+    torch.testing.assert_close(merged.sum, whole.sum, rtol=0, atol=1e-12)
+    merged.merge(InputStats.empty(7))
+    assert merged.count == whole.count
+
+
+def test_blocks_merge_only_where_their_inputs_are_the_same():
+    def block(*readers: str) -> BlockStats:
+        stats = InputStats.empty(3)
+        stats.add(torch.ones(2, 3))
+        return BlockStats({readers[0]: stats}, {readers[0]: list(readers)}, [])
+
+    both = block("q", "k")
+    both.merge(block("q", "k"))
+    assert (both.inputs["q"].count, both.inputs["q"].sum.tolist()) == (4, [4, 4, 4])
+    with pytest.raises(ValueError, match=r"statistics of the inputs \['up'\], expected \['q'\]"):
+        both.merge(block("up"))
+    with pytest.raises(ValueError, match="statistics of 2 features, expected 3"):
+        both.inputs["q"].merge(InputStats.empty(2))

@@ -12,9 +12,9 @@ import torch
 from conftest import ROOT, write_params
 
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.sizes import ALLOCATOR
 from wanda_dvc.stages.download import download
 from wanda_dvc.study.project import Project
-from wanda_dvc.views.needs import ALLOCATOR
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny_model
 
+from wanda_dvc.engine import sizes
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME
 from wanda_dvc.engine.questions import ROW
 from wanda_dvc.errors import UserError
+from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.study.project import Project
@@ -38,16 +40,16 @@ def config_only(project: Callable[..., Project], tiny: Path) -> Callable[..., Pr
 
 def test_sizes_are_those_of_the_checkpoint_and_need_no_weights(tmp_path: Path, tiny: Path):
     shutil.copyfile(tiny / "config.json", tmp_path / "config.json")
-    found = needs.sizes(tmp_path)
+    found = sizes.sizes(tmp_path)
     checkpoint = Checkpoint(tiny)
     stored = [size for shard in checkpoint.shards for *_, size in checkpoint.bytes_at(shard)]
     features = 4 * 32 + 2 * (32 + 16) + 3 * (32 + 48)
-    assert found == needs.Sizes(4 * BLOCK + REST, BLOCK, REST, 32 * 48, features, 48, 32, 260, "float32")
+    assert found == sizes.Sizes(4 * BLOCK + REST, BLOCK, REST, 32 * 48, features, 48, 32, 260, "float32")
     assert found.stored == sum(stored)
 
 
 def test_an_untied_head_counts(tmp_path: Path):
-    assert needs.sizes(save_tiny_model(tmp_path, tie_word_embeddings=False)).rest == REST + 260 * 32
+    assert sizes.sizes(save_tiny_model(tmp_path, tie_word_embeddings=False)).rest == REST + 260 * 32
 
 
 def test_the_7b_model_is_as_large_as_its_card_says(tmp_path: Path):
@@ -57,7 +59,7 @@ def test_the_7b_model_is_as_large_as_its_card_says(tmp_path: Path):
         "tie_word_embeddings": False, "dtype": "float16",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = needs.sizes(tmp_path)
+    found = sizes.sizes(tmp_path)
     assert found.parameters == 6_738_415_616
     assert found.stored == 2 * 6_738_415_616
 
@@ -66,34 +68,34 @@ def test_the_7b_model_is_as_large_as_its_card_says(tmp_path: Path):
 def test_what_each_stage_needs(config_only: Callable[..., Project], dtype: str, width: int):
     def need(project: Project, stage: str, part: str | None = None) -> tuple[int, int | None]:
         """Memory beyond what is the same for all models, and disk."""
-        found = needs.need(project=project, stage=stage, part=part)
+        found = STAGES[stage].need(project, part)
         assert found.memory
         assert found.memory.mapped == (stage in ("calibrate", "perplexity", "zero-shot") and dtype == "float32")
-        return found.memory.total - needs.LIBRARIES - needs.ALLOCATOR, found.disk
+        return found.memory.total - sizes.LIBRARIES - sizes.ALLOCATOR, found.disk
 
     project = config_only(dtype=dtype, runtime__threads=1)  # 3 × 64 tokens to calibrate on, 4 × 64 to measure on
     features, linear = 4 * 32 + 2 * (32 + 16) + 3 * (32 + 48), 32 * 48
     walk = (2 * BLOCK + REST + linear + 64 * features) * width
     assert need(project, "calibrate") == (walk + 64 * 48 * 8, 3 * 64 * 32 * width * 2)
-    masks = BLOCK + needs.SELECTION * linear
+    masks = BLOCK + sizes.SELECTION * linear
     assert need(project, "mask") == (masks, 0)
     assert need(project, "apply") == (BLOCK + 8 * linear, (project.model("dense") / "config.json").stat().st_size)
     logits = 64 * 260 * (width + 8)
     assert need(project, "perplexity", "pruned") == (walk + logits, 4 * 64 * 32 * width * 2)
     packed = (2 * BLOCK + REST + linear + ROW * features) * width + ROW * 260 * (width + 8)
     assert need(project, "zero-shot", "dense") == (packed, 0)
-    assert need(config_only(dtype=dtype, runtime__threads=99), "mask")[0] == BLOCK + needs.SELECTION * BLOCK
+    assert need(config_only(dtype=dtype, runtime__threads=99), "mask")[0] == BLOCK + sizes.SELECTION * BLOCK
     project = config_only(dtype=dtype, perplexity__windows=None)
     assert need(project, "perplexity", "dense")[1] is None
     project.data("perplexity").mkdir(parents=True)
     (project.data("perplexity") / "text.txt").write_text("x" * 4000)
     memory, disk = need(project, "perplexity", "dense")
-    assert (memory, disk) == (walk + logits + 4000 * needs.TEXT_IN_MEMORY, 1000 * 32 * width * 2)
+    assert (memory, disk) == (walk + logits + 4000 * sizes.TEXT_IN_MEMORY, 1000 * 32 * width * 2)
 
 
 def test_masks_of_pruned_inputs_take_a_walk_more(config_only: Callable[..., Project]):
-    def memory(stage: str) -> needs.Memory:
-        found = needs.need(project=project, stage=stage).memory
+    def memory(stage: str) -> sizes.Memory:
+        found = STAGES[stage].need(project).memory
         assert found
         return found
 
@@ -109,32 +111,32 @@ def test_masks_of_pruned_inputs_take_a_walk_more(config_only: Callable[..., Proj
 
 
 def test_rows_that_are_chosen_apart_need_no_more_than_some(config_only: Callable[..., Project], monkeypatch):
-    monkeypatch.setattr("wanda_dvc.pruning.selection.WEIGHTS_AT_A_TIME", 100)
+    monkeypatch.setattr("wanda_dvc.pruning.choose.WEIGHTS_AT_A_TIME", 100)
     for changes, scores in (
         ({}, 100),
         ({"group": "layer"}, 32 * 48),
         ({"group": "layer", "pattern": "2:4"}, 100),
         ({"method": "wanda-variant"}, 32 * 48),
     ):
-        found = needs.need(project=config_only(runtime__threads=1, **changes), stage="mask").memory
+        found = STAGES["mask"].need(config_only(runtime__threads=1, **changes)).memory
         assert found
-        assert found.selection == BLOCK + needs.SELECTION * scores
+        assert found.selection == BLOCK + sizes.SELECTION * scores
 
 
 def test_what_was_measured_tells_the_linears(project: Callable[..., Project]):
     made = project(runtime__threads=1)
     for part in ("model", "calibration"):
         download(project=made, part=part)
-    before = needs.need(project=made, stage="mask").memory
+    before = STAGES["mask"].need(made).memory
     calibrate(project=made)
-    after = needs.need(project=made, stage="mask").memory
+    after = STAGES["mask"].need(made).memory
     assert before
     assert after
     assert before.selection - after.selection == 2 * 32  # the norms, which nobody measures
 
 
 def test_logits_are_a_chunk_at_most(config_only: Callable[..., Project]):
-    found = needs.need(project=config_only(perplexity__length=2**20), stage="perplexity", part="dense").memory
+    found = STAGES["perplexity"].need(config_only(perplexity__length=2**20), "dense").memory
     assert found
     assert found.logits == LOGITS_AT_A_TIME * 12
 
@@ -143,10 +145,10 @@ def test_before_there_is_a_config_only_what_is_known_is_said(
     project: Callable[..., Project], tiny: Path, capsys: pytest.CaptureFixture[str]
 ):
     made = project()
-    assert needs.need(project=made, stage="calibrate") == needs.Need()
+    assert STAGES["calibrate"].need(made) == sizes.Need()
     weights = (tiny / "model.safetensors").stat().st_size
-    assert needs.need(project=made, stage="download", part="model") == needs.Need(disk=2 * weights, least=weights)
-    assert needs.need(project=project(model="some/model"), stage="download", part="model") == needs.Need()
+    assert STAGES["download"].need(made, "model") == sizes.Need(disk=2 * weights, least=weights)
+    assert STAGES["download"].need(project(model="some/model"), "model") == sizes.Need()
     needs.announce(project=made, stage="calibrate")
     assert capsys.readouterr().err == ""
 
@@ -158,7 +160,7 @@ def test_one_line_says_it_and_a_disk_that_is_too_small_is_refused(
     monkeypatch.setattr(needs, "disk", lambda project: 3 * 64 * 32 * 4 * 2)
     monkeypatch.setattr(needs, "memory", lambda device: 1)  # too little memory is said, not refused
     needs.announce(project=project, stage="calibrate")
-    wanted = needs.need(project=project, stage="calibrate").memory
+    wanted = STAGES["calibrate"].need(project).memory
     assert wanted
     needs_memory = f"{wanted.total / 1e9:.1f} GB of memory"
     assert capsys.readouterr().err == (
@@ -180,11 +182,17 @@ def test_a_config_that_means_nothing_stops_no_stage(
     assert capsys.readouterr().err == ""
 
 
-def test_unfinished_work_counts_as_free_disk(project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("queued", [False, True])
+def test_unfinished_work_counts_as_free_disk(
+    project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, queued: bool
+):
+    """Also that of a queued experiment, which lies in the repository that DVC was started in."""
     made = project()
+    if queued:
+        monkeypatch.setenv("DVC_ROOT", str(tmp_path / "repository"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 10}))
     assert needs.disk(made) == 10
-    work = made.root / ".dvc/tmp/wanda-dvc/abc"
+    work = (tmp_path / "repository" if queued else made.root) / ".dvc/tmp/wanda-dvc/abc"
     work.mkdir(parents=True)
     (work / "hidden_0.bin").write_bytes(b"x" * 8192)
     assert needs.disk(made) >= 10 + 8192

@@ -9,15 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from wanda_dvc.catalog import methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import scores
-from wanda_dvc.pruning.methods import METHODS
+from wanda_dvc.pruning.choose import Target, choose, score_function
 from wanda_dvc.pruning.selection import keep_by_share, keep_n_of_m, removed, select
 from wanda_dvc.pruning.statistics import InputStats
 
 # Few distinct values, so that ties, zeros and constant rows are the rule; and a huge one.
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 1e30])
-SPARSITY = st.integers(0, 99).map(lambda percent: percent / 100)
+SHARE = st.integers(0, 99).map(lambda percent: Fraction(percent, 100))
+HALF = Fraction(1, 2)
+
+
+def of_norm(norm):
+    """Statistics of one token of these absolute values."""
+    return InputStats(norm.double() ** 2, norm.double(), 1)
 
 
 @st.composite
@@ -30,39 +37,39 @@ def test_worked_example_of_the_paper():
     """Figure 1 of arXiv 2306.11695: magnitude and Wanda choose differently."""
     weight = torch.tensor([[4.0, 0.0, 1.0, -1.0], [3.0, -2.0, -1.0, -3.0], [-3.0, 1.0, 0.0, 2.0]])
     norm = torch.tensor([1.0, 2.0, 8.0, 3.0])
-    score = scores.wanda(weight, norm)
+    score = scores.wanda(weight, of_norm(norm))
     assert score.tolist() == [[4, 0, 8, 3], [3, 4, 8, 9], [3, 2, 0, 6]]
-    kept = select(score, sparsity=0.5)
+    kept = select(score, share=HALF)
     assert (weight * kept).tolist() == [[4, 0, 1, 0], [0, 0, -1, -3], [-3, 0, 0, 2]]
 
 
-@given(matrices(), SPARSITY)
-def test_rows_and_layer_equal_the_loops(weight, sparsity):
+@given(matrices(), SHARE)
+def test_rows_and_layer_equal_the_loops(weight, share):
     score = oracle.scores(weight.tolist())
     rows, columns = weight.shape
-    by_row = select(scores.magnitude(weight), sparsity=sparsity, group="row")
-    assert by_row.tolist() == oracle.keep_by_row(score, int(columns * Fraction(str(sparsity))))
-    by_layer = select(scores.magnitude(weight), sparsity=sparsity, group="layer")
-    assert by_layer.tolist() == oracle.keep_by_layer(score, int(rows * columns * Fraction(str(sparsity))))
+    by_row = select(scores.magnitude(weight), share=share, group="row")
+    assert by_row.tolist() == oracle.keep_by_row(score, int(columns * share))
+    by_layer = select(scores.magnitude(weight), share=share, group="layer")
+    assert by_layer.tolist() == oracle.keep_by_layer(score, int(rows * columns * share))
 
 
 @given(st.sampled_from([(1, 2), (2, 4), (1, 4), (4, 8), (3, 8)]), st.data())
 def test_n_of_m_equals_the_loops(n_of_m, data):
     n, m = n_of_m
     weight = data.draw(matrices(st.integers(1, 3).map(lambda groups: groups * m)))
-    keep = select(scores.magnitude(weight), sparsity=1 - n / m, pattern=f"{n}:{m}")
+    keep = select(scores.magnitude(weight), share=1 - Fraction(n, m), pattern=f"{n}:{m}")
     assert keep.tolist() == oracle.keep_n_of_m(oracle.scores(weight.tolist()), n, m)
     assert (keep.unflatten(1, (-1, m)).sum(-1) == n).all()
 
 
-@given(matrices(), SPARSITY)
-def test_the_variant_equals_the_loops(weight, sparsity):
+@given(matrices(), SHARE)
+def test_the_variant_equals_the_loops(weight, share):
     score = oracle.scores(weight.tolist())
     try:
-        keep = keep_by_share(scores.magnitude(weight), sparsity)
+        keep = keep_by_share(scores.magnitude(weight), float(share))
     except UserError:  # at the largest share too little goes
         return
-    assert keep.tolist() == oracle.keep_by_share(score, sparsity)
+    assert keep.tolist() == oracle.keep_by_share(score, float(share))
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.7])
@@ -91,29 +98,29 @@ def test_wanda_equals_the_loops(data):
     inputs = torch.from_numpy(data.draw(tokens))
     stats = InputStats.empty(weight.shape[1])
     stats.add(inputs)
-    score = METHODS["wanda"].score(weight, stats)
+    score = score_function(methods()["wanda"])(weight, stats)
     expected = torch.tensor(oracle.scores(weight.tolist(), inputs.tolist()), dtype=torch.float64)
     torch.testing.assert_close(score.double(), expected, rtol=1e-6, atol=0)
 
 
-@given(matrices(), SPARSITY)
-def test_equal_norms_make_wanda_magnitude(weight, sparsity):
+@given(matrices(), SHARE)
+def test_equal_norms_make_wanda_magnitude(weight, share):
     ones = torch.ones(weight.shape[1])
     assert torch.equal(
-        select(scores.wanda(weight, ones), sparsity=sparsity), select(scores.magnitude(weight), sparsity=sparsity)
+        select(scores.wanda(weight, of_norm(ones)), share=share), select(scores.magnitude(weight), share=share)
     )
 
 
-@given(matrices(), SPARSITY, st.integers(-8, 8))
-def test_scaling_every_norm_changes_nothing(weight, sparsity, exponent):
+@given(matrices(), SHARE, st.integers(-8, 8))
+def test_scaling_every_norm_changes_nothing(weight, share, exponent):
     norm = torch.arange(1.0, weight.shape[1] + 1)
-    one, other = (select(scores.wanda(weight, n), sparsity=sparsity) for n in (norm, norm * 2.0**exponent))
+    one, other = (select(scores.wanda(weight, of_norm(n)), share=share) for n in (norm, norm * 2.0**exponent))
     assert torch.equal(one, other)
 
 
-@given(matrices(), SPARSITY)
-def test_what_is_kept_grows_as_sparsity_falls(weight, sparsity):
-    more, less = (select(scores.magnitude(weight), sparsity=s) for s in (sparsity, sparsity / 2))
+@given(matrices(), SHARE)
+def test_what_is_kept_grows_as_sparsity_falls(weight, share):
+    more, less = (select(scores.magnitude(weight), share=s) for s in (share, share / 2))
     assert (less | ~more).all()
 
 
@@ -121,7 +128,7 @@ def test_what_is_kept_grows_as_sparsity_falls(weight, sparsity):
 @pytest.mark.parametrize("group", ["row", "layer"])
 def test_counts_are_exact_where_almost_every_score_is_tied(dtype, group):
     weight = torch.randn(64, 200, generator=torch.Generator().manual_seed(0)).mul(4).round().to(dtype)
-    keep = select(scores.magnitude(weight), sparsity=0.37, group=group)
+    keep = select(scores.magnitude(weight), share=Fraction("0.37"), group=group)
     if group == "row":
         assert (keep.sum(1) == 200 - 74).all()
     assert keep.sum() == 64 * (200 - 74)
@@ -130,26 +137,55 @@ def test_counts_are_exact_where_almost_every_score_is_tied(dtype, group):
 def test_dead_features_go_first():
     weight, norm = torch.randn(8, 20), torch.ones(20)
     norm[[3, 7, 11]] = 0
-    assert not select(scores.wanda(weight, norm), sparsity=0.15)[:, [3, 7, 11]].any()
+    assert not select(scores.wanda(weight, of_norm(norm)), share=Fraction("0.15"))[:, [3, 7, 11]].any()
 
 
 @pytest.mark.parametrize(
     ("size", "sparsity", "expected"), [(100, 0.29, 29), (1536, 0.3, 460), (576, 0.5, 288), (10, 0.0, 0), (3, 0.999, 2)]
 )
 def test_the_number_removed_is_that_of_the_decimal(size, sparsity, expected):
-    assert removed(size, sparsity) == expected
+    assert removed(size, Fraction(str(sparsity))) == expected
 
 
 def test_ties_go_first_come_first():
-    assert select(torch.ones(1, 5), sparsity=0.4).tolist() == [[False, False, True, True, True]]
+    assert select(torch.ones(1, 5), share=Fraction("0.4")).tolist() == [[False, False, True, True, True]]
     assert keep_n_of_m(torch.ones(1, 4), 2, 4).tolist() == [[False, False, True, True]]
 
 
-@given(matrices(), SPARSITY)
-def test_other_devices_would_choose_the_same(weight, sparsity):
+@given(matrices(), SHARE)
+def test_other_devices_would_choose_the_same(weight, share):
     """Where numpy is no choice, kthvalue finds the threshold: the same one."""
     score = scores.magnitude(weight)
-    go = removed(weight.shape[1], sparsity)
+    go = removed(weight.shape[1], share)
     if go:
         by_kth = torch.kthvalue(score, go, dim=1, keepdim=True).values
         assert torch.equal(by_kth, score.sort(dim=1).values[:, go - 1 : go])
+
+
+@pytest.mark.parametrize("name", list(methods()))
+@given(data=st.data())
+def test_scores_of_slices_are_slices_of_scores_where_a_method_says_so(name, data):
+    """Large matrices are scored in slices: a method with sums over columns that said so would be wrong on them."""
+    method = methods()[name]
+    if not method.scores_by_row:
+        return
+    weight = data.draw(matrices())
+    score, x = score_function(method), of_norm(torch.arange(1.0, weight.shape[1] + 1))
+    size = data.draw(st.integers(1, len(weight)))
+    assert torch.equal(torch.cat([score(rows, x) for rows in weight.split(size)]), score(weight, x))
+
+
+@pytest.mark.parametrize("group", ["row", "layer"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("name", list(methods()))
+def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str, pattern: str, group: str):
+    """Whatever a row of the catalog says, slicing changes no mask."""
+    method, target = methods()[name], Target(HALF, pattern, group)
+    generator = torch.Generator().manual_seed(0)
+    weight = (4 * torch.randn(13, 24, generator=generator)).round()  # some scores are equal
+    x = of_norm(torch.randint(1, 4, (24,), generator=generator).float())
+    whole = choose(weight, x, method=method, target=target)
+    monkeypatch.setattr("wanda_dvc.pruning.choose.WEIGHTS_AT_A_TIME", 50)
+    assert torch.equal(choose(weight, x, method=method, target=target), whole)
+    if method.competition == "groups":
+        assert whole.sum() == 13 * 12

@@ -11,7 +11,8 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
-from wanda_dvc.stages import MODELS, PARTS, STAGES
+from wanda_dvc.params import settings
+from wanda_dvc.stages import STAGES
 
 
 def wanda_dvc(*words: str, cwd: Path = ROOT, first: str = "") -> subprocess.CompletedProcess[str]:
@@ -24,8 +25,8 @@ def test_readme_dvc_yaml_modules_and_commands_name_the_same_stages_in_the_same_o
     assert list(dvc) == list(STAGES)
     table = re.findall(r"^\| `([a-z-]+)`", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert table == list(STAGES)
-    modules = {path.stem.replace("_", "-") for path in (ROOT / "src/wanda_dvc/stages").glob("*.py")} - {"--init--"}
-    assert modules == set(STAGES)
+    modules = {path.stem.replace("_", "-") for path in (ROOT / "src/wanda_dvc/stages").glob("*.py")}
+    assert modules - {"--init--", "inputs", "running"} == set(STAGES)
     commands = [command.name or command.callback.__name__ for command in app.registered_commands]
     assert commands[: len(STAGES)] == list(STAGES)
 
@@ -35,17 +36,32 @@ def test_dvc_yaml_asks_for_the_versions_that_the_code_computes():
     for name, stage in stages.items():
         command = stage.get("do", stage)["cmd"]
         assert command.startswith(f"wanda-dvc {name}")
-        assert command.endswith(f"--version {STAGES[name]}")
-    assert tuple(stages["download"]["foreach"]) == PARTS
-    assert tuple(stages["perplexity"]["matrix"]["model"]) == MODELS
+        assert command.endswith(f"--version {STAGES[name].version}")
 
 
-def test_no_stage_depends_on_runtime_or_on_times():
-    text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
-    for stage in YAML(typ="safe").load(text)["stages"].values():
-        inside = stage.get("do", stage)
-        assert not any(param.startswith("runtime") for param in inside.get("params", []))
-        assert not any("times" in dep for dep in inside.get("deps", []))
+@pytest.mark.parametrize("name", list(STAGES))
+def test_dvc_yaml_runs_a_stage_for_its_parts_on_its_settings(name: str):
+    """A setting that is missing there would leave a stale result; one too many would rerun for nothing."""
+    row = STAGES[name]
+    content = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
+    params = content.get("do", content).get("params", [])
+    if "foreach" in content:
+        assert list(content["foreach"]) == list(row.parts)
+        for part, words in content["foreach"].items():
+            filled = [words["params"] if param == "${item.params}" else param for param in params]
+            assert sorted(filled) == sorted(row.settings_of(part))
+    else:
+        assert content.get("matrix", {}).get("model", []) == list(row.parts)
+        assert ("task" in content.get("matrix", {})) == row.by_task
+        assert sorted(params) == sorted(row.settings)
+
+
+def test_every_setting_outside_runtime_belongs_to_a_stage():
+    read = {name for row in STAGES.values() for part in row.parts or [None] for name in row.settings_of(part)}
+    for name, _ in settings():
+        belongs = any(name == one or name.startswith(f"{one}.") for one in read)
+        assert belongs != name.startswith("runtime.")
+    assert not any(one.startswith("runtime") for one in read)
 
 
 @pytest.mark.parametrize("words", [["preset"], ["--help"], ["perplexity"], ["mask", "--no-such-option"]])

@@ -20,8 +20,9 @@ from transformers import BertConfig, T5Config
 
 from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages.calibrate import calibrate, calibration_windows
+from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
+from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.study.project import Project
 
 Make = Callable[..., Project]

@@ -5,9 +5,8 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -17,16 +16,19 @@ from conftest import save_tiny_model, shared
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from wanda_dvc.catalog import methods
+from wanda_dvc.engine.harness import load_task
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.methods import METHODS
+from wanda_dvc.pruning.choose import Target, choose_block
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.stages import PARTS
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
+from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import from_losses, perplexity
-from wanda_dvc.stages.zero_shot import load_task, zero_shot
+from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import tokenizer_digest
@@ -245,7 +247,6 @@ def masks_of_the_papers_procedure(folder: Path, windows: torch.Tensor, sparsity:
 @pytest.mark.parametrize("killed", [None, 0, 2])
 def test_propagation_pruned_is_the_papers_procedure(project: Make, tiny: Path, monkeypatch, killed: int | None):
     from wanda_dvc.stages import mask as module
-    from wanda_dvc.stages.calibrate import calibration_windows
 
     made = fetch(project(propagation="pruned", sparsity=0.7))
     calibrate(project=made)
@@ -280,50 +281,25 @@ def test_statistics_cut_in_another_way_are_refused(project: Make):
         mask(project=project(calibration__samples=4))
 
 
-@pytest.mark.parametrize(
-    ("method", "pattern", "group", "apart"),
-    [
-        ("wanda", "unstructured", "row", True),
-        ("magnitude", "unstructured", "row", True),
-        ("wanda", "2:4", "row", True),
-        ("magnitude", "unstructured", "layer", False),
-        ("magnitude", "2:4", "layer", True),
-        ("wanda-variant", "unstructured", "row", False),
-    ],
-)
-def test_some_rows_at_a_time_choose_as_all_do(
-    monkeypatch: pytest.MonkeyPatch, method: str, pattern: str, group: str, apart: bool
-):
-    from wanda_dvc.stages import mask as module
-
+@pytest.mark.parametrize("name", list(methods()))
+def test_a_weight_that_is_stored_across_is_chosen_as_its_transpose_is(name: str):
     generator = torch.Generator().manual_seed(0)
-    weights = {
-        "linear": (4 * torch.randn(13, 24, generator=generator)).round(),  # so that some scores are equal
-        "stored_across": (4 * torch.randn(24, 13, generator=generator)).round(),
-    }
+    weights = {"linear": torch.randn(13, 24, generator=generator)}
+    weights["stored_across"] = weights["linear"].T.contiguous()
     squares = torch.randint(1, 4, (24,), generator=generator).double() ** 2
     block = BlockStats({"x": InputStats(squares, squares, 1)}, {"x": list(weights)}, ["stored_across"])
-    params = SimpleNamespace(method=method, sparsity=0.5, pattern=pattern, group=group)
-    checkpoint = SimpleNamespace(weight=weights.__getitem__)
-    seen: list[int] = []
-    plain = METHODS[method]
-    spied = replace(plain, select=lambda score, **words: seen.append(score.numel()) or plain.select(score, **words))
-    monkeypatch.setitem(METHODS, method, spied)
-    whole = module.choose(params, checkpoint, block)
-    assert seen == [13 * 24] * 2
-    seen.clear()
-    monkeypatch.setattr(module, "WEIGHTS_AT_A_TIME", 50)
-    parts = module.choose(params, checkpoint, block)
-    assert sorted(seen) == ([24] * 2 + [48] * 12 if apart else [13 * 24] * 2)
-    for name, weight in weights.items():
-        assert torch.equal(parts[name], whole[name])
-        assert parts[name].shape == weight.shape
-        assert parts[name].is_contiguous()
-    x = block.inputs["x"]
-    across = plain.select(
-        plain.score(weights["stored_across"].T.contiguous(), x), sparsity=0.5, pattern=pattern, group=group
-    )
-    assert torch.equal(parts["stored_across"].T, across)
+    targets = dict.fromkeys(weights, Target(Fraction(1, 2)))
+    keeps = choose_block(weights.__getitem__, block, method=methods()[name], targets=targets)
+    assert torch.equal(keeps["stored_across"].T, keeps["linear"])
+    assert keeps["stored_across"].is_contiguous()
+
+
+def test_linears_of_a_block_give_up_different_shares():
+    weights = {name: torch.randn(8, 20) for name in ("a", "b")}
+    block = BlockStats({"x": InputStats(torch.ones(20).double(), torch.ones(20).double(), 1)}, {"x": ["a", "b"]}, [])
+    targets = {"a": Target(Fraction("0.29")), "b": Target(Fraction("0.7"))}
+    keeps = choose_block(weights.__getitem__, block, method=methods()["wanda"], targets=targets)
+    assert {name: (~keep).sum(1).tolist() for name, keep in keeps.items()} == {"a": [5] * 8, "b": [14] * 8}
 
 
 def test_a_mask_costs_one_bit_a_weight(tmp_path: Path):
@@ -371,8 +347,8 @@ def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(
 
 def test_a_stage_whose_dvc_is_gone_stops_and_loses_nothing(project: Make, monkeypatch: pytest.MonkeyPatch):
     """As `dvc queue kill` leaves it: without its parent."""
-    from wanda_dvc import stages
     from wanda_dvc.stages import calibrate as module
+    from wanda_dvc.stages import running
 
     made = fetch(project())
     real, written = module.write_stats, []
@@ -381,7 +357,7 @@ def test_a_stage_whose_dvc_is_gone_stops_and_loses_nothing(project: Make, monkey
         written.append(block)
         real(folder, block, *rest)
         if block == 1:
-            monkeypatch.setattr(stages.os, "getppid", lambda: stages.STARTED_BY + 1)
+            monkeypatch.setattr(running.os, "getppid", lambda: running.STARTED_BY + 1)
 
     monkeypatch.setattr(module, "write_stats", orphaned)
     monkeypatch.setenv("DVC_STAGE", "calibrate")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from wanda_dvc import __version__
+from wanda_dvc.stages import STAGES, Stage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,89 +41,62 @@ def main(
     os.environ["WANDA_DVC_DEBUG"] = "1" if debug else ""
 
 
-def _stage(name: str, version: int | None, run: str, stage: Callable[..., None], **words: str) -> None:
+def _run(name: str, version: int | None, part: str | None = None, task: str | None = None) -> None:
     """Run one stage: without a network (but for download), timed, quiet where nobody watches."""
-    from wanda_dvc.stages import check_version, timed
+    from wanda_dvc.stages import check_version
+    from wanda_dvc.stages import run as run_stage
+    from wanda_dvc.stages.running import timed
     from wanda_dvc.study.project import Project
     from wanda_dvc.views.needs import announce
 
+    stage = STAGES[name]
+    if stage.parts:
+        _one_of(stage.part_is, part, tuple(stage.parts))
     check_version(name, version)
     project = Project.find()
     _ = project.params  # all that is wrong in it is said before anything starts
     if not sys.stderr.isatty():  # bars of libraries would fill a log; ours says a line a minute
         os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
         os.environ.setdefault("TQDM_MININTERVAL", "60")
-    if name != "download":
+    if not stage.network:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    announce(project=project, stage=name, part=words.get("part") or words.get("model"))
-    with timed(project, run):
-        if name in ("calibrate", "mask", "perplexity", "zero-shot"):
+    announce(project=project, stage=name, part=part)
+    with timed(project, "-".join(word for word in (name, part, task) if word)) as keys:
+        if not stage.network:
             import torch
 
             torch.set_num_threads(project.params.runtime.threads or os.cpu_count() or 1)
-        stage(project=project, **words)
+        keys.append(run_stage(name, project=project, part=part, task=task))
 
 
-@app.command(rich_help_panel=STAGE_PANEL)
-def download(
-    part: Annotated[str, typer.Argument(help="model, calibration, perplexity or tasks")], version: Version = None
-) -> None:
-    """Fetch the model, a text, or the tasks. Only this stage touches a network."""
-    from wanda_dvc.stages import PARTS
-    from wanda_dvc.stages.download import download as stage
+def _command(stage: Stage) -> Callable[..., None]:
+    """Return the command of a stage: its part and task where it has some, and the version that dvc.yaml asks for."""
+    part = Annotated[str, typer.Argument(metavar=stage.part_is.upper() or None, help=" or ".join(stage.parts))]
+    task = Annotated[str, typer.Argument(help="one of tasks.names")]
 
-    _one_of("part", part, PARTS)
-    _stage("download", version, f"download-{part}", stage, part=part)
+    if stage.by_task:
 
+        def command(part: part, task: task, version: Version = None) -> None:
+            _run(stage.name, version, part, task)
 
-@app.command(rich_help_panel=STAGE_PANEL)
-def calibrate(version: Version = None) -> None:
-    """Measure the dense model's activations once: stats/."""
-    from wanda_dvc.stages.calibrate import calibrate as stage
+    elif stage.parts:
 
-    _stage("calibrate", version, "calibrate", stage)
+        def command(part: part, version: Version = None) -> None:  # type: ignore[misc]
+            _run(stage.name, version, part)
 
+    else:
 
-@app.command(rich_help_panel=STAGE_PANEL)
-def mask(version: Version = None) -> None:
-    """Choose the weights that stay: masks/."""
-    from wanda_dvc.stages.mask import mask as stage
+        def command(version: Version = None) -> None:  # type: ignore[misc]
+            _run(stage.name, version)
 
-    _stage("mask", version, "mask", stage)
+    command.__doc__ = stage.about
+    return command
 
 
-@app.command(rich_help_panel=STAGE_PANEL)
-def apply(version: Version = None) -> None:
-    """Write the pruned model: models/pruned."""
-    from wanda_dvc.stages.apply import apply as stage
-
-    _stage("apply", version, "apply", stage)
-
-
-@app.command(rich_help_panel=STAGE_PANEL)
-def perplexity(model: Annotated[str, typer.Argument(help="dense or pruned")], version: Version = None) -> None:
-    """Measure a model's perplexity on a text."""
-    from wanda_dvc.stages import MODELS
-    from wanda_dvc.stages.perplexity import perplexity as stage
-
-    _one_of("model", model, MODELS)
-    _stage("perplexity", version, f"perplexity-{model}", stage, model=model)
-
-
-@app.command("zero-shot", rich_help_panel=STAGE_PANEL)
-def zero_shot(
-    model: Annotated[str, typer.Argument(help="dense or pruned")],
-    task: Annotated[str, typer.Argument(help="one of tasks.names")],
-    version: Version = None,
-) -> None:
-    """Ask a model the questions of one task."""
-    from wanda_dvc.stages import MODELS
-    from wanda_dvc.stages.zero_shot import zero_shot as stage
-
-    _one_of("model", model, MODELS)
-    _stage("zero-shot", version, f"zero-shot-{model}-{task}", stage, model=model, task=task)
+for _stage in STAGES.values():
+    app.command(_stage.name, rich_help_panel=STAGE_PANEL)(_command(_stage))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -246,7 +220,7 @@ def doctor() -> None:
         raise typer.Exit(2)
 
 
-def _one_of(what: str, given: str, known: tuple[str, ...]) -> None:
+def _one_of(what: str, given: str | None, known: tuple[str, ...]) -> None:
     from wanda_dvc.errors import UserError
 
     if given not in known:

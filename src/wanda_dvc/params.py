@@ -5,19 +5,28 @@ Read as DVC reads it, YAML 1.2: in YAML 1.1 an unquoted `2:4` is the number 124.
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from wanda_dvc.catalog import HUB_ID, TEXTS
+from wanda_dvc.catalog import EMBEDDED_SPLITS, HUB_ID, TEXTS, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.patterns import parse_pattern
 
 NAMED_TEXTS = ("embedded", *TEXTS)
+
+
+def _method(name: str) -> str:
+    """Check a method's name against the catalog, which grows with the packages that are installed."""
+    if name not in methods():
+        raise PydanticCustomError("literal_error", "no such method", {"expected": _or(tuple(methods()))})
+    return name
 
 
 class _Section(BaseModel):
@@ -125,8 +134,9 @@ class Params(_Section):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="of the model when it runs")
     calibration: Calibration
-    method: Literal["magnitude", "wanda", "wanda-variant"] = Field(
-        description="what a weight is worth; `wanda-variant` lets rows differ in how many they lose"
+    method: Annotated[str, AfterValidator(_method)] = Field(
+        description="how weights are scored: "
+        + "; ".join(f"`{name}`: {method.about}" for name, method in methods().items())
     )
     sparsity: float = Field(ge=0, lt=1, description="the fraction of each linear's weights that go")
     pattern: str = Field("unstructured", description="`unstructured`, or `n:m`: n of every m neighbours stay")
@@ -141,9 +151,10 @@ class Params(_Section):
     zero_shot: ZeroShot = ZeroShot()
     runtime: Runtime = Runtime()
 
-    def calibrated_with(self) -> dict[str, Any]:
-        """What decides how the calibration text is cut and run."""
-        return self.calibration.model_dump(exclude={"text"}) | {"dtype": self.dtype}
+    @property
+    def share(self) -> Fraction:
+        """The sparsity as the decimal that was written: 0.29 of 100 weights is 29, where floats make it 28."""
+        return Fraction(str(self.sparsity))
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
@@ -165,10 +176,11 @@ class Params(_Section):
                         f"params.yaml: sparsity: got {self.sparsity} with pattern {self.pattern}, "
                         f"expected {1 - n / m:g} (1 − n/m); set sparsity={1 - n / m:g} or pattern=unstructured"
                     )
-        if self.method == "wanda-variant" and (self.pattern, self.group) != ("unstructured", "row"):
+        by_rows = methods()[self.method].competition == "rows"
+        if by_rows and (self.pattern, self.group) != ("unstructured", "row"):
             yield (
-                f"params.yaml: method: got wanda-variant with pattern {self.pattern} and group {self.group}, expected "
-                "unstructured and row: it chooses by each row's scores how many go; set those or method=wanda"
+                f"params.yaml: method: got {self.method} with pattern {self.pattern} and group {self.group}, expected "
+                "unstructured and row: each row's scores decide how many of its weights go; set those or another method"
             )
         if not (self.model.startswith("package:") or Path(self.model).is_absolute() or HUB_ID.fullmatch(self.model)):
             yield _problem(
@@ -176,7 +188,7 @@ class Params(_Section):
             )
         calibration, perplexity = self.calibration.text, self.perplexity.text
         for name, text in (("calibration", calibration), ("perplexity", perplexity)):
-            if text.source == "embedded" and text.split not in ("train", "test"):
+            if text.source == "embedded" and text.split not in EMBEDDED_SPLITS:
                 yield _problem(f"{name}.text.split", text.split, "train or test, the splits of the embedded text")
             elif named := TEXTS.get(text.source):
                 if text.split not in named.splits:
@@ -227,6 +239,30 @@ def check_params(content: object) -> Params:
         return Params.model_validate(content)
     except ValidationError as error:
         raise UserError(*(_explain(problem) for problem in error.errors())) from None
+
+
+class Limited:
+    """Settings of which only some may be read; reading another one raises AttributeError, a defect of ours."""
+
+    def __init__(self, section: BaseModel, allowed: Collection[str], prefix: str, read: set[str]) -> None:
+        self._section, self._allowed, self._prefix, self.read = section, allowed, prefix, read
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a setting that is allowed, or a section with one in it."""
+        dotted, value = self._prefix + name, getattr(self._section, name)
+        if name == "share":  # the sparsity as a fraction
+            dotted = "sparsity"
+        if dotted in self._allowed or dotted == "runtime":
+            self.read.add(dotted)
+            return value
+        if any(setting.startswith(f"{dotted}.") for setting in self._allowed):
+            return Limited(value, self._allowed, f"{dotted}.", self.read)
+        raise AttributeError(f"{dotted} is not among this stage's settings: {', '.join(self._allowed)}, runtime")
+
+
+def limit(params: Params, allowed: Collection[str]) -> Params:
+    """Return a view of settings that shows those allowed, by dotted name, and `runtime`."""
+    return cast(Params, Limited(params, allowed, "", set()))
 
 
 def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tuple[str, Any]]:

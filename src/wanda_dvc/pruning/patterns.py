@@ -1,10 +1,10 @@
-"""Where zeros may stand."""
+"""Patterns: where zeros may stand."""
 
 from wanda_dvc.errors import UserError
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """`"2:4"` as (2, 4): 2 of every 4 neighbours stay. None for `"unstructured"`."""
+    """Return (2, 4) for `"2:4"`: 2 of every 4 neighbours stay. None for `"unstructured"`."""
     if pattern == "unstructured":
         return None
     n, m = pattern.split(":")
@@ -12,7 +12,7 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
 
 
 def check_pattern(pattern: str, inputs: dict[str, int]) -> None:
-    """UserError, naming every linear whose inputs don't divide into groups of m."""
+    """Raise UserError where a linear's number of inputs is no multiple of m."""
     if n_of_m := parse_pattern(pattern):
         odd = [f"{name} has {size} inputs" for name, size in inputs.items() if size % n_of_m[1]]
         if odd:

@@ -1,7 +1,6 @@
-"""Which weights stay: from scores to `keep`, with exact counts in every group.
+"""Selection: from scores to `keep`, with exact counts in every group.
 
-The rule for ties is one everywhere: among equal scores the weight that stands first goes first,
-as a stable ascending sort would have it.
+Ties: the leftmost is pruned first, as in a stable ascending sort.
 """
 
 from fractions import Fraction
@@ -14,40 +13,39 @@ from torch import Tensor
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.patterns import parse_pattern
 
-WEIGHTS_AT_A_TIME = 2**22  # of a linear whose rows are chosen apart: scores that a core's caches nearly hold
 LARGEST_SHARE, SPARSITY_TOLERANCE = 0.8, 0.001  # of Wanda's variant, as in its authors' code
 
 
-def removed(size: int, sparsity: float) -> int:
-    """How many of `size` weights go: ⌊size · sparsity⌋, with the sparsity taken as the decimal that was written.
+def removed(size: int, share: Fraction) -> int:
+    """Return how many of `size` weights go: ⌊size · share⌋, exactly.
 
-    In binary floating point 100 · 0.29 is 28.999…, and the authors' `int(in · s)` would remove 28.
+    In binary floating point 100 · 0.29 is 28.999…, and the authors' `int(in · s)` removes 28. As a fraction it is 29.
     """
-    return int(size * Fraction(str(sparsity)))
+    return int(size * share)
 
 
 def select(
-    score: Float[Tensor, "out in"], *, sparsity: float, pattern: str = "unstructured", group: str = "row"
+    score: Float[Tensor, "out in"], *, share: Fraction, pattern: str = "unstructured", group: str = "row"
 ) -> Bool[Tensor, "out in"]:
-    """The weights that stay.
+    """Return the weights that stay where `share` of every group goes.
 
-    The group that competes is a `row` (each output, the Wanda paper's choice) or the whole `layer`;
-    under `n:m` it is m neighbours along the input, whatever `group` says.
+    Weights compete within a `row` (one output, the Wanda paper's choice) or the whole `layer`. With pattern `n:m` they
+    compete within m neighbours along the input, whatever `group` says, and n stay.
     """
     if n_of_m := parse_pattern(pattern):
         return keep_n_of_m(score, *n_of_m)
     rows = score if group == "row" else score.reshape(1, -1)
-    return keep_highest(rows, rows.shape[1] - removed(rows.shape[1], sparsity)).view(score.shape)
+    return keep_highest(rows, rows.shape[1] - removed(rows.shape[1], share)).view(score.shape)
 
 
 def keep_highest(score: Float[Tensor, "group size"], stay: int) -> Bool[Tensor, "group size"]:
-    """The `stay` highest scores of each row, exactly, by one partition instead of a sort."""
+    """Keep the `stay` highest scores of each row, exactly, by one partition instead of a sort."""
     go = score.shape[1] - stay
     if go == 0:
         return torch.ones_like(score, dtype=torch.bool)
     threshold = _kth_lowest(score, go)
     keep = score > threshold
-    # The threshold itself goes; of the weights that equal it, the last ones fill the row up to `stay`.
+    # Weights that equal the threshold fill the row up to `stay`, the rightmost first.
     missing = stay - keep.sum(dim=1, keepdim=True, dtype=torch.int32)
     rows = missing[:, 0].nonzero()[:, 0]
     if len(rows):
@@ -58,12 +56,12 @@ def keep_highest(score: Float[Tensor, "group size"], stay: int) -> Bool[Tensor, 
 
 
 def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
-    """The weights that stay in Wanda's variant: rows give up not the same number but the same share α of their scores.
+    """Keep what Wanda's variant keeps: every row loses the same share α of its summed scores.
 
-    In every row the longest run of lowest scores goes whose sum is at most α times the row's; α is found by halving
+    In every row the longest run of lowest scores goes whose sum is at most α times the row's sum. α is bisected in
     [0, 0.8] until the fraction removed of the whole matrix is within 0.001 of `sparsity`, or as near as the matrix
-    allows. Sun et al. 2024, arXiv 2306.11695, appendix; with the authors' bounds, but by counts, where their code takes
-    a threshold and prunes what equals it. UserError where α = 0.8 removes too little.
+    allows. Sun et al. 2024, arXiv 2306.11695, appendix. The bounds are the authors'; their code takes a threshold and
+    prunes all ties, ours counts. UserError where α = 0.8 removes too little.
     """
     if sparsity == 0:
         return torch.ones_like(score, dtype=torch.bool)
@@ -94,12 +92,12 @@ def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tenso
 def _kth_lowest(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "group 1"]:
     if score.device.type != "cpu":
         return torch.kthvalue(score, k, dim=1, keepdim=True).values
-    # On a CPU numpy's partition is vectorised: about 5 times as fast as kthvalue, 18 times as a sort.
+    # On a CPU numpy's partition is vectorized: about 5 times as fast as kthvalue, 18 times as a sort.
     return torch.from_numpy(np.partition(score.numpy(), k - 1, axis=1)[:, k - 1 : k])
 
 
 def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, "out in"]:
-    """The n highest of every m neighbours along the input, by counting for each how many rank above it."""
+    """Keep the n highest of every m neighbours along the input, by counting how many rank above each."""
     neighbours = score.unflatten(1, (-1, m)).movedim(-1, 0).contiguous()  # [m, out, in / m]
     above = torch.zeros(neighbours.shape, dtype=torch.uint8, device=score.device)
     for later in range(m):

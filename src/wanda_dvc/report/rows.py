@@ -22,8 +22,9 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.presets import flatten
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.revisions import Revision
+from wanda_dvc.study.times import Times
 
-TAKEN = ("metrics", "stats")
+TAKEN = ("metrics", "stats", "masks/provenance.json")
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Row:
     sizes: dict[str, int]  # bytes of its outs, by path, as DVC counted them
     hashes: dict[str, str]  # of its outs
     missing: list[str]  # paths that the cache lacks
+    ledger: Times  # of the repository that the study was taken from
     also: list[str] = field(default_factory=list)  # other names of the same results
     notes: list[str] = field(default_factory=list)
     _read: dict[Path, Json] = field(default_factory=dict, repr=False)  # a benchmark's answers are megabytes
@@ -68,9 +70,8 @@ class Row:
             return list(csv.DictReader(file))
 
     def times(self) -> dict[str, Json]:
-        """By run, such as `zero-shot-pruned-piqa`."""
-        folder = self.study.times("x").parent
-        return {path.stem: self._json(path) for path in sorted(folder.glob("*.json"))}
+        """By run, such as `zero-shot-pruned-piqa`; of those that ran in this repository."""
+        return self.ledger.of(self.study)
 
 
 class Unfinished(NamedTuple):
@@ -216,13 +217,14 @@ def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
             path.unlink()
     if stale:
         notes.append(f"not run on these parameters, and left out: {', '.join(sorted(stale))}")
+    # A time that cannot be looked up for want of masks/ is no news.
     missing = [path for path in missing if path.split("/")[0] in TAKEN and path not in dropped]
     if not any((folder / "metrics").glob("pruned/*.json")):
         return "; ".join(notes) or "no results"
     sizes = {path: out.get("size", 0) for path, out in outs.items()}
     hashes = {path: out["md5"] for path, out in outs.items() if "md5" in out}
     commit = None if candidate.rev == "workspace" else candidate.rev
-    return Row(candidate.name, commit, study, sizes, hashes, missing, notes=notes)
+    return Row(candidate.name, commit, study, sizes, hashes, missing, project.times, notes=notes)
 
 
 def _take_workspace(project: Project, study: Project) -> list[str]:
@@ -230,7 +232,8 @@ def _take_workspace(project: Project, study: Project) -> list[str]:
         source = project.root / name
         shutil.copyfile(source, study.root / name) if source.is_file() else (study.root / name).write_text("{}")
     for part in TAKEN:
-        for path in _files(project.root / part):
+        whole = project.root / part
+        for path in [whole] if whole.is_file() else _files(whole):
             place = study.root / path.relative_to(project.root)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(path)

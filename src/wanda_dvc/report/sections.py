@@ -738,7 +738,7 @@ def _took(section: Section, prefix: str) -> Content:
             own = bars[section.label(row)] = {}
             for run, time in row.times().items():
                 shared = run == "calibrate" or run.startswith("download") or "-dense" in run
-                key = (run, row.hashes.get(f"metrics/times/{run}.json", row.name))
+                key = (run, time["key"])
                 if shared and key in seen:
                     continue
                 seen.add(key)
@@ -777,7 +777,9 @@ def _made(section: Section) -> Content:
         for row in on_curve:
             times = row.times()
             mine = sum(time["seconds"] for run, time in times.items() if run in ("mask", "apply") or "-pruned" in run)
-            memory = max((time["peak_memory_gb"] for time in times.values()), default=None)
+            memory = max(
+                (time["peak_anonymous_gb"] for time in times.values() if "peak_anonymous_gb" in time), default=None
+            )
             machine = "; ".join(sorted({f"{time['machine']}, {time['device']}" for time in times.values()})) or DASH
             table.append(
                 [
@@ -790,7 +792,7 @@ def _made(section: Section) -> Content:
                     machine,
                 ]
             )
-    headers = ["", "experiment", "commit", "its own parameters", "its own time", "peak memory", "machine"]
+    headers = ["", "experiment", "commit", "its own parameters", "its own time", "peak anonymous memory", "machine"]
     parts.append(Table("Where each row comes from.", headers, table, numbers=False))
     shared = [[key, f"`{_shown(value)}`"] for key, value in section.settings.items() if key not in own]
     parts.append(Table("The parameters that all rows share.", ["parameter", "value"], shared, numbers=False))

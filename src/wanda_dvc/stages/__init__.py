@@ -1,112 +1,141 @@
-"""The stages, in the order of the pipeline; one module, one command and one DVC name each.
+"""The table of stages, in the order of the pipeline: one row, one module, one command and one DVC name each.
 
-The number is the version of what a stage computes. A change that alters results raises it, here and
-in `dvc.yaml`, and DVC reruns that stage and what follows; other changes rerun nothing.
+A row's module holds the stage's function, `need(project, part)` and `cost(params, on)`. The command line, the line
+about memory and disk, `cost`, `show`, the report and the tests of `dvc.yaml` loop over this table.
 """
 
-import contextlib
-import os
-import platform
-import resource
-import sys
-import time
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TypeVar
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Runtime
-from wanda_dvc.study.files import write_json
-from wanda_dvc.study.project import Project
 
-STAGES = {"download": 1, "calibrate": 1, "mask": 1, "apply": 1, "perplexity": 1, "zero-shot": 3}
-PARTS = ("model", "calibration", "perplexity", "tasks")
+if TYPE_CHECKING:
+    from wanda_dvc.engine.costs import Cost, Setting
+    from wanda_dvc.engine.sizes import Need
+    from wanda_dvc.params import Params
+    from wanda_dvc.study.project import Project
+
 MODELS = ("dense", "pruned")
 
-STARTED_BY = os.getppid()
 
-T = TypeVar("T")
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of the pipeline."""
+
+    name: str
+    # Of what the stage computes. A change that alters results raises it, here and in dvc.yaml, and DVC reruns the stage
+    # and those after it. No other change reruns anything.
+    version: int
+    about: str
+    settings: tuple[str, ...] = ()  # the settings that the stage reads, by dotted name: `params:` in dvc.yaml
+    parts: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # what it runs for, and the settings of each alone
+    part_is: str = ""  # the name of that argument
+    by_task: bool = False  # it runs for each of tasks.names too
+    network: bool = False
+
+    @property
+    def _module(self) -> Any:
+        return importlib.import_module(f"wanda_dvc.stages.{self.name.replace('-', '_')}")
+
+    @property
+    def function(self) -> Callable[..., str]:
+        """The stage itself: (project, part, task) → the key under which the run's time is kept."""
+        function: Callable[..., str] = getattr(self._module, self.name.replace("-", "_"))
+        return function
+
+    def need(self, project: "Project", part: str | None = None) -> "Need":
+        """Return what the stage needs of memory and disk."""
+        need: Need = self._module.need(project, part)
+        return need
+
+    def cost(self, params: "Params", on: "Setting") -> "Cost | None":
+        """Return what the stage costs on paper; None where that is no computation."""
+        cost: Cost | None = self._module.cost(params, on)
+        return cost
+
+    def settings_of(self, part: str | None) -> tuple[str, ...]:
+        """Return the settings that one run of the stage reads."""
+        return self.settings + (self.parts[part] if part else ())
+
+    def runs(self, tasks: list[str]) -> Iterator[tuple[str, str | None, str | None]]:
+        """Yield the name, part and task of each run, such as `zero-shot-dense-piqa`."""
+        for part in self.parts or [None]:
+            for task in tasks if self.by_task else [None]:
+                yield "-".join(word for word in (self.name, part, task) if word), part, task
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            name="download",
+            version=1,
+            about="Fetch the model, a text, or the tasks. Only this stage touches a network.",
+            part_is="part",
+            parts={
+                "model": ("model",),
+                "calibration": ("calibration.text",),
+                "perplexity": ("perplexity.text",),
+                "tasks": ("tasks",),
+            },
+            network=True,
+        ),
+        Stage(
+            name="calibrate",
+            version=1,
+            about="Measure the dense model's activations once: stats/.",
+            settings=("calibration.samples", "calibration.length", "calibration.seed", "dtype"),
+        ),
+        Stage(
+            name="mask",
+            version=1,
+            about="Choose the weights that stay: masks/.",
+            settings=("method", "sparsity", "pattern", "group", "propagation"),
+        ),
+        Stage(name="apply", version=1, about="Write the pruned model: models/pruned."),
+        Stage(
+            name="perplexity",
+            version=1,
+            about="Measure a model's perplexity on a text.",
+            settings=("perplexity.length", "perplexity.windows", "perplexity.rest", "dtype"),
+            part_is="model",
+            parts=dict.fromkeys(MODELS, ()),
+        ),
+        Stage(
+            name="zero-shot",
+            version=3,
+            about="Ask a model the questions of one task.",
+            settings=("zero_shot.limit", "dtype"),
+            part_is="model",
+            parts=dict.fromkeys(MODELS, ()),
+            by_task=True,
+        ),
+    )
+}
+PARTS = tuple(STAGES["download"].parts)
 
 
 def check_version(stage: str, asked: int | None) -> None:
-    """UserError if `dvc.yaml` was written for another version of a stage."""
-    if asked is not None and asked != STAGES[stage]:
+    """Raise UserError where `dvc.yaml` was written for another version of a stage."""
+    computed = STAGES[stage].version
+    if asked is not None and asked != computed:
         raise UserError(
-            f"dvc.yaml: {stage}: version {asked}, this wanda-dvc computes version {STAGES[stage]}; "
-            f"write `--version {STAGES[stage]}` there, or install the wanda-dvc that it was written for"
+            f"dvc.yaml: {stage}: version {asked}, this wanda-dvc computes version {computed}; "
+            f"write `--version {computed}` there, or install the wanda-dvc that it was written for"
         )
 
 
-@contextlib.contextmanager
-def timed(project: Project, run: str) -> Iterator[None]:
-    """Note how long a run took and on what. In a file of its own, since nothing else may depend on it."""
-    began = time.perf_counter()
-    yield
-    write_json(
-        project.times(run),
-        {
-            "seconds": round(time.perf_counter() - began, 2),
-            "peak_memory_gb": round(_peak_memory() / 1e9, 3),
-            "machine": f"{processor()}, {os.cpu_count()} cores",
-            "device": device_name(project.params.runtime),
-        },
+def run(stage: str, *, project: "Project", part: str | None = None, task: str | None = None) -> str:
+    """Run one stage on a project and return the key under which its time is kept.
+
+    The stage sees its own settings and `runtime`, and no others: reading another one is a defect.
+    """
+    row = STAGES[stage]
+    words = {row.part_is: part, "task": task}
+    return row.function(
+        project=project.limited_to(row.settings_of(part)), **{name: word for name, word in words.items() if word}
     )
-
-
-def device_name(runtime: Runtime) -> str:
-    """The torch device to run on, by name; `auto` asks torch only if a stage has needed it anyway."""
-    if runtime.device != "auto":
-        return runtime.device
-    torch = sys.modules.get("torch")
-    return "cuda" if torch and torch.cuda.is_available() else "cpu"
-
-
-def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
-    """A bar on a terminal; elsewhere a line a minute. UserError between two items once nobody waits for the rest."""
-    from tqdm import tqdm
-
-    items = _while_wanted(items)
-    if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=what, file=sys.stderr)
-        return
-    began = said = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - said >= 60 or (done == total and now - began >= 10):
-            print(f"{what}: {done} of {total}, {now - began:.0f} s", file=sys.stderr, flush=True)
-            said = now
-
-
-def _while_wanted(items: Iterable[T]) -> Iterator[T]:
-    """DVC kills a queued experiment but not the stage that it runs, which would go on to its end, for a checkout that
-    is gone; and whoever runs the experiment again would wait for it."""
-    for item in items:
-        if "DVC_STAGE" in os.environ and os.getppid() != STARTED_BY:
-            raise UserError("the DVC that ran this stage is gone: stopped; run it again and it goes on from here")
-        yield item
-
-
-def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
-    """On stderr, the experts that no calibration token was sent to, if there are any, by block."""
-    if count := sum(map(len, unreached.values())):
-        blocks = ", ".join(str(block) for block, experts in sorted(unreached.items()) if experts)
-        print(
-            f"{stage}: no calibration token reached {count} expert{'s' * (count > 1)} (blocks: {blocks}); Wanda judges "
-            "their weights by magnitude. More calibration windows reach more experts.",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def _peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -8,8 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.costs import DISK, HOST, Cost, Setting
+from wanda_dvc.engine.sizes import Need, writing
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages import progress
+from wanda_dvc.params import Params
+from wanda_dvc.stages.inputs import largest
+from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
@@ -52,7 +56,7 @@ class Zeros(NamedTuple):
     nbytes: int
 
 
-def apply(*, project: Project) -> None:
+def apply(*, project: Project) -> str:
     """models/dense + masks/ → models/pruned"""
     checkpoint = Checkpoint(project.model("dense"))
     made_from = check_masks(checkpoint, project.masks)
@@ -69,6 +73,25 @@ def apply(*, project: Project) -> None:
             ["block", "linear", "weights", "zeros", "sparsity", "bytes"],
             ([x.block, linear, x.size, x.zero, x.zero / x.size, x.nbytes] for linear, x in zeros.items()),
         )
+    masks: str = made_from["masks"]
+    return masks
+
+
+def need(project: Project, _: str | None = None) -> Need:
+    """The masks of a block, a linear at work, and the files of another model."""
+    folder = project.model("dense")
+    if not (folder / "config.json").is_file():
+        return Need()
+    block, linear = largest(project)
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    return Need(writing(block=block, linear=linear), disk=size, least=size)
+
+
+def cost(params: Params, on: Setting) -> Cost:
+    """Copied to the disk, then read, multiplied and counted."""
+    model = on.model
+    seconds = model.stored / DISK + on.work.linears * (4 * on.stored_width + 1) / HOST
+    return Cost(0, model.stored, 0, model.stored, writing(block=model.block, linear=model.linear), seconds)
 
 
 def check_masks(checkpoint: Checkpoint, masks: Path) -> Json:

@@ -1,43 +1,43 @@
-"""Measure what the dense model's activations look like: the norm tier, once for each distinct input."""
+"""Measure the dense model's activations: the norm tier, once for each distinct input."""
 
-import sys
-from functools import partial
-
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
-from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.decoder import Decoder, has_units
-from wanda_dvc.engine.recorder import InputRecorder
-from wanda_dvc.engine.windows import draw, draw_from_documents, load_tokenizer, tokenize
-from wanda_dvc.pruning.patterns import check_pattern
+from wanda_dvc.engine.costs import Cost, Setting
+from wanda_dvc.engine.sizes import Need
+from wanda_dvc.params import Params
 from wanda_dvc.pruning.statistics import summary
-from wanda_dvc.stages import STAGES, device_name, progress, say_unreached
+from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.inputs import (
+    calibrated_with,
+    calibration_cost,
+    calibration_need,
+    calibration_windows,
+    check_fits,
+    model_provenance,
+    open_decoder,
+)
+from wanda_dvc.stages.running import progress, say_unreached
 from wanda_dvc.study.files import write_csv
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import describe, read_provenance, write_provenance
+from wanda_dvc.study.provenance import describe, digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import block_count, read_stats, write_stats
 
 
-def calibrate(*, project: Project) -> None:
-    """models/dense + data/calibration → stats/"""
-    params = project.params
-    model, text = (
-        read_provenance(project.model("dense"), "download model"),
-        read_provenance(project.data("calibration"), "download calibration"),
-    )
+def calibrate(*, project: Project) -> str:
+    """models/dense + data/calibration → stats/."""
+    from wanda_dvc.engine.recorder import InputRecorder
+
+    model = model_provenance(project, "dense")
+    text = read_provenance(project.data("calibration"), "download calibration")
     made_from = describe(
         "stats",
-        version=STAGES["calibrate"],
+        version=STAGES["calibrate"].version,
         libraries=("torch", "transformers"),
         model={"source": model["source"], "sha256": model["sha256"]},
         text={"source": text["source"], "sha256": text["sha256"]},
-        params=params.calibrated_with(),
+        params=calibrated_with(project.params),
     )
     windows = calibration_windows(project)
     decoder = open_decoder(project, "dense")
-    check_pattern(params.pattern, decoder.inputs())
+    check_fits(project, decoder.inputs())
     with project.work(made_from) as work:
         steps = decoder.walk(windows, work.path)
         for step in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
@@ -49,10 +49,11 @@ def calibrate(*, project: Project) -> None:
         write_provenance(work.out, made_from)
         work.publish(project.stats)
     _write_norms(project)
+    return digest(made_from)
 
 
 def _write_norms(project: Project) -> None:
-    """The norms by block, for plots."""
+    """Write the norms by block, for plots."""
     rows: list[list[object]] = []
     for block in range(block_count(project.stats)):
         stats = read_stats(project.stats, block)
@@ -62,28 +63,11 @@ def _write_norms(project: Project) -> None:
     write_csv(project.plots("norms"), headers, rows)
 
 
-def calibration_windows(project: Project) -> Int[Tensor, "samples length"]:
-    """The windows that data/calibration and params.yaml ask for."""
-    calibration = project.params.calibration
-    wanted = {"samples": calibration.samples, "length": calibration.length, "seed": calibration.seed}
-    tokenizer = load_tokenizer(project.model("dense"))
-    with project.documents("calibration") as documents:
-        if documents is not None:
-            return draw_from_documents(documents, partial(tokenize, tokenizer=tokenizer), **wanted)
-    return draw(tokenize(project.text("calibration"), tokenizer), **wanted)
+def need(project: Project, _: str | None = None) -> Need:
+    """A walk that records, and the hidden states that wait between blocks."""
+    return calibration_need(project)
 
 
-def open_decoder(project: Project, model: str) -> Decoder:
-    """The engine on one of the project's models, in the dtype and on the device that params.yaml asks for."""
-    params, folder = project.params, project.model(model)
-    dtype, budget = getattr(torch, params.dtype), params.runtime.memory_gb
-    device = torch.device(device_name(params.runtime))
-    if device.type == "cpu" and not has_units(dtype):
-        print(
-            f"dtype: this CPU has no units for {params.dtype} and computes it many times slower than float32; "
-            "set dtype=float32 (other last digits), or run it where there are some",
-            file=sys.stderr,
-            flush=True,
-        )
-    resident = budget is not None and Checkpoint(folder).size(dtype) <= budget * 1e9
-    return Decoder(folder, dtype=dtype, device=device, resident=resident)
+def cost(params: Params, on: Setting) -> Cost:
+    """All windows through all blocks."""
+    return calibration_cost(params, on)

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.catalog import HUB_ID, NamedText
+from wanda_dvc.engine.costs import Setting
+from wanda_dvc.engine.sizes import Need
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Text
+from wanda_dvc.params import Params, Text
 from wanda_dvc.sources.hub import (
     MODEL_FILES,
     Repository,
@@ -36,21 +38,34 @@ from wanda_dvc.study.provenance import describe, digest, file_digest, files_dige
 EMBEDDED = files("wanda_dvc") / "embedded"
 
 
-def download(*, project: Project, part: str) -> None:
-    """Sources → models/dense, data/calibration, data/perplexity or data/tasks"""
-    parts: dict[str, Callable[[Project], None]] = {
+def download(*, project: Project, part: str) -> str:
+    """Sources → models/dense, data/calibration, data/perplexity or data/tasks."""
+    parts: dict[str, Callable[[Project], str]] = {
         "model": _model,
         "calibration": lambda project: _text(project, "calibration", project.params.calibration.text),
         "perplexity": lambda project: _text(project, "perplexity", project.params.perplexity.text),
         "tasks": _tasks,
     }
-    parts[part](project)
+    return parts[part](project)
+
+
+def need(project: Project, part: str | None) -> Need:
+    """The copy of a local model, and a second one in the cache where it cannot be linked."""
+    source = Path(project.params.model)
+    if part != "model" or not source.is_dir():
+        return Need()
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    return Need(disk=2 * size, least=size)
+
+
+def cost(_: Params, __: Setting) -> None:
+    """None: what a download costs depends on the network."""
 
 
 # --- the model ---
 
 
-def _model(project: Project) -> None:
+def _model(project: Project) -> str:
     from wanda_dvc.engine.checkpoint import Checkpoint
 
     source = project.params.model
@@ -61,7 +76,7 @@ def _model(project: Project) -> None:
         name, _, revision = source.partition("@")
         repository = resolve("model", name, revision or None, "params.yaml: model")
         origin = {"source": name, "revision": repository.commit}
-    with project.work(describe("model", version=STAGES["download"], **origin)) as work:
+    with project.work(describe("model", version=STAGES["download"].version, **origin)) as work:
         out = work.fresh()
         libraries: tuple[str, ...] = ()
         if repository:
@@ -77,6 +92,7 @@ def _model(project: Project) -> None:
         hashes = files_digest(out)
         write_provenance(out, describe("model", libraries=libraries, **origin, files=hashes, sha256=digest(hashes)))
         work.publish(project.model("dense"))
+    return digest(hashes)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -158,7 +174,7 @@ def _dequantize(gguf: Path, target: Path) -> None:
 # --- texts ---
 
 
-def _text(project: Project, part: str, wanted: Text) -> None:
+def _text(project: Project, part: str, wanted: Text) -> str:
     where = f"params.yaml: {part}.text.source"
     repository: Repository | None = None
     if found := on_the_hub(wanted):
@@ -176,7 +192,7 @@ def _text(project: Project, part: str, wanted: Text) -> None:
         if not mirrored.is_file():
             raise UserError(f"{where}: {mirrored} is not there, expected a text file")
     commit = repository.commit if repository else None
-    made_from = describe(part, version=STAGES["download"], text=wanted.model_dump(mode="json"), commit=commit)
+    made_from = describe(part, version=STAGES["download"].version, text=wanted.model_dump(mode="json"), commit=commit)
     with project.work(made_from) as work:
         out = work.fresh()
         path = mirrored
@@ -188,7 +204,8 @@ def _text(project: Project, part: str, wanted: Text) -> None:
             with tempfile.TemporaryFile(dir=work.path) as scratch:
                 origin |= {"column": text.column, "rows": _check(Documents.unpack(path, text.column, scratch))}
             shutil.copyfile(path, out / DOCUMENTS)
-            write_provenance(out, describe("documents", **origin, sha256=file_digest(out / DOCUMENTS)))
+            sha256 = file_digest(out / DOCUMENTS)
+            write_provenance(out, describe("documents", **origin, sha256=sha256))
         else:
             if shard and path:
                 with tempfile.TemporaryFile(dir=work.path) as scratch:
@@ -208,6 +225,7 @@ def _text(project: Project, part: str, wanted: Text) -> None:
             sha256 = hashlib.sha256(content).hexdigest()
             write_provenance(out, describe("text", **origin, join=wanted.join, rows=len(rows), sha256=sha256))
         work.publish(project.data(part))
+    return sha256
 
 
 def _check(documents: Documents) -> int:
@@ -254,7 +272,7 @@ def _in_mirror(project: Project, *parts: str) -> Path | None:
 # --- tasks ---
 
 
-def _tasks(project: Project) -> None:
+def _tasks(project: Project) -> str:
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -279,14 +297,17 @@ def _tasks(project: Project) -> None:
     found = [_items(project, name, config, problems) for name, (_, config) in configs.items()]
     if problems:
         raise UserError(*problems)
-    with project.work(describe("tasks", version=STAGES["download"], tasks=wanted.model_dump(mode="json"))) as work:
-        out = work.fresh()
+    with project.work(
+        describe("tasks", version=STAGES["download"].version, tasks=wanted.model_dump(mode="json"))
+    ) as work:
+        out, hashes = work.fresh(), {}
         for (name, (path, _)), items in zip(configs.items(), found, strict=True):
             if items is None:
                 continue  # a problem, told above
             folder = out / name
             folder.mkdir()
             items.write(folder / ITEMS)
+            hashes[name] = file_digest(folder / ITEMS)
             write_provenance(
                 folder,
                 describe(
@@ -298,10 +319,11 @@ def _tasks(project: Project) -> None:
                     definition=path.relative_to(home).as_posix(),
                     role=items.role,
                     lm_eval=version("lm_eval"),
-                    sha256=file_digest(folder / ITEMS),
+                    sha256=hashes[name],
                 ),
             )
         work.publish(project.data("tasks"))
+    return digest(hashes)
 
 
 @dataclass(frozen=True)

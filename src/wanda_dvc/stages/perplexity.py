@@ -2,25 +2,30 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.decoder import Decoder, Row, as_rows
+from wanda_dvc.engine.sizes import BYTES_A_TOKEN, Need, walking
 from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
-from wanda_dvc.stages import STAGES, progress
-from wanda_dvc.stages.calibrate import open_decoder
+from wanda_dvc.params import Params
+from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.inputs import model_provenance, open_decoder, walk_need
+from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import write_csv, write_json
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.project import TEXT, Project
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
 DIVERGED = "diverged"
+LOSSES = "losses.jsonl"
 
 
-def perplexity(*, project: Project, model: str) -> None:
-    """models/{dense,pruned} + data/perplexity → metrics/{dense,pruned}/perplexity.json"""
+def perplexity(*, project: Project, model: str) -> str:
+    """models/{dense,pruned} + data/perplexity → metrics/{dense,pruned}/perplexity.json."""
     params, folder = project.params, project.model(model)
-    made_by = "download model" if model == "dense" else "apply"
     text = read_provenance(project.data("perplexity"), "download perplexity")
     tokens = tokenize(project.text("perplexity"), load_tokenizer(folder))
     length, count = params.perplexity.length, params.perplexity.windows
@@ -28,9 +33,9 @@ def perplexity(*, project: Project, model: str) -> None:
     rest = left_over(tokens, length=length, windows=count) if params.perplexity.rest == "kept" else None
     protocol = describe(
         "perplexity",
-        version=STAGES["perplexity"],
+        version=STAGES["perplexity"].version,
         libraries=("torch", "transformers"),
-        model=digest(read_provenance(folder, made_by)),
+        model=digest(model_provenance(project, model)),
         tokenizer_sha256=tokenizer_digest(folder),
         text={key: text[key] for key in ("source", "join", "sha256")},
         tokens=len(tokens),
@@ -54,18 +59,21 @@ def perplexity(*, project: Project, model: str) -> None:
         headers = ["window", "predictions", "loss"]
         write_csv(project.plots(f"{model}/perplexity"), headers, ([i, *pair] for i, pair in enumerate(plotted)))
         work.forget()
+    return digest(protocol)
 
 
 def _losses(decoder: Decoder, rows: list[Row], work: Path, *, what: str) -> list[float]:
-    """Each row's mean loss; what a killed run has in `work` is gone on from."""
+    """Return each row's mean loss, going on from the losses that a killed run has left in `work`."""
     for step in progress(decoder.walk(rows, work), total=len(decoder.blocks), what=f"{what}, blocks"):
         step.advance()
-    losses: list[float] = _read_losses(work / "losses.json")
+    losses = _read_losses(work / LOSSES)
     left = range(len(losses), len(rows))
     hidden = decoder.outputs(rows, work)
-    for row in progress(left, total=len(left), what=f"{what}, output head, windows"):
-        losses.append(window_loss(decoder, hidden[row][None], rows[row].tokens))
-        write_json(work / "losses.json", [_finite(loss) for loss in losses])
+    with (work / LOSSES).open("a", encoding="utf-8") as file:
+        for row in progress(left, total=len(left), what=f"{what}, output head, windows"):
+            losses.append(window_loss(decoder, hidden[row][None], rows[row].tokens))
+            file.write(json.dumps(_finite(losses[-1])) + "\n")
+            file.flush()
     return losses
 
 
@@ -93,10 +101,31 @@ def from_losses(losses: list[float], predictions: list[int]) -> float | str:
 
 
 def _read_losses(path: Path) -> list[float]:
-    """The losses of the windows that a killed run had finished."""
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return [math.nan if loss == DIVERGED else loss for loss in stored]
+    """Return the losses that a killed run had finished, a line each, and drop a line that it did not end."""
+    if not path.is_file():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    lines = whole.splitlines()
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return [math.nan if loss == DIVERGED else loss for loss in map(json.loads, lines)]
 
 
 def _finite(loss: float) -> float | str:
     return loss if math.isfinite(loss) else DIVERGED
+
+
+def need(project: Project, model: str | None) -> Need:
+    """A walk with the head, and the hidden states that wait between blocks."""
+    wanted, text = project.params.perplexity, project.data("perplexity") / TEXT
+    known = [text.stat().st_size // BYTES_A_TOKEN] if text.is_file() else []
+    # At most as many tokens as the windows hold.
+    tokens = min([*known, wanted.windows * wanted.length] if wanted.windows else known, default=None)
+    found = walk_need(project, model or "dense", "perplexity", tokens=tokens, length=wanted.length, logits=True)
+    return replace(found, least=found.least // 2)  # a token may take more bytes than expected
+
+
+def cost(params: Params, on: Setting) -> Cost:
+    """All windows through all blocks and the head."""
+    length = params.perplexity.length
+    memory = walking(on.model, dtype=on.dtype, length=length, device=on.where, logits=True)
+    return on.walk(on.tokens / length, length, memory, logits=on.tokens)

@@ -1,42 +1,51 @@
 """Ask a model multiple-choice questions: lm-eval's own definitions of the tasks, our engine's log-likelihoods."""
 
-import json
 import logging
-import sys
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import lm_eval.tasks
-from datasets import Dataset
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks._yaml_loader import load_yaml
-
-from wanda_dvc.engine.decoder import Decoder, Step
-from wanda_dvc.engine.questions import Request, loglikelihoods
-from wanda_dvc.engine.windows import load_tokenizer
-from wanda_dvc.stages import STAGES, progress
-from wanda_dvc.stages.calibrate import open_decoder
+from wanda_dvc.engine.costs import Cost, Setting
+from wanda_dvc.engine.sizes import Need, walking
+from wanda_dvc.params import Params
+from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.inputs import model_provenance, open_decoder, walk_need
+from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import ITEMS, Project
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
+if TYPE_CHECKING:
+    from wanda_dvc.engine.decoder import Step
+
 METRICS = ("acc", "acc_norm")
+SAMPLES = 48  # items a task of `tasks.source: samples`
+
+# Of lm-eval's tasks: the items of the split that is asked, the tokens that a question needs (its context once, its
+# choices after it) and the positions at which it needs logits; means of the first 200 items with SmolLM2's tokenizer.
+TASKS = {
+    "piqa": (1838, 57.4, 44.6),
+    "hellaswag": (10042, 90.2, 60.4),
+    "arc_easy": (2376, 41.6, 14.4),
+    "boolq": (3270, 148.8, 1.0),
+    "rte": (277, 80.1, 1.0),
+}
 
 
-def zero_shot(*, project: Project, model: str, task: str) -> None:
-    """models/{dense,pruned} + data/tasks/TASK → metrics/{dense,pruned}/zero_shot/TASK.json"""
+def zero_shot(*, project: Project, model: str, task: str) -> str:
+    """models/{dense,pruned} + data/tasks/TASK → metrics/{dense,pruned}/zero_shot/TASK.json."""
+    from lm_eval.evaluator import evaluate
+
+    from wanda_dvc.engine.harness import EngineLM, load_task
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every data set that is no Hub id
     params, folder = project.params, project.model(model)
     items = read_provenance(project.data("tasks") / task, "download tasks")
-    made_by = "download model" if model == "dense" else "apply"
     protocol = describe(
         "zero-shot",
-        version=STAGES["zero-shot"],
+        version=STAGES["zero-shot"].version,
         libraries=("torch", "transformers", "lm_eval"),
-        model=digest(read_provenance(folder, made_by)),
+        model=digest(model_provenance(project, model)),
         tokenizer_sha256=tokenizer_digest(folder),
         task={key: items[key] for key in ("task", "source", "role", "sha256", "lm_eval")},
         examples=0,
@@ -44,8 +53,14 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
         dtype=params.dtype,
     )
     definition = load_task(items["definition"], items["role"], project.data("tasks") / task / ITEMS)
+    what = f"zero-shot {model} {task}"
+
+    def blocks(steps: "Iterable[Step]", total: int) -> "Iterable[Step]":
+        return progress(steps, total=total, what=f"{what}, blocks")
+
     with project.work(protocol) as work:
-        language_model = EngineLM(open_decoder(project, model), work.path, what=f"zero-shot {model} {task}")
+        decoder = open_decoder(project, model)
+        language_model = EngineLM(decoder, work.path, what=what, progress=blocks)
         evaluated = evaluate(language_model, {task: definition}, limit=params.zero_shot.limit)
         work.forget()
     result = evaluated["results"][task]
@@ -56,54 +71,15 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
         "items": [_answer(sample) for sample in evaluated["samples"][task]],
     }
     write_json(project.details(model, f"zero_shot/{task}"), details)
-    # Only what a reader compares: `dvc metrics diff` prints every number that is in here.
+    # Only what a reader compares: `dvc metrics diff` prints every number in here.
     write_json(
         project.metrics(model, f"zero_shot/{task}"), {metric: round(result[f"{metric},none"], 6) for metric in given}
     )
-
-
-class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
-    """lm-eval's model class, its log-likelihoods from the engine: contexts once, no padding, a block at a time.
-
-    How a text becomes tokens, how many positions there are, and what stands before an empty context stay lm-eval's.
-    """
-
-    def __init__(self, decoder: Decoder, work: Path, *, what: str) -> None:
-        super().__init__(pretrained=decoder.model, tokenizer=load_tokenizer(decoder.checkpoint.folder))
-        self.decoder, self.work, self.what = decoder, work, what
-
-    def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)  # ours is the bar that matters
-
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *_: Any, **__: Any
-    ) -> list[tuple[float, bool]]:
-        if not self.decoder.holds_layouts:
-            print(
-                f"{self.what}: this model can't hold several questions in one row (its attention, or what it does with "
-                "positions, is its own); each choice goes through it alone, which takes longer and answers the same",
-                file=sys.stderr,
-                flush=True,
-            )
-
-        def blocks(items: Iterable[Step], total: int) -> Iterable[Step]:
-            return progress(items, total=total, what=f"{self.what}, blocks")
-
-        asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        return loglikelihoods(self.decoder, asked, self.work, length=self.max_length, progress=blocks)
-
-
-def load_task(definition: str, role: str, items: Path) -> Any:
-    """lm-eval's task, on items from a file: its own YAML, with every split but the one in that role taken out."""
-    rows = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()]
-    config = load_yaml(Path(lm_eval.tasks.__file__).parent / definition)
-    config |= {f"{name}_split": role if name == role else None for name in ("training", "validation", "test")}
-    config |= {"custom_dataset": lambda **_: {role: Dataset.from_list(rows)}, "num_fewshot": 0}
-    return ConfigurableTask(config=config)
+    return digest(protocol)
 
 
 def _answer(sample: dict[str, Any]) -> dict[str, Any]:
-    """One item's answer: its log-likelihood for each choice, the choice it takes, the right one, and the scores."""
+    """Return one item's log-likelihoods, the choice with the highest, the right one, and the scores."""
     choices = [response[0] for response in sample["filtered_resps"]]
     return {
         "item": sample["doc_id"],
@@ -112,3 +88,31 @@ def _answer(sample: dict[str, Any]) -> dict[str, Any]:
         "gold": sample["target"],
         **{metric: sample[metric] for metric in METRICS if metric in sample},
     }
+
+
+def need(project: Project, model: str | None) -> Need:
+    """A walk over packed rows with the head; what its hidden states take on disk depends on the items."""
+    from wanda_dvc.engine.questions import ROW
+
+    found = walk_need(project, model or "dense", "tasks", tokens=None, length=ROW, logits=True)
+    return replace(found, disk=0) if found.memory else found
+
+
+def cost(params: Params, on: Setting) -> Cost:
+    """All questions of all tasks through all blocks, and the head where a choice's tokens are."""
+    from wanda_dvc.engine.questions import ROW
+
+    most = min(params.zero_shot.limit or 10**9, SAMPLES if params.tasks.source == "samples" else 10**9)
+    needed = [_task(name) for name in params.tasks.names]
+    asked = sum(min(items, most) * fed for items, fed, _ in needed)
+    logits = sum(min(items, most) * positions for items, _, positions in needed)
+    rows = max(1.0, asked / ROW)  # packed; attention is within a question, and so small that rows overstate it
+    memory = walking(on.model, dtype=on.dtype, length=ROW, device=on.where, logits=True)
+    return on.walk(rows, asked / rows, memory, logits=logits)
+
+
+def _task(name: str) -> tuple[int, float, float]:
+    """Return a task's row of the table; another task counts as an average one."""
+    known = list(TASKS.values())
+    average = (int(sum(x[0] for x in known) / 5), sum(x[1] for x in known) / 5, sum(x[2] for x in known) / 5)
+    return TASKS.get(name, average)

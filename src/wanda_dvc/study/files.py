@@ -38,3 +38,9 @@ def read_json(path: Path, made_by: str) -> Any:
         raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON ({error}); run `wanda-dvc {made_by}` again") from None
+
+
+def load_json(path: Path) -> Json:
+    """Read a JSON object; an empty one where the file is not there."""
+    content: Json = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content

@@ -5,16 +5,17 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params, read_params
+from wanda_dvc.params import Params, limit, read_params
 from wanda_dvc.study.documents import Documents
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.provenance import digest, read_provenance
+from wanda_dvc.study.times import Times
 
 TEXT = "text.txt"
 DOCUMENTS = "documents.json.gz"
@@ -39,6 +40,12 @@ class Project:
     @cached_property
     def params(self) -> Params:
         return read_params(self.root / "params.yaml")
+
+    def limited_to(self, settings: Collection[str]) -> "Project":
+        """Return the same project with `params` that show some settings, and `runtime`, and no others."""
+        limited = Project(self.root)
+        limited.__dict__["params"] = limit(self.params, settings)
+        return limited
 
     def model(self, which: str) -> Path:
         """`dense` or `pruned`."""
@@ -88,9 +95,10 @@ class Project:
         """What stands behind the numbers: protocol, and each window's or item's result."""
         return self.root / "metrics" / "details" / which / f"{name}.json"
 
-    def times(self, stage: str) -> Path:
-        """Seconds and machine of a stage's last run."""
-        return self.root / "metrics" / "times" / f"{stage}.json"
+    @property
+    def times(self) -> Times:
+        """How long runs took: of all checkouts of this repository."""
+        return Times(self.work_root / "times")
 
     def plots(self, name: str) -> Path:
         """What DVC's plots are drawn from, and the report's."""

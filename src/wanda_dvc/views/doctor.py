@@ -162,7 +162,7 @@ def _versions(project: Project) -> Iterator[Check]:
         return
     wrong = [
         f"{name} {words[-1] if name in commands else 'missing'}, expected {number}"
-        for name, number in STAGES.items()
+        for name, number in ((stage.name, stage.version) for stage in STAGES.values())
         if (words := commands.get(name, "").split())[-2:] != ["--version", str(number)]
     ]
     found = "; ".join(wrong) or "asks for the stages that this wanda-dvc computes"

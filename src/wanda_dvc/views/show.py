@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages import MODELS, PARTS
+from wanda_dvc.stages import MODELS
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
@@ -104,18 +104,23 @@ def _footnotes(project: Project) -> list[str]:
 
 
 def _times(project: Project) -> str:
-    runs = [f"download-{part}" for part in PARTS] + ["calibrate", "mask", "apply"]
-    runs += [f"perplexity-{model}" for model in MODELS]
-    runs += [f"zero-shot-{model}-{task}" for model in MODELS for task in project.params.tasks.names]
-    times = {run: _load(project.times(run)) for run in runs}
-    known = {run: time for run, time in times.items() if time}
+    """Return a table of the runs that made the results at hand."""
+    known = project.times.of(project)
     if not known:
         return ""
-    rows = [[run, f"{time['seconds']:.1f}", f"{time['peak_memory_gb']:.2f}"] for run, time in known.items()]
+    rows = [[run, f"{time['seconds']:.1f}", peak_memory(time)] for run, time in known.items()]
     rows.append(["all", f"{sum(time['seconds'] for time in known.values()):.1f}", ""])
     machines = sorted({f"{time['machine']}, {time['device']}" for time in known.values()})
-    table = tabulate(rows, ["stage", "seconds", "peak memory, GB"], tablefmt="github", disable_numparse=True)
-    return f"{table}\n\nMeasured on {'; '.join(machines)}."
+    table = tabulate(rows, ["stage", "seconds", "peak anonymous memory, GB"], tablefmt="github", disable_numparse=True)
+    resident = any("peak_anonymous_gb" not in time for time in known.values())
+    mapped = " * with mapped checkpoint pages, which this system does not tell apart." if resident else ""
+    return f"{table}\n\nMeasured on {'; '.join(machines)}.{mapped}"
+
+
+def peak_memory(time: dict[str, Any]) -> str:
+    """Return a run's peak anonymous memory in GB, or with a star the resident peak."""
+    anonymous = time.get("peak_anonymous_gb")
+    return f"{anonymous:.2f}" if anonymous is not None else f"{time['peak_resident_gb']:.2f} *"
 
 
 def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | None = None) -> str:

@@ -1,0 +1,139 @@
+"""What a stage costs on paper: FLOPs, bytes and seconds. docs/cost.md has the formulas in words."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanda_dvc.engine.sizes import WIDTH, Memory, Sizes
+
+DISK = 2e9  # bytes a second from a local NVMe disk; from the page cache it is more
+HOST = 4e9  # bytes of weights and scores a second in mask and apply, on two cores, at 135 M and 1.5 B parameters
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak rates and bandwidths as published, and the share of them that is reached."""
+
+    name: str
+    flops: dict[str, float]  # a second, dense, by dtype
+    bandwidth: float  # bytes a second of its memory
+    link: float | None  # bytes a second from the host, each way; None: it is the host
+    efficiency: float
+
+
+# An L40S reached 41 % of its peak in the reproduction study's perplexity of LLaMA-2-7B (32 s for 341,000 tokens in
+# windows of 4,096, float16); for an H100 the same share is assumed. The CPU's is that of calibrate and perplexity on
+# SmolLM2-135M (docs/experiments.md).
+DEVICES = {
+    "l40s": Device("NVIDIA L40S", {"float32": 91.6e12, "bfloat16": 362e12, "float16": 362e12}, 864e9, 32e9, 0.41),
+    "h100": Device("NVIDIA H100 SXM", {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12}, 3.35e12, 64e9, 0.41),
+}
+CPU_EFFICIENCY = 0.83
+
+
+@dataclass(frozen=True)
+class Work:
+    """The weights that one token is multiplied with. Of experts, those that it is sent to count."""
+
+    linears: int  # weights of all blocks
+    pairs: int  # query features of all blocks: each pair of tokens costs them twice, for q·k and for its share of v
+    head: int  # weights
+    blocks: int
+
+    def flops(self, windows: float, length: float, *, logits: float = 0) -> float:
+        """Count windows through all blocks, with the causal half of attention, and the head at `logits` positions."""
+        tokens = windows * length
+        return 2 * tokens * self.linears + 2 * tokens * length * self.pairs + 2 * logits * self.head
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one stage; bytes, and seconds."""
+
+    flops: float
+    read: float  # from the checkpoint
+    hidden: float  # states that wait between blocks, written and read
+    disk: float  # what the stage leaves, or needs while it works
+    memory: Memory
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model on a device: what the costs of all stages start from."""
+
+    model: Sizes
+    work: Work
+    device: Device
+    dtype: str
+    tokens: int  # of the text that perplexity is measured on
+
+    @property
+    def where(self) -> str:
+        """The device's kind, as torch names it."""
+        return "cuda" if self.device.link else "cpu"
+
+    @property
+    def stored_width(self) -> int:
+        """Bytes of a stored weight."""
+        return WIDTH.get(self.model.dtype, 4)
+
+    @property
+    def threads(self) -> int:
+        """Threads of the host."""
+        return os.cpu_count() or 1
+
+    def walk(self, windows: float, length: float, memory: Memory, *, logits: float = 0) -> Cost:
+        """Cost of windows through all blocks and of the head at `logits` positions."""
+        device, width = self.device, WIDTH[self.dtype]
+        waiting = 2 * windows * length * self.model.hidden * width  # two files that take turns
+        hidden = self.work.blocks * waiting
+        flops = self.work.flops(windows, length, logits=logits)
+        computed = flops / (device.flops[self.dtype] * device.efficiency)
+        read = self.model.stored / DISK
+        if device.link:
+            # Each window passes through all weights in the card's memory, and each block takes every window from the
+            # host and gives it back. The weights of the next block come meanwhile.
+            computed = max(computed, windows * self.work.linears * width / (device.bandwidth * device.efficiency))
+            computed += hidden / (device.link * device.efficiency)
+            read = max(read, self.model.parameters * width / (device.link * device.efficiency))
+        return Cost(flops, self.model.stored, hidden, waiting, memory, max(computed, read))
+
+
+def work(config: Path) -> Work:
+    """Count the model that a config.json describes. Windowed attention counts as full attention."""
+    from wanda_dvc.engine.structure import empty_model, find_blocks, weight_shapes
+
+    model = empty_model(config)
+    text = model.config.get_text_config()
+    blocks = find_blocks(model)[1]
+    experts, asked = _experts(text)
+    shapes = [shape for block in blocks for shape in weight_shapes(block)]
+    linears = sum(shape.numel() * (asked / experts if len(shape) == 3 else 1) for shape in shapes)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head = model.get_output_embeddings().weight.numel()
+    return Work(int(linears), len(blocks) * text.num_attention_heads * width, head, len(blocks))
+
+
+def _experts(config: Any) -> tuple[int, int]:
+    """Return how many experts a block has, and how many a token is sent to."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    count = next((value for name in names if (value := getattr(config, name, None))), 1)
+    return count, getattr(config, "num_experts_per_tok", None) or 1
+
+
+def this_cpu(name: str, dtype: str) -> Device:
+    """Measure the machine at hand by multiplying matrices for a moment."""
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    x, weight = (torch.randn(size, 2048).to(getattr(torch, dtype)) for size in (1024, 2048))
+    spent = []
+    for _ in range(4):
+        began = time.perf_counter()
+        x @ weight.T
+        spent.append(time.perf_counter() - began)
+    rate = 2 * 1024 * 2048 * 2048 / min(spent)
+    return Device(f"{name}, {os.cpu_count()} cores", {dtype: rate}, HOST, None, CPU_EFFICIENCY)

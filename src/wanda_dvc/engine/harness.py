@@ -1,0 +1,52 @@
+"""lm-eval over the engine: its own definitions of tasks, our log-likelihoods."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.questions import Progress, Request, loglikelihoods
+from wanda_dvc.engine.windows import load_tokenizer
+from wanda_dvc.errors import notice
+
+
+class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
+    """lm-eval's model class with log-likelihoods from the engine: contexts once, no padding, a block at a time.
+
+    Tokenization, the number of positions, and what precedes an empty context stay lm-eval's.
+    """
+
+    def __init__(self, decoder: Decoder, work: Path, *, what: str, progress: Progress) -> None:
+        """`what` names the run in messages; `progress` shows the blocks."""
+        super().__init__(pretrained=decoder.model, tokenizer=load_tokenizer(decoder.checkpoint.folder))
+        self.decoder, self.work, self.what, self.progress = decoder, work, what, progress
+
+    def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        """Answer lm-eval's requests."""
+        return super().loglikelihood(requests, disable_tqdm=True)  # ours is the bar that matters
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *_: Any, **__: Any
+    ) -> list[tuple[float, bool]]:
+        if not self.decoder.holds_layouts:
+            notice(
+                f"{self.what}: this model cannot hold several questions in one row (its attention or its positions are "
+                "its own); each choice goes through it alone, which takes longer and gives the same answers"
+            )
+        asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        return loglikelihoods(self.decoder, asked, self.work, length=self.max_length, progress=self.progress)
+
+
+def load_task(definition: str, role: str, items: Path) -> Any:
+    """Return lm-eval's task on items from a file: its own YAML, with the split in that role alone."""
+    rows = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()]
+    config = load_yaml(Path(lm_eval.tasks.__file__).parent / definition)
+    config |= {f"{name}_split": role if name == role else None for name in ("training", "validation", "test")}
+    config |= {"custom_dataset": lambda **_: {role: Dataset.from_list(rows)}, "num_fewshot": 0}
+    return ConfigurableTask(config=config)

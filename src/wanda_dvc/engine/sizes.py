@@ -1,0 +1,144 @@
+"""The memory formula of docs/cost.md: a model counted from its config.json, and the most that a stage holds.
+
+The weights need not be there.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
+LIBRARIES = 48 * 2**20  # threads, kernels made at run time and a tokenizer, beyond the imports; about
+ALLOCATOR = 64 * 2**20  # freed memory that glibc keeps, about; none with MALLOC_MMAP_THRESHOLD_ set
+BYTES_A_TOKEN = 4  # of English text, about
+TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
+SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model's parameters, counted; a tied head counts as embeddings."""
+
+    parameters: int
+    block: int  # the largest
+    rest: int  # embeddings, norms and head
+    linear: int  # the largest linear's weights
+    features: int  # that a block's linears read and write, each linear by itself
+    widest: int  # the most features that a linear reads
+    hidden: int
+    vocabulary: int
+    dtype: str  # as stored
+
+    @property
+    def stored(self) -> int:
+        """Bytes on disk."""
+        return self.parameters * WIDTH.get(self.dtype, 4)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The most that a stage holds beyond its imports, in bytes, by purpose."""
+
+    weights: int = 0
+    activations: int = 0
+    logits: int = 0
+    selection: int = 0
+    text: int = 0
+    mapped: bool = False  # the weights are views of the checkpoint: page cache, which the system may reclaim
+
+    @property
+    def total(self) -> int:
+        """With mapped weights."""
+        own = self.weights + self.activations + self.logits + self.selection + self.text
+        return own + LIBRARIES + ALLOCATOR
+
+    @property
+    def anonymous(self) -> int:
+        """Without mapped weights."""
+        return self.total - (self.weights if self.mapped else 0)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes, about; None where they are not known yet. With less free disk than `least` a stage cannot end well."""
+
+    memory: Memory | None = None
+    disk: int | None = None
+    least: int = 0
+
+
+def sizes(config: Path) -> Sizes:
+    """Count the model that a config.json, or the one in a directory, describes."""
+    from transformers import AutoConfig
+
+    from wanda_dvc.engine.structure import empty_model, find_blocks, weight_shapes
+
+    model = empty_model(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
+    blocks = find_blocks(model)[1]
+    counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    # Each expert's matrix is a linear of its own.
+    shapes = [[shape[-2:] for shape in weight_shapes(block) for _ in range(shape[:-2].numel())] for block in blocks]
+    stored = AutoConfig.from_pretrained(config).dtype  # the model's own config says what it runs in
+    return Sizes(
+        parameters=parameters,
+        block=max(counts),
+        rest=parameters - sum(counts),
+        linear=max(shape.numel() for block in shapes for shape in block),
+        features=max(sum(sum(shape) for shape in block) for block in shapes),
+        widest=max(max(shape) for block in shapes for shape in block),
+        hidden=model.config.get_text_config().hidden_size,
+        vocabulary=model.get_output_embeddings().weight.shape[0],
+        dtype=str(stored or "float32").removeprefix("torch."),
+    )
+
+
+def walking(
+    model: Sizes,
+    *,
+    dtype: str,
+    length: int,
+    device: str = "cpu",
+    text: int = 0,
+    statistics: bool = False,
+    logits: bool = False,
+) -> Memory:
+    """Rows of `length` tokens through all blocks, two of which are held: the one at work and the next.
+
+    `text` is the bytes of the text that is tokenized. `statistics` counts what the recorder holds, `logits` what the
+    head puts out.
+    """
+    from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME
+
+    width = WIDTH[dtype]
+    activations = length * model.features * width + model.linear * width  # a matrix library packs the linear
+    if statistics:
+        activations += length * model.widest * 8  # the float32 copy of an input, and its square
+    return Memory(
+        weights=(2 * model.block + model.rest) * width,
+        activations=activations,
+        # A chunk's logits, as the model gives them, in float32, and their log-softmax.
+        logits=min(LOGITS_AT_A_TIME, length * model.vocabulary) * (width + 8) if logits else 0,
+        text=text * TEXT_IN_MEMORY,
+        mapped=device == "cpu" and dtype == model.dtype,
+    )
+
+
+def choosing(*, block: int, linear: int, threads: int, by_row: bool) -> Memory:
+    """A block's masks, a byte a weight, and the scores of as many linears as there are threads, or of a slice of each.
+
+    `block` and `linear` are the weights of the largest ones.
+    """
+    from wanda_dvc.pruning.choose import WEIGHTS_AT_A_TIME
+
+    scores = min(linear, WEIGHTS_AT_A_TIME) if by_row else linear
+    return Memory(selection=block + SELECTION * min(threads * scores, block))
+
+
+def writing(*, block: int, linear: int) -> Memory:
+    """A block's masks, and the largest linear while it is multiplied and counted."""
+    return Memory(selection=block + 8 * linear)
+
+
+def propagating(walk: Memory, chosen: Memory, *, model: Sizes, dtype: str) -> Memory:
+    """Masks that are chosen while the blocks are walked: both, and the block at work, which is no view any more."""
+    return replace(walk, selection=chosen.selection + model.block * WIDTH[dtype])

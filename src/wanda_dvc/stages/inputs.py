@@ -1,0 +1,174 @@
+"""What stages start from, checked in one place: models, statistics and texts that belong together."""
+
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from wanda_dvc.engine.costs import Cost, Setting
+from wanda_dvc.engine.sizes import WIDTH, Need, Sizes, sizes, walking
+from wanda_dvc.errors import UserError, notice
+from wanda_dvc.params import Params
+from wanda_dvc.pruning.patterns import check_pattern
+from wanda_dvc.stages.running import device_name
+from wanda_dvc.study.files import Json
+from wanda_dvc.study.project import TEXT, Project
+from wanda_dvc.study.provenance import read_provenance
+from wanda_dvc.study.tensors import block_count, read_stats
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
+    from wanda_dvc.engine.decoder import Decoder
+
+MADE_BY = {"dense": "download model", "pruned": "apply"}
+
+
+def model_provenance(project: Project, model: str) -> Json:
+    """Return the provenance of models/dense or models/pruned."""
+    return read_provenance(project.model(model), MADE_BY[model])
+
+
+def calibrated_with(params: Params) -> Json:
+    """Return what decides how the calibration text is cut and run."""
+    calibration = params.calibration
+    return {
+        "samples": calibration.samples,
+        "length": calibration.length,
+        "seed": calibration.seed,
+        "dtype": params.dtype,
+    }
+
+
+class Statistics(NamedTuple):
+    """stats/, known to be the dense model's and to be measured as params.yaml says."""
+
+    provenance: Json
+    blocks: int
+    features: dict[str, int]  # the number of inputs of every linear
+
+
+def statistics(project: Project) -> Statistics:
+    """Return the statistics at hand. UserError where they are another model's, or measured in another way."""
+    model, stats = model_provenance(project, "dense"), read_provenance(project.stats, "calibrate")
+    if stats["model"]["sha256"] != model["sha256"]:
+        raise UserError(
+            f"stats/: measured on {stats['model']['source']}, expected {model['source']}, the model in models/dense; "
+            "run `dvc repro` or `wanda-dvc calibrate`"
+        )
+    # Of all of params.yaml, and not of the settings that the stage at hand depends on: it says only that stats/ is old.
+    expected = calibrated_with(Project(project.root).params)
+    if stats["params"] != expected:
+        raise UserError(
+            f"stats/: measured with {stats['params']}, expected {expected} as params.yaml has it; "
+            "run `dvc repro` or `wanda-dvc calibrate`"
+        )
+    blocks = block_count(project.stats)
+    features: dict[str, int] = {}
+    for block in range(blocks):
+        measured = read_stats(project.stats, block)
+        for source, names in measured.readers.items():
+            features |= dict.fromkeys(names, len(measured.inputs[source].sum))
+    return Statistics(stats, blocks, features)
+
+
+def check_fits(project: Project, features: dict[str, int]) -> None:
+    """Raise UserError where params.yaml's pattern does not fit the model: before the work, in whatever stage."""
+    check_pattern(Project(project.root).params.pattern, features)
+
+
+def calibration_windows(project: Project, measured_with: Json | None = None) -> "Int[Tensor, 'samples length']":
+    """Draw windows from data/calibration, with the dense model's tokenizer.
+
+    They are cut as params.yaml says, or as `measured_with`, the parameters that statistics were measured with.
+    """
+    from wanda_dvc.engine.windows import draw, draw_from_documents, load_tokenizer, tokenize
+
+    wanted = measured_with or calibrated_with(project.params)
+    words = {name: wanted[name] for name in ("samples", "length", "seed")}
+    tokenizer = load_tokenizer(project.model("dense"))
+    with project.documents("calibration") as documents:
+        if documents is not None:
+            return draw_from_documents(documents, partial(tokenize, tokenizer=tokenizer), **words)
+    return draw(tokenize(project.text("calibration"), tokenizer), **words)
+
+
+def open_decoder(project: Project, model: str, *, dtype: str | None = None) -> "Decoder":
+    """Open the engine on one of the project's models, in a dtype (params.yaml's) and on the device it asks for."""
+    import torch
+
+    from wanda_dvc.engine.checkpoint import Checkpoint
+    from wanda_dvc.engine.decoder import Decoder, has_units
+
+    folder, budget = project.model(model), project.params.runtime.memory_gb
+    dtype = dtype or project.params.dtype
+    device = torch.device(device_name(project.params.runtime))
+    if device.type == "cpu" and not has_units(getattr(torch, dtype)):
+        notice(
+            f"dtype: this CPU has no units for {dtype} and computes it many times slower than float32; "
+            "set dtype=float32 (other last digits), or run it where there are some"
+        )
+    wanted = getattr(torch, dtype)
+    resident = budget is not None and Checkpoint(folder).size(wanted) <= budget * 1e9
+    return Decoder(folder, dtype=wanted, device=device, resident=resident)
+
+
+# --- what they need and cost ---
+
+
+def largest(project: Project) -> tuple[int, int]:
+    """Return the weights of the largest block and of the largest linear.
+
+    They are those that were measured, where some were, since to build a model takes seconds of imports.
+    """
+    blocks = range(block_count(project.stats))
+    if not blocks:
+        model = sizes(project.model("dense"))
+        return model.block, model.linear
+    from wanda_dvc.engine.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(project.model("dense"))
+    counts = [
+        [
+            checkpoint.weight(name).numel()
+            for names in read_stats(project.stats, block).readers.values()
+            for name in names
+        ]
+        for block in blocks
+    ]
+    return max(map(sum, counts)), max(map(max, counts))
+
+
+def walk_need(project: Project, model: str, text: str, *, tokens: int | None, length: int, **held: bool) -> Need:
+    """Return what rows of a text through one of the project's models need; `held` is for `sizes.walking`."""
+    folder, params = project.model(model), project.params
+    if not (folder / "config.json").is_file():
+        return Need()
+    counted, file = sizes(folder), project.data(text) / TEXT
+    memory = walking(
+        counted,
+        dtype=params.dtype,
+        length=length,
+        device=device_name(params.runtime).partition(":")[0],
+        text=file.stat().st_size if file.is_file() else 0,
+        **held,
+    )
+    disk = waiting_bytes(counted, tokens, params.dtype) if tokens else None
+    return Need(memory, disk=disk, least=disk or 0)
+
+
+def waiting_bytes(model: Sizes, tokens: int, dtype: str) -> int:
+    """Return the bytes of hidden states that wait between blocks, in two files."""
+    return tokens * model.hidden * WIDTH[dtype] * 2
+
+
+def calibration_need(project: Project) -> Need:
+    """Return what the windows of calibration need."""
+    calibration = project.params.calibration
+    tokens = calibration.samples * calibration.length
+    return walk_need(project, "dense", "calibration", tokens=tokens, length=calibration.length, statistics=True)
+
+
+def calibration_cost(params: Params, on: Setting) -> Cost:
+    """Return what the windows of calibration cost."""
+    samples, length = params.calibration.samples, params.calibration.length
+    return on.walk(samples, length, walking(on.model, dtype=on.dtype, length=length, device=on.where, statistics=True))

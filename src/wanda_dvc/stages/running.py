@@ -1,0 +1,141 @@
+"""How a stage runs: its progress, its device, its time and memory."""
+
+import contextlib
+import os
+import platform
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from wanda_dvc.errors import UserError, notice
+from wanda_dvc.params import Runtime
+from wanda_dvc.study.files import Json
+from wanda_dvc.study.project import Project
+
+STARTED_BY = os.getppid()
+SAMPLES_A_SECOND = 20  # of the memory that a stage holds
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def timed(project: Project, run: str) -> Iterator[list[str]]:
+    """Keep how long a run took, on what, and the memory that it held; the body appends the run's key."""
+    began = time.perf_counter()
+    keys: list[str] = []
+    with AnonymousMemory() as memory:
+        yield keys
+    content: Json = {"seconds": round(time.perf_counter() - began, 2)}
+    if memory.peak:
+        content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
+    else:
+        content["peak_resident_gb"] = round(_peak_resident() / 1e9, 3)
+    content |= {"machine": f"{processor()}, {os.cpu_count()} cores", "device": device_name(project.params.runtime)}
+    for key in keys:
+        project.times.write(run, key, content)
+
+
+class AnonymousMemory:
+    """The most memory of this process that no file stands behind, sampled by a thread; 0 where the system hides it.
+
+    The resident peak counts mapped checkpoint pages too, which the system may reclaim at any time: a model of 13.5 GB
+    runs under a hard limit of 3 GB.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> "AnonymousMemory":
+        self.peak = anonymous_memory()
+        if self.peak:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self.peak:
+            self._thread.join()
+            self.peak = max(self.peak, anonymous_memory())
+
+    def _sample(self) -> None:
+        while not self._done.wait(1 / SAMPLES_A_SECOND):
+            self.peak = max(self.peak, anonymous_memory())
+
+
+def anonymous_memory() -> int:
+    """Return the bytes of this process that no file stands behind; 0 where the system does not say."""
+    with contextlib.suppress(OSError), Path("/proc/self/status").open(encoding="utf-8") as status:
+        for line in status:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def device_name(runtime: Runtime) -> str:
+    """Return the torch device to run on, by name; `auto` asks torch only if a stage has imported it anyway."""
+    if runtime.device != "auto":
+        return runtime.device
+    torch = sys.modules.get("torch")
+    return "cuda" if torch and torch.cuda.is_available() else "cpu"
+
+
+def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
+    """Yield the items with a bar on a terminal, elsewhere with a line a minute.
+
+    UserError between two items once the DVC that started this process is gone.
+    """
+    from tqdm import tqdm
+
+    items = _while_wanted(items)
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=what, file=sys.stderr)
+        return
+    began = said = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - said >= 60 or (done == total and now - began >= 10):
+            notice(f"{what}: {done} of {total}, {now - began:.0f} s")
+            said = now
+
+
+def _while_wanted(items: Iterable[T]) -> Iterator[T]:
+    """Stop a stage whose DVC was killed.
+
+    DVC kills a queued experiment, but not the stage that it runs. The stage would go on for a checkout that is gone,
+    and whoever runs the experiment again would wait for it.
+    """
+    for item in items:
+        if "DVC_STAGE" in os.environ and os.getppid() != STARTED_BY:
+            raise UserError("the DVC that ran this stage is gone: stopped; run it again and it goes on from here")
+        yield item
+
+
+def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
+    """Say how many experts no calibration token reached, if any, by block."""
+    if count := sum(map(len, unreached.values())):
+        blocks = ", ".join(str(block) for block, experts in sorted(unreached.items()) if experts)
+        notice(
+            f"{stage}: no calibration token reached {count} expert{'s' * (count > 1)} (blocks: {blocks}); Wanda judges "
+            "their weights by magnitude. More calibration windows reach more experts."
+        )
+
+
+def _peak_resident() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def processor() -> str:
+    """Return the CPU's name."""
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
