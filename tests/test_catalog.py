@@ -1,0 +1,142 @@
+"""The tables: what a stage reads, and methods of other packages."""
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import write_params
+
+from wanda_dvc import catalog
+from wanda_dvc.catalog import Method, methods
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import limit, read_params
+from wanda_dvc.pruning.choose import score_function
+from wanda_dvc.stages import STAGES, run
+from wanda_dvc.study.project import Project
+
+
+@pytest.mark.slow  # lm-eval's index and its evaluation take seconds
+def test_every_stage_reads_its_settings_and_no_others(
+    project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+):
+    """With dvc.yaml's `params:` held to the rows, a setting that is missing or superfluous there is found."""
+    made = project()
+    read: dict[tuple[str, str | None], set[str]] = {}
+    limited_to = Project.limited_to
+
+    def spied(self: Project, allowed: tuple[str, ...]) -> Project:
+        limited = limited_to(self, allowed)
+        read[stage.name, part] = limited.params.read  # type: ignore[attr-defined]
+        return limited
+
+    monkeypatch.setattr(Project, "limited_to", spied)
+    for stage in STAGES.values():
+        for _, part, task in stage.runs(made.params.tasks.names):
+            run(stage.name, project=made, part=part, task=task)
+            assert read[stage.name, part] - {"runtime"} == set(stage.settings_of(part)), (stage.name, part)
+    assert len(read) == 4 + 3 + 2 + 2
+
+
+def test_a_setting_of_another_stage_is_out_of_reach(project: Callable[..., Project]):
+    params = limit(project().params, ["calibration.samples", "sparsity"])
+    assert (params.calibration.samples, params.sparsity, params.share) == (3, 0.5, 0.5)
+    assert params.runtime.device == "auto"
+    for read in (lambda: params.method, lambda: params.calibration.length, lambda: params.perplexity):
+        with pytest.raises(AttributeError, match=r"is not among this stage's settings: calibration.samples, sparsity"):
+            read()
+
+
+@pytest.mark.parametrize("method", methods().values(), ids=methods())
+def test_a_method_is_a_row_and_a_function(method: Method, project: Callable[..., Project]):
+    assert callable(score_function(method))
+    assert method.link.startswith("https://")
+    assert all([method.title, method.citation, method.about])
+    assert project(method=method.name).params.method == method.name
+
+
+PLUGIN = '''
+from wanda_dvc.catalog import Method
+
+last_column = Method(
+    name="columns", title="columns", citation="nobody", link="https://example.org", about="the column's number",
+    function="plugin:score", needs="weights", competition="groups", scores_by_row=True,
+)
+
+
+def score(weight, x):
+    import torch
+    return torch.arange(weight.shape[1]).float().expand(weight.shape)
+'''
+
+
+def test_a_package_outside_adds_a_method(tmp_path: Path, tiny: Path):
+    """Twenty lines and an entry point: params.yaml takes the method, and `mask` prunes with it."""
+    site = tmp_path / "site"
+    metadata = site / "plugin-1.dist-info"
+    metadata.mkdir(parents=True)
+    (site / "plugin.py").write_text(PLUGIN)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[wanda_dvc.methods]\ncolumns = plugin:last_column\n")
+    study = tmp_path / "study"
+    study.mkdir()
+    write_params(study, tiny, method="columns")
+    code = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[1])
+        from wanda_dvc.stages import run
+        from wanda_dvc.study.project import Project
+        from wanda_dvc.study.tensors import read_masks
+        project = Project(Path(sys.argv[2]))
+        for stage, part in (("download", "model"), ("download", "calibration"), ("calibrate", None), ("mask", None)):
+            run(stage, project=project, part=part)
+        keep = read_masks(project.masks, 1)["model.layers.1.mlp.up_proj"]
+        print(keep[:, :16].any().item(), keep[:, 16:].all().item())
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", code, site, study], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False True", done.stderr
+
+
+class Entry:
+    """An entry point that loads something."""
+
+    name, value, dist = "x", "package:thing", None
+
+    def __init__(self, loaded: object) -> None:
+        self.loaded = loaded
+
+    def load(self) -> object:
+        if isinstance(self.loaded, Exception):
+            raise self.loaded
+        return self.loaded
+
+
+@pytest.mark.parametrize(
+    ("loaded", "message"),
+    [
+        (ImportError("no thing"), r"package:thing does not load \(no thing\), expected a wanda_dvc.catalog.Method"),
+        (5, "package:thing is a int, expected a wanda_dvc.catalog.Method"),
+        (next(iter(methods().values())), "method magnitude exists already, expected another name"),
+    ],
+)
+def test_an_entry_point_that_is_no_method_is_named(monkeypatch: pytest.MonkeyPatch, loaded: object, message: str):
+    monkeypatch.setattr(catalog, "entry_points", lambda **_: [Entry(loaded)])
+    with pytest.raises(UserError, match=message):
+        catalog.methods.__wrapped__()
+
+
+def test_a_broken_package_is_an_error_that_the_user_can_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(catalog, "entry_points", lambda **_: [Entry(ImportError("no thing"))])
+    write_params(tmp_path, tmp_path)
+    catalog.methods.cache_clear()
+    try:
+        with pytest.raises(UserError, match="mend or uninstall that package"):
+            read_params(tmp_path / "params.yaml")
+    finally:
+        monkeypatch.undo()
+        catalog.methods.cache_clear()
