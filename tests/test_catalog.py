@@ -19,9 +19,7 @@ from wanda_dvc.study.project import Project
 
 
 @pytest.mark.slow  # lm-eval's index and its evaluation take seconds
-def test_every_stage_reads_its_settings_and_no_others(
-    project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
-):
+def test_every_stage_reads_its_settings_and_no_others(project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch):
     """With dvc.yaml's `params:` held to the rows, a setting that is missing or superfluous there is found."""
     made = project()
     read: dict[tuple[str, str | None], set[str]] = {}
@@ -57,7 +55,7 @@ def test_a_method_is_a_row_and_a_function(method: Method, project: Callable[...,
     assert project(method=method.name).params.method == method.name
 
 
-PLUGIN = '''
+PLUGIN = """
 from wanda_dvc.catalog import Method
 
 last_column = Method(
@@ -69,7 +67,7 @@ last_column = Method(
 def score(weight, x):
     import torch
     return torch.arange(weight.shape[1]).float().expand(weight.shape)
-'''
+"""
 
 
 def test_a_package_outside_adds_a_method(tmp_path: Path, tiny: Path):

@@ -88,6 +88,15 @@ def test_nothing_to_do_runs_nothing(repository: Repository):
     assert repository.run("git", "status", "--porcelain") == ""
 
 
+def test_running_again_on_equal_inputs_changes_nothing_in_git(repository: Repository):
+    """Times are no reason for another dvc.lock, nor for a conflict between two branches."""
+    assert "times" not in (repository.root / "dvc.lock").read_text()
+    assert ran(repository.run("dvc", "repro", "--force", "mask", "perplexity@pruned")) >= {"mask", "perplexity@pruned"}
+    assert repository.run("git", "status", "--porcelain") == ""
+    shown = repository.run("wanda-dvc", "show")
+    assert re.search(r"^\| perplexity-pruned +\| +[\d.]+ ", shown, flags=re.MULTILINE)
+
+
 def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
     changes = {"device": "cpu", "threads": 1, "memory_gb": 3.0, "mirror": str(tmp_path)}
     assert repository.repro(**{f"runtime__{name}": value for name, value in changes.items()}) == set()

@@ -1,5 +1,6 @@
 """Presets: whole studies as data, written into params.yaml."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -167,3 +168,13 @@ def test_a_preset_mends_settings_that_are_wrong_or_missing(study: Project):
     path.write_text("sparsity: 7\nzero_shot:\n", encoding="utf-8")
     apply_preset(project=study, name="paper")
     assert read_params(path).calibration.samples == 128
+
+
+def test_the_docs_list_of_settings_is_the_schema():
+    """`python scripts/settings.py` writes it."""
+    spec = importlib.util.spec_from_file_location("settings_page", ROOT / "scripts/settings.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.TARGET.read_text(encoding="utf-8") == module.page()
