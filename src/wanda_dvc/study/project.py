@@ -98,7 +98,7 @@ class Project:
     @property
     def times(self) -> Times:
         """How long runs took: of all checkouts of this repository."""
-        return Times(self.work_root / "times")
+        return Times(self.work_root.with_name("wanda-dvc-times"))
 
     def plots(self, name: str) -> Path:
         """What DVC's plots are drawn from, and the report's."""

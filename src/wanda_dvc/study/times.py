@@ -1,4 +1,4 @@
-"""How long runs took, and on what machine: a file a run, in the work folder of the repository.
+"""How long runs took, and on what machine: a file a run, in DVC's temporary folder of the repository.
 
 They are no outputs of the pipeline. As outputs, times decided what runs: a clone without the cache asked for times that
 nobody else had, and two branches conflicted in dvc.lock over seconds. A run's key follows from what it made, so that
