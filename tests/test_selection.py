@@ -53,7 +53,10 @@ def test_rows_and_layer_equal_the_loops(weight, share):
     assert by_layer.tolist() == oracle.keep_by_layer(score, int(rows * columns * share))
 
 
-@given(st.sampled_from([(1, 2), (2, 4), (1, 4), (4, 8), (3, 8)]), st.data())
+@given(
+    st.sampled_from([(1, 2), (2, 4), (1, 4), (4, 8), (3, 8), (1, 16), (9, 17), (2, 257), (1, 300), (256, 512)]),
+    st.data(),
+)
 def test_n_of_m_equals_the_loops(n_of_m, data):
     n, m = n_of_m
     weight = data.draw(matrices(st.integers(1, 3).map(lambda groups: groups * m)))

@@ -14,6 +14,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.patterns import parse_pattern
 
 LARGEST_SHARE, SPARSITY_TOLERANCE = 0.8, 0.001  # of Wanda's variant, as in its authors' code
+COUNTED = 16  # the largest m of which ranks are counted; in uint8 they would overflow at 257
 
 
 def removed(size: int, share: Fraction) -> int:
@@ -97,7 +98,10 @@ def _kth_lowest(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "gr
 
 
 def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, "out in"]:
-    """Keep the n highest of every m neighbours along the input, by counting how many rank above each."""
+    """Keep the n highest of every m neighbours along the input."""
+    if m > COUNTED:
+        return keep_highest(score.reshape(-1, m), n).view(score.shape)
+    # Counting for each neighbour how many rank above it is faster than a partition of a few.
     neighbours = score.unflatten(1, (-1, m)).movedim(-1, 0).contiguous()  # [m, out, in / m]
     above = torch.zeros(neighbours.shape, dtype=torch.uint8, device=score.device)
     for later in range(m):
