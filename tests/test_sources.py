@@ -291,8 +291,8 @@ def test_a_local_directory_must_be_a_decoder_too(project: Make, tiny: Path, tmp_
         (
             "gated",
             None,
-            "is gated, and no account is logged in; accept its conditions on its page on the Hub, org/tiny, then log in "
-            "with `hf auth login`",
+            "is gated, and no account is logged in; accept its conditions on its page on the Hub, org/tiny, then log "
+            "in with `hf auth login`",
         ),
         (
             "gated",
