@@ -19,8 +19,8 @@ import torch
 from conftest import save_tiny_model
 from transformers import BertConfig, T5Config
 
-from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.engine.sizes import Need
+from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.sources.models import copied_bytes
 from wanda_dvc.stages import PARTS
