@@ -154,7 +154,7 @@ def _notes(study: Project) -> Iterator[str]:
     limit = params.zero_shot.limit
     yield (
         f"Zero-shot: no examples in the prompt, {f'the first {limit} items' if limit else 'all items'} of each task, "
-        f"{params.dtype}; ± is one standard error, and differences below two are within chance."
+        f"{params.dtype}; ± is one standard error, and a difference below two of them may be chance."
     )
     if params.tasks.source == "samples":
         yield (
