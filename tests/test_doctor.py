@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from conftest import ROOT, write_params
 from dvc.repo import Repo
@@ -55,7 +56,7 @@ def test_a_whole_study_is_well(study: Path):
             ),
             "without Salesforce/wikitext/wikitext-2-raw-v1/test.jsonl, baber/piqa/validation.jsonl",
         ),
-        ("dvc.yaml", lambda study: (study / "dvc.yaml").unlink(), "copy the one"),
+        ("dvc.yaml", lambda study: (study / "dvc.yaml").unlink(), "copy it from"),
         (
             "dvc.yaml",
             lambda study: (study / "dvc.yaml").write_text(
@@ -74,6 +75,35 @@ def test_what_is_missing_is_named_with_what_to_do(study: Path, what: str, harm, 
     assert "✗" in row(table, what)
     assert todo in row(table, what)
     assert re.search(rf"Missing: .*{re.escape(what)}", table)
+
+
+@pytest.mark.parametrize("changes", [{}, {"perplexity__text__source": "wikitext2", "runtime__mirror": "/"}])
+def test_a_local_study_needs_no_login(study: Path, changes: dict[str, str]):
+    write_params(study, study, **changes)
+    assert "Hub login" not in doctor(start=study)[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "org/model@main"},
+        {"perplexity__text__source": "wikitext2"},
+        {"calibration__text__source": "org/text"},
+        {"tasks__source": "benchmark"},
+        {"model": "org/model", "runtime__mirror": "/"},
+    ],
+)
+def test_a_study_that_asks_the_hub_is_told_about_the_login(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str]
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    write_params(study, changes.pop("model", study), **changes)
+    table, well = doctor(start=study)
+    assert "✗" in row(table, "Hub login")
+    assert well  # a public model needs none
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    assert "✓" in row(doctor(start=study)[0], "Hub login")
 
 
 def test_what_is_only_slower_is_no_reason_to_fail(study: Path):

@@ -2,23 +2,30 @@
 
 import json
 import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 from huggingface_hub import ModelCard
+from test_shape import wanda_dvc
 
+from wanda_dvc.catalog import Method, methods
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.build import export, how_to_repeat
+from wanda_dvc.export.build import experiment_and_directory, export
+from wanda_dvc.export.formats import FORMATS
+from wanda_dvc.export.repeat import how_to_repeat
 from wanda_dvc.params import Params
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.presets import flatten, read_preset
+from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import digest, read_provenance
+from wanda_dvc.study.settings import flatten
 
 
 @pytest.fixture
@@ -78,15 +85,33 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
         "3 windows of 64 tokens of embedded, train, seed 0, float32",
         "| perplexity | 12.50 | diverged |",
         "| piqa, acc % | – | 50.0 ± 7.0 |",
-        "`diverged`: the loss was not finite",
+        "`diverged`: the loss, or its exponential, was not finite",
         "samples, not benchmarks",
-        "Unknown: nothing that came with the dense model names one",
+        "Unknown: no file of the dense model names one",
         "files are no smaller",
         "make no GPU faster",
+        "chosen by Wanda ([Sun et al. 2024](https://arxiv.org/abs/2306.11695))",
         "-S sparsity=0.3",
     ):
         assert said in text
     assert str(pruned.root.parent) not in card.content
+
+
+@pytest.mark.parametrize("method", methods().values(), ids=lambda method: method.name)
+def test_the_card_cites_the_methods_paper(project: Callable[..., Project], method: Method):
+    made = project(method=method.name)
+    for part in ("model", "calibration"):
+        download(project=made, part=part)
+    for stage in (calibrate, mask):
+        stage(project=made)
+    assert f"chosen by {method.title} ([{method.citation}]({method.link}))" in " ".join(exported(made).text.split())
+
+
+def test_a_method_that_is_not_installed_has_its_name_on_the_card(pruned: Project):
+    path = pruned.masks / "provenance.json"
+    masks = json.loads(path.read_text())
+    write_json(path, masks | {"params": masks["params"] | {"method": "elsewhere"}})
+    assert "are zero, chosen by elsewhere. Nothing was trained" in " ".join(exported(pruned).text.split())
 
 
 def test_numbers_of_another_model_are_not_on_the_card(pruned: Project):
@@ -135,6 +160,62 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_
 def test_without_masks_or_a_repository_it_says_what_to_run(project: Callable[..., Project], tmp_path: Path):
     with pytest.raises(UserError, match="masks/provenance.json: not there; run `dvc repro`"):
         export(project=project(), experiment=None, target=tmp_path / "out")
+
+
+def test_an_unknown_format_is_refused_and_the_known_are_named(project: Callable[..., Project], tmp_path: Path):
+    with pytest.raises(
+        UserError, match="--format: got gguf, expected huggingface \\(a directory that transformers loads"
+    ):
+        export(project=project(), experiment=None, target=tmp_path / "out", format_name="gguf")
+    assert not (tmp_path / "out").exists()
+    assert [name for name, row in FORMATS.items() if name != row.name] == []
+
+
+@pytest.fixture
+def repository(project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A repository with a branch, a tag, and an experiment `undue-stay`; the current directory is its root."""
+    made = project()
+    for name in ("GIT_AUTHOR", "GIT_COMMITTER"):
+        monkeypatch.setenv(f"{name}_NAME", "test")
+        monkeypatch.setenv(f"{name}_EMAIL", "test@example.org")
+    monkeypatch.chdir(made.root)
+    (made.root / "dvc.yaml").write_text("stages: {}\n")
+    for words in (["init", "--quiet"], ["add", "params.yaml", "dvc.yaml"], ["commit", "--quiet", "--message", "x"]):
+        subprocess.run(["git", *words], check=True)
+    subprocess.run(["git", "branch", "six/seven"], check=True)
+    subprocess.run(["git", "tag", "v1"], check=True)
+    with Repo.init() as dvc:
+        project(sparsity=0.25)
+        dvc.experiments.save(name="undue-stay")
+    return made
+
+
+def test_an_experiment_without_a_directory_is_not_taken_for_one(repository: Project):
+    """`wanda-dvc export undue-stay` wrote the workspace's model into ./undue-stay."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    for name in ("undue-stay", "six/seven", "v1", commit, commit[:8]):
+        message = (
+            f"export: got {name}, an experiment, commit, branch or tag of this repository, expected a directory after "
+            f"it; run `wanda-dvc export {name} DIRECTORY`, or write `./{name}`"
+        )
+        with pytest.raises(UserError, match=message):
+            experiment_and_directory(repository, [name])
+    done = wanda_dvc("export", "undue-stay", cwd=repository.root)
+    assert done.returncode == 2
+    assert "export: got undue-stay, an experiment" in done.stderr
+    assert not Path("undue-stay").exists()
+
+
+def test_a_directorys_path_is_one(repository: Project, tmp_path: Path):
+    for word in ("out", "models/out", "./undue-stay", "undue-stay/", "../undue-stay", str(tmp_path / "undue-stay")):
+        assert experiment_and_directory(repository, [word]) == (None, Path(word))
+    assert experiment_and_directory(repository, ["undue-stay", "v1"]) == ("undue-stay", Path("v1"))
+    Path("undue-stay").mkdir()
+    assert experiment_and_directory(repository, ["undue-stay"]) == (None, Path("undue-stay"))
+
+
+def test_without_a_repository_every_word_is_a_directory(project: Callable[..., Project]):
+    assert experiment_and_directory(project(), ["undue-stay"]) == (None, Path("undue-stay"))
 
 
 def test_the_command_on_the_card_runs_the_same_experiment(project: Callable[..., Project]):

@@ -241,6 +241,10 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert f"{exported}: already there, expected a new or an empty directory" in repository.run(
         "wanda-dvc", "export", str(exported), check=False
     )
+    assert "export: got two-of-four, an experiment, commit, branch or tag of this repository" in repository.run(
+        "wanda-dvc", "export", "two-of-four", check=False
+    )
+    assert not (repository.root / "two-of-four").exists()
     assert "six: no experiment, commit, branch or tag of that name" in repository.run(
         "wanda-dvc", "export", "six", str(tmp_path / "six"), check=False
     )

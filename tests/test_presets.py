@@ -10,8 +10,9 @@ from ruamel.yaml import YAML
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params, read_params, settings
-from wanda_dvc.study.presets import apply_preset, flatten, names, preset_table, read_preset
+from wanda_dvc.study.presets import apply_preset, names, preset_table, read_preset
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.settings import flatten, nested
 
 SCHEMA = {name for name, _ in settings()}
 GRID = "dvc exp run --queue -S 'sparsity=0.3,0.5,0.7' -S 'method=magnitude,wanda' && dvc queue start"
@@ -72,14 +73,12 @@ def test_a_preset_is_what_is_written_out_here(name: str):
 def test_a_preset_sets_every_setting_but_runtime_and_the_schema_takes_it(name: str):
     preset = read_preset(name)
     assert set(preset.settings) == {setting for setting in SCHEMA if not setting.startswith("runtime.")}
-    nested: dict = {}
-    for setting, value in preset.settings.items():
-        *sections, leaf = setting.split(".")
-        target = nested
-        for section in sections:
-            target = target.setdefault(section, {})
-        target[leaf] = value
-    check_params(nested)
+    check_params(nested(preset.settings))
+
+
+def test_flattened_settings_nest_again():
+    content = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    assert nested(dict(flatten(content))) == content
 
 
 def test_the_studys_set_up_is_what_its_page_says():

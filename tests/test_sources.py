@@ -1,5 +1,6 @@
 """The Hub, played by a server on this machine that speaks the few requests the real client makes."""
 
+import errno
 import gzip
 import hashlib
 import json
@@ -18,11 +19,15 @@ import torch
 from conftest import save_tiny_model
 from transformers import BertConfig, T5Config
 
+from wanda_dvc.engine.sizes import Need
 from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
+from wanda_dvc.sources.models import copied_bytes
+from wanda_dvc.stages import PARTS
 from wanda_dvc.stages.calibrate import calibrate
-from wanda_dvc.stages.download import download
+from wanda_dvc.stages.download import SOURCES, download, need
 from wanda_dvc.stages.inputs import calibration_windows
+from wanda_dvc.study import files
 from wanda_dvc.study.project import Project
 
 Make = Callable[..., Project]
@@ -124,6 +129,10 @@ def provenance(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
 
 
+def test_every_part_has_a_source():
+    assert tuple(SOURCES) == PARTS
+
+
 # --- models ---
 
 
@@ -191,7 +200,7 @@ def test_a_killed_download_fetches_no_finished_file_again(
 def test_a_run_killed_after_the_download_fetches_nothing_again(
     project: Make, hub: Hub, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from wanda_dvc.stages import download as module
+    from wanda_dvc.sources import models as module
 
     def killed(folder: Path) -> None:
         raise KeyboardInterrupt
@@ -222,7 +231,7 @@ def without(*names: str) -> Callable[[dict[str, bytes]], None]:
         (without("config.json"), "model: org/tiny has no config.json, expected a Hugging Face model"),
         (
             lambda files: files.update({"pytorch_model.bin": files.pop("model.safetensors")}),
-            r"model: org/tiny has its weights only as pickles \(pytorch_model.bin\), which nothing here opens",
+            r"model: org/tiny has its weights only as pickles \(pytorch_model.bin\), which wanda-dvc never opens",
         ),
         (
             lambda files: files.update({"tiny.gguf": files.pop("model.safetensors")}),
@@ -245,14 +254,14 @@ def without(*names: str) -> Callable[[dict[str, bytes]], None]:
         ),
         (
             lambda files: files.update({"config.json": config(model_type="new", auto_map={"AutoConfig": "new.C"})}),
-            "config.json: new comes with code of its own, which nothing here runs",
+            "config.json: new needs code of its own, which wanda-dvc never runs",
         ),
         (lambda files: files.update({"config.json": b"{}"}), "config.json: no model_type"),
         (
             lambda files: files.update(
                 {"config.json": config(model_type="llama", quantization_config={"quant_method": "gptq"})}
             ),
-            "config.json: weights quantized by gptq, expected plain ones",
+            "config.json: weights quantized by gptq, expected unquantized ones",
         ),
     ],
 )
@@ -282,8 +291,8 @@ def test_a_local_directory_must_be_a_decoder_too(project: Make, tiny: Path, tmp_
         (
             "gated",
             None,
-            "is gated, and no one is logged in; accept its conditions on its page on the Hub, org/tiny, then log in "
-            "with `hf auth login`",
+            "is gated, and no account is logged in; accept its conditions on its page on the Hub, org/tiny, then log "
+            "in with `hf auth login`",
         ),
         (
             "gated",
@@ -293,7 +302,7 @@ def test_a_local_directory_must_be_a_decoder_too(project: Make, tiny: Path, tmp_
         (
             "unknown",
             None,
-            "found no (model|data set) org/tiny that everyone may read; correct its id or, if it is private, log in "
+            "found no public (model|data set) org/tiny; correct its id or, if it is private, log in "
             "with `hf auth login`",
         ),
         (
@@ -301,9 +310,9 @@ def test_a_local_directory_must_be_a_decoder_too(project: Make, tiny: Path, tmp_
             "hf_x",
             "found no (model|data set) org/tiny that the account that is logged in may read; correct its id",
         ),
-        ("revision", None, "org/tiny has no revision v2; name a commit, a tag or a branch that it has"),
-        ("offline", None, "org/tiny is on the Hub, and HF_HUB_OFFLINE forbids asking it"),
-        ("no network", None, r"org/tiny is on the Hub, which can't be reached from here \(ConnectError\)"),
+        ("revision", None, "org/tiny has no revision v2; name a commit, a tag or a branch of it"),
+        ("offline", None, "org/tiny is on the Hub, and HF_HUB_OFFLINE is set; unset it"),
+        ("no network", None, r"org/tiny is on the Hub, and the Hub cannot be reached \(ConnectError\)"),
         ("down", None, r"org/tiny: the Hub answered 500 \(Service in pieces\); try again later"),
     ],
 )
@@ -337,6 +346,64 @@ def test_what_the_hub_refuses_is_told_apart(
     with pytest.raises(UserError, match=rf"^params.yaml: (model|perplexity.text.source): .*{message}"):
         download(project=made, part=part)
     assert hub.fetched == []
+
+
+# --- a local model costs no second copy where the file system can share blocks ---
+
+
+def cloned_by(monkeypatch: pytest.MonkeyPatch, clone: Callable[[Path, Path], None]) -> list[str]:
+    """Replace the file system's clone; the files that are cloned, by name."""
+    names: list[str] = []
+
+    def noted(source: Path, target: Path) -> None:
+        clone(source, target)
+        names.append(Path(source).name)
+
+    monkeypatch.setattr(files, "reflink", noted)
+    return names
+
+
+def unsupported(source: Path, target: Path) -> None:
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
+@pytest.mark.parametrize("clone", [shutil.copyfile, unsupported])
+def test_a_local_model_is_cloned_or_copied_and_never_linked(
+    project: Make, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clone: Callable[[Path, Path], None]
+):
+    source = shutil.copytree(tiny, tmp_path / "source")
+    (source / "model.safetensors").chmod(0o444)
+    cloned = cloned_by(monkeypatch, clone)
+    made = project(model=source)
+    size = (source / "model.safetensors").stat().st_size
+    whole = sum(path.stat().st_size for path in source.iterdir())
+    copied = whole if clone is unsupported else 0
+    assert copied_bytes(source, made) == copied
+    assert need(made, "model") == Need(disk=2 * copied, least=copied)  # a second one may go to the cache
+    assert size < whole
+    assert list(made.work_root.iterdir()) == []  # the probe is gone
+    cloned.clear()
+    download(project=made, part="model")
+    names = {path.name for path in source.iterdir()}
+    assert set(cloned) == (set() if clone is unsupported else names)
+    for name in names:
+        taken, own = made.model("dense") / name, source / name
+        assert taken.read_bytes() == own.read_bytes()
+        assert taken.stat().st_ino != own.stat().st_ino
+        assert own.stat().st_nlink == 1
+        assert taken.stat().st_mode & 0o200  # whatever the original's: the work folder stays removable
+
+
+def test_a_model_of_links_is_cloned_as_files(project: Make, tiny: Path, tmp_path: Path):
+    """The Hub's cache keeps a snapshot as links to blobs."""
+    source = tmp_path / "snapshot"
+    source.mkdir()
+    for path in tiny.iterdir():
+        (source / path.name).symlink_to(path)
+    made = project(model=source)
+    assert copied_bytes(source, made) in (0, sum(path.stat().st_size for path in tiny.iterdir()))
+    download(project=made, part="model")
+    assert not any(path.is_symlink() for path in made.model("dense").iterdir())
 
 
 # --- texts ---
@@ -534,5 +601,5 @@ def test_tasks_that_cannot_be_had_are_all_named(project: Make, hub: Hub):
     with pytest.raises(UserError) as caught:
         download(project=project(tasks__source="benchmark", tasks__names=["piqa", "rte"]), part="tasks")
     first, second = caught.value.problems
-    assert first.startswith("params.yaml: tasks.names: piqa: found no data set baber/piqa that everyone may read")
-    assert second.startswith("params.yaml: tasks.names: rte: found no data set nyu-mll/glue")
+    assert first.startswith("params.yaml: tasks.names: piqa: found no public data set baber/piqa;")
+    assert second.startswith("params.yaml: tasks.names: rte: found no public data set nyu-mll/glue")

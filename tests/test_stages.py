@@ -117,7 +117,7 @@ def test_text_files_and_mirrors(project: Make, tmp_path: Path):
     )
     fetch(made, "calibration")
     assert made.text("calibration") == "x y"
-    with pytest.raises(UserError, match="test.jsonl is not there; put it there as JSONL, a row a line"):
+    with pytest.raises(UserError, match="test.jsonl not found; put it there as JSONL, one row a line"):
         fetch(project(perplexity__text__source="wikitext2", runtime__mirror=str(tmp_path / "mirror")), "perplexity")
     with pytest.raises(UserError, match="line 1: found body, expected a column `text`"):
         fetch(project(perplexity__text__source=str(tmp_path / "b.jsonl")), "perplexity")

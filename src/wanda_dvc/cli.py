@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from wanda_dvc import __version__
+from wanda_dvc.export.formats import DEFAULT as DEFAULT_FORMAT
+from wanda_dvc.export.formats import FORMATS
 from wanda_dvc.stages import STAGES, Stage
 
 app = typer.Typer(
@@ -179,18 +181,21 @@ def export(
         list[str],
         typer.Argument(
             metavar="[EXPERIMENT] DIRECTORY",
-            help="an experiment, commit, branch or tag (by default the workspace), and a new or empty directory",
+            help="An experiment, commit, branch or tag (by default the workspace), and a new or empty directory.",
         ),
     ],
+    format_name: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = DEFAULT_FORMAT,
 ) -> None:
-    """Build any experiment's pruned model, with its full card, ready to upload; the workspace stays as it is."""
+    """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
+    from wanda_dvc.export.build import experiment_and_directory
     from wanda_dvc.export.build import export as build
     from wanda_dvc.study.project import Project
 
     if len(words) > 2:
         raise typer.BadParameter(f"got {len(words)} words, expected [EXPERIMENT] DIRECTORY")
-    *experiment, target = words
-    typer.echo(build(project=Project.find(), experiment=experiment[0] if experiment else None, target=Path(target)))
+    project = Project.find()
+    experiment, target = experiment_and_directory(project, words)
+    typer.echo(build(project=project, experiment=experiment, target=target, format_name=format_name))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

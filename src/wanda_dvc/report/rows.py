@@ -19,9 +19,9 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.presets import flatten
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.revisions import Revision
+from wanda_dvc.study.settings import flatten
 from wanda_dvc.study.times import Times
 
 TAKEN = ("metrics", "stats", "masks/provenance.json")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-from wanda_dvc.export.build import how_to_repeat
+from wanda_dvc.export.repeat import how_to_repeat
 from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.report import charts, inference
 from wanda_dvc.report.charts import Point

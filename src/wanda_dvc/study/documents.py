@@ -1,4 +1,4 @@
-"""The documents of a gzipped text, read one at a time."""
+"""Documents of a gzipped text, read one at a time."""
 
 import gzip
 import json
@@ -13,20 +13,19 @@ from wanda_dvc.errors import UserError
 
 @dataclass(frozen=True)
 class Documents(Sequence[str]):
-    """The documents of a gzipped file, a JSON object a line, read one at a time by their number.
+    """The documents of a gzipped file of JSON lines, read one at a time by index.
 
-    Gzip can't be entered in the middle, so the lines are unpacked once, to a file; in memory there is only where each
-    begins.
+    Gzip has no random access, so the lines are unpacked once to a scratch file. Only their offsets are in memory.
     """
 
     lines: IO[bytes]
-    starts: "array[int]"  # one more than there are documents
+    starts: "array[int]"  # offsets, and the end of the last document
     column: str
     shard: Path
 
     @classmethod
     def unpack(cls, shard: Path, column: str, scratch: IO[bytes]) -> "Documents":
-        """UserError if it isn't whole."""
+        """Unpack a shard into a scratch file. UserError if the shard is damaged."""
         starts = array("q", [0])
         try:
             with gzip.open(shard) as packed:

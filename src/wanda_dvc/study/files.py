@@ -1,7 +1,9 @@
-"""JSON and CSV on disk, each written beside its place and renamed: a reader never sees half a file."""
+"""Files on disk: JSON and CSV, each written beside its place and renamed, and copies that share blocks."""
 
 import csv
 import json
+import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ Json = dict[str, Any]
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write beside its place and rename: a reader never sees half a file, a link's target is never touched."""
+    """Write JSON beside its place, then rename it. A reader never sees half a file, and a link's target stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
@@ -20,7 +22,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write as `write_json` does. Floats have six significant digits: later ones differ between machines."""
+    """Write CSV as `write_json` does. Floats have six significant digits, because later ones vary by machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     with beside.open("w", encoding="utf-8", newline="") as file:
@@ -31,7 +33,7 @@ def write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[object
 
 
 def read_json(path: Path, made_by: str) -> Any:
-    """Read an artifact's JSON. UserError naming the command that makes it, if it isn't there or isn't ours."""
+    """Read an artifact's JSON. UserError, naming the command that writes it, if it is missing or not valid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -44,3 +46,35 @@ def load_json(path: Path) -> Json:
     """Read a JSON object; an empty one where the file is not there."""
     content: Json = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return content
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file to a new place: a reflink where the file system supports it, else its bytes.
+
+    A reflink shares the blocks of the original until either file changes, so it takes no space. A hard link would be
+    the user's own file under a second name: DVC makes cached files read-only, and people overwrite theirs in place.
+    """
+    try:
+        reflink(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    else:
+        target.chmod(target.stat().st_mode | 0o200)  # macOS clones the permissions too
+
+
+def can_reflink(source: Path, folder: Path) -> bool:
+    """Whether a reflink of a file into a folder works, by a try with that file, which should be small."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="reflink-") as scratch:
+        try:
+            reflink(source, Path(scratch) / source.name)
+        except OSError:
+            return False
+    return True
+
+
+def reflink(source: Path, target: Path) -> None:
+    """Clone a file copy-on-write. OSError where the file system or the system cannot."""
+    from dvc_objects.fs import system  # it takes a fifth of a second to import
+
+    system.reflink(source, target)

@@ -1,15 +1,24 @@
-"""Where texts and tasks' items lie on the Hub, and so in a mirror."""
+"""Where texts and tasks' items are: embedded, on the Hub, and in a mirror, which has the Hub's layout."""
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from wanda_dvc.catalog import HUB_ID, TEXTS, NamedText
+from wanda_dvc.errors import UserError
 from wanda_dvc.params import Text
+from wanda_dvc.study.files import Json
+
+EMBEDDED = Path(str(files("wanda_dvc"))) / "embedded"
 
 
 def on_the_hub(wanted: Text) -> tuple[NamedText, str | None, tuple[str, ...]] | None:
-    """The data set that a text is, its shard if one stands for the split, and the file's place below the data set's
-    id in a mirror. None for a text that is embedded or a file."""
+    """The data set of a text, the shard that stands for its split (or None), and its place in a mirror.
+
+    The place is a path below the data set's id. None for a text that is embedded or a file.
+    """
     named = TEXTS.get(wanted.source)
     if not named and not HUB_ID.fullmatch(wanted.source):
         return None
@@ -33,10 +42,40 @@ class TaskItems:
         return tuple(part for part in (self.dataset, self.config, f"{self.split}.jsonl") if part)
 
 
-def task_items(definition: dict[str, Any]) -> TaskItems | None:
-    """Where the items of one of lm-eval's tasks are, by its definition; None if that names no data set and split."""
+def task_definition(name: str) -> tuple[str, Json] | None:
+    """The file of one of lm-eval's tasks, relative to all of them, and its content; None if there is no such task."""
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    index = _task_index()
+    path: Path | None = index[name].yaml_path if name in index else None
+    if path is None:
+        return None
+    return path.relative_to(Path(lm_eval.tasks.__file__).parent).as_posix(), load_yaml(path)
+
+
+@cache
+def _task_index() -> dict[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager().task_index
+
+
+def task_items(definition: Json) -> TaskItems | None:
+    """The items that a task's definition asks about; None if it names no data set and split."""
     role = "test" if definition.get("test_split") else "validation"
     dataset, split = definition.get("dataset_path"), definition.get(f"{role}_split")
     if not dataset or not split or definition.get("custom_dataset"):
         return None
     return TaskItems(role, split, dataset, definition.get("dataset_name"))
+
+
+def in_mirror(mirror: str | None, *parts: str) -> Path | None:
+    """A file in the mirror; None without a mirror. UserError if the mirror lacks the file."""
+    if mirror is None:
+        return None
+    path = Path(mirror, *parts)
+    if not path.is_file():
+        how = "as the Hub has it" if path.suffix == ".gz" else "as JSONL, one row a line"
+        raise UserError(f"runtime.mirror: {path} not found; put it there {how}, or set runtime.mirror to null")
+    return path

@@ -1,4 +1,4 @@
-"""What an experiment, commit, branch or tag holds, out of git and DVC's cache; the workspace is only read."""
+"""An experiment, commit, branch or tag, read out of git and DVC's cache. The workspace is only read."""
 
 import shutil
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from wanda_dvc.study.project import Project
 
 @dataclass(frozen=True)
 class Revision:
-    """One state of a study's repository, `files` being DVC's view of it."""
+    """One state of a study's repository."""
 
     name: str
-    files: Any
+    files: Any  # DVC's file system of that state
     prefix: str  # of the project inside the repository
 
     @classmethod
     def open(cls, project: Project, name: str, *, otherwise: str) -> "Revision":
-        """UserError if there is no such revision; `otherwise` says what to do without a repository."""
+        """Open a revision. UserError if there is none of that name; `otherwise` helps where there is no repository."""
         from dvc.api import DVCFileSystem
         from dvc.exceptions import NotDvcRepoError
         from dvc.repo import Repo
@@ -40,17 +40,26 @@ class Revision:
             ) from None
         return cls(name, files, project.root.resolve().relative_to(root.resolve()).as_posix().removeprefix("."))
 
+    @classmethod
+    def exists(cls, project: Project, name: str) -> bool:
+        """Whether the study's repository has an experiment, commit, branch or tag of that name."""
+        try:
+            cls.open(project, name, otherwise="")
+        except UserError:
+            return False
+        return True
+
     @cached_property
     def _cache(self) -> Any:
         return self.files.repo.cache.local
 
     def take(self, part: str, target: Project) -> list[str]:
-        """One file or folder into `target`, laid out like a project; what of it could not be had.
+        """Take one file or folder into `target`, laid out like a project. Return the files that are missing.
 
-        Large files are links into the cache, so that nothing lies there twice.
+        Cached files become links into the cache, so that no space is taken.
         """
         from dvc.exceptions import DvcException
-        from dvc_data.index import DataIndexDirError  # a folder whose list of files is not in the cache
+        from dvc_data.index import DataIndexDirError  # the cache lacks a folder's list of files
 
         lost = (OSError, DvcException, DataIndexDirError)
         inside = f"{self.prefix}/{part}" if self.prefix else part
@@ -76,7 +85,7 @@ class Revision:
         return missing
 
     def take_whole(self, part: str, target: Project) -> bool:
-        """Whether all of it could be had; if not, nothing of it is left in `target`."""
+        """Take a file or folder whole, or nothing of it. Return whether it was whole."""
         if self.take(part, target):
             shutil.rmtree(target.root / part, ignore_errors=True)
             return False

@@ -1,4 +1,4 @@
-"""stats/ and masks/ on disk: one safetensors file a block, so that neither a writer nor a reader holds them all."""
+"""stats/ and masks/ on disk: one safetensors file per block, so that one block at a time is in memory."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 
 def block_file(folder: Path, block: int) -> Path:
+    """Return the path of one block's file."""
     return folder / f"block_{block:03d}.safetensors"
 
 
 def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
-    """One block's statistics: for each distinct input `NAME.sum_squares` and `NAME.sum` (float64 [in]) and
-    `NAME.count` (int64); who reads it, and which of them are stored transposed, is in the header."""
+    """Write one block's statistics.
+
+    Tensors, for each distinct input: `NAME.sum_squares` and `NAME.sum` (float64 [in]) and `NAME.count` (int64). Header:
+    the linears that read each input, and the linears whose weights are stored transposed.
+    """
     import torch
 
     tensors: dict[str, Tensor] = {}
@@ -30,7 +34,7 @@ def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
 
 
 def read_stats(folder: Path, block: int) -> "BlockStats":
-    """As `write_stats` took them."""
+    """Read one block's statistics."""
     from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
     tensors, header = _load(block_file(folder, block), "calibrate")
@@ -43,8 +47,10 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
 
 
 def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
-    """One block's `keep` masks, in the orientation in which the weights are stored, one bit a weight: uint8
-    [rows, ⌈columns / 8⌉], the first column in the highest bit."""
+    """Write one block's `keep` masks (bool, in the orientation of the stored weights), one bit a weight.
+
+    Tensors: uint8 [rows, ⌈columns / 8⌉] for each linear, the first column in the highest bit. Header: the columns.
+    """
     import numpy as np
     import torch
 
@@ -54,7 +60,7 @@ def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
 
 
 def read_masks(folder: Path, block: int) -> "dict[str, Tensor]":
-    """One block's `keep` masks, bool, in the orientation in which the weights are stored."""
+    """Read one block's `keep` masks: bool, in the orientation of the stored weights."""
     import numpy as np
     import torch
 
@@ -66,19 +72,22 @@ def read_masks(folder: Path, block: int) -> "dict[str, Tensor]":
 
 
 def block_count(folder: Path) -> int:
+    """Return the number of blocks in a folder."""
     return len(list(folder.glob("block_*.safetensors")))
 
 
 def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
     from safetensors.torch import save_file
 
+    """Write tensors and a header to a safetensors file, beside its place, then rename it."""
     beside = path.with_name(path.name + ".part")
-    # One key: safetensors writes several in an order that changes from run to run.
+    # A single key: safetensors writes several keys in an order that changes from run to run.
     save_file(tensors, beside, {"wanda_dvc": json.dumps(header)})
     beside.replace(path)
 
 
 def _load(path: Path, made_by: str) -> "tuple[dict[str, Tensor], Json]":
+    """Read the tensors and the header of a safetensors file. UserError if it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:

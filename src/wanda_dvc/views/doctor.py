@@ -1,4 +1,4 @@
-"""Look at the machine and the study before anything runs: what is there, what is missing, what to do."""
+"""Check the machine and the study before anything runs: what was found, what is missing, what to do."""
 
 import platform
 import shutil
@@ -13,10 +13,11 @@ from ruamel.yaml.error import YAMLError
 from tabulate import tabulate
 
 from wanda_dvc import __version__
+from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
-from wanda_dvc.study.places import on_the_hub, task_items
+from wanda_dvc.study.places import on_the_hub, task_definition, task_items
 from wanda_dvc.study.project import Project
 from wanda_dvc.views.needs import disk, memory
 
@@ -26,7 +27,7 @@ SHOWN = ("torch", "transformers", "dvc", "lm-eval")
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. What is not `needed` may be missing and everything still runs."""
+    """The result of one check. Everything still runs if a check that is not `needed` fails."""
 
     what: str
     good: bool
@@ -36,8 +37,8 @@ class Check:
 
 
 def doctor(*, start: Path) -> tuple[str, bool]:
-    """A table of checks of the study around a folder, and whether all that is needed is there."""
-    checks = [*_python(), *_hub()]
+    """Check the study around a folder. Return a table, and whether every needed check passed."""
+    checks = [*_python()]
     try:
         project = Project.find(start)
         params = project.params
@@ -45,7 +46,7 @@ def doctor(*, start: Path) -> tuple[str, bool]:
         checks += [Check("params.yaml", False, problem, "correct it, or cd into a study") for problem in error.problems]
     else:
         checks.append(Check("params.yaml", True, "valid"))
-        checks += [*_machine(project), *_mirror(params), *_versions(project), *_repository(project)]
+        checks += [*_hub(params), *_machine(project), *_mirror(params), *_versions(project), *_repository(project)]
     rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
     missing = [check.what for check in checks if check.needed and not check.good]
     said = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."
@@ -72,7 +73,7 @@ def _python() -> Iterator[Check]:
             if not requirement.specifier.contains(there, prereleases=True):
                 wrong.append(f"{requirement.name} {there}, expected {requirement.specifier}")
     shown = ", ".join(f"{name} {version(name)}" for name in SHOWN) if not wrong else "; ".join(wrong)
-    yield Check("libraries", not wrong, shown, "`make install` in the repository, or an environment of its own")
+    yield Check("libraries", not wrong, shown, "`make install` in the repository, or a new environment")
 
 
 def _machine(project: Project) -> Iterator[Check]:
@@ -98,23 +99,33 @@ def _machine(project: Project) -> Iterator[Check]:
     yield Check("disk", free > 1e9, f"{free / 1e9:.1f} GB free", "free some; `dvc gc --workspace` drops old cache")
 
 
-def _hub() -> Iterator[Check]:
+def _from_the_hub(params: Params) -> tuple[list[str], list[str]]:
+    """The models and the data that the settings fetch from the Hub."""
+    models = [params.model] if HUB_ID.fullmatch(params.model) else []
+    if params.runtime.mirror is not None:
+        return models, []
+    data = [text.source for text in (params.calibration.text, params.perplexity.text) if on_the_hub(text)]
+    return models, data + (["benchmark tasks"] if params.tasks.source == "benchmark" else [])
+
+
+def _hub(params: Params) -> Iterator[Check]:
+    """Whether an account is logged in, where the study asks the Hub for anything."""
     from huggingface_hub import get_token
 
-    there = get_token() is not None
-    found = "a token; whether the Hub takes it: not checked: offline" if there else "no token"
-    yield Check("Hub login", there, found, "only for gated models: `hf auth login`", needed=False)
+    models, data = _from_the_hub(params)
+    if models or data:
+        there = get_token() is not None
+        found = "a token, not checked with the Hub" if there else "no token"
+        todo = "gated and private models and data sets need `hf auth login`"
+        yield Check("Hub login", there, found, todo, needed=False)
 
 
 def _mirror(params: Params) -> Iterator[Check]:
     mirror = params.runtime.mirror
     if mirror is None:
-        asked = [text.source for text in (params.calibration.text, params.perplexity.text)]
-        remote = [source for source in asked if source != "embedded" and not Path(source).is_absolute()]
-        if params.tasks.source == "benchmark":
-            remote.append("benchmark tasks")
-        found = f"not set; {', '.join(dict.fromkeys(remote))} come from the Hub" if remote else "not set, nor asked for"
-        yield Check("runtime.mirror", not remote, found, "set it where there is no network", needed=False)
+        _, remote = _from_the_hub(params)
+        found = f"not set; {', '.join(dict.fromkeys(remote))} come from the Hub" if remote else "not set, not needed"
+        yield Check("runtime.mirror", not remote, found, "set it on a machine without a network", needed=False)
         return
     if not Path(mirror).is_dir():
         yield Check(
@@ -128,45 +139,37 @@ def _mirror(params: Params) -> Iterator[Check]:
     if params.tasks.source == "benchmark":
         wanted += [place for name in params.tasks.names if (place := _place(name))]
     missing = [place.as_posix() for place in wanted if not Path(mirror, place).is_file()]
-    holds = f"without {', '.join(missing)}" if missing else f"{mirror} holds what params.yaml asks for"
-    yield Check(
-        "runtime.mirror",
-        not missing,
-        holds,
-        "put the splits there as JSONL, a row a line; c4's shard as it lies on the Hub",
-    )
+    holds = f"without {', '.join(missing)}" if missing else f"{mirror} has every file that params.yaml names"
+    todo = "put the splits there as JSONL, one row a line; c4's shard as the Hub has it"
+    yield Check("runtime.mirror", not missing, holds, todo)
 
 
 def _place(task: str) -> Path | None:
-    """Where a mirror has the items of one of lm-eval's tasks; None if it has none: `download` says that."""
-    from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    index = TaskManager().task_index
-    path = index[task].yaml_path if task in index else None
-    items = task_items(load_yaml(path)) if path else None
+    """The place of a task's items in a mirror; None for an unknown task, which `download` reports."""
+    found = task_definition(task)
+    items = task_items(found[1]) if found else None
     return Path(*items.place) if items else None
 
 
 def _versions(project: Project) -> Iterator[Check]:
-    """Whether `dvc.yaml` is there and was written for the stages that this wanda-dvc computes."""
+    """Whether `dvc.yaml` names the stages, in the versions that this wanda-dvc computes."""
     path = project.root / "dvc.yaml"
     if not path.is_file():
-        yield Check("dvc.yaml", False, "not there", "copy the one of the wanda-dvc repository beside params.yaml")
+        yield Check("dvc.yaml", False, "not there", "copy it from the wanda-dvc repository, beside params.yaml")
         return
     try:
         stages = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["stages"]
         commands = {name: str(stage.get("do", stage)["cmd"]) for name, stage in stages.items()}
     except (YAMLError, KeyError, TypeError, AttributeError) as error:
-        yield Check("dvc.yaml", False, f"not understood: {' '.join(str(error).split())}", "restore it from git")
+        yield Check("dvc.yaml", False, f"not readable: {' '.join(str(error).split())}", "restore it from git")
         return
     wrong = [
-        f"{name} {words[-1] if name in commands else 'missing'}, expected {number}"
-        for name, number in ((stage.name, stage.version) for stage in STAGES.values())
-        if (words := commands.get(name, "").split())[-2:] != ["--version", str(number)]
+        f"{stage.name} {words[-1] if stage.name in commands else 'missing'}, expected {stage.version}"
+        for stage in STAGES.values()
+        if (words := commands.get(stage.name, "").split())[-2:] != ["--version", str(stage.version)]
     ]
-    found = "; ".join(wrong) or "asks for the stages that this wanda-dvc computes"
-    yield Check("dvc.yaml", not wrong, found, "write those versions, or install the wanda-dvc that it was written for")
+    found = "; ".join(wrong) or "names the stages that this wanda-dvc computes"
+    yield Check("dvc.yaml", not wrong, found, "write those versions, or install the wanda-dvc of this dvc.yaml")
 
 
 def _repository(project: Project) -> Iterator[Check]:
@@ -194,6 +197,6 @@ def _repository(project: Project) -> Iterator[Check]:
         "cache.type",
         first is not None,
         f"{','.join(types)}; this disk can {', '.join(works) or 'only copy'}",
-        "every artifact lies here twice; `dvc config cache.type reflink,hardlink,symlink`, and the cache on this disk",
+        "every artifact is stored twice; `dvc config cache.type reflink,hardlink,symlink`, with the cache on this disk",
         needed=False,
     )

@@ -1,5 +1,4 @@
-"""Input norms looked at closer: drawn, compared between two sets of statistics, and which features stand out again
-and again."""
+"""Views of the input norms: a plot, the recurring outliers, and a comparison of two sets of statistics."""
 
 import json
 import math
@@ -16,11 +15,11 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
 
-SHOWN = 20  # lines of a table; JSON has all
+SHOWN = 20  # rows of a table; JSON lists all
 
 
 def input_norms(folder: Path) -> list[InputNorms]:
-    """The norms of a set of statistics, by distinct input over the blocks."""
+    """Return the norms of a set of statistics, by distinct input, over the blocks."""
     from wanda_dvc.pruning.statistics import outliers
 
     found: dict[str, InputNorms] = {}
@@ -38,7 +37,7 @@ def input_norms(folder: Path) -> list[InputNorms]:
 
 
 def plot(*, folder: Path, target: Path) -> str:
-    """Draw the norms by block and feature, outliers marked, as a PNG."""
+    """Draw the norms by block and feature as a PNG, with the outliers marked."""
     from wanda_dvc.report.charts import norms, png
 
     if target.suffix.lower() != ".png":
@@ -49,10 +48,10 @@ def plot(*, folder: Path, target: Path) -> str:
 
 
 def recurring(*, folder: Path, as_json: bool) -> str:
-    """The features that are outliers in several blocks, by distinct input, those in most blocks first.
+    """Return the features that are outliers in several blocks, by distinct input, most blocks first.
 
-    Inputs that are read off the residual stream share their features' numbers: a feature that is listed for
-    attention's input and for the MLP's is one direction of the stream.
+    Inputs taken from the residual stream share their feature indices: a feature that is listed for attention's input
+    and for the MLP's is one direction of the stream.
     """
     records: list[Json] = []
     for one in input_norms(folder):
@@ -79,7 +78,7 @@ def recurring(*, folder: Path, as_json: bool) -> str:
 
 
 def compare(*, project: Project, other: str, as_json: bool) -> str:
-    """This study's statistics against another's: a stats directory, a study, or an experiment or other revision."""
+    """Compare this study's statistics with another's: a stats directory, a study, an experiment or a revision."""
     path = Path(other)
     for folder in (path, path / "stats"):
         if (folder / PROVENANCE).is_file() and block_count(folder):
@@ -96,7 +95,7 @@ def compare(*, project: Project, other: str, as_json: bool) -> str:
         if missing := revision.take("stats", study):
             raise UserError(
                 f"{other}: {missing[0]} is not in DVC's cache, expected all of stats/; `dvc pull --all-commits` "
-                f"fetches it where a remote has it, `dvc exp apply {other}` and `dvc repro calibrate` make it anew"
+                f"fetches it where a remote has it, `dvc exp apply {other}` and `dvc repro calibrate` compute it again"
             )
         table = _compare(project.stats, study.stats, other, as_json)
         work.forget()
@@ -117,9 +116,9 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
         for key, x in mine.inputs.items():
             if key not in other.inputs or len(other.inputs[key].sum) != len(x.sum):
                 raise UserError(
-                    f"--compare: {name}: no input of {key} with {len(x.sum)} features; it is another model's"
+                    f"--compare: {name}: no input of {key} with {len(x.sum)} features, expected the same model"
                 )
-            # Root mean squares: the number of tokens may differ.
+            # Root mean squares, because the number of tokens may differ.
             a, b = (one.sum_squares.div(one.count).sqrt().float() for one in (x, other.inputs[key]))
             change = ((a - b).abs() / b.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num(0, 0, 0)
             correlation = torch.corrcoef(torch.stack([a, b]))[0, 1].item() if len(a) > 1 else math.nan
@@ -128,7 +127,7 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
                 {
                     "block": block,
                     "input": mine.label(key),
-                    "correlation": correlation if math.isfinite(correlation) else None,  # constant, or never read
+                    "correlation": correlation if math.isfinite(correlation) else None,  # None: constant, or never read
                     "largest_change": change.max().item(),
                     "at_feature": int(change.argmax()),
                     "mean_change": change.mean().item(),
@@ -172,7 +171,7 @@ def _numbers(values: list[int]) -> str:
 
 
 def _spans(blocks: list[int]) -> str:
-    """`0, 3–7`"""
+    """Spell blocks as ranges: `0, 3–7`."""
     spans: list[list[int]] = []
     for block in blocks:
         if spans and spans[-1][1] == block - 1:

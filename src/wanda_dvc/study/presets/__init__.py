@@ -1,7 +1,6 @@
-"""Whole studies by name: each a YAML file of the settings in which it differs from the default."""
+"""Presets: whole studies by name, each a YAML file of the settings that differ from the default."""
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -16,15 +15,14 @@ from tabulate import tabulate
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.settings import Settings, flatten, section_of
 
 FOLDER = files("wanda_dvc.study") / "presets"
 DEFAULT = "default"
 
-Settings = dict[str, Any]
-
 
 class _Representer(RoundTripRepresenter):
-    """Writes null as `null`, as people do, and not as nothing."""
+    """A YAML writer that spells null as `null`. ruamel's own writes nothing."""
 
 
 _Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
@@ -32,7 +30,7 @@ _Representer.add_representer(type(None), lambda self, _: self.represent_scalar("
 
 @dataclass(frozen=True)
 class Preset:
-    """Every setting but `runtime`, by dotted name: the default's with the preset's own in their place."""
+    """A whole study: a value for every setting but `runtime`, by dotted name."""
 
     name: str
     description: str
@@ -41,13 +39,13 @@ class Preset:
 
 
 def names() -> list[str]:
-    """The presets there are, the default first."""
+    """Return the names of the presets, the default first."""
     found = sorted(file.name.removesuffix(".yaml") for file in FOLDER.iterdir() if file.name.endswith(".yaml"))
     return [DEFAULT, *(name for name in found if name != DEFAULT)]
 
 
 def read_preset(name: str) -> Preset:
-    """UserError, with the names there are, if it is none of them."""
+    """Read a preset: the default's settings, replaced by its own. UserError, with the known names, for another name."""
     if name not in names():
         raise UserError(f"preset: got {name}, expected {', '.join(names())}; `wanda-dvc preset` describes them")
     content = _load(name)
@@ -56,31 +54,32 @@ def read_preset(name: str) -> Preset:
 
 
 def preset_table() -> str:
+    """Return the presets' names and descriptions as a table."""
     presets = [read_preset(name) for name in names()]
     table = tabulate([[preset.name, preset.description] for preset in presets], tablefmt="plain")
     return f"{table}\n\n`wanda-dvc preset NAME` writes one into params.yaml and leaves its `runtime` alone."
 
 
 def apply_preset(*, project: Project, name: str) -> str:
-    """Write a preset into params.yaml, whose comments and `runtime` stay; what to do next.
+    """Write a preset into params.yaml and say what to run next. Comments and `runtime` stay.
 
-    Every setting is set, so that nothing of an earlier preset is left behind. What changes nothing
-    keeps its spelling too.
+    Every setting is set, so that nothing of an earlier preset remains. A setting that has the value already keeps its
+    spelling.
     """
     preset = read_preset(name)
     path = project.root / "params.yaml"
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.preserve_quotes = True
-    yaml.width = 2**16  # a line of the user's is not wrapped
+    yaml.width = 2**16  # the user's long lines stay unwrapped
     try:
         content = yaml.load(path.read_text(encoding="utf-8"))
     except YAMLError as error:
         raise UserError(f"params.yaml: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"params.yaml: got {type(content).__name__}, expected a mapping of settings")
-    changed = [key for key, value in preset.settings.items() if _set(content, key.split("."), value)]
-    check_params(content)  # what is wrong in what stays, `runtime` or a setting that is none, is said before writing
+    changed = [key for key, value in preset.settings.items() if _set(content, key, value)]
+    check_params(content)  # refuses a wrong `runtime` or an unknown setting before anything is written
     if changed:
         text = io.StringIO()
         yaml.dump(content, text)
@@ -94,35 +93,22 @@ def apply_preset(*, project: Project, name: str) -> str:
     return "\n".join(lines)
 
 
-def flatten(content: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings by dotted name."""
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def _load(name: str) -> Settings:
     return YAML(typ="safe", pure=True).load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def _set(content: Settings, where: list[str], value: Any) -> bool:
-    """Set one setting in a round-trip document; whether it was another before."""
-    *sections, leaf = where
-    for section in sections:
-        if not isinstance(content.get(section), dict):
-            content[section] = {}
-        content = content[section]
-    # The type too: 1 == True == 1.0, and the schema is strict.
-    if leaf in content and content[leaf] == value and isinstance(content[leaf], type(value)):
+def _set(content: Settings, name: str, value: Any) -> bool:
+    """Set one setting in a round-trip document. Return whether it had another value."""
+    section, leaf = section_of(content, name)
+    # The type counts too: 1 == True == 1.0, and the schema is strict.
+    if leaf in section and section[leaf] == value and isinstance(section[leaf], type(value)):
         return False
-    content[leaf] = _spell(value)
+    section[leaf] = _spell(value)
     return True
 
 
 def _spell(value: Any) -> Any:
-    """As params.yaml has them: short lists in one line, blanks in double quotes."""
+    """Spell a value as params.yaml does: lists on one line, blanks in double quotes."""
     if isinstance(value, list):
         spelled = CommentedSeq(value)
         spelled.fa.set_flow_style()

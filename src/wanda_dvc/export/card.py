@@ -1,0 +1,186 @@
+"""The model card of an exported model, as the Hub reads it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tabulate import tabulate
+
+from wanda_dvc.catalog import HUB_ID, methods
+from wanda_dvc.export.formats import Format
+from wanda_dvc.export.repeat import how_to_repeat
+from wanda_dvc.stages import MODELS
+from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import read_provenance
+from wanda_dvc.views.show import HEADERS, comparison
+
+# The Hub's name of a licence, by a phrase of its text.
+LICENSES = {
+    "llama3.1": "LLAMA 3.1 COMMUNITY LICENSE",
+    "llama3": "META LLAMA 3 COMMUNITY LICENSE",
+    "llama2": "LLAMA 2 COMMUNITY LICENSE",
+    "apache-2.0": "Apache License",
+    "mit": "MIT License",
+}
+UNKNOWN_LICENSE = (
+    "Unknown: no file of the dense model names one. Find it out, and comply with it, before you share this model."
+)
+
+PROPAGATION = {
+    "dense": "every block calibrated on the outputs of dense blocks",
+    "pruned": "every block calibrated on the outputs of the blocks pruned before it",
+}
+TABLE = {"tablefmt": "github", "disable_numparse": True}
+
+CARD = """\
+---
+{metadata}
+---
+# {source}, pruned
+
+{percent:g} % of the weights in the linear layers of every block are zero, chosen by {method}. Nothing was trained
+afterwards. Embeddings, norms and output head are the dense model's, bit for bit.
+
+## What was done
+
+{facts}
+
+## What it costs
+
+{results}
+
+{notes}
+
+## Licence of the dense model
+
+{license}
+
+## How to load it
+
+```python
+{loading}
+```
+
+## What it does not give
+
+{limits}
+
+## How to repeat it
+
+With wanda-dvc {version}, in a new study:
+
+```
+{commands}
+```
+{by_hand}"""
+
+
+def card(study: Project, measured: float, stored: Format) -> str:
+    """Return the card of a study's pruned model, which is stored in a format and has a measured sparsity."""
+    from huggingface_hub import ModelCardData
+
+    masks = read_provenance(study.masks, "mask")
+    dense = read_provenance(study.model("dense"), "download model")
+    params = masks["params"]
+    name, described = _license(study.model("dense"), dense)
+    on_hub = HUB_ID.fullmatch(dense["source"]) is not None
+    metadata = ModelCardData(
+        base_model=dense["source"].partition("@")[0] if on_hub else None,
+        license=name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", params["method"], "wanda-dvc"],
+    )
+    commands, by_hand = how_to_repeat(study.params)
+    return CARD.format(
+        metadata=metadata.to_yaml(),
+        source=dense["source"],
+        percent=round(100 * measured, 2),
+        method=_cited(params["method"]),
+        facts=tabulate(list(_facts(masks, dense, measured)), ["what", "value"], **TABLE),
+        results=tabulate(comparison(study), HEADERS, **TABLE),
+        notes="\n".join(f"- {note}" for note in _notes(study)),
+        license=described,
+        loading=stored.loading,
+        limits=f"{stored.storage} {_speed(params['pattern'])}",
+        version=masks["wanda_dvc"],
+        commands=commands,
+        by_hand=by_hand,
+    )
+
+
+def _cited(name: str) -> str:
+    """The title of a method, with its paper. A method of a package that is not installed has only its name."""
+    method = methods().get(name)
+    return f"{method.title} ([{method.citation}]({method.link}))" if method else name
+
+
+def _facts(masks: Json, dense: Json, measured: float) -> Iterator[tuple[str, str]]:
+    """What was done, as rows."""
+    params, calibration = masks["params"], masks["calibration"]
+    yield "dense model", f"`{dense['source']}` (sha256 of its files {dense['sha256'][:12]}…)"
+    yield "method", f"`{params['method']}`"
+    yield "sparsity", f"{params['sparsity']:g} wanted, {measured:.6f} measured, of the linear layers of every block"
+    yield "pattern", f"`{params['pattern']}`"
+    unstructured = params["pattern"] == "unstructured"
+    yield "group", f"weights compete within a {params['group']}" if unstructured else "neighbours along the input"
+    propagation = params.get("propagation", "dense")
+    yield "propagation", f"`{propagation}`: {PROPAGATION[propagation]}"
+    yield (
+        "calibration",
+        f"{calibration['samples']} windows of {calibration['length']} tokens of {calibration['text']['source']}, "
+        f"seed {calibration['seed']}, {calibration['dtype']}",
+    )
+
+
+def _speed(pattern: str) -> str:
+    """What the zeros bring in speed."""
+    if pattern == "unstructured":
+        return "Unstructured zeros make no GPU faster."
+    return f"Speed from {pattern} needs hardware and kernels for that pattern; loading the model does not bring them."
+
+
+def _notes(study: Project) -> Iterator[str]:
+    """How to read the numbers."""
+    params = study.params
+    protocols = [load_json(study.details(model, "perplexity")).get("protocol") for model in MODELS]
+    if protocol := protocols[1] or protocols[0]:
+        yield (
+            f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of "
+            f"{protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
+        )
+    if any(load_json(study.metrics(model, "perplexity")).get("perplexity") == "diverged" for model in MODELS):
+        yield "`diverged`: the loss, or its exponential, was not finite."
+    limit = params.zero_shot.limit
+    yield (
+        f"Zero-shot: no examples in the prompt, {f'the first {limit} items' if limit else 'all items'} of each task, "
+        f"{params.dtype}; ± is one standard error, and a difference below two of them may be chance."
+    )
+    if params.tasks.source == "samples":
+        yield (
+            "The tasks are samples, not benchmarks: questions written for wanda-dvc. They compare these two models and "
+            "nothing else."
+        )
+    if any("–" in row[1:3] for row in comparison(study)[:-1]):
+        yield "–: not measured on this model."
+
+
+def _license(folder: Path, dense: Json) -> tuple[str | None, str]:
+    """The dense model's licence: its name on the Hub, and a sentence."""
+    from huggingface_hub import ModelCard
+
+    files = sorted([*folder.glob("LICENSE*"), *folder.glob("NOTICE*")])
+    beside = f"; the full text is in {', '.join(f'`{file.name}`' for file in files)}" if files else ""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    name = dense.get("license") or (ModelCard(text).data.get("license") if text.startswith("---") else None)
+    if name:
+        return name, f"`{name}`, according to its own card{beside}."
+    for file in files:
+        text = " ".join(file.read_text(encoding="utf-8", errors="replace").split()).lower()
+        for name, phrase in LICENSES.items():
+            if phrase.lower() in text:
+                return name, f"`{name}`, according to `{file.name}`{beside}."
+    if files:
+        return "other", f"See {', '.join(f'`{file.name}`' for file in files)}."
+    return None, UNKNOWN_LICENSE

@@ -1,0 +1,274 @@
+"""A model as a Hugging Face directory: from a package with a GGUF file, a local directory or the Hub."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.sources import Source
+from wanda_dvc.sources.hub import Repository, resolve
+from wanda_dvc.study.files import Json, can_reflink, copy_file
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import describe, digest, files_digest, write_provenance
+
+SETTING = "params.yaml: model"
+PACKAGE = "package:"
+
+# The files beside the weights that load a model, and those that must go wherever it goes.
+MODEL_FILES = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "chat_template*", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def find_model(source: str) -> Source:
+    """Find the model that the setting `model` names."""
+    if source.startswith(PACKAGE):
+        return PackagedModel(source.removeprefix(PACKAGE))
+    if Path(source).is_absolute():
+        return LocalModel(Path(source))
+    name, _, revision = source.partition("@")
+    return HubModel(resolve("model", name, revision or None, SETTING))
+
+
+def _write_provenance(out: Path, origin: Json, libraries: tuple[str, ...] = ()) -> str:
+    hashes = files_digest(out)
+    sha256 = digest(hashes)
+    write_provenance(out, describe("model", libraries=libraries, **origin, files=hashes, sha256=sha256))
+    return sha256
+
+
+# --- from the Hub ---
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model in a commit of a repository on the Hub."""
+
+    repository: Repository
+
+    @property
+    def key(self) -> Json:
+        """Its id and commit."""
+        return {"source": self.repository.name, "revision": self.repository.commit}
+
+    def write(self, out: Path, scratch: Path) -> str:
+        """Fetch the model's files, without a second copy of the weights in another format."""
+        from wanda_dvc.engine.checkpoint import Checkpoint
+
+        for path in fetch_model(self.repository, scratch / "hub"):
+            _link(path, out / path.name)  # a link, because a killed run must find the fetched file
+        Checkpoint(out).where  # noqa: B018 - raises if the checkpoint is incomplete
+        return _write_provenance(out, self.key)
+
+
+def fetch_model(repository: Repository, target: Path) -> list[Path]:
+    """Fetch the files that a model needs. Small files are checked before a large one is requested."""
+    from wanda_dvc.engine.checkpoint import INDEX, SINGLE
+
+    name, where = repository.name, repository.where
+    here = [file for file in repository.files if "/" not in file]
+    if "config.json" not in here:
+        raise UserError(f"{where}: {name} has no config.json, expected a Hugging Face model")
+    repository.fetch(target, "config.json")
+    check_decoder(target, f"{where}: {name}")
+    if not {SINGLE, INDEX} & set(here):
+        pickles = [file for file in here if _matches(file, PICKLES)]
+        weights = [file for file in here if _matches(file, ("*.safetensors", "*.gguf"))]
+        if pickles and not weights:
+            raise UserError(
+                f"{where}: {name} has its weights only as pickles ({', '.join(pickles)}), which wanda-dvc never opens; "
+                "name a revision or another repository with safetensors"
+            )
+        found = ", ".join(weights or here)
+        raise UserError(f"{where}: {name}: found {found}, expected {SINGLE} or {INDEX}; name another repository")
+    check_tokenizer(here, f"{where}: {name}")
+    shards = [SINGLE]
+    if INDEX in here:
+        repository.fetch(target, INDEX)
+        shards = sorted(set(json.loads((target / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        if missing := [shard for shard in shards if shard not in here]:
+            raise UserError(f"{where}: {name}: {INDEX} names {', '.join(missing)}, which the repository does not have")
+        shards.append(INDEX)
+    wanted = [file for file in here if _matches(file, MODEL_FILES)] + shards
+    repository.fetch(target, *wanted)
+    return [target / file for file in wanted]
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+# --- from a local directory ---
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model in a directory of safetensors on this machine."""
+
+    folder: Path
+
+    @property
+    def key(self) -> Json:
+        """The directory's path."""
+        return {"source": str(self.folder)}
+
+    def write(self, out: Path, scratch: Path) -> str:
+        """Clone or copy the model's files, after checking that it is a decoder."""
+        for path in _files(self.folder):
+            copy_file(path, out / path.name)
+        return _write_provenance(out, {"source": self.folder.name})  # a provenance depends on no path
+
+
+def copied_bytes(source: Path, project: Project) -> int:
+    """Bytes of disk that taking a local model needs: 0 if the file system can reflink its files, else their sizes.
+
+    UserError if the directory holds no model that `download` takes.
+    """
+    files = _files(source)
+    return 0 if can_reflink(source / "config.json", project.work_root) else sum(path.stat().st_size for path in files)
+
+
+def _files(source: Path) -> list[Path]:
+    """The files of a local model that are taken. UserError if it is no decoder with safetensors and a tokenizer."""
+    from wanda_dvc.engine.checkpoint import INDEX, Checkpoint
+
+    if not source.is_dir():
+        raise UserError(f"{SETTING}: {source} is no directory; name one that holds a Hugging Face model")
+    shards = Checkpoint(source).shards
+    check_decoder(source, str(source))
+    check_tokenizer([path.name for path in source.iterdir()], str(source))
+    others = {path for pattern in (*MODEL_FILES, INDEX) for path in source.glob(pattern)}
+    return [*sorted(others), *shards]
+
+
+# --- from a package ---
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model in the GGUF file of a Python package."""
+
+    requirement: str  # NAME==VERSION
+
+    @property
+    def key(self) -> Json:
+        """The setting."""
+        return {"source": f"{PACKAGE}{self.requirement}"}
+
+    def write(self, out: Path, scratch: Path) -> str:
+        """Dequantize the package's GGUF file."""
+        _dequantize(self._gguf(scratch / "wheel"), out)
+        return _write_provenance(out, self.key, libraries=("torch", "transformers", "gguf"))
+
+    def _gguf(self, wheels: Path) -> Path:
+        """The GGUF file of the installed package, else of its wheel. None of the package's code runs."""
+        name, _, wanted = self.requirement.partition("==")
+        if not wanted:
+            raise UserError(f"{SETTING}: got {PACKAGE}{self.requirement}, expected {PACKAGE}NAME==VERSION")
+        try:
+            installed = distribution(name)
+        except PackageNotFoundError:
+            installed = None
+        if installed and installed.version == wanted:
+            return self._only([Path(str(f.locate())) for f in installed.files or () if f.suffix == ".gguf"])
+        with zipfile.ZipFile(self._wheel(wheels)) as archive:
+            inside = self._only([Path(name) for name in archive.namelist() if name.endswith(".gguf")])
+            return Path(archive.extract(inside.as_posix(), wheels))
+
+    def _wheel(self, folder: Path) -> Path:
+        """Download the package's wheel with pip."""
+        folder.mkdir(parents=True, exist_ok=True)
+        options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+        pip = [sys.executable, "-m", "pip", "download", *options, self.requirement]
+        shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # its progress bar
+        done = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
+            raise UserError(f"{SETTING}: cannot download package {self.requirement}: {lines[-1]}")
+        (wheel,) = folder.glob("*.whl")
+        return wheel
+
+    def _only(self, found: list[Path]) -> Path:
+        if len(found) != 1:
+            raise UserError(f"package {self.requirement}: found {len(found)} GGUF files, expected one")
+        return found[0]
+
+
+def _dequantize(gguf: Path, target: Path) -> None:
+    """Write a GGUF file as an ordinary Hugging Face directory in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # transformers refuses to save a model that is marked as quantized. This one no longer is.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+# --- checks ---
+
+
+def check_tokenizer(names: list[str], where: str) -> None:
+    """Raise UserError if none of a model's files is a tokenizer."""
+    if not any(_matches(name, TOKENIZERS) for name in names):
+        raise UserError(f"{where}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy one there")
+
+
+def check_decoder(folder: Path, where: str) -> None:
+    """Raise UserError unless config.json describes a causal decoder that transformers supports, not quantized."""
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = stored["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{where}: config.json: no model_type, expected that of a causal decoder") from None
+    if not _is_decoder(folder, stored, where):
+        raise UserError(f"{where}: config.json: found {kind}, expected a causal decoder, such as llama or qwen3")
+    if quantized := stored.get("quantization_config"):
+        how = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else "an unnamed method"
+        raise UserError(
+            f"{where}: config.json: weights quantized by {how}, expected unquantized ones; name the original model"
+        )
+
+
+def _is_decoder(folder: Path, stored: Json, where: str) -> bool:
+    """Whether transformers has a causal decoder of this type. UserError if the model needs code of its own."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = stored["model_type"]
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    if causal is None:
+        if "auto_map" in stored:
+            raise UserError(
+                f"{where}: config.json: {kind} needs code of its own, which wanda-dvc never runs; "
+                "name a model that transformers supports"
+            )
+        return False
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{where}: config.json: {str(error).splitlines()[0]}") from error
+    # BERT and the like can run as decoders. The stored architecture says whether this one does.
+    names = causal if isinstance(causal, (tuple, list)) else (causal,)
+    as_decoder = set(stored.get("architectures") or ()) & set(names)
+    encoder = getattr(config, "is_decoder", None) is False and not as_decoder
+    return not (config.is_encoder_decoder or encoder)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,134 @@
+"""The items of the zero-shot tasks: samples, or the benchmarks from the mirror or the Hub."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from wanda_dvc.catalog import HUB_ID
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import Tasks
+from wanda_dvc.sources import Source
+from wanda_dvc.sources.hub import Repository, load_rows, resolve
+from wanda_dvc.study.files import Json
+from wanda_dvc.study.places import EMBEDDED, TaskItems, in_mirror, task_definition, task_items
+from wanda_dvc.study.project import ITEMS
+from wanda_dvc.study.provenance import describe, digest, file_digest, write_provenance
+
+
+@dataclass(frozen=True)
+class Items(TaskItems):
+    """A task's items, in a file or in a commit of a data set on the Hub."""
+
+    definition: str  # the task's file in lm-eval
+    options: dict[str, Any]  # for `datasets`, from the task's definition
+    origin: Path | Repository
+
+    @property
+    def title(self) -> str:
+        """The name of the data set in the provenance."""
+        return "/".join(part for part in (self.dataset, self.config) if part)
+
+    def write(self, target: Path) -> None:
+        """Write the items as JSON lines."""
+        if isinstance(self.origin, Path):
+            shutil.copyfile(self.origin, target)
+            return
+        rows = load_rows(self.origin, self.config, self.split, **self.options)
+        with target.open("w", encoding="utf-8", newline="\n") as file:
+            for row in rows:
+                try:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                except TypeError as error:
+                    raise UserError(
+                        f"{self.origin.where}: {self.title} has a value that JSON cannot hold ({error}); take it out"
+                    ) from error
+
+
+@dataclass(frozen=True)
+class TasksSource:
+    """Every task's items, found."""
+
+    wanted: Tasks
+    items: dict[str, Items]
+
+    @property
+    def key(self) -> Json:
+        """The settings of the tasks."""
+        return {"tasks": self.wanted.model_dump(mode="json")}
+
+    def write(self, out: Path, scratch: Path) -> str:
+        """Write the items and the provenance of every task into a directory of its own."""
+        samples, hashes = self.wanted.source == "samples", {}
+        for name, items in self.items.items():
+            folder = out / name
+            folder.mkdir()
+            items.write(folder / ITEMS)
+            hashes[name] = file_digest(folder / ITEMS)
+            provenance = describe(
+                "task",
+                task=name,
+                source="samples written for wanda-dvc" if samples else items.title,
+                revision=items.origin.commit if isinstance(items.origin, Repository) else None,
+                samples=samples,
+                definition=items.definition,
+                role=items.role,
+                lm_eval=version("lm_eval"),
+                sha256=hashes[name],
+            )
+            write_provenance(folder, provenance)
+        return digest(hashes)
+
+
+def find_tasks(wanted: Tasks, mirror: str | None) -> Source:
+    """Find the items of every task. UserError with the problems of all tasks."""
+    definitions: dict[str, tuple[str, Json]] = {}
+    problems: list[str] = []
+    for name in wanted.names:
+        found = task_definition(name)
+        if found and found[1].get("output_type") == "multiple_choice":
+            definitions[name] = found
+        else:
+            problems.append(
+                f"params.yaml: tasks.names: {name} is no multiple-choice task of lm-eval {version('lm_eval')}; "
+                "`lm-eval ls tasks` lists them"
+            )
+    if problems:  # said before the Hub is asked
+        raise UserError(*problems)
+    items: dict[str, Items] = {}
+    for name, (path, definition) in definitions.items():
+        try:
+            items[name] = _find_items(name, path, definition, wanted.source, mirror)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return TasksSource(wanted, items)
+
+
+def _find_items(name: str, path: str, definition: Json, source: str, mirror: str | None) -> Items:
+    """Find one task's items."""
+    where = f"params.yaml: tasks.names: {name}"
+    found = task_items(definition)
+    if found is None:
+        raise UserError(f"{where}: its definition names no data set and split of items; take it out")
+    options = dict(definition.get("dataset_kwargs") or {})
+    revision = options.pop("revision", None)
+    for option in ("trust_remote_code", "streaming", "split"):  # a data set's code never runs
+        options.pop(option, None)
+    origin: Path | Repository | None
+    if source == "samples":
+        origin = Path(EMBEDDED, "tasks", *found.place)
+        if not origin.is_file():
+            raise UserError(f"{where}: there are no samples of it; take it out or set tasks.source to benchmark")
+    else:
+        origin = in_mirror(mirror, *found.place)
+    if origin is None:
+        if not HUB_ID.fullmatch(found.dataset):
+            raise UserError(
+                f"{where}: got items of {found.dataset}, expected a data set on the Hub, ORG/NAME; take it out"
+            )
+        origin = resolve("dataset", found.dataset, revision, where)
+    return Items(**vars(found), definition=path, options=options, origin=origin)

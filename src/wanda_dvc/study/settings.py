@@ -1,0 +1,34 @@
+"""Settings by dotted name, such as `calibration.text.split`, and nested, as params.yaml has them."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Settings = dict[str, Any]
+
+
+def flatten(content: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every nested setting with its dotted name."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def nested(settings: Mapping[str, Any]) -> Settings:
+    """Nest settings that are given by dotted name: the inverse of `flatten`."""
+    content: Settings = {}
+    for name, value in settings.items():
+        section, leaf = section_of(content, name)
+        section[leaf] = value
+    return content
+
+
+def section_of(content: Settings, name: str) -> tuple[Settings, str]:
+    """Return the mapping that holds a dotted setting, and the setting's last word. Missing mappings are added."""
+    *sections, leaf = name.split(".")
+    for section in sections:
+        if not isinstance(content.get(section), dict):
+            content[section] = {}
+        content = content[section]
+    return content, leaf
