@@ -1,7 +1,6 @@
 """What a study costs on paper, as a table: from a config.json and no weights."""
 
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
@@ -82,29 +81,18 @@ def cost(
 
 def _settings(start: Path, dtype: str | None, windows: int | None, length: int | None) -> tuple[Project | None, Params]:
     from wanda_dvc.study.presets import DEFAULT, read_preset
+    from wanda_dvc.study.settings import nested
 
     try:
         project = Project.find(start)
     except UserError:
         project = None
-    params = project.params if project else check_params(_nested(read_preset(DEFAULT).settings))
+    params = project.params if project else check_params(nested(read_preset(DEFAULT).settings))
     content = params.model_dump()
     for section, count in (("calibration", "samples"), ("perplexity", "windows")):
         content[section] |= {count: windows} if windows else {}
         content[section] |= {"length": length} if length else {}
     return project, check_params(content | ({"dtype": dtype} if dtype else {}))
-
-
-def _nested(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by dotted name, as the schema has them."""
-    content: dict[str, Any] = {}
-    for name, value in settings.items():
-        *sections, leaf = name.split(".")
-        target = content
-        for section in sections:
-            target = target.setdefault(section, {})
-        target[leaf] = value
-    return content
 
 
 def _gb(size: float) -> str:

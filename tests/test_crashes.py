@@ -1,0 +1,103 @@
+"""A stage that is killed at any file operation is run again and ends with the same bytes."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_params
+
+from wanda_dvc.stages import STAGES, run
+from wanda_dvc.study.project import Project
+
+pytestmark = pytest.mark.slow
+
+CHANGES_FILES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
+
+
+class Killed(BaseException):
+    """The process has died: no operation after this one happens, whatever a handler tries."""
+
+
+class Killer:
+    """Counts the operations that change files below a folder, and kills at one of them."""
+
+    def __init__(self) -> None:
+        self.below, self.at, self.count = "", -1, 0
+        sys.addaudithook(self)  # it cannot be taken away: without a folder it does nothing
+
+    def __call__(self, event: str, words: tuple[Any, ...]) -> None:
+        if not self.below or not (event in CHANGES_FILES or (event == "open" and writes(words))):
+            return
+        if any(str(word).startswith(self.below) for word in words[:2] if isinstance(word, str | Path)):
+            self.count += 1
+            if 0 <= self.at < self.count:
+                raise Killed
+
+    def run(self, root: Path, at: int, body: Callable[[], object]) -> bool:
+        """Whether the body came to its end before operation number `at` of those below `root` (negative: it does)."""
+        self.below, self.at, self.count = str(root), at, 0
+        try:
+            body()
+        except Killed:
+            return False
+        finally:
+            self.below = ""
+        return True
+
+
+def writes(words: tuple[Any, ...]) -> bool:
+    path, _, flags = words
+    return isinstance(path, str | Path) and bool(flags & (os.O_WRONLY | os.O_RDWR)) and not str(path).endswith(".lock")
+
+
+@pytest.fixture(scope="module")
+def killer() -> Killer:
+    return Killer()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """A study in which everything has run once, with two of four stages' settings."""
+    folder = tmp_path_factory.mktemp("study")
+    write_params(folder, tiny, propagation="pruned")
+    project = Project(folder)
+    for stage in STAGES.values():
+        for _, part, task in stage.runs(["piqa"]):
+            run(stage.name, project=project, part=part, task=task)
+    return folder
+
+
+def outputs(root: Path) -> dict[str, bytes]:
+    """Everything that stages write, but for unfinished work."""
+    paths = [path for path in sorted(root.rglob("*")) if path.is_file() and ".dvc" not in path.parts]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
+
+def leftovers(root: Path) -> list[Path]:
+    return [path for path in (root / ".dvc/tmp/wanda-dvc").iterdir() if path.suffix != ".lock"]
+
+
+RUNS = [(stage.name, part, task) for stage in STAGES.values() for _, part, task in stage.runs(["piqa"])]
+
+
+@pytest.mark.parametrize(("name", "part", "task"), RUNS, ids=["-".join(filter(None, one)) for one in RUNS])
+def test_every_file_operation_is_a_crash_point_that_recovers(
+    root: Path, killer: Killer, name: str, part: str | None, task: str | None
+):
+    """Over the earlier output of the same settings; a second kill in the recovery is one crash point of the next."""
+    expected = outputs(root)
+
+    def body() -> None:
+        run(name, project=Project(root), part=part, task=task)
+
+    assert killer.run(root, -1, body)
+    points = killer.count
+    assert points >= 3
+    for at in range(points):
+        assert not killer.run(root, at, body), f"operation {at} did not happen"
+        body()
+        assert outputs(root) == expected, f"killed at operation {at} of {points}"
+        assert not leftovers(root), f"killed at operation {at} of {points}"
