@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from wanda_dvc import __version__
+from wanda_dvc.errors import UserError, explain, fixable, notice
 from wanda_dvc.export.formats import DEFAULT as DEFAULT_FORMAT
 from wanda_dvc.export.formats import FORMATS
 from wanda_dvc.stages import STAGES, Stage
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune language models with Wanda: calibrate once; prune, compare and ship as often as you like.\n\n"
@@ -29,13 +29,23 @@ Version = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"wanda-dvc {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def main(
     directory: Annotated[
         Path | None, typer.Option("--directory", "-C", help="The project; by default the one around this folder.")
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
+    """Find the project and set what all commands share."""
     if directory is not None:
         if not directory.is_dir():
             raise typer.BadParameter(f"{directory} is no directory", param_hint="--directory")
@@ -47,30 +57,33 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
     """Run one stage: without a network (but for download), timed, quiet where nobody watches."""
     from wanda_dvc.stages import check_version
     from wanda_dvc.stages import run as run_stage
-    from wanda_dvc.stages.running import timed
+    from wanda_dvc.stages.running import stoppable, timed
     from wanda_dvc.study.project import Project
     from wanda_dvc.views.needs import announce
 
-    stage = STAGES[name]
+    stage, label = STAGES[name], "-".join(word for word in (name, part, task) if word)
     if stage.parts:
         _one_of(stage.part_is, part, tuple(stage.parts))
     check_version(name, version)
     project = Project.find()
     _ = project.params  # all that is wrong in it is said before anything starts
-    if not sys.stderr.isatty():  # bars of libraries would fill a log; ours says a line a minute
+    if sys.stderr.isatty():
+        notice(f"{label}: starting")  # libraries take seconds to come
+    else:  # bars of libraries would fill a log; ours says a line a minute
         os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
         os.environ.setdefault("TQDM_MININTERVAL", "60")
     if not stage.network:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    announce(project=project, stage=name, part=part)
-    with timed(project, "-".join(word for word in (name, part, task) if word)) as keys:
-        if not stage.network:
-            import torch
+    with stoppable(label):
+        announce(project=project, stage=name, part=part)
+        with timed(project, label) as keys:
+            if not stage.network:
+                import torch
 
-            torch.set_num_threads(project.params.runtime.threads or os.cpu_count() or 1)
-        keys.append(run_stage(name, project=project, part=part, task=task))
+                torch.set_num_threads(project.params.runtime.threads or os.cpu_count() or 1)
+            keys.append(run_stage(name, project=project, part=part, task=task))
 
 
 def _command(stage: Stage) -> Callable[..., None]:
@@ -226,18 +239,17 @@ def doctor() -> None:
 
 
 def _one_of(what: str, given: str | None, known: tuple[str, ...]) -> None:
-    from wanda_dvc.errors import UserError
-
     if given not in known:
         raise UserError(f"{what}: got {given}, expected {', '.join(known)}")
 
 
 def run() -> None:
-    """The console script: errors as lines, not as tracebacks. It ends the process."""
-    from wanda_dvc.errors import UserError
+    """Run the command line and end the process: errors are lines, not tracebacks.
 
-    # Torch and transformers bring a million objects that stay. To look through them again and again while they come,
-    # and to take them apart in the end, are two of the six seconds in which a stage does nothing.
+    Exit codes: 0 done, 1 a defect of ours, 2 something that the user can fix, 128 + n stopped by signal n.
+    """
+    # Torch and transformers bring a million objects that stay. The garbage collector walks them again and again while
+    # they come, and takes them apart in the end: two of the six seconds in which a stage does nothing.
     gc.set_threshold(100_000)
     try:
         app()
@@ -247,15 +259,9 @@ def run() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
-    except UserError as error:
-        if os.environ.get("WANDA_DVC_DEBUG"):
-            raise
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        sys.exit(2)
     except Exception as error:
         if os.environ.get("WANDA_DVC_DEBUG"):
             raise
-        print(f"wanda-dvc {__version__}: {type(error).__name__}: {error}", file=sys.stderr)
-        print("This is a defect or a lack of memory or disk; `wanda-dvc --debug …` shows where.", file=sys.stderr)
-        sys.exit(1)
+        for line in explain(error):
+            notice(line)
+        sys.exit(2 if fixable(error) else 1)

@@ -1,6 +1,14 @@
 """What users are told: errors that they can fix, and notices."""
 
+import errno
 import sys
+from collections.abc import Iterator
+
+from wanda_dvc import __version__
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
 
 
 class UserError(Exception):
@@ -17,3 +25,45 @@ class UserError(Exception):
 def notice(text: str) -> None:
     """Print a line on stderr: what a stage needs, does, or could not do. Results go to stdout."""
     print(text, file=sys.stderr, flush=True)
+
+
+def fixable(error: Exception) -> bool:
+    """Whether the user can fix what an error tells: a setting, a file, the disk or the memory."""
+    system = isinstance(error, OSError) and error.errno in NO_ROOM | NO_PERMISSION | NO_MEMORY
+    return isinstance(error, UserError) or system or _lacks_memory(error)
+
+
+def explain(error: Exception) -> Iterator[str]:
+    """Yield the lines that tell an error to the user."""
+    if isinstance(error, UserError):
+        yield from error.problems
+    elif isinstance(error, OSError) and error.errno in NO_ROOM:
+        yield (
+            f"{_file(error)}: no room on the disk ({error.strerror}), expected room for what the stage writes; free "
+            "some and run it again: the earlier output and finished work are kept"
+        )
+    elif isinstance(error, OSError) and error.errno in NO_PERMISSION:
+        yield (
+            f"{_file(error)}: {error.strerror}, expected a place that may be read and written; change its permissions "
+            "and run it again: the earlier output and finished work are kept"
+        )
+    elif _lacks_memory(error) or (isinstance(error, OSError) and error.errno in NO_MEMORY):
+        yield (
+            f"memory: {' '.join(str(error).split()) or 'no more'}, expected what `wanda-dvc cost` says; free some, "
+            "lower runtime.threads, or take shorter windows"
+        )
+    else:
+        yield f"wanda-dvc {__version__}: {type(error).__name__}: {error}"
+        yield "This is a defect; `wanda-dvc --debug …` shows where."
+
+
+def _file(error: OSError) -> str:
+    return str(error.filename2 or error.filename or "disk")
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether Python, torch's CPU allocator or a card had no more memory, or the system no more threads."""
+    told = ("can't allocate memory", "out of memory", "can't start new thread")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )

@@ -4,6 +4,8 @@ import contextlib
 import os
 import platform
 import resource
+import signal
+import socket
 import sys
 import threading
 import time
@@ -37,6 +39,39 @@ def timed(project: Project, run: str) -> Iterator[list[str]]:
     content |= {"machine": f"{processor()}, {os.cpu_count()} cores", "device": device_name(project.params.runtime)}
     for key in keys:
         project.times.write(run, key, content)
+
+
+@contextlib.contextmanager
+def stoppable(run: str) -> Iterator[None]:
+    """End the process at once on Ctrl-C or SIGTERM, with a line that says what is kept.
+
+    Nothing has to be put in order: at every moment what is on disk is what a later run goes on from. A thread waits for
+    the signal, because the main thread may be inside a multiplication for seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def wait() -> None:
+        if number := reader.recv(1):
+            notice(f"{run}: stopped; finished blocks and windows are kept, and the next run goes on from there")
+            os._exit(128 + number[0])
+
+    thread = threading.Thread(target=wait, daemon=True)
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        writer.close()
+        thread.join()
+        reader.close()
 
 
 class AnonymousMemory:
