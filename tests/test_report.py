@@ -24,7 +24,9 @@ from wanda_dvc.report.charts import Point, curves, times
 from wanda_dvc.report.pages import as_markdown
 from wanda_dvc.report.published import sources
 from wanda_dvc.report.rows import Collected, Row, identity, stale_stages
-from wanda_dvc.report.sections import content, of_block, stored_bytes
+from wanda_dvc.report.chapters import content
+from wanda_dvc.report.chapters.size import stored_bytes
+from wanda_dvc.report.chapters.structure import of_block
 from wanda_dvc.study.files import write_csv, write_json
 from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project

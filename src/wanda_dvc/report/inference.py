@@ -22,6 +22,10 @@ class Estimate(NamedTuple):
     high: float
     p: float = math.nan
 
+    def within(self, low: float, high: float) -> "Estimate":
+        """The same with an interval that is cut off where values are impossible; it covers the truth as often."""
+        return self._replace(low=max(low, self.low), high=min(high, self.high))
+
 
 def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
     """exp of the mean loss, windows weighted by their predictions, with a t interval on the mean over windows.
@@ -78,6 +82,11 @@ def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> Estimate:
     sizes = [len(task) for task in tasks if len(task) > 1]
     freedom: float = variance**2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
     return _student(value, math.sqrt(variance), freedom)
+
+
+def mean_accuracy(tasks: Sequence[Sequence[bool]]) -> Estimate:
+    """The mean over tasks of the fraction answered correctly, with `mean_of_tasks`' interval cut off at 0 and 1."""
+    return mean_of_tasks([[float(right) for right in task] for task in tasks]).within(0, 1)
 
 
 def holm(p: Sequence[float]) -> list[float]:
