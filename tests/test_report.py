@@ -466,7 +466,7 @@ def test_the_report_says_what_is_so(written: tuple[Study, Path, str]):
         "Diverged, and so at the upper edge: magnitude 70 %",
         "No published row that this report knows has the protocol",
         "waiting: queued (sparsity=0.3)",
-        "lost: not in DVC's cache, and so not looked into: metrics/details/pruned/perplexity.json",
+        "lost: not in DVC's cache, and so not read: metrics/details/pruned/perplexity.json",
         "main, workspace",
         "-S sparsity=0.7",
     ):

@@ -78,23 +78,23 @@ body{margin:0 auto;max-width:66rem;padding:1rem;background:var(--paper);color:va
  font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.6rem;line-height:1.2}h2{margin-top:2.5rem;border-bottom:1px solid var(--line);padding-bottom:.2rem}
 h3{margin-top:1.8rem}
-.box{overflow-x:auto;margin:1rem 0}
+.box{overflow-x:auto;margin:1rem 0;max-width:100%%}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 .caption{color:var(--muted);font-size:.9rem;margin:1.2rem 0 0}.caption+.box{margin-top:.3rem}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 thead th{border-bottom:2px solid var(--muted);vertical-align:bottom}
 .numbers td{text-align:right;white-space:nowrap}.numbers thead th+th{text-align:right}
-tbody th{font-weight:normal;white-space:nowrap}
+tbody th{font-weight:normal;min-width:8rem;position:sticky;left:0;background:var(--paper)}
+td{overflow-wrap:anywhere;min-width:3.5rem}
 pre{background:var(--shade);padding:.7rem;overflow-x:auto;font-size:.85rem;overflow-wrap:normal}
 code{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.9em;background:var(--shade)}pre code{background:none}
 figure{margin:1.2rem 0}figure .box{margin:0}
-svg{display:block;width:100%%;min-width:34rem;height:auto}
+svg{display:block;width:100%%;max-width:44rem;height:auto}
 figcaption{color:var(--muted);font-size:.9rem}figcaption b{color:var(--ink)}
 a{color:var(--c0)}nav ul{columns:2;padding-left:1.2rem}
 @media print{:root{color-scheme:light;--paper:#ffffff;--shade:#f4f4f4;%(light)s}
  body{max-width:none;padding:0;font-size:10pt}nav{display:none}
- .box{overflow:visible}svg{min-width:0}table{font-size:8pt}pre{white-space:pre-wrap}
- .numbers td,tbody th{white-space:normal}h2,h3{break-after:avoid}figure,tr,pre{break-inside:avoid}}
+ .box{overflow:visible}table{font-size:8pt}pre{white-space:pre-wrap}.numbers td{white-space:normal}h2,h3{break-after:avoid}figure,tr,pre{break-inside:avoid}}
 """
 
 
@@ -135,11 +135,12 @@ def slug(text: str) -> str:
 
 def picture(name: str, title: str, description: str, figure: "Figure") -> Picture:
     """A chart with its title and description."""
-    return Picture(name, title, description, charts.svg(figure, name, title, description))
+    return Picture(name, title, description, charts.svg(figure, name, title, description).replace(BACKTICK, "`"))
 
 
 def _inline(text: str) -> str:
-    return INLINE_CODE.sub(r"<code>\1</code>", html.escape(text, quote=False))
+    text = html.escape(text, quote=False).replace(" %", "\u00a0%")  # no line begins with the sign
+    return INLINE_CODE.sub(r"<code>\1</code>", text)
 
 
 def _inline_markdown(text: str) -> str:

@@ -45,7 +45,7 @@ def _table(section: Section) -> Table:
     rows = []
     for place in sorted({section.place(row) for row in section.rows}):
         here = {row.params.method: row for row in section.rows if section.place(row) == place}
-        values = {method: pruned(row).perplexity for method, row in here.items()}
+        values: dict[str, float | str | None] = {method: pruned(row).perplexity for method, row in here.items()}
         cells = [place[1], number(section.dense_perplexity)]
         cells += [number(values.get(method)) for method in section.methods]
         cells += [_improvement(baseline, values.get(baseline), values.get(method)) for method in improved]

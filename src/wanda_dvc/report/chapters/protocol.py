@@ -1,7 +1,7 @@
 """The chapter on how a section's rows were measured and calibrated."""
 
 from wanda_dvc.report.formatting import setting_as_code
-from wanda_dvc.report.pages import Content, Items, code, literal
+from wanda_dvc.report.pages import Content, Items, literal
 from wanda_dvc.report.section import Section
 
 

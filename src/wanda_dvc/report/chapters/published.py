@@ -60,7 +60,7 @@ def _beside(section: Section, one: _Candidate) -> tuple[str, ...]:
         one.measure,
         _as(one.measure, published),
         _as(one.measure, own),
-        f"{own / published:.3f}" if both else DASH,  # type: ignore[operator]  # both are numbers
+        f"{own / published:.3f}" if both else DASH,
     )
 
 
