@@ -200,7 +200,7 @@ def _plain_log(ax: "Axes") -> None:
     steps = [(1, 2, 5)] if narrow else [(1,), (1, 2, 5)]
     locators: list[Locator] = [LogLocator(subs=subs, numticks=12) for subs in steps]
     # A narrow range holds too few of 1, 2, 5 and 10.
-    locators.append(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+    locators.append(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
     enough = (one for one in locators if sum(low <= tick <= high for tick in one.tick_values(low, high)) >= 3)
     ax.yaxis.set_major_locator(next(enough, locators[-1]))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))

@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
 
 
 def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
-    """The exponential of the mean loss, windows weighted by their predictions, with a t interval on the mean over windows.
+    """The exponential of the mean loss over windows, weighted by their predictions, with a t interval on the mean.
 
     `losses` are windows' means in nats. None if one of them is not finite, or there are fewer than two.
     """

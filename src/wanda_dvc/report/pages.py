@@ -94,7 +94,8 @@ figcaption{color:var(--muted);font-size:.9rem}figcaption b{color:var(--ink)}
 a{color:var(--c0)}nav ul{columns:2;padding-left:1.2rem}
 @media print{:root{color-scheme:light;--paper:#ffffff;--shade:#f4f4f4;%(light)s}
  body{max-width:none;padding:0;font-size:10pt}nav{display:none}
- .box{overflow:visible}table{font-size:8pt}pre{white-space:pre-wrap}.numbers td{white-space:normal}h2,h3{break-after:avoid}figure,tr,pre{break-inside:avoid}}
+ .box{overflow:visible}table{font-size:8pt}pre{white-space:pre-wrap}
+ .numbers td{white-space:normal}h2,h3{break-after:avoid}figure,tr,pre{break-inside:avoid}}
 """
 
 
@@ -114,7 +115,7 @@ def as_html(title: str, content: Content) -> str:
 
 def as_markdown(title: str, content: Content, pictures: str) -> str:
     """The same as Markdown; `pictures` is the folder beside it that holds the pictures."""
-    parts = [f"# {_inline_markdown(title)}", *(_markdown(part, quote(pictures)) for part in content)]
+    parts = [f"# {_inline_markdown(literal(title))}", *(_markdown(part, quote(pictures)) for part in content)]
     return "\n\n".join(parts).replace(BACKTICK, "`") + "\n"
 
 
@@ -149,8 +150,9 @@ def _inline_markdown(text: str) -> str:
     plain, *rest = INLINE_CODE.split(text)
     parts = [_escaped(plain)]
     for inside, after in zip(rest[::2], rest[1::2], strict=True):
-        fence = "``" if BACKTICK in inside else "`"
-        space = " " if BACKTICK in inside else ""
+        runs = re.findall(f"{BACKTICK}+", inside)
+        fence = "`" * (1 + max(map(len, runs), default=0))
+        space = " " if runs else ""
         parts += [fence, space, inside, space, fence, _escaped(after)]
     return "".join(parts)
 
@@ -161,7 +163,7 @@ def _escaped(text: str) -> str:
     text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
     text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
     text = text.replace("](", "]\\(")
-    return re.sub(r"(?<!\w)_(?=\S)|(?<=\S)_(?!\w)|\*(?=\S)|(?<=\S)\*", r"\\\g<0>", text)
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])|\*(?=\S)|(?<=\S)\*", r"\\\g<0>", text)
 
 
 def _html(part: Part) -> str:

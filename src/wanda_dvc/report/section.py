@@ -52,19 +52,19 @@ class Section:
         """The name of the curve that a row is on."""
         settings = row.settings()
         variant = ", ".join(f"{key}={settings[key]}" for key in self.varying)
-        return literal(title(settings["method"]) + _pattern(row) + (f" ({variant})" if variant else ""))
+        return title(settings["method"]) + _pattern(row) + (f" ({variant})" if variant else "")
 
     def label(self, row: Row) -> str:
         """A row's name, followed by its experiment's name if another row has the same parameters."""
         name = f"{self.series(row)} {sparsity(row)}" if row.params.pattern == "unstructured" else self.series(row)
         twins = [other for other in self.rows if other.settings() == row.settings()]
-        return f"{name} [{literal(row.name)}]" if len(twins) > 1 else name
+        return f"{name} [{row.name}]" if len(twins) > 1 else name
 
     def place(self, row: Row) -> tuple[float, str]:
         """What rows of different methods have in common if they may be compared: the sparsity, and all in words."""
         settings = row.settings()
         variant = "".join(f", {key}={settings[key]}" for key in self.varying)
-        return settings["sparsity"], literal(f"{sparsity(row)}{_pattern(row)}{variant}")
+        return settings["sparsity"], f"{sparsity(row)}{_pattern(row)}{variant}"
 
     @cached_property
     def curves(self) -> dict[str, list[Row]]:
@@ -123,9 +123,9 @@ class Section:
         return next(one for one in self.comparisons if one.first is row and one.second is None)
 
     def names(self, comparison: Comparison) -> tuple[str, str]:
-        """What the two models of a comparison are called."""
+        """What the two models of a comparison are called, for a text of the report."""
         second = comparison.second
-        return self.label(comparison.first), self.label(second) if second else "dense"
+        return literal(self.label(comparison.first)), literal(self.label(second)) if second else "dense"
 
     def _pairs(self) -> Iterator[tuple[Row, Row | None]]:
         """Pairs of rows; of two methods, the later one in the catalog comes first: it is the one in question."""

@@ -52,7 +52,7 @@ def _alone(section: Section) -> Table:
         rows.append(["dense", *_perplexity(base), *_accuracy(section.dense_mean, answers)])
     for row in section.ordered:
         answers = [list(pruned(row).answers(task).values()) for task in section.tasks]
-        rows.append([section.label(row), *_perplexity(pruned(row)), *_accuracy(section.mean(row), answers)])
+        rows.append([literal(section.label(row)), *_perplexity(pruned(row)), *_accuracy(section.mean(row), answers)])
     return Table(
         "Each number's own 95 % interval: of perplexity over its windows (t on the mean loss), of the mean accuracy "
         "over its items, in percent (t, cut off at 0 and 100).",

@@ -12,7 +12,7 @@ def content(section: Section) -> Content:
     """The rows' origins, the parameters that they share, and the commands that repeat them."""
     own = {*OF_CHOICE, *section.varying}
     headers = ["", "experiment", "commit", "its own parameters", "its own time", "peak anonymous memory", "machine"]
-    origins = [[section.label(row), *_origin(row, own)] for row in section.ordered]
+    origins = [[literal(section.label(row)), *_origin(row, own)] for row in section.ordered]
     shared = [[key, setting_as_code(value)] for key, value in section.settings.items() if key not in own]
     parts: Content = [
         Table("Where each row comes from.", headers, origins, numbers=False),
@@ -20,7 +20,7 @@ def content(section: Section) -> Content:
     ]
     for row in section.ordered:
         commands, by_hand = how_to_repeat(row.params)
-        parts += [Text(f"To repeat {section.label(row)}, in a fresh clone:"), Code(commands)]
+        parts += [Text(f"To repeat {literal(section.label(row))}, in a fresh clone:"), Code(commands)]
         parts += [Text(by_hand.strip())] if by_hand else []
         parts += [Items(row.notes)] if row.notes else []
     return parts

@@ -11,7 +11,7 @@ from wanda_dvc.report.section import Section
 def content(section: Section) -> Content:
     """The table and the pictures."""
     absolute, increase = _absolute(section), _increase(section)
-    lost = [section.label(row) for row in section.rows if pruned(row).diverged]
+    lost = [literal(section.label(row)) for row in section.rows if pruned(row).diverged]
     said = f" Diverged, and so at the upper edge: {', '.join(lost)}." if lost else ""
     dense = section.dense_perplexity
     level = ("dense", dense) if isinstance(dense, float) else None
@@ -46,7 +46,7 @@ def _table(section: Section) -> Table:
     for place in sorted({section.place(row) for row in section.rows}):
         here = {row.params.method: row for row in section.rows if section.place(row) == place}
         values: dict[str, float | str | None] = {method: pruned(row).perplexity for method, row in here.items()}
-        cells = [place[1], number(section.dense_perplexity)]
+        cells = [literal(place[1]), number(section.dense_perplexity)]
         cells += [number(values.get(method)) for method in section.methods]
         cells += [_improvement(baseline, values.get(baseline), values.get(method)) for method in improved]
         rows.append(cells)

@@ -1,7 +1,6 @@
 """The chapter on how a section's rows were measured and calibrated."""
 
-from wanda_dvc.report.formatting import setting_as_code
-from wanda_dvc.report.pages import Content, Items, literal
+from wanda_dvc.report.pages import Content, Items, code, literal
 from wanda_dvc.report.section import Section
 
 
@@ -12,7 +11,7 @@ def content(section: Section) -> Content:
     limit = settings["zero_shot.limit"]
     texts = [
         f"Perplexity: {windows} windows of {settings['perplexity.length']} tokens of "
-        f"{setting_as_code(settings['perplexity.text.source'])}, {settings['perplexity.text.split']}, rest "
+        f"{code(settings['perplexity.text.source'])}, {settings['perplexity.text.split']}, rest "
         f"{settings['perplexity.rest']}; {settings['dtype']}.",
         f"Zero-shot: {literal(', '.join(section.tasks))}; {f'the first {limit} items' if limit else 'all items'}, no "
         "examples in the prompt.",
@@ -25,7 +24,7 @@ def content(section: Section) -> Content:
     if not any(key.startswith("calibration.") for key in section.varying):
         texts.append(
             f"Calibration: {settings['calibration.samples']} windows of {settings['calibration.length']} tokens of "
-            f"{setting_as_code(settings['calibration.text.source'])}, {settings['calibration.text.split']}, seed "
+            f"{code(settings['calibration.text.source'])}, {settings['calibration.text.split']}, seed "
             f"{settings['calibration.seed']}."
         )
     if "propagation" not in section.varying:

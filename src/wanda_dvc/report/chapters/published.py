@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from wanda_dvc.report.formatting import DASH, number
 from wanda_dvc.report.measures import Measured, pruned
-from wanda_dvc.report.pages import Content, Table, Text, code
+from wanda_dvc.report.pages import Content, Table, Text, code, literal
 from wanda_dvc.report.published import Source, sources
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section
@@ -55,7 +55,7 @@ def _beside(section: Section, one: _Candidate) -> tuple[str, ...]:
     published, own = one.entry[one.measure], _own(measured, one.measure)
     both = isinstance(published, float | int) and isinstance(own, float)
     return (
-        "dense" if dense else section.label(one.row),
+        "dense" if dense else literal(section.label(one.row)),
         one.source.source,
         one.measure,
         _as(one.measure, published),

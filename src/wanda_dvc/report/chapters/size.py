@@ -6,7 +6,7 @@ from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.report import charts
 from wanda_dvc.report.formatting import number
 from wanda_dvc.report.measures import pruned
-from wanda_dvc.report.pages import Content, Table, picture
+from wanda_dvc.report.pages import Content, Table, literal, picture
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section, sparsity
 
@@ -22,7 +22,7 @@ def content(section: Section) -> Content:
             if stored is None:
                 continue
             share = f"{100 * stored / row.sizes['models/dense']:.1f}"
-            rows.append([section.label(row), f"{stored / 1e6:,.1f}", share, number(value)])
+            rows.append([literal(section.label(row)), f"{stored / 1e6:,.1f}", share, number(value)])
             if isinstance(value, float):
                 short = sparsity(row) if row.params.pattern == "unstructured" else row.params.pattern
                 series.setdefault(label, []).append((stored / 1e6, value, short))

@@ -33,7 +33,7 @@ def content(section: Section) -> Content:
         inputs = input_norms(row.study.stats)
         found = sum(len(one.outliers) for one in inputs)
         total = sum(one.features * len(one.blocks) for one in inputs)
-        named = f" of {section.series(row)}" if len(by_stats) > 1 else ""
+        named = f" of {literal(section.series(row))}" if len(by_stats) > 1 else ""
         parts.append(
             picture(
                 f"{section.prefix}norms{count or ''}",

@@ -18,7 +18,7 @@ def content(section: Section) -> Content:
         return [Text("No times are at hand.")]
     used = [stage for stage in STAGES if any(stage in bar for bar in bars.values())]
     table = [
-        [label, *(seconds(bar[stage]) if stage in bar else DASH for stage in used), seconds(sum(bar.values()))]
+        [literal(label), *(seconds(bar[stage]) if stage in bar else DASH for stage in used), seconds(sum(bar.values()))]
         for label, bar in bars.items()
     ]
     all_of = {stage: sum(bar.get(stage, 0.0) for bar in bars.values()) for stage in used}

@@ -20,7 +20,7 @@ def content(section: Section) -> Content:
                 section.prefix + "accuracy",
                 "Accuracy by task",
                 "A panel for each sparsity; bars are 95 % intervals (Wilson), the line is the dense model.",
-                charts.accuracies(panels, [literal(task) for task in tasks], dense, list(section.curves)),
+                charts.accuracies(panels, tasks, dense, list(section.curves)),
             )
         )
     if retained:
@@ -44,7 +44,7 @@ def _table(section: Section) -> Table:
         cells = [percent(pruned(row).accuracy(task)) for task in section.tasks]
         share = _share(section, row)
         kept = f"{share:.1f}" if share is not None else DASH
-        rows.append([section.label(row), *cells, percent(section.mean(row)), kept])
+        rows.append([literal(section.label(row)), *cells, percent(section.mean(row)), kept])
     return Table(
         "Accuracy in percent; the mean is over tasks, retained is the mean as a percentage of the dense model's.",
         ["", *map(literal, section.tasks), "mean", "retained"],
