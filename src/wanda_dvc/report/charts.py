@@ -1,7 +1,7 @@
-"""The pictures, drawn once for page, file and paper.
+"""The report's pictures as SVG, and the norms' picture as PNG.
 
-Colours are drawn as numbers that stand for names, and replaced by CSS custom properties, so that an inlined picture
-follows the page's light or dark mode. Series differ in marker and line style too, for whoever sees no colours.
+A colour is drawn as a number that stands for its name, then replaced by a CSS custom property, so that a picture in a
+page follows its light or dark mode. Series differ in marker and line style too, for readers who see no colours.
 """
 
 import io

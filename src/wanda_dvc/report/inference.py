@@ -1,7 +1,7 @@
-"""How sure a number is: intervals, and paired tests. Pure functions of losses and answers.
+"""Intervals and paired tests: pure functions of losses and answers.
 
-Windows and items are taken as drawn independently. Windows that follow one another in a text are not quite, so that a
-single perplexity's interval is rather too narrow; a paired ratio feels it less: both models read the same windows.
+Windows and items are treated as independent. Windows of one text are not quite, so the interval of a single perplexity
+is somewhat too narrow. This affects a paired ratio less, because both models read the same windows.
 """
 
 import math

@@ -3,11 +3,11 @@
 from wanda_dvc.catalog import methods
 from wanda_dvc.report import charts
 from wanda_dvc.report.formatting import title
+from wanda_dvc.report.norms import input_norms
 from wanda_dvc.report.pages import Content, literal, picture
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section
 from wanda_dvc.study.tensors import block_count
-from wanda_dvc.views.norms import input_norms
 
 
 def content(section: Section) -> Content:
