@@ -502,9 +502,7 @@ def test_a_legend_names_what_any_panel_shows():
     assert [text.get_text() for text in legend.get_texts()] == ["dense", "Wanda", "Wanda 2:4"]
 
 
-@pytest.mark.parametrize(
-    "values", [(1.02, 1.31), (14.1, 14.9), (101, 104), (3, 60), (2, 9_000), (0.0011, 0.0012), (13.4, 13.5)]
-)
+@pytest.mark.parametrize("values", [(1.02, 1.31), (14.1, 14.9), (101, 104), (3, 60), (2, 9_000), (0.0011, 0.0012)])
 def test_a_log_axis_has_ticks_to_read_by(values: tuple[float, float]):
     series = {"a": [Point(30, values[0]), Point(50, values[1])]}
     figure = curves(series, y_label="perplexity", level=None, log=True)

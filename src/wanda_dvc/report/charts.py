@@ -208,7 +208,7 @@ def _plain_log(ax: "Axes") -> None:
 
 
 def _plain(value: float) -> str:
-    return f"{value:,.0f}" if 1 <= value < 1e6 and float(value).is_integer() else f"{value:.6g}"
+    return f"{value:,.0f}" if 1 <= value < 1e6 and float(value).is_integer() else f"{value:.3g}"
 
 
 def curves(
