@@ -1,4 +1,4 @@
-"""`wanda-dvc report`: the experiments of a repository, as a page that people can read and trust."""
+"""`wanda-dvc report`: the experiments of a repository as an HTML page and as Markdown."""
 
 import shutil
 from pathlib import Path
@@ -9,22 +9,22 @@ from wanda_dvc.study.project import Project
 
 
 def report(*, project: Project, output: Path, model: str | None = None, revs: list[str] | None = None) -> str:
-    """Write `output` (HTML), the same in Markdown beside it, and its pictures in a folder; say what was written."""
+    """Write `output` (HTML), the same in Markdown beside it, and its pictures in a folder; return what was written."""
+    from wanda_dvc.report.chapters import content
     from wanda_dvc.report.charts import standalone
     from wanda_dvc.report.pages import Content, Picture, Text, as_html, as_markdown
     from wanda_dvc.report.rows import collect
-    from wanda_dvc.report.sections import content
 
     output = output.absolute()
     if output.suffix != ".html":
         raise UserError(f"--output: got {output.name}, expected a name that ends in .html; the .md goes beside it")
     with project.work({"kind": "report"}) as work:
-        work.forget()  # links that a report which was killed has left
+        work.forget()  # left by a report that was killed
         work.path.mkdir(parents=True)
         collected = collect(project=project, model=model, revs=revs or [], work=work.path)
         if not collected.rows:
             waiting = "".join(f"\n{one.name}: {one.state}" for one in collected.unfinished)
-            notes = "".join(f"\n{note}" for note in collected.notes)
+            notes = "".join(f"\n{note.name}: {note.text}" for note in collected.notes)
             which = f" of a model named like {model}" if model else ""
             raise UserError(f"{project.root}: no experiment{which} with results; run `dvc repro`{waiting}{notes}")
         parts: Content = content(collected)

@@ -1,18 +1,20 @@
-"""The pictures, drawn once for page, file and paper.
+"""The report's pictures as SVG, and the norms' picture as PNG.
 
-Colours are drawn as numbers that stand for names, and replaced by CSS custom properties, so that an inlined picture
-follows the page's light or dark mode. Series differ in marker and line style too, for whoever sees no colours.
+A colour is drawn as a number that stands for its name, then replaced by a CSS custom property, so that a picture in a
+page follows its light or dark mode. Series differ in marker and line style too, for readers who see no colours.
 """
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import Locator
 
 # Okabe and Ito's palette; in the dark its darker colours are lifted. Name: stand-in, light, dark.
 COLOURS = {
@@ -29,7 +31,9 @@ COLOURS = {
 INK, MUTED, LINE = (COLOURS[name][0] for name in ("ink", "muted", "line"))
 MARKERS, DASHES = "osD^vPX*", ["-", "--", ":", "-."]
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
-WIDTH = 7.4  # inches
+# Inches. Pages show a picture at up to twice its size, and at its own size on a phone, where its text stays readable.
+WIDTH = 5.2
+LEGEND = 72  # letters of a legend's line
 
 
 class Point(NamedTuple):
@@ -42,12 +46,15 @@ class Point(NamedTuple):
 
 
 class Style(NamedTuple):
+    """How a series is drawn."""
+
     color: str
     marker: str
     dash: str
 
 
 def style(index: int) -> Style:
+    """The style of a picture's series with this number."""
     colours = [stand_in for name, (stand_in, *_) in COLOURS.items() if name.startswith("c")]
     return Style(colours[index % len(colours)], MARKERS[index % len(MARKERS)], DASHES[index % len(DASHES)])
 
@@ -62,26 +69,41 @@ def svg(figure: "Figure", name: str, title: str, description: str) -> str:
     import matplotlib as mpl
 
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    _without_math(figure)
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<[^>]*>", lambda tag: _own_tag(tag[0], name), text)  # names between tags stay as they are
     box = re.search(r'viewBox="([^"]+)"', text)
     assert box
     head = (
         f'<svg viewBox="{box[1]}" role="img" aria-labelledby="{name}-t {name}-d">'
         f'<title id="{name}-t">{_escape(title)}</title><desc id="{name}-d">{_escape(description)}</desc>'
     )
-    text = head + text[text.index(">") + 1 :]
-    text = re.sub(rf'(?<![-\w])id="(?!{name}-[td]")([^"]+)"', rf'id="{name}-\1"', text)
-    text = re.sub(r'(?:xlink:)?href="#([^"]+)"', rf'href="#{name}-\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
-    text = re.sub(r"font: ([\d.]+)px [^;\"]+", rf"font: \1px {FONT}", text)
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # of a point; finer is only more to load
+    return head + text[text.index(">") + 1 :]
+
+
+def _own_tag(tag: str, name: str) -> str:
+    """A tag of the picture with ids of its own, the page's font and colours, and coordinates to a hundredth point."""
+    tag = re.sub(r'(?<![-\w])id="([^"]+)"', rf'id="{name}-\1"', tag)
+    tag = re.sub(r'(?:xlink:)?href="#([^"]+)"', rf'href="#{name}-\1"', tag)
+    tag = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", tag)
+    tag = re.sub(r"font: ([\d.]+)px [^;\"]+", rf"font: \1px {FONT}", tag)
+    tag = re.sub(r"(\d\.\d\d)\d+", r"\1", tag)
     for colour, (stand_in, *_) in COLOURS.items():
-        text = text.replace(stand_in, f"var(--{colour})")
-    return text
+        tag = tag.replace(stand_in, f"var(--{colour})")
+    return tag
+
+
+def _without_math(figure: "Figure") -> None:
+    """Show a name with dollar signs as it is, not as a formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)
 
 
 def png(figure: "Figure", target: Path) -> None:
@@ -128,7 +150,7 @@ def _escape(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _figure(rows: int = 1, columns: int = 1, height: float = 3.6, **words: Any) -> "tuple[Figure, Any]":
+def _figure(rows: int = 1, columns: int = 1, height: float = 3.1, **words: Any) -> "tuple[Figure, Any]":
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -149,24 +171,38 @@ def _figure(rows: int = 1, columns: int = 1, height: float = 3.6, **words: Any) 
     return figure, axes
 
 
-def _legend(figure: "Figure", ax: "Axes", columns: int = 3) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
+def _legend(figure: "Figure", axes: "Iterable[Axes]", order: Sequence[str] = ()) -> None:
+    """One legend for all axes, in as many columns as its longest label allows; labels of `order` come last."""
+    unique: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            unique.setdefault(label, handle)
+    labels = sorted(unique, key=lambda label: order.index(label) if label in order else -1)
+    if not labels:
+        return
+    columns = max(1, min(4, LEGEND // (max(map(len, labels)) + 8)))
+    figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(labels) // columns))
     figure.legend(
-        list(unique.values()), list(unique), loc="outside lower center", ncols=columns, frameon=False,
+        [unique[label] for label in labels], ["\n".join(wrap(label, LEGEND - 8)) for label in labels],
+        loc="outside lower center", ncols=columns, frameon=False,
         labelcolor=INK, fontsize=9, handlelength=3,
     )  # fmt: skip
 
 
 def _plain_log(ax: "Axes") -> None:
     """A log axis whose ticks are numbers that people read."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = ax.get_ylim()
     ax.set_yscale("log")
     ax.set_ylim(low, high)
     narrow = high / max(low, 1e-12) < 100
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=12))
+    steps = [(1, 2, 5)] if narrow else [(1,), (1, 2, 5)]
+    locators: list[Locator] = [LogLocator(subs=subs, numticks=12) for subs in steps]
+    # A narrow range holds too few of 1, 2, 5 and 10.
+    locators.append(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+    enough = (one for one in locators if sum(low <= tick <= high for tick in one.tick_values(low, high)) >= 3)
+    ax.yaxis.set_major_locator(next(enough, locators[-1]))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
@@ -178,7 +214,7 @@ def _plain(value: float) -> str:
 def curves(
     series: Mapping[str, Sequence[Point]], *, y_label: str, level: tuple[str, float] | None, log: bool
 ) -> "Figure":
-    """Values by sparsity in percent, with intervals; what diverged stands at the upper edge, and says so."""
+    """Values by sparsity in percent, with intervals; points that diverged are at the upper edge, with a label."""
     figure, axes = _figure()
     ax = axes[0, 0]
     known = [value for points in series.values() for p in points for value in (p.y, p.low, p.high) if value is not None]
@@ -189,6 +225,7 @@ def curves(
         _plain_log(ax)
     if level:
         ax.axhline(level[1], color=MUTED, linewidth=1.2, label=level[0])
+    ticks = sorted({point.x for points in series.values() for point in points})
     shift = 0.35
     for index, (label, points) in enumerate(series.items()):
         color, marker, dash = style(index)
@@ -205,17 +242,16 @@ def curves(
             if point.y is None:
                 edge = ax.get_xaxis_transform()
                 ax.plot([x], [1], marker=marker, color=color, markersize=8, transform=edge, clip_on=False)
-                words = f"{label} diverged"
+                left = point.x < (ticks[0] + ticks[-1]) / 2
                 ax.annotate(
-                    words, (x, 1), xycoords=edge, xytext=(-8, -3 - 12 * index), textcoords="offset points",
-                    ha="right", va="top", color=color, fontsize=9,
+                    f"{label} diverged", (x, 1), xycoords=edge, xytext=(8 if left else -8, -3 - 12 * index),
+                    textcoords="offset points", ha="left" if left else "right", va="top", color=color, fontsize=9,
                 )  # fmt: skip
-    ticks = sorted({point.x for points in series.values() for point in points})
     ax.set_xticks(ticks, [f"{tick:g} %" for tick in ticks])
     ax.margins(x=0.12)
     ax.set_xlabel("sparsity of the linears")
     ax.set_ylabel(y_label)
-    _legend(figure, ax)
+    _legend(figure, [ax])
     return figure
 
 
@@ -223,26 +259,23 @@ def accuracies(
     panels: dict[str, dict[str, list[Point]]], tasks: list[str], dense: list[Point], order: list[str]
 ) -> "Figure":
     """Accuracy in percent by task, a panel for each sparsity; `x` is the task's number."""
-    columns = min(3, len(panels))
+    columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = _figure(rows, columns, height=1.1 + 2.7 * rows, sharey=True)
+    figure, axes = _figure(rows, columns, height=0.5 + 2.4 * rows, sharey=True)
     for ax, (title, series) in zip(axes.flat, panels.items(), strict=False):
         ax.set_title(title, fontsize=10, color=INK)
-        for number, point in enumerate(dense):
+        for point in dense:
             if point.y is not None:
-                label = "dense" if number == 0 else None
-                ax.hlines(point.y, point.x - 0.42, point.x + 0.42, color=INK, linewidth=1.6, label=label)
+                ax.hlines(point.y, point.x - 0.42, point.x + 0.42, color=INK, linewidth=1.6, label="dense")
         for name, points in series.items():
-            index = order.index(name)
-            color, marker, _ = style(index)
+            color, marker, _ = style(order.index(name))
             offset = (list(series).index(name) - (len(series) - 1) / 2) * 0.5 / max(1, len(series) - 1)
-            for number, point in enumerate(points):
+            for point in points:
                 if point.y is None:
                     continue
                 x = point.x + offset
                 ax.plot(
-                    [x], [point.y], color=color, marker=marker, linestyle="none", markersize=5,
-                    label=name if number == 0 else None,
+                    [x], [point.y], color=color, marker=marker, linestyle="none", markersize=5, label=name,
                 )  # fmt: skip
                 if point.low is not None and point.high is not None:
                     ax.vlines(x, point.low, point.high, color=color, linewidth=1.3)
@@ -252,7 +285,7 @@ def accuracies(
         ax.set_visible(False)
     for ax in axes[:, 0]:
         ax.set_ylabel("accuracy, %")
-    _legend(figure, axes[0, 0], 4)
+    _legend(figure, axes.flat, order)
     return figure
 
 
@@ -274,13 +307,13 @@ def by_block(series: dict[str, list[tuple[int, float, float, float]]]) -> "Figur
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("block")
     ax.set_ylabel("sparsity, %")
-    _legend(figure, ax)
+    _legend(figure, [ax])
     return figure
 
 
 def times(bars: dict[str, dict[str, float]], stages: list[str]) -> "Figure":
     """Seconds by stage, one bar above the other; hatched differently too."""
-    figure, axes = _figure(height=1.3 + 0.34 * len(bars))
+    figure, axes = _figure(height=0.8 + 0.34 * len(bars))
     ax = axes[0, 0]
     ax.grid(False)
     ax.grid(axis="x", color=LINE, linewidth=0.6)
@@ -303,7 +336,8 @@ def times(bars: dict[str, dict[str, float]], stages: list[str]) -> "Figure":
     ax.margins(x=0.1)
     ax.invert_yaxis()
     ax.set_xlabel("seconds")
-    _legend(figure, ax, 6)
+    ax.set_yticks(range(len(bars)), ["\n".join(wrap(label, 28)) for label in bars])
+    _legend(figure, [ax])
     return figure
 
 
@@ -321,9 +355,9 @@ class InputNorms(NamedTuple):
 
 def norms(inputs: list[InputNorms]) -> "Figure":
     """Above, the norms by block; below, which features the outliers are. A column for each distinct input."""
-    columns = min(4, len(inputs))
+    columns = min(2, len(inputs))
     bands = -(-len(inputs) // columns)
-    figure, axes = _figure(2 * bands, columns, height=0.8 + 4.4 * bands)
+    figure, axes = _figure(2 * bands, columns, height=0.4 + 3.8 * bands)
     for position, one in enumerate(inputs):
         band, column = divmod(position, columns)
         above, below = axes[2 * band, column], axes[2 * band + 1, column]
@@ -356,7 +390,7 @@ def norms(inputs: list[InputNorms]) -> "Figure":
         band, column = divmod(spare, columns)
         axes[2 * band, column].set_visible(False)
         axes[2 * band + 1, column].set_visible(False)
-    _legend(figure, axes[0, 0])
+    _legend(figure, axes.flat)
     return figure
 
 
@@ -384,5 +418,5 @@ def against_bytes(dense: tuple[float, float] | None, series: dict[str, list[tupl
     ax.margins(x=0.1)
     ax.set_xlabel("megabytes of the model, zeros left out")
     ax.set_ylabel("perplexity, log scale")
-    _legend(figure, ax)
+    _legend(figure, [ax])
     return figure

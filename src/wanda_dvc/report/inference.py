@@ -1,7 +1,7 @@
-"""How sure a number is: intervals, and paired tests. Pure functions of losses and answers.
+"""Intervals and paired tests: pure functions of losses and answers.
 
-Windows and items are taken as drawn independently. Windows that follow one another in a text are not quite, so that a
-single perplexity's interval is rather too narrow; a paired ratio feels it less: both models read the same windows.
+Windows and items are treated as independent. Windows of one text are not quite, so the interval of a single perplexity
+is somewhat too narrow. This affects a paired ratio less, because both models read the same windows.
 """
 
 import math
@@ -22,9 +22,13 @@ class Estimate(NamedTuple):
     high: float
     p: float = math.nan
 
+    def within(self, low: float, high: float) -> "Estimate":
+        """The same with an interval that is cut off where values are impossible; it covers the truth as often."""
+        return self._replace(low=max(low, self.low), high=min(high, self.high))
+
 
 def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
-    """exp of the mean loss, windows weighted by their predictions, with a t interval on the mean over windows.
+    """The exponential of the mean loss over windows, weighted by their predictions, with a t interval on the mean.
 
     `losses` are windows' means in nats. None if one of them is not finite, or there are fewer than two.
     """
@@ -78,6 +82,11 @@ def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> Estimate:
     sizes = [len(task) for task in tasks if len(task) > 1]
     freedom: float = variance**2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
     return _student(value, math.sqrt(variance), freedom)
+
+
+def mean_accuracy(tasks: Sequence[Sequence[bool]]) -> Estimate:
+    """The mean over tasks of the fraction answered correctly, with `mean_of_tasks`' interval cut off at 0 and 1."""
+    return mean_of_tasks([[float(right) for right in task] for task in tasks]).within(0, 1)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -7,12 +7,17 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from wanda_dvc.catalog import methods
+
 Settings = dict[str, Any]
-OF_INPUTS = ("calibration.", "propagation")  # magnitude sees no activations
+OF_INPUTS = ("calibration.", "propagation")  # not asked of a method that needs no inputs
+DENSE = "dense"  # the method of a published row of the dense model
 
 
 @dataclass(frozen=True)
 class Source:
+    """Published rows of one model, and their protocol."""
+
     source: str
     models: list[str]
     perplexity: Settings
@@ -21,17 +26,17 @@ class Source:
     zero_shot: Settings | None = None
 
     def differences(self, settings: Settings, measure: str, row: dict[str, Any]) -> list[str]:
-        """In what an experiment's protocol is not this row's; [] if it may be compared.
+        """The settings in which an experiment's protocol differs from this row's; [] if the two may be compared.
 
-        `measure` is `perplexity` or a task. The row's `method: dense` asks nothing of how weights were chosen.
+        `measure` is `perplexity` or a task. A row with `method: dense` does not ask how weights were chosen.
         """
         wanted = self.perplexity if measure == "perplexity" else self.zero_shot
         if wanted is None:
             return [measure]
         wanted = dict(wanted)
-        if row["method"] != "dense":
+        if row["method"] != DENSE:
             pruning = self.pruning | {key: row[key] for key in ("method", "sparsity", "pattern", "group") if key in row}
-            if row["method"] == "magnitude":
+            if not methods()[row["method"]].needs_inputs():
                 pruning = {key: value for key, value in pruning.items() if not key.startswith(OF_INPUTS)}
             if pruning.get("pattern", "unstructured") != "unstructured":
                 pruning.pop("group", None)
@@ -50,5 +55,6 @@ class Source:
 
 @cache
 def sources() -> list[Source]:
+    """The published rows that the report knows."""
     text = (files("wanda_dvc.report") / "published.yaml").read_text(encoding="utf-8")
     return [Source(**entry) for entry in YAML(typ="safe", pure=True).load(text)]

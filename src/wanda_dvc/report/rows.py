@@ -1,7 +1,7 @@
-"""What the experiments of a repository hold, as rows: parameters, numbers, what stands behind them, times.
+"""The experiments of a repository as rows: parameters, metrics, details and times.
 
-`dvc.lock` says which numbers are of which parameters: a stage that has not run on the parameters or the inputs at hand
-is stale, and so is all that follows. What a stale stage wrote is not read.
+`dvc.lock` says which numbers belong to which parameters. A stage that has not run on the current parameters or inputs
+is stale, and so is every stage after it. Outputs of a stale stage are not read.
 """
 
 import csv
@@ -33,17 +33,18 @@ class Row:
 
     name: str
     commit: str | None  # None: the workspace
-    study: Project  # what could be had of it
+    study: Project  # holds what could be read
     sizes: dict[str, int]  # bytes of its outs, by path, as DVC counted them
     hashes: dict[str, str]  # of its outs
     missing: list[str]  # paths that the cache lacks
-    ledger: Times  # of the repository that the study was taken from
+    ledger: Times  # the times of all runs in the repository
     also: list[str] = field(default_factory=list)  # other names of the same results
     notes: list[str] = field(default_factory=list)
     _read: dict[Path, Json] = field(default_factory=dict, repr=False)  # a benchmark's answers are megabytes
 
     @property
     def params(self) -> Params:
+        """The parameters that it ran with."""
         return self.study.params
 
     def settings(self) -> dict[str, Any]:
@@ -52,9 +53,11 @@ class Row:
         return {key: value for key, value in content if not key.startswith("runtime.")}
 
     def metric(self, model: str, name: str) -> Json:
+        """A metrics file, such as `perplexity` of `dense`; {} if it is missing."""
         return self._json(self.study.metrics(model, name))
 
     def details(self, model: str, name: str) -> Json:
+        """The protocol and the result of each window or item behind a metric; {} if missing."""
         return self._json(self.study.details(model, name))
 
     def _json(self, path: Path) -> Json:
@@ -63,6 +66,7 @@ class Row:
         return self._read[path]
 
     def plot(self, name: str) -> list[dict[str, str]]:
+        """The lines of a plot's CSV file; [] if it is missing."""
         path = self.study.plots(name)
         if not path.is_file():
             return []
@@ -70,8 +74,31 @@ class Row:
             return list(csv.DictReader(file))
 
     def times(self) -> dict[str, Json]:
-        """By run, such as `zero-shot-pruned-piqa`; of those that ran in this repository."""
+        """By run, such as `zero-shot-pruned-piqa`: seconds, machine, device, peak memory, and `key`.
+
+        Only of runs in this repository. Rows that share a run have the same key for it.
+        """
         return self.ledger.of(self.study)
+
+
+def machine_of(time: Json) -> str:
+    """The machine and device of a time."""
+    return f"{time['machine']}, {time['device']}"
+
+
+def peak_memory(times: dict[str, Json]) -> str | None:
+    """The largest anonymous peak of the runs; the resident one, named so, where no anonymous peak is known."""
+    for key, name in (("peak_anonymous_gb", ""), ("peak_resident_gb", " resident")):
+        if peaks := [time[key] for time in times.values() if time.get(key) is not None]:
+            return f"{max(peaks):.2f} GB{name}"
+    return None
+
+
+class Note(NamedTuple):
+    """Why an experiment, a branch or the workspace is no row."""
+
+    name: str
+    text: str
 
 
 class Unfinished(NamedTuple):
@@ -84,9 +111,11 @@ class Unfinished(NamedTuple):
 
 @dataclass
 class Collected:
+    """The rows, and what is no row."""
+
     rows: list[Row]
     unfinished: list[Unfinished]
-    notes: list[str]
+    notes: list[Note]
 
 
 class _Candidate(NamedTuple):
@@ -96,9 +125,9 @@ class _Candidate(NamedTuple):
 
 
 def collect(*, project: Project, model: str | None, revs: list[str], work: Path) -> Collected:
-    """Rows of the workspace, branches, tags, and commits with experiments; or of `revs` alone.
+    """Collect the rows of the workspace, branches, tags, and commits with experiments; or of `revs` alone.
 
-    `model`: only rows whose model's name contains it. What is taken out of the cache lies in `work`.
+    `model`: only rows whose model's name contains it. Files taken out of the cache are placed in `work`.
     """
     candidates, unfinished = _states(project, revs)
     rows: dict[str, Row] = {}
@@ -108,8 +137,8 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
         shutil.rmtree(folder, ignore_errors=True)
         row = _row(project, candidate, folder)
         if isinstance(row, str):
-            if candidate.kind < 3:  # an old commit without results is no news
-                notes.append(f"{candidate.name}: {row}")
+            if candidate.kind < 3:  # an old commit without results needs no note
+                notes.append(Note(candidate.name, row))
             continue
         if model and model.lower() not in row.params.model.lower():
             continue
@@ -118,17 +147,17 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
             continue
         if candidate.kind < 3 and row.name not in (twin.name, *twin.also):
             twin.also.append(row.name)
-        if len(row.missing) < len(twin.missing):  # the same results, and more of what stands behind them
+        if len(row.missing) < len(twin.missing):  # the same results with more of their details
             twin.study, twin.missing = row.study, row.missing
     for row in rows.values():
         if row.missing:
             some = ", ".join(row.missing[:3]) + (f" and {len(row.missing) - 3} more" if len(row.missing) > 3 else "")
-            row.notes.append(f"not in DVC's cache, and so not looked into: {some}; `dvc pull` may fetch it")
+            row.notes.append(f"not in DVC's cache, and so not read: {some}; `dvc pull` may fetch it")
     return Collected(list(rows.values()), unfinished, notes)
 
 
 def _states(project: Project, revs: list[str]) -> tuple[list[_Candidate], list[Unfinished]]:
-    """What there is to read, and the experiments that have not finished or have failed."""
+    """The revisions to read, and the experiments that have not finished or have failed."""
     from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
     from dvc.scm import NoSCM
@@ -151,7 +180,7 @@ def _states(project: Project, revs: list[str]) -> tuple[list[_Candidate], list[U
             raise UserError(
                 f"{project.root}: DVC can't list its experiments ({error}); look at `dvc exp show`"
             ) from None
-        except OSError as error:  # it looks for files of an experiment that never began
+        except OSError as error:  # DVC reads files of an experiment that never began
             raise UserError(
                 f"{project.root}: DVC can't list its experiments ({error}); one that was killed may still count as "
                 "running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
@@ -161,7 +190,7 @@ def _states(project: Project, revs: list[str]) -> tuple[list[_Candidate], list[U
         for state in states:
             name = state.name or (state.rev if state.rev == "workspace" else state.rev[:7])
             kind = 2 if state.rev == "workspace" else 1 if state.name else 3
-            if kind < 3 or state.experiments:  # what a branch has left behind is not a result of today
+            if kind < 3 or state.experiments:  # an older commit of a branch is no result of today
                 found.append(_Candidate(state.rev, name, kind))
             base = _settings_of(state)
             for experiment in state.experiments or []:
@@ -187,7 +216,7 @@ def _changes(base: dict[str, Any], own: dict[str, Any]) -> str:
 
 
 def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
-    """The row, or why there is none."""
+    """The row; or, as text, why there is none."""
     study = Project(folder)
     folder.mkdir(parents=True)
     if candidate.rev == "workspace":
@@ -217,7 +246,7 @@ def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
             path.unlink()
     if stale:
         notes.append(f"not run on these parameters, and left out: {', '.join(sorted(stale))}")
-    # A time that cannot be looked up for want of masks/ is no news.
+    # Missing masks/ need no note: only the key of a time is read from there.
     missing = [path for path in missing if path.split("/")[0] in TAKEN and path not in dropped]
     if not any((folder / "metrics").glob("pruned/*.json")):
         return "; ".join(notes) or "no results"
@@ -241,11 +270,11 @@ def _take_workspace(project: Project, study: Project) -> list[str]:
 
 
 def stale_stages(stages: Json, params: Params) -> set[str]:
-    """The stages of a dvc.lock that ran on other parameters, or on something that another stage has made anew."""
+    """The stages of a dvc.lock that ran on other parameters, or on inputs that have been made again since."""
     settings = dict(flatten(params.model_dump(mode="json")))
     made = {out["path"]: (name, out.get("md5")) for name, stage in stages.items() for out in stage.get("outs", [])}
     stale = set()
-    for name, stage in stages.items():  # in any order: what follows is found below
+    for name, stage in stages.items():  # in any order: the stages after them are found below
         asked = dict(flatten((stage.get("params") or {}).get("params.yaml") or {}))
         if any(key in settings and settings[key] != value for key, value in asked.items()):
             stale.add(name)
@@ -272,7 +301,7 @@ def _maker(path: str, made: dict[str, tuple[str, Any]]) -> str | None:
 
 
 def identity(row: Row) -> str:
-    """The same for rows with the same parameters and the same numbers."""
+    """A text that is equal for rows with the same parameters and the same numbers."""
     numbers = {f"{model}/{path.name}": path.read_text() for model in MODELS for path in _metric_files(row, model)}
     return json.dumps([row.settings(), numbers], sort_keys=True)
 

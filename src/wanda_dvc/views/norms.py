@@ -9,31 +9,13 @@ from typing import Any
 from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.report.charts import InputNorms
+from wanda_dvc.report.norms import input_norms
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
 
 SHOWN = 20  # rows of a table; JSON lists all
-
-
-def input_norms(folder: Path) -> list[InputNorms]:
-    """Return the norms of a set of statistics, by distinct input, over the blocks."""
-    from wanda_dvc.pruning.statistics import outliers
-
-    found: dict[str, InputNorms] = {}
-    for block in range(block_count(folder)):
-        stats = read_stats(folder, block)
-        for name, x in stats.inputs.items():
-            norm = x.norm
-            one = found.setdefault(stats.label(name), InputNorms(stats.label(name), [], [], [], [], [], len(norm)))
-            one.blocks.append(block)
-            for values, share in ((one.low, 0.05), (one.median, 0.5), (one.high, 0.95)):
-                values.append(norm.quantile(share).item())
-            above = outliers(norm).nonzero().flatten().tolist()
-            one.outliers.extend((block, feature, norm[feature].item()) for feature in above)
-    return list(found.values())
 
 
 def plot(*, folder: Path, target: Path) -> str:
