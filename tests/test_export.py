@@ -15,7 +15,6 @@ from wanda_dvc.catalog import Method, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.build import experiment_and_directory, export
 from wanda_dvc.export.formats import FORMATS
-from wanda_dvc.export.repeat import how_to_repeat
 from wanda_dvc.params import Params
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
@@ -25,6 +24,7 @@ from wanda_dvc.study.files import write_json
 from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import digest, read_provenance
+from wanda_dvc.study.repeat import how_to_repeat
 from wanda_dvc.study.settings import flatten
 
 

@@ -7,11 +7,11 @@ from tabulate import tabulate
 
 from wanda_dvc.catalog import HUB_ID, methods
 from wanda_dvc.export.formats import Format
-from wanda_dvc.export.repeat import how_to_repeat
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
+from wanda_dvc.study.repeat import how_to_repeat
 from wanda_dvc.views.show import HEADERS, comparison
 
 # The Hub's name of a licence, by a phrase of its text.
