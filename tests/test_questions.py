@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import decoder as blocks
+from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine import questions
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods, pack, spread
@@ -78,7 +78,7 @@ def test_they_are_the_models_own(
     tiny: Path, tmp_path: Path, asked: list[Request], monkeypatch: pytest.MonkeyPatch, row: int, together: bool
 ):
     monkeypatch.setattr(questions.pack, "__kwdefaults__", {"tokens": row})
-    monkeypatch.setattr(blocks, "LOGITS_AT_A_TIME", 260 * 5)
+    monkeypatch.setattr(decoding, "LOGITS_AT_A_TIME", 260 * 5)
     monkeypatch.setattr(questions, "LOGITS_AT_A_TIME", 260 * 5)
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     assert decoder.holds_layouts
