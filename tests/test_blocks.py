@@ -174,6 +174,49 @@ def test_only_the_block_at_work_has_weights(tiny: Path, tmp_path: Path):
     assert all(p.is_meta for block in decoder.blocks for p in block.parameters())
 
 
+@pytest.mark.parametrize("resident", [False, True], ids=["streamed", "resident"])
+def test_replaced_weights_are_used_until_the_blocks_turn_is_over(tiny: Path, tmp_path: Path, resident: bool):
+    """As the whole model computes with these weights; a second walk and the checkpoint have the old ones."""
+    decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU, resident=resident), windows()
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    before = (tiny / "model.safetensors").read_bytes()
+    final: list[torch.Tensor] = []
+    model.model.layers[-1].register_forward_hook(lambda _, __, out: final.append(out))
+    with torch.no_grad():
+        dense = [model(input_ids=row[None]) and final.pop()[0] for row in tokens]
+    generator = torch.Generator().manual_seed(3)
+    for step in walk(decoder, tokens, tmp_path / "replaced"):
+        if step.index in (1, 2):
+            down = f"model.layers.{step.index}.mlp.down_proj"
+            new = torch.randn(32, 48, generator=generator)
+            model.get_submodule(down).weight.data = new.clone()
+            step.replace({down: torch.full((32, 48), torch.nan)})
+            step.replace({down: new})  # the last one counts
+        if step.index == 2:
+            keep = torch.rand(32, 48, generator=generator) < 0.5
+            model.get_submodule(down).weight.data *= keep
+            step.prune({down: keep})
+            assert torch.equal(step.linears[down].weight, new * keep)
+        step.advance()
+    with torch.no_grad():
+        changed = [model(input_ids=row[None]) and final.pop()[0] for row in tokens]
+    for ours, theirs in zip(outputs(decoder, tokens, tmp_path / "replaced"), changed, strict=True):
+        assert torch.equal(ours, theirs)
+    record(decoder, tokens, tmp_path / "again")
+    for ours, theirs in zip(outputs(decoder, tokens, tmp_path / "again"), dense, strict=True):
+        assert torch.equal(ours, theirs)
+    assert (tiny / "model.safetensors").read_bytes() == before
+
+
+def test_a_new_weight_of_another_shape_is_refused(tiny: Path, tmp_path: Path):
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    step = next(walk(decoder, windows(), tmp_path))
+    with pytest.raises(
+        UserError, match=r"0.mlp.up_proj: its new weight is \[32\], expected \[48, 32\], as it is stored"
+    ):
+        step.replace({"model.layers.0.mlp.up_proj": torch.ones(32)})
+
+
 def test_the_blocks_are_restored_whatever_happens(tiny: Path):
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     with pytest.raises(RuntimeError), decoder._instead_of_blocks(lambda *_: None):

@@ -184,6 +184,10 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
     recorders = []
     for step in walk(decoder, tokens, tmp_path / "work"):
         assert [i for i, block in enumerate(decoder.blocks) if not next(block.parameters()).is_meta] == [step.index]
+        for name, linear in step.linears.items():
+            address = linear.part.address
+            assert (address.linear, address) == (name, decoder.checkpoint.find(name))
+            assert torch.equal(linear.weight, decoder.checkpoint.read(address))
         recorders.append(InputRecorder())
         step.advance(recorders[-1])
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -347,6 +351,24 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_was_sent(
                 expected = squares.get(name, torch.zeros_like(inputs[source].sum))
                 torch.testing.assert_close(inputs[source].sum_squares, expected, rtol=1e-4, atol=1e-6)
     assert sum(count) == chosen * tokens.numel()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "phi3", "gpt2"])
+def test_one_linear_is_replaced_and_no_other(family: str, tmp_path: Path):
+    """Also where its parameter holds several linears: other experts, or other rows."""
+    folder = save(family, tmp_path / "model")
+    decoder, stored = Decoder(folder, dtype=torch.float32, device=torch.device("cpu")), Checkpoint(folder)
+    for step in walk(decoder, torch.ones(1, 8, dtype=torch.long), tmp_path / "work"):
+        for name, linear in step.linears.items():
+            step.replace({name: torch.full(linear.weight.shape, 0.25)})
+            break
+        for other, linear in step.linears.items():
+            expected = torch.full(linear.weight.shape, 0.25) if other == name else stored.weight(other)
+            assert torch.equal(linear.weight, expected), other
+        experts = [other for other in step.linears if "experts.1" in other or "moe.1" in other]
+        if experts:
+            step.replace({experts[-1]: stored.weight(experts[-1]) + 1})
+            assert torch.equal(step.linears[experts[-1]].weight, stored.weight(experts[-1]) + 1)
 
 
 def one_is_never_chosen(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from wanda_dvc.engine import attention
-from wanda_dvc.engine.calls import Call, CallCache, equal_calls
+from wanda_dvc.engine.calls import Call, CallCache, calls_bytes, equal_calls
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.rows import Layout, Row
@@ -45,7 +45,7 @@ class Decoder:
         self.dtype, self.device = dtype, device
         self.weights = Weights(self.model, self.checkpoint, device=device, resident=resident)
         self.blocks = self.weights.blocks
-        self._cache = CallCache()
+        self._cache = CallCache(calls_bytes(device))
         self._checked: set[int] = set()  # lengths whose calls don't depend on the tokens
         self._stock_attention = self.model.config._attn_implementation
         self._ours_for_windows = False

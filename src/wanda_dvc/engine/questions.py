@@ -25,7 +25,7 @@ class Request:
     continuation: tuple[int, ...]
 
     def within(self, length: int) -> "Request":
-        """The request cut from the left, as lm-eval does, to a model's number of positions; the last token isn't fed."""
+        """The request cut from the left to `length` fed tokens, as lm-eval does. The last token is not fed."""
         tokens = (self.context + self.continuation)[-(length + 1) :]
         return Request(tokens[: -len(self.continuation)], self.continuation)
 
@@ -38,7 +38,7 @@ class Place:
     tokens: list[int]
 
 
-def pack(requests: Sequence[Request], *, tokens: int = ROW) -> tuple[list[Row], list[Place]]:
+def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[Place]]:
     """Rows of whole questions, and every request's place in them.
 
     A question is all requests of one context: the context, then each continuation without its last token. A row ends
@@ -96,7 +96,7 @@ def loglikelihoods(
     `length` is the model's number of positions. A killed run continues from its files in `work`.
     """
     requests = [request.within(length) for request in requests]
-    rows, places = pack(requests) if decoder.holds_layouts else spread(requests)
+    rows, places = pack(requests, tokens=ROW) if decoder.holds_layouts else spread(requests)
     for step in progress(walk(decoder, rows, work), len(decoder.blocks)):
         step.advance()
     hidden = outputs(decoder, rows, work)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -32,12 +33,12 @@ class Layout:
 
         `sees` says which positions the kind of block (causal, sliding, chunked) lets a position see.
         """
-        pairs = []
+        pairs, visible = [], sees.numpy()  # whose indexing is five times as fast as torch's
         for place in self.places:
-            choice, at = self.choice[place], self.positions[place]
+            choice, at = self.choice[place].numpy(), self.positions[place].numpy()
             related = (choice == 0) | (choice == choice[:, None])
-            pairs.append(~(sees[at[:, None], at] & related).flatten())
-        return torch.cat(pairs)
+            pairs.append(~(visible[at][:, at] & related).ravel())
+        return torch.from_numpy(np.concatenate(pairs))
 
     def by_question(self, hidden: Bool[Tensor, " pairs"]) -> Iterator[tuple[slice, Bool[Tensor, "tokens tokens"]]]:
         """Each question's tokens, and its part of what `hidden` gave."""
