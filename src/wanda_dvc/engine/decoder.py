@@ -45,7 +45,7 @@ class Decoder:
         self.dtype, self.device = dtype, device
         self.weights = Weights(self.model, self.checkpoint, device=device, resident=resident)
         self.blocks = self.weights.blocks
-        self._cache = CallCache(calls_bytes(device))
+        self._cache = CallCache(calls_bytes(device.type))
         self._checked: set[int] = set()  # lengths whose calls don't depend on the tokens
         self._stock_attention = self.model.config._attn_implementation
         self._ours_for_windows = False
