@@ -10,7 +10,7 @@ from torch import Tensor
 from wanda_dvc.engine.rows import Layout
 
 # Cached at most; a row takes 1 to 2 MB. A row that is not cached is recorded again for each block. That takes a few
-# milliseconds: 2 % of a block of SmolLM2-135M on one CPU core, but as long as the block itself on a GPU.
+# milliseconds: 2 % of a block of SmolLM2-135M on one CPU core. A GPU needs no longer for the block itself (estimated).
 CALLS_BYTES = 2**26
 CALLS_BYTES_ON_GPU = 2**29
 

@@ -158,6 +158,7 @@ class Checkpoint:
                             f"expected {list(old.shape)} in {old.dtype}, as {shard} stores it"
                         )
                     file.write(new.cpu().contiguous().view(torch.uint8).numpy().data)
+                    del new  # before the next is made
                     yield address
                 _copy_up_to(shard.stat().st_size, stored, file)
 

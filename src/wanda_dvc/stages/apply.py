@@ -122,7 +122,8 @@ def prune(checkpoint: Checkpoint, masks: Path, target: Path) -> dict[str, Zeros]
             )
         # As unsigned integers: kept weights keep their bits in every dtype, and removed ones become +0.
         bits = weight.view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * keep.numpy()
-        zero = weight.numel() - int(np.count_nonzero(bits << 1))  # without the sign: −0 is a zero too
+        minus_zero = 1 << (8 * weight.itemsize - 1)  # a zero too
+        zero = weight.numel() - int(np.count_nonzero(bits)) + int(np.count_nonzero(bits == minus_zero))
         found[linear] = Zeros(blocks[linear], zero, weight.numel(), weight.nbytes)
         return torch.from_numpy(bits).view(weight.dtype)
 
