@@ -686,7 +686,7 @@ def without_units(name: str, goal: str) -> Row:
 def has_bf16_units() -> bool:
     import torch
 
-    from wanda_dvc.engine.decoder import has_units
+    from wanda_dvc.engine.attention import has_units
 
     return has_units(torch.bfloat16)
 

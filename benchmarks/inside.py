@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.decoder import as_rows
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.recorder import InputRecorder
+from wanda_dvc.engine.rows import as_rows
 from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import keeps
 from wanda_dvc.study.project import Project

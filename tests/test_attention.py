@@ -12,9 +12,10 @@ from transformers import AttentionInterface
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from wanda_dvc.engine import attention
-from wanda_dvc.engine import decoder as blocks
-from wanda_dvc.engine.attention import Layout, attend, laid_out, visible
+from wanda_dvc.engine.attention import attend, laid_out, visible
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.rows import Layout
+from wanda_dvc.engine.walk import outputs, walk
 
 MODULE = torch.nn.Module()
 
@@ -95,12 +96,11 @@ def test_a_token_sees_its_context_and_its_own_choice(questions: list[tuple[int, 
 
 def test_each_kind_of_block_hides_what_its_own_mask_says():
     layout = Layout(torch.arange(6), torch.zeros(6, dtype=torch.long), torch.zeros(6, dtype=torch.long))
-    causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
-    window = causal & ~causal.tril(-2)
-    for mask in (causal, window, causal):
-        [(place, hidden)] = layout.questions(mask)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    for sees in (causal, causal & ~causal.tril(-2)):
+        [(place, hidden)] = layout.by_question(layout.hidden(sees))
         assert place == slice(0, 6)
-        assert torch.equal(hidden, ~mask[0, 0])
+        assert torch.equal(hidden, ~sees)
 
 
 def test_in_bfloat16_a_cpu_with_units_for_it_takes_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -113,11 +113,11 @@ def test_in_bfloat16_a_cpu_with_units_for_it_takes_ours(tmp_path: Path, monkeypa
         ("stock", torch.bfloat16, False),
         ("ours", torch.bfloat16, True),
     ):
-        monkeypatch.setattr(blocks, "fast_in_half", lambda *_, units=units: units)
+        monkeypatch.setattr(attention, "is_faster", lambda *_, units=units: units)
         decoder = Decoder(folder, dtype=dtype, device=device)
-        for step in decoder.walk(tokens, tmp_path / name):
+        for step in walk(decoder, tokens, tmp_path / name):
             step.advance()
-        hidden[name] = decoder.outputs(tokens, tmp_path / name)[0].float()
+        hidden[name] = outputs(decoder, tokens, tmp_path / name)[0].float()
         assert (decoder.model.config._attn_implementation == attention.NAME) == units
     stock, ours = ((hidden[name] - hidden["right"]).norm() for name in ("stock", "ours"))
     assert not torch.equal(hidden["ours"], hidden["stock"])
@@ -125,7 +125,7 @@ def test_in_bfloat16_a_cpu_with_units_for_it_takes_ours(tmp_path: Path, monkeypa
 
 
 def test_where_ours_computes_something_else_the_stock_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(blocks, "fast_in_half", lambda *_: True)
+    monkeypatch.setattr(attention, "is_faster", lambda *_: True)
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, lambda m, q, *_, **__: (q.mT * 0, None))
     folder = save_tiny_model(tmp_path / "model")
     assert not Decoder(folder, dtype=torch.bfloat16, device=torch.device("cpu"))._ours_for_windows

@@ -7,10 +7,14 @@ import torch
 from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import decoder as blocks
-from wanda_dvc.engine import structure
+from wanda_dvc.engine import attention, structure
+from wanda_dvc.engine import decoder as decoding
+from wanda_dvc.engine import walk as walking
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import InputRecorder
+from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.walk import outputs, walk
+from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
 
 CPU = torch.device("cpu")
@@ -27,9 +31,9 @@ def windows(length: int = 64) -> torch.Tensor:
     return torch.randint(0, 256, (3, length), generator=torch.Generator().manual_seed(1))
 
 
-def walk(decoder: Decoder, tokens: torch.Tensor, work: Path) -> list[InputRecorder]:
+def record(decoder: Decoder, tokens: torch.Tensor, work: Path) -> list[InputRecorder]:
     recorders = []
-    for step in decoder.walk(tokens, work):
+    for step in walk(decoder, tokens, work):
         recorders.append(InputRecorder())
         step.advance(recorders[-1])
     return recorders
@@ -47,11 +51,11 @@ def test_logits_are_the_models_bit_for_bit(
 ):
     """Small enough for one chunk of logits; in several, the head's sums run in another order. With the model's own
     attention: ours, which a CPU with bfloat16 units takes, rounds otherwise."""
-    monkeypatch.setattr(blocks, "fast_in_half", lambda *_: False)
+    monkeypatch.setattr(attention, "is_faster", lambda *_: False)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
     decoder, tokens = Decoder(checkpoint, dtype=dtype, device=CPU, resident=resident), windows()
-    walk(decoder, tokens, tmp_path / "work")
-    for hidden, row in zip(decoder.outputs(tokens, tmp_path / "work"), tokens, strict=True):
+    record(decoder, tokens, tmp_path / "work")
+    for hidden, row in zip(outputs(decoder, tokens, tmp_path / "work"), tokens, strict=True):
         ours = torch.cat([logits for _, logits in decoder.logits(hidden[None], row)])
         with torch.no_grad():
             theirs = model(input_ids=row[None]).logits[0]
@@ -60,34 +64,34 @@ def test_logits_are_the_models_bit_for_bit(
 
 def test_rows_of_different_lengths_go_together(tiny: Path, tmp_path: Path):
     decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU), windows()
-    rows = [blocks.Row(tokens[0]), blocks.Row(tokens[1, :17]), blocks.Row(tokens[2, :40])]
-    for step in decoder.walk(rows, tmp_path / "together"):
+    rows = [Row(tokens[0]), Row(tokens[1, :17]), Row(tokens[2, :40])]
+    for step in walk(decoder, rows, tmp_path / "together"):
         step.advance()
-    for number, (row, hidden) in enumerate(zip(rows, decoder.outputs(rows, tmp_path / "together"), strict=True)):
-        for step in decoder.walk([row], tmp_path / str(number)):
+    for number, (row, hidden) in enumerate(zip(rows, outputs(decoder, rows, tmp_path / "together"), strict=True)):
+        for step in walk(decoder, [row], tmp_path / str(number)):
             step.advance()
-        assert torch.equal(hidden, decoder.outputs([row], tmp_path / str(number))[0])
+        assert torch.equal(hidden, outputs(decoder, [row], tmp_path / str(number))[0])
 
 
 def test_a_resident_model_is_read_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for resident, reads in ((True, [2, 3]), (False, [0, 0, 1, 2, 2, 3, 3])):
         decoder, read = Decoder(tiny, dtype=torch.float32, device=CPU, resident=resident), []
         monkeypatch.setattr(
-            decoder, "_read_block", lambda i, d=decoder, r=read: r.append(i) or Decoder._read_block(d, i)
+            decoder.weights, "read_block", lambda i, w=decoder.weights, r=read: r.append(i) or Weights.read_block(w, i)
         )
-        decoder.calls(blocks.Row(torch.zeros(64, dtype=torch.long)))  # asks block 0 once more what it returns
+        decoder.calls(Row(torch.zeros(64, dtype=torch.long)))  # asks block 0 once more what it returns
         read.clear()
         for turn in range(2):
-            walk(decoder, windows(), tmp_path / f"{resident}{turn}")
+            record(decoder, windows(), tmp_path / f"{resident}{turn}")
         assert sorted(read) == reads  # `calls` has read 0, and 1 ahead of it
 
 
 def test_chunks_of_logits_agree(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU), windows()
-    walk(decoder, tokens, tmp_path)
-    hidden = decoder.outputs(tokens, tmp_path)[0][None]
+    record(decoder, tokens, tmp_path)
+    hidden = outputs(decoder, tokens, tmp_path)[0][None]
     (whole,) = (logits for _, logits in decoder.logits(hidden, tokens[0]))
-    monkeypatch.setattr(blocks, "LOGITS_AT_A_TIME", 7 * 260)
+    monkeypatch.setattr(decoding, "LOGITS_AT_A_TIME", 7 * 260)
     chunks = list(decoder.logits(hidden, tokens[0]))
     assert [(place.start, place.stop) for place, _ in chunks[:2]] == [(0, 7), (7, 14)]
     torch.testing.assert_close(torch.cat([logits for _, logits in chunks]), whole, rtol=1e-5, atol=1e-5)
@@ -105,7 +109,7 @@ def test_statistics_are_those_of_plain_hooks(checkpoint: Path, tmp_path: Path):
     with torch.no_grad():
         for row in tokens:
             model(input_ids=row[None])
-    recorders = walk(Decoder(checkpoint, dtype=torch.float32, device=CPU), tokens, tmp_path / "work")
+    recorders = record(Decoder(checkpoint, dtype=torch.float32, device=CPU), tokens, tmp_path / "work")
     found = {}
     for recorder in recorders:
         inputs, readers, _ = recorder.result()
@@ -120,7 +124,7 @@ def test_statistics_are_those_of_plain_hooks(checkpoint: Path, tmp_path: Path):
 
 
 def test_a_distinct_input_is_kept_once(tiny: Path, tmp_path: Path):
-    recorders = walk(Decoder(tiny, dtype=torch.float32, device=CPU), windows(), tmp_path)
+    recorders = record(Decoder(tiny, dtype=torch.float32, device=CPU), windows(), tmp_path)
     for block, recorder in enumerate(recorders):
         short = [
             [name.removeprefix(f"model.layers.{block}.") for name in names]
@@ -137,8 +141,8 @@ def test_a_distinct_input_is_kept_once(tiny: Path, tmp_path: Path):
 @pytest.mark.parametrize("finished", [0, 1, 3])
 def test_a_killed_walk_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, finished: int):
     tokens = windows()
-    whole = walk(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path / "whole")
-    steps = Decoder(tiny, dtype=torch.float32, device=CPU).walk(tokens, tmp_path / "killed")
+    whole = record(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path / "whole")
+    steps = walk(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path / "killed")
     for step in steps:
         if step.index == finished:
             step.states.write([torch.full_like(step.states.before[0], torch.nan)])  # in the middle of its block
@@ -146,28 +150,71 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, fin
         step.advance()
     del steps
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-    rest = walk(decoder, tokens, tmp_path / "killed")
+    rest = record(decoder, tokens, tmp_path / "killed")
     assert len(rest) == len(whole) - finished
     for one, other in zip(rest, whole[finished:], strict=True):
         assert all(torch.equal(one.stats[name].sum_squares, other.stats[name].sum_squares) for name in other.stats)
-    for killed, not_killed in zip(*(decoder.outputs(tokens, tmp_path / x) for x in ("killed", "whole")), strict=True):
+    for killed, not_killed in zip(*(outputs(decoder, tokens, tmp_path / x) for x in ("killed", "whole")), strict=True):
         assert torch.equal(killed, not_killed)
 
 
 def test_what_another_boot_left_is_not_trusted(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tokens = windows()
-    walk(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path)
-    monkeypatch.setattr(blocks, "_boot", lambda: "another")
-    assert len(walk(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path)) == 4
+    record(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path)
+    monkeypatch.setattr(walking, "_boot", lambda: "another")
+    assert len(record(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path)) == 4
 
 
 def test_only_the_block_at_work_has_weights(tiny: Path, tmp_path: Path):
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-    for step in decoder.walk(windows(), tmp_path):
+    for step in walk(decoder, windows(), tmp_path):
         held = [any(not p.is_meta for p in block.parameters()) for block in decoder.blocks]
         assert held == [index == step.index for index in range(4)]
         step.advance()
     assert all(p.is_meta for block in decoder.blocks for p in block.parameters())
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["streamed", "resident"])
+def test_replaced_weights_are_used_until_the_blocks_turn_is_over(tiny: Path, tmp_path: Path, resident: bool):
+    """As the whole model computes with these weights; a second walk and the checkpoint have the old ones."""
+    decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU, resident=resident), windows()
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    before = (tiny / "model.safetensors").read_bytes()
+    final: list[torch.Tensor] = []
+    model.model.layers[-1].register_forward_hook(lambda _, __, out: final.append(out))
+    with torch.no_grad():
+        dense = [model(input_ids=row[None]) and final.pop()[0] for row in tokens]
+    generator = torch.Generator().manual_seed(3)
+    for step in walk(decoder, tokens, tmp_path / "replaced"):
+        if step.index in (1, 2):
+            down = f"model.layers.{step.index}.mlp.down_proj"
+            new = torch.randn(32, 48, generator=generator)
+            model.get_submodule(down).weight.data = new.clone()
+            step.replace({down: torch.full((32, 48), torch.nan)})
+            step.replace({down: new})  # the last one counts
+        if step.index == 2:
+            keep = torch.rand(32, 48, generator=generator) < 0.5
+            model.get_submodule(down).weight.data *= keep
+            step.prune({down: keep})
+            assert torch.equal(step.linears[down].weight, new * keep)
+        step.advance()
+    with torch.no_grad():
+        changed = [model(input_ids=row[None]) and final.pop()[0] for row in tokens]
+    for ours, theirs in zip(outputs(decoder, tokens, tmp_path / "replaced"), changed, strict=True):
+        assert torch.equal(ours, theirs)
+    record(decoder, tokens, tmp_path / "again")
+    for ours, theirs in zip(outputs(decoder, tokens, tmp_path / "again"), dense, strict=True):
+        assert torch.equal(ours, theirs)
+    assert (tiny / "model.safetensors").read_bytes() == before
+
+
+def test_a_new_weight_of_another_shape_is_refused(tiny: Path, tmp_path: Path):
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    step = next(walk(decoder, windows(), tmp_path))
+    with pytest.raises(
+        UserError, match=r"0.mlp.up_proj: its new weight is \[32\], expected \[48, 32\], as it is stored"
+    ):
+        step.replace({"model.layers.0.mlp.up_proj": torch.ones(32)})
 
 
 def test_the_blocks_are_restored_whatever_happens(tiny: Path):

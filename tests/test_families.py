@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
-from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods
 from wanda_dvc.engine.recorder import InputRecorder
+from wanda_dvc.engine.walk import outputs, walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import read_masks
@@ -181,8 +182,12 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     tokens = torch.randint(3, 256, (2, 48), generator=torch.Generator().manual_seed(1))
     recorders = []
-    for step in decoder.walk(tokens, tmp_path / "work"):
+    for step in walk(decoder, tokens, tmp_path / "work"):
         assert [i for i, block in enumerate(decoder.blocks) if not next(block.parameters()).is_meta] == [step.index]
+        for name, linear in step.linears.items():
+            address = linear.part.address
+            assert (address.linear, address) == (name, decoder.checkpoint.find(name))
+            assert torch.equal(linear.weight, decoder.checkpoint.read(address))
         recorders.append(InputRecorder())
         step.advance(recorders[-1])
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -198,7 +203,7 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
             )
         )
     with torch.no_grad():
-        for row, hidden in zip(tokens, decoder.outputs(tokens, tmp_path / "work"), strict=True):
+        for row, hidden in zip(tokens, outputs(decoder, tokens, tmp_path / "work"), strict=True):
             ours = torch.cat([logits for _, logits in decoder.logits(hidden[None], row)])
             assert torch.equal(ours, model(input_ids=row[None]).logits[0])
     inputs, readers, _ = recorders[1].result()
@@ -264,11 +269,11 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
             assert ((kept == 0) | (kept == rows)).all(), name
             assert ((kept == 0).sum(1) >= rows.shape[1] // 2).all(), name  # of each output
             assert ((kept == 0).sum(1) <= rows.shape[1] // 2 + (rows == 0).sum(1)).all(), name
-    inside = {dense.find(f"{blocks}.1.{name}")[0] for name in " ".join(linears).split()}
+    inside = {dense.find(f"{blocks}.1.{name}").tensor for name in " ".join(linears).split()}
     for name in dense.where:
-        assert torch.equal(pruned.read(name), exported.read(name)), name
+        assert torch.equal(pruned.read(Address(name)), exported.read(Address(name))), name
         if blocks not in name or (f"{blocks}.1." in name and name not in inside):
-            assert torch.equal(dense.read(name), pruned.read(name)), name
+            assert torch.equal(dense.read(Address(name)), pruned.read(Address(name))), name
     model = AutoModelForCausalLM.from_pretrained(made.model("pruned"), dtype=dtype)
     out = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert out.shape[1] > 3
@@ -312,7 +317,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_was_sent(
     decoder.model.set_experts_implementation("eager" if implementation == "eager" else "grouped_mm")
     tokens = torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))
     recorder = InputRecorder()
-    for step in decoder.walk(tokens, tmp_path / "work"):
+    for step in walk(decoder, tokens, tmp_path / "work"):
         step.advance(recorder)
         break
     inputs, readers, _ = recorder.result()
@@ -326,7 +331,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_was_sent(
     stored = Checkpoint(folder)
     inside = "block_sparse_moe" if family == "mixtral" else "mlp"
     gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
-    router = stored.read(f"model.layers.0.{inside}.gate.weight")
+    router = stored.read(Address(f"model.layers.0.{inside}.gate.weight"))
     chosen = 2 if family == "mixtral" else model.config.num_experts_per_tok
     count = [0] * len(router)
     squares: dict[str, torch.Tensor] = {}
@@ -346,6 +351,24 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_was_sent(
                 expected = squares.get(name, torch.zeros_like(inputs[source].sum))
                 torch.testing.assert_close(inputs[source].sum_squares, expected, rtol=1e-4, atol=1e-6)
     assert sum(count) == chosen * tokens.numel()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "phi3", "gpt2"])
+def test_one_linear_is_replaced_and_no_other(family: str, tmp_path: Path):
+    """Also where its parameter holds several linears: other experts, or other rows."""
+    folder = save(family, tmp_path / "model")
+    decoder, stored = Decoder(folder, dtype=torch.float32, device=torch.device("cpu")), Checkpoint(folder)
+    for step in walk(decoder, torch.ones(1, 8, dtype=torch.long), tmp_path / "work"):
+        for name, linear in step.linears.items():
+            step.replace({name: torch.full(linear.weight.shape, 0.25)})
+            break
+        for other, linear in step.linears.items():
+            expected = torch.full(linear.weight.shape, 0.25) if other == name else stored.weight(other)
+            assert torch.equal(linear.weight, expected), other
+        experts = [other for other in step.linears if "experts.1" in other or "moe.1" in other]
+        if experts:
+            step.replace({experts[-1]: stored.weight(experts[-1]) + 1})
+            assert torch.equal(step.linears[experts[-1]].weight, stored.weight(experts[-1]) + 1)
 
 
 def one_is_never_chosen(folder: Path) -> Path:
@@ -409,7 +432,7 @@ REFUSED = {
     "a way to compute": (
         "mixtral",
         {"experts": "batched_mm"},
-        "experts.0.w1: its experts are computed in a way that is",
+        "experts.0.w1: its experts are computed in an unsupported way",
     ),
     "no expert 1": ("mixtral", {"without": "experts.1.w3"}, "experts.gate_up_proj is made of 7 tensors like"),
     "no last expert": ("mixtral", {"without": "experts.3.w2"}, r"are \[3, 32, 48\], expected \[4, 32, 48\]"),
@@ -440,7 +463,7 @@ def test_a_mixture_that_is_not_understood_is_refused_with_what_was_not(case: str
         if implementation:
             decoder.model.set_experts_implementation(implementation)
         decoder.inputs()
-        for step in decoder.walk(torch.ones(1, 8, dtype=torch.long), tmp_path / "work"):
+        for step in walk(decoder, torch.ones(1, 8, dtype=torch.long), tmp_path / "work"):
             recorder = InputRecorder()
             step.advance(recorder)
             recorder.result()

@@ -1,5 +1,6 @@
 """Questions packed into rows: every continuation as likely as one by one."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import decoder as blocks
-from wanda_dvc.engine import questions
+from wanda_dvc.engine import calls, questions
+from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods, pack, spread
 
 CPU = torch.device("cpu")
 token_lists = st.lists(st.integers(3, 6), min_size=1, max_size=4).map(tuple)
-requests = st.lists(st.builds(Request, token_lists, token_lists), min_size=1, max_size=12)
+requests = st.lists(st.tuples(token_lists, token_lists), min_size=1, max_size=12)
 
 
 def quiet(items, total):
@@ -23,7 +24,8 @@ def quiet(items, total):
 
 
 @given(requests, st.integers(1, 20))
-def test_a_row_holds_each_context_once_and_every_prediction_has_its_place(asked: list[Request], tokens: int):
+def test_a_row_holds_each_context_once_and_every_prediction_has_its_place(drawn: list[tuple], tokens: int):
+    asked = [Request(*pair) for pair in drawn]
     rows, places = pack(asked, tokens=tokens)
     fed = sum(len(row.tokens) for row in rows)
     contexts = {request.context for request in asked}
@@ -44,7 +46,8 @@ def test_a_row_holds_each_context_once_and_every_prediction_has_its_place(asked:
 
 
 @given(requests)
-def test_spread_feeds_what_is_equal_once(asked: list[Request]):
+def test_spread_feeds_what_is_equal_once(drawn: list[tuple]):
+    asked = [Request(*pair) for pair in drawn]
     rows, places = spread(asked)
     assert len(rows) == len({request.context + request.continuation[:-1] for request in asked})
     for request, place in zip(asked, places, strict=True):
@@ -77,8 +80,8 @@ def asked() -> list[Request]:
 def test_they_are_the_models_own(
     tiny: Path, tmp_path: Path, asked: list[Request], monkeypatch: pytest.MonkeyPatch, row: int, together: bool
 ):
-    monkeypatch.setattr(questions.pack, "__kwdefaults__", {"tokens": row})
-    monkeypatch.setattr(blocks, "LOGITS_AT_A_TIME", 260 * 5)
+    monkeypatch.setattr(questions, "ROW", row)
+    monkeypatch.setattr(decoding, "LOGITS_AT_A_TIME", 260 * 5)
     monkeypatch.setattr(questions, "LOGITS_AT_A_TIME", 260 * 5)
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     assert decoder.holds_layouts
@@ -131,3 +134,62 @@ def test_more_choices_change_nothing_for_the_others(tiny: Path, tmp_path: Path, 
         for name, asked in (("alone", first), ("together", more))
     )
     assert together == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def many() -> list[Request]:
+    """Questions that fill 30 rows of 60 tokens."""
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.randint(3, 256, (120, 20), generator=generator).tolist()
+    return [Request(tuple(row[:12]), tuple(row[12 : 14 + choice])) for row in drawn for choice in range(2)]
+
+
+@pytest.mark.parametrize("budget", [0, 100_000])
+def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
+    tiny: Path, tmp_path: Path, many: list[Request], monkeypatch: pytest.MonkeyPatch, budget: int
+):
+    monkeypatch.setattr(questions, "ROW", 60)
+    answers = loglikelihoods(
+        Decoder(tiny, dtype=torch.float32, device=CPU), many, tmp_path / "cached", length=64, progress=quiet
+    )
+    monkeypatch.setattr(calls, "CALLS_BYTES", budget)
+    decoder, recorded = Decoder(tiny, dtype=torch.float32, device=CPU), []
+    real = decoder._record
+
+    def record(row, until):
+        made = real(row, until)
+        recorded.extend(weakref.ref(x) for _, call in made for x in calls._tensors([call.args, call.kwargs]))
+        return made
+
+    def watched(items, total):
+        for item in items:
+            yield item
+            storages = [tensor.untyped_storage() for reference in recorded if (tensor := reference()) is not None]
+            sizes.append(sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
+
+    sizes: list[int] = []
+    monkeypatch.setattr(decoder, "_record", record)
+    assert loglikelihoods(decoder, many, tmp_path / "bounded", length=64, progress=watched) == answers
+    assert len(sizes) == 4
+    assert all(budget <= size <= budget + 6_000 for size in sizes)  # a row takes 5,220, and the last is there too
+    assert decoder._cache.nbytes == 0  # freed before the logits
+
+
+def test_memory_that_calls_share_counts_once():
+    table = torch.zeros(10, 8)
+    shared = [calls.Call((table,), {"rotary": (table, table[:5])}), calls.Call((), {"rotary": table.T, "mask": None})]
+    assert calls.call_bytes(shared) == table.nbytes
+    assert calls.call_bytes([*shared, calls.Call((table.clone(),), {})]) == 2 * table.nbytes
+
+
+def test_calls_are_recorded_again_only_where_they_do_not_fit():
+    cache, recorded = calls.CallCache(100), []
+
+    def get(key: int) -> None:
+        cache.get(key, lambda: recorded.append(key) or [calls.Call((torch.zeros(key, dtype=torch.uint8),), {})])
+
+    for _ in range(2):
+        for key in (60, 30, 20, 20, 40, 10):
+            get(key)
+    # 60, 30 and 10 fit; 20 and 40 don't, and of those the last is there once more.
+    assert recorded == [60, 30, 20, 40, 10, 20, 40]

@@ -1,61 +1,34 @@
-"""Attention of our own, put into models through transformers' registry, for what the stock one lacks.
+"""Our own attention, registered with transformers for the two cases that its attention does not cover.
 
-Rows that hold many questions need a mask of their own in every question; and in half precision torch's
-attention on a CPU is no faster than in float32, where matrix multiplications are four times as fast.
-A model's other attention (windows in float32, everything that fits a GPU's kernels) stays the stock one.
+1. Rows that hold several questions: each question has a mask of its own.
+2. bfloat16 on a CPU with native bf16: torch's attention is no faster there than in float32, but matrix
+   multiplications are four times as fast.
+
+All other rows (windows in float32, everything on a GPU) go through the model's own attention.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from wanda_dvc.engine.rows import Layout
+
 NAME = "wanda_dvc"
-QUERIES_AT_A_TIME = 128  # of a window: enough for a matrix unit, and little above the diagonal is computed
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Where the tokens of a row belong that holds several questions, one after another.
-
-    A token attends to those before it in its question's context and in its own choice.
-    """
-
-    positions: Int[Tensor, " length"]  # within its question: every choice goes on where the context ends
-    question: Int[Tensor, " length"]  # ascending
-    choice: Int[Tensor, " length"]  # 0: the context; k: the k-th choice
-
-    # By the mask that they follow from, which is kept, so that no other takes its number.
-    _hidden: dict[int, tuple[Tensor, list[tuple[slice, Tensor]]]] = field(default_factory=dict, init=False, repr=False)
-
-    def questions(self, mask: Bool[Tensor, "1 1 positions positions"]) -> list[tuple[slice, Tensor]]:
-        """Each question's place, and which tokens are hidden from which, bool [tokens, tokens]; found once for all
-        blocks of one kind. `mask` says which positions the kind of block lets a position see."""
-        if id(mask) not in self._hidden:
-            _, counts = torch.unique_consecutive(self.question, return_counts=True)
-            sees, found = mask[0, 0].cpu(), []
-            for start, end in pairwise([0, *counts.cumsum(0).tolist()]):
-                choice, at = self.choice[start:end], self.positions[start:end]
-                related = (choice == 0) | (choice == choice[:, None])
-                found.append((slice(start, end), ~(sees[at[:, None], at] & related)))
-            self._hidden[id(mask)] = mask, found
-        return self._hidden[id(mask)][1]
-
+QUERIES_AT_A_TIME = 128  # of a window: large multiplications, and few products above the diagonal
 
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
 def laid_out(layout: Layout | None) -> Iterator[None]:
-    """What runs inside has its row's layout: None for one text."""
+    """Sets the layout of the row that runs inside; None for a row that is one text."""
     token = _layout.set(layout)
     try:
         yield
@@ -66,14 +39,19 @@ def laid_out(layout: Layout | None) -> Iterator[None]:
 def visible(
     batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Any], device: Any, **words: Any
 ) -> Tensor | None:
-    """What the model's own kind of layer (causal, sliding, chunked) lets a token see, bool: [1, 1, length, length], or
-    None for all before it; of a row with a layout, by position: [1, 1, positions, positions]."""
+    """Makes the mask of one kind of block (causal, sliding, chunked), which `attend` is then given.
+
+    Bool [1, 1, length, length], True where a token attends; None: to all before it. For a row with a layout,
+    bool [1, 1, 1, pairs]: `Layout.hidden` of the mask by position.
+    """
     layout = _layout.get()
-    if layout is not None:
-        size = int(layout.positions.max()) + 1
-        words |= {"allow_is_causal_skip": False, "attention_mask": None, "q_offset": 0, "kv_offset": 0}
-        return sdpa_mask(1, size, size, mask_function=mask_function, device=device, **words)
-    return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, device=device, **words)
+    if layout is None:
+        return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, device=device, **words)
+    size = int(layout.positions.max()) + 1
+    words |= {"allow_is_causal_skip": False, "attention_mask": None, "q_offset": 0, "kv_offset": 0}
+    sees = sdpa_mask(1, size, size, mask_function=mask_function, device=device, **words)
+    assert sees is not None
+    return layout.hidden(sees[0, 0].cpu()).to(device)[None, None, None]
 
 
 def attend(
@@ -87,9 +65,9 @@ def attend(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "1 length heads value_size"], None]:
-    """Attention by matrix multiplications over the parts of a row that see each other."""
+    """Computes attention by matrix multiplications over the parts of a row that see each other."""
     heads, groups = query.shape[1], key.shape[1]
-    # The heads that share a key stand below one another: fewer and larger multiplications.
+    # Heads that share a key are stacked: fewer and larger multiplications.
     q = (query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)).unflatten(0, (groups, heads // groups))
     k, v = key[0].contiguous(), value[0].contiguous()  # once, and not in every part
     out = query.new_empty(groups, heads // groups, query.shape[2], value.shape[-1])
@@ -107,18 +85,29 @@ def attend(
 def _parts(
     length: int, mask: Tensor | None, device: torch.device
 ) -> Iterator[tuple[slice, slice, Bool[Tensor, "queries last_keys"]]]:
-    """Queries, the keys among which are all that they see, and which of the last of those are hidden from each."""
+    """Some queries, the keys that they may see, and which of the last of those keys are hidden from each query."""
     layout = _layout.get()
     if layout is not None:
         assert mask is not None
-        for place, hidden in layout.questions(mask):
-            yield place, place, hidden.to(device)
+        for place, hidden in layout.by_question(mask.flatten()):
+            yield place, place, hidden
         return
     later = torch.ones(QUERIES_AT_A_TIME, QUERIES_AT_A_TIME, dtype=torch.bool, device=device).triu_(1)
     for start in range(0, length, QUERIES_AT_A_TIME):
         end = min(start + QUERIES_AT_A_TIME, length)
         hidden = later[: end - start, : end - start] if mask is None else ~mask[0, 0, start:end, :end]
         yield slice(start, end), slice(0, end), hidden
+
+
+def has_units(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of the dtype natively. Without that it is many times slower."""
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype not in asked or bool(getattr(torch.ops.mkldnn, asked[dtype])())
+
+
+def is_faster(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether our attention is faster than the model's own for windows of this dtype on this device."""
+    return device.type == "cpu" and dtype is torch.bfloat16 and has_units(dtype)
 
 
 AttentionInterface.register(NAME, attend)

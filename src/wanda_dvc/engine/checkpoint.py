@@ -1,11 +1,14 @@
-"""A Hugging Face directory of safetensors, single-file or sharded, read one tensor at a time."""
+"""A Hugging Face directory of safetensors, single-file or sharded: its one reader and its one writer."""
 
 import json
 import math
-from collections.abc import Iterator
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,17 +18,35 @@ from wanda_dvc.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+COPIED_AT_A_TIME = 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a weight is stored: a tensor of the checkpoint, or one expert's matrix where the tensor holds several."""
+
+    tensor: str
+    expert: int | None = None
+
+    @property
+    def linear(self) -> str:
+        """The linear's name. An expert's has the expert's number before the last word."""
+        name = self.tensor.removesuffix(".weight")
+        if self.expert is None:
+            return name
+        owner, _, leaf = name.rpartition(".")
+        return f"{owner}.{self.expert}.{leaf}"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by name. A tensor that is read is a view of the mapped file: cheap, and never to be written to."""
+    """A model directory. Tensors that are read are views of the mapped file: cheap, and read-only by convention."""
 
     folder: Path
 
     @cached_property
     def where(self) -> dict[str, Path]:
-        """Which file holds each tensor."""
+        """The file that holds each tensor."""
         if not (self.folder / "config.json").is_file():
             raise UserError(f"{self.folder}: no config.json, expected a Hugging Face model directory")
         if (self.folder / INDEX).is_file():
@@ -44,6 +65,7 @@ class Checkpoint:
 
     @property
     def shards(self) -> list[Path]:
+        """The files, sorted."""
         return sorted(set(self.where.values()))
 
     @cached_property
@@ -58,30 +80,32 @@ class Checkpoint:
                 raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
         return self._files[path]
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, in the dtype that it is stored in."""
-        return self._open(self.where[name]).get_tensor(name)
+    # --- reading ---
+
+    def read(self, address: Address) -> Tensor:
+        """The tensor, or the expert's part of it, in the dtype that it is stored in."""
+        whole = self._open(self.where[address.tensor]).get_tensor(address.tensor)
+        return whole if address.expert is None else whole[address.expert]
+
+    def find(self, linear: str) -> Address:
+        """The address of a linear's weight."""
+        if (name := f"{linear}.weight") in self.where:
+            return Address(name)
+        owner, _, leaf = linear.rpartition(".")
+        owner, _, expert = owner.rpartition(".")
+        for name in (f"{owner}.{leaf}", f"{owner}.{leaf}.weight"):
+            if expert.isdecimal() and name in self.where:
+                return Address(name, int(expert))
+        raise UserError(f"{self.folder}: no weight of {linear}, which the statistics name; run `dvc repro`")
+
+    def weight(self, linear: str) -> Tensor:
+        """A linear's weight, as it is stored."""
+        return self.read(self.find(linear))
 
     def size(self, dtype: torch.dtype) -> int:
         """Bytes of all tensors in a dtype."""
         shapes = (shape for path in self.shards for _, _, shape, _, _ in self.bytes_at(path))
         return sum(map(math.prod, shapes)) * dtype.itemsize
-
-    def find(self, linear: str) -> tuple[str, int | None]:
-        """The tensor that holds a linear's weight and, where it holds those of several experts, which one's it is."""
-        if (name := f"{linear}.weight") in self.where:
-            return name, None
-        owner, _, leaf = linear.rpartition(".")
-        owner, _, expert = owner.rpartition(".")
-        for name in (f"{owner}.{leaf}", f"{owner}.{leaf}.weight"):
-            if expert.isdecimal() and name in self.where:
-                return name, int(expert)
-        raise UserError(f"{self.folder}: no weight of {linear}, which the statistics name; run `dvc repro`")
-
-    def weight(self, linear: str) -> Tensor:
-        """A linear's weight, as it is stored."""
-        name, expert = self.find(linear)
-        return self.read(name) if expert is None else self.read(name)[expert]
 
     def bytes_at(self, path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
         """Name, dtype, shape, first byte and length in the file, of every tensor in one shard."""
@@ -93,8 +117,54 @@ class Checkpoint:
                 begin, end = entry["data_offsets"]
                 yield name, entry["dtype"], entry["shape"], 8 + size + begin, end - begin
 
+    # --- writing ---
 
-def expert_name(stored: str, expert: int) -> str:
-    """The linear that is one expert's matrix in a tensor that holds several: its number stands before the last word."""
-    owner, _, leaf = stored.rpartition(".")
-    return f"{owner}.{expert}.{leaf}"
+    def copy(
+        self,
+        target: Path,
+        replaced: Collection[Address],
+        weight: Callable[[Address], Tensor],
+        *,
+        without: Collection[str] = (),
+    ) -> Iterator[Address]:
+        """Copy the directory into `target`, with new values for some weights; yields each address once it is written.
+
+        Every file is written once, from beginning to end: what is not replaced is copied byte for byte, headers
+        included. `weight` is asked for one new weight at a time, in the order of the file, so memory is bounded by the
+        largest weight. Files named in `without` are left out.
+
+        Raises:
+            UserError: a new weight has another shape or dtype than the stored one.
+        """
+        by_shard: defaultdict[Path, list[Address]] = defaultdict(list)
+        for address in replaced:
+            by_shard[self.where[address.tensor]].append(address)
+
+        def left_out(folder: str, names: list[str]) -> set[str]:
+            return {name for name in names if name in without or Path(folder, name) in by_shard}
+
+        shutil.copytree(self.folder, target, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        for shard, addresses in sorted(by_shard.items()):
+            begins = {name: begin for name, _, _, begin, _ in self.bytes_at(shard)}
+            addresses.sort(key=lambda address: (begins[address.tensor], address.expert or 0))
+            with shard.open("rb") as stored, (target / shard.relative_to(self.folder)).open("wb") as file:
+                for address in addresses:
+                    old = self.read(address)
+                    _copy_up_to(begins[address.tensor] + (address.expert or 0) * old.nbytes, stored, file)
+                    new = weight(address)
+                    if (new.shape, new.dtype) != (old.shape, old.dtype):
+                        raise UserError(
+                            f"{address.linear}: its new weight is {list(new.shape)} in {new.dtype}, "
+                            f"expected {list(old.shape)} in {old.dtype}, as {shard} stores it"
+                        )
+                    file.write(new.cpu().contiguous().view(torch.uint8).numpy().data)
+                    del new  # before the next is made
+                    yield address
+                _copy_up_to(shard.stat().st_size, stored, file)
+
+
+def _copy_up_to(end: int, stored: BinaryIO, file: BinaryIO) -> None:
+    """Copy the bytes from where `file` ends up to `end`."""
+    stored.seek(file.tell())
+    while left := end - file.tell():
+        file.write(stored.read(min(left, COPIED_AT_A_TIME)))

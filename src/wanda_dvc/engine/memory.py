@@ -1,4 +1,4 @@
-"""What becomes of memory that is freed: large tensors that come and go want it kept, weights want it back."""
+"""The allocator's settings: memory of activations is reused, memory of weights goes back to the system."""
 
 import contextlib
 import ctypes
@@ -14,8 +14,10 @@ KEPT = 2**30
 
 
 def empty_weight(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for a weight. On a CPU in pages of its own, which go back when it does: in the heap, which keeps what is
-    freed, weights would lie between what comes and goes with each window."""
+    """An uninitialized tensor for a weight. On a CPU it has pages of its own, which are freed with it.
+
+    On the heap, which keeps freed memory, weights would fragment the memory of the activations.
+    """
     if device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, max(1, shape.numel()) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -23,10 +25,10 @@ def empty_weight(shape: torch.Size, dtype: torch.dtype, device: torch.device) ->
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones, instead of giving it back at once.
+    """Make glibc keep the memory of freed tensors for the next ones, instead of returning it at once.
 
-    What is given back has to be cleared by the system before it is had again, which is a fifth of a small model's time.
-    Other allocators, and a threshold that the environment sets, stay as they are.
+    The system clears returned memory before it hands it out again; that takes a fifth of a small model's time.
+    Other allocators are left alone, and so is a threshold that the environment sets.
     """
     if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         with contextlib.suppress(OSError, AttributeError):

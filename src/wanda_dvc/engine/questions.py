@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations through the engine: a context once for all that follow it, many to a row."""
+"""Log-likelihoods of continuations: each context runs once for all of its continuations, many questions to a row."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,43 +8,45 @@ from pathlib import Path
 
 import torch
 
-from wanda_dvc.engine.attention import Layout
-from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder, Row, Step
+from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder
+from wanda_dvc.engine.rows import Layout, Row
+from wanda_dvc.engine.walk import Step, outputs, walk
 
-ROW = 2048  # tokens; enough to keep a machine's multiplications large, and a row's activations small
+ROW = 2048  # tokens: large multiplications, small activations
 
 Progress = Callable[[Iterable[Step], int], Iterable[Step]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: how likely is the continuation after the context? Token ids, at least one each."""
+    """How likely is the continuation after the context? Token ids, at least one each."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
     def within(self, length: int) -> "Request":
-        """Cut from the left, as lm-eval does, to what a model of so many positions sees; the last token isn't fed."""
+        """The request cut from the left to `length` fed tokens, as lm-eval does. The last token is not fed."""
         tokens = (self.context + self.continuation)[-(length + 1) :]
         return Request(tokens[: -len(self.continuation)], self.continuation)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in its row each token of a request's continuation is predicted."""
+    """The row of a request, and the tokens in it that predict its continuation."""
 
     row: int
     tokens: list[int]
 
 
-def pack(requests: Sequence[Request], *, tokens: int = ROW) -> tuple[list[Row], list[Place]]:
-    """Rows of whole questions, each its context and behind it what differs, and every request's place.
+def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[Place]]:
+    """Rows of whole questions, and every request's place in them.
 
-    A question is all requests of one context. A row ends before the question that would make it longer than `tokens`.
+    A question is all requests of one context: the context, then each continuation without its last token. A row ends
+    before the question that would make it longer than `tokens`.
     """
     questions: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
     for index, request in enumerate(requests):
-        # The last token of a continuation is predicted and not fed: choices of one token share their context's end.
+        # The last token of a continuation is predicted, not fed. So choices of one token add nothing to the row.
         questions.setdefault(request.context, {}).setdefault(request.continuation[:-1], []).append(index)
     rows: list[Row] = []
     places: dict[int, Place] = {}
@@ -77,7 +79,7 @@ def pack(requests: Sequence[Request], *, tokens: int = ROW) -> tuple[list[Row], 
 
 
 def spread(requests: Sequence[Request]) -> tuple[list[Row], list[Place]]:
-    """A row for each distinct sequence that is fed, for models that can't hold several in one."""
+    """A row for each distinct sequence, for models that can't hold several questions in one row."""
     numbers: dict[tuple[int, ...], int] = {}
     places = []
     for request in requests:
@@ -89,16 +91,16 @@ def spread(requests: Sequence[Request]) -> tuple[list[Row], list[Place]]:
 def loglikelihoods(
     decoder: Decoder, requests: Sequence[Request], work: Path, *, length: int, progress: Progress
 ) -> list[tuple[float, bool]]:
-    """Each continuation's log-likelihood in nats, and whether every token of it is the likeliest.
+    """Each continuation's log-likelihood in nats, and whether each of its tokens is the likeliest.
 
-    `length`: the positions that the model has. What a killed run has in `work` is gone on from.
+    `length` is the model's number of positions. A killed run continues from its files in `work`.
     """
     requests = [request.within(length) for request in requests]
-    rows, places = pack(requests) if decoder.holds_layouts else spread(requests)
-    for step in progress(decoder.walk(rows, work), len(decoder.blocks)):
+    rows, places = pack(requests, tokens=ROW) if decoder.holds_layouts else spread(requests)
+    for step in progress(walk(decoder, rows, work), len(decoder.blocks)):
         step.advance()
-    hidden = decoder.outputs(rows, work)
-    # Every prediction as (row, token, request, target), and those of one token together.
+    hidden = outputs(decoder, rows, work)
+    # Every prediction as (row, token, request, target), grouped by token.
     predicted = sorted(
         (place.row, token, index, target)
         for index, (place, request) in enumerate(zip(places, requests, strict=True))
@@ -106,7 +108,7 @@ def loglikelihoods(
     )
     tokens = [list(group) for _, group in groupby(predicted, key=itemgetter(0, 1))]
     totals, greedy = [0.0] * len(requests), [True] * len(requests)
-    # One chunk of logits at a time, and no more than the model has positions: some look those up even here.
+    # A chunk of logits at a time, at most as many as the model has positions: some models look those up even here.
     chunk = max(1, min(LOGITS_AT_A_TIME // decoder.model.get_output_embeddings().weight.shape[0], length))
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]

@@ -1,4 +1,4 @@
-"""Sees what the linears of a block at work read, and keeps its statistics."""
+"""Records statistics of the inputs of a block's linears while the block runs."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,20 +15,21 @@ from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
 @dataclass
 class InputRecorder:
-    """Statistics of what a block's linears read, kept once for each distinct input.
+    """The statistics of a block's linears, kept once for each distinct input.
 
-    Two linears share an input if, within one pass, they are given the same memory in the same state;
-    the input is named after the first that reads it. An expert's input is the tokens that it is given.
+    Two linears share an input if, within one window, they are given the same memory in the same state. An input is
+    named after the first linear that reads it. An expert's input is the tokens that are sent to it.
     """
 
     stats: dict[str, InputStats] = field(default_factory=dict)
-    source: dict[str, str] = field(default_factory=dict)  # of each linear, its input's name
+    source: dict[str, str] = field(default_factory=dict)  # each linear's input, by name
     linears: dict[str, Linear] = field(default_factory=dict)
-    # What was read is held until the window ends, so that no other tensor can take its address.
+    # Inputs are kept alive until the window ends, so that their addresses are not reused.
     _held: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
+        """Records the inputs of these linears in every pass that runs inside."""
         self.linears = linears
         hooks: list[Any] = []
         experts: dict[tuple[nn.Module, str], dict[int, list[str]]] = {}
@@ -46,18 +47,18 @@ class InputRecorder:
                 hook.remove()
 
     def _weights(self) -> dict[tuple[nn.Module, str, int | None], list[str]]:
-        """The linears by the weight that they are rows of: they read what it is multiplied with."""
+        """The linears by the weight that they are rows of: they share its input."""
         weights: dict[tuple[nn.Module, str, int | None], list[str]] = {}
         for name, linear in self.linears.items():
             weights.setdefault((linear.module, linear.leaf, linear.part.expert), []).append(name)
         return weights
 
     def _read(self, names: list[str], x: Tensor) -> None:
-        """The linears of one weight are given an input [..., in]."""
+        """Adds an input [..., in] of the linears that are rows of one weight."""
         if x.shape[-1] != self.linears[names[0]].features:
             raise UserError(
                 f"{names[0]}: given {x.shape[-1]} features, expected {self.linears[names[0]].features}; "
-                "such a structure is not understood"
+                "unsupported model structure"
             )
         key = (x.data_ptr(), x.shape, x.stride(), x._version)
         if key not in self._held:
@@ -70,19 +71,19 @@ class InputRecorder:
                 raise UserError(f"{name}: reads {self.source[name]} in one window and {source} in another")
 
     def result(self) -> BlockStats:
-        """Statistics of the windows seen, and the linears that read each distinct input.
+        """The statistics of all windows, and the linears that read each distinct input.
 
-        Linears that read nothing, those of an expert that no token was sent to, have an input of no tokens.
+        An expert that no token was sent to has inputs of no tokens.
         """
         reached = {(linear.module, linear.leaf) for name, linear in self.linears.items() if name in self.source}
         stats, source = dict(self.stats), dict(self.source)
         for (module, leaf, expert), names in self._weights().items():
             if expert is not None and (module, leaf) not in reached:
-                raise UserError(f"{names[0]}: its experts are computed in a way that is not understood")
+                raise UserError(f"{names[0]}: its experts are computed in an unsupported way")
             if names[0] not in source:
                 stats[names[0]] = InputStats.empty(self.linears[names[0]].features)
                 source |= dict.fromkeys(names, names[0])
-        # Experts last and in their own order: when each was first sent a token says nothing.
+        # Experts last and in their own order, not in the order in which tokens reached them.
         experts = [name for name, linear in self.linears.items() if linear.part.expert is not None]
         readers: dict[str, list[str]] = {}
         for linear in dict.fromkeys([*(name for name in source if name not in set(experts)), *experts]):
@@ -91,15 +92,16 @@ class InputRecorder:
         return BlockStats(inputs, readers, [name for name, linear in self.linears.items() if linear.transposed])
 
     def end_window(self) -> None:
+        """Release the window's inputs."""
         self._held.clear()
 
 
 class _ExpertCalls(TorchFunctionMode):
-    """Sees the tokens that each expert's weights are multiplied with, while the model computes them in its own way.
+    """Sees the tokens that each expert's weights are multiplied with; the model computes as usual.
 
-    A parameter that holds several experts is no module to put a hook on. But the ways to compute with it, a
-    `linear` or `matmul` for each expert in turn and one grouped product for all, are torch functions that are
-    given the tokens, and then a view of that parameter.
+    A hook needs a module, and a parameter that holds several experts is none. But models compute with it in torch
+    functions whose first two arguments are the tokens and a view of that parameter: a `linear` or `matmul` for each
+    expert, or one grouped product for all.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class _ExpertCalls(TorchFunctionMode):
                     continue
                 if weight.dim() == 2:
                     self.read(names[offset // (parameter.nbytes // len(parameter))], x)
-                elif kwargs.get("offs") is not None:  # the tokens lie sorted by expert; where those of each end
+                elif kwargs.get("offs") is not None:  # tokens are sorted by expert: where each expert's end
                     ends = kwargs["offs"].tolist()
                     for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
                         if end > begin:

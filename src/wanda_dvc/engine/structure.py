@@ -1,10 +1,11 @@
-"""What a causal language model looks like inside: its blocks, their linears, and where each weight is stored.
+"""The structure of a causal language model: its blocks, their linears, and where the checkpoint stores each weight.
 
-No family is known by name. Blocks and linears are found in the model as transformers builds it, and stored names by
-transformers' own rules of conversion.
+There is no family-specific code. Blocks and linears are found in the model as transformers builds it; stored names
+follow transformers' own conversion rules.
 """
 
 import math
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,22 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.errors import UserError
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stored tensor and its place in a parameter: some rows, of one expert where the parameter holds several."""
+    """A stored weight and its place in a parameter: some rows, of one expert where the parameter holds several."""
 
-    name: str
+    address: Address
     rows: tuple[int, int] | None = None  # from, up to; None: all
     expert: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole parameter."""
+        return self.rows is None and self.expert is None
 
     def of(self, whole: Tensor) -> Tensor:
         """A view of this part of the parameter."""
@@ -36,7 +42,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Linear:
-    """A prunable weight [out, in], as it is stored: a module's own, or some rows of one, or one expert's."""
+    """A prunable weight [out, in], as it is stored: a module's own, some rows of one, or one expert's."""
 
     module: nn.Module
     leaf: str
@@ -49,7 +55,7 @@ class Linear:
 
     @property
     def transposed(self) -> bool:
-        """Whether the weight is [in, out]: GPT-2's, and experts of which transformers says so."""
+        """Whether the weight is [in, out]: GPT-2's, and experts that transformers declares transposed."""
         if self.part.expert is None:
             return isinstance(self.module, Conv1D)
         return bool(getattr(self.module, "is_transposed", False))
@@ -61,7 +67,7 @@ class Linear:
 
 
 def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of a directory's config.json with no weights (buffers are real), for inference."""
+    """The model of a directory's config.json for inference, without weights (buffers are real)."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -76,7 +82,7 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """The list of decoder layers and its name: the only module list as long as the config says there are layers."""
+    """The name of the list of blocks, and the blocks: the only module list as long as the config's number of layers."""
     layers = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
     lists = [
         (name, list(module))
@@ -87,16 +93,16 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
         found = ", ".join(name for name, _ in lists) or "none"
         raise UserError(
             f"{type(model).__name__}: found {found} as lists of {layers} blocks, expected one; "
-            "such a structure is not understood"
+            "unsupported model structure"
         )
     return lists[0]
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The weights of a block to prune, by name, with the modules that they belong to.
+    """The modules that hold a block's prunable weights, by the name of the parameter.
 
-    A linear is torch's, or transformers' `Conv1D`, which is one with its weight transposed; or one matrix of a
-    parameter [experts, ·, ·]. The gates of experts are no linears, wherever they are written as such.
+    A linear is torch's `Linear`, transformers' `Conv1D` (whose weight is transposed), or one matrix of a parameter
+    [experts, ·, ·]. The gates of experts are not linears, even where the model writes them as such.
     """
     weights: dict[str, nn.Module] = {}
     mixtures: dict[str, int] = {}  # modules that have experts, and how many
@@ -109,12 +115,15 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
                 if parameter.dim() == 3 and min(parameter.shape) > 1:
                     weights[inside + leaf] = module
                     mixtures[name.rpartition(".")[0]] = len(parameter)
-    owners = [name.rpartition(".")[0].rpartition(".")[0] for name in weights]
+    owners = [_owner(name) for name in weights]
 
     def is_gate(name: str, module: nn.Module) -> bool:
-        """Whether a linear chooses experts or weighs the shared one: it has as many outputs as there are experts,
-        or one, and stands beside them, itself or as the only linear of a module that does."""
-        owner = name.rpartition(".")[0].rpartition(".")[0]
+        """Whether a linear chooses experts, or weighs the shared one.
+
+        It has one output, or one for each expert, and stands beside the experts: itself, or as the only linear of a
+        module that does.
+        """
+        owner = _owner(name)
         return isinstance(module, nn.Linear) and any(
             module.out_features in (1, experts)
             and (owner == mixture or (owner.rpartition(".")[0] == mixture and owners.count(owner) == 1))
@@ -124,48 +133,55 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in weights.items() if not is_gate(name, module)}
 
 
+def _owner(weight: str) -> str:
+    """The module that a weight's module stands in."""
+    return weight.rpartition(".")[0].rpartition(".")[0]
+
+
 def weight_shapes(block: nn.Module) -> list[torch.Size]:
-    """The shapes of a block's weights to prune: [out, in], or of all experts together [experts, ·, ·]."""
+    """The shapes of a block's prunable weights: [out, in], or [experts, ·, ·] for all experts together."""
     return [module.get_parameter(name.rpartition(".")[2]).shape for name, module in find_linears(block).items()]
 
 
-def stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
-    """What the checkpoint stores of each parameter and buffer, by transformers' own rules.
+def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
+    """The stored weights that each parameter and buffer is made of, by transformers' own rules.
 
-    Older checkpoints have other names (GPT-NeoX's `embed_out`), some the bare base model without its prefix, and
-    each expert's matrices lie for themselves.
+    Stored names may differ from the model's: older checkpoints have other names (GPT-NeoX's `embed_out`), some lack
+    the base model's prefix, and each expert's matrices may be tensors of their own.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = model.state_dict(keep_vars=True)
-    names: dict[str, list[Part]] = {}
+    parts: dict[str, list[Part]] = {}
     pieces: dict[str, list[tuple[str, str]]] = {}
     for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in their order
         name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
         if name not in state:
             continue
         if pattern is None:
-            names[name] = [Part(tensor)]
+            parts[name] = [Part(Address(tensor))]
         else:
             pieces.setdefault(name, []).append((pattern, tensor))
     for name, stored in pieces.items():
         rule = next(rule for rule in converters if stored[0][0] in rule.source_patterns)
         if len(rule.target_patterns) == 1:
-            names[name] = place_parts(name, stored, rule, model, checkpoint)
-    return names
+            parts[name] = place_parts(name, stored, rule, model, checkpoint)
+    return parts
 
 
 def place_parts(
     name: str, stored: list[tuple[str, str]], rule: WeightConverter, model: Any, checkpoint: Checkpoint
 ) -> list[Part]:
-    """Where each of the tensors (with their patterns in the rule) that a parameter is made of lies in it.
+    """The place in a parameter of each stored tensor (given with its pattern in the rule) that it is made of.
 
-    The rule is asked: it converts small tensors of marks, which are then found again. UserError if it does more
-    than to put rows one below the other, expert by expert.
+    The rule converts small tensors of marks, and the marks are found in its result.
+
+    Raises:
+        UserError: the rule does more than stack rows, expert by expert.
     """
     expected = list(model.get_parameter(name).shape)
-    shapes = [list(checkpoint.read(tensor).shape) for _, tensor in stored]
+    shapes = [list(checkpoint.read(Address(tensor)).shape) for _, tensor in stored]
     shape = range(2, 2 + len(shapes[0]))
     size = math.prod(shape)
     marks = [(torch.arange(size) + size * number).view(*shape) for number in range(len(stored))]
@@ -178,19 +194,25 @@ def place_parts(
         several = made.dim() > len(shape)
         for expert, rows in enumerate(made if several else [made]):
             begin = 0
-            for found in rows.split(shape[0]):
-                number = int(found.flatten()[0]) // size
-                if not torch.equal(found, marks[number]):
-                    raise ValueError("their elements change places")
+            for number in _find_marks(rows, marks):
                 end = begin + shapes[number][0]
-                parts.append(Part(stored[number][1], (begin, end), expert if several else None))
+                parts.append(Part(Address(stored[number][1]), (begin, end), expert if several else None))
                 begin = end
             result = [*([len(made)] if several else []), begin, *shapes[0][1:]]
             if result != expected or any(each[1:] != shapes[0][1:] for each in shapes):
                 raise ValueError(f"together they are {result}, expected {expected}")
-    except Exception as error:  # whatever a rule does not like
+    except Exception as error:  # a rule may raise anything
         raise UserError(
             f"{checkpoint.folder}: {name} is made of {len(stored)} tensors like {stored[0][1]}, "
-            f"in a way that is not understood: {error}"
+            f"in an unsupported way: {error}"
         ) from error
     return parts
+
+
+def _find_marks(rows: Tensor, marks: list[Tensor]) -> Iterator[int]:
+    """The numbers of the marks that the rows consist of. ValueError if their elements are in another order."""
+    for found in rows.split(len(marks[0])):
+        number = int(found.flatten()[0]) // marks[0].numel()
+        if not torch.equal(found, marks[number]):
+            raise ValueError("their elements change places")
+        yield number

@@ -13,7 +13,7 @@ from wanda_dvc.errors import UserError
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a model's directory. UserError if it can't be loaded."""
+    """The tokenizer of a model's directory. UserError if it does not load."""
     from transformers import AutoTokenizer
 
     try:
@@ -24,12 +24,12 @@ def load_tokenizer(model: Path) -> Any:
 
 
 def tokenize(text: str, tokenizer: Any) -> Int[Tensor, " tokens"]:
-    """The whole text as one string, with the tokenizer's own defaults (where it adds a first token, once)."""
+    """The tokens of the whole text, with the tokenizer's defaults (a first token, where it adds one, comes once)."""
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
 def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int) -> Int[Tensor, "samples length"]:
-    """Windows at random places, as the Wanda authors draw them: `randint(0, tokens − length − 1)` from `seed`."""
+    """Windows at random places, drawn as the Wanda authors do: `randint(0, tokens − length − 1)` from `seed`."""
     if len(tokens) <= length:
         raise UserError(
             f"calibration text: {len(tokens)} tokens, expected more than {length} (calibration.length); "
@@ -48,14 +48,16 @@ def draw_from_documents(
     length: int,
     seed: int,
 ) -> Int[Tensor, "samples length"]:
-    """Windows within documents, as the Wanda authors draw them from C4: for each sample,
+    """Windows within documents, drawn as the Wanda authors draw them from C4.
+
+    For each sample, from one generator:
 
         while True: i = randint(0, documents − 1); break if document i has more than `length` tokens
         start = randint(0, its tokens − length − 1)
 
-    all from one generator. Ours are the same draws without two faults: a document is tokenized only if it can be long
-    enough (a token stands for a byte or more, but for those that the tokenizer puts before and after an empty text
-    and one more before a first word), and where no document is long enough this ends.
+    The draws are the same, with two faults corrected. A document is tokenized only if it can be long enough: each
+    token stands for at least one byte, except those that the tokenizer adds to an empty text and one more before a
+    first word. And the search ends where no document is long enough.
     """
     extra = len(tokens_of("")) + 1
     too_short: set[int] = set()
@@ -84,7 +86,7 @@ def draw_from_documents(
 
 
 def cut(tokens: Int[Tensor, " tokens"], *, length: int, windows: int | None) -> Int[Tensor, "windows length"]:
-    """Windows one after another without overlap, at most `windows` of them; what is left over is dropped."""
+    """Consecutive windows without overlap, at most `windows` of them; the rest of the text is dropped."""
     whole = len(tokens) // length
     if whole < (windows or 1):
         raise UserError(
@@ -96,6 +98,6 @@ def cut(tokens: Int[Tensor, " tokens"], *, length: int, windows: int | None) -> 
 
 
 def left_over(tokens: Int[Tensor, " tokens"], *, length: int, windows: int | None) -> Int[Tensor, " rest"] | None:
-    """What `cut` drops after all whole windows, if there is a token in it to predict (the first of it is none)."""
+    """The tokens that `cut` drops after all whole windows, if at least one can be predicted (the first can't)."""
     rest = tokens[len(tokens) // length * length :]
     return rest if windows is None and len(rest) >= 2 else None

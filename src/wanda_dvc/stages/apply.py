@@ -1,13 +1,13 @@
-"""Write the pruned model: the dense checkpoint, byte for byte, with zeros where the masks say so."""
+"""Write the pruned model: the dense checkpoint, byte for byte, with zeros where the masks don't keep a weight."""
 
-import math
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.costs import DISK, HOST, Cost, Setting
 from wanda_dvc.engine.sizes import Need, writing
 from wanda_dvc.errors import UserError
@@ -48,16 +48,16 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 
 
 class Zeros(NamedTuple):
-    """How many of a linear's weights are zero, and how many there are; and what they take when dense."""
+    """The zeros of one linear."""
 
     block: int
     zero: int
-    size: int
-    nbytes: int
+    size: int  # weights, zeros included
+    nbytes: int  # of all weights, zeros included
 
 
 def apply(*, project: Project) -> str:
-    """models/dense + masks/ → models/pruned"""
+    """Run the stage: models/dense + masks/ → models/pruned."""
     checkpoint = Checkpoint(project.model("dense"))
     made_from = check_masks(checkpoint, project.masks)
     with project.work(made_from) as work:
@@ -95,45 +95,43 @@ def cost(params: Params, on: Setting) -> Cost:
 
 
 def check_masks(checkpoint: Checkpoint, masks: Path) -> Json:
-    """What a model pruned by these masks is made from. UserError if they are another model's."""
+    """The provenance of a model pruned by these masks. UserError if the masks were made for another model."""
     dense, made = read_provenance(checkpoint.folder, "download model"), read_provenance(masks, "mask")
     if made["model"]["sha256"] != dense["sha256"]:
         raise UserError(
             f"masks/: made for {made['model']['source']}, expected {dense['source']}, the model in models/dense; "
             "run `dvc repro` or `wanda-dvc mask`"
         )
-    # What the masks say and no more: versions of this run's libraries would make other bytes of the same model.
+    # Only what the masks record: with this run's library versions, the same model would have other bytes.
     return made | {"kind": "model", "masks": digest(made)}
 
 
 def prune(checkpoint: Checkpoint, masks: Path, target: Path) -> dict[str, Zeros]:
-    """Write the pruned checkpoint, its card and its provenance into an empty folder; by linear, what is zero now."""
+    """Write the pruned checkpoint, its card and its provenance into an empty folder; returns the zeros by linear."""
     made_from = check_masks(checkpoint, masks)
-    skipped = shutil.ignore_patterns(PROVENANCE, "README.md")
-    shutil.copytree(checkpoint.folder, target, ignore=skipped, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    places = {
-        name: (target / shard.name, stored, shape, begin)
-        for shard in checkpoint.shards
-        for name, stored, shape, begin, _ in checkpoint.bytes_at(shard)
-    }
-    zeros: dict[str, Zeros] = {}
-    blocks = block_count(masks)
-    for block in progress(range(blocks), total=blocks, what="apply, blocks"):
-        for linear, keep in read_masks(masks, block).items():
-            tensor, expert = checkpoint.find(linear)
-            path, stored, shape, begin = places[tensor]
-            # As unsigned integers: a weight that stays keeps its bits, whatever the dtype.
-            bits = np.dtype({"F64": "u8", "F32": "u4", "BF16": "u2", "F16": "u2"}[stored])
-            if expert is not None:  # one of several that lie one after the other
-                shape = shape[1:]
-                begin += expert * math.prod(shape) * bits.itemsize
-            if tuple(shape) != tuple(keep.shape):
-                raise UserError(f"masks/: {linear} is {list(keep.shape)}, expected {shape}; run `wanda-dvc mask` again")
-            weight = np.memmap(path, bits, "r+", offset=begin, shape=tuple(shape))
-            np.multiply(weight, keep.numpy(), out=weight)
-            magnitude = weight & bits.type(2 ** (8 * bits.itemsize - 1) - 1)
-            zero = int(weight.size - np.count_nonzero(magnitude))
-            zeros[linear] = Zeros(block, zero, weight.size, weight.nbytes)
+    by_block = [read_masks(masks, block) for block in range(block_count(masks))]
+    blocks = {linear: block for block, keeps in enumerate(by_block) for linear in keeps}
+    found: dict[str, Zeros] = {}
+
+    def pruned(address: Address) -> Tensor:
+        linear, weight = address.linear, checkpoint.read(address)
+        keep = by_block[blocks[linear]][linear]
+        if weight.shape != keep.shape:
+            raise UserError(
+                f"masks/: {linear} is {list(keep.shape)}, expected {list(weight.shape)}; run `wanda-dvc mask` again"
+            )
+        # As unsigned integers: kept weights keep their bits in every dtype, and removed ones become +0.
+        bits = weight.view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * keep.numpy()
+        minus_zero = 1 << (8 * weight.itemsize - 1)  # a zero too
+        zero = weight.numel() - int(np.count_nonzero(bits)) + int(np.count_nonzero(bits == minus_zero))
+        found[linear] = Zeros(blocks[linear], zero, weight.numel(), weight.nbytes)
+        return torch.from_numpy(bits).view(weight.dtype)
+
+    addresses = [checkpoint.find(linear) for linear in blocks]
+    written = checkpoint.copy(target, addresses, pruned, without=(PROVENANCE, "README.md"))
+    for _ in progress(written, total=len(addresses), what="apply, linears"):
+        pass
+    zeros = {linear: found[linear] for linear in blocks}
     params, calibration, measured = made_from["params"], made_from["calibration"], measured_sparsity(zeros)
     card = CARD.format(
         source=read_provenance(checkpoint.folder, "download model")["source"],

@@ -24,6 +24,7 @@ from wanda_dvc.study.tensors import block_count, read_stats, write_stats
 def calibrate(*, project: Project) -> str:
     """models/dense + data/calibration → stats/."""
     from wanda_dvc.engine.recorder import InputRecorder
+    from wanda_dvc.engine.walk import walk
 
     model = model_provenance(project, "dense")
     text = read_provenance(project.data("calibration"), "download calibration")
@@ -39,7 +40,7 @@ def calibrate(*, project: Project) -> str:
     decoder = open_decoder(project, "dense")
     check_fits(project, decoder.inputs())
     with project.work(made_from) as work:
-        steps = decoder.walk(windows, work.path)
+        steps = walk(decoder, windows, work.path)
         for step in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
             recorder = InputRecorder()
             step.advance(recorder)

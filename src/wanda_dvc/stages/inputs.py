@@ -96,8 +96,9 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None) -> "
     """Open the engine on one of the project's models, in a dtype (params.yaml's) and on the device it asks for."""
     import torch
 
+    from wanda_dvc.engine.attention import has_units
     from wanda_dvc.engine.checkpoint import Checkpoint
-    from wanda_dvc.engine.decoder import Decoder, has_units
+    from wanda_dvc.engine.decoder import Decoder
 
     folder, budget = project.model(model), project.params.runtime.memory_gb
     dtype = dtype or project.params.dtype

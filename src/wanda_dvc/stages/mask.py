@@ -84,6 +84,7 @@ def _propagate(project: Project, checkpoint: Checkpoint, stats: Json, work: Work
     """Follow the paper's procedure: each block is calibrated on the outputs of the blocks pruned before it."""
     # Only here is a model run: without the engine and transformers a further sparsity starts seconds earlier.
     from wanda_dvc.engine.recorder import InputRecorder
+    from wanda_dvc.engine.walk import walk
 
     # Text, windows and dtype are those of stats/: the masks depend on it, and on no setting of calibration.
     text = read_provenance(project.data("calibration"), "download calibration")
@@ -93,7 +94,7 @@ def _propagate(project: Project, checkpoint: Checkpoint, stats: Json, work: Work
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
     decoder = open_decoder(project, "dense", dtype=stats["params"]["dtype"])
-    steps = decoder.walk(calibration_windows(project, stats["params"]), work.path)
+    steps = walk(decoder, calibration_windows(project, stats["params"]), work.path)
     unreached = {}
     for step in progress(steps, total=len(decoder.blocks), what="mask, blocks calibrated and pruned"):
         recorder = InputRecorder()

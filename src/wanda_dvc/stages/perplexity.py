@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from wanda_dvc.engine.costs import Cost, Setting
-from wanda_dvc.engine.decoder import Decoder, Row, as_rows
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.sizes import BYTES_A_TOKEN, Need, walking
+from wanda_dvc.engine.walk import outputs, walk
 from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
@@ -64,11 +66,11 @@ def perplexity(*, project: Project, model: str) -> str:
 
 def _losses(decoder: Decoder, rows: list[Row], work: Path, *, what: str) -> list[float]:
     """Return each row's mean loss, going on from the losses that a killed run has left in `work`."""
-    for step in progress(decoder.walk(rows, work), total=len(decoder.blocks), what=f"{what}, blocks"):
+    for step in progress(walk(decoder, rows, work), total=len(decoder.blocks), what=f"{what}, blocks"):
         step.advance()
     losses = _read_losses(work / LOSSES)
     left = range(len(losses), len(rows))
-    hidden = decoder.outputs(rows, work)
+    hidden = outputs(decoder, rows, work)
     with (work / LOSSES).open("a", encoding="utf-8") as file:
         for row in progress(left, total=len(left), what=f"{what}, output head, windows"):
             losses.append(window_loss(decoder, hidden[row][None], rows[row].tokens))

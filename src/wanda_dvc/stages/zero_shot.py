@@ -16,7 +16,7 @@ from wanda_dvc.study.project import ITEMS, Project
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
 if TYPE_CHECKING:
-    from wanda_dvc.engine.decoder import Step
+    from wanda_dvc.engine.walk import Step
 
 METRICS = ("acc", "acc_norm")
 SAMPLES = 48  # items a task of `tasks.source: samples`

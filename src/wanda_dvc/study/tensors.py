@@ -1,6 +1,7 @@
 """stats/ and masks/ on disk: one safetensors file per block, so that one block at a time is in memory."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,16 +60,30 @@ def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
     _save(block_file(folder, block), packed, {"columns": columns})
 
 
-def read_masks(folder: Path, block: int) -> "dict[str, Tensor]":
+def read_masks(folder: Path, block: int) -> "Masks":
     """Read one block's `keep` masks: bool, in the orientation of the stored weights."""
-    import numpy as np
-    import torch
-
     tensors, header = _load(block_file(folder, block), "mask")
-    return {
-        name: torch.from_numpy(np.unpackbits(tensors[name].numpy(), axis=1, count=size)).bool()
-        for name, size in header["columns"].items()
-    }
+    return Masks(tensors, header["columns"])
+
+
+class Masks(Mapping[str, "Tensor"]):
+    """The `keep` masks of one block. A mask is unpacked when it is asked for; until then it is one bit on disk."""
+
+    def __init__(self, packed: "dict[str, Tensor]", columns: dict[str, int]) -> None:
+        self._packed, self._columns = packed, columns
+
+    def __getitem__(self, name: str) -> "Tensor":
+        import numpy as np
+        import torch
+
+        packed = self._packed[name].numpy()
+        return torch.from_numpy(np.unpackbits(packed, axis=1, count=self._columns[name]).view(np.bool_))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
 
 
 def block_count(folder: Path) -> int:

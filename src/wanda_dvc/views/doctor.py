@@ -79,7 +79,7 @@ def _python() -> Iterator[Check]:
 def _machine(project: Project) -> Iterator[Check]:
     import torch
 
-    from wanda_dvc.engine.decoder import has_units
+    from wanda_dvc.engine.attention import has_units
 
     device = project.params.runtime.device
     units = " and bf16 units" if has_units(torch.bfloat16) else ""

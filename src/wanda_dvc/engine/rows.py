@@ -1,0 +1,60 @@
+"""Rows of tokens that go through the model: one text, or several questions one after another."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The question, the choice and the position of every token in a row that holds several questions.
+
+    A token attends to the tokens before it in its question's context and in its own choice.
+    """
+
+    positions: Int[Tensor, " length"]  # within the question; every choice starts where the context ends
+    question: Int[Tensor, " length"]  # ascending
+    choice: Int[Tensor, " length"]  # 0: the context; k: the k-th choice
+
+    @cached_property
+    def places(self) -> list[slice]:
+        """The tokens of each question."""
+        _, counts = torch.unique_consecutive(self.question, return_counts=True)
+        return [slice(start, end) for start, end in pairwise([0, *counts.cumsum(0).tolist()])]
+
+    def hidden(self, sees: Bool[Tensor, "positions positions"]) -> Bool[Tensor, " pairs"]:
+        """The pairs of tokens that don't attend: [tokens, tokens] of each question, flat, one after another.
+
+        `sees` says which positions the kind of block (causal, sliding, chunked) lets a position see.
+        """
+        pairs, visible = [], sees.numpy()  # whose indexing is five times as fast as torch's
+        for place in self.places:
+            choice, at = self.choice[place].numpy(), self.positions[place].numpy()
+            related = (choice == 0) | (choice == choice[:, None])
+            pairs.append(~(visible[at][:, at] & related).ravel())
+        return torch.from_numpy(np.concatenate(pairs))
+
+    def by_question(self, hidden: Bool[Tensor, " pairs"]) -> Iterator[tuple[slice, Bool[Tensor, "tokens tokens"]]]:
+        """Each question's tokens, and its part of what `hidden` gave."""
+        sizes = [place.stop - place.start for place in self.places]
+        for place, size, part in zip(self.places, sizes, hidden.split([size**2 for size in sizes]), strict=True):
+            yield place, part.view(size, size)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Tokens that go through the model together."""
+
+    tokens: Int[Tensor, " length"]
+    layout: Layout | None = None  # None: one text
+
+
+def as_rows(rows: Sequence[Row] | Int[Tensor, "samples length"]) -> list[Row]:
+    """Windows, or rows, as a list of rows."""
+    return [Row(tokens) for tokens in rows] if isinstance(rows, Tensor) else list(rows)

@@ -1,0 +1,160 @@
+"""The weights of a model: read from its checkpoint, converted, held while their block is at work."""
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.engine.memory import empty_weight
+from wanda_dvc.engine.structure import Linear, Part, find_blocks, find_linears, stored_parts
+from wanda_dvc.errors import UserError
+
+
+class Weights:
+    """The tensors of a model without weights. A block has its own while `loaded`, and is empty otherwise.
+
+    While a block is at work, a thread reads the next one; on a GPU it copies through a CUDA stream of its own.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, *, device: torch.device, resident: bool) -> None:
+        """Reads what is in no block. With `resident`, a block that was read stays in memory."""
+        self.model, self.checkpoint, self.device = model, checkpoint, device
+        self.blocks_name, self.blocks = find_blocks(model)
+        self._parts = stored_parts(model, checkpoint)
+        self._empty = [dict(block.named_parameters()) for block in self.blocks]
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._resident: dict[int, dict[str, Tensor]] | None = {} if resident else None
+        self._load_rest()
+
+    def parts(self, name: str) -> list[Part]:
+        """The stored weights that a parameter is made of."""
+        if name not in self._parts:
+            raise UserError(
+                f"{self.checkpoint.folder}: no tensor for {name}, expected one by config.json; "
+                "the checkpoint is incomplete, or stores it in an unsupported form"
+            )
+        return self._parts[name]
+
+    def linears(self, index: int) -> dict[str, Linear]:
+        """The prunable weights of a block, named as the checkpoint stores them; each expert has its own."""
+        block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."
+        weights = find_linears(block)
+        linears: dict[str, Linear] = {}
+        for name, module in weights.items():
+            leaf = name.rpartition(".")[2]
+            parts = self.parts(prefix + name)
+            shape = module.get_parameter(leaf).shape
+            if len(shape) == 3 and parts[0].expert is None:  # all experts in one tensor
+                addresses = [Address(parts[0].address.tensor, expert) for expert in range(shape[0])]
+                parts = [Part(address, expert=address.expert) for address in addresses]
+            linears |= {part.address.linear: Linear(module, leaf, part) for part in parts}
+        largest = max((linear.weight.numel() for linear in linears.values()), default=0)
+        for name, parameter in block.named_parameters():
+            if name not in weights and parameter.dim() > 1 and parameter.numel() > largest:
+                raise UserError(
+                    f"{self.checkpoint.folder}: {prefix}{name} belongs to no linear, and is larger than any; "
+                    "unsupported model structure"
+                )
+        if not linears:
+            raise UserError(f"{self.checkpoint.folder}: {prefix[:-1]} has no linear; unsupported model structure")
+        return linears
+
+    @contextlib.contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """One block with its weights; it is empty again afterwards."""
+        tensors = self._take(index)
+        for name, tensor in tensors.items():
+            set_parameter(self.blocks[index], name, tensor)
+        del tensors
+        try:
+            yield self.blocks[index]
+        finally:
+            for name, parameter in self._empty[index].items():
+                set_parameter(self.blocks[index], name, parameter)
+
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        """A block's tensors from the checkpoint. On a GPU the block at work does not wait for the copy."""
+        prefix = f"{self.blocks_name}.{index}."
+        with torch.cuda.stream(self._copies):  # no-op for None
+            tensors = self._read({prefix + name: parameter for name, parameter in self._empty[index].items()})
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def _take(self, index: int) -> dict[str, Tensor]:
+        """A block's tensors; the next block's are being read when this returns."""
+        if self._resident is not None and index in self._resident:
+            return self._resident[index]
+        if self._ahead is not None and self._ahead[0] == index:
+            tensors, self._ahead = self._ahead[1].result(), None
+        else:
+            tensors = self.read_block(index)
+        if self._copies is not None:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(self._copies)
+            for tensor in tensors.values():
+                tensor.record_stream(computing)  # its memory is not reused while the stream computes with it
+        if self._resident is not None:
+            self._resident[index] = tensors
+        if index + 1 < len(self.blocks) and (self._ahead is None or self._ahead[0] != index + 1):
+            self._ahead = index + 1, self._reader.submit(self.read_block, index + 1)
+        return tensors
+
+    def _read(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Tensors for parameters by their full names, in the parameter's dtype, on the device.
+
+        On a CPU, a tensor that is stored whole in this dtype is a view of the file; all others are copies.
+        """
+        found = {}
+        for name, parameter in parameters.items():
+            parts = self.parts(name)
+            if parts[0].is_whole:
+                found[name] = self._read_whole(parts[0].address, parameter)
+                continue
+            whole = empty_weight(parameter.shape, parameter.dtype, self.device)
+            for part in parts:
+                part.of(whole).copy_(self.checkpoint.read(part.address))
+            found[name] = whole
+        return found
+
+    def _read_whole(self, address: Address, parameter: nn.Parameter) -> Tensor:
+        tensor = self.checkpoint.read(address)
+        if tensor.shape != parameter.shape:
+            raise UserError(
+                f"{self.checkpoint.folder}: {address.tensor} is {list(tensor.shape)}, expected {list(parameter.shape)}"
+            )
+        if self.device.type == "cuda":  # a copy overlaps with computation only from pinned memory
+            tensor = tensor.pin_memory()
+        if (tensor.device, tensor.dtype) != (self.device, parameter.dtype):
+            tensor = empty_weight(parameter.shape, parameter.dtype, self.device).copy_(tensor, non_blocking=True)
+        return tensor
+
+    def _load_rest(self) -> None:
+        """Load everything but the blocks. A tied head is the embeddings' own parameter, and stored once or twice."""
+        inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if id(parameter) not in inside:
+                names.setdefault(id(parameter), []).append(name)
+        for aliases in names.values():
+            stored = [name for name in aliases if name in self._parts]
+            name = (stored or aliases)[0]
+            loaded = nn.Parameter(self._read({name: self.model.get_parameter(name)})[name], requires_grad=False)
+            for alias in aliases:
+                set_parameter(self.model, alias, loaded)
+        for name, buffer in self.model.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            if name in self._parts:  # few: the bias by which some routers balance their experts
+                buffer = self.checkpoint.read(self._parts[name][0].address).to(buffer.dtype)
+            self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+
+
+def set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a parameter of a module, by its name from there."""
+    owner, _, leaf = name.rpartition(".")
+    parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+    module.get_submodule(owner)._parameters[leaf] = parameter

@@ -1,0 +1,160 @@
+"""One address for a weight, and one writer: what it writes equals a copy that is then overwritten in place."""
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_families import save
+
+from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.errors import UserError
+from wanda_dvc.stages.apply import prune
+from wanda_dvc.study.files import write_json
+from wanda_dvc.study.tensors import write_masks
+
+UNSIGNED = {"F32": "u4", "BF16": "u2", "F16": "u2"}
+words = st.text("ab01", min_size=1, max_size=3)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def overwritten(source: Path, target: Path, keeps: dict[str, np.ndarray]) -> Path:
+    """The oracle: the directory copied, then zeros put where the masks (by stored tensor) don't keep a weight."""
+    shutil.copytree(source, target)
+    for shard in target.glob("*.safetensors"):
+        size = int.from_bytes(shard.read_bytes()[:8], "little")
+        header = json.loads(shard.read_bytes()[8 : 8 + size])
+        for name, keep in keeps.items():
+            if name in header:
+                bits = np.dtype(UNSIGNED[header[name]["dtype"]])
+                begin = 8 + size + header[name]["data_offsets"][0]
+                weight = np.memmap(shard, bits, "r+", offset=begin, shape=tuple(header[name]["shape"]))
+                weight[~keep] = 0
+                weight.flush()
+    return target
+
+
+def with_odd_bits(folder: Path) -> Path:
+    """−0, infinities, and numbers that are none, with payloads, in every tensor."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for tensor in tensors.values():
+            bits = tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize]).flatten()
+            odd = [-(2 ** (8 * tensor.itemsize - 1)), -1, -3, 2 ** (8 * tensor.itemsize - 1) - 5]
+            bits[: min(len(odd), len(bits))] = torch.tensor(odd, dtype=bits.dtype)[: len(bits)]
+        save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "float32, one file": save_tiny_model,
+    "bfloat16, shards": lambda folder: save_tiny_model(folder, dtype=torch.bfloat16, shard="30KB"),
+    "float16, untied": lambda folder: save_tiny_model(folder, dtype=torch.float16, tie_word_embeddings=False),
+    "transposed": lambda folder: save("gpt2", folder),
+    "experts in one tensor": lambda folder: save("granitemoe", folder, torch.bfloat16, "30KB"),
+    "experts apart": lambda folder: save("mixtral", folder),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_path: Path):
+    from wanda_dvc.engine.decoder import Decoder
+
+    source = MODELS[kind](tmp_path / "dense")
+    decoder = Decoder(source, dtype=torch.float32, device=torch.device("cpu"))
+    linears = [decoder.linears(index) for index in range(len(decoder.blocks))]
+    with_odd_bits(source)
+    (source / "inside").mkdir()
+    (source / "inside" / "model.safetensors").write_bytes(b"no shard of this checkpoint")
+    (source / "LICENSE").write_text("do what you like")
+    write_json(source / "provenance.json", {"kind": "model", "format": 1, "source": "x", "sha256": "0"})
+    generator = torch.Generator().manual_seed(0)
+    keeps: dict[str, np.ndarray] = {}
+    (tmp_path / "masks").mkdir()
+    checkpoint = Checkpoint(source)
+    zeros = {}
+    for block, names in enumerate(linears):
+        masks = {n: torch.rand(x.weight.shape, generator=generator) < 0.5 for n, x in names.items()}
+        write_masks(tmp_path / "masks", block, masks)
+        for name, keep in masks.items():
+            address, weight = checkpoint.find(name), checkpoint.weight(name)
+            zeros[name] = (block, int(((weight == 0) | ~keep).sum()), weight.numel(), weight.nbytes)
+            if address.expert is None:
+                keeps[address.tensor] = keep.numpy()
+            else:
+                whole = keeps.setdefault(
+                    address.tensor, np.ones(checkpoint.read(Address(address.tensor)).shape, dtype=bool)
+                )
+                whole[address.expert] = keep.numpy()
+    made = {"kind": "masks", "format": 1, "model": {"source": "x", "sha256": "0"}}
+    made |= {"params": {"method": "wanda", "sparsity": 0.5, "pattern": "unstructured", "group": "row"}}
+    made |= {"calibration": {"text": {"source": "x"}, "samples": 1, "length": 1, "seed": 0, "dtype": "float32"}}
+    write_json(tmp_path / "masks" / "provenance.json", made)
+
+    found = prune(checkpoint, tmp_path / "masks", tmp_path / "pruned")
+
+    expected, written = tree(overwritten(source, tmp_path / "expected", keeps)), tree(tmp_path / "pruned")
+    for name in ("README.md", "provenance.json"):
+        expected.pop(name, None)
+        del written[name]
+    assert written.keys() == expected.keys()
+    assert [name for name in written if written[name] != expected[name]] == []
+    assert list(found.items()) == list(zeros.items())  # in the order of the blocks, whatever the files'
+
+
+def test_weights_are_asked_for_one_at_a_time_in_the_order_of_the_file(tmp_path: Path):
+    """So memory is bounded by one weight: what comes before it is written by then."""
+    source = Checkpoint(save("granitemoe", tmp_path / "dense"))
+    stored = [name for name in source.where if "linear" in name and "layers" in name]
+    addresses = [Address(name, expert) for name in reversed(stored) for expert in (3, 1, 0)]
+    sizes, asked = [], []
+
+    def weight(address: Address) -> torch.Tensor:
+        sizes.append((tmp_path / "copy" / "model.safetensors").stat().st_size)
+        asked.append(address)
+        return source.read(address) + 1
+
+    assert list(source.copy(tmp_path / "copy", addresses, weight)) == asked
+    assert sorted(asked, key=str) == sorted(addresses, key=str)
+    begins = {name: begin for name, _, _, begin, _ in source.bytes_at(source.shards[0])}
+    places = [begins[address.tensor] + address.expert * source.read(address).nbytes for address in asked]
+    assert all(one < other for one, other in pairwise(places))
+    assert all(place - size < 2**17 for place, size in zip(places, sizes, strict=True))  # a file object's buffer
+    copied = Checkpoint(tmp_path / "copy")
+    for name in source.where:
+        tensor = source.read(Address(name)).clone()
+        if name in stored:
+            tensor[[0, 1, 3]] += 1
+        assert torch.equal(copied.read(Address(name)), tensor)
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        (torch.zeros(32, 31), r"up_proj: its new weight is \[32, 31\] in torch.float32, expected \[48, 32\] in"),
+        (torch.zeros(48, 32, dtype=torch.float16), r"is \[48, 32\] in torch.float16, expected \[48, 32\] in torch.flo"),
+    ],
+)
+def test_a_new_weight_must_be_stored_as_the_old_one(tiny: Path, tmp_path: Path, new: torch.Tensor, message: str):
+    addresses = [Address("model.layers.1.mlp.up_proj.weight")]
+    with pytest.raises(UserError, match=message):
+        list(Checkpoint(tiny).copy(tmp_path / "copy", addresses, lambda _: new))
+
+
+@given(st.lists(words, min_size=2, max_size=4).map(".".join), st.none() | st.integers(0, 200))
+def test_a_linears_name_leads_back_to_its_address(name: str, expert: int | None):
+    for stored in (f"{name}.weight", *([] if expert is None else [name])):
+        address, checkpoint = Address(stored, expert), Checkpoint(Path())
+        checkpoint.__dict__["where"] = {stored: Path()}
+        assert checkpoint.find(address.linear) == address
