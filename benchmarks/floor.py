@@ -1,4 +1,4 @@
-"""The floor: how fast this machine multiplies matrices of a model's shapes, with nothing around it."""
+"""The floor: how fast this machine multiplies matrices of a model's shapes, and nothing else."""
 
 import statistics
 import time
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-AT_THE_HEAD = 512  # positions at a time, whose logits are as large as all a block's activations
+AT_THE_HEAD = 512  # positions at a time; their logits are about as large as the activations of a block
 
 
 def seconds_of(multiply: Callable[[], object], budget: float) -> float:
-    """Median of as many calls as fit into `budget` seconds, at least three, after one that warms up."""
+    """Return the median of as many calls as fit into `budget` seconds, at least three, after one to warm up."""
     multiply()
     times: list[float] = []
     while len(times) < 3 or sum(times) < budget:
@@ -25,10 +25,10 @@ def seconds_of(multiply: Callable[[], object], budget: float) -> float:
 
 
 class Floor:
-    """The matrices that a model multiplies, to be timed again and again: a shared machine's speed drifts."""
+    """The matrices that a model multiplies, timed repeatedly because the speed of a shared machine changes."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, tokens: int, budget: float) -> None:
-        """`budget`: seconds for each shape."""
+        """Allocate them; `budget` is the seconds for each shape."""
         self.tokens, self.budget = tokens, budget
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
@@ -58,7 +58,7 @@ class Floor:
 
     @torch.no_grad()
     def sample(self) -> None:
-        """Seconds a token for the linears of all blocks and for the head, and seconds a FLOP for attention, now."""
+        """Time the linears of all blocks and the head, in seconds a token, and attention, in seconds a FLOP."""
 
         def linear(shape: tuple[int, int]) -> float:
             x, weight = self.inputs[shape[1]], self.weights[shape]
@@ -74,7 +74,7 @@ class Floor:
         self.samples.append({"linears": linears, "head": head, "attention": attention})
 
     def mean(self) -> dict[str, float]:
-        """Of the samples, with the rates that they come to."""
+        """Return the mean of the samples, and the rates in GFLOP/s."""
         mean = {name: statistics.fmean(sample[name] for sample in self.samples) for name in self.samples[0]}
         weights = sum(count * out * features for (out, features), count in self.shapes.items())
         return mean | {

@@ -1,4 +1,4 @@
-"""What can only be measured inside a process: the statistics' share, the masks against full sorts."""
+"""Measure inside a process: the share of the statistics in calibrate, and the masks against full sorts."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from wanda_dvc.study.tensors import block_count, read_stats
 
 @torch.no_grad()
 def statistics(project: Project) -> dict[str, Any]:
-    """Seconds of windows through three blocks with the recorder and without, in turn."""
+    """Return the seconds of windows through three blocks, with the recorder and without, in turn."""
     decoder, windows = open_decoder(project, "dense"), calibration_windows(project)
     rows = as_rows(windows[:16])
     decoder.calls(rows[0])
@@ -28,7 +28,7 @@ def statistics(project: Project) -> dict[str, Any]:
     spent = {True: 0.0, False: 0.0}
     for index in sorted({0, len(decoder.blocks) // 2, len(decoder.blocks) - 1}):
         with decoder.block(index):
-            decoder.run(index, hidden[0], rows[0])  # whatever is slow the first time
+            decoder.run(index, hidden[0], rows[0])  # the first run is slower
             recorder = InputRecorder()
             for number, x in enumerate(hidden):
                 for recorded in (number % 2 == 0, number % 2 == 1):
@@ -44,7 +44,7 @@ def statistics(project: Project) -> dict[str, Any]:
 
 
 def masks(project: Project) -> dict[str, Any]:
-    """Seconds to choose every mask, as the stage does and by a full stable sort of every row; the best of three."""
+    """Return the seconds to choose all masks as the stage does, and by full stable sorts of rows; the best of three."""
     keep_freed_memory()
     checkpoint, params = Checkpoint(project.model("dense")), project.params
     stats = [read_stats(project.stats, block) for block in range(block_count(project.stats))]
@@ -73,6 +73,7 @@ def masks(project: Project) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["statistics", "masks"])
     parser.add_argument("project", type=Path)

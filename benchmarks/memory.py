@@ -1,7 +1,7 @@
-"""Peak anonymous memory of the stages on a random checkpoint, against the formula in docs/cost.md.
+"""Measure the peak anonymous memory of the stages on a random checkpoint, against the formula in docs/cost.md.
 
-python benchmarks/memory.py make FOLDER             a checkpoint of Qwen2.5-1.5B's shape, shard by shard
-python benchmarks/memory.py measure PROJECT STAGE   one stage in this process, sampled
+python benchmarks/memory.py make FOLDER             write a checkpoint of Qwen2.5-1.5B's shape, shard by shard
+python benchmarks/memory.py measure PROJECT STAGE   run one stage in this process and sample its memory
 """
 
 import argparse
@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from wanda_dvc.stages import STAGES, run
+from wanda_dvc.stages.running import anonymous_memory
+from wanda_dvc.study.project import Project
+
 QWEN = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "hidden_size": 1536,
     "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
@@ -22,7 +26,7 @@ QWEN = {
 
 
 def make_checkpoint(folder: Path, config: dict[str, Any], *, shard: float = 1e9) -> None:
-    """Random weights in the config's dtype and a tokenizer that knows bytes; never more than a shard in memory."""
+    """Write random weights in the config's dtype and a tokenizer of bytes; one shard at a time is in memory."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -64,17 +68,11 @@ def make_checkpoint(folder: Path, config: dict[str, Any], *, shard: float = 1e9)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", pad_token="<p>").save_pretrained(folder)
 
 
-def anonymous() -> int:
-    """Bytes of this process that no file stands behind."""
-    with Path("/proc/self/status").open() as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
-
-
 class Sampler:
-    """The highest of `anonymous`, looked at every few milliseconds."""
+    """The most anonymous memory of this process, sampled every 3 ms; a stage samples its own less often."""
 
     def __init__(self) -> None:
-        self.base = self.peak = anonymous()
+        self.base = self.peak = anonymous_memory()
         self._done = threading.Event()
 
     def __enter__(self) -> "Sampler":
@@ -84,7 +82,7 @@ class Sampler:
 
     def _look(self) -> None:
         while not self._done.wait(0.003):
-            self.peak = max(self.peak, anonymous())
+            self.peak = max(self.peak, anonymous_memory())
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
@@ -92,21 +90,15 @@ class Sampler:
 
 
 def measure(root: Path, stage: str, part: str | None) -> dict[str, float | None]:
-    """One stage: its peak above what imports hold, the formula's bound, and the wait for weights."""
+    """Run one stage; return its peak above the imports' memory, the formula's bound, and the wait for weights."""
     import torch
 
     from wanda_dvc.engine.decoder import Decoder
-    from wanda_dvc.stages import STAGES
-    from wanda_dvc.stages.apply import apply
-    from wanda_dvc.stages.calibrate import calibrate
-    from wanda_dvc.stages.mask import mask
-    from wanda_dvc.stages.perplexity import perplexity
-    from wanda_dvc.study.project import Project
 
     project = Project(root)
     torch.set_num_threads(project.params.runtime.threads or torch.get_num_threads())
-    run: Any = {"calibrate": calibrate, "mask": mask, "apply": apply, "perplexity": perplexity}[stage]
-    wanted = STAGES[stage].need(project, part)  # it imports the family's code, as it does before a stage
+    _ = STAGES[stage].function  # imported, so that the sampler counts what the run holds
+    wanted = STAGES[stage].need(project, part)  # this imports the family's code, as it does before a stage
     waited = 0.0
     original = Decoder.block
 
@@ -125,7 +117,7 @@ def measure(root: Path, stage: str, part: str | None) -> dict[str, float | None]
     Decoder.block = watched  # type: ignore[method-assign]
     began = time.perf_counter()
     with Sampler() as sampler:
-        run(project=project, **({"model": part} if part else {}))
+        run(stage, project=project, part=part)
     seconds = time.perf_counter() - began
     return {
         "peak": sampler.peak - sampler.base,
@@ -137,6 +129,7 @@ def measure(root: Path, stage: str, part: str | None) -> dict[str, float | None]
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make")

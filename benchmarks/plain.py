@@ -1,7 +1,7 @@
-"""The published Wanda procedure, written plainly: what the benchmark compares with. Shares nothing with wanda_dvc.
+"""Prune by the published Wanda procedure, plainly: (a), the baseline of a prune. It shares no code with wanda_dvc.
 
-The model lies whole in memory; block by block, forward hooks on the linears collect Σx² over all windows, every row
-is sorted, and the windows run through the pruned block once more to make the next block's inputs.
+The whole model is in memory. Block by block, forward hooks on the linears collect Σx² over all windows, every row
+is sorted, and the windows run through the pruned block again to make the next block's inputs.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class _Catcher(nn.Module):
 
 
 def first_inputs(model: Any, windows: Tensor) -> list[tuple[Tensor, Any]]:
-    """What the first block is called with for each window."""
+    """Return the arguments of the first block for each window."""
     caught: list[tuple[Tensor, Any]] = []
     layers = model.model.layers
     layers[0] = _Catcher(layers[0], caught)
@@ -51,11 +51,13 @@ def first_inputs(model: Any, windows: Tensor) -> list[tuple[Tensor, Any]]:
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linears of a block by name."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
 @torch.no_grad()
 def prune_wanda(model: Any, windows: Tensor, sparsity: float) -> None:
+    """Zero the lowest |W|·‖X‖₂ of each row, block by block on the outputs of the pruned blocks before."""
     calls = first_inputs(model, windows)
     hidden = [first for first, _ in calls]
     kwargs = calls[0][1]
@@ -89,6 +91,7 @@ def prune_wanda(model: Any, windows: Tensor, sparsity: float) -> None:
 
 @torch.no_grad()
 def prune_magnitude(model: Any, sparsity: float) -> None:
+    """Zero the lowest |W| of each linear."""
     for block in model.model.layers:
         for linear in linears_of(block).values():
             score = linear.weight.abs()
@@ -98,7 +101,7 @@ def prune_magnitude(model: Any, sparsity: float) -> None:
 
 @torch.no_grad()
 def perplexity(model: Any, windows: Tensor) -> float:
-    """exp(mean over windows of the mean loss), logits whole, a window at a time."""
+    """Return exp(mean over windows of the mean loss), from all logits of one window at a time."""
     losses = []
     for window in windows:
         logits = model(window[None], use_cache=False).logits[0, :-1].float()
@@ -107,11 +110,12 @@ def perplexity(model: Any, windows: Tensor) -> float:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["wanda", "magnitude", "perplexity"])
     parser.add_argument("model")
     parser.add_argument("--windows", type=Path, required=True, help=".npy, token ids [windows, length]")
-    parser.add_argument("--out", type=Path, help="where the pruned model goes")
+    parser.add_argument("--out", type=Path, help="folder of the pruned model")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--result", type=Path, required=True)

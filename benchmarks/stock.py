@@ -1,4 +1,4 @@
-"""Stock lm-eval on the same items through the same task definitions: what zero-shot is compared with."""
+"""Time stock lm-eval on the same items and task definitions: (b), the baseline of zero-shot."""
 
 import argparse
 import json
@@ -9,14 +9,15 @@ from typing import Any
 
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from processes import say
 
 from wanda_dvc.engine.harness import load_task
 
-BEGAN = time.perf_counter()  # after imports, as a stage's clock
+BEGAN = time.perf_counter()  # after imports, as the clock of a stage
 
 
 def needed(model: Any, samples: list[dict[str, Any]]) -> list[list[Any]]:
-    """Of each question: its distinct contexts' tokens, each with its choices' tokens."""
+    """Return the tokens of each question's distinct contexts, each with the tokens of its choices."""
     questions = []
     for sample in samples:
         contexts: dict[tuple[int, ...], list[int]] = {}
@@ -28,12 +29,13 @@ def needed(model: Any, samples: list[dict[str, Any]]) -> list[list[Any]]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("tasks", nargs="+")
     parser.add_argument("--data", type=Path, required=True, help="the project's data/tasks")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", type=int, nargs="+", default=[16], help="several: the best on --part is taken")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16], help="several: the fastest on --part is used")
     parser.add_argument("--part", type=int, default=20, help="items a task to find the best batch size on")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--result", type=Path, required=True)
@@ -41,7 +43,7 @@ def main() -> None:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model = HFLM(pretrained=words.model, dtype=words.dtype, device="cpu", batch_size=words.batch[0])
-    before = time.perf_counter() - BEGAN  # the model
+    before = time.perf_counter() - BEGAN  # to load the model
 
     def run(task: str, limit: int | None) -> tuple[float, list[dict[str, Any]]]:
         began = time.perf_counter()
@@ -52,11 +54,11 @@ def main() -> None:
 
     tried: dict[int, float] = {}
     if len(words.batch) > 1:
-        run(words.tasks[0], 2)  # whatever is slow the first time
+        run(words.tasks[0], 2)  # the first run is slower
         for batch in words.batch:
             model.batch_size_per_gpu = batch
             tried[batch] = sum(run(task, words.part)[0] for task in words.tasks)
-            print(f"stock lm-eval, batch {batch}: {tried[batch]:.1f} s on {words.part} items a task", flush=True)
+            say(f"stock lm-eval, batch {batch}: {tried[batch]:.1f} s on {words.part} items a task")
         words.batch = [min(tried, key=tried.__getitem__)]
     model.batch_size_per_gpu = words.batch[0]
     result: dict[str, Any] = {"batch": words.batch[0], "tried": tried, "before_s": before, "tasks": {}}
@@ -67,7 +69,7 @@ def main() -> None:
             "loglikelihoods": [[response[0] for response in sample["filtered_resps"]] for sample in samples],
             "needed": needed(model, samples),
         }
-        print(f"stock lm-eval, {task}: {seconds:.1f} s", flush=True)
+        say(f"stock lm-eval, {task}: {seconds:.1f} s")
     result["seconds"] = before + sum(task["seconds"] for task in result["tasks"].values())
     words.result.write_text(json.dumps(result))
 

@@ -1,10 +1,10 @@
-"""Make the embedded text, from the language reference that CPython 3.11 carries (`pydoc_data.topics`).
+"""Write the embedded text, from the language reference that CPython 3.11 carries (`pydoc_data.topics`).
 
     python3.11 scripts/embedded_text.py src/wanda_dvc/embedded/text
 
 Many topics are excerpts of others. Topics that share a passage (a paragraph of 40 characters or more,
 a sentence of more than 60) go to the same split, so that perplexity is never measured on a passage
-that calibration has seen. The text differs between Python versions: what is committed is that of 3.11.7.
+of the calibration text. The text differs between Python versions; the committed one is from 3.11.7.
 """
 
 import json
@@ -16,6 +16,8 @@ from pydoc_data.topics import topics
 
 
 def passages(text: str) -> set[str]:
+    """Return the paragraphs and sentences of a text that are long enough to identify it."""
+
     def flat(piece: str) -> str:
         return " ".join(piece.split())
 
@@ -25,7 +27,7 @@ def passages(text: str) -> set[str]:
 
 
 def families() -> list[list[str]]:
-    """Topics that share passages, directly or through others; the longest family first."""
+    """Return the topics grouped by shared passages, direct or through others; the longest family first."""
     family = {name: {name} for name in topics}
     holders = defaultdict(list)
     for name, text in topics.items():
@@ -42,6 +44,7 @@ def families() -> list[list[str]]:
 
 
 def main(folder: Path) -> None:
+    """Write `train.jsonl` and `test.jsonl`, of nearly the same size."""
     splits: dict[str, list[str]] = {"train": [], "test": []}
     size = {"train": 0, "test": 0}
     for members in families():
@@ -52,7 +55,7 @@ def main(folder: Path) -> None:
         rows = [{"topic": name, "text": topics[name]} for name in sorted(names)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-        print(f"{split}: {len(rows)} topics, {size[split]:,} characters")
+        sys.stdout.write(f"{split}: {len(rows)} topics, {size[split]:,} characters\n")
 
 
 if __name__ == "__main__":

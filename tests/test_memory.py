@@ -1,4 +1,4 @@
-"""What the stages hold at most stays within the formula of `needs.peak`; not much less, so that a block more shows."""
+"""The peak memory of the stages stays within the formula of docs/cost.md, and so near it that one more block shows."""
 
 import json
 import os
@@ -27,14 +27,14 @@ BLOCK = 15.2e6 * 4  # bytes in float32
 
 
 def script(*words: str | Path) -> None:
-    # The allocator gives back what is freed, so that what is held can be told from what was held.
+    # The allocator gives freed memory back at once, so that the peak counts no memory that is free.
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "2"}
     subprocess.run([sys.executable, SCRIPT, *words], check=True, env=env, capture_output=True)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project on a model stored in bfloat16 and run in float32, so that every weight that is held is anonymous."""
+    """A project on a model stored in bfloat16 and run in float32, so that all weights in memory are anonymous."""
     folder, root = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("project")
     script("make", folder, "--config", json.dumps(SHAPE), "--shard", "1e8")
     write_params(root, folder, method="magnitude", runtime__threads=2, perplexity__windows=2)

@@ -1,0 +1,47 @@
+"""What the harness reads of wanda_dvc from within Python. It starts everything else as a process.
+
+`inside.py`, `memory.py` and `stock.py` import wanda_dvc too; each runs in its own process.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from wanda_dvc.stages.running import processor
+from wanda_dvc.study.project import Project
+
+__all__ = ["has_bf16_units", "processor", "seconds_inside", "windows"]
+
+
+def seconds_inside(folder: Path, *words: str) -> float:
+    """Return the seconds of a project's last run of a stage, by the stage's own clock: without the process's start.
+
+    Raises:
+        RuntimeError: the project holds no result of that run, or its time was not kept.
+    """
+    project, run = Project(folder), "-".join(words)
+    times = project.times.of(project)
+    if run not in times:
+        raise RuntimeError(f"{folder}: no time of {run}, expected one of {', '.join(times) or 'none'}")
+    return float(times[run]["seconds"])
+
+
+def windows(folder: Path, part: str) -> Any:
+    """Return the windows [windows, length] that a project draws from the text of `calibration` or `perplexity`."""
+    from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
+    from wanda_dvc.stages.inputs import calibration_windows
+
+    project = Project(folder)
+    if part == "calibration":
+        return calibration_windows(project).numpy()
+    tokens = tokenize(project.text(part), load_tokenizer(project.model("dense")))
+    wanted = project.params.perplexity
+    return cut(tokens, length=wanted.length, windows=wanted.windows).numpy()
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies matrices in bfloat16 natively."""
+    import torch
+
+    from wanda_dvc.engine.attention import has_units
+
+    return has_units(torch.bfloat16)

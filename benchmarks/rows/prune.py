@@ -1,0 +1,49 @@
+"""Rows of what it takes to prune: calibrate, the statistics' share of it, the first prune, mask."""
+
+from comparisons import as_timed, at_speed_of, pass_floor
+from measures import Bench
+from results import Measured
+
+
+def calibrate(bench: Bench, dtype: str) -> Measured:
+    """`calibrate` against the floor."""
+    done = bench.calibrate(dtype)
+    floor = pass_floor(done["floor"], bench.sizes.samples, bench.sizes.length)
+    linears, attention = done["floor"]["gflops_linears"], done["floor"]["gflops_attention"]
+    note = f"inside; {linears:.0f} GFLOP/s in the linears, {attention:.0f} in attention"
+    return Measured(floor / done["seconds"], done["seconds"], floor, note)
+
+
+def calibrate_against_float32(bench: Bench, dtype: str) -> Measured:
+    """`calibrate` in a dtype against float32."""
+    ours, base = bench.calibrate(dtype)["seconds"], bench.calibrate("float32")["seconds"]
+    return Measured(base / ours, ours, base, "inside")
+
+
+def statistics(bench: Bench) -> Measured:
+    """What recording the statistics adds to the blocks' own time."""
+    script = bench.runner.script
+    done = bench.part("statistics", lambda: script("inside", "statistics", bench.studies.project()))
+    note = "inside: 16 windows through three blocks, with the recorder and without, in turn"
+    return Measured(done["with"] / done["without"] - 1, done["with"], done["without"], note)
+
+
+def first_prune(bench: Bench, dtype: str) -> Measured:
+    """`calibrate`, `mask` and `apply` against (a)."""
+    plain, calibrated = bench.plain("wanda"), bench.calibrate(dtype)
+    base = at_speed_of(bench.calibrate("float32"), plain)
+    ours = calibrated["wall"] + bench.mask_and_apply(dtype, "wanda")["wall"]
+    peak = f"peak {calibrated['peak_gb']:.1f} against {plain['peak_gb']:.1f} GB"
+    return Measured(base / ours, ours, base, f"calibrate, mask and apply; {peak}; {as_timed(plain)}")
+
+
+def mask(bench: Bench) -> Measured:
+    """The seconds of the stage `mask`."""
+    seconds = bench.mask_and_apply("float32", "wanda")["mask"]
+    return Measured(seconds, seconds, note="inside the stage, best of three")
+
+
+def mask_against_sorts(bench: Bench) -> Measured:
+    """The choice of all masks against a full stable sort of every row."""
+    done = bench.masks()
+    return Measured(done["sorted"] / done["chosen"], done["chosen"], done["sorted"], "best of three")
