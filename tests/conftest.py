@@ -34,7 +34,8 @@ def save_tiny_model(
         "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,
     }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**shape | config)).to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(**shape | config))
+    model.to(dtype)  # type: ignore[arg-type] # transformers' decorator hides self
     for parameter in model.parameters():  # far from the tiny values of the initializer, so that masks matter
         parameter.data.mul_(5)
     model.save_pretrained(folder, max_shard_size=shard)

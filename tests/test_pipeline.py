@@ -124,7 +124,7 @@ def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_change_reruns_what_depends_on_it(repository: Repository, changes: dict, expected: set[str]):
+def test_a_change_reruns_what_depends_on_it(repository: Repository, changes: dict[str, object], expected: set[str]):
     assert repository.repro(**changes) == expected
 
 
