@@ -61,10 +61,10 @@ def commands(page: str) -> Iterator[list[str]]:
 
 
 def mentions(page: str) -> Iterator[list[str]]:
-    """The commands that a page's sentences name in full: `dvc plots` alone is a group, and `…` leaves words out."""
+    """The commands that a page's sentences give with options; others are named, like `dvc plots`, not given."""
     text = without_blocks((ROOT / page).read_text(encoding="utf-8"))
-    for span in re.findall(r"`((?:wanda-dvc|dvc [^`\s]+|make) [^`\n]+)`", text):
-        if "…" not in span:
+    for span in re.findall(r"`((?:wanda-dvc|dvc|make) [^`\n]+)`", text):
+        if (" -" in span or span.startswith("make")) and not {"…", "["} & set(span):
             yield from split(span)
 
 
