@@ -47,7 +47,7 @@ def save_tiny_model(
     return folder
 
 
-def write_params(root: Path, folder: Path, **changes: Any) -> None:
+def write_params(root: Path, folder: Path | str, **changes: Any) -> None:
     """The committed params.yaml, small enough for a tiny model; `changes` by dotted names with __ for the dots."""
     yaml = YAML()
     params = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
