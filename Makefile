@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CORES ?= auto
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test test-fast bench lint lock install
+.PHONY: repro test test-fast coverage bench lint lock install
 
 repro: install ## environment, the whole pipeline on the embedded default, a table of results
 	dvc repro
@@ -17,6 +17,9 @@ test: install lint ## everything, under ten minutes on two cores
 test-fast: install ## without the tests on a real DVC repository and the families' long one, under two minutes
 	pytest -n $(CORES) --dist worksteal -m "not pipeline and not slow"
 
+coverage: install ## everything, with a table of the lines and branches that no test reaches; fails under pyproject's floor
+	pytest -n $(CORES) --dist worksteal --cov --cov-report term
+
 bench: install ## measure against the published procedure, stock lm-eval and the floor; ROWS="mask perplexity" for some
 	python benchmarks/bench.py $(ROWS) $(BENCH)
 
@@ -24,6 +27,7 @@ lint: install
 	ruff check
 	ruff format --check
 	mypy
+	lint-imports --no-logo
 
 install: $(BIN)/.installed
 

@@ -34,7 +34,8 @@ def save_tiny_model(
         "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,
     }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**shape | config)).to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(**shape | config))
+    model.to(dtype)  # type: ignore[arg-type] # transformers' decorator hides self
     for parameter in model.parameters():  # far from the tiny values of the initializer, so that masks matter
         parameter.data.mul_(5)
     model.save_pretrained(folder, max_shard_size=shard)
@@ -46,7 +47,7 @@ def save_tiny_model(
     return folder
 
 
-def write_params(root: Path, folder: Path, **changes: Any) -> None:
+def write_params(root: Path, folder: Path | str, **changes: Any) -> None:
     """The committed params.yaml, small enough for a tiny model; `changes` by dotted names with __ for the dots."""
     yaml = YAML()
     params = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))

@@ -58,7 +58,8 @@ def keep_by_share(score, sparsity):
         return rows
 
     size = sum(len(row) for row in score)
-    low, high, chosen = 0.0, 0.8, [set() for _ in score]
+    chosen: list[set[int]] = [set() for _ in score]
+    low, high = 0.0, 0.8
     for _ in range(50):
         if sparsity == 0:
             break

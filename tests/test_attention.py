@@ -49,8 +49,8 @@ def test_a_window_is_causal(monkeypatch: pytest.MonkeyPatch, queries: int, keys:
     monkeypatch.setattr(attention, "QUERIES_AT_A_TIME", queries)
     q, k, v = heads(37, keys=keys)
     ours, _ = attend(MODULE, q, k, v, None, scaling=8**-0.5)
-    shared = (x.repeat_interleave(6 // keys, dim=1) for x in (k, v))
-    theirs = scaled_dot_product_attention(q, *shared, is_causal=True).transpose(1, 2)
+    k, v = (x.repeat_interleave(6 // keys, dim=1) for x in (k, v))
+    theirs = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

@@ -1,6 +1,7 @@
 """The engine, against the whole model run by transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.walk import outputs, walk
 from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.statistics import InputStats
 
 CPU = torch.device("cpu")
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
     "sharded": {"shard": "40KB"},
@@ -49,8 +51,10 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_logits_are_the_models_bit_for_bit(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, resident: bool
 ):
-    """Small enough for one chunk of logits; in several, the head's sums run in another order. With the model's own
-    attention: ours, which a CPU with bfloat16 units takes, rounds otherwise."""
+    """One chunk of logits, since in several the head's sums run in another order.
+
+    The model's own attention is used: ours, which a CPU with bfloat16 units takes, rounds differently.
+    """
     monkeypatch.setattr(attention, "is_faster", lambda *_: False)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
     decoder, tokens = Decoder(checkpoint, dtype=dtype, device=CPU, resident=resident), windows()
@@ -75,7 +79,8 @@ def test_rows_of_different_lengths_go_together(tiny: Path, tmp_path: Path):
 
 def test_a_resident_model_is_read_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for resident, reads in ((True, [2, 3]), (False, [0, 0, 1, 2, 2, 3, 3])):
-        decoder, read = Decoder(tiny, dtype=torch.float32, device=CPU, resident=resident), []
+        read: list[int] = []
+        decoder = Decoder(tiny, dtype=torch.float32, device=CPU, resident=resident)
         monkeypatch.setattr(
             decoder.weights, "read_block", lambda i, w=decoder.weights, r=read: r.append(i) or Weights.read_block(w, i)
         )
@@ -109,17 +114,17 @@ def test_statistics_are_those_of_plain_hooks(checkpoint: Path, tmp_path: Path):
     with torch.no_grad():
         for row in tokens:
             model(input_ids=row[None])
-    recorders = record(Decoder(checkpoint, dtype=torch.float32, device=CPU), tokens, tmp_path / "work")
-    found = {}
+    recorders = walk(Decoder(checkpoint, dtype=torch.float32, device=CPU), tokens, tmp_path / "work")
+    found: dict[str, InputStats] = {}
     for recorder in recorders:
         inputs, readers, _ = recorder.result()
         for source, names in readers.items():
             found |= dict.fromkeys(names, inputs[source])
     assert found.keys() == seen.keys()
     for name, stats in found.items():
-        inputs = torch.cat(seen[name]).double()
-        torch.testing.assert_close(stats.sum_squares, (inputs**2).sum(0), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(stats.sum, inputs.sum(0), rtol=1e-4, atol=1e-3)
+        tokens_read = torch.cat(seen[name]).double()
+        torch.testing.assert_close(stats.sum_squares, (tokens_read**2).sum(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.sum, tokens_read.sum(0), rtol=1e-4, atol=1e-3)
         assert stats.count == tokens.numel()
 
 

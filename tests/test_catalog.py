@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_every_stage_reads_its_settings_and_no_others(project: Callable[..., Pro
 
 def test_a_setting_of_another_stage_is_out_of_reach(project: Callable[..., Project]):
     params = limit(project().params, ["calibration.samples", "sparsity"])
-    assert (params.calibration.samples, params.sparsity, params.share) == (3, 0.5, 0.5)
+    assert (params.calibration.samples, params.sparsity, params.share) == (3, 0.5, Fraction(1, 2))
     assert params.runtime.device == "auto"
     for read in (lambda: params.method, lambda: params.calibration.length, lambda: params.perplexity):
         with pytest.raises(AttributeError, match=r"is not among this stage's settings: calibration.samples, sparsity"):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -28,7 +29,7 @@ TASKS = {
 }
 
 
-def rows(path: Path) -> list[dict]:
+def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -47,6 +48,8 @@ def test_samples_are_balanced_and_in_the_benchmarks_schema(task: str):
 
 def test_the_two_texts_share_no_passage():
     spec = importlib.util.spec_from_file_location("embedded_text", ROOT / "scripts/embedded_text.py")
+    assert spec is not None
+    assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     train, test = (

@@ -135,13 +135,13 @@ def test_numbers_of_another_model_are_not_on_the_card(pruned: Project):
 )
 def test_the_dense_models_licence_goes_with_it(pruned: Project, name: str, content: str, license: str):
     (pruned.model("dense") / name).write_text(content, encoding="utf-8")
-    assert exported(pruned).data.license == license
+    assert exported(pruned).data.to_dict()["license"] == license
 
 
 def test_a_model_of_the_hub_is_named_as_the_base(pruned: Project):
     path = pruned.model("dense") / "provenance.json"
     write_json(path, json.loads(path.read_text()) | {"source": "meta-llama/Llama-2-7b-hf@main"})
-    assert exported(pruned).data.base_model == "meta-llama/Llama-2-7b-hf"
+    assert exported(pruned).data.to_dict()["base_model"] == "meta-llama/Llama-2-7b-hf"
 
 
 def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_path: Path):

@@ -428,7 +428,7 @@ def test_an_m_that_does_not_divide_an_experts_inputs_is_refused(project: Callabl
         run(made, "--debug calibrate")
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a way to compute": (
         "mixtral",
         {"experts": "batched_mm"},

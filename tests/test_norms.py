@@ -48,8 +48,10 @@ def flat(**larger: float) -> torch.Tensor:
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """Three blocks. Feature 3 is an outlier of attention's input in all, 7 in the last two, 9 in one; 11 of the MLP's
-    is just none in two."""
+    """Three blocks; feature 3 of attention's input is an outlier in all, 7 in the last two, 9 in one.
+
+    Feature 11 of the MLP's input is just below the limit in two.
+    """
     (tmp_path / "params.yaml").touch()
     write(
         tmp_path / "stats",
@@ -143,7 +145,9 @@ def test_what_no_token_reached_is_compared_with_nothing(study: Project, tmp_path
         ([[flat()[:10], flat()]] * 3, "no input of layers.0.q_proj with 20 features"),
     ],
 )
-def test_another_models_statistics_are_refused(study: Project, tmp_path: Path, norms: list, said: str):
+def test_another_models_statistics_are_refused(
+    study: Project, tmp_path: Path, norms: list[list[torch.Tensor]], said: str
+):
     write(tmp_path / "other", norms)
     with pytest.raises(UserError, match=said):
         stats("--compare", "other")

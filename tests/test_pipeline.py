@@ -1,16 +1,13 @@
 """The pipeline on a real DVC repository: what a change reruns, and what it doesn't."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, save_tiny_model, write_params
+from conftest import save_tiny_model
+from repository import Repository, ran
 
 pytestmark = pytest.mark.pipeline
 
@@ -21,56 +18,12 @@ BASELINE = {"perplexity@dense", "zero-shot@dense-piqa"}
 ALL = DOWNLOADS | {"calibrate"} | PRUNE | EVALUATE | BASELINE
 
 
-@dataclass
-class Repository:
-    """A user's repository, with commands run as the user runs them."""
-
-    root: Path
-    model: Path
-
-    def run(self, *words: str, check: bool = True) -> str:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore"}
-        environment.pop("DVC_ROOT", None)
-        done = subprocess.run(words, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
-        assert not check or done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    def repro(self, **changes: object) -> set[str]:
-        """Change parameters, reproduce; the stages whose commands ran."""
-        if changes:
-            write_params(self.root, self.model, **changes)
-        return ran(self.run("dvc", "repro"))
-
-    def commit(self) -> None:
-        self.run("git", "add", "--all")
-        self.run("git", "commit", "--quiet", "--allow-empty", "--message", "state")
-
-    def cached(self) -> int:
-        """Bytes in the cache."""
-        return sum(path.stat().st_size for path in (self.root / ".dvc/cache").rglob("*") if path.is_file())
-
-
-def ran(output: str) -> set[str]:
-    return set(re.findall(r"Running stage '([^']+)'", output))
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """A repository in which everything has run once, and is committed."""
-    root = tmp_path_factory.mktemp("start") / "study"
-    root.mkdir()
     # Wide enough that a copy of the model in the cache could not be missed.
     model = save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", hidden_size=256, intermediate_size=512)
-    repository = Repository(root, model)
-    repository.run("git", "init", "--quiet", "--initial-branch", "main")
-    repository.run("git", "config", "user.name", "test")
-    repository.run("git", "config", "user.email", "test@example.org")
-    repository.run("dvc", "init", "--quiet")
-    shutil.copyfile(ROOT / ".dvc/config", root / ".dvc/config")
-    for name in ("dvc.yaml", ".gitignore"):
-        shutil.copyfile(ROOT / name, root / name)
-    write_params(root, model)
+    repository = Repository.new(tmp_path_factory.mktemp("start") / "study", model)
     assert ran(repository.run("dvc", "repro")) == ALL
     repository.commit()
     return repository
@@ -124,7 +77,7 @@ def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_change_reruns_what_depends_on_it(repository: Repository, changes: dict, expected: set[str]):
+def test_a_change_reruns_what_depends_on_it(repository: Repository, changes: dict[str, object], expected: set[str]):
     assert repository.repro(**changes) == expected
 
 

@@ -20,11 +20,11 @@ FIVE = ["piqa", "hellaswag", "arc_easy", "boolq", "rte"]
 WIKITEXT2 = {"source": "wikitext2", "config": None, "revision": None, "column": "text"}
 
 
-def text(part: str, split: str, join: str, source: str = "wikitext2") -> dict:
+def text(part: str, split: str, join: str, source: str = "wikitext2") -> dict[str, object]:
     return {f"{part}.text.{key}": value for key, value in (WIKITEXT2 | locals()).items() if key != "part"}
 
 
-def written_out(**changes: object) -> dict:
+def written_out(**changes: object) -> dict[str, object]:
     return {name.replace("__", "."): value for name, value in changes.items()}
 
 
@@ -89,25 +89,30 @@ def test_the_studys_set_up_is_what_its_page_says():
         assert f"`{given['model']}`" in page
         assert "fp16" in page
         assert given["dtype"] == "float16"
-        samples, length, seed = re.search(
+        calibration = re.search(
             r'Calibration: WikiText-2 raw \*\*train\*\*, texts joined with `"\\n\\n"`, (\d+) windows of ([\d,]+) '
             r"tokens drawn with `random.seed\((\d+)\)`",
             page,
-        ).groups()
+        )
+        assert calibration
+        samples, length, seed = calibration.groups()
         assert given["calibration.samples"] == int(samples)
         assert given["calibration.length"] == int(length.replace(",", ""))
         assert given["calibration.seed"] == int(seed)
         assert "**Both** methods compare within a row" in page
         assert f"`propagation: {given['propagation']}`" in page
-        length = re.search(
+        perplexity = re.search(
             r'WikiText-2 raw test joined with `"\\n\\n"`, windows of ([\d,]+), the last one partial', page
         )
-        assert given["perplexity.length"] == int(length[1].replace(",", ""))
+        assert perplexity
+        assert given["perplexity.length"] == int(perplexity[1].replace(",", ""))
         assert given["calibration.text.join"] == given["perplexity.text.join"] == "\n\n"
-        tasks = re.search(r"lm-eval, (.*); `acc`, no examples in the prompt, whole splits", page)[1]
-        assert [task.lower().replace("-", "_") for task in tasks.split(", ")] == given["tasks.names"]
-        sparsities = re.search(r"every linear of every block, (\d+), (\d+) and (\d+) %, unstructured", page).groups()
-        assert f"sparsity={','.join(f'{int(each) / 100:g}' for each in sparsities)}" in preset.grid
+        tasks = re.search(r"lm-eval, (.*); `acc`, no examples in the prompt, whole splits", page)
+        assert tasks
+        assert [task.lower().replace("-", "_") for task in tasks[1].split(", ")] == given["tasks.names"]
+        sparsities = re.search(r"every linear of every block, (\d+), (\d+) and (\d+) %, unstructured", page)
+        assert sparsities
+        assert f"sparsity={','.join(f'{int(each) / 100:g}' for each in sparsities.groups())}" in (preset.grid or "")
         assert preset.grid == GRID
 
 

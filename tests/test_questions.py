@@ -33,6 +33,7 @@ def test_a_row_holds_each_context_once_and_every_prediction_has_its_place(drawn:
     assert fed == sum(map(len, contexts)) + sum(len(part) for _, part in behind)
     for request, place in zip(asked, places, strict=True):
         row = rows[place.row]
+        assert row.layout is not None
         context, *rest = place.tokens
         # What a prediction can look back on is what it would be alone: context, then its own choice.
         seen = [*range(context - len(request.context) + 1, context + 1), *rest]
@@ -41,6 +42,7 @@ def test_a_row_holds_each_context_once_and_every_prediction_has_its_place(drawn:
         assert len(set(row.layout.question[seen].tolist())) == 1
         assert set(row.layout.choice[rest].tolist()) <= {int(row.layout.choice[rest[0]])} if rest else True
     for row in rows:
+        assert row.layout is not None
         several = len(set(row.layout.question.tolist())) > 1
         assert len(row.tokens) <= tokens or not several
 

@@ -44,7 +44,7 @@ class Hub:
     status: int = 200
     asked: list[tuple[str, str]] = field(default_factory=list)  # method, path
 
-    def add(self, path: str, folder: Path | None = None, **files: bytes) -> None:
+    def add(self, path: str, folder: Path | None = None, /, **files: bytes) -> None:
         found = {file.name: file.read_bytes() for file in folder.iterdir()} if folder else {}
         self.repositories[path] = found | {name.replace("__", "/"): content for name, content in files.items()}
 
@@ -222,7 +222,11 @@ def config(**content: Any) -> bytes:
 
 
 def without(*names: str) -> Callable[[dict[str, bytes]], None]:
-    return lambda files: [files.pop(name) for name in names] and None
+    def remove(files: dict[str, bytes]) -> None:
+        for name in names:
+            del files[name]
+
+    return remove
 
 
 @pytest.mark.parametrize(
@@ -414,7 +418,8 @@ def data(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     """Puts a data set on the Hub: `datasets`' own loader reads it from a folder, and what it was asked is noted."""
     import datasets
 
-    real, asked = datasets.load_dataset, []
+    asked: list[dict[str, Any]] = []
+    real = datasets.load_dataset
 
     def add(name: str, config: str | None, split: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         folder = tmp_path / "sets" / name
@@ -470,7 +475,9 @@ def test_texts_come_from_the_hub_at_a_commit(
         ({"config": "bad"}, r"org/prose, config bad, split validation: .*good"),
     ],
 )
-def test_a_column_split_or_config_that_is_not_there_says_which_are(project: Make, data, changes: dict, message: str):
+def test_a_column_split_or_config_that_is_not_there_says_which_are(
+    project: Make, data, changes: dict[str, Any], message: str
+):
     data("org/prose", "good", "validation", [{"body": "one", "rank": 1}])
     wanted = {"source": "org/prose", "config": "good", "split": "validation", "column": "body"} | changes
     made = project(**{f"calibration__text__{key}": value for key, value in wanted.items()})

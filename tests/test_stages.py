@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
@@ -30,6 +31,7 @@ from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import from_losses, perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study import tensors
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import tokenizer_digest
@@ -203,7 +205,7 @@ def test_what_is_plotted_is_what_the_stages_found(project: Make):
     ],
 )
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_masks_are_those_of_the_loops(project: Make, tiny: Path, method: str, changes: dict, loops):
+def test_masks_are_those_of_the_loops(project: Make, tiny: Path, method: str, changes: dict[str, Any], loops):
     made = fetch(project(method=method, **changes))
     calibrate(project=made)
     mask(project=made)
@@ -252,7 +254,7 @@ def test_propagation_pruned_is_the_papers_procedure(project: Make, tiny: Path, m
     made = fetch(project(propagation="pruned", sparsity=0.7))
     calibrate(project=made)
     if killed is not None:
-        real = module.write_masks
+        real = tensors.write_masks
 
         def kill(folder, block, keeps):
             if block == killed:
@@ -326,7 +328,8 @@ def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(
     made = fetch(project())
     calibrate(project=made)
     whole = tree(made.stats)
-    real, written = module.write_stats, []
+    written: list[int] = []
+    real = tensors.write_stats
 
     def killed(folder, block, *rest):
         if block == 2:
@@ -338,9 +341,12 @@ def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         calibrate(project=made)
     assert tree(made.stats) == whole  # the earlier output stands until the new one is whole
-    monkeypatch.setattr(
-        module, "write_stats", lambda folder, block, *rest: (written.append(block), real(folder, block, *rest))
-    )
+
+    def noted(folder, block, *rest):
+        written.append(block)
+        real(folder, block, *rest)
+
+    monkeypatch.setattr(module, "write_stats", noted)
     calibrate(project=made)
     assert written == [0, 1, 2, 3]
     assert tree(made.stats) == whole
@@ -352,13 +358,14 @@ def test_a_stage_whose_dvc_is_gone_stops_and_loses_nothing(project: Make, monkey
     from wanda_dvc.stages import running
 
     made = fetch(project())
-    real, written = module.write_stats, []
+    written: list[int] = []
+    real = tensors.write_stats
 
     def orphaned(folder, block, *rest):
         written.append(block)
         real(folder, block, *rest)
         if block == 1:
-            monkeypatch.setattr(running.os, "getppid", lambda: running.STARTED_BY + 1)
+            monkeypatch.setattr("os.getppid", lambda: running.STARTED_BY + 1)
 
     monkeypatch.setattr(module, "write_stats", orphaned)
     monkeypatch.setenv("DVC_STAGE", "calibrate")
@@ -393,7 +400,8 @@ def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pyt
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
     whole = made.details("dense", "perplexity").read_bytes()
-    real, measured = module.window_loss, []
+    measured: list[float] = []
+    real = module.window_loss
 
     def killed(*words):
         if len(measured) == finished:
@@ -404,7 +412,12 @@ def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pyt
     monkeypatch.setattr(module, "window_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         perplexity(project=made, model="dense")
-    monkeypatch.setattr(module, "window_loss", lambda *words: measured.append(real(*words)) or measured[-1])
+
+    def noted(*words):
+        measured.append(real(*words))
+        return measured[-1]
+
+    monkeypatch.setattr(module, "window_loss", noted)
     perplexity(project=made, model="dense")
     assert len(measured) == 4
     assert made.details("dense", "perplexity").read_bytes() == whole

@@ -1,0 +1,62 @@
+"""A user's repository, with commands run as the user runs them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from conftest import ROOT, write_params
+
+
+@dataclass
+class Repository:
+    """A study in a git and DVC repository of its own."""
+
+    root: Path
+    model: Path
+
+    @classmethod
+    def new(cls, root: Path, model: Path) -> "Repository":
+        """The repository's own pipeline around a tiny model; nothing has run yet."""
+        root.mkdir()
+        repository = cls(root, model)
+        repository.run("git", "init", "--quiet", "--initial-branch", "main")
+        repository.run("git", "config", "user.name", "test")
+        repository.run("git", "config", "user.email", "test@example.org")
+        repository.run("dvc", "init", "--quiet")
+        for name in (".dvc/config", "dvc.yaml", ".gitignore"):
+            shutil.copyfile(ROOT / name, root / name)
+        write_params(root, model)
+        return repository
+
+    def run(self, *words: str, check: bool = True) -> str:
+        """Run a command; its stdout and stderr."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore"}
+        environment.pop("DVC_ROOT", None)
+        done = subprocess.run(words, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def repro(self, **changes: object) -> set[str]:
+        """Change parameters, reproduce; the stages whose commands ran."""
+        if changes:
+            write_params(self.root, self.model, **changes)
+        return ran(self.run("dvc", "repro"))
+
+    def commit(self) -> None:
+        """Commit all that git does not ignore."""
+        self.run("git", "add", "--all")
+        self.run("git", "commit", "--quiet", "--allow-empty", "--message", "state")
+
+    def cached(self) -> int:
+        """Bytes in the cache."""
+        return sum(path.stat().st_size for path in (self.root / ".dvc/cache").rglob("*") if path.is_file())
+
+
+def ran(output: str) -> set[str]:
+    """The stages whose commands ran, by what `dvc repro` printed."""
+    return set(re.findall(r"Running stage '([^']+)'", output))
