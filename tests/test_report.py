@@ -210,7 +210,8 @@ def write_results(
     **changes: Any,
 ) -> None:
     """All that an experiment leaves behind, of a text and a task with these hashes; `rest`: a shorter last window's
-    tokens."""
+    tokens.
+    """
     write_params(root, Path("/models/tiny"), method=method, sparsity=sparsity, **changes)
     project = Project(root)
     for folder in ("models/dense", "models/pruned", "data/calibration", "data/perplexity", "data/tasks/piqa"):
@@ -581,7 +582,8 @@ class Study:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path, str]:
     """The report of four experiments, one diverged and one without its losses in the cache; one more is queued, and
-    an older commit has other numbers."""
+    an older commit has other numbers.
+    """
     root = tmp_path_factory.mktemp("report") / "study"
     root.mkdir()
     study = Study(root)
