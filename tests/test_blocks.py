@@ -114,7 +114,7 @@ def test_statistics_are_those_of_plain_hooks(checkpoint: Path, tmp_path: Path):
     with torch.no_grad():
         for row in tokens:
             model(input_ids=row[None])
-    recorders = walk(Decoder(checkpoint, dtype=torch.float32, device=CPU), tokens, tmp_path / "work")
+    recorders = record(Decoder(checkpoint, dtype=torch.float32, device=CPU), tokens, tmp_path / "work")
     found: dict[str, InputStats] = {}
     for recorder in recorders:
         inputs, readers, _ = recorder.result()

@@ -15,6 +15,7 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods, pack, spread
 
 CPU = torch.device("cpu")
+Drawn = list[tuple[tuple[int, ...], tuple[int, ...]]]
 token_lists = st.lists(st.integers(3, 6), min_size=1, max_size=4).map(tuple)
 requests = st.lists(st.tuples(token_lists, token_lists), min_size=1, max_size=12)
 
@@ -24,7 +25,7 @@ def quiet(items, total):
 
 
 @given(requests, st.integers(1, 20))
-def test_a_row_holds_each_context_once_and_every_prediction_has_its_place(drawn: list[tuple], tokens: int):
+def test_a_row_holds_each_context_once_and_every_prediction_has_its_place(drawn: Drawn, tokens: int):
     asked = [Request(*pair) for pair in drawn]
     rows, places = pack(asked, tokens=tokens)
     fed = sum(len(row.tokens) for row in rows)
@@ -48,7 +49,7 @@ def test_a_row_holds_each_context_once_and_every_prediction_has_its_place(drawn:
 
 
 @given(requests)
-def test_spread_feeds_what_is_equal_once(drawn: list[tuple]):
+def test_spread_feeds_what_is_equal_once(drawn: Drawn):
     asked = [Request(*pair) for pair in drawn]
     rows, places = spread(asked)
     assert len(rows) == len({request.context + request.continuation[:-1] for request in asked})
@@ -155,7 +156,8 @@ def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
         Decoder(tiny, dtype=torch.float32, device=CPU), many, tmp_path / "cached", length=64, progress=quiet
     )
     monkeypatch.setattr(calls, "CALLS_BYTES", budget)
-    decoder, recorded = Decoder(tiny, dtype=torch.float32, device=CPU), []
+    recorded: list[weakref.ref[torch.Tensor]] = []
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     real = decoder._record
 
     def record(row, until):
@@ -185,10 +187,15 @@ def test_memory_that_calls_share_counts_once():
 
 
 def test_calls_are_recorded_again_only_where_they_do_not_fit():
-    cache, recorded = calls.CallCache(100), []
+    cache = calls.CallCache(100)
+    recorded: list[int] = []
 
     def get(key: int) -> None:
-        cache.get(key, lambda: recorded.append(key) or [calls.Call((torch.zeros(key, dtype=torch.uint8),), {})])
+        def record() -> list[calls.Call]:
+            recorded.append(key)
+            return [calls.Call((torch.zeros(key, dtype=torch.uint8),), {})]
+
+        cache.get(key, record)
 
     for _ in range(2):
         for key in (60, 30, 20, 20, 40, 10):

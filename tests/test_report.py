@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, write_params
 from markdown_it import MarkdownIt
+from matplotlib.collections import LineCollection
+from matplotlib.patches import Rectangle
 from scipy import stats
 
 from wanda_dvc.catalog import methods
@@ -40,6 +42,13 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.times import keys
 
 
+def found(pattern: str, text: str) -> str:
+    """The first group of a pattern that is there."""
+    match = re.search(pattern, text)
+    assert match
+    return match[1]
+
+
 def row_of(study: Project, sizes: dict[str, int] | None = None, *, name: str = "it") -> Row:
     """The row of a study on disk."""
     return Row(name, None, study, sizes or {}, {}, [], study.times)
@@ -57,7 +66,8 @@ def test_mcnemar_is_the_fair_coin_counted_out():
         got = inference.mcnemar(mine, theirs)
         outcomes = [sum(coins) for coins in itertools.product((0, 1), repeat=total)]
         as_far = [heads for heads in outcomes if abs(heads - total / 2) >= abs(first - total / 2)]
-        assert got == (first, second, pytest.approx(len(as_far) / len(outcomes)))
+        assert (got.first, got.second) == (first, second)
+        assert got.p == pytest.approx(len(as_far) / len(outcomes))
 
 
 def test_the_interval_of_accuracy_is_where_a_score_test_does_not_reject():
@@ -153,7 +163,7 @@ def test_what_ran_on_other_parameters_is_stale_and_so_is_what_follows(tmp_path: 
     write_params(tmp_path, tmp_path)
     params = read_params(tmp_path / "params.yaml")
 
-    def stage(out: str, dep: str | None = None, **asked: object) -> dict:
+    def stage(out: str, dep: str | None = None, **asked: object) -> dict[str, Any]:
         deps = [{"path": dep, "md5": dep}] if dep else []
         return {"deps": deps, "params": {"params.yaml": asked}, "outs": [{"path": out, "md5": out}]}
 
@@ -209,8 +219,9 @@ def write_results(
     rest: int = 0,
     **changes: Any,
 ) -> None:
-    """All that an experiment leaves behind, of a text and a task with these hashes; `rest`: a shorter last window's
-    tokens.
+    """All that an experiment leaves behind, of a text and a task with these hashes.
+
+    `rest`: a shorter last window's tokens.
     """
     write_params(root, Path("/models/tiny"), method=method, sparsity=sparsity, **changes)
     project = Project(root)
@@ -303,7 +314,8 @@ def test_rows_are_called_by_what_they_differ_in(tmp_path: Path):
 
 def test_rows_are_one_if_parameters_and_numbers_are_the_same(tmp_path: Path):
     rows = []
-    for number, (loss, changes) in enumerate([(2.5, {}), (2.5, {}), (2.6, {}), (2.5, {"calibration__seed": 1})]):
+    seed: dict[str, Any] = {"calibration__seed": 1}
+    for number, (loss, changes) in enumerate([(2.5, {}), (2.5, {}), (2.6, {}), (2.5, seed)]):
         root = tmp_path / str(number)
         root.mkdir()
         write_results(root, "wanda", 0.5, loss, 20, **changes)
@@ -479,16 +491,21 @@ def test_curves_stand_where_their_numbers_are():
     figure = curves(series, y_label="perplexity", level=("dense", 5.0), log=True)
     [ax] = figure.axes
     lines = {line.get_label(): line for line in ax.lines}
-    assert [list(lines[name].get_ydata()) for name in ("dense", "a", "b")] == [[5, 5], [7], [9, 700]]
-    assert list(lines["b"].get_xdata()) == pytest.approx([30, 50], abs=0.5)
-    bars = [segment[:, 1].tolist() for bars in ax.collections for segment in bars.get_segments()]
+    assert [np.asarray(lines[name].get_ydata()).tolist() for name in ("dense", "a", "b")] == [[5, 5], [7], [9, 700]]
+    assert np.asarray(lines["b"].get_xdata()).tolist() == pytest.approx([30, 50], abs=0.5)
+    bars = [
+        segment[:, 1].tolist()
+        for bars in ax.collections
+        if isinstance(bars, LineCollection)
+        for segment in bars.get_segments()
+    ]
     assert bars == [[6, 8], [600, 900]]
     low, high = ax.get_ylim()
     assert low < 5
     assert high > 900
     assert ax.get_yscale() == "log"
     [edge] = [line for line in ax.lines if line.get_transform() == ax.get_xaxis_transform()]
-    assert edge.get_xydata()[0] == pytest.approx((70, 1), abs=0.5)
+    assert np.asarray(edge.get_xydata())[0].tolist() == pytest.approx((70, 1), abs=0.5)
     assert [text.get_text() for text in ax.texts] == ["a diverged"]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["30 %", "50 %", "70 %"]
 
@@ -520,7 +537,7 @@ def test_a_log_axis_has_ticks_to_read_by(values: tuple[float, float]):
 def test_pictures_are_whole_on_a_phone_and_their_text_is_readable():
     """A phone's page is 390 px wide, 32 of which are margins; 9 points are then still 8 px."""
     picture = svg(curves({"a": [Point(30, 7.0)]}, y_label="y", level=None, log=False), "p", "title", "description")
-    width = float(re.search(r'viewBox="0 0 ([\d.]+) ', picture)[1])
+    width = float(found(r'viewBox="0 0 ([\d.]+) ', picture))
     assert 9 * (390 - 32) / width >= 8
     page = as_html("study", [Picture("p", "title", "description", picture)])
     [rule] = re.findall(r"[^-\w]svg\{(.*?)\}", page)
@@ -539,7 +556,9 @@ def test_rows_names_wrap_so_that_a_table_fits_its_page():
 def test_bars_of_time_add_up():
     bars = {"shared": {"calibrate": 4.0}, "one": {"mask": 1.0, "apply": 2.0}}
     [ax] = times(bars, ["calibrate", "mask", "apply"]).axes
-    ends = [patch.get_x() + patch.get_width() for patch in ax.patches if patch.get_width()]
+    ends = [
+        patch.get_x() + patch.get_width() for patch in ax.patches if isinstance(patch, Rectangle) and patch.get_width()
+    ]
     assert ends == [4, 1, 3]
     assert [text.get_text() for text in ax.texts] == ["4 s", "3 s"]
 
@@ -581,8 +600,9 @@ class Study:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path, str]:
-    """The report of four experiments, one diverged and one without its losses in the cache; one more is queued, and
-    an older commit has other numbers.
+    """The report of four experiments, one diverged and one without its losses in the cache.
+
+    One more is queued, and an older commit has other numbers.
     """
     root = tmp_path_factory.mktemp("report") / "study"
     root.mkdir()
@@ -613,15 +633,18 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.open, self.texts, self.references, self.ids = [], [], [], []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.references: list[str] = []
+        self.ids: list[str] = []
         self.feed(text)
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in ("meta", "br"):
             self.open.append(tag)
-        self.references += [value for name, value in attrs if name in ("href", "src", "xlink:href", "data")]
-        self.ids += [value for name, value in attrs if name == "id"]
+        self.references += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href", "data")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
@@ -689,7 +712,7 @@ def test_the_report_says_what_is_so(written: tuple[Study, Path, str]):
         "-S sparsity=0.7",
     ):
         assert expected in text
-    tests = int(re.search(r"(\d+) tests were made", text)[1])
+    tests = int(found(r"(\d+) tests were made", text))
     # Each of 4 against dense in one task and the mean, 2 methods' pairs likewise; perplexity where both have losses.
     assert tests == 6 * 2 + 3
     assert study.run("git", "status", "--porcelain") == ""

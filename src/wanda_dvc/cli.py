@@ -124,7 +124,7 @@ def show() -> None:
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
-def stats(
+def stats(  # noqa: PLR0913, PLR0917 - the options of the command
     layer: Annotated[int | None, typer.Option("--layer", help="Only this block, counted from 0.")] = None,
     linear: Annotated[
         str | None, typer.Option("--linear", help="Only what this linear reads: q_proj, or all of its name.")

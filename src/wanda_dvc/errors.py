@@ -24,7 +24,7 @@ class UserError(Exception):
 
 def notice(text: str) -> None:
     """Print a line on stderr: what a stage needs, does, or could not do. Results go to stdout."""
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one place that prints
 
 
 def fixable(error: Exception) -> bool:

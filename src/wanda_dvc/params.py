@@ -163,7 +163,30 @@ class Params(_Section):
         return self
 
     def _conflicts(self) -> Iterator[str]:
-        """Settings that are each well formed and cannot be meant together, or can't be what they say."""
+        """Yield the settings that are well formed each and cannot be meant together, or mean nothing."""
+        yield from self._pattern_conflicts()
+        if not (self.model.startswith("package:") or Path(self.model).is_absolute() or HUB_ID.fullmatch(self.model)):
+            yield _problem(
+                "model", self.model, "`package:NAME==VERSION`, an absolute directory or a Hub id, `ORG/NAME`"
+            )
+        calibration, perplexity = self.calibration.text, self.perplexity.text
+        yield from _text_conflicts("calibration", calibration)
+        yield from _text_conflicts("perplexity", perplexity)
+        same_split = calibration.split == perplexity.split or Path(calibration.source).is_absolute()
+        same_data = (calibration.source, calibration.config) == (perplexity.source, perplexity.config)
+        if same_data and same_split:
+            yield (
+                f"params.yaml: calibration.text: got the text that perplexity is measured on ({perplexity.source}, "
+                f"{perplexity.split}), expected another; change its source or split"
+            )
+        duplicates = sorted({name for name in self.tasks.names if self.tasks.names.count(name) > 1})
+        if duplicates:
+            yield _problem("tasks.names", ", ".join(duplicates), "each task once")
+        mirror = self.runtime.mirror
+        if mirror is not None and not Path(mirror).is_absolute():
+            yield _problem("runtime.mirror", mirror, "an absolute directory (queued experiments run elsewhere)")
+
+    def _pattern_conflicts(self) -> Iterator[str]:
         if self.pattern != "unstructured":
             if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.pattern):
                 yield _problem("pattern", self.pattern, "`unstructured` or n:m, such as 2:4")
@@ -182,48 +205,34 @@ class Params(_Section):
                 f"params.yaml: method: got {self.method} with pattern {self.pattern} and group {self.group}, expected "
                 "unstructured and row: each row's scores decide how many of its weights go; set those or another method"
             )
-        if not (self.model.startswith("package:") or Path(self.model).is_absolute() or HUB_ID.fullmatch(self.model)):
-            yield _problem(
-                "model", self.model, "`package:NAME==VERSION`, an absolute directory or a Hub id, `ORG/NAME`"
-            )
-        calibration, perplexity = self.calibration.text, self.perplexity.text
-        for name, text in (("calibration", calibration), ("perplexity", perplexity)):
-            if text.source == "embedded" and text.split not in EMBEDDED_SPLITS:
-                yield _problem(f"{name}.text.split", text.split, "train or test, the splits of the embedded text")
-            elif named := TEXTS.get(text.source):
-                if text.split not in named.splits:
-                    yield _problem(f"{name}.text.split", text.split, f"{_or(named.splits)} of {text.source}")
-                if text.config is not None:
-                    yield _problem(f"{name}.text.config", text.config, f"null: {text.source} is one configuration")
-                if text.column not in ("text", named.column):
-                    yield _problem(f"{name}.text.column", text.column, f"{named.column}, the text of {text.source}")
-            elif HUB_ID.fullmatch(text.source):
-                if "@" in text.source:
-                    expected = f"{text.source.partition('@')[0]}, and its revision in {name}.text.revision"
-                    yield _problem(f"{name}.text.source", text.source, expected)
-            elif text.source != "embedded":
-                if not Path(text.source).is_absolute():
-                    expected = f"{', '.join(NAMED_TEXTS)}, a Hub id (ORG/NAME) or an absolute path"
-                    yield _problem(f"{name}.text.source", text.source, expected)
-                elif Path(text.source).suffix not in (".txt", ".jsonl"):
-                    yield _problem(f"{name}.text.source", text.source, "a file that ends in .txt or .jsonl")
-        same_split = calibration.split == perplexity.split or Path(calibration.source).is_absolute()
-        same_data = (calibration.source, calibration.config) == (perplexity.source, perplexity.config)
-        if same_data and same_split:
-            yield (
-                f"params.yaml: calibration.text: got the text that perplexity is measured on ({perplexity.source}, "
-                f"{perplexity.split}), expected another; change its source or split"
-            )
-        duplicates = sorted({name for name in self.tasks.names if self.tasks.names.count(name) > 1})
-        if duplicates:
-            yield _problem("tasks.names", ", ".join(duplicates), "each task once")
-        mirror = self.runtime.mirror
-        if mirror is not None and not Path(mirror).is_absolute():
-            yield _problem("runtime.mirror", mirror, "an absolute directory (queued experiments run elsewhere)")
+
+
+def _text_conflicts(  # noqa: C901 - a case for each kind of source
+    name: str, text: Text
+) -> Iterator[str]:
+    if text.source == "embedded":
+        if text.split not in EMBEDDED_SPLITS:
+            yield _problem(f"{name}.text.split", text.split, "train or test, the splits of the embedded text")
+    elif named := TEXTS.get(text.source):
+        if text.split not in named.splits:
+            yield _problem(f"{name}.text.split", text.split, f"{_or(named.splits)} of {text.source}")
+        if text.config is not None:
+            yield _problem(f"{name}.text.config", text.config, f"null: {text.source} is one configuration")
+        if text.column not in ("text", named.column):
+            yield _problem(f"{name}.text.column", text.column, f"{named.column}, the text of {text.source}")
+    elif HUB_ID.fullmatch(text.source):
+        if "@" in text.source:
+            expected = f"{text.source.partition('@')[0]}, and its revision in {name}.text.revision"
+            yield _problem(f"{name}.text.source", text.source, expected)
+    elif not Path(text.source).is_absolute():
+        expected = f"{', '.join(NAMED_TEXTS)}, a Hub id (ORG/NAME) or an absolute path"
+        yield _problem(f"{name}.text.source", text.source, expected)
+    elif Path(text.source).suffix not in (".txt", ".jsonl"):
+        yield _problem(f"{name}.text.source", text.source, "a file that ends in .txt or .jsonl")
 
 
 def read_params(path: Path) -> Params:
-    """Read and check `params.yaml`. UserError, with every problem that it has, if it can't be meant."""
+    """Read and check `params.yaml`. UserError with every problem that it has."""
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except YAMLError as error:
@@ -232,7 +241,7 @@ def read_params(path: Path) -> Params:
 
 
 def check_params(content: object) -> Params:
-    """The settings of a document that is read already. UserError as `read_params`."""
+    """Check the settings of a document that is read already. UserError as `read_params`."""
     if not isinstance(content, dict):
         raise UserError(f"params.yaml: got {type(content).__name__}, expected a mapping of settings")
     try:
@@ -266,7 +275,7 @@ def limit(params: Params, allowed: Collection[str]) -> Params:
 
 
 def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting's dotted name and its field, in order."""
+    """Yield every setting's dotted name and its field, in order."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from settings(field.annotation, f"{prefix}{name}.")
@@ -284,7 +293,7 @@ def _or(names: tuple[str, ...]) -> str:
 
 
 def _explain(error: Any) -> str:
-    """One of pydantic's errors in our form."""
+    """Tell one of pydantic's errors in our form."""
     where = ".".join(str(part) for part in error["loc"])
     context = error.get("ctx", {})
     if error["type"] == "extra_forbidden":

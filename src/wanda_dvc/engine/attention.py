@@ -54,7 +54,7 @@ def visible(
     return layout.hidden(sees[0, 0].cpu()).to(device)[None, None, None]
 
 
-def attend(
+def attend(  # noqa: PLR0913 - transformers calls it with these
     module: nn.Module,
     query: Float[Tensor, "1 heads length size"],
     key: Float[Tensor, "1 kv_heads length size"],

@@ -92,7 +92,7 @@ def sizes(config: Path) -> Sizes:
     )
 
 
-def walking(
+def walking(  # noqa: PLR0913 - the terms of the formula
     model: Sizes,
     *,
     dtype: str,

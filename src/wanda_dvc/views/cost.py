@@ -15,7 +15,7 @@ from wanda_dvc.study.project import TEXT, Project
 TEST_SPLIT = 1_290_590  # bytes of WikiText-2's test split, for a text that is not there yet
 
 
-def cost(
+def cost(  # noqa: PLR0913 - the options of the command
     *,
     start: Path,
     config: Path | None = None,
