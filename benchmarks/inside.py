@@ -47,7 +47,7 @@ def masks(project: Project) -> dict[str, Any]:
     """Return the seconds to choose all masks as the stage does, and by full stable sorts of rows; the best of three."""
     keep_freed_memory()
     checkpoint, params = Checkpoint(project.model("dense")), project.params
-    stats = [read_stats(project.stats, block) for block in range(block_count(project.stats))]
+    stats = [read_stats(project.stats, block) for block in range(block_count(project.stats, "calibrate"))]
 
     def chosen() -> float:
         began = time.perf_counter()

@@ -50,7 +50,7 @@ def test_the_plain_procedure_prunes_the_same_weights(project: Callable[..., Proj
     else:
         plain.prune_magnitude(model, made.params.sparsity)
     weights = dict(model.named_parameters())
-    for block in range(block_count(made.masks)):
+    for block in range(block_count(made.masks, "mask")):
         for name, keep in read_masks(made.masks, block).items():
             assert torch.equal(weights[f"{name}.weight"] != 0, keep)
 

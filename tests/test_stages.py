@@ -1,6 +1,7 @@
 """The stages on a tiny model, called as plain functions."""
 
 import csv
+import itertools
 import json
 import math
 import mmap
@@ -481,6 +482,141 @@ def test_times_are_found_by_what_a_run_made_and_lie_in_no_output(project: Make):
     calibrate(project=project())
     assert made.times.of(made) == first
     assert not (made.root / "metrics/times").exists()
+
+
+def work_of(made: Project) -> Path:
+    """The one folder of unfinished work."""
+    (found,) = [path for path in (made.root / ".dvc/tmp/wanda-dvc").iterdir() if path.is_dir()]
+    return found
+
+
+def flip(path: Path, at: int = -1) -> int:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    return path.write_bytes(content)
+
+
+def kill(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda work: [path.unlink() for path in work.glob("hidden_*.bin")],
+        lambda work: [flip(path) for path in work.glob("hidden_*.bin")],
+        lambda work: [path.write_bytes(b"") for path in work.glob("hidden_*.bin")],
+        lambda work: [path.write_bytes(path.read_bytes() + b"more") for path in work.glob("hidden_*.bin")],
+        lambda work: (work / "progress.json").write_text("[]"),
+        lambda work: (work / "progress.json").write_text('{"finished": 99, "boot": null}'),
+        lambda work: (work / "progress.json").write_bytes(b"\xff\x00"),
+    ],
+    ids=["gone", "flipped", "empty", "longer", "list", "too-far", "binary"],
+)
+def test_progress_counts_only_with_the_states_that_it_speaks_of(
+    project: Make, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], object]
+):
+    """A removal that was killed half-way left progress without states: the perplexity was that of zeros."""
+    from wanda_dvc.stages import perplexity as module
+
+    made = fetch(project(), "model", "perplexity")
+    perplexity(project=made, model="dense")
+    whole = made.details("dense", "perplexity").read_bytes()
+    with monkeypatch.context() as killed:
+        killed.setattr(module, "window_loss", kill)
+        with pytest.raises(KeyboardInterrupt):
+            perplexity(project=made, model="dense")
+    spoil(work_of(made))
+    perplexity(project=made, model="dense")
+    assert made.details("dense", "perplexity").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text + text,
+        lambda text: text.replace("[1, ", "[1, 9"),
+        lambda text: "",
+        lambda text: text.replace("[0, ", "[7, "),
+        lambda text: f"null\n{{\n{text}",
+    ],
+    ids=["too-many", "tampered", "empty", "renumbered", "not-ours"],
+)
+def test_losses_that_are_not_ours_are_measured_again(
+    project: Make, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[str], str]
+):
+    from wanda_dvc.stages import perplexity as module
+
+    made = fetch(project(), "model", "perplexity")
+    perplexity(project=made, model="dense")
+    whole = made.details("dense", "perplexity").read_bytes()
+    real, count = module.window_loss, itertools.count()
+
+    def third_kills(*words: Any) -> float:
+        return real(*words) if next(count) < 3 else kill()  # type: ignore[func-returns-value, return-value]
+
+    with monkeypatch.context() as killed:
+        killed.setattr(module, "window_loss", third_kills)
+        with pytest.raises(KeyboardInterrupt):
+            perplexity(project=made, model="dense")
+    losses = work_of(made) / "losses.jsonl"
+    assert len(losses.read_text().splitlines()) == 3
+    losses.write_text(spoil(losses.read_text()))
+    perplexity(project=made, model="dense")
+    assert made.details("dense", "perplexity").read_bytes() == whole
+
+
+@pytest.mark.parametrize("propagation", ["dense", "pruned"])
+def test_blocks_that_a_killed_run_has_lost_are_made_again(
+    project: Make, monkeypatch: pytest.MonkeyPatch, propagation: str
+):
+    """Finished work that had been moved away was published without its blocks, with exit 0."""
+    from wanda_dvc.stages import calibrate as calibrating
+    from wanda_dvc.stages import mask as masking
+
+    made = fetch(project(propagation=propagation))
+    calibrate(project=made)
+    mask(project=made)
+    target = made.stats if propagation == "dense" else made.masks
+    module: Any = calibrating if propagation == "dense" else masking
+    stage = calibrate if propagation == "dense" else mask
+    whole = tree(target)
+    with monkeypatch.context() as killed:
+        killed.setattr(module, "seal", kill)
+        with pytest.raises(KeyboardInterrupt):
+            stage(project=made)
+    shutil.rmtree(work_of(made) / "out")
+    stage(project=made)
+    assert tree(target) == whole
+
+
+@pytest.mark.parametrize("artifact", ["stats", "masks"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "block_003.safetensors").unlink(), "found 3 blocks, expected 4 .*block_003"),
+        (
+            lambda folder: shutil.copyfile(folder / "block_003.safetensors", folder / "block_004.safetensors"),
+            "found 5 blocks, expected 4 .*block_004.safetensors does not belong",
+        ),
+        (lambda folder: flip(folder / "block_001.safetensors"), "block_001.safetensors: not the file that its prov"),
+        (
+            lambda folder: shutil.copyfile(folder / "block_001.safetensors", folder / "block_002.safetensors"),
+            "block_002.safetensors: not the file that its prov",
+        ),
+    ],
+    ids=["missing", "one-more", "flipped", "swapped"],
+)
+def test_an_artifact_that_is_not_whole_is_refused(
+    project: Make, artifact: str, spoil: Callable[[Path], object], message: str
+):
+    """A missing last block pruned fewer blocks, a flipped bit chose other weights: both with exit 0."""
+    made = prune(fetch(project()))
+    before = tree(made.model("pruned"))
+    spoil(made.root / artifact)
+    with pytest.raises(UserError, match=message):
+        mask(project=made) if artifact == "stats" else apply(project=made)
+    assert tree(made.model("pruned")) == before
 
 
 def test_statistics_of_another_model_are_refused(project: Make, tmp_path: Path):

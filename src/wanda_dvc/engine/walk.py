@@ -6,6 +6,7 @@ and a killed run continues from the last finished block.
 
 import contextlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,17 +20,24 @@ from wanda_dvc.engine.recorder import InputRecorder
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, notice
 
 
 @torch.no_grad()
-def walk(decoder: Decoder, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path) -> Iterator["Step"]:
+def walk(
+    decoder: Decoder, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path, *, kept: int | None = None
+) -> Iterator["Step"]:
     """All rows through all blocks: for each block a `Step`, whose `advance` runs the rows.
 
-    Continues after the last block that was finished in `work` with these rows.
+    Continues after the last block that was finished in `work` with these rows. `kept` is the number of blocks whose
+    results the caller has from a killed run; with fewer than are finished, it starts anew.
     """
     rows = as_rows(rows)
     states = _states(decoder, rows, work)
+    if kept is not None and states.finished > kept:
+        states.finished = -1
+    if states.finished > 0:
+        notice(f"going on after {states.finished} of {len(decoder.blocks)} blocks, which an earlier run has finished")
     try:
         for row in rows:
             decoder.calls(row)
@@ -48,12 +56,15 @@ def outputs(
     decoder: Decoder, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path
 ) -> list[Float[Tensor, "length width"]]:
     """The hidden states after the last block, as `walk` left them: views of a file in `work`."""
-    return _states(decoder, as_rows(rows), work).before
+    states = _states(decoder, as_rows(rows), work)
+    if states.finished != len(decoder.blocks):
+        raise UserError(f"{work}: hidden states are not whole, expected those after all blocks; run the stage again")
+    return states.before
 
 
 def _states(decoder: Decoder, rows: list[Row], work: Path) -> "HiddenStates":
     width = decoder.model.config.get_text_config().hidden_size
-    return HiddenStates.open(work, [len(row.tokens) for row in rows], width, decoder.dtype)
+    return HiddenStates.open(work, [len(row.tokens) for row in rows], width, decoder.dtype, len(decoder.blocks))
 
 
 @dataclass
@@ -121,18 +132,26 @@ class HiddenStates:
     lengths: list[int]  # of the rows
     width: int
     dtype: torch.dtype
-    finished: int  # blocks done; −1: not even the embeddings
+    blocks: int
+    finished: int = -1  # blocks done; −1: not even the embeddings
+    _checksum: int = field(default=0, init=False, repr=False)  # of the states that are being written
 
     @classmethod
-    def open(cls, folder: Path, lengths: list[int], width: int, dtype: torch.dtype) -> "HiddenStates":
-        """The states in a folder, with as many finished blocks as a killed run of this boot left."""
+    def open(cls, folder: Path, lengths: list[int], width: int, dtype: torch.dtype, blocks: int) -> "HiddenStates":
+        """The states in a folder, with as many finished blocks as a killed run of this boot left.
+
+        Progress counts only with the states that it speaks of, whole and unchanged.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        finished = -1
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            progress = json.loads((folder / "progress.json").read_text())
-            if progress["boot"] == _boot():
-                finished = progress["finished"]
-        return cls(folder, lengths, width, dtype, finished)
+        states = cls(folder, lengths, width, dtype, blocks)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+            finished = int(progress["finished"])
+            if progress["boot"] == _boot() and 0 <= finished <= blocks:
+                checksum, size = _checksum_of(states._path(finished))
+                if (checksum, size) == (progress["checksum"], sum(lengths) * width * dtype.itemsize):
+                    states.finished = finished
+        return states
 
     @property
     def before(self) -> list[Float[Tensor, "length width"]]:
@@ -143,15 +162,20 @@ class HiddenStates:
         """Write the hidden states after the block at work, row by row. OSError where the disk is full."""
         path = self._path(self.finished + 1)
         path.touch()
+        self._checksum = 0
         with path.open("r+b") as file:  # overwrites in place: the space on the disk stays allocated
             for row in rows:
-                file.write(row.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data)
+                content = row.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data
+                self._checksum = zlib.crc32(content, self._checksum)
+                file.write(content)
+            file.truncate()
 
     def turn(self) -> None:
         """Finish the block at work: the states after it are those before the next."""
         self.finished += 1
         beside = self.folder / "progress.part"
-        beside.write_text(json.dumps({"finished": self.finished, "boot": _boot()}))
+        progress = {"finished": self.finished, "boot": _boot(), "checksum": self._checksum}
+        beside.write_text(json.dumps(progress), encoding="utf-8")
         beside.replace(self.folder / "progress.json")
 
     def _path(self, turn: int) -> Path:
@@ -161,6 +185,15 @@ class HiddenStates:
         tokens = sum(self.lengths)
         states = torch.from_file(str(self._path(turn)), shared=True, size=tokens * self.width, dtype=self.dtype)
         return list(states.view(tokens, self.width).split(self.lengths))
+
+
+def _checksum_of(path: Path) -> tuple[int, int]:
+    """The checksum and the size of a file."""
+    checksum = size = 0
+    with path.open("rb") as file:
+        while content := file.read(2**24):
+            checksum, size = zlib.crc32(content, checksum), size + len(content)
+    return checksum, size
 
 
 def _boot() -> str | None:

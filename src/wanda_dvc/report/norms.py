@@ -11,7 +11,7 @@ def input_norms(folder: Path) -> list[InputNorms]:
     from wanda_dvc.pruning.statistics import outliers
 
     found: dict[str, InputNorms] = {}
-    for block in range(block_count(folder)):
+    for block in range(block_count(folder, "calibrate")):
         stats = read_stats(folder, block)
         for name, x in stats.inputs.items():
             norm = x.norm

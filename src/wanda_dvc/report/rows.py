@@ -47,6 +47,10 @@ class Row:
         """The parameters that it ran with."""
         return self.study.params
 
+    def whole(self, part: str) -> bool:
+        """Whether nothing below a folder is missing from the cache."""
+        return not any(path.split("/")[0] == part for path in self.missing)
+
     def settings(self) -> dict[str, Any]:
         """Every parameter but `runtime`, by dotted name."""
         content = flatten(self.params.model_dump(mode="json"))

@@ -86,13 +86,13 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=1,
+            version=2,
             about="Measure the dense model's activations once: stats/.",
             settings=("calibration.samples", "calibration.length", "calibration.seed", "dtype"),
         ),
         Stage(
             name="mask",
-            version=1,
+            version=2,
             about="Choose the weights that stay: masks/.",
             settings=("method", "sparsity", "pattern", "group", "propagation"),
         ),

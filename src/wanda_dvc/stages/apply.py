@@ -103,13 +103,14 @@ def check_masks(checkpoint: Checkpoint, masks: Path) -> Json:
             "run `dvc repro` or `wanda-dvc mask`"
         )
     # Only what the masks record: with this run's library versions, the same model would have other bytes.
-    return made | {"kind": "model", "masks": digest(made)}
+    described = {name: value for name, value in made.items() if name not in ("blocks", "files")}
+    return described | {"kind": "model", "masks": digest(made)}
 
 
 def prune(checkpoint: Checkpoint, masks: Path, target: Path) -> dict[str, Zeros]:
     """Write the pruned checkpoint, its card and its provenance into an empty folder; returns the zeros by linear."""
     made_from = check_masks(checkpoint, masks)
-    by_block = [read_masks(masks, block) for block in range(block_count(masks))]
+    by_block = [read_masks(masks, block) for block in range(block_count(masks, "mask"))]
     blocks = {linear: block for block, keeps in enumerate(by_block) for linear in keeps}
     found: dict[str, Zeros] = {}
 

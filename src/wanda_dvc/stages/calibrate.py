@@ -17,8 +17,8 @@ from wanda_dvc.stages.inputs import (
 from wanda_dvc.stages.running import progress, say_unreached
 from wanda_dvc.study.files import write_csv
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import describe, digest, read_provenance, write_provenance
-from wanda_dvc.study.tensors import block_count, read_stats, write_stats
+from wanda_dvc.study.provenance import describe, digest, read_provenance
+from wanda_dvc.study.tensors import block_count, finished_blocks, read_stats, seal, write_stats
 
 
 def calibrate(*, project: Project) -> str:
@@ -40,23 +40,23 @@ def calibrate(*, project: Project) -> str:
     decoder = open_decoder(project, "dense")
     check_fits(project, decoder.inputs())
     with project.work(made_from) as work:
-        steps = walk(decoder, windows, work.path)
+        steps = walk(decoder, windows, work.path, kept=finished_blocks(work.out))
         for step in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
             recorder = InputRecorder()
             step.advance(recorder)
             write_stats(work.out, step.index, recorder.result())
         blocks = range(len(decoder.blocks))
         say_unreached("calibrate", {block: read_stats(work.out, block).unreached() for block in blocks})
-        write_provenance(work.out, made_from)
+        provenance = seal(work.out, made_from)
         work.publish(project.stats)
     _write_norms(project)
-    return digest(made_from)
+    return digest(provenance)
 
 
 def _write_norms(project: Project) -> None:
     """Write the norms by block, for plots."""
     rows: list[list[object]] = []
-    for block in range(block_count(project.stats)):
+    for block in range(block_count(project.stats, "calibrate")):
         stats = read_stats(project.stats, block)
         for name, x in stats.inputs.items():
             rows.append([block, stats.label(name), len(x.norm), *summary(x.norm).values()])

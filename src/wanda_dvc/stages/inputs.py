@@ -62,7 +62,7 @@ def statistics(project: Project) -> Statistics:
             f"stats/: measured with {stats['params']}, expected {expected} as params.yaml has it; "
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
-    blocks = block_count(project.stats)
+    blocks = block_count(project.stats, "calibrate")
     features: dict[str, int] = {}
     for block in range(blocks):
         measured = read_stats(project.stats, block)
@@ -121,7 +121,7 @@ def largest(project: Project) -> tuple[int, int]:
 
     They are those that were measured, where some were, since to build a model takes seconds of imports.
     """
-    blocks = range(block_count(project.stats))
+    blocks = range(block_count(project.stats, "calibrate"))
     if not blocks:
         model = sizes(project.model("dense"))
         return model.block, model.linear

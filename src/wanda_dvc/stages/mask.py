@@ -27,8 +27,8 @@ from wanda_dvc.stages.inputs import (
 from wanda_dvc.stages.running import progress, say_unreached
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.provenance import describe, digest, read_provenance, write_provenance
-from wanda_dvc.study.tensors import read_stats, write_masks
+from wanda_dvc.study.provenance import describe, digest, read_provenance
+from wanda_dvc.study.tensors import finished_blocks, read_stats, seal, write_masks
 
 
 def mask(*, project: Project) -> str:
@@ -63,9 +63,9 @@ def mask(*, project: Project) -> str:
                 write_masks(work.out, block, keeps(params, checkpoint, measured))
             if methods()[params.method].needs_inputs():
                 say_unreached("mask", unreached)
-        write_provenance(work.out, made_from)
+        provenance = seal(work.out, made_from)
         work.publish(project.masks)
-    return digest(made_from)
+    return digest(provenance)
 
 
 def propagates(params: Params) -> bool:
@@ -94,7 +94,8 @@ def _propagate(project: Project, checkpoint: Checkpoint, stats: Json, work: Work
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
     decoder = open_decoder(project, "dense", dtype=stats["params"]["dtype"])
-    steps = walk(decoder, calibration_windows(project, stats["params"]), work.path)
+    windows = calibration_windows(project, stats["params"])
+    steps = walk(decoder, windows, work.path, kept=finished_blocks(work.out))
     unreached = {}
     for step in progress(steps, total=len(decoder.blocks), what="mask, blocks calibrated and pruned"):
         recorder = InputRecorder()

@@ -1,7 +1,9 @@
 """Measure a model's perplexity on a text, through the engine."""
 
+import contextlib
 import json
 import math
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,15 +70,21 @@ def _losses(decoder: Decoder, rows: list[Row], work: Path, *, what: str) -> list
     """Return each row's mean loss, going on from the losses that a killed run has left in `work`."""
     for step in progress(walk(decoder, rows, work), total=len(decoder.blocks), what=f"{what}, blocks"):
         step.advance()
-    losses = _read_losses(work / LOSSES)
+    losses = _read_losses(work / LOSSES, len(rows))
     left = range(len(losses), len(rows))
     hidden = outputs(decoder, rows, work)
     with (work / LOSSES).open("a", encoding="utf-8") as file:
         for row in progress(left, total=len(left), what=f"{what}, output head, windows"):
             losses.append(window_loss(decoder, hidden[row][None], rows[row].tokens))
-            file.write(json.dumps(_finite(losses[-1])) + "\n")
+            file.write(_line(row, losses[-1]))
             file.flush()
     return losses
+
+
+def _line(row: int, loss: float) -> str:
+    """Return the line that keeps a row's loss, with a checksum: a kill may cut it."""
+    content = json.dumps([row, _finite(loss)])
+    return f"{zlib.crc32(content.encode()):08x} {content}\n"
 
 
 def window_loss(decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor) -> float:
@@ -102,14 +110,20 @@ def from_losses(losses: list[float], predictions: list[int]) -> float | str:
     return float(f"{math.exp(mean):.6g}")
 
 
-def _read_losses(path: Path) -> list[float]:
-    """Return the losses that a killed run had finished, a line each, and drop a line that it did not end."""
-    if not path.is_file():
-        return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    lines = whole.splitlines()
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return [math.nan if loss == DIVERGED else loss for loss in map(json.loads, lines)]
+def _read_losses(path: Path, rows: int) -> list[float]:
+    """Return the losses that a killed run had finished, and drop what follows the first line that is not ours."""
+    losses: list[float] = []
+    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
+    for line in lines[:rows]:
+        with contextlib.suppress(ValueError, TypeError):
+            row, loss = json.loads(line.partition(" ")[2])
+            value = math.nan if loss == DIVERGED else float(loss)
+            if line == _line(row, value) and row == len(losses):
+                losses.append(value)
+                continue
+        break
+    path.write_text("".join(_line(row, loss) for row, loss in enumerate(losses)), encoding="utf-8")
+    return losses
 
 
 def _finite(loss: float) -> float | str:

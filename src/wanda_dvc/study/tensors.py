@@ -1,5 +1,6 @@
 """stats/ and masks/ on disk: one safetensors file per block, so that one block at a time is in memory."""
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.study.files import Json
+from wanda_dvc.study.provenance import PROVENANCE, file_digest, files_digest, read_provenance, write_provenance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,15 +88,52 @@ class Masks(Mapping[str, "Tensor"]):
         return len(self._columns)
 
 
-def block_count(folder: Path) -> int:
-    """Return the number of blocks in a folder."""
-    return len(list(folder.glob("block_*.safetensors")))
+def seal(folder: Path, made_from: Json) -> Json:
+    """Write the provenance of a finished artifact, with its number of blocks and the digest of each; return it."""
+    files = files_digest(folder)
+    provenance = made_from | {"blocks": len(files), "files": files}
+    write_provenance(folder, provenance)
+    return provenance
+
+
+def block_count(folder: Path, made_by: str) -> int:
+    """Return the number of blocks of an artifact; of one that is not there, or not finished, those that are.
+
+    UserError where a block is missing, or there is one that does not belong.
+    """
+    found = {path.name for path in folder.glob("block_*.safetensors")}
+    if (folder / PROVENANCE).is_file():
+        expected = _sealed(folder, made_by)
+        if odd := sorted(found ^ expected.keys()):
+            raise UserError(
+                f"{folder}: found {len(found)} blocks, expected {len(expected)} as its provenance says ({odd[0]} "
+                f"{'is missing' if odd[0] in expected else 'does not belong'}); run `wanda-dvc {made_by}` again"
+            )
+    return len(found)
+
+
+def finished_blocks(folder: Path) -> int:
+    """Return how many blocks of an unfinished artifact there are, one after another from the first."""
+    return next(block for block in itertools.count() if not block_file(folder, block).is_file())
+
+
+def _sealed(folder: Path, made_by: str) -> dict[str, str]:
+    """Return the digest of each file of a finished artifact; of an unfinished one none."""
+    if not (folder / PROVENANCE).is_file():
+        return {}
+    files = read_provenance(folder, made_by).get("files")
+    if not isinstance(files, dict):
+        raise UserError(
+            f"{folder / PROVENANCE}: no digests, expected one for each block, as this version writes them; "
+            f"run `dvc repro` or `wanda-dvc {made_by}`"
+        )
+    return files
 
 
 def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
+    """Write tensors and a header to a safetensors file, beside its place, then rename it."""
     from safetensors.torch import save_file
 
-    """Write tensors and a header to a safetensors file, beside its place, then rename it."""
     beside = path.with_name(path.name + ".part")
     # A single key: safetensors writes several keys in an order that changes from run to run.
     save_file(tensors, beside, {"wanda_dvc": json.dumps(header)})
@@ -102,10 +141,16 @@ def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
 
 
 def _load(path: Path, made_by: str) -> "tuple[dict[str, Tensor], Json]":
-    """Read the tensors and the header of a safetensors file. UserError if it is missing or damaged."""
+    """Read the tensors and the header of a safetensors file. UserError if it is missing or not what was sealed."""
     from safetensors import SafetensorError, safe_open
 
     try:
+        expected = _sealed(path.parent, made_by)
+        if expected and expected.get(path.name) != file_digest(path):
+            raise UserError(
+                f"{path}: not the file that its provenance names (sha256 {file_digest(path)[:12]}…, expected "
+                f"{str(expected.get(path.name))[:12]}…); run `wanda-dvc {made_by}` again"
+            )
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["wanda_dvc"])
     except FileNotFoundError:

@@ -50,7 +50,7 @@ def recurring(*, folder: Path, as_json: bool) -> str:
         return json.dumps(records, indent=2)
     if not records:
         return "No feature is an outlier in more than one block."
-    total = block_count(folder)
+    total = block_count(folder, "calibrate")
     rows = [
         [r["input"], r["feature"], f"{len(r['blocks'])} of {total}", _spans(r["blocks"]), f"{r['largest_ratio']:.1f} ×"]
         for r in records[:SHOWN]
@@ -63,7 +63,7 @@ def compare(*, project: Project, other: str, as_json: bool) -> str:
     """Compare this study's statistics with another's: a stats directory, a study, an experiment or a revision."""
     path = Path(other)
     for folder in (path, path / "stats"):
-        if (folder / PROVENANCE).is_file() and block_count(folder):
+        if (folder / PROVENANCE).is_file() and block_count(folder, "calibrate"):
             return _compare(project.stats, folder, other, as_json)
     if path.exists():
         raise UserError(f"--compare: {other}: no statistics, expected a directory that `wanda-dvc calibrate` wrote")
@@ -91,9 +91,10 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
 
     here, there = read_provenance(ours, "calibrate"), read_provenance(theirs, "calibrate")
     records: list[Json] = []
-    if block_count(ours) != block_count(theirs):
-        raise UserError(f"--compare: {name}: {block_count(theirs)} blocks, expected {block_count(ours)} as in stats/")
-    for block in range(block_count(ours)):
+    blocks, others = block_count(ours, "calibrate"), block_count(theirs, "calibrate")
+    if blocks != others:
+        raise UserError(f"--compare: {name}: {others} blocks, expected {blocks} as in stats/")
+    for block in range(blocks):
         mine, other = read_stats(ours, block), read_stats(theirs, block)
         for key, x in mine.inputs.items():
             if key not in other.inputs or len(other.inputs[key].sum) != len(x.sum):

@@ -126,7 +126,7 @@ def peak_memory(time: dict[str, Any]) -> str:
 def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | None = None) -> str:
     """The input norms of every distinct input, of one block or of all, or of one linear: as a table, or as JSON."""
     read_provenance(project.stats, "calibrate")
-    blocks = block_count(project.stats)
+    blocks = block_count(project.stats, "calibrate")
     if layer is not None and not 0 <= layer < blocks:
         raise UserError(f"--layer: got {layer}, expected 0 to {blocks - 1}: the model has {blocks} blocks")
     _belongs(project)

@@ -26,7 +26,7 @@ def content(section: Section) -> Content:
         )
     by_stats: dict[str, Row] = {}
     for row in section.rows:
-        if block_count(row.study.stats):
+        if row.whole("stats") and block_count(row.study.stats, "calibrate"):
             by_stats.setdefault(row.hashes.get("stats", row.name), row)
     spared = _spared(section)
     for count, row in enumerate(by_stats.values()):
