@@ -6,7 +6,6 @@ python benchmarks/memory.py measure PROJECT STAGE   run one stage in this proces
 
 import argparse
 import json
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.stages import STAGES, run
-from wanda_dvc.stages.running import anonymous_memory
+from wanda_dvc.stages.running import AnonymousMemory
 from wanda_dvc.study.project import Project
 
 QWEN = {
@@ -68,27 +67,6 @@ def make_checkpoint(folder: Path, config: dict[str, Any], *, shard: float = 1e9)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", pad_token="<p>").save_pretrained(folder)
 
 
-class Sampler:
-    """The most anonymous memory of this process, sampled every 3 ms; a stage samples its own less often."""
-
-    def __init__(self) -> None:
-        self.base = self.peak = anonymous_memory()
-        self._done = threading.Event()
-
-    def __enter__(self) -> "Sampler":
-        self._thread = threading.Thread(target=self._look)
-        self._thread.start()
-        return self
-
-    def _look(self) -> None:
-        while not self._done.wait(0.003):
-            self.peak = max(self.peak, anonymous_memory())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-
 def measure(root: Path, stage: str, part: str | None) -> dict[str, float | None]:
     """Run one stage; return its peak above the imports' memory, the formula's bound, and the wait for weights."""
     import torch
@@ -116,7 +94,7 @@ def measure(root: Path, stage: str, part: str | None) -> dict[str, float | None]
 
     Decoder.block = watched  # type: ignore[method-assign]
     began = time.perf_counter()
-    with Sampler() as sampler:
+    with AnonymousMemory(samples_a_second=300) as sampler:
         run(stage, project=project, part=part)
     seconds = time.perf_counter() - began
     return {

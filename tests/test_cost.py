@@ -86,7 +86,7 @@ def test_what_a_card_holds_does_not_grow_with_depth():
         held = walking(model, dtype="float16", length=2048, device="cuda", **words)
         assert held == walking(deeper, dtype="float16", length=2048, device="cuda", **words)
         assert held.anonymous == held.total
-    assert writing(block=10, linear=2).anonymous < choosing(block=10, linear=2, threads=1, by_row=True).anonymous
+    assert writing(linear=2).anonymous < choosing(block=10, linear=2, threads=1, by_row=True).anonymous
     on_cpu = walking(model, dtype="float16", length=2048, statistics=True)
     assert on_cpu.anonymous == on_cpu.total - (2 * model.block + model.rest) * 2
     assert walking(model, dtype="float32", length=2048, statistics=True).anonymous > on_cpu.total

@@ -9,6 +9,7 @@ import pytest
 from conftest import save_tiny_model
 
 from wanda_dvc.engine import sizes
+from wanda_dvc.engine.calls import calls_bytes
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME
 from wanda_dvc.engine.questions import ROW
@@ -79,10 +80,10 @@ def test_what_each_stage_needs(config_only: Callable[..., Project], dtype: str, 
     assert need(project, "calibrate") == (walk + 64 * 48 * 8, 3 * 64 * 32 * width * 2)
     masks = BLOCK + sizes.SELECTION * linear
     assert need(project, "mask") == (masks, 0)
-    assert need(project, "apply") == (BLOCK + 8 * linear, (project.model("dense") / "config.json").stat().st_size)
+    assert need(project, "apply") == (8 * linear, (project.model("dense") / "config.json").stat().st_size)
     logits = 64 * 260 * (width + 8)
     assert need(project, "perplexity", "pruned") == (walk + logits, 4 * 64 * 32 * width * 2)
-    packed = (2 * BLOCK + REST + linear + ROW * features) * width + ROW * 260 * (width + 8)
+    packed = (2 * BLOCK + REST + linear + ROW * features) * width + ROW * 260 * (width + 8) + calls_bytes("cpu")
     assert need(project, "zero-shot", "dense") == (packed, 0)
     assert need(config_only(dtype=dtype, runtime__threads=99), "mask")[0] == BLOCK + sizes.SELECTION * BLOCK
     project = config_only(dtype=dtype, perplexity__windows=None)

@@ -41,6 +41,7 @@ class Memory:
     weights: int = 0
     activations: int = 0
     logits: int = 0
+    calls: int = 0  # recorded arguments of the blocks, one set a packed row
     selection: int = 0
     text: int = 0
     mapped: bool = False  # the weights are views of the checkpoint: page cache, which the system may reclaim
@@ -48,7 +49,7 @@ class Memory:
     @property
     def total(self) -> int:
         """With mapped weights."""
-        own = self.weights + self.activations + self.logits + self.selection + self.text
+        own = self.weights + self.activations + self.logits + self.calls + self.selection + self.text
         return own + LIBRARIES + ALLOCATOR
 
     @property
@@ -101,12 +102,14 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     text: int = 0,
     statistics: bool = False,
     logits: bool = False,
+    packed: bool = False,
 ) -> Memory:
     """Rows of `length` tokens through all blocks, two of which are held: the one at work and the next.
 
     `text` is the bytes of the text that is tokenized. `statistics` counts what the recorder holds, `logits` what the
-    head puts out.
+    head puts out, `packed` the calls that rows of several questions need, one set each.
     """
+    from wanda_dvc.engine.calls import calls_bytes
     from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME
 
     width = WIDTH[dtype]
@@ -118,6 +121,7 @@ def walking(  # noqa: PLR0913 - the terms of the formula
         activations=activations,
         # A chunk's logits, as the model gives them, in float32, and their log-softmax.
         logits=min(LOGITS_AT_A_TIME, length * model.vocabulary) * (width + 8) if logits else 0,
+        calls=calls_bytes(device) if packed else 0,
         text=text * TEXT_IN_MEMORY,
         mapped=device == "cpu" and dtype == model.dtype,
     )
@@ -134,9 +138,9 @@ def choosing(*, block: int, linear: int, threads: int, by_row: bool) -> Memory:
     return Memory(selection=block + SELECTION * min(threads * scores, block))
 
 
-def writing(*, block: int, linear: int) -> Memory:
-    """A block's masks, and the largest linear while it is multiplied and counted."""
-    return Memory(selection=block + 8 * linear)
+def writing(*, linear: int) -> Memory:
+    """The largest linear while it is multiplied and counted."""
+    return Memory(selection=8 * linear)
 
 
 def propagating(walk: Memory, chosen: Memory, *, model: Sizes, dtype: str) -> Memory:

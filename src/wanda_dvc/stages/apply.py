@@ -78,20 +78,20 @@ def apply(*, project: Project) -> str:
 
 
 def need(project: Project, _: str | None = None) -> Need:
-    """The masks of a block, a linear at work, and the files of another model."""
+    """A linear at work, and the files of another model."""
     folder = project.model("dense")
     if not (folder / "config.json").is_file():
         return Need()
-    block, linear = largest(project)
+    linear = largest(project)[1]
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    return Need(writing(block=block, linear=linear), disk=size, least=size)
+    return Need(writing(linear=linear), disk=size, least=size)
 
 
 def cost(params: Params, on: Setting) -> Cost:
     """Copied to the disk, then read, multiplied and counted."""
     model = on.model
     seconds = model.stored / DISK + on.work.linears * (4 * on.stored_width + 1) / HOST
-    return Cost(0, model.stored, 0, model.stored, writing(block=model.block, linear=model.linear), seconds)
+    return Cost(0, model.stored, 0, model.stored, writing(linear=model.linear), seconds)
 
 
 def check_masks(checkpoint: Checkpoint, masks: Path) -> Json:

@@ -81,13 +81,14 @@ class AnonymousMemory:
     runs under a hard limit of 3 GB.
     """
 
-    def __init__(self) -> None:
-        self.peak = 0
+    def __init__(self, samples_a_second: int = SAMPLES_A_SECOND) -> None:
+        self.base = self.peak = 0
+        self._every = 1 / samples_a_second
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> "AnonymousMemory":
-        self.peak = anonymous_memory()
+        self.base = self.peak = anonymous_memory()
         if self.peak:
             self._thread.start()
         return self
@@ -99,7 +100,7 @@ class AnonymousMemory:
             self.peak = max(self.peak, anonymous_memory())
 
     def _sample(self) -> None:
-        while not self._done.wait(1 / SAMPLES_A_SECOND):
+        while not self._done.wait(self._every):
             self.peak = max(self.peak, anonymous_memory())
 
 

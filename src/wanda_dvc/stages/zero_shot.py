@@ -94,7 +94,7 @@ def need(project: Project, model: str | None) -> Need:
     """A walk over packed rows with the head; what its hidden states take on disk depends on the items."""
     from wanda_dvc.engine.questions import ROW
 
-    found = walk_need(project, model or "dense", "tasks", tokens=None, length=ROW, logits=True)
+    found = walk_need(project, model or "dense", "tasks", tokens=None, length=ROW, logits=True, packed=True)
     return replace(found, disk=0) if found.memory else found
 
 
@@ -107,7 +107,7 @@ def cost(params: Params, on: Setting) -> Cost:
     asked = sum(min(items, most) * fed for items, fed, _ in needed)
     logits = sum(min(items, most) * positions for items, _, positions in needed)
     rows = max(1.0, asked / ROW)  # packed; attention is within a question, and so small that rows overstate it
-    memory = walking(on.model, dtype=on.dtype, length=ROW, device=on.where, logits=True)
+    memory = walking(on.model, dtype=on.dtype, length=ROW, device=on.where, logits=True, packed=True)
     return on.walk(rows, asked / rows, memory, logits=logits)
 
 
