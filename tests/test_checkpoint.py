@@ -19,7 +19,7 @@ from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import prune
 from wanda_dvc.study.files import write_json
-from wanda_dvc.study.tensors import write_masks
+from wanda_dvc.study.tensors import seal, write_masks
 
 UNSIGNED = {"F32": "u4", "BF16": "u2", "F16": "u2"}
 words = st.text("ab01", min_size=1, max_size=3)
@@ -100,7 +100,7 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
     made = {"kind": "masks", "format": 1, "model": {"source": "x", "sha256": "0"}}
     made |= {"params": {"method": "wanda", "sparsity": 0.5, "pattern": "unstructured", "group": "row"}}
     made |= {"calibration": {"text": {"source": "x"}, "samples": 1, "length": 1, "seed": 0, "dtype": "float32"}}
-    write_json(tmp_path / "masks" / "provenance.json", made)
+    seal(tmp_path / "masks", made)
 
     found = prune(checkpoint, tmp_path / "masks", tmp_path / "pruned")
 

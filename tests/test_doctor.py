@@ -62,7 +62,7 @@ def test_a_whole_study_is_well(study: Path):
             lambda study: (study / "dvc.yaml").write_text(
                 (study / "dvc.yaml").read_text().replace("mask --version ", "mask --version 7")
             ),
-            "mask 71, expected 1",
+            "mask 72, expected 2",
         ),
         ("dvc", lambda study: shutil.rmtree(study / ".dvc"), "run `dvc init`"),
         ("git", lambda study: shutil.rmtree(study / ".git"), "run `git init`"),

@@ -11,8 +11,8 @@ from wanda_dvc.cli import app
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import FORMAT, write_provenance
-from wanda_dvc.study.tensors import write_stats
+from wanda_dvc.study.provenance import FORMAT
+from wanda_dvc.study.tensors import seal, write_stats
 
 ATTENTION, MLP = ["q_proj", "k_proj"], ["up_proj"]
 
@@ -35,7 +35,7 @@ def write(folder: Path, norms: list[list[torch.Tensor]], *, tokens: int = 4, sou
         "text": {"source": source},
         "params": {"samples": 1, "length": 4},
     }
-    write_provenance(folder, made)
+    seal(folder, made)
 
 
 def flat(**larger: float) -> torch.Tensor:

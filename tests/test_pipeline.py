@@ -101,8 +101,8 @@ def test_coming_back_to_a_sparsity_runs_apply_alone_and_caches_no_model(reposito
 
 def test_a_stage_of_another_version_is_refused(repository: Repository):
     text = (repository.root / "dvc.yaml").read_text(encoding="utf-8")
-    (repository.root / "dvc.yaml").write_text(text.replace("wanda-dvc mask --version 1", "wanda-dvc mask --version 2"))
-    assert "mask: version 2, this wanda-dvc computes version 1" in repository.run("dvc", "repro", check=False)
+    (repository.root / "dvc.yaml").write_text(text.replace("wanda-dvc mask --version ", "wanda-dvc mask --version 9"))
+    assert "this wanda-dvc computes version" in repository.run("dvc", "repro", check=False)
 
 
 def test_experiments(repository: Repository):

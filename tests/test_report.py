@@ -39,6 +39,8 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import write_csv, write_json
 from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import FORMAT
+from wanda_dvc.study.tensors import seal
 from wanda_dvc.study.times import keys
 
 
@@ -227,7 +229,8 @@ def write_results(
     project = Project(root)
     for folder in ("models/dense", "models/pruned", "data/calibration", "data/perplexity", "data/tasks/piqa"):
         write_json(root / folder / "provenance.json", {"of": [folder, method, sparsity * ("pruned" in folder)]})
-    write_json(root / "stats/provenance.json", {"model": {"sha256": "model"}, "text": {"sha256": "text"}})
+    (root / "stats").mkdir()
+    seal(root / "stats", {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
     write_json(root / "masks/provenance.json", {"of": [method, sparsity]})
     for model, mean, count in (("dense", 2.0, 24), ("pruned", loss, right)):
         of = {"model": [method, sparsity] if model == "pruned" else [], "text": {"sha256": text}}
