@@ -1,7 +1,11 @@
 """A stage that is killed at any file operation is run again and ends with the same bytes."""
 
 import os
+import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,3 +105,63 @@ def test_every_file_operation_is_a_crash_point_that_recovers(
         body()
         assert outputs(root) == expected, f"killed at operation {at} of {points}"
         assert not leftovers(root), f"killed at operation {at} of {points}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
+    tmp_path: Path, tiny: Path, number: signal.Signals
+):
+    """At once, whatever it computes; the next run tells from where it goes on and ends with the same bytes."""
+    write_params(tmp_path, tiny, calibration__samples=400, runtime__threads=1)
+    project = Project(tmp_path)
+    for part in ("model", "calibration"):
+        run("download", project=project, part=part)
+    code = "import sys; sys.argv[0] = 'wanda-dvc'; from wanda_dvc.cli import run; run()"
+    words = [sys.executable, "-c", code, "-C", str(tmp_path), "calibrate"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    progress = ".dvc/tmp/wanda-dvc/*/progress.json"
+    deadline = time.monotonic() + 120
+    while not any('"finished": 1' in path.read_text() for path in tmp_path.glob(progress)):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        os.sched_yield()
+    process.send_signal(number)
+    began = time.monotonic()
+    _, said = process.communicate()
+    assert time.monotonic() - began < 2
+    assert process.returncode == 128 + number
+    assert "calibrate: stopped; finished blocks and windows are kept" in said
+    assert "Traceback" not in said
+    again = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert re.search(r"going on after [1-3] of 4 blocks, which an earlier run has finished", again.stderr)
+    resumed = outputs(tmp_path)
+    run("calibrate", project=project)
+    assert outputs(tmp_path) == resumed
+
+
+@pytest.mark.parametrize("limit", [20_000, 200_000])
+def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path, tiny: Path, limit: int):
+    """`ulimit -f`: a file may not grow beyond; the earlier output stays as it is."""
+    write_params(tmp_path, tiny, calibration__samples=40)
+    project = Project(tmp_path)
+    for part in ("model", "calibration"):
+        run("download", project=project, part=part)
+    run("calibrate", project=project)
+    write_params(tmp_path, tiny, calibration__samples=41)
+    before = outputs(tmp_path)
+    code = (
+        "import sys, signal, resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "sys.argv[0] = 'wanda-dvc'; from wanda_dvc.cli import run; run()"
+    )
+    words = [sys.executable, "-c", code, "-C", str(tmp_path), "calibrate"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "no room on the disk (File too large), expected room for what the stage writes" in done.stderr
+    assert outputs(tmp_path) == before
+    assert (
+        subprocess.run(
+            [word.replace(f"({limit}, {limit})", "(-1, -1)") for word in words], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
