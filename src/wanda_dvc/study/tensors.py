@@ -90,6 +90,8 @@ class Masks(Mapping[str, "Tensor"]):
 
 def seal(folder: Path, made_from: Json) -> Json:
     """Write the provenance of a finished artifact, with its number of blocks and the digest of each; return it."""
+    for half in folder.glob("*.part"):  # of a write that was killed
+        half.unlink()
     files = files_digest(folder)
     provenance = made_from | {"blocks": len(files), "files": files}
     write_provenance(folder, provenance)
