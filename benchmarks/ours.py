@@ -6,6 +6,7 @@
 from pathlib import Path
 from typing import Any
 
+from wanda_dvc.stages import times
 from wanda_dvc.stages.running import processor
 from wanda_dvc.study.project import Project
 
@@ -19,10 +20,10 @@ def seconds_inside(folder: Path, *words: str) -> float:
         RuntimeError: the project holds no result of that run, or its time was not kept.
     """
     project, run = Project(folder), "-".join(words)
-    times = project.times.of(project)
-    if run not in times:
-        raise RuntimeError(f"{folder}: no time of {run}, expected one of {', '.join(times) or 'none'}")
-    return float(times[run]["seconds"])
+    known = times(project, project.times)
+    if run not in known:
+        raise RuntimeError(f"{folder}: no time of {run}, expected one of {', '.join(known) or 'none'}")
+    return float(known[run]["seconds"])
 
 
 def windows(folder: Path, part: str) -> Any:

@@ -41,7 +41,6 @@ from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import FORMAT
 from wanda_dvc.study.tensors import seal
-from wanda_dvc.study.times import keys
 
 
 def found(pattern: str, text: str) -> str:
@@ -209,6 +208,13 @@ def test_bytes_are_not_guessed(project: Callable[..., Project]):
 # --- what is set against what ---
 
 
+def keys_of(project: Project) -> dict[str, str]:
+    """The key of every run whose result a study holds."""
+    runs = [(stage, run) for stage in STAGES.values() for run in stage.runs(project.params.tasks.names)]
+    found = {name: stage.key(project, part, task) for stage, (name, part, task) in runs}
+    return {name: key for name, key in found.items() if key}
+
+
 def write_results(
     root: Path,
     method: str,
@@ -250,7 +256,7 @@ def write_results(
     lines = [[block, "q_proj", 1000, int(1000 * sparsity), sparsity, 4000] for block in range(2)]
     write_csv(project.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity", "bytes"], lines)
     write_csv(project.plots("norms"), ["block"], [])
-    for run, key in keys(project).items():
+    for run, key in keys_of(project).items():
         seconds = loss if run.endswith("pruned") and math.isfinite(loss) else 1.0
         time = {"seconds": round(seconds, 2), "peak_anonymous_gb": 0.5, "machine": "test", "device": "cpu"}
         project.times.write(run, key, time)

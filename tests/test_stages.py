@@ -24,7 +24,7 @@ from wanda_dvc.engine.harness import load_task
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.choose import Target, choose_block
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
-from wanda_dvc.stages import PARTS, running
+from wanda_dvc.stages import PARTS, STAGES, running, times
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
@@ -471,16 +471,16 @@ def test_the_memory_of_a_run_is_without_mapped_pages(tmp_path: Path):
 
 def test_times_are_found_by_what_a_run_made_and_lie_in_no_output(project: Make):
     made = fetch(project(), "model", "calibration")
-    with running.timed(made, "calibrate") as keys:
-        keys.append(calibrate(project=made))
-    first = made.times.of(made)
+    with running.timed(made, STAGES["calibrate"]):
+        calibrate(project=made)
+    first = times(made, made.times)
     assert set(first) == {"calibrate"}
     assert first["calibrate"].keys() >= {"seconds", "machine", "device", "key"}
     changed = project(calibration__samples=4)
     calibrate(project=changed)
-    assert changed.times.of(changed) == {}  # other statistics: nobody has timed them
+    assert times(changed, changed.times) == {}  # other statistics: nobody has timed them
     calibrate(project=project())
-    assert made.times.of(made) == first
+    assert times(made, made.times) == first
     assert not (made.root / "metrics/times").exists()
 
 

@@ -61,7 +61,8 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
     from wanda_dvc.study.project import Project
     from wanda_dvc.views.needs import announce
 
-    stage, label = STAGES[name], "-".join(word for word in (name, part, task) if word)
+    stage = STAGES[name]
+    label = stage.run_name(part, task)
     if stage.parts:
         _one_of(stage.part_is, part, tuple(stage.parts))
     check_version(name, version)
@@ -78,12 +79,12 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with stoppable(label):
         announce(project=project, stage=name, part=part)
-        with timed(project, label) as keys:
+        with timed(project, stage, part, task):
             if not stage.network:
                 import torch
 
                 torch.set_num_threads(project.params.runtime.threads or os.cpu_count() or 1)
-            keys.append(run_stage(name, project=project, part=part, task=task))
+            run_stage(name, project=project, part=part, task=task)
 
 
 def _command(stage: Stage) -> Callable[..., None]:

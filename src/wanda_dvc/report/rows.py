@@ -17,14 +17,22 @@ from ruamel.yaml import YAML
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
-from wanda_dvc.stages import MODELS
+from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten
 from wanda_dvc.study.times import Times
 
-TAKEN = ("metrics", "stats", "masks/provenance.json")
+TAKEN = ("metrics", "stats")
+# Whose hashes find the times of runs; they may be missing.
+MADE = (
+    "masks/provenance.json",
+    "models/dense/provenance.json",
+    "data/calibration/provenance.json",
+    "data/perplexity/provenance.json",
+    "data/tasks",
+)
 
 
 @dataclass
@@ -82,7 +90,7 @@ class Row:
 
         Only of runs in this repository. Rows that share a run have the same key for it.
         """
-        return self.ledger.of(self.study)
+        return times(self.study, self.ledger)
 
 
 def machine_of(time: Json) -> str:
@@ -230,7 +238,7 @@ def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
         for part in ("params.yaml", "dvc.lock"):
             if revision.take(part, study):
                 return f"no {part}: nothing has run"
-        missing = [path for part in TAKEN for path in revision.take(part, study)]
+        missing = [path for part in (*TAKEN, *MADE) for path in revision.take(part, study)]
     try:
         params = study.params
     except UserError as error:
@@ -264,7 +272,7 @@ def _take_workspace(project: Project, study: Project) -> list[str]:
     for name in ("params.yaml", "dvc.lock"):
         source = project.root / name
         shutil.copyfile(source, study.root / name) if source.is_file() else (study.root / name).write_text("{}")
-    for part in TAKEN:
+    for part in (*TAKEN, *MADE):
         whole = project.root / part
         for path in [whole] if whole.is_file() else _files(whole):
             place = study.root / path.relative_to(project.root)

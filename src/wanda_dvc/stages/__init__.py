@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from wanda_dvc.engine.costs import Cost, Setting
     from wanda_dvc.engine.sizes import Need
     from wanda_dvc.params import Params
+    from wanda_dvc.study.files import Json
     from wanda_dvc.study.project import Project
+    from wanda_dvc.study.times import Times
 
 MODELS = ("dense", "pruned")
 
@@ -29,6 +31,8 @@ class Stage:
     # and those after it. No other change reruns anything.
     version: int
     about: str
+    # The JSON below a study that tells what a run made, by part and task; its hash is the key of the run's time.
+    result: str | Mapping[str, str]
     settings: tuple[str, ...] = ()  # the settings that the stage reads, by dotted name: `params:` in dvc.yaml
     parts: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
@@ -42,9 +46,9 @@ class Stage:
         return importlib.import_module(f"wanda_dvc.stages.{self.name.replace('-', '_')}")
 
     @property
-    def function(self) -> Callable[..., str]:
-        """The stage itself: (project, part, task) → the key under which the run's time is kept."""
-        function: Callable[..., str] = getattr(self._module, self.name.replace("-", "_"))
+    def function(self) -> Callable[..., None]:
+        """The stage itself."""
+        function: Callable[..., None] = getattr(self._module, self.name.replace("-", "_"))
         return function
 
     def need(self, project: "Project", part: str | None = None) -> "Need":
@@ -57,6 +61,15 @@ class Stage:
         cost: Cost | None = self._module.cost(params, on)
         return cost
 
+    def key(self, study: "Project", part: str | None = None, task: str | None = None) -> str | None:
+        """Return the key of the run whose result a study holds; None where it holds none."""
+        from wanda_dvc.study.files import load_json
+        from wanda_dvc.study.provenance import digest
+
+        result = self.result if isinstance(self.result, str) else self.result[part or ""]
+        found = [load_json(path) for path in sorted(study.root.glob(result.format(part=part, task=task)))]
+        return digest([one.get("protocol", one) for one in found]) if found else None
+
     def settings_of(self, part: str | None) -> tuple[str, ...]:
         """Return the settings that one run of the stage reads."""
         return self.settings + (self.parts[part] if part else ())
@@ -65,7 +78,11 @@ class Stage:
         """Yield the name, part and task of each run, such as `zero-shot-dense-piqa`."""
         for part in self.parts or [None]:
             for task in tasks if self.by_task else [None]:
-                yield "-".join(word for word in (self.name, part, task) if word), part, task
+                yield self.run_name(part, task), part, task
+
+    def run_name(self, part: str | None = None, task: str | None = None) -> str:
+        """Return the name of one run."""
+        return "-".join(word for word in (self.name, part, task) if word)
 
 
 STAGES = {
@@ -75,6 +92,12 @@ STAGES = {
             name="download",
             version=1,
             about="Fetch the model, a text, or the tasks. Only this stage touches a network.",
+            result={
+                "model": "models/dense/provenance.json",
+                "calibration": "data/calibration/provenance.json",
+                "perplexity": "data/perplexity/provenance.json",
+                "tasks": "data/tasks/*/provenance.json",
+            },
             part_is="part",
             parts={
                 "model": ("model",),
@@ -88,19 +111,27 @@ STAGES = {
             name="calibrate",
             version=2,
             about="Measure the dense model's activations once: stats/.",
+            result="stats/provenance.json",
             settings=("calibration.samples", "calibration.length", "calibration.seed", "dtype"),
         ),
         Stage(
             name="mask",
             version=2,
             about="Choose the weights that stay: masks/.",
+            result="masks/provenance.json",
             settings=("method", "sparsity", "pattern", "group", "propagation"),
         ),
-        Stage(name="apply", version=1, about="Write the pruned model: models/pruned."),
+        Stage(
+            name="apply",
+            version=1,
+            about="Write the pruned model: models/pruned.",
+            result="masks/provenance.json",  # models/pruned follows from them, and is not cached
+        ),
         Stage(
             name="perplexity",
             version=1,
             about="Measure a model's perplexity on a text.",
+            result="metrics/details/{part}/perplexity.json",
             settings=("perplexity.length", "perplexity.windows", "perplexity.rest", "dtype"),
             part_is="model",
             parts=dict.fromkeys(MODELS, ()),
@@ -109,6 +140,7 @@ STAGES = {
             name="zero-shot",
             version=3,
             about="Ask a model the questions of one task.",
+            result="metrics/details/{part}/zero_shot/{task}.json",
             settings=("zero_shot.limit", "dtype"),
             part_is="model",
             parts=dict.fromkeys(MODELS, ()),
@@ -129,13 +161,23 @@ def check_version(stage: str, asked: int | None) -> None:
         )
 
 
-def run(stage: str, *, project: "Project", part: str | None = None, task: str | None = None) -> str:
-    """Run one stage on a project and return the key under which its time is kept.
+def run(stage: str, *, project: "Project", part: str | None = None, task: str | None = None) -> None:
+    """Run one stage on a project.
 
     The stage sees its own settings and `runtime`, and no others: reading another one is a defect.
     """
     row = STAGES[stage]
     words = {row.part_is: part, "task": task}
-    return row.function(
+    row.function(
         project=project.limited_to(row.settings_of(part)), **{name: word for name, word in words.items() if word}
     )
+
+
+def times(study: "Project", ledger: "Times") -> "dict[str, Json]":
+    """Return the times of the runs that made a study's results, by run, each with its `key`."""
+    found = {}
+    for stage in STAGES.values():
+        for name, part, task in stage.runs(study.params.tasks.names):
+            if (key := stage.key(study, part, task)) and (content := ledger.read(name, key)):
+                found[name] = content | {"key": key}
+    return found

@@ -56,7 +56,7 @@ class Zeros(NamedTuple):
     nbytes: int  # of all weights, zeros included
 
 
-def apply(*, project: Project) -> str:
+def apply(*, project: Project) -> None:
     """Run the stage: models/dense + masks/ → models/pruned."""
     checkpoint = Checkpoint(project.model("dense"))
     made_from = check_masks(checkpoint, project.masks)
@@ -73,8 +73,6 @@ def apply(*, project: Project) -> str:
             ["block", "linear", "weights", "zeros", "sparsity", "bytes"],
             ([x.block, linear, x.size, x.zero, x.zero / x.size, x.nbytes] for linear, x in zeros.items()),
         )
-    masks: str = made_from["masks"]
-    return masks
 
 
 def need(project: Project, _: str | None = None) -> Need:

@@ -17,11 +17,11 @@ from wanda_dvc.stages.inputs import (
 from wanda_dvc.stages.running import progress, say_unreached
 from wanda_dvc.study.files import write_csv
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import describe, digest, read_provenance
+from wanda_dvc.study.provenance import describe, read_provenance
 from wanda_dvc.study.tensors import block_count, finished_blocks, read_stats, seal, write_stats
 
 
-def calibrate(*, project: Project) -> str:
+def calibrate(*, project: Project) -> None:
     """models/dense + data/calibration → stats/."""
     from wanda_dvc.engine.recorder import InputRecorder
     from wanda_dvc.engine.walk import walk
@@ -47,10 +47,9 @@ def calibrate(*, project: Project) -> str:
             write_stats(work.out, step.index, recorder.result())
         blocks = range(len(decoder.blocks))
         say_unreached("calibrate", {block: read_stats(work.out, block).unreached() for block in blocks})
-        provenance = seal(work.out, made_from)
+        seal(work.out, made_from)
         work.publish(project.stats)
     _write_norms(project)
-    return digest(provenance)
 
 
 def _write_norms(project: Project) -> None:

@@ -45,14 +45,13 @@ SOURCES = {
 }
 
 
-def download(*, project: Project, part: str) -> str:
+def download(*, project: Project, part: str) -> None:
     """Sources → models/dense, data/calibration, data/perplexity or data/tasks."""
     row = SOURCES[part]
     source = row.find(project.params)
     with project.work(describe(part, version=STAGES["download"].version, **source.key)) as work:
-        key = source.write(work.fresh(), work.path)
+        source.write(work.fresh(), work.path)
         work.publish(row.target(project))
-    return key
 
 
 def need(project: Project, part: str | None) -> Need:

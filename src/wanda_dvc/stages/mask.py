@@ -31,7 +31,7 @@ from wanda_dvc.study.provenance import describe, digest, read_provenance
 from wanda_dvc.study.tensors import finished_blocks, read_stats, seal, write_masks
 
 
-def mask(*, project: Project) -> str:
+def mask(*, project: Project) -> None:
     """models/dense + stats/ (+ data/calibration for `propagation: pruned`) → masks/."""
     keep_freed_memory()
     params, stats = project.params, statistics(project)
@@ -63,9 +63,8 @@ def mask(*, project: Project) -> str:
                 write_masks(work.out, block, keeps(params, checkpoint, measured))
             if methods()[params.method].needs_inputs():
                 say_unreached("mask", unreached)
-        provenance = seal(work.out, made_from)
+        seal(work.out, made_from)
         work.publish(project.masks)
-    return digest(provenance)
 
 
 def propagates(params: Params) -> bool:

@@ -27,7 +27,7 @@ DIVERGED = "diverged"
 LOSSES = "losses.jsonl"
 
 
-def perplexity(*, project: Project, model: str) -> str:
+def perplexity(*, project: Project, model: str) -> None:
     """models/{dense,pruned} + data/perplexity → metrics/{dense,pruned}/perplexity.json."""
     params, folder = project.params, project.model(model)
     text = read_provenance(project.data("perplexity"), "download perplexity")
@@ -63,7 +63,6 @@ def perplexity(*, project: Project, model: str) -> str:
         headers = ["window", "predictions", "loss"]
         write_csv(project.plots(f"{model}/perplexity"), headers, ([i, *pair] for i, pair in enumerate(plotted)))
         work.forget()
-    return digest(protocol)
 
 
 def _losses(decoder: Decoder, rows: list[Row], work: Path, *, what: str) -> list[float]:

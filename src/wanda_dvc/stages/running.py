@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import Runtime
+from wanda_dvc.stages import Stage
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
 
@@ -25,20 +26,19 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def timed(project: Project, run: str) -> Iterator[list[str]]:
-    """Keep how long a run took, on what, and the memory that it held; the body appends the run's key."""
+def timed(project: Project, stage: Stage, part: str | None = None, task: str | None = None) -> Iterator[None]:
+    """Keep how long a run took, on what, and the memory that it held."""
     began = time.perf_counter()
-    keys: list[str] = []
     with AnonymousMemory() as memory:
-        yield keys
+        yield
     content: Json = {"seconds": round(time.perf_counter() - began, 2)}
     if memory.peak:
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
     else:
         content["peak_resident_gb"] = round(_peak_resident() / 1e9, 3)
     content |= {"machine": f"{processor()}, {os.cpu_count()} cores", "device": device_name(project.params.runtime)}
-    for key in keys:
-        project.times.write(run, key, content)
+    if key := stage.key(project, part, task):
+        project.times.write(stage.run_name(part, task), key, content)
 
 
 @contextlib.contextmanager

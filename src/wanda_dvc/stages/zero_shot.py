@@ -32,7 +32,7 @@ TASKS = {
 }
 
 
-def zero_shot(*, project: Project, model: str, task: str) -> str:
+def zero_shot(*, project: Project, model: str, task: str) -> None:
     """models/{dense,pruned} + data/tasks/TASK → metrics/{dense,pruned}/zero_shot/TASK.json."""
     from lm_eval.evaluator import evaluate
 
@@ -75,7 +75,6 @@ def zero_shot(*, project: Project, model: str, task: str) -> str:
     write_json(
         project.metrics(model, f"zero_shot/{task}"), {metric: round(result[f"{metric},none"], 6) for metric in given}
     )
-    return digest(protocol)
 
 
 def _answer(sample: dict[str, Any]) -> dict[str, Any]:

@@ -88,14 +88,12 @@ class Masks(Mapping[str, "Tensor"]):
         return len(self._columns)
 
 
-def seal(folder: Path, made_from: Json) -> Json:
-    """Write the provenance of a finished artifact, with its number of blocks and the digest of each; return it."""
+def seal(folder: Path, made_from: Json) -> None:
+    """Write the provenance of a finished artifact, with its number of blocks and the digest of each."""
     for half in folder.glob("*.part"):  # of a write that was killed
         half.unlink()
     files = files_digest(folder)
-    provenance = made_from | {"blocks": len(files), "files": files}
-    write_provenance(folder, provenance)
-    return provenance
+    write_provenance(folder, made_from | {"blocks": len(files), "files": files})
 
 
 def block_count(folder: Path, made_by: str) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages import MODELS
+from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
@@ -105,7 +105,7 @@ def _footnotes(project: Project) -> list[str]:
 
 def _times(project: Project) -> str:
     """Return a table of the runs that made the results at hand."""
-    known = project.times.of(project)
+    known = times(project, project.times)
     if not known:
         return ""
     rows = [[run, f"{time['seconds']:.1f}", peak_memory(time)] for run, time in known.items()]
