@@ -7,20 +7,20 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: repro test test-fast coverage bench lint lock install
 
-repro: install ## environment, the whole pipeline on the embedded default, a table of results
+repro: install ## create the environment, run the pipeline on the embedded default, print the results
 	dvc repro
 	@wanda-dvc show
 
-test: install lint ## everything, under ten minutes on two cores
+test: install lint ## lint and all tests; under ten minutes on two cores
 	pytest -n $(CORES) --dist worksteal
 
-test-fast: install ## without the tests on a real DVC repository and the families' long one, under two minutes
+test-fast: install ## without the slow tests and those on a real DVC repository; under two minutes
 	pytest -n $(CORES) --dist worksteal -m "not pipeline and not slow"
 
-coverage: install ## everything, with a table of the lines and branches that no test reaches; fails under pyproject's floor
+coverage: install ## all tests, with a table of the lines and branches that none reaches; fails below the floor in pyproject.toml
 	pytest -n $(CORES) --dist worksteal --cov --cov-report term
 
-bench: install ## measure against the published procedure, stock lm-eval and the floor; ROWS="mask perplexity" for some
+bench: install ## measure against the published procedure, stock lm-eval and the floor; ROWS="mask perplexity" for some rows
 	python benchmarks/bench.py $(ROWS) $(BENCH)
 
 lint: install
@@ -37,5 +37,5 @@ $(BIN)/.installed: pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
 	touch $@
 
-lock: install ## write the versions at hand into requirements.lock; torch stays a range, its builds differ by platform
+lock: install ## write the installed versions into requirements.lock; torch stays a range, because its builds differ by platform
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E '^(torch|nvidia-|triton|setuptools|pip)([=-]|$$)' > requirements.lock

@@ -38,7 +38,7 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ),
         (
             {"runtime__device": "gpu"},
-            "params.yaml: runtime.device: got gpu, expected auto (cuda where there is one), cpu, cuda, cuda:1 or mps",
+            "params.yaml: runtime.device: got gpu, expected auto (cuda if there is one), cpu, cuda, cuda:1 or mps",
         ),
         (
             {"calibration__text__split": "test"},

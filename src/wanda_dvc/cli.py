@@ -20,12 +20,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune language models with Wanda: calibrate once; prune, compare and ship as often as you like.\n\n"
-    "The stages are run by `dvc repro` and `dvc exp run -S sparsity=0.7`; by hand they do the same, one at a time.",
+    "`dvc repro` and `dvc exp run -S sparsity=0.7` run the stages. You can run each by hand too.",
 )
 STAGE_PANEL, RESULT_PANEL, STUDY_PANEL = "Stages, in the order of the pipeline", "Results", "Studies"
 
 Version = Annotated[
-    int | None, typer.Option("--version", help="Fail unless this wanda-dvc computes that version of the stage.")
+    int | None, typer.Option("--version", help="Fail if this wanda-dvc computes another version of the stage.")
 ]
 
 
@@ -38,7 +38,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def main(
     directory: Annotated[
-        Path | None, typer.Option("--directory", "-C", help="The project; by default the one around this folder.")
+        Path | None, typer.Option("--directory", "-C", help="The project; by default the one that holds this folder.")
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     _version: Annotated[
@@ -54,7 +54,7 @@ def main(
 
 
 def _run(name: str, version: int | None, part: str | None = None, task: str | None = None) -> None:
-    """Run one stage: without a network (but for download), timed, quiet where nobody watches."""
+    """Run one stage, timed; offline except for download; without progress bars except on a terminal."""
     from wanda_dvc.stages import check_version
     from wanda_dvc.stages import run as run_stage
     from wanda_dvc.stages.running import stoppable, timed
@@ -128,12 +128,13 @@ def show() -> None:
 def stats(  # noqa: PLR0913, PLR0917 - the options of the command
     layer: Annotated[int | None, typer.Option("--layer", help="Only this block, counted from 0.")] = None,
     linear: Annotated[
-        str | None, typer.Option("--linear", help="Only what this linear reads: q_proj, or all of its name.")
+        str | None,
+        typer.Option("--linear", help="Only this linear's input, by its last word (q_proj) or its whole name."),
     ] = None,
     recurring: Annotated[
         bool, typer.Option("--recurring", help="Features that are outliers in several blocks.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw them, with the outliers, into this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the norms and outliers into this PNG.")] = None,
     compare: Annotated[
         str | None,
         typer.Option("--compare", help="Compare with the statistics of an experiment, a commit or a directory."),
@@ -163,7 +164,7 @@ def stats(  # noqa: PLR0913, PLR0917 - the options of the command
 @app.command(rich_help_panel=RESULT_PANEL)
 def report(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The page; report.md and its pictures go beside it.")
+        Path, typer.Option("--output", "-o", help="The HTML page; report.md and the pictures are written beside it.")
     ] = Path("report.html"),
     model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
     rev: Annotated[
@@ -171,7 +172,7 @@ def report(
         typer.Option("--rev", help="Only this experiment, branch, tag or commit; may be given several times."),
     ] = None,
 ) -> None:
-    """Write the experiments of the repository as one page: tables, pictures, and how sure they are."""
+    """Write the repository's experiments as one page: tables, pictures and intervals."""
     from wanda_dvc.report import report as write
     from wanda_dvc.study.project import Project
 
@@ -180,7 +181,7 @@ def report(
 
 @app.command(rich_help_panel=STUDY_PANEL)
 def preset(
-    name: Annotated[str | None, typer.Argument(help="which; without it they are listed")] = None,
+    name: Annotated[str | None, typer.Argument(help="The preset; without it, all are listed.")] = None,
 ) -> None:
     """Write a whole study's settings into params.yaml."""
     from wanda_dvc.study.presets import apply_preset, preset_table
@@ -215,14 +216,16 @@ def export(
 @app.command(rich_help_panel=STUDY_PANEL)
 def cost(
     config: Annotated[
-        Path | None, typer.Argument(help="a config.json or a directory with one; by default the project's model")
+        Path | None, typer.Argument(help="A config.json or a directory with one; by default the project's model.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu (this one, measured), l40s or h100")] = "cpu",
-    dtype: Annotated[str | None, typer.Option("--dtype", help="instead of params.yaml's")] = None,
-    windows: Annotated[int | None, typer.Option("--windows", help="to calibrate and to measure on")] = None,
-    length: Annotated[int | None, typer.Option("--length", help="tokens a window")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu (this one, measured), l40s or h100.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Instead of params.yaml's.")] = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", help="Number of windows, for calibration and perplexity.")
+    ] = None,
+    length: Annotated[int | None, typer.Option("--length", help="Tokens a window.")] = None,
 ) -> None:
-    """Estimate FLOPs, memory, disk and time of every stage; the model's weights need not be there."""
+    """Estimate FLOPs, memory, disk and time of every stage from a config.json; no weights are needed."""
     from wanda_dvc.views.cost import cost as table
 
     typer.echo(table(start=Path.cwd(), config=config, device=device, dtype=dtype, windows=windows, length=length))
@@ -230,7 +233,7 @@ def cost(
 
 @app.command(rich_help_panel=STUDY_PANEL)
 def doctor() -> None:
-    """Check machine, libraries, settings and repository; exit 2 if something that is needed is missing."""
+    """Check machine, libraries, settings and repository; exit 2 if something needed is missing."""
     from wanda_dvc.views.doctor import doctor as look
 
     table, well = look(start=Path.cwd())

@@ -41,36 +41,36 @@ class Text(_Section):
         ".jsonl file"
     )
     config: str | None = Field(
-        None, description="which configuration of a Hub id; null: its only one. A named text knows its own"
+        None, description="configuration of a Hub id; null: its only one. A named text has its own"
     )
     revision: str | None = Field(
         None,
         description="commit, tag or branch of a data set on the Hub; null: its main branch, or a named text's own. A "
-        "branch is resolved when the text is fetched; only a commit is the same text tomorrow",
+        "branch is resolved when the text is fetched; only a commit always names the same text",
     )
     split: str = Field(
         min_length=1,
-        description="which split of `embedded` (train, test) or of a data set; of `c4` (train, validation) it is the "
-        "first of its shards",
+        description="split of `embedded` (train, test) or of a data set; of `c4` (train, validation) the first shard "
+        "is taken",
     )
     column: str = Field(
         "text",
         min_length=1,
-        description="the column of a Hub id or .jsonl file that holds the text. A named text knows its own",
+        description="text column of a Hub id or a .jsonl file. A named text has its own",
     )
     join: str = Field(
-        description="what stands between two rows; `c4` is not joined for calibration, which draws its windows "
-        "within documents, and is for perplexity"
+        description="string between two rows. `c4` is joined for perplexity only; calibration draws its windows "
+        "within documents"
     )
 
 
 class Calibration(_Section):
-    """The text that shows what the activations look like, and how it is cut."""
+    """The text that the activations are measured on, and how it is cut."""
 
     text: Text
     samples: int = Field(ge=1, description="number of windows, drawn at random")
     length: int = Field(ge=2, description="tokens a window")
-    seed: int = Field(ge=0, description="of the draw")
+    seed: int = Field(ge=0, description="seed of the draw")
 
 
 class Perplexity(_Section):
@@ -78,11 +78,11 @@ class Perplexity(_Section):
 
     text: Text
     length: int = Field(ge=2, description="tokens a window; windows follow one another")
-    windows: int | None = Field(None, ge=1, description="only the first so many windows; null: all")
+    windows: int | None = Field(None, ge=1, description="number of windows; null: all")
     rest: Literal["dropped", "kept"] = Field(
         "dropped",
-        description="whether what is left over after all windows is one more, shorter window, counted by its tokens; "
-        "with `windows` set there is none",
+        description="tokens after the last whole window: dropped, or kept as a shorter window that counts by its "
+        "tokens; with `windows` set there is no rest",
     )
 
 
@@ -90,7 +90,7 @@ class Tasks(_Section):
     """The zero-shot tasks."""
 
     source: Literal["samples", "benchmark"] = Field(
-        description="`samples`: questions written for this project; `benchmark`: the real ones, from "
+        description="`samples`: questions written for this project; `benchmark`: the benchmarks, from "
         "`runtime.mirror` or the Hub"
     )
     names: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]] = Field(
@@ -101,27 +101,27 @@ class Tasks(_Section):
 class ZeroShot(_Section):
     """How the tasks are asked."""
 
-    limit: int | None = Field(None, ge=1, description="only the first so many items of each task; null: all")
+    limit: int | None = Field(None, ge=1, description="number of items of each task; null: all")
 
 
 class Runtime(_Section):
-    """What changes how fast a result comes, and not the result. No stage depends on it."""
+    """Settings that change the speed and no result. No stage depends on them."""
 
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
-        description="auto (cuda where there is one), cpu, cuda, cuda:1 or mps",
+        description="auto (cuda if there is one), cpu, cuda, cuda:1 or mps",
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; null: as many as there are cores")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null: one for each core")
     memory_gb: float | None = Field(
         None,
         gt=0,
-        description="a model that fits in so many GB stays in memory once it is read; null: one block at a time",
+        description="a model of at most so many GB stays in memory; null: one block at a time",
     )
     mirror: str | None = Field(
         None,
-        description="a directory laid out like the Hub (id/config/split.jsonl), where data sets, and only they, are "
-        "taken from instead of the Hub",
+        description="absolute path of a directory laid out like the Hub (id/config/split.jsonl), from which data sets "
+        "are taken instead of the Hub",
     )
 
 
@@ -132,19 +132,21 @@ class Params(_Section):
         description="`package:NAME==VERSION` with a GGUF file, an absolute directory of safetensors, or a Hub id, "
         "`ORG/NAME@REVISION`"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="of the model when it runs")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="dtype in which the model runs")
     calibration: Calibration
     method: Annotated[str, AfterValidator(_method)] = Field(
         description="how weights are scored: "
         + "; ".join(f"`{name}`: {method.about}" for name, method in methods().items())
     )
-    sparsity: float = Field(ge=0, lt=1, description="the fraction of each linear's weights that go")
+    sparsity: float = Field(ge=0, lt=1, description="fraction of each linear's weights that is removed")
     pattern: str = Field("unstructured", description="`unstructured`, or `n:m`: n of every m neighbours stay")
-    group: Literal["row", "layer"] = Field("row", description="the weights that compete; n:m brings its own")
+    group: Literal["row", "layer"] = Field(
+        "row", description="weights that compete: a row (one output) or the whole layer; n:m has groups of its own"
+    )
     propagation: Literal["dense", "pruned"] = Field(
         "dense",
-        description="what a block is calibrated on: the outputs of dense blocks (cached), or of the blocks pruned so "
-        "far, as in the paper",
+        description="calibrate each block on the outputs of dense blocks (cached), or of the pruned blocks before it, "
+        "as in the paper",
     )
     perplexity: Perplexity
     tasks: Tasks
@@ -153,7 +155,7 @@ class Params(_Section):
 
     @property
     def share(self) -> Fraction:
-        """The sparsity as the decimal that was written: 0.29 of 100 weights is 29, where floats make it 28."""
+        """The sparsity as the exact decimal: 0.29 of 100 weights is 29, where floating point gives 28."""
         return Fraction(str(self.sparsity))
 
     @model_validator(mode="after")
