@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_params
+from conftest import save_tiny_model, write_params
 
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.study.project import Project
@@ -63,10 +63,12 @@ def killer() -> Killer:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    """A study in which everything has run once, with two of four stages' settings."""
-    folder = tmp_path_factory.mktemp("study")
-    write_params(folder, tiny, propagation="pruned")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study on two blocks in which everything has run once."""
+    folder, model = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("model")
+    save_tiny_model(model, num_hidden_layers=2)
+    small = {"calibration__samples": 2, "perplexity__windows": 2, "zero_shot__limit": 1}
+    write_params(folder, model, propagation="pruned", **small)
     project = Project(folder)
     for stage in STAGES.values():
         for _, part, task in stage.runs(["piqa"]):

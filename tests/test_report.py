@@ -234,8 +234,10 @@ def write_results(
     write_params(root, Path("/models/tiny"), method=method, sparsity=sparsity, **changes)
     project = Project(root)
     for folder in ("models/dense", "models/pruned", "data/calibration", "data/perplexity", "data/tasks/piqa"):
-        write_json(root / folder / "provenance.json", {"of": [folder, method, sparsity * ("pruned" in folder)]})
-    (root / "stats").mkdir()
+        write_json(
+            root / folder / "provenance.json", {"of": [folder, *([method, sparsity] if "pruned" in folder else [])]}
+        )
+    (root / "stats").mkdir(exist_ok=True)
     seal(root / "stats", {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
     write_json(root / "masks/provenance.json", {"of": [method, sparsity]})
     for model, mean, count in (("dense", 2.0, 24), ("pruned", loss, right)):

@@ -771,6 +771,15 @@ def test_samples_run_through_lm_evals_own_definitions(definition: str, role: str
     assert all(task.doc_to_text(doc).strip() for doc in docs)
 
 
+def test_a_single_item_has_no_standard_error(project: Make):
+    """lm-eval then gives a string, which crashed the stage."""
+    made = fetch(project(zero_shot__limit=1), "model")
+    download(project=made, part="tasks")
+    zero_shot(project=made, model="dense", task="piqa")
+    assert json.loads(made.details("dense", "zero_shot/piqa").read_text())["standard_errors"] == {}
+    assert "± " not in results.show(project=made).split("mean, acc")[0]
+
+
 # --- results ---
 
 

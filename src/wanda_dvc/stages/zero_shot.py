@@ -67,7 +67,12 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
     given = [metric for metric in METRICS if f"{metric},none" in result]
     details = {
         "protocol": protocol,
-        "standard_errors": {metric: round(result[f"{metric}_stderr,none"], 6) for metric in given},
+        "standard_errors": {
+            # lm-eval gives a string where there is none, of a single item.
+            metric: round(error, 6)
+            for metric in given
+            if isinstance(error := result[f"{metric}_stderr,none"], float)
+        },
         "items": [_answer(sample) for sample in evaluated["samples"][task]],
     }
     write_json(project.details(model, f"zero_shot/{task}"), details)
