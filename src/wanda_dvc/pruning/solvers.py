@@ -1,0 +1,324 @@
+"""Solvers: masks and weights from a linear's Gram matrix G. They make the layer error tr(ΔGΔᵀ) small, Δ = W − Ŵ.
+
+All compute in float32 on the weight's device. All rows of a linear are solved at once, in slices where rows do not
+compete. Peak memory in bytes: 4 · in² for G and for each factor of it (16 · in² while one is made), 8 · out · in for
+the result, and 40 for each weight of a slice. A slice has about 2¹⁸ weights, or the linear where it is one group.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.patterns import parse_pattern
+from wanda_dvc.pruning.selection import keep_highest, keep_n_of_m, removed, select
+
+WEIGHTS_AT_A_TIME = 2**18  # a slice that a core's cache holds
+RAISE, FIRST_RAISE = 10, 1e-4  # how damping grows until G is positive definite; from 0 it grows to the second
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a solver needs of a Gram matrix, and the damping with which it could be had."""
+
+    matrix: Float[Tensor, "in in"]
+    scale: Float[Tensor, " in"]
+    damping: float  # of the mean of G's diagonal
+    raised: bool  # whether more damping was needed than asked for
+
+
+class Prepared:
+    """A Gram matrix with its factors, each made once for all linears that read the input.
+
+    A feature that no token excites is dead: G_jj = 0. It gets the mean of the other diagonal values, so that it is tied
+    to no other feature. Its weights go first, and those that stay keep their dense value.
+    """
+
+    def __init__(self, gram: Float[Tensor, "in in"], name: str = "Gram matrix") -> None:
+        """Take XᵀX, symmetric; `name` stands in messages. UserError where a value is not finite."""
+        if not gram.isfinite().all():
+            raise UserError(f"{name}: values that are not finite, expected sums of squares; the activations overflow")
+        self.gram = gram.float().clone()
+        self.dead = self.gram.diagonal() <= 0
+        live = self.gram.diagonal()[~self.dead]
+        self.mean = live.mean().item() if len(live) else 1.0
+        self.gram[self.dead] = 0
+        self.gram[:, self.dead] = 0
+        self.gram.diagonal()[self.dead] = self.mean
+        self._factors: dict[tuple[str, float, float], Factor] = {}
+
+    def preconditioned(self, damping: float) -> Factor:
+        """Return SGS, its diagonal 1, and S: G is damped, and S is the inverse root of its diagonal."""
+
+        def make() -> Factor:
+            scale = (self.gram.diagonal() + damping * self.mean).rsqrt()
+            _, used = _cholesky(self.gram, damping, self.mean)
+            matrix = self.gram * scale[:, None] * scale
+            matrix.diagonal().fill_(1)
+            return Factor(matrix, scale, used, used > damping)
+
+        return self._once("preconditioned", damping, 0, make)
+
+    def inverse_root(self, damping: float) -> Factor:
+        """Return the upper U with UᵀU = (G + λI)⁻¹, λ = damping · mean diagonal; the scale is U's diagonal."""
+
+        def make() -> Factor:
+            # Reversed, G = VVᵀ with V upper: U is V⁻¹, and G⁻¹ is never formed.
+            lower, used = _cholesky(self.gram.flip(0, 1), damping, self.mean)
+            identity = torch.eye(len(lower), device=lower.device)
+            root = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            return Factor(root, root.diagonal().clone(), used, used > damping)
+
+        return self._once("inverse root", damping, 0, make)
+
+    def inverse(self, damping: float, penalty: float) -> Factor:
+        """Return (SGS + (damping + penalty) I)⁻¹ and S⁻¹; S scales G's diagonal to 1."""
+
+        def make() -> Factor:
+            scale = self.gram.diagonal().sqrt()
+            matrix = self.gram / scale[:, None] / scale
+            matrix.diagonal().add_(penalty)
+            lower, used = _cholesky(matrix, damping, 1.0)
+            return Factor(torch.cholesky_inverse(lower), scale, used, used > damping)
+
+        return self._once("inverse", damping, penalty, make)
+
+    def _once(self, name: str, damping: float, penalty: float, make: Callable[[], Factor]) -> Factor:
+        key = name, damping, penalty
+        if key not in self._factors:
+            self._factors[key] = make()
+        return self._factors[key]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A linear's mask and weights, and all that was done beside the method's own steps."""
+
+    keep: Bool[Tensor, "out in"]
+    weight: Float[Tensor, "out in"]  # zero off the mask
+    unchanged: int  # rows that keep the weights they started from, because the solver's have no lower error
+    dead: int  # features that no token excites
+    damping: float  # that was used
+    raised: bool  # whether G was not positive definite with the damping asked for
+
+
+def least_squares(
+    weight: Float[Tensor, "out in"],
+    keep: Bool[Tensor, "out in"],
+    prepared: Prepared,
+    *,
+    start: Float[Tensor, "out in"] | None = None,
+    steps: int = 10,
+    damping: float = 0.01,
+) -> Solved:
+    """Return the weights on a mask that make tr((W−V)(G+λI)(W−V)ᵀ) small, λ = damping · mean diagonal of G.
+
+    Conjugate gradients for all rows at once with Jacobi's preconditioner, from the masked dense weights or `start`.
+    Damping draws weights towards the dense ones. A row whose tr(ΔGΔᵀ) does not fall keeps what it started from.
+    """
+    factor = prepared.preconditioned(damping)
+    solved, unchanged = torch.empty(weight.shape, device=weight.device), 0
+    for rows in _slices(weight):
+        w, mask = weight[rows].float(), keep[rows]
+        first = (w if start is None else start[rows].float()) * mask
+        v = _conjugate_gradients(w / factor.scale, mask, first / factor.scale, factor.matrix, steps)
+        unchanged += _settle(w, first, v.mul_(factor.scale), prepared, solved[rows])
+    return Solved(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
+
+
+def sparsegpt(
+    weight: Float[Tensor, "out in"],
+    prepared: Prepared,
+    *,
+    share: Fraction,
+    pattern: str = "unstructured",
+    group: str = "row",
+    damping: float = 0.01,
+    block: int = 128,
+) -> Solved:
+    """Return SparseGPT's mask and weights. Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
+
+    In blocks of 128 inputs the lowest W²/U_jj² go. Then, input by input, the error of what goes is spread over the
+    inputs to the right. Weights compete within the block's part of a row, or in all rows of the block where `group` is
+    `layer`, as in the paper; the part that goes up to each block's end is exact. With n:m they compete within m
+    neighbours, when their first one is reached; a block is then the largest multiple of m up to 128, at least m.
+
+    Deviations: exact counts instead of a threshold with its ties; weights of dead features that stay are not zeroed.
+    """
+    factor = prepared.inverse_root(damping)
+    n_of_m = parse_pattern(pattern)
+    block = max(1, block // n_of_m[1]) * n_of_m[1] if n_of_m else block
+
+    def solve(w: Tensor) -> tuple[Tensor, Tensor]:
+        w = w.T.contiguous()  # [in, out]: an input's weights lie together
+        keep = torch.empty_like(w, dtype=torch.bool)
+        for begin in range(0, len(w), block):
+            end = min(begin + block, len(w))
+            some, diagonal = w[begin:end], factor.scale[begin:end, None]
+            if not n_of_m:
+                score = (some / diagonal).square_().T.contiguous()
+                keep[begin:end] = _keep_in_block(score, begin, end, share, group).T
+            errors = torch.empty_like(some)
+            for j in range(end - begin):
+                if n_of_m and j % n_of_m[1] == 0:
+                    near = slice(j, j + n_of_m[1])
+                    score = (some[near] / diagonal[near]).square_().T.contiguous()
+                    keep[begin:end][near] = keep_n_of_m(score, *n_of_m).T
+                torch.div(some[j].masked_fill(keep[begin + j], 0), diagonal[j], out=errors[j])
+                some[j:].addr_(factor.matrix[begin + j, begin + j : end], errors[j], alpha=-1)
+            w[end:].addmm_(factor.matrix[begin:end, end:].T, errors, alpha=-1)
+        return keep.T, w.T
+
+    return _choose(weight, prepared, factor, solve, whole=not n_of_m and group != "row")
+
+
+def _keep_in_block(
+    score: Float[Tensor, "out block"], begin: int, end: int, share: Fraction, group: str
+) -> Bool[Tensor, "out block"]:
+    """Keep the highest of a block, so that with the blocks before it ⌊share⌋ of each group are gone."""
+    rows = score if group == "row" else score.reshape(1, -1)
+    each = rows.shape[1] // (end - begin)  # weights of a group at one input
+    go = removed(each * end, share) - removed(each * begin, share)
+    return keep_highest(rows, rows.shape[1] - go).view(score.shape)
+
+
+def admm(
+    weight: Float[Tensor, "out in"],
+    prepared: Prepared,
+    *,
+    share: Fraction,
+    pattern: str = "unstructured",
+    group: str = "row",
+    damping: float = 0.1,
+    penalty: float = 1.0,
+    iterations: int = 20,
+    growing: int = 15,
+) -> Solved:
+    """Return the mask and weights of ADMM with a growing mask. Boža 2024, arXiv 2401.02938.
+
+    Inputs are scaled so that G's diagonal is 1, and damped. With K = (G+ρI)⁻¹, ρ the penalty: Z = (W+U) on the mask,
+    U ← W + U − Z, W ← K(GW₀ + ρ(Z − U)), which is W₀ + ρK(Z − U − W₀). For the first 15 iterations the mask is that of
+    |W+U| at s − s(1 − (t+1)/15)³, then it stays. The result is Z. With n:m the n highest of m neighbours always stay,
+    and of the others as many go as the sparsity of the iteration asks.
+    """
+    factor = prepared.inverse(damping, penalty)
+
+    def solve(w: Tensor) -> tuple[Tensor, Tensor]:
+        dense = w * factor.scale
+        total, keep = dense.clone(), torch.ones_like(w, dtype=torch.bool)  # W + U
+        for iteration in range(iterations):
+            if iteration < growing:
+                part = 1 - (1 - Fraction(iteration + 1, growing)) ** 3
+                keep = _keep_part(total.abs(), part, share, pattern, group)
+            # Z is the total on the mask, and U the total off it.
+            towards = torch.where(keep, total, -total).sub_(dense)
+            total.masked_fill_(keep, 0).add_(torch.addmm(dense, towards, factor.matrix, alpha=penalty))
+        return keep, total.div_(factor.scale)
+
+    return _choose(weight, prepared, factor, solve, whole=pattern == "unstructured" and group != "row")
+
+
+def _keep_part(
+    score: Float[Tensor, "out in"], part: Fraction, share: Fraction, pattern: str, group: str
+) -> Bool[Tensor, "out in"]:
+    """Keep what stays when `part` of what is to go has gone."""
+    if n_of_m := parse_pattern(pattern):
+        score = score.masked_fill(keep_n_of_m(score, *n_of_m), torch.inf)
+        share, group = 1 - Fraction(*n_of_m), "row"
+    return select(score, share=part * share, group=group)
+
+
+def corrected_target(
+    weight: Float[Tensor, "out in"],
+    prepared: Prepared,
+    cross: Float[Tensor, "in in"],
+    *,
+    strength: float = 1.0,
+    damping: float = 0.01,
+) -> Float[Tensor, "out in"]:
+    """Return the dense weights that a solver should aim at, so that pruned inputs give the dense outputs.
+
+    W̃ = W + αW(C − G)(G + λI)⁻¹, with G of the pruned inputs, C = X_denseᵀ X_pruned over the same tokens, α the
+    strength and λ = damping · mean diagonal of G. At α = 1 it minimizes ‖WX_dense − W̃X_pruned‖² + λ‖W̃ − W‖². For λ = 0
+    this is GPTAQ's W(I + α(CG⁻¹ − I)). Li et al. 2025, arXiv 2504.02692. Weights of dead features keep their value.
+    The damping used is that of `prepared.inverse_root(damping)`.
+    """
+    factor = prepared.inverse_root(damping)
+    off = weight.float() @ (cross.float() - prepared.gram).masked_fill_(prepared.dead, 0)
+    return weight + strength * (off @ factor.matrix.T @ factor.matrix)
+
+
+def _cholesky(matrix: Float[Tensor, "in in"], damping: float, unit: float) -> tuple[Float[Tensor, "in in"], float]:
+    """Return the lower factor of matrix + damping · unit · I, and the damping: raised until there is a factor."""
+    while True:
+        damped = matrix.clone()
+        damped.diagonal().add_(damping * unit)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return lower, damping
+        damping = max(RAISE * damping, FIRST_RAISE)
+
+
+def _conjugate_gradients(
+    dense: Float[Tensor, "out in"],
+    keep: Bool[Tensor, "out in"],
+    start: Float[Tensor, "out in"],
+    gram: Float[Tensor, "in in"],
+    steps: int,
+) -> Float[Tensor, "out in"]:
+    """Return `start` moved towards the least tr((W−V)G(W−V)ᵀ) on the mask, each row along its own directions."""
+    mask, v = keep.float(), start.clone()
+    residual = ((dense - v) @ gram).mul_(mask)
+    direction, size = residual.clone(), residual.square().sum(dim=1, keepdim=True)
+    for _ in range(steps):
+        change = direction @ gram
+        curvature = (direction * change).sum(dim=1, keepdim=True)
+        step = torch.where(curvature > 0, size / curvature, 0)
+        v.addcmul_(step, direction)
+        residual.addcmul_(change.mul_(mask), step, value=-1)
+        before, size = size, residual.square().sum(dim=1, keepdim=True)
+        direction.mul_(torch.where(before > 0, size / before, 0)).add_(residual)
+    return v
+
+
+def _choose(
+    weight: Float[Tensor, "out in"],
+    prepared: Prepared,
+    factor: Factor,
+    solve: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    whole: bool,
+) -> Solved:
+    """Solve slices of rows, or the linear as a `whole`: `solve` returns a mask and weights, read on the mask only."""
+    keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    solved, unchanged = torch.empty(weight.shape, device=weight.device), 0
+    for rows in _slices(weight, whole):
+        w = weight[rows].float()
+        keep[rows], v = solve(w.masked_fill(prepared.dead, 0))
+        v = torch.where(prepared.dead, w, v) * keep[rows]
+        unchanged += _settle(w, w * keep[rows], v, prepared, solved[rows])
+    return Solved(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
+
+
+def _settle(
+    dense: Float[Tensor, "out in"],
+    start: Float[Tensor, "out in"],
+    found: Float[Tensor, "out in"],
+    prepared: Prepared,
+    into: Float[Tensor, "out in"],
+) -> int:
+    """Write the rows found, or `start` where their error is not lower; return how many rows stay at `start`."""
+    # The difference of two errors in one product, so that no digits cancel: dGdᵀ − eGeᵀ = (d − e)G(d + e)ᵀ.
+    gain = ((start - found) @ prepared.gram).mul_(2 * dense - start - found).sum(dim=1, keepdim=True)
+    into.copy_(torch.where(gain < 0, found, start))
+    return int((~(gain < 0)).sum())
+
+
+def _slices(weight: Float[Tensor, "out in"], whole: bool = False) -> Iterator[slice]:
+    rows, features = weight.shape
+    size = rows if whole else max(1, WEIGHTS_AT_A_TIME // features)
+    return (slice(begin, begin + size) for begin in range(0, rows, size))
