@@ -192,3 +192,27 @@ def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str,
     assert torch.equal(choose(weight, x, method=method, target=target), whole)
     if method.competition == "groups":
         assert whole.sum() == 13 * 12
+
+
+@given(matrices(), st.sampled_from([1.0, 4.0]))
+def test_ria_equals_the_loops(weight, scale):
+    """A weight's share of its column plus its share of its row, times the root of the norm; zeros score nothing."""
+    norm = torch.arange(1.0, weight.shape[1] + 1) * scale
+    size = weight.abs().double()
+    expected = torch.tensor(
+        [
+            [
+                (w / size[:, j].sum() + w / row.sum()).item() * norm[j].item() ** 0.5 if w else 0.0
+                for j, w in enumerate(row)
+            ]
+            for i, row in enumerate(size)
+        ]
+    )
+    torch.testing.assert_close(scores.ria(weight, of_norm(norm)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ria_sees_columns_so_its_slices_are_not_its_scores():
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    x = of_norm(torch.ones(6))
+    assert not torch.equal(scores.ria(weight[:2], x), scores.ria(weight, x)[:2])
+    assert torch.allclose(scores.ria(8 * weight, x), scores.ria(weight, x))

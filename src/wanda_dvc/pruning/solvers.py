@@ -106,7 +106,7 @@ class Solved:
     raised: bool  # whether G was not positive definite with the damping asked for
 
 
-def least_squares(
+def least_squares(  # noqa: PLR0913 - the problem, and constants of the method
     weight: Float[Tensor, "out in"],
     keep: Bool[Tensor, "out in"],
     prepared: Prepared,
@@ -130,7 +130,7 @@ def least_squares(
     return Solved(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
 
 
-def sparsegpt(
+def sparsegpt(  # noqa: PLR0913 - the target, and constants of the method
     weight: Float[Tensor, "out in"],
     prepared: Prepared,
     *,
@@ -186,7 +186,7 @@ def _keep_in_block(
     return keep_highest(rows, rows.shape[1] - go).view(score.shape)
 
 
-def admm(
+def admm(  # noqa: PLR0913 - the target, and constants of the method
     weight: Float[Tensor, "out in"],
     prepared: Prepared,
     *,

@@ -1,0 +1,114 @@
+"""Allocation: how much each block, or each linear, gives up, so that the mean is the sparsity asked for.
+
+Shares are exact fractions in [0, 1]. Their mean, weighted by the parts' sizes (their numbers of weights), equals the
+sparsity exactly. Within a part whole weights go, ⌊size · share⌋ of each group: what is removed falls short of the share
+by less than one weight a group, as it does with a uniform share.
+"""
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+DIGITS = 10**6  # shares are rounded to so many parts before they are shifted
+SLOPE = Fraction("0.004")  # more of each next block
+OUTLIER, SPREAD = 5, 0.08  # OWL's M and λ for LLaMA
+# LSA's β rises with the sparsity.
+LSA_SPREAD = ((Fraction("0.5"), 0.04), (Fraction("0.6"), 0.10), (Fraction("1"), 0.15))
+GREEDY = 128  # inputs among which LSA drops half
+
+
+def uniform(sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
+    """Return the same share for every part."""
+    return [sparsity] * len(sizes)
+
+
+def slope(sparsity: Fraction, sizes: Sequence[int], step: Fraction = SLOPE) -> list[Fraction]:
+    """Return shares that rise by `step` from block to block: s + β(ℓ − (L−1)/2)."""
+    return shift([step * block for block in range(len(sizes))], sparsity, sizes)
+
+
+def owl(sparsity: Fraction, sizes: Sequence[int], outliers: Sequence[float], spread: float = SPREAD) -> list[Fraction]:
+    """Return OWL's shares: a block with more outliers keeps more. Yin et al. 2024, arXiv 2310.05175.
+
+    What is kept is (D − min D) / (max D − min D) · 2λ, shifted; D is each block's `outlier_ratio`, λ the spread.
+    """
+    return _spread([-ratio for ratio in outliers], 2 * spread, sparsity, sizes)
+
+
+def lsa(
+    sparsity: Fraction, sizes: Sequence[int], errors: Sequence[float], spread: float | None = None
+) -> list[Fraction]:
+    """Return LSA's shares: a part with a lower `greedy_error` keeps more. ICLR 2026.
+
+    https://openreview.net/forum?id=xq3lza5IjN. With I = 1 − E / ΣE, scaled to [0, 2β], the share is s + mean(I) − I;
+    β is the spread, by the sparsity if not given. A block's E is the mean of its linears'. The paper's mean is over blocks, ours over weights.
+    """
+    if spread is None:
+        spread = next(spread for limit, spread in LSA_SPREAD if sparsity <= limit)
+    return _spread(errors, 2 * spread, sparsity, sizes)
+
+
+def outlier_ratio(scores: Iterable[Float[Tensor, "..."]], times: float = OUTLIER) -> float:
+    """Return the percentage of a block's scores that are above `times` their mean: OWL's D."""
+    scores = list(scores)
+    count = sum(score.numel() for score in scores)
+    mean = sum(score.double().sum().item() for score in scores) / count
+    return 100 * sum((score > times * mean).sum().item() for score in scores) / count
+
+
+def greedy_error(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
+    """Return the error ‖(W−Ŵ)X‖² of dropping half of each row greedily: LSA's E.
+
+    Among 128 inputs at a time the weight goes whose ε is the lowest, 64 times; ε, what the error grows by if a weight
+    goes next, starts at G_jj w_j² and grows by 2 w_i w_j G_ij when w_i goes.
+    """
+    w, error = weight.float(), 0.0
+    growth = w.square().mul_(gram.diagonal())
+    for begin in range(0, w.shape[1], GREEDY):
+        end = min(begin + GREEDY, w.shape[1])
+        some, near, rising = w[:, begin:end], gram[begin:end, begin:end], growth[:, begin:end]
+        gone = torch.zeros_like(some)
+        for _ in range((end - begin) // 2):
+            lowest = rising.argmin(dim=1, keepdim=True)
+            error += rising.gather(1, lowest).double().sum().item()
+            dropped = some.gather(1, lowest)
+            rising.addcmul_(some * dropped, near[lowest[:, 0]], value=2)
+            rising.scatter_(1, lowest, torch.inf)
+            gone.scatter_(1, lowest, dropped)
+        growth[:, end:] += 2 * w[:, end:] * (gone @ gram[begin:end, end:])
+    return error
+
+
+def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
+    """Return `raw` plus one constant, cut to [0, 1], so that the mean by size is the sparsity exactly.
+
+    ValueError where the lengths differ or the sparsity is not in [0, 1].
+    """
+    if len(raw) != len(sizes) or not 0 <= sparsity <= 1:
+        raise ValueError(f"{len(raw)} parts of {len(sizes)} sizes at sparsity {sparsity}, expected as many, in [0, 1]")
+
+    def shares(constant: Fraction) -> list[Fraction]:
+        return [min(max(share + constant, Fraction(0)), Fraction(1)) for share in raw]
+
+    # The mean rises with the constant, and is linear between two constants at which no part reaches 0 or 1.
+    constants = sorted({end - share for share in raw for end in (0, 1)})
+    means = [_mean(shares(constant), sizes) for constant in constants]
+    above = next(place for place, mean in enumerate(means) if mean >= sparsity)
+    if means[above] == sparsity:
+        return shares(constants[above])
+    part = (sparsity - means[above - 1]) / (means[above] - means[above - 1])
+    return shares(constants[above - 1] + part * (constants[above] - constants[above - 1]))
+
+
+def _spread(values: Sequence[float], width: float, sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
+    """Return shares that rise with the values, over `width` between least and greatest; equal ones all alike."""
+    low, high = min(values), max(values)
+    scale = width / (high - low) if high > low else 0.0
+    return shift([Fraction(round((value - low) * scale * DIGITS), DIGITS) for value in values], sparsity, sizes)
+
+
+def _mean(shares: Sequence[Fraction], sizes: Sequence[int]) -> Fraction:
+    return sum((share * size for share, size in zip(shares, sizes, strict=True)), Fraction(0)) / sum(sizes)

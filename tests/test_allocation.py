@@ -1,0 +1,85 @@
+"""Allocation: the mean is exact, shares stay in [0, 1], and each rule is the paper's."""
+
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wanda_dvc.pruning.allocation import greedy_error, lsa, outlier_ratio, owl, shift, slope, uniform
+
+FLOAT = st.floats(0, 100, allow_subnormal=False)
+
+
+def mean(shares: list[Fraction], sizes: list[int]) -> Fraction:
+    return sum((share * size for share, size in zip(shares, sizes, strict=True)), Fraction(0)) / sum(sizes)
+
+
+@given(st.data(), st.integers(0, 99).map(lambda percent: Fraction(percent, 100)))
+def test_every_allocation_gives_up_exactly_what_is_asked_for(data, sparsity):
+    sizes = data.draw(st.lists(st.integers(1, 10**6), min_size=1, max_size=12))
+    values = data.draw(st.lists(FLOAT, min_size=len(sizes), max_size=len(sizes)))
+    for shares in (
+        uniform(sparsity, sizes),
+        slope(sparsity, sizes),
+        slope(sparsity, sizes, Fraction(3, 10)),
+        owl(sparsity, sizes, values),
+        owl(sparsity, sizes, values, spread=1),
+        lsa(sparsity, sizes, values),
+    ):
+        assert mean(shares, sizes) == sparsity
+        assert all(0 <= share <= 1 for share in shares)
+
+
+@given(st.lists(st.fractions(-2, 2), min_size=1, max_size=8), st.fractions(0, 1))
+def test_a_shift_keeps_the_order_and_the_distances_of_what_is_inside(raw, sparsity):
+    shares = shift(raw, sparsity, [1] * len(raw))
+    for (a, one), (b, other) in pairwise(sorted(zip(raw, shares, strict=True))):
+        assert one <= other
+        if one > 0 and other < 1:
+            assert other - one == b - a
+
+
+def test_shares_by_hand():
+    half, three = Fraction(1, 2), [1, 1, 1]
+    assert slope(half, three) == [Fraction("0.496"), half, Fraction("0.504")]
+    assert slope(half, three, -Fraction("0.1")) == [Fraction("0.6"), half, Fraction("0.4")]
+    assert owl(half, [1, 1], [3.0, 1.0]) == [Fraction("0.42"), Fraction("0.58")]
+    assert lsa(half, [1, 1], [3.0, 1.0]) == [Fraction("0.54"), Fraction("0.46")]
+    assert lsa(Fraction("0.6"), [1, 1], [3.0, 1.0]) == [Fraction("0.7"), half]
+    assert lsa(Fraction("0.7"), [1, 1], [3.0, 1.0]) == [Fraction("0.85"), Fraction("0.55")]
+    assert owl(half, three, [2.0, 2.0, 2.0]) == uniform(half, three) == [half] * 3
+    assert shift([Fraction(0), Fraction(1)], half, [3, 1]) == [Fraction(1, 3), Fraction(1)]
+    with pytest.raises(ValueError, match="2 parts of 1 sizes at sparsity 1/2"):
+        shift([half, half], half, [1])
+
+
+def test_outliers_are_counted_over_the_whole_block():
+    scores = [torch.ones(2, 10), torch.full((1, 10), 100.0)]  # mean 34
+    assert outlier_ratio(scores, times=2) == pytest.approx(100 / 3)
+    assert outlier_ratio(scores) == 0
+    assert outlier_ratio([7 * score for score in scores], times=2) == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize("features", [5, 128, 300])
+def test_the_greedy_error_is_that_of_the_weights_that_go(features):
+    """In loops, row by row and in float64; and it is the error of the mask that it finds."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, features, generator=generator) @ torch.randn(features, features, generator=generator)
+    weight = torch.randn(3, features, generator=generator)
+    gram = x.T @ x / 400
+    total = 0.0
+    for row in weight.double():
+        gone: list[int] = []
+        for begin in range(0, features, 128):
+            inside = list(range(begin, min(begin + 128, features)))
+            for _ in range(len(inside) // 2):
+                left = torch.tensor([j for j in inside if j not in gone])
+                cross = gram.double()[left][:, gone] @ row[gone] if gone else torch.zeros(len(left)).double()
+                grows = row[left] ** 2 * gram.double()[left, left] + 2 * row[left] * cross
+                gone.append(int(left[grows.argmin()]))
+        total += (row[gone] @ gram.double()[gone][:, gone] @ row[gone]).item()
+    assert greedy_error(weight, gram) == pytest.approx(total, rel=1e-3)
+    assert greedy_error(2 * weight, gram) == pytest.approx(4 * greedy_error(weight, gram), rel=1e-5)

@@ -1,0 +1,357 @@
+"""Solvers on a Gram matrix: against independent solutions, and the laws that no method may break."""
+
+import itertools
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.pruning import solvers
+from wanda_dvc.pruning.gram import layer_error
+from wanda_dvc.pruning.selection import removed, select
+from wanda_dvc.pruning.solvers import Prepared, Solved, admm, corrected_target, least_squares, sparsegpt
+
+METHODS: dict[str, Callable[..., Solved]] = {"sparsegpt": sparsegpt, "admm": admm}
+TARGETS = [("unstructured", "row", "0.5"), ("unstructured", "layer", "0.37"), ("unstructured", "row", "0.7"),
+           ("2:4", "row", "0.5"), ("4:8", "row", "0.5"), ("1:3", "row", "0.6667"),
+           ("20:30", "row", "0.3333")]  # fmt: skip
+HALF = Fraction(1, 2)
+
+
+def problem(out: int = 12, features: int = 120, tokens: int = 500, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight, and a Gram matrix of correlated features of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.eye(features) + 0.2 * torch.randn(features, features, generator=generator)
+    x = torch.randn(tokens, features, generator=generator) @ mix
+    x *= torch.rand(features, generator=generator).mul(2).exp()
+    return torch.randn(out, features, generator=generator), x.T @ x
+
+
+def wanda(weight: torch.Tensor, gram: torch.Tensor, share: Fraction = HALF, pattern: str = "unstructured"):
+    return select(weight.abs() * gram.diagonal().sqrt(), share=share, pattern=pattern)
+
+
+def row_errors(dense: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    off = (dense - pruned).double()
+    return (off @ gram.double() * off).sum(1)
+
+
+def every_method(weight, prepared, share, pattern, group):
+    """All that solves, ADMM's mask polished included."""
+    solved = {
+        name: solve(weight, prepared, share=share, pattern=pattern, group=group) for name, solve in METHODS.items()
+    }
+    solved["least squares"] = least_squares(weight, solved["sparsegpt"].keep, prepared)
+    solved["polished"] = least_squares(weight, solved["admm"].keep, prepared, start=solved["admm"].weight)
+    return solved
+
+
+@pytest.mark.parametrize(("pattern", "group", "sparsity"), TARGETS)
+def test_masks_are_kept_counts_exact_and_errors_not_larger_than_without_update(pattern, group, sparsity):
+    weight, gram = problem()
+    share, prepared = Fraction(sparsity), Prepared(gram)
+    for name, solved in every_method(weight, prepared, share, pattern, group).items():
+        assert torch.equal(solved.weight != 0, solved.keep), name  # no zero revived, no weight lost
+        if pattern != "unstructured":
+            n, m = map(int, pattern.split(":"))
+            assert (solved.keep.unflatten(1, (-1, m)).sum(-1) == n).all(), name
+        elif group == "row":
+            assert ((~solved.keep).sum(1) == removed(120, share)).all(), name
+        else:
+            assert (~solved.keep).sum() == removed(12 * 120, share), name
+        without = row_errors(weight, weight * solved.keep, gram)
+        assert (row_errors(weight, solved.weight, gram) <= without * (1 + 1e-6)).all(), name
+        changed = (solved.weight != weight * solved.keep).any(1)  # the update was applied
+        assert solved.unchanged == (~changed).sum() <= 1, name
+        assert layer_error(weight, solved.weight, gram) < 0.9 * layer_error(weight, weight * solved.keep, gram), name
+        assert (solved.dead, solved.raised) == (0, False), name
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+def test_least_squares_solves_the_normal_equations(damping):
+    """Row by row, with numpy in float64: the kept weights make up for those that go."""
+    weight, gram = problem(out=5, features=20)
+    keep = wanda(weight, gram)
+    solved = least_squares(weight, keep, Prepared(gram), steps=60, damping=damping)
+    g = gram.double().numpy()
+    g = g + damping * np.diag(g).mean() * np.eye(20)
+    for row, mask, found in zip(weight.double().numpy(), keep.numpy(), solved.weight.numpy(), strict=True):
+        expected = np.zeros(20)
+        expected[mask] = np.linalg.solve(g[np.ix_(mask, mask)], g[mask] @ row)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3)
+
+
+def test_more_steps_never_hurt_and_the_start_does_not_matter_in_the_end():
+    weight, gram = problem()
+    keep, prepared = wanda(weight, gram), Prepared(gram)
+    errors = [layer_error(weight, least_squares(weight, keep, prepared, steps=n).weight, gram) for n in range(0, 30, 3)]
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
+    other = least_squares(weight, keep, prepared, start=weight * 3, steps=60)
+    torch.testing.assert_close(other.weight, least_squares(weight, keep, prepared, steps=60).weight, rtol=0, atol=1e-3)
+
+
+def test_rows_that_do_not_improve_keep_their_weights_and_are_counted():
+    weight, gram = problem()
+    keep, prepared = wanda(weight, gram), Prepared(gram)
+    keep[3] = True  # nothing to make up for
+    keep[5] = False  # nothing to do it with
+    solved = least_squares(weight, keep, prepared)
+    assert solved.unchanged == 2
+    assert torch.equal(solved.weight[[3, 5]], (weight * keep)[[3, 5]])
+    best = least_squares(weight, keep, prepared, steps=100, damping=0).weight
+    worse = least_squares(weight, keep, prepared, start=best, steps=1, damping=100)
+    assert worse.unchanged == 12
+    assert torch.equal(worse.weight, best)
+
+
+def paper_sparsegpt(weight, gram, share, pattern, damping=0.01, block=128):
+    """Algorithm 1 of arXiv 2301.00774 in numpy and float64, on rows × block (`layer`) or n:m."""
+    w, h = weight.double().numpy().copy(), gram.double().numpy()
+    h = h + damping * np.diag(h).mean() * np.eye(len(h))
+    upper = np.linalg.cholesky(np.linalg.inv(h)).T
+    keep = np.ones(w.shape, dtype=bool)
+    for i in range(0, w.shape[1], block):
+        end, errors = min(i + block, w.shape[1]), np.zeros((len(w), block))
+        for j in range(i, end):
+            if pattern is None and j == i:
+                score = w[:, i:end] ** 2 / np.diag(upper)[i:end] ** 2
+                lowest = np.argsort(score, axis=None)[: int(score.size * share)]
+                keep[:, i:end].reshape(-1)[:] = True
+                rows, columns = np.unravel_index(lowest, score.shape)
+                keep[rows, i + columns] = False
+            elif pattern is not None and j % pattern[1] == 0:
+                n, m = pattern
+                score = w[:, j : j + m] ** 2 / np.diag(upper)[j : j + m] ** 2
+                lowest = np.argsort(score, axis=1)[:, : m - n]
+                np.put_along_axis(keep[:, j : j + m], lowest, False, axis=1)
+            errors[:, j - i] = np.where(keep[:, j], 0, w[:, j]) / upper[j, j]
+            w[:, j:end] -= errors[:, j - i, None] * upper[j, None, j:end]
+        w[:, end:] -= errors[:, : end - i] @ upper[i:end, end:]
+    return keep, w * keep
+
+
+@pytest.mark.parametrize(("pattern", "share"), [(None, HALF), (None, Fraction("0.75")), ((2, 4), HALF), ((4, 8), HALF)])
+def test_sparsegpt_is_the_papers_algorithm(pattern, share):
+    weight, gram = problem(out=8, features=64)
+    keep, expected = paper_sparsegpt(weight, gram, share, pattern, block=16)
+    name = "unstructured" if pattern is None else "{}:{}".format(*pattern)
+    solved = sparsegpt(weight, Prepared(gram), share=share, pattern=name, group="layer", block=16)
+    assert np.array_equal(solved.keep.numpy(), keep)
+    changed = ~torch.from_numpy((expected == weight.double().numpy() * keep).all(1))
+    assert changed.all()
+    assert solved.unchanged == 0
+    np.testing.assert_allclose(solved.weight.numpy(), expected, rtol=1e-2, atol=1e-3)
+
+
+def paper_admm(weight, gram, shares, damping=0.1):
+    """Arxiv 2401.02938 as `methods.md` has it, in numpy and float64, a row a group."""
+    g = gram.double().numpy()
+    scale = np.sqrt(np.diag(g))
+    g = g / scale / scale[:, None] + damping * np.eye(len(g))
+    w0 = weight.double().numpy() * scale
+    k, w, u = np.linalg.inv(g + np.eye(len(g))), w0, np.zeros_like(w0)
+    mask = np.ones(w0.shape, dtype=bool)
+    for go in shares:
+        if go is not None:
+            np.put_along_axis(mask, np.argsort(abs(w + u), axis=1), np.arange(mask.shape[1]) >= go, axis=1)
+        z = (w + u) * mask
+        u = u + w - z
+        w = (w0 @ g + z - u) @ k
+    return mask, (w + u) * mask / scale
+
+
+def test_admm_is_the_papers_algorithm():
+    weight, gram = problem(out=6, features=40)
+    shares = [int(40 * (0.5 - 0.5 * (1 - (t + 1) / 15) ** 3) + 1e-9) for t in range(15)] + [None] * 5
+    keep, expected = paper_admm(weight, gram, shares)
+    solved = admm(weight, Prepared(gram), share=HALF)
+    assert np.array_equal(solved.keep.numpy(), keep)
+    np.testing.assert_allclose(solved.weight.numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_admms_masks_beat_wandas_and_sparsegpts_with_the_same_least_squares():
+    """On average over random problems."""
+    errors: dict[str, list[float]] = {"wanda": [], "sparsegpt": [], "admm": []}
+    for seed in range(8):
+        weight, gram = problem(out=24, features=80, seed=seed)
+        prepared = Prepared(gram)
+        masks = {name: solve(weight, prepared, share=Fraction("0.6")).keep for name, solve in METHODS.items()}
+        masks["wanda"] = wanda(weight, gram, Fraction("0.6"))
+        for name, keep in masks.items():
+            errors[name].append(layer_error(weight, least_squares(weight, keep, prepared, steps=40).weight, gram))
+    mean = {name: sum(values) for name, values in errors.items()}
+    assert mean["admm"] < 0.9 * min(mean["wanda"], mean["sparsegpt"])
+
+
+def best_mask_error(weight: torch.Tensor, gram: torch.Tensor, go: int) -> float:
+    """The least error of one row over all masks, by trying each."""
+    from itertools import combinations
+
+    g, w, features = gram.double().numpy(), weight.double().numpy()[0], len(gram)
+    best = np.inf
+    for gone in combinations(range(features), go):
+        some = np.setdiff1d(np.arange(features), gone)
+        v = np.zeros(features)
+        v[some] = np.linalg.solve(g[np.ix_(some, some)], g[some] @ w)
+        best = min(best, (w - v) @ g @ (w - v))
+    return best
+
+
+def test_admm_is_near_the_best_of_all_masks():
+    ratios = []
+    for seed in range(6):
+        weight, gram = problem(out=1, features=8, seed=seed)
+        prepared = Prepared(gram)
+        solved = admm(weight, prepared, share=HALF)
+        polished = least_squares(weight, solved.keep, prepared, start=solved.weight, steps=30, damping=0)
+        ratios.append(row_errors(weight, polished.weight, gram).item() / best_mask_error(weight, gram, 4))
+    assert min(ratios) > 0.999
+    assert sorted(ratios)[3] < 1.5
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
+def test_scaling_all_inputs_changes_nothing(name, factor):
+    weight, gram = problem()
+    one, other = (METHODS[name](weight, Prepared(g), share=HALF) for g in (gram, gram * factor))
+    assert torch.equal(one.keep, other.keep)
+    torch.testing.assert_close(one.weight, other.weight)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("pattern", "group"), [("unstructured", "row"), ("2:4", "row")])
+def test_rows_are_solved_apart(monkeypatch, name, pattern, group):
+    """Their order changes nothing, nor does their number, nor the slice that they are solved in."""
+    weight, gram = problem()
+    prepared, order = Prepared(gram), torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    solve = METHODS[name]
+    whole = solve(weight, prepared, share=HALF, pattern=pattern, group=group)
+    mixed = solve(weight[order], prepared, share=HALF, pattern=pattern, group=group)
+    monkeypatch.setattr(solvers, "WEIGHTS_AT_A_TIME", 150)
+    sliced = solve(weight, prepared, share=HALF, pattern=pattern, group=group)
+    for other, expected in ((mixed, order), (sliced, torch.arange(12))):
+        assert torch.equal(other.keep, whole.keep[expected])
+        torch.testing.assert_close(other.weight, whole.weight[expected], rtol=1e-3, atol=1e-4)
+    few = least_squares(weight, whole.keep, prepared)
+    monkeypatch.undo()
+    torch.testing.assert_close(few.weight, least_squares(weight, whole.keep, prepared).weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("pattern", "group", "sparsity"), TARGETS)
+def test_equal_and_independent_features_make_sparsegpt_magnitude(pattern, group, sparsity):
+    weight, _ = problem()
+    solved = sparsegpt(weight, Prepared(3 * torch.eye(120)), share=Fraction(sparsity), pattern=pattern, group=group)
+    assert torch.equal(solved.keep, select(weight.abs(), share=Fraction(sparsity), pattern=pattern, group=group))
+    assert torch.equal(solved.weight, weight * solved.keep)
+    assert torch.equal(least_squares(weight, solved.keep, Prepared(torch.eye(120))).weight, weight * solved.keep)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_dead_features_go_first_and_keep_their_weights_where_they_stay(name):
+    weight, gram = problem()
+    dead = torch.tensor([3, 7, 11])
+    gram[dead] = 0
+    gram[:, dead] = 0
+    solved = METHODS[name](weight, Prepared(gram), share=HALF)
+    assert solved.dead == 3
+    assert not solved.keep[:, dead].any()
+    few = METHODS[name](weight, Prepared(gram), share=Fraction(1, 120))
+    assert torch.equal(few.weight[:, dead], (weight * few.keep)[:, dead])
+    assert few.keep[:, dead].sum() == 2 * 12
+    assert torch.equal(few.weight != 0, few.keep)
+    assert few.weight.isfinite().all()
+    kept = least_squares(weight, few.keep, Prepared(gram), damping=0)
+    assert torch.equal(kept.weight[:, dead], (weight * few.keep)[:, dead])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_input_of_zeros_leaves_the_weights(name):
+    weight, _ = problem()
+    solved = METHODS[name](weight, Prepared(torch.zeros(120, 120)), share=HALF)
+    assert solved.dead == 120
+    assert torch.equal(solved.weight, weight * solved.keep)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "least squares"])
+def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping(name):
+    weight, gram = problem()
+    root = gram.diagonal().sqrt()
+    gram = gram - 0.5 * torch.outer(root, root)  # one eigenvalue far below zero
+    prepared = Prepared(gram)
+    if name == "least squares":
+        solved = least_squares(weight, wanda(weight, gram), prepared, damping=0.001)
+    else:
+        solved = METHODS[name](weight, prepared, share=HALF, damping=0.001)
+    assert solved.raised
+    assert any(solved.damping == pytest.approx(0.001 * 10**power) for power in range(1, 9))
+    assert solved.weight.isfinite().all()
+
+
+def test_fewer_tokens_than_features_solve_without_raising():
+    weight, gram = problem(tokens=20)
+    for solved in every_method(weight, Prepared(gram), HALF, "unstructured", "row").values():
+        assert not solved.raised
+        assert solved.weight.isfinite().all()
+    zero = least_squares(weight, wanda(weight, gram), Prepared(gram), damping=0)
+    assert zero.weight.isfinite().all()
+
+
+def test_what_is_not_finite_is_refused():
+    gram = torch.eye(3)
+    gram[1, 2] = torch.inf
+    with pytest.raises(UserError, match=r"q_proj: values that are not finite, expected .*; the activations overflow"):
+        Prepared(gram, "q_proj")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", METHODS)
+def test_half_precision_weights_are_solved_in_float32(name, dtype):
+    weight, gram = problem()
+    weight = weight.to(dtype)
+    solved, exact = (METHODS[name](w, Prepared(gram), share=HALF) for w in (weight, weight.float()))
+    assert solved.weight.dtype == torch.float32
+    assert torch.equal(solved.weight, exact.weight)
+
+
+def test_a_factor_is_made_once_for_all_linears_of_an_input():
+    weight, gram = problem()
+    prepared = Prepared(gram)
+    factors = [prepared.inverse(0.1, 1.0), prepared.inverse_root(0.01), prepared.preconditioned(0.01)]
+    every_method(weight, prepared, HALF, "unstructured", "row")
+    assert factors == list(prepared._factors.values())
+
+
+def test_factors_are_what_they_are_named_after():
+    _, gram = problem()
+    prepared, g = Prepared(gram), gram.double()
+    damped = g + 0.01 * g.diagonal().mean() * torch.eye(120, dtype=torch.float64)
+    upper = prepared.inverse_root(0.01).matrix.double()
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(120, dtype=torch.float64), rtol=0, atol=1e-3)
+    inverse = prepared.inverse(0.1, 1.0)
+    scaled = g / inverse.scale / inverse.scale[:, None] + 1.1 * torch.eye(120, dtype=torch.float64)
+    torch.testing.assert_close(inverse.matrix.double() @ scaled, torch.eye(120, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 30, generator=generator).double()
+    change = torch.eye(30).double() + 0.1 * torch.randn(30, 30, generator=generator).double()
+    pruned = x @ change
+    weight = torch.randn(6, 30, generator=generator)
+    gram, cross = (pruned.T @ pruned).float(), (x.T @ pruned).float()
+    prepared = Prepared(gram)
+    exact = corrected_target(weight, prepared, cross, damping=0)
+    torch.testing.assert_close((pruned @ exact.double().T), x @ weight.double().T, rtol=0, atol=1e-3)
+    half = corrected_target(weight, prepared, cross, strength=0.5, damping=0)
+    torch.testing.assert_close(half, (weight + exact) / 2)
+    assert torch.equal(corrected_target(weight, prepared, prepared.gram), weight)
+    noisy = pruned + torch.randn(500, 30, generator=generator).double()
+    gram, cross = (noisy.T @ noisy), (x.T @ noisy)
+    unit = 0.1 * gram.diagonal().mean() * torch.eye(30, dtype=torch.float64)
+    expected = (weight.double() @ (cross + unit)) @ torch.linalg.inv(gram + unit)
+    found = corrected_target(weight, Prepared(gram.float()), cross.float(), damping=0.1)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
