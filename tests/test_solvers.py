@@ -230,7 +230,7 @@ def test_rows_are_solved_apart(monkeypatch, name, pattern, group):
     solve = METHODS[name]
     whole = solve(weight, prepared, share=HALF, pattern=pattern, group=group)
     mixed = solve(weight[order], prepared, share=HALF, pattern=pattern, group=group)
-    monkeypatch.setattr(solvers, "WEIGHTS_AT_A_TIME", 150)
+    monkeypatch.setattr(solvers, "ROWS_AT_A_TIME", 1)
     sliced = solve(weight, prepared, share=HALF, pattern=pattern, group=group)
     for other, expected in ((mixed, order), (sliced, torch.arange(12))):
         assert torch.equal(other.keep, whole.keep[expected])

@@ -44,7 +44,8 @@ def lsa(
     """Return LSA's shares: a part with a lower `greedy_error` keeps more. ICLR 2026.
 
     https://openreview.net/forum?id=xq3lza5IjN. With I = 1 − E / ΣE, scaled to [0, 2β], the share is s + mean(I) − I;
-    β is the spread, by the sparsity if not given. A block's E is the mean of its linears'. The paper's mean is over blocks, ours over weights.
+    β is the spread, by the sparsity if not given. A block's E is the mean of its linears'. In the paper the
+    shares' mean is over blocks, here over weights.
     """
     if spread is None:
         spread = next(spread for limit, spread in LSA_SPREAD if sparsity <= limit)
