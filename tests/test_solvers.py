@@ -355,3 +355,32 @@ def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
     expected = (weight.double() @ (cross + unit)) @ torch.linalg.inv(gram + unit)
     found = corrected_target(weight, Prepared(gram.float()), cross.float(), damping=0.1)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", ["row", "layer"])
+def test_sparsegpts_counts_are_exact_over_all_blocks_together(group):
+    """⌊16 · 0.37⌋ of each block would be too few."""
+    weight, gram = problem()
+    keep = sparsegpt(weight, Prepared(gram), share=Fraction("0.37"), group=group, block=16).keep
+    assert (~keep).sum() == (
+        12 * removed(120, Fraction("0.37")) if group == "row" else removed(12 * 120, Fraction("0.37"))
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_of_dead_features_that_stay_do_not_keep_a_row_from_improving(name):
+    weight, gram = problem()
+    dead = torch.arange(4, 8)
+    gram[dead] = 0
+    gram[:, dead] = 0
+    solved = METHODS[name](weight, Prepared(gram), share=HALF, pattern="2:4")
+    assert solved.unchanged == 0
+    assert torch.equal(solved.weight[:, dead], (weight * solved.keep)[:, dead])
+    assert (solved.keep[:, dead].sum(1) == 2).all()
+
+
+def test_a_matrix_without_a_factor_is_refused():
+    gram = torch.full((4, 4), -1e30)
+    gram.diagonal().fill_(1e-3)
+    with pytest.raises(UserError, match="Gram matrix: no factor at any damping"):
+        Prepared(gram).inverse_root(0.01)

@@ -20,6 +20,7 @@ from wanda_dvc.pruning.selection import keep_highest, keep_n_of_m, removed, sele
 
 ROWS_AT_A_TIME = 256  # a slice that a core's cache holds; an accelerator takes many more
 RAISE, FIRST_RAISE = 10, 1e-4  # how damping grows until G is positive definite; from 0 it grows to the second
+MOST_DAMPING = 1e6
 
 
 @dataclass(frozen=True)
@@ -258,14 +259,18 @@ def corrected_target(
 
 
 def _cholesky(matrix: Float[Tensor, "in in"], damping: float, unit: float) -> tuple[Float[Tensor, "in in"], float]:
-    """Return the lower factor of matrix + damping · unit · I, and the damping: raised until there is a factor."""
-    while True:
+    """Return the lower factor of matrix + damping · unit · I, and the damping: raised until there is a factor.
+
+    UserError where damping a million times the diagonal does not help.
+    """
+    while damping <= MOST_DAMPING:
         damped = matrix.clone()
         damped.diagonal().add_(damping * unit)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return lower, damping
         damping = max(RAISE * damping, FIRST_RAISE)
+    raise UserError("Gram matrix: no factor at any damping, expected sums of squares; calibrate again")
 
 
 def _conjugate_gradients(
