@@ -384,3 +384,11 @@ def test_a_matrix_without_a_factor_is_refused():
     gram.diagonal().fill_(1e-3)
     with pytest.raises(UserError, match="Gram matrix: no factor at any damping"):
         Prepared(gram).inverse_root(0.01)
+
+
+def test_the_corrected_target_leaves_the_weights_of_dead_features():
+    weight, gram = problem()
+    gram[3] = gram[:, 3] = 0
+    target = corrected_target(weight, Prepared(gram), 2 * gram)
+    assert torch.equal(target[:, 3], weight[:, 3])
+    assert (target[:, 4] != weight[:, 4]).all()
