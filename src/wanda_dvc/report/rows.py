@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ruamel.yaml import YAML
-
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.ran import read_lock, stale_stages
 from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten
 from wanda_dvc.study.times import Times
@@ -243,10 +242,9 @@ def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
         params = study.params
     except UserError as error:
         return str(error.problems[0])
-    lock = YAML(typ="safe", pure=True).load((folder / "dvc.lock").read_text(encoding="utf-8")) or {}
-    stages = lock.get("stages") or {}
+    stages = read_lock(folder)
     outs = {out["path"]: out for stage in stages.values() for out in stage.get("outs", [])}
-    notes, stale = [], stale_stages(stages, params)
+    notes, stale = [], stale_stages(stages, dict(flatten(params.model_dump(mode="json"))))
     dropped = {out["path"] for name in stale for out in stages[name].get("outs", [])}
     for path in list(_files(folder)):
         name = path.relative_to(folder).as_posix()
@@ -279,37 +277,6 @@ def _take_workspace(project: Project, study: Project) -> list[str]:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(path)
     return []
-
-
-def stale_stages(stages: Json, params: Params) -> set[str]:
-    """The stages of a dvc.lock that ran on other parameters, or on inputs that have been made again since."""
-    settings = dict(flatten(params.model_dump(mode="json")))
-    made = {out["path"]: (name, out.get("md5")) for name, stage in stages.items() for out in stage.get("outs", [])}
-    stale = set()
-    for name, stage in stages.items():  # in any order: the stages after them are found below
-        asked = dict(flatten((stage.get("params") or {}).get("params.yaml") or {}))
-        if any(key in settings and settings[key] != value for key, value in asked.items()):
-            stale.add(name)
-    waiting = True
-    while waiting:
-        waiting = False
-        for name, stage in stages.items():
-            for dep in stage.get("deps", []):
-                maker = _maker(dep["path"], made)
-                if maker is None or name in stale:
-                    continue
-                whole = made.get(dep["path"])
-                if maker in stale or (whole and whole[1] != dep.get("md5")):
-                    stale.add(name)
-                    waiting = True
-    return stale
-
-
-def _maker(path: str, made: dict[str, tuple[str, Any]]) -> str | None:
-    for out, (name, _) in made.items():
-        if path == out or path.startswith(f"{out}/"):
-            return name
-    return None
 
 
 def identity(row: Row) -> str:

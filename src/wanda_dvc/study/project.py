@@ -44,9 +44,13 @@ class Project:
 
     def limited_to(self, settings: Collection[str]) -> "Project":
         """Return the same project with `params` that show some settings, and `runtime`, and no others."""
-        limited = Project(self.root)
-        limited.__dict__["params"] = limit(self.params, settings)
-        return limited
+        return self.with_params(limit(self.params, settings))
+
+    def with_params(self, params: Params) -> "Project":
+        """Return the same project with other settings than those of its `params.yaml`."""
+        other = Project(self.root)
+        other.__dict__["params"] = params
+        return other
 
     def model(self, which: str) -> Path:
         """Return the folder of the `dense` or the `pruned` model."""

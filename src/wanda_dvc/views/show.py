@@ -10,6 +10,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
+from wanda_dvc.study.ran import Ran
 from wanda_dvc.study.tensors import block_count, read_stats
 
 if TYPE_CHECKING:
@@ -20,9 +21,22 @@ HEADERS = ["", "dense", "pruned", "pruned / dense"]
 
 def show(*, project: Project) -> str:
     """The last results, dense beside pruned, and what they are results of."""
-    parts = [_title(project), tabulate(comparison(project), HEADERS, tablefmt="github")]
-    parts += [*_footnotes(project), _times(project)]
+    ran = Ran.of(project)
+    made = project.with_params(ran.params)
+    parts = [_title(made), staleness(ran), tabulate(comparison(made), HEADERS, tablefmt="github")]
+    parts += [*_footnotes(made), _times(made)]
     return "\n\n".join(part for part in parts if part)
+
+
+def staleness(ran: Ran) -> str:
+    """Say which settings have not run and which stages are stale; nothing where the results are those asked for."""
+    lines = []
+    if ran.unmet:
+        asked = ", ".join(f"{name}={value}" for name, value in ran.unmet.items())
+        lines.append(f"params.yaml asks for {asked}, which has not run: `dvc repro` runs it.")
+    if ran.stale:
+        lines.append(f"Stale: {', '.join(ran.stale)}.")
+    return "\n".join(lines)
 
 
 def comparison(project: Project) -> list[list[str]]:
@@ -55,11 +69,10 @@ def comparison(project: Project) -> list[list[str]]:
 
 
 def _title(project: Project) -> str:
-    """What the masks at hand were made by, and where the workspace is not all of one experiment."""
-    params = project.params
+    """What the masks at hand were made by, and where models/pruned is not of them."""
     masks = _load(project.masks / PROVENANCE)
     if not masks:
-        return f"{params.model}: no masks yet; `dvc repro` makes them."
+        return f"{project.params.model}: no masks yet; `dvc repro` makes them."
     made = masks["params"]
     group = f", group {made['group']}" if made["pattern"] == "unstructured" else ""
     if made["propagation"] == "pruned":
@@ -67,10 +80,6 @@ def _title(project: Project) -> str:
     lines = [
         f"{masks['model']['source']}: {made['method']}, sparsity {made['sparsity']:g}, pattern {made['pattern']}{group}"
     ]
-    wanted = {name: getattr(params, name) for name in made}
-    if made != wanted:
-        changed = ", ".join(f"{name}={wanted[name]}" for name in made if made[name] != wanted[name])
-        lines.append(f"params.yaml asks for {changed}, which has not run: `dvc repro` runs it.")
     pruned = _load(project.model("pruned") / PROVENANCE)
     if not pruned:
         lines.append("models/pruned is not there (it is not cached): `dvc repro` makes it.")
