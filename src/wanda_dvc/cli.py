@@ -124,6 +124,17 @@ def show() -> None:
     typer.echo(table(project=Project.find()))
 
 
+@app.command("list", rich_help_panel=RESULT_PANEL)
+def list_experiments(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the experiments: state, change of settings, perplexity and mean accuracy."""
+    from wanda_dvc.study.project import Project
+    from wanda_dvc.views.experiments import experiments
+
+    typer.echo(experiments(project=Project.find(), as_json=as_json))
+
+
 @app.command(rich_help_panel=RESULT_PANEL)
 def stats(  # noqa: PLR0913, PLR0917 - the options of the command
     layer: Annotated[int | None, typer.Option("--layer", help="Only this block, counted from 0.")] = None,

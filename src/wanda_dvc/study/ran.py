@@ -60,11 +60,15 @@ class Ran:
 
 
 def read_lock(root: Path) -> Json:
-    """Return the stages of a `dvc.lock`; {} where there is none."""
+    """Return the stages of a study's `dvc.lock`; {} where there is none."""
     path = root / LOCK
-    content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    stages: Json = (content or {}).get("stages") or {}
-    return stages
+    return load_lock(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def load_lock(text: str) -> Json:
+    """Return the stages of a `dvc.lock` that is read already."""
+    content: Json = YAML(typ="safe", pure=True).load(text) or {}
+    return content.get("stages") or {}
 
 
 def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:

@@ -44,7 +44,7 @@ def comparison(project: Project) -> list[list[str]]:
     params = project.params
     rows = []
     dense, pruned = (_load(project.metrics(model, "perplexity")).get("perplexity") for model in MODELS)
-    rows.append(["perplexity", _number(dense), _number(pruned), _ratio(dense, pruned)])
+    rows.append(["perplexity", number(dense), number(pruned), _ratio(dense, pruned)])
     accuracies: dict[str, list[float]] = {model: [] for model in MODELS}
     for task in params.tasks.names:
         both = [_load(project.metrics(model, f"zero_shot/{task}")) for model in MODELS]
@@ -224,7 +224,8 @@ def _load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _number(value: float | str | None) -> str:
+def number(value: float | str | None) -> str:
+    """Spell a perplexity; a dash where there is none."""
     if value is None:
         return "–"
     return value if isinstance(value, str) else f"{value:,.2f}"
