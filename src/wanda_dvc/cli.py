@@ -253,6 +253,17 @@ def doctor() -> None:
         raise typer.Exit(2)
 
 
+@app.command(rich_help_panel=STUDY_PANEL)
+def clean(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list it.")] = False,
+) -> None:
+    """Remove what failed runs left behind: work folders, locks' files, checkouts of killed experiments."""
+    from wanda_dvc.study.project import Project
+    from wanda_dvc.views.leftovers import clean as remove
+
+    typer.echo(remove(project=Project.find(), dry_run=dry_run))
+
+
 def _one_of(what: str, given: str | None, known: tuple[str, ...]) -> None:
     if given not in known:
         raise UserError(f"{what}: got {given}, expected {', '.join(known)}")
