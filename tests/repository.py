@@ -27,7 +27,7 @@ class Repository:
         repository.run("git", "config", "user.name", "test")
         repository.run("git", "config", "user.email", "test@example.org")
         repository.run("dvc", "init", "--quiet")
-        for name in (".dvc/config", "dvc.yaml", ".gitignore"):
+        for name in (".dvc/config", "dvc.yaml", ".gitignore", ".dvcignore"):
             shutil.copyfile(ROOT / name, root / name)
         write_params(root, model)
         return repository
@@ -43,9 +43,13 @@ class Repository:
 
     def repro(self, **changes: object) -> set[str]:
         """Change parameters, reproduce; the stages whose commands ran."""
+        return self.repro_up_to(**changes)
+
+    def repro_up_to(self, *targets: str, **changes: object) -> set[str]:
+        """The same for some stages and those before them."""
         if changes:
             write_params(self.root, self.model, **changes)
-        return ran(self.run("dvc", "repro"))
+        return ran(self.run("dvc", "repro", *targets))
 
     def commit(self) -> None:
         """Commit all that git does not ignore."""

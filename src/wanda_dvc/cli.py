@@ -80,7 +80,7 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
     with stoppable(label):
         announce(project=project, stage=name, part=part)
         with timed(project, stage, part, task):
-            if not stage.network:
+            if stage.computes:
                 import torch
 
                 torch.set_num_threads(project.params.runtime.threads or os.cpu_count() or 1)

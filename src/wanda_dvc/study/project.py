@@ -57,6 +57,10 @@ class Project:
         """Return the folder of the `dense` or the `pruned` model."""
         return self.root / "models" / which
 
+    def source(self, part: str) -> Path:
+        """Return the link to a part's local source, or the note that it has none."""
+        return self.root / "sources" / part
+
     def data(self, part: str) -> Path:
         """Return the folder of `calibration`, `perplexity` or `tasks`."""
         return self.root / "data" / part

@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import MODELS, times
+from wanda_dvc.study.local import changed_sources
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.ran import Ran
@@ -23,7 +24,12 @@ def show(*, project: Project) -> str:
     """The last results, dense beside pruned, and what they are results of."""
     ran = Ran.of(project)
     made = project.with_params(ran.params)
-    parts = [_title(made), staleness(ran), tabulate(comparison(made), HEADERS, tablefmt="github")]
+    parts = [
+        _title(made),
+        staleness(ran),
+        "\n".join(changed_sources(project)),
+        tabulate(comparison(made), HEADERS, tablefmt="github"),
+    ]
     parts += [*_footnotes(made), _times(made)]
     return "\n\n".join(part for part in parts if part)
 
