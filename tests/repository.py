@@ -34,9 +34,7 @@ class Repository:
 
     def run(self, *words: str, check: bool = True) -> str:
         """Run a command; its stdout and stderr."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore"}
-        environment.pop("DVC_ROOT", None)
+        environment = command_environment()
         done = subprocess.run(words, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -59,6 +57,14 @@ class Repository:
     def cached(self) -> int:
         """Bytes in the cache."""
         return sum(path.stat().st_size for path in (self.root / ".dvc/cache").rglob("*") if path.is_file())
+
+
+def command_environment() -> dict[str, str]:
+    """The environment of a command that a user would run."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore"}
+    environment.pop("DVC_ROOT", None)
+    return environment
 
 
 def ran(output: str) -> set[str]:
