@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from wanda_dvc import __version__
+from wanda_dvc.engine.costs import DEVICES
 from wanda_dvc.errors import UserError, explain, fixable, notice
 from wanda_dvc.export.formats import DEFAULT as DEFAULT_FORMAT
 from wanda_dvc.export.formats import FORMATS
@@ -145,7 +146,10 @@ def stats(  # noqa: PLR0913, PLR0917 - the options of the command
     recurring: Annotated[
         bool, typer.Option("--recurring", help="Features that are outliers in several blocks.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the norms and outliers into this PNG.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw the norms and outliers into this PNG; with --layer those of one block."),
+    ] = None,
     compare: Annotated[
         str | None,
         typer.Option("--compare", help="Compare with the statistics of an experiment, a commit or a directory."),
@@ -158,12 +162,13 @@ def stats(  # noqa: PLR0913, PLR0917 - the options of the command
     from wanda_dvc.views.show import check_stats
     from wanda_dvc.views.show import stats as table
 
-    if sum((layer is not None or linear is not None, recurring, plot is not None, compare is not None)) > 1:
-        raise typer.BadParameter("one of --recurring, --plot, --compare, or --layer and --linear")
+    of_one_block = plot is None and layer is not None
+    if sum((of_one_block or linear is not None, recurring, plot is not None, compare is not None)) > 1:
+        raise typer.BadParameter("one of --recurring, --plot (and --layer), --compare, or --layer and --linear")
     project = Project.find()
     check_stats(project)
     if plot is not None:
-        typer.echo(norms.plot(folder=project.stats, target=plot))
+        typer.echo(norms.plot(folder=project.stats, target=plot, layer=layer))
     elif compare is not None:
         typer.echo(norms.compare(project=project, other=compare, as_json=as_json))
     elif recurring:
@@ -229,7 +234,7 @@ def cost(
     config: Annotated[
         Path | None, typer.Argument(help="A config.json or a directory with one; by default the project's model.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu (this one, measured), l40s or h100.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help=f"cpu (this one, measured), {', '.join(DEVICES)}.")] = "cpu",
     dtype: Annotated[str | None, typer.Option("--dtype", help="Instead of params.yaml's.")] = None,
     windows: Annotated[
         int | None, typer.Option("--windows", help="Number of windows, for calibration and perplexity.")

@@ -142,8 +142,8 @@ def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | N
     """The input norms of every distinct input, of one block or of all, or of one linear: as a table, or as JSON."""
     read_provenance(project.stats, "calibrate")
     blocks = block_count(project.stats, "calibrate")
-    if layer is not None and not 0 <= layer < blocks:
-        raise UserError(f"--layer: got {layer}, expected 0 to {blocks - 1}: the model has {blocks} blocks")
+    if layer is not None:
+        check_layer(project.stats, layer)
     _belongs(project)
     records = []
     for block in range(blocks) if layer is None else [layer]:
@@ -179,6 +179,13 @@ def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | N
         "largest features (index: norm)",
     ]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def check_layer(folder: Path, layer: int) -> None:
+    """UserError if there are no statistics of that block."""
+    blocks = block_count(folder, "calibrate")
+    if not 0 <= layer < blocks:
+        raise UserError(f"--layer: got {layer}, expected 0 to {blocks - 1}: the model has {blocks} blocks")
 
 
 def check_stats(project: Project) -> None:
