@@ -173,7 +173,8 @@ class Studies:
         self.runner.run("git", "init", "-q", cwd=folder)
         self.runner.run("dvc", "init", "-q", cwd=folder)
         shutil.copyfile(ROOT / ".dvc/config", folder / ".dvc/config")
-        shutil.copyfile(ROOT / ".gitignore", folder / ".gitignore")
+        for name in (".gitignore", ".dvcignore"):
+            shutil.copyfile(ROOT / name, folder / name)
         (folder / "ready").touch()
         return folder
 

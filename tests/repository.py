@@ -27,25 +27,27 @@ class Repository:
         repository.run("git", "config", "user.name", "test")
         repository.run("git", "config", "user.email", "test@example.org")
         repository.run("dvc", "init", "--quiet")
-        for name in (".dvc/config", "dvc.yaml", ".gitignore"):
+        for name in (".dvc/config", "dvc.yaml", ".gitignore", ".dvcignore"):
             shutil.copyfile(ROOT / name, root / name)
         write_params(root, model)
         return repository
 
     def run(self, *words: str, check: bool = True) -> str:
         """Run a command; its stdout and stderr."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore"}
-        environment.pop("DVC_ROOT", None)
+        environment = command_environment()
         done = subprocess.run(words, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     def repro(self, **changes: object) -> set[str]:
         """Change parameters, reproduce; the stages whose commands ran."""
+        return self.repro_up_to(**changes)
+
+    def repro_up_to(self, *targets: str, **changes: object) -> set[str]:
+        """The same for some stages and those before them."""
         if changes:
             write_params(self.root, self.model, **changes)
-        return ran(self.run("dvc", "repro"))
+        return ran(self.run("dvc", "repro", *targets))
 
     def commit(self) -> None:
         """Commit all that git does not ignore."""
@@ -55,6 +57,14 @@ class Repository:
     def cached(self) -> int:
         """Bytes in the cache."""
         return sum(path.stat().st_size for path in (self.root / ".dvc/cache").rglob("*") if path.is_file())
+
+
+def command_environment() -> dict[str, str]:
+    """The environment of a command that a user would run."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore"}
+    environment.pop("DVC_ROOT", None)
+    return environment
 
 
 def ran(output: str) -> set[str]:

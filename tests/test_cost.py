@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
-from wanda_dvc.engine.costs import CPU_EFFICIENCY, HOST, Device, Setting, work
+from wanda_dvc.engine.costs import CPU_EFFICIENCY, DEVICES, HOST, Device, Setting, work
 from wanda_dvc.engine.sizes import choosing, sizes, walking, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
@@ -41,6 +41,23 @@ def test_flops_are_those_that_torch_counts(tmp_path: Path):
     rotary = counter.get_flop_counts()["Global"][torch.ops.aten.bmm] - 2 * causal_half  # the angles of the positions
     assert 0 <= rotary < 0.001 * causal_half + 64 * 64
     assert counter.get_total_flops() - rotary == through.flops(3, 64, logits=3 * 64) + causal_half
+
+
+def test_a_small_models_parameters_are_not_nothing(tmp_path: Path):
+    write_params(tmp_path, CONFIGS)
+    folder = save_tiny_model(tmp_path / "tiny")
+    table = cost.cost(start=tmp_path, config=folder)
+    count = sizes(folder).parameters
+    assert f"{count / 1e3:.2f} k parameters" in table
+    assert " 0.00 " not in table
+    assert "134.52 M parameters" in cost.cost(start=tmp_path, config=CONFIGS / "smollm2-135m.json")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_has_an_estimate(tmp_path: Path, device: str):
+    write_params(tmp_path, CONFIGS)
+    table = cost.cost(start=tmp_path, config=CONFIGS / "llama-2-7b.json", device=device, dtype="float16")
+    assert f"{DEVICES[device].name}: " in table
 
 
 @pytest.mark.parametrize(
@@ -116,7 +133,7 @@ def test_in_a_project_it_is_the_projects_model_and_settings(
 
 
 def test_a_device_that_is_not_known(tmp_path: Path, tiny: Path):
-    with pytest.raises(UserError, match="--device: got abacus, expected cpu, l40s, h100"):
+    with pytest.raises(UserError, match="--device: got abacus, expected cpu, l40s, h100, h200"):
         cost.cost(start=tmp_path, config=tiny, device="abacus")
     with pytest.raises(UserError, match="no project here; name a config.json"):
         cost.cost(start=tmp_path)

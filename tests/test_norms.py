@@ -3,16 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.report import charts
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import FORMAT
-from wanda_dvc.study.tensors import seal, write_stats
+from wanda_dvc.study.provenance import FORMAT, read_provenance
+from wanda_dvc.study.tensors import read_stats, seal, write_stats
+from wanda_dvc.views import norms as views
 
 ATTENTION, MLP = ["q_proj", "k_proj"], ["up_proj"]
 
@@ -164,6 +168,35 @@ def test_a_picture_is_a_png(study: Project, tmp_path: Path):
     assert (tmp_path / "pictures/norms.png").read_bytes().startswith(b"\x89PNG\r\n")
     with pytest.raises(UserError, match=r"expected a name that ends in \.png"):
         stats("--plot", "norms.jpg")
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_a_picture_says_whose_norms_it_shows_and_what_an_outlier_is(
+    study: Project, monkeypatch: pytest.MonkeyPatch, layer: int | None
+):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(charts, "png", lambda figure, _: drawn.append(figure))
+    views.plot(folder=study.stats, target=study.root / "norms.png", layer=layer)
+    (figure,) = drawn
+    title = figure.get_suptitle()
+    assert read_provenance(study.stats, "calibrate")["model"]["source"] in title
+    assert "outlier: a feature of more than 6 times the median norm of its input" in title
+    assert ("of block 1" in title) == (layer == 1)
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert len(shown) == (len(read_stats(study.stats, 0).inputs) * (2 if layer is None else 1))
+
+
+def test_a_picture_of_a_block_marks_its_outliers():
+    figure = charts.block_norms([("q_proj", [1.0, 2.0, 3.0, 30.0])], 6)
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert np.asarray(lines["outlier"].get_xdata()).tolist() == [3]
+    assert np.asarray(lines["feature"].get_xdata()).tolist() == [0, 1, 2]
+    assert np.asarray(lines["6 × median"].get_ydata()).tolist() == [15, 15]
+
+
+def test_a_picture_of_no_block_is_refused(study: Project):
+    with pytest.raises(UserError, match="--layer: got 9, expected 0 to 2: the model has 3 blocks"):
+        views.plot(folder=study.stats, target=study.root / "norms.png", layer=9)
 
 
 def test_one_view_at_a_time(study: Project):

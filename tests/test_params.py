@@ -62,6 +62,22 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
             "params.yaml: calibration.text.source: got org/prose@v1, expected org/prose, and its revision in "
             "calibration.text.revision",
         ),
+        (
+            {"calibration__text__source": "/data/a.txt", "calibration__text__split": "train"},
+            "params.yaml: calibration.text.split: got train, expected null: /data/a.txt is a file and has none",
+        ),
+        (
+            {"perplexity__text__source": "/data/a.jsonl", "perplexity__text__config": "x"},
+            "params.yaml: perplexity.text.config: got x, expected null: /data/a.jsonl is a file and has none",
+        ),
+        (
+            {"perplexity__text__source": "/data/a.txt", "perplexity__text__revision": "main"},
+            "params.yaml: perplexity.text.revision: got main, expected null: /data/a.txt is a file and has none",
+        ),
+        (
+            {"perplexity__text__source": "org/prose", "perplexity__text__split": None},
+            "params.yaml: perplexity.text.split: got None, expected one of the splits of org/prose",
+        ),
         ({"perplexity__rest": "some"}, "params.yaml: perplexity.rest: got some, expected dropped or kept"),
         ({"tasks__names": ["piqa", "piqa"]}, "params.yaml: tasks.names: got piqa, expected each task once"),
     ],

@@ -15,7 +15,7 @@ DOWNLOADS = {"download@model", "download@calibration", "download@perplexity", "d
 PRUNE = {"mask", "apply"}
 EVALUATE = {"perplexity@pruned", "zero-shot@pruned-piqa"}
 BASELINE = {"perplexity@dense", "zero-shot@dense-piqa"}
-ALL = DOWNLOADS | {"calibrate"} | PRUNE | EVALUATE | BASELINE
+ALL = {"locate"} | DOWNLOADS | {"calibrate"} | PRUNE | EVALUATE | BASELINE
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,20 @@ def test_coming_back_to_a_sparsity_runs_apply_alone_and_caches_no_model(reposito
     assert repository.repro(sparsity=0.5) == {"apply"}
     assert json.loads((repository.root / "metrics/pruned/perplexity.json").read_text()) == first
     assert repository.repro() == set()
+
+
+def test_a_clone_without_the_cache_calibrates_once_for_a_queue_of_two(start: Repository, tmp_path: Path):
+    """The first experiment makes what the lock names and nobody has; the second takes it from the cache."""
+    start.run("git", "clone", "--quiet", str(start.root), str(tmp_path / "clone"))
+    clone = Repository(tmp_path / "clone", start.model)
+    names = ("first", "second")
+    for name, sparsity in zip(names, (0.3, 0.7), strict=True):
+        clone.run("dvc", "exp", "run", "--queue", "--name", name, "--set-param", f"sparsity={sparsity}")
+    clone.run("dvc", "queue", "start")
+    clone.run("dvc", "exp", "run", "--run-all")
+    first, second = (ran(clone.run("dvc", "queue", "logs", name)) for name in names)
+    assert first == ALL
+    assert second == {"locate"} | PRUNE | EVALUATE
 
 
 def test_a_stage_of_another_version_is_refused(repository: Repository):

@@ -24,7 +24,6 @@ from scipy import stats
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import read_params
 from wanda_dvc.report import inference, report
 from wanda_dvc.report.chapters import content
 from wanda_dvc.report.chapters.size import stored_bytes
@@ -33,7 +32,7 @@ from wanda_dvc.report.charts import Point, accuracies, curves, svg, times
 from wanda_dvc.report.measures import paired_mean
 from wanda_dvc.report.pages import Content, Picture, Table, as_html, as_markdown
 from wanda_dvc.report.published import sources
-from wanda_dvc.report.rows import Collected, Note, Row, Unfinished, identity, peak_memory, stale_stages
+from wanda_dvc.report.rows import Collected, Note, Row, Unfinished, identity, peak_memory
 from wanda_dvc.report.runs import runs
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import write_csv, write_json
@@ -158,32 +157,6 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
     assert matches(perplexity__length=1024) == set()
     assert matches(model="/data/Llama-2-7b-hf") == {5.114, 6.415}
     assert matches(model="meta-llama/Llama-2-13b-hf") == set()
-
-
-def test_what_ran_on_other_parameters_is_stale_and_so_is_what_follows(tmp_path: Path):
-    write_params(tmp_path, tmp_path)
-    params = read_params(tmp_path / "params.yaml")
-
-    def stage(out: str, dep: str | None = None, **asked: object) -> dict[str, Any]:
-        deps = [{"path": dep, "md5": dep}] if dep else []
-        return {"deps": deps, "params": {"params.yaml": asked}, "outs": [{"path": out, "md5": out}]}
-
-    stages = {
-        "perplexity": stage("metrics/pruned/perplexity.json", "models/pruned"),
-        "apply": stage("models/pruned", "masks"),
-        "mask": stage("masks", "stats", sparsity=0.5),
-        "calibrate": stage("stats", dtype="float32"),
-        "zero-shot": stage("metrics/dense/zero_shot/piqa.json", "data/tasks/piqa"),
-    }
-    assert stale_stages(stages, params) == set()
-    assert stale_stages(stages | {"mask": stage("masks", "stats", sparsity=0.7)}, params) == {
-        "mask",
-        "apply",
-        "perplexity",
-    }
-    anew = stage("models/pruned", "masks")
-    anew["outs"][0]["md5"] = "other"
-    assert stale_stages(stages | {"apply": anew}, params) == {"perplexity"}
 
 
 @pytest.mark.parametrize(("pattern", "places"), [("unstructured", 4096), ("2:4", 2048 * 2), ("4:8", 2048 * 3)])

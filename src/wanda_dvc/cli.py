@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from wanda_dvc import __version__
+from wanda_dvc.engine.costs import DEVICES
 from wanda_dvc.errors import UserError, explain, fixable, notice
 from wanda_dvc.export.formats import DEFAULT as DEFAULT_FORMAT
 from wanda_dvc.export.formats import FORMATS
@@ -80,7 +81,7 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
     with stoppable(label):
         announce(project=project, stage=name, part=part)
         with timed(project, stage, part, task):
-            if not stage.network:
+            if stage.computes:
                 import torch
 
                 torch.set_num_threads(project.params.runtime.threads or os.cpu_count() or 1)
@@ -124,6 +125,17 @@ def show() -> None:
     typer.echo(table(project=Project.find()))
 
 
+@app.command("list", rich_help_panel=RESULT_PANEL)
+def list_experiments(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the experiments: state, change of settings, perplexity and mean accuracy."""
+    from wanda_dvc.study.project import Project
+    from wanda_dvc.views.experiments import experiments
+
+    typer.echo(experiments(project=Project.find(), as_json=as_json))
+
+
 @app.command(rich_help_panel=RESULT_PANEL)
 def stats(  # noqa: PLR0913, PLR0917 - the options of the command
     layer: Annotated[int | None, typer.Option("--layer", help="Only this block, counted from 0.")] = None,
@@ -134,7 +146,10 @@ def stats(  # noqa: PLR0913, PLR0917 - the options of the command
     recurring: Annotated[
         bool, typer.Option("--recurring", help="Features that are outliers in several blocks.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the norms and outliers into this PNG.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw the norms and outliers into this PNG; with --layer those of one block."),
+    ] = None,
     compare: Annotated[
         str | None,
         typer.Option("--compare", help="Compare with the statistics of an experiment, a commit or a directory."),
@@ -147,12 +162,13 @@ def stats(  # noqa: PLR0913, PLR0917 - the options of the command
     from wanda_dvc.views.show import check_stats
     from wanda_dvc.views.show import stats as table
 
-    if sum((layer is not None or linear is not None, recurring, plot is not None, compare is not None)) > 1:
-        raise typer.BadParameter("one of --recurring, --plot, --compare, or --layer and --linear")
+    of_one_block = plot is None and layer is not None
+    if sum((of_one_block or linear is not None, recurring, plot is not None, compare is not None)) > 1:
+        raise typer.BadParameter("one of --recurring, --plot (and --layer), --compare, or --layer and --linear")
     project = Project.find()
     check_stats(project)
     if plot is not None:
-        typer.echo(norms.plot(folder=project.stats, target=plot))
+        typer.echo(norms.plot(folder=project.stats, target=plot, layer=layer))
     elif compare is not None:
         typer.echo(norms.compare(project=project, other=compare, as_json=as_json))
     elif recurring:
@@ -218,7 +234,7 @@ def cost(
     config: Annotated[
         Path | None, typer.Argument(help="A config.json or a directory with one; by default the project's model.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu (this one, measured), l40s or h100.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help=f"cpu (this one, measured), {', '.join(DEVICES)}.")] = "cpu",
     dtype: Annotated[str | None, typer.Option("--dtype", help="Instead of params.yaml's.")] = None,
     windows: Annotated[
         int | None, typer.Option("--windows", help="Number of windows, for calibration and perplexity.")
@@ -240,6 +256,17 @@ def doctor() -> None:
     typer.echo(table)
     if not well:
         raise typer.Exit(2)
+
+
+@app.command(rich_help_panel=STUDY_PANEL)
+def clean(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list it.")] = False,
+) -> None:
+    """Remove what failed runs left behind: work folders, locks' files, checkouts of killed experiments."""
+    from wanda_dvc.study.project import Project
+    from wanda_dvc.views.leftovers import clean as remove
+
+    typer.echo(remove(project=Project.find(), dry_run=dry_run))
 
 
 def _one_of(what: str, given: str | None, known: tuple[str, ...]) -> None:

@@ -48,10 +48,10 @@ class Text(_Section):
         description="commit, tag or branch of a data set on the Hub; null: its main branch, or a named text's own. A "
         "branch is resolved when the text is fetched; only a commit always names the same text",
     )
-    split: str = Field(
+    split: str | None = Field(
         min_length=1,
         description="split of `embedded` (train, test) or of a data set; of `c4` (train, validation) the first shard "
-        "is taken",
+        "is taken; null for a local file",
     )
     column: str = Field(
         "text",
@@ -223,6 +223,8 @@ def _text_conflicts(  # noqa: C901 - a case for each kind of source
         if text.column not in ("text", named.column):
             yield _problem(f"{name}.text.column", text.column, f"{named.column}, the text of {text.source}")
     elif HUB_ID.fullmatch(text.source):
+        if text.split is None:
+            yield _problem(f"{name}.text.split", text.split, f"one of the splits of {text.source}")
         if "@" in text.source:
             expected = f"{text.source.partition('@')[0]}, and its revision in {name}.text.revision"
             yield _problem(f"{name}.text.source", text.source, expected)
@@ -231,6 +233,14 @@ def _text_conflicts(  # noqa: C901 - a case for each kind of source
         yield _problem(f"{name}.text.source", text.source, expected)
     elif Path(text.source).suffix not in (".txt", ".jsonl"):
         yield _problem(f"{name}.text.source", text.source, "a file that ends in .txt or .jsonl")
+    else:
+        yield from _file_conflicts(name, text)
+
+
+def _file_conflicts(name: str, text: Text) -> Iterator[str]:
+    for setting in ("config", "revision", "split"):
+        if (value := getattr(text, setting)) is not None:
+            yield _problem(f"{name}.text.{setting}", value, f"null: {text.source} is a file and has none")
 
 
 def read_params(path: Path) -> Params:

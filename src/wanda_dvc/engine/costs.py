@@ -24,11 +24,16 @@ class Device:
 
 
 # An L40S reached 41 % of its peak in the reproduction study's perplexity of LLaMA-2-7B (32 s for 341,000 tokens in
-# windows of 4,096, float16); for an H100 the same share is assumed. The CPU's is that of calibrate and perplexity on
+# windows of 4,096, float16); for the others the same share is assumed. The CPU's is that of calibrate and perplexity on
 # SmolLM2-135M (docs/experiments.md).
 DEVICES = {
     "l40s": Device("NVIDIA L40S", {"float32": 91.6e12, "bfloat16": 362e12, "float16": 362e12}, 864e9, 32e9, 0.41),
     "h100": Device("NVIDIA H100 SXM", {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12}, 3.35e12, 64e9, 0.41),
+    "h200": Device("NVIDIA H200 SXM", {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12}, 4.8e12, 64e9, 0.41),
+    "a100": Device("NVIDIA A100 80 GB", {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12}, 2e12, 32e9, 0.41),
+    "a10": Device("NVIDIA A10", {"float32": 31.2e12, "bfloat16": 125e12, "float16": 125e12}, 600e9, 32e9, 0.41),
+    "l4": Device("NVIDIA L4", {"float32": 30.3e12, "bfloat16": 121e12, "float16": 121e12}, 300e9, 32e9, 0.41),
+    "rtx4090": Device("RTX 4090", {"float32": 82.6e12, "bfloat16": 165e12, "float16": 165e12}, 1008e9, 32e9, 0.41),
 }
 CPU_EFFICIENCY = 0.83
 

@@ -16,7 +16,9 @@ from wanda_dvc.stages.apply import check_masks
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
+from wanda_dvc.study.ran import LOCK, Ran
 from wanda_dvc.study.revisions import Revision
+from wanda_dvc.views.show import staleness
 
 
 def export(*, project: Project, experiment: str | None, target: Path, format_name: str = DEFAULT) -> str:
@@ -38,11 +40,17 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
             _take_workspace(project, study)
         else:
             _take_experiment(project, study, experiment)
+        ran = Ran.of(study)
+        _check_whole(ran, experiment or "the workspace")
         measured = stored.write(study, work.out)
         _drop_metrics_of_others(study)
-        (work.out / "README.md").write_text(card(study, measured, stored), encoding="utf-8")
+        made = study.with_params(ran.params)
+        (work.out / "README.md").write_text(card(made, measured, stored, ran.torn), encoding="utf-8")
         work.publish(target)
-    return f"{target}: the pruned model of {experiment or 'the workspace'}; its card is README.md"
+    said = f"{target}: the pruned model of {experiment or 'the workspace'}; its card is README.md"
+    if ran.unmet:
+        said += f"\nThe model and its card are of the last run. {staleness(ran)}"
+    return said
 
 
 def experiment_and_directory(project: Project, words: list[str]) -> tuple[str | None, Path]:
@@ -69,6 +77,16 @@ def _check_target(target: Path) -> None:
         )
 
 
+def _check_whole(ran: Ran, what: str) -> None:
+    """Raise UserError where the masks are of inputs that have been made again since: no settings describe them."""
+    if "mask" in ran.torn:
+        before = ", ".join(name for name in ran.torn if name.startswith(("calibrate", "mask")))
+        raise UserError(
+            f"{what}: dvc.lock: {before} ran on inputs that have been made again since, expected masks of the model "
+            "and statistics at hand; run `dvc repro`"
+        )
+
+
 # --- the parts of an experiment, in a folder laid out like a project ---
 
 
@@ -78,7 +96,9 @@ def _take_workspace(project: Project, study: Project) -> None:
     study.model("dense").parent.mkdir()
     study.model("dense").symlink_to(project.model("dense"))
     study.masks.symlink_to(project.masks)
-    shutil.copyfile(project.root / "params.yaml", study.root / "params.yaml")
+    for name in ("params.yaml", LOCK):
+        if (project.root / name).is_file():
+            shutil.copyfile(project.root / name, study.root / name)
     if (project.root / "metrics").is_dir():
         shutil.copytree(project.root / "metrics", study.root / "metrics")
 
@@ -88,6 +108,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     revision = Revision.open(project, experiment, otherwise="`wanda-dvc export DIRECTORY` takes the workspace")
     if not revision.take_whole("params.yaml", study):
         raise UserError(f"{experiment}: no params.yaml, expected an experiment of this study")
+    revision.take_whole(LOCK, study)
     if not revision.take_whole("masks", study):
         raise UserError(
             f"{experiment}: its masks are not in DVC's cache, expected all of masks/; `dvc pull --all-commits` fetches "

@@ -1,6 +1,6 @@
 """The model card of an exported model, as the Hub reads it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
@@ -75,8 +75,11 @@ With wanda-dvc {version}, in a new study:
 {by_hand}"""
 
 
-def card(study: Project, measured: float, stored: Format) -> str:
-    """Return the card of a study's pruned model, which is stored in a format and has a measured sparsity."""
+def card(study: Project, measured: float, stored: Format, torn: Sequence[str] = ()) -> str:
+    """Return the card of a study's pruned model, which is stored in a format and has a measured sparsity.
+
+    The study's `params` are those that ran. The results of `torn` stages are of inputs made again since.
+    """
     from huggingface_hub import ModelCardData
 
     masks = read_provenance(study.masks, "mask")
@@ -99,7 +102,7 @@ def card(study: Project, measured: float, stored: Format) -> str:
         method=_cited(params["method"]),
         facts=tabulate(list(_facts(masks, dense, measured)), ["what", "value"], **TABLE),
         results=tabulate(comparison(study), HEADERS, **TABLE),
-        notes="\n".join(f"- {note}" for note in _notes(study)),
+        notes="\n".join(f"- {note}" for note in _notes(study, torn)),
         license=described,
         loading=stored.loading,
         limits=f"{stored.storage} {_speed(params['pattern'])}",
@@ -140,9 +143,11 @@ def _speed(pattern: str) -> str:
     return f"Speed from {pattern} needs hardware and kernels for that pattern; loading the model does not bring them."
 
 
-def _notes(study: Project) -> Iterator[str]:
+def _notes(study: Project, torn: Sequence[str]) -> Iterator[str]:
     """How to read the numbers."""
     params = study.params
+    if torn:
+        yield f"Stale when this card was written, because inputs had been made again: {', '.join(torn)}."
     protocols = [load_json(study.details(model, "perplexity")).get("protocol") for model in MODELS]
     if protocol := protocols[1] or protocols[0]:
         yield (

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -390,6 +391,34 @@ def norms(inputs: list[InputNorms]) -> "Figure":
         band, column = divmod(spare, columns)
         axes[2 * band, column].set_visible(False)
         axes[2 * band + 1, column].set_visible(False)
+    _legend(figure, axes.flat)
+    return figure
+
+
+def block_norms(inputs: list[tuple[str, list[float]]], times: float) -> "Figure":
+    """The norms of one block by feature, an axes for each distinct input; above `times` the median is an outlier."""
+    columns = min(2, len(inputs))
+    bands = -(-len(inputs) // columns)
+    figure, axes = _figure(bands, columns, height=0.6 + 2.2 * bands)
+    for ax, (label, norm) in zip(axes.flat, inputs, strict=False):
+        line = times * median(norm)
+        plain = [(feature, value) for feature, value in enumerate(norm) if value <= line]
+        hot = [(feature, value) for feature, value in enumerate(norm) if value > line]
+        for points, index, marker, name in ((plain, 0, ".", "feature"), (hot, 1, "^", "outlier")):
+            words = {"color": style(index).color, "marker": marker, "linestyle": "none", "markersize": 3.5}
+            ax.plot([feature for feature, _ in points], [value for _, value in points], label=name, **words)
+        for level, dash, name in ((median(norm), "-", "median"), (line, "--", f"{times:g} × median")):
+            ax.axhline(level, color=MUTED, linewidth=0.8, linestyle=dash, label=name)
+        if values := [value for value in [*norm, line] if value > 0]:
+            ax.set_ylim(min(values) / 1.4, max(values) * 1.4)
+            _plain_log(ax)
+        ax.set_title("\n".join(label.split(", ")[:3]), fontsize=9)
+        ax.set_xlabel("feature")
+        ax.xaxis.get_major_locator().set_params(integer=True, nbins=4)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("‖X‖₂, log scale")
+    for spare in list(axes.flat)[len(inputs) :]:
+        spare.set_visible(False)
     _legend(figure, axes.flat)
     return figure
 

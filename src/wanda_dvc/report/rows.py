@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ruamel.yaml import YAML
-
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.stages import MODELS, times
+from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, Kind, list_experiments
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.ran import read_lock, stale_stages
 from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten
 from wanda_dvc.study.times import Times
@@ -133,7 +133,7 @@ class Collected:
 class _Candidate(NamedTuple):
     rev: str  # `workspace`, or a commit
     name: str
-    kind: int  # in which order names are preferred: experiment, branch or tag, workspace, commit
+    kind: Kind
 
 
 def collect(*, project: Project, model: str | None, revs: list[str], work: Path) -> Collected:
@@ -149,7 +149,7 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
         shutil.rmtree(folder, ignore_errors=True)
         row = _row(project, candidate, folder)
         if isinstance(row, str):
-            if candidate.kind < 3:  # an old commit without results needs no note
+            if candidate.kind < Kind.COMMIT:  # an old commit without results needs no note
                 notes.append(Note(candidate.name, row))
             continue
         if model and model.lower() not in row.params.model.lower():
@@ -157,7 +157,7 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
         twin = rows.setdefault(identity(row), row)
         if twin is row:
             continue
-        if candidate.kind < 3 and row.name not in (twin.name, *twin.also):
+        if candidate.kind < Kind.COMMIT and row.name not in (twin.name, *twin.also):
             twin.also.append(row.name)
         if len(row.missing) < len(twin.missing):  # the same results with more of their details
             twin.study, twin.missing = row.study, row.missing
@@ -170,68 +170,23 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
 
 def _states(project: Project, revs: list[str]) -> tuple[list[_Candidate], list[Unfinished]]:
     """The revisions to read, and the experiments that have not finished or have failed."""
-    from dvc.exceptions import DvcException, NotDvcRepoError
-    from dvc.repo import Repo
-    from dvc.scm import NoSCM
-
-    try:
-        repo = Repo(str(project.root))
-    except NotDvcRepoError:
-        raise UserError(
-            f"{project.root}: no DVC repository, expected one with experiments; `wanda-dvc show` needs none"
-        ) from None
-    if isinstance(repo.scm, NoSCM):
-        raise UserError(f"{project.root}: no git repository, expected one with experiments; run `git init`")
-    with repo:
-        if revs:
-            opened = [(Revision.open(project, rev, otherwise="").files.repo.get_rev(), rev) for rev in revs]
-            return [_Candidate(commit, rev, 0) for commit, rev in opened], []
-        try:
-            states = repo.experiments.show(all_branches=True, all_tags=True, all_commits=True)
-        except DvcException as error:
-            raise UserError(
-                f"{project.root}: DVC can't list its experiments ({error}); look at `dvc exp show`"
-            ) from None
-        except OSError as error:  # DVC reads files of an experiment that never began
-            raise UserError(
-                f"{project.root}: DVC can't list its experiments ({error}); one that was killed may still count as "
-                "running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
-            ) from None
-        found: list[_Candidate] = []
-        unfinished: dict[str, Unfinished] = {}
-        for state in states:
-            name = state.name or (state.rev if state.rev == "workspace" else state.rev[:7])
-            kind = 2 if state.rev == "workspace" else 1 if state.name else 3
-            if kind < 3 or state.experiments:  # an older commit of a branch is no result of today
-                found.append(_Candidate(state.rev, name, kind))
-            base = _settings_of(state)
-            for experiment in state.experiments or []:
-                last = experiment.revs[0]
-                title = experiment.name or last.name or last.rev[:7]
-                running = experiment.executor.state if experiment.executor else "success"
-                if running in ("success", None) and last.data is not None:
-                    found.append(_Candidate(last.rev, title, 0))
-                else:
-                    state_name = running if running != "success" else f"unreadable: {last.error.msg}"
-                    unfinished[last.rev] = Unfinished(title, state_name, _changes(base, _settings_of(last)))
-    done = {candidate.rev for candidate in found}
-    return found, [one for rev, one in unfinished.items() if rev not in done]
-
-
-def _settings_of(state: Any) -> dict[str, Any]:
-    files = state.data.params if state.data else {}
-    return dict(flatten(files.get("params.yaml", {}).get("data") or {}))
-
-
-def _changes(base: dict[str, Any], own: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in own.items() if base.get(key) != value)
+    if revs:
+        opened = [(Revision.open(project, rev, otherwise="").files.repo.get_rev(), rev) for rev in revs]
+        return [_Candidate(commit, rev, Kind.EXPERIMENT) for commit, rev in opened], []
+    every = list_experiments(project)
+    found = [_Candidate(one.rev, one.name, one.kind) for one in every if one.state == SUCCESS]
+    return found, [
+        Unfinished(one.name, one.state, ", ".join(f"{key}={value}" for key, value in one.changes.items()))
+        for one in every
+        if one.state != SUCCESS
+    ]
 
 
 def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
     """The row; or, as text, why there is none."""
     study = Project(folder)
     folder.mkdir(parents=True)
-    if candidate.rev == "workspace":
+    if candidate.rev == WORKSPACE:
         missing = _take_workspace(project, study)
     else:
         revision = Revision.open(project, candidate.rev, otherwise="")
@@ -243,10 +198,9 @@ def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
         params = study.params
     except UserError as error:
         return str(error.problems[0])
-    lock = YAML(typ="safe", pure=True).load((folder / "dvc.lock").read_text(encoding="utf-8")) or {}
-    stages = lock.get("stages") or {}
+    stages = read_lock(folder)
     outs = {out["path"]: out for stage in stages.values() for out in stage.get("outs", [])}
-    notes, stale = [], stale_stages(stages, params)
+    notes, stale = [], stale_stages(stages, dict(flatten(params.model_dump(mode="json"))))
     dropped = {out["path"] for name in stale for out in stages[name].get("outs", [])}
     for path in list(_files(folder)):
         name = path.relative_to(folder).as_posix()
@@ -264,7 +218,7 @@ def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
         return "; ".join(notes) or "no results"
     sizes = {path: out.get("size", 0) for path, out in outs.items()}
     hashes = {path: out["md5"] for path, out in outs.items() if "md5" in out}
-    commit = None if candidate.rev == "workspace" else candidate.rev
+    commit = None if candidate.rev == WORKSPACE else candidate.rev
     return Row(candidate.name, commit, study, sizes, hashes, missing, project.times, notes=notes)
 
 
@@ -279,37 +233,6 @@ def _take_workspace(project: Project, study: Project) -> list[str]:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(path)
     return []
-
-
-def stale_stages(stages: Json, params: Params) -> set[str]:
-    """The stages of a dvc.lock that ran on other parameters, or on inputs that have been made again since."""
-    settings = dict(flatten(params.model_dump(mode="json")))
-    made = {out["path"]: (name, out.get("md5")) for name, stage in stages.items() for out in stage.get("outs", [])}
-    stale = set()
-    for name, stage in stages.items():  # in any order: the stages after them are found below
-        asked = dict(flatten((stage.get("params") or {}).get("params.yaml") or {}))
-        if any(key in settings and settings[key] != value for key, value in asked.items()):
-            stale.add(name)
-    waiting = True
-    while waiting:
-        waiting = False
-        for name, stage in stages.items():
-            for dep in stage.get("deps", []):
-                maker = _maker(dep["path"], made)
-                if maker is None or name in stale:
-                    continue
-                whole = made.get(dep["path"])
-                if maker in stale or (whole and whole[1] != dep.get("md5")):
-                    stale.add(name)
-                    waiting = True
-    return stale
-
-
-def _maker(path: str, made: dict[str, tuple[str, Any]]) -> str | None:
-    for out, (name, _) in made.items():
-        if path == out or path.startswith(f"{out}/"):
-            return name
-    return None
 
 
 def identity(row: Row) -> str:

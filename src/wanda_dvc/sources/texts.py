@@ -70,7 +70,7 @@ class TextSource:
         return sha256
 
     def _hub_rows(self, repository: Repository) -> list[str]:
-        rows = load_rows(repository, self.dataset.config, self.wanted.split)
+        rows = load_rows(repository, self.dataset.config, self.wanted.split or "")
         return column_of(rows, self.dataset.column, f"params.yaml: {self.setting}.column: {self.dataset.dataset}")
 
     def _fetch_shard(self, repository: Repository, folder: Path) -> Path:

@@ -31,7 +31,8 @@ class Stage:
     # and those after it. No other change reruns anything.
     version: int
     about: str
-    # The JSON below a study that tells what a run made, by part and task; its hash is the key of the run's time.
+    # The JSON below a study that tells what a run made, by part and task; its hash is the key of the run's time. "": no
+    # time is kept.
     result: str | Mapping[str, str]
     settings: tuple[str, ...] = ()  # the settings that the stage reads, by dotted name: `params:` in dvc.yaml
     parts: Mapping[str, tuple[str, ...]] = field(
@@ -40,6 +41,7 @@ class Stage:
     part_is: str = ""  # the name of that argument
     by_task: bool = False  # it runs for each of tasks.names too
     network: bool = False
+    computes: bool = True  # with torch, whose import takes seconds
 
     @property
     def _module(self) -> Any:
@@ -67,7 +69,8 @@ class Stage:
         from wanda_dvc.study.provenance import digest
 
         result = self.result if isinstance(self.result, str) else self.result[part or ""]
-        found = [load_json(path) for path in sorted(study.root.glob(result.format(part=part, task=task)))]
+        where = result.format(part=part, task=task)
+        found = [load_json(path) for path in sorted(study.root.glob(where))] if where else []
         return digest([one.get("protocol", one) for one in found]) if found else None
 
     def settings_of(self, part: str | None) -> tuple[str, ...]:
@@ -89,6 +92,14 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage(
+            name="locate",
+            version=1,
+            about="Link the local model and texts, so that DVC sees a change of their content: sources/.",
+            result="",
+            settings=("model", "calibration.text.source", "perplexity.text.source", "tasks.source"),
+            computes=False,
+        ),
+        Stage(
             name="download",
             version=1,
             about="Fetch the model, a text, or the tasks. Only this stage touches a network.",
@@ -106,6 +117,7 @@ STAGES = {
                 "tasks": ("tasks",),
             },
             network=True,
+            computes=False,
         ),
         Stage(
             name="calibrate",

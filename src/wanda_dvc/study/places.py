@@ -23,7 +23,7 @@ def on_the_hub(wanted: Text) -> tuple[NamedText, str | None, tuple[str, ...]] | 
     if not named and not HUB_ID.fullmatch(wanted.source):
         return None
     text = named or NamedText(wanted.source, wanted.config, wanted.column)
-    shard = text.shards.get(wanted.split)
+    shard = text.shards.get(wanted.split or "")
     return text, shard, (shard,) if shard else tuple(name for name in (text.config, f"{wanted.split}.jsonl") if name)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -44,13 +45,21 @@ class Project:
 
     def limited_to(self, settings: Collection[str]) -> "Project":
         """Return the same project with `params` that show some settings, and `runtime`, and no others."""
-        limited = Project(self.root)
-        limited.__dict__["params"] = limit(self.params, settings)
-        return limited
+        return self.with_params(limit(self.params, settings))
+
+    def with_params(self, params: Params) -> "Project":
+        """Return the same project with other settings than those of its `params.yaml`."""
+        other = Project(self.root)
+        other.__dict__["params"] = params
+        return other
 
     def model(self, which: str) -> Path:
         """Return the folder of the `dense` or the `pruned` model."""
         return self.root / "models" / which
+
+    def source(self, part: str) -> Path:
+        """Return the link to a part's local source, or the note that it has none."""
+        return self.root / "sources" / part
 
     def data(self, part: str) -> Path:
         """Return the folder of `calibration`, `perplexity` or `tasks`."""
@@ -107,6 +116,16 @@ class Project:
         """Return the file that a plot is drawn from."""
         return self.root / "metrics" / "plots" / f"{name}.csv"
 
+    def idle_work(self) -> Iterator["Work"]:
+        """Yield the unfinished work that no process is at, one folder at a time, locked against all others."""
+        from filelock import FileLock, Timeout
+
+        names = {path.name.partition(".")[0] for path in self.work_root.glob("*")}
+        for name in sorted(name for name in names if re.fullmatch("[0-9a-f]{32}", name)):
+            work = Work(self.work_root / name)
+            with contextlib.suppress(Timeout), FileLock(work.lock, timeout=0):
+                yield work
+
     @contextlib.contextmanager
     def work(self, made_from: Json) -> Iterator["Work"]:
         """Open a stage's unfinished work: one place for each set of inputs, parameters and versions.
@@ -115,16 +134,15 @@ class Project:
         """
         from filelock import FileLock, Timeout
 
-        path = self.work_root / digest(made_from)[:32]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")
+        work = Work(self.work_root / digest(made_from)[:32])
+        self.work_root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(work.lock)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             notice("waiting for another run with the same inputs and parameters …")
             lock.acquire()
         try:
-            work = Work(path)
             work.recover()
             yield work
         finally:
@@ -157,7 +175,12 @@ class Work:
         return self.path.with_suffix(".published")
 
     def publish(self, target: Path) -> None:
-        """Put the finished artifact in its place and forget the rest."""
+        """Put the finished artifact in its place and forget the rest.
+
+        PermissionError, with nothing moved yet, where the earlier artifact may not be removed.
+        """
+        if target.is_dir() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
         self.out  # noqa: B018 - there is one, however empty
         write_json(self.path / "target.json", {"target": str(target.absolute())})
         self.path.rename(self._published)
@@ -184,6 +207,32 @@ class Work:
         """Remove the work."""
         remove(self.path)
 
+    @property
+    def lock(self) -> Path:
+        """The file that the process at work holds locked. It stays when the work is done."""
+        return self.path.with_suffix(".lock")
+
+    def leftovers(self) -> list[Path]:
+        """Return all that a run left behind, also beside the artifact's place: folders, and the lock's file."""
+        places = [folder for path in (self.path, self._published) for folder in (path, _gone(path))]
+        if target := self._target():
+            beside = [_beside(target), _copy(_beside(target)), _earlier(target)]
+            places += [folder for path in beside for folder in (path, _gone(path))]
+        return [place for place in (*places, self.lock) if place.exists()]
+
+    def discard(self) -> None:
+        """Remove all leftovers. An artifact that was moved away for one that never came goes back to its place."""
+        target = self._target()
+        if target and not target.exists() and _earlier(target).is_dir():
+            _earlier(target).rename(target)
+        for path in self.leftovers():
+            path.unlink() if path == self.lock else shutil.rmtree(path)
+
+    def _target(self) -> Path | None:
+        """Where a publication that has begun goes."""
+        found = (load_json(path / "target.json").get("target") for path in (self.path, self._published))
+        return next((Path(target) for target in found if target), None)
+
 
 def remove(folder: Path) -> None:
     """Remove a folder, if it is there. A kill leaves it whole, or under another name."""
@@ -204,6 +253,16 @@ def _beside(target: Path) -> Path:
     return target.with_name(target.name + ".part")
 
 
+def _copy(target: Path) -> Path:
+    """Where an artifact is copied to from another file system."""
+    return target.with_name(target.name + ".copy")
+
+
+def _earlier(target: Path) -> Path:
+    """Where an artifact waits until the new one is in its place."""
+    return target.with_name(target.name + ".earlier")
+
+
 def _move(source: Path, target: Path) -> None:
     """Move a folder, also to another file system. A kill leaves it whole in one of the two places."""
     remove(target)
@@ -213,7 +272,7 @@ def _move(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        copy = target.with_name(target.name + ".copy")
+        copy = _copy(target)
         remove(copy)
         shutil.copytree(source, copy)
         copy.rename(target)
@@ -222,7 +281,7 @@ def _move(source: Path, target: Path) -> None:
 
 def _replace(target: Path) -> None:
     """Put a finished artifact in the place of an earlier one, which is removed only then."""
-    earlier = target.with_name(target.name + ".earlier")
+    earlier = _earlier(target)
     remove(earlier)
     if target.is_symlink() or target.is_file():
         target.unlink()

@@ -63,7 +63,7 @@ def cost(  # noqa: PLR0913 - the options of the command
     baselines = [row.seconds for name, row in costs.items() if STAGES[name].parts]
     return "\n".join(
         [
-            f"{model.parameters / 1e9:.2f} B parameters, {through.linears / 1e9:.2f} B of them in the linears that a "
+            f"{_count(model.parameters)} parameters, {_count(through.linears)} of them in the linears that a "
             f"token meets; stored in {model.dtype}, {_gb(model.stored)} GB; runs in {params.dtype}",
             f"{card.name}: {rate} {how}, of which {card.efficiency:.0%} are expected{estimate}",
             f"{params.calibration.samples} windows of {params.calibration.length} to calibrate, {tokens:,} tokens in "
@@ -95,7 +95,16 @@ def _settings(start: Path, dtype: str | None, windows: int | None, length: int |
     return project, check_params(content | ({"dtype": dtype} if dtype else {}))
 
 
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
+
+
 def _gb(size: float) -> str:
+    if 0 < size < 5e6:
+        return f"{size / 1e9:.1g}"  # two decimals would say that it is nothing
     return f"{size / 1e9:,.2f}" if size < 1e11 else f"{size / 1e9:,.0f}"
 
 

@@ -17,6 +17,7 @@ from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
+from wanda_dvc.study.local import SETTINGS, changed_sources, local_sources
 from wanda_dvc.study.places import on_the_hub, task_definition, task_items
 from wanda_dvc.study.project import Project
 from wanda_dvc.views.needs import disk, memory
@@ -46,7 +47,14 @@ def doctor(*, start: Path) -> tuple[str, bool]:
         checks += [Check("params.yaml", False, problem, "correct it, or cd into a study") for problem in error.problems]
     else:
         checks.append(Check("params.yaml", True, "valid"))
-        checks += [*_hub(params), *_machine(project), *_mirror(params), *_versions(project), *_repository(project)]
+        checks += [
+            *_hub(params),
+            *_machine(project),
+            *_sources(project),
+            *_mirror(params),
+            *_versions(project),
+            *_repository(project),
+        ]
     rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
     missing = [check.what for check in checks if check.needed and not check.good]
     said = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."
@@ -118,6 +126,18 @@ def _hub(params: Params) -> Iterator[Check]:
         found = "a token, not checked with the Hub" if there else "no token"
         todo = "gated and private models and data sets need `hf auth login`"
         yield Check("Hub login", there, found, todo, needed=False)
+
+
+def _sources(project: Project) -> Iterator[Check]:
+    """Whether the local sources are there, with the content that was fetched."""
+    local = local_sources(project.params)
+    if not local:
+        return
+    gone = [f"{SETTINGS[part]}: {path} is not there" for part, path in local.items() if not path.exists()]
+    changed = list(changed_sources(project))
+    good = not gone and not changed
+    found = "; ".join(gone or changed) or ", ".join(str(path) for path in local.values())
+    yield Check("local sources", good, found, "name others in params.yaml, or run `dvc repro`", needed=bool(gone))
 
 
 def _mirror(params: Params) -> Iterator[Check]:

@@ -14,19 +14,34 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
+from wanda_dvc.views.show import check_layer
 
 SHOWN = 20  # rows of a table; JSON lists all
 
 
-def plot(*, folder: Path, target: Path) -> str:
-    """Draw the norms by block and feature as a PNG, with the outliers marked."""
-    from wanda_dvc.report.charts import norms, png
+def plot(*, folder: Path, target: Path, layer: int | None = None) -> str:
+    """Draw the norms as a PNG, with the outliers marked: by block and feature, or of one block by feature."""
+    from wanda_dvc.pruning.statistics import OUTLIER
+    from wanda_dvc.report.charts import block_norms, norms, png
 
     if target.suffix.lower() != ".png":
         raise UserError(f"--plot: got {target.name}, expected a name that ends in .png")
     target.parent.mkdir(parents=True, exist_ok=True)
-    png(norms(input_norms(folder)), target)
-    return f"{target}: norms by block, and below them which features are outliers"
+    provenance = read_provenance(folder, "calibrate")
+    if layer is None:
+        figure, what = norms(input_norms(folder)), "by block, and below them which features are outliers"
+    else:
+        check_layer(folder, layer)
+        measured = read_stats(folder, layer)
+        inputs = [(measured.label(name), x.norm.tolist()) for name, x in measured.inputs.items()]
+        figure, what = block_norms(inputs, OUTLIER), f"of block {layer} by feature"
+    figure.suptitle(
+        f"Input norms ‖X‖₂ {what.partition(',')[0]}: {provenance['model']['source']}, {_described(provenance)}\n"
+        f"outlier: a feature of more than {OUTLIER} times the median norm of its input",
+        fontsize=9,
+    )
+    png(figure, target)
+    return f"{target}: norms {what}"
 
 
 def recurring(*, folder: Path, as_json: bool) -> str:

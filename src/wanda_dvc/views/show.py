@@ -8,8 +8,10 @@ from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import MODELS, times
+from wanda_dvc.study.local import changed_sources
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
+from wanda_dvc.study.ran import Ran
 from wanda_dvc.study.tensors import block_count, read_stats
 
 if TYPE_CHECKING:
@@ -20,9 +22,27 @@ HEADERS = ["", "dense", "pruned", "pruned / dense"]
 
 def show(*, project: Project) -> str:
     """The last results, dense beside pruned, and what they are results of."""
-    parts = [_title(project), tabulate(comparison(project), HEADERS, tablefmt="github")]
-    parts += [*_footnotes(project), _times(project)]
+    ran = Ran.of(project)
+    made = project.with_params(ran.params)
+    parts = [
+        _title(made),
+        staleness(ran),
+        "\n".join(changed_sources(project)),
+        tabulate(comparison(made), HEADERS, tablefmt="github"),
+    ]
+    parts += [*_footnotes(made), _times(made)]
     return "\n\n".join(part for part in parts if part)
+
+
+def staleness(ran: Ran) -> str:
+    """Say which settings have not run and which stages are stale; nothing where the results are those asked for."""
+    lines = []
+    if ran.unmet:
+        asked = ", ".join(f"{name}={value}" for name, value in ran.unmet.items())
+        lines.append(f"params.yaml asks for {asked}, which has not run: `dvc repro` runs it.")
+    if ran.stale:
+        lines.append(f"Stale: {', '.join(ran.stale)}.")
+    return "\n".join(lines)
 
 
 def comparison(project: Project) -> list[list[str]]:
@@ -30,7 +50,7 @@ def comparison(project: Project) -> list[list[str]]:
     params = project.params
     rows = []
     dense, pruned = (_load(project.metrics(model, "perplexity")).get("perplexity") for model in MODELS)
-    rows.append(["perplexity", _number(dense), _number(pruned), _ratio(dense, pruned)])
+    rows.append(["perplexity", number(dense), number(pruned), _ratio(dense, pruned)])
     accuracies: dict[str, list[float]] = {model: [] for model in MODELS}
     for task in params.tasks.names:
         both = [_load(project.metrics(model, f"zero_shot/{task}")) for model in MODELS]
@@ -55,11 +75,10 @@ def comparison(project: Project) -> list[list[str]]:
 
 
 def _title(project: Project) -> str:
-    """What the masks at hand were made by, and where the workspace is not all of one experiment."""
-    params = project.params
+    """What the masks at hand were made by, and where models/pruned is not of them."""
     masks = _load(project.masks / PROVENANCE)
     if not masks:
-        return f"{params.model}: no masks yet; `dvc repro` makes them."
+        return f"{project.params.model}: no masks yet; `dvc repro` makes them."
     made = masks["params"]
     group = f", group {made['group']}" if made["pattern"] == "unstructured" else ""
     if made["propagation"] == "pruned":
@@ -67,10 +86,6 @@ def _title(project: Project) -> str:
     lines = [
         f"{masks['model']['source']}: {made['method']}, sparsity {made['sparsity']:g}, pattern {made['pattern']}{group}"
     ]
-    wanted = {name: getattr(params, name) for name in made}
-    if made != wanted:
-        changed = ", ".join(f"{name}={wanted[name]}" for name in made if made[name] != wanted[name])
-        lines.append(f"params.yaml asks for {changed}, which has not run: `dvc repro` runs it.")
     pruned = _load(project.model("pruned") / PROVENANCE)
     if not pruned:
         lines.append("models/pruned is not there (it is not cached): `dvc repro` makes it.")
@@ -127,8 +142,8 @@ def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | N
     """The input norms of every distinct input, of one block or of all, or of one linear: as a table, or as JSON."""
     read_provenance(project.stats, "calibrate")
     blocks = block_count(project.stats, "calibrate")
-    if layer is not None and not 0 <= layer < blocks:
-        raise UserError(f"--layer: got {layer}, expected 0 to {blocks - 1}: the model has {blocks} blocks")
+    if layer is not None:
+        check_layer(project.stats, layer)
     _belongs(project)
     records = []
     for block in range(blocks) if layer is None else [layer]:
@@ -164,6 +179,13 @@ def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | N
         "largest features (index: norm)",
     ]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def check_layer(folder: Path, layer: int) -> None:
+    """UserError if there are no statistics of that block."""
+    blocks = block_count(folder, "calibrate")
+    if not 0 <= layer < blocks:
+        raise UserError(f"--layer: got {layer}, expected 0 to {blocks - 1}: the model has {blocks} blocks")
 
 
 def check_stats(project: Project) -> None:
@@ -215,7 +237,8 @@ def _load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _number(value: float | str | None) -> str:
+def number(value: float | str | None) -> str:
+    """Spell a perplexity; a dash where there is none."""
     if value is None:
         return "–"
     return value if isinstance(value, str) else f"{value:,.2f}"

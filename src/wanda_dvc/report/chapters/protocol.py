@@ -1,5 +1,7 @@
 """The chapter on how a section's rows were measured and calibrated."""
 
+from typing import Any
+
 from wanda_dvc.report.pages import Content, Items, code, literal
 from wanda_dvc.report.section import Section
 
@@ -11,8 +13,7 @@ def content(section: Section) -> Content:
     limit = settings["zero_shot.limit"]
     texts = [
         f"Perplexity: {windows} windows of {settings['perplexity.length']} tokens of "
-        f"{code(settings['perplexity.text.source'])}, {settings['perplexity.text.split']}, rest "
-        f"{settings['perplexity.rest']}; {settings['dtype']}.",
+        f"{_text(settings, 'perplexity')}, rest {settings['perplexity.rest']}; {settings['dtype']}.",
         f"Zero-shot: {literal(', '.join(section.tasks))}; {f'the first {limit} items' if limit else 'all items'}, no "
         "examples in the prompt.",
     ]
@@ -24,9 +25,14 @@ def content(section: Section) -> Content:
     if not any(key.startswith("calibration.") for key in section.varying):
         texts.append(
             f"Calibration: {settings['calibration.samples']} windows of {settings['calibration.length']} tokens of "
-            f"{code(settings['calibration.text.source'])}, {settings['calibration.text.split']}, seed "
-            f"{settings['calibration.seed']}."
+            f"{_text(settings, 'calibration')}, seed {settings['calibration.seed']}."
         )
     if "propagation" not in section.varying:
         texts.append(f"`propagation: {settings['propagation']}`.")
     return [Items(texts)]
+
+
+def _text(settings: dict[str, Any], part: str) -> str:
+    """The source of a text, and its split where it has splits."""
+    name, split = settings[f"{part}.text.source"], settings[f"{part}.text.split"]
+    return code(name) + (f", {split}" if split else "")

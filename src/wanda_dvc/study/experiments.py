@@ -1,0 +1,121 @@
+"""The experiments of a repository, as DVC lists them: names, states, settings and metrics."""
+
+from collections.abc import Iterator, Mapping
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.study.files import Json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.ran import LOCK, load_lock, read_lock
+from wanda_dvc.study.settings import flatten
+
+WORKSPACE = "workspace"
+SUCCESS = "success"
+
+
+class Kind(IntEnum):
+    """What a state of the study is. Lower kinds name the same results first."""
+
+    EXPERIMENT, BRANCH, WORKSPACE, COMMIT = range(4)  # a branch or a tag; a commit that has neither
+
+
+class Experiment(NamedTuple):
+    """One state of the study: an experiment, a branch or tag, a commit, or the workspace."""
+
+    name: str
+    rev: str  # a commit, or `workspace`
+    kind: Kind
+    state: str  # `success`, or why there are no results: `failed`, `queued`, `running`, `unreadable: …`
+    settings: Mapping[str, Any]  # by dotted name
+    changes: Mapping[str, Any]  # of the settings, against the commit that it started from
+    metrics: Mapping[str, Json]  # by path; of an experiment without success they are those that it started from
+    stages: Json  # of its dvc.lock
+
+
+def list_experiments(project: Project, *, locks: bool = False) -> list[Experiment]:
+    """Return the workspace, branches, tags, commits with experiments, and all experiments, each before its own.
+
+    Their `stages` are read only with `locks`. UserError where there is no repository or DVC cannot list it.
+    """
+    from dvc.exceptions import DvcException, NotDvcRepoError
+    from dvc.repo import Repo
+    from dvc.scm import NoSCM
+
+    try:
+        repo = Repo(str(project.root))
+    except NotDvcRepoError:
+        raise UserError(
+            f"{project.root}: no DVC repository, expected one with experiments; `wanda-dvc show` needs none"
+        ) from None
+    if isinstance(repo.scm, NoSCM):
+        raise UserError(f"{project.root}: no git repository, expected one with experiments; run `git init`")
+    with repo:
+        try:
+            states = repo.experiments.show(all_branches=True, all_tags=True, all_commits=True)
+        except DvcException as error:
+            raise UserError(
+                f"{project.root}: DVC can't list its experiments ({error}); look at `dvc exp show`"
+            ) from None
+        except OSError as error:  # DVC reads files of an experiment that never began
+            raise UserError(
+                f"{project.root}: DVC can't list its experiments ({error}); one that was killed may still count as "
+                "running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
+            ) from None
+        found = list(_experiments(states))
+        done = {one.rev for one in found if one.state == SUCCESS}
+        found = [one for one in found if one.state == SUCCESS or one.rev not in done]
+        return [one._replace(stages=_stages(project, repo, one.rev)) for one in found] if locks else found
+
+
+def _experiments(states: list[Any]) -> Iterator[Experiment]:
+    workspace: Experiment | None = None
+    for state in states:
+        kind = Kind.WORKSPACE if state.rev == WORKSPACE else Kind.BRANCH if state.name else Kind.COMMIT
+        name = state.name or (state.rev if kind is Kind.WORKSPACE else state.rev[:7])
+        own, metrics = _settings(state), _metrics(state)
+        if kind is Kind.WORKSPACE:
+            workspace = Experiment(name, state.rev, kind, SUCCESS, own, {}, metrics, {})
+            continue
+        if workspace:  # DVC lists it before the commit that it stands on
+            yield workspace._replace(changes=_changes(own, workspace.settings))
+            workspace = None
+        if kind < Kind.COMMIT or state.experiments:  # an older commit of a branch is no result of today
+            yield Experiment(name, state.rev, kind, SUCCESS, own, {}, metrics, {})
+        for experiment in state.experiments or []:
+            last = experiment.revs[0]
+            running = (experiment.executor.state if experiment.executor else None) or SUCCESS
+            if running == SUCCESS and last.data is None:
+                running = f"unreadable: {last.error.msg}"
+            title, settings = experiment.name or last.name or last.rev[:7], _settings(last)
+            changes = _changes(own, settings)
+            yield Experiment(title, last.rev, Kind.EXPERIMENT, running, settings, changes, _metrics(last), {})
+    if workspace:
+        yield workspace
+
+
+def _settings(state: Any) -> dict[str, Any]:
+    files = state.data.params if state.data else {}
+    return dict(flatten(files.get("params.yaml", {}).get("data") or {}))
+
+
+def _metrics(state: Any) -> dict[str, Json]:
+    files = state.data.metrics if state.data else {}
+    return {path: content.get("data") or {} for path, content in files.items()}
+
+
+def _changes(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in own.items() if base.get(key) != value}
+
+
+def _stages(project: Project, repo: Any, rev: str) -> Json:
+    """Return the stages of a revision's dvc.lock."""
+    if rev == WORKSPACE:
+        return read_lock(project.root)
+    path = project.root.resolve().relative_to(Path(repo.scm.root_dir).resolve()) / LOCK
+    try:
+        content: str = repo.scm.get_fs(rev).read_text(path.as_posix(), encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    return load_lock(content)

@@ -1,0 +1,117 @@
+"""What has run, by `dvc.lock`: the settings behind the results at hand, and the stages that are stale.
+
+`params.yaml` says what is asked for. Between an edit and the next `dvc repro` no result has those settings.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+
+from wanda_dvc.params import Params
+from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import PROVENANCE
+from wanda_dvc.study.settings import Settings, flatten, nested
+
+LOCK = "dvc.lock"
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """The last runs of a study's stages."""
+
+    stages: Json  # of dvc.lock, by DVC's name; {} where DVC has run nothing
+    params: Params  # that the results at hand have; of a stage that has not run, those of params.yaml
+    asked: Params  # of params.yaml
+
+    @classmethod
+    def of(cls, project: Project) -> "Ran":
+        """Read what ran. Masks that were made by hand name their own settings, which count more than the lock's."""
+        stages = read_lock(project.root)
+        asked = dict(flatten(project.params.model_dump(mode="json")))
+        ran = {key: value for stage in stages.values() for key, value in _settings(stage).items() if key in asked}
+        masks = load_json(project.masks / PROVENANCE)
+        made = masks.get("params", {}) | {f"calibration.{key}": x for key, x in masks.get("calibration", {}).items()}
+        made = {key: value for key, value in made.items() if key in asked}
+        return cls(stages, _changed(project.params, nested(ran | made)), project.params)
+
+    @property
+    def unmet(self) -> dict[str, Any]:
+        """The settings that params.yaml asks for and the results at hand do not have; `runtime` changes none."""
+        ran = dict(flatten(self.params.model_dump(mode="json")))
+        asked = flatten(self.asked.model_dump(mode="json"))
+        return {key: value for key, value in asked if ran[key] != value and not key.startswith("runtime.")}
+
+    @property
+    def stale(self) -> list[str]:
+        """The stages whose results are not what `params.yaml` asks for, in the lock's order."""
+        return stale_stages(self.stages, dict(flatten(self.asked.model_dump(mode="json"))))
+
+    @property
+    def torn(self) -> list[str]:
+        """The stages that ran on inputs which have been made again since, whatever `params.yaml` asks for."""
+        return stale_stages(self.stages, {})
+
+
+def read_lock(root: Path) -> Json:
+    """Return the stages of a study's `dvc.lock`; {} where there is none."""
+    path = root / LOCK
+    return load_lock(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def load_lock(text: str) -> Json:
+    """Return the stages of a `dvc.lock` that is read already."""
+    content: Json = YAML(typ="safe", pure=True).load(text) or {}
+    return content.get("stages") or {}
+
+
+def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
+    """Return the stages that ran on other settings than `asked`, or on inputs that have been made again since.
+
+    Settings are by dotted name; one that `asked` lacks makes no stage stale.
+    """
+    made = {out["path"]: (name, out.get("md5")) for name, stage in stages.items() for out in stage.get("outs", [])}
+    stale = {
+        name
+        for name, stage in stages.items()
+        if any(key in asked and asked[key] != value for key, value in _settings(stage).items())
+    }
+    waiting = True
+    while waiting:  # in any order, so until nothing is added
+        waiting = False
+        for name, stage in stages.items():
+            for dep in stage.get("deps", []):
+                maker = _maker(dep["path"], made)
+                if maker is None or name in stale:
+                    continue
+                whole = made.get(dep["path"])
+                if maker in stale or (whole and whole[1] != dep.get("md5")):
+                    stale.add(name)
+                    waiting = True
+    return [name for name in stages if name in stale]
+
+
+def _changed(section: Section, changes: Settings) -> Section:
+    """Return settings with changes, nested; unchecked, because they may name a method that is installed no more."""
+    update = {
+        name: _changed(getattr(section, name), value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return section.model_copy(update=update)
+
+
+def _settings(stage: Json) -> dict[str, Any]:
+    return dict(flatten((stage.get("params") or {}).get("params.yaml") or {}))
+
+
+def _maker(path: str, made: Mapping[str, tuple[str, Any]]) -> str | None:
+    for out, (name, _) in made.items():
+        if path == out or path.startswith(f"{out}/"):
+            return name
+    return None

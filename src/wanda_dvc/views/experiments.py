@@ -1,0 +1,69 @@
+"""The experiments of a repository as a table: state, change of settings, perplexity and mean accuracy.
+
+A number is shown only beside the settings that it was measured with. `dvc exp show` fills the row of a failed or queued
+experiment with the numbers of the commit that it started from.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tabulate import tabulate
+
+from wanda_dvc.study.experiments import SUCCESS, Experiment, Kind, list_experiments
+from wanda_dvc.study.files import Json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.ran import stale_stages
+from wanda_dvc.views.show import number
+
+HEADERS = ["experiment", "state", "change", "perplexity", "mean acc, %"]
+
+
+def experiments(*, project: Project, as_json: bool = False) -> str:
+    """List the workspace, the branches and tags, and below each commit its experiments."""
+    records = [_record(one) for one in list_experiments(project, locks=True)]
+    if as_json:
+        return json.dumps(records, indent=2)
+    rows = [
+        [
+            record["name"],
+            record["state"],
+            ", ".join(f"{key}={value}" for key, value in record["change"].items()) or "–",
+            number(record["perplexity"]),
+            "–" if record["accuracy"] is None else f"{100 * record['accuracy']:.1f}",
+        ]
+        for record in records
+    ]
+    table = tabulate(rows, HEADERS, tablefmt="github", disable_numparse=True)
+    stale = [record["name"] for record in records if record["stale"]]
+    said = f"Without numbers where stages have not run on the settings at hand: {', '.join(stale)}." if stale else ""
+    return "\n\n".join(part for part in (table, said) if part)
+
+
+def _record(one: Experiment) -> Json:
+    """One row; None for a number that is not the experiment's own."""
+    own = _own_metrics(one)
+    accuracies = [own.get(f"metrics/pruned/zero_shot/{task}.json", {}).get("acc") for task in _tasks(one.settings)]
+    known = [value for value in accuracies if value is not None]
+    return {
+        "name": one.name,
+        "state": one.state.capitalize() if one.kind is Kind.EXPERIMENT else one.kind.name.lower(),
+        "change": dict(one.changes),
+        "perplexity": own.get("metrics/pruned/perplexity.json", {}).get("perplexity"),
+        "accuracy": sum(known) / len(known) if known and len(known) == len(accuracies) else None,
+        "stale": one.state == SUCCESS and len(own) < len(one.metrics),
+    }
+
+
+def _own_metrics(one: Experiment) -> Mapping[str, Json]:
+    """The metrics that were measured with the experiment's settings, by `dvc.lock`."""
+    if one.state != SUCCESS:
+        return {}
+    stale = stale_stages(one.stages, one.settings)
+    ran = {name: stage for name, stage in one.stages.items() if name not in stale}
+    measured = {out["path"] for stage in ran.values() for out in stage.get("outs", [])}
+    return {path: content for path, content in one.metrics.items() if path in measured}
+
+
+def _tasks(settings: Mapping[str, Any]) -> list[str]:
+    return list(settings.get("tasks.names") or [])

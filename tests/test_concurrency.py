@@ -1,0 +1,141 @@
+"""Several processes on one study at once, and processes that are killed: no file is lost, torn or of another run."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import save_tiny_model, write_params
+from repository import Repository, command_environment
+from test_crashes import outputs
+
+from wanda_dvc.report import report
+from wanda_dvc.stages import run
+from wanda_dvc.study.project import Project
+from wanda_dvc.views.experiments import experiments
+
+CODE = "import sys; sys.argv[0] = 'wanda-dvc'; from wanda_dvc.cli import run; run()"
+KILLS = int(os.environ.get("WANDA_DVC_KILLS", "3"))  # seeds; 30 take ten minutes on two cores
+SEEDS = (1, 2)  # of calibration: the settings that alternate
+
+
+def test_two_runs_of_one_stage_at_once_end_as_one(tmp_path: Path, tiny: Path):
+    write_params(tmp_path, tiny)
+    project = Project(tmp_path)
+    for part in ("model", "calibration"):
+        run("download", project=project, part=part)
+    run("calibrate", project=project)
+    expected = outputs(tmp_path)
+    shutil.rmtree(project.stats)
+    words = [sys.executable, "-c", CODE, "-C", str(tmp_path), "calibrate"]
+    both = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert outputs(tmp_path) == expected
+
+
+def started(repository: Repository, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        words, cwd=repository.root, env=command_environment(), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """A committed study in which everything has run."""
+    model = save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+    repository = Repository.new(tmp_path_factory.mktemp("together") / "study", model)
+    repository.run("dvc", "repro")
+    repository.commit()
+    return repository
+
+
+@pytest.mark.pipeline
+def test_two_repros_and_two_workers_with_a_report_meanwhile(start: Repository, tmp_path: Path):
+    """DVC refuses a second `repro` or lets it wait; whatever it does, the end is that of one after the other."""
+    expected = {}
+    for sparsity in (0.3, 0.7):
+        start.repro(sparsity=sparsity)
+        expected[sparsity] = outputs(start.root)
+    shutil.rmtree(start.root / ".dvc/cache/runs")
+    write_params(start.root, start.model, sparsity=0.3)
+    both = [started(start, "dvc", "repro") for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert 0 in [process.returncode for process in both], said
+    start.run("dvc", "repro")
+    assert outputs(start.root) == expected[0.3]
+    assert start.repro() == set()
+
+    start.run("git", "checkout", "--", ".")
+    start.run("dvc", "checkout", "--force")
+    shutil.rmtree(start.root / ".dvc/cache/runs")
+    for sparsity in (0.3, 0.7):
+        start.run("dvc", "exp", "run", "--queue", "--name", f"s{sparsity}", "--set-param", f"sparsity={sparsity}")
+    start.run("dvc", "queue", "start", "--jobs", "2")
+    workers = started(start, "dvc", "exp", "run", "--run-all", "--jobs", "2")
+    project, looks = Project(start.root), 0
+    while workers.poll() is None or not looks:
+        report(project=project, output=tmp_path / "report.html")
+        experiments(project=project)
+        looks += 1
+    assert workers.communicate()[0] is not None
+    for sparsity in (0.3, 0.7):
+        start.run("dvc", "exp", "apply", f"s{sparsity}")
+        start.run("dvc", "repro")
+        assert outputs(start.root) == expected[sparsity]
+
+
+def victims(process: subprocess.Popen[str], what: str) -> list[int]:
+    """The processes to kill: DVC, the stage that it runs, or the whole group."""
+    dvc = psutil.Process(process.pid)
+    below = dvc.children(recursive=True)
+    stage = [one.pid for one in below if any("wanda-dvc" in word for word in one.cmdline()[:2])]
+    return {"dvc": [dvc.pid], "stage": stage, "group": [dvc.pid, *(one.pid for one in below)]}[what]
+
+
+@pytest.mark.slow
+@pytest.mark.pipeline
+def test_whatever_is_killed_the_next_repro_ends_with_the_same_bytes(start: Repository, tmp_path: Path):
+    """`kill -9` at a moment, and of a victim, that the seed draws."""
+    repository = Repository(tmp_path / "study", start.model)
+    shutil.copytree(start.root, repository.root, symlinks=True)
+    expected = {}
+    for seed in SEEDS:
+        repository.repro_up_to("mask", calibration__seed=seed)
+        expected[seed] = stats_and_masks(repository.root)
+    assert expected[SEEDS[0]] != expected[SEEDS[1]]
+    hit = 0
+    for number in range(KILLS):
+        draw = random.Random(number)
+        seed, what = SEEDS[number % len(SEEDS)], draw.choice(("stage", "dvc", "group"))
+        shutil.rmtree(repository.root / ".dvc/cache/runs", ignore_errors=True)
+        write_params(repository.root, repository.model, calibration__seed=seed)
+        process = started(repository, "dvc", "repro", "mask")
+        try:
+            process.communicate(timeout=draw.uniform(1, 10))
+        except subprocess.TimeoutExpired:
+            try:
+                doomed = victims(process, what)
+            except psutil.NoSuchProcess:
+                doomed = []
+            for pid in doomed:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                    hit += 1
+                except ProcessLookupError:
+                    pass
+        process.communicate()
+        repository.run("dvc", "repro", "mask")
+        assert stats_and_masks(repository.root) == expected[seed], f"seed {number}: {what}"
+        assert repository.repro_up_to("mask") == set()
+    assert hit
+
+
+def stats_and_masks(root: Path) -> dict[str, bytes]:
+    return {name: content for name, content in outputs(root).items() if name.startswith(("stats/", "masks/"))}

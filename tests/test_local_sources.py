@@ -1,0 +1,116 @@
+"""A local model or text is watched by its content, on a real DVC repository."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, save_tiny_model
+from repository import Repository, ran
+
+from wanda_dvc.engine.checkpoint import INDEX
+from wanda_dvc.errors import UserError
+from wanda_dvc.sources.models import MODEL_FILES
+from wanda_dvc.stages.locate import locate
+from wanda_dvc.study.local import changed_sources
+from wanda_dvc.study.project import Project
+from wanda_dvc.views.doctor import doctor
+from wanda_dvc.views.show import show
+
+UP_TO_CALIBRATE = {"locate", "download@model", "download@calibration", "calibrate"}
+
+
+def test_dvc_watches_the_files_of_a_model_that_download_takes():
+    """.dvcignore hides the rest: a checkpoint's pickles would be hashed for nothing."""
+    lines = (ROOT / ".dvcignore").read_text(encoding="utf-8").splitlines()
+    taken = {line.removeprefix("!/sources/model/") for line in lines if line.startswith("!")}
+    assert taken == {*MODEL_FILES, INDEX, "*.safetensors"}
+    assert [line for line in lines if not line.startswith(("!", "#"))] == ["/sources/model/*"]
+
+
+def test_a_source_is_a_link_or_a_note(tmp_path: Path, tiny: Path, project):
+    text = tmp_path / "a.txt"
+    text.write_text("text")
+    made = project(calibration__text__source=str(text))
+    locate(project=made)
+    locate(project=made)
+    assert made.source("model").readlink() == tiny
+    assert made.source("calibration").readlink() == text
+    assert made.source("perplexity").read_text() == '{\n  "source": "embedded"\n}\n'
+    assert sorted(path.name for path in made.source("model").parent.iterdir()) == [
+        "calibration", "model", "perplexity", "tasks",
+    ]  # fmt: skip
+    locate(project=project("org/model"))  # the link goes, and not what it leads to
+    assert not made.source("model").is_symlink()
+    assert (tiny / "config.json").is_file()
+    with pytest.raises(UserError, match="params.yaml: model: /nowhere not found, expected a directory or a file"):
+        locate(project=project(Path("/nowhere")))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """A study of a local model and a local text, in which everything up to `calibrate` has run."""
+    root = tmp_path_factory.mktemp("local")
+    model = save_tiny_model(root / "tiny", num_hidden_layers=2)
+    (root / "text.txt").write_text(" ".join(map(str, range(2000))))
+    repository = Repository.new(root / "study", model)
+    assert repository.repro_up_to("calibrate", calibration__text__source=str(root / "text.txt")) == UP_TO_CALIBRATE
+    repository.commit()
+    return repository
+
+
+@pytest.mark.pipeline
+def test_other_content_at_the_same_path_is_seen_and_reruns_what_depends_on_it(start: Repository):
+    project, text = Project(start.root), start.model.with_name("text.txt")
+    assert start.repro_up_to("calibrate") == set()
+    assert start.run("git", "status", "--porcelain") == ""
+    assert list(changed_sources(project)) == []
+
+    save_tiny_model(start.model, num_hidden_layers=2, seed=7)  # the same names and sizes
+    assert re.search(r"changed outs:\s+modified: +sources/model", start.run("dvc", "status", "locate"))
+    said = f"{start.model} (model) has changed since it was fetched: `dvc repro` fetches it."
+    assert said in show(project=project)
+    assert said in doctor(start=start.root)[0]
+    assert start.repro_up_to("calibrate") == {"locate", "download@model", "calibrate"}
+    assert list(changed_sources(project)) == []
+    assert start.repro_up_to("calibrate") == set()
+
+    text.write_text(text.read_text().replace("1", "2"))
+    assert f"{text} (calibration) has changed" in show(project=project)
+    assert start.repro_up_to("calibrate") == {"locate", "download@calibration", "calibrate"}
+
+    (start.model / "notes.bin").write_text("not taken")
+    (start.model / "config.json").touch()
+    assert start.repro_up_to("calibrate") == set()
+    assert list(changed_sources(project)) == []
+    (start.model / "LICENSE").write_text("new, and taken")
+    assert start.repro_up_to("download@model") == {"locate", "download@model"}
+    assert (start.root / "models/dense/LICENSE").read_text() == "new, and taken"
+    (start.model / "LICENSE").unlink()
+    assert start.repro_up_to("calibrate") == {"locate"}  # and the earlier model comes from the cache
+
+
+@pytest.mark.pipeline
+def test_an_experiment_elsewhere_sees_the_same_sources(start: Repository):
+    """Unchanged they fetch nothing there; changed they are fetched, and the workspace stays as it is."""
+    start.repro_up_to("calibrate")
+    start.commit()
+    said = start.run("dvc", "exp", "run", "--temp", "--set-param", "calibration.seed=3", "calibrate")
+    assert ran(said) == {"locate", "calibrate"}
+    text = start.model.with_name("text.txt")
+    before = text.read_text()
+    text.write_text(before + " 1")
+    said = start.run("dvc", "exp", "run", "--temp", "--set-param", "calibration.seed=4", "calibrate")
+    assert ran(said) == {"locate", "download@calibration", "calibrate"}
+    assert start.run("git", "status", "--porcelain") == ""
+    text.write_text(before)
+
+
+def test_what_is_gone_is_named(tmp_path: Path, project):
+    text = tmp_path / "a.txt"
+    text.write_text("text")
+    made = project(calibration__text__source=str(text))
+    locate(project=made)
+    text.unlink()
+    gone = f"{text} (calibration) is gone: name another in params.yaml, or put it back."
+    assert list(changed_sources(made)) == [gone]
+    assert gone in show(project=made)

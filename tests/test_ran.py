@@ -1,0 +1,126 @@
+"""Views and cards speak of what ran, by dvc.lock, and not of what params.yaml has been changed to since."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.export.build import export
+from wanda_dvc.params import settings
+from wanda_dvc.stages import STAGES, run
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.ran import Ran, stale_stages
+from wanda_dvc.study.settings import flatten
+from wanda_dvc.views.show import show
+
+
+def stage(out: str, dep: str | None = None, **asked: object) -> dict[str, Any]:
+    """A stage of a dvc.lock; a path's hash is the path."""
+    deps = [{"path": dep, "md5": dep}] if dep else []
+    return {"deps": deps, "params": {"params.yaml": asked}, "outs": [{"path": out, "md5": out}]}
+
+
+def test_what_ran_on_other_settings_is_stale_and_so_is_what_follows():
+    asked = {"sparsity": 0.5, "dtype": "float32"}
+    stages = {
+        "perplexity": stage("metrics/pruned/perplexity.json", "models/pruned"),
+        "apply": stage("models/pruned", "masks"),
+        "mask": stage("masks", "stats", sparsity=0.5),
+        "calibrate": stage("stats", dtype="float32"),
+        "zero-shot": stage("metrics/dense/zero_shot/piqa.json", "data/tasks/piqa"),
+    }
+    assert stale_stages(stages, asked) == []
+    changed = stages | {"mask": stage("masks", "stats", sparsity=0.7)}
+    assert stale_stages(changed, asked) == ["perplexity", "apply", "mask"]
+    assert stale_stages(changed, {}) == []
+    anew = stage("models/pruned", "masks")
+    anew["outs"][0]["md5"] = "other"
+    assert stale_stages(stages | {"apply": anew}, {}) == ["perplexity"]
+
+
+def lock(project: Project) -> dict[str, Any]:
+    """Write the dvc.lock of a study in which each stage has run on the settings at hand; return its stages."""
+    every = dict(flatten(project.params.model_dump(mode="json")))
+    stages = {}
+    for row in STAGES.values():
+        for name, part, _ in row.runs(["piqa"]):
+            wanted = row.settings_of(part)
+            asked = {key: value for key, value in every.items() if any(f"{key}.".startswith(f"{w}.") for w in wanted)}
+            stages[name] = stage(name, **asked)
+    stages["mask"] |= {"outs": [{"path": "masks", "md5": "m"}], "deps": [{"path": "stats", "md5": "s"}]}
+    stages["calibrate"]["outs"] = [{"path": "stats", "md5": "s"}]
+    write(project, stages)
+    return stages
+
+
+def write(project: Project, stages: dict[str, Any]) -> None:
+    YAML().dump({"schema": "2.0", "stages": stages}, project.root / "dvc.lock")
+
+
+@pytest.fixture
+def edited(project: Callable[..., Project]) -> Project:
+    """A study that has run, and whose params.yaml has been edited since."""
+    made = project(sparsity=0.3)
+    for name, part in (("download", "model"), ("download", "calibration"), ("calibrate", None), ("mask", None)):
+        run(name, project=made, part=part)
+    lock(made)
+    return project("org/other", sparsity=0.7, calibration__samples=7, tasks__names=["rte"], runtime__threads=1)
+
+
+def test_every_setting_is_that_of_the_last_run(project: Callable[..., Project]):
+    before = project()
+    lock(before)
+    changed = project("org/other", **{"dtype": "bfloat16", "zero_shot__limit": 9, "calibration__seed": 5})
+    ran = Ran.of(changed)
+    assert ran.params.model_dump() == before.params.model_dump()
+    assert set(ran.unmet) == {"model", "dtype", "zero_shot.limit", "calibration.seed"}
+    assert set(ran.unmet) <= {name for name, _ in settings()}
+
+
+def test_show_speaks_of_the_run_and_says_what_is_stale(edited: Project):
+    shown = show(project=edited)
+    assert "wanda, sparsity 0.3, pattern unstructured" in shown
+    assert "params.yaml asks for model=org/other, calibration.samples=7, sparsity=0.7, tasks.names=['rte']" in shown
+    assert "Stale: download-model, download-tasks, calibrate, mask." in shown
+    assert "piqa, acc %" in shown
+    assert "rte, acc %" not in shown
+
+
+def test_nothing_is_stale_where_nothing_was_edited(project: Callable[..., Project]):
+    made = project()
+    lock(made)
+    shown = show(project=made)
+    assert "Stale" not in shown
+    assert "which has not run" not in shown
+
+
+def test_the_card_of_a_model_has_the_settings_that_made_it(edited: Project):
+    target = edited.root / "exported"
+    said = export(project=edited, experiment=None, target=target)
+    assert "The model and its card are of the last run. params.yaml asks for model=org/other" in said
+    card = (target / "README.md").read_text(encoding="utf-8")
+    recipe = card[card.index("dvc exp run") :]
+    assert "-S sparsity=0.3" in recipe
+    assert "-S calibration.samples=3" in recipe
+    assert "other" not in recipe
+    assert "rte" not in recipe
+
+
+def test_masks_made_by_hand_have_their_own_settings(edited: Project, project: Callable[..., Project]):
+    changed = project(sparsity=0.6)
+    run("mask", project=changed)
+    assert "-S sparsity=0.6" in (
+        export(project=changed, experiment=None, target=edited.root / "exported")
+        and (edited.root / "exported/README.md").read_text(encoding="utf-8")
+    )
+
+
+def test_masks_of_statistics_that_were_made_again_are_not_exported(edited: Project):
+    stages = YAML(typ="safe").load(edited.root / "dvc.lock")["stages"]
+    stages["calibrate"]["outs"][0]["md5"] = "another"
+    write(edited, stages)
+    with pytest.raises(UserError, match="dvc.lock: mask ran on inputs that have been made again since"):
+        export(project=edited, experiment=None, target=edited.root / "exported")
+    assert not (edited.root / "exported").exists()
