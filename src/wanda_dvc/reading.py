@@ -169,7 +169,8 @@ def read_header(path: Path, todo: str = COPY) -> dict[str, Entry]:
         end += entry.length
     if 8 + length + end != size:
         raise UserError(
-            f"{path}: not a whole safetensors file: found {size} bytes, expected {8 + length + end} by its header; {todo}"
+            f"{path}: not a whole safetensors file: found {size} bytes, expected {8 + length + end} by its header; "
+            f"{todo}"
         )
     return {name: entry._replace(begin=8 + length + entry.begin) for name, entry in entries.items()}
 
@@ -177,7 +178,9 @@ def read_header(path: Path, todo: str = COPY) -> dict[str, Entry]:
 def _entry(content: object, where: str, todo: str) -> Entry:
     """Check a tensor's entry; `begin` counts from the end of the header."""
     entry = expect_object(content, where, todo)
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str):
         raise UserError(f"{where}: found {name_of(dtype)} as dtype, expected a name such as F32; {todo}")
     if not _are_sizes(shape):
@@ -188,9 +191,8 @@ def _entry(content: object, where: str, todo: str) -> Entry:
         )
     begin, end = offsets
     if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype]:
-        raise UserError(
-            f"{where}: found {end - begin} bytes, expected {math.prod(shape) * DTYPES[dtype]} for {dtype} {shape}; {todo}"
-        )
+        expected = math.prod(shape) * DTYPES[dtype]
+        raise UserError(f"{where}: found {end - begin} bytes, expected {expected} for {dtype} {shape}; {todo}")
     return Entry(dtype, shape, begin, end - begin)
 
 

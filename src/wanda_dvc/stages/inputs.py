@@ -71,6 +71,29 @@ def statistics(project: Project) -> Statistics:
     return Statistics(stats, blocks, features)
 
 
+def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> None:
+    """Check what can be known before a model is run: the device, the configuration and the length of windows."""
+    from wanda_dvc.engine.config import check_length, read_config
+
+    check_device(device_name(project.params.runtime))
+    if length is None:
+        read_config(project.model(model))
+    else:
+        check_length(project.model(model), length, setting)
+
+
+def check_device(device: str) -> None:
+    """Raise UserError where this machine does not have the device."""
+    import torch
+
+    kind, _, number = device.partition(":")
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = {"cpu": True, "cuda": int(number or 0) < cards, "mps": torch.backends.mps.is_available()}
+    if not there[kind]:
+        found = f"a machine with {cards} CUDA devices" if kind == "cuda" else "a machine without MPS"
+        raise UserError(f"params.yaml: runtime.device: got {device} on {found}, expected one it has; set auto or cpu")
+
+
 def check_fits(project: Project, features: dict[str, int]) -> None:
     """Raise UserError where params.yaml's pattern does not fit the model: before the work, in whatever stage."""
     check_pattern(Project(project.root).params.pattern, features)

@@ -17,7 +17,7 @@ from wanda_dvc.engine.walk import outputs, walk
 from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import model_provenance, open_decoder, walk_need
+from wanda_dvc.stages.inputs import check_ready, model_provenance, open_decoder, walk_need
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import write_csv, write_json
 from wanda_dvc.study.project import TEXT, Project
@@ -30,6 +30,7 @@ LOSSES = "losses.jsonl"
 def perplexity(*, project: Project, model: str) -> None:
     """models/{dense,pruned} + data/perplexity → metrics/{dense,pruned}/perplexity.json."""
     params, folder = project.params, project.model(model)
+    check_ready(project, model, params.perplexity.length, "perplexity.length")
     text = read_provenance(project.data("perplexity"), "download perplexity")
     tokens = tokenize(project.text("perplexity"), load_tokenizer(folder))
     length, count = params.perplexity.length, params.perplexity.windows

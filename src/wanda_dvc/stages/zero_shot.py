@@ -9,7 +9,7 @@ from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.sizes import Need, walking
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import model_provenance, open_decoder, walk_need
+from wanda_dvc.stages.inputs import check_ready, model_provenance, open_decoder, walk_need
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import ITEMS, Project
@@ -40,6 +40,7 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every data set that is no Hub id
     params, folder = project.params, project.model(model)
+    check_ready(project, model)
     items = read_provenance(project.data("tasks") / task, "download tasks")
     protocol = describe(
         "zero-shot",
