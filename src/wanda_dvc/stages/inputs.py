@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.sizes import WIDTH, Need, Sizes, sizes, walking
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import MEND, UserError, notice
 from wanda_dvc.params import Params
 from wanda_dvc.pruning.patterns import check_pattern
 from wanda_dvc.stages.running import device_name
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from wanda_dvc.engine.decoder import Decoder
 
+HEAD = "output head"
 MADE_BY = {"dense": "download model", "pruned": "apply"}
 
 
@@ -67,6 +68,11 @@ def statistics(project: Project) -> Statistics:
     for block in range(blocks):
         measured = read_stats(project.stats, block)
         for source, names in measured.readers.items():
+            if not measured.inputs[source].sum_squares.isfinite().all():
+                raise UserError(
+                    f"stats/: block {block}, input of {source}: sums that are not finite, expected finite ones; {MEND} "
+                    "and run `wanda-dvc calibrate`"
+                )
             features |= dict.fromkeys(names, len(measured.inputs[source].sum))
     return Statistics(stats, blocks, features)
 
@@ -80,6 +86,12 @@ def check_ready(project: Project, model: str, length: int | None = None, setting
         read_config(project.model(model))
     else:
         check_length(project.model(model), length, setting)
+
+
+def say_not_finite(run: str, where: str | None) -> None:
+    """Say where a model's activations first were not finite, if they were not."""
+    if where:
+        notice(f"{run}: {where}: activations that are not finite; its results say `diverged` or compare nothing")
 
 
 def check_device(device: str) -> None:

@@ -13,11 +13,11 @@ from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.sizes import BYTES_A_TOKEN, Need, walking
-from wanda_dvc.engine.walk import outputs, walk
+from wanda_dvc.engine.walk import not_finite, outputs, walk
 from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import check_ready, model_provenance, open_decoder, walk_need
+from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, open_decoder, say_not_finite, walk_need
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import write_csv, write_json
 from wanda_dvc.study.project import TEXT, Project
@@ -57,8 +57,11 @@ def perplexity(*, project: Project, model: str) -> None:
         decoder = open_decoder(project, model)
         rows = as_rows(windows) if rest is None else [*as_rows(windows), Row(rest)]
         losses = _losses(decoder, rows, work.path, what=f"perplexity {model}")
+        where = not_finite(work.path) or (None if all(map(math.isfinite, losses)) else HEAD)
+        say_not_finite(f"perplexity {model}", where)
         predictions = [len(row.tokens) - 1 for row in rows]
-        write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": [_finite(x) for x in losses]})
+        details = {"protocol": protocol, "losses": [_finite(x) for x in losses]}
+        write_json(project.details(model, "perplexity"), details | ({"not_finite": where} if where else {}))
         write_json(project.metrics(model, "perplexity"), {"perplexity": from_losses(losses, predictions)})
         plotted = zip(predictions, [loss if math.isfinite(loss) else "" for loss in losses], strict=True)
         headers = ["window", "predictions", "loss"]
