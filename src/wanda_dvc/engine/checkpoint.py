@@ -51,7 +51,7 @@ class Checkpoint:
     def where(self) -> dict[str, Path]:
         """The file that holds each tensor."""
         if not is_there(self.folder / "config.json"):
-            raise UserError(f"{self.folder}: no config.json, expected a Hugging Face model directory")
+            raise UserError(f"{self.folder}: no config.json, expected a Hugging Face model directory; name one")
         if is_there(self.folder / INDEX):
             where = {name: self.folder / file for name, file in read_index(self.folder / INDEX).items()}
             shards = sorted(set(where.values()))

@@ -158,7 +158,7 @@ def _files(source: Path) -> list[Path]:
     shards = Checkpoint(source).shards
     check_decoder(source, str(source))
     check_tokenizer([path.name for path in source.iterdir()], str(source))
-    others = {path for pattern in (*MODEL_FILES, INDEX) for path in source.glob(pattern)}
+    others = {path for path in source.iterdir() if _matches(path.name, (*MODEL_FILES, INDEX))}  # dangling links too
     files = [*sorted(others), *shards]
     for path in files:
         check_file(path, "move it away, or put the file there")

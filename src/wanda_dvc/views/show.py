@@ -96,11 +96,14 @@ def _footnotes(project: Project) -> list[str]:
         )
     protocol = _load(project.details("dense", "perplexity")).get("protocol")
     if protocol:
-        limit = project.params.zero_shot.limit
         notes.append(
             f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of {protocol['text']['source']} "
-            f"(sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}. "
-            f"Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error: "
+            f"(sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
+        )
+    if protocol and tasks:
+        limit = project.params.zero_shot.limit
+        notes[-1] += (
+            f" Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error: "
             "differences of less than two are within luck."
         )
     for model in MODELS:

@@ -1,0 +1,112 @@
+"""Damaged and odd input: one message, exit 2, nothing written. The cases are data, in cases/."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cases import Case, models, settings, texts
+from conftest import write_params
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import read_params
+from wanda_dvc.stages.download import download
+from wanda_dvc.study.project import Project
+
+Make = Callable[..., Project]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file but unfinished work."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".dvc" not in path.parts
+    }
+
+
+def refused(case: Case, run: Callable[[], object], root: Path) -> None:
+    """The input is refused with words that say where, what was found, what was expected; nothing is written."""
+    before = tree(root)
+    with pytest.raises(UserError) as caught:
+        run()
+    message = str(caught.value)
+    missing = [words for words in case.says if words not in message]
+    assert not missing, message
+    assert all(";" in problem and len(problem) < 1500 for problem in caught.value.problems), message
+    assert tree(root) == before
+
+
+def ids(cases: list[Case]) -> list[str]:
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names)
+    return [name.encode("unicode_escape").decode() for name in names]
+
+
+MODELS = list(models.cases())
+
+
+@pytest.mark.parametrize("case", MODELS, ids=ids(MODELS))
+def test_a_damaged_model(case: Case, project: Make, tiny: Path, tmp_path: Path):
+    source = shutil.copytree(tiny, tmp_path / "source")
+    case.spoil(source)
+    (tmp_path / "study").mkdir()
+    made = project(model=source)
+    refused(case, lambda: download(project=made, part="model"), tmp_path / "models")
+    assert not made.model("dense").exists()
+
+
+TEXTS = list(texts.cases())
+
+
+@pytest.mark.parametrize("case", TEXTS, ids=ids(TEXTS))
+def test_a_damaged_text(case: Case, project: Make, tmp_path: Path):
+    source = tmp_path / "source"
+    source.mkdir()
+    case.spoil(source)
+    refused(case, lambda: download(project=project(**text_of(case, source)), part="calibration"), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def text_of(case: Case, source: Path) -> dict[str, object]:
+    """The settings that name the file of a case."""
+    if case.name.startswith("gz"):
+        mirror = source / "mirror"
+        place = mirror / "allenai/c4/en"
+        place.mkdir(parents=True)
+        (source / texts.SHARD).rename(place / texts.SHARD)
+        return {"calibration__text__source": "c4", "runtime__mirror": str(mirror)}
+    name = texts.TEXT if case.name.startswith("t") and "jsonl" not in case.name else texts.LINES
+    return {"calibration__text__source": str(source / name)}
+
+
+@pytest.mark.parametrize("name", texts.RIGHT)
+def test_an_odd_text_is_taken_whole(name: str, project: Make, tmp_path: Path):
+    file, content, expected = texts.RIGHT[name]
+    (tmp_path / file).write_bytes(content)
+    made = project(calibration__text__source=str(tmp_path / file))
+    download(project=made, part="calibration")
+    assert made.text("calibration") == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    settings.MEANT,
+    ids=[f"{name} {str(value)[:40]!r}" for name, value, _ in settings.MEANT],
+)
+def test_a_setting_that_cannot_be_meant(setting: str, value: object, says: tuple[str, ...], tmp_path: Path):
+    write_params(tmp_path, "org/model", **{setting.replace(".", "__"): value})
+    with pytest.raises(UserError) as caught:
+        read_params(tmp_path / "params.yaml")
+    message = str(caught.value)
+    assert message.startswith("params.yaml: ")
+    assert not [words for words in says if words not in message], message
+
+
+@pytest.mark.parametrize("name", settings.FILES)
+def test_a_file_that_is_no_settings(name: str, tmp_path: Path):
+    content, found = settings.FILES[name]
+    (tmp_path / "params.yaml").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_params(tmp_path / "params.yaml")
+    assert found in str(caught.value)
