@@ -5,13 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cases import Case, models, settings, texts
+from cases import Case, artifacts, models, settings, texts
 from conftest import write_params
 
+from wanda_dvc import stages
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
+from wanda_dvc.stages import PARTS
 from wanda_dvc.stages.download import download
 from wanda_dvc.study.project import Project
+from wanda_dvc.views import show
 
 Make = Callable[..., Project]
 
@@ -110,3 +113,41 @@ def test_a_file_that_is_no_settings(name: str, tmp_path: Path):
     with pytest.raises(UserError) as caught:
         read_params(tmp_path / "params.yaml")
     assert found in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study whose stages have all run."""
+    root = tmp_path_factory.mktemp("finished")
+    write_params(root, tiny, perplexity__windows=1, zero_shot__limit=1)
+    made = Project(root)
+    for part in PARTS:
+        download(project=made, part=part)
+    for name in ("calibrate", "mask", "apply"):
+        stages.run(name, project=made)
+    return root
+
+
+ARTIFACTS = list(artifacts.cases())
+RUNS: dict[str, Callable[[Project], object]] = {
+    "calibrate": lambda made: stages.run("calibrate", project=made),
+    "mask": lambda made: stages.run("mask", project=made),
+    "apply": lambda made: stages.run("apply", project=made),
+    "perplexity": lambda made: stages.run("perplexity", project=made, part="dense"),
+    "perplexity-pruned": lambda made: stages.run("perplexity", project=made, part="pruned"),
+    "zero-shot": lambda made: stages.run("zero-shot", project=made, part="dense", task="piqa"),
+    "stats": lambda made: show.stats(project=made, layer=None, as_json=False),
+    "show": lambda made: show.show(project=made),
+}
+
+
+@pytest.mark.parametrize("case", ARTIFACTS, ids=ids(ARTIFACTS))
+def test_a_damaged_artifact(case: Case, finished: Path, tmp_path: Path):
+    root = shutil.copytree(finished, tmp_path / "study")
+    case.spoil(root)
+    refused(case, lambda: RUNS[case.run](Project(root)), root)
+
+
+def test_the_table_is_as_long_as_was_asked_for():
+    count = sum(map(len, (MODELS, TEXTS, ARTIFACTS, settings.MEANT, settings.FILES)))
+    assert count >= 200

@@ -198,7 +198,7 @@ class Params(_Section):
 
     def _pattern_conflicts(self) -> Iterator[str]:
         if self.pattern != "unstructured":
-            if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.pattern):
+            if not re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", self.pattern):
                 yield _problem("pattern", self.pattern, "`unstructured` or n:m, such as 2:4")
             else:
                 n, m = parse_pattern(self.pattern) or (0, 0)

@@ -72,8 +72,8 @@ def cases() -> Iterator[Case]:
     yield Case("txt: Latin-1", written(TEXT, b"caf\xe9"), (TEXT, "byte 3 is no UTF-8", "expected text in UTF-8"))
     yield Case("txt: binary", written(TEXT, bytes(range(256))), (TEXT, "is no UTF-8", "expected text in UTF-8"))
     packed = gzip.compress(GOOD * 20, mtime=0)
-    yield Case("gz: text", written(SHARD, GOOD), (SHARD, "damaged", "expected lines of JSON, gzipped"))
-    yield Case("gz: half", written(SHARD, packed[:-9]), (SHARD, "damaged", "expected lines of JSON, gzipped"))
+    yield Case("gz: not packed", written(SHARD, GOOD), (SHARD, "damaged", "expected lines of JSON, gzipped"))
+    yield Case("gz: half a file", written(SHARD, packed[:-9]), (SHARD, "damaged", "expected lines of JSON, gzipped"))
     yield Case("gz: a wrong sum", written(SHARD, packed[:-8] + b"\0" * 8), (SHARD, "damaged", "expected lines"))
     yield Case(
         "gz: a flipped byte", written(SHARD, packed[:14] + b"\xff\xff" + packed[16:]), (SHARD, "damaged", "expected")
