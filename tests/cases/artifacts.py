@@ -152,13 +152,13 @@ def _blocks() -> Iterator[Case]:
         block(STATS, lambda t, _: t.update({first(t, ".sum"): t[first(t, ".sum")][:1]})),
         (STATS, "damaged"),
         "mask",
-    )  # noqa: E501
+    )
     yield Case(
         f"{STATS}: a matrix",
         block(STATS, lambda t, _: t.update({first(t, ".sum"): t[first(t, ".sum")][None]})),
         (STATS, "damaged"),
         "mask",
-    )  # noqa: E501
+    )
     yield Case(
         f"{STATS}: transposed text", block(STATS, lambda _, h: h.update(transposed="x")), (STATS, "damaged"), "mask"
     )
@@ -167,19 +167,19 @@ def _blocks() -> Iterator[Case]:
         block(STATS, lambda _, h: h["readers"].update({next(iter(h["readers"])): [3]})),
         (STATS, "damaged"),
         "mask",
-    )  # noqa: E501
+    )
     yield Case(
         f"{STATS}: lm_head reads",
         block(STATS, lambda _, h: h["readers"].update({next(iter(h["readers"])): ["lm_head"]})),
         ("no weight of lm_head",),
         "mask",
-    )  # noqa: E501
+    )
     yield Case(
         f"{STATS}: not finite",
         block(STATS, lambda t, _: t[first(t, ".sum_squares")].fill_(float("nan"))),
         ("block 1", "not finite", "expected finite"),
         "mask",
-    )  # noqa: E501
+    )
     for kind in ("bool", "int8", "float32", "int64"):
         yield Case(
             f"{MASKS}: {kind}", block(MASKS, dtype(kind, "q_proj")), (MASKS, f"torch.{kind}", "expected"), "apply"
@@ -189,19 +189,19 @@ def _blocks() -> Iterator[Case]:
         block(MASKS, lambda t, _: t.update({first(t, "q_proj"): t[first(t, "q_proj")][:-1].clone()})),
         ("masks/", "q_proj is [31, 32]", "expected [32, 32]"),
         "apply",
-    )  # noqa: E501
+    )
     yield Case(
         f"{MASKS}: more columns",
         block(MASKS, lambda _, h: h["columns"].update({first(h["columns"], "q_proj"): 99})),
         (MASKS, "for 99 columns", "expected"),
         "apply",
-    )  # noqa: E501
+    )
     yield Case(
-        f"{MASKS}: no columns",
+        f"{MASKS}: columns are text",
         block(MASKS, lambda _, h: h["columns"].update({first(h["columns"], "q_proj"): "32"})),
         (MASKS, "for 32 columns", "expected"),
         "apply",
-    )  # noqa: E501
+    )
     yield Case(
         f"{MASKS}: another linear",
         block(
@@ -213,4 +213,4 @@ def _blocks() -> Iterator[Case]:
         ),
         ("no weight of lm_head.x",),
         "apply",
-    )  # noqa: E501
+    )

@@ -188,8 +188,8 @@ def _configs() -> Iterator[Case]:
 def _indexes() -> Iterator[Case]:
     for name, (content, found) in NO_OBJECTS.items():
         yield Case(f"index: {name}", written(INDEX, content), (INDEX, found))
-    for weight_map, found in (  # fmt: skip
-        (REMOVED, "found none"), ([], "found a list"), (3, "found a number"), ("a", "found text"), 
+    for weight_map, found in (
+        (REMOVED, "found none"), ([], "found a list"), (3, "found a number"), ("a", "found text"),
         ({}, "found no tensors"),
         (True, "found true or false"), (["a.safetensors"], "found a list"),
     ):  # fmt: skip
