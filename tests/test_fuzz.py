@@ -85,7 +85,8 @@ ODD: list[Any] = [
 ]  # fmt: skip
 PIECES = [
     b"", b"null", b"-1", b"1e999", b"[]", b"{}", b'"', b"\\", b"\\ud800", b"\xff", b"\0", b"\n", b"\r", b"\xe2\x80\xa8",
-    b"\xef\xbb\xbf", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"\xff" * 8, b"\x00" * 8, b"&a", b"*a", b"!!python/none",
+    b"\xef\xbb\xbf", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"\xff" * 8,
+    b"\x00" * 8, b"&a", b"*a", b"!!python/none",
 ]  # fmt: skip
 
 

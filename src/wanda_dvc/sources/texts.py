@@ -118,7 +118,9 @@ def find_text(setting: str, wanted: Text, mirror: str | None, *, as_documents: b
 def _check(documents: Documents) -> int:
     """Count the documents. UserError if there are none, or the first is not text."""
     if not documents or not documents[0]:
-        raise UserError(f"{documents.shard}: no documents, expected lines of JSON with `{documents.column}`; copy it again")
+        raise UserError(
+            f"{documents.shard}: no documents, expected lines of JSON with `{documents.column}`; copy it again"
+        )
     return len(documents)
 
 
