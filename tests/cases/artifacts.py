@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,14 @@ def cases() -> Iterator[Case]:
         yield Case(f"{path}: {name}", written(path, content), (path, found, "expected"), "show")
 
 
+def _without(key: str, _: dict[str, Any], header: dict[str, Any]) -> None:
+    header.pop(key)
+
+
+def _as_list(key: str, _: dict[str, Any], header: dict[str, Any]) -> None:
+    header[key] = [1]
+
+
 def _blocks() -> Iterator[Case]:
     for path, run, key in ((STATS, "mask", "readers"), (MASKS, "apply", "columns")):
         yield Case(f"{path}: missing", removed(path), (path.partition("/")[0], "found 3 blocks", "expected 4"), run)
@@ -122,12 +131,8 @@ def _blocks() -> Iterator[Case]:
         yield Case(
             f"{path}: text", resealed(path, b"hello, world"), (path, "not a whole safetensors file", "expected"), run
         )
-        yield Case(
-            f"{path}: no {key}", block(path, lambda _, h, key=key: h.pop(key)), (path, "damaged", "expected"), run
-        )
-        yield Case(
-            f"{path}: {key} a list", block(path, lambda _, h, key=key: h.update({key: [1]})), (path, "damaged"), run
-        )
+        yield Case(f"{path}: no {key}", block(path, partial(_without, key)), (path, "damaged", "expected"), run)
+        yield Case(f"{path}: {key} a list", block(path, partial(_as_list, key)), (path, "damaged"), run)
         yield Case(f"{path}: header a list", block(path, lambda *_: "[1]"), (path, "found a list", "expected"), run)
         yield Case(f"{path}: header no JSON", block(path, lambda *_: "x"), (path, "found no JSON", "expected"), run)
         yield Case(f"{path}: header deep", block(path, lambda *_: "[" * 10**5), (path, "too deeply", "expected"), run)

@@ -180,9 +180,9 @@ def _configs() -> Iterator[Case]:
         ("quantization_config", {"quant_method": "fp8"}, ("quantized by fp8", "expected unquantized ones")),
         ("text_config", {"hidden_size": -1}, ("text_config.hidden_size", "found -1", "expected a positive")),
     ]
-    for key, value, says in one_of_many:
-        shown = "missing" if value is REMOVED else f"{value!r:.40}"
-        yield Case(f"config.json: {key} {shown}", config(**{key: value}), says)
+    for setting, wrong, says in one_of_many:
+        shown = "missing" if wrong is REMOVED else f"{wrong!r:.40}"
+        yield Case(f"config.json: {setting} {shown}", config(**{setting: wrong}), says)
 
 
 def _indexes() -> Iterator[Case]:
@@ -205,13 +205,13 @@ def _indexes() -> Iterator[Case]:
             index({QUERY: shard}),
             (f"weight_map: {QUERY}", "found", "expected the name of a file"),
         )
-    for shard in (
+    for outside in (
         "../../../etc/passwd", "/etc/passwd", "a/../a.safetensors", "./a.safetensors", "..", ".", "", "a\\b", "a\0b",
         "sub/a.safetensors", "a\nb", "x" * 300,
     ):  # fmt: skip
         yield Case(
-            f"index: shard {shard[:30]!r}",
-            index({QUERY: shard}),
+            f"index: shard {outside[:30]!r}",
+            index({QUERY: outside}),
             (QUERY, "found", "expected the name of a file beside it"),
         )
     yield Case(
@@ -277,7 +277,7 @@ def _shards() -> Iterator[Case]:
     yield Case("shard: no tensors", header(lambda entries: entries.clear()), (SINGLE, "expected"))
     yield Case("shard: a tensor missing", tensors(lambda t: t.pop(QUERY)), (f"no tensor for {QUERY}", "expected one"))
     yield Case("shard: embeddings missing", tensors(lambda t: t.pop(HEAD)), ("no tensor for", "expected one"))
-    for dtype, name in (
+    for kind, name in (
         ("int8", "I8"),
         ("bool", "BOOL"),
         ("uint8", "U8"),
@@ -287,7 +287,7 @@ def _shards() -> Iterator[Case]:
         for tensor in (QUERY, "model.layers.3.mlp.down_proj.weight"):
             yield Case(
                 f"shard: {tensor} in {name}",
-                stored_as(tensor, dtype),
+                stored_as(tensor, kind),
                 (f"{tensor} is {name}", "expected F32, F16, BF16"),
             )
 
