@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cases import Case, artifacts, models, settings, texts
@@ -11,9 +12,10 @@ from conftest import write_params
 from wanda_dvc import stages
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
-from wanda_dvc.stages import PARTS
 from wanda_dvc.stages.download import download
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.places import EMBEDDED
+from wanda_dvc.study.project import ITEMS, Project
+from wanda_dvc.study.provenance import describe, write_provenance
 from wanda_dvc.views import show
 
 Make = Callable[..., Project]
@@ -121,8 +123,19 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("finished")
     write_params(root, tiny, perplexity__windows=1, zero_shot__limit=1)
     made = Project(root)
-    for part in PARTS:
+    for part in ("model", "calibration", "perplexity"):
         download(project=made, part=part)
+    piqa = made.data("tasks") / "piqa"  # as `download tasks` writes it, without lm-eval's index, which takes seconds
+    piqa.mkdir(parents=True)
+    shutil.copyfile(EMBEDDED / "tasks/baber/piqa/validation.jsonl", piqa / ITEMS)
+    keys: dict[str, Any] = {
+        "task": "piqa",
+        "source": "samples",
+        "role": "validation",
+        "definition": "piqa/piqa.yaml",
+        "lm_eval": "0",
+    }
+    write_provenance(piqa, describe("task", sha256="0", **keys))
     for name in ("calibrate", "mask", "apply"):
         stages.run(name, project=made)
     return root

@@ -31,6 +31,7 @@ def perplexity(*, project: Project, model: str) -> None:
     """models/{dense,pruned} + data/perplexity → metrics/{dense,pruned}/perplexity.json."""
     params, folder = project.params, project.model(model)
     check_ready(project, model, params.perplexity.length, "perplexity.length")
+    measured = model_provenance(project, model)
     text = read_provenance(project.data("perplexity"), "download perplexity")
     tokens = tokenize(project.text("perplexity"), load_tokenizer(folder))
     length, count = params.perplexity.length, params.perplexity.windows
@@ -40,7 +41,7 @@ def perplexity(*, project: Project, model: str) -> None:
         "perplexity",
         version=STAGES["perplexity"].version,
         libraries=("torch", "transformers"),
-        model=digest(model_provenance(project, model)),
+        model=digest(measured),
         tokenizer_sha256=tokenizer_digest(folder),
         text={key: text[key] for key in ("source", "join", "sha256")},
         tokens=len(tokens),
