@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_tiny_model, write_params
+from repository import Repository
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -215,3 +216,17 @@ def test_no_tasks_means_perplexity_only(project: Make):
     perplexity(project=made, model="dense")
     assert [row[0] for row in comparison(made)] == ["perplexity", "measured sparsity"]
     assert "Zero-shot" not in show(project=made)
+
+
+@pytest.mark.pipeline
+def test_no_tasks_run_through_dvc_show_and_report(tmp_path: Path, tiny: Path):
+    repository = Repository.new(tmp_path / "study", tiny)
+    ran = repository.repro(tasks__names=[])
+    assert {name for name in ran if name.startswith("zero-shot")} == set()
+    assert {"perplexity@dense", "perplexity@pruned"} <= ran
+    repository.commit()
+    assert "perplexity" in repository.run("wanda-dvc", "show")
+    repository.run("wanda-dvc", "report")
+    assert "No tasks were asked" in (repository.root / "report.md").read_text(encoding="utf-8")
+    assert "got x, expected none" in repository.run("wanda-dvc", "zero-shot", "dense", "x", check=False)
+    assert repository.repro() == set()

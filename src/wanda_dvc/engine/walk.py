@@ -66,7 +66,8 @@ def outputs(
 
 def not_finite(work: Path) -> str | None:
     """Where a walk's hidden states first were not finite; None where they all are."""
-    return load_progress(work).get("not_finite")
+    found = load_progress(work).get("not_finite")
+    return found if isinstance(found, str) else None
 
 
 def load_progress(work: Path) -> dict[str, Any]:
@@ -209,13 +210,13 @@ class HiddenStates:
         """
         folder.mkdir(parents=True, exist_ok=True)
         states = cls(folder, lengths, width, dtype, blocks)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
             progress = load_progress(folder)
             finished = int(progress["finished"])
             if progress["boot"] == _boot() and 0 <= finished <= blocks:
                 checksum, size = _checksum_of(states._path(finished))
                 if (checksum, size) == (progress["checksum"], sum(lengths) * width * dtype.itemsize):
-                    states.finished, states.not_finite = finished, progress.get("not_finite")
+                    states.finished, states.not_finite = finished, not_finite(folder)
         return states
 
     @property

@@ -119,7 +119,7 @@ def _read_losses(path: Path, rows: int) -> list[float]:
     losses: list[float] = []
     lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
     for line in lines[:rows]:
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
             row, loss = json.loads(line.partition(" ")[2])
             value = math.nan if loss == DIVERGED else float(loss)
             if line == _line(row, value) and row == len(losses):

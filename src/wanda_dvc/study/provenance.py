@@ -49,12 +49,18 @@ def describe(kind: str, *, libraries: tuple[str, ...] = (), **content: object) -
 
 
 def read_provenance(artifact: Path, made_by: str) -> Json:
-    """Read the provenance of an artifact. UserError if it is missing or of another format."""
+    """Read the provenance of an artifact. UserError if it is missing, of another format, or lacks what readers use."""
+    content = read_format(artifact, made_by)
+    check_keys(content, made_by, str(artifact / PROVENANCE), f"run `wanda-dvc {made_by}` again")
+    return content
+
+
+def read_format(artifact: Path, made_by: str) -> Json:
+    """Read a provenance of this format, whatever its keys."""
     where, todo = str(artifact / PROVENANCE), f"run `wanda-dvc {made_by}` again"
     content = expect_object(read_json(artifact / PROVENANCE, made_by), where, todo)
     if content.get("format") != FORMAT:
         raise UserError(f"{where}: format {content.get('format')}, expected {FORMAT}; {todo}")
-    check_keys(content, made_by, where, todo)
     return content
 
 

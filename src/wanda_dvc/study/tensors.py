@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import check_file, expect_object, is_there, parse_json, read_header
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.provenance import PROVENANCE, file_digest, files_digest, read_provenance, write_provenance
+from wanda_dvc.study.provenance import PROVENANCE, file_digest, files_digest, read_format, write_provenance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,7 +152,7 @@ def _sealed(folder: Path, made_by: str) -> dict[str, str]:
     """Return the digest of each file of a finished artifact; of an unfinished one none."""
     if not (folder / PROVENANCE).is_file():
         return {}
-    files = read_provenance(folder, made_by).get("files")
+    files = read_format(folder, made_by).get("files")
     if not isinstance(files, dict) or not files:
         raise UserError(
             f"{folder / PROVENANCE}: no digests, expected one for each block, as this version writes them; "
