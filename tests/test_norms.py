@@ -36,8 +36,8 @@ def write(folder: Path, norms: list[list[torch.Tensor]], *, tokens: int = 4, sou
     made = {
         "format": FORMAT,
         "model": {"source": "tiny", "sha256": "0"},
-        "text": {"source": source},
-        "params": {"samples": 1, "length": 4},
+        "text": {"source": source, "sha256": "0"},
+        "params": {"samples": 1, "length": 4, "dtype": "float32"},
     }
     seal(folder, made)
 

@@ -116,11 +116,8 @@ def test_outside_a_project_it_says_so(tmp_path: Path):
 
 def test_a_defect_is_no_users_mistake(tmp_path: Path):
     write_params(tmp_path, tmp_path)
-    (tmp_path / "models/dense").mkdir(parents=True)
-    (tmp_path / "models/dense/provenance.json").write_text('{"format": 1}')
-    (tmp_path / "stats").mkdir()
-    (tmp_path / "stats/provenance.json").write_text('{"format": 1}')
-    done = wanda_dvc("mask", cwd=tmp_path)
+    defect = "from wanda_dvc.study.project import Project; Project.model = lambda *_: 1 / 0"
+    done = wanda_dvc("mask", cwd=tmp_path, first=defect)
     assert done.returncode == 1
     assert "`wanda-dvc --debug …` shows where" in done.stderr
-    assert "Traceback" in wanda_dvc("--debug", "mask", cwd=tmp_path).stderr
+    assert "Traceback" in wanda_dvc("--debug", "mask", cwd=tmp_path, first=defect).stderr

@@ -107,10 +107,47 @@ def methods() -> dict[str, Method]:
     return found
 
 
+# --- models ---
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on the package index: `package:NAME==VERSION`, and with `#sha256=` the hash of its wheel."""
+
+    name: str
+    version: str
+    sha256: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Package | None":
+        """Return the package that a setting names; None for anything but a name and a version, such as an option."""
+        from packaging.version import InvalidVersion, Version
+
+        if not (found := _PACKAGE.fullmatch(text)):
+            return None
+        try:
+            Version(found["version"])
+        except InvalidVersion:
+            return None
+        return cls(**found.groupdict())
+
+    @property
+    def requirement(self) -> str:
+        """The package as pip takes it."""
+        return f"{self.name}=={self.version}"
+
+
+# A name by PEP 508, and what a version by PEP 440 may consist of: no path, no URL, no option.
+_PACKAGE = re.compile(
+    r"package:(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
+    r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
+)
+
+
 # --- texts ---
 
 # The name of anything on the Hub: an owner's name, one slash, and for a model perhaps @ and a revision.
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+(@[\w.\-/]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/\w[\w.\-]*(@\w[\w.\-/]*)?")
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
         _one_of(stage.part_is, part, tuple(stage.parts))
     check_version(name, version)
     project = Project.find()
-    _ = project.params  # all that is wrong in it is said before anything starts
+    params = project.params  # all that is wrong in it is said before anything starts
+    if task is not None:
+        _one_of("task", task, tuple(params.tasks.names))
     if sys.stderr.isatty():
         notice(f"{label}: starting")  # libraries take seconds to come
     else:  # bars of libraries would fill a log; ours says a line a minute
@@ -271,7 +273,7 @@ def clean(
 
 def _one_of(what: str, given: str | None, known: tuple[str, ...]) -> None:
     if given not in known:
-        raise UserError(f"{what}: got {given}, expected {', '.join(known)}")
+        raise UserError(f"{what}: got {given}, expected {', '.join(known) or 'none: params.yaml names none'}")
 
 
 def run() -> None:

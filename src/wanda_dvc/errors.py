@@ -9,6 +9,7 @@ from wanda_dvc import __version__
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
+MEND = "set dtype=float32 or bfloat16, or mend the model's weights"  # where activations are not finite
 
 
 class UserError(Exception):

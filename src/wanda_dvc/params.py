@@ -13,12 +13,15 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from wanda_dvc.catalog import EMBEDDED_SPLITS, HUB_ID, TEXTS, methods
+from wanda_dvc.catalog import EMBEDDED_SPLITS, HUB_ID, TEXTS, Package, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.patterns import parse_pattern
+from wanda_dvc.reading import read_text
 
+MOST = 2**20  # windows of a calibration, and tokens of a window: far beyond any study
+ROUNDED = 1e-6  # the sparsity of 1:3 may be written 0.666667
+THREADS = 1024  # with many more the process ends inside the library that starts them
 NAMED_TEXTS = ("embedded", *TEXTS)
 
 
@@ -68,8 +71,8 @@ class Calibration(_Section):
     """The text that the activations are measured on, and how it is cut."""
 
     text: Text
-    samples: int = Field(ge=1, description="number of windows, drawn at random")
-    length: int = Field(ge=2, description="tokens a window")
+    samples: int = Field(ge=1, le=MOST, description="number of windows, drawn at random")
+    length: int = Field(ge=2, le=MOST, description="tokens a window")
     seed: int = Field(ge=0, description="seed of the draw")
 
 
@@ -77,7 +80,7 @@ class Perplexity(_Section):
     """The text that the model is measured on, and how it is cut."""
 
     text: Text
-    length: int = Field(ge=2, description="tokens a window; windows follow one another")
+    length: int = Field(ge=2, le=MOST, description="tokens a window; windows follow one another")
     windows: int | None = Field(None, ge=1, description="number of windows; null: all")
     rest: Literal["dropped", "kept"] = Field(
         "dropped",
@@ -93,8 +96,8 @@ class Tasks(_Section):
         description="`samples`: questions written for this project; `benchmark`: the benchmarks, from "
         "`runtime.mirror` or the Hub"
     )
-    names: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]] = Field(
-        min_length=1, description="lm-eval's names of multiple-choice tasks"
+    names: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_\-]*$")]] = Field(
+        description="list of lm-eval's names of multiple-choice tasks; `[]`: perplexity only"
     )
 
 
@@ -112,7 +115,7 @@ class Runtime(_Section):
         pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
         description="auto (cuda if there is one), cpu, cuda, cuda:1 or mps",
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; null: one for each core")
+    threads: int | None = Field(None, ge=1, le=THREADS, description="CPU threads; null: one for each core")
     memory_gb: float | None = Field(
         None,
         gt=0,
@@ -155,7 +158,12 @@ class Params(_Section):
 
     @property
     def share(self) -> Fraction:
-        """The sparsity as the exact decimal: 0.29 of 100 weights is 29, where floating point gives 28."""
+        """The sparsity as the exact decimal: 0.29 of 100 weights is 29, where floating point gives 28.
+
+        A pattern has its own: 1 − n/m exactly, which no decimal is for 1:3.
+        """
+        if n_of_m := parse_pattern(self.pattern):
+            return 1 - Fraction(*n_of_m)
         return Fraction(str(self.sparsity))
 
     @model_validator(mode="after")
@@ -167,7 +175,7 @@ class Params(_Section):
     def _conflicts(self) -> Iterator[str]:
         """Yield the settings that are well formed each and cannot be meant together, or mean nothing."""
         yield from self._pattern_conflicts()
-        if not (self.model.startswith("package:") or Path(self.model).is_absolute() or HUB_ID.fullmatch(self.model)):
+        if not (Package.parse(self.model) or Path(self.model).is_absolute() or HUB_ID.fullmatch(self.model)):
             yield _problem(
                 "model", self.model, "`package:NAME==VERSION`, an absolute directory or a Hub id, `ORG/NAME`"
             )
@@ -190,13 +198,13 @@ class Params(_Section):
 
     def _pattern_conflicts(self) -> Iterator[str]:
         if self.pattern != "unstructured":
-            if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.pattern):
+            if not re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", self.pattern):
                 yield _problem("pattern", self.pattern, "`unstructured` or n:m, such as 2:4")
             else:
                 n, m = parse_pattern(self.pattern) or (0, 0)
                 if not n < m:
                     yield _problem("pattern", self.pattern, "n:m with n < m: n of every m neighbours stay")
-                elif abs(self.sparsity - (1 - n / m)) > 1e-9:
+                elif abs(self.sparsity - (1 - n / m)) > ROUNDED:
                     yield (
                         f"params.yaml: sparsity: got {self.sparsity} with pattern {self.pattern}, "
                         f"expected {1 - n / m:g} (1 − n/m); set sparsity={1 - n / m:g} or pattern=unstructured"
@@ -246,9 +254,14 @@ def _file_conflicts(name: str, text: Text) -> Iterator[str]:
 def read_params(path: Path) -> Params:
     """Read and check `params.yaml`. UserError with every problem that it has."""
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
-        raise UserError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
+        content = YAML(typ="safe", pure=True).load(read_text(path, "restore it from git"))
+    except UserError:
+        raise
+    except Exception as error:  # for some texts the library raises what it likes, a RecursionError too
+        raise UserError(
+            f"{path.name}: not valid YAML: {' '.join(str(error).split()) or type(error).__name__}; "
+            "correct it, or restore it from git"
+        ) from None
     return check_params(content)
 
 
@@ -315,13 +328,16 @@ def _explain(error: Any) -> str:
         return f"params.yaml: {where}: no such setting; {hint}"
     if error["type"] == "missing":
         return f"params.yaml: {where}: missing"
-    comparisons = {"greater_than_equal": ("≥", "ge"), "less_than": ("<", "lt")}
+    comparisons = {"greater_than_equal": ("≥", "ge"), "less_than": ("<", "lt"), "less_than_equal": ("≤", "le")}
     if error["type"] in comparisons:
         sign, key = comparisons[error["type"]]
-        return _problem(where, error["input"], f"{sign} {context[key]:g}")
+        return _problem(where, error["input"], f"{sign} {context[key]:{',' if context[key] > 1e5 else 'g'}}")
     if error["type"] == "literal_error":
         return _problem(where, error["input"], context["expected"].replace("'", ""))
     if error["type"] == "string_pattern_mismatch":
         field = dict(settings()).get(re.sub(r"\.\d+$", "", where))
         return _problem(where, error["input"], field.description if field else error["msg"])
-    return _problem(where, error["input"], error["msg"].removeprefix("Input should be ").removeprefix("a valid "))
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    if error["type"] == "list_type":
+        expected = f"a list, such as [{error['input']}]" if isinstance(error["input"], str) else "a list"
+    return _problem(where, error["input"], expected)

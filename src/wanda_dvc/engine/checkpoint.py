@@ -1,7 +1,7 @@
 """A Hugging Face directory of safetensors, single-file or sharded: its one reader and its one writer."""
 
-import json
 import math
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
@@ -15,9 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.reading import Entry, is_there, name_of, read_header, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+AGAIN = "copy it again"
+PLAIN = re.compile(r"[^/\\\x00-\x1f]{1,255}")  # a name without a folder
 COPIED_AT_A_TIME = 2**20  # bytes
 
 
@@ -47,26 +50,45 @@ class Checkpoint:
     @cached_property
     def where(self) -> dict[str, Path]:
         """The file that holds each tensor."""
-        if not (self.folder / "config.json").is_file():
-            raise UserError(f"{self.folder}: no config.json, expected a Hugging Face model directory")
-        if (self.folder / INDEX).is_file():
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            where = {name: self.folder / file for name, file in index.items()}
-            if missing := sorted({path.name for path in where.values() if not path.is_file()}):
+        if not is_there(self.folder / "config.json"):
+            raise UserError(f"{self.folder}: no config.json, expected a Hugging Face model directory; name one")
+        if is_there(self.folder / INDEX):
+            where = {name: self.folder / file for name, file in read_index(self.folder / INDEX).items()}
+            shards = sorted(set(where.values()))
+            if missing := [path.name for path in shards if not is_there(path)]:
                 raise UserError(f"{self.folder}: {INDEX} names {', '.join(missing)}, which is not there; copy it again")
+            for name, path in where.items():
+                if name not in self._header(path):
+                    raise UserError(
+                        f"{self.folder}: {INDEX} says that {path.name} holds {name}, which it does not; {AGAIN}"
+                    )
             return where
-        if not (self.folder / SINGLE).is_file():
+        if not is_there(self.folder / SINGLE):
             found = ", ".join(sorted(path.name for path in self.folder.iterdir())) or "nothing"
             raise UserError(
                 f"{self.folder}: found {found}, expected {SINGLE} or {INDEX}; "
                 "weights in another format must be saved as safetensors first"
             )
-        return dict.fromkeys(self._open(self.folder / SINGLE).keys(), self.folder / SINGLE)
+        return dict.fromkeys(self._header(self.folder / SINGLE), self.folder / SINGLE)
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Dtype, shape and place in its file of each tensor."""
+        return {name: self._header(path)[name] for name, path in self.where.items()}
 
     @property
     def shards(self) -> list[Path]:
         """The files, sorted."""
         return sorted(set(self.where.values()))
+
+    @cached_property
+    def _headers(self) -> dict[Path, dict[str, Entry]]:
+        return {}
+
+    def _header(self, path: Path) -> dict[str, Entry]:
+        if path not in self._headers:
+            self._headers[path] = read_header(path)
+        return self._headers[path]
 
     @cached_property
     def _files(self) -> dict[Path, safe_open]:
@@ -104,18 +126,13 @@ class Checkpoint:
 
     def size(self, dtype: torch.dtype) -> int:
         """Bytes of all tensors in a dtype."""
-        shapes = (shape for path in self.shards for _, _, shape, _, _ in self.bytes_at(path))
+        shapes = (entry.shape for path in self.shards for entry in self._header(path).values())
         return sum(map(math.prod, shapes)) * dtype.itemsize
 
     def bytes_at(self, path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
         """Name, dtype, shape, first byte and length in the file, of every tensor in one shard."""
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                yield name, entry["dtype"], entry["shape"], 8 + size + begin, end - begin
+        for name, entry in self._header(path).items():
+            yield name, *entry
 
     # --- writing ---
 
@@ -161,6 +178,22 @@ class Checkpoint:
                     del new  # before the next is made
                     yield address
                 _copy_up_to(shard.stat().st_size, stored, file)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Read an index: the name of the shard that holds each tensor. Every shard is a file beside the index."""
+    shards = read_object(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        found = "no tensors" if shards == {} else name_of(shards) if shards is not None else "none"
+        raise UserError(f"{path}: weight_map: found {found}, expected the file of each tensor; {AGAIN}")
+    for name, shard in shards.items():
+        if not isinstance(shard, str):
+            raise UserError(f"{path}: weight_map: {name}: found {name_of(shard)}, expected the name of a file; {AGAIN}")
+        if not PLAIN.fullmatch(shard) or shard in (".", ".."):
+            raise UserError(
+                f"{path}: weight_map: {name}: found {shard!r}, expected the name of a file beside it; {AGAIN}"
+            )
+    return shards
 
 
 def _copy_up_to(end: int, stored: BinaryIO, file: BinaryIO) -> None:

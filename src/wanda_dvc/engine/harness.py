@@ -1,6 +1,5 @@
 """lm-eval over the engine: its own definitions of tasks, our log-likelihoods."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Progress, Request, loglikelihoods
 from wanda_dvc.engine.windows import load_tokenizer
-from wanda_dvc.errors import notice
+from wanda_dvc.errors import UserError, notice
+from wanda_dvc.reading import read_lines
 
 
 class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
@@ -24,7 +24,9 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
 
     def __init__(self, decoder: Decoder, work: Path, *, what: str, progress: Progress) -> None:
         """`what` names the run in messages; `progress` shows the blocks."""
-        super().__init__(pretrained=decoder.model, tokenizer=load_tokenizer(decoder.checkpoint.folder))
+        super().__init__(
+            pretrained=decoder.model, tokenizer=load_tokenizer(decoder.checkpoint.folder), trust_remote_code=False
+        )
         self.decoder, self.work, self.what, self.progress = decoder, work, what, progress
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
@@ -45,8 +47,15 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
 
 def load_task(definition: str, role: str, items: Path) -> Any:
     """Return lm-eval's task on items from a file: its own YAML, with the split in that role alone."""
-    rows = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()]
-    config = load_yaml(Path(lm_eval.tasks.__file__).parent / definition)
+    rows = [row for _, row in read_lines(items, "run `wanda-dvc download tasks` again")]
+    tasks = Path(lm_eval.tasks.__file__).parent
+    # lm-eval runs the Python files that a definition names: only its own definitions are read.
+    if not (tasks / definition).resolve().is_relative_to(tasks.resolve()) or not (tasks / definition).is_file():
+        raise UserError(
+            f"{items.parent}: got the definition {definition}, expected one of lm-eval's; "
+            "run `wanda-dvc download tasks` again"
+        )
+    config = load_yaml(tasks / definition)
     config |= {f"{name}_split": role if name == role else None for name in ("training", "validation", "test")}
     config |= {"custom_dataset": lambda **_: {role: Dataset.from_list(rows)}, "num_fewshot": 0}
     return ConfigurableTask(config=config)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wanda_dvc.engine.structure import Linear
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import MEND, UserError
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
 
@@ -90,6 +90,14 @@ class InputRecorder:
             readers.setdefault(source[linear], []).append(linear)
         inputs = {name: stats[name].cpu() for name in readers}
         return BlockStats(inputs, readers, [name for name, linear in self.linears.items() if linear.transposed])
+
+    def check_finite(self, block: int) -> None:
+        """Raise UserError where an input's sums of squares are not finite, though its activations may be."""
+        for name, x in self.stats.items():
+            if not x.sum_squares.isfinite().all():
+                raise UserError(
+                    f"block {block}, input of {name}: sums of squares that are not finite, expected finite ones; {MEND}"
+                )
 
     def end_window(self) -> None:
         """Release the window's inputs."""

@@ -69,8 +69,7 @@ class Need:
 
 def sizes(config: Path) -> Sizes:
     """Count the model that a config.json, or the one in a directory, describes."""
-    from transformers import AutoConfig
-
+    from wanda_dvc.engine.config import read_config
     from wanda_dvc.engine.structure import empty_model, find_blocks, weight_shapes
 
     model = empty_model(config)
@@ -79,7 +78,7 @@ def sizes(config: Path) -> Sizes:
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     # Each expert's matrix is a linear of its own.
     shapes = [[shape[-2:] for shape in weight_shapes(block) for _ in range(shape[:-2].numel())] for block in blocks]
-    stored = AutoConfig.from_pretrained(config).dtype  # the model's own config says what it runs in
+    stored = read_config(config).dtype  # the model's own config says what it runs in
     return Sizes(
         parameters=parameters,
         block=max(counts),

@@ -5,6 +5,7 @@ follow transformers' own conversion rules.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.pytorch_utils import Conv1D
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.engine.config import read_config, reason
 from wanda_dvc.errors import UserError
 
 
@@ -66,17 +68,32 @@ class Linear:
         return self.weight.shape[0 if self.transposed else 1]
 
 
-def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of a directory's config.json for inference, without weights (buffers are real)."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+def empty_model(folder: Path, dtype: torch.dtype = torch.float32, *, tensors: int | None = None) -> Any:
+    """The model of a directory's config.json for inference, without weights (buffers are real).
 
-    config = AutoConfig.from_pretrained(folder)
+    UserError where transformers builds none, or more blocks are asked for than there are `tensors`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = read_config(folder)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"{folder / 'config.json'}: {config.model_type} is not a causal language model")
+    layers = config.get_text_config().num_hidden_layers
+    if tensors is not None and layers > tensors:
+        raise UserError(
+            f"{folder / 'config.json'}: num_hidden_layers: found {layers}, expected at most {tensors}, the tensors in "
+            "the checkpoint; copy both again"
+        )
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {config.model_type} is not a causal language model") from error
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # each model's class raises what it likes, a KeyError for an unknown activation
+        raise UserError(
+            f"{folder / 'config.json'}: transformers builds no {config.model_type} from it ({reason(error)}), expected "
+            "sizes, activation and rope that it knows; correct it, or copy the file again"
+        ) from error
     model.tie_weights()  # parameters made anew inside the context have lost it
     return model.eval()
 
@@ -158,6 +175,7 @@ def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in their order
         name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
         if name not in state:
+            _check_is_no_block(name, model, checkpoint)
             continue
         if pattern is None:
             parts[name] = [Part(Address(tensor))]
@@ -168,6 +186,23 @@ def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
         if len(rule.target_patterns) == 1:
             parts[name] = place_parts(name, stored, rule, model, checkpoint)
     return parts
+
+
+def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
+    """Raise UserError where a tensor that the model lacks belongs to a block after its last one.
+
+    Blocks that predict further tokens are no part of the model; transformers, or the configuration, says so.
+    """
+    name, blocks = find_blocks(model)
+    base = model.base_model_prefix
+    found = re.match(rf"(?:{re.escape(base)}\.)?{re.escape(name.removeprefix(f'{base}.'))}\.(\d+)\.", tensor)
+    ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    ignored = any(re.search(pattern, tensor) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+    if found and int(found[1]) >= len(blocks) + ahead and not ignored:
+        raise UserError(
+            f"{checkpoint.folder}: config.json has {len(blocks)} blocks, expected {int(found[1]) + 1} or more: the "
+            f"checkpoint stores {tensor}; copy both again"
+        )
 
 
 def place_parts(

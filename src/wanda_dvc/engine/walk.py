@@ -7,9 +7,10 @@ and a killed run continues from the last finished block.
 import contextlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +21,7 @@ from wanda_dvc.engine.recorder import InputRecorder
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import MEND, UserError, notice
 
 
 @torch.no_grad()
@@ -33,9 +34,10 @@ def walk(
     results the caller has from a killed run; with fewer than are finished, it starts anew.
     """
     rows = as_rows(rows)
+    _check_tokens(decoder, rows)
     states = _states(decoder, rows, work)
     if kept is not None and states.finished > kept:
-        states.finished = -1
+        states.finished, states.not_finite = -1, None
     if states.finished > 0:
         notice(f"going on after {states.finished} of {len(decoder.blocks)} blocks, which an earlier run has finished")
     try:
@@ -60,6 +62,31 @@ def outputs(
     if states.finished != len(decoder.blocks):
         raise UserError(f"{work}: hidden states are not whole, expected those after all blocks; run the stage again")
     return states.before
+
+
+def not_finite(work: Path) -> str | None:
+    """Where a walk's hidden states first were not finite; None where they all are."""
+    found = load_progress(work).get("not_finite")
+    return found if isinstance(found, str) else None
+
+
+def load_progress(work: Path) -> dict[str, Any]:
+    """The progress that a run left in `work`; none where it is not there, or not ours."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        progress = json.loads((work / "progress.json").read_text(encoding="utf-8"))
+        return progress if isinstance(progress, dict) else {}
+    return {}
+
+
+def _check_tokens(decoder: Decoder, rows: Sequence[Row]) -> None:
+    """Raise UserError where a token has no embedding."""
+    embeddings = decoder.model.get_input_embeddings().weight.shape[0]
+    largest = max((int(row.tokens.max()) for row in rows if len(row.tokens)), default=0)
+    if largest >= embeddings:
+        raise UserError(
+            f"{decoder.checkpoint.folder}: the tokenizer gives the id {largest}, expected at most {embeddings - 1}: "
+            f"the model has {embeddings:,} embeddings; use the tokenizer that belongs to it"
+        )
 
 
 def _states(decoder: Decoder, rows: list[Row], work: Path) -> "HiddenStates":
@@ -111,12 +138,50 @@ class Step:
         """Every row through this block; a recorder sees the inputs of the block's linears."""
         with recorder.recording(self.linears) if recorder else contextlib.nullcontext():
             self.states.write(self._outputs(recorder))
+        if recorder:
+            recorder.check_finite(self.index)
 
     def _outputs(self, recorder: InputRecorder | None) -> Iterator[Float[Tensor, "length width"]]:
         for row, before in zip(self.rows, self.states.before, strict=True):
-            yield self.decoder.run(self.index, before[None].to(self.decoder.device), row)[0]
+            after = self.decoder.run(self.index, before[None].to(self.decoder.device), row)[0]
+            if self.states.not_finite is None and not after.isfinite().all():
+                self.states.not_finite = self._first_not_finite(before, row)
+            if recorder and self.states.not_finite:
+                raise UserError(
+                    f"{self.decoder.checkpoint.folder}: {self.states.not_finite}: activations that are not finite, "
+                    f"expected finite ones; {MEND}"
+                )
+            yield after
             if recorder:
                 recorder.end_window()
+
+    def _first_not_finite(self, before: Float[Tensor, "length width"], row: Row) -> str:
+        """What first gave a number that is not finite, as this row goes through the block once more."""
+        if not before.isfinite().all():
+            return "embeddings" if self.index == 0 else f"the blocks before block {self.index}"
+        found: list[str] = []
+
+        def look(names: list[str]) -> Callable[..., None]:
+            def hook(_: nn.Module, given: tuple[Any, ...], made: Any) -> None:
+                for what, tensors in (("input", given), ("output", made if isinstance(made, tuple) else (made,))):
+                    if not found and not all(x.isfinite().all() for x in tensors if isinstance(x, Tensor)):
+                        found.append(f"block {self.index}, {what} of {', '.join(names)}")
+
+            return hook
+
+        modules: dict[nn.Module, list[str]] = {}
+        for name, linear in self.linears.items():
+            modules.setdefault(linear.module, []).append(name)
+        hooks = [
+            module.register_forward_hook(look(names if len(names) < 3 else [f"{names[0]} and {len(names) - 1} more"]))
+            for module, names in modules.items()
+        ]
+        try:
+            self.decoder.run(self.index, before[None].to(self.decoder.device), row)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found[0] if found else f"block {self.index}, after its linears"
 
 
 @dataclass
@@ -134,6 +199,7 @@ class HiddenStates:
     dtype: torch.dtype
     blocks: int
     finished: int = -1  # blocks done; −1: not even the embeddings
+    not_finite: str | None = None  # where they first were not
     _checksum: int = field(default=0, init=False, repr=False)  # of the states that are being written
 
     @classmethod
@@ -144,13 +210,13 @@ class HiddenStates:
         """
         folder.mkdir(parents=True, exist_ok=True)
         states = cls(folder, lengths, width, dtype, blocks)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+            progress = load_progress(folder)
             finished = int(progress["finished"])
             if progress["boot"] == _boot() and 0 <= finished <= blocks:
                 checksum, size = _checksum_of(states._path(finished))
                 if (checksum, size) == (progress["checksum"], sum(lengths) * width * dtype.itemsize):
-                    states.finished = finished
+                    states.finished, states.not_finite = finished, not_finite(folder)
         return states
 
     @property
@@ -175,6 +241,8 @@ class HiddenStates:
         self.finished += 1
         beside = self.folder / "progress.part"
         progress = {"finished": self.finished, "boot": _boot(), "checksum": self._checksum}
+        if self.not_finite:
+            progress["not_finite"] = self.not_finite
         beside.write_text(json.dumps(progress), encoding="utf-8")
         beside.replace(self.folder / "progress.json")
 

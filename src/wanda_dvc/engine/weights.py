@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wanda_dvc.engine.check import check_parts
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.memory import empty_weight
 from wanda_dvc.engine.structure import Linear, Part, find_blocks, find_linears, stored_parts
@@ -25,6 +26,7 @@ class Weights:
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.blocks_name, self.blocks = find_blocks(model)
         self._parts = stored_parts(model, checkpoint)
+        check_parts(model, checkpoint, self._parts)
         self._empty = [dict(block.named_parameters()) for block in self.blocks]
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -134,7 +136,10 @@ class Weights:
         return tensor
 
     def _load_rest(self) -> None:
-        """Load everything but the blocks. A tied head is the embeddings' own parameter, and stored once or twice."""
+        """Load everything but the blocks. A tied head is the embeddings' own parameter, and stored once or twice.
+
+        Where both are stored and differ, each is its own, whatever the configuration says: transformers does the same.
+        """
         inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         names: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -142,10 +147,16 @@ class Weights:
                 names.setdefault(id(parameter), []).append(name)
         for aliases in names.values():
             stored = [name for name in aliases if name in self._parts]
-            name = (stored or aliases)[0]
-            loaded = nn.Parameter(self._read({name: self.model.get_parameter(name)})[name], requires_grad=False)
+            empty = self.model.get_parameter(stored[0])
+            first, *others = (
+                nn.Parameter(tensor, requires_grad=False)
+                for tensor in self._read(dict.fromkeys(stored, empty)).values()
+            )
+            apart = {
+                name: tensor for name, tensor in zip(stored[1:], others, strict=True) if not torch.equal(tensor, first)
+            }
             for alias in aliases:
-                set_parameter(self.model, alias, loaded)
+                set_parameter(self.model, alias, apart.get(alias, first))
         for name, buffer in self.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
             if name in self._parts:  # few: the bias by which some routers balance their experts

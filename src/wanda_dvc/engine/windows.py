@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from wanda_dvc.engine.config import reason
 from wanda_dvc.errors import UserError
 
 
@@ -17,10 +18,11 @@ def load_tokenizer(model: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{model}: no tokenizer that loads ({reason}), expected tokenizer.json or its like") from error
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # its library raises what it likes for a damaged file
+        raise UserError(
+            f"{model}: no tokenizer that loads ({reason(error)}), expected tokenizer.json or its like; copy it again"
+        ) from error
 
 
 def tokenize(text: str, tokenizer: Any) -> Int[Tensor, " tokens"]:

@@ -9,6 +9,7 @@ from wanda_dvc.catalog import HUB_ID, methods
 from wanda_dvc.export.formats import Format
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.repeat import how_to_repeat
@@ -97,7 +98,7 @@ def card(study: Project, measured: float, stored: Format, torn: Sequence[str] = 
     commands, by_hand = how_to_repeat(study.params)
     return CARD.format(
         metadata=metadata.to_yaml(),
-        source=dense["source"],
+        source=inline(dense["source"]),
         percent=round(100 * measured, 2),
         method=_cited(params["method"]),
         facts=tabulate(list(_facts(masks, dense, measured)), ["what", "value"], **TABLE),
@@ -115,23 +116,24 @@ def card(study: Project, measured: float, stored: Format, torn: Sequence[str] = 
 def _cited(name: str) -> str:
     """The title of a method, with its paper. A method of a package that is not installed has only its name."""
     method = methods().get(name)
-    return f"{method.title} ([{method.citation}]({method.link}))" if method else name
+    return f"{method.title} ([{method.citation}]({method.link}))" if method else code(name)
 
 
 def _facts(masks: Json, dense: Json, measured: float) -> Iterator[tuple[str, str]]:
     """What was done, as rows."""
     params, calibration = masks["params"], masks["calibration"]
-    yield "dense model", f"`{dense['source']}` (sha256 of its files {dense['sha256'][:12]}…)"
-    yield "method", f"`{params['method']}`"
+    yield "dense model", f"{code(dense['source'])} (sha256 of its files {dense['sha256'][:12]}…)"
+    yield "method", code(params["method"])
     yield "sparsity", f"{params['sparsity']:g} wanted, {measured:.6f} measured, of the linear layers of every block"
-    yield "pattern", f"`{params['pattern']}`"
+    yield "pattern", code(params["pattern"])
     unstructured = params["pattern"] == "unstructured"
     yield "group", f"weights compete within a {params['group']}" if unstructured else "neighbours along the input"
     propagation = params.get("propagation", "dense")
     yield "propagation", f"`{propagation}`: {PROPAGATION[propagation]}"
     yield (
         "calibration",
-        f"{calibration['samples']} windows of {calibration['length']} tokens of {calibration['text']['source']}, "
+        f"{calibration['samples']} windows of {calibration['length']} tokens of "
+        f"{inline(calibration['text']['source'])}, "
         f"seed {calibration['seed']}, {calibration['dtype']}",
     )
 
@@ -152,7 +154,7 @@ def _notes(study: Project, torn: Sequence[str]) -> Iterator[str]:
     if protocol := protocols[1] or protocols[0]:
         yield (
             f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of "
-            f"{protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
+            f"{inline(protocol['text']['source'])} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
         )
     if any(load_json(study.metrics(model, "perplexity")).get("perplexity") == "diverged" for model in MODELS):
         yield "`diverged`: the loss, or its exponential, was not finite."
@@ -175,17 +177,17 @@ def _license(folder: Path, dense: Json) -> tuple[str | None, str]:
     from huggingface_hub import ModelCard
 
     files = sorted([*folder.glob("LICENSE*"), *folder.glob("NOTICE*")])
-    beside = f"; the full text is in {', '.join(f'`{file.name}`' for file in files)}" if files else ""
+    beside = f"; the full text is in {', '.join(code(file.name) for file in files)}" if files else ""
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     name = dense.get("license") or (ModelCard(text).data.get("license") if text.startswith("---") else None)
     if name:
-        return name, f"`{name}`, according to its own card{beside}."
+        return name, f"{code(name)}, according to its own card{beside}."
     for file in files:
         text = " ".join(file.read_text(encoding="utf-8", errors="replace").split()).lower()
         for name, phrase in LICENSES.items():
             if phrase.lower() in text:
-                return name, f"`{name}`, according to `{file.name}`{beside}."
+                return name, f"{code(name)}, according to {code(file.name)}{beside}."
     if files:
-        return "other", f"See {', '.join(f'`{file.name}`' for file in files)}."
+        return "other", f"See {', '.join(code(file.name) for file in files)}."
     return None, UNKNOWN_LICENSE

@@ -17,7 +17,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, Kind, list_experiments
-from wanda_dvc.study.files import Json
+from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import read_lock, stale_stages
 from wanda_dvc.study.revisions import Revision
@@ -74,7 +74,7 @@ class Row:
 
     def _json(self, path: Path) -> Json:
         if path not in self._read:
-            self._read[path] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            self._read[path] = load_json(path)
         return self._read[path]
 
     def plot(self, name: str) -> list[dict[str, str]]:

@@ -1,22 +1,24 @@
 """A model as a Hugging Face directory: from a package with a GGUF file, a local directory or the Hub."""
 
-import json
 import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from wanda_dvc.catalog import Package
 from wanda_dvc.errors import UserError
+from wanda_dvc.reading import check_file, is_there, name_of, read_object
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, resolve
 from wanda_dvc.study.files import Json, can_reflink, copy_file
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import describe, digest, files_digest, write_provenance
+from wanda_dvc.study.provenance import describe, digest, file_digest, files_digest, write_provenance
 
 SETTING = "params.yaml: model"
 PACKAGE = "package:"
@@ -33,7 +35,9 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 def find_model(source: str) -> Source:
     """Find the model that the setting `model` names."""
     if source.startswith(PACKAGE):
-        return PackagedModel(source.removeprefix(PACKAGE))
+        if not (package := Package.parse(source)):
+            raise UserError(f"{SETTING}: got {source}, expected {PACKAGE}NAME==VERSION")
+        return PackagedModel(package)
     if Path(source).is_absolute():
         return LocalModel(Path(source))
     name, _, revision = source.partition("@")
@@ -63,17 +67,17 @@ class HubModel:
 
     def write(self, out: Path, scratch: Path) -> str:
         """Fetch the model's files, without a second copy of the weights in another format."""
-        from wanda_dvc.engine.checkpoint import Checkpoint
+        from wanda_dvc.engine.check import check_model
 
         for path in fetch_model(self.repository, scratch / "hub"):
             _link(path, out / path.name)  # a link, because a killed run must find the fetched file
-        Checkpoint(out).where  # noqa: B018 - raises if the checkpoint is incomplete
+        check_model(out)
         return _write_provenance(out, self.key)
 
 
 def fetch_model(repository: Repository, target: Path) -> list[Path]:
     """Fetch the files that a model needs. Small files are checked before a large one is requested."""
-    from wanda_dvc.engine.checkpoint import INDEX, SINGLE
+    from wanda_dvc.engine.checkpoint import INDEX, SINGLE, read_index
 
     name, where = repository.name, repository.where
     here = [file for file in repository.files if "/" not in file]
@@ -95,7 +99,7 @@ def fetch_model(repository: Repository, target: Path) -> list[Path]:
     shards = [SINGLE]
     if INDEX in here:
         repository.fetch(target, INDEX)
-        shards = sorted(set(json.loads((target / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_index(target / INDEX).values()))
         if missing := [shard for shard in shards if shard not in here]:
             raise UserError(f"{where}: {name}: {INDEX} names {', '.join(missing)}, which the repository does not have")
         shards.append(INDEX)
@@ -126,8 +130,12 @@ class LocalModel:
         return {"source": str(self.folder)}
 
     def write(self, out: Path, scratch: Path) -> str:
-        """Clone or copy the model's files, after checking that it is a decoder."""
-        for path in _files(self.folder):
+        """Clone or copy the model's files, after checking that it is a whole decoder."""
+        from wanda_dvc.engine.check import check_model
+
+        files = _files(self.folder)
+        check_model(self.folder)
+        for path in files:
             copy_file(path, out / path.name)
         return _write_provenance(out, {"source": self.folder.name})  # a provenance depends on no path
 
@@ -145,13 +153,16 @@ def _files(source: Path) -> list[Path]:
     """The files of a local model that are taken. UserError if it is no decoder with safetensors and a tokenizer."""
     from wanda_dvc.engine.checkpoint import INDEX, Checkpoint
 
-    if not source.is_dir():
+    if not (is_there(source) and source.is_dir()):
         raise UserError(f"{SETTING}: {source} is no directory; name one that holds a Hugging Face model")
     shards = Checkpoint(source).shards
     check_decoder(source, str(source))
     check_tokenizer([path.name for path in source.iterdir()], str(source))
-    others = {path for pattern in (*MODEL_FILES, INDEX) for path in source.glob(pattern)}
-    return [*sorted(others), *shards]
+    others = {path for path in source.iterdir() if _matches(path.name, (*MODEL_FILES, INDEX))}  # dangling links too
+    files = [*sorted(others), *shards]
+    for path in files:
+        check_file(path, "move it away, or put the file there")
+    return files
 
 
 # --- from a package ---
@@ -161,12 +172,13 @@ def _files(source: Path) -> list[Path]:
 class PackagedModel:
     """A model in the GGUF file of a Python package."""
 
-    requirement: str  # NAME==VERSION
+    package: Package
 
     @property
     def key(self) -> Json:
-        """The setting."""
-        return {"source": f"{PACKAGE}{self.requirement}"}
+        """The package, and the hash of its wheel where the setting has one."""
+        pinned = {"wheel_sha256": self.package.sha256} if self.package.sha256 else {}
+        return {"source": f"{PACKAGE}{self.package.requirement}", **pinned}
 
     def write(self, out: Path, scratch: Path) -> str:
         """Dequantize the package's GGUF file."""
@@ -174,36 +186,57 @@ class PackagedModel:
         return _write_provenance(out, self.key, libraries=("torch", "transformers", "gguf"))
 
     def _gguf(self, wheels: Path) -> Path:
-        """The GGUF file of the installed package, else of its wheel. None of the package's code runs."""
-        name, _, wanted = self.requirement.partition("==")
-        if not wanted:
-            raise UserError(f"{SETTING}: got {PACKAGE}{self.requirement}, expected {PACKAGE}NAME==VERSION")
+        """The GGUF file of the installed package, else of its wheel. None of the package's code runs.
+
+        A wheel whose hash is known is always asked for: what is installed has none.
+        """
         try:
-            installed = distribution(name)
+            installed = None if self.package.sha256 else distribution(self.package.name)
         except PackageNotFoundError:
             installed = None
-        if installed and installed.version == wanted:
-            return self._only([Path(str(f.locate())) for f in installed.files or () if f.suffix == ".gguf"])
-        with zipfile.ZipFile(self._wheel(wheels)) as archive:
-            inside = self._only([Path(name) for name in archive.namelist() if name.endswith(".gguf")])
-            return Path(archive.extract(inside.as_posix(), wheels))
+        if installed and installed.version == self.package.version:
+            inside = self._only([str(file) for file in installed.files or ()])
+            return Path(str(installed.locate_file(inside)))
+        wheel = self._wheel(wheels)
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                inside = self._only(archive.namelist())
+                target = wheels / Path(inside).name  # never where the archive says
+                with archive.open(inside) as packed, target.open("wb") as file:
+                    shutil.copyfileobj(packed, file)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            raise UserError(
+                f"{SETTING}: {wheel.name}: damaged ({error}), expected a wheel; run it again, or name another version"
+            ) from None
+        return target
 
     def _wheel(self, folder: Path) -> Path:
-        """Download the package's wheel with pip."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Download the package's wheel with pip. UserError where its hash is not the one in the setting."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-        pip = [sys.executable, "-m", "pip", "download", *options, self.requirement]
+        pip = [sys.executable, "-m", "pip", "download", *options, "--", self.package.requirement]
         shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # its progress bar
         done = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
-            raise UserError(f"{SETTING}: cannot download package {self.requirement}: {lines[-1]}")
+            raise UserError(f"{SETTING}: cannot download package {self.package.requirement}: {lines[-1]}")
         (wheel,) = folder.glob("*.whl")
+        if self.package.sha256 not in (None, found := file_digest(wheel)):
+            raise UserError(
+                f"{SETTING}: {wheel.name} has sha256 {found}, expected {self.package.sha256}; correct the hash, or ask "
+                "why the package index has another file"
+            )
         return wheel
 
-    def _only(self, found: list[Path]) -> Path:
+    def _only(self, files: list[str]) -> str:
+        """Return the one GGUF file."""
+        found = [file for file in files if file.endswith(".gguf")]
         if len(found) != 1:
-            raise UserError(f"package {self.requirement}: found {len(found)} GGUF files, expected one")
+            raise UserError(
+                f"{SETTING}: package {self.package.requirement}: found {len(found)} GGUF files, expected one; name "
+                "another package"
+            )
         return found[0]
 
 
@@ -212,12 +245,15 @@ def _dequantize(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
     # transformers refuses to save a model that is marked as quantized. This one no longer is.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    tokenizer.save_pretrained(target)
 
 
 # --- checks ---
@@ -231,13 +267,17 @@ def check_tokenizer(names: list[str], where: str) -> None:
 
 def check_decoder(folder: Path, where: str) -> None:
     """Raise UserError unless config.json describes a causal decoder that transformers supports, not quantized."""
-    try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = stored["model_type"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{where}: config.json: no model_type, expected that of a causal decoder") from None
+    stored = read_object(folder / "config.json")
+    kind = stored.get("model_type")
+    if not isinstance(kind, str):
+        found = "no model_type" if kind is None else f"model_type is {name_of(kind)}"
+        raise UserError(
+            f"{where}: config.json: {found}, expected that of a causal decoder; name a model that transformers supports"
+        )
     if not _is_decoder(folder, stored, where):
-        raise UserError(f"{where}: config.json: found {kind}, expected a causal decoder, such as llama or qwen3")
+        raise UserError(
+            f"{where}: config.json: found {kind}, expected a causal decoder, such as llama or qwen3; name one"
+        )
     if quantized := stored.get("quantization_config"):
         how = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else "an unnamed method"
         raise UserError(
@@ -247,8 +287,9 @@ def check_decoder(folder: Path, where: str) -> None:
 
 def _is_decoder(folder: Path, stored: Json, where: str) -> bool:
     """Whether transformers has a causal decoder of this type. UserError if the model needs code of its own."""
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from wanda_dvc.engine.config import read_config
 
     kind = stored["model_type"]
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
@@ -259,13 +300,15 @@ def _is_decoder(folder: Path, stored: Json, where: str) -> bool:
                 "name a model that transformers supports"
             )
         return False
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{where}: config.json: {str(error).splitlines()[0]}") from error
+    config = read_config(folder)
     # BERT and the like can run as decoders. The stored architecture says whether this one does.
     names = causal if isinstance(causal, (tuple, list)) else (causal,)
-    as_decoder = set(stored.get("architectures") or ()) & set(names)
+    named = stored.get("architectures") or ()
+    if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) for name in named):
+        raise UserError(
+            f"{where}: config.json: architectures is {name_of(named)}, expected a list of names; copy the file again"
+        )
+    as_decoder = set(named) & set(names)
     encoder = getattr(config, "is_decoder", None) is False and not as_decoder
     return not (config.is_encoder_decoder or encoder)
 

@@ -10,6 +10,7 @@ from typing import Any
 from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
+from wanda_dvc.reading import read_lines
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, load_rows, resolve
 from wanda_dvc.study.files import Json
@@ -34,6 +35,8 @@ class Items(TaskItems):
     def write(self, target: Path) -> None:
         """Write the items as JSON lines."""
         if isinstance(self.origin, Path):
+            if not sum(1 for _ in read_lines(self.origin)):  # each is checked
+                raise UserError(f"{self.origin}: no items, expected one a line; copy it again")
             shutil.copyfile(self.origin, target)
             return
         rows = load_rows(self.origin, self.config, self.split, **self.options)

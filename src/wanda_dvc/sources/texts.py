@@ -1,7 +1,6 @@
 """A text: embedded, a file on this machine, or a split of a data set from the mirror or the Hub."""
 
 import hashlib
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from wanda_dvc.catalog import NamedText
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Text
+from wanda_dvc.reading import check_file, is_there, name_of, read_lines, read_text
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, column_of, load_rows, resolve
 from wanda_dvc.study.documents import Documents
@@ -62,7 +62,7 @@ class TextSource:
     def _write_text(self, rows: list[str], out: Path, origin: Json) -> str:
         joined = self.wanted.join.join(rows)
         if not joined.strip():
-            raise UserError(f"{self.setting} ({self.title}): empty, expected text")
+            raise UserError(f"{self.setting} ({self.title}): empty, expected text; name another")
         content = joined.encode("utf-8")
         (out / TEXT).write_bytes(content)
         sha256 = hashlib.sha256(content).hexdigest()
@@ -84,7 +84,7 @@ class TextSource:
         if self.shard:
             with tempfile.TemporaryFile(dir=scratch) as lines:
                 return list(Documents.unpack(path, column, lines))
-        return _jsonl_rows(path, column) if path.suffix == ".jsonl" else [_read(path)]
+        return _jsonl_rows(path, column) if path.suffix == ".jsonl" else [read_text(path)]
 
 
 def find_text(setting: str, wanted: Text, mirror: str | None, *, as_documents: bool = False) -> Source:
@@ -108,8 +108,9 @@ def find_text(setting: str, wanted: Text, mirror: str | None, *, as_documents: b
     else:
         path = Path(wanted.source)
         title = path.name
-        if not path.is_file():
-            raise UserError(f"{where}: {path} not found, expected a text file")
+        if not is_there(path):
+            raise UserError(f"{where}: {path} not found, expected a text file; correct the path")
+        check_file(path, f"correct {setting}.source")
     dataset = NamedText(title, None, wanted.column)
     return TextSource(wanted=wanted, setting=setting, dataset=dataset, title=title, place=path)
 
@@ -117,27 +118,20 @@ def find_text(setting: str, wanted: Text, mirror: str | None, *, as_documents: b
 def _check(documents: Documents) -> int:
     """Count the documents. UserError if there are none, or the first is not text."""
     if not documents or not documents[0]:
-        raise UserError(f"{documents.shard}: no documents, expected lines of JSON with `{documents.column}`")
+        raise UserError(
+            f"{documents.shard}: no documents, expected lines of JSON with `{documents.column}`; copy it again"
+        )
     return len(documents)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert it") from None
 
 
 def _jsonl_rows(path: Path, column: str) -> list[str]:
     """Read one column of a JSONL file."""
     rows = []
-    for number, line in enumerate(_read(path).splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row[column], str):
-                raise UserError(f"{path}: line {number}: `{column}` is {type(row[column]).__name__}, expected text")
-            rows.append(row[column])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            found = ", ".join(row) if line.startswith("{") and line.endswith("}") else "no JSON object"
-            raise UserError(f"{path}: line {number}: found {found}, expected a column `{column}`") from None
+    for where, row in read_lines(path):
+        if column not in row:
+            found = ", ".join(row)[:200] or "nothing"
+            raise UserError(f"{where}: found {found}, expected a column `{column}`; name one that every line has")
+        if not isinstance(row[column], str):
+            raise UserError(f"{where}: `{column}` is {name_of(row[column])}, expected text; correct that line")
+        rows.append(row[column])
     return rows

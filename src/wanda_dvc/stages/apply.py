@@ -15,6 +15,7 @@ from wanda_dvc.params import Params
 from wanda_dvc.stages.inputs import largest
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import Json, write_csv, write_json
+from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import block_count, read_masks
@@ -31,10 +32,10 @@ unchanged.
 
 | what | value |
 | --- | --- |
-| dense model | `{source}` |
-| method | `{method}` |
+| dense model | {source_code} |
+| method | {method} |
 | sparsity | {sparsity:g}, measured {measured:.6f} |
-| pattern | `{pattern}`{group} |
+| pattern | {pattern}{group} |
 | calibration | {samples} windows of {length} tokens of {text}, seed {seed}, {dtype} |
 
 The zeros are stored like any other number: this makes the files no smaller and, without kernels for the pattern, no
@@ -132,15 +133,17 @@ def prune(checkpoint: Checkpoint, masks: Path, target: Path) -> dict[str, Zeros]
         pass
     zeros = {linear: found[linear] for linear in blocks}
     params, calibration, measured = made_from["params"], made_from["calibration"], measured_sparsity(zeros)
+    source = read_provenance(checkpoint.folder, "download model")["source"]
     card = CARD.format(
-        source=read_provenance(checkpoint.folder, "download model")["source"],
+        source=inline(source),
+        source_code=code(source),
         percent=round(100 * measured, 2),
         measured=measured,
-        method=params["method"],
+        method=code(params["method"]),
         sparsity=params["sparsity"],
-        pattern=params["pattern"],
+        pattern=code(params["pattern"]),
         group=f", compared within a {params['group']}" if params["pattern"] == "unstructured" else "",
-        text=calibration["text"]["source"],
+        text=inline(calibration["text"]["source"]),
         **{name: calibration[name] for name in ("samples", "length", "seed", "dtype")},
     )
     (target / "README.md").write_text(card, encoding="utf-8")

@@ -11,6 +11,7 @@ from wanda_dvc.stages.inputs import (
     calibration_need,
     calibration_windows,
     check_fits,
+    check_ready,
     model_provenance,
     open_decoder,
 )
@@ -27,6 +28,7 @@ def calibrate(*, project: Project) -> None:
     from wanda_dvc.engine.walk import walk
 
     model = model_provenance(project, "dense")
+    check_ready(project, "dense", project.params.calibration.length, "calibration.length")
     text = read_provenance(project.data("calibration"), "download calibration")
     made_from = describe(
         "stats",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.sizes import WIDTH, Need, Sizes, sizes, walking
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import MEND, UserError, notice
 from wanda_dvc.params import Params
 from wanda_dvc.pruning.patterns import check_pattern
 from wanda_dvc.stages.running import device_name
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from wanda_dvc.engine.decoder import Decoder
 
+HEAD = "output head"
 MADE_BY = {"dense": "download model", "pruned": "apply"}
 
 
@@ -67,8 +68,42 @@ def statistics(project: Project) -> Statistics:
     for block in range(blocks):
         measured = read_stats(project.stats, block)
         for source, names in measured.readers.items():
+            if not measured.inputs[source].sum_squares.isfinite().all():
+                raise UserError(
+                    f"stats/: block {block}, input of {source}: sums that are not finite, expected finite ones; {MEND} "
+                    "and run `wanda-dvc calibrate`"
+                )
             features |= dict.fromkeys(names, len(measured.inputs[source].sum))
     return Statistics(stats, blocks, features)
+
+
+def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> None:
+    """Check what can be known before a model is run: the device, the configuration and the length of windows."""
+    from wanda_dvc.engine.config import check_length, read_config
+
+    check_device(device_name(project.params.runtime))
+    if length is None:
+        read_config(project.model(model))
+    else:
+        check_length(project.model(model), length, setting)
+
+
+def say_not_finite(run: str, where: str | None) -> None:
+    """Say where a model's activations first were not finite, if they were not."""
+    if where:
+        notice(f"{run}: {where}: activations that are not finite; its results say `diverged` or compare nothing")
+
+
+def check_device(device: str) -> None:
+    """Raise UserError where this machine does not have the device."""
+    import torch
+
+    kind, _, number = device.partition(":")
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = {"cpu": True, "cuda": int(number or 0) < cards, "mps": torch.backends.mps.is_available()}
+    if not there[kind]:
+        found = f"a machine with {cards} CUDA devices" if kind == "cuda" else "a machine without MPS"
+        raise UserError(f"params.yaml: runtime.device: got {device} on {found}, expected one it has; set auto or cpu")
 
 
 def check_fits(project: Project, features: dict[str, int]) -> None:

@@ -20,6 +20,7 @@ from wanda_dvc.stages.inputs import (
     calibration_need,
     calibration_windows,
     check_fits,
+    check_ready,
     largest,
     open_decoder,
     statistics,
@@ -92,6 +93,7 @@ def _propagate(project: Project, checkpoint: Checkpoint, stats: Json, work: Work
             f"stats/: measured on {stats['text']['source']}, expected {text['source']}, the text in data/calibration; "
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
+    check_ready(project, "dense")
     decoder = open_decoder(project, "dense", dtype=stats["params"]["dtype"])
     windows = calibration_windows(project, stats["params"])
     steps = walk(decoder, windows, work.path, kept=finished_blocks(work.out))

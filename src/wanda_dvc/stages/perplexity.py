@@ -13,11 +13,11 @@ from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.sizes import BYTES_A_TOKEN, Need, walking
-from wanda_dvc.engine.walk import outputs, walk
+from wanda_dvc.engine.walk import not_finite, outputs, walk
 from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import model_provenance, open_decoder, walk_need
+from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, open_decoder, say_not_finite, walk_need
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import write_csv, write_json
 from wanda_dvc.study.project import TEXT, Project
@@ -30,6 +30,8 @@ LOSSES = "losses.jsonl"
 def perplexity(*, project: Project, model: str) -> None:
     """models/{dense,pruned} + data/perplexity → metrics/{dense,pruned}/perplexity.json."""
     params, folder = project.params, project.model(model)
+    check_ready(project, model, params.perplexity.length, "perplexity.length")
+    measured = model_provenance(project, model)
     text = read_provenance(project.data("perplexity"), "download perplexity")
     tokens = tokenize(project.text("perplexity"), load_tokenizer(folder))
     length, count = params.perplexity.length, params.perplexity.windows
@@ -39,7 +41,7 @@ def perplexity(*, project: Project, model: str) -> None:
         "perplexity",
         version=STAGES["perplexity"].version,
         libraries=("torch", "transformers"),
-        model=digest(model_provenance(project, model)),
+        model=digest(measured),
         tokenizer_sha256=tokenizer_digest(folder),
         text={key: text[key] for key in ("source", "join", "sha256")},
         tokens=len(tokens),
@@ -56,8 +58,11 @@ def perplexity(*, project: Project, model: str) -> None:
         decoder = open_decoder(project, model)
         rows = as_rows(windows) if rest is None else [*as_rows(windows), Row(rest)]
         losses = _losses(decoder, rows, work.path, what=f"perplexity {model}")
+        where = not_finite(work.path) or (None if all(map(math.isfinite, losses)) else HEAD)
+        say_not_finite(f"perplexity {model}", where)
         predictions = [len(row.tokens) - 1 for row in rows]
-        write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": [_finite(x) for x in losses]})
+        details = {"protocol": protocol, "losses": [_finite(x) for x in losses]}
+        write_json(project.details(model, "perplexity"), details | ({"not_finite": where} if where else {}))
         write_json(project.metrics(model, "perplexity"), {"perplexity": from_losses(losses, predictions)})
         plotted = zip(predictions, [loss if math.isfinite(loss) else "" for loss in losses], strict=True)
         headers = ["window", "predictions", "loss"]
@@ -114,7 +119,7 @@ def _read_losses(path: Path, rows: int) -> list[float]:
     losses: list[float] = []
     lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
     for line in lines[:rows]:
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
             row, loss = json.loads(line.partition(" ")[2])
             value = math.nan if loss == DIVERGED else float(loss)
             if line == _line(row, value) and row == len(losses):

@@ -1,6 +1,7 @@
 """Ask a model multiple-choice questions: lm-eval's own definitions of the tasks, our engine's log-likelihoods."""
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,15 +10,16 @@ from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.sizes import Need, walking
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import model_provenance, open_decoder, walk_need
+from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, open_decoder, say_not_finite, walk_need
 from wanda_dvc.stages.running import progress
-from wanda_dvc.study.files import write_json
+from wanda_dvc.study.files import Json, write_json
 from wanda_dvc.study.project import ITEMS, Project
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.walk import Step
 
+DIVERGED = "diverged"
 METRICS = ("acc", "acc_norm")
 SAMPLES = 48  # items a task of `tasks.source: samples`
 
@@ -37,9 +39,11 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
     from lm_eval.evaluator import evaluate
 
     from wanda_dvc.engine.harness import EngineLM, load_task
+    from wanda_dvc.engine.walk import not_finite
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every data set that is no Hub id
     params, folder = project.params, project.model(model)
+    check_ready(project, model)
     items = read_provenance(project.data("tasks") / task, "download tasks")
     protocol = describe(
         "zero-shot",
@@ -62,10 +66,11 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
         decoder = open_decoder(project, model)
         language_model = EngineLM(decoder, work.path, what=what, progress=blocks)
         evaluated = evaluate(language_model, {task: definition}, limit=params.zero_shot.limit)
+        where = not_finite(work.path)
         work.forget()
     result = evaluated["results"][task]
     given = [metric for metric in METRICS if f"{metric},none" in result]
-    details = {
+    details: Json = {
         "protocol": protocol,
         "standard_errors": {
             # lm-eval gives a string where there is none, of a single item.
@@ -75,6 +80,11 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
         },
         "items": [_answer(sample) for sample in evaluated["samples"][task]],
     }
+    if where is None and any(DIVERGED in item["loglikelihoods"] for item in details["items"]):
+        where = HEAD
+    say_not_finite(what, where)
+    if where:
+        details["not_finite"] = where
     write_json(project.details(model, f"zero_shot/{task}"), details)
     # Only what a reader compares: `dvc metrics diff` prints every number in here.
     write_json(
@@ -87,7 +97,7 @@ def _answer(sample: dict[str, Any]) -> dict[str, Any]:
     choices = [response[0] for response in sample["filtered_resps"]]
     return {
         "item": sample["doc_id"],
-        "loglikelihoods": choices,
+        "loglikelihoods": [value if math.isfinite(value) else DIVERGED for value in choices],
         "answer": max(range(len(choices)), key=choices.__getitem__),
         "gold": sample["target"],
         **{metric: sample[metric] for metric in METRICS if metric in sample},

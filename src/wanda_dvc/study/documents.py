@@ -1,7 +1,7 @@
 """Documents of a gzipped text, read one at a time."""
 
 import gzip
-import json
+import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, overload
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.reading import check_file, parse_json
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,17 @@ class Documents(Sequence[str]):
     @classmethod
     def unpack(cls, shard: Path, column: str, scratch: IO[bytes]) -> "Documents":
         """Unpack a shard into a scratch file. UserError if the shard is damaged."""
-        starts = array("q", [0])
+        starts, blank = array("q", [0]), 0
+        check_file(shard)
         try:
             with gzip.open(shard) as packed:
                 for line in packed:
                     scratch.write(line)
                     starts.append(starts[-1] + len(line))
-        except (OSError, EOFError) as error:
+                    blank = 0 if line.strip() else blank + 1
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{shard}: damaged ({error}), expected lines of JSON, gzipped; fetch it again") from None
-        return cls(scratch, starts, column, shard)
+        return cls(scratch, starts[: len(starts) - blank], column, shard)  # blank lines at the end are no documents
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -48,10 +51,8 @@ class Documents(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         begin, end = self.starts[index], self.starts[index + 1]
         self.lines.seek(begin)
-        try:
-            document = json.loads(self.lines.read(end - begin))[self.column]
-            if isinstance(document, str):
-                return document
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise UserError(f"{self.shard}: line {index + 1}: no text `{self.column}`, expected one in every line")
+        where = f"{self.shard}: line {index + 1}"
+        row = parse_json(self.lines.read(end - begin), where)
+        if isinstance(row, dict) and isinstance(document := row.get(self.column), str):
+            return document
+        raise UserError(f"{where}: no text `{self.column}`, expected one in every line; copy it again")

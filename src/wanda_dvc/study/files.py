@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.reading import is_there, parse_json, read_bytes, read_object
 
 Json = dict[str, Any]
 
@@ -34,18 +35,16 @@ def write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[object
 
 def read_json(path: Path, made_by: str) -> Any:
     """Read an artifact's JSON. UserError, naming the command that writes it, if it is missing or not valid."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); run `wanda-dvc {made_by}` again") from None
+    if not is_there(path):
+        raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first")
+    return parse_json(
+        read_bytes(path, f"run `wanda-dvc {made_by}` again"), str(path), f"run `wanda-dvc {made_by}` again"
+    )
 
 
 def load_json(path: Path) -> Json:
     """Read a JSON object; an empty one where the file is not there."""
-    content: Json = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
+    return read_object(path, "run the stage that writes it again") if is_there(path) else {}
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from wanda_dvc.catalog import HUB_ID, TEXTS, NamedText
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Text
+from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.study.files import Json
 
 EMBEDDED = Path(str(files("wanda_dvc"))) / "embedded"
@@ -75,7 +76,11 @@ def in_mirror(mirror: str | None, *parts: str) -> Path | None:
     if mirror is None:
         return None
     path = Path(mirror, *parts)
-    if not path.is_file():
+    if ".." in path.parts or not path.is_relative_to(mirror):
+        raise UserError(f"runtime.mirror: got {'/'.join(parts)}, expected a place inside {mirror}; correct the setting")
+    if is_there(path):
+        check_file(path)
+    else:
         how = "as the Hub has it" if path.suffix == ".gz" else "as JSONL, one row a line"
         raise UserError(f"runtime.mirror: {path} not found; put it there {how}, or set runtime.mirror to null")
     return path

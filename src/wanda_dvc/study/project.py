@@ -13,6 +13,7 @@ from pathlib import Path
 
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import Params, limit, read_params
+from wanda_dvc.reading import read_text
 from wanda_dvc.study.documents import Documents
 from wanda_dvc.study.files import Json, load_json, write_json
 from wanda_dvc.study.provenance import digest, read_provenance
@@ -67,7 +68,7 @@ class Project:
 
     def text(self, part: str) -> str:
         """Return the text of `data/calibration` or `data/perplexity`."""
-        return (self.data(part) / TEXT).read_bytes().decode("utf-8")  # read_text would change its line ends
+        return read_text(self.data(part) / TEXT, f"run `dvc repro` or `wanda-dvc download {part}` again")
 
     @contextlib.contextmanager
     def documents(self, part: str) -> Iterator[Documents | None]:
@@ -79,7 +80,12 @@ class Project:
         if not shard.is_file():
             yield None
             return
-        column = read_provenance(self.data(part), f"download {part}")["column"]
+        column = read_provenance(self.data(part), f"download {part}").get("column")
+        if not isinstance(column, str):
+            raise UserError(
+                f"{self.data(part)}: its provenance names no column, expected that of its documents; "
+                f"run `wanda-dvc download {part}` again"
+            )
         self.work_root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.work_root) as scratch:
             yield Documents.unpack(shard, column, scratch)

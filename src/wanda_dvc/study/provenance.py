@@ -7,13 +7,28 @@ import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError
+from wanda_dvc.reading import expect_object, name_of
 from wanda_dvc.study.files import Json, read_json, write_json
 
 FORMAT = 1
 PROVENANCE = "provenance.json"
+
+# What readers of a provenance use, by the command that makes the artifact.
+_TEXT, _MEASURED = ("source", "sha256"), ("model.source", "model.sha256", "params")
+KEYS = {
+    "download model": ("source", "sha256"),
+    "download calibration": _TEXT,
+    "download perplexity": (*_TEXT, "join"),
+    "download tasks": ("task", "source", "role", "sha256", "lm_eval", "definition"),
+    "calibrate": (*_MEASURED, "text.source", "text.sha256", "params.dtype"),
+    "mask": (*_MEASURED, "calibration.text.source", "params.method", "params.pattern"),
+    "apply": (*_MEASURED, "masks"),
+}
+OBJECTS, MAPPINGS = ("params",), dict
 
 
 def digest(content: object) -> str:
@@ -34,14 +49,32 @@ def describe(kind: str, *, libraries: tuple[str, ...] = (), **content: object) -
 
 
 def read_provenance(artifact: Path, made_by: str) -> Json:
-    """Read the provenance of an artifact. UserError if it is missing or of another format."""
-    content = read_json(artifact / PROVENANCE, made_by)
-    if content.get("format") != FORMAT:
-        raise UserError(
-            f"{artifact / PROVENANCE}: format {content.get('format')}, expected {FORMAT}; "
-            f"run `wanda-dvc {made_by}` again"
-        )
+    """Read the provenance of an artifact. UserError if it is missing, of another format, or lacks what readers use."""
+    content = read_format(artifact, made_by)
+    check_keys(content, made_by, str(artifact / PROVENANCE), f"run `wanda-dvc {made_by}` again")
     return content
+
+
+def read_format(artifact: Path, made_by: str) -> Json:
+    """Read a provenance of this format, whatever its keys."""
+    where, todo = str(artifact / PROVENANCE), f"run `wanda-dvc {made_by}` again"
+    content = expect_object(read_json(artifact / PROVENANCE, made_by), where, todo)
+    if content.get("format") != FORMAT:
+        raise UserError(f"{where}: format {content.get('format')}, expected {FORMAT}; {todo}")
+    return content
+
+
+def check_keys(content: Json, made_by: str, where: str, todo: str) -> None:
+    """Raise UserError where a provenance lacks a key that its readers use, or has something else there."""
+    for key in KEYS.get(made_by, ()):
+        found: Any = content
+        for word in key.split("."):
+            found = found.get(word) if isinstance(found, dict) else None
+        if not isinstance(found, MAPPINGS if key in OBJECTS else str):
+            told = "nothing" if found is None else name_of(found)
+            raise UserError(
+                f"{where}: {key}: found {told}, expected {'an object' if key in OBJECTS else 'text'}; {todo}"
+            )
 
 
 def write_provenance(artifact: Path, content: Json) -> None:

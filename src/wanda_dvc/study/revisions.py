@@ -70,6 +70,9 @@ class Revision:
         missing = []
         for path in found:
             within = Path(path.removeprefix("/")).relative_to(self.prefix or ".")
+            if ".." in within.parts:  # a list of files that DVC has not written
+                missing.append(within.as_posix())
+                continue
             place = target.root / within
             place.parent.mkdir(parents=True, exist_ok=True)
             try:

@@ -4,11 +4,12 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.reading import check_file, expect_object, is_there, parse_json, read_header
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.provenance import PROVENANCE, file_digest, files_digest, read_provenance, write_provenance
+from wanda_dvc.study.provenance import PROVENANCE, file_digest, files_digest, read_format, write_provenance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,13 +41,26 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
     """Read one block's statistics."""
     from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
-    tensors, header = _load(block_file(folder, block), "calibrate")
-    readers = header["readers"]
+    path = block_file(folder, block)
+    tensors, header = _load(path, "calibrate")
+    readers: Any = header.get("readers")
+    transposed: Any = header.get("transposed")
+    if not (isinstance(readers, dict) and all(map(_are_names, readers.values())) and _are_names(transposed)):
+        raise _damaged(path, "its header names no readers, or none that are transposed", "calibrate")
+    for name in readers:
+        sums = [tensors.get(f"{name}.{kind}") for kind in ("sum_squares", "sum", "count")]
+        if any(x is None for x in sums):
+            raise _damaged(path, f"no statistics of {name}", "calibrate")
+        squares, plain, count = (x for x in sums if x is not None)
+        if (str(squares.dtype), str(plain.dtype)) != ("torch.float64", "torch.float64") or (
+            squares.dim() != 1 or plain.shape != squares.shape or count.numel() != 1
+        ):
+            raise _damaged(path, f"statistics of {name} are {squares.dtype} {list(squares.shape)}", "calibrate")
     inputs = {
         name: InputStats(tensors[f"{name}.sum_squares"], tensors[f"{name}.sum"], int(tensors[f"{name}.count"]))
         for name in readers
     }
-    return BlockStats(inputs, readers, header["transposed"])
+    return BlockStats(inputs, readers, transposed)
 
 
 def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
@@ -64,8 +78,25 @@ def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
 
 def read_masks(folder: Path, block: int) -> "Masks":
     """Read one block's `keep` masks: bool, in the orientation of the stored weights."""
-    tensors, header = _load(block_file(folder, block), "mask")
-    return Masks(tensors, header["columns"])
+    path = block_file(folder, block)
+    tensors, header = _load(path, "mask")
+    columns = header.get("columns")
+    if not isinstance(columns, dict) or columns.keys() != tensors.keys():
+        raise _damaged(path, "its header does not name the columns of each mask", "mask")
+    for name, packed in tensors.items():
+        width = columns[name]
+        fits = type(width) is int and packed.dim() == 2 and packed.shape[1] == -(-width // 8) and width > 0
+        if str(packed.dtype) != "torch.uint8" or not fits:
+            raise _damaged(path, f"{name} is {packed.dtype} {list(packed.shape)} for {width} columns", "mask")
+    return Masks(tensors, columns)
+
+
+def _are_names(content: object) -> bool:
+    return isinstance(content, list) and all(isinstance(name, str) for name in content)
+
+
+def _damaged(path: Path, found: str, made_by: str) -> UserError:
+    return UserError(f"{path}: damaged: found {found}, expected what `wanda-dvc {made_by}` writes; run it again")
 
 
 class Masks(Mapping[str, "Tensor"]):
@@ -121,8 +152,8 @@ def _sealed(folder: Path, made_by: str) -> dict[str, str]:
     """Return the digest of each file of a finished artifact; of an unfinished one none."""
     if not (folder / PROVENANCE).is_file():
         return {}
-    files = read_provenance(folder, made_by).get("files")
-    if not isinstance(files, dict):
+    files = read_format(folder, made_by).get("files")
+    if not isinstance(files, dict) or not files:
         raise UserError(
             f"{folder / PROVENANCE}: no digests, expected one for each block, as this version writes them; "
             f"run `dvc repro` or `wanda-dvc {made_by}`"
@@ -144,16 +175,20 @@ def _load(path: Path, made_by: str) -> "tuple[dict[str, Tensor], Json]":
     """Read the tensors and the header of a safetensors file. UserError if it is missing or not what was sealed."""
     from safetensors import SafetensorError, safe_open
 
+    if not is_there(path):
+        raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first")
     try:
+        check_file(path)
         expected = _sealed(path.parent, made_by)
         if expected and expected.get(path.name) != file_digest(path):
             raise UserError(
                 f"{path}: not the file that its provenance names (sha256 {file_digest(path)[:12]}…, expected "
                 f"{str(expected.get(path.name))[:12]}…); run `wanda-dvc {made_by}` again"
             )
+        todo = f"run `wanda-dvc {made_by}` again"
+        read_header(path, todo)
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["wanda_dvc"])
-    except FileNotFoundError:
-        raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first") from None
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); run `wanda-dvc {made_by}` again") from None
+            header = expect_object(parse_json(file.metadata()["wanda_dvc"], f"{path}: header", todo), str(path), todo)
+            return {name: file.get_tensor(name) for name in file.keys()}, header
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"no tensors and header of ours ({error})", made_by) from None

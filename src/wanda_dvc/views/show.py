@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import MODELS, times
+from wanda_dvc.study.files import load_json
 from wanda_dvc.study.local import changed_sources
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
@@ -64,11 +65,13 @@ def comparison(project: Project) -> list[list[str]]:
                 cells.append("–")
         rows.append([f"{task}, acc %", *cells, _retained(*(result.get("acc") for result in both))])
     means = [
-        sum(values) / len(values) if len(values) == len(params.tasks.names) else None for values in accuracies.values()
+        sum(values) / len(values) if values and len(values) == len(params.tasks.names) else None
+        for values in accuracies.values()
     ]
-    rows.append(
-        ["mean, acc %", *(f"{100 * mean:.1f}" if mean is not None else "–" for mean in means), _retained(*means)]
-    )
+    if params.tasks.names:
+        rows.append(
+            ["mean, acc %", *(f"{100 * mean:.1f}" if mean is not None else "–" for mean in means), _retained(*means)]
+        )
     sparsity = _load(project.metrics("pruned", "sparsity")).get("sparsity")
     rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
     return rows
@@ -108,13 +111,20 @@ def _footnotes(project: Project) -> list[str]:
         )
     protocol = _load(project.details("dense", "perplexity")).get("protocol")
     if protocol:
-        limit = project.params.zero_shot.limit
         notes.append(
             f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of {protocol['text']['source']} "
-            f"(sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}. "
-            f"Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error: "
+            f"(sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
+        )
+    if protocol and tasks:
+        limit = project.params.zero_shot.limit
+        notes[-1] += (
+            f" Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error: "
             "differences of less than two are within luck."
         )
+    for model in MODELS:
+        measured = ["perplexity", *(f"zero_shot/{name}" for name in project.params.tasks.names)]
+        broken = dict.fromkeys(_load(project.details(model, name)).get("not_finite") for name in measured)
+        notes += [f"{model}: activations are not finite from here on: {where}." for where in broken if where]
     return notes
 
 
@@ -234,7 +244,7 @@ def _short(value: float | None) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return load_json(path)
 
 
 def number(value: float | str | None) -> str:

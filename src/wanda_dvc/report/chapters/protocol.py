@@ -14,10 +14,11 @@ def content(section: Section) -> Content:
     texts = [
         f"Perplexity: {windows} windows of {settings['perplexity.length']} tokens of "
         f"{_text(settings, 'perplexity')}, rest {settings['perplexity.rest']}; {settings['dtype']}.",
-        f"Zero-shot: {literal(', '.join(section.tasks))}; {f'the first {limit} items' if limit else 'all items'}, no "
+        f"Zero-shot: {literal(', '.join(section.tasks)) or 'no tasks'}; "
+        f"{f'the first {limit} items' if limit else 'all items'}, no "
         "examples in the prompt.",
     ]
-    if settings["tasks.source"] == "samples":
+    if section.tasks and settings["tasks.source"] == "samples":
         texts.append(
             "The tasks are samples written for wanda-dvc, not the benchmarks: they compare these models and nothing "
             "else."

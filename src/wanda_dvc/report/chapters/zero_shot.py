@@ -4,13 +4,15 @@ from wanda_dvc.report import charts, inference
 from wanda_dvc.report.charts import Point
 from wanda_dvc.report.formatting import DASH, percent
 from wanda_dvc.report.measures import Measured, pruned
-from wanda_dvc.report.pages import Content, Table, literal, picture
+from wanda_dvc.report.pages import Content, Table, Text, literal, picture
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section, sparsity
 
 
 def content(section: Section) -> Content:
     """The table and the pictures."""
+    if not section.tasks:
+        return [Text("No tasks were asked: `tasks.names` is empty.")]
     parts: Content = [_table(section)]
     tasks, panels, retained = section.tasks, _panels(section), _retained(section)
     if panels:

@@ -1,0 +1,70 @@
+"""Checks of a whole model before anything is computed with it: by headers and configuration; no weight is read."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.structure import Part, empty_model, find_blocks, stored_parts
+from wanda_dvc.engine.windows import load_tokenizer
+from wanda_dvc.errors import UserError
+
+STORED = ("F32", "F16", "BF16", "F64")  # dtypes of weights that can be pruned
+
+
+def check_model(folder: Path) -> None:
+    """Check that a directory holds a model that the stages can run, whole, with its tokenizer.
+
+    Raises:
+        UserError: index, shards, configuration, weights and tokenizer are damaged, or don't belong together.
+    """
+    checkpoint = Checkpoint(folder)
+    model = empty_model(folder, tensors=len(checkpoint.where))
+    find_blocks(model)
+    check_parts(model, checkpoint, stored_parts(model, checkpoint))
+    check_vocabulary(folder, load_tokenizer(folder), model.get_input_embeddings().weight.shape[0])
+
+
+def check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, Sequence[Part]]) -> None:
+    """Check that every parameter is stored, whole, in a dtype that can be pruned. Tied ones are stored once or more."""
+    entries = checkpoint.entries
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    for names in aliases.values():
+        stored = [name for name in names if name in parts]
+        if not stored:
+            raise UserError(
+                f"{checkpoint.folder}: no tensor for {names[0]}, expected one by config.json; "
+                "the checkpoint is incomplete, or stores it in an unsupported form"
+            )
+        for name in stored:
+            for tensor in dict.fromkeys(part.address.tensor for part in parts[name]):
+                if (dtype := entries[tensor].dtype) not in STORED:
+                    raise UserError(
+                        f"{checkpoint.where[tensor]}: {tensor} is {dtype}, expected {', '.join(STORED[:3])}; "
+                        "name the model before it was quantized, or convert it"
+                    )
+            if parts[name][0].is_whole:
+                tensor, expected = parts[name][0].address.tensor, list(model.get_parameter(name).shape)
+                if entries[tensor].shape != expected:
+                    raise UserError(
+                        f"{checkpoint.folder}: {tensor} is {entries[tensor].shape}, expected {expected} by "
+                        "config.json; copy both again"
+                    )
+
+
+def check_vocabulary(folder: Path, tokenizer: Any, rows: int) -> None:
+    """Raise UserError where a tokenizer's vocabulary needs more embeddings than there are.
+
+    Added tokens don't count: many models have a padding token without an embedding, which no text contains.
+    """
+    added = set(tokenizer.get_added_vocab())
+    ids = [number for token, number in tokenizer.get_vocab().items() if token not in added]
+    if ids and max(ids) >= rows:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {max(ids)}, expected at most {rows - 1}: the model has {rows:,} "
+            "embeddings; copy the tokenizer that belongs to it"
+        )

@@ -1,0 +1,89 @@
+"""A model's config.json, checked before transformers builds anything from it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.reading import name_of, read_object
+
+MOST_LAYERS = 10_000  # transformers makes lists and modules as long as this before anyone can look at them
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+SIZES = (
+    *LAYERS, "hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "num_attention_heads",
+    "n_head", "n_heads", "num_heads", "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+    "n_positions", "max_seq_len",
+)  # fmt: skip
+DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
+TODO = "correct it, or copy the file again"
+
+
+def read_config(place: Path) -> Any:
+    """Read a config.json, or the one in a directory. None of the code that it may name runs.
+
+    Raises:
+        UserError: transformers can't take it, or a size in it is none.
+    """
+    from transformers import AutoConfig
+
+    path = place if place.is_file() else place / "config.json"
+    stored = read_object(path)
+    if problems := [f"{path}: {problem}; {TODO}" for problem in _problems(stored)]:
+        raise UserError(*problems)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # each model's class raises what it likes
+        raise UserError(f"{path}: {reason(error)}, expected a configuration that transformers takes; {TODO}") from error
+    text = config.get_text_config()
+    heads, shared = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise UserError(
+            f"{path}: num_key_value_heads: found {shared}, expected a divisor of {heads}, the num_attention_heads; "
+            f"{TODO}"
+        )
+    return config
+
+
+def _problems(stored: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield what no configuration can mean: *key: found, expected*."""
+    for name in SIZES:
+        value = stored.get(name)
+        if not all(
+            type(size) is int and size > 0
+            for size in (value if isinstance(value, list) else [value] if value is not None else [])
+        ):
+            yield f"{prefix}{name}: found {_short(value)}, expected a positive whole number"
+        elif name in LAYERS and isinstance(value, int) and value > MOST_LAYERS:
+            yield f"{prefix}{name}: found {_short(value)}, expected at most {MOST_LAYERS:,}"
+    for name in ("dtype", "torch_dtype"):
+        dtype = stored.get(name)
+        known = dtype is None or isinstance(dtype, dict) or str(dtype).removeprefix("torch.") in DTYPES
+        if not known:
+            yield f"{prefix}{name}: found {_short(dtype)}, expected {', '.join(DTYPES[:3])}"
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = stored.get(name)
+        factor = rope.get("factor", 1) if isinstance(rope, dict) else 1
+        if not isinstance(factor, (int, float)) or factor <= 0:
+            yield f"{prefix}{name}.factor: found {_short(factor)}, expected a positive number"
+    if isinstance(stored.get("text_config"), dict):
+        yield from _problems(stored["text_config"], "text_config.")
+
+
+def check_length(place: Path, length: int, setting: str) -> None:
+    """Raise UserError where windows are longer than the positions that a model has."""
+    positions = getattr(read_config(place).get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and length > positions:
+        raise UserError(
+            f"params.yaml: {setting}: got {length}, expected at most {positions}, the positions of the model in "
+            f"{place}; set {setting}={positions} or less"
+        )
+
+
+def reason(error: BaseException) -> str:
+    """Return an error of a library as one short line, with its name where the text alone says little."""
+    told = " ".join(str(error).split())[:300]
+    return told if len(told.split()) > 2 else f"{type(error).__name__} {told}".strip()
+
+
+def _short(value: object) -> str:
+    return f"{name_of(value)} ({str(value)[:40]})" if isinstance(value, (dict, list, str, bool)) else f"{value!s:.40}"

@@ -1,0 +1,92 @@
+"""Damaged and odd input as data: what is spoiled, and what the message must say."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input. `spoil` damages a folder that is right; `says` are parts of the message: where, found, expected."""
+
+    name: str
+    spoil: Callable[[Path], object]
+    says: tuple[str, ...]
+    run: str = ""  # the stage or view that meets it
+
+
+def written(name: str, content: bytes | str) -> Callable[[Path], object]:
+    """Write a file."""
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(data)
+
+    return spoil
+
+
+def removed(name: str) -> Callable[[Path], object]:
+    """Remove a file."""
+    return lambda folder: (folder / name).unlink()
+
+
+def replaced_by_folder(name: str) -> Callable[[Path], object]:
+    """Put a folder in a file's place."""
+
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+
+    return spoil
+
+
+def replaced_by_pipe(name: str) -> Callable[[Path], object]:
+    """Put a pipe in a file's place: whoever opens it waits for ever."""
+    import os
+
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
+def replaced_by_link(name: str, target: str = "nowhere") -> Callable[[Path], object]:
+    """Put a link in a file's place."""
+
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+
+    return spoil
+
+
+# What is no document of ours, whatever file it stands in, and the words that tell it.
+NO_OBJECTS: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "found no JSON"),
+    "half": (b'{"a": ', "found no JSON"),
+    "words": (b"not JSON at all", "found no JSON"),
+    "binary": (b"\x80\x04\x95\xff\xfe\x00", "is no UTF-8"),
+    "null": (b"null", "found null"),
+    "a number": (b"1", "found a number"),
+    "text": (b'"a"', "found text"),
+    "a list": (b"[1, 2]", "found a list"),
+    "true": (b"true", "found true or false"),
+    "deep": (b"[" * 100_000, "nested too deeply"),
+    "deep objects": (b'{"a":' * 100_000, "nested too deeply"),
+    "a huge number": (b'{"a": ' + b"1" * 5000 + b"}", "found no JSON"),
+    "half a surrogate pair": (b'{"a": "\\ud800"}', "half a surrogate pair"),
+}
+
+
+def dotted(content: dict[str, Any], name: str, value: object) -> dict[str, Any]:
+    """A document with another value at a dotted key; `REMOVED` takes the key out."""
+    first, _, rest = name.partition(".")
+    if rest:
+        return content | {first: dotted(content[first], rest, value)}
+    return {key: found for key, found in content.items() if key != first} | ({} if value is REMOVED else {first: value})
+
+
+REMOVED = object()

@@ -1,0 +1,221 @@
+"""Artifacts of a finished study that the stages and views after them must refuse."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cases import NO_OBJECTS, REMOVED, Case, dotted, removed, replaced_by_folder, replaced_by_pipe, written
+
+STATS, MASKS = "stats/block_001.safetensors", "masks/block_001.safetensors"
+
+
+def provenance(folder: str, **changes: object) -> Callable[[Path], object]:
+    def spoil(root: Path) -> None:
+        path = root / folder / "provenance.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in changes.items():
+            content = dotted(content, name.replace("__", "."), value)
+        path.write_text(json.dumps(content), encoding="utf-8")
+
+    return spoil
+
+
+def block(name: str, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> Callable[[Path], object]:
+    """Change a block's tensors and header, and seal the artifact again: its digests hold."""
+
+    def spoil(root: Path) -> None:
+        from safetensors import safe_open
+        from safetensors.torch import load_file, save_file
+
+        from wanda_dvc.study.provenance import file_digest
+
+        path = root / name
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["wanda_dvc"])
+        new = change(tensors, header)
+        save_file(tensors, path, {"wanda_dvc": new if isinstance(new, str) else json.dumps(header)})
+        seal(path, file_digest(path))
+
+    return spoil
+
+
+def seal(path: Path, sha256: str) -> None:
+    told = path.parent / "provenance.json"
+    content = json.loads(told.read_text(encoding="utf-8"))
+    content["files"][path.name] = sha256
+    told.write_text(json.dumps(content), encoding="utf-8")
+
+
+def resealed(name: str, content: bytes) -> Callable[[Path], object]:
+    def spoil(root: Path) -> None:
+        from wanda_dvc.study.provenance import file_digest
+
+        (root / name).write_bytes(content)
+        seal(root / name, file_digest(root / name))
+
+    return spoil
+
+
+# The artifact, the run that reads it, and the keys that the run needs.
+READ = (
+    ("models/dense", "calibrate", ("source", "sha256")),
+    ("data/calibration", "calibrate", ("source", "sha256")),
+    ("data/perplexity", "perplexity", ("source", "sha256", "join")),
+    ("data/tasks/piqa", "zero-shot", ("task", "source", "role", "sha256", "lm_eval", "definition")),
+    ("stats", "mask", ("model", "model.source", "model.sha256", "text.source", "text.sha256", "params", "files")),
+    ("stats", "stats", ("model.sha256", "files")),
+    ("masks", "apply", ("model.source", "model.sha256", "calibration.text.source", "params", "params.method", "files")),
+    ("models/pruned", "perplexity-pruned", ("model.source", "masks", "params")),
+)
+
+
+def cases() -> Iterator[Case]:
+    for folder, run, keys in READ:
+        where = f"{folder}/provenance.json"
+        if run != "stats":
+            for name, (content, found) in NO_OBJECTS.items():
+                yield Case(f"{run}: {where}: {name}", written(where, content), (where, found, "expected"), run)
+        yield Case(f"{run}: {where}: missing", removed(where), (where, "not there"), run)
+        yield Case(
+            f"{run}: {where}: a folder", replaced_by_folder(where), (where, "found a folder", "expected a file"), run
+        )
+        yield Case(f"{run}: {where}: format 9", provenance(folder, format=9), (where, "format 9", "expected 1"), run)
+        for key in keys:
+            spoiled = provenance(folder, **{key.replace(".", "__"): REMOVED})
+            told = (where, "no digests", "expected") if key == "files" else (where, "found nothing", "expected")
+            yield Case(f"{run}: {where}: no {key}", spoiled, told, run)
+            if key != "files":
+                spoiled = provenance(folder, **{key.replace(".", "__"): [1]})
+                yield Case(f"{run}: {where}: {key} a list", spoiled, (where, "expected"), run)
+    yield from _blocks()
+    for part, run in (("calibration", "calibrate"), ("perplexity", "perplexity")):
+        text = f"data/{part}/text.txt"
+        yield Case(f"{text}: missing", removed(text), (text, "not there", "expected a file"), run)
+        yield Case(f"{text}: a folder", replaced_by_folder(text), (text, "found a folder", "expected a file"), run)
+        yield Case(f"{text}: a pipe", replaced_by_pipe(text), (text, "found a pipe", "expected a file"), run)
+        yield Case(f"{text}: binary", written(text, b"\xff\x00"), (text, "is no UTF-8", "expected text"), run)
+    items = "data/tasks/piqa/items.jsonl"
+    yield Case(f"{items}: missing", removed(items), (items, "not there", "expected a file"), "zero-shot")
+    for name in ("half", "a list", "deep", "binary"):
+        content, found = NO_OBJECTS[name]
+        yield Case(f"{items}: {name}", written(items, content), (items, found, "expected"), "zero-shot")
+    for definition in ("../../../../evil.yaml", "/tmp/evil.yaml", "piqa", "nowhere/x.yaml", "."):
+        yield Case(
+            f"definition {definition}",
+            provenance("data/tasks/piqa", definition=definition),
+            ("data/tasks/piqa", f"got the definition {definition}", "expected one of lm-eval's"),
+            "zero-shot",
+        )
+    for name in ("half", "a list", "binary", "deep"):
+        content, found = NO_OBJECTS[name]
+        path = "metrics/pruned/sparsity.json"
+        yield Case(f"{path}: {name}", written(path, content), (path, found, "expected"), "show")
+
+
+def _without(key: str, _: dict[str, Any], header: dict[str, Any]) -> None:
+    header.pop(key)
+
+
+def _as_list(key: str, _: dict[str, Any], header: dict[str, Any]) -> None:
+    header[key] = [1]
+
+
+def _blocks() -> Iterator[Case]:
+    for path, run, key in ((STATS, "mask", "readers"), (MASKS, "apply", "columns")):
+        yield Case(f"{path}: missing", removed(path), (path.partition("/")[0], "found 3 blocks", "expected 4"), run)
+        yield Case(f"{path}: a folder", replaced_by_folder(path), (path, "found a folder", "expected a file"), run)
+        yield Case(f"{path}: empty", resealed(path, b""), (path, "found 0 bytes", "expected"), run)
+        yield Case(
+            f"{path}: text", resealed(path, b"hello, world"), (path, "not a whole safetensors file", "expected"), run
+        )
+        yield Case(f"{path}: no {key}", block(path, partial(_without, key)), (path, "damaged", "expected"), run)
+        yield Case(f"{path}: {key} a list", block(path, partial(_as_list, key)), (path, "damaged"), run)
+        yield Case(f"{path}: header a list", block(path, lambda *_: "[1]"), (path, "found a list", "expected"), run)
+        yield Case(f"{path}: header no JSON", block(path, lambda *_: "x"), (path, "found no JSON", "expected"), run)
+        yield Case(f"{path}: header deep", block(path, lambda *_: "[" * 10**5), (path, "too deeply", "expected"), run)
+
+    def first(tensors: dict[str, Any], end: str) -> str:
+        return next(name for name in sorted(tensors) if name.endswith(end))
+
+    def dtype(kind: str, end: str) -> Callable[..., object]:
+        import torch
+
+        return lambda t, _: t.update({first(t, end): t[first(t, end)].to(getattr(torch, kind))})
+
+    yield Case(
+        f"{STATS}: no sums", block(STATS, lambda t, _: t.pop(first(t, ".sum"))), (STATS, "no statistics of"), "mask"
+    )
+    yield Case(
+        f"{STATS}: no count", block(STATS, lambda t, _: t.pop(first(t, ".count"))), (STATS, "no statistics of"), "mask"
+    )
+    yield Case(f"{STATS}: float32", block(STATS, dtype("float32", ".sum")), (STATS, "damaged", "expected"), "mask")
+    yield Case(
+        f"{STATS}: a short sum",
+        block(STATS, lambda t, _: t.update({first(t, ".sum"): t[first(t, ".sum")][:1]})),
+        (STATS, "damaged"),
+        "mask",
+    )
+    yield Case(
+        f"{STATS}: a matrix",
+        block(STATS, lambda t, _: t.update({first(t, ".sum"): t[first(t, ".sum")][None]})),
+        (STATS, "damaged"),
+        "mask",
+    )
+    yield Case(
+        f"{STATS}: transposed text", block(STATS, lambda _, h: h.update(transposed="x")), (STATS, "damaged"), "mask"
+    )
+    yield Case(
+        f"{STATS}: a reader is a number",
+        block(STATS, lambda _, h: h["readers"].update({next(iter(h["readers"])): [3]})),
+        (STATS, "damaged"),
+        "mask",
+    )
+    yield Case(
+        f"{STATS}: lm_head reads",
+        block(STATS, lambda _, h: h["readers"].update({next(iter(h["readers"])): ["lm_head"]})),
+        ("no weight of lm_head",),
+        "mask",
+    )
+    yield Case(
+        f"{STATS}: not finite",
+        block(STATS, lambda t, _: t[first(t, ".sum_squares")].fill_(float("nan"))),
+        ("block 1", "not finite", "expected finite"),
+        "mask",
+    )
+    for kind in ("bool", "int8", "float32", "int64"):
+        yield Case(
+            f"{MASKS}: {kind}", block(MASKS, dtype(kind, "q_proj")), (MASKS, f"torch.{kind}", "expected"), "apply"
+        )
+    yield Case(
+        f"{MASKS}: fewer rows",
+        block(MASKS, lambda t, _: t.update({first(t, "q_proj"): t[first(t, "q_proj")][:-1].clone()})),
+        ("masks/", "q_proj is [31, 32]", "expected [32, 32]"),
+        "apply",
+    )
+    yield Case(
+        f"{MASKS}: more columns",
+        block(MASKS, lambda _, h: h["columns"].update({first(h["columns"], "q_proj"): 99})),
+        (MASKS, "for 99 columns", "expected"),
+        "apply",
+    )
+    yield Case(
+        f"{MASKS}: columns are text",
+        block(MASKS, lambda _, h: h["columns"].update({first(h["columns"], "q_proj"): "32"})),
+        (MASKS, "for 32 columns", "expected"),
+        "apply",
+    )
+    yield Case(
+        f"{MASKS}: another linear",
+        block(
+            MASKS,
+            lambda t, h: (
+                t.update({"lm_head.x": t.pop(first(t, "q_proj"))}),
+                h["columns"].update({"lm_head.x": h["columns"].pop(first(h["columns"], "q_proj"))}),
+            ),
+        ),
+        ("no weight of lm_head.x",),
+        "apply",
+    )

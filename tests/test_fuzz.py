@@ -1,0 +1,161 @@
+"""Readers of our own formats, and of what others wrote, on damaged files: a UserError, or a result; never a crash.
+
+The files in corpus/ are kept: one that is right for each reader, and every damaged one that a run has found. A long
+run is `WANDA_DVC_FUZZ_SECONDS=300 pytest tests/test_fuzz.py`, so many seconds for each reader.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from wanda_dvc.engine import walk
+from wanda_dvc.engine.checkpoint import Checkpoint, read_index
+from wanda_dvc.engine.config import read_config
+from wanda_dvc.engine.walk import HiddenStates
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import read_params
+from wanda_dvc.reading import read_header, read_lines, read_object
+from wanda_dvc.stages.perplexity import _read_losses
+from wanda_dvc.study.documents import Documents
+from wanda_dvc.study.provenance import KEYS, read_provenance
+from wanda_dvc.study.tensors import read_masks, read_stats
+
+CORPUS = Path(__file__).parent / "corpus"
+SECONDS = float(os.environ.get("WANDA_DVC_FUZZ_SECONDS", "0"))
+EXAMPLES = 60  # a reader, in a short run
+
+
+def documents(path: Path) -> None:
+    with tempfile.TemporaryFile() as scratch:
+        list(Documents.unpack(path, "text", scratch))
+
+
+def provenance(path: Path) -> None:
+    for made_by in KEYS:
+        try:
+            read_provenance(path.parent, made_by)
+        except UserError as error:
+            assert str(path) in str(error)  # noqa: PT017 - every one of them
+
+
+def checkpoint(path: Path) -> None:
+    (path.parent / "config.json").write_text("{}")
+    opened = Checkpoint(path.parent)
+    for name in opened.where:
+        assert opened.entries[name].length >= 0
+
+
+def progress(path: Path) -> None:
+    for turn in (0, 1):
+        path.with_name(f"hidden_{turn}.bin").write_bytes(bytes(80))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(walk, "_boot", lambda: "x")
+        HiddenStates.open(path.parent, [2, 3], 4, torch.float32, 3)
+
+
+READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # name of the file, what reads it
+    "object": ("file.json", read_object),
+    "lines": ("items.jsonl", lambda path: list(read_lines(path))),
+    "index": ("model.safetensors.index.json", read_index),
+    "header": ("file.safetensors", read_header),
+    "checkpoint": ("model.safetensors", checkpoint),
+    "provenance": ("provenance.json", provenance),
+    "stats": ("block_000.safetensors", lambda path: read_stats(path.parent, 0)),
+    "masks": ("block_000.safetensors", lambda path: dict(read_masks(path.parent, 0))),
+    "params": ("params.yaml", read_params),
+    "documents": ("documents.json.gz", documents),
+    "config": ("config.json", lambda path: read_config(path.parent)),
+    "losses": ("losses.jsonl", lambda path: _read_losses(path, 3)),
+    "progress": ("progress.json", progress),
+}
+
+ODD: list[Any] = [
+    None, True, 0, -1, 1, 3, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e308, float("inf"), float("nan"), "", "x", "..",
+    "/etc/passwd", "\ud800", "a\0b", "a\nb", "é", "F32", "I8", [], [1], [[]], {}, {"a": 1}, [0, 2**62], ["x"],
+]  # fmt: skip
+PIECES = [
+    b"", b"null", b"-1", b"1e999", b"[]", b"{}", b'"', b"\\", b"\\ud800", b"\xff", b"\0", b"\n", b"\r", b"\xe2\x80\xa8",
+    b"\xef\xbb\xbf", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"\xff" * 8,
+    b"\x00" * 8, b"&a", b"*a", b"!!python/none",
+]  # fmt: skip
+
+
+def places(content: object, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every value of a JSON document."""
+    inside = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    return [at, *(place for key, value in inside for place in places(value, (*at, key)))]
+
+
+def replaced(content: Any, place: tuple[Any, ...], value: object) -> Any:
+    if not place:
+        return value
+    key, *rest = place
+    content = dict(content) if isinstance(content, dict) else list(content)
+    content[key] = replaced(content[key], tuple(rest), value)
+    return content
+
+
+@st.composite
+def damaged(draw: st.DrawFn, originals: list[bytes]) -> bytes:
+    """A file of the corpus with a few values, bytes or lengths changed."""
+    content = draw(st.sampled_from(originals))
+    size = int.from_bytes(content[:8], "little")
+    prefix = 8 if content[8:9] == b"{" and size <= len(content) - 8 else 0  # a safetensors file
+    text, rest = (content[8 : 8 + size], content[8 + size :]) if prefix else (content, b"")
+    for _ in range(draw(st.integers(0, 3))):
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+        place = draw(st.sampled_from(places(document)))
+        try:
+            text = json.dumps(replaced(document, place, draw(st.sampled_from(ODD)))).encode()
+        except (ValueError, KeyError, IndexError):
+            break
+    content = len(text).to_bytes(8, "little") + text + rest if prefix else text
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(content)))
+        gone = draw(st.sampled_from([0, 0, 1, 1, 2, 8, 64, len(content)]))
+        content = content[:at] + draw(st.sampled_from(PIECES) | st.binary(max_size=4)) + content[at + gone :]
+    return content
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_file_is_refused_or_read(reader: str, tmp_path: Path):
+    name, read = READERS[reader]
+    kept = sorted((CORPUS / reader).iterdir())
+    assert kept, "the corpus has no file of this reader"
+
+    def check(content: bytes) -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+            path = Path(folder, name)
+            path.write_bytes(content)
+            try:
+                read(path)
+            except UserError as error:
+                assert str(error).strip()  # noqa: PT017 - it may also be read
+
+    originals = [path.read_bytes() for path in kept]
+    for content in originals:
+        check(content)
+    if not SECONDS:
+        limits = settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=True)
+        limits(given(damaged(originals))(check))()
+        return
+    end = time.monotonic() + SECONDS
+    limits = settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    for number in count(int(time.time())):
+        seed(number)(limits(given(damaged(originals))(check)))()
+        if time.monotonic() > end:
+            break

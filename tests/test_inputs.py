@@ -1,0 +1,166 @@
+"""Damaged and odd input: one message, exit 2, nothing written. The cases are data, in cases/."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import Case, artifacts, models, settings, texts
+from conftest import write_params
+
+from wanda_dvc import stages
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import read_params
+from wanda_dvc.stages.download import download
+from wanda_dvc.study.places import EMBEDDED
+from wanda_dvc.study.project import ITEMS, Project
+from wanda_dvc.study.provenance import describe, write_provenance
+from wanda_dvc.views import show
+
+Make = Callable[..., Project]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file but unfinished work."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".dvc" not in path.parts
+    }
+
+
+def refused(case: Case, run: Callable[[], object], root: Path) -> None:
+    """The input is refused with words that say where, what was found, what was expected; nothing is written."""
+    before = tree(root)
+    with pytest.raises(UserError) as caught:
+        run()
+    message = str(caught.value)
+    missing = [words for words in case.says if words not in message]
+    assert not missing, message
+    assert all(";" in problem and len(problem) < 1500 for problem in caught.value.problems), message
+    assert tree(root) == before
+
+
+def ids(cases: list[Case]) -> list[str]:
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names)
+    return [name.encode("unicode_escape").decode() for name in names]
+
+
+MODELS = list(models.cases())
+
+
+@pytest.mark.parametrize("case", MODELS, ids=ids(MODELS))
+def test_a_damaged_model(case: Case, project: Make, tiny: Path, tmp_path: Path):
+    source = shutil.copytree(tiny, tmp_path / "source")
+    case.spoil(source)
+    (tmp_path / "study").mkdir()
+    made = project(model=source)
+    refused(case, lambda: download(project=made, part="model"), tmp_path / "models")
+    assert not made.model("dense").exists()
+
+
+TEXTS = list(texts.cases())
+
+
+@pytest.mark.parametrize("case", TEXTS, ids=ids(TEXTS))
+def test_a_damaged_text(case: Case, project: Make, tmp_path: Path):
+    source = tmp_path / "source"
+    source.mkdir()
+    case.spoil(source)
+    refused(case, lambda: download(project=project(**text_of(case, source)), part="calibration"), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def text_of(case: Case, source: Path) -> dict[str, object]:
+    """The settings that name the file of a case."""
+    if case.name.startswith("gz"):
+        mirror = source / "mirror"
+        place = mirror / "allenai/c4/en"
+        place.mkdir(parents=True)
+        (source / texts.SHARD).rename(place / texts.SHARD)
+        return {"calibration__text__source": "c4", "runtime__mirror": str(mirror)}
+    name = texts.TEXT if case.name.startswith("t") and "jsonl" not in case.name else texts.LINES
+    return {"calibration__text__source": str(source / name)}
+
+
+@pytest.mark.parametrize("name", texts.RIGHT)
+def test_an_odd_text_is_taken_whole(name: str, project: Make, tmp_path: Path):
+    file, content, expected = texts.RIGHT[name]
+    (tmp_path / file).write_bytes(content)
+    made = project(calibration__text__source=str(tmp_path / file))
+    download(project=made, part="calibration")
+    assert made.text("calibration") == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    settings.MEANT,
+    ids=[f"{name} {str(value)[:40]!r}" for name, value, _ in settings.MEANT],
+)
+def test_a_setting_that_cannot_be_meant(setting: str, value: object, says: tuple[str, ...], tmp_path: Path):
+    write_params(tmp_path, "org/model", **{setting.replace(".", "__"): value})
+    with pytest.raises(UserError) as caught:
+        read_params(tmp_path / "params.yaml")
+    message = str(caught.value)
+    assert message.startswith("params.yaml: ")
+    assert not [words for words in says if words not in message], message
+
+
+@pytest.mark.parametrize("name", settings.FILES)
+def test_a_file_that_is_no_settings(name: str, tmp_path: Path):
+    content, found = settings.FILES[name]
+    (tmp_path / "params.yaml").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_params(tmp_path / "params.yaml")
+    assert found in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study whose stages have all run."""
+    root = tmp_path_factory.mktemp("finished")
+    write_params(root, tiny, perplexity__windows=1, zero_shot__limit=1)
+    made = Project(root)
+    for part in ("model", "calibration", "perplexity"):
+        download(project=made, part=part)
+    piqa = made.data("tasks") / "piqa"  # as `download tasks` writes it, without lm-eval's index, which takes seconds
+    piqa.mkdir(parents=True)
+    shutil.copyfile(EMBEDDED / "tasks/baber/piqa/validation.jsonl", piqa / ITEMS)
+    keys: dict[str, Any] = {
+        "task": "piqa",
+        "source": "samples",
+        "role": "validation",
+        "definition": "piqa/piqa.yaml",
+        "lm_eval": "0",
+    }
+    write_provenance(piqa, describe("task", sha256="0", **keys))
+    for name in ("calibrate", "mask", "apply"):
+        stages.run(name, project=made)
+    return root
+
+
+ARTIFACTS = list(artifacts.cases())
+RUNS: dict[str, Callable[[Project], object]] = {
+    "calibrate": lambda made: stages.run("calibrate", project=made),
+    "mask": lambda made: stages.run("mask", project=made),
+    "apply": lambda made: stages.run("apply", project=made),
+    "perplexity": lambda made: stages.run("perplexity", project=made, part="dense"),
+    "perplexity-pruned": lambda made: stages.run("perplexity", project=made, part="pruned"),
+    "zero-shot": lambda made: stages.run("zero-shot", project=made, part="dense", task="piqa"),
+    "stats": lambda made: show.stats(project=made, layer=None, as_json=False),
+    "show": lambda made: show.show(project=made),
+}
+
+
+@pytest.mark.parametrize("case", ARTIFACTS, ids=ids(ARTIFACTS))
+def test_a_damaged_artifact(case: Case, finished: Path, tmp_path: Path):
+    root = shutil.copytree(finished, tmp_path / "study")
+    case.spoil(root)
+    refused(case, lambda: RUNS[case.run](Project(root)), root)
+
+
+def test_the_table_is_as_long_as_was_asked_for():
+    count = len(MODELS) + len(TEXTS) + len(ARTIFACTS) + len(settings.MEANT) + len(settings.FILES)
+    assert count >= 600

