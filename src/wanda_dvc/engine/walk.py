@@ -82,15 +82,20 @@ class Step:
         """The block's prunable weights."""
         return self.decoder.linears(self.index)
 
+    @property
+    def weights(self) -> dict[str, Linear]:
+        """All weights of the block, named as the checkpoint stores them: its linears, then norms, biases and gates."""
+        return self.decoder.weights.of_block(self.index)
+
     @torch.no_grad()
     def replace(self, weights: Mapping[str, Tensor]) -> None:
-        """Give linears of this block other weights, oriented as they are stored, until its turn is over."""
-        linears = self.linears
+        """Give this block other weights, oriented as they are stored, until its turn is over."""
+        own = self.weights
         for name, weight in weights.items():
-            if weight.shape != linears[name].weight.shape:
-                found, expected = list(weight.shape), list(linears[name].weight.shape)
+            if weight.shape != own[name].weight.shape:
+                found, expected = list(weight.shape), list(own[name].weight.shape)
                 raise UserError(f"{name}: its new weight is {found}, expected {expected}, as it is stored")
-            self._writable(linears[name]).copy_(weight)
+            self._writable(own[name]).copy_(weight)
 
     @torch.no_grad()
     def prune(self, keeps: Mapping[str, Tensor]) -> None:
@@ -107,14 +112,19 @@ class Step:
         return linear.weight
 
     @torch.no_grad()
-    def advance(self, recorder: InputRecorder | None = None) -> None:
-        """Every row through this block; a recorder sees the inputs of the block's linears."""
-        with recorder.recording(self.linears) if recorder else contextlib.nullcontext():
-            self.states.write(self._outputs(recorder))
+    def advance(self, recorder: InputRecorder | None = None, *, rows: range | None = None) -> None:
+        """Every row through this block, or some; a recorder sees the inputs of the block's linears.
 
-    def _outputs(self, recorder: InputRecorder | None) -> Iterator[Float[Tensor, "length width"]]:
-        for row, before in zip(self.rows, self.states.before, strict=True):
-            yield self.decoder.run(self.index, before[None].to(self.decoder.device), row)[0]
+        Every row has to advance once, in order, before the turn is over; then what they were last given counts.
+        """
+        rows = range(len(self.rows)) if rows is None else rows
+        with recorder.recording(self.linears) if recorder else contextlib.nullcontext():
+            self.states.write(self._outputs(recorder, rows), first=rows.start)
+
+    def _outputs(self, recorder: InputRecorder | None, rows: range) -> Iterator[Float[Tensor, "length width"]]:
+        before = self.states.before
+        for number in rows:
+            yield self.decoder.run(self.index, before[number][None].to(self.decoder.device), self.rows[number])[0]
             if recorder:
                 recorder.end_window()
 
@@ -134,7 +144,7 @@ class HiddenStates:
     dtype: torch.dtype
     blocks: int
     finished: int = -1  # blocks done; −1: not even the embeddings
-    _checksum: int = field(default=0, init=False, repr=False)  # of the states that are being written
+    _checksums: list[int] = field(default_factory=lambda: [0], init=False, repr=False)  # up to each row being written
 
     @classmethod
     def open(cls, folder: Path, lengths: list[int], width: int, dtype: torch.dtype, blocks: int) -> "HiddenStates":
@@ -158,15 +168,22 @@ class HiddenStates:
         """The hidden states of each row before the block at work."""
         return self._map(self.finished)
 
-    def write(self, rows: Iterable[Float[Tensor, "length width"]]) -> None:
-        """Write the hidden states after the block at work, row by row. OSError where the disk is full."""
+    def after(self, rows: range) -> list[Float[Tensor, "length width"]]:
+        """The hidden states of some rows after the block at work, once they are written."""
+        return self._map(self.finished + 1, rows.stop)[rows.start :]
+
+    def write(self, rows: Iterable[Float[Tensor, "length width"]], *, first: int = 0) -> None:
+        """Write the hidden states after the block at work, from one row on. OSError where the disk is full."""
         path = self._path(self.finished + 1)
         path.touch()
-        self._checksum = 0
+        if first == 0:
+            self._checksums = [0]
+        del self._checksums[first + 1 :]  # of rows that are written again
         with path.open("r+b") as file:  # overwrites in place: the space on the disk stays allocated
+            file.seek(sum(self.lengths[:first]) * self.width * self.dtype.itemsize)
             for row in rows:
                 content = row.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data
-                self._checksum = zlib.crc32(content, self._checksum)
+                self._checksums.append(zlib.crc32(content, self._checksums[-1]))
                 file.write(content)
             file.truncate()
 
@@ -174,17 +191,18 @@ class HiddenStates:
         """Finish the block at work: the states after it are those before the next."""
         self.finished += 1
         beside = self.folder / "progress.part"
-        progress = {"finished": self.finished, "boot": _boot(), "checksum": self._checksum}
+        progress = {"finished": self.finished, "boot": _boot(), "checksum": self._checksums[-1]}
         beside.write_text(json.dumps(progress), encoding="utf-8")
         beside.replace(self.folder / "progress.json")
 
     def _path(self, turn: int) -> Path:
         return self.folder / f"hidden_{turn % 2}.bin"
 
-    def _map(self, turn: int) -> list[Float[Tensor, "length width"]]:
-        tokens = sum(self.lengths)
+    def _map(self, turn: int, rows: int | None = None) -> list[Float[Tensor, "length width"]]:
+        lengths = self.lengths[:rows]
+        tokens = sum(lengths)
         states = torch.from_file(str(self._path(turn)), shared=True, size=tokens * self.width, dtype=self.dtype)
-        return list(states.view(tokens, self.width).split(self.lengths))
+        return list(states.view(tokens, self.width).split(lengths))
 
 
 def _checksum_of(path: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""stats/ and masks/ on disk: one safetensors file per block, so that one block at a time is in memory."""
+"""stats/, gram/, masks/ and weights/ on disk: one safetensors file per block, so that one is in memory at a time."""
 
 import itertools
 import json
@@ -13,7 +13,10 @@ from wanda_dvc.study.provenance import PROVENANCE, file_digest, files_digest, re
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from wanda_dvc.pruning.gram import Gram
     from wanda_dvc.pruning.statistics import BlockStats
+
+SEALED = ("blocks", "files")  # what `seal` adds to a provenance
 
 
 def block_file(folder: Path, block: int) -> Path:
@@ -47,6 +50,65 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
         for name in readers
     }
     return BlockStats(inputs, readers, header["transposed"])
+
+
+def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str) -> None:
+    """Write one block's Gram matrices; `stats` says who reads them.
+
+    Tensors, for each distinct input: `NAME.norm` (float32 [in]), `NAME.triangle` (float32 or float16: the upper
+    triangle, row by row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the
+    triangle are at most 1, so float16 holds each to 11 bits or to 6e-8. Header: as of statistics.
+    """
+    import torch
+
+    tensors: dict[str, Tensor] = {}
+    for name, gram in grams.items():
+        norm, triangle = gram.scaled_triangle()
+        tensors |= {
+            f"{name}.norm": norm,
+            f"{name}.triangle": triangle.to(getattr(torch, dtype)),
+            f"{name}.count": torch.tensor(gram.count),
+        }
+    _save(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
+
+
+def read_grams(folder: Path, block: int) -> "Grams":
+    """Read one block's Gram matrices, by distinct input."""
+    tensors, header = _load(block_file(folder, block), "calibrate")
+    return Grams(tensors, header["readers"], header["transposed"])
+
+
+class Grams(Mapping[str, "Gram"]):
+    """The Gram matrices of one block. One is unpacked when it is asked for; until then it is a view of its file.
+
+    An input that no token reached has none.
+    """
+
+    def __init__(self, tensors: "dict[str, Tensor]", readers: dict[str, list[str]], transposed: list[str]) -> None:
+        self._tensors, self.readers, self.transposed = tensors, readers, transposed
+        self._inputs = [name for name in readers if f"{name}.count" in tensors]
+
+    def __getitem__(self, name: str) -> "Gram":
+        from wanda_dvc.pruning.gram import Gram
+
+        norm, triangle = self._tensors[f"{name}.norm"], self._tensors[f"{name}.triangle"]
+        return Gram.from_scaled_triangle(norm, triangle, int(self._tensors[f"{name}.count"]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._inputs)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+
+def write_weights(folder: Path, block: int, weights: "dict[str, Tensor]") -> None:
+    """Write the weights of one block that a reconstruction has changed, named, oriented and typed as stored."""
+    _save(block_file(folder, block), {name: weight.contiguous() for name, weight in weights.items()}, {})
+
+
+def read_weights(folder: Path, block: int) -> "dict[str, Tensor]":
+    """Read the weights of one block that a reconstruction has changed."""
+    return _load(block_file(folder, block), "mask")[0]
 
 
 def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
