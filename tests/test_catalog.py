@@ -14,7 +14,7 @@ from wanda_dvc import catalog
 from wanda_dvc.catalog import Method, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import limit, read_params
-from wanda_dvc.pruning.choose import score_function
+from wanda_dvc.pruning.choose import function_of
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.study.project import Project
 
@@ -22,21 +22,27 @@ from wanda_dvc.study.project import Project
 @pytest.mark.slow  # lm-eval's index and its evaluation take seconds
 def test_every_stage_reads_its_settings_and_no_others(project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch):
     """With dvc.yaml's `params:` held to the rows, a setting that is missing or superfluous there is found."""
-    made = project()
     read: dict[tuple[str, str | None], set[str]] = {}
     limited_to = Project.limited_to
 
     def spied(self: Project, allowed: tuple[str, ...]) -> Project:
         limited = limited_to(self, allowed)
-        read[stage.name, part] = limited.params.read  # type: ignore[attr-defined]
+        reads.append(limited.params.read)  # type: ignore[attr-defined]
         return limited
 
     monkeypatch.setattr(Project, "limited_to", spied)
     for stage in STAGES.values():
-        for _, part, task in stage.runs(made.params.tasks.names):
-            run(stage.name, project=made, part=part, task=task)
+        for _, part, task in stage.runs(project().params.tasks.names):
+            reads: list[set[str]] = []
+            for further in ({}, FURTHER if stage.name in ("calibrate", "mask", "apply") else {}):
+                run(stage.name, project=project(**further), part=part, task=task)
+            read[stage.name, part] = set().union(*reads)
             assert read[stage.name, part] - {"runtime"} == set(stage.settings_of(part)), (stage.name, part)
     assert len(read) == 4 + 3 + 2 + 2
+
+
+# With these a stage reads the settings too that mean nothing by default.
+FURTHER = {"calibration__gram": "float32", "reconstruction": "block", "propagation": "pruned", "allocation": "slope"}
 
 
 def test_a_setting_of_another_stage_is_out_of_reach(project: Callable[..., Project]):
@@ -50,10 +56,10 @@ def test_a_setting_of_another_stage_is_out_of_reach(project: Callable[..., Proje
 
 @pytest.mark.parametrize("method", methods().values(), ids=methods())
 def test_a_method_is_a_row_and_a_function(method: Method, project: Callable[..., Project]):
-    assert callable(score_function(method))
+    assert callable(function_of(method.function))
     assert method.link.startswith("https://")
     assert all([method.title, method.citation, method.about])
-    assert project(method=method.name).params.method == method.name
+    assert project(method=method.name, calibration__gram="float32").params.method == method.name
 
 
 PLUGIN = """

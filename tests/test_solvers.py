@@ -12,7 +12,15 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import solvers
 from wanda_dvc.pruning.gram import layer_error
 from wanda_dvc.pruning.selection import removed, select
-from wanda_dvc.pruning.solvers import Prepared, Solved, admm, corrected_target, least_squares, sparsegpt
+from wanda_dvc.pruning.solvers import (
+    Prepared,
+    Solved,
+    admm,
+    corrected_target,
+    least_squares,
+    sparsegpt,
+    sparsegpt_update,
+)
 
 METHODS: dict[str, Callable[..., Solved]] = {"sparsegpt": sparsegpt, "admm": admm}
 TARGETS = [("unstructured", "row", "0.5"), ("unstructured", "layer", "0.37"), ("unstructured", "row", "0.7"),
@@ -37,6 +45,14 @@ def wanda(weight: torch.Tensor, gram: torch.Tensor, share: Fraction = HALF, patt
 def row_errors(dense: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     off = (dense - pruned).double()
     return (off @ gram.double() * off).sum(1)
+
+
+@pytest.mark.parametrize(("pattern", "group", "sparsity"), TARGETS)
+def test_the_sweep_on_sparsegpts_own_mask_gives_its_weights(pattern, group, sparsity):
+    weight, gram = problem()
+    prepared = Prepared(gram)
+    solved = sparsegpt(weight, prepared, share=Fraction(sparsity), pattern=pattern, group=group)
+    torch.testing.assert_close(sparsegpt_update(weight, solved.keep, prepared).weight, solved.weight)
 
 
 def every_method(weight, prepared, share, pattern, group):

@@ -1,6 +1,6 @@
-"""What a setting of params.yaml can name: methods and texts. Importing it is instant: no torch.
+"""What a setting of params.yaml can name: methods, allocations, reconstructions and texts. No torch: it loads at once.
 
-A method is a row here and a function. A package of its own adds one through an entry point in the group
+Each is a row here and a function. A package of its own adds a method through an entry point in the group
 `wanda_dvc.methods` that names a `Method`.
 """
 
@@ -24,11 +24,15 @@ class Method:
     citation: str
     link: str
     about: str  # one line: what a weight is worth
-    function: str  # `module:function`: (weight [out, in], InputStats) → score [out, in], higher stays
-    needs: Literal["weights", "norms"]  # beside the weights: nothing, or the statistics of what the linear reads
+    # `module:function`: (weight [out, in], InputStats) → score [out, in], higher stays.
+    # Of a solver: (weight [out, in], Prepared, share, pattern, group) → Solved.
+    function: str
+    # Beside the weights: nothing, the statistics of what the linear reads, or its Gram matrix.
+    needs: Literal["weights", "norms", "gram"]
     # groups: in every group (a row, a layer, m neighbours) the same number of lowest scores goes.
     # rows: each row loses the same share of its summed scores, so rows differ in how many weights they lose.
-    competition: Literal["groups", "rows"]
+    # solver: the function chooses itself, because it changes weights while it chooses.
+    competition: Literal["groups", "rows", "solver"]
     # Whether the scores of some rows follow from those rows alone: large matrices are then scored in slices. It has no
     # default, because a method with sums over columns that said so by mistake would be wrong on large matrices.
     scores_by_row: bool
@@ -76,6 +80,39 @@ _METHODS = (
         needs="norms",
         competition="rows",
         scores_by_row=True,
+    ),
+    Method(
+        name="ria",
+        title="RIA",
+        citation="Zhang et al. 2024",
+        link="https://openreview.net/forum?id=Tr0lPx9woF",
+        about="(|W| over its row's sum + |W| over its column's sum) · ‖X‖₂^½",
+        function="wanda_dvc.pruning.scores:ria",
+        needs="norms",
+        competition="groups",
+        scores_by_row=False,
+    ),
+    Method(
+        name="sparsegpt",
+        title="SparseGPT",
+        citation="Frantar and Alistarh 2023",
+        link="https://arxiv.org/abs/2301.00774",
+        about="W² over the inverse Gram matrix's diagonal, 128 inputs at a time, later ones updated in between",
+        function="wanda_dvc.pruning.solvers:sparsegpt",
+        needs="gram",
+        competition="solver",
+        scores_by_row=False,
+    ),
+    Method(
+        name="admm",
+        title="ADMM",
+        citation="Boža 2024",
+        link="https://arxiv.org/abs/2401.02938",
+        about="mask and weights in turn, 20 times; the mask grows over the first 15",
+        function="wanda_dvc.pruning.solvers:admm",
+        needs="gram",
+        competition="solver",
+        scores_by_row=False,
     ),
 )
 
@@ -143,6 +180,132 @@ _PACKAGE = re.compile(
     r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
 )
 
+
+# --- allocations and reconstructions ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """How the sparsity of each block follows from the model's."""
+
+    name: str  # as params.yaml writes it
+    title: str
+    citation: str
+    link: str
+    about: str
+    function: str  # `module:function`: (sparsity, sizes of the blocks[, ratings][, strength]) → the blocks' shares
+    rating: str | None  # `module:function`: (weights, BlockStats, Gram matrices) → a block's rating
+    needs: Literal["nothing", "norms", "gram"]  # to rate the blocks
+    strength: str | None  # what `allocation_strength: null` is; None where there is nothing to set
+    strength_is: str = ""
+
+
+ALLOCATIONS = {
+    allocation.name: allocation
+    for allocation in (
+        Allocation(
+            name="uniform",
+            title="uniform",
+            citation="",
+            link="",
+            about="the same sparsity in every block",
+            function="wanda_dvc.pruning.allocation:uniform",
+            rating=None,
+            needs="nothing",
+            strength=None,
+        ),
+        Allocation(
+            name="slope",
+            title="slope",
+            citation="arithmetic progression",
+            link="",
+            about="the sparsity rises by the same amount from block to block",
+            function="wanda_dvc.pruning.allocation:slope",
+            rating=None,
+            needs="nothing",
+            strength="0.004",
+            strength_is="rise a block",
+        ),
+        Allocation(
+            name="owl",
+            title="OWL",
+            citation="Yin et al. 2024",
+            link="https://arxiv.org/abs/2310.05175",
+            about="blocks with more outlying Wanda scores lose less",
+            function="wanda_dvc.pruning.allocation:owl",
+            rating="wanda_dvc.pruning.choose:outlier_rating",
+            needs="norms",
+            strength="0.08",
+            strength_is="λ, half the range of sparsities",
+        ),
+        Allocation(
+            name="lsa",
+            title="LSA",
+            citation="layer sensitivity allocation, ICLR 2026",
+            link="https://openreview.net/forum?id=xq3lza5IjN",
+            about="blocks differ by the error of a greedy pruning of each",
+            function="wanda_dvc.pruning.allocation:lsa",
+            rating="wanda_dvc.pruning.choose:greedy_rating",
+            needs="gram",
+            strength="0.04 up to a sparsity of 0.5, 0.1 up to 0.6, then 0.15",
+            strength_is="β, half the range of sparsities",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """What happens to the weights that stay."""
+
+    name: str  # as params.yaml writes it
+    title: str
+    citation: str
+    link: str
+    about: str
+    # `module:function`: (weight [out, in], keep, Prepared) → Solved; None: the weights that stay keep their values.
+    function: str | None
+    trains: bool = False  # each block is then trained on its mask
+
+
+RECONSTRUCTIONS = {
+    reconstruction.name: reconstruction
+    for reconstruction in (
+        Reconstruction(
+            name="none",
+            title="none",
+            citation="",
+            link="",
+            about="they keep their values",
+            function=None,
+        ),
+        Reconstruction(
+            name="least-squares",
+            title="least squares",
+            citation="Meng et al. 2024, ALPS",
+            link="https://arxiv.org/abs/2406.07831",
+            about="conjugate gradients: each linear's output comes as near to the dense one as its mask allows",
+            function="wanda_dvc.pruning.solvers:least_squares",
+        ),
+        Reconstruction(
+            name="sparsegpt",
+            title="SparseGPT's update",
+            citation="Frantar and Alistarh 2023",
+            link="https://arxiv.org/abs/2301.00774",
+            about="input by input, the weights to the right make up for each one that goes",
+            function="wanda_dvc.pruning.solvers:sparsegpt_update",
+        ),
+        Reconstruction(
+            name="block",
+            title="block training",
+            citation="arXiv 2510.14444",
+            link="https://arxiv.org/abs/2510.14444",
+            about="least squares, then each block is trained for a moment so that its output meets the dense block's",
+            function="wanda_dvc.pruning.solvers:least_squares",
+            trains=True,
+        ),
+    )
+}
 
 # --- texts ---
 

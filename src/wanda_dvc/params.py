@@ -5,7 +5,7 @@ Read as DVC reads it, YAML 1.2: in YAML 1.1 an unquoted `2:4` is the number 124.
 
 import difflib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
-from wanda_dvc.catalog import EMBEDDED_SPLITS, HUB_ID, TEXTS, Package, methods
+from wanda_dvc.catalog import ALLOCATIONS, EMBEDDED_SPLITS, HUB_ID, RECONSTRUCTIONS, TEXTS, Package, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.reading import read_text
@@ -30,6 +30,21 @@ def _method(name: str) -> str:
     if name not in methods():
         raise PydanticCustomError("literal_error", "no such method", {"expected": _or(tuple(methods()))})
     return name
+
+
+def _row_of(table: Mapping[str, object]) -> AfterValidator:
+    """Return a check of a name against a table of the catalog."""
+
+    def check(name: str) -> str:
+        if name not in table:
+            raise PydanticCustomError("literal_error", "no such row", {"expected": _or(tuple(table))})
+        return name
+
+    return AfterValidator(check)
+
+
+def _choices(rows: Mapping[str, Any]) -> str:
+    return "; ".join(f"`{name}`: {row.about}" for name, row in rows.items())
 
 
 class _Section(BaseModel):
@@ -74,6 +89,11 @@ class Calibration(_Section):
     samples: int = Field(ge=1, le=MOST, description="number of windows, drawn at random")
     length: int = Field(ge=2, le=MOST, description="tokens a window")
     seed: int = Field(ge=0, description="seed of the draw")
+    gram: Literal["none", "float32", "float16"] = Field(
+        "none",
+        description="keep the Gram matrix of what each linear reads, for the methods that need it: `none`, or their "
+        "upper triangles in `float32` or `float16`. `wanda-dvc cost` states their size",
+    )
 
 
 class Perplexity(_Section):
@@ -107,6 +127,14 @@ class ZeroShot(_Section):
     limit: int | None = Field(None, ge=1, description="number of items of each task; null: all")
 
 
+class Training(_Section):
+    """How `reconstruction: block` trains each block on its mask: Adam, one window a step, cosine."""
+
+    epochs: int = Field(1, ge=1, description="passes over the calibration windows")
+    rate: float = Field(3e-4, gt=0, lt=1, description="learning rate at the first step; it falls to 0 as a cosine")
+    seed: int = Field(0, ge=0, description="seed of the windows' order")
+
+
 class Runtime(_Section):
     """Settings that change the speed and no result. No stage depends on them."""
 
@@ -138,14 +166,29 @@ class Params(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="dtype in which the model runs")
     calibration: Calibration
     method: Annotated[str, AfterValidator(_method)] = Field(
-        description="how weights are scored: "
-        + "; ".join(f"`{name}`: {method.about}" for name, method in methods().items())
+        description=f"how weights are scored: {_choices(methods())}"
     )
     sparsity: float = Field(ge=0, lt=1, description="fraction of each linear's weights that is removed")
     pattern: str = Field("unstructured", description="`unstructured`, or `n:m`: n of every m neighbours stay")
     group: Literal["row", "layer"] = Field(
         "row", description="weights that compete: a row (one output) or the whole layer; n:m has groups of its own"
     )
+    allocation: Annotated[str, _row_of(ALLOCATIONS)] = Field(
+        "uniform", description=f"how the blocks' sparsities differ: {_choices(ALLOCATIONS)}"
+    )
+    allocation_strength: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="how far they differ; null: "
+        + "; ".join(
+            f"`{name}`: {row.strength} ({row.strength_is})" for name, row in ALLOCATIONS.items() if row.strength
+        ),
+    )
+    reconstruction: Annotated[str, _row_of(RECONSTRUCTIONS)] = Field(
+        "none", description=f"what happens to the weights that stay: {_choices(RECONSTRUCTIONS)}"
+    )
+    training: Training = Training()
     propagation: Literal["dense", "pruned"] = Field(
         "dense",
         description="calibrate each block on the outputs of dense blocks (cached), or of the pruned blocks before it, "
@@ -175,6 +218,7 @@ class Params(_Section):
     def _conflicts(self) -> Iterator[str]:
         """Yield the settings that are well formed each and cannot be meant together, or mean nothing."""
         yield from self._pattern_conflicts()
+        yield from self._gram_conflicts()
         if not (Package.parse(self.model) or Path(self.model).is_absolute() or HUB_ID.fullmatch(self.model)):
             yield _problem(
                 "model", self.model, "`package:NAME==VERSION`, an absolute directory or a Hub id, `ORG/NAME`"
@@ -214,6 +258,34 @@ class Params(_Section):
             yield (
                 f"params.yaml: method: got {self.method} with pattern {self.pattern} and group {self.group}, expected "
                 "unstructured and row: each row's scores decide how many of its weights go; set those or another method"
+            )
+        if self.allocation != "uniform" and self.pattern != "unstructured":
+            expected = f"uniform: {self.pattern} gives every block the same sparsity"
+            yield _problem("allocation", self.allocation, expected)
+        if self.allocation_strength is not None and ALLOCATIONS[self.allocation].strength is None:
+            yield _problem("allocation_strength", self.allocation_strength, f"null: {self.allocation} has no strength")
+
+    def _gram_conflicts(self) -> Iterator[str]:
+        """Yield what needs Gram matrices that are not kept, and a training without anything to train on."""
+        method, reconstruction = methods()[self.method], RECONSTRUCTIONS[self.reconstruction]
+        kept = self.calibration.gram != "none"
+        solving = {
+            "method": (self.method, method.needs == "gram"),
+            "reconstruction": (self.reconstruction, reconstruction.function is not None),
+        }
+        needing = {where: name for where, (name, needs) in solving.items() if needs and self.propagation == "dense"}
+        if ALLOCATIONS[self.allocation].needs == "gram":
+            needing["allocation"] = self.allocation
+        for where, name in needing.items() if not kept else ():
+            yield (
+                f"params.yaml: {where}: got {name} without Gram matrices, expected calibration.gram float32 or "
+                "float16; set calibration.gram=float32 (one more pass of calibrate; `wanda-dvc cost` states their size)"
+            )
+        if reconstruction.trains and self.propagation == "dense":
+            yield _problem(
+                "reconstruction",
+                f"{self.reconstruction} with propagation dense",
+                "propagation pruned: a block is trained on what the pruned blocks before it put out",
             )
 
 

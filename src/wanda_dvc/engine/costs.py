@@ -9,6 +9,7 @@ from typing import Any
 from wanda_dvc.engine.sizes import WIDTH, Memory, Sizes
 
 DISK = 2e9  # bytes a second from a local NVMe disk; from the page cache it is more
+PRODUCTS = 20  # of a weight and a Gram matrix, in a solver: conjugate gradients take 10, ADMM 20
 HOST = 4e9  # bytes of weights and scores a second in mask and apply, on two cores, at 135 M and 1.5 B parameters
 
 
@@ -105,6 +106,14 @@ class Setting:
             computed += hidden / (device.link * device.efficiency)
             read = max(read, self.model.parameters * width / (device.link * device.efficiency))
         return Cost(flops, self.model.stored, hidden, waiting, memory, max(computed, read))
+
+
+def solving_seconds(solves: bool, on: Setting) -> float:
+    """Return about how long all linears are solved for, each by `PRODUCTS` multiplications of W and XᵀX."""
+    if not solves:
+        return 0
+    rate = on.device.flops.get("float32", on.device.flops[on.dtype]) * on.device.efficiency
+    return PRODUCTS * 2 * on.work.linears * on.model.hidden / rate
 
 
 def work(config: Path) -> Work:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from wanda_dvc.engine import attention
 from wanda_dvc.engine.calls import Call, CallCache, calls_bytes, equal_calls
@@ -77,11 +78,20 @@ class Decoder:
         """Free the memory of the calls that are cached."""
         self._cache.clear()
 
-    def run(self, index: int, hidden: Float[Tensor, "1 length width"], row: Row) -> Float[Tensor, "1 length width"]:
-        """One row through one block, which must be inside `block`."""
+    def run(
+        self,
+        index: int,
+        hidden: Float[Tensor, "1 length width"],
+        row: Row,
+        parameters: dict[str, Tensor] | None = None,
+    ) -> Float[Tensor, "1 length width"]:
+        """One row through one block, which must be inside `block`; with other parameters, where some are given."""
         call = self.calls(row)[index]
         with self._attending(row):
-            out = self.blocks[index](hidden, *call.args, **call.kwargs)
+            if parameters is None:
+                out = self.blocks[index](hidden, *call.args, **call.kwargs)
+            else:
+                out = functional_call(self.blocks[index], parameters, (hidden, *call.args), call.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.errors import MEND, UserError
+from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
 
@@ -21,7 +22,9 @@ class InputRecorder:
     named after the first linear that reads it. An expert's input is the tokens that are sent to it.
     """
 
+    gram: bool = False  # keep the Gram matrices too
     stats: dict[str, InputStats] = field(default_factory=dict)
+    grams: dict[str, Gram] = field(default_factory=dict)  # by distinct input; none where no token came
     source: dict[str, str] = field(default_factory=dict)  # each linear's input, by name
     linears: dict[str, Linear] = field(default_factory=dict)
     # Inputs are kept alive until the window ends, so that their addresses are not reused.
@@ -64,7 +67,10 @@ class InputRecorder:
         if key not in self._held:
             self._held[key] = (names[0], x)
             where = x.device if x.is_cuda else "cpu"  # not every accelerator knows float64
-            self.stats.setdefault(names[0], InputStats.empty(x.shape[-1], where)).add(x.flatten(0, -2))
+            tokens = x.flatten(0, -2)
+            self.stats.setdefault(names[0], InputStats.empty(x.shape[-1], where)).add(tokens)
+            if self.gram:
+                self.grams.setdefault(names[0], Gram.empty(x.shape[-1], where)).add(tokens)
         source = self._held[key][0]
         for name in names:
             if self.source.setdefault(name, source) != source:

@@ -11,6 +11,8 @@ LIBRARIES = 48 * 2**20  # threads, kernels made at run time and a tokenizer, bey
 ALLOCATOR = 64 * 2**20  # freed memory that glibc keeps, about; none with MALLOC_MMAP_THRESHOLD_ set
 BYTES_A_TOKEN = 4  # of English text, about
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
+SOLVING = 8  # copies of a linear in float32 that a solver holds: conjugate gradients' four and their products; ADMM's
+GRAMS = 5  # matrices [in, in] in float32 that a solver holds: two prepared ones, and a factor with its temporaries
 SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
 
 
@@ -24,6 +26,8 @@ class Sizes:
     linear: int  # the largest linear's weights
     features: int  # that a block's linears read and write, each linear by itself
     widest: int  # the most features that a linear reads
+    squares: int  # of the features that a block's linears read, each linear by itself: Gram matrices, at most
+    all_squares: int  # of all blocks
     hidden: int
     vocabulary: int
     dtype: str  # as stored
@@ -78,6 +82,7 @@ def sizes(config: Path) -> Sizes:
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     # Each expert's matrix is a linear of its own.
     shapes = [[shape[-2:] for shape in weight_shapes(block) for _ in range(shape[:-2].numel())] for block in blocks]
+    squares = [sum(shape[-1] ** 2 for shape in block) for block in shapes]
     stored = read_config(config).dtype  # the model's own config says what it runs in
     return Sizes(
         parameters=parameters,
@@ -86,6 +91,8 @@ def sizes(config: Path) -> Sizes:
         linear=max(shape.numel() for block in shapes for shape in block),
         features=max(sum(sum(shape) for shape in block) for block in shapes),
         widest=max(max(shape) for block in shapes for shape in block),
+        squares=max(squares),
+        all_squares=sum(squares),
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=model.get_output_embeddings().weight.shape[0],
         dtype=str(stored or "float32").removeprefix("torch."),
@@ -100,21 +107,25 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     device: str = "cpu",
     text: int = 0,
     statistics: bool = False,
+    gram: bool = False,
     logits: bool = False,
     packed: bool = False,
 ) -> Memory:
     """Rows of `length` tokens through all blocks, two of which are held: the one at work and the next.
 
-    `text` is the bytes of the text that is tokenized. `statistics` counts what the recorder holds, `logits` what the
-    head puts out, `packed` the calls that rows of several questions need, one set each.
+    `text` is the bytes of the text that is tokenized. `statistics` counts what the recorder holds, `gram` its Gram
+    matrices, `logits` what the head puts out, `packed` the calls that rows of several questions need, one set each.
     """
     from wanda_dvc.engine.calls import calls_bytes
     from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME
+    from wanda_dvc.pruning.gram import PANEL
 
     width = WIDTH[dtype]
     activations = length * model.features * width + model.linear * width  # a matrix library packs the linear
     if statistics:
         activations += length * model.widest * 8  # the float32 copy of an input, and its square
+    if gram:  # float64 sums of one block, and a panel of the widest; packed in float32 when they are written
+        activations += 8 * model.squares + 12 * PANEL * model.widest + 6 * model.widest**2
     return Memory(
         weights=(2 * model.block + model.rest) * width,
         activations=activations,
@@ -137,11 +148,19 @@ def choosing(*, block: int, linear: int, threads: int, by_row: bool) -> Memory:
     return Memory(selection=block + SELECTION * min(threads * scores, block))
 
 
-def writing(*, linear: int) -> Memory:
-    """The largest linear while it is multiplied and counted."""
-    return Memory(selection=8 * linear)
+def writing(*, linear: int, widest: int = 0) -> Memory:
+    """The largest linear while it is multiplied and counted; with Gram matrices, while it is solved for.
+
+    `widest` is the most features that a linear reads where there are Gram matrices.
+    """
+    return Memory(selection=8 * linear + (SOLVING * 4 * linear + GRAMS * 4 * widest**2 if widest else 0))
 
 
-def propagating(walk: Memory, chosen: Memory, *, model: Sizes, dtype: str) -> Memory:
-    """Masks that are chosen while the blocks are walked: both, and the block at work, which is no view any more."""
-    return replace(walk, selection=chosen.selection + model.block * WIDTH[dtype])
+def propagating(walk: Memory, chosen: Memory, *, model: Sizes, dtype: str, trains: bool = False) -> Memory:
+    """Masks that are chosen while the blocks are walked: both, and the block at work, which is no view any more.
+
+    A training holds 24 bytes for each of the block's parameters instead, and three times the activations of a window.
+    """
+    weights = 24 * model.block if trains else 0
+    selection = max(chosen.selection, weights) + model.block * WIDTH[dtype]
+    return replace(walk, selection=selection, activations=walk.activations * (3 if trains else 1))

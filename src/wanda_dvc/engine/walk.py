@@ -109,15 +109,20 @@ class Step:
         """The block's prunable weights."""
         return self.decoder.linears(self.index)
 
+    @property
+    def weights(self) -> dict[str, Linear]:
+        """All weights of the block, named as the checkpoint stores them: its linears, then norms, biases and gates."""
+        return self.decoder.weights.of_block(self.index)
+
     @torch.no_grad()
     def replace(self, weights: Mapping[str, Tensor]) -> None:
-        """Give linears of this block other weights, oriented as they are stored, until its turn is over."""
-        linears = self.linears
+        """Give this block other weights, oriented as they are stored, until its turn is over."""
+        own = self.weights
         for name, weight in weights.items():
-            if weight.shape != linears[name].weight.shape:
-                found, expected = list(weight.shape), list(linears[name].weight.shape)
+            if weight.shape != own[name].weight.shape:
+                found, expected = list(weight.shape), list(own[name].weight.shape)
                 raise UserError(f"{name}: its new weight is {found}, expected {expected}, as it is stored")
-            self._writable(linears[name]).copy_(weight)
+            self._writable(own[name]).copy_(weight)
 
     @torch.no_grad()
     def prune(self, keeps: Mapping[str, Tensor]) -> None:
@@ -134,15 +139,21 @@ class Step:
         return linear.weight
 
     @torch.no_grad()
-    def advance(self, recorder: InputRecorder | None = None) -> None:
-        """Every row through this block; a recorder sees the inputs of the block's linears."""
+    def advance(self, recorder: InputRecorder | None = None, *, rows: range | None = None) -> None:
+        """Every row through this block, or some; a recorder sees the inputs of the block's linears.
+
+        Every row has to advance once, in order, before the turn is over; then what they were last given counts.
+        """
+        rows = range(len(self.rows)) if rows is None else rows
         with recorder.recording(self.linears) if recorder else contextlib.nullcontext():
-            self.states.write(self._outputs(recorder))
+            self.states.write(self._outputs(recorder, rows), first=rows.start)
         if recorder:
             recorder.check_finite(self.index)
 
-    def _outputs(self, recorder: InputRecorder | None) -> Iterator[Float[Tensor, "length width"]]:
-        for row, before in zip(self.rows, self.states.before, strict=True):
+    def _outputs(self, recorder: InputRecorder | None, rows: range) -> Iterator[Float[Tensor, "length width"]]:
+        every = self.states.before
+        for number in rows:
+            before, row = every[number], self.rows[number]
             after = self.decoder.run(self.index, before[None].to(self.decoder.device), row)[0]
             if self.states.not_finite is None and not after.isfinite().all():
                 self.states.not_finite = self._first_not_finite(before, row)
@@ -200,7 +211,7 @@ class HiddenStates:
     blocks: int
     finished: int = -1  # blocks done; −1: not even the embeddings
     not_finite: str | None = None  # where they first were not
-    _checksum: int = field(default=0, init=False, repr=False)  # of the states that are being written
+    _checksums: list[int] = field(default_factory=lambda: [0], init=False, repr=False)  # up to each row being written
 
     @classmethod
     def open(cls, folder: Path, lengths: list[int], width: int, dtype: torch.dtype, blocks: int) -> "HiddenStates":
@@ -224,15 +235,22 @@ class HiddenStates:
         """The hidden states of each row before the block at work."""
         return self._map(self.finished)
 
-    def write(self, rows: Iterable[Float[Tensor, "length width"]]) -> None:
-        """Write the hidden states after the block at work, row by row. OSError where the disk is full."""
+    def after(self, rows: range) -> list[Float[Tensor, "length width"]]:
+        """The hidden states of some rows after the block at work, once they are written."""
+        return self._map(self.finished + 1, rows.stop)[rows.start :]
+
+    def write(self, rows: Iterable[Float[Tensor, "length width"]], *, first: int = 0) -> None:
+        """Write the hidden states after the block at work, from one row on. OSError where the disk is full."""
         path = self._path(self.finished + 1)
         path.touch()
-        self._checksum = 0
+        if first == 0:
+            self._checksums = [0]
+        del self._checksums[first + 1 :]  # of rows that are written again
         with path.open("r+b") as file:  # overwrites in place: the space on the disk stays allocated
+            file.seek(sum(self.lengths[:first]) * self.width * self.dtype.itemsize)
             for row in rows:
                 content = row.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data
-                self._checksum = zlib.crc32(content, self._checksum)
+                self._checksums.append(zlib.crc32(content, self._checksums[-1]))
                 file.write(content)
             file.truncate()
 
@@ -240,7 +258,7 @@ class HiddenStates:
         """Finish the block at work: the states after it are those before the next."""
         self.finished += 1
         beside = self.folder / "progress.part"
-        progress = {"finished": self.finished, "boot": _boot(), "checksum": self._checksum}
+        progress = {"finished": self.finished, "boot": _boot(), "checksum": self._checksums[-1]}
         if self.not_finite:
             progress["not_finite"] = self.not_finite
         beside.write_text(json.dumps(progress), encoding="utf-8")
@@ -249,10 +267,11 @@ class HiddenStates:
     def _path(self, turn: int) -> Path:
         return self.folder / f"hidden_{turn % 2}.bin"
 
-    def _map(self, turn: int) -> list[Float[Tensor, "length width"]]:
-        tokens = sum(self.lengths)
+    def _map(self, turn: int, rows: int | None = None) -> list[Float[Tensor, "length width"]]:
+        lengths = self.lengths[:rows]
+        tokens = sum(lengths)
         states = torch.from_file(str(self._path(turn)), shared=True, size=tokens * self.width, dtype=self.dtype)
-        return list(states.view(tokens, self.width).split(self.lengths))
+        return list(states.view(tokens, self.width).split(lengths))
 
 
 def _checksum_of(path: Path) -> tuple[int, int]:

@@ -43,6 +43,18 @@ class Weights:
             )
         return self._parts[name]
 
+    def of_block(self, index: int) -> dict[str, Linear]:
+        """All weights of a block, named as the checkpoint stores them: its linears, then all others."""
+        linears, block = self.linears(index), self.blocks[index]
+        held = {(linear.module, linear.leaf) for linear in linears.values()}
+        others: dict[str, Linear] = {}
+        for name, _ in block.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            if (module := block.get_submodule(owner), leaf) not in held:
+                parts = self.parts(f"{self.blocks_name}.{index}.{name}")
+                others |= {part.address.linear: Linear(module, leaf, part) for part in parts}
+        return linears | others
+
     def linears(self, index: int) -> dict[str, Linear]:
         """The prunable weights of a block, named as the checkpoint stores them; each expert has its own."""
         block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."

@@ -7,12 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
-from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.card import card
 from wanda_dvc.export.formats import DEFAULT, FORMATS
 from wanda_dvc.stages import MODELS
-from wanda_dvc.stages.apply import check_masks
+from wanda_dvc.stages.apply import describe_pruned
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
@@ -95,7 +95,9 @@ def _take_workspace(project: Project, study: Project) -> None:
     read_provenance(project.model("dense"), "download model")
     study.model("dense").parent.mkdir()
     study.model("dense").symlink_to(project.model("dense"))
-    study.masks.symlink_to(project.masks)
+    for mine, theirs in ((study.masks, project.masks), (study.gram, project.gram), (study.weights, project.weights)):
+        if theirs.is_dir():
+            mine.symlink_to(theirs)
     for name in ("params.yaml", LOCK):
         if (project.root / name).is_file():
             shutil.copyfile(project.root / name, study.root / name)
@@ -114,6 +116,14 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
             f"{experiment}: its masks are not in DVC's cache, expected all of masks/; `dvc pull --all-commits` fetches "
             f"them where a remote has them, `dvc exp apply {experiment}` and `dvc exp run` compute them again"
         )
+    if RECONSTRUCTIONS[study.params.reconstruction].function is not None:
+        for folder, command in (("weights", "mask"), ("gram", "calibrate")):
+            if not revision.take_whole(folder, study):
+                raise UserError(
+                    f"{experiment}: its {folder}/ is not in DVC's cache, expected it for reconstruction "
+                    f"{study.params.reconstruction}; `dvc pull --all-commits` fetches it where a remote has it, "
+                    f"`dvc exp apply {experiment}` and `dvc exp run` compute it again (`wanda-dvc {command}`)"
+                )
     wanted = read_provenance(study.masks, "mask")["model"]
     here = project.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:
@@ -131,7 +141,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
 
 def _drop_metrics_of_others(study: Project) -> None:
     """Drop the metrics of another experiment, which a workspace may still hold. The details say whose each is."""
-    made_from = check_masks(Checkpoint(study.model("dense")), study.masks)
+    made_from = describe_pruned(study)
     dense = read_provenance(study.model("dense"), "download model")
     for model, whose in zip(MODELS, (digest(dense), digest(made_from)), strict=True):
         for path in (study.root / "metrics" / model).rglob("*.json"):

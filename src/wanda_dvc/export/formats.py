@@ -23,10 +23,9 @@ class Format:
 
 def _write_dense(study: "Project", target: Path) -> float:
     """Write an ordinary Hugging Face directory, zeros included."""
-    from wanda_dvc.engine.checkpoint import Checkpoint
     from wanda_dvc.stages.apply import measured_sparsity, prune
 
-    return measured_sparsity(prune(Checkpoint(study.model("dense")), study.masks, target))
+    return measured_sparsity(prune(study, target))
 
 
 _LOAD_DENSE = """\

@@ -1,21 +1,39 @@
-"""From weights and statistics to masks: a method's scores, then the selection that its row in the catalog names."""
+"""From weights and statistics to masks, and to the weights that stay, as rows of the catalog say."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wanda_dvc.catalog import Method
+from wanda_dvc.catalog import Method, Reconstruction
 from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.allocation import greedy_error, outlier_ratio
+from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.selection import keep_by_share, select
+from wanda_dvc.pruning.solvers import Prepared, Solved
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
 WEIGHTS_AT_A_TIME = 2**22  # rows are scored in slices of about so many weights, to bound memory
+
+
+@runtime_checkable
+class Readers(Protocol):
+    """Who reads which distinct input of a block, as its statistics and its Gram matrices know."""
+
+    @property
+    def readers(self) -> dict[str, list[str]]:
+        """The linears that read each distinct input."""
+
+    @property
+    def transposed(self) -> list[str]:
+        """The linears whose weights are stored [in, out]."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +45,10 @@ class Target:
     group: str = "row"
 
 
-def score_function(method: Method) -> Callable[[Tensor, InputStats], Tensor]:
-    """Return the function that a method's row names: (weight [out, in], statistics) → score [out, in], float32."""
-    module, _, name = method.function.partition(":")
-    function: Callable[[Tensor, InputStats], Tensor] = getattr(importlib.import_module(module), name)
+def function_of(row: str) -> Callable[..., Any]:
+    """Return the function that a row of the catalog names as `module:function`."""
+    module, _, name = row.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function
 
 
@@ -42,7 +60,7 @@ def choose(
     Where a row's mask depends on that row alone, rows are taken some at a time: memory does not grow with the linear.
     UserError where a score is not finite, or the target is out of the method's reach.
     """
-    score = score_function(method)
+    score = function_of(method.function)
     by_row = method.selects_by_row(target.pattern, target.group)
     rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1]) if by_row else len(weight)
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
@@ -61,18 +79,34 @@ SELECTIONS: Mapping[str, Callable[[Tensor, Target], Tensor]] = {
 
 
 def choose_block(
-    weights: Callable[[str], Tensor], block: BlockStats, *, method: Method, targets: Mapping[str, Target]
+    weights: Callable[[str], Tensor],
+    block: BlockStats,
+    *,
+    method: Method,
+    targets: Mapping[str, Target],
+    grams: Mapping[str, Gram] | None = None,
 ) -> dict[str, Tensor]:
     """Return the `keep` masks of one block's linears, oriented as their weights are stored.
 
-    `weights` reads a linear's stored weight, `targets` has an entry for each linear. Linears are chosen in parallel,
-    by as many threads as torch has.
+    `weights` reads a linear's stored weight, `targets` has an entry for each linear, and `grams` holds the Gram matrix
+    of each distinct input where the method needs it. Scored linears are chosen in parallel, by as many threads as torch
+    has; a solver uses all threads for one linear.
     """
+    if method.competition == "solver":
+        solve, chosen = function_of(method.function), {}
+        for name, prepared in _prepared(block, grams or {}):
+            across = name in block.transposed
+            weight = _turned(weights(name), across)
+            prepared = prepared or prepare(Gram.empty(weight.shape[1]), name)
+            target = targets[name]
+            solved = solve(weight, prepared, share=target.share, pattern=target.pattern, group=target.group)
+            chosen[name] = _turned(solved.keep, across).contiguous()
+        return chosen
 
     def keep(name: str, x: InputStats) -> Tensor:
-        weight, across = weights(name), name in block.transposed
-        kept = choose(weight.T if across else weight, x, method=method, target=targets[name], name=name)
-        return kept.T.contiguous() if across else kept
+        across = name in block.transposed
+        kept = choose(_turned(weights(name), across), x, method=method, target=targets[name], name=name)
+        return _turned(kept, across).contiguous()
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # numpy's partition releases the GIL
         jobs = {
@@ -81,3 +115,71 @@ def choose_block(
             for name in names
         }
         return {name: job.result() for name, job in jobs.items()}
+
+
+def reconstruct(
+    weight: Tensor, keep: Tensor, prepared: Prepared, *, reconstruction: Reconstruction, transposed: bool = False
+) -> Solved:
+    """Return the weights of one linear on its mask, oriented and typed as `weight` and `keep` are stored."""
+    solve = function_of(reconstruction.function or "")
+    solved: Solved = solve(_turned(weight, transposed), _turned(keep, transposed), prepared)
+    return replace(solved, weight=_turned(solved.weight, transposed).contiguous().to(weight.dtype))
+
+
+def reconstruct_block(
+    weights: Callable[[str], Tensor],
+    block: Readers,
+    *,
+    reconstruction: Reconstruction,
+    keeps: Mapping[str, Tensor],
+    grams: Mapping[str, Gram],
+) -> Iterator[tuple[str, Solved]]:
+    """Yield the weights of one block's linears on their masks, as `reconstruct`; none of an input without tokens."""
+    for name, prepared in _prepared(block, grams):
+        if prepared is not None:
+            across = name in block.transposed
+            yield (
+                name,
+                reconstruct(weights(name), keeps[name], prepared, reconstruction=reconstruction, transposed=across),
+            )
+
+
+def prepare(gram: Gram, name: str) -> Prepared:
+    """Return a Gram matrix as solvers take it; `name` stands in messages."""
+    return Prepared(gram.matrix(), f"{name}: Gram matrix")
+
+
+def _prepared(block: Readers, grams: Mapping[str, Gram]) -> Iterator[tuple[str, Prepared | None]]:
+    """Yield each linear with its Gram matrix, prepared once for all that read one input; None where no token came."""
+    for source, names in block.readers.items():
+        prepared = prepare(grams[source], source) if source in grams else None
+        for name in names:
+            yield name, prepared
+
+
+def _turned(weight: Tensor, transposed: bool) -> Tensor:
+    return weight.T if transposed else weight
+
+
+# --- ratings of blocks, for allocations ---
+
+
+def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mapping[str, Gram]) -> float:
+    """Return the percentage of outliers among a block's Wanda scores, for OWL."""
+    return outlier_ratio(
+        wanda(_turned(weights(name), name in block.transposed), block.inputs[source])
+        for source, names in block.readers.items()
+        for name in names
+    )
+
+
+def greedy_rating(weights: Callable[[str], Tensor], block: BlockStats, grams: Mapping[str, Gram]) -> float:
+    """Return the mean error of a greedy pruning of a block's linears, for LSA; of experts without tokens it is 0."""
+    linears = [(name, source) for source, names in block.readers.items() for name in names]
+    matrices = {source: grams[source].matrix() for source in grams}
+    errors = [
+        greedy_error(_turned(weights(name), name in block.transposed), matrices[source])
+        for name, source in linears
+        if source in matrices
+    ]
+    return sum(errors) / len(linears)

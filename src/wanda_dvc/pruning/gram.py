@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
 PANEL = 128  # rows of XᵀX computed at a time
@@ -63,8 +63,20 @@ class Gram:
         """Return the statistics whose triangle this is, as exact as float32 held them."""
         return cls(unpack(packed).double(), count)
 
+    def scaled_triangle(self) -> tuple[Float[Tensor, " in"], Float[Tensor, " packed"]]:
+        """Return ‖X_j‖₂, and the triangle with every feature divided by it: cosines, at most 1; 0 where dead."""
+        norm = self.upper.diagonal().sqrt()
+        safe = norm.where(norm > 0, 1)
+        cosines = Gram(self.upper / safe / safe[:, None], self.count)
+        return norm.float(), cosines.triangle()
 
-def unpack(packed: Float[Tensor, " packed"]) -> Float[Tensor, "in in"]:
+    @classmethod
+    def from_scaled_triangle(cls, norm: Float[Tensor, " in"], packed: Shaped[Tensor, " packed"], count: int) -> "Gram":
+        """Return the statistics of `scaled_triangle`, as exact as its dtype held them."""
+        return cls((unpack(packed) * norm * norm[:, None]).double(), count)
+
+
+def unpack(packed: Shaped[Tensor, " packed"]) -> Float[Tensor, "in in"]:
     """Return the symmetric matrix, float32, of an upper triangle. ValueError where the length is no triangle's."""
     features = round((2 * len(packed) + 0.25) ** 0.5 - 0.5)
     if features * (features + 1) // 2 != len(packed):

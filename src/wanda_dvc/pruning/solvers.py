@@ -151,19 +151,54 @@ def sparsegpt(  # noqa: PLR0913 - the target, and constants of the method
 
     Deviations: exact counts instead of a threshold with its ties; weights of dead features that stay are not zeroed.
     """
+    choice = SparseGPTChoice(share, pattern, group)
+    return _sweep(weight, prepared, choice, damping=damping, block=block)
+
+
+def sparsegpt_update(
+    weight: Float[Tensor, "out in"],
+    keep: Bool[Tensor, "out in"],
+    prepared: Prepared,
+    *,
+    damping: float = 0.01,
+    block: int = 128,
+) -> Solved:
+    """Return the weights that SparseGPT's sweep gives to a mask: on its own mask, SparseGPT's weights."""
+    return _sweep(weight, prepared, keep, damping=damping, block=block)
+
+
+@dataclass(frozen=True)
+class SparseGPTChoice:
+    """What `sparsegpt` chooses a mask by."""
+
+    share: Fraction
+    pattern: str
+    group: str
+
+
+def _sweep(
+    weight: Float[Tensor, "out in"],
+    prepared: Prepared,
+    by: SparseGPTChoice | Bool[Tensor, "out in"],
+    *,
+    damping: float,
+    block: int,
+) -> Solved:
+    """Go through the inputs as `sparsegpt` does, choosing what goes, or with a mask that is given."""
     factor = prepared.inverse_root(damping)
-    n_of_m = parse_pattern(pattern)
+    given, choice = (by, None) if isinstance(by, Tensor) else (None, by)
+    n_of_m = parse_pattern(choice.pattern) if choice else None
     block = max(1, block // n_of_m[1]) * n_of_m[1] if n_of_m else block
 
-    def solve(w: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(w: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         w = w.T.contiguous()  # [in, out]: an input's weights lie together
-        keep = torch.empty_like(w, dtype=torch.bool)
+        keep = torch.empty_like(w, dtype=torch.bool) if given is None else given[rows].T.contiguous()
         for begin in range(0, len(w), block):
             end = min(begin + block, len(w))
             some, diagonal = w[begin:end], factor.scale[begin:end, None]
-            if not n_of_m:
+            if choice and not n_of_m:
                 score = (some / diagonal).square_().T.contiguous()
-                keep[begin:end] = _keep_in_block(score, begin, end, share, group).T
+                keep[begin:end] = _keep_in_block(score, begin, end, choice.share, choice.group).T
             errors = torch.empty_like(some)
             for j in range(end - begin):
                 if n_of_m and j % n_of_m[1] == 0:
@@ -175,7 +210,8 @@ def sparsegpt(  # noqa: PLR0913 - the target, and constants of the method
             w[end:].addmm_(factor.matrix[begin:end, end:].T, errors, alpha=-1)
         return keep.T, w.T
 
-    return _choose(weight, prepared, factor, solve, whole=not n_of_m and group != "row")
+    whole = choice is not None and not n_of_m and choice.group != "row"
+    return _choose(weight, prepared, factor, solve, whole=whole)
 
 
 def _keep_in_block(
@@ -209,7 +245,7 @@ def admm(  # noqa: PLR0913 - the target, and constants of the method
     """
     factor = prepared.inverse(damping, penalty)
 
-    def solve(w: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(w: Tensor, _: slice) -> tuple[Tensor, Tensor]:
         dense, keep = w * factor.scale, torch.ones_like(w, dtype=torch.bool)
         total, towards = dense.clone(), torch.empty_like(dense)  # W + U, and Z − U − W₀
         off, sign = torch.zeros_like(dense), torch.ones_like(dense)
@@ -299,7 +335,7 @@ def _choose(
     weight: Float[Tensor, "out in"],
     prepared: Prepared,
     factor: Factor,
-    solve: Callable[[Tensor], tuple[Tensor, Tensor]],
+    solve: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
     *,
     whole: bool,
 ) -> Solved:
@@ -308,7 +344,7 @@ def _choose(
     solved, unchanged = torch.empty(weight.shape, device=weight.device), 0
     for rows in _slices(weight, whole):
         w = weight[rows].float()
-        keep[rows], v = solve(w.masked_fill(prepared.dead, 0))
+        keep[rows], v = solve(w.masked_fill(prepared.dead, 0), rows)
         v = torch.where(prepared.dead, w, v) * keep[rows]
         unchanged += _settle(w, w * keep[rows], v, prepared, solved[rows])
     return Solved(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)

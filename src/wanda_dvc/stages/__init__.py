@@ -122,22 +122,33 @@ STAGES = {
         Stage(
             name="calibrate",
             version=2,
-            about="Measure the dense model's activations once: stats/.",
-            result="stats/provenance.json",
-            settings=("calibration.samples", "calibration.length", "calibration.seed", "dtype"),
+            about="Measure the dense model's activations once: stats/, and with calibration.gram gram/.",
+            result="gram/provenance.json",  # with calibration.gram it takes longer
+            settings=("calibration.samples", "calibration.length", "calibration.seed", "calibration.gram", "dtype"),
         ),
         Stage(
             name="mask",
             version=2,
             about="Choose the weights that stay: masks/.",
             result="masks/provenance.json",
-            settings=("method", "sparsity", "pattern", "group", "propagation"),
+            settings=(
+                "method",
+                "sparsity",
+                "pattern",
+                "group",
+                "allocation",
+                "allocation_strength",
+                "reconstruction",
+                "training",
+                "propagation",
+            ),
         ),
         Stage(
             name="apply",
             version=1,
             about="Write the pruned model: models/pruned.",
-            result="masks/provenance.json",  # models/pruned follows from them, and is not cached
+            result="metrics/details/pruned/layer_error.json",  # models/pruned is not cached
+            settings=("reconstruction",),
         ),
         Stage(
             name="perplexity",

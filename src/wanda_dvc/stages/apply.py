@@ -1,24 +1,34 @@
-"""Write the pruned model: the dense checkpoint, byte for byte, with zeros where the masks don't keep a weight."""
+"""Write the pruned model: the dense checkpoint, byte for byte, with zeros where the masks don't keep a weight.
 
+A reconstruction gives the weights that stay other values: solved for here, from gram/, or found in weights/.
+"""
+
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.costs import DISK, HOST, Cost, Setting
 from wanda_dvc.engine.sizes import Need, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
+from wanda_dvc.pruning.choose import prepare, reconstruct
+from wanda_dvc.pruning.gram import layer_error
+from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.stages.inputs import largest
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
-from wanda_dvc.study.tensors import block_count, read_masks
+from wanda_dvc.study.tensors import SEALED, block_count, read_grams, read_masks, read_weights
+
+# How a reconstruction went: rows without a lower error, dead features, and damping where more was needed than planned.
+TOLD = ("unchanged", "dead", "damping", "raised")
 
 CARD = """\
 ---
@@ -34,6 +44,7 @@ unchanged.
 | --- | --- |
 | dense model | {source_code} |
 | method | {method} |
+| weights that stay | {reconstruction} |
 | sparsity | {sparsity:g}, measured {measured:.6f} |
 | pattern | {pattern}{group} |
 | calibration | {samples} windows of {length} tokens of {text}, seed {seed}, {dtype} |
@@ -49,31 +60,46 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 
 
 class Zeros(NamedTuple):
-    """The zeros of one linear."""
+    """What became of one linear."""
 
     block: int
     zero: int
     size: int  # weights, zeros included
     nbytes: int  # of all weights, zeros included
+    error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix
+    masked: float | None  # the same, if the weights that stay kept their values
+    solved: Json  # how the reconstruction went
 
 
 def apply(*, project: Project) -> None:
-    """Run the stage: models/dense + masks/ → models/pruned."""
-    checkpoint = Checkpoint(project.model("dense"))
-    made_from = check_masks(checkpoint, project.masks)
+    """models/dense + masks/ + gram/ + weights/ → models/pruned."""
+    made_from = describe_pruned(project)
     with project.work(made_from) as work:
-        zeros = prune(checkpoint, project.masks, work.fresh())
+        zeros = prune(project, work.fresh())
         work.publish(project.model("pruned"))
-        write_json(project.metrics("pruned", "sparsity"), {"sparsity": round(measured_sparsity(zeros), 6)})
-        write_json(
-            project.details("pruned", "sparsity"),
-            {linear: round(found.zero / found.size, 6) for linear, found in zeros.items()},
-        )
-        write_csv(
-            project.plots("sparsity"),
-            ["block", "linear", "weights", "zeros", "sparsity", "bytes"],
-            ([x.block, linear, x.size, x.zero, x.zero / x.size, x.nbytes] for linear, x in zeros.items()),
-        )
+    write_json(project.metrics("pruned", "sparsity"), {"sparsity": round(measured_sparsity(zeros), 6)})
+    write_json(
+        project.details("pruned", "sparsity"),
+        {linear: round(found.zero / found.size, 6) for linear, found in zeros.items()},
+    )
+    write_csv(
+        project.plots("sparsity"),
+        ["block", "linear", "weights", "zeros", "sparsity", "bytes"],
+        ([x.block, linear, x.size, x.zero, x.zero / x.size, x.nbytes] for linear, x in zeros.items()),
+    )
+    measured = {linear: x for linear, x in zeros.items() if x.error is not None}
+    write_json(
+        project.details("pruned", "layer_error"),
+        {
+            "protocol": {"model": digest(made_from)},
+            "linears": {linear: {"error": x.error, "masked": x.masked} | x.solved for linear, x in measured.items()},
+        },
+    )
+    write_csv(
+        project.plots("layer_error"),
+        ["block", "linear", "error", "masked"],
+        ([x.block, linear, x.error, x.masked] for linear, x in measured.items()),
+    )
 
 
 def need(project: Project, _: str | None = None) -> Need:
@@ -93,43 +119,106 @@ def cost(params: Params, on: Setting) -> Cost:
     return Cost(0, model.stored, 0, model.stored, writing(linear=model.linear), seconds)
 
 
-def check_masks(checkpoint: Checkpoint, masks: Path) -> Json:
-    """The provenance of a model pruned by these masks. UserError if the masks were made for another model."""
-    dense, made = read_provenance(checkpoint.folder, "download model"), read_provenance(masks, "mask")
+def describe_pruned(study: Project) -> Json:
+    """Return the provenance of a study's pruned model. UserError where its parts do not belong together."""
+    dense, made = read_provenance(study.model("dense"), "download model"), read_provenance(study.masks, "mask")
     if made["model"]["sha256"] != dense["sha256"]:
         raise UserError(
             f"masks/: made for {made['model']['source']}, expected {dense['source']}, the model in models/dense; "
             "run `dvc repro` or `wanda-dvc mask`"
         )
     # Only what the masks record: with this run's library versions, the same model would have other bytes.
-    described = {name: value for name, value in made.items() if name not in ("blocks", "files")}
-    return described | {"kind": "model", "masks": digest(made)}
+    described = {name: value for name, value in made.items() if name not in SEALED}
+    reconstruction, from_where = study.params.reconstruction, {}
+    if RECONSTRUCTIONS[reconstruction].function is not None:
+        if block_count(study.weights, "mask"):
+            weights = read_provenance(study.weights, "mask")
+            if {**{name: weights[name] for name in described}, "kind": "masks"} != described:
+                raise UserError("weights/: made with other masks, expected those in masks/; run `wanda-dvc mask` again")
+            from_where = {"weights": digest(weights)}
+        else:
+            gram = read_provenance(study.gram, "calibrate")
+            if gram["model"]["sha256"] != dense["sha256"] or not block_count(study.gram, "calibrate"):
+                raise UserError(
+                    f"gram/: no Gram matrices of {dense['source']}, expected them for reconstruction {reconstruction}; "
+                    "run `dvc repro` or `wanda-dvc calibrate` with calibration.gram=float32"
+                )
+            from_where = {"gram": digest(gram)}
+    return described | {"kind": "model", "masks": digest(made), "reconstruction": reconstruction} | from_where
 
 
-def prune(checkpoint: Checkpoint, masks: Path, target: Path) -> dict[str, Zeros]:
-    """Write the pruned checkpoint, its card and its provenance into an empty folder; returns the zeros by linear."""
-    made_from = check_masks(checkpoint, masks)
-    by_block = [read_masks(masks, block) for block in range(block_count(masks, "mask"))]
-    blocks = {linear: block for block, keeps in enumerate(by_block) for linear in keeps}
-    found: dict[str, Zeros] = {}
+class Parts:
+    """What one study's pruned model is made of, read a linear at a time."""
 
-    def pruned(address: Address) -> Tensor:
-        linear, weight = address.linear, checkpoint.read(address)
-        keep = by_block[blocks[linear]][linear]
+    def __init__(self, study: Project) -> None:
+        self.checkpoint = Checkpoint(study.model("dense"))
+        self.reconstruction = RECONSTRUCTIONS[study.params.reconstruction]
+        self.keeps = [read_masks(study.masks, block) for block in range(block_count(study.masks, "mask"))]
+        self.blocks = {linear: block for block, keeps in enumerate(self.keeps) for linear in keeps}
+        self.changed = [read_weights(study.weights, block) for block in range(block_count(study.weights, "mask"))]
+        self.grams = [read_grams(study.gram, block) for block in range(block_count(study.gram, "calibrate"))]
+        self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}
+        self._prepared = lru_cache(maxsize=2)(lambda block, source: prepare(self.grams[block][source], source))
+
+    def prepared(self, linear: str) -> "Prepared | None":
+        """Return the Gram matrix of what a linear reads, where there is one."""
+        block, source = self.blocks[linear], self._source.get(linear)
+        return self._prepared(block, source) if source in (self.grams[block] if self.grams else ()) else None
+
+    def make(self, address: Address) -> tuple[Tensor, Zeros]:
+        """Return one linear's weights in the pruned model, as they are stored, and what became of them."""
+        linear, weight = address.linear, self.checkpoint.read(address)
+        block = self.blocks[linear]
+        keep, prepared, values, solved = self.keeps[block][linear], self.prepared(linear), weight, {}
         if weight.shape != keep.shape:
             raise UserError(
                 f"masks/: {linear} is {list(keep.shape)}, expected {list(weight.shape)}; run `wanda-dvc mask` again"
             )
-        # As unsigned integers: kept weights keep their bits in every dtype, and removed ones become +0.
-        bits = weight.view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * keep.numpy()
-        minus_zero = 1 << (8 * weight.itemsize - 1)  # a zero too
-        zero = weight.numel() - int(np.count_nonzero(bits)) + int(np.count_nonzero(bits == minus_zero))
-        found[linear] = Zeros(blocks[linear], zero, weight.numel(), weight.nbytes)
-        return torch.from_numpy(bits).view(weight.dtype)
+        across = bool(self.grams) and linear in self.grams[block].transposed
+        if self.changed:
+            values = self.changed[block].get(linear, weight)
+        elif self.reconstruction.function is not None and prepared is not None:
+            one = reconstruct(weight, keep, prepared, reconstruction=self.reconstruction, transposed=across)
+            values, solved = one.weight, {name: getattr(one, name) for name in TOLD}
+        masked = _masked(weight, keep)
+        made = masked if values is weight else _masked(values, keep)
+        error = masked_error = None
+        if prepared is not None:
+            error = masked_error = _error(weight, masked, prepared, across)
+            if values is not weight:
+                error = _error(weight, made, prepared, across)
+        zero = weight.numel() - int(torch.count_nonzero(made))
+        return made, Zeros(block, zero, weight.numel(), weight.nbytes, error, masked_error, solved)
 
-    addresses = [checkpoint.find(linear) for linear in blocks]
+
+def _error(weight: Tensor, made: Tensor, prepared: Prepared, across: bool) -> float:
+    """Return the layer error of one linear, whose weights may be stored transposed."""
+    dense, pruned = ((w.T if across else w).float() for w in (weight, made))
+    return layer_error(dense, pruned, prepared.gram)
+
+
+def _masked(weight: Tensor, keep: Tensor) -> Tensor:
+    """Return weights with +0 where the mask does not keep them; the others keep their bits, in every dtype."""
+    bits = weight.contiguous().view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * keep.numpy()
+    return torch.from_numpy(bits).view(weight.dtype)
+
+
+def prune(study: Project, target: Path) -> dict[str, Zeros]:
+    """Write a study's pruned checkpoint, its card and provenance into an empty folder; return what became of each."""
+    made_from, parts = describe_pruned(study), Parts(study)
+    checkpoint, blocks = parts.checkpoint, parts.blocks
+    found: dict[str, Zeros] = {}
+
+    def pruned(address: Address) -> Tensor:
+        if address.linear not in blocks:  # a norm that was trained with its block
+            return others[address.linear]
+        made, found[address.linear] = parts.make(address)
+        return made
+
+    others = {name: weight for changed in parts.changed for name, weight in changed.items() if name not in blocks}
+    addresses = [checkpoint.find(name) for name in (*blocks, *others)]
     written = checkpoint.copy(target, addresses, pruned, without=(PROVENANCE, "README.md"))
-    for _ in progress(written, total=len(addresses), what="apply, linears"):
+    for _ in progress(written, total=len(addresses), what="apply, weights"):
         pass
     zeros = {linear: found[linear] for linear in blocks}
     params, calibration, measured = made_from["params"], made_from["calibration"], measured_sparsity(zeros)
@@ -140,6 +229,7 @@ def prune(checkpoint: Checkpoint, masks: Path, target: Path) -> dict[str, Zeros]
         percent=round(100 * measured, 2),
         measured=measured,
         method=code(params["method"]),
+        reconstruction=code(made_from["reconstruction"]),
         sparsity=params["sparsity"],
         pattern=code(params["pattern"]),
         group=f", compared within a {params['group']}" if params["pattern"] == "unstructured" else "",

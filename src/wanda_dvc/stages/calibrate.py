@@ -1,7 +1,9 @@
-"""Measure the dense model's activations: the norm tier, once for each distinct input."""
+"""Measure the dense model's activations once for each distinct input: the norm tier, and if asked the Gram tier."""
+
+from dataclasses import replace
 
 from wanda_dvc.engine.costs import Cost, Setting
-from wanda_dvc.engine.sizes import Need
+from wanda_dvc.engine.sizes import Need, sizes
 from wanda_dvc.params import Params
 from wanda_dvc.pruning.statistics import summary
 from wanda_dvc.stages import STAGES
@@ -12,6 +14,7 @@ from wanda_dvc.stages.inputs import (
     calibration_windows,
     check_fits,
     check_ready,
+    gram_bytes,
     model_provenance,
     open_decoder,
 )
@@ -19,11 +22,11 @@ from wanda_dvc.stages.running import progress, say_unreached
 from wanda_dvc.study.files import write_csv
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import describe, read_provenance
-from wanda_dvc.study.tensors import block_count, finished_blocks, read_stats, seal, write_stats
+from wanda_dvc.study.tensors import block_count, finished_blocks, read_stats, seal, write_grams, write_stats
 
 
 def calibrate(*, project: Project) -> None:
-    """models/dense + data/calibration → stats/."""
+    """models/dense + data/calibration → stats/, gram/. Without `calibration.gram` the latter has no blocks."""
     from wanda_dvc.engine.recorder import InputRecorder
     from wanda_dvc.engine.walk import walk
 
@@ -41,16 +44,26 @@ def calibrate(*, project: Project) -> None:
     windows = calibration_windows(project)
     decoder = open_decoder(project, "dense")
     check_fits(project, decoder.inputs())
-    with project.work(made_from) as work:
-        steps = walk(decoder, windows, work.path, kept=finished_blocks(work.out))
+    kept = project.params.calibration.gram
+    grams_from = made_from | {"kind": "gram", "dtype": kept}
+    with project.work(made_from) as work, project.work(grams_from) as beside:
+        finished = finished_blocks(work.out)
+        if kept != "none":
+            finished = min(finished, finished_blocks(beside.out))
+        steps = walk(decoder, windows, work.path, kept=finished)
         for step in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
-            recorder = InputRecorder()
+            recorder = InputRecorder(gram=kept != "none")
             step.advance(recorder)
-            write_stats(work.out, step.index, recorder.result())
+            measured = recorder.result()
+            write_stats(work.out, step.index, measured)
+            if recorder.gram:
+                write_grams(beside.out, step.index, measured, recorder.grams, kept)
         blocks = range(len(decoder.blocks))
         say_unreached("calibrate", {block: read_stats(work.out, block).unreached() for block in blocks})
         seal(work.out, made_from)
+        seal(beside.out, grams_from)
         work.publish(project.stats)
+        beside.publish(project.gram)
     _write_norms(project)
 
 
@@ -66,10 +79,17 @@ def _write_norms(project: Project) -> None:
 
 
 def need(project: Project, _: str | None = None) -> Need:
-    """A walk that records, and the hidden states that wait between blocks."""
-    return calibration_need(project)
+    """A walk that records, the hidden states that wait between blocks, and the Gram matrices."""
+    kept, folder = project.params.calibration.gram, project.model("dense")
+    walk = calibration_need(project, gram=kept != "none")
+    if walk.disk is None or kept == "none":
+        return walk
+    grams = gram_bytes(sizes(folder), kept)
+    return replace(walk, disk=walk.disk + grams)
 
 
 def cost(params: Params, on: Setting) -> Cost:
     """All windows through all blocks."""
-    return calibration_cost(params, on)
+    kept = params.calibration.gram
+    once = calibration_cost(params, on, gram=kept != "none")
+    return replace(once, disk=once.disk + gram_bytes(on.model, kept))

@@ -1,5 +1,6 @@
 """What stages start from, checked in one place: models, statistics and texts that belong together."""
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -106,6 +107,18 @@ def check_device(device: str) -> None:
         raise UserError(f"params.yaml: runtime.device: got {device} on {found}, expected one it has; set auto or cpu")
 
 
+def gram_provenance(project: Project) -> Json:
+    """Return the provenance of gram/. UserError where it is not of the run that measured stats/."""
+    gram, stats = read_provenance(project.gram, "calibrate"), read_provenance(project.stats, "calibrate")
+    same = ("model", "text", "params")
+    if any(gram[name] != stats[name] for name in same) or not block_count(project.gram, "calibrate"):
+        raise UserError(
+            f"gram/: found {block_count(project.gram, 'calibrate')} blocks of {gram['model']['source']}, expected "
+            "those of the run that measured stats/; set calibration.gram=float32 and run `dvc repro`"
+        )
+    return gram
+
+
 def check_fits(project: Project, features: dict[str, int]) -> None:
     """Raise UserError where params.yaml's pattern does not fit the model: before the work, in whatever stage."""
     check_pattern(Project(project.root).params.pattern, features)
@@ -197,14 +210,27 @@ def waiting_bytes(model: Sizes, tokens: int, dtype: str) -> int:
     return tokens * model.hidden * WIDTH[dtype] * 2
 
 
-def calibration_need(project: Project) -> Need:
-    """Return what the windows of calibration need."""
+def calibration_need(project: Project, *, gram: bool, streams: int = 1) -> Need:
+    """Return what the windows of calibration need, `streams` times over."""
     calibration = project.params.calibration
-    tokens = calibration.samples * calibration.length
-    return walk_need(project, "dense", "calibration", tokens=tokens, length=calibration.length, statistics=True)
+    tokens = streams * calibration.samples * calibration.length
+    held = {"statistics": True, "gram": gram}
+    return walk_need(project, "dense", "calibration", tokens=tokens, length=calibration.length, **held)
 
 
-def calibration_cost(params: Params, on: Setting) -> Cost:
+def calibration_cost(params: Params, on: Setting, *, gram: bool) -> Cost:
     """Return what the windows of calibration cost."""
     samples, length = params.calibration.samples, params.calibration.length
-    return on.walk(samples, length, walking(on.model, dtype=on.dtype, length=length, device=on.where, statistics=True))
+    memory = walking(on.model, dtype=on.dtype, length=length, device=on.where, statistics=True, gram=gram)
+    cost = on.walk(samples, length, memory)
+    if not gram:
+        return cost
+    # The upper triangle of XᵀX is half of its products.
+    rate = on.device.flops["float32"] if "float32" in on.device.flops else on.device.flops[on.dtype]
+    flops = samples * length * on.model.all_squares
+    return replace(cost, flops=cost.flops + flops, seconds=cost.seconds + flops / (rate * on.device.efficiency))
+
+
+def gram_bytes(model: Sizes, kept: str) -> int:
+    """Return the bytes of gram/, at most."""
+    return 0 if kept == "none" else model.all_squares // 2 * WIDTH[kept]

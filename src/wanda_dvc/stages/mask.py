@@ -1,42 +1,61 @@
 """Choose the weights that stay: scores from weights and statistics, `keep` masks from scores."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 
 from torch import Tensor
 
-from wanda_dvc.catalog import methods
+from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.costs import HOST, Cost, Setting
+from wanda_dvc.engine.costs import HOST, Cost, Setting, solving_seconds
 from wanda_dvc.engine.memory import keep_freed_memory
-from wanda_dvc.engine.sizes import SELECTION, Need, choosing, propagating, sizes
+from wanda_dvc.engine.sizes import SELECTION, Memory, Need, Sizes, choosing, propagating, sizes, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
-from wanda_dvc.pruning.choose import Target, choose_block
+from wanda_dvc.pruning.choose import Target, choose_block, reconstruct_block
+from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.allocating import allocate
 from wanda_dvc.stages.inputs import (
+    Statistics,
     calibration_cost,
     calibration_need,
     calibration_windows,
     check_fits,
     check_ready,
+    gram_provenance,
     largest,
     open_decoder,
     statistics,
 )
 from wanda_dvc.stages.running import progress, say_unreached
-from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance
-from wanda_dvc.study.tensors import finished_blocks, read_stats, seal, write_masks
+from wanda_dvc.study.tensors import (
+    finished_blocks,
+    read_grams,
+    read_stats,
+    seal,
+    write_masks,
+    write_weights,
+)
 
 
 def mask(*, project: Project) -> None:
-    """models/dense + stats/ (+ data/calibration for `propagation: pruned`) → masks/."""
+    """models/dense + stats/ (+ gram/, data/calibration) → masks/, weights/.
+
+    weights/ has blocks only where `propagation: pruned` meets a reconstruction: what it makes of the weights decides
+    what the next block is calibrated on, and does not follow from the statistics of the dense model.
+    """
     keep_freed_memory()
     params, stats = project.params, statistics(project)
     check_fits(project, stats.features)
+    checkpoint = Checkpoint(project.model("dense"))
+    shares = allocate(project, stats, checkpoint)
+    described = {name: getattr(params, name) for name in (*CHOICES, *_further(params))}
     made_from = describe(
         "masks",
         version=STAGES["mask"].version,
@@ -44,69 +63,116 @@ def mask(*, project: Project) -> None:
         model=stats.provenance["model"],
         stats=digest(stats.provenance),
         calibration={"text": stats.provenance["text"], **stats.provenance["params"]},
-        params={
-            "method": params.method,
-            "sparsity": params.sparsity,
-            "pattern": params.pattern,
-            "group": params.group,
-            "propagation": params.propagation,
-        },
+        params=described,
+        **({"gram": digest(gram_provenance(project))} if reads_grams(params) else {}),
+        **({"sparsities": [float(share) for share in shares]} if params.allocation != "uniform" else {}),
     )
-    checkpoint = Checkpoint(project.model("dense"))
-    with project.work(made_from) as work:
+    weights_from = made_from | {"kind": "weights"}
+    with project.work(made_from) as work, project.work(weights_from) as beside:
         if propagates(params):
-            _propagate(project, checkpoint, stats.provenance, work)
+            _propagate(project, checkpoint, stats, shares, work, beside)
         else:
             unreached = {}
             for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks"):
+                if methods()[params.method].competition == "solver" and block < finished_blocks(work.out):
+                    continue
                 measured = read_stats(project.stats, block)
                 unreached[block] = measured.unreached()
-                write_masks(work.out, block, keeps(params, checkpoint, measured))
+                grams = read_grams(project.gram, block) if methods()[params.method].needs == "gram" else {}
+                write_masks(work.out, block, keeps(params, checkpoint, measured, shares[block], grams))
             if methods()[params.method].needs_inputs():
                 say_unreached("mask", unreached)
         seal(work.out, made_from)
+        seal(beside.out, weights_from)
         work.publish(project.masks)
+        beside.publish(project.weights)
+
+
+CHOICES = ("method", "sparsity", "pattern", "group", "propagation", "allocation", "allocation_strength")
+
+
+def _further(params: Params) -> tuple[str, ...]:
+    """Return the settings that masks follow from only because the next block reads what they make."""
+    return ("reconstruction",) if propagates(params) else ()
 
 
 def propagates(params: Params) -> bool:
     """Whether masks are chosen on the outputs of pruned blocks, and not from stats/."""
-    return params.propagation == "pruned" and methods()[params.method].needs_inputs()
+    solves = RECONSTRUCTIONS[params.reconstruction].function is not None
+    return params.propagation == "pruned" and (methods()[params.method].needs_inputs() or solves)
 
 
-def keeps(params: Params, checkpoint: Checkpoint, block: BlockStats) -> dict[str, Tensor]:
+def reads_grams(params: Params) -> bool:
+    """Whether masks follow from gram/."""
+    by_method = methods()[params.method].needs == "gram" and not propagates(params)
+    return by_method or ALLOCATIONS[params.allocation].needs == "gram"
+
+
+def keeps(
+    params: Params, checkpoint: Checkpoint, block: BlockStats, share: Fraction, grams: Mapping[str, Gram]
+) -> dict[str, Tensor]:
     """Return the masks of one block's linears, every linear with the same share."""
-    target = Target(params.share, params.pattern, params.group)
+    target = Target(share, params.pattern, params.group)
     targets = {name: target for names in block.readers.values() for name in names}
-    return choose_block(checkpoint.weight, block, method=methods()[params.method], targets=targets)
+    return choose_block(checkpoint.weight, block, method=methods()[params.method], targets=targets, grams=grams)
 
 
-def _propagate(project: Project, checkpoint: Checkpoint, stats: Json, work: Work) -> None:
+def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and where they go
+    project: Project, checkpoint: Checkpoint, stats: Statistics, shares: list[Fraction], work: Work, beside: Work
+) -> None:
     """Follow the paper's procedure: each block is calibrated on the outputs of the blocks pruned before it."""
     # Only here is a model run: without the engine and transformers a further sparsity starts seconds earlier.
     from wanda_dvc.engine.recorder import InputRecorder
+    from wanda_dvc.engine.rows import as_rows
+    from wanda_dvc.engine.training import train
     from wanda_dvc.engine.walk import walk
 
     # Text, windows and dtype are those of stats/: the masks depend on it, and on no setting of calibration.
-    text = read_provenance(project.data("calibration"), "download calibration")
-    if text["sha256"] != stats["text"]["sha256"]:
+    measured_with = stats.provenance["params"]
+    text, expected = read_provenance(project.data("calibration"), "download calibration"), stats.provenance["text"]
+    if text["sha256"] != expected["sha256"]:
         raise UserError(
-            f"stats/: measured on {stats['text']['source']}, expected {text['source']}, the text in data/calibration; "
+            f"stats/: measured on {expected['source']}, expected {text['source']}, the text in data/calibration; "
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
     check_ready(project, "dense")
-    decoder = open_decoder(project, "dense", dtype=stats["params"]["dtype"])
-    windows = calibration_windows(project, stats["params"])
-    steps = walk(decoder, windows, work.path, kept=finished_blocks(work.out))
+    params = project.params
+    method, reconstruction = methods()[params.method], RECONSTRUCTIONS[params.reconstruction]
+    decoder = open_decoder(project, "dense", dtype=measured_with["dtype"])
+    windows = as_rows(calibration_windows(project, measured_with))
+    kept = finished_blocks(work.out)
+    if reconstruction.function is not None:
+        kept = min(kept, finished_blocks(beside.out))
+    # A training needs the dense block's outputs too: the same windows, through dense blocks, come first.
+    dense = range(len(windows) if reconstruction.trains else 0)
+    pruned = range(len(dense), len(dense) + len(windows))
+    steps = walk(decoder, [*windows, *windows] if dense else windows, work.path, kept=kept)
     unreached = {}
     for step in progress(steps, total=len(decoder.blocks), what="mask, blocks calibrated and pruned"):
-        recorder = InputRecorder()
-        step.advance(recorder)
+        if dense:
+            step.advance(rows=dense)
+        recorder = InputRecorder(gram=method.needs == "gram" or reconstruction.function is not None)
+        step.advance(recorder, rows=pruned)
         measured = recorder.result()
         unreached[step.index] = measured.unreached()
-        chosen = keeps(project.params, checkpoint, measured)
+        chosen = keeps(params, checkpoint, measured, shares[step.index], recorder.grams)
+        if reconstruction.function is None:
+            step.prune(chosen)
+        else:
+            solved = reconstruct_block(
+                checkpoint.weight, measured, reconstruction=reconstruction, keeps=chosen, grams=recorder.grams
+            )
+            changed = {name: one.weight for name, one in solved}
+            step.prune(chosen)  # where no token came, nothing is solved
+            step.replace(changed)
+            if reconstruction.trains:
+                targets, training = step.states.after(dense), params.training
+                trained = train(step, chosen, rows=pruned, targets=targets, **training.model_dump())
+                changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
+                step.replace(changed)
+            write_weights(beside.out, step.index, changed)
         write_masks(work.out, step.index, chosen)
-        step.prune(chosen)
-        step.advance()
+        step.advance(rows=pruned)
     say_unreached("mask", unreached)  # of the blocks that this run has calibrated
 
 
@@ -115,35 +181,61 @@ def _selects_by_row(params: Params) -> bool:
 
 
 def need(project: Project, _: str | None = None) -> Need:
-    """Masks and scores; with `propagation: pruned` those of `calibrate` too."""
+    """Masks and scores, or what a solver holds; with `propagation: pruned` those of `calibrate` too."""
     folder, params = project.model("dense"), project.params
     if not (folder / "config.json").is_file():
         return Need()
-    threads, by_row = params.runtime.threads or os.cpu_count() or 1, _selects_by_row(params)
+    threads = params.runtime.threads or os.cpu_count() or 1
     if not propagates(params):
         block, linear = largest(project)
-        return Need(choosing(block=block, linear=linear, threads=threads, by_row=by_row), disk=0)
-    walk, model = calibration_need(project), sizes(folder)
-    chosen = choosing(block=model.block, linear=model.linear, threads=threads, by_row=by_row)
-    if walk.memory is None:
+        widest = max(statistics(project).features.values())
+        return Need(_choosing(params, block, linear, widest, threads), disk=0)
+    streams = 2 if RECONSTRUCTIONS[params.reconstruction].trains else 1
+    walk, model = calibration_need(project, gram=_records_grams(params), streams=streams), sizes(folder)
+    chosen = _choosing(params, model.block, model.linear, model.widest, threads)
+    if walk.memory is None or walk.disk is None:
         return walk
-    return replace(walk, memory=propagating(walk.memory, chosen, model=model, dtype=params.dtype))
+    memory = propagating(walk.memory, chosen, model=model, dtype=params.dtype, trains=streams > 1)
+    return replace(walk, memory=memory, disk=walk.disk + _weights_bytes(params, model))
 
 
 def cost(params: Params, on: Setting) -> Cost:
     """One pass over weights and scores; with `propagation: pruned` each block is run twice more."""
     linears, model = on.work.linears, on.model
-    by_row = _selects_by_row(params)
-    memory = choosing(block=model.block, linear=model.linear, threads=on.threads, by_row=by_row)
+    memory = _choosing(params, model.block, model.linear, model.widest, on.threads)
     masks = linears / 8
     chosen = Cost(0, model.stored, 0, masks, memory, linears * (on.stored_width + SELECTION) / HOST)
+    chosen = replace(chosen, seconds=chosen.seconds + solving_seconds(methods()[params.method].needs == "gram", on))
     if not propagates(params):
         return chosen
-    once = calibration_cost(params, on)
-    twice = on.walk(2 * params.calibration.samples, params.calibration.length, once.memory)
+    reconstruction = RECONSTRUCTIONS[params.reconstruction]
+    once = calibration_cost(params, on, gram=_records_grams(params))
+    # The pruned windows twice. A training also runs the dense ones, and three times as much for each epoch: forwards,
+    # and twice backwards.
+    passes = 2 + (1 + 3 * params.training.epochs if reconstruction.trains else 0)
+    walked = on.walk(passes * params.calibration.samples, params.calibration.length, once.memory)
+    solving = solving_seconds(reconstruction.function is not None, on)
     return replace(
-        twice,
-        disk=masks + once.disk,
-        memory=propagating(once.memory, memory, model=model, dtype=on.dtype),
-        seconds=twice.seconds + chosen.seconds,
+        walked,
+        disk=masks + once.disk * (2 if reconstruction.trains else 1) + _weights_bytes(params, model),
+        memory=propagating(once.memory, memory, model=model, dtype=on.dtype, trains=reconstruction.trains),
+        seconds=walked.seconds + chosen.seconds + solving,
     )
+
+
+def _records_grams(params: Params) -> bool:
+    """Whether a walk keeps the Gram matrices of the block at work."""
+    return methods()[params.method].needs == "gram" or RECONSTRUCTIONS[params.reconstruction].function is not None
+
+
+def _choosing(params: Params, block: int, linear: int, widest: int, threads: int) -> Memory:
+    """What masks of one block take while they are chosen; the arguments are the weights of the largest."""
+    if _records_grams(params) and (propagates(params) or methods()[params.method].needs == "gram"):
+        return writing(linear=linear, widest=widest)
+    return choosing(block=block, linear=linear, threads=threads, by_row=_selects_by_row(params))
+
+
+def _weights_bytes(params: Params, model: Sizes) -> int:
+    """Bytes of weights/."""
+    written = propagates(params) and RECONSTRUCTIONS[params.reconstruction].function is not None
+    return model.stored if written else 0

@@ -101,9 +101,19 @@ class Project:
         return self.root / "stats"
 
     @property
+    def gram(self) -> Path:
+        """The folder of Gram matrices."""
+        return self.root / "gram"
+
+    @property
     def masks(self) -> Path:
         """The folder of masks."""
         return self.root / "masks"
+
+    @property
+    def weights(self) -> Path:
+        """The folder of weights that a reconstruction changed and that do not follow from masks/ and gram/."""
+        return self.root / "weights"
 
     def metrics(self, which: str, name: str) -> Path:
         """Return the file of numbers that are compared, such as `metrics/dense/perplexity.json`."""

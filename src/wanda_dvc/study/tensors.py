@@ -1,4 +1,4 @@
-"""stats/ and masks/ on disk: one safetensors file per block, so that one block at a time is in memory."""
+"""stats/, gram/, masks/ and weights/ on disk: one safetensors file per block, so that one is in memory at a time."""
 
 import itertools
 import json
@@ -14,7 +14,11 @@ from wanda_dvc.study.provenance import PROVENANCE, file_digest, files_digest, re
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from wanda_dvc.pruning.gram import Gram
     from wanda_dvc.pruning.statistics import BlockStats
+
+GRAM_DTYPES = ("float32", "float16")  # in which Gram matrices are kept
+SEALED = ("blocks", "files")  # what `seal` adds to a provenance
 
 
 def block_file(folder: Path, block: int) -> Path:
@@ -43,10 +47,7 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
 
     path = block_file(folder, block)
     tensors, header = _load(path, "calibrate")
-    readers: Any = header.get("readers")
-    transposed: Any = header.get("transposed")
-    if not (isinstance(readers, dict) and all(map(_are_names, readers.values())) and _are_names(transposed)):
-        raise _damaged(path, "its header names no readers, or none that are transposed", "calibrate")
+    readers, transposed = _readers(path, header)
     for name in readers:
         sums = [tensors.get(f"{name}.{kind}") for kind in ("sum_squares", "sum", "count")]
         if any(x is None for x in sums):
@@ -61,6 +62,75 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
         for name in readers
     }
     return BlockStats(inputs, readers, transposed)
+
+
+def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str) -> None:
+    """Write one block's Gram matrices; `stats` says who reads them.
+
+    Tensors, for each distinct input: `NAME.norm` (float32 [in]), `NAME.triangle` (float32 or float16: the upper
+    triangle, row by row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the
+    triangle are at most 1, so float16 holds each to 11 bits or to 6e-8. Header: as of statistics.
+    """
+    import torch
+
+    tensors: dict[str, Tensor] = {}
+    for name, gram in grams.items():
+        norm, triangle = gram.scaled_triangle()
+        tensors |= {
+            f"{name}.norm": norm,
+            f"{name}.triangle": triangle.to(getattr(torch, dtype)),
+            f"{name}.count": torch.tensor(gram.count),
+        }
+    _save(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
+
+
+def read_grams(folder: Path, block: int) -> "Grams":
+    """Read one block's Gram matrices, by distinct input."""
+    path = block_file(folder, block)
+    tensors, header = _load(path, "calibrate")
+    readers, transposed = _readers(path, header)
+    for name in readers:
+        parts = [x for kind in ("norm", "triangle", "count") if (x := tensors.get(f"{name}.{kind}")) is not None]
+        if not parts:  # an expert that no token reached
+            continue
+        features = len(parts[0])
+        shapes = [[features], [features * (features + 1) // 2], []]
+        if [list(x.shape) for x in parts] != shapes or str(parts[1].dtype).removeprefix("torch.") not in GRAM_DTYPES:
+            raise _damaged(path, f"no Gram matrix of {name}", "calibrate")
+    return Grams(tensors, readers, transposed)
+
+
+class Grams(Mapping[str, "Gram"]):
+    """The Gram matrices of one block. One is unpacked when it is asked for; until then it is a view of its file.
+
+    An input that no token reached has none.
+    """
+
+    def __init__(self, tensors: "dict[str, Tensor]", readers: dict[str, list[str]], transposed: list[str]) -> None:
+        self._tensors, self.readers, self.transposed = tensors, readers, transposed
+        self._inputs = [name for name in readers if f"{name}.count" in tensors]
+
+    def __getitem__(self, name: str) -> "Gram":
+        from wanda_dvc.pruning.gram import Gram
+
+        norm, triangle = self._tensors[f"{name}.norm"], self._tensors[f"{name}.triangle"]
+        return Gram.from_scaled_triangle(norm, triangle, int(self._tensors[f"{name}.count"]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._inputs)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+
+def write_weights(folder: Path, block: int, weights: "dict[str, Tensor]") -> None:
+    """Write the weights of one block that a reconstruction has changed, named, oriented and typed as stored."""
+    _save(block_file(folder, block), {name: weight.contiguous() for name, weight in weights.items()}, {})
+
+
+def read_weights(folder: Path, block: int) -> "dict[str, Tensor]":
+    """Read the weights of one block that a reconstruction has changed."""
+    return _load(block_file(folder, block), "mask")[0]
 
 
 def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
@@ -89,6 +159,15 @@ def read_masks(folder: Path, block: int) -> "Masks":
         if str(packed.dtype) != "torch.uint8" or not fits:
             raise _damaged(path, f"{name} is {packed.dtype} {list(packed.shape)} for {width} columns", "mask")
     return Masks(tensors, columns)
+
+
+def _readers(path: Path, header: Json) -> tuple[dict[str, list[str]], list[str]]:
+    """Return who reads each distinct input, and the linears that are stored transposed."""
+    readers: Any = header.get("readers")
+    transposed: Any = header.get("transposed")
+    if not (isinstance(readers, dict) and all(map(_are_names, readers.values())) and _are_names(transposed)):
+        raise _damaged(path, "its header names no readers, or none that are transposed", "calibrate")
+    return readers, transposed
 
 
 def _are_names(content: object) -> bool:

@@ -1,0 +1,273 @@
+"""Methods, allocations, patterns and reconstructions, freely combined: what must hold for every row of every table."""
+
+import importlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from test_stages import fetch, tree
+
+from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
+from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import Params
+from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.study.files import read_json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.tensors import block_count, read_grams, read_masks, read_stats
+
+Make = Callable[..., Project]
+PATTERNS: tuple[dict[str, Any], ...] = (
+    {},
+    {"pattern": "2:4"},
+    {"pattern": "4:8"},
+    {"pattern": "3:4", "sparsity": 0.25},
+    {"group": "layer"},
+)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose Gram matrices are there."""
+    from conftest import write_params
+
+    root = tmp_path_factory.mktemp("calibrated")
+    model = save_tiny_model(tmp_path_factory.mktemp("source") / "tiny", num_hidden_layers=2)
+    write_params(root, model, calibration__gram="float32", calibration__samples=4)
+    calibrate(project=fetch(Project(root), "model", "calibration"))
+    return root
+
+
+@pytest.fixture
+def study(calibrated: Path, tmp_path: Path) -> Make:
+    """A copy of it, with other settings; called again, it changes them again."""
+    from conftest import write_params
+
+    shutil.copytree(calibrated, tmp_path, dirs_exist_ok=True)
+    source = Project(calibrated).params.model
+
+    def make(**changes: Any) -> Project:
+        write_params(tmp_path, source, **{"calibration__gram": "float32", "calibration__samples": 4} | changes)
+        return Project(tmp_path)
+
+    return make
+
+
+def allowed(**changes: Any) -> bool:
+    """Whether the settings can be asked for together."""
+    import conftest
+    from ruamel.yaml import YAML
+
+    content = YAML(typ="safe").load((conftest.ROOT / "params.yaml").read_text())
+    content["calibration"]["gram"] = "float32"
+    try:
+        Params.model_validate(content | changes)
+    except UserError:
+        return False
+    return True
+
+
+COMBINATIONS = [
+    {"method": method, "reconstruction": reconstruction, "propagation": propagation, **pattern}
+    for pattern, reconstruction, propagation, method in itertools.product(
+        PATTERNS, RECONSTRUCTIONS, ("dense", "pruned"), methods()
+    )
+    # Every pattern with every method, and every reconstruction with every method where zeros may stand anywhere.
+    if not pattern or (reconstruction, propagation) == ("least-squares", "dense")
+    if allowed(method=method, reconstruction=reconstruction, propagation=propagation, **pattern)
+]
+
+
+def test_only_a_training_and_the_variant_are_refused():
+    refused = len(methods()) + 4  # block with dense propagation; the variant with a pattern or a group
+    assert len(COMBINATIONS) == len(methods()) * (len(RECONSTRUCTIONS) * 2 + len(PATTERNS) - 1) - refused
+
+
+@pytest.mark.parametrize("changes", COMBINATIONS, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_masks_are_kept_patterns_exact_and_updates_applied(study: Make, changes: dict[str, Any]):
+    made = study(**changes)
+    mask(project=made)
+    apply(project=made)
+    dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
+    told = read_json(made.details("pruned", "layer_error"), "apply")["linears"]
+    n, m = map(int, changes.get("pattern", "0:0").split(":"))
+    moved = []
+    for block in range(block_count(made.masks, "mask")):
+        for name, keep in read_masks(made.masks, block).items():
+            before, after = dense.weight(name), pruned.weight(name)
+            assert not after[~keep].view(torch.int32).any()  # +0, to the bit
+            moved.append(not torch.equal(after[keep], before[keep]))
+            if m:
+                assert (keep.unflatten(1, (-1, m)).sum(dim=2) == n).all()
+            elif methods()[changes["method"]].competition != "rows":
+                groups = keep if changes.get("group") != "layer" else keep.reshape(1, -1)
+                assert (groups.sum(dim=1) == groups.shape[1] - groups.shape[1] // 2).all()
+            if changes["propagation"] == "dense":
+                assert told[name]["error"] <= told[name]["masked"] * (1 + 1e-5)
+    assert all(moved) == any(moved) == (RECONSTRUCTIONS[changes["reconstruction"]].function is not None)
+
+
+def test_what_is_in_no_linear_stays_unless_its_block_is_trained(study: Make):
+    for reconstruction in RECONSTRUCTIONS:
+        made = study(reconstruction=reconstruction, propagation="pruned")
+        mask(project=made)
+        apply(project=made)
+        dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
+        same = {name: torch.equal(*(made.read(Address(name)) for made in (dense, pruned))) for name in dense.where}
+        norms = [stays for name, stays in same.items() if "norm" in name and "layers" in name]
+        others = [stays for name, stays in same.items() if "layers" not in name]
+        assert all(norms) == any(norms) == (not RECONSTRUCTIONS[reconstruction].trains)
+        assert all(others)
+
+
+def test_gram_matrices_agree_with_the_norms_and_leave_them_alone(study: Make, tmp_path: Path):
+    made = study()
+    with_grams = tree(made.stats)
+    for block in range(block_count(made.stats, "calibrate")):
+        stats, grams = read_stats(made.stats, block), read_grams(made.gram, block)
+        assert (grams.readers, grams.transposed) == (stats.readers, stats.transposed)
+        for name, x in stats.inputs.items():
+            torch.testing.assert_close(grams[name].norm, x.norm)
+            assert grams[name].count == x.count
+    calibrate(project=study(calibration__gram="none"))
+    assert tree(made.stats) == with_grams
+    assert (block_count(made.gram, "calibrate"), [*tree(made.gram)]) == (0, ["provenance.json"])
+
+
+def test_float16_keeps_gram_matrices_to_a_thousandth(study: Make):
+    exact = read_grams(study().gram, 0)
+    wanted = {name: exact[name].matrix() for name in exact}
+    calibrate(project=study(calibration__gram="float16"))
+    half = read_grams(study().gram, 0)
+    for name, matrix in wanted.items():
+        scale = matrix.diagonal().sqrt()
+        error = (half[name].matrix() - matrix) / scale / scale[:, None]
+        assert error.abs().max() <= 2**-11
+
+
+@pytest.mark.parametrize("method", methods())
+def test_wanda_pays_nothing_for_gram_matrices(study: Make, method: str):
+    """Masks of a method that does not need them do not depend on gram/."""
+    if methods()[method].needs == "gram":
+        with pytest.raises(UserError, match="expected calibration.gram float32 or float16"):
+            study(method=method, calibration__gram="none").params  # noqa: B018
+        return
+    made = study(method=method)
+    mask(project=made)
+    before = tree(made.masks)
+    shutil.rmtree(made.gram)
+    mask(project=study(method=method, calibration__gram="none"))
+    assert tree(made.masks) == before
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "admm"])
+def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, method: str):
+    strength = None if allocation == "uniform" else 0.1
+    made = study(method=method, allocation=allocation, allocation_strength=strength, sparsity=0.6)
+    mask(project=made)
+    keeps = [keep for block in range(2) for keep in read_masks(made.masks, block).values()]
+    zeros = sum(int((~keep).sum()) for keep in keeps)
+    # Every row removes a whole number of weights, rounded down.
+    slack = sum(len(keep) for keep in keeps)
+    total = sum(keep.numel() for keep in keeps)
+    assert 0 <= 0.6 * total - zeros <= slack
+    blocks = [[keep.float().mean().item() for keep in read_masks(made.masks, block).values()] for block in range(2)]
+    assert (abs(sum(blocks[0]) - sum(blocks[1])) < 1e-6) == (allocation == "uniform")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reconstruction": "least-squares", "calibration__gram": "none"}, "reconstruction: got least-squares without"),
+        ({"allocation": "lsa", "calibration__gram": "none"}, "allocation: got lsa without Gram matrices"),
+        ({"allocation": "slope", "pattern": "2:4"}, "allocation: got slope, expected uniform"),
+        ({"allocation_strength": 0.1}, "allocation_strength: got 0.1, expected null"),
+        ({"reconstruction": "block"}, "reconstruction: got block with propagation dense, expected propagation pruned"),
+        ({"allocation": "steep"}, "allocation: got steep, expected uniform, slope, owl or lsa"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(study: Make, changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        study(**changes).params  # noqa: B018
+
+
+def test_a_training_is_the_same_twice_and_another_with_another_seed(study: Make):
+    made = study(reconstruction="block", propagation="pruned", training__epochs=2)
+    mask(project=made)
+    first = tree(made.weights)
+    shutil.rmtree(made.masks)
+    mask(project=made)
+    assert tree(made.weights) == first
+    mask(project=study(reconstruction="block", propagation="pruned", training__epochs=2, training__seed=1))
+    assert tree(made.weights) != first
+
+
+def test_a_training_brings_the_block_nearer_to_the_dense_one(study: Make):
+    """The last hidden state of the pruned model is nearer to the dense model's with training than without."""
+    distances = {}
+    for reconstruction in ("none", "least-squares", "block"):
+        made = study(reconstruction=reconstruction, propagation="pruned", training__epochs=4)
+        mask(project=made)
+        apply(project=made)
+        distances[reconstruction] = _distance(made)
+    assert distances["block"] < distances["least-squares"] < distances["none"]
+
+
+def _distance(study: Project) -> float:
+    from transformers import AutoModelForCausalLM
+
+    from wanda_dvc.stages.inputs import calibration_windows
+
+    windows = calibration_windows(study)
+    hidden = []
+    for which in ("dense", "pruned"):
+        model = AutoModelForCausalLM.from_pretrained(study.model(which))
+        with torch.no_grad():
+            hidden.append(model(windows, output_hidden_states=True).hidden_states[-2])
+    return float((hidden[1] - hidden[0]).norm() / hidden[0].norm())
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(study: Make, monkeypatch: pytest.MonkeyPatch):
+    stage = importlib.import_module("wanda_dvc.stages.mask")
+    made = study(reconstruction="block", propagation="pruned")
+    mask(project=made)
+    whole = tree(made.masks), tree(made.weights)
+    shutil.rmtree(made.masks)
+    shutil.rmtree(made.weights)
+    written = stage.write_weights
+
+    def killed(folder: Path, block: int, weights: dict[str, torch.Tensor]) -> None:
+        if block == 1:
+            raise KeyboardInterrupt
+        written(folder, block, weights)
+
+    monkeypatch.setattr(stage, "write_weights", killed)
+    with pytest.raises(KeyboardInterrupt):
+        mask(project=made)
+    monkeypatch.setattr(stage, "write_weights", written)
+    mask(project=made)
+    assert (tree(made.masks), tree(made.weights)) == whole
+
+
+def test_parts_that_do_not_belong_together_are_refused(study: Make, tmp_path: Path):
+    made = study(reconstruction="least-squares")
+    mask(project=made)
+    other = json.loads((made.gram / "provenance.json").read_text())
+    other["model"]["sha256"] = "0" * 64
+    (made.gram / "provenance.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="gram/: no Gram matrices of"):
+        apply(project=made)
+
+
+def test_an_empty_gram_matrix_is_the_identity():
+    assert torch.equal(Gram.empty(3).matrix(), torch.eye(3))
