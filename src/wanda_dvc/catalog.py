@@ -265,6 +265,7 @@ class Reconstruction:
     about: str
     # `module:function`: (weight [out, in], keep, Prepared) → Solved; None: the weights that stay keep their values.
     function: str | None
+    kept: str  # what a model card says of the weights that stay, and of those in no linear
     trains: bool = False  # each block is then trained on its mask
 
 
@@ -278,6 +279,7 @@ RECONSTRUCTIONS = {
             link="",
             about="they keep their values",
             function=None,
+            kept="Nothing was trained afterwards: all other weights are the dense model's, bit for bit.",
         ),
         Reconstruction(
             name="least-squares",
@@ -286,6 +288,9 @@ RECONSTRUCTIONS = {
             link="https://arxiv.org/abs/2406.07831",
             about="conjugate gradients: each linear's output comes as near to the dense one as its mask allows",
             function="wanda_dvc.pruning.solvers:least_squares",
+            kept="The other weights of each linear were solved for, so that its output on the calibration text comes "
+            "near the dense one; nothing was trained. Embeddings, norms and output head are the dense model's, bit for "
+            "bit.",
         ),
         Reconstruction(
             name="sparsegpt",
@@ -294,6 +299,8 @@ RECONSTRUCTIONS = {
             link="https://arxiv.org/abs/2301.00774",
             about="input by input, the weights to the right make up for each one that goes",
             function="wanda_dvc.pruning.solvers:sparsegpt_update",
+            kept="The other weights of each linear were updated while weights were removed; nothing was trained. "
+            "Embeddings, norms and output head are the dense model's, bit for bit.",
         ),
         Reconstruction(
             name="block",
@@ -302,6 +309,8 @@ RECONSTRUCTIONS = {
             link="https://arxiv.org/abs/2510.14444",
             about="least squares, then each block is trained for a moment so that its output meets the dense block's",
             function="wanda_dvc.pruning.solvers:least_squares",
+            kept="Each block was then trained on the calibration text, so that its output comes near the dense block's."
+            " Embeddings and output head are the dense model's, bit for bit.",
             trains=True,
         ),
     )

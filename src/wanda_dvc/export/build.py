@@ -42,10 +42,10 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
             _take_experiment(project, study, experiment)
         ran = Ran.of(study)
         _check_whole(ran, experiment or "the workspace")
+        study = study.with_params(ran.params)
         measured = stored.write(study, work.out)
         _drop_metrics_of_others(study)
-        made = study.with_params(ran.params)
-        (work.out / "README.md").write_text(card(made, measured, stored, ran.torn), encoding="utf-8")
+        (work.out / "README.md").write_text(card(study, measured, stored, ran.torn), encoding="utf-8")
         work.publish(target)
     said = f"{target}: the pruned model of {experiment or 'the workspace'}; its card is README.md"
     if ran.unmet:
@@ -141,7 +141,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
 
 def _drop_metrics_of_others(study: Project) -> None:
     """Drop the metrics of another experiment, which a workspace may still hold. The details say whose each is."""
-    made_from = describe_pruned(study)
+    made_from = describe_pruned(study, study.params.reconstruction)
     dense = read_provenance(study.model("dense"), "download model")
     for model, whose in zip(MODELS, (digest(dense), digest(made_from)), strict=True):
         for path in (study.root / "metrics" / model).rglob("*.json"):

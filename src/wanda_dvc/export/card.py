@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from wanda_dvc.catalog import HUB_ID, methods
+from wanda_dvc.catalog import ALLOCATIONS, HUB_ID, RECONSTRUCTIONS, methods
 from wanda_dvc.export.formats import Format
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import Json, load_json
@@ -39,8 +39,7 @@ CARD = """\
 ---
 # {source}, pruned
 
-{percent:g} % of the weights in the linear layers of every block are zero, chosen by {method}. Nothing was trained
-afterwards. Embeddings, norms and output head are the dense model's, bit for bit.
+{percent:g} % of the weights in the linear layers of the blocks are zero, chosen by {method}. {kept}
 
 ## What was done
 
@@ -101,7 +100,8 @@ def card(study: Project, measured: float, stored: Format, torn: Sequence[str] = 
         source=inline(dense["source"]),
         percent=round(100 * measured, 2),
         method=_cited(params["method"]),
-        facts=tabulate(list(_facts(masks, dense, measured)), ["what", "value"], **TABLE),
+        kept=RECONSTRUCTIONS[study.params.reconstruction].kept,
+        facts=tabulate(list(_facts(study, masks, dense, measured)), ["what", "value"], **TABLE),
         results=tabulate(comparison(study), HEADERS, **TABLE),
         notes="\n".join(f"- {note}" for note in _notes(study, torn)),
         license=described,
@@ -119,17 +119,21 @@ def _cited(name: str) -> str:
     return f"{method.title} ([{method.citation}]({method.link}))" if method else code(name)
 
 
-def _facts(masks: Json, dense: Json, measured: float) -> Iterator[tuple[str, str]]:
+def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterator[tuple[str, str]]:
     """What was done, as rows."""
     params, calibration = masks["params"], masks["calibration"]
     yield "dense model", f"{code(dense['source'])} (sha256 of its files {dense['sha256'][:12]}…)"
     yield "method", code(params["method"])
-    yield "sparsity", f"{params['sparsity']:g} wanted, {measured:.6f} measured, of the linear layers of every block"
+    yield "sparsity", f"{params['sparsity']:g} wanted, {measured:.6f} measured, of the linear layers of all blocks"
+    allocation = ALLOCATIONS[params.get("allocation", "uniform")]
+    yield "allocation", f"{code(allocation.name)}: {allocation.about}"
     yield "pattern", code(params["pattern"])
     unstructured = params["pattern"] == "unstructured"
     yield "group", f"weights compete within a {params['group']}" if unstructured else "neighbours along the input"
     propagation = params.get("propagation", "dense")
     yield "propagation", f"`{propagation}`: {PROPAGATION[propagation]}"
+    reconstruction = RECONSTRUCTIONS[study.params.reconstruction]
+    yield "weights that stay", f"{code(reconstruction.name)}: {reconstruction.about}"
     yield (
         "calibration",
         f"{calibration['samples']} windows of {calibration['length']} tokens of "

@@ -25,7 +25,7 @@ def _write_dense(study: "Project", target: Path) -> float:
     """Write an ordinary Hugging Face directory, zeros included."""
     from wanda_dvc.stages.apply import measured_sparsity, prune
 
-    return measured_sparsity(prune(study, target))
+    return measured_sparsity(prune(study, target, study.params.reconstruction))
 
 
 _LOAD_DENSE = """\

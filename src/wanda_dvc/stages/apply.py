@@ -73,9 +73,10 @@ class Zeros(NamedTuple):
 
 def apply(*, project: Project) -> None:
     """models/dense + masks/ + gram/ + weights/ → models/pruned."""
-    made_from = describe_pruned(project)
+    reconstruction = project.params.reconstruction
+    made_from = describe_pruned(project, reconstruction)
     with project.work(made_from) as work:
-        zeros = prune(project, work.fresh())
+        zeros = prune(project, work.fresh(), reconstruction)
         work.publish(project.model("pruned"))
     write_json(project.metrics("pruned", "sparsity"), {"sparsity": round(measured_sparsity(zeros), 6)})
     write_json(
@@ -119,7 +120,7 @@ def cost(params: Params, on: Setting) -> Cost:
     return Cost(0, model.stored, 0, model.stored, writing(linear=model.linear), seconds)
 
 
-def describe_pruned(study: Project) -> Json:
+def describe_pruned(study: Project, reconstruction: str) -> Json:
     """Return the provenance of a study's pruned model. UserError where its parts do not belong together."""
     dense, made = read_provenance(study.model("dense"), "download model"), read_provenance(study.masks, "mask")
     if made["model"]["sha256"] != dense["sha256"]:
@@ -129,7 +130,7 @@ def describe_pruned(study: Project) -> Json:
         )
     # Only what the masks record: with this run's library versions, the same model would have other bytes.
     described = {name: value for name, value in made.items() if name not in SEALED}
-    reconstruction, from_where = study.params.reconstruction, {}
+    from_where = {}
     if RECONSTRUCTIONS[reconstruction].function is not None:
         if block_count(study.weights, "mask"):
             weights = read_provenance(study.weights, "mask")
@@ -150,9 +151,9 @@ def describe_pruned(study: Project) -> Json:
 class Parts:
     """What one study's pruned model is made of, read a linear at a time."""
 
-    def __init__(self, study: Project) -> None:
+    def __init__(self, study: Project, reconstruction: str) -> None:
         self.checkpoint = Checkpoint(study.model("dense"))
-        self.reconstruction = RECONSTRUCTIONS[study.params.reconstruction]
+        self.reconstruction = RECONSTRUCTIONS[reconstruction]
         self.keeps = [read_masks(study.masks, block) for block in range(block_count(study.masks, "mask"))]
         self.blocks = {linear: block for block, keeps in enumerate(self.keeps) for linear in keeps}
         self.changed = [read_weights(study.weights, block) for block in range(block_count(study.weights, "mask"))]
@@ -203,9 +204,9 @@ def _masked(weight: Tensor, keep: Tensor) -> Tensor:
     return torch.from_numpy(bits).view(weight.dtype)
 
 
-def prune(study: Project, target: Path) -> dict[str, Zeros]:
+def prune(study: Project, target: Path, reconstruction: str = "none") -> dict[str, Zeros]:
     """Write a study's pruned checkpoint, its card and provenance into an empty folder; return what became of each."""
-    made_from, parts = describe_pruned(study), Parts(study)
+    made_from, parts = describe_pruned(study, reconstruction), Parts(study, reconstruction)
     checkpoint, blocks = parts.checkpoint, parts.blocks
     found: dict[str, Zeros] = {}
 

@@ -1,6 +1,7 @@
 """Tables of what the stages measured."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,9 +73,18 @@ def comparison(project: Project) -> list[list[str]]:
         rows.append(
             ["mean, acc %", *(f"{100 * mean:.1f}" if mean is not None else "–" for mean in means), _retained(*means)]
         )
+    if errors := layer_errors(project):
+        mean = sum(errors.values()) / len(errors)
+        rows.append(["layer error, mean", "–", f"{mean:.4f}", ""])
     sparsity = _load(project.metrics("pruned", "sparsity")).get("sparsity")
     rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
     return rows
+
+
+def layer_errors(project: Project) -> dict[str, float]:
+    """Return ‖(W−Ŵ)X‖² / ‖WX‖² of every linear; none without Gram matrices."""
+    linears = _load(project.details("pruned", "layer_error")).get("linears", {})
+    return {name: told["error"] for name, told in linears.items()}
 
 
 def _title(project: Project) -> str:
@@ -86,6 +96,10 @@ def _title(project: Project) -> str:
     group = f", group {made['group']}" if made["pattern"] == "unstructured" else ""
     if made["propagation"] == "pruned":
         group += ", propagation pruned"
+    if made.get("allocation", "uniform") != "uniform":
+        group += f", allocation {made['allocation']}"
+    if project.params.reconstruction != "none":
+        group += f", reconstruction {project.params.reconstruction}"
     lines = [
         f"{masks['model']['source']}: {made['method']}, sparsity {made['sparsity']:g}, pattern {made['pattern']}{group}"
     ]
@@ -102,7 +116,7 @@ def _title(project: Project) -> str:
 
 
 def _footnotes(project: Project) -> list[str]:
-    notes = []
+    notes = list(_notes_on_layers(project))
     tasks = [_load(project.data("tasks") / name / PROVENANCE) for name in project.params.tasks.names]
     if any(task.get("samples") for task in tasks):
         notes.append(
@@ -126,6 +140,30 @@ def _footnotes(project: Project) -> list[str]:
         broken = dict.fromkeys(_load(project.details(model, name)).get("not_finite") for name in measured)
         notes += [f"{model}: activations are not finite from here on: {where}." for where in broken if where]
     return notes
+
+
+def _notes_on_layers(project: Project) -> Iterator[str]:
+    """Say where outputs are off most, and what a reconstruction did beside its own steps."""
+    linears = _load(project.details("pruned", "layer_error")).get("linears", {})
+    if not linears:
+        return
+    worst = max(linears, key=lambda name: linears[name]["error"])
+    masked = sum(told["masked"] for told in linears.values()) / len(linears)
+    yield (
+        f"Layer error: how far a linear's output on the calibration text is off, ‖(W−Ŵ)X‖² / ‖WX‖². The largest is "
+        f"{linears[worst]['error']:.4f}, of {worst}. With the same masks and no reconstruction the mean is {masked:.4f}."
+    )
+    rows = sum(told.get("unchanged", 0) for told in linears.values())
+    if rows:
+        yield f"{rows} rows kept their weights, because the reconstruction's have no lower error."
+    if raised := {name: told["damping"] for name, told in linears.items() if told.get("raised")}:
+        most = max(raised, key=lambda name: raised[name])
+        yield (
+            f"The Gram matrices of {len(raised)} linears are not positive definite with the damping asked for: it was "
+            f"raised, most for {most}, to {raised[most]:g} of the mean diagonal."
+        )
+    if dead := {name: told["dead"] for name, told in linears.items() if told.get("dead")}:
+        yield f"{sum(dead.values())} features that {len(dead)} linears read are 0 on the calibration text."
 
 
 def _times(project: Project) -> str:
