@@ -32,6 +32,7 @@ from wanda_dvc.stages.inputs import (
     statistics,
 )
 from wanda_dvc.stages.running import progress, say_unreached
+from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance
 from wanda_dvc.study.tensors import (
@@ -55,7 +56,7 @@ def mask(*, project: Project) -> None:
     check_fits(project, stats.features)
     checkpoint = Checkpoint(project.model("dense"))
     shares = allocate(project, stats, checkpoint)
-    described = {name: getattr(params, name) for name in (*CHOICES, *_further(params))}
+    described = {name: getattr(params, name) for name in CHOICES} | _further(params)
     made_from = describe(
         "masks",
         version=STAGES["mask"].version,
@@ -91,9 +92,13 @@ def mask(*, project: Project) -> None:
 CHOICES = ("method", "sparsity", "pattern", "group", "propagation", "allocation", "allocation_strength")
 
 
-def _further(params: Params) -> tuple[str, ...]:
+def _further(params: Params) -> Json:
     """Return the settings that masks follow from only because the next block reads what they make."""
-    return ("reconstruction",) if propagates(params) else ()
+    if not propagates(params):
+        return {}
+    trains = RECONSTRUCTIONS[params.reconstruction].trains
+    training = {"training": params.training.model_dump()} if trains else {}
+    return {"reconstruction": params.reconstruction} | training
 
 
 def propagates(params: Params) -> bool:
