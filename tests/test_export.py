@@ -23,7 +23,7 @@ from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import digest, read_provenance
+from wanda_dvc.study.provenance import digest, read_format
 from wanda_dvc.study.repeat import how_to_repeat
 from wanda_dvc.study.settings import flatten
 
@@ -42,7 +42,7 @@ def pruned(project: Callable[..., Project]) -> Project:
 def measure(project: Project, which: str, perplexity: float | str, model: str | None = None) -> None:
     """As the stage writes it, for the model at hand or another one."""
     folder = project.model(which)
-    protocol = {"model": model or digest(read_provenance(folder, "apply")), "windows": 4, "length": 64}
+    protocol = {"model": model or digest(read_format(folder, "apply")), "windows": 4, "length": 64}
     protocol |= {"dtype": "float32", "text": {"source": "embedded, test", "sha256": "0" * 64}}
     write_json(project.details(which, "perplexity"), {"protocol": protocol, "losses": []})
     write_json(project.metrics(which, "perplexity"), {"perplexity": perplexity})

@@ -116,7 +116,7 @@ def card(study: Project, measured: float, stored: Format, torn: Sequence[str] = 
 def _cited(name: str) -> str:
     """The title of a method, with its paper. A method of a package that is not installed has only its name."""
     method = methods().get(name)
-    return f"{method.title} ([{method.citation}]({method.link}))" if method else code(name)
+    return f"{method.title} ([{method.citation}]({method.link}))" if method else inline(name)
 
 
 def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterator[tuple[str, str]]:

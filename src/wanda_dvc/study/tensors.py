@@ -232,7 +232,7 @@ def _sealed(folder: Path, made_by: str) -> dict[str, str]:
     if not (folder / PROVENANCE).is_file():
         return {}
     files = read_format(folder, made_by).get("files")
-    if not isinstance(files, dict) or not files:
+    if not isinstance(files, dict):
         raise UserError(
             f"{folder / PROVENANCE}: no digests, expected one for each block, as this version writes them; "
             f"run `dvc repro` or `wanda-dvc {made_by}`"
