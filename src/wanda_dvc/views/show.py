@@ -151,7 +151,8 @@ def _notes_on_layers(project: Project) -> Iterator[str]:
     masked = sum(told["masked"] for told in linears.values()) / len(linears)
     yield (
         f"Layer error: how far a linear's output on the calibration text is off, ‖(W−Ŵ)X‖² / ‖WX‖². The largest is "
-        f"{linears[worst]['error']:.4f}, of {worst}. With the same masks and no reconstruction the mean is {masked:.4f}."
+        f"{linears[worst]['error']:.4f}, of {worst}. With the same masks and no reconstruction the mean is "
+        f"{masked:.4f}."
     )
     rows = sum(told.get("unchanged", 0) for told in linears.values())
     if rows:
