@@ -63,7 +63,7 @@ def write_params(root: Path, folder: Path | str, **changes: Any) -> None:
         target[leaf if name not in params else name] = value
     for part in ("calibration", "perplexity"):
         text = params[part]["text"]
-        if Path(text["source"]).is_absolute() and f"{part}__text__split" not in changes:
+        if isinstance(text, dict) and Path(text["source"]).is_absolute() and f"{part}__text__split" not in changes:
             text["split"] = None  # a file has none
     yaml.dump(params, root / "params.yaml")
 

@@ -131,4 +131,4 @@ def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(study: Pr
     again = subprocess.run(words, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert outputs(study.root) == expected
-    assert [one.suffix for one in study.work_root.iterdir()] == [".lock"]
+    assert {one.suffix for one in study.work_root.iterdir()} == {".lock"}

@@ -22,7 +22,10 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ({"calibration__samples": 0}, "params.yaml: calibration.samples: got 0, expected ≥ 1"),
         ({"sparsity": 1.5}, "params.yaml: sparsity: got 1.5, expected < 1"),
         ({"sparsity": "half"}, "params.yaml: sparsity: got half, expected number"),
-        ({"method": "wands"}, "params.yaml: method: got wands, expected magnitude, wanda or wanda-variant"),
+        (
+            {"method": "wands"},
+            "params.yaml: method: got wands, expected magnitude, wanda, wanda-variant, ria, sparsegpt or admm",
+        ),
         ({"pattern": "4:2"}, "params.yaml: pattern: got 4:2, expected n:m with n < m: n of every m neighbours stay"),
         ({"pattern": "half"}, "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4"),
         (

@@ -28,13 +28,18 @@ def written_out(**changes: object) -> dict[str, object]:
     return {name.replace("__", "."): value for name, value in changes.items()}
 
 
+# The settings that no preset changes.
+PLAIN = written_out(
+    calibration__gram="none", allocation="uniform", allocation_strength=None, reconstruction="none", training__epochs=1,
+    training__rate=0.0003, training__seed=0,
+)  # fmt: skip
 # Every setting of every preset, by hand.
 STUDY = written_out(
     dtype="float16", calibration__samples=64, calibration__length=4096, calibration__seed=0, method="wanda",
     sparsity=0.5, pattern="unstructured", group="row", propagation="pruned", perplexity__length=4096,
     perplexity__windows=None, perplexity__rest="kept", tasks__source="benchmark", tasks__names=FIVE,
     zero_shot__limit=None,
-) | text("calibration", "train", "\n\n") | text("perplexity", "test", "\n\n")  # fmt: skip
+) | PLAIN | text("calibration", "train", "\n\n") | text("perplexity", "test", "\n\n")  # fmt: skip
 EXPECTED = {
     "llama-2-7b": STUDY | {"model": "meta-llama/Llama-2-7b-hf"},
     "llama-3.1-8b": STUDY | {"model": "meta-llama/Llama-3.1-8B"},
@@ -43,14 +48,14 @@ EXPECTED = {
         calibration__seed=0, method="wanda", sparsity=0.5, pattern="unstructured", group="row", propagation="dense",
         perplexity__length=2048, perplexity__windows=None, perplexity__rest="dropped", tasks__source="benchmark",
         tasks__names=FIVE, zero_shot__limit=None,
-    ) | text("calibration", "validation", " ") | text("perplexity", "test", "\n\n"),
+    ) | PLAIN | text("calibration", "validation", " ") | text("perplexity", "test", "\n\n"),
     "paper": written_out(
         model="meta-llama/Llama-2-7b-hf", dtype="float16", calibration__samples=128, calibration__length=2048,
         calibration__seed=0, method="wanda", sparsity=0.5, pattern="unstructured", group="row", propagation="pruned",
         perplexity__length=2048, perplexity__windows=None, perplexity__rest="dropped", tasks__source="benchmark",
         tasks__names=["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
         zero_shot__limit=None,
-    ) | text("calibration", "train", " ", source="c4") | text("perplexity", "test", "\n\n"),
+    ) | PLAIN | text("calibration", "train", " ", source="c4") | text("perplexity", "test", "\n\n"),
 }  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def test_show_speaks_of_the_run_and_says_what_is_stale(edited: Project):
     shown = show(project=edited)
     assert "wanda, sparsity 0.3, pattern unstructured" in shown
     assert "params.yaml asks for model=org/other, calibration.samples=7, sparsity=0.7, tasks.names=['rte']" in shown
-    assert "Stale: download-model, download-tasks, calibrate, mask." in shown
+    assert "Stale: locate, download-model, download-tasks, calibrate, mask." in shown
     assert "piqa, acc %" in shown
     assert "rte, acc %" not in shown
 

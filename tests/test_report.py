@@ -374,7 +374,7 @@ def test_runs_before_a_method_is_chosen_are_shared_and_those_of_the_dense_model(
     known = runs(["piqa"])
     shared = {name for name, run in known.items() if not run.own}
     assert shared == {
-        "download-model", "download-calibration", "download-perplexity", "download-tasks", "calibrate",
+        "locate", "download-model", "download-calibration", "download-perplexity", "download-tasks", "calibrate",
         "perplexity-dense", "zero-shot-dense-piqa",
     }  # fmt: skip
     assert list(dict.fromkeys(run.stage for run in known.values())) == list(STAGES)

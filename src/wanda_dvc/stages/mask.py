@@ -193,7 +193,7 @@ def need(project: Project, _: str | None = None) -> Need:
     threads = params.runtime.threads or os.cpu_count() or 1
     if not propagates(params):
         block, linear = largest(project)
-        widest = max(statistics(project).features.values())
+        widest = sizes(folder).widest if methods()[params.method].needs == "gram" else 0
         return Need(_choosing(params, block, linear, widest, threads), disk=0)
     streams = 2 if RECONSTRUCTIONS[params.reconstruction].trains else 1
     walk, model = calibration_need(project, gram=_records_grams(params), streams=streams), sizes(folder)
