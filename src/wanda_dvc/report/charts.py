@@ -290,8 +290,10 @@ def accuracies(
     return figure
 
 
-def by_block(series: dict[str, list[tuple[int, float, float, float]]]) -> "Figure":
-    """Sparsity in percent by block: the mean of its linears, and how far they lie apart."""
+def by_block(
+    series: dict[str, list[tuple[int, float, float, float]]], *, y_label: str, top: float | None = None
+) -> "Figure":
+    """A measure by block: the mean of its linears, and how far they lie apart."""
     figure, axes = _figure()
     ax = axes[0, 0]
     for index, (label, points) in enumerate(series.items()):
@@ -304,10 +306,10 @@ def by_block(series: dict[str, list[tuple[int, float, float, float]]]) -> "Figur
         ax.fill_between(
             blocks, [low for *_, low, _ in points], [high for *_, high in points], color=color, alpha=0.2, linewidth=0
         )
-    ax.set_ylim(0, 100)
+    ax.set_ylim(0, top)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("block")
-    ax.set_ylabel("sparsity, %")
+    ax.set_ylabel(y_label)
     _legend(figure, [ax])
     return figure
 
@@ -423,8 +425,10 @@ def block_norms(inputs: list[tuple[str, list[float]]], times: float) -> "Figure"
     return figure
 
 
-def against_bytes(dense: tuple[float, float] | None, series: dict[str, list[tuple[float, float, str]]]) -> "Figure":
-    """Perplexity against megabytes, each point named."""
+def perplexity_against(
+    dense: tuple[float, float] | None, series: dict[str, list[tuple[float, float, str]]], *, x_label: str
+) -> "Figure":
+    """Perplexity against another measure, each point named."""
     figure, axes = _figure()
     ax = axes[0, 0]
     ys = [y for points in series.values() for _, y, _ in points] + ([dense[1]] if dense else [])
@@ -445,7 +449,7 @@ def against_bytes(dense: tuple[float, float] | None, series: dict[str, list[tupl
     if dense:
         ax.plot([dense[0]], [dense[1]], marker="*", markersize=11, color=INK, linestyle="none", label="dense")
     ax.margins(x=0.1)
-    ax.set_xlabel("megabytes of the model, zeros left out")
+    ax.set_xlabel(x_label)
     ax.set_ylabel("perplexity, log scale")
     _legend(figure, [ax])
     return figure

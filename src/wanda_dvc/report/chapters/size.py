@@ -42,7 +42,7 @@ def content(section: Section) -> Content:
                 "Quality against bytes",
                 "Perplexity on a log scale against the model's size with its zeros left out. A model that diverged is "
                 "not shown.",
-                charts.against_bytes(at_dense, series),
+                charts.perplexity_against(at_dense, series, x_label="megabytes of the model, zeros left out"),
             )
         )
     return parts

@@ -3,10 +3,11 @@
 from wanda_dvc.catalog import methods
 from wanda_dvc.report import charts
 from wanda_dvc.report.formatting import title
+from wanda_dvc.report.measures import pruned
 from wanda_dvc.report.norms import input_norms
 from wanda_dvc.report.pages import Content, literal, picture
 from wanda_dvc.report.rows import Row
-from wanda_dvc.report.section import Section
+from wanda_dvc.report.section import Section, sparsity
 from wanda_dvc.study.tensors import block_count
 
 
@@ -21,9 +22,10 @@ def content(section: Section) -> Content:
                 "Sparsity by block",
                 "Measured on the pruned weights; the shade is from a block's least to its most pruned linear. Curves "
                 "of one sparsity lie over each other.",
-                charts.by_block(series),
+                charts.by_block(series, y_label="sparsity, %", top=100),
             )
         )
+    parts += _layer_errors(section)
     by_stats: dict[str, Row] = {}
     for row in section.rows:
         if row.whole("stats") and block_count(row.study.stats, "calibrate"):
@@ -44,6 +46,46 @@ def content(section: Section) -> Content:
             )
         )
     return parts
+
+
+def _layer_errors(section: Section) -> Content:
+    """Pictures of the layer errors by block, and of perplexity against their mean, where Gram matrices are kept."""
+    rows = [row for row in section.ordered if row.plot("layer_error")]
+    if not rows:
+        return []
+    parts: Content = [
+        picture(
+            section.prefix + "layer-error",
+            "Layer error by block",
+            "How far a linear's output on the calibration text is off, ‖(W−Ŵ)X‖² / ‖WX‖², on the dense model's inputs. "
+            "The shade is from a block's least to its largest.",
+            charts.by_block({section.label(row): _errors_by_block(row) for row in rows}, y_label="layer error, %"),
+        )
+    ]
+    series: dict[str, list[tuple[float, float, str]]] = {}
+    for row in rows:
+        errors, perplexity = [float(line["error"]) for line in row.plot("layer_error")], pruned(row).perplexity
+        if isinstance(perplexity, float):
+            point = (100 * sum(errors) / len(errors), perplexity, sparsity(row))
+            series.setdefault(section.series(row), []).append(point)
+    if sum(map(len, series.values())) > 2:
+        parts.append(
+            picture(
+                section.prefix + "layer-error-perplexity",
+                "Perplexity against the layer error",
+                "The mean over all linears. Where points of different methods lie on one line, the layer error, which "
+                "needs no run of the model, predicts the perplexity.",
+                charts.perplexity_against(None, series, x_label="mean layer error, %"),
+            )
+        )
+    return parts
+
+
+def _errors_by_block(row: Row) -> list[tuple[int, float, float, float]]:
+    blocks: dict[int, list[float]] = {}
+    for line in row.plot("layer_error"):
+        blocks.setdefault(int(line["block"]), []).append(100 * float(line["error"]))
+    return [(block, sum(found) / len(found), min(found), max(found)) for block, found in sorted(blocks.items())]
 
 
 def _spared(section: Section) -> str:
