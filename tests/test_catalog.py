@@ -42,7 +42,7 @@ def test_every_stage_reads_its_settings_and_no_others(project: Callable[..., Pro
 
 
 # With these a stage reads the settings too that mean nothing by default.
-FURTHER = {"calibration__gram": "float32", "reconstruction": "block", "propagation": "pruned", "allocation": "slope"}
+FURTHER = {"calibration__gram": "float32", "reconstruction": "block", "propagation": "corrected", "allocation": "slope"}
 
 
 def test_a_setting_of_another_stage_is_out_of_reach(project: Callable[..., Project]):

@@ -189,10 +189,17 @@ class Params(_Section):
         "none", description=f"what happens to the weights that stay: {_choices(RECONSTRUCTIONS)}"
     )
     training: Training = Training()
-    propagation: Literal["dense", "pruned"] = Field(
+    propagation: Literal["dense", "pruned", "corrected"] = Field(
         "dense",
         description="calibrate each block on the outputs of dense blocks (cached), or of the pruned blocks before it, "
-        "as in the paper",
+        "as in the paper; `corrected`: as `pruned`, and the reconstruction aims at the dense model's outputs",
+    )
+    correction: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="of `propagation: corrected`: how far the weights move to those that give the dense outputs; 1 may "
+        "overfit the calibration text",
     )
     perplexity: Perplexity
     tasks: Tasks
@@ -280,6 +287,12 @@ class Params(_Section):
             yield (
                 f"params.yaml: {where}: got {name} without Gram matrices, expected calibration.gram float32 or "
                 "float16; set calibration.gram=float32 (one more pass of calibrate; `wanda-dvc cost` states their size)"
+            )
+        if self.propagation == "corrected" and reconstruction.function is None:
+            yield _problem(
+                "propagation",
+                "corrected with reconstruction none",
+                "a reconstruction, which can aim at the dense outputs; set reconstruction=least-squares",
             )
         if reconstruction.trains and self.propagation == "dense":
             yield _problem(

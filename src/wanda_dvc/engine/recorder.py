@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -66,15 +67,18 @@ class InputRecorder:
         key = (x.data_ptr(), x.shape, x.stride(), x._version)
         if key not in self._held:
             self._held[key] = (names[0], x)
-            where = x.device if x.is_cuda else "cpu"  # not every accelerator knows float64
-            tokens = x.flatten(0, -2)
-            self.stats.setdefault(names[0], InputStats.empty(x.shape[-1], where)).add(tokens)
-            if self.gram:
-                self.grams.setdefault(names[0], Gram.empty(x.shape[-1], where)).add(tokens)
+            self._add(names[0], x.flatten(0, -2))
         source = self._held[key][0]
         for name in names:
             if self.source.setdefault(name, source) != source:
                 raise UserError(f"{name}: reads {self.source[name]} in one window and {source} in another")
+
+    def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
+        """Add a distinct input to its statistics."""
+        where = x.device if x.is_cuda else "cpu"  # not every accelerator knows float64
+        self.stats.setdefault(name, InputStats.empty(x.shape[-1], where)).add(x)
+        if self.gram:
+            self.grams.setdefault(name, Gram.empty(x.shape[-1], where)).add(x)
 
     def result(self) -> BlockStats:
         """The statistics of all windows, and the linears that read each distinct input.
@@ -108,6 +112,38 @@ class InputRecorder:
     def end_window(self) -> None:
         """Release the window's inputs."""
         self._held.clear()
+
+
+@dataclass
+class CrossRecorder(InputRecorder):
+    """Also keeps X_denseᵀX of each distinct input, [in, in]: what the dense model reads times what this one reads.
+
+    Each window's dense row runs first, inside `dense`. An expert to which both rows send different tokens has none.
+    """
+
+    crosses: dict[str, Float64[Tensor, "in in"]] = field(default_factory=dict)
+    _dense: dict[str, Tensor] = field(default_factory=dict)  # one window's inputs
+    _is_dense: bool = False
+
+    @contextlib.contextmanager
+    def dense(self) -> Iterator[None]:
+        """Takes the inputs of the row that runs inside as the dense model's."""
+        self._dense, self._is_dense = {}, True
+        try:
+            yield
+        finally:
+            self._is_dense = False
+            self._held.clear()
+
+    def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
+        if self._is_dense:
+            self._dense[name] = x
+            return
+        super()._add(name, x)
+        dense = self._dense.get(name)
+        if dense is not None and len(dense) == len(x):
+            product = (dense.float().T @ x.float()).double()
+            self.crosses[name] = self.crosses[name].add_(product) if name in self.crosses else product
 
 
 class _ExpertCalls(TorchFunctionMode):

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import InputRecorder
+from wanda_dvc.engine.recorder import CrossRecorder, InputRecorder
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
@@ -139,20 +139,29 @@ class Step:
         return linear.weight
 
     @torch.no_grad()
-    def advance(self, recorder: InputRecorder | None = None, *, rows: range | None = None) -> None:
+    def advance(
+        self, recorder: InputRecorder | None = None, *, rows: range | None = None, beside: range | None = None
+    ) -> None:
         """Every row through this block, or some; a recorder sees the inputs of the block's linears.
 
-        Every row has to advance once, in order, before the turn is over; then what they were last given counts.
+        Every row has to advance once, in order, before the turn is over; then what they were last given counts. A
+        `CrossRecorder` sees the rows `beside`, one for each, as the dense model's.
         """
         rows = range(len(self.rows)) if rows is None else rows
         with recorder.recording(self.linears) if recorder else contextlib.nullcontext():
-            self.states.write(self._outputs(recorder, rows), first=rows.start)
+            self.states.write(self._outputs(recorder, rows, beside), first=rows.start)
         if recorder:
             recorder.check_finite(self.index)
 
-    def _outputs(self, recorder: InputRecorder | None, rows: range) -> Iterator[Float[Tensor, "length width"]]:
+    def _outputs(
+        self, recorder: InputRecorder | None, rows: range, beside: range | None
+    ) -> Iterator[Float[Tensor, "length width"]]:
         every = self.states.before
-        for number in rows:
+        for place, number in enumerate(rows):
+            if beside is not None and isinstance(recorder, CrossRecorder):
+                with recorder.dense():
+                    dense = beside[place]
+                    self.decoder.run(self.index, every[dense][None].to(self.decoder.device), self.rows[dense])
             before, row = every[number], self.rows[number]
             after = self.decoder.run(self.index, before[None].to(self.decoder.device), row)[0]
             if self.states.not_finite is None and not after.isfinite().all():

@@ -30,6 +30,7 @@ UNKNOWN_LICENSE = (
 PROPAGATION = {
     "dense": "every block calibrated on the outputs of dense blocks",
     "pruned": "every block calibrated on the outputs of the blocks pruned before it",
+    "corrected": "every block calibrated on the outputs of the blocks pruned before it, aiming at the dense model's",
 }
 TABLE = {"tablefmt": "github", "disable_numparse": True}
 

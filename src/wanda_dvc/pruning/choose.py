@@ -17,7 +17,7 @@ from wanda_dvc.pruning.allocation import greedy_error, outlier_ratio
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.selection import keep_by_share, select
-from wanda_dvc.pruning.solvers import Prepared, Solved
+from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
 WEIGHTS_AT_A_TIME = 2**22  # rows are scored in slices of about so many weights, to bound memory
@@ -115,6 +115,30 @@ def choose_block(
             for name in names
         }
         return {name: job.result() for name, job in jobs.items()}
+
+
+def aim_block(
+    weights: Callable[[str], Tensor],
+    block: Readers,
+    *,
+    grams: Mapping[str, Gram],
+    crosses: Mapping[str, Tensor],
+    strength: float,
+) -> dict[str, Tensor]:
+    """Return the weights that one block's linears aim at, so that pruned inputs give the dense outputs; as stored.
+
+    float32. `crosses` holds X_denseᵀX of the distinct inputs; the readers of one without keep their weights.
+    """
+    aimed = {}
+    for name, prepared in _prepared(block, grams):
+        source = next(source for source, names in block.readers.items() if name in names)
+        weight = weights(name).float()
+        if prepared is not None and source in crosses:
+            across = name in block.transposed
+            target = corrected_target(_turned(weight, across), prepared, crosses[source].float(), strength=strength)
+            weight = _turned(target, across)
+        aimed[name] = weight.contiguous()
+    return aimed
 
 
 def reconstruct(

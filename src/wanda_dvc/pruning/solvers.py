@@ -107,6 +107,11 @@ class Solved:
     damping: float  # that was used
     raised: bool  # whether G was not positive definite with the damping asked for
 
+    @property
+    def told(self) -> dict[str, float]:
+        """All but the tensors."""
+        return {name: getattr(self, name) for name in ("unchanged", "dead", "damping", "raised")}
+
 
 def least_squares(  # noqa: PLR0913 - the problem, and constants of the method
     weight: Float[Tensor, "out in"],

@@ -141,6 +141,7 @@ STAGES = {
                 "reconstruction",
                 "training",
                 "propagation",
+                "correction",
             ),
         ),
         Stage(

@@ -27,9 +27,6 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import SEALED, block_count, read_grams, read_masks, read_weights
 
-# How a reconstruction went: rows without a lower error, dead features, and damping where more was needed than planned.
-TOLD = ("unchanged", "dead", "damping", "raised")
-
 CARD = """\
 ---
 library_name: transformers
@@ -177,10 +174,11 @@ class Parts:
             )
         across = bool(self.grams) and linear in self.grams[block].transposed
         if self.changed:
-            values = self.changed[block].get(linear, weight)
+            weights, told = self.changed[block]
+            values, solved = weights.get(linear, weight), told.get(linear, {})
         elif self.reconstruction.function is not None and prepared is not None:
             one = reconstruct(weight, keep, prepared, reconstruction=self.reconstruction, transposed=across)
-            values, solved = one.weight, {name: getattr(one, name) for name in TOLD}
+            values, solved = one.weight, one.told
         masked = _masked(weight, keep)
         made = masked if values is weight else _masked(values, keep)
         error = masked_error = None
@@ -216,7 +214,7 @@ def prune(study: Project, target: Path, reconstruction: str = "none") -> dict[st
         made, found[address.linear] = parts.make(address)
         return made
 
-    others = {name: weight for changed in parts.changed for name, weight in changed.items() if name not in blocks}
+    others = {name: weight for changed, _ in parts.changed for name, weight in changed.items() if name not in blocks}
     addresses = [checkpoint.find(name) for name in (*blocks, *others)]
     written = checkpoint.copy(target, addresses, pruned, without=(PROVENANCE, "README.md"))
     for _ in progress(written, total=len(addresses), what="apply, weights"):

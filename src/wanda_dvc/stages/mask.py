@@ -1,7 +1,7 @@
 """Choose the weights that stay: scores from weights and statistics, `keep` masks from scores."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 
@@ -14,7 +14,7 @@ from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.sizes import SELECTION, Memory, Need, Sizes, choosing, propagating, sizes, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
-from wanda_dvc.pruning.choose import Target, choose_block, reconstruct_block
+from wanda_dvc.pruning.choose import Target, aim_block, choose_block, reconstruct_block
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.stages import STAGES
@@ -80,7 +80,7 @@ def mask(*, project: Project) -> None:
                 measured = read_stats(project.stats, block)
                 unreached[block] = measured.unreached()
                 grams = read_grams(project.gram, block) if methods()[params.method].needs == "gram" else {}
-                write_masks(work.out, block, keeps(params, checkpoint, measured, shares[block], grams))
+                write_masks(work.out, block, keeps(params, checkpoint.weight, measured, shares[block], grams))
             if methods()[params.method].needs_inputs():
                 say_unreached("mask", unreached)
         seal(work.out, made_from)
@@ -89,6 +89,7 @@ def mask(*, project: Project) -> None:
         beside.publish(project.weights)
 
 
+Weights = Callable[[str], Tensor]
 CHOICES = ("method", "sparsity", "pattern", "group", "propagation", "allocation", "allocation_strength")
 
 
@@ -96,15 +97,18 @@ def _further(params: Params) -> Json:
     """Return the settings that masks follow from only because the next block reads what they make."""
     if not propagates(params):
         return {}
-    trains = RECONSTRUCTIONS[params.reconstruction].trains
-    training = {"training": params.training.model_dump()} if trains else {}
-    return {"reconstruction": params.reconstruction} | training
+    described: Json = {"reconstruction": params.reconstruction}
+    if RECONSTRUCTIONS[params.reconstruction].trains:
+        described["training"] = params.training.model_dump()
+    if params.propagation == "corrected":
+        described["correction"] = params.correction
+    return described
 
 
 def propagates(params: Params) -> bool:
     """Whether masks are chosen on the outputs of pruned blocks, and not from stats/."""
     solves = RECONSTRUCTIONS[params.reconstruction].function is not None
-    return params.propagation == "pruned" and (methods()[params.method].needs_inputs() or solves)
+    return params.propagation != "dense" and (methods()[params.method].needs_inputs() or solves)
 
 
 def reads_grams(params: Params) -> bool:
@@ -114,12 +118,12 @@ def reads_grams(params: Params) -> bool:
 
 
 def keeps(
-    params: Params, checkpoint: Checkpoint, block: BlockStats, share: Fraction, grams: Mapping[str, Gram]
+    params: Params, weights: Weights, block: BlockStats, share: Fraction, grams: Mapping[str, Gram]
 ) -> dict[str, Tensor]:
-    """Return the masks of one block's linears, every linear with the same share."""
+    """Return the masks of one block's linears, every linear with the same share; `weights` reads a stored weight."""
     target = Target(share, params.pattern, params.group)
     targets = {name: target for names in block.readers.values() for name in names}
-    return choose_block(checkpoint.weight, block, method=methods()[params.method], targets=targets, grams=grams)
+    return choose_block(weights, block, method=methods()[params.method], targets=targets, grams=grams)
 
 
 def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and where they go
@@ -127,7 +131,7 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
 ) -> None:
     """Follow the paper's procedure: each block is calibrated on the outputs of the blocks pruned before it."""
     # Only here is a model run: without the engine and transformers a further sparsity starts seconds earlier.
-    from wanda_dvc.engine.recorder import InputRecorder
+    from wanda_dvc.engine.recorder import CrossRecorder, InputRecorder
     from wanda_dvc.engine.rows import as_rows
     from wanda_dvc.engine.training import train
     from wanda_dvc.engine.walk import walk
@@ -142,32 +146,40 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
         )
     check_ready(project, "dense")
     params = project.params
-    method, reconstruction = methods()[params.method], RECONSTRUCTIONS[params.reconstruction]
+    reconstruction = RECONSTRUCTIONS[params.reconstruction]
     decoder = open_decoder(project, "dense", dtype=measured_with["dtype"])
     windows = as_rows(calibration_windows(project, measured_with))
     kept = finished_blocks(work.out)
     if reconstruction.function is not None:
         kept = min(kept, finished_blocks(beside.out))
-    # A training needs the dense block's outputs too: the same windows, through dense blocks, come first.
-    dense = range(len(windows) if reconstruction.trains else 0)
+    # A training needs the dense block's outputs too, a correction its inputs: the same windows, through dense blocks,
+    # come first.
+    dense = range(len(windows) if _runs_dense(params) else 0)
     pruned = range(len(dense), len(dense) + len(windows))
     steps = walk(decoder, [*windows, *windows] if dense else windows, work.path, kept=kept)
     unreached = {}
     for step in progress(steps, total=len(decoder.blocks), what="mask, blocks calibrated and pruned"):
         if dense:
             step.advance(rows=dense)
-        recorder = InputRecorder(gram=method.needs == "gram" or reconstruction.function is not None)
-        step.advance(recorder, rows=pruned)
+        corrects = params.propagation == "corrected"
+        weights: Weights = checkpoint.weight
+        recorder = (CrossRecorder if corrects else InputRecorder)(gram=_records_grams(params))
+        step.advance(recorder, rows=pruned, beside=dense if corrects else None)
         measured = recorder.result()
         unreached[step.index] = measured.unreached()
-        chosen = keeps(params, checkpoint, measured, shares[step.index], recorder.grams)
+        if isinstance(recorder, CrossRecorder):
+            aimed = aim_block(
+                weights, measured, grams=recorder.grams, crosses=recorder.crosses, strength=params.correction
+            )
+            weights = aimed.__getitem__
+        chosen = keeps(params, weights, measured, shares[step.index], recorder.grams)
         if reconstruction.function is None:
             step.prune(chosen)
         else:
-            solved = reconstruct_block(
-                checkpoint.weight, measured, reconstruction=reconstruction, keeps=chosen, grams=recorder.grams
+            solved = dict(
+                reconstruct_block(weights, measured, reconstruction=reconstruction, keeps=chosen, grams=recorder.grams)
             )
-            changed = {name: one.weight for name, one in solved}
+            changed = {name: one.weight.to(checkpoint.weight(name).dtype) for name, one in solved.items()}
             step.prune(chosen)  # where no token came, nothing is solved
             step.replace(changed)
             if reconstruction.trains:
@@ -175,7 +187,7 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
                 trained = train(step, chosen, rows=pruned, targets=targets, **training.model_dump())
                 changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
                 step.replace(changed)
-            write_weights(beside.out, step.index, changed)
+            write_weights(beside.out, step.index, changed, {name: one.told for name, one in solved.items()})
         write_masks(work.out, step.index, chosen)
         step.advance(rows=pruned)
     say_unreached("mask", unreached)  # of the blocks that this run has calibrated
@@ -195,12 +207,13 @@ def need(project: Project, _: str | None = None) -> Need:
         block, linear = largest(project)
         widest = sizes(folder).widest if methods()[params.method].needs == "gram" else 0
         return Need(_choosing(params, block, linear, widest, threads), disk=0)
-    streams = 2 if RECONSTRUCTIONS[params.reconstruction].trains else 1
+    streams = 2 if _runs_dense(params) else 1
     walk, model = calibration_need(project, gram=_records_grams(params), streams=streams), sizes(folder)
     chosen = _choosing(params, model.block, model.linear, model.widest, threads)
     if walk.memory is None or walk.disk is None:
         return walk
-    memory = propagating(walk.memory, chosen, model=model, dtype=params.dtype, trains=streams > 1)
+    trains = RECONSTRUCTIONS[params.reconstruction].trains
+    memory = propagating(walk.memory, chosen, model=model, dtype=params.dtype, trains=trains)
     return replace(walk, memory=memory, disk=walk.disk + _weights_bytes(params, model))
 
 
@@ -217,15 +230,21 @@ def cost(params: Params, on: Setting) -> Cost:
     once = calibration_cost(params, on, gram=_records_grams(params))
     # The pruned windows twice. A training also runs the dense ones, and three times as much for each epoch: forwards,
     # and twice backwards.
-    passes = 2 + (1 + 3 * params.training.epochs if reconstruction.trains else 0)
+    passes = 2 + _runs_dense(params) * (1 + (params.propagation == "corrected"))
+    passes += 3 * params.training.epochs if reconstruction.trains else 0
     walked = on.walk(passes * params.calibration.samples, params.calibration.length, once.memory)
     solving = solving_seconds(reconstruction.function is not None, on)
     return replace(
         walked,
-        disk=masks + once.disk * (2 if reconstruction.trains else 1) + _weights_bytes(params, model),
+        disk=masks + once.disk * (2 if _runs_dense(params) else 1) + _weights_bytes(params, model),
         memory=propagating(once.memory, memory, model=model, dtype=on.dtype, trains=reconstruction.trains),
         seconds=walked.seconds + chosen.seconds + solving,
     )
+
+
+def _runs_dense(params: Params) -> bool:
+    """Whether a walk takes the dense model's windows along."""
+    return RECONSTRUCTIONS[params.reconstruction].trains or params.propagation == "corrected"
 
 
 def _records_grams(params: Params) -> bool:

@@ -123,14 +123,21 @@ class Grams(Mapping[str, "Gram"]):
         return len(self._inputs)
 
 
-def write_weights(folder: Path, block: int, weights: "dict[str, Tensor]") -> None:
-    """Write the weights of one block that a reconstruction has changed, named, oriented and typed as stored."""
-    _save(block_file(folder, block), {name: weight.contiguous() for name, weight in weights.items()}, {})
+def write_weights(folder: Path, block: int, weights: "dict[str, Tensor]", solved: Json) -> None:
+    """Write the weights of one block that a reconstruction has changed, named, oriented and typed as stored.
+
+    Header: how each linear was solved for.
+    """
+    _save(block_file(folder, block), {name: x.contiguous() for name, x in weights.items()}, {"solved": solved})
 
 
-def read_weights(folder: Path, block: int) -> "dict[str, Tensor]":
-    """Read the weights of one block that a reconstruction has changed."""
-    return _load(block_file(folder, block), "mask")[0]
+def read_weights(folder: Path, block: int) -> "tuple[dict[str, Tensor], Json]":
+    """Read the weights of one block that a reconstruction has changed, and how each linear was solved for."""
+    path = block_file(folder, block)
+    weights, header = _load(path, "mask")
+    if not isinstance(header.get("solved"), dict):
+        raise _damaged(path, "its header does not say how its weights were solved for", "mask")
+    return weights, header["solved"]
 
 
 def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:

@@ -94,8 +94,8 @@ def _title(project: Project) -> str:
         return f"{project.params.model}: no masks yet; `dvc repro` makes them."
     made = masks["params"]
     group = f", group {made['group']}" if made["pattern"] == "unstructured" else ""
-    if made["propagation"] == "pruned":
-        group += ", propagation pruned"
+    if made["propagation"] != "dense":
+        group += f", propagation {made['propagation']}"
     if made.get("allocation", "uniform") != "uniform":
         group += f", allocation {made['allocation']}"
     if project.params.reconstruction != "none":
