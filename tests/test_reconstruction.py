@@ -12,20 +12,25 @@ import pytest
 import torch
 from conftest import save_tiny_model
 from test_stages import fetch, tree
+from transformers import AutoModelForCausalLM
 
 from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.engine.recorder import CrossRecorder
+from wanda_dvc.engine.walk import walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import read_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_count, read_grams, read_masks, read_stats
 
 Make = Callable[..., Project]
+PROPAGATIONS = ("dense", "pruned", "corrected")
 PATTERNS: tuple[dict[str, Any], ...] = (
     {},
     {"pattern": "2:4"},
@@ -79,7 +84,7 @@ def allowed(**changes: Any) -> bool:
 COMBINATIONS = [
     {"method": method, "reconstruction": reconstruction, "propagation": propagation, **pattern}
     for pattern, reconstruction, propagation, method in itertools.product(
-        PATTERNS, RECONSTRUCTIONS, ("dense", "pruned"), methods()
+        PATTERNS, RECONSTRUCTIONS, PROPAGATIONS, methods()
     )
     # Every pattern with every method, and every reconstruction with every method where zeros may stand anywhere.
     if not pattern or (reconstruction, propagation) == ("least-squares", "dense")
@@ -87,9 +92,11 @@ COMBINATIONS = [
 ]
 
 
-def test_only_a_training_and_the_variant_are_refused():
-    refused = len(methods()) + 4  # block with dense propagation; the variant with a pattern or a group
-    assert len(COMBINATIONS) == len(methods()) * (len(RECONSTRUCTIONS) * 2 + len(PATTERNS) - 1) - refused
+def test_only_what_makes_no_sense_is_refused():
+    # A training of dense blocks, a correction of weights that stay as they are; the variant with a pattern or a group.
+    refused = 2 * len(methods()) + 4
+    every = len(methods()) * (len(RECONSTRUCTIONS) * len(PROPAGATIONS) + len(PATTERNS) - 1)
+    assert len(COMBINATIONS) == every - refused
 
 
 @pytest.mark.parametrize("changes", COMBINATIONS, ids=lambda changes: "-".join(map(str, changes.values())))
@@ -192,6 +199,10 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
         ({"allocation": "lsa", "calibration__gram": "none"}, "allocation: got lsa without Gram matrices"),
         ({"allocation": "slope", "pattern": "2:4"}, "allocation: got slope, expected uniform"),
         ({"allocation_strength": 0.1}, "allocation_strength: got 0.1, expected null"),
+        (
+            {"propagation": "corrected"},
+            "propagation: got corrected with reconstruction none, expected a reconstruction",
+        ),
         ({"reconstruction": "block"}, "reconstruction: got block with propagation dense, expected propagation pruned"),
         ({"allocation": "steep"}, "allocation: got steep, expected uniform, slope, owl or lsa"),
     ],
@@ -199,6 +210,40 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
 def test_combinations_that_make_no_sense_are_refused(study: Make, changes: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         study(**changes).params  # noqa: B018
+
+
+def test_where_nothing_is_removed_nothing_is_corrected(study: Make):
+    made = study(sparsity=0.0, propagation="corrected", reconstruction="least-squares", correction=1.0)
+    mask(project=made)
+    apply(project=made)
+    dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
+    for name in dense.where:
+        torch.testing.assert_close(pruned.read(Address(name)), dense.read(Address(name)), rtol=1e-3, atol=1e-4)
+
+
+def test_cross_products_are_those_of_both_windows_inputs(study: Make, tmp_path: Path):
+    """Against the inputs that hooks of our own see in transformers' whole model."""
+    made = study()
+    generator = torch.Generator().manual_seed(0)
+    dense, pruned = torch.randint(0, 256, (2, 3, 20), generator=generator)
+    seen = []
+    model = AutoModelForCausalLM.from_pretrained(made.model("dense"))
+    for windows in (dense, pruned):
+        inputs: list[torch.Tensor] = []
+        hook = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, x, to=inputs: to.append(x[0]))
+        with torch.no_grad():
+            model(windows)
+        hook.remove()
+        seen.append(inputs[0].flatten(0, 1))
+    decoder = open_decoder(made, "dense")
+    steps = walk(decoder, torch.cat([dense, pruned]), tmp_path / "walk")
+    step = next(steps)  # whose block stays as long as `steps`
+    recorder = CrossRecorder(gram=True)
+    step.advance(rows=range(3))
+    step.advance(recorder, rows=range(3, 6), beside=range(3))
+    name = "model.layers.0.mlp.down_proj"
+    torch.testing.assert_close(recorder.crosses[name].float(), seen[0].T @ seen[1], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(recorder.grams[name].matrix(), seen[1].T @ seen[1], rtol=1e-4, atol=1e-2)
 
 
 def test_a_training_is_the_same_twice_and_another_with_another_seed(study: Make):
@@ -224,10 +269,6 @@ def test_a_training_brings_the_block_nearer_to_the_dense_one(study: Make):
 
 
 def _distance(study: Project) -> float:
-    from transformers import AutoModelForCausalLM
-
-    from wanda_dvc.stages.inputs import calibration_windows
-
     windows = calibration_windows(study)
     hidden = []
     for which in ("dense", "pruned"):
@@ -246,10 +287,10 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(study: Make, mon
     shutil.rmtree(made.weights)
     written = stage.write_weights
 
-    def killed(folder: Path, block: int, weights: dict[str, torch.Tensor]) -> None:
+    def killed(folder: Path, block: int, *content: Any) -> None:
         if block == 1:
             raise KeyboardInterrupt
-        written(folder, block, weights)
+        written(folder, block, *content)
 
     monkeypatch.setattr(stage, "write_weights", killed)
     with pytest.raises(KeyboardInterrupt):
