@@ -38,7 +38,7 @@ def test_every_stage_reads_its_settings_and_no_others(project: Callable[..., Pro
                 run(stage.name, project=project(**further), part=part, task=task)
             read[stage.name, part] = set().union(*reads)
             assert read[stage.name, part] - {"runtime"} == set(stage.settings_of(part)), (stage.name, part)
-    assert len(read) == 4 + 3 + 2 + 2
+    assert len(read) == 1 + 4 + 3 + 2 + 2
 
 
 # With these a stage reads the settings too that mean nothing by default.

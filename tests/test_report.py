@@ -34,7 +34,7 @@ from wanda_dvc.report.pages import Content, Picture, Table, as_html, as_markdown
 from wanda_dvc.report.published import sources
 from wanda_dvc.report.rows import Collected, Note, Row, Unfinished, identity, peak_memory
 from wanda_dvc.report.runs import runs
-from wanda_dvc.stages import STAGES
+from wanda_dvc.stages import PARTS, STAGES
 from wanda_dvc.study.files import write_csv, write_json
 from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project
@@ -210,9 +210,13 @@ def write_results(
         write_json(
             root / folder / "provenance.json", {"of": [folder, *([method, sparsity] if "pruned" in folder else [])]}
         )
-    (root / "stats").mkdir(exist_ok=True)
-    seal(root / "stats", {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
-    write_json(root / "masks/provenance.json", {"of": [method, sparsity]})
+    for part in PARTS:
+        write_json(project.source(part), {"source": part})
+    for folder in ("stats", "gram"):
+        (root / folder).mkdir(exist_ok=True)
+        seal(root / folder, {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
+    for folder in ("masks", "weights"):
+        write_json(root / folder / "provenance.json", {"of": [method, sparsity]})
     for model, mean, count in (("dense", 2.0, 24), ("pruned", loss, right)):
         of = {"model": [method, sparsity] if model == "pruned" else [], "text": {"sha256": text}}
         protocol = of | {"windows": 3 if rest else 4, "length": 64, "rest": rest or "dropped", "tokens_sha256": text}
@@ -228,8 +232,11 @@ def write_results(
         write_json(project.metrics(model, "zero_shot/piqa"), {"acc": count / 40})
     write_json(project.metrics("pruned", "sparsity"), {"sparsity": sparsity})
     write_json(project.details("pruned", "sparsity"), {})
+    write_json(project.details("pruned", "layer_error"), {"protocol": {"model": [method, sparsity]}, "linears": {}})
     lines = [[block, "q_proj", 1000, int(1000 * sparsity), sparsity, 4000] for block in range(2)]
     write_csv(project.plots("sparsity"), ["block", "linear", "weights", "zeros", "sparsity", "bytes"], lines)
+    errors = [[block, "q_proj", sparsity / (2 + block), sparsity] for block in range(2)]
+    write_csv(project.plots("layer_error"), ["block", "linear", "error", "masked"], errors)
     write_csv(project.plots("norms"), ["block"], [])
     for run, key in keys_of(project).items():
         seconds = loss if run.endswith("pruned") and math.isfinite(loss) else 1.0
