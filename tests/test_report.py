@@ -456,7 +456,7 @@ def test_markdown_shows_names_as_they_are(tmp_path: Path):
     tables = [token for token in tokens if token.type == "table_open"]
     assert len(tables) == 8
     bold = sum(token.type == "strong_open" for token in flat)
-    assert bold == sum(token.type == "image" for token in flat) == 6
+    assert bold == sum(token.type == "image" for token in flat) == 7
 
 
 def test_a_pictures_text_is_not_rewritten():
