@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from wanda_dvc.study.provenance import PROVENANCE, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
 from wanda_dvc.views.show import check_layer
 
+TITLE_WIDTH = 80  # letters that a line of a picture's title holds
 SHOWN = 20  # rows of a table; JSON lists all
 
 
@@ -35,11 +37,12 @@ def plot(*, folder: Path, target: Path, layer: int | None = None) -> str:
         measured = read_stats(folder, layer)
         inputs = [(measured.label(name), x.norm.tolist()) for name, x in measured.inputs.items()]
         figure, what = block_norms(inputs, OUTLIER), f"of block {layer} by feature"
-    figure.suptitle(
-        f"Input norms ‖X‖₂ {what.partition(',')[0]}: {provenance['model']['source']}, {_described(provenance)}\n"
+    lines = [
+        f"Input norms ‖X‖₂ {what.partition(',')[0]}: {provenance['model']['source']}",
+        _described(provenance),
         f"outlier: a feature of more than {OUTLIER} times the median norm of its input",
-        fontsize=9,
-    )
+    ]
+    figure.suptitle("\n".join("\n".join(textwrap.wrap(line, TITLE_WIDTH)) for line in lines), fontsize=9)
     png(figure, target)
     return f"{target}: norms {what}"
 
