@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wanda_dvc.pruning.allocation import greedy_error, lsa, outlier_ratio, owl, shift, slope, uniform
+from wanda_dvc.pruning.allocation import greedy_error, lsa, outlier_ratio, owl, settle, shift, slope, uniform
+from wanda_dvc.pruning.selection import removed
 
+GROUPS = st.lists(st.tuples(st.integers(1, 40), st.integers(4, 60)), min_size=1, max_size=3)
 FLOAT = st.floats(0, 100, allow_subnormal=False)
 
 
@@ -83,3 +85,21 @@ def test_the_greedy_error_is_that_of_the_weights_that_go(features):
         total += (row[gone] @ gram.double()[gone][:, gone] @ row[gone]).item()
     assert greedy_error(weight, gram) == pytest.approx(total, rel=1e-3)
     assert greedy_error(2 * weight, gram) == pytest.approx(4 * greedy_error(weight, gram), rel=1e-5)
+
+
+@given(st.lists(GROUPS, min_size=1, max_size=5), st.integers(0, 90).map(lambda percent: Fraction(percent, 100)))
+def test_rounding_down_is_made_up_for(groups: list[list[tuple[int, int]]], sparsity: Fraction):
+    """All parts get the same constant, and what goes comes nearer to the sparsity."""
+    sizes = [sum(number * size for number, size in part) for part in groups]
+    raw = slope(sparsity, sizes)
+    settled = settle(raw, sparsity, groups)
+    constants = {after - before for before, after in zip(raw, settled, strict=True) if after < 1}
+    assert len(constants) <= 1
+    assert all(0 <= constant <= Fraction(1, 4) for constant in constants)
+
+    def off(shares: list[Fraction]) -> Fraction:
+        gone = sum(n * removed(size, s) for s, part in zip(shares, groups, strict=True) for n, size in part)
+        return abs(gone - sparsity * sum(sizes))
+
+    assert off(settled) <= off(raw)
+    assert off(settled) <= max(n for part in groups for n, _ in part) * sum(map(len, groups))

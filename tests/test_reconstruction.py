@@ -184,10 +184,11 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
     mask(project=made)
     keeps = [keep for block in range(2) for keep in read_masks(made.masks, block).values()]
     zeros = sum(int((~keep).sum()) for keep in keeps)
-    # Every row removes a whole number of weights, rounded down.
-    slack = sum(len(keep) for keep in keeps)
     total = sum(keep.numel() for keep in keeps)
-    assert 0 <= 0.6 * total - zeros <= slack
+    if allocation == "uniform":  # every row removes a whole number of weights, rounded down
+        assert 0 <= 0.6 * total - zeros <= sum(len(keep) for keep in keeps)
+    else:  # the rounding is made up for, to within the rows that lose one weight more together
+        assert abs(0.6 * total - zeros) <= sum(len(keep) for keep in keeps) / 4
     blocks = [[keep.float().mean().item() for keep in read_masks(made.masks, block).values()] for block in range(2)]
     assert (abs(sum(blocks[0]) - sum(blocks[1])) < 1e-6) == (allocation == "uniform")
 

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.pruning.allocation import settle
 from wanda_dvc.pruning.choose import function_of
 from wanda_dvc.stages.inputs import Statistics
 from wanda_dvc.stages.running import progress
@@ -17,10 +18,15 @@ def allocate(project: Project, stats: Statistics, checkpoint: Checkpoint) -> lis
     row = ALLOCATIONS[params.allocation]
     if row.strength is None:
         return [params.share] * stats.blocks
-    sizes, ratings = [], []
+    groups: list[list[tuple[int, int]]] = []  # of each block's linears
+    ratings = []
     for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks rated"):
         measured = read_stats(project.stats, block)
-        sizes.append(sum(checkpoint.weight(name).numel() for names in measured.readers.values() for name in names))
+        groups.append([])
+        for source, names in measured.readers.items():
+            for name in names:
+                count, features = checkpoint.weight(name).numel(), len(measured.inputs[source].sum)
+                groups[-1].append((count // features, features) if params.group == "row" else (1, count))
         if row.rating is not None:
             grams = read_grams(project.gram, block) if row.needs == "gram" else {}
             ratings.append(function_of(row.rating)(checkpoint.weight, measured, grams))
@@ -28,5 +34,5 @@ def allocate(project: Project, stats: Statistics, checkpoint: Checkpoint) -> lis
     if params.allocation_strength is not None:
         exact = Fraction(str(params.allocation_strength))
         words.append(exact if row.rating is None else float(exact))
-    shares: list[Fraction] = function_of(row.function)(params.share, sizes, *words)
-    return shares
+    sizes = [sum(number * size for number, size in linears) for linears in groups]
+    return settle(function_of(row.function)(params.share, sizes, *words), params.share, groups)
