@@ -206,7 +206,6 @@ AS_RUN: dict[str, str | None] = {
     ". .venv/bin/activate": None,  # the tests' environment is active
     "dvc exp run -S model=Qwen/Qwen2.5-0.5B": None,  # needs the Hub
     # test_pipeline.py changes the model, test_sources.py the texts
-    "dvc exp run -S model=/data/my-model": None,
     "dvc exp run -S perplexity.text.source=/data/test.jsonl -S perplexity.text.split=null": None,
     "wanda-dvc preset smollm2-135m-wikitext2": "wanda-dvc preset",  # the preset's model comes from the package registry
     "dvc exp run --queue -S sparsity=0.3,0.5,0.7 -S method=magnitude,wanda": None,  # test_pipeline.py queues one
