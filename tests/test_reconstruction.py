@@ -301,6 +301,13 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(study: Make, mon
     assert (tree(made.masks), tree(made.weights)) == whole
 
 
+def test_masks_that_were_chosen_with_another_reconstruction_are_refused(study: Make):
+    """With `propagation: pruned` a reconstruction decides on the masks, and its weights are in weights/."""
+    mask(project=study(reconstruction="block", propagation="pruned"))
+    with pytest.raises(UserError, match="masks/: chosen with reconstruction block, expected least-squares"):
+        apply(project=study(reconstruction="least-squares", propagation="pruned"))
+
+
 def test_parts_that_do_not_belong_together_are_refused(study: Make, tmp_path: Path):
     made = study(reconstruction="least-squares")
     mask(project=made)

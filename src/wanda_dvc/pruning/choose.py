@@ -90,7 +90,7 @@ def choose_block(
 
     `weights` reads a linear's stored weight, `targets` has an entry for each linear, and `grams` holds the Gram matrix
     of each distinct input where the method needs it. Scored linears are chosen in parallel, by as many threads as torch
-    has; a solver uses all threads for one linear.
+    has; a solver uses all threads for one linear, and runs where its Gram matrix is.
     """
     if method.competition == "solver":
         solve, chosen = function_of(method.function), {}
@@ -99,7 +99,8 @@ def choose_block(
             weight = _turned(weights(name), across)
             prepared = prepared or prepare(Gram.empty(weight.shape[1]), name)
             target = targets[name]
-            solved = solve(weight, prepared, share=target.share, pattern=target.pattern, group=target.group)
+            there = weight.to(prepared.gram.device)
+            solved = solve(there, prepared, share=target.share, pattern=target.pattern, group=target.group)
             chosen[name] = _turned(solved.keep, across).contiguous()
         return chosen
 
@@ -135,8 +136,9 @@ def aim_block(
         weight = weights(name).float()
         if prepared is not None and source in crosses:
             across = name in block.transposed
-            target = corrected_target(_turned(weight, across), prepared, crosses[source].float(), strength=strength)
-            weight = _turned(target, across)
+            there = _turned(weight, across).to(prepared.gram.device)
+            target = corrected_target(there, prepared, crosses[source].float(), strength=strength)
+            weight = _turned(target, across).to(weight)
         aimed[name] = weight.contiguous()
     return aimed
 
@@ -144,10 +146,11 @@ def aim_block(
 def reconstruct(
     weight: Tensor, keep: Tensor, prepared: Prepared, *, reconstruction: Reconstruction, transposed: bool = False
 ) -> Solved:
-    """Return the weights of one linear on its mask, oriented and typed as `weight` and `keep` are stored."""
+    """Return the weights of one linear on its mask, oriented, typed and placed as `weight` is stored."""
     solve = function_of(reconstruction.function or "")
-    solved: Solved = solve(_turned(weight, transposed), _turned(keep, transposed), prepared)
-    return replace(solved, weight=_turned(solved.weight, transposed).contiguous().to(weight.dtype))
+    there = (_turned(x, transposed).to(prepared.gram.device) for x in (weight, keep))
+    solved: Solved = solve(*there, prepared)
+    return replace(solved, weight=_turned(solved.weight, transposed).contiguous().to(weight))
 
 
 def reconstruct_block(

@@ -20,7 +20,7 @@ from wanda_dvc.pruning.choose import prepare, reconstruct
 from wanda_dvc.pruning.gram import layer_error
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.stages.inputs import largest
-from wanda_dvc.stages.running import progress
+from wanda_dvc.stages.running import progress, solving_device
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.project import Project
@@ -125,6 +125,12 @@ def describe_pruned(study: Project, reconstruction: str) -> Json:
             f"masks/: made for {made['model']['source']}, expected {dense['source']}, the model in models/dense; "
             "run `dvc repro` or `wanda-dvc mask`"
         )
+    chosen_with = made["params"].get("reconstruction", reconstruction)  # named where it decides what the masks are
+    if chosen_with != reconstruction:
+        raise UserError(
+            f"masks/: chosen with reconstruction {chosen_with}, expected {reconstruction}, as params.yaml has it; "
+            "run `dvc repro` or `wanda-dvc mask`"
+        )
     # Only what the masks record: with this run's library versions, the same model would have other bytes.
     described = {name: value for name, value in made.items() if name not in SEALED}
     from_where = {}
@@ -154,7 +160,8 @@ class Parts:
         self.keeps = [read_masks(study.masks, block) for block in range(block_count(study.masks, "mask"))]
         self.blocks = {linear: block for block, keeps in enumerate(self.keeps) for linear in keeps}
         self.changed = [read_weights(study.weights, block) for block in range(block_count(study.weights, "mask"))]
-        self.grams = [read_grams(study.gram, block) for block in range(block_count(study.gram, "calibrate"))]
+        device = solving_device(study.params.runtime)
+        self.grams = [read_grams(study.gram, block, device) for block in range(block_count(study.gram, "calibrate"))]
         self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}
         self._prepared = lru_cache(maxsize=2)(lambda block, source: prepare(self.grams[block][source], source))
 
@@ -192,7 +199,7 @@ class Parts:
 
 def _error(weight: Tensor, made: Tensor, prepared: Prepared, across: bool) -> float:
     """Return the layer error of one linear, whose weights may be stored transposed."""
-    dense, pruned = ((w.T if across else w).float() for w in (weight, made))
+    dense, pruned = ((w.T if across else w).float().to(prepared.gram.device) for w in (weight, made))
     return layer_error(dense, pruned, prepared.gram)
 
 

@@ -31,7 +31,7 @@ from wanda_dvc.stages.inputs import (
     open_decoder,
     statistics,
 )
-from wanda_dvc.stages.running import progress, say_unreached
+from wanda_dvc.stages.running import progress, say_unreached, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance
@@ -79,7 +79,8 @@ def mask(*, project: Project) -> None:
                     continue
                 measured = read_stats(project.stats, block)
                 unreached[block] = measured.unreached()
-                grams = read_grams(project.gram, block) if methods()[params.method].needs == "gram" else {}
+                solves = methods()[params.method].needs == "gram"
+                grams = read_grams(project.gram, block, solving_device(params.runtime)) if solves else {}
                 write_masks(work.out, block, keeps(params, checkpoint.weight, measured, shares[block], grams))
             if methods()[params.method].needs_inputs():
                 say_unreached("mask", unreached)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import Runtime
@@ -21,6 +21,9 @@ from wanda_dvc.study.project import Project
 
 STARTED_BY = os.getppid()
 SAMPLES_A_SECOND = 20  # of the memory that a stage holds
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -119,6 +122,14 @@ def device_name(runtime: Runtime) -> str:
         return runtime.device
     torch = sys.modules.get("torch")
     return "cuda" if torch and torch.cuda.is_available() else "cpu"
+
+
+def solving_device(runtime: Runtime) -> "torch.device":
+    """Return the device that solvers run on without a model: a CUDA device, or the host, which alone has float64."""
+    import torch
+
+    name = device_name(runtime)
+    return torch.device(name if name.startswith("cuda") else "cpu")
 
 
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:

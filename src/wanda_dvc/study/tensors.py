@@ -12,6 +12,7 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.provenance import PROVENANCE, file_digest, files_digest, read_format, write_provenance
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from wanda_dvc.pruning.gram import Gram
@@ -84,8 +85,8 @@ def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[s
     _save(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
 
 
-def read_grams(folder: Path, block: int) -> "Grams":
-    """Read one block's Gram matrices, by distinct input."""
+def read_grams(folder: Path, block: int, device: "torch.device | None" = None) -> "Grams":
+    """Read one block's Gram matrices, by distinct input; they come on a device, by default the host."""
     path = block_file(folder, block)
     tensors, header = _load(path, "calibrate")
     readers, transposed = _readers(path, header)
@@ -97,7 +98,7 @@ def read_grams(folder: Path, block: int) -> "Grams":
         shapes = [[features], [features * (features + 1) // 2], []]
         if [list(x.shape) for x in parts] != shapes or str(parts[1].dtype).removeprefix("torch.") not in GRAM_DTYPES:
             raise _damaged(path, f"no Gram matrix of {name}", "calibrate")
-    return Grams(tensors, readers, transposed)
+    return Grams(tensors, readers, transposed, device)
 
 
 class Grams(Mapping[str, "Gram"]):
@@ -106,14 +107,20 @@ class Grams(Mapping[str, "Gram"]):
     An input that no token reached has none.
     """
 
-    def __init__(self, tensors: "dict[str, Tensor]", readers: dict[str, list[str]], transposed: list[str]) -> None:
-        self._tensors, self.readers, self.transposed = tensors, readers, transposed
+    def __init__(
+        self,
+        tensors: "dict[str, Tensor]",
+        readers: dict[str, list[str]],
+        transposed: list[str],
+        device: "torch.device | None",
+    ) -> None:
+        self._tensors, self.readers, self.transposed, self._device = tensors, readers, transposed, device
         self._inputs = [name for name in readers if f"{name}.count" in tensors]
 
     def __getitem__(self, name: str) -> "Gram":
         from wanda_dvc.pruning.gram import Gram
 
-        norm, triangle = self._tensors[f"{name}.norm"], self._tensors[f"{name}.triangle"]
+        norm, triangle = (self._tensors[f"{name}.{kind}"].to(self._device) for kind in ("norm", "triangle"))
         return Gram.from_scaled_triangle(norm, triangle, int(self._tensors[f"{name}.count"]))
 
     def __iter__(self) -> Iterator[str]:
