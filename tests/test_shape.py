@@ -121,3 +121,16 @@ def test_a_defect_is_no_users_mistake(tmp_path: Path):
     assert done.returncode == 1
     assert "`wanda-dvc --debug …` shows where" in done.stderr
     assert "Traceback" in wanda_dvc("--debug", "mask", cwd=tmp_path, first=defect).stderr
+
+
+def test_git_ignores_every_out_that_dvc_keeps():
+    """Otherwise `dvc repro` writes into .gitignore. Metrics are committed instead."""
+    content = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    outs = [out for stage in content.values() for out in stage.get("do", stage).get("outs", [])]
+    paths = [path for out in outs for path in (out if isinstance(out, dict) else [out])]
+    paths += [item["out"] for item in content["download"]["foreach"].values()]
+    named = {re.sub(r"\$\{.*?\}", "x", path) for path in paths} - {"x"}
+    assert len(named) > 15
+    lines = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    folders = tuple(line.lstrip("/") for line in lines if line.endswith("/"))
+    assert [path for path in sorted(named) if not f"{path}/".startswith(folders)] == []
