@@ -66,7 +66,7 @@ MEANT = [
     ("pattern", "1:3", ("sparsity", "got 0.5 with pattern 1:3", "expected 0.666667")),
     ("pattern", "1:" + "9" * 400, ("pattern", "got 1:999", "expected `unstructured` or n:m")),
     ("group", "column", ("group", "got column", "expected row or layer")),
-    ("propagation", "both", ("propagation", "got both", "expected dense or pruned")),
+    ("propagation", "both", ("propagation", "got both", "expected dense, pruned or corrected")),
     ("perplexity.length", BIG, ("perplexity.length", "got 1000000000", "expected ≤ 1,048,576")),
     ("perplexity.windows", 0, ("perplexity.windows", "got 0", "expected ≥ 1")),
     ("perplexity.rest", "some", ("perplexity.rest", "got some", "expected dropped or kept")),
