@@ -308,6 +308,38 @@ def test_masks_that_were_chosen_with_another_reconstruction_are_refused(study: M
         apply(project=study(reconstruction="least-squares", propagation="pruned"))
 
 
+def test_weights_of_a_run_before_are_not_taken(study: Make, tmp_path: Path):
+    """`mask` killed between publishing masks/ and weights/ leaves the old weights/ beside the new masks."""
+    mask(project=study(reconstruction="block", propagation="pruned"))
+    shutil.copytree(tmp_path / "weights", tmp_path / "old")
+
+    def again(**changes: Any) -> Project:
+        made = study(propagation="pruned", **changes)
+        mask(project=made)
+        shutil.rmtree(made.weights)
+        shutil.copytree(tmp_path / "old", made.weights)
+        return made
+
+    made = again(reconstruction="none")
+    apply(project=made)
+    dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
+    for block in range(2):
+        for name, keep in read_masks(made.masks, block).items():
+            assert torch.equal(pruned.weight(name), dense.weight(name) * keep)
+    with pytest.raises(UserError, match="weights/: made with other masks, expected those in masks/"):
+        apply(project=again(reconstruction="least-squares"))
+
+
+@pytest.mark.parametrize("reconstruction", ["none", "least-squares"])
+def test_gram_matrices_of_another_calibration_are_refused(study: Make, reconstruction: str):
+    """Layer errors and solved weights would be those of other inputs."""
+    made = study(reconstruction=reconstruction)
+    mask(project=made)
+    calibrate(project=study(reconstruction=reconstruction, calibration__seed=1))
+    with pytest.raises(UserError, match=r"gram/: no Gram matrices of .* and the calibration that masks/ name"):
+        apply(project=study(reconstruction=reconstruction))
+
+
 def test_parts_that_do_not_belong_together_are_refused(study: Make, tmp_path: Path):
     made = study(reconstruction="least-squares")
     mask(project=made)

@@ -5,15 +5,15 @@ A reconstruction gives the weights that stay other values: solved for here, from
 
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.costs import DISK, HOST, Cost, Setting
-from wanda_dvc.engine.sizes import Need, writing
+from wanda_dvc.engine.costs import DISK, HOST, Cost, Setting, solving_seconds
+from wanda_dvc.engine.sizes import Need, sizes, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.pruning.choose import prepare, reconstruct
@@ -106,15 +106,19 @@ def need(project: Project, _: str | None = None) -> Need:
     if not (folder / "config.json").is_file():
         return Need()
     linear = largest(project)[1]
+    widest = sizes(folder).widest if block_count(project.gram, "calibrate") else 0
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    return Need(writing(linear=linear), disk=size, least=size)
+    return Need(writing(linear=linear, widest=widest), disk=size, least=size)
 
 
 def cost(params: Params, on: Setting) -> Cost:
     """Copied to the disk, then read, multiplied and counted."""
     model = on.model
     seconds = model.stored / DISK + on.work.linears * (4 * on.stored_width + 1) / HOST
-    return Cost(0, model.stored, 0, model.stored, writing(linear=model.linear), seconds)
+    widest = 0 if params.calibration.gram == "none" else model.widest
+    solves = params.propagation == "dense" and RECONSTRUCTIONS[params.reconstruction].function is not None
+    seconds += solving_seconds(solves, on)
+    return Cost(0, model.stored, 0, model.stored, writing(linear=model.linear, widest=widest), seconds)
 
 
 def describe_pruned(study: Project, reconstruction: str) -> Json:
@@ -132,23 +136,34 @@ def describe_pruned(study: Project, reconstruction: str) -> Json:
             "run `dvc repro` or `wanda-dvc mask`"
         )
     # Only what the masks record: with this run's library versions, the same model would have other bytes.
-    described = {name: value for name, value in made.items() if name not in SEALED}
-    from_where = {}
-    if RECONSTRUCTIONS[reconstruction].function is not None:
-        if block_count(study.weights, "mask"):
-            weights = read_provenance(study.weights, "mask")
-            if {**{name: weights[name] for name in described}, "kind": "masks"} != described:
-                raise UserError("weights/: made with other masks, expected those in masks/; run `wanda-dvc mask` again")
-            from_where = {"weights": digest(weights)}
-        else:
-            gram = read_provenance(study.gram, "calibrate")
-            if gram["model"]["sha256"] != dense["sha256"] or not block_count(study.gram, "calibrate"):
-                raise UserError(
-                    f"gram/: no Gram matrices of {dense['source']}, expected them for reconstruction {reconstruction}; "
-                    "run `dvc repro` or `wanda-dvc calibrate` with calibration.gram=float32"
-                )
-            from_where = {"gram": digest(gram)}
+    described = _unsealed(made)
+    source, from_where = values_from(made, reconstruction), {}
+    if source == "weights":
+        weights = read_provenance(study.weights, "mask")
+        if _unsealed(weights) | {"kind": "masks"} != described or weights.get("blocks") != made["blocks"]:
+            raise UserError("weights/: made with other masks, expected those in masks/; run `wanda-dvc mask` again")
+        from_where = {"weights": digest(weights)}
+    if source == "gram" or block_count(study.gram, "calibrate"):
+        gram = read_provenance(study.gram, "calibrate")
+        here = {"model": gram["model"], "calibration": {"text": gram["text"], **gram["params"]}}
+        if any(here[name] != made[name] for name in here) or not block_count(study.gram, "calibrate"):
+            raise UserError(
+                f"gram/: no Gram matrices of {dense['source']} and the calibration that masks/ name, expected them; "
+                "run `dvc repro`, or `wanda-dvc calibrate` with the settings of the masks"
+            )
+        from_where |= {"gram": digest(gram)} if source == "gram" else {}
     return described | {"kind": "model", "masks": digest(made), "reconstruction": reconstruction} | from_where
+
+
+def values_from(masks: Json, reconstruction: str) -> Literal["weights", "gram"] | None:
+    """Return where the weights that stay come from, by the provenance of masks/; None: from the dense model."""
+    if RECONSTRUCTIONS[reconstruction].function is None:
+        return None
+    return "weights" if "reconstruction" in masks["params"] else "gram"
+
+
+def _unsealed(provenance: Json) -> Json:
+    return {name: value for name, value in provenance.items() if name not in SEALED}
 
 
 class Parts:
@@ -159,7 +174,9 @@ class Parts:
         self.reconstruction = RECONSTRUCTIONS[reconstruction]
         self.keeps = [read_masks(study.masks, block) for block in range(block_count(study.masks, "mask"))]
         self.blocks = {linear: block for block, keeps in enumerate(self.keeps) for linear in keeps}
-        self.changed = [read_weights(study.weights, block) for block in range(block_count(study.weights, "mask"))]
+        self.source = values_from(read_provenance(study.masks, "mask"), reconstruction)
+        stored = block_count(study.weights, "mask") if self.source == "weights" else 0
+        self.changed = [read_weights(study.weights, block) for block in range(stored)]
         device = solving_device(study.params.runtime)
         self.grams = [read_grams(study.gram, block, device) for block in range(block_count(study.gram, "calibrate"))]
         self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}
@@ -180,10 +197,10 @@ class Parts:
                 f"masks/: {linear} is {list(keep.shape)}, expected {list(weight.shape)}; run `wanda-dvc mask` again"
             )
         across = bool(self.grams) and linear in self.grams[block].transposed
-        if self.changed:
+        if self.source == "weights":
             weights, told = self.changed[block]
             values, solved = weights.get(linear, weight), told.get(linear, {})
-        elif self.reconstruction.function is not None and prepared is not None:
+        elif self.source == "gram" and prepared is not None:
             one = reconstruct(weight, keep, prepared, reconstruction=self.reconstruction, transposed=across)
             values, solved = one.weight, one.told
         masked = _masked(weight, keep)
