@@ -131,9 +131,9 @@ def aim_block(
     float32. `crosses` holds X_denseᵀX of the distinct inputs; the readers of one without keep their weights.
     """
     aimed = {}
+    sources = {name: source for source, names in block.readers.items() for name in names}
     for name, prepared in _prepared(block, grams):
-        source = next(source for source, names in block.readers.items() if name in names)
-        weight = weights(name).float()
+        source, weight = sources[name], weights(name).float()
         if prepared is not None and source in crosses:
             across = name in block.transposed
             there = _turned(weight, across).to(prepared.gram.device)

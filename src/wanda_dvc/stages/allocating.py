@@ -17,7 +17,8 @@ def allocate(project: Project, stats: Statistics, checkpoint: Checkpoint) -> lis
     params = project.params
     row = ALLOCATIONS[params.allocation]
     if row.strength is None:
-        return [params.share] * stats.blocks
+        equal: list[Fraction] = function_of(row.function)(params.share, range(stats.blocks))
+        return equal
     groups: list[list[tuple[int, int]]] = []  # of each block's linears
     ratings = []
     for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks rated"):

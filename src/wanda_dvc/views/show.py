@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import MODELS, times
-from wanda_dvc.study.files import load_json
+from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.local import changed_sources
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
@@ -51,16 +51,16 @@ def comparison(project: Project) -> list[list[str]]:
     """Every measure, dense beside pruned, as rows under `HEADERS`; a dash where nothing was measured."""
     params = project.params
     rows = []
-    dense, pruned = (_load(project.metrics(model, "perplexity")).get("perplexity") for model in MODELS)
+    dense, pruned = (load_json(project.metrics(model, "perplexity")).get("perplexity") for model in MODELS)
     rows.append(["perplexity", number(dense), number(pruned), _ratio(dense, pruned)])
     accuracies: dict[str, list[float]] = {model: [] for model in MODELS}
     for task in params.tasks.names:
-        both = [_load(project.metrics(model, f"zero_shot/{task}")) for model in MODELS]
+        both = [load_json(project.metrics(model, f"zero_shot/{task}")) for model in MODELS]
         cells = []
         for model, result in zip(MODELS, both, strict=True):
             if "acc" in result:
                 accuracies[model].append(result["acc"])
-                errors = _load(project.details(model, f"zero_shot/{task}")).get("standard_errors", {})
+                errors = load_json(project.details(model, f"zero_shot/{task}")).get("standard_errors", {})
                 cells.append(f"{100 * result['acc']:.1f}" + (f" ± {100 * errors['acc']:.1f}" if errors else ""))
             else:
                 cells.append("–")
@@ -73,23 +73,23 @@ def comparison(project: Project) -> list[list[str]]:
         rows.append(
             ["mean, acc %", *(f"{100 * mean:.1f}" if mean is not None else "–" for mean in means), _retained(*means)]
         )
-    if errors := layer_errors(project):
-        mean = sum(errors.values()) / len(errors)
+    if linears := _solved(project):
+        mean = sum(told["error"] for told in linears.values()) / len(linears)
         rows.append(["layer error, mean", "–", f"{mean:.4f}", ""])
-    sparsity = _load(project.metrics("pruned", "sparsity")).get("sparsity")
+    sparsity = load_json(project.metrics("pruned", "sparsity")).get("sparsity")
     rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
     return rows
 
 
-def layer_errors(project: Project) -> dict[str, float]:
-    """Return ‖(W−Ŵ)X‖² / ‖WX‖² of every linear; none without Gram matrices."""
-    linears = _load(project.details("pruned", "layer_error")).get("linears", {})
-    return {name: told["error"] for name, told in linears.items()}
+def _solved(project: Project) -> dict[str, Json]:
+    """Return the layer error of every linear, and how it was solved for; none without Gram matrices."""
+    linears: dict[str, Json] = load_json(project.details("pruned", "layer_error")).get("linears", {})
+    return linears
 
 
 def _title(project: Project) -> str:
     """What the masks at hand were made by, and where models/pruned is not of them."""
-    masks = _load(project.masks / PROVENANCE)
+    masks = load_json(project.masks / PROVENANCE)
     if not masks:
         return f"{project.params.model}: no masks yet; `dvc repro` makes them."
     made = masks["params"]
@@ -103,7 +103,7 @@ def _title(project: Project) -> str:
     lines = [
         f"{masks['model']['source']}: {made['method']}, sparsity {made['sparsity']:g}, pattern {made['pattern']}{group}"
     ]
-    pruned = _load(project.model("pruned") / PROVENANCE)
+    pruned = load_json(project.model("pruned") / PROVENANCE)
     if not pruned:
         lines.append("models/pruned is not there (it is not cached): `dvc repro` makes it.")
     elif pruned["masks"] != digest(masks):
@@ -117,13 +117,13 @@ def _title(project: Project) -> str:
 
 def _footnotes(project: Project) -> list[str]:
     notes = list(_notes_on_layers(project))
-    tasks = [_load(project.data("tasks") / name / PROVENANCE) for name in project.params.tasks.names]
+    tasks = [load_json(project.data("tasks") / name / PROVENANCE) for name in project.params.tasks.names]
     if any(task.get("samples") for task in tasks):
         notes.append(
             "The tasks are samples written for this project, not the benchmarks: "
             "they compare these two models and nothing else."
         )
-    protocol = _load(project.details("dense", "perplexity")).get("protocol")
+    protocol = load_json(project.details("dense", "perplexity")).get("protocol")
     if protocol:
         notes.append(
             f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of {protocol['text']['source']} "
@@ -137,14 +137,14 @@ def _footnotes(project: Project) -> list[str]:
         )
     for model in MODELS:
         measured = ["perplexity", *(f"zero_shot/{name}" for name in project.params.tasks.names)]
-        broken = dict.fromkeys(_load(project.details(model, name)).get("not_finite") for name in measured)
+        broken = dict.fromkeys(load_json(project.details(model, name)).get("not_finite") for name in measured)
         notes += [f"{model}: activations are not finite from here on: {where}." for where in broken if where]
     return notes
 
 
 def _notes_on_layers(project: Project) -> Iterator[str]:
     """Say where outputs are off most, and what a reconstruction did beside its own steps."""
-    linears = _load(project.details("pruned", "layer_error")).get("linears", {})
+    linears = _solved(project)
     if not linears:
         return
     worst = max(linears, key=lambda name: linears[name]["error"])
@@ -246,7 +246,7 @@ def check_stats(project: Project) -> None:
 def _belongs(project: Project) -> None:
     """UserError if the statistics are not the model's that is there."""
     measured = read_provenance(project.stats, "calibrate")["model"]
-    model = _load(project.model("dense") / PROVENANCE)
+    model = load_json(project.model("dense") / PROVENANCE)
     if model and model["sha256"] != measured["sha256"]:
         raise UserError(
             f"stats/: measured on {measured['source']}, expected {model['source']}, the model in models/dense; "
@@ -280,10 +280,6 @@ def _last_word(linear: str) -> str:
 
 def _short(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    return load_json(path)
 
 
 def number(value: float | str | None) -> str:
