@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CORES ?= auto
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test test-fast coverage bench lint lock install
+.PHONY: repro test test-fast coverage bench docs lint lock install
 
 repro: install ## create the environment, run the pipeline on the embedded default, print the results
 	dvc repro
@@ -22,6 +22,14 @@ coverage: install ## all tests, with a table of the lines and branches that none
 
 bench: install ## measure against the published procedure, stock lm-eval and the floor; ROWS="mask perplexity" for some rows
 	python benchmarks/bench.py $(ROWS) $(BENCH)
+
+docs: $(BIN)/.docs-installed ## build the documentation site into .site/html; a broken link or anchor is an error
+	python scripts/pages.py
+	zensical build --strict --config-file .site/zensical.toml
+
+$(BIN)/.docs-installed: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[docs]'
+	touch $@
 
 lint: install
 	ruff check

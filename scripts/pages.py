@@ -1,0 +1,257 @@
+"""Write the pages of the documentation site into .site: python scripts/pages.py; `make docs` then builds them.
+
+The Markdown of this repository is the source, and works on GitHub as it is. For the site,
+- a paragraph that is a link with the title "include" becomes what it leads to: a section of the README, or the
+  reference of a Python module's `__all__`;
+- a link to a file that is no page of the site leads to the file in the repository;
+- a <picture> becomes two images, of which the site's own mode shows one.
+
+The repository's address is `--repository`, or that of the GitHub workflow that runs this, or of git's `origin`. Where
+there is none, links into the repository become plain text. A link that leads nowhere and a page in no list are errors.
+"""
+
+import argparse
+import importlib
+import os
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "zensical.toml"
+TARGET = ROOT / ".site"
+DECISIONS = "docs/decisions"
+# Pages of the site that lie outside docs/; they keep their path.
+OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/results.md")
+FENCED = re.compile(r"^( *)```.*?^\1```\s*?$", flags=re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"(?<!`)(`+)(?!`)(?:(?!\n\n).)+?(?<!`)\1(?!`)", flags=re.DOTALL)
+LINK = re.compile(
+    r"(?P<image>!?)\[(?P<text>(?:!\[[^\]]*\]\([^)]*\)|\\.|[^\[\]])*)\]\((?P<to>[^)\s]+)(?P<title> +\"[^\"]*\")?\)"
+)
+INCLUDE = re.compile(r"^\[[^\]]+\]\((?P<to>[^)\s]+) \"include\"\)$", flags=re.MULTILINE)
+PICTURE = re.compile(
+    r"<picture>\s*<source [^>]*dark[^>]*srcset=\"(?P<dark>[^\"]+)\">\s*<source [^>]*srcset=\"(?P<light>[^\"]+)\">\s*"
+    r"<img alt=\"(?P<alt>[^\"]*)\"[^>]*>\s*</picture>"
+)
+
+
+class SiteError(Exception):
+    """The pages cannot be written; the message says which and why."""
+
+
+def pages() -> dict[str, str]:
+    """Return every page of the site, by the path of its source in the repository."""
+    found = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+    return {page: page.removeprefix("docs/") for page in found} | {page: page for page in OUTSIDE}
+
+
+def build(target: Path, repository: str | None) -> None:
+    """Write all pages, their pictures and the generator's settings into an empty `target`.
+
+    SiteError for a link that leads nowhere, an unknown section, and a page that the list of pages leaves out.
+    """
+    published = pages()
+    _check_list(published)
+    site = Site(published, repository)
+    for source, page in published.items():
+        _write(target / "docs" / page, site.page(source))
+    _write(target / "docs/decisions/index.md", _decisions())
+    for asset in sorted(site.assets):
+        (target / "docs" / asset).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / "docs" / asset, target / "docs" / asset)
+    config = CONFIG.read_text(encoding="utf-8")
+    if repository:
+        config = config.replace("[project]\n", f'[project]\nrepo_url = "{repository}"\n', 1)
+    _write(target / CONFIG.name, config)
+
+
+class Site:
+    """The pages with their links: which file is which page, and which pictures they show."""
+
+    def __init__(self, published: dict[str, str], repository: str | None) -> None:
+        self.published = published
+        self.repository = repository
+        self.assets: set[str] = set()
+        # Where a section of the README stands on the site, by its anchor: on the first page that includes it.
+        self.sections: dict[str, str] = {}
+        for source in published:
+            for to in INCLUDE.findall((ROOT / source).read_text(encoding="utf-8")):
+                path, _, anchor = self._resolve(source, to)
+                if path == "README.md":
+                    self.sections.setdefault(anchor, published[source])
+
+    def page(self, source: str) -> str:
+        """Return the text of a page as the site's generator reads it."""
+        text = (ROOT / source).read_text(encoding="utf-8")
+        pieces, end = [], 0
+        for include in INCLUDE.finditer(text):
+            path, _, anchor = self._resolve(source, include["to"])
+            included = reference(path) if path.endswith(".py") else self._rewrite(section(path, anchor), path, source)
+            pieces += [self._rewrite(text[end : include.start()], source, source), included]
+            end = include.end()
+        return "".join([*pieces, self._rewrite(text[end:], source, source)])
+
+    def _rewrite(self, text: str, source: str, page: str) -> str:
+        """Return text of one file as it stands on the page of another: links, pictures and code in tables."""
+        code: list[str] = []
+
+        def keep(found: re.Match[str]) -> str:
+            code.append(found[0])
+            return f"\0{len(code) - 1}\0"
+
+        def link(found: re.Match[str]) -> str:
+            text = LINK.sub(link, found["text"])
+            to = self._link(found["to"], source, page)
+            return text if to is None else f"{found['image']}[{text}]({to}{found['title'] or ''})"
+
+        def picture(found: re.Match[str]) -> str:
+            alt = found["alt"]
+            return "\n".join(f"![{alt}]({found[mode]}#only-{mode})" for mode in ("light", "dark"))
+
+        text = CODE.sub(keep, FENCED.sub(keep, text))
+        text = LINK.sub(link, PICTURE.sub(picture, text))
+        # Python-Markdown keeps the backslash of \| inside code.
+        return re.sub("\0(\\d+)\0", lambda found: _restored(code, int(found[1])), text)
+
+    def _link(self, to: str, source: str, page: str) -> str | None:
+        """Return where a link of `source` leads on the page of `page`; None where the site has no address for it."""
+        if re.match(r"[a-z]+:", to):
+            return to
+        path, kind, anchor = self._resolve(source, to)
+        here = posixpath.dirname(self.published[page]) or "."
+        fragment = f"#{anchor}" if anchor else ""
+        if path == "README.md":
+            path, fragment = self._section(source, to, anchor)
+        elif path == DECISIONS:
+            path = "decisions/index.md"
+        elif path in self.published:
+            path = self.published[path]
+        elif path.startswith("docs/") and kind == "blob":
+            path = path.removeprefix("docs/")
+            self.assets.add(path)
+        else:
+            return f"{self.repository}/{kind}/main/{path}{fragment}" if self.repository else None
+        if path == self.published[page] and fragment:
+            return fragment
+        return posixpath.relpath(path, here) + fragment
+
+    def _section(self, source: str, to: str, anchor: str) -> tuple[str, str]:
+        """Return the page that has a section of the README, and the fragment to it."""
+        if not anchor:
+            return "index.md", ""
+        section("README.md", anchor)
+        if anchor not in self.sections:
+            raise SiteError(f"{source}: {to}: no page of the site includes this section of the README; include it")
+        return self.sections[anchor], ""
+
+    def _resolve(self, source: str, to: str) -> tuple[str, str, str]:
+        """Return the path in the repository that a link leads to, `blob` or `tree`, and its fragment."""
+        to, _, anchor = to.partition("#")
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), unquote(to))) if to else source
+        if path.startswith("..") or not (ROOT / path).exists():
+            raise SiteError(f"{source}: {to} leads to no file of the repository; mend the link")
+        return path, "tree" if (ROOT / path).is_dir() else "blob", anchor
+
+
+def section(path: str, anchor: str) -> str:
+    """Return a section of a Markdown file without its heading, up to the next heading; SiteError if it is missing."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    fenced = [found.span() for found in FENCED.finditer(text)]
+    headings = [
+        found
+        for found in re.finditer(r"^#+ +(.*?)\s*$", text, flags=re.MULTILINE)
+        if not any(start <= found.start() < end for start, end in fenced)
+    ]
+    for heading, following in zip(headings, [*headings[1:], None], strict=True):
+        if slug(heading[1]) == anchor:
+            return text[heading.end() : following.start() if following else None].strip()
+    raise SiteError(f"{path}: no section #{anchor}; it has {', '.join(slug(heading[1]) for heading in headings)}")
+
+
+def slug(heading: str) -> str:
+    """Return the anchor that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()).replace(" ", "-")
+
+
+def reference(path: str) -> str:
+    """Return mkdocstrings' directives for what a module exports; for the module itself where it exports nothing."""
+    module = importlib.import_module(
+        path.removeprefix("src/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    )
+    exported = [name for name in getattr(module, "__all__", []) if not name.startswith("__")]
+    names = [f"{getattr(module, name).__module__}.{name}" for name in exported] or [module.__name__]
+    return "\n\n".join(f"::: {name}" for name in names)
+
+
+def _restored(code: list[str], index: int) -> str:
+    """Return a block of code as it was, or a code span without the backslash that a table's cell needs on GitHub."""
+    kept = re.sub("\0(\\d+)\0", lambda found: code[int(found[1])], code[index])
+    return kept if FENCED.fullmatch(kept) else kept.replace("\\|", "|")
+
+
+def _check_list(published: dict[str, str]) -> None:
+    """Refuse a page that is in no list, and a list with a page that does not exist."""
+    listed = set(_listed(tomllib.loads(CONFIG.read_text(encoding="utf-8"))["project"]["nav"]))
+    made = {page for page in published.values() if not page.startswith("decisions/")} | {"decisions/index.md"}
+    if listed != made:
+        raise SiteError(
+            f"{CONFIG.name}: nav: not listed: {', '.join(sorted(made - listed)) or 'none'}; "
+            f"listed and not there: {', '.join(sorted(listed - made)) or 'none'}; expected every page once"
+        )
+
+
+def _listed(nav: list[dict[str, object]]) -> Iterator[str]:
+    for entry in nav:
+        for value in entry.values():
+            if isinstance(value, list):
+                yield from _listed(value)
+            else:
+                yield str(value)
+
+
+def _decisions() -> str:
+    """Return the list of decisions."""
+    lines = []
+    for path in sorted((ROOT / DECISIONS).glob("*.md")):
+        title = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        lines.append(f"- [{title}]({path.name})\n")
+    return "# Decisions\n\nWhat was decided, why, what it costs, and what was not taken.\n\n" + "".join(lines)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _repository() -> str | None:
+    """Return the address of the repository on the web: the workflow's, or that of git's `origin`."""
+    if name := os.environ.get("GITHUB_REPOSITORY"):
+        return f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{name}"
+    asked = subprocess.run(
+        ["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    found = re.fullmatch(r"(?:https://|git@|ssh://git@)([\w.-]+)[:/](.+?)(?:\.git)?\s*", asked.stdout)
+    return f"https://{found[1]}/{found[2]}" if found else None
+
+
+def main() -> None:
+    """Write the pages into an emptied .site."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repository", metavar="URL", default=_repository())
+    repository = parser.parse_args().repository
+    shutil.rmtree(TARGET, ignore_errors=True)
+    try:
+        build(TARGET, repository)
+    except SiteError as error:
+        sys.exit(str(error))
+    print(f"{TARGET}: {len(pages())} pages; links into the repository: {repository or 'plain text'}")
+
+
+if __name__ == "__main__":
+    main()
