@@ -13,7 +13,7 @@ TARGET = Path(__file__).parents[1] / "docs" / "commands.md"
 HEAD = """\
 # Commands
 
-Every command of `wanda-dvc`, with its arguments and options. `wanda-dvc COMMAND --help` prints the same.
+Every command of `wanda-dvc`, with its arguments and options. A command's `--help` prints the same.
 `scripts/commands.py` writes this page from the command line.
 
 | exit code | meaning |

@@ -77,7 +77,7 @@ class Site:
     def __init__(self, published: dict[str, str], repository: str | None) -> None:
         self.published = published
         self.repository = repository
-        self.assets: set[str] = set()
+        self.assets = {"site.css"}
         # Where a section of the README stands on the site, by its anchor: on the first page that includes it.
         self.sections: dict[str, str] = {}
         for source in published:

@@ -1,17 +1,21 @@
 """The documentation: its commands are the command line's, its links lead somewhere, its code compiles."""
 
 import ast
+import importlib.util
 import itertools
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
-from conftest import ROOT, save_tiny_model
+from conftest import ROOT, save_tiny_model, write_params
 from repository import Repository
 from ruamel.yaml import YAML
 from typer.core import TyperGroup
@@ -20,6 +24,7 @@ from typer.main import get_command
 from wanda_dvc.cli import app
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
+from wanda_dvc.stages import STAGES
 
 LISTED = subprocess.run(
     ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
@@ -27,6 +32,7 @@ LISTED = subprocess.run(
 ).stdout.split()  # fmt: skip
 PAGES = sorted({page for page in LISTED if (ROOT / page).exists()})
 GUIDES = [page for page in PAGES if page in ("README.md", "CONTRIBUTING.md") or page.startswith("docs/")]
+PACKAGED = {"method=deviation": "method=wanda"}  # what a page's own package adds, and what stands for it here
 SEPARATORS = {"&&", "||", "|", ";", "&"}
 
 
@@ -52,12 +58,16 @@ def split(line: str) -> Iterator[list[str]]:
             yield list(words)
 
 
+def lines(block: Block) -> Iterator[list[str]]:
+    """The commands of a shell block."""
+    if block.language in ("", "bash"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            yield from split(line)
+
+
 def commands(page: str) -> Iterator[list[str]]:
     """The commands of a page's shell blocks."""
-    for block in blocks(page):
-        if block.language in ("", "bash"):
-            for line in block.text.replace("\\\n", " ").splitlines():
-                yield from split(line)
+    return itertools.chain.from_iterable(lines(block) for block in blocks(page))
 
 
 def mentions(page: str) -> Iterator[list[str]]:
@@ -118,7 +128,7 @@ def check_dvc(words: list[str]) -> None:
     from dvc.cli import parse_args
 
     arguments = parse_args(words)
-    checked_settings(getattr(arguments, "set_param", None) or [])
+    checked_settings([PACKAGED.get(given, given) for given in getattr(arguments, "set_param", None) or []])
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     if words[0] == "repro":
         assert {target.partition("@")[0] for target in arguments.targets} <= stages.keys()
@@ -199,39 +209,236 @@ def test_every_python_block_compiles(page: str):
             ast.parse(block.text)
 
 
-# What some of the README's commands are in a tiny study; None where they are not run here.
-AS_RUN: dict[str, str | None] = {
+# Where a command is not run, and why. A page stands for all of its commands.
+NOT_RUN = {
+    "CONTRIBUTING.md": "makes the environment that the tests are running in, and runs them",
+    "docs/add-a-method.md": "test_catalog.py installs the page's package and prunes with it",
+    "docs/results/better.md": "measures the real model for hours; methods.md runs these settings",
+    "docs/results/default-grid/report.md": "measures the real model for an hour; the README runs these settings",
+    "docs/results/reference.md": "measures the real model for hours; test_pipeline.py runs these settings",
+    "docs/results/smollm2-135m.md": "measures the real model for hours; report.md queues these settings",
+    "make test": "this is one of its tests",
+    ". .venv/bin/activate": "the tests' environment is active",
+    "dvc exp run -S model=Qwen/Qwen2.5-0.5B": "needs the Hub",
+    "dvc exp run -S perplexity.text.source=ptb": "needs the Hub",
+    "dvc queue start": "runs six experiments in the background; test_pipeline.py runs a queue",
+    "dvc queue kill NAME": "needs a worker that was killed; test_crashes.py kills stages",
+}
+# What others are in a tiny study.
+AS_RUN = {
     "make repro": "dvc repro",
-    "make test": None,  # this is one of its tests
-    ". .venv/bin/activate": None,  # the tests' environment is active
-    "dvc exp run -S model=Qwen/Qwen2.5-0.5B": None,  # needs the Hub
-    # test_pipeline.py changes the model, test_sources.py the texts
-    "dvc exp run -S perplexity.text.source=/data/test.jsonl -S perplexity.text.split=null": None,
-    "wanda-dvc preset smollm2-135m-wikitext2": "wanda-dvc preset",  # the preset's model comes from the package registry
-    "dvc exp run --queue -S sparsity=0.3,0.5,0.7 -S method=magnitude,wanda": None,  # test_pipeline.py queues one
-    "dvc queue start": None,  # likewise
+    "wanda-dvc report --model SmolLM2": "wanda-dvc report --model tiny",
+    "wanda-dvc stats --layer 12": "wanda-dvc stats --layer 1",
+}
+# What they say, where an exit code of 0 is not enough.
+SAID = {
+    "wanda-dvc show": "measured sparsity",
+    "wanda-dvc list": "perplexity",
+    "wanda-dvc stats --layer 12": "block",
+    "wanda-dvc report --model SmolLM2": "report.html",
+    "dvc metrics diff": "perplexity",
+    "dvc queue status": "No experiment tasks in the queue",
 }
 
 
-@pytest.mark.pipeline
-def test_the_readmes_commands_run_in_their_order(tmp_path: Path):
-    repository = Repository.new(tmp_path / "study", save_tiny_model(tmp_path / "tiny"))
+class Finished(NamedTuple):
+    """A tiny study that has run."""
+
+    repository: Repository
+    experiment: str
+
+    def copy(self, root: Path) -> Repository:
+        shutil.copytree(self.repository.root, root, symlinks=True)
+        return Repository(root, self.repository.model)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Without tasks, which cost most of the time; the page on tasks brings its own."""
+    folder = tmp_path_factory.mktemp("finished")
+    repository = Repository.new(folder / "study", save_tiny_model(folder / "tiny"))
+    write_params(repository.root, repository.model, tasks__names=[])
+    repository.repro()
     repository.commit()
-    values = {"DIR": str(tmp_path / "exported")}
-    said: dict[str, str] = {}
-    lines = [" ".join(words) for words in commands("README.md")]
-    assert set(lines) >= AS_RUN.keys()
-    for line in lines:
-        command = AS_RUN.get(line, line)
-        if command is None:
+    return Finished(repository, experiment(repository.run("dvc", "exp", "run", "-S", "sparsity=0.25")))
+
+
+def placed(folder: Path, tiny: Path) -> dict[str, str]:
+    """What stands for the places of the documentation on this machine; `NAME` is the last experiment."""
+    rows = (ROOT / "src/wanda_dvc/embedded/text/test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "test.jsonl").write_text("".join(rows[:40]), encoding="utf-8")
+    (folder / "train.txt").write_text("".join(rows[40:80]), encoding="utf-8")
+    return {
+        "/data/my-model": str(tiny),
+        "/data/test.jsonl": str(folder / "test.jsonl"),
+        "/data/train.txt": str(folder / "train.txt"),
+        "tests/configs": str(ROOT / "tests/configs"),
+        "DIR": str(folder / "exported"),
+    }
+
+
+def to_run() -> dict[str, list[Block | list[str]]]:
+    """What each page's test runs: commands that no page before has given, and Python; all in their order."""
+    pages: dict[str, list[Block | list[str]]] = {}
+    given: set[str] = set(NOT_RUN)
+    for page in GUIDES:
+        for block in blocks(page) if page not in NOT_RUN else []:
+            if block.language == "python":
+                pages.setdefault(page, []).append(block)
+            for words in lines(block):
+                if (line := " ".join(words)) not in given:
+                    pages.setdefault(page, []).append(words)
+                    given.add(line)
+    return pages
+
+
+TO_RUN = to_run()
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("page", TO_RUN)
+def test_the_commands_of_a_page_run_in_their_order(page: str, finished: Finished, tmp_path: Path):
+    """A preset names a model of gigabytes, so after it the study is the tiny one again."""
+    repository = finished.copy(tmp_path / "study")
+    values = placed(tmp_path, save_tiny_model(tmp_path / "another-tiny", seed=1)) | {"NAME": finished.experiment}
+    for step in TO_RUN[page]:
+        if isinstance(step, Block):
+            repository.run(sys.executable, "-c", step.text)
             continue
-        said[line] = repository.run(
-            *(re.sub("|".join(values), lambda name: values[name[0]], w) for w in command.split())
-        )
-        if command.startswith("dvc exp run"):
-            (values["NAME"],) = re.findall(r"Ran experiment\(s\): (\S+)", said[line])
-    assert "measured sparsity" in said["wanda-dvc show"]
-    assert (repository.root / "report.html").is_file()
-    assert (tmp_path / "exported/model.safetensors").is_file()
-    assert "block" in repository.run("wanda-dvc", "stats", "--layer", "1")
-    assert "perplexity" in repository.run("dvc", "metrics", "diff")
+        line = " ".join(step)
+        command = AS_RUN[line].split() if line in AS_RUN else step
+        said = repository.run(*(re.sub("|".join(values), lambda found: values[found[0]], w) for w in command))
+        assert SAID.get(line, "") in said
+        if line.startswith("dvc exp run") and "--queue" not in step:
+            values["NAME"] = experiment(said)
+        elif line.startswith("wanda-dvc preset "):
+            write_params(repository.root, repository.model, tasks__names=[])
+
+
+def experiment(said: str) -> str:
+    """The name of the experiment that `dvc exp run` has made."""
+    (name,) = re.findall(r"Ran experiment\(s\): (\S+)", said)
+    return str(name)
+
+
+def test_a_reason_not_to_run_a_command_belongs_to_a_page():
+    given = {" ".join(words) for page in GUIDES for words in commands(page)}
+    assert NOT_RUN.keys() - given <= set(GUIDES)
+    assert AS_RUN.keys() | SAID.keys() <= given
+
+
+def test_no_block_or_paragraph_of_the_readme_is_written_twice():
+    """A page of the site includes what the README says. Lists of commands overlap in their lines, never as a whole."""
+    readme = pieces("README.md")
+    assert len(readme) > 20
+    for page in GUIDES:
+        if page != "README.md":
+            assert pieces(page) & readme == set(), page
+
+
+def pieces(page: str) -> set[str]:
+    """The paragraphs, tables and blocks of a page with more than a few words."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.split(r"\n\s*\n", without_blocks(text)) + [block.text for block in blocks(page)]
+    return {flat for piece in found if len(flat := " ".join(piece.split())) > 80}
+
+
+# --- the site ---
+
+
+def script(name: str) -> ModuleType:
+    """A module of scripts/."""
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / f"scripts/{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_list_of_commands_is_the_command_lines():
+    """`python scripts/commands.py` writes it."""
+    commands = script("commands")
+    assert commands.TARGET.read_text(encoding="utf-8") == commands.page()
+
+
+@pytest.mark.parametrize("repository", ["https://example.org/owner/wanda-dvc", None])
+def test_links_of_the_site_lead_to_its_pages_or_into_the_repository(repository: str | None, tmp_path: Path):
+    """What `make docs` checks once more in the built pages, with anchors."""
+    script("pages").build(tmp_path, repository)
+    for page in (tmp_path / "docs").rglob("*.md"):
+        text = re.sub(r"`[^`\n]*`", "`code`", without_blocks(page.read_text(encoding="utf-8")))
+        assert "<picture>" not in text
+        assert '"include"' not in text
+        for link in re.findall(r"\]\(([^)\s]+)", text):
+            path, _, fragment = link.partition("#")
+            if link.startswith("https://example.org/owner"):
+                inside = re.fullmatch(r"https://example.org/owner/wanda-dvc/(blob|tree)/main/(.+)", path)
+                assert inside, link
+                target = ROOT / inside[2]
+                assert target.is_dir() if inside[1] == "tree" else target.is_file(), link
+            elif not re.match(r"[a-z]+:", link):
+                target = page.parent / path if path else page
+                assert target.is_file(), f"{page}: {link}"
+                assert not (fragment and target.suffix == ".md") or fragment in anchors(target), f"{page}: {link}"
+    assert "34 × faster" in (tmp_path / "docs/index.md").read_text(encoding="utf-8")
+    assert (ROOT / ".gitignore").read_text(encoding="utf-8").count("/.site/") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[a](no.md)", "docs/index.md: no.md leads to no file of the repository"),
+        ("[a](../../outside)", "leads to no file of the repository"),
+        ('[a](../README.md#nothing "include")', "README.md: no section #nothing; it has wanda-dvc, what-it-computes"),
+        ("[a](../README.md#nothing)", "README.md: no section #nothing"),
+        ("[a](../README.md#what-it-computes)", "no page of the site includes this section"),
+    ],
+)
+def test_a_link_that_leads_nowhere_stops_the_site(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pages = script("pages")
+    for name in ("README.md", "zensical.toml"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/index.md").write_text(f"# A\n\n{text}\n", encoding="utf-8")
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    with pytest.raises(pages.SiteError, match=re.escape(said)):
+        pages.Site({"docs/index.md": "index.md"}, None).page("docs/index.md")
+
+
+def test_a_page_that_is_in_no_list_stops_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pages = script("pages")
+    monkeypatch.setattr(pages, "pages", lambda: {"docs/index.md": "index.md", "docs/new.md": "new.md"})
+    with pytest.raises(pages.SiteError, match=r"not listed: new\.md; listed and not there: CHANGELOG\.md, "):
+        pages.build(tmp_path, None)
+
+
+def test_pages_keep_code_and_show_one_picture_a_mode(tmp_path: Path):
+    pages = script("pages")
+    site = pages.Site({"docs/methods.md": "methods.md"}, None)
+    code = "`[a](no.md)` and ``[b](no.md)``\n\n```text\n[c](no.md) a\\|b\n```\n"
+    assert site._rewrite(code, "docs/methods.md", "docs/methods.md") == code
+    assert site._rewrite("| `a\\|b` | c\\|d |", "README.md", "docs/methods.md") == "| `a|b` | c\\|d |"
+    written = site.page("docs/methods.md")
+    assert "](pictures/methods-light.svg#only-light)\n![" in written
+    assert "](pictures/methods-dark.svg#only-dark)" in written
+
+
+def test_the_pictures_are_drawn_from_the_committed_figures(tmp_path: Path):
+    """`python scripts/pictures.py` writes them; text and points are the same with every version of the library."""
+    pictures = script("pictures")
+    pictures.save(tmp_path)
+    names = {path.name for path in (ROOT / "docs/pictures").glob("*.svg")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for name in names:
+        drawn, committed = (texts((folder / name).read_text("utf-8")) for folder in (tmp_path, ROOT / "docs/pictures"))
+        assert drawn == committed, name
+    assert {"locate", "download", "calibrate", "mask", "apply", "perplexity", "zero-shot"} == set(STAGES)
+    assert set(STAGES) <= set(texts((tmp_path / "pipeline-light.svg").read_text("utf-8")))
+
+
+def texts(svg: str) -> list[str]:
+    """The texts of a picture."""
+    return re.findall(r"<text [^>]*>([^<]+)</text>", svg)
