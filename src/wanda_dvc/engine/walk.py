@@ -84,7 +84,7 @@ def _check_tokens(decoder: Decoder, rows: Sequence[Row]) -> None:
     largest = max((int(row.tokens.max()) for row in rows if len(row.tokens)), default=0)
     if largest >= embeddings:
         raise UserError(
-            f"{decoder.checkpoint.folder}: the tokenizer gives the id {largest}, expected at most {embeddings - 1}: "
+            f"{decoder.checkpoint}: the tokenizer gives the id {largest}, expected at most {embeddings - 1}: "
             f"the model has {embeddings:,} embeddings; use the tokenizer that belongs to it"
         )
 
@@ -168,7 +168,7 @@ class Step:
                 self.states.not_finite = self._first_not_finite(before, row)
             if recorder and self.states.not_finite:
                 raise UserError(
-                    f"{self.decoder.checkpoint.folder}: {self.states.not_finite}: activations that are not finite, "
+                    f"{self.decoder.checkpoint}: {self.states.not_finite}: activations that are not finite, "
                     f"expected finite ones; {MEND}"
                 )
             yield after
