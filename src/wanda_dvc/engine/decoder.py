@@ -32,7 +32,7 @@ class _Stop(Exception):
 
 
 class Decoder:
-    """A causal language model, run a block at a time. Of one on disk a block or two are in memory, and all that is no block.
+    """A causal language model, run block by block. Of one on disk a block or two are in memory, and what is no block.
 
     Raises:
         UserError: the model's structure is not supported, or the checkpoint is not whole.

@@ -243,8 +243,7 @@ def place_parts(
                 raise ValueError(f"together they are {result}, expected {expected}")
     except Exception as error:  # a rule may raise anything
         raise UserError(
-            f"{checkpoint}: {name} is made of {len(stored)} tensors like {stored[0][1]}, "
-            f"in an unsupported way: {error}"
+            f"{checkpoint}: {name} is made of {len(stored)} tensors like {stored[0][1]}, in an unsupported way: {error}"
         ) from error
     return parts
 

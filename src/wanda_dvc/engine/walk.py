@@ -22,6 +22,8 @@ from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
 from wanda_dvc.errors import MEND, UserError, notice
+from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.pruning.statistics import BlockStats
 
 
 @torch.no_grad()
@@ -52,6 +54,24 @@ def walk(
             states.turn()
     finally:
         decoder.forget_calls()
+
+
+def measure(
+    decoder: Decoder,
+    rows: Sequence[Row] | Int[Tensor, "samples length"],
+    work: Path,
+    *,
+    gram: bool,
+    kept: int | None = None,
+) -> Iterator[tuple[int, BlockStats, dict[str, Gram]]]:
+    """The number, the statistics and the Gram matrices of each block, on what the blocks before it put out.
+
+    The matrices are by distinct input, and none without `gram`. `kept` is `walk`'s.
+    """
+    for step in walk(decoder, rows, work, kept=kept):
+        recorder = InputRecorder(gram=gram)
+        step.advance(recorder)
+        yield step.index, recorder.result(), recorder.grams
 
 
 def outputs(

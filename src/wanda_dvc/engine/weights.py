@@ -140,10 +140,10 @@ class Weights:
     def _placed(self, tensor: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
         """A tensor in the dtype of a parameter, on the device."""
         if tensor.shape != parameter.shape:
-            raise UserError(
-                f"{self.checkpoint}: {name} is {list(tensor.shape)}, expected {list(parameter.shape)}"
-            )
-        if self.device.type == "cuda" and tensor.device.type == "cpu":  # a copy overlaps with computation only from pinned memory
+            raise UserError(f"{self.checkpoint}: {name} is {list(tensor.shape)}, expected {list(parameter.shape)}")
+        if (
+            self.device.type == "cuda" and tensor.device.type == "cpu"
+        ):  # a copy overlaps with computation only from pinned memory
             tensor = tensor.pin_memory()
         if (tensor.device, tensor.dtype) != (self.device, parameter.dtype):
             tensor = empty_weight(parameter.shape, parameter.dtype, self.device).copy_(tensor, non_blocking=True)
