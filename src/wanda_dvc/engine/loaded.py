@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from wanda_dvc.engine.check import check_parts
 from wanda_dvc.engine.checkpoint import Address, Source
-from wanda_dvc.engine.structure import stored_parts
+from wanda_dvc.engine.structure import Linear, find_blocks, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import Entry
 
@@ -35,15 +36,16 @@ class Loaded(Source):
                 f"model: {len(away)} of {len(self._state)} tensors are on the meta device ({away[0]}), expected all in "
                 "memory; load it without offloading, or run the pipeline, which needs two blocks in memory"
             )
-        built = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+        built: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
         if built is not type(model):
             expected = f"{built.__name__}, as it builds from this configuration" if built else "a class that it builds"
             raise UserError(f"model: got {self._name}, expected {expected}; load it with AutoModelForCausalLM")
         # Names and shapes alone: on real tensors the conversion would copy every expert.
         empty = {name: tensor.to("meta") for name, tensor in self._state.items()}
         self._stored: dict[str, Tensor] = revert_weight_conversion(model, empty)
-        parts = stored_parts(model, self)
-        self._parts = {part.address.tensor: (name, part) for name, own in parts.items() for part in own}
+        self._parts = stored_parts(model, self)
+        check_parts(model, self, self._parts)
+        self._places = {part.address.tensor: (name, part) for name, parts in self._parts.items() for part in parts}
 
     def __str__(self) -> str:
         return self._name
@@ -72,21 +74,42 @@ class Loaded(Source):
         """The model's attribute."""
         return f"{self._name}.config"
 
+    @cached_property
+    def linears(self) -> dict[str, Linear]:
+        """The prunable weights of all blocks, named as the checkpoint stores them; each expert has its own."""
+        where, blocks = find_blocks(self.model)
+        return {
+            name: linear
+            for index, block in enumerate(blocks)
+            for name, linear in stored_linears(block, f"{where}.{index}.", self._parts.__getitem__).items()
+        }
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of embeddings."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return len(embeddings.weight)
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens of a window, where the configuration says."""
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return positions if isinstance(positions, int) else None
+
     @property
     def device(self) -> torch.device:
         """Where the model's embeddings are: windows go through it there."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        embeddings: Any = self.model.get_input_embeddings()
+        return embeddings.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the model's weights: of most of them, where it has several."""
-        dtype: torch.dtype = self.model.dtype
-        return dtype
+        return self.model.dtype
 
     def read(self, address: Address) -> Tensor:
         """A view of the parameter that a stored tensor is a part of."""
-        name, part = self._parts[address.tensor]
+        name, part = self._places[address.tensor]
         found = part.of(self._state[name])
         return found if address.expert is None else found[address.expert]
 

@@ -6,7 +6,7 @@ follow transformers' own conversion rules.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +152,23 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
         )
 
     return {name: module for name, module in weights.items() if not is_gate(name, module)}
+
+
+def stored_linears(block: nn.Module, prefix: str, parts_of: Callable[[str], list[Part]]) -> dict[str, Linear]:
+    """A block's linears, named as the checkpoint stores them; each expert has its own.
+
+    `prefix` is what the model has before the block's names, and `parts_of` gives the parts of a parameter.
+    """
+    linears: dict[str, Linear] = {}
+    for name, module in find_linears(block).items():
+        leaf = name.rpartition(".")[2]
+        parts = parts_of(prefix + name)
+        shape = module.get_parameter(leaf).shape
+        if len(shape) == 3 and parts[0].expert is None:  # all experts in one tensor
+            addresses = [Address(parts[0].address.tensor, expert) for expert in range(shape[0])]
+            parts = [Part(address, expert=address.expert) for address in addresses]
+        linears |= {part.address.linear: Linear(module, leaf, part) for part in parts}
+    return linears
 
 
 def _owner(weight: str) -> str:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from wanda_dvc.engine.check import check_parts
-from wanda_dvc.engine.checkpoint import Address, Source
+from wanda_dvc.engine.checkpoint import Source
 from wanda_dvc.engine.memory import empty_weight
-from wanda_dvc.engine.structure import Linear, Part, find_blocks, find_linears, stored_parts
+from wanda_dvc.engine.structure import Linear, Part, find_blocks, find_linears, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
 
 
@@ -58,16 +58,7 @@ class Weights:
     def linears(self, index: int) -> dict[str, Linear]:
         """The prunable weights of a block, named as the checkpoint stores them; each expert has its own."""
         block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."
-        weights = find_linears(block)
-        linears: dict[str, Linear] = {}
-        for name, module in weights.items():
-            leaf = name.rpartition(".")[2]
-            parts = self.parts(prefix + name)
-            shape = module.get_parameter(leaf).shape
-            if len(shape) == 3 and parts[0].expert is None:  # all experts in one tensor
-                addresses = [Address(parts[0].address.tensor, expert) for expert in range(shape[0])]
-                parts = [Part(address, expert=address.expert) for address in addresses]
-            linears |= {part.address.linear: Linear(module, leaf, part) for part in parts}
+        linears, weights = stored_linears(block, prefix, self.parts), find_linears(block)
         largest = max((linear.weight.numel() for linear in linears.values()), default=0)
         for name, parameter in block.named_parameters():
             if name not in weights and parameter.dim() > 1 and parameter.numel() > largest:
@@ -121,8 +112,8 @@ class Weights:
     def _read(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Tensors for parameters by their full names, in the parameter's dtype, on the device.
 
-        On a CPU, a tensor that is stored whole in this dtype is a view of the file, and so is every tensor of a model in
-        memory in its own dtype and place; all others are copies.
+        On a CPU, a tensor that is stored whole in this dtype is a view of the file; a parameter of a
+        model in memory is itself, in its own dtype and place. All others are copies.
         """
         found = {}
         for name, parameter in parameters.items():
@@ -141,9 +132,7 @@ class Weights:
         """A tensor in the dtype of a parameter, on the device."""
         if tensor.shape != parameter.shape:
             raise UserError(f"{self.checkpoint}: {name} is {list(tensor.shape)}, expected {list(parameter.shape)}")
-        if (
-            self.device.type == "cuda" and tensor.device.type == "cpu"
-        ):  # a copy overlaps with computation only from pinned memory
+        if self.device.type == "cuda" and tensor.device.type == "cpu":  # only from pinned memory do copies overlap
             tensor = tensor.pin_memory()
         if (tensor.device, tensor.dtype) != (self.device, parameter.dtype):
             tensor = empty_weight(parameter.shape, parameter.dtype, self.device).copy_(tensor, non_blocking=True)

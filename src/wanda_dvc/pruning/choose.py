@@ -88,9 +88,9 @@ def choose_block(
 ) -> dict[str, Tensor]:
     """Return the `keep` masks of one block's linears, oriented as their weights are stored.
 
-    `weights` reads a linear's stored weight, `targets` has an entry for each linear or is that of all, and `grams` holds the Gram matrix
-    of each distinct input where the method needs it. Scored linears are chosen in parallel, by as many threads as torch
-    has; a solver uses all threads for one linear, and runs where its Gram matrix is.
+    `weights` reads a linear's stored weight. `targets` has an entry for each linear, or is the same for all. `grams`
+    holds the Gram matrix of each distinct input where the method needs it. Scored linears are chosen in parallel, by as
+    many threads as torch has; a solver uses all threads for one linear, and runs where its Gram matrix is.
     """
     if isinstance(targets, Target):
         targets = {name: targets for names in block.readers.values() for name in names}
@@ -204,6 +204,26 @@ def masked(weight: Tensor, keep: Tensor) -> Tensor:
 def _layer_error(weight: Tensor, made: Tensor, prepared: Prepared, transposed: bool) -> float:
     dense, pruned = (_turned(w, transposed).float().to(prepared.gram.device) for w in (weight, made))
     return layer_error(dense, pruned, prepared.gram)
+
+
+def prune_block(
+    weights: Callable[[str], Tensor],
+    block: Readers,
+    *,
+    reconstruction: Reconstruction,
+    keeps: Mapping[str, Tensor],
+    grams: Mapping[str, Gram],
+) -> Iterator[tuple[str, Pruned, dict[str, float]]]:
+    """Yield the linears of one block that have a mask, and how each was solved for; {} where nothing was."""
+    for name, prepared in _prepared(block, grams):
+        if name not in keeps:
+            continue
+        weight, keep, across = weights(name), keeps[name], name in block.transposed
+        values, told = weight, {}
+        if reconstruction.function is not None and prepared is not None:
+            one = reconstruct(weight, keep, prepared, reconstruction=reconstruction, transposed=across)
+            values, told = one.weight, one.told
+        yield name, prune_linear(weight, values, keep, prepared, transposed=across), told
 
 
 def prepare(gram: Gram, name: str) -> Prepared:

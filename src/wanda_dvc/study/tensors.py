@@ -208,13 +208,17 @@ def _damaged(path: Path, found: str, made_by: str) -> UserError:
 
 
 class Masks(Mapping[str, "Tensor"]):
-    """The `keep` masks of a block, or of a model. One is unpacked when it is asked for; until then it is a bit a weight.
+    """The `keep` masks of a block or a model. One is unpacked when it is asked for; until then it is one bit a weight.
 
     A mask is bool, in the orientation of the stored weight; True stays.
     """
 
     def __init__(self, packed: "dict[str, Tensor]", columns: dict[str, int]) -> None:
         self.packed, self.columns = packed, columns
+
+    def __or__(self, other: "Masks") -> "Masks":
+        """Return the masks of both."""
+        return Masks(self.packed | other.packed, self.columns | other.columns)
 
     def __getitem__(self, name: str) -> "Tensor":
         import numpy as np
