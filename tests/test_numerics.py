@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.losses import window_loss
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.stages import run
@@ -22,7 +23,7 @@ from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.inputs import check_device
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.stages.perplexity import perplexity, window_loss
+from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import read_masks
 from wanda_dvc.views.show import comparison, show

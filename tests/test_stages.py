@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.engine.harness import load_task
+from wanda_dvc.engine.losses import from_losses, window_loss
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.choose import Target, choose_block
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
@@ -30,7 +31,7 @@ from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.stages.perplexity import from_losses, perplexity
+from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study import tensors
 from wanda_dvc.study.files import write_json
@@ -402,7 +403,7 @@ def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pyt
     perplexity(project=made, model="dense")
     whole = made.details("dense", "perplexity").read_bytes()
     measured: list[float] = []
-    real = module.window_loss
+    real = window_loss
 
     def killed(*words):
         if len(measured) == finished:
@@ -431,7 +432,7 @@ def test_a_loss_is_written_once_and_half_a_line_is_measured_again(project: Make,
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
     whole = made.details("dense", "perplexity").read_bytes()
-    real, sizes, files = module.window_loss, [], []
+    real, sizes, files = window_loss, [], []
 
     def watched(*words):
         (losses,) = (made.root / ".dvc/tmp/wanda-dvc").glob("*/losses.jsonl")
@@ -550,7 +551,7 @@ def test_losses_that_are_not_ours_are_measured_again(
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
     whole = made.details("dense", "perplexity").read_bytes()
-    real, count = module.window_loss, itertools.count()
+    real, count = window_loss, itertools.count()
 
     def third_kills(*words: Any) -> float:
         return real(*words) if next(count) < 3 else kill()  # type: ignore[func-returns-value, return-value]

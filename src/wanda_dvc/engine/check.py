@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.checkpoint import Checkpoint, Source
 from wanda_dvc.engine.structure import Part, empty_model, find_blocks, stored_parts
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError
@@ -27,7 +27,7 @@ def check_model(folder: Path) -> None:
     check_vocabulary(folder, load_tokenizer(folder), model.get_input_embeddings().weight.shape[0])
 
 
-def check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, Sequence[Part]]) -> None:
+def check_parts(model: nn.Module, checkpoint: Source, parts: Mapping[str, Sequence[Part]]) -> None:
     """Check that every parameter is stored, whole, in a dtype that can be pruned. Tied ones are stored once or more."""
     entries = checkpoint.entries
     aliases: dict[int, list[str]] = {}
@@ -37,7 +37,7 @@ def check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, Se
         stored = [name for name in names if name in parts]
         if not stored:
             raise UserError(
-                f"{checkpoint.folder}: no tensor for {names[0]}, expected one by config.json; "
+                f"{checkpoint}: no tensor for {names[0]}, expected one by config.json; "
                 "the checkpoint is incomplete, or stores it in an unsupported form"
             )
         for name in stored:
@@ -51,7 +51,7 @@ def check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, Se
                 tensor, expected = parts[name][0].address.tensor, list(model.get_parameter(name).shape)
                 if entries[tensor].shape != expected:
                     raise UserError(
-                        f"{checkpoint.folder}: {tensor} is {entries[tensor].shape}, expected {expected} by "
+                        f"{checkpoint}: {tensor} is {entries[tensor].shape}, expected {expected} by "
                         "config.json; copy both again"
                     )
 

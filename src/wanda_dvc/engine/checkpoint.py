@@ -1,14 +1,15 @@
-"""A Hugging Face directory of safetensors, single-file or sharded: its one reader and its one writer."""
+"""What a model is read from, and a Hugging Face directory of safetensors: its one reader and its one writer."""
 
 import math
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,11 +42,77 @@ class Address:
         return f"{owner}.{self.expert}.{leaf}"
 
 
+class Source(ABC):
+    """What a model is read from: a directory, or a model in memory. As text it is its name in messages."""
+
+    @property
+    @abstractmethod
+    def where(self) -> Mapping[str, object]:
+        """What holds each tensor, by the tensor's stored name."""
+
+    @property
+    @abstractmethod
+    def entries(self) -> Mapping[str, Entry]:
+        """Dtype and shape of each tensor."""
+
+    @property
+    @abstractmethod
+    def config(self) -> Any:
+        """The model's configuration, to build the model from."""
+
+    @property
+    @abstractmethod
+    def config_name(self) -> str:
+        """The configuration's name in messages."""
+
+    @abstractmethod
+    def read(self, address: Address) -> Tensor:
+        """The tensor, or the expert's part of it, in the dtype that it is stored in."""
+
+    @abstractmethod
+    def parameter(self, name: str, stored: Address | None) -> Tensor | None:
+        """A parameter by the model's own name, where it is one tensor here.
+
+        `stored` is its address where it is stored whole.
+        """
+
+    def find(self, linear: str) -> Address:
+        """The address of a linear's weight, or of another tensor by its name."""
+        for name in (f"{linear}.weight", linear):
+            if name in self.where:
+                return Address(name)
+        owner, _, leaf = linear.rpartition(".")
+        owner, _, expert = owner.rpartition(".")
+        for name in (f"{owner}.{leaf}", f"{owner}.{leaf}.weight"):
+            if expert.isdecimal() and name in self.where:
+                return Address(name, int(expert))
+        raise UserError(f"{self}: no weight of {linear}, which the statistics name; run `dvc repro`")
+
+    def weight(self, linear: str) -> Tensor:
+        """A linear's weight, as it is stored."""
+        return self.read(self.find(linear))
+
+
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Source):
     """A model directory. Tensors that are read are views of the mapped file: cheap, and read-only by convention."""
 
     folder: Path
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def config(self) -> Any:
+        """The directory's config.json."""
+        from wanda_dvc.engine.config import read_config  # mask and apply start without it
+
+        return read_config(self.folder)
+
+    @property
+    def config_name(self) -> str:
+        """The path of config.json."""
+        return str(self.folder / "config.json")
 
     @cached_property
     def where(self) -> dict[str, Path]:
@@ -71,7 +138,7 @@ class Checkpoint:
             )
         return dict.fromkeys(self._header(self.folder / SINGLE), self.folder / SINGLE)
 
-    @property
+    @cached_property
     def entries(self) -> dict[str, Entry]:
         """Dtype, shape and place in its file of each tensor."""
         return {name: self._header(path)[name] for name, path in self.where.items()}
@@ -109,21 +176,9 @@ class Checkpoint:
         whole = self._open(self.where[address.tensor]).get_tensor(address.tensor)
         return whole if address.expert is None else whole[address.expert]
 
-    def find(self, linear: str) -> Address:
-        """The address of a linear's weight, or of another tensor by its name."""
-        for name in (f"{linear}.weight", linear):
-            if name in self.where:
-                return Address(name)
-        owner, _, leaf = linear.rpartition(".")
-        owner, _, expert = owner.rpartition(".")
-        for name in (f"{owner}.{leaf}", f"{owner}.{leaf}.weight"):
-            if expert.isdecimal() and name in self.where:
-                return Address(name, int(expert))
-        raise UserError(f"{self.folder}: no weight of {linear}, which the statistics name; run `dvc repro`")
-
-    def weight(self, linear: str) -> Tensor:
-        """A linear's weight, as it is stored."""
-        return self.read(self.find(linear))
+    def parameter(self, name: str, stored: Address | None) -> Tensor | None:
+        """The stored tensor, where there is one."""
+        return None if stored is None else self.read(stored)
 
     def size(self, dtype: torch.dtype) -> int:
         """Bytes of all tensors in a dtype."""

@@ -17,10 +17,10 @@ from torch.func import functional_call
 
 from wanda_dvc.engine import attention
 from wanda_dvc.engine.calls import Call, CallCache, calls_bytes, equal_calls
-from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.checkpoint import Checkpoint, Source
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.rows import Layout, Row
-from wanda_dvc.engine.structure import Linear, empty_model
+from wanda_dvc.engine.structure import Linear, build_empty
 from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
 
@@ -32,17 +32,19 @@ class _Stop(Exception):
 
 
 class Decoder:
-    """A causal language model on disk. In memory are the embeddings, the final norm, the head, and a block or two.
+    """A causal language model, run block by block. Of one on disk a block or two are in memory, and what is no block.
 
     Raises:
         UserError: the model's structure is not supported, or the checkpoint is not whole.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, resident: bool = False) -> None:
+    def __init__(
+        self, source: Path | Source, *, dtype: torch.dtype, device: torch.device, resident: bool = False
+    ) -> None:
         """With `resident`, a block that was read stays in memory."""
         keep_freed_memory()
-        self.checkpoint = Checkpoint(folder)
-        self.model = empty_model(folder, dtype)
+        self.checkpoint = Checkpoint(source) if isinstance(source, Path) else source
+        self.model = build_empty(self.checkpoint.config, self.checkpoint.config_name, dtype)
         self.dtype, self.device = dtype, device
         self.weights = Weights(self.model, self.checkpoint, device=device, resident=resident)
         self.blocks = self.weights.blocks
@@ -182,7 +184,7 @@ class Decoder:
             self.model(input_ids=row.tokens[None].to(self.device), use_cache=False, **words)
         if len(recorded) != until + 1:
             raise UserError(
-                f"{self.checkpoint.folder}: the model's forward pass called {len(recorded)} of its "
+                f"{self.checkpoint}: the model's forward pass called {len(recorded)} of its "
                 f"{len(self.blocks)} blocks, expected each once and in order; unsupported model structure"
             )
         return recorded
@@ -202,7 +204,7 @@ class Decoder:
         if len(row.tokens) not in self._checked:
             if not equal_calls(calls, record(Row(torch.ones_like(row.tokens)))):
                 raise UserError(
-                    f"{self.checkpoint.folder}: the arguments of its blocks depend on the tokens, beside the hidden "
+                    f"{self.checkpoint}: the arguments of its blocks depend on the tokens, beside the hidden "
                     "states; unsupported model structure"
                 )
             self._checked.add(len(row.tokens))

@@ -22,11 +22,9 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     Tokenization, the number of positions, and what precedes an empty context stay lm-eval's.
     """
 
-    def __init__(self, decoder: Decoder, work: Path, *, what: str, progress: Progress) -> None:
-        """`what` names the run in messages; `progress` shows the blocks."""
-        super().__init__(
-            pretrained=decoder.model, tokenizer=load_tokenizer(decoder.checkpoint.folder), trust_remote_code=False
-        )
+    def __init__(self, decoder: Decoder, folder: Path, work: Path, *, what: str, progress: Progress) -> None:
+        """`folder` holds the tokenizer, `what` names the run in messages, `progress` shows the blocks."""
+        super().__init__(pretrained=decoder.model, tokenizer=load_tokenizer(folder), trust_remote_code=False)
         self.decoder, self.work, self.what, self.progress = decoder, work, what, progress
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:

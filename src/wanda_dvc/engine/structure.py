@@ -6,7 +6,7 @@ follow transformers' own conversion rules.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.engine.checkpoint import Address, Source
 from wanda_dvc.engine.config import read_config, reason
 from wanda_dvc.errors import UserError
 
@@ -73,17 +73,21 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32, *, tensors: in
 
     UserError where transformers builds none, or more blocks are asked for than there are `tensors`.
     """
+    return build_empty(read_config(folder), str(folder / "config.json"), dtype, tensors=tensors)
+
+
+def build_empty(config: Any, where: str, dtype: torch.dtype = torch.float32, *, tensors: int | None = None) -> Any:
+    """The model of a configuration, as `empty_model`; `where` is the configuration's name in messages."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = read_config(folder)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(f"{folder / 'config.json'}: {config.model_type} is not a causal language model")
+        raise UserError(f"{where}: {config.model_type} is not a causal language model")
     layers = config.get_text_config().num_hidden_layers
     if tensors is not None and layers > tensors:
         raise UserError(
-            f"{folder / 'config.json'}: num_hidden_layers: found {layers}, expected at most {tensors}, the tensors in "
+            f"{where}: num_hidden_layers: found {layers}, expected at most {tensors}, the tensors in "
             "the checkpoint; copy both again"
         )
     try:
@@ -91,7 +95,7 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32, *, tensors: in
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # each model's class raises what it likes, a KeyError for an unknown activation
         raise UserError(
-            f"{folder / 'config.json'}: transformers builds no {config.model_type} from it ({reason(error)}), expected "
+            f"{where}: transformers builds no {config.model_type} from it ({reason(error)}), expected "
             "sizes, activation and rope that it knows; correct it, or copy the file again"
         ) from error
     model.tie_weights()  # parameters made anew inside the context have lost it
@@ -150,6 +154,23 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in weights.items() if not is_gate(name, module)}
 
 
+def stored_linears(block: nn.Module, prefix: str, parts_of: Callable[[str], list[Part]]) -> dict[str, Linear]:
+    """A block's linears, named as the checkpoint stores them; each expert has its own.
+
+    `prefix` is what the model has before the block's names, and `parts_of` gives the parts of a parameter.
+    """
+    linears: dict[str, Linear] = {}
+    for name, module in find_linears(block).items():
+        leaf = name.rpartition(".")[2]
+        parts = parts_of(prefix + name)
+        shape = module.get_parameter(leaf).shape
+        if len(shape) == 3 and parts[0].expert is None:  # all experts in one tensor
+            addresses = [Address(parts[0].address.tensor, expert) for expert in range(shape[0])]
+            parts = [Part(address, expert=address.expert) for address in addresses]
+        linears |= {part.address.linear: Linear(module, leaf, part) for part in parts}
+    return linears
+
+
 def _owner(weight: str) -> str:
     """The module that a weight's module stands in."""
     return weight.rpartition(".")[0].rpartition(".")[0]
@@ -160,7 +181,7 @@ def weight_shapes(block: nn.Module) -> list[torch.Size]:
     return [module.get_parameter(name.rpartition(".")[2]).shape for name, module in find_linears(block).items()]
 
 
-def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
+def stored_parts(model: Any, checkpoint: Source) -> dict[str, list[Part]]:
     """The stored weights that each parameter and buffer is made of, by transformers' own rules.
 
     Stored names may differ from the model's: older checkpoints have other names (GPT-NeoX's `embed_out`), some lack
@@ -188,7 +209,7 @@ def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     return parts
 
 
-def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
+def _check_is_no_block(tensor: str, model: Any, checkpoint: Source) -> None:
     """Raise UserError where a tensor that the model lacks belongs to a block after its last one.
 
     Blocks that predict further tokens are no part of the model; transformers, or the configuration, says so.
@@ -200,13 +221,13 @@ def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
     ignored = any(re.search(pattern, tensor) for pattern in model._keys_to_ignore_on_load_unexpected or ())
     if found and int(found[1]) >= len(blocks) + ahead and not ignored:
         raise UserError(
-            f"{checkpoint.folder}: config.json has {len(blocks)} blocks, expected {int(found[1]) + 1} or more: the "
+            f"{checkpoint}: config.json has {len(blocks)} blocks, expected {int(found[1]) + 1} or more: the "
             f"checkpoint stores {tensor}; copy both again"
         )
 
 
 def place_parts(
-    name: str, stored: list[tuple[str, str]], rule: WeightConverter, model: Any, checkpoint: Checkpoint
+    name: str, stored: list[tuple[str, str]], rule: WeightConverter, model: Any, checkpoint: Source
 ) -> list[Part]:
     """The place in a parameter of each stored tensor (given with its pattern in the rule) that it is made of.
 
@@ -216,7 +237,8 @@ def place_parts(
         UserError: the rule does more than stack rows, expert by expert.
     """
     expected = list(model.get_parameter(name).shape)
-    shapes = [list(checkpoint.read(Address(tensor)).shape) for _, tensor in stored]
+    entries = checkpoint.entries
+    shapes = [list(entries[tensor].shape) for _, tensor in stored]
     shape = range(2, 2 + len(shapes[0]))
     size = math.prod(shape)
     marks = [(torch.arange(size) + size * number).view(*shape) for number in range(len(stored))]
@@ -238,8 +260,7 @@ def place_parts(
                 raise ValueError(f"together they are {result}, expected {expected}")
     except Exception as error:  # a rule may raise anything
         raise UserError(
-            f"{checkpoint.folder}: {name} is made of {len(stored)} tensors like {stored[0][1]}, "
-            f"in an unsupported way: {error}"
+            f"{checkpoint}: {name} is made of {len(stored)} tensors like {stored[0][1]}, in an unsupported way: {error}"
         ) from error
     return parts
 

@@ -22,6 +22,8 @@ from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
 from wanda_dvc.errors import MEND, UserError, notice
+from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.pruning.statistics import BlockStats
 
 
 @torch.no_grad()
@@ -54,6 +56,24 @@ def walk(
         decoder.forget_calls()
 
 
+def measure(
+    decoder: Decoder,
+    rows: Sequence[Row] | Int[Tensor, "samples length"],
+    work: Path,
+    *,
+    gram: bool,
+    kept: int | None = None,
+) -> Iterator[tuple[int, BlockStats, dict[str, Gram]]]:
+    """The number, the statistics and the Gram matrices of each block, on what the blocks before it put out.
+
+    The matrices are by distinct input, and none without `gram`. `kept` is `walk`'s.
+    """
+    for step in walk(decoder, rows, work, kept=kept):
+        recorder = InputRecorder(gram=gram)
+        step.advance(recorder)
+        yield step.index, recorder.result(), recorder.grams
+
+
 def outputs(
     decoder: Decoder, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path
 ) -> list[Float[Tensor, "length width"]]:
@@ -84,7 +104,7 @@ def _check_tokens(decoder: Decoder, rows: Sequence[Row]) -> None:
     largest = max((int(row.tokens.max()) for row in rows if len(row.tokens)), default=0)
     if largest >= embeddings:
         raise UserError(
-            f"{decoder.checkpoint.folder}: the tokenizer gives the id {largest}, expected at most {embeddings - 1}: "
+            f"{decoder.checkpoint}: the tokenizer gives the id {largest}, expected at most {embeddings - 1}: "
             f"the model has {embeddings:,} embeddings; use the tokenizer that belongs to it"
         )
 
@@ -168,7 +188,7 @@ class Step:
                 self.states.not_finite = self._first_not_finite(before, row)
             if recorder and self.states.not_finite:
                 raise UserError(
-                    f"{self.decoder.checkpoint.folder}: {self.states.not_finite}: activations that are not finite, "
+                    f"{self.decoder.checkpoint}: {self.states.not_finite}: activations that are not finite, "
                     f"expected finite ones; {MEND}"
                 )
             yield after

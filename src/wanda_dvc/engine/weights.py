@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from wanda_dvc.engine.check import check_parts
-from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.engine.checkpoint import Source
 from wanda_dvc.engine.memory import empty_weight
-from wanda_dvc.engine.structure import Linear, Part, find_blocks, find_linears, stored_parts
+from wanda_dvc.engine.structure import Linear, Part, find_blocks, find_linears, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
 
 
@@ -21,7 +21,7 @@ class Weights:
     While a block is at work, a thread reads the next one; on a GPU it copies through a CUDA stream of its own.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, *, device: torch.device, resident: bool) -> None:
+    def __init__(self, model: Any, checkpoint: Source, *, device: torch.device, resident: bool) -> None:
         """Reads what is in no block. With `resident`, a block that was read stays in memory."""
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.blocks_name, self.blocks = find_blocks(model)
@@ -38,7 +38,7 @@ class Weights:
         """The stored weights that a parameter is made of."""
         if name not in self._parts:
             raise UserError(
-                f"{self.checkpoint.folder}: no tensor for {name}, expected one by config.json; "
+                f"{self.checkpoint}: no tensor for {name}, expected one by config.json; "
                 "the checkpoint is incomplete, or stores it in an unsupported form"
             )
         return self._parts[name]
@@ -58,25 +58,16 @@ class Weights:
     def linears(self, index: int) -> dict[str, Linear]:
         """The prunable weights of a block, named as the checkpoint stores them; each expert has its own."""
         block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."
-        weights = find_linears(block)
-        linears: dict[str, Linear] = {}
-        for name, module in weights.items():
-            leaf = name.rpartition(".")[2]
-            parts = self.parts(prefix + name)
-            shape = module.get_parameter(leaf).shape
-            if len(shape) == 3 and parts[0].expert is None:  # all experts in one tensor
-                addresses = [Address(parts[0].address.tensor, expert) for expert in range(shape[0])]
-                parts = [Part(address, expert=address.expert) for address in addresses]
-            linears |= {part.address.linear: Linear(module, leaf, part) for part in parts}
+        linears, weights = stored_linears(block, prefix, self.parts), find_linears(block)
         largest = max((linear.weight.numel() for linear in linears.values()), default=0)
         for name, parameter in block.named_parameters():
             if name not in weights and parameter.dim() > 1 and parameter.numel() > largest:
                 raise UserError(
-                    f"{self.checkpoint.folder}: {prefix}{name} belongs to no linear, and is larger than any; "
+                    f"{self.checkpoint}: {prefix}{name} belongs to no linear, and is larger than any; "
                     "unsupported model structure"
                 )
         if not linears:
-            raise UserError(f"{self.checkpoint.folder}: {prefix[:-1]} has no linear; unsupported model structure")
+            raise UserError(f"{self.checkpoint}: {prefix[:-1]} has no linear; unsupported model structure")
         return linears
 
     @contextlib.contextmanager
@@ -121,13 +112,15 @@ class Weights:
     def _read(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Tensors for parameters by their full names, in the parameter's dtype, on the device.
 
-        On a CPU, a tensor that is stored whole in this dtype is a view of the file; all others are copies.
+        On a CPU, a tensor that is stored whole in this dtype is a view of the file; a parameter of a
+        model in memory is itself, in its own dtype and place. All others are copies.
         """
         found = {}
         for name, parameter in parameters.items():
             parts = self.parts(name)
-            if parts[0].is_whole:
-                found[name] = self._read_whole(parts[0].address, parameter)
+            stored = parts[0].address if parts[0].is_whole else None
+            if (one := self.checkpoint.parameter(name, stored)) is not None:
+                found[name] = self._placed(one, parameter, name if stored is None else stored.tensor)
                 continue
             whole = empty_weight(parameter.shape, parameter.dtype, self.device)
             for part in parts:
@@ -135,13 +128,11 @@ class Weights:
             found[name] = whole
         return found
 
-    def _read_whole(self, address: Address, parameter: nn.Parameter) -> Tensor:
-        tensor = self.checkpoint.read(address)
+    def _placed(self, tensor: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
+        """A tensor in the dtype of a parameter, on the device."""
         if tensor.shape != parameter.shape:
-            raise UserError(
-                f"{self.checkpoint.folder}: {address.tensor} is {list(tensor.shape)}, expected {list(parameter.shape)}"
-            )
-        if self.device.type == "cuda":  # a copy overlaps with computation only from pinned memory
+            raise UserError(f"{self.checkpoint}: {name} is {list(tensor.shape)}, expected {list(parameter.shape)}")
+        if self.device.type == "cuda" and tensor.device.type == "cpu":  # only from pinned memory do copies overlap
             tensor = tensor.pin_memory()
         if (tensor.device, tensor.dtype) != (self.device, parameter.dtype):
             tensor = empty_weight(parameter.shape, parameter.dtype, self.device).copy_(tensor, non_blocking=True)

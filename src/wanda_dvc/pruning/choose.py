@@ -1,20 +1,20 @@
 """From weights and statistics to masks, and to the weights that stay, as rows of the catalog say."""
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wanda_dvc.catalog import Method, Reconstruction
+from wanda_dvc.catalog import Allocation, Method, Reconstruction
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.allocation import greedy_error, outlier_ratio
-from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.pruning.allocation import greedy_error, outlier_ratio, settle
+from wanda_dvc.pruning.gram import Gram, layer_error
 from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.selection import keep_by_share, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
@@ -83,15 +83,17 @@ def choose_block(
     block: BlockStats,
     *,
     method: Method,
-    targets: Mapping[str, Target],
+    targets: Mapping[str, Target] | Target,
     grams: Mapping[str, Gram] | None = None,
 ) -> dict[str, Tensor]:
     """Return the `keep` masks of one block's linears, oriented as their weights are stored.
 
-    `weights` reads a linear's stored weight, `targets` has an entry for each linear, and `grams` holds the Gram matrix
-    of each distinct input where the method needs it. Scored linears are chosen in parallel, by as many threads as torch
-    has; a solver uses all threads for one linear, and runs where its Gram matrix is.
+    `weights` reads a linear's stored weight. `targets` has an entry for each linear, or is the same for all. `grams`
+    holds the Gram matrix of each distinct input where the method needs it. Scored linears are chosen in parallel, by as
+    many threads as torch has; a solver uses all threads for one linear, and runs where its Gram matrix is.
     """
+    if isinstance(targets, Target):
+        targets = {name: targets for names in block.readers.values() for name in names}
     if method.competition == "solver":
         solve, chosen = function_of(method.function), {}
         for name, prepared in _prepared(block, grams or {}):
@@ -171,6 +173,59 @@ def reconstruct_block(
             )
 
 
+class Pruned(NamedTuple):
+    """One linear of a pruned model, as its weight is stored."""
+
+    weight: Tensor  # zero off the mask
+    error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix
+    masked: float | None  # the same, if the weights that stay kept their values
+
+
+def prune_linear(
+    weight: Tensor, values: Tensor, keep: Tensor, prepared: Prepared | None, *, transposed: bool = False
+) -> Pruned:
+    """Return one linear with `values` on its mask (`weight` itself: they keep theirs), and its layer errors."""
+    plain = masked(weight, keep)
+    made = plain if values is weight else masked(values, keep)
+    if prepared is None:
+        return Pruned(made, None, None)
+    error = by_mask = _layer_error(weight, plain, prepared, transposed)
+    if values is not weight:
+        error = _layer_error(weight, made, prepared, transposed)
+    return Pruned(made, error, by_mask)
+
+
+def masked(weight: Tensor, keep: Tensor) -> Tensor:
+    """Return weights with +0 where the mask does not keep them; the others keep their bits, in every dtype."""
+    bits = weight.contiguous().view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * keep.numpy()
+    return torch.from_numpy(bits).view(weight.dtype)
+
+
+def _layer_error(weight: Tensor, made: Tensor, prepared: Prepared, transposed: bool) -> float:
+    dense, pruned = (_turned(w, transposed).float().to(prepared.gram.device) for w in (weight, made))
+    return layer_error(dense, pruned, prepared.gram)
+
+
+def prune_block(
+    weights: Callable[[str], Tensor],
+    block: Readers,
+    *,
+    reconstruction: Reconstruction,
+    keeps: Mapping[str, Tensor],
+    grams: Mapping[str, Gram],
+) -> Iterator[tuple[str, Pruned, dict[str, float]]]:
+    """Yield the linears of one block that have a mask, and how each was solved for; {} where nothing was."""
+    for name, prepared in _prepared(block, grams):
+        if name not in keeps:
+            continue
+        weight, keep, across = weights(name), keeps[name], name in block.transposed
+        values, told = weight, {}
+        if reconstruction.function is not None and prepared is not None:
+            one = reconstruct(weight, keep, prepared, reconstruction=reconstruction, transposed=across)
+            values, told = one.weight, one.told
+        yield name, prune_linear(weight, values, keep, prepared, transposed=across), told
+
+
 def prepare(gram: Gram, name: str) -> Prepared:
     """Return a Gram matrix as solvers take it; `name` stands in messages."""
     return Prepared(gram.matrix(), f"{name}: Gram matrix")
@@ -188,7 +243,43 @@ def _turned(weight: Tensor, transposed: bool) -> Tensor:
     return weight.T if transposed else weight
 
 
-# --- ratings of blocks, for allocations ---
+# --- allocations, and their ratings of blocks ---
+
+
+def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocation
+    weights: Callable[[str], Tensor],
+    blocks: Iterable[tuple[BlockStats, Mapping[str, Gram]]],
+    count: int,
+    *,
+    allocation: Allocation,
+    share: Fraction,
+    group: str,
+    strength: float | None = None,
+) -> list[Fraction]:
+    """Return the share of each block's weights that goes.
+
+    `blocks` yields the statistics of the `count` blocks, with Gram matrices where the allocation needs them; it is left
+    alone where all shares are the same.
+    """
+    function = function_of(allocation.function)
+    if allocation.strength is None:
+        equal: list[Fraction] = function(share, range(count))
+        return equal
+    groups: list[list[tuple[int, int]]] = []  # of each block's linears
+    ratings = []
+    for measured, grams in blocks:
+        groups.append([])
+        for source, names in measured.readers.items():
+            for name in names:
+                number, features = weights(name).numel(), len(measured.inputs[source].sum)
+                groups[-1].append((number // features, features) if group == "row" else (1, number))
+        if allocation.rating is not None:
+            ratings.append(function_of(allocation.rating)(weights, measured, grams))
+    words: list[object] = [ratings] if allocation.rating is not None else []
+    if strength is not None:
+        words.append(Fraction(str(strength)) if allocation.rating is None else strength)
+    sizes = [sum(number * size for number, size in linears) for linears in groups]
+    return settle(function(share, sizes, *words), share, groups)
 
 
 def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mapping[str, Gram]) -> float:

@@ -16,8 +16,7 @@ from wanda_dvc.engine.costs import DISK, HOST, Cost, Setting, solving_seconds
 from wanda_dvc.engine.sizes import Need, sizes, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
-from wanda_dvc.pruning.choose import prepare, reconstruct
-from wanda_dvc.pruning.gram import layer_error
+from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.stages.inputs import largest
 from wanda_dvc.stages.running import progress, solving_device
@@ -203,27 +202,9 @@ class Parts:
         elif self.source == "gram" and prepared is not None:
             one = reconstruct(weight, keep, prepared, reconstruction=self.reconstruction, transposed=across)
             values, solved = one.weight, one.told
-        masked = _masked(weight, keep)
-        made = masked if values is weight else _masked(values, keep)
-        error = masked_error = None
-        if prepared is not None:
-            error = masked_error = _error(weight, masked, prepared, across)
-            if values is not weight:
-                error = _error(weight, made, prepared, across)
-        zero = weight.numel() - int(torch.count_nonzero(made))
-        return made, Zeros(block, zero, weight.numel(), weight.nbytes, error, masked_error, solved)
-
-
-def _error(weight: Tensor, made: Tensor, prepared: Prepared, across: bool) -> float:
-    """Return the layer error of one linear, whose weights may be stored transposed."""
-    dense, pruned = ((w.T if across else w).float().to(prepared.gram.device) for w in (weight, made))
-    return layer_error(dense, pruned, prepared.gram)
-
-
-def _masked(weight: Tensor, keep: Tensor) -> Tensor:
-    """Return weights with +0 where the mask does not keep them; the others keep their bits, in every dtype."""
-    bits = weight.contiguous().view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * keep.numpy()
-    return torch.from_numpy(bits).view(weight.dtype)
+        made = prune_linear(weight, values, keep, prepared, transposed=across)
+        zero = weight.numel() - int(torch.count_nonzero(made.weight))
+        return made.weight, Zeros(block, zero, weight.numel(), weight.nbytes, made.error, made.masked, solved)
 
 
 def prune(study: Project, target: Path, reconstruction: str = "none") -> dict[str, Zeros]:

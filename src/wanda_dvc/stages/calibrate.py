@@ -27,8 +27,7 @@ from wanda_dvc.study.tensors import block_count, finished_blocks, read_stats, se
 
 def calibrate(*, project: Project) -> None:
     """models/dense + data/calibration → stats/, gram/. Without `calibration.gram` the latter has no blocks."""
-    from wanda_dvc.engine.recorder import InputRecorder
-    from wanda_dvc.engine.walk import walk
+    from wanda_dvc.engine.walk import measure
 
     model = model_provenance(project, "dense")
     check_ready(project, "dense", project.params.calibration.length, "calibration.length")
@@ -50,14 +49,11 @@ def calibrate(*, project: Project) -> None:
         finished = finished_blocks(work.out)
         if kept != "none":
             finished = min(finished, finished_blocks(beside.out))
-        steps = walk(decoder, windows, work.path, kept=finished)
-        for step in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
-            recorder = InputRecorder(gram=kept != "none")
-            step.advance(recorder)
-            measured = recorder.result()
-            write_stats(work.out, step.index, measured)
-            if recorder.gram:
-                write_grams(beside.out, step.index, measured, recorder.grams, kept)
+        steps = measure(decoder, windows, work.path, gram=kept != "none", kept=finished)
+        for block, measured, grams in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
+            write_stats(work.out, block, measured)
+            if kept != "none":
+                write_grams(beside.out, block, measured, grams, kept)
         blocks = range(len(decoder.blocks))
         say_unreached("calibrate", {block: read_stats(work.out, block).unreached() for block in blocks})
         seal(work.out, made_from)

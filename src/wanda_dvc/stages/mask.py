@@ -123,8 +123,7 @@ def keeps(
 ) -> dict[str, Tensor]:
     """Return the masks of one block's linears, every linear with the same share; `weights` reads a stored weight."""
     target = Target(share, params.pattern, params.group)
-    targets = {name: target for names in block.readers.values() for name in names}
-    return choose_block(weights, block, method=methods()[params.method], targets=targets, grams=grams)
+    return choose_block(weights, block, method=methods()[params.method], targets=target, grams=grams)
 
 
 def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and where they go

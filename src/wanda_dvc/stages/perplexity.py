@@ -7,10 +7,9 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.losses import DIVERGED, from_losses, window_loss
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.sizes import BYTES_A_TOKEN, Need, walking
 from wanda_dvc.engine.walk import not_finite, outputs, walk
@@ -23,7 +22,6 @@ from wanda_dvc.study.files import write_csv, write_json
 from wanda_dvc.study.project import TEXT, Project
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
-DIVERGED = "diverged"
 LOSSES = "losses.jsonl"
 
 
@@ -89,29 +87,6 @@ def _line(row: int, loss: float) -> str:
     """Return the line that keeps a row's loss, with a checksum: a kill may cut it."""
     content = json.dumps([row, _finite(loss)])
     return f"{zlib.crc32(content.encode()):08x} {content}\n"
-
-
-def window_loss(decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Mean cross-entropy, in nats, of each token but the first given those before it."""
-    targets = tokens[1:].to(decoder.device)
-    total = 0.0
-    for positions, logits in decoder.logits(hidden, tokens):
-        wanted = targets[positions.start : positions.stop]  # one fewer in the last chunk: it predicts past the end
-        total += torch.nn.functional.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum").item()
-    return total / len(targets)
-
-
-def from_losses(losses: list[float], predictions: list[int]) -> float | str:
-    """exp(total loss / predictions), to six significant digits: what comes after them differs from machine to machine.
-
-    `losses` are windows' means. Where all windows are of one length it is exp(mean), as the papers write it.
-    """
-    equal = len(set(predictions)) == 1  # then the weights would only round
-    weighted = losses if equal else [loss * count for loss, count in zip(losses, predictions, strict=True)]
-    mean = math.fsum(weighted) / (len(losses) if equal else sum(predictions))
-    if not mean < math.log(torch.finfo(torch.float64).max):
-        return DIVERGED
-    return float(f"{math.exp(mean):.6g}")
 
 
 def _read_losses(path: Path, rows: int) -> list[float]:

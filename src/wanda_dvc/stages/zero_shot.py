@@ -64,7 +64,7 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
 
     with project.work(protocol) as work:
         decoder = open_decoder(project, model)
-        language_model = EngineLM(decoder, work.path, what=what, progress=blocks)
+        language_model = EngineLM(decoder, folder, work.path, what=what, progress=blocks)
         evaluated = evaluate(language_model, {task: definition}, limit=params.zero_shot.limit)
         where = not_finite(work.path)
         work.forget()

@@ -72,17 +72,23 @@ def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[s
     triangle, row by row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the
     triangle are at most 1, so float16 holds each to 11 bits or to 6e-8. Header: as of statistics.
     """
+    packed = pack_grams(stats, grams, dtype)
+    _save(block_file(folder, block), packed.tensors, {"readers": stats.readers, "transposed": stats.transposed})
+
+
+def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str) -> "Grams":
+    """Return one block's Gram matrices as `write_grams` writes them: unpacked, they are as exact as those it wrote."""
     import torch
 
     tensors: dict[str, Tensor] = {}
     for name, gram in grams.items():
         norm, triangle = gram.scaled_triangle()
         tensors |= {
-            f"{name}.norm": norm,
-            f"{name}.triangle": triangle.to(getattr(torch, dtype)),
+            f"{name}.norm": norm.cpu(),
+            f"{name}.triangle": triangle.to("cpu", getattr(torch, dtype)),
             f"{name}.count": torch.tensor(gram.count),
         }
-    _save(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
+    return Grams(tensors, stats.readers, stats.transposed, None)
 
 
 def read_grams(folder: Path, block: int, device: "torch.device | None" = None) -> "Grams":
@@ -102,7 +108,7 @@ def read_grams(folder: Path, block: int, device: "torch.device | None" = None) -
 
 
 class Grams(Mapping[str, "Gram"]):
-    """The Gram matrices of one block. One is unpacked when it is asked for; until then it is a view of its file.
+    """The Gram matrices of one block. One is unpacked when it is asked for; until then it is as `pack_grams` leaves it.
 
     An input that no token reached has none.
     """
@@ -114,14 +120,18 @@ class Grams(Mapping[str, "Gram"]):
         transposed: list[str],
         device: "torch.device | None",
     ) -> None:
-        self._tensors, self.readers, self.transposed, self._device = tensors, readers, transposed, device
+        self.tensors, self.readers, self.transposed, self._device = tensors, readers, transposed, device
         self._inputs = [name for name in readers if f"{name}.count" in tensors]
+
+    def on(self, device: "torch.device") -> "Grams":
+        """Return the same matrices, which come on another device."""
+        return Grams(self.tensors, self.readers, self.transposed, device)
 
     def __getitem__(self, name: str) -> "Gram":
         from wanda_dvc.pruning.gram import Gram
 
-        norm, triangle = (self._tensors[f"{name}.{kind}"].to(self._device) for kind in ("norm", "triangle"))
-        return Gram.from_scaled_triangle(norm, triangle, int(self._tensors[f"{name}.count"]))
+        norm, triangle = (self.tensors[f"{name}.{kind}"].to(self._device) for kind in ("norm", "triangle"))
+        return Gram.from_scaled_triangle(norm, triangle, int(self.tensors[f"{name}.count"]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)
@@ -152,12 +162,17 @@ def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
 
     Tensors: uint8 [rows, ⌈columns / 8⌉] for each linear, the first column in the highest bit. Header: the columns.
     """
+    masks = pack_masks(keeps)
+    _save(block_file(folder, block), masks.packed, {"columns": masks.columns})
+
+
+def pack_masks(keeps: "Mapping[str, Tensor]") -> "Masks":
+    """Return `keep` masks as `write_masks` writes them, one bit a weight."""
     import numpy as np
     import torch
 
     packed = {name: torch.from_numpy(np.packbits(keep.cpu().numpy(), axis=1)) for name, keep in keeps.items()}
-    columns = {name: keep.shape[1] for name, keep in keeps.items()}
-    _save(block_file(folder, block), packed, {"columns": columns})
+    return Masks(packed, {name: keep.shape[1] for name, keep in keeps.items()})
 
 
 def read_masks(folder: Path, block: int) -> "Masks":
@@ -193,23 +208,30 @@ def _damaged(path: Path, found: str, made_by: str) -> UserError:
 
 
 class Masks(Mapping[str, "Tensor"]):
-    """The `keep` masks of one block. A mask is unpacked when it is asked for; until then it is one bit on disk."""
+    """The `keep` masks of a block or a model. One is unpacked when it is asked for; until then it is one bit a weight.
+
+    A mask is bool, in the orientation of the stored weight; True stays.
+    """
 
     def __init__(self, packed: "dict[str, Tensor]", columns: dict[str, int]) -> None:
-        self._packed, self._columns = packed, columns
+        self.packed, self.columns = packed, columns
+
+    def __or__(self, other: "Masks") -> "Masks":
+        """Return the masks of both."""
+        return Masks(self.packed | other.packed, self.columns | other.columns)
 
     def __getitem__(self, name: str) -> "Tensor":
         import numpy as np
         import torch
 
-        packed = self._packed[name].numpy()
-        return torch.from_numpy(np.unpackbits(packed, axis=1, count=self._columns[name]).view(np.bool_))
+        packed = self.packed[name].numpy()
+        return torch.from_numpy(np.unpackbits(packed, axis=1, count=self.columns[name]).view(np.bool_))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._columns)
+        return iter(self.columns)
 
     def __len__(self) -> int:
-        return len(self._columns)
+        return len(self.columns)
 
 
 def seal(folder: Path, made_from: Json) -> None:

@@ -5,7 +5,8 @@ experiment with the numbers of the commit that it started from.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tabulate import tabulate
@@ -16,6 +17,7 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import stale_stages
 from wanda_dvc.views.show import number
 
+DIVERGED = "diverged"  # as `perplexity` writes it; its module brings torch
 HEADERS = ["experiment", "state", "change", "perplexity", "mean acc, %"]
 
 
@@ -38,6 +40,26 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     stale = [record["name"] for record in records if record["stale"]]
     said = f"Without numbers where stages have not run on the settings at hand: {', '.join(stale)}." if stale else ""
     return "\n\n".join(part for part in (table, said) if part)
+
+
+def results(project: Project) -> list[dict[str, Any]]:
+    """Every state of the study as a flat record, all with the same keys; None for what is not the state's own."""
+    found = [
+        {"experiment": one.name, "commit": None if one.kind is Kind.WORKSPACE else one.rev, "state": one.state}
+        | dict(one.settings)
+        | dict(_figures(_own_metrics(one)))
+        for one in list_experiments(project, locks=True)
+    ]
+    keys = dict.fromkeys(key for record in found for key in record)
+    return [dict.fromkeys(keys) | record for record in found]
+
+
+def _figures(metrics: Mapping[str, Json]) -> Iterator[tuple[str, Any]]:
+    """Yield every number with its name: the path below metrics/, and its own name where the file has another."""
+    for path, content in metrics.items():
+        *folders, file = path.removeprefix("metrics/").removesuffix(".json").split("/")
+        for name, value in content.items():
+            yield ".".join([*folders, file] + [name] * (name != file)), math.inf if value == DIVERGED else value
 
 
 def _record(one: Experiment) -> Json:

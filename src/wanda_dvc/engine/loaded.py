@@ -1,0 +1,131 @@
+"""A model in memory, read as the checkpoint that transformers would save: the same names, the same weights."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from wanda_dvc.engine.check import check_parts
+from wanda_dvc.engine.checkpoint import Address, Source
+from wanda_dvc.engine.structure import Linear, find_blocks, stored_linears, stored_parts
+from wanda_dvc.errors import UserError
+from wanda_dvc.reading import Entry
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+class Loaded(Source):
+    """A causal language model of transformers, in memory. Tensors that are read are views of its parameters.
+
+    Nothing is copied, and the model is never run: the engine builds the architecture of its configuration anew, without
+    weights, and lends it these. So hooks, flags and the configuration of the model stay as they are and count nothing.
+
+    Raises:
+        UserError: it is no model that `AutoModelForCausalLM` builds, or its weights are not all in memory.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._name = type(model).__name__
+        self._state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        if away := [name for name, tensor in self._state.items() if tensor.is_meta]:
+            raise UserError(
+                f"model: {len(away)} of {len(self._state)} tensors are on the meta device ({away[0]}), expected all in "
+                "memory; load it without offloading, or run the pipeline, which needs two blocks in memory"
+            )
+        built: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+        if built is not type(model):
+            expected = f"{built.__name__}, as it builds from this configuration" if built else "a class that it builds"
+            raise UserError(f"model: got {self._name}, expected {expected}; load it with AutoModelForCausalLM")
+        # Names and shapes alone: on real tensors the conversion would copy every expert.
+        empty = {name: tensor.to("meta") for name, tensor in self._state.items()}
+        self._stored: dict[str, Tensor] = revert_weight_conversion(model, empty)
+        self._parts = stored_parts(model, self)
+        check_parts(model, self, self._parts)
+        self._places = {part.address.tensor: (name, part) for name, parts in self._parts.items() for part in parts}
+
+    def __str__(self) -> str:
+        return self._name
+
+    @cached_property
+    def where(self) -> dict[str, str]:
+        """The model's name, for each tensor."""
+        return dict.fromkeys(self._stored, self._name)
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Dtype and shape of each tensor."""
+        return {
+            name: Entry(DTYPES.get(x.dtype, str(x.dtype)), list(x.shape), 0, x.nbytes)
+            for name, x in self._stored.items()
+        }
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration as a file would hold it: without what this model was told of its attention."""
+        config = self.model.config
+        return type(config).from_dict(config.to_dict())
+
+    @property
+    def config_name(self) -> str:
+        """The model's attribute."""
+        return f"{self._name}.config"
+
+    @cached_property
+    def linears(self) -> dict[str, Linear]:
+        """The prunable weights of all blocks, named as the checkpoint stores them; each expert has its own."""
+        where, blocks = find_blocks(self.model)
+        return {
+            name: linear
+            for index, block in enumerate(blocks)
+            for name, linear in stored_linears(block, f"{where}.{index}.", self._parts.__getitem__).items()
+        }
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of embeddings."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return len(embeddings.weight)
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens of a window, where the configuration says."""
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return positions if isinstance(positions, int) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's embeddings are: windows go through it there."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's weights: of most of them, where it has several."""
+        return self.model.dtype
+
+    def read(self, address: Address) -> Tensor:
+        """A view of the parameter that a stored tensor is a part of."""
+        name, part = self._places[address.tensor]
+        found = part.of(self._state[name])
+        return found if address.expert is None else found[address.expert]
+
+    def parameter(self, name: str, stored: Address | None) -> Tensor | None:
+        """The parameter itself, experts together where the model holds them so."""
+        return self._state[name]
+
+    def fingerprint(self) -> dict[str, int]:
+        """A number for each parameter and buffer, which other values are all but certain to change.
+
+        It is a sum over the bits of every weight, each row times its number; it takes one pass over the weights.
+        """
+        return {name: _sum_of_bits(tensor) for name, tensor in self._state.items()}
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    bits = tensor.view(getattr(torch, f"int{8 * tensor.itemsize}")) if tensor.dtype is not torch.bool else tensor
+    rows = bits.sum(dim=-1, dtype=torch.int64).flatten() if bits.dim() > 1 else bits.long().flatten()
+    return int((rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum())

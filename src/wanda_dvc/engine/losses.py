@@ -1,0 +1,34 @@
+"""From hidden states to losses, and from losses to a perplexity."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from wanda_dvc.engine.decoder import Decoder
+
+DIVERGED = "diverged"
+
+
+def window_loss(decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]) -> float:
+    """Mean cross-entropy, in nats, of each token but the first given those before it."""
+    targets = tokens[1:].to(decoder.device)
+    total = 0.0
+    for positions, logits in decoder.logits(hidden, tokens):
+        wanted = targets[positions.start : positions.stop]  # one fewer in the last chunk: it predicts past the end
+        total += torch.nn.functional.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum").item()
+    return total / len(targets)
+
+
+def from_losses(losses: list[float], predictions: list[int]) -> float | str:
+    """exp(total loss / predictions), to six significant digits: what comes after them differs from machine to machine.
+
+    `losses` are windows' means. Where all windows are of one length it is exp(mean), as the papers write it.
+    """
+    equal = len(set(predictions)) == 1  # then the weights would only round
+    weighted = losses if equal else [loss * count for loss, count in zip(losses, predictions, strict=True)]
+    mean = math.fsum(weighted) / (len(losses) if equal else sum(predictions))
+    if not mean < math.log(torch.finfo(torch.float64).max):
+        return DIVERGED
+    return float(f"{math.exp(mean):.6g}")

@@ -1,0 +1,510 @@
+"""The Python interface: what the pipeline's stages do, on a model of transformers that is in memory.
+
+The engine, the scores and the solvers are the stages' own, so masks and figures are the pipeline's to the bit on the
+same tokens, the same dtype and the same number of threads. Weights are named as the model's checkpoint names them:
+`model.layers.0.self_attn.q_proj`, and each expert of a mixture for itself.
+"""
+
+import contextlib
+import itertools
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.study.project import Project
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Bool, Int
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from wanda_dvc.engine.decoder import Decoder
+    from wanda_dvc.engine.loaded import Loaded
+    from wanda_dvc.params import Params
+    from wanda_dvc.pruning.statistics import BlockStats
+    from wanda_dvc.study.tensors import Grams
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
+GRAMS = ("none", "float32", "float16")
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """The statistics of what each linear reads, by block; `calibrate` makes them.
+
+    Attributes:
+        blocks: The norm tier of each block, by distinct input: the sums Σx² and Σx, float64 [in], and the number of
+            tokens. `blocks[0].inputs[NAME].norm` is ‖X_j‖₂, float32 [in]; `blocks[0].readers` says who reads it.
+        grams: The Gram tier of each block, by distinct input; empty where it was not asked for. `grams[0][NAME]` is
+            unpacked when it is asked for; `.matrix()` is XᵀX, float32 [in, in].
+        windows: The number of windows.
+        length: Their tokens each.
+        dtype: The dtype that the model ran in.
+        weights: A number for each tensor of the model, by which another model is told.
+    """
+
+    blocks: "Sequence[BlockStats]"
+    grams: "Sequence[Grams]"
+    windows: int
+    length: int
+    dtype: str
+    weights: Mapping[str, int]
+
+    def __repr__(self) -> str:
+        tier = "with" if self.grams else "without"
+        return (
+            f"Stats({len(self.blocks)} blocks, {self.windows} windows of {self.length} tokens, {self.dtype}, "
+            f"{tier} Gram matrices)"
+        )
+
+
+def calibrate(
+    model: "PreTrainedModel",
+    tokens: 'Int[Tensor, "windows length"]',
+    *,
+    gram: Literal["none", "float32", "float16"] = "none",
+    dtype: Dtype | None = None,
+) -> Stats:
+    """Measure what each linear of a model reads, once for each distinct input.
+
+    The model stays as it is: weights, flags, hooks and configuration. Its weights are borrowed and not copied, except
+    into another `dtype`. Beside the model it takes the memory of one block at work. Between blocks the hidden states
+    wait on disk in Python's temporary folder (`TMPDIR`), 2 · windows · length · hidden size numbers.
+
+    Args:
+        model: A causal language model of transformers in evaluation mode, on any device.
+        tokens: Token ids, whole numbers [windows, length], without padding. The paper takes 128 windows of 2,048.
+        gram: Keep Gram matrices too, for the methods and reconstructions that need them: their upper triangles in
+            `float32` or `float16`, which take 2 or 1 · in² bytes for each distinct input of `in` features.
+        dtype: The dtype that the model runs in; None: its own. Sums are float64 whatever it is.
+
+    Returns:
+        The statistics. They serve every method, sparsity and pattern, as long as the model has these weights.
+
+    Raises:
+        UserError: A wrong argument, an unsupported model structure, or activations that are not finite.
+
+    Example:
+        >>> stats = wd.calibrate(model, tokens, gram="float32")
+        >>> stats.blocks[0].inputs["model.layers.0.self_attn.q_proj"].norm  # ‖X_j‖₂ of each feature, [in]
+    """
+    from wanda_dvc.engine.walk import measure
+    from wanda_dvc.stages.running import progress, say_unreached
+    from wanda_dvc.study.tensors import pack_grams
+
+    _one_of("gram", gram, GRAMS)
+    source = _evaluating(model)
+    rows = _windows(tokens, source)
+    decoder = _decoder(source, dtype)
+    blocks, grams = [], []
+    with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
+        steps = measure(decoder, rows, Path(work), gram=gram != "none")
+        for _, measured, matrices in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
+            blocks.append(measured)
+            if gram != "none":
+                grams.append(pack_grams(measured, matrices, gram))
+    say_unreached("calibrate", {number: block.unreached() for number, block in enumerate(blocks)})
+    name = str(decoder.dtype).removeprefix("torch.")
+    windows, length = rows.shape
+    return Stats(blocks, grams, windows, length, name, source.fingerprint())
+
+
+def choose(  # noqa: PLR0913 - the pipeline's settings, by their names
+    model: "PreTrainedModel",
+    stats: Stats,
+    *,
+    method: str = "wanda",
+    sparsity: float = 0.5,
+    pattern: str = "unstructured",
+    group: Literal["row", "layer"] = "row",
+    allocation: str = "uniform",
+    allocation_strength: float | None = None,
+) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
+    """Choose the weights that stay. Nothing changes: `prune` or `reconstruct` applies the masks.
+
+    The arguments are the pipeline's settings of the same names, with the same rules; `docs/settings.md` lists them. The
+    statistics are the dense model's, as with `propagation: dense`.
+
+    Args:
+        model: The model that `stats` were measured on, with the same weights.
+        stats: What `calibrate` returned.
+        method: How weights are scored: `magnitude`, `wanda`, `wanda-variant`, `ria`, or of Gram matrices `sparsegpt`
+            and `admm`; or a method of an installed package.
+        sparsity: The fraction of each linear's weights that goes, in [0, 1); of each row ⌊in · sparsity⌋ go.
+        pattern: `unstructured`, or `n:m`: n of every m neighbours stay, and the sparsity is 1 − n/m.
+        group: The weights that compete: a `row` (one output) or the whole `layer`.
+        allocation: How the blocks' sparsities differ: `uniform`, `slope`, `owl`, or of Gram matrices `lsa`.
+        allocation_strength: How far they differ; None: the allocation's own value.
+
+    Returns:
+        The masks by linear: bool, in the shape of the stored weight, True stays. Each is one bit a weight in memory and
+        is unpacked when it is asked for.
+
+    Raises:
+        UserError: A wrong argument, arguments that do not fit together or the model, a method or an allocation that
+            needs Gram matrices which `stats` lack, or statistics of other weights.
+
+    Example:
+        >>> keep = wd.choose(model, stats, method="wanda", sparsity=0.5, pattern="2:4")
+        >>> keep["model.layers.0.mlp.up_proj"].float().mean().item()
+        0.5
+    """
+    from wanda_dvc.catalog import ALLOCATIONS, methods
+    from wanda_dvc.pruning.choose import Target, allocate, choose_block
+    from wanda_dvc.pruning.patterns import check_pattern
+    from wanda_dvc.stages.running import progress
+    from wanda_dvc.study.tensors import Masks, pack_masks
+
+    params = _settings(
+        stats,
+        method=method,
+        sparsity=sparsity,
+        pattern=pattern,
+        group=group,
+        allocation=allocation,
+        allocation_strength=allocation_strength,
+    )
+    source = _measured(model, stats)
+
+    def weights(name: str) -> "Tensor":
+        return source.weight(name).cpu()  # where the statistics are, and the pipeline chooses
+
+    with _arguments():
+        check_pattern(pattern, {name: linear.features for name, linear in source.linears.items()})
+        shares = allocate(
+            weights,
+            zip(stats.blocks, stats.grams or itertools.repeat({}), strict=False),
+            len(stats.blocks),
+            allocation=ALLOCATIONS[allocation],
+            share=params.share,
+            group=group,
+            strength=params.allocation_strength,
+        )
+        chosen = Masks({}, {})
+        for block, measured in enumerate(progress(stats.blocks, total=len(stats.blocks), what="choose, blocks")):
+            target = Target(shares[block], pattern, group)
+            grams = stats.grams[block].on(_solving(source)) if stats.grams else {}
+            chosen |= pack_masks(choose_block(weights, measured, method=methods()[method], targets=target, grams=grams))
+    return chosen
+
+
+def prune(model: "PreTrainedModel", keep: 'Mapping[str, Bool[Tensor, "rows columns"]]') -> float:
+    """Set the weights of a model to zero that masks do not keep, in place. All others keep their bits.
+
+    All masks are checked before the first weight changes, so that an error leaves the model as it was. Memory: one mask
+    at a time.
+
+    Args:
+        model: A causal language model of transformers; its parameters are changed where they are.
+        keep: Masks by linear, as `choose` returns them; linears without a mask stay as they are.
+
+    Returns:
+        The measured sparsity: the fraction of the weights of these linears that are zero now.
+
+    Raises:
+        UserError: A mask of no weight of this model, or of another shape or dtype.
+
+    Example:
+        >>> wd.prune(model, wd.choose(model, stats, sparsity=0.5))
+        0.5
+    """
+    import torch
+
+    weights = _targets(_source(model), keep)
+    zeros = 0
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.masked_fill_(~keep[name].to(weight.device), 0)
+            zeros += weight.numel() - int(weight.count_nonzero())
+    return zeros / sum(weight.numel() for weight in weights.values())
+
+
+def reconstruct(
+    model: "PreTrainedModel",
+    keep: 'Mapping[str, Bool[Tensor, "rows columns"]]',
+    stats: Stats,
+    *,
+    reconstruction: str = "least-squares",
+) -> dict[str, dict[str, float]]:
+    """Prune a model in place, and give the weights that stay values that make up for those that go.
+
+    Call it instead of `prune`: it solves for the dense weights' outputs, so it needs the dense model. The new weights
+    wait in main memory until all are solved for, which takes as much as all linears of `keep`. So an error leaves the
+    model as it was.
+
+    Args:
+        model: The dense model that `stats` were measured on; its parameters are changed where they are.
+        keep: Masks by linear, as `choose` returns them; linears without a mask stay as they are.
+        stats: Statistics with Gram matrices: `calibrate(model, tokens, gram="float32")`.
+        reconstruction: `least-squares` or `sparsegpt`; `none` only prunes, and tells the layer errors.
+
+    Returns:
+        By linear: the layer error `error`, ‖(W−Ŵ)X‖² / ‖WX‖² on the calibration tokens; `masked`, which is that of the
+        same mask without a reconstruction; and how it was solved for: `unchanged` rows, `dead` features, `damping` and
+        whether it was `raised`. Experts that no token reached are only pruned, and not told of.
+
+    Raises:
+        UserError: A wrong argument, statistics without Gram matrices or of other weights (such as those of a model that
+            is pruned already), or a mask that does not fit.
+
+    Example:
+        >>> told = wd.reconstruct(model, keep, stats)
+        >>> max(told.values(), key=lambda linear: linear["error"])
+    """
+    import torch
+
+    from wanda_dvc.catalog import RECONSTRUCTIONS
+    from wanda_dvc.pruning.choose import prune_block
+    from wanda_dvc.stages.running import progress
+
+    _settings(stats, reconstruction=reconstruction)
+    if not stats.grams:
+        raise _without_grams("reconstruction", reconstruction)
+    source = _measured(model, stats)
+    targets = _targets(source, keep)
+    made: dict[str, Tensor] = {}
+    told: dict[str, dict[str, float]] = {}
+    for grams in progress(stats.grams, total=len(stats.grams), what="reconstruct, blocks"):
+        for name, pruned, solved in prune_block(
+            lambda name: source.weight(name).cpu(),
+            grams,
+            reconstruction=RECONSTRUCTIONS[reconstruction],
+            keeps=keep,
+            grams=grams.on(_solving(source)),
+        ):
+            made[name] = pruned.weight
+            if pruned.error is not None and pruned.masked is not None:
+                told[name] = {"error": pruned.error, "masked": pruned.masked} | solved
+    with torch.no_grad():
+        for name, weight in made.items():
+            targets[name].copy_(weight)
+    return told
+
+
+def perplexity(
+    model: "PreTrainedModel", tokens: 'Int[Tensor, "windows length"]', *, dtype: Dtype | None = None
+) -> float:
+    """Measure a model's perplexity: exp(mean over windows of the mean loss of its length − 1 predictions).
+
+    The model stays as it is. Its weights are borrowed, and hidden states wait on disk, as in `calibrate`.
+
+    Args:
+        model: A causal language model of transformers in evaluation mode, on any device; dense or pruned.
+        tokens: Token ids, whole numbers [windows, length], without padding. The papers take windows of 2,048 that
+            follow one another in WikiText-2's test split.
+        dtype: The dtype that the model runs in; None: its own. Losses are float32 whatever it is.
+
+    Returns:
+        The perplexity, to six significant digits as the pipeline writes it; infinity where the pipeline writes
+        `diverged`.
+
+    Raises:
+        UserError: A wrong argument or an unsupported model structure.
+
+    Example:
+        >>> wd.perplexity(model, tokens)
+        14.01
+    """
+    from wanda_dvc.engine.losses import from_losses, window_loss
+    from wanda_dvc.engine.rows import as_rows
+    from wanda_dvc.engine.walk import not_finite, outputs, walk
+    from wanda_dvc.stages.inputs import HEAD, say_not_finite
+    from wanda_dvc.stages.running import progress
+
+    source = _evaluating(model)
+    rows = as_rows(_windows(tokens, source))
+    decoder = _decoder(source, dtype)
+    with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as folder:
+        work = Path(folder)
+        for step in progress(walk(decoder, rows, work), total=len(decoder.blocks), what="perplexity, blocks"):
+            step.advance()
+        hidden = outputs(decoder, rows, work)
+        losses = [window_loss(decoder, hidden[number][None], row.tokens) for number, row in enumerate(rows)]
+        where = not_finite(work) or (None if all(map(math.isfinite, losses)) else HEAD)
+    say_not_finite("perplexity", where)
+    found = from_losses(losses, [len(row.tokens) - 1 for row in rows])
+    return found if isinstance(found, float) else math.inf
+
+
+class Study:
+    """A study on disk: the directory that `dvc repro` and `dvc exp run` work in. Nothing in it is changed.
+
+    Args:
+        directory: The study, or a folder in it.
+
+    Raises:
+        UserError: No `params.yaml` is there or above.
+
+    Example:
+        >>> pandas.DataFrame(wd.Study("study").results()).pivot_table("pruned.perplexity", "sparsity", "method")
+    """
+
+    def __init__(self, directory: str | Path = ".") -> None:
+        self._project = Project.find(Path(directory))
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return the study's experiments, branches, tags and workspace, a flat record each.
+
+        All records have the same keys: `experiment`, `commit` (None: the workspace), `state` (`success`, `failed`,
+        `queued`, `running`, …), every setting by its dotted name, such as `calibration.samples`, and every figure by
+        the model and its name: `dense.perplexity`, `pruned.perplexity`, `pruned.sparsity`,
+        `pruned.zero_shot.piqa.acc`. A figure is None where it was not measured with these settings, and a perplexity is
+        infinity where it diverged.
+
+        Raises:
+            UserError: There is no git or DVC repository, or DVC cannot list its experiments.
+        """
+        from wanda_dvc.views.experiments import results
+
+        return results(self._project)
+
+
+# --- arguments ---
+
+
+@contextlib.contextmanager
+def _arguments() -> Iterator[None]:
+    """Name arguments in the errors that come up inside, and not settings of params.yaml."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(*(problem.removeprefix("params.yaml: ") for problem in error.problems)) from None
+
+
+def _settings(stats: Stats, **given: Any) -> "Params":
+    """Check arguments as settings of params.yaml: by the same schema, with the default preset's for the rest."""
+    from wanda_dvc.catalog import ALLOCATIONS, methods
+    from wanda_dvc.params import check_params
+    from wanda_dvc.study.presets import DEFAULT, read_preset
+    from wanda_dvc.study.settings import nested
+
+    needing = {
+        "method": (row := methods().get(given.get("method", ""))) is not None and row.needs == "gram",
+        "allocation": given.get("allocation") in ALLOCATIONS and ALLOCATIONS[given["allocation"]].needs == "gram",
+    }
+    for argument, needs in needing.items():
+        if needs and not stats.grams:
+            raise _without_grams(argument, given[argument])
+    content = nested(read_preset(DEFAULT).settings)
+    content["calibration"]["gram"] = "float32"
+    with _arguments():
+        return check_params(content | given)
+
+
+def _without_grams(argument: str, given: str) -> UserError:
+    return UserError(
+        f"{argument}: got {given} and statistics without Gram matrices, expected some with them; "
+        'call calibrate(model, tokens, gram="float32")'
+    )
+
+
+def _one_of(argument: str, given: str, known: Sequence[str]) -> None:
+    if given not in known:
+        raise UserError(f"{argument}: got {given}, expected {', '.join(known)}")
+
+
+def _source(model: "PreTrainedModel") -> "Loaded":
+    """Read from a model in memory. UserError where it is none that transformers can run."""
+    from transformers import PreTrainedModel
+
+    from wanda_dvc.engine.loaded import Loaded
+
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"model: got {type(model).__name__}, expected a causal language model of transformers; load it with "
+            "AutoModelForCausalLM"
+        )
+    return Loaded(model)
+
+
+def _evaluating(model: "PreTrainedModel") -> "Loaded":
+    """Read from a model that is to be run."""
+    source = _source(model)
+    if model.training:
+        raise UserError("model: got training mode, expected evaluation mode; call model.eval()")
+    return source
+
+
+def _measured(model: "PreTrainedModel", stats: Stats) -> "Loaded":
+    """Read from a model. UserError where it is not the one that was measured."""
+    source = _source(model)
+    found = source.fingerprint()
+    if other := [name for name in stats.weights if found.get(name) != stats.weights[name]]:
+        raise UserError(
+            f"stats: measured on other weights ({len(other)} of {len(stats.weights)} tensors, first {other[0]}), "
+            f"expected those of this {source} as it is now; load the model anew if it has been pruned or changed "
+            "since, or calibrate it"
+        )
+    return source
+
+
+def _targets(source: "Loaded", keep: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Return the weights that masks are for, to be changed in place. UserError where one does not fit."""
+    import torch
+
+    if not keep:
+        raise UserError("keep: got no masks, expected one for each linear to prune; call choose(model, stats)")
+    weights = {}
+    for name in keep:
+        if name not in source.linears:
+            raise UserError(
+                f"keep: got a mask of {name}, expected linears of this {source}, such as {next(iter(source.linears))}; "
+                "choose masks for this model"
+            )
+        weight, mask = source.linears[name].weight.detach(), keep[name]
+        if (mask.dtype, mask.shape) != (torch.bool, weight.shape):
+            raise UserError(
+                f"keep: {name}: got {mask.dtype} {list(mask.shape)}, expected torch.bool {list(weight.shape)}; "
+                "choose masks for this model"
+            )
+        weights[name] = weight
+    return weights
+
+
+def _windows(tokens: 'Int[Tensor, "windows length"]', source: "Loaded") -> 'Int[Tensor, "windows length"]':
+    """Check token ids. Return them as the engine takes them."""
+    import torch
+
+    if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point() or tokens.dtype is torch.bool:
+        got = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        raise UserError(f"tokens: got {got}, expected a tensor of whole numbers [windows, length]")
+    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise UserError(
+            f"tokens: got {list(tokens.shape)}, expected [windows, length] with a window and two tokens or more; "
+            "one text is tokens[None]"
+        )
+    if (positions := source.positions) is not None and tokens.shape[1] > positions:
+        raise UserError(
+            f"tokens: got windows of {tokens.shape[1]}, expected at most {positions}, the model's positions"
+        )
+    least, most = int(tokens.min()), int(tokens.max())
+    if least < 0 or most >= source.vocabulary:
+        raise UserError(
+            f"tokens: got ids from {least} to {most}, expected 0 to {source.vocabulary - 1}, the model's embeddings; "
+            "use the tokenizer that belongs to it"
+        )
+    return tokens.detach().to("cpu", torch.long)
+
+
+def _decoder(source: "Loaded", dtype: Dtype | None) -> "Decoder":
+    """Open the engine on a model in memory, on its own device."""
+    import torch
+
+    from wanda_dvc.engine.decoder import Decoder
+
+    if dtype is not None:
+        _one_of("dtype", dtype, DTYPES)
+    return Decoder(source, dtype=getattr(torch, dtype) if dtype else source.dtype, device=source.device)
+
+
+def _solving(source: "Loaded") -> "torch.device":
+    """Return the device that solvers run on: the model's CUDA device, or the host, which alone has float64."""
+    import torch
+
+    return source.device if source.device.type == "cuda" else torch.device("cpu")
