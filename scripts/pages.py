@@ -71,8 +71,8 @@ def build(target: Path, repository: str | None) -> None:
             f'\n[[project.extra.social]]\nicon = "lucide/git-branch"\nname = "The repository"\nlink = "{repository}"\n'
         )
         if found := re.fullmatch(r"https://github\.com/([^/]+)/([^/]+)", repository):
-            site = f"https://{found[1].lower()}.github.io/{found[2]}/"
-            config = config.replace("[project]\n", f'[project]\nsite_url = "{site}"\n', 1)
+            address = f"https://{found[1].lower()}.github.io/{found[2]}/"
+            config = config.replace("[project]\n", f'[project]\nsite_url = "{address}"\n', 1)
     _write(target / CONFIG.name, config)
 
 
