@@ -66,8 +66,13 @@ def build(target: Path, repository: str | None) -> None:
         (target / "docs" / asset).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / "docs" / asset, target / "docs" / asset)
     config = CONFIG.read_text(encoding="utf-8")
-    if repository:
-        config = config.replace("[project]\n", f'[project]\nrepo_url = "{repository}"\n', 1)
+    if repository:  # as `repo_url`, readers' browsers would ask its host for the number of stars
+        config += (
+            f'\n[[project.extra.social]]\nicon = "lucide/git-branch"\nname = "The repository"\nlink = "{repository}"\n'
+        )
+        if found := re.fullmatch(r"https://github\.com/([^/]+)/([^/]+)", repository):
+            address = f"https://{found[1].lower()}.github.io/{found[2]}/"
+            config = config.replace("[project]\n", f'[project]\nsite_url = "{address}"\n', 1)
     _write(target / CONFIG.name, config)
 
 

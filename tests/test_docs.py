@@ -257,6 +257,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Without tasks, which cost most of the time; the page on tasks brings its own."""
     folder = tmp_path_factory.mktemp("finished")
     repository = Repository.new(folder / "study", save_tiny_model(folder / "tiny"))
+    shutil.copytree(ROOT / ".dvc/plots", repository.root / ".dvc/plots")
     write_params(repository.root, repository.model, tasks__names=[])
     repository.repro()
     repository.commit()
@@ -266,8 +267,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def placed(folder: Path, tiny: Path) -> dict[str, str]:
     """What stands for the places of the documentation on this machine; `NAME` is the last experiment."""
     rows = (ROOT / "src/wanda_dvc/embedded/text/test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "test.jsonl").write_text("".join(rows[:40]), encoding="utf-8")
-    (folder / "train.txt").write_text("".join(rows[40:80]), encoding="utf-8")
+    (folder / "test.jsonl").write_text("".join(rows[::2]), encoding="utf-8")
+    (folder / "train.txt").write_text("".join(rows[1::2]), encoding="utf-8")
     return {
         "/data/my-model": str(tiny),
         "/data/test.jsonl": str(folder / "test.jsonl"),
@@ -382,7 +383,6 @@ def test_links_of_the_site_lead_to_its_pages_or_into_the_repository(repository: 
                 assert target.is_file(), f"{page}: {link}"
                 assert not (fragment and target.suffix == ".md") or fragment in anchors(target), f"{page}: {link}"
     assert "34 × faster" in (tmp_path / "docs/index.md").read_text(encoding="utf-8")
-    assert (ROOT / ".gitignore").read_text(encoding="utf-8").count("/.site/") == 1
 
 
 @pytest.mark.parametrize(
@@ -427,18 +427,24 @@ def test_pages_keep_code_and_show_one_picture_a_mode(tmp_path: Path):
 
 
 def test_the_pictures_are_drawn_from_the_committed_figures(tmp_path: Path):
-    """`python scripts/pictures.py` writes them; text and points are the same with every version of the library."""
+    """`python scripts/pictures.py` writes them. Versions of the library may round and number things differently."""
     pictures = script("pictures")
     pictures.save(tmp_path)
-    names = {path.name for path in (ROOT / "docs/pictures").glob("*.svg")}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    for name in names:
-        drawn, committed = (texts((folder / name).read_text("utf-8")) for folder in (tmp_path, ROOT / "docs/pictures"))
-        assert drawn == committed, name
-    assert {"locate", "download", "calibrate", "mask", "apply", "perplexity", "zero-shot"} == set(STAGES)
-    assert set(STAGES) <= set(texts((tmp_path / "pipeline-light.svg").read_text("utf-8")))
+    committed = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs/pictures").glob("*.svg")}
+    drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+    assert drawn.keys() == committed.keys()
+    for name, picture in drawn.items():
+        assert texts(picture) == texts(committed[name]), name
+        assert places(picture) == pytest.approx(places(committed[name]), abs=0.5), name
+    assert STAGES.keys() <= set(texts(drawn["pipeline-light.svg"]))
 
 
 def texts(svg: str) -> list[str]:
     """The texts of a picture."""
     return re.findall(r"<text [^>]*>([^<]+)</text>", svg)
+
+
+def places(svg: str) -> list[float]:
+    """The coordinates of a picture's lines and markers."""
+    paths = re.findall(r"<path d=\"([^\"]+)\"", svg)
+    return [float(number) for number in re.findall(r"-?\d+\.\d+", " ".join(paths))]
