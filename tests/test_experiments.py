@@ -1,11 +1,14 @@
 """`wanda-dvc list`: every experiment with its state, and no number that is not its own."""
 
 import json
+import re
 
 import pytest
 from repository import Repository
+from test_docs import blocks
 from test_report import Study
 
+import wanda_dvc as wd
 from wanda_dvc.study.project import Project
 from wanda_dvc.views.experiments import experiments
 
@@ -60,6 +63,52 @@ def test_each_experiment_has_its_state_and_only_its_own_numbers(repository: Repo
     shown = json.loads(repository.run("dvc", "exp", "show", "--json", "--all-commits"))
     theirs = [one for state in shown for one in state["experiments"] or [] if one["name"] == "broken"]
     assert theirs[0]["revs"][0]["data"]["metrics"]["metrics/pruned/perplexity.json"]["data"]  # the branch's
+
+
+def test_results_are_flat_records_with_the_same_keys(repository: Repository):
+    found = {record["experiment"]: record for record in wd.Study(repository.root / "metrics").results()}
+    assert {name: (record["state"], record["commit"] is None) for name, record in found.items()} == {
+        "workspace": ("success", True),
+        "main": ("success", False),
+        "middling": ("success", False),
+        "broken": ("failed", False),
+        "waiting": ("queued", False),
+    }
+    assert len({tuple(record) for record in found.values()}) == 1
+    assert all(
+        isinstance(value, str | int | float | bool | list | None) for one in found.values() for value in one.values()
+    )
+    shown = listed(repository)
+    for name, record in found.items():
+        assert record["pruned.perplexity"] == shown[name]["perplexity"]
+        assert (record["pruned.zero_shot.piqa.acc"] is None) == (shown[name]["accuracy"] is None)
+        assert record["sparsity"] == (0.3 if name == "waiting" else 0.5)
+        assert record["calibration.samples"] > 0
+    assert found["middling"]["method"] == "magnitude"
+    assert found["main"]["dense.perplexity"] > 0
+    assert 0 < found["main"]["pruned.sparsity"] < 1
+
+
+def test_the_page_about_python_prints_what_it_says(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Its blocks run in order, in one namespace. Figures may differ by 5 %: elsewhere the model writes another text."""
+    monkeypatch.chdir(repository.root.parent)
+    namespace: dict[str, object] = {}
+    shown, every = "", [block for block in blocks("docs/python.md") if block.language in ("python", "text")]
+    for block in every:
+        if block.language == "text":
+            number = r"-?\d+(?:\.\d+)?"
+            assert re.sub(number, "#", shown) == re.sub(number, "#", block.text)
+            figures = [[float(found) for found in re.findall(number, text)] for text in (shown, block.text)]
+            assert figures[0] == pytest.approx(figures[1], rel=0.05)
+            shown = ""
+        else:
+            assert not shown, "a block without its output"
+            exec(compile(block.text, "docs/python.md", "exec"), namespace)
+            shown = capsys.readouterr().out
+    assert sum(block.language == "python" for block in every) > 6
+    assert not shown
 
 
 def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):

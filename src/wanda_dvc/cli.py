@@ -15,6 +15,7 @@ from wanda_dvc.errors import UserError, explain, fixable, notice
 from wanda_dvc.export.formats import DEFAULT as DEFAULT_FORMAT
 from wanda_dvc.export.formats import FORMATS
 from wanda_dvc.stages import STAGES, Stage
+from wanda_dvc.views import completion
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,9 +23,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune language models with Wanda: calibrate once; prune, compare and ship as often as you like.\n\n"
     "`dvc repro` and `dvc exp run -S sparsity=0.7` run the stages. You can run each by hand too.",
+    epilog="Exit codes: 0, done; 1, a defect of wanda-dvc; 2, something that you can fix, which the message says; "
+    "128 + n, stopped by signal n.",
 )
 STAGE_PANEL, RESULT_PANEL, STUDY_PANEL = "Stages, in the order of the pipeline", "Results", "Studies"
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Version = Annotated[
     int | None, typer.Option("--version", help="Fail if this wanda-dvc computes another version of the stage.")
 ]
@@ -92,8 +96,15 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
 
 def _command(stage: Stage) -> Callable[..., None]:
     """Return the command of a stage: its part and task where it has some, and the version that dvc.yaml asks for."""
-    part = Annotated[str, typer.Argument(metavar=stage.part_is.upper() or None, help=" or ".join(stage.parts))]
-    task = Annotated[str, typer.Argument(help="one of tasks.names")]
+    part = Annotated[
+        str,
+        typer.Argument(
+            metavar=stage.part_is.upper() or None,
+            help=" or ".join(stage.parts),
+            autocompletion=lambda: list(stage.parts),
+        ),
+    ]
+    task = Annotated[str, typer.Argument(help="one of tasks.names", autocompletion=completion.tasks)]
 
     if stage.by_task:
 
@@ -119,18 +130,16 @@ for _stage in STAGES.values():
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
-def show() -> None:
+def show(as_json: AsJson = False) -> None:
     """Show the last results: dense beside pruned."""
     from wanda_dvc.study.project import Project
     from wanda_dvc.views.show import show as table
 
-    typer.echo(table(project=Project.find()))
+    typer.echo(table(project=Project.find(), as_json=as_json))
 
 
 @app.command("list", rich_help_panel=RESULT_PANEL)
-def list_experiments(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+def list_experiments(as_json: AsJson = False) -> None:
     """List the experiments: state, change of settings, perplexity and mean accuracy."""
     from wanda_dvc.study.project import Project
     from wanda_dvc.views.experiments import experiments
@@ -154,9 +163,13 @@ def stats(  # noqa: PLR0913, PLR0917 - the options of the command
     ] = None,
     compare: Annotated[
         str | None,
-        typer.Option("--compare", help="Compare with the statistics of an experiment, a commit or a directory."),
+        typer.Option(
+            "--compare",
+            help="Compare with the statistics of an experiment, a commit or a directory.",
+            autocompletion=completion.experiments,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the input norms by block and distinct input, with their outliers."""
     from wanda_dvc.study.project import Project
@@ -187,7 +200,11 @@ def report(
     model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
     rev: Annotated[
         list[str] | None,
-        typer.Option("--rev", help="Only this experiment, branch, tag or commit; may be given several times."),
+        typer.Option(
+            "--rev",
+            help="Only this experiment, branch, tag or commit; may be given several times.",
+            autocompletion=completion.experiments,
+        ),
     ] = None,
 ) -> None:
     """Write the repository's experiments as one page: tables, pictures and intervals."""
@@ -199,13 +216,18 @@ def report(
 
 @app.command(rich_help_panel=STUDY_PANEL)
 def preset(
-    name: Annotated[str | None, typer.Argument(help="The preset; without it, all are listed.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="The preset; without it, all are listed.", autocompletion=completion.presets)
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a whole study's settings into params.yaml."""
     from wanda_dvc.study.presets import apply_preset, preset_table
     from wanda_dvc.study.project import Project
 
-    typer.echo(preset_table() if name is None else apply_preset(project=Project.find(), name=name))
+    if name is not None and as_json:
+        raise typer.BadParameter("--json lists the presets; it goes without a NAME")
+    typer.echo(preset_table(as_json=as_json) if name is None else apply_preset(project=Project.find(), name=name))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
@@ -215,9 +237,12 @@ def export(
         typer.Argument(
             metavar="[EXPERIMENT] DIRECTORY",
             help="An experiment, commit, branch or tag (by default the workspace), and a new or empty directory.",
+            autocompletion=completion.experiments,
         ),
     ],
-    format_name: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = DEFAULT_FORMAT,
+    format_name: Annotated[
+        str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.", autocompletion=lambda: list(FORMATS))
+    ] = DEFAULT_FORMAT,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
     from wanda_dvc.export.build import experiment_and_directory
@@ -232,29 +257,42 @@ def export(
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
-def cost(
+def cost(  # noqa: PLR0913, PLR0917 - the options of the command
     config: Annotated[
         Path | None, typer.Argument(help="A config.json or a directory with one; by default the project's model.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help=f"cpu (this one, measured), {', '.join(DEVICES)}.")] = "cpu",
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Instead of params.yaml's.")] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help=f"cpu (this one, measured), {', '.join(DEVICES)}.",
+            autocompletion=lambda: ["cpu", *DEVICES],
+        ),
+    ] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Instead of params.yaml's.", autocompletion=completion.dtypes)
+    ] = None,
     windows: Annotated[
         int | None, typer.Option("--windows", help="Number of windows, for calibration and perplexity.")
     ] = None,
     length: Annotated[int | None, typer.Option("--length", help="Tokens a window.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate FLOPs, memory, disk and time of every stage from a config.json; no weights are needed."""
     from wanda_dvc.views.cost import cost as table
 
-    typer.echo(table(start=Path.cwd(), config=config, device=device, dtype=dtype, windows=windows, length=length))
+    start = Path.cwd()
+    typer.echo(
+        table(start=start, config=config, device=device, dtype=dtype, windows=windows, length=length, as_json=as_json)
+    )
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Check machine, libraries, settings and repository; exit 2 if something needed is missing."""
     from wanda_dvc.views.doctor import doctor as look
 
-    table, well = look(start=Path.cwd())
+    table, well = look(start=Path.cwd(), as_json=as_json)
     typer.echo(table)
     if not well:
         raise typer.Exit(2)
@@ -263,12 +301,13 @@ def doctor() -> None:
 @app.command(rich_help_panel=STUDY_PANEL)
 def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list it.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove what failed runs left behind: work folders, locks' files, checkouts of killed experiments."""
     from wanda_dvc.study.project import Project
     from wanda_dvc.views.leftovers import clean as remove
 
-    typer.echo(remove(project=Project.find(), dry_run=dry_run))
+    typer.echo(remove(project=Project.find(), dry_run=dry_run, as_json=as_json))
 
 
 def _one_of(what: str, given: str | None, known: tuple[str, ...]) -> None:

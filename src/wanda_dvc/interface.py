@@ -480,9 +480,7 @@ def _windows(tokens: 'Int[Tensor, "windows length"]', source: "Loaded") -> 'Int[
             "one text is tokens[None]"
         )
     if (positions := source.positions) is not None and tokens.shape[1] > positions:
-        raise UserError(
-            f"tokens: got windows of {tokens.shape[1]}, expected at most {positions}, the model's positions"
-        )
+        raise UserError(f"tokens: got windows of {tokens.shape[1]}, expected at most the model's {positions} positions")
     least, most = int(tokens.min()), int(tokens.max())
     if least < 0 or most >= source.vocabulary:
         raise UserError(

@@ -152,7 +152,7 @@ def reconstruct(
     solve = function_of(reconstruction.function or "")
     there = (_turned(x, transposed).to(prepared.gram.device) for x in (weight, keep))
     solved: Solved = solve(*there, prepared)
-    return replace(solved, weight=_turned(solved.weight, transposed).contiguous().to(weight))
+    return replace(solved, keep=keep, weight=_turned(solved.weight, transposed).contiguous().to(weight))
 
 
 def reconstruct_block(

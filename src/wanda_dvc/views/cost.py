@@ -1,10 +1,12 @@
 """What a study costs on paper, as a table: from a config.json and no weights."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
-from wanda_dvc.engine.costs import DEVICES, Setting, this_cpu, work
+from wanda_dvc.engine.costs import DEVICES, Cost, Setting, this_cpu, work
 from wanda_dvc.engine.sizes import BYTES_A_TOKEN, sizes
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, check_params
@@ -23,8 +25,9 @@ def cost(  # noqa: PLR0913 - the options of the command
     dtype: str | None = None,
     windows: int | None = None,
     length: int | None = None,
+    as_json: bool = False,
 ) -> str:
-    """Return a table of what each stage costs with the settings at hand (outside a project, the default's)."""
+    """Return what each stage costs with the settings at hand (outside a project, the default's): a table, or JSON."""
     project, params = _settings(start, dtype, windows, length)
     if config is None:
         if project is None:
@@ -43,6 +46,8 @@ def cost(  # noqa: PLR0913 - the options of the command
     tokens = windows * wanted.length if windows else tokens
     on = Setting(model, through, card, params.dtype, tokens)
     costs = {name: row for name, stage in STAGES.items() if (row := stage.cost(params, on))}
+    if as_json:
+        return json.dumps(_records(on, costs), indent=2)
     rows = [
         [
             name,
@@ -77,6 +82,28 @@ def cost(  # noqa: PLR0913 - the options of the command
             f"{_duration(sum(baselines))} more.",
         ]
     )
+
+
+def _records(on: Setting, costs: dict[str, Cost]) -> dict[str, Any]:
+    """The same as numbers: bytes, FLOPs and seconds."""
+    return {
+        "model": {"parameters": on.model.parameters, "linears": on.work.linears, "stored_bytes": on.model.stored},
+        "device": {"name": on.device.name, "flops": on.device.flops[on.dtype], "measured": on.device.link is None},
+        "dtype": on.dtype,
+        "tokens": on.tokens,
+        "stages": [
+            {
+                "stage": name,
+                "flops": row.flops,
+                "read_bytes": row.read,
+                "hidden_bytes": row.hidden,
+                "memory_bytes": row.memory.anonymous,
+                "disk_bytes": row.disk,
+                "seconds": row.seconds,
+            }
+            for name, row in costs.items()
+        ],
+    }
 
 
 def _settings(start: Path, dtype: str | None, windows: int | None, length: int | None) -> tuple[Project | None, Params]:

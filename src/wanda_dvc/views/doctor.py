@@ -1,10 +1,11 @@
 """Check the machine and the study before anything runs: what was found, what is missing, what to do."""
 
+import json
 import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -37,8 +38,8 @@ class Check:
     needed: bool = True
 
 
-def doctor(*, start: Path) -> tuple[str, bool]:
-    """Check the study around a folder. Return a table, and whether every needed check passed."""
+def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
+    """Check the study around a folder. Return a table, or JSON, and whether every needed check passed."""
     checks = [*_python()]
     try:
         project = Project.find(start)
@@ -55,8 +56,10 @@ def doctor(*, start: Path) -> tuple[str, bool]:
             *_versions(project),
             *_repository(project),
         ]
-    rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
     missing = [check.what for check in checks if check.needed and not check.good]
+    if as_json:
+        return json.dumps({"checks": [asdict(check) for check in checks], "missing": missing}, indent=2), not missing
+    rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
     said = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."
     return f"{tabulate(rows, ['what', '', 'found', 'what to do'], tablefmt='github')}\n\n{said}", not missing
 

@@ -1,5 +1,6 @@
 """What failed runs left behind: work folders, files of locks, and checkouts of queued experiments."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ CHECKOUTS = ("tmp*", "standalone/tmp*")  # of DVC's queue, and of `dvc exp run -
 YOUNG = 300  # seconds in which DVC may still be filling a checkout, before any process works in it
 
 
-def clean(*, project: Project, dry_run: bool = False) -> str:
-    """Remove what failed runs left behind, and say what; with `dry_run` only say it.
+def clean(*, project: Project, dry_run: bool = False, as_json: bool = False) -> str:
+    """Remove what failed runs left behind, and say what, as a list or as JSON; with `dry_run` only say it.
 
     Whatever a running stage holds stays. Unfinished work that is removed is computed again.
     """
@@ -27,6 +28,9 @@ def clean(*, project: Project, dry_run: bool = False) -> str:
         found.append((_shown(project, checkout), _size(checkout)))
         if not dry_run:
             shutil.rmtree(checkout)
+    if as_json:
+        places = [{"path": name, "bytes": size} for name, size in found]
+        return json.dumps({"removed": not dry_run, "places": places}, indent=2)
     if not found:
         return "Nothing: no failed run has left anything behind."
     total = sum(size for _, size in found)

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 HEADERS = ["", "dense", "pruned", "pruned / dense"]
 
 
-def show(*, project: Project) -> str:
-    """The last results, dense beside pruned, and what they are results of."""
+def show(*, project: Project, as_json: bool = False) -> str:
+    """The last results, dense beside pruned, and what they are results of: as a table, or as JSON."""
     ran = Ran.of(project)
     made = project.with_params(ran.params)
+    if as_json:
+        return json.dumps(_records(project, ran, made), indent=2)
     parts = [
         _title(made),
         staleness(ran),
@@ -34,6 +36,34 @@ def show(*, project: Project) -> str:
     ]
     parts += [*_footnotes(made), _times(made)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _records(project: Project, ran: Ran, made: Project) -> Json:
+    """The same as numbers, with all that is said beside the table."""
+    shown = [line for line in _title(made).splitlines() if line]
+    return {
+        "made_with": ran.params.model_dump(mode="json", exclude={"runtime"}),
+        "not_run": ran.unmet,
+        "stale": ran.stale,
+        "results": {model: _figures(made, model) for model in MODELS},
+        "notes": [*shown, *changed_sources(project), *_footnotes(made)],
+        "times": times(made, made.times),
+    }
+
+
+def _figures(project: Project, model: str) -> Json:
+    """What was measured of one model; null where nothing was."""
+    figures: Json = {"perplexity": load_json(project.metrics(model, "perplexity")).get("perplexity")}
+    figures["zero_shot"] = {
+        task: load_json(project.metrics(model, f"zero_shot/{task}"))
+        | {"standard_errors": load_json(project.details(model, f"zero_shot/{task}")).get("standard_errors", {})}
+        for task in project.params.tasks.names
+    }
+    if model == "pruned":
+        errors = [told["error"] for told in _solved(project).values()]
+        figures["sparsity"] = load_json(project.metrics(model, "sparsity")).get("sparsity")
+        figures["layer_error"] = sum(errors) / len(errors) if errors else None
+    return figures
 
 
 def staleness(ran: Ran) -> str:

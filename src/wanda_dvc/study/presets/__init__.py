@@ -1,7 +1,8 @@
 """Presets: whole studies by name, each a YAML file of the settings that differ from the default."""
 
 import io
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -53,9 +54,11 @@ def read_preset(name: str) -> Preset:
     return Preset(name, content["description"], default | own, content.get("grid"))
 
 
-def preset_table() -> str:
-    """Return the presets' names and descriptions as a table."""
+def preset_table(*, as_json: bool = False) -> str:
+    """Return the presets' names and descriptions as a table; as JSON with their settings and grids."""
     presets = [read_preset(name) for name in names()]
+    if as_json:
+        return json.dumps([asdict(preset) for preset in presets], indent=2)
     table = tabulate([[preset.name, preset.description] for preset in presets], tablefmt="plain")
     return f"{table}\n\n`wanda-dvc preset NAME` writes one into params.yaml and leaves its `runtime` alone."
 

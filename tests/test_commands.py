@@ -1,0 +1,211 @@
+"""What all commands share: JSON instead of a table, exit codes, and completion in the shell."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from repository import Repository, command_environment
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from wanda_dvc.catalog import methods
+from wanda_dvc.cli import app
+from wanda_dvc.engine.costs import DEVICES
+from wanda_dvc.export.formats import FORMATS
+from wanda_dvc.stages import STAGES, run
+from wanda_dvc.stages.running import timed
+from wanda_dvc.study.files import load_json
+from wanda_dvc.study.presets import names, read_preset
+from wanda_dvc.study.project import Project
+
+# Every command but the stages: those that print a table have --json; the others write files and say which.
+TABLES = {
+    "show": ["show"],
+    "list": ["list"],
+    "stats": ["stats", "--layer", "1"],
+    "preset": ["preset"],
+    "cost": ["cost"],
+    "doctor": ["doctor"],
+    "clean": ["clean", "--dry-run"],
+}
+MORE = {"recurring": ["stats", "--recurring"], "compare": ["stats", "--compare", "stats"]}
+WRITE = {"report", "export"}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Project:
+    """A repository whose stages have run, without DVC's help, up to a perplexity."""
+    made = Repository.new(tmp_path_factory.mktemp("commands") / "study", tiny)
+    project = Project(made.root)
+    for name, part in (
+        *(("download", part) for part in ("model", "calibration", "perplexity")),
+        ("calibrate", None),
+        ("mask", None),
+        ("apply", None),
+        ("perplexity", "dense"),
+        ("perplexity", "pruned"),
+    ):
+        with timed(project, STAGES[name], part):
+            run(name, project=project, part=part)
+    made.commit()
+    return project
+
+
+@pytest.fixture
+def there(study: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """The study, in which commands run."""
+    monkeypatch.chdir(study.root)
+    return study
+
+
+def printed(words: list[str], code: int = 0) -> Any:
+    done = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    return json.loads(done.stdout)
+
+
+def test_every_command_is_a_stage_prints_a_table_or_writes_files():
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert set(commands) == {*STAGES, *TABLES, *WRITE}
+    asked = {name for name, command in commands.items() for option in command.params if "--json" in option.opts}
+    assert asked == set(TABLES)
+
+
+@pytest.mark.parametrize("words", [*TABLES.values(), *MORE.values()], ids=[*TABLES, *MORE])
+def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project, words: list[str]):
+    table = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert table.exit_code == 0
+    with pytest.raises(ValueError, match="Expecting value|Extra data"):
+        json.loads(table.stdout)
+    content = printed(words)
+    rows = [line for line in table.stdout.splitlines() if line.startswith("|")][2:]
+    first = [row.split("|")[1].strip() for row in rows]
+    match words[0]:
+        case "show":
+            assert f"{content['results']['dense']['perplexity']:,.2f}" in table.stdout
+        case "list":
+            assert [record["name"] for record in content] == first == ["workspace", "main"]
+        case "stats":
+            assert len(content) == len(rows)
+        case "preset":
+            assert [record["name"] for record in content] == names()
+        case "cost":
+            assert [record["stage"] for record in content["stages"]] == first
+        case "doctor":
+            assert [record["what"] for record in content["checks"]] == first
+        case "clean":
+            assert all(f"{place['path']}  " in table.stdout for place in content["places"])
+
+
+def test_show_as_json_holds_the_files_own_numbers(there: Project):
+    content = printed(["show"])
+    for model in ("dense", "pruned"):
+        expected = load_json(there.metrics(model, "perplexity"))["perplexity"]
+        assert content["results"][model]["perplexity"] == expected
+        assert content["results"][model]["zero_shot"] == {"piqa": {"standard_errors": {}}}
+    assert content["results"]["pruned"]["sparsity"] == load_json(there.metrics("pruned", "sparsity"))["sparsity"]
+    assert content["made_with"]["method"] in methods()
+    assert "runtime" not in content["made_with"]
+    assert content["times"]["calibrate"]["seconds"] > 0
+    assert any("Perplexity: 4 windows" in note for note in content["notes"])
+
+
+def test_a_preset_as_json_holds_its_settings(there: Project):
+    for record in printed(["preset"]):
+        assert record["settings"] == read_preset(record["name"]).settings
+    done = CliRunner().invoke(app, ["preset", "default", "--json"])
+    assert done.exit_code == 2
+    assert "without a NAME" in done.output
+
+
+def test_what_doctor_misses_is_told_by_its_exit_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    content = printed(["doctor"], code=2)
+    assert content["missing"] == ["params.yaml"]
+    assert [check["good"] for check in content["checks"] if check["what"] == "params.yaml"] == [False]
+
+
+def test_clean_as_json_says_what_it_removed(there: Project):
+    (there.work_root / ("0" * 32)).mkdir(parents=True)
+    listed = printed(["clean", "--dry-run"])
+    removed = printed(["clean"])
+    assert (listed["removed"], removed["removed"]) == (False, True)
+    assert f".dvc/tmp/wanda-dvc/{'0' * 32}" in {place["path"] for place in removed["places"]}
+    assert not (there.work_root / ("0" * 32)).exists()
+
+
+# --- exit codes ---
+
+
+def test_help_states_the_exit_codes(tmp_path: Path):
+    shown = " ".join(CliRunner().invoke(app, ["--help"]).output.split())
+    assert "Exit codes: 0, done; 1, a defect of wanda-dvc; 2, something that you can fix" in shown
+    for words, code in ((["--version"], 0), (["show"], 2), (["no-such-command"], 2), (["stats", "--layer", "x"], 2)):
+        command = [sys.executable, "-c", "from wanda_dvc.cli import run; run()", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=command_environment(), capture_output=True, check=False)
+        assert done.returncode == code, words
+
+
+# --- completion ---
+
+
+def completed(folder: Path, *words: str) -> list[str]:
+    """What bash is offered for the last word."""
+    environment = command_environment() | {
+        "_WANDA_DVC_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(["wanda-dvc", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
+    code = "import sys; sys.argv[0] = 'wanda-dvc'; from wanda_dvc.cli import run; run()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_the_shell_completes_parts_tasks_presets_formats_and_devices(study: Project, tmp_path: Path):
+    assert completed(study.root, "download", "") == list(STAGES["download"].parts)
+    assert completed(study.root, "perplexity", "p") == ["pruned"]
+    assert completed(study.root, "zero-shot", "dense", "") == ["piqa"]
+    assert completed(study.root, "preset", "de") == ["default"]
+    assert completed(study.root, "export", "--format", "") == list(FORMATS)
+    assert completed(study.root, "cost", "--device", "l") == [name for name in DEVICES if name.startswith("l")]
+    assert completed(tmp_path, "zero-shot", "dense", "") == []
+
+
+def test_the_shell_completes_experiments(study: Project):
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=study.root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    for name in ("sparse-70", "sparse-30"):
+        git("update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/{name}", commit)
+    git("update-ref", "refs/exps/celery/stash", commit)
+    try:
+        assert completed(study.root, "export", "sp") == ["sparse-30", "sparse-70"]
+        assert completed(study.root, "report", "--rev", "") == ["sparse-30", "sparse-70"]
+        assert completed(study.root, "stats", "--compare", "sparse-7") == ["sparse-70"]
+    finally:
+        for name in ("sparse-70", "sparse-30"):
+            git("update-ref", "-d", f"refs/exps/{commit[:2]}/{commit[2:]}/{name}")
+        git("update-ref", "-d", "refs/exps/celery/stash")
+
+
+@pytest.mark.parametrize("option", ["--show-completion", "--install-completion"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_shown_and_installed(option: str, shell: str, tmp_path: Path):
+    environment = command_environment() | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    code = "import sys; sys.argv[0] = 'wanda-dvc'; from wanda_dvc.cli import run; run()"
+    command = [sys.executable, "-c", code, option, shell]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("WANDA_DVC_COMPLETE" in text for text in ([done.stdout] if option.startswith("--show") else written))
+    assert os.environ.get("HOME") != str(tmp_path)

@@ -1,0 +1,501 @@
+"""The Python interface gives the pipeline's masks and figures, to the bit, and leaves a model as it was."""
+
+import copy
+import itertools
+import json
+import math
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny_model, write_params
+from safetensors.torch import load_file
+from test_families import one_is_never_chosen, save
+from test_reconstruction import PATTERNS, allowed
+from test_stages import fetch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+import wanda_dvc as wd
+from wanda_dvc import interface
+from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
+from wanda_dvc.engine import walk
+from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
+from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.inputs import calibration_windows
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.perplexity import perplexity
+from wanda_dvc.study.files import read_json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.tensors import block_file, read_masks
+
+# By name: how the model is saved, and in which dtype the pipeline runs it.
+MODELS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "tied": (lambda folder: save_tiny_model(folder, num_hidden_layers=2), "float32"),
+    "untied-bfloat16": (lambda folder: save("llama", folder, torch.bfloat16), "bfloat16"),
+    "other-dtype": (lambda folder: save("qwen3", folder, torch.bfloat16), "float32"),
+    "transposed": (lambda folder: save("gpt2", folder), "float32"),
+    "renamed": (lambda folder: save("gpt_neox", folder), "float32"),
+    "experts": (lambda folder: save("mixtral", folder), "float32"),
+    "unreached-expert": (one_is_never_chosen, "float32"),
+    "experts-in-one-tensor": (lambda folder: save("gpt_oss", folder), "float32"),
+    "experts-across": (lambda folder: save("granitemoe", folder), "float32"),
+    "shared-expert": (lambda folder: save("qwen2_moe", folder), "float32"),
+}
+CHOICES: list[dict[str, Any]] = [
+    *({"method": method} | pattern for method in methods() for pattern in PATTERNS),
+    *({"allocation": allocation} for allocation in ALLOCATIONS),
+    {"allocation": "owl", "allocation_strength": 0.1, "group": "layer"},
+    {"method": "wanda", "sparsity": 0.29},
+    {"method": "wanda", "sparsity": 0},
+]
+CHOICES = [choice for choice in CHOICES if allowed(**choice)]
+SOME: list[dict[str, Any]] = [
+    {"method": "wanda"},
+    {"method": "ria", "group": "layer"},
+    {"method": "wanda-variant"},
+    {"method": "sparsegpt", "pattern": "2:4"},
+    {"method": "magnitude", "allocation": "owl"},
+]
+
+
+class Pair:
+    """A project whose model is calibrated, and the same model in memory."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        make, self.dtype = MODELS[name]
+        self.root, self.source = root / "study", make(root / "model")
+        self.root.mkdir()
+        self.project = fetch(self.study(), "model", "calibration", "perplexity")
+        calibrate(project=self.project)
+        self.tokens = calibration_windows(self.project)
+        text = tokenize(self.project.text("perplexity"), load_tokenizer(self.source))
+        self.text = cut(text, length=64, windows=3)
+        self.stats = wd.calibrate(self.load(), self.tokens, gram="float32", **self.words)
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """The dtype, where it is not the model's own."""
+        return {"dtype": self.dtype} if "other-dtype" in str(self.root) else {}
+
+    def study(self, **changes: Any) -> Project:
+        """The project with other settings."""
+        small = {"calibration__gram": "float32", "calibration__samples": 2, "perplexity__windows": 3}
+        write_params(self.root, self.source, dtype=self.dtype, **small | changes)
+        return Project(self.root)
+
+    def load(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.source, dtype="auto").eval()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    made: dict[str, Pair] = {}
+
+    def get(name: str) -> Pair:
+        if name not in made:
+            made[name] = Pair(tmp_path_factory.mktemp(name), name)
+        return made[name]
+
+    return get
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether tensors are equal in every bit, the sign of a zero included."""
+    return one.keys() == other.keys() and all(
+        x.dtype == other[name].dtype and torch.equal(bits(x), bits(other[name])) for name, x in one.items()
+    )
+
+
+def pipeline_masks(project: Project) -> dict[str, Tensor]:
+    mask(project=project)
+    blocks = sorted(project.masks.glob("block_*"))
+    return {name: keep for block in range(len(blocks)) for name, keep in read_masks(project.masks, block).items()}
+
+
+def pruned_model(project: Project) -> dict[str, Tensor]:
+    apply(project=project)
+    return {name: x for path in project.model("pruned").glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+def saved(model: Any, folder: Path) -> dict[str, Tensor]:
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+# --- to the bit ---
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_statistics_and_perplexity_are_the_pipelines(pairs: Callable[[str], Pair], name: str, tmp_path: Path):
+    pair = pairs(name)
+    stats, project = pair.stats, pair.study()
+    for number, block in enumerate(stats.blocks):
+        tensors = load_file(block_file(project.stats, number))
+        for source, x in block.inputs.items():
+            assert torch.equal(x.sum_squares, tensors[f"{source}.sum_squares"])
+            assert (x.count, x.sum.tolist()) == (int(tensors[f"{source}.count"]), tensors[f"{source}.sum"].tolist())
+        assert len(tensors) == 3 * len(block.inputs)
+        assert same(stats.grams[number].tensors, load_file(block_file(project.gram, number)))
+    perplexity(project=project, model="dense")
+    expected = read_json(project.metrics("dense", "perplexity"), "perplexity")["perplexity"]
+    assert wd.perplexity(pair.load(), pair.text, **pair.words) == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("choice", SOME, ids=lambda choice: "-".join(map(str, choice.values())))
+def test_masks_and_pruned_models_are_the_pipelines(
+    pairs: Callable[[str], Pair], name: str, choice: dict[str, Any], tmp_path: Path
+):
+    pair = pairs(name)
+    project, model = pair.study(**choice), pair.load()
+    keep = wd.choose(model, pair.stats, **choice)
+    assert same(dict(keep), pipeline_masks(project))
+    sparsity = wd.prune(model, keep)
+    expected = pruned_model(project)
+    assert same(saved(model, tmp_path), expected)
+    assert round(sparsity, 6) == read_json(project.metrics("pruned", "sparsity"), "apply")["sparsity"]
+    if choice == SOME[0]:
+        perplexity(project=project, model="pruned")
+        found = read_json(project.metrics("pruned", "perplexity"), "perplexity")["perplexity"]
+        assert wd.perplexity(model, pair.text, **pair.words) == found
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(map(str, choice.values())))
+def test_every_method_with_every_pattern_gives_the_pipelines_masks(
+    pairs: Callable[[str], Pair], choice: dict[str, Any]
+):
+    pair = pairs("tied")
+    assert same(dict(wd.choose(pair.load(), pair.stats, **choice)), pipeline_masks(pair.study(**choice)))
+
+
+@pytest.mark.parametrize("reconstruction", [row.name for row in RECONSTRUCTIONS.values() if not row.trains])
+@pytest.mark.parametrize("name", ["tied", "untied-bfloat16", "transposed", "unreached-expert", "experts-in-one-tensor"])
+def test_reconstructed_models_and_layer_errors_are_the_pipelines(
+    pairs: Callable[[str], Pair], name: str, reconstruction: str, tmp_path: Path
+):
+    pair = pairs(name)
+    project, model = pair.study(reconstruction=reconstruction), pair.load()
+    keep = wd.choose(model, pair.stats)
+    pipeline_masks(project)
+    told = wd.reconstruct(model, keep, pair.stats, reconstruction=reconstruction)
+    assert same(saved(model, tmp_path), pruned_model(project))
+    assert told == read_json(project.details("pruned", "layer_error"), "apply")["linears"]
+
+
+def test_one_calibration_serves_a_model_that_is_loaded_again(pairs: Callable[[str], Pair]):
+    pair = pairs("experts")
+    stats = pickle.loads(pickle.dumps(pair.stats))
+    assert same(dict(wd.choose(pair.load(), stats)), dict(wd.choose(pair.load(), pair.stats)))
+
+
+def test_only_linears_with_a_mask_are_pruned(pairs: Callable[[str], Pair]):
+    pair = pairs("tied")
+    model = pair.load()
+    before, name = state(model), "model.layers.1.mlp.up_proj"
+    keep = {name: wd.choose(model, pair.stats)[name]}
+    assert wd.prune(model, keep) == 0.5
+    after = state(model)
+    assert {key for key in after if not torch.equal(after[key], before[key])} == {f"{name}.weight"}
+    assert wd.prune(model, keep) == 0.5
+    assert same(state(model), after)
+    fresh = pair.load()
+    assert list(wd.reconstruct(fresh, keep, pair.stats)) == [name]
+    assert {key for key, x in fresh.state_dict().items() if not torch.equal(x, before[key])} == {f"{name}.weight"}
+
+
+def test_a_diverged_perplexity_is_infinite(pairs: Callable[[str], Pair], capsys: pytest.CaptureFixture[str]):
+    model = pairs("tied").load()
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(3e38)
+    assert math.isinf(wd.perplexity(model, pairs("tied").text))
+    assert "block 1" in capsys.readouterr().err
+
+
+# --- a model is left as it was ---
+
+
+def properties(model: Any) -> dict[str, Any]:
+    return {
+        "weights": [(name, x.data_ptr(), x._version, x.requires_grad) for name, x in model.named_parameters()],
+        "buffers": [(name, x.data_ptr(), x.dtype) for name, x in model.named_buffers()],
+        "flags": [(name, module.training) for name, module in model.named_modules()],
+        "hooks": [(name, [*x._forward_hooks, *x._forward_pre_hooks]) for name, x in model.named_modules()],
+        "own": [(name, sorted(vars(module))) for name, module in model.named_modules()],
+        "config": (model.config.to_dict(), model.config._attn_implementation),
+        "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tied", "other-dtype", "experts"])
+def test_a_model_is_as_it_was_after_measuring(pairs: Callable[[str], Pair], name: str, tmp_path: Path):
+    pair = pairs(name)
+    model = AutoModelForCausalLM.from_pretrained(pair.source, dtype="auto", attn_implementation="eager").eval()
+    calls: list[nn.Module] = []
+    model.register_forward_hook(lambda *_: calls.append(model))
+    model.model.layers[0].requires_grad_(requires_grad=False)
+    before, weights = properties(model), state(model)
+    stats = wd.calibrate(model, pair.tokens, gram="float32", **pair.words)
+    wd.choose(model, stats, method="admm")
+    wd.perplexity(model, pair.text, **pair.words)
+    assert properties(model) == before
+    assert same(state(model), weights)
+    assert not calls  # it is never run: the engine is
+    assert torch.is_grad_enabled()
+    assert torch.equal(stats.blocks[0].inputs[next(iter(stats.blocks[0].inputs))].norm,
+                       pair.stats.blocks[0].inputs[next(iter(stats.blocks[0].inputs))].norm)  # fmt: skip
+
+
+def test_weights_are_borrowed_and_not_copied(pairs: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch):
+    pair = pairs("experts")
+    model = pair.load()
+    own = {x.data_ptr() for x in model.parameters()}
+    seen: list[int] = []
+    real = walk.Step.advance
+
+    def advance(step: walk.Step, *args: Any, **words: Any) -> None:
+        seen.extend(x.data_ptr() for x in step.decoder.blocks[step.index].parameters())
+        real(step, *args, **words)
+
+    monkeypatch.setattr(walk.Step, "advance", advance)
+    wd.calibrate(model, pair.tokens)
+    assert seen
+    assert set(seen) <= own
+
+
+def test_nothing_is_left_in_the_temporary_folder(
+    pairs: Callable[[str], Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    wd.perplexity(pairs("tied").load(), pairs("tied").text)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_half_way_leaves_the_model_as_it_was(pairs: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch):
+    from wanda_dvc.pruning import choose
+
+    pair = pairs("tied")
+    model, keep = pair.load(), dict(wd.choose(pair.load(), pair.stats))
+    before, last = state(model), list(keep)[-1]
+    for damaged in (keep | {last: keep[last][1:]}, keep | {"lm_head": keep[last]}, keep | {last: keep[last].float()}):
+        with pytest.raises(wd.UserError, match="keep: "):
+            wd.prune(model, damaged)
+        with pytest.raises(wd.UserError, match="keep: "):
+            wd.reconstruct(model, damaged, pair.stats)
+        assert same(state(model), before)
+    real, count = choose.prune_linear, itertools.count()
+
+    def tenth_kills(*args: Any, **words: Any) -> Any:
+        if next(count) == 9:
+            raise KeyboardInterrupt
+        return real(*args, **words)
+
+    monkeypatch.setattr(choose, "prune_linear", tenth_kills)
+    with pytest.raises(KeyboardInterrupt):
+        wd.reconstruct(model, keep, pair.stats)
+    assert same(state(model), before)
+
+
+# --- wrong arguments ---
+
+
+def changed(model: Any) -> Any:
+    model.model.norm.weight.data[0] += 1
+    return model
+
+
+def integers(model: Any) -> Any:
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.uint8), requires_grad=False)
+    return model
+
+
+# What is asked of a model `m` and the pair `p` that it is of, and what is said.
+REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "no-model": (
+        lambda m, p: wd.calibrate(nn.Linear(2, 2), p.tokens),  # type: ignore[arg-type]
+        r"model: got Linear, expected a causal language model of transformers",
+    ),
+    "no-head": (
+        lambda m, p: wd.calibrate(AutoModel.from_pretrained(p.source).eval(), p.tokens),
+        r"model: got LlamaModel, expected LlamaForCausalLM",
+    ),
+    "training": (
+        lambda m, p: wd.calibrate(m.train(), p.tokens),
+        r"model: got training mode, expected evaluation mode; call model.eval\(\)",
+    ),
+    "training-perplexity": (lambda m, p: wd.perplexity(m.train(), p.tokens), r"model: got training mode"),
+    "meta": (
+        lambda m, p: wd.calibrate(m.to("meta"), p.tokens),
+        r"model: .* on the meta device .*expected all in memory",
+    ),
+    "quantized": (
+        lambda m, p: wd.calibrate(integers(m), p.tokens),
+        r"up_proj.weight is torch.uint8, expected F32, F16, BF16",
+    ),
+    "one-dimension": (
+        lambda m, p: wd.calibrate(m, p.tokens[0]),
+        r"tokens: got \[64\], expected \[windows, length\]",
+    ),
+    "no-window": (lambda m, p: wd.perplexity(m, p.tokens[:0]), r"tokens: got \[0, 64\]"),
+    "one-token": (lambda m, p: wd.perplexity(m, p.tokens[:, :1]), r"tokens: got \[2, 1\].*two tokens"),
+    "list": (
+        lambda m, p: wd.calibrate(m, p.tokens.tolist()),
+        r"tokens: got list, expected a tensor of whole numbers",
+    ),
+    "floats": (
+        lambda m, p: wd.calibrate(m, p.tokens.float()),
+        r"tokens: got torch.float32, expected a tensor of whole numbers",
+    ),
+    "vocabulary": (
+        lambda m, p: wd.calibrate(m, p.tokens + 260),
+        r"tokens: got ids from \d+ to \d+, expected 0 to 259",
+    ),
+    "negative": (lambda m, p: wd.perplexity(m, p.tokens - 260), r"tokens: got ids from -\d+"),
+    "long": (
+        lambda m, p: wd.calibrate(m, torch.ones(1, 513, dtype=torch.long)),
+        r"tokens: got windows of 513, expected at most the model's 512",
+    ),
+    "gram": (
+        lambda m, p: wd.calibrate(m, p.tokens, gram="yes"),  # type: ignore[arg-type]
+        r"gram: got yes, expected none, float32, float16",
+    ),
+    "dtype": (
+        lambda m, p: wd.perplexity(m, p.tokens, dtype="int8"),  # type: ignore[arg-type]
+        r"dtype: got int8, expected float32, bfloat16, float16",
+    ),
+    "method": (
+        lambda m, p: wd.choose(m, p.stats, method="wand"),
+        r"^method: got wand, expected magnitude, wanda",
+    ),
+    "sparsity": (lambda m, p: wd.choose(m, p.stats, sparsity=1.5), r"^sparsity: got 1.5, expected < 1"),
+    "pattern-word": (lambda m, p: wd.choose(m, p.stats, pattern="half"), r"^pattern: got half, expected"),
+    "pattern-sparsity": (
+        lambda m, p: wd.choose(m, p.stats, pattern="1:4"),
+        r"^sparsity: got 0.5 with pattern 1:4, expected 0.75",
+    ),
+    "pattern-features": (
+        lambda m, p: wd.choose(m, p.stats, pattern="5:10"),
+        r"^pattern: got 5:10, but .* has 32 inputs",
+    ),
+    "group": (
+        lambda m, p: wd.choose(m, p.stats, group="column"),  # type: ignore[arg-type]
+        r"^group: got column, expected row or layer",
+    ),
+    "allocation": (
+        lambda m, p: wd.choose(m, p.stats, allocation="even"),
+        r"^allocation: got even, expected uniform",
+    ),
+    "variant-group": (
+        lambda m, p: wd.choose(m, p.stats, method="wanda-variant", group="layer"),
+        r"^method: got wanda-variant with .* group layer",
+    ),
+    "variant-sparsity": (
+        lambda m, p: wd.choose(m, p.stats, method="wanda-variant", sparsity=0.97),
+        r"^sparsity: got 0.97 with method wanda-variant",
+    ),
+    "other-weights": (
+        lambda m, p: wd.choose(changed(m), p.stats),
+        r"stats: measured on other weights \(1 of \d+ tensors, first model.norm.weight\)",
+    ),
+    "no-grams-method": (
+        lambda m, p: wd.choose(m, wd.calibrate(m, p.tokens), method="admm"),
+        r'^method: got admm and statistics without Gram matrices, .*gram="float32"',
+    ),
+    "no-grams-allocation": (
+        lambda m, p: wd.choose(m, wd.calibrate(m, p.tokens), allocation="lsa"),
+        r"^allocation: got lsa and statistics without Gram matrices",
+    ),
+    "no-grams-reconstruct": (
+        lambda m, p: wd.reconstruct(m, wd.choose(m, p.stats), wd.calibrate(m, p.tokens)),
+        r"^reconstruction: got least-squares and statistics without",
+    ),
+    "reconstruction": (
+        lambda m, p: wd.reconstruct(m, {}, p.stats, reconstruction="magic"),
+        r"^reconstruction: got magic, expected none, least-squares",
+    ),
+    "trains": (
+        lambda m, p: wd.reconstruct(m, {}, p.stats, reconstruction="block"),
+        r"^reconstruction: got block with propagation dense",
+    ),
+    "no-masks": (lambda m, p: wd.prune(m, {}), r"keep: got no masks"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_arguments_are_said_with_what_was_found_and_expected(pairs: Callable[[str], Pair], case: str):
+    call, message = REFUSED[case]
+    with pytest.raises(wd.UserError, match=message) as error:
+        call(pairs("tied").load(), pairs("tied"))
+    assert "params.yaml" not in str(error.value)
+
+
+def test_statistics_and_masks_of_another_model_are_refused(pairs: Callable[[str], Pair]):
+    one, other = pairs("tied"), pairs("transposed")
+    with pytest.raises(wd.UserError, match="stats: measured on other weights"):
+        wd.choose(one.load(), other.stats)
+    with pytest.raises(
+        wd.UserError, match=r"keep: got a mask of .*, expected linears of this LlamaForCausalLM, such as"
+    ):
+        wd.prune(one.load(), wd.choose(other.load(), other.stats))
+
+
+def test_a_pruned_model_is_not_reconstructed(pairs: Callable[[str], Pair]):
+    """It would aim at what the pruned weights put out, and change nothing."""
+    pair = pairs("tied")
+    model = pair.load()
+    keep = wd.choose(model, pair.stats)
+    wd.prune(model, keep)
+    with pytest.raises(wd.UserError, match="load the model anew if it has been pruned"):
+        wd.reconstruct(model, keep, pair.stats)
+
+
+def test_two_rows_that_change_places_are_other_weights(pairs: Callable[[str], Pair]):
+    pair = pairs("tied")
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        model = pair.load()
+        weight = model.get_parameter(name)
+        weight.data[[0, 1]] = weight.data[[0, 1]].flip(0) + (0 if weight.dim() > 1 else torch.tensor([1.0, -1.0]))
+        with pytest.raises(wd.UserError, match=f"first {name}"):
+            wd.choose(model, pair.stats)
+
+
+# --- the package ---
+
+
+def test_importing_the_package_loads_nothing():
+    code = (
+        "import sys; before = set(sys.modules); import wanda_dvc as wd; "
+        "assert 'wanda_dvc.interface' not in sys.modules; names = dir(wd); wd.Study; "
+        "heavy = {'torch', 'transformers', 'dvc', 'numpy'} & set(sys.modules); print(heavy, names)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("set() ")
+    assert all(repr(name) in done.stdout for name in wd.__all__)
+
+
+def test_all_names_are_there_and_no_others():
+    for name in wd.__all__:
+        assert getattr(wd, name).__doc__, name
+    assert wd.choose is interface.choose
+    with pytest.raises(AttributeError, match="has no attribute 'chose'"):
+        wd.chose  # noqa: B018
+    assert not hasattr(copy, "wd")
+
+
+def test_statistics_say_what_they_are(pairs: Callable[[str], Pair]):
+    stats = pairs("tied").stats
+    assert repr(stats) == "Stats(2 blocks, 2 windows of 64 tokens, float32, with Gram matrices)"
+    assert json.dumps(stats.weights)
