@@ -9,20 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conftest import ROOT, write_params
+from forks import commands
 
 
 @dataclass
 class Repository:
-    """A study in a git and DVC repository of its own."""
+    """A study in a git and DVC repository of its own. Its commands are forks, unless they are to be `real`."""
 
     root: Path
     model: Path
+    real: bool = False
 
     @classmethod
-    def new(cls, root: Path, model: Path) -> "Repository":
+    def new(cls, root: Path, model: Path, *, real: bool = False) -> "Repository":
         """The repository's own pipeline around a tiny model; nothing has run yet."""
         root.mkdir()
-        repository = cls(root, model)
+        repository = cls(root, model, real)
         repository.run("git", "init", "--quiet", "--initial-branch", "main")
         repository.run("git", "config", "user.name", "test")
         repository.run("git", "config", "user.email", "test@example.org")
@@ -34,7 +36,7 @@ class Repository:
 
     def run(self, *words: str, check: bool = True) -> str:
         """Run a command; its stdout and stderr."""
-        environment = command_environment()
+        environment = command_environment(real=self.real)
         done = subprocess.run(words, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -59,9 +61,10 @@ class Repository:
         return sum(path.stat().st_size for path in (self.root / ".dvc/cache").rglob("*") if path.is_file())
 
 
-def command_environment() -> dict[str, str]:
-    """The environment of a command that a user would run."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def command_environment(*, real: bool) -> dict[str, str]:
+    """The environment of a command that a user would run: the real one, or a fork of a process with its imports."""
+    first = [] if real else [str(commands())]
+    path = os.pathsep.join([*first, str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore"}
     environment.pop("DVC_ROOT", None)
     return environment

@@ -41,7 +41,7 @@ def test_two_runs_of_one_stage_at_once_end_as_one(tmp_path: Path, tiny: Path):
 
 def started(repository: Repository, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        words, cwd=repository.root, env=command_environment(), text=True, start_new_session=True,
+        words, cwd=repository.root, env=command_environment(real=True), text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -50,7 +50,7 @@ def started(repository: Repository, *words: str) -> subprocess.Popen[str]:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """A committed study in which everything has run."""
     model = save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-    repository = Repository.new(tmp_path_factory.mktemp("together") / "study", model)
+    repository = Repository.new(tmp_path_factory.mktemp("together") / "study", model, real=True)
     repository.run("dvc", "repro")
     repository.commit()
     return repository
@@ -108,7 +108,7 @@ def victims(process: subprocess.Popen[str], what: str) -> list[int]:
 @pytest.mark.pipeline
 def test_whatever_is_killed_the_next_repro_ends_with_the_same_bytes(start: Repository, tmp_path: Path):
     """`kill -9` at a moment, and of a victim, that the seed draws."""
-    repository = Repository(tmp_path / "study", start.model)
+    repository = Repository(tmp_path / "study", start.model, real=True)
     shutil.copytree(start.root, repository.root, symlinks=True)
     expected = {}
     for seed in SEEDS:

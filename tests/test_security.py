@@ -298,7 +298,7 @@ def test_a_token_is_found_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", TOKEN)
-    repository = Repository.new(tmp_path / "study", save_tiny_model(tmp_path / "model"))
+    repository = Repository.new(tmp_path / "study", save_tiny_model(tmp_path / "model"), real=True)
     said = repository.run("dvc", "repro")
     repository.commit()
     said += repository.run("wanda-dvc", "show")
