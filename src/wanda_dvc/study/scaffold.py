@@ -63,6 +63,7 @@ def init(
         _init_dvc(folder, inside=around is not None and around != folder.resolve())
         for place, file in FILES.items():
             write_text(folder / place, params if place == "params.yaml" else file.read_text(encoding="utf-8"))
+        _git(folder, "add", "--all", ".")
         committed = around is None and _commit(folder)
     except BaseException:
         _undo(folder, there, around is None)
@@ -140,7 +141,6 @@ def _init_dvc(folder: Path, *, inside: bool) -> None:
 
 def _commit(folder: Path) -> bool:
     """Commit the new study: experiments start from a commit. Return False where git knows no author."""
-    _git(folder, "add", "--all")
     done = subprocess.run(
         ["git", "commit", "--quiet", "--message", "Begin a pruning study"], cwd=folder, capture_output=True, check=False
     )
@@ -171,7 +171,7 @@ def _said(folder: Path, model: str, around: Path | None, committed: bool) -> str
     if where != ".":
         lines.append(f"  cd {where}")
     if not committed:
-        lines.append('  git add . && git commit -m "Begin a pruning study"   # experiments start from a commit')
+        lines.append('  git add . && git commit -m "Begin a pruning study" .   # experiments start from a commit')
     lines += [
         "  dvc repro                      # run the pipeline",
         "  dvc exp run -S sparsity=0.7    # another sparsity, with the same calibration",

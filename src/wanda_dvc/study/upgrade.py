@@ -30,6 +30,7 @@ from wanda_dvc.study.settings import flatten
 
 SECTIONS = ("stages", "plots", "artifacts")
 IGNORED = (".gitignore", ".dvcignore")
+SHARED, UNSHARED = "        - ${item.out}\n", "        - ${item.out}: { push: false }\n"
 RESTORE = "restore it from git"
 
 
@@ -109,28 +110,28 @@ def _pipeline(old: str, shipped: str, known: frozenset[str], notes: list[str]) -
     if not old:
         return shipped
     theirs, ours = _load(old, PIPELINE), _load(shipped, PIPELINE)
+    if not isinstance(theirs.get("stages"), CommentedMap):
+        raise UserError(f"{PIPELINE}: no stages, expected a pipeline; {RESTORE}, or remove it and run this again")
     lines, own = shipped.splitlines(), old.splitlines()
-    problems: list[str] = []
     edits: list[tuple[int, int, list[str]]] = []  # lines of ours from, to, and what stands there instead
+    problems: list[str] = []
     for section in SECTIONS:
-        mine, user = _blocks(ours.get(section), lines), _blocks(theirs.get(section), own)
-        for name, (begin, end, content) in user.items():
+        mine = _blocks(ours[section], lines)
+        for name, (begin, end, content) in _blocks(theirs.get(section), own).items():
             if digest(content) in known or (name in mine and content == mine[name][2]):
                 continue
-            width = min(len(lines[first]) - len(lines[first].lstrip()) for first, _, _ in mine.values())
-            block = _indented(own[begin:end], width)
-            if name not in mine:
-                at = max(stop for _, stop, _ in mine.values())
-                edits.append((at, at, ["", *block] if section == "stages" else block))
-                notes.append(f"{PIPELINE}: {section}: {name} is yours and stays.")
-            elif section == "stages" and (lost := _lacking(content, mine[name][2])):
+            if section == "stages" and name in mine and (lost := _lacking(content, mine[name][2])):
                 problems.append(
                     f"{PIPELINE}: {name}: edited, and without {lost}, expected the stage as this wanda-dvc runs it; "
                     "undo the edit, run this again, and make the edit in the new text"
                 )
-            else:
-                edits.append((*mine[name][:2], block))
-                notes.append(f"{PIPELINE}: {section}: {name} is kept as you have edited it.")
+                continue
+            last = max(stop for _, stop, _ in mine.values())
+            first, stop = mine[name][:2] if name in mine else (last, last)
+            blank = [""] if section == "stages" and name not in mine else []
+            edits.append((first, stop, [*blank, *_indented(own[begin:end])]))
+            how = "kept as you have edited it" if name in mine else "yours and stays"
+            notes.append(f"{PIPELINE}: {section}: {name} is {how}.")
     for key in theirs.keys() - ours.keys():
         begin, end, _ = _blocks(theirs, own)[key]
         edits.append((len(lines), len(lines), ["", *own[begin:end]]))
@@ -140,8 +141,18 @@ def _pipeline(old: str, shipped: str, known: frozenset[str], notes: list[str]) -
     edits.sort(key=lambda edit: edit[0])
     for begin, end, block in reversed(edits):  # from the last line up
         lines[begin:end] = block
-    text = "\n".join([*lines, ""])
+    text = _unshared(theirs, "\n".join([*lines, ""]), notes)
     _load(text, PIPELINE)
+    return text
+
+
+def _unshared(theirs: Json, text: str, notes: list[str]) -> str:
+    """Keep an older study's model and texts off its remote."""
+    if '"push": false' in json.dumps(theirs["stages"].get("download")) and SHARED in text:
+        notes.append(
+            f"{PIPELINE}: download: `push: false` stays, so `dvc pull` needs --allow-missing (docs/sharing.md)."
+        )
+        return text.replace(SHARED, UNSHARED)
     return text
 
 
@@ -194,14 +205,19 @@ def _with_setting(text: str, shipped: str, name: str, value: Any) -> str:
             here, there = here[word], there[word]
             continue
         blocks, mine = _blocks(here, lines), _blocks(there, source)
-        order = list(mine)
-        before = [key for key in order[: order.index(word)] if key in blocks]
         if here.fa.flow_style() or not blocks:
             return with_settings(text, {name: value})[0]
-        at = blocks[before[-1]][1] if before else min(begin for begin, _, _ in blocks.values())
+        order = list(mine)
+        earlier = order[: order.index(word)]
+        before = [key for key in earlier if key in blocks]
         begin, end, _ = mine[word]
-        shift = " " * here.lc.col
-        block = [shift + line[there.lc.col :] if line.strip() else line for line in source[begin:end]]
+        above = source[mine[earlier[-1]][1] if earlier else begin : begin]  # blank lines and comments
+        at = blocks[before[-1]][1] if before else min(first for first, _, _ in blocks.values())
+        if lines[at : at + len(above)] == above:
+            at, above = at + len(above), []
+        block = [
+            " " * here.lc.col + line[there.lc.col :] if line.strip() else line for line in [*above, *source[begin:end]]
+        ]
         return "\n".join([*lines[:at], *block, *lines[at:], ""])
     return text
 
@@ -246,9 +262,9 @@ def _blocks(node: Any, lines: list[str]) -> dict[str, tuple[int, int, Json]]:
     return found
 
 
-def _indented(block: list[str], width: int) -> list[str]:
-    """Return lines with another indentation."""
-    return textwrap.indent(textwrap.dedent("\n".join(block)), " " * width).splitlines()
+def _indented(block: list[str]) -> list[str]:
+    """Return the block of an entry indented as ours are."""
+    return textwrap.indent(textwrap.dedent("\n".join(block)), "  ").splitlines()
 
 
 # --- what ran before ---

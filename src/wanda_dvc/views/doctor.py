@@ -46,7 +46,7 @@ def doctor(*, start: Path) -> tuple[str, bool]:
         params = project.params
     except UserError as error:
         checks += [
-            Check("params.yaml", False, problem, "correct it, cd into a study, or begin one: `wanda-dvc init DIR`")
+            Check("params.yaml", False, problem, "correct it, cd into a study, or `wanda-dvc init DIR`")
             for problem in error.problems
         ]
     else:
@@ -197,9 +197,7 @@ def _versions(project: Project) -> Iterator[Check]:
         if (words := commands.get(stage.name, "").split())[-2:] != ["--version", str(stage.version)]
     ]
     found = "; ".join(wrong) or "names the stages that this wanda-dvc computes"
-    yield Check(
-        "dvc.yaml", not wrong, found, "run `wanda-dvc init --upgrade`, or install the wanda-dvc of this dvc.yaml"
-    )
+    yield Check("dvc.yaml", not wrong, found, "run `wanda-dvc init --upgrade`, or install the wanda-dvc that it names")
 
 
 def _repository(project: Project) -> Iterator[Check]:
