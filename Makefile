@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CORES ?= auto
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test test-fast coverage bench lint lock install
+.PHONY: repro test test-fast coverage bench wheel lint lock install
 
 repro: install ## create the environment, run the pipeline on the embedded default, print the results
 	dvc repro
@@ -22,6 +22,9 @@ coverage: install ## all tests, with a table of the lines and branches that none
 
 bench: install ## measure against the published procedure, stock lm-eval and the floor; ROWS="mask perplexity" for some rows
 	python benchmarks/bench.py $(ROWS) $(BENCH)
+
+wheel: ## install the wheel into a fresh environment, make a study outside any clone, and run it to the end
+	scripts/wheel.sh $(PYTHON)
 
 lint: install
 	ruff check

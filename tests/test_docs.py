@@ -202,8 +202,10 @@ def test_every_python_block_compiles(page: str):
 # What some of the README's commands are in a tiny study; None where they are not run here.
 AS_RUN: dict[str, str | None] = {
     "make repro": "dvc repro",
-    "make test": None,  # this is one of its tests
     ". .venv/bin/activate": None,  # the tests' environment is active
+    "pip install wanda-dvc[report]": None,  # test_wheel.py and scripts/wheel.sh
+    "wanda-dvc init study --model Qwen/Qwen3-0.6B": None,  # likewise; test_init.py makes that study
+    "cd study": None,
     "dvc exp run -S model=Qwen/Qwen2.5-0.5B": None,  # needs the Hub
     # test_pipeline.py changes the model, test_sources.py the texts
     "dvc exp run -S perplexity.text.source=/data/test.jsonl -S perplexity.text.split=null": None,
