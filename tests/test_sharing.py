@@ -2,12 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, save_tiny_model, write_params
-from repository import Repository, ran
+from repository import Repository as Study
+from repository import ran
 
+from wanda_dvc.catalog import NamedText
 from wanda_dvc.errors import UserError
+from wanda_dvc.params import Tasks, Text
+from wanda_dvc.sources.hub import Repository
+from wanda_dvc.sources.models import HubModel
+from wanda_dvc.sources.tasks import Items, TasksSource
+from wanda_dvc.sources.texts import TextSource
 from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PIPELINE
@@ -41,6 +49,40 @@ def test_one_setting_says_what_is_shared_and_gated_sources_need_it(tmp_path: Pat
         check_gated(study, "model", ("org/gated",))
 
 
+GATED = Repository("dataset", "org/gated", "c" * 40, ("model.safetensors",), "where", gated=True)
+OPEN = Repository("dataset", "org/open", "c" * 40, (), "where")
+
+
+def test_every_source_tells_what_is_gated():
+    text: dict[str, Any] = {"wanted": Text(source="org/gated", split="train", join=" "), "setting": "x", "title": "x"}
+    named = NamedText("org/gated", None, "text")
+    assert HubModel(GATED).gated == TextSource(**text, dataset=named, place=GATED).gated == ("org/gated",)
+    assert HubModel(OPEN).gated == TextSource(**text, dataset=named, place=Path("x")).gated == ()
+    tasks = Tasks(source="benchmark", names=["a", "b", "c"])
+    rows: dict[str, Any] = {
+        "role": "test",
+        "split": "test",
+        "dataset": "x",
+        "config": None,
+        "definition": "x",
+        "options": {},
+    }
+    items = dict(zip("abc", (Items(**rows, origin=origin) for origin in (GATED, OPEN, GATED)), strict=True))
+    assert TasksSource(tasks, items).gated == ("org/gated",)
+
+
+def test_a_gated_model_stops_at_the_download_before_a_file_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_params(tmp_path, "org/gated")
+    monkeypatch.setattr("wanda_dvc.sources.models.resolve", lambda *_: GATED)
+    fetched: list[object] = []
+    monkeypatch.setattr(HubModel, "write", lambda *words: fetched.append(words))
+    with pytest.raises(UserError, match="org/gated is gated"):
+        run("download", project=with_outs(tmp_path, ""), part="model")
+    assert (fetched, list(tmp_path.glob("models*"))) == ([], [])
+    run("download", project=with_outs(tmp_path, ": { cache: true }"), part="model")
+    assert len(fetched) == 1
+
+
 def test_without_a_pipeline_nothing_is_shared(tmp_path: Path):
     check_gated(Project(tmp_path), "model", ("org/gated",))
     (tmp_path / PIPELINE).write_text("stages: [")
@@ -51,7 +93,7 @@ def test_without_a_pipeline_nothing_is_shared(tmp_path: Path):
 @pytest.mark.parametrize("options", ["", ": { cache: false }"])
 def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, options: str):
     model = save_tiny_model(tmp_path / "tiny")
-    mine = Repository.new(tmp_path / "mine", model)
+    mine = Study.new(tmp_path / "mine", model)
     with_outs(mine.root, options)
     mine.repro()
     mine.run("dvc", "remote", "add", "--default", "team", str(tmp_path / "remote"))
@@ -61,7 +103,7 @@ def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, optio
     assert ((model / "model.safetensors").stat().st_size in weights) == (options == "")
 
     mine.run("git", "clone", "--quiet", str(mine.root), str(tmp_path / "theirs"))
-    theirs = Repository(tmp_path / "theirs", model)
+    theirs = Study(tmp_path / "theirs", model)
     assert "rror" not in theirs.run("dvc", "pull")  # exit 0, and so in each `run`
     for folder in ("stats", "masks", "gram", "weights", "metrics/details"):
         assert (theirs.root / folder).is_dir()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, save_tiny_model, write_params
+from dvc.repo import Repo
 from repository import Repository
 from ruamel.yaml import YAML
 from test_init import contents
@@ -36,6 +37,8 @@ def study(tmp_path: Path) -> Project:
 def older(tmp_path: Path) -> Project:
     for name, place in (("pipeline", "dvc.yaml"), ("settings", "params.yaml"), ("lock", "dvc.lock")):
         shutil.copyfile(OLDER / f"{name}.yaml", tmp_path / place)
+    Repo.init(str(tmp_path), no_scm=True).close()
+    (tmp_path / ".dvcignore").unlink()  # DVC's own has comments only
     return Project(tmp_path)
 
 
@@ -192,6 +195,23 @@ def test_an_edited_plot_template_and_ignore_file_stay(study: Project):
     assert ".dvc/plots/accuracy.json: kept as you have edited it." in upgrade(project=study)
     assert read(study, ".dvc/plots/accuracy.json") == "{}"
     assert read(study, ".gitignore") == "/mine/\n" + FILES[".gitignore"].read_text(encoding="utf-8")
+
+
+def test_the_plots_of_a_study_below_the_root_of_its_dvc_repository_are_in_the_root(older: Project):
+    below = older.root / "below"
+    below.mkdir()
+    for place in ("dvc.yaml", "params.yaml"):
+        (older.root / place).rename(below / place)
+    upgrade(project=Project(below))
+    assert (older.root / ".dvc/plots/accuracy.json").is_file()
+    assert sorted(path.name for path in below.iterdir()) == [".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"]
+
+
+def test_without_a_dvc_repository_it_says_so(older: Project):
+    shutil.rmtree(older.root / ".dvc")
+    with pytest.raises(UserError, match="no DVC repository, expected a study in one; run `dvc init`"):
+        upgrade(project=older)
+    assert not (older.root / ".dvc").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 `scripts/wheel.sh` installs it into a fresh environment and runs the default study to the end.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -99,4 +100,16 @@ def test_it_runs_the_study_and_an_experiment(environment: dict[str, str], tmp_pa
     assert "calibrate" not in ran(printed[2])
     assert "measured sparsity" in printed[3]
     assert "0.7" in run("wanda-dvc", "list", cwd=study, environment=environment)
+    # What the DVC extension of VS Code asks.
+    workspace, *_ = json.loads(run("dvc", "exp", "show", "--json", cwd=study, environment=environment))
+    assert workspace["data"]["params"]["params.yaml"]["data"]["sparsity"] == 0.7
+    assert workspace["data"]["metrics"]["metrics/pruned/perplexity.json"]["data"]["perplexity"] > 0
+    plotted = ("dvc", "plots", "diff", "workspace", "HEAD", "-o", ".dvc/tmp/plots", "--split", "--json")
+    plots = json.loads(run(*plotted, cwd=study, environment=environment))
+    assert {"perplexity", "sparsity by block", "input norms by block"} <= plots["data"].keys()
+    assert all(one["revisions"] for one in plots["data"]["sparsity by block"])
+    asked = ("dvc", "data", "status", "--granular", "--unchanged", "--json")
+    tracked = json.loads(run(*asked, cwd=study, environment=environment))
+    assert not {"not_in_cache"} & tracked.keys()
+    assert any(path.startswith("masks") for kind in tracked["committed"].values() for path in kind)
     assert run("git", "status", "--porcelain", "code.py", cwd=study.parent, environment=environment) == "?? code.py\n"

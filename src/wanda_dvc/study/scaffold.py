@@ -13,7 +13,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from wanda_dvc.catalog import TEXTS
+from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import UserError
 from wanda_dvc.study.files import write_text
 from wanda_dvc.study.presets import DEFAULT, PARAMS, read_preset, with_settings
@@ -91,7 +91,7 @@ def _named(model: str | None, calibration: str | None, mirror: Path | None) -> S
         named["calibration.text.source"] = source
         if Path(source).is_absolute():
             named |= {f"calibration.text.{key}": None for key in ("split", "config", "revision")}
-        elif source in TEXTS or source != "embedded":
+        elif source != "embedded":
             named["calibration.text.split"] = "train"
     if mirror is not None:
         named["runtime.mirror"] = str(mirror.expanduser().absolute())
@@ -101,6 +101,7 @@ def _named(model: str | None, calibration: str | None, mirror: Path | None) -> S
 def _absolute(source: str) -> str:
     """Return a source as params.yaml names it. A Hub id that is also a directory here is the Hub id."""
     a_path = source.startswith((".", "~", os.sep)) or Path(source).suffix in (".txt", ".jsonl")
+    a_path = a_path or (Path(source).is_dir() and not HUB_ID.fullmatch(source))
     return str(Path(source).expanduser().resolve()) if a_path else source
 
 

@@ -70,7 +70,7 @@ def upgrade(*, project: Project, dry_run: bool = False) -> str:
     said = list(_reruns(stages, carried)) if lock else ["Nothing has run yet."]
     if not dry_run:
         for place in plan.changed:
-            write_text(project.root / place, plan.new[place])
+            write_text(_path(project, place), plan.new[place])
         if carried != lock:
             _write_lock(project, carried)
     done = "Would change" if dry_run else "Changed"
@@ -83,7 +83,7 @@ def _plan(project: Project) -> Plan:
     new: dict[str, str] = {}
     notes: list[str] = []
     for place, file in FILES.items():
-        path, shipped = project.root / place, file.read_text(encoding="utf-8")
+        path, shipped = _path(project, place), file.read_text(encoding="utf-8")
         if place in ("README.md", ".dvc/config"):
             continue  # the user's own from the first day
         old[place] = read_text(path, RESTORE) if path.is_file() else ""
@@ -100,6 +100,19 @@ def _plan(project: Project) -> Plan:
         else:
             new[place] = shipped
     return Plan(new, old, notes)
+
+
+def _path(project: Project, place: str) -> Path:
+    """Return where a file of the scaffold is. `.dvc/` may be further up than the study. UserError without one."""
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.repo import Repo
+
+    if not place.startswith(".dvc/"):
+        return project.root / place
+    try:
+        return Path(Repo.find_root(str(project.root))) / place
+    except NotDvcRepoError:
+        raise UserError(f"{project.root}: no DVC repository, expected a study in one; run `dvc init`") from None
 
 
 # --- the pipeline ---
