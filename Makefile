@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CORES ?= auto
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test test-fast coverage bench docs lint lock install
+.PHONY: repro test test-fast coverage bench docs wheel lint lock install
 
 repro: install ## create the environment, run the pipeline on the embedded default, print the results
 	dvc repro
@@ -30,6 +30,9 @@ docs: $(BIN)/.docs-installed ## build the documentation site into .site/html; a 
 $(BIN)/.docs-installed: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[docs]'
 	touch $@
+
+wheel: ## install the wheel into a fresh environment, make a study outside any clone, and run it to the end
+	scripts/wheel.sh $(PYTHON)
 
 lint: install
 	ruff check

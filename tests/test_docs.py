@@ -116,8 +116,9 @@ def checked_settings(overrides: list[str]) -> None:
 def check_wanda_dvc(words: list[str]) -> None:
     group = get_command(app)
     assert isinstance(group, TyperGroup)
+    alone = {option for parameter in group.params for option in parameter.opts} | {"--help"}
     at = next((index for index, word in enumerate(words) if word in group.commands), None)
-    if words == ["--help"]:
+    if set(words) <= alone:
         return
     assert at is not None, f"no command among {', '.join(group.commands)}"
     group.make_context("wanda-dvc", words[: at + 1])  # parses; runs nothing
@@ -217,7 +218,12 @@ NOT_RUN = {
     "docs/results/default-grid/report.md": "measures the real model for an hour; the README runs these settings",
     "docs/results/reference.md": "measures the real model for hours; test_pipeline.py runs these settings",
     "docs/results/smollm2-135m.md": "measures the real model for hours; report.md queues these settings",
-    "make test": "this is one of its tests",
+    "docs/install.md": "test_wheel.py and scripts/wheel.sh install the wheel; test_init.py begins and upgrades studies",
+    "docs/sharing.md": "test_sharing.py pushes, clones and pulls",
+    "docs/python.md": "test_experiments.py runs it as one notebook",
+    "pip install wanda-dvc[report]": "test_wheel.py and scripts/wheel.sh install it",
+    "wanda-dvc init study --model Qwen/Qwen3-0.6B": "likewise; test_init.py makes that study",
+    "cd study": "the tests are there",
     ". .venv/bin/activate": "the tests' environment is active",
     "dvc exp run -S model=Qwen/Qwen2.5-0.5B": "needs the Hub",
     "dvc exp run -S perplexity.text.source=ptb": "needs the Hub",

@@ -56,7 +56,7 @@ def test_a_whole_study_is_well(study: Path):
             ),
             "without Salesforce/wikitext/wikitext-2-raw-v1/test.jsonl, baber/piqa/validation.jsonl",
         ),
-        ("dvc.yaml", lambda study: (study / "dvc.yaml").unlink(), "copy it from"),
+        ("dvc.yaml", lambda study: (study / "dvc.yaml").unlink(), "run `wanda-dvc init --upgrade`"),
         (
             "dvc.yaml",
             lambda study: (study / "dvc.yaml").write_text(

@@ -215,6 +215,41 @@ def report(
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
+def init(  # noqa: PLR0913, PLR0917 - the options of the command
+    directory: Annotated[Path, typer.Argument(help="A new or an empty directory.")] = Path(),
+    preset: Annotated[str, typer.Option("--preset", help="Its settings; `preset` lists them.")] = "default",
+    model: Annotated[
+        str | None, typer.Option("--model", help="A Hub id, a directory that starts with ./, ~ or /, or package:NAME.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", help="The text of the calibration: a name, a Hub id, or a file.")
+    ] = None,
+    mirror: Annotated[
+        Path | None, typer.Option("--mirror", help="A directory of data sets, for machines without internet.")
+    ] = None,
+    upgrade: Annotated[
+        bool, typer.Option("--upgrade", help="Bring an older study's dvc.yaml, plots and settings to this version.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --upgrade: only show the difference.")] = False,
+) -> None:
+    """Make a new study: pipeline, settings, git and DVC; or bring an older one to this version."""
+    from wanda_dvc.study.project import Project
+
+    if upgrade:
+        from wanda_dvc.study.upgrade import upgrade as bring
+
+        if preset != "default" or model is not None or calibration is not None or mirror is not None:
+            raise typer.BadParameter("--upgrade keeps the settings; change them in params.yaml")
+        typer.echo(bring(project=Project.find(directory), dry_run=dry_run))
+    else:
+        from wanda_dvc.study.scaffold import init as make
+
+        if dry_run:
+            raise typer.BadParameter("--dry-run goes with --upgrade")
+        typer.echo(make(folder=directory, preset=preset, model=model, calibration=calibration, mirror=mirror))
+
+
+@app.command(rich_help_panel=STUDY_PANEL)
 def preset(
     name: Annotated[
         str | None, typer.Argument(help="The preset; without it, all are listed.", autocompletion=completion.presets)

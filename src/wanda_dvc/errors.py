@@ -12,6 +12,10 @@ NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
 MEND = "set dtype=float32 or bfloat16, or mend the model's weights"  # where activations are not finite
 
 
+# Libraries that only some commands need, by the extra of this package that installs them.
+EXTRAS = {"matplotlib": "report", "scipy": "report"}
+
+
 class UserError(Exception):
     """One or more problems that the user can fix, each as *where: found, expected, what to do*.
 
@@ -31,7 +35,7 @@ def notice(text: str) -> None:
 def fixable(error: Exception) -> bool:
     """Whether the user can fix what an error tells: a setting, a file, the disk or the memory."""
     system = isinstance(error, OSError) and error.errno in NO_ROOM | NO_PERMISSION | NO_MEMORY
-    return isinstance(error, UserError) or system or _lacks_memory(error)
+    return isinstance(error, UserError) or system or _lacks_memory(error) or _extra(error) is not None
 
 
 def explain(error: Exception) -> Iterator[str]:
@@ -53,9 +57,17 @@ def explain(error: Exception) -> Iterator[str]:
             f"memory: {' '.join(str(error).split()) or 'no more'}, expected what `wanda-dvc cost` says; free some, "
             "lower runtime.threads, or take shorter windows"
         )
+    elif (extra := _extra(error)) is not None:
+        yield f"{extra[0]}: not installed, expected it for this command; run `pip install 'wanda-dvc[{extra[1]}]'`"
     else:
         yield f"wanda-dvc {__version__}: {type(error).__name__}: {error}"
         yield "This is a defect; `wanda-dvc --debug …` shows where."
+
+
+def _extra(error: Exception) -> tuple[str, str] | None:
+    """Return the library that an import did not find and the extra that installs it; None for any other error."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return (name, EXTRAS[name]) if name in EXTRAS else None
 
 
 def _file(error: OSError) -> str:

@@ -10,6 +10,9 @@ from wanda_dvc.study.project import Project
 
 def report(*, project: Project, output: Path, model: str | None = None, revs: list[str] | None = None) -> str:
     """Write `output` (HTML), the same in Markdown beside it, and its pictures in a folder; return what was written."""
+    import matplotlib  # noqa: F401 - a missing library is told before anything is read
+    import scipy  # noqa: F401 - likewise
+
     from wanda_dvc.report.chapters import content
     from wanda_dvc.report.charts import standalone
     from wanda_dvc.report.pages import Content, Picture, Text, as_html, as_markdown

@@ -14,6 +14,11 @@ class Source(Protocol):
         """The settings and the commit that decide what is fetched; a killed download is resumed by them."""
         ...
 
+    @property
+    def gated(self) -> tuple[str, ...]:
+        """The names of what is gated on the Hub: its licence decides who may have it."""
+        ...
+
     def write(self, out: Path, scratch: Path) -> str:
         """Fetch it and write the artifact, with its provenance, into `out`, an empty directory; return its SHA-256.
 

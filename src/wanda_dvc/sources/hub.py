@@ -25,6 +25,7 @@ class Repository:
     commit: str
     files: tuple[str, ...]
     where: str  # the setting that names it
+    gated: bool = False
 
     def fetch(self, target: Path, *files: str) -> None:
         """Fetch some of its files into `target`. Files that an interrupted run left there are resumed."""
@@ -50,7 +51,13 @@ def resolve(kind: str, name: str, revision: str | None, where: str) -> Repositor
         info: Any = ask(name, revision=revision)
         if info.gated:  # the list of files is public even so
             api.auth_check(name, repo_type=kind)
-    return Repository(kind, name, str(info.sha), tuple(file.rfilename for file in info.siblings or ()), where)
+    files = tuple(file.rfilename for file in info.siblings or ())
+    return Repository(kind, name, str(info.sha), files, where, gated=bool(info.gated))
+
+
+def gated_names(*origins: object) -> tuple[str, ...]:
+    """Return the names of the gated repositories among some origins."""
+    return tuple(sorted({one.name for one in origins if isinstance(one, Repository) and one.gated}))
 
 
 def load_rows(repository: Repository, config: str | None, split: str, **options: Any) -> Any:

@@ -15,7 +15,7 @@ from wanda_dvc.catalog import Package
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import check_file, is_there, name_of, read_object
 from wanda_dvc.sources import Source
-from wanda_dvc.sources.hub import Repository, resolve
+from wanda_dvc.sources.hub import Repository, gated_names, resolve
 from wanda_dvc.study.files import Json, can_reflink, copy_file
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import describe, digest, file_digest, files_digest, write_provenance
@@ -64,6 +64,11 @@ class HubModel:
     def key(self) -> Json:
         """Its id and commit."""
         return {"source": self.repository.name, "revision": self.repository.commit}
+
+    @property
+    def gated(self) -> tuple[str, ...]:
+        """The model, where it is gated."""
+        return gated_names(self.repository)
 
     def write(self, out: Path, scratch: Path) -> str:
         """Fetch the model's files, without a second copy of the weights in another format."""
@@ -129,6 +134,11 @@ class LocalModel:
         """The directory's path."""
         return {"source": str(self.folder)}
 
+    @property
+    def gated(self) -> tuple[str, ...]:
+        """Nothing: the Hub is not asked."""
+        return ()
+
     def write(self, out: Path, scratch: Path) -> str:
         """Clone or copy the model's files, after checking that it is a whole decoder."""
         from wanda_dvc.engine.check import check_model
@@ -179,6 +189,11 @@ class PackagedModel:
         """The package, and the hash of its wheel where the setting has one."""
         pinned = {"wheel_sha256": self.package.sha256} if self.package.sha256 else {}
         return {"source": f"{PACKAGE}{self.package.requirement}", **pinned}
+
+    @property
+    def gated(self) -> tuple[str, ...]:
+        """Nothing: the Hub is not asked."""
+        return ()
 
     def write(self, out: Path, scratch: Path) -> str:
         """Dequantize the package's GGUF file."""

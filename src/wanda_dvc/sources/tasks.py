@@ -12,7 +12,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
 from wanda_dvc.reading import read_lines
 from wanda_dvc.sources import Source
-from wanda_dvc.sources.hub import Repository, load_rows, resolve
+from wanda_dvc.sources.hub import Repository, gated_names, load_rows, resolve
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.places import EMBEDDED, TaskItems, in_mirror, task_definition, task_items
 from wanda_dvc.study.project import ITEMS
@@ -61,6 +61,11 @@ class TasksSource:
     def key(self) -> Json:
         """The settings of the tasks."""
         return {"tasks": self.wanted.model_dump(mode="json")}
+
+    @property
+    def gated(self) -> tuple[str, ...]:
+        """The data sets that are gated."""
+        return gated_names(*(items.origin for items in self.items.values()))
 
     def write(self, out: Path, scratch: Path) -> str:
         """Write the items and the provenance of every task into a directory of its own."""

@@ -11,7 +11,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import Text
 from wanda_dvc.reading import check_file, is_there, name_of, read_lines, read_text
 from wanda_dvc.sources import Source
-from wanda_dvc.sources.hub import Repository, column_of, load_rows, resolve
+from wanda_dvc.sources.hub import Repository, column_of, gated_names, load_rows, resolve
 from wanda_dvc.study.documents import Documents
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.places import EMBEDDED, in_mirror, on_the_hub
@@ -39,6 +39,11 @@ class TextSource:
     @property
     def _commit(self) -> str | None:
         return self.place.commit if isinstance(self.place, Repository) else None
+
+    @property
+    def gated(self) -> tuple[str, ...]:
+        """The data set, where it is gated."""
+        return gated_names(self.place)
 
     def write(self, out: Path, scratch: Path) -> str:
         """Write the text as one file, or the documents as they are on the Hub."""

@@ -181,7 +181,7 @@ def check_version(stage: str, asked: int | None) -> None:
     if asked is not None and asked != computed:
         raise UserError(
             f"dvc.yaml: {stage}: version {asked}, this wanda-dvc computes version {computed}; "
-            f"write `--version {computed}` there, or install the wanda-dvc that it was written for"
+            "run `wanda-dvc init --upgrade`, or install the wanda-dvc that it was written for"
         )
 
 

@@ -14,6 +14,7 @@ from wanda_dvc.sources.texts import find_text
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import describe
+from wanda_dvc.study.sharing import check_gated, take_from_the_study
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ SOURCES = {
 def download(*, project: Project, part: str) -> None:
     """Sources → models/dense, data/calibration, data/perplexity or data/tasks."""
     row = SOURCES[part]
+    if take_from_the_study(project, part, row.target(project)):
+        return
     source = row.find(project.params)
+    check_gated(project, part, source.gated)
     with project.work(describe(part, version=STAGES["download"].version, **source.key)) as work:
         source.write(work.fresh(), work.path)
         work.publish(row.target(project))

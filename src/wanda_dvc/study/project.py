@@ -37,7 +37,10 @@ class Project:
         for folder in (start, *start.parents):
             if (folder / "params.yaml").is_file():
                 return cls(folder)
-        raise UserError(f"{start}: no params.yaml here or above, expected a wanda-dvc project; cd into one")
+        raise UserError(
+            f"{start}: no params.yaml here or above, expected a wanda-dvc project; cd into one, or begin one: "
+            "`wanda-dvc init DIR`"
+        )
 
     @cached_property
     def params(self) -> Params:

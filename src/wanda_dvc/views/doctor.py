@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -15,7 +16,7 @@ from tabulate import tabulate
 
 from wanda_dvc import __version__
 from wanda_dvc.catalog import HUB_ID
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import EXTRAS, UserError
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.local import SETTINGS, changed_sources, local_sources
@@ -45,7 +46,10 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
         project = Project.find(start)
         params = project.params
     except UserError as error:
-        checks += [Check("params.yaml", False, problem, "correct it, or cd into a study") for problem in error.problems]
+        checks += [
+            Check("params.yaml", False, problem, "correct it, cd into a study, or `wanda-dvc init DIR`")
+            for problem in error.problems
+        ]
     else:
         checks.append(Check("params.yaml", True, "valid"))
         checks += [
@@ -71,7 +75,7 @@ def _python() -> Iterator[Check]:
     try:
         wanted = [Requirement(text) for text in requires("wanda-dvc") or []]
     except PackageNotFoundError:
-        yield Check("libraries", False, "wanda-dvc is not installed", "`make install` in the repository", needed=False)
+        yield Check("libraries", False, "wanda-dvc is not installed", "`pip install wanda-dvc`", needed=False)
         return
     wrong = []
     for requirement in wanted:
@@ -84,7 +88,11 @@ def _python() -> Iterator[Check]:
             if not requirement.specifier.contains(there, prereleases=True):
                 wrong.append(f"{requirement.name} {there}, expected {requirement.specifier}")
     shown = ", ".join(f"{name} {version(name)}" for name in SHOWN) if not wrong else "; ".join(wrong)
-    yield Check("libraries", not wrong, shown, "`make install` in the repository, or a new environment")
+    yield Check("libraries", not wrong, shown, "`pip install --upgrade wanda-dvc`, in a new environment")
+    for extra in sorted(set(EXTRAS.values())):
+        absent = [name for name, one in EXTRAS.items() if one == extra and find_spec(name) is None]
+        found = f"no {', '.join(absent)}" if absent else "installed"
+        yield Check(f"libraries: {extra}", not absent, found, f"`pip install 'wanda-dvc[{extra}]'`", needed=False)
 
 
 def _machine(project: Project) -> Iterator[Check]:
@@ -178,7 +186,7 @@ def _versions(project: Project) -> Iterator[Check]:
     """Whether `dvc.yaml` names the stages, in the versions that this wanda-dvc computes."""
     path = project.root / "dvc.yaml"
     if not path.is_file():
-        yield Check("dvc.yaml", False, "not there", "copy it from the wanda-dvc repository, beside params.yaml")
+        yield Check("dvc.yaml", False, "not there", "run `wanda-dvc init --upgrade`, which writes it")
         return
     try:
         stages = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["stages"]
@@ -192,7 +200,7 @@ def _versions(project: Project) -> Iterator[Check]:
         if (words := commands.get(stage.name, "").split())[-2:] != ["--version", str(stage.version)]
     ]
     found = "; ".join(wrong) or "names the stages that this wanda-dvc computes"
-    yield Check("dvc.yaml", not wrong, found, "write those versions, or install the wanda-dvc of this dvc.yaml")
+    yield Check("dvc.yaml", not wrong, found, "run `wanda-dvc init --upgrade`, or install the wanda-dvc that it names")
 
 
 def _repository(project: Project) -> Iterator[Check]:

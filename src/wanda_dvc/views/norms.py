@@ -23,6 +23,8 @@ SHOWN = 20  # rows of a table; JSON lists all
 
 def plot(*, folder: Path, target: Path, layer: int | None = None) -> str:
     """Draw the norms as a PNG, with the outliers marked: by block and feature, or of one block by feature."""
+    import matplotlib  # noqa: F401 - a missing library is told before anything is read
+
     from wanda_dvc.pruning.statistics import OUTLIER
     from wanda_dvc.report.charts import block_norms, norms, png
 

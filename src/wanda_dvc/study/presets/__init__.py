@@ -1,9 +1,10 @@
-"""Presets: whole studies by name, each a YAML file of the settings that differ from the default."""
+"""Presets: whole studies by name, each a YAML file of the settings that differ from those of a new study."""
 
 import io
 import json
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -15,11 +16,14 @@ from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
+from wanda_dvc.study.files import write_text
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.settings import Settings, flatten, section_of
 
 FOLDER = files("wanda_dvc.study") / "presets"
+PARAMS = files("wanda_dvc.study") / "template" / "params.yaml"  # of a new study: every setting, its default, a comment
 DEFAULT = "default"
+DESCRIPTION = "SmolLM2-135M-Instruct and the embedded text and questions; needs PyPI and nothing else"
 
 
 class _Representer(RoundTripRepresenter):
@@ -41,17 +45,19 @@ class Preset:
 
 def names() -> list[str]:
     """Return the names of the presets, the default first."""
-    found = sorted(file.name.removesuffix(".yaml") for file in FOLDER.iterdir() if file.name.endswith(".yaml"))
-    return [DEFAULT, *(name for name in found if name != DEFAULT)]
+    found = (file.name.removesuffix(".yaml") for file in FOLDER.iterdir() if file.name.endswith(".yaml"))
+    return [DEFAULT, *sorted(found)]
 
 
 def read_preset(name: str) -> Preset:
     """Read a preset: the default's settings, replaced by its own. UserError, with the known names, for another name."""
     if name not in names():
         raise UserError(f"preset: got {name}, expected {', '.join(names())}; `wanda-dvc preset` describes them")
-    content = _load(name)
-    own, default = dict(flatten(content["settings"])), dict(flatten(_load(DEFAULT)["settings"]))
-    return Preset(name, content["description"], default | own, content.get("grid"))
+    default = {key: value for key, value in flatten(_load(PARAMS)) if not key.startswith("runtime.")}
+    if name == DEFAULT:
+        return Preset(name, DESCRIPTION, default)
+    content = _load(FOLDER / f"{name}.yaml")
+    return Preset(name, content["description"], default | dict(flatten(content["settings"])), content.get("grid"))
 
 
 def preset_table(*, as_json: bool = False) -> str:
@@ -71,33 +77,42 @@ def apply_preset(*, project: Project, name: str) -> str:
     """
     preset = read_preset(name)
     path = project.root / "params.yaml"
-    yaml = YAML()
-    yaml.Representer = _Representer
-    yaml.preserve_quotes = True
-    yaml.width = 2**16  # the user's long lines stay unwrapped
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
-        raise UserError(f"params.yaml: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"params.yaml: got {type(content).__name__}, expected a mapping of settings")
-    changed = [key for key, value in preset.settings.items() if _set(content, key, value)]
-    check_params(content)  # refuses a wrong `runtime` or an unknown setting before anything is written
+    text, changed = with_settings(path.read_text(encoding="utf-8"), preset.settings)
     if changed:
-        text = io.StringIO()
-        yaml.dump(content, text)
-        beside = path.with_name("params.yaml.part")
-        beside.write_text(text.getvalue(), encoding="utf-8")
-        beside.replace(path)
-    lines = [f"params.yaml: {name}, {preset.description}; {len(changed)} settings changed, `runtime` kept."]
+        write_text(path, text)
+    lines = [f"params.yaml: {name}, {preset.description}; {changed} settings changed, `runtime` kept."]
     if preset.grid:
         lines.append(f"The whole study: {preset.grid}")
     lines.append("One experiment: dvc repro" if preset.grid else "To run it: dvc repro")
     return "\n".join(lines)
 
 
-def _load(name: str) -> Settings:
-    return YAML(typ="safe", pure=True).load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+def with_settings(text: str, settings: Settings) -> tuple[str, int]:
+    """Set settings, by dotted name, in the text of a params.yaml, and return it with the number that had another value.
+
+    Comments stay, and so does the spelling of what has the value already. UserError where the result is not valid.
+    """
+    yaml = YAML()
+    yaml.Representer = _Representer
+    yaml.preserve_quotes = True
+    yaml.width = 2**16  # the user's long lines stay unwrapped
+    try:
+        content = yaml.load(text)
+    except YAMLError as error:
+        raise UserError(f"params.yaml: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"params.yaml: got {type(content).__name__}, expected a mapping of settings")
+    changed = [key for key, value in settings.items() if _set(content, key, value)]
+    check_params(content)  # refuses a wrong `runtime` or an unknown setting before anything is written
+    if not changed:
+        return text, 0
+    written = io.StringIO()
+    yaml.dump(content, written)
+    return written.getvalue(), len(changed)
+
+
+def _load(file: Traversable) -> Settings:
+    return YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
 
 
 def _set(content: Settings, name: str, value: Any) -> bool:

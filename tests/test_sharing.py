@@ -1,0 +1,159 @@
+"""A study shared with a team: what a second person gets, and what never leaves the machine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, save_tiny_model, write_params
+from repository import Repository as Study
+from repository import ran
+
+from wanda_dvc.catalog import NamedText
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import Tasks, Text
+from wanda_dvc.sources.hub import Repository
+from wanda_dvc.sources.models import HubModel
+from wanda_dvc.sources.tasks import Items, TasksSource
+from wanda_dvc.sources.texts import TextSource
+from wanda_dvc.stages import run
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.scaffold import PIPELINE
+from wanda_dvc.study.sharing import cached, check_gated
+
+PRUNE = {"locate", "mask", "apply", "perplexity@pruned", "zero-shot@pruned-piqa"}
+DOWNLOADS = {"download@model", "download@calibration", "download@perplexity", "download@tasks"}
+
+
+def with_outs(root: Path, options: str) -> Project:
+    """A study whose dvc.yaml says this of the sources."""
+    text = (ROOT / PIPELINE).read_text(encoding="utf-8")
+    (root / PIPELINE).write_text(text.replace("- ${item.out}\n", f"- ${{item.out}}{options}\n"), encoding="utf-8")
+    return Project(root)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [("", None), (": { cache: false }", False), (": { cache: true }", True), (": { push: false }", False)],
+)
+def test_one_setting_says_what_is_shared_and_gated_sources_need_it(tmp_path: Path, options: str, expected: bool | None):
+    study = with_outs(tmp_path, options)
+    assert cached(study) is expected
+    check_gated(study, "model", ())
+    if expected is None:
+        with pytest.raises(
+            UserError, match=r"dvc.yaml: download: model: org/gated is gated, and `dvc push` would share"
+        ):
+            check_gated(study, "model", ("org/gated",))
+    else:
+        check_gated(study, "model", ("org/gated",))
+
+
+GATED = Repository("dataset", "org/gated", "c" * 40, ("model.safetensors",), "where", gated=True)
+OPEN = Repository("dataset", "org/open", "c" * 40, (), "where")
+
+
+def test_every_source_tells_what_is_gated():
+    text: dict[str, Any] = {"wanted": Text(source="org/gated", split="train", join=" "), "setting": "x", "title": "x"}
+    named = NamedText("org/gated", None, "text")
+    assert HubModel(GATED).gated == TextSource(**text, dataset=named, place=GATED).gated == ("org/gated",)
+    assert HubModel(OPEN).gated == TextSource(**text, dataset=named, place=Path("x")).gated == ()
+    tasks = Tasks(source="benchmark", names=["a", "b", "c"])
+    rows: dict[str, Any] = {
+        "role": "test",
+        "split": "test",
+        "dataset": "x",
+        "config": None,
+        "definition": "x",
+        "options": {},
+    }
+    items = dict(zip("abc", (Items(**rows, origin=origin) for origin in (GATED, OPEN, GATED)), strict=True))
+    assert TasksSource(tasks, items).gated == ("org/gated",)
+
+
+def test_a_gated_model_stops_at_the_download_before_a_file_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_params(tmp_path, "org/gated")
+    monkeypatch.setattr("wanda_dvc.sources.models.resolve", lambda *_: GATED)
+    fetched: list[object] = []
+    monkeypatch.setattr(HubModel, "write", lambda *words: fetched.append(words))
+    with pytest.raises(UserError, match="org/gated is gated"):
+        run("download", project=with_outs(tmp_path, ""), part="model")
+    assert (fetched, list(tmp_path.glob("models*"))) == ([], [])
+    run("download", project=with_outs(tmp_path, ": { cache: true }"), part="model")
+    assert len(fetched) == 1
+
+
+def test_without_a_pipeline_nothing_is_shared(tmp_path: Path):
+    check_gated(Project(tmp_path), "model", ("org/gated",))
+    (tmp_path / PIPELINE).write_text("stages: [")
+    assert cached(Project(tmp_path)) is None
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("options", ["", ": { cache: false }"])
+def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, options: str):
+    model = save_tiny_model(tmp_path / "tiny")
+    mine = Study.new(tmp_path / "mine", model)
+    with_outs(mine.root, options)
+    mine.repro()
+    mine.run("dvc", "remote", "add", "--default", "team", str(tmp_path / "remote"))
+    mine.commit()
+    mine.run("dvc", "push")
+    weights = {path.stat().st_size for path in (tmp_path / "remote").rglob("*") if path.is_file()}
+    assert ((model / "model.safetensors").stat().st_size in weights) == (options == "")
+
+    mine.run("git", "clone", "--quiet", str(mine.root), str(tmp_path / "theirs"))
+    theirs = Study(tmp_path / "theirs", model)
+    assert "ERROR" not in theirs.run("dvc", "pull")  # and it ends with 0, as each `run` here
+    for folder in ("stats", "masks", "gram", "weights", "metrics/details"):
+        assert (theirs.root / folder).is_dir()
+    fetched = set() if options == "" else DOWNLOADS  # from the source, to the same bytes
+    assert theirs.repro(sparsity=0.7) == PRUNE | fetched
+    assert (theirs.root / "models/dense").is_dir()
+    assert "calibrate" not in ran(theirs.run("dvc", "repro"))
+
+
+@pytest.fixture
+def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """The checkout of a queued experiment, whose study has fetched a model from the Hub. No Hub is there to ask."""
+    study, checkout = tmp_path / "study", tmp_path / "checkout"
+    for root in (study, checkout):
+        root.mkdir()
+        with_outs(root, ": { cache: false }")
+        write_params(root, "org/name@main")
+    (study / "models/dense").mkdir(parents=True)
+    (study / "models/dense/config.json").write_text("{}")
+    made = {"cmd": "wanda-dvc download model --version 1", "params": {"params.yaml": {"model": "org/name@main"}}}
+    (study / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"download@model": made}}))
+    monkeypatch.setenv("DVC_ROOT", str(study))
+    return Project(checkout)
+
+
+def test_a_queued_experiment_takes_what_is_not_cached_from_its_study(queued: Project, tmp_path: Path):
+    run("download", project=queued, part="model")
+    ours, theirs = (root / "models/dense/config.json" for root in (queued.root, tmp_path / "study"))
+    assert ours.stat().st_ino == theirs.stat().st_ino  # no copy
+    assert [path.name for path in queued.model("dense").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda checkout, study: write_params(checkout, "org/other"),
+        lambda checkout, study: with_outs(checkout, ""),
+        lambda checkout, study: (study / "dvc.lock").unlink(),
+        lambda checkout, study: (study / "models/dense").rename(study / "models/other"),
+    ],
+    ids=["another model", "cached", "nothing ran", "nothing there"],
+)
+def test_otherwise_it_asks_the_source(queued: Project, tmp_path: Path, change):
+    change(queued.root, tmp_path / "study")
+    with pytest.raises(UserError, match="is on the Hub, and HF_HUB_OFFLINE is set"):
+        run("download", project=Project(queued.root), part="model")
+    assert not queued.model("dense").exists()
+
+
+def test_the_study_itself_asks_the_source(queued: Project, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DVC_ROOT", str(queued.root))
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        run("download", project=queued, part="model")

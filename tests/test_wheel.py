@@ -1,0 +1,115 @@
+"""The wheel as a user gets it, without the heavy libraries: its contents, and a study that it makes on its own.
+
+`scripts/wheel.sh` installs it into a fresh environment and runs the default study to the end.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, save_tiny_model
+from repository import command_environment, ran
+
+from wanda_dvc.study.presets import with_settings
+from wanda_dvc.study.scaffold import FILES
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's contents. hatchling builds it; nothing is fetched or installed."""
+    built = tmp_path_factory.mktemp("dist")
+    code = f"from hatchling.build import build_wheel; print(build_wheel({str(built)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    if "No module named 'hatchling'" in done.stderr:
+        pytest.fail("hatchling is not installed, expected it among the `dev` extra; run `make install`")
+    assert done.returncode == 0, done.stderr
+    target = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(built / done.stdout.split()[-1]) as wheel:
+        wheel.extractall(target)
+    return target
+
+
+@pytest.fixture
+def environment(unpacked: Path, tmp_path: Path) -> dict[str, str]:
+    """An environment in which the package is the wheel's, and `wanda-dvc` a command."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    script = f"#!{sys.executable}\nfrom wanda_dvc.cli import run\nrun()\n"
+    (commands / "wanda-dvc").write_text(script)
+    (commands / "wanda-dvc").chmod(0o755)
+    there = command_environment()
+    authors = {f"GIT_{role}_{part}": "x@example.org" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
+    path = f"{commands}{os.pathsep}{there['PATH']}"
+    return there | authors | {"PYTHONPATH": str(unpacked), "PATH": path, "PYTHONSAFEPATH": "1"}
+
+
+def run(*words: str, cwd: Path, environment: dict[str, str]) -> str:
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_it_carries_the_package_and_nothing_else(unpacked: Path):
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT / "src", capture_output=True, text=True, check=True,
+    ).stdout.split("\n")  # fmt: skip
+    there = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
+    package = {path for path in there if not re.match(r"wanda_dvc-[^/]*\.dist-info/", path)}
+    assert package == {path for path in listed if path and (ROOT / "src" / path).exists()}
+    assert {"wanda_dvc/py.typed", "wanda_dvc/study/template/pipeline.yaml"} <= package
+    (metadata,) = unpacked.glob("*.dist-info/METADATA")
+    assert "Provides-Extra: report" in metadata.read_text(encoding="utf-8")
+
+
+def test_it_makes_a_study_outside_any_clone(unpacked: Path, environment: dict[str, str], tmp_path: Path):
+    where = run(
+        sys.executable, "-c", "import wanda_dvc; print(wanda_dvc.__file__)", cwd=tmp_path, environment=environment
+    )
+    assert where.startswith(str(unpacked))
+    run("wanda-dvc", "init", "study", "--preset", "paper", cwd=tmp_path, environment=environment)
+    for place, file in FILES.items():
+        if place != "params.yaml":
+            assert (tmp_path / "study" / place).read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
+    assert "preset" in run("wanda-dvc", "preset", cwd=tmp_path, environment=environment)
+    assert "up to date" in run("wanda-dvc", "init", "--upgrade", cwd=tmp_path / "study", environment=environment)
+
+
+@pytest.mark.pipeline
+def test_it_runs_the_study_and_an_experiment(environment: dict[str, str], tmp_path: Path):
+    """The commands that `init` names, one after the other, in a part of a git repository too."""
+    model = save_tiny_model(tmp_path / "tiny")
+    run("git", "init", "--quiet", "around", cwd=tmp_path, environment=environment)
+    (tmp_path / "around/code.py").write_text("")
+    said = run("wanda-dvc", "init", "study", "--model", str(model), cwd=tmp_path / "around", environment=environment)
+    study = tmp_path / "around/study"
+    small = {"calibration.samples": 2, "calibration.length": 64, "perplexity.length": 64, "perplexity.windows": 2}
+    text, _ = with_settings(
+        (study / "params.yaml").read_text(encoding="utf-8"), small | {"tasks.names": ["piqa"], "zero_shot.limit": 2}
+    )
+    (study / "params.yaml").write_text(text, encoding="utf-8")
+    named = re.findall(r"^  ((?:git|dvc|wanda-dvc) .*?)(?: {2,}#.*)?$", said, flags=re.MULTILINE)
+    assert [command.partition(" ")[0] for command in named] == ["git", "dvc", "dvc", "wanda-dvc"]
+    printed = [run("sh", "-c", command, cwd=study, environment=environment) for command in named]
+    assert "calibrate" in ran(printed[1])
+    assert "calibrate" not in ran(printed[2])
+    assert "measured sparsity" in printed[3]
+    assert "0.7" in run("wanda-dvc", "list", cwd=study, environment=environment)
+    # What the DVC extension of VS Code asks.
+    workspace, *_ = json.loads(run("dvc", "exp", "show", "--json", cwd=study, environment=environment))
+    assert workspace["data"]["params"]["params.yaml"]["data"]["sparsity"] == 0.7
+    assert workspace["data"]["metrics"]["metrics/pruned/perplexity.json"]["data"]["perplexity"] > 0
+    plotted = ("dvc", "plots", "diff", "workspace", "HEAD", "-o", ".dvc/tmp/plots", "--split", "--json")
+    plots = json.loads(run(*plotted, cwd=study, environment=environment))
+    assert {"perplexity", "sparsity by block", "input norms by block"} <= plots["data"].keys()
+    assert all(one["revisions"] for one in plots["data"]["sparsity by block"])
+    asked = ("dvc", "data", "status", "--granular", "--unchanged", "--json")
+    tracked = json.loads(run(*asked, cwd=study, environment=environment))
+    assert not {"not_in_cache"} & tracked.keys()
+    assert any(path.startswith("masks") for kind in tracked["committed"].values() for path in kind)
+    assert run("git", "status", "--porcelain", "code.py", cwd=study.parent, environment=environment) == "?? code.py\n"
