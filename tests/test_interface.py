@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import save_tiny_model, write_params
 from safetensors.torch import load_file
-from test_families import one_is_never_chosen, save
+from test_families import one_is_never_chosen, save, short_texts
 from test_reconstruction import PATTERNS, allowed
 from test_stages import fetch
 from torch import Tensor, nn
@@ -72,6 +72,7 @@ class Pair:
         make, self.dtype = MODELS[name]
         self.root, self.source = root / "study", make(root / "model")
         self.root.mkdir()
+        self.texts = short_texts(root)
         self.project = fetch(self.study(), "model", "calibration", "perplexity")
         calibrate(project=self.project)
         self.tokens = calibration_windows(self.project)
@@ -87,7 +88,7 @@ class Pair:
     def study(self, **changes: Any) -> Project:
         """The project with other settings."""
         small = {"calibration__gram": "float32", "calibration__samples": 2, "perplexity__windows": 3}
-        write_params(self.root, self.source, dtype=self.dtype, **small | changes)
+        write_params(self.root, self.source, dtype=self.dtype, **self.texts | small | changes)
         return Project(self.root)
 
     def load(self) -> Any:
