@@ -152,10 +152,9 @@ def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
 
     Tensors: uint8 [rows, ⌈columns / 8⌉] for each linear, the first column in the highest bit. Header: the columns.
     """
-    import numpy as np
-    import torch
+    from wanda_dvc.pruning.packing import pack_bits
 
-    packed = {name: torch.from_numpy(np.packbits(keep.cpu().numpy(), axis=1)) for name, keep in keeps.items()}
+    packed = {name: pack_bits(keep) for name, keep in keeps.items()}
     columns = {name: keep.shape[1] for name, keep in keeps.items()}
     _save(block_file(folder, block), packed, {"columns": columns})
 
@@ -199,11 +198,9 @@ class Masks(Mapping[str, "Tensor"]):
         self._packed, self._columns = packed, columns
 
     def __getitem__(self, name: str) -> "Tensor":
-        import numpy as np
-        import torch
+        from wanda_dvc.pruning.packing import unpack_bits
 
-        packed = self._packed[name].numpy()
-        return torch.from_numpy(np.unpackbits(packed, axis=1, count=self._columns[name]).view(np.bool_))
+        return unpack_bits(self._packed[name], self._columns[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._columns)
