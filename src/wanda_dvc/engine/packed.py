@@ -214,12 +214,8 @@ def _own_weights(folder: Path, checkpoint: Checkpoint) -> list[str]:
     found = []
     for name, module in model.named_modules():
         weight = f"{name}.weight"
-        stored = parts.get(weight, ())
-        if (
-            type(module) is nn.Linear
-            and all((part.address.tensor, part.is_whole) == (weight, True) for part in stored)
-            and stored
-        ):
+        stored = [(part.address, part.is_whole) for part in parts.get(weight, ())]
+        if type(module) is nn.Linear and stored == [(Address(weight), True)]:
             found.append(weight)
     return found
 

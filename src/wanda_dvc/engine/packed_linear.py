@@ -116,7 +116,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
         self.packing = self.quantization_config.packing
-        for name, (_, shape) in self.packing.weights.items():
+        for name, (_dtype, shape) in self.packing.weights.items():
             linear = model.get_submodule(name.removesuffix(".weight"))
             if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != shape:
                 raise UserError(f"config.json: quantization_config: {name}: {list(shape)} is no linear of this model")
@@ -141,7 +141,7 @@ class PackedQuantizer(HfQuantizer):
             if self.quantization_config.dequantize:
                 model.set_submodule(path, linear.unpacked())
         # What is in memory is no longer compressed, and has the dtype that was asked for.
-        weights = {name: (self.dtypes[name], shape) for name, (_, shape) in self.packing.weights.items()}
+        weights = {name: (self.dtypes[name], shape) for name, (_dtype, shape) in self.packing.weights.items()}
         self.quantization_config.stored = Packing(weights, zipped=False).as_json()
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
