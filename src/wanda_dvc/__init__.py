@@ -1,26 +1,33 @@
 """Prune language models with Wanda, in a pipeline whose every step is kept, compared and repeated.
 
 The functions below work on a model that is in memory, as the pipeline's stages of the same names do on one on disk.
-Importing this package loads no library; the first call does.
+Importing this package loads no library; the first call does. It also lets transformers load the packed format.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from wanda_dvc.plugin import register_later
+
 if TYPE_CHECKING:
+    from wanda_dvc.engine.packed_linear import PackedConfig
     from wanda_dvc.errors import UserError
     from wanda_dvc.interface import Stats, Study, calibrate, choose, perplexity, prune, reconstruct
 
 __version__ = "0.1.0"
-__all__ = ["Stats", "Study", "UserError", "calibrate", "choose", "perplexity", "prune", "reconstruct"]
+__all__ = ["PackedConfig", "Stats", "Study", "UserError", "calibrate", "choose", "perplexity", "prune", "reconstruct"]
 
 
 def __getattr__(name: str) -> Any:
     """Load what is asked for. AttributeError for any other name."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("wanda_dvc.interface"), name)
+    module = "engine.packed_linear" if name == "PackedConfig" else "interface"
+    return getattr(importlib.import_module(f"wanda_dvc.{module}"), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_later()

@@ -276,8 +276,16 @@ def export(
         ),
     ],
     format_name: Annotated[
-        str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.", autocompletion=lambda: list(FORMATS))
+        str,
+        typer.Option(
+            "--format",
+            help="; ".join(f"{row.name}: {row.about}" for row in FORMATS.values()) + ".",
+            autocompletion=lambda: list(FORMATS),
+        ),
     ] = DEFAULT_FORMAT,
+    zipped: Annotated[
+        bool, typer.Option("--zip", help="Compress the packed format for transfer, without loss.")
+    ] = False,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
     from wanda_dvc.export.build import experiment_and_directory
@@ -288,7 +296,7 @@ def export(
         raise typer.BadParameter(f"got {len(words)} words, expected [EXPERIMENT] DIRECTORY")
     project = Project.find()
     experiment, target = experiment_and_directory(project, words)
-    typer.echo(build(project=project, experiment=experiment, target=target, format_name=format_name))
+    typer.echo(build(project=project, experiment=experiment, target=target, format_name=format_name, zipped=zipped))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

@@ -21,8 +21,10 @@ from wanda_dvc.study.revisions import Revision
 from wanda_dvc.views.show import staleness
 
 
-def export(*, project: Project, experiment: str | None, target: Path, format_name: str = DEFAULT) -> str:
-    """Write the pruned model of an experiment into a new directory, in one of `FORMATS`.
+def export(
+    *, project: Project, experiment: str | None, target: Path, format_name: str = DEFAULT, zipped: bool = False
+) -> str:
+    """Write the pruned model of an experiment into a new directory, in one of `FORMATS`; `zipped` compresses it.
 
     The experiment is a name, commit, branch or tag; None is the workspace.
     """
@@ -30,6 +32,11 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
         known = ", ".join(f"{row.name} ({row.about})" for row in FORMATS.values())
         raise UserError(f"--format: got {format_name}, expected {known}")
     stored = FORMATS[format_name]
+    if zipped and not stored.zips:
+        able = ", ".join(row.name for row in FORMATS.values() if row.zips)
+        raise UserError(
+            f"--zip: got --format {format_name}, expected {able}, which can be compressed; name that format"
+        )
     target = target.absolute()
     _check_target(target)
     with project.work({"kind": "export", "experiment": experiment}) as work:
@@ -43,9 +50,9 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
         ran = Ran.of(study)
         _check_whole(ran, experiment or "the workspace")
         study = study.with_params(ran.params)
-        measured = stored.write(study, work.out)
+        written = stored.write(study, work.out, work.path / "dense", zipped)
         _drop_metrics_of_others(study)
-        (work.out / "README.md").write_text(card(study, measured, stored, ran.torn), encoding="utf-8")
+        (work.out / "README.md").write_text(card(study, written, stored.loading, ran.torn), encoding="utf-8")
         work.publish(target)
     said = f"{target}: the pruned model of {experiment or 'the workspace'}; its card is README.md"
     if ran.unmet:

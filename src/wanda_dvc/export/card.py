@@ -6,7 +6,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from wanda_dvc.catalog import ALLOCATIONS, HUB_ID, RECONSTRUCTIONS, methods
-from wanda_dvc.export.formats import Format
+from wanda_dvc.export.formats import Written
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.markup import code, inline
@@ -76,8 +76,8 @@ With wanda-dvc {version}, in a new study:
 {by_hand}"""
 
 
-def card(study: Project, measured: float, stored: Format, torn: Sequence[str] = ()) -> str:
-    """Return the card of a study's pruned model, which is stored in a format and has a measured sparsity.
+def card(study: Project, written: Written, loading: str, torn: Sequence[str] = ()) -> str:
+    """Return the card of a study's pruned model, as it was written; `loading` is Python code that loads it.
 
     The study's `params` are those that ran. The results of `torn` stages are of inputs made again since.
     """
@@ -99,15 +99,15 @@ def card(study: Project, measured: float, stored: Format, torn: Sequence[str] = 
     return CARD.format(
         metadata=metadata.to_yaml(),
         source=inline(dense["source"]),
-        percent=round(100 * measured, 2),
+        percent=round(100 * written.sparsity, 2),
         method=_cited(params["method"]),
         kept=RECONSTRUCTIONS[study.params.reconstruction].kept,
-        facts=tabulate(list(_facts(study, masks, dense, measured)), ["what", "value"], **TABLE),
+        facts=tabulate(list(_facts(study, masks, dense, written.sparsity)), ["what", "value"], **TABLE),
         results=tabulate(comparison(study), HEADERS, **TABLE),
         notes="\n".join(f"- {note}" for note in _notes(study, torn)),
         license=described,
-        loading=stored.loading,
-        limits=f"{stored.storage} {_speed(params['pattern'])}",
+        loading=loading,
+        limits=f"{written.storage} {_speed(params['pattern'])}",
         version=masks["wanda_dvc"],
         commands=commands,
         by_hand=by_hand,

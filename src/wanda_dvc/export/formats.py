@@ -1,5 +1,6 @@
 """The formats that a pruned model is exported in, as a table. Importing it is instant: no torch."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +16,43 @@ class Format:
 
     name: str
     about: str  # one line
-    write: "Callable[[Project, Path], float]"  # (study, empty directory) → the measured sparsity
-    # For the model card:
-    storage: str  # what the zeros take on disk
-    loading: str  # Python code that loads the model
+    write: "Callable[[Project, Path, Path, bool], Written]"  # (study, empty directory, scratch, --zip)
+    zips: bool  # whether it can be compressed
+    loading: str  # Python code that loads the model, for its card
 
 
-def _write_dense(study: "Project", target: Path) -> float:
+@dataclass(frozen=True)
+class Written:
+    """What an export wrote."""
+
+    sparsity: float  # measured
+    storage: str  # what the zeros take, for the model card
+
+
+def _write_dense(study: "Project", target: Path, _scratch: Path, _zipped: bool) -> Written:
     """Write an ordinary Hugging Face directory, zeros included."""
     from wanda_dvc.stages.apply import measured_sparsity, prune
 
-    return measured_sparsity(prune(study, target, study.params.reconstruction))
+    measured = measured_sparsity(prune(study, target, study.params.reconstruction))
+    return Written(
+        measured, "The zeros are stored like any other number: the files are no smaller than the dense model's."
+    )
 
 
-_LOAD_DENSE = """\
+def _write_packed(study: "Project", target: Path, scratch: Path, zipped: bool) -> Written:
+    """Write a packed directory: the pruned linears without their zeros."""
+    from wanda_dvc.engine.packed import pack_directory
+    from wanda_dvc.stages.apply import measured_sparsity, prune
+
+    zeros = prune(study, scratch, study.params.reconstruction)
+    sizes = pack_directory(scratch, target, list(zeros), zipped=zipped)
+    shutil.rmtree(scratch)
+    return Written(measured_sparsity(zeros), sizes.told(zipped))
+
+
+_LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
+{before}
 where = "path/to/this/directory"  # or its id on the Hub
 model = AutoModelForCausalLM.from_pretrained(where)
 tokenizer = AutoTokenizer.from_pretrained(where)"""
@@ -42,8 +64,15 @@ FORMATS = {
             name="huggingface",
             about="a directory that transformers loads, as large as the dense model's",
             write=_write_dense,
-            storage="The zeros are stored like any other number: the files are no smaller than the dense model's.",
-            loading=_LOAD_DENSE,
+            zips=False,
+            loading=_LOAD.format(before=""),
+        ),
+        Format(
+            name="packed",
+            about="smaller: without the zeros; transformers loads it after `import wanda_dvc`",
+            write=_write_packed,
+            zips=True,
+            loading=_LOAD.format(before="import wanda_dvc  # pip install wanda-dvc: it registers the format\n"),
         ),
     )
 }

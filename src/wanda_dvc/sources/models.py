@@ -74,8 +74,10 @@ class HubModel:
         """Fetch the model's files, without a second copy of the weights in another format."""
         from wanda_dvc.engine.check import check_model
 
-        for path in fetch_model(self.repository, scratch / "hub"):
-            _link(path, out / path.name)  # a link, because a killed run must find the fetched file
+        fetched = fetch_model(self.repository, scratch / "hub")
+        if not unpack(scratch / "hub", out):
+            for path in fetched:
+                _link(path, out / path.name)  # a link, because a killed run must find the fetched file
         check_model(out)
         return _write_provenance(out, self.key)
 
@@ -113,6 +115,16 @@ def fetch_model(repository: Repository, target: Path) -> list[Path]:
     return [target / file for file in wanted]
 
 
+def unpack(source: Path, out: Path) -> bool:
+    """Write a packed model as the dense one; return whether it is packed."""
+    from wanda_dvc.engine.packed import packing_of, unpack_directory
+
+    if packing_of(source) is None:
+        return False
+    unpack_directory(source, out)
+    return True
+
+
 def _link(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source)
@@ -144,9 +156,12 @@ class LocalModel:
         from wanda_dvc.engine.check import check_model
 
         files = _files(self.folder)
-        check_model(self.folder)
-        for path in files:
-            copy_file(path, out / path.name)
+        if unpack(self.folder, out):
+            check_model(out)
+        else:
+            check_model(self.folder)
+            for path in files:
+                copy_file(path, out / path.name)
         return _write_provenance(out, {"source": self.folder.name})  # a provenance depends on no path
 
 
@@ -155,7 +170,11 @@ def copied_bytes(source: Path, project: Project) -> int:
 
     UserError if the directory holds no model that `download` takes.
     """
+    from wanda_dvc.engine.packed import packing_of, unpacked_bytes
+
     files = _files(source)
+    if packing_of(source):
+        return unpacked_bytes(source)
     return 0 if can_reflink(source / "config.json", project.work_root) else sum(path.stat().st_size for path in files)
 
 
@@ -282,6 +301,8 @@ def check_tokenizer(names: list[str], where: str) -> None:
 
 def check_decoder(folder: Path, where: str) -> None:
     """Raise UserError unless config.json describes a causal decoder that transformers supports, not quantized."""
+    from wanda_dvc.engine.packed import METHOD
+
     stored = read_object(folder / "config.json")
     kind = stored.get("model_type")
     if not isinstance(kind, str):
@@ -293,7 +314,8 @@ def check_decoder(folder: Path, where: str) -> None:
         raise UserError(
             f"{where}: config.json: found {kind}, expected a causal decoder, such as llama or qwen3; name one"
         )
-    if quantized := stored.get("quantization_config"):
+    quantized = stored.get("quantization_config")
+    if quantized and not (isinstance(quantized, dict) and quantized.get("quant_method") == METHOD):
         how = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else "an unnamed method"
         raise UserError(
             f"{where}: config.json: weights quantized by {how}, expected unquantized ones; name the original model"

@@ -168,11 +168,9 @@ def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
 
 def pack_masks(keeps: "Mapping[str, Tensor]") -> "Masks":
     """Return `keep` masks as `write_masks` writes them, one bit a weight."""
-    import numpy as np
-    import torch
+    from wanda_dvc.pruning.packing import pack_bits
 
-    packed = {name: torch.from_numpy(np.packbits(keep.cpu().numpy(), axis=1)) for name, keep in keeps.items()}
-    return Masks(packed, {name: keep.shape[1] for name, keep in keeps.items()})
+    return Masks({name: pack_bits(keep) for name, keep in keeps.items()}, {name: keep.shape[1] for name, keep in keeps.items()})
 
 
 def read_masks(folder: Path, block: int) -> "Masks":
@@ -221,11 +219,9 @@ class Masks(Mapping[str, "Tensor"]):
         return Masks(self.packed | other.packed, self.columns | other.columns)
 
     def __getitem__(self, name: str) -> "Tensor":
-        import numpy as np
-        import torch
+        from wanda_dvc.pruning.packing import unpack_bits
 
-        packed = self.packed[name].numpy()
-        return torch.from_numpy(np.unpackbits(packed, axis=1, count=self.columns[name]).view(np.bool_))
+        return unpack_bits(self.packed[name], self.columns[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.columns)

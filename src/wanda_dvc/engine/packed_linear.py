@@ -1,0 +1,160 @@
+"""What makes transformers load a packed directory: a quantizer, and the linear that computes with packed weights.
+
+`import wanda_dvc` registers the quantizer as soon as transformers is there.
+"""
+
+import threading
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import auto
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from wanda_dvc.engine.packed import METHOD, Packing
+from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.packing import pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_scratch = threading.local()
+
+
+class PackedLinear(nn.Module):
+    """A linear whose weight is packed. It is expanded into one reused buffer for each call; then torch multiplies.
+
+    `weight` [nonzeros] has the weight's nonzeros row by row, `weight_keep` uint8 [rows, ⌈columns / 8⌉] says where they
+    stand. Inference only: the weight gets no gradient.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_keep: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self.register_buffer("weight_keep", torch.empty(out_features, -(-in_features // 8), dtype=torch.uint8))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "PackedLinear":
+        """Pack a linear that is in memory."""
+        made = cls(linear.in_features, linear.out_features, bias=False, dtype=linear.weight.dtype)
+        values, bits = pack(linear.weight.detach().cpu())
+        made.weight = nn.Parameter(values.to(linear.weight.device), requires_grad=False)
+        made.weight_keep, made.bias = bits.to(linear.weight.device), linear.bias
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return xWᵀ + b."""
+        return nn.functional.linear(x, self.dense(reuse=not (torch.is_grad_enabled() and x.requires_grad)), self.bias)
+
+    def dense(self, *, reuse: bool = False) -> Tensor:
+        """Return the weight [out, in], bit by bit; with `reuse` in a buffer that the next call overwrites."""
+        shape, values, device = (self.out_features, self.in_features), self.weight.detach(), self.weight.device
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
+        keep = (self.weight_keep[:, :, None] >> shifts).bitwise_and_(1).flatten(1)[:, : self.in_features].bool()
+        if not reuse:
+            return torch.zeros(shape, dtype=values.dtype, device=device).masked_scatter_(keep, values)
+        buffers = vars(_scratch).setdefault("buffers", {})
+        size, key = shape[0] * shape[1], (device, values.dtype)
+        if key not in buffers or buffers[key].numel() < size:
+            buffers[key] = torch.empty(size, dtype=values.dtype, device=device)
+        return buffers[key][:size].view(shape).zero_().masked_scatter_(keep, values)
+
+    def unpacked(self) -> nn.Linear:
+        """Return the ordinary linear."""
+        made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        made.weight = nn.Parameter(self.dense(), requires_grad=False)
+        made.bias = cast("nn.Parameter", self.bias)  # or None, as nn.Linear has it
+        return made
+
+    def extra_repr(self) -> str:
+        """As a linear's, with the nonzeros."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, nonzeros={self.weight.numel()}"
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed directory; `dequantize` makes the model dense once it is loaded."""
+
+    def __init__(self, dequantize: bool = False, **stored: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment] # its own methods are an enumeration
+        self.dequantize = dequantize
+        self.stored = stored
+
+    @property
+    def packing(self) -> Packing:
+        """What of the directory is packed. UserError where it says so in no way that we know."""
+        return Packing.parse(self.stored, "config.json")
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What `from_pretrained(quantization_config=PackedConfig(...))` changes."""
+        return {"dequantize": self.dequantize}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json has it."""
+        return {**self.stored, "quant_method": METHOD}
+
+
+# transformers takes loading attributes from the types named there, and knows no other way to add one.
+_TYPES = "LOADING_ATTRIBUTES_CONFIG_TYPES"
+setattr(auto, _TYPES, (*getattr(auto, _TYPES), PackedConfig))
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Loads packed weights, and keeps them packed in memory."""
+
+    quantization_config: PackedConfig
+    requires_calibration = True  # transformers' word for: it loads packed weights, and packs none itself
+
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
+        self.packing = self.quantization_config.packing
+        for name, (_dtype, shape) in self.packing.weights.items():
+            linear = model.get_submodule(name.removesuffix(".weight"))
+            if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != shape:
+                raise UserError(f"config.json: quantization_config: {name}: {list(shape)} is no linear of this model")
+            with torch.device("meta"):
+                packed = PackedLinear(
+                    linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=linear.weight.dtype
+                )
+            model.set_submodule(name.removesuffix(".weight"), packed)
+        self.dtypes = {name: model.get_parameter(name).dtype for name in self.packing.weights}
+
+    def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **_: Any) -> bool:
+        """Whether a parameter may have another shape than the model's: how many nonzeros there are is not known yet."""
+        return param_name in self.packing.weights
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
+        """Check what was loaded, decompress it, and make it dense where that is asked for."""
+        for name in self.packing.weights:
+            path, dtype = name.removesuffix(".weight"), self.dtypes[name]
+            linear = cast("PackedLinear", model.get_submodule(path))
+            values = self.packing.values(name, linear.weight.detach(), linear.weight_keep).to(dtype)
+            linear.weight = nn.Parameter(values, requires_grad=False)
+            if self.quantization_config.dequantize:
+                model.set_submodule(path, linear.unpacked())
+        # What is in memory is no longer compressed, and has the dtype that was asked for.
+        weights = {name: (self.dtypes[name], shape) for name, (_dtype, shape) in self.packing.weights.items()}
+        self.quantization_config.stored = Packing(weights, zipped=False).as_json()
+
+    def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
+        for path, linear in [*model.named_modules()]:
+            if isinstance(linear, PackedLinear):
+                model.set_submodule(path, linear.unpacked())
+        return model
+
+    def is_serializable(self) -> bool:
+        """Whether `save_pretrained` writes what `from_pretrained` reads."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the weights get gradients."""
+        return False

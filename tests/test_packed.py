@@ -1,0 +1,331 @@
+"""The packed format: nothing is lost, transformers loads it, and what is damaged is refused."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_families import ALL, save
+from test_shape import wanda_dvc
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.engine.packed import (
+    DTYPES,
+    FORMAT,
+    KEEP,
+    METHOD,
+    pack_directory,
+    packing_of,
+    unpack_directory,
+    unpacked_bytes,
+)
+from wanda_dvc.engine.packed_linear import PackedConfig, PackedLinear
+from wanda_dvc.errors import UserError
+from wanda_dvc.export.formats import FORMATS
+from wanda_dvc.pruning.packing import compress, decompress, pack, pack_bits, packed_bytes, unpack, unpack_bits
+from wanda_dvc.stages.download import download
+from wanda_dvc.study.project import Project
+
+TYPES = [getattr(torch, name) for name in DTYPES]
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Equal in every bit: NaN is NaN, and −0 is not 0."""
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(
+        one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    )
+
+
+def sparse(rows: int, columns: int, dtype: torch.dtype, share: float, seed: int) -> Tensor:
+    """A weight with a share of zeros, and numbers that a careless format would lose."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=draw).to(dtype)
+    weight[torch.rand(rows, columns, generator=draw) < share] = 0
+    odd = torch.tensor([-0.0, float("nan"), float("inf"), torch.finfo(dtype).smallest_normal / 2], dtype=dtype)
+    weight.view(-1)[: len(odd)] = odd[: weight.numel()]
+    return weight
+
+
+# --- the numbers ---
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=DTYPES)
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 40), share=st.sampled_from([0, 0.3, 0.7, 1]), seed=st.integers(0))
+def test_no_bit_is_lost(dtype: torch.dtype, rows: int, columns: int, share: float, seed: int):
+    weight = sparse(rows, columns, dtype, share, seed % 2**31)
+    values, bits = pack(weight)
+    assert same(unpack(values, bits, columns), weight)
+    assert packed_bytes(weight) == values.nbytes + bits.nbytes == len(values) * dtype.itemsize + rows * -(-columns // 8)
+    assert same(decompress(compress(values), dtype, len(values)), values)
+    with pytest.raises(ValueError, match=f"{len(values) + 1} values, expected {len(values)}"):
+        unpack(torch.cat([values, values.new_ones(1)]), bits, columns)
+
+
+def test_the_first_column_is_the_highest_bit():
+    keep = torch.tensor([[True, False, False, False, False, False, False, False, True], [False] * 9])
+    assert pack_bits(keep).tolist() == [[0b10000000, 0b10000000], [0, 0]]
+    assert torch.equal(unpack_bits(pack_bits(keep), 9), keep)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 11.3), (torch.float32, 27.5)], ids=str)
+def test_compression_finds_what_exponents_repeat(dtype: torch.dtype, most: float):
+    """Of normal numbers an exponent holds about 2.6 bits of information; sign and mantissa are noise."""
+    values = (0.02 * torch.randn(50_000, generator=torch.Generator().manual_seed(0))).to(dtype)
+    assert 8 * len(compress(values)) / len(values) < most
+
+
+@pytest.mark.parametrize("cut", [0, 3, 8, 20, -1])
+def test_compressed_numbers_that_are_cut_are_refused(cut: int):
+    whole = compress(torch.randn(100))
+    with pytest.raises(ValueError, match="compressed"):
+        decompress(whole[:cut], torch.float32, 100)
+    with pytest.raises(ValueError, match="compressed"):
+        decompress(torch.cat([whole, whole[:1]]), torch.float32, 100)
+
+
+# --- a directory ---
+
+
+def prune_at_random(folder: Path, share: float = 0.5) -> list[str]:
+    """Set weights of all linears to zero, in place; return the linears' names."""
+    linears = []
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        for seed, (name, weight) in enumerate(sorted(tensors.items())):
+            if weight.dim() == 2 and (".layers." in name or ".h." in name):
+                weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < share] = 0
+                linears.append(name.removesuffix(".weight"))
+        save_file(tensors, path, {"format": "pt"})
+    return linears
+
+
+def equal_directories(one: Path, other: Path) -> bool:
+    """The same tensors, bit by bit, and otherwise the same files."""
+    first, second = Checkpoint(one), Checkpoint(other)
+    for tensor in first.where:
+        assert same(first.read(Address(tensor)), second.read(Address(tensor))), tensor
+    weights = {path.name for path in first.shards}
+    for path in one.iterdir():
+        if path.name not in weights and path.name != "config.json" and "index" not in path.name:
+            assert path.read_bytes() == (other / path.name).read_bytes(), path.name
+    assert json.loads((one / "config.json").read_text()) == json.loads((other / "config.json").read_text())
+    return first.where.keys() == second.where.keys() and {p.name for p in one.iterdir()} == {
+        p.name for p in other.iterdir()
+    }
+
+
+def packed(tmp_path: Path, *, zipped: bool = False, source: Path | None = None) -> tuple[Path, Path]:
+    """A dense directory with zeros, and the same packed."""
+    source = source or save_tiny_model(tmp_path / "source", shard="20KB")
+    linears, target = prune_at_random(source), tmp_path / "packed"
+    target.mkdir()
+    pack_directory(source, target, linears, zipped=zipped)
+    return source, target
+
+
+# No weight of theirs is a torch Linear's own: GPT-2's are transposed, and Falcon has a linear of its own.
+STAY_DENSE = {"gpt2", "falcon"}
+KINDS = [(torch.float32, "1GB", False), (torch.bfloat16, "30KB", True), (torch.float16, "1GB", True)]
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_every_family_comes_back_and_loads_with_the_same_logits(family: str, tmp_path: Path):
+    """Each in one of the dtypes, whole or in shards, compressed or not. What cannot be packed stays dense."""
+    dtype, shard, zipped = KINDS[list(ALL).index(family) % len(KINDS)]
+    source, target = packed(tmp_path, zipped=zipped, source=save(family, tmp_path / "source", dtype, shard))
+    stored = packing_of(target)
+    assert stored is not None
+    assert bool(stored.weights) == (family not in STAY_DENSE)
+    (tmp_path / "back").mkdir()
+    unpack_directory(target, tmp_path / "back")
+    assert equal_directories(source, tmp_path / "back")
+    dense, small = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval() for path in (source, target))
+    found = {f"{name}.weight" for name, module in small.named_modules() if isinstance(module, PackedLinear)}
+    assert found == set(stored.weights)
+    tokens = torch.randint(3, 256, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert same(dense(input_ids=tokens).logits, small(input_ids=tokens).logits)
+    if found:
+        assert small.get_memory_footprint() < dense.get_memory_footprint()
+    for name, parameter in small.dequantize().state_dict().items():
+        assert same(parameter, dense.state_dict()[name]), name
+
+
+def test_what_packing_would_not_shrink_stays_dense(tmp_path: Path):
+    source = save_tiny_model(tmp_path / "source")
+    linears = prune_at_random(source, share=0.02)  # 1/32 of a weight's bytes are the bits
+    (tmp_path / "packed").mkdir()
+    sizes = pack_directory(source, tmp_path / "packed", linears)
+    weights = Checkpoint(source)
+    shrinks = {f"{name}.weight" for name in linears if packed_bytes(w := weights.weight(name)) < w.nbytes}
+    stored = packing_of(tmp_path / "packed")
+    assert stored is not None
+    assert set(stored.weights) == shrinks
+    assert sizes.packed == sum(min(packed_bytes(weights.weight(x)), weights.weight(x).nbytes) for x in linears)
+    assert sizes.dense == 4 * sizes.weights == sum(weights.weight(name).nbytes for name in linears)
+    assert sizes.directory == sum(path.stat().st_size for path in (tmp_path / "packed").iterdir())
+    assert unpacked_bytes(tmp_path / "packed") == sum(entry.length for entry in weights.entries.values())
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_what_was_loaded_can_be_saved_in_any_dtype_and_loaded_again(zipped: bool, tmp_path: Path):
+    source, target = packed(tmp_path, zipped=zipped)
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).state_dict()
+    AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    stored = packing_of(tmp_path / "saved")
+    assert stored is not None
+    assert not stored.zipped
+    with pytest.warns(UserWarning, match="loading attributes"):  # transformers' own
+        again = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "saved", dtype=torch.bfloat16, quantization_config=PackedConfig(dequantize=True)
+        )
+    assert not hasattr(again.config, "quantization_config")
+    assert not any(isinstance(module, PackedLinear) for module in again.modules())
+    for name, parameter in again.state_dict().items():
+        assert same(parameter, dense[name]), name
+    again.save_pretrained(tmp_path / "dense")
+    assert packing_of(tmp_path / "dense") is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_linear_is_the_linear(bias: bool):
+    linear = nn.Linear(19, 7, bias=bias)
+    linear.weight.data.copy_(sparse(7, 19, torch.float32, 0.5, 0).nan_to_num_(0, 0, 0))
+    small, x = PackedLinear.of(linear), torch.randn(3, 2, 19, requires_grad=True)
+    wide = PackedLinear.of(nn.Linear(40, 30, bias=False))
+    with torch.no_grad():
+        first = small(x)
+        wide(torch.randn(1, 40))  # takes the same buffer
+        assert same(first, linear(x))
+    out = small(x)
+    wide(torch.randn(1, 40))
+    out.sum().backward()  # the weight at hand is that of the call, whatever came after
+    of_dense = x.detach().requires_grad_()
+    linear(of_dense).sum().backward()
+    assert x.grad is not None
+    assert of_dense.grad is not None
+    assert same(x.grad, of_dense.grad)
+    assert same(small.unpacked().weight.detach(), linear.weight.detach())
+
+
+# --- the plug-in ---
+
+LOADS = """
+{imports}
+import sys
+try:
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except Exception as error:
+    sys.exit(f"refused: {{error}}")
+print(type(model.model.layers[0].mlp.up_proj).__name__)
+"""
+PLUGIN, MODELS = "import wanda_dvc", "from transformers import AutoModelForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("imports", "found"),
+    [
+        (f"{PLUGIN}; assert 'torch' not in sys.modules\n{MODELS}", "PackedLinear"),
+        (f"{MODELS}\n{PLUGIN}", "PackedLinear"),
+        (f"{MODELS}, LlamaForCausalLM\n{PLUGIN}", "PackedLinear"),
+        (MODELS, "refused"),
+    ],
+    ids=["first", "after transformers", "after its models", "without"],
+)
+def test_transformers_loads_it_after_our_import_and_refuses_it_without(imports: str, found: str, tmp_path: Path):
+    _, target = packed(tmp_path)
+    code = LOADS.format(imports=f"import sys\n{imports}")
+    done = subprocess.run([sys.executable, "-c", code, str(target)], capture_output=True, text=True, check=False)
+    assert found in (done.stderr if done.returncode else done.stdout)
+
+
+# --- what is damaged ---
+
+Damage = Callable[[dict[str, Tensor], dict[str, Any]], object]
+NAME = "model.layers.0.mlp.up_proj.weight"
+DAMAGED: dict[str, tuple[Damage, str]] = {
+    "no bits": (lambda tensors, _: tensors.pop(NAME + KEEP), f"{NAME}{KEEP}"),
+    "a value less": (lambda tensors, _: tensors.update({NAME: tensors[NAME][:-1].clone()}), NAME),
+    "a value more": (lambda tensors, _: tensors.update({NAME: tensors[NAME].repeat(2)}), NAME),
+    "a row of bits less": (lambda tensors, _: tensors.update({NAME + KEEP: tensors[NAME + KEEP][1:].clone()}), NAME),
+    "bits of another type": (lambda tensors, _: tensors.update({NAME + KEEP: tensors[NAME + KEEP].int()}), NAME),
+    "a bit flipped": (lambda tensors, _: tensors[NAME + KEEP].view(-1)[:1].bitwise_xor_(4), NAME),
+    "another format": (lambda _, config: config.update(format_version=FORMAT + 1), f"format {FORMAT + 1}, expected"),
+    "no format": (lambda _, config: config.pop("format_version"), "packed in format null"),
+    "a list of weights": (lambda _, config: config.update(weights=[]), "no weights or zip"),
+    "no zip": (lambda _, config: config.pop("zip"), "no weights or zip"),
+    "a shape of three": (lambda _, config: config["weights"][NAME].update(shape=[1, 2, 3]), f"{NAME}: expected dtype"),
+    "an unknown dtype": (lambda _, config: config["weights"][NAME].update(dtype="int3"), f"{NAME}: expected dtype"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_what_is_damaged_is_refused(damage: Damage, said: str, zipped: bool, tmp_path: Path):
+    _, target = packed(tmp_path, zipped=zipped, source=save_tiny_model(tmp_path / "source"))
+    tensors, config = load_file(target / "model.safetensors"), json.loads((target / "config.json").read_text())
+    damage(tensors, config["quantization_config"])
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config))
+    (tmp_path / "back").mkdir()
+    with pytest.raises(UserError, match=said):
+        unpack_directory(target, tmp_path / "back")
+    with pytest.raises((UserError, RuntimeError)):  # transformers finds wrong shapes itself
+        AutoModelForCausalLM.from_pretrained(target)
+
+
+def test_a_directory_that_is_not_packed_is_told_so(tiny: Path, tmp_path: Path):
+    assert packing_of(tiny) is None
+    with pytest.raises(UserError, match="no packed directory"):
+        unpack_directory(tiny, tmp_path)
+
+
+# --- by the command line ---
+
+
+def test_export_writes_it_and_download_takes_it(project: Callable[..., Project], tmp_path: Path):
+    made = project(method="magnitude", sparsity=0.7)
+    run = ["-C", str(made.root)]
+    for stage in (["download", "model"], ["download", "calibration"], ["calibrate"], ["mask"], ["apply"]):
+        assert wanda_dvc(*run, *stage).returncode == 0
+    dense, targets = Checkpoint(made.model("pruned")), {}
+    pruned = {name: dense.read(Address(name)).clone() for name in dense.where}
+    for words in (["packed"], ["packed", "--zip"]):
+        target = tmp_path / "-".join(words)
+        assert wanda_dvc(*run, "export", str(target), "--format", *words).returncode == 0
+        stored = json.loads((target / "config.json").read_text())["quantization_config"]
+        assert (stored["quant_method"], stored["zip"]) == (METHOD, "--zip" in words)
+        card = (target / "README.md").read_text()
+        assert "import wanda_dvc" in card
+        assert "bits a weight" in card
+        assert "int8" in card
+        targets["--zip" in words] = target
+    assert not list((made.root / ".dvc" / "tmp").rglob("dense"))
+    sizes = [sum(shard.stat().st_size for shard in Checkpoint(targets[zipped]).shards) for zipped in (True, False)]
+    assert sizes == sorted(sizes)
+    for target in targets.values():
+        again = project(model=target)
+        download(project=again, part="model")
+        unpacked = Checkpoint(again.model("dense"))
+        assert unpacked.where.keys() == pruned.keys()
+        assert all(same(pruned[name], unpacked.read(Address(name))) for name in pruned)
+        assert packing_of(unpacked.folder) is None
+
+
+@pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if not row.zips])
+def test_only_formats_that_can_be_compressed_are(name: str, project: Callable[..., Project], tmp_path: Path):
+    able = ", ".join(row.name for row in FORMATS.values() if row.zips)
+    done = wanda_dvc("-C", str(project().root), "export", str(tmp_path / "out"), "--format", name, "--zip")
+    assert done.returncode == 2
+    assert f"--zip: got --format {name}, expected {able}" in done.stderr
