@@ -226,7 +226,7 @@ def block_count(folder: Path, made_by: str) -> int:
     UserError where a block is missing, or there is one that does not belong.
     """
     found = {path.name for path in folder.glob("block_*.safetensors")}
-    if (folder / PROVENANCE).is_file():
+    if is_there(folder / PROVENANCE):
         expected = _sealed(folder, made_by)
         if odd := sorted(found ^ expected.keys()):
             raise UserError(
@@ -238,12 +238,12 @@ def block_count(folder: Path, made_by: str) -> int:
 
 def finished_blocks(folder: Path) -> int:
     """Return how many blocks of an unfinished artifact there are, one after another from the first."""
-    return next(block for block in itertools.count() if not block_file(folder, block).is_file())
+    return next(block for block in itertools.count() if not is_there(block_file(folder, block)))
 
 
 def _sealed(folder: Path, made_by: str) -> dict[str, str]:
     """Return the digest of each file of a finished artifact; of an unfinished one none."""
-    if not (folder / PROVENANCE).is_file():
+    if not is_there(folder / PROVENANCE):
         return {}
     files = read_format(folder, made_by).get("files")
     if not isinstance(files, dict):
