@@ -1,11 +1,19 @@
 """Fixtures: tiny random models with a byte tokenizer, and projects around them."""
 
+import ctypes
+import gc
+import json
 import os
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import install_import_hook
+
+# Torch and transformers bring a million objects that stay; walking them again and again is a fifth of a fast test.
+gc.set_threshold(100_000, 50, 1000)
 
 # Shapes in annotations are checked at run time, before anything imports these modules.
 CHECKED = ["pruning", "engine"]
@@ -20,6 +28,7 @@ from ruamel.yaml import YAML  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+from wanda_dvc.study.places import EMBEDDED  # noqa: E402
 from wanda_dvc.study.project import Project  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -74,12 +83,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Settings of short texts, as changes of params.yaml: to make tokens of the embedded ones takes half a second."""
+    folder, settings = tmp_path_factory.mktemp("texts"), {}
+    for part, split in (("calibration", "train"), ("perplexity", "test")):
+        lines = (EMBEDDED / f"text/{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        text = "\n".join(json.loads(line)["text"] for line in lines)
+        (folder / f"{part}.txt").write_text(text[:6000], encoding="utf-8")
+        settings[f"{part}__text__source"] = str(folder / f"{part}.txt")
+    return settings
+
+
 @pytest.fixture
-def project(tmp_path: Path, tiny: Path) -> Callable[..., Project]:
+def project(tmp_path: Path, tiny: Path, texts: dict[str, str]) -> Callable[..., Project]:
     """Makes the project in tmp_path, with changed parameters; called again, it changes them again."""
 
-    def make(model: Path = tiny, **changes: Any) -> Project:
-        write_params(tmp_path, model, **changes)
+    def make(model: Path | str = tiny, **changes: Any) -> Project:
+        write_params(tmp_path, model, **texts | changes)
         return Project(tmp_path)
 
     return make
@@ -91,3 +112,25 @@ def shared() -> Path:
     if not folder:
         pytest.skip("WANDA_DVC_SHARED is not set: reference data is not on this machine")
     return Path(folder)
+
+
+T = TypeVar("T")
+
+
+def without_privilege(call: Callable[[], T]) -> T:
+    """Call a function in a thread for which the permissions of files hold, also where the tests run as root."""
+    with ThreadPoolExecutor(1, initializer=_drop_privilege) as thread:
+        return thread.submit(call).result()
+
+
+def _drop_privilege() -> None:
+    if os.geteuid():
+        return
+    if sys.platform != "linux":
+        pytest.skip("root passes over the permissions of files")
+    system = ctypes.CDLL(None, use_errno=True)
+    header, capabilities = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # version 3, this thread
+    assert system.capget(header, capabilities) == 0
+    for kind in (0, 1, 2):  # effective, permitted, inheritable
+        capabilities[kind] &= ~(1 << 1 | 1 << 2 | 1 << 3)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
+    assert system.capset(header, capabilities) == 0

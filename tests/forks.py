@@ -132,7 +132,7 @@ def _become(connection: socket.socket, entries: dict[str, Callable[[], int | Non
                 connection.sendall(bytes([code & 255]))
         leave(code)
 
-    os._exit = tell_and_leave
+    os._exit = tell_and_leave  # type: ignore[assignment]
     code: object = 1
     try:
         code = entries[command]()
@@ -140,7 +140,7 @@ def _become(connection: socket.socket, entries: dict[str, Callable[[], int | Non
         code = end.code
     except BaseException:
         traceback.print_exc()
-    threading._shutdown()  # as the interpreter ends, but for taking a million objects apart
+    threading._shutdown()  # type: ignore[attr-defined] # as Python ends, but for taking a million objects apart
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -56,6 +56,14 @@ class Repository:
         self.run("git", "add", "--all")
         self.run("git", "commit", "--quiet", "--allow-empty", "--message", "state")
 
+    def save(self, name: str) -> None:
+        """Take outs that were written by hand as those of a run: the commit of `main`, or an experiment."""
+        self.run("dvc", "commit", "--force", "--quiet")
+        if name == "main":
+            self.commit()
+        else:
+            self.run("dvc", "exp", "save", "--quiet", "--force", "--name", name)
+
     def cached(self) -> int:
         """Bytes in the cache."""
         return sum(path.stat().st_size for path in (self.root / ".dvc/cache").rglob("*") if path.is_file())

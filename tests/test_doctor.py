@@ -7,9 +7,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from command_line import wanda_dvc
 from conftest import ROOT, write_params
 from dvc.repo import Repo
-from test_shape import wanda_dvc
 
 from wanda_dvc.views.doctor import doctor
 
@@ -43,6 +43,11 @@ def test_a_whole_study_is_well(study: Path):
     [
         ("params.yaml", lambda study: write_params(study, study, sparsity=2.0), "got 2.0, expected < 1"),
         ("params.yaml", lambda study: (study / "params.yaml").unlink(), "cd into one"),
+        (
+            "params.yaml",
+            lambda study: write_params(study, study, tasks__names="piqa"),
+            "expected a list, such as [piqa]",
+        ),
         ("runtime.device", lambda study: write_params(study, study, runtime__device="cuda:99"), "expected one of auto"),
         ("runtime.mirror", lambda study: write_params(study, study, runtime__mirror="/nowhere"), "is no directory"),
         (

@@ -6,7 +6,7 @@ import re
 import pytest
 from repository import Repository
 from test_docs import blocks
-from test_report import Study
+from test_report import write_results
 
 import wanda_dvc as wd
 from wanda_dvc.study.project import Project
@@ -19,15 +19,13 @@ pytestmark = pytest.mark.pipeline
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """A branch with results, and an experiment of each state; the workspace has been edited since."""
     root = tmp_path_factory.mktemp("list") / "study"
-    root.mkdir()
-    study = Study(root)
-    study.write("wanda", 0.5, 2.5, 20)
-    study.save("main")
-    study.write("magnitude", 0.5, 3.5, 4)
-    study.save("middling")
-    study.run("git", "checkout", "--", ".")
-    study.run("dvc", "checkout", "--force")
-    repository = Repository(root, root)
+    repository = Repository.new(root, root)
+    write_results(root, "wanda", 0.5, 2.5, 20)
+    repository.save("main")
+    write_results(root, "magnitude", 0.5, 3.5, 4)
+    repository.save("middling")
+    repository.run("git", "checkout", "--", ".")
+    repository.run("dvc", "checkout", "--force")
     repository.run("dvc", "exp", "run", "--queue", "--name", "broken", "--set-param", "pattern=1:4")
     repository.run("dvc", "exp", "run", "--run-all", check=False)
     repository.run("dvc", "exp", "run", "--queue", "--name", "waiting", "--set-param", "sparsity=0.3")

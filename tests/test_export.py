@@ -5,11 +5,12 @@ import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from command_line import wanda_dvc
 from dvc.repo import Repo
 from huggingface_hub import ModelCard
-from test_shape import wanda_dvc
 
 from wanda_dvc.catalog import Method, methods
 from wanda_dvc.errors import UserError
@@ -82,7 +83,7 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
         "`unstructured`",
         "weights compete within a row",
         "`dense`: every block calibrated on the outputs of dense blocks",
-        "3 windows of 64 tokens of embedded, train, seed 0, float32",
+        "3 windows of 64 tokens of calibration.txt, seed 0, float32",
         "| perplexity | 12.50 | diverged |",
         "| piqa, acc % | – | 50.0 ± 7.0 |",
         "`diverged`: the loss, or its exponential, was not finite",
@@ -222,7 +223,8 @@ def test_the_command_on_the_card_runs_the_same_experiment(project: Callable[...,
     """Read as a shell and then as DVC reads it: the preset, overridden, is the experiment."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    made = project(Path("/home/someone/models/tiny 7=b"), pattern="2:4", tasks__names=["piqa", "rte"])
+    embedded: dict[str, Any] = {f"{part}__text__source": "embedded" for part in ("calibration", "perplexity")}
+    made = project(Path("/home/someone/models/tiny 7=b"), pattern="2:4", tasks__names=["piqa", "rte"], **embedded)
     content = made.params.model_dump(mode="json")
     for changes in ({}, {"model": "package:x==1"}, {"zero_shot": {"limit": None}}, {"dtype": "float16"}):
         params = Params.model_validate(content | changes)

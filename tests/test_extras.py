@@ -5,8 +5,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from command_line import process
 from conftest import ROOT, write_params
-from test_shape import wanda_dvc
 
 from wanda_dvc.errors import EXTRAS
 from wanda_dvc.study.files import write_json
@@ -36,7 +36,7 @@ def test_a_command_without_its_library_is_one_line_and_exit_2(tmp_path: Path, na
         "params": {"dtype": "float32"},
     }
     write_json(tmp_path / "stats/provenance.json", {"format": 1, **made})
-    done = wanda_dvc(*words, cwd=tmp_path, first=f"import sys; sys.modules[{name!r}] = None")
+    done = process(*words, cwd=tmp_path, first=f"import sys; sys.modules[{name!r}] = None")
     assert (done.returncode, done.stdout) == (2, "")
     said = f"{name}: not installed, expected it for this command; run `pip install 'wanda-dvc[{EXTRAS[name]}]'`\n"
     assert done.stderr == said
@@ -45,7 +45,7 @@ def test_a_command_without_its_library_is_one_line_and_exit_2(tmp_path: Path, na
 @pytest.mark.parametrize("words", [["--help"], ["preset"], ["init", "study"], ["doctor"], ["cost"]])
 def test_other_commands_need_none_of_them(tmp_path: Path, words: list[str]):
     hidden = f"import sys; sys.modules.update(dict.fromkeys({sorted(EXTRAS)}))"
-    done = wanda_dvc(*words, cwd=tmp_path, first=hidden)
+    done = process(*words, cwd=tmp_path, first=hidden)
     assert "not installed" not in done.stderr
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, 2)
@@ -53,7 +53,7 @@ def test_other_commands_need_none_of_them(tmp_path: Path, words: list[str]):
 
 def test_another_missing_module_is_a_defect_of_ours(tmp_path: Path):
     write_params(tmp_path, tmp_path)
-    done = wanda_dvc("mask", cwd=tmp_path, first="import sys; sys.modules['safetensors'] = None")
+    done = process("mask", cwd=tmp_path, first="import sys; sys.modules['safetensors'] = None")
     assert done.returncode == 1
     assert "This is a defect" in done.stderr
 

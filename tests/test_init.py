@@ -5,9 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from command_line import process, wanda_dvc
 from conftest import ROOT
 from ruamel.yaml import YAML
-from test_shape import wanda_dvc
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
@@ -67,7 +67,7 @@ def test_it_needs_no_network_and_little_time_of_heavy_libraries(tmp_path: Path):
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
         "import atexit; atexit.register(lambda: print('heavy', {'torch', 'transformers'} & set(sys.modules)))"
     )
-    done = wanda_dvc("init", "study", "--model", "org/name", cwd=tmp_path, first=cut)
+    done = process("init", "study", "--model", "org/name", cwd=tmp_path, first=cut)
     assert done.returncode == 0, done.stderr
     assert "heavy set()" in done.stdout
     assert "study of org/name" in done.stdout

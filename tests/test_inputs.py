@@ -1,13 +1,16 @@
 """Damaged and odd input: one message, exit 2, nothing written. The cases are data, in cases/."""
 
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cases import Case, artifacts, models, settings, texts
-from conftest import write_params
+from command_line import wanda_dvc
+from conftest import without_privilege, write_params
 
 from wanda_dvc import stages
 from wanda_dvc.errors import UserError
@@ -159,6 +162,74 @@ def test_a_damaged_artifact(case: Case, finished: Path, tmp_path: Path):
     root = shutil.copytree(finished, tmp_path / "study")
     case.spoil(root)
     refused(case, lambda: RUNS[case.run](Project(root)), root)
+
+
+class Reads:
+    """Notes the files below a folder that are opened to be read."""
+
+    def __init__(self) -> None:
+        self.below, self.files = "", set[Path]()
+        sys.addaudithook(self)  # it cannot be taken away: without a folder it does nothing
+
+    def __call__(self, event: str, words: tuple[Any, ...]) -> None:
+        if self.below and event == "open" and str(words[0]).startswith(self.below) and not words[2] & 3:
+            self.files.add(Path(words[0]))
+
+    def during(self, root: Path, body: Callable[[], object]) -> set[Path]:
+        self.below, self.files = f"{root}{os.sep}", set()
+        try:
+            body()
+        finally:
+            self.below = ""
+        return self.files
+
+
+@pytest.fixture(scope="module")
+def reads() -> Reads:
+    return Reads()
+
+
+# A stage, and what it does not need to read: its earlier output is replaced; `apply` only sizes its line about memory
+# by stats/.
+UNREAD = {
+    "download model": ("models/dense",),
+    "download calibration": ("data/calibration",),
+    "calibrate": ("stats", "gram"),
+    "mask": ("masks", "weights"),
+    "apply": ("models/pruned", "metrics", "stats"),
+    "perplexity dense": ("metrics",),
+    "zero-shot dense piqa": ("metrics",),
+}
+
+
+@pytest.mark.parametrize("command", UNREAD)
+def test_what_may_not_be_read_is_told_apart_from_what_is_not_there(
+    command: str, finished: Path, tiny: Path, texts: dict[str, Any], reads: Reads, tmp_path: Path
+):
+    """Whatever file the stage reads, and whatever library opens it: its name, why, and exit 2."""
+    root = shutil.copytree(finished, tmp_path / "study")
+    shutil.copytree(tiny, tmp_path / "tiny")
+    shutil.copyfile(texts["calibration__text__source"], tmp_path / "text.txt")
+    changes: dict[str, Any] = {"perplexity__windows": 1, "zero_shot__limit": 1}
+    write_params(root, tmp_path / "tiny", calibration__text__source=str(tmp_path / "text.txt"), **changes)
+    opened = reads.during(tmp_path, lambda: wanda_dvc(*command.split(), cwd=root))
+    before = tree(root)
+    made = tuple(str(root / name) for name in (".dvc", *UNREAD[command]))
+    opened = {path for path in opened if path.exists() and not str(path).startswith(made)}
+    if command.startswith(("calibrate", "perplexity", "zero-shot")):
+        opened |= set((root / "models/dense").glob("tokenizer*"))  # not opened by Python
+    assert len(opened) >= 2
+    folders = {path.parent for path in opened} - {tmp_path, root}
+    for path in sorted(opened | folders):
+        mode = path.stat().st_mode
+        path.chmod(0)
+        done = without_privilege(lambda: wanda_dvc(*command.split(), cwd=root))
+        path.chmod(mode)
+        assert done.returncode == 2, (path, done.stderr)
+        assert str(path) in done.stderr
+        assert "Permission denied" in done.stderr
+        assert "not there" not in done.stderr
+    assert tree(root) == before
 
 
 def test_the_table_is_as_long_as_was_asked_for():

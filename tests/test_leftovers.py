@@ -1,14 +1,14 @@
 """`wanda-dvc clean` removes what failed runs left behind, and nothing that a running stage holds."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import write_params
+from command_line import wanda_dvc
+from conftest import without_privilege, write_params
 from test_crashes import outputs
 
 from wanda_dvc.stages import run
@@ -95,40 +95,29 @@ def test_a_killed_experiments_checkout_goes_and_a_running_ones_stays(study: Proj
     assert not checkout.exists()
 
 
-def without_privilege(*words: str) -> list[str]:
-    """A command that the permissions of files hold for, also where the tests run as root."""
-    if os.geteuid():
-        return list(words)
-    setpriv = shutil.which("setpriv")
-    if setpriv is None:
-        pytest.skip("root passes over the permissions of files, and setpriv is not on this machine")
-    gone = "-dac_override,-dac_read_search,-fowner"
-    return [setpriv, f"--bounding-set={gone}", f"--inh-caps={gone}", *words]
-
-
 @pytest.mark.parametrize("closed", ["stats", ".", ".dvc/tmp/wanda-dvc"])
-def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(study: Project, tiny: Path, closed: str):
+def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(
+    study: Project, tiny: Path, texts: dict[str, str], closed: str
+):
     """`calibrate` over what may not be written or read; then it may."""
-    write_params(study.root, tiny, calibration__samples=4)
+    write_params(study.root, tiny, calibration__samples=4, **texts)
     run("calibrate", project=Project(study.root))
     expected = outputs(study.root)
-    write_params(study.root, tiny)
+    write_params(study.root, tiny, **texts)
     run("calibrate", project=Project(study.root))
-    write_params(study.root, tiny, calibration__samples=4)
+    write_params(study.root, tiny, calibration__samples=4, **texts)
     clean(project=study)
     before = outputs(study.root)
     path = study.root / closed
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = path.stat().st_mode
     path.chmod(0o555)
-    code = "import sys; sys.argv[0] = 'wanda-dvc'; from wanda_dvc.cli import run; run()"
-    words = without_privilege(sys.executable, "-c", code, "-C", str(study.root), "calibrate")
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = without_privilege(lambda: wanda_dvc("calibrate", cwd=study.root))
     path.chmod(mode)
     assert done.returncode == 2, done.stderr
     assert "Permission denied, expected a place that may be read and written; change its permissions" in done.stderr
     assert outputs(study.root) == before
-    again = subprocess.run(words, capture_output=True, text=True, check=False)
+    again = wanda_dvc("calibrate", cwd=study.root)
     assert again.returncode == 0, again.stderr
     assert outputs(study.root) == expected
     assert {one.suffix for one in study.work_root.iterdir()} == {".lock"}

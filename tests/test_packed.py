@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import wanda_dvc
 from conftest import save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_families import ALL, save
-from test_shape import wanda_dvc
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

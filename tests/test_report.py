@@ -4,11 +4,7 @@ import ast
 import html
 import itertools
 import math
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +16,7 @@ from conftest import ROOT, write_params
 from markdown_it import MarkdownIt
 from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
+from repository import Repository
 from scipy import stats
 
 from wanda_dvc.catalog import methods
@@ -557,56 +554,23 @@ def test_bars_of_time_add_up():
 # --- the page ---
 
 
-class Study:
-    """A repository whose stages were run elsewhere, it seems: their outs are written, and DVC told of them."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.run("git", "init", "--quiet", "--initial-branch", "main")
-        self.run("git", "config", "user.name", "test")
-        self.run("git", "config", "user.email", "test@example.org")
-        self.run("dvc", "init", "--quiet")
-        for name in ("dvc.yaml", ".gitignore", ".dvc/config"):
-            shutil.copyfile(ROOT / name, root / name)
-
-    def run(self, *words: str) -> str:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore"}
-        environment.pop("DVC_ROOT", None)
-        done = subprocess.run(words, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def write(self, *results: Any) -> None:
-        write_results(self.root, *results)
-
-    def save(self, name: str) -> None:
-        self.run("dvc", "commit", "--force", "--quiet")
-        if name == "main":
-            self.run("git", "add", "--all")
-            self.run("git", "commit", "--quiet", "--message", "state")
-        else:
-            self.run("dvc", "exp", "save", "--quiet", "--force", "--name", name)
-
-
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path, str]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Repository, Path, str]:
     """The report of four experiments, one diverged and one without its losses in the cache.
 
     One more is queued, and an older commit has other numbers.
     """
     root = tmp_path_factory.mktemp("report") / "study"
-    root.mkdir()
-    study = Study(root)
-    study.write("wanda", 0.5, 2.7, 19)
+    study = Repository.new(root, root)
+    write_results(root, "wanda", 0.5, 2.7, 19)
     study.save("main")
-    study.write("wanda", 0.5, 2.5, 20)
+    write_results(root, "wanda", 0.5, 2.5, 20)
     study.save("main")
-    study.write("magnitude", 0.5, 3.5, 4)
+    write_results(root, "magnitude", 0.5, 3.5, 4)
     study.save("middling")
-    study.write("magnitude", 0.7, math.nan, 12)
+    write_results(root, "magnitude", 0.7, math.nan, 12)
     study.save("worst")
-    study.write("wanda", 0.7, 3.0, 23)
+    write_results(root, "wanda", 0.7, 3.0, 23)
     lost = (root / "metrics/details/pruned/perplexity.json").read_bytes()
     study.save("lost")
     cached = [path for path in (root / ".dvc/cache").rglob("*") if path.is_file() and path.read_bytes() == lost]
@@ -650,7 +614,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.pipeline
-def test_the_page_stands_on_its_own(written: tuple[Study, Path, str]):
+def test_the_page_stands_on_its_own(written: tuple[Repository, Path, str]):
     text = written[1].read_text(encoding="utf-8")
     page = Page(text)
     assert all(reference and reference.startswith("#") for reference in page.references)
@@ -665,7 +629,7 @@ def test_the_page_stands_on_its_own(written: tuple[Study, Path, str]):
 
 
 @pytest.mark.pipeline
-def test_html_and_markdown_say_the_same(written: tuple[Study, Path, str]):
+def test_html_and_markdown_say_the_same(written: tuple[Repository, Path, str]):
     markdown = written[1].with_suffix(".md").read_text(encoding="utf-8")
     page = " ".join(Page(written[1].read_text(encoding="utf-8")).texts)
     words = re.compile(r"\w[\w,.]*\w|\w")
@@ -677,7 +641,7 @@ def test_html_and_markdown_say_the_same(written: tuple[Study, Path, str]):
 
 
 @pytest.mark.pipeline
-def test_the_report_says_what_is_so(written: tuple[Study, Path, str]):
+def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
     study, output, said = written
     assert said.startswith(f"{output}: 4 rows, 1 unfinished or failed")
     text = re.sub(r" {2,}", " ", output.with_suffix(".md").read_text(encoding="utf-8"))
@@ -714,7 +678,7 @@ def test_the_report_says_what_is_so(written: tuple[Study, Path, str]):
 
 @pytest.mark.pipeline
 def test_a_killed_experiment_that_counts_as_running_is_named_as_the_cause(
-    written: tuple[Study, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    written: tuple[Repository, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """`dvc exp show` fails so, too, after `dvc queue stop --kill` if a worker had already taken the next one."""
     from dvc.repo.experiments.queue.base import QueueEntry
@@ -728,7 +692,7 @@ def test_a_killed_experiment_that_counts_as_running_is_named_as_the_cause(
 
 
 @pytest.mark.pipeline
-def test_numbers_of_other_parameters_are_left_out(written: tuple[Study, Path, str], tmp_path: Path):
+def test_numbers_of_other_parameters_are_left_out(written: tuple[Repository, Path, str], tmp_path: Path):
     study, _, _ = written
     params = (study.root / "params.yaml").read_text(encoding="utf-8")
     try:

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from command_line import wanda_dvc
 from conftest import ROOT, save_tiny_model, write_params
 from dvc.repo import Repo
 from repository import Repository
 from ruamel.yaml import YAML
 from test_init import contents
-from test_shape import wanda_dvc
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import settings

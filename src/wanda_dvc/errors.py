@@ -1,6 +1,9 @@
 """What users are told: errors that they can fix, and notices."""
 
 import errno
+import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -34,25 +37,27 @@ def notice(text: str) -> None:
 
 def fixable(error: Exception) -> bool:
     """Whether the user can fix what an error tells: a setting, a file, the disk or the memory."""
-    system = isinstance(error, OSError) and error.errno in NO_ROOM | NO_PERMISSION | NO_MEMORY
-    return isinstance(error, UserError) or system or _lacks_memory(error) or _extra(error) is not None
+    system = _of_the_system(error)
+    told = system is not None and system.errno in NO_ROOM | NO_PERMISSION | NO_MEMORY
+    return isinstance(error, UserError) or told or _lacks_memory(error) or _extra(error) is not None
 
 
 def explain(error: Exception) -> Iterator[str]:
     """Yield the lines that tell an error to the user."""
+    system = _of_the_system(error)
     if isinstance(error, UserError):
         yield from error.problems
-    elif isinstance(error, OSError) and error.errno in NO_ROOM:
+    elif system and system.errno in NO_ROOM:
         yield (
-            f"{_file(error)}: no room on the disk ({error.strerror}), expected room for what the stage writes; free "
+            f"{_file(system)}: no room on the disk ({system.strerror}), expected room for what the stage writes; free "
             "some and run it again: the earlier output and finished work are kept"
         )
-    elif isinstance(error, OSError) and error.errno in NO_PERMISSION:
+    elif system and system.errno in NO_PERMISSION:
         yield (
-            f"{_file(error)}: {error.strerror}, expected a place that may be read and written; change its permissions "
-            "and run it again: the earlier output and finished work are kept"
+            f"{_file(system)}: {system.strerror}, expected a place that may be read and written; change its "
+            "permissions and run it again: the earlier output and finished work are kept"
         )
-    elif _lacks_memory(error) or (isinstance(error, OSError) and error.errno in NO_MEMORY):
+    elif _lacks_memory(error) or (system and system.errno in NO_MEMORY):
         yield (
             f"memory: {' '.join(str(error).split()) or 'no more'}, expected what `wanda-dvc cost` says; free some, "
             "lower runtime.threads, or take shorter windows"
@@ -68,6 +73,14 @@ def _extra(error: Exception) -> tuple[str, str] | None:
     """Return the library that an import did not find and the extra that installs it; None for any other error."""
     name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     return (name, EXTRAS[name]) if name in EXTRAS else None
+
+
+def _of_the_system(error: Exception) -> OSError | None:
+    """The system's error, if it is one; of those that a copy of a folder has collected as text, the first."""
+    if isinstance(error, shutil.Error):
+        told = re.search(r"\[Errno (\d+)\] [^']*'([^']*)'", str(error.args[0]))
+        return OSError(int(told[1]), os.strerror(int(told[1])), told[2]) if told else None
+    return error if isinstance(error, OSError) else None
 
 
 def _file(error: OSError) -> str:

@@ -34,7 +34,10 @@ NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", 
 
 
 def check_file(path: Path, todo: str = COPY) -> os.stat_result:
-    """Return the status of an ordinary file, or of a link to one. UserError for anything else, before it is opened."""
+    """Return the status of an ordinary file that may be read, or of a link to one. UserError for anything else.
+
+    Libraries that open it afterwards need not tell a missing permission from a missing file; not all of them do.
+    """
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -46,6 +49,10 @@ def check_file(path: Path, todo: str = COPY) -> os.stat_result:
     if not stat.S_ISREG(status.st_mode):
         kind = KINDS.get(stat.S_IFMT(status.st_mode), "no file")
         raise UserError(f"{path}: found {kind}, expected a file; {todo}")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise _unreadable(path, error) from None
     return status
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import Entry, is_there, name_of, read_header, read_object
+from wanda_dvc.reading import Entry, check_file, is_there, name_of, read_header, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -163,6 +163,7 @@ class Checkpoint(Source):
 
     def _open(self, path: Path) -> safe_open:
         if path not in self._files:
+            check_file(path)
             try:
                 self._files[path] = safe_open(path, framework="pt")
             except SafetensorError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import Params, limit, read_params
-from wanda_dvc.reading import read_text
+from wanda_dvc.reading import is_there, read_text
 from wanda_dvc.study.documents import Documents
 from wanda_dvc.study.files import Json, load_json, write_json
 from wanda_dvc.study.provenance import digest, read_provenance
@@ -80,7 +80,7 @@ class Project:
         They are unpacked into a temporary file in the project, because the system's own place for such may be memory.
         """
         shard = self.data(part) / DOCUMENTS
-        if not shard.is_file():
+        if not is_there(shard):
             yield None
             return
         column = read_provenance(self.data(part), f"download {part}").get("column")

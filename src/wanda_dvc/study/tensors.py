@@ -170,7 +170,9 @@ def pack_masks(keeps: "Mapping[str, Tensor]") -> "Masks":
     """Return `keep` masks as `write_masks` writes them, one bit a weight."""
     from wanda_dvc.pruning.packing import pack_bits
 
-    return Masks({name: pack_bits(keep) for name, keep in keeps.items()}, {name: keep.shape[1] for name, keep in keeps.items()})
+    return Masks(
+        {name: pack_bits(keep) for name, keep in keeps.items()}, {name: keep.shape[1] for name, keep in keeps.items()}
+    )
 
 
 def read_masks(folder: Path, block: int) -> "Masks":
@@ -244,7 +246,7 @@ def block_count(folder: Path, made_by: str) -> int:
     UserError where a block is missing, or there is one that does not belong.
     """
     found = {path.name for path in folder.glob("block_*.safetensors")}
-    if (folder / PROVENANCE).is_file():
+    if is_there(folder / PROVENANCE):
         expected = _sealed(folder, made_by)
         if odd := sorted(found ^ expected.keys()):
             raise UserError(
@@ -256,12 +258,12 @@ def block_count(folder: Path, made_by: str) -> int:
 
 def finished_blocks(folder: Path) -> int:
     """Return how many blocks of an unfinished artifact there are, one after another from the first."""
-    return next(block for block in itertools.count() if not block_file(folder, block).is_file())
+    return next(block for block in itertools.count() if not is_there(block_file(folder, block)))
 
 
 def _sealed(folder: Path, made_by: str) -> dict[str, str]:
     """Return the digest of each file of a finished artifact; of an unfinished one none."""
-    if not (folder / PROVENANCE).is_file():
+    if not is_there(folder / PROVENANCE):
         return {}
     files = read_format(folder, made_by).get("files")
     if not isinstance(files, dict):
