@@ -146,7 +146,9 @@ def test_help_states_the_exit_codes(tmp_path: Path):
     assert "Exit codes: 0, done; 1, a defect of wanda-dvc; 2, something that you can fix" in shown
     for words, code in ((["--version"], 0), (["show"], 2), (["no-such-command"], 2), (["stats", "--layer", "x"], 2)):
         command = [sys.executable, "-c", "from wanda_dvc.cli import run; run()", *words]
-        done = subprocess.run(command, cwd=tmp_path, env=command_environment(), capture_output=True, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=command_environment(real=True), capture_output=True, check=False
+        )
         assert done.returncode == code, words
 
 
@@ -155,7 +157,7 @@ def test_help_states_the_exit_codes(tmp_path: Path):
 
 def completed(folder: Path, *words: str) -> list[str]:
     """What bash is offered for the last word."""
-    environment = command_environment() | {
+    environment = command_environment(real=True) | {
         "_WANDA_DVC_COMPLETE": "complete_bash",
         "COMP_WORDS": " ".join(["wanda-dvc", *words]),
         "COMP_CWORD": str(len(words)),
@@ -201,7 +203,10 @@ def test_the_shell_completes_experiments(study: Project):
 @pytest.mark.parametrize("option", ["--show-completion", "--install-completion"])
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_shown_and_installed(option: str, shell: str, tmp_path: Path):
-    environment = command_environment() | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    environment = command_environment(real=True) | {
+        "HOME": str(tmp_path),
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }
     code = "import sys; sys.argv[0] = 'wanda-dvc'; from wanda_dvc.cli import run; run()"
     command = [sys.executable, "-c", code, option, shell]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -42,7 +42,7 @@ def environment(unpacked: Path, tmp_path: Path) -> dict[str, str]:
     script = f"#!{sys.executable}\nfrom wanda_dvc.cli import run\nrun()\n"
     (commands / "wanda-dvc").write_text(script)
     (commands / "wanda-dvc").chmod(0o755)
-    there = command_environment()
+    there = command_environment(real=True)
     authors = {f"GIT_{role}_{part}": "x@example.org" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
     path = f"{commands}{os.pathsep}{there['PATH']}"
     return there | authors | {"PYTHONPATH": str(unpacked), "PATH": path, "PYTHONSAFEPATH": "1"}
