@@ -13,11 +13,12 @@ from wanda_dvc.study.files import write_json
 from wanda_dvc.views.doctor import doctor
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+TOOLS = ("dev", "docs")  # extras of commands that are none of ours
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def test_pyproject_names_the_same_extras():
-    optional = {extra: wanted for extra, wanted in PROJECT["optional-dependencies"].items() if extra != "dev"}
+    optional = {extra: wanted for extra, wanted in PROJECT["optional-dependencies"].items() if extra not in TOOLS}
     declared = {match[0]: extra for extra, wanted in optional.items() for one in wanted if (match := NAME.match(one))}
     assert declared == EXTRAS
     base = {match[0] for one in PROJECT["dependencies"] if (match := NAME.match(one))}
