@@ -109,7 +109,7 @@ def methods_curves() -> tuple[float, dict[str, Curve], dict[str, float]]:
             continue
         if row["sparsity"] == "2:4":
             pattern[names[row["method"]]] = number(row["perplexity"])
-        else:
+        elif ":" not in row["sparsity"]:
             curves[names[row["method"]]].append((round(number(row["sparsity"])), number(row["perplexity"])))
     return dense, curves, pattern
 
