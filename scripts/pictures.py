@@ -89,28 +89,25 @@ def methods_curves() -> tuple[float, dict[str, Curve], dict[str, float]]:
     """Return the dense perplexity, each method's curve of (sparsity in percent, perplexity), and each method's 2:4."""
     curves: dict[str, Curve] = {name: [] for name in METHODS}
     pattern: dict[str, float] = {}
+
+    def add(name: str, sparsity: str, perplexity: str) -> None:
+        if sparsity.endswith("%"):
+            curves[name].append((float(round(number(sparsity))), number(perplexity)))
+        elif sparsity == "2:4":
+            pattern[name] = number(perplexity)
+
     own = table("reference.md", "## The paper's own procedure")
-    dense = number(own[0]["ours"])
     for row in own:
-        if found := re.match(r"magnitude (\d+) %|magnitude 2:4", row["what"]):
-            if found[1]:
-                curves["magnitude"].append((float(found[1]), number(row["ours"])))
-            else:
-                pattern["magnitude"] = number(row["ours"])
+        if found := re.match(r"magnitude (\d+ %|2:4)", row["what"]):
+            add("magnitude", found[1], row["ours"])
     for row in table("reference.md", "## What the cached statistics cost"):
-        if row["sparsity"].endswith("%"):
-            curves["Wanda"].append((number(row["sparsity"]), number(row["dense"])))
-        elif row["sparsity"] == "2:4":
-            pattern["Wanda"] = number(row["dense"])
+        add("Wanda", row["sparsity"], row["dense"])
     names = {"`wanda`": "Wanda, least squares", "`admm`": "ADMM, least squares"}
     for row in table("better.md", "# Better than Wanda"):
         settings = row["reconstruction"], row["allocation"], row["propagation"]
-        if settings != ("`least-squares`", "`uniform`", "`dense`") or row["method"] not in names:
-            continue
-        if row["sparsity"] == "2:4":
-            pattern[names[row["method"]]] = number(row["perplexity"])
-        elif ":" not in row["sparsity"]:
-            curves[names[row["method"]]].append((round(number(row["sparsity"])), number(row["perplexity"])))
+        if settings == ("`least-squares`", "`uniform`", "`dense`") and row["method"] in names:
+            add(names[row["method"]], row["sparsity"], row["perplexity"])
+    dense = number(own[0]["ours"])
     return dense, curves, pattern
 
 
