@@ -199,6 +199,10 @@ def test_what_was_loaded_can_be_saved_in_any_dtype_and_loaded_again(zipped: bool
     stored = packing_of(tmp_path / "saved")
     assert stored is not None
     assert not stored.zipped
+    (tmp_path / "back").mkdir()
+    unpack_directory(tmp_path / "saved", tmp_path / "back")
+    back = Checkpoint(tmp_path / "back")
+    assert all(same(back.read(Address(name)), dense[name]) for name in back.where)
     with pytest.warns(UserWarning, match="loading attributes"):  # transformers' own
         again = AutoModelForCausalLM.from_pretrained(
             tmp_path / "saved", dtype=torch.bfloat16, quantization_config=PackedConfig(dequantize=True)
@@ -296,6 +300,17 @@ def test_what_is_damaged_is_refused(damage: Damage, said: str, zipped: bool, tmp
         unpack_directory(target, tmp_path / "back")
     with pytest.raises((UserError, RuntimeError)):  # transformers finds wrong shapes itself
         AutoModelForCausalLM.from_pretrained(target)
+
+
+def test_a_dtype_that_is_not_the_tensors_is_refused(tmp_path: Path):
+    """transformers converts what it reads, so only unpacking needs the dtype."""
+    _, target = packed(tmp_path, source=save_tiny_model(tmp_path / "source"))
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"]["weights"][NAME]["dtype"] = "float16"
+    (target / "config.json").write_text(json.dumps(config))
+    (tmp_path / "back").mkdir()
+    with pytest.raises(UserError, match=rf"{NAME}: found torch.float32 \[\d+\], expected torch.float16"):
+        unpack_directory(target, tmp_path / "back")
 
 
 def test_a_directory_that_is_not_packed_is_told_so(tiny: Path, tmp_path: Path):

@@ -68,10 +68,16 @@ class Packing:
 
     def restore(self, name: str, values: Tensor, bits: Tensor) -> Tensor:
         """Return a weight from its two tensors. UserError where they do not belong to it or to each other."""
-        return unpack(self.values(name, values, bits), bits, self.weights[name][1][1])
+        dtype, (_, columns) = self.weights[name]
+        nonzeros = self.values(name, values, bits)
+        _check(name, nonzeros, [len(nonzeros)], dtype)
+        return unpack(nonzeros, bits, columns)
 
     def values(self, name: str, stored: Tensor, bits: Tensor) -> Tensor:
-        """Return a weight's nonzeros, decompressed. UserError where the tensors are not of this weight."""
+        """Return a weight's nonzeros, decompressed; those that are not compressed may have been converted since.
+
+        UserError where the tensors are not of this weight.
+        """
         dtype, (rows, columns) = self.weights[name]
         if self.zipped:
             _check(name, stored, [len(stored)], torch.uint8)
