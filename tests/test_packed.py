@@ -303,7 +303,7 @@ def test_what_is_damaged_is_refused(damage: Damage, said: str, zipped: bool, tmp
 
 
 def test_a_dtype_that_is_not_the_tensors_is_refused(tmp_path: Path):
-    """transformers converts what it reads, so only unpacking needs the dtype."""
+    """Only unpacking needs it: what transformers reads is converted."""
     _, target = packed(tmp_path, source=save_tiny_model(tmp_path / "source"))
     config = json.loads((target / "config.json").read_text())
     config["quantization_config"]["weights"][NAME]["dtype"] = "float16"
