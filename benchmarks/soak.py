@@ -41,7 +41,7 @@ def main(
     while len(points) < count and time.monotonic() - began < 60 * minutes:
         number = len(points)
         method, sparsity = METHODS[number % 2], f"{(number // 2 + 1) / 1000 + 0.3:.3f}"
-        words = ["--name", f"soak-{number}", "-S", f"method={method}", "-S", f"sparsity={sparsity}"]
+        words = ["--force", "--name", f"soak-{number}", "-S", f"method={method}", "-S", f"sparsity={sparsity}"]
         before = _processor_seconds()
         point = {"seconds": runner.run("dvc", "exp", "run", "-q", *words, *target, cwd=study)["wall"]}
         point["processor"] = _processor_seconds() - before
