@@ -18,9 +18,8 @@ from test_families import ALL, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.engine.checkpoint import STORED, Address, Checkpoint
 from wanda_dvc.engine.packed import (
-    DTYPES,
     FORMAT,
     KEEP,
     METHOD,
@@ -37,7 +36,7 @@ from wanda_dvc.reading import DTYPES as WIDTHS
 from wanda_dvc.stages.download import download
 from wanda_dvc.study.project import Project
 
-TYPES = [getattr(torch, name) for name in DTYPES]
+TYPES = list(STORED)
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -60,7 +59,7 @@ def sparse(rows: int, columns: int, dtype: torch.dtype, share: float, seed: int)
 # --- the numbers ---
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=DTYPES)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 40), share=st.sampled_from([0, 0.3, 0.7, 1]), seed=st.integers(0))
 def test_no_bit_is_lost(dtype: torch.dtype, rows: int, columns: int, share: float, seed: int):

@@ -6,12 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from wanda_dvc.engine.checkpoint import Checkpoint, Source
+from wanda_dvc.engine.checkpoint import STORED, Checkpoint, Source
 from wanda_dvc.engine.structure import Part, empty_model, find_blocks, stored_parts
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError
-
-STORED = ("F32", "F16", "BF16", "F64")  # dtypes of weights that can be pruned
 
 
 def check_model(folder: Path) -> None:
@@ -42,9 +40,10 @@ def check_parts(model: nn.Module, checkpoint: Source, parts: Mapping[str, Sequen
             )
         for name in stored:
             for tensor in dict.fromkeys(part.address.tensor for part in parts[name]):
-                if (dtype := entries[tensor].dtype) not in STORED:
+                if (dtype := entries[tensor].dtype) not in STORED.values():
+                    usual = ", ".join([*STORED.values()][:3])
                     raise UserError(
-                        f"{checkpoint.where[tensor]}: {tensor} is {dtype}, expected {', '.join(STORED[:3])}; "
+                        f"{checkpoint.where[tensor]}: {tensor} is {dtype}, expected {usual}; "
                         "name the model before it was quantized, or convert it"
                     )
             if parts[name][0].is_whole:

@@ -23,6 +23,8 @@ INDEX = "model.safetensors.index.json"
 AGAIN = "copy it again"
 PLAIN = re.compile(r"[^/\\\x00-\x1f]{1,255}")  # a name without a folder
 COPIED_AT_A_TIME = 2**20  # bytes
+# The dtypes of weights that can be pruned, as safetensors names them.
+STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from wanda_dvc.engine.check import check_parts
-from wanda_dvc.engine.checkpoint import Address, Source
+from wanda_dvc.engine.checkpoint import STORED, Address, Source
 from wanda_dvc.engine.structure import Linear, find_blocks, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import Entry
-
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
 class Loaded(Source):
@@ -59,7 +57,7 @@ class Loaded(Source):
     def entries(self) -> dict[str, Entry]:
         """Dtype and shape of each tensor."""
         return {
-            name: Entry(DTYPES.get(x.dtype, str(x.dtype)), list(x.shape), 0, x.nbytes)
+            name: Entry(STORED.get(x.dtype, str(x.dtype)), list(x.shape), 0, x.nbytes)
             for name, x in self._stored.items()
         }
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_dvc.engine.checkpoint import INDEX, Address, Checkpoint
+from wanda_dvc.engine.checkpoint import INDEX, STORED, Address, Checkpoint
 from wanda_dvc.engine.structure import empty_model, stored_parts
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.packing import compress, decompress, pack, packed_bytes, unpack
@@ -26,7 +26,7 @@ from wanda_dvc.reading import name_of, read_object
 
 METHOD, FORMAT = "wanda-dvc", 1
 KEEP = "_keep"  # what the name of the bits ends in
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # by torch's name
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED}
 AGAIN = "export it again"
 
 
@@ -63,7 +63,7 @@ class Packing:
             shape = entry.get("shape") if known else None
             if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
                 raise UserError(f"{where}: quantization_config: {name}: expected dtype and shape; {AGAIN}")
-            found_weights[name] = (getattr(torch, entry["dtype"]), (shape[0], shape[1]))
+            found_weights[name] = (DTYPES[entry["dtype"]], (shape[0], shape[1]))
         return cls(found_weights, stored["zip"])
 
     def restore(self, name: str, values: Tensor, bits: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def pack_directory(source: Path, target: Path, linears: Collection[str], *, zipp
     """
     checkpoint = Checkpoint(source)
     names = [name for name in _own_weights(source, checkpoint) if name.removesuffix(".weight") in linears]
-    dense = packed = 0
+    count = dense = packed = 0
     weights: dict[str, tuple[torch.dtype, tuple[int, int]]] = {}
     for name in names:
         weight = checkpoint.read(Address(name))
@@ -167,12 +167,13 @@ def pack_directory(source: Path, target: Path, linears: Collection[str], *, zipp
     written = Checkpoint(target).entries
     for linear in linears:
         address = checkpoint.find(linear)
-        nbytes = checkpoint.read(address).nbytes
+        weight = checkpoint.read(address)
+        nbytes = weight.nbytes
+        count += weight.numel()
         dense += nbytes
         if address.tensor in weights:
             nbytes = sum(written[address.tensor + suffix].length for suffix in ("", KEEP))
         packed += nbytes
-    count = sum(checkpoint.weight(linear).numel() for linear in linears)
     return Sizes(count, dense, packed, sum(path.stat().st_size for path in target.iterdir() if path.is_file()))
 
 
@@ -196,7 +197,7 @@ def unpack_directory(source: Path, target: Path) -> None:
                 continue
             dtype, (rows, columns) = packing.weights[name]
             restored = partial(_restored, packing, checkpoint, name)
-            yield _Piece(name, DTYPES[str(dtype).removeprefix("torch.")], rows * columns * dtype.itemsize, restored)
+            yield _Piece(name, STORED[dtype], rows * columns * dtype.itemsize, restored)
 
     _rewrite(checkpoint, target, pieces)
     config = read_object(source / "config.json")

@@ -59,9 +59,7 @@ class PackedLinear(nn.Module):
         shape, values, device = (self.out_features, self.in_features), self.weight.detach(), self.weight.device
         shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
         keep = (self.weight_keep[:, :, None] >> shifts).bitwise_and_(1).flatten(1)[:, : self.in_features].bool()
-        if not reuse:
-            return torch.zeros(shape, dtype=values.dtype, device=device).masked_scatter_(keep, values)
-        buffers = vars(_scratch).setdefault("buffers", {})
+        buffers = vars(_scratch).setdefault("buffers", {}) if reuse else {}
         size, key = shape[0] * shape[1], (device, values.dtype)
         if key not in buffers or buffers[key].numel() < size:
             buffers[key] = torch.empty(size, dtype=values.dtype, device=device)
@@ -134,12 +132,11 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
         """Check what was loaded, decompress it, and make it dense where that is asked for."""
         for name in self.packing.weights:
-            path, dtype = name.removesuffix(".weight"), self.dtypes[name]
-            linear = cast("PackedLinear", model.get_submodule(path))
-            values = self.packing.values(name, linear.weight.detach(), linear.weight_keep).to(dtype)
+            linear = cast("PackedLinear", model.get_submodule(name.removesuffix(".weight")))
+            values = self.packing.values(name, linear.weight.detach(), linear.weight_keep).to(self.dtypes[name])
             linear.weight = nn.Parameter(values, requires_grad=False)
-            if self.quantization_config.dequantize:
-                model.set_submodule(path, linear.unpacked())
+        if self.quantization_config.dequantize:
+            self._dequantize(model)
         # What is in memory is no longer compressed, and has the dtype that was asked for.
         weights = {name: (self.dtypes[name], shape) for name, (_dtype, shape) in self.packing.weights.items()}
         self.quantization_config.stored = Packing(weights, zipped=False).as_json()
