@@ -16,7 +16,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.reading import check_file, is_there, name_of, read_object
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, gated_names, resolve
-from wanda_dvc.study.files import Json, can_reflink, copy_file
+from wanda_dvc.study.files import Json, can_reflink, copy_file, link_file
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import describe, digest, file_digest, files_digest, write_provenance
 
@@ -77,7 +77,7 @@ class HubModel:
         fetched = fetch_model(self.repository, scratch / "hub")
         if not unpack(scratch / "hub", out):
             for path in fetched:
-                _link(path, out / path.name)  # a link, because a killed run must find the fetched file
+                link_file(path, out / path.name)  # a link, because a killed run must find the fetched file
         check_model(out)
         return _write_provenance(out, self.key)
 
@@ -123,13 +123,6 @@ def unpack(source: Path, out: Path) -> bool:
         return False
     unpack_directory(source, out)
     return True
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)
 
 
 # --- from a local directory ---

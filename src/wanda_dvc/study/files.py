@@ -66,6 +66,14 @@ def copy_file(source: Path, target: Path) -> None:
         target.chmod(target.stat().st_mode | 0o200)  # macOS clones the permissions too
 
 
+def link_file(source: Path, target: Path) -> None:
+    """Give a file that nobody writes into a second name: a hard link, or a copy on another file system."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        copy_file(source, target)
+
+
 def can_reflink(source: Path, folder: Path) -> bool:
     """Whether a reflink of a file into a folder works, by a try with that file, which should be small."""
     folder.mkdir(parents=True, exist_ok=True)

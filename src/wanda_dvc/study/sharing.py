@@ -11,7 +11,7 @@ from ruamel.yaml.error import YAMLError
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.reading import read_text
-from wanda_dvc.study.files import copy_file
+from wanda_dvc.study.files import link_file
 from wanda_dvc.study.local import source as named_source
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import read_lock
@@ -63,7 +63,7 @@ def take_from_the_study(project: Project, part: str, target: Path) -> bool:
     source = study.root / target.relative_to(project.root)
     if not source.is_dir():
         return False
-    shutil.copytree(source, target, copy_function=lambda here, there: _link(Path(here), Path(there)))
+    shutil.copytree(source, target, copy_function=lambda here, there: link_file(Path(here), Path(there)))
     return True
 
 
@@ -78,10 +78,3 @@ def _same(made: object, params: Params) -> bool:
         if (found.model_dump(mode="json") if isinstance(found, BaseModel) else found) != value:
             return False
     return True
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)  # nobody writes into an artifact
-    except OSError:  # another file system
-        copy_file(source, target)
