@@ -1,7 +1,6 @@
 """The documentation: its commands are the command line's, its links lead somewhere, its code compiles."""
 
 import ast
-import importlib.util
 import itertools
 import re
 import shlex
@@ -10,12 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
-from conftest import ROOT, save_tiny_model, write_params
+from conftest import ROOT, save_tiny_model, script, write_params
 from repository import Repository
 from ruamel.yaml import YAML
 from typer.core import TyperGroup
@@ -352,16 +350,6 @@ def pieces(page: str) -> set[str]:
 
 
 # --- the site ---
-
-
-def script(name: str) -> ModuleType:
-    """A module of scripts/."""
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / f"scripts/{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_list_of_commands_is_the_command_lines():

@@ -1,13 +1,12 @@
 """What is embedded is what its page says."""
 
-import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, script
 
 EMBEDDED = ROOT / "src/wanda_dvc/embedded"
 TASKS = {
@@ -47,13 +46,9 @@ def test_samples_are_balanced_and_in_the_benchmarks_schema(task: str):
 
 
 def test_the_two_texts_share_no_passage():
-    spec = importlib.util.spec_from_file_location("embedded_text", ROOT / "scripts/embedded_text.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    made = script("embedded_text")
     train, test = (
-        set().union(*(script.passages(row["text"]) for row in rows(EMBEDDED / "text" / f"{split}.jsonl")))
+        set().union(*(made.passages(row["text"]) for row in rows(EMBEDDED / "text" / f"{split}.jsonl")))
         for split in ("train", "test")
     )
     assert len(train) > 1000

@@ -1,11 +1,10 @@
 """Presets: whole studies as data, written into params.yaml."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, shared
+from conftest import ROOT, script, shared
 from ruamel.yaml import YAML
 
 from wanda_dvc.errors import UserError
@@ -181,9 +180,5 @@ def test_a_preset_mends_settings_that_are_wrong_or_missing(study: Project):
 
 def test_the_docs_list_of_settings_is_the_schema():
     """`python scripts/settings.py` writes it."""
-    spec = importlib.util.spec_from_file_location("settings_page", ROOT / "scripts/settings.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("settings")
     assert module.TARGET.read_text(encoding="utf-8") == module.page()

@@ -1,6 +1,5 @@
 """An older study comes to this version: what was shipped is replaced, and what is the user's stays."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_line import wanda_dvc
-from conftest import ROOT, save_tiny_model, write_params
+from conftest import save_tiny_model, script, write_params
 from dvc.repo import Repo
 from repository import Repository
 from ruamel.yaml import YAML
@@ -52,11 +51,7 @@ def read(study: Project, place: str = "dvc.yaml") -> str:
 
 def test_all_that_is_shipped_is_known():
     """`python scripts/known.py` writes it; an upgrade would take an entry that is not known for the user's edit."""
-    spec = importlib.util.spec_from_file_location("known", ROOT / "scripts/known.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("known")
     assert set(module.shipped()) <= set(json.loads((TEMPLATE / "known.json").read_text(encoding="utf-8")))
 
 
