@@ -8,9 +8,8 @@ import torch
 from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import attention, structure
+from wanda_dvc.engine import attention, states, structure
 from wanda_dvc.engine import decoder as decoding
-from wanda_dvc.engine import walk as walking
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import InputRecorder
 from wanda_dvc.engine.rows import Row
@@ -166,7 +165,7 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, fin
 def test_what_another_boot_left_is_not_trusted(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tokens = windows()
     record(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path)
-    monkeypatch.setattr(walking, "_boot", lambda: "another")
+    monkeypatch.setattr(states, "_boot", lambda: "another")
     assert len(record(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path)) == 4
 
 

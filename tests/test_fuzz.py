@@ -18,10 +18,10 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from wanda_dvc.engine import walk
+from wanda_dvc.engine import states
 from wanda_dvc.engine.checkpoint import Checkpoint, read_index
 from wanda_dvc.engine.config import read_config
-from wanda_dvc.engine.walk import HiddenStates
+from wanda_dvc.engine.states import HiddenStates
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.reading import read_header, read_lines, read_object
@@ -59,7 +59,7 @@ def progress(path: Path) -> None:
     for turn in (0, 1):
         path.with_name(f"hidden_{turn}.bin").write_bytes(bytes(80))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(walk, "_boot", lambda: "x")
+        patched.setattr(states, "_boot", lambda: "x")
         HiddenStates.open(path.parent, [2, 3], 4, torch.float32, 3)
 
 

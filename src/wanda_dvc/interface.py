@@ -313,7 +313,8 @@ def perplexity(
     """
     from wanda_dvc.engine.losses import from_losses, window_loss
     from wanda_dvc.engine.rows import as_rows
-    from wanda_dvc.engine.walk import not_finite, outputs, walk
+    from wanda_dvc.engine.states import not_finite
+    from wanda_dvc.engine.walk import outputs, walk
     from wanda_dvc.stages.inputs import HEAD, say_not_finite
     from wanda_dvc.stages.running import progress
 

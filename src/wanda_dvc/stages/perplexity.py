@@ -12,7 +12,8 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.losses import DIVERGED, from_losses, window_loss
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.sizes import BYTES_A_TOKEN, Need, walking
-from wanda_dvc.engine.walk import not_finite, outputs, walk
+from wanda_dvc.engine.states import not_finite
+from wanda_dvc.engine.walk import outputs, walk
 from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES

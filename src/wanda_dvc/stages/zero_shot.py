@@ -39,7 +39,7 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
     from lm_eval.evaluator import evaluate
 
     from wanda_dvc.engine.harness import EngineLM, load_task
-    from wanda_dvc.engine.walk import not_finite
+    from wanda_dvc.engine.states import not_finite
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every data set that is no Hub id
     params, folder = project.params, project.model(model)
