@@ -94,7 +94,7 @@ def calibrate(
         >>> stats = wd.calibrate(model, tokens, gram="float32")
         >>> stats.blocks[0].inputs["model.layers.0.self_attn.q_proj"].norm  # ‖X_j‖₂ of each feature, [in]
     """
-    from wanda_dvc.engine.walk import measure
+    from wanda_dvc.engine.walk import measure, walk
     from wanda_dvc.stages.running import progress, say_unreached
     from wanda_dvc.study.tensors import pack_grams
 
@@ -104,7 +104,7 @@ def calibrate(
     decoder = _decoder(source, dtype)
     blocks, grams = [], []
     with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
-        steps = measure(decoder, rows, Path(work), gram=gram != "none")
+        steps = measure(walk(decoder, rows, Path(work)), gram=gram != "none")
         for _, measured, matrices in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
             blocks.append(measured)
             if gram != "none":

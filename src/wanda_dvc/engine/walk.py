@@ -5,17 +5,18 @@ and a killed run continues from the last finished block.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from wanda_dvc.engine import shards
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import CrossRecorder, InputRecorder
+from wanda_dvc.engine.recorder import CrossRecorder, InputRecorder, Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.states import HiddenStates
 from wanda_dvc.engine.structure import Linear
@@ -27,14 +28,22 @@ from wanda_dvc.pruning.statistics import BlockStats
 
 @torch.no_grad()
 def walk(
-    decoder: Decoder, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path, *, kept: int | None = None
+    decoder: Decoder,
+    rows: Sequence[Row] | Int[Tensor, "samples length"],
+    work: Path,
+    *,
+    kept: int | None = None,
+    beside: bool = False,
 ) -> Iterator["Step"]:
     """All rows through all blocks: for each block a `Step`, whose `advance` runs the rows.
 
     Continues after the last block that was finished in `work` with these rows. `kept` is the number of blocks whose
-    results the caller has from a killed run; with fewer than are finished, it starts anew.
+    results the caller has from a killed run; with fewer than are finished, it starts anew. With `beside` each row comes
+    twice: first those that `Step.dense` names, which see no change of a block, then those that `Step.own` names.
     """
     rows = as_rows(rows)
+    own = range(len(rows) if beside else 0, len(rows) * (1 + beside))
+    rows = rows * (1 + beside)
     _check_tokens(decoder, rows)
     states = _states(decoder, rows, work)
     if kept is not None and states.finished > kept:
@@ -49,28 +58,20 @@ def walk(
             states.turn()
         for index in range(states.finished, len(decoder.blocks)):
             with decoder.block(index):
-                yield Step(decoder, index, rows, states)
+                yield Step(decoder, index, rows, states, own)
             states.turn()
     finally:
         decoder.forget_calls()
 
 
-def measure(
-    decoder: Decoder,
-    rows: Sequence[Row] | Int[Tensor, "samples length"],
-    work: Path,
-    *,
-    gram: bool,
-    kept: int | None = None,
-) -> Iterator[tuple[int, BlockStats, dict[str, Gram]]]:
+def measure(steps: Iterable["Turn"], *, gram: bool) -> Iterator[tuple[int, BlockStats, dict[str, Gram]]]:
     """The number, the statistics and the Gram matrices of each block, on what the blocks before it put out.
 
-    The matrices are by distinct input, and none without `gram`. `kept` is `walk`'s.
+    The matrices are by distinct input, and none without `gram`.
     """
-    for step in walk(decoder, rows, work, kept=kept):
-        recorder = InputRecorder(gram=gram)
-        step.advance(recorder)
-        yield step.index, recorder.result(), recorder.grams
+    for step in steps:
+        found = step.record(gram=gram)
+        yield step.index, found.stats, found.grams
 
 
 def outputs(
@@ -99,6 +100,23 @@ def _states(decoder: Decoder, rows: list[Row], work: Path) -> HiddenStates:
     return HiddenStates.open(work, [len(row.tokens) for row in rows], width, decoder.dtype, len(decoder.blocks))
 
 
+class Turn(Protocol):
+    """One block's turn in a walk of all rows, wherever they are."""
+
+    @property
+    def index(self) -> int:
+        """The block's number."""
+
+    def record(self, *, gram: bool = False, crosses: bool = False) -> Recorded:
+        """Every row through the block; what its linears read.
+
+        `gram` asks for Gram matrices too, and `crosses` for the products with what the dense model reads.
+        """
+
+    def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Every own row through the block once more, with other weights: those that masks keep, then these."""
+
+
 @dataclass
 class Step:
     """One block's turn in a walk. Its weights may be changed until the turn is over; the checkpoint stays as it is."""
@@ -107,6 +125,7 @@ class Step:
     index: int
     rows: list[Row]
     states: HiddenStates
+    own: range  # all rows, or those after the dense model's
     _own: set[tuple[nn.Module, str]] = field(default_factory=set, init=False, repr=False)
 
     @property
@@ -118,6 +137,33 @@ class Step:
     def weights(self) -> dict[str, Linear]:
         """All weights of the block, named as the checkpoint stores them: its linears, then norms, biases and gates."""
         return self.decoder.weights.of_block(self.index)
+
+    @property
+    def dense(self) -> range:
+        """The rows that see no change of a block, where a walk takes them along."""
+        return range(self.own.start)
+
+    def record(self, *, gram: bool = False, crosses: bool = False) -> Recorded:
+        """Every row through this block, shard by shard; what its linears read."""
+        if self.dense:
+            self.advance(rows=self.dense)
+        total = Sums()
+        for shard in shards.cut(len(self.own)):
+            total.merge(self.record_shard(shard, gram=gram, crosses=crosses))
+        return total.of(self.linears)
+
+    def record_shard(self, shard: range, *, gram: bool, crosses: bool) -> Sums:
+        """Some of the own rows through this block; the sums of what its linears read."""
+        recorder = CrossRecorder(gram=gram) if crosses else InputRecorder(gram=gram)
+        rows = range(self.own.start + shard.start, self.own.start + shard.stop)
+        self.advance(recorder, rows=rows, beside=shard if crosses else None)
+        return recorder
+
+    def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Every own row through this block once more, with the weights that masks keep, and then with others."""
+        self.prune(keeps)
+        self.replace(weights)
+        self.advance(rows=self.own)
 
     @torch.no_grad()
     def replace(self, weights: Mapping[str, Tensor]) -> None:

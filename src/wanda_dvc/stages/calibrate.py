@@ -27,7 +27,7 @@ from wanda_dvc.study.tensors import block_count, finished_blocks, read_stats, se
 
 def calibrate(*, project: Project) -> None:
     """models/dense + data/calibration → stats/, gram/. Without `calibration.gram` the latter has no blocks."""
-    from wanda_dvc.engine.walk import measure
+    from wanda_dvc.engine.walk import measure, walk
 
     model = model_provenance(project, "dense")
     check_ready(project, "dense", project.params.calibration.length, "calibration.length")
@@ -49,7 +49,7 @@ def calibrate(*, project: Project) -> None:
         finished = finished_blocks(work.out)
         if kept != "none":
             finished = min(finished, finished_blocks(beside.out))
-        steps = measure(decoder, windows, work.path, gram=kept != "none", kept=finished)
+        steps = measure(walk(decoder, windows, work.path, kept=finished), gram=kept != "none")
         for block, measured, grams in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
             write_stats(work.out, block, measured)
             if kept != "none":

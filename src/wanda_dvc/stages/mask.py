@@ -131,8 +131,6 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
 ) -> None:
     """Follow the paper's procedure: each block is calibrated on the outputs of the blocks pruned before it."""
     # Only here is a model run: without the engine and transformers a further sparsity starts seconds earlier.
-    from wanda_dvc.engine.recorder import CrossRecorder, InputRecorder
-    from wanda_dvc.engine.rows import as_rows
     from wanda_dvc.engine.training import train
     from wanda_dvc.engine.walk import walk
 
@@ -148,48 +146,37 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
     params = project.params
     reconstruction = RECONSTRUCTIONS[params.reconstruction]
     decoder = open_decoder(project, "dense", dtype=measured_with["dtype"])
-    windows = as_rows(calibration_windows(project, measured_with))
+    windows = calibration_windows(project, measured_with)
     kept = finished_blocks(work.out)
     if reconstruction.function is not None:
         kept = min(kept, finished_blocks(beside.out))
-    # A training needs the dense block's outputs too, a correction its inputs: the same windows, through dense blocks,
-    # come first.
-    dense = range(len(windows) if _runs_dense(params) else 0)
-    pruned = range(len(dense), len(dense) + len(windows))
-    steps = walk(decoder, [*windows, *windows] if dense else windows, work.path, kept=kept)
+    # A training needs the dense block's outputs too, a correction its inputs.
+    steps = walk(decoder, windows, work.path, kept=kept, beside=_runs_dense(params))
     unreached = {}
     for step in progress(steps, total=len(decoder.blocks), what="mask, blocks calibrated and pruned"):
-        if dense:
-            step.advance(rows=dense)
         corrects = params.propagation == "corrected"
         weights: Weights = checkpoint.weight
-        recorder = (CrossRecorder if corrects else InputRecorder)(gram=_records_grams(params))
-        step.advance(recorder, rows=pruned, beside=dense if corrects else None)
-        measured = recorder.result()
+        measured, grams, crosses = step.record(gram=_records_grams(params), crosses=corrects)
         unreached[step.index] = measured.unreached()
-        if isinstance(recorder, CrossRecorder):
-            aimed = aim_block(
-                weights, measured, grams=recorder.grams, crosses=recorder.crosses, strength=params.correction
-            )
+        if corrects:
+            aimed = aim_block(weights, measured, grams=grams, crosses=crosses, strength=params.correction)
             weights = aimed.__getitem__
-        chosen = keeps(params, weights, measured, shares[step.index], recorder.grams)
-        if reconstruction.function is None:
-            step.prune(chosen)
-        else:
+        chosen = keeps(params, weights, measured, shares[step.index], grams)
+        changed: dict[str, Tensor] = {}
+        if reconstruction.function is not None:
             solved = dict(
-                reconstruct_block(weights, measured, reconstruction=reconstruction, keeps=chosen, grams=recorder.grams)
+                reconstruct_block(weights, measured, reconstruction=reconstruction, keeps=chosen, grams=grams)
             )
             changed = {name: one.weight.to(checkpoint.weight(name).dtype) for name, one in solved.items()}
-            step.prune(chosen)  # where no token came, nothing is solved
-            step.replace(changed)
             if reconstruction.trains:
-                targets, training = step.states.after(dense), params.training
-                trained = train(step, chosen, rows=pruned, targets=targets, **training.model_dump())
-                changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
+                step.prune(chosen)  # where no token came, nothing is solved
                 step.replace(changed)
+                targets, training = step.states.after(step.dense), params.training
+                trained = train(step, chosen, rows=step.own, targets=targets, **training.model_dump())
+                changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
             write_weights(beside.out, step.index, changed, {name: one.told for name, one in solved.items()})
         write_masks(work.out, step.index, chosen)
-        step.advance(rows=pruned)
+        step.change(chosen, changed)
     say_unreached("mask", unreached)  # of the blocks that this run has calibrated
 
 
