@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -13,11 +12,11 @@ from torch import Tensor
 from wanda_dvc.engine import shards
 from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder
 from wanda_dvc.engine.rows import Layout, Row
-from wanda_dvc.engine.walk import Step, outputs, walk
+from wanda_dvc.engine.runner import Runner, Turn
 
 ROW = 2048  # tokens: large multiplications, small activations
 
-Progress = Callable[[Iterable[Step], int], Iterable[Step]]
+Progress = Callable[[Iterator[Turn]], Iterable[Turn]]
 Prediction = tuple[int, int, int, int]  # row, token, request, target
 
 
@@ -93,40 +92,42 @@ def spread(requests: Sequence[Request]) -> tuple[list[Row], list[Place]]:
 
 
 def loglikelihoods(
-    decoder: Decoder, requests: Sequence[Request], work: Path, *, length: int, progress: Progress
+    runner: Runner, requests: Sequence[Request], *, length: int, progress: Progress
 ) -> list[tuple[float, bool]]:
     """Each continuation's log-likelihood in nats, and whether each of its tokens is the likeliest.
 
-    `length` is the model's number of positions. A killed run continues from its files in `work`.
+    `length` is the model's number of positions. A killed run continues from the runner's files.
     """
     requests = [request.within(length) for request in requests]
-    rows, places = pack(requests, tokens=ROW) if decoder.holds_layouts else spread(requests)
-    for step in progress(walk(decoder, rows, work), len(decoder.blocks)):
-        step.advance()
-    hidden = outputs(decoder, rows, work)
-    # Every prediction as (row, token, request, target), in this order.
-    predicted = sorted(
-        (place.row, token, index, target)
-        for index, (place, request) in enumerate(zip(places, requests, strict=True))
-        for token, target in zip(place.tokens, request.continuation, strict=True)
-    )
+    rows, places = pack(requests, tokens=ROW) if runner.holds_layouts else spread(requests)
+    for turn in progress(runner.walk(rows)):
+        turn.advance()
+    of_row = [(number, row) for number, shard in enumerate(shards.cut(len(rows))) for row in range(len(shard))]
+    asked: dict[int, tuple[int, list[Prediction]]] = {}
+    for index, (place, request) in enumerate(zip(places, requests, strict=True)):
+        shard, row = of_row[place.row]
+        asked.setdefault(shard, (length, []))[1].extend(
+            (row, token, index, target) for token, target in zip(place.tokens, request.continuation, strict=True)
+        )
     totals, greedy = [0.0] * len(requests), [True] * len(requests)
-    shard_of = [number for number, shard in enumerate(shards.cut(len(rows))) for _ in shard]
-    for _, asked in groupby(predicted, key=lambda one: shard_of[one[0]]):
-        for index, value, likeliest in predict(decoder, hidden, list(asked), length=length):
-            totals[index] += value
-            greedy[index] &= likeliest
+    for index, value, likeliest in runner.head(predict, asked):
+        totals[index] += value
+        greedy[index] &= likeliest
     return list(zip(totals, greedy, strict=True))
 
 
 def predict(
-    decoder: Decoder, hidden: Sequence[Float[Tensor, "_ width"]], asked: Sequence[Prediction], *, length: int
+    decoder: Decoder,
+    _rows: Sequence[Row],
+    hidden: Sequence[Float[Tensor, "_ width"]],
+    asked: tuple[int, list[Prediction]],
 ) -> Iterator[tuple[int, float, bool]]:
     """Yield each prediction's request, its target's log-probability, and whether the target is the likeliest token.
 
-    Predictions are grouped by token. `length` is the model's number of positions.
+    `asked` is the model's number of positions, and the predictions.
     """
-    tokens = [list(group) for _, group in groupby(asked, key=itemgetter(0, 1))]
+    length, predicted = asked
+    tokens = [list(group) for _, group in groupby(sorted(predicted), key=itemgetter(0, 1))]
     # A chunk of logits at a time, at most as many as the model has positions: some models look those up even here.
     chunk = max(1, min(LOGITS_AT_A_TIME // decoder.model.get_output_embeddings().weight.shape[0], length))
     for start in range(0, len(tokens), chunk):

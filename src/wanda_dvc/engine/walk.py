@@ -5,25 +5,24 @@ and a killed run continues from the last finished block.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from wanda_dvc.engine import shards
+from wanda_dvc.engine import shards, training
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import CrossRecorder, InputRecorder, Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
-from wanda_dvc.engine.states import HiddenStates
+from wanda_dvc.engine.runner import Change, Head, R, Rows, Runner, T, Turn
+from wanda_dvc.engine.states import HiddenStates, not_finite
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
 from wanda_dvc.errors import MEND, UserError, notice
-from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.pruning.statistics import BlockStats
 
 
 @torch.no_grad()
@@ -41,21 +40,12 @@ def walk(
     results the caller has from a killed run; with fewer than are finished, it starts anew. With `beside` each row comes
     twice: first those that `Step.dense` names, which see no change of a block, then those that `Step.own` names.
     """
-    rows = as_rows(rows)
-    own = range(len(rows) if beside else 0, len(rows) * (1 + beside))
-    rows = rows * (1 + beside)
-    _check_tokens(decoder, rows)
-    states = _states(decoder, rows, work)
-    if kept is not None and states.finished > kept:
-        states.finished, states.not_finite = -1, None
+    rows = as_rows(rows) * (1 + beside)
+    own = range(len(rows) // 2 if beside else 0, len(rows))
+    states = begin(decoder, rows, work, kept=kept)
     if states.finished > 0:
         notice(f"going on after {states.finished} of {len(decoder.blocks)} blocks, which an earlier run has finished")
     try:
-        for row in rows:
-            decoder.calls(row)
-        if states.finished < 0:
-            states.write(decoder.embed(row)[0] for row in rows)
-            states.turn()
         for index in range(states.finished, len(decoder.blocks)):
             with decoder.block(index):
                 yield Step(decoder, index, rows, states, own)
@@ -64,14 +54,19 @@ def walk(
         decoder.forget_calls()
 
 
-def measure(steps: Iterable["Turn"], *, gram: bool) -> Iterator[tuple[int, BlockStats, dict[str, Gram]]]:
-    """The number, the statistics and the Gram matrices of each block, on what the blocks before it put out.
-
-    The matrices are by distinct input, and none without `gram`.
-    """
-    for step in steps:
-        found = step.record(gram=gram)
-        yield step.index, found.stats, found.grams
+@torch.no_grad()
+def begin(decoder: Decoder, rows: list[Row], work: Path, *, kept: int | None) -> HiddenStates:
+    """The hidden states that an earlier run has left in `work`, or those before the first block. `kept` is `walk`'s."""
+    check_tokens(decoder, rows)
+    states = _states(decoder, rows, work)
+    if kept is not None and states.finished > kept:
+        states.finished, states.not_finite = -1, None
+    for row in rows:
+        decoder.calls(row)
+    if states.finished < 0:
+        states.write(decoder.embed(row)[0] for row in rows)
+        states.turn()
+    return states
 
 
 def outputs(
@@ -84,7 +79,7 @@ def outputs(
     return states.before
 
 
-def _check_tokens(decoder: Decoder, rows: Sequence[Row]) -> None:
+def check_tokens(decoder: Decoder, rows: Sequence[Row]) -> None:
     """Raise UserError where a token has no embedding."""
     embeddings = decoder.model.get_input_embeddings().weight.shape[0]
     largest = max((int(row.tokens.max()) for row in rows if len(row.tokens)), default=0)
@@ -100,25 +95,47 @@ def _states(decoder: Decoder, rows: list[Row], work: Path) -> HiddenStates:
     return HiddenStates.open(work, [len(row.tokens) for row in rows], width, decoder.dtype, len(decoder.blocks))
 
 
-class Turn(Protocol):
-    """One block's turn in a walk of all rows, wherever they are."""
+@dataclass
+class Here(Runner):
+    """Runs rows in this process."""
+
+    decoder: Decoder
+    work: Path  # where the hidden states wait
+    _rows: list[Row] = field(default_factory=list, init=False)
 
     @property
-    def index(self) -> int:
-        """The block's number."""
+    def holds_layouts(self) -> bool:
+        """Whether a row may hold several questions."""
+        return self.decoder.holds_layouts
 
-    def record(self, *, gram: bool = False, crosses: bool = False) -> Recorded:
-        """Every row through the block; what its linears read.
+    @property
+    def not_finite(self) -> str | None:
+        """Where the hidden states first were not finite."""
+        return not_finite(self.work)
 
-        `gram` asks for Gram matrices too, and `crosses` for the products with what the dense model reads.
-        """
+    def walk(
+        self,
+        rows: Rows,
+        *,
+        kept: int | None = None,
+        beside: bool = False,
+        changes: Callable[[int], Change] | None = None,
+    ) -> Iterator["Step"]:
+        """All rows through all blocks. Where hidden states are lost, it starts anew and needs no changes."""
+        self._rows = as_rows(rows)
+        return walk(self.decoder, self._rows, self.work, kept=kept, beside=beside)
 
-    def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Every own row through the block once more, with other weights: those that masks keep, then these."""
+    def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
+        """What a function makes of some shards' last hidden states."""
+        hidden = outputs(self.decoder, self._rows, self.work)
+        for number, shard in enumerate(shards.cut(len(self._rows))):
+            if number in asked:
+                place = slice(shard.start, shard.stop)
+                yield from function(self.decoder, self._rows[place], hidden[place], asked[number])
 
 
 @dataclass
-class Step:
+class Step(Turn):
     """One block's turn in a walk. Its weights may be changed until the turn is over; the checkpoint stays as it is."""
 
     decoder: Decoder
@@ -164,6 +181,12 @@ class Step:
         self.prune(keeps)
         self.replace(weights)
         self.advance(rows=self.own)
+
+    def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
+        """The block's weights after a training on the masks that begins with other weights; the block has those."""
+        self.prune(keeps)
+        self.replace(weights)
+        return training.train(self, keeps, rows=self.own, targets=self.states.after(self.dense), **settings)
 
     @torch.no_grad()
     def replace(self, weights: Mapping[str, Tensor]) -> None:
