@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from command_line import wanda_dvc
 from conftest import write_params
+from lm_eval.tasks._index import TaskIndex
 
 from wanda_dvc.stages import STAGES, ahead, run
+from wanda_dvc.study import places
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import ITEMS, Project
 
@@ -159,3 +161,26 @@ def test_an_answer_ahead_counts_for_what_it_was_asked_with_alone(asked: Project)
     ask(asked, "rte")
     assert len(written(asked, "rte")[0]["items"]) == 3
     assert answered in waiting(asked)
+
+
+def test_a_task_is_found_in_the_file_that_the_whole_index_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = {
+        "a/group.yaml": "group: pair\ntask: [one, two]\n",
+        "a/one.yaml": "task: one\ninclude: base\ntag: few\n",
+        "a/base": "output_type: multiple_choice\n",
+        "b/again.yaml": "task: one\n",
+        "b/few.yaml": "task: few\n",
+        "b/one_more.yaml": "task: 'one.more'\ndescription: one, two\n",
+        "b/torn.yaml": "task: two\n- {",
+        "c/two.yaml": "task: two\nprocess_docs: !function no_module.f\ntag: pair\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr("lm_eval.tasks.__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("wanda_dvc.study.places._task_files", places._task_files.__wrapped__)
+    whole = TaskIndex.build([tmp_path])
+    for name in ("one", "two", "few", "pair", "one.more", "none", "multiple_choice"):
+        path = whole[name].yaml_path if name in whole else None
+        found = places.task_definition(name)
+        assert (found and found[0]) == (path and path.relative_to(tmp_path).as_posix()), name

@@ -47,8 +47,8 @@ class TaskItems:
 def task_definition(name: str) -> tuple[str, Json] | None:
     """The file of one of lm-eval's tasks, relative to all of them, and its content; None if there is no such task.
 
-    It is the file that lm-eval's index has for the name. To index all 14,000 files takes 5 seconds, so this indexes
-    only those with the name in their text: every task stands by its name in the file that defines it.
+    Functions stay names in it. The file is the one that lm-eval's index has for the name. To index all 14,000 files
+    takes 5 s, so this indexes only those with the name in their text: a task's name is in the file that defines it.
     """
     from lm_eval.tasks._index import Entry, TaskIndex
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -58,8 +58,8 @@ def task_definition(name: str) -> tuple[str, Json] | None:
     for path in (path for path, text in texts.items() if named.search(text)):
         with contextlib.suppress(Exception):  # as lm-eval passes over files that it can't read
             TaskIndex.process_cfg(load_yaml(path, resolve_func=False), path, index)
-    found: Path | None = index[name].yaml_path if name in index else None
-    return (found.relative_to(root).as_posix(), load_yaml(found)) if found else None
+    found = index.get(name)
+    return (found.yaml_path.relative_to(root).as_posix(), found.cfg) if found and found.yaml_path else None
 
 
 @cache
