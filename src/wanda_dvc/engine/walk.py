@@ -41,6 +41,7 @@ def walk(
         states.finished, states.not_finite = -1, None
     if states.finished > 0:
         notice(f"going on after {states.finished} of {len(decoder.blocks)} blocks, which an earlier run has finished")
+    decoder.compile_for(rows)
     try:
         for row in rows:
             decoder.calls(row)
