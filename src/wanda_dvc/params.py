@@ -151,7 +151,7 @@ class Runtime(_Section):
     )
     compile: Literal["off", "on", "auto"] = Field(
         "off",
-        description="run blocks through `torch.compile`: off, on, or auto (where a run is long enough to pay for it, and "
+        description="blocks through `torch.compile`: off, on, or auto (where a run is long enough to pay for it and "
         "a compiler is there). It changes last digits, as another device does",
     )
     mirror: str | None = Field(
