@@ -208,7 +208,7 @@ class Checkpoint(Source):
         """Copy the directory into `target`, with new values for some weights; yields each address once it is written.
 
         Every file is written once, from beginning to end: what is not replaced is copied byte for byte, headers
-        included. `weight` is asked for one new weight at a time, in the order of the file and in a thread, while the one
+        included. `weight` is asked for one new weight at a time, in the order of the file, in a thread, while the one
         before is written. So memory is bounded by the two largest weights. Files named in `without` are left out.
 
         Raises:
