@@ -149,11 +149,11 @@ def choosing(*, block: int, linear: int, threads: int, by_row: bool) -> Memory:
 
 
 def writing(*, linear: int, widest: int = 0) -> Memory:
-    """The largest linear while it is multiplied and counted; with Gram matrices, while it is solved for.
+    """The largest linear while it is multiplied, and the one before, which is being written; or what solving takes.
 
     `widest` is the most features that a linear reads where there are Gram matrices.
     """
-    return Memory(selection=8 * linear + (SOLVING * 4 * linear + GRAMS * 4 * widest**2 if widest else 0))
+    return Memory(selection=9 * linear + (SOLVING * 4 * linear + GRAMS * 4 * widest**2 if widest else 0))
 
 
 def propagating(walk: Memory, chosen: Memory, *, model: Sizes, dtype: str, trains: bool = False) -> Memory:

@@ -45,6 +45,7 @@ def walk(
     states = begin(decoder, rows, work, kept=kept)
     if states.finished > 0:
         notice(f"going on after {states.finished} of {len(decoder.blocks)} blocks, which an earlier run has finished")
+    decoder.compile_for(rows)
     try:
         for index in range(states.finished, len(decoder.blocks)):
             with decoder.block(index):

@@ -169,7 +169,8 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None) -> "
         )
     wanted = getattr(torch, dtype)
     resident = budget is not None and Checkpoint(folder).size(wanted) <= budget * 1e9
-    return Decoder(folder, dtype=wanted, device=device, resident=resident)
+    compiling = project.params.runtime.compile
+    return Decoder(folder, dtype=wanted, device=device, resident=resident, compiling=compiling)
 
 
 # --- what they need and cost ---
