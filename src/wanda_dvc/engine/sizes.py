@@ -124,8 +124,8 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     activations = length * model.features * width + model.linear * width  # a matrix library packs the linear
     if statistics:
         activations += length * model.widest * 8  # the float32 copy of an input, and its square
-    if gram:  # float64 sums of one block, and a panel of the widest; packed in float32 when they are written
-        activations += 8 * model.squares + 12 * PANEL * model.widest + 6 * model.widest**2
+    if gram:  # float64 sums of a block's shards so far and of the next one, and a panel; what is written takes less
+        activations += 2 * 8 * model.squares + 12 * PANEL * model.widest
     return Memory(
         weights=(2 * model.block + model.rest) * width,
         activations=activations,
