@@ -15,7 +15,7 @@ from wanda_dvc.engine import compiled
 from wanda_dvc.engine.compiled import CompiledBlocks
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods
-from wanda_dvc.engine.walk import Here, outputs, walk
+from wanda_dvc.engine.walk import Here, outputs
 from wanda_dvc.pruning.statistics import BlockStats
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def windows(length: int = 32) -> torch.Tensor:
 
 def run(folder: Path, work: Path, **words: Any) -> tuple[list[BlockStats], list[torch.Tensor]]:
     decoder = Decoder(folder, dtype=torch.float32, device=CPU, **words)
-    measured = [step.record().stats for step in walk(decoder, windows(), work)]
+    measured = [turn.record().stats for turn in Here(decoder, work).walk(windows())]
     return measured, list(outputs(decoder, windows(), work))
 
 
@@ -115,7 +115,7 @@ def test_questions_in_rows_of_many_lengths_share_one_function(
     answers = []
     for compiling in ("off", "on"):
         decoder = Decoder(tiny, dtype=torch.float32, device=CPU, compiling=compiling)
-        made = loglikelihoods(Here(decoder, tmp_path / compiling), asked, length=64, progress=iter)
+        made = loglikelihoods(Here(decoder, tmp_path / compiling), asked, length=64, progress=lambda turns: turns)
         answers.append(torch.tensor([value for value, _ in made]))
     torch.testing.assert_close(answers[1], answers[0], rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -26,6 +26,7 @@ from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
+Compiling = Literal["off", "on", "auto"]
 FIXED_LENGTHS = 2  # windows of one length, and a rest: more lengths than that share one compiled function
 
 
@@ -47,7 +48,7 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         resident: bool = False,
-        compiling: Literal["off", "on", "auto"] = "off",
+        compiling: Compiling = "off",
     ) -> None:
         """With `resident`, a block that was read stays in memory. `compiling` is for `compile_for`."""
         keep_freed_memory()
@@ -95,7 +96,8 @@ class Decoder:
         weights = sum(parameter.numel() for block in self.blocks for parameter in block.parameters())
         flops = 2 * weights * sum(len(row.tokens) for row in rows)
         if self.compiling == "on" or (self.compiling == "auto" and is_worth_it(flops, self.device)):
-            self._compiled = CompiledBlocks(self.blocks, dynamic=len(lengths) > FIXED_LENGTHS)
+            dynamic = len(lengths) > FIXED_LENGTHS or any(row.layout for row in rows)
+            self._compiled = CompiledBlocks(self.blocks, dynamic=dynamic)
 
     def run(
         self,

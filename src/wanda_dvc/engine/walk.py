@@ -45,7 +45,6 @@ def walk(
     states = begin(decoder, rows, work, kept=kept)
     if states.finished > 0:
         notice(f"going on after {states.finished} of {len(decoder.blocks)} blocks, which an earlier run has finished")
-    decoder.compile_for(rows)
     try:
         for index in range(states.finished, len(decoder.blocks)):
             with decoder.block(index):
@@ -62,6 +61,7 @@ def begin(decoder: Decoder, rows: list[Row], work: Path, *, kept: int | None) ->
     states = _states(decoder, rows, work)
     if kept is not None and states.finished > kept:
         states.finished, states.not_finite = -1, None
+    decoder.compile_for(rows)
     for row in rows:
         decoder.calls(row)
     if states.finished < 0:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
-from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.decoder import Compiling, Decoder
 from wanda_dvc.engine.recorder import Sums
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.runner import Change, Head, R, T
@@ -111,6 +111,7 @@ class Order:
     outline: Outline
     dtype: torch.dtype
     resident: bool  # whether the model stays in memory
+    compiling: Compiling
     work: Path  # the driver's folder for hidden states
 
 
@@ -124,7 +125,8 @@ def order(decoder: Decoder, work: Path, *, resident: bool) -> Order:
             for part in weights.parts(f"{weights.blocks_name}.{index}.{name}"):
                 parcels[part.address.tensor] = index
     outline = Outline(str(checkpoint), checkpoint.config, checkpoint.config_name, checkpoint.entries, parcels)
-    return Order(checkpoint.folder, fingerprint(checkpoint.folder), outline, decoder.dtype, resident, work)
+    named = checkpoint.folder, fingerprint(checkpoint.folder)
+    return Order(*named, outline, decoder.dtype, resident, decoder.compiling, work)
 
 
 def fingerprint(folder: Path) -> str:
@@ -185,7 +187,9 @@ class Worker:
         asked = self.order
         here = fingerprint(asked.folder) == asked.fingerprint
         source: Path | Source = asked.folder if here else Sent(asked.outline, lambda n: self._fetch(self._refs[n]))
-        return Decoder(source, dtype=asked.dtype, device=self.device, resident=asked.resident)
+        return Decoder(
+            source, dtype=asked.dtype, device=self.device, resident=asked.resident, compiling=asked.compiling
+        )
 
     @torch.no_grad()
     def begin(self, number: int, rows: list[Row], beside: bool, kept: int | None) -> tuple[int, str | None]:
