@@ -61,7 +61,7 @@ def main(
 
 def _run(name: str, version: int | None, part: str | None = None, task: str | None = None) -> None:
     """Run one stage, timed; offline except for download; without progress bars except on a terminal."""
-    from wanda_dvc.stages import check_version
+    from wanda_dvc.stages import ahead, check_version
     from wanda_dvc.stages import run as run_stage
     from wanda_dvc.stages.running import stoppable, timed
     from wanda_dvc.study.project import Project
@@ -86,13 +86,17 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with stoppable(label):
+        if part and task and ahead.publish_answered(project, part, task):
+            return
         announce(project=project, stage=name, part=part)
-        with timed(project, stage, part, task):
+        with timed(project, stage, part, task) as taken:
             if stage.computes:
                 import torch
 
                 torch.set_num_threads(project.params.runtime.threads or os.cpu_count() or 1)
             run_stage(name, project=project, part=part, task=task)
+        if part and task:
+            ahead.answer_ahead(project, part, task, taken["seconds"])
 
 
 def _command(stage: Stage) -> Callable[..., None]:

@@ -1,5 +1,6 @@
 """The Gram tier: XᵀX of a linear's input, and the layer error, which follows from it."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,7 @@ class Gram:
 
     def triangle(self) -> Float[Tensor, " packed"]:
         """Return the upper triangle row by row, float32, [in · (in + 1) / 2]."""
-        return self.upper[_above(len(self.upper), self.upper.device)].float()
+        return self._pack(lambda row, _: row)
 
     @classmethod
     def from_triangle(cls, packed: Float[Tensor, " packed"], count: int) -> "Gram":
@@ -67,8 +68,15 @@ class Gram:
         """Return ‖X_j‖₂, and the triangle with every feature divided by it: cosines, at most 1; 0 where dead."""
         norm = self.upper.diagonal().sqrt()
         safe = norm.where(norm > 0, 1)
-        cosines = Gram(self.upper / safe / safe[:, None], self.count)
-        return norm.float(), cosines.triangle()
+        return norm.float(), self._pack(lambda row, first: row / safe[first:] / safe[first])
+
+    def _pack(self, row_from: Callable[[Tensor, int], Tensor]) -> Float[Tensor, " packed"]:
+        """Row by row, so that no second matrix is in memory: `row_from` is given a row from the diagonal on."""
+        features = len(self.upper)
+        packed = torch.empty(features * (features + 1) // 2, device=self.upper.device)
+        for first, part in _rows(packed, features):
+            part.copy_(row_from(self.upper[first, first:], first))
+        return packed
 
     @classmethod
     def from_scaled_triangle(cls, norm: Float[Tensor, " in"], packed: Shaped[Tensor, " packed"], count: int) -> "Gram":
@@ -82,7 +90,8 @@ def unpack(packed: Shaped[Tensor, " packed"]) -> Float[Tensor, "in in"]:
     if features * (features + 1) // 2 != len(packed):
         raise ValueError(f"a packed triangle of {len(packed)} values, expected n(n + 1) / 2 of them")
     matrix = torch.zeros(features, features, device=packed.device)
-    matrix.masked_scatter_(_above(features, packed.device), packed.float())
+    for first, row in _rows(packed, features):
+        matrix[first, first:] = row
     return matrix.add_(matrix.triu(1).T)
 
 
@@ -104,5 +113,6 @@ def _energy(weight: Float64[Tensor, "out in"], gram: Float64[Tensor, "in in"]) -
     return (weight @ gram).mul_(weight).sum().item()
 
 
-def _above(features: int, device: torch.device) -> Tensor:
-    return torch.ones(features, features, dtype=torch.bool, device=device).triu_()
+def _rows(packed: Shaped[Tensor, " packed"], features: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield the number and the part of each row of a packed upper triangle, from the diagonal on."""
+    return enumerate(packed.split(list(range(features, 0, -1))))

@@ -29,19 +29,26 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def timed(project: Project, stage: Stage, part: str | None = None, task: str | None = None) -> Iterator[None]:
-    """Keep how long a run took, on what, and the memory that it held."""
-    began = time.perf_counter()
+def timed(project: Project, stage: Stage, part: str | None = None, task: str | None = None) -> Iterator[Json]:
+    """Keep how long a run took, on what, and the memory that it held; yield that, which is empty until the end."""
+    with measured(project.params.runtime) as content:
+        yield content
+    if key := stage.key(project, part, task):
+        project.times.write(stage.run_name(part, task), key, content)
+
+
+@contextlib.contextmanager
+def measured(runtime: Runtime) -> Iterator[Json]:
+    """Yield an object that has seconds, memory, machine and device at the end."""
+    began, content = time.perf_counter(), Json()
     with AnonymousMemory() as memory:
-        yield
-    content: Json = {"seconds": round(time.perf_counter() - began, 2)}
+        yield content
+    content["seconds"] = round(time.perf_counter() - began, 2)
     if memory.peak:
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
     else:
         content["peak_resident_gb"] = round(_peak_resident() / 1e9, 3)
-    content |= {"machine": f"{processor()}, {os.cpu_count()} cores", "device": device_name(project.params.runtime)}
-    if key := stage.key(project, part, task):
-        project.times.write(stage.run_name(part, task), key, content)
+    content |= {"machine": f"{processor()}, {os.cpu_count()} cores", "device": device_name(runtime)}
 
 
 @contextlib.contextmanager
