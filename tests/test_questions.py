@@ -13,6 +13,7 @@ from wanda_dvc.engine import calls, questions
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods, pack, spread
+from wanda_dvc.engine.walk import Here
 
 CPU = torch.device("cpu")
 Drawn = list[tuple[tuple[int, ...], tuple[int, ...]]]
@@ -20,7 +21,7 @@ token_lists = st.lists(st.integers(3, 6), min_size=1, max_size=4).map(tuple)
 requests = st.lists(st.tuples(token_lists, token_lists), min_size=1, max_size=12)
 
 
-def quiet(items, total):
+def quiet(items):
     return items
 
 
@@ -89,7 +90,7 @@ def test_they_are_the_models_own(
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     assert decoder.holds_layouts
     decoder.holds_layouts = together
-    ours = loglikelihoods(decoder, asked, tmp_path, length=64, progress=quiet)
+    ours = loglikelihoods(Here(decoder, tmp_path), asked, length=64, progress=quiet)
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     for request, (value, greedy) in zip(asked, ours, strict=True):
         tokens = torch.tensor(request.context + request.continuation)[-65:]
@@ -102,10 +103,10 @@ def test_they_are_the_models_own(
 
 def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, asked: list[Request]):
     whole = loglikelihoods(
-        Decoder(tiny, dtype=torch.float32, device=CPU), asked, tmp_path / "whole", length=64, progress=quiet
+        Here(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "whole"), asked, length=64, progress=quiet
     )
 
-    def killed(items, total):
+    def killed(items):
         for done, item in enumerate(items):
             if done == 2:
                 raise KeyboardInterrupt
@@ -113,16 +114,16 @@ def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, asked: list[Request]):
 
     seen = []
 
-    def counted(items, total):
+    def counted(items):
         for item in items:
             seen.append(item)
             yield item
 
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     with pytest.raises(KeyboardInterrupt):
-        loglikelihoods(decoder, asked, tmp_path / "killed", length=64, progress=killed)
+        loglikelihoods(Here(decoder, tmp_path / "killed"), asked, length=64, progress=killed)
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-    assert loglikelihoods(decoder, asked, tmp_path / "killed", length=64, progress=counted) == whole
+    assert loglikelihoods(Here(decoder, tmp_path / "killed"), asked, length=64, progress=counted) == whole
     assert len(seen) == 2  # of four blocks
 
 
@@ -133,7 +134,7 @@ def test_more_choices_change_nothing_for_the_others(tiny: Path, tmp_path: Path, 
     first = [Request((5, 6, 7, 8), (9, 10, 11))]
     more = [*first, *(Request((5, 6, 7, 8), (20 + i, 30 + i)) for i in range(choices))]
     alone, together = (
-        loglikelihoods(decoder, asked, tmp_path / name, length=64, progress=quiet)[0][0]
+        loglikelihoods(Here(decoder, tmp_path / name), asked, length=64, progress=quiet)[0][0]
         for name, asked in (("alone", first), ("together", more))
     )
     assert together == pytest.approx(alone, abs=1e-4)
@@ -153,7 +154,7 @@ def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
 ):
     monkeypatch.setattr(questions, "ROW", 60)
     answers = loglikelihoods(
-        Decoder(tiny, dtype=torch.float32, device=CPU), many, tmp_path / "cached", length=64, progress=quiet
+        Here(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "cached"), many, length=64, progress=quiet
     )
     monkeypatch.setattr(calls, "CALLS_BYTES", budget)
     recorded: list[weakref.ref[torch.Tensor]] = []
@@ -165,7 +166,7 @@ def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
         recorded.extend(weakref.ref(x) for _, call in made for x in calls._tensors([call.args, call.kwargs]))
         return made
 
-    def watched(items, total):
+    def watched(items):
         for item in items:
             yield item
             storages = [tensor.untyped_storage() for reference in recorded if (tensor := reference()) is not None]
@@ -173,7 +174,7 @@ def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
 
     sizes: list[int] = []
     monkeypatch.setattr(decoder, "_record", record)
-    assert loglikelihoods(decoder, many, tmp_path / "bounded", length=64, progress=watched) == answers
+    assert loglikelihoods(Here(decoder, tmp_path / "bounded"), many, length=64, progress=watched) == answers
     assert len(sizes) == 4
     assert all(budget <= size <= budget + 6_000 for size in sizes)  # a row takes 5,220, and the last is there too
     assert decoder._cache.nbytes == 0  # freed before the logits

@@ -94,7 +94,7 @@ def calibrate(
         >>> stats = wd.calibrate(model, tokens, gram="float32")
         >>> stats.blocks[0].inputs["model.layers.0.self_attn.q_proj"].norm  # ‖X_j‖₂ of each feature, [in]
     """
-    from wanda_dvc.engine.walk import measure
+    from wanda_dvc.engine.walk import Here
     from wanda_dvc.stages.running import progress, say_unreached
     from wanda_dvc.study.tensors import pack_grams
 
@@ -104,8 +104,9 @@ def calibrate(
     decoder = _decoder(source, dtype)
     blocks, grams = [], []
     with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
-        steps = measure(decoder, rows, Path(work), gram=gram != "none")
-        for _, measured, matrices in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
+        turns = Here(decoder, Path(work)).walk(rows)
+        for turn in progress(turns, total=len(decoder.blocks), what="calibrate, blocks"):
+            measured, matrices, _ = turn.record(gram=gram != "none")
             blocks.append(measured)
             if gram != "none":
                 grams.append(pack_grams(measured, matrices, gram))
@@ -311,10 +312,10 @@ def perplexity(
         >>> wd.perplexity(model, tokens)
         14.01
     """
-    from wanda_dvc.engine.losses import from_losses, window_loss
+    from wanda_dvc.engine import shards
+    from wanda_dvc.engine.losses import from_losses, window_losses
     from wanda_dvc.engine.rows import as_rows
-    from wanda_dvc.engine.states import not_finite
-    from wanda_dvc.engine.walk import outputs, walk
+    from wanda_dvc.engine.walk import Here
     from wanda_dvc.stages.inputs import HEAD, say_not_finite
     from wanda_dvc.stages.running import progress
 
@@ -322,12 +323,11 @@ def perplexity(
     rows = as_rows(_windows(tokens, source))
     decoder = _decoder(source, dtype)
     with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as folder:
-        work = Path(folder)
-        for step in progress(walk(decoder, rows, work), total=len(decoder.blocks), what="perplexity, blocks"):
-            step.advance()
-        hidden = outputs(decoder, rows, work)
-        losses = [window_loss(decoder, hidden[number][None], row.tokens) for number, row in enumerate(rows)]
-        where = not_finite(work) or (None if all(map(math.isfinite, losses)) else HEAD)
+        run = Here(decoder, Path(folder))
+        for turn in progress(run.walk(rows), total=len(decoder.blocks), what="perplexity, blocks"):
+            turn.advance()
+        losses = list(run.head(window_losses, dict.fromkeys(range(len(shards.cut(len(rows)))), 0)))
+        where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
     say_not_finite("perplexity", where)
     found = from_losses(losses, [len(row.tokens) - 1 for row in rows])
     return found if isinstance(found, float) else math.inf

@@ -89,6 +89,7 @@ MEANT = [
     ("runtime.device", "gpu", ("runtime.device", "got gpu", "expected auto")),
     ("runtime.device", "cuda:x", ("runtime.device", "got cuda:x", "expected auto")),
     ("runtime.memory_gb", 0, ("runtime.memory_gb", "got 0", "expected")),
+    ("runtime.compile", "always", ("runtime.compile", "got always", "expected off, on or auto")),
     ("runtime.mirror", "here", ("runtime.mirror", "got here", "expected an absolute directory")),
     ("runtime.speed", 1, ("runtime.speed", "no such setting")),
     ("sparsty", 0.5, ("sparsty", "no such setting", "did you mean sparsity?")),

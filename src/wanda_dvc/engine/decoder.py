@@ -5,10 +5,10 @@ A block's arguments are recorded from the model's own forward pass, so there is 
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from torch.func import functional_call
 from wanda_dvc.engine import attention
 from wanda_dvc.engine.calls import Call, CallCache, calls_bytes, equal_calls
 from wanda_dvc.engine.checkpoint import Checkpoint, Source
+from wanda_dvc.engine.compiled import CompiledBlocks, is_worth_it
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.rows import Layout, Row
 from wanda_dvc.engine.structure import Linear, build_empty
@@ -25,6 +26,8 @@ from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
+Compiling = Literal["off", "on", "auto"]
+FIXED_LENGTHS = 2  # windows of one length, and a rest: more lengths than that share one compiled function
 
 
 class _Stop(Exception):
@@ -39,13 +42,20 @@ class Decoder:
     """
 
     def __init__(
-        self, source: Path | Source, *, dtype: torch.dtype, device: torch.device, resident: bool = False
+        self,
+        source: Path | Source,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        resident: bool = False,
+        compiling: Compiling = "off",
     ) -> None:
-        """With `resident`, a block that was read stays in memory."""
+        """With `resident`, a block that was read stays in memory. `compiling` is for `compile_for`."""
         keep_freed_memory()
         self.checkpoint = Checkpoint(source) if isinstance(source, Path) else source
         self.model = build_empty(self.checkpoint.config, self.checkpoint.config_name, dtype)
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.compiling = dtype, device, compiling
+        self._compiled: CompiledBlocks | None = None
         self.weights = Weights(self.model, self.checkpoint, device=device, resident=resident)
         self.blocks = self.weights.blocks
         self._cache = CallCache(calls_bytes(device.type))
@@ -80,6 +90,15 @@ class Decoder:
         """Free the memory of the calls that are cached."""
         self._cache.clear()
 
+    def compile_for(self, rows: Sequence[Row]) -> None:
+        """Run blocks compiled from now on, where that is wanted; `auto` wants it where these rows are work enough."""
+        lengths = {len(row.tokens) for row in rows}
+        weights = sum(parameter.numel() for block in self.blocks for parameter in block.parameters())
+        flops = 2 * weights * sum(len(row.tokens) for row in rows)
+        if self.compiling == "on" or (self.compiling == "auto" and is_worth_it(flops, self.device)):
+            dynamic = len(lengths) > FIXED_LENGTHS or any(row.layout for row in rows)
+            self._compiled = CompiledBlocks(self.blocks, dynamic=dynamic)
+
     def run(
         self,
         index: int,
@@ -90,7 +109,9 @@ class Decoder:
         """One row through one block, which must be inside `block`; with other parameters, where some are given."""
         call = self.calls(row)[index]
         with self._attending(row):
-            if parameters is None:
+            if parameters is None and self._compiled is not None:
+                out = self._compiled.run(self.blocks[index], hidden, call)
+            elif parameters is None:
                 out = self.blocks[index](hidden, *call.args, **call.kwargs)
             else:
                 out = functional_call(self.blocks[index], parameters, (hidden, *call.args), call.kwargs)

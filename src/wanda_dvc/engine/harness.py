@@ -11,6 +11,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Progress, Request, loglikelihoods
+from wanda_dvc.engine.runner import Runner
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.reading import read_lines
@@ -22,10 +23,10 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     Tokenization, the number of positions, and what precedes an empty context stay lm-eval's.
     """
 
-    def __init__(self, decoder: Decoder, folder: Path, work: Path, *, what: str, progress: Progress) -> None:
+    def __init__(self, decoder: Decoder, folder: Path, runner: Runner, *, what: str, progress: Progress) -> None:
         """`folder` holds the tokenizer, `what` names the run in messages, `progress` shows the blocks."""
         super().__init__(pretrained=decoder.model, tokenizer=load_tokenizer(folder), trust_remote_code=False)
-        self.decoder, self.work, self.what, self.progress = decoder, work, what, progress
+        self.runner, self.what, self.progress = runner, what, progress
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """Answer lm-eval's requests."""
@@ -34,13 +35,13 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *_: Any, **__: Any
     ) -> list[tuple[float, bool]]:
-        if not self.decoder.holds_layouts:
+        if not self.runner.holds_layouts:
             notice(
                 f"{self.what}: this model cannot hold several questions in one row (its attention or its positions are "
                 "its own); each choice goes through it alone, which takes longer and gives the same answers"
             )
         asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        return loglikelihoods(self.decoder, asked, self.work, length=self.max_length, progress=self.progress)
+        return loglikelihoods(self.runner, asked, length=self.max_length, progress=self.progress)
 
 
 def load_task(definition: str, role: str, items: Path) -> Any:

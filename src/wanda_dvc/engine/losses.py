@@ -1,12 +1,14 @@
 """From hidden states to losses, and from losses to a perplexity."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.rows import Row
 
 DIVERGED = "diverged"
 
@@ -19,6 +21,14 @@ def window_loss(decoder: Decoder, hidden: Float[Tensor, "1 length width"], token
         wanted = targets[positions.start : positions.stop]  # one fewer in the last chunk: it predicts past the end
         total += torch.nn.functional.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum").item()
     return total / len(targets)
+
+
+def window_losses(
+    decoder: Decoder, rows: Sequence[Row], hidden: Sequence[Float[Tensor, "_ width"]], skipped: int
+) -> Iterator[float]:
+    """Yield the loss of each window but the first `skipped`, from its hidden states after the last block."""
+    for row, states in list(zip(rows, hidden, strict=True))[skipped:]:
+        yield window_loss(decoder, states[None], row.tokens)
 
 
 def from_losses(losses: list[float], predictions: list[int]) -> float | str:

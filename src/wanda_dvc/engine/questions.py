@@ -1,20 +1,23 @@
 """Log-likelihoods of continuations: each context runs once for all of its continuations, many questions to a row."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from wanda_dvc.engine import shards
 from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder
 from wanda_dvc.engine.rows import Layout, Row
-from wanda_dvc.engine.walk import Step, outputs, walk
+from wanda_dvc.engine.runner import Runner, Turn
 
 ROW = 2048  # tokens: large multiplications, small activations
 
-Progress = Callable[[Iterable[Step], int], Iterable[Step]]
+Progress = Callable[[Iterator[Turn]], Iterable[Turn]]
+Prediction = tuple[int, int, int, int]  # row, token, request, target
 
 
 @dataclass(frozen=True)
@@ -89,25 +92,42 @@ def spread(requests: Sequence[Request]) -> tuple[list[Row], list[Place]]:
 
 
 def loglikelihoods(
-    decoder: Decoder, requests: Sequence[Request], work: Path, *, length: int, progress: Progress
+    runner: Runner, requests: Sequence[Request], *, length: int, progress: Progress
 ) -> list[tuple[float, bool]]:
     """Each continuation's log-likelihood in nats, and whether each of its tokens is the likeliest.
 
-    `length` is the model's number of positions. A killed run continues from its files in `work`.
+    `length` is the model's number of positions. A killed run continues from the runner's files.
     """
     requests = [request.within(length) for request in requests]
-    rows, places = pack(requests, tokens=ROW) if decoder.holds_layouts else spread(requests)
-    for step in progress(walk(decoder, rows, work), len(decoder.blocks)):
-        step.advance()
-    hidden = outputs(decoder, rows, work)
-    # Every prediction as (row, token, request, target), grouped by token.
-    predicted = sorted(
-        (place.row, token, index, target)
-        for index, (place, request) in enumerate(zip(places, requests, strict=True))
-        for token, target in zip(place.tokens, request.continuation, strict=True)
-    )
-    tokens = [list(group) for _, group in groupby(predicted, key=itemgetter(0, 1))]
+    rows, places = pack(requests, tokens=ROW) if runner.holds_layouts else spread(requests)
+    for turn in progress(runner.walk(rows)):
+        turn.advance()
+    of_row = [(number, row) for number, shard in enumerate(shards.cut(len(rows))) for row in range(len(shard))]
+    asked: dict[int, tuple[int, list[Prediction]]] = {}
+    for index, (place, request) in enumerate(zip(places, requests, strict=True)):
+        shard, row = of_row[place.row]
+        asked.setdefault(shard, (length, []))[1].extend(
+            (row, token, index, target) for token, target in zip(place.tokens, request.continuation, strict=True)
+        )
     totals, greedy = [0.0] * len(requests), [True] * len(requests)
+    for index, value, likeliest in runner.head(predict, asked):
+        totals[index] += value
+        greedy[index] &= likeliest
+    return list(zip(totals, greedy, strict=True))
+
+
+def predict(
+    decoder: Decoder,
+    _rows: Sequence[Row],
+    hidden: Sequence[Float[Tensor, "_ width"]],
+    asked: tuple[int, list[Prediction]],
+) -> Iterator[tuple[int, float, bool]]:
+    """Yield each prediction's request, its target's log-probability, and whether the target is the likeliest token.
+
+    `asked` is the model's number of positions, and the predictions.
+    """
+    length, predicted = asked
+    tokens = [list(group) for _, group in groupby(sorted(predicted), key=itemgetter(0, 1))]
     # A chunk of logits at a time, at most as many as the model has positions: some models look those up even here.
     chunk = max(1, min(LOGITS_AT_A_TIME // decoder.model.get_output_embeddings().weight.shape[0], length))
     for start in range(0, len(tokens), chunk):
@@ -116,9 +136,7 @@ def loglikelihoods(
         ((_, logits),) = decoder.logits(states, torch.zeros(len(part), dtype=torch.long))
         logprobs = logits.float().log_softmax(dim=-1)
         likeliest = logprobs.argmax(dim=-1).tolist()
-        asked = [(at, index, target) for at, group in enumerate(part) for _, _, index, target in group]
-        values = logprobs[[at for at, _, _ in asked], [target for _, _, target in asked]].tolist()
-        for (at, index, target), value in zip(asked, values, strict=True):
-            totals[index] += value
-            greedy[index] &= likeliest[at] == target
-    return list(zip(totals, greedy, strict=True))
+        found = [(at, index, target) for at, group in enumerate(part) for _, _, index, target in group]
+        values = logprobs[[at for at, _, _ in found], [target for _, _, target in found]].tolist()
+        for (at, index, target), value in zip(found, values, strict=True):
+            yield index, value, likeliest[at] == target

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
@@ -15,18 +15,97 @@ from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
 
-@dataclass
-class InputRecorder:
-    """The statistics of a block's linears, kept once for each distinct input.
+class Recorded(NamedTuple):
+    """What a block's linears read."""
 
-    Two linears share an input if, within one window, they are given the same memory in the same state. An input is
-    named after the first linear that reads it. An expert's input is the tokens that are sent to it.
+    stats: BlockStats
+    grams: dict[str, Gram]  # by distinct input; none where no token came
+    crosses: dict[str, Float64[Tensor, "in in"]]  # X_denseᵀX, likewise
+
+
+@dataclass(kw_only=True)
+class Sums:
+    """Sums over some rows of what a block's linears read, by distinct input. Sums of several shards merge.
+
+    An input is named after the first linear that reads it. An expert's input is the tokens that are sent to it.
+    """
+
+    stats: dict[str, InputStats] = field(default_factory=dict)
+    grams: dict[str, Gram] = field(default_factory=dict)  # none where no token came
+    crosses: dict[str, Float64[Tensor, "in in"]] = field(default_factory=dict)  # X_denseᵀX, likewise
+    source: dict[str, str] = field(default_factory=dict)  # each linear's input, by name
+
+    def merge(self, other: "Sums") -> None:
+        """Add the sums of other rows. UserError where a linear reads another input there."""
+        for linear, source in other.source.items():
+            self._reads(linear, source)
+        for name, stats in other.stats.items():
+            if self.stats.setdefault(name, stats) is not stats:
+                self.stats[name].merge(stats)
+        for name, gram in other.grams.items():
+            if self.grams.setdefault(name, gram) is not gram:
+                self.grams[name].merge(gram)
+        for name, cross in other.crosses.items():
+            if self.crosses.setdefault(name, cross) is not cross:
+                self.crosses[name] += cross.to(self.crosses[name])
+
+    def _reads(self, linear: str, source: str) -> None:
+        if self.source.setdefault(linear, source) != source:
+            raise UserError(f"{linear}: reads {self.source[linear]} in one window and {source} in another")
+
+    def cpu(self) -> "Sums":
+        """Return a copy in main memory."""
+        return Sums(
+            stats={name: x.cpu() for name, x in self.stats.items()},
+            grams={name: x.cpu() for name, x in self.grams.items()},
+            crosses={name: x.cpu() for name, x in self.crosses.items()},
+            source=self.source,
+        )
+
+    def of(self, linears: dict[str, Linear]) -> Recorded:
+        """What the linears of a block read. An expert that no token was sent to has inputs of no tokens."""
+        reached = {(linear.module, linear.leaf) for name, linear in linears.items() if name in self.source}
+        stats, source = dict(self.stats), dict(self.source)
+        for (module, leaf, expert), names in _weights(linears).items():
+            if expert is not None and (module, leaf) not in reached:
+                raise UserError(f"{names[0]}: its experts are computed in an unsupported way")
+            if names[0] not in source:
+                stats[names[0]] = InputStats.empty(linears[names[0]].features)
+                source |= dict.fromkeys(names, names[0])
+        # Experts last and in their own order, not in the order in which tokens reached them.
+        experts = [name for name, linear in linears.items() if linear.part.expert is not None]
+        readers: dict[str, list[str]] = {}
+        for linear in dict.fromkeys([*(name for name in source if name not in set(experts)), *experts]):
+            readers.setdefault(source[linear], []).append(linear)
+        inputs = {name: stats[name].cpu() for name in readers}
+        transposed = [name for name, linear in linears.items() if linear.transposed]
+        return Recorded(BlockStats(inputs, readers, transposed), self.grams, self.crosses)
+
+    def check_finite(self, block: int) -> None:
+        """Raise UserError where an input's sums of squares are not finite, though its activations may be."""
+        for name, x in self.stats.items():
+            if not x.sum_squares.isfinite().all():
+                raise UserError(
+                    f"block {block}, input of {name}: sums of squares that are not finite, expected finite ones; {MEND}"
+                )
+
+
+def _weights(linears: dict[str, Linear]) -> dict[tuple[nn.Module, str, int | None], list[str]]:
+    """The linears by the weight that they are rows of: they share its input."""
+    weights: dict[tuple[nn.Module, str, int | None], list[str]] = {}
+    for name, linear in linears.items():
+        weights.setdefault((linear.module, linear.leaf, linear.part.expert), []).append(name)
+    return weights
+
+
+@dataclass(kw_only=True)
+class InputRecorder(Sums):
+    """Sums that grow while a block runs, kept once for each distinct input.
+
+    Two linears share an input if, within one window, they are given the same memory in the same state.
     """
 
     gram: bool = False  # keep the Gram matrices too
-    stats: dict[str, InputStats] = field(default_factory=dict)
-    grams: dict[str, Gram] = field(default_factory=dict)  # by distinct input; none where no token came
-    source: dict[str, str] = field(default_factory=dict)  # each linear's input, by name
     linears: dict[str, Linear] = field(default_factory=dict)
     # Inputs are kept alive until the window ends, so that their addresses are not reused.
     _held: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
@@ -37,7 +116,7 @@ class InputRecorder:
         self.linears = linears
         hooks: list[Any] = []
         experts: dict[tuple[nn.Module, str], dict[int, list[str]]] = {}
-        for (module, leaf, expert), names in self._weights().items():
+        for (module, leaf, expert), names in _weights(linears).items():
             if expert is None:
                 hooks.append(module.register_forward_pre_hook(lambda _, args, names=names: self._read(names, args[0])))
             else:
@@ -49,13 +128,6 @@ class InputRecorder:
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _weights(self) -> dict[tuple[nn.Module, str, int | None], list[str]]:
-        """The linears by the weight that they are rows of: they share its input."""
-        weights: dict[tuple[nn.Module, str, int | None], list[str]] = {}
-        for name, linear in self.linears.items():
-            weights.setdefault((linear.module, linear.leaf, linear.part.expert), []).append(name)
-        return weights
 
     def _read(self, names: list[str], x: Tensor) -> None:
         """Adds an input [..., in] of the linears that are rows of one weight."""
@@ -70,8 +142,7 @@ class InputRecorder:
             self._add(names[0], x.flatten(0, -2))
         source = self._held[key][0]
         for name in names:
-            if self.source.setdefault(name, source) != source:
-                raise UserError(f"{name}: reads {self.source[name]} in one window and {source} in another")
+            self._reads(name, source)
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         """Add a distinct input to its statistics."""
@@ -81,47 +152,21 @@ class InputRecorder:
             self.grams.setdefault(name, Gram.empty(x.shape[-1], where)).add(x)
 
     def result(self) -> BlockStats:
-        """The statistics of all windows, and the linears that read each distinct input.
-
-        An expert that no token was sent to has inputs of no tokens.
-        """
-        reached = {(linear.module, linear.leaf) for name, linear in self.linears.items() if name in self.source}
-        stats, source = dict(self.stats), dict(self.source)
-        for (module, leaf, expert), names in self._weights().items():
-            if expert is not None and (module, leaf) not in reached:
-                raise UserError(f"{names[0]}: its experts are computed in an unsupported way")
-            if names[0] not in source:
-                stats[names[0]] = InputStats.empty(self.linears[names[0]].features)
-                source |= dict.fromkeys(names, names[0])
-        # Experts last and in their own order, not in the order in which tokens reached them.
-        experts = [name for name, linear in self.linears.items() if linear.part.expert is not None]
-        readers: dict[str, list[str]] = {}
-        for linear in dict.fromkeys([*(name for name in source if name not in set(experts)), *experts]):
-            readers.setdefault(source[linear], []).append(linear)
-        inputs = {name: stats[name].cpu() for name in readers}
-        return BlockStats(inputs, readers, [name for name, linear in self.linears.items() if linear.transposed])
-
-    def check_finite(self, block: int) -> None:
-        """Raise UserError where an input's sums of squares are not finite, though its activations may be."""
-        for name, x in self.stats.items():
-            if not x.sum_squares.isfinite().all():
-                raise UserError(
-                    f"block {block}, input of {name}: sums of squares that are not finite, expected finite ones; {MEND}"
-                )
+        """The statistics of all windows, and the linears that read each distinct input."""
+        return self.of(self.linears).stats
 
     def end_window(self) -> None:
         """Release the window's inputs."""
         self._held.clear()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CrossRecorder(InputRecorder):
     """Also keeps X_denseᵀX of each distinct input, [in, in]: what the dense model reads times what this one reads.
 
     Each window's dense row runs first, inside `dense`. An expert to which both rows send different tokens has none.
     """
 
-    crosses: dict[str, Float64[Tensor, "in in"]] = field(default_factory=dict)
     _dense: dict[str, Tensor] = field(default_factory=dict)  # one window's inputs
     _is_dense: bool = False
 

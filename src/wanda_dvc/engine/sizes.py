@@ -124,8 +124,8 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     activations = length * model.features * width + model.linear * width  # a matrix library packs the linear
     if statistics:
         activations += length * model.widest * 8  # the float32 copy of an input, and its square
-    if gram:  # float64 sums of one block, and a panel of the widest; float32 triangles, and their bytes when written
-        activations += 8 * model.squares + max(12 * PANEL * model.widest, 4 * model.squares)
+    if gram:  # float64 sums of a block's shards so far and of the next one, and a panel; what is written takes less
+        activations += 2 * 8 * model.squares + 12 * PANEL * model.widest
     return Memory(
         weights=(2 * model.block + model.rest) * width,
         activations=activations,
@@ -149,11 +149,11 @@ def choosing(*, block: int, linear: int, threads: int, by_row: bool) -> Memory:
 
 
 def writing(*, linear: int, widest: int = 0) -> Memory:
-    """The largest linear while it is multiplied and counted; with Gram matrices, while it is solved for.
+    """The largest linear while it is multiplied, and the one before, which is being written; or what solving takes.
 
     `widest` is the most features that a linear reads where there are Gram matrices.
     """
-    return Memory(selection=8 * linear + (SOLVING * 4 * linear + GRAMS * 4 * widest**2 if widest else 0))
+    return Memory(selection=9 * linear + (SOLVING * 4 * linear + GRAMS * 4 * widest**2 if widest else 0))
 
 
 def propagating(walk: Memory, chosen: Memory, *, model: Sizes, dtype: str, trains: bool = False) -> Memory:

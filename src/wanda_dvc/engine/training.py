@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wanda_dvc.engine.walk import Step
+if TYPE_CHECKING:
+    from wanda_dvc.engine.walk import Step
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's
 
 
 def train(  # noqa: PLR0913 - the settings of a training
-    step: Step,
+    step: "Step",
     keeps: Mapping[str, Tensor],
     *,
     rows: range,
@@ -67,7 +69,7 @@ def _order(rows: int, epochs: int, seed: int, block: int) -> Iterator[int]:
         yield from torch.randperm(rows, generator=generator).tolist()
 
 
-def _by_parameter(step: Step, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _by_parameter(step: "Step", keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the masks as those of the block's parameters, which may hold several linears."""
     masks: dict[str, Tensor] = {}
     names = {id(p): name for name, p in step.decoder.blocks[step.index].named_parameters()}

@@ -14,63 +14,60 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from wanda_dvc.engine import shards, training
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import CrossRecorder, InputRecorder
+from wanda_dvc.engine.recorder import CrossRecorder, InputRecorder, Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
-from wanda_dvc.engine.states import HiddenStates
+from wanda_dvc.engine.runner import Change, Head, R, Rows, Runner, T, Turn
+from wanda_dvc.engine.states import HiddenStates, not_finite
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
 from wanda_dvc.errors import MEND, UserError, notice
-from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.pruning.statistics import BlockStats
 
 
 @torch.no_grad()
 def walk(
-    decoder: Decoder, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path, *, kept: int | None = None
+    decoder: Decoder,
+    rows: Sequence[Row] | Int[Tensor, "samples length"],
+    work: Path,
+    *,
+    kept: int | None = None,
+    beside: bool = False,
 ) -> Iterator["Step"]:
     """All rows through all blocks: for each block a `Step`, whose `advance` runs the rows.
 
     Continues after the last block that was finished in `work` with these rows. `kept` is the number of blocks whose
-    results the caller has from a killed run; with fewer than are finished, it starts anew.
+    results the caller has from a killed run; with fewer than are finished, it starts anew. With `beside` each row comes
+    twice: first those that `Step.dense` names, which see no change of a block, then those that `Step.own` names.
     """
-    rows = as_rows(rows)
-    _check_tokens(decoder, rows)
-    states = _states(decoder, rows, work)
-    if kept is not None and states.finished > kept:
-        states.finished, states.not_finite = -1, None
+    rows = as_rows(rows) * (1 + beside)
+    own = range(len(rows) // 2 if beside else 0, len(rows))
+    states = begin(decoder, rows, work, kept=kept)
     if states.finished > 0:
         notice(f"going on after {states.finished} of {len(decoder.blocks)} blocks, which an earlier run has finished")
     try:
-        for row in rows:
-            decoder.calls(row)
-        if states.finished < 0:
-            states.write(decoder.embed(row)[0] for row in rows)
-            states.turn()
         for index in range(states.finished, len(decoder.blocks)):
             with decoder.block(index):
-                yield Step(decoder, index, rows, states)
+                yield Step(decoder, index, rows, states, own)
             states.turn()
     finally:
         decoder.forget_calls()
 
 
-def measure(
-    decoder: Decoder,
-    rows: Sequence[Row] | Int[Tensor, "samples length"],
-    work: Path,
-    *,
-    gram: bool,
-    kept: int | None = None,
-) -> Iterator[tuple[int, BlockStats, dict[str, Gram]]]:
-    """The number, the statistics and the Gram matrices of each block, on what the blocks before it put out.
-
-    The matrices are by distinct input, and none without `gram`. `kept` is `walk`'s.
-    """
-    for step in walk(decoder, rows, work, kept=kept):
-        recorder = InputRecorder(gram=gram)
-        step.advance(recorder)
-        yield step.index, recorder.result(), recorder.grams
+@torch.no_grad()
+def begin(decoder: Decoder, rows: list[Row], work: Path, *, kept: int | None) -> HiddenStates:
+    """The hidden states that an earlier run has left in `work`, or those before the first block. `kept` is `walk`'s."""
+    check_tokens(decoder, rows)
+    states = _states(decoder, rows, work)
+    if kept is not None and states.finished > kept:
+        states.finished, states.not_finite = -1, None
+    decoder.compile_for(rows)
+    for row in rows:
+        decoder.calls(row)
+    if states.finished < 0:
+        states.write(decoder.embed(row)[0] for row in rows)
+        states.turn()
+    return states
 
 
 def outputs(
@@ -83,7 +80,7 @@ def outputs(
     return states.before
 
 
-def _check_tokens(decoder: Decoder, rows: Sequence[Row]) -> None:
+def check_tokens(decoder: Decoder, rows: Sequence[Row]) -> None:
     """Raise UserError where a token has no embedding."""
     embeddings = decoder.model.get_input_embeddings().weight.shape[0]
     largest = max((int(row.tokens.max()) for row in rows if len(row.tokens)), default=0)
@@ -100,13 +97,53 @@ def _states(decoder: Decoder, rows: list[Row], work: Path) -> HiddenStates:
 
 
 @dataclass
-class Step:
+class Here(Runner):
+    """Runs rows in this process."""
+
+    decoder: Decoder
+    work: Path  # where the hidden states wait
+    _rows: list[Row] = field(default_factory=list, init=False)
+
+    @property
+    def holds_layouts(self) -> bool:
+        """Whether a row may hold several questions."""
+        return self.decoder.holds_layouts
+
+    @property
+    def not_finite(self) -> str | None:
+        """Where the hidden states first were not finite."""
+        return not_finite(self.work)
+
+    def walk(
+        self,
+        rows: Rows,
+        *,
+        kept: int | None = None,
+        beside: bool = False,
+        changes: Callable[[int], Change] | None = None,
+    ) -> Iterator["Step"]:
+        """All rows through all blocks. Where hidden states are lost, it starts anew and needs no changes."""
+        self._rows = as_rows(rows)
+        return walk(self.decoder, self._rows, self.work, kept=kept, beside=beside)
+
+    def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
+        """What a function makes of some shards' last hidden states."""
+        hidden = outputs(self.decoder, self._rows, self.work)
+        for number, shard in enumerate(shards.cut(len(self._rows))):
+            if number in asked:
+                place = slice(shard.start, shard.stop)
+                yield from function(self.decoder, self._rows[place], hidden[place], asked[number])
+
+
+@dataclass
+class Step(Turn):
     """One block's turn in a walk. Its weights may be changed until the turn is over; the checkpoint stays as it is."""
 
     decoder: Decoder
     index: int
     rows: list[Row]
     states: HiddenStates
+    own: range  # all rows, or those after the dense model's
     _own: set[tuple[nn.Module, str]] = field(default_factory=set, init=False, repr=False)
 
     @property
@@ -118,6 +155,39 @@ class Step:
     def weights(self) -> dict[str, Linear]:
         """All weights of the block, named as the checkpoint stores them: its linears, then norms, biases and gates."""
         return self.decoder.weights.of_block(self.index)
+
+    @property
+    def dense(self) -> range:
+        """The rows that see no change of a block, where a walk takes them along."""
+        return range(self.own.start)
+
+    def record(self, *, gram: bool = False, crosses: bool = False) -> Recorded:
+        """Every row through this block, shard by shard; what its linears read."""
+        if self.dense:
+            self.advance(rows=self.dense)
+        total = Sums()
+        for shard in shards.cut(len(self.own)):
+            total.merge(self.record_shard(shard, gram=gram, crosses=crosses))
+        return total.of(self.linears)
+
+    def record_shard(self, shard: range, *, gram: bool, crosses: bool) -> Sums:
+        """Some of the own rows through this block; the sums of what its linears read."""
+        recorder = CrossRecorder(gram=gram) if crosses else InputRecorder(gram=gram)
+        rows = range(self.own.start + shard.start, self.own.start + shard.stop)
+        self.advance(recorder, rows=rows, beside=shard if crosses else None)
+        return recorder
+
+    def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Every own row through this block once more, with the weights that masks keep, and then with others."""
+        self.prune(keeps)
+        self.replace(weights)
+        self.advance(rows=self.own)
+
+    def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
+        """The block's weights after a training on the masks that begins with other weights; the block has those."""
+        self.prune(keeps)
+        self.replace(weights)
+        return training.train(self, keeps, rows=self.own, targets=self.states.after(self.dense), **settings)
 
     @torch.no_grad()
     def replace(self, weights: Mapping[str, Tensor]) -> None:

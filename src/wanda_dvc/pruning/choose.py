@@ -20,7 +20,9 @@ from wanda_dvc.pruning.selection import keep_by_share, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
-WEIGHTS_AT_A_TIME = 2**22  # rows are scored in slices of about so many weights, to bound memory
+# Rows are scored in slices of about so many weights, which bounds memory. Smaller ones are slower: the threads wait for
+# the interpreter.
+WEIGHTS_AT_A_TIME = 2**20
 
 
 @runtime_checkable

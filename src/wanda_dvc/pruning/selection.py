@@ -45,14 +45,14 @@ def keep_highest(score: Float[Tensor, "group size"], stay: int) -> Bool[Tensor, 
     if go == 0:
         return torch.ones_like(score, dtype=torch.bool)
     threshold = _kth_lowest(score, go)
-    keep = score > threshold
+    keep, kept = _above(score, threshold)
     # Weights that equal the threshold fill the row up to `stay`, the rightmost first.
-    missing = stay - keep.sum(dim=1, keepdim=True, dtype=torch.int32)
+    missing = stay - kept
     rows = missing[:, 0].nonzero()[:, 0]
     if len(rows):
         ties = score[rows] == threshold[rows]
-        from_the_end = ties.flip(1).cumsum(dim=1, dtype=torch.int32).flip(1)
-        keep[rows] |= ties & (from_the_end <= missing[rows])
+        place = ties.cumsum(dim=1, dtype=torch.int32)
+        keep[rows] |= ties & (place > place[:, -1:] - missing[rows])
     return keep
 
 
@@ -93,8 +93,23 @@ def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tenso
 def _kth_lowest(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "group 1"]:
     if score.device.type != "cpu":
         return torch.kthvalue(score, k, dim=1, keepdim=True).values
-    # On a CPU numpy's partition is vectorized: about 5 times as fast as kthvalue, 18 times as a sort.
-    return torch.from_numpy(np.partition(score.numpy(), k - 1, axis=1)[:, k - 1 : k])
+    # On a CPU numpy's partition is vectorized: about 5 times as fast as kthvalue, 18 times as a sort. Of numbers that
+    # are not negative the bits are in the same order, and as integers nearly twice as fast.
+    numbers = score.numpy()
+    bits = numbers.view(f"int{8 * numbers.itemsize}")
+    ordered = np.partition(bits if bits.min() >= 0 else numbers, k - 1, axis=1)
+    return torch.from_numpy(ordered[:, k - 1 : k].view(numbers.dtype))
+
+
+def _above(
+    score: Float[Tensor, "group size"], threshold: Float[Tensor, "group 1"]
+) -> tuple[Bool[Tensor, "group size"], Int[Tensor, "group 1"]]:
+    """Return which scores are higher, and how many in each row."""
+    if score.device.type != "cpu":
+        keep = score > threshold
+        return keep, keep.sum(dim=1, keepdim=True, dtype=torch.int32)
+    higher = score.numpy() > threshold.numpy()  # twice as fast as torch's
+    return torch.from_numpy(higher), torch.from_numpy(higher.sum(axis=1, keepdims=True, dtype=np.int32))
 
 
 def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, "out in"]:

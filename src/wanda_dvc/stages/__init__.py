@@ -121,14 +121,14 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=2,
+            version=3,
             about="Measure the dense model's activations once: stats/, and with calibration.gram gram/.",
             result="gram/provenance.json",  # with calibration.gram it takes longer
             settings=("calibration.samples", "calibration.length", "calibration.seed", "calibration.gram", "dtype"),
         ),
         Stage(
             name="mask",
-            version=2,
+            version=3,
             about="Choose the weights that stay: masks/.",
             result="masks/provenance.json",
             settings=(
@@ -162,7 +162,7 @@ STAGES = {
         ),
         Stage(
             name="zero-shot",
-            version=3,
+            version=4,
             about="Ask a model the questions of one task.",
             result="metrics/details/{part}/zero_shot/{task}.json",
             settings=("zero_shot.limit", "dtype"),

@@ -16,7 +16,7 @@ from wanda_dvc.stages.inputs import (
     check_ready,
     gram_bytes,
     model_provenance,
-    open_decoder,
+    runner,
 )
 from wanda_dvc.stages.running import progress, say_unreached
 from wanda_dvc.study.files import write_csv
@@ -27,8 +27,6 @@ from wanda_dvc.study.tensors import block_count, finished_blocks, read_stats, se
 
 def calibrate(*, project: Project) -> None:
     """models/dense + data/calibration → stats/, gram/. Without `calibration.gram` the latter has no blocks."""
-    from wanda_dvc.engine.walk import measure
-
     model = model_provenance(project, "dense")
     check_ready(project, "dense", project.params.calibration.length, "calibration.length")
     text = read_provenance(project.data("calibration"), "download calibration")
@@ -41,20 +39,23 @@ def calibrate(*, project: Project) -> None:
         params=calibrated_with(project.params),
     )
     windows = calibration_windows(project)
-    decoder = open_decoder(project, "dense")
-    check_fits(project, decoder.inputs())
     kept = project.params.calibration.gram
     grams_from = made_from | {"kind": "gram", "dtype": kept}
-    with project.work(made_from) as work, project.work(grams_from) as beside:
+    with (
+        project.work(made_from) as work,
+        project.work(grams_from) as beside,
+        runner(project, "dense", work) as run,
+    ):
+        check_fits(project, run.decoder.inputs())
         finished = finished_blocks(work.out)
         if kept != "none":
             finished = min(finished, finished_blocks(beside.out))
-        steps = measure(decoder, windows, work.path, gram=kept != "none", kept=finished)
-        for block, measured, grams in progress(steps, total=len(decoder.blocks), what="calibrate, blocks"):
-            write_stats(work.out, block, measured)
+        blocks = range(len(run.decoder.blocks))
+        for turn in progress(run.walk(windows, kept=finished), total=len(blocks), what="calibrate, blocks"):
+            measured, grams, _ = turn.record(gram=kept != "none")
+            write_stats(work.out, turn.index, measured)
             if kept != "none":
-                write_grams(beside.out, block, measured, grams, kept)
-        blocks = range(len(decoder.blocks))
+                write_grams(beside.out, turn.index, measured, grams, kept)
         say_unreached("calibrate", {block: read_stats(work.out, block).unreached() for block in blocks})
         seal(work.out, made_from)
         seal(beside.out, grams_from)

@@ -1,5 +1,7 @@
 """What stages start from, checked in one place: models, statistics and texts that belong together."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +13,7 @@ from wanda_dvc.params import Params
 from wanda_dvc.pruning.patterns import check_pattern
 from wanda_dvc.stages.running import device_name
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.project import TEXT, Project
+from wanda_dvc.study.project import TEXT, Project, Work
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from wanda_dvc.engine.decoder import Decoder
+    from wanda_dvc.engine.runner import Runner
 
 HEAD = "output head"
 MADE_BY = {"dense": "download model", "pruned": "apply"}
@@ -140,6 +143,14 @@ def calibration_windows(project: Project, measured_with: Json | None = None) -> 
     return draw(tokenize(project.text("calibration"), tokenizer), **words)
 
 
+@contextlib.contextmanager
+def runner(project: Project, model: str, work: Work, *, dtype: str | None = None) -> "Iterator[Runner]":
+    """Open what runs rows through one of the project's models: this process."""
+    from wanda_dvc.engine.walk import Here
+
+    yield Here(open_decoder(project, model, dtype=dtype), work.path)
+
+
 def open_decoder(project: Project, model: str, *, dtype: str | None = None) -> "Decoder":
     """Open the engine on one of the project's models, in a dtype (params.yaml's) and on the device it asks for."""
     import torch
@@ -158,7 +169,8 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None) -> "
         )
     wanted = getattr(torch, dtype)
     resident = budget is not None and Checkpoint(folder).size(wanted) <= budget * 1e9
-    return Decoder(folder, dtype=wanted, device=device, resident=resident)
+    compiling = project.params.runtime.compile
+    return Decoder(folder, dtype=wanted, device=device, resident=resident, compiling=compiling)
 
 
 # --- what they need and cost ---

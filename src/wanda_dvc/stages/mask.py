@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from wanda_dvc.stages.inputs import (
     check_ready,
     gram_provenance,
     largest,
-    open_decoder,
+    runner,
     statistics,
 )
 from wanda_dvc.stages.running import progress, say_unreached, solving_device
@@ -38,11 +39,16 @@ from wanda_dvc.study.provenance import describe, digest, read_provenance
 from wanda_dvc.study.tensors import (
     finished_blocks,
     read_grams,
+    read_masks,
     read_stats,
+    read_weights,
     seal,
     write_masks,
     write_weights,
 )
+
+if TYPE_CHECKING:
+    from wanda_dvc.engine.runner import Change, Turn
 
 
 def mask(*, project: Project) -> None:
@@ -130,12 +136,6 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
     project: Project, checkpoint: Checkpoint, stats: Statistics, shares: list[Fraction], work: Work, beside: Work
 ) -> None:
     """Follow the paper's procedure: each block is calibrated on the outputs of the blocks pruned before it."""
-    # Only here is a model run: without the engine and transformers a further sparsity starts seconds earlier.
-    from wanda_dvc.engine.recorder import CrossRecorder, InputRecorder
-    from wanda_dvc.engine.rows import as_rows
-    from wanda_dvc.engine.training import train
-    from wanda_dvc.engine.walk import walk
-
     # Text, windows and dtype are those of stats/: the masks depend on it, and on no setting of calibration.
     measured_with = stats.provenance["params"]
     text, expected = read_provenance(project.data("calibration"), "download calibration"), stats.provenance["text"]
@@ -146,51 +146,55 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
         )
     check_ready(project, "dense")
     params = project.params
-    reconstruction = RECONSTRUCTIONS[params.reconstruction]
-    decoder = open_decoder(project, "dense", dtype=measured_with["dtype"])
-    windows = as_rows(calibration_windows(project, measured_with))
+    windows = calibration_windows(project, measured_with)
+    solves = RECONSTRUCTIONS[params.reconstruction].function is not None
     kept = finished_blocks(work.out)
-    if reconstruction.function is not None:
+    if solves:
         kept = min(kept, finished_blocks(beside.out))
-    # A training needs the dense block's outputs too, a correction its inputs: the same windows, through dense blocks,
-    # come first.
-    dense = range(len(windows) if _runs_dense(params) else 0)
-    pruned = range(len(dense), len(dense) + len(windows))
-    steps = walk(decoder, [*windows, *windows] if dense else windows, work.path, kept=kept)
+
+    def changes(block: int) -> "Change":
+        return read_masks(work.out, block), read_weights(beside.out, block)[0] if solves else {}
+
     unreached = {}
-    for step in progress(steps, total=len(decoder.blocks), what="mask, blocks calibrated and pruned"):
-        if dense:
-            step.advance(rows=dense)
-        corrects = params.propagation == "corrected"
-        weights: Weights = checkpoint.weight
-        recorder = (CrossRecorder if corrects else InputRecorder)(gram=_records_grams(params))
-        step.advance(recorder, rows=pruned, beside=dense if corrects else None)
-        measured = recorder.result()
-        unreached[step.index] = measured.unreached()
-        if isinstance(recorder, CrossRecorder):
-            aimed = aim_block(
-                weights, measured, grams=recorder.grams, crosses=recorder.crosses, strength=params.correction
-            )
-            weights = aimed.__getitem__
-        chosen = keeps(params, weights, measured, shares[step.index], recorder.grams)
-        if reconstruction.function is None:
-            step.prune(chosen)
-        else:
-            solved = dict(
-                reconstruct_block(weights, measured, reconstruction=reconstruction, keeps=chosen, grams=recorder.grams)
-            )
-            changed = {name: one.weight.to(checkpoint.weight(name).dtype) for name, one in solved.items()}
-            step.prune(chosen)  # where no token came, nothing is solved
-            step.replace(changed)
-            if reconstruction.trains:
-                targets, training = step.states.after(dense), params.training
-                trained = train(step, chosen, rows=pruned, targets=targets, **training.model_dump())
-                changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
-                step.replace(changed)
-            write_weights(beside.out, step.index, changed, {name: one.told for name, one in solved.items()})
-        write_masks(work.out, step.index, chosen)
-        step.advance(rows=pruned)
+    with runner(project, "dense", work, dtype=measured_with["dtype"]) as run:
+        # A training needs the dense block's outputs too, a correction its inputs.
+        turns = run.walk(windows, kept=kept, beside=_runs_dense(params), changes=changes)
+        blocks = len(run.decoder.blocks)
+        for turn in progress(turns, total=blocks, what="mask, blocks calibrated and pruned"):
+            corrects = params.propagation == "corrected"
+            measured, grams, crosses = turn.record(gram=_records_grams(params), crosses=corrects)
+            unreached[turn.index] = measured.unreached()
+            weights: Weights = checkpoint.weight
+            if corrects:
+                aimed = aim_block(weights, measured, grams=grams, crosses=crosses, strength=params.correction)
+                weights = aimed.__getitem__
+            chosen = keeps(params, weights, measured, shares[turn.index], grams)
+            changed: dict[str, Tensor] = {}
+            if solves:
+                changed, told = _solve(params, turn, weights, checkpoint.weight, measured, chosen, grams)
+                write_weights(beside.out, turn.index, changed, told)
+            write_masks(work.out, turn.index, chosen)
+            turn.change(*changes(turn.index))
     say_unreached("mask", unreached)  # of the blocks that this run has calibrated
+
+
+def _solve(  # noqa: PLR0913, PLR0917 - what a reconstruction reads
+    params: Params,
+    turn: "Turn",
+    weights: Weights,
+    stored: Weights,
+    measured: BlockStats,
+    keeps: dict[str, Tensor],
+    grams: Mapping[str, Gram],
+) -> tuple[dict[str, Tensor], Json]:
+    """Return what a reconstruction makes of a block's weights, in their stored dtypes, and how it went."""
+    reconstruction = RECONSTRUCTIONS[params.reconstruction]
+    solved = dict(reconstruct_block(weights, measured, reconstruction=reconstruction, keeps=keeps, grams=grams))
+    changed = {name: one.weight.to(stored(name).dtype) for name, one in solved.items()}
+    if reconstruction.trains:
+        trained = turn.train(keeps, changed, **params.training.model_dump())
+        changed = {name: weight.to(stored(name).dtype) for name, weight in trained.items()}
+    return changed, {name: one.told for name, one in solved.items()}
 
 
 def _selects_by_row(params: Params) -> bool:

@@ -7,17 +7,16 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
+from wanda_dvc.engine import shards
 from wanda_dvc.engine.costs import Cost, Setting
-from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.losses import DIVERGED, from_losses, window_loss
+from wanda_dvc.engine.losses import DIVERGED, from_losses, window_losses
 from wanda_dvc.engine.rows import Row, as_rows
+from wanda_dvc.engine.runner import Runner
 from wanda_dvc.engine.sizes import BYTES_A_TOKEN, Need, walking
-from wanda_dvc.engine.states import not_finite
-from wanda_dvc.engine.walk import outputs, walk
 from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, open_decoder, say_not_finite, walk_need
+from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite, walk_need
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import write_csv, write_json
 from wanda_dvc.study.project import TEXT, Project
@@ -53,11 +52,10 @@ def perplexity(*, project: Project, model: str) -> None:
         if rest is None
         else "exp(total loss of all predictions / their number); a window's first token is not predicted",
     )
-    with project.work(protocol) as work:
-        decoder = open_decoder(project, model)
+    with project.work(protocol) as work, runner(project, model, work) as run:
         rows = as_rows(windows) if rest is None else [*as_rows(windows), Row(rest)]
-        losses = _losses(decoder, rows, work.path, what=f"perplexity {model}")
-        where = not_finite(work.path) or (None if all(map(math.isfinite, losses)) else HEAD)
+        losses = _losses(run, rows, work.path, what=f"perplexity {model}")
+        where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
         say_not_finite(f"perplexity {model}", where)
         predictions = [len(row.tokens) - 1 for row in rows]
         details = {"protocol": protocol, "losses": [_finite(x) for x in losses]}
@@ -69,18 +67,19 @@ def perplexity(*, project: Project, model: str) -> None:
         work.forget()
 
 
-def _losses(decoder: Decoder, rows: list[Row], work: Path, *, what: str) -> list[float]:
+def _losses(run: Runner, rows: list[Row], work: Path, *, what: str) -> list[float]:
     """Return each row's mean loss, going on from the losses that a killed run has left in `work`."""
-    for step in progress(walk(decoder, rows, work), total=len(decoder.blocks), what=f"{what}, blocks"):
-        step.advance()
+    for turn in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{what}, blocks"):
+        turn.advance()
     losses = _read_losses(work / LOSSES, len(rows))
-    left = range(len(losses), len(rows))
-    hidden = outputs(decoder, rows, work)
+    done, left = len(losses), len(rows) - len(losses)
+    skipped = {n: max(done - shard.start, 0) for n, shard in enumerate(shards.cut(len(rows))) if shard.stop > done}
+    found = run.head(window_losses, skipped)
     with (work / LOSSES).open("a", encoding="utf-8") as file:
-        for row in progress(left, total=len(left), what=f"{what}, output head, windows"):
-            losses.append(window_loss(decoder, hidden[row][None], rows[row].tokens))
-            file.write(_line(row, losses[-1]))
+        for loss in progress(found, total=left, what=f"{what}, output head, windows"):
+            file.write(_line(len(losses), loss))
             file.flush()
+            losses.append(loss)
     return losses
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +10,14 @@ from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.sizes import Need, walking
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, open_decoder, say_not_finite, walk_need
+from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite, walk_need
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import Json, write_json
 from wanda_dvc.study.project import ITEMS, Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
 if TYPE_CHECKING:
-    from wanda_dvc.engine.walk import Step
+    from wanda_dvc.engine.runner import Turn
 
 DIVERGED = "diverged"
 METRICS = ("acc", "acc_norm")
@@ -64,20 +64,19 @@ def answer(project: Project, model: str, task: str, protocol: Json, work: Work) 
     from lm_eval.evaluator import evaluate
 
     from wanda_dvc.engine.harness import EngineLM, load_task
-    from wanda_dvc.engine.states import not_finite
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every data set that is no Hub id
     folder, what = project.data("tasks") / task, f"zero-shot {model} {task}"
     items = read_provenance(folder, "download tasks")
     definition = load_task(items["definition"], items["role"], folder / ITEMS)
+    with runner(project, model, work) as run:
 
-    def blocks(steps: "Iterable[Step]", total: int) -> "Iterable[Step]":
-        return progress(steps, total=total, what=f"{what}, blocks")
+        def blocks(turns: "Iterator[Turn]") -> "Iterable[Turn]":
+            return progress(turns, total=len(run.decoder.blocks), what=f"{what}, blocks")
 
-    decoder = open_decoder(project, model)
-    language_model = EngineLM(decoder, project.model(model), work.path, what=what, progress=blocks)
-    evaluated = evaluate(language_model, {task: definition}, limit=project.params.zero_shot.limit)
-    where = not_finite(work.path)
+        language_model = EngineLM(run.decoder, project.model(model), run, what=what, progress=blocks)
+        evaluated = evaluate(language_model, {task: definition}, limit=project.params.zero_shot.limit)
+        where = run.not_finite
     result = evaluated["results"][task]
     given = [metric for metric in METRICS if f"{metric},none" in result]
     details: Json = {

@@ -1,0 +1,264 @@
+"""A walk on several workers. Each has some shards of the rows and their hidden states, and goes through all blocks.
+
+The driver asks for one block at a time and merges what shards give in the shards' order. A crew starts workers, calls
+them, and brings what they return: `engine.workers` has Ray's. A shard whose worker is gone starts again on another one.
+"""
+
+import contextlib
+import itertools
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from wanda_dvc.engine import shards
+from wanda_dvc.engine.checkpoint import Address
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.recorder import Recorded, Sums
+from wanda_dvc.engine.rows import Row, as_rows
+from wanda_dvc.engine.runner import Change, Head, R, Rows, Runner, T, Turn
+from wanda_dvc.engine.walk import check_tokens
+from wanda_dvc.engine.worker import REST, Order, pack
+from wanda_dvc.errors import UserError, notice
+
+AHEAD = 2  # shards that each worker has to do or to hand over
+PATIENCE = 3  # workers that a shard may lose
+
+
+class Lost(Exception):
+    """A worker is gone, and with it the hidden states of its shards."""
+
+
+@dataclass(eq=False)
+class Hired:
+    """A worker as the driver knows it."""
+
+    handle: Any
+    name: str
+    has_checkpoint: bool
+
+
+class Crew(ABC):
+    """Starts workers and carries words to them and results back."""
+
+    @abstractmethod
+    def hire(self, most: int, asked: Order) -> list[Hired]:
+        """Up to so many workers, at least one, that have taken the order. UserError where none comes."""
+
+    @abstractmethod
+    def call(self, worker: Hired, *words: Any) -> Any:
+        """Begin `Worker.do`; what `put` returned comes as what it was given. Returns a ticket."""
+
+    @abstractmethod
+    def get(self, ticket: Any) -> Any:
+        """What a call returned or raised. Lost where its worker is gone."""
+
+    @abstractmethod
+    def put(self, content: Any) -> Any:
+        """Leave something for all workers."""
+
+    @abstractmethod
+    def dismiss(self, worker: Hired) -> None:
+        """End a worker."""
+
+
+@dataclass
+class Pool(Runner):
+    """Runs rows on workers."""
+
+    decoder: Decoder
+    order: Order
+    crew: Crew
+    _workers: list[Hired] = field(default_factory=list, init=False)
+    _rows: list[Row] = field(default_factory=list, init=False)
+    _cut: list[range] = field(default_factory=list, init=False)
+    _homes: list[Hired] = field(default_factory=list, init=False)  # of each shard
+    _next: list[int] = field(default_factory=list, init=False)  # the block that a shard is before; −1: nowhere
+    _ran: set[int] = field(default_factory=set, init=False)  # shards that went through the block at work
+    _losses: list[int] = field(default_factory=list, init=False)
+    _not_finite: dict[int, str] = field(default_factory=dict, init=False)  # by shard
+    _put: dict[int, Any] = field(default_factory=dict, init=False)  # parcels
+
+    @property
+    def holds_layouts(self) -> bool:
+        """Whether a row may hold several questions; tried by the driver."""
+        return self.decoder.holds_layouts
+
+    @property
+    def not_finite(self) -> str | None:
+        """Where the hidden states first were not finite: in the first block, and there in the first shard."""
+
+        def block(shard: int) -> tuple[int, int]:
+            number = re.search(r"block (\d+)", self._not_finite[shard])
+            return int(number[1]) if number else -1, shard
+
+        return self._not_finite[min(self._not_finite, key=block)] if self._not_finite else None
+
+    def walk(
+        self,
+        rows: Rows,
+        *,
+        kept: int | None = None,
+        beside: bool = False,
+        changes: Callable[[int], Change] | None = None,
+    ) -> Iterator[Turn]:
+        """All rows through all blocks. Shards that lost their hidden states go through the kept blocks again."""
+        self._rows = as_rows(rows)
+        check_tokens(self.decoder, self._rows)
+        self._cut, self._beside, self._changes = shards.cut(len(self._rows)), beside, changes
+        if not self._workers:
+            self._workers = self.crew.hire(len(self._cut), self.order)
+        homes = itertools.cycle(self._workers)
+        self._homes = [next(homes) for _ in self._cut]
+        self._next, self._losses = [-1] * len(self._cut), [0] * len(self._cut)
+        self._ran, self._not_finite = set(), {}
+        self._begin(kept)
+        first = kept if kept is not None else min(self._next, default=0)
+        if first > 0:
+            notice(f"going on after {first} of {len(self.decoder.blocks)} blocks, which an earlier run has finished")
+        for index in range(first, len(self.decoder.blocks)):
+            self._ran.clear()
+            yield PoolTurn(self, index)
+            for number in self._ran:
+                self._next[number] = index + 1
+
+    def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
+        """What a function makes of some shards' last hidden states."""
+        blocks = len(self.decoder.blocks)
+        for _, found in self._each("head", blocks, list(asked), lambda number: (function, asked[number])):
+            yield from found
+
+    def run(self, method: str, block: int, *words: Any) -> Iterator[Any]:
+        """What a method of all shards' workers returns at a block, in the shards' order."""
+        behind = [number for number in range(len(self._cut)) if self._next[number] <= block]
+        for number, (found, where) in self._each(method, block, behind, lambda _: words):
+            self._note(number, where)
+            yield found
+
+    def _note(self, number: int, where: str | None) -> None:
+        """Keep where a shard first was not finite."""
+        if where:
+            self._not_finite.setdefault(number, where)
+
+    def _begin(self, kept: int | None) -> None:
+        """Have every shard taken. One that an earlier run has left on its worker's machine goes on from there."""
+        tickets = [self._take(number, kept) for number in range(len(self._cut))]
+        for number, ticket in enumerate(tickets):
+            with contextlib.suppress(Lost):  # it is found again where it is asked for more
+                finished, where = self.crew.get(ticket)
+                self._next[number] = finished
+                self._note(number, where)
+
+    def _take(self, number: int, kept: int | None) -> Any:
+        shard = self._cut[number]
+        rows = self._rows[shard.start : shard.stop]
+        self._next[number] = 0
+        return self._call(number, 0, "begin", number, rows, self._beside, kept)
+
+    def _each(
+        self, method: str, block: int, numbers: Sequence[int], words: Callable[[int], tuple[Any, ...]]
+    ) -> Iterator[tuple[int, Any]]:
+        """What a method returns for some shards, in their order; `words` are its further arguments."""
+        tickets: dict[int, Any] = {}
+        waiting = iter(numbers)
+
+        def submit(number: int) -> None:
+            tickets[number] = self._submit(method, number, block, words(number))
+
+        for number in numbers:
+            for another in itertools.islice(waiting, max(0, AHEAD * len(self._workers) - len(tickets))):
+                submit(another)
+            while True:
+                try:
+                    found = self.crew.get(tickets[number])
+                    break
+                except Lost as error:
+                    self._rehome(self._homes[number], number, str(error))
+                    for another in list(tickets):
+                        if self._next[another] < 0:
+                            submit(another)
+            del tickets[number]
+            self._ran.add(number)
+            yield number, found
+
+    def _submit(self, method: str, number: int, block: int, words: tuple[Any, ...]) -> Any:
+        """Begin a method for a shard, after the blocks that it has lost or not seen."""
+        if self._next[number] < 0:
+            self._take(number, -1)
+        for behind in range(self._next[number], block):
+            change = self._changes(behind) if self._changes else None
+            self._call(number, behind, "replay", number, behind, change)
+        self._next[number] = block
+        if method == "head":
+            return self._call(number, block, method, number, *words)
+        if method == "change" and number not in self._ran:
+            method = "replay"  # the dense model's rows have not been through this block
+        return self._call(number, block, method, number, block, *words)
+
+    def _call(self, number: int, block: int, method: str, *words: Any) -> Any:
+        worker = self._homes[number]
+        parcels = {} if worker.has_checkpoint else {n: [self._parcel(n)] for n in (REST, block, block + 1)}
+        return self.crew.call(worker, method, parcels, *words)
+
+    def _parcel(self, number: int) -> Any:
+        """Where one parcel is left for those workers that do not have the checkpoint."""
+        if number not in self._put:
+            checkpoint, parcels = self.decoder.checkpoint, self.order.outline.parcels
+            names = [name for name, one in parcels.items() if one == number]
+            for old in [one for one in self._put if one not in (REST, number - 1, number + 1)]:
+                del self._put[old]
+            self._put[number] = self.crew.put({name: pack(checkpoint.read(Address(name))) for name in names})
+        return self._put[number]
+
+    def _rehome(self, lost: Hired, number: int, why: str) -> None:
+        """Give the shards of a lost worker to another one, or to those that are left."""
+        self._losses[number] += 1
+        if self._losses[number] >= PATIENCE:
+            raise UserError(
+                f"worker on {lost.name}: died at shard {number}, as {PATIENCE - 1} before it ({why}), expected it to "
+                "end; see that its memory is what `wanda-dvc cost` says"
+            )
+        notice(f"worker on {lost.name}: gone; its shards start again on another one")
+        if lost in self._workers:
+            self._workers.remove(lost)
+            self.crew.dismiss(lost)
+        if not self._workers:
+            self._workers = self.crew.hire(1, self.order)
+        homes = itertools.cycle(self._workers)
+        for shard, home in enumerate(self._homes):
+            if home is lost:
+                self._homes[shard], self._next[shard] = next(homes), -1
+                self._ran.discard(shard)
+
+
+@dataclass
+class PoolTurn(Turn):
+    """One block's turn on all workers."""
+
+    pool: Pool
+    index: int
+
+    def advance(self) -> None:
+        """Every row through the block."""
+        for _ in self.pool.run("advance", self.index):
+            pass
+
+    def record(self, *, gram: bool = False, crosses: bool = False) -> Recorded:
+        """Every row through the block; what its linears read."""
+        total = Sums()
+        for sums in self.pool.run("record", self.index, gram, crosses):
+            total.merge(sums)
+        return total.of(self.pool.decoder.linears(self.index))
+
+    def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Every own row through the block once more."""
+        change = self.pool.crew.put((keeps, weights))
+        for _ in self.pool.run("change", self.index, change):
+            pass
+
+    def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
+        """Not on workers: a training takes one row a step."""
+        raise NotImplementedError

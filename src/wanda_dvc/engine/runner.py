@@ -1,0 +1,78 @@
+"""What a stage asks of whoever runs its rows: this process (`engine.walk`), or workers (`engine.pool`)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.recorder import Recorded
+from wanda_dvc.engine.rows import Row
+
+Rows = Sequence[Row] | Int[Tensor, "samples length"]
+Change = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # masks, and weights, of one block
+T = TypeVar("T")
+R = TypeVar("R")
+# Of one shard: the model, rows, their last hidden states, and what is asked.
+Head = Callable[[Decoder, Sequence[Row], Sequence[Float[Tensor, "_ width"]], T], Iterator[R]]
+
+
+class Turn(ABC):
+    """One block's turn in a walk of all rows, wherever they are."""
+
+    index: int
+
+    @abstractmethod
+    def advance(self) -> None:
+        """Every row through the block."""
+
+    @abstractmethod
+    def record(self, *, gram: bool = False, crosses: bool = False) -> Recorded:
+        """Every row through the block; what its linears read.
+
+        `gram` asks for Gram matrices too, and `crosses` for the products with what the dense model reads.
+        """
+
+    @abstractmethod
+    def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Every own row through the block once more, with the weights that masks keep, and then with others."""
+
+    @abstractmethod
+    def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
+        """The block's weights after a training (`engine.training`) on the masks that begins with other weights."""
+
+
+class Runner(ABC):
+    """Runs the rows of one walk."""
+
+    decoder: Decoder  # in this process: the model's structure, and what is in no block
+
+    @property
+    @abstractmethod
+    def holds_layouts(self) -> bool:
+        """Whether a row may hold several questions."""
+
+    @property
+    @abstractmethod
+    def not_finite(self) -> str | None:
+        """Where the hidden states first were not finite; None where they all are."""
+
+    @abstractmethod
+    def walk(
+        self,
+        rows: Rows,
+        *,
+        kept: int | None = None,
+        beside: bool = False,
+        changes: Callable[[int], Change] | None = None,
+    ) -> Iterator[Turn]:
+        """All rows through all blocks, as `engine.walk.walk`.
+
+        `changes` says how a block was changed whose results are kept; None: no block was.
+        """
+
+    @abstractmethod
+    def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
+        """What a function makes of some shards' last hidden states, in the shards' order."""

@@ -1,0 +1,286 @@
+"""One of several processes that run shards through blocks, and what it is told and sent."""
+
+import contextlib
+import functools
+import hashlib
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
+from wanda_dvc.engine.decoder import Compiling, Decoder
+from wanda_dvc.engine.recorder import Sums
+from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.runner import Change, Head, R, T
+from wanda_dvc.engine.states import HiddenStates
+from wanda_dvc.engine.walk import Step, begin
+from wanda_dvc.errors import UserError, explain, fixable
+from wanda_dvc.reading import Entry
+
+REST = -1  # the parcel of what is in no block
+
+
+class Packed(NamedTuple):
+    """A tensor's bytes, which travel without a copy."""
+
+    content: np.ndarray[Any, np.dtype[np.uint8]]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def pack(tensor: Tensor) -> Packed:
+    """Return a tensor's bytes."""
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return Packed(content, tensor.dtype, tuple(tensor.shape))
+
+
+def unpack(packed: Packed) -> Tensor:
+    """Return the tensor, on the same memory, which may be read-only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(packed.content).view(packed.dtype).view(packed.shape)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a checkpoint before any tensor is there."""
+
+    name: str
+    config: Any
+    config_name: str
+    entries: Mapping[str, Entry]
+    parcels: Mapping[str, int]  # the parcel of each tensor
+
+
+class Sent(Source):
+    """A checkpoint that lies on another machine. Its tensors come in parcels: one a block, and one of all others."""
+
+    def __init__(self, outline: Outline, parcel: Callable[[int], Mapping[str, Packed]]) -> None:
+        """`parcel` brings one."""
+        self.outline = outline
+        self._parcel = functools.lru_cache(maxsize=3)(parcel)  # of no block, of the one at work, and of the next
+
+    def __str__(self) -> str:
+        return self.outline.name
+
+    @property
+    def where(self) -> Mapping[str, int]:
+        """The parcel of each tensor."""
+        return self.outline.parcels
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Dtype and shape of each tensor."""
+        return self.outline.entries
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.outline.config
+
+    @property
+    def config_name(self) -> str:
+        """Its name in messages."""
+        return self.outline.config_name
+
+    def read(self, address: Address) -> Tensor:
+        """The tensor, or the expert's part of it. It is read-only."""
+        whole = unpack(self._parcel(self.where[address.tensor])[address.tensor])
+        return whole if address.expert is None else whole[address.expert]
+
+    def parameter(self, name: str, stored: Address | None) -> Tensor | None:
+        """The stored tensor, where there is one."""
+        return None if stored is None else self.read(stored)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What all workers of a walk are told."""
+
+    folder: Path  # of the checkpoint
+    fingerprint: str
+    outline: Outline
+    dtype: torch.dtype
+    resident: bool  # whether the model stays in memory
+    compiling: Compiling
+    work: Path  # the driver's folder for hidden states
+
+
+def order(decoder: Decoder, work: Path, *, resident: bool) -> Order:
+    """Return what workers have to know of a model on disk."""
+    checkpoint = decoder.checkpoint
+    assert isinstance(checkpoint, Checkpoint)
+    weights, parcels = decoder.weights, dict.fromkeys(checkpoint.where, REST)
+    for index, block in enumerate(decoder.blocks):
+        for name, _ in block.named_parameters():
+            for part in weights.parts(f"{weights.blocks_name}.{index}.{name}"):
+                parcels[part.address.tensor] = index
+    outline = Outline(str(checkpoint), checkpoint.config, checkpoint.config_name, checkpoint.entries, parcels)
+    named = checkpoint.folder, fingerprint(checkpoint.folder)
+    return Order(*named, outline, decoder.dtype, resident, decoder.compiling, work)
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash of a model's provenance and configuration and of its files' sizes; of no model, that of nothing."""
+    told = hashlib.sha256()
+    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+        if path.suffix == ".safetensors":
+            told.update(f"{path.name}: {path.stat().st_size}\n".encode())
+        elif path.name in ("provenance.json", "config.json"):
+            told.update(path.read_bytes())
+    return told.hexdigest()
+
+
+@dataclass
+class _Shard:
+    rows: list[Row]
+    own: range
+    states: HiddenStates
+    lock: FileLock
+
+
+class Worker:
+    """One of several processes that run shards through blocks.
+
+    A block stays open from one shard to the next, with the weights that it was given for this turn.
+    """
+
+    def __init__(self, name: str, *, device: str, at_driver: bool, fetch: Callable[[Any], Any]) -> None:
+        """`name` is its place in messages. `fetch` brings what the driver has put somewhere."""
+        self.name, self.device, self.at_driver, self._fetch = name, torch.device(device), at_driver, fetch
+        self._shards: dict[int, _Shard] = {}
+        self._refs: dict[int, Any] = {}
+        self._failure: Exception | None = None
+        self._open = contextlib.ExitStack()
+        self._opened: tuple[int, bool] | None = None  # the block, and whether its weights were changed
+
+    def do(self, method: str, parcels: Mapping[int, list[Any]], *words: Any) -> Any:
+        """Do one thing; what goes wrong names this worker."""
+        try:
+            if self._failure:  # of a call that nobody waited for
+                raise self._failure
+            self._refs |= {number: ref for number, (ref,) in parcels.items()}
+            return getattr(self, method)(*words)
+        except Exception as error:
+            self._failure = error
+            if fixable(error):
+                raise UserError(*(f"worker on {self.name}: {line}" for line in explain(error))) from None
+            raise RuntimeError(f"worker on {self.name}: {type(error).__name__}: {error}") from error
+
+    def take(self, order: Order) -> bool:
+        """Take an order. Return whether the checkpoint is here too."""
+        self.order = order
+        return fingerprint(order.folder) == order.fingerprint
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """The model."""
+        asked = self.order
+        here = fingerprint(asked.folder) == asked.fingerprint
+        source: Path | Source = asked.folder if here else Sent(asked.outline, lambda n: self._fetch(self._refs[n]))
+        return Decoder(
+            source, dtype=asked.dtype, device=self.device, resident=asked.resident, compiling=asked.compiling
+        )
+
+    @torch.no_grad()
+    def begin(self, number: int, rows: list[Row], beside: bool, kept: int | None) -> tuple[int, str | None]:
+        """Take a shard. Return the blocks that it has finished here in a killed run, and where it was not finite."""
+        self._close()
+        folder, lock = self._folder(number)
+        rows = rows * (1 + beside)
+        states = begin(self.decoder, rows, folder, kept=kept)
+        self._shards[number] = _Shard(rows, range(len(rows) // 2 if beside else 0, len(rows)), states, lock)
+        return states.finished, states.not_finite
+
+    # Each of these returns its result, and where the shard first was not finite.
+
+    def advance(self, number: int, block: int) -> tuple[None, str | None]:
+        """All rows of a shard through a block."""
+        step = self._step(number, block)
+        step.advance()
+        return None, step.states.not_finite
+
+    def record(self, number: int, block: int, gram: bool, crosses: bool) -> tuple[Sums, str | None]:
+        """All rows of a shard through a block; the sums of what its linears read."""
+        step = self._step(number, block)
+        if step.dense:
+            step.advance(rows=step.dense)
+        sums = step.record_shard(range(len(step.own)), gram=gram, crosses=crosses)
+        return sums.cpu(), step.states.not_finite
+
+    def change(self, number: int, block: int, change: Change) -> tuple[None, str | None]:
+        """The own rows of a shard through a block with other weights."""
+        step = self._step(number, block, change)
+        step.advance(rows=step.own)
+        return None, step.states.not_finite
+
+    def replay(self, number: int, block: int, change: Change | None) -> tuple[None, str | None]:
+        """All rows of a shard through a block whose results the driver has."""
+        if change is None:
+            return self.advance(number, block)
+        if (step := self._step(number, block)).dense:
+            step.advance(rows=step.dense)
+        return self.change(number, block, change)
+
+    def head(self, number: int, function: Head[T, R], asked: T) -> list[R]:
+        """What a function makes of a shard's last hidden states."""
+        shard = self._shards[number]
+        self._turn(shard, len(self.decoder.blocks))
+        return list(function(self.decoder, shard.rows, shard.states.before, asked))
+
+    def end(self) -> None:
+        """Forget the walk, also on disk."""
+        self._close()
+        for shard in self._shards.values():
+            shutil.rmtree(shard.states.folder, ignore_errors=True)
+            shard.lock.release()
+        self._shards.clear()
+
+    def _step(self, number: int, block: int, change: Change | None = None) -> Step:
+        """A shard's turn at a block, which stays open with its weights for the next shard."""
+        shard = self._shards[number]
+        self._turn(shard, block)
+        step = Step(self.decoder, block, shard.rows, shard.states, shard.own)
+        if self._opened != (block, change is not None):
+            self._close()
+            self._open.enter_context(self.decoder.block(block))
+            if change is not None:
+                keeps, weights = change
+                step.prune(keeps)
+                step.replace(weights)
+            self._opened = block, change is not None
+        return step
+
+    def _turn(self, shard: _Shard, block: int) -> None:
+        """End the turn before a block: what the rows were last given counts."""
+        if shard.states.finished == block - 1:
+            shard.states.turn()
+        assert shard.states.finished == block
+
+    def _close(self) -> None:
+        self._open.close()
+        self._opened = None
+
+    def _folder(self, number: int) -> tuple[Path, FileLock]:
+        """A folder for a shard's hidden states: that of a killed run, but for another process that is still at it."""
+        asked = self.order.work
+        root = asked if self.at_driver else Path(tempfile.gettempdir()) / "wanda-dvc" / asked.name
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / f"shard_{number:05d}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            folder = Path(tempfile.mkdtemp(prefix=f"shard_{number:05d}_", dir=root))
+            lock = FileLock(folder / "lock")
+            lock.acquire()
+            return folder, lock
+        return root / f"shard_{number:05d}", lock
