@@ -121,7 +121,7 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
 
 
 def test_weights_are_asked_for_one_at_a_time_in_the_order_of_the_file(tmp_path: Path):
-    """So memory is bounded by one weight: what comes before it is written by then."""
+    """So memory is bounded by two weights: what comes before the one before is written by then."""
     source = Checkpoint(save("granitemoe", tmp_path / "dense"))
     stored = [name for name in source.where if "linear" in name and "layers" in name]
     addresses = [Address(name, expert) for name in reversed(stored) for expert in (3, 1, 0)]
@@ -137,7 +137,8 @@ def test_weights_are_asked_for_one_at_a_time_in_the_order_of_the_file(tmp_path: 
     begins = {name: begin for name, _, _, begin, _ in source.bytes_at(source.shards[0])}
     places = [begins[address.tensor] + (address.expert or 0) * source.read(address).nbytes for address in asked]
     assert all(one < other for one, other in pairwise(places))
-    assert all(place - size < 2**17 for place, size in zip(places, sizes, strict=True))  # a file object's buffer
+    written = zip(places, sizes[1:], strict=False)
+    assert all(place - size < 2**17 for place, size in written)  # a file object's buffer
     copied = Checkpoint(tmp_path / "copy")
     for name in source.where:
         tensor = source.read(Address(name)).clone()

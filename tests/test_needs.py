@@ -83,7 +83,7 @@ def test_what_each_stage_needs(config_only: Callable[..., Project], dtype: str, 
     assert need(project, "calibrate") == (walk + 64 * 48 * 8, 3 * 64 * 32 * width * 2)
     masks = BLOCK + sizes.SELECTION * linear
     assert need(project, "mask") == (masks, 0)
-    assert need(project, "apply") == (8 * linear, (project.model("dense") / "config.json").stat().st_size)
+    assert need(project, "apply") == (9 * linear, (project.model("dense") / "config.json").stat().st_size)
     logits = 64 * 260 * (width + 8)
     assert need(project, "perplexity", "pruned") == (walk + logits, 4 * 64 * 32 * width * 2)
     packed = (2 * BLOCK + REST + linear + ROW * features) * width + ROW * 260 * (width + 8) + calls_bytes("cpu")

@@ -51,7 +51,7 @@ def test_running_again_on_equal_inputs_changes_nothing_in_git(repository: Reposi
 
 
 def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
-    changes = {"device": "cpu", "threads": 1, "memory_gb": 3.0, "mirror": str(tmp_path)}
+    changes = {"device": "cpu", "threads": 1, "memory_gb": 3.0, "compile": "auto", "mirror": str(tmp_path)}
     assert repository.repro(**{f"runtime__{name}": value for name, value in changes.items()}) == set()
 
 

@@ -16,6 +16,7 @@ from wanda_dvc.export.formats import DEFAULT as DEFAULT_FORMAT
 from wanda_dvc.export.formats import FORMATS
 from wanda_dvc.stages import STAGES, Stage
 from wanda_dvc.views import completion
+from wanda_dvc.views.speed import PROMPT, TOKENS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,7 +61,7 @@ def main(
 
 def _run(name: str, version: int | None, part: str | None = None, task: str | None = None) -> None:
     """Run one stage, timed; offline except for download; without progress bars except on a terminal."""
-    from wanda_dvc.stages import check_version
+    from wanda_dvc.stages import ahead, check_version
     from wanda_dvc.stages import run as run_stage
     from wanda_dvc.stages.running import stoppable, timed
     from wanda_dvc.study.project import Project
@@ -85,13 +86,17 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with stoppable(label):
+        if part and task and ahead.publish_answered(project, part, task):
+            return
         announce(project=project, stage=name, part=part)
-        with timed(project, stage, part, task):
+        with timed(project, stage, part, task) as taken:
             if stage.computes:
                 import torch
 
                 torch.set_num_threads(project.params.runtime.threads or os.cpu_count() or 1)
             run_stage(name, project=project, part=part, task=task)
+        if part and task:
+            ahead.answer_ahead(project, part, task, taken["seconds"])
 
 
 def _command(stage: Stage) -> Callable[..., None]:
@@ -328,6 +333,20 @@ def cost(  # noqa: PLR0913, PLR0917 - the options of the command
     typer.echo(
         table(start=start, config=config, device=device, dtype=dtype, windows=windows, length=length, as_json=as_json)
     )
+
+
+@app.command(rich_help_panel=RESULT_PANEL)
+def speed(
+    directory: Annotated[Path, typer.Argument(help="A model's directory, dense or packed.")],
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens in.")] = PROMPT,
+    tokens: Annotated[int, typer.Option("--tokens", min=3, help="Tokens out.")] = TOKENS,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on this machine, dense and packed: loading, memory and tokens a second."""
+    from wanda_dvc.views.speed import speed as table
+
+    typer.echo(table(folder=directory, prompt=prompt, tokens=tokens, device=device, as_json=as_json))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

@@ -155,6 +155,11 @@ class Runtime(_Section):
         gt=0,
         description="a model of at most so many GB stays in memory; null: one block at a time",
     )
+    compile: Literal["off", "on", "auto"] = Field(
+        "off",
+        description="blocks through `torch.compile`: off, on, or auto (where a run is long enough to pay for it and "
+        "a compiler is there). It changes last digits, as another device does",
+    )
     mirror: str | None = Field(
         None,
         description="absolute path of a directory laid out like the Hub (id/config/split.jsonl), from which data sets "

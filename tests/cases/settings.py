@@ -91,6 +91,7 @@ MEANT = [
     ("runtime.workers", 4, ("runtime.workers", "got 4", "expected string")),
     ("runtime.workers", "here", ("runtime.workers", "got here", "expected who runs the windows: null: this process")),
     ("runtime.memory_gb", 0, ("runtime.memory_gb", "got 0", "expected")),
+    ("runtime.compile", "always", ("runtime.compile", "got always", "expected off, on or auto")),
     ("runtime.mirror", "here", ("runtime.mirror", "got here", "expected an absolute directory")),
     ("runtime.speed", 1, ("runtime.speed", "no such setting")),
     ("sparsty", 0.5, ("sparsty", "no such setting", "did you mean sparsity?")),

@@ -6,8 +6,10 @@ import shutil
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -206,8 +208,8 @@ class Checkpoint(Source):
         """Copy the directory into `target`, with new values for some weights; yields each address once it is written.
 
         Every file is written once, from beginning to end: what is not replaced is copied byte for byte, headers
-        included. `weight` is asked for one new weight at a time, in the order of the file, so memory is bounded by the
-        largest weight. Files named in `without` are left out.
+        included. `weight` is asked for one new weight at a time, in the order of the file, in a thread, while the one
+        before is written. So memory is bounded by the two largest weights. Files named in `without` are left out.
 
         Raises:
             UserError: a new weight has another shape or dtype than the stored one.
@@ -223,20 +225,30 @@ class Checkpoint(Source):
         for shard, addresses in sorted(by_shard.items()):
             begins = {name: begin for name, _, _, begin, _ in self.bytes_at(shard)}
             addresses.sort(key=lambda address: (begins[address.tensor], address.expert or 0))
-            with shard.open("rb") as stored, (target / shard.relative_to(self.folder)).open("wb") as file:
-                for address in addresses:
-                    old = self.read(address)
-                    _copy_up_to(begins[address.tensor] + (address.expert or 0) * old.nbytes, stored, file)
-                    new = weight(address)
-                    if (new.shape, new.dtype) != (old.shape, old.dtype):
-                        raise UserError(
-                            f"{address.linear}: its new weight is {list(new.shape)} in {new.dtype}, "
-                            f"expected {list(old.shape)} in {old.dtype}, as {shard} stores it"
-                        )
+            with (
+                shard.open("rb") as stored,
+                (target / shard.relative_to(self.folder)).open("wb") as file,
+                ThreadPoolExecutor(max_workers=1) as maker,
+            ):
+                made = maker.submit(weight, addresses[0])
+                for address, following in zip_longest(addresses, addresses[1:]):
+                    new = self._fitting(made.result(), address)
+                    if following is not None:
+                        made = maker.submit(weight, following)
+                    _copy_up_to(begins[address.tensor] + (address.expert or 0) * new.nbytes, stored, file)
                     file.write(new.cpu().contiguous().view(torch.uint8).numpy().data)
-                    del new  # before the next is made
                     yield address
                 _copy_up_to(shard.stat().st_size, stored, file)
+
+    def _fitting(self, new: Tensor, address: Address) -> Tensor:
+        """A new weight. UserError where it has another shape or dtype than the stored one."""
+        old = self.read(address)
+        if (new.shape, new.dtype) != (old.shape, old.dtype):
+            raise UserError(
+                f"{address.linear}: its new weight is {list(new.shape)} in {new.dtype}, expected {list(old.shape)} in "
+                f"{old.dtype}, as {self.where[address.tensor]} stores it"
+            )
+        return new
 
 
 def read_index(path: Path) -> dict[str, str]:

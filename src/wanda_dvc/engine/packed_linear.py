@@ -14,20 +14,24 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wanda_dvc.engine.packed import METHOD, Packing
+from wanda_dvc.engine.packed_kernel import MULTIPLIED, WIDTHS, expand, kernel, multiply, row_starts
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.packing import pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+FEW = 8  # tokens, up to which the kernel is faster than to expand a weight and let torch multiply
+
 _scratch = threading.local()
 
 
 class PackedLinear(nn.Module):
-    """A linear whose weight is packed. It is expanded into one reused buffer for each call; then torch multiplies.
+    """A linear whose weight is packed. Few tokens on a CPU are multiplied by it as it is (`packed_kernel`).
 
-    `weight` [nonzeros] has the weight's nonzeros row by row, `weight_keep` uint8 [rows, ⌈columns / 8⌉] says where they
-    stand. Inference only: the weight gets no gradient.
+    For more tokens it is expanded into one reused buffer, and torch multiplies. `weight` [nonzeros] has the weight's
+    nonzeros row by row, `weight_keep` uint8 [rows, ⌈columns / 8⌉] says where they stand; call `settle` after you have
+    changed them by hand. Inference only: the weight gets no gradient.
     """
 
     weight: nn.Parameter
@@ -40,6 +44,8 @@ class PackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         self.register_buffer("weight_keep", torch.empty(out_features, -(-in_features // 8), dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+        self.starts: Tensor | None = None  # of the rows in `weight`, where there is a kernel
+        self.register_load_state_dict_post_hook(lambda module, _: module.settle())
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "PackedLinear":
@@ -48,22 +54,39 @@ class PackedLinear(nn.Module):
         values, bits = pack(linear.weight.detach().cpu())
         made.weight = nn.Parameter(values.to(linear.weight.device), requires_grad=False)
         made.weight_keep, made.bias = bits.to(linear.weight.device), linear.bias
+        made.settle()
         return made
+
+    def settle(self) -> None:
+        """Find out where the rows start."""
+        self.starts = row_starts(self.weight_keep)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return xWᵀ + b."""
+        if self.starts is not None and self._few(x):
+            return multiply(x, self.weight, self.weight_keep, self.starts, self.bias)
         return nn.functional.linear(x, self.dense(reuse=not (torch.is_grad_enabled() and x.requires_grad)), self.bias)
+
+    def _few(self, x: Tensor) -> bool:
+        """Whether the kernel multiplies, which has no gradients."""
+        learns = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        alike = x.device.type == self.weight.device.type == "cpu" and x.dtype == self.weight.dtype
+        return alike and x.dtype in MULTIPLIED and x.numel() <= FEW * self.in_features and not learns
 
     def dense(self, *, reuse: bool = False) -> Tensor:
         """Return the weight [out, in], bit by bit; with `reuse` in a buffer that the next call overwrites."""
         shape, values, device = (self.out_features, self.in_features), self.weight.detach(), self.weight.device
-        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
-        keep = (self.weight_keep[:, :, None] >> shifts).bitwise_and_(1).flatten(1)[:, : self.in_features].bool()
         buffers = vars(_scratch).setdefault("buffers", {}) if reuse else {}
         size, key = shape[0] * shape[1], (device, values.dtype)
         if key not in buffers or buffers[key].numel() < size:
             buffers[key] = torch.empty(size, dtype=values.dtype, device=device)
-        return buffers[key][:size].view(shape).zero_().masked_scatter_(keep, values)
+        out = buffers[key][:size].view(shape)
+        if self.starts is not None and device.type == "cpu" and values.itemsize in WIDTHS:
+            expand(values, self.weight_keep, self.starts, out)
+            return out
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
+        keep = (self.weight_keep[:, :, None] >> shifts).bitwise_and_(1).flatten(1)[:, : self.in_features].bool()
+        return out.zero_().masked_scatter_(keep, values)
 
     def unpacked(self) -> nn.Linear:
         """Return the ordinary linear."""
@@ -131,12 +154,18 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
         """Check what was loaded, decompress it, and make it dense where that is asked for."""
+        linears = []
         for name in self.packing.weights:
             linear = cast("PackedLinear", model.get_submodule(name.removesuffix(".weight")))
             values = self.packing.values(name, linear.weight.detach(), linear.weight_keep).to(self.dtypes[name])
             linear.weight = nn.Parameter(values, requires_grad=False)
-        if self.quantization_config.dequantize:
-            self._dequantize(model)
+            linear.settle()
+            linears.append(linear)
+        # Without a kernel a CPU would expand every weight for every token.
+        slow = all(linear.weight.device.type == "cpu" for linear in linears) and kernel() is None
+        if self.quantization_config.dequantize or slow:
+            self.dequantize(model)
+            return
         # What is in memory is no longer compressed, and has the dtype that was asked for.
         weights = {name: (self.dtypes[name], shape) for name, (_dtype, shape) in self.packing.weights.items()}
         self.quantization_config.stored = Packing(weights, zipped=False).as_json()

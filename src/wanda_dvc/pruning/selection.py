@@ -44,15 +44,14 @@ def keep_highest(score: Float[Tensor, "group size"], stay: int) -> Bool[Tensor, 
     go = score.shape[1] - stay
     if go == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = _kth_lowest(score, go)
-    keep = score > threshold
+    threshold, keep, kept = (above_by_numpy if score.device.type == "cpu" else above_by_torch)(score, go)
     # Weights that equal the threshold fill the row up to `stay`, the rightmost first.
-    missing = stay - keep.sum(dim=1, keepdim=True, dtype=torch.int32)
+    missing = stay - kept
     rows = missing[:, 0].nonzero()[:, 0]
     if len(rows):
         ties = score[rows] == threshold[rows]
-        from_the_end = ties.flip(1).cumsum(dim=1, dtype=torch.int32).flip(1)
-        keep[rows] |= ties & (from_the_end <= missing[rows])
+        place = ties.cumsum(dim=1, dtype=torch.int32)
+        keep[rows] |= ties & (place > place[:, -1:] - missing[rows])
     return keep
 
 
@@ -90,11 +89,28 @@ def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tenso
     return torch.empty_like(stays).scatter_(1, lowest_first.indices, stays)
 
 
-def _kth_lowest(score: Float[Tensor, "group size"], k: int) -> Float[Tensor, "group 1"]:
-    if score.device.type != "cpu":
-        return torch.kthvalue(score, k, dim=1, keepdim=True).values
-    # On a CPU numpy's partition is vectorized: about 5 times as fast as kthvalue, 18 times as a sort.
-    return torch.from_numpy(np.partition(score.numpy(), k - 1, axis=1)[:, k - 1 : k])
+Above = tuple[Float[Tensor, "group 1"], Bool[Tensor, "group size"], Int[Tensor, "group 1"]]
+
+
+def above_by_torch(score: Float[Tensor, "group size"], k: int) -> Above:
+    """Return each row's k-th lowest score, which scores are higher, and how many."""
+    threshold = torch.kthvalue(score, k, dim=1, keepdim=True).values
+    keep = score > threshold
+    return threshold, keep, keep.sum(dim=1, keepdim=True, dtype=torch.int32)
+
+
+def above_by_numpy(score: Float[Tensor, "group size"], k: int) -> Above:
+    """Return the same, on a CPU: numpy's partition is vectorized, 5 times as fast as kthvalue, 18 times as a sort.
+
+    Numbers that are not negative have bits in the same order, and those are partitioned nearly twice as fast.
+    """
+    numbers = score.numpy()
+    bits = numbers.view(f"int{8 * numbers.itemsize}")
+    ordered = np.partition(bits if bits.min() >= 0 else numbers, k - 1, axis=1)
+    threshold = ordered[:, k - 1 : k].view(numbers.dtype)
+    keep = numbers > threshold
+    kept = keep.sum(axis=1, keepdims=True, dtype=np.int32)
+    return torch.from_numpy(threshold), torch.from_numpy(keep), torch.from_numpy(kept)
 
 
 def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, "out in"]:

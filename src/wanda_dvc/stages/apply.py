@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from wanda_dvc.catalog import RECONSTRUCTIONS
@@ -17,6 +16,7 @@ from wanda_dvc.engine.sizes import Need, sizes, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
+from wanda_dvc.pruning.packing import count_zeros
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.stages.inputs import largest
 from wanda_dvc.stages.running import progress, solving_device
@@ -203,7 +203,7 @@ class Parts:
             one = reconstruct(weight, keep, prepared, reconstruction=self.reconstruction, transposed=across)
             values, solved = one.weight, one.told
         made = prune_linear(weight, values, keep, prepared, transposed=across)
-        zero = weight.numel() - int(torch.count_nonzero(made.weight))
+        zero = count_zeros(made.weight)
         return made.weight, Zeros(block, zero, weight.numel(), weight.nbytes, made.error, made.masked, solved)
 
 

@@ -11,7 +11,7 @@ from wanda_dvc.engine.sizes import WIDTH, Need, Sizes, sizes, walking
 from wanda_dvc.errors import MEND, UserError, notice
 from wanda_dvc.params import Params
 from wanda_dvc.pruning.patterns import check_pattern
-from wanda_dvc.stages.running import device_name, ending, told
+from wanda_dvc.stages.running import check_device, device_name, ending, told
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import TEXT, Project, Work
 from wanda_dvc.study.provenance import read_provenance
@@ -100,18 +100,6 @@ def say_not_finite(run: str, where: str | None) -> None:
         notice(f"{run}: {where}: activations that are not finite; its results say `diverged` or compare nothing")
 
 
-def check_device(device: str) -> None:
-    """Raise UserError where this machine does not have the device."""
-    import torch
-
-    kind, _, number = device.partition(":")
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = {"cpu": True, "cuda": int(number or 0) < cards, "mps": torch.backends.mps.is_available()}
-    if not there[kind]:
-        found = f"a machine with {cards} CUDA devices" if kind == "cuda" else "a machine without MPS"
-        raise UserError(f"params.yaml: runtime.device: got {device} on {found}, expected one it has; set auto or cpu")
-
-
 def gram_provenance(project: Project) -> Json:
     """Return the provenance of gram/. UserError where it is not of the run that measured stats/."""
     gram, stats = read_provenance(project.gram, "calibrate"), read_provenance(project.stats, "calibrate")
@@ -192,7 +180,8 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
             "set dtype=float32 (other last digits), or run it where there are some"
         )
     wanted = getattr(torch, dtype)
-    return Decoder(folder, dtype=wanted, device=where, resident=_fits(project, model, wanted))
+    resident, compiling = _fits(project, model, wanted), project.params.runtime.compile
+    return Decoder(folder, dtype=wanted, device=where, resident=resident, compiling=compiling)
 
 
 def _fits(project: Project, model: str, dtype: "torch.dtype") -> bool:

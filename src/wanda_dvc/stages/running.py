@@ -32,21 +32,28 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def timed(project: Project, stage: Stage, part: str | None = None, task: str | None = None) -> Iterator[None]:
-    """Keep how long a run took, on what, and the memory that it held."""
+def timed(project: Project, stage: Stage, part: str | None = None, task: str | None = None) -> Iterator[Json]:
+    """Keep how long a run took, on what, and the memory that it held; yield that, which is empty until the end."""
+    with measured(project.params.runtime) as content:
+        yield content
+    if key := stage.key(project, part, task):
+        project.times.write(stage.run_name(part, task), key, content)
+
+
+@contextlib.contextmanager
+def measured(runtime: Runtime) -> Iterator[Json]:
+    """Yield an object that has seconds, memory, machine and device at the end."""
     _told.clear()
-    began = time.perf_counter()
+    began, content = time.perf_counter(), Json()
     with AnonymousMemory() as memory:
-        yield
-    content: Json = {"seconds": round(time.perf_counter() - began, 2)}
+        yield content
+    content["seconds"] = round(time.perf_counter() - began, 2)
     if memory.peak:
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
     else:
         content["peak_resident_gb"] = round(_peak_resident() / 1e9, 3)
-    content |= {"machine": f"{processor()}, {os.cpu_count()} cores", "device": device_name(project.params.runtime)}
+    content |= {"machine": f"{processor()}, {os.cpu_count()} cores", "device": device_name(runtime)}
     content |= _told
-    if key := stage.key(project, part, task):
-        project.times.write(stage.run_name(part, task), key, content)
 
 
 def told(content: Json) -> None:
@@ -149,11 +156,27 @@ def device_name(runtime: Runtime) -> str:
 
 
 def solving_device(runtime: Runtime) -> "torch.device":
-    """Return the device that solvers run on without a model: a CUDA device, or the host, which alone has float64."""
+    """Return the device that masks are chosen on, and solvers run: a card, or the host, which alone has float64.
+
+    UserError where this machine does not have it.
+    """
     import torch
 
     name = device_name(runtime)
+    check_device(name)
     return torch.device(name if name.startswith("cuda") else "cpu")
+
+
+def check_device(device: str) -> None:
+    """Raise UserError where this machine does not have the device."""
+    import torch
+
+    kind, _, number = device.partition(":")
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = {"cpu": True, "cuda": int(number or 0) < cards, "mps": torch.backends.mps.is_available()}
+    if not there[kind]:
+        found = f"a machine with {cards} CUDA devices" if kind == "cuda" else "a machine without MPS"
+        raise UserError(f"params.yaml: runtime.device: got {device} on {found}, expected one it has; set auto or cpu")
 
 
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:

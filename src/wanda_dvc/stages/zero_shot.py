@@ -13,7 +13,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite, walk_need
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import Json, write_json
-from wanda_dvc.study.project import ITEMS, Project
+from wanda_dvc.study.project import ITEMS, Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -36,37 +36,47 @@ TASKS = {
 
 def zero_shot(*, project: Project, model: str, task: str) -> None:
     """models/{dense,pruned} + data/tasks/TASK → metrics/{dense,pruned}/zero_shot/TASK.json."""
+    check_ready(project, model)
+    protocol = protocol_of(project, model, task)
+    with project.work(protocol) as work:
+        publish(project, model, task, answer(project, model, task, protocol, work))
+        work.forget()
+
+
+def protocol_of(project: Project, model: str, task: str) -> Json:
+    """Return what a task's results follow from."""
+    items = read_provenance(project.data("tasks") / task, "download tasks")
+    return describe(
+        "zero-shot",
+        version=STAGES["zero-shot"].version,
+        libraries=("torch", "transformers", "lm_eval"),
+        model=digest(model_provenance(project, model)),
+        tokenizer_sha256=tokenizer_digest(project.model(model)),
+        task={key: items[key] for key in ("task", "source", "role", "sha256", "lm_eval")},
+        examples=0,
+        limit=project.params.zero_shot.limit,
+        dtype=project.params.dtype,
+    )
+
+
+def answer(project: Project, model: str, task: str, protocol: Json, work: Work) -> Json:
+    """Ask a model a task's questions; return its `details` and `metrics` as they are written."""
     from lm_eval.evaluator import evaluate
 
     from wanda_dvc.engine.harness import EngineLM, load_task
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every data set that is no Hub id
-    params, folder = project.params, project.model(model)
-    check_ready(project, model)
-    items = read_provenance(project.data("tasks") / task, "download tasks")
-    protocol = describe(
-        "zero-shot",
-        version=STAGES["zero-shot"].version,
-        libraries=("torch", "transformers", "lm_eval"),
-        model=digest(model_provenance(project, model)),
-        tokenizer_sha256=tokenizer_digest(folder),
-        task={key: items[key] for key in ("task", "source", "role", "sha256", "lm_eval")},
-        examples=0,
-        limit=params.zero_shot.limit,
-        dtype=params.dtype,
-    )
-    definition = load_task(items["definition"], items["role"], project.data("tasks") / task / ITEMS)
-    what = f"zero-shot {model} {task}"
-
-    with project.work(protocol) as work, runner(project, model, work) as run:
+    folder, what = project.data("tasks") / task, f"zero-shot {model} {task}"
+    items = read_provenance(folder, "download tasks")
+    definition = load_task(items["definition"], items["role"], folder / ITEMS)
+    with runner(project, model, work) as run:
 
         def blocks(turns: "Iterator[Turn]") -> "Iterable[Turn]":
             return progress(turns, total=len(run.decoder.blocks), what=f"{what}, blocks")
 
-        language_model = EngineLM(run.decoder, folder, run, what=what, progress=blocks)
-        evaluated = evaluate(language_model, {task: definition}, limit=params.zero_shot.limit)
+        language_model = EngineLM(run.decoder, project.model(model), run, what=what, progress=blocks)
+        evaluated = evaluate(language_model, {task: definition}, limit=project.params.zero_shot.limit)
         where = run.not_finite
-        work.forget()
     result = evaluated["results"][task]
     given = [metric for metric in METRICS if f"{metric},none" in result]
     details: Json = {
@@ -81,14 +91,17 @@ def zero_shot(*, project: Project, model: str, task: str) -> None:
     }
     if where is None and any(DIVERGED in item["loglikelihoods"] for item in details["items"]):
         where = HEAD
-    say_not_finite(what, where)
     if where:
         details["not_finite"] = where
-    write_json(project.details(model, f"zero_shot/{task}"), details)
+    return {"details": details, "metrics": {metric: round(result[f"{metric},none"], 6) for metric in given}}
+
+
+def publish(project: Project, model: str, task: str, answered: Json) -> None:
+    """Write a task's results."""
+    say_not_finite(f"zero-shot {model} {task}", answered["details"].get("not_finite"))
+    write_json(project.details(model, f"zero_shot/{task}"), answered["details"])
     # Only what a reader compares: `dvc metrics diff` prints every number in here.
-    write_json(
-        project.metrics(model, f"zero_shot/{task}"), {metric: round(result[f"{metric},none"], 6) for metric in given}
-    )
+    write_json(project.metrics(model, f"zero_shot/{task}"), answered["metrics"])
 
 
 def _answer(sample: dict[str, Any]) -> dict[str, Any]:

@@ -146,10 +146,10 @@ class Project:
                 yield work
 
     @contextlib.contextmanager
-    def work(self, made_from: Json) -> Iterator["Work"]:
+    def work(self, made_from: Json, *, wait: bool = True) -> Iterator["Work"]:
         """Open a stage's unfinished work: one place for each set of inputs, parameters and versions.
 
-        One process at a time works there.
+        One process at a time works there; without `wait`, filelock.Timeout while another does.
         """
         from filelock import FileLock, Timeout
 
@@ -159,6 +159,8 @@ class Project:
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if not wait:
+                raise
             notice("waiting for another run with the same inputs and parameters …")
             lock.acquire()
         try:
