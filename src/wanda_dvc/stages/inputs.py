@@ -1,6 +1,7 @@
 """What stages start from, checked in one place: models, statistics and texts that belong together."""
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -86,8 +87,10 @@ def check_ready(project: Project, model: str, length: int | None = None, setting
     """Check what can be known before a model is run: the device, the configuration and the length of windows."""
     from wanda_dvc.engine.config import check_length, read_config
 
-    if project.params.runtime.workers is None:  # else a worker says it
+    if project.params.runtime.workers is None:
         check_device(device_name(project.params.runtime))
+    else:  # whose device is their own
+        importlib.import_module("ray")
     if length is None:
         read_config(project.model(model))
     else:
