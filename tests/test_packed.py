@@ -222,16 +222,17 @@ def test_a_packed_linear_is_the_linear(bias: bool):
     wide = PackedLinear.of(nn.Linear(40, 30, bias=False))
     with torch.no_grad():
         first = small(x)
-        wide(torch.randn(1, 40))  # takes the same buffer
-        assert same(first, linear(x))
+        wide(torch.randn(9, 40))  # takes the same buffer
+        torch.testing.assert_close(first, linear(x))
     out = small(x)
-    wide(torch.randn(1, 40))
+    wide(torch.randn(9, 40))
     out.sum().backward()  # the weight at hand is that of the call, whatever came after
     of_dense = x.detach().requires_grad_()
     linear(of_dense).sum().backward()
     assert x.grad is not None
     assert of_dense.grad is not None
     assert same(x.grad, of_dense.grad)
+    assert small(x.detach()).requires_grad is bias  # the kernel has no gradients, also none for a bias
     assert same(small.unpacked().weight.detach(), linear.weight.detach())
 
 

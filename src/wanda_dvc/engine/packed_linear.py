@@ -30,8 +30,8 @@ class PackedLinear(nn.Module):
     """A linear whose weight is packed. Few tokens on a CPU are multiplied by it as it is (`packed_kernel`).
 
     For more tokens it is expanded into one reused buffer, and torch multiplies. `weight` [nonzeros] has the weight's
-    nonzeros row by row, `weight_keep` uint8 [rows, ⌈columns / 8⌉] says where they stand. Inference only: the weight gets
-    no gradient. Call `settle` after you have changed them by hand.
+    nonzeros row by row, `weight_keep` uint8 [rows, ⌈columns / 8⌉] says where they stand; call `settle` after you have
+    changed them by hand. Inference only: the weight gets no gradient.
     """
 
     weight: nn.Parameter
@@ -162,10 +162,10 @@ class PackedQuantizer(HfQuantizer):
             linear.settle()
             linears.append(linear)
         # Without a kernel a CPU would expand every weight for every token.
-        if all(linear.weight.device.type == "cpu" for linear in linears) and kernel() is None:
-            self.quantization_config.dequantize = True
-        if self.quantization_config.dequantize:
-            self._dequantize(model)
+        slow = all(linear.weight.device.type == "cpu" for linear in linears) and kernel() is None
+        if self.quantization_config.dequantize or slow:
+            self.dequantize(model)
+            return
         # What is in memory is no longer compressed, and has the dtype that was asked for.
         weights = {name: (self.dtypes[name], shape) for name, (_dtype, shape) in self.packing.weights.items()}
         self.quantization_config.stored = Packing(weights, zipped=False).as_json()

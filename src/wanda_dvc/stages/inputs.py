@@ -11,7 +11,7 @@ from wanda_dvc.engine.sizes import WIDTH, Need, Sizes, sizes, walking
 from wanda_dvc.errors import MEND, UserError, notice
 from wanda_dvc.params import Params
 from wanda_dvc.pruning.patterns import check_pattern
-from wanda_dvc.stages.running import device_name
+from wanda_dvc.stages.running import check_device, device_name
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import TEXT, Project, Work
 from wanda_dvc.study.provenance import read_provenance
@@ -96,18 +96,6 @@ def say_not_finite(run: str, where: str | None) -> None:
     """Say where a model's activations first were not finite, if they were not."""
     if where:
         notice(f"{run}: {where}: activations that are not finite; its results say `diverged` or compare nothing")
-
-
-def check_device(device: str) -> None:
-    """Raise UserError where this machine does not have the device."""
-    import torch
-
-    kind, _, number = device.partition(":")
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = {"cpu": True, "cuda": int(number or 0) < cards, "mps": torch.backends.mps.is_available()}
-    if not there[kind]:
-        found = f"a machine with {cards} CUDA devices" if kind == "cuda" else "a machine without MPS"
-        raise UserError(f"params.yaml: runtime.device: got {device} on {found}, expected one it has; set auto or cpu")
 
 
 def gram_provenance(project: Project) -> Json:

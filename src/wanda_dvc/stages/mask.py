@@ -58,7 +58,9 @@ def mask(*, project: Project) -> None:
     what the next block is calibrated on, and does not follow from the statistics of the dense model.
     """
     keep_freed_memory()
-    params, stats = project.params, statistics(project)
+    params = project.params
+    solving_device(params.runtime)  # refused before anything is read
+    stats = statistics(project)
     check_fits(project, stats.features)
     checkpoint = Checkpoint(project.model("dense"))
     shares = allocate(project, stats, checkpoint)
@@ -129,7 +131,8 @@ def keeps(
 ) -> dict[str, Tensor]:
     """Return the masks of one block's linears, every linear with the same share; `weights` reads a stored weight."""
     target = Target(share, params.pattern, params.group)
-    return choose_block(weights, block, method=methods()[params.method], targets=target, grams=grams)
+    method, device = methods()[params.method], solving_device(params.runtime)
+    return choose_block(weights, block, method=method, targets=target, grams=grams, device=device)
 
 
 def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and where they go

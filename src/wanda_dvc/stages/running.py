@@ -132,11 +132,27 @@ def device_name(runtime: Runtime) -> str:
 
 
 def solving_device(runtime: Runtime) -> "torch.device":
-    """Return the device that solvers run on without a model: a CUDA device, or the host, which alone has float64."""
+    """Return the device that masks are chosen on, and solvers run: a card, or the host, which alone has float64.
+
+    UserError where this machine does not have it.
+    """
     import torch
 
     name = device_name(runtime)
+    check_device(name)
     return torch.device(name if name.startswith("cuda") else "cpu")
+
+
+def check_device(device: str) -> None:
+    """Raise UserError where this machine does not have the device."""
+    import torch
+
+    kind, _, number = device.partition(":")
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = {"cpu": True, "cuda": int(number or 0) < cards, "mps": torch.backends.mps.is_available()}
+    if not there[kind]:
+        found = f"a machine with {cards} CUDA devices" if kind == "cuda" else "a machine without MPS"
+        raise UserError(f"params.yaml: runtime.device: got {device} on {found}, expected one it has; set auto or cpu")
 
 
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
