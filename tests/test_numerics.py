@@ -21,9 +21,9 @@ from wanda_dvc.stages import run
 from wanda_dvc.stages.apply import measured_sparsity, prune
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
-from wanda_dvc.stages.inputs import check_device
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
+from wanda_dvc.stages.running import check_device
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import read_masks
 from wanda_dvc.views.show import comparison, show
@@ -173,13 +173,17 @@ def test_thirds_are_pruned_exactly(pattern: str, sparsity: float, project: Make,
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps"])
-@pytest.mark.parametrize("stage", ["calibrate", "perplexity"])
+@pytest.mark.parametrize("stage", ["calibrate", "mask", "apply", "perplexity"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
     device: str, stage: str, project: Make, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    made = fetched(project(runtime__device=device))
+    made = fetched(project())
+    if stage in ("mask", "apply"):
+        for earlier in ("calibrate", "mask"):
+            run(earlier, project=made)
+    made = project(runtime__device=device)
     part = "dense" if stage == "perplexity" else None
     with pytest.raises(UserError, match=rf"params.yaml: runtime.device: got {device} on a machine .*expected one"):
         run(stage, project=made, part=part)

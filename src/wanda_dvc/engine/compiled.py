@@ -68,7 +68,7 @@ class CompiledBlocks:
     def _through(self, block: nn.Module, hidden: Tensor, call: Call, noted: bool) -> Any:
         """Run a block compiled. The first of its structure is compared with the block itself."""
         parameters = tuple((name, x.shape, x.stride()) for name, x in block.named_parameters())
-        key = (type(block), parameters, None if self._dynamic else hidden.shape[1], noted)
+        key = (type(block), parameters, None if self._dynamic else hidden.shape, noted)
         if key in self._tried:
             return self._compiled(block, hidden, call.args, call.kwargs, noted)
         with warnings.catch_warnings():

@@ -26,6 +26,7 @@ from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
+TOKENS_TOGETHER = {"cuda": 8192}  # in a pass through a block: they fill a card; by the data alone, as last digits are
 Compiling = Literal["off", "on", "auto"]
 FIXED_LENGTHS = 2  # windows of one length, and a rest: more lengths than that share one compiled function
 
@@ -56,6 +57,7 @@ class Decoder:
         self.model = build_empty(self.checkpoint.config, self.checkpoint.config_name, dtype)
         self.dtype, self.device, self.compiling = dtype, device, compiling
         self._compiled: CompiledBlocks | None = None
+        self._takes_several: dict[type, bool] = {}  # by kind of block
         self.weights = Weights(self.model, self.checkpoint, device=device, resident=resident)
         self.blocks = self.weights.blocks
         self._cache = CallCache(calls_bytes(device.type))
@@ -90,23 +92,54 @@ class Decoder:
         """Free the memory of the calls that are cached."""
         self._cache.clear()
 
-    def compile_for(self, rows: Sequence[Row]) -> None:
-        """Run blocks compiled from now on, where that is wanted; `auto` wants it where these rows are work enough."""
-        lengths = {len(row.tokens) for row in rows}
+    def compile_for(self, lengths: Sequence[int], *, laid_out: bool) -> None:
+        """Run blocks compiled from now on, where that is wanted; `auto` wants it where all rows are work enough.
+
+        `lengths` are those of all rows of a walk, wherever they are; `laid_out` says whether they hold questions.
+        """
         weights = sum(parameter.numel() for block in self.blocks for parameter in block.parameters())
-        flops = 2 * weights * sum(len(row.tokens) for row in rows)
+        flops = 2 * weights * sum(lengths)
         if self.compiling == "on" or (self.compiling == "auto" and is_worth_it(flops, self.device)):
-            dynamic = len(lengths) > FIXED_LENGTHS or any(row.layout for row in rows)
+            dynamic = len(set(lengths)) > FIXED_LENGTHS or laid_out
             self._compiled = CompiledBlocks(self.blocks, dynamic=dynamic)
+
+    def room(self) -> int:
+        """The bytes of a card that hidden states may take: half of what the blocks leave free. None of the host's."""
+        if self.device.type != "cuda":
+            return 0
+        blocks = [sum(x.numel() for x in block.parameters()) * self.dtype.itemsize for block in self.blocks]
+        held = sum(blocks) if self.weights.resident else 2 * max(blocks)
+        return max(0, torch.cuda.mem_get_info(self.device)[0] - held) // 2
+
+    def together(self, row: Row) -> int:
+        """How many rows of this length go through a block together: as many as fill a card, and one on a CPU."""
+        alone = row.layout is not None or self.device.type not in TOKENS_TOGETHER
+        return 1 if alone else max(1, TOKENS_TOGETHER[self.device.type] // len(row.tokens))
+
+    @torch.no_grad()
+    def takes_several(self, index: int, hidden: Float[Tensor, "rows length width"], row: Row) -> bool:
+        """Whether a block computes the same for rows together as for each alone; tried once for each kind of block."""
+        kind = type(self.blocks[index])
+        if kind not in self._takes_several:
+            alone = torch.cat([self.run(index, x[None], row) for x in hidden]).float()
+            same = False
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                off = (self.run(index, hidden, row).float() - alone).norm()
+                same = bool(off <= _tolerance(self.dtype) * alone.norm())
+            self._takes_several[kind] = same
+        return self._takes_several[kind]
 
     def run(
         self,
         index: int,
-        hidden: Float[Tensor, "1 length width"],
+        hidden: Float[Tensor, "rows length width"],
         row: Row,
         parameters: dict[str, Tensor] | None = None,
-    ) -> Float[Tensor, "1 length width"]:
-        """One row through one block, which must be inside `block`; with other parameters, where some are given."""
+    ) -> Float[Tensor, "rows length width"]:
+        """One row, or several that are alike, through one block, which must be inside `block`.
+
+        With other parameters, where some are given.
+        """
         call = self.calls(row)[index]
         with self._attending(row):
             if parameters is None and self._compiled is not None:
@@ -155,9 +188,8 @@ class Decoder:
             together = self._through(Row(tokens, layout))
         except (TypeError, ValueError, RuntimeError):  # attention of its own, incompatible with ours
             return False
-        tolerance = 1e-3 if self.dtype is torch.float32 else 5e-2
         packed = torch.cat([together[part] for part in parts])
-        return bool((packed - torch.cat(alone)).norm() <= tolerance * torch.cat(alone).norm())
+        return bool((packed - torch.cat(alone)).norm() <= _tolerance(self.dtype) * torch.cat(alone).norm())
 
     @contextlib.contextmanager
     def _instead_of_blocks(self, replacement: Callable[..., Any]) -> Iterator[None]:
@@ -262,3 +294,8 @@ class Decoder:
             with self.block(index):
                 hidden = self.run(index, hidden, row)
         return hidden[0].float()
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """How far two ways to the same hidden states may lie apart, relative."""
+    return 1e-3 if dtype is torch.float32 else 5e-2

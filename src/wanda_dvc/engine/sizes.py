@@ -117,13 +117,14 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     matrices, `logits` what the head puts out, `packed` the calls that rows of several questions need, one set each.
     """
     from wanda_dvc.engine.calls import calls_bytes
-    from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME
+    from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, TOKENS_TOGETHER
     from wanda_dvc.pruning.gram import PANEL
 
     width = WIDTH[dtype]
-    activations = length * model.features * width + model.linear * width  # a matrix library packs the linear
+    tokens = max(length, TOKENS_TOGETHER.get(device, 0))  # of several windows, where one does not fill a card
+    activations = tokens * model.features * width + model.linear * width  # a matrix library packs the linear
     if statistics:
-        activations += length * model.widest * 8  # the float32 copy of an input, and its square
+        activations += tokens * model.widest * 8  # the float32 copy of an input, and its square
     if gram:  # float64 sums of a block's shards so far and of the next one, and a panel; what is written takes less
         activations += 2 * 8 * model.squares + 12 * PANEL * model.widest
     return Memory(

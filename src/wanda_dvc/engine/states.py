@@ -1,16 +1,22 @@
 """The hidden states of a walk, and the progress beside them: files that survive a killed process."""
 
 import contextlib
+import itertools
 import json
+import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+CPU = torch.device("cpu")
+SAVED_EVERY = 60  # seconds, where a card holds all rows
 
 
 @dataclass
@@ -20,6 +26,9 @@ class HiddenStates:
     They are read through a memory map, so they cost page cache instead of memory, and they survive a killed process.
     They are written with `write`: a full disk is an error then, and no page is faulted in. After a crash of the
     machine their content is undefined, so they are used again only within the same boot.
+
+    Rows that the device has room for stay there, the shortest first. Where all do, the files are written once a minute
+    and at the end: a block takes a card less time than its hidden states take the link and the disk.
     """
 
     folder: Path
@@ -29,37 +38,93 @@ class HiddenStates:
     blocks: int
     finished: int = -1  # blocks done; −1: not even the embeddings
     not_finite: str | None = None  # where they first were not
+    device: torch.device = CPU
+    room: int = 0  # bytes of the device that they may take, before and after a block together
+    _file: int = field(default=1, init=False)  # of the states before the block at work, where they are in a file
+    _before: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # rows that stay on the device
+    _after: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _saved: float = field(default_factory=time.monotonic, init=False, repr=False)
     _checksums: list[int] = field(default_factory=lambda: [0], init=False, repr=False)  # up to each row being written
 
     @classmethod
-    def open(cls, folder: Path, lengths: list[int], width: int, dtype: torch.dtype, blocks: int) -> "HiddenStates":
+    def open(
+        cls, folder: Path, lengths: list[int], width: int, dtype: torch.dtype, blocks: int, **room: Any
+    ) -> "HiddenStates":
         """The states in a folder, with as many finished blocks as a killed run of this boot left.
 
-        Progress counts only with the states that it speaks of, whole and unchanged.
+        Progress counts only with the states that it speaks of, whole and unchanged. `room` is `device` and `room`.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        states = cls(folder, lengths, width, dtype, blocks)
+        states = cls(folder, lengths, width, dtype, blocks, **room)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
             progress = load_progress(folder)
             finished = int(progress["finished"])
             if progress["boot"] == _boot() and 0 <= finished <= blocks:
-                checksum, size = _checksum_of(states._path(finished))
+                states._file = int(bool(progress["file"]))
+                checksum, size = _checksum_of(states._path(states._file))
                 if (checksum, size) == (progress["checksum"], sum(lengths) * width * dtype.itemsize):
                     states.finished, states.not_finite = finished, not_finite(folder)
         return states
 
+    @cached_property
+    def stay(self) -> frozenset[int]:
+        """The rows that stay on the device: the shortest, as long as there is room."""
+        by_length = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
+        ends = itertools.accumulate(2 * self.lengths[row] * self.width * self.dtype.itemsize for row in by_length)
+        return frozenset(row for row, end in zip(by_length, ends, strict=True) if end <= self.room)
+
     @property
     def before(self) -> list[Float[Tensor, "length width"]]:
         """The hidden states of each row before the block at work."""
-        return self._map(self.finished)
+        return self._rows(self._file, self._before, range(len(self.lengths)))
 
     def after(self, rows: range) -> list[Float[Tensor, "length width"]]:
         """The hidden states of some rows after the block at work, once they are written."""
-        return self._map(self.finished + 1, rows.stop)[rows.start :]
+        return self._rows(1 - self._file, self._after, rows)
 
     def write(self, rows: Iterable[Float[Tensor, "length width"]], *, first: int = 0) -> None:
-        """Write the hidden states after the block at work, from one row on. OSError where the disk is full."""
-        path = self._path(self.finished + 1)
+        """Keep the hidden states after the block at work, from one row on. OSError where the disk is full."""
+        if self._all_stay:
+            self._after |= {number: row.to(self.device, self.dtype) for number, row in enumerate(rows, first)}
+        else:
+            self._save(self._staying(rows, first), first)
+
+    def turn(self) -> None:
+        """Finish the block at work: the states after it are those before the next."""
+        self.finished += 1
+        self._before, self._after = self._after, {}
+        if self._all_stay:
+            if self.finished < self.blocks and time.monotonic() - self._saved < SAVED_EVERY:
+                return
+            self._save(self._before[number] for number in range(len(self.lengths)))
+            self._saved = time.monotonic()
+        self._file = 1 - self._file
+        beside = self.folder / "progress.part"
+        progress = {
+            "finished": self.finished,
+            "boot": _boot(),
+            "file": self._file,
+            "checksum": self._checksums[-1],
+        }
+        if self.not_finite:
+            progress["not_finite"] = self.not_finite
+        beside.write_text(json.dumps(progress), encoding="utf-8")
+        beside.replace(self.folder / "progress.json")
+
+    @property
+    def _all_stay(self) -> bool:
+        return len(self.stay) == len(self.lengths) > 0
+
+    def _staying(self, rows: Iterable[Tensor], first: int) -> Iterator[Tensor]:
+        """The rows, those that stay kept on the way."""
+        for number, row in enumerate(rows, first):
+            if number in self.stay:
+                self._after[number] = row.to(self.device, self.dtype)
+            yield row
+
+    def _save(self, rows: Iterable[Tensor], first: int = 0) -> None:
+        """Write hidden states after the block at work to their file, from one row on."""
+        path = self._path(1 - self._file)
         path.touch()
         if first == 0:
             self._checksums = [0]
@@ -72,24 +137,18 @@ class HiddenStates:
                 file.write(content)
             file.truncate()
 
-    def turn(self) -> None:
-        """Finish the block at work: the states after it are those before the next."""
-        self.finished += 1
-        beside = self.folder / "progress.part"
-        progress = {"finished": self.finished, "boot": _boot(), "checksum": self._checksums[-1]}
-        if self.not_finite:
-            progress["not_finite"] = self.not_finite
-        beside.write_text(json.dumps(progress), encoding="utf-8")
-        beside.replace(self.folder / "progress.json")
+    def _path(self, file: int) -> Path:
+        return self.folder / f"hidden_{file}.bin"
 
-    def _path(self, turn: int) -> Path:
-        return self.folder / f"hidden_{turn % 2}.bin"
-
-    def _map(self, turn: int, rows: int | None = None) -> list[Float[Tensor, "length width"]]:
-        lengths = self.lengths[:rows]
+    def _rows(self, file: int, staying: dict[int, Tensor], rows: range) -> list[Float[Tensor, "length width"]]:
+        """Some rows: those on the device, and the others through the map of a file."""
+        if all(row in staying for row in rows):
+            return [staying[row] for row in rows]
+        lengths = self.lengths[: rows.stop]
         tokens = sum(lengths)
-        states = torch.from_file(str(self._path(turn)), shared=True, size=tokens * self.width, dtype=self.dtype)
-        return list(states.view(tokens, self.width).split(lengths))
+        mapped = torch.from_file(str(self._path(file)), shared=True, size=tokens * self.width, dtype=self.dtype)
+        waiting = mapped.view(tokens, self.width).split(lengths)
+        return [staying.get(row, waiting[row]) for row in rows]
 
 
 def not_finite(work: Path) -> str | None:

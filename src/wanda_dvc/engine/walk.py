@@ -42,26 +42,30 @@ def walk(
     """
     rows = as_rows(rows) * (1 + beside)
     own = range(len(rows) // 2 if beside else 0, len(rows))
+    starts = frozenset(first + shard.start for first in (0, own.start) for shard in shards.cut(len(own)))
+    decoder.compile_for([len(row.tokens) for row in rows], laid_out=any(row.layout for row in rows))
     states = begin(decoder, rows, work, kept=kept)
     if states.finished > 0:
         notice(f"going on after {states.finished} of {len(decoder.blocks)} blocks, which an earlier run has finished")
     try:
         for index in range(states.finished, len(decoder.blocks)):
             with decoder.block(index):
-                yield Step(decoder, index, rows, states, own)
+                yield Step(decoder, index, rows, states, own, starts)
             states.turn()
     finally:
         decoder.forget_calls()
 
 
 @torch.no_grad()
-def begin(decoder: Decoder, rows: list[Row], work: Path, *, kept: int | None) -> HiddenStates:
-    """The hidden states that an earlier run has left in `work`, or those before the first block. `kept` is `walk`'s."""
+def begin(decoder: Decoder, rows: list[Row], work: Path, *, kept: int | None, room: int | None = None) -> HiddenStates:
+    """The hidden states that an earlier run has left in `work`, or those before the first block.
+
+    `kept` is `walk`'s. `room` is the bytes of a card that they may take; None: as much as there is.
+    """
     check_tokens(decoder, rows)
-    states = _states(decoder, rows, work)
+    states = _states(decoder, rows, work, decoder.room() if room is None else room)
     if kept is not None and states.finished > kept:
         states.finished, states.not_finite = -1, None
-    decoder.compile_for(rows)
     for row in rows:
         decoder.calls(row)
     if states.finished < 0:
@@ -91,9 +95,10 @@ def check_tokens(decoder: Decoder, rows: Sequence[Row]) -> None:
         )
 
 
-def _states(decoder: Decoder, rows: list[Row], work: Path) -> HiddenStates:
+def _states(decoder: Decoder, rows: list[Row], work: Path, room: int = 0) -> HiddenStates:
     width = decoder.model.config.get_text_config().hidden_size
-    return HiddenStates.open(work, [len(row.tokens) for row in rows], width, decoder.dtype, len(decoder.blocks))
+    lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
+    return HiddenStates.open(work, lengths, width, decoder.dtype, blocks, device=decoder.device, room=room)
 
 
 @dataclass
@@ -144,6 +149,7 @@ class Step(Turn):
     rows: list[Row]
     states: HiddenStates
     own: range  # all rows, or those after the dense model's
+    starts: frozenset[int]  # the first row of each shard
     _own: set[tuple[nn.Module, str]] = field(default_factory=set, init=False, repr=False)
 
     @property
@@ -223,30 +229,56 @@ class Step(Turn):
         `CrossRecorder` sees the rows `beside`, one for each, as the dense model's.
         """
         rows = range(len(self.rows)) if rows is None else rows
+        groups = [range(row, row + 1) for row in rows] if beside else self._groups(rows)
         with recorder.recording(self.linears) if recorder else contextlib.nullcontext():
-            self.states.write(self._outputs(recorder, rows, beside), first=rows.start)
+            self.states.write(self._outputs(recorder, groups, beside), first=rows.start)
         if recorder:
             recorder.check_finite(self.index)
 
+    def _groups(self, rows: range) -> list[range]:
+        """Neighbours of one length that go through the block together."""
+        groups: list[range] = []
+        for number in rows:
+            row, last = self.rows[number], groups[-1] if groups else None
+            most = self.decoder.together(row)
+            fits = last and len(last) < most and len(self.rows[last.start].tokens) == len(row.tokens)
+            if last and fits and number not in self.starts:  # what a card computes depends on what goes together
+                groups[-1] = range(last.start, number + 1)
+            else:
+                groups.append(range(number, number + 1))
+        several = next((group for group in groups if len(group) > 1), None)
+        if several:
+            hidden = self._together(self.states.before, several[:2])
+            if not self.decoder.takes_several(self.index, hidden, self.rows[several.start]):
+                return [range(number, number + 1) for number in rows]
+        return groups
+
+    def _together(self, every: Sequence[Tensor], rows: range) -> Float[Tensor, "rows length width"]:
+        """Hidden states of rows of one length, on the device."""
+        if len(rows) == 1:
+            return every[rows.start][None].to(self.decoder.device)
+        return torch.stack([every[row].to(self.decoder.device) for row in rows])
+
     def _outputs(
-        self, recorder: InputRecorder | None, rows: range, beside: range | None
+        self, recorder: InputRecorder | None, groups: list[range], beside: range | None
     ) -> Iterator[Float[Tensor, "length width"]]:
         every = self.states.before
-        for place, number in enumerate(rows):
+        for place, group in enumerate(groups):
             if beside is not None and isinstance(recorder, CrossRecorder):
                 with recorder.dense():
                     dense = beside[place]
-                    self.decoder.run(self.index, every[dense][None].to(self.decoder.device), self.rows[dense])
-            before, row = every[number], self.rows[number]
-            after = self.decoder.run(self.index, before[None].to(self.decoder.device), row)[0]
+                    self.decoder.run(self.index, self._together(every, range(dense, dense + 1)), self.rows[dense])
+            before, row = self._together(every, group), self.rows[group.start]
+            after = self.decoder.run(self.index, before, row)
             if self.states.not_finite is None and not after.isfinite().all():
-                self.states.not_finite = self._first_not_finite(before, row)
+                first = int(after.isfinite().flatten(1).all(dim=1).logical_not().nonzero()[0])
+                self.states.not_finite = self._first_not_finite(before[first], row)
             if recorder and self.states.not_finite:
                 raise UserError(
                     f"{self.decoder.checkpoint}: {self.states.not_finite}: activations that are not finite, "
                     f"expected finite ones; {MEND}"
                 )
-            yield after
+            yield from after
             if recorder:
                 recorder.end_window()
 

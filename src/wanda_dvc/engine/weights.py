@@ -31,6 +31,7 @@ class Weights:
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self.resident = resident
         self._resident: dict[int, dict[str, Tensor]] | None = {} if resident else None
         self._load_rest()
 

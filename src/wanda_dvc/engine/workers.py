@@ -16,7 +16,7 @@ from torch import Tensor
 
 import wanda_dvc
 from wanda_dvc.engine.pool import Crew, Hired, Lost
-from wanda_dvc.engine.worker import Order, Worker, pack, unpack
+from wanda_dvc.engine.worker import Order, Packed, Worker, pack, unpack
 from wanda_dvc.errors import UserError
 
 LOCAL = "local"
@@ -34,7 +34,11 @@ def versions() -> dict[str, str]:
 
 def carry_tensors() -> None:
     """Have Ray carry tensors as their bytes. What arrives is a copy that may be written to."""
-    register_serializer(Tensor, serializer=pack, deserializer=lambda packed: unpack(packed).clone())
+    register_serializer(Tensor, serializer=pack, deserializer=_copied)
+
+
+def _copied(packed: Packed) -> Tensor:
+    return unpack(packed).clone()
 
 
 class Actor:
@@ -157,6 +161,7 @@ class RayCrew(Crew):
 def connect(address: str, threads: int | None = None) -> None:
     """Start Ray on this machine, or connect to a cluster. UserError where none answers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no stage but download touches a network
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as a stage without Ray, beside which Ray's 15 would starve
     words: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if address == LOCAL:
         words |= {"include_dashboard": False, "num_cpus": os.cpu_count()}

@@ -59,11 +59,11 @@ def choose(
 ) -> Bool[Tensor, "out in"]:
     """Return `keep` for one linear; `name` stands in messages.
 
-    Where a row's mask depends on that row alone, rows are taken some at a time: memory does not grow with the linear.
-    UserError where a score is not finite, or the target is out of the method's reach.
+    It is made where the weight is. Where a row's mask depends on that row alone, the host takes rows some at a time:
+    memory does not grow with the linear. UserError where a score is not finite, or the target is out of reach.
     """
     score = function_of(method.function)
-    by_row = method.selects_by_row(target.pattern, target.group)
+    x, by_row = x.to(weight.device), method.selects_by_row(target.pattern, target.group) and weight.device.type == "cpu"
     rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1]) if by_row else len(weight)
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for rows, into in zip(weight.split(rows_at_a_time), keep.split(rows_at_a_time), strict=True):
@@ -80,19 +80,21 @@ SELECTIONS: Mapping[str, Callable[[Tensor, Target], Tensor]] = {
 }
 
 
-def choose_block(
+def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks are chosen
     weights: Callable[[str], Tensor],
     block: BlockStats,
     *,
     method: Method,
     targets: Mapping[str, Target] | Target,
     grams: Mapping[str, Gram] | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
     """Return the `keep` masks of one block's linears, oriented as their weights are stored.
 
     `weights` reads a linear's stored weight. `targets` has an entry for each linear, or is the same for all. `grams`
-    holds the Gram matrix of each distinct input where the method needs it. Scored linears are chosen in parallel, by as
-    many threads as torch has; a solver uses all threads for one linear, and runs where its Gram matrix is.
+    holds the Gram matrix of each distinct input where the method needs it. Scored linears are chosen on `device`, or
+    where their weights are: on a card one at a time, on the host in parallel, by as many threads as torch has. A solver
+    uses all of a device for one linear, and runs where its Gram matrix is.
     """
     if isinstance(targets, Target):
         targets = {name: targets for names in block.readers.values() for name in names}
@@ -109,11 +111,13 @@ def choose_block(
         return chosen
 
     def keep(name: str, x: InputStats) -> Tensor:
-        across = name in block.transposed
-        kept = choose(_turned(weights(name), across), x, method=method, target=targets[name], name=name)
+        across, weight = name in block.transposed, weights(name)
+        weight = weight if device is None else weight.to(device)
+        kept = choose(_turned(weight, across), x, method=method, target=targets[name], name=name)
         return _turned(kept, across).contiguous()
 
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:  # numpy's partition releases the GIL
+    threads = torch.get_num_threads() if device is None or device.type == "cpu" else 1
+    with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
         jobs = {
             name: pool.submit(keep, name, block.inputs[source])
             for source, names in block.readers.items()

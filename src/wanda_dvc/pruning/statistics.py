@@ -43,9 +43,13 @@ class InputStats:
         self.sum += other.sum.to(self.sum)
         self.count += other.count
 
+    def to(self, device: torch.device | str) -> "InputStats":
+        """Return the same sums on a device."""
+        return InputStats(self.sum_squares.to(device), self.sum.to(device), self.count)
+
     def cpu(self) -> "InputStats":
-        """Return a copy in main memory."""
-        return InputStats(self.sum_squares.cpu(), self.sum.cpu(), self.count)
+        """Return the same sums in main memory."""
+        return self.to("cpu")
 
     @property
     def norm(self) -> Float[Tensor, " in"]:

@@ -1,6 +1,7 @@
 """What stages start from, checked in one place: models, statistics and texts that belong together."""
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -11,13 +12,14 @@ from wanda_dvc.engine.sizes import WIDTH, Need, Sizes, sizes, walking
 from wanda_dvc.errors import MEND, UserError, notice
 from wanda_dvc.params import Params
 from wanda_dvc.pruning.patterns import check_pattern
-from wanda_dvc.stages.running import device_name
+from wanda_dvc.stages.running import check_device, device_name, ending, told
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import TEXT, Project, Work
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
 
 if TYPE_CHECKING:
+    import torch
     from jaxtyping import Int
     from torch import Tensor
 
@@ -85,7 +87,10 @@ def check_ready(project: Project, model: str, length: int | None = None, setting
     """Check what can be known before a model is run: the device, the configuration and the length of windows."""
     from wanda_dvc.engine.config import check_length, read_config
 
-    check_device(device_name(project.params.runtime))
+    if project.params.runtime.workers is None:
+        check_device(device_name(project.params.runtime))
+    else:  # whose device is their own
+        importlib.import_module("ray")
     if length is None:
         read_config(project.model(model))
     else:
@@ -96,18 +101,6 @@ def say_not_finite(run: str, where: str | None) -> None:
     """Say where a model's activations first were not finite, if they were not."""
     if where:
         notice(f"{run}: {where}: activations that are not finite; its results say `diverged` or compare nothing")
-
-
-def check_device(device: str) -> None:
-    """Raise UserError where this machine does not have the device."""
-    import torch
-
-    kind, _, number = device.partition(":")
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = {"cpu": True, "cuda": int(number or 0) < cards, "mps": torch.backends.mps.is_available()}
-    if not there[kind]:
-        found = f"a machine with {cards} CUDA devices" if kind == "cuda" else "a machine without MPS"
-        raise UserError(f"params.yaml: runtime.device: got {device} on {found}, expected one it has; set auto or cpu")
 
 
 def gram_provenance(project: Project) -> Json:
@@ -144,33 +137,62 @@ def calibration_windows(project: Project, measured_with: Json | None = None) -> 
 
 
 @contextlib.contextmanager
-def runner(project: Project, model: str, work: Work, *, dtype: str | None = None) -> "Iterator[Runner]":
-    """Open what runs rows through one of the project's models: this process."""
-    from wanda_dvc.engine.walk import Here
+def runner(
+    project: Project, model: str, work: Work, *, dtype: str | None = None, alone: bool = False
+) -> "Iterator[Runner]":
+    """Open who runs rows through one of the project's models: this process, or the workers that params.yaml names.
 
-    yield Here(open_decoder(project, model, dtype=dtype), work.path)
+    With `alone` it is this process, whatever params.yaml says.
+    """
+    runtime = project.params.runtime
+    if runtime.workers is None or alone:
+        from wanda_dvc.engine.walk import Here
+
+        yield Here(open_decoder(project, model, dtype=dtype), work.path)
+        return
+    from wanda_dvc.engine.workers import RayCrew
+
+    crew = RayCrew(runtime.workers, device=runtime.device, threads=runtime.threads)
+    with ending(crew.stop):
+        try:
+            from wanda_dvc.engine.pool import Pool
+            from wanda_dvc.engine.worker import order
+
+            decoder = open_decoder(project, model, dtype=dtype, device="cpu")
+            resident = _fits(project, model, decoder.dtype)
+            pool = Pool(decoder, order(decoder, work.path, resident=resident), crew)
+            yield pool
+            told(crew.told())
+        finally:
+            crew.close()
 
 
-def open_decoder(project: Project, model: str, *, dtype: str | None = None) -> "Decoder":
-    """Open the engine on one of the project's models, in a dtype (params.yaml's) and on the device it asks for."""
+def open_decoder(project: Project, model: str, *, dtype: str | None = None, device: str | None = None) -> "Decoder":
+    """Open the engine on one of the project's models, in a dtype and on a device, by default params.yaml's."""
     import torch
 
     from wanda_dvc.engine.attention import has_units
-    from wanda_dvc.engine.checkpoint import Checkpoint
     from wanda_dvc.engine.decoder import Decoder
 
-    folder, budget = project.model(model), project.params.runtime.memory_gb
+    folder = project.model(model)
     dtype = dtype or project.params.dtype
-    device = torch.device(device_name(project.params.runtime))
-    if device.type == "cpu" and not has_units(getattr(torch, dtype)):
+    where = torch.device(device or device_name(project.params.runtime))
+    if where.type == "cpu" and not has_units(getattr(torch, dtype)):
         notice(
             f"dtype: this CPU has no units for {dtype} and computes it many times slower than float32; "
             "set dtype=float32 (other last digits), or run it where there are some"
         )
     wanted = getattr(torch, dtype)
-    resident = budget is not None and Checkpoint(folder).size(wanted) <= budget * 1e9
-    compiling = project.params.runtime.compile
-    return Decoder(folder, dtype=wanted, device=device, resident=resident, compiling=compiling)
+    resident, compiling = _fits(project, model, wanted), project.params.runtime.compile
+    return Decoder(folder, dtype=wanted, device=where, resident=resident, compiling=compiling)
+
+
+def _fits(project: Project, model: str, dtype: "torch.dtype") -> bool:
+    """Whether one of the project's models stays in memory, as params.yaml says."""
+    from wanda_dvc.engine.checkpoint import Checkpoint
+
+    budget = project.params.runtime.memory_gb
+    return budget is not None and Checkpoint(project.model(model)).size(dtype) <= budget * 1e9
 
 
 # --- what they need and cost ---

@@ -58,7 +58,9 @@ def mask(*, project: Project) -> None:
     what the next block is calibrated on, and does not follow from the statistics of the dense model.
     """
     keep_freed_memory()
-    params, stats = project.params, statistics(project)
+    params = project.params
+    solving_device(params.runtime)  # refused before anything is read
+    stats = statistics(project)
     check_fits(project, stats.features)
     checkpoint = Checkpoint(project.model("dense"))
     shares = allocate(project, stats, checkpoint)
@@ -129,7 +131,8 @@ def keeps(
 ) -> dict[str, Tensor]:
     """Return the masks of one block's linears, every linear with the same share; `weights` reads a stored weight."""
     target = Target(share, params.pattern, params.group)
-    return choose_block(weights, block, method=methods()[params.method], targets=target, grams=grams)
+    method, device = methods()[params.method], solving_device(params.runtime)
+    return choose_block(weights, block, method=method, targets=target, grams=grams, device=device)
 
 
 def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and where they go
@@ -148,6 +151,7 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
     params = project.params
     windows = calibration_windows(project, measured_with)
     solves = RECONSTRUCTIONS[params.reconstruction].function is not None
+    trains = RECONSTRUCTIONS[params.reconstruction].trains  # one window a step: more workers would wait
     kept = finished_blocks(work.out)
     if solves:
         kept = min(kept, finished_blocks(beside.out))
@@ -156,7 +160,7 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
         return read_masks(work.out, block), read_weights(beside.out, block)[0] if solves else {}
 
     unreached = {}
-    with runner(project, "dense", work, dtype=measured_with["dtype"]) as run:
+    with runner(project, "dense", work, dtype=measured_with["dtype"], alone=trains) as run:
         # A training needs the dense block's outputs too, a correction its inputs.
         turns = run.walk(windows, kept=kept, beside=_runs_dense(params), changes=changes)
         blocks = len(run.decoder.blocks)
