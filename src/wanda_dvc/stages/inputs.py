@@ -262,7 +262,9 @@ def calibration_cost(params: Params, on: Setting, *, gram: bool) -> Cost:
     # The upper triangle of XᵀX is half of its products.
     rate = on.device.flops["float32"] if "float32" in on.device.flops else on.device.flops[on.dtype]
     flops = samples * length * on.model.all_squares
-    return replace(cost, flops=cost.flops + flops, seconds=cost.seconds + flops / (rate * on.device.efficiency))
+    seconds = on.share(samples) * flops / (rate * on.device.efficiency)
+    seconds += on.sending(samples, 8 * on.model.all_squares)
+    return replace(cost, flops=cost.flops + flops, seconds=cost.seconds + seconds)
 
 
 def gram_bytes(model: Sizes, kept: str) -> int:
