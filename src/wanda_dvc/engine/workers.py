@@ -174,7 +174,8 @@ def look(address: str) -> Found:
     try:
         expected, other = versions(), []
         nodes = {f"{x['NodeManagerHostname']} (node {x['NodeID'][:8]})": x["NodeID"] for x in ray.nodes() if x["Alive"]}
-        asked = {name: _ask.options(scheduling_strategy=_on(node)).remote() for name, node in nodes.items()}
+        ask = ray.remote(versions)
+        asked = {name: ask.options(num_cpus=0, scheduling_strategy=_on(node)).remote() for name, node in nodes.items()}
         for node, ticket in asked.items():
             try:
                 found = ray.get(ticket, timeout=SECONDS)
@@ -186,11 +187,6 @@ def look(address: str) -> Found:
         return Found(list(nodes), int(total.get("CPU", 0)), int(total.get("GPU", 0)), other)
     finally:
         ray.shutdown()
-
-
-@ray.remote(num_cpus=0)  # type: ignore[misc] # it brings no types
-def _ask() -> dict[str, str]:
-    return versions()
 
 
 def _on(node: str) -> Any:
