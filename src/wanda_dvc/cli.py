@@ -324,15 +324,23 @@ def cost(  # noqa: PLR0913, PLR0917 - the options of the command
         int | None, typer.Option("--windows", help="Number of windows, for calibration and perplexity.")
     ] = None,
     length: Annotated[int | None, typer.Option("--length", help="Tokens a window.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Of such machines or cards, by Ray.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Estimate FLOPs, memory, disk and time of every stage from a config.json; no weights are needed."""
     from wanda_dvc.views.cost import cost as table
 
-    start = Path.cwd()
-    typer.echo(
-        table(start=start, config=config, device=device, dtype=dtype, windows=windows, length=length, as_json=as_json)
+    told = table(
+        start=Path.cwd(),
+        config=config,
+        device=device,
+        dtype=dtype,
+        windows=windows,
+        length=length,
+        workers=workers,
+        as_json=as_json,
     )
+    typer.echo(told)
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
