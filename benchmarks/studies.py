@@ -95,12 +95,15 @@ class Studies:
         """The setting of the model, where it is not params.yaml's."""
         if self.given:
             return {"model": str(self.given.resolve())}
-        if not self.quick:
-            return {}
+        return {"model": str(self._tiny)} if self.quick else {}
+
+    @cached_property
+    def _tiny(self) -> Path:
+        """A random model of three blocks."""
         tiny = self.work / "tiny"
         if not (tiny / "config.json").is_file():
             self.runner.run(sys.executable, HERE / "memory.py", "make", tiny, "--config", json.dumps(TINY))
-        return {"model": str(tiny)}
+        return tiny
 
     # --- projects ---
 
@@ -164,18 +167,26 @@ class Studies:
     @property
     def under_dvc(self) -> Path:
         """The repository's default project, in its own git and DVC repository."""
-        folder = self.work / "dvc"
+        return self._repository("dvc", self._measured() if self.quick else self._source)
+
+    def of_a_tiny_model(self) -> Path:
+        """Return the default project on a tiny model, in a new git and DVC repository: nothing has run in it."""
+        shutil.rmtree(self.work / "starts", ignore_errors=True)
+        return self._repository("starts", {"model": str(self._tiny)})
+
+    def _repository(self, name: str, changes: dict[str, Any]) -> Path:
+        folder = self.work / name
         if (folder / "ready").is_file():
             return folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         shutil.copyfile(ROOT / "dvc.yaml", folder / "dvc.yaml")
-        self.settings(folder, self._measured() if self.quick else self._source)
+        self.settings(folder, changes)
         self.runner.run("git", "init", "-q", cwd=folder)
         self.runner.run("dvc", "init", "-q", cwd=folder)
         shutil.copyfile(ROOT / ".dvc/config", folder / ".dvc/config")
-        for name in (".gitignore", ".dvcignore"):
-            shutil.copyfile(ROOT / name, folder / name)
+        for file in (".gitignore", ".dvcignore"):
+            shutil.copyfile(ROOT / file, folder / file)
         (folder / "ready").touch()
         return folder
 

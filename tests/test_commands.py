@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.cli import app
+from wanda_dvc.engine import speed
 from wanda_dvc.engine.costs import DEVICES
 from wanda_dvc.export.formats import FORMATS
 from wanda_dvc.stages import STAGES, run
@@ -29,6 +30,7 @@ TABLES = {
     "stats": ["stats", "--layer", "1"],
     "preset": ["preset"],
     "cost": ["cost"],
+    "speed": ["speed", "models/pruned", "--prompt", "4", "--tokens", "3"],
     "doctor": ["doctor"],
     "clean": ["clean", "--dry-run"],
 }
@@ -57,8 +59,9 @@ def study(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Project:
 
 @pytest.fixture
 def there(study: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """The study, in which commands run."""
+    """The study, in which commands run; no process is started to measure a model."""
     monkeypatch.chdir(study.root)
+    monkeypatch.setattr(speed, "measure", speed.measure_here)
     return study
 
 
@@ -96,6 +99,9 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project
             assert [record["name"] for record in content] == names()
         case "cost":
             assert [record["stage"] for record in content["stages"]] == first
+        case "speed":
+            assert first[-1] == "tokens a second"
+            assert content["packed"]["stored_bytes"] < content["dense"]["stored_bytes"]
         case "doctor":
             assert [record["what"] for record in content["checks"]] == first
         case "clean":

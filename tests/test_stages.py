@@ -397,7 +397,7 @@ def test_two_runs_with_the_same_inputs_do_not_work_in_one_place(project: Make):
 
 @pytest.mark.parametrize("finished", [0, 2])
 def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pytest.MonkeyPatch, finished: int):
-    from wanda_dvc.stages import perplexity as module
+    from wanda_dvc.engine import losses as module
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")

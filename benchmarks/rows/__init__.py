@@ -48,6 +48,7 @@ ROWS = (
     Row("prune", FIRST, prune.first_prune, "≥ 2", "float32"),
     Row("prune", FIRST, prune.first_prune, "≥ 4", "bfloat16"),
     Row("dvc", "dvc repro with nothing to do", dvc.nothing_to_do, "< 3 s"),
+    Row("starts", "dvc repro of the default on a tiny model", dvc.starts, "< 40 s"),
     Row("dvc", "overhead of DVC on a full run", dvc.overhead, "< 0.05"),
     Row(
         "further", "every further sparsity inside mask + apply, against (a)", partial(dvc.further, key="inside"), "≥ 50"

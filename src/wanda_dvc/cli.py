@@ -16,6 +16,7 @@ from wanda_dvc.export.formats import DEFAULT as DEFAULT_FORMAT
 from wanda_dvc.export.formats import FORMATS
 from wanda_dvc.stages import STAGES, Stage
 from wanda_dvc.views import completion
+from wanda_dvc.views.speed import PROMPT, TOKENS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -323,15 +324,37 @@ def cost(  # noqa: PLR0913, PLR0917 - the options of the command
         int | None, typer.Option("--windows", help="Number of windows, for calibration and perplexity.")
     ] = None,
     length: Annotated[int | None, typer.Option("--length", help="Tokens a window.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Of such machines or cards, by Ray.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Estimate FLOPs, memory, disk and time of every stage from a config.json; no weights are needed."""
     from wanda_dvc.views.cost import cost as table
 
-    start = Path.cwd()
-    typer.echo(
-        table(start=start, config=config, device=device, dtype=dtype, windows=windows, length=length, as_json=as_json)
+    told = table(
+        start=Path.cwd(),
+        config=config,
+        device=device,
+        dtype=dtype,
+        windows=windows,
+        length=length,
+        workers=workers,
+        as_json=as_json,
     )
+    typer.echo(told)
+
+
+@app.command(rich_help_panel=RESULT_PANEL)
+def speed(
+    directory: Annotated[Path, typer.Argument(help="A model's directory, dense or packed.")],
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens in.")] = PROMPT,
+    tokens: Annotated[int, typer.Option("--tokens", min=3, help="Tokens out.")] = TOKENS,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on this machine, dense and packed: loading, memory and tokens a second."""
+    from wanda_dvc.views.speed import speed as table
+
+    typer.echo(table(folder=directory, prompt=prompt, tokens=tokens, device=device, as_json=as_json))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

@@ -16,7 +16,7 @@ MEND = "set dtype=float32 or bfloat16, or mend the model's weights"  # where act
 
 
 # Libraries that only some commands need, by the extra of this package that installs them.
-EXTRAS = {"matplotlib": "report", "scipy": "report"}
+EXTRAS = {"matplotlib": "report", "ray": "ray", "scipy": "report"}
 
 
 class UserError(Exception):

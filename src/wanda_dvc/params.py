@@ -144,6 +144,12 @@ class Runtime(_Section):
         description="auto (cuda if there is one), cpu, cuda, cuda:1 or mps",
     )
     threads: int | None = Field(None, ge=1, le=THREADS, description="CPU threads; null: one for each core")
+    workers: str | None = Field(
+        None,
+        pattern=r"^(local|auto|(ray://)?[A-Za-z0-9._-]+:\d+)$",
+        description="who runs the windows: null: this process; `local`: Ray's workers on this machine; `auto`, "
+        "`HOST:PORT` or `ray://HOST:PORT`: those of a running cluster of Ray",
+    )
     memory_gb: float | None = Field(
         None,
         gt=0,

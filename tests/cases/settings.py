@@ -88,6 +88,8 @@ MEANT = [
     ("runtime.threads", 0, ("runtime.threads", "got 0", "expected ≥ 1")),
     ("runtime.device", "gpu", ("runtime.device", "got gpu", "expected auto")),
     ("runtime.device", "cuda:x", ("runtime.device", "got cuda:x", "expected auto")),
+    ("runtime.workers", 4, ("runtime.workers", "got 4", "expected string")),
+    ("runtime.workers", "here", ("runtime.workers", "got here", "expected who runs the windows: null: this process")),
     ("runtime.memory_gb", 0, ("runtime.memory_gb", "got 0", "expected")),
     ("runtime.compile", "always", ("runtime.compile", "got always", "expected off, on or auto")),
     ("runtime.mirror", "here", ("runtime.mirror", "got here", "expected an absolute directory")),

@@ -1,15 +1,18 @@
 """What a stage costs on paper: FLOPs, bytes and seconds. docs/cost.md has the formulas in words."""
 
+import math
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wanda_dvc.engine import shards
 from wanda_dvc.engine.sizes import WIDTH, Memory, Sizes
 
 DISK = 2e9  # bytes a second from a local NVMe disk; from the page cache it is more
 PRODUCTS = 20  # of a weight and a Gram matrix, in a solver: conjugate gradients take 10, ADMM 20
+NETWORK = 1.2e9  # bytes a second to the driver, of 10 Gbit/s Ethernet
 HOST = 4e9  # bytes of weights and scores a second in mask and apply, on two cores, at 135 M and 1.5 B parameters
 
 
@@ -75,6 +78,7 @@ class Setting:
     device: Device
     dtype: str
     tokens: int  # of the text that perplexity is measured on
+    workers: int = 1
 
     @property
     def where(self) -> str:
@@ -105,7 +109,18 @@ class Setting:
             computed = max(computed, windows * self.work.linears * width / (device.bandwidth * device.efficiency))
             computed += hidden / (device.link * device.efficiency)
             read = max(read, self.model.parameters * width / (device.link * device.efficiency))
-        return Cost(flops, self.model.stored, hidden, waiting, memory, max(computed, read))
+        return Cost(flops, self.model.stored, hidden, waiting, memory, max(computed * self.share(windows), read))
+
+    def share(self, windows: float) -> float:
+        """The part of the work on all windows that the worker does that has most shards."""
+        return math.ceil(self._shards(windows) / self.workers) / self._shards(windows)
+
+    def sending(self, windows: float, size: float) -> float:
+        """Seconds in which all shards' results of so many bytes reach the driver, where others computed them."""
+        return 0 if self.workers == 1 else self._shards(windows) * size / NETWORK
+
+    def _shards(self, windows: float) -> int:
+        return len(shards.cut(max(1, math.ceil(windows))))
 
 
 def solving_seconds(solves: bool, on: Setting) -> float:

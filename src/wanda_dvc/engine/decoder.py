@@ -92,13 +92,15 @@ class Decoder:
         """Free the memory of the calls that are cached."""
         self._cache.clear()
 
-    def compile_for(self, rows: Sequence[Row]) -> None:
-        """Run blocks compiled from now on, where that is wanted; `auto` wants it where these rows are work enough."""
-        lengths = {len(row.tokens) for row in rows}
+    def compile_for(self, lengths: Sequence[int], *, laid_out: bool) -> None:
+        """Run blocks compiled from now on, where that is wanted; `auto` wants it where all rows are work enough.
+
+        `lengths` are those of all rows of a walk, wherever they are; `laid_out` says whether they hold questions.
+        """
         weights = sum(parameter.numel() for block in self.blocks for parameter in block.parameters())
-        flops = 2 * weights * sum(len(row.tokens) for row in rows)
+        flops = 2 * weights * sum(lengths)
         if self.compiling == "on" or (self.compiling == "auto" and is_worth_it(flops, self.device)):
-            dynamic = len(lengths) > FIXED_LENGTHS or any(row.layout for row in rows)
+            dynamic = len(set(lengths)) > FIXED_LENGTHS or laid_out
             self._compiled = CompiledBlocks(self.blocks, dynamic=dynamic)
 
     def room(self) -> int:

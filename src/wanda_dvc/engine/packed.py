@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_dvc.engine.checkpoint import INDEX, STORED, Address, Checkpoint
-from wanda_dvc.engine.structure import empty_model, stored_parts
+from wanda_dvc.engine.structure import empty_model, find_blocks, stored_parts
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.packing import compress, decompress, pack, packed_bytes, unpack
 from wanda_dvc.reading import DTYPES as WIDTHS
@@ -140,7 +140,8 @@ def pack_directory(source: Path, target: Path, linears: Collection[str], *, zipp
     Peak memory in bytes: three times the largest tensor.
     """
     checkpoint = Checkpoint(source)
-    names = [name for name in _own_weights(source, checkpoint) if name.removesuffix(".weight") in linears]
+    model = empty_model(source, tensors=len(checkpoint.where))
+    names = [name for name in _own_weights(model, checkpoint) if name.removesuffix(".weight") in linears]
     count = dense = packed = 0
     weights: dict[str, tuple[torch.dtype, tuple[int, int]]] = {}
     for name in names:
@@ -214,9 +215,16 @@ def unpacked_bytes(folder: Path) -> int:
     return others + sum(rows * columns * dtype.itemsize for dtype, (rows, columns) in weights.values())
 
 
-def _own_weights(folder: Path, checkpoint: Checkpoint) -> list[str]:
-    """The weights of `torch.nn.Linear` modules that are stored whole under their parameter's name."""
+def block_linears(folder: Path) -> list[str]:
+    """Return the linears of a directory's blocks that can be packed, as masks name them."""
+    checkpoint = Checkpoint(folder)
     model = empty_model(folder, tensors=len(checkpoint.where))
+    prefix, _ = find_blocks(model)
+    return [name.removesuffix(".weight") for name in _own_weights(model, checkpoint) if name.startswith(f"{prefix}.")]
+
+
+def _own_weights(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """The weights of `torch.nn.Linear` modules that are stored whole under their parameter's name."""
     parts = stored_parts(model, checkpoint)
     found = []
     for name, module in model.named_modules():

@@ -1,7 +1,7 @@
 """Kernels of packed weights for CPUs, in C (`packed_kernel.c`), as torch operators.
 
-They are compiled at first use with the system's C compiler and kept in the user's cache, under a digest of all that they
-depend on. The path is the fastest that the CPU has; `WANDA_DVC_KERNEL` names another, or `off`.
+They are compiled at first use with the system's C compiler and kept in the user's cache, under a digest of source,
+compiler and flags. The path is the fastest that the CPU has; `WANDA_DVC_KERNEL` names another, or `off`.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,8 +30,8 @@ MULTIPLIED = (torch.bfloat16, torch.float32)
 WIDTHS = (2, 4)  # bytes a weight that are expanded
 
 _Pointer, _Long = ctypes.c_void_p, ctypes.c_int64
-_COMMON = [ctypes.c_int, ctypes.c_int, _Pointer, _Pointer, _Pointer]  # path, size, values, bits, starts
-_THREADS = [ctypes.c_uint, _Pointer]
+_COMMON = (ctypes.c_int, ctypes.c_int, _Pointer, _Pointer, _Pointer)  # path, size, values, bits, starts
+_THREADS = (ctypes.c_uint, _Pointer)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Kernel:
 
 @cache
 def kernel() -> Kernel | None:
-    """Return the kernels, compiled where that is needed; None, with a notice, where they cannot be had.
+    """Return the kernels, compiled where that is needed; None where they cannot be had, and a notice says so.
 
     UserError where `WANDA_DVC_KERNEL` names a path that this CPU lacks.
     """
@@ -52,46 +53,46 @@ def kernel() -> Kernel | None:
     if wanted == "off":
         return None
     try:
-        library = ctypes.CDLL(str(_compiled()))
+        library = _load()
     except (OSError, subprocess.CalledProcessError) as error:
-        told = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        notice(f"packed weights: no kernel, they are expanded instead: {told}")
+        said = error.stderr.splitlines() if isinstance(error, subprocess.CalledProcessError) else []
+        notice(f"packed weights: no kernel for this CPU, they are expanded: {said[0] if said else error}")
         return None
     library.wanda_starts.argtypes = [_Pointer, _Pointer, _Long, _Long]
-    library.wanda_expand.argtypes = [*_COMMON, _Pointer, _Long, _Long, *_THREADS]
-    library.wanda_multiply.argtypes = [*_COMMON, _Pointer, _Pointer, _Pointer, _Long, _Long, _Long, *_THREADS]
+    library.wanda_expand.argtypes = (*_COMMON, _Pointer, _Long, _Long, *_THREADS)
+    library.wanda_multiply.argtypes = (*_COMMON, *[_Pointer] * 3, *[_Long] * 3, *_THREADS)
     library.wanda_starts.restype = library.wanda_expand.restype = None
     able = PATHS[: library.wanda_best() + 1]
     if wanted and wanted not in able:
         raise UserError(f"{CHOICE}: got {wanted}, expected {', '.join(able)} on this CPU, or off")
-    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)  # torch has loaded it for all to see
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)  # torch loads its OpenMP for all to see
     fork = ctypes.cast(parallel, _Pointer).value if parallel else None
     return Kernel(library, able.index(wanted) if wanted else len(able) - 1, fork)
 
 
-def _compiled() -> Path:
-    """Return the library, from the cache or compiled. OSError or CalledProcessError where there is no compiler or room."""
-    words = shlex.split(os.environ.get("CC", "cc"))
-    compiler = shutil.which(words[0]) if words else None
+def _load() -> ctypes.CDLL:
+    """Load the library from the cache, or compile it. OSError or CalledProcessError where that fails."""
+    words = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    compiler = shutil.which(words[0])
     if compiler is None:
-        raise FileNotFoundError(f"{words[0] if words else 'CC'}: no C compiler, expected gcc or clang")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        raise FileNotFoundError(f"{words[0]}: not found, expected a C compiler; install gcc or clang, or set CC")
     command = [compiler, *words[1:], *FLAGS]
-    parts = (SOURCE.read_bytes(), " ".join(command).encode(), version, platform.machine().encode())
-    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
-    target = _cache() / f"packed-{digest}.so"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = Path(scratch) / target.name
-            subprocess.run([*command, "-o", str(made), str(SOURCE)], capture_output=True, text=True, check=True)
-            made.replace(target)  # whole, whoever else compiles it now
-    return target
-
-
-def _cache() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc"
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    parts = (SOURCE.read_text(encoding="utf-8"), shlex.join(command), version, platform.machine())
+    name = f"packed-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc"
+    if (cache / name).is_file():
+        return ctypes.CDLL(str(cache / name))
+    with suppress(OSError):
+        cache.mkdir(parents=True, mode=0o700)
+    kept = os.access(cache, os.W_OK | os.X_OK) and cache.is_dir()
+    with tempfile.TemporaryDirectory(dir=cache if kept else None) as scratch:
+        made = Path(scratch) / name
+        subprocess.run([*command, "-o", str(made), str(SOURCE)], capture_output=True, text=True, check=True)
+        library = ctypes.CDLL(str(made))
+        if kept:
+            made.replace(cache / name)  # whole at once: others may compile or load it now
+    return library
 
 
 def row_starts(bits: Tensor) -> Tensor | None:

@@ -145,6 +145,8 @@ class Pool(Runner):
 
     def _begin(self, kept: int | None) -> None:
         """Have every shard taken. One that an earlier run has left on its worker's machine goes on from there."""
+        for worker in self._workers:
+            self._ready(worker, self._homes.count(worker))
         tickets = [self._take(number, kept) for number in range(len(self._cut))]
         for number, ticket in enumerate(tickets):
             with contextlib.suppress(Lost):  # it is found again where it is asked for more
@@ -152,11 +154,16 @@ class Pool(Runner):
                 self._next[number] = finished
                 self._note(number, where)
 
-    def _take(self, number: int, kept: int | None) -> Any:
+    def _ready(self, worker: Hired, shards: int) -> None:
+        """Tell a worker of all rows, and of how many shards come to it."""
+        lengths, laid_out = [len(row.tokens) for row in self._rows], any(row.layout for row in self._rows)
+        self._say(worker, 0, "ready", lengths, laid_out, shards)
+
+    def _take(self, number: int, kept: int | None, *, again: bool = False) -> Any:
         shard = self._cut[number]
         rows = self._rows[shard.start : shard.stop]
         self._next[number] = 0
-        return self._call(number, 0, "begin", number, rows, self._beside, kept)
+        return self._call(number, 0, "begin", number, rows, self._beside, -1 if again else kept, not again)
 
     def _each(
         self, method: str, block: int, numbers: Sequence[int], words: Callable[[int], tuple[Any, ...]]
@@ -187,7 +194,7 @@ class Pool(Runner):
     def _submit(self, method: str, number: int, block: int, words: tuple[Any, ...]) -> Any:
         """Begin a method for a shard, after the blocks that it has lost or not seen."""
         if self._next[number] < 0:
-            self._take(number, -1)
+            self._take(number, None, again=True)
         for behind in range(self._next[number], block):
             change = self._changes(behind) if self._changes else None
             self._call(number, behind, "replay", number, behind, change)
@@ -199,7 +206,9 @@ class Pool(Runner):
         return self._call(number, block, method, number, block, *words)
 
     def _call(self, number: int, block: int, method: str, *words: Any) -> Any:
-        worker = self._homes[number]
+        return self._say(self._homes[number], block, method, *words)
+
+    def _say(self, worker: Hired, block: int, method: str, *words: Any) -> Any:
         parcels = {} if worker.has_checkpoint else {n: [self._parcel(n)] for n in (REST, block, block + 1)}
         return self.crew.call(worker, method, parcels, *words)
 
@@ -227,6 +236,7 @@ class Pool(Runner):
             self.crew.dismiss(lost)
         if not self._workers:
             self._workers = self.crew.hire(1, self.order)
+            self._ready(self._workers[0], len(self._cut))
         homes = itertools.cycle(self._workers)
         for shard, home in enumerate(self._homes):
             if home is lost:

@@ -42,26 +42,30 @@ def walk(
     """
     rows = as_rows(rows) * (1 + beside)
     own = range(len(rows) // 2 if beside else 0, len(rows))
+    starts = frozenset(first + shard.start for first in (0, own.start) for shard in shards.cut(len(own)))
+    decoder.compile_for([len(row.tokens) for row in rows], laid_out=any(row.layout for row in rows))
     states = begin(decoder, rows, work, kept=kept)
     if states.finished > 0:
         notice(f"going on after {states.finished} of {len(decoder.blocks)} blocks, which an earlier run has finished")
     try:
         for index in range(states.finished, len(decoder.blocks)):
             with decoder.block(index):
-                yield Step(decoder, index, rows, states, own)
+                yield Step(decoder, index, rows, states, own, starts)
             states.turn()
     finally:
         decoder.forget_calls()
 
 
 @torch.no_grad()
-def begin(decoder: Decoder, rows: list[Row], work: Path, *, kept: int | None) -> HiddenStates:
-    """The hidden states that an earlier run has left in `work`, or those before the first block. `kept` is `walk`'s."""
+def begin(decoder: Decoder, rows: list[Row], work: Path, *, kept: int | None, room: int | None = None) -> HiddenStates:
+    """The hidden states that an earlier run has left in `work`, or those before the first block.
+
+    `kept` is `walk`'s. `room` is the bytes of a card that they may take; None: as much as there is.
+    """
     check_tokens(decoder, rows)
-    states = _states(decoder, rows, work)
+    states = _states(decoder, rows, work, decoder.room() if room is None else room)
     if kept is not None and states.finished > kept:
         states.finished, states.not_finite = -1, None
-    decoder.compile_for(rows)
     for row in rows:
         decoder.calls(row)
     if states.finished < 0:
@@ -91,10 +95,10 @@ def check_tokens(decoder: Decoder, rows: Sequence[Row]) -> None:
         )
 
 
-def _states(decoder: Decoder, rows: list[Row], work: Path) -> HiddenStates:
+def _states(decoder: Decoder, rows: list[Row], work: Path, room: int = 0) -> HiddenStates:
     width = decoder.model.config.get_text_config().hidden_size
     lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
-    return HiddenStates.open(work, lengths, width, decoder.dtype, blocks, device=decoder.device, room=decoder.room())
+    return HiddenStates.open(work, lengths, width, decoder.dtype, blocks, device=decoder.device, room=room)
 
 
 @dataclass
@@ -145,6 +149,7 @@ class Step(Turn):
     rows: list[Row]
     states: HiddenStates
     own: range  # all rows, or those after the dense model's
+    starts: frozenset[int]  # the first row of each shard
     _own: set[tuple[nn.Module, str]] = field(default_factory=set, init=False, repr=False)
 
     @property
@@ -236,7 +241,8 @@ class Step(Turn):
         for number in rows:
             row, last = self.rows[number], groups[-1] if groups else None
             most = self.decoder.together(row)
-            if last and len(last) < most and len(self.rows[last.start].tokens) == len(row.tokens):
+            fits = last and len(last) < most and len(self.rows[last.start].tokens) == len(row.tokens)
+            if last and fits and number not in self.starts:  # what a card computes depends on what goes together
                 groups[-1] = range(last.start, number + 1)
             else:
                 groups.append(range(number, number + 1))

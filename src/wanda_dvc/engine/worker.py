@@ -191,13 +191,23 @@ class Worker:
             source, dtype=asked.dtype, device=self.device, resident=asked.resident, compiling=asked.compiling
         )
 
+    def ready(self, lengths: list[int], laid_out: bool, number: int) -> None:
+        """Hear of all rows of a walk, and of how many shards come here."""
+        self.decoder.compile_for(lengths, laid_out=laid_out)
+        self._room = self.decoder.room() // number
+
     @torch.no_grad()
-    def begin(self, number: int, rows: list[Row], beside: bool, kept: int | None) -> tuple[int, str | None]:
-        """Take a shard. Return the blocks that it has finished here in a killed run, and where it was not finite."""
+    def begin(
+        self, number: int, rows: list[Row], beside: bool, kept: int | None, on_card: bool
+    ) -> tuple[int, str | None]:
+        """Take a shard, whose hidden states may stay on a card.
+
+        Return the blocks that it has finished here in a killed run, and where it was not finite.
+        """
         self._close()
         folder, lock = self._folder(number)
         rows = rows * (1 + beside)
-        states = begin(self.decoder, rows, folder, kept=kept)
+        states = begin(self.decoder, rows, folder, kept=kept, room=self._room if on_card else 0)
         self._shards[number] = _Shard(rows, range(len(rows) // 2 if beside else 0, len(rows)), states, lock)
         return states.finished, states.not_finite
 
@@ -249,7 +259,7 @@ class Worker:
         """A shard's turn at a block, which stays open with its weights for the next shard."""
         shard = self._shards[number]
         self._turn(shard, block)
-        step = Step(self.decoder, block, shard.rows, shard.states, shard.own)
+        step = Step(self.decoder, block, shard.rows, shard.states, shard.own, frozenset({shard.own.start}))
         if self._opened != (block, change is not None):
             self._close()
             self._open.enter_context(self.decoder.block(block))

@@ -6,17 +6,18 @@ import platform
 import socket
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.serialization import register_serializer
 from torch import Tensor
 
 import wanda_dvc
 from wanda_dvc.engine.pool import Crew, Hired, Lost
-from wanda_dvc.engine.worker import Order, Worker, pack, unpack
+from wanda_dvc.engine.worker import Order, Packed, Worker, pack, unpack
 from wanda_dvc.errors import UserError
 
 LOCAL = "local"
@@ -34,7 +35,11 @@ def versions() -> dict[str, str]:
 
 def carry_tensors() -> None:
     """Have Ray carry tensors as their bytes. What arrives is a copy that may be written to."""
-    register_serializer(Tensor, serializer=pack, deserializer=lambda packed: unpack(packed).clone())
+    register_serializer(Tensor, serializer=pack, deserializer=_copied)
+
+
+def _copied(packed: Packed) -> Tensor:
+    return unpack(packed).clone()
 
 
 class Actor:
@@ -154,9 +159,48 @@ class RayCrew(Crew):
         self._actors = [actor.remote(self._device, self.threads, driver) for _ in range(number)]
 
 
+class Found(NamedTuple):
+    """A cluster, as `doctor` looks at it."""
+
+    nodes: list[str]
+    cpus: int
+    cards: int
+    other: list[str]  # what differs from this process's versions, by node
+
+
+def look(address: str) -> Found:
+    """Connect to a cluster and ask every node for its versions. UserError where none answers."""
+    connect(address)
+    try:
+        expected, other = versions(), []
+        nodes = {f"{x['NodeManagerHostname']} (node {x['NodeID'][:8]})": x["NodeID"] for x in ray.nodes() if x["Alive"]}
+        asked = {name: _ask.options(scheduling_strategy=_on(node)).remote() for name, node in nodes.items()}
+        for node, ticket in asked.items():
+            try:
+                found = ray.get(ticket, timeout=SECONDS)
+            except RayError as error:
+                other.append(f"{node}: {str(error).strip().splitlines()[-1]}")
+                continue
+            other += [f"{node}: {x} {found[x]}, expected {it}" for x, it in expected.items() if found[x] != it]
+        total = ray.cluster_resources()
+        return Found(list(nodes), int(total.get("CPU", 0)), int(total.get("GPU", 0)), other)
+    finally:
+        ray.shutdown()
+
+
+@ray.remote(num_cpus=0)  # type: ignore[misc] # it brings no types
+def _ask() -> dict[str, str]:
+    return versions()
+
+
+def _on(node: str) -> Any:
+    return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+
+
 def connect(address: str, threads: int | None = None) -> None:
     """Start Ray on this machine, or connect to a cluster. UserError where none answers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no stage but download touches a network
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as a stage without Ray, beside which Ray's 15 would starve
     words: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if address == LOCAL:
         words |= {"include_dashboard": False, "num_cpus": os.cpu_count()}

@@ -94,11 +94,6 @@ class Row:
         return times(self.study, self.ledger)
 
 
-def machine_of(time: Json) -> str:
-    """The machine and device of a time."""
-    return f"{time['machine']}, {time['device']}"
-
-
 def peak_memory(times: dict[str, Json]) -> str | None:
     """The largest anonymous peak of the runs; the resident one, named so, where no anonymous peak is known."""
     for key, name in (("peak_anonymous_gb", ""), ("peak_resident_gb", " resident")):

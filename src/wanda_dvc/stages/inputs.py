@@ -1,6 +1,7 @@
 """What stages start from, checked in one place: models, statistics and texts that belong together."""
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -11,13 +12,14 @@ from wanda_dvc.engine.sizes import WIDTH, Need, Sizes, sizes, walking
 from wanda_dvc.errors import MEND, UserError, notice
 from wanda_dvc.params import Params
 from wanda_dvc.pruning.patterns import check_pattern
-from wanda_dvc.stages.running import check_device, device_name
+from wanda_dvc.stages.running import check_device, device_name, ending, told
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import TEXT, Project, Work
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
 
 if TYPE_CHECKING:
+    import torch
     from jaxtyping import Int
     from torch import Tensor
 
@@ -85,7 +87,10 @@ def check_ready(project: Project, model: str, length: int | None = None, setting
     """Check what can be known before a model is run: the device, the configuration and the length of windows."""
     from wanda_dvc.engine.config import check_length, read_config
 
-    check_device(device_name(project.params.runtime))
+    if project.params.runtime.workers is None:
+        check_device(device_name(project.params.runtime))
+    else:  # whose device is their own
+        importlib.import_module("ray")
     if length is None:
         read_config(project.model(model))
     else:
@@ -132,33 +137,62 @@ def calibration_windows(project: Project, measured_with: Json | None = None) -> 
 
 
 @contextlib.contextmanager
-def runner(project: Project, model: str, work: Work, *, dtype: str | None = None) -> "Iterator[Runner]":
-    """Open what runs rows through one of the project's models: this process."""
-    from wanda_dvc.engine.walk import Here
+def runner(
+    project: Project, model: str, work: Work, *, dtype: str | None = None, alone: bool = False
+) -> "Iterator[Runner]":
+    """Open who runs rows through one of the project's models: this process, or the workers that params.yaml names.
 
-    yield Here(open_decoder(project, model, dtype=dtype), work.path)
+    With `alone` it is this process, whatever params.yaml says.
+    """
+    runtime = project.params.runtime
+    if runtime.workers is None or alone:
+        from wanda_dvc.engine.walk import Here
+
+        yield Here(open_decoder(project, model, dtype=dtype), work.path)
+        return
+    from wanda_dvc.engine.workers import RayCrew
+
+    crew = RayCrew(runtime.workers, device=runtime.device, threads=runtime.threads)
+    with ending(crew.stop):
+        try:
+            from wanda_dvc.engine.pool import Pool
+            from wanda_dvc.engine.worker import order
+
+            decoder = open_decoder(project, model, dtype=dtype, device="cpu")
+            resident = _fits(project, model, decoder.dtype)
+            pool = Pool(decoder, order(decoder, work.path, resident=resident), crew)
+            yield pool
+            told(crew.told())
+        finally:
+            crew.close()
 
 
-def open_decoder(project: Project, model: str, *, dtype: str | None = None) -> "Decoder":
-    """Open the engine on one of the project's models, in a dtype (params.yaml's) and on the device it asks for."""
+def open_decoder(project: Project, model: str, *, dtype: str | None = None, device: str | None = None) -> "Decoder":
+    """Open the engine on one of the project's models, in a dtype and on a device, by default params.yaml's."""
     import torch
 
     from wanda_dvc.engine.attention import has_units
-    from wanda_dvc.engine.checkpoint import Checkpoint
     from wanda_dvc.engine.decoder import Decoder
 
-    folder, budget = project.model(model), project.params.runtime.memory_gb
+    folder = project.model(model)
     dtype = dtype or project.params.dtype
-    device = torch.device(device_name(project.params.runtime))
-    if device.type == "cpu" and not has_units(getattr(torch, dtype)):
+    where = torch.device(device or device_name(project.params.runtime))
+    if where.type == "cpu" and not has_units(getattr(torch, dtype)):
         notice(
             f"dtype: this CPU has no units for {dtype} and computes it many times slower than float32; "
             "set dtype=float32 (other last digits), or run it where there are some"
         )
     wanted = getattr(torch, dtype)
-    resident = budget is not None and Checkpoint(folder).size(wanted) <= budget * 1e9
-    compiling = project.params.runtime.compile
-    return Decoder(folder, dtype=wanted, device=device, resident=resident, compiling=compiling)
+    resident, compiling = _fits(project, model, wanted), project.params.runtime.compile
+    return Decoder(folder, dtype=wanted, device=where, resident=resident, compiling=compiling)
+
+
+def _fits(project: Project, model: str, dtype: "torch.dtype") -> bool:
+    """Whether one of the project's models stays in memory, as params.yaml says."""
+    from wanda_dvc.engine.checkpoint import Checkpoint
+
+    budget = project.params.runtime.memory_gb
+    return budget is not None and Checkpoint(project.model(model)).size(dtype) <= budget * 1e9
 
 
 # --- what they need and cost ---
@@ -228,7 +262,9 @@ def calibration_cost(params: Params, on: Setting, *, gram: bool) -> Cost:
     # The upper triangle of XᵀX is half of its products.
     rate = on.device.flops["float32"] if "float32" in on.device.flops else on.device.flops[on.dtype]
     flops = samples * length * on.model.all_squares
-    return replace(cost, flops=cost.flops + flops, seconds=cost.seconds + flops / (rate * on.device.efficiency))
+    seconds = on.share(samples) * flops / (rate * on.device.efficiency)
+    seconds += on.sending(samples, 8 * on.model.all_squares)
+    return replace(cost, flops=cost.flops + flops, seconds=cost.seconds + seconds)
 
 
 def gram_bytes(model: Sizes, kept: str) -> int:

@@ -151,6 +151,7 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
     params = project.params
     windows = calibration_windows(project, measured_with)
     solves = RECONSTRUCTIONS[params.reconstruction].function is not None
+    trains = RECONSTRUCTIONS[params.reconstruction].trains  # one window a step: more workers would wait
     kept = finished_blocks(work.out)
     if solves:
         kept = min(kept, finished_blocks(beside.out))
@@ -159,7 +160,7 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
         return read_masks(work.out, block), read_weights(beside.out, block)[0] if solves else {}
 
     unreached = {}
-    with runner(project, "dense", work, dtype=measured_with["dtype"]) as run:
+    with runner(project, "dense", work, dtype=measured_with["dtype"], alone=trains) as run:
         # A training needs the dense block's outputs too, a correction its inputs.
         turns = run.walk(windows, kept=kept, beside=_runs_dense(params), changes=changes)
         blocks = len(run.decoder.blocks)

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,6 +21,9 @@ from wanda_dvc.study.project import Project
 
 STARTED_BY = os.getppid()
 SAMPLES_A_SECOND = 20  # of the memory that a stage holds
+ENDING = 5  # seconds that workers have to end
+_told: Json = {}  # of the run at hand
+_ends: list[Callable[[], None]] = []
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +43,7 @@ def timed(project: Project, stage: Stage, part: str | None = None, task: str | N
 @contextlib.contextmanager
 def measured(runtime: Runtime) -> Iterator[Json]:
     """Yield an object that has seconds, memory, machine and device at the end."""
+    _told.clear()
     began, content = time.perf_counter(), Json()
     with AnonymousMemory() as memory:
         yield content
@@ -49,6 +53,22 @@ def measured(runtime: Runtime) -> Iterator[Json]:
     else:
         content["peak_resident_gb"] = round(_peak_resident() / 1e9, 3)
     content |= {"machine": f"{processor()}, {os.cpu_count()} cores", "device": device_name(runtime)}
+    content |= _told
+
+
+def told(content: Json) -> None:
+    """Keep more of the run at hand beside its time: how many workers it had."""
+    _told.update(content)
+
+
+@contextlib.contextmanager
+def ending(stop: Callable[[], None]) -> Iterator[None]:
+    """Have a function called, for a few seconds at most, where the run is stopped inside."""
+    _ends.append(stop)
+    try:
+        yield
+    finally:
+        _ends.remove(stop)
 
 
 @contextlib.contextmanager
@@ -66,6 +86,10 @@ def stoppable(run: str) -> Iterator[None]:
 
     def wait() -> None:
         if number := reader.recv(1):
+            for stop in _ends:
+                end = threading.Thread(target=stop, daemon=True)
+                end.start()
+                end.join(ENDING)
             notice(f"{run}: stopped; finished blocks and windows are kept, and the next run goes on from there")
             os._exit(128 + number[0])
 

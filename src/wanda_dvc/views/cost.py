@@ -25,6 +25,7 @@ def cost(  # noqa: PLR0913 - the options of the command
     dtype: str | None = None,
     windows: int | None = None,
     length: int | None = None,
+    workers: int = 1,
     as_json: bool = False,
 ) -> str:
     """Return what each stage costs with the settings at hand (outside a project, the default's): a table, or JSON."""
@@ -44,7 +45,7 @@ def cost(  # noqa: PLR0913 - the options of the command
     wanted = params.perplexity
     tokens = min(there, wanted.windows * wanted.length) if wanted.windows and not windows else there
     tokens = windows * wanted.length if windows else tokens
-    on = Setting(model, through, card, params.dtype, tokens)
+    on = Setting(model, through, card, params.dtype, tokens, workers)
     costs = {name: row for name, stage in STAGES.items() if (row := stage.cost(params, on))}
     if as_json:
         return json.dumps(_records(on, costs), indent=2)
@@ -71,6 +72,7 @@ def cost(  # noqa: PLR0913 - the options of the command
             f"{_count(model.parameters)} parameters, {_count(through.linears)} of them in the linears that a "
             f"token meets; stored in {model.dtype}, {_gb(model.stored)} GB; runs in {params.dtype}",
             f"{card.name}: {rate} {how}, of which {card.efficiency:.0%} are expected{estimate}",
+            *([f"{workers} workers, each like that; what each holds is in the table, once"] if workers > 1 else []),
             f"{params.calibration.samples} windows of {params.calibration.length} to calibrate, {tokens:,} tokens in "
             f"windows of {wanted.length} for perplexity, {len(params.tasks.names)} tasks"
             + (f" × {params.zero_shot.limit}" if params.zero_shot.limit else ""),
@@ -90,6 +92,7 @@ def _records(on: Setting, costs: dict[str, Cost]) -> dict[str, Any]:
         "model": {"parameters": on.model.parameters, "linears": on.work.linears, "stored_bytes": on.model.stored},
         "device": {"name": on.device.name, "flops": on.device.flops[on.dtype], "measured": on.device.link is None},
         "dtype": on.dtype,
+        "workers": on.workers,
         "tokens": on.tokens,
         "stages": [
             {

@@ -55,6 +55,7 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
         checks += [
             *_hub(params),
             *_machine(project),
+            *_workers(params),
             *_sources(project),
             *_mirror(params),
             *_versions(project),
@@ -116,6 +117,28 @@ def _machine(project: Project) -> Iterator[Check]:
     )
     free = disk(project)
     yield Check("disk", free > 1e9, f"{free / 1e9:.1f} GB free", "free some; `dvc gc --workspace` drops old cache")
+
+
+def _workers(params: Params) -> Iterator[Check]:
+    """Whether the workers that the settings name can be reached, with the same libraries."""
+    address = params.runtime.workers
+    if address is None:
+        return
+    if find_spec("ray") is None:
+        yield Check("runtime.workers", False, "no ray", f"`pip install 'wanda-dvc[{EXTRAS['ray']}]'`")
+        return
+    from wanda_dvc.engine.workers import LOCAL, look
+
+    if address == LOCAL:
+        yield Check("runtime.workers", True, f"local, Ray {version('ray')}")
+        return
+    try:
+        found = look(address)
+    except UserError as error:
+        yield Check("runtime.workers", False, str(error), "`ray status` on its head says how it is")
+        return
+    told = f"{len(found.nodes)} nodes, {found.cpus} CPUs, {found.cards} cards"
+    yield Check("runtime.workers", not found.other, "; ".join([told, *found.other]), "install the same versions there")
 
 
 def _from_the_hub(params: Params) -> tuple[list[str], list[str]]:

@@ -15,6 +15,7 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.ran import Ran
 from wanda_dvc.study.tensors import block_count, read_stats
+from wanda_dvc.study.times import machine_of
 
 if TYPE_CHECKING:
     from wanda_dvc.pruning.statistics import InputStats
@@ -204,7 +205,7 @@ def _times(project: Project) -> str:
         return ""
     rows = [[run, f"{time['seconds']:.1f}", peak_memory(time)] for run, time in known.items()]
     rows.append(["all", f"{sum(time['seconds'] for time in known.values()):.1f}", ""])
-    machines = sorted({f"{time['machine']}, {time['device']}" for time in known.values()})
+    machines = sorted({machine_of(time) for time in known.values()})
     table = tabulate(rows, ["stage", "seconds", "peak anonymous memory, GB"], tablefmt="github", disable_numparse=True)
     resident = any("peak_anonymous_gb" not in time for time in known.values())
     mapped = " * with mapped checkpoint pages, which this system does not tell apart." if resident else ""

@@ -2,10 +2,11 @@
 
 from wanda_dvc.report.formatting import DASH, seconds, setting_as_code
 from wanda_dvc.report.pages import Code, Content, Items, Table, Text, literal
-from wanda_dvc.report.rows import Row, machine_of, peak_memory
+from wanda_dvc.report.rows import Row, peak_memory
 from wanda_dvc.report.runs import runs
 from wanda_dvc.report.section import OF_CHOICE, Section
 from wanda_dvc.study.repeat import how_to_repeat
+from wanda_dvc.study.times import machine_of
 
 
 def content(section: Section) -> Content:

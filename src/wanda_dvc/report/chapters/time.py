@@ -3,10 +3,10 @@
 from wanda_dvc.report import charts
 from wanda_dvc.report.formatting import DASH, seconds
 from wanda_dvc.report.pages import Content, Table, Text, literal, picture
-from wanda_dvc.report.rows import machine_of
 from wanda_dvc.report.runs import runs
 from wanda_dvc.report.section import Section
 from wanda_dvc.stages import STAGES
+from wanda_dvc.study.times import machine_of
 
 SHARED = "shared by the rows"
 

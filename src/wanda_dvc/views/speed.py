@@ -1,0 +1,117 @@
+"""How fast a model directory is on the machine at hand: dense beside packed."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+from wanda_dvc.errors import UserError, notice
+from wanda_dvc.stages.running import processor
+
+if TYPE_CHECKING:
+    from wanda_dvc.engine.speed import Speed
+
+PROMPT, TOKENS = 128, 64
+EXPORT = "wanda-dvc export --format packed"
+
+
+def speed(
+    *, folder: Path, prompt: int = PROMPT, tokens: int = TOKENS, device: str = "cpu", as_json: bool = False
+) -> str:
+    """Return load time, memory and speed of a directory, dense and packed: a table, or JSON.
+
+    The form that the directory has not is written into a temporary one. A dense directory that packing does not shrink
+    is measured alone.
+    """
+    from wanda_dvc.engine.speed import measure
+
+    machine = _machine(device)
+    _check(folder, prompt, tokens)
+    measured: dict[str, Speed] = {}
+    stored: dict[str, int] = {}
+    with _both(folder) as (folders, said):
+        for form, place in folders.items():
+            notice(f"{form}: {place}")
+            measured[form] = measure(place, prompt=prompt, tokens=tokens, device=device)
+            stored[form] = sum(path.stat().st_size for path in place.glob("*.safetensors"))
+    columns = {form: {"stored_bytes": stored[form], **asdict(found)} for form, found in measured.items()}
+    if as_json:
+        how = {"directory": str(folder), **machine, "prompt_tokens": prompt, "tokens": tokens}
+        return json.dumps({**how, **columns, "note": said}, indent=2)
+    headers = ["", *columns, *(["packed / dense"] if len(columns) > 1 else [])]
+    return "\n".join(
+        [
+            f"{', '.join(machine.values())}; one sequence, {prompt} tokens in, {tokens} out",
+            "",
+            tabulate(_rows(columns), headers, tablefmt="github", disable_numparse=True),
+            "",
+            said,
+        ]
+    )
+
+
+def _rows(columns: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
+    """A row a measure, with the ratio where there are two forms."""
+    for label, key, unit, digits in (
+        ("weights on disk, GB", "stored_bytes", 1e9, 2),
+        ("load, s", "load_seconds", 1, 2),
+        ("resident memory, GB", "memory_bytes", 1e9, 2),
+        ("time to first token, s", "first_token_seconds", 1, 2),
+        ("tokens a second", "tokens_per_second", 1, 1),
+    ):
+        found = [column[key] for column in columns.values()]
+        ratio = [f"{found[1] / found[0]:.2f} ×"] if len(found) > 1 else []
+        yield [label, *(f"{number / unit:,.{digits}f}" for number in found), *ratio]
+
+
+def _machine(device: str) -> dict[str, str]:
+    """The device's name; of a CPU also its threads and the kernel. UserError where there is no such device."""
+    import torch
+
+    from wanda_dvc.engine.packed_kernel import PATHS, kernel
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: got {device}, expected cpu or cuda: {str(error).splitlines()[0]}") from None
+    if torch.device(device).type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    found = kernel()  # compiled here, so that no load waits for it
+    path = f"kernel {PATHS[found.path]}" if found else "no kernel"
+    return {"device": processor(), "threads": f"{torch.get_num_threads()} threads", "kernel": path}
+
+
+def _check(folder: Path, prompt: int, tokens: int) -> None:
+    """Refuse what cannot be measured."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json, expected a model's directory")
+    most = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    if most is not None and prompt + tokens > most:
+        raise UserError(f"--prompt and --tokens: got {prompt} + {tokens}, expected at most {most} for this model")
+
+
+@contextmanager
+def _both(folder: Path) -> Iterator[tuple[dict[str, Path], str]]:
+    """Yield the directory of each form, and a sentence about them. One is temporary."""
+    from wanda_dvc.engine.packed import block_linears, pack_directory, packing_of, unpack_directory
+
+    with tempfile.TemporaryDirectory() as scratch:
+        other = Path(scratch)
+        if packing_of(folder) is not None:
+            notice(f"{folder} is packed; the dense one is written to {other}")
+            unpack_directory(folder, other)
+            yield {"dense": other, "packed": folder}, f"{folder} is packed; the dense one was made from it."
+            return
+        notice(f"{folder} is dense; a packed one is written to {other}")
+        sizes = pack_directory(folder, other, block_linears(folder))
+        if sizes.packed < sizes.dense:
+            yield {"dense": folder, "packed": other}, f"{folder} is dense; `{EXPORT}` writes a packed one."
+        else:
+            yield {"dense": folder}, f"{folder} has too few zeros to be smaller without them: nothing to pack."

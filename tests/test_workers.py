@@ -1,0 +1,104 @@
+"""Stages on a real cluster of Ray: several nodes on this machine, one of which dies in every stage."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from safetensors.torch import load_file, save_file
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.download import download
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.perplexity import perplexity
+from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study.project import Project
+
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wanda-dvc[ray]'")
+
+from wanda_dvc.engine import pool  # noqa: E402 - it needs no ray, but this file does
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+
+Make = Callable[..., Project]
+MADE = ("stats", "gram", "masks", "weights", "metrics")
+PROPAGATED = {"propagation": "corrected", "reconstruction": "least-squares"}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head without CPUs, and the nodes that tests add."""
+    from ray.cluster_utils import Cluster
+
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    ray.init(address=started.address, log_to_driver=False, configure_logging=False)
+    yield started
+    ray.shutdown()
+    started.shutdown()
+
+
+@pytest.fixture
+def nodes(cluster: Any) -> Iterator[list[Any]]:
+    """Three nodes of one CPU."""
+    added = [cluster.add_node(num_cpus=1) for _ in range(3)]
+    yield added
+    for node in cluster.worker_nodes.copy():
+        cluster.remove_node(node)
+
+
+def run(study: Project) -> dict[str, bytes]:
+    """Run the stages that go through blocks, and the one between them; what they made."""
+    calibrate(project=study)
+    mask(project=study)
+    apply(project=study)
+    perplexity(project=study, model="pruned")
+    zero_shot(project=study, model="pruned", task="piqa")
+    found = (path for name in MADE for path in study.root.glob(f"{name}/**/*") if path.is_file())
+    return {str(path.relative_to(study.root)): path.read_bytes() for path in found}
+
+
+def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
+    project: Make, cluster: Any, nodes: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    settings = {"calibration__samples": 20, "calibration__gram": "float32"} | PROPAGATED
+    alone = project(**settings)
+    for part in ("model", "calibration", "perplexity", "tasks"):
+        download(project=alone, part=part)
+    expected = run(alone)
+    for name in MADE:
+        shutil.rmtree(alone.root / name)
+    real, killed = pool.Pool.run, []
+
+    def killing(self: pool.Pool, method: str, block: int, *words: Any) -> Iterator[Any]:
+        """Kill a node while its shards go through the third block, once in each stage."""
+        for number, found in enumerate(real(self, method, block, *words)):
+            if (number, block) == (1, 2) and len(cluster.worker_nodes) == 3:
+                killed.append(method)
+                cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+            yield found
+        if block == 3 and len(cluster.worker_nodes) < 3:
+            cluster.add_node(num_cpus=1)
+
+    monkeypatch.setattr(pool.Pool, "run", killing)
+    assert run(project(runtime__workers="auto", **settings)) == expected
+    assert killed == ["record", "record", "advance", "advance"]
+
+
+def test_an_error_on_a_worker_is_ours_with_the_nodes_name(project: Make, tmp_path: Path, nodes: list[Any]):
+    folder = save_tiny_model(tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    study = project(folder, calibration__samples=20, runtime__workers="auto")
+    for part in ("model", "calibration"):
+        download(project=study, part=part)
+    said = r"^worker on \S+ \(node [0-9a-f]{8}\): .*block 2, output of .*: activations that are not finite"
+    with pytest.raises(UserError, match=said):
+        calibrate(project=study)
