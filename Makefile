@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CORES ?= auto
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test test-fast coverage bench docs wheel lint lock install
+.PHONY: repro test test-fast coverage bench gpu docs wheel lint lock install
 
 repro: install ## create the environment, run the pipeline on the embedded default, print the results
 	dvc repro
@@ -22,6 +22,9 @@ coverage: install ## all tests, with a table of the lines and branches that none
 
 bench: install ## measure against the published procedure, stock lm-eval and the floor; ROWS="mask perplexity" for some rows
 	python benchmarks/bench.py $(ROWS) $(BENCH)
+
+gpu: ## check a card against the CPU and time it; needs torch, transformers and accelerate; under ten minutes; GPU="--device cpu --tiny" tries it
+	PYTHONPATH=src:$(PYTHONPATH) $(PYTHON) benchmarks/gpu.py $(GPU)
 
 docs: $(BIN)/.docs-installed ## build the documentation site into .site/html; a broken link or anchor is an error
 	python scripts/pages.py

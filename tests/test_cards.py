@@ -1,22 +1,28 @@
 """What a card does otherwise, on the one device that is always there: it is given room, and a width to fill."""
 
+import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from test_families import save
 from test_selection import matrices
 
+from wanda_dvc.engine import compiled, states
 from wanda_dvc.engine import decoder as decoding
-from wanda_dvc.engine import states
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import Recorded
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.walk import Here, outputs, walk
 from wanda_dvc.pruning.selection import above_by_numpy, above_by_torch
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu
 
 CPU = torch.device("cpu")
 ROW = 2 * 32 * 32 * 4  # bytes of a window before and after a block
@@ -111,3 +117,27 @@ def test_a_card_and_the_host_select_alike_ties_included(score: torch.Tensor, dat
         k = data.draw(st.integers(1, score.shape[1]))
         for one, other in zip(above_by_numpy(given_score, k), above_by_torch(given_score, k), strict=True):
             assert torch.equal(one, other)
+
+
+def test_the_check_of_a_card_runs_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """So that it works on the day that there is one. Here both sides of a comparison are the CPU."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    assert gpu.main(["--device", "cpu", "--tiny", "--work", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("| yes |" in line for line in lines) == 9
+    assert sum(line.startswith("| `") for line in lines) == 5
+
+
+def test_a_card_that_differs_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu, "check", lambda *_: [gpu.Check("masks", 1e-9, 0.0)])
+    monkeypatch.setattr(gpu, "times", lambda *_: [])
+    assert gpu.main(["--device", "cpu", "--tiny", "--work", str(tmp_path)]) == 1
+
+
+def test_without_a_card_it_says_what_to_do(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "no CUDA device on this machine; --device cpu --tiny tries the harness" in capsys.readouterr().err

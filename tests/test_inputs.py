@@ -121,10 +121,10 @@ def test_a_file_that_is_no_settings(name: str, tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study whose stages have all run."""
     root = tmp_path_factory.mktemp("finished")
-    write_params(root, tiny, perplexity__windows=1, zero_shot__limit=1)
+    write_params(root, tiny, perplexity__windows=1, zero_shot__limit=1, **texts)
     made = Project(root)
     for part in ("model", "calibration", "perplexity"):
         download(project=made, part=part)

@@ -18,6 +18,7 @@ from test_families import ALL, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from wanda_dvc.engine import packed_linear
 from wanda_dvc.engine.checkpoint import STORED, Address, Checkpoint
 from wanda_dvc.engine.packed import (
     FORMAT,
@@ -31,7 +32,16 @@ from wanda_dvc.engine.packed import (
 from wanda_dvc.engine.packed_linear import PackedConfig, PackedLinear
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.formats import FORMATS
-from wanda_dvc.pruning.packing import compress, decompress, pack, pack_bits, packed_bytes, unpack, unpack_bits
+from wanda_dvc.pruning.packing import (
+    compress,
+    decompress,
+    is_two_of_four,
+    pack,
+    pack_bits,
+    packed_bytes,
+    unpack,
+    unpack_bits,
+)
 from wanda_dvc.reading import DTYPES as WIDTHS
 from wanda_dvc.stages.download import download
 from wanda_dvc.study.project import Project
@@ -267,6 +277,100 @@ def test_transformers_loads_it_after_our_import_and_refuses_it_without(imports: 
     assert found in (done.stderr if done.returncode else done.stdout)
 
 
+# --- 2:4 on a GPU: all but the card ---
+
+
+def two_of_four(folder: Path, share: float = 1) -> list[str]:
+    """Prune a share of every linear's groups of four to two, in place; return the linears' names."""
+    path, linears = folder / "model.safetensors", []
+    tensors = load_file(path)
+    for name, weight in tensors.items():
+        if weight.dim() == 2 and ".layers." in name:
+            groups = weight.view(-1, 4)
+            groups[: int(share * len(groups)), ::2] = 0
+            linears.append(name.removesuffix(".weight"))
+    save_file(tensors, path, {"format": "pt"})
+    return linears
+
+
+def loaded_sparse(tmp_path: Path, share: float = 1) -> Any:
+    source, target = save_tiny_model(tmp_path / "source"), tmp_path / "packed"
+    target.mkdir()
+    pack_directory(source, target, two_of_four(source, share))
+    with pytest.warns(UserWarning, match="loading attributes"):
+        return AutoModelForCausalLM.from_pretrained(target, quantization_config=PackedConfig(sparse="2:4"))
+
+
+@pytest.mark.parametrize(
+    ("weight", "found"),
+    [([[1, 0, 0, 2, 0, 0, 0, 0]], True), ([[0, 1, 2, 0, 0, 1, 1, 1]], False), ([[1, 0]], False), ([[1] * 4], False)],
+)
+def test_the_pattern_is_known_by_the_bits(weight: list[list[int]], found: bool):
+    assert is_two_of_four(pack_bits(torch.tensor(weight) != 0), len(weight[0])) is found
+
+
+def test_sparse_cores_are_asked_for_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(UserError, match="no CUDA device for it, expected Ampere"):
+        loaded_sparse(tmp_path)
+    with pytest.raises(UserError, match="sparse: got 4:8, expected 2:4"):
+        PackedConfig(sparse="4:8")
+    with pytest.raises(UserError, match="expected one of them"):
+        PackedConfig(sparse="2:4", dequantize=True)
+
+
+def test_only_what_a_card_can_take_goes_to_its_sparse_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(packed_linear, "_has_sparse_cores", lambda: True)
+    with pytest.raises(UserError, match='on cpu, expected a CUDA device for sparse=2:4; add device_map="cuda"'):
+        loaded_sparse(tmp_path)
+
+
+# A CPU has no sparse cores: a model on it passes for one on a card, and the conversion is another one.
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    taken: list[Tensor] = []
+
+    def take(weight: Tensor) -> Tensor:
+        taken.append(weight)
+        return 2 * weight
+
+    monkeypatch.setattr(packed_linear, "_has_sparse_cores", lambda: True)
+    monkeypatch.setattr(packed_linear, "CARD", "cpu")
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", take)
+    return taken
+
+
+def test_each_weight_is_given_to_torch_once(card: list[Tensor], tmp_path: Path):
+    model = loaded_sparse(tmp_path)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    blocks = [module for module in dense.model.layers.modules() if isinstance(module, nn.Linear)]
+    assert len(card) == len(blocks)
+    for taken, linear in zip(card, blocks, strict=True):
+        assert torch.equal(taken, linear.weight)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, 2 * dense.model.layers[0].mlp.up_proj.weight)
+    with pytest.raises(UserError, match="load it with dequantize=True"):
+        model.dequantize()
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_a_model_of_another_pattern_is_refused(card: list[Tensor], tmp_path: Path):
+    with pytest.raises(UserError, match="no 2:4 pattern, expected one for sparse=2:4; prune with pattern=2:4"):
+        loaded_sparse(tmp_path, share=0.9)
+    assert card == []
+
+
+def test_a_shape_that_torch_refuses_is_named(card: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(weight: Tensor) -> Tensor:
+        raise RuntimeError("must be a multiple of (32, 64)")
+
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", refuse)
+    with pytest.raises(UserError, match=r"q_proj: sparse=2:4: must be a multiple of \(32, 64\); load without it"):
+        loaded_sparse(tmp_path)
+
+
 # --- what is damaged ---
 
 Damage = Callable[[dict[str, Tensor], dict[str, Any]], object]
@@ -338,6 +442,7 @@ def test_export_writes_it_and_download_takes_it(project: Callable[..., Project],
         assert "import wanda_dvc" in card
         assert "bits a weight" in card
         assert "int8" in card
+        assert "logits may differ in their last bits" in card
         targets["--zip" in words] = target
     assert not list((made.root / ".dvc" / "tmp").rglob("dense"))
     sizes = [sum(shard.stat().st_size for shard in Checkpoint(targets[zipped]).shards) for zipped in (True, False)]

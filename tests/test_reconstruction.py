@@ -41,19 +41,19 @@ PATTERNS: tuple[dict[str, Any], ...] = (
 
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Path:
     """A project whose Gram matrices are there."""
     from conftest import write_params
 
     root = tmp_path_factory.mktemp("calibrated")
     model = save_tiny_model(tmp_path_factory.mktemp("source") / "tiny", num_hidden_layers=2)
-    write_params(root, model, calibration__gram="float32", calibration__samples=4)
+    write_params(root, model, calibration__gram="float32", calibration__samples=4, **texts)
     calibrate(project=fetch(Project(root), "model", "calibration"))
     return root
 
 
 @pytest.fixture
-def study(calibrated: Path, tmp_path: Path) -> Make:
+def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Make:
     """A copy of it, with other settings; called again, it changes them again."""
     from conftest import write_params
 
@@ -61,7 +61,7 @@ def study(calibrated: Path, tmp_path: Path) -> Make:
     source = Project(calibrated).params.model
 
     def make(**changes: Any) -> Project:
-        write_params(tmp_path, source, **{"calibration__gram": "float32", "calibration__samples": 4} | changes)
+        write_params(tmp_path, source, **{"calibration__gram": "float32", "calibration__samples": 4} | texts | changes)
         return Project(tmp_path)
 
     return make

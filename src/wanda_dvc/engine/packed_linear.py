@@ -4,6 +4,7 @@
 """
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,11 +17,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from wanda_dvc.engine.packed import METHOD, Packing
 from wanda_dvc.engine.packed_kernel import MULTIPLIED, WIDTHS, expand, kernel, multiply, row_starts
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.packing import pack
+from wanda_dvc.pruning.packing import is_two_of_four, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SPARSE, CARD = "2:4", "cuda"
 FEW = 8  # tokens, up to which the kernel is faster than to expand a weight and let torch multiply
 
 _scratch = threading.local()
@@ -88,10 +90,10 @@ class PackedLinear(nn.Module):
         keep = (self.weight_keep[:, :, None] >> shifts).bitwise_and_(1).flatten(1)[:, : self.in_features].bool()
         return out.zero_().masked_scatter_(keep, values)
 
-    def unpacked(self) -> nn.Linear:
-        """Return the ordinary linear."""
+    def unpacked(self, store: Callable[[Tensor], Tensor] = lambda weight: weight) -> nn.Linear:
+        """Return the ordinary linear, its weight [out, in] as `store` gives it back."""
         made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        made.weight = nn.Parameter(self.dense(), requires_grad=False)
+        made.weight = nn.Parameter(store(self.dense()), requires_grad=False)
         made.bias = cast("nn.Parameter", self.bias)  # or None, as nn.Linear has it
         return made
 
@@ -102,11 +104,18 @@ class PackedLinear(nn.Module):
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed directory; `dequantize` makes the model dense once it is loaded."""
+    """The `quantization_config` of a packed directory, and what becomes of the weights once they are loaded.
 
-    def __init__(self, dequantize: bool = False, **stored: Any) -> None:
+    `dequantize` makes the model dense. `sparse="2:4"` gives the weights to NVIDIA's sparse tensor cores.
+    """
+
+    def __init__(self, dequantize: bool = False, sparse: str | None = None, **stored: Any) -> None:
+        if sparse not in (None, SPARSE):
+            raise UserError(f"PackedConfig: sparse: got {sparse}, expected {SPARSE}")
+        if sparse and dequantize:
+            raise UserError("PackedConfig: got sparse and dequantize, expected one of them")
         self.quant_method = METHOD  # type: ignore[assignment] # its own methods are an enumeration
-        self.dequantize = dequantize
+        self.dequantize, self.sparse = dequantize, sparse
         self.stored = stored
 
     @property
@@ -116,7 +125,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained(quantization_config=PackedConfig(...))` changes."""
-        return {"dequantize": self.dequantize}
+        return {"dequantize": self.dequantize, "sparse": self.sparse}
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json has it."""
@@ -134,6 +143,11 @@ class PackedQuantizer(HfQuantizer):
 
     quantization_config: PackedConfig
     requires_calibration = True  # transformers' word for: it loads packed weights, and packs none itself
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        """Refuse what this machine cannot do, before anything is loaded."""
+        if self.quantization_config.sparse and not _has_sparse_cores():
+            raise UserError(f"sparse={SPARSE}: no CUDA device for it, expected Ampere (8.0) or later; load without it")
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
         self.packing = self.quantization_config.packing
@@ -153,7 +167,7 @@ class PackedQuantizer(HfQuantizer):
         return param_name in self.packing.weights
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
-        """Check what was loaded, decompress it, and make it dense where that is asked for."""
+        """Check what was loaded, decompress it, and make it dense or sparse where that is asked for."""
         linears = []
         for name in self.packing.weights:
             linear = cast("PackedLinear", model.get_submodule(name.removesuffix(".weight")))
@@ -161,6 +175,9 @@ class PackedQuantizer(HfQuantizer):
             linear.weight = nn.Parameter(values, requires_grad=False)
             linear.settle()
             linears.append(linear)
+        if self.quantization_config.sparse:
+            _give_to_sparse_cores(model)
+            return
         # Without a kernel a CPU would expand every weight for every token.
         slow = all(linear.weight.device.type == "cpu" for linear in linears) and kernel() is None
         if self.quantization_config.dequantize or slow:
@@ -171,16 +188,41 @@ class PackedQuantizer(HfQuantizer):
         self.quantization_config.stored = Packing(weights, zipped=False).as_json()
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
+        if self.quantization_config.sparse:
+            raise UserError(f"dequantize: got a model with sparse={SPARSE}; load it with dequantize=True instead")
         for path, linear in [*model.named_modules()]:
             if isinstance(linear, PackedLinear):
                 model.set_submodule(path, linear.unpacked())
         return model
 
     def is_serializable(self) -> bool:
-        """Whether `save_pretrained` writes what `from_pretrained` reads."""
-        return True
+        """Whether `save_pretrained` writes what `from_pretrained` reads. The sparse cores' layout is no file format."""
+        return self.quantization_config.sparse is None
 
     @property
     def is_trainable(self) -> bool:
         """Whether the weights get gradients."""
         return False
+
+
+def _has_sparse_cores() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _give_to_sparse_cores(model: "PreTrainedModel") -> None:
+    """Replace packed linears by ordinary ones whose weights have torch's semi-structured layout.
+
+    UserError, before the first one, where a linear is on no CUDA device or has another pattern than 2:4.
+    """
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+    for path, linear in linears.items():
+        if linear.weight.device.type != CARD:
+            found = linear.weight.device
+            raise UserError(f'{path}: on {found}, expected a CUDA device for sparse={SPARSE}; add device_map="cuda"')
+        if not is_two_of_four(linear.weight_keep.cpu(), linear.in_features):
+            raise UserError(f"{path}: no 2:4 pattern, expected one for sparse={SPARSE}; prune with pattern=2:4")
+    for path, linear in linears.items():
+        try:
+            model.set_submodule(path, linear.unpacked(torch.sparse.to_sparse_semi_structured))
+        except RuntimeError as error:  # a shape or dtype that the cores do not take
+            raise UserError(f"{path}: sparse={SPARSE}: {error}; load without it") from None

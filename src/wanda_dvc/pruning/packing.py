@@ -44,6 +44,11 @@ def count_zeros(weight: Shaped[Tensor, "rows columns"]) -> int:
     return len(bits) - sum(int(np.count_nonzero(part << 1)) for part in parts)  # without the sign
 
 
+def is_two_of_four(bits: UInt8[Tensor, "rows bytes"], columns: int) -> bool:
+    """Whether at most two of every four neighbours are there, and the columns are a multiple of four."""
+    return columns % 4 == 0 and bool((unpack_bits(bits, columns).view(len(bits), -1, 4).sum(-1) <= 2).all())
+
+
 def packed_bytes(weight: Shaped[Tensor, "rows columns"]) -> int:
     """Bytes of a packed weight."""
     bits = weight.contiguous().view(getattr(torch, f"int{8 * weight.itemsize}"))
