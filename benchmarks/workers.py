@@ -6,6 +6,7 @@ python benchmarks/workers.py windows    the driver's peak memory with a thousand
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -73,9 +74,18 @@ def interrupt(folder: Path) -> dict[str, object]:
     children = process.children(recursive=True)
     process.send_signal(signal.SIGINT)
     began = time.perf_counter()
-    code = process.wait()
-    left = psutil.wait_procs(children, timeout=120)[1]
-    return {"exit code": code, "processes": len(children), "left": len(left), "seconds": time.perf_counter() - began}
+    code, ended = process.wait(), time.perf_counter() - began
+    while any(map(_runs, children)) and time.perf_counter() - began < 120:
+        time.sleep(0.1)
+    all_ended, left = time.perf_counter() - began, sum(map(_runs, children))
+    return {"code": code, "driver": ended, "processes": len(children), "all": all_ended, "left": left}
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process is there and no zombie, which waits only for init."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def windows(folder: Path) -> dict[str, dict[str, float]]:

@@ -24,7 +24,7 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wand
 
 from wanda_dvc.engine import pool, questions  # noqa: E402 - they need no ray, but this file does
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
 
 Make = Callable[..., Project]
 MADE = ("stats", "gram", "masks", "weights", "metrics")
