@@ -2,6 +2,7 @@
 
     make bench                                  everything, about 40 minutes on two quiet cores
     make bench ROWS="mask perplexity"           some rows; the others of the last result stay
+    make bench ROWS=7b                          a shape of 7B under 3 GB, as root; writes results-7b.*
     python benchmarks/bench.py --quick          a tiny random model, to try the harness; writes results-quick.*
     python benchmarks/bench.py --resume         go on after an interruption, with what was measured
     python benchmarks/bench.py --mirror DIR     WikiText-2 and the real benchmarks, 200 items a task
@@ -26,7 +27,7 @@ import psutil
 from measures import Bench
 from processes import HERE, Part, Runner, say
 from results import Result, write
-from rows import NAMES, ROWS
+from rows import ASKED, NAMES, ROWS
 from studies import FULL, QUICK, Studies
 
 
@@ -52,8 +53,8 @@ def measure(studies: Studies, names: list[str], target: Path) -> dict[str, str]:
     bench, about = Bench(studies), machine(studies)
     results: list[Result] = []
     failed: dict[str, str] = {}
-    for row in ROWS:
-        if (names and row.name not in names) or row.name in failed:
+    for row in (*ROWS, *ASKED):
+        if (row.name not in names if names else row in ASKED) or row.name in failed:
             continue
         try:
             result = row.result(bench)
@@ -70,7 +71,7 @@ def measure(studies: Studies, names: list[str], target: Path) -> dict[str, str]:
 def main() -> None:
     """Run the command line; exit 1 if a row could not be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", help=f"of {', '.join(NAMES)}; by default all")
+    parser.add_argument("rows", nargs="*", help=f"of {', '.join(NAMES)}; by default all but 7b")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--resume", action="store_true")
     mirror = os.environ.get("WANDA_DVC_MIRROR")
@@ -85,7 +86,8 @@ def main() -> None:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     studies = Studies(Runner(work), QUICK if words.quick else FULL, words.mirror, words.model)
-    target = HERE / ("results-quick" if words.quick else "results")
+    asked = all(name in {row.name for row in ASKED} for name in words.rows or [""])
+    target = HERE / ("results-quick" if words.quick else "results-7b" if asked else "results")
     began = time.perf_counter()
     failed = measure(studies, words.rows, target)
     say(f"done in {(time.perf_counter() - began) / 60:.1f} min; benchmarks/{target.name}.md")

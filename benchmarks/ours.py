@@ -10,7 +10,7 @@ from wanda_dvc.stages import times
 from wanda_dvc.stages.running import processor
 from wanda_dvc.study.project import Project
 
-__all__ = ["has_bf16_units", "processor", "seconds_inside", "windows"]
+__all__ = ["has_bf16_units", "peak_inside", "processor", "seconds_inside", "windows"]
 
 
 def seconds_inside(folder: Path, *words: str) -> float:
@@ -19,11 +19,20 @@ def seconds_inside(folder: Path, *words: str) -> float:
     Raises:
         RuntimeError: the project holds no result of that run, or its time was not kept.
     """
+    return float(_last(folder, *words)["seconds"])
+
+
+def peak_inside(folder: Path, *words: str) -> float:
+    """Return the bytes of anonymous memory that the last run of a stage held at most, imports included."""
+    return float(_last(folder, *words)["peak_anonymous_gb"]) * 1e9
+
+
+def _last(folder: Path, *words: str) -> dict[str, Any]:
     project, run = Project(folder), "-".join(words)
     known = times(project, project.times)
     if run not in known:
         raise RuntimeError(f"{folder}: no time of {run}, expected one of {', '.join(known) or 'none'}")
-    return float(known[run]["seconds"])
+    return known[run]
 
 
 def windows(folder: Path, part: str) -> Any:

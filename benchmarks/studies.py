@@ -142,17 +142,18 @@ class Studies:
             np.save(path, ours.windows(self.project(), part))
         return path
 
-    def on_a_random_checkpoint(self) -> Path:
-        """Return a project on a random checkpoint of Qwen2.5-1.5B's shape, in bfloat16 as it is stored."""
-        folder = self.work / "memory"
+    def on_a_random_checkpoint(self, shape: dict[str, Any] | None = None, *, name: str = "memory") -> Path:
+        """Return a project on a random checkpoint of a shape, Qwen2.5-1.5B's, in bfloat16 as it is stored."""
+        folder = self.work / name
         if (folder / "ready").is_file():
             return folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        smaller = ["--config", json.dumps(TINY | {"hidden_size": 256, "intermediate_size": 1024}), "--shard", "1e6"]
-        made = self.work / "random"
+        shape = TINY | {"hidden_size": 256, "intermediate_size": 1024} if self.quick else shape or {}
+        shard = ["--shard", "1e6"] if self.quick else []
+        made = self.work / f"random-{name}"
         say("making a random checkpoint")
-        self.runner.run(sys.executable, HERE / "memory.py", "make", made, *(smaller if self.quick else []))
+        self.runner.run(sys.executable, HERE / "memory.py", "make", made, "--config", json.dumps(shape), *shard)
         shutil.copyfile(ROOT / "dvc.yaml", folder / "dvc.yaml")
         changes = {"model": str(made), "dtype": "bfloat16", "calibration.samples": 2, "perplexity.windows": 2}
         self.settings(folder, changes)

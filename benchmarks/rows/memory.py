@@ -1,8 +1,15 @@
-"""Rows of memory, on a random checkpoint of Qwen2.5-1.5B's shape in bfloat16."""
+"""Rows of memory, on random checkpoints of the shapes of Qwen2.5-1.5B and LLaMA-2-7B in bfloat16."""
 
+import json
+
+import ours
+from limits import forget, limited
 from measures import Bench
-from processes import Part
+from processes import ROOT, Part
 from results import Measured
+
+LIMIT = 3e9  # bytes, page cache included
+LLAMA_7B = ROOT / "tests/configs/llama-2-7b.json"
 
 
 def _measured(bench: Bench, *stage: str) -> Part:
@@ -27,3 +34,34 @@ def wait_for_weights(bench: Bench) -> Measured:
     done = _measured(bench, "calibrate")
     note = "2 windows of 512 tokens, warm page cache"
     return Measured(done["waited"] / done["seconds"], done["waited"], done["seconds"], note)
+
+
+def bounded(bench: Bench, stage: tuple[str, ...]) -> Measured:
+    """A stage on LLaMA-2-7B's shape under a hard limit: it ends, and its anonymous memory is within the formula."""
+    shape = json.loads(LLAMA_7B.read_text()) | {"dtype": "bfloat16"}
+    folder = bench.studies.on_a_random_checkpoint(shape, name="7b")
+
+    def measure() -> Part:
+        for model in ("dense", "pruned"):
+            forget(folder / "models" / model)
+        with limited(int(LIMIT)) as words:
+            done = bench.runner.run(*words, "wanda-dvc", *stage, cwd=folder)
+        return done | {"seconds": ours.seconds_inside(folder, *stage), "bytes": ours.peak_inside(folder, *stage)}
+
+    done = bench.part(f"7b {' '.join(stage)}", measure)
+    note = f"{done['seconds']:.0f} s from a cold page cache; ended under a hard limit of 3 GB, page cache included"
+    return Measured(done["bytes"] / LIMIT, done["seconds"], note=f"not seconds: {note}")
+
+
+def warm(bench: Bench) -> Measured:
+    """`mask` and `apply` without a limit, from a warm page cache; of each the best of two."""
+    bounded(bench, ("calibrate",))
+    folder = bench.studies.on_a_random_checkpoint(name="7b")
+
+    def measure() -> Part:
+        runs = [{stage: bench.stage(folder, stage)["seconds"] for stage in ("mask", "apply")} for _ in range(2)]
+        return {stage: min(run[stage] for run in runs) for stage in ("mask", "apply")}
+
+    done = bench.part("7b mask and apply", measure)
+    note = f"{done['mask']:.0f} + {done['apply']:.0f} s, inside"
+    return Measured(done["mask"] + done["apply"], done["mask"] + done["apply"], note=note)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.engine import shards
-from wanda_dvc.engine.sizes import WIDTH, Memory, Sizes
+from wanda_dvc.engine.sizes import SELECTION, WIDTH, Memory, Sizes
 
 DISK = 2e9  # bytes a second from a local NVMe disk; from the page cache it is more
 PRODUCTS = 20  # of a weight and a Gram matrix, in a solver: conjugate gradients take 10, ADMM 20
 NETWORK = 1.2e9  # bytes a second to the driver, of 10 Gbit/s Ethernet
-HOST = 4e9  # bytes of weights and scores a second in mask and apply, on two cores, at 135 M and 1.5 B parameters
+HOST = 5e9  # bytes of weights and scores a second in mask and apply, on two cores, at 135 M parameters; more at 7 B
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,24 @@ class Device:
     bandwidth: float  # bytes a second of its memory
     link: float | None  # bytes a second from the host, each way; None: it is the host
     efficiency: float
+    holds: float = 0  # bytes of a card
+
+
+def _flops(half: float, single: float) -> dict[str, float]:
+    return {"float32": single, "bfloat16": half, "float16": half}
 
 
 # An L40S reached 41 % of its peak in the reproduction study's perplexity of LLaMA-2-7B (32 s for 341,000 tokens in
 # windows of 4,096, float16); for the others the same share is assumed. The CPU's is that of calibrate and perplexity on
 # SmolLM2-135M (docs/experiments.md).
 DEVICES = {
-    "l40s": Device("NVIDIA L40S", {"float32": 91.6e12, "bfloat16": 362e12, "float16": 362e12}, 864e9, 32e9, 0.41),
-    "h100": Device("NVIDIA H100 SXM", {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12}, 3.35e12, 64e9, 0.41),
-    "h200": Device("NVIDIA H200 SXM", {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12}, 4.8e12, 64e9, 0.41),
-    "a100": Device("NVIDIA A100 80 GB", {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12}, 2e12, 32e9, 0.41),
-    "a10": Device("NVIDIA A10", {"float32": 31.2e12, "bfloat16": 125e12, "float16": 125e12}, 600e9, 32e9, 0.41),
-    "l4": Device("NVIDIA L4", {"float32": 30.3e12, "bfloat16": 121e12, "float16": 121e12}, 300e9, 32e9, 0.41),
-    "rtx4090": Device("RTX 4090", {"float32": 82.6e12, "bfloat16": 165e12, "float16": 165e12}, 1008e9, 32e9, 0.41),
+    "l40s": Device("NVIDIA L40S", _flops(362e12, 91.6e12), 864e9, 32e9, 0.41, 48e9),
+    "h100": Device("NVIDIA H100 SXM", _flops(989e12, 67e12), 3.35e12, 64e9, 0.41, 80e9),
+    "h200": Device("NVIDIA H200 SXM", _flops(989e12, 67e12), 4.8e12, 64e9, 0.41, 141e9),
+    "a100": Device("NVIDIA A100 80 GB", _flops(312e12, 19.5e12), 2e12, 32e9, 0.41, 80e9),
+    "a10": Device("NVIDIA A10", _flops(125e12, 31.2e12), 600e9, 32e9, 0.41, 24e9),
+    "l4": Device("NVIDIA L4", _flops(121e12, 30.3e12), 300e9, 32e9, 0.41, 24e9),
+    "rtx4090": Device("RTX 4090", _flops(165e12, 82.6e12), 1008e9, 32e9, 0.41, 24e9),
 }
 CPU_EFFICIENCY = 0.83
 
@@ -104,9 +109,12 @@ class Setting:
         computed = flops / (device.flops[self.dtype] * device.efficiency)
         read = self.model.stored / DISK
         if device.link:
-            # Each window passes through all weights in the card's memory, and each block takes every window from the
-            # host and gives it back. The weights of the next block come meanwhile.
-            computed = max(computed, windows * self.work.linears * width / (device.bandwidth * device.efficiency))
+            # As many windows as fill a card pass through the weights in its memory together. Each block takes those
+            # that it has no room for from the host and gives them back. The weights of the next block come meanwhile.
+            passes = windows * length / max(length, shards.TOKENS_TOGETHER["cuda"])
+            computed = max(computed, passes * self.work.linears * width / (device.bandwidth * device.efficiency))
+            room = max(0.0, device.holds - self.model.parameters / self.work.blocks * 2 * width) / 2
+            hidden *= max(0.0, 1 - room / waiting)
             computed += hidden / (device.link * device.efficiency)
             read = max(read, self.model.parameters * width / (device.link * device.efficiency))
         return Cost(flops, self.model.stored, hidden, waiting, memory, max(computed * self.share(windows), read))
@@ -121,6 +129,17 @@ class Setting:
 
     def _shards(self, windows: float) -> int:
         return len(shards.cut(max(1, math.ceil(windows))))
+
+
+def choosing_seconds(on: Setting) -> float:
+    """Return about how long all linears are scored and selected from: by the host, or by a card and the link to it."""
+    linears, device = on.work.linears, on.device
+    if device.link is None:
+        return linears * (on.stored_width + SELECTION) / HOST
+    scored = (
+        SELECTION / device.bandwidth + (on.stored_width + 1) / device.link
+    )  # a weight goes there, a byte comes back
+    return max(linears * (scored / device.efficiency + 1 / HOST), on.model.stored / DISK)
 
 
 def solving_seconds(solves: bool, on: Setting) -> float:

@@ -21,12 +21,12 @@ from wanda_dvc.engine.checkpoint import Checkpoint, Source
 from wanda_dvc.engine.compiled import CompiledBlocks, is_worth_it
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.rows import Layout, Row
+from wanda_dvc.engine.shards import TOKENS_TOGETHER
 from wanda_dvc.engine.structure import Linear, build_empty
 from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
-TOKENS_TOGETHER = {"cuda": 8192}  # in a pass through a block: they fill a card; by the data alone, as last digits are
 Compiling = Literal["off", "on", "auto"]
 FIXED_LENGTHS = 2  # windows of one length, and a rest: more lengths than that share one compiled function
 

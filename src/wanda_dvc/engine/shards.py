@@ -3,6 +3,9 @@
 So sums are the same bytes whoever computes a shard, and in whatever order shards end.
 """
 
+# Of several windows in one pass through a block, by kind of device: they fill a card. By the data alone, because the
+# last digits depend on it; never of two shards.
+TOKENS_TOGETHER = {"cuda": 8192}
 FEWEST, LONGEST = 16, 100  # shards, where there are as many rows; rows of a shard
 
 

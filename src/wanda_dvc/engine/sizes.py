@@ -117,7 +117,8 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     matrices, `logits` what the head puts out, `packed` the calls that rows of several questions need, one set each.
     """
     from wanda_dvc.engine.calls import calls_bytes
-    from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, TOKENS_TOGETHER
+    from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME
+    from wanda_dvc.engine.shards import TOKENS_TOGETHER
     from wanda_dvc.pruning.gram import PANEL
 
     width = WIDTH[dtype]

@@ -30,9 +30,10 @@ class InputStats:
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Add one window."""
-        x = x.float()
-        self.sum_squares += (x * x).sum(dim=0).to(self.sum_squares)
-        self.sum += x.sum(dim=0).to(self.sum)
+        numbers = x.float()
+        self.sum += numbers.sum(dim=0).to(self.sum)
+        squares = numbers.square() if numbers is x else numbers.square_()  # a copy has room for them
+        self.sum_squares += squares.sum(dim=0).to(self.sum_squares)
         self.count += len(x)
 
     def merge(self, other: "InputStats") -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.costs import HOST, Cost, Setting, solving_seconds
+from wanda_dvc.engine.costs import Cost, Setting, choosing_seconds, solving_seconds
 from wanda_dvc.engine.memory import keep_freed_memory
-from wanda_dvc.engine.sizes import SELECTION, Memory, Need, Sizes, choosing, propagating, sizes, writing
+from wanda_dvc.engine.sizes import Memory, Need, Sizes, choosing, propagating, sizes, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.pruning.choose import Target, aim_block, choose_block, reconstruct_block
@@ -32,7 +32,7 @@ from wanda_dvc.stages.inputs import (
     runner,
     statistics,
 )
-from wanda_dvc.stages.running import progress, say_unreached, solving_device
+from wanda_dvc.stages.running import device_name, progress, say_unreached, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance
@@ -210,14 +210,15 @@ def need(project: Project, _: str | None = None) -> Need:
     folder, params = project.model("dense"), project.params
     if not (folder / "config.json").is_file():
         return Need()
-    threads = params.runtime.threads or os.cpu_count() or 1
+    on_card = device_name(params.runtime).startswith("cuda")
+    threads = 1 if on_card else params.runtime.threads or os.cpu_count() or 1
     if not propagates(params):
         block, linear = largest(project)
         widest = sizes(folder).widest if methods()[params.method].needs == "gram" else 0
-        return Need(_choosing(params, block, linear, widest, threads), disk=0)
+        return Need(_choosing(params, block, linear, widest, threads, by_row=not on_card), disk=0)
     streams = 2 if _runs_dense(params) else 1
     walk, model = calibration_need(project, gram=_records_grams(params), streams=streams), sizes(folder)
-    chosen = _choosing(params, model.block, model.linear, model.widest, threads)
+    chosen = _choosing(params, model.block, model.linear, model.widest, threads, by_row=not on_card)
     if walk.memory is None or walk.disk is None:
         return walk
     trains = RECONSTRUCTIONS[params.reconstruction].trains
@@ -228,9 +229,11 @@ def need(project: Project, _: str | None = None) -> Need:
 def cost(params: Params, on: Setting) -> Cost:
     """One pass over weights and scores; with `propagation: pruned` each block is run twice more."""
     linears, model = on.work.linears, on.model
-    memory = _choosing(params, model.block, model.linear, model.widest, on.threads)
+    on_card = on.where == "cuda"
+    threads = 1 if on_card else on.threads
+    memory = _choosing(params, model.block, model.linear, model.widest, threads, by_row=not on_card)
     masks = linears / 8
-    chosen = Cost(0, model.stored, 0, masks, memory, linears * (on.stored_width + SELECTION) / HOST)
+    chosen = Cost(0, model.stored, 0, masks, memory, choosing_seconds(on))
     chosen = replace(chosen, seconds=chosen.seconds + solving_seconds(methods()[params.method].needs == "gram", on))
     if not propagates(params):
         return chosen
@@ -260,11 +263,16 @@ def _records_grams(params: Params) -> bool:
     return methods()[params.method].needs == "gram" or RECONSTRUCTIONS[params.reconstruction].function is not None
 
 
-def _choosing(params: Params, block: int, linear: int, widest: int, threads: int) -> Memory:
-    """What masks of one block take while they are chosen; the arguments are the weights of the largest."""
+def _choosing(  # noqa: PLR0913, PLR0917 - sizes
+    params: Params, block: int, linear: int, widest: int, threads: int, by_row: bool
+) -> Memory:
+    """What masks of one block take while they are chosen; the arguments are the weights of the largest.
+
+    With `by_row` a linear's rows are scored some at a time, where the settings allow it: not on a card.
+    """
     if _records_grams(params) and (propagates(params) or methods()[params.method].needs == "gram"):
         return writing(linear=linear, widest=widest)
-    return choosing(block=block, linear=linear, threads=threads, by_row=_selects_by_row(params))
+    return choosing(block=block, linear=linear, threads=threads, by_row=by_row and _selects_by_row(params))
 
 
 def _weights_bytes(params: Params, model: Sizes) -> int:
