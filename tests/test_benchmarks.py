@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench
 import comparisons
+import limits
 import ours
 import plain
 import processes
@@ -144,6 +145,24 @@ def test_a_row_that_fails_costs_only_the_rows_of_its_name(
     assert bench.measure(studies, [], tmp_path / "results") == {"one": "no luck"}
     assert [row["name"] for row in json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]] == ["c"]
     assert "Failed: one: no luck" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def test_rows_that_take_much_are_measured_only_where_they_are_asked_for(
+    studies: Studies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bench, "ROWS", [Row("one", "a", lambda _: Measured(0), "0")])
+    monkeypatch.setattr(bench, "ASKED", [Row("large", "b", lambda _: Measured(0), "0")])
+    for names, measured in (([], "a"), (["large"], "b")):
+        bench.measure(studies, names, tmp_path / measured)
+        content = json.loads((tmp_path / f"{measured}.json").read_text(encoding="utf-8"))
+        assert [row["name"] for row in content["rows"]] == [measured]
+
+
+def test_a_limit_needs_a_control_group_and_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(limits, "LIMITS", {tmp_path: "memory.max", tmp_path / "missing": "memory.limit_in_bytes"})
+    with pytest.raises(RuntimeError, match="run it as root on Linux"), limits.limited(10**9):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_row_in_bfloat16_needs_native_bf16():

@@ -225,6 +225,8 @@ NOT_RUN = {
     "wanda-dvc init study --model Qwen/Qwen3-0.6B": "likewise; test_init.py makes that study",
     "cd study": "the tests are there",
     "wanda-dvc speed small-model": "starts two processes that load torch; test_speed.py and test_commands.py measure",
+    "make gpu": "there is no card; test_cards.py runs the script on the CPU",
+    "make gpu GPU=--device cpu --tiny": "likewise",
     "make test": "this is one of its tests",
     ". .venv/bin/activate": "the tests' environment is active",
     "dvc exp run -S model=Qwen/Qwen2.5-0.5B": "needs the Hub",
