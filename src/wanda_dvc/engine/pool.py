@@ -111,8 +111,9 @@ class Pool(Runner):
         self._cut, self._beside, self._changes = shards.cut(len(self._rows)), beside, changes
         if not self._workers:
             self._workers = self.crew.hire(len(self._cut), self.order)
-            nodes = len({worker.name for worker in self._workers})
-            notice(f"{_count(len(self._workers), 'worker')} on {_count(nodes, 'node')}, {_count(len(self._cut), 'shard')}")
+            nodes = {worker.name for worker in self._workers}
+            counts = {"worker": len(self._workers), "node": len(nodes), "shard": len(self._cut)}
+            notice(", ".join(f"{count} {what}{'s' * (count != 1)}" for what, count in counts.items()))
         homes = itertools.cycle(self._workers)
         self._homes = [next(homes) for _ in self._cut]
         self._next, self._losses = [-1] * len(self._cut), [0] * len(self._cut)
@@ -244,10 +245,6 @@ class Pool(Runner):
             if home is lost:
                 self._homes[shard], self._next[shard] = next(homes), -1
                 self._ran.discard(shard)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 @dataclass
