@@ -106,6 +106,8 @@ class Pool(Runner):
         changes: Callable[[int], Change] | None = None,
     ) -> Iterator[Turn]:
         """All rows through all blocks. Shards that lost their hidden states go through the kept blocks again."""
+        if kept == len(self.decoder.blocks):
+            return
         self._rows = as_rows(rows)
         check_tokens(self.decoder, self._rows)
         self._cut, self._beside, self._changes = shards.cut(len(self._rows)), beside, changes
