@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_params
 from repository import Repository, command_environment
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -39,9 +40,10 @@ WRITE = {"report", "export", "init"}
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Project:
+def study(tmp_path_factory: pytest.TempPathFactory, tiny: Path, texts: dict[str, str]) -> Project:
     """A repository whose stages have run, without DVC's help, up to a perplexity."""
-    made = Repository.new(tmp_path_factory.mktemp("commands") / "study", tiny)
+    made = Repository.new(tmp_path_factory.mktemp("commands") / "study", tiny, real=True)  # it needs DVC once
+    write_params(made.root, tiny, **texts)
     project = Project(made.root)
     for name, part in (
         *(("download", part) for part in ("model", "calibration", "perplexity")),

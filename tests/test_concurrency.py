@@ -50,7 +50,7 @@ def started(repository: Repository, *words: str) -> subprocess.Popen[str]:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """A committed study in which everything has run."""
     model = save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-    repository = Repository.new(tmp_path_factory.mktemp("together") / "study", model, real=True)
+    repository = Repository.new(tmp_path_factory.mktemp("together") / "study", model)
     repository.run("dvc", "repro")
     repository.commit()
     return repository
@@ -108,7 +108,7 @@ def victims(process: subprocess.Popen[str], what: str) -> list[int]:
 @pytest.mark.pipeline
 def test_whatever_is_killed_the_next_repro_ends_with_the_same_bytes(start: Repository, tmp_path: Path):
     """`kill -9` at a moment, and of a victim, that the seed draws."""
-    repository = Repository(tmp_path / "study", start.model, real=True)
+    repository = Repository(tmp_path / "study", start.model)
     shutil.copytree(start.root, repository.root, symlinks=True)
     expected = {}
     for seed in SEEDS:

@@ -24,6 +24,7 @@ from checkpoints import QWEN, make_checkpoint
 from limits import forget, limited
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
+slow = pytest.mark.slow  # models that are large enough to be told from the libraries
 
 SHAPE = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 5, "num_attention_heads": 16,
@@ -104,6 +105,7 @@ def solved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, floa
     return measure(tmp_path_factory.mktemp("solved"), NARROW, SOLVES)
 
 
+@slow
 @pytest.mark.parametrize("run", WALKS)
 def test_the_peak_of_anonymous_memory_stays_within_the_formula(walked: dict[str, dict[str, float]], run: str):
     found = walked[run]
@@ -113,6 +115,7 @@ def test_the_peak_of_anonymous_memory_stays_within_the_formula(walked: dict[str,
         assert bound < found["peak"] + BLOCK  # a third block would not fit
 
 
+@slow
 @pytest.mark.parametrize("run", SOLVES)
 def test_solvers_and_training_stay_within_the_formula(solved: dict[str, dict[str, float]], run: str):
     found = solved[run]

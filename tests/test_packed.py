@@ -442,6 +442,7 @@ def test_export_writes_it_and_download_takes_it(project: Callable[..., Project],
         assert "import wanda_dvc" in card
         assert "bits a weight" in card
         assert "int8" in card
+        assert "logits may differ in their last bits" in card
         targets["--zip" in words] = target
     assert not list((made.root / ".dvc" / "tmp").rglob("dense"))
     sizes = [sum(shard.stat().st_size for shard in Checkpoint(targets[zipped]).shards) for zipped in (True, False)]

@@ -209,6 +209,13 @@ def test_a_model_with_a_kernel_is_the_dense_one(path: str, tmp_path: Path):
     torch.testing.assert_close(logits(model), dense, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that does not optimize: it takes half a second."""
+    monkeypatch.setattr(packed_kernel, "FLAGS", ("-O0", "-fPIC", "-shared"))
+
+
+@pytest.mark.usefixtures("quick")
 def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     first = kernel()
@@ -222,6 +229,7 @@ def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert [path.stat().st_mtime_ns for path in library.parent.iterdir()] == [made]
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

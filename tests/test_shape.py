@@ -1,6 +1,9 @@
 """One order, three views; a light command line; and a product that stands on its own."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,7 @@ def test_readme_dvc_yaml_modules_and_commands_name_the_same_stages_in_the_same_o
     table = re.findall(r"^\| `([a-z-]+)`", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert table == list(STAGES)
     modules = {path.stem.replace("_", "-") for path in (ROOT / "src/wanda_dvc/stages").glob("*.py")}
-    assert modules - {"--init--", "allocating", "inputs", "running"} == set(STAGES)
+    assert modules - {"--init--", "ahead", "allocating", "inputs", "running"} == set(STAGES)
     commands = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
     assert commands[: len(STAGES)] == list(STAGES)
 
@@ -59,13 +62,32 @@ def test_every_setting_outside_runtime_belongs_to_a_stage():
     assert not any(one.startswith("runtime") for one in read)
 
 
-@pytest.mark.parametrize("words", [["preset"], ["--help"], ["perplexity"], ["mask", "--no-such-option"]])
-def test_a_process_that_holds_torch_ends_as_one_without(words: list[str]):
+# Torch is imported once; each command runs in a fork, and an end that is not at once shows in what it prints.
+HEAVY = """
+import atexit, json, os, sys, torch
+for number, words in enumerate(json.loads(sys.argv[1])):
+    if not os.fork():
+        for stream in (1, 2):
+            os.dup2(os.open(f"{sys.argv[2]}/{number}.{stream}", os.O_WRONLY | os.O_CREAT), stream)
+        atexit.register(print, "taken apart")
+        print("first")
+        sys.argv = ["wanda-dvc", *words]
+        from wanda_dvc.cli import run
+        run()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def test_a_process_that_holds_torch_ends_as_one_without(tmp_path: Path):
     """It is not taken apart in the end, but all that it prints comes out, and its status is the same."""
-    light = process(*words)
-    heavy = process(*words, first="import torch, atexit; atexit.register(print, 'taken apart'); print('first')")
-    assert light.stdout + light.stderr
-    assert (heavy.returncode, heavy.stdout, heavy.stderr) == (light.returncode, "first\n" + light.stdout, light.stderr)
+    commands = [["preset"], ["--help"], ["perplexity"], ["mask", "--no-such-option"]]
+    told = [sys.executable, "-c", HEAVY, json.dumps(commands), str(tmp_path)]
+    codes = subprocess.run(told, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for number, words in enumerate(commands):
+        light = process(*words)
+        assert light.stdout + light.stderr
+        heavy = [(tmp_path / f"{number}.{stream}").read_text(encoding="utf-8") for stream in (1, 2)]
+        assert (int(codes[number]), *heavy) == (light.returncode, "first\n" + light.stdout, light.stderr)
 
 
 def test_help_shows_the_panels_in_order():

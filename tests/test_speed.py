@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from wanda_dvc.engine import speed as engine
 from wanda_dvc.engine.packed import packing_of
 from wanda_dvc.engine.speed import Speed, measure
 from wanda_dvc.errors import UserError
-from wanda_dvc.views.speed import speed
+from wanda_dvc.views.speed import speed as view
 
+speed = partial(view, prompt=128, tokens=64, device="cpu")
 SLOW, FAST = Speed(2.0, 3_000_000_000, 0.5, 10.0), Speed(1.0, 1_500_000_000, 0.6, 15.0)
 
 

@@ -15,6 +15,7 @@ from test_init import contents
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import settings
+from wanda_dvc.study import upgrade as upgrading
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import load_lock
 from wanda_dvc.study.scaffold import FILES, TEMPLATE, init
@@ -23,13 +24,20 @@ from wanda_dvc.study.upgrade import _blocks, _load, _params, upgrade
 PIPELINE = FILES["dvc.yaml"].read_text(encoding="utf-8")
 PARAMS = FILES["params.yaml"].read_text(encoding="utf-8")
 OLDER = Path(__file__).parent / "older_study"  # of a version before `locate`, Gram matrices and `init`
-MASK_BEFORE = PIPELINE.replace(", correction", "")
+AGED = PIPELINE.replace(", correction", "")  # as if this version without the setting had been shipped
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> Project:
     init(folder=tmp_path / "study")
     return Project(tmp_path / "study")
+
+
+@pytest.fixture
+def aged(monkeypatch: pytest.MonkeyPatch) -> str:
+    ever = upgrading.shipped_ever() | set(script("known").digests("dvc.yaml", AGED))
+    monkeypatch.setattr(upgrading, "shipped_ever", lambda: ever)
+    return AGED
 
 
 @pytest.fixture
@@ -71,7 +79,7 @@ def test_an_older_study_becomes_a_new_one(older: Project):
     assert "--- a/dvc.yaml\n+++ b/dvc.yaml\n" in said
     assert "\n+  locate:\n" in said
     assert "  locate: has not run\n  download@model: also reads sources/model\n" in said
-    assert "  calibrate: also writes gram\n  mask: also reads gram; also writes weights\n" in said
+    assert "`wanda-dvc calibrate --version 3`; also writes gram; also depends on calibration.gram\n" in said
     assert "perplexity@" not in said.partition("`dvc repro` runs again")[2].replace("download@perplexity", "")
     assert "`push: false` stays" in said
     assert "up to date" in upgrade(project=older)
@@ -128,8 +136,8 @@ OWN = """\
 PLOT = "  - my norms:\n      x: block # of mine\n      y:\n        metrics/plots/norms.csv: largest\n"
 
 
-def test_what_is_the_users_own_stays(study: Project):
-    mine = MASK_BEFORE.replace("\n# `dvc plots show`", f"\n{OWN}\n# `dvc plots show`")
+def test_what_is_the_users_own_stays(study: Project, aged: str):
+    mine = aged.replace("\n# `dvc plots show`", f"\n{OWN}\n# `dvc plots show`")
     mine = mine.replace("\nartifacts:", f"{PLOT}\nartifacts:") + "\nvars:\n  - mine: 1 # too\n"
     write(study, "dvc.yaml", mine)
     said = upgrade(project=study)
@@ -235,7 +243,7 @@ def test_the_command_says_it(study: Project):
 
 
 @pytest.mark.pipeline
-def test_dvc_runs_what_the_upgrade_says(tmp_path: Path):
+def test_dvc_runs_what_the_upgrade_says(tmp_path: Path, aged: str):
     """A setting that is new and has its default runs nothing again; another value runs the stage again."""
     repository = Repository.new(tmp_path / "study", save_tiny_model(tmp_path / "tiny"))
     repository.repro(tasks__names=[])
@@ -244,7 +252,7 @@ def test_dvc_runs_what_the_upgrade_says(tmp_path: Path):
     whole = read(study, "dvc.lock")
 
     def age(params: str) -> None:
-        write(study, "dvc.yaml", MASK_BEFORE)
+        write(study, "dvc.yaml", aged)
         write(study, "dvc.lock", whole.replace("        correction: 0.5\n", ""))
         write(study, "params.yaml", params)
 

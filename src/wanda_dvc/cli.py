@@ -16,7 +16,6 @@ from wanda_dvc.export.formats import DEFAULT as DEFAULT_FORMAT
 from wanda_dvc.export.formats import FORMATS
 from wanda_dvc.stages import STAGES, Stage
 from wanda_dvc.views import completion
-from wanda_dvc.views.speed import PROMPT, TOKENS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -346,8 +345,8 @@ def cost(  # noqa: PLR0913, PLR0917 - the options of the command
 @app.command(rich_help_panel=RESULT_PANEL)
 def speed(
     directory: Annotated[Path, typer.Argument(help="A model's directory, dense or packed.")],
-    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens in.")] = PROMPT,
-    tokens: Annotated[int, typer.Option("--tokens", min=3, help="Tokens out.")] = TOKENS,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens in.")] = 128,
+    tokens: Annotated[int, typer.Option("--tokens", min=3, help="Tokens out.")] = 64,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:

@@ -128,7 +128,9 @@ class Sizes:
             f"The pruned linears are stored without their zeros, bit by bit recoverable: {bits:.1f} bits a weight "
             f"{'on disk, compressed' if zipped else 'on disk and in memory'}, {share:.2f} times the dense ones' "
             f"{self.dense:,} bytes; the whole directory takes {self.directory:,}. Quantized to int8 they would take "
-            "8.0 bits a weight and to int4 in groups of 128 about 4.1, with other losses: int8 is nearly lossless."
+            "8.0 bits a weight and to int4 in groups of 128 about 4.1, with other losses: int8 is nearly lossless. "
+            "Kernels that read packed weights on a CPU sum in another order, so logits may differ in their last bits; "
+            "`wanda-dvc speed` measures this directory on a machine."
         )
 
 

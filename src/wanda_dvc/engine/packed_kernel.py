@@ -77,7 +77,7 @@ def _load() -> ctypes.CDLL:
     if compiler is None:
         raise FileNotFoundError(f"{words[0]}: not found, expected a C compiler; install gcc or clang, or set CC")
     command = [compiler, *words[1:], *FLAGS]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([compiler, *words[1:], "--version"], capture_output=True, text=True, check=True).stdout
     parts = (SOURCE.read_text(encoding="utf-8"), shlex.join(command), version, platform.machine())
     name = f"packed-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc"

@@ -75,9 +75,10 @@ class RayCrew(Crew):
 
     def __init__(self, address: str, *, device: str, threads: int | None, most: int | None = None) -> None:
         """`address` is `local`, or Ray's of a running cluster. `most` is the most workers that have something to do."""
-        self._ours = not ray.is_initialized()
-        if self._ours:
-            connect(address, threads)
+        # Ray of this machine ends with this process, by itself: to wait for that takes a second.
+        self._ours = not ray.is_initialized() and address != LOCAL
+        if not ray.is_initialized():
+            connect(address)
         carry_tensors()
         self._actors: list[Any] = []
         self._hired: dict[Any, Hired] = {}
@@ -141,15 +142,19 @@ class RayCrew(Crew):
         """End all workers, and forget what waits on their disks."""
         with contextlib.suppress(RayError, GetTimeoutError):
             ray.get([one.handle.do.remote("end", {}) for one in self._hired.values()], timeout=GRACE)
-        self.stop()
+        self._kill()
+        if self._ours:
+            ray.shutdown()
 
     def stop(self) -> None:
-        """End all workers at once."""
+        """End all workers at once, and Ray."""
+        self._kill()
+        ray.shutdown()
+
+    def _kill(self) -> None:
         for actor in [*self._actors, *self._hired]:
             with contextlib.suppress(RayError):
                 ray.kill(actor)
-        if self._ours:
-            ray.shutdown()
 
     def _start(self, number: int) -> None:
         """Start workers. Ray places each where there is room, and spreads them over nodes."""
@@ -174,7 +179,8 @@ def look(address: str) -> Found:
     try:
         expected, other = versions(), []
         nodes = {f"{x['NodeManagerHostname']} (node {x['NodeID'][:8]})": x["NodeID"] for x in ray.nodes() if x["Alive"]}
-        asked = {name: _ask.options(scheduling_strategy=_on(node)).remote() for name, node in nodes.items()}
+        ask = ray.remote(versions)
+        asked = {name: ask.options(num_cpus=0, scheduling_strategy=_on(node)).remote() for name, node in nodes.items()}
         for node, ticket in asked.items():
             try:
                 found = ray.get(ticket, timeout=SECONDS)
@@ -188,16 +194,11 @@ def look(address: str) -> Found:
         ray.shutdown()
 
 
-@ray.remote(num_cpus=0)  # type: ignore[misc] # it brings no types
-def _ask() -> dict[str, str]:
-    return versions()
-
-
 def _on(node: str) -> Any:
     return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
 
 
-def connect(address: str, threads: int | None = None) -> None:
+def connect(address: str) -> None:
     """Start Ray on this machine, or connect to a cluster. UserError where none answers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no stage but download touches a network
     os.environ.setdefault("RAY_worker_niceness", "0")  # as a stage without Ray, beside which Ray's 15 would starve
@@ -209,9 +210,10 @@ def connect(address: str, threads: int | None = None) -> None:
         words |= {"runtime_env": {"py_modules": [str(package)]}}
     try:
         ray.init(address=address, **words)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        told = str(error).partition("\n")[0]
+    except Exception as error:  # Ray raises what it likes, plain Exception too
+        todo = "start it with `ray start --head`, or set local or null"
+        todo = "try it again, or set null" if address == LOCAL else todo
         raise UserError(
-            f"params.yaml: runtime.workers: {address}: no cluster of Ray answers ({told}), expected one; "
-            "start it with `ray start --head`, or set local or null"
+            f"params.yaml: runtime.workers: {address}: no Ray ({' '.join(str(error).split())}), expected one that "
+            f"answers; {todo}"
         ) from None

@@ -38,7 +38,6 @@ def calibrate(*, project: Project) -> None:
         text={"source": text["source"], "sha256": text["sha256"]},
         params=calibrated_with(project.params),
     )
-    windows = calibration_windows(project)
     kept = project.params.calibration.gram
     grams_from = made_from | {"kind": "gram", "dtype": kept}
     with (
@@ -50,7 +49,7 @@ def calibrate(*, project: Project) -> None:
         finished = finished_blocks(work.out)
         if kept != "none":
             finished = min(finished, finished_blocks(beside.out))
-        blocks = range(len(run.decoder.blocks))
+        windows, blocks = calibration_windows(project), range(len(run.decoder.blocks))
         for turn in progress(run.walk(windows, kept=finished), total=len(blocks), what="calibrate, blocks"):
             measured, grams, _ = turn.record(gram=kept != "none")
             write_stats(work.out, turn.index, measured)

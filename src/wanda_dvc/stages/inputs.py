@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -150,18 +151,18 @@ def runner(
 
         yield Here(open_decoder(project, model, dtype=dtype), work.path)
         return
+    from wanda_dvc.engine.pool import Pool
+    from wanda_dvc.engine.worker import order
     from wanda_dvc.engine.workers import RayCrew
 
-    crew = RayCrew(runtime.workers, device=runtime.device, threads=runtime.threads)
+    with ThreadPoolExecutor(1) as beside:  # Ray takes seconds to start, and its processes end with this thread
+        opening = beside.submit(open_decoder, project, model, dtype=dtype, device="cpu")
+        crew = RayCrew(runtime.workers, device=runtime.device, threads=runtime.threads)
     with ending(crew.stop):
         try:
-            from wanda_dvc.engine.pool import Pool
-            from wanda_dvc.engine.worker import order
-
-            decoder = open_decoder(project, model, dtype=dtype, device="cpu")
+            decoder = opening.result()
             resident = _fits(project, model, decoder.dtype)
-            pool = Pool(decoder, order(decoder, work.path, resident=resident), crew)
-            yield pool
+            yield Pool(decoder, order(decoder, work.path, resident=resident), crew)
             told(crew.told())
         finally:
             crew.close()

@@ -71,6 +71,7 @@ def _losses(run: Runner, rows: list[Row], work: Path, *, what: str) -> list[floa
     """Return each row's mean loss, going on from the losses that a killed run has left in `work`."""
     for turn in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{what}, blocks"):
         turn.advance()
+    work.mkdir(parents=True, exist_ok=True)  # workers elsewhere have left nothing here
     losses = _read_losses(work / LOSSES, len(rows))
     done, left = len(losses), len(rows) - len(losses)
     skipped = {n: max(done - shard.start, 0) for n, shard in enumerate(shards.cut(len(rows))) if shard.stop > done}

@@ -78,7 +78,7 @@ def upgrade(*, project: Project, dry_run: bool = False) -> str:
 
 
 def _plan(project: Project) -> Plan:
-    known = frozenset(json.loads((TEMPLATE / "known.json").read_text(encoding="utf-8")))
+    known = shipped_ever()
     old: dict[str, str] = {}
     new: dict[str, str] = {}
     notes: list[str] = []
@@ -116,6 +116,11 @@ def _path(project: Project, place: str) -> Path:
 
 
 # --- the pipeline ---
+
+
+def shipped_ever() -> frozenset[str]:
+    """Return the digests of all that any version has written."""
+    return frozenset(json.loads((TEMPLATE / "known.json").read_text(encoding="utf-8")))
 
 
 def _pipeline(old: str, shipped: str, known: frozenset[str], notes: list[str]) -> str:

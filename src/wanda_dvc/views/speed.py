@@ -16,13 +16,10 @@ from wanda_dvc.stages.running import processor
 if TYPE_CHECKING:
     from wanda_dvc.engine.speed import Speed
 
-PROMPT, TOKENS = 128, 64
 EXPORT = "wanda-dvc export --format packed"
 
 
-def speed(
-    *, folder: Path, prompt: int = PROMPT, tokens: int = TOKENS, device: str = "cpu", as_json: bool = False
-) -> str:
+def speed(*, folder: Path, prompt: int, tokens: int, device: str, as_json: bool = False) -> str:
     """Return load time, memory and speed of a directory, dense and packed: a table, or JSON.
 
     The form that the directory has not is written into a temporary one. A dense directory that packing does not shrink
