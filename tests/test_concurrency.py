@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,6 +16,8 @@ from conftest import save_tiny_model, write_params
 from repository import Repository, command_environment
 from test_crashes import outputs
 
+from wanda_dvc.engine import walk
+from wanda_dvc.engine.recorder import Recorded
 from wanda_dvc.report import report
 from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
@@ -37,6 +41,36 @@ def test_two_runs_of_one_stage_at_once_end_as_one(tmp_path: Path, tiny: Path):
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert outputs(tmp_path) == expected
+
+
+@pytest.mark.parametrize("gram", ["none", "float32"])
+def test_what_another_checkout_calibrates_meanwhile_is_not_calibrated_again(
+    project: Callable[..., Project], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gram: str
+):
+    """As two queued experiments of one repository that differ in sparsity."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "repository"))
+    first = project(calibration__gram=gram)
+    for part in ("model", "calibration"):
+        run("download", project=first, part=part)
+    second = Project(Path(shutil.copytree(tmp_path, tmp_path / "other")))
+    advanced: list[Path] = []
+    real = walk.Step.record
+
+    def record(step: walk.Step, **words: bool) -> Recorded:
+        advanced.append(step.states.folder)
+        if len(advanced) == 1:
+            waiting.start()
+            while not list((tmp_path / "repository").rglob("*.awaited")):
+                assert waiting.is_alive()
+        return real(step, **words)
+
+    monkeypatch.setattr(walk.Step, "record", record)
+    waiting = threading.Thread(target=run, args=["calibrate"], kwargs={"project": second})
+    run("calibrate", project=first)
+    waiting.join()
+    assert len(advanced) == 4  # blocks
+    for name in ("stats", "gram"):
+        assert outputs(first.root / name) == outputs(second.root / name)
 
 
 def started(repository: Repository, *words: str) -> subprocess.Popen[str]:

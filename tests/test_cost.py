@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
-from wanda_dvc.engine.costs import CPU_EFFICIENCY, DEVICES, HOST, Device, Setting, work
+from wanda_dvc.engine.costs import CPU_EFFICIENCY, DEVICES, HOST, NETWORK, Device, Setting, work
 from wanda_dvc.engine.sizes import choosing, sizes, walking, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
@@ -94,6 +94,23 @@ def test_the_model_gives_what_was_measured_on_the_reference_machine(params: Para
     assert seconds["calibrate"] == pytest.approx(108, rel=0.1)
     assert seconds["perplexity"] == pytest.approx(65, rel=0.1)
     assert seconds["mask"] == pytest.approx(0.61, rel=0.25)  # and 9.5 s at 1.5 B parameters: one rate for both
+
+
+@pytest.mark.parametrize("gram", ["none", "float32"])
+def test_the_worker_with_the_most_shards_decides(params: Params, gram: str):
+    """1,600 windows are 16 shards; the sums of Gram matrices come over the network besides."""
+    changed = params.calibration.model_copy(update={"gram": gram, "samples": 1600})
+    settings, model = params.model_copy(update={"calibration": changed}), sizes(CONFIGS / "llama-2-7b.json")
+    alone = Setting(model, work(CONFIGS / "llama-2-7b.json"), DEVICES["h100"], "float32", tokens=1)
+
+    def seconds(workers: int) -> float:
+        row = STAGES["calibrate"].cost(settings, replace(alone, workers=workers))
+        assert row
+        return row.seconds
+
+    sent = 16 * 8 * model.all_squares / NETWORK if gram != "none" else 0
+    for workers, shards in ((2, 8), (5, 4), (16, 1), (50, 1)):
+        assert seconds(workers) == pytest.approx(seconds(1) * shards / 16 + sent, rel=1e-6)
 
 
 def test_what_a_card_holds_does_not_grow_with_depth():

@@ -67,7 +67,7 @@ def test_a_whole_study_is_well(study: Path):
             lambda study: (study / "dvc.yaml").write_text(
                 (study / "dvc.yaml").read_text().replace("mask --version ", "mask --version 7")
             ),
-            "mask 72, expected 2",
+            "mask 73, expected 3",
         ),
         ("dvc", lambda study: shutil.rmtree(study / ".dvc"), "run `dvc init`"),
         ("git", lambda study: shutil.rmtree(study / ".git"), "run `git init`"),

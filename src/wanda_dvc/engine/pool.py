@@ -106,11 +106,16 @@ class Pool(Runner):
         changes: Callable[[int], Change] | None = None,
     ) -> Iterator[Turn]:
         """All rows through all blocks. Shards that lost their hidden states go through the kept blocks again."""
+        if kept == len(self.decoder.blocks):
+            return
         self._rows = as_rows(rows)
         check_tokens(self.decoder, self._rows)
         self._cut, self._beside, self._changes = shards.cut(len(self._rows)), beside, changes
         if not self._workers:
             self._workers = self.crew.hire(len(self._cut), self.order)
+            nodes = {worker.name for worker in self._workers}
+            counts = {"worker": len(self._workers), "node": len(nodes), "shard": len(self._cut)}
+            notice(", ".join(f"{count} {what}{'s' * (count != 1)}" for what, count in counts.items()))
         homes = itertools.cycle(self._workers)
         self._homes = [next(homes) for _ in self._cut]
         self._next, self._losses = [-1] * len(self._cut), [0] * len(self._cut)

@@ -40,6 +40,8 @@ def walk(
     results the caller has from a killed run; with fewer than are finished, it starts anew. With `beside` each row comes
     twice: first those that `Step.dense` names, which see no change of a block, then those that `Step.own` names.
     """
+    if kept == len(decoder.blocks):
+        return
     rows = as_rows(rows) * (1 + beside)
     own = range(len(rows) // 2 if beside else 0, len(rows))
     starts = frozenset(first + shard.start for first in (0, own.start) for shard in shards.cut(len(own)))

@@ -195,7 +195,8 @@ def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
         yield item
         now = time.monotonic()
         if now - said >= 60 or (done == total and now - began >= 10):
-            notice(f"{what}: {done} of {total}, {now - began:.0f} s")
+            left = f", about {(now - began) / done * (total - done):.0f} s left" if done < total else ""
+            notice(f"{what}: {done} of {total}, {now - began:.0f} s{left}")
             said = now
 
 

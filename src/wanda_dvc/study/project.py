@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +17,13 @@ from wanda_dvc.params import Params, limit, read_params
 from wanda_dvc.reading import is_there, read_text
 from wanda_dvc.study.documents import Documents
 from wanda_dvc.study.files import Json, load_json, write_json
-from wanda_dvc.study.provenance import digest, read_provenance
+from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.times import Times
 
 TEXT = "text.txt"
 DOCUMENTS = "documents.json.gz"
 ITEMS = "items.jsonl"
+STARTED = time.time()
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ class Project:
     def work(self, made_from: Json, *, wait: bool = True) -> Iterator["Work"]:
         """Open a stage's unfinished work: one place for each set of inputs, parameters and versions.
 
-        One process at a time works there; without `wait`, filelock.Timeout while another does.
+        One process at a time works there; without `wait`, filelock.Timeout while another does. Whoever has waited
+        begins with what the other has published.
         """
         from filelock import FileLock, Timeout
 
@@ -162,9 +165,11 @@ class Project:
             if not wait:
                 raise
             notice("waiting for another run with the same inputs and parameters …")
+            write_json(work.awaited, {})
             lock.acquire()
         try:
             work.recover()
+            work.take_over(made_from)
             yield work
         finally:
             lock.release()
@@ -208,6 +213,25 @@ class Work:
         _move(self._published / "out", _beside(target))
         _replace(target)
         remove(self._published)
+        if any(self.path.parent.glob("*.awaited")):  # perhaps for this one's sibling
+            write_json(self.awaited, {"target": str(target.absolute())})
+
+    def take_over(self, made_from: Json) -> None:
+        """Begin with what another run has published of the same inputs since this process started.
+
+        Older ones do not count: whoever runs a stage again may want to mend its files.
+        """
+        if not self.awaited.exists() or self.awaited.stat().st_mtime < STARTED:
+            return
+        copy = _copy(self.path)
+        with contextlib.suppress(OSError, UserError):  # its experiment may be over, or DVC at work there
+            target = Path(load_json(self.awaited).get("target", self.path))
+            if made_from.items() <= load_json(target / PROVENANCE).items():
+                remove(copy)
+                shutil.copytree(target, copy / "out")
+                remove(self.path)
+                copy.rename(self.path)
+        remove(copy)
 
     def recover(self) -> None:
         """Finish what a killed `publish` or `forget` has begun."""
@@ -229,6 +253,11 @@ class Work:
         remove(self.path)
 
     @property
+    def awaited(self) -> Path:
+        """The file that says that another run waits, and then where its artifact was published."""
+        return self.path.with_suffix(".awaited")
+
+    @property
     def lock(self) -> Path:
         """The file that the process at work holds locked. It stays when the work is done."""
         return self.path.with_suffix(".lock")
@@ -239,7 +268,7 @@ class Work:
         if target := self._target():
             beside = [_beside(target), _copy(_beside(target)), _earlier(target)]
             places += [folder for path in beside for folder in (path, _gone(path))]
-        return [place for place in (*places, self.lock) if place.exists()]
+        return [place for place in (*places, self.awaited, self.lock) if place.exists()]
 
     def discard(self) -> None:
         """Remove all leftovers. An artifact that was moved away for one that never came goes back to its place."""
@@ -247,7 +276,7 @@ class Work:
         if target and not target.exists() and _earlier(target).is_dir():
             _earlier(target).rename(target)
         for path in self.leftovers():
-            path.unlink() if path == self.lock else shutil.rmtree(path)
+            path.unlink() if path.is_file() else shutil.rmtree(path)
 
     def _target(self) -> Path | None:
         """Where a publication that has begun goes."""

@@ -13,7 +13,7 @@ from wanda_dvc.study.files import Json, load_json, write_json
 
 def machine_of(time: Json) -> str:
     """Return the machine and device of a time, and how many workers did the work."""
-    workers = f", {time['workers']} workers on {time['nodes']} nodes" if "workers" in time else ""
+    workers = f", workers: {time['workers']}, nodes: {time['nodes']}" if "workers" in time else ""
     return f"{time['machine']}, {time['device']}{workers}"
 
 
