@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from wanda_dvc.engine import shards
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import Sums
+from wanda_dvc.engine.recorder import CrossRecorder, Sums
 from wanda_dvc.engine.walk import walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.statistics import InputStats
@@ -67,6 +67,21 @@ def test_a_walk_gives_the_sums_of_its_shards_alone(tiny: Path, tmp_path: Path, c
             assert torch.equal(found.grams[name].upper.triu(), expected.grams[name].upper.triu())
             if crosses:
                 assert torch.equal(found.crosses[name], expected.crosses[name])
+
+
+def test_the_sums_of_all_shards_are_those_of_all_rows(tiny: Path, tmp_path: Path):
+    rows = torch.randint(0, 256, (37, 12), generator=torch.Generator().manual_seed(0))
+    decoder, recorder = Decoder(tiny, dtype=torch.float32, device=CPU), CrossRecorder(gram=True)
+    steps = walk(decoder, rows, tmp_path, beside=True)
+    step = next(steps)  # whose block stays as long as `steps`
+    found = step.record(gram=True, crosses=True)
+    step.advance(recorder, rows=step.own, beside=step.dense)
+    assert found.stats.readers == recorder.result().readers
+    for name, x in recorder.stats.items():
+        assert found.stats.inputs[name].count == x.count == 37 * 12
+        torch.testing.assert_close(found.stats.inputs[name].sum_squares, x.sum_squares)
+        torch.testing.assert_close(found.grams[name].upper.triu(), recorder.grams[name].upper.triu())
+        torch.testing.assert_close(found.crosses[name], recorder.crosses[name])
 
 
 def test_the_order_of_shards_decides_the_last_bits():
