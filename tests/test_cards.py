@@ -67,7 +67,7 @@ def test_the_shortest_rows_stay_and_only_the_others_are_read_back(
             assert mapped == [True, False, False]
 
 
-@pytest.mark.parametrize(("seconds", "blocks_left"), [(0.0, 2), (60.0, 4)])
+@pytest.mark.parametrize(("seconds", "blocks_left"), [(0.0, 1), (60.0, 4)])
 @pytest.mark.parametrize("room", ["some", "all"])
 def test_a_kill_loses_what_was_not_saved_and_no_byte(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: str, seconds: float, blocks_left: int
@@ -77,12 +77,12 @@ def test_a_kill_loses_what_was_not_saved_and_no_byte(
     monkeypatch.setattr(states, "SAVED_EVERY", seconds)
     steps = walk(Decoder(tiny, dtype=torch.float32, device=CPU), windows(), tmp_path / "killed")
     for step in steps:
-        if step.index == 2:
+        if step.index == 3:
             break
         step.advance()
     del steps
     recorded, found = run(tiny, tmp_path / "killed", windows())
-    assert len(recorded) == (blocks_left if room == "all" else 2)
+    assert len(recorded) == (blocks_left if room == "all" else 1)
     assert all(torch.equal(one, other) for one, other in zip(found, hidden, strict=True))
 
 
@@ -106,14 +106,16 @@ def test_a_block_that_mixes_rows_takes_one_at_a_time(tiny: Path, tmp_path: Path,
     _, hidden = run(tiny, tmp_path / "alone", windows(48))
     monkeypatch.setattr(decoding, "TOKENS_TOGETHER", {"cpu": 64})
     original = Decoder.run
-    monkeypatch.setattr(Decoder, "run", lambda self, index, x, *words: original(self, index, x.flip(0), *words))
+    monkeypatch.setattr(
+        Decoder, "run", lambda self, index, x, *words: original(self, index, x.mean(0, True).expand_as(x), *words)
+    )
     _, also = run(tiny, tmp_path / "mixed", windows(48))
     assert all(torch.equal(one, other) for one, other in zip(also, hidden, strict=True))
 
 
 @given(matrices(), st.data())
 def test_a_card_and_the_host_select_alike_ties_included(score: torch.Tensor, data: st.DataObject):
-    for given_score in (score.abs(), score):
+    for given_score in (score.abs(), score, -score):
         k = data.draw(st.integers(1, score.shape[1]))
         for one, other in zip(above_by_numpy(given_score, k), above_by_torch(given_score, k), strict=True):
             assert torch.equal(one, other)

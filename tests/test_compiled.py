@@ -1,6 +1,7 @@
 """Compiled blocks compute what blocks compute, and what cannot be compiled runs as it is."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +16,8 @@ from wanda_dvc.engine import compiled
 from wanda_dvc.engine.compiled import CompiledBlocks
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods
-from wanda_dvc.engine.walk import Here, outputs
+from wanda_dvc.engine.recorder import InputRecorder
+from wanda_dvc.engine.walk import Here, outputs, walk
 from wanda_dvc.pruning.statistics import BlockStats
 
 CPU = torch.device("cpu")
@@ -93,20 +95,46 @@ def breaking(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     return gated
 
 
+def other_output(*words: Any) -> torch.Tensor:
+    return 1.01 * compiled._through(*words)
+
+
+def other_sharing(*words: Any) -> torch.Tensor:
+    out: torch.Tensor = compiled._through(*words)
+    compiled._given[:] = [(place, x.clone()) for place, x in compiled._given]
+    return out
+
+
+@pytest.mark.parametrize("made", [other_output, other_sharing])
 def test_a_block_that_compiles_to_something_else_runs_as_it_is(
-    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    made: Callable[..., Any],
+    tiny: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    _, after = run(tiny, tmp_path / "plain")
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda block, hidden, args, kwargs, noted: hidden)
-    _, also = run(tiny, tmp_path / "fused", compiling="on")
+    plain, after = run(tiny, tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: made)
+    fused, also = run(tiny, tmp_path / "fused", compiling="on")
     assert all(torch.equal(one, other) for one, other in zip(also, after, strict=True))
+    assert_alike(fused, plain)
     assert len(told(capfd)) == 1
+
+
+def test_hooks_see_every_window_and_stay_the_models_own(tiny: Path, tmp_path: Path):
+    decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU, compiling="on"), windows()
+    for step in walk(decoder, tokens, tmp_path):
+        recorder = InputRecorder()
+        step.advance(recorder)
+        assert {x.count for x in recorder.stats.values()} == {tokens.numel()}
+        assert not any(module._forward_pre_hooks for module in decoder.blocks[step.index].modules())
 
 
 def test_questions_in_rows_of_many_lengths_share_one_function(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it does not know symbols for lengths
+    monkeypatch.setattr("wanda_dvc.engine.questions.ROW", 128)
     generator = torch.Generator().manual_seed(0)
     asked = []
     for size in range(4, 60, 2):
