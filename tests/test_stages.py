@@ -427,7 +427,7 @@ def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pyt
 
 def test_a_loss_is_written_once_and_half_a_line_is_measured_again(project: Make, monkeypatch: pytest.MonkeyPatch):
     """A kill may cut the last line; what is whole is not written anew after every window."""
-    from wanda_dvc.stages import perplexity as module
+    from wanda_dvc.engine import losses as module
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
@@ -518,7 +518,7 @@ def test_progress_counts_only_with_the_states_that_it_speaks_of(
     project: Make, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], object]
 ):
     """A removal that was killed half-way left progress without states: the perplexity was that of zeros."""
-    from wanda_dvc.stages import perplexity as module
+    from wanda_dvc.engine import losses as module
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
@@ -546,7 +546,7 @@ def test_progress_counts_only_with_the_states_that_it_speaks_of(
 def test_losses_that_are_not_ours_are_measured_again(
     project: Make, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[str], str]
 ):
-    from wanda_dvc.stages import perplexity as module
+    from wanda_dvc.engine import losses as module
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")

@@ -114,7 +114,7 @@ class Setting:
             passes = windows * length / max(length, shards.TOKENS_TOGETHER["cuda"])
             computed = max(computed, passes * self.work.linears * width / (device.bandwidth * device.efficiency))
             room = max(0.0, device.holds - self.model.parameters / self.work.blocks * 2 * width) / 2
-            hidden *= max(0.0, 1 - room / waiting)
+            hidden = self.work.blocks * max(0.0, waiting - room)
             computed += hidden / (device.link * device.efficiency)
             read = max(read, self.model.parameters * width / (device.link * device.efficiency))
         return Cost(flops, self.model.stored, hidden, waiting, memory, max(computed * self.share(windows), read))
@@ -136,9 +136,7 @@ def choosing_seconds(on: Setting) -> float:
     linears, device = on.work.linears, on.device
     if device.link is None:
         return linears * (on.stored_width + SELECTION) / HOST
-    scored = (
-        SELECTION / device.bandwidth + (on.stored_width + 1) / device.link
-    )  # a weight goes there, a byte comes back
+    scored = SELECTION / device.bandwidth + (on.stored_width + 1) / device.link  # a weight goes, a byte comes back
     return max(linears * (scored / device.efficiency + 1 / HOST), on.model.stored / DISK)
 
 

@@ -62,7 +62,7 @@ def measure_here(folder: Path, *, prompt: int, tokens: int, device: str) -> Spee
             while file.read(1 << 24):
                 pass
     begin = perf_counter()
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     model.to(device)
     load = perf_counter() - begin
     draw = torch.Generator().manual_seed(0)

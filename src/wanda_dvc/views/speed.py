@@ -89,7 +89,8 @@ def _check(folder: Path, prompt: int, tokens: int) -> None:
 
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json, expected a model's directory")
-    most = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if most is not None and prompt + tokens > most:
         raise UserError(f"--prompt and --tokens: got {prompt} + {tokens}, expected at most {most} for this model")
 
