@@ -94,7 +94,7 @@ def decoder(tiny: Path) -> Decoder:
 
 def pool(tiny: Path, work: Path, crew: Crew) -> Pool:
     opened = decoder(tiny)
-    return Pool(opened, order(opened, work, resident=False), crew)
+    return Pool(opened, order(opened, work), crew)
 
 
 def change(run: Runner, block: int) -> Change:

@@ -60,7 +60,7 @@ def main(
 
 def _run(name: str, version: int | None, part: str | None = None, task: str | None = None) -> None:
     """Run one stage, timed; offline except for download; without progress bars except on a terminal."""
-    from wanda_dvc.stages import ahead, check_version
+    from wanda_dvc.stages import check_version
     from wanda_dvc.stages import run as run_stage
     from wanda_dvc.stages.running import stoppable, timed
     from wanda_dvc.study.project import Project
@@ -85,8 +85,11 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with stoppable(label):
-        if part and task and ahead.publish_answered(project, part, task):
-            return
+        if part and task:
+            from wanda_dvc.stages import ahead
+
+            if ahead.publish_answered(project, part, task):
+                return
         announce(project=project, stage=name, part=part)
         with timed(project, stage, part, task) as taken:
             if stage.computes:

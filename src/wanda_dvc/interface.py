@@ -312,8 +312,7 @@ def perplexity(
         >>> wd.perplexity(model, tokens)
         14.01
     """
-    from wanda_dvc.engine import shards
-    from wanda_dvc.engine.losses import from_losses, window_losses
+    from wanda_dvc.engine.losses import from_losses, unmeasured, window_losses
     from wanda_dvc.engine.rows import as_rows
     from wanda_dvc.engine.walk import Here
     from wanda_dvc.stages.inputs import HEAD, say_not_finite
@@ -326,7 +325,7 @@ def perplexity(
         run = Here(decoder, Path(folder))
         for turn in progress(run.walk(rows), total=len(decoder.blocks), what="perplexity, blocks"):
             turn.advance()
-        losses = list(run.head(window_losses, dict.fromkeys(range(len(shards.cut(len(rows)))), 0)))
+        losses = list(run.head(window_losses, unmeasured(len(rows))))
         where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
     say_not_finite("perplexity", where)
     found = from_losses(losses, [len(row.tokens) - 1 for row in rows])

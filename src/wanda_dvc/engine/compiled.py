@@ -9,12 +9,12 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wanda_dvc.engine.cache import user_cache
 from wanda_dvc.engine.calls import Call
 from wanda_dvc.errors import notice
 
@@ -146,8 +146,7 @@ def _cache_on_disk() -> None:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     if os.environ.get(CACHE) in (None, default_cache_dir()):  # torch writes its default there itself
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ[CACHE] = str(base / "wanda-dvc" / "kernels")
+        os.environ[CACHE] = str(user_cache() / "kernels")
     torch._inductor.config.compile_threads = 1
 
 

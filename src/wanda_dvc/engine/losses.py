@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from wanda_dvc.engine import shards
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Row
 
@@ -29,6 +30,11 @@ def window_losses(
     """Yield the loss of each window but the first `skipped`, from its hidden states after the last block."""
     for row, states in list(zip(rows, hidden, strict=True))[skipped:]:
         yield window_loss(decoder, states[None], row.tokens)
+
+
+def unmeasured(windows: int, done: int = 0) -> dict[int, int]:
+    """Return the shards that have windows after the first `done`, and how many `window_losses` skips in each."""
+    return {n: max(done - shard.start, 0) for n, shard in enumerate(shards.cut(windows)) if shard.stop > done}
 
 
 def from_losses(losses: list[float], predictions: list[int]) -> float | str:

@@ -115,7 +115,7 @@ class Order:
     work: Path  # the driver's folder for hidden states
 
 
-def order(decoder: Decoder, work: Path, *, resident: bool) -> Order:
+def order(decoder: Decoder, work: Path) -> Order:
     """Return what workers have to know of a model on disk."""
     checkpoint = decoder.checkpoint
     assert isinstance(checkpoint, Checkpoint)
@@ -126,7 +126,7 @@ def order(decoder: Decoder, work: Path, *, resident: bool) -> Order:
                 parcels[part.address.tensor] = index
     outline = Outline(str(checkpoint), checkpoint.config, checkpoint.config_name, checkpoint.entries, parcels)
     named = checkpoint.folder, fingerprint(checkpoint.folder)
-    return Order(*named, outline, decoder.dtype, resident, decoder.compiling, work)
+    return Order(*named, outline, decoder.dtype, weights.resident, decoder.compiling, work)
 
 
 def fingerprint(folder: Path) -> str:

@@ -20,7 +20,6 @@ from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
 
 if TYPE_CHECKING:
-    import torch
     from jaxtyping import Int
     from torch import Tensor
 
@@ -161,8 +160,7 @@ def runner(
     with ending(crew.stop):
         try:
             decoder = opening.result()
-            resident = _fits(project, model, decoder.dtype)
-            yield Pool(decoder, order(decoder, work.path, resident=resident), crew)
+            yield Pool(decoder, order(decoder, work.path), crew)
             told(crew.told())
         finally:
             crew.close()
@@ -173,6 +171,7 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
     import torch
 
     from wanda_dvc.engine.attention import has_units
+    from wanda_dvc.engine.checkpoint import Checkpoint
     from wanda_dvc.engine.decoder import Decoder
 
     folder = project.model(model)
@@ -184,16 +183,9 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
             "set dtype=float32 (other last digits), or run it where there are some"
         )
     wanted = getattr(torch, dtype)
-    resident, compiling = _fits(project, model, wanted), project.params.runtime.compile
+    budget, compiling = project.params.runtime.memory_gb, project.params.runtime.compile
+    resident = budget is not None and Checkpoint(folder).size(wanted) <= budget * 1e9
     return Decoder(folder, dtype=wanted, device=where, resident=resident, compiling=compiling)
-
-
-def _fits(project: Project, model: str, dtype: "torch.dtype") -> bool:
-    """Whether one of the project's models stays in memory, as params.yaml says."""
-    from wanda_dvc.engine.checkpoint import Checkpoint
-
-    budget = project.params.runtime.memory_gb
-    return budget is not None and Checkpoint(project.model(model)).size(dtype) <= budget * 1e9
 
 
 # --- what they need and cost ---

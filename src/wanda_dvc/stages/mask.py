@@ -178,7 +178,7 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
                 changed, told = _solve(params, turn, weights, checkpoint.weight, measured, chosen, grams)
                 write_weights(beside.out, turn.index, changed, told)
             write_masks(work.out, turn.index, chosen)
-            turn.change(*changes(turn.index))
+            turn.change(chosen, changed)
     say_unreached("mask", unreached)  # of the blocks that this run has calibrated
 
 

@@ -7,9 +7,8 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-from wanda_dvc.engine import shards
 from wanda_dvc.engine.costs import Cost, Setting
-from wanda_dvc.engine.losses import DIVERGED, from_losses, window_losses
+from wanda_dvc.engine.losses import DIVERGED, from_losses, unmeasured, window_losses
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Runner
 from wanda_dvc.engine.sizes import BYTES_A_TOKEN, Need, walking
@@ -74,8 +73,7 @@ def _losses(run: Runner, rows: list[Row], work: Path, *, what: str) -> list[floa
     work.mkdir(parents=True, exist_ok=True)  # workers elsewhere have left nothing here
     losses = _read_losses(work / LOSSES, len(rows))
     done, left = len(losses), len(rows) - len(losses)
-    skipped = {n: max(done - shard.start, 0) for n, shard in enumerate(shards.cut(len(rows))) if shard.stop > done}
-    found = run.head(window_losses, skipped)
+    found = run.head(window_losses, unmeasured(len(rows), done))
     with (work / LOSSES).open("a", encoding="utf-8") as file:
         for loss in progress(found, total=left, what=f"{what}, output head, windows"):
             file.write(_line(len(losses), loss))

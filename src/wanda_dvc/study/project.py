@@ -17,7 +17,7 @@ from wanda_dvc.params import Params, limit, read_params
 from wanda_dvc.reading import is_there, read_text
 from wanda_dvc.study.documents import Documents
 from wanda_dvc.study.files import Json, load_json, write_json
-from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
+from wanda_dvc.study.provenance import PROVENANCE, digest, files_digest, read_provenance
 from wanda_dvc.study.times import Times
 
 TEXT = "text.txt"
@@ -226,9 +226,10 @@ class Work:
         copy = _copy(self.path)
         with contextlib.suppress(OSError, UserError):  # its experiment may be over, or DVC at work there
             target = Path(load_json(self.awaited).get("target", self.path))
-            if made_from.items() <= load_json(target / PROVENANCE).items():
-                remove(copy)
-                shutil.copytree(target, copy / "out")
+            remove(copy)
+            shutil.copytree(target, copy / "out")
+            made = load_json(copy / "out" / PROVENANCE)  # of the copy: another run may have replaced the target since
+            if made_from.items() <= made.items() and made.get("files") == files_digest(copy / "out"):
                 remove(self.path)
                 copy.rename(self.path)
         remove(copy)
