@@ -10,6 +10,7 @@ from test_report import write_results
 
 import wanda_dvc as wd
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.ran import load_lock
 from wanda_dvc.views.experiments import experiments
 
 pytestmark = pytest.mark.pipeline
@@ -132,3 +133,19 @@ def test_the_command_prints_a_row_an_experiment(repository: Repository):
     said = repository.run("wanda-dvc", "list")
     for name in ("workspace", "main", "middling", "broken", "waiting"):
         assert f"| {name} " in said
+
+
+def test_what_a_commit_says_is_read_once(repository: Repository, monkeypatch: pytest.MonkeyPatch):
+    kept, before = Project(repository.root).locks, listed(repository)
+    read: list[str] = []
+    monkeypatch.setattr("wanda_dvc.study.experiments.load_lock", lambda text: read.append(text) or load_lock(text))
+    assert listed(repository) == before
+    assert not read
+    for damaged in ("", "[]", '{"dvc.lock": []}', kept.read_text(encoding="utf-8")[:-9]):
+        kept.write_text(damaged, encoding="utf-8")
+        assert listed(repository) == before
+    assert len(read) % 4 == 0 < len(read)
+    kept.unlink()
+    kept.mkdir()  # nothing can be written there
+    assert listed(repository) == before
+    kept.rmdir()

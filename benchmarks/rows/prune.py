@@ -14,12 +14,6 @@ def calibrate(bench: Bench, dtype: str) -> Measured:
     return Measured(floor / done["seconds"], done["seconds"], floor, note)
 
 
-def calibrate_against_float32(bench: Bench, dtype: str) -> Measured:
-    """`calibrate` in a dtype against float32."""
-    ours, base = bench.calibrate(dtype)["seconds"], bench.calibrate("float32")["seconds"]
-    return Measured(base / ours, ours, base, "inside")
-
-
 def statistics(bench: Bench) -> Measured:
     """What recording the statistics adds to the blocks' own time."""
     script = bench.runner.script

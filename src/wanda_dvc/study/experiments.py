@@ -1,12 +1,13 @@
 """The experiments of a repository, as DVC lists them: names, states, settings and metrics."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.study.files import Json
+from wanda_dvc.study.files import Json, load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import LOCK, load_lock, read_lock
 from wanda_dvc.study.settings import flatten
@@ -66,7 +67,10 @@ def list_experiments(project: Project, *, locks: bool = False) -> list[Experimen
         found = list(_experiments(states))
         done = {one.rev for one in found if one.state == SUCCESS}
         found = [one for one in found if one.state == SUCCESS or one.rev not in done]
-        return [one._replace(stages=_stages(project, repo, one.rev)) for one in found] if locks else found
+        if not locks:
+            return found
+        stages = _stages(project, repo, [one.rev for one in found])
+        return [one._replace(stages=stages[one.rev]) for one in found]
 
 
 def _experiments(states: list[Any]) -> Iterator[Experiment]:
@@ -109,13 +113,28 @@ def _changes(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in own.items() if base.get(key) != value}
 
 
-def _stages(project: Project, repo: Any, rev: str) -> Json:
-    """Return the stages of a revision's dvc.lock."""
-    if rev == WORKSPACE:
-        return read_lock(project.root)
-    path = project.root.resolve().relative_to(Path(repo.scm.root_dir).resolve()) / LOCK
+def _stages(project: Project, repo: Any, revs: list[str]) -> dict[str, Json]:
+    """Return the stages of the dvc.lock of each revision.
+
+    Those of a commit never change, so they are kept as JSON: to read one as YAML takes a twentieth of a second.
+    """
+    path = (project.root.resolve().relative_to(Path(repo.scm.root_dir).resolve()) / LOCK).as_posix()
+    kept: Json = {}
+    with contextlib.suppress(UserError):  # a damaged file is written again
+        kept = load_json(project.locks).get(path, {})
+    kept = kept if isinstance(kept, dict) else {}
+    found = {rev: read_lock(project.root) if rev == WORKSPACE else kept.get(rev) for rev in dict.fromkeys(revs)}
+    whole = {rev: _stages_at(repo, rev, path) if stages is None else stages for rev, stages in found.items()}
+    commits = {rev: stages for rev, stages in whole.items() if rev != WORKSPACE}
+    if commits != kept:
+        with contextlib.suppress(OSError, TypeError, ValueError):  # read-only; a stage of the user's with dates
+            write_json(project.locks, {path: commits})
+    return whole
+
+
+def _stages_at(repo: Any, rev: str, path: str) -> Json:
     try:
-        content: str = repo.scm.get_fs(rev).read_text(path.as_posix(), encoding="utf-8")
+        content: str = repo.scm.get_fs(rev).read_text(path, encoding="utf-8")
     except FileNotFoundError:
         return {}
     return load_lock(content)

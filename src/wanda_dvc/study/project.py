@@ -133,6 +133,11 @@ class Project:
         """How long runs took, in all checkouts of this repository."""
         return Times(self.work_root.with_name("wanda-dvc-times"))
 
+    @property
+    def locks(self) -> Path:
+        """The file of what `dvc.lock` says at each commit that was listed."""
+        return self.work_root.with_name("wanda-dvc-locks.json")
+
     def plots(self, name: str) -> Path:
         """Return the file that a plot is drawn from."""
         return self.root / "metrics" / "plots" / f"{name}.csv"
