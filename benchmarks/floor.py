@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import ours
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -49,11 +50,7 @@ class Floor:
         self.inputs = {features: matrix(tokens, features) for _, features in self.shapes}
         self.head = matrix(*head.weight.shape)
         self.last = matrix(min(tokens, AT_THE_HEAD), self.head.shape[1])
-        self.query, self.key, self.share = (
-            matrix(tokens, self.width),
-            matrix(tokens, self.width),
-            matrix(tokens, tokens),
-        )
+        self.query, self.key = matrix(tokens, self.width), matrix(tokens, self.width)
         self.samples: list[dict[str, float]] = []
 
     @torch.no_grad()
@@ -62,14 +59,13 @@ class Floor:
 
         def linear(shape: tuple[int, int]) -> float:
             x, weight = self.inputs[shape[1]], self.weights[shape]
-            return seconds_of(lambda: torch.matmul(x, weight.T), self.budget) / self.tokens
+            return seconds_of(lambda: ours.multiply(x, weight.T), self.budget) / self.tokens
 
         def one_head() -> None:
-            torch.matmul(self.query, self.key.T, out=self.share)
-            torch.matmul(self.share, self.key)
+            ours.multiply(ours.multiply(self.query, self.key.T), self.key)
 
         attention = seconds_of(one_head, self.budget) / (4 * self.width * self.tokens**2)
-        head = seconds_of(lambda: torch.matmul(self.last, self.head.T), self.budget) / len(self.last)
+        head = seconds_of(lambda: ours.multiply(self.last, self.head.T), self.budget) / len(self.last)
         linears = sum(count * linear(shape) for shape, count in self.shapes.items())
         self.samples.append({"linears": linears, "head": head, "attention": attention})
 

@@ -10,7 +10,7 @@ from wanda_dvc.stages import times
 from wanda_dvc.stages.running import processor
 from wanda_dvc.study.project import Project
 
-__all__ = ["has_bf16_units", "peak_inside", "processor", "seconds_inside", "windows"]
+__all__ = ["has_bf16_units", "multiply", "peak_inside", "processor", "seconds_inside", "windows"]
 
 
 def seconds_inside(folder: Path, *words: str) -> float:
@@ -46,6 +46,13 @@ def windows(folder: Path, part: str) -> Any:
     tokens = tokenize(project.text(part), load_tokenizer(project.model("dense")))
     wanted = project.params.perplexity
     return cut(tokens, length=wanted.length, windows=wanted.windows).numpy()
+
+
+def multiply(a: Any, b: Any) -> Any:
+    """Return a · b as fast as this machine does it."""
+    from wanda_dvc.pruning.products import multiply
+
+    return multiply(a, b)
 
 
 def has_bf16_units() -> bool:

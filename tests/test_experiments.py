@@ -138,7 +138,12 @@ def test_the_command_prints_a_row_an_experiment(repository: Repository):
 def test_what_a_commit_says_is_read_once(repository: Repository, monkeypatch: pytest.MonkeyPatch):
     kept, before = Project(repository.root).locks, listed(repository)
     read: list[str] = []
-    monkeypatch.setattr("wanda_dvc.study.experiments.load_lock", lambda text: read.append(text) or load_lock(text))
+
+    def reading(text: str) -> dict[str, object]:
+        read.append(text)
+        return load_lock(text)
+
+    monkeypatch.setattr("wanda_dvc.study.experiments.load_lock", reading)
     assert listed(repository) == before
     assert not read
     for damaged in ("", "[]", '{"dvc.lock": []}', kept.read_text(encoding="utf-8")[:-9]):

@@ -1,8 +1,9 @@
-"""Our own attention, registered with transformers for the two cases that its attention does not cover.
+"""Our own attention, registered with transformers for the three cases that its attention does not cover.
 
 1. Rows that hold several questions: each question has a mask of its own.
 2. bfloat16 on a CPU with native bf16 but no AMX: torch's attention is no faster there than in float32, but matrix
    multiplications are. With AMX, torch's is twice as fast as ours.
+3. float32 of a model whose products go through oneDNN (`pruning.products`): those in torch's attention do not.
 
 All other rows (windows in float32, everything on a GPU) go through the model's own attention.
 """
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from wanda_dvc.engine.rows import Layout
+from wanda_dvc.pruning import products
 
 NAME = "wanda_dvc"
 QUERIES_AT_A_TIME = 128  # of a window: large multiplications, and few products above the diagonal
@@ -83,14 +85,17 @@ def _attend(  # noqa: PLR0913, PLR0917 - a custom operator knows no keywords
     q = (query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)).unflatten(0, (groups, heads // groups))
     k, v = key[0].contiguous(), value[0].contiguous()  # once, and not in every part
     out = query.new_empty(groups, heads // groups, query.shape[2], value.shape[-1])
+    singly = _layout.get() is None and products.takes(q, k)
+    multiply = products.onednn if singly else torch.matmul
     for queries, keys, hidden in _parts(query.shape[2], attention_mask, query.device):
-        part = q[:, :, queries]
-        scores = part.flatten(1, 2) @ k[:, keys].mT
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores.unflatten(1, part.shape[1:3])[..., -hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
-        weights = torch.softmax(scores, dim=-1)  # sums in float32 whatever the dtype
-        out[:, :, queries] = (weights @ v[:, keys]).unflatten(1, part.shape[1:3])
+        for some in range(groups) if singly else (slice(None),):
+            part = q[some, ..., queries, :]
+            scores = multiply(part.flatten(-3, -2), k[some, keys].mT)
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            scores.unflatten(-2, part.shape[-3:-1])[..., -hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
+            weights = torch.softmax(scores, dim=-1)  # sums in float32 whatever the dtype
+            out[some, ..., queries, :] = multiply(weights, v[some, keys]).unflatten(-2, part.shape[-3:-1])
     return out.flatten(0, 1).transpose(0, 1)[None].contiguous()
 
 

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.errors import MEND, UserError
 from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.pruning.products import multiply
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
 
@@ -187,7 +188,7 @@ class CrossRecorder(InputRecorder):
         super()._add(name, x)
         dense = self._dense.get(name)
         if dense is not None and len(dense) == len(x):
-            product = (dense.float().T @ x.float()).double()
+            product = multiply(dense.float().T, x.float()).double()
             self.crosses[name] = self.crosses[name].add_(product) if name in self.crosses else product
 
 

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
+from wanda_dvc.pruning import products
+
 PANEL = 128  # rows of XᵀX computed at a time
 WEIGHTS_AT_A_TIME = 2**20  # the layer error takes rows in slices of about so many weights, to bound memory
 
@@ -29,9 +31,9 @@ class Gram:
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Add one window."""
-        x = x.float()
+        turned = products.operand(x.float().T)
         for start in range(0, x.shape[1], PANEL):
-            panel = x[:, start : start + PANEL].T @ x[:, start:]
+            panel = products.multiply(turned[start : start + PANEL], turned[start:].T)
             self.upper[start : start + PANEL, start:] += panel.to(self.upper)
         self.count += len(x)
 

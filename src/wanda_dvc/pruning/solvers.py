@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.patterns import parse_pattern
+from wanda_dvc.pruning.products import add_product, multiply
 from wanda_dvc.pruning.selection import keep_highest, keep_n_of_m, removed, select
 
 ROWS_AT_A_TIME = 256  # a slice that a core's cache holds; an accelerator takes many more
@@ -263,7 +264,7 @@ def admm(  # noqa: PLR0913 - the target, and constants of the method
                 torch.sub(1, off, alpha=2, out=sign)
             # Z is the total on the mask, and U the total off it.
             torch.mul(total, sign, out=towards).sub_(dense)
-            total.mul_(off).add_(dense).addmm_(towards, factor.matrix, alpha=penalty)
+            add_product(total.mul_(off).add_(dense), towards, factor.matrix, alpha=penalty)
         return keep, total.div_(factor.scale)
 
     return _choose(weight, prepared, factor, solve, whole=pattern == "unstructured" and group != "row")
@@ -323,10 +324,10 @@ def _conjugate_gradients(
 ) -> Float[Tensor, "out in"]:
     """Return `start` moved towards the least tr((W−V)G(W−V)ᵀ) on the mask, each row along its own directions."""
     mask, v = keep.float(), start.clone()
-    residual = ((dense - v) @ gram).mul_(mask)
+    residual = multiply(dense - v, gram).mul_(mask)
     direction, size = residual.clone(), residual.square().sum(dim=1, keepdim=True)
     for _ in range(steps):
-        change = direction @ gram
+        change = multiply(direction, gram)
         curvature = (direction * change).sum(dim=1, keepdim=True)
         step = torch.where(curvature > 0, size / curvature, 0)
         v.addcmul_(step, direction)
@@ -364,7 +365,7 @@ def _settle(
 ) -> int:
     """Write the rows found, or `start` where their error is not lower; return how many rows stay at `start`."""
     # The difference of two errors in one product, so that no digits cancel: dGdᵀ − eGeᵀ = (d − e)G(d + e)ᵀ.
-    gain = ((start - found) @ prepared.gram).mul_(2 * dense - start - found).sum(dim=1, keepdim=True)
+    gain = multiply(start - found, prepared.gram).mul_(2 * dense - start - found).sum(dim=1, keepdim=True)
     into.copy_(torch.where(gain < 0, found, start))
     return int((~(gain < 0)).sum())
 

@@ -1,0 +1,108 @@
+"""Products through oneDNN are torch's but for last digits, with the same gradients, whatever lies where in memory."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.losses import window_losses
+from wanda_dvc.engine.walk import Here
+from wanda_dvc.pruning import products
+from wanda_dvc.pruning.gram import Gram
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every CPU, and for the smallest matrices."""
+    monkeypatch.setattr(products, "is_faster", lambda: True)
+    monkeypatch.setattr(products, "LEAST", 0)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def layouts(rows: int, columns: int) -> Iterator[Tensor]:
+    """A matrix in each way to lie in memory: by rows, by columns, and parts of larger ones."""
+    yield drawn(rows, columns)
+    yield drawn(columns, rows).T
+    yield drawn(rows, columns + 3)[:, :columns]
+    yield drawn(rows, columns + 3)[:, 2:-1]
+    yield drawn(columns, 2 * rows)[:, ::2].T
+    yield drawn(1, columns).expand(rows, columns)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (5, 7, 3), (33, 64, 130), (64, 1, 17)])
+def test_products_are_those_of_torch_in_every_layout(m: int, k: int, n: int):
+    for a, b in itertools.product(layouts(m, k), layouts(k, n)):
+        torch.testing.assert_close(products.multiply(a, b), a @ b, rtol=1e-5, atol=1e-5)
+        total, expected = drawn(m, n), drawn(m, n).addmm_(a, b, alpha=0.7)
+        torch.testing.assert_close(products.add_product(total, a, b, alpha=0.7), expected, rtol=1e-5, atol=1e-5)
+        assert products.add_product(total, a, b, alpha=0) is total
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (4, 5, 6), (0, 6)])
+def test_a_linear_and_its_gradients_are_those_of_torch(shape: tuple[int, ...], bias: bool):
+    stock = nn.Linear(6, 9, bias=bias)
+    model = nn.Sequential(nn.Linear(6, 9, bias=bias), nn.Conv1d(1, 1, 1))
+    products.install(model)
+    ours = model[0]
+    assert type(ours) is products.Linear
+    assert type(model[1]) is nn.Conv1d
+    ours.load_state_dict(stock.state_dict())
+    made = []
+    for linear in (stock, ours):
+        x = drawn(*shape).requires_grad_()
+        out = linear(x)
+        (out.square() * (1 + torch.arange(9))).sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(linear(x), out, rtol=1e-5, atol=1e-5)
+        made.append([out, x.grad, *(parameter.grad for parameter in linear.parameters())])
+    for one, other in zip(*made, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_other_dtypes_are_left_to_torch():
+    for dtype in (torch.float64, torch.bfloat16):
+        a, b = drawn(4, 5).to(dtype), drawn(5, 6).to(dtype)
+        assert torch.equal(products.multiply(a, b), a @ b)
+
+
+def test_a_gram_matrix_is_the_sum_of_its_products():
+    found, windows = Gram.empty(300), [drawn(50, 300), drawn(70, 300)]
+    for x in windows:
+        found.add(x)
+    expected = sum(x.double().T @ x.double() for x in windows)
+    torch.testing.assert_close(found.matrix().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_has_the_losses_of_its_own_forward_pass(tiny: Path, tmp_path: Path):
+    """Attention is ours then, and so is its memory."""
+    windows = torch.randint(0, 256, (3, 150), generator=torch.Generator().manual_seed(0))
+    run = Here(Decoder(tiny, dtype=torch.float32, device=torch.device("cpu")), tmp_path)
+    assert run.decoder._ours_for_windows
+    for turn in run.walk(windows):
+        turn.advance()
+    found = list(run.head(window_losses, dict.fromkeys(range(3), 0)))
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    expected = [model(window[None], labels=window[None]).loss.item() for window in windows]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
+def test_the_choice_follows_from_the_cpus_kind(vendor: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"processor: 0\nvendor_id: {vendor}\n")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.is_faster.__wrapped__() is (vendor == "AuthenticAMD")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    assert not products.is_faster.__wrapped__()
