@@ -106,3 +106,17 @@ def test_the_choice_follows_from_the_cpus_kind(vendor: str, monkeypatch: pytest.
     assert products.is_faster.__wrapped__() is (vendor == "AuthenticAMD")
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
     assert not products.is_faster.__wrapped__()
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    threads = torch.get_num_threads()
+    try:
+        for m, k, n in ((500, 300, 700), (64, 2000, 100), (100, 64, 3000)):
+            made = []
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
+                made.append(products.multiply(drawn(m, k), drawn(k, n)))
+            assert torch.equal(made[0], made[1])
+            assert torch.equal(made[0], made[2])
+    finally:
+        torch.set_num_threads(threads)
