@@ -121,6 +121,7 @@ def test_a_card_and_the_host_select_alike_ties_included(score: torch.Tensor, dat
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow  # every check and every timing
 def test_the_check_of_a_card_runs_where_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

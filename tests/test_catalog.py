@@ -89,6 +89,7 @@ def install(page: str, site: Path) -> None:
     (metadata / "entry_points.txt").write_text(f"[{group}]\n{''.join(lines)}")
 
 
+@pytest.mark.slow  # runs stages as processes
 def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Path):
     """Thirty lines and an entry point: params.yaml takes the method, and `mask` prunes with it."""
     site, study = tmp_path / "site", tmp_path / "study"

@@ -80,7 +80,16 @@ def test_every_command_is_a_stage_prints_a_table_or_writes_files():
     assert asked == set(TABLES)
 
 
-@pytest.mark.parametrize("words", [*TABLES.values(), *MORE.values()], ids=[*TABLES, *MORE])
+SLOW = {"speed"}  # times a packed and a dense model
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name, words in (TABLES | MORE).items()
+    ],
+)
 def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project, words: list[str]):
     table = CliRunner().invoke(app, words, catch_exceptions=False)
     assert table.exit_code == 0

@@ -34,6 +34,9 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.utils.counters.clear()
 
 
+pytestmark = pytest.mark.slow  # compilers take seconds
+
+
 def windows(length: int = 32) -> torch.Tensor:
     return torch.randint(3, 256, (3, length), generator=torch.Generator().manual_seed(1))
 

@@ -28,6 +28,7 @@ KILLS = int(os.environ.get("WANDA_DVC_KILLS", "3"))  # seeds; 30 take ten minute
 SEEDS = (1, 2)  # of calibration: the settings that alternate
 
 
+@pytest.mark.slow  # runs stages as processes
 def test_two_runs_of_one_stage_at_once_end_as_one(tmp_path: Path, tiny: Path):
     write_params(tmp_path, tiny)
     project = Project(tmp_path)

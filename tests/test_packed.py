@@ -260,6 +260,7 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
 PLUGIN, MODELS = "import wanda_dvc", "from transformers import AutoModelForCausalLM"
 
 
+@pytest.mark.slow  # each begins a process that loads a model
 @pytest.mark.parametrize(
     ("imports", "found"),
     [

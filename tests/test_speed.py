@@ -80,6 +80,7 @@ def test_a_directory_without_zeros_is_measured_alone(seen: list[Path], tmp_path:
     assert len(seen) == 1
 
 
+@pytest.mark.slow  # begins a process that loads a model
 def test_a_model_is_measured_in_a_process_of_its_own(tmp_path: Path):
     _, target = packed(tmp_path)
     found = measure(target, prompt=3, tokens=4, device="cpu")

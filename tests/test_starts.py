@@ -17,6 +17,7 @@ from wanda_dvc.study import places
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import ITEMS, Project
 
+pytestmark = pytest.mark.slow  # stages as processes, with real imports
 HEAVY = {
     "accelerate", "datasets", "dvc", "lm_eval", "matplotlib", "numpy", "pandas", "pyarrow", "scipy", "torch",
     "transformers",
