@@ -1,7 +1,7 @@
 """Solvers: masks and weights from a linear's Gram matrix G. They make the layer error tr(ΔGΔᵀ) small, Δ = W − Ŵ.
 
-Factors of G are made by one thread, because LAPACK's last digits follow from the number of threads. Products of
-matrices have the same digits with any number, so masks and weights have too.
+Factors of G are made by one thread, because LAPACK's last digits depend on the number of threads. Those of products do
+not where all sizes are multiples of 64, as most models' are; so there masks and weights do not depend on it either.
 
 All compute in float32 on the weight's device. All rows of a linear are solved at once, in slices where rows do not
 compete. Peak memory in bytes: 4 · in² for G and for each factor of it (16 · in² while one is made), 8 · out · in for
