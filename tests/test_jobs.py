@@ -113,11 +113,13 @@ def test_stored_across_or_by_expert_a_weight_is_the_same(run: Run, model: str, c
 
 
 @pytest.mark.parametrize("changes", [DENSE[0], PROPAGATED[0]], ids=named)
-def test_a_worker_that_dies_costs_its_jobs_and_no_byte(run: Run, changes: Settings):
+def test_a_worker_that_dies_costs_its_jobs_and_no_byte(run: Run, capsys: pytest.CaptureFixture[str], changes: Settings):
+    """All of them start again at once, and not each when it is waited for."""
     calls = itertools.count()
     crew = Shuffled(3, kill=lambda words: words[0] == "job" and next(calls) == 5)
     assert run(crew, **changes) == run(**changes)
     assert len(crew.queues) == 2
+    assert capsys.readouterr().err.count(": gone; ") == 1
 
 
 def test_the_last_worker_that_dies_is_replaced(run: Run):
