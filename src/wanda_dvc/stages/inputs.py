@@ -268,26 +268,27 @@ def waiting_bytes(model: Sizes, tokens: int, dtype: str) -> int:
     return tokens * model.hidden * WIDTH[dtype] * 2
 
 
-def calibration_need(project: Project, *, gram: bool, streams: int = 1) -> Need:
+def calibration_need(project: Project, *, gram: bool, crosses: bool = False, streams: int = 1) -> Need:
     """Return what the windows of calibration need, `streams` times over."""
     calibration = project.params.calibration
     tokens = streams * calibration.samples * calibration.length
-    held = {"statistics": True, "gram": gram}
+    held = {"statistics": True, "gram": gram, "crosses": crosses}
     return walk_need(project, "dense", "calibration", tokens=tokens, length=calibration.length, **held)
 
 
-def calibration_cost(params: Params, on: Setting, *, gram: bool) -> Cost:
+def calibration_cost(params: Params, on: Setting, *, gram: bool, crosses: bool = False) -> Cost:
     """Return what the windows of calibration cost."""
     samples, length = params.calibration.samples, params.calibration.length
-    memory = walking(on.model, dtype=on.dtype, length=length, device=on.where, statistics=True, gram=gram)
+    held = {"statistics": True, "gram": gram, "crosses": crosses}
+    memory = walking(on.model, dtype=on.dtype, length=length, device=on.where, **held)
     cost = on.walk(samples, length, memory)
     if not gram:
         return cost
-    # The upper triangle of XᵀX is half of its products.
+    # The upper triangle of XᵀX is half of its products; a cross product has no such half.
     rate = on.device.flops["float32"] if "float32" in on.device.flops else on.device.flops[on.dtype]
-    flops = samples * length * on.model.all_squares
+    flops = samples * length * on.model.all_squares * (3 if crosses else 1)
     seconds = on.share(samples) * flops / (rate * on.device.efficiency)
-    seconds += on.sending(samples, 8 * on.model.all_squares)
+    seconds += on.sending(samples, 8 * on.model.all_squares * (2 if crosses else 1))
     return replace(cost, flops=cost.flops + flops, seconds=cost.seconds + seconds)
 
 

@@ -347,13 +347,12 @@ def need(project: Project, _: str | None = None) -> Need:
         block, linear = largest(project)
         widest = sizes(folder).widest if methods()[params.method].needs == "gram" else 0
         return Need(_choosing(params, block, linear, widest, threads, by_row=not on_card), disk=0)
-    streams = 2 if _runs_dense(params) else 1
-    walk, model = calibration_need(project, gram=_records_grams(params), streams=streams), sizes(folder)
+    streams, recorded = 2 if _runs_dense(params) else 1, _recorded(params)
+    walk, model = calibration_need(project, **recorded, streams=streams), sizes(folder)
     chosen = _choosing(params, model.block, model.linear, model.widest, threads, by_row=not on_card)
     if walk.memory is None or walk.disk is None:
         return walk
-    trains = RECONSTRUCTIONS[params.reconstruction].trains
-    memory = propagating(walk.memory, chosen, model=model, dtype=params.dtype, trains=trains)
+    memory = propagating(walk.memory, chosen, model=model, dtype=params.dtype, **recorded, **_found(params))
     return replace(walk, memory=memory, disk=walk.disk + _weights_bytes(params, model))
 
 
@@ -369,7 +368,8 @@ def cost(params: Params, on: Setting) -> Cost:
     if not propagates(params):
         return chosen
     reconstruction = RECONSTRUCTIONS[params.reconstruction]
-    once = calibration_cost(params, on, gram=_records_grams(params))
+    recorded = _recorded(params)
+    once = calibration_cost(params, on, **recorded)
     # The pruned windows twice. A training also runs the dense ones, and three times as much for each epoch: forwards,
     # and twice backwards.
     passes = 2 + _runs_dense(params) * (1 + (params.propagation == "corrected"))
@@ -379,7 +379,7 @@ def cost(params: Params, on: Setting) -> Cost:
     return replace(
         walked,
         disk=masks + once.disk * (2 if _runs_dense(params) else 1) + _weights_bytes(params, model),
-        memory=propagating(once.memory, memory, model=model, dtype=on.dtype, trains=reconstruction.trains),
+        memory=propagating(once.memory, memory, model=model, dtype=on.dtype, **recorded, **_found(params)),
         seconds=walked.seconds + chosen.seconds + solving,
     )
 
@@ -387,6 +387,17 @@ def cost(params: Params, on: Setting) -> Cost:
 def _runs_dense(params: Params) -> bool:
     """Whether a walk takes the dense model's windows along."""
     return RECONSTRUCTIONS[params.reconstruction].trains or params.propagation == "corrected"
+
+
+def _recorded(params: Params) -> dict[str, bool]:
+    """Return what a walk records beside the statistics, in the words of `sizes`."""
+    return {"gram": _records_grams(params), "crosses": params.propagation == "corrected"}
+
+
+def _found(params: Params) -> dict[str, bool]:
+    """Return what a walk finds beside masks, in the words of `sizes`."""
+    reconstruction = RECONSTRUCTIONS[params.reconstruction]
+    return {"solves": reconstruction.function is not None, "trains": reconstruction.trains}
 
 
 def _records_grams(params: Params) -> bool:
