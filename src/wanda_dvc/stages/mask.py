@@ -364,10 +364,12 @@ def cost(params: Params, on: Setting) -> Cost:
     memory = _choosing(params, model.block, model.linear, model.widest, threads, by_row=not on_card)
     masks = linears / 8
     chosen = Cost(0, model.stored, 0, masks, memory, choosing_seconds(on))
-    chosen = replace(chosen, seconds=chosen.seconds + solving_seconds(methods()[params.method].needs == "gram", on))
+    reconstruction = RECONSTRUCTIONS[params.reconstruction]
+    share = 1.0 if propagates(params) and reconstruction.trains else on.solving_share(by_block=propagates(params))
+    solving = share * solving_seconds(methods()[params.method].needs == "gram", on)
+    chosen = replace(chosen, seconds=chosen.seconds + solving)
     if not propagates(params):
         return chosen
-    reconstruction = RECONSTRUCTIONS[params.reconstruction]
     recorded = _recorded(params)
     once = calibration_cost(params, on, **recorded)
     # The pruned windows twice. A training also runs the dense ones, and three times as much for each epoch: forwards,
@@ -375,7 +377,7 @@ def cost(params: Params, on: Setting) -> Cost:
     passes = 2 + _runs_dense(params) * (1 + (params.propagation == "corrected"))
     passes += 3 * params.training.epochs if reconstruction.trains else 0
     walked = on.walk(passes * params.calibration.samples, params.calibration.length, once.memory)
-    solving = solving_seconds(reconstruction.function is not None, on)
+    solving = share * solving_seconds(reconstruction.function is not None, on)
     return replace(
         walked,
         disk=masks + once.disk * (2 if _runs_dense(params) else 1) + _weights_bytes(params, model),
