@@ -32,6 +32,8 @@ SHAPE = {
 }  # fmt: skip
 NARROW = SHAPE | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 8,
                   "num_key_value_heads": 2}  # fmt: skip
+# Its Gram matrices are larger than its weights: down_proj's is 9.4 M numbers, a block has 2.6 M weights.
+FLAT = NARROW | {"hidden_size": 256, "intermediate_size": 3072, "num_attention_heads": 4}
 BLOCK = 15.2e6 * 4  # bytes in float32
 LIMIT = 0.6e9  # bytes: imports take 0.3, the formula 0.2
 
@@ -47,10 +49,10 @@ SOLVES: Runs = {
     "Gram matrices": ("calibrate", None, ADMM),
     "a solver's masks": ("mask", None, ADMM),
     "least squares": ("apply", None, ADMM | {"reconstruction": "least-squares"}),
-    "corrected": ("mask", None, ADMM | {"reconstruction": "least-squares", "propagation": "corrected"}),
     "trained": ("mask", None, ADMM | {"reconstruction": "block", "propagation": "corrected"}),
 }
-
+CORRECTED = ADMM | {"reconstruction": "least-squares", "propagation": "corrected"}
+CORRECTS: Runs = {"all Gram matrices": ("calibrate", None, CORRECTED), "corrected": ("mask", None, CORRECTED)}
 
 # Each stage is a fork of its own, before which nothing but imports has taken memory.
 MEASURE = """
@@ -64,6 +66,54 @@ for name, params, stage, part in json.loads(sys.argv[4]):
         pathlib.Path(sys.argv[3], name).write_text(json.dumps(found))
         os._exit(0)
     assert os.wait()[1] == 0
+"""
+
+
+# What a worker does that has one of a walk's sixteen shards, and what its jobs are asked.
+WORK = """
+import json, pathlib, pickle, sys
+import torch
+from wanda_dvc.engine.rows import as_rows
+from wanda_dvc.engine.sizes import sizes
+from wanda_dvc.engine.worker import Worker, order
+from wanda_dvc.stages import mask
+from wanda_dvc.stages.inputs import calibration_windows, open_decoder
+from wanda_dvc.stages.running import AnonymousMemory
+from wanda_dvc.study.project import Project
+
+root, found = map(pathlib.Path, sys.argv[1:3])
+project = Project(root)
+torch.set_num_threads(2)
+need = mask.need(project)
+decoder = open_decoder(project, "dense")
+rows, told, checkpoint = as_rows(calibration_windows(project)[:2]), order(decoder, found / "work"), decoder.checkpoint
+
+def begun():
+    worker = Worker("here", device="cpu", at_driver=True, fetch=None)
+    worker.take(told)
+    worker.ready([len(row.tokens) for row in rows], False, 1)
+    worker.begin(0, rows, True, 0, False)
+    return worker
+
+if sys.argv[3] == "driver":  # what it sends
+    worker = begun()
+    recorded = worker.record(0, 0, True, True)[0].of(decoder.linears(0))
+    how, share = mask.How.of(project.params), project.params.share
+    parts = mask._parts(how, checkpoint, 0, *recorded[:2], share, crosses=recorded.crosses)
+    for number, part in enumerate(parts):
+        (found / f"{number}.part").write_bytes(pickle.dumps(part.named))
+    sys.exit()
+parts = sorted(found.glob("*.part"))
+with AnonymousMemory(samples_a_second=300) as sampler:
+    worker = begun()
+    for block in range(2):
+        worker.record(0, block, True, True)
+        made = [worker.job(mask.solve, pickle.loads(path.read_bytes())) for path in parts] if block == 0 else made
+        worker.change(0, block, ({}, {}) if block else mask._together(made)[:2])
+peak = sampler.peak - sampler.base
+# The driver has the sums of the shards so far.
+bound = need.memory.anonymous - 2 * 8 * sizes(project.model("dense")).squares
+(found / "worker").write_text(json.dumps({"peak": peak, "bound": bound}))
 """
 
 
@@ -91,7 +141,13 @@ def measure(folder: Path, shape: dict[str, Any], runs: Runs, limit: float | None
             with contextlib.suppress(RuntimeError):  # a container without control groups of its own
                 words = [*stack.enter_context(limited(int(limit))), *words]
         subprocess.run(words, check=True, env=env, capture_output=True)
-    return {path.name: json.loads(path.read_text()) for path in found.iterdir()}
+        if "corrected" in runs:
+            for who in ("driver", "worker"):
+                words = [sys.executable, "-c", WORK, root, found, who]
+                subprocess.run(words, check=True, env=env, capture_output=True)
+    for path in found.glob("*.part"):
+        path.unlink()
+    return {path.name: json.loads(path.read_text()) for path in found.iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +159,11 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, floa
 @pytest.fixture(scope="module")
 def solved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     return measure(tmp_path_factory.mktemp("solved"), NARROW, SOLVES)
+
+
+@pytest.fixture(scope="module")
+def corrected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    return measure(tmp_path_factory.mktemp("corrected"), FLAT, CORRECTS)
 
 
 @slow
@@ -121,6 +182,15 @@ def test_solvers_and_training_stay_within_the_formula(solved: dict[str, dict[str
     found = solved[run]
     assert found["peak"] <= found["bound"] - ALLOCATOR
     assert found["bound"] - ALLOCATOR - LIBRARIES < 2.5 * found["peak"]  # else it says nothing
+
+
+@slow
+@pytest.mark.parametrize("run", ["corrected", "worker"])
+def test_cross_products_are_in_the_formula(corrected: dict[str, dict[str, float]], run: str):
+    """Of the stage, and of a worker, without the sums of the shards so far; it has no sums while it solves."""
+    found = corrected[run]
+    assert found["peak"] <= found["bound"] - ALLOCATOR
+    assert found["bound"] - ALLOCATOR - LIBRARIES < 2.5 * found["peak"]
 
 
 def test_what_one_window_frees_the_next_has_without_the_system(tiny: Path):

@@ -75,6 +75,9 @@ class Shuffled(Crew):
             one.found, one.done = pickle.loads(pickle.dumps(worker.handle.do(*one.words))), True
         return ticket.found
 
+    def ended(self, ticket: Ticket) -> bool:
+        return ticket.done or ticket.worker not in self.queues
+
     def put(self, content: Any) -> Put:
         return Put(pickle.loads(pickle.dumps(content)))
 
@@ -94,7 +97,7 @@ def decoder(tiny: Path) -> Decoder:
 
 def pool(tiny: Path, work: Path, crew: Crew) -> Pool:
     opened = decoder(tiny)
-    return Pool(opened, order(opened, work), crew)
+    return Pool(decoder=opened, order=order(opened, work), crew=crew)
 
 
 def change(run: Runner, block: int) -> Change:

@@ -408,3 +408,25 @@ def test_the_corrected_target_leaves_the_weights_of_dead_features():
     target = corrected_target(weight, Prepared(gram), 2 * gram)
     assert torch.equal(target[:, 3], weight[:, 3])
     assert (target[:, 4] != weight[:, 4]).all()
+
+
+SOLVES: dict[str, Callable[[torch.Tensor, Prepared], torch.Tensor]] = {
+    "sparsegpt": lambda weight, prepared: sparsegpt(weight, prepared, share=HALF).weight,
+    "admm": lambda weight, prepared: admm(weight, prepared, share=HALF).weight,
+    "least_squares": lambda weight, prepared: least_squares(weight, weight > 0, prepared).weight,
+    "sparsegpt_update": lambda weight, prepared: sparsegpt_update(weight, weight > 0, prepared).weight,
+    "corrected_target": lambda weight, prepared: corrected_target(weight, prepared, prepared.gram + 1),
+}
+
+
+@pytest.mark.parametrize("solve", SOLVES)
+def test_any_number_of_threads_gives_the_same_bytes(solve: str):
+    """LAPACK factors so wide a matrix with several threads, if it may. Products of multiples of 64 do not differ."""
+    weight, gram = problem(out=64, features=320)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(SOLVES[solve](weight, Prepared(gram)))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -93,6 +93,33 @@ def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
     assert killed == ["record", "record", "advance", "advance"]
 
 
+def test_a_solvers_masks_are_the_same_though_a_node_dies(
+    project: Make, cluster: Any, nodes: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    settings = {"calibration__samples": 4, "calibration__gram": "float32", "method": "admm"}
+    alone = project(**settings)
+    for part in ("model", "calibration"):
+        download(project=alone, part=part)
+    calibrate(project=alone)
+    mask(project=alone)
+    expected = {path.name: path.read_bytes() for path in alone.masks.iterdir()}
+    shutil.rmtree(alone.masks)
+    real = pool.Staff._first
+
+    def killing(self: pool.Staff, given: Any) -> Any:
+        """Kill the node whose job is waited for, once."""
+        if len(cluster.worker_nodes) == 3 and len(given) == 6:
+            (node,) = (one for one in cluster.worker_nodes if f"node {one.node_id[:8]}" in given[0].worker.name)
+            cluster.remove_node(node, allow_graceful=False)
+        return real(self, given)
+
+    monkeypatch.setattr(pool.Staff, "_first", killing)
+    study = project(runtime__workers="auto", **settings)
+    mask(project=study)
+    assert {path.name: path.read_bytes() for path in study.masks.iterdir()} == expected
+    assert len(cluster.worker_nodes) == 2
+
+
 def test_an_error_on_a_worker_is_ours_with_the_nodes_name(project: Make, tmp_path: Path, nodes: list[Any]):
     folder = save_tiny_model(tmp_path / "broken")
     weights = load_file(folder / "model.safetensors")

@@ -123,6 +123,14 @@ class Setting:
         """The part of the work on all windows that the worker does that has most shards."""
         return math.ceil(self._shards(windows) / self.workers) / self._shards(windows)
 
+    def solving_share(self, *, by_block: bool) -> float:
+        """The part of all solving that one worker does, of jobs of all blocks, or of one block at a time.
+
+        Then the largest job decides: about two of the largest linears.
+        """
+        largest = min(1.0, 2 * self.model.linear / self.model.block) if by_block else 0.0
+        return max(1 / self.workers, largest) if self.workers > 1 else 1.0
+
     def sending(self, windows: float, size: float) -> float:
         """Seconds in which all shards' results of so many bytes reach the driver, where others computed them."""
         return 0 if self.workers == 1 else self._shards(windows) * size / NETWORK

@@ -1,14 +1,17 @@
-"""A walk on several workers. Each has some shards of the rows and their hidden states, and goes through all blocks.
+"""Jobs and walks on several workers. A crew starts them, calls them, and brings what they return: `engine.workers`.
 
-The driver asks for one block at a time and merges what shards give in the shards' order. A crew starts workers, calls
-them, and brings what they return: `engine.workers` has Ray's. A shard whose worker is gone starts again on another one.
+In a walk each has some shards of the rows and their hidden states, and goes through all blocks. The driver asks for one
+block at a time and merges what shards give in the shards' order. What a worker had to do that is gone starts again on
+another one.
 """
 
 import contextlib
 import itertools
 import re
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +20,16 @@ from torch import Tensor
 from wanda_dvc.engine import shards
 from wanda_dvc.engine.checkpoint import Address
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.jobs import Ask, Job, Jobs, R, T
 from wanda_dvc.engine.recorder import Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
-from wanda_dvc.engine.runner import Change, Head, R, Rows, Runner, T, Turn
+from wanda_dvc.engine.runner import Change, Head, Rows, Runner, Turn
 from wanda_dvc.engine.walk import check_tokens
-from wanda_dvc.engine.worker import REST, Order, pack
+from wanda_dvc.engine.worker import REST, Order, WalkOrder, pack
 from wanda_dvc.errors import UserError, notice
 
-AHEAD = 2  # shards that each worker has to do or to hand over
-PATIENCE = 3  # workers that a shard may lose
+AHEAD = 2  # shards or jobs that each worker has to do or to hand over
+PATIENCE = 3  # workers that a shard or a job may lose
 
 
 class Lost(Exception):
@@ -38,7 +42,7 @@ class Hired:
 
     handle: Any
     name: str
-    has_checkpoint: bool
+    has_files: bool  # all that the order names
 
 
 class Crew(ABC):
@@ -57,6 +61,10 @@ class Crew(ABC):
         """What a call returned or raised. Lost where its worker is gone."""
 
     @abstractmethod
+    def ended(self, ticket: Any) -> bool:
+        """Whether a call has ended, or its worker is gone."""
+
+    @abstractmethod
     def put(self, content: Any) -> Any:
         """Leave something for all workers."""
 
@@ -66,13 +74,91 @@ class Crew(ABC):
 
 
 @dataclass
-class Pool(Runner):
-    """Runs rows on workers."""
+class _Given:
+    """A job, and the worker that has it."""
 
-    decoder: Decoder
+    function: Job[Any, Any]
+    ask: Ask[Any]
+    worker: Hired | None = None
+    ticket: Any = None
+    losses: int = 0
+
+
+@dataclass(kw_only=True)
+class Staff(Jobs):
+    """Does jobs on workers."""
+
     order: Order
     crew: Crew
     _workers: list[Hired] = field(default_factory=list, init=False)
+
+    def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
+        """What a function makes of each thing asked. Whoever has the least to do is asked next."""
+        if not self._workers:
+            self._hire(sys.maxsize)
+        given: deque[_Given] = deque()
+        for ask in asked:
+            if len(given) >= AHEAD * len(self._workers):
+                yield self._first(given)
+            given.append(_Given(function, ask))
+            self._give(given[-1], given)
+        while given:
+            yield self._first(given)
+
+    def _give(self, job: _Given, given: Iterable[_Given]) -> None:
+        """Have a worker begin a job."""
+        busy = [one.worker for one in given if one.worker and not self.crew.ended(one.ticket)]
+        job.worker = min(self._workers, key=busy.count)
+        told = self.crew.put(job.ask.named if job.worker.has_files else job.ask.whole)
+        job.ticket = self.crew.call(job.worker, "job", {}, job.function, told)
+
+    def _first(self, given: deque[_Given]) -> Any:
+        """Take what the first job gave. Jobs of a worker that is gone begin again."""
+        job = given[0]
+        while True:
+            try:
+                found = self.crew.get(job.ticket)
+            except Lost as error:
+                lost = job.worker
+                assert lost
+                job.losses += 1
+                self._replace(lost, job.losses, job.ask.name, str(error))
+                again = [one for one in given if one.worker is lost]
+                for one in again:
+                    one.worker = None
+                for one in again:
+                    self._give(one, given)
+            else:
+                given.popleft()
+                return found
+
+    def _hire(self, most: int, **work: int) -> None:
+        """Take up to so many workers on, and say who and how much there is."""
+        self._workers = self.crew.hire(most, self.order)
+        counts = {"worker": len(self._workers), "node": len({worker.name for worker in self._workers})} | work
+        notice(", ".join(f"{count} {what}{'s' * (count != 1)}" for what, count in counts.items()))
+
+    def _replace(self, lost: Hired, losses: int, work: str, why: str) -> None:
+        """Do without a lost worker: with those that are left, or with a new one."""
+        if losses >= PATIENCE:
+            raise UserError(
+                f"worker on {lost.name}: died at {work}, as {PATIENCE - 1} before it ({why}), expected it to "
+                "end; see that its memory is what `wanda-dvc cost` says"
+            )
+        notice(f"worker on {lost.name}: gone; what it had to do starts again on another one")
+        if lost in self._workers:
+            self._workers.remove(lost)
+            self.crew.dismiss(lost)
+        if not self._workers:
+            self._workers = self.crew.hire(1, self.order)
+
+
+@dataclass(kw_only=True)
+class Pool(Staff, Runner):
+    """Runs rows on workers."""
+
+    decoder: Decoder
+    order: WalkOrder
     _rows: list[Row] = field(default_factory=list, init=False)
     _cut: list[range] = field(default_factory=list, init=False)
     _homes: list[Hired] = field(default_factory=list, init=False)  # of each shard
@@ -112,10 +198,7 @@ class Pool(Runner):
         check_tokens(self.decoder, self._rows)
         self._cut, self._beside, self._changes = shards.cut(len(self._rows)), beside, changes
         if not self._workers:
-            self._workers = self.crew.hire(len(self._cut), self.order)
-            nodes = {worker.name for worker in self._workers}
-            counts = {"worker": len(self._workers), "node": len(nodes), "shard": len(self._cut)}
-            notice(", ".join(f"{count} {what}{'s' * (count != 1)}" for what, count in counts.items()))
+            self._hire(len(self._cut), shard=len(self._cut))
         homes = itertools.cycle(self._workers)
         self._homes = [next(homes) for _ in self._cut]
         self._next, self._losses = [-1] * len(self._cut), [0] * len(self._cut)
@@ -188,7 +271,8 @@ class Pool(Runner):
                     found = self.crew.get(tickets[number])
                     break
                 except Lost as error:
-                    self._rehome(self._homes[number], number, str(error))
+                    self._losses[number] += 1
+                    self._replace(self._homes[number], self._losses[number], f"shard {number}", str(error))
                     for another in list(tickets):
                         if self._next[another] < 0:
                             submit(another)
@@ -214,7 +298,7 @@ class Pool(Runner):
         return self._say(self._homes[number], block, method, *words)
 
     def _say(self, worker: Hired, block: int, method: str, *words: Any) -> Any:
-        parcels = {} if worker.has_checkpoint else {n: [self._parcel(n)] for n in (REST, block, block + 1)}
+        parcels = {} if worker.has_files else {n: [self._parcel(n)] for n in (REST, block, block + 1)}
         return self.crew.call(worker, method, parcels, *words)
 
     def _parcel(self, number: int) -> Any:
@@ -227,21 +311,13 @@ class Pool(Runner):
             self._put[number] = self.crew.put({name: pack(checkpoint.read(Address(name))) for name in names})
         return self._put[number]
 
-    def _rehome(self, lost: Hired, number: int, why: str) -> None:
-        """Give the shards of a lost worker to another one, or to those that are left."""
-        self._losses[number] += 1
-        if self._losses[number] >= PATIENCE:
-            raise UserError(
-                f"worker on {lost.name}: died at shard {number}, as {PATIENCE - 1} before it ({why}), expected it to "
-                "end; see that its memory is what `wanda-dvc cost` says"
-            )
-        notice(f"worker on {lost.name}: gone; its shards start again on another one")
-        if lost in self._workers:
-            self._workers.remove(lost)
-            self.crew.dismiss(lost)
-        if not self._workers:
-            self._workers = self.crew.hire(1, self.order)
-            self._ready(self._workers[0], len(self._cut))
+    def _replace(self, lost: Hired, losses: int, work: str, why: str) -> None:
+        """Do without a lost worker, whose shards others get."""
+        before = list(self._workers)
+        super()._replace(lost, losses, work, why)
+        for worker in self._workers:
+            if worker not in before:
+                self._ready(worker, len(self._cut))
         homes = itertools.cycle(self._workers)
         for shard, home in enumerate(self._homes):
             if home is lost:

@@ -2,19 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.jobs import Jobs, R, T
 from wanda_dvc.engine.recorder import Recorded
 from wanda_dvc.engine.rows import Row
 
 Rows = Sequence[Row] | Int[Tensor, "samples length"]
 Change = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # masks, and weights, of one block
-T = TypeVar("T")
-R = TypeVar("R")
 # Of one shard: the model, rows, their last hidden states, and what is asked.
 Head = Callable[[Decoder, Sequence[Row], Sequence[Float[Tensor, "_ width"]], T], Iterator[R]]
 
@@ -44,8 +43,8 @@ class Turn(ABC):
         """The block's weights after a training (`engine.training`) on the masks that begins with other weights."""
 
 
-class Runner(ABC):
-    """Runs the rows of one walk."""
+class Runner(Jobs):
+    """Runs the rows of one walk, and does jobs between a block's turn and the next."""
 
     decoder: Decoder  # in this process: the model's structure, and what is in no block
 

@@ -46,6 +46,7 @@ class Memory:
     activations: int = 0
     logits: int = 0
     calls: int = 0  # recorded arguments of the blocks, one set a packed row
+    grams: int = 0  # Gram matrices and cross products of a block, while they are summed
     selection: int = 0
     text: int = 0
     mapped: bool = False  # the weights are views of the checkpoint: page cache, which the system may reclaim
@@ -53,7 +54,7 @@ class Memory:
     @property
     def total(self) -> int:
         """With mapped weights."""
-        own = self.weights + self.activations + self.logits + self.calls + self.selection + self.text
+        own = self.weights + self.activations + self.logits + self.calls + self.grams + self.selection + self.text
         return own + LIBRARIES + ALLOCATOR
 
     @property
@@ -108,13 +109,15 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     text: int = 0,
     statistics: bool = False,
     gram: bool = False,
+    crosses: bool = False,
     logits: bool = False,
     packed: bool = False,
 ) -> Memory:
     """Rows of `length` tokens through all blocks, two of which are held: the one at work and the next.
 
     `text` is the bytes of the text that is tokenized. `statistics` counts what the recorder holds, `gram` its Gram
-    matrices, `logits` what the head puts out, `packed` the calls that rows of several questions need, one set each.
+    matrices, `crosses` its products with what the dense model reads, `logits` what the head puts out, `packed` the
+    calls that rows of several questions need, one set each.
     """
     from wanda_dvc.engine.calls import calls_bytes
     from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME
@@ -126,14 +129,19 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     activations = tokens * model.features * width + model.linear * width  # a matrix library packs the linear
     if statistics:
         activations += tokens * model.widest * 8  # the float32 copy of an input, and its square
-    if gram:  # float64 sums of a block's shards so far and of the next one, and a panel; what is written takes less
-        activations += 2 * 8 * model.squares + 12 * PANEL * model.widest
+    # float64 sums of a block's shards so far and of the next one, and a panel; what is written takes less. A cross
+    # product has no panels, and waits for what the dense model reads.
+    grams = 2 * 8 * model.squares + 12 * PANEL * model.widest if gram else 0
+    if crosses:
+        grams += 2 * 8 * model.squares + 12 * model.widest**2
+        activations += tokens * model.features * width
     return Memory(
         weights=(2 * model.block + model.rest) * width,
         activations=activations,
         # A chunk's logits, as the model gives them, in float32, and their log-softmax.
         logits=min(LOGITS_AT_A_TIME, length * model.vocabulary) * (width + 8) if logits else 0,
         calls=calls_bytes(device) if packed else 0,
+        grams=grams,
         text=text * TEXT_IN_MEMORY,
         mapped=device == "cpu" and dtype == model.dtype,
     )
@@ -158,11 +166,25 @@ def writing(*, linear: int, widest: int = 0) -> Memory:
     return Memory(selection=9 * linear + (SOLVING * 4 * linear + GRAMS * 4 * widest**2 if widest else 0))
 
 
-def propagating(walk: Memory, chosen: Memory, *, model: Sizes, dtype: str, trains: bool = False) -> Memory:
+def propagating(  # noqa: PLR0913 - the terms of the formula
+    walk: Memory,
+    chosen: Memory,
+    *,
+    model: Sizes,
+    dtype: str,
+    gram: bool = False,
+    crosses: bool = False,
+    solves: bool = False,
+    trains: bool = False,
+) -> Memory:
     """Masks that are chosen while the blocks are walked: both, and the block at work, which is no view any more.
 
-    A training holds 24 bytes for each of the block's parameters instead, and three times the activations of a window.
+    With `gram` a solver is handed a packed triangle and, with `crosses`, a product beside it. With `solves` a block has
+    new weights. A training holds 24 bytes for each of the block's parameters instead of what a solver does, and three
+    times the activations of a window.
     """
+    handed = (2 * gram + 4 * crosses) * model.widest**2
     weights = 24 * model.block if trains else 0
-    selection = max(chosen.selection, weights) + model.block * WIDTH[dtype]
+    new = model.block * WIDTH.get(model.dtype, 4) if solves else 0
+    selection = max(chosen.selection + handed, weights) + model.block * WIDTH[dtype] + new
     return replace(walk, selection=selection, activations=walk.activations * (3 if trains else 1))

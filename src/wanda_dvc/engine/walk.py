@@ -5,7 +5,7 @@ and a killed run continues from the last finished block.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from wanda_dvc.engine import shards, training
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.jobs import Alone, Ask, Job, R, T, solving_device
 from wanda_dvc.engine.recorder import CrossRecorder, InputRecorder, Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
-from wanda_dvc.engine.runner import Change, Head, R, Rows, Runner, T, Turn
+from wanda_dvc.engine.runner import Change, Head, Rows, Runner, Turn
 from wanda_dvc.engine.states import HiddenStates, not_finite
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
@@ -140,6 +141,10 @@ class Here(Runner):
             if number in asked:
                 place = slice(shard.start, shard.stop)
                 yield from function(self.decoder, self._rows[place], hidden[place], asked[number])
+
+    def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
+        """What a function makes of each thing asked."""
+        return Alone(solving_device(self.decoder.device)).each(function, asked)
 
 
 @dataclass

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
 from wanda_dvc.engine.decoder import Compiling, Decoder
+from wanda_dvc.engine.jobs import Job, R, T, solving_device
 from wanda_dvc.engine.recorder import Sums
 from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.runner import Change, Head, R, T
+from wanda_dvc.engine.runner import Change, Head
 from wanda_dvc.engine.states import HiddenStates
 from wanda_dvc.engine.walk import Step, begin
 from wanda_dvc.errors import UserError, explain, fixable
@@ -104,10 +105,15 @@ class Sent(Source):
 
 @dataclass(frozen=True)
 class Order:
-    """What all workers of a walk are told."""
+    """What all workers are told: which folders they may read, if they find them with the driver's fingerprints."""
 
-    folder: Path  # of the checkpoint
-    fingerprint: str
+    folders: Mapping[Path, str]
+
+
+@dataclass(frozen=True)
+class WalkOrder(Order):
+    """What the workers of a walk are told. The only folder is the checkpoint's."""
+
     outline: Outline
     dtype: torch.dtype
     resident: bool  # whether the model stays in memory
@@ -115,8 +121,8 @@ class Order:
     work: Path  # the driver's folder for hidden states
 
 
-def order(decoder: Decoder, work: Path) -> Order:
-    """Return what workers have to know of a model on disk."""
+def order(decoder: Decoder, work: Path) -> WalkOrder:
+    """Return what the workers of a walk have to know of a model on disk."""
     checkpoint = decoder.checkpoint
     assert isinstance(checkpoint, Checkpoint)
     weights, parcels = decoder.weights, dict.fromkeys(checkpoint.where, REST)
@@ -125,12 +131,19 @@ def order(decoder: Decoder, work: Path) -> Order:
             for part in weights.parts(f"{weights.blocks_name}.{index}.{name}"):
                 parcels[part.address.tensor] = index
     outline = Outline(str(checkpoint), checkpoint.config, checkpoint.config_name, checkpoint.entries, parcels)
-    named = checkpoint.folder, fingerprint(checkpoint.folder)
-    return Order(*named, outline, decoder.dtype, weights.resident, decoder.compiling, work)
+    folders = fingerprints(checkpoint.folder)
+    return WalkOrder(folders, outline, decoder.dtype, weights.resident, decoder.compiling, work)
 
 
-def fingerprint(folder: Path) -> str:
-    """Return a hash of a model's provenance and configuration and of its files' sizes; of no model, that of nothing."""
+def fingerprints(*folders: Path) -> dict[Path, str]:
+    """Return for each folder a hash of its provenance and configuration and of its files' sizes.
+
+    It is the same for all folders that are not there.
+    """
+    return {folder: _fingerprint(folder) for folder in folders}
+
+
+def _fingerprint(folder: Path) -> str:
     told = hashlib.sha256()
     for path in sorted(folder.glob("*")) if folder.is_dir() else []:
         if path.suffix == ".safetensors":
@@ -177,19 +190,28 @@ class Worker:
             raise RuntimeError(f"worker on {self.name}: {type(error).__name__}: {error}") from error
 
     def take(self, order: Order) -> bool:
-        """Take an order. Return whether the checkpoint is here too."""
-        self.order = order
-        return fingerprint(order.folder) == order.fingerprint
+        """Take an order. Return whether its folders are here too."""
+        self.order, self._has_files = order, fingerprints(*order.folders) == order.folders
+        return self._has_files
+
+    def job(self, function: Job[T, R], asked: T) -> R:
+        """What a function makes of what is asked."""
+        return function(solving_device(self.device), asked)
 
     @functools.cached_property
     def decoder(self) -> Decoder:
         """The model."""
-        asked = self.order
-        here = fingerprint(asked.folder) == asked.fingerprint
-        source: Path | Source = asked.folder if here else Sent(asked.outline, lambda n: self._fetch(self._refs[n]))
+        asked = self._walk
+        (folder,) = asked.folders
+        source: Path | Source = folder if self._has_files else Sent(asked.outline, lambda n: self._fetch(self._refs[n]))
         return Decoder(
             source, dtype=asked.dtype, device=self.device, resident=asked.resident, compiling=asked.compiling
         )
+
+    @property
+    def _walk(self) -> WalkOrder:
+        assert isinstance(self.order, WalkOrder)
+        return self.order
 
     def ready(self, lengths: list[int], laid_out: bool, number: int) -> None:
         """Hear of all rows of a walk, and of how many shards come here."""
@@ -282,7 +304,7 @@ class Worker:
 
     def _folder(self, number: int) -> tuple[Path, FileLock]:
         """A folder for a shard's hidden states: that of a killed run, but for another process that is still at it."""
-        asked = self.order.work
+        asked = self._walk.work
         root = asked if self.at_driver else Path(tempfile.gettempdir()) / "wanda-dvc" / asked.name
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / f"shard_{number:05d}.lock")

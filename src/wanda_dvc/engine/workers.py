@@ -56,7 +56,7 @@ class Actor:
         self.worker = Worker(name, device=device, at_driver=node == driver, fetch=ray.get)
 
     def take(self, order: Order, expected: dict[str, str]) -> tuple[str, bool]:
-        """Take an order. Return this worker's name, and whether the checkpoint is here."""
+        """Take an order. Return this worker's name, and whether the files are here."""
         for name, found in versions().items():
             if found != expected[name]:
                 raise UserError(
@@ -124,6 +124,10 @@ class RayCrew(Crew):
             raise Lost(str(error).partition("\n")[0]) from None
         except RayTaskError as error:
             raise error.cause from None
+
+    def ended(self, ticket: Any) -> bool:
+        """Whether a call has ended."""
+        return bool(ray.wait([ticket], timeout=0, fetch_local=False)[0])
 
     def put(self, content: Any) -> Any:
         """Leave something in the cluster's object store."""

@@ -1,11 +1,15 @@
 """Solvers: masks and weights from a linear's Gram matrix G. They make the layer error tr(ΔGΔᵀ) small, Δ = W − Ŵ.
 
+Factors of G are made by one thread, because LAPACK's last digits depend on the number of threads. Those of products do
+not where all sizes are multiples of 64, as most models' are; so there masks and weights do not depend on it either.
+
 All compute in float32 on the weight's device. All rows of a linear are solved at once, in slices where rows do not
 compete. Peak memory in bytes: 4 · in² for G and for each factor of it (16 · in² while one is made), 8 · out · in for
 the result, and 40 for each weight of a slice. A slice has 256 rows (on an accelerator 16,384), or all where the linear
 is one group.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -93,8 +97,19 @@ class Prepared:
     def _once(self, name: str, damping: float, penalty: float, make: Callable[[], Factor]) -> Factor:
         key = name, damping, penalty
         if key not in self._factors:
-            self._factors[key] = make()
+            with _one_thread():
+                self._factors[key] = make()
         return self._factors[key]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,11 @@ class BlockStats(NamedTuple):
         for name, x in self.inputs.items():
             x.merge(other.inputs[name])
 
+    def of(self, name: str) -> "BlockStats":
+        """Return the statistics of one distinct input alone."""
+        readers = self.readers[name]
+        return BlockStats({name: self.inputs[name]}, {name: readers}, [x for x in self.transposed if x in readers])
+
     def unreached(self) -> set[str]:
         """Return the experts that no token reached: their linears' names without the last word."""
         unread = [name for name, x in self.inputs.items() if not x.count]

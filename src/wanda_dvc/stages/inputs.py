@@ -2,18 +2,19 @@
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.sizes import WIDTH, Need, Sizes, sizes, walking
 from wanda_dvc.errors import MEND, UserError, notice
-from wanda_dvc.params import Params
+from wanda_dvc.params import Params, Runtime
 from wanda_dvc.pruning.patterns import check_pattern
-from wanda_dvc.stages.running import check_device, device_name, ending, told
+from wanda_dvc.stages.running import check_device, device_name, ending, solving_device, told
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import TEXT, Project, Work
 from wanda_dvc.study.provenance import read_provenance
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from wanda_dvc.engine.decoder import Decoder
+    from wanda_dvc.engine.jobs import Jobs
     from wanda_dvc.engine.runner import Runner
+    from wanda_dvc.engine.workers import RayCrew
 
+T = TypeVar("T")
 HEAD = "output head"
 MADE_BY = {"dense": "download model", "pruned": "apply"}
 
@@ -152,15 +156,42 @@ def runner(
         return
     from wanda_dvc.engine.pool import Pool
     from wanda_dvc.engine.worker import order
+
+    opening = partial(open_decoder, project, model, dtype=dtype, device="cpu")
+    with _crew(runtime, beside=opening) as (crew, decoder):
+        yield Pool(decoder=decoder, order=order(decoder, work.path), crew=crew)
+
+
+@contextlib.contextmanager
+def jobs(project: Project, folders: Collection[Path], most: int) -> "Iterator[Jobs]":
+    """Open who does jobs, at most so many: this process, or the workers that params.yaml names.
+
+    Workers read from those folders that they have.
+    """
+    runtime = project.params.runtime
+    if runtime.workers is None:
+        from wanda_dvc.engine.jobs import Alone
+
+        yield Alone(solving_device(runtime))
+        return
+    from wanda_dvc.engine.pool import Staff
+    from wanda_dvc.engine.worker import Order, fingerprints
+
+    with _crew(runtime, beside=partial(fingerprints, *folders), most=most) as (crew, told_apart):
+        yield Staff(order=Order(told_apart), crew=crew)
+
+
+@contextlib.contextmanager
+def _crew(runtime: Runtime, *, beside: Callable[[], T], most: int | None = None) -> "Iterator[tuple[RayCrew, T]]":
+    """Start workers, and do something else meanwhile."""
     from wanda_dvc.engine.workers import RayCrew
 
-    with ThreadPoolExecutor(1) as beside:  # Ray takes seconds to start, and its processes end with this thread
-        opening = beside.submit(open_decoder, project, model, dtype=dtype, device="cpu")
-        crew = RayCrew(runtime.workers, device=runtime.device, threads=runtime.threads)
+    with ThreadPoolExecutor(1) as helper:  # Ray takes seconds to start, and its processes end with this thread
+        doing = helper.submit(beside)
+        crew = RayCrew(runtime.workers or "", device=runtime.device, threads=runtime.threads, most=most)
     with ending(crew.stop):
         try:
-            decoder = opening.result()
-            yield Pool(decoder, order(decoder, work.path), crew)
+            yield crew, doing.result()
             told(crew.told())
         finally:
             crew.close()
@@ -237,26 +268,27 @@ def waiting_bytes(model: Sizes, tokens: int, dtype: str) -> int:
     return tokens * model.hidden * WIDTH[dtype] * 2
 
 
-def calibration_need(project: Project, *, gram: bool, streams: int = 1) -> Need:
+def calibration_need(project: Project, *, gram: bool, crosses: bool = False, streams: int = 1) -> Need:
     """Return what the windows of calibration need, `streams` times over."""
     calibration = project.params.calibration
     tokens = streams * calibration.samples * calibration.length
-    held = {"statistics": True, "gram": gram}
+    held = {"statistics": True, "gram": gram, "crosses": crosses}
     return walk_need(project, "dense", "calibration", tokens=tokens, length=calibration.length, **held)
 
 
-def calibration_cost(params: Params, on: Setting, *, gram: bool) -> Cost:
+def calibration_cost(params: Params, on: Setting, *, gram: bool, crosses: bool = False) -> Cost:
     """Return what the windows of calibration cost."""
     samples, length = params.calibration.samples, params.calibration.length
-    memory = walking(on.model, dtype=on.dtype, length=length, device=on.where, statistics=True, gram=gram)
+    held = {"statistics": True, "gram": gram, "crosses": crosses}
+    memory = walking(on.model, dtype=on.dtype, length=length, device=on.where, **held)
     cost = on.walk(samples, length, memory)
     if not gram:
         return cost
-    # The upper triangle of XᵀX is half of its products.
+    # The upper triangle of XᵀX is half of its products; a cross product has no such half.
     rate = on.device.flops["float32"] if "float32" in on.device.flops else on.device.flops[on.dtype]
-    flops = samples * length * on.model.all_squares
+    flops = samples * length * on.model.all_squares * (3 if crosses else 1)
     seconds = on.share(samples) * flops / (rate * on.device.efficiency)
-    seconds += on.sending(samples, 8 * on.model.all_squares)
+    seconds += on.sending(samples, 8 * on.model.all_squares * (2 if crosses else 1))
     return replace(cost, flops=cost.flops + flops, seconds=cost.seconds + seconds)
 
 

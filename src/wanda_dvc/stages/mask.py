@@ -1,16 +1,21 @@
 """Choose the weights that stay: scores from weights and statistics, `keep` masks from scores."""
 
+import itertools
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
-from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
+from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, Method, Reconstruction, methods
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.costs import Cost, Setting, choosing_seconds, solving_seconds
+from wanda_dvc.engine.jobs import Ask
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.sizes import Memory, Need, Sizes, choosing, propagating, sizes, writing
 from wanda_dvc.errors import UserError
@@ -28,6 +33,7 @@ from wanda_dvc.stages.inputs import (
     check_fits,
     check_ready,
     gram_provenance,
+    jobs,
     largest,
     runner,
     statistics,
@@ -37,7 +43,11 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance
 from wanda_dvc.study.tensors import (
+    Grams,
+    Masks,
     finished_blocks,
+    pack_grams,
+    pack_masks,
     read_grams,
     read_masks,
     read_stats,
@@ -48,7 +58,7 @@ from wanda_dvc.study.tensors import (
 )
 
 if TYPE_CHECKING:
-    from wanda_dvc.engine.runner import Change, Turn
+    from wanda_dvc.engine.runner import Change
 
 
 def mask(*, project: Project) -> None:
@@ -81,15 +91,11 @@ def mask(*, project: Project) -> None:
         if propagates(params):
             _propagate(project, checkpoint, stats, shares, work, beside)
         else:
+            made = _solved if methods()[params.method].competition == "solver" else _scored
             unreached = {}
-            for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks"):
-                if methods()[params.method].competition == "solver" and block < finished_blocks(work.out):
-                    continue
-                measured = read_stats(project.stats, block)
+            for block, measured, chosen in made(project, checkpoint, stats, shares, finished_blocks(work.out)):
                 unreached[block] = measured.unreached()
-                solves = methods()[params.method].needs == "gram"
-                grams = read_grams(project.gram, block, solving_device(params.runtime)) if solves else {}
-                write_masks(work.out, block, keeps(params, checkpoint.weight, measured, shares[block], grams))
+                write_masks(work.out, block, chosen)
             if methods()[params.method].needs_inputs():
                 say_unreached("mask", unreached)
         seal(work.out, made_from)
@@ -126,13 +132,153 @@ def reads_grams(params: Params) -> bool:
     return by_method or ALLOCATIONS[params.allocation].needs == "gram"
 
 
-def keeps(
-    params: Params, weights: Weights, block: BlockStats, share: Fraction, grams: Mapping[str, Gram]
-) -> dict[str, Tensor]:
-    """Return the masks of one block's linears, every linear with the same share; `weights` reads a stored weight."""
+def keeps(params: Params, weights: Weights, block: BlockStats, share: Fraction) -> dict[str, Tensor]:
+    """Return the masks of one block's linears by their scores, every linear with the same share.
+
+    `weights` reads a stored weight.
+    """
     target = Target(share, params.pattern, params.group)
     method, device = methods()[params.method], solving_device(params.runtime)
-    return choose_block(weights, block, method=method, targets=target, grams=grams, device=device)
+    return choose_block(weights, block, method=method, targets=target, device=device)
+
+
+Blocks = Iterator[tuple[int, BlockStats, Mapping[str, Tensor]]]  # the block, its statistics, and its masks
+
+
+def _scored(project: Project, checkpoint: Checkpoint, stats: Statistics, shares: list[Fraction], _: int) -> Blocks:
+    """Yield the masks of all blocks, in this process: a weight is read once, and a network is slower than a disk."""
+    for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks"):
+        measured = read_stats(project.stats, block)
+        yield block, measured, keeps(project.params, checkpoint.weight, measured, shares[block])
+
+
+def _solved(
+    project: Project, checkpoint: Checkpoint, stats: Statistics, shares: list[Fraction], finished: int
+) -> Blocks:
+    """Yield the masks of the blocks that an earlier run has not finished. Each distinct input is a job."""
+    how, blocks = How.of(project.params), range(stats.blocks)
+
+    def parts() -> Iterator[Ask[Part]]:
+        for block in blocks[finished:]:
+            measured = read_stats(project.stats, block)
+            grams: Mapping[str, Gram] = read_grams(project.gram, block) if how.method.needs == "gram" else {}
+            yield from _parts(how, checkpoint, block, measured, grams, shares[block], stored=project.gram)
+
+    folders = [checkpoint.folder, project.gram] if how.method.needs == "gram" else [checkpoint.folder]
+    with jobs(project, folders, most=len(stats.features)) as run:
+        made = run.each(solve, parts())
+        for block in progress(blocks, total=stats.blocks, what="mask, blocks"):
+            if block >= finished:
+                measured = read_stats(project.stats, block)
+                yield block, measured, _together(itertools.islice(made, len(measured.readers))).keeps
+
+
+# --- one distinct input ---
+
+
+class How(NamedTuple):
+    """How masks are chosen, and how weights are found for them."""
+
+    method: Method
+    pattern: str
+    group: str
+    reconstruction: Reconstruction | None  # None: the weights keep their values
+    correction: float | None  # None: the weights aim at themselves
+
+    @classmethod
+    def of(cls, params: Params) -> "How":
+        """Return what params.yaml says; weights are only found for masks that are propagated."""
+        method, reconstruction = methods()[params.method], None
+        if propagates(params) and RECONSTRUCTIONS[params.reconstruction].function is not None:
+            reconstruction = RECONSTRUCTIONS[params.reconstruction]
+        correction = params.correction if reconstruction and params.propagation == "corrected" else None
+        return cls(method, params.pattern, params.group, reconstruction, correction)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One distinct input of a block, and all that the masks and weights of its linears follow from."""
+
+    how: How
+    share: Fraction
+    stats: BlockStats  # of this input alone
+    weights: Mapping[str, Tensor] | Path  # as stored; or the checkpoint that has them
+    grams: Mapping[str, Gram] | tuple[Path, int]  # of this input; or gram/ and the block
+    crosses: Mapping[str, Tensor]  # X_denseᵀX, likewise, where weights are corrected
+
+
+class Made(NamedTuple):
+    """Masks, and the weights on them, by linear."""
+
+    keeps: Masks
+    weights: dict[str, Tensor]  # in their stored dtypes
+    told: Json  # how each was solved for
+
+
+def solve(device: torch.device, part: Part) -> Made:
+    """Return masks and weights of the linears that read one distinct input of a block."""
+    how, block = part.how, part.stats
+    stored = _checkpoint(part.weights).weight if isinstance(part.weights, Path) else part.weights.__getitem__
+    grams, weights = part.grams, stored
+    if isinstance(grams, tuple):
+        grams = _grams(*grams).of(*block.readers)
+    if isinstance(grams, Grams):
+        grams = grams.on(device)
+    if how.correction is not None:
+        crosses = {name: cross.to(device) for name, cross in part.crosses.items()}
+        aimed = aim_block(weights, block, grams=grams, crosses=crosses, strength=how.correction)
+        weights = aimed.__getitem__
+    target = Target(part.share, how.pattern, how.group)
+    chosen = choose_block(weights, block, method=how.method, targets=target, grams=grams, device=device)
+    solved = {}
+    if how.reconstruction:
+        solved = dict(reconstruct_block(weights, block, reconstruction=how.reconstruction, keeps=chosen, grams=grams))
+    changed = {name: one.weight.to(stored(name).dtype) for name, one in solved.items()}
+    return Made(pack_masks(chosen), changed, {name: one.told for name, one in solved.items()})
+
+
+# Of workers alone, each of which runs one stage: no file changes meanwhile.
+_checkpoint = lru_cache(maxsize=1)(Checkpoint)
+_grams = lru_cache(maxsize=1)(read_grams)
+
+
+def _parts(  # noqa: PLR0913, PLR0917 - what solvers read
+    how: How,
+    checkpoint: Checkpoint,
+    block: int,
+    measured: BlockStats,
+    grams: Mapping[str, Gram],
+    share: Fraction,
+    *,
+    crosses: Mapping[str, Tensor] | None = None,
+    stored: Path | None = None,
+) -> Iterator[Ask[Part]]:
+    """Yield the distinct inputs of a block. `stored` is the folder of its Gram matrices where that has them."""
+    for source, names in measured.readers.items():
+        stats = measured.of(source)
+        if isinstance(grams, Grams):
+            own = grams.of(source)
+        else:
+            own = pack_grams(stats, {source: grams[source]} if source in grams else {}, None)
+        cross = {source: crosses[source].float()} if crosses and source in crosses else {}
+        whole = Part(how, share, stats, {name: checkpoint.weight(name) for name in names}, own, cross)
+        named = replace(whole, weights=checkpoint.folder)
+        if stored and isinstance(grams, Grams):
+            named = replace(named, grams=(stored, block))
+        yield Ask(f"block {block}, input of {source}", whole, named)
+
+
+def _together(parts: Iterable[Made]) -> Made:
+    """Return what was made of all distinct inputs of a block."""
+    keeps, weights, told = Masks({}, {}), dict[str, Tensor](), Json()
+    for part in parts:
+        keeps |= part.keeps
+        weights |= part.weights
+        told |= part.told
+    return Made(keeps, weights, told)
+
+
+# --- blocks calibrated on the outputs of pruned ones ---
 
 
 def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and where they go
@@ -149,8 +295,8 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
         )
     check_ready(project, "dense")
     params = project.params
-    windows = calibration_windows(project, measured_with)
-    solves = RECONSTRUCTIONS[params.reconstruction].function is not None
+    windows, how = calibration_windows(project, measured_with), How.of(params)
+    solves = how.reconstruction is not None
     trains = RECONSTRUCTIONS[params.reconstruction].trains  # one window a step: more workers would wait
     kept = finished_blocks(work.out)
     if solves:
@@ -165,40 +311,25 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
         turns = run.walk(windows, kept=kept, beside=_runs_dense(params), changes=changes)
         blocks = len(run.decoder.blocks)
         for turn in progress(turns, total=blocks, what="mask, blocks calibrated and pruned"):
-            corrects = params.propagation == "corrected"
-            measured, grams, crosses = turn.record(gram=_records_grams(params), crosses=corrects)
-            unreached[turn.index] = measured.unreached()
-            weights: Weights = checkpoint.weight
-            if corrects:
-                aimed = aim_block(weights, measured, grams=grams, crosses=crosses, strength=params.correction)
-                weights = aimed.__getitem__
-            chosen = keeps(params, weights, measured, shares[turn.index], grams)
+            crosses, share = how.correction is not None, shares[turn.index]
+            recorded = turn.record(gram=_records_grams(params), crosses=crosses)
+            unreached[turn.index] = recorded.stats.unreached()
+            keep: Mapping[str, Tensor]
             changed: dict[str, Tensor] = {}
+            told = Json()
+            if _records_grams(params):
+                parts = _parts(how, checkpoint, turn.index, *recorded[:2], share, crosses=recorded.crosses)
+                keep, changed, told = _together(run.each(solve, parts))
+            else:
+                keep = keeps(params, checkpoint.weight, recorded.stats, share)
+            if trains:
+                trained = turn.train(keep, changed, **params.training.model_dump())
+                changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
             if solves:
-                changed, told = _solve(params, turn, weights, checkpoint.weight, measured, chosen, grams)
                 write_weights(beside.out, turn.index, changed, told)
-            write_masks(work.out, turn.index, chosen)
-            turn.change(chosen, changed)
+            write_masks(work.out, turn.index, keep)
+            turn.change(keep, changed)
     say_unreached("mask", unreached)  # of the blocks that this run has calibrated
-
-
-def _solve(  # noqa: PLR0913, PLR0917 - what a reconstruction reads
-    params: Params,
-    turn: "Turn",
-    weights: Weights,
-    stored: Weights,
-    measured: BlockStats,
-    keeps: dict[str, Tensor],
-    grams: Mapping[str, Gram],
-) -> tuple[dict[str, Tensor], Json]:
-    """Return what a reconstruction makes of a block's weights, in their stored dtypes, and how it went."""
-    reconstruction = RECONSTRUCTIONS[params.reconstruction]
-    solved = dict(reconstruct_block(weights, measured, reconstruction=reconstruction, keeps=keeps, grams=grams))
-    changed = {name: one.weight.to(stored(name).dtype) for name, one in solved.items()}
-    if reconstruction.trains:
-        trained = turn.train(keeps, changed, **params.training.model_dump())
-        changed = {name: weight.to(stored(name).dtype) for name, weight in trained.items()}
-    return changed, {name: one.told for name, one in solved.items()}
 
 
 def _selects_by_row(params: Params) -> bool:
@@ -216,13 +347,12 @@ def need(project: Project, _: str | None = None) -> Need:
         block, linear = largest(project)
         widest = sizes(folder).widest if methods()[params.method].needs == "gram" else 0
         return Need(_choosing(params, block, linear, widest, threads, by_row=not on_card), disk=0)
-    streams = 2 if _runs_dense(params) else 1
-    walk, model = calibration_need(project, gram=_records_grams(params), streams=streams), sizes(folder)
+    streams, recorded = 2 if _runs_dense(params) else 1, _recorded(params)
+    walk, model = calibration_need(project, **recorded, streams=streams), sizes(folder)
     chosen = _choosing(params, model.block, model.linear, model.widest, threads, by_row=not on_card)
     if walk.memory is None or walk.disk is None:
         return walk
-    trains = RECONSTRUCTIONS[params.reconstruction].trains
-    memory = propagating(walk.memory, chosen, model=model, dtype=params.dtype, trains=trains)
+    memory = propagating(walk.memory, chosen, model=model, dtype=params.dtype, **recorded, **_found(params))
     return replace(walk, memory=memory, disk=walk.disk + _weights_bytes(params, model))
 
 
@@ -234,21 +364,24 @@ def cost(params: Params, on: Setting) -> Cost:
     memory = _choosing(params, model.block, model.linear, model.widest, threads, by_row=not on_card)
     masks = linears / 8
     chosen = Cost(0, model.stored, 0, masks, memory, choosing_seconds(on))
-    chosen = replace(chosen, seconds=chosen.seconds + solving_seconds(methods()[params.method].needs == "gram", on))
+    reconstruction = RECONSTRUCTIONS[params.reconstruction]
+    share = 1.0 if propagates(params) and reconstruction.trains else on.solving_share(by_block=propagates(params))
+    solving = share * solving_seconds(methods()[params.method].needs == "gram", on)
+    chosen = replace(chosen, seconds=chosen.seconds + solving)
     if not propagates(params):
         return chosen
-    reconstruction = RECONSTRUCTIONS[params.reconstruction]
-    once = calibration_cost(params, on, gram=_records_grams(params))
+    recorded = _recorded(params)
+    once = calibration_cost(params, on, **recorded)
     # The pruned windows twice. A training also runs the dense ones, and three times as much for each epoch: forwards,
     # and twice backwards.
     passes = 2 + _runs_dense(params) * (1 + (params.propagation == "corrected"))
     passes += 3 * params.training.epochs if reconstruction.trains else 0
     walked = on.walk(passes * params.calibration.samples, params.calibration.length, once.memory)
-    solving = solving_seconds(reconstruction.function is not None, on)
+    solving = share * solving_seconds(reconstruction.function is not None, on)
     return replace(
         walked,
         disk=masks + once.disk * (2 if _runs_dense(params) else 1) + _weights_bytes(params, model),
-        memory=propagating(once.memory, memory, model=model, dtype=on.dtype, trains=reconstruction.trains),
+        memory=propagating(once.memory, memory, model=model, dtype=on.dtype, **recorded, **_found(params)),
         seconds=walked.seconds + chosen.seconds + solving,
     )
 
@@ -256,6 +389,17 @@ def cost(params: Params, on: Setting) -> Cost:
 def _runs_dense(params: Params) -> bool:
     """Whether a walk takes the dense model's windows along."""
     return RECONSTRUCTIONS[params.reconstruction].trains or params.propagation == "corrected"
+
+
+def _recorded(params: Params) -> dict[str, bool]:
+    """Return what a walk records beside the statistics, in the words of `sizes`."""
+    return {"gram": _records_grams(params), "crosses": params.propagation == "corrected"}
+
+
+def _found(params: Params) -> dict[str, bool]:
+    """Return what a walk finds beside masks, in the words of `sizes`."""
+    reconstruction = RECONSTRUCTIONS[params.reconstruction]
+    return {"solves": reconstruction.function is not None, "trains": reconstruction.trains}
 
 
 def _records_grams(params: Params) -> bool:

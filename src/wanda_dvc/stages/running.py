@@ -156,15 +156,14 @@ def device_name(runtime: Runtime) -> str:
 
 
 def solving_device(runtime: Runtime) -> "torch.device":
-    """Return the device that masks are chosen on, and solvers run: a card, or the host, which alone has float64.
-
-    UserError where this machine does not have it.
-    """
+    """Return the device that masks are chosen on, and solvers run. UserError where this machine does not have it."""
     import torch
+
+    from wanda_dvc.engine import jobs
 
     name = device_name(runtime)
     check_device(name)
-    return torch.device(name if name.startswith("cuda") else "cpu")
+    return jobs.solving_device(torch.device(name))
 
 
 def check_device(device: str) -> None:

@@ -76,12 +76,18 @@ def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[s
     _save(block_file(folder, block), packed.tensors, {"readers": stats.readers, "transposed": stats.transposed})
 
 
-def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str) -> "Grams":
-    """Return one block's Gram matrices as `write_grams` writes them: unpacked, they are as exact as those it wrote."""
+def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str | None) -> "Grams":
+    """Return one block's Gram matrices as `write_grams` writes them: unpacked, they are as exact as those it wrote.
+
+    Without a dtype they stay where they are, unscaled, in float32: solvers compute the same with them as with `grams`.
+    """
     import torch
 
     tensors: dict[str, Tensor] = {}
     for name, gram in grams.items():
+        if dtype is None:
+            tensors |= {f"{name}.triangle": gram.triangle(), f"{name}.count": torch.tensor(gram.count)}
+            continue
         norm, triangle = gram.scaled_triangle()
         tensors |= {
             f"{name}.norm": norm.cpu(),
@@ -127,11 +133,22 @@ class Grams(Mapping[str, "Gram"]):
         """Return the same matrices, which come on another device."""
         return Grams(self.tensors, self.readers, self.transposed, device)
 
+    def of(self, name: str) -> "Grams":
+        """Return the Gram matrix of one distinct input alone, if it has one."""
+        tensors = {kind: self.tensors[kind] for kind in _kinds(name) if kind in self.tensors}
+        readers = self.readers[name]
+        return Grams(tensors, {name: readers}, [x for x in self.transposed if x in readers], self._device)
+
     def __getitem__(self, name: str) -> "Gram":
         from wanda_dvc.pruning.gram import Gram
 
-        norm, triangle = (self.tensors[f"{name}.{kind}"].to(self._device) for kind in ("norm", "triangle"))
-        return Gram.from_scaled_triangle(norm, triangle, int(self.tensors[f"{name}.count"]))
+        norm, triangle, count = map(self.tensors.get, _kinds(name))
+        if triangle is None or count is None:
+            raise KeyError(name)
+        triangle = triangle.to(self._device)
+        if norm is None:
+            return Gram.from_triangle(triangle, int(count))
+        return Gram.from_scaled_triangle(norm.to(self._device), triangle, int(count))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)
@@ -157,12 +174,12 @@ def read_weights(folder: Path, block: int) -> "tuple[dict[str, Tensor], Json]":
     return weights, header["solved"]
 
 
-def write_masks(folder: Path, block: int, keeps: "dict[str, Tensor]") -> None:
+def write_masks(folder: Path, block: int, keeps: "Mapping[str, Tensor]") -> None:
     """Write one block's `keep` masks (bool, in the orientation of the stored weights), one bit a weight.
 
     Tensors: uint8 [rows, ⌈columns / 8⌉] for each linear, the first column in the highest bit. Header: the columns.
     """
-    masks = pack_masks(keeps)
+    masks = keeps if isinstance(keeps, Masks) else pack_masks(keeps)
     _save(block_file(folder, block), masks.packed, {"columns": masks.columns})
 
 
@@ -197,6 +214,11 @@ def _readers(path: Path, header: Json) -> tuple[dict[str, list[str]], list[str]]
     if not (isinstance(readers, dict) and all(map(_are_names, readers.values())) and _are_names(transposed)):
         raise _damaged(path, "its header names no readers, or none that are transposed", "calibrate")
     return readers, transposed
+
+
+def _kinds(name: str) -> list[str]:
+    """Return the names of the tensors of a Gram matrix."""
+    return [f"{name}.{kind}" for kind in ("norm", "triangle", "count")]
 
 
 def _are_names(content: object) -> bool:
