@@ -1,7 +1,8 @@
 """Solvers: masks and weights from a linear's Gram matrix G. They make the layer error tr(ΔGΔᵀ) small, Δ = W − Ŵ.
 
-Factors of G are made by one thread, because LAPACK's last digits depend on the number of threads. Those of products do
-not where all sizes are multiples of 64, as most models' are; so there masks and weights do not depend on it either.
+On the host, factors of G are made of products, and of LAPACK's factors of 128 rows by one thread: LAPACK's last digits
+depend on the number of threads. Those of products do not where all sizes are multiples of 64, as most models' are; so
+there masks and weights do not depend on it either.
 
 All compute in float32 on the weight's device. All rows of a linear are solved at once, in slices where rows do not
 compete. Peak memory in bytes: 4 · in² for G and for each factor of it (16 · in² while one is made), 8 · out · in for
@@ -26,6 +27,7 @@ from wanda_dvc.pruning.selection import keep_highest, keep_n_of_m, removed, sele
 ROWS_AT_A_TIME = 256  # a slice that a core's cache holds; an accelerator takes many more
 RAISE, FIRST_RAISE = 10, 1e-4  # how damping grows until G is positive definite; from 0 it grows to the second
 MOST_DAMPING = 1e6
+PANEL = 128  # rows of G that LAPACK factors at a time
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,7 @@ class Prepared:
         def make() -> Factor:
             # Reversed, G = VVᵀ with V upper: U is V⁻¹, and G⁻¹ is never formed.
             lower, used = _cholesky(self.gram.flip(0, 1), damping, self.mean)
-            identity = torch.eye(len(lower), device=lower.device)
-            root = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            root = _inverse_of_lower(lower).flip(0, 1)
             return Factor(root, root.diagonal().clone(), used, used > damping)
 
         return self._once("inverse root", damping, 0, make)
@@ -90,26 +91,15 @@ class Prepared:
             matrix = self.gram / scale[:, None] / scale
             matrix.diagonal().add_(penalty)
             lower, used = _cholesky(matrix, damping, 1.0)
-            return Factor(torch.cholesky_inverse(lower), scale, used, used > damping)
+            return Factor(_squared(_inverse_of_lower(lower)), scale, used, used > damping)
 
         return self._once("inverse", damping, penalty, make)
 
     def _once(self, name: str, damping: float, penalty: float, make: Callable[[], Factor]) -> Factor:
         key = name, damping, penalty
         if key not in self._factors:
-            with _one_thread():
-                self._factors[key] = make()
+            self._factors[key] = make()
         return self._factors[key]
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -323,11 +313,66 @@ def _cholesky(matrix: Float[Tensor, "in in"], damping: float, unit: float) -> tu
     while damping <= MOST_DAMPING:
         damped = matrix.clone()
         damped.diagonal().add_(damping * unit)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
+        lower = _lower(damped)
+        if lower is not None:
             return lower, damping
         damping = max(RAISE * damping, FIRST_RAISE)
     raise UserError("Gram matrix: no factor at any damping, expected sums of squares; calibrate again")
+
+
+def _lower(matrix: Float[Tensor, "in in"]) -> Float[Tensor, "in in"] | None:
+    """Return L with LLᵀ = matrix, which is overwritten; None where it is not positive definite."""
+    for begin, end in _panels(matrix):
+        panel, before = matrix[begin:, begin:end], matrix[begin:, :begin]
+        if begin:
+            panel -= multiply(before, before[: end - begin].T)
+        with _one_thread():
+            corner, failed = torch.linalg.cholesky_ex(panel[: end - begin])
+        if failed:
+            return None
+        panel[end - begin :] = multiply(panel[end - begin :], _inverse_of_lower(corner).T)
+        panel[: end - begin] = corner
+    return matrix.tril_()
+
+
+def _inverse_of_lower(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """Return L⁻¹."""
+    inverse = torch.zeros_like(lower)
+    for begin, end in _panels(lower):
+        own = lower[begin:end, begin:end]
+        with _one_thread():
+            own = torch.linalg.solve_triangular(own, torch.eye(len(own), device=own.device), upper=False)
+        inverse[begin:end, begin:end] = own
+        if begin:
+            left = multiply(lower[begin:end, :begin], inverse[:begin, :begin])
+            inverse[begin:end, :begin] = multiply(own, left).neg_()
+    return inverse
+
+
+def _squared(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """Return LᵀL."""
+    square = torch.empty_like(lower)
+    for begin, end in _panels(lower):
+        part = multiply(lower[begin:, begin:end].T, lower[begin:, begin:])
+        square[begin:end, begin:] = part
+        square[begin:, begin:end] = part.T
+    return square
+
+
+def _panels(matrix: Float[Tensor, "in in"]) -> Iterator[tuple[int, int]]:
+    """Yield where each panel begins and ends; an accelerator's own library takes all as one."""
+    size = PANEL if matrix.device.type == "cpu" else len(matrix)
+    return ((begin, min(begin + size, len(matrix))) for begin in range(0, len(matrix), size))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _conjugate_gradients(
