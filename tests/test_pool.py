@@ -24,6 +24,11 @@ from wanda_dvc.errors import UserError
 CPU = torch.device("cpu")
 
 
+def slow(value: object) -> Any:
+    """Left out of the everyday part: each worker opens the model."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 @dataclass
 class Put:
     content: Any
@@ -136,7 +141,7 @@ def expected(tiny: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("beside", [False, True])
-@pytest.mark.parametrize("workers", [1, 2, 5, 50])
+@pytest.mark.parametrize("workers", [slow(1), 2, slow(5), slow(50)])
 def test_workers_give_the_bytes_of_one_process(
     tiny: Path, tmp_path: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], workers: int, beside: bool
 ):
@@ -145,7 +150,7 @@ def test_workers_give_the_bytes_of_one_process(
 
 
 @pytest.mark.parametrize("beside", [False, True])
-@pytest.mark.parametrize("method", ["begin", "record", "change", "head"])
+@pytest.mark.parametrize("method", [slow("begin"), "record", slow("change"), slow("head")])
 def test_a_worker_that_dies_costs_its_shards_and_no_byte(
     tiny: Path, tmp_path: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], method: str, beside: bool
 ):

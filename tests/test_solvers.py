@@ -430,3 +430,28 @@ def test_any_number_of_threads_gives_the_same_bytes(solve: str):
     torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("features", [1, 127, 128, 129, 300])
+def test_factors_are_those_of_numpy_whatever_the_width(features: int):
+    """Panels of 128, and what is left over."""
+    _, gram = problem(features=features, tokens=2 * features + 10)
+    prepared, exact = Prepared(gram), gram.double().numpy()
+    damped = exact + 0.01 * exact.diagonal().mean() * np.eye(features)
+    root = prepared.inverse_root(0.01).matrix.double().numpy()
+    assert not np.tril(root, -1).any()
+    np.testing.assert_allclose(root.T @ root @ damped, np.eye(features), atol=1e-3)
+    scale = np.sqrt(exact.diagonal())
+    inverse = prepared.inverse(0.01, 1.0).matrix.double().numpy()
+    expected = np.linalg.inv(exact / scale[:, None] / scale + 1.01 * np.eye(features))
+    np.testing.assert_allclose(inverse, expected, atol=1e-5)
+    np.testing.assert_allclose(inverse, inverse.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [0, 127, 128, 299])
+def test_a_matrix_without_a_factor_is_damped_more_wherever_that_shows(wrong: int):
+    _, gram = problem(features=300)
+    gram[wrong, wrong - 1] = gram[wrong - 1, wrong] = 2 * gram.diagonal()[[wrong, wrong - 1]].max()
+    factor = Prepared(gram).inverse_root(0.01)
+    assert factor.raised
+    assert factor.matrix.isfinite().all()
