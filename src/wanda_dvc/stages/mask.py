@@ -96,6 +96,7 @@ def mask(*, project: Project) -> None:
             for block, measured, chosen in made(project, checkpoint, stats, shares, finished_blocks(work.out)):
                 unreached[block] = measured.unreached()
                 write_masks(work.out, block, chosen)
+                del chosen  # before the next block's masks are there
             if methods()[params.method].needs_inputs():
                 say_unreached("mask", unreached)
         seal(work.out, made_from)
