@@ -18,6 +18,7 @@ from wanda_dvc.study.ran import stale_stages
 from wanda_dvc.views.show import number
 
 DIVERGED = "diverged"  # as `perplexity` writes it; its module brings torch
+NAMED = 10  # names in a sentence
 HEADERS = ["experiment", "state", "change", "perplexity", "mean acc, %"]
 
 
@@ -38,7 +39,8 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     ]
     table = tabulate(rows, HEADERS, tablefmt="github", disable_numparse=True)
     stale = [record["name"] for record in records if record["stale"]]
-    said = f"Without numbers where stages have not run on the settings at hand: {', '.join(stale)}." if stale else ""
+    named = ", ".join(stale[:NAMED]) + (f" and {len(stale) - NAMED} more" if len(stale) > NAMED else "")
+    said = f"Without numbers where stages have not run on the settings at hand: {named}." if stale else ""
     return "\n\n".join(part for part in (table, said) if part)
 
 
