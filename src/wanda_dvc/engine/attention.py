@@ -5,7 +5,7 @@
    multiplications are. With AMX, torch's is twice as fast as ours.
 3. float32 of a model whose products go through oneDNN (`pruning.products`): those in torch's attention do not.
 
-All other rows (windows in float32, everything on a GPU) go through the model's own attention.
+All other rows (other windows in float32, everything on a GPU) go through the model's own attention.
 """
 
 import contextlib
