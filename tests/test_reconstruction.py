@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import read_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.tensors import block_count, read_grams, read_masks, read_stats
+from wanda_dvc.study.tensors import block_count, read_grams, read_masks, read_stats, read_weights
 
 Make = Callable[..., Project]
 PROPAGATIONS = ("dense", "pruned", "corrected")
@@ -205,6 +206,7 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
             "propagation: got corrected with reconstruction none, expected a reconstruction",
         ),
         ({"reconstruction": "block"}, "reconstruction: got block with propagation dense, expected propagation pruned"),
+        ({"training__rate": 0.0003}, "training.rate: got 0.0003, expected at least 0.001: a share of the weights"),
         ({"allocation": "steep"}, "allocation: got steep, expected uniform, slope, owl or lsa"),
     ],
 )
@@ -256,6 +258,52 @@ def test_a_training_is_the_same_twice_and_another_with_another_seed(study: Make)
     assert tree(made.weights) == first
     mask(project=study(reconstruction="block", propagation="pruned", training__epochs=2, training__seed=1))
     assert tree(made.weights) != first
+
+
+def test_a_training_does_what_its_formula_says(study: Make):
+    """Against transformers' layer and a training written out: block 0, whose inputs are the embeddings."""
+    rate, epochs = 0.05, 2
+    starts = study(reconstruction="least-squares", propagation="pruned")
+    mask(project=starts)
+    start = read_weights(starts.weights, 0)[0]
+    made = study(reconstruction="block", propagation="pruned", training__epochs=epochs, training__rate=rate)
+    mask(project=made)
+    trained, keeps = read_weights(made.weights, 0)[0], read_masks(made.masks, 0)
+
+    windows = calibration_windows(made)
+    model = AutoModelForCausalLM.from_pretrained(made.model("dense"))
+    layer = model.model.layers[0]
+    hidden = [model.model.embed_tokens(window[None]).detach() for window in windows]
+    where = torch.arange(windows.shape[1])[None]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        out = layer(x, position_ids=where, position_embeddings=model.model.rotary_emb(x, where))
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    targets = [run(x).detach() for x in hidden]
+    parameters = {f"model.layers.0.{name}".removesuffix(".weight"): p for name, p in layer.named_parameters()}
+    for name, weight in start.items():
+        parameters[name].data.copy_(weight)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    scales = {name: p.detach()[p != 0].square().mean().sqrt() for name, p in parameters.items()}
+    first, second = ({name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    order = [row for _ in range(epochs) for row in torch.randperm(len(windows), generator=generator).tolist()]
+    for step, row in enumerate(order):
+        error = ((run(hidden[row]) - targets[row]) ** 2).sum(-1) / (targets[row] ** 2).sum(-1)
+        gradients = torch.autograd.grad(error.mean(), list(parameters.values()))
+        falling = rate * (1 + math.cos(math.pi * step / len(order))) / 2
+        for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
+            gradient = gradient * keeps.get(name, torch.ones_like(p))
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            m, v = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.999 ** (step + 1))
+            p.data -= falling * scales[name] * m / (v.sqrt() + 1e-8)
+    assert set(trained) == set(parameters)
+    for name, p in parameters.items():
+        moved = (p.detach() - before[name]).norm()
+        assert moved > 0
+        assert (trained[name] - p.detach()).norm() < 0.02 * moved, name
 
 
 def test_a_training_brings_the_block_nearer_to_the_dense_one(study: Make):

@@ -127,11 +127,20 @@ class ZeroShot(_Section):
     limit: int | None = Field(None, ge=1, description="number of items of each task; null: all")
 
 
+LEAST_RATE = 0.001  # below it nothing is learnt: most likely a learning rate that is no share of the weights
+
+
 class Training(_Section):
     """How `reconstruction: block` trains each block on its mask: Adam, one window a step, cosine."""
 
-    epochs: int = Field(1, ge=1, description="passes over the calibration windows")
-    rate: float = Field(3e-4, gt=0, lt=1, description="learning rate at the first step; it falls to 0 as a cosine")
+    epochs: int = Field(3, ge=1, description="passes over the calibration windows")
+    rate: float = Field(
+        0.02,
+        gt=0,
+        lt=1,
+        description="learning rate at the first step, as a share of the root mean square of a parameter's weights; it "
+        "falls to 0 as a cosine",
+    )
     seed: int = Field(0, ge=0, description="seed of the windows' order")
 
 
@@ -305,6 +314,9 @@ class Params(_Section):
                 "corrected with reconstruction none",
                 "a reconstruction, which can aim at the dense outputs; set reconstruction=least-squares",
             )
+        if self.training.rate < LEAST_RATE:
+            expected = f"at least {LEAST_RATE:g}: a share of the weights' root mean square, such as 0.02"
+            yield _problem("training.rate", self.training.rate, expected)
         if reconstruction.trains and self.propagation == "dense":
             yield _problem(
                 "reconstruction",

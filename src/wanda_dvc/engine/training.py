@@ -28,9 +28,12 @@ def train(  # noqa: PLR0913 - the settings of a training
 
     Returns all of its weights in float32, named and oriented as they are stored; the block itself stays as it is.
 
-    The loss is ‖block(x) − target‖² / ‖target‖². Adam takes one row a step, in an order drawn from the seed and the
-    block's number; the learning rate falls from `rate` to 0 as a cosine. Weights that a mask does not keep stay 0. The
-    block runs in the dtype of the walk. As arXiv 2510.14444, and Transformer Matching in 3BASiL.
+    The loss is the mean of ‖block(x) − target‖² / ‖target‖² over a row's tokens. Each counts alike, as it does for the
+    norms that read it: in a plain sum, one token of massive activations may be nine tenths of a row. Adam takes one row
+    a step, in an order drawn from the seed and the block's number. Its learning rate falls as a cosine to 0, from
+    `rate` times the root mean square of a parameter's weights that stay: models differ tenfold in scale. Weights that a
+    mask does not keep stay 0. The block runs in the dtype of the walk. As arXiv 2510.14444, and Transformer Matching in
+    3BASiL, but for the tokens' and the parameters' scales.
 
     Memory in bytes: 24 for each parameter of the block (itself, its gradient, Adam's two, the masked one and that in
     the walk's dtype), and what autograd keeps of one row.
@@ -42,15 +45,21 @@ def train(  # noqa: PLR0913 - the settings of a training
     def masked() -> dict[str, Tensor]:
         return {name: p * masks[name] if name in masks else p for name, p in trained.items()}
 
-    optimizer = torch.optim.Adam(trained.values(), lr=rate, betas=BETAS, eps=EPSILON)
+    optimizer = torch.optim.Adam(
+        [{"params": [p], "scale": _scale(p.detach())} for p in trained.values()],
+        betas=BETAS,
+        eps=EPSILON,
+    )
     order, before = list(_order(len(rows), epochs, seed, step.index)), step.states.before
     with torch.enable_grad():
         for number, row in enumerate(order):
-            optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * number / len(order))) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"] * (1 + math.cos(math.pi * number / len(order))) / 2
             target, hidden = targets[row].to(device).float(), before[rows[row]][None].to(device)
             parameters = {name: p.to(dtype) for name, p in masked().items()}
             out = step.decoder.run(step.index, hidden, step.rows[rows[row]], parameters)[0]
-            loss = (out.float() - target).square().sum() / target.square().sum().clamp_min(torch.finfo().tiny)
+            error, energy = (out.float() - target).square().sum(-1), target.square().sum(-1)
+            loss = (error / energy.clamp_min(torch.finfo().tiny)).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -60,6 +69,12 @@ def train(  # noqa: PLR0913 - the settings of a training
         name: stored.part.of(made[names[id(stored.module.get_parameter(stored.leaf))]])
         for name, stored in step.weights.items()
     }
+
+
+def _scale(parameter: Tensor) -> float:
+    """Return the root mean square of what is not 0; at least 1e-3, so that a bias of zeros can move (as Adafactor)."""
+    rms = parameter.norm() / max(1, parameter.count_nonzero().item()) ** 0.5
+    return max(1e-3, rms.item())
 
 
 def _order(rows: int, epochs: int, seed: int, block: int) -> Iterator[int]:

@@ -128,7 +128,7 @@ STAGES = {
         ),
         Stage(
             name="mask",
-            version=3,
+            version=4,
             about="Choose the weights that stay: masks/.",
             result="masks/provenance.json",
             settings=(

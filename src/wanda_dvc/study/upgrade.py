@@ -30,6 +30,8 @@ from wanda_dvc.study.settings import flatten
 
 SECTIONS = ("stages", "plots", "artifacts")
 IGNORED = (".gitignore", ".dvcignore")
+# Values that params.yaml once came with and that mean something else now: they become today's.
+ONCE = {"training.rate": 0.0003}  # was no share of the weights
 SHARED, UNSHARED = "        - ${item.out}\n", "        - ${item.out}: { push: false }\n"
 RESTORE = "restore it from git"
 
@@ -200,7 +202,7 @@ def _named(entry: Any) -> str:
 
 
 def _params(old: str) -> str:
-    """Return settings with those that are new, each with its default and its comment."""
+    """Return settings with those that are new, each with its default and its comment, and without those of `ONCE`."""
     text, shipped = old, PARAMS.read_text(encoding="utf-8")
     if not old:
         return shipped
@@ -209,6 +211,8 @@ def _params(old: str) -> str:
         have = dict(flatten(_load(text, "params.yaml")))
         if name not in have and not any(key.startswith(f"{name}.") for key in have):
             text = _with_setting(text, shipped, name, default[name])
+        elif name in ONCE and have.get(name) == ONCE[name]:
+            text = with_settings(text, {name: default[name]})[0]
     check_params(_load(text, "params.yaml"))
     return text
 
