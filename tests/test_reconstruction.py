@@ -290,8 +290,9 @@ def test_a_training_does_what_its_formula_says(study: Make):
     generator = torch.Generator().manual_seed(0)
     order = [row for _ in range(epochs) for row in torch.randperm(len(windows), generator=generator).tolist()]
     for step, row in enumerate(order):
-        error = ((run(hidden[row]) - targets[row]) ** 2).sum(-1) / (targets[row] ** 2).sum(-1)
-        gradients = torch.autograd.grad(error.mean(), list(parameters.values()))
+        norms = (targets[row] ** 2).sum(-1).sqrt()
+        errors = ((run(hidden[row]) - targets[row]) ** 2).sum(-1) / norms
+        gradients = torch.autograd.grad(errors.sum() / norms.sum(), list(parameters.values()))
         falling = rate * (1 + math.cos(math.pi * step / len(order))) / 2
         for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
             gradient = gradient * keeps.get(name, torch.ones_like(p))

@@ -28,12 +28,12 @@ def train(  # noqa: PLR0913 - the settings of a training
 
     Returns all of its weights in float32, named and oriented as they are stored; the block itself stays as it is.
 
-    The loss is the mean of ‖block(x) − target‖² / ‖target‖² over a row's tokens. Each counts alike, as it does for the
-    norms that read it: in a plain sum, one token of massive activations may be nine tenths of a row. Adam takes one row
-    a step, in an order drawn from the seed and the block's number. Its learning rate falls as a cosine to 0, from
-    `rate` times the root mean square of a parameter's weights that stay: models differ tenfold in scale. Weights that a
-    mask does not keep stay 0. The block runs in the dtype of the walk. As arXiv 2510.14444, and Transformer Matching in
-    3BASiL, but for the tokens' and the parameters' scales.
+    The loss is Σ (‖block(x) − target‖² / ‖target‖) / Σ ‖target‖ over a row's tokens. In the plain sum of squares one
+    token of massive activations may be nine tenths of a row; relative to its own square it is one of thousands, and
+    what all others attend to is lost. Adam takes one row a step, in an order drawn from the seed and the block's number. Its
+    learning rate falls as a cosine to 0, from `rate` times the root mean square of a parameter's weights that stay:
+    models differ tenfold in scale. Weights that a mask does not keep stay 0. The block runs in the dtype of the walk.
+    As arXiv 2510.14444, and Transformer Matching in 3BASiL, but for the tokens' and the parameters' scales.
 
     Memory in bytes: 24 for each parameter of the block (itself, its gradient, Adam's two, the masked one and that in
     the walk's dtype), and what autograd keeps of one row.
@@ -58,8 +58,8 @@ def train(  # noqa: PLR0913 - the settings of a training
             target, hidden = targets[row].to(device).float(), before[rows[row]][None].to(device)
             parameters = {name: p.to(dtype) for name, p in masked().items()}
             out = step.decoder.run(step.index, hidden, step.rows[rows[row]], parameters)[0]
-            error, energy = (out.float() - target).square().sum(-1), target.square().sum(-1)
-            loss = (error / energy.clamp_min(torch.finfo().tiny)).mean()
+            error, norm = (out.float() - target).square().sum(-1), target.norm(dim=-1).clamp_min(EPSILON)
+            loss = (error / norm).sum() / norm.sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
