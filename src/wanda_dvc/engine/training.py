@@ -30,10 +30,10 @@ def train(  # noqa: PLR0913 - the settings of a training
 
     The loss is Σ (‖block(x) − target‖² / ‖target‖) / Σ ‖target‖ over a row's tokens. In the plain sum of squares one
     token of massive activations may be nine tenths of a row; relative to its own square it is one of thousands, and
-    what all others attend to is lost. Adam takes one row a step, in an order drawn from the seed and the block's number. Its
-    learning rate falls as a cosine to 0, from `rate` times the root mean square of a parameter's weights that stay:
-    models differ tenfold in scale. Weights that a mask does not keep stay 0. The block runs in the dtype of the walk.
-    As arXiv 2510.14444, and Transformer Matching in 3BASiL, but for the tokens' and the parameters' scales.
+    what all others attend to is lost. Adam takes one row a step, in an order drawn from the seed and the block's
+    number. Its learning rate falls as a cosine to 0, from `rate` times the root mean square of a parameter's weights
+    that stay: models differ tenfold in scale. Weights that a mask does not keep stay 0. The block runs in the dtype of
+    the walk. As arXiv 2510.14444, and Transformer Matching in 3BASiL, but for the tokens' and the parameters' scales.
 
     Memory in bytes: 24 for each parameter of the block (itself, its gradient, Adam's two, the masked one and that in
     the walk's dtype), and what autograd keeps of one row.
