@@ -11,6 +11,7 @@ from command_line import wanda_dvc
 from conftest import ROOT, write_params
 from dvc.repo import Repo
 
+from wanda_dvc.stages import STAGES
 from wanda_dvc.views.doctor import doctor
 
 
@@ -67,7 +68,7 @@ def test_a_whole_study_is_well(study: Path):
             lambda study: (study / "dvc.yaml").write_text(
                 (study / "dvc.yaml").read_text().replace("mask --version ", "mask --version 7")
             ),
-            "mask 73, expected 3",
+            f"mask 7{STAGES['mask'].version}, expected {STAGES['mask'].version}",
         ),
         ("dvc", lambda study: shutil.rmtree(study / ".dvc"), "run `dvc init`"),
         ("git", lambda study: shutil.rmtree(study / ".git"), "run `git init`"),
