@@ -250,6 +250,9 @@ class Params(_Section):
             yield _problem(
                 "model", self.model, "`package:NAME==VERSION`, an absolute directory or a Hub id, `ORG/NAME`"
             )
+        if self.training.rate < LEAST_RATE:
+            expected = f"at least {LEAST_RATE:g}: a share of the weights' root mean square, such as 0.02"
+            yield _problem("training.rate", self.training.rate, expected)
         calibration, perplexity = self.calibration.text, self.perplexity.text
         yield from _text_conflicts("calibration", calibration)
         yield from _text_conflicts("perplexity", perplexity)
@@ -314,9 +317,6 @@ class Params(_Section):
                 "corrected with reconstruction none",
                 "a reconstruction, which can aim at the dense outputs; set reconstruction=least-squares",
             )
-        if self.training.rate < LEAST_RATE:
-            expected = f"at least {LEAST_RATE:g}: a share of the weights' root mean square, such as 0.02"
-            yield _problem("training.rate", self.training.rate, expected)
         if reconstruction.trains and self.propagation == "dense":
             yield _problem(
                 "reconstruction",
