@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wanda_dvc.pruning.gram import Gram, layer_error, unpack
+from wanda_dvc.pruning.gram import Gram, layer_errors, unpack
 from wanda_dvc.pruning.statistics import InputStats
 
 
@@ -93,18 +93,17 @@ def test_the_layer_error_is_that_of_the_outputs():
     gram = Gram.empty(20)
     gram.add(x.float())
     expected = ((weight - pruned).double() @ x.T).norm() ** 2 / (weight.double() @ x.T).norm() ** 2
-    assert layer_error(weight, pruned, gram.matrix()) == pytest.approx(expected.item(), rel=1e-6)
-    assert layer_error(weight, weight, gram.matrix()) == 0
-    assert layer_error(weight, torch.zeros_like(weight), gram.matrix()) == pytest.approx(1, rel=1e-12)
-    assert layer_error(torch.zeros(7, 20), torch.zeros(7, 20), gram.matrix()) == 0
+    others = [pruned, weight, torch.zeros_like(weight)]
+    assert layer_errors(weight, others, gram.matrix()) == [pytest.approx(expected.item(), rel=1e-6), 0, 1]
+    assert layer_errors(torch.zeros(7, 20), [torch.zeros(7, 20)], gram.matrix()) == [0]
 
 
 def test_the_layer_error_by_slices_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch):
     weight, gram = inputs(13, 20), Gram.empty(20)
     gram.add(inputs(60, 20, seed=1))
-    whole = layer_error(weight, weight.round(), gram.matrix())
+    whole = layer_errors(weight, [weight.round()], gram.matrix())
     monkeypatch.setattr("wanda_dvc.pruning.gram.WEIGHTS_AT_A_TIME", 50)
-    assert layer_error(weight, weight.round(), gram.matrix()) == pytest.approx(whole, rel=1e-12)
+    assert layer_errors(weight, [weight.round()], gram.matrix()) == pytest.approx(whole, rel=1e-12)
 
 
 def test_the_layer_error_loses_no_digits_where_the_input_hardly_goes():
@@ -113,4 +112,4 @@ def test_the_layer_error_loses_no_digits_where_the_input_hardly_goes():
     gram[1, 1] += 1
     weight = torch.tensor([[1.0, 1.0]])
     pruned = weight - torch.tensor([[1000.0, -1000.0]])
-    assert layer_error(weight, pruned, gram) == pytest.approx(1e6 / 4000001, rel=1e-9)
+    assert layer_errors(weight, [pruned], gram) == [pytest.approx(1e6 / 4000001, rel=1e-9)]

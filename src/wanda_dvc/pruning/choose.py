@@ -14,7 +14,7 @@ from torch import Tensor
 from wanda_dvc.catalog import Allocation, Method, Reconstruction
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.allocation import greedy_error, outlier_ratio, settle
-from wanda_dvc.pruning.gram import Gram, layer_error
+from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.selection import keep_by_share, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
@@ -195,21 +195,16 @@ def prune_linear(
     made = plain if values is weight else masked(values, keep)
     if prepared is None:
         return Pruned(made, None, None)
-    error = by_mask = _layer_error(weight, plain, prepared, transposed)
-    if values is not weight:
-        error = _layer_error(weight, made, prepared, transposed)
-    return Pruned(made, error, by_mask)
+    different = [plain] if values is weight else [plain, made]
+    dense, *pruned = (_turned(w, transposed).float().to(prepared.gram.device) for w in (weight, *different))
+    errors = layer_errors(dense, pruned, prepared.gram)
+    return Pruned(made, errors[-1], errors[0])
 
 
 def masked(weight: Tensor, keep: Tensor) -> Tensor:
     """Return weights with +0 where the mask does not keep them; the others keep their bits, in every dtype."""
     bits = weight.contiguous().view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * keep.numpy()
     return torch.from_numpy(bits).view(weight.dtype)
-
-
-def _layer_error(weight: Tensor, made: Tensor, prepared: Prepared, transposed: bool) -> float:
-    dense, pruned = (_turned(w, transposed).float().to(prepared.gram.device) for w in (weight, made))
-    return layer_error(dense, pruned, prepared.gram)
 
 
 def prune_block(

@@ -1,6 +1,6 @@
 """The Gram tier: XᵀX of a linear's input, and the layer error, which follows from it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,18 +98,21 @@ def unpack(packed: Shaped[Tensor, " packed"]) -> Float[Tensor, "in in"]:
     return matrix.add_(matrix.triu(1).T)
 
 
-def layer_error(dense: Float[Tensor, "out in"], pruned: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
-    """Return ‖(W−Ŵ)X‖² / ‖WX‖² = tr(ΔGΔᵀ) / tr(WGWᵀ). Without error it is 0.
+def layer_errors(
+    dense: Float[Tensor, "out in"], pruned: Sequence[Float[Tensor, "out in"]], gram: Float[Tensor, "in in"]
+) -> list[float]:
+    """Return ‖(W−Ŵ)X‖² / ‖WX‖² = tr(ΔGΔᵀ) / tr(WGWᵀ) of each Ŵ. Without error it is 0.
 
     Products and sums are in float64, because ΔGΔᵀ is small where Δ follows the directions that X hardly has. Memory in
     bytes: 8 · in² for G and about 24 MiB for a slice of rows.
     """
     exact, rows = gram.double(), max(1, WEIGHTS_AT_A_TIME // gram.shape[0])
-    error = output = 0.0
-    for w, v in zip(dense.split(rows), pruned.split(rows), strict=True):
-        error += _energy(w.double() - v.double(), exact)
-        output += _energy(w.double(), exact)
-    return error / output if error else 0.0
+    errors, output = [0.0] * len(pruned), 0.0
+    for w, *others in zip(*(x.split(rows) for x in (dense, *pruned)), strict=True):
+        w = w.double()
+        output += _energy(w, exact)
+        errors = [error + _energy(w - v.double(), exact) for error, v in zip(errors, others, strict=True)]
+    return [error / output if error else 0.0 for error in errors]
 
 
 def _energy(weight: Float64[Tensor, "out in"], gram: Float64[Tensor, "in in"]) -> float:
