@@ -75,7 +75,7 @@ def test_parameters_are_those_of_the_models_cards(name: str, parameters: int, li
     assert work(config).linears == linears
 
 
-def test_only_the_experts_that_a_token_meets_count(tmp_path: Path):
+def test_a_token_meets_some_experts_and_all_are_pruned(tmp_path: Path):
     config = {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260,
@@ -83,7 +83,9 @@ def test_only_the_experts_that_a_token_meets_count(tmp_path: Path):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     attention, expert = 2 * 32 * 32 + 2 * 16 * 32, 3 * 32 * 48
-    assert 2 * (attention + 2 * expert) <= work(tmp_path).linears <= 2 * (attention + 2 * expert + 8 * 32)
+    routers = 2 * 8 * 32
+    assert 0 <= work(tmp_path).linears - 2 * (attention + 2 * expert) <= routers
+    assert 0 <= work(tmp_path).all_linears - 2 * (attention + 8 * expert) <= routers
 
 
 def test_the_model_gives_what_was_measured_on_the_reference_machine(params: Params):
@@ -94,6 +96,21 @@ def test_the_model_gives_what_was_measured_on_the_reference_machine(params: Para
     assert seconds["calibrate"] == pytest.approx(108, rel=0.1)
     assert seconds["perplexity"] == pytest.approx(65, rel=0.1)
     assert seconds["mask"] == pytest.approx(0.61, rel=0.25)  # and 9.5 s at 1.5 B parameters: one rate for both
+
+
+def test_the_measured_seconds_of_apply_with_gram_matrices(params: Params):
+    """On two cores of a Zen 5 at 453 GFLOP/s: 9.1 s with the start, 3 of them, and 17.4 s with least squares."""
+    config = CONFIGS / "smollm2-135m.json"
+    device = Device("two cores of a Zen 5", {"float32": 453e9}, HOST, None, CPU_EFFICIENCY)
+    on = Setting(sizes(config), work(config), device, "float32", tokens=1)
+    measured = {("none", "none"): 0.7, ("float32", "none"): 6.1, ("float32", "least-squares"): 14.4}
+    for (gram, reconstruction), expected in measured.items():
+        calibration = params.calibration.model_copy(update={"gram": gram})
+        row = STAGES["apply"].cost(
+            params.model_copy(update={"calibration": calibration, "reconstruction": reconstruction}), on
+        )
+        assert row is not None
+        assert row.seconds == pytest.approx(expected, rel=0.3)
 
 
 @pytest.mark.parametrize("gram", ["none", "float32"])

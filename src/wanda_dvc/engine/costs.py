@@ -12,6 +12,7 @@ from wanda_dvc.engine.sizes import SELECTION, WIDTH, Memory, Sizes
 
 DISK = 2e9  # bytes a second from a local NVMe disk; from the page cache it is more
 PRODUCTS = 20  # of a weight and a Gram matrix, in a solver: conjugate gradients take 10, ADMM 20
+ERROR_PRODUCTS = 8  # that take as long as one in float64, of a layer error, with its share of reading the matrix
 NETWORK = 1.2e9  # bytes a second to the driver, of 10 Gbit/s Ethernet
 HOST = 5e9  # bytes of weights and scores a second in mask and apply, on two cores, at 135 M parameters; more at 7 B
 
@@ -52,6 +53,7 @@ class Work:
     """The weights that one token is multiplied with. Of experts, those that it is sent to count."""
 
     linears: int  # weights of all blocks
+    all_linears: int  # with all experts: what is pruned
     pairs: int  # query features of all blocks: each pair of tokens costs them twice, for q·k and for its share of v
     head: int  # weights
     blocks: int
@@ -141,7 +143,7 @@ class Setting:
 
 def choosing_seconds(on: Setting) -> float:
     """Return about how long all linears are scored and selected from: by the host, or by a card and the link to it."""
-    linears, device = on.work.linears, on.device
+    linears, device = on.work.all_linears, on.device
     if device.link is None:
         return linears * (on.stored_width + SELECTION) / HOST
     scored = SELECTION / device.bandwidth + (on.stored_width + 1) / device.link  # a weight goes, a byte comes back
@@ -150,10 +152,17 @@ def choosing_seconds(on: Setting) -> float:
 
 def solving_seconds(solves: bool, on: Setting) -> float:
     """Return about how long all linears are solved for, each by `PRODUCTS` multiplications of W and XᵀX."""
-    if not solves:
-        return 0
+    return _multiplying_seconds(PRODUCTS * solves, on)
+
+
+def error_seconds(models: int, on: Setting) -> float:
+    """Return about how long the outputs and the layer errors of all linears take, of so many pruned models."""
+    return _multiplying_seconds(ERROR_PRODUCTS * (1 + models), on) if models else 0
+
+
+def _multiplying_seconds(products: int, on: Setting) -> float:
     rate = on.device.flops.get("float32", on.device.flops[on.dtype]) * on.device.efficiency
-    return PRODUCTS * 2 * on.work.linears * on.model.hidden / rate
+    return products * 2 * on.work.all_linears * on.model.hidden / rate
 
 
 def work(config: Path) -> Work:
@@ -165,10 +174,11 @@ def work(config: Path) -> Work:
     blocks = find_blocks(model)[1]
     experts, asked = _experts(text)
     shapes = [shape for block in blocks for shape in weight_shapes(block)]
-    linears = sum(shape.numel() * (asked / experts if len(shape) == 3 else 1) for shape in shapes)
+    linears = sum(shape.numel() for shape in shapes)
+    met = sum(shape.numel() * (asked / experts if len(shape) == 3 else 1) for shape in shapes)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     head = model.get_output_embeddings().weight.numel()
-    return Work(int(linears), len(blocks) * text.num_attention_heads * width, head, len(blocks))
+    return Work(int(met), linears, len(blocks) * text.num_attention_heads * width, head, len(blocks))
 
 
 def _experts(config: Any) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.costs import DISK, HOST, Cost, Setting, solving_seconds
+from wanda_dvc.engine.costs import DISK, HOST, Cost, Setting, error_seconds, solving_seconds
 from wanda_dvc.engine.sizes import Need, sizes, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
@@ -111,12 +111,13 @@ def need(project: Project, _: str | None = None) -> Need:
 
 
 def cost(params: Params, on: Setting) -> Cost:
-    """Copied to the disk, then read, multiplied and counted."""
+    """Copied to the disk, then read, multiplied and counted; with Gram matrices, measured too."""
     model = on.model
-    seconds = model.stored / DISK + on.work.linears * (4 * on.stored_width + 1) / HOST
+    seconds = model.stored / DISK + on.work.all_linears * (4 * on.stored_width + 1) / HOST
     widest = 0 if params.calibration.gram == "none" else model.widest
-    solves = params.propagation == "dense" and RECONSTRUCTIONS[params.reconstruction].function is not None
-    seconds += solving_seconds(solves, on)
+    changes = RECONSTRUCTIONS[params.reconstruction].function is not None
+    seconds += solving_seconds(changes and params.propagation == "dense", on)
+    seconds += error_seconds(1 + changes if widest else 0, on)  # of the masks, and of other values on them
     return Cost(0, model.stored, 0, model.stored, writing(linear=model.linear, widest=widest), seconds)
 
 

@@ -359,7 +359,7 @@ def need(project: Project, _: str | None = None) -> Need:
 
 def cost(params: Params, on: Setting) -> Cost:
     """One pass over weights and scores; with `propagation: pruned` each block is run twice more."""
-    linears, model = on.work.linears, on.model
+    linears, model = on.work.all_linears, on.model
     on_card = on.where == "cuda"
     threads = 1 if on_card else on.threads
     memory = _choosing(params, model.block, model.linear, model.widest, threads, by_row=not on_card)

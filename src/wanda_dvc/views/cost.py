@@ -79,7 +79,7 @@ def cost(  # noqa: PLR0913 - the options of the command
             "",
             tabulate(rows, headers, tablefmt="github", disable_numparse=True),
             "",
-            f"One more experiment adds {_gb(through.linears / 8)} GB to the cache (its masks) and takes "
+            f"One more experiment adds {_gb(through.all_linears / 8)} GB to the cache (its masks) and takes "
             f"{_duration(sum(seconds[1:]))}; the first one {_duration(sum(seconds))} and its dense baselines "
             f"{_duration(sum(baselines))} more.",
         ]
