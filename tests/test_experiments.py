@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from repository import Repository
@@ -12,6 +13,7 @@ import wanda_dvc as wd
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import load_lock
 from wanda_dvc.views.experiments import experiments
+from wanda_dvc.views.show import show
 
 pytestmark = pytest.mark.pipeline
 
@@ -108,6 +110,27 @@ def test_the_page_about_python_prints_what_it_says(
             shown = capsys.readouterr().out
     assert sum(block.language == "python" for block in every) > 6
     assert not shown
+
+
+def test_show_says_what_an_allocation_gives_beside_uniform(tmp_path: Path):
+    root = tmp_path / "study"
+    repository = Repository.new(root, root)
+
+    def said() -> str:
+        repository.run("dvc", "commit", "--force", "--quiet")
+        (root / "masks/provenance.json").unlink()  # what made the masks is another matter
+        return show(project=Project(root)) + json.dumps(json.loads(show(project=Project(root), as_json=True))["notes"])
+
+    write_results(root, "wanda", 0.6, 2.5, 20, layer_error=0.04)
+    repository.save("main")
+    assert "llocation" not in said()
+    write_results(root, "wanda", 0.5, 2.5, 20, layer_error=0.04, allocation="slope", allocation_strength=0.01)
+    assert said().count("Whether allocation slope helps is not known: no experiment has uniform, all else equal.") == 2
+    write_results(root, "wanda", 0.5, 2.4, 20, layer_error=0.05)
+    repository.save("even")
+    write_results(root, "wanda", 0.5, 2.5, 20, layer_error=0.04, allocation="slope", allocation_strength=0.01)
+    found = "perplexity 12.18 instead of 11.02, worse; mean layer error 4.00 % instead of 5.00 %, better."
+    assert said().count(f"Allocation slope against uniform, all else equal (even): {found}") == 2
 
 
 def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):

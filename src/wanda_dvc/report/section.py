@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from wanda_dvc.report.allocations import is_uniform_of
 from wanda_dvc.report.comparisons import Comparison, compare
 from wanda_dvc.report.formatting import rank, setting, title
 from wanda_dvc.report.measures import Measured, mean, pruned
@@ -127,9 +128,16 @@ class Section:
         second = comparison.second
         return literal(self.label(comparison.first)), literal(self.label(second)) if second else "dense"
 
+    def beside_uniform(self) -> Iterator[tuple[Row, Row]]:
+        """Pairs of rows of which the second has `allocation: uniform`, the first another, all else equal."""
+        for row, other in itertools.permutations(self.ordered, 2):
+            if is_uniform_of(other.settings(), row.settings()):
+                yield row, other
+
     def _pairs(self) -> Iterator[tuple[Row, Row | None]]:
         """Pairs of rows; of two methods, the later one in the catalog comes first: it is the one in question."""
         yield from ((row, None) for row in self.ordered)
+        yield from self.beside_uniform()
         for one, other in itertools.combinations(self.ordered, 2):
             ranks = rank(one.params.method), rank(other.params.method)
             if ranks[0] != ranks[1] and self.place(one) == self.place(other):

@@ -1,4 +1,4 @@
-"""Text from outside (a model's, a file's or a method's name) in Markdown, so that it stays text."""
+"""Text from outside (a model's, a file's or a method's name) in Markdown, so that it stays text; and numbers."""
 
 import re
 
@@ -16,6 +16,13 @@ def code(text: object) -> str:
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     fence = "`" * (longest + 1)
     return f"{fence}{line}{fence}" if not longest else f"{fence} {line} {fence}"
+
+
+def number(perplexity: float | str | None) -> str:
+    """Spell a perplexity; a dash where there is none."""
+    if perplexity is None:
+        return "–"
+    return perplexity if isinstance(perplexity, str) else f"{perplexity:,.2f}"
 
 
 def _line(text: object) -> str:

@@ -1,6 +1,7 @@
 """Tables of what the stages measured."""
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,18 +9,22 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.report.allocations import Result, against_uniform, is_uniform_of
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.local import changed_sources
+from wanda_dvc.study.markup import number
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.ran import Ran
+from wanda_dvc.study.settings import flatten
 from wanda_dvc.study.tensors import block_count, read_stats
 from wanda_dvc.study.times import machine_of
 
 if TYPE_CHECKING:
     from wanda_dvc.pruning.statistics import InputStats
 
+UNIFORM = "dvc exp run -S allocation=uniform -S allocation_strength=null"
 HEADERS = ["", "dense", "pruned", "pruned / dense"]
 
 
@@ -35,7 +40,7 @@ def show(*, project: Project, as_json: bool = False) -> str:
         "\n".join(changed_sources(project)),
         tabulate(comparison(made), HEADERS, tablefmt="github"),
     ]
-    parts += [*_footnotes(made), _times(made)]
+    parts += [*_footnotes(made), *_beside_uniform(made), _times(made)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -47,7 +52,7 @@ def _records(project: Project, ran: Ran, made: Project) -> Json:
         "not_run": ran.unmet,
         "stale": ran.stale,
         "results": {model: _figures(made, model) for model in MODELS},
-        "notes": [*shown, *changed_sources(project), *_footnotes(made)],
+        "notes": [*shown, *changed_sources(project), *_footnotes(made), *_beside_uniform(made)],
         "times": times(made, made.times),
     }
 
@@ -198,6 +203,32 @@ def _notes_on_layers(project: Project) -> Iterator[str]:
         yield f"{sum(dead.values())} features that {len(dead)} linears read are 0 on the calibration text."
 
 
+def _beside_uniform(project: Project) -> Iterator[str]:
+    """Say what another allocation than `uniform` gives beside it, by the experiments of the repository."""
+    from wanda_dvc.report.rows import collect
+    from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, list_experiments
+
+    name, own = project.params.allocation, Result.of(project)
+    if name == "uniform" or own == (None, None):
+        return
+    settings = dict(flatten(project.params.model_dump(mode="json", exclude={"runtime"})))
+    try:
+        states = list_experiments(project)
+    except UserError:  # no repository
+        return
+    for one in states:
+        if one.state != SUCCESS or one.rev == WORKSPACE or not is_uniform_of(one.settings, settings):
+            continue
+        with tempfile.TemporaryDirectory() as work:
+            for row in collect(project=project, model=None, revs=[one.rev], work=Path(work)).rows:
+                if said := against_uniform(own, Result.of(row.study)):
+                    yield f"Allocation {name} against uniform, all else equal ({one.name}): {said}."
+                    return
+    yield (
+        f"Whether allocation {name} helps is not known: no experiment has uniform, all else equal. One: `{UNIFORM}`."
+    )
+
+
 def _times(project: Project) -> str:
     """Return a table of the runs that made the results at hand."""
     known = times(project, project.times)
@@ -311,13 +342,6 @@ def _last_word(linear: str) -> str:
 
 def _short(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
-
-
-def number(value: float | str | None) -> str:
-    """Spell a perplexity; a dash where there is none."""
-    if value is None:
-        return "–"
-    return value if isinstance(value, str) else f"{value:,.2f}"
 
 
 def _ratio(dense: float | str | None, pruned: float | str | None) -> str:

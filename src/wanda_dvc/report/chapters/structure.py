@@ -2,10 +2,11 @@
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.report import charts
+from wanda_dvc.report.allocations import Result, against_uniform
 from wanda_dvc.report.formatting import title
 from wanda_dvc.report.measures import pruned
 from wanda_dvc.report.norms import input_norms
-from wanda_dvc.report.pages import Content, literal, picture
+from wanda_dvc.report.pages import Content, Items, Text, literal, picture
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section, sparsity
 from wanda_dvc.study.tensors import block_count
@@ -25,6 +26,7 @@ def content(section: Section) -> Content:
                 charts.by_block(series, y_label="sparsity, %", top=100),
             )
         )
+    parts += _allocations(section)
     parts += _layer_errors(section)
     by_stats: dict[str, Row] = {}
     for row in section.rows:
@@ -46,6 +48,17 @@ def content(section: Section) -> Content:
             )
         )
     return parts
+
+
+def _allocations(section: Section) -> Content:
+    """What each other allocation than `uniform` gives beside it; nothing where no two rows differ in that alone."""
+    said = []
+    for row, other in section.beside_uniform():
+        results = against_uniform(Result.of(row.study), Result.of(other.study))
+        if results:
+            names = (literal(section.label(one)) for one in (row, other))
+            said.append(f"{' against '.join(names)}: {results}.")
+    return [Text("What an allocation gives beside `uniform`, all else equal:"), Items(said)] if said else []
 
 
 def _layer_errors(section: Section) -> Content:
