@@ -29,6 +29,7 @@ from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import read_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_count, read_grams, read_masks, read_stats, read_weights
+from wanda_dvc.views.show import stats
 
 Make = Callable[..., Project]
 PROPAGATIONS = ("dense", "pruned", "corrected")
@@ -122,6 +123,29 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(study: Make, changes:
             if changes["propagation"] == "dense":
                 assert told[name]["error"] <= told[name]["masked"] * (1 + 1e-5)
     assert all(moved) == any(moved) == (RECONSTRUCTIONS[changes["reconstruction"]].function is not None)
+
+
+def test_stats_shows_the_layer_errors_of_the_masks_at_hand(study: Make):
+    def shown() -> dict[str, float]:
+        records = json.loads(stats(project=made, layer=None, as_json=True))
+        table = stats(project=made, layer=None, as_json=False)
+        errors = {name: error for record in records for name, error in record.get("layer_error", {}).items()}
+        assert ("layer error" in table) == bool(errors)
+        assert all(f"{100 * error:.2f} %" in table for error in errors.values())
+        return errors
+
+    made = study(reconstruction="least-squares")
+    assert not shown()  # nothing is pruned yet
+    mask(project=made)
+    apply(project=made)
+    told = read_json(made.details("pruned", "layer_error"), "apply")["linears"]
+    assert shown() == {name: one["error"] for name, one in told.items()}
+    made = study(sparsity=0.6)
+    assert not shown()  # params.yaml has another reconstruction than what was measured
+    made = study(sparsity=0.6, reconstruction="least-squares")
+    assert shown()
+    mask(project=made)
+    assert not shown()  # of other masks
 
 
 def test_what_is_in_no_linear_stays_unless_its_block_is_trained(study: Make):

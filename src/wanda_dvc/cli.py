@@ -178,7 +178,7 @@ def stats(  # noqa: PLR0913, PLR0917 - the options of the command
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the input norms by block and distinct input, with their outliers."""
+    """Show the input norms by block and distinct input, with their outliers; of a pruned model the layer errors too."""
     from wanda_dvc.study.project import Project
     from wanda_dvc.views import norms
     from wanda_dvc.views.show import check_stats

@@ -250,7 +250,10 @@ def peak_memory(time: dict[str, Any]) -> str:
 
 
 def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | None = None) -> str:
-    """The input norms of every distinct input, of one block or of all, or of one linear: as a table, or as JSON."""
+    """The input norms of every distinct input, of one block or of all, or of one linear: as a table, or as JSON.
+
+    With the layer errors of the linears that read it, where the pruned model at hand was measured on its Gram matrix.
+    """
     read_provenance(project.stats, "calibrate")
     blocks = block_count(project.stats, "calibrate")
     if layer is not None:
@@ -266,6 +269,9 @@ def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | N
         if not records:
             last = sorted({name.rpartition(".")[2] for name in every})
             raise UserError(f"--linear: got {linear}, expected a linear's name or its end: {', '.join(last)}")
+    if errors := _layer_errors(project):
+        for record in records:
+            record["layer_error"] = {name: errors[name] for name in record["linears"] if name in errors}
     if as_json:
         return json.dumps(records, indent=2)
     rows = [
@@ -276,6 +282,7 @@ def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | N
             *(_short(record[name]) for name in ("mean", "median", "max")),
             "–" if record["outliers"] is None else f"{100 * record['outliers']:.2f} %",
             "  ".join(f"{feature['index']}: {feature['norm']:.4g}" for feature in record["largest"]),
+            *([", ".join(f"{100 * x:.2f} %" for x in record["layer_error"].values())] if errors else []),
         ]
         for record in records
     ]
@@ -288,8 +295,25 @@ def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | N
         "largest",
         "> 6 × median",
         "largest features (index: norm)",
+        *(["layer error"] if errors else []),
     ]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _layer_errors(project: Project) -> dict[str, float]:
+    """Return the layer error of every linear; none unless the masks and Gram matrices at hand are behind them."""
+    from wanda_dvc.stages.apply import describe_pruned
+
+    measured = load_json(project.details("pruned", "layer_error"))
+    if not measured.get("linears"):
+        return {}
+    try:
+        made_from = describe_pruned(project, project.params.reconstruction)
+    except UserError:
+        return {}
+    if measured["protocol"]["model"] != digest(made_from):
+        return {}
+    return {linear: told["error"] for linear, told in measured["linears"].items()}
 
 
 def check_layer(folder: Path, layer: int) -> None:
