@@ -157,7 +157,7 @@ def solving_seconds(solves: bool, on: Setting) -> float:
 
 def error_seconds(models: int, on: Setting) -> float:
     """Return about how long the outputs and the layer errors of all linears take, of so many pruned models."""
-    return _multiplying_seconds(ERROR_PRODUCTS * (1 + models), on) if models else 0
+    return _multiplying_seconds(ERROR_PRODUCTS * (1 + models), on)
 
 
 def _multiplying_seconds(products: int, on: Setting) -> float:

@@ -117,7 +117,8 @@ def cost(params: Params, on: Setting) -> Cost:
     widest = 0 if params.calibration.gram == "none" else model.widest
     changes = RECONSTRUCTIONS[params.reconstruction].function is not None
     seconds += solving_seconds(changes and params.propagation == "dense", on)
-    seconds += error_seconds(1 + changes if widest else 0, on)  # of the masks, and of other values on them
+    if widest:
+        seconds += error_seconds(1 + changes, on)  # of the masks, and of other values on them
     return Cost(0, model.stored, 0, model.stored, writing(linear=model.linear, widest=widest), seconds)
 
 
