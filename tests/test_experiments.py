@@ -10,6 +10,7 @@ from test_docs import blocks
 from test_report import write_results
 
 import wanda_dvc as wd
+from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import load_lock
 from wanda_dvc.views.experiments import experiments
@@ -131,6 +132,10 @@ def test_show_says_what_an_allocation_gives_beside_uniform(tmp_path: Path):
     write_results(root, "wanda", 0.5, 2.5, 20, layer_error=0.04, allocation="slope", allocation_strength=0.01)
     found = "perplexity 12.18 instead of 11.02, worse; mean layer error 4.00 % instead of 5.00 %, better."
     assert said().count(f"Allocation slope against uniform, all else equal (even): {found}") == 2
+    write_json(root / "masks/provenance.json", {"of": "others"})
+    repository.run("dvc", "commit", "--force", "--quiet", "mask")  # a run that was killed before `apply`
+    (root / "masks/provenance.json").unlink()
+    assert "Allocation slope" not in show(project=Project(root))
 
 
 def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):

@@ -11,17 +11,17 @@ OWN = ("allocation", "allocation_strength")  # the settings that may differ
 
 
 class Result(NamedTuple):
-    """What was measured of a pruned model; None where nothing was."""
+    """What was measured of a model; None where nothing was."""
 
     perplexity: float | str | None
     layer_error: float | None  # the linears' mean
 
     @classmethod
-    def of(cls, study: Project) -> "Result":
-        """Read a study's metrics and details."""
-        linears = load_json(study.details("pruned", "layer_error")).get("linears", {})
+    def of(cls, study: Project, model: str = "pruned") -> "Result":
+        """Read a study's metrics and details. The dense model has no layer error."""
+        linears = load_json(study.details(model, "layer_error")).get("linears", {})
         errors = [told["error"] for told in linears.values()]
-        perplexity = load_json(study.metrics("pruned", "perplexity")).get("perplexity")
+        perplexity = load_json(study.metrics(model, "perplexity")).get("perplexity")
         return cls(perplexity, sum(errors) / len(errors) if errors else None)
 
 
@@ -29,14 +29,14 @@ def is_uniform_of(other: Mapping[str, Any], settings: Mapping[str, Any]) -> bool
     """Whether settings, by dotted name, have another allocation than `uniform`, and others differ in that alone."""
     if settings["allocation"] == "uniform" or other.get("allocation") != "uniform":
         return False
-    return all(value == other[name] for name, value in settings.items() if name in other and name not in OWN)
+    return all(other.get(name) == value for name, value in settings.items() if name not in OWN)
 
 
 def against_uniform(own: Result, uniform: Result) -> str | None:
     """Say both results, and which is worse; None where no measure is known of both."""
     said = []
     if own.perplexity is not None and uniform.perplexity is not None:
-        values = (value if isinstance(value, float) else float("inf") for value in (own.perplexity, uniform.perplexity))
+        values = (float("inf") if isinstance(value, str) else value for value in (own.perplexity, uniform.perplexity))
         said.append(f"perplexity {number(own.perplexity)} instead of {number(uniform.perplexity)}, {_verdict(*values)}")
     if own.layer_error is not None and uniform.layer_error is not None:
         errors = own.layer_error, uniform.layer_error

@@ -128,16 +128,17 @@ class Section:
         second = comparison.second
         return literal(self.label(comparison.first)), literal(self.label(second)) if second else "dense"
 
-    def beside_uniform(self) -> Iterator[tuple[Row, Row]]:
+    @cached_property
+    def beside_uniform(self) -> list[tuple[Row, Row]]:
         """Pairs of rows of which the second has `allocation: uniform`, the first another, all else equal."""
-        for row, other in itertools.permutations(self.ordered, 2):
-            if is_uniform_of(other.settings(), row.settings()):
-                yield row, other
+        every = [(row, row.settings()) for row in self.ordered]
+        pairs = itertools.permutations(every, 2)
+        return [(row, other) for (row, own), (other, uniform) in pairs if is_uniform_of(uniform, own)]
 
     def _pairs(self) -> Iterator[tuple[Row, Row | None]]:
         """Pairs of rows; of two methods, the later one in the catalog comes first: it is the one in question."""
         yield from ((row, None) for row in self.ordered)
-        yield from self.beside_uniform()
+        yield from self.beside_uniform
         for one, other in itertools.combinations(self.ordered, 2):
             ranks = rank(one.params.method), rank(other.params.method)
             if ranks[0] != ranks[1] and self.place(one) == self.place(other):

@@ -40,7 +40,7 @@ def show(*, project: Project, as_json: bool = False) -> str:
         "\n".join(changed_sources(project)),
         tabulate(comparison(made), HEADERS, tablefmt="github"),
     ]
-    parts += [*_footnotes(made), *_beside_uniform(made), _times(made)]
+    parts += [*_footnotes(made), *_beside_uniform(made, ran), _times(made)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -52,23 +52,23 @@ def _records(project: Project, ran: Ran, made: Project) -> Json:
         "not_run": ran.unmet,
         "stale": ran.stale,
         "results": {model: _figures(made, model) for model in MODELS},
-        "notes": [*shown, *changed_sources(project), *_footnotes(made), *_beside_uniform(made)],
+        "notes": [*shown, *changed_sources(project), *_footnotes(made), *_beside_uniform(made, ran)],
         "times": times(made, made.times),
     }
 
 
 def _figures(project: Project, model: str) -> Json:
     """What was measured of one model; null where nothing was."""
-    figures: Json = {"perplexity": load_json(project.metrics(model, "perplexity")).get("perplexity")}
+    result = Result.of(project, model)
+    figures: Json = {"perplexity": result.perplexity}
     figures["zero_shot"] = {
         task: load_json(project.metrics(model, f"zero_shot/{task}"))
         | {"standard_errors": load_json(project.details(model, f"zero_shot/{task}")).get("standard_errors", {})}
         for task in project.params.tasks.names
     }
     if model == "pruned":
-        errors = [told["error"] for told in _solved(project).values()]
         figures["sparsity"] = load_json(project.metrics(model, "sparsity")).get("sparsity")
-        figures["layer_error"] = sum(errors) / len(errors) if errors else None
+        figures["layer_error"] = result.layer_error
     return figures
 
 
@@ -87,8 +87,9 @@ def comparison(project: Project) -> list[list[str]]:
     """Every measure, dense beside pruned, as rows under `HEADERS`; a dash where nothing was measured."""
     params = project.params
     rows = []
-    dense, pruned = (load_json(project.metrics(model, "perplexity")).get("perplexity") for model in MODELS)
-    rows.append(["perplexity", number(dense), number(pruned), _ratio(dense, pruned)])
+    dense, pruned = (Result.of(project, model) for model in MODELS)
+    perplexities = dense.perplexity, pruned.perplexity
+    rows.append(["perplexity", *map(number, perplexities), _ratio(*perplexities)])
     accuracies: dict[str, list[float]] = {model: [] for model in MODELS}
     for task in params.tasks.names:
         both = [load_json(project.metrics(model, f"zero_shot/{task}")) for model in MODELS]
@@ -109,9 +110,8 @@ def comparison(project: Project) -> list[list[str]]:
         rows.append(
             ["mean, acc %", *(f"{100 * mean:.1f}" if mean is not None else "–" for mean in means), _retained(*means)]
         )
-    if linears := _solved(project):
-        mean = sum(told["error"] for told in linears.values()) / len(linears)
-        rows.append(["layer error, mean", "–", f"{mean:.4f}", ""])
+    if pruned.layer_error is not None:
+        rows.append(["layer error, mean", "–", f"{pruned.layer_error:.4f}", ""])
     sparsity = load_json(project.metrics("pruned", "sparsity")).get("sparsity")
     rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
     return rows
@@ -203,13 +203,13 @@ def _notes_on_layers(project: Project) -> Iterator[str]:
         yield f"{sum(dead.values())} features that {len(dead)} linears read are 0 on the calibration text."
 
 
-def _beside_uniform(project: Project) -> Iterator[str]:
+def _beside_uniform(project: Project, ran: Ran) -> Iterator[str]:
     """Say what another allocation than `uniform` gives beside it, by the experiments of the repository."""
     from wanda_dvc.report.rows import collect
     from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, list_experiments
 
     name, own = project.params.allocation, Result.of(project)
-    if name == "uniform" or own == (None, None):
+    if name == "uniform" or own == (None, None) or ran.torn:  # torn: some figure is still another experiment's
         return
     settings = dict(flatten(project.params.model_dump(mode="json", exclude={"runtime"})))
     try:

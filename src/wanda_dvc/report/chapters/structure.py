@@ -53,7 +53,7 @@ def content(section: Section) -> Content:
 def _allocations(section: Section) -> Content:
     """What each other allocation than `uniform` gives beside it; nothing where no two rows differ in that alone."""
     said = []
-    for row, other in section.beside_uniform():
+    for row, other in section.beside_uniform:
         results = against_uniform(Result.of(row.study), Result.of(other.study))
         if results:
             names = (literal(section.label(one)) for one in (row, other))
