@@ -8,7 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wanda_dvc.pruning.allocation import greedy_error, lsa, outlier_ratio, owl, settle, shift, slope, uniform
+from wanda_dvc.pruning.allocation import (
+    count_scores,
+    fisher,
+    greedy_error,
+    lsa,
+    outlier_ratio,
+    owl,
+    settle,
+    shift,
+    slope,
+    uniform,
+)
 from wanda_dvc.pruning.selection import removed
 
 GROUPS = st.lists(st.tuples(st.integers(1, 40), st.integers(4, 60)), min_size=1, max_size=3)
@@ -23,6 +34,7 @@ def mean(shares: list[Fraction], sizes: list[int]) -> Fraction:
 def test_every_allocation_gives_up_exactly_what_is_asked_for(data, sparsity):
     sizes = data.draw(st.lists(st.integers(1, 10**6), min_size=1, max_size=12))
     values = data.draw(st.lists(FLOAT, min_size=len(sizes), max_size=len(sizes)))
+    counts = [None if value < 1 else count_scores(value * torch.rand(5)) for value in values]
     for shares in (
         uniform(sparsity, sizes),
         slope(sparsity, sizes),
@@ -30,9 +42,13 @@ def test_every_allocation_gives_up_exactly_what_is_asked_for(data, sparsity):
         owl(sparsity, sizes, values),
         owl(sparsity, sizes, values, spread=1),
         lsa(sparsity, sizes, values),
+        fisher(sparsity, sizes, [None] * len(sizes)),
     ):
         assert mean(shares, sizes) == sparsity
         assert all(0 <= share <= 1 for share in shares)
+    shares = fisher(sparsity, [5] * len(counts), counts)
+    assert mean(shares, [5] * len(counts)) == sparsity
+    assert all(0 <= share <= 1 for share in shares)
 
 
 @given(st.lists(st.fractions(-2, 2), min_size=1, max_size=8), st.fractions(0, 1))
@@ -56,6 +72,24 @@ def test_shares_by_hand():
     assert shift([Fraction(0), Fraction(1)], half, [3, 1]) == [Fraction(1, 3), Fraction(1)]
     with pytest.raises(ValueError, match="2 parts of 1 sizes at sparsity 1/2"):
         shift([half, half], half, [1])
+
+
+@pytest.mark.parametrize("sparsity", [Fraction("0.1"), Fraction("0.5"), Fraction("0.6")])
+def test_the_fisher_allocation_is_one_threshold_for_the_model(sparsity: Fraction):
+    generator = torch.Generator().manual_seed(0)
+    scores = [scale * torch.rand(size, generator=generator) for scale, size in ((1, 4000), (1.5, 1000), (0.7, 2000))]
+    threshold = torch.cat(scores).quantile(float(sparsity))
+    shares = fisher(sparsity, [len(x) for x in scores], list(map(count_scores, scores)), spread=1)
+    for share, score in zip(shares, scores, strict=True):
+        assert float(share) == pytest.approx((score <= threshold).float().mean().item(), abs=0.01)
+
+
+def test_the_fisher_allocation_keeps_within_its_spread():
+    scores = [torch.rand(1000) * scale for scale in (1e-6, 1, 1e6)]
+    counts = [*map(count_scores, scores), None]
+    shares = fisher(Fraction(1, 2), [1000] * 4, counts, spread=0.125)
+    assert [float(share) for share in shares] == pytest.approx([0.625, 0.5, 0.375, 0.5], abs=0.01)
+    assert fisher(Fraction(1, 2), [1000] * 2, counts[::2])[0] <= Fraction("0.971")
 
 
 def test_outliers_are_counted_over_the_whole_block():

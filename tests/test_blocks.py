@@ -116,7 +116,7 @@ def test_statistics_are_those_of_plain_hooks(checkpoint: Path, tmp_path: Path):
     recorders = record(Decoder(checkpoint, dtype=torch.float32, device=CPU), tokens, tmp_path / "work")
     found: dict[str, InputStats] = {}
     for recorder in recorders:
-        inputs, readers, _ = recorder.result()
+        inputs, readers, *_ = recorder.result()
         for source, names in readers.items():
             found |= dict.fromkeys(names, inputs[source])
     assert found.keys() == seen.keys()

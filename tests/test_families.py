@@ -206,7 +206,7 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
         for row, hidden in zip(tokens, outputs(decoder, tokens, tmp_path / "work"), strict=True):
             ours = torch.cat([logits for _, logits in decoder.logits(hidden[None], row)])
             assert torch.equal(ours, model(input_ids=row[None]).logits[0])
-    inputs, readers, _ = recorders[1].result()
+    inputs, readers, *_ = recorders[1].result()
     found = [
         " ".join(name.partition(f"{blocks.rpartition('.')[2]}.1.")[2] for name in names) for names in readers.values()
     ]
@@ -320,7 +320,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_was_sent(
     for step in walk(decoder, tokens, tmp_path / "work"):
         step.advance(recorder)
         break
-    inputs, readers, _ = recorder.result()
+    inputs, readers, *_ = recorder.result()
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     given: list[torch.Tensor] = []

@@ -33,7 +33,7 @@ from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.study.files import read_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.tensors import block_file, read_masks
+from wanda_dvc.study.tensors import block_file, read_fisher, read_masks
 
 # By name: how the model is saved, and in which dtype the pipeline runs it.
 MODELS: dict[str, tuple[Callable[[Path], Path], str]] = {
@@ -62,6 +62,7 @@ SOME: list[dict[str, Any]] = [
     {"method": "wanda-variant"},
     {"method": "sparsegpt", "pattern": "2:4"},
     {"method": "magnitude", "allocation": "owl"},
+    {"method": "wanda", "group": "fisher", "allocation": "fisher"},
 ]
 
 
@@ -78,7 +79,7 @@ class Pair:
         self.tokens = calibration_windows(self.project)
         text = tokenize(self.project.text("perplexity"), load_tokenizer(self.source))
         self.text = cut(text, length=64, windows=3)
-        self.stats = wd.calibrate(self.load(), self.tokens, gram="float32", **self.words)
+        self.stats = wd.calibrate(self.load(), self.tokens, gram="float32", fisher=1, **self.words)
 
     @property
     def words(self) -> dict[str, Any]:
@@ -87,7 +88,8 @@ class Pair:
 
     def study(self, **changes: Any) -> Project:
         """The project with other settings."""
-        small = {"calibration__gram": "float32", "calibration__samples": 2, "perplexity__windows": 3}
+        small: dict[str, Any] = {"calibration__gram": "float32", "calibration__samples": 2, "perplexity__windows": 3}
+        small["calibration__fisher"] = 1
         write_params(self.root, self.source, dtype=self.dtype, **self.texts | small | changes)
         return Project(self.root)
 
@@ -152,6 +154,7 @@ def test_statistics_and_perplexity_are_the_pipelines(pairs: Callable[[str], Pair
             assert (x.count, x.sum.tolist()) == (int(tensors[f"{source}.count"]), tensors[f"{source}.sum"].tolist())
         assert len(tensors) == 3 * len(block.inputs)
         assert same(stats.grams[number].tensors, load_file(block_file(project.gram, number)))
+        assert same(block.fisher, read_fisher(project.fisher, number))
     perplexity(project=project, model="dense")
     expected = read_json(project.metrics("dense", "perplexity"), "perplexity")["perplexity"]
     assert wd.perplexity(pair.load(), pair.text, **pair.words) == expected
@@ -249,7 +252,7 @@ def test_a_model_is_as_it_was_after_measuring(pairs: Callable[[str], Pair], name
     model.register_forward_hook(lambda *_: calls.append(model))
     model.model.layers[0].requires_grad_(requires_grad=False)
     before, weights = properties(model), state(model)
-    stats = wd.calibrate(model, pair.tokens, gram="float32", **pair.words)
+    stats = wd.calibrate(model, pair.tokens, gram="float32", fisher=1, **pair.words)
     wd.choose(model, stats, method="admm")
     wd.perplexity(model, pair.text, **pair.words)
     assert properties(model) == before
@@ -393,7 +396,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     ),
     "group": (
         lambda m, p: wd.choose(m, p.stats, group="column"),  # type: ignore[arg-type]
-        r"^group: got column, expected row or layer",
+        r"^group: got column, expected row, layer or fisher",
     ),
     "allocation": (
         lambda m, p: wd.choose(m, p.stats, allocation="even"),
@@ -419,6 +422,15 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         lambda m, p: wd.choose(m, wd.calibrate(m, p.tokens), allocation="lsa"),
         r"^allocation: got lsa and statistics without Gram matrices",
     ),
+    "no-fisher-group": (
+        lambda m, p: wd.choose(m, wd.calibrate(m, p.tokens), group="fisher"),
+        r"^group: got fisher and statistics without the Fisher tier, .*fisher=8",
+    ),
+    "no-fisher-allocation": (
+        lambda m, p: wd.choose(m, wd.calibrate(m, p.tokens), allocation="fisher"),
+        r"^allocation: got fisher and statistics without the Fisher tier",
+    ),
+    "fisher": (lambda m, p: wd.calibrate(m, p.tokens, fisher=9), r"^fisher: got 9, expected at most 2"),
     "no-grams-reconstruct": (
         lambda m, p: wd.reconstruct(m, wd.choose(m, p.stats), wd.calibrate(m, p.tokens)),
         r"^reconstruction: got least-squares and statistics without",
@@ -498,5 +510,6 @@ def test_all_names_are_there_and_no_others():
 
 def test_statistics_say_what_they_are(pairs: Callable[[str], Pair]):
     stats = pairs("tied").stats
-    assert repr(stats) == "Stats(2 blocks, 2 windows of 64 tokens, float32, with Gram matrices)"
+    tiers = "with Gram matrices, Fisher tier of 1 windows"
+    assert repr(stats) == f"Stats(2 blocks, 2 windows of 64 tokens, float32, {tiers})"
     assert json.dumps(stats.weights)

@@ -92,6 +92,15 @@ def test_gram_matrices_cost_a_pass_and_no_evaluation_and_solved_weights_are_not_
     assert "layer error, mean" in shown
 
 
+def test_the_fisher_tier_costs_a_pass_and_no_evaluation(repository: Repository):
+    norms, masks = (contents(repository.root / name) for name in ("stats", "masks"))
+    assert repository.repro(calibration__fisher=2) == {"calibrate"} | PRUNE
+    assert (contents(repository.root / "stats"), contents(repository.root / "masks")) == (norms, masks)
+    settings = {"calibration__fisher": 2, "allocation": "fisher", "group": "fisher"}
+    assert repository.repro(**settings) == PRUNE | EVALUATE
+    assert contents(repository.root / "masks") != masks
+
+
 def test_another_model_reruns_all_but_the_texts_and_tasks(repository: Repository, tmp_path: Path):
     repository.model = save_tiny_model(tmp_path / "other", seed=5)
     assert repository.repro(sparsity=0.5) == ALL - DOWNLOADS | {"download@model"}

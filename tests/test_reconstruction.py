@@ -28,10 +28,11 @@ from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import read_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.tensors import block_count, read_grams, read_masks, read_stats, read_weights
+from wanda_dvc.study.tensors import block_count, read_fisher, read_grams, read_masks, read_stats, read_weights
 from wanda_dvc.views.show import stats
 
 Make = Callable[..., Project]
+CALIBRATION: dict[str, Any] = {"calibration__gram": "float32", "calibration__samples": 4, "calibration__fisher": 2}
 PROPAGATIONS = ("dense", "pruned", "corrected")
 PATTERNS: tuple[dict[str, Any], ...] = (
     {},
@@ -39,17 +40,18 @@ PATTERNS: tuple[dict[str, Any], ...] = (
     {"pattern": "4:8"},
     {"pattern": "3:4", "sparsity": 0.25},
     {"group": "layer"},
+    {"group": "fisher"},
 )
 
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Path:
-    """A project whose Gram matrices are there."""
+    """A project whose Gram matrices and Fisher tier are there."""
     from conftest import write_params
 
     root = tmp_path_factory.mktemp("calibrated")
     model = save_tiny_model(tmp_path_factory.mktemp("source") / "tiny", num_hidden_layers=2)
-    write_params(root, model, calibration__gram="float32", calibration__samples=4, **texts)
+    write_params(root, model, **CALIBRATION, **texts)
     calibrate(project=fetch(Project(root), "model", "calibration"))
     return root
 
@@ -63,7 +65,7 @@ def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Make:
     source = Project(calibrated).params.model
 
     def make(**changes: Any) -> Project:
-        write_params(tmp_path, source, **{"calibration__gram": "float32", "calibration__samples": 4} | texts | changes)
+        write_params(tmp_path, source, **CALIBRATION | texts | changes)
         return Project(tmp_path)
 
     return make
@@ -75,7 +77,7 @@ def allowed(**changes: Any) -> bool:
     from ruamel.yaml import YAML
 
     content = YAML(typ="safe").load((conftest.ROOT / "params.yaml").read_text())
-    content["calibration"]["gram"] = "float32"
+    content["calibration"] |= {"gram": "float32", "fisher": 2}
     try:
         Params.model_validate(content | changes)
     except UserError:
@@ -96,7 +98,7 @@ COMBINATIONS = [
 
 def test_only_what_makes_no_sense_is_refused():
     # A training of dense blocks, a correction of weights that stay as they are; the variant with a pattern or a group.
-    refused = 2 * len(methods()) + 4
+    refused = 2 * len(methods()) + 5
     every = len(methods()) * (len(RECONSTRUCTIONS) * len(PROPAGATIONS) + len(PATTERNS) - 1)
     assert len(COMBINATIONS) == every - refused
 
@@ -118,7 +120,7 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(study: Make, changes:
             if m:
                 assert (keep.unflatten(1, (-1, m)).sum(dim=2) == n).all()
             elif methods()[changes["method"]].competition != "rows":
-                groups = keep if changes.get("group") != "layer" else keep.reshape(1, -1)
+                groups = keep if changes.get("group", "row") == "row" else keep.reshape(1, -1)
                 assert (groups.sum(dim=1) == groups.shape[1] - groups.shape[1] // 2).all()
             if changes["propagation"] == "dense":
                 assert told[name]["error"] <= told[name]["masked"] * (1 + 1e-5)
@@ -231,12 +233,44 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
         ),
         ({"reconstruction": "block"}, "reconstruction: got block with propagation dense, expected propagation pruned"),
         ({"training__rate": 0.0003}, "training.rate: got 0.0003, expected at least 0.001: a share of the weights"),
-        ({"allocation": "steep"}, "allocation: got steep, expected uniform, slope, owl or lsa"),
+        ({"allocation": "steep"}, "allocation: got steep, expected uniform, slope, owl, lsa or fisher"),
+        ({"allocation": "fisher", "calibration__fisher": 0}, "allocation: got fisher without the Fisher tier"),
+        ({"group": "fisher", "calibration__fisher": 0}, "group: got fisher without the Fisher tier, expected"),
+        ({"calibration__fisher": 5}, "calibration.fisher: got 5, expected at most 4, which is calibration.samples"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(study: Make, changes: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         study(**changes).params  # noqa: B018
+
+
+@pytest.mark.parametrize("setting", ["group", "allocation"])
+@pytest.mark.parametrize("propagation", ["dense", "pruned"])
+def test_a_fisher_tier_of_another_calibration_is_refused(study: Make, setting: str, propagation: str):
+    made = study(**{setting: "fisher"}, calibration__fisher=3, propagation=propagation)
+    with pytest.raises(UserError, match="found 2 blocks of 2 windows .* expected 3 windows"):
+        mask(project=made)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria"])
+def test_rows_compete_by_score_times_worth(study: Make, method: str):
+    made = study(method=method, group="fisher")
+    mask(project=made)
+    checkpoint = Checkpoint(made.model("dense"))
+    score = importlib.import_module("wanda_dvc.pruning.scores")
+    for block in range(2):
+        measured, fisher, masks = (
+            read_stats(made.stats, block),
+            read_fisher(made.fisher, block),
+            read_masks(made.masks, block),
+        )
+        for source, names in measured.readers.items():
+            for name in names:
+                scored = getattr(score, method)(checkpoint.weight(name).float(), measured.inputs[source])
+                scored = scored.double() * fisher[name][:, None] ** 0.25
+                kept, gone = scored[masks[name]], scored[~masks[name]]
+                assert len(gone) == scored.numel() // 2
+                assert gone.max() <= kept.min() * (1 + 1e-5)
 
 
 def test_where_nothing_is_removed_nothing_is_corrected(study: Make):

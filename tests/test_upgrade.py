@@ -79,7 +79,7 @@ def test_an_older_study_becomes_a_new_one(older: Project):
     assert "--- a/dvc.yaml\n+++ b/dvc.yaml\n" in said
     assert "\n+  locate:\n" in said
     assert "  locate: has not run\n  download@model: also reads sources/model\n" in said
-    assert "`wanda-dvc calibrate --version 3`; also writes gram; also depends on calibration.gram\n" in said
+    assert "`wanda-dvc calibrate --version 4`; also writes fisher, gram; also depends on calibration." in said
     assert "perplexity@" not in said.partition("`dvc repro` runs again")[2].replace("download@perplexity", "")
     assert "`push: false` stays" in said
     assert "up to date" in upgrade(project=older)

@@ -185,19 +185,43 @@ _PACKAGE = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Group:
+    """The weights that compete with one another where the pattern is unstructured."""
+
+    name: str  # as params.yaml writes it
+    about: str
+    needs: Literal["nothing", "fisher"] = "nothing"
+
+
+GROUPS = {
+    group.name: group
+    for group in (
+        Group(name="row", about="one output"),
+        Group(name="layer", about="the linear's whole matrix"),
+        Group(
+            name="fisher",
+            about="the whole matrix, and each row's weights count the more, the more the loss depends on its output",
+            needs="fisher",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """How the sparsity of each block follows from the model's."""
+    """How the sparsity of each block, or of each linear, follows from the model's."""
 
     name: str  # as params.yaml writes it
     title: str
     citation: str
     link: str
     about: str
-    function: str  # `module:function`: (sparsity, sizes of the blocks[, ratings][, strength]) → the blocks' shares
-    rating: str | None  # `module:function`: (weights, BlockStats, Gram matrices) → a block's rating
-    needs: Literal["nothing", "norms", "gram"]  # to rate the blocks
+    function: str  # `module:function`: (sparsity, sizes of the parts[, ratings][, strength]) → the parts' shares
+    rating: str | None  # `module:function`: (weights, BlockStats, Gram matrices) → a part's rating
+    needs: Literal["nothing", "norms", "gram", "fisher"]  # to rate the parts
     strength: str | None  # what `allocation_strength: null` is; None where there is nothing to set
     strength_is: str = ""
+    by_linear: bool = False  # whether the parts are linears, and not blocks; the statistics rated are then one linear's
 
 
 ALLOCATIONS = {
@@ -249,6 +273,20 @@ ALLOCATIONS = {
             needs="gram",
             strength="0.04 up to a sparsity of 0.5, 0.1 up to 0.6, then 0.15",
             strength_is="β, half the range of sparsities",
+        ),
+        Allocation(
+            name="fisher",
+            title="Fisher",
+            citation="Fisher information of outputs, as in K-FAC, Martens and Grosse 2015",
+            link="https://arxiv.org/abs/1503.05671",
+            about="each linear loses what scores below one threshold for the model, |W| · ‖X‖₂ · the root of its "
+            "output's Fisher information",
+            function="wanda_dvc.pruning.allocation:fisher",
+            rating="wanda_dvc.pruning.choose:fisher_rating",
+            needs="fisher",
+            strength="0.5",
+            strength_is="the most that a linear's sparsity differs from the model's; none is above 0.97",
+            by_linear=True,
         ),
     )
 }

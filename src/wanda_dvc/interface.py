@@ -45,6 +45,8 @@ class Stats:
             unpacked when it is asked for; `.matrix()` is XᵀX, float32 [in, in].
         windows: The number of windows.
         length: Their tokens each.
+        fisher: The number of windows of the Fisher tier, which is in `blocks[0].fisher` by linear: Σ (∂ℓ/∂y)² of each
+            output, float64 [out]; 0 where it was not asked for.
         dtype: The dtype that the model ran in.
         weights: A number for each tensor of the model, by which another model is told.
     """
@@ -53,14 +55,16 @@ class Stats:
     grams: "Sequence[Grams]"
     windows: int
     length: int
+    fisher: int
     dtype: str
     weights: Mapping[str, int]
 
     def __repr__(self) -> str:
-        tier = "with" if self.grams else "without"
+        tiers = f"{'with' if self.grams else 'without'} Gram matrices"
+        if self.fisher:
+            tiers += f", Fisher tier of {self.fisher} windows"
         return (
-            f"Stats({len(self.blocks)} blocks, {self.windows} windows of {self.length} tokens, {self.dtype}, "
-            f"{tier} Gram matrices)"
+            f"Stats({len(self.blocks)} blocks, {self.windows} windows of {self.length} tokens, {self.dtype}, {tiers})"
         )
 
 
@@ -69,6 +73,7 @@ def calibrate(
     tokens: 'Int[Tensor, "windows length"]',
     *,
     gram: Literal["none", "float32", "float16"] = "none",
+    fisher: int = 0,
     dtype: Dtype | None = None,
 ) -> Stats:
     """Measure what each linear of a model reads, once for each distinct input.
@@ -82,6 +87,9 @@ def calibrate(
         tokens: Token ids, whole numbers [windows, length], without padding. The paper takes 128 windows of 2,048.
         gram: Keep Gram matrices too, for the methods and reconstructions that need them: their upper triangles in
             `float32` or `float16`, which take 2 or 1 · in² bytes for each distinct input of `in` features.
+        fisher: Measure the Fisher information of each linear's outputs on the first so many windows, for the group and
+            the allocation of that name; 8 are enough. They go forward and back once more, one block at a time, and
+            their hidden states before every block wait on disk.
         dtype: The dtype that the model runs in; None: its own. Sums are float64 whatever it is.
 
     Returns:
@@ -94,6 +102,7 @@ def calibrate(
         >>> stats = wd.calibrate(model, tokens, gram="float32")
         >>> stats.blocks[0].inputs["model.layers.0.self_attn.q_proj"].norm  # ‖X_j‖₂ of each feature, [in]
     """
+    from wanda_dvc.engine.fisher import squared_gradients
     from wanda_dvc.engine.walk import Here
     from wanda_dvc.stages.running import progress, say_unreached
     from wanda_dvc.study.tensors import pack_grams
@@ -101,6 +110,8 @@ def calibrate(
     _one_of("gram", gram, GRAMS)
     source = _evaluating(model)
     rows = _windows(tokens, source)
+    if not 0 <= fisher <= len(rows):
+        raise UserError(f"fisher: got {fisher}, expected at most {len(rows)}, the number of windows")
     decoder = _decoder(source, dtype)
     blocks, grams = [], []
     with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
@@ -110,10 +121,14 @@ def calibrate(
             blocks.append(measured)
             if gram != "none":
                 grams.append(pack_grams(measured, matrices, gram))
+        if fisher:
+            back = squared_gradients(decoder, rows[:fisher], Path(work))
+            for number, sums in progress(back, total=len(blocks), what="calibrate, blocks back"):
+                blocks[number] = blocks[number]._replace(fisher=sums)
     say_unreached("calibrate", {number: block.unreached() for number, block in enumerate(blocks)})
     name = str(decoder.dtype).removeprefix("torch.")
     windows, length = rows.shape
-    return Stats(blocks, grams, windows, length, name, source.fingerprint())
+    return Stats(blocks, grams, windows, length, fisher, name, source.fingerprint())
 
 
 def choose(  # noqa: PLR0913 - the pipeline's settings, by their names
@@ -123,7 +138,7 @@ def choose(  # noqa: PLR0913 - the pipeline's settings, by their names
     method: str = "wanda",
     sparsity: float = 0.5,
     pattern: str = "unstructured",
-    group: Literal["row", "layer"] = "row",
+    group: Literal["row", "layer", "fisher"] = "row",
     allocation: str = "uniform",
     allocation_strength: float | None = None,
 ) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
@@ -139,8 +154,10 @@ def choose(  # noqa: PLR0913 - the pipeline's settings, by their names
             and `admm`; or a method of an installed package.
         sparsity: The fraction of each linear's weights that goes, in [0, 1); of each row ⌊in · sparsity⌋ go.
         pattern: `unstructured`, or `n:m`: n of every m neighbours stay, and the sparsity is 1 − n/m.
-        group: The weights that compete: a `row` (one output) or the whole `layer`.
-        allocation: How the blocks' sparsities differ: `uniform`, `slope`, `owl`, or of Gram matrices `lsa`.
+        group: The weights that compete: a `row` (one output), the whole `layer`, or the whole layer with each row
+            weighed by its output's Fisher information (`fisher`).
+        allocation: How the blocks' sparsities differ: `uniform`, `slope`, `owl`, of Gram matrices `lsa`, or of the
+            Fisher tier `fisher`, by linear.
         allocation_strength: How far they differ; None: the allocation's own value.
 
     Returns:
@@ -148,8 +165,8 @@ def choose(  # noqa: PLR0913 - the pipeline's settings, by their names
         is unpacked when it is asked for.
 
     Raises:
-        UserError: A wrong argument, arguments that do not fit together or the model, a method or an allocation that
-            needs Gram matrices which `stats` lack, or statistics of other weights.
+        UserError: A wrong argument, arguments that do not fit together or the model, a method, a group or an
+            allocation that needs Gram matrices or a Fisher tier which `stats` lack, or statistics of other weights.
 
     Example:
         >>> keep = wd.choose(model, stats, method="wanda", sparsity=0.5, pattern="2:4")
@@ -157,7 +174,7 @@ def choose(  # noqa: PLR0913 - the pipeline's settings, by their names
         0.5
     """
     from wanda_dvc.catalog import ALLOCATIONS, methods
-    from wanda_dvc.pruning.choose import Target, allocate, choose_block
+    from wanda_dvc.pruning.choose import allocate, choose_block, targets_of
     from wanda_dvc.pruning.patterns import check_pattern
     from wanda_dvc.stages.running import progress
     from wanda_dvc.study.tensors import Masks, pack_masks
@@ -189,9 +206,10 @@ def choose(  # noqa: PLR0913 - the pipeline's settings, by their names
         )
         chosen = Masks({}, {})
         for block, measured in enumerate(progress(stats.blocks, total=len(stats.blocks), what="choose, blocks")):
-            target = Target(shares[block], pattern, group)
+            targets = targets_of(measured, share=shares[block], pattern=pattern, group=group)
             grams = stats.grams[block].on(_solving(source)) if stats.grams else {}
-            chosen |= pack_masks(choose_block(weights, measured, method=methods()[method], targets=target, grams=grams))
+            keep = choose_block(weights, measured, method=methods()[method], targets=targets, grams=grams)
+            chosen |= pack_masks(keep)
     return chosen
 
 
@@ -379,7 +397,7 @@ def _arguments() -> Iterator[None]:
 
 def _settings(stats: Stats, **given: Any) -> "Params":
     """Check arguments as settings of params.yaml: by the same schema, with the default preset's for the rest."""
-    from wanda_dvc.catalog import ALLOCATIONS, methods
+    from wanda_dvc.catalog import ALLOCATIONS, GROUPS, methods
     from wanda_dvc.params import check_params
     from wanda_dvc.study.presets import DEFAULT, read_preset
     from wanda_dvc.study.settings import nested
@@ -391,8 +409,15 @@ def _settings(stats: Stats, **given: Any) -> "Params":
     for argument, needs in needing.items():
         if needs and not stats.grams:
             raise _without_grams(argument, given[argument])
+    for argument, rows in (("group", GROUPS), ("allocation", ALLOCATIONS)):
+        name = given.get(argument, "")
+        if name in rows and rows[name].needs == "fisher" and not stats.fisher:
+            raise UserError(
+                f"{argument}: got {name} and statistics without the Fisher tier, expected some with it; "
+                "call calibrate(model, tokens, fisher=8)"
+            )
     content = nested(read_preset(DEFAULT).settings)
-    content["calibration"]["gram"] = "float32"
+    content["calibration"] |= {"gram": "float32", "fisher": 1}
     with _arguments():
         return check_params(content | given)
 

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
-from wanda_dvc.catalog import ALLOCATIONS, EMBEDDED_SPLITS, HUB_ID, RECONSTRUCTIONS, TEXTS, Package, methods
+from wanda_dvc.catalog import ALLOCATIONS, EMBEDDED_SPLITS, GROUPS, HUB_ID, RECONSTRUCTIONS, TEXTS, Package, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.reading import read_text
@@ -93,6 +93,13 @@ class Calibration(_Section):
         "none",
         description="keep the Gram matrix of what each linear reads, for the methods that need it: `none`, or their "
         "upper triangles in `float32` or `float16`. `wanda-dvc cost` states their size",
+    )
+    fisher: int = Field(
+        0,
+        ge=0,
+        le=MOST,
+        description="the first so many windows go back through the model too, for the groups and allocations that need "
+        "the Fisher information of each linear's outputs; 0: none. 8 are enough",
     )
 
 
@@ -190,11 +197,11 @@ class Params(_Section):
     )
     sparsity: float = Field(ge=0, lt=1, description="fraction of each linear's weights that is removed")
     pattern: str = Field("unstructured", description="`unstructured`, or `n:m`: n of every m neighbours stay")
-    group: Literal["row", "layer"] = Field(
-        "row", description="weights that compete: a row (one output) or the whole layer; n:m has groups of its own"
+    group: Annotated[str, _row_of(GROUPS)] = Field(
+        "row", description=f"weights that compete: {_choices(GROUPS)}; n:m has groups of its own"
     )
     allocation: Annotated[str, _row_of(ALLOCATIONS)] = Field(
-        "uniform", description=f"how the blocks' sparsities differ: {_choices(ALLOCATIONS)}"
+        "uniform", description=f"how the blocks' or linears' sparsities differ: {_choices(ALLOCATIONS)}"
     )
     allocation_strength: float | None = Field(
         None,
@@ -246,6 +253,7 @@ class Params(_Section):
         """Yield the settings that are well formed each and cannot be meant together, or mean nothing."""
         yield from self._pattern_conflicts()
         yield from self._gram_conflicts()
+        yield from self._fisher_conflicts()
         if not (Package.parse(self.model) or Path(self.model).is_absolute() or HUB_ID.fullmatch(self.model)):
             yield _problem(
                 "model", self.model, "`package:NAME==VERSION`, an absolute directory or a Hub id, `ORG/NAME`"
@@ -323,6 +331,21 @@ class Params(_Section):
                 f"{self.reconstruction} with propagation dense",
                 "propagation pruned: a block is trained on what the pruned blocks before it put out",
             )
+
+    def _fisher_conflicts(self) -> Iterator[str]:
+        """Yield what needs the Fisher tier where it is not kept, and more windows of it than there are."""
+        windows, samples = self.calibration.fisher, self.calibration.samples
+        if windows > samples:
+            yield _problem("calibration.fisher", windows, f"at most {samples}, which is calibration.samples")
+        for where, name, needs in (
+            ("group", self.group, GROUPS[self.group].needs),
+            ("allocation", self.allocation, ALLOCATIONS[self.allocation].needs),
+        ):
+            if needs == "fisher" and not windows:
+                yield (
+                    f"params.yaml: {where}: got {name} without the Fisher tier, expected calibration.fisher above 0; "
+                    f"set calibration.fisher={min(8, samples)} (these windows once more forward and back in calibrate)"
+                )
 
 
 def _text_conflicts(  # noqa: C901 - a case for each kind of source

@@ -157,17 +157,34 @@ class Decoder:
         self, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
     ) -> Iterator[tuple[slice, Float[Tensor, "chunk vocabulary"]]]:
         """The logits after the last block, a chunk of positions at a time, through the model's own norm and head."""
+        for positions in self._chunks(hidden.shape[1]):
+            yield positions, self._logits(hidden[:, positions].to(self.device), tokens[positions])
+
+    def loss_gradient(
+        self, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
+    ) -> Float[Tensor, "1 length width"]:
+        """The gradient, by the hidden states after the last block, of the summed loss of all tokens but the first."""
+        targets, gradient = tokens[1:].to(self.device), torch.zeros(hidden.shape, device=self.device)
+        for positions in self._chunks(len(targets)):
+            given = hidden[:, positions].to(self.device).detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self._logits(given, tokens[positions])
+                loss = nn.functional.cross_entropy(logits.float(), targets[positions], reduction="sum")
+            gradient[:, positions] = torch.autograd.grad(loss, given)[0].float()
+        return gradient
+
+    def _chunks(self, length: int) -> Iterator[slice]:
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         chunk = max(1, LOGITS_AT_A_TIME // vocabulary)
-        for start in range(0, hidden.shape[1], chunk):
-            positions = slice(start, min(start + chunk, hidden.shape[1]))
-            given = hidden[:, positions].to(self.device)
-            result = (given,) if self._returns_tuple else given
-            with self._instead_of_blocks(lambda *args, result=result, **kwargs: result):
-                yield (
-                    positions,
-                    self.model(input_ids=tokens[None, positions].to(self.device), use_cache=False).logits[0],
-                )
+        return (slice(start, min(start + chunk, length)) for start in range(0, length, chunk))
+
+    def _logits(
+        self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]
+    ) -> Float[Tensor, "chunk vocabulary"]:
+        result = (hidden,) if self._returns_tuple else hidden
+        with self._instead_of_blocks(lambda *args, **kwargs: result):
+            logits: Tensor = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits
+        return logits[0]
 
     @cached_property
     def holds_layouts(self) -> bool:

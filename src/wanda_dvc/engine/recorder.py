@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, Float64
@@ -115,23 +116,16 @@ class InputRecorder(Sums):
     def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
         """Records the inputs of these linears in every pass that runs inside."""
         self.linears = linears
-        hooks: list[Any] = []
-        experts: dict[tuple[nn.Module, str], dict[int, list[str]]] = {}
-        for (module, leaf, expert), names in _weights(linears).items():
-            if expert is None:
-                hooks.append(module.register_forward_pre_hook(lambda _, args, names=names: self._read(names, args[0])))
-            else:
-                experts.setdefault((module, leaf), {})[expert] = names
-        watched = [(module.get_parameter(leaf), names) for (module, leaf), names in experts.items()]
-        try:
-            with _ExpertCalls(watched, self._read) if watched else contextlib.nullcontext():
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def _read(self, names: list[str], x: Tensor) -> None:
+        def before(module: nn.Module, names: list[str]) -> Any:
+            return module.register_forward_pre_hook(lambda _, args: self._read(names, args[0], None, ALL))
+
+        with _watching(linears, before, self._read):
+            yield
+
+    def _read(self, names: list[str], x: Tensor, _: Tensor | None, tokens: slice) -> None:
         """Adds an input [..., in] of the linears that are rows of one weight."""
+        x = x[tokens]
         if x.shape[-1] != self.linears[names[0]].features:
             raise UserError(
                 f"{names[0]}: given {x.shape[-1]} features, expected {self.linears[names[0]].features}; "
@@ -192,6 +186,63 @@ class CrossRecorder(InputRecorder):
             self.crosses[name] = self.crosses[name].add_(product) if name in self.crosses else product
 
 
+@dataclass
+class GradientRecorder:
+    """Sums of squared gradients by each linear's outputs, Σ (∂ℓ/∂y)² over tokens, [out], float64.
+
+    A linear that no gradient comes to has none.
+    """
+
+    sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)
+    linears: dict[str, Linear] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
+        """Records what comes back, in every pass inside, to the outputs of these linears."""
+        self.linears = linears
+
+        def after(module: nn.Module, names: list[str]) -> Any:
+            return module.register_forward_hook(lambda _, args, out: self._see(names, args[0], out, ALL))
+
+        with _watching(linears, after, self._see):
+            yield
+
+    def _see(self, names: list[str], _: Tensor, y: Tensor | None, tokens: slice) -> None:
+        if y is not None and y.requires_grad:
+            y.register_hook(partial(self._add, names, tokens))
+
+    def _add(self, names: list[str], tokens: slice, gradient: Float[Tensor, "... out"]) -> None:
+        sums = gradient.flatten(0, -2)[tokens].float().square().sum(dim=0).double().cpu()
+        for name in names:
+            rows = self.linears[name].part.rows
+            own = sums if rows is None else sums[slice(*rows)]
+            self.sums[name] = self.sums[name] + own if name in self.sums else own.clone()
+
+
+ALL = slice(None)
+# The linears that are rows of one weight, what they are given and put out, and the tokens of both that are theirs.
+See = Callable[[list[str], Tensor, Tensor | None, slice], None]
+
+
+@contextlib.contextmanager
+def _watching(linears: dict[str, Linear], hook_on: Callable[[nn.Module, list[str]], Any], see: See) -> Iterator[None]:
+    """Watches the modules of these linears with hooks, and the products of experts, in every pass inside."""
+    hooks: list[Any] = []
+    experts: dict[tuple[nn.Module, str], dict[int, list[str]]] = {}
+    for (module, leaf, expert), names in _weights(linears).items():
+        if expert is None:
+            hooks.append(hook_on(module, names))
+        else:
+            experts.setdefault((module, leaf), {})[expert] = names
+    watched = [(module.get_parameter(leaf), names) for (module, leaf), names in experts.items()]
+    try:
+        with _ExpertCalls(watched, see) if watched else contextlib.nullcontext():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class _ExpertCalls(TorchFunctionMode):
     """Sees the tokens that each expert's weights are multiplied with; the model computes as usual.
 
@@ -200,16 +251,15 @@ class _ExpertCalls(TorchFunctionMode):
     expert, or one grouped product for all.
     """
 
-    def __init__(
-        self, experts: list[tuple[nn.Parameter, dict[int, list[str]]]], read: Callable[[list[str], Tensor], None]
-    ) -> None:
+    def __init__(self, experts: list[tuple[nn.Parameter, dict[int, list[str]]]], see: See) -> None:
         super().__init__()
-        self.experts, self.read = experts, read
+        self.experts, self.see = experts, see
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        made = function(*args, **kwargs)
         if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             x, weight = args[:2]
             for parameter, names in self.experts:
@@ -217,10 +267,10 @@ class _ExpertCalls(TorchFunctionMode):
                 if not 0 <= offset < parameter.nbytes:
                     continue
                 if weight.dim() == 2:
-                    self.read(names[offset // (parameter.nbytes // len(parameter))], x)
+                    self.see(names[offset // (parameter.nbytes // len(parameter))], x, made, ALL)
                 elif kwargs.get("offs") is not None:  # tokens are sorted by expert: where each expert's end
                     ends = kwargs["offs"].tolist()
                     for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
                         if end > begin:
-                            self.read(names[expert], x[begin:end])
-        return function(*args, **kwargs)
+                            self.see(names[expert], x, made, slice(begin, end))
+        return made

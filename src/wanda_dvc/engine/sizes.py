@@ -30,6 +30,7 @@ class Sizes:
     all_squares: int  # of all blocks
     hidden: int
     vocabulary: int
+    blocks: int
     dtype: str  # as stored
 
     @property
@@ -96,6 +97,7 @@ def sizes(config: Path) -> Sizes:
         all_squares=sum(squares),
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=model.get_output_embeddings().weight.shape[0],
+        blocks=len(blocks),
         dtype=str(stored or "float32").removeprefix("torch."),
     )
 
@@ -145,6 +147,17 @@ def walking(  # noqa: PLR0913 - the terms of the formula
         text=text * TEXT_IN_MEMORY,
         mapped=device == "cpu" and dtype == model.dtype,
     )
+
+
+def differentiating(model: Sizes, *, dtype: str, length: int) -> Memory:
+    """A row forward and back through a block, three times the activations; or through the head, whose logits double."""
+    walk = walking(model, dtype=dtype, length=length, logits=True)
+    return replace(walk, activations=3 * walk.activations, logits=2 * walk.logits)
+
+
+def either(one: Memory, other: Memory) -> Memory:
+    """The larger of two that are not held at once."""
+    return max(one, other, key=lambda memory: memory.total)
 
 
 def choosing(*, block: int, linear: int, threads: int, by_row: bool) -> Memory:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from wanda_dvc.pruning.selection import removed
@@ -21,6 +21,8 @@ OUTLIER, SPREAD = 5, 0.08  # OWL's M and λ for LLaMA
 LSA_SPREAD = ((Fraction("0.5"), 0.04), (Fraction("0.6"), 0.10), (Fraction("1"), 0.15))
 STEPS = 40  # of a bisection
 GREEDY = 128  # inputs among which LSA drops half
+BIN = 19  # bits of a float32 that two scores of one bin may differ in: 16 bins an octave
+MOST = 0.97  # of a linear, that the Fisher allocation takes: one that loses all its weights puts out nothing
 
 
 def uniform(sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
@@ -53,6 +55,43 @@ def lsa(
     if spread is None:
         spread = next(spread for limit, spread in LSA_SPREAD if sparsity <= limit)
     return _spread(errors, 2 * spread, sparsity, sizes)
+
+
+def fisher(
+    sparsity: Fraction, sizes: Sequence[int], counts: Sequence[Int[Tensor, " bins"] | None], spread: float = 0.5
+) -> list[Fraction]:
+    """Return the shares of linears with which their weights of the lowest scores in the whole model go.
+
+    `counts` are each linear's `count_scores`. A share differs from the sparsity by at most `spread` and is at most
+    0.97, or the sparsity; a linear without counts has the sparsity. Within a bin scores are taken to be spread evenly.
+    """
+    known = [number for number, bins in enumerate(counts) if bins is not None]
+    asked = float(sparsity)
+    raw = [sparsity] * len(sizes)
+    if known and 0 < sparsity < 1:
+        bins = torch.stack([x for x in counts if x is not None])
+        up_to = bins.cumsum(dim=1, dtype=torch.int64)
+        size = torch.tensor([sizes[number] for number in known], dtype=torch.float64)
+        least, most = max(asked - spread, 0.0), max(min(asked + spread, MOST), asked)
+
+        def shares(threshold: float) -> Float[Tensor, " linears"]:
+            place = int(threshold)
+            below = up_to[:, place] - bins[:, place] * (1 - (threshold - place))
+            return (below / size).clamp(least, most)
+
+        low, high = 0.0, bins.shape[1] - 1e-6
+        for _ in range(STEPS + STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if shares(middle) @ size < asked * size.sum() else (low, middle)
+        for number, share in zip(known, shares(high).tolist(), strict=True):
+            raw[number] = Fraction(round(share * DIGITS), DIGITS)
+    return shift(raw, sparsity, sizes)
+
+
+def count_scores(score: Float[Tensor, "..."]) -> Int[Tensor, " bins"]:
+    """Count positive scores by their exponent and the first four bits of their fraction."""
+    bits = score.float().contiguous().flatten().view(torch.int32) >> BIN
+    return torch.bincount(bits, minlength=1 << (31 - BIN)).int()
 
 
 def outlier_ratio(scores: Iterable[Float[Tensor, "..."]], times: float = OUTLIER) -> float:

@@ -1,7 +1,8 @@
 """From weights and statistics to masks, and to the weights that stay, as rows of the catalog say."""
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from wanda_dvc.catalog import Allocation, Method, Reconstruction
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.allocation import greedy_error, outlier_ratio, settle
+from wanda_dvc.pruning.allocation import count_scores, greedy_error, outlier_ratio, settle
 from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.selection import keep_by_share, select
@@ -38,6 +39,9 @@ class Readers(Protocol):
         """The linears whose weights are stored [in, out]."""
 
 
+Share = Fraction | Mapping[str, Fraction]  # of a block's weights that go, or of each of its linears'
+
+
 @dataclass(frozen=True)
 class Target:
     """How much goes, and where zeros may stand: of one linear, or of all with the same share."""
@@ -54,10 +58,16 @@ def function_of(row: str) -> Callable[..., Any]:
     return function
 
 
-def choose(
-    weight: Float[Tensor, "out in"], x: InputStats, *, method: Method, target: Target, name: str = "weight"
+def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is chosen
+    weight: Float[Tensor, "out in"],
+    x: InputStats,
+    *,
+    method: Method,
+    target: Target,
+    name: str = "weight",
+    worth: Float[Tensor, " out"] | None = None,
 ) -> Bool[Tensor, "out in"]:
-    """Return `keep` for one linear; `name` stands in messages.
+    """Return `keep` for one linear; `name` stands in messages. `worth` multiplies the scores of each row.
 
     It is made where the weight is. Where a row's mask depends on that row alone, the host takes rows some at a time:
     memory does not grow with the linear. UserError where a score is not finite, or the target is out of reach.
@@ -68,6 +78,8 @@ def choose(
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for rows, into in zip(weight.split(rows_at_a_time), keep.split(rows_at_a_time), strict=True):
         scored = score(rows.contiguous(), x)
+        if worth is not None:  # of the whole linear: rows compete
+            scored = scored * worth.to(scored)[:, None]
         if not scored.amax().isfinite():
             raise UserError(f"{name}: scores that are not finite; its weights or the activations it reads overflow")
         into.copy_(SELECTIONS[method.competition](scored, target))
@@ -96,8 +108,8 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
     where their weights are: on a card one at a time, on the host in parallel, by as many threads as torch has. A solver
     uses all of a device for one linear, and runs where its Gram matrix is.
     """
-    if isinstance(targets, Target):
-        targets = {name: targets for names in block.readers.values() for name in names}
+    targets = targets if isinstance(targets, Mapping) else targets_of(block, targets)
+    worths = {name: row_worth(block.fisher[name]) for name, one in targets.items() if weighs(one, block, name)}
     if method.competition == "solver":
         solve, chosen = function_of(method.function), {}
         for name, prepared in _prepared(block, grams or {}):
@@ -106,6 +118,8 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
             prepared = prepared or prepare(Gram.empty(weight.shape[1]), name)
             target = targets[name]
             there = weight.to(prepared.gram.device)
+            if name in worths:  # a row's problem is the same at every scale
+                there = there.float() * worths[name].to(there.device)[:, None]
             solved = solve(there, prepared, share=target.share, pattern=target.pattern, group=target.group)
             chosen[name] = _turned(solved.keep, across).contiguous()
         return chosen
@@ -113,7 +127,8 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
     def keep(name: str, x: InputStats) -> Tensor:
         across, weight = name in block.transposed, weights(name)
         weight = weight if device is None else weight.to(device)
-        kept = choose(_turned(weight, across), x, method=method, target=targets[name], name=name)
+        target, worth = targets[name], worths.get(name)
+        kept = choose(_turned(weight, across), x, method=method, target=target, name=name, worth=worth)
         return _turned(kept, across).contiguous()
 
     threads = torch.get_num_threads() if device is None or device.type == "cpu" else 1
@@ -124,6 +139,27 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
             for name in names
         }
         return {name: job.result() for name, job in jobs.items()}
+
+
+def targets_of(
+    block: Readers, target: Target | None = None, *, share: Share = Fraction(0), pattern: str = "", group: str = "row"
+) -> dict[str, Target]:
+    """Return the target of each linear of a block: one for all, or that of its share."""
+    names = [name for names in block.readers.values() for name in names]
+    if target is not None:
+        return dict.fromkeys(names, target)
+    return {name: Target(share[name] if isinstance(share, Mapping) else share, pattern, group) for name in names}
+
+
+def weighs(target: Target, block: BlockStats, name: str) -> bool:
+    """Whether a linear's rows count by their Fisher information; without any they all count alike."""
+    return target.group == "fisher" and target.pattern == "unstructured" and name in block.fisher
+
+
+def row_worth(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+    """Return F^¼ over its mean, float32: the root of what the score asks for, √F, whose square root did better."""
+    worth = fisher.double() ** 0.25
+    return (worth / worth.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
 def aim_block(
@@ -256,31 +292,43 @@ def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocati
     share: Fraction,
     group: str,
     strength: float | None = None,
-) -> list[Fraction]:
-    """Return the share of each block's weights that goes.
+) -> Sequence[Share]:
+    """Return the share of each block's weights that goes, or of each of its linears'.
 
-    `blocks` yields the statistics of the `count` blocks, with Gram matrices where the allocation needs them; it is left
-    alone where all shares are the same.
+    `blocks` yields the statistics of the `count` blocks, with Gram matrices or the Fisher tier where the allocation
+    needs them; it is left alone where all shares are the same.
     """
     function = function_of(allocation.function)
     if allocation.strength is None:
         equal: list[Fraction] = function(share, range(count))
         return equal
-    groups: list[list[tuple[int, int]]] = []  # of each block's linears
-    ratings = []
+    parts: list[list[str]] = []  # the linears of each
+    groups: list[list[tuple[int, int]]] = []  # of each part's linears
+    ratings: list[object] = []
+    ends: list[int] = []  # the parts up to each block's end
     for measured, grams in blocks:
-        groups.append([])
+        linears: dict[str, tuple[int, int]] = {}
         for source, names in measured.readers.items():
             for name in names:
                 number, features = weights(name).numel(), len(measured.inputs[source].sum)
-                groups[-1].append((number // features, features) if group == "row" else (1, number))
+                linears[name] = (number // features, features) if group == "row" else (1, number)
+        own = [[name] for name in linears] if allocation.by_linear else [list(linears)]
+        parts += own
+        groups += [[linears[name] for name in part] for part in own]
+        ends.append(len(parts))
         if allocation.rating is not None:
-            ratings.append(function_of(allocation.rating)(weights, measured, grams))
+            rated = function_of(allocation.rating)(weights, measured, grams)
+            ratings += rated if allocation.by_linear else [rated]
     words: list[object] = [ratings] if allocation.rating is not None else []
     if strength is not None:
         words.append(Fraction(str(strength)) if allocation.rating is None else strength)
     sizes = [sum(number * size for number, size in linears) for linears in groups]
-    return settle(function(share, sizes, *words), share, groups)
+    shares: list[Fraction] = settle(function(share, sizes, *words), share, groups)
+    if not allocation.by_linear:
+        return shares
+    return [
+        {parts[part][0]: shares[part] for part in range(begin, end)} for begin, end in itertools.pairwise([0, *ends])
+    ]
 
 
 def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mapping[str, Gram]) -> float:
@@ -290,6 +338,18 @@ def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mappi
         for source, names in block.readers.items()
         for name in names
     )
+
+
+def fisher_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mapping[str, Gram]) -> list[Tensor | None]:
+    """Return how many of each linear's weights have which score |W| · ‖X‖₂ · √F; None without Fisher information."""
+
+    def rate(name: str, source: str) -> Tensor | None:
+        if name not in block.fisher:
+            return None
+        score = wanda(_turned(weights(name), name in block.transposed), block.inputs[source])
+        return count_scores(score * block.fisher[name].sqrt().to(score)[:, None])
+
+    return [rate(name, source) for source, names in block.readers.items() for name in names]
 
 
 def greedy_rating(weights: Callable[[str], Tensor], block: BlockStats, grams: Mapping[str, Gram]) -> float:

@@ -1,5 +1,6 @@
-"""Statistics of a linear's input, per feature: the norm tier (Σx², Σx, count)."""
+"""Statistics of a linear's input, per feature: the norm tier (Σx², Σx, count). Those of its outputs are beside them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +69,7 @@ class BlockStats(NamedTuple):
     inputs: dict[str, InputStats]  # by distinct input, named after the first linear that reads it
     readers: dict[str, list[str]]  # the linears that read each
     transposed: list[str]  # linears whose weight is stored [in, out], as GPT-2's are
+    fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # the Fisher tier by linear, where it is there and was asked for
 
     def merge(self, other: "BlockStats") -> None:
         """Add the statistics of other tokens through the same block. ValueError where its inputs differ."""
@@ -79,7 +81,9 @@ class BlockStats(NamedTuple):
     def of(self, name: str) -> "BlockStats":
         """Return the statistics of one distinct input alone."""
         readers = self.readers[name]
-        return BlockStats({name: self.inputs[name]}, {name: readers}, [x for x in self.transposed if x in readers])
+        transposed = [x for x in self.transposed if x in readers]
+        fisher = {x: self.fisher[x] for x in readers if x in self.fisher}
+        return BlockStats({name: self.inputs[name]}, {name: readers}, transposed, fisher)
 
     def unreached(self) -> set[str]:
         """Return the experts that no token reached: their linears' names without the last word."""

@@ -27,6 +27,7 @@ from wanda_dvc.study.times import Times
 TAKEN = ("metrics", "stats")
 # Whose hashes find the times of runs; they may be missing.
 MADE = (
+    "fisher/provenance.json",
     "gram/provenance.json",
     "masks/provenance.json",
     "models/dense/provenance.json",

@@ -121,14 +121,21 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=3,
-            about="Measure the dense model's activations once: stats/, and with calibration.gram gram/.",
-            result="gram/provenance.json",  # with calibration.gram it takes longer
-            settings=("calibration.samples", "calibration.length", "calibration.seed", "calibration.gram", "dtype"),
+            version=4,
+            about="Measure the dense model's activations once: stats/, and if asked gram/ and fisher/.",
+            result="[fg]*/provenance.json",  # of fisher/ and gram/: with either it takes longer
+            settings=(
+                "calibration.samples",
+                "calibration.length",
+                "calibration.seed",
+                "calibration.gram",
+                "calibration.fisher",
+                "dtype",
+            ),
         ),
         Stage(
             name="mask",
-            version=4,
+            version=5,
             about="Choose the weights that stay: masks/.",
             result="masks/provenance.json",
             settings=(

@@ -18,7 +18,7 @@ from wanda_dvc.stages.running import check_device, device_name, ending, solving_
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import TEXT, Project, Work
 from wanda_dvc.study.provenance import read_provenance
-from wanda_dvc.study.tensors import block_count, read_stats
+from wanda_dvc.study.tensors import block_count, read_fisher, read_stats
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from wanda_dvc.engine.jobs import Jobs
     from wanda_dvc.engine.runner import Runner
     from wanda_dvc.engine.workers import RayCrew
+    from wanda_dvc.pruning.statistics import BlockStats
 
 T = TypeVar("T")
 HEAD = "output head"
@@ -117,6 +118,25 @@ def gram_provenance(project: Project) -> Json:
             "those of the run that measured stats/; set calibration.gram=float32 and run `dvc repro`"
         )
     return gram
+
+
+def fisher_provenance(project: Project) -> Json:
+    """Return the provenance of fisher/. UserError where it is not of the run that measured stats/, or has no blocks."""
+    fisher, stats = read_provenance(project.fisher, "calibrate"), read_provenance(project.stats, "calibrate")
+    same = ("model", "text", "params")
+    wanted, blocks = Project(project.root).params.calibration.fisher, block_count(project.fisher, "calibrate")
+    if any(fisher[name] != stats[name] for name in same) or not blocks or fisher["windows"] != wanted:
+        raise UserError(
+            f"fisher/: found {blocks} blocks of {fisher['windows']} windows of {fisher['model']['source']}, expected "
+            f"{wanted} windows (calibration.fisher) of the run that measured stats/; run `dvc repro` or "
+            "`wanda-dvc calibrate`"
+        )
+    return fisher
+
+
+def with_fisher(project: Project, block: int, measured: "BlockStats") -> "BlockStats":
+    """Return the statistics of a block with the Fisher tier of its linears."""
+    return measured._replace(fisher=read_fisher(project.fisher, block))
 
 
 def check_fits(project: Project, features: dict[str, int]) -> None:

@@ -2,9 +2,8 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, Method, Reconstruction, methods
+from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECONSTRUCTIONS, Method, Reconstruction, methods
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.costs import Cost, Setting, choosing_seconds, solving_seconds
 from wanda_dvc.engine.jobs import Ask
@@ -20,7 +19,7 @@ from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.sizes import Memory, Need, Sizes, choosing, propagating, sizes, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
-from wanda_dvc.pruning.choose import Target, aim_block, choose_block, reconstruct_block
+from wanda_dvc.pruning.choose import Share, aim_block, choose_block, reconstruct_block, targets_of
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.stages import STAGES
@@ -32,11 +31,13 @@ from wanda_dvc.stages.inputs import (
     calibration_windows,
     check_fits,
     check_ready,
+    fisher_provenance,
     gram_provenance,
     jobs,
     largest,
     runner,
     statistics,
+    with_fisher,
 )
 from wanda_dvc.stages.running import device_name, progress, say_unreached, solving_device
 from wanda_dvc.study.files import Json
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 
 
 def mask(*, project: Project) -> None:
-    """models/dense + stats/ (+ gram/, data/calibration) → masks/, weights/.
+    """models/dense + stats/ (+ gram/, fisher/, data/calibration) → masks/, weights/.
 
     weights/ has blocks only where `propagation: pruned` meets a reconstruction: what it makes of the weights decides
     what the next block is calibrated on, and does not follow from the statistics of the dense model.
@@ -84,7 +85,8 @@ def mask(*, project: Project) -> None:
         calibration={"text": stats.provenance["text"], **stats.provenance["params"]},
         params=described,
         **({"gram": digest(gram_provenance(project))} if reads_grams(params) else {}),
-        **({"sparsities": [float(share) for share in shares]} if params.allocation != "uniform" else {}),
+        **({"fisher": digest(fisher_provenance(project))} if reads_fisher(params) else {}),
+        **({"sparsities": list(map(_written, shares))} if params.allocation != "uniform" else {}),
     )
     weights_from = made_from | {"kind": "weights"}
     with project.work(made_from) as work, project.work(weights_from) as beside:
@@ -103,6 +105,11 @@ def mask(*, project: Project) -> None:
         seal(beside.out, weights_from)
         work.publish(project.masks)
         beside.publish(project.weights)
+
+
+def _written(share: Share) -> float | dict[str, float]:
+    """Return a block's share, or its linears', as provenance has it."""
+    return {name: float(x) for name, x in share.items()} if isinstance(share, Mapping) else float(share)
 
 
 Weights = Callable[[str], Tensor]
@@ -133,35 +140,43 @@ def reads_grams(params: Params) -> bool:
     return by_method or ALLOCATIONS[params.allocation].needs == "gram"
 
 
-def keeps(params: Params, weights: Weights, block: BlockStats, share: Fraction) -> dict[str, Tensor]:
-    """Return the masks of one block's linears by their scores, every linear with the same share.
+def reads_fisher(params: Params) -> bool:
+    """Whether masks follow from fisher/."""
+    return "fisher" in {ALLOCATIONS[params.allocation].needs, GROUPS[params.group].needs}
 
-    `weights` reads a stored weight.
-    """
-    target = Target(share, params.pattern, params.group)
+
+def measured_of(project: Project, block: int) -> BlockStats:
+    """Return the statistics of one block, with the Fisher tier where masks follow from it."""
+    measured = read_stats(project.stats, block)
+    return with_fisher(project, block, measured) if reads_fisher(project.params) else measured
+
+
+def keeps(params: Params, weights: Weights, block: BlockStats, share: Share) -> dict[str, Tensor]:
+    """Return the masks of one block's linears by their scores. `weights` reads a stored weight."""
+    targets = targets_of(block, share=share, pattern=params.pattern, group=params.group)
     method, device = methods()[params.method], solving_device(params.runtime)
-    return choose_block(weights, block, method=method, targets=target, device=device)
+    return choose_block(weights, block, method=method, targets=targets, device=device)
 
 
 Blocks = Iterator[tuple[int, BlockStats, Mapping[str, Tensor]]]  # the block, its statistics, and its masks
 
 
-def _scored(project: Project, checkpoint: Checkpoint, stats: Statistics, shares: list[Fraction], _: int) -> Blocks:
+def _scored(project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], _: int) -> Blocks:
     """Yield the masks of all blocks, in this process: a weight is read once, and a network is slower than a disk."""
     for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks"):
-        measured = read_stats(project.stats, block)
+        measured = measured_of(project, block)
         yield block, measured, keeps(project.params, checkpoint.weight, measured, shares[block])
 
 
 def _solved(
-    project: Project, checkpoint: Checkpoint, stats: Statistics, shares: list[Fraction], finished: int
+    project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], finished: int
 ) -> Blocks:
     """Yield the masks of the blocks that an earlier run has not finished. Each distinct input is a job."""
     how, blocks = How.of(project.params), range(stats.blocks)
 
     def parts() -> Iterator[Ask[Part]]:
         for block in blocks[finished:]:
-            measured = read_stats(project.stats, block)
+            measured = measured_of(project, block)
             grams: Mapping[str, Gram] = read_grams(project.gram, block) if how.method.needs == "gram" else {}
             yield from _parts(how, checkpoint, block, measured, grams, shares[block], stored=project.gram)
 
@@ -201,7 +216,7 @@ class Part:
     """One distinct input of a block, and all that the masks and weights of its linears follow from."""
 
     how: How
-    share: Fraction
+    share: Share
     stats: BlockStats  # of this input alone
     weights: Mapping[str, Tensor] | Path  # as stored; or the checkpoint that has them
     grams: Mapping[str, Gram] | tuple[Path, int]  # of this input; or gram/ and the block
@@ -229,8 +244,8 @@ def solve(device: torch.device, part: Part) -> Made:
         crosses = {name: cross.to(device) for name, cross in part.crosses.items()}
         aimed = aim_block(weights, block, grams=grams, crosses=crosses, strength=how.correction)
         weights = aimed.__getitem__
-    target = Target(part.share, how.pattern, how.group)
-    chosen = choose_block(weights, block, method=how.method, targets=target, grams=grams, device=device)
+    targets = targets_of(block, share=part.share, pattern=how.pattern, group=how.group)
+    chosen = choose_block(weights, block, method=how.method, targets=targets, grams=grams, device=device)
     solved = {}
     if how.reconstruction:
         solved = dict(reconstruct_block(weights, block, reconstruction=how.reconstruction, keeps=chosen, grams=grams))
@@ -249,7 +264,7 @@ def _parts(  # noqa: PLR0913, PLR0917 - what solvers read
     block: int,
     measured: BlockStats,
     grams: Mapping[str, Gram],
-    share: Fraction,
+    share: Share,
     *,
     crosses: Mapping[str, Tensor] | None = None,
     stored: Path | None = None,
@@ -283,7 +298,7 @@ def _together(parts: Iterable[Made]) -> Made:
 
 
 def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and where they go
-    project: Project, checkpoint: Checkpoint, stats: Statistics, shares: list[Fraction], work: Work, beside: Work
+    project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], work: Work, beside: Work
 ) -> None:
     """Follow the paper's procedure: each block is calibrated on the outputs of the blocks pruned before it."""
     # Text, windows and dtype are those of stats/: the masks depend on it, and on no setting of calibration.
@@ -314,15 +329,18 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
         for turn in progress(turns, total=blocks, what="mask, blocks calibrated and pruned"):
             crosses, share = how.correction is not None, shares[turn.index]
             recorded = turn.record(gram=_records_grams(params), crosses=crosses)
-            unreached[turn.index] = recorded.stats.unreached()
+            measured = recorded.stats
+            unreached[turn.index] = measured.unreached()
+            if reads_fisher(params):
+                measured = with_fisher(project, turn.index, measured)
             keep: Mapping[str, Tensor]
             changed: dict[str, Tensor] = {}
             told = Json()
             if _records_grams(params):
-                parts = _parts(how, checkpoint, turn.index, *recorded[:2], share, crosses=recorded.crosses)
+                parts = _parts(how, checkpoint, turn.index, measured, recorded.grams, share, crosses=recorded.crosses)
                 keep, changed, told = _together(run.each(solve, parts))
             else:
-                keep = keeps(params, checkpoint.weight, recorded.stats, share)
+                keep = keeps(params, checkpoint.weight, measured, share)
             if trains:
                 trained = turn.train(keep, changed, **params.training.model_dump())
                 changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}

@@ -111,6 +111,11 @@ class Project:
         return self.root / "gram"
 
     @property
+    def fisher(self) -> Path:
+        """The folder of the Fisher tier."""
+        return self.root / "fisher"
+
+    @property
     def masks(self) -> Path:
         """The folder of masks."""
         return self.root / "masks"

@@ -1,4 +1,4 @@
-"""stats/, gram/, masks/ and weights/ on disk: one safetensors file per block, so that one is in memory at a time."""
+"""Tensors on disk: one safetensors file per block, so that one is in memory at a time."""
 
 import itertools
 import json
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from wanda_dvc.pruning.statistics import BlockStats
 
 GRAM_DTYPES = ("float32", "float16")  # in which Gram matrices are kept
+SQUARED_GRADIENTS = "squared_gradients"
 SEALED = ("blocks", "files")  # what `seal` adds to a provenance
 
 
@@ -111,6 +112,22 @@ def read_grams(folder: Path, block: int, device: "torch.device | None" = None) -
         if [list(x.shape) for x in parts] != shapes or str(parts[1].dtype).removeprefix("torch.") not in GRAM_DTYPES:
             raise _damaged(path, f"no Gram matrix of {name}", "calibrate")
     return Grams(tensors, readers, transposed, device)
+
+
+def write_fisher(folder: Path, block: int, sums: "Mapping[str, Tensor]") -> None:
+    """Write the Fisher tier of one block: `LINEAR.squared_gradients` (float64 [out]) for each linear that has any."""
+    _save(block_file(folder, block), {f"{name}.{SQUARED_GRADIENTS}": x for name, x in sums.items()}, {})
+
+
+def read_fisher(folder: Path, block: int) -> "dict[str, Tensor]":
+    """Read the Fisher tier of one block, by linear."""
+    path = block_file(folder, block)
+    tensors, _ = _load(path, "calibrate")
+    for name, x in tensors.items():
+        fits = name.endswith(f".{SQUARED_GRADIENTS}") and str(x.dtype) == "torch.float64" and x.dim() == 1
+        if not (fits and bool((x >= 0).all()) and bool(x.isfinite().all())):
+            raise _damaged(path, f"no sums of squares in {name}", "calibrate")
+    return {name.removesuffix(f".{SQUARED_GRADIENTS}"): x for name, x in tensors.items()}
 
 
 class Grams(Mapping[str, "Gram"]):

@@ -1,0 +1,130 @@
+"""The Fisher tier is that of the model's own gradients, for every family, and goes on where a killed run stopped."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from test_families import ALL, save
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.fisher import squared_gradients
+from wanda_dvc.engine.structure import Linear
+from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.choose import row_worth
+
+CPU = torch.device("cpu")
+
+
+def measured(decoder: Decoder, tokens: Tensor, work: Path) -> dict[str, Tensor]:
+    return {name: sums for _, block in squared_gradients(decoder, tokens, work) for name, sums in block.items()}
+
+
+def stock(folder: Path) -> nn.Module:
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
+
+
+def parameters(decoder: Decoder) -> dict[str, tuple[str, Linear]]:
+    """By linear, the parameter's name in the model, and the linear."""
+    names = {id(parameter): name for name, parameter in decoder.model.named_parameters()}
+    return {
+        name: (names[id(linear.module.get_parameter(linear.leaf))], linear)
+        for index in range(len(decoder.blocks))
+        for name, linear in decoder.linears(index).items()
+    }
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path: Path):
+    """Of every linear that is a module, summed over tokens and windows."""
+    folder = save(family, tmp_path / "model")
+    tokens = torch.randint(3, 256, (3, 24), generator=torch.Generator().manual_seed(1))
+    model, expected = stock(folder), dict[str, Tensor]()
+
+    def add(name: str, gradient: Tensor) -> None:
+        expected[name] = expected.get(name, 0) + gradient.double().square().flatten(0, -2).sum(dim=0)
+
+    def see(name: str, _: nn.Module, __: object, out: object) -> None:
+        if isinstance(out, Tensor) and out.requires_grad:
+            out.register_hook(partial(add, name))
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(partial(see, name))
+    for row in tokens:
+        nn.functional.cross_entropy(model(input_ids=row[None]).logits[0, :-1], row[1:], reduction="sum").backward()
+    decoder, checked = Decoder(folder, dtype=torch.float32, device=CPU), 0
+    found = measured(decoder, tokens, tmp_path / "work")
+    for name, (own, linear) in parameters(decoder).items():
+        if linear.part.is_whole and own.endswith(".weight") and linear.part.expert is None:
+            wanted = expected[own.removesuffix(".weight")]
+            torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-6 * wanted.max().item())
+            checked += 1
+    assert checked >= len(decoder.blocks)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_row_of_an_experts_weight_has_its_outputs_gradient(family: str, tmp_path: Path):
+    """Of two tokens only the first predicts, so every weight's gradient is g xᵀ, and its rows' squares go with g²."""
+    folder = save(family, tmp_path / "model")
+    decoder, model, tokens = Decoder(folder, dtype=torch.float32, device=CPU), stock(folder), torch.tensor([[17, 101]])
+    found = measured(decoder, tokens, tmp_path / "work")
+    nn.functional.cross_entropy(model(input_ids=tokens).logits[0, :1], tokens[0, 1:]).backward()
+    gradients, unreached = {name: parameter.grad for name, parameter in model.named_parameters()}, 0
+    largest = max(x.max().item() for x in found.values())
+    for name, (own, linear) in parameters(decoder).items():
+        gradient = gradients[own]
+        part = torch.zeros(1, 1) if gradient is None else linear.part.of(gradient)
+        squares = part.square().sum(dim=0 if linear.transposed else 1)
+        ours = found.get(name, torch.zeros(1)).float()
+        if ours.max() <= 1e-9 * largest:  # an expert without tokens; and one token's attention is 1 whatever it asks
+            assert squares.max() <= 1e-6 * largest
+            unreached += 1
+        else:
+            torch.testing.assert_close(ours / ours.sum(), squares / squares.sum(), rtol=1e-3, atol=1e-5)
+    assert unreached < len(parameters(decoder))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Callable[[], Decoder]:
+    folder = save("llama", tmp_path / "model")
+    return lambda: Decoder(folder, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_a_killed_run_goes_on_after_the_last_block_that_was_taken(
+    llama: Callable[[], Decoder], tmp_path: Path, taken: int, monkeypatch: pytest.MonkeyPatch
+):
+    tokens = torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))
+    expected = list(squared_gradients(llama(), tokens, tmp_path / "whole"))
+    killed = squared_gradients(llama(), tokens, tmp_path / "work")
+    found = [next(killed) for _ in range(taken)]
+    del killed  # the last one that it gave may not have been written
+    found = found[:-1]
+    decoder = llama()
+    if taken:  # nothing goes forward again
+        monkeypatch.setattr(decoder, "embed", None)
+    found += squared_gradients(decoder, tokens, tmp_path / "work")
+    assert [index for index, _ in found] == [index for index, _ in expected] == [2, 1, 0]
+    for (_, sums), (_, wanted) in zip(found, expected, strict=True):
+        assert sums.keys() == wanted.keys()
+        assert all(torch.equal(sums[name], wanted[name]) for name in wanted)
+
+
+def test_gradients_that_are_not_finite_are_refused(llama: Callable[[], Decoder], tmp_path: Path):
+    decoder = llama()
+    whole = decoder.loss_gradient
+    decoder.loss_gradient = lambda *words: whole(*words) * torch.inf  # type: ignore[method-assign]
+    tokens = torch.randint(3, 256, (1, 8), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(UserError, match=r"block 2, output of model.layers.2.*gradients that are not finite"):
+        measured(decoder, tokens, tmp_path / "work")
+
+
+def test_a_rows_worth_has_no_unit():
+    fisher = torch.rand(50, dtype=torch.float64) + 0.1
+    torch.testing.assert_close(row_worth(fisher), row_worth(1e-30 * fisher))
+    torch.testing.assert_close(row_worth(fisher) / row_worth(fisher)[0], ((fisher / fisher[0]) ** 0.25).float())
+    assert not row_worth(torch.zeros(3, dtype=torch.float64)).any()
