@@ -46,8 +46,8 @@ WALKS: Runs = {
 }
 ADMM = {"method": "admm", "calibration__gram": "float32"}
 SOLVES: Runs = {
-    "Gram matrices": ("calibrate", None, ADMM),
     "the way back": ("calibrate", None, {"calibration__fisher": 2}),
+    "Gram matrices": ("calibrate", None, ADMM),
     "a solver's masks": ("mask", None, ADMM),
     "least squares": ("apply", None, ADMM | {"reconstruction": "least-squares"}),
     "trained": ("mask", None, ADMM | {"reconstruction": "block", "propagation": "corrected"}),

@@ -212,7 +212,7 @@ class GradientRecorder:
             y.register_hook(partial(self._add, names, tokens))
 
     def _add(self, names: list[str], tokens: slice, gradient: Float[Tensor, "... out"]) -> None:
-        sums = gradient.flatten(0, -2)[tokens].float().square().sum(dim=0).double().cpu()
+        sums = gradient.flatten(0, -2)[tokens].float().square().sum(dim=0).cpu().double()
         for name in names:
             rows = self.linears[name].part.rows
             own = sums if rows is None else sums[slice(*rows)]

@@ -128,6 +128,8 @@ def cost(params: Params, on: Setting) -> Cost:
     return replace(
         once,
         flops=once.flops + back.flops,
+        read=once.read + 2 * back.read,
+        hidden=once.hidden + back.hidden,
         seconds=once.seconds + back.seconds,
         disk=once.disk + _back_bytes(params, on.model),
         memory=either(once.memory, memory),
