@@ -44,6 +44,7 @@ from checkpoints import make_checkpoint  # noqa: E402 - after the stand-in
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods  # noqa: E402
 from wanda_dvc.engine.decoder import Compiling, Decoder  # noqa: E402
+from wanda_dvc.engine.fisher import squared_gradients  # noqa: E402
 from wanda_dvc.engine.losses import window_loss  # noqa: E402
 from wanda_dvc.engine.recorder import Recorded  # noqa: E402
 from wanda_dvc.engine.rows import as_rows  # noqa: E402
@@ -183,6 +184,8 @@ def check(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[Check]:
         found = _masks_apart(bench, folder, host, name, pattern)
         yield Check(f"masks from the same norms, {name} {pattern}, share that differs", found, bound)
     yield Check("least-squares, largest relative difference of a layer error", _solved_apart(bench, folder, host), 1e-2)
+    found = _fisher_apart(bench, folder, tokens[:2])
+    yield Check("Fisher tier of two windows, largest relative difference of a linear's norm", found, 1e-3)
     if card.peak:
         words = {"statistics": True, "gram": True, "logits": True}
         formula = walking(sizes(folder), dtype="float32", length=tokens.shape[1], device="cuda", **words)
@@ -237,6 +240,16 @@ def _solved_apart(bench: Bench, folder: Path, run: Run) -> float:
         )
         errors.append([pruned.error or 0.0 for _, pruned, _ in solved])
     return max(abs(a / b - 1) for a, b in zip(*errors, strict=True) if b)
+
+
+def _fisher_apart(bench: Bench, folder: Path, tokens: torch.Tensor) -> float:
+    found = []
+    for device in (torch.device("cpu"), bench.device):
+        decoder = Decoder(folder, dtype=torch.float32, device=device)
+        back = squared_gradients(decoder, tokens, bench.work / f"back{len(found)}")
+        found.append({name: sums for _, block in back for name, sums in block.items()})
+    host, card = found
+    return max(float((card[name] - sums).norm() / sums.norm()) for name, sums in host.items())
 
 
 def times(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[str, str]]:

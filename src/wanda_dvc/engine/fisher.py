@@ -16,7 +16,7 @@ from wanda_dvc.engine.recorder import GradientRecorder
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.states import HiddenStates
 from wanda_dvc.engine.walk import check_tokens
-from wanda_dvc.errors import MEND, UserError
+from wanda_dvc.errors import MEND, UserError, notice
 
 
 @torch.no_grad()
@@ -51,6 +51,9 @@ def squared_gradients(
             last = before[-1].before
             gradients.write(decoder.loss_gradient(x[None], row.tokens)[0] for x, row in zip(last, rows, strict=True))
             gradients.turn()
+        if gradients.finished > 0:
+            done = f"{gradients.finished} of {blocks} blocks"
+            notice(f"going on after {done} on the way back, which an earlier run has finished")
         for index in reversed(range(blocks - gradients.finished)):
             recorder = GradientRecorder()
             with decoder.block(index), recorder.recording(decoder.linears(index)):

@@ -346,8 +346,10 @@ def fisher_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mappin
     def rate(name: str, source: str) -> Tensor | None:
         if name not in block.fisher:
             return None
-        score = wanda(_turned(weights(name), name in block.transposed), block.inputs[source])
-        return count_scores(score * block.fisher[name].sqrt().to(score)[:, None])
+        weight, x = _turned(weights(name), name in block.transposed), block.inputs[source]
+        size = max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
+        parts = zip(weight.split(size), block.fisher[name].sqrt().float().split(size), strict=True)
+        return torch.stack([count_scores(wanda(rows, x) * root[:, None]) for rows, root in parts]).sum(dim=0)
 
     return [rate(name, source) for source, names in block.readers.items() for name in names]
 
