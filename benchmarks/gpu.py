@@ -243,7 +243,7 @@ def _solved_apart(bench: Bench, folder: Path, run: Run) -> float:
 
 
 def _fisher_apart(bench: Bench, folder: Path, tokens: torch.Tensor) -> float:
-    found = []
+    found: list[dict[str, torch.Tensor]] = []
     for device in (torch.device("cpu"), bench.device):
         decoder = Decoder(folder, dtype=torch.float32, device=device)
         back = squared_gradients(decoder, tokens, bench.work / f"back{len(found)}")
