@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from test_docs import blocks
 from test_report import write_results
 
 import wanda_dvc as wd
+from wanda_dvc.errors import UserError
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import load_lock
@@ -111,6 +113,18 @@ def test_the_page_about_python_prints_what_it_says(
             shown = capsys.readouterr().out
     assert sum(block.language == "python" for block in every) > 6
     assert not shown
+
+
+def test_without_git_show_shows_and_list_says_what_to_do(tmp_path: Path):
+    """Stages that were run by hand leave .dvc/, in which DVC looks for git."""
+    root = tmp_path / "study"
+    Repository.new(root, root)
+    write_results(root, "wanda", 0.5, 2.5, 20, allocation="slope", allocation_strength=0.01)
+    shutil.rmtree(root / ".git")
+    (root / "masks/provenance.json").unlink()
+    assert "perplexity" in show(project=Project(root))
+    with pytest.raises(UserError, match="no git repository, expected one with experiments; run `git init`"):
+        experiments(project=Project(root))
 
 
 def test_show_says_what_an_allocation_gives_beside_uniform(tmp_path: Path):

@@ -42,16 +42,19 @@ def list_experiments(project: Project, *, locks: bool = False) -> list[Experimen
     """
     from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
-    from dvc.scm import NoSCM
+    from dvc.scm import NoSCM, SCMError
 
+    no_git = UserError(f"{project.root}: no git repository, expected one with experiments; run `git init`")
     try:
         repo = Repo(str(project.root))
     except NotDvcRepoError:
         raise UserError(
             f"{project.root}: no DVC repository, expected one with experiments; `wanda-dvc show` needs none"
         ) from None
+    except SCMError:  # stages that were run by hand leave .dvc/
+        raise no_git from None
     if isinstance(repo.scm, NoSCM):
-        raise UserError(f"{project.root}: no git repository, expected one with experiments; run `git init`")
+        raise no_git
     with repo:
         try:
             states = repo.experiments.show(all_branches=True, all_tags=True, all_commits=True)
