@@ -24,11 +24,11 @@ Colours = Mapping[str, str]
 MODES: dict[str, Colours] = {
     "light": {
         "ink": "#1a1a1a", "muted": "#6b6b6b", "line": "#d5d5d5", "box": "#f3f3f3",
-        "blue": "#0072b2", "orange": "#d55e00", "green": "#007a5a", "pink": "#b4568c",
+        "blue": "#0072b2", "orange": "#d55e00", "green": "#007a5a", "pink": "#b4568c", "yellow": "#8a6d00",
     },
     "dark": {
         "ink": "#e8e8e8", "muted": "#a0a0a0", "line": "#404040", "box": "#2a2d33",
-        "blue": "#56b4e9", "orange": "#ff8c42", "green": "#2fc39a", "pink": "#e08fc0",
+        "blue": "#56b4e9", "orange": "#ff8c42", "green": "#2fc39a", "pink": "#e08fc0", "yellow": "#f0c94a",
     },
 }  # fmt: skip
 
@@ -82,6 +82,7 @@ METHODS = {
     "Wanda": ("blue", "o"),
     "Wanda, least squares": ("pink", "^"),
     "ADMM, least squares": ("green", "D"),
+    "ADMM, Fisher": ("yellow", "P"),
     "ADMM, block training": ("ink", "v"),
 }
 
@@ -108,7 +109,9 @@ def methods_curves() -> tuple[float, dict[str, Curve], dict[str, float]]:
         settings = row["reconstruction"], row["allocation"], row["propagation"]
         if settings == ("`least-squares`", "`uniform`", "`dense`") and row["method"] in names:
             add(names[row["method"]], row["sparsity"], row["perplexity"])
-        if row["reconstruction"] == "`block`":
+        if row["method"].startswith("`admm`") and settings == ("`least-squares`", "`fisher`", "`dense`"):
+            add("ADMM, Fisher", row["sparsity"], row["perplexity"])
+        if row["reconstruction"] == "`block`" and row["allocation"] != "`fisher`":
             add("ADMM, block training", row["sparsity"], row["perplexity"])
     dense = number(own[0]["ours"])
     return dense, curves, pattern
@@ -124,8 +127,11 @@ def methods(colours: Colours) -> Figure:
     for name, curve in curves.items():
         colour, marker = METHODS[name]
         _curve(left, curve, dense if curve[0][0] <= 30 else None, colours[colour], marker)
-        _label(left, f"{name} {curve[-1][1]:,.0f}", curve[-1], (8, -3), colours[colour])
+        low = name == "ADMM, block training"  # close to the curve above
+        _label(left, f"{name} {curve[-1][1]:,.0f}", curve[-1], (8, -10 if low else -3), colours[colour])
     for name, (colour, marker) in METHODS.items():
+        if name not in pattern:  # it has no patterns
+            continue
         value, low = pattern[name], name == "ADMM, least squares"  # close to least squares on Wanda's masks
         right.plot([0], [value], color=colours[colour], marker=marker, markersize=6)
         _label(right, f"{value:,.0f}", (0, value), (-9 if low else 9, -3), colours[colour], "right" if low else "left")
@@ -216,7 +222,7 @@ def pipeline(colours: Colours) -> Figure:
         _box(axes, box, name, colours, edge="blue")
     _box(axes, (21, 17, 63, 6), "models/dense, data/", colours)
     _box(axes, (87, 17, 16, 6), "models/pruned", colours)
-    for x, name in ((57.5, "stats/\ngram/"), (76.5, "masks/\nweights/")):
+    for x, name in ((57.5, "stats/\ngram/\nfisher/"), (76.5, "masks/\nweights/")):
         axes.text(x, 34.7, name, ha="center", color=colours["muted"], fontsize=8.5)
     for start, end in (("locate", "download"), ("calibrate", "mask"), ("mask", "apply")):
         _arrow(axes, (stages[start][0] + stages[start][2], 33.5), (stages[end][0], 33.5), colours)

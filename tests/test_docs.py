@@ -268,7 +268,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("finished")
     repository = Repository.new(folder / "study", save_tiny_model(folder / "tiny"))
     shutil.copytree(ROOT / ".dvc/plots", repository.root / ".dvc/plots")
-    write_params(repository.root, repository.model, tasks__names=[])
+    write_params(repository.root, repository.model, tasks__names=[], calibration__samples=8)
     repository.repro()
     repository.commit()
     return Finished(repository, experiment(repository.run("dvc", "exp", "run", "-S", "sparsity=0.25")))
@@ -323,7 +323,7 @@ def test_the_commands_of_a_page_run_in_their_order(page: str, finished: Finished
         if line.startswith("dvc exp run") and "--queue" not in step:
             values["NAME"] = experiment(said)
         elif line.startswith("wanda-dvc preset "):
-            write_params(repository.root, repository.model, tasks__names=[])
+            write_params(repository.root, repository.model, tasks__names=[], calibration__samples=8)
 
 
 def experiment(said: str) -> str:
