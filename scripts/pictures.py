@@ -104,15 +104,18 @@ def methods_curves() -> tuple[float, dict[str, Curve], dict[str, float]]:
             add("magnitude", found[1], row["ours"])
     for row in table("reference.md", "## What the cached statistics cost"):
         add("Wanda", row["sparsity"], row["dense"])
-    names = {"`wanda`": "Wanda, least squares", "`admm`": "ADMM, least squares"}
+    solved = "`least-squares`", "`uniform`", "`dense`"
+    names = {
+        ("`wanda`", *solved): "Wanda, least squares",
+        ("`admm`", *solved): "ADMM, least squares",
+        ("`admm`, `group: fisher`", "`least-squares`", "`fisher`", "`dense`"): "ADMM, Fisher",
+        ("`admm`", "`block`", "`slope` 0.004", "`corrected` 0.5"): "ADMM, block training",
+        ("`admm`", "`block`", "`uniform`", "`corrected` 0.5"): "ADMM, block training",
+    }
     for row in table("better.md", "# Better than Wanda"):
-        settings = row["reconstruction"], row["allocation"], row["propagation"]
-        if settings == ("`least-squares`", "`uniform`", "`dense`") and row["method"] in names:
-            add(names[row["method"]], row["sparsity"], row["perplexity"])
-        if row["method"].startswith("`admm`") and settings == ("`least-squares`", "`fisher`", "`dense`"):
-            add("ADMM, Fisher", row["sparsity"], row["perplexity"])
-        if row["reconstruction"] == "`block`" and row["allocation"] != "`fisher`":
-            add("ADMM, block training", row["sparsity"], row["perplexity"])
+        settings = row["method"], row["reconstruction"], row["allocation"], row["propagation"]
+        if settings in names:
+            add(names[settings], row["sparsity"], row["perplexity"])
     dense = number(own[0]["ours"])
     return dense, curves, pattern
 

@@ -70,6 +70,7 @@ def fisher(
     raw = [sparsity] * len(sizes)
     if known and 0 < sparsity < 1:
         bins = torch.stack([x for x in counts if x is not None])
+        bins = bins[:, bins.any(dim=0)]
         up_to = bins.cumsum(dim=1, dtype=torch.int64)
         size = torch.tensor([sizes[number] for number in known], dtype=torch.float64)
         least, most = max(asked - spread, 0.0), max(min(asked + spread, MOST), asked)

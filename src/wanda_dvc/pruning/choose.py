@@ -349,7 +349,9 @@ def fisher_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mappin
         weight, x = _turned(weights(name), name in block.transposed), block.inputs[source]
         size = max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
         parts = zip(weight.split(size), block.fisher[name].sqrt().float().split(size), strict=True)
-        return torch.stack([count_scores(wanda(rows, x) * root[:, None]) for rows, root in parts]).sum(dim=0)
+        return torch.stack([count_scores(wanda(rows, x) * root[:, None]) for rows, root in parts]).sum(
+            dim=0, dtype=torch.int32
+        )
 
     return [rate(name, source) for source, names in block.readers.items() for name in names]
 
