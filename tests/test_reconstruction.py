@@ -21,6 +21,7 @@ from wanda_dvc.engine.recorder import CrossRecorder
 from wanda_dvc.engine.walk import walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
+from wanda_dvc.pruning import solvers
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
@@ -271,6 +272,13 @@ def test_rows_compete_by_score_times_worth(study: Make, method: str):
                 kept, gone = scored[masks[name]], scored[~masks[name]]
                 assert len(gone) == scored.numel() // 2
                 assert gone.max() <= kept.min() * (1 + 1e-5)
+
+
+def test_a_solver_of_a_package_need_not_know_how_rows_are_weighed(study: Make, monkeypatch: pytest.MonkeyPatch):
+    heard, admm = set(), solvers.admm
+    monkeypatch.setattr(solvers, "admm", lambda *words, **named: heard.add(named["group"]) or admm(*words, **named))
+    mask(project=study(method="admm", group="fisher"))
+    assert heard == {"layer"}
 
 
 def test_where_nothing_is_removed_nothing_is_corrected(study: Make):

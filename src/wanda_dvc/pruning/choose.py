@@ -120,7 +120,8 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
             there = weight.to(prepared.gram.device)
             if name in worths:  # a row's problem is the same at every scale
                 there = there.float() * worths[name].to(there.device)[:, None]
-            solved = solve(there, prepared, share=target.share, pattern=target.pattern, group=target.group)
+            group = "row" if target.group == "row" else "layer"  # how rows are weighed is no matter of a solver
+            solved = solve(there, prepared, share=target.share, pattern=target.pattern, group=group)
             chosen[name] = _turned(solved.keep, across).contiguous()
         return chosen
 
