@@ -221,7 +221,7 @@ class Allocation:
     needs: Literal["nothing", "norms", "gram", "fisher"]  # to rate the parts
     strength: str | None  # what `allocation_strength: null` is; None where there is nothing to set
     strength_is: str = ""
-    by_linear: bool = False  # whether the parts are linears, and not blocks; the statistics rated are then one linear's
+    by_linear: bool = False  # whether the parts are linears, and not blocks; a rating is then one for each of a block
 
 
 ALLOCATIONS = {

@@ -108,7 +108,8 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
     where their weights are: on a card one at a time, on the host in parallel, by as many threads as torch has. A solver
     uses all of a device for one linear, and runs where its Gram matrix is.
     """
-    targets = targets if isinstance(targets, Mapping) else targets_of(block, targets)
+    if isinstance(targets, Target):
+        targets = {name: targets for names in block.readers.values() for name in names}
     worths = {name: row_worth(block.fisher[name]) for name, one in targets.items() if weighs(one, block, name)}
     if method.competition == "solver":
         solve, chosen = function_of(method.function), {}
@@ -142,13 +143,9 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
         return {name: job.result() for name, job in jobs.items()}
 
 
-def targets_of(
-    block: Readers, target: Target | None = None, *, share: Share = Fraction(0), pattern: str = "", group: str = "row"
-) -> dict[str, Target]:
-    """Return the target of each linear of a block: one for all, or that of its share."""
+def targets_of(block: Readers, *, share: Share, pattern: str, group: str) -> dict[str, Target]:
+    """Return the target of each linear of a block."""
     names = [name for names in block.readers.values() for name in names]
-    if target is not None:
-        return dict.fromkeys(names, target)
     return {name: Target(share[name] if isinstance(share, Mapping) else share, pattern, group) for name in names}
 
 

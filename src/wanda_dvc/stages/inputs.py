@@ -110,11 +110,10 @@ def say_not_finite(run: str, where: str | None) -> None:
 
 def gram_provenance(project: Project) -> Json:
     """Return the provenance of gram/. UserError where it is not of the run that measured stats/."""
-    gram, stats = read_provenance(project.gram, "calibrate"), read_provenance(project.stats, "calibrate")
-    same = ("model", "text", "params")
-    if any(gram[name] != stats[name] for name in same) or not block_count(project.gram, "calibrate"):
+    gram, blocks, is_of_stats = _tier(project, project.gram)
+    if not (is_of_stats and blocks):
         raise UserError(
-            f"gram/: found {block_count(project.gram, 'calibrate')} blocks of {gram['model']['source']}, expected "
+            f"gram/: found {blocks} blocks of {gram['model']['source']}, expected "
             "those of the run that measured stats/; set calibration.gram=float32 and run `dvc repro`"
         )
     return gram
@@ -122,16 +121,22 @@ def gram_provenance(project: Project) -> Json:
 
 def fisher_provenance(project: Project) -> Json:
     """Return the provenance of fisher/. UserError where it is not of the run that measured stats/, or has no blocks."""
-    fisher, stats = read_provenance(project.fisher, "calibrate"), read_provenance(project.stats, "calibrate")
-    same = ("model", "text", "params")
-    wanted, blocks = Project(project.root).params.calibration.fisher, block_count(project.fisher, "calibrate")
-    if any(fisher[name] != stats[name] for name in same) or not blocks or fisher["windows"] != wanted:
+    fisher, blocks, is_of_stats = _tier(project, project.fisher)
+    wanted = Project(project.root).params.calibration.fisher
+    if not (is_of_stats and blocks) or fisher["windows"] != wanted:
         raise UserError(
             f"fisher/: found {blocks} blocks of {fisher['windows']} windows of {fisher['model']['source']}, expected "
             f"{wanted} windows (calibration.fisher) of the run that measured stats/; run `dvc repro` or "
             "`wanda-dvc calibrate`"
         )
     return fisher
+
+
+def _tier(project: Project, folder: Path) -> tuple[Json, int, bool]:
+    """Return the provenance and the blocks of a tier, and whether it is of the run that measured stats/."""
+    tier, stats = read_provenance(folder, "calibrate"), read_provenance(project.stats, "calibrate")
+    is_of_stats = all(tier[name] == stats[name] for name in ("model", "text", "params"))
+    return tier, block_count(folder, "calibrate"), is_of_stats
 
 
 def with_fisher(project: Project, block: int, measured: "BlockStats") -> "BlockStats":

@@ -145,9 +145,8 @@ def reads_fisher(params: Params) -> bool:
     return "fisher" in {ALLOCATIONS[params.allocation].needs, GROUPS[params.group].needs}
 
 
-def measured_of(project: Project, block: int) -> BlockStats:
+def informed(project: Project, block: int, measured: BlockStats) -> BlockStats:
     """Return the statistics of one block, with the Fisher tier where masks follow from it."""
-    measured = read_stats(project.stats, block)
     return with_fisher(project, block, measured) if reads_fisher(project.params) else measured
 
 
@@ -164,7 +163,7 @@ Blocks = Iterator[tuple[int, BlockStats, Mapping[str, Tensor]]]  # the block, it
 def _scored(project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], _: int) -> Blocks:
     """Yield the masks of all blocks, in this process: a weight is read once, and a network is slower than a disk."""
     for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks"):
-        measured = measured_of(project, block)
+        measured = informed(project, block, read_stats(project.stats, block))
         yield block, measured, keeps(project.params, checkpoint.weight, measured, shares[block])
 
 
@@ -176,7 +175,7 @@ def _solved(
 
     def parts() -> Iterator[Ask[Part]]:
         for block in blocks[finished:]:
-            measured = measured_of(project, block)
+            measured = informed(project, block, read_stats(project.stats, block))
             grams: Mapping[str, Gram] = read_grams(project.gram, block) if how.method.needs == "gram" else {}
             yield from _parts(how, checkpoint, block, measured, grams, shares[block], stored=project.gram)
 
@@ -329,10 +328,8 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
         for turn in progress(turns, total=blocks, what="mask, blocks calibrated and pruned"):
             crosses, share = how.correction is not None, shares[turn.index]
             recorded = turn.record(gram=_records_grams(params), crosses=crosses)
-            measured = recorded.stats
+            measured = informed(project, turn.index, recorded.stats)
             unreached[turn.index] = measured.unreached()
-            if reads_fisher(params):
-                measured = with_fisher(project, turn.index, measured)
             keep: Mapping[str, Tensor]
             changed: dict[str, Tensor] = {}
             told = Json()

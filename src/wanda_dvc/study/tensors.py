@@ -1,4 +1,4 @@
-"""Tensors on disk: one safetensors file per block, so that one is in memory at a time."""
+"""stats/, gram/, fisher/, masks/ and weights/: one safetensors file a block, so that one is in memory at a time."""
 
 import itertools
 import json
