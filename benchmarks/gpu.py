@@ -51,6 +51,7 @@ from wanda_dvc.engine.rows import as_rows  # noqa: E402
 from wanda_dvc.engine.sizes import sizes, walking  # noqa: E402
 from wanda_dvc.engine.walk import Here, outputs  # noqa: E402
 from wanda_dvc.pruning.choose import Target, choose_block, prune_block  # noqa: E402
+from wanda_dvc.pruning.gram import Gram  # noqa: E402
 from wanda_dvc.pruning.packing import pack_bits  # noqa: E402
 
 LLAMA = {
@@ -183,7 +184,9 @@ def check(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[Check]:
     ):
         found = _masks_apart(bench, folder, host, name, pattern)
         yield Check(f"masks from the same norms, {name} {pattern}, share that differs", found, bound)
-    yield Check("least-squares, largest relative difference of a layer error", _solved_apart(bench, folder, host), 1e-2)
+    for name in ("least-squares", "fisher"):
+        found = _solved_apart(bench, folder, host, name)
+        yield Check(f"{name}, largest relative difference of a layer error", found, 1e-2)
     found = _fisher_apart(bench, folder, tokens[:2])
     yield Check("Fisher tier of two windows, largest relative difference of a linear's norm", found, 1e-3)
     if card.peak:
@@ -224,19 +227,23 @@ def masks(
     return choose_block(decoder.checkpoint.weight, recorded.stats, method=method, targets=target, device=device)
 
 
-def _solved_apart(bench: Bench, folder: Path, run: Run) -> float:
+def _solved_apart(bench: Bench, folder: Path, run: Run, reconstruction: str) -> float:
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     recorded = run.recorded[0]
     keeps = masks(decoder, recorded, "wanda", "unstructured", None)
-    errors = []
+    errors, gradients = [], dict[str, Gram]()
+    for name, keep in keeps.items():
+        gradients[name] = Gram.empty(len(keep))
+        gradients[name].add(torch.randn(64, len(keep), generator=torch.Generator().manual_seed(0)))
     for device in (torch.device("cpu"), bench.device):
         grams = {name: type(gram)(gram.upper.to(device), gram.count) for name, gram in recorded.grams.items()}
         solved = prune_block(
             decoder.checkpoint.weight,
             recorded.stats,
-            reconstruction=RECONSTRUCTIONS["least-squares"],
+            reconstruction=RECONSTRUCTIONS[reconstruction],
             keeps=keeps,
             grams=grams,
+            gradients=gradients,
         )
         errors.append([pruned.error or 0.0 for _, pruned, _ in solved])
     return max(abs(a / b - 1) for a, b in zip(*errors, strict=True) if b)
@@ -247,7 +254,7 @@ def _fisher_apart(bench: Bench, folder: Path, tokens: torch.Tensor) -> float:
     for device in (torch.device("cpu"), bench.device):
         decoder = Decoder(folder, dtype=torch.float32, device=device)
         back = squared_gradients(decoder, tokens, bench.work / f"back{len(found)}")
-        found.append({name: sums for _, block in back for name, sums in block.items()})
+        found.append({name: sums for _, block, _ in back for name, sums in block.items()})
     host, card = found
     return max(float((card[name] - sums).norm() / sums.norm()) for name, sums in host.items())
 

@@ -108,7 +108,8 @@ def methods_curves() -> tuple[float, dict[str, Curve], dict[str, float]]:
     names = {
         ("`wanda`", *solved): "Wanda, least squares",
         ("`admm`", *solved): "ADMM, least squares",
-        ("`admm`, `group: fisher`", "`least-squares`", "`fisher`", "`dense`"): "ADMM, Fisher",
+        ("`admm`, `group: fisher`", "`fisher`", "`fisher`", "`dense`"): "ADMM, Fisher",
+        ("`admm`", "`fisher`", "`uniform`", "`dense`"): "ADMM, Fisher",
         ("`admm`", "`block`", "`slope` 0.004", "`corrected` 0.5"): "ADMM, block training",
         ("`admm`", "`block`", "`uniform`", "`corrected` 0.5"): "ADMM, block training",
     }
@@ -225,7 +226,7 @@ def pipeline(colours: Colours) -> Figure:
         _box(axes, box, name, colours, edge="blue")
     _box(axes, (21, 17, 63, 6), "models/dense, data/", colours)
     _box(axes, (87, 17, 16, 6), "models/pruned", colours)
-    for x, name in ((57.5, "stats/\ngram/\nfisher/"), (76.5, "masks/\nweights/")):
+    for x, name in ((57.5, "stats/\ngram/\nfisher/\nfisher_gram/"), (76.5, "masks/\nweights/")):
         axes.text(x, 34.7, name, ha="center", color=colours["muted"], fontsize=8.5)
     for start, end in (("locate", "download"), ("calibrate", "mask"), ("mask", "apply")):
         _arrow(axes, (stages[start][0] + stages[start][2], 33.5), (stages[end][0], 33.5), colours)

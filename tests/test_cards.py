@@ -129,7 +129,7 @@ def test_the_check_of_a_card_runs_where_there_is_none(
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     assert gpu.main(["--device", "cpu", "--tiny", "--work", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum("| yes |" in line for line in lines) == 10
+    assert sum("| yes |" in line for line in lines) == 11
     assert sum(line.startswith("| `") for line in lines) == 5
 
 

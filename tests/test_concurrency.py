@@ -70,7 +70,7 @@ def test_what_another_checkout_calibrates_meanwhile_is_not_calibrated_again(
     run("calibrate", project=first)
     waiting.join()
     assert len(advanced) == 4  # blocks
-    for name in ("stats", "gram", "fisher"):
+    for name in ("stats", "gram", "fisher", "fisher_gram"):
         assert outputs(first.root / name) == outputs(second.root / name)
 
 

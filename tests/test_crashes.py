@@ -67,8 +67,9 @@ def root(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Pat
     """A study on two blocks in which everything has run once."""
     folder, model = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("model")
     save_tiny_model(model, num_hidden_layers=2)
-    small = {"calibration__samples": 2, "calibration__fisher": 1, "perplexity__windows": 2, "zero_shot__limit": 1}
-    write_params(folder, model, propagation="pruned", group="fisher", **texts, **small)
+    small = {"calibration__samples": 2, "perplexity__windows": 2, "zero_shot__limit": 1}
+    tiers = {"calibration__fisher": 1, "calibration__fisher_gram": "float16"}
+    write_params(folder, model, propagation="pruned", group="fisher", **texts, **small, **tiers)
     project = Project(folder)
     for stage in STAGES.values():
         for _, part, task in stage.runs(["piqa"]):

@@ -20,7 +20,12 @@ CPU = torch.device("cpu")
 
 
 def measured(decoder: Decoder, tokens: Tensor, work: Path) -> dict[str, Tensor]:
-    return {name: sums for _, block in squared_gradients(decoder, tokens, work) for name, sums in block.items()}
+    return {name: sums for _, block, _ in squared_gradients(decoder, tokens, work) for name, sums in block.items()}
+
+
+def matrices(decoder: Decoder, tokens: Tensor, work: Path) -> dict[str, Tensor]:
+    back = squared_gradients(decoder, tokens, work, gram=True)
+    return {name: gram.matrix() for _, _, block in back for name, gram in block.items()}
 
 
 def stock(folder: Path) -> nn.Module:
@@ -43,10 +48,12 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
     """Of every linear that is a module, summed over tokens and windows."""
     folder = save(family, tmp_path / "model")
     tokens = torch.randint(3, 256, (3, 24), generator=torch.Generator().manual_seed(1))
-    model, expected = stock(folder), dict[str, Tensor]()
+    model, expected, products = stock(folder), dict[str, Tensor](), dict[str, Tensor]()
 
     def add(name: str, gradient: Tensor) -> None:
-        expected[name] = expected.get(name, 0) + gradient.double().square().flatten(0, -2).sum(dim=0)
+        one = gradient.double().flatten(0, -2)
+        expected[name] = expected.get(name, 0) + one.square().sum(dim=0)
+        products[name] = products.get(name, 0) + one.T @ one
 
     def see(name: str, _: nn.Module, __: object, out: object) -> None:
         if isinstance(out, Tensor) and out.requires_grad:
@@ -58,10 +65,16 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
         nn.functional.cross_entropy(model(input_ids=row[None]).logits[0, :-1], row[1:], reduction="sum").backward()
     decoder, checked = Decoder(folder, dtype=torch.float32, device=CPU), 0
     found = measured(decoder, tokens, tmp_path / "work")
+    grams = matrices(decoder, tokens, tmp_path / "grams")
+    for name, gram in grams.items():  # of experts and of parts of a weight too
+        torch.testing.assert_close(gram.diagonal().double(), found[name], rtol=1e-5, atol=0)
+    assert grams.keys() == found.keys()
     for name, (own, linear) in parameters(decoder).items():
         if linear.part.is_whole and own.endswith(".weight") and linear.part.expert is None:
             wanted = expected[own.removesuffix(".weight")]
             torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-6 * wanted.max().item())
+            whole = products[own.removesuffix(".weight")].float()
+            torch.testing.assert_close(grams[name], whole, rtol=1e-3, atol=1e-5 * wanted.max().item())
             checked += 1
     assert checked >= len(decoder.blocks)
 
@@ -99,19 +112,20 @@ def test_a_killed_run_goes_on_after_the_last_block_that_was_taken(
     llama: Callable[[], Decoder], tmp_path: Path, taken: int, monkeypatch: pytest.MonkeyPatch
 ):
     tokens = torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))
-    expected = list(squared_gradients(llama(), tokens, tmp_path / "whole"))
-    killed = squared_gradients(llama(), tokens, tmp_path / "work")
+    expected = list(squared_gradients(llama(), tokens, tmp_path / "whole", gram=True))
+    killed = squared_gradients(llama(), tokens, tmp_path / "work", gram=True)
     found = [next(killed) for _ in range(taken)]
     del killed  # the last one that it gave may not have been written
     found = found[:-1]
     decoder = llama()
     if taken:  # nothing goes forward again
         monkeypatch.setattr(decoder, "embed", None)
-    found += squared_gradients(decoder, tokens, tmp_path / "work")
-    assert [index for index, _ in found] == [index for index, _ in expected] == [2, 1, 0]
-    for (_, sums), (_, wanted) in zip(found, expected, strict=True):
-        assert sums.keys() == wanted.keys()
+    found += squared_gradients(decoder, tokens, tmp_path / "work", gram=True)
+    assert [index for index, *_ in found] == [index for index, *_ in expected] == [2, 1, 0]
+    for (_, sums, grams), (_, wanted, matrices) in zip(found, expected, strict=True):
+        assert sums.keys() == wanted.keys() == grams.keys() == matrices.keys()
         assert all(torch.equal(sums[name], wanted[name]) for name in wanted)
+        assert all(torch.equal(grams[name].upper, matrices[name].upper) for name in wanted)
 
 
 def test_gradients_that_are_not_finite_are_refused(llama: Callable[[], Decoder], tmp_path: Path):

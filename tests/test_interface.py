@@ -79,7 +79,9 @@ class Pair:
         self.tokens = calibration_windows(self.project)
         text = tokenize(self.project.text("perplexity"), load_tokenizer(self.source))
         self.text = cut(text, length=64, windows=3)
-        self.stats = wd.calibrate(self.load(), self.tokens, gram="float32", fisher=1, **self.words)
+        self.stats = wd.calibrate(
+            self.load(), self.tokens, gram="float32", fisher=1, fisher_gram="float16", **self.words
+        )
 
     @property
     def words(self) -> dict[str, Any]:
@@ -89,7 +91,7 @@ class Pair:
     def study(self, **changes: Any) -> Project:
         """The project with other settings."""
         small: dict[str, Any] = {"calibration__gram": "float32", "calibration__samples": 2, "perplexity__windows": 3}
-        small["calibration__fisher"] = 1
+        small |= {"calibration__fisher": 1, "calibration__fisher_gram": "float16"}
         write_params(self.root, self.source, dtype=self.dtype, **self.texts | small | changes)
         return Project(self.root)
 
@@ -155,6 +157,7 @@ def test_statistics_and_perplexity_are_the_pipelines(pairs: Callable[[str], Pair
         assert len(tensors) == 3 * len(block.inputs)
         assert same(stats.grams[number].tensors, load_file(block_file(project.gram, number)))
         assert same(block.fisher, read_fisher(project.fisher, number))
+        assert same(stats.fisher_grams[number].tensors, load_file(block_file(project.fisher_gram, number)))
     perplexity(project=project, model="dense")
     expected = read_json(project.metrics("dense", "perplexity"), "perplexity")["perplexity"]
     assert wd.perplexity(pair.load(), pair.text, **pair.words) == expected
@@ -431,6 +434,14 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         r"^allocation: got fisher and statistics without the Fisher tier",
     ),
     "fisher": (lambda m, p: wd.calibrate(m, p.tokens, fisher=9), r"^fisher: got 9, expected at most 2"),
+    "fisher-gram": (
+        lambda m, p: wd.calibrate(m, p.tokens, fisher_gram="float32"),
+        r"^fisher_gram: got float32 with fisher=0, expected windows that go back; set fisher=8",
+    ),
+    "no-gradients": (
+        lambda m, p: wd.reconstruct(m, {}, wd.calibrate(m, p.tokens, gram="float32"), reconstruction="fisher"),
+        r"^reconstruction: got fisher and statistics without Gram matrices of gradients, .*fisher_gram=",
+    ),
     "no-grams-reconstruct": (
         lambda m, p: wd.reconstruct(m, wd.choose(m, p.stats), wd.calibrate(m, p.tokens)),
         r"^reconstruction: got least-squares and statistics without",
@@ -510,6 +521,6 @@ def test_all_names_are_there_and_no_others():
 
 def test_statistics_say_what_they_are(pairs: Callable[[str], Pair]):
     stats = pairs("tied").stats
-    tiers = "with Gram matrices, Fisher tier of 1 windows"
+    tiers = "with Gram matrices, Fisher tier of 1 windows and its Gram matrices"
     assert repr(stats) == f"Stats(2 blocks, 2 windows of 64 tokens, float32, {tiers})"
     assert json.dumps(stats.weights)

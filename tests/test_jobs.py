@@ -38,6 +38,8 @@ PROPAGATED: list[Settings] = [
         methods(), itertools.cycle(itertools.product(SOLVED, ("corrected", "pruned"))), strict=False
     )
 ] + [{"method": name, "propagation": "pruned"} for name in SOLVERS]
+CALIBRATION: Settings = {"calibration__gram": "float32", "calibration__samples": 3, "calibration__fisher": 2,
+                         "calibration__fisher_gram": "float32"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) 
             folder = tmp_path_factory.mktemp("source") / model
             source = save_tiny_model(folder, num_hidden_layers=2) if model == "llama" else save(model, folder)
             root = tmp_path_factory.mktemp(model)
-            write_params(root, source, calibration__gram="float32", calibration__samples=3, **texts)
+            write_params(root, source, **CALIBRATION, **texts)
             made[model] = fetch(Project(root), "model", "calibration")
             calibrate(project=made[model])
         return made[model]
@@ -75,7 +77,7 @@ def run(calibrated: Callable[[str], Project], texts: dict[str, str], monkeypatch
 
         monkeypatch.setattr(inputs, "_crew", crewed)
         study = calibrated(model)
-        settings = {"calibration__gram": "float32", "calibration__samples": 3} | texts | changes
+        settings = CALIBRATION | texts | changes
         write_params(study.root, study.params.model, runtime__workers="auto" if crew else None, **settings)
         for folder in (study.masks, study.weights, *([study.work_root] if again else [])):
             shutil.rmtree(folder, ignore_errors=True)

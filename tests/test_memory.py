@@ -45,11 +45,13 @@ WALKS: Runs = {
     "perplexity": ("perplexity", "dense", {}),
 }
 ADMM = {"method": "admm", "calibration__gram": "float32"}
+BACK = {"calibration__fisher": 2, "calibration__fisher_gram": "float16"}
 SOLVES: Runs = {
     "the way back": ("calibrate", None, {"calibration__fisher": 2}),
-    "Gram matrices": ("calibrate", None, ADMM),
+    "the way back, with Gram matrices": ("calibrate", None, ADMM | BACK),
     "a solver's masks": ("mask", None, ADMM),
     "least squares": ("apply", None, ADMM | {"reconstruction": "least-squares"}),
+    "Fisher least squares": ("apply", None, ADMM | BACK | {"reconstruction": "fisher"}),
     "trained": ("mask", None, ADMM | {"reconstruction": "block", "propagation": "corrected"}),
 }
 CORRECTED = ADMM | {"reconstruction": "least-squares", "propagation": "corrected"}

@@ -45,9 +45,22 @@ def test_sizes_are_those_of_the_checkpoint_and_need_no_weights(tmp_path: Path, t
     checkpoint = Checkpoint(tiny)
     stored = [size for shard in checkpoint.shards for *_, size in checkpoint.bytes_at(shard)]
     features = 4 * 32 + 2 * (32 + 16) + 3 * (32 + 48)
-    squares = 6 * 32**2 + 48**2
+    squares, out_squares = 6 * 32**2 + 48**2, 3 * 32**2 + 2 * 16**2 + 2 * 48**2
     assert found == sizes.Sizes(
-        4 * BLOCK + REST, BLOCK, REST, 32 * 48, features, 48, squares, 4 * squares, 32, 260, 4, "float32"
+        4 * BLOCK + REST,
+        BLOCK,
+        REST,
+        32 * 48,
+        features,
+        48,
+        squares,
+        4 * squares,
+        out_squares,
+        4 * out_squares,
+        32,
+        260,
+        4,
+        "float32",
     )
     assert found.stored == sum(stored)
 

@@ -101,6 +101,17 @@ def test_the_fisher_tier_costs_a_pass_and_no_evaluation(repository: Repository):
     assert contents(repository.root / "masks") != masks
 
 
+def test_gram_matrices_of_gradients_cost_a_pass_and_no_evaluation(repository: Repository):
+    masks = contents(repository.root / "masks")
+    tiers = {"calibration__gram": "float32", "calibration__fisher": 2, "calibration__fisher_gram": "float16"}
+    assert repository.repro(**tiers) == {"calibrate", "mask", "apply"}
+    assert contents(repository.root / "masks") == masks
+    assert repository.repro(**tiers, reconstruction="fisher") == PRUNE | EVALUATE
+    assert contents(repository.root / "masks") == masks
+    shown = repository.run("wanda-dvc", "show")
+    assert "reconstruction fisher" in shown
+
+
 def test_another_model_reruns_all_but_the_texts_and_tasks(repository: Repository, tmp_path: Path):
     repository.model = save_tiny_model(tmp_path / "other", seed=5)
     assert repository.repro(sparsity=0.5) == ALL - DOWNLOADS | {"download@model"}

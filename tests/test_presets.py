@@ -29,8 +29,9 @@ def written_out(**changes: object) -> dict[str, object]:
 
 # The settings that no preset changes.
 PLAIN = written_out(
-    calibration__gram="none", calibration__fisher=0, allocation="uniform", allocation_strength=None,
-    reconstruction="none", training__epochs=3, training__rate=0.02, training__seed=0, correction=0.5,
+    calibration__gram="none", calibration__fisher=0, calibration__fisher_gram="none", allocation="uniform",
+    allocation_strength=None, reconstruction="none", training__epochs=3, training__rate=0.02, training__seed=0,
+    correction=0.5,
 )  # fmt: skip
 # Every setting of every preset, by hand.
 STUDY = written_out(

@@ -27,13 +27,15 @@ from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.study.files import read_json
+from wanda_dvc.study.files import read_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_count, read_fisher, read_grams, read_masks, read_stats, read_weights
-from wanda_dvc.views.show import stats
+from wanda_dvc.views.show import show, stats
 
 Make = Callable[..., Project]
-CALIBRATION: dict[str, Any] = {"calibration__gram": "float32", "calibration__samples": 4, "calibration__fisher": 2}
+CALIBRATION: dict[str, Any] = {"calibration__gram": "float32", "calibration__samples": 4, "calibration__fisher": 2,
+                               "calibration__fisher_gram": "float32"}  # fmt: skip
+NO_FISHER = {"calibration__fisher": 0, "calibration__fisher_gram": "none"}
 PROPAGATIONS = ("dense", "pruned", "corrected")
 PATTERNS: tuple[dict[str, Any], ...] = (
     {},
@@ -78,7 +80,7 @@ def allowed(**changes: Any) -> bool:
     from ruamel.yaml import YAML
 
     content = YAML(typ="safe").load((conftest.ROOT / "params.yaml").read_text())
-    content["calibration"] |= {"gram": "float32", "fisher": 2}
+    content["calibration"] |= {"gram": "float32", "fisher": 2, "fisher_gram": "float32"}
     try:
         Params.model_validate(content | changes)
     except UserError:
@@ -149,6 +151,24 @@ def test_stats_shows_the_layer_errors_of_the_masks_at_hand(study: Make):
     assert shown()
     mask(project=made)
     assert not shown()  # of other masks
+
+
+def test_show_says_what_a_reconstruction_did_beside_its_own_steps(study: Make):
+    made = study(reconstruction="fisher")
+    mask(project=made)
+    apply(project=made)
+    path, name = made.details("pruned", "layer_error"), "model.layers.1.mlp.up_proj"
+    content = read_json(path, "apply")
+    assert not any(told["part"] < 1 or told["raised"] or told["dead"] for told in content["linears"].values())
+    assert "part of the way" not in show(project=made)
+    content["linears"][name] |= {"unchanged": 3, "dead": 2, "raised": True, "damping": 0.25, "part": 0.5}
+    write_json(path, content)
+    shown = show(project=made)
+    assert "3 rows kept their weights" in shown
+    assert "1 linears go a part of the way from the weights of least-squares to those of fisher" in shown
+    assert f"least far {name}, 50 %" in shown
+    assert f"raised, most for {name}, to 0.25 of the mean diagonal" in shown
+    assert "2 features that 1 linears read are 0" in shown
 
 
 def test_what_is_in_no_linear_stays_unless_its_block_is_trained(study: Make):
@@ -235,8 +255,10 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
         ({"reconstruction": "block"}, "reconstruction: got block with propagation dense, expected propagation pruned"),
         ({"training__rate": 0.0003}, "training.rate: got 0.0003, expected at least 0.001: a share of the weights"),
         ({"allocation": "steep"}, "allocation: got steep, expected uniform, slope, owl, lsa or fisher"),
-        ({"allocation": "fisher", "calibration__fisher": 0}, "allocation: got fisher without the Fisher tier"),
-        ({"group": "fisher", "calibration__fisher": 0}, "group: got fisher without the Fisher tier, expected"),
+        ({"allocation": "fisher", **NO_FISHER}, "allocation: got fisher without the Fisher tier"),
+        ({"group": "fisher", **NO_FISHER}, "group: got fisher without the Fisher tier, expected"),
+        ({"calibration__fisher": 0}, "calibration.fisher_gram: got float32 with calibration.fisher 0, expected"),
+        ({"reconstruction": "fisher", **NO_FISHER}, "got fisher without Gram matrices of gradients, .*fisher=4"),
         ({"calibration__fisher": 5}, "calibration.fisher: got 5, expected at most 4, which is calibration.samples"),
     ],
 )
@@ -245,12 +267,27 @@ def test_combinations_that_make_no_sense_are_refused(study: Make, changes: dict[
         study(**changes).params  # noqa: B018
 
 
-@pytest.mark.parametrize("setting", ["group", "allocation"])
-@pytest.mark.parametrize("propagation", ["dense", "pruned"])
+@pytest.mark.parametrize(
+    ("setting", "propagation"),
+    [("group", "dense"), ("group", "pruned"), ("allocation", "dense"), ("allocation", "pruned"),
+     ("reconstruction", "pruned")],
+)  # fmt: skip
 def test_a_fisher_tier_of_another_calibration_is_refused(study: Make, setting: str, propagation: str):
     made = study(**{setting: "fisher"}, calibration__fisher=3, propagation=propagation)
     with pytest.raises(UserError, match="found 2 blocks of 2 windows .* expected 3 windows"):
         mask(project=made)
+
+
+def test_gradients_of_another_calibration_are_refused(study: Make):
+    made = study(reconstruction="fisher")
+    mask(project=made)
+    kept = made.gram.rename(made.root / "kept")
+    calibrate(project=study(calibration__seed=1))
+    shutil.rmtree(made.gram)
+    kept.rename(made.gram)
+    study(reconstruction="fisher")
+    with pytest.raises(UserError, match="fisher_gram/: no Gram matrices of .* and the calibration that masks/ name"):
+        apply(project=made)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ria"])

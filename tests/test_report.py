@@ -210,7 +210,7 @@ def write_results(
         )
     for part in PARTS:
         write_json(project.source(part), {"source": part})
-    for folder in ("stats", "gram", "fisher"):
+    for folder in ("stats", "gram", "fisher", "fisher_gram"):
         (root / folder).mkdir(exist_ok=True)
         seal(root / folder, {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
     for folder in ("masks", "weights"):

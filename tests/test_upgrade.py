@@ -79,7 +79,9 @@ def test_an_older_study_becomes_a_new_one(older: Project):
     assert "--- a/dvc.yaml\n+++ b/dvc.yaml\n" in said
     assert "\n+  locate:\n" in said
     assert "  locate: has not run\n  download@model: also reads sources/model\n" in said
-    assert "`wanda-dvc calibrate --version 4`; also writes fisher, gram; also depends on calibration." in said
+    assert (
+        "`wanda-dvc calibrate --version 5`; also writes fisher, fisher_gram, gram; also depends on calibration." in said
+    )
     assert "perplexity@" not in said.partition("`dvc repro` runs again")[2].replace("download@perplexity", "")
     assert "`push: false` stays" in said
     assert "up to date" in upgrade(project=older)
@@ -156,7 +158,8 @@ def test_what_is_the_users_own_stays(study: Project, aged: str):
 
 def test_an_edit_that_asks_for_more_stays(study: Project):
     edited = PIPELINE.replace(
-        "deps: [models/dense, masks, gram, weights]", "deps: [models/dense, masks, gram, weights, README.md]"
+        "deps: [models/dense, masks, gram, fisher_gram, weights]",
+        "deps: [models/dense, masks, gram, fisher_gram, weights, README.md]",
     )
     edited = edited.replace("- ${item.out}\n", "- ${item.out}: { cache: false }\n")
     edited = edited.replace("title: Measured sparsity by block", "title: My title")
@@ -172,8 +175,8 @@ def test_an_edit_that_asks_for_more_stays(study: Project):
     [
         ("params: [zero_shot.limit, dtype]", "params: [dtype]", "without zero_shot.limit of `params`"),
         (
-            "deps: [models/dense, masks, gram, weights]",
-            "deps: [models/dense, masks, gram]",
+            "deps: [models/dense, masks, gram, fisher_gram, weights]",
+            "deps: [models/dense, masks, gram, fisher_gram]",
             "without weights of `deps`",
         ),
         ("      - stats\n", "", "without stats of `outs`"),

@@ -27,8 +27,8 @@ from wanda_dvc.engine import pool, questions  # noqa: E402 - they need no ray, b
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
 
 Make = Callable[..., Project]
-MADE = ("stats", "gram", "fisher", "masks", "weights", "metrics")
-PROPAGATED = {"propagation": "corrected", "reconstruction": "least-squares"}
+MADE = ("stats", "gram", "fisher", "fisher_gram", "masks", "weights", "metrics")
+PROPAGATED = {"propagation": "corrected", "reconstruction": "fisher"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,8 @@ def run(study: Project) -> dict[str, bytes]:
 def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
     project: Make, cluster: Any, nodes: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
-    settings = {"calibration__samples": 20, "calibration__gram": "float32", "calibration__fisher": 2} | PROPAGATED
+    tiers = {"calibration__gram": "float32", "calibration__fisher": 2, "calibration__fisher_gram": "float16"}
+    settings = {"calibration__samples": 20} | tiers | PROPAGATED
     monkeypatch.setattr(questions, "ROW", 60)  # rows enough for every node
     alone = project(**settings)
     for part in ("model", "calibration", "perplexity", "tasks"):

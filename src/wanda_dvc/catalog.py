@@ -301,9 +301,11 @@ class Reconstruction:
     citation: str
     link: str
     about: str
-    # `module:function`: (weight [out, in], keep, Prepared) → Solved; None: the weights that stay keep their values.
+    # `module:function`: (weight [out, in], keep, Prepared[, the Gram matrix of its output's gradients]) → Solved; None:
+    # the weights that stay keep their values.
     function: str | None
     kept: str  # what a model card says of the weights that stay, and of those in no linear
+    by_gradients: bool = False  # whether it is given the Gram matrices of gradients
     trains: bool = False  # each block is then trained on its mask
 
 
@@ -329,6 +331,19 @@ RECONSTRUCTIONS = {
             kept="The other weights of each linear were solved for, so that its output on the calibration text comes "
             "near the dense one; nothing was trained. Embeddings, norms and output head are the dense model's, bit for "
             "bit.",
+        ),
+        Reconstruction(
+            name="fisher",
+            title="Fisher least squares",
+            citation="van der Ouderaa et al. 2024, LLM Surgeon",
+            link="https://arxiv.org/abs/2312.17244",
+            about="least squares whose errors count by what they cost the loss, and whose rows make up for one another "
+            "(with Gram matrices of gradients)",
+            function="wanda_dvc.pruning.solvers:fisher_least_squares",
+            kept="The other weights of each linear were solved for, so that the model's loss on the calibration text "
+            "changes little; nothing was trained. Embeddings, norms and output head are the dense model's, bit for "
+            "bit.",
+            by_gradients=True,
         ),
         Reconstruction(
             name="sparsegpt",

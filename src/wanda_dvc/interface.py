@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.engine.loaded import Loaded
     from wanda_dvc.params import Params
+    from wanda_dvc.pruning.gram import Gram
     from wanda_dvc.pruning.statistics import BlockStats
     from wanda_dvc.study.tensors import Grams
 
@@ -49,6 +50,8 @@ class Stats:
             output, float64 [out]; 0 where it was not asked for.
         dtype: The dtype that the model ran in.
         weights: A number for each tensor of the model, by which another model is told.
+        fisher_grams: The Gram matrices of the gradients by each linear's outputs, by block and linear, like `grams`;
+            empty where they were not asked for.
     """
 
     blocks: "Sequence[BlockStats]"
@@ -58,22 +61,25 @@ class Stats:
     fisher: int
     dtype: str
     weights: Mapping[str, int]
+    fisher_grams: "Sequence[Grams]" = ()
 
     def __repr__(self) -> str:
         tiers = f"{'with' if self.grams else 'without'} Gram matrices"
         if self.fisher:
-            tiers += f", Fisher tier of {self.fisher} windows"
+            matrices = " and its Gram matrices" if self.fisher_grams else ""
+            tiers += f", Fisher tier of {self.fisher} windows{matrices}"
         return (
             f"Stats({len(self.blocks)} blocks, {self.windows} windows of {self.length} tokens, {self.dtype}, {tiers})"
         )
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913 - the tiers, by the pipeline's names
     model: "PreTrainedModel",
     tokens: 'Int[Tensor, "windows length"]',
     *,
     gram: Literal["none", "float32", "float16"] = "none",
     fisher: int = 0,
+    fisher_gram: Literal["none", "float32", "float16"] = "none",
     dtype: Dtype | None = None,
 ) -> Stats:
     """Measure what each linear of a model reads, once for each distinct input.
@@ -90,6 +96,8 @@ def calibrate(
         fisher: Measure the Fisher information of each linear's outputs on the first so many windows, for the group and
             the allocation of that name; 8 are enough. They go forward and back once more, one block at a time, and
             their hidden states before every block wait on disk.
+        fisher_gram: Of these windows keep the Gram matrices of the gradients too, for the reconstruction `fisher`: 2 or
+            1 · out² bytes for each linear of `out` outputs.
         dtype: The dtype that the model runs in; None: its own. Sums are float64 whatever it is.
 
     Returns:
@@ -105,15 +113,19 @@ def calibrate(
     from wanda_dvc.engine.fisher import squared_gradients
     from wanda_dvc.engine.walk import Here
     from wanda_dvc.stages.running import progress, say_unreached
-    from wanda_dvc.study.tensors import pack_grams
+    from wanda_dvc.study.tensors import Grams, pack_gradients, pack_grams
 
     _one_of("gram", gram, GRAMS)
+    _one_of("fisher_gram", fisher_gram, GRAMS)
     source = _evaluating(model)
     rows = _windows(tokens, source)
     if not 0 <= fisher <= len(rows):
         raise UserError(f"fisher: got {fisher}, expected at most {len(rows)}, the number of windows")
+    if fisher_gram != "none" and not fisher:
+        raise UserError(f"fisher_gram: got {fisher_gram} with fisher=0, expected windows that go back; set fisher=8")
     decoder = _decoder(source, dtype)
     blocks, grams = [], []
+    gradients: list[Grams] = []
     with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
         turns = Here(decoder, Path(work)).walk(rows)
         for turn in progress(turns, total=len(decoder.blocks), what="calibrate, blocks"):
@@ -122,13 +134,15 @@ def calibrate(
             if gram != "none":
                 grams.append(pack_grams(measured, matrices, gram))
         if fisher:
-            back = squared_gradients(decoder, rows[:fisher], Path(work))
-            for number, sums in progress(back, total=len(blocks), what="calibrate, blocks back"):
+            back = squared_gradients(decoder, rows[:fisher], Path(work), gram=fisher_gram != "none")
+            for number, sums, matrices in progress(back, total=len(blocks), what="calibrate, blocks back"):
                 blocks[number] = blocks[number]._replace(fisher=sums)
+                if fisher_gram != "none":
+                    gradients.insert(0, pack_gradients(matrices, fisher_gram))
     say_unreached("calibrate", {number: block.unreached() for number, block in enumerate(blocks)})
     name = str(decoder.dtype).removeprefix("torch.")
     windows, length = rows.shape
-    return Stats(blocks, grams, windows, length, fisher, name, source.fingerprint())
+    return Stats(blocks, grams, windows, length, fisher, name, source.fingerprint(), gradients)
 
 
 def choose(  # noqa: PLR0913 - the pipeline's settings, by their names
@@ -261,7 +275,7 @@ def reconstruct(
         model: The dense model that `stats` were measured on; its parameters are changed where they are.
         keep: Masks by linear, as `choose` returns them; linears without a mask stay as they are.
         stats: Statistics with Gram matrices: `calibrate(model, tokens, gram="float32")`.
-        reconstruction: `least-squares` or `sparsegpt`; `none` only prunes, and tells the layer errors.
+        reconstruction: `least-squares`, `fisher` or `sparsegpt`; `none` only prunes, and tells the layer errors.
 
     Returns:
         By linear: the layer error `error`, ‖(W−Ŵ)X‖² / ‖WX‖² on the calibration tokens; `masked`, which is that of the
@@ -269,8 +283,8 @@ def reconstruct(
         whether it was `raised`. Experts that no token reached are only pruned, and not told of.
 
     Raises:
-        UserError: A wrong argument, statistics without Gram matrices or of other weights (such as those of a model that
-            is pruned already), or a mask that does not fit.
+        UserError: A wrong argument, statistics without Gram matrices (for `fisher` those of gradients too) or of other
+            weights (such as those of a model that is pruned already), or a mask that does not fit.
 
     Example:
         >>> told = wd.reconstruct(model, keep, stats)
@@ -285,17 +299,25 @@ def reconstruct(
     _settings(stats, reconstruction=reconstruction)
     if not stats.grams:
         raise _without_grams("reconstruction", reconstruction)
+    if RECONSTRUCTIONS[reconstruction].by_gradients and not stats.fisher_grams:
+        raise UserError(
+            f"reconstruction: got {reconstruction} and statistics without Gram matrices of gradients, expected some "
+            'with them; call calibrate(model, tokens, gram="float32", fisher=8, fisher_gram="float16")'
+        )
     source = _measured(model, stats)
     targets = _targets(source, keep)
     made: dict[str, Tensor] = {}
     told: dict[str, dict[str, float]] = {}
-    for grams in progress(stats.grams, total=len(stats.grams), what="reconstruct, blocks"):
+    gradients: Iterable[Mapping[str, Gram]] = stats.fisher_grams or itertools.repeat({})
+    pairs = zip(stats.grams, gradients, strict=False)
+    for grams, back in progress(pairs, total=len(stats.grams), what="reconstruct, blocks"):
         for name, pruned, solved in prune_block(
             lambda name: source.weight(name).cpu(),
             grams,
             reconstruction=RECONSTRUCTIONS[reconstruction],
             keeps=keep,
             grams=grams.on(_solving(source)),
+            gradients=back,
         ):
             made[name] = pruned.weight
             if pruned.error is not None and pruned.masked is not None:
@@ -417,7 +439,7 @@ def _settings(stats: Stats, **given: Any) -> "Params":
                 "call calibrate(model, tokens, fisher=8)"
             )
     content = nested(read_preset(DEFAULT).settings)
-    content["calibration"] |= {"gram": "float32", "fisher": 1}
+    content["calibration"] |= {"gram": "float32", "fisher": 1, "fisher_gram": "float32"}
     with _arguments():
         return check_params(content | given)
 

@@ -101,6 +101,11 @@ class Calibration(_Section):
         description="the first so many windows go back through the model too, for the groups and allocations that need "
         "the Fisher information of each linear's outputs; 0: none. 8 are enough",
     )
+    fisher_gram: Literal["none", "float32", "float16"] = Field(
+        "none",
+        description="of these windows keep the Gram matrix of the gradients by each linear's outputs, for the "
+        "reconstruction that needs it: `none`, or their upper triangles in `float32` or `float16`",
+    )
 
 
 class Perplexity(_Section):
@@ -346,6 +351,16 @@ class Params(_Section):
                     f"params.yaml: {where}: got {name} without the Fisher tier, expected calibration.fisher above 0; "
                     f"set calibration.fisher={min(8, samples)} (these windows once more forward and back in calibrate)"
                 )
+        kept = self.calibration.fisher_gram
+        if kept != "none" and not windows:
+            expected = f"calibration.fisher above 0: they are of its windows; set calibration.fisher={min(8, samples)}"
+            yield _problem("calibration.fisher_gram", f"{kept} with calibration.fisher 0", expected)
+        if RECONSTRUCTIONS[self.reconstruction].by_gradients and kept == "none":
+            yield (
+                f"params.yaml: reconstruction: got {self.reconstruction} without Gram matrices of gradients, expected "
+                f"calibration.fisher_gram float32 or float16; set calibration.fisher_gram=float16 and "
+                f"calibration.fisher={windows or min(8, samples)} (`wanda-dvc cost` states their size)"
+            )
 
 
 def _text_conflicts(  # noqa: C901 - a case for each kind of source

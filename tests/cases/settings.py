@@ -46,6 +46,7 @@ MEANT = [
     ("calibration.fisher", -1, ("calibration.fisher", "got -1", "expected ≥ 0")),
     ("calibration.fisher", BIG, ("calibration.fisher", "got 1000000000", "expected ≤ 1,048,576")),
     ("calibration.fisher", "8", ("calibration.fisher", "got 8", "expected integer")),
+    ("calibration.fisher_gram", "float64", ("calibration.fisher_gram", "got float64", "expected none, float32 or")),
     ("calibration.seed", -1, ("calibration.seed", "got -1", "expected ≥ 0")),
     ("calibration.text", "embedded", ("calibration.text", "got embedded", "expected")),
     ("calibration.text.source", "a.txt", ("calibration.text.source", "got a.txt", "expected")),

@@ -102,6 +102,11 @@ class Setting:
         """Threads of the host."""
         return os.cpu_count() or 1
 
+    @property
+    def float32_rate(self) -> float:
+        """FLOP/s that the products of Gram matrices and of solvers get, which are in float32."""
+        return self.device.flops.get("float32", self.device.flops[self.dtype]) * self.device.efficiency
+
     def walk(self, windows: float, length: float, memory: Memory, *, logits: float = 0) -> Cost:
         """Cost of windows through all blocks and of the head at `logits` positions."""
         device, width = self.device, WIDTH[self.dtype]
@@ -150,9 +155,12 @@ def choosing_seconds(on: Setting) -> float:
     return max(linears * (scored / device.efficiency + 1 / HOST), on.model.stored / DISK)
 
 
-def solving_seconds(solves: bool, on: Setting) -> float:
-    """Return about how long all linears are solved for, each by `PRODUCTS` multiplications of W and XᵀX."""
-    return _multiplying_seconds(PRODUCTS * solves, on)
+def solving_seconds(solves: bool, on: Setting, *, by_gradients: bool = False) -> float:
+    """Return about how long all linears are solved for, each by `PRODUCTS` multiplications of W and XᵀX.
+
+    With `by_gradients` as many more of both its Gram matrices follow.
+    """
+    return _multiplying_seconds(PRODUCTS * (solves + 2 * by_gradients), on)
 
 
 def error_seconds(models: int, on: Setting) -> float:
@@ -161,8 +169,7 @@ def error_seconds(models: int, on: Setting) -> float:
 
 
 def _multiplying_seconds(products: int, on: Setting) -> float:
-    rate = on.device.flops.get("float32", on.device.flops[on.dtype]) * on.device.efficiency
-    return products * 2 * on.work.all_linears * on.model.hidden / rate
+    return products * 2 * on.work.all_linears * on.model.hidden / on.float32_rate
 
 
 def work(config: Path) -> Work:

@@ -17,13 +17,16 @@ from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.states import HiddenStates
 from wanda_dvc.engine.walk import check_tokens
 from wanda_dvc.errors import MEND, UserError, notice
+from wanda_dvc.pruning.gram import Gram
 
 
 @torch.no_grad()
 def squared_gradients(
-    decoder: Decoder, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path
-) -> Iterator[tuple[int, dict[str, Float64[Tensor, " out"]]]]:
+    decoder: Decoder, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path, *, gram: bool = False
+) -> Iterator[tuple[int, dict[str, Float64[Tensor, " out"]], dict[str, Gram]]]:
     """Yield each block, the last one first, and by linear Σ (∂ℓ/∂y)² over all tokens, [out].
+
+    With `gram` also by linear Σ (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, [out, out], whose diagonal that is; without, an empty dictionary.
 
     y is what the linear puts out at one token, and ℓ = −Σ log p(token) over the row, with the text's own tokens. It is
     the diagonal of the output's factor of K-FAC's Fisher information (Martens and Grosse 2015, arXiv 1503.05671),
@@ -55,7 +58,7 @@ def squared_gradients(
             done = f"{gradients.finished} of {blocks} blocks"
             notice(f"going on after {done} on the way back, which an earlier run has finished")
         for index in reversed(range(blocks - gradients.finished)):
-            recorder = GradientRecorder()
+            recorder = GradientRecorder(gram=gram)
             with decoder.block(index), recorder.recording(decoder.linears(index)):
                 waiting = zip(before[index].before, gradients.before, rows, strict=True)
                 gradients.write(_back(decoder, index, *one) for one in waiting)
@@ -65,7 +68,7 @@ def squared_gradients(
                         f"{decoder.checkpoint}: block {index}, output of {name}: gradients that are not finite, "
                         f"expected finite ones; {MEND}"
                     )
-            yield index, recorder.sums
+            yield index, recorder.sums, recorder.grams
             gradients.turn()
     finally:
         decoder.forget_calls()

@@ -190,10 +190,12 @@ class CrossRecorder(InputRecorder):
 class GradientRecorder:
     """Sums of squared gradients by each linear's outputs, Σ (∂ℓ/∂y)² over tokens, [out], float64.
 
-    A linear that no gradient comes to has none.
+    A linear that no gradient comes to has none. With `gram` the Gram matrices of these gradients too.
     """
 
+    gram: bool = False
     sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)
+    grams: dict[str, Gram] = field(default_factory=dict)
     linears: dict[str, Linear] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -212,11 +214,15 @@ class GradientRecorder:
             y.register_hook(partial(self._add, names, tokens))
 
     def _add(self, names: list[str], tokens: slice, gradient: Float[Tensor, "... out"]) -> None:
-        sums = gradient.flatten(0, -2)[tokens].float().square().sum(dim=0).cpu().double()
+        gradient = gradient.flatten(0, -2)[tokens].float()
+        sums = gradient.square().sum(dim=0).cpu().double()
         for name in names:
-            rows = self.linears[name].part.rows
-            own = sums if rows is None else sums[slice(*rows)]
+            rows = slice(*(self.linears[name].part.rows or (None,)))
+            own = sums[rows]
             self.sums[name] = self.sums[name] + own if name in self.sums else own.clone()
+            if self.gram:
+                where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator knows float64
+                self.grams.setdefault(name, Gram.empty(len(own), where)).add(gradient[:, rows].to(where))
 
 
 ALL = slice(None)

@@ -13,6 +13,7 @@ BYTES_A_TOKEN = 4  # of English text, about
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
 SOLVING = 8  # copies of a linear in float32 that a solver holds: conjugate gradients' four and their products; ADMM's
 GRAMS = 5  # matrices [in, in] in float32 that a solver holds: two prepared ones, and a factor with its temporaries
+BY_GRADIENTS = 5  # more copies of a linear, and as many matrices [out, out], where gradients weigh the outputs
 SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
 
 
@@ -25,9 +26,11 @@ class Sizes:
     rest: int  # embeddings, norms and head
     linear: int  # the largest linear's weights
     features: int  # that a block's linears read and write, each linear by itself
-    widest: int  # the most features that a linear reads
+    widest: int  # the most features that a linear reads or puts out
     squares: int  # of the features that a block's linears read, each linear by itself: Gram matrices, at most
     all_squares: int  # of all blocks
+    output_squares: int  # of the features that a block's linears put out: Gram matrices of gradients
+    all_output_squares: int  # of all blocks
     hidden: int
     vocabulary: int
     blocks: int
@@ -84,7 +87,7 @@ def sizes(config: Path) -> Sizes:
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     # Each expert's matrix is a linear of its own.
     shapes = [[shape[-2:] for shape in weight_shapes(block) for _ in range(shape[:-2].numel())] for block in blocks]
-    squares = [sum(shape[-1] ** 2 for shape in block) for block in shapes]
+    squares, output_squares = ([sum(shape[end] ** 2 for shape in block) for block in shapes] for end in (-1, -2))
     stored = read_config(config).dtype  # the model's own config says what it runs in
     return Sizes(
         parameters=parameters,
@@ -95,6 +98,8 @@ def sizes(config: Path) -> Sizes:
         widest=max(max(shape) for block in shapes for shape in block),
         squares=max(squares),
         all_squares=sum(squares),
+        output_squares=max(output_squares),
+        all_output_squares=sum(output_squares),
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=model.get_output_embeddings().weight.shape[0],
         blocks=len(blocks),
@@ -149,10 +154,16 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     )
 
 
-def differentiating(model: Sizes, *, dtype: str, length: int) -> Memory:
-    """A row forward and back through a block, three times the activations; or through the head, whose logits double."""
+def differentiating(model: Sizes, *, dtype: str, length: int, gram: bool = False) -> Memory:
+    """A row forward and back through a block, three times the activations; or through the head, whose logits double.
+
+    With `gram` the Gram matrices of a block's gradients, and what is written of them.
+    """
+    from wanda_dvc.pruning.gram import PANEL
+
     walk = walking(model, dtype=dtype, length=length, logits=True)
-    return replace(walk, activations=3 * walk.activations, logits=2 * walk.logits)
+    grams = 12 * model.output_squares + (12 * PANEL + 8 * length) * model.widest if gram else 0
+    return replace(walk, activations=3 * walk.activations, logits=2 * walk.logits, grams=grams)
 
 
 def either(one: Memory, other: Memory) -> Memory:
@@ -171,12 +182,15 @@ def choosing(*, block: int, linear: int, threads: int, by_row: bool) -> Memory:
     return Memory(selection=block + SELECTION * min(threads * scores, block))
 
 
-def writing(*, linear: int, widest: int = 0) -> Memory:
+def writing(*, linear: int, widest: int = 0, by_gradients: bool = False) -> Memory:
     """The largest linear while it is multiplied, and the one before, which is being written; or what solving takes.
 
-    `widest` is the most features that a linear reads where there are Gram matrices.
+    `widest` is the most features that a linear reads or puts out where there are Gram matrices, with `by_gradients`
+    also of gradients.
     """
-    return Memory(selection=9 * linear + (SOLVING * 4 * linear + GRAMS * 4 * widest**2 if widest else 0))
+    solving = SOLVING * 4 * linear + GRAMS * 4 * widest**2 if widest else 0
+    more = BY_GRADIENTS * 4 * (linear + widest**2) if by_gradients else 0
+    return Memory(selection=9 * linear + solving + more)
 
 
 def propagating(  # noqa: PLR0913 - the terms of the formula

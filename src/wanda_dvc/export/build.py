@@ -102,9 +102,9 @@ def _take_workspace(project: Project, study: Project) -> None:
     read_provenance(project.model("dense"), "download model")
     study.model("dense").parent.mkdir()
     study.model("dense").symlink_to(project.model("dense"))
-    for mine, theirs in ((study.masks, project.masks), (study.gram, project.gram), (study.weights, project.weights)):
-        if theirs.is_dir():
-            mine.symlink_to(theirs)
+    for name in ("masks", "gram", "fisher_gram", "weights"):
+        if (project.root / name).is_dir():
+            (study.root / name).symlink_to(project.root / name)
     for name in ("params.yaml", LOCK):
         if (project.root / name).is_file():
             shutil.copyfile(project.root / name, study.root / name)
@@ -123,8 +123,12 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
             f"{experiment}: its masks are not in DVC's cache, expected all of masks/; `dvc pull --all-commits` fetches "
             f"them where a remote has them, `dvc exp apply {experiment}` and `dvc exp run` compute them again"
         )
-    if RECONSTRUCTIONS[study.params.reconstruction].function is not None:
-        for folder, command in (("weights", "mask"), ("gram", "calibrate")):
+    reconstruction = RECONSTRUCTIONS[study.params.reconstruction]
+    if reconstruction.function is not None:
+        needed = [("weights", "mask"), ("gram", "calibrate")]
+        if reconstruction.by_gradients:
+            needed.append(("fisher_gram", "calibrate"))
+        for folder, command in needed:
             if not revision.take_whole(folder, study):
                 raise UserError(
                     f"{experiment}: its {folder}/ is not in DVC's cache, expected it for reconstruction "

@@ -185,31 +185,48 @@ def aim_block(
     return aimed
 
 
-def reconstruct(
-    weight: Tensor, keep: Tensor, prepared: Prepared, *, reconstruction: Reconstruction, transposed: bool = False
+def reconstruct(  # noqa: PLR0913 - the linear, its statistics, and how it is stored
+    weight: Tensor,
+    keep: Tensor,
+    prepared: Prepared,
+    *,
+    reconstruction: Reconstruction,
+    gradients: Gram | None = None,
+    transposed: bool = False,
 ) -> Solved:
-    """Return the weights of one linear on its mask, oriented, typed and placed as `weight` is stored."""
-    solve = function_of(reconstruction.function or "")
-    there = (_turned(x, transposed).to(prepared.gram.device) for x in (weight, keep))
-    solved: Solved = solve(*there, prepared)
+    """Return the weights of one linear on its mask, oriented, typed and placed as `weight` is stored.
+
+    `gradients` is the Gram matrix of its output's gradients, if there is one and the reconstruction is given it.
+    """
+    solve, device = function_of(reconstruction.function or ""), prepared.gram.device
+    there = (_turned(x, transposed).to(device) for x in (weight, keep))
+    further = [gradients.matrix().to(device) if gradients else None] if reconstruction.by_gradients else []
+    solved: Solved = solve(*there, prepared, *further)
     return replace(solved, keep=keep, weight=_turned(solved.weight, transposed).contiguous().to(weight))
 
 
-def reconstruct_block(
+def reconstruct_block(  # noqa: PLR0913 - the weights, and the statistics by kind
     weights: Callable[[str], Tensor],
     block: Readers,
     *,
     reconstruction: Reconstruction,
     keeps: Mapping[str, Tensor],
     grams: Mapping[str, Gram],
+    gradients: Mapping[str, Gram],
 ) -> Iterator[tuple[str, Solved]]:
     """Yield the weights of one block's linears on their masks, as `reconstruct`; none of an input without tokens."""
     for name, prepared in _prepared(block, grams):
         if prepared is not None:
-            across = name in block.transposed
             yield (
                 name,
-                reconstruct(weights(name), keeps[name], prepared, reconstruction=reconstruction, transposed=across),
+                reconstruct(
+                    weights(name),
+                    keeps[name],
+                    prepared,
+                    reconstruction=reconstruction,
+                    gradients=gradients.get(name),
+                    transposed=name in block.transposed,
+                ),
             )
 
 
@@ -241,13 +258,14 @@ def masked(weight: Tensor, keep: Tensor) -> Tensor:
     return torch.from_numpy(bits).view(weight.dtype)
 
 
-def prune_block(
+def prune_block(  # noqa: PLR0913 - the weights, and the statistics by kind
     weights: Callable[[str], Tensor],
     block: Readers,
     *,
     reconstruction: Reconstruction,
     keeps: Mapping[str, Tensor],
     grams: Mapping[str, Gram],
+    gradients: Mapping[str, Gram],
 ) -> Iterator[tuple[str, Pruned, dict[str, float]]]:
     """Yield the linears of one block that have a mask, and how each was solved for; {} where nothing was."""
     for name, prepared in _prepared(block, grams):
@@ -256,7 +274,8 @@ def prune_block(
         weight, keep, across = weights(name), keeps[name], name in block.transposed
         values, told = weight, {}
         if reconstruction.function is not None and prepared is not None:
-            one = reconstruct(weight, keep, prepared, reconstruction=reconstruction, transposed=across)
+            own = gradients.get(name)
+            one = reconstruct(weight, keep, prepared, reconstruction=reconstruction, gradients=own, transposed=across)
             values, told = one.weight, one.told
         yield name, prune_linear(weight, values, keep, prepared, transposed=across), told
 

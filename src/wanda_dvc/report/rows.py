@@ -28,6 +28,7 @@ TAKEN = ("metrics", "stats")
 # Whose hashes find the times of runs; they may be missing.
 MADE = (
     "fisher/provenance.json",
+    "fisher_gram/provenance.json",
     "gram/provenance.json",
     "masks/provenance.json",
     "models/dense/provenance.json",

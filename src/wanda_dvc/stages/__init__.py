@@ -121,15 +121,16 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=4,
-            about="Measure the dense model's activations once: stats/, and if asked gram/ and fisher/.",
-            result="[fg]*/provenance.json",  # of fisher/ and gram/: with either it takes longer
+            version=5,
+            about="Measure the dense model's activations once: stats/, and if asked gram/, fisher/ and fisher_gram/.",
+            result="[fg]*/provenance.json",  # of fisher/, fisher_gram/ and gram/: with any it takes longer
             settings=(
                 "calibration.samples",
                 "calibration.length",
                 "calibration.seed",
                 "calibration.gram",
                 "calibration.fisher",
+                "calibration.fisher_gram",
                 "dtype",
             ),
         ),

@@ -24,7 +24,7 @@ from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
-from wanda_dvc.study.tensors import SEALED, block_count, read_grams, read_masks, read_weights
+from wanda_dvc.study.tensors import SEALED, Grams, block_count, read_grams, read_masks, read_weights
 
 CARD = """\
 ---
@@ -68,7 +68,7 @@ class Zeros(NamedTuple):
 
 
 def apply(*, project: Project) -> None:
-    """models/dense + masks/ + gram/ + weights/ → models/pruned."""
+    """models/dense + masks/ + gram/ + fisher_gram/ + weights/ → models/pruned."""
     reconstruction = project.params.reconstruction
     made_from = describe_pruned(project, reconstruction)
     with project.work(made_from) as work:
@@ -107,7 +107,8 @@ def need(project: Project, _: str | None = None) -> Need:
     linear = largest(project)[1]
     widest = sizes(folder).widest if block_count(project.gram, "calibrate") else 0
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    return Need(writing(linear=linear, widest=widest), disk=size, least=size)
+    by_gradients = RECONSTRUCTIONS[project.params.reconstruction].by_gradients
+    return Need(writing(linear=linear, widest=widest, by_gradients=by_gradients), disk=size, least=size)
 
 
 def cost(params: Params, on: Setting) -> Cost:
@@ -115,11 +116,14 @@ def cost(params: Params, on: Setting) -> Cost:
     model = on.model
     seconds = model.stored / DISK + on.work.all_linears * (4 * on.stored_width + 1) / HOST
     widest = 0 if params.calibration.gram == "none" else model.widest
-    changes = RECONSTRUCTIONS[params.reconstruction].function is not None
-    seconds += solving_seconds(changes and params.propagation == "dense", on)
+    reconstruction = RECONSTRUCTIONS[params.reconstruction]
+    changes, by_gradients = reconstruction.function is not None, reconstruction.by_gradients
+    if params.propagation == "dense":
+        seconds += solving_seconds(changes, on, by_gradients=by_gradients)
     if widest:
         seconds += error_seconds(1 + changes, on)  # of the masks, and of other values on them
-    return Cost(0, model.stored, 0, model.stored, writing(linear=model.linear, widest=widest), seconds)
+    memory = writing(linear=model.linear, widest=widest, by_gradients=by_gradients)
+    return Cost(0, model.stored, 0, model.stored, memory, seconds)
 
 
 def describe_pruned(study: Project, reconstruction: str) -> Json:
@@ -144,15 +148,18 @@ def describe_pruned(study: Project, reconstruction: str) -> Json:
         if _unsealed(weights) | {"kind": "masks"} != described or weights.get("blocks") != made["blocks"]:
             raise UserError("weights/: made with other masks, expected those in masks/; run `wanda-dvc mask` again")
         from_where = {"weights": digest(weights)}
-    if source == "gram" or block_count(study.gram, "calibrate"):
-        gram = read_provenance(study.gram, "calibrate")
+    folders = [study.gram] if source == "gram" or block_count(study.gram, "calibrate") else []
+    if source == "gram" and RECONSTRUCTIONS[reconstruction].by_gradients:
+        folders.append(study.fisher_gram)
+    for folder in folders:
+        gram = read_provenance(folder, "calibrate")
         here = {"model": gram["model"], "calibration": {"text": gram["text"], **gram["params"]}}
-        if any(here[name] != made[name] for name in here) or not block_count(study.gram, "calibrate"):
+        if any(here[name] != made[name] for name in here) or not block_count(folder, "calibrate"):
             raise UserError(
-                f"gram/: no Gram matrices of {dense['source']} and the calibration that masks/ name, expected them; "
-                "run `dvc repro`, or `wanda-dvc calibrate` with the settings of the masks"
+                f"{folder.name}/: no Gram matrices of {dense['source']} and the calibration that masks/ name, expected "
+                "them; run `dvc repro`, or `wanda-dvc calibrate` with the settings of the masks"
             )
-        from_where |= {"gram": digest(gram)} if source == "gram" else {}
+        from_where |= {folder.name: digest(gram)} if source == "gram" else {}
     return described | {"kind": "model", "masks": digest(made), "reconstruction": reconstruction} | from_where
 
 
@@ -180,6 +187,10 @@ class Parts:
         self.changed = [read_weights(study.weights, block) for block in range(stored)]
         device = solving_device(study.params.runtime)
         self.grams = [read_grams(study.gram, block, device) for block in range(block_count(study.gram, "calibrate"))]
+        self.gradients: list[Grams] = []
+        if self.source == "gram" and self.reconstruction.by_gradients:
+            count = block_count(study.fisher_gram, "calibrate")
+            self.gradients = [read_grams(study.fisher_gram, block, device) for block in range(count)]
         self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}
         self._prepared = lru_cache(maxsize=2)(lambda block, source: prepare(self.grams[block][source], source))
 
@@ -202,7 +213,10 @@ class Parts:
             weights, told = self.changed[block]
             values, solved = weights.get(linear, weight), told.get(linear, {})
         elif self.source == "gram" and prepared is not None:
-            one = reconstruct(weight, keep, prepared, reconstruction=self.reconstruction, transposed=across)
+            gradients = self.gradients[block].get(linear) if self.gradients else None
+            one = reconstruct(
+                weight, keep, prepared, reconstruction=self.reconstruction, gradients=gradients, transposed=across
+            )
             values, solved = one.weight, one.told
         made = prune_linear(weight, values, keep, prepared, transposed=across)
         zero = count_zeros(made.weight)

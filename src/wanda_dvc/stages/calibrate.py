@@ -1,6 +1,6 @@
 """Measure the dense model's activations once for each distinct input: the norm tier, and if asked the Gram tier.
 
-And if asked the Fisher tier of each linear's outputs.
+And if asked the Fisher tier of each linear's outputs, and the Gram matrices of their gradients.
 """
 
 from dataclasses import replace
@@ -35,13 +35,17 @@ from wanda_dvc.study.tensors import (
     read_stats,
     seal,
     write_fisher,
+    write_gradients,
     write_grams,
     write_stats,
 )
 
 
 def calibrate(*, project: Project) -> None:
-    """models/dense + data/calibration → stats/, gram/, fisher/. The last two have no blocks where not asked for."""
+    """models/dense + data/calibration → stats/, gram/, fisher/, fisher_gram/.
+
+    All but the first have no blocks where they are not asked for.
+    """
     model = model_provenance(project, "dense")
     check_ready(project, "dense", project.params.calibration.length, "calibration.length")
     text = read_provenance(project.data("calibration"), "download calibration")
@@ -54,12 +58,17 @@ def calibrate(*, project: Project) -> None:
         params=calibrated_with(project.params),
     )
     kept, windows_back = project.params.calibration.gram, project.params.calibration.fisher
+    kept_back = project.params.calibration.fisher_gram
     grams_from = made_from | {"kind": "gram", "dtype": kept}
     fisher_from = made_from | {"kind": "fisher", "windows": windows_back}
+    gradients_from = made_from | {"kind": "fisher_gram", "dtype": kept_back, "windows": windows_back}
+    if kept_back == "none":
+        gradients_from["windows"] = 0
     with (
         project.work(made_from) as work,
         project.work(grams_from) as beside,
         project.work(fisher_from) as back,
+        project.work(gradients_from) as beside_back,
         runner(project, "dense", work) as run,
     ):
         check_fits(project, run.decoder.inputs())
@@ -76,16 +85,29 @@ def calibrate(*, project: Project) -> None:
         if windows_back:
             # In this process, whoever ran the windows forward: they are few.
             decoder = open_decoder(project, "dense") if project.params.runtime.workers else run.decoder
-            if not all(block_file(back.out, block).is_file() for block in blocks):
-                made = squared_gradients(decoder, windows[:windows_back], back.path)
-                for block, sums in progress(made, total=len(blocks), what="calibrate, blocks back"):
+            gram = kept_back != "none"
+            folders = [back.out, beside_back.out] if gram else [back.out]
+            if gram and any(
+                block_file(beside_back.out, x).is_file() > block_file(back.out, x).is_file() for x in blocks
+            ):
+                beside_back.forget()  # what goes with it was published, by a run that was killed or one without it
+            if not all(block_file(folder, block).is_file() for folder in folders for block in blocks):
+                # What has gone back without matrices is not gone on with where they are asked for.
+                work_back = beside_back if gram else back
+                made = squared_gradients(decoder, windows[:windows_back], work_back.path, gram=gram)
+                for block, sums, grams in progress(made, total=len(blocks), what="calibrate, blocks back"):
                     write_fisher(back.out, block, sums)
+                    if gram:
+                        write_gradients(beside_back.out, block, grams, kept_back)
+                        grams.clear()  # before there are those of the next block; other frames hold this dictionary too
         seal(work.out, made_from)
         seal(beside.out, grams_from)
         seal(back.out, fisher_from)
+        seal(beside_back.out, gradients_from)
         work.publish(project.stats)
         beside.publish(project.gram)
         back.publish(project.fisher)
+        beside_back.publish(project.fisher_gram)
     _write_norms(project)
 
 
@@ -107,10 +129,11 @@ def need(project: Project, _: str | None = None) -> Need:
     if walk.disk is None:
         return walk
     model, dtype = sizes(folder), project.params.dtype
-    disk = walk.disk + gram_bytes(model, calibration.gram)
+    disk = walk.disk + gram_bytes(model.all_squares, calibration.gram)
     if not calibration.fisher or walk.memory is None:
         return replace(walk, disk=disk)
-    back = differentiating(model, dtype=dtype, length=calibration.length)
+    gram = calibration.fisher_gram != "none"
+    back = differentiating(model, dtype=dtype, length=calibration.length, gram=gram)
     return replace(walk, memory=either(walk.memory, back), disk=disk + _back_bytes(project.params, model))
 
 
@@ -118,26 +141,29 @@ def cost(params: Params, on: Setting) -> Cost:
     """All windows through all blocks, and some of them once more forward and back."""
     calibration = params.calibration
     once = calibration_cost(params, on, gram=calibration.gram != "none")
-    once = replace(once, disk=once.disk + gram_bytes(on.model, calibration.gram))
+    once = replace(once, disk=once.disk + gram_bytes(on.model.all_squares, calibration.gram))
     if not calibration.fisher:
         return once
-    memory = differentiating(on.model, dtype=on.dtype, length=calibration.length)
+    gram = calibration.fisher_gram != "none"
+    memory = differentiating(on.model, dtype=on.dtype, length=calibration.length, gram=gram)
     # Forward, then in each block forward again and back, which takes as long: weights get no gradients.
     windows, length = calibration.fisher, calibration.length
     back = replace(on, workers=1).walk(3 * windows, length, memory, logits=2 * windows * length)
+    products = gram * windows * length * on.model.all_output_squares
     return replace(
         once,
-        flops=once.flops + back.flops,
+        flops=once.flops + back.flops + products,
         read=once.read + 2 * back.read,
         hidden=once.hidden + back.hidden,
-        seconds=once.seconds + back.seconds,
+        seconds=once.seconds + back.seconds + products / on.float32_rate,
         disk=once.disk + _back_bytes(params, on.model),
         memory=either(once.memory, memory),
     )
 
 
 def _back_bytes(params: Params, model: Sizes) -> int:
-    """Return the bytes of hidden states before every block, and of the gradients between two, while they wait."""
+    """Return the bytes of fisher_gram/, and of hidden states before every block and gradients between two."""
     tokens = params.calibration.fisher * params.calibration.length
     states = waiting_bytes(model, tokens, params.dtype) // 2
-    return states * (model.blocks + 1) + waiting_bytes(model, tokens, "float32")
+    kept = gram_bytes(model.all_output_squares, params.calibration.fisher_gram)
+    return kept + states * (model.blocks + 1) + waiting_bytes(model, tokens, "float32")

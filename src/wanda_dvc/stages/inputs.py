@@ -119,13 +119,17 @@ def gram_provenance(project: Project) -> Json:
     return gram
 
 
-def fisher_provenance(project: Project) -> Json:
-    """Return the provenance of fisher/. UserError where it is not of the run that measured stats/, or has no blocks."""
-    fisher, blocks, is_of_stats = _tier(project, project.fisher)
+def fisher_provenance(project: Project, folder: Path) -> Json:
+    """Return the provenance of fisher/ or fisher_gram/.
+
+    UserError where it is not of the run that measured stats/, or has no blocks.
+    """
+    fisher, blocks, is_of_stats = _tier(project, folder)
     wanted = Project(project.root).params.calibration.fisher
     if not (is_of_stats and blocks) or fisher["windows"] != wanted:
+        found = f"{blocks} blocks of {fisher['windows']} windows of {fisher['model']['source']}"
         raise UserError(
-            f"fisher/: found {blocks} blocks of {fisher['windows']} windows of {fisher['model']['source']}, expected "
+            f"{folder.name}/: found {found}, expected "
             f"{wanted} windows (calibration.fisher) of the run that measured stats/; run `dvc repro` or "
             "`wanda-dvc calibrate`"
         )
@@ -310,13 +314,12 @@ def calibration_cost(params: Params, on: Setting, *, gram: bool, crosses: bool =
     if not gram:
         return cost
     # The upper triangle of XᵀX is half of its products; a cross product has no such half.
-    rate = on.device.flops["float32"] if "float32" in on.device.flops else on.device.flops[on.dtype]
     flops = samples * length * on.model.all_squares * (3 if crosses else 1)
-    seconds = on.share(samples) * flops / (rate * on.device.efficiency)
+    seconds = on.share(samples) * flops / on.float32_rate
     seconds += on.sending(samples, 8 * on.model.all_squares * (2 if crosses else 1))
     return replace(cost, flops=cost.flops + flops, seconds=cost.seconds + seconds)
 
 
-def gram_bytes(model: Sizes, kept: str) -> int:
-    """Return the bytes of gram/, at most."""
-    return 0 if kept == "none" else model.all_squares // 2 * WIDTH[kept]
+def gram_bytes(squares: int, kept: str) -> int:
+    """Return the bytes of gram/ or fisher_gram/, at most; `squares` of all features that they are of."""
+    return 0 if kept == "none" else squares // 2 * WIDTH[kept]

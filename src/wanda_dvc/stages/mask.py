@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 
 def mask(*, project: Project) -> None:
-    """models/dense + stats/ (+ gram/, fisher/, data/calibration) → masks/, weights/.
+    """models/dense + stats/ (+ gram/, fisher/, fisher_gram/, data/calibration) → masks/, weights/.
 
     weights/ has blocks only where `propagation: pruned` meets a reconstruction: what it makes of the weights decides
     what the next block is calibrated on, and does not follow from the statistics of the dense model.
@@ -85,7 +85,8 @@ def mask(*, project: Project) -> None:
         calibration={"text": stats.provenance["text"], **stats.provenance["params"]},
         params=described,
         **({"gram": digest(gram_provenance(project))} if reads_grams(params) else {}),
-        **({"fisher": digest(fisher_provenance(project))} if reads_fisher(params) else {}),
+        **({"fisher": digest(fisher_provenance(project, project.fisher))} if reads_fisher(params) else {}),
+        **({"fisher_gram": digest(fisher_provenance(project, project.fisher_gram))} if reads_gradients(params) else {}),
         **({"sparsities": list(map(_written, shares))} if params.allocation != "uniform" else {}),
     )
     weights_from = made_from | {"kind": "weights"}
@@ -143,6 +144,11 @@ def reads_grams(params: Params) -> bool:
 def reads_fisher(params: Params) -> bool:
     """Whether masks follow from fisher/."""
     return "fisher" in {ALLOCATIONS[params.allocation].needs, GROUPS[params.group].needs}
+
+
+def reads_gradients(params: Params) -> bool:
+    """Whether masks follow from fisher_gram/: the next block reads what it makes of the weights."""
+    return propagates(params) and RECONSTRUCTIONS[params.reconstruction].by_gradients
 
 
 def informed(project: Project, block: int, measured: BlockStats) -> BlockStats:
@@ -220,6 +226,7 @@ class Part:
     weights: Mapping[str, Tensor] | Path  # as stored; or the checkpoint that has them
     grams: Mapping[str, Gram] | tuple[Path, int]  # of this input; or gram/ and the block
     crosses: Mapping[str, Tensor]  # X_denseᵀX, likewise, where weights are corrected
+    gradients: Mapping[str, Gram]  # of what its linears put out, by linear, where the reconstruction is given them
 
 
 class Made(NamedTuple):
@@ -247,7 +254,10 @@ def solve(device: torch.device, part: Part) -> Made:
     chosen = choose_block(weights, block, method=how.method, targets=targets, grams=grams, device=device)
     solved = {}
     if how.reconstruction:
-        solved = dict(reconstruct_block(weights, block, reconstruction=how.reconstruction, keeps=chosen, grams=grams))
+        found = reconstruct_block(
+            weights, block, reconstruction=how.reconstruction, keeps=chosen, grams=grams, gradients=part.gradients
+        )
+        solved = dict(found)
     changed = {name: one.weight.to(stored(name).dtype) for name, one in solved.items()}
     return Made(pack_masks(chosen), changed, {name: one.told for name, one in solved.items()})
 
@@ -266,6 +276,7 @@ def _parts(  # noqa: PLR0913, PLR0917 - what solvers read
     share: Share,
     *,
     crosses: Mapping[str, Tensor] | None = None,
+    gradients: Grams | None = None,
     stored: Path | None = None,
 ) -> Iterator[Ask[Part]]:
     """Yield the distinct inputs of a block. `stored` is the folder of its Gram matrices where that has them."""
@@ -276,7 +287,8 @@ def _parts(  # noqa: PLR0913, PLR0917 - what solvers read
         else:
             own = pack_grams(stats, {source: grams[source]} if source in grams else {}, None)
         cross = {source: crosses[source].float()} if crosses and source in crosses else {}
-        whole = Part(how, share, stats, {name: checkpoint.weight(name) for name in names}, own, cross)
+        back = gradients.of(*names) if gradients else {}
+        whole = Part(how, share, stats, {name: checkpoint.weight(name) for name in names}, own, cross, back)
         named = replace(whole, weights=checkpoint.folder)
         if stored and isinstance(grams, Grams):
             named = replace(named, grams=(stored, block))
@@ -334,7 +346,11 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
             changed: dict[str, Tensor] = {}
             told = Json()
             if _records_grams(params):
-                parts = _parts(how, checkpoint, turn.index, measured, recorded.grams, share, crosses=recorded.crosses)
+                back = read_grams(project.fisher_gram, turn.index) if reads_gradients(params) else None
+                own = recorded.grams
+                parts = _parts(
+                    how, checkpoint, turn.index, measured, own, share, crosses=recorded.crosses, gradients=back
+                )
                 keep, changed, told = _together(run.each(solve, parts))
             else:
                 keep = keeps(params, checkpoint.weight, measured, share)
@@ -393,7 +409,8 @@ def cost(params: Params, on: Setting) -> Cost:
     passes = 2 + _runs_dense(params) * (1 + (params.propagation == "corrected"))
     passes += 3 * params.training.epochs if reconstruction.trains else 0
     walked = on.walk(passes * params.calibration.samples, params.calibration.length, once.memory)
-    solving = share * solving_seconds(reconstruction.function is not None, on)
+    by_gradients = reconstruction.by_gradients
+    solving = share * solving_seconds(reconstruction.function is not None, on, by_gradients=by_gradients)
     return replace(
         walked,
         disk=masks + once.disk * (2 if _runs_dense(params) else 1) + _weights_bytes(params, model),
@@ -431,7 +448,8 @@ def _choosing(  # noqa: PLR0913, PLR0917 - sizes
     With `by_row` a linear's rows are scored some at a time, where the settings allow it: not on a card.
     """
     if _records_grams(params) and (propagates(params) or methods()[params.method].needs == "gram"):
-        return writing(linear=linear, widest=widest)
+        by_gradients = propagates(params) and RECONSTRUCTIONS[params.reconstruction].by_gradients
+        return writing(linear=linear, widest=widest, by_gradients=by_gradients)
     return choosing(block=block, linear=linear, threads=threads, by_row=by_row and _selects_by_row(params))
 
 

@@ -116,6 +116,11 @@ class Project:
         return self.root / "fisher"
 
     @property
+    def fisher_gram(self) -> Path:
+        """The folder of the Fisher tier's Gram matrices."""
+        return self.root / "fisher_gram"
+
+    @property
     def masks(self) -> Path:
         """The folder of masks."""
         return self.root / "masks"

@@ -1,4 +1,4 @@
-"""stats/, gram/, fisher/, masks/ and weights/: one safetensors file a block, so that one is in memory at a time."""
+"""stats/, gram/, fisher/, fisher_gram/, masks/ and weights/: a file a block, so that one is in memory at a time."""
 
 import itertools
 import json
@@ -98,6 +98,23 @@ def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str | No
     return Grams(tensors, stats.readers, stats.transposed, None)
 
 
+def write_gradients(folder: Path, block: int, grams: "Mapping[str, Gram]", dtype: str) -> None:
+    """Write the Gram matrices of one block's gradients, by linear, as `write_grams` does those of inputs."""
+    write_grams(folder, block, _by_linear(grams), grams, dtype)
+
+
+def pack_gradients(grams: "Mapping[str, Gram]", dtype: str) -> "Grams":
+    """Return the Gram matrices of one block's gradients as `write_gradients` writes them; `read_grams` reads them."""
+    return pack_grams(_by_linear(grams), grams, dtype)
+
+
+def _by_linear(grams: "Mapping[str, Gram]") -> "BlockStats":
+    """Return the readers of matrices that are one linear's each, in its own orientation."""
+    from wanda_dvc.pruning.statistics import BlockStats
+
+    return BlockStats({}, {name: [name] for name in grams}, [])
+
+
 def read_grams(folder: Path, block: int, device: "torch.device | None" = None) -> "Grams":
     """Read one block's Gram matrices, by distinct input; they come on a device, by default the host."""
     path = block_file(folder, block)
@@ -150,11 +167,12 @@ class Grams(Mapping[str, "Gram"]):
         """Return the same matrices, which come on another device."""
         return Grams(self.tensors, self.readers, self.transposed, device)
 
-    def of(self, name: str) -> "Grams":
-        """Return the Gram matrix of one distinct input alone, if it has one."""
-        tensors = {kind: self.tensors[kind] for kind in _kinds(name) if kind in self.tensors}
-        readers = self.readers[name]
-        return Grams(tensors, {name: readers}, [x for x in self.transposed if x in readers], self._device)
+    def of(self, *names: str) -> "Grams":
+        """Return the Gram matrices of some names alone, as far as they have one."""
+        readers = {name: self.readers[name] for name in names if name in self.readers}
+        tensors = {kind: self.tensors[kind] for name in readers for kind in _kinds(name) if kind in self.tensors}
+        read = {linear for linears in readers.values() for linear in linears}
+        return Grams(tensors, readers, [x for x in self.transposed if x in read], self._device)
 
     def __getitem__(self, name: str) -> "Gram":
         from wanda_dvc.pruning.gram import Gram

@@ -193,6 +193,12 @@ def _notes_on_layers(project: Project) -> Iterator[str]:
     rows = sum(told.get("unchanged", 0) for told in linears.values())
     if rows:
         yield f"{rows} rows kept their weights, because the reconstruction's have no lower error."
+    if short := {name: told["part"] for name, told in linears.items() if told.get("part", 1) < 1}:
+        least = min(short, key=lambda name: short[name])
+        yield (
+            f"{len(short)} linears go a part of the way from the weights of least-squares to those of fisher, as far "
+            f"as their layer error stays below their mask's; least far {least}, {100 * short[least]:.0f} %."
+        )
     if raised := {name: told["damping"] for name, told in linears.items() if told.get("raised")}:
         most = max(raised, key=lambda name: raised[name])
         yield (
