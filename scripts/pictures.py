@@ -136,9 +136,10 @@ def methods(colours: Colours) -> Figure:
     for name, (colour, marker) in METHODS.items():
         if name not in pattern:  # it has no patterns
             continue
-        value, low = pattern[name], name == "ADMM, least squares"  # close to least squares on Wanda's masks
+        value, beside = pattern[name], {"ADMM, least squares": 0, "ADMM, Fisher": -10}.get(name)  # close to one another
         right.plot([0], [value], color=colours[colour], marker=marker, markersize=6)
-        _label(right, f"{value:,.0f}", (0, value), (-9 if low else 9, -3), colours[colour], "right" if low else "left")
+        offset, side = ((9, -3), "left") if beside is None else ((-9, beside), "right")
+        _label(right, f"{value:,.0f}", (0, value), offset, colours[colour], side)
     left.set_xlim(-2, 104)
     left.set_xticks([0, 30, 50, 70], ["0 %", "30 %", "50 %", "70 %"])
     right.set_xlim(-0.5, 1)
@@ -227,7 +228,7 @@ def pipeline(colours: Colours) -> Figure:
     _box(axes, (21, 17, 63, 6), "models/dense, data/", colours)
     _box(axes, (87, 17, 16, 6), "models/pruned", colours)
     for x, name in ((57.5, "stats/\ngram/\nfisher/\nfisher_gram/"), (76.5, "masks/\nweights/")):
-        axes.text(x, 34.7, name, ha="center", color=colours["muted"], fontsize=8.5)
+        axes.text(x, 34.3, name, ha="center", color=colours["muted"], fontsize=7.4)
     for start, end in (("locate", "download"), ("calibrate", "mask"), ("mask", "apply")):
         _arrow(axes, (stages[start][0] + stages[start][2], 33.5), (stages[end][0], 33.5), colours)
     _arrow(axes, (28, 30), (28, 23), colours)
