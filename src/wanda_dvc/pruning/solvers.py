@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from wanda_dvc.errors import UserError
@@ -141,7 +141,8 @@ def least_squares(  # noqa: PLR0913 - the problem, and constants of the method
     for rows in _slices(weight):
         w, mask = weight[rows].float(), keep[rows]
         first = (w if start is None else start[rows].float()) * mask
-        v = _conjugate_gradients(w / factor.scale, mask, first / factor.scale, factor.matrix, steps)
+        scaled = w / factor.scale, mask, first / factor.scale
+        v = _conjugate_gradients(*scaled, lambda x: multiply(x, factor.matrix), _by_row, steps)
         unchanged += _settle(w, first, v.mul_(factor.scale), prepared, solved[rows])
     return Solved(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
 
@@ -176,26 +177,17 @@ def fisher_least_squares(  # noqa: PLR0913 - the problem, and constants of the m
     coupled = gradients * root * root.T
     coupled.diagonal().fill_(1 + output_damping)
     scale = root * factor.scale
-    dense, start = weight.float() / scale, plain.weight / scale
+    start = plain.weight / scale
 
     def across(x: Tensor) -> Tensor:
         return multiply(coupled, multiply(x, factor.matrix))
 
-    mask = (keep & ~prepared.dead).float()  # the weights of a dead feature have nothing to make up for
-    v = start.clone()
-    residual = across(dense - v).mul_(mask)
-    direction, size = residual.clone(), _dot(residual, residual)
-    for _ in range(steps):
-        change = across(direction).mul_(mask)
-        curvature = _dot(direction, change)
-        if not (size > 0 and curvature > 0):
-            break
-        v.add_(direction, alpha=size / curvature)
-        residual.sub_(change, alpha=size / curvature)
-        before, size = size, _dot(residual, residual)
-        direction.mul_(size / before).add_(residual)
+    alive = keep & ~prepared.dead  # the weights of a dead feature have nothing to make up for
+    v = _conjugate_gradients(weight.float() / scale, alive, start, across, _of_all, steps)
     change = torch.where(prepared.dead, 0, v.sub_(start).mul_(scale))
     part = _part_of_the_way(weight.float(), weight * keep, plain.weight, change, prepared)
+    if not part:  # nor where sums overflow
+        return replace(plain, part=0.0)
     found = plain.weight + part * change
     unchanged = int((found == weight * keep).all(dim=1).sum())
     return replace(plain, weight=found, unchanged=unchanged, part=part)
@@ -210,7 +202,7 @@ def _part_of_the_way(
 ) -> float:
     """Return the most of a change of `start`, up to 1, with which tr(ΔGΔᵀ) is not above that of `masked`."""
     toward = multiply(change, prepared.gram)
-    square, along = _dot(toward, change), _dot(toward, dense - start)
+    square, along = _of_all(toward * change).item(), _of_all(toward * (dense - start)).item()
     room = max(0.0, -_gain(dense, masked, start, prepared).double().sum().item())
     return min(1.0, (along + math.sqrt(along**2 + square * room)) / square) if square > 0 else 0.0
 
@@ -447,24 +439,28 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _conjugate_gradients(
+def _conjugate_gradients(  # noqa: PLR0913, PLR0917 - the problem, and how it is solved
     dense: Float[Tensor, "out in"],
     keep: Bool[Tensor, "out in"],
     start: Float[Tensor, "out in"],
-    gram: Float[Tensor, "in in"],
+    product: Callable[[Tensor], Tensor],
+    total: Callable[[Tensor], Tensor],
     steps: int,
 ) -> Float[Tensor, "out in"]:
-    """Return `start` moved towards the least tr((W−V)G(W−V)ᵀ) on the mask, each row along its own directions."""
+    """Return `start` moved towards the least Σ (W−V) · A(W−V) on the mask; `product` is the symmetric A.
+
+    `total` sums over what moves along a direction of its own: `_by_row` each row, `_of_all` the linear as a whole.
+    """
     mask, v = keep.float(), start.clone()
-    residual = multiply(dense - v, gram).mul_(mask)
-    direction, size = residual.clone(), residual.square().sum(dim=1, keepdim=True)
+    residual = product(dense - v).mul_(mask)
+    direction, size = residual.clone(), total(residual.square())
     for _ in range(steps):
-        change = multiply(direction, gram)
-        curvature = (direction * change).sum(dim=1, keepdim=True)
+        change = product(direction)
+        curvature = total(direction * change)
         step = torch.where(curvature > 0, size / curvature, 0)
         v.addcmul_(step, direction)
         residual.addcmul_(change.mul_(mask), step, value=-1)
-        before, size = size, residual.square().sum(dim=1, keepdim=True)
+        before, size = size, total(residual.square())
         direction.mul_(torch.where(before > 0, size / before, 0)).add_(residual)
     return v
 
@@ -509,9 +505,13 @@ def _gain(
     return multiply(start - found, prepared.gram).mul_(2 * dense - start - found).sum(dim=1, keepdim=True)
 
 
-def _dot(a: Float[Tensor, "out in"], b: Float[Tensor, "out in"]) -> float:
-    """Return Σ ab, by rows, so that the order of the sums does not depend on the number of threads."""
-    return (a * b).sum(dim=1).double().sum().item()
+def _by_row(x: Float[Tensor, "out in"]) -> Float[Tensor, "out 1"]:
+    return x.sum(dim=1, keepdim=True)
+
+
+def _of_all(x: Float[Tensor, "out in"]) -> Float64[Tensor, ""]:
+    """Return the sum, by rows, so that its order does not depend on the number of threads."""
+    return x.sum(dim=1).double().sum()
 
 
 def _slices(weight: Float[Tensor, "out in"], whole: bool = False) -> Iterator[slice]:

@@ -61,9 +61,8 @@ def calibrate(*, project: Project) -> None:
     kept_back = project.params.calibration.fisher_gram
     grams_from = made_from | {"kind": "gram", "dtype": kept}
     fisher_from = made_from | {"kind": "fisher", "windows": windows_back}
-    gradients_from = made_from | {"kind": "fisher_gram", "dtype": kept_back, "windows": windows_back}
-    if kept_back == "none":
-        gradients_from["windows"] = 0
+    gram = kept_back != "none"
+    gradients_from = made_from | {"kind": "fisher_gram", "dtype": kept_back, "windows": windows_back * gram}
     with (
         project.work(made_from) as work,
         project.work(grams_from) as beside,
@@ -85,7 +84,6 @@ def calibrate(*, project: Project) -> None:
         if windows_back:
             # In this process, whoever ran the windows forward: they are few.
             decoder = open_decoder(project, "dense") if project.params.runtime.workers else run.decoder
-            gram = kept_back != "none"
             folders = [back.out, beside_back.out] if gram else [back.out]
             if gram and any(
                 block_file(beside_back.out, x).is_file() > block_file(back.out, x).is_file() for x in blocks
