@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.running import check_device
+from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import read_masks
 from wanda_dvc.views.show import comparison, show
@@ -219,6 +221,40 @@ def test_no_tasks_means_perplexity_only(project: Make):
     perplexity(project=made, model="dense")
     assert [row[0] for row in comparison(made)] == ["perplexity", "measured sparsity"]
     assert "Zero-shot" not in show(project=made)
+
+
+PERPLEXITY: dict[str, Any] = {
+    "tokens_sha256": "a", "windows": 2, "length": 8, "rest": "dropped", "dtype": "float32",
+    "text": {"source": "a text", "sha256": "0" * 64},
+}  # fmt: skip
+PIQA: dict[str, Any] = {"task": {"sha256": "a"}, "limit": 4, "examples": 0}
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "perplexity": [{name: "b"} for name in ("tokens_sha256", "windows", "length", "rest")],
+    "piqa": [{"task": {"sha256": "b"}}, {"limit": 5}, {"examples": 1}],
+}
+
+
+@pytest.mark.parametrize(
+    ("measure", "other"), [(name, x) for name, every in OTHERS.items() for x in (*every, "details missing", None)]
+)
+def test_only_what_was_measured_alike_is_compared(project: Make, measure: str, other: dict[str, Any] | str | None):
+    made = project(tasks__names=["piqa"])
+    for path, metric, protocol in (
+        ("perplexity", {"perplexity": 20.0}, PERPLEXITY),
+        ("zero_shot/piqa", {"acc": 0.5}, PIQA),
+    ):
+        for model in ("dense", "pruned"):
+            differs = other if model == "dense" and path.endswith(measure) else None
+            write_json(made.metrics(model, path), metric)
+            if not isinstance(differs, str):
+                write_json(made.details(model, path), {"protocol": protocol | (differs or {})})
+    compared = {row[0].partition(",")[0]: bool(row[3]) for row in comparison(made)[:3]}
+    alike = {name: other is None or name != measure for name in ("perplexity", "piqa")}
+    assert compared == alike | {"mean": alike["piqa"]}
+    shown = show(project=made)
+    assert (f"not compared in {measure}: not known to be" in shown) is (other is not None)
+    assert ("Perplexity of the pruned model: 2 windows" in shown) is (not alike["perplexity"])
+    assert ("Perplexity: 2 windows" in shown) is alike["perplexity"]
 
 
 @pytest.mark.pipeline

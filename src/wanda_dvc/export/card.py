@@ -13,7 +13,7 @@ from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.repeat import how_to_repeat
-from wanda_dvc.views.show import HEADERS, comparison
+from wanda_dvc.views.show import HEADERS, comparison, measured_apart, not_compared
 
 # The Hub's name of a licence, by a phrase of its text.
 LICENSES = {
@@ -155,6 +155,8 @@ def _notes(study: Project, torn: Sequence[str]) -> Iterator[str]:
     params = study.params
     if torn:
         yield f"Stale when this card was written, because inputs had been made again: {', '.join(torn)}."
+    if apart := measured_apart(study):
+        yield f"{not_compared(apart)} What follows is said of the pruned one."
     protocols = [load_json(study.details(model, "perplexity")).get("protocol") for model in MODELS]
     if protocol := protocols[1] or protocols[0]:
         yield (

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from wanda_dvc.report import inference
 from wanda_dvc.report.inference import Estimate
 from wanda_dvc.report.rows import Row
+from wanda_dvc.study.provenance import measured_alike
 
 DIVERGED = "diverged"
 
@@ -39,9 +40,7 @@ class Measured(NamedTuple):
 
         None if one of them diverged, read other tokens, or has no losses at hand.
         """
-        mine, theirs = self._protocol(), other._protocol()
-        keys = ("tokens_sha256", "windows", "length", "rest")
-        if mine is None or theirs is None or any(mine.get(key) != theirs.get(key) for key in keys):
+        if not measured_alike(self._protocol(), other._protocol()):
             return None
         losses, others = self._losses(), other._losses()
         return inference.ratio(losses, others, self._predictions()) if losses and others else None

@@ -82,6 +82,15 @@ def write_provenance(artifact: Path, content: Json) -> None:
     write_json(artifact / PROVENANCE, content)
 
 
+def measured_alike(one: Json | None, other: Json | None) -> bool:
+    """Whether two protocols of a perplexity have the same windows, or two of a task the same items."""
+    if one is None or other is None:
+        return False
+    keys = ("tokens_sha256", "windows", "length", "rest", "examples", "limit")
+    same_task = one.get("task", {}).get("sha256") == other.get("task", {}).get("sha256")
+    return same_task and all(one.get(key) == other.get(key) for key in keys)
+
+
 def files_digest(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a folder but its provenance, by relative path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != PROVENANCE)

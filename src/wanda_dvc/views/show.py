@@ -15,7 +15,7 @@ from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.local import changed_sources
 from wanda_dvc.study.markup import number
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
+from wanda_dvc.study.provenance import PROVENANCE, digest, measured_alike, read_provenance
 from wanda_dvc.study.ran import Ran
 from wanda_dvc.study.settings import flatten
 from wanda_dvc.study.tensors import block_count, read_stats
@@ -88,8 +88,8 @@ def comparison(project: Project) -> list[list[str]]:
     params = project.params
     rows = []
     dense, pruned = (Result.of(project, model) for model in MODELS)
-    perplexities = dense.perplexity, pruned.perplexity
-    rows.append(["perplexity", *map(number, perplexities), _ratio(*perplexities)])
+    perplexities, apart = (dense.perplexity, pruned.perplexity), measured_apart(project)
+    rows.append(["perplexity", *map(number, perplexities), "" if "perplexity" in apart else _ratio(*perplexities)])
     accuracies: dict[str, list[float]] = {model: [] for model in MODELS}
     for task in params.tasks.names:
         both = [load_json(project.metrics(model, f"zero_shot/{task}")) for model in MODELS]
@@ -101,20 +101,40 @@ def comparison(project: Project) -> list[list[str]]:
                 cells.append(f"{100 * result['acc']:.1f}" + (f" ± {100 * errors['acc']:.1f}" if errors else ""))
             else:
                 cells.append("–")
-        rows.append([f"{task}, acc %", *cells, _retained(*(result.get("acc") for result in both))])
+        retained = "" if task in apart else _retained(*(result.get("acc") for result in both))
+        rows.append([f"{task}, acc %", *cells, retained])
     means = [
         sum(values) / len(values) if values and len(values) == len(params.tasks.names) else None
         for values in accuracies.values()
     ]
     if params.tasks.names:
-        rows.append(
-            ["mean, acc %", *(f"{100 * mean:.1f}" if mean is not None else "–" for mean in means), _retained(*means)]
-        )
+        cells = [f"{100 * mean:.1f}" if mean is not None else "–" for mean in means]
+        rows.append(["mean, acc %", *cells, "" if {*apart} & {*params.tasks.names} else _retained(*means)])
     if pruned.layer_error is not None:
         rows.append(["layer error, mean", "–", f"{pruned.layer_error:.4f}", ""])
     sparsity = load_json(project.metrics("pruned", "sparsity")).get("sparsity")
     rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
     return rows
+
+
+def measured_apart(project: Project) -> list[str]:
+    """Return what was measured of both models, but not on the same windows or items, or not known to be.
+
+    Of metrics alone, as a clone has them before its outputs are there, nothing is known: `dvc.lock` has them together.
+    """
+    apart = []
+    for name in ("perplexity", *project.params.tasks.names):
+        measure = name if name == "perplexity" else f"zero_shot/{name}"
+        told = [load_json(project.details(model, measure)).get("protocol") for model in MODELS]
+        both = all(load_json(project.metrics(model, measure)) for model in MODELS)
+        if both and any(told) and not measured_alike(*told):
+            apart.append(name)
+    return apart
+
+
+def not_compared(apart: list[str]) -> str:
+    """Say what is not compared, and why."""
+    return f"The two models are not compared in {', '.join(apart)}: not known to be of the same windows or items."
 
 
 def _solved(project: Project) -> dict[str, Json]:
@@ -159,13 +179,18 @@ def _footnotes(project: Project) -> list[str]:
             "The tasks are samples written for this project, not the benchmarks: "
             "they compare these two models and nothing else."
         )
-    protocol = load_json(project.details("dense", "perplexity")).get("protocol")
-    if protocol:
+    if apart := measured_apart(project):
+        notes.append(f"{not_compared(apart)} `dvc repro` measures both models on the same windows and items.")
+    told = {model: load_json(project.details(model, "perplexity")).get("protocol") for model in MODELS}
+    known = {model: protocol for model, protocol in told.items() if protocol}
+    alike = measured_alike(*told.values())
+    for model, protocol in [*known.items()][: 1 if alike else None]:
         notes.append(
-            f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of {protocol['text']['source']} "
-            f"(sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
+            f"Perplexity{'' if alike else f' of the {model} model'}: {protocol['windows']} windows of "
+            f"{protocol['length']} tokens of {protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), "
+            f"{protocol['dtype']}."
         )
-    if protocol and tasks:
+    if known and tasks:
         limit = project.params.zero_shot.limit
         notes[-1] += (
             f" Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error: "
