@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, write_params
 
+from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.sizes import ALLOCATOR, LIBRARIES
 from wanda_dvc.stages.download import download
@@ -54,6 +55,8 @@ SOLVES: Runs = {
     "Fisher least squares": ("apply", None, ADMM | BACK | {"reconstruction": "fisher"}),
     "trained": ("mask", None, ADMM | {"reconstruction": "block", "propagation": "corrected"}),
 }
+RATED = {"method": "wanda", "calibration__gram": "float32"}
+SOLVES |= {f"allocation {name}": ("mask", None, RATED | BACK | {"allocation": name}) for name in ALLOCATIONS}
 CORRECTED = ADMM | {"reconstruction": "least-squares", "propagation": "corrected"}
 CORRECTS: Runs = {"all Gram matrices": ("calibrate", None, CORRECTED), "corrected": ("mask", None, CORRECTED)}
 

@@ -5,7 +5,7 @@ sparsity exactly. Within a part whole weights go, ⌊size · share⌋ of each gr
 by less than one weight a group, as it does with a uniform share.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
 import torch
@@ -95,12 +95,16 @@ def count_scores(score: Float[Tensor, "..."]) -> Int[Tensor, " bins"]:
     return torch.bincount(bits, minlength=1 << (31 - BIN)).int()
 
 
-def outlier_ratio(scores: Iterable[Float[Tensor, "..."]], times: float = OUTLIER) -> float:
-    """Return the percentage of a block's scores that are above `times` their mean: OWL's D."""
-    scores = list(scores)
-    count = sum(score.numel() for score in scores)
-    mean = sum(score.double().sum().item() for score in scores) / count
-    return 100 * sum((score > times * mean).sum().item() for score in scores) / count
+def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], times: float = OUTLIER) -> float:
+    """Return the percentage of a block's scores that are above `times` their mean: OWL's D.
+
+    `scores` yields them in parts, twice: none has to be held while the next is made.
+    """
+    count, total = 0, 0.0
+    for score in scores():
+        count += score.numel()
+        total += score.sum(dtype=torch.float64).item()
+    return 100 * sum((score > times * total / count).sum().item() for score in scores()) / count
 
 
 def greedy_error(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:

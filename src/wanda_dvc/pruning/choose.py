@@ -350,11 +350,13 @@ def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocati
 
 def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mapping[str, Gram]) -> float:
     """Return the percentage of outliers among a block's Wanda scores, for OWL."""
-    return outlier_ratio(
-        wanda(_turned(weights(name), name in block.transposed), block.inputs[source])
-        for source, names in block.readers.items()
-        for name in names
-    )
+
+    def scores() -> Iterator[Tensor]:
+        for source, names in block.readers.items():
+            for name in names:
+                yield from _wanda_scores(weights, block, name, source)
+
+    return outlier_ratio(scores)
 
 
 def fisher_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mapping[str, Gram]) -> list[Tensor | None]:
@@ -363,23 +365,30 @@ def fisher_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mappin
     def rate(name: str, source: str) -> Tensor | None:
         if name not in block.fisher:
             return None
-        weight, x = _turned(weights(name), name in block.transposed), block.inputs[source]
-        size = max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
-        parts = zip(weight.split(size), block.fisher[name].sqrt().float().split(size), strict=True)
-        return torch.stack([count_scores(wanda(rows, x) * root[:, None]) for rows, root in parts]).sum(
-            dim=0, dtype=torch.int32
-        )
+        roots, counts = block.fisher[name].sqrt().float(), []
+        for scores in _wanda_scores(weights, block, name, source):
+            root, roots = roots[: len(scores)], roots[len(scores) :]
+            counts.append(count_scores(scores * root[:, None]))
+        return torch.stack(counts).sum(dim=0, dtype=torch.int32)
 
     return [rate(name, source) for source, names in block.readers.items() for name in names]
 
 
+def _wanda_scores(
+    weights: Callable[[str], Tensor], block: BlockStats, name: str, source: str
+) -> Iterator[Float[Tensor, "rows in"]]:
+    """Yield a linear's Wanda scores, rows some at a time, so that memory does not grow with the linear."""
+    weight = _turned(weights(name), name in block.transposed)
+    for rows in weight.split(max(1, WEIGHTS_AT_A_TIME // weight.shape[1])):
+        yield wanda(rows, block.inputs[source])
+
+
 def greedy_rating(weights: Callable[[str], Tensor], block: BlockStats, grams: Mapping[str, Gram]) -> float:
     """Return the mean error of a greedy pruning of a block's linears, for LSA; of experts without tokens it is 0."""
-    linears = [(name, source) for source, names in block.readers.items() for name in names]
-    matrices = {source: grams[source].matrix() for source in grams}
-    errors = [
-        greedy_error(_turned(weights(name), name in block.transposed), matrices[source])
-        for name, source in linears
-        if source in matrices
-    ]
-    return sum(errors) / len(linears)
+    errors: list[float] = []
+    for source, names in block.readers.items():
+        gram = grams[source].matrix() if source in grams else None  # no two of a block at once
+        for name in names:
+            weight = _turned(weights(name), name in block.transposed)
+            errors.append(0.0 if gram is None else greedy_error(weight, gram))
+    return sum(errors) / len(errors)

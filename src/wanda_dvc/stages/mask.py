@@ -16,7 +16,7 @@ from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.costs import Cost, Setting, choosing_seconds, solving_seconds
 from wanda_dvc.engine.jobs import Ask
 from wanda_dvc.engine.memory import keep_freed_memory
-from wanda_dvc.engine.sizes import Memory, Need, Sizes, choosing, propagating, sizes, writing
+from wanda_dvc.engine.sizes import Memory, Need, Sizes, choosing, either, propagating, sizes, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.pruning.choose import Share, aim_block, choose_block, reconstruct_block, targets_of
@@ -377,7 +377,7 @@ def need(project: Project, _: str | None = None) -> Need:
     threads = 1 if on_card else params.runtime.threads or os.cpu_count() or 1
     if not propagates(params):
         block, linear = largest(project)
-        widest = sizes(folder).widest if methods()[params.method].needs == "gram" else 0
+        widest = sizes(folder).widest if reads_grams(params) else 0
         return Need(_choosing(params, block, linear, widest, threads, by_row=not on_card), disk=0)
     streams, recorded = 2 if _runs_dense(params) else 1, _recorded(params)
     walk, model = calibration_need(project, **recorded, streams=streams), sizes(folder)
@@ -450,7 +450,10 @@ def _choosing(  # noqa: PLR0913, PLR0917 - sizes
     if _records_grams(params) and (propagates(params) or methods()[params.method].needs == "gram"):
         by_gradients = propagates(params) and RECONSTRUCTIONS[params.reconstruction].by_gradients
         return writing(linear=linear, widest=widest, by_gradients=by_gradients)
-    return choosing(block=block, linear=linear, threads=threads, by_row=by_row and _selects_by_row(params))
+    chosen = choosing(block=block, linear=linear, threads=threads, by_row=by_row and _selects_by_row(params))
+    # An allocation that reads Gram matrices rates all blocks before any is chosen from.
+    rates = ALLOCATIONS[params.allocation].needs == "gram"
+    return either(chosen, writing(linear=linear, widest=widest)) if rates else chosen
 
 
 def _weights_bytes(params: Params, model: Sizes) -> int:
