@@ -88,7 +88,7 @@ def test_the_variants_rows_give_up_the_same_share(sparsity: float):
 
 
 def test_the_variant_says_what_it_cannot_reach():
-    with pytest.raises(UserError, match=r"sparsity: got 0.95 with method wanda-variant, expected at most 0.800"):
+    with pytest.raises(UserError, match=r"got 0.95 of some linear with method wanda-variant, expected at most 0.800"):
         keep_by_share(torch.ones(2, 100), 0.95)
 
 

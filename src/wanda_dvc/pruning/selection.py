@@ -74,8 +74,8 @@ def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tenso
     low, high = 0.0, LARGEST_SHARE
     if (most := removed_of(high).sum().item() / score.numel()) < sparsity - SPARSITY_TOLERANCE:
         raise UserError(
-            f"params.yaml: sparsity: got {sparsity:g} with method wanda-variant, expected at most {most:.3f}, which is "
-            f"what a share of {LARGEST_SHARE:g} of the scores removes of some linear; use method=wanda"
+            f"params.yaml: sparsity: got {sparsity:g} of some linear with method wanda-variant, expected at most "
+            f"{most:.3f}, which is what a share of {LARGEST_SHARE:g} of its scores removes; use method=wanda"
         )
     go = removed_of(high)
     for _ in range(50):
