@@ -87,6 +87,10 @@ METHODS = {
 }
 
 
+SHARES, PATTERNS = ("50 %", "60 %", "70 %"), ("2:4",)  # columns of the table
+SETTINGS = (*SHARES, *PATTERNS)
+
+
 def methods_curves() -> tuple[float, dict[str, Curve], dict[str, float]]:
     """Return the dense perplexity, each method's curve of (sparsity in percent, perplexity), and each method's 2:4."""
     curves: dict[str, Curve] = {name: [] for name in METHODS}
@@ -105,18 +109,21 @@ def methods_curves() -> tuple[float, dict[str, Curve], dict[str, float]]:
     for row in table("reference.md", "## What the cached statistics cost"):
         add("Wanda", row["sparsity"], row["dense"])
     solved = "`least-squares`", "`uniform`", "`dense`"
-    names = {
-        ("`wanda`", *solved): "Wanda, least squares",
-        ("`admm`", *solved): "ADMM, least squares",
-        ("`admm`, `group: fisher`", "`fisher`", "`fisher`", "`dense`"): "ADMM, Fisher",
-        ("`admm`", "`fisher`", "`uniform`", "`dense`"): "ADMM, Fisher",
-        ("`admm`", "`block`", "`slope` 0.004", "`corrected` 0.5"): "ADMM, block training",
-        ("`admm`", "`block`", "`uniform`", "`corrected` 0.5"): "ADMM, block training",
+    fisher, block, corrected = "ADMM, Fisher", "ADMM, block training", "`corrected` 0.5"
+    drawn = {  # and which columns
+        ("`wanda`", *solved): ("Wanda, least squares", SETTINGS),
+        ("`admm`", *solved): ("ADMM, least squares", SETTINGS),
+        ("`admm`, `group: fisher`", "`fisher`", "`fisher`", "`dense`"): (fisher, SHARES),
+        ("`admm`", "`fisher`", "`uniform`", "`dense`"): (fisher, PATTERNS),
+        ("`admm`", "`block`", "`slope` 0.004", corrected): (block, SHARES),
+        ("`admm`", "`block`", "`uniform`", corrected): (block, PATTERNS),
     }
     for row in table("better.md", "# Better than Wanda"):
         settings = row["method"], row["reconstruction"], row["allocation"], row["propagation"]
-        if settings in names:
-            add(names[settings], row["sparsity"], row["perplexity"])
+        name, columns = drawn.get(settings, ("", ()))
+        for column in columns:
+            if row[column] not in {"", "–"}:
+                add(name, column, row[column])
     dense = number(own[0]["ours"])
     return dense, curves, pattern
 
