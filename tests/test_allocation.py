@@ -1,5 +1,7 @@
 """Allocation: the mean is exact, shares stay in [0, 1], and each rule is the paper's."""
 
+import weakref
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 
@@ -90,6 +92,21 @@ def test_the_fisher_allocation_keeps_within_its_spread():
     shares = fisher(Fraction(1, 2), [1000] * 4, counts, spread=0.125)
     assert [float(share) for share in shares] == pytest.approx([0.625, 0.5, 0.375, 0.5], abs=0.01)
     assert fisher(Fraction(1, 2), [1000] * 2, counts[::2])[0] <= Fraction("0.971")
+
+
+def test_outliers_are_counted_one_part_at_a_time():
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def scores() -> Iterator[torch.Tensor]:
+        for _ in range(4):
+            assert sum(one() is not None for one in made) <= 1  # the one before, until it is replaced
+            score = torch.ones(2, 10)
+            made.append(weakref.ref(score))
+            yield score
+            del score
+
+    assert outlier_ratio(scores) == 0
+    assert len(made) == 8  # twice
 
 
 def test_outliers_are_counted_over_the_whole_block():

@@ -100,11 +100,10 @@ def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], times: f
 
     `scores` yields them in parts, twice: none has to be held while the next is made.
     """
-    count, total = 0, 0.0
-    for score in scores():
-        count += score.numel()
-        total += score.sum(dtype=torch.float64).item()
-    return 100 * sum((score > times * total / count).sum().item() for score in scores()) / count
+    sums = [(score.numel(), score.sum(dtype=torch.float64).item()) for score in scores()]
+    mean = sum(total for _, total in sums) / sum(count for count, _ in sums)
+    above = sum((score > times * mean).sum().item() for score in scores())
+    return 100 * above / sum(count for count, _ in sums)
 
 
 def greedy_error(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
