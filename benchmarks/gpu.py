@@ -44,7 +44,7 @@ from checkpoints import make_checkpoint  # noqa: E402 - after the stand-in
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods  # noqa: E402
 from wanda_dvc.engine.decoder import Compiling, Decoder  # noqa: E402
-from wanda_dvc.engine.fisher import squared_gradients  # noqa: E402
+from wanda_dvc.engine.fisher import back  # noqa: E402
 from wanda_dvc.engine.losses import window_loss  # noqa: E402
 from wanda_dvc.engine.recorder import Recorded  # noqa: E402
 from wanda_dvc.engine.rows import as_rows  # noqa: E402
@@ -253,8 +253,8 @@ def _fisher_apart(bench: Bench, folder: Path, tokens: torch.Tensor) -> float:
     found: list[dict[str, torch.Tensor]] = []
     for device in (torch.device("cpu"), bench.device):
         decoder = Decoder(folder, dtype=torch.float32, device=device)
-        back = squared_gradients(decoder, tokens, bench.work / f"back{len(found)}")
-        found.append({name: sums for _, block, _ in back for name, sums in block.items()})
+        came = back(decoder, as_rows(tokens), bench.work / f"back{len(found)}")
+        found.append({name: sums for _, block in came for name, sums in block.sums.items()})
     host, card = found
     return max(float((card[name] - sums).norm() / sums.norm()) for name, sums in host.items())
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import squared_gradients
+from wanda_dvc.engine.fisher import back
+from wanda_dvc.engine.recorder import Gradients
+from wanda_dvc.engine.rows import as_rows
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.choose import row_worth
@@ -20,12 +22,12 @@ CPU = torch.device("cpu")
 
 
 def measured(decoder: Decoder, tokens: Tensor, work: Path) -> dict[str, Tensor]:
-    return {name: sums for _, block, _ in squared_gradients(decoder, tokens, work) for name, sums in block.items()}
+    return {name: sums for _, found in back(decoder, as_rows(tokens), work) for name, sums in found.sums.items()}
 
 
 def matrices(decoder: Decoder, tokens: Tensor, work: Path) -> dict[str, Tensor]:
-    back = squared_gradients(decoder, tokens, work, gram=True)
-    return {name: gram.matrix() for _, _, block in back for name, gram in block.items()}
+    came = back(decoder, as_rows(tokens), work, gram=True)
+    return {name: gram.matrix() for _, found in came for name, gram in found.grams.items()}
 
 
 def stock(folder: Path) -> nn.Module:
@@ -111,21 +113,36 @@ def llama(tmp_path: Path) -> Callable[[], Decoder]:
 def test_a_killed_run_goes_on_after_the_last_block_that_was_taken(
     llama: Callable[[], Decoder], tmp_path: Path, taken: int, monkeypatch: pytest.MonkeyPatch
 ):
-    tokens = torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1))
-    expected = list(squared_gradients(llama(), tokens, tmp_path / "whole", gram=True))
-    killed = squared_gradients(llama(), tokens, tmp_path / "work", gram=True)
+    rows = as_rows(torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1)))
+    expected = list(back(llama(), rows, tmp_path / "whole", gram=True))
+    killed = back(llama(), rows, tmp_path / "work", gram=True)
     found = [next(killed) for _ in range(taken)]
     del killed  # the last one that it gave may not have been written
     found = found[:-1]
     decoder = llama()
     if taken:  # nothing goes forward again
         monkeypatch.setattr(decoder, "embed", None)
-    found += squared_gradients(decoder, tokens, tmp_path / "work", gram=True)
-    assert [index for index, *_ in found] == [index for index, *_ in expected] == [2, 1, 0]
-    for (_, sums, grams), (_, wanted, matrices) in zip(found, expected, strict=True):
-        assert sums.keys() == wanted.keys() == grams.keys() == matrices.keys()
-        assert all(torch.equal(sums[name], wanted[name]) for name in wanted)
-        assert all(torch.equal(grams[name].upper, matrices[name].upper) for name in wanted)
+    found += back(decoder, rows, tmp_path / "work", gram=True, kept=len(found))
+    alike(found, expected)
+
+
+def test_what_the_caller_has_lost_comes_back_anew(
+    llama: Callable[[], Decoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """But nothing goes forward again."""
+    rows = as_rows(torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1)))
+    expected = list(back(llama(), rows, tmp_path, gram=True))
+    decoder = llama()
+    monkeypatch.setattr(decoder, "embed", None)
+    alike(list(back(decoder, rows, tmp_path, gram=True, kept=1)), expected)
+
+
+def alike(found: list[tuple[int, Gradients]], expected: list[tuple[int, Gradients]]) -> None:
+    assert [index for index, _ in found] == [index for index, _ in expected] == [2, 1, 0]
+    for (_, ours), (_, wanted) in zip(found, expected, strict=True):
+        assert ours.sums.keys() == wanted.sums.keys() == ours.grams.keys() == wanted.grams.keys()
+        assert all(torch.equal(ours.sums[name], wanted.sums[name]) for name in wanted.sums)
+        assert all(torch.equal(ours.grams[name].upper, wanted.grams[name].upper) for name in wanted.sums)
 
 
 def test_gradients_that_are_not_finite_are_refused(llama: Callable[[], Decoder], tmp_path: Path):

@@ -1,5 +1,6 @@
 """A walk on workers gives the bytes of a walk in one process, whoever ends first and whoever dies."""
 
+import gc
 import pickle
 import random
 import shutil
@@ -15,7 +16,7 @@ import torch
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.losses import window_losses
 from wanda_dvc.engine.pool import Crew, Hired, Lost, Pool
-from wanda_dvc.engine.recorder import Recorded
+from wanda_dvc.engine.recorder import Gradients, Recorded
 from wanda_dvc.engine.runner import Change, Runner
 from wanda_dvc.engine.walk import Here
 from wanda_dvc.engine.worker import Order, Worker, order
@@ -124,12 +125,19 @@ def through(run: Runner, rows: torch.Tensor, *, beside: bool) -> Iterator[bytes]
         turn.change(*made[turn.index])
     if not beside:
         yield str(list(run.head(window_losses, {0: 1, 3: 0, 18: 0}))).encode()
+        yield from map(dump_back, run.back(rows[:7], gram=True))
 
 
 def dump(found: Recorded) -> bytes:
     tensors = [x.upper.triu() for x in found.grams.values()] + list(found.crosses.values())
     tensors += [y for x in found.stats.inputs.values() for y in (x.sum_squares, x.sum)]
     return str(found.stats.readers).encode() + b"".join(x.numpy().tobytes() for x in tensors)
+
+
+def dump_back(came: tuple[int, Gradients]) -> bytes:
+    block, found = came
+    tensors = [*found.sums.values(), *(x.upper.triu() for x in found.grams.values())]
+    return f"{block} {[*found.sums]} {[*found.grams]}".encode() + b"".join(x.numpy().tobytes() for x in tensors)
 
 
 @pytest.fixture(scope="module")
@@ -149,17 +157,46 @@ def test_workers_give_the_bytes_of_one_process(
     assert list(through(run, rows, beside=beside)) == expected[beside]
 
 
-@pytest.mark.parametrize("beside", [False, True])
-@pytest.mark.parametrize("method", [slow("begin"), "record", slow("change"), slow("head")])
+# By method, and whether each row comes twice: at which call its worker dies. In the second half of the second place, or
+# of that on the way back, it is far from where its shards start again.
+DEATHS = {
+    ("begin", False): 10,
+    ("begin", True): 10,
+    ("record", False): 30,
+    ("record", True): 30,
+    ("change", False): 25,
+    ("change", True): 25,
+    ("head", False): 1,
+    ("begin_back", False): 4,
+    ("back", False): 40,
+}
+EVERYDAY = ("record", "back")
+
+
+@pytest.mark.parametrize(
+    ("method", "beside"),
+    [pytest.param(*case, marks=[] if case[0] in EVERYDAY else pytest.mark.slow) for case in DEATHS],
+)
 def test_a_worker_that_dies_costs_its_shards_and_no_byte(
     tiny: Path, tmp_path: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], method: str, beside: bool
 ):
-    """In the second half of the second block it is far from where its shards start again."""
-    calls = iter(range(10_000))
-    at = {"begin": 10, "record": 30, "change": 25, "head": 1}[method]
+    calls, at = iter(range(10_000)), DEATHS[method, beside]
     crew = Shuffled(3, kill=lambda words: words[0] == method and next(calls) == at)
     assert list(through(pool(tiny, tmp_path, crew), rows, beside=beside)) == expected[beside]
-    assert len(crew.queues) == 2 or (method, beside) == ("head", True)
+    assert len(crew.queues) == 2
+
+
+def test_a_killed_way_back_goes_on(tiny: Path, tmp_path: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]]):
+    killed = pool(tiny, tmp_path, Shuffled(2))
+    came = killed.back(rows[:7], gram=True)
+    found = [dump_back(next(came)) for _ in range(2)]
+    del came, killed
+    gc.collect()  # locks end with a process
+    crew = Shuffled(2)
+    found += map(dump_back, pool(tiny, tmp_path, crew).back(rows[:7], gram=True, kept=2))
+    assert found == expected[False][-4:]
+    places = [words[3] for words in crew.said if words[0] == "back"]
+    assert sorted(places) == sorted([5, 6, 7] * 7)  # what was given and not finished comes back again
 
 
 def test_the_last_worker_that_dies_is_replaced(

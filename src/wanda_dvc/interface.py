@@ -110,7 +110,6 @@ def calibrate(  # noqa: PLR0913 - the tiers, by the pipeline's names
         >>> stats = wd.calibrate(model, tokens, gram="float32")
         >>> stats.blocks[0].inputs["model.layers.0.self_attn.q_proj"].norm  # ‖X_j‖₂ of each feature, [in]
     """
-    from wanda_dvc.engine.fisher import squared_gradients
     from wanda_dvc.engine.walk import Here
     from wanda_dvc.stages.running import progress, say_unreached
     from wanda_dvc.study.tensors import Grams, pack_gradients, pack_grams
@@ -127,18 +126,18 @@ def calibrate(  # noqa: PLR0913 - the tiers, by the pipeline's names
     blocks, grams = [], []
     gradients: list[Grams] = []
     with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
-        turns = Here(decoder, Path(work)).walk(rows)
-        for turn in progress(turns, total=len(decoder.blocks), what="calibrate, blocks"):
+        run = Here(decoder, Path(work))
+        for turn in progress(run.walk(rows), total=len(decoder.blocks), what="calibrate, blocks"):
             measured, matrices, _ = turn.record(gram=gram != "none")
             blocks.append(measured)
             if gram != "none":
                 grams.append(pack_grams(measured, matrices, gram))
         if fisher:
-            back = squared_gradients(decoder, rows[:fisher], Path(work), gram=fisher_gram != "none")
-            for number, sums, matrices in progress(back, total=len(blocks), what="calibrate, blocks back"):
-                blocks[number] = blocks[number]._replace(fisher=sums)
+            back = run.back(rows[:fisher], gram=fisher_gram != "none")
+            for number, came in progress(back, total=len(blocks), what="calibrate, blocks back"):
+                blocks[number] = blocks[number]._replace(fisher=came.sums)
                 if fisher_gram != "none":
-                    gradients.insert(0, pack_gradients(matrices, fisher_gram))
+                    gradients.insert(0, pack_gradients(came.grams, fisher_gram))
     say_unreached("calibrate", {number: block.unreached() for number, block in enumerate(blocks)})
     name = str(decoder.dtype).removeprefix("torch.")
     windows, length = rows.shape

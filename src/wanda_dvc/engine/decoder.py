@@ -82,6 +82,16 @@ class Decoder:
             name: linear.features for index in range(len(self.blocks)) for name, linear in self.linears(index).items()
         }
 
+    def check_tokens(self, rows: Sequence[Row]) -> None:
+        """Raise UserError where a token has no embedding."""
+        embeddings = self.model.get_input_embeddings().weight.shape[0]
+        largest = max((int(row.tokens.max()) for row in rows if len(row.tokens)), default=0)
+        if largest >= embeddings:
+            raise UserError(
+                f"{self.checkpoint}: the tokenizer gives the id {largest}, expected at most {embeddings - 1}: "
+                f"the model has {embeddings:,} embeddings; use the tokenizer that belongs to it"
+            )
+
     def embed(self, row: Row) -> Float[Tensor, "1 length width"]:
         """The hidden states that go into the first block."""
         return self._record(row, until=0)[0][0]

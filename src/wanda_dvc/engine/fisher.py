@@ -8,81 +8,110 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import GradientRecorder
-from wanda_dvc.engine.rows import Row, as_rows
+from wanda_dvc.engine.recorder import GradientRecorder, Gradients
+from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.states import HiddenStates
-from wanda_dvc.engine.walk import check_tokens
-from wanda_dvc.errors import MEND, UserError, notice
-from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.errors import notice
 
 
-@torch.no_grad()
-def squared_gradients(
-    decoder: Decoder, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path, *, gram: bool = False
-) -> Iterator[tuple[int, dict[str, Float64[Tensor, " out"]], dict[str, Gram]]]:
+def course(blocks: int) -> list[int]:
+    """Return the block at each place of a way through all blocks and back."""
+    return [*range(blocks), *reversed(range(blocks))]
+
+
+def say_kept(kept: int, blocks: int) -> None:
+    """Say how many blocks an earlier run has finished on the way back, if any."""
+    if kept > 0:
+        notice(f"going on after {kept} of {blocks} blocks on the way back, which an earlier run has finished")
+
+
+def back(
+    decoder: Decoder, rows: Sequence[Row], work: Path, *, gram: bool = False, kept: int = 0
+) -> Iterator[tuple[int, Gradients]]:
     """Yield each block, the last one first, and by linear Σ (∂ℓ/∂y)² over all tokens, [out].
 
-    With `gram` also by linear Σ (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, [out, out], whose diagonal that is; without, an empty dictionary.
+    With `gram` also by linear Σ (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, [out, out], whose diagonal that is.
 
     y is what the linear puts out at one token, and ℓ = −Σ log p(token) over the row, with the text's own tokens. It is
     the diagonal of the output's factor of K-FAC's Fisher information (Martens and Grosse 2015, arXiv 1503.05671),
     the empirical one. A linear that no gradient comes to, as an expert that no token is sent to, has none.
 
-    Goes on after the last block that was taken by the caller in an earlier run in `work`. Memory: one block, and what
-    autograd keeps of one row in it. Disk: the hidden states of all rows, once for each block.
+    Goes on after the last block that an earlier run in `work` has finished. `kept` is the number of blocks, from the
+    last one, whose results the caller has from it; with fewer than it finished, all come back anew. Memory: one block,
+    and what autograd keeps of one row in it. Disk: the hidden states of all rows, once for each block.
 
     Raises:
         UserError: A gradient is not finite.
     """
-    rows = as_rows(rows)
-    check_tokens(decoder, rows)
-    lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
-    width = decoder.model.config.get_text_config().hidden_size
-    gradients = HiddenStates.open(work / "gradients", lengths, width, torch.float32, blocks)
-    before = [HiddenStates.open(work / f"before_{n:03d}", lengths, width, decoder.dtype, 0) for n in range(blocks + 1)]
+    way, blocks = WayBack(decoder, rows, work, kept=kept), len(decoder.blocks)
+    say_kept(way.finished - blocks, blocks)
     try:
-        for row in rows:
-            decoder.calls(row)
-        for index, states in enumerate(before):
-            if states.finished < 0:
-                _forward(decoder, rows, index, before)
-        if gradients.finished < 0:
-            last = before[-1].before
-            gradients.write(decoder.loss_gradient(x[None], row.tokens)[0] for x, row in zip(last, rows, strict=True))
-            gradients.turn()
-        if gradients.finished > 0:
-            done = f"{gradients.finished} of {blocks} blocks"
-            notice(f"going on after {done} on the way back, which an earlier run has finished")
-        for index in reversed(range(blocks - gradients.finished)):
+        for place, index in list(enumerate(course(blocks)))[way.finished :]:
             recorder = GradientRecorder(gram=gram)
-            with decoder.block(index), recorder.recording(decoder.linears(index)):
-                waiting = zip(before[index].before, gradients.before, rows, strict=True)
-                gradients.write(_back(decoder, index, *one) for one in waiting)
-            for name, sums in recorder.sums.items():
-                if not sums.isfinite().all():
-                    raise UserError(
-                        f"{decoder.checkpoint}: block {index}, output of {name}: gradients that are not finite, "
-                        f"expected finite ones; {MEND}"
-                    )
-            yield index, recorder.sums, recorder.grams
-            gradients.turn()
+            with decoder.block(index):
+                way.advance(place, recorder)
+            if place >= blocks:
+                recorder.check_finite(decoder.checkpoint, index)
+                yield index, recorder
+            way.turn()
     finally:
         decoder.forget_calls()
 
 
-def _forward(decoder: Decoder, rows: Sequence[Row], index: int, before: Sequence[HiddenStates]) -> None:
-    """Write the hidden states of all rows before a block, or after the last one."""
-    if index == 0:
-        before[0].write(decoder.embed(row)[0] for row in rows)
-    else:
-        waiting = zip(before[index - 1].before, rows, strict=True)
-        with decoder.block(index - 1):
-            before[index].write(decoder.run(index - 1, x[None].to(decoder.device), row, {})[0] for x, row in waiting)
-    before[index].turn()
+class WayBack:
+    """The way of some rows through all blocks and back: a place for each block, and then one for each again."""
+
+    @torch.no_grad()
+    def __init__(self, decoder: Decoder, rows: Sequence[Row], folder: Path, *, kept: int) -> None:
+        """Go on, as `back`, from what an earlier run has left in a folder; with −1 blocks kept from nothing."""
+        decoder.check_tokens(rows)
+        for row in rows:
+            decoder.calls(row)
+        self.decoder, self.rows, self.folder, self.not_finite = decoder, rows, folder, None
+        lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
+        width = decoder.model.config.get_text_config().hidden_size
+        self._before = [
+            HiddenStates.open(folder / f"before_{n:03d}", lengths, width, decoder.dtype, 0) for n in range(blocks + 1)
+        ]
+        self._gradients = HiddenStates.open(folder / "gradients", lengths, width, torch.float32, blocks)
+        whole = 0 if kept == -1 else next((n for n, x in enumerate(self._before) if x.finished < 0), blocks + 1)
+        for states in self._before[whole:]:
+            states.finished = -1
+        if whole <= blocks or self._gradients.finished > kept:
+            self._gradients.finished = -1
+        if whole == 0:
+            self._before[0].write(decoder.embed(row)[0] for row in rows)
+            self._before[0].turn()
+        self.finished = max(0, whole - 1) + max(0, self._gradients.finished)  # places
+
+    @torch.no_grad()
+    def advance(self, place: int, recorder: GradientRecorder) -> None:
+        """Every row through the block at the next place; on the way back a recorder sees the gradients of outputs."""
+        decoder, blocks = self.decoder, len(self.decoder.blocks)
+        index = course(blocks)[place]
+        if place < blocks:
+            waiting = zip(self._before[index].before, self.rows, strict=True)
+            self._before[index + 1].write(
+                decoder.run(index, x[None].to(decoder.device), row, {})[0] for x, row in waiting
+            )
+            return
+        if self._gradients.finished < 0:
+            last = zip(self._before[-1].before, self.rows, strict=True)
+            self._gradients.write(decoder.loss_gradient(x[None], row.tokens)[0] for x, row in last)
+            self._gradients.turn()
+        with recorder.recording(decoder.linears(index)):
+            coming = zip(self._before[index].before, self._gradients.before, self.rows, strict=True)
+            self._gradients.write(_back(decoder, index, *one) for one in coming)
+
+    def turn(self) -> None:
+        """Finish the place: what it has written is what the next one reads."""
+        blocks = len(self.decoder.blocks)
+        (self._before[self.finished + 1] if self.finished < blocks else self._gradients).turn()
+        self.finished += 1
 
 
 def _back(

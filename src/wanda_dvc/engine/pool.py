@@ -20,11 +20,11 @@ from torch import Tensor
 from wanda_dvc.engine import shards
 from wanda_dvc.engine.checkpoint import Address
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.fisher import course, say_kept
 from wanda_dvc.engine.jobs import Ask, Job, Jobs, R, T
-from wanda_dvc.engine.recorder import Recorded, Sums
+from wanda_dvc.engine.recorder import Gradients, Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Change, Head, Rows, Runner, Turn
-from wanda_dvc.engine.walk import check_tokens
 from wanda_dvc.engine.worker import REST, Order, WalkOrder, pack
 from wanda_dvc.errors import UserError, notice
 
@@ -162,8 +162,12 @@ class Pool(Staff, Runner):
     _rows: list[Row] = field(default_factory=list, init=False)
     _cut: list[range] = field(default_factory=list, init=False)
     _homes: list[Hired] = field(default_factory=list, init=False)  # of each shard
-    _next: list[int] = field(default_factory=list, init=False)  # the block that a shard is before; −1: nowhere
-    _ran: set[int] = field(default_factory=set, init=False)  # shards that went through the block at work
+    _course: list[int] = field(default_factory=list, init=False)  # the block at each place, there or there and back
+    # What a worker is told that takes a shard, anew or not, and of whose shards one passes a place again.
+    _taking: Callable[[bool], tuple[Any, ...]] = field(init=False)
+    _passing: Callable[[int], tuple[Any, ...]] = field(init=False)
+    _next: list[int] = field(default_factory=list, init=False)  # the place that a shard is before; −1: nowhere
+    _ran: set[int] = field(default_factory=set, init=False)  # shards that went through the place at work
     _losses: list[int] = field(default_factory=list, init=False)
     _not_finite: dict[int, str] = field(default_factory=dict, init=False)  # by shard
     _put: dict[int, Any] = field(default_factory=dict, init=False)  # parcels
@@ -194,16 +198,10 @@ class Pool(Staff, Runner):
         """All rows through all blocks. Shards that lost their hidden states go through the kept blocks again."""
         if kept == len(self.decoder.blocks):
             return
-        self._rows = as_rows(rows)
-        check_tokens(self.decoder, self._rows)
-        self._cut, self._beside, self._changes = shards.cut(len(self._rows)), beside, changes
-        if not self._workers:
-            self._hire(len(self._cut), shard=len(self._cut))
-        homes = itertools.cycle(self._workers)
-        self._homes = [next(homes) for _ in self._cut]
-        self._next, self._losses = [-1] * len(self._cut), [0] * len(self._cut)
-        self._ran, self._not_finite = set(), {}
-        self._begin(kept)
+        rows = as_rows(rows)
+        self._taking = lambda again: ("begin", beside, -1 if again else kept, not again)
+        self._passing = lambda block: ("replay", changes(block) if changes else None)
+        self._begin(rows, shards.cut(len(rows)), list(range(len(self.decoder.blocks))))
         first = kept if kept is not None else min(self._next, default=0)
         if first > 0:
             notice(f"going on after {first} of {len(self.decoder.blocks)} blocks, which an earlier run has finished")
@@ -213,16 +211,37 @@ class Pool(Staff, Runner):
             for number in self._ran:
                 self._next[number] = index + 1
 
+    def back(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
+        """All rows through all blocks and back. Each is a shard, so sums are those of one row after another."""
+        rows, blocks = as_rows(rows), len(self.decoder.blocks)
+        for worker in self._workers:
+            self._say(worker, 0, "end")
+        self._taking = lambda again: ("begin_back", -1 if again else kept)
+        self._passing = lambda _: ("back", False)
+        self._begin(rows, [range(row, row + 1) for row in range(len(rows))], course(blocks))
+        first = blocks + kept if kept else min(self._next, default=0)
+        say_kept(first - blocks, blocks)
+        for place, index in list(enumerate(self._course))[max(0, first) :]:
+            self._ran.clear()
+            total = Gradients()
+            for found in self.run("back", place, gram):
+                total.merge(found)
+            if place >= blocks:
+                total.check_finite(self.decoder.checkpoint, index)
+                yield index, total
+            for number in self._ran:
+                self._next[number] = place + 1
+
     def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
         """What a function makes of some shards' last hidden states."""
         blocks = len(self.decoder.blocks)
         for _, found in self._each("head", blocks, list(asked), lambda number: (function, asked[number])):
             yield from found
 
-    def run(self, method: str, block: int, *words: Any) -> Iterator[Any]:
-        """What a method of all shards' workers returns at a block, in the shards' order."""
-        behind = [number for number in range(len(self._cut)) if self._next[number] <= block]
-        for number, (found, where) in self._each(method, block, behind, lambda _: words):
+    def run(self, method: str, place: int, *words: Any) -> Iterator[Any]:
+        """What a method of all shards' workers returns at a place, in the shards' order."""
+        behind = [number for number in range(len(self._cut)) if self._next[number] <= place]
+        for number, (found, where) in self._each(method, place, behind, lambda _: words):
             self._note(number, where)
             yield found
 
@@ -231,11 +250,19 @@ class Pool(Staff, Runner):
         if where:
             self._not_finite.setdefault(number, where)
 
-    def _begin(self, kept: int | None) -> None:
+    def _begin(self, rows: list[Row], cut: list[range], course: list[int]) -> None:
         """Have every shard taken. One that an earlier run has left on its worker's machine goes on from there."""
+        self._rows, self._cut, self._course = rows, cut, course
+        self.decoder.check_tokens(rows)
+        if not self._workers:
+            self._hire(len(cut), shard=len(cut))
+        homes = itertools.cycle(self._workers)
+        self._homes = [next(homes) for _ in cut]
+        self._next, self._losses = [-1] * len(cut), [0] * len(cut)
+        self._ran, self._not_finite = set(), {}
         for worker in self._workers:
-            self._ready(worker, self._homes.count(worker))
-        tickets = [self._take(number, kept) for number in range(len(self._cut))]
+            self._ready(worker, max(1, self._homes.count(worker)))  # there may be fewer shards than on the way before
+        tickets = [self._take(number) for number in range(len(cut))]
         for number, ticket in enumerate(tickets):
             with contextlib.suppress(Lost):  # it is found again where it is asked for more
                 finished, where = self.crew.get(ticket)
@@ -247,21 +274,20 @@ class Pool(Staff, Runner):
         lengths, laid_out = [len(row.tokens) for row in self._rows], any(row.layout for row in self._rows)
         self._say(worker, 0, "ready", lengths, laid_out, shards)
 
-    def _take(self, number: int, kept: int | None, *, again: bool = False) -> Any:
-        shard = self._cut[number]
-        rows = self._rows[shard.start : shard.stop]
+    def _take(self, number: int, *, again: bool = False) -> Any:
+        shard, (method, *words) = self._cut[number], self._taking(again)
         self._next[number] = 0
-        return self._call(number, 0, "begin", number, rows, self._beside, -1 if again else kept, not again)
+        return self._call(number, 0, method, number, self._rows[shard.start : shard.stop], *words)
 
     def _each(
-        self, method: str, block: int, numbers: Sequence[int], words: Callable[[int], tuple[Any, ...]]
+        self, method: str, place: int, numbers: Sequence[int], words: Callable[[int], tuple[Any, ...]]
     ) -> Iterator[tuple[int, Any]]:
         """What a method returns for some shards, in their order; `words` are its further arguments."""
         tickets: dict[int, Any] = {}
         waiting = iter(numbers)
 
         def submit(number: int) -> None:
-            tickets[number] = self._submit(method, number, block, words(number))
+            tickets[number] = self._submit(method, number, place, words(number))
 
         for number in numbers:
             for another in itertools.islice(waiting, max(0, AHEAD * len(self._workers) - len(tickets))):
@@ -280,25 +306,25 @@ class Pool(Staff, Runner):
             self._ran.add(number)
             yield number, found
 
-    def _submit(self, method: str, number: int, block: int, words: tuple[Any, ...]) -> Any:
-        """Begin a method for a shard, after the blocks that it has lost or not seen."""
+    def _submit(self, method: str, number: int, place: int, words: tuple[Any, ...]) -> Any:
+        """Begin a method for a shard, after the places that it has lost or not seen."""
         if self._next[number] < 0:
-            self._take(number, None, again=True)
-        for behind in range(self._next[number], block):
-            change = self._changes(behind) if self._changes else None
-            self._call(number, behind, "replay", number, behind, change)
-        self._next[number] = block
+            self._take(number, again=True)
+        for behind in range(self._next[number], place):
+            passing, *told = self._passing(behind)
+            self._call(number, behind, passing, number, behind, *told)
+        self._next[number] = place
         if method == "head":
-            return self._call(number, block, method, number, *words)
+            return self._call(number, place, method, number, *words)
         if method == "change" and number not in self._ran:
             method = "replay"  # the dense model's rows have not been through this block
-        return self._call(number, block, method, number, block, *words)
+        return self._call(number, place, method, number, place, *words)
 
-    def _call(self, number: int, block: int, method: str, *words: Any) -> Any:
-        return self._say(self._homes[number], block, method, *words)
+    def _call(self, number: int, place: int, method: str, *words: Any) -> Any:
+        return self._say(self._homes[number], place, method, *words)
 
-    def _say(self, worker: Hired, block: int, method: str, *words: Any) -> Any:
-        parcels = {} if worker.has_files else {n: [self._parcel(n)] for n in (REST, block, block + 1)}
+    def _say(self, worker: Hired, place: int, method: str, *words: Any) -> Any:
+        parcels = {} if worker.has_files else {n: [self._parcel(n)] for n in (REST, *self._course[place : place + 2])}
         return self.crew.call(worker, method, parcels, *words)
 
     def _parcel(self, number: int) -> Any:

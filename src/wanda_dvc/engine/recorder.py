@@ -186,16 +186,43 @@ class CrossRecorder(InputRecorder):
             self.crosses[name] = self.crosses[name].add_(product) if name in self.crosses else product
 
 
-@dataclass
-class GradientRecorder:
-    """Sums of squared gradients by each linear's outputs, Σ (∂ℓ/∂y)² over tokens, [out], float64.
+@dataclass(kw_only=True)
+class Gradients:
+    """Sums over some rows of what comes back to a block's linears. Those of several rows merge.
 
-    A linear that no gradient comes to has none. With `gram` the Gram matrices of these gradients too.
+    A linear that no gradient comes to, as an expert that no token is sent to, has none.
     """
 
-    gram: bool = False
-    sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)
-    grams: dict[str, Gram] = field(default_factory=dict)
+    sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ (∂ℓ/∂y)² over all tokens
+    grams: dict[str, Gram] = field(default_factory=dict)  # Σ (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, whose diagonal that is; where asked for
+
+    def merge(self, other: "Gradients") -> None:
+        """Add the sums of other rows."""
+        for name, sums in other.sums.items():
+            self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+        for name, gram in other.grams.items():
+            if self.grams.setdefault(name, gram) is not gram:
+                self.grams[name].merge(gram)
+
+    def cpu(self) -> "Gradients":
+        """Return a copy in main memory."""
+        return Gradients(sums=self.sums, grams={name: x.cpu() for name, x in self.grams.items()})
+
+    def check_finite(self, model: object, block: int) -> None:
+        """Raise UserError where a gradient was not finite."""
+        for name, sums in self.sums.items():
+            if not sums.isfinite().all():
+                raise UserError(
+                    f"{model}: block {block}, output of {name}: gradients that are not finite, "
+                    f"expected finite ones; {MEND}"
+                )
+
+
+@dataclass(kw_only=True)
+class GradientRecorder(Gradients):
+    """Sums that grow while rows come back through a block."""
+
+    gram: bool = False  # keep the Gram matrices too
     linears: dict[str, Linear] = field(default_factory=dict)
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.jobs import Jobs, R, T
-from wanda_dvc.engine.recorder import Recorded
+from wanda_dvc.engine.recorder import Gradients, Recorded
 from wanda_dvc.engine.rows import Row
 
 Rows = Sequence[Row] | Int[Tensor, "samples length"]
@@ -71,6 +71,10 @@ class Runner(Jobs):
 
         `changes` says how a block was changed whose results are kept; None: no block was.
         """
+
+    @abstractmethod
+    def back(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
+        """All rows through all blocks and back, as `engine.fisher.back`: each block, the last one first."""
 
     @abstractmethod
     def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:

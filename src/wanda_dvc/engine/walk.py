@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from wanda_dvc.engine import shards, training
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.fisher import back
 from wanda_dvc.engine.jobs import Alone, Ask, Job, R, T, solving_device
-from wanda_dvc.engine.recorder import CrossRecorder, InputRecorder, Recorded, Sums
+from wanda_dvc.engine.recorder import CrossRecorder, Gradients, InputRecorder, Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Change, Head, Rows, Runner, Turn
 from wanda_dvc.engine.states import HiddenStates, not_finite
@@ -65,7 +66,7 @@ def begin(decoder: Decoder, rows: list[Row], work: Path, *, kept: int | None, ro
 
     `kept` is `walk`'s. `room` is the bytes of a card that they may take; None: as much as there is.
     """
-    check_tokens(decoder, rows)
+    decoder.check_tokens(rows)
     states = _states(decoder, rows, work, decoder.room() if room is None else room)
     if kept is not None and states.finished > kept:
         states.finished, states.not_finite = -1, None
@@ -85,17 +86,6 @@ def outputs(
     if states.finished != len(decoder.blocks):
         raise UserError(f"{work}: hidden states are not whole, expected those after all blocks; run the stage again")
     return states.before
-
-
-def check_tokens(decoder: Decoder, rows: Sequence[Row]) -> None:
-    """Raise UserError where a token has no embedding."""
-    embeddings = decoder.model.get_input_embeddings().weight.shape[0]
-    largest = max((int(row.tokens.max()) for row in rows if len(row.tokens)), default=0)
-    if largest >= embeddings:
-        raise UserError(
-            f"{decoder.checkpoint}: the tokenizer gives the id {largest}, expected at most {embeddings - 1}: "
-            f"the model has {embeddings:,} embeddings; use the tokenizer that belongs to it"
-        )
 
 
 def _states(decoder: Decoder, rows: list[Row], work: Path, room: int = 0) -> HiddenStates:
@@ -133,6 +123,10 @@ class Here(Runner):
         """All rows through all blocks. Where hidden states are lost, it starts anew and needs no changes."""
         self._rows = as_rows(rows)
         return walk(self.decoder, self._rows, self.work, kept=kept, beside=beside)
+
+    def back(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
+        """All rows through all blocks and back."""
+        return back(self.decoder, as_rows(rows), self.work / "back", gram=gram, kept=kept)
 
     def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
         """What a function makes of some shards' last hidden states."""

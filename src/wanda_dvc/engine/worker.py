@@ -18,8 +18,9 @@ from torch import Tensor
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
 from wanda_dvc.engine.decoder import Compiling, Decoder
+from wanda_dvc.engine.fisher import WayBack, course
 from wanda_dvc.engine.jobs import Job, R, T, solving_device
-from wanda_dvc.engine.recorder import Sums
+from wanda_dvc.engine.recorder import GradientRecorder, Gradients, Sums
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.runner import Change, Head
 from wanda_dvc.engine.states import HiddenStates
@@ -161,6 +162,12 @@ class _Shard:
     lock: FileLock
 
 
+@dataclass
+class _ShardBack:
+    states: WayBack
+    lock: FileLock
+
+
 class Worker:
     """One of several processes that run shards through blocks.
 
@@ -171,6 +178,7 @@ class Worker:
         """`name` is its place in messages. `fetch` brings what the driver has put somewhere."""
         self.name, self.device, self.at_driver, self._fetch = name, torch.device(device), at_driver, fetch
         self._shards: dict[int, _Shard] = {}
+        self._back: dict[int, _ShardBack] = {}
         self._refs: dict[int, Any] = {}
         self._failure: Exception | None = None
         self._open = contextlib.ExitStack()
@@ -227,11 +235,18 @@ class Worker:
         Return the blocks that it has finished here in a killed run, and where it was not finite.
         """
         self._close()
-        folder, lock = self._folder(number)
+        folder, lock = self._folder(f"shard_{number:05d}")
         rows = rows * (1 + beside)
         states = begin(self.decoder, rows, folder, kept=kept, room=self._room if on_card else 0)
         self._shards[number] = _Shard(rows, range(len(rows) // 2 if beside else 0, len(rows)), states, lock)
         return states.finished, states.not_finite
+
+    def begin_back(self, number: int, rows: list[Row], kept: int) -> tuple[int, None]:
+        """Take a shard for the way back. Return the places that it has finished here in a killed run."""
+        self._close()
+        folder, lock = self._folder(f"back_{number:05d}")
+        self._back[number] = _ShardBack(WayBack(self.decoder, rows, folder, kept=kept), lock)
+        return self._back[number].states.finished, None
 
     # Each of these returns its result, and where the shard first was not finite.
 
@@ -263,56 +278,72 @@ class Worker:
             step.advance(rows=step.dense)
         return self.change(number, block, change)
 
+    def back(self, number: int, place: int, gram: bool) -> tuple[Gradients, None]:
+        """All rows of a shard through the block at a place of the way back; what came back to its linears."""
+        way = self._back[number].states
+        self._turn(way, place)
+        self._enter(course(len(self.decoder.blocks))[place])
+        recorder = GradientRecorder(gram=gram)
+        way.advance(place, recorder)
+        return recorder.cpu(), None
+
     def head(self, number: int, function: Head[T, R], asked: T) -> list[R]:
         """What a function makes of a shard's last hidden states."""
         shard = self._shards[number]
-        self._turn(shard, len(self.decoder.blocks))
+        self._turn(shard.states, len(self.decoder.blocks))
         return list(function(self.decoder, shard.rows, shard.states.before, asked))
 
     def end(self) -> None:
         """Forget the walk, also on disk."""
         self._close()
-        for shard in self._shards.values():
+        held: list[_Shard | _ShardBack] = [*self._shards.values(), *self._back.values()]
+        for shard in held:
             shutil.rmtree(shard.states.folder, ignore_errors=True)
             shard.lock.release()
         self._shards.clear()
+        self._back.clear()
 
     def _step(self, number: int, block: int, change: Change | None = None) -> Step:
         """A shard's turn at a block, which stays open with its weights for the next shard."""
         shard = self._shards[number]
-        self._turn(shard, block)
+        self._turn(shard.states, block)
         step = Step(self.decoder, block, shard.rows, shard.states, shard.own, frozenset({shard.own.start}))
-        if self._opened != (block, change is not None):
-            self._close()
-            self._open.enter_context(self.decoder.block(block))
-            if change is not None:
-                keeps, weights = change
-                step.prune(keeps)
-                step.replace(weights)
-            self._opened = block, change is not None
+        if self._enter(block, changed=change is not None) and change is not None:
+            keeps, weights = change
+            step.prune(keeps)
+            step.replace(weights)
         return step
 
-    def _turn(self, shard: _Shard, block: int) -> None:
-        """End the turn before a block: what the rows were last given counts."""
-        if shard.states.finished == block - 1:
-            shard.states.turn()
-        assert shard.states.finished == block
+    def _enter(self, block: int, *, changed: bool = False) -> bool:
+        """Open a block, unless it is open as it is asked for; return whether it was opened."""
+        if self._opened == (block, changed):
+            return False
+        self._close()
+        self._open.enter_context(self.decoder.block(block))
+        self._opened = block, changed
+        return True
+
+    def _turn(self, states: HiddenStates | WayBack, place: int) -> None:
+        """End the turn before a block, or before a place of the way back: what the rows were last given counts."""
+        if states.finished == place - 1:
+            states.turn()
+        assert states.finished == place
 
     def _close(self) -> None:
         self._open.close()
         self._opened = None
 
-    def _folder(self, number: int) -> tuple[Path, FileLock]:
+    def _folder(self, name: str) -> tuple[Path, FileLock]:
         """A folder for a shard's hidden states: that of a killed run, but for another process that is still at it."""
         asked = self._walk.work
         root = asked if self.at_driver else Path(tempfile.gettempdir()) / "wanda-dvc" / asked.name
         root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / f"shard_{number:05d}.lock")
+        lock = FileLock(root / f"{name}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            folder = Path(tempfile.mkdtemp(prefix=f"shard_{number:05d}_", dir=root))
+            folder = Path(tempfile.mkdtemp(prefix=f"{name}_", dir=root))
             lock = FileLock(folder / "lock")
             lock.acquire()
             return folder, lock
-        return root / f"shard_{number:05d}", lock
+        return root / name, lock

@@ -6,7 +6,6 @@ And if asked the Fisher tier of each linear's outputs, and the Gram matrices of 
 from dataclasses import replace
 
 from wanda_dvc.engine.costs import Cost, Setting
-from wanda_dvc.engine.fisher import squared_gradients
 from wanda_dvc.engine.sizes import Need, Sizes, differentiating, either, sizes
 from wanda_dvc.params import Params
 from wanda_dvc.pruning.statistics import summary
@@ -20,7 +19,6 @@ from wanda_dvc.stages.inputs import (
     check_ready,
     gram_bytes,
     model_provenance,
-    open_decoder,
     runner,
     waiting_bytes,
 )
@@ -82,22 +80,19 @@ def calibrate(*, project: Project) -> None:
                 write_grams(beside.out, turn.index, measured, grams, kept)
         say_unreached("calibrate", {block: read_stats(work.out, block).unreached() for block in blocks})
         if windows_back:
-            # In this process, whoever ran the windows forward: they are few.
-            decoder = open_decoder(project, "dense") if project.params.runtime.workers else run.decoder
             folders = [back.out, beside_back.out] if gram else [back.out]
             if gram and any(
                 block_file(beside_back.out, x).is_file() > block_file(back.out, x).is_file() for x in blocks
             ):
                 beside_back.forget()  # what goes with it was published, by a run that was killed or one without it
-            if not all(block_file(folder, block).is_file() for folder in folders for block in blocks):
-                # What has gone back without matrices is not gone on with where they are asked for.
-                work_back = beside_back if gram else back
-                made = squared_gradients(decoder, windows[:windows_back], work_back.path, gram=gram)
-                for block, sums, grams in progress(made, total=len(blocks), what="calibrate, blocks back"):
-                    write_fisher(back.out, block, sums)
+            done = [all(block_file(folder, block).is_file() for folder in folders) for block in reversed(blocks)]
+            if not all(done):
+                made = run.back(windows[:windows_back], gram=gram, kept=done.index(False))
+                for block, came in progress(made, total=len(blocks), what="calibrate, blocks back"):
+                    write_fisher(back.out, block, came.sums)
                     if gram:
-                        write_gradients(beside_back.out, block, grams, kept_back)
-                        grams.clear()  # before there are those of the next block; other frames hold this dictionary too
+                        write_gradients(beside_back.out, block, came.grams, kept_back)
+                        came.grams.clear()  # before there are those of the next block; other frames hold them too
         seal(work.out, made_from)
         seal(beside.out, grams_from)
         seal(back.out, fisher_from)
@@ -131,7 +126,8 @@ def need(project: Project, _: str | None = None) -> Need:
     if not calibration.fisher or walk.memory is None:
         return replace(walk, disk=disk)
     gram = calibration.fisher_gram != "none"
-    back = differentiating(model, dtype=dtype, length=calibration.length, gram=gram)
+    workers = project.params.runtime.workers is not None
+    back = differentiating(model, dtype=dtype, length=calibration.length, gram=gram, workers=workers)
     return replace(walk, memory=either(walk.memory, back), disk=disk + _back_bytes(project.params, model))
 
 
@@ -143,17 +139,19 @@ def cost(params: Params, on: Setting) -> Cost:
     if not calibration.fisher:
         return once
     gram = calibration.fisher_gram != "none"
-    memory = differentiating(on.model, dtype=on.dtype, length=calibration.length, gram=gram)
-    # Forward, then in each block forward again and back, which takes as long: weights get no gradients.
+    workers = on.workers > 1
+    memory = differentiating(on.model, dtype=on.dtype, length=calibration.length, gram=gram, workers=workers)
+    # Three passes: forward, then in each block forward again and back, which takes as long: weights get no gradients.
     windows, length = calibration.fisher, calibration.length
-    back = replace(on, workers=1).walk(3 * windows, length, memory, logits=2 * windows * length)
+    one = on.walk(windows, length, memory, logits=2 * windows * length / 3)
     products = gram * windows * length * on.model.all_output_squares
+    seconds = 3 * one.seconds + on.share(windows) * products / on.float32_rate
     return replace(
         once,
-        flops=once.flops + back.flops + products,
-        read=once.read + 2 * back.read,
-        hidden=once.hidden + back.hidden,
-        seconds=once.seconds + back.seconds + products / on.float32_rate,
+        flops=once.flops + 3 * one.flops + products,
+        read=once.read + 2 * one.read,
+        hidden=once.hidden + 3 * one.hidden,
+        seconds=once.seconds + seconds + on.sending(windows, gram * 8 * on.model.all_output_squares),
         disk=once.disk + _back_bytes(params, on.model),
         memory=either(once.memory, memory),
     )
