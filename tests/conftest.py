@@ -26,12 +26,17 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFL
 
 import pytest  # noqa: E402 - after the hook
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from wanda_dvc.study.places import EMBEDDED  # noqa: E402
 from wanda_dvc.study.project import Project  # noqa: E402
+
+# How long an example takes depends on what else the machine does. `benchmarks/` measure times.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 ROOT = Path(__file__).parent.parent
 

@@ -64,7 +64,7 @@ def test_a_layer_that_sees_a_few_tokens_back(monkeypatch: pytest.MonkeyPatch, qu
     torch.testing.assert_close(ours, oracle(q, k, v, (behind >= 0) & (behind < 4), softcap=2.0), rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(0, 4), min_size=1, max_size=3)), min_size=1, max_size=3),
     st.sampled_from([None, 2, 5]),

@@ -150,11 +150,11 @@ def test_a_damaged_file_is_refused_or_read(reader: str, tmp_path: Path):
     for content in originals:
         check(content)
     if not SECONDS:
-        limits = settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=True)
+        limits = settings(max_examples=EXAMPLES, database=None, derandomize=True)
         limits(given(damaged(originals))(check))()
         return
     end = time.process_time() + SECONDS
-    limits = settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    limits = settings(max_examples=500, database=None, suppress_health_check=list(HealthCheck))
     for number in count(int(time.time())):
         seed(number)(limits(given(damaged(originals))(check)))()
         if time.process_time() > end:

@@ -70,7 +70,7 @@ def sparse(rows: int, columns: int, dtype: torch.dtype, share: float, seed: int)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 40), share=st.sampled_from([0, 0.3, 0.7, 1]), seed=st.integers(0))
 def test_no_bit_is_lost(dtype: torch.dtype, rows: int, columns: int, share: float, seed: int):
     weight = sparse(rows, columns, dtype, share, seed % 2**31)
