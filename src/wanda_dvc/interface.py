@@ -138,6 +138,7 @@ def calibrate(  # noqa: PLR0913 - the tiers, by the pipeline's names
                 blocks[number] = blocks[number]._replace(fisher=came.sums)
                 if fisher_gram != "none":
                     gradients.insert(0, pack_gradients(came.grams, fisher_gram))
+                    came.grams.clear()  # before there are those of the next block
     say_unreached("calibrate", {number: block.unreached() for number, block in enumerate(blocks)})
     name = str(decoder.dtype).removeprefix("torch.")
     windows, length = rows.shape
