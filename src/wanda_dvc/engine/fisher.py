@@ -71,7 +71,7 @@ class WayBack:
         decoder.check_tokens(rows)
         for row in rows:
             decoder.calls(row)
-        self.decoder, self.rows, self.folder, self.not_finite = decoder, rows, folder, None
+        self.decoder, self.rows, self.folder = decoder, rows, folder
         lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
         width = decoder.model.config.get_text_config().hidden_size
         self._before = [
