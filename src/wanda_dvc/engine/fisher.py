@@ -14,19 +14,13 @@ from torch import Tensor
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import GradientRecorder, Gradients
 from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.runner import say_kept
 from wanda_dvc.engine.states import HiddenStates
-from wanda_dvc.errors import notice
 
 
 def course(blocks: int) -> list[int]:
     """Return the block at each place of a way through all blocks and back."""
     return [*range(blocks), *reversed(range(blocks))]
-
-
-def say_kept(kept: int, blocks: int) -> None:
-    """Say how many blocks an earlier run has finished on the way back, if any."""
-    if kept > 0:
-        notice(f"going on after {kept} of {blocks} blocks on the way back, which an earlier run has finished")
 
 
 def back(
@@ -48,13 +42,13 @@ def back(
         UserError: A gradient is not finite.
     """
     way, blocks = WayBack(decoder, rows, work, kept=kept), len(decoder.blocks)
-    say_kept(way.finished - blocks, blocks)
+    say_kept(way.finished - blocks, blocks, " on the way back")
     try:
-        for place, index in list(enumerate(course(blocks)))[way.finished :]:
+        for index in course(blocks)[way.finished :]:
             recorder = GradientRecorder(gram=gram)
             with decoder.block(index):
-                way.advance(place, recorder)
-            if place >= blocks:
+                way.advance(recorder)
+            if way.finished >= blocks:
                 recorder.check_finite(decoder.checkpoint, index)
                 yield index, recorder
             way.turn()
@@ -71,7 +65,7 @@ class WayBack:
         decoder.check_tokens(rows)
         for row in rows:
             decoder.calls(row)
-        self.decoder, self.rows, self.folder = decoder, rows, folder
+        self.decoder, self.rows = decoder, rows
         lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
         width = decoder.model.config.get_text_config().hidden_size
         self._before = [
@@ -88,12 +82,16 @@ class WayBack:
             self._before[0].turn()
         self.finished = max(0, whole - 1) + max(0, self._gradients.finished)  # places
 
+    @property
+    def block(self) -> int:
+        """The block at the next place."""
+        return course(len(self.decoder.blocks))[self.finished]
+
     @torch.no_grad()
-    def advance(self, place: int, recorder: GradientRecorder) -> None:
+    def advance(self, recorder: GradientRecorder) -> None:
         """Every row through the block at the next place; on the way back a recorder sees the gradients of outputs."""
-        decoder, blocks = self.decoder, len(self.decoder.blocks)
-        index = course(blocks)[place]
-        if place < blocks:
+        decoder, index = self.decoder, self.block
+        if self.finished < len(decoder.blocks):
             waiting = zip(self._before[index].before, self.rows, strict=True)
             self._before[index + 1].write(
                 decoder.run(index, x[None].to(decoder.device), row, {})[0] for x, row in waiting

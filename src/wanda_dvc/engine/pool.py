@@ -20,11 +20,11 @@ from torch import Tensor
 from wanda_dvc.engine import shards
 from wanda_dvc.engine.checkpoint import Address
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import course, say_kept
+from wanda_dvc.engine.fisher import course
 from wanda_dvc.engine.jobs import Ask, Job, Jobs, R, T
 from wanda_dvc.engine.recorder import Gradients, Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
-from wanda_dvc.engine.runner import Change, Head, Rows, Runner, Turn
+from wanda_dvc.engine.runner import Change, Head, Rows, Runner, Turn, say_kept
 from wanda_dvc.engine.worker import REST, Order, WalkOrder, pack
 from wanda_dvc.errors import UserError, notice
 
@@ -203,13 +203,9 @@ class Pool(Staff, Runner):
         self._passing = lambda block: ("replay", changes(block) if changes else None)
         self._begin(rows, shards.cut(len(rows)), list(range(len(self.decoder.blocks))))
         first = kept if kept is not None else min(self._next, default=0)
-        if first > 0:
-            notice(f"going on after {first} of {len(self.decoder.blocks)} blocks, which an earlier run has finished")
-        for index in range(first, len(self.decoder.blocks)):
-            self._ran.clear()
+        say_kept(first, len(self.decoder.blocks))
+        for index in self._places(first):
             yield PoolTurn(self, index)
-            for number in self._ran:
-                self._next[number] = index + 1
 
     def back(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
         """All rows through all blocks and back. Each is a shard, so sums are those of one row after another."""
@@ -220,17 +216,14 @@ class Pool(Staff, Runner):
         self._passing = lambda _: ("back", False)
         self._begin(rows, [range(row, row + 1) for row in range(len(rows))], course(blocks))
         first = blocks + kept if kept else min(self._next, default=0)
-        say_kept(first - blocks, blocks)
-        for place, index in list(enumerate(self._course))[max(0, first) :]:
-            self._ran.clear()
-            total = Gradients()
+        say_kept(first - blocks, blocks, " on the way back")
+        for place in self._places(first):
+            total, index = Gradients(), self._course[place]
             for found in self.run("back", place, gram):
                 total.merge(found)
             if place >= blocks:
                 total.check_finite(self.decoder.checkpoint, index)
                 yield index, total
-            for number in self._ran:
-                self._next[number] = place + 1
 
     def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
         """What a function makes of some shards' last hidden states."""
@@ -244,6 +237,14 @@ class Pool(Staff, Runner):
         for number, (found, where) in self._each(method, place, behind, lambda _: words):
             self._note(number, where)
             yield found
+
+    def _places(self, first: int) -> Iterator[int]:
+        """The places from one on; whoever has gone through a place is before the next."""
+        for place in range(first, len(self._course)):
+            self._ran.clear()
+            yield place
+            for number in self._ran:
+                self._next[number] = place + 1
 
     def _note(self, number: int, where: str | None) -> None:
         """Keep where a shard first was not finite."""

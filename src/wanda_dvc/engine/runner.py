@@ -11,11 +11,18 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.jobs import Jobs, R, T
 from wanda_dvc.engine.recorder import Gradients, Recorded
 from wanda_dvc.engine.rows import Row
+from wanda_dvc.errors import notice
 
 Rows = Sequence[Row] | Int[Tensor, "samples length"]
 Change = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # masks, and weights, of one block
 # Of one shard: the model, rows, their last hidden states, and what is asked.
 Head = Callable[[Decoder, Sequence[Row], Sequence[Float[Tensor, "_ width"]], T], Iterator[R]]
+
+
+def say_kept(kept: int, blocks: int, way: str = "") -> None:
+    """Say how many blocks an earlier run has finished, if any."""
+    if kept > 0:
+        notice(f"going on after {kept} of {blocks} blocks{way}, which an earlier run has finished")
 
 
 class Turn(ABC):

@@ -20,11 +20,11 @@ from wanda_dvc.engine.fisher import back
 from wanda_dvc.engine.jobs import Alone, Ask, Job, R, T, solving_device
 from wanda_dvc.engine.recorder import CrossRecorder, Gradients, InputRecorder, Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
-from wanda_dvc.engine.runner import Change, Head, Rows, Runner, Turn
+from wanda_dvc.engine.runner import Change, Head, Rows, Runner, Turn, say_kept
 from wanda_dvc.engine.states import HiddenStates, not_finite
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
-from wanda_dvc.errors import MEND, UserError, notice
+from wanda_dvc.errors import MEND, UserError
 
 
 @torch.no_grad()
@@ -49,8 +49,7 @@ def walk(
     starts = frozenset(first + shard.start for first in (0, own.start) for shard in shards.cut(len(own)))
     decoder.compile_for([len(row.tokens) for row in rows], laid_out=any(row.layout for row in rows))
     states = begin(decoder, rows, work, kept=kept)
-    if states.finished > 0:
-        notice(f"going on after {states.finished} of {len(decoder.blocks)} blocks, which an earlier run has finished")
+    say_kept(states.finished, len(decoder.blocks))
     try:
         for index in range(states.finished, len(decoder.blocks)):
             with decoder.block(index):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
 from wanda_dvc.engine.decoder import Compiling, Decoder
-from wanda_dvc.engine.fisher import WayBack, course
+from wanda_dvc.engine.fisher import WayBack
 from wanda_dvc.engine.jobs import Job, R, T, solving_device
 from wanda_dvc.engine.recorder import GradientRecorder, Gradients, Sums
 from wanda_dvc.engine.rows import Row
@@ -159,13 +159,6 @@ class _Shard:
     rows: list[Row]
     own: range
     states: HiddenStates
-    lock: FileLock
-
-
-@dataclass
-class _ShardBack:
-    states: WayBack
-    lock: FileLock
 
 
 class Worker:
@@ -178,7 +171,8 @@ class Worker:
         """`name` is its place in messages. `fetch` brings what the driver has put somewhere."""
         self.name, self.device, self.at_driver, self._fetch = name, torch.device(device), at_driver, fetch
         self._shards: dict[int, _Shard] = {}
-        self._back: dict[int, _ShardBack] = {}
+        self._back: dict[int, WayBack] = {}
+        self._held: list[tuple[Path, FileLock]] = []  # folders of both
         self._refs: dict[int, Any] = {}
         self._failure: Exception | None = None
         self._open = contextlib.ExitStack()
@@ -235,18 +229,17 @@ class Worker:
         Return the blocks that it has finished here in a killed run, and where it was not finite.
         """
         self._close()
-        folder, lock = self._folder(f"shard_{number:05d}")
+        folder = self._folder(f"shard_{number:05d}")
         rows = rows * (1 + beside)
         states = begin(self.decoder, rows, folder, kept=kept, room=self._room if on_card else 0)
-        self._shards[number] = _Shard(rows, range(len(rows) // 2 if beside else 0, len(rows)), states, lock)
+        self._shards[number] = _Shard(rows, range(len(rows) // 2 if beside else 0, len(rows)), states)
         return states.finished, states.not_finite
 
     def begin_back(self, number: int, rows: list[Row], kept: int) -> tuple[int, None]:
         """Take a shard for the way back. Return the places that it has finished here in a killed run."""
         self._close()
-        folder, lock = self._folder(f"back_{number:05d}")
-        self._back[number] = _ShardBack(WayBack(self.decoder, rows, folder, kept=kept), lock)
-        return self._back[number].states.finished, None
+        self._back[number] = WayBack(self.decoder, rows, self._folder(f"back_{number:05d}"), kept=kept)
+        return self._back[number].finished, None
 
     # Each of these returns its result, and where the shard first was not finite.
 
@@ -280,11 +273,11 @@ class Worker:
 
     def back(self, number: int, place: int, gram: bool) -> tuple[Gradients, None]:
         """All rows of a shard through the block at a place of the way back; what came back to its linears."""
-        way = self._back[number].states
+        way = self._back[number]
         self._turn(way, place)
-        self._enter(course(len(self.decoder.blocks))[place])
+        self._enter(way.block)
         recorder = GradientRecorder(gram=gram)
-        way.advance(place, recorder)
+        way.advance(recorder)
         return recorder.cpu(), None
 
     def head(self, number: int, function: Head[T, R], asked: T) -> list[R]:
@@ -296,10 +289,10 @@ class Worker:
     def end(self) -> None:
         """Forget the walk, also on disk."""
         self._close()
-        held: list[_Shard | _ShardBack] = [*self._shards.values(), *self._back.values()]
-        for shard in held:
-            shutil.rmtree(shard.states.folder, ignore_errors=True)
-            shard.lock.release()
+        for folder, lock in self._held:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+        self._held.clear()
         self._shards.clear()
         self._back.clear()
 
@@ -333,17 +326,17 @@ class Worker:
         self._open.close()
         self._opened = None
 
-    def _folder(self, name: str) -> tuple[Path, FileLock]:
+    def _folder(self, name: str) -> Path:
         """A folder for a shard's hidden states: that of a killed run, but for another process that is still at it."""
         asked = self._walk.work
         root = asked if self.at_driver else Path(tempfile.gettempdir()) / "wanda-dvc" / asked.name
         root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / f"{name}.lock")
+        folder, lock = root / name, FileLock(root / f"{name}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
             folder = Path(tempfile.mkdtemp(prefix=f"{name}_", dir=root))
             lock = FileLock(folder / "lock")
             lock.acquire()
-            return folder, lock
-        return root / name, lock
+        self._held.append((folder, lock))
+        return folder
