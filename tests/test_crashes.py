@@ -118,7 +118,7 @@ def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
     tmp_path: Path, tiny: Path, number: signal.Signals
 ):
     """At once, whatever it computes; the next run tells from where it goes on and ends with the same bytes."""
-    write_params(tmp_path, tiny, calibration__samples=400, runtime__threads=1)
+    write_params(tmp_path, tiny, calibration__samples=120, runtime__threads=1)
     project = Project(tmp_path)
     for part in ("model", "calibration"):
         run("download", project=project, part=part)
