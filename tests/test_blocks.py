@@ -116,7 +116,7 @@ def test_statistics_are_those_of_plain_hooks(checkpoint: Path, tmp_path: Path):
     recorders = record(Decoder(checkpoint, dtype=torch.float32, device=CPU), tokens, tmp_path / "work")
     found: dict[str, InputStats] = {}
     for recorder in recorders:
-        inputs, readers, *_ = recorder.result()
+        inputs, readers, *_ = recorder.of(recorder.linears).stats
         for source, names in readers.items():
             found |= dict.fromkeys(names, inputs[source])
     assert found.keys() == seen.keys()
@@ -132,7 +132,7 @@ def test_a_distinct_input_is_kept_once(tiny: Path, tmp_path: Path):
     for block, recorder in enumerate(recorders):
         short = [
             [name.removeprefix(f"model.layers.{block}.") for name in names]
-            for names in recorder.result().readers.values()
+            for names in recorder.of(recorder.linears).stats.readers.values()
         ]
         assert short == [
             ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],

@@ -154,6 +154,15 @@ MIXTURES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "model.layers",
         [*ATTENTION, *experts(4, "mlp.experts.*.gate_up_proj", "mlp.experts.*.down_proj")],
     ),
+    "jetmoe": (  # it calls every expert, also without tokens; its attention has experts too
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
+        "model.layers",
+        [
+            "self_attention.kv_proj",
+            *experts(4, "mlp.*.input_linear", "mlp.*.output_linear"),
+            *experts(4, "self_attention.experts.*.input_linear", "self_attention.experts.*.output_linear"),
+        ],
+    ),
 }
 ALL = FAMILIES | MIXTURES
 KINDS = [(torch.float32, "1GB"), (torch.bfloat16, "30KB"), (torch.float16, "1GB")]
@@ -206,7 +215,7 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
         for row, hidden in zip(tokens, outputs(decoder, tokens, tmp_path / "work"), strict=True):
             ours = torch.cat([logits for _, logits in decoder.logits(hidden[None], row)])
             assert torch.equal(ours, model(input_ids=row[None]).logits[0])
-    inputs, readers, *_ = recorders[1].result()
+    inputs, readers, *_ = recorders[1].of(recorders[1].linears).stats
     found = [
         " ".join(name.partition(f"{blocks.rpartition('.')[2]}.1.")[2] for name in names) for names in readers.values()
     ]
@@ -320,7 +329,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_was_sent(
     for step in walk(decoder, tokens, tmp_path / "work"):
         step.advance(recorder)
         break
-    inputs, readers, *_ = recorder.result()
+    inputs, readers, *_ = recorder.of(recorder.linears).stats
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     given: list[torch.Tensor] = []
@@ -466,7 +475,7 @@ def test_a_mixture_that_is_not_understood_is_refused_with_what_was_not(case: str
         for step in walk(decoder, torch.ones(1, 8, dtype=torch.long), tmp_path / "work"):
             recorder = InputRecorder()
             step.advance(recorder)
-            recorder.result()
+            recorder.of(recorder.linears)
 
     with pytest.raises(UserError, match=message):
         look()

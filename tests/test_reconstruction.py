@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_tiny_model
+from test_families import save
 from test_stages import fetch, tree
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
+from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECONSTRUCTIONS, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import CrossRecorder
 from wanda_dvc.engine.walk import walk
 from wanda_dvc.errors import UserError
@@ -114,6 +116,9 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(study: Make, changes:
     dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
     told = read_json(made.details("pruned", "layer_error"), "apply")["linears"]
     n, m = map(int, changes.get("pattern", "0:0").split(":"))
+    card = (made.model("pruned") / "README.md").read_text()
+    assert RECONSTRUCTIONS[changes["reconstruction"]].kept in card
+    assert m or f"compared within {GROUPS[changes.get('group', 'row')].about} |" in card
     moved = []
     for block in range(block_count(made.masks, "mask")):
         for name, keep in read_masks(made.masks, block).items():
@@ -355,6 +360,29 @@ def test_cross_products_are_those_of_both_windows_inputs(study: Make, tmp_path: 
     name = "model.layers.0.mlp.down_proj"
     torch.testing.assert_close(recorder.crosses[name].float(), seen[0].T @ seen[1], rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(recorder.grams[name].matrix(), seen[1].T @ seen[1], rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_only_inputs_of_every_token_have_a_cross_product(family: str, tmp_path: Path):
+    """An expert may be sent as many tokens of a row as of the dense one, but others; or only the dense row's."""
+    decoder = Decoder(save(family, tmp_path / "model"), dtype=torch.float32, device=torch.device("cpu"))
+    rows = torch.randint(3, 256, (48, 2), generator=torch.Generator().manual_seed(0))
+    dense_alone = crossed = 0
+    for width in (1, 24):  # rows in a shard: one that sees few experts, and one that sees all
+        steps = walk(decoder, rows[: 2 * width], tmp_path / str(width))
+        step = next(steps)  # whose block stays as long as `steps`
+        step.advance(rows=range(width))
+        recorder = CrossRecorder(gram=True)
+        step.advance(recorder, rows=range(width, 2 * width), beside=range(width))
+        found = recorder.of(step.linears)
+        every = {name for name, x in found.stats.inputs.items() if x.count == 2 * width}
+        assert found.crosses.keys() <= every
+        assert {name for name in every if ".experts." not in name} <= found.crosses.keys()
+        dense_alone += sum(x.count == 0 for x in found.stats.inputs.values())
+        crossed += len(found.crosses)
+        del steps, step
+    assert dense_alone
+    assert crossed
 
 
 def test_a_training_is_the_same_twice_and_another_with_another_seed(study: Make):

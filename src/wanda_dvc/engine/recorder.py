@@ -22,7 +22,7 @@ class Recorded(NamedTuple):
 
     stats: BlockStats
     grams: dict[str, Gram]  # by distinct input; none where no token came
-    crosses: dict[str, Float64[Tensor, "in in"]]  # X_denseᵀX, likewise
+    crosses: dict[str, Float64[Tensor, "in in"]]  # X_denseᵀX, of inputs that have it of all their tokens
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,8 @@ class Sums:
 
     stats: dict[str, InputStats] = field(default_factory=dict)
     grams: dict[str, Gram] = field(default_factory=dict)  # none where no token came
-    crosses: dict[str, Float64[Tensor, "in in"]] = field(default_factory=dict)  # X_denseᵀX, likewise
+    crosses: dict[str, Float64[Tensor, "in in"]] = field(default_factory=dict)  # X_denseᵀX
+    crossed: dict[str, int] = field(default_factory=dict)  # over how many tokens
     source: dict[str, str] = field(default_factory=dict)  # each linear's input, by name
 
     def merge(self, other: "Sums") -> None:
@@ -50,6 +51,7 @@ class Sums:
         for name, cross in other.crosses.items():
             if self.crosses.setdefault(name, cross) is not cross:
                 self.crosses[name] += cross.to(self.crosses[name])
+            self.crossed[name] = self.crossed.get(name, 0) + other.crossed[name]
 
     def _reads(self, linear: str, source: str) -> None:
         if self.source.setdefault(linear, source) != source:
@@ -61,6 +63,7 @@ class Sums:
             stats={name: x.cpu() for name, x in self.stats.items()},
             grams={name: x.cpu() for name, x in self.grams.items()},
             crosses={name: x.cpu() for name, x in self.crosses.items()},
+            crossed=self.crossed,
             source=self.source,
         )
 
@@ -81,7 +84,8 @@ class Sums:
             readers.setdefault(source[linear], []).append(linear)
         inputs = {name: stats[name].cpu() for name in readers}
         transposed = [name for name, linear in linears.items() if linear.transposed]
-        return Recorded(BlockStats(inputs, readers, transposed), self.grams, self.crosses)
+        crosses = {name: cross for name, cross in self.crosses.items() if self.crossed[name] == stats[name].count}
+        return Recorded(BlockStats(inputs, readers, transposed), self.grams, crosses)
 
     def check_finite(self, block: int) -> None:
         """Raise UserError where an input's sums of squares are not finite, though its activations may be."""
@@ -126,6 +130,8 @@ class InputRecorder(Sums):
     def _read(self, names: list[str], x: Tensor, _: Tensor | None, tokens: slice) -> None:
         """Adds an input [..., in] of the linears that are rows of one weight."""
         x = x[tokens]
+        if not x.numel():  # an expert that is called without tokens; all empty tensors have one address
+            return
         if x.shape[-1] != self.linears[names[0]].features:
             raise UserError(
                 f"{names[0]}: given {x.shape[-1]} features, expected {self.linears[names[0]].features}; "
@@ -146,10 +152,6 @@ class InputRecorder(Sums):
         if self.gram:
             self.grams.setdefault(name, Gram.empty(x.shape[-1], where)).add(x)
 
-    def result(self) -> BlockStats:
-        """The statistics of all windows, and the linears that read each distinct input."""
-        return self.of(self.linears).stats
-
     def end_window(self) -> None:
         """Release the window's inputs."""
         self._held.clear()
@@ -159,21 +161,27 @@ class InputRecorder(Sums):
 class CrossRecorder(InputRecorder):
     """Also keeps X_denseᵀX of each distinct input, [in, in]: what the dense model reads times what this one reads.
 
-    Each window's dense row runs first, inside `dense`. An expert to which both rows send different tokens has none.
+    Each window's dense row runs first, inside `dense`. An expert that is not sent every token has none: the dense row
+    and this one may send it different ones.
     """
 
     _dense: dict[str, Tensor] = field(default_factory=dict)  # one window's inputs
+    _tokens: int = 0  # in the window
     _is_dense: bool = False
 
     @contextlib.contextmanager
-    def dense(self) -> Iterator[None]:
-        """Takes the inputs of the row that runs inside as the dense model's."""
-        self._dense, self._is_dense = {}, True
+    def dense(self, tokens: int) -> Iterator[None]:
+        """Takes the inputs of the row of so many tokens that runs inside as the dense model's."""
+        self._dense, self._tokens, self._is_dense = {}, tokens, True
         try:
             yield
         finally:
             self._is_dense = False
             self._held.clear()
+
+    def _reads(self, linear: str, source: str) -> None:
+        if not self._is_dense:  # what only the dense row's tokens reach is not read here
+            super()._reads(linear, source)
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         if self._is_dense:
@@ -181,16 +189,18 @@ class CrossRecorder(InputRecorder):
             return
         super()._add(name, x)
         dense = self._dense.get(name)
-        if dense is not None and len(dense) == len(x):
+        if dense is not None and len(dense) == len(x) == self._tokens:
             product = multiply(dense.float().T, x.float()).double()
             self.crosses[name] = self.crosses[name].add_(product) if name in self.crosses else product
+            self.crossed[name] = self.crossed.get(name, 0) + len(x)
 
 
 @dataclass(kw_only=True)
 class Gradients:
     """Sums over some rows of what comes back to a block's linears. Those of several rows merge.
 
-    A linear that no gradient comes to, as an expert that no token is sent to, has none.
+    A linear that no gradient comes to has none, as an expert that no token is sent to, or only last ones, which
+    predict nothing.
     """
 
     sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ (∂ℓ/∂y)² over all tokens
@@ -246,6 +256,8 @@ class GradientRecorder(Gradients):
         for name in names:
             rows = slice(*(self.linears[name].part.rows or (None,)))
             own = sums[rows]
+            if not own.any():
+                continue
             self.sums[name] = self.sums[name] + own if name in self.sums else own.clone()
             if self.gram:
                 where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator knows float64

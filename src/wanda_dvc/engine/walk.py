@@ -265,8 +265,8 @@ class Step(Turn):
         every = self.states.before
         for place, group in enumerate(groups):
             if beside is not None and isinstance(recorder, CrossRecorder):
-                with recorder.dense():
-                    dense = beside[place]
+                dense = beside[place]
+                with recorder.dense(len(self.rows[dense].tokens)):
                     self.decoder.run(self.index, self._together(every, range(dense, dense + 1)), self.rows[dense])
             before, row = self._together(every, group), self.rows[group.start]
             after = self.decoder.run(self.index, before, row)
