@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from wanda_dvc.pruning.choose import prepare, prune_linear
 from wanda_dvc.pruning.gram import Gram, layer_errors, unpack
 from wanda_dvc.pruning.statistics import InputStats
 
@@ -96,6 +97,20 @@ def test_the_layer_error_is_that_of_the_outputs():
     others = [pruned, weight, torch.zeros_like(weight)]
     assert layer_errors(weight, others, gram.matrix()) == [pytest.approx(expected.item(), rel=1e-6), 0, 1]
     assert layer_errors(torch.zeros(7, 20), [torch.zeros(7, 20)], gram.matrix()) == [0]
+
+
+def test_the_layer_error_counts_nothing_of_features_that_no_token_excites():
+    x, weight = inputs(60, 20), inputs(7, 20, seed=1)
+    x[:, 3:9] = 0
+    gram = Gram.empty(20)
+    gram.add(x)
+    keep = torch.ones(7, 20, dtype=torch.bool)
+    keep[:, 3:9] = False
+    _, error, plain = prune_linear(weight, weight, keep, prepare(gram, "x"))
+    assert (error, plain) == (0, 0)
+    keep[:, 0] = False
+    expected = ((weight[:, :1] @ x.T[:1]).norm() / (weight @ x.T).norm()) ** 2
+    assert prune_linear(weight, weight, keep, prepare(gram, "x")).error == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_layer_error_by_slices_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch):

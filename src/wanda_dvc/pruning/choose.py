@@ -248,7 +248,7 @@ def prune_linear(
         return Pruned(made, None, None)
     different = [plain] if values is weight else [plain, made]
     dense, *pruned = (_turned(w, transposed).float().to(prepared.gram.device) for w in (weight, *different))
-    errors = layer_errors(dense, pruned, prepared.gram)
+    errors = layer_errors(dense, pruned, prepared.gram, prepared.dead)
     return Pruned(made, errors[-1], errors[0])
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64, Shaped
+from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
 from wanda_dvc.pruning import products
@@ -99,14 +99,22 @@ def unpack(packed: Shaped[Tensor, " packed"]) -> Float[Tensor, "in in"]:
 
 
 def layer_errors(
-    dense: Float[Tensor, "out in"], pruned: Sequence[Float[Tensor, "out in"]], gram: Float[Tensor, "in in"]
+    dense: Float[Tensor, "out in"],
+    pruned: Sequence[Float[Tensor, "out in"]],
+    gram: Float[Tensor, "in in"],
+    dead: Bool[Tensor, " in"] | None = None,
 ) -> list[float]:
     """Return ‖(W−Ŵ)X‖² / ‖WX‖² = tr(ΔGΔᵀ) / tr(WGWᵀ) of each Ŵ. Without error it is 0.
+
+    G is zero at the `dead` features, whatever stands in `gram` for solvers.
 
     Products and sums are in float64, because ΔGΔᵀ is small where Δ follows the directions that X hardly has. Memory in
     bytes: 8 · in² for G and about 24 MiB for a slice of rows.
     """
-    exact, rows = gram.double(), max(1, WEIGHTS_AT_A_TIME // gram.shape[0])
+    exact = gram.to(torch.float64, copy=True)
+    if dead is not None:
+        exact.diagonal()[dead] = 0
+    rows = max(1, WEIGHTS_AT_A_TIME // gram.shape[0])
     errors, output = [0.0] * len(pruned), 0.0
     for w, *others in zip(*(x.split(rows) for x in (dense, *pruned)), strict=True):
         w = w.double()
