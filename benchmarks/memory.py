@@ -33,10 +33,10 @@ def measure(root: Path, stage: str, part: str | None) -> dict[str, float | None]
     original = Decoder.block
 
     @contextmanager
-    def watched(self: Decoder, index: int) -> Iterator[Any]:
+    def watched(self: Decoder, index: int, then: int | None = None) -> Iterator[Any]:
         nonlocal waited
         began = time.perf_counter()
-        entered = original(self, index)
+        entered = original(self, index, then)
         block = entered.__enter__()
         waited += time.perf_counter() - began
         try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import back
+from wanda_dvc.engine.fisher import back, course
 from wanda_dvc.engine.recorder import Gradients
 from wanda_dvc.engine.rows import as_rows
 from wanda_dvc.engine.structure import Linear
@@ -90,6 +90,7 @@ def test_a_row_of_an_experts_weight_has_its_outputs_gradient(family: str, tmp_pa
     nn.functional.cross_entropy(model(input_ids=tokens).logits[0, :1], tokens[0, 1:]).backward()
     gradients, unreached = {name: parameter.grad for name, parameter in model.named_parameters()}, 0
     largest = max(x.max().item() for x in found.values())
+    assert all(x.any() for x in found.values())  # what only the last token reaches, which predicts nothing, has none
     for name, (own, linear) in parameters(decoder).items():
         gradient = gradients[own]
         part = torch.zeros(1, 1) if gradient is None else linear.part.of(gradient)
@@ -101,6 +102,23 @@ def test_a_row_of_an_experts_weight_has_its_outputs_gradient(family: str, tmp_pa
         else:
             torch.testing.assert_close(ours / ours.sum(), squares / squares.sum(), rtol=1e-3, atol=1e-5)
     assert unreached < len(parameters(decoder))
+
+
+def test_the_way_back_reads_the_block_that_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    decoder, read = Decoder(save("llama", tmp_path / "model"), dtype=torch.float32, device=CPU), list[int]()
+    rows = as_rows(torch.tensor([[17, 101, 5]]))
+    decoder.calls(rows[0])  # reads the first block, to see what it returns, and the second ahead
+    original = decoder.weights.read_block
+
+    def read_block(index: int) -> dict[str, Tensor]:
+        read.append(index)
+        return original(index)
+
+    monkeypatch.setattr(decoder.weights, "read_block", read_block)
+    list(back(decoder, rows, tmp_path / "work"))
+    expected = course(len(decoder.blocks))
+    expected.remove(1)
+    assert read == expected
 
 
 @pytest.fixture

@@ -68,9 +68,9 @@ class Decoder:
         faster = dtype is torch.float32 and device.type == "cpu" and products.install(self.model)
         self._ours_for_windows = (faster or attention.is_faster(dtype, device)) and self._attends_alike()
 
-    def block(self, index: int) -> contextlib.AbstractContextManager[nn.Module]:
-        """One block with its weights; it is empty again afterwards."""
-        return self.weights.loaded(index)
+    def block(self, index: int, then: int | None = None) -> contextlib.AbstractContextManager[nn.Module]:
+        """One block with its weights; it is empty again afterwards. `then` comes after it; None: the next one."""
+        return self.weights.loaded(index, then)
 
     def linears(self, index: int) -> dict[str, Linear]:
         """The prunable weights of a block, named as the checkpoint stores them; each expert has its own."""

@@ -46,7 +46,7 @@ def back(
     try:
         for index in course(blocks)[way.finished :]:
             recorder = GradientRecorder(gram=gram)
-            with decoder.block(index):
+            with decoder.block(index, way.then):
                 way.advance(recorder)
             if way.finished >= blocks:
                 recorder.check_finite(decoder.checkpoint, index)
@@ -86,6 +86,11 @@ class WayBack:
     def block(self) -> int:
         """The block at the next place."""
         return course(len(self.decoder.blocks))[self.finished]
+
+    @property
+    def then(self) -> int:
+        """The block at the place after that; −1: there is none."""
+        return [*course(len(self.decoder.blocks)), -1][self.finished + 1]
 
     @torch.no_grad()
     def advance(self, recorder: GradientRecorder) -> None:

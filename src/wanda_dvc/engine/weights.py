@@ -72,9 +72,9 @@ class Weights:
         return linears
 
     @contextlib.contextmanager
-    def loaded(self, index: int) -> Iterator[nn.Module]:
-        """One block with its weights; it is empty again afterwards."""
-        tensors = self._take(index)
+    def loaded(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
+        """One block with its weights; it is empty again afterwards. `then` comes after it; None: the next one."""
+        tensors = self._take(index, index + 1 if then is None else then)
         for name, tensor in tensors.items():
             set_parameter(self.blocks[index], name, tensor)
         del tensors
@@ -91,8 +91,8 @@ class Weights:
             tensors = self._read({prefix + name: parameter for name, parameter in self._empty[index].items()})
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
-    def _take(self, index: int) -> dict[str, Tensor]:
-        """A block's tensors; the next block's are being read when this returns."""
+    def _take(self, index: int, then: int) -> dict[str, Tensor]:
+        """A block's tensors; those of the one that comes then are being read when this returns."""
         if self._resident is not None and index in self._resident:
             return self._resident[index]
         if self._ahead is not None and self._ahead[0] == index:
@@ -106,8 +106,8 @@ class Weights:
                 tensor.record_stream(computing)  # its memory is not reused while the stream computes with it
         if self._resident is not None:
             self._resident[index] = tensors
-        if index + 1 < len(self.blocks) and (self._ahead is None or self._ahead[0] != index + 1):
-            self._ahead = index + 1, self._reader.submit(self.read_block, index + 1)
+        if 0 <= then < len(self.blocks) and then != index and (self._ahead is None or self._ahead[0] != then):
+            self._ahead = then, self._reader.submit(self.read_block, then)
         return tensors
 
     def _read(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

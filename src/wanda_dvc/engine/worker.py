@@ -183,7 +183,8 @@ class Worker:
         try:
             if self._failure:  # of a call that nobody waited for
                 raise self._failure
-            self._refs |= {number: ref for number, (ref,) in parcels.items()}
+            if parcels:  # those of the place and of the next: what a worker holds of others stays in the store
+                self._refs = {number: ref for number, (ref,) in parcels.items()}
             return getattr(self, method)(*words)
         except Exception as error:
             self._failure = error
@@ -275,7 +276,7 @@ class Worker:
         """All rows of a shard through the block at a place of the way back; what came back to its linears."""
         way = self._back[number]
         self._turn(way, place)
-        self._enter(way.block)
+        self._enter(way.block, then=way.then)
         recorder = GradientRecorder(gram=gram)
         way.advance(recorder)
         return recorder.cpu(), None
@@ -307,12 +308,12 @@ class Worker:
             step.replace(weights)
         return step
 
-    def _enter(self, block: int, *, changed: bool = False) -> bool:
-        """Open a block, unless it is open as it is asked for; return whether it was opened."""
+    def _enter(self, block: int, *, changed: bool = False, then: int | None = None) -> bool:
+        """Open a block, unless it is open as it is asked for; return whether it was opened. `then` is the next one."""
         if self._opened == (block, changed):
             return False
         self._close()
-        self._open.enter_context(self.decoder.block(block))
+        self._open.enter_context(self.decoder.block(block, then))
         self._opened = block, changed
         return True
 
