@@ -42,6 +42,16 @@ def write(folder: Path, norms: list[list[torch.Tensor]], *, tokens: int = 4, sou
     seal(folder, made)
 
 
+def test_a_block_that_is_written_again_breaks_the_seal(tmp_path: Path):
+    """A run that was killed between seal and publication leaves such a folder, and the next one may write there."""
+    write(tmp_path, [[flat(), flat()]])
+    before = read_stats(tmp_path, 0)
+    other = {name: InputStats(x.sum_squares * 2, x.sum, x.count) for name, x in before.inputs.items()}
+    write_stats(tmp_path, 0, BlockStats(other, before.readers, []))
+    for name, x in read_stats(tmp_path, 0).inputs.items():
+        assert torch.equal(x.sum_squares, 2 * before.inputs[name].sum_squares)
+
+
 def flat(**larger: float) -> torch.Tensor:
     """Twenty features of norm 2, but for `f3=…` and the like."""
     norm = torch.full((20,), 2.0)

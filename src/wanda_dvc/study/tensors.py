@@ -332,8 +332,11 @@ def _sealed(folder: Path, made_by: str) -> dict[str, str]:
 
 
 def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
-    """Write tensors and a header to a safetensors file, beside its place, then rename it."""
+    """Write tensors and a header to a safetensors file, beside its place, then rename it. It breaks a seal."""
     from safetensors.torch import save_file
+
+    if is_there(path.parent / PROVENANCE):  # a run that was killed before it published what it had sealed
+        (path.parent / PROVENANCE).unlink()
 
     beside = path.with_name(path.name + ".part")
     # A single key: safetensors writes several keys in an order that changes from run to run.
