@@ -83,6 +83,11 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ),
         ({"perplexity__rest": "some"}, "params.yaml: perplexity.rest: got some, expected dropped or kept"),
         ({"tasks__names": ["piqa", "piqa"]}, "params.yaml: tasks.names: got piqa, expected each task once"),
+        (
+            {"runtime__device": "cuda:1", "runtime__workers": "local"},
+            "params.yaml: runtime.device: got cuda:1 with runtime.workers local, expected cuda: Ray gives each "
+            "worker a card of its own",
+        ),
     ],
 )
 def test_each_problem_has_its_line(tmp_path: Path, changes: dict[str, object], expected: str):

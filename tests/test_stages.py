@@ -29,7 +29,7 @@ from wanda_dvc.stages import PARTS, STAGES, running, times
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
-from wanda_dvc.stages.inputs import calibration_windows
+from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
@@ -312,6 +312,25 @@ def test_a_mask_costs_one_bit_a_weight(tmp_path: Path):
     write_masks(tmp_path, 0, {"a.linear": keep})
     assert torch.equal(read_masks(tmp_path, 0)["a.linear"], keep)
     assert next(tmp_path.iterdir()).stat().st_size < 64 * 126 + 500
+
+
+def test_with_workers_the_device_is_theirs_and_the_cpu_of_this_process_is_no_matter(
+    project: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A machine without a card may drive those that have some."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("wanda_dvc.engine.attention.has_units", lambda _: False)
+    made = project(runtime__device="cuda", dtype="bfloat16")
+    with pytest.raises(UserError, match="runtime.device: got cuda on a machine with 0 CUDA devices"):
+        running.solving_device(made.params.runtime)
+    made = project(runtime__device="cuda", runtime__workers="local", dtype="bfloat16")
+    assert running.solving_device(made.params.runtime).type == "cpu"
+    download(project=made, part="model")
+    capsys.readouterr()
+    open_decoder(made, "dense", device="cpu")
+    assert "no units" not in capsys.readouterr().err
+    open_decoder(project(runtime__device="cpu", dtype="bfloat16"), "dense")
+    assert "no units for bfloat16" in capsys.readouterr().err
 
 
 def test_a_stage_run_twice_writes_the_same_bytes(project: Make):

@@ -360,7 +360,8 @@ RECONSTRUCTIONS = {
             title="block training",
             citation="arXiv 2510.14444",
             link="https://arxiv.org/abs/2510.14444",
-            about="least squares, then each block is trained for a moment so that its output meets the dense block's",
+            about="least squares, then each block is trained for a moment so that its output meets the dense block's "
+            "(with `propagation` `corrected` or `pruned`)",
             function="wanda_dvc.pruning.solvers:least_squares",
             kept="Each block was then trained on the calibration text, so that its output comes near the dense block's."
             " Embeddings and output head are the dense model's, bit for bit.",

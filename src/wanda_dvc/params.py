@@ -91,8 +91,9 @@ class Calibration(_Section):
     seed: int = Field(ge=0, description="seed of the draw")
     gram: Literal["none", "float32", "float16"] = Field(
         "none",
-        description="keep the Gram matrix of what each linear reads, for the methods that need it: `none`, or their "
-        "upper triangles in `float32` or `float16`. `wanda-dvc cost` states their size",
+        description="keep the Gram matrix of what each linear reads, for methods, allocations and "
+        "reconstructions that need it: `none`, or their upper triangles in `float32` or `float16`. `wanda-dvc cost` "
+        "states their size",
     )
     fisher: int = Field(
         0,
@@ -153,7 +154,7 @@ class Training(_Section):
         description="learning rate at the first step, as a share of the root mean square of a parameter's weights; it "
         "falls to 0 as a cosine",
     )
-    seed: int = Field(0, ge=0, description="seed of the windows' order")
+    seed: int = Field(0, ge=0, le=2**32, description="seed of the windows' order")
 
 
 class Runtime(_Section):
@@ -282,6 +283,12 @@ class Params(_Section):
         mirror = self.runtime.mirror
         if mirror is not None and not Path(mirror).is_absolute():
             yield _problem("runtime.mirror", mirror, "an absolute directory (queued experiments run elsewhere)")
+        if self.runtime.workers is not None and ":" in self.runtime.device:
+            yield _problem(
+                "runtime.device",
+                f"{self.runtime.device} with runtime.workers {self.runtime.workers}",
+                "cuda: Ray gives each worker a card of its own",
+            )
 
     def _pattern_conflicts(self) -> Iterator[str]:
         if self.pattern != "unstructured":
@@ -334,7 +341,8 @@ class Params(_Section):
             yield _problem(
                 "reconstruction",
                 f"{self.reconstruction} with propagation dense",
-                "propagation pruned: a block is trained on what the pruned blocks before it put out",
+                "propagation corrected or pruned: a block is trained on what the pruned blocks before it put out; "
+                "set propagation=corrected",
             )
 
     def _fisher_conflicts(self) -> Iterator[str]:

@@ -92,6 +92,7 @@ MEANT = [
     ("runtime.threads", 0, ("runtime.threads", "got 0", "expected ≥ 1")),
     ("runtime.device", "gpu", ("runtime.device", "got gpu", "expected auto")),
     ("runtime.device", "cuda:x", ("runtime.device", "got cuda:x", "expected auto")),
+    ("training.seed", 2**40, ("training.seed", "got 1099511627776", "expected ≤ 4,294,967,296")),
     ("runtime.workers", 4, ("runtime.workers", "got 4", "expected string")),
     ("runtime.workers", "here", ("runtime.workers", "got here", "expected who runs the windows: null: this process")),
     ("runtime.memory_gb", 0, ("runtime.memory_gb", "got 0", "expected")),

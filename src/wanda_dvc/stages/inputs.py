@@ -227,7 +227,10 @@ def _crew(runtime: Runtime, *, beside: Callable[[], T], most: int | None = None)
 
 
 def open_decoder(project: Project, model: str, *, dtype: str | None = None, device: str | None = None) -> "Decoder":
-    """Open the engine on one of the project's models, in a dtype and on a device, by default params.yaml's."""
+    """Open the engine on one of the project's models, in a dtype and on a device, by default params.yaml's.
+
+    Another device than that is where nothing is computed: workers do.
+    """
     import torch
 
     from wanda_dvc.engine.attention import has_units
@@ -237,7 +240,7 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
     folder = project.model(model)
     dtype = dtype or project.params.dtype
     where = torch.device(device or device_name(project.params.runtime))
-    if where.type == "cpu" and not has_units(getattr(torch, dtype)):
+    if where.type == "cpu" and device is None and not has_units(getattr(torch, dtype)):
         notice(
             f"dtype: this CPU has no units for {dtype} and computes it many times slower than float32; "
             "set dtype=float32 (other last digits), or run it where there are some"

@@ -156,13 +156,19 @@ def device_name(runtime: Runtime) -> str:
 
 
 def solving_device(runtime: Runtime) -> "torch.device":
-    """Return the device that masks are chosen on, and solvers run. UserError where this machine does not have it."""
+    """Return the device that masks are chosen on, and solvers run. UserError where this machine does not have it.
+
+    With workers the setting names theirs, and this process does its own part on the CPU if it has no card.
+    """
     import torch
 
     from wanda_dvc.engine import jobs
 
     name = device_name(runtime)
-    check_device(name)
+    if runtime.workers is None:
+        check_device(name)
+    elif not torch.cuda.is_available():
+        name = "cpu"
     return jobs.solving_device(torch.device(name))
 
 
