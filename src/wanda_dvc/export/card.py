@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from wanda_dvc.catalog import ALLOCATIONS, HUB_ID, RECONSTRUCTIONS, methods
+from wanda_dvc.catalog import ALLOCATIONS, GROUPS, HUB_ID, RECONSTRUCTIONS, methods
 from wanda_dvc.export.formats import Written
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import Json, load_json
@@ -129,8 +129,8 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
     allocation = ALLOCATIONS[params.get("allocation", "uniform")]
     yield "allocation", f"{code(allocation.name)}: {allocation.about}"
     yield "pattern", code(params["pattern"])
-    unstructured = params["pattern"] == "unstructured"
-    yield "group", f"weights compete within a {params['group']}" if unstructured else "neighbours along the input"
+    compete = f"weights compete within {GROUPS[params['group']].about}"
+    yield "group", compete if params["pattern"] == "unstructured" else "neighbours along the input"
     propagation = params.get("propagation", "dense")
     yield "propagation", f"`{propagation}`: {PROPAGATION[propagation]}"
     reconstruction = RECONSTRUCTIONS[study.params.reconstruction]

@@ -121,7 +121,7 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=5,
+            version=6,
             about="Measure the dense model's activations once: stats/, and if asked gram/, fisher/ and fisher_gram/.",
             result="[fg]*/provenance.json",  # of fisher/, fisher_gram/ and gram/: with any it takes longer
             settings=(
@@ -136,7 +136,7 @@ STAGES = {
         ),
         Stage(
             name="mask",
-            version=5,
+            version=6,
             about="Choose the weights that stay: masks/.",
             result="masks/provenance.json",
             settings=(
@@ -154,7 +154,7 @@ STAGES = {
         ),
         Stage(
             name="apply",
-            version=1,
+            version=2,
             about="Write the pruned model: models/pruned.",
             result="metrics/details/pruned/layer_error.json",  # models/pruned is not cached
             settings=("reconstruction",),

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from wanda_dvc.catalog import RECONSTRUCTIONS
+from wanda_dvc.catalog import GROUPS, RECONSTRUCTIONS
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.costs import DISK, HOST, Cost, Setting, error_seconds, solving_seconds
 from wanda_dvc.engine.sizes import Need, sizes, writing
@@ -33,8 +33,7 @@ tags: [pruned, wanda-dvc]
 ---
 # {source}, pruned
 
-{percent:g} % of the weights in the linear layers of every block are zero; embeddings, norms and output head are
-unchanged.
+{percent:g} % of the weights in the linear layers of the blocks are zero. {kept}
 
 | what | value |
 | --- | --- |
@@ -250,9 +249,10 @@ def prune(study: Project, target: Path, reconstruction: str = "none") -> dict[st
         measured=measured,
         method=code(params["method"]),
         reconstruction=code(made_from["reconstruction"]),
+        kept=RECONSTRUCTIONS[reconstruction].kept,
         sparsity=params["sparsity"],
         pattern=code(params["pattern"]),
-        group=f", compared within a {params['group']}" if params["pattern"] == "unstructured" else "",
+        group=f", compared within {GROUPS[params['group']].about}" if params["pattern"] == "unstructured" else "",
         text=inline(calibration["text"]["source"]),
         **{name: calibration[name] for name in ("samples", "length", "seed", "dtype")},
     )
