@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
-from typer.core import TyperArgument, TyperGroup, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
 from wanda_dvc.cli import app
@@ -31,17 +31,19 @@ def page() -> str:
     assert isinstance(group, TyperGroup)
     lines = [HEAD, "## Options of all commands\n", "They stand before the command: `wanda-dvc -C study show`.\n"]
     lines.append(_table(_rows(group.params)))
-    panel = None
+    panels: dict[str, dict[str, TyperCommand]] = {}
     for name, command in group.commands.items():
-        if (its := str(getattr(command, "rich_help_panel", ""))) != panel:
-            panel = its
-            lines.append(f"## {panel}\n")
-        words = " ".join(_usage(command.params))
-        lines.append(f"### `{name}`\n")
-        lines.append(f"{_sentence(str(command.help))}\n")
-        lines.append(f"```text\nwanda-dvc {name} {words}".rstrip() + "\n```\n")
-        if rows := list(_rows(command.params)):
-            lines.append(_table(rows))
+        assert isinstance(command, TyperCommand)
+        panels.setdefault(str(command.rich_help_panel or ""), {})[name] = command
+    for panel, commands in panels.items():
+        lines.append(f"## {panel}\n")
+        for name, command in commands.items():
+            words = " ".join(_usage(command.params))
+            lines.append(f"### `{name}`\n")
+            lines.append(f"{_sentence(str(command.help))}\n")
+            lines.append(f"```text\nwanda-dvc {name} {words}".rstrip() + "\n```\n")
+            if rows := list(_rows(command.params)):
+                lines.append(_table(rows))
     return "\n".join(lines).rstrip() + "\n"
 
 
