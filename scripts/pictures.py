@@ -115,7 +115,7 @@ def methods_curves() -> tuple[float, dict[str, Curve], dict[str, float]]:
         ("`admm`", *solved): ("ADMM, least squares", SETTINGS),
         ("`admm`, `group: fisher`", "`fisher`", "`fisher`", "`dense`"): (fisher, SHARES),
         ("`admm`", "`fisher`", "`uniform`", "`dense`"): (fisher, PATTERNS),
-        ("`admm`", "`block`", "`slope` 0.004", corrected): (block, SHARES),
+        ("`admm`, `group: fisher`", "`block`", "`fisher`", corrected): (block, SHARES),
         ("`admm`", "`block`", "`uniform`", corrected): (block, PATTERNS),
     }
     for row in table("better.md", "# Better than Wanda"):
