@@ -12,6 +12,7 @@ from wanda_dvc.catalog import methods
 Settings = dict[str, Any]
 OF_INPUTS = ("calibration.", "propagation")  # not asked of a method that needs no inputs
 DENSE = "dense"  # the method of a published row of the dense model
+PLAIN = {"reconstruction": "none", "allocation": "uniform"}  # of a pruned one, unless it says otherwise
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Source:
             return [measure]
         wanted = dict(wanted)
         if row["method"] != DENSE:
-            pruning = self.pruning | {key: row[key] for key in ("method", "sparsity", "pattern", "group") if key in row}
+            own = {key: row[key] for key in ("method", "sparsity", "pattern", "group") if key in row}
+            pruning = PLAIN | self.pruning | own
             if not methods()[row["method"]].needs_inputs():
                 pruning = {key: value for key, value in pruning.items() if not key.startswith(OF_INPUTS)}
             if pruning.get("pattern", "unstructured") != "unstructured":

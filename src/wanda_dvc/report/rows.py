@@ -19,6 +19,7 @@ from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, Kind, list_experiments
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import PROVENANCE
 from wanda_dvc.study.ran import read_lock, stale_stages
 from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten
@@ -66,6 +67,15 @@ class Row:
         """Every parameter but `runtime`, by dotted name."""
         content = flatten(self.params.model_dump(mode="json"))
         return {key: value for key, value in content if not key.startswith("runtime.")}
+
+    def inputs(self) -> dict[str, str]:
+        """The first digits of the SHA-256 of the dense model, of the tokens and of each task, where they are known."""
+        found = {"models/dense": load_json(self.study.model("dense") / PROVENANCE).get("sha256")}
+        found["data/perplexity"] = self.details("pruned", "perplexity").get("protocol", {}).get("tokens_sha256")
+        for task in self.params.tasks.names:
+            protocol = self.details("pruned", f"zero_shot/{task}").get("protocol", {})
+            found[f"data/tasks/{task}"] = protocol.get("task", {}).get("sha256")
+        return {path: digest[:8] for path, digest in found.items() if digest}
 
     def metric(self, model: str, name: str) -> Json:
         """A metrics file, such as `perplexity` of `dense`; {} if it is missing."""

@@ -156,34 +156,51 @@ def _pattern(row: Row) -> str:
 
 def sections(rows: list[Row]) -> list[Section]:
     """Group the rows by how they were measured, and name each section by what it differs in from the others."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(repr(evaluation(row)), []).append(row)
-    groups = list(found.values())
+    groups = grouped(rows)
     differing = differences(groups)
     models = {group[0].params.model for group in groups}
     short = Counter(_short(model) for model in models)
     made = []
     for count, group in enumerate(groups):
-        settings = group[0].settings()
-        model = settings["model"]
+        measured = evaluation(group)
+        model = measured["model"]
         name = _short(model) if short[_short(model)] == 1 else model
-        others = "; ".join(f"{key}={setting(settings[key])}" for key in differing if key != "model")
+        others = "; ".join(f"{key}={setting(measured.get(key))}" for key in differing if key != "model")
         full = f"{name} ({others})" if others else name
         mark = full if "model" in differing else others
         made.append(Section(group, literal(full), literal(f" ({mark})" if mark else ""), f"s{count}-"))
     return made
 
 
-def evaluation(row: Row) -> dict[str, Any]:
-    """The parameters that say how a row was measured."""
-    return {key: value for key, value in row.settings().items() if key.startswith(OF_EVALUATION)}
+def grouped(rows: list[Row]) -> list[list[Row]]:
+    """The rows by how they were measured. What is not known of a row tells it from no other."""
+    groups: list[list[Row]] = []
+    for row in rows:
+        own = evaluation([row])
+        for group in groups:
+            theirs = evaluation(group)
+            if all(own[key] == theirs[key] for key in own.keys() & theirs.keys()):
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
+
+
+def evaluation(group: list[Row]) -> dict[str, Any]:
+    """How rows were measured: the parameters, and by which files, of each as much as is known."""
+    found: dict[str, Any] = {}
+    for row in group:
+        known = {key: value for key, value in row.settings().items() if key.startswith(OF_EVALUATION)}
+        found = known | row.inputs() | found
+    return found
 
 
 def differences(groups: list[list[Row]]) -> list[str]:
-    """The parameters of evaluation in which the groups differ."""
-    every = [evaluation(group[0]) for group in groups]
-    return [key for key in every[0] if len({repr(one[key]) for one in every}) > 1] if every else []
+    """The parameters and files of evaluation in which the groups differ."""
+    every = [evaluation(group) for group in groups]
+    keys = dict.fromkeys(key for one in every for key in one)
+    return [key for key in keys if len({repr(one[key]) for one in every if key in one}) > 1]
 
 
 def _short(model: str) -> str:

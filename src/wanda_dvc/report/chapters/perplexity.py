@@ -1,10 +1,13 @@
 """The chapter on perplexity: a table of the methods, and two pictures against sparsity."""
 
+import itertools
+
 from wanda_dvc.report import charts
 from wanda_dvc.report.charts import Point
 from wanda_dvc.report.formatting import DASH, number, title
 from wanda_dvc.report.measures import DIVERGED, pruned
 from wanda_dvc.report.pages import Content, Table, literal, picture
+from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section
 
 
@@ -44,12 +47,17 @@ def _table(section: Section) -> Table:
     baseline, *improved = section.methods
     rows = []
     for place in sorted({section.place(row) for row in section.rows}):
-        here = {row.params.method: row for row in section.rows if section.place(row) == place}
-        values: dict[str, float | str | None] = {method: pruned(row).perplexity for method, row in here.items()}
-        cells = [literal(place[1]), number(section.dense_perplexity)]
-        cells += [number(values.get(method)) for method in section.methods]
-        cells += [_improvement(baseline, values.get(baseline), values.get(method)) for method in improved]
-        rows.append(cells)
+        here: dict[str, list[Row]] = {}
+        for row in section.rows:
+            if section.place(row) == place:
+                here.setdefault(row.params.method, []).append(row)
+        for chosen in itertools.product(*here.values()):  # a line for each of several with the same parameters
+            values = {row.params.method: pruned(row).perplexity for row in chosen}
+            names = [f" [{row.name}]" for row in chosen if len(here[row.params.method]) > 1]
+            cells = [literal(place[1] + "".join(names)), number(section.dense_perplexity)]
+            cells += [number(values.get(method)) for method in section.methods]
+            cells += [_improvement(baseline, values.get(baseline), values.get(method)) for method in improved]
+            rows.append(cells)
     headers = ["sparsity", "dense", *(literal(title(method)) for method in section.methods)]
     headers += [literal(f"{title(method)}'s improvement") for method in improved]
     return Table(_caption(baseline, improved), headers, rows)
