@@ -31,6 +31,7 @@ from wanda_dvc.report.pages import Content, Picture, Table, as_html, as_markdown
 from wanda_dvc.report.published import sources
 from wanda_dvc.report.rows import Collected, Note, Row, Unfinished, identity, peak_memory
 from wanda_dvc.report.runs import runs
+from wanda_dvc.report.section import differences, grouped
 from wanda_dvc.stages import PARTS, STAGES
 from wanda_dvc.study.files import write_csv, write_json
 from wanda_dvc.study.presets import read_preset
@@ -91,6 +92,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         covered["ratio"] += both.low <= math.exp(0.1) <= both.high
         tasks = [list(random.choice([-1.0, 0.0, 1.0], size, p=[0.2, 0.5, 0.3])) for size in (30, 60)]
         mean = inference.mean_of_tasks(tasks)
+        assert mean
         covered["tasks"] += mean.low <= 0.1 <= mean.high
     assert all(0.91 <= count / 400 <= 0.985 for count in covered.values()), covered
 
@@ -121,7 +123,15 @@ def test_a_shorter_window_counts_by_its_predictions():
 def test_nothing_is_said_of_what_is_not_finite_or_alone():
     assert inference.perplexity([1.0, math.nan], [3, 3]) is None
     assert inference.perplexity([1.0], [3]) is None
-    assert inference.mean_of_tasks([[0.0] * 9, [0.0] * 9]).p == 1
+    same = inference.mean_of_tasks([[0.0] * 9, [0.0] * 9])
+    assert same
+    assert same.p == 1
+
+
+@pytest.mark.parametrize("tasks", [[[-1.0]], [[-1.0, -1.0]], [[1.0, 0.0, 1.0], [1.0]], [[1.0] * 3, [0.0] * 3]])
+def test_what_does_not_vary_is_no_evidence(tasks: list[list[float]]):
+    """A t interval of no width would say that one item is beyond noise."""
+    assert inference.mean_of_tasks(tasks) is None
 
 
 def test_holm_rejects_step_by_step():
@@ -150,6 +160,7 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
     assert matches(method="magnitude", calibration__samples=1, propagation="dense") == {5.114, 11.832}
     assert matches(calibration__samples=1) == {5.114}
     assert matches(propagation="dense") == {5.114}
+    assert matches(reconstruction="block") == matches(allocation="owl") == {5.114}  # of plain Wanda alone
     assert matches(perplexity__length=2048) == {5.47}  # a source that says nothing of the rest
     assert matches(perplexity__length=1024) == set()
     assert matches(model="/data/Llama-2-7b-hf") == {5.114, 6.415}
@@ -286,10 +297,33 @@ def test_what_read_other_windows_or_items_is_not_compared(tmp_path: Path):
     (tmp_path / "other").mkdir()
     other = {"text": "another", "task": "another"}
     text = said_of(tmp_path / "other", (("wanda", 0.5, 2.5, 20), {}), (("magnitude", 0.5, 3.5, 4), other))
-    for pair in ("Wanda 50 % against magnitude 50 %", "magnitude 50 % against dense"):
-        assert f"- {pair}: perplexities could not be compared window by window.\n" in text
-        assert f"| {pair} | – |" in text
+    assert "measured in 2 ways, which differ in `data/perplexity`, `data/tasks/piqa`" in text
+    assert "against magnitude" not in text
     assert "- Wanda 50 % against dense: 1.649 × the perplexity" in text
+    assert "- magnitude 50 % against dense: 4.482 × the perplexity" in text
+
+
+def test_a_row_is_compared_with_its_own_dense_model(tmp_path: Path):
+    """A directory whose weights were replaced between two runs; of a third row the model is not known."""
+    rows = []
+    for number, (loss, sha) in enumerate([(2.5, "a" * 64), (2.6, "b" * 64), (2.7, None)]):
+        root = tmp_path / str(number)
+        root.mkdir()
+        write_results(root, "wanda", round(0.4 + 0.1 * number, 1), loss, 20)
+        if sha:
+            write_json(root / "models/dense/provenance.json", {"sha256": sha})
+        rows.append(row_of(Project(root), name=f"e{number}"))
+    groups = grouped(rows)
+    assert [[row.name for row in group] for group in groups] == [["e0", "e2"], ["e1"]]
+    assert differences(groups) == ["models/dense"]
+
+
+def test_each_of_two_rows_with_the_same_parameters_has_a_line(tmp_path: Path):
+    text = said_of(
+        tmp_path, (("wanda", 0.5, 2.5, 20), {}), (("wanda", 0.5, 3.0, 20), {}), (("magnitude", 0.5, 3.5, 4), {})
+    )
+    assert "| 50 % [e0] | 7.39 | 33.12 | 12.18 |" in text
+    assert "| 50 % [e1] | 7.39 | 33.12 | 20.09 |" in text
 
 
 def test_intervals_in_the_report_are_those_of_the_windows(tmp_path: Path):
@@ -313,6 +347,7 @@ def test_p_values_are_adjusted_before_they_are_judged(tmp_path: Path):
     p = stats.ttest_1samp([-1.0] + [0.0] * 39, 0).pvalue
     assert f"| < 0.001 | −2.5 | −7.6 to +2.6 | {2 * p:.3f}, within noise |" in text
     assert "3 tests were made" in text
+    assert "0.15 of 3 on average would fall below 0.05" in text
 
 
 def test_rows_are_called_by_what_they_differ_in(tmp_path: Path):
@@ -343,9 +378,12 @@ def test_rows_are_one_if_parameters_and_numbers_are_the_same(tmp_path: Path):
 def test_an_interval_of_accuracies_stays_within_0_and_100(tmp_path: Path):
     """Where the t interval of 39 of 40 ends at 102.6 %, it is cut off."""
     answers = [[True] * 39 + [False], [False] * 39 + [True]]
-    assert inference.mean_of_tasks([[float(x) for x in answers[0]]]).high > 1
-    assert inference.mean_accuracy(answers[:1]).high == 1
-    assert inference.mean_accuracy(answers[1:]).low == 0
+    plain = inference.mean_of_tasks([[float(x) for x in answers[0]]])
+    most, least = inference.mean_accuracy(answers[:1]), inference.mean_accuracy(answers[1:])
+    assert plain
+    assert most
+    assert least
+    assert (plain.high > 1, most.high, least.low) == (True, 1, 0)
     assert inference.mean_accuracy(answers) == inference.mean_of_tasks(answers)
     best, worst = [[True, True, False]], [[False, False, False]]
     difference = paired_mean([(best[0], worst[0])])

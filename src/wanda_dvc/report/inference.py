@@ -68,25 +68,29 @@ def mcnemar(right: Sequence[bool], others: Sequence[bool]) -> Disagreement:
     return Disagreement(first, second, float(p))
 
 
-def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> Estimate:
+def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> Estimate | None:
     """The mean over tasks of each task's mean over items, tasks counting equally; the test is of its being 0.
 
     One task: a list of 0 and 1, or, for two models, of the differences −1, 0, 1 item by item. The variance is the sum
     of the tasks' own, the t distribution's degrees of freedom Welch's and Satterthwaite's. The tasks are those asked,
-    not a sample of tasks.
+    not a sample of tasks. None where a task has fewer than two items, or where all values of each task are the same and
+    the mean is not 0: there is nothing by which to judge it.
     """
+    if any(len(task) < 2 for task in tasks):
+        return None
     value = float(np.mean([np.mean(task) for task in tasks]))
-    parts = [float(np.var(task, ddof=1)) / len(task) / len(tasks) ** 2 for task in tasks if len(task) > 1]
+    parts = [float(np.var(task, ddof=1)) / len(task) / len(tasks) ** 2 for task in tasks]
     if not (variance := float(sum(parts))):
-        return Estimate(value, value, value, 1.0 if value == 0 else 0.0)
-    sizes = [len(task) for task in tasks if len(task) > 1]
+        return Estimate(value, value, value, 1.0) if value == 0 else None
+    sizes = [len(task) for task in tasks]
     freedom: float = variance**2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
     return _student(value, math.sqrt(variance), freedom)
 
 
-def mean_accuracy(tasks: Sequence[Sequence[bool]]) -> Estimate:
+def mean_accuracy(tasks: Sequence[Sequence[bool]]) -> Estimate | None:
     """The mean over tasks of the fraction answered correctly, with `mean_of_tasks`' interval cut off at 0 and 1."""
-    return mean_of_tasks([[float(right) for right in task] for task in tasks]).within(0, 1)
+    found = mean_of_tasks([[float(right) for right in task] for task in tasks])
+    return found and found.within(0, 1)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -101,4 +101,5 @@ def paired_mean(tasks: Sequence[tuple[list[bool], list[bool]]]) -> Estimate | No
     if not tasks or not all(mine for mine, _ in tasks):
         return None
     differences = [[float(a) - float(b) for a, b in zip(*answers, strict=True)] for answers in tasks]
-    return inference.mean_of_tasks(differences).within(-1, 1)
+    found = inference.mean_of_tasks(differences)
+    return found and found.within(-1, 1)

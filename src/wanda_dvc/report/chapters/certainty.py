@@ -35,7 +35,7 @@ def content(section: Section) -> Content:
         ),
         Text(
             f"{tests} tests were made in this section. All p-values are adjusted for that number (Holm); unadjusted, "
-            f"about {max(1, round(ALPHA * tests))} of {tests} would fall below 0.05 if nothing differed at all. "
+            f"{ALPHA * tests:.2g} of {tests} on average would fall below 0.05 if nothing differed at all. "
             "Intervals are not adjusted. Windows of one text are treated as independent, which they are not quite: the "
             "intervals of single perplexities are somewhat too narrow. A test speaks of these items and this text, "
             "with one calibration; another seed is another experiment."
