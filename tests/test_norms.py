@@ -13,6 +13,7 @@ from wanda_dvc.cli import app
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.report import charts
+from wanda_dvc.report.norms import input_norms
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import FORMAT, read_provenance
 from wanda_dvc.study.tensors import read_stats, seal, write_stats
@@ -108,6 +109,26 @@ def test_recurring_features_are_outliers_in_more_than_one_block(study: Project):
     assert "0–2" in table
 
 
+def test_several_experts_of_a_block_are_one_block_and_each_has_its_median(study: Project):
+    """One block of three experts; the middle of their medians is drawn, and the last one is small."""
+    norms = [flat(f3=50), flat(f3=50), flat() / 20]
+    inputs = {
+        f"layers.0.experts.{number}.w1": InputStats(norm.double() ** 2, torch.zeros(20, dtype=torch.float64), 4)
+        for number, norm in enumerate(norms)
+    }
+    made = read_provenance(study.stats, "calibrate")
+    (study.stats / "block_002.safetensors").unlink()
+    for block in range(2):
+        own = {name.replace("layers.0", f"layers.{block}"): x for name, x in inputs.items()}
+        write_stats(study.stats, block, BlockStats(own, {name: [name] for name in own}, []))
+    seal(study.stats, made)
+    assert json.loads(stats("--recurring", "--json")) == [
+        {"input": "w1", "feature": 3, "blocks": [0, 1], "largest_ratio": 25.0}
+    ]
+    (one,) = input_norms(study.stats)
+    assert (one.blocks, one.median, one.total) == ([0, 1], [2, 2], 120)
+
+
 def test_nothing_recurs_where_all_is_flat(study: Project):
     write(study.stats, [[flat(), flat()]] * 3)
     assert stats("--recurring") == "No feature is an outlier in more than one block.\n"
@@ -144,6 +165,15 @@ def test_a_comparison_says_what_changed_and_where(study: Project, tmp_path: Path
     assert (one["outliers_gained"], one["outliers_lost"]) == ([3, 7], [5])
     here = torch.stack([flat(f3=20, f7=13), there[1][0]]).double()
     assert one["correlation"] == pytest.approx(torch.corrcoef(here)[0, 1].item())
+
+
+def test_a_feature_that_is_0_there_is_named_and_has_no_change(study: Project, tmp_path: Path):
+    write(tmp_path / "other", [[flat(f5=0), flat()]] * 3)
+    write(study.stats, [[flat(f5=8, f6=3), flat()]] * 3)
+    first = json.loads(stats("--compare", "other", "--json"))["inputs"][0]
+    assert first["excited_here_alone"] == [5]
+    assert (first["largest_change"], first["at_feature"]) == (pytest.approx(0.5), 6)
+    assert first["mean_change"] == pytest.approx(0.5 / 19)
 
 
 def test_what_no_token_reached_is_compared_with_nothing(study: Project, tmp_path: Path):

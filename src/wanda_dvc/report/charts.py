@@ -345,15 +345,16 @@ def times(bars: dict[str, dict[str, float]], stages: list[str]) -> "Figure":
 
 
 class InputNorms(NamedTuple):
-    """One distinct input over all blocks: quantiles of its norms, and its outliers."""
+    """Distinct inputs of one label over all blocks: quantiles of norms, of experts the middle one, and outliers."""
 
     label: str
     blocks: list[int]
     low: list[float]  # the 5th percentile
     median: list[float]
     high: list[float]  # the 95th
-    outliers: list[tuple[int, int, float]]  # block, feature, norm
-    features: int
+    outliers: list[tuple[int, int, float, float]]  # block, feature, norm, and norm over the input's own median
+    features: int  # of the widest
+    total: int  # features of all of them
 
 
 def norms(inputs: list[InputNorms]) -> "Figure":
@@ -368,12 +369,12 @@ def norms(inputs: list[InputNorms]) -> "Figure":
         above.fill_between(one.blocks, one.low, one.high, color=color, alpha=0.3, linewidth=0, label="5 to 95 %")
         above.plot(one.blocks, one.median, color=color, linewidth=1.3, label="median of the features")
         words = {"color": hot, "marker": "^", "linestyle": "none", "markersize": 3.5}
-        above.plot([b for b, *_ in one.outliers], [n for *_, n in one.outliers], label="outlier", **words)
-        values = [value for value in [*one.low, *one.high, *(norm for *_, norm in one.outliers)] if value > 0]
+        above.plot([b for b, *_ in one.outliers], [n for _, _, n, _ in one.outliers], label="outlier", **words)
+        values = [value for value in [*one.low, *one.high, *(norm for _, _, norm, _ in one.outliers)] if value > 0]
         if values:
             above.set_ylim(min(values) / 1.4, max(values) * 1.4)
             _plain_log(above)
-        below.plot([f for _, f, _ in one.outliers], [b for b, *_ in one.outliers], **words)
+        below.plot([f for _, f, *_ in one.outliers], [b for b, *_ in one.outliers], **words)
         below.set_xlim(-0.02 * one.features, 1.02 * one.features)
         below.set_ylim(max(one.blocks) + 0.8, min(one.blocks) - 0.8)
         if not one.outliers:

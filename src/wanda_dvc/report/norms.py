@@ -7,18 +7,25 @@ from wanda_dvc.study.tensors import block_count, read_stats
 
 
 def input_norms(folder: Path) -> list[InputNorms]:
-    """Return the norms of a set of statistics, by distinct input, over the blocks."""
+    """Return the norms of a set of statistics, by distinct inputs of one label, over the blocks."""
+    import torch
+
     from wanda_dvc.pruning.statistics import outliers
 
     found: dict[str, InputNorms] = {}
     for block in range(block_count(folder, "calibrate")):
         stats = read_stats(folder, block)
+        by_label: dict[str, list[torch.Tensor]] = {}
         for name, x in stats.inputs.items():
-            norm = x.norm
-            one = found.setdefault(stats.label(name), InputNorms(stats.label(name), [], [], [], [], [], len(norm)))
+            by_label.setdefault(stats.label(name), []).append(x.norm)
+        for label, norms in by_label.items():
+            one = found.setdefault(label, InputNorms(label, [], [], [], [], [], 0, 0))
             one.blocks.append(block)
             for values, share in ((one.low, 0.05), (one.median, 0.5), (one.high, 0.95)):
-                values.append(norm.quantile(share).item())
-            above = outliers(norm).nonzero().flatten().tolist()
-            one.outliers.extend((block, feature, norm[feature].item()) for feature in above)
+                values.append(torch.stack([norm.quantile(share) for norm in norms]).quantile(0.5).item())
+            for norm in norms:
+                above, median = outliers(norm).nonzero().flatten().tolist(), norm.quantile(0.5)
+                one.outliers.extend((block, at, norm[at].item(), (norm[at] / median).item()) for at in above)
+            widest = max(one.features, *map(len, norms))
+            found[label] = one._replace(features=widest, total=one.total + sum(map(len, norms)))
     return list(found.values())

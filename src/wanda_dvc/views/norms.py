@@ -58,12 +58,12 @@ def recurring(*, folder: Path, as_json: bool) -> str:
     records: list[Json] = []
     for one in input_norms(folder):
         by_feature: dict[int, list[tuple[int, float]]] = defaultdict(list)
-        medians = dict(zip(one.blocks, one.median, strict=True))
-        for block, feature, norm in one.outliers:
-            by_feature[feature].append((block, norm / medians[block]))
+        for block, feature, _, ratio in one.outliers:
+            by_feature[feature].append((block, ratio))
         for feature, places in by_feature.items():
-            if len(places) > 1:
-                blocks, largest = [block for block, _ in places], max(ratio for _, ratio in places)
+            blocks = sorted({block for block, _ in places})  # several experts of one may have it
+            if len(blocks) > 1:
+                largest = max(ratio for _, ratio in places)
                 records.append({"input": one.label, "feature": feature, "blocks": blocks, "largest_ratio": largest})
     records.sort(key=lambda record: (-len(record["blocks"]), record["input"], record["feature"]))
     if as_json:
@@ -123,7 +123,9 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
                 )
             # Root mean squares, because the number of tokens may differ.
             a, b = (one.sum_squares.div(one.count).sqrt().float() for one in (x, other.inputs[key]))
-            change = ((a - b).abs() / b.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num(0, 0, 0)
+            # Where the other is 0, or one was never read, there is no relative change.
+            excited = a.isfinite() & b.isfinite() & (b > 0)
+            change = torch.where(excited, (a - b).abs() / b.where(excited, 1), 0)
             correlation = torch.corrcoef(torch.stack([a, b]))[0, 1].item() if len(a) > 1 else math.nan
             gained, lost = outliers(a) & ~outliers(b), outliers(b) & ~outliers(a)
             records.append(
@@ -133,7 +135,8 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
                     "correlation": correlation if math.isfinite(correlation) else None,  # None: constant, or never read
                     "largest_change": change.max().item(),
                     "at_feature": int(change.argmax()),
-                    "mean_change": change.mean().item(),
+                    "mean_change": (change.sum() / excited.sum().clamp(min=1)).item(),
+                    "excited_here_alone": (~excited & (a > 0)).nonzero().flatten().tolist(),
                     "outliers_gained": gained.nonzero().flatten().tolist(),
                     "outliers_lost": lost.nonzero().flatten().tolist(),
                 }
@@ -149,10 +152,20 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
             f"{100 * r['largest_change']:.1f} % (feature {r['at_feature']})",
             _numbers(r["outliers_gained"]),
             _numbers(r["outliers_lost"]),
+            _numbers(r["excited_here_alone"]),
         ]
         for r in records
     ]
-    headers = ["block", "input of", "correlation", "mean change", "largest change", "outliers gained", "lost"]
+    headers = [
+        "block",
+        "input of",
+        "correlation",
+        "mean change",
+        "largest change",
+        "outliers gained",
+        "lost",
+        "0 there",
+    ]
     title = (
         f"stats/ ({_described(here)}) against {name} ({_described(there)}): the root mean square of each input "
         "feature, changes relative to the latter."

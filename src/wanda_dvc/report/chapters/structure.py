@@ -36,7 +36,7 @@ def content(section: Section) -> Content:
     for count, row in enumerate(by_stats.values()):
         inputs = input_norms(row.study.stats)
         found = sum(len(one.outliers) for one in inputs)
-        total = sum(one.features * len(one.blocks) for one in inputs)
+        total = sum(one.total for one in inputs)
         named = f" of {literal(section.series(row))}" if len(by_stats) > 1 else ""
         parts.append(
             picture(
