@@ -125,6 +125,17 @@ def test_numbers_of_another_model_are_not_on_the_card(pruned: Project):
     assert "99.75" in pruned.metrics("pruned", "perplexity").read_text()
 
 
+def test_the_cards_sparsity_and_layer_error_are_the_exported_models(pruned: Project):
+    """Other masks were made by hand since `apply` wrote what it measured."""
+    write_json(pruned.metrics("pruned", "sparsity"), {"sparsity": 0.99})
+    errors = {"protocol": {"model": "another"}, "linears": {"x": {"error": 0.1111, "masked": 0.1111}}}
+    write_json(pruned.details("pruned", "layer_error"), errors)
+    card = exported(pruned)
+    assert "0.99" not in card.text
+    assert "0.1111" not in card.text
+    assert "0.99" in pruned.metrics("pruned", "sparsity").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "license"),
     [
@@ -132,11 +143,12 @@ def test_numbers_of_another_model_are_not_on_the_card(pruned: Project):
         ("LICENSE.txt", "LLAMA 2 COMMUNITY\nLICENSE AGREEMENT", "llama2"),
         ("LICENSE", "Apache License\n Version 2.0", "apache-2.0"),
         ("LICENSE", "Whoever uses this owes me a beer.", "other"),
+        ("README.md", "---\nlicense: [a\n---\nA card that is none.\n", None),
     ],
 )
-def test_the_dense_models_licence_goes_with_it(pruned: Project, name: str, content: str, license: str):
+def test_the_dense_models_licence_goes_with_it(pruned: Project, name: str, content: str, license: str | None):
     (pruned.model("dense") / name).write_text(content, encoding="utf-8")
-    assert exported(pruned).data.to_dict()["license"] == license
+    assert exported(pruned).data.to_dict().get("license") == license
 
 
 def test_a_model_of_the_hub_is_named_as_the_base(pruned: Project):
@@ -153,6 +165,9 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_
         with pytest.raises(UserError, match="already there, expected a new or an empty directory; name another"):
             export(project=pruned, experiment=None, target=path if path == file else full)
         assert path.read_text() == "mine"
+    (tmp_path / "beside.earlier").write_text("mine")
+    with pytest.raises(UserError, match="beside.earlier: already there, expected nothing"):
+        export(project=pruned, experiment=None, target=tmp_path / "beside")
     (tmp_path / "empty").mkdir()
     export(project=pruned, experiment=None, target=tmp_path / "empty")
     assert (tmp_path / "empty/config.json").is_file()

@@ -13,8 +13,8 @@ from wanda_dvc.export.card import card
 from wanda_dvc.export.formats import DEFAULT, FORMATS
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.apply import describe_pruned
-from wanda_dvc.study.files import load_json
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.files import load_json, write_json
+from wanda_dvc.study.project import Project, places_beside
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.ran import LOCK, Ran
 from wanda_dvc.study.revisions import Revision
@@ -52,6 +52,8 @@ def export(
         study = study.with_params(ran.params)
         written = stored.write(study, work.out, work.path / "dense", zipped)
         _drop_metrics_of_others(study)
+        study.metrics("pruned", "sparsity").unlink(missing_ok=True)
+        write_json(study.metrics("pruned", "sparsity"), {"sparsity": round(written.sparsity, 6)})
         (work.out / "README.md").write_text(card(study, written, stored.loading, ran.torn), encoding="utf-8")
         work.publish(target)
     said = f"{target}: the pruned model of {experiment or 'the workspace'}; its card is README.md"
@@ -76,12 +78,12 @@ def experiment_and_directory(project: Project, words: list[str]) -> tuple[str | 
 def _check_target(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: already there, expected a new or an empty directory; name another")
-    beside = target.with_name(target.name + ".part")
-    if beside.exists():
-        raise UserError(
-            f"{beside}: already there, expected nothing, because {target.name} is written under that name first; "
-            "remove it, or name another directory"
-        )
+    for beside in places_beside(target):
+        if beside.exists():
+            raise UserError(
+                f"{beside}: already there, expected nothing, because {target.name} is written under that name first; "
+                "remove it, or name another directory"
+            )
 
 
 def _check_whole(ran: Ran, what: str) -> None:
@@ -155,7 +157,8 @@ def _drop_metrics_of_others(study: Project) -> None:
     made_from = describe_pruned(study, study.params.reconstruction)
     dense = read_provenance(study.model("dense"), "download model")
     for model, whose in zip(MODELS, (digest(dense), digest(made_from)), strict=True):
-        for path in (study.root / "metrics" / model).rglob("*.json"):
-            details = load_json(study.root / "metrics/details" / path.relative_to(study.root / "metrics"))
-            if details.get("protocol", {}).get("model", whose) != whose:
+        details = study.root / "metrics/details"
+        for path in (details / model).rglob("*.json"):
+            if load_json(path).get("protocol", {}).get("model", whose) != whose:
+                (study.root / "metrics" / path.relative_to(details)).unlink(missing_ok=True)
                 path.unlink()

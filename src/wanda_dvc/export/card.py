@@ -1,5 +1,6 @@
 """The model card of an exported model, as the Hub reads it."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def card(study: Project, written: Written, loading: str, torn: Sequence[str] = (
     masks = read_provenance(study.masks, "mask")
     dense = read_provenance(study.model("dense"), "download model")
     params = masks["params"]
-    name, described = _license(study.model("dense"), dense)
+    name, described = _license(study.model("dense"))
     on_hub = HUB_ID.fullmatch(dense["source"]) is not None
     metadata = ModelCardData(
         base_model=dense["source"].partition("@")[0] if on_hub else None,
@@ -179,7 +180,7 @@ def _notes(study: Project, torn: Sequence[str]) -> Iterator[str]:
         yield "–: not measured on this model."
 
 
-def _license(folder: Path, dense: Json) -> tuple[str | None, str]:
+def _license(folder: Path) -> tuple[str | None, str]:
     """The dense model's licence: its name on the Hub, and a sentence."""
     from huggingface_hub import ModelCard
 
@@ -187,7 +188,9 @@ def _license(folder: Path, dense: Json) -> tuple[str | None, str]:
     beside = f"; the full text is in {', '.join(code(file.name) for file in files)}" if files else ""
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    name = dense.get("license") or (ModelCard(text).data.get("license") if text.startswith("---") else None)
+    name = None
+    with contextlib.suppress(Exception):  # of front matter that is no card's; it raises what its readers do
+        name = ModelCard(text, ignore_metadata_errors=True).data.get("license") if text.startswith("---") else None
     if name:
         return name, f"{code(name)}, according to its own card{beside}."
     for file in files:

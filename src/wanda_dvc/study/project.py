@@ -282,8 +282,7 @@ class Work:
         """Return all that a run left behind, also beside the artifact's place: folders, and the lock's file."""
         places = [folder for path in (self.path, self._published) for folder in (path, _gone(path))]
         if target := self._target():
-            beside = [_beside(target), _copy(_beside(target)), _earlier(target)]
-            places += [folder for path in beside for folder in (path, _gone(path))]
+            places += places_beside(target)
         return [place for place in (*places, self.awaited, self.lock) if place.exists()]
 
     def discard(self) -> None:
@@ -317,6 +316,12 @@ def _gone(folder: Path) -> Path:
 def _beside(target: Path) -> Path:
     """Where a finished artifact waits beside its place."""
     return target.with_name(target.name + ".part")
+
+
+def places_beside(target: Path) -> list[Path]:
+    """Return all that a publication of an artifact may write or remove beside it."""
+    places = [_beside(target), _earlier(target), _copy(_beside(target))]
+    return [path for place in places for path in (place, _gone(place))]
 
 
 def _copy(target: Path) -> Path:
