@@ -53,6 +53,16 @@ def test_a_small_models_parameters_are_not_nothing(tmp_path: Path):
     assert "134.52 M parameters" in cost.cost(start=tmp_path, config=CONFIGS / "smollm2-135m.json")
 
 
+def test_an_experiment_adds_weights_where_they_do_not_follow_from_its_masks(tmp_path: Path):
+    trained = {"method": "admm", "reconstruction": "block", "propagation": "corrected"}
+    for changes, added in (
+        ({}, "0.81 GB to the cache (its masks)"),
+        (trained, "14.29 GB to the cache (its masks and weights)"),
+    ):
+        write_params(tmp_path, CONFIGS, **changes)
+        assert f"One more experiment adds {added} and" in cost.cost(start=tmp_path, config=CONFIGS / "llama-2-7b.json")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_device_has_an_estimate(tmp_path: Path, device: str):
     write_params(tmp_path, CONFIGS)

@@ -39,6 +39,15 @@ def test_a_whole_study_is_well(study: Path):
     assert sorted(study.iterdir()) == before
 
 
+def test_a_device_of_workers_is_not_asked_of_this_machine(study: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("wanda_dvc.views.doctor._workers", lambda _: [])  # no cluster is asked
+    write_params(study, study, runtime__device="cuda")
+    assert "✗" in row(doctor(start=study)[0], "runtime.device")
+    write_params(study, study, runtime__device="cuda", runtime__workers="head.invalid:6379")
+    assert "runtime.device" not in doctor(start=study)[0]
+
+
 @pytest.mark.parametrize(
     ("what", "harm", "todo"),
     [

@@ -456,6 +456,11 @@ def _choosing(  # noqa: PLR0913, PLR0917 - sizes
     return either(chosen, writing(linear=linear, widest=widest)) if rates else chosen
 
 
+def kept_bytes(params: Params, model: Sizes, linears: int) -> float:
+    """Return what an experiment adds to the cache: a bit for each weight of the linears, and weights/."""
+    return linears / 8 + _weights_bytes(params, model)
+
+
 def _weights_bytes(params: Params, model: Sizes) -> int:
     """Bytes of weights/."""
     written = propagates(params) and RECONSTRUCTIONS[params.reconstruction].function is not None

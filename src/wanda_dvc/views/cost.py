@@ -61,6 +61,10 @@ def cost(  # noqa: PLR0913 - the options of the command
         ]
         for name, row in costs.items()
     ]
+    from wanda_dvc.stages.mask import kept_bytes
+
+    kept = kept_bytes(params, model, through.all_linears)
+    added = "its masks" if kept == through.all_linears / 8 else "its masks and weights"
     headers = ["stage", "TFLOP", "read, GB", "hidden states, GB", "memory, GB", "disk, GB", "time"]
     rate = f"{card.flops[params.dtype] / 1e12:.3g} TFLOP/s"
     how = "published" if card.link else "measured now"
@@ -79,7 +83,7 @@ def cost(  # noqa: PLR0913 - the options of the command
             "",
             tabulate(rows, headers, tablefmt="github", disable_numparse=True),
             "",
-            f"One more experiment adds {_gb(through.all_linears / 8)} GB to the cache (its masks) and takes "
+            f"One more experiment adds {_gb(kept)} GB to the cache ({added}) and takes "
             f"{_duration(sum(seconds[1:]))}; the first one {_duration(sum(seconds))} and its dense baselines "
             f"{_duration(sum(baselines))} more.",
         ]

@@ -112,9 +112,9 @@ def _machine(project: Project) -> Iterator[Check]:
         yield Check("mps", True, "there; it shares the machine's memory")
     known = {"auto", "cpu", *gpus, *mps, *(["cuda"] if gpus else [])}
     there = ", ".join(sorted(known))
-    yield Check(
-        "runtime.device", device in known, device, f"got {device}, expected one of {there}; change it in params.yaml"
-    )
+    if project.params.runtime.workers is None:  # else it is theirs
+        todo = f"got {device}, expected one of {there}; change it in params.yaml"
+        yield Check("runtime.device", device in known, device, todo)
     free = disk(project)
     yield Check("disk", free > 1e9, f"{free / 1e9:.1f} GB free", "free some; `dvc gc --workspace` drops old cache")
 
