@@ -1,5 +1,6 @@
 """A new study: its files are this repository's own, and it is whole from the first command."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ from ruamel.yaml import YAML
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
+from wanda_dvc.study import scaffold
 from wanda_dvc.study.presets import names, read_preset
 from wanda_dvc.study.scaffold import FILES, init
 from wanda_dvc.study.settings import flatten
@@ -179,6 +181,29 @@ def test_a_directory_that_git_ignores_is_refused_and_left_as_it_was(tmp_path: Pa
     with pytest.raises(UserError, match="DVC cannot make a repository here: .* is ignored"):
         init(folder=tmp_path / "build")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".git", ".gitignore"]
+
+
+@pytest.mark.parametrize("place", [".", "studies/one"])
+def test_a_repository_that_git_refuses_is_refused_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str):
+    git(tmp_path, "init", "--quiet")
+    before = contents(tmp_path)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # of git's own tests
+    for name in ("GLOBAL", "SYSTEM"):  # which may trust every directory
+        monkeypatch.setenv(f"GIT_CONFIG_{name}", os.devnull)
+    with pytest.raises(UserError, match=r"git refuses the repository here \(fatal: detected dubious ownership .*safe"):
+        init(folder=tmp_path / place)
+    assert contents(tmp_path) == before
+
+
+def test_a_failure_keeps_the_users_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    git(tmp_path, "init", "--quiet")
+    before = contents(tmp_path)
+    for around in (tmp_path, None):  # whatever git says of it
+        monkeypatch.setattr(scaffold, "_repository_around", lambda _, root=around: root)
+        monkeypatch.setattr(scaffold, "_init_dvc", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            init(folder=tmp_path)
+        assert contents(tmp_path) == before
 
 
 def test_without_an_author_the_first_commit_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -48,14 +48,14 @@ def init(
     """Make a study in a new or empty directory, and say what to run next. Nothing is fetched.
 
     In a directory of a git repository the study is a part of that one. UserError where the directory holds anything but
-    `.git`, where a setting is wrong, or without git.
+    `.git`, where a setting is wrong, without git, or where git refuses the repository.
     """
     folder = folder.absolute()
     _check_empty(folder)
     settings = read_preset(preset).settings | _named(model, calibration, mirror)
     params, _ = with_settings(PARAMS.read_text(encoding="utf-8"), settings)
     around = _repository_around(folder)
-    there = folder.is_dir()
+    there, had_git = folder.is_dir(), (folder / ".git").exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if around is None:
@@ -66,7 +66,7 @@ def init(
         _git(folder, "add", "--all", ".")
         committed = around is None and _commit(folder)
     except BaseException:
-        _undo(folder, there, around is None)
+        _undo(folder, there, had_git)
         raise
     return _said(folder, str(settings["model"]), around, committed)
 
@@ -106,14 +106,29 @@ def _absolute(source: str) -> str:
 
 
 def _repository_around(folder: Path) -> Path | None:
-    """Return the root of the git repository that a directory is, or will be, in. UserError without git."""
+    """Return the root of the git repository that a directory is, or will be, in; None where there is none.
+
+    UserError without git, or where git refuses the repository, such as another user's.
+    """
     start = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     if shutil.which("git") is None:
         raise UserError("git: not found, expected it on PATH: DVC keeps experiments in git; install it")
     done = subprocess.run(
-        ["git", "rev-parse", "--show-toplevel"], cwd=start, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--show-toplevel"],
+        cwd=start,
+        env=os.environ | {"LC_ALL": "C"},  # its answer is read
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    return Path(done.stdout.strip()).resolve() if done.returncode == 0 else None
+    if done.returncode == 0:
+        return Path(done.stdout.strip()).resolve()
+    if (folder / ".git").exists() or "not a git repository" not in done.stderr:
+        raise UserError(
+            f"{folder}: git refuses the repository here ({' '.join(done.stderr.split())}), expected one that it opens; "
+            "do what git says, or name another directory"
+        )
+    return None
 
 
 @contextlib.contextmanager
@@ -154,10 +169,10 @@ def _git(folder: Path, *words: str) -> None:
         raise UserError(f"{folder}: `git {' '.join(words)}` failed: {' '.join(done.stderr.split())}")
 
 
-def _undo(folder: Path, there: bool, own_git: bool) -> None:
-    """Remove what was written. The directory was new, or empty but for `.git`."""
+def _undo(folder: Path, there: bool, had_git: bool) -> None:
+    """Remove what was written. The directory was new, or empty but for `.git`, which is then the user's."""
     for path in folder.iterdir():
-        if path.name != ".git" or own_git:
+        if path.name != ".git" or not had_git:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not there:
         folder.rmdir()
