@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, save_tiny_model, write_params
+from dvc.repo import Repo
 from repository import Repository as Study
 from repository import ran
 
@@ -123,7 +124,13 @@ def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
         write_params(root, "org/name@main")
     (study / "models/dense").mkdir(parents=True)
     (study / "models/dense/config.json").write_text("{}")
-    made = {"cmd": "wanda-dvc download model --version 1", "params": {"params.yaml": {"model": "org/name@main"}}}
+    with Repo.init(str(study), no_scm=True) as repo:
+        (out,) = repo.stage.load_one(str(study / PIPELINE), "download@model").outs
+        made = {
+            "cmd": "wanda-dvc download model --version 1",
+            "params": {"params.yaml": {"model": "org/name@main"}},
+            "outs": [{"path": "models/dense", "hash": "md5", "md5": out.get_hash().value}],
+        }
     (study / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"download@model": made}}))
     monkeypatch.setenv("DVC_ROOT", str(study))
     return Project(checkout)
@@ -143,8 +150,10 @@ def test_a_queued_experiment_takes_what_is_not_cached_from_its_study(queued: Pro
         lambda checkout, study: with_outs(checkout, ""),
         lambda checkout, study: (study / "dvc.lock").unlink(),
         lambda checkout, study: (study / "models/dense").rename(study / "models/other"),
+        # As after `git checkout`: the lock is of one model, the folder of another.
+        lambda checkout, study: (study / "models/dense/config.json").write_text('{"of": "another"}'),
     ],
-    ids=["another model", "cached", "nothing ran", "nothing there"],
+    ids=["another model", "cached", "nothing ran", "nothing there", "another model there"],
 )
 def test_otherwise_it_asks_the_source(queued: Project, tmp_path: Path, change):
     change(queued.root, tmp_path / "study")

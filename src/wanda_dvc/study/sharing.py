@@ -50,8 +50,8 @@ def check_gated(project: Project, part: str, gated: tuple[str, ...]) -> None:
 def take_from_the_study(project: Project, part: str, target: Path) -> bool:
     """In a queued experiment's checkout, take a source that is not cached from the study that queued it.
 
-    Return False where the study has none from the same settings. Its own branch of the Hub has then been resolved to a
-    commit already, and is not asked for again.
+    Return False where the study has none from the same settings, or another one than its dvc.lock names. Its own branch
+    of the Hub has then been resolved to a commit already, and is not asked for again.
     """
     root = os.environ.get("DVC_ROOT")
     if not root or Path(root).resolve() == project.root.resolve() or cached(project) is not False:
@@ -61,10 +61,26 @@ def take_from_the_study(project: Project, part: str, target: Path) -> bool:
     if not _same(made, project.params) or Path(named_source(project.params, part)).is_absolute():
         return False
     source = study.root / target.relative_to(project.root)
-    if not source.is_dir():
+    if not source.is_dir() or not _as_locked(study, stage):
         return False
     shutil.copytree(source, target, copy_function=lambda here, there: link_file(Path(here), Path(there)))
     return True
+
+
+def _as_locked(study: Project, stage: str) -> bool:
+    """Whether a study holds what its dvc.lock says of a stage.
+
+    `git checkout` and `dvc exp apply` change the lock, and leave a source that is not cached as it is.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(study.root)) as repo:  # DVC hashes a file again only when it has changed
+            (out,) = repo.stage.load_one(str(study.root / "dvc.yaml"), stage).outs
+            return not out.changed_checksum()
+    except DvcException:
+        return False
 
 
 def _same(made: object, params: Params) -> bool:
