@@ -114,6 +114,13 @@ def test_a_missing_setting_comes_back_at_its_place_with_its_comment(name: str):
     assert _params(without) == PARAMS
 
 
+def test_a_comment_ends_no_block():
+    text = "stages:\n  one:\n    cmd: x\n# mine\n    params:\n    - a\n# of two\n  two:\n    cmd: y\n# last\n"
+    lines, node = text.splitlines(), _load(text, "dvc.yaml")
+    blocks = _blocks(node["stages"], lines)
+    assert [blocks[name][:2] for name in ("one", "two")] == [(1, 6), (7, 9)]
+
+
 @pytest.mark.parametrize("section", ["training", "zero_shot", "runtime"])
 def test_a_missing_section_comes_back_whole(section: str):
     lines, node = PARAMS.splitlines(keepends=True), _load(PARAMS, "params.yaml")

@@ -261,7 +261,7 @@ def _load(text: str, place: str) -> Any:
 def _blocks(node: Any, lines: list[str]) -> dict[str, tuple[int, int, Json]]:
     """Return the lines, from and to, and the content of every entry of a mapping or list, by its name.
 
-    Blank lines and comments between two entries belong to neither.
+    Blank lines and comments between two entries belong to neither. A comment ends no entry, however it is indented.
     """
     if isinstance(node, CommentedMap):
         starts = [(str(key), node.lc.key(key)[0], node[key]) for key in node]
@@ -277,9 +277,10 @@ def _blocks(node: Any, lines: list[str]) -> dict[str, tuple[int, int, Json]]:
             line = lines[number]
             if not line.strip():
                 continue
-            if len(line) - len(line.lstrip()) <= indent:
+            if len(line) - len(line.lstrip()) > indent:
+                end = number + 1
+            elif not line.lstrip().startswith("#"):
                 break
-            end = number + 1
         found[name] = (begin, end, json.loads(json.dumps(content)))
     return found
 
