@@ -97,8 +97,13 @@ class Project:
 
     @property
     def work_root(self) -> Path:
-        """Where unfinished work lies: in the repository that DVC was started in. A queued checkout is temporary."""
-        return Path(os.environ.get("DVC_ROOT") or self.root) / ".dvc" / "tmp" / "wanda-dvc"
+        """Where unfinished work lies: in the repository that DVC was started in. A queued checkout is temporary.
+
+        Without DVC it is the one that DVC would find. It may be further up: a `.dvc` here would part the study from it.
+        """
+        here = self.root.absolute()
+        found = next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+        return Path(os.environ.get("DVC_ROOT") or found) / ".dvc" / "tmp" / "wanda-dvc"
 
     @property
     def stats(self) -> Path:
@@ -223,7 +228,8 @@ class Work:
         if target.is_dir() and not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
         self.out  # noqa: B018 - there is one, however empty
-        write_json(self.path / "target.json", {"target": str(target.absolute())})
+        told = {"target": str(target.absolute()), "provenance": load_json(self.out / PROVENANCE)}
+        write_json(self.path / "target.json", told)
         self.path.rename(self._published)
         _move(self._published / "out", _beside(target))
         _replace(target)
@@ -238,10 +244,11 @@ class Work:
         """
         if not self.awaited.exists() or self.awaited.stat().st_mtime < STARTED:
             return
-        copy = _copy(self.path)
+        remove(copy := _copy(self.path))
         with contextlib.suppress(OSError, UserError):  # its experiment may be over, or DVC at work there
-            target = Path(load_json(self.awaited).get("target", self.path))
-            remove(copy)
+            target = load_json(self.awaited).get("target")
+            if target is None:  # that run was killed: there is only its unfinished work, which is at hand
+                return
             shutil.copytree(target, copy / "out")
             made = load_json(copy / "out" / PROVENANCE)  # of the copy: another run may have replaced the target since
             if made_from.items() <= made.items() and made.get("files") == files_digest(copy / "out"):
@@ -253,11 +260,12 @@ class Work:
         """Finish what a killed `publish` or `forget` has begun."""
         remove(_gone(self.path))
         remove(_gone(self._published))
-        target = load_json(self._published / "target.json").get("target")
-        if target is None:
+        told = load_json(self._published / "target.json")
+        if "target" not in told:
             return
-        moved, out = _beside(Path(target)), self._published / "out"
-        if not out.is_dir() and moved.is_dir():
+        moved, out = _beside(Path(told["target"])), self._published / "out"
+        # Another run with other inputs, killed after this one, may have left its own there.
+        if not out.is_dir() and moved.is_dir() and load_json(moved / PROVENANCE) == told.get("provenance"):
             _move(moved, out)
         if out.is_dir():  # not in its place yet: the run that asks will publish it
             self._published.rename(self.path)
