@@ -23,8 +23,10 @@ from wanda_dvc.catalog import methods
 from wanda_dvc.engine.harness import load_task
 from wanda_dvc.engine.losses import from_losses, window_loss
 from wanda_dvc.errors import UserError
+from wanda_dvc.params import Tasks
 from wanda_dvc.pruning.choose import Target, choose_block
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.stages import PARTS, STAGES, running, times
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
@@ -33,6 +35,7 @@ from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study import project as places
 from wanda_dvc.study import tensors
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
@@ -396,6 +399,41 @@ def test_a_stage_whose_dvc_is_gone_stops_and_loses_nothing(project: Make, monkey
     monkeypatch.delenv("DVC_STAGE")  # whoever starts a stage without DVC may leave it alone
     calibrate(project=made)
     assert written == [0, 1, 2, 3]
+
+
+def test_work_lies_where_dvc_finds_its_repository(project: Make, tmp_path: Path):
+    """A `.dvc` below the root of a study's repository would part the study from its cache."""
+    made = project()
+    assert made.work_root.is_relative_to(made.root)
+    (tmp_path / ".dvc").mkdir()
+    below = Project(tmp_path / "study")
+    assert below.work_root == tmp_path / ".dvc/tmp/wanda-dvc"
+
+
+def test_what_another_killed_run_left_beside_an_artifact_is_not_taken_over(
+    project: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of two runs that were killed while they published, one before the other had gone on."""
+    made, target, replace = project(), tmp_path / "stats", places._replace
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(places, "_replace", killed)
+
+    def publish(which: str) -> None:
+        with made.work({"of": which}) as work:
+            write_json(work.out / "provenance.json", {"of": which})
+            work.publish(target)
+
+    for which in ("one", "other"):
+        with pytest.raises(KeyboardInterrupt):
+            publish(which)
+    monkeypatch.setattr(places, "_replace", replace)
+    with made.work({"of": "one"}) as work:
+        assert not (work.out / "provenance.json").exists()
+    with made.work({"of": "other"}) as work:
+        assert json.loads((work.out / "provenance.json").read_text()) == {"of": "other"}
 
 
 def test_work_lies_in_the_repository_that_dvc_was_started_in(project: Make, tmp_path: Path, monkeypatch):
@@ -773,6 +811,21 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: P
     numbers = json.loads(made.metrics("dense", "zero_shot/piqa").read_text())
     assert numbers["acc"] == float(answers[0]["answer"] == 0)
     assert set(numbers) == set(details["standard_errors"]) == {"acc", "acc_norm"}
+
+
+def test_a_task_whose_examples_are_of_another_split_needs_none(tmp_path: Path):
+    """As all of MMLU; there are no examples in a prompt."""
+    item = {"question": "2 + 2?", "subject": "algebra", "choices": ["3", "4", "5", "6"], "answer": 1}
+    (tmp_path / "items.jsonl").write_text(json.dumps(item) + "\n")
+    task = load_task("mmlu/default/mmlu_abstract_algebra.yaml", "test", tmp_path / "items.jsonl")
+    (doc,) = task.eval_docs
+    assert task.doc_to_target(doc) == 1
+
+
+def test_a_task_without_an_accuracy_is_refused():
+    wanted = Tasks(source="benchmark", names=["cola"])
+    with pytest.raises(UserError, match="tasks.names: cola is measured by mcc, expected acc or acc_norm; take it out"):
+        find_tasks(wanted, None)
 
 
 @pytest.mark.parametrize(

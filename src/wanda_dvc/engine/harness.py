@@ -56,5 +56,6 @@ def load_task(definition: str, role: str, items: Path) -> Any:
         )
     config = load_yaml(tasks / definition)
     config |= {f"{name}_split": role if name == role else None for name in ("training", "validation", "test")}
+    config |= {"fewshot_split": None}  # lm-eval would look for it, also for no examples
     config |= {"custom_dataset": lambda **_: {role: Dataset.from_list(rows)}, "num_fewshot": 0}
     return ConfigurableTask(config=config)

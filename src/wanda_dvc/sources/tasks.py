@@ -14,7 +14,7 @@ from wanda_dvc.reading import read_lines
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, gated_names, load_rows, resolve
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.places import EMBEDDED, TaskItems, in_mirror, task_definition, task_items
+from wanda_dvc.study.places import EMBEDDED, METRICS, TaskItems, in_mirror, task_definition, task_items
 from wanda_dvc.study.project import ITEMS
 from wanda_dvc.study.provenance import describe, digest, file_digest, write_provenance
 
@@ -98,6 +98,12 @@ def find_tasks(wanted: Tasks, mirror: str | None) -> Source:
         found = task_definition(name)
         if found and found[1].get("output_type") == "multiple_choice":
             definitions[name] = found
+            given = [one.get("metric") for one in found[1].get("metric_list") or [{"metric": "acc"}]]
+            if not set(METRICS).intersection(given):
+                problems.append(
+                    f"params.yaml: tasks.names: {name} is measured by {', '.join(map(str, given))}, expected "
+                    f"{' or '.join(METRICS)}; take it out"
+                )
         else:
             problems.append(
                 f"params.yaml: tasks.names: {name} is no multiple-choice task of lm-eval {version('lm_eval')}; "

@@ -13,6 +13,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite, walk_need
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import Json, write_json
+from wanda_dvc.study.places import METRICS
 from wanda_dvc.study.project import ITEMS, Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from wanda_dvc.engine.runner import Turn
 
 DIVERGED = "diverged"
-METRICS = ("acc", "acc_norm")
 SAMPLES = 48  # items a task of `tasks.source: samples`
 
 # Of lm-eval's tasks: the items of the split that is asked, the tokens that a question needs (its context once, its

@@ -13,6 +13,7 @@ from wanda_dvc.params import Text
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.study.files import Json
 
+METRICS = ("acc", "acc_norm")  # of the tasks' own, those that are reported
 EMBEDDED = Path(str(files("wanda_dvc"))) / "embedded"
 
 
