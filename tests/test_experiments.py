@@ -177,6 +177,12 @@ def test_the_command_prints_a_row_an_experiment(repository: Repository):
         assert f"| {name} " in said
 
 
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\nschema: '2.0'\n=======\n", "[1]", "stages: [1]"])
+def test_a_lock_that_is_none_is_said(text: str):
+    with pytest.raises(UserError, match=r"^dvc.lock: .* expected what DVC writes; resolve the conflict"):
+        load_lock(text)
+
+
 def test_what_a_commit_says_is_read_once(repository: Repository, monkeypatch: pytest.MonkeyPatch):
     kept, before = Project(repository.root).locks, listed(repository)
     read: list[str] = []

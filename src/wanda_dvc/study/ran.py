@@ -10,8 +10,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
+from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
+from wanda_dvc.reading import name_of
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE
@@ -66,9 +69,18 @@ def read_lock(root: Path) -> Json:
 
 
 def load_lock(text: str) -> Json:
-    """Return the stages of a `dvc.lock` that is read already."""
-    content: Json = YAML(typ="safe", pure=True).load(text) or {}
-    return content.get("stages") or {}
+    """Return the stages of a `dvc.lock` that is read already. UserError where it is none, as after a merge."""
+    try:
+        content = YAML(typ="safe", pure=True).load(text) or {}
+    except YAMLError as error:
+        problem = " ".join(str(error).split())
+    else:
+        if isinstance(content, dict) and isinstance(stages := content.get("stages") or {}, dict):
+            return stages
+        problem = f"got {name_of(content)}"
+    raise UserError(
+        f"{LOCK}: {problem}, expected what DVC writes; resolve the conflict of a merge, or restore the file from git"
+    )
 
 
 def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
