@@ -157,13 +157,13 @@ def walking(  # noqa: PLR0913 - the terms of the formula
 def differentiating(model: Sizes, *, dtype: str, length: int, gram: bool = False, workers: bool = False) -> Memory:
     """A row forward and back through a block, three times the activations; or through the head, whose logits double.
 
-    With `gram` the Gram matrices of a block's gradients, and what is written of them; with `workers` those of a row
-    that come from one, which is more.
+    With `gram` the Gram matrices of a block's gradients, what is written of them, and what packing them leaves; with
+    `workers` those of a row that come from one, which is more.
     """
     from wanda_dvc.pruning.gram import PANEL
 
     walk = walking(model, dtype=dtype, length=length, logits=True)
-    grams = (16 if workers else 12) * model.output_squares + (12 * PANEL + 8 * length) * model.widest if gram else 0
+    grams = (16 if workers else 13) * model.output_squares + (12 * PANEL + 8 * length) * model.widest if gram else 0
     return replace(walk, activations=3 * walk.activations, logits=2 * walk.logits, grams=grams)
 
 
