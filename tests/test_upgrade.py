@@ -80,7 +80,7 @@ def test_an_older_study_becomes_a_new_one(older: Project):
     assert "\n+  locate:\n" in said
     assert "  locate: has not run\n  download@model: also reads sources/model\n" in said
     assert (
-        "`wanda-dvc calibrate --version 5`; also writes fisher, fisher_gram, gram; also depends on calibration." in said
+        "`wanda-dvc calibrate --version 6`; also writes fisher, fisher_gram, gram; also depends on calibration." in said
     )
     assert "perplexity@" not in said.partition("`dvc repro` runs again")[2].replace("download@perplexity", "")
     assert "`push: false` stays" in said
@@ -175,6 +175,15 @@ def test_an_edit_that_asks_for_more_stays(study: Project):
     assert read(study) == edited
     for name in ("stages: download", "stages: apply", "plots: sparsity by block"):
         assert f"dvc.yaml: {name} is kept as you have edited it." in said
+
+
+@pytest.mark.parametrize("indent", ["", "  ", "    "])
+def test_an_edited_stage_keeps_its_place_with_a_comment_of_any_indentation(study: Project, indent: str):
+    edited = PIPELINE.replace("  apply:\n", f"  apply:\n{indent}# mine\n")
+    edited = edited.replace("deps: [models/dense, masks, gram,", "deps: [mine, models/dense, masks, gram,")
+    write(study, "dvc.yaml", edited)
+    upgrade(project=study)
+    assert read(study) == edited
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ user has added or edited stays, or the upgrade is refused with the reason. Text 
 import difflib
 import json
 import tempfile
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -287,7 +286,9 @@ def _blocks(node: Any, lines: list[str]) -> dict[str, tuple[int, int, Json]]:
 
 def _indented(block: list[str]) -> list[str]:
     """Return the block of an entry indented as ours are."""
-    return textwrap.indent(textwrap.dedent("\n".join(block)), "  ").splitlines()
+    indent = len(block[0]) - len(block[0].lstrip())
+    more, less = " " * (2 - indent), " " * (indent - 2)  # a comment may have less indentation than the entry
+    return [more + line.removeprefix(less) if line.strip() else "" for line in block]
 
 
 # --- what ran before ---
