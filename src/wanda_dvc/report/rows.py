@@ -70,7 +70,7 @@ class Row:
 
     def inputs(self) -> dict[str, str]:
         """The first digits of the SHA-256 of the dense model, of the tokens and of each task, where they are known."""
-        found = {"models/dense": load_json(self.study.model("dense") / PROVENANCE).get("sha256")}
+        found = {"models/dense": self._json(self.study.model("dense") / PROVENANCE).get("sha256")}
         found["data/perplexity"] = self.details("pruned", "perplexity").get("protocol", {}).get("tokens_sha256")
         for task in self.params.tasks.names:
             protocol = self.details("pruned", f"zero_shot/{task}").get("protocol", {})

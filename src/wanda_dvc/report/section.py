@@ -174,25 +174,25 @@ def sections(rows: list[Row]) -> list[Section]:
 
 def grouped(rows: list[Row]) -> list[list[Row]]:
     """The rows by how they were measured. What is not known of a row tells it from no other."""
-    groups: list[list[Row]] = []
+    groups: list[tuple[list[Row], dict[str, Any]]] = []
     for row in rows:
         own = evaluation([row])
-        for group in groups:
-            theirs = evaluation(group)
-            if all(own[key] == theirs[key] for key in own.keys() & theirs.keys()):
+        for group, known in groups:
+            if all(own[key] == known[key] for key in own.keys() & known.keys()):
                 group.append(row)
+                known |= own
                 break
         else:
-            groups.append([row])
-    return groups
+            groups.append(([row], own))
+    return [group for group, _ in groups]
 
 
 def evaluation(group: list[Row]) -> dict[str, Any]:
-    """How rows were measured: the parameters, and by which files, of each as much as is known."""
+    """How the rows of a group were measured: the parameters, and the files by as much as is known of them."""
     found: dict[str, Any] = {}
     for row in group:
-        known = {key: value for key, value in row.settings().items() if key.startswith(OF_EVALUATION)}
-        found = known | row.inputs() | found
+        found |= {key: value for key, value in row.settings().items() if key.startswith(OF_EVALUATION)}
+        found |= row.inputs()
     return found
 
 

