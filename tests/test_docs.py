@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import logging
 import re
 import shlex
 import shutil
@@ -126,7 +127,11 @@ def check_wanda_dvc(words: list[str]) -> None:
 def check_dvc(words: list[str]) -> None:
     from dvc.cli import parse_args
 
-    arguments = parse_args(words)
+    logging.disable()  # DVC's handler raises where another test has closed the stream that it logs to
+    try:
+        arguments = parse_args(words)
+    finally:
+        logging.disable(logging.NOTSET)
     checked_settings([PACKAGED.get(given, given) for given in getattr(arguments, "set_param", None) or []])
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     if words[0] == "repro":
