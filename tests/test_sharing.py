@@ -114,17 +114,22 @@ def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, optio
     assert "calibrate" not in ran(theirs.run("dvc", "repro"))
 
 
-@pytest.fixture
-def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """The checkout of a queued experiment, whose study has fetched a model from the Hub. No Hub is there to ask."""
-    study, checkout = tmp_path / "study", tmp_path / "checkout"
+@pytest.fixture(params=[".", "studies/below"])
+def queued(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """The checkout of a queued experiment, whose study has fetched a model from the Hub. No Hub is there to ask.
+
+    The study is its DVC repository's root, or lies below it.
+    """
+    study, checkout = (tmp_path / name / request.param for name in ("study", "checkout"))
     for root in (study, checkout):
-        root.mkdir()
+        root.mkdir(parents=True)
         with_outs(root, ": { cache: false }")
         write_params(root, "org/name@main")
     (study / "models/dense").mkdir(parents=True)
     (study / "models/dense/config.json").write_text("{}")
-    with Repo.init(str(study), no_scm=True) as repo:
+    for name in ("study", "checkout"):
+        Repo.init(str(tmp_path / name), no_scm=True).close()
+    with Repo(str(study)) as repo:
         (out,) = repo.stage.load_one(str(study / PIPELINE), "download@model").outs
         made = {
             "cmd": "wanda-dvc download model --version 1",
@@ -132,13 +137,17 @@ def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
             "outs": [{"path": "models/dense", "hash": "md5", "md5": out.get_hash().value}],
         }
     (study / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"download@model": made}}))
-    monkeypatch.setenv("DVC_ROOT", str(study))
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "study"))
     return Project(checkout)
 
 
-def test_a_queued_experiment_takes_what_is_not_cached_from_its_study(queued: Project, tmp_path: Path):
+def study_of(queued: Project) -> Path:
+    return Path(str(queued.root).replace("/checkout", "/study"))
+
+
+def test_a_queued_experiment_takes_what_is_not_cached_from_its_study(queued: Project):
     run("download", project=queued, part="model")
-    ours, theirs = (root / "models/dense/config.json" for root in (queued.root, tmp_path / "study"))
+    ours, theirs = (root / "models/dense/config.json" for root in (queued.root, study_of(queued)))
     assert ours.stat().st_ino == theirs.stat().st_ino  # no copy
     assert [path.name for path in queued.model("dense").iterdir()] == ["config.json"]
 
@@ -155,14 +164,14 @@ def test_a_queued_experiment_takes_what_is_not_cached_from_its_study(queued: Pro
     ],
     ids=["another model", "cached", "nothing ran", "nothing there", "another model there"],
 )
-def test_otherwise_it_asks_the_source(queued: Project, tmp_path: Path, change):
-    change(queued.root, tmp_path / "study")
+def test_otherwise_it_asks_the_source(queued: Project, change):
+    change(queued.root, study_of(queued))
     with pytest.raises(UserError, match="is on the Hub, and HF_HUB_OFFLINE is set"):
         run("download", project=Project(queued.root), part="model")
     assert not queued.model("dense").exists()
 
 
 def test_the_study_itself_asks_the_source(queued: Project, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DVC_ROOT", str(queued.root))
+    monkeypatch.setenv("DVC_ROOT", str(queued.repository))
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         run("download", project=queued, part="model")

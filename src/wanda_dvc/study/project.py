@@ -96,14 +96,18 @@ class Project:
             yield Documents.unpack(shard, column, scratch)
 
     @property
+    def repository(self) -> Path:
+        """The root of the DVC repository that holds the project, which may be further up; without one, the project."""
+        here = self.root.absolute()
+        return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+
+    @property
     def work_root(self) -> Path:
         """Where unfinished work lies: in the repository that DVC was started in. A queued checkout is temporary.
 
-        Without DVC it is the one that DVC would find. It may be further up: a `.dvc` here would part the study from it.
+        Without DVC it is the one that DVC would find: a `.dvc` here would part the study from it.
         """
-        here = self.root.absolute()
-        found = next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
-        return Path(os.environ.get("DVC_ROOT") or found) / ".dvc" / "tmp" / "wanda-dvc"
+        return Path(os.environ.get("DVC_ROOT") or self.repository) / ".dvc" / "tmp" / "wanda-dvc"
 
     @property
     def stats(self) -> Path:

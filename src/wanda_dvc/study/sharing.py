@@ -54,9 +54,10 @@ def take_from_the_study(project: Project, part: str, target: Path) -> bool:
     of the Hub has then been resolved to a commit already, and is not asked for again.
     """
     root = os.environ.get("DVC_ROOT")
-    if not root or Path(root).resolve() == project.root.resolve() or cached(project) is not False:
+    if not root or Path(root).resolve() == project.repository.resolve() or cached(project) is not False:
         return False
-    study, stage = Project(Path(root)), f"download@{part}"
+    study = Project(Path(root) / project.root.absolute().relative_to(project.repository))
+    stage = f"download@{part}"
     made = read_lock(study.root).get(stage, {}).get("params", {}).get("params.yaml", {})
     if not _same(made, project.params) or Path(named_source(project.params, part)).is_absolute():
         return False
