@@ -88,7 +88,7 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
         "| piqa, acc % | – | 50.0 ± 7.0 |",
         "`diverged`: the loss, or its exponential, was not finite",
         "samples, not benchmarks",
-        "Unknown: no file of the dense model names one",
+        "Unknown: neither a card nor a file of the dense model names one",
         "files are no smaller",
         "make no GPU faster",
         "chosen by Wanda ([Sun et al. 2024](https://arxiv.org/abs/2306.11695))",
@@ -139,16 +139,23 @@ def test_the_cards_sparsity_and_layer_error_are_the_exported_models(pruned: Proj
 @pytest.mark.parametrize(
     ("name", "content", "license"),
     [
-        ("README.md", "---\nlicense: llama3.1\n---\nA card.\n", "llama3.1"),
         ("LICENSE.txt", "LLAMA 2 COMMUNITY\nLICENSE AGREEMENT", "llama2"),
         ("LICENSE", "Apache License\n Version 2.0", "apache-2.0"),
         ("LICENSE", "Whoever uses this owes me a beer.", "other"),
-        ("README.md", "---\nlicense: [a\n---\nA card that is none.\n", None),
     ],
 )
 def test_the_dense_models_licence_goes_with_it(pruned: Project, name: str, content: str, license: str | None):
     (pruned.model("dense") / name).write_text(content, encoding="utf-8")
     assert exported(pruned).data.to_dict().get("license") == license
+
+
+def test_the_licence_that_the_dense_models_own_card_names_comes_first(pruned: Project):
+    path = pruned.model("dense") / "provenance.json"
+    write_json(path, json.loads(path.read_text()) | {"license": "llama3.1"})
+    (pruned.model("dense") / "LICENSE").write_text("Apache License\n Version 2.0", encoding="utf-8")
+    card = exported(pruned)
+    assert card.data.to_dict()["license"] == "llama3.1"
+    assert "`llama3.1`, according to its own card; the full text is in `LICENSE`." in card.text
 
 
 def test_a_model_of_the_hub_is_named_as_the_base(pruned: Project):

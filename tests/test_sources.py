@@ -42,6 +42,7 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT, "v1": OLDER})
     status: int = 200
+    card: dict[str, Any] | None = None  # the metadata of each repository's README.md
     asked: list[tuple[str, str]] = field(default_factory=list)  # method, path
 
     def add(self, path: str, folder: Path | None = None, /, **files: bytes) -> None:
@@ -75,7 +76,7 @@ class Hub:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         if verb in ("", "revision"):
             siblings = [{"rfilename": name} for name in files]
-            info = {"id": "/".join(parts[1:3]), "sha": known[revision], "siblings": siblings}
+            info = {"id": "/".join(parts[1:3]), "sha": known[revision], "siblings": siblings, "cardData": self.card}
             return 200, {}, json.dumps(info | {"gated": "manual" if repository in self.gated else False}).encode()
         if verb == "tree":
             entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files]
@@ -167,6 +168,31 @@ def test_the_main_branch_is_recorded_as_its_commit(project: Make, hub: Hub, tiny
     download(project=made, part="model")
     assert provenance(made.model("dense"))["revision"] == COMMIT
     assert "main" not in (made.model("dense") / "provenance.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [({"license": "llama3.1"}, "llama3.1"), ({"license": ["mit", "other"]}, None), ({}, None), (None, None)],
+)
+def test_the_licence_of_a_model_is_the_one_that_its_card_names(
+    project: Make, hub: Hub, tiny: Path, tmp_path: Path, card: dict[str, Any] | None, expected: str | None
+):
+    hub.card = card
+    hub.add("models/org/tiny", tiny)
+    download(project=(on_hub := project(model="org/tiny")), part="model")
+    source = shutil.copytree(tiny, tmp_path / "source")
+    if card is not None:
+        (source / "README.md").write_text(f"---\n{json.dumps(card)}\n---\nA card.\n", encoding="utf-8")
+    download(project=(local := project(model=source)), part="model")
+    for made in (on_hub, local):
+        assert provenance(made.model("dense")).get("license") == expected
+
+
+def test_front_matter_that_cannot_be_read_names_no_licence(project: Make, tiny: Path, tmp_path: Path):
+    source = shutil.copytree(tiny, tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: [a\n---\nA card that is none.\n", encoding="utf-8")
+    download(project=(made := project(model=source)), part="model")
+    assert "license" not in provenance(made.model("dense"))
 
 
 def test_a_killed_download_fetches_no_finished_file_again(

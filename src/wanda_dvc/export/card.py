@@ -1,6 +1,5 @@
 """The model card of an exported model, as the Hub reads it."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,9 +23,7 @@ LICENSES = {
     "apache-2.0": "Apache License",
     "mit": "MIT License",
 }
-UNKNOWN_LICENSE = (
-    "Unknown: no file of the dense model names one. Find it out, and comply with it, before you share this model."
-)
+UNKNOWN_LICENSE = "Unknown: neither a card nor a file of the dense model names one. Find it out, and comply with it, before you share this model."
 
 PROPAGATION = {
     "dense": "every block calibrated on the outputs of dense blocks",
@@ -87,7 +84,7 @@ def card(study: Project, written: Written, loading: str, torn: Sequence[str] = (
     masks = read_provenance(study.masks, "mask")
     dense = read_provenance(study.model("dense"), "download model")
     params = masks["params"]
-    name, described = _license(study.model("dense"))
+    name, described = _license(study.model("dense"), dense)
     on_hub = HUB_ID.fullmatch(dense["source"]) is not None
     metadata = ModelCardData(
         base_model=dense["source"].partition("@")[0] if on_hub else None,
@@ -180,18 +177,11 @@ def _notes(study: Project, torn: Sequence[str]) -> Iterator[str]:
         yield "–: not measured on this model."
 
 
-def _license(folder: Path) -> tuple[str | None, str]:
+def _license(folder: Path, dense: Json) -> tuple[str | None, str]:
     """The dense model's licence: its name on the Hub, and a sentence."""
-    from huggingface_hub import ModelCard
-
     files = sorted([*folder.glob("LICENSE*"), *folder.glob("NOTICE*")])
     beside = f"; the full text is in {', '.join(code(file.name) for file in files)}" if files else ""
-    readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    name = None
-    with contextlib.suppress(Exception):  # of front matter that is no card's; it raises what its readers do
-        name = ModelCard(text, ignore_metadata_errors=True).data.get("license") if text.startswith("---") else None
-    if name:
+    if name := dense.get("license"):
         return name, f"{code(name)}, according to its own card{beside}."
     for file in files:
         text = " ".join(file.read_text(encoding="utf-8", errors="replace").split()).lower()

