@@ -23,7 +23,10 @@ LICENSES = {
     "apache-2.0": "Apache License",
     "mit": "MIT License",
 }
-UNKNOWN_LICENSE = "Unknown: neither a card nor a file of the dense model names one. Find it out, and comply with it, before you share this model."
+UNKNOWN_LICENSE = (
+    "Unknown: neither a card nor a file of the dense model names one. Find it out, and comply with it, before you share "
+    "this model."
+)
 
 PROPAGATION = {
     "dense": "every block calibrated on the outputs of dense blocks",
