@@ -1,5 +1,6 @@
 """The tables: what a stage reads, and methods of other packages."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -8,9 +9,11 @@ import tomllib
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, write_params
 from safetensors.torch import load_file
 
@@ -18,7 +21,8 @@ from wanda_dvc import catalog
 from wanda_dvc.catalog import Method, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import limit, read_params
-from wanda_dvc.pruning.choose import function_of
+from wanda_dvc.pruning.choose import Target, choose, function_of
+from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import read_masks, read_stats
@@ -67,6 +71,29 @@ def test_a_method_is_a_row_and_a_function(method: Method, project: Callable[...,
     assert method.link.startswith("https://")
     assert all([method.title, method.citation, method.about])
     assert project(method=method.name, calibration__gram="float32").params.method == method.name
+
+
+@pytest.mark.parametrize(("needs", "competition"), [("gram", "groups"), ("weights", "solver"), ("norms", "solver")])
+def test_a_row_whose_function_is_not_given_what_it_needs_is_refused(needs: Any, competition: Any):
+    with pytest.raises(ValueError, match=f"method wanda: got needs={needs} with competition={competition}, expected"):
+        dataclasses.replace(methods()["wanda"], needs=needs, competition=competition)
+
+
+def halves(weight: torch.Tensor, _: InputStats) -> torch.Tensor:
+    """Scores in the dtype of the weight, as a method of one's own may return them."""
+    return weight.abs()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_scores_may_have_the_dtype_of_the_weight(dtype: torch.dtype, pattern: str):
+    method = dataclasses.replace(methods()["magnitude"], function=f"{__name__}:halves")
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    target = Target(Fraction(1, 2), pattern)
+    given, expected = (
+        choose(weight, InputStats.empty(16), method=one, target=target) for one in (method, methods()["magnitude"])
+    )
+    assert torch.equal(given, expected)
 
 
 def install(page: str, site: Path) -> None:

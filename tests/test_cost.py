@@ -165,8 +165,8 @@ def test_it_needs_no_weights_and_no_project(tmp_path: Path):
 def test_in_a_project_it_is_the_projects_model_and_settings(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    write_params(tmp_path, tiny, calibration__samples=7)
-    with pytest.raises(UserError, match=r"models/dense: no config.json, expected a model's directory"):
+    write_params(tmp_path, "org/name", calibration__samples=7)
+    with pytest.raises(UserError, match=r"models/dense: no config.json, .* fetch .*: `dvc repro download@model`"):
         cost.cost(start=tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "models/dense").symlink_to(tiny)
@@ -174,6 +174,16 @@ def test_in_a_project_it_is_the_projects_model_and_settings(
     shown = CliRunner().invoke(app, ["cost"]).output
     assert "7 windows of 64 to calibrate" in shown
     assert "measured now" in shown
+
+
+def test_a_local_model_is_read_where_it_is_before_it_is_downloaded(tmp_path: Path, tiny: Path):
+    write_params(tmp_path, tiny, calibration__samples=7)
+    assert "7 windows of 64 to calibrate" in cost.cost(start=tmp_path)
+
+
+def test_fewer_windows_are_fewer_that_go_back(tmp_path: Path, tiny: Path):
+    write_params(tmp_path, tiny, calibration__samples=9, calibration__fisher=8)
+    assert "4 windows of 64 to calibrate" in cost.cost(start=tmp_path, windows=4)
 
 
 def test_a_device_that_is_not_known(tmp_path: Path, tiny: Path):

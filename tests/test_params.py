@@ -86,7 +86,15 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         (
             {"runtime__device": "cuda:1", "runtime__workers": "local"},
             "params.yaml: runtime.device: got cuda:1 with runtime.workers local, expected cuda: Ray gives each "
-            "worker a card of its own",
+            "worker a card",
+        ),
+        (
+            {"runtime__device": "mps", "runtime__workers": "auto"},
+            "params.yaml: runtime.device: got mps with runtime.workers auto, expected auto or cpu: Ray knows no MPS",
+        ),
+        (
+            {"calibration__text__revision": "main"},
+            "params.yaml: calibration.text.revision: got main, expected null: the embedded text has none",
         ),
     ],
 )

@@ -10,6 +10,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.export.build import export
 from wanda_dvc.params import settings
 from wanda_dvc.stages import STAGES, run
+from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import Ran, stale_stages
 from wanda_dvc.study.settings import flatten
@@ -90,6 +91,17 @@ def test_show_speaks_of_the_run_and_says_what_is_stale(edited: Project):
     assert "Stale: locate, download@model, download@tasks, calibrate, mask." in shown
     assert "piqa, acc %" in shown
     assert "rte, acc %" not in shown
+
+
+def test_show_rounds_no_figure_of_its_own_accord(project: Callable[..., Project]):
+    """The library of the table takes a column of numbers for one, and writes six digits."""
+    made = project(tasks__names=[])
+    for model in ("dense", "pruned"):
+        write_json(made.metrics(model, "perplexity"), {"perplexity": 1234567.0})
+    write_json(made.metrics("pruned", "sparsity"), {"sparsity": 0.5})
+    shown = show(project=made)
+    assert shown.count("1,234,567.00") == 2
+    assert "0.5000" in shown
 
 
 def test_nothing_is_stale_where_nothing_was_edited(project: Callable[..., Project]):

@@ -11,6 +11,7 @@ import torch
 from conftest import save_tiny_model
 from safetensors.torch import load_file, save_file
 
+from wanda_dvc.engine.workers import RayCrew
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
@@ -119,6 +120,11 @@ def test_a_solvers_masks_are_the_same_though_a_node_dies(
     mask(project=study)
     assert {path.name: path.read_bytes() for path in study.masks.iterdir()} == expected
     assert len(cluster.worker_nodes) == 2
+
+
+def test_a_card_that_no_node_has_is_told_before_a_worker_starts(nodes: list[Any]):
+    with pytest.raises(UserError, match="runtime.device: got cuda with workers of auto, expected a node with a GPU"):
+        RayCrew("auto", device="cuda", threads=1)
 
 
 def test_an_error_on_a_worker_is_ours_with_the_nodes_name(project: Make, tmp_path: Path, nodes: list[Any]):

@@ -37,6 +37,14 @@ class Method:
     # default, because a method with sums over columns that said so by mistake would be wrong on large matrices.
     scores_by_row: bool
 
+    def __post_init__(self) -> None:
+        """Refuse a row that names statistics which its function is not given."""
+        if (self.needs == "gram") != (self.competition == "solver"):
+            raise ValueError(
+                f"method {self.name}: got needs={self.needs} with competition={self.competition}, expected gram with "
+                "solver, and with nothing else: only a solver is given Gram matrices, and it is given nothing else"
+            )
+
     def selects_by_row(self, pattern: str, group: str) -> bool:
         """Whether some rows' masks can be chosen without the other rows."""
         return self.scores_by_row and self.competition == "groups" and (pattern != "unstructured" or group == "row")

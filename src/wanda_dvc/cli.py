@@ -323,9 +323,9 @@ def cost(  # noqa: PLR0913, PLR0917 - the options of the command
         str | None, typer.Option("--dtype", help="Instead of params.yaml's.", autocompletion=completion.dtypes)
     ] = None,
     windows: Annotated[
-        int | None, typer.Option("--windows", help="Number of windows, for calibration and perplexity.")
+        int | None, typer.Option("--windows", min=1, help="Number of windows, for calibration and perplexity.")
     ] = None,
-    length: Annotated[int | None, typer.Option("--length", help="Tokens a window.")] = None,
+    length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens a window.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Of such machines or cards, by Ray.")] = 1,
     as_json: AsJson = False,
 ) -> None:

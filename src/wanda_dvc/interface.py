@@ -296,7 +296,7 @@ def reconstruct(
     from wanda_dvc.pruning.choose import prune_block
     from wanda_dvc.stages.running import progress
 
-    _settings(stats, reconstruction=reconstruction)
+    _one_of("reconstruction", reconstruction, [row.name for row in RECONSTRUCTIONS.values() if not row.trains])
     if not stats.grams:
         raise _without_grams("reconstruction", reconstruction)
     if RECONSTRUCTIONS[reconstruction].by_gradients and not stats.fisher_grams:

@@ -22,7 +22,8 @@ from wanda_dvc.reading import read_text
 MOST = 2**20  # windows of a calibration, and tokens of a window: far beyond any study
 ROUNDED = 1e-6  # the sparsity of 1:3 may be written 0.666667
 THREADS = 1024  # with many more the process ends inside the library that starts them
-NAMED_TEXTS = ("embedded", *TEXTS)
+EMBEDDED_TEXT = "embedded"
+NAMED_TEXTS = (EMBEDDED_TEXT, *TEXTS)
 
 
 def _method(name: str) -> str:
@@ -283,12 +284,10 @@ class Params(_Section):
         mirror = self.runtime.mirror
         if mirror is not None and not Path(mirror).is_absolute():
             yield _problem("runtime.mirror", mirror, "an absolute directory (queued experiments run elsewhere)")
-        if self.runtime.workers is not None and ":" in self.runtime.device:
-            yield _problem(
-                "runtime.device",
-                f"{self.runtime.device} with runtime.workers {self.runtime.workers}",
-                "cuda: Ray gives each worker a card of its own",
-            )
+        device = self.runtime.device
+        if self.runtime.workers is not None and device not in ("auto", "cpu", "cuda"):
+            expected = "auto or cpu: Ray knows no MPS" if device == "mps" else "cuda: Ray gives each worker a card"
+            yield _problem("runtime.device", f"{device} with runtime.workers {self.runtime.workers}", expected)
 
     def _pattern_conflicts(self) -> Iterator[str]:
         if self.pattern != "unstructured":
@@ -374,7 +373,8 @@ class Params(_Section):
 def _text_conflicts(  # noqa: C901 - a case for each kind of source
     name: str, text: Text
 ) -> Iterator[str]:
-    if text.source == "embedded":
+    if text.source == EMBEDDED_TEXT:
+        yield from _superfluous(name, text, "config", "revision", why="the embedded text has none")
         if text.split not in EMBEDDED_SPLITS:
             yield _problem(f"{name}.text.split", text.split, "train or test, the splits of the embedded text")
     elif named := TEXTS.get(text.source):
@@ -396,13 +396,14 @@ def _text_conflicts(  # noqa: C901 - a case for each kind of source
     elif Path(text.source).suffix not in (".txt", ".jsonl"):
         yield _problem(f"{name}.text.source", text.source, "a file that ends in .txt or .jsonl")
     else:
-        yield from _file_conflicts(name, text)
+        why = f"{text.source} is a file and has none"
+        yield from _superfluous(name, text, "config", "revision", "split", why=why)
 
 
-def _file_conflicts(name: str, text: Text) -> Iterator[str]:
-    for setting in ("config", "revision", "split"):
+def _superfluous(name: str, text: Text, *names: str, why: str) -> Iterator[str]:
+    for setting in names:
         if (value := getattr(text, setting)) is not None:
-            yield _problem(f"{name}.text.{setting}", value, f"null: {text.source} is a file and has none")
+            yield _problem(f"{name}.text.{setting}", value, f"null: {why}")
 
 
 def read_params(path: Path) -> Params:

@@ -85,6 +85,11 @@ class RayCrew(Crew):
         self._device = device
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._cards = device != "cpu" and any(node.get("GPU") for node in nodes)
+        if device == "cuda" and not self._cards:
+            raise UserError(
+                f"runtime.device: got cuda with workers of {address}, expected a node with a GPU; "
+                "set runtime.device=auto"
+            )
         smallest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
         self.threads = min(threads or THREADS, smallest)
         free = ray.available_resources()

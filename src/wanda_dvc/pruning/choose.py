@@ -78,6 +78,7 @@ def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is c
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for rows, into in zip(weight.split(rows_at_a_time), keep.split(rows_at_a_time), strict=True):
         scored = score(rows.contiguous(), x)
+        scored = scored.float() if scored.dtype in (torch.bfloat16, torch.float16) else scored  # numpy has no bfloat16
         if worth is not None:  # of the whole linear: rows compete
             scored = scored * worth.to(scored)[:, None]
         if not scored.amax().isfinite():

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wanda_dvc.catalog import NamedText
-from wanda_dvc.errors import UserError
-from wanda_dvc.params import Text
+from wanda_dvc.errors import UserError, notice
+from wanda_dvc.params import EMBEDDED_TEXT, Text
 from wanda_dvc.reading import check_file, is_there, name_of, read_lines, read_text
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, column_of, gated_names, load_rows, resolve
@@ -99,6 +99,8 @@ def find_text(setting: str, wanted: Text, mirror: str | None, *, as_documents: b
         dataset, shard, place = found
         path = in_mirror(mirror, dataset.dataset, *place)
         revision = wanted.revision or dataset.revision
+        if path and wanted.revision:
+            notice(f"{setting}: {path} is in runtime.mirror, and taken as it is, not as of revision {wanted.revision}")
         return TextSource(
             wanted=wanted,
             setting=setting,
@@ -108,7 +110,7 @@ def find_text(setting: str, wanted: Text, mirror: str | None, *, as_documents: b
             shard=shard,
             as_documents=as_documents,
         )
-    if wanted.source == "embedded":
+    if wanted.source == EMBEDDED_TEXT:
         path, title = EMBEDDED / "text" / f"{wanted.split}.jsonl", f"embedded, {wanted.split}"
     else:
         path = Path(wanted.source)

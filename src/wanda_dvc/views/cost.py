@@ -33,9 +33,13 @@ def cost(  # noqa: PLR0913 - the options of the command
     if config is None:
         if project is None:
             raise UserError(f"{start}: no project here; name a config.json, or cd into a project")
-        config = project.model("dense")
+        local = Path(params.model)
+        config = local if local.is_absolute() and local.is_dir() else project.model("dense")
     if not (config / "config.json" if config.is_dir() else config).is_file():
-        raise UserError(f"{config}: no config.json, expected a model's directory or its config.json")
+        raise UserError(
+            f"{config}: no config.json, expected a model's directory or its config.json; name one, or fetch this "
+            "study's model: `dvc repro download@model`"
+        )
     if device not in ("cpu", *DEVICES):
         raise UserError(f"--device: got {device}, expected cpu, {', '.join(DEVICES)}")
     model, through = sizes(config), work(config)
@@ -126,6 +130,7 @@ def _settings(start: Path, dtype: str | None, windows: int | None, length: int |
     for section, count in (("calibration", "samples"), ("perplexity", "windows")):
         content[section] |= {count: windows} if windows else {}
         content[section] |= {"length": length} if length else {}
+    content["calibration"]["fisher"] = min(content["calibration"]["fisher"], content["calibration"]["samples"])
     return project, check_params(content | ({"dtype": dtype} if dtype else {}))
 
 

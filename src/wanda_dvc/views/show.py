@@ -38,7 +38,7 @@ def show(*, project: Project, as_json: bool = False) -> str:
         _title(made),
         staleness(ran),
         "\n".join(changed_sources(project)),
-        tabulate(comparison(made), HEADERS, tablefmt="github"),
+        tabulate(comparison(made), HEADERS, tablefmt="github", disable_numparse=True),
     ]
     parts += [*_footnotes(made), *_beside_uniform(made, ran), _times(made)]
     return "\n\n".join(part for part in parts if part)

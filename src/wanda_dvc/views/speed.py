@@ -85,12 +85,11 @@ def _machine(device: str) -> dict[str, str]:
 
 def _check(folder: Path, prompt: int, tokens: int) -> None:
     """Refuse what cannot be measured."""
-    from transformers import AutoConfig
+    from wanda_dvc.engine.config import read_config
 
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json, expected a model's directory")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    most = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
     if most is not None and prompt + tokens > most:
         raise UserError(f"--prompt and --tokens: got {prompt} + {tokens}, expected at most {most} for this model")
 
