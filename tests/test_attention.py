@@ -1,12 +1,16 @@
 """Our attention against torch's own: causal, with a window, with keys shared, soft-capped, and by questions."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_families import save
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
@@ -129,3 +133,39 @@ def test_where_ours_computes_something_else_the_stock_one_stays(tmp_path: Path, 
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, lambda m, q, *_, **__: (q.mT * 0, None))
     folder = save_tiny_model(tmp_path / "model")
     assert not Decoder(folder, dtype=torch.bfloat16, device=torch.device("cpu"))._ours_for_windows
+
+
+def test_where_it_differs_in_one_kind_of_block_the_stock_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Blocks of full attention and of a sliding window alternate; the second kind is wrong."""
+    monkeypatch.setattr(attention, "is_faster", lambda *_: True)
+    folder = save("gemma2", tmp_path / "model")
+    assert Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))._ours_for_windows
+
+    def wrong(module: torch.nn.Module, *given: Any, **words: Any) -> tuple[Tensor, None]:
+        out, _ = attention.attend(module, *given, **words)
+        return out * (module.layer_idx != 1), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, wrong)
+    assert not Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))._ours_for_windows
+
+
+def test_attention_with_more_than_a_mask_stays_the_models_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With sinks near nothing, no result on a short row would show that ours has none."""
+    monkeypatch.setattr(attention, "is_faster", lambda *_: True)
+    folder = save("gpt_oss", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    sinks = {name: weight.fill_(-30) for name, weight in weights.items() if name.endswith("sinks")}
+    assert len(sinks) == 3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))._ours_for_windows
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="attention with s_aux"):
+        attention.attend(torch.nn.Module(), q, q, q, None, s_aux=torch.zeros(2), position_ids=torch.zeros(1, 4))
+
+
+def test_questions_are_tried_against_the_models_own_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = save("llama", tmp_path / "model")
+    decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, lambda m, q, *_, **__: (q.mT * 0, None))
+    decoder._ours_for_windows = True
+    assert not decoder.holds_layouts

@@ -145,6 +145,20 @@ def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
     assert outputs(tmp_path) == resumed
 
 
+def test_a_disk_that_fills_up_with_statistics_is_one_that_is_full(tmp_path: Path):
+    """The library has an error of its own for what the system says."""
+    code = (
+        "import pathlib, resource, signal, sys, torch; from wanda_dvc.errors import explain, fixable; "
+        "from wanda_dvc.study.tensors import _save; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))\n"
+        "try: _save(pathlib.Path(sys.argv[1]), {'x': torch.zeros(9_000)}, {})\n"
+        "except Exception as error: print(fixable(error), *explain(error))"
+    )
+    place = tmp_path / "block_000.safetensors"
+    done = subprocess.run([sys.executable, "-c", code, str(place)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"True {place}: no room on the disk (File too large), expected room")
+
+
 @pytest.mark.parametrize("limit", [20_000, 200_000])
 def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path, tiny: Path, limit: int):
     """`ulimit -f`: a file may not grow beyond; the earlier output stays as it is."""

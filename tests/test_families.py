@@ -16,10 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
+from wanda_dvc.engine.calls import Call
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods
 from wanda_dvc.engine.recorder import InputRecorder
+from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.walk import Here, outputs, walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.study.project import Project
@@ -164,7 +166,34 @@ MIXTURES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         ],
     ),
 }
-ALL = FAMILIES | MIXTURES
+MAMBA = ["in_proj", "x_proj", "dt_proj", "out_proj"]  # it multiplies dt_proj's weight itself, and calls no module
+RECURRENT: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "mamba": (
+        {"state_size": 4, "time_step_rank": 4, "residual_in_fp32": False},
+        "backbone.layers",
+        [f"mixer.{name}" for name in MAMBA],
+    ),
+    "jamba mixed": (
+        {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 0, "expert_layer_period": 1}
+        | {"expert_layer_offset": 0, "mamba_dt_rank": 4, "mamba_d_state": 4},
+        "model.layers",
+        [
+            *(f"mamba.{name}" for name in MAMBA),
+            *(names.replace("mlp", "feed_forward") for names in experts(4, *QWEN)),
+        ],
+    ),
+    "bamba": (  # its blocks return something beside the hidden states
+        {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_n_groups": 1},
+        "model.layers",
+        [*ATTENTION, "feed_forward.gate_proj feed_forward.up_proj", "feed_forward.down_proj"],
+    ),
+    "openai-gpt": (  # its blocks return a list
+        {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
+        "transformer.h",
+        ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+    ),
+}
+ALL = FAMILIES | MIXTURES | RECURRENT
 KINDS = [(torch.float32, "1GB"), (torch.bfloat16, "30KB"), (torch.float16, "1GB")]
 
 
@@ -211,6 +240,12 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
                 else None
             )
         )
+    if family == "mamba":  # what it multiplies its weight with is the first four features that x_proj puts out
+        block.mixer.x_proj.register_forward_hook(
+            lambda _, __, out: read.update(
+                {"mixer.dt_proj": read.get("mixer.dt_proj", 0) + (out[..., :4].reshape(-1, 4) ** 2).sum(0)}
+            )
+        )
     with torch.no_grad():
         for row, hidden in zip(tokens, outputs(decoder, tokens, tmp_path / "work"), strict=True):
             ours = torch.cat([logits for _, logits in decoder.logits(hidden[None], row)])
@@ -222,17 +257,19 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
     assert sorted(found) == sorted(linears)
     for names, x in zip(found, inputs.values(), strict=True):
         for name in names.split():
-            if name in dict(block.named_modules()):  # experts are none; they have a test of their own
+            if name.endswith("dt_proj") and family != "mamba":
+                assert x.count == tokens.numel()
+            elif name in dict(block.named_modules()):  # experts are none; they have a test of their own
                 torch.testing.assert_close(x.sum_squares.float(), read[name], rtol=1e-4, atol=1e-5)
 
 
 # Every family in every kind; of the further mixtures one kind each.
 RUNS = [(family, *kind) for family in FAMILIES for kind in KINDS]
-RUNS += [(family, *KINDS[index % 3]) for index, family in enumerate(MIXTURES)]
+RUNS += [(family, *KINDS[index % 3]) for index, family in enumerate(MIXTURES | RECURRENT)]
 
 
-# ALiBi (its bias is the distance in the row), attention outside transformers' registry, and attention with sinks.
-ONE_BY_ONE = {"bloom", "falcon", "gpt_oss"}
+# ALiBi (its bias is the distance in the row), attention outside transformers' registry, with sinks, or mixed with none.
+ONE_BY_ONE = {"bloom", "falcon", "gpt_oss", *RECURRENT}
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -272,9 +309,8 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
     for block, names in [(1, linears)]:
         for name in " ".join(names).split():
             before, after = (each.weight(f"{blocks}.{block}.{name}") for each in (dense, pruned))
-            rows, kept = (
-                (before.T, after.T) if family in ("gpt2", "gpt_oss") and rows_are_inputs(name) else (before, after)
-            )
+            turned = family in ("gpt2", "openai-gpt", "gpt_oss") and rows_are_inputs(name)
+            rows, kept = (before.T, after.T) if turned else (before, after)
             assert ((kept == 0) | (kept == rows)).all(), name
             assert ((kept == 0).sum(1) >= rows.shape[1] // 2).all(), name  # of each output
             assert ((kept == 0).sum(1) <= rows.shape[1] // 2 + (rows == 0).sum(1)).all(), name
@@ -479,3 +515,37 @@ def test_a_mixture_that_is_not_understood_is_refused_with_what_was_not(case: str
 
     with pytest.raises(UserError, match=message):
         look()
+
+
+def through(folder: Path, dtype: torch.dtype, work: Path) -> None:
+    decoder = Decoder(folder, dtype=dtype, device=torch.device("cpu"))
+    for step in walk(decoder, torch.tensor([[5, 6, 7]]), work):
+        step.record()
+
+
+def test_hidden_states_of_another_dtype_than_the_models_are_refused(tmp_path: Path):
+    folder = save("mamba", tmp_path / "model", torch.bfloat16, residual_in_fp32=True)
+    said = "block 0 returns hidden states in float32, expected bfloat16, the model's; set dtype=float32"
+    with pytest.raises(UserError, match=said):
+        through(folder, torch.bfloat16, tmp_path / "work")
+
+
+def test_blocks_that_hand_on_more_than_hidden_states_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As those of Gemma 4, whose later blocks read keys and values of earlier ones from a dict that all are given."""
+    decoder = Decoder(save("llama", tmp_path / "model"), dtype=torch.float32, device=torch.device("cpu"))
+    shared: dict[str, Any] = {"of": {}}
+
+    def handing_on(self: torch.nn.Module, hidden: torch.Tensor, shared: dict[str, Any], **_: Any) -> torch.Tensor:
+        shared["of"]["keys"] = hidden
+        return hidden
+
+    monkeypatch.setattr(type(decoder.blocks[0]), "forward", handing_on)
+    monkeypatch.setattr(decoder, "calls", lambda _: [Call((), {"shared": shared})] * 3)
+    with decoder.block(0), pytest.raises(UserError, match="block 0 hands other blocks more than hidden states"):
+        decoder.run(0, torch.zeros(1, 3, 32), Row(torch.tensor([5, 6, 7])))
+
+
+def test_a_linear_that_is_computed_in_a_way_of_its_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("wanda_dvc.engine.recorder.PRODUCTS", ())
+    with pytest.raises(UserError, match="0.mixer.dt_proj: computed in an unsupported way"):
+        through(save("mamba", tmp_path / "model"), torch.float32, tmp_path / "work")

@@ -72,7 +72,8 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
         torch.testing.assert_close(gram.diagonal().double(), found[name], rtol=1e-5, atol=0)
     assert grams.keys() == found.keys()
     for name, (own, linear) in parameters(decoder).items():
-        if linear.part.is_whole and own.endswith(".weight") and linear.part.expert is None:
+        called = not own.endswith("dt_proj.weight")  # of Mamba, whose blocks multiply it themselves
+        if linear.part.is_whole and own.endswith(".weight") and linear.part.expert is None and called:
             wanted = expected[own.removesuffix(".weight")]
             torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-6 * wanted.max().item())
             whole = products[own.removesuffix(".weight")].float()

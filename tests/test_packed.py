@@ -148,7 +148,7 @@ def packed(tmp_path: Path, *, zipped: bool = False, source: Path | None = None) 
 
 
 # No weight of theirs is a torch Linear's own: GPT-2's are transposed, and Falcon has a linear of its own.
-STAY_DENSE = {"gpt2", "falcon"}
+STAY_DENSE = {"gpt2", "openai-gpt", "falcon"}
 KINDS = [(torch.float32, "1GB", False), (torch.bfloat16, "30KB", True), (torch.float16, "1GB", True)]
 
 
@@ -422,6 +422,25 @@ def test_a_directory_that_is_not_packed_is_told_so(tiny: Path, tmp_path: Path):
     assert packing_of(tiny) is None
     with pytest.raises(UserError, match="no packed directory"):
         unpack_directory(tiny, tmp_path)
+
+
+def test_neither_hidden_files_nor_tensors_that_no_index_names_go_along(tmp_path: Path):
+    """The Hub's client notes times in .cache: with them the same model would have another hash in each download."""
+    source = save("llama", tmp_path / "model", shard="30KB")
+    linears = prune_at_random(source, share=0.5)
+    (source / ".cache").mkdir()
+    (source / ".cache/when").write_text("1")
+    shard = sorted(source.glob("*.safetensors"))[0]
+    save_file(load_file(shard) | {"extra.inv_freq": torch.zeros(4)}, shard, metadata={"format": "pt"})
+    expected = {name: Checkpoint(source).read(Address(name)) for name in Checkpoint(source).where}
+    pack_directory(source, tmp_path / "packed", linears)
+    (tmp_path / "packed/.cache").mkdir()
+    (tmp_path / "packed/.cache/when").write_text("2")
+    unpack_directory(tmp_path / "packed", tmp_path / "dense")
+    dense = Checkpoint(tmp_path / "dense")
+    assert dense.where.keys() == expected.keys()
+    assert all(same(weight, dense.read(Address(name))) for name, weight in expected.items())
+    assert not list((tmp_path / "dense").glob(".*"))
 
 
 # --- by the command line ---

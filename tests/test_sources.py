@@ -22,6 +22,7 @@ from transformers import BertConfig, T5Config
 from wanda_dvc.engine.sizes import Need
 from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
+from wanda_dvc.reading import name_of
 from wanda_dvc.sources.models import copied_bytes
 from wanda_dvc.stages import PARTS
 from wanda_dvc.stages.calibrate import calibrate
@@ -494,11 +495,20 @@ def test_texts_come_from_the_hub_at_a_commit(
     assert found["source"] == "/".join(part for part in (name, config) if part) + ", validation"
 
 
+@pytest.mark.parametrize("odd", [None, 0, [], {}])
+def test_a_row_of_the_hub_that_is_no_text_is_told(project: Make, data, odd: object):
+    data("org/prose", "good", "validation", [{"body": "one"}, {"body": odd}])
+    wanted = {"source": "org/prose", "config": "good", "split": "validation", "column": "body"}
+    made = project(**{f"calibration__text__{name}": value for name, value in wanted.items()})
+    with pytest.raises(UserError, match=f"column `body` holds {name_of(odd)}, expected text"):
+        download(project=made, part="calibration")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"column": "title"}, "text.column: org/prose: found body, rank, expected a column `title`"),
-        ({"column": "rank"}, "text.column: org/prose: column `rank` holds int, expected text"),
+        ({"column": "rank"}, "text.column: org/prose: column `rank` holds a number, expected text"),
         ({"split": "dev"}, r"org/prose, config good, split dev: .*validation"),
         ({"config": "bad"}, r"org/prose, config bad, split validation: .*good"),
     ],

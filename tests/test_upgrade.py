@@ -80,7 +80,7 @@ def test_an_older_study_becomes_a_new_one(older: Project):
     assert "\n+  locate:\n" in said
     assert "  locate: has not run\n  download@model: also reads sources/model\n" in said
     assert (
-        "`wanda-dvc calibrate --version 6`; also writes fisher, fisher_gram, gram; also depends on calibration." in said
+        "`wanda-dvc calibrate --version 7`; also writes fisher, fisher_gram, gram; also depends on calibration." in said
     )
     assert "perplexity@" not in said.partition("`dvc repro` runs again")[2].replace("download@perplexity", "")
     assert "`push: false` stays" in said

@@ -23,6 +23,7 @@ from wanda_dvc.engine.rows import Layout
 from wanda_dvc.pruning import products
 
 NAME = "wanda_dvc"
+PLACES = ("position_ids", "cache_position")  # tensors that attention is given and does not depend on
 QUERIES_AT_A_TIME = 128  # of a window: large multiplications, and few products above the diagonal
 
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -65,9 +66,14 @@ def attend(  # noqa: PLR0913 - transformers calls it with these
     *,
     scaling: float | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **words: Any,
 ) -> tuple[Float[Tensor, "1 length heads value_size"], None]:
-    """Computes attention by matrix multiplications over the parts of a row that see each other."""
+    """Computes attention by matrix multiplications over the parts of a row that see each other.
+
+    ValueError where it is given more than that, such as sinks, the keys to attend to, or a bias for each position.
+    """
+    if more := [name for name, value in words.items() if isinstance(value, Tensor) and name not in PLACES]:
+        raise ValueError(f"attention with {', '.join(more)}")
     compute = _opaque if torch.compiler.is_compiling() else _attend
     return compute(query, key, value, attention_mask, scaling, softcap), None
 
@@ -128,7 +134,9 @@ def _parts(
 def has_units(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of the dtype natively. Without that it is many times slower."""
     asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype not in asked or bool(getattr(torch.ops.mkldnn, asked[dtype])())
+    if dtype not in asked:
+        return True
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, asked[dtype])())
 
 
 def is_faster(dtype: torch.dtype, device: torch.device) -> bool:

@@ -27,6 +27,10 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def held(self) -> list[int]:
+        """What its containers hold, by identity: a block that changes one has more results than hidden states."""
+        return [id(part) for value in (*self.args, *self.kwargs.values()) for part in _held(value)]
+
 
 class CallCache:
     """The calls of all blocks, by the row's length or layout.
@@ -72,6 +76,13 @@ def call_bytes(calls: list[Call]) -> int:
 def equal_calls(one: list[Call], other: list[Call]) -> bool:
     """Whether two recordings pass the same values."""
     return _equal([(call.args, call.kwargs) for call in one], [(call.args, call.kwargs) for call in other])
+
+
+def _held(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield part
+            yield from _held(part)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

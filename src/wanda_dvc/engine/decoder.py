@@ -5,6 +5,7 @@ A block's arguments are recorded from the model's own forward pass, so there is 
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from wanda_dvc.engine import attention
+from wanda_dvc.engine import attention, recorder
 from wanda_dvc.engine.calls import Call, CallCache, calls_bytes, equal_calls
 from wanda_dvc.engine.checkpoint import Checkpoint, Source
 from wanda_dvc.engine.compiled import CompiledBlocks, is_worth_it
@@ -59,6 +60,7 @@ class Decoder:
         self.dtype, self.device, self.compiling = dtype, device, compiling
         self._compiled: CompiledBlocks | None = None
         self._takes_several: dict[type, bool] = {}  # by kind of block
+        self._uncalled: dict[type, list[int]] = {}  # places among its linears, likewise
         self.weights = Weights(self.model, self.checkpoint, device=device, resident=resident)
         self.blocks = self.weights.blocks
         self._cache = CallCache(calls_bytes(device.type))
@@ -153,6 +155,7 @@ class Decoder:
         With other parameters, where some are given.
         """
         call = self.calls(row)[index]
+        held = call.held()
         with self._attending(row):
             if parameters is None and self._compiled is not None:
                 out = self._compiled.run(self.blocks[index], hidden, call)
@@ -160,7 +163,31 @@ class Decoder:
                 out = self.blocks[index](hidden, *call.args, **call.kwargs)
             else:
                 out = functional_call(self.blocks[index], parameters, (hidden, *call.args), call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        after: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+        if call.held() != held:
+            raise UserError(
+                f"{self.checkpoint}: block {index} hands other blocks more than hidden states, by a container that it "
+                "is given; unsupported model structure"
+            )
+        if parameters is None and after.dtype is not hidden.dtype:
+            raise UserError(
+                f"{self.checkpoint}: block {index} returns hidden states in {_short(after.dtype)}, expected "
+                f"{_short(hidden.dtype)}, the model's; set dtype={_short(after.dtype)}"
+            )
+        return after
+
+    @torch.no_grad()
+    def uncalled(self, index: int) -> list[str]:
+        """The linears whose weights a block multiplies by itself, without calling them; tried once a kind of block."""
+        kind, linears = type(self.blocks[index]), self.linears(index)
+        if kind not in self._uncalled:
+            row = Row(torch.zeros(2, dtype=torch.long))
+            hidden, call = self._record(row, until=index)[-1]
+            with recorder.finding_uncalled(linears) as found, self._attending(row):
+                self.blocks[index](hidden, *call.args, **call.kwargs)
+            self._uncalled[kind] = [place for place, name in enumerate(linears) if name in found]
+        names = list(linears)
+        return [names[place] for place in self._uncalled[kind]]
 
     @torch.no_grad()
     def logits(
@@ -191,7 +218,7 @@ class Decoder:
     def _logits(
         self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]
     ) -> Float[Tensor, "chunk vocabulary"]:
-        result = (hidden,) if self._returns_tuple else hidden
+        result = hidden if self._beside is None else (hidden, *self._beside)
         with self._instead_of_blocks(lambda *args, **kwargs: result):
             logits: Tensor = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits
         return logits[0]
@@ -212,7 +239,8 @@ class Decoder:
             choice=torch.tensor([0] * 8 + [1] * 2 + [2] * 3 + [0] * 7 + [1] * 2 + [2] * 2),
         )
         parts = [[*range(8), 8, 9], [*range(8), 10, 11, 12], [*range(13, 20), 20, 21], [*range(13, 20), 22, 23]]
-        alone = [self._through(Row(tokens[part])) for part in parts]
+        with self._windows_by(ours=False):
+            alone = [self._through(Row(tokens[part])) for part in parts]
         try:
             together = self._through(Row(tokens, layout))
         except (TypeError, ValueError, RuntimeError):  # attention of its own, incompatible with ours
@@ -245,7 +273,7 @@ class Decoder:
     def _record(self, row: Row, until: int) -> list[tuple[Tensor, Call]]:
         """The hidden states and the call of each block up to `until`, if every block returned its input unchanged."""
         recorded: list[tuple[Tensor, Call]] = []
-        wrap = until > 0 and self._returns_tuple
+        beside = self._beside if until > 0 else None  # asked before blocks are replaced
 
         def record(index: int, *args: Any, **kwargs: Any) -> Any:
             if args:
@@ -255,7 +283,7 @@ class Decoder:
             recorded.append((hidden, Call(args, kwargs)))
             if index == until:
                 raise _Stop
-            return (hidden,) if wrap else hidden
+            return hidden if beside is None else (hidden, *beside)
 
         words: dict[str, Any] = {}
         if row.layout is not None:
@@ -293,27 +321,45 @@ class Decoder:
         return calls
 
     @cached_property
-    def _returns_tuple(self) -> bool:
-        """Whether a block returns a tuple that begins with the hidden states, or the hidden states alone."""
+    def _beside(self) -> tuple[None, ...] | None:
+        """What a block returns beside the hidden states, as far as that is nothing; None: it returns them alone."""
         hidden, call = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
         with self.block(0) as block:
-            return isinstance(block(hidden, *call.args, **call.kwargs), tuple)
+            out = block(hidden, *call.args, **call.kwargs)
+        if not isinstance(out, (tuple, list)):
+            return None
+        return tuple(itertools.takewhile(lambda other: other is None, out[1:]))
+
+    @contextlib.contextmanager
+    def _windows_by(self, *, ours: bool) -> Iterator[None]:
+        """Windows go through our attention inside, or through the model's own."""
+        before, self._ours_for_windows = self._ours_for_windows, ours
+        self._cache.clear()
+        try:
+            yield
+        finally:
+            self._ours_for_windows = before
+            self._cache.clear()
 
     @torch.no_grad()
     def _attends_alike(self) -> bool:
-        """Whether a block computes the same with our attention as with the model's own."""
+        """Whether each kind of block computes the same with our attention as with the model's own."""
         row = Row(torch.arange(24) % 7)
-        outs = []
+        types = getattr(self.model.config.get_text_config(), "layer_types", None) or [None] * len(self.blocks)
+        kinds: dict[Any, int] = {}  # the first block of each
+        for index, (block, attends) in enumerate(zip(self.blocks, types, strict=False)):
+            kinds.setdefault((type(block), attends, tuple(name for name, _ in block.named_parameters())), index)
+        outs: list[list[Tensor]] = [[], []]
         for ours in (False, True):
-            self._ours_for_windows = ours
-            self._cache.clear()
-            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            with self._windows_by(ours=ours), contextlib.suppress(TypeError, ValueError, RuntimeError):
                 hidden = self.embed(row)
                 self.calls(row)
-                with self.block(0):
-                    outs.append(self.run(0, hidden, row).float())
-        self._cache.clear()
-        return len(outs) == 2 and bool((outs[1] - outs[0]).norm() <= 5e-2 * outs[0].norm())
+                for index in kinds.values():
+                    with self.block(index, then=-1):
+                        outs[ours].append(self.run(index, hidden, row).float())
+        stock, own = outs
+        alike = [bool((b - a).norm() <= _tolerance(self.dtype) * a.norm()) for a, b in zip(stock, own, strict=False)]
+        return len(stock) == len(own) == len(kinds) and all(alike)
 
     @torch.no_grad()
     def _through(self, row: Row) -> Float[Tensor, "length width"]:
@@ -324,6 +370,10 @@ class Decoder:
             with self.block(index):
                 hidden = self.run(index, hidden, row)
         return hidden[0].float()
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tolerance(dtype: torch.dtype) -> float:

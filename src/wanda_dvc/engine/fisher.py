@@ -106,7 +106,7 @@ class WayBack:
             last = zip(self._before[-1].before, self.rows, strict=True)
             self._gradients.write(decoder.loss_gradient(x[None], row.tokens)[0] for x, row in last)
             self._gradients.turn()
-        with recorder.recording(decoder.linears(index)):
+        with recorder.recording(decoder.linears(index), decoder.uncalled(index)):
             coming = zip(self._before[index].before, self._gradients.before, self.rows, strict=True)
             self._gradients.write(_back(decoder, index, *one) for one in coming)
 

@@ -25,7 +25,14 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
 
     def __init__(self, decoder: Decoder, folder: Path, runner: Runner, *, what: str, progress: Progress) -> None:
         """`folder` holds the tokenizer, `what` names the run in messages, `progress` shows the blocks."""
-        super().__init__(pretrained=decoder.model, tokenizer=load_tokenizer(folder), trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{folder}: its tokenizer names no token that begins or ends a text, expected one, with which lm-eval "
+                "begins a question without a context; name a bos_token or an eos_token in the model's "
+                "tokenizer_config.json"
+            )
+        super().__init__(pretrained=decoder.model, tokenizer=tokenizer, trust_remote_code=False)
         self.runner, self.what, self.progress = runner, what, progress
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:

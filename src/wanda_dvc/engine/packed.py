@@ -6,7 +6,10 @@ Each packed weight is two tensors. Under its own name are its nonzeros row by ro
 With `zip` the nonzeros are compressed (`wanda_dvc.pruning.packing.compress`), uint8 [bytes].
 """
 
+import contextlib
+import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -138,7 +141,8 @@ def pack_directory(source: Path, target: Path, linears: Collection[str], *, zipp
     """Write a model directory packed into an empty folder. The linears are named as masks name them.
 
     A linear stays dense where packing does not shrink it, and where it is no weight of its own of a `torch.nn.Linear`
-    that is stored under the parameter's name: experts that are stored together, and GPT-2's transposed weights.
+    that is called and stored under the parameter's name: experts that are stored together, GPT-2's transposed weights,
+    and what Mamba multiplies itself.
     Peak memory in bytes: three times the largest tensor.
     """
     checkpoint = Checkpoint(source)
@@ -226,15 +230,24 @@ def block_linears(folder: Path) -> list[str]:
 
 
 def _own_weights(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """The weights of `torch.nn.Linear` modules that are stored whole under their parameter's name."""
+    """The weights of `torch.nn.Linear` modules that are called, stored whole under their parameter's name."""
     parts = stored_parts(model, checkpoint)
     found = []
     for name, module in model.named_modules():
         weight = f"{name}.weight"
         stored = [(part.address, part.is_whole) for part in parts.get(weight, ())]
-        if type(module) is nn.Linear and stored == [(Address(weight), True)]:
+        if type(module) is nn.Linear and stored == [(Address(weight), True)] and _is_called(model, name):
             found.append(weight)
     return found
+
+
+def _is_called(model: nn.Module, name: str) -> bool:
+    """Whether a linear is called, by the code of the module that holds it. Mamba's takes the weights of some itself."""
+    parent, _, leaf = name.rpartition(".")
+    with contextlib.suppress(OSError, TypeError):  # a class without a file
+        code = inspect.getsource(type(model.get_submodule(parent)))
+        return re.search(rf"\bself\.{leaf}\.weight\s*[@,]", code) is None
+    return True
 
 
 def _values(whole: Callable[[], Tensor], zipped: bool) -> Tensor:
@@ -266,20 +279,22 @@ class _Piece:
 def _rewrite(checkpoint: Checkpoint, target: Path, pieces: Callable[[Iterable[str]], Iterator[_Piece]]) -> None:
     """Write a checkpoint's directory with other tensors, in shards of the same names.
 
-    `pieces` says what becomes of the tensors named. All but weights, index and config.json is copied.
+    `pieces` says what becomes of the tensors named. All but weights, index and config.json is copied; hidden files are
+    not, such as those in which the Hub's client notes when it has fetched what.
     """
     written = {"config.json", INDEX, *(shard.name for shard in checkpoint.shards)}
     shutil.copytree(
         checkpoint.folder,
         target,
-        ignore=lambda _, names: written & set(names),
+        ignore=lambda _, names: [name for name in names if name in written or name.startswith(".")],
         copy_function=shutil.copyfile,
         dirs_exist_ok=True,
     )
     where: dict[str, str] = {}
     total = 0
     for shard in checkpoint.shards:
-        entries = _write_shard(target / shard.name, list(pieces(name for name, *_ in checkpoint.bytes_at(shard))))
+        names = (name for name, *_ in checkpoint.bytes_at(shard) if name in checkpoint.entries)
+        entries = _write_shard(target / shard.name, list(pieces(names)))
         where |= dict.fromkeys(entries, shard.name)
         total += sum(entries.values())
     if (checkpoint.folder / INDEX).is_file():

@@ -1,7 +1,7 @@
 """Records statistics of the inputs of a block's linears while the block runs."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -74,6 +74,8 @@ class Sums:
         for (module, leaf, expert), names in _weights(linears).items():
             if expert is not None and (module, leaf) not in reached:
                 raise UserError(f"{names[0]}: its experts are computed in an unsupported way")
+            if expert is None and names[0] not in source and not _is_of_a_list(names[0]):
+                raise UserError(f"{names[0]}: computed in an unsupported way; unsupported model structure")
             if names[0] not in source:
                 stats[names[0]] = InputStats.empty(linears[names[0]].features)
                 source |= dict.fromkeys(names, names[0])
@@ -94,6 +96,11 @@ class Sums:
                 raise UserError(
                     f"block {block}, input of {name}: sums of squares that are not finite, expected finite ones; {MEND}"
                 )
+
+
+def _is_of_a_list(name: str) -> bool:
+    """Whether a linear is in a list beside that of the blocks, as an expert with modules of its own."""
+    return sum(word.isdigit() for word in name.split(".")) > 1
 
 
 def _weights(linears: dict[str, Linear]) -> dict[tuple[nn.Module, str, int | None], list[str]]:
@@ -117,19 +124,19 @@ class InputRecorder(Sums):
     _held: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
-        """Records the inputs of these linears in every pass that runs inside."""
+    def recording(self, linears: dict[str, Linear], uncalled: Collection[str] = ()) -> Iterator[None]:
+        """Records the inputs of these linears in every pass that runs inside; the `uncalled` are never called."""
         self.linears = linears
 
         def before(module: nn.Module, names: list[str]) -> Any:
             return module.register_forward_pre_hook(lambda _, args: self._read(names, args[0], None, ALL))
 
-        with _watching(linears, before, self._read):
+        with _watching(linears, uncalled, before, self._read):
             yield
 
-    def _read(self, names: list[str], x: Tensor, _: Tensor | None, tokens: slice) -> None:
+    def _read(self, names: list[str], x: Tensor, _: Tensor | None, tokens: slice, turned: bool = False) -> None:
         """Adds an input [..., in] of the linears that are rows of one weight."""
-        x = x[tokens]
+        x = x.mT if turned else x[tokens]
         if not x.numel():  # an expert that is called without tokens; all empty tensors have one address
             return
         if x.shape[-1] != self.linears[names[0]].features:
@@ -236,22 +243,22 @@ class GradientRecorder(Gradients):
     linears: dict[str, Linear] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
-        """Records what comes back, in every pass inside, to the outputs of these linears."""
+    def recording(self, linears: dict[str, Linear], uncalled: Collection[str] = ()) -> Iterator[None]:
+        """Records what comes back, in every pass inside, to the outputs of these linears, the `uncalled` among them."""
         self.linears = linears
 
         def after(module: nn.Module, names: list[str]) -> Any:
             return module.register_forward_hook(lambda _, args, out: self._see(names, args[0], out, ALL))
 
-        with _watching(linears, after, self._see):
+        with _watching(linears, uncalled, after, self._see):
             yield
 
-    def _see(self, names: list[str], _: Tensor, y: Tensor | None, tokens: slice) -> None:
+    def _see(self, names: list[str], _: Tensor, y: Tensor | None, tokens: slice, turned: bool = False) -> None:
         if y is not None and y.requires_grad:
-            y.register_hook(partial(self._add, names, tokens))
+            y.register_hook(partial(self._add, names, tokens, turned))
 
-    def _add(self, names: list[str], tokens: slice, gradient: Float[Tensor, "... out"]) -> None:
-        gradient = gradient.flatten(0, -2)[tokens].float()
+    def _add(self, names: list[str], tokens: slice, turned: bool, gradient: Float[Tensor, "... out"]) -> None:
+        gradient = (gradient.mT if turned else gradient).flatten(0, -2)[tokens].float()
         sums = gradient.square().sum(dim=0).cpu().double()
         for name in names:
             rows = slice(*(self.linears[name].part.rows or (None,)))
@@ -265,40 +272,74 @@ class GradientRecorder(Gradients):
 
 
 ALL = slice(None)
-# The linears that are rows of one weight, what they are given and put out, and the tokens of both that are theirs.
-See = Callable[[list[str], Tensor, Tensor | None, slice], None]
+PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
+
+
+# (names, x, y, tokens, turned=False): the linears that are rows of one weight, what they are given and put out, the
+# tokens of both that are theirs, and whether both have features first.
+See = Callable[..., None]
 
 
 @contextlib.contextmanager
-def _watching(linears: dict[str, Linear], hook_on: Callable[[nn.Module, list[str]], Any], see: See) -> Iterator[None]:
-    """Watches the modules of these linears with hooks, and the products of experts, in every pass inside."""
+def finding_uncalled(linears: dict[str, Linear]) -> Iterator[set[str]]:
+    """Gather the linears whose weights a pass inside multiplies without calling their modules."""
+    called: set[str] = set()
+    multiplied: set[str] = set()
+
+    def before(module: nn.Module, names: list[str]) -> Any:
+        return module.register_forward_pre_hook(lambda *_: called.update(names))
+
+    def see(names: list[str], *_: Any, **__: Any) -> None:
+        multiplied.update(names)
+
+    with _watching(linears, linears, before, see):
+        yield (found := set())
+    found |= {name for name in multiplied - called if linears[name].part.expert is None}
+
+
+@contextlib.contextmanager
+def _watching(
+    linears: dict[str, Linear],
+    uncalled: Collection[str],
+    hook_on: Callable[[nn.Module, list[str]], Any],
+    see: See,
+) -> Iterator[None]:
+    """Watches the modules of these linears with hooks, the products of experts and of `uncalled`, in passes inside."""
     hooks: list[Any] = []
     experts: dict[tuple[nn.Module, str], dict[int, list[str]]] = {}
+    plain: list[tuple[nn.Parameter, list[str]]] = []
     for (module, leaf, expert), names in _weights(linears).items():
-        if expert is None:
-            hooks.append(hook_on(module, names))
-        else:
+        if expert is not None:
             experts.setdefault((module, leaf), {})[expert] = names
+            continue
+        hooks.append(hook_on(module, names))
+        if names[0] in uncalled:
+            plain.append((module.get_parameter(leaf), names))
     watched = [(module.get_parameter(leaf), names) for (module, leaf), names in experts.items()]
     try:
-        with _ExpertCalls(watched, see) if watched else contextlib.nullcontext():
+        with _Products(watched, plain, see) if watched or plain else contextlib.nullcontext():
             yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
-class _ExpertCalls(TorchFunctionMode):
-    """Sees the tokens that each expert's weights are multiplied with; the model computes as usual.
+class _Products(TorchFunctionMode):
+    """Sees what weights are multiplied with where no module is called; the model computes as usual.
 
-    A hook needs a module, and a parameter that holds several experts is none. But models compute with it in torch
-    functions whose first two arguments are the tokens and a view of that parameter: a `linear` or `matmul` for each
-    expert, or one grouped product for all.
+    A hook needs a module that is called, and a parameter that holds several experts is none. But models compute with it
+    in torch functions whose first two arguments are the tokens and a view of that parameter: a `linear` or `matmul` for
+    each expert, or one grouped product for all. Mamba multiplies the weight of a linear itself, from the left.
     """
 
-    def __init__(self, experts: list[tuple[nn.Parameter, dict[int, list[str]]]], see: See) -> None:
+    def __init__(
+        self,
+        experts: list[tuple[nn.Parameter, dict[int, list[str]]]],
+        plain: list[tuple[nn.Parameter, list[str]]],
+        see: See,
+    ) -> None:
         super().__init__()
-        self.experts, self.see = experts, see
+        self.experts, self.plain, self.see = experts, plain, see
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -307,6 +348,8 @@ class _ExpertCalls(TorchFunctionMode):
         made = function(*args, **kwargs)
         if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             x, weight = args[:2]
+            if self.plain and function.__name__ in PRODUCTS:
+                self._look_for_plain(x, weight, made)
             for parameter, names in self.experts:
                 offset = weight.data_ptr() - parameter.data_ptr()
                 if not 0 <= offset < parameter.nbytes:
@@ -319,3 +362,10 @@ class _ExpertCalls(TorchFunctionMode):
                         if end > begin:
                             self.see(names[expert], x, made, slice(begin, end))
         return made
+
+    def _look_for_plain(self, x: Tensor, weight: Tensor, made: Tensor) -> None:
+        for parameter, names in self.plain:
+            if parameter.data_ptr() == weight.data_ptr():
+                self.see(names, x, made, ALL)
+            elif parameter.data_ptr() == x.data_ptr():
+                self.see(names, weight, made, ALL, turned=True)

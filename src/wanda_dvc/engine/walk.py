@@ -230,7 +230,8 @@ class Step(Turn):
         """
         rows = range(len(self.rows)) if rows is None else rows
         groups = [range(row, row + 1) for row in rows] if beside else self._groups(rows)
-        with recorder.recording(self.linears) if recorder else contextlib.nullcontext():
+        uncalled = self.decoder.uncalled(self.index) if recorder else ()
+        with recorder.recording(self.linears, uncalled) if recorder else contextlib.nullcontext():
             self.states.write(self._outputs(recorder, groups, beside), first=rows.start)
         if recorder:
             recorder.check_finite(self.index)

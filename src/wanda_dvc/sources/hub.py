@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError, notice
+from wanda_dvc.reading import name_of
 
 NOUNS = {"model": "model", "dataset": "data set"}
 LOCAL = {"model": "directory", "dataset": "file or a runtime.mirror"}  # what to name instead of a Hub id
@@ -89,8 +90,8 @@ def column_of(rows: Any, column: str, where: str) -> list[str]:
     if column not in rows.column_names:
         raise UserError(f"{where}: found {', '.join(rows.column_names)}, expected a column `{column}`")
     texts = list(rows[column])
-    if odd := next((text for text in texts if not isinstance(text, str)), None):
-        raise UserError(f"{where}: column `{column}` holds {type(odd).__name__}, expected text")
+    if odd := next((name_of(text) for text in texts if not isinstance(text, str)), None):
+        raise UserError(f"{where}: column `{column}` holds {odd}, expected text")
     return texts
 
 

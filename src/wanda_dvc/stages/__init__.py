@@ -121,7 +121,7 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=6,
+            version=7,
             about="Measure the dense model's activations once: stats/, and if asked gram/, fisher/ and fisher_gram/.",
             result="[fg]*/provenance.json",  # of fisher/, fisher_gram/ and gram/: with any it takes longer
             settings=(
@@ -136,7 +136,7 @@ STAGES = {
         ),
         Stage(
             name="mask",
-            version=6,
+            version=7,
             about="Choose the weights that stay: masks/.",
             result="masks/provenance.json",
             settings=(
@@ -161,7 +161,7 @@ STAGES = {
         ),
         Stage(
             name="perplexity",
-            version=1,
+            version=2,
             about="Measure a model's perplexity on a text.",
             result="metrics/details/{part}/perplexity.json",
             settings=("perplexity.length", "perplexity.windows", "perplexity.rest", "dtype"),
@@ -170,7 +170,7 @@ STAGES = {
         ),
         Stage(
             name="zero-shot",
-            version=4,
+            version=5,
             about="Ask a model the questions of one task.",
             result="metrics/details/{part}/zero_shot/{task}.json",
             settings=("zero_shot.limit", "dtype"),

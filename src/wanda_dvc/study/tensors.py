@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -333,6 +335,7 @@ def _sealed(folder: Path, made_by: str) -> dict[str, str]:
 
 def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
     """Write tensors and a header to a safetensors file, beside its place, then rename it. It breaks a seal."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if is_there(path.parent / PROVENANCE):  # a run that was killed before it published what it had sealed
@@ -340,7 +343,12 @@ def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
 
     beside = path.with_name(path.name + ".part")
     # A single key: safetensors writes several keys in an order that changes from run to run.
-    save_file(tensors, beside, {"wanda_dvc": json.dumps(header)})
+    try:
+        save_file(tensors, beside, {"wanda_dvc": json.dumps(header)})
+    except SafetensorError as error:  # of a full disk too, whose number it has in its text
+        if told := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from error
+        raise
     beside.replace(path)
 
 
