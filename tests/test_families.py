@@ -174,8 +174,8 @@ RECURRENT: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         [f"mixer.{name}" for name in MAMBA],
     ),
     "jamba mixed": (
-        {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 0, "expert_layer_period": 1}
-        | {"expert_layer_offset": 0, "mamba_dt_rank": 4, "mamba_d_state": 4},
+        {"num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 0, "expert_layer_period": 2}
+        | {"expert_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 4},
         "model.layers",
         [
             *(f"mamba.{name}" for name in MAMBA),

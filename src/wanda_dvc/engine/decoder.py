@@ -6,7 +6,7 @@ A block's arguments are recorded from the model's own forward pass, so there is 
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -59,8 +59,8 @@ class Decoder:
         self.model = build_empty(self.checkpoint.config, self.checkpoint.config_name, dtype)
         self.dtype, self.device, self.compiling = dtype, device, compiling
         self._compiled: CompiledBlocks | None = None
-        self._takes_several: dict[type, bool] = {}  # by kind of block
-        self._uncalled: dict[type, list[int]] = {}  # places among its linears, likewise
+        self._takes_several: dict[Hashable, bool] = {}  # by kind of block
+        self._uncalled: dict[Hashable, list[int]] = {}  # places among its linears, likewise
         self.weights = Weights(self.model, self.checkpoint, device=device, resident=resident)
         self.blocks = self.weights.blocks
         self._cache = CallCache(calls_bytes(device.type))
@@ -133,7 +133,7 @@ class Decoder:
     @torch.no_grad()
     def takes_several(self, index: int, hidden: Float[Tensor, "rows length width"], row: Row) -> bool:
         """Whether a block computes the same for rows together as for each alone; tried once for each kind of block."""
-        kind = type(self.blocks[index])
+        kind = self._kind(index)
         if kind not in self._takes_several:
             alone = torch.cat([self.run(index, x[None], row) for x in hidden]).float()
             same = False
@@ -179,7 +179,7 @@ class Decoder:
     @torch.no_grad()
     def uncalled(self, index: int) -> list[str]:
         """The linears whose weights a block multiplies by itself, without calling them; tried once a kind of block."""
-        kind, linears = type(self.blocks[index]), self.linears(index)
+        kind, linears = self._kind(index), self.linears(index)
         if kind not in self._uncalled:
             row = Row(torch.zeros(2, dtype=torch.long))
             hidden, call = self._record(row, until=index)[-1]
@@ -330,6 +330,12 @@ class Decoder:
             return None
         return tuple(itertools.takewhile(lambda other: other is None, out[1:]))
 
+    def _kind(self, index: int) -> Hashable:
+        """What blocks have in common that compute alike: their class, their parameters, and who attends to whom."""
+        types = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
+        block = self.blocks[index]
+        return type(block), tuple(name for name, _ in block.named_parameters()), tuple(types[index : index + 1])
+
     @contextlib.contextmanager
     def _windows_by(self, *, ours: bool) -> Iterator[None]:
         """Windows go through our attention inside, or through the model's own."""
@@ -345,10 +351,9 @@ class Decoder:
     def _attends_alike(self) -> bool:
         """Whether each kind of block computes the same with our attention as with the model's own."""
         row = Row(torch.arange(24) % 7)
-        types = getattr(self.model.config.get_text_config(), "layer_types", None) or [None] * len(self.blocks)
-        kinds: dict[Any, int] = {}  # the first block of each
-        for index, (block, attends) in enumerate(zip(self.blocks, types, strict=False)):
-            kinds.setdefault((type(block), attends, tuple(name for name, _ in block.named_parameters())), index)
+        kinds: dict[Hashable, int] = {}  # the first block of each
+        for index in range(len(self.blocks)):
+            kinds.setdefault(self._kind(index), index)
         outs: list[list[Tensor]] = [[], []]
         for ours in (False, True):
             with self._windows_by(ours=ours), contextlib.suppress(TypeError, ValueError, RuntimeError):
