@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, save_tiny_model, write_params
+from test_families import save
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
 from wanda_dvc.engine.costs import CPU_EFFICIENCY, DEVICES, HOST, NETWORK, Device, Setting, work
+from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.sizes import choosing, sizes, walking, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
@@ -83,6 +85,21 @@ def test_parameters_are_those_of_the_models_cards(name: str, parameters: int, li
     config = CONFIGS / f"{name}.json"
     assert sizes(config).parameters == parameters
     assert work(config).linears == linears
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss"])
+def test_inputs_and_outputs_of_transposed_weights_are_told_apart(family: str, tmp_path: Path):
+    folder = save(family, tmp_path)
+    decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
+    linears = [linear for index in range(len(decoder.blocks)) for linear in decoder.linears(index).values()]
+    outputs = [linear.weight.shape[1 if linear.transposed else 0] for linear in linears]
+    found = sizes(folder)
+    assert found.all_squares == sum(linear.features**2 for linear in linears)
+    assert found.all_output_squares == sum(size**2 for size in outputs)
+
+
+def test_a_model_without_attention_has_a_cost(tmp_path: Path):
+    assert "parameters" in cost.cost(start=tmp_path, config=save("mamba", tmp_path / "model"))
 
 
 def test_a_token_meets_some_experts_and_all_are_pruned(tmp_path: Path):

@@ -13,6 +13,8 @@ import torch
 from conftest import save_tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaModel
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
@@ -202,7 +204,8 @@ def save(family: str, folder: Path, dtype: torch.dtype = torch.float32, shard: s
     torch.manual_seed(0)
     kind = family.split()[0]
     known = set(AutoConfig.for_model(kind).to_dict()) | {"num_key_value_heads", "num_attention_heads"}
-    shape = {name: value for name, value in SHAPE.items() if name in known} | ALL[family][0] | changes
+    own = ALL[family][0] if family in ALL else {}
+    shape = {name: value for name, value in SHAPE.items() if name in known} | own | changes
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
     for parameter in model.parameters():
         parameter.data.mul_(3)
@@ -528,6 +531,39 @@ def test_hidden_states_of_another_dtype_than_the_models_are_refused(tmp_path: Pa
     said = "block 0 returns hidden states in float32, expected bfloat16, the model's; set dtype=float32"
     with pytest.raises(UserError, match=said):
         through(folder, torch.bfloat16, tmp_path / "work")
+
+
+HANDING_ON: dict[str, dict[str, Any]] = {
+    # Later blocks read keys and values of earlier ones, from a container that all are given and that is no dict.
+    "gemma4_unified_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "head_dim": 8}
+    | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    # Blocks return something else beside the hidden states, which the next one is given.
+    "zaya": {"num_experts": 4, "head_dim": 8},
+    "xlstm": {"num_heads": 2, "num_blocks": 3},
+}
+
+
+@pytest.mark.parametrize("family", HANDING_ON)
+def test_families_whose_blocks_hand_each_other_more_are_refused(family: str, tmp_path: Path):
+    folder = save(family, tmp_path / "model", **HANDING_ON[family])
+    with pytest.raises(UserError, match="hand.* more than hidden states.*unsupported model structure"):
+        through(folder, torch.float32, tmp_path / "work")
+
+
+def test_a_model_that_changes_hidden_states_between_blocks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As RWKV does, which halves them after some."""
+    folder = save("llama", tmp_path / "model")
+    monkeypatch.setattr(LlamaModel, "forward", halving)
+    with pytest.raises(UserError, match="changes hidden states between block 0 and block 1"):
+        through(folder, torch.float32, tmp_path / "work")
+
+
+def halving(self: LlamaModel, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
+    hidden = self.embed_tokens(input_ids)
+    places = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+    for block in self.layers:
+        hidden = block(hidden, position_embeddings=places) / 2
+    return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
 
 
 def test_blocks_that_hand_on_more_than_hidden_states_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -105,6 +105,13 @@ def test_a_row_of_an_experts_weight_has_its_outputs_gradient(family: str, tmp_pa
     assert unreached < len(parameters(decoder))
 
 
+def test_a_model_of_one_block_goes_back_too(tmp_path: Path):
+    decoder = Decoder(save("llama", tmp_path / "model", num_hidden_layers=1), dtype=torch.float32, device=CPU)
+    ((index, found),) = back(decoder, as_rows(torch.tensor([[17, 101, 5]])), tmp_path / "work")
+    assert index == 0
+    assert found.sums
+
+
 def test_the_way_back_reads_the_block_that_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     decoder, read = Decoder(save("llama", tmp_path / "model"), dtype=torch.float32, device=CPU), list[int]()
     rows = as_rows(torch.tensor([[17, 101, 5]]))

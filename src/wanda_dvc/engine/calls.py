@@ -1,6 +1,6 @@
 """The arguments that blocks are called with, recorded once a row and cached within a fixed number of bytes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableSequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,8 @@ def equal_calls(one: list[Call], other: list[Call]) -> bool:
 
 
 def _held(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
+    if isinstance(value, (Mapping, MutableSequence)):  # transformers has dicts that are none
+        for part in value.values() if isinstance(value, Mapping) else value:
             yield part
             yield from _held(part)
 

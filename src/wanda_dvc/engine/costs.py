@@ -183,9 +183,10 @@ def work(config: Path) -> Work:
     shapes = [shape for block in blocks for shape in weight_shapes(block)]
     linears = sum(shape.numel() for shape in shapes)
     met = sum(shape.numel() * (asked / experts if len(shape) == 3 else 1) for shape in shapes)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 0  # Mamba has none
+    width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     head = model.get_output_embeddings().weight.numel()
-    return Work(int(met), linears, len(blocks) * text.num_attention_heads * width, head, len(blocks))
+    return Work(int(met), linears, len(blocks) * heads * width, head, len(blocks))
 
 
 def _experts(config: Any) -> tuple[int, int]:

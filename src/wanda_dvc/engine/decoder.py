@@ -219,7 +219,7 @@ class Decoder:
         self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]
     ) -> Float[Tensor, "chunk vocabulary"]:
         result = hidden if self._beside is None else (hidden, *self._beside)
-        with self._instead_of_blocks(lambda *args, **kwargs: result):
+        with self._instead_of_blocks(lambda *args, **kwargs: result), self._unpacking():
             logits: Tensor = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits
         return logits[0]
 
@@ -260,6 +260,19 @@ class Decoder:
                 block.__dict__.pop("forward", None)
 
     @contextlib.contextmanager
+    def _unpacking(self) -> Iterator[None]:
+        """Tells as ours that a model takes more from its blocks than hidden states."""
+        try:
+            yield
+        except ValueError as error:
+            if "unpack" not in str(error):
+                raise
+            raise UserError(
+                f"{self.checkpoint}: its blocks hand each other more than hidden states ({error}); unsupported model "
+                "structure"
+            ) from error
+
+    @contextlib.contextmanager
     def _attending(self, row: Row) -> Iterator[None]:
         """The model attends as the row needs it: through its own attention, or through ours."""
         ours = row.layout is not None or self._ours_for_windows
@@ -280,6 +293,11 @@ class Decoder:
                 hidden, args = args[0], args[1:]
             else:
                 hidden = kwargs.pop("hidden_states")
+            if recorded and hidden is not recorded[-1][0] and not torch.equal(hidden, recorded[-1][0]):
+                raise UserError(
+                    f"{self.checkpoint}: the model changes hidden states between block {index - 1} and block {index}; "
+                    "unsupported model structure"
+                )
             recorded.append((hidden, Call(args, kwargs)))
             if index == until:
                 raise _Stop
@@ -290,7 +308,7 @@ class Decoder:
             words["position_ids"] = row.layout.positions[None].to(self.device)
             # Ones mask nothing. Without them transformers takes a position that repeats for the start of a new text.
             words["attention_mask"] = torch.ones_like(row.tokens)[None].to(self.device)
-        with self._attending(row), self._instead_of_blocks(record), contextlib.suppress(_Stop):
+        with self._attending(row), self._instead_of_blocks(record), contextlib.suppress(_Stop), self._unpacking():
             self.model(input_ids=row.tokens[None].to(self.device), use_cache=False, **words)
         if len(recorded) != until + 1:
             raise UserError(
@@ -304,6 +322,7 @@ class Decoder:
 
         Layouts need no check: `holds_layouts` compares results.
         """
+        self._beside  # noqa: B018 - asked of the first block now, which may be in use later
 
         def record(row: Row) -> list[Call]:
             return [call for _, call in self._record(row, until=len(self.blocks) - 1)]

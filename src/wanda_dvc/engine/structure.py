@@ -58,9 +58,7 @@ class Linear:
     @property
     def transposed(self) -> bool:
         """Whether the weight is [in, out]: GPT-2's, and experts that transformers declares transposed."""
-        if self.part.expert is None:
-            return isinstance(self.module, Conv1D)
-        return bool(getattr(self.module, "is_transposed", False))
+        return _is_transposed(self.module, experts=self.part.expert is not None)
 
     @property
     def features(self) -> int:
@@ -177,8 +175,17 @@ def _owner(weight: str) -> str:
 
 
 def weight_shapes(block: nn.Module) -> list[torch.Size]:
-    """The shapes of a block's prunable weights: [out, in], or [experts, ·, ·] for all experts together."""
-    return [module.get_parameter(name.rpartition(".")[2]).shape for name, module in find_linears(block).items()]
+    """The shapes of a block's prunable weights: [out, in], or [experts, out, in] for all experts together."""
+    shapes = []
+    for name, module in find_linears(block).items():
+        *experts, rows, columns = module.get_parameter(name.rpartition(".")[2]).shape
+        matrix = (columns, rows) if _is_transposed(module, experts=bool(experts)) else (rows, columns)
+        shapes.append(torch.Size([*experts, *matrix]))
+    return shapes
+
+
+def _is_transposed(module: nn.Module, *, experts: bool) -> bool:
+    return bool(getattr(module, "is_transposed", False)) if experts else isinstance(module, Conv1D)
 
 
 def stored_parts(model: Any, checkpoint: Source) -> dict[str, list[Part]]:

@@ -5,6 +5,7 @@ sparsity exactly. Within a part whole weights go, ⌊size · share⌋ of each gr
 by less than one weight a group, as it does with a uniform share.
 """
 
+import bisect
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
@@ -142,11 +143,12 @@ def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> 
 
     # The mean rises with the constant, and is linear between two constants at which no part reaches 0 or 1.
     constants = sorted({end - share for share in raw for end in (0, 1)})
-    means = [_mean(shares(constant), sizes) for constant in constants]
-    above = next(place for place, mean in enumerate(means) if mean >= sparsity)
-    if means[above] == sparsity:
+    above = bisect.bisect_left(constants, sparsity, key=lambda constant: _mean(shares(constant), sizes))
+    high = _mean(shares(constants[above]), sizes)
+    if high == sparsity:
         return shares(constants[above])
-    part = (sparsity - means[above - 1]) / (means[above] - means[above - 1])
+    low = _mean(shares(constants[above - 1]), sizes)
+    part = (sparsity - low) / (high - low)
     return shares(constants[above - 1] + part * (constants[above] - constants[above - 1]))
 
 

@@ -255,7 +255,7 @@ def prune_linear(
 
 def masked(weight: Tensor, keep: Tensor) -> Tensor:
     """Return weights with +0 where the mask does not keep them; the others keep their bits, in every dtype."""
-    bits = weight.contiguous().view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * keep.numpy()
+    bits = weight.contiguous().view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * keep.cpu().numpy()
     return torch.from_numpy(bits).view(weight.dtype)
 
 

@@ -65,8 +65,8 @@ class Prepared:
         """Return SGS, its diagonal 1, and S: G is damped, and S is the inverse root of its diagonal."""
 
         def make() -> Factor:
-            scale = (self.gram.diagonal() + damping * self.mean).rsqrt()
             _, used = _cholesky(self.gram, damping, self.mean)
+            scale = (self.gram.diagonal() + used * self.mean).rsqrt()
             matrix = self.gram * scale[:, None] * scale
             matrix.diagonal().fill_(1)
             return Factor(matrix, scale, used, used > damping)

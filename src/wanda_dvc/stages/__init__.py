@@ -154,7 +154,7 @@ STAGES = {
         ),
         Stage(
             name="apply",
-            version=2,
+            version=3,
             about="Write the pruned model: models/pruned.",
             result="metrics/details/pruned/layer_error.json",  # models/pruned is not cached
             settings=("reconstruction",),

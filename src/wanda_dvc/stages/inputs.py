@@ -14,7 +14,7 @@ from wanda_dvc.engine.sizes import WIDTH, Need, Sizes, sizes, walking
 from wanda_dvc.errors import MEND, UserError, notice
 from wanda_dvc.params import Params, Runtime
 from wanda_dvc.pruning.patterns import check_pattern
-from wanda_dvc.stages.running import check_device, device_name, ending, solving_device, told
+from wanda_dvc.stages.running import check_device, device_name, ending, own_device, solving_device, told
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import TEXT, Project, Work
 from wanda_dvc.study.provenance import read_provenance
@@ -239,7 +239,7 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
 
     folder = project.model(model)
     dtype = dtype or project.params.dtype
-    where = torch.device(device or device_name(project.params.runtime))
+    where = torch.device(device) if device else own_device(project.params.runtime)
     if where.type == "cpu" and device is None and not has_units(getattr(torch, dtype)):
         notice(
             f"dtype: this CPU has no units for {dtype} and computes it many times slower than float32; "

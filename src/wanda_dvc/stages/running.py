@@ -155,21 +155,26 @@ def device_name(runtime: Runtime) -> str:
     return "cuda" if torch and torch.cuda.is_available() else "cpu"
 
 
-def solving_device(runtime: Runtime) -> "torch.device":
-    """Return the device that masks are chosen on, and solvers run. UserError where this machine does not have it.
+def own_device(runtime: Runtime) -> "torch.device":
+    """Return the device that this process computes on. UserError where this machine does not have it.
 
     With workers the setting names theirs, and this process does its own part on the CPU if it has no card.
     """
     import torch
-
-    from wanda_dvc.engine import jobs
 
     name = device_name(runtime)
     if runtime.workers is None:
         check_device(name)
     elif not torch.cuda.is_available():
         name = "cpu"
-    return jobs.solving_device(torch.device(name))
+    return torch.device(name)
+
+
+def solving_device(runtime: Runtime) -> "torch.device":
+    """Return the device that masks are chosen on, and solvers run. UserError where this machine does not have it."""
+    from wanda_dvc.engine import jobs
+
+    return jobs.solving_device(own_device(runtime))
 
 
 def check_device(device: str) -> None:
