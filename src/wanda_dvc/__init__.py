@@ -1,6 +1,6 @@
 """Prune language models with Wanda, in a pipeline whose every step is kept, compared and repeated.
 
-The functions below work on a model that is in memory, as the pipeline's stages of the same names do on one on disk.
+The functions below work on a model that is in memory, as the pipeline's stages do on one on disk.
 Importing this package loads no library; the first call does. It also lets transformers load the packed format.
 """
 
