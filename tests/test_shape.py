@@ -104,9 +104,9 @@ def test_help_shows_the_panels_in_order():
         (["mask"], {"pattern": "4:2"}, "params.yaml: pattern: got 4:2, expected n:m with n < m"),
         (["mask"], {"sparsety": 1}, "params.yaml: sparsety: no such setting; did you mean sparsity?"),
         (
-            ["mask", "--version", "7"],
+            ["mask", "--version", "99"],
             {},
-            f"dvc.yaml: mask: version 7, this wanda-dvc computes version {STAGES['mask'].version}",
+            f"dvc.yaml: mask: version 99, this wanda-dvc computes version {STAGES['mask'].version}",
         ),
         (["mask"], {}, "models/dense/provenance.json: not there; run `dvc repro` or `wanda-dvc download model` first"),
         # DVC refuses it too, in words of its own, before any stage runs.
