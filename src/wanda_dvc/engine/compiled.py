@@ -47,7 +47,7 @@ class CompiledBlocks:
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Any:
         """Return what a block returns."""
         if self.works and torch._C._len_torch_function_stack():
-            self._give_up(block, "what its experts read is seen through torch's own functions")
+            self._give_up(block, "what some of its weights read is seen through torch's own functions")
         if not self.works or _is_watched(block):
             return block(hidden, *call.args, **call.kwargs)
         with _noting(block) as hooks:
