@@ -88,7 +88,7 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
         "| piqa, acc % | – | 50.0 ± 7.0 |",
         "`diverged`: the loss, or its exponential, was not finite",
         "samples, not benchmarks",
-        "Unknown: neither a card nor a file of the dense model names one",
+        "Unknown: nothing that is kept of the dense model names one",
         "files are no smaller",
         "make no GPU faster",
         "chosen by Wanda ([Sun et al. 2024](https://arxiv.org/abs/2306.11695))",

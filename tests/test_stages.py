@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.catalog import methods
-from wanda_dvc.engine.harness import load_task
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.harness import EngineLM, load_task
 from wanda_dvc.engine.losses import from_losses, window_loss
+from wanda_dvc.engine.walk import Here
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
 from wanda_dvc.pruning.choose import Target, choose_block
@@ -781,9 +784,28 @@ def test_a_perplexity_that_overflows_has_diverged(project: Make, losses: list[fl
     assert "diverged" in results.show(project=made)
 
 
-def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: Path):
+def name_no_tokens(folder: Path) -> None:
+    """Leave a tokenizer without tokens that begin, end or fill a text, as GPT's is."""
+    path = folder / "tokenizer_config.json"
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if not key.endswith("_token")}
+    write_json(path, kept)
+
+
+def test_a_question_without_a_context_needs_a_token_that_begins_it(tiny: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    name_no_tokens(folder)
+    decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
+    lm = EngineLM(decoder, folder, Here(decoder, tmp_path / "work"), what="", progress=lambda items: items)
+    with pytest.raises(UserError, match="its tokenizer names no token that begins or ends a text, expected one"):
+        lm.loglikelihood([SimpleNamespace(args=("Why?", " So")), SimpleNamespace(args=("", "So"))])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: Path, named: bool):
     """Each choice's log-likelihood, against the whole model's; prompts are those of lm-eval's own definition."""
     made = fetch(project(), "model")
+    if not named:
+        name_no_tokens(made.model("dense"))
     folder = made.data("tasks") / "piqa"
     folder.mkdir(parents=True)
     items = [{"goal": "To sit", "sol1": "take a chair.", "sol2": "take a cloud.", "label": 0}]

@@ -38,7 +38,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": False})
     ray.init(address=started.address, log_to_driver=False, configure_logging=False)
     yield started
     ray.shutdown()
@@ -48,7 +48,7 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture
 def nodes(cluster: Any) -> Iterator[list[Any]]:
     """Three nodes of one CPU."""
-    added = [cluster.add_node(num_cpus=1) for _ in range(3)]
+    added = [cluster.add_node(num_cpus=1, num_gpus=0) for _ in range(3)]
     yield added
     for node in cluster.worker_nodes.copy():
         cluster.remove_node(node)

@@ -78,7 +78,7 @@ class CompiledBlocks:
         expected = _through(block, hidden, call.args, call.kwargs, noted)
         if _sharing(given) != _sharing(_given):
             raise ValueError("its linears share other inputs")
-        one, other = (x[0] if isinstance(x, tuple) else x for x in (out, expected))
+        one, other = (x[0] if isinstance(x, (tuple, list)) else x for x in (out, expected))
         off = (one.float() - other.float()).norm() / other.float().norm()
         if off > TOLERANCE.get(hidden.dtype, 5e-2):  # not where it is NaN: then both overflow
             raise ValueError(f"its output differs by {off:.1e}")

@@ -26,17 +26,20 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     def __init__(self, decoder: Decoder, folder: Path, runner: Runner, *, what: str, progress: Progress) -> None:
         """`folder` holds the tokenizer, `what` names the run in messages, `progress` shows the blocks."""
         tokenizer = load_tokenizer(folder)
-        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-            raise UserError(
-                f"{folder}: its tokenizer names no token that begins or ends a text, expected one, with which lm-eval "
-                "begins a question without a context; name a bos_token or an eos_token in the model's "
-                "tokenizer_config.json"
-            )
-        super().__init__(pretrained=decoder.model, tokenizer=tokenizer, trust_remote_code=False)
+        self.folder, self.has_prefix = folder, (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
+        # lm-eval asks for a prefix with each text, and gives it to those that have no context.
+        prefix = None if self.has_prefix else 0
+        super().__init__(pretrained=decoder.model, tokenizer=tokenizer, trust_remote_code=False, prefix_token_id=prefix)
         self.runner, self.what, self.progress = runner, what, progress
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Answer lm-eval's requests."""
+        """Answer lm-eval's requests. UserError where one has no context, and no token begins or ends a text."""
+        if not self.has_prefix and not all(request.args[0] for request in requests):
+            raise UserError(
+                f"{self.folder}: its tokenizer names no token that begins or ends a text, expected one, with which a "
+                "question without a context begins; name a bos_token or an eos_token in the model's "
+                "tokenizer_config.json"
+            )
         return super().loglikelihood(requests, disable_tqdm=True)  # ours is the bar that matters
 
     def _loglikelihood_tokens(

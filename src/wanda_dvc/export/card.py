@@ -24,8 +24,8 @@ LICENSES = {
     "mit": "MIT License",
 }
 UNKNOWN_LICENSE = (
-    "Unknown: neither a card nor a file of the dense model names one. Find it out, and comply with it, before you "
-    "share this model."
+    "Unknown: nothing that is kept of the dense model names one. Find it out, and comply with it, before you share "
+    "this model."
 )
 
 PROPAGATION = {
