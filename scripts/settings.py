@@ -1,9 +1,12 @@
 """Write docs/settings.md from the schema, the default preset and the table of stages: python scripts/settings.py."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
+from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECIPES, RECONSTRUCTIONS, methods
 from wanda_dvc.params import settings
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.presets import DEFAULT, read_preset
@@ -18,6 +21,18 @@ Every setting of `params.yaml`. A change reruns the stages named and those after
 """
 
 
+STATISTICS = (
+    ("norms", "‖X_j‖₂ of each input feature", "`magnitude`, `wanda`, `paper`"),
+    ("gram", "also XᵀX of each distinct input", "`wanda-refit`, `sparsegpt`, `admm`"),
+    ("fisher", "also the gradients of eight windows", "`fisher`, `block`"),
+)
+PROPAGATIONS = (
+    ("dense", "each block is calibrated on the outputs of dense blocks, which are cached"),
+    ("pruned", "on the outputs of the pruned blocks before it, as in the paper"),
+    ("corrected", "as `pruned`, and the reconstruction aims at the dense model's outputs"),
+)
+
+
 def page() -> str:
     """Return the page."""
     defaults = read_preset(DEFAULT).settings
@@ -25,8 +40,40 @@ def page() -> str:
     for name, field in settings():
         default = defaults.get(name, field.default)
         rows.append([f"`{name}`", f"`{_spelled(default)}`", ", ".join(_stages(name)) or "–", _meaning(field)])
-    table = tabulate(rows, ["setting", "default", "stage", "meaning"], tablefmt="github", disable_numparse=True)
-    return f"{HEAD}{table}\n"
+    recipes = [
+        [f"`{row.name}`", row.about, row.method, row.group, row.allocation, row.reconstruction, row.propagation]
+        for row in RECIPES.values()
+    ]
+    allocations = [
+        [f"`{row.name}`", row.about, f"{row.strength_text}: {row.strength_is}" if row.strengths else "–"]
+        for row in ALLOCATIONS.values()
+    ]
+    sections = {
+        "Recipes": _table(
+            ["`recipe`", "result", "method", "group", "allocation", "reconstruction", "propagation"], recipes
+        ),
+        "Statistics": _table(["`calibration.statistics`", "measured", "recipes that need them"], STATISTICS),
+        "Methods": _choices("method", methods()),
+        "Groups": _choices("group", GROUPS),
+        "Allocations": _table(["`allocation`", "sparsities", "`allocation_strength: null`"], allocations),
+        "Reconstructions": _choices("reconstruction", RECONSTRUCTIONS),
+        "Propagation": _table(["`propagation`", "calibration"], PROPAGATIONS),
+    }
+    tables = [f"## {title}\n\n{table}\n" for title, table in sections.items()]
+    return "\n".join([f"{HEAD}{_table(['setting', 'default', 'stage', 'meaning'], rows)}\n", *tables])
+
+
+def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    quoted = [[f"`{row[0].strip('`')}`", *map(_cell, row[1:])] for row in rows]
+    return tabulate(quoted, headers, tablefmt="github", disable_numparse=True)
+
+
+def _choices(setting: str, table: Mapping[str, Any]) -> str:
+    return _table([f"`{setting}`", "meaning"], [(row.name, row.about) for row in table.values()])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _stages(name: str) -> list[str]:
@@ -42,7 +89,7 @@ def _stages(name: str) -> list[str]:
 
 def _meaning(field: object) -> str:
     description = str(getattr(field, "description", ""))
-    return f"{description[:1].upper()}{description[1:]}.".replace("|", "\\|")
+    return f"{description[:1].upper()}{description[1:]}." if description[:1] != "`" else f"{description}."
 
 
 def _spelled(value: object) -> str:

@@ -12,10 +12,10 @@ from wanda_dvc.plugin import register_later
 if TYPE_CHECKING:
     from wanda_dvc.engine.packed_linear import PackedConfig
     from wanda_dvc.errors import UserError
-    from wanda_dvc.interface import Stats, Study, calibrate, choose, perplexity, prune, reconstruct
+    from wanda_dvc.interface import Stats, Study, calibrate, mask, perplexity, prune, reconstruct
 
 __version__ = "0.1.0"
-__all__ = ["PackedConfig", "Stats", "Study", "UserError", "calibrate", "choose", "perplexity", "prune", "reconstruct"]
+__all__ = ["PackedConfig", "Stats", "Study", "UserError", "calibrate", "mask", "perplexity", "prune", "reconstruct"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,13 @@
-"""What a setting of params.yaml can name: methods, allocations, reconstructions and texts. No torch: it loads at once.
+"""What a setting can name: recipes, methods, groups, allocations, reconstructions, statistics and texts.
 
-Each is a row here and a function. A package of its own adds a method through an entry point in the group
+A row names its function as text, `module:function`, because an import of the function imports torch, and `--help` reads
+this table. A test imports every function. A package adds a method through an entry point in the group
 `wanda_dvc.methods` that names a `Method`.
 """
 
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Literal
@@ -13,6 +15,7 @@ from typing import Literal
 from wanda_dvc.errors import UserError
 
 ENTRY_POINTS = "wanda_dvc.methods"
+STATISTICS = ("norms", "gram", "fisher")  # each includes those before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +142,12 @@ def methods() -> dict[str, Method]:
         except Exception as error:  # whatever its module raises
             raise UserError(
                 f"{where}: {entry.value} does not load ({error}), expected a wanda_dvc.catalog.Method; "
-                "mend or uninstall that package"
+                "fix or uninstall that package"
             ) from error
         if not isinstance(method, Method):
             raise UserError(
                 f"{where}: {entry.value} is a {type(method).__name__}, expected a wanda_dvc.catalog.Method; "
-                "mend or uninstall that package"
+                "fix or uninstall that package"
             )
         if method.name in found:
             raise UserError(f"{where}: method {method.name} exists already, expected another name; rename it there")
@@ -227,9 +230,19 @@ class Allocation:
     function: str  # `module:function`: (sparsity, sizes of the parts[, ratings][, strength]) → the parts' shares
     rating: str | None  # `module:function`: (weights, BlockStats, Gram matrices) → a part's rating
     needs: Literal["nothing", "norms", "gram", "fisher"]  # to rate the parts
-    strength: str | None  # what `allocation_strength: null` is; None where there is nothing to set
+    # What `allocation_strength: null` is, up to which sparsity; empty where there is no strength to set.
+    strengths: tuple[tuple[str, float], ...] = ()
     strength_is: str = ""
     by_linear: bool = False  # whether the parts are linears, and not blocks; a rating is then one for each of a block
+
+    def strength(self, share: Fraction) -> float | None:
+        """Return the allocation's own strength at a sparsity; None where there is none to set."""
+        return next((value for up_to, value in self.strengths if share <= Fraction(up_to)), None)
+
+    @property
+    def strength_text(self) -> str:
+        """The strengths in words."""
+        return ", ".join(f"{value:g}" + f" up to {up_to}" * (up_to != "1") for up_to, value in self.strengths)
 
 
 ALLOCATIONS = {
@@ -244,7 +257,6 @@ ALLOCATIONS = {
             function="wanda_dvc.pruning.allocation:uniform",
             rating=None,
             needs="nothing",
-            strength=None,
         ),
         Allocation(
             name="slope",
@@ -255,7 +267,7 @@ ALLOCATIONS = {
             function="wanda_dvc.pruning.allocation:slope",
             rating=None,
             needs="nothing",
-            strength="0.004",
+            strengths=(("1", 0.004),),
             strength_is="rise a block",
         ),
         Allocation(
@@ -267,7 +279,7 @@ ALLOCATIONS = {
             function="wanda_dvc.pruning.allocation:owl",
             rating="wanda_dvc.pruning.choose:outlier_rating",
             needs="norms",
-            strength="0.08",
+            strengths=(("1", 0.08),),
             strength_is="λ, half the range of sparsities",
         ),
         Allocation(
@@ -279,7 +291,7 @@ ALLOCATIONS = {
             function="wanda_dvc.pruning.allocation:lsa",
             rating="wanda_dvc.pruning.choose:greedy_rating",
             needs="gram",
-            strength="0.04 up to a sparsity of 0.5, 0.1 up to 0.6, then 0.15",
+            strengths=(("0.5", 0.04), ("0.6", 0.1), ("1", 0.15)),
             strength_is="β, half the range of sparsities",
         ),
         Allocation(
@@ -292,7 +304,7 @@ ALLOCATIONS = {
             function="wanda_dvc.pruning.allocation:fisher",
             rating="wanda_dvc.pruning.choose:fisher_rating",
             needs="fisher",
-            strength="0.5",
+            strengths=(("1", 0.5),),
             strength_is="the most that a linear's sparsity differs from the model's; none is above 0.97",
             by_linear=True,
         ),
@@ -346,7 +358,7 @@ RECONSTRUCTIONS = {
             citation="van der Ouderaa et al. 2024, LLM Surgeon",
             link="https://arxiv.org/abs/2312.17244",
             about="least squares whose errors count by what they cost the loss, and whose rows make up for one another "
-            "(with Gram matrices of gradients)",
+            "",
             function="wanda_dvc.pruning.solvers:fisher_least_squares",
             kept="The other weights of each linear were solved for, so that the model's loss on the calibration text "
             "changes little; nothing was trained. Embeddings, norms and output head are the dense model's, bit for "
@@ -378,20 +390,96 @@ RECONSTRUCTIONS = {
     )
 }
 
+
+# --- recipes ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named set of choices: one word of params.yaml in place of five."""
+
+    name: str  # as params.yaml writes it
+    about: str
+    method: str
+    group: str = "row"
+    allocation: str = "uniform"
+    reconstruction: str = "none"
+    propagation: str = "dense"
+    # The group of another method than the recipe's own, by method.
+    group_with: dict[str, str] = field(default_factory=dict)
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="magnitude", about="the smallest weights of each row go", method="magnitude"),
+        Recipe(name="wanda", about="the lowest |W| · ‖X‖₂ of each row go", method="wanda"),
+        Recipe(
+            name="wanda-refit",
+            about="Wanda's masks; the weights that stay are solved for by least squares",
+            method="wanda",
+            reconstruction="least-squares",
+        ),
+        Recipe(
+            name="sparsegpt",
+            about="SparseGPT's masks and weights; its authors also have `propagation: pruned`",
+            method="sparsegpt",
+            group="layer",
+            reconstruction="sparsegpt",
+        ),
+        Recipe(
+            name="admm",
+            about="ADMM's masks; the weights that stay are solved for by least squares",
+            method="admm",
+            reconstruction="least-squares",
+        ),
+        Recipe(
+            name="fisher",
+            about="ADMM, where masks, sparsities and weights follow from the gradients of the loss",
+            method="admm",
+            group="fisher",
+            allocation="fisher",
+            reconstruction="fisher",
+        ),
+        Recipe(
+            name="block",
+            about="ADMM's masks; each block is then trained to give the dense block's outputs",
+            method="admm",
+            group="fisher",
+            allocation="fisher",
+            reconstruction="block",
+            propagation="corrected",
+        ),
+        Recipe(
+            name="paper",
+            about="the paper's Wanda, calibrated on pruned blocks; with `method: magnitude` its magnitude, by layer",
+            method="wanda",
+            propagation="pruned",
+            group_with={"magnitude": "layer"},
+        ),
+    )
+}
+
 # --- texts ---
 
-# The name of anything on the Hub: an owner's name, one slash, and for a model perhaps @ and a revision.
+# A model on the Hub: an owner's name, one slash, and perhaps @ and a revision.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/\w[\w.\-]*(@\w[\w.\-/]*)?")
+# A data set on the Hub: the same, and before @ perhaps a configuration.
+HUB_TEXT = re.compile(
+    r"(?P<dataset>[A-Za-z0-9][\w.\-]*/\w[\w.\-]*)(:(?P<config>\w[\w.\-]*))?(@(?P<revision>\w[\w.\-/]*))?"
+)
 
 
 @dataclass(frozen=True)
 class NamedText:
-    """A data set of text, its configuration, and its splits."""
+    """A data set of text, its configuration, its splits, and how its rows are joined."""
 
     dataset: str
     config: str | None
     column: str
     splits: tuple[str, ...] = ("train", "validation", "test")
+    evaluated: str = "test"  # the split that perplexity is measured on
+    join: str = "\n\n"  # between two rows, for perplexity
     revision: str | None = None  # None: its main branch
     # One file a split, for a data set too large to fetch whole. Its rows are documents: calibration draws its windows
     # within them, as the Wanda authors do, and does not join them.
@@ -405,12 +493,18 @@ TEXTS = {
         None,
         "text",
         splits=("train", "validation"),
+        evaluated="validation",
+        join=" ",
         shards={
             "train": "en/c4-train.00000-of-01024.json.gz",
             "validation": "en/c4-validation.00000-of-00008.json.gz",
         },
     ),
     # Its main branch is a script, which nothing here runs; the Hub keeps its rows as Parquet beside it.
-    "ptb": NamedText("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", revision="refs/convert/parquet"),
+    "ptb": NamedText(
+        "ptb-text-only/ptb_text_only", "penn_treebank", "sentence", join=" ", revision="refs/convert/parquet"
+    ),
 }
+EMBEDDED_TEXT = "embedded"
 EMBEDDED_SPLITS = ("train", "test")
+NAMED_TEXTS = (EMBEDDED_TEXT, *TEXTS)

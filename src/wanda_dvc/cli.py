@@ -95,7 +95,7 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
             if stage.computes:
                 import torch
 
-                torch.set_num_threads(project.params.runtime.threads or os.cpu_count() or 1)
+                torch.set_num_threads(os.cpu_count() or 1)
             run_stage(name, project=project, part=part, task=task)
         if part and task:
             ahead.answer_ahead(project, part, task, taken["seconds"])

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from wanda_dvc.catalog import RECIPES, STATISTICS
 from wanda_dvc.errors import UserError
+from wanda_dvc.plan import GRAM_DTYPE, WINDOWS_BACK
 from wanda_dvc.study.project import Project
 
 if TYPE_CHECKING:
@@ -25,14 +27,13 @@ if TYPE_CHECKING:
 
     from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.engine.loaded import Loaded
-    from wanda_dvc.params import Params
+    from wanda_dvc.plan import Plan
     from wanda_dvc.pruning.gram import Gram
     from wanda_dvc.pruning.statistics import BlockStats
     from wanda_dvc.study.tensors import Grams
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
-GRAMS = ("none", "float32", "float16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +47,10 @@ class Stats:
             unpacked when it is asked for; `.matrix()` is XᵀX, float32 [in, in].
         windows: The number of windows.
         length: Their tokens each.
-        fisher: The number of windows of the Fisher tier, which is in `blocks[0].fisher` by linear: Σ (∂ℓ/∂y)² of each
-            output, float64 [out]; 0 where it was not asked for.
+        statistics: `norms`, `gram` or `fisher`. With `fisher`, `blocks[0].fisher` has Σ (∂ℓ/∂y)² of each output of each
+            linear, float64 [out].
         dtype: The dtype that the model ran in.
-        weights: A number for each tensor of the model, by which another model is told.
+        weights: A number for each tensor of the model, by which another model is recognized.
         fisher_grams: The Gram matrices of the gradients by each linear's outputs, by block and linear, like `grams`;
             empty where they were not asked for.
     """
@@ -58,28 +59,23 @@ class Stats:
     grams: "Sequence[Grams]"
     windows: int
     length: int
-    fisher: int
+    statistics: str
     dtype: str
     weights: Mapping[str, int]
     fisher_grams: "Sequence[Grams]" = ()
 
     def __repr__(self) -> str:
-        tiers = f"{'with' if self.grams else 'without'} Gram matrices"
-        if self.fisher:
-            matrices = " and its Gram matrices" if self.fisher_grams else ""
-            tiers += f", Fisher tier of {self.fisher} windows{matrices}"
         return (
-            f"Stats({len(self.blocks)} blocks, {self.windows} windows of {self.length} tokens, {self.dtype}, {tiers})"
+            f"Stats({len(self.blocks)} blocks, {self.windows} windows of {self.length} tokens, {self.dtype}, "
+            f"statistics {self.statistics})"
         )
 
 
-def calibrate(  # noqa: PLR0913 - the tiers, by the pipeline's names
+def calibrate(
     model: "PreTrainedModel",
     tokens: 'Int[Tensor, "windows length"]',
     *,
-    gram: Literal["none", "float32", "float16"] = "none",
-    fisher: int = 0,
-    fisher_gram: Literal["none", "float32", "float16"] = "none",
+    statistics: Literal["norms", "gram", "fisher"] = "norms",
     dtype: Dtype | None = None,
 ) -> Stats:
     """Measure what each linear of a model reads, once for each distinct input.
@@ -91,13 +87,11 @@ def calibrate(  # noqa: PLR0913 - the tiers, by the pipeline's names
     Args:
         model: A causal language model of transformers in evaluation mode, on any device.
         tokens: Token ids, whole numbers [windows, length], without padding. The paper takes 128 windows of 2,048.
-        gram: Keep Gram matrices too, for the methods and reconstructions that need them: their upper triangles in
-            `float32` or `float16`, which take 2 or 1 · in² bytes for each distinct input of `in` features.
-        fisher: Measure the Fisher information of each linear's outputs on the first so many windows, for the group and
-            the allocation of that name; 8 are enough. They go forward and back once more, one block at a time, and
-            their hidden states before every block wait on disk.
-        fisher_gram: Of these windows keep the Gram matrices of the gradients too, for the reconstruction `fisher`: 2 or
-            1 · out² bytes for each linear of `out` outputs.
+        statistics: What is measured, as the setting `calibration.statistics`. `norms`: the norm of each input feature.
+            `gram`: Gram matrices too, in² bytes for each distinct input of `in` features. `fisher`: the first eight
+            windows also go forward and back, one block at a time, for the Fisher information of each linear's outputs
+            and the Gram matrices of their gradients, out² bytes for each linear of `out` outputs; the hidden states
+            before every block wait on disk meanwhile.
         dtype: The dtype that the model runs in; None: its own. Sums are float64 whatever it is.
 
     Returns:
@@ -107,53 +101,48 @@ def calibrate(  # noqa: PLR0913 - the tiers, by the pipeline's names
         UserError: A wrong argument, an unsupported model structure, or activations that are not finite.
 
     Example:
-        >>> stats = wd.calibrate(model, tokens, gram="float32")
+        >>> stats = wd.calibrate(model, tokens, statistics="gram")
         >>> stats.blocks[0].inputs["model.layers.0.self_attn.q_proj"].norm  # ‖X_j‖₂ of each feature, [in]
     """
     from wanda_dvc.engine.walk import Here
     from wanda_dvc.stages.running import progress, say_unreached
     from wanda_dvc.study.tensors import Grams, pack_gradients, pack_grams
 
-    _one_of("gram", gram, GRAMS)
-    _one_of("fisher_gram", fisher_gram, GRAMS)
+    _one_of("statistics", statistics, STATISTICS)
     source = _evaluating(model)
     rows = _windows(tokens, source)
-    if not 0 <= fisher <= len(rows):
-        raise UserError(f"fisher: got {fisher}, expected at most {len(rows)}, the number of windows")
-    if fisher_gram != "none" and not fisher:
-        raise UserError(f"fisher_gram: got {fisher_gram} with fisher=0, expected windows that go back; set fisher=8")
     decoder = _decoder(source, dtype)
     blocks, grams = [], []
     gradients: list[Grams] = []
     with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
         run = Here(decoder, Path(work))
         for turn in progress(run.walk(rows), total=len(decoder.blocks), what="calibrate, blocks"):
-            measured, matrices, _ = turn.record(gram=gram != "none")
+            measured, matrices, _ = turn.record(gram=statistics != "norms")
             blocks.append(measured)
-            if gram != "none":
-                grams.append(pack_grams(measured, matrices, gram))
-        if fisher:
-            back = run.back(rows[:fisher], gram=fisher_gram != "none")
+            if statistics != "norms":
+                grams.append(pack_grams(measured, matrices, GRAM_DTYPE))
+        if statistics == "fisher":
+            back = run.back(rows[:WINDOWS_BACK], gram=True)
             for number, came in progress(back, total=len(blocks), what="calibrate, blocks back"):
                 blocks[number] = blocks[number]._replace(fisher=came.sums)
-                if fisher_gram != "none":
-                    gradients.insert(0, pack_gradients(came.grams, fisher_gram))
-                    came.grams.clear()  # before there are those of the next block
+                gradients.insert(0, pack_gradients(came.grams, GRAM_DTYPE))
+                came.grams.clear()  # before there are those of the next block
     say_unreached("calibrate", {number: block.unreached() for number, block in enumerate(blocks)})
     name = str(decoder.dtype).removeprefix("torch.")
     windows, length = rows.shape
-    return Stats(blocks, grams, windows, length, fisher, name, source.fingerprint(), gradients)
+    return Stats(blocks, grams, windows, length, statistics, name, source.fingerprint(), gradients)
 
 
-def choose(  # noqa: PLR0913 - the pipeline's settings, by their names
+def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
     model: "PreTrainedModel",
     stats: Stats,
     *,
-    method: str = "wanda",
+    recipe: str = "wanda",
     sparsity: float = 0.5,
     pattern: str = "unstructured",
-    group: Literal["row", "layer", "fisher"] = "row",
-    allocation: str = "uniform",
+    method: str | None = None,
+    group: Literal["row", "layer", "fisher"] | None = None,
+    allocation: str | None = None,
     allocation_strength: float | None = None,
 ) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
     """Choose the weights that stay. Nothing changes: `prune` or `reconstruct` applies the masks.
@@ -164,14 +153,15 @@ def choose(  # noqa: PLR0913 - the pipeline's settings, by their names
     Args:
         model: The model that `stats` were measured on, with the same weights.
         stats: What `calibrate` returned.
-        method: How weights are scored: `magnitude`, `wanda`, `wanda-variant`, `ria`, or of Gram matrices `sparsegpt`
-            and `admm`; or a method of an installed package.
+        recipe: The row of the catalog that fills what is None below: `magnitude`, `wanda`, `admm`, `fisher`, … Its
+            reconstruction is an argument of `reconstruct`.
         sparsity: The fraction of each linear's weights that goes, in [0, 1); of each row ⌊in · sparsity⌋ go.
         pattern: `unstructured`, or `n:m`: n of every m neighbours stay, and the sparsity is 1 − n/m.
+        method: How weights are scored: `magnitude`, `wanda`, `wanda-variant`, `ria`, or of Gram matrices `sparsegpt`
+            and `admm`; or a method of an installed package.
         group: The weights that compete: a `row` (one output), the whole `layer`, or the whole layer with each row
             weighed by its output's Fisher information (`fisher`).
-        allocation: How the blocks' sparsities differ: `uniform`, `slope`, `owl`, of Gram matrices `lsa`, or of the
-            Fisher tier `fisher`, by linear.
+        allocation: How the sparsities of blocks or linears differ: `uniform`, `slope`, `owl`, `lsa`, `fisher`.
         allocation_strength: How far they differ; None: the allocation's own value.
 
     Returns:
@@ -179,25 +169,25 @@ def choose(  # noqa: PLR0913 - the pipeline's settings, by their names
         is unpacked when it is asked for.
 
     Raises:
-        UserError: A wrong argument, arguments that do not fit together or the model, a method, a group or an
-            allocation that needs Gram matrices or a Fisher tier which `stats` lack, or statistics of other weights.
+        UserError: A wrong argument, arguments that exclude one another or do not fit the model, choices that need other
+            statistics than `stats` has, or statistics of other weights.
 
     Example:
-        >>> keep = wd.choose(model, stats, method="wanda", sparsity=0.5, pattern="2:4")
+        >>> keep = wd.mask(model, stats, recipe="wanda", sparsity=0.5, pattern="2:4")
         >>> keep["model.layers.0.mlp.up_proj"].float().mean().item()
         0.5
     """
-    from wanda_dvc.catalog import ALLOCATIONS, methods
     from wanda_dvc.pruning.choose import allocate, choose_block, targets_of
     from wanda_dvc.pruning.patterns import check_pattern
     from wanda_dvc.stages.running import progress
     from wanda_dvc.study.tensors import Masks, pack_masks
 
-    params = _settings(
+    plan = _plan(
         stats,
-        method=method,
+        recipe=recipe,
         sparsity=sparsity,
         pattern=pattern,
+        method=method,
         group=group,
         allocation=allocation,
         allocation_strength=allocation_strength,
@@ -213,16 +203,16 @@ def choose(  # noqa: PLR0913 - the pipeline's settings, by their names
             weights,
             zip(stats.blocks, stats.grams or itertools.repeat({}), strict=False),
             len(stats.blocks),
-            allocation=ALLOCATIONS[allocation],
-            share=params.share,
-            group=group,
-            strength=params.allocation_strength,
+            allocation=plan.allocation,
+            share=plan.share,
+            group=plan.group,
+            strength=plan.strength,
         )
         chosen = Masks({}, {})
-        for block, measured in enumerate(progress(stats.blocks, total=len(stats.blocks), what="choose, blocks")):
-            targets = targets_of(measured, share=shares[block], pattern=pattern, group=group)
+        for block, measured in enumerate(progress(stats.blocks, total=len(stats.blocks), what="mask, blocks")):
+            targets = targets_of(measured, share=shares[block], pattern=pattern, group=plan.group)
             grams = stats.grams[block].on(_solving(source)) if stats.grams else {}
-            keep = choose_block(weights, measured, method=methods()[method], targets=targets, grams=grams)
+            keep = choose_block(weights, measured, method=plan.method, targets=targets, grams=grams)
             chosen |= pack_masks(keep)
     return chosen
 
@@ -235,7 +225,7 @@ def prune(model: "PreTrainedModel", keep: 'Mapping[str, Bool[Tensor, "rows colum
 
     Args:
         model: A causal language model of transformers; its parameters are changed where they are.
-        keep: Masks by linear, as `choose` returns them; linears without a mask stay as they are.
+        keep: Masks by linear, as `mask` returns them; linears without a mask stay as they are.
 
     Returns:
         The measured sparsity: the fraction of the weights of these linears that are zero now.
@@ -244,7 +234,7 @@ def prune(model: "PreTrainedModel", keep: 'Mapping[str, Bool[Tensor, "rows colum
         UserError: A mask of no weight of this model, or of another shape or dtype.
 
     Example:
-        >>> wd.prune(model, wd.choose(model, stats, sparsity=0.5))
+        >>> wd.prune(model, wd.mask(model, stats, sparsity=0.5))
         0.5
     """
     import torch
@@ -273,14 +263,14 @@ def reconstruct(
 
     Args:
         model: The dense model that `stats` were measured on; its parameters are changed where they are.
-        keep: Masks by linear, as `choose` returns them; linears without a mask stay as they are.
-        stats: Statistics with Gram matrices: `calibrate(model, tokens, gram="float32")`.
-        reconstruction: `least-squares`, `fisher` or `sparsegpt`; `none` only prunes, and tells the layer errors.
+        keep: Masks by linear, as `mask` returns them; linears without a mask stay as they are.
+        stats: Statistics with Gram matrices: `calibrate(model, tokens, statistics="gram")`.
+        reconstruction: `least-squares`, `fisher` or `sparsegpt`; `none` only prunes, and returns the layer errors.
 
     Returns:
         By linear: the layer error `error`, ‖(W−Ŵ)X‖² / ‖WX‖² on the calibration tokens; `masked`, which is that of the
         same mask without a reconstruction; and how it was solved for: `unchanged` rows, `dead` features, `damping` and
-        whether it was `raised`. Experts that no token reached are only pruned, and not told of.
+        whether it was `raised`. Experts that no token reached are only pruned, and left out here.
 
     Raises:
         UserError: A wrong argument, statistics without Gram matrices (for `fisher` those of gradients too) or of other
@@ -297,12 +287,11 @@ def reconstruct(
     from wanda_dvc.stages.running import progress
 
     _one_of("reconstruction", reconstruction, [row.name for row in RECONSTRUCTIONS.values() if not row.trains])
-    if not stats.grams:
-        raise _without_grams("reconstruction", reconstruction)
-    if RECONSTRUCTIONS[reconstruction].by_gradients and not stats.fisher_grams:
+    needed = "fisher" if RECONSTRUCTIONS[reconstruction].by_gradients else "gram"
+    if STATISTICS.index(stats.statistics) < STATISTICS.index(needed):
         raise UserError(
-            f"reconstruction: got {reconstruction} and statistics without Gram matrices of gradients, expected some "
-            'with them; call calibrate(model, tokens, gram="float32", fisher=8, fisher_gram="float16")'
+            f"reconstruction: got {reconstruction} and statistics {stats.statistics}, expected {needed}; call "
+            f'calibrate(model, tokens, statistics="{needed}")'
         )
     source = _measured(model, stats)
     targets = _targets(source, keep)
@@ -417,38 +406,31 @@ def _arguments() -> Iterator[None]:
         raise UserError(*(problem.removeprefix("params.yaml: ") for problem in error.problems)) from None
 
 
-def _settings(stats: Stats, **given: Any) -> "Params":
-    """Check arguments as settings of params.yaml: by the same schema, with the default preset's for the rest."""
-    from wanda_dvc.catalog import ALLOCATIONS, GROUPS, methods
+def _plan(stats: Stats, **given: Any) -> "Plan":
+    """Check arguments as settings of params.yaml, with the default preset's for the rest.
+
+    The reconstruction is an argument of another function, and what a recipe needs for it is checked there.
+    """
     from wanda_dvc.params import check_params
     from wanda_dvc.study.presets import DEFAULT, read_preset
     from wanda_dvc.study.settings import nested
 
-    needing = {
-        "method": (row := methods().get(given.get("method", ""))) is not None and row.needs == "gram",
-        "allocation": given.get("allocation") in ALLOCATIONS and ALLOCATIONS[given["allocation"]].needs == "gram",
-    }
-    for argument, needs in needing.items():
-        if needs and not stats.grams:
-            raise _without_grams(argument, given[argument])
-    for argument, rows in (("group", GROUPS), ("allocation", ALLOCATIONS)):
-        name = given.get(argument, "")
-        if name in rows and rows[name].needs == "fisher" and not stats.fisher:
-            raise UserError(
-                f"{argument}: got {name} and statistics without the Fisher tier, expected some with it; "
-                "call calibrate(model, tokens, fisher=8)"
-            )
-    content = nested(read_preset(DEFAULT).settings)
-    content["calibration"] |= {"gram": "float32", "fisher": 1, "fisher_gram": "float32"}
+    if (row := RECIPES.get(given["recipe"])) and row.propagation != "dense":
+        raise UserError(
+            f"recipe: got {row.name}, whose propagation is {row.propagation}, expected one that follows from the dense "
+            "model's statistics; name its choices, or run it as a study"
+        )
+    content = nested(read_preset(DEFAULT).settings) | given | {"reconstruction": "none", "propagation": "dense"}
+    content["calibration"]["statistics"] = "fisher"
     with _arguments():
-        return check_params(content | given)
-
-
-def _without_grams(argument: str, given: str) -> UserError:
-    return UserError(
-        f"{argument}: got {given} and statistics without Gram matrices, expected some with them; "
-        'call calibrate(model, tokens, gram="float32")'
-    )
+        plan = check_params(content).plan
+    if STATISTICS.index(stats.statistics) < STATISTICS.index(plan.needs):
+        why = ", ".join(choice for choice, tier in plan.needing() if tier == plan.needs)
+        raise UserError(
+            f"stats: got statistics {stats.statistics}, expected {plan.needs} ({why}); call "
+            f'calibrate(model, tokens, statistics="{plan.needs}")'
+        )
+    return plan
 
 
 def _one_of(argument: str, given: str, known: Sequence[str]) -> None:
@@ -496,7 +478,7 @@ def _targets(source: "Loaded", keep: "Mapping[str, Tensor]") -> "dict[str, Tenso
     import torch
 
     if not keep:
-        raise UserError("keep: got no masks, expected one for each linear to prune; call choose(model, stats)")
+        raise UserError("keep: got no masks, expected one for each linear to prune; call mask(model, stats)")
     weights = {}
     for name in keep:
         if name not in source.linears:

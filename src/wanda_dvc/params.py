@@ -6,108 +6,142 @@ Read as DVC reads it, YAML 1.2: in YAML 1.1 an unquoted `2:4` is the number 124.
 import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
-from wanda_dvc.catalog import ALLOCATIONS, EMBEDDED_SPLITS, GROUPS, HUB_ID, RECONSTRUCTIONS, TEXTS, Package, methods
+from wanda_dvc.catalog import (
+    ALLOCATIONS,
+    EMBEDDED_SPLITS,
+    EMBEDDED_TEXT,
+    GROUPS,
+    HUB_ID,
+    HUB_TEXT,
+    NAMED_TEXTS,
+    RECIPES,
+    RECONSTRUCTIONS,
+    STATISTICS,
+    TEXTS,
+    Package,
+    methods,
+)
 from wanda_dvc.errors import UserError
+from wanda_dvc.plan import CHOICES, UNSTRUCTURED, Plan, fill
 from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.reading import read_text
 
 MOST = 2**20  # windows of a calibration, and tokens of a window: far beyond any study
 ROUNDED = 1e-6  # the sparsity of 1:3 may be written 0.666667
-THREADS = 1024  # with many more the process ends inside the library that starts them
-EMBEDDED_TEXT = "embedded"
-NAMED_TEXTS = (EMBEDDED_TEXT, *TEXTS)
+ALL = "all"  # of `perplexity.windows`: every token, also those of a last window that is shorter
 
 
-def _method(name: str) -> str:
+def _method(name: str | None) -> str | None:
     """Check a method's name against the catalog, which grows with the packages that are installed."""
-    if name not in methods():
+    if name is not None and name not in methods():
         raise PydanticCustomError("literal_error", "no such method", {"expected": _or(tuple(methods()))})
     return name
 
 
 def _row_of(table: Mapping[str, object]) -> AfterValidator:
-    """Return a check of a name against a table of the catalog."""
+    """Return a check of a name against a table of the catalog; None passes."""
 
-    def check(name: str) -> str:
-        if name not in table:
+    def check(name: str | None) -> str | None:
+        if name is not None and name not in table:
             raise PydanticCustomError("literal_error", "no such row", {"expected": _or(tuple(table))})
         return name
 
     return AfterValidator(check)
 
 
-def _choices(rows: Mapping[str, Any]) -> str:
-    return "; ".join(f"`{name}`: {row.about}" for name, row in rows.items())
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Text(_Section):
-    """A text, and how its rows are joined."""
+@dataclass(frozen=True)
+class ChosenText:
+    """A text with all that `null` stands for."""
 
+    source: str  # as params.yaml writes it
+    dataset: str | None  # its id on the Hub; None of an embedded text or a file
+    config: str | None
+    revision: str | None  # as the source names it; None: the text's own
+    split: str | None  # None of a file
+    column: str
+    join: str  # between two rows
+
+
+class Text(_Section):
+    """A text."""
+
+    part: ClassVar[str] = "perplexity"
     source: str = Field(
-        description="`embedded`, `wikitext2`, `c4`, `ptb`, the Hub id of a data set, or an absolute path to a .txt or "
-        ".jsonl file"
-    )
-    config: str | None = Field(
-        None, description="configuration of a Hub id; null: its only one. A named text has its own"
-    )
-    revision: str | None = Field(
-        None,
-        description="commit, tag or branch of a data set on the Hub; null: its main branch, or a named text's own. A "
-        "branch is resolved when the text is fetched; only a commit always names the same text",
+        description="`embedded`, `wikitext2`, `c4`, `ptb`, a Hub data set `ORG/NAME[:CONFIG][@REVISION]`, or a .txt or "
+        ".jsonl file by its absolute path"
     )
     split: str | None = Field(
-        min_length=1,
-        description="split of `embedded` (train, test) or of a data set; of `c4` (train, validation) the first shard "
-        "is taken; null for a local file",
+        None, min_length=1, description="split of the data set; null: `test`, of `c4` `validation`"
     )
-    column: str = Field(
-        "text",
-        min_length=1,
-        description="text column of a Hub id or a .jsonl file. A named text has its own",
+    column: str | None = Field(None, min_length=1, description="text column; null: `text`, or the named text's own")
+
+    @property
+    def chosen(self) -> ChosenText:
+        """The text with its source's own values for what is null."""
+        named = TEXTS.get(self.source)
+        on_hub = None if named else HUB_TEXT.fullmatch(self.source)
+        a_file = Path(self.source).is_absolute()
+        return ChosenText(
+            source=self.source,
+            dataset=named.dataset if named else on_hub["dataset"] if on_hub else None,
+            config=named.config if named else on_hub["config"] if on_hub else None,
+            revision=on_hub["revision"] if on_hub else None,
+            split=self.split or (None if a_file else self._split),
+            column=named.column if named else self.column or "text",
+            join=self._join,
+        )
+
+    @property
+    def _split(self) -> str:
+        named = TEXTS.get(self.source)
+        return named.evaluated if named else "test"
+
+    @property
+    def _join(self) -> str:
+        named = TEXTS.get(self.source)
+        return named.join if named else "\n\n"
+
+
+class CalibrationText(Text):
+    """The text of a calibration."""
+
+    part: ClassVar[str] = "calibration"
+    split: str | None = Field(None, min_length=1, description="split of the data set; null: `train`")
+    join: str | None = Field(
+        None, description="string between two rows; null: a space. Windows of `c4` lie within one document instead"
     )
-    join: str = Field(
-        description="string between two rows. `c4` is joined for perplexity only; calibration draws its windows "
-        "within documents"
-    )
+
+    @property
+    def _split(self) -> str:
+        return "train"
+
+    @property
+    def _join(self) -> str:
+        return " " if self.join is None else self.join
 
 
 class Calibration(_Section):
     """The text that the activations are measured on, and how it is cut."""
 
-    text: Text
+    text: CalibrationText
     samples: int = Field(ge=1, le=MOST, description="number of windows, drawn at random")
     length: int = Field(ge=2, le=MOST, description="tokens a window")
     seed: int = Field(ge=0, description="seed of the draw")
-    gram: Literal["none", "float32", "float16"] = Field(
-        "none",
-        description="keep the Gram matrix of what each linear reads, for methods, allocations and "
-        "reconstructions that need it: `none`, or their upper triangles in `float32` or `float16`. `wanda-dvc cost` "
-        "states their size",
-    )
-    fisher: int = Field(
-        0,
-        ge=0,
-        le=MOST,
-        description="the first so many windows go back through the model too, for the groups and allocations that need "
-        "the Fisher information of each linear's outputs; 0: none. 8 are enough",
-    )
-    fisher_gram: Literal["none", "float32", "float16"] = Field(
-        "none",
-        description="of these windows keep the Gram matrix of the gradients by each linear's outputs, for the "
-        "reconstruction that needs it: `none`, or their upper triangles in `float32` or `float16`",
-    )
+    statistics: Literal["norms", "gram", "fisher"] = Field("norms", description="what is measured; see below")
 
 
 class Perplexity(_Section):
@@ -115,20 +149,18 @@ class Perplexity(_Section):
 
     text: Text
     length: int = Field(ge=2, le=MOST, description="tokens a window; windows follow one another")
-    windows: int | None = Field(None, ge=1, description="number of windows; null: all")
-    rest: Literal["dropped", "kept"] = Field(
-        "dropped",
-        description="tokens after the last whole window: dropped, or kept as a shorter window that counts by its "
-        "tokens; with `windows` set there is no rest",
+    windows: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
+        None,
+        description="number of windows; null: every whole window; `all`: every token, so that the last window may be "
+        "shorter",
     )
 
 
 class Tasks(_Section):
     """The zero-shot tasks."""
 
-    source: Literal["samples", "benchmark"] = Field(
-        description="`samples`: questions written for this project; `benchmark`: the benchmarks, from "
-        "`runtime.mirror` or the Hub"
+    source: Literal["embedded", "benchmark"] = Field(
+        description="`embedded`: questions written for this project; `benchmark`: the benchmarks"
     )
     names: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_\-]*$")]] = Field(
         description="list of lm-eval's names of multiple-choice tasks; `[]`: perplexity only"
@@ -141,52 +173,23 @@ class ZeroShot(_Section):
     limit: int | None = Field(None, ge=1, description="number of items of each task; null: all")
 
 
-LEAST_RATE = 0.001  # below it nothing is learnt: most likely a learning rate that is no share of the weights
-
-
-class Training(_Section):
-    """How `reconstruction: block` trains each block on its mask: Adam, one window a step, cosine."""
-
-    epochs: int = Field(3, ge=1, description="passes over the calibration windows")
-    rate: float = Field(
-        0.02,
-        gt=0,
-        lt=1,
-        description="learning rate at the first step, as a share of the root mean square of a parameter's weights; it "
-        "falls to 0 as a cosine",
-    )
-    seed: int = Field(0, ge=0, le=2**32, description="seed of the windows' order")
-
-
 class Runtime(_Section):
     """Settings that change the speed and no result. No stage depends on them."""
 
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
-        description="auto (cuda if there is one), cpu, cuda, cuda:1 or mps",
+        description="`auto` (`cuda` if there is one, else `cpu`), `cpu`, `cuda`, `cuda:1` or `mps`",
     )
-    threads: int | None = Field(None, ge=1, le=THREADS, description="CPU threads; null: one for each core")
-    workers: str | None = Field(
+    ray: str | None = Field(
         None,
         pattern=r"^(local|auto|(ray://)?[A-Za-z0-9._-]+:\d+)$",
-        description="who runs the windows: null: this process; `local`: Ray's workers on this machine; `auto`, "
-        "`HOST:PORT` or `ray://HOST:PORT`: those of a running cluster of Ray",
-    )
-    memory_gb: float | None = Field(
-        None,
-        gt=0,
-        description="a model of at most so many GB stays in memory; null: one block at a time",
-    )
-    compile: Literal["off", "on", "auto"] = Field(
-        "off",
-        description="blocks through `torch.compile`: off, on, or auto (where a run is long enough to pay for it and "
-        "a compiler is there). It changes last digits, as another device does",
+        description="a Ray cluster that runs the windows: `local` (started on this machine), `auto`, `HOST:PORT` or "
+        "`ray://HOST:PORT`; null: this process",
     )
     mirror: str | None = Field(
         None,
-        description="absolute path of a directory laid out like the Hub (id/config/split.jsonl), from which data sets "
-        "are taken instead of the Hub",
+        description="absolute path of a directory laid out like the Hub, from which data sets are read instead",
     )
 
 
@@ -199,41 +202,26 @@ class Params(_Section):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="dtype in which the model runs")
     calibration: Calibration
-    method: Annotated[str, AfterValidator(_method)] = Field(
-        description=f"how weights are scored: {_choices(methods())}"
-    )
+    recipe: Annotated[str, _row_of(RECIPES)] = Field("wanda", description="how the model is pruned; see below")
     sparsity: float = Field(ge=0, lt=1, description="fraction of each linear's weights that is removed")
-    pattern: str = Field("unstructured", description="`unstructured`, or `n:m`: n of every m neighbours stay")
-    group: Annotated[str, _row_of(GROUPS)] = Field(
-        "row", description=f"weights that compete: {_choices(GROUPS)}; n:m has groups of its own"
+    pattern: str = Field(UNSTRUCTURED, description="`unstructured`, or `n:m`: n of every m neighbours stay")
+    method: Annotated[str | None, AfterValidator(_method)] = Field(
+        None, description="how weights are scored; null, here and below: the recipe's own"
     )
-    allocation: Annotated[str, _row_of(ALLOCATIONS)] = Field(
-        "uniform", description=f"how the blocks' or linears' sparsities differ: {_choices(ALLOCATIONS)}"
+    group: Annotated[str | None, _row_of(GROUPS)] = Field(
+        None, description="the weights that compete; n:m has groups of its own"
+    )
+    allocation: Annotated[str | None, _row_of(ALLOCATIONS)] = Field(
+        None, description="how the sparsities of blocks or linears differ"
     )
     allocation_strength: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="how far they differ; null: "
-        + "; ".join(
-            f"`{name}`: {row.strength} ({row.strength_is})" for name, row in ALLOCATIONS.items() if row.strength
-        ),
+        None, gt=0, lt=1, description="how far they differ; null: the allocation's own"
     )
-    reconstruction: Annotated[str, _row_of(RECONSTRUCTIONS)] = Field(
-        "none", description=f"what happens to the weights that stay: {_choices(RECONSTRUCTIONS)}"
+    reconstruction: Annotated[str | None, _row_of(RECONSTRUCTIONS)] = Field(
+        None, description="new values for the weights that stay"
     )
-    training: Training = Training()
-    propagation: Literal["dense", "pruned", "corrected"] = Field(
-        "dense",
-        description="calibrate each block on the outputs of dense blocks (cached), or of the pruned blocks before it, "
-        "as in the paper; `corrected`: as `pruned`, and the reconstruction aims at the dense model's outputs",
-    )
-    correction: float = Field(
-        0.5,
-        gt=0,
-        le=1,
-        description="of `propagation: corrected`: how far the weights move to those that give the dense outputs; 1 may "
-        "overfit the calibration text",
+    propagation: Literal["dense", "pruned", "corrected"] | None = Field(
+        None, description="the outputs that each block is calibrated on"
     )
     perplexity: Perplexity
     tasks: Tasks
@@ -250,6 +238,18 @@ class Params(_Section):
             return 1 - Fraction(*n_of_m)
         return Fraction(str(self.sparsity))
 
+    @property
+    def filled(self) -> "Params":
+        """The same settings with every choice written out; a method need not be installed."""
+        choices, _ = fill(self.recipe, {name: getattr(self, name) for name in CHOICES}, self.pattern)
+        return self.model_copy(update=choices)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The recipe, with the choices that are set by themselves."""
+        given = {name: getattr(self, name) for name in CHOICES}
+        return Plan.of(self.recipe, given, strength=self.allocation_strength, pattern=self.pattern, share=self.share)
+
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
         if problems := list(self._conflicts()):
@@ -258,25 +258,21 @@ class Params(_Section):
 
     def _conflicts(self) -> Iterator[str]:
         """Yield the settings that are well formed each and cannot be meant together, or mean nothing."""
-        yield from self._pattern_conflicts()
-        yield from self._gram_conflicts()
-        yield from self._fisher_conflicts()
+        broken = list(self._pattern_conflicts())
+        yield from broken or self._plan_conflicts()
         if not (Package.parse(self.model) or Path(self.model).is_absolute() or HUB_ID.fullmatch(self.model)):
             yield _problem(
                 "model", self.model, "`package:NAME==VERSION`, an absolute directory or a Hub id, `ORG/NAME`"
             )
-        if self.training.rate < LEAST_RATE:
-            expected = f"at least {LEAST_RATE:g}: a share of the weights' root mean square, such as 0.02"
-            yield _problem("training.rate", self.training.rate, expected)
         calibration, perplexity = self.calibration.text, self.perplexity.text
         yield from _text_conflicts("calibration", calibration)
         yield from _text_conflicts("perplexity", perplexity)
-        same_split = calibration.split == perplexity.split or Path(calibration.source).is_absolute()
-        same_data = (calibration.source, calibration.config) == (perplexity.source, perplexity.config)
-        if same_data and same_split:
+        one, other = calibration.chosen, perplexity.chosen
+        if (one.source, one.dataset, one.config, one.split) == (other.source, other.dataset, other.config, other.split):
+            found = ", ".join(word for word in (perplexity.source, other.split) if word)
             yield (
-                f"params.yaml: calibration.text: got the text that perplexity is measured on ({perplexity.source}, "
-                f"{perplexity.split}), expected another; change its source or split"
+                f"params.yaml: calibration.text: got the text that perplexity is measured on ({found}), expected "
+                "another; change its source or split"
             )
         duplicates = sorted({name for name in self.tasks.names if self.tasks.names.count(name) > 1})
         if duplicates:
@@ -285,125 +281,82 @@ class Params(_Section):
         if mirror is not None and not Path(mirror).is_absolute():
             yield _problem("runtime.mirror", mirror, "an absolute directory (queued experiments run elsewhere)")
         device = self.runtime.device
-        if self.runtime.workers is not None and device not in ("auto", "cpu", "cuda"):
-            expected = "auto or cpu: Ray knows no MPS" if device == "mps" else "cuda: Ray gives each worker a card"
-            yield _problem("runtime.device", f"{device} with runtime.workers {self.runtime.workers}", expected)
+        if self.runtime.ray is not None and device not in ("auto", "cpu", "cuda"):
+            expected = "auto or cpu: Ray has no MPS" if device == "mps" else "cuda: Ray gives each worker a GPU"
+            yield _problem("runtime.device", f"{device} with runtime.ray {self.runtime.ray}", expected)
 
     def _pattern_conflicts(self) -> Iterator[str]:
-        if self.pattern != "unstructured":
-            if not re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", self.pattern):
-                yield _problem("pattern", self.pattern, "`unstructured` or n:m, such as 2:4")
-            else:
-                n, m = parse_pattern(self.pattern) or (0, 0)
-                if not n < m:
-                    yield _problem("pattern", self.pattern, "n:m with n < m: n of every m neighbours stay")
-                elif abs(self.sparsity - (1 - n / m)) > ROUNDED:
-                    yield (
-                        f"params.yaml: sparsity: got {self.sparsity} with pattern {self.pattern}, "
-                        f"expected {1 - n / m:g} (1 − n/m); set sparsity={1 - n / m:g} or pattern=unstructured"
-                    )
-        by_rows = methods()[self.method].competition == "rows"
-        if by_rows and (self.pattern, self.group) != ("unstructured", "row"):
+        if self.pattern == UNSTRUCTURED:
+            return
+        if not re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", self.pattern):
+            yield _problem("pattern", self.pattern, "`unstructured` or n:m, such as 2:4")
+            return
+        n, m = parse_pattern(self.pattern) or (0, 0)
+        if not n < m:
+            yield _problem("pattern", self.pattern, "n:m with n < m: n of every m neighbours stay")
+        elif abs(self.sparsity - (1 - n / m)) > ROUNDED:
             yield (
-                f"params.yaml: method: got {self.method} with pattern {self.pattern} and group {self.group}, expected "
-                "unstructured and row: each row's scores decide how many of its weights go; set those or another method"
+                f"params.yaml: sparsity: got {self.sparsity} with pattern {self.pattern}, "
+                f"expected {1 - n / m:g} (1 − n/m); set sparsity={1 - n / m:g} or pattern=unstructured"
             )
-        if self.allocation != "uniform" and self.pattern != "unstructured":
-            expected = f"uniform: {self.pattern} gives every block the same sparsity"
-            yield _problem("allocation", self.allocation, expected)
-        if self.allocation_strength is not None and ALLOCATIONS[self.allocation].strength is None:
-            yield _problem("allocation_strength", self.allocation_strength, f"null: {self.allocation} has no strength")
 
-    def _gram_conflicts(self) -> Iterator[str]:
-        """Yield what needs Gram matrices that are not kept, and a training without anything to train on."""
-        method, reconstruction = methods()[self.method], RECONSTRUCTIONS[self.reconstruction]
-        kept = self.calibration.gram != "none"
-        solving = {
-            "method": (self.method, method.needs == "gram"),
-            "reconstruction": (self.reconstruction, reconstruction.function is not None),
-        }
-        needing = {where: name for where, (name, needs) in solving.items() if needs and self.propagation == "dense"}
-        if ALLOCATIONS[self.allocation].needs == "gram":
-            needing["allocation"] = self.allocation
-        for where, name in needing.items() if not kept else ():
+    def _plan_conflicts(self) -> Iterator[str]:
+        """Yield the choices that exclude one another, and those that need statistics which are not measured."""
+        plan = self.plan
+        if plan.method.competition == "rows" and (self.pattern, plan.group) != (UNSTRUCTURED, "row"):
             yield (
-                f"params.yaml: {where}: got {name} without Gram matrices, expected calibration.gram float32 or "
-                "float16; set calibration.gram=float32 (one more pass of calibrate; `wanda-dvc cost` states their size)"
+                f"params.yaml: method: got {plan.method.name} with pattern {self.pattern} and group {plan.group}, "
+                "expected unstructured and row: each row's scores decide how many of its weights go; set those or "
+                "another method"
             )
-        if self.propagation == "corrected" and reconstruction.function is None:
+        if plan.allocation.name != "uniform" and self.pattern != UNSTRUCTURED:
+            expected = f"uniform: {self.pattern} gives every block the same sparsity"
+            yield _problem("allocation", plan.allocation.name, expected)
+        if self.allocation_strength is not None and not plan.allocation.strengths:
+            yield _problem(
+                "allocation_strength", self.allocation_strength, f"null: {plan.allocation.name} has no strength"
+            )
+        if plan.propagation == "corrected" and not plan.solves:
             yield _problem(
                 "propagation",
                 "corrected with reconstruction none",
                 "a reconstruction, which can aim at the dense outputs; set reconstruction=least-squares",
             )
-        if reconstruction.trains and self.propagation == "dense":
+        if plan.trains and plan.propagation == "dense":
             yield _problem(
                 "reconstruction",
-                f"{self.reconstruction} with propagation dense",
+                f"{plan.reconstruction.name} with propagation dense",
                 "propagation corrected or pruned: a block is trained on what the pruned blocks before it put out; "
                 "set propagation=corrected",
             )
-
-    def _fisher_conflicts(self) -> Iterator[str]:
-        """Yield what needs the Fisher tier where it is not kept, and more windows of it than there are."""
-        windows, samples = self.calibration.fisher, self.calibration.samples
-        if windows > samples:
-            yield _problem("calibration.fisher", windows, f"at most {samples}, which is calibration.samples")
-        for where, name, needs in (
-            ("group", self.group, GROUPS[self.group].needs),
-            ("allocation", self.allocation, ALLOCATIONS[self.allocation].needs),
-        ):
-            if needs == "fisher" and not windows:
-                yield (
-                    f"params.yaml: {where}: got {name} without the Fisher tier, expected calibration.fisher above 0; "
-                    f"set calibration.fisher={min(8, samples)} (these windows once more forward and back in calibrate)"
-                )
-        kept = self.calibration.fisher_gram
-        if kept != "none" and not windows:
-            expected = f"calibration.fisher above 0: they are of its windows; set calibration.fisher={min(8, samples)}"
-            yield _problem("calibration.fisher_gram", f"{kept} with calibration.fisher 0", expected)
-        if RECONSTRUCTIONS[self.reconstruction].by_gradients and kept == "none":
+        needs, measured = plan.needs, self.calibration.statistics
+        if STATISTICS.index(needs) > STATISTICS.index(measured):
+            why = ", ".join(choice for choice, tier in plan.needing() if tier == needs)
             yield (
-                f"params.yaml: reconstruction: got {self.reconstruction} without Gram matrices of gradients, expected "
-                f"calibration.fisher_gram float32 or float16; set calibration.fisher_gram=float16 and "
-                f"calibration.fisher={windows or min(8, samples)} (`wanda-dvc cost` states their size)"
+                f"params.yaml: calibration.statistics: got {measured}, expected {needs} for recipe {self.recipe} "
+                f"({why}); run `dvc exp run -S calibration.statistics={needs} -S recipe={self.recipe}`"
             )
 
 
-def _text_conflicts(  # noqa: C901 - a case for each kind of source
-    name: str, text: Text
-) -> Iterator[str]:
+def _text_conflicts(name: str, text: Text) -> Iterator[str]:
+    setting = f"{name}.text"
     if text.source == EMBEDDED_TEXT:
-        yield from _superfluous(name, text, "config", "revision", why="the embedded text has none")
-        if text.split not in EMBEDDED_SPLITS:
-            yield _problem(f"{name}.text.split", text.split, "train or test, the splits of the embedded text")
+        if text.chosen.split not in EMBEDDED_SPLITS:
+            yield _problem(f"{setting}.split", text.split, "train or test, the splits of the embedded text")
     elif named := TEXTS.get(text.source):
-        if text.split not in named.splits:
-            yield _problem(f"{name}.text.split", text.split, f"{_or(named.splits)} of {text.source}")
-        if text.config is not None:
-            yield _problem(f"{name}.text.config", text.config, f"null: {text.source} is one configuration")
-        if text.column not in ("text", named.column):
-            yield _problem(f"{name}.text.column", text.column, f"{named.column}, the text of {text.source}")
-    elif HUB_ID.fullmatch(text.source):
-        if text.split is None:
-            yield _problem(f"{name}.text.split", text.split, f"one of the splits of {text.source}")
-        if "@" in text.source:
-            expected = f"{text.source.partition('@')[0]}, and its revision in {name}.text.revision"
-            yield _problem(f"{name}.text.source", text.source, expected)
+        if text.chosen.split not in named.splits:
+            yield _problem(f"{setting}.split", text.split, f"{_or(named.splits)} of {text.source}")
+        if text.column not in (None, named.column):
+            yield _problem(f"{setting}.column", text.column, f"null: the text of {text.source} is {named.column}")
+    elif HUB_TEXT.fullmatch(text.source):
+        return
     elif not Path(text.source).is_absolute():
-        expected = f"{', '.join(NAMED_TEXTS)}, a Hub id (ORG/NAME) or an absolute path"
-        yield _problem(f"{name}.text.source", text.source, expected)
+        expected = f"{', '.join(NAMED_TEXTS)}, a Hub id (ORG/NAME[:CONFIG][@REVISION]) or an absolute path"
+        yield _problem(f"{setting}.source", text.source, expected)
     elif Path(text.source).suffix not in (".txt", ".jsonl"):
-        yield _problem(f"{name}.text.source", text.source, "a file that ends in .txt or .jsonl")
-    else:
-        why = f"{text.source} is a file and has none"
-        yield from _superfluous(name, text, "config", "revision", "split", why=why)
-
-
-def _superfluous(name: str, text: Text, *names: str, why: str) -> Iterator[str]:
-    for setting in names:
-        if (value := getattr(text, setting)) is not None:
-            yield _problem(f"{name}.text.{setting}", value, f"null: {why}")
+        yield _problem(f"{setting}.source", text.source, "a file that ends in .txt or .jsonl")
+    elif text.split is not None:
+        yield _problem(f"{setting}.split", text.split, f"null: {text.source} is a file and has none")
 
 
 def read_params(path: Path) -> Params:
@@ -430,6 +383,13 @@ def check_params(content: object) -> Params:
         raise UserError(*(_explain(problem) for problem in error.errors())) from None
 
 
+# Properties of `Params`, and the settings that each follows from; a stage that depends on the first may read it.
+DERIVED = {
+    "share": ("sparsity", "pattern"),
+    "plan": ("recipe", *CHOICES, "allocation_strength", "sparsity", "pattern"),
+}
+
+
 class Limited:
     """Settings of which only some may be read; reading another one raises AttributeError, a defect of ours."""
 
@@ -439,8 +399,9 @@ class Limited:
     def __getattr__(self, name: str) -> Any:
         """Return a setting that is allowed, or a section with one in it."""
         dotted, value = self._prefix + name, getattr(self._section, name)
-        if name == "share":  # the sparsity as a fraction
-            dotted = "sparsity"
+        if name in DERIVED and DERIVED[name][0] in self._allowed:
+            self.read.update(set(DERIVED[name]).intersection(self._allowed))
+            return value
         if dotted in self._allowed or dotted == "runtime":
             self.read.add(dotted)
             return value

@@ -125,7 +125,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
             f"{experiment}: its masks are not in DVC's cache, expected all of masks/; `dvc pull --all-commits` fetches "
             f"them where a remote has them, `dvc exp apply {experiment}` and `dvc exp run` compute them again"
         )
-    reconstruction = RECONSTRUCTIONS[study.params.reconstruction]
+    reconstruction = RECONSTRUCTIONS[study.params.plan.reconstruction.name]
     if reconstruction.function is not None:
         needed = [("weights", "mask"), ("gram", "calibrate")]
         if reconstruction.by_gradients:
@@ -134,8 +134,8 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
             if not revision.take_whole(folder, study):
                 raise UserError(
                     f"{experiment}: its {folder}/ is not in DVC's cache, expected it for reconstruction "
-                    f"{study.params.reconstruction}; `dvc pull --all-commits` fetches it where a remote has it, "
-                    f"`dvc exp apply {experiment}` and `dvc exp run` compute it again (`wanda-dvc {command}`)"
+                    f"{study.params.plan.reconstruction.name}; `dvc pull --all-commits` fetches it where a remote has "
+                    f"it, `dvc exp apply {experiment}` and `dvc exp run` compute it again (`wanda-dvc {command}`)"
                 )
     wanted = read_provenance(study.masks, "mask")["model"]
     here = project.model("dense")
@@ -154,7 +154,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
 
 def _drop_metrics_of_others(study: Project) -> None:
     """Drop the metrics of another experiment, which a workspace may still hold. The details say whose each is."""
-    made_from = describe_pruned(study, study.params.reconstruction)
+    made_from = describe_pruned(study, study.params.plan.reconstruction.name)
     dense = read_provenance(study.model("dense"), "download model")
     for model, whose in zip(MODELS, (digest(dense), digest(made_from)), strict=True):
         details = study.root / "metrics/details"

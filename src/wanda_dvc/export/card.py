@@ -102,7 +102,7 @@ def card(study: Project, written: Written, loading: str, torn: Sequence[str] = (
         source=inline(dense["source"]),
         percent=round(100 * written.sparsity, 2),
         method=_cited(params["method"]),
-        kept=RECONSTRUCTIONS[study.params.reconstruction].kept,
+        kept=RECONSTRUCTIONS[study.params.plan.reconstruction.name].kept,
         facts=tabulate(list(_facts(study, masks, dense, written.sparsity)), ["what", "value"], **TABLE),
         results=tabulate(comparison(study), HEADERS, **TABLE),
         notes="\n".join(f"- {note}" for note in _notes(study, torn)),
@@ -134,7 +134,7 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
     yield "group", compete if params["pattern"] == "unstructured" else "neighbours along the input"
     propagation = params.get("propagation", "dense")
     yield "propagation", f"`{propagation}`: {PROPAGATION[propagation]}"
-    reconstruction = RECONSTRUCTIONS[study.params.reconstruction]
+    reconstruction = RECONSTRUCTIONS[study.params.plan.reconstruction.name]
     yield "weights that stay", f"{code(reconstruction.name)}: {reconstruction.about}"
     yield (
         "calibration",
@@ -171,7 +171,7 @@ def _notes(study: Project, torn: Sequence[str]) -> Iterator[str]:
         f"Zero-shot: no examples in the prompt, {f'the first {limit} items' if limit else 'all items'} of each task, "
         f"{params.dtype}; ± is one standard error, and a difference below two of them may be chance."
     )
-    if params.tasks.source == "samples":
+    if params.tasks.source == "embedded":
         yield (
             "The tasks are samples, not benchmarks: questions written for wanda-dvc. They compare these two models and "
             "nothing else."

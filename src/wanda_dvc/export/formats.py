@@ -33,7 +33,7 @@ def _write_dense(study: "Project", target: Path, _scratch: Path, _zipped: bool) 
     """Write an ordinary Hugging Face directory, zeros included."""
     from wanda_dvc.stages.apply import measured_sparsity, prune
 
-    measured = measured_sparsity(prune(study, target, study.params.reconstruction))
+    measured = measured_sparsity(prune(study, target, study.params.plan.reconstruction.name))
     return Written(
         measured, "The zeros are stored like any other number: the files are no smaller than the dense model's."
     )
@@ -44,7 +44,7 @@ def _write_packed(study: "Project", target: Path, scratch: Path, zipped: bool) -
     from wanda_dvc.engine.packed import pack_directory
     from wanda_dvc.stages.apply import measured_sparsity, prune
 
-    zeros = prune(study, scratch, study.params.reconstruction)
+    zeros = prune(study, scratch, study.params.plan.reconstruction.name)
     sizes = pack_directory(scratch, target, list(zeros), zipped=zipped)
     shutil.rmtree(scratch)
     return Written(measured_sparsity(zeros), sizes.told(zipped))

@@ -16,10 +16,7 @@ from torch import Tensor
 from wanda_dvc.pruning.selection import removed
 
 DIGITS = 10**6  # shares are rounded to so many parts before they are shifted
-SLOPE = Fraction("0.004")  # more of each next block
-OUTLIER, SPREAD = 5, 0.08  # OWL's M and λ for LLaMA
-# LSA's β rises with the sparsity.
-LSA_SPREAD = ((Fraction("0.5"), 0.04), (Fraction("0.6"), 0.10), (Fraction("1"), 0.15))
+OUTLIER = 5  # OWL's M for LLaMA
 STEPS = 40  # of a bisection
 GREEDY = 128  # inputs among which LSA drops half
 BIN = 19  # bits of a float32 that two scores of one bin may differ in: 16 bins an octave
@@ -31,12 +28,12 @@ def uniform(sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
     return [sparsity] * len(sizes)
 
 
-def slope(sparsity: Fraction, sizes: Sequence[int], step: Fraction = SLOPE) -> list[Fraction]:
+def slope(sparsity: Fraction, sizes: Sequence[int], step: Fraction) -> list[Fraction]:
     """Return shares that rise by `step` from block to block: s + β(ℓ − (L−1)/2)."""
     return shift([step * block for block in range(len(sizes))], sparsity, sizes)
 
 
-def owl(sparsity: Fraction, sizes: Sequence[int], outliers: Sequence[float], spread: float = SPREAD) -> list[Fraction]:
+def owl(sparsity: Fraction, sizes: Sequence[int], outliers: Sequence[float], spread: float) -> list[Fraction]:
     """Return OWL's shares: a block with more outliers keeps more. Yin et al. 2024, arXiv 2310.05175.
 
     What is kept is (D − min D) / (max D − min D) · 2λ, shifted; D is each block's `outlier_ratio`, λ the spread.
@@ -44,22 +41,18 @@ def owl(sparsity: Fraction, sizes: Sequence[int], outliers: Sequence[float], spr
     return _spread([-ratio for ratio in outliers], 2 * spread, sparsity, sizes)
 
 
-def lsa(
-    sparsity: Fraction, sizes: Sequence[int], errors: Sequence[float], spread: float | None = None
-) -> list[Fraction]:
+def lsa(sparsity: Fraction, sizes: Sequence[int], errors: Sequence[float], spread: float) -> list[Fraction]:
     """Return LSA's shares: a part with a lower `greedy_error` keeps more. ICLR 2026.
 
     https://openreview.net/forum?id=xq3lza5IjN. With I = 1 − E / ΣE, scaled to [0, 2β], the share is s + mean(I) − I;
-    β is the spread, by the sparsity if not given. A block's E is the mean of its linears'. In the paper the
+    β is the spread. A block's E is the mean of its linears'. In the paper the
     shares' mean is over blocks, here over weights.
     """
-    if spread is None:
-        spread = next(spread for limit, spread in LSA_SPREAD if sparsity <= limit)
     return _spread(errors, 2 * spread, sparsity, sizes)
 
 
 def fisher(
-    sparsity: Fraction, sizes: Sequence[int], counts: Sequence[Int[Tensor, " bins"] | None], spread: float = 0.5
+    sparsity: Fraction, sizes: Sequence[int], counts: Sequence[Int[Tensor, " bins"] | None], spread: float
 ) -> list[Fraction]:
     """Return the shares of linears with which their weights of the lowest scores in the whole model go.
 

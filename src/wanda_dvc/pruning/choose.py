@@ -309,15 +309,15 @@ def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocati
     allocation: Allocation,
     share: Fraction,
     group: str,
-    strength: float | None = None,
+    strength: float | None,
 ) -> Sequence[Share]:
     """Return the share of each block's weights that goes, or of each of its linears'.
 
     `blocks` yields the statistics of the `count` blocks, with Gram matrices or the Fisher tier where the allocation
-    needs them; it is left alone where all shares are the same.
+    needs them; it is not read where all shares are the same, which is where there is no `strength`.
     """
     function = function_of(allocation.function)
-    if allocation.strength is None:
+    if strength is None:
         equal: list[Fraction] = function(share, range(count))
         return equal
     parts: list[list[str]] = []  # the linears of each
@@ -338,8 +338,7 @@ def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocati
             rated = function_of(allocation.rating)(weights, measured, grams)
             ratings += rated if allocation.by_linear else [rated]
     words: list[object] = [ratings] if allocation.rating is not None else []
-    if strength is not None:
-        words.append(Fraction(str(strength)) if allocation.rating is None else strength)
+    words.append(Fraction(str(strength)) if allocation.rating is None else strength)
     sizes = [sum(number * size for number, size in linears) for linears in groups]
     shares: list[Fraction] = settle(function(share, sizes, *words), share, groups)
     if not allocation.by_linear:

@@ -40,7 +40,7 @@ class Section:
     @cached_property
     def methods(self) -> list[str]:
         """The rows' methods, baselines first."""
-        return sorted({row.params.method for row in self.rows}, key=rank)
+        return sorted({str(row.params.filled.method) for row in self.rows}, key=rank)
 
     @cached_property
     def varying(self) -> list[str]:
@@ -140,7 +140,7 @@ class Section:
         yield from ((row, None) for row in self.ordered)
         yield from self.beside_uniform
         for one, other in itertools.combinations(self.ordered, 2):
-            ranks = rank(one.params.method), rank(other.params.method)
+            ranks = rank(str(one.params.filled.method)), rank(str(other.params.filled.method))
             if ranks[0] != ranks[1] and self.place(one) == self.place(other):
                 yield (one, other) if ranks[0] > ranks[1] else (other, one)
 

@@ -69,7 +69,7 @@ class TasksSource:
 
     def write(self, out: Path, scratch: Path) -> str:
         """Write the items and the provenance of every task into a directory of its own."""
-        samples, hashes = self.wanted.source == "samples", {}
+        samples, hashes = self.wanted.source == "embedded", {}
         for name, items in self.items.items():
             folder = out / name
             folder.mkdir()
@@ -133,7 +133,7 @@ def _find_items(name: str, path: str, definition: Json, source: str, mirror: str
     for option in ("trust_remote_code", "streaming", "split"):  # a data set's code never runs
         options.pop(option, None)
     origin: Path | Repository | None
-    if source == "samples":
+    if source == "embedded":
         origin = Path(EMBEDDED, "tasks", *found.place)
         if not origin.is_file():
             raise UserError(f"{where}: there are no samples of it; take it out or set tasks.source to benchmark")

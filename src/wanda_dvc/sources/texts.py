@@ -3,12 +3,12 @@
 import hashlib
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from wanda_dvc.catalog import NamedText
+from wanda_dvc.catalog import EMBEDDED_TEXT, NamedText
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.params import EMBEDDED_TEXT, Text
+from wanda_dvc.params import ChosenText
 from wanda_dvc.reading import check_file, is_there, name_of, read_lines, read_text
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, column_of, gated_names, load_rows, resolve
@@ -23,7 +23,7 @@ from wanda_dvc.study.provenance import describe, file_digest, write_provenance
 class TextSource:
     """A text that is found: a file on this machine, or a repository on the Hub."""
 
-    wanted: Text
+    wanted: ChosenText
     setting: str  # its dotted name: calibration.text
     dataset: NamedText
     title: str  # its name in the provenance
@@ -34,7 +34,7 @@ class TextSource:
     @property
     def key(self) -> Json:
         """The settings of the text, and its commit."""
-        return {"text": self.wanted.model_dump(mode="json"), "commit": self._commit}
+        return {"text": asdict(self.wanted), "commit": self._commit}
 
     @property
     def _commit(self) -> str | None:
@@ -92,7 +92,7 @@ class TextSource:
         return _jsonl_rows(path, column) if path.suffix == ".jsonl" else [read_text(path)]
 
 
-def find_text(setting: str, wanted: Text, mirror: str | None, *, as_documents: bool = False) -> Source:
+def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_documents: bool = False) -> Source:
     """Find the text of a setting, such as `calibration.text`."""
     where = f"params.yaml: {setting}.source"
     if found := on_the_hub(wanted):

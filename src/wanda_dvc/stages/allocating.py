@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.pruning import choose
 from wanda_dvc.pruning.gram import Gram
@@ -18,8 +17,8 @@ def allocate(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Seq
 
     They are rated on the dense model's statistics.
     """
-    params = project.params
-    allocation = ALLOCATIONS[params.allocation]
+    plan = project.params.plan
+    allocation = plan.allocation
 
     def blocks() -> Iterator[tuple[BlockStats, Mapping[str, Gram]]]:
         for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks rated"):
@@ -32,7 +31,7 @@ def allocate(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Seq
         blocks(),
         stats.blocks,
         allocation=allocation,
-        share=params.share,
-        group=params.group,
-        strength=params.allocation_strength,
+        share=plan.share,
+        group=plan.group,
+        strength=plan.strength,
     )

@@ -68,7 +68,7 @@ class Zeros(NamedTuple):
 
 def apply(*, project: Project) -> None:
     """models/dense + masks/ + gram/ + fisher_gram/ + weights/ → models/pruned."""
-    reconstruction = project.params.reconstruction
+    reconstruction = project.params.plan.reconstruction.name
     made_from = describe_pruned(project, reconstruction)
     with project.work(made_from) as work:
         zeros = prune(project, work.fresh(), reconstruction)
@@ -106,7 +106,7 @@ def need(project: Project, _: str | None = None) -> Need:
     linear = largest(project)[1]
     widest = sizes(folder).widest if block_count(project.gram, "calibrate") else 0
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    by_gradients = RECONSTRUCTIONS[project.params.reconstruction].by_gradients
+    by_gradients = project.params.plan.reconstruction.by_gradients
     return Need(writing(linear=linear, widest=widest, by_gradients=by_gradients), disk=size, least=size)
 
 
@@ -114,10 +114,10 @@ def cost(params: Params, on: Setting) -> Cost:
     """Copied to the disk, then read, multiplied and counted; with Gram matrices, measured too."""
     model = on.model
     seconds = model.stored / DISK + on.work.all_linears * (4 * on.stored_width + 1) / HOST
-    widest = 0 if params.calibration.gram == "none" else model.widest
-    reconstruction = RECONSTRUCTIONS[params.reconstruction]
-    changes, by_gradients = reconstruction.function is not None, reconstruction.by_gradients
-    if params.propagation == "dense":
+    widest = 0 if params.calibration.statistics == "norms" else model.widest
+    plan = params.plan
+    changes, by_gradients = plan.solves, plan.reconstruction.by_gradients
+    if plan.weights_come_from == "gram":
         seconds += solving_seconds(changes, on, by_gradients=by_gradients)
     if widest:
         seconds += error_seconds(1 + changes, on)  # of the masks, and of other values on them

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.sizes import Need, Sizes, differentiating, either, sizes
-from wanda_dvc.params import Params
+from wanda_dvc.params import Calibration, Params
+from wanda_dvc.plan import GRAM_DTYPE, WINDOWS_BACK
 from wanda_dvc.pruning.statistics import summary
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import (
@@ -55,8 +56,10 @@ def calibrate(*, project: Project) -> None:
         text={"source": text["source"], "sha256": text["sha256"]},
         params=calibrated_with(project.params),
     )
-    kept, windows_back = project.params.calibration.gram, project.params.calibration.fisher
-    kept_back = project.params.calibration.fisher_gram
+    calibration = project.params.calibration
+    kept = "none" if calibration.statistics == "norms" else GRAM_DTYPE
+    windows_back = back_windows(calibration)
+    kept_back = GRAM_DTYPE if windows_back else "none"
     grams_from = made_from | {"kind": "gram", "dtype": kept}
     fisher_from = made_from | {"kind": "fisher", "windows": windows_back}
     gram = kept_back != "none"
@@ -104,6 +107,11 @@ def calibrate(*, project: Project) -> None:
     _write_norms(project)
 
 
+def back_windows(calibration: Calibration) -> int:
+    """Return the number of windows that go back through the model."""
+    return min(WINDOWS_BACK, calibration.samples) if calibration.statistics == "fisher" else 0
+
+
 def _write_norms(project: Project) -> None:
     """Write the norms by block, for plots."""
     rows: list[list[object]] = []
@@ -118,31 +126,31 @@ def _write_norms(project: Project) -> None:
 def need(project: Project, _: str | None = None) -> Need:
     """A walk that records, the hidden states that wait between blocks, the Gram matrices, and the way back."""
     calibration, folder = project.params.calibration, project.model("dense")
-    walk = calibration_need(project, gram=calibration.gram != "none")
+    gram = calibration.statistics != "norms"
+    walk = calibration_need(project, gram=gram)
     if walk.disk is None:
         return walk
     model, dtype = sizes(folder), project.params.dtype
-    disk = walk.disk + gram_bytes(model.all_squares, calibration.gram)
-    if not calibration.fisher or walk.memory is None:
+    disk = walk.disk + gram_bytes(model.all_squares, gram)
+    if not back_windows(calibration) or walk.memory is None:
         return replace(walk, disk=disk)
-    gram = calibration.fisher_gram != "none"
-    workers = project.params.runtime.workers is not None
-    back = differentiating(model, dtype=dtype, length=calibration.length, gram=gram, workers=workers)
+    workers = project.params.runtime.ray is not None
+    back = differentiating(model, dtype=dtype, length=calibration.length, gram=True, workers=workers)
     return replace(walk, memory=either(walk.memory, back), disk=disk + _back_bytes(project.params, model))
 
 
 def cost(params: Params, on: Setting) -> Cost:
     """All windows through all blocks, and some of them once more forward and back."""
     calibration = params.calibration
-    once = calibration_cost(params, on, gram=calibration.gram != "none")
-    once = replace(once, disk=once.disk + gram_bytes(on.model.all_squares, calibration.gram))
-    if not calibration.fisher:
+    gram, windows = calibration.statistics != "norms", back_windows(calibration)
+    once = calibration_cost(params, on, gram=gram)
+    once = replace(once, disk=once.disk + gram_bytes(on.model.all_squares, gram))
+    if not windows:
         return once
-    gram = calibration.fisher_gram != "none"
     workers = on.workers > 1
     memory = differentiating(on.model, dtype=on.dtype, length=calibration.length, gram=gram, workers=workers)
     # Three passes: forward, then in each block forward again and back, which takes as long: weights get no gradients.
-    windows, length = calibration.fisher, calibration.length
+    length = calibration.length
     one = on.walk(windows, length, memory, logits=2 * windows * length / 3)
     products = gram * windows * length * on.model.all_output_squares
     seconds = 3 * one.seconds + on.share(windows) * products / on.float32_rate
@@ -159,7 +167,7 @@ def cost(params: Params, on: Setting) -> Cost:
 
 def _back_bytes(params: Params, model: Sizes) -> int:
     """Return the bytes of fisher_gram/, and of hidden states before every block and gradients between two."""
-    tokens = params.calibration.fisher * params.calibration.length
+    tokens = back_windows(params.calibration) * params.calibration.length
     states = waiting_bytes(model, tokens, params.dtype) // 2
-    kept = gram_bytes(model.all_output_squares, params.calibration.fisher_gram)
+    kept = gram_bytes(model.all_output_squares, True)
     return kept + states * (model.blocks + 1) + waiting_bytes(model, tokens, "float32")

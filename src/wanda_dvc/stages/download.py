@@ -32,11 +32,13 @@ SOURCES = {
     ),
     "calibration": Part(
         # Documents stay apart, because calibration draws its windows within them, as the Wanda authors do.
-        lambda params: find_text("calibration.text", params.calibration.text, params.runtime.mirror, as_documents=True),
+        lambda params: find_text(
+            "calibration.text", params.calibration.text.chosen, params.runtime.mirror, as_documents=True
+        ),
         lambda project: project.data("calibration"),
     ),
     "perplexity": Part(
-        lambda params: find_text("perplexity.text", params.perplexity.text, params.runtime.mirror),
+        lambda params: find_text("perplexity.text", params.perplexity.text.chosen, params.runtime.mirror),
         lambda project: project.data("perplexity"),
     ),
     "tasks": Part(

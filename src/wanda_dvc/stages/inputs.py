@@ -13,6 +13,7 @@ from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.sizes import WIDTH, Need, Sizes, sizes, walking
 from wanda_dvc.errors import MEND, UserError, notice
 from wanda_dvc.params import Params, Runtime
+from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.pruning.patterns import check_pattern
 from wanda_dvc.stages.running import check_device, device_name, ending, own_device, solving_device, told
 from wanda_dvc.study.files import Json
@@ -92,7 +93,7 @@ def check_ready(project: Project, model: str, length: int | None = None, setting
     """Check what can be known before a model is run: the device, the configuration and the length of windows."""
     from wanda_dvc.engine.config import check_length, read_config
 
-    if project.params.runtime.workers is None:
+    if project.params.runtime.ray is None:
         check_device(device_name(project.params.runtime))
     else:  # whose device is their own
         importlib.import_module("ray")
@@ -114,7 +115,7 @@ def gram_provenance(project: Project) -> Json:
     if not (is_of_stats and blocks):
         raise UserError(
             f"gram/: found {blocks} blocks of {gram['model']['source']}, expected "
-            "those of the run that measured stats/; set calibration.gram=float32 and run `dvc repro`"
+            "those of the run that measured stats/; set calibration.statistics=gram and run `dvc repro`"
         )
     return gram
 
@@ -125,13 +126,11 @@ def fisher_provenance(project: Project, folder: Path) -> Json:
     UserError where it is not of the run that measured stats/, or has no blocks.
     """
     fisher, blocks, is_of_stats = _tier(project, folder)
-    wanted = Project(project.root).params.calibration.fisher
-    if not (is_of_stats and blocks) or fisher["windows"] != wanted:
+    if not (is_of_stats and blocks):
         found = f"{blocks} blocks of {fisher['windows']} windows of {fisher['model']['source']}"
         raise UserError(
             f"{folder.name}/: found {found}, expected "
-            f"{wanted} windows (calibration.fisher) of the run that measured stats/; run `dvc repro` or "
-            "`wanda-dvc calibrate`"
+            "those of the run that measured stats/; set calibration.statistics=fisher and run `dvc repro`"
         )
     return fisher
 
@@ -178,7 +177,7 @@ def runner(
     With `alone` it is this process, whatever params.yaml says.
     """
     runtime = project.params.runtime
-    if runtime.workers is None or alone:
+    if runtime.ray is None or alone:
         from wanda_dvc.engine.walk import Here
 
         yield Here(open_decoder(project, model, dtype=dtype), work.path)
@@ -198,7 +197,7 @@ def jobs(project: Project, folders: Collection[Path], most: int) -> "Iterator[Jo
     Workers read from those folders that they have.
     """
     runtime = project.params.runtime
-    if runtime.workers is None:
+    if runtime.ray is None:
         from wanda_dvc.engine.jobs import Alone
 
         yield Alone(solving_device(runtime))
@@ -217,7 +216,7 @@ def _crew(runtime: Runtime, *, beside: Callable[[], T], most: int | None = None)
 
     with ThreadPoolExecutor(1) as helper:  # Ray takes seconds to start, and its processes end with this thread
         doing = helper.submit(beside)
-        crew = RayCrew(runtime.workers or "", device=runtime.device, threads=runtime.threads, most=most)
+        crew = RayCrew(runtime.ray or "", device=runtime.device, threads=None, most=most)
     with ending(crew.stop):
         try:
             yield crew, doing.result()
@@ -234,7 +233,6 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
     import torch
 
     from wanda_dvc.engine.attention import has_units
-    from wanda_dvc.engine.checkpoint import Checkpoint
     from wanda_dvc.engine.decoder import Decoder
 
     folder = project.model(model)
@@ -246,9 +244,7 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
             "set dtype=float32 (other last digits), or run it where there are some"
         )
     wanted = getattr(torch, dtype)
-    budget, compiling = project.params.runtime.memory_gb, project.params.runtime.compile
-    resident = budget is not None and Checkpoint(folder).size(wanted) <= budget * 1e9
-    return Decoder(folder, dtype=wanted, device=where, resident=resident, compiling=compiling)
+    return Decoder(folder, dtype=wanted, device=where)
 
 
 # --- what they need and cost ---
@@ -323,6 +319,6 @@ def calibration_cost(params: Params, on: Setting, *, gram: bool, crosses: bool =
     return replace(cost, flops=cost.flops + flops, seconds=cost.seconds + seconds)
 
 
-def gram_bytes(squares: int, kept: str) -> int:
+def gram_bytes(squares: int, kept: bool) -> int:
     """Return the bytes of gram/ or fisher_gram/, at most; `squares` of all features that they are of."""
-    return 0 if kept == "none" else squares // 2 * WIDTH[kept]
+    return squares // 2 * WIDTH[GRAM_DTYPE] if kept else 0

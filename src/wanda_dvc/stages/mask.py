@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECONSTRUCTIONS, Method, Reconstruction, methods
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.costs import Cost, Setting, choosing_seconds, solving_seconds
 from wanda_dvc.engine.jobs import Ask
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.sizes import Memory, Need, Sizes, choosing, either, propagating, sizes, writing
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import Params
+from wanda_dvc.plan import CORRECTION, TRAINING, Plan
 from wanda_dvc.pruning.choose import Share, aim_block, choose_block, reconstruct_block, targets_of
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats
@@ -69,13 +69,17 @@ def mask(*, project: Project) -> None:
     what the next block is calibrated on, and does not follow from the statistics of the dense model.
     """
     keep_freed_memory()
-    params = project.params
+    params, plan = project.params, project.params.plan
     solving_device(params.runtime)  # refused before anything is read
     stats = statistics(project)
     check_fits(project, stats.features)
+    if plan.left_out:
+        notice(
+            f"mask: {plan.pattern} has groups and shares of its own: {', '.join(plan.left_out)} of recipe "
+            f"{params.recipe} left out"
+        )
     checkpoint = Checkpoint(project.model("dense"))
     shares = allocate(project, stats, checkpoint)
-    described = {name: getattr(params, name) for name in CHOICES} | _further(params)
     made_from = describe(
         "masks",
         version=STAGES["mask"].version,
@@ -83,24 +87,28 @@ def mask(*, project: Project) -> None:
         model=stats.provenance["model"],
         stats=digest(stats.provenance),
         calibration={"text": stats.provenance["text"], **stats.provenance["params"]},
-        params=described,
-        **({"gram": digest(gram_provenance(project))} if reads_grams(params) else {}),
-        **({"fisher": digest(fisher_provenance(project, project.fisher))} if reads_fisher(params) else {}),
-        **({"fisher_gram": digest(fisher_provenance(project, project.fisher_gram))} if reads_gradients(params) else {}),
-        **({"sparsities": list(map(_written, shares))} if params.allocation != "uniform" else {}),
+        params=plan.described,
+        **({"gram": digest(gram_provenance(project))} if plan.masks_read_gram else {}),
+        **({"fisher": digest(fisher_provenance(project, project.fisher))} if plan.masks_read_sums else {}),
+        **(
+            {"fisher_gram": digest(fisher_provenance(project, project.fisher_gram))}
+            if plan.masks_read_gradients
+            else {}
+        ),
+        **({"sparsities": list(map(_written, shares))} if plan.allocation.name != "uniform" else {}),
     )
     weights_from = made_from | {"kind": "weights"}
     with project.work(made_from) as work, project.work(weights_from) as beside:
-        if propagates(params):
+        if plan.propagates:
             _propagate(project, checkpoint, stats, shares, work, beside)
         else:
-            made = _solved if methods()[params.method].competition == "solver" else _scored
+            made = _solved if plan.method.competition == "solver" else _scored
             unreached = {}
             for block, measured, chosen in made(project, checkpoint, stats, shares, finished_blocks(work.out)):
                 unreached[block] = measured.unreached()
                 write_masks(work.out, block, chosen)
                 del chosen  # before the next block's masks are there
-            if methods()[params.method].needs_inputs():
+            if plan.method.needs_inputs():
                 say_unreached("mask", unreached)
         seal(work.out, made_from)
         seal(beside.out, weights_from)
@@ -114,53 +122,18 @@ def _written(share: Share) -> float | dict[str, float]:
 
 
 Weights = Callable[[str], Tensor]
-CHOICES = ("method", "sparsity", "pattern", "group", "propagation", "allocation", "allocation_strength")
-
-
-def _further(params: Params) -> Json:
-    """Return the settings that masks follow from only because the next block reads what they make."""
-    if not propagates(params):
-        return {}
-    described: Json = {"reconstruction": params.reconstruction}
-    if RECONSTRUCTIONS[params.reconstruction].trains:
-        described["training"] = params.training.model_dump()
-    if params.propagation == "corrected":
-        described["correction"] = params.correction
-    return described
-
-
-def propagates(params: Params) -> bool:
-    """Whether masks are chosen on the outputs of pruned blocks, and not from stats/."""
-    solves = RECONSTRUCTIONS[params.reconstruction].function is not None
-    return params.propagation != "dense" and (methods()[params.method].needs_inputs() or solves)
-
-
-def reads_grams(params: Params) -> bool:
-    """Whether masks follow from gram/."""
-    by_method = methods()[params.method].needs == "gram" and not propagates(params)
-    return by_method or ALLOCATIONS[params.allocation].needs == "gram"
-
-
-def reads_fisher(params: Params) -> bool:
-    """Whether masks follow from fisher/."""
-    return "fisher" in {ALLOCATIONS[params.allocation].needs, GROUPS[params.group].needs}
-
-
-def reads_gradients(params: Params) -> bool:
-    """Whether masks follow from fisher_gram/: the next block reads what it makes of the weights."""
-    return propagates(params) and RECONSTRUCTIONS[params.reconstruction].by_gradients
 
 
 def informed(project: Project, block: int, measured: BlockStats) -> BlockStats:
     """Return the statistics of one block, with the Fisher tier where masks follow from it."""
-    return with_fisher(project, block, measured) if reads_fisher(project.params) else measured
+    return with_fisher(project, block, measured) if project.params.plan.masks_read_sums else measured
 
 
-def keeps(params: Params, weights: Weights, block: BlockStats, share: Share) -> dict[str, Tensor]:
+def keeps(project: Project, weights: Weights, block: BlockStats, share: Share) -> dict[str, Tensor]:
     """Return the masks of one block's linears by their scores. `weights` reads a stored weight."""
-    targets = targets_of(block, share=share, pattern=params.pattern, group=params.group)
-    method, device = methods()[params.method], solving_device(params.runtime)
-    return choose_block(weights, block, method=method, targets=targets, device=device)
+    plan, device = project.params.plan, solving_device(project.params.runtime)
+    targets = targets_of(block, share=share, pattern=plan.pattern, group=plan.group)
+    return choose_block(weights, block, method=plan.method, targets=targets, device=device)
 
 
 Blocks = Iterator[tuple[int, BlockStats, Mapping[str, Tensor]]]  # the block, its statistics, and its masks
@@ -170,22 +143,22 @@ def _scored(project: Project, checkpoint: Checkpoint, stats: Statistics, shares:
     """Yield the masks of all blocks, in this process: a weight is read once, and a network is slower than a disk."""
     for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks"):
         measured = informed(project, block, read_stats(project.stats, block))
-        yield block, measured, keeps(project.params, checkpoint.weight, measured, shares[block])
+        yield block, measured, keeps(project, checkpoint.weight, measured, shares[block])
 
 
 def _solved(
     project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], finished: int
 ) -> Blocks:
     """Yield the masks of the blocks that an earlier run has not finished. Each distinct input is a job."""
-    how, blocks = How.of(project.params), range(stats.blocks)
+    plan, blocks = project.params.plan, range(stats.blocks)
 
     def parts() -> Iterator[Ask[Part]]:
         for block in blocks[finished:]:
             measured = informed(project, block, read_stats(project.stats, block))
-            grams: Mapping[str, Gram] = read_grams(project.gram, block) if how.method.needs == "gram" else {}
-            yield from _parts(how, checkpoint, block, measured, grams, shares[block], stored=project.gram)
+            grams: Mapping[str, Gram] = read_grams(project.gram, block) if plan.method.needs == "gram" else {}
+            yield from _parts(plan, checkpoint, block, measured, grams, shares[block], stored=project.gram)
 
-    folders = [checkpoint.folder, project.gram] if how.method.needs == "gram" else [checkpoint.folder]
+    folders = [checkpoint.folder, project.gram] if plan.method.needs == "gram" else [checkpoint.folder]
     with jobs(project, folders, most=len(stats.features)) as run:
         made = run.each(solve, parts())
         for block in progress(blocks, total=stats.blocks, what="mask, blocks"):
@@ -197,30 +170,11 @@ def _solved(
 # --- one distinct input ---
 
 
-class How(NamedTuple):
-    """How masks are chosen, and how weights are found for them."""
-
-    method: Method
-    pattern: str
-    group: str
-    reconstruction: Reconstruction | None  # None: the weights keep their values
-    correction: float | None  # None: the weights aim at themselves
-
-    @classmethod
-    def of(cls, params: Params) -> "How":
-        """Return what params.yaml says; weights are only found for masks that are propagated."""
-        method, reconstruction = methods()[params.method], None
-        if propagates(params) and RECONSTRUCTIONS[params.reconstruction].function is not None:
-            reconstruction = RECONSTRUCTIONS[params.reconstruction]
-        correction = params.correction if reconstruction and params.propagation == "corrected" else None
-        return cls(method, params.pattern, params.group, reconstruction, correction)
-
-
 @dataclass(frozen=True)
 class Part:
     """One distinct input of a block, and all that the masks and weights of its linears follow from."""
 
-    how: How
+    plan: Plan
     share: Share
     stats: BlockStats  # of this input alone
     weights: Mapping[str, Tensor] | Path  # as stored; or the checkpoint that has them
@@ -239,23 +193,23 @@ class Made(NamedTuple):
 
 def solve(device: torch.device, part: Part) -> Made:
     """Return masks and weights of the linears that read one distinct input of a block."""
-    how, block = part.how, part.stats
+    plan, block = part.plan, part.stats
     stored = _checkpoint(part.weights).weight if isinstance(part.weights, Path) else part.weights.__getitem__
     grams, weights = part.grams, stored
     if isinstance(grams, tuple):
         grams = _grams(*grams).of(*block.readers)
     if isinstance(grams, Grams):
         grams = grams.on(device)
-    if how.correction is not None:
+    if plan.corrects:
         crosses = {name: cross.to(device) for name, cross in part.crosses.items()}
-        aimed = aim_block(weights, block, grams=grams, crosses=crosses, strength=how.correction)
+        aimed = aim_block(weights, block, grams=grams, crosses=crosses, strength=CORRECTION)
         weights = aimed.__getitem__
-    targets = targets_of(block, share=part.share, pattern=how.pattern, group=how.group)
-    chosen = choose_block(weights, block, method=how.method, targets=targets, grams=grams, device=device)
+    targets = targets_of(block, share=part.share, pattern=plan.pattern, group=plan.group)
+    chosen = choose_block(weights, block, method=plan.method, targets=targets, grams=grams, device=device)
     solved = {}
-    if how.reconstruction:
+    if plan.propagates and plan.solves:
         found = reconstruct_block(
-            weights, block, reconstruction=how.reconstruction, keeps=chosen, grams=grams, gradients=part.gradients
+            weights, block, reconstruction=plan.reconstruction, keeps=chosen, grams=grams, gradients=part.gradients
         )
         solved = dict(found)
     changed = {name: one.weight.to(stored(name).dtype) for name, one in solved.items()}
@@ -268,7 +222,7 @@ _grams = lru_cache(maxsize=1)(read_grams)
 
 
 def _parts(  # noqa: PLR0913, PLR0917 - what solvers read
-    how: How,
+    plan: Plan,
     checkpoint: Checkpoint,
     block: int,
     measured: BlockStats,
@@ -288,7 +242,7 @@ def _parts(  # noqa: PLR0913, PLR0917 - what solvers read
             own = pack_grams(stats, {source: grams[source]} if source in grams else {}, None)
         cross = {source: crosses[source].float()} if crosses and source in crosses else {}
         back = gradients.of(*names) if gradients else {}
-        whole = Part(how, share, stats, {name: checkpoint.weight(name) for name in names}, own, cross, back)
+        whole = Part(plan, share, stats, {name: checkpoint.weight(name) for name in names}, own, cross, back)
         named = replace(whole, weights=checkpoint.folder)
         if stored and isinstance(grams, Grams):
             named = replace(named, grams=(stored, block))
@@ -321,147 +275,127 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
             "run `dvc repro` or `wanda-dvc calibrate`"
         )
     check_ready(project, "dense")
-    params = project.params
-    windows, how = calibration_windows(project, measured_with), How.of(params)
-    solves = how.reconstruction is not None
-    trains = RECONSTRUCTIONS[params.reconstruction].trains  # one window a step: more workers would wait
+    plan, windows = project.params.plan, calibration_windows(project, measured_with)
     kept = finished_blocks(work.out)
-    if solves:
+    if plan.solves:
         kept = min(kept, finished_blocks(beside.out))
 
     def changes(block: int) -> "Change":
-        return read_masks(work.out, block), read_weights(beside.out, block)[0] if solves else {}
+        return read_masks(work.out, block), read_weights(beside.out, block)[0] if plan.solves else {}
 
     unreached = {}
-    with runner(project, "dense", work, dtype=measured_with["dtype"], alone=trains) as run:
+    with runner(project, "dense", work, dtype=measured_with["dtype"], alone=plan.trains) as run:
+        # A training takes one window a step: more workers would wait.
         # A training needs the dense block's outputs too, a correction its inputs.
-        turns = run.walk(windows, kept=kept, beside=_runs_dense(params), changes=changes)
+        turns = run.walk(windows, kept=kept, beside=plan.runs_dense, changes=changes)
         blocks = len(run.decoder.blocks)
         for turn in progress(turns, total=blocks, what="mask, blocks calibrated and pruned"):
-            crosses, share = how.correction is not None, shares[turn.index]
-            recorded = turn.record(gram=_records_grams(params), crosses=crosses)
+            share = shares[turn.index]
+            recorded = turn.record(gram=plan.records_grams, crosses=plan.corrects)
             measured = informed(project, turn.index, recorded.stats)
             unreached[turn.index] = measured.unreached()
             keep: Mapping[str, Tensor]
             changed: dict[str, Tensor] = {}
             told = Json()
-            if _records_grams(params):
-                back = read_grams(project.fisher_gram, turn.index) if reads_gradients(params) else None
+            if plan.records_grams:
+                back = read_grams(project.fisher_gram, turn.index) if plan.masks_read_gradients else None
                 own = recorded.grams
                 parts = _parts(
-                    how, checkpoint, turn.index, measured, own, share, crosses=recorded.crosses, gradients=back
+                    plan, checkpoint, turn.index, measured, own, share, crosses=recorded.crosses, gradients=back
                 )
                 keep, changed, told = _together(run.each(solve, parts))
             else:
-                keep = keeps(params, checkpoint.weight, measured, share)
-            if trains:
-                trained = turn.train(keep, changed, **params.training.model_dump())
+                keep = keeps(project, checkpoint.weight, measured, share)
+            if plan.trains:
+                trained = turn.train(keep, changed, **TRAINING)
                 changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
-            if solves:
+            if plan.solves:
                 write_weights(beside.out, turn.index, changed, told)
             write_masks(work.out, turn.index, keep)
             turn.change(keep, changed)
     say_unreached("mask", unreached)  # of the blocks that this run has calibrated
 
 
-def _selects_by_row(params: Params) -> bool:
-    return methods()[params.method].selects_by_row(params.pattern, params.group)
-
-
 def need(project: Project, _: str | None = None) -> Need:
     """Masks and scores, or what a solver holds; with `propagation: pruned` those of `calibrate` too."""
-    folder, params = project.model("dense"), project.params
+    folder, params, plan = project.model("dense"), project.params, project.params.plan
     if not (folder / "config.json").is_file():
         return Need()
     on_card = device_name(params.runtime).startswith("cuda")
-    threads = 1 if on_card else params.runtime.threads or os.cpu_count() or 1
-    if not propagates(params):
+    threads = 1 if on_card else os.cpu_count() or 1
+    if not plan.propagates:
         block, linear = largest(project)
-        widest = sizes(folder).widest if reads_grams(params) else 0
-        return Need(_choosing(params, block, linear, widest, threads, by_row=not on_card), disk=0)
-    streams, recorded = 2 if _runs_dense(params) else 1, _recorded(params)
+        widest = sizes(folder).widest if plan.masks_read_gram else 0
+        return Need(_choosing(plan, block, linear, widest, threads, by_row=not on_card), disk=0)
+    streams, recorded = 2 if plan.runs_dense else 1, _recorded(plan)
     walk, model = calibration_need(project, **recorded, streams=streams), sizes(folder)
-    chosen = _choosing(params, model.block, model.linear, model.widest, threads, by_row=not on_card)
+    chosen = _choosing(plan, model.block, model.linear, model.widest, threads, by_row=not on_card)
     if walk.memory is None or walk.disk is None:
         return walk
-    memory = propagating(walk.memory, chosen, model=model, dtype=params.dtype, **recorded, **_found(params))
-    return replace(walk, memory=memory, disk=walk.disk + _weights_bytes(params, model))
+    memory = propagating(walk.memory, chosen, model=model, dtype=params.dtype, **recorded, **_found(plan))
+    return replace(walk, memory=memory, disk=walk.disk + _weights_bytes(plan, model))
 
 
 def cost(params: Params, on: Setting) -> Cost:
     """One pass over weights and scores; with `propagation: pruned` each block is run twice more."""
-    linears, model = on.work.all_linears, on.model
+    linears, model, plan = on.work.all_linears, on.model, params.plan
     on_card = on.where == "cuda"
     threads = 1 if on_card else on.threads
-    memory = _choosing(params, model.block, model.linear, model.widest, threads, by_row=not on_card)
+    memory = _choosing(plan, model.block, model.linear, model.widest, threads, by_row=not on_card)
     masks = linears / 8
     chosen = Cost(0, model.stored, 0, masks, memory, choosing_seconds(on))
-    reconstruction = RECONSTRUCTIONS[params.reconstruction]
-    share = 1.0 if propagates(params) and reconstruction.trains else on.solving_share(by_block=propagates(params))
-    solving = share * solving_seconds(methods()[params.method].needs == "gram", on)
+    share = 1.0 if plan.propagates and plan.trains else on.solving_share(by_block=plan.propagates)
+    solving = share * solving_seconds(plan.method.needs == "gram", on)
     chosen = replace(chosen, seconds=chosen.seconds + solving)
-    if not propagates(params):
+    if not plan.propagates:
         return chosen
-    recorded = _recorded(params)
+    recorded = _recorded(plan)
     once = calibration_cost(params, on, **recorded)
     # The pruned windows twice. A training also runs the dense ones, and three times as much for each epoch: forwards,
     # and twice backwards.
-    passes = 2 + _runs_dense(params) * (1 + (params.propagation == "corrected"))
-    passes += 3 * params.training.epochs if reconstruction.trains else 0
+    passes = 2 + plan.runs_dense * (1 + (plan.propagation == "corrected"))
+    passes += 3 * TRAINING["epochs"] if plan.trains else 0
     walked = on.walk(passes * params.calibration.samples, params.calibration.length, once.memory)
-    by_gradients = reconstruction.by_gradients
-    solving = share * solving_seconds(reconstruction.function is not None, on, by_gradients=by_gradients)
+    solving = share * solving_seconds(plan.solves, on, by_gradients=plan.reconstruction.by_gradients)
     return replace(
         walked,
-        disk=masks + once.disk * (2 if _runs_dense(params) else 1) + _weights_bytes(params, model),
-        memory=propagating(once.memory, memory, model=model, dtype=on.dtype, **recorded, **_found(params)),
+        disk=masks + once.disk * (2 if plan.runs_dense else 1) + _weights_bytes(plan, model),
+        memory=propagating(once.memory, memory, model=model, dtype=on.dtype, **recorded, **_found(plan)),
         seconds=walked.seconds + chosen.seconds + solving,
     )
 
 
-def _runs_dense(params: Params) -> bool:
-    """Whether a walk takes the dense model's windows along."""
-    return RECONSTRUCTIONS[params.reconstruction].trains or params.propagation == "corrected"
-
-
-def _recorded(params: Params) -> dict[str, bool]:
+def _recorded(plan: Plan) -> dict[str, bool]:
     """Return what a walk records beside the statistics, in the words of `sizes`."""
-    return {"gram": _records_grams(params), "crosses": params.propagation == "corrected"}
+    return {"gram": plan.records_grams, "crosses": plan.corrects}
 
 
-def _found(params: Params) -> dict[str, bool]:
+def _found(plan: Plan) -> dict[str, bool]:
     """Return what a walk finds beside masks, in the words of `sizes`."""
-    reconstruction = RECONSTRUCTIONS[params.reconstruction]
-    return {"solves": reconstruction.function is not None, "trains": reconstruction.trains}
-
-
-def _records_grams(params: Params) -> bool:
-    """Whether a walk keeps the Gram matrices of the block at work."""
-    return methods()[params.method].needs == "gram" or RECONSTRUCTIONS[params.reconstruction].function is not None
+    return {"solves": plan.solves, "trains": plan.trains}
 
 
 def _choosing(  # noqa: PLR0913, PLR0917 - sizes
-    params: Params, block: int, linear: int, widest: int, threads: int, by_row: bool
+    plan: Plan, block: int, linear: int, widest: int, threads: int, by_row: bool
 ) -> Memory:
     """What masks of one block take while they are chosen; the arguments are the weights of the largest.
 
     With `by_row` a linear's rows are scored some at a time, where the settings allow it: not on a card.
     """
-    if _records_grams(params) and (propagates(params) or methods()[params.method].needs == "gram"):
-        by_gradients = propagates(params) and RECONSTRUCTIONS[params.reconstruction].by_gradients
+    if plan.records_grams or (plan.method.needs == "gram" and not plan.propagates):
+        by_gradients = plan.masks_read_gradients
         return writing(linear=linear, widest=widest, by_gradients=by_gradients)
-    chosen = choosing(block=block, linear=linear, threads=threads, by_row=by_row and _selects_by_row(params))
+    chosen = choosing(block=block, linear=linear, threads=threads, by_row=by_row and plan.selects_by_row)
     # An allocation that reads Gram matrices rates all blocks before any is chosen from.
-    rates = ALLOCATIONS[params.allocation].needs == "gram"
+    rates = plan.allocation.needs == "gram"
     return either(chosen, writing(linear=linear, widest=widest)) if rates else chosen
 
 
 def kept_bytes(params: Params, model: Sizes, linears: int) -> float:
     """Return what an experiment adds to the cache: a bit for each weight of the linears, and weights/."""
-    return linears / 8 + _weights_bytes(params, model)
+    return linears / 8 + _weights_bytes(params.plan, model)
 
 
-def _weights_bytes(params: Params, model: Sizes) -> int:
+def _weights_bytes(plan: Plan, model: Sizes) -> int:
     """Bytes of weights/."""
-    written = propagates(params) and RECONSTRUCTIONS[params.reconstruction].function is not None
-    return model.stored if written else 0
+    return model.stored if plan.weights_come_from == "weights" else 0

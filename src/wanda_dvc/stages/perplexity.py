@@ -13,7 +13,7 @@ from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Runner
 from wanda_dvc.engine.sizes import BYTES_A_TOKEN, Need, walking
 from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
-from wanda_dvc.params import Params
+from wanda_dvc.params import ALL, Params
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite, walk_need
 from wanda_dvc.stages.running import progress
@@ -31,9 +31,9 @@ def perplexity(*, project: Project, model: str) -> None:
     measured = model_provenance(project, model)
     text = read_provenance(project.data("perplexity"), "download perplexity")
     tokens = tokenize(project.text("perplexity"), load_tokenizer(folder))
-    length, count = params.perplexity.length, params.perplexity.windows
-    windows = cut(tokens, length=length, windows=count)
-    rest = left_over(tokens, length=length, windows=count) if params.perplexity.rest == "kept" else None
+    length, asked = params.perplexity.length, params.perplexity.windows
+    windows = cut(tokens, length=length, windows=asked if isinstance(asked, int) else None)
+    rest = left_over(tokens, length=length, windows=None) if asked == ALL else None
     protocol = describe(
         "perplexity",
         version=STAGES["perplexity"].version,
@@ -113,7 +113,8 @@ def need(project: Project, model: str | None) -> Need:
     wanted, text = project.params.perplexity, project.data("perplexity") / TEXT
     known = [text.stat().st_size // BYTES_A_TOKEN] if text.is_file() else []
     # At most as many tokens as the windows hold.
-    tokens = min([*known, wanted.windows * wanted.length] if wanted.windows else known, default=None)
+    most = [wanted.windows * wanted.length] if isinstance(wanted.windows, int) else []
+    tokens = min(known + most, default=None)
     found = walk_need(project, model or "dense", "perplexity", tokens=tokens, length=wanted.length, logits=True)
     return replace(found, least=found.least // 2)  # a token may take more bytes than expected
 

@@ -163,7 +163,7 @@ def own_device(runtime: Runtime) -> "torch.device":
     import torch
 
     name = device_name(runtime)
-    if runtime.workers is None:
+    if runtime.ray is None:
         check_device(name)
     elif not torch.cuda.is_available():
         name = "cpu"

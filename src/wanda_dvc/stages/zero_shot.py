@@ -128,7 +128,7 @@ def cost(params: Params, on: Setting) -> Cost:
     """All questions of all tasks through all blocks, and the head where a choice's tokens are."""
     from wanda_dvc.engine.questions import ROW
 
-    most = min(params.zero_shot.limit or 10**9, SAMPLES if params.tasks.source == "samples" else 10**9)
+    most = min(params.zero_shot.limit or 10**9, SAMPLES if params.tasks.source == "embedded" else 10**9)
     needed = [_task(name) for name in params.tasks.names]
     asked = sum(min(items, most) * fed for items, fed, _ in needed)
     logits = sum(min(items, most) * positions for items, _, positions in needed)

@@ -7,9 +7,9 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from wanda_dvc.catalog import HUB_ID, TEXTS, NamedText
+from wanda_dvc.catalog import TEXTS, NamedText
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Text
+from wanda_dvc.params import ChosenText
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.study.files import Json
 
@@ -17,15 +17,14 @@ METRICS = ("acc", "acc_norm")  # of the tasks' own, those that are reported
 EMBEDDED = Path(str(files("wanda_dvc"))) / "embedded"
 
 
-def on_the_hub(wanted: Text) -> tuple[NamedText, str | None, tuple[str, ...]] | None:
+def on_the_hub(wanted: ChosenText) -> tuple[NamedText, str | None, tuple[str, ...]] | None:
     """The data set of a text, the shard that stands for its split (or None), and its place in a mirror.
 
     The place is a path below the data set's id. None for a text that is embedded or a file.
     """
-    named = TEXTS.get(wanted.source)
-    if not named and not HUB_ID.fullmatch(wanted.source):
+    if wanted.dataset is None:
         return None
-    text = named or NamedText(wanted.source, wanted.config, wanted.column)
+    text = TEXTS.get(wanted.source) or NamedText(wanted.dataset, wanted.config, wanted.column)
     shard = text.shards.get(wanted.split or "")
     return text, shard, (shard,) if shard else tuple(name for name in (text.config, f"{wanted.split}.jsonl") if name)
 

@@ -42,14 +42,17 @@ class Ran:
         masks = load_json(project.masks / PROVENANCE)
         made = masks.get("params", {}) | {f"calibration.{key}": x for key, x in masks.get("calibration", {}).items()}
         made = {key: value for key, value in made.items() if key in asked}
-        return cls(stages, _changed(project.params, nested(ran | made)), project.params)
+        params = _changed(project.params, nested(ran))
+        if made.items() - _flat(params).items():  # equal choices may be written in other words
+            params = _changed(params, nested(made))
+        return cls(stages, params, project.params)
 
     @property
     def unmet(self) -> dict[str, Any]:
         """The settings that params.yaml asks for and the results at hand do not have; `runtime` changes none."""
-        ran = dict(flatten(self.params.model_dump(mode="json")))
-        asked = flatten(self.asked.model_dump(mode="json"))
-        return {key: value for key, value in asked if ran[key] != value and not key.startswith("runtime.")}
+        ran, asked = _flat(self.params), _flat(self.asked)
+        ignored = ("runtime.", "recipe")  # the choices say what a recipe is
+        return {key: value for key, value in asked.items() if ran[key] != value and not key.startswith(ignored)}
 
     @property
     def stale(self) -> list[str]:
@@ -60,6 +63,11 @@ class Ran:
     def torn(self) -> list[str]:
         """The stages that ran on inputs which have been made again since, whatever `params.yaml` asks for."""
         return stale_stages(self.stages, {})
+
+
+def _flat(params: Params) -> dict[str, Any]:
+    """Return settings by dotted name, with every choice written out."""
+    return dict(flatten(params.filled.model_dump(mode="json")))
 
 
 def read_lock(root: Path) -> Json:

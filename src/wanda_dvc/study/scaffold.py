@@ -15,7 +15,6 @@ from pathlib import Path
 
 from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import EMBEDDED_TEXT
 from wanda_dvc.study.files import write_text
 from wanda_dvc.study.presets import DEFAULT, PARAMS, read_preset, with_settings
 from wanda_dvc.study.settings import Settings
@@ -88,11 +87,7 @@ def _named(model: str | None, calibration: str | None, mirror: Path | None) -> S
     if model is not None:
         named["model"] = _absolute(model)
     if calibration is not None:
-        source = _absolute(calibration)
-        a_path = Path(source).is_absolute()
-        named |= {"calibration.text.source": source, "calibration.text.split": None if a_path else "train"}
-        if a_path or source == EMBEDDED_TEXT:
-            named |= {"calibration.text.config": None, "calibration.text.revision": None}
+        named |= {"calibration.text.source": _absolute(calibration), "calibration.text.split": None}
     if mirror is not None:
         named["runtime.mirror"] = str(mirror.expanduser().absolute())
     return named

@@ -47,7 +47,7 @@ def cost(  # noqa: PLR0913 - the options of the command
     text = project.data("perplexity") / TEXT if project else None
     there = (text.stat().st_size if text and text.is_file() else TEST_SPLIT) // BYTES_A_TOKEN
     wanted = params.perplexity
-    tokens = min(there, wanted.windows * wanted.length) if wanted.windows and not windows else there
+    tokens = min(there, wanted.windows * wanted.length) if isinstance(wanted.windows, int) and not windows else there
     tokens = windows * wanted.length if windows else tokens
     on = Setting(model, through, card, params.dtype, tokens, workers)
     costs = {name: row for name, stage in STAGES.items() if (row := stage.cost(params, on))}
@@ -130,7 +130,6 @@ def _settings(start: Path, dtype: str | None, windows: int | None, length: int |
     for section, count in (("calibration", "samples"), ("perplexity", "windows")):
         content[section] |= {count: windows} if windows else {}
         content[section] |= {"length": length} if length else {}
-    content["calibration"]["fisher"] = min(content["calibration"]["fisher"], content["calibration"]["samples"])
     return project, check_params(content | ({"dtype": dtype} if dtype else {}))
 
 

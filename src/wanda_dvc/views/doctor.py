@@ -112,7 +112,7 @@ def _machine(project: Project) -> Iterator[Check]:
         yield Check("mps", True, "there; it shares the machine's memory")
     known = {"auto", "cpu", *gpus, *mps, *(["cuda"] if gpus else [])}
     there = ", ".join(sorted(known))
-    if project.params.runtime.workers is None:  # else it is theirs
+    if project.params.runtime.ray is None:  # else it is theirs
         todo = f"got {device}, expected one of {there}; change it in params.yaml"
         yield Check("runtime.device", device in known, device, todo)
     free = disk(project)
@@ -121,24 +121,24 @@ def _machine(project: Project) -> Iterator[Check]:
 
 def _workers(params: Params) -> Iterator[Check]:
     """Whether the workers that the settings name can be reached, with the same libraries."""
-    address = params.runtime.workers
+    address = params.runtime.ray
     if address is None:
         return
     if find_spec("ray") is None:
-        yield Check("runtime.workers", False, "no ray", f"`pip install 'wanda-dvc[{EXTRAS['ray']}]'`")
+        yield Check("runtime.ray", False, "no ray", f"`pip install 'wanda-dvc[{EXTRAS['ray']}]'`")
         return
     from wanda_dvc.engine.workers import LOCAL, look
 
     if address == LOCAL:
-        yield Check("runtime.workers", True, f"local, Ray {version('ray')}")
+        yield Check("runtime.ray", True, f"local, Ray {version('ray')}")
         return
     try:
         found = look(address)
     except UserError as error:
-        yield Check("runtime.workers", False, str(error), "`ray status` on its head says how it is")
+        yield Check("runtime.ray", False, str(error), "`ray status` on its head says how it is")
         return
     told = f"{len(found.nodes)} nodes, {found.cpus} CPUs, {found.cards} cards"
-    yield Check("runtime.workers", not found.other, "; ".join([told, *found.other]), "install the same versions there")
+    yield Check("runtime.ray", not found.other, "; ".join([told, *found.other]), "install the same versions there")
 
 
 def _from_the_hub(params: Params) -> tuple[list[str], list[str]]:
@@ -146,7 +146,7 @@ def _from_the_hub(params: Params) -> tuple[list[str], list[str]]:
     models = [params.model] if HUB_ID.fullmatch(params.model) else []
     if params.runtime.mirror is not None:
         return models, []
-    data = [text.source for text in (params.calibration.text, params.perplexity.text) if on_the_hub(text)]
+    data = [text.source for text in (params.calibration.text, params.perplexity.text) if on_the_hub(text.chosen)]
     return models, data + (["benchmark tasks"] if params.tasks.source == "benchmark" else [])
 
 
@@ -188,7 +188,7 @@ def _mirror(params: Params) -> Iterator[Check]:
         return
     wanted = []
     for text in (params.calibration.text, params.perplexity.text):
-        if named := on_the_hub(text):
+        if named := on_the_hub(text.chosen):
             wanted.append(Path(named[0].dataset, *named[2]))
     if params.tasks.source == "benchmark":
         wanted += [place for name in params.tasks.names if (place := _place(name))]

@@ -154,8 +154,8 @@ def _title(project: Project) -> str:
         group += f", propagation {made['propagation']}"
     if made.get("allocation", "uniform") != "uniform":
         group += f", allocation {made['allocation']}"
-    if project.params.reconstruction != "none":
-        group += f", reconstruction {project.params.reconstruction}"
+    if project.params.plan.reconstruction.name != "none":
+        group += f", reconstruction {project.params.plan.reconstruction.name}"
     lines = [
         f"{masks['model']['source']}: {made['method']}, sparsity {made['sparsity']:g}, pattern {made['pattern']}{group}"
     ]
@@ -239,7 +239,7 @@ def _beside_uniform(project: Project, ran: Ran) -> Iterator[str]:
     from wanda_dvc.report.rows import collect
     from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, list_experiments
 
-    name, own = project.params.allocation, Result.of(project)
+    name, own = project.params.plan.allocation.name, Result.of(project)
     if name == "uniform" or own == (None, None) or ran.torn:  # torn: some figure is still another experiment's
         return
     settings = dict(flatten(project.params.model_dump(mode="json", exclude={"runtime"})))
@@ -339,7 +339,7 @@ def _layer_errors(project: Project) -> dict[str, float]:
     if not measured.get("linears"):
         return {}
     try:
-        made_from = describe_pruned(project, project.params.reconstruction)
+        made_from = describe_pruned(project, project.params.plan.reconstruction.name)
     except UserError:
         return {}
     if measured["protocol"]["model"] != digest(made_from):

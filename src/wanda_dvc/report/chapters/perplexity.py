@@ -50,10 +50,10 @@ def _table(section: Section) -> Table:
         here: dict[str, list[Row]] = {}
         for row in section.rows:
             if section.place(row) == place:
-                here.setdefault(row.params.method, []).append(row)
+                here.setdefault(str(row.params.filled.method), []).append(row)
         for chosen in itertools.product(*here.values()):  # a line for each of several with the same parameters
-            values = {row.params.method: pruned(row).perplexity for row in chosen}
-            names = [f" [{row.name}]" for row in chosen if len(here[row.params.method]) > 1]
+            values = {str(row.params.filled.method): pruned(row).perplexity for row in chosen}
+            names = [f" [{row.name}]" for row in chosen if len(here[str(row.params.filled.method)]) > 1]
             cells = [literal(place[1] + "".join(names)), number(section.dense_perplexity)]
             cells += [number(values.get(method)) for method in section.methods]
             cells += [_improvement(baseline, values.get(baseline), values.get(method)) for method in improved]

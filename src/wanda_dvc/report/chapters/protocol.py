@@ -18,7 +18,7 @@ def content(section: Section) -> Content:
         f"{f'the first {limit} items' if limit else 'all items'}, no "
         "examples in the prompt.",
     ]
-    if section.tasks and settings["tasks.source"] == "samples":
+    if section.tasks and settings["tasks.source"] == "embedded":
         texts.append(
             "The tasks are samples written for wanda-dvc, not the benchmarks: they compare these models and nothing "
             "else."
