@@ -4,12 +4,14 @@ import weakref
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.pruning.allocation import (
     count_scores,
     fisher,
@@ -39,16 +41,14 @@ def test_every_allocation_gives_up_exactly_what_is_asked_for(data, sparsity):
     counts = [None if value < 1 else count_scores(value * torch.rand(5)) for value in values]
     for shares in (
         uniform(sparsity, sizes),
-        slope(sparsity, sizes),
         slope(sparsity, sizes, Fraction(3, 10)),
-        owl(sparsity, sizes, values),
         owl(sparsity, sizes, values, spread=1),
-        lsa(sparsity, sizes, values),
-        fisher(sparsity, sizes, [None] * len(sizes)),
+        lsa(sparsity, sizes, values, spread=0.15),
+        fisher(sparsity, sizes, [None] * len(sizes), spread=0.5),
     ):
         assert mean(shares, sizes) == sparsity
         assert all(0 <= share <= 1 for share in shares)
-    shares = fisher(sparsity, [5] * len(counts), counts)
+    shares = fisher(sparsity, [5] * len(counts), counts, spread=0.5)
     assert mean(shares, [5] * len(counts)) == sparsity
     assert all(0 <= share <= 1 for share in shares)
 
@@ -62,15 +62,21 @@ def test_a_shift_keeps_the_order_and_the_distances_of_what_is_inside(raw, sparsi
             assert other - one == b - a
 
 
+def own(allocation: str, sparsity: Fraction) -> Any:
+    """The strength that the catalog gives an allocation."""
+    strength = ALLOCATIONS[allocation].strength(sparsity)
+    return Fraction(str(strength)) if allocation == "slope" else strength
+
+
 def test_shares_by_hand():
     half, three = Fraction(1, 2), [1, 1, 1]
-    assert slope(half, three) == [Fraction("0.496"), half, Fraction("0.504")]
+    assert slope(half, three, own("slope", half)) == [Fraction("0.496"), half, Fraction("0.504")]
     assert slope(half, three, -Fraction("0.1")) == [Fraction("0.6"), half, Fraction("0.4")]
-    assert owl(half, [1, 1], [3.0, 1.0]) == [Fraction("0.42"), Fraction("0.58")]
-    assert lsa(half, [1, 1], [3.0, 1.0]) == [Fraction("0.54"), Fraction("0.46")]
-    assert lsa(Fraction("0.6"), [1, 1], [3.0, 1.0]) == [Fraction("0.7"), half]
-    assert lsa(Fraction("0.7"), [1, 1], [3.0, 1.0]) == [Fraction("0.85"), Fraction("0.55")]
-    assert owl(half, three, [2.0, 2.0, 2.0]) == uniform(half, three) == [half] * 3
+    assert owl(half, [1, 1], [3.0, 1.0], own("owl", half)) == [Fraction("0.42"), Fraction("0.58")]
+    assert lsa(half, [1, 1], [3.0, 1.0], own("lsa", half)) == [Fraction("0.54"), Fraction("0.46")]
+    assert lsa(Fraction("0.6"), [1, 1], [3.0, 1.0], own("lsa", Fraction("0.6"))) == [Fraction("0.7"), half]
+    assert lsa(Fraction("0.7"), [1, 1], [3.0, 1.0], own("lsa", Fraction("0.7"))) == [Fraction("0.85"), Fraction("0.55")]
+    assert owl(half, three, [2.0, 2.0, 2.0], 0.08) == uniform(half, three) == [half] * 3
     assert shift([Fraction(0), Fraction(1)], half, [3, 1]) == [Fraction(1, 3), Fraction(1)]
     with pytest.raises(ValueError, match="2 parts of 1 sizes at sparsity 1/2"):
         shift([half, half], half, [1])
@@ -91,7 +97,7 @@ def test_the_fisher_allocation_keeps_within_its_spread():
     counts = [*map(count_scores, scores), None]
     shares = fisher(Fraction(1, 2), [1000] * 4, counts, spread=0.125)
     assert [float(share) for share in shares] == pytest.approx([0.625, 0.5, 0.375, 0.5], abs=0.01)
-    assert fisher(Fraction(1, 2), [1000] * 2, counts[::2])[0] <= Fraction("0.971")
+    assert fisher(Fraction(1, 2), [1000] * 2, counts[::2], spread=0.5)[0] <= Fraction("0.971")
 
 
 def test_outliers_are_counted_one_part_at_a_time():
@@ -142,7 +148,7 @@ def test_the_greedy_error_is_that_of_the_weights_that_go(features):
 def test_rounding_down_is_made_up_for(groups: list[list[tuple[int, int]]], sparsity: Fraction):
     """All parts get the same constant, and what goes comes nearer to the sparsity."""
     sizes = [sum(number * size for number, size in part) for part in groups]
-    raw = slope(sparsity, sizes)
+    raw = slope(sparsity, sizes, Fraction("0.004"))
     settled = settle(raw, sparsity, groups)
     constants = {after - before for before, after in zip(raw, settled, strict=True) if after < 1}
     assert len(constants) <= 1

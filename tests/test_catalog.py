@@ -53,14 +53,22 @@ def test_every_stage_reads_its_settings_and_no_others(project: Callable[..., Pro
 
 
 # With these a stage reads the settings too that mean nothing by default.
-FURTHER = {"calibration__gram": "float32", "reconstruction": "block", "propagation": "corrected", "allocation": "slope"}
+FURTHER = {
+    "calibration__statistics": "fisher",
+    "recipe": "block",
+}
 
 
 def test_a_setting_of_another_stage_is_out_of_reach(project: Callable[..., Project]):
     params = limit(project().params, ["calibration.samples", "sparsity"])
     assert (params.calibration.samples, params.sparsity, params.share) == (3, 0.5, Fraction(1, 2))
     assert params.runtime.device == "auto"
-    for read in (lambda: params.method, lambda: params.calibration.length, lambda: params.perplexity):
+    for read in (
+        lambda: params.recipe,
+        lambda: params.plan,
+        lambda: params.calibration.length,
+        lambda: params.perplexity,
+    ):
         with pytest.raises(AttributeError, match=r"is not among this stage's settings: calibration.samples, sparsity"):
             read()
 
@@ -70,7 +78,7 @@ def test_a_method_is_a_row_and_a_function(method: Method, project: Callable[...,
     assert callable(function_of(method.function))
     assert method.link.startswith("https://")
     assert all([method.title, method.citation, method.about])
-    assert project(method=method.name, calibration__gram="float32").params.method == method.name
+    assert project(method=method.name, calibration__statistics="gram").params.method == method.name
 
 
 @pytest.mark.parametrize(("needs", "competition"), [("gram", "groups"), ("weights", "solver"), ("norms", "solver")])
@@ -185,7 +193,7 @@ def test_a_broken_package_is_an_error_that_the_user_can_fix(tmp_path: Path, monk
     write_params(tmp_path, tmp_path)
     catalog.methods.cache_clear()
     try:
-        with pytest.raises(UserError, match="mend or uninstall that package"):
+        with pytest.raises(UserError, match="fix or uninstall that package"):
             read_params(tmp_path / "params.yaml")
     finally:
         monkeypatch.undo()

@@ -50,7 +50,7 @@ def test_what_another_checkout_calibrates_meanwhile_is_not_calibrated_again(
 ):
     """As two queued experiments of one repository that differ in sparsity."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "repository"))
-    first = project(calibration__gram=gram)
+    first = project(calibration__statistics=statistics)
     for part in ("model", "calibration"):
         run("download", project=first, part=part)
     second = Project(Path(shutil.copytree(tmp_path, tmp_path / "other")))

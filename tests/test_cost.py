@@ -201,7 +201,7 @@ def test_a_local_model_is_read_where_it_is_before_it_is_downloaded(tmp_path: Pat
 
 
 def test_fewer_windows_are_fewer_that_go_back(tmp_path: Path, tiny: Path):
-    write_params(tmp_path, tiny, calibration__samples=9, calibration__fisher=8)
+    write_params(tmp_path, tiny, calibration__samples=9, calibration__statistics="fisher")
     assert "4 windows of 64 to calibrate" in cost.cost(start=tmp_path, windows=4)
 
 

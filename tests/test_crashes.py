@@ -68,7 +68,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Pat
     folder, model = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("model")
     save_tiny_model(model, num_hidden_layers=2)
     small = {"calibration__samples": 2, "perplexity__windows": 2, "zero_shot__limit": 1}
-    tiers = {"calibration__fisher": 1, "calibration__fisher_gram": "float16"}
+    tiers = {"calibration__statistics": "fisher"}
     write_params(folder, model, propagation="pruned", group="fisher", **texts, **small, **tiers)
     project = Project(folder)
     for stage in STAGES.values():
@@ -118,7 +118,7 @@ def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
     tmp_path: Path, tiny: Path, number: signal.Signals
 ):
     """At once, whatever it computes; the next run tells from where it goes on and ends with the same bytes."""
-    write_params(tmp_path, tiny, calibration__samples=120, runtime__threads=1)
+    write_params(tmp_path, tiny, calibration__samples=120)
     project = Project(tmp_path)
     for part in ("model", "calibration"):
         run("download", project=project, part=part)

@@ -44,7 +44,7 @@ def test_a_device_of_workers_is_not_asked_of_this_machine(study: Path, monkeypat
     monkeypatch.setattr("wanda_dvc.views.doctor._workers", lambda _: [])  # no cluster is asked
     write_params(study, study, runtime__device="cuda")
     assert "✗" in row(doctor(start=study)[0], "runtime.device")
-    write_params(study, study, runtime__device="cuda", runtime__workers="head.invalid:6379")
+    write_params(study, study, runtime__device="cuda", runtime__ray="head.invalid:6379")
     assert "runtime.device" not in doctor(start=study)[0]
 
 

@@ -100,7 +100,7 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
 
 @pytest.mark.parametrize("method", methods().values(), ids=lambda method: method.name)
 def test_the_card_cites_the_methods_paper(project: Callable[..., Project], method: Method):
-    made = project(method=method.name, calibration__gram="float32")
+    made = project(method=method.name, calibration__statistics="gram")
     for part in ("model", "calibration"):
         download(project=made, part=part)
     for stage in (calibrate, mask):

@@ -36,7 +36,7 @@ NEEDS = [
 @pytest.mark.parametrize(("name", "words"), NEEDS)
 def test_a_command_without_its_library_is_one_line_and_exit_2(tmp_path: Path, name: str, words: list[str]):
     assert {name for name, _ in NEEDS} == EXTRAS.keys()
-    write_params(tmp_path, tmp_path, runtime__workers="local" if name == "ray" else None)
+    write_params(tmp_path, tmp_path, runtime__ray="local" if name == "ray" else None)
     made = {
         "model": {"source": "m", "sha256": "0"},
         "text": {"source": "t", "sha256": "0"},

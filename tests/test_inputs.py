@@ -133,7 +133,7 @@ def finished(tiny: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPat
     shutil.copyfile(EMBEDDED / "tasks/baber/piqa/validation.jsonl", piqa / ITEMS)
     keys: dict[str, Any] = {
         "task": "piqa",
-        "source": "samples",
+        "source": "embedded",
         "role": "validation",
         "definition": "piqa/piqa.yaml",
         "lm_eval": "0",

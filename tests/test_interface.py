@@ -79,9 +79,7 @@ class Pair:
         self.tokens = calibration_windows(self.project)
         text = tokenize(self.project.text("perplexity"), load_tokenizer(self.source))
         self.text = cut(text, length=64, windows=3)
-        self.stats = wd.calibrate(
-            self.load(), self.tokens, gram="float32", fisher=1, fisher_gram="float16", **self.words
-        )
+        self.stats = wd.calibrate(self.load(), self.tokens, statistics="fisher", **self.words)
 
     @property
     def words(self) -> dict[str, Any]:
@@ -90,8 +88,11 @@ class Pair:
 
     def study(self, **changes: Any) -> Project:
         """The project with other settings."""
-        small: dict[str, Any] = {"calibration__gram": "float32", "calibration__samples": 2, "perplexity__windows": 3}
-        small |= {"calibration__fisher": 1, "calibration__fisher_gram": "float16"}
+        small: dict[str, Any] = {
+            "calibration__statistics": "fisher",
+            "calibration__samples": 2,
+            "perplexity__windows": 3,
+        }
         write_params(self.root, self.source, dtype=self.dtype, **self.texts | small | changes)
         return Project(self.root)
 
@@ -170,7 +171,7 @@ def test_masks_and_pruned_models_are_the_pipelines(
 ):
     pair = pairs(name)
     project, model = pair.study(**choice), pair.load()
-    keep = wd.choose(model, pair.stats, **choice)
+    keep = wd.mask(model, pair.stats, **choice)
     assert same(dict(keep), pipeline_masks(project))
     sparsity = wd.prune(model, keep)
     expected = pruned_model(project)
@@ -187,7 +188,7 @@ def test_every_method_with_every_pattern_gives_the_pipelines_masks(
     pairs: Callable[[str], Pair], choice: dict[str, Any]
 ):
     pair = pairs("tied")
-    assert same(dict(wd.choose(pair.load(), pair.stats, **choice)), pipeline_masks(pair.study(**choice)))
+    assert same(dict(wd.mask(pair.load(), pair.stats, **choice)), pipeline_masks(pair.study(**choice)))
 
 
 @pytest.mark.parametrize("reconstruction", [row.name for row in RECONSTRUCTIONS.values() if not row.trains])
@@ -197,7 +198,7 @@ def test_reconstructed_models_and_layer_errors_are_the_pipelines(
 ):
     pair = pairs(name)
     project, model = pair.study(reconstruction=reconstruction), pair.load()
-    keep = wd.choose(model, pair.stats)
+    keep = wd.mask(model, pair.stats)
     pipeline_masks(project)
     told = wd.reconstruct(model, keep, pair.stats, reconstruction=reconstruction)
     assert same(saved(model, tmp_path), pruned_model(project))
@@ -207,14 +208,14 @@ def test_reconstructed_models_and_layer_errors_are_the_pipelines(
 def test_one_calibration_serves_a_model_that_is_loaded_again(pairs: Callable[[str], Pair]):
     pair = pairs("experts")
     stats = pickle.loads(pickle.dumps(pair.stats))
-    assert same(dict(wd.choose(pair.load(), stats)), dict(wd.choose(pair.load(), pair.stats)))
+    assert same(dict(wd.mask(pair.load(), stats)), dict(wd.mask(pair.load(), pair.stats)))
 
 
 def test_only_linears_with_a_mask_are_pruned(pairs: Callable[[str], Pair]):
     pair = pairs("tied")
     model = pair.load()
     before, name = state(model), "model.layers.1.mlp.up_proj"
-    keep = {name: wd.choose(model, pair.stats)[name]}
+    keep = {name: wd.mask(model, pair.stats)[name]}
     assert wd.prune(model, keep) == 0.5
     after = state(model)
     assert {key for key in after if not torch.equal(after[key], before[key])} == {f"{name}.weight"}
@@ -255,8 +256,8 @@ def test_a_model_is_as_it_was_after_measuring(pairs: Callable[[str], Pair], name
     model.register_forward_hook(lambda *_: calls.append(model))
     model.model.layers[0].requires_grad_(requires_grad=False)
     before, weights = properties(model), state(model)
-    stats = wd.calibrate(model, pair.tokens, gram="float32", fisher=1, **pair.words)
-    wd.choose(model, stats, method="admm")
+    stats = wd.calibrate(model, pair.tokens, statistics="gram", **pair.words)
+    wd.mask(model, stats, method="admm")
     wd.perplexity(model, pair.text, **pair.words)
     assert properties(model) == before
     assert same(state(model), weights)
@@ -295,7 +296,7 @@ def test_an_error_half_way_leaves_the_model_as_it_was(pairs: Callable[[str], Pai
     from wanda_dvc.pruning import choose
 
     pair = pairs("tied")
-    model, keep = pair.load(), dict(wd.choose(pair.load(), pair.stats))
+    model, keep = pair.load(), dict(wd.mask(pair.load(), pair.stats))
     before, last = state(model), list(keep)[-1]
     for damaged in (keep | {last: keep[last][1:]}, keep | {"lm_head": keep[last]}, keep | {last: keep[last].float()}):
         with pytest.raises(wd.UserError, match="keep: "):
@@ -384,53 +385,53 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         r"dtype: got int8, expected float32, bfloat16, float16",
     ),
     "method": (
-        lambda m, p: wd.choose(m, p.stats, method="wand"),
+        lambda m, p: wd.mask(m, p.stats, method="wand"),
         r"^method: got wand, expected magnitude, wanda",
     ),
-    "sparsity": (lambda m, p: wd.choose(m, p.stats, sparsity=1.5), r"^sparsity: got 1.5, expected < 1"),
-    "pattern-word": (lambda m, p: wd.choose(m, p.stats, pattern="half"), r"^pattern: got half, expected"),
+    "sparsity": (lambda m, p: wd.mask(m, p.stats, sparsity=1.5), r"^sparsity: got 1.5, expected < 1"),
+    "pattern-word": (lambda m, p: wd.mask(m, p.stats, pattern="half"), r"^pattern: got half, expected"),
     "pattern-sparsity": (
-        lambda m, p: wd.choose(m, p.stats, pattern="1:4"),
+        lambda m, p: wd.mask(m, p.stats, pattern="1:4"),
         r"^sparsity: got 0.5 with pattern 1:4, expected 0.75",
     ),
     "pattern-features": (
-        lambda m, p: wd.choose(m, p.stats, pattern="5:10"),
+        lambda m, p: wd.mask(m, p.stats, pattern="5:10"),
         r"^pattern: got 5:10, but .* has 32 inputs",
     ),
     "group": (
-        lambda m, p: wd.choose(m, p.stats, group="column"),  # type: ignore[arg-type]
+        lambda m, p: wd.mask(m, p.stats, group="column"),  # type: ignore[arg-type]
         r"^group: got column, expected row, layer or fisher",
     ),
     "allocation": (
-        lambda m, p: wd.choose(m, p.stats, allocation="even"),
+        lambda m, p: wd.mask(m, p.stats, allocation="even"),
         r"^allocation: got even, expected uniform",
     ),
     "variant-group": (
-        lambda m, p: wd.choose(m, p.stats, method="wanda-variant", group="layer"),
+        lambda m, p: wd.mask(m, p.stats, method="wanda-variant", group="layer"),
         r"^method: got wanda-variant with .* group layer",
     ),
     "variant-sparsity": (
-        lambda m, p: wd.choose(m, p.stats, method="wanda-variant", sparsity=0.97),
+        lambda m, p: wd.mask(m, p.stats, method="wanda-variant", sparsity=0.97),
         r"^sparsity: got 0.97 of some linear with method wanda-variant",
     ),
     "other-weights": (
-        lambda m, p: wd.choose(changed(m), p.stats),
+        lambda m, p: wd.mask(changed(m), p.stats),
         r"stats: measured on other weights \(1 of \d+ tensors, first model.norm.weight\)",
     ),
     "no-grams-method": (
-        lambda m, p: wd.choose(m, wd.calibrate(m, p.tokens), method="admm"),
+        lambda m, p: wd.mask(m, wd.calibrate(m, p.tokens), method="admm"),
         r'^method: got admm and statistics without Gram matrices, .*gram="float32"',
     ),
     "no-grams-allocation": (
-        lambda m, p: wd.choose(m, wd.calibrate(m, p.tokens), allocation="lsa"),
+        lambda m, p: wd.mask(m, wd.calibrate(m, p.tokens), allocation="lsa"),
         r"^allocation: got lsa and statistics without Gram matrices",
     ),
     "no-fisher-group": (
-        lambda m, p: wd.choose(m, wd.calibrate(m, p.tokens), group="fisher"),
+        lambda m, p: wd.mask(m, wd.calibrate(m, p.tokens), group="fisher"),
         r"^group: got fisher and statistics without the Fisher tier, .*fisher=8",
     ),
     "no-fisher-allocation": (
-        lambda m, p: wd.choose(m, wd.calibrate(m, p.tokens), allocation="fisher"),
+        lambda m, p: wd.mask(m, wd.calibrate(m, p.tokens), allocation="fisher"),
         r"^allocation: got fisher and statistics without the Fisher tier",
     ),
     "fisher": (lambda m, p: wd.calibrate(m, p.tokens, fisher=9), r"^fisher: got 9, expected at most 2"),
@@ -443,7 +444,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         r"^reconstruction: got fisher and statistics without Gram matrices of gradients, .*fisher_gram=",
     ),
     "no-grams-reconstruct": (
-        lambda m, p: wd.reconstruct(m, wd.choose(m, p.stats), wd.calibrate(m, p.tokens)),
+        lambda m, p: wd.reconstruct(m, wd.mask(m, p.stats), wd.calibrate(m, p.tokens)),
         r"^reconstruction: got least-squares and statistics without",
     ),
     "reconstruction": (
@@ -469,18 +470,18 @@ def test_wrong_arguments_are_said_with_what_was_found_and_expected(pairs: Callab
 def test_statistics_and_masks_of_another_model_are_refused(pairs: Callable[[str], Pair]):
     one, other = pairs("tied"), pairs("transposed")
     with pytest.raises(wd.UserError, match="stats: measured on other weights"):
-        wd.choose(one.load(), other.stats)
+        wd.mask(one.load(), other.stats)
     with pytest.raises(
         wd.UserError, match=r"keep: got a mask of .*, expected linears of this LlamaForCausalLM, such as"
     ):
-        wd.prune(one.load(), wd.choose(other.load(), other.stats))
+        wd.prune(one.load(), wd.mask(other.load(), other.stats))
 
 
 def test_a_pruned_model_is_not_reconstructed(pairs: Callable[[str], Pair]):
     """It would aim at what the pruned weights put out, and change nothing."""
     pair = pairs("tied")
     model = pair.load()
-    keep = wd.choose(model, pair.stats)
+    keep = wd.mask(model, pair.stats)
     wd.prune(model, keep)
     with pytest.raises(wd.UserError, match="load the model anew if it has been pruned"):
         wd.reconstruct(model, keep, pair.stats)
@@ -493,7 +494,7 @@ def test_two_rows_that_change_places_are_other_weights(pairs: Callable[[str], Pa
         weight = model.get_parameter(name)
         weight.data[[0, 1]] = weight.data[[0, 1]].flip(0) + (0 if weight.dim() > 1 else torch.tensor([1.0, -1.0]))
         with pytest.raises(wd.UserError, match=f"first {name}"):
-            wd.choose(model, pair.stats)
+            wd.mask(model, pair.stats)
 
 
 # --- the package ---
@@ -513,7 +514,7 @@ def test_importing_the_package_loads_nothing():
 def test_all_names_are_there_and_no_others():
     for name in wd.__all__:
         assert getattr(wd, name).__doc__, name
-    assert wd.choose is interface.choose
+    assert wd.mask is interface.mask
     with pytest.raises(AttributeError, match="has no attribute 'chose'"):
         wd.chose  # noqa: B018
     assert not hasattr(copy, "wd")

@@ -38,8 +38,7 @@ PROPAGATED: list[Settings] = [
         methods(), itertools.cycle(itertools.product(SOLVED, ("corrected", "pruned"))), strict=False
     )
 ] + [{"method": name, "propagation": "pruned"} for name in SOLVERS]
-CALIBRATION: Settings = {"calibration__gram": "float32", "calibration__samples": 3, "calibration__fisher": 2,
-                         "calibration__fisher_gram": "float32"}  # fmt: skip
+CALIBRATION: Settings = {"calibration__statistics": "fisher", "calibration__samples": 3}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def run(calibrated: Callable[[str], Project], texts: dict[str, str], monkeypatch
         monkeypatch.setattr(inputs, "_crew", crewed)
         study = calibrated(model)
         settings = CALIBRATION | texts | changes
-        write_params(study.root, study.params.model, runtime__workers="auto" if crew else None, **settings)
+        write_params(study.root, study.params.model, runtime__ray="auto" if crew else None, **settings)
         for folder in (study.masks, study.weights, *([study.work_root] if again else [])):
             shutil.rmtree(folder, ignore_errors=True)
         mask(project=Project(study.root))

@@ -45,17 +45,17 @@ WALKS: Runs = {
     "mask": ("mask", None, {}),
     "perplexity": ("perplexity", "dense", {}),
 }
-ADMM = {"method": "admm", "calibration__gram": "float32"}
-BACK = {"calibration__fisher": 2, "calibration__fisher_gram": "float16"}
+ADMM = {"method": "admm", "calibration__statistics": "gram"}
+BACK = {"calibration__statistics": "fisher"}
 SOLVES: Runs = {
-    "the way back": ("calibrate", None, {"calibration__fisher": 2}),
+    "the way back": ("calibrate", None, {"calibration__statistics": "fisher"}),
     "the way back, with Gram matrices": ("calibrate", None, ADMM | BACK),
     "a solver's masks": ("mask", None, ADMM),
     "least squares": ("apply", None, ADMM | {"reconstruction": "least-squares"}),
     "Fisher least squares": ("apply", None, ADMM | BACK | {"reconstruction": "fisher"}),
     "trained": ("mask", None, ADMM | {"reconstruction": "block", "propagation": "corrected"}),
 }
-RATED = {"method": "wanda", "calibration__gram": "float32"}
+RATED = {"method": "wanda", "calibration__statistics": "gram"}
 RATES: Runs = {name: ("mask", None, RATED | BACK | {"allocation": name}) for name in ALLOCATIONS}
 CORRECTED = ADMM | {"reconstruction": "least-squares", "propagation": "corrected"}
 CORRECTS: Runs = {"all Gram matrices": ("calibrate", None, CORRECTED), "corrected": ("mask", None, CORRECTED)}
@@ -134,7 +134,7 @@ def measure(folder: Path, shape: dict[str, Any], runs: Runs, limit: float | None
     make_checkpoint(folder / "model", QWEN | shape, shard=1e8)
     texts = []
     for name, (stage, part, settings) in runs.items():
-        write_params(root, folder / "model", **{"method": "magnitude", "runtime__threads": 2, **settings})
+        write_params(root, folder / "model", **{"method": "magnitude", **settings})
         texts.append((name, (root / "params.yaml").read_text(encoding="utf-8"), stage, part))
     for part in ("model", "calibration", "perplexity"):
         download(project=Project(root), part=part)

@@ -90,7 +90,7 @@ def test_what_each_stage_needs(config_only: Callable[..., Project], dtype: str, 
         assert found.memory.mapped == (stage in ("calibrate", "perplexity", "zero-shot") and dtype == "float32")
         return found.memory.total - sizes.LIBRARIES - sizes.ALLOCATOR, found.disk
 
-    project = config_only(dtype=dtype, runtime__threads=1)  # 3 × 64 tokens to calibrate on, 4 × 64 to measure on
+    project = config_only(dtype=dtype)  # 3 × 64 tokens to calibrate on, 4 × 64 to measure on
     features, linear = 4 * 32 + 2 * (32 + 16) + 3 * (32 + 48), 32 * 48
     walk = (2 * BLOCK + REST + linear + 64 * features) * width
     assert need(project, "calibrate") == (walk + 64 * 48 * 8, 3 * 64 * 32 * width * 2)
@@ -101,7 +101,7 @@ def test_what_each_stage_needs(config_only: Callable[..., Project], dtype: str, 
     assert need(project, "perplexity", "pruned") == (walk + logits, 4 * 64 * 32 * width * 2)
     packed = (2 * BLOCK + REST + linear + ROW * features) * width + ROW * 260 * (width + 8) + calls_bytes("cpu")
     assert need(project, "zero-shot", "dense") == (packed, 0)
-    assert need(config_only(dtype=dtype, runtime__threads=99), "mask")[0] == BLOCK + sizes.SELECTION * BLOCK
+    assert need(config_only(dtype=dtype), "mask")[0] == BLOCK + sizes.SELECTION * BLOCK
     project = config_only(dtype=dtype, perplexity__windows=None)
     assert need(project, "perplexity", "dense")[1] is None
     project.data("perplexity").mkdir(parents=True)
@@ -135,13 +135,13 @@ def test_rows_that_are_chosen_apart_need_no_more_than_some(config_only: Callable
         ({"group": "layer", "pattern": "2:4"}, 100),
         ({"method": "wanda-variant"}, 32 * 48),
     ):
-        found = STAGES["mask"].need(config_only(runtime__threads=1, **changes)).memory
+        found = STAGES["mask"].need(config_only(**changes)).memory
         assert found
         assert found.selection == BLOCK + sizes.SELECTION * scores
 
 
 def test_what_was_measured_tells_the_linears(project: Callable[..., Project]):
-    made = project(runtime__threads=1)
+    made = project()
     for part in ("model", "calibration"):
         download(project=made, part=part)
     before = STAGES["mask"].need(made).memory

@@ -41,7 +41,8 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ),
         (
             {"runtime__device": "gpu"},
-            "params.yaml: runtime.device: got gpu, expected auto (cuda if there is one), cpu, cuda, cuda:1 or mps",
+            "params.yaml: runtime.device: got gpu, expected `auto` (`cuda` if there is one, else `cpu`), `cpu`, `cuda`, "
+            "`cuda:1` or `mps`",
         ),
         (
             {"calibration__text__split": "test"},
@@ -53,48 +54,37 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
             "params.yaml: calibration.text.split: got test, expected train or validation of c4",
         ),
         (
-            {"calibration__text__source": "ptb", "calibration__text__config": "x"},
-            "params.yaml: calibration.text.config: got x, expected null: ptb is one configuration",
-        ),
-        (
             {"calibration__text__source": "ptb", "calibration__text__column": "body"},
-            "params.yaml: calibration.text.column: got body, expected sentence, the text of ptb",
-        ),
-        (
-            {"calibration__text__source": "org/prose@v1"},
-            "params.yaml: calibration.text.source: got org/prose@v1, expected org/prose, and its revision in "
-            "calibration.text.revision",
+            "params.yaml: calibration.text.column: got body, expected null: the text of ptb is sentence",
         ),
         (
             {"calibration__text__source": "/data/a.txt", "calibration__text__split": "train"},
             "params.yaml: calibration.text.split: got train, expected null: /data/a.txt is a file and has none",
         ),
         (
-            {"perplexity__text__source": "/data/a.jsonl", "perplexity__text__config": "x"},
-            "params.yaml: perplexity.text.config: got x, expected null: /data/a.jsonl is a file and has none",
+            {"perplexity__text__source": "/data/a.jsonl", "perplexity__text__split": "test"},
+            "params.yaml: perplexity.text.split: got test, expected null: /data/a.jsonl is a file and has none",
         ),
         (
-            {"perplexity__text__source": "/data/a.txt", "perplexity__text__revision": "main"},
-            "params.yaml: perplexity.text.revision: got main, expected null: /data/a.txt is a file and has none",
+            {"perplexity__text__source": "org/prose:a:b"},
+            "params.yaml: perplexity.text.source: got org/prose:a:b, expected embedded, wikitext2, c4, ptb, a Hub id "
+            "(ORG/NAME[:CONFIG][@REVISION]) or an absolute path",
         ),
         (
-            {"perplexity__text__source": "org/prose", "perplexity__text__split": None},
-            "params.yaml: perplexity.text.split: got None, expected one of the splits of org/prose",
+            {"recipe": "fisher"},
+            "params.yaml: calibration.statistics: got norms, expected fisher for recipe fisher (group fisher, "
+            "allocation fisher, reconstruction fisher); run `dvc exp run -S calibration.statistics=fisher -S "
+            "recipe=fisher`",
         ),
-        ({"perplexity__rest": "some"}, "params.yaml: perplexity.rest: got some, expected dropped or kept"),
         ({"tasks__names": ["piqa", "piqa"]}, "params.yaml: tasks.names: got piqa, expected each task once"),
         (
-            {"runtime__device": "cuda:1", "runtime__workers": "local"},
-            "params.yaml: runtime.device: got cuda:1 with runtime.workers local, expected cuda: Ray gives each "
-            "worker a card",
+            {"runtime__device": "cuda:1", "runtime__ray": "local"},
+            "params.yaml: runtime.device: got cuda:1 with runtime.ray local, expected cuda: Ray gives each "
+            "worker a GPU",
         ),
         (
-            {"runtime__device": "mps", "runtime__workers": "auto"},
-            "params.yaml: runtime.device: got mps with runtime.workers auto, expected auto or cpu: Ray knows no MPS",
-        ),
-        (
-            {"calibration__text__revision": "main"},
-            "params.yaml: calibration.text.revision: got main, expected null: the embedded text has none",
+            {"runtime__device": "mps", "runtime__ray": "auto"},
+            "params.yaml: runtime.device: got mps with runtime.ray auto, expected auto or cpu: Ray has no MPS",
         ),
     ],
 )
@@ -110,7 +100,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path):
 
 def test_a_missing_setting_is_named(tmp_path: Path):
     (tmp_path / "params.yaml").write_text("sparsity: 0.5\n")
-    with pytest.raises(UserError, match=r"params.yaml: method: missing"):
+    with pytest.raises(UserError, match=r"params.yaml: model: missing"):
         read_params(tmp_path / "params.yaml")
 
 

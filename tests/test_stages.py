@@ -329,7 +329,7 @@ def test_with_workers_the_device_is_theirs_and_the_cpu_of_this_process_is_no_mat
     made = project(runtime__device="cuda", dtype="bfloat16")
     with pytest.raises(UserError, match="runtime.device: got cuda on a machine with 0 CUDA devices"):
         running.solving_device(made.params.runtime)
-    made = project(runtime__device="cuda", runtime__workers="local", dtype="bfloat16")
+    made = project(runtime__device="cuda", runtime__ray="local", dtype="bfloat16")
     assert running.solving_device(made.params.runtime).type == "cpu"
     download(project=made, part="model")
     capsys.readouterr()
@@ -753,7 +753,7 @@ def test_the_rest_of_a_text_is_one_more_window_if_it_is_kept(project: Make, tiny
             perplexity__text__source=str(tmp_path / "text.txt"),
             perplexity__length=50,
             perplexity__windows=None,
-            perplexity__rest="kept",
+            perplexity__windows="all",
         ),
         "model",
         "perplexity",

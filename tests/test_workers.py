@@ -68,7 +68,7 @@ def run(study: Project) -> dict[str, bytes]:
 def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
     project: Make, cluster: Any, nodes: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
-    tiers = {"calibration__gram": "float32", "calibration__fisher": 2, "calibration__fisher_gram": "float16"}
+    tiers = {"calibration__statistics": "fisher"}
     settings = {"calibration__samples": 20} | tiers | PROPAGATED
     monkeypatch.setattr(questions, "ROW", 60)  # rows enough for every node
     alone = project(**settings)
@@ -91,14 +91,14 @@ def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
             cluster.add_node(num_cpus=1)
 
     monkeypatch.setattr(pool.Pool, "run", killing)
-    assert run(project(runtime__workers="auto", **settings)) == expected
+    assert run(project(runtime__ray="auto", **settings)) == expected
     assert killed == ["record", "back", "record", "advance", "advance"]
 
 
 def test_a_solvers_masks_are_the_same_though_a_node_dies(
     project: Make, cluster: Any, nodes: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
-    settings = {"calibration__samples": 4, "calibration__gram": "float32", "method": "admm"}
+    settings = {"calibration__samples": 4, "calibration__statistics": "gram", "method": "admm"}
     alone = project(**settings)
     for part in ("model", "calibration"):
         download(project=alone, part=part)
@@ -116,7 +116,7 @@ def test_a_solvers_masks_are_the_same_though_a_node_dies(
         return real(self, given)
 
     monkeypatch.setattr(pool.Staff, "_first", killing)
-    study = project(runtime__workers="auto", **settings)
+    study = project(runtime__ray="auto", **settings)
     mask(project=study)
     assert {path.name: path.read_bytes() for path in study.masks.iterdir()} == expected
     assert len(cluster.worker_nodes) == 2
@@ -132,7 +132,7 @@ def test_an_error_on_a_worker_is_ours_with_the_nodes_name(project: Make, tmp_pat
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    study = project(folder, calibration__samples=20, runtime__workers="auto")
+    study = project(folder, calibration__samples=20, runtime__ray="auto")
     for part in ("model", "calibration"):
         download(project=study, part=part)
     said = r"^worker on \S+ \(node [0-9a-f]{8}\): .*block 2, output of .*: activations that are not finite"
