@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_params
+from ruamel.yaml import YAML
 
+from wanda_dvc.catalog import RECIPES, STATISTICS
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import read_params, settings
+from wanda_dvc.params import CalibrationText, Params, Text, check_params, read_params, settings
+from wanda_dvc.plan import CHOICES
 
 
 def problems(tmp_path: Path, **changes: object) -> list[str]:
@@ -41,8 +44,8 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ),
         (
             {"runtime__device": "gpu"},
-            "params.yaml: runtime.device: got gpu, expected `auto` (`cuda` if there is one, else `cpu`), `cpu`, `cuda`, "
-            "`cuda:1` or `mps`",
+            "params.yaml: runtime.device: got gpu, expected `auto` (`cuda` if there is one, else `cpu`), `cpu`, "
+            "`cuda`, `cuda:1` or `mps`",
         ),
         (
             {"calibration__text__split": "test"},
@@ -114,7 +117,6 @@ def test_an_unquoted_pattern_is_no_number(tmp_path: Path):
 
 def test_the_committed_file_sets_every_setting():
     """Someone who reads params.yaml sees all there is."""
-    from ruamel.yaml import YAML
 
     def names(node: object, prefix: str = "") -> list[str]:
         if not isinstance(node, dict):
@@ -124,3 +126,89 @@ def test_the_committed_file_sets_every_setting():
     committed = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     assert names(committed) == [name for name, _ in settings()]
     assert all(field.description for _, field in settings())
+
+
+# --- recipes ---
+
+FULL = {"statistics": "fisher"}
+WAYS = [(recipe, pattern) for recipe in RECIPES for pattern in ("unstructured", "2:4")]
+
+
+def asked(recipe: str, pattern: str = "unstructured", **changes: object) -> Params:
+    content = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content["calibration"] |= FULL
+    return check_params(content | {"recipe": recipe, "pattern": pattern} | changes)
+
+
+@pytest.mark.parametrize(("recipe", "pattern"), WAYS)
+def test_equal_choices_are_one_plan_however_they_are_written(recipe: str, pattern: str):
+    """By the recipe, written out beside it, and written out beside any other recipe."""
+    plan = asked(recipe, pattern).plan
+    choices: dict[str, object] = {
+        "method": plan.method.name,
+        "group": plan.group,
+        "allocation": plan.allocation.name,
+        "reconstruction": plan.reconstruction.name,
+        "propagation": plan.propagation,
+    }
+    assert set(choices) == set(CHOICES)
+    for other in RECIPES:
+        assert asked(other, pattern, **choices, allocation_strength=plan.strength).plan.described == plan.described
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_choice_overrides_its_recipe_and_no_other(recipe: str, choice: str):
+    row = RECIPES[recipe]
+    value = {"method": "ria", "group": "layer", "allocation": "slope", "reconstruction": "least-squares",
+             "propagation": "pruned"}[choice]  # fmt: skip
+    filled = asked(recipe, **{choice: value}).filled
+    expected = {name: getattr(row, name) for name in CHOICES} | {choice: value}
+    assert {name: getattr(filled, name) for name in CHOICES} == expected
+
+
+def test_the_paper_s_magnitude_competes_by_layer():
+    assert asked("paper", method="magnitude").plan.group == "layer"
+    assert asked("paper", method="magnitude", group="row").plan.group == "row"
+    assert asked("wanda", method="magnitude").plan.group == "row"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_pattern_leaves_out_what_it_excludes_and_says_so(recipe: str):
+    row, plan = RECIPES[recipe], asked(recipe, "2:4").plan
+    assert (plan.group, plan.allocation.name) == ("row", "uniform")
+    assert len(plan.left_out) == (row.group != "row") + (row.allocation != "uniform")
+    assert asked(recipe).plan.left_out == ()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_statistics_that_a_recipe_needs_are_named_with_the_command(recipe: str):
+    needs = asked(recipe).plan.needs
+    for tier in STATISTICS:
+        content = asked(recipe).model_dump()
+        content["calibration"]["statistics"] = tier
+        if STATISTICS.index(tier) >= STATISTICS.index(needs):
+            check_params(content)
+            continue
+        with pytest.raises(UserError, match=rf"-S calibration.statistics={needs} -S recipe={recipe}`"):
+            check_params(content)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("embedded", (None, None, None, "test", "text", "\n\n")),
+        ("wikitext2", ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test", "text", "\n\n")),
+        ("c4", ("allenai/c4", None, None, "validation", "text", " ")),
+        ("ptb", ("ptb-text-only/ptb_text_only", "penn_treebank", None, "test", "sentence", " ")),
+        ("org/prose", ("org/prose", None, None, "test", "text", "\n\n")),
+        ("org/prose:small", ("org/prose", "small", None, "test", "text", "\n\n")),
+        ("org/prose:small@v1/x", ("org/prose", "small", "v1/x", "test", "text", "\n\n")),
+        ("/data/a.jsonl", (None, None, None, None, "text", "\n\n")),
+    ],
+)
+def test_a_source_is_enough(source: str, expected: tuple[str | None, ...]):
+    chosen = Text(source=source).chosen
+    assert (chosen.dataset, chosen.config, chosen.revision, chosen.split, chosen.column, chosen.join) == expected
+    beside = CalibrationText(source=source).chosen
+    assert (beside.split, beside.join) == (None if source.startswith("/") else "train", " ")

@@ -61,7 +61,6 @@ def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
         ({"method": "magnitude"}, PRUNE | EVALUATE),
         ({"calibration__samples": 4}, {"calibrate"} | PRUNE | EVALUATE),
         ({"calibration__text__join": "\n"}, {"download@calibration", "calibrate"} | PRUNE | EVALUATE),
-        ({"perplexity__text__join": "\n"}, {"download@perplexity", "perplexity@dense", "perplexity@pruned"}),
         ({"perplexity__length": 32}, {"perplexity@dense", "perplexity@pruned"}),
         ({"zero_shot__limit": 3}, {"zero-shot@dense-piqa", "zero-shot@pruned-piqa"}),
         (
@@ -94,22 +93,13 @@ def test_gram_matrices_cost_a_pass_and_no_evaluation_and_solved_weights_are_not_
 
 def test_the_fisher_tier_costs_a_pass_and_no_evaluation(repository: Repository):
     norms, masks = (contents(repository.root / name) for name in ("stats", "masks"))
-    assert repository.repro(calibration__fisher=2) == {"calibrate", "mask"}
+    assert repository.repro(calibration__statistics="fisher") == {"calibrate", "mask", "apply"}
     assert (contents(repository.root / "stats"), contents(repository.root / "masks")) == (norms, masks)
-    settings = {"calibration__fisher": 2, "allocation": "fisher", "group": "fisher"}
-    assert repository.repro(**settings) == PRUNE | EVALUATE
+    assert repository.repro(calibration__statistics="fisher", reconstruction="fisher") == PRUNE | EVALUATE
+    assert contents(repository.root / "masks") == masks
+    assert "reconstruction fisher" in repository.run("wanda-dvc", "show")
+    assert repository.repro(calibration__statistics="fisher", recipe="fisher") == PRUNE | EVALUATE
     assert contents(repository.root / "masks") != masks
-
-
-def test_gram_matrices_of_gradients_cost_a_pass_and_no_evaluation(repository: Repository):
-    masks = contents(repository.root / "masks")
-    tiers = {"calibration__statistics": "fisher"}
-    assert repository.repro(**tiers) == {"calibrate", "mask", "apply"}
-    assert contents(repository.root / "masks") == masks
-    assert repository.repro(**tiers, reconstruction="fisher") == PRUNE | EVALUATE
-    assert contents(repository.root / "masks") == masks
-    shown = repository.run("wanda-dvc", "show")
-    assert "reconstruction fisher" in shown
 
 
 def test_another_model_reruns_all_but_the_texts_and_tasks(repository: Repository, tmp_path: Path):

@@ -23,6 +23,7 @@ from wanda_dvc.engine.recorder import CrossRecorder
 from wanda_dvc.engine.walk import walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
+from wanda_dvc.plan import TRAINING
 from wanda_dvc.pruning import solvers
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.stages.apply import apply
@@ -35,9 +36,8 @@ from wanda_dvc.study.tensors import block_count, read_fisher, read_grams, read_m
 from wanda_dvc.views.show import show, stats
 
 Make = Callable[..., Project]
-CALIBRATION: dict[str, Any] = {"calibration__gram": "float32", "calibration__samples": 4, "calibration__fisher": 2,
-                               "calibration__fisher_gram": "float32"}  # fmt: skip
-NO_FISHER = {"calibration__fisher": 0, "calibration__fisher_gram": "none"}
+CALIBRATION: dict[str, Any] = {"calibration__statistics": "fisher", "calibration__samples": 4}
+NORMS = {"calibration__statistics": "norms"}
 PROPAGATIONS = ("dense", "pruned", "corrected")
 PATTERNS: tuple[dict[str, Any], ...] = (
     {},
@@ -82,7 +82,7 @@ def allowed(**changes: Any) -> bool:
     from ruamel.yaml import YAML
 
     content = YAML(typ="safe").load((conftest.ROOT / "params.yaml").read_text())
-    content["calibration"] |= {"gram": "float32", "fisher": 2, "fisher_gram": "float32"}
+    content["calibration"] |= {"statistics": "fisher"}
     try:
         Params.model_validate(content | changes)
     except UserError:
@@ -198,17 +198,18 @@ def test_gram_matrices_agree_with_the_norms_and_leave_them_alone(study: Make, tm
         for name, x in stats.inputs.items():
             torch.testing.assert_close(grams[name].norm, x.norm)
             assert grams[name].count == x.count
-    calibrate(project=study(calibration__gram="none"))
+    calibrate(project=study(**NORMS))
     assert tree(made.stats) == with_grams
     assert (block_count(made.gram, "calibrate"), [*tree(made.gram)]) == (0, ["provenance.json"])
 
 
-def test_float16_keeps_gram_matrices_to_a_thousandth(study: Make):
-    exact = read_grams(study().gram, 0)
-    wanted = {name: exact[name].matrix() for name in exact}
-    calibrate(project=study(calibration__gram="float16"))
-    half = read_grams(study().gram, 0)
-    for name, matrix in wanted.items():
+def test_float16_keeps_gram_matrices_to_a_thousandth(study: Make, tmp_path: Path):
+    made = study()
+    steps = walk(open_decoder(made, "dense"), calibration_windows(made), tmp_path / "walk")
+    step = next(steps)  # whose block stays as long as `steps`
+    half = read_grams(made.gram, 0)
+    for name, gram in step.record(gram=True).grams.items():
+        matrix = gram.matrix()
         scale = matrix.diagonal().sqrt()
         error = (half[name].matrix() - matrix) / scale / scale[:, None]
         assert error.abs().max() <= 2**-11
@@ -218,14 +219,14 @@ def test_float16_keeps_gram_matrices_to_a_thousandth(study: Make):
 def test_wanda_pays_nothing_for_gram_matrices(study: Make, method: str):
     """Masks of a method that does not need them do not depend on gram/."""
     if methods()[method].needs == "gram":
-        with pytest.raises(UserError, match="expected calibration.gram float32 or float16"):
-            study(method=method, calibration__gram="none").params  # noqa: B018
+        with pytest.raises(UserError, match="calibration.statistics: got norms, expected gram for recipe wanda"):
+            study(method=method, **NORMS).params  # noqa: B018
         return
     made = study(method=method)
     mask(project=made)
     before = tree(made.masks)
     shutil.rmtree(made.gram)
-    mask(project=study(method=method, calibration__gram="none"))
+    mask(project=study(method=method, **NORMS))
     assert tree(made.masks) == before
 
 
@@ -249,8 +250,8 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reconstruction": "least-squares", "calibration__gram": "none"}, "reconstruction: got least-squares without"),
-        ({"allocation": "lsa", "calibration__gram": "none"}, "allocation: got lsa without Gram matrices"),
+        ({"reconstruction": "least-squares", **NORMS}, r"expected gram for .* \(reconstruction least-squares\)"),
+        ({"allocation": "lsa", **NORMS}, r"got norms, expected gram for recipe wanda \(allocation lsa\); run `dvc"),
         ({"allocation": "slope", "pattern": "2:4"}, "allocation: got slope, expected uniform"),
         ({"allocation_strength": 0.1}, "allocation_strength: got 0.1, expected null"),
         (
@@ -261,13 +262,13 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
             {"reconstruction": "block"},
             "reconstruction: got block with propagation dense, expected propagation corrected or pruned",
         ),
-        ({"training__rate": 0.0003}, "training.rate: got 0.0003, expected at least 0.001: a share of the weights"),
         ({"allocation": "steep"}, "allocation: got steep, expected uniform, slope, owl, lsa or fisher"),
-        ({"allocation": "fisher", **NO_FISHER}, "allocation: got fisher without the Fisher tier"),
-        ({"group": "fisher", **NO_FISHER}, "group: got fisher without the Fisher tier, expected"),
-        ({"calibration__fisher": 0}, "calibration.fisher_gram: got float32 with calibration.fisher 0, expected"),
-        ({"reconstruction": "fisher", **NO_FISHER}, "got fisher without Gram matrices of gradients, .*fisher=4"),
-        ({"calibration__fisher": 5}, "calibration.fisher: got 5, expected at most 4, which is calibration.samples"),
+        ({"allocation": "fisher", **NORMS}, r"got norms, expected fisher for recipe wanda \(allocation fisher\)"),
+        ({"group": "fisher", **NORMS}, r"got norms, expected fisher for recipe wanda \(group fisher\)"),
+        (
+            {"reconstruction": "fisher", "calibration__statistics": "gram"},
+            r"got gram, expected fisher for recipe wanda \(reconstruction fisher\)",
+        ),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(study: Make, changes: dict[str, Any], message: str):
@@ -281,8 +282,12 @@ def test_combinations_that_make_no_sense_are_refused(study: Make, changes: dict[
      ("reconstruction", "pruned")],
 )  # fmt: skip
 def test_a_fisher_tier_of_another_calibration_is_refused(study: Make, setting: str, propagation: str):
-    made = study(**{setting: "fisher"}, calibration__fisher=3, propagation=propagation)
-    with pytest.raises(UserError, match="found 2 blocks of 2 windows .* expected 3 windows"):
+    made = study(**{setting: "fisher"}, propagation=propagation)
+    provenance = made.fisher / "provenance.json"
+    content = json.loads(provenance.read_text())
+    provenance.unlink()
+    write_json(provenance, content | {"params": content["params"] | {"seed": 7}})
+    with pytest.raises(UserError, match="found 2 blocks of .*, expected those of the run that measured stats/"):
         mask(project=made)
 
 
@@ -332,7 +337,7 @@ def test_a_solver_of_a_package_need_not_know_how_rows_are_weighed(study: Make, m
 
 
 def test_where_nothing_is_removed_nothing_is_corrected(study: Make):
-    made = study(sparsity=0.0, propagation="corrected", reconstruction="least-squares", correction=1.0)
+    made = study(sparsity=0.0, propagation="corrected", reconstruction="least-squares")
     mask(project=made)
     apply(project=made)
     dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
@@ -388,24 +393,26 @@ def test_only_inputs_of_every_token_have_a_cross_product(family: str, tmp_path: 
     assert crossed
 
 
-def test_a_training_is_the_same_twice_and_another_with_another_seed(study: Make):
-    made = study(reconstruction="block", propagation="pruned", training__epochs=2)
+def test_a_training_is_the_same_twice_and_another_with_another_seed(study: Make, monkeypatch: pytest.MonkeyPatch):
+    made = study(reconstruction="block", propagation="pruned")
     mask(project=made)
     first = tree(made.weights)
     shutil.rmtree(made.masks)
     mask(project=made)
     assert tree(made.weights) == first
-    mask(project=study(reconstruction="block", propagation="pruned", training__epochs=2, training__seed=1))
+    monkeypatch.setitem(TRAINING, "seed", 1)
+    mask(project=made)
     assert tree(made.weights) != first
 
 
-def test_a_training_does_what_its_formula_says(study: Make):
+def test_a_training_does_what_its_formula_says(study: Make, monkeypatch: pytest.MonkeyPatch):
     """Against transformers' layer and a training written out: block 0, whose inputs are the embeddings."""
     rate, epochs = 0.05, 2
     starts = study(reconstruction="least-squares", propagation="pruned")
     mask(project=starts)
     start = read_weights(starts.weights, 0)[0]
-    made = study(reconstruction="block", propagation="pruned", training__epochs=epochs, training__rate=rate)
+    monkeypatch.setattr("wanda_dvc.stages.mask.TRAINING", {"epochs": epochs, "rate": rate, "seed": 0})
+    made = study(reconstruction="block", propagation="pruned")
     mask(project=made)
     trained, keeps = read_weights(made.weights, 0)[0], read_masks(made.masks, 0)
 
@@ -450,7 +457,7 @@ def test_a_training_brings_the_block_nearer_to_the_dense_one(study: Make):
     """The last hidden state of the pruned model is nearer to the dense model's with training than without."""
     distances = {}
     for reconstruction in ("none", "least-squares", "block"):
-        made = study(reconstruction=reconstruction, propagation="pruned", training__epochs=4)
+        made = study(reconstruction=reconstruction, propagation="pruned")
         mask(project=made)
         apply(project=made)
         distances[reconstruction] = _distance(made)

@@ -205,8 +205,6 @@ def test_a_folder_named_like_a_package_is_not_installed(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     "changes",
     [
-        {"perplexity__text__config": "../../.."},
-        {"perplexity__text__config": "/"},
         {"perplexity__text__split": "../../secret"},
         {"perplexity__text__split": "/etc/passwd"},
     ],

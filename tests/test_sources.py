@@ -375,7 +375,7 @@ def test_what_the_hub_refuses_is_told_apart(
     if part == "model":
         made = project(model="org/tiny" + (f"@{revision}" if revision else ""))
     else:
-        made = project(perplexity__text__source="org/tiny", perplexity__text__revision=revision)
+        made = project(perplexity__text__source="org/tiny" + (f"@{revision}" if revision else ""))
     with pytest.raises(UserError, match=rf"^params.yaml: (model|perplexity.text.source): .*{message}"):
         download(project=made, part=part)
     assert hub.fetched == []

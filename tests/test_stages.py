@@ -752,7 +752,6 @@ def test_the_rest_of_a_text_is_one_more_window_if_it_is_kept(project: Make, tiny
         project(
             perplexity__text__source=str(tmp_path / "text.txt"),
             perplexity__length=50,
-            perplexity__windows=None,
             perplexity__windows="all",
         ),
         "model",
