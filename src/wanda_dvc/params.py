@@ -242,7 +242,8 @@ class Params(_Section):
     def filled(self) -> "Params":
         """The same settings with every choice written out; a method need not be installed."""
         choices, _ = fill(self.recipe, {name: getattr(self, name) for name in CHOICES}, self.pattern)
-        return self.model_copy(update=choices)
+        strength = self.allocation_strength or ALLOCATIONS[choices["allocation"]].strength(self.share)
+        return self.model_copy(update={**choices, "allocation_strength": strength, "sparsity": float(self.share)})
 
     @cached_property
     def plan(self) -> Plan:

@@ -75,7 +75,7 @@ class Plan:
             "sparsity": float(self.share),
             "pattern": self.pattern,
             "group": self.group,
-            "propagation": self.propagation if self.propagates else "dense",
+            "propagation": self.propagation,
             "allocation": self.allocation.name,
             "allocation_strength": self.strength,
         }
