@@ -1,6 +1,7 @@
-"""Add the digests of what `wanda-dvc init` writes, and has written at any commit: python scripts/known.py.
+"""Add the digests of the files that `wanda-dvc init` writes, now and at any commit: python scripts/known.py.
 
-`wanda-dvc init --upgrade` replaces only what nobody has edited: a stage, plot or file whose digest is in known.json.
+`wanda-dvc init --upgrade` replaces a file whose digest is in known.json, because nobody has edited the file. A release
+also copies its pipeline.yaml and params.yaml into template/earlier/, as a base for merging edited files.
 """
 
 import json
@@ -8,41 +9,26 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from ruamel.yaml import YAML
-
 from wanda_dvc.study.provenance import digest
 from wanda_dvc.study.scaffold import FILES, PIPELINE
-from wanda_dvc.study.upgrade import SECTIONS
 
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "src/wanda_dvc/study/template/known.json"
-
-
-def digests(place: str, text: str) -> Iterator[str]:
-    """Yield the digests of one file that has been shipped."""
-    if place != PIPELINE:
-        yield digest(text)
-        return
-    content = YAML(typ="safe", pure=True).load(text)
-    for section in SECTIONS:
-        entries = content.get(section) or {}
-        for entry in entries.values() if isinstance(entries, dict) else entries:
-            yield digest(entry)
+PLACES = [place for place in FILES if place == PIPELINE or place.startswith(".dvc/plots/")]
 
 
 def shipped() -> Iterator[str]:
-    """Yield the digests of what is shipped now."""
-    for place, file in FILES.items():
-        if place == PIPELINE or place.startswith(".dvc/plots/"):
-            yield from digests(place, file.read_text(encoding="utf-8"))
+    """Yield the digests of the files that are shipped now."""
+    for place in PLACES:
+        yield digest(FILES[place].read_text(encoding="utf-8"))
 
 
 def committed() -> Iterator[str]:
     """Yield the digests of every committed version, in the repository's own copies."""
-    for place in (PIPELINE, *(name for name in FILES if name.startswith(".dvc/plots/"))):
+    for place in PLACES:
         for commit in _git("log", "--format=%h", "--", place).split():
             if _git("ls-tree", commit, place):
-                yield from digests(place, _git("show", f"{commit}:{place}"))
+                yield digest(_git("show", f"{commit}:{place}"))
 
 
 def _git(*words: str) -> str:

@@ -1,13 +1,16 @@
-"""An older study comes to this version: what was shipped is replaced, and what is the user's stays."""
+"""An older study comes to this version: unedited files are replaced, edits and settings stay."""
 
+import functools
 import json
+import operator
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import wanda_dvc
-from conftest import save_tiny_model, script, write_params
+from conftest import save_tiny_model, script
 from dvc.repo import Repo
 from repository import Repository
 from ruamel.yaml import YAML
@@ -16,16 +19,15 @@ from test_init import contents
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import settings
 from wanda_dvc.stages import STAGES
-from wanda_dvc.study import upgrade as upgrading
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.ran import load_lock
 from wanda_dvc.study.scaffold import FILES, TEMPLATE, init
-from wanda_dvc.study.upgrade import _blocks, _load, _params, upgrade
+from wanda_dvc.study.settings import Settings, flatten, nested
+from wanda_dvc.study.upgrade import GONE, MOVED, _migrated, upgrade
 
 PIPELINE = FILES["dvc.yaml"].read_text(encoding="utf-8")
 PARAMS = FILES["params.yaml"].read_text(encoding="utf-8")
 OLDER = Path(__file__).parent / "older_study"  # of a version before `locate`, Gram matrices and `init`
-AGED = PIPELINE.replace(", correction", "")  # as if this version without the setting had been shipped
+EARLIER = TEMPLATE / "earlier/2026-11"  # with 44 settings
 
 
 @pytest.fixture
@@ -35,10 +37,10 @@ def study(tmp_path: Path) -> Project:
 
 
 @pytest.fixture
-def aged(monkeypatch: pytest.MonkeyPatch) -> str:
-    ever = upgrading.shipped_ever() | set(script("known").digests("dvc.yaml", AGED))
-    monkeypatch.setattr(upgrading, "shipped_ever", lambda: ever)
-    return AGED
+def earlier(study: Project) -> Project:
+    for place in ("dvc.yaml", "params.yaml"):
+        write(study, place, (EARLIER / FILES[place].name).read_text(encoding="utf-8"))
+    return study
 
 
 @pytest.fixture
@@ -58,8 +60,24 @@ def read(study: Project, place: str = "dvc.yaml") -> str:
     return (study.root / place).read_text(encoding="utf-8")
 
 
+def edit(study: Project, place: str, *edits: tuple[str, str]) -> None:
+    text = read(study, place)
+    for before, after in edits:
+        assert before in text
+        text = text.replace(before, after, 1)
+    write(study, place, text)
+
+
+def load(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def settings_of(text: str) -> Settings:
+    return dict(flatten(load(text)))
+
+
 def test_all_that_is_shipped_is_known():
-    """`python scripts/known.py` writes it; an upgrade would take an entry that is not known for the user's edit."""
+    """`python scripts/known.py` writes it; an upgrade would take a file that is not known for the user's edit."""
     module = script("known")
     assert set(module.shipped()) <= set(json.loads((TEMPLATE / "known.json").read_text(encoding="utf-8")))
 
@@ -73,25 +91,18 @@ def test_a_new_study_is_up_to_date(study: Project):
 def test_an_older_study_becomes_a_new_one(older: Project):
     said = upgrade(project=older)
     assert read(older) == PIPELINE.replace("        - ${item.out}\n", "        - ${item.out}: { push: false }\n")
-    default, own = (dict(settings_of(text)) for text in (PARAMS, read(older, "params.yaml")))
-    assert own == default | {"training.epochs": 1}  # what still means the same stays
+    assert read(older, "params.yaml") == PARAMS
     for place in (".gitignore", ".dvcignore", ".dvc/plots/accuracy.json"):
         assert read(older, place) == FILES[place].read_text(encoding="utf-8")
     assert "--- a/dvc.yaml\n+++ b/dvc.yaml\n" in said
     assert "\n+  locate:\n" in said
+    assert "params.yaml: training.epochs: 1 is dropped: this version has no such setting.\n" in said
     assert "  locate: has not run\n  download@model: also reads sources/model\n" in said
-    calibrate = f"`wanda-dvc calibrate --version {STAGES['calibrate'].version}`"
-    assert f"{calibrate}; also writes fisher, fisher_gram, gram; also depends on calibration." in said
+    assert f"`wanda-dvc calibrate --version {STAGES['calibrate'].version}`; also writes " in said
     command, version = "`wanda-dvc perplexity dense --version", STAGES["perplexity"].version
     assert f"  perplexity@dense: {command} 1` is now {command} {version}`\n" in said  # for no other reason
     assert "`push: false` stays" in said
     assert "up to date" in upgrade(project=older)
-
-
-def settings_of(text: str):
-    from wanda_dvc.study.settings import flatten
-
-    return flatten(YAML(typ="safe", pure=True).load(text))
 
 
 def test_a_dry_run_says_the_same_and_writes_nothing(older: Project):
@@ -101,38 +112,118 @@ def test_a_dry_run_says_the_same_and_writes_nothing(older: Project):
     assert upgrade(project=older) == would.replace("Would change", "Changed")
 
 
-@pytest.mark.parametrize("name", [name for name, _ in settings() if name != "model"])  # the first follows none
+# --- settings ---
+
+
+def test_every_setting_of_an_earlier_version_is_a_setting_or_moved_or_gone():
+    known = {name for name, _ in settings()} | {name for names in MOVED for name in names} | GONE.keys()
+    assert settings_of((EARLIER / "params.yaml").read_text(encoding="utf-8")).keys() <= known
+
+
+CORRECTED = {"reconstruction": "least-squares", "propagation": "corrected", "calibration.gram": "float16"}
+HUB = {"calibration.text.source": "org/prose", "calibration.text.split": "train"}
+MIGRATIONS: list[tuple[Settings, Settings]] = [  # changes of the earlier settings, changes of this version's
+    ({}, {}),
+    ({"sparsity": 0.7, "runtime.device": "cpu"}, {"sparsity": 0.7, "runtime.device": "cpu"}),
+    ({"method": "magnitude"}, {"recipe": "magnitude"}),
+    ({"propagation": "pruned"}, {"recipe": "paper"}),
+    ({"method": "magnitude", "group": "layer", "propagation": "pruned"}, {"recipe": "paper", "method": "magnitude"}),
+    ({"method": "ria"}, {"method": "ria"}),
+    ({"allocation": "owl", "allocation_strength": 0.1}, {"allocation": "owl", "allocation_strength": 0.1}),
+    (
+        {"method": "admm", "group": "fisher", "allocation": "fisher", "reconstruction": "fisher"}
+        | {"calibration.gram": "float16", "calibration.fisher": 8, "calibration.fisher_gram": "float16"},
+        {"recipe": "fisher", "calibration.statistics": "fisher"},
+    ),
+    (CORRECTED, {"recipe": "wanda-refit", "propagation": "corrected", "calibration.statistics": "gram"}),
+    (HUB, {"calibration.text.source": "org/prose"}),
+    (
+        HUB | {"calibration.text.config": "good", "calibration.text.revision": "v1", "calibration.text.split": "dev"},
+        {"calibration.text.source": "org/prose:good@v1", "calibration.text.split": "dev"},
+    ),
+    (
+        HUB | {"calibration.text.column": "body", "calibration.text.join": "\n"},
+        {"calibration.text.source": "org/prose", "calibration.text.column": "body", "calibration.text.join": "\n"},
+    ),
+    (
+        {"perplexity.text.source": "/texts/mine.txt", "perplexity.text.split": None},
+        {"perplexity.text.source": "/texts/mine.txt"},
+    ),
+    ({"perplexity.windows": None, "perplexity.rest": "kept"}, {"perplexity.windows": "all"}),
+    ({"perplexity.windows": None}, {"perplexity.windows": None}),
+    ({"tasks.source": "benchmark", "zero_shot.limit": 9}, {"tasks.source": "benchmark", "zero_shot.limit": 9}),
+    ({"runtime.workers": "local"}, {"runtime.ray": "local"}),
+    ({"training.rate": 0.0003}, {}),
+]
+
+
+def aged(changes: Settings) -> str:
+    """The text of an earlier params.yaml with other values."""
+    before = settings_of((EARLIER / "params.yaml").read_text(encoding="utf-8"))
+    assert changes.keys() <= before.keys()
+    return json.dumps(nested(before | changes))  # JSON is YAML
+
+
+@pytest.mark.parametrize(("before", "after"), MIGRATIONS)
+def test_settings_of_an_earlier_version_keep_their_meaning(before: Settings, after: Settings):
+    notes: list[str] = []
+    text = _migrated(aged(before), PARAMS, notes)
+    assert settings_of(text) == settings_of(PARAMS) | after
+    assert notes == []
+    assert _migrated(text, PARAMS, notes) == text
+
+
+@pytest.mark.parametrize(
+    ("lost", "others"),
+    [
+        ({"correction": 0.7}, CORRECTED),
+        ({"training.epochs": 1}, {}),
+        ({"training.seed": 4}, {}),
+        ({"perplexity.text.join": " "}, {}),
+        ({"calibration.gram": "float32"}, {}),
+        ({"calibration.fisher": 16}, {}),
+        ({"perplexity.text.revision": "v1"}, {"perplexity.text.source": "wikitext2"}),
+        ({"runtime.threads": 2}, {}),
+    ],
+)
+def test_a_value_that_cannot_be_expressed_is_named(lost: Settings, others: Settings):
+    notes: list[str] = []
+    text = _migrated(aged(lost | others), PARAMS, notes)
+    ((name, value),) = lost.items()
+    assert notes == [f"params.yaml: {name}: {value!r} is dropped: this version has no such setting."]
+    assert name not in settings_of(text)
+
+
+def test_comments_of_the_user_stay(earlier: Project):
+    edit(
+        earlier, "params.yaml", ("sparsity: 0.5 ", "# mine\nsparsity: 0.7 "), ("  length: 512 ", "  length: 512 # too:")
+    )
+    upgrade(project=earlier)
+    own, expected = read(earlier, "params.yaml"), PARAMS.replace("sparsity: 0.5 ", "sparsity: 0.7 ")
+    assert own.count("# mine\n") == 1
+    assert own.replace("# mine\n", "") == expected.replace("  length: 512 ", "  length: 512 # too:", 1)
+
+
+@pytest.mark.parametrize("name", ["dtype", "calibration.text.split", "zero_shot", "runtime"])
 def test_a_missing_setting_comes_back_at_its_place_with_its_comment(name: str):
-    lines, node = PARAMS.splitlines(keepends=True), _load(PARAMS, "params.yaml")
     *sections, leaf = name.split(".")
-    for section in sections:
-        node = node[section]
-    begin, end, _ = _blocks(node, PARAMS.splitlines())[leaf]
-    without = "".join([*lines[:begin], *lines[end:]])
-    assert leaf not in (dict(settings_of(without)))
-    if name == "zero_shot.limit":  # the only setting of its section, which is then null
-        without = without.replace("zero_shot:\n", "")
-    assert _params(without) == PARAMS
+    content = load(PARAMS)
+    section = content
+    for word in sections:
+        section = section[word]
+    del section[leaf]
+    assert _migrated(json.dumps(content), PARAMS, []) == PARAMS
 
 
-def test_a_comment_ends_no_block():
-    text = "stages:\n  one:\n    cmd: x\n# mine\n    params:\n    - a\n# of two\n  two:\n    cmd: y\n# last\n"
-    lines, node = text.splitlines(), _load(text, "dvc.yaml")
-    blocks = _blocks(node["stages"], lines)
-    assert [blocks[name][:2] for name in ("one", "two")] == [(1, 6), (7, 9)]
+def test_an_unknown_setting_is_refused_and_nothing_is_written(earlier: Project):
+    edit(earlier, "params.yaml", ("sparsity:", "sparsty:"))
+    there = contents(earlier.root)
+    with pytest.raises(UserError, match=r"params.yaml: sparsty: no such setting; did you mean sparsity\?"):
+        upgrade(project=earlier)
+    assert contents(earlier.root) == there
 
 
-@pytest.mark.parametrize("section", ["training", "zero_shot", "runtime"])
-def test_a_missing_section_comes_back_whole(section: str):
-    lines, node = PARAMS.splitlines(keepends=True), _load(PARAMS, "params.yaml")
-    begin, end, _ = _blocks(node, PARAMS.splitlines())[section]
-    assert _params("".join([*lines[:begin], *lines[end:]])) == PARAMS
-
-
-def test_a_setting_is_added_to_a_section_on_one_line_too():
-    flow = re.sub(r"^training:.*?(?=^propagation)", "training: { epochs: 2 }\n", PARAMS, flags=re.MULTILINE | re.DOTALL)
-    added = dict(settings_of(_params(flow)))
-    assert (added["training.epochs"], added["training.rate"], added["training.seed"]) == (2, 0.02, 0)
+# --- files ---
 
 
 OWN = """\
@@ -146,70 +237,30 @@ OWN = """\
 PLOT = "  - my norms:\n      x: block # of mine\n      y:\n        metrics/plots/norms.csv: largest\n"
 
 
-def test_what_is_the_users_own_stays(study: Project, aged: str):
-    mine = aged.replace("\n# `dvc plots show`", f"\n{OWN}\n# `dvc plots show`")
-    mine = mine.replace("\nartifacts:", f"{PLOT}\nartifacts:") + "\nvars:\n  - mine: 1 # too\n"
-    write(study, "dvc.yaml", mine)
-    said = upgrade(project=study)
-    after = read(study)
-    for block in (OWN, PLOT, "vars:\n  - mine: 1 # too\n"):
-        assert block in after
-    content = YAML(typ="safe", pure=True).load(after)
-    assert list(content["stages"])[-1] == "count"
-    shipped = YAML(typ="safe", pure=True).load(PIPELINE)
-    assert all(content["stages"][name] == stage for name, stage in shipped["stages"].items())
-    assert all(line in after.splitlines() for line in PIPELINE.splitlines())  # comments too
-    for what in ("stages: count", "plots: my norms", "vars"):
-        assert f"dvc.yaml: {what} is yours and stays." in said
-    assert "up to date" in upgrade(project=study)
-
-
-def test_an_edit_that_asks_for_more_stays(study: Project):
-    edited = PIPELINE.replace(
-        "deps: [models/dense, masks, gram, fisher_gram, weights]",
-        "deps: [models/dense, masks, gram, fisher_gram, weights, README.md]",
+def test_edits_of_an_earlier_pipeline_are_merged(earlier: Project):
+    edits = (
+        ("\n# `dvc plots show`", f"\n{OWN}\n# `dvc plots show`"),
+        ("\nartifacts:", f"{PLOT}\nartifacts:"),
+        ("title: Measured sparsity by block", "title: My title"),
+        ("wanda-dvc, causal-lm]\n", "wanda-dvc, causal-lm]\n\nvars:\n  - mine: 1 # too\n"),
     )
-    edited = edited.replace("- ${item.out}\n", "- ${item.out}: { cache: false }\n")
-    edited = edited.replace("title: Measured sparsity by block", "title: My title")
-    write(study, "dvc.yaml", edited)
-    said = upgrade(project=study)
-    assert read(study) == edited
-    for name in ("stages: download", "stages: apply", "plots: sparsity by block"):
-        assert f"dvc.yaml: {name} is kept as you have edited it." in said
+    edit(earlier, "dvc.yaml", *edits)
+    assert "dvc.yaml: your edits are kept.\n" in upgrade(project=earlier)
+    expected = PIPELINE
+    for before, after in edits:
+        expected = expected.replace(before, after, 1)
+    assert read(earlier) == expected
+    assert "dvc.yaml: kept as you have edited it.\n" in upgrade(project=earlier)
+    assert read(earlier) == expected
 
 
-@pytest.mark.parametrize("indent", ["", "  ", "    "])
-def test_an_edited_stage_keeps_its_place_with_a_comment_of_any_indentation(study: Project, indent: str):
-    edited = PIPELINE.replace("  apply:\n", f"  apply:\n{indent}# mine\n")
-    edited = edited.replace("deps: [models/dense, masks, gram,", "deps: [mine, models/dense, masks, gram,")
-    write(study, "dvc.yaml", edited)
-    upgrade(project=study)
-    assert read(study) == edited
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "lost"),
-    [
-        ("params: [zero_shot.limit, dtype]", "params: [dtype]", "without zero_shot.limit of `params`"),
-        (
-            "deps: [models/dense, masks, gram, fisher_gram, weights]",
-            "deps: [models/dense, masks, gram, fisher_gram]",
-            "without weights of `deps`",
-        ),
-        ("      - stats\n", "", "without stats of `outs`"),
-        ("wanda-dvc mask --version", "nice wanda-dvc mask --version", "without the command `wanda-dvc mask"),
-        ("      model: [dense, pruned]\n      task", "      model: [pruned]\n      task", "without `matrix"),
-    ],
-)
-def test_an_edit_that_asks_for_less_is_refused_and_nothing_is_written(
-    study: Project, before: str, after: str, lost: str
-):
-    assert before in PIPELINE
-    write(study, "dvc.yaml", PIPELINE.replace(before, after))
-    there = contents(study.root)
-    with pytest.raises(UserError, match=re.escape(lost)):
-        upgrade(project=study)
-    assert contents(study.root) == there
+def test_an_edit_of_what_this_version_changes_is_refused_and_nothing_is_written(earlier: Project):
+    edit(earlier, "dvc.yaml", ("training, propagation, correction]", "training, propagation, correction, mine]"))
+    line = next(n for n, line in enumerate(read(earlier).splitlines(), start=1) if "correction, mine]" in line)
+    there = contents(earlier.root)
+    with pytest.raises(UserError, match=rf"^dvc.yaml: lines \d+ to {line}: edited, and this version needs\n.*recipe, "):
+        upgrade(project=earlier)
+    assert contents(earlier.root) == there
 
 
 def test_an_edited_plot_template_and_ignore_file_stay(study: Project):
@@ -237,19 +288,12 @@ def test_without_a_dvc_repository_it_says_so(older: Project):
     assert not (older.root / ".dvc").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("stages: [", "dvc.yaml: not valid YAML"),
-        ("- 1", "dvc.yaml: got CommentedSeq, expected a mapping"),
-        ("plots: []\n", "dvc.yaml: no stages, expected a pipeline"),
-    ],
-)
-def test_a_pipeline_that_is_none_is_refused(study: Project, text: str, message: str):
-    write(study, "dvc.yaml", text)
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize(("place", "text"), [("dvc.yaml", "stages: ["), ("dvc.yaml", "- 1"), ("params.yaml", "a: [")])
+def test_a_file_that_cannot_be_read_is_refused(study: Project, place: str, text: str):
+    write(study, place, text)
+    with pytest.raises(UserError, match=rf"^{place}: .*; restore it from git"):
         upgrade(project=study)
-    assert read(study) == text
+    assert read(study, place) == text
 
 
 def test_the_command_says_it(study: Project):
@@ -263,25 +307,36 @@ def test_the_command_says_it(study: Project):
 
 
 @pytest.mark.pipeline
-def test_dvc_runs_what_the_upgrade_says(tmp_path: Path, aged: str):
-    """A setting that is new and has its default runs nothing again; another value runs the stage again."""
+def test_dvc_runs_what_the_upgrade_says(tmp_path: Path):
+    """Stages of the same version do not run again for settings that only have another name."""
     repository = Repository.new(tmp_path / "study", save_tiny_model(tmp_path / "tiny"))
-    repository.repro(tasks__names=[])
-    study, new = Project(repository.root), read(Project(repository.root), "params.yaml")
-    assert load_lock(read(study, "dvc.lock"))["mask"]["params"]["params.yaml"]["correction"] == 0.5
-    whole = read(study, "dvc.lock")
+    end = ("perplexity@dense", "download@calibration", "download@tasks")
+    repository.repro_up_to(*end)
+    study = Project(repository.root)
+    lock = load(read(study, "dvc.lock"))
+    new, ran = read(study, "params.yaml"), read(study, "dvc.lock")
+    earlier = settings_of((EARLIER / "params.yaml").read_text(encoding="utf-8"))
+    own = settings_of(new)
+    moved = {name for names in MOVED for name in names} - {"perplexity.windows", "zero_shot.limit"}
+    before = nested(earlier | {name: own[name] for name in earlier.keys() & own.keys() - moved})
+    for stage in lock["stages"].values():
+        params = stage.get("params", {}).get("params.yaml", {})
+        for name in params:
+            *sections, leaf = name.split(".")
+            params[name] = functools.reduce(operator.getitem, sections, before)[leaf]
+    params["perplexity.rest"] = "dropped"  # the last stage is perplexity
 
-    def age(params: str) -> None:
-        write(study, "dvc.yaml", aged)
-        write(study, "dvc.lock", whole.replace("        correction: 0.5\n", ""))
-        write(study, "params.yaml", params)
+    def age(**changes: Any) -> None:
+        write(study, "params.yaml", json.dumps(nested(dict(flatten(before)) | changes)))
+        write(study, "dvc.lock", json.dumps(lock))
 
-    age(re.sub(r"^correction:.*\n", "", new, flags=re.MULTILINE))
-    assert "every result stays valid" in upgrade(project=Project(study.root))
-    assert (read(study), read(study, "dvc.lock")) == (PIPELINE, whole)
-    assert repository.repro() == set()
+    age()
+    said = upgrade(project=Project(study.root))
+    assert settings_of(read(study, "params.yaml")) == own
+    assert load(read(study, "dvc.lock")) == load(ran)
+    assert not re.search(r"^  (locate|download|perplexity@dense)", said, re.MULTILINE)
+    assert repository.repro_up_to(*end) == set()
 
-    age(new.replace("correction: 0.5", "correction: 0.6"))
-    assert "\n  mask: also depends on correction" in upgrade(project=Project(study.root))
-    assert repository.repro() == {"mask"}
-    write_params(repository.root, repository.model)
+    age(**{"perplexity.windows": 3})
+    assert "\n  perplexity@dense: other settings: perplexity.windows\n" in upgrade(project=Project(study.root))
+    assert repository.repro_up_to(*end) == {"perplexity@dense"}

@@ -64,7 +64,8 @@ def init(
         for place, file in FILES.items():
             write_text(folder / place, params if place == "params.yaml" else file.read_text(encoding="utf-8"))
         _git(folder, "add", "--all", ".")
-        committed = around is None and _commit(folder)
+        commit = ("commit", "--quiet", "--message", "Begin a pruning study")
+        committed = around is None and not git(folder, *commit).returncode  # experiments start from a commit
     except BaseException:
         _undo(folder, there, had_git)
         raise
@@ -105,17 +106,7 @@ def _repository_around(folder: Path) -> Path | None:
 
     UserError without git, or where git refuses the repository, such as another user's.
     """
-    start = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-    if shutil.which("git") is None:
-        raise UserError("git: not found, expected it on PATH: DVC keeps experiments in git; install it")
-    done = subprocess.run(
-        ["git", "rev-parse", "--show-toplevel"],
-        cwd=start,
-        env=os.environ | {"LC_ALL": "C"},  # its answer is read
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = git(next(parent for parent in (folder, *folder.parents) if parent.is_dir()), "rev-parse", "--show-toplevel")
     if done.returncode == 0:
         return Path(done.stdout.strip()).resolve()
     if (folder / ".git").exists() or "not a git repository" not in done.stderr:
@@ -150,17 +141,16 @@ def _init_dvc(folder: Path, *, inside: bool) -> None:
         raise UserError(f"{folder}: DVC cannot make a repository here: {' '.join(str(error).split())}") from None
 
 
-def _commit(folder: Path) -> bool:
-    """Commit the new study: experiments start from a commit. Return False where git knows no author."""
-    done = subprocess.run(
-        ["git", "commit", "--quiet", "--message", "Begin a pruning study"], cwd=folder, capture_output=True, check=False
-    )
-    return done.returncode == 0
+def git(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run git in a folder, in English, because its answer is read. UserError without git."""
+    if shutil.which("git") is None:
+        raise UserError("git: not found, expected it on PATH: DVC keeps experiments in git; install it")
+    env = os.environ | {"LC_ALL": "C"}
+    return subprocess.run(["git", *words], cwd=folder, env=env, capture_output=True, encoding="utf-8", check=False)
 
 
 def _git(folder: Path, *words: str) -> None:
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
+    if (done := git(folder, *words)).returncode:
         raise UserError(f"{folder}: `git {' '.join(words)}` failed: {' '.join(done.stderr.split())}")
 
 

@@ -1,106 +1,72 @@
 """Bring an older study to this version: its pipeline, plots, ignore files and settings.
 
-What was shipped once and nobody has edited is replaced; `known.json` has the digests of all that was shipped. What the
-user has added or edited stays, or the upgrade is refused with the reason. Text is moved in whole blocks, with comments.
+An unedited file is replaced: `template/known.json` has the digest of each file that any version shipped. An edited
+file is merged by git with the nearest shipped file as the base: this version's, or one in `template/earlier/`.
+`MOVED` and `GONE` say what the settings of earlier versions are now.
 """
 
 import difflib
 import json
+import re
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
+from wanda_dvc.catalog import RECIPES, TEXTS
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import check_params, settings
-from wanda_dvc.reading import read_text
+from wanda_dvc.params import CalibrationText, Params, Text, settings
+from wanda_dvc.reading import name_of, read_text
 from wanda_dvc.study.files import Json, write_text
-from wanda_dvc.study.presets import PARAMS, with_settings
+from wanda_dvc.study.presets import with_settings
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import digest
 from wanda_dvc.study.ran import LOCK, read_lock
-from wanda_dvc.study.scaffold import FILES, PIPELINE, TEMPLATE, quiet
-from wanda_dvc.study.settings import flatten
+from wanda_dvc.study.scaffold import FILES, PIPELINE, TEMPLATE, git, quiet
+from wanda_dvc.study.settings import Settings, flatten, nested
 
-SECTIONS = ("stages", "plots", "artifacts")
-IGNORED = (".gitignore", ".dvcignore")
-# Values that params.yaml once came with and that mean something else now: they become today's.
-ONCE = {"training.rate": 0.0003}  # was no share of the weights
+PARAMS = "params.yaml"
+OWN = ("README.md", ".dvc/config")  # the user's from the first day
 SHARED, UNSHARED = "        - ${item.out}\n", "        - ${item.out}: { push: false }\n"
+CONFLICT = re.compile(r"^<{7} mine\n(.*?)^\|{7} base\n(.*?)^={7}\n(.*?)^>{7} new\n", re.MULTILINE | re.DOTALL)
 RESTORE = "restore it from git"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The new texts of a study's files, by place, and what is said about them."""
-
-    new: dict[str, str]
-    old: dict[str, str]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def changed(self) -> list[str]:
-        """The places whose text changes."""
-        return [place for place, text in self.new.items() if text != self.old[place]]
-
-    def difference(self) -> str:
-        """Return the changes as a unified diff."""
-        lines: list[str] = []
-        for place in self.changed:
-            before, after = (texts[place].splitlines(keepends=True) for texts in (self.old, self.new))
-            lines += difflib.unified_diff(before, after, f"a/{place}", f"b/{place}")
-        return "".join(lines).rstrip("\n")
+CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")
+TEXT = ("source", "config", "revision", "split", "column", "join")
 
 
 def upgrade(*, project: Project, dry_run: bool = False) -> str:
     """Bring a study's files to this version. Return the difference and the stages that will run again, each with why.
 
-    With `dry_run` nothing is written. UserError, with nothing written, where an edited stage cannot be kept.
+    With `dry_run` nothing is written. UserError, with nothing written, where an edit conflicts with this version.
     """
-    plan = _plan(project)
-    if not plan.changed:
-        return "\n".join([*plan.notes, f"{project.root}: up to date with this wanda-dvc."])
-    lock = read_lock(project.root)
-    stages = _stages(project, plan.new)
-    carried = _carry(stages, lock, _load(plan.new["params.yaml"], "params.yaml"))
-    said = list(_reruns(stages, carried)) if lock else ["Nothing has run yet."]
-    if not dry_run:
-        for place in plan.changed:
-            write_text(_path(project, place), plan.new[place])
-        if carried != lock:
-            _write_lock(project, carried)
-    done = "Would change" if dry_run else "Changed"
-    return "\n".join([plan.difference(), "", *plan.notes, f"{done}: {', '.join(plan.changed)}.", *said])
-
-
-def _plan(project: Project) -> Plan:
-    known = shipped_ever()
-    old: dict[str, str] = {}
-    new: dict[str, str] = {}
+    old = {place: _path(project, place) for place in FILES if place not in OWN}
+    texts = {place: read_text(path, RESTORE) if path.is_file() else "" for place, path in old.items()}
     notes: list[str] = []
-    for place, file in FILES.items():
-        path, shipped = _path(project, place), file.read_text(encoding="utf-8")
-        if place in ("README.md", ".dvc/config"):
-            continue  # the user's own from the first day
-        old[place] = read_text(path, RESTORE) if path.is_file() else ""
-        if place == PIPELINE:
-            new[place] = _pipeline(old[place], shipped, known, notes)
-        elif place == "params.yaml":
-            new[place] = _params(old[place])
-        elif place in IGNORED:
-            lacking = [line for line in shipped.splitlines() if line not in old[place].splitlines()]
-            new[place] = "\n".join([*old[place].splitlines(), *lacking, ""])
-        elif old[place] and old[place] != shipped and digest(old[place]) not in known:
-            new[place] = old[place]
-            notes.append(f"{place}: kept as you have edited it.")
-        else:
-            new[place] = shipped
-    return Plan(new, old, notes)
+    new = {place: _brought(place, text, notes) for place, text in texts.items()}
+    changed = [place for place, text in new.items() if text != texts[place]]
+    stages = _stages(project, new)
+    if not changed:
+        return "\n".join([*notes, f"{project.root}: up to date with this wanda-dvc."])
+    lock = read_lock(project.root)
+    carried = _carry(stages, lock, _settings_of(texts[PARAMS] or new[PARAMS]))
+    said = list(_reruns(stages, carried, nested(_settings_of(new[PARAMS])))) if lock else ["Nothing has run yet."]
+    if not dry_run:
+        for place in changed:
+            write_text(old[place], new[place])
+        _write_lock(project, {name: stage for name, stage in carried.items() if stage != lock[name]})
+    difference = "".join(
+        line
+        for place in changed
+        for line in difflib.unified_diff(
+            texts[place].splitlines(keepends=True), new[place].splitlines(keepends=True), f"a/{place}", f"b/{place}"
+        )
+    )
+    done = "Would change" if dry_run else "Changed"
+    return "\n".join([difference, *notes, f"{done}: {', '.join(changed)}.", *said])
 
 
 def _path(project: Project, place: str) -> Path:
@@ -108,223 +74,213 @@ def _path(project: Project, place: str) -> Path:
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
 
-    if not place.startswith(".dvc/"):
-        return project.root / place
     try:
-        return Path(Repo.find_root(str(project.root))) / place
+        return Path(Repo.find_root(str(project.root)) if place.startswith(".dvc/") else project.root) / place
     except NotDvcRepoError:
         raise UserError(f"{project.root}: no DVC repository, expected a study in one; run `dvc init`") from None
 
 
-# --- the pipeline ---
+# --- files ---
 
 
 def shipped_ever() -> frozenset[str]:
-    """Return the digests of all that any version has written."""
+    """Return the digests of all files that any version has shipped."""
     return frozenset(json.loads((TEMPLATE / "known.json").read_text(encoding="utf-8")))
 
 
-def _pipeline(old: str, shipped: str, known: frozenset[str], notes: list[str]) -> str:
-    """Return the pipeline of this version, with what the user has added or edited."""
-    if not old:
-        return shipped
-    theirs, ours = _load(old, PIPELINE), _load(shipped, PIPELINE)
-    if not isinstance(theirs.get("stages"), CommentedMap):
-        raise UserError(f"{PIPELINE}: no stages, expected a pipeline; {RESTORE}, or remove it and run this again")
-    lines, own = shipped.splitlines(), old.splitlines()
-    edits: list[tuple[int, int, list[str]]] = []  # lines of ours from, to, and what stands there instead
-    problems: list[str] = []
-    for section in SECTIONS:
-        mine = _blocks(ours[section], lines)
-        for name, (begin, end, content) in _blocks(theirs.get(section), own).items():
-            if digest(content) in known or (name in mine and content == mine[name][2]):
-                continue
-            if section == "stages" and name in mine and (lost := _lacking(content, mine[name][2])):
-                problems.append(
-                    f"{PIPELINE}: {name}: edited, and without {lost}, expected the stage as this wanda-dvc runs it; "
-                    "undo the edit, run this again, and make the edit in the new text"
-                )
-                continue
-            last = max(stop for _, stop, _ in mine.values())
-            first, stop = mine[name][:2] if name in mine else (last, last)
-            blank = [""] if section == "stages" and name not in mine else []
-            edits.append((first, stop, [*blank, *_indented(own[begin:end])]))
-            how = "kept as you have edited it" if name in mine else "yours and stays"
-            notes.append(f"{PIPELINE}: {section}: {name} is {how}.")
-    for key in theirs.keys() - ours.keys():
-        begin, end, _ = _blocks(theirs, own)[key]
-        edits.append((len(lines), len(lines), ["", *own[begin:end]]))
-        notes.append(f"{PIPELINE}: {key} is yours and stays.")
-    if problems:
-        raise UserError(*problems)
-    edits.sort(key=lambda edit: edit[0])
-    for begin, end, block in reversed(edits):  # from the last line up
-        lines[begin:end] = block
-    text = _unshared(theirs, "\n".join([*lines, ""]), notes)
-    _load(text, PIPELINE)
-    return text
+def _brought(place: str, old: str, notes: list[str]) -> str:
+    """Return the text of a file of the scaffold in this version. UserError where an edit conflicts with it."""
+    new = FILES[place].read_text(encoding="utf-8")
+    if place == PARAMS and old:
+        return _migrated(old, new, notes)
+    if place.endswith("ignore"):
+        return "\n".join([*old.splitlines(), *(line for line in new.splitlines() if line not in old.splitlines()), ""])
+    if old not in ("", new) and digest(old) not in shipped_ever():
+        done = _merge(place, old, new)
+        if done.returncode:
+            raise UserError(*_conflicts(place, old, done.stdout))
+        new = done.stdout
+        notes.append(f"{place}: {'kept as you have edited it' if new == old else 'your edits are kept'}.")
+    if place == PIPELINE and "push: false" in old and SHARED in new:  # what is private stays private
+        new = new.replace(SHARED, UNSHARED)
+        notes.append(f"{place}: download: `push: false` stays, so `dvc pull` needs --allow-missing (docs/sharing.md).")
+    return new
 
 
-def _unshared(theirs: Json, text: str, notes: list[str]) -> str:
-    """Keep an older study's model and texts off its remote."""
-    if '"push": false' in json.dumps(theirs["stages"].get("download")) and SHARED in text:
-        notes.append(
-            f"{PIPELINE}: download: `push: false` stays, so `dvc pull` needs --allow-missing (docs/sharing.md)."
+def _merge(place: str, mine: str, new: str) -> Any:
+    """Merge an edited file with this version's. A return code other than 0 is the number of conflicts."""
+
+    def likeness(text: str) -> float:
+        return difflib.SequenceMatcher(None, text.splitlines(), mine.splitlines(), autojunk=False).ratio()
+
+    file, versions = FILES[place], (TEMPLATE / "earlier").iterdir()
+    shipped = [file, *(earlier for version in versions if (earlier := version / file.name).is_file())]
+    base = max((one.read_text(encoding="utf-8") for one in shipped), key=likeness)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, text in (("mine", mine), ("base", base), ("new", new)):
+            write_text(Path(scratch, name), text)
+        words = ("merge-file", "--stdout", "--quiet", "--diff3", "mine", "base", "new")
+        return git(Path(scratch), *words)
+
+
+def _conflicts(place: str, mine: str, merged: str) -> Iterator[str]:
+    """Yield a problem for each edit that git cannot merge, with its lines in the user's file."""
+    at = 0
+    for edit, _, ours in CONFLICT.findall(merged):
+        at = max(at, mine.find(edit, at))
+        first, last = (mine.count("\n", 0, end) for end in (at, at + len(edit)))
+        where = f"lines {first + 1} to {last}" if edit else "removed lines"
+        yield (
+            f"{place}: {where}: edited, and this version needs\n{ours}"
+            "Undo the edit, run this again, and make the edit in the new text."
         )
-        return text.replace(SHARED, UNSHARED)
-    return text
 
 
-def _lacking(edited: Json, ours: Json) -> str:
-    """Say what a stage of ours has and an edited one lacks; "" where it asks for at least as much."""
-    if not isinstance(edited, dict):
-        return "its definition"
-    inner, wanted = edited.get("do", edited), ours.get("do", ours)
-    if inner.get("cmd") != wanted["cmd"]:
-        return f"the command `{wanted['cmd']}`"
-    for key in ("foreach", "matrix"):
-        if edited.get(key) != ours.get(key):
-            return f"`{key}: {ours.get(key)}`"
-    for key in ("deps", "params", "outs", "metrics"):
-        there = {_named(one) for one in inner.get(key, [])}
-        lost = [name for one in wanted.get(key, []) if (name := _named(one)) not in there]
-        if lost:
-            return f"{', '.join(lost)} of `{key}`"
-    return ""
+# --- settings ---
 
 
-def _named(entry: Any) -> str:
-    return next(iter(entry)) if isinstance(entry, dict) else str(entry)
+def _text(part: str, kind: type[Text]) -> Callable[..., Settings]:
+    def move(*values: Any) -> Settings:
+        source, config, revision, *others = values
+        if source not in TEXTS:
+            source += (f":{config}" if config else "") + (f"@{revision}" if revision else "")
+            revision = None
+        own = vars(kind(source=source).chosen)
+        new = {key: None if value == own[key] else value for key, value in zip(TEXT[3:], others, strict=True)}
+        new |= {"source": source, "revision": revision} | ({"column": None} if new["column"] == "text" else {})
+        return {f"{part}.text.{key}": x for key, x in new.items() if x is not None or key in kind.model_fields}
+
+    return move
 
 
-# --- params.yaml ---
+def _statistics(gram: str, fisher: int, fisher_gram: str) -> Settings:
+    by_gradients = fisher > 0 or fisher_gram != "none"
+    return {"calibration.statistics": "fisher" if by_gradients else "norms" if gram == "none" else "gram"}
 
 
-def _params(old: str) -> str:
-    """Return settings with those that are new, each with its default and its comment, and without those of `ONCE`."""
-    text, shipped = old, PARAMS.read_text(encoding="utf-8")
-    if not old:
-        return shipped
-    default = dict(flatten(_load(shipped, "params.yaml")))
-    for name, _ in settings():
-        have = dict(flatten(_load(text, "params.yaml")))
-        if name not in have and not any(key.startswith(f"{name}.") for key in have):
-            text = _with_setting(text, shipped, name, default[name])
-        elif name in ONCE and have.get(name) == ONCE[name]:
-            text = with_settings(text, {name: default[name]})[0]
-    check_params(_load(text, "params.yaml"))
-    return text
+def _recipe(*values: str) -> Settings:
+    """Name the recipe that leaves the fewest choices explicit; of several one of the same method, then the default."""
+    asked = dict(zip(CHOICES, values, strict=True))
+    found: list[Settings] = []
+    for recipe in sorted(RECIPES.values(), key=lambda recipe: recipe.name != Params.model_fields["recipe"].default):
+        own = vars(recipe) | {"group": recipe.group_with.get(asked["method"], recipe.group)}
+        explicit = {name: None if value == own[name] else value for name, value in asked.items()}
+        found.append({"recipe": recipe.name} | explicit)
+    return min(found, key=lambda new: (sum(value is not None for value in new.values()), new["method"] is not None))
 
 
-def _with_setting(text: str, shipped: str, name: str, value: Any) -> str:
-    """Add a setting after the one that it follows in a new params.yaml, with its section where that is missing too."""
-    lines, source = text.splitlines(), shipped.splitlines()
-    here: Any = _load(text, "params.yaml")
-    there: Any = _load(shipped, "params.yaml")
-    for word in name.split("."):
-        if isinstance(here.get(word), dict):
-            here, there = here[word], there[word]
-            continue
-        blocks, mine = _blocks(here, lines), _blocks(there, source)
-        if here.fa.flow_style() or not blocks:
-            return with_settings(text, {name: value})[0]
-        order = list(mine)
-        earlier = order[: order.index(word)]
-        before = [key for key in earlier if key in blocks]
-        begin, end, _ = mine[word]
-        above = source[mine[earlier[-1]][1] if earlier else begin : begin]  # blank lines and comments
-        at = blocks[before[-1]][1] if before else min(first for first, _, _ in blocks.values())
-        if lines[at : at + len(above)] == above:
-            at, above = at + len(above), []
-        block = [
-            " " * here.lc.col + line[there.lc.col :] if line.strip() else line for line in [*above, *source[begin:end]]
-        ]
-        return "\n".join([*lines[:at], *block, *lines[at:], ""])
-    return text
+# Settings of earlier versions, and the function from their values to the settings of this version. A name of an earlier
+# version in the result has a value that this version cannot express.
+MOVED: Mapping[tuple[str, ...], Callable[..., Settings]] = {
+    tuple(f"calibration.text.{name}" for name in TEXT): _text("calibration", CalibrationText),
+    tuple(f"perplexity.text.{name}" for name in TEXT): _text("perplexity", Text),
+    ("calibration.gram", "calibration.fisher", "calibration.fisher_gram"): _statistics,
+    CHOICES: _recipe,
+    ("perplexity.windows", "perplexity.rest"): lambda windows, rest: {
+        "perplexity.windows": "all" if windows is None and rest == "kept" else windows
+    },
+    ("tasks.source",): lambda source: {"tasks.source": "embedded" if source == "samples" else source},
+    ("zero_shot.limit",): lambda limit: {"zero_shot.limit": limit},
+    ("runtime.workers",): lambda workers: {"runtime.ray": workers},
+}
+# Settings that are gone, and the values that mean what this version always does.
+GONE: Mapping[str, tuple[Any, ...]] = {
+    "calibration.gram": ("none", "float16"),
+    "calibration.fisher": (0, 8),
+    "calibration.fisher_gram": ("none", "float16"),
+    "correction": (0.5,),
+    "training.epochs": (3,),
+    "training.rate": (0.02, 0.0003),  # the latter was the default once, in another unit
+    "training.seed": (0,),
+    "runtime.threads": (None,),
+    "runtime.memory_gb": (None,),
+    "runtime.compile": ("off",),
+}
 
 
-# --- blocks of text ---
+def migrate(given: Settings, study: Settings) -> Settings:
+    """Return settings as this version has them; `study` is all settings of the study that they are a part of.
 
-
-def _load(text: str, place: str) -> Any:
-    """Load YAML with the places of its nodes."""
-    try:
-        content = YAML().load(text)
-    except YAMLError as error:
-        raise UserError(f"{place}: not valid YAML: {' '.join(str(error).split())}; {RESTORE}") from None
-    if not isinstance(content, CommentedMap):
-        raise UserError(f"{place}: got {type(content).__name__}, expected a mapping; {RESTORE}")
-    return content
-
-
-def _blocks(node: Any, lines: list[str]) -> dict[str, tuple[int, int, Json]]:
-    """Return the lines, from and to, and the content of every entry of a mapping or list, by its name.
-
-    Blank lines and comments between two entries belong to neither. A comment ends no entry, however it is indented.
+    This version's settings stay. A name of an earlier version remains where its value cannot be expressed.
     """
-    if isinstance(node, CommentedMap):
-        starts = [(str(key), node.lc.key(key)[0], node[key]) for key in node]
-    elif isinstance(node, CommentedSeq):
-        starts = [(_named(one), node.lc.item(index)[0], one) for index, one in enumerate(node)]
-    else:
-        return {}
-    found = {}
-    for name, begin, content in starts:
-        indent = len(lines[begin]) - len(lines[begin].lstrip())
-        end = begin + 1
-        for number in range(begin + 1, len(lines)):
-            line = lines[number]
-            if not line.strip():
-                continue
-            if len(line) - len(line.lstrip()) > indent:
-                end = number + 1
-            elif not line.lstrip().startswith("#"):
-                break
-        found[name] = (begin, end, json.loads(json.dumps(content)))
-    return found
+    if "recipe" in study:
+        return given
+    full = _earlier() | study | given
+    moved = [names for names in MOVED if given.keys() & names]
+    new = {
+        name: value for name, value in given.items() if name not in {*GONE, *(old for names in moved for old in names)}
+    }
+    for names in moved:
+        new |= MOVED[names](*(full[name] for name in names))
+    return new | {name: given[name] for name in GONE if name in given and given[name] not in GONE[name]}
 
 
-def _indented(block: list[str]) -> list[str]:
-    """Return the block of an entry indented as ours are."""
-    indent = len(block[0]) - len(block[0].lstrip())
-    more, less = " " * (2 - indent), " " * (indent - 2)  # a comment may have less indentation than the entry
-    return [more + line.removeprefix(less) if line.strip() else "" for line in block]
+@cache
+def _earlier() -> Settings:
+    """Return the settings of a new study of the last version before recipes."""
+    return _settings_of((TEMPLATE / "earlier/2026-11" / PARAMS).read_text(encoding="utf-8"))
+
+
+def _migrated(old: str, shipped: str, notes: list[str]) -> str:
+    """Return the text of params.yaml with this version's settings. The user's values stay, and comments if possible."""
+    given, earlier = _settings_of(old), {*GONE, *(name for names in MOVED for name in names)}
+    new = _settings_of(shipped) | migrate(given, given)
+    for name in sorted(new.keys() & earlier - dict(settings()).keys()):
+        notes.append(f"{PARAMS}: {name}: {new.pop(name)!r} is dropped: this version has no such setting.")
+    if new == given:
+        return old
+    text, _ = with_settings(shipped, new)
+    merged = CONFLICT.sub(_own_comments, _merge(PARAMS, old, text).stdout)
+    return merged if _settings_of(merged) == new else text
+
+
+def _own_comments(conflict: re.Match[str]) -> str:
+    edit, base, new = conflict.groups()
+    comments = [line for line in edit.splitlines(keepends=True) if line.lstrip().startswith("#") and line not in base]
+    return "".join(comments) + new
+
+
+def _settings_of(text: str) -> Settings:
+    """Return the settings in the text of a params.yaml. UserError where it is none."""
+    try:
+        content = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise UserError(f"{PARAMS}: not valid YAML: {' '.join(str(error).split())}; {RESTORE}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{PARAMS}: got {name_of(content)}, expected a mapping of settings; {RESTORE}")
+    return dict(flatten(content))
 
 
 # --- what ran before ---
 
 
-def _carry(stages: dict[str, Json], lock: Json, asked: Json) -> Json:
-    """Return the lock with the settings that a stage of the same version has gained and that have their default.
+def _carry(stages: dict[str, Json], lock: Json, study: Settings) -> Json:
+    """Return the lock with this version's names of settings.
 
-    The version says that the results are the same, so such a stage does not run again.
+    Settings that a stage has gained get their default: a stage of the same version has the same results with it.
     """
-    default = _load(PARAMS.read_text(encoding="utf-8"), "params.yaml")
     carried: Json = json.loads(json.dumps(lock))
+    default = _settings_of(FILES[PARAMS].read_text(encoding="utf-8"))
     for name, stage in stages.items():
-        if carried.get(name, {}).get("cmd") != stage["cmd"]:
-            continue
-        params = carried[name].setdefault("params", {}).setdefault("params.yaml", {})
-        gained = {key: _at(asked, key) for key in stage["params"] if key not in params}
-        params |= {key: value for key, value in gained.items() if value == _at(default, key)}
+        if name in carried and stage["params"]:
+            params = carried[name].setdefault("params", {})
+            ran = nested(default | migrate(dict(flatten(params.get(PARAMS, {}))), study))
+            params[PARAMS] = {key: _at(ran, key) for key in sorted(stage["params"])}
     return carried
 
 
 def _write_lock(project: Project, stages: Json) -> None:
-    """Write the settings of stages into dvc.lock, as DVC writes them."""
     from dvc.utils.serialize import modify_yaml
 
-    with modify_yaml(str(project.root / LOCK)) as content:
-        for name, stage in stages.items():
-            if "params" in stage:
-                content["stages"][name]["params"] = {
-                    file: dict(sorted(values.items())) for file, values in stage["params"].items()
-                }
+    if stages:
+        with modify_yaml(str(project.root / LOCK)) as content:
+            for name, stage in stages.items():
+                content["stages"][name]["params"] = stage["params"]
 
 
-def _reruns(stages: dict[str, Json], ran: Json) -> Iterator[str]:
+def _reruns(stages: dict[str, Json], ran: Json, asked: Json) -> Iterator[str]:
     """Yield a line for each stage that DVC runs again whatever the data are, and why."""
-    reasons = {name: "; ".join(_why(stage, ran.get(name))) for name, stage in stages.items()}
+    reasons = {name: "; ".join(_why(stage, ran.get(name), asked)) for name, stage in stages.items()}
     if any(reasons.values()):
         yield "`dvc repro` runs again, and then what reads their results where these have changed:"
         yield from (f"  {name}: {why}" for name, why in reasons.items() if why)
@@ -334,26 +290,26 @@ def _reruns(stages: dict[str, Json], ran: Json) -> Iterator[str]:
         yield f"No longer a stage: {', '.join(gone)}."
 
 
-def _why(stage: Json, ran: Json | None) -> Iterator[str]:
+def _why(stage: Json, ran: Json | None, asked: Json) -> Iterator[str]:
     if ran is None:
         yield "has not run"
         return
     if stage["cmd"] != ran.get("cmd"):
         yield f"`{ran.get('cmd')}` is now `{stage['cmd']}`"
-    before = {
-        "deps": {one["path"] for one in ran.get("deps", [])},
-        "outs": {one["path"] for one in ran.get("outs", [])},
-        "params": set(ran.get("params", {}).get("params.yaml", {})),
-    }
-    for key, what in (("deps", "also reads"), ("outs", "also writes"), ("params", "also depends on")):
-        if new := sorted(set(stage[key]) - before[key]):  # DVC ignores what a stage has no more
+    for key, what in (("deps", "also reads"), ("outs", "also writes")):
+        if new := sorted(
+            set(stage[key]) - {one["path"] for one in ran.get(key, [])}
+        ):  # DVC ignores those that are gone
             yield f"{what} {', '.join(new)}"
+    before = ran.get("params", {}).get(PARAMS, {})
+    if changed := sorted(key for key in stage["params"] if key not in before or before[key] != _at(asked, key)):
+        yield f"other settings: {', '.join(changed)}"
 
 
 def _stages(project: Project, texts: dict[str, str]) -> dict[str, Json]:
     """Return command, deps, outs and params of each stage, as DVC reads the new texts. UserError where it cannot.
 
-    The texts are read in a directory of their own, beside links to the study's other files, which dvc.yaml may name.
+    The texts are read in a directory of their own, with links to the study's other files, which dvc.yaml may name.
     """
     from dvc.dependency.param import ParamsDependency
     from dvc.exceptions import DvcException
@@ -365,26 +321,25 @@ def _stages(project: Project, texts: dict[str, str]) -> dict[str, Json]:
         for path in project.root.iterdir():
             if path.is_file() and path.name not in texts:
                 (root / path.name).symlink_to(path)
-        for place in (PIPELINE, "params.yaml"):
+        for place in (PIPELINE, PARAMS):
             write_text(root / place, texts[place])
         try:
             with quiet(), Repo.init(str(root), no_scm=True) as repo:
                 stages = [stage for stage in repo.index.stages if stage.path == str(root / PIPELINE)]
         except DvcException as error:
-            problem = " ".join(str(error).split())
-            raise UserError(f"{PIPELINE}: DVC cannot read what the upgrade would write: {problem}") from None
+            raise UserError(f"{PIPELINE}: DVC cannot read it: {' '.join(str(error).split())}; {RESTORE}") from None
         for stage in stages:
             params = [dep for dep in stage.deps if isinstance(dep, ParamsDependency)]
-            found[stage.addressing] = {
+            found[stage.addressing.rpartition(":")[2]] = {
                 "cmd": stage.cmd,
                 "deps": [dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)],
                 "outs": [out.def_path for out in stage.outs],
-                "params": [key for dep in params for key in dep.params],
+                "params": [key for dep in params if dep.def_path == PARAMS for key in dep.params],
             }
-    return {name.rpartition(":")[2]: stage for name, stage in found.items()}
+    return found
 
 
 def _at(content: Any, name: str) -> Any:
     for word in name.split("."):
         content = content.get(word) if isinstance(content, dict) else None
-    return json.loads(json.dumps(content))
+    return content
