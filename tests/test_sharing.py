@@ -55,7 +55,7 @@ OPEN = Repository("dataset", "org/open", "c" * 40, (), "where")
 
 
 def test_every_source_tells_what_is_gated():
-    text: dict[str, Any] = {"wanted": Text(source="org/gated", split="train", join=" "), "setting": "x", "title": "x"}
+    text: dict[str, Any] = {"wanted": Text(source="org/gated").chosen, "where": "x", "title": "x"}
     named = NamedText("org/gated", None, "text")
     assert HubModel(GATED).gated == TextSource(**text, dataset=named, place=GATED).gated == ("org/gated",)
     assert HubModel(OPEN).gated == TextSource(**text, dataset=named, place=Path("x")).gated == ()

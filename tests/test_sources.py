@@ -481,11 +481,11 @@ def test_texts_come_from_the_hub_at_a_commit(
 ):
     hub.revisions["refs/convert/parquet"] = "b" * 40
     asked = data(name, config, "validation", [{column: "one é"}, {column: "two"}])
-    changes = {"column": "body", "revision": "v1"} if source == "org/prose" else {}
+    own = source == "org/prose"
     made = project(
-        calibration__text__source=source,
+        calibration__text__source=f"{source}@v1" if own else source,
         calibration__text__split="validation",
-        **{f"calibration__text__{key}": value for key, value in changes.items()},
+        calibration__text__column="body" if own else None,
     )
     download(project=made, part="calibration")
     assert made.text("calibration") == "one é two"
@@ -498,7 +498,7 @@ def test_texts_come_from_the_hub_at_a_commit(
 @pytest.mark.parametrize("odd", [None, 0, [], {}])
 def test_a_row_of_the_hub_that_is_no_text_is_told(project: Make, data, odd: object):
     data("org/prose", "good", "validation", [{"body": "one"}, {"body": odd}])
-    wanted = {"source": "org/prose", "config": "good", "split": "validation", "column": "body"}
+    wanted = {"source": "org/prose:good", "split": "validation", "column": "body"}
     made = project(**{f"calibration__text__{name}": value for name, value in wanted.items()})
     with pytest.raises(UserError, match=f"column `body` holds {name_of(odd)}, expected text"):
         download(project=made, part="calibration")
@@ -510,14 +510,14 @@ def test_a_row_of_the_hub_that_is_no_text_is_told(project: Make, data, odd: obje
         ({"column": "title"}, "text.column: org/prose: found body, rank, expected a column `title`"),
         ({"column": "rank"}, "text.column: org/prose: column `rank` holds a number, expected text"),
         ({"split": "dev"}, r"org/prose, config good, split dev: .*validation"),
-        ({"config": "bad"}, r"org/prose, config bad, split validation: .*good"),
+        ({"source": "org/prose:bad"}, r"org/prose, config bad, split validation: .*good"),
     ],
 )
 def test_a_column_split_or_config_that_is_not_there_says_which_are(
     project: Make, data, changes: dict[str, Any], message: str
 ):
     data("org/prose", "good", "validation", [{"body": "one", "rank": 1}])
-    wanted = {"source": "org/prose", "config": "good", "split": "validation", "column": "body"} | changes
+    wanted = {"source": "org/prose:good", "split": "validation", "column": "body"} | changes
     made = project(**{f"calibration__text__{key}": value for key, value in wanted.items()})
     with pytest.raises(UserError, match=message):
         download(project=made, part="calibration")
@@ -609,7 +609,7 @@ def test_perplexity_on_c4_is_on_its_joined_documents(project: Make, hub: Hub):
     hub.add("datasets/allenai/c4", **{"en__c4-validation.00000-of-00008.json.gz": content})
     made = project(perplexity__text__source="c4", perplexity__text__split="validation")
     download(project=made, part="perplexity")
-    assert made.text("perplexity") == "one\n\ntwo é"
+    assert made.text("perplexity") == "one two é"
 
 
 @pytest.mark.parametrize(

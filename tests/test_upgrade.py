@@ -22,7 +22,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import FILES, TEMPLATE, init
 from wanda_dvc.study.settings import Settings, flatten, nested
-from wanda_dvc.study.upgrade import GONE, MOVED, _migrated, upgrade
+from wanda_dvc.study.upgrade import GONE, MOVED, _carry, _migrated, upgrade
 
 PIPELINE = FILES["dvc.yaml"].read_text(encoding="utf-8")
 PARAMS = FILES["params.yaml"].read_text(encoding="utf-8")
@@ -304,6 +304,16 @@ def test_the_command_says_it(study: Project):
     assert not (study.root / "dvc.yaml").exists()
     assert wanda_dvc("init", "--upgrade", "--model", "a/b", cwd=study.root).returncode == 2
     assert wanda_dvc("init", "--dry-run", cwd=study.root / ".dvc").returncode == 2
+
+
+@pytest.mark.parametrize(("join", "carried"), [("\n\n", False), (" ", True)])
+def test_a_stage_runs_again_if_this_version_cannot_express_its_settings(join: str, carried: bool):
+    """The rows of C4 are always joined by a space."""
+    text = {"source": "c4", "config": None, "revision": None, "split": "validation", "column": "text", "join": join}
+    lock = {"download@perplexity": {"params": {"params.yaml": {"perplexity.text": text}}}}
+    after = _carry({"download@perplexity": {"params": ["perplexity.text"]}}, lock, {})
+    new = {"source": "c4", "split": None, "column": None}
+    assert after["download@perplexity"]["params"]["params.yaml"]["perplexity.text"] == (new if carried else text)
 
 
 @pytest.mark.pipeline

@@ -93,7 +93,7 @@ def fetch_model(repository: Repository, target: Path) -> list[Path]:
     if "config.json" not in here:
         raise UserError(f"{where}: {name} has no config.json, expected a Hugging Face model")
     repository.fetch(target, "config.json")
-    check_decoder(target, f"{where}: {name}")
+    check_decoder(target, here, f"{where}: {name}")
     if not {SINGLE, INDEX} & set(here):
         pickles = [file for file in here if _matches(file, PICKLES)]
         weights = [file for file in here if _matches(file, ("*.safetensors", "*.gguf"))]
@@ -104,7 +104,6 @@ def fetch_model(repository: Repository, target: Path) -> list[Path]:
             )
         found = ", ".join(weights or here)
         raise UserError(f"{where}: {name}: found {found}, expected {SINGLE} or {INDEX}; name another repository")
-    check_tokenizer(here, f"{where}: {name}")
     shards = [SINGLE]
     if INDEX in here:
         repository.fetch(target, INDEX)
@@ -186,10 +185,9 @@ def _files(source: Path) -> list[Path]:
     if not (is_there(source) and source.is_dir()):
         raise UserError(f"{SETTING}: {source} is no directory; name one that holds a Hugging Face model")
     shards = Checkpoint(source).shards
-    check_decoder(source, str(source))
-    check_tokenizer([path.name for path in source.iterdir()], str(source))
-    others = {path for path in source.iterdir() if _matches(path.name, (*MODEL_FILES, INDEX))}  # dangling links too
-    files = [*sorted(others), *shards]
+    here = sorted(source.iterdir())  # dangling links too
+    check_decoder(source, [path.name for path in here], str(source))
+    files = [*(path for path in here if _matches(path.name, (*MODEL_FILES, INDEX))), *shards]
     for path in files:
         check_file(path, "move it away, or put the file there")
     return files
@@ -296,17 +294,16 @@ def _dequantize(gguf: Path, target: Path) -> None:
 # --- checks ---
 
 
-def check_tokenizer(names: list[str], where: str) -> None:
-    """Raise UserError if none of a model's files is a tokenizer."""
-    if not any(_matches(name, TOKENIZERS) for name in names):
-        raise UserError(f"{where}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy one there")
+def check_decoder(folder: Path, names: list[str], where: str) -> None:
+    """Raise UserError unless config.json describes a causal decoder that transformers supports, not quantized.
 
-
-def check_decoder(folder: Path, where: str) -> None:
-    """Raise UserError unless config.json describes a causal decoder that transformers supports, not quantized."""
+    `names` are the model's files; one of them must be a tokenizer.
+    """
     stored = read_object(folder / "config.json")
     if problem := _not_a_decoder(folder, stored) or _quantized(stored.get("quantization_config")):
         raise UserError(f"{where}: config.json: {problem}")
+    if not any(_matches(name, TOKENIZERS) for name in names):
+        raise UserError(f"{where}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy one there")
 
 
 def _not_a_decoder(folder: Path, stored: Json) -> str | None:

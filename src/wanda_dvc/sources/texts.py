@@ -24,7 +24,7 @@ class TextSource(Source):
     """A text that is found: a file on this machine, or a repository on the Hub."""
 
     wanted: ChosenText
-    setting: str  # its dotted name: calibration.text
+    where: str  # params.yaml: calibration.text
     dataset: NamedText
     title: str  # its name in the provenance
     place: Path | Repository
@@ -34,11 +34,12 @@ class TextSource(Source):
     @property
     def key(self) -> Json:
         """The settings of the text, and its commit."""
-        return {"text": asdict(self.wanted), "commit": self._commit}
+        return {"text": asdict(self.wanted), "commit": self._origin["revision"]}
 
     @property
-    def _commit(self) -> str | None:
-        return self.place.commit if isinstance(self.place, Repository) else None
+    def _origin(self) -> Json:
+        """The source in the provenance."""
+        return {"source": self.title, "revision": self.place.commit if isinstance(self.place, Repository) else None}
 
     @property
     def gated(self) -> tuple[str, ...]:
@@ -47,79 +48,59 @@ class TextSource(Source):
 
     def write(self, out: Path, scratch: Path) -> str:
         """Write the text as one file, or the documents as they are on the Hub."""
-        origin: Json = {"source": self.title, "revision": self._commit}
-        if isinstance(self.place, Repository) and not self.shard:
-            return self._write_text(self._hub_rows(self.place), out, origin)
-        path = self.place if isinstance(self.place, Path) else self._fetch_shard(self.place, scratch / "hub")
-        if self.shard and self.as_documents:
-            return self._write_documents(path, out, scratch, origin)
-        return self._write_text(self._file_rows(path, scratch), out, origin)
-
-    def _write_documents(self, path: Path, out: Path, scratch: Path, origin: Json) -> str:
-        column = self.dataset.column
+        column, path = self.dataset.column, self.place
+        if isinstance(path, Repository):
+            if not self.shard:
+                rows = load_rows(path, self.dataset.config, self.wanted.split or "")
+                return self._write_text(column_of(rows, column, f"{self.where}.column: {path.name}"), out)
+            path.fetch(scratch / "hub", self.shard)
+            path = scratch / "hub" / self.shard
+        if not self.shard:
+            return self._write_text(_jsonl_rows(path, column) if path.suffix == ".jsonl" else [read_text(path)], out)
         with tempfile.TemporaryFile(dir=scratch) as lines:
-            count = _check(Documents.unpack(path, column, lines))
+            documents = Documents.unpack(path, column, lines)
+            if not self.as_documents:
+                return self._write_text(list(documents), out)
+            count = _check(documents)
         shutil.copyfile(path, out / DOCUMENTS)
         sha256 = file_digest(out / DOCUMENTS)
-        write_provenance(out, describe("documents", **origin, column=column, rows=count, sha256=sha256))
+        write_provenance(out, describe("documents", **self._origin, column=column, rows=count, sha256=sha256))
         return sha256
 
-    def _write_text(self, rows: list[str], out: Path, origin: Json) -> str:
+    def _write_text(self, rows: list[str], out: Path) -> str:
         joined = self.wanted.join.join(rows)
         if not joined.strip():
-            raise UserError(f"{self.setting} ({self.title}): empty, expected text; name another")
+            raise UserError(f"{self.where} ({self.title}): empty, expected text; name another")
         content = joined.encode("utf-8")
         (out / TEXT).write_bytes(content)
         sha256 = hashlib.sha256(content).hexdigest()
-        write_provenance(out, describe("text", **origin, join=self.wanted.join, rows=len(rows), sha256=sha256))
+        write_provenance(out, describe("text", **self._origin, join=self.wanted.join, rows=len(rows), sha256=sha256))
         return sha256
-
-    def _hub_rows(self, repository: Repository) -> list[str]:
-        rows = load_rows(repository, self.dataset.config, self.wanted.split or "")
-        return column_of(rows, self.dataset.column, f"params.yaml: {self.setting}.column: {self.dataset.dataset}")
-
-    def _fetch_shard(self, repository: Repository, folder: Path) -> Path:
-        shard = self.shard or ""
-        repository.fetch(folder, shard)
-        return folder / shard
-
-    def _file_rows(self, path: Path, scratch: Path) -> list[str]:
-        """The rows of a file. A .txt file is one row."""
-        column = self.dataset.column
-        if self.shard:
-            with tempfile.TemporaryFile(dir=scratch) as lines:
-                return list(Documents.unpack(path, column, lines))
-        return _jsonl_rows(path, column) if path.suffix == ".jsonl" else [read_text(path)]
 
 
 def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_documents: bool = False) -> Source:
     """Find the text of a setting, such as `calibration.text`."""
-    where = f"params.yaml: {setting}.source"
+    where, shard = f"params.yaml: {setting}", None
+    place: Path | Repository
     if found := on_the_hub(wanted):
-        dataset, shard, place = found
-        path = in_mirror(mirror, dataset.dataset, *place)
-        revision = wanted.revision or dataset.revision
+        dataset, shard, inside = found
+        path = in_mirror(mirror, dataset.dataset, *inside)
         if path and wanted.revision:
             notice(f"{setting}: {path} is in runtime.mirror, and taken as it is, not as of revision {wanted.revision}")
-        return TextSource(
-            wanted=wanted,
-            setting=setting,
-            dataset=dataset,
-            title=f"{'/'.join(name for name in (dataset.dataset, dataset.config) if name)}, {wanted.split}",
-            place=path or resolve("dataset", dataset.dataset, revision, where),
-            shard=shard,
-            as_documents=as_documents,
-        )
-    if wanted.source == EMBEDDED_TEXT:
-        path, title = EMBEDDED / "text" / f"{wanted.split}.jsonl", f"embedded, {wanted.split}"
+        revision = wanted.revision or dataset.revision
+        place = path or resolve("dataset", dataset.dataset, revision, f"{where}.source")
+        title = f"{'/'.join(name for name in (dataset.dataset, dataset.config) if name)}, {wanted.split}"
+    elif wanted.source == EMBEDDED_TEXT:
+        place, title = EMBEDDED / "text" / f"{wanted.split}.jsonl", f"embedded, {wanted.split}"
     else:
-        path = Path(wanted.source)
-        title = path.name
-        if not is_there(path):
-            raise UserError(f"{where}: {path} not found, expected a text file; correct the path")
-        check_file(path, f"correct {setting}.source")
-    dataset = NamedText(title, None, wanted.column)
-    return TextSource(wanted=wanted, setting=setting, dataset=dataset, title=title, place=path)
+        place, title = Path(wanted.source), Path(wanted.source).name
+        if not is_there(place):
+            raise UserError(f"{where}.source: {place} not found, expected a text file; correct the path")
+        check_file(place, f"correct {setting}.source")
+    dataset = found[0] if found else NamedText(title, None, wanted.column)
+    return TextSource(
+        wanted=wanted, where=where, dataset=dataset, title=title, place=place, shard=shard, as_documents=as_documents
+    )
 
 
 def _check(documents: Documents) -> int:

@@ -264,8 +264,9 @@ def _carry(stages: dict[str, Json], lock: Json, study: Settings) -> Json:
     for name, stage in stages.items():
         if name in carried and stage["params"]:
             params = carried[name].setdefault("params", {})
-            ran = nested(default | migrate(dict(flatten(params.get(PARAMS, {}))), study))
-            params[PARAMS] = {key: _at(ran, key) for key in sorted(stage["params"])}
+            ran = migrate(dict(flatten(params.get(PARAMS, {}))), study)
+            if not ran.keys() - default.keys():  # else this version cannot do what ran
+                params[PARAMS] = {key: _at(nested(default | ran), key) for key in sorted(stage["params"])}
     return carried
 
 
