@@ -177,8 +177,9 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
         >>> keep["model.layers.0.mlp.up_proj"].float().mean().item()
         0.5
     """
-    from wanda_dvc.pruning.choose import allocate, choose_block, targets_of
+    from wanda_dvc.pruning.choose import choose_block, targets_of
     from wanda_dvc.pruning.patterns import check_pattern
+    from wanda_dvc.pruning.ratings import allocate
     from wanda_dvc.stages.running import progress
     from wanda_dvc.study.tensors import Masks, pack_masks
 
@@ -283,11 +284,12 @@ def reconstruct(
     import torch
 
     from wanda_dvc.catalog import RECONSTRUCTIONS
-    from wanda_dvc.pruning.choose import prune_block
+    from wanda_dvc.pruning.choose import prepared_linears, prune_linear
     from wanda_dvc.stages.running import progress
 
     _one_of("reconstruction", reconstruction, [row.name for row in RECONSTRUCTIONS.values() if not row.trains])
-    needed = "fisher" if RECONSTRUCTIONS[reconstruction].by_gradients else "gram"
+    row = RECONSTRUCTIONS[reconstruction]
+    needed = "fisher" if row.by_gradients else "gram"
     if STATISTICS.index(stats.statistics) < STATISTICS.index(needed):
         raise UserError(
             f"reconstruction: got {reconstruction} and statistics {stats.statistics}, expected {needed}; call "
@@ -300,17 +302,20 @@ def reconstruct(
     gradients: Iterable[Mapping[str, Gram]] = stats.fisher_grams or itertools.repeat({})
     pairs = zip(stats.grams, gradients, strict=False)
     for grams, back in progress(pairs, total=len(stats.grams), what="reconstruct, blocks"):
-        for name, pruned, solved in prune_block(
-            lambda name: source.weight(name).cpu(),
-            grams,
-            reconstruction=RECONSTRUCTIONS[reconstruction],
-            keeps=keep,
-            grams=grams.on(_solving(source)),
-            gradients=back,
-        ):
+        for name, prepared in prepared_linears(grams, grams.on(_solving(source))):
+            if name not in keep:
+                continue
+            pruned = prune_linear(
+                source.weight(name).cpu(),
+                keep[name],
+                prepared,
+                reconstruction=row,
+                gradients=back.get(name),
+                transposed=name in grams.transposed,
+            )
             made[name] = pruned.weight
             if pruned.error is not None and pruned.masked is not None:
-                told[name] = {"error": pruned.error, "masked": pruned.masked} | solved
+                told[name] = {"error": pruned.error, "masked": pruned.masked} | pruned.solved
     with torch.no_grad():
         for name, weight in made.items():
             targets[name].copy_(weight)

@@ -1,8 +1,7 @@
-"""From weights and statistics to masks, and to the weights that stay, as rows of the catalog say."""
+"""From the weights and statistics of a block to its masks, and to the weights that stay."""
 
 import importlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -12,11 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wanda_dvc.catalog import Allocation, Method, Reconstruction
+from wanda_dvc.catalog import Method, Reconstruction
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.allocation import count_scores, greedy_error, outlier_ratio, settle
 from wanda_dvc.pruning.gram import Gram, layer_errors
-from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.selection import keep_by_share, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
@@ -114,9 +111,9 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
     worths = {name: row_worth(block.fisher[name]) for name, one in targets.items() if weighs(one, block, name)}
     if method.competition == "solver":
         solve, chosen = function_of(method.function), {}
-        for name, prepared in _prepared(block, grams or {}):
+        for name, prepared in prepared_linears(block, grams or {}):
             across = name in block.transposed
-            weight = _turned(weights(name), across)
+            weight = turned(weights(name), across)
             prepared = prepared or prepare(Gram.empty(weight.shape[1]), name)
             target = targets[name]
             there = weight.to(prepared.gram.device)
@@ -124,15 +121,15 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
                 there = there.float() * worths[name].to(there.device)[:, None]
             group = "row" if target.group == "row" else "layer"  # how rows are weighed is no matter of a solver
             solved = solve(there, prepared, share=target.share, pattern=target.pattern, group=group)
-            chosen[name] = _turned(solved.keep, across).contiguous()
+            chosen[name] = turned(solved.keep, across).contiguous()
         return chosen
 
     def keep(name: str, x: InputStats) -> Tensor:
         across, weight = name in block.transposed, weights(name)
         weight = weight if device is None else weight.to(device)
         target, worth = targets[name], worths.get(name)
-        kept = choose(_turned(weight, across), x, method=method, target=target, name=name, worth=worth)
-        return _turned(kept, across).contiguous()
+        kept = choose(turned(weight, across), x, method=method, target=target, name=name, worth=worth)
+        return turned(kept, across).contiguous()
 
     threads = torch.get_num_threads() if device is None or device.type == "cpu" else 1
     with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
@@ -175,13 +172,13 @@ def aim_block(
     """
     aimed = {}
     sources = {name: source for source, names in block.readers.items() for name in names}
-    for name, prepared in _prepared(block, grams):
+    for name, prepared in prepared_linears(block, grams):
         source, weight = sources[name], weights(name).float()
         if prepared is not None and source in crosses:
             across = name in block.transposed
-            there = _turned(weight, across).to(prepared.gram.device)
+            there = turned(weight, across).to(prepared.gram.device)
             target = corrected_target(there, prepared, crosses[source].float(), strength=strength)
-            weight = _turned(target, across).to(weight)
+            weight = turned(target, across).to(weight)
         aimed[name] = weight.contiguous()
     return aimed
 
@@ -200,35 +197,10 @@ def reconstruct(  # noqa: PLR0913 - the linear, its statistics, and how it is st
     `gradients` is the Gram matrix of its output's gradients, if there is one and the reconstruction is given it.
     """
     solve, device = function_of(reconstruction.function or ""), prepared.gram.device
-    there = (_turned(x, transposed).to(device) for x in (weight, keep))
+    there = (turned(x, transposed).to(device) for x in (weight, keep))
     further = [gradients.matrix().to(device) if gradients else None] if reconstruction.by_gradients else []
     solved: Solved = solve(*there, prepared, *further)
-    return replace(solved, keep=keep, weight=_turned(solved.weight, transposed).contiguous().to(weight))
-
-
-def reconstruct_block(  # noqa: PLR0913 - the weights, and the statistics by kind
-    weights: Callable[[str], Tensor],
-    block: Readers,
-    *,
-    reconstruction: Reconstruction,
-    keeps: Mapping[str, Tensor],
-    grams: Mapping[str, Gram],
-    gradients: Mapping[str, Gram],
-) -> Iterator[tuple[str, Solved]]:
-    """Yield the weights of one block's linears on their masks, as `reconstruct`; none of an input without tokens."""
-    for name, prepared in _prepared(block, grams):
-        if prepared is not None:
-            yield (
-                name,
-                reconstruct(
-                    weights(name),
-                    keeps[name],
-                    prepared,
-                    reconstruction=reconstruction,
-                    gradients=gradients.get(name),
-                    transposed=name in block.transposed,
-                ),
-            )
+    return replace(solved, keep=keep, weight=turned(solved.weight, transposed).contiguous().to(weight))
 
 
 class Pruned(NamedTuple):
@@ -237,20 +209,38 @@ class Pruned(NamedTuple):
     weight: Tensor  # zero off the mask
     error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix
     masked: float | None  # the same, if the weights that stay kept their values
+    solved: dict[str, float]  # how the reconstruction went; {} where nothing was solved for
 
 
-def prune_linear(
-    weight: Tensor, values: Tensor, keep: Tensor, prepared: Prepared | None, *, transposed: bool = False
+def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is stored
+    weight: Tensor,
+    keep: Tensor,
+    prepared: Prepared | None,
+    *,
+    values: Tensor | None = None,
+    reconstruction: Reconstruction | None = None,
+    gradients: Gram | None = None,
+    transposed: bool = False,
 ) -> Pruned:
-    """Return one linear with `values` on its mask (`weight` itself: they keep theirs), and its layer errors."""
+    """Return one linear on its mask, and its layer errors.
+
+    The weights that stay are `values`, or are solved for by `reconstruction` where the input has a Gram matrix, or keep
+    their values.
+    """
+    solved: dict[str, float] = {}
+    if values is None and reconstruction is not None and reconstruction.function is not None and prepared is not None:
+        one = reconstruct(
+            weight, keep, prepared, reconstruction=reconstruction, gradients=gradients, transposed=transposed
+        )
+        values, solved = one.weight, one.told
     plain = masked(weight, keep)
-    made = plain if values is weight else masked(values, keep)
+    made = plain if values is None else masked(values, keep)
     if prepared is None:
-        return Pruned(made, None, None)
-    different = [plain] if values is weight else [plain, made]
-    dense, *pruned = (_turned(w, transposed).float().to(prepared.gram.device) for w in (weight, *different))
+        return Pruned(made, None, None, solved)
+    different = [plain] if values is None else [plain, made]
+    dense, *pruned = (turned(w, transposed).float().to(prepared.gram.device) for w in (weight, *different))
     errors = layer_errors(dense, pruned, prepared.gram, prepared.dead)
-    return Pruned(made, errors[-1], errors[0])
+    return Pruned(made, errors[-1], errors[0], solved)
 
 
 def masked(weight: Tensor, keep: Tensor) -> Tensor:
@@ -259,34 +249,12 @@ def masked(weight: Tensor, keep: Tensor) -> Tensor:
     return torch.from_numpy(bits).view(weight.dtype)
 
 
-def prune_block(  # noqa: PLR0913 - the weights, and the statistics by kind
-    weights: Callable[[str], Tensor],
-    block: Readers,
-    *,
-    reconstruction: Reconstruction,
-    keeps: Mapping[str, Tensor],
-    grams: Mapping[str, Gram],
-    gradients: Mapping[str, Gram],
-) -> Iterator[tuple[str, Pruned, dict[str, float]]]:
-    """Yield the linears of one block that have a mask, and how each was solved for; {} where nothing was."""
-    for name, prepared in _prepared(block, grams):
-        if name not in keeps:
-            continue
-        weight, keep, across = weights(name), keeps[name], name in block.transposed
-        values, told = weight, {}
-        if reconstruction.function is not None and prepared is not None:
-            own = gradients.get(name)
-            one = reconstruct(weight, keep, prepared, reconstruction=reconstruction, gradients=own, transposed=across)
-            values, told = one.weight, one.told
-        yield name, prune_linear(weight, values, keep, prepared, transposed=across), told
-
-
 def prepare(gram: Gram, name: str) -> Prepared:
     """Return a Gram matrix as solvers take it; `name` stands in messages."""
     return Prepared(gram.matrix(), f"{name}: Gram matrix")
 
 
-def _prepared(block: Readers, grams: Mapping[str, Gram]) -> Iterator[tuple[str, Prepared | None]]:
+def prepared_linears(block: Readers, grams: Mapping[str, Gram]) -> Iterator[tuple[str, Prepared | None]]:
     """Yield each linear with its Gram matrix, prepared once for all that read one input; None where no token came."""
     for source, names in block.readers.items():
         prepared = prepare(grams[source], source) if source in grams else None
@@ -294,101 +262,6 @@ def _prepared(block: Readers, grams: Mapping[str, Gram]) -> Iterator[tuple[str, 
             yield name, prepared
 
 
-def _turned(weight: Tensor, transposed: bool) -> Tensor:
+def turned(weight: Tensor, transposed: bool) -> Tensor:
+    """Return a weight as [out, in], or one of [out, in] as it is stored."""
     return weight.T if transposed else weight
-
-
-# --- allocations, and their ratings of blocks ---
-
-
-def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocation
-    weights: Callable[[str], Tensor],
-    blocks: Iterable[tuple[BlockStats, Mapping[str, Gram]]],
-    count: int,
-    *,
-    allocation: Allocation,
-    share: Fraction,
-    group: str,
-    strength: float | None,
-) -> Sequence[Share]:
-    """Return the share of each block's weights that goes, or of each of its linears'.
-
-    `blocks` yields the statistics of the `count` blocks, with Gram matrices or the Fisher tier where the allocation
-    needs them; it is not read where all shares are the same, which is where there is no `strength`.
-    """
-    function = function_of(allocation.function)
-    if strength is None:
-        equal: list[Fraction] = function(share, range(count))
-        return equal
-    parts: list[list[str]] = []  # the linears of each
-    groups: list[list[tuple[int, int]]] = []  # of each part's linears
-    ratings: list[object] = []
-    ends: list[int] = []  # the parts up to each block's end
-    for measured, grams in blocks:
-        linears: dict[str, tuple[int, int]] = {}
-        for source, names in measured.readers.items():
-            for name in names:
-                number, features = weights(name).numel(), len(measured.inputs[source].sum)
-                linears[name] = (number // features, features) if group == "row" else (1, number)
-        own = [[name] for name in linears] if allocation.by_linear else [list(linears)]
-        parts += own
-        groups += [[linears[name] for name in part] for part in own]
-        ends.append(len(parts))
-        if allocation.rating is not None:
-            rated = function_of(allocation.rating)(weights, measured, grams)
-            ratings += rated if allocation.by_linear else [rated]
-    words: list[object] = [ratings] if allocation.rating is not None else []
-    words.append(Fraction(str(strength)) if allocation.rating is None else strength)
-    sizes = [sum(number * size for number, size in linears) for linears in groups]
-    shares: list[Fraction] = settle(function(share, sizes, *words), share, groups)
-    if not allocation.by_linear:
-        return shares
-    return [
-        {parts[part][0]: shares[part] for part in range(begin, end)} for begin, end in itertools.pairwise([0, *ends])
-    ]
-
-
-def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mapping[str, Gram]) -> float:
-    """Return the percentage of outliers among a block's Wanda scores, for OWL."""
-
-    def scores() -> Iterator[Tensor]:
-        for source, names in block.readers.items():
-            for name in names:
-                yield from _wanda_scores(weights, block, name, source)
-
-    return outlier_ratio(scores)
-
-
-def fisher_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mapping[str, Gram]) -> list[Tensor | None]:
-    """Return how many of each linear's weights have which score |W| · ‖X‖₂ · √F; None without Fisher information."""
-
-    def rate(name: str, source: str) -> Tensor | None:
-        if name not in block.fisher:
-            return None
-        roots, counts = block.fisher[name].sqrt().float(), []
-        for scores in _wanda_scores(weights, block, name, source):
-            root, roots = roots[: len(scores)], roots[len(scores) :]
-            counts.append(count_scores(scores * root[:, None]))
-        return torch.stack(counts).sum(dim=0, dtype=torch.int32)
-
-    return [rate(name, source) for source, names in block.readers.items() for name in names]
-
-
-def _wanda_scores(
-    weights: Callable[[str], Tensor], block: BlockStats, name: str, source: str
-) -> Iterator[Float[Tensor, "rows in"]]:
-    """Yield a linear's Wanda scores, rows some at a time, so that memory does not grow with the linear."""
-    weight = _turned(weights(name), name in block.transposed)
-    for rows in weight.split(max(1, WEIGHTS_AT_A_TIME // weight.shape[1])):
-        yield wanda(rows, block.inputs[source])
-
-
-def greedy_rating(weights: Callable[[str], Tensor], block: BlockStats, grams: Mapping[str, Gram]) -> float:
-    """Return the mean error of a greedy pruning of a block's linears, for LSA; of experts without tokens it is 0."""
-    errors: list[float] = []
-    for source, names in block.readers.items():
-        gram = grams[source].matrix() if source in grams else None  # no two of a block at once
-        for name in names:
-            weight = _turned(weights(name), name in block.transposed)
-            errors.append(0.0 if gram is None else greedy_error(weight, gram))
-    return sum(errors) / len(errors)

@@ -15,7 +15,7 @@ from wanda_dvc.engine.costs import DISK, HOST, Cost, Setting, error_seconds, sol
 from wanda_dvc.engine.sizes import Need, sizes, writing
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
-from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
+from wanda_dvc.pruning.choose import prepare, prune_linear
 from wanda_dvc.pruning.packing import count_zeros
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.stages.inputs import largest
@@ -202,23 +202,26 @@ class Parts:
         """Return one linear's weights in the pruned model, as they are stored, and what became of them."""
         linear, weight = address.linear, self.checkpoint.read(address)
         block = self.blocks[linear]
-        keep, prepared, values, solved = self.keeps[block][linear], self.prepared(linear), weight, {}
+        keep, prepared = self.keeps[block][linear], self.prepared(linear)
         if weight.shape != keep.shape:
             raise UserError(
                 f"masks/: {linear} is {list(keep.shape)}, expected {list(weight.shape)}; run `wanda-dvc mask` again"
             )
-        across = bool(self.grams) and linear in self.grams[block].transposed
+        values, solved = None, {}
         if self.source == "weights":
             weights, told = self.changed[block]
-            values, solved = weights.get(linear, weight), told.get(linear, {})
-        elif self.source == "gram" and prepared is not None:
-            gradients = self.gradients[block].get(linear) if self.gradients else None
-            one = reconstruct(
-                weight, keep, prepared, reconstruction=self.reconstruction, gradients=gradients, transposed=across
-            )
-            values, solved = one.weight, one.told
-        made = prune_linear(weight, values, keep, prepared, transposed=across)
+            values, solved = weights.get(linear), told.get(linear, {})
+        made = prune_linear(
+            weight,
+            keep,
+            prepared,
+            values=values,
+            reconstruction=self.reconstruction if self.source == "gram" else None,
+            gradients=self.gradients[block].get(linear) if self.gradients else None,
+            transposed=bool(self.grams) and linear in self.grams[block].transposed,
+        )
         zero = count_zeros(made.weight)
+        solved = solved or made.solved
         return made.weight, Zeros(block, zero, weight.numel(), weight.nbytes, made.error, made.masked, solved)
 
 

@@ -19,11 +19,11 @@ from wanda_dvc.engine.sizes import Memory, Need, Sizes, choosing, either, propag
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import Params
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
-from wanda_dvc.pruning.choose import Share, aim_block, choose_block, reconstruct_block, targets_of
+from wanda_dvc.pruning.choose import Share, aim_block, choose_block, prepared_linears, reconstruct, targets_of
 from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.pruning.ratings import allocate
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.allocating import allocate
 from wanda_dvc.stages.inputs import (
     Statistics,
     calibration_cost,
@@ -79,7 +79,7 @@ def mask(*, project: Project) -> None:
             f"{params.recipe} left out"
         )
     checkpoint = Checkpoint(project.model("dense"))
-    shares = allocate(project, stats, checkpoint)
+    shares = _shares(project, stats, checkpoint)
     made_from = describe(
         "masks",
         version=STAGES["mask"].version,
@@ -114,6 +114,31 @@ def mask(*, project: Project) -> None:
         seal(beside.out, weights_from)
         work.publish(project.masks)
         beside.publish(project.weights)
+
+
+def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequence[Share]:
+    """Return the share of each block's weights that goes, or of each of its linears'.
+
+    They are rated on the dense model's statistics.
+    """
+    plan = project.params.plan
+    allocation = plan.allocation
+
+    def blocks() -> Iterator[tuple[BlockStats, Mapping[str, Gram]]]:
+        for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks rated"):
+            grams = read_grams(project.gram, block) if allocation.needs == "gram" else {}
+            measured = read_stats(project.stats, block)
+            yield with_fisher(project, block, measured) if allocation.needs == "fisher" else measured, grams
+
+    return allocate(
+        checkpoint.weight,
+        blocks(),
+        stats.blocks,
+        allocation=allocation,
+        share=plan.share,
+        group=plan.group,
+        strength=plan.strength,
+    )
 
 
 def _written(share: Share) -> float | dict[str, float]:
@@ -208,10 +233,18 @@ def solve(device: torch.device, part: Part) -> Made:
     chosen = choose_block(weights, block, method=plan.method, targets=targets, grams=grams, device=device)
     solved = {}
     if plan.propagates and plan.solves:
-        found = reconstruct_block(
-            weights, block, reconstruction=plan.reconstruction, keeps=chosen, grams=grams, gradients=part.gradients
-        )
-        solved = dict(found)
+        solved = {
+            name: reconstruct(
+                weights(name),
+                chosen[name],
+                prepared,
+                reconstruction=plan.reconstruction,
+                gradients=part.gradients.get(name),
+                transposed=name in block.transposed,
+            )
+            for name, prepared in prepared_linears(block, grams)
+            if prepared is not None
+        }
     changed = {name: one.weight.to(stored(name).dtype) for name, one in solved.items()}
     return Made(pack_masks(chosen), changed, {name: one.told for name, one in solved.items()})
 
