@@ -6,7 +6,6 @@
     python benchmarks/bench.py --quick          a tiny random model, to try the harness; writes results-quick.*
     python benchmarks/bench.py --resume         go on after an interruption, with what was measured
     python benchmarks/bench.py --mirror DIR     WikiText-2 and the real benchmarks, 200 items a task
-    python benchmarks/bench.py --compile on     blocks of ours through torch.compile
 
 A figure is the wall time of a whole process started for it, or the stage's own clock where a row says "inside". A row
 may use what another row measures; each thing is measured once a run. The speed of a shared machine changes within
@@ -45,7 +44,6 @@ def machine(studies: Studies) -> Part:
         "model": studies.given.name if studies.given else "as params.yaml has it",
         "text": "WikiText-2" if studies.mirror else "embedded",
         "tasks": f"benchmarks, {studies.sizes.limit} items a task" if studies.mirror else "samples, 48 items a task",
-        "compile": studies.compiling,
         "quick": studies.quick,
     }
 
@@ -79,7 +77,6 @@ def main() -> None:
     mirror = os.environ.get("WANDA_DVC_MIRROR")
     parser.add_argument("--mirror", type=Path, default=Path(mirror) if mirror else None)
     parser.add_argument("--model", type=Path, help="a directory of safetensors instead of params.yaml's model")
-    parser.add_argument("--compile", choices=("off", "on", "auto"), default="off")
     parser.add_argument("--work", type=Path, default=HERE / ".work")
     words = parser.parse_args()
     if unknown := set(words.rows) - set(NAMES):
@@ -88,7 +85,7 @@ def main() -> None:
     if not words.resume:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    studies = Studies(Runner(work), QUICK if words.quick else FULL, words.mirror, words.model, words.compile)
+    studies = Studies(Runner(work), QUICK if words.quick else FULL, words.mirror, words.model)
     asked = all(name in {row.name for row in ASKED} for name in words.rows or [""])
     target = HERE / ("results-quick" if words.quick else "results-7b" if asked else "results")
     began = time.perf_counter()

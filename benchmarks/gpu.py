@@ -9,6 +9,7 @@ shape in bfloat16, of a few blocks. The tables go into docs/cost.md. Exit 1 if a
 
 import argparse
 import contextlib
+import math
 import sys
 import tempfile
 import time
@@ -43,7 +44,7 @@ except ImportError:
 from checkpoints import make_checkpoint  # noqa: E402 - after the stand-in
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods  # noqa: E402
-from wanda_dvc.engine.decoder import Compiling, Decoder  # noqa: E402
+from wanda_dvc.engine.decoder import Decoder  # noqa: E402
 from wanda_dvc.engine.fisher import back  # noqa: E402
 from wanda_dvc.engine.losses import window_loss  # noqa: E402
 from wanda_dvc.engine.recorder import Recorded  # noqa: E402
@@ -119,7 +120,7 @@ class Bench:
             spent.append(time.perf_counter() - began)
         return min(spent)
 
-    def run(  # noqa: PLR0913 - what runs, where, and how
+    def run(
         self,
         folder: Path,
         windows: torch.Tensor,
@@ -127,13 +128,12 @@ class Bench:
         *,
         device: torch.device | None = None,
         gram: bool = False,
-        compiling: Compiling = "off",
     ) -> Run:
         """Windows through all blocks, recorded, and their losses."""
         self._runs += 1
         work, device = self.work / f"run{self._runs}", device or self.device
         on_card = device.type == "cuda"
-        decoder = Decoder(folder, dtype=dtype, device=device, compiling=compiling)
+        decoder = Decoder(folder, dtype=dtype, device=device)
         if on_card:
             torch.cuda.reset_peak_memory_stats(device)
         spent, recorded = [], []
@@ -169,11 +169,9 @@ def check(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[Check]:
     cpu = torch.device("cpu")
     host = bench.run(folder, tokens, torch.float32, device=cpu, gram=True)
     card = bench.run(folder, tokens, torch.float32, gram=True)
-    fused = bench.run(folder, tokens, torch.float32, compiling="on")
     half = bench.run(folder, tokens, torch.bfloat16)
 
     yield Check("norms, largest relative difference", _off(card, host), 1e-4)
-    yield Check("the same, compiled blocks", _off(fused, host), 1e-4)
     yield Check("losses in float32, nats", _apart(card, host), 1e-4)
     yield Check("losses in bfloat16, nats", _apart(half, host), 5e-2)
     for name, pattern, bound in (
@@ -271,9 +269,8 @@ def times(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[st
         floor = sum(passes) * tokens.numel() / TOGETHER
     yield "linears alone, a block", f"{1e3 * floor:.1f} ms, {flops / floor / 1e12:.1f} TFLOP/s"
     plain = bench.run(folder, tokens, dtype)
-    for what, run in (("", plain), (", compiled", bench.run(folder, tokens, dtype, compiling="on"))):
-        share = floor / run.seconds
-        yield f"`calibrate`{what}, a block", f"{1e3 * run.seconds:.1f} ms, {100 * share:.0f} % of the linears' speed"
+    share = floor / plain.seconds
+    yield "`calibrate`, a block", f"{1e3 * plain.seconds:.1f} ms, {100 * share:.0f} % of the linears' speed"
     yield f"`calibrate` of {BLOCKS_7B} such blocks", f"{BLOCKS_7B * plain.seconds:.1f} s for {tokens.numel():,} tokens"
     checkpoint, first = decoder.checkpoint, plain.recorded[0]
     for name, pattern in (("wanda", "unstructured"), ("wanda", "2:4")):
@@ -287,7 +284,7 @@ def times(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[st
     began = time.perf_counter()
     for _ in checkpoint.copy(bench.work / "copy", addresses, checkpoint.read):  # type: ignore[attr-defined]
         pass
-    written = checkpoint.size(dtype)  # type: ignore[attr-defined]
+    written = sum(math.prod(entry.shape) for entry in checkpoint.entries.values()) * dtype.itemsize
     yield "writing a checkpoint", f"{written / 1e9 / (time.perf_counter() - began):.2f} GB/s"
     if device.type == "cuda":
         content = torch.empty(2**28, dtype=torch.uint8).pin_memory()

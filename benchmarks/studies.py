@@ -44,7 +44,6 @@ class Studies:
     sizes: Sizes
     mirror: Path | None  # of the real texts and tasks
     given: Path | None  # a model instead of params.yaml's
-    compiling: str = "off"  # `runtime.compile` of the projects without DVC
 
     @property
     def work(self) -> Path:
@@ -115,7 +114,7 @@ class Studies:
             return folder
         folder.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / "dvc.yaml", folder / "dvc.yaml")
-        self.settings(folder, self._measured() | {"dtype": dtype, "runtime.compile": self.compiling})
+        self.settings(folder, self._measured() | {"dtype": dtype})
         if dtype == "float32":
             self._download(folder, "model", "calibration", "perplexity", "tasks")
         else:

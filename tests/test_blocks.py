@@ -45,10 +45,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return save_tiny_model(tmp_path / "model", **VARIANTS[request.param])
 
 
-@pytest.mark.parametrize("resident", [False, True], ids=["streamed", "resident"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_are_the_models_bit_for_bit(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, resident: bool
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ):
     """One chunk of logits, since in several the head's sums run in another order.
 
@@ -56,7 +55,7 @@ def test_logits_are_the_models_bit_for_bit(
     """
     monkeypatch.setattr(attention, "is_faster", lambda *_: False)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
-    decoder, tokens = Decoder(checkpoint, dtype=dtype, device=CPU, resident=resident), windows()
+    decoder, tokens = Decoder(checkpoint, dtype=dtype, device=CPU), windows()
     record(decoder, tokens, tmp_path / "work")
     for hidden, row in zip(outputs(decoder, tokens, tmp_path / "work"), tokens, strict=True):
         ours = torch.cat([logits for _, logits in decoder.logits(hidden[None], row)])
@@ -76,18 +75,18 @@ def test_rows_of_different_lengths_go_together(tiny: Path, tmp_path: Path):
         assert torch.equal(hidden, outputs(decoder, [row], tmp_path / str(number))[0])
 
 
-def test_a_resident_model_is_read_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for resident, reads in ((True, [2, 3]), (False, [0, 0, 1, 2, 2, 3, 3])):
-        read: list[int] = []
-        decoder = Decoder(tiny, dtype=torch.float32, device=CPU, resident=resident)
-        monkeypatch.setattr(
-            decoder.weights, "read_block", lambda i, w=decoder.weights, r=read: r.append(i) or Weights.read_block(w, i)
-        )
-        decoder.calls(Row(torch.zeros(64, dtype=torch.long)))  # asks block 0 once more what it returns
-        read.clear()
-        for turn in range(2):
-            record(decoder, windows(), tmp_path / f"{resident}{turn}")
-        assert sorted(read) == reads  # `calls` has read 0, and 1 ahead of it
+def test_each_block_is_read_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    read: list[int] = []
+    decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
+    decoder.calls(Row(torch.zeros(64, dtype=torch.long)))  # asks block 0 once more what it returns, and reads 1 ahead
+
+    def read_block(index: int) -> dict[str, torch.Tensor]:
+        read.append(index)
+        return Weights.read_block(decoder.weights, index)
+
+    monkeypatch.setattr(decoder.weights, "read_block", read_block)
+    record(decoder, windows(), tmp_path)
+    assert sorted(read) == [0, 2, 3]
 
 
 def test_chunks_of_logits_agree(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -178,10 +177,9 @@ def test_only_the_block_at_work_has_weights(tiny: Path, tmp_path: Path):
     assert all(p.is_meta for block in decoder.blocks for p in block.parameters())
 
 
-@pytest.mark.parametrize("resident", [False, True], ids=["streamed", "resident"])
-def test_replaced_weights_are_used_until_the_blocks_turn_is_over(tiny: Path, tmp_path: Path, resident: bool):
+def test_replaced_weights_are_used_until_the_block_is_done(tiny: Path, tmp_path: Path):
     """As the whole model computes with these weights; a second walk and the checkpoint have the old ones."""
-    decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU, resident=resident), windows()
+    decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU), windows()
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     before = (tiny / "model.safetensors").read_bytes()
     final: list[torch.Tensor] = []

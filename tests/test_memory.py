@@ -97,7 +97,7 @@ rows, told, checkpoint = as_rows(calibration_windows(project)[:2]), order(decode
 def begun():
     worker = Worker("here", device="cpu", at_driver=True, fetch=None)
     worker.take(told)
-    worker.ready([len(row.tokens) for row in rows], False, 1)
+    worker.ready(1)
     worker.begin(0, rows, True, 0, False)
     return worker
 

@@ -74,18 +74,6 @@ def attend(  # noqa: PLR0913 - transformers calls it with these
     """
     if more := [name for name, value in words.items() if isinstance(value, Tensor) and name not in PLACES]:
         raise ValueError(f"attention with {', '.join(more)}")
-    compute = _opaque if torch.compiler.is_compiling() else _attend
-    return compute(query, key, value, attention_mask, scaling, softcap), None
-
-
-def _attend(  # noqa: PLR0913, PLR0917 - a custom operator knows no keywords
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:
     heads, groups = query.shape[1], key.shape[1]
     # Heads that share a key are stacked: fewer and larger multiplications.
     q = (query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)).unflatten(0, (groups, heads // groups))
@@ -102,16 +90,7 @@ def _attend(  # noqa: PLR0913, PLR0917 - a custom operator knows no keywords
             scores.unflatten(-2, part.shape[-3:-1])[..., -hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
             weights = torch.softmax(scores, dim=-1)  # sums in float32 whatever the dtype
             out[some, ..., queries, :] = multiply(weights, v[some, keys]).unflatten(-2, part.shape[-3:-1])
-    return out.flatten(0, 1).transpose(0, 1)[None].contiguous()
-
-
-# One step in a compiled block: its parts follow from the layout, which would be compiled into them.
-_opaque = torch.library.custom_op("wanda_dvc::attend", _attend, mutates_args=())
-
-
-@_opaque.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    return out.flatten(0, 1).transpose(0, 1)[None].contiguous(), None
 
 
 def _parts(

@@ -1,6 +1,5 @@
 """What a model is read from, and a Hugging Face directory of safetensors: its one reader and its one writer."""
 
-import math
 import re
 import shutil
 from abc import ABC, abstractmethod
@@ -184,11 +183,6 @@ class Checkpoint(Source):
     def parameter(self, name: str, stored: Address | None) -> Tensor | None:
         """The stored tensor, where there is one."""
         return None if stored is None else self.read(stored)
-
-    def size(self, dtype: torch.dtype) -> int:
-        """Bytes of all tensors in a dtype."""
-        shapes = (entry.shape for path in self.shards for entry in self._header(path).values())
-        return sum(map(math.prod, shapes)) * dtype.itemsize
 
     def bytes_at(self, path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
         """Name, dtype, shape, first byte and length in the file, of every tensor in one shard."""

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,6 @@ from torch.func import functional_call
 from wanda_dvc.engine import attention, recorder
 from wanda_dvc.engine.calls import Call, CallCache, calls_bytes, equal_calls
 from wanda_dvc.engine.checkpoint import Checkpoint, Source
-from wanda_dvc.engine.compiled import CompiledBlocks, is_worth_it
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.rows import Layout, Row
 from wanda_dvc.engine.shards import TOKENS_TOGETHER
@@ -29,8 +28,6 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import products
 
 LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
-Compiling = Literal["off", "on", "auto"]
-FIXED_LENGTHS = 2  # windows of one length, and a rest: more lengths than that share one compiled function
 
 
 class _Stop(Exception):
@@ -44,24 +41,14 @@ class Decoder:
         UserError: the model's structure is not supported, or the checkpoint is not whole.
     """
 
-    def __init__(
-        self,
-        source: Path | Source,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        resident: bool = False,
-        compiling: Compiling = "off",
-    ) -> None:
-        """With `resident`, a block that was read stays in memory. `compiling` is for `compile_for`."""
+    def __init__(self, source: Path | Source, *, dtype: torch.dtype, device: torch.device) -> None:
         keep_freed_memory()
         self.checkpoint = Checkpoint(source) if isinstance(source, Path) else source
         self.model = build_empty(self.checkpoint.config, self.checkpoint.config_name, dtype)
-        self.dtype, self.device, self.compiling = dtype, device, compiling
-        self._compiled: CompiledBlocks | None = None
+        self.dtype, self.device = dtype, device
         self._takes_several: dict[Hashable, bool] = {}  # by kind of block
         self._uncalled: dict[Hashable, list[int]] = {}  # places among its linears, likewise
-        self.weights = Weights(self.model, self.checkpoint, device=device, resident=resident)
+        self.weights = Weights(self.model, self.checkpoint, device=device)
         self.blocks = self.weights.blocks
         self._cache = CallCache(calls_bytes(device.type))
         self._checked: set[int] = set()  # lengths whose calls don't depend on the tokens
@@ -106,24 +93,12 @@ class Decoder:
         """Free the memory of the calls that are cached."""
         self._cache.clear()
 
-    def compile_for(self, lengths: Sequence[int], *, laid_out: bool) -> None:
-        """Run blocks compiled from now on, where that is wanted; `auto` wants it where all rows are work enough.
-
-        `lengths` are those of all rows of a walk, wherever they are; `laid_out` says whether they hold questions.
-        """
-        weights = sum(parameter.numel() for block in self.blocks for parameter in block.parameters())
-        flops = 2 * weights * sum(lengths)
-        if self.compiling == "on" or (self.compiling == "auto" and is_worth_it(flops, self.device)):
-            dynamic = len(set(lengths)) > FIXED_LENGTHS or laid_out
-            self._compiled = CompiledBlocks(self.blocks, dynamic=dynamic)
-
     def room(self) -> int:
         """The bytes of a card that hidden states may take: half of what the blocks leave free. None of the host's."""
         if self.device.type != "cuda":
             return 0
         blocks = [sum(x.numel() for x in block.parameters()) * self.dtype.itemsize for block in self.blocks]
-        held = sum(blocks) if self.weights.resident else 2 * max(blocks)
-        return max(0, torch.cuda.mem_get_info(self.device)[0] - held) // 2
+        return max(0, torch.cuda.mem_get_info(self.device)[0] - 2 * max(blocks)) // 2
 
     def together(self, row: Row) -> int:
         """How many rows of this length go through a block together: as many as fill a card, and one on a CPU."""
@@ -157,9 +132,7 @@ class Decoder:
         call = self.calls(row)[index]
         held = call.held()
         with self._attending(row):
-            if parameters is None and self._compiled is not None:
-                out = self._compiled.run(self.blocks[index], hidden, call)
-            elif parameters is None:
+            if parameters is None:
                 out = self.blocks[index](hidden, *call.args, **call.kwargs)
             else:
                 out = functional_call(self.blocks[index], parameters, (hidden, *call.args), call.kwargs)

@@ -262,18 +262,14 @@ class Pool(Staff, Runner):
         self._next, self._losses = [-1] * len(cut), [0] * len(cut)
         self._ran, self._not_finite = set(), {}
         for worker in self._workers:
-            self._ready(worker, max(1, self._homes.count(worker)))  # there may be fewer shards than on the way before
+            count = max(1, self._homes.count(worker))  # there may be fewer shards than on the way before
+            self._say(worker, 0, "ready", count)
         tickets = [self._take(number) for number in range(len(cut))]
         for number, ticket in enumerate(tickets):
             with contextlib.suppress(Lost):  # it is found again where it is asked for more
                 finished, where = self.crew.get(ticket)
                 self._next[number] = finished
                 self._note(number, where)
-
-    def _ready(self, worker: Hired, shards: int) -> None:
-        """Tell a worker of all rows, and of how many shards come to it."""
-        lengths, laid_out = [len(row.tokens) for row in self._rows], any(row.layout for row in self._rows)
-        self._say(worker, 0, "ready", lengths, laid_out, shards)
 
     def _take(self, number: int, *, again: bool = False) -> Any:
         shard, (method, *words) = self._cut[number], self._taking(again)
@@ -344,7 +340,7 @@ class Pool(Staff, Runner):
         super()._replace(lost, losses, work, why)
         for worker in self._workers:
             if worker not in before:
-                self._ready(worker, len(self._cut))
+                self._say(worker, 0, "ready", len(self._cut))
         homes = itertools.cycle(self._workers)
         for shard, home in enumerate(self._homes):
             if home is lost:

@@ -47,7 +47,6 @@ def walk(
     rows = as_rows(rows) * (1 + beside)
     own = range(len(rows) // 2 if beside else 0, len(rows))
     starts = frozenset(first + shard.start for first in (0, own.start) for shard in shards.cut(len(own)))
-    decoder.compile_for([len(row.tokens) for row in rows], laid_out=any(row.layout for row in rows))
     states = begin(decoder, rows, work, kept=kept)
     say_kept(states.finished, len(decoder.blocks))
     try:

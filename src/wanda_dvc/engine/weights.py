@@ -21,8 +21,8 @@ class Weights:
     While a block is at work, a thread reads the next one; on a GPU it copies through a CUDA stream of its own.
     """
 
-    def __init__(self, model: Any, checkpoint: Source, *, device: torch.device, resident: bool) -> None:
-        """Reads what is in no block. With `resident`, a block that was read stays in memory."""
+    def __init__(self, model: Any, checkpoint: Source, *, device: torch.device) -> None:
+        """Read what is in no block."""
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.blocks_name, self.blocks = find_blocks(model)
         self._parts = stored_parts(model, checkpoint)
@@ -31,8 +31,6 @@ class Weights:
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-        self.resident = resident
-        self._resident: dict[int, dict[str, Tensor]] | None = {} if resident else None
         self._load_rest()
 
     def parts(self, name: str) -> list[Part]:
@@ -93,8 +91,6 @@ class Weights:
 
     def _take(self, index: int, then: int) -> dict[str, Tensor]:
         """A block's tensors; those of the one that comes then are being read when this returns."""
-        if self._resident is not None and index in self._resident:
-            return self._resident[index]
         if self._ahead is not None and self._ahead[0] == index:
             tensors, self._ahead = self._ahead[1].result(), None
         else:
@@ -104,8 +100,6 @@ class Weights:
             computing.wait_stream(self._copies)
             for tensor in tensors.values():
                 tensor.record_stream(computing)  # its memory is not reused while the stream computes with it
-        if self._resident is not None:
-            self._resident[index] = tensors
         if 0 <= then < len(self.blocks) and then != index and (self._ahead is None or self._ahead[0] != then):
             self._ahead = then, self._reader.submit(self.read_block, then)
         return tensors

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
-from wanda_dvc.engine.decoder import Compiling, Decoder
+from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.fisher import WayBack
 from wanda_dvc.engine.jobs import Job, R, T, solving_device
 from wanda_dvc.engine.recorder import GradientRecorder, Gradients, Sums
@@ -117,8 +117,6 @@ class WalkOrder(Order):
 
     outline: Outline
     dtype: torch.dtype
-    resident: bool  # whether the model stays in memory
-    compiling: Compiling
     work: Path  # the driver's folder for hidden states
 
 
@@ -133,7 +131,7 @@ def order(decoder: Decoder, work: Path) -> WalkOrder:
                 parcels[part.address.tensor] = index
     outline = Outline(str(checkpoint), checkpoint.config, checkpoint.config_name, checkpoint.entries, parcels)
     folders = fingerprints(checkpoint.folder)
-    return WalkOrder(folders, outline, decoder.dtype, weights.resident, decoder.compiling, work)
+    return WalkOrder(folders, outline, decoder.dtype, work)
 
 
 def fingerprints(*folders: Path) -> dict[Path, str]:
@@ -207,18 +205,15 @@ class Worker:
         asked = self._walk
         (folder,) = asked.folders
         source: Path | Source = folder if self._has_files else Sent(asked.outline, lambda n: self._fetch(self._refs[n]))
-        return Decoder(
-            source, dtype=asked.dtype, device=self.device, resident=asked.resident, compiling=asked.compiling
-        )
+        return Decoder(source, dtype=asked.dtype, device=self.device)
 
     @property
     def _walk(self) -> WalkOrder:
         assert isinstance(self.order, WalkOrder)
         return self.order
 
-    def ready(self, lengths: list[int], laid_out: bool, number: int) -> None:
-        """Hear of all rows of a walk, and of how many shards come here."""
-        self.decoder.compile_for(lengths, laid_out=laid_out)
+    def ready(self, number: int) -> None:
+        """Divide the room on a card by the number of shards that come here."""
         self._room = self.decoder.room() // number
 
     @torch.no_grad()

@@ -61,7 +61,7 @@ class Linear(nn.Linear):
         if torch.is_grad_enabled():
             made = _product(x, weight)
             return made if bias is None else made + bias
-        return (_opaque if torch.compiler.is_compiling() else _linear)(x, weight, bias)
+        return _linear(x, weight, bias)
 
 
 def install(model: nn.Module) -> bool:
@@ -89,15 +89,6 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
         made: Tensor = _Differentiable.apply(x, weight)
         return made
     return _linear(x, weight)
-
-
-# The compiler takes that operator only with weights that are constants.
-_opaque = torch.library.custom_op("wanda_dvc::linear", _linear, mutates_args=())
-
-
-@_opaque.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 class _Differentiable(torch.autograd.Function):

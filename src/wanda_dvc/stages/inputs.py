@@ -235,7 +235,6 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
     from wanda_dvc.engine.attention import has_units
     from wanda_dvc.engine.decoder import Decoder
 
-    folder = project.model(model)
     dtype = dtype or project.params.dtype
     where = torch.device(device) if device else own_device(project.params.runtime)
     if where.type == "cpu" and device is None and not has_units(getattr(torch, dtype)):
@@ -243,8 +242,7 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
             f"dtype: this CPU has no units for {dtype} and computes it many times slower than float32; "
             "set dtype=float32 (other last digits), or run it where there are some"
         )
-    wanted = getattr(torch, dtype)
-    return Decoder(folder, dtype=wanted, device=where)
+    return Decoder(project.model(model), dtype=getattr(torch, dtype), device=where)
 
 
 # --- what they need and cost ---
