@@ -14,6 +14,7 @@ from typing import Any
 
 from checkpoints import QWEN, make_checkpoint
 
+from wanda_dvc.machine import cores
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.running import AnonymousMemory
 from wanda_dvc.study.project import Project
@@ -26,7 +27,7 @@ def measure(root: Path, stage: str, part: str | None) -> dict[str, float | None]
     from wanda_dvc.engine.decoder import Decoder
 
     project = Project(root)
-    torch.set_num_threads(project.params.runtime.threads or torch.get_num_threads())
+    torch.set_num_threads(cores())
     _ = STAGES[stage].function  # imported, so that the sampler counts what the run holds
     wanted = STAGES[stage].need(project, part)  # this imports the family's code, as it does before a stage
     waited = 0.0

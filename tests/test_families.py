@@ -332,8 +332,7 @@ def short_texts(folder: Path) -> dict[str, Any]:
     for part, base in (("calibration", "b"), ("perplexity", "x")):
         words = [f"{number:{base}} is {number}." for number in range(500)]
         (folder / f"{part}.txt").write_text(" ".join(words), encoding="utf-8")
-    sources = {f"{part}__text__source": str(folder / f"{part}.txt") for part in ("calibration", "perplexity")}
-    return sources
+    return {f"{part}__text__source": str(folder / f"{part}.txt") for part in ("calibration", "perplexity")}
 
 
 def rows_are_inputs(name: str) -> bool:

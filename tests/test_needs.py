@@ -82,7 +82,9 @@ def test_the_7b_model_is_as_large_as_its_card_says(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2)])
-def test_what_each_stage_needs(config_only: Callable[..., Project], dtype: str, width: int):
+def test_what_each_stage_needs(
+    config_only: Callable[..., Project], monkeypatch: pytest.MonkeyPatch, dtype: str, width: int
+):
     def need(project: Project, stage: str, part: str | None = None) -> tuple[int, int | None]:
         """Memory beyond what is the same for all models, and disk."""
         found = STAGES[stage].need(project, part)
@@ -90,6 +92,7 @@ def test_what_each_stage_needs(config_only: Callable[..., Project], dtype: str, 
         assert found.memory.mapped == (stage in ("calibrate", "perplexity", "zero-shot") and dtype == "float32")
         return found.memory.total - sizes.LIBRARIES - sizes.ALLOCATOR, found.disk
 
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     project = config_only(dtype=dtype)  # 3 × 64 tokens to calibrate on, 4 × 64 to measure on
     features, linear = 4 * 32 + 2 * (32 + 16) + 3 * (32 + 48), 32 * 48
     walk = (2 * BLOCK + REST + linear + 64 * features) * width
@@ -101,6 +104,7 @@ def test_what_each_stage_needs(config_only: Callable[..., Project], dtype: str, 
     assert need(project, "perplexity", "pruned") == (walk + logits, 4 * 64 * 32 * width * 2)
     packed = (2 * BLOCK + REST + linear + ROW * features) * width + ROW * 260 * (width + 8) + calls_bytes("cpu")
     assert need(project, "zero-shot", "dense") == (packed, 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "99")
     assert need(config_only(dtype=dtype), "mask")[0] == BLOCK + sizes.SELECTION * BLOCK
     project = config_only(dtype=dtype, perplexity__windows=None)
     assert need(project, "perplexity", "dense")[1] is None
@@ -129,6 +133,7 @@ def test_masks_of_pruned_inputs_take_a_walk_more(config_only: Callable[..., Proj
 
 def test_rows_that_are_chosen_apart_need_no_more_than_some(config_only: Callable[..., Project], monkeypatch):
     monkeypatch.setattr("wanda_dvc.pruning.choose.WEIGHTS_AT_A_TIME", 100)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for changes, scores in (
         ({}, 100),
         ({"group": "layer"}, 32 * 48),

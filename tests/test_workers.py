@@ -124,7 +124,7 @@ def test_a_solvers_masks_are_the_same_though_a_node_dies(
 
 def test_a_card_that_no_node_has_is_told_before_a_worker_starts(nodes: list[Any]):
     with pytest.raises(UserError, match="runtime.device: got cuda with workers of auto, expected a node with a GPU"):
-        RayCrew("auto", device="cuda", threads=1)
+        RayCrew("auto", device="cuda")
 
 
 def test_an_error_on_a_worker_is_ours_with_the_nodes_name(project: Make, tmp_path: Path, nodes: list[Any]):

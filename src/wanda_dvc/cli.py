@@ -14,6 +14,7 @@ from wanda_dvc.engine.costs import DEVICES
 from wanda_dvc.errors import UserError, explain, fixable, notice
 from wanda_dvc.export.formats import DEFAULT as DEFAULT_FORMAT
 from wanda_dvc.export.formats import FORMATS
+from wanda_dvc.machine import cores
 from wanda_dvc.stages import STAGES, Stage
 from wanda_dvc.views import completion
 
@@ -95,7 +96,7 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
             if stage.computes:
                 import torch
 
-                torch.set_num_threads(os.cpu_count() or 1)
+                torch.set_num_threads(cores())
             run_stage(name, project=project, part=part, task=task)
         if part and task:
             ahead.answer_ahead(project, part, task, taken["seconds"])

@@ -60,7 +60,7 @@ def explain(error: Exception) -> Iterator[str]:
     elif _lacks_memory(error) or (system and system.errno in NO_MEMORY):
         yield (
             f"memory: {' '.join(str(error).split()) or 'no more'}, expected what `wanda-dvc cost` says; free some, "
-            "lower runtime.threads, or take shorter windows"
+            "take shorter windows, or use fewer threads (OMP_NUM_THREADS)"
         )
     elif (extra := _extra(error)) is not None:
         yield f"{extra[0]}: not installed, expected it for this command; run `pip install 'wanda-dvc[{extra[1]}]'`"

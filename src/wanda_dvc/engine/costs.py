@@ -1,7 +1,6 @@
 """What a stage costs on paper: FLOPs, bytes and seconds. docs/cost.md has the formulas in words."""
 
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from wanda_dvc.engine import shards
 from wanda_dvc.engine.sizes import SELECTION, WIDTH, Memory, Sizes
+from wanda_dvc.machine import cores
 
 DISK = 2e9  # bytes a second from a local NVMe disk; from the page cache it is more
 PRODUCTS = 20  # of a weight and a Gram matrix, in a solver: conjugate gradients take 10, ADMM 20
@@ -100,7 +100,7 @@ class Setting:
     @property
     def threads(self) -> int:
         """Threads of the host."""
-        return os.cpu_count() or 1
+        return cores()
 
     @property
     def float32_rate(self) -> float:
@@ -202,7 +202,7 @@ def this_cpu(name: str, dtype: str) -> Device:
 
     from wanda_dvc.pruning.products import multiply
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     x, weight = (torch.randn(size, 2048).to(getattr(torch, dtype)) for size in (1024, 2048))
     spent = []
     for _ in range(4):
@@ -210,4 +210,4 @@ def this_cpu(name: str, dtype: str) -> Device:
         multiply(x, weight.T)
         spent.append(time.perf_counter() - began)
     rate = 2 * 1024 * 2048 * 2048 / min(spent)
-    return Device(f"{name}, {os.cpu_count()} cores", {dtype: rate}, HOST, None, CPU_EFFICIENCY)
+    return Device(f"{name}, {cores()} cores", {dtype: rate}, HOST, None, CPU_EFFICIENCY)

@@ -19,9 +19,10 @@ import wanda_dvc
 from wanda_dvc.engine.pool import Crew, Hired, Lost
 from wanda_dvc.engine.worker import Order, Packed, Worker, pack, unpack
 from wanda_dvc.errors import UserError
+from wanda_dvc.machine import omp_threads, usable_cores
 
 LOCAL = "local"
-THREADS = 4  # of a worker without a card, where runtime.threads does not say
+THREADS = 4  # of a worker without a GPU, where OMP_NUM_THREADS is not set
 SECONDS = 300  # for the first worker to come
 GRACE = 5  # seconds for others after it
 LIBRARIES = ("torch", "transformers", "numpy")  # whose versions decide bytes
@@ -73,7 +74,7 @@ class Actor:
 class RayCrew(Crew):
     """Workers of a cluster. They start at once, so that their imports take no time of the driver's."""
 
-    def __init__(self, address: str, *, device: str, threads: int | None, most: int | None = None) -> None:
+    def __init__(self, address: str, *, device: str, most: int | None = None) -> None:
         """`address` is `local`, or Ray's of a running cluster. `most` is the most workers that have something to do."""
         # Ray of this machine ends with this process, by itself: to wait for that takes a second.
         self._ours = not ray.is_initialized() and address != LOCAL
@@ -91,7 +92,7 @@ class RayCrew(Crew):
                 "set runtime.device=auto"
             )
         smallest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
-        self.threads = min(threads or THREADS, smallest)
+        self.threads = min(omp_threads() or THREADS, smallest)
         free = ray.available_resources()
         self.free = int(free.get("GPU", 0)) if self._cards else int(free.get("CPU", 0)) // self.threads
         self._start(max(1, min(self.free, most or self.free)))
@@ -213,7 +214,7 @@ def connect(address: str) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # as a stage without Ray, beside which Ray's 15 would starve
     words: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if address == LOCAL:
-        words |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
+        words |= {"include_dashboard": False, "num_cpus": usable_cores()}
     else:
         package = Path(wanda_dvc.__file__).parent
         words |= {"runtime_env": {"py_modules": [str(package)]}}

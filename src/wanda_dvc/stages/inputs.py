@@ -216,7 +216,7 @@ def _crew(runtime: Runtime, *, beside: Callable[[], T], most: int | None = None)
 
     with ThreadPoolExecutor(1) as helper:  # Ray takes seconds to start, and its processes end with this thread
         doing = helper.submit(beside)
-        crew = RayCrew(runtime.ray or "", device=runtime.device, threads=None, most=most)
+        crew = RayCrew(runtime.ray or "", device=runtime.device, most=most)
     with ending(crew.stop):
         try:
             yield crew, doing.result()

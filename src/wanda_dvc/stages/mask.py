@@ -1,7 +1,6 @@
 """Choose the weights that stay: scores from weights and statistics, `keep` masks from scores."""
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,6 +16,7 @@ from wanda_dvc.engine.jobs import Ask
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.sizes import Memory, Need, Sizes, choosing, either, propagating, sizes, writing
 from wanda_dvc.errors import UserError, notice
+from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
 from wanda_dvc.pruning.choose import Share, aim_block, choose_block, prepared_linears, reconstruct, targets_of
@@ -355,7 +355,7 @@ def need(project: Project, _: str | None = None) -> Need:
     if not (folder / "config.json").is_file():
         return Need()
     on_card = device_name(params.runtime).startswith("cuda")
-    threads = 1 if on_card else os.cpu_count() or 1
+    threads = 1 if on_card else cores()
     if not plan.propagates:
         block, linear = largest(project)
         widest = sizes(folder).widest if plan.masks_read_gram else 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from wanda_dvc.errors import UserError, notice
+from wanda_dvc.machine import cores
 from wanda_dvc.params import Runtime
 from wanda_dvc.stages import Stage
 from wanda_dvc.study.files import Json
@@ -52,7 +53,7 @@ def measured(runtime: Runtime) -> Iterator[Json]:
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
     else:
         content["peak_resident_gb"] = round(_peak_resident() / 1e9, 3)
-    content |= {"machine": f"{processor()}, {os.cpu_count()} cores", "device": device_name(runtime)}
+    content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(runtime)}
     content |= _told
 
 

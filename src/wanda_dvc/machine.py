@@ -1,0 +1,52 @@
+"""The machine that this process runs on."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+QUOTAS = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))  # of cgroup v2 and v1: quota and period
+
+
+def cores() -> int:
+    """Return the number of threads to compute with: OMP_NUM_THREADS, or one for each usable core."""
+    return omp_threads() or usable_cores()
+
+
+def omp_threads() -> int | None:
+    """Return OMP_NUM_THREADS (of a list for nested levels, the first); None where it is no positive number."""
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(given) or None if given.isdecimal() else None
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, by its CPU affinity and by its control groups.
+
+    Schedulers (Slurm) and containers restrict a process by either. `os.cpu_count` counts all cores of the machine.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([affinity, *_quotas()])
+
+
+def _quotas() -> Iterator[int]:
+    """Yield the CPU quotas of this process's control groups and of their parents, in cores, rounded up."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number != "0" and "cpu" not in controllers.split(","):
+                continue
+            root = GROUPS if number == "0" else GROUPS / "cpu"  # number 0 is cgroup v2
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(root):
+                    yield from _quota(folder)
+
+
+def _quota(folder: Path) -> Iterator[int]:
+    for names in QUOTAS:
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
+            if quota not in ("max", "-1"):
+                yield max(1, math.ceil(int(quota) / int(period)))

@@ -1,0 +1,100 @@
+"""The cores that this process may use: those of its affinity, its control groups and OMP_NUM_THREADS."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, write_params
+from typer.testing import CliRunner
+
+from wanda_dvc import machine
+from wanda_dvc.cli import app
+
+affinity = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux restricts a process to cores")
+
+
+@pytest.fixture
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+def group(folder: Path, monkeypatch: pytest.MonkeyPatch, line: str, files: dict[str, str]) -> None:
+    """A process in a control group, as the system shows it."""
+    for name, content in files.items():
+        (folder / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "fs" / name).write_text(content)
+    (folder / "own").write_text(f"12:memory:/elsewhere\n{line}\n")
+    monkeypatch.setattr(machine, "GROUPS", folder / "fs")
+    monkeypatch.setattr(machine, "OWN_GROUPS", folder / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)), raising=False)
+
+
+@affinity
+def test_a_process_that_is_bound_to_a_core_uses_that_core():
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+    code += "from wanda_dvc.machine import cores; print(cores())"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "1"
+
+
+def test_omp_num_threads_overrides_the_cores(monkeypatch: pytest.MonkeyPatch):
+    for given, expected in (("3", 3), ("200", 200), ("5,2", 5)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert machine.cores() == expected
+    for given in ("0", "-1", "many", ""):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert machine.cores() == machine.usable_cores()
+
+
+@pytest.mark.usefixtures("unset")
+@pytest.mark.parametrize(
+    ("line", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "400000 100000\n"}, 4),
+        ("0::/", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/", {"cpu.max": "5000 100000\n"}, 1),
+        ("0::/", {"cpu.max": "max 100000\n"}, 128),
+        ("0::/slurm/job/step", {"slurm/job/cpu.max": "800000 100000\n", "slurm/job/step/cpu.max": "max 100000\n"}, 8),
+        ("0::/a", {"cpu.max": "300000 100000\n", "a/cpu.max": "600000 100000\n"}, 3),
+        ("4:cpu,cpuacct:/job", {"cpu/job/cpu.cfs_quota_us": "250000\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, 3),
+        ("4:cpu,cpuacct:/job", {"cpu/job/cpu.cfs_quota_us": "-1\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, 128),
+        ("4:cpu:/of/the/host", {"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ("0::/", {"cpu.max": "not a number\n"}, 128),
+        ("0::/", {"cpu.max": "100000 0\n"}, 128),
+        ("0::/", {}, 128),
+        ("", {}, 128),
+    ],
+)
+def test_a_quota_of_a_control_group_limits_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, files: dict[str, str], cores: int
+):
+    group(tmp_path, monkeypatch, line, files)
+    assert machine.cores() == cores
+
+
+@pytest.mark.usefixtures("unset")
+def test_a_system_without_affinity_and_control_groups_counts_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "missing")
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert machine.cores() == os.cpu_count()
+
+
+def test_a_stage_leaves_the_threads_to_omp_num_threads(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where it fails: the threads are set before the stage begins."""
+    write_params(tmp_path, tiny)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    CliRunner().invoke(app, ["calibrate"])
+    assert given == [7]
+
+
+def test_no_other_module_counts_cores():
+    package = ROOT / "src/wanda_dvc"
+    found = [path.name for path in package.rglob("*.py") if "cpu_count" in path.read_text(encoding="utf-8")]
+    assert found == ["machine.py"]
