@@ -31,12 +31,10 @@ def test_cut_takes_whole_windows_in_order():
 
 
 def test_what_is_left_over_has_a_token_to_predict():
-    def rest(tokens: int, windows: int | None = None) -> list[int] | None:
-        found = left_over(torch.arange(tokens), length=10, windows=windows)
-        return None if found is None else found.tolist()
-
-    assert rest(23) == [20, 21, 22]
-    assert (rest(21), rest(20), rest(23, windows=1), rest(23, windows=2)) == (None, None, None, None)
+    rest = left_over(torch.arange(23), length=10)
+    assert rest is not None
+    assert rest.tolist() == [20, 21, 22]
+    assert (left_over(torch.arange(21), length=10), left_over(torch.arange(20), length=10)) == (None, None)
 
 
 def test_too_short_a_text_says_how_short():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from wanda_dvc.engine.rows import Layout
 
@@ -69,13 +70,14 @@ class CallCache:
 
 def call_bytes(calls: list[Call]) -> int:
     """Bytes of the tensors in calls; memory that several tensors share counts once."""
-    storages = [tensor.untyped_storage() for tensor in _tensors([(call.args, call.kwargs) for call in calls])]
+    storages = [value.untyped_storage() for value in _flat(calls)[0] if isinstance(value, Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def equal_calls(one: list[Call], other: list[Call]) -> bool:
     """Whether two recordings pass the same values."""
-    return _equal([(call.args, call.kwargs) for call in one], [(call.args, call.kwargs) for call in other])
+    (values, shape), (others, other_shape) = _flat(one), _flat(other)
+    return shape == other_shape and all(map(_equal, values, others))
 
 
 def _held(value: Any) -> Iterator[Any]:
@@ -85,19 +87,12 @@ def _held(value: Any) -> Iterator[Any]:
             yield from _held(part)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
+def _flat(calls: list[Call]) -> tuple[list[Any], Any]:
+    """The values in calls, and the structure that holds them."""
+    return tree_flatten([(call.args, call.kwargs) for call in calls])
 
 
 def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    return bool(one == other)
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)

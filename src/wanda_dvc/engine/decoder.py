@@ -110,12 +110,10 @@ class Decoder:
         """Whether a block computes the same for rows together as for each alone; tried once for each kind of block."""
         kind = self._kind(index)
         if kind not in self._takes_several:
-            alone = torch.cat([self.run(index, x[None], row) for x in hidden]).float()
-            same = False
+            alone = torch.cat([self.run(index, x[None], row) for x in hidden])
+            self._takes_several[kind] = False
             with contextlib.suppress(TypeError, ValueError, RuntimeError):
-                off = (self.run(index, hidden, row).float() - alone).norm()
-                same = bool(off <= _tolerance(self.dtype) * alone.norm())
-            self._takes_several[kind] = same
+                self._takes_several[kind] = self._close(alone, self.run(index, hidden, row))
         return self._takes_several[kind]
 
     def run(
@@ -142,10 +140,11 @@ class Decoder:
                 f"{self.checkpoint}: block {index} hands other blocks more than hidden states, by a container that it "
                 "is given; unsupported model structure"
             )
-        if parameters is None and after.dtype is not hidden.dtype:
+        if after.dtype is not hidden.dtype:
+            found, expected = (str(x.dtype).removeprefix("torch.") for x in (after, hidden))
             raise UserError(
-                f"{self.checkpoint}: block {index} returns hidden states in {_short(after.dtype)}, expected "
-                f"{_short(hidden.dtype)}, the model's; set dtype={_short(after.dtype)}"
+                f"{self.checkpoint}: block {index} returns hidden states in {found}, expected {expected}, the model's; "
+                f"set dtype={found}"
             )
         return after
 
@@ -159,8 +158,7 @@ class Decoder:
             with recorder.finding_uncalled(linears) as found, self._attending(row):
                 self.blocks[index](hidden, *call.args, **call.kwargs)
             self._uncalled[kind] = [place for place, name in enumerate(linears) if name in found]
-        names = list(linears)
-        return [names[place] for place in self._uncalled[kind]]
+        return [name for place, name in enumerate(linears) if place in self._uncalled[kind]]
 
     @torch.no_grad()
     def logits(
@@ -218,8 +216,7 @@ class Decoder:
             together = self._through(Row(tokens, layout))
         except (TypeError, ValueError, RuntimeError):  # attention of its own, incompatible with ours
             return False
-        packed = torch.cat([together[part] for part in parts])
-        return bool((packed - torch.cat(alone)).norm() <= _tolerance(self.dtype) * torch.cat(alone).norm())
+        return self._close(torch.cat(alone), torch.cat([together[part] for part in parts]))
 
     @contextlib.contextmanager
     def _instead_of_blocks(self, replacement: Callable[..., Any]) -> Iterator[None]:
@@ -343,20 +340,17 @@ class Decoder:
     def _attends_alike(self) -> bool:
         """Whether each kind of block computes the same with our attention as with the model's own."""
         row = Row(torch.arange(24) % 7)
-        kinds: dict[Hashable, int] = {}  # the first block of each
-        for index in range(len(self.blocks)):
-            kinds.setdefault(self._kind(index), index)
-        outs: list[list[Tensor]] = [[], []]
+        one_of_each_kind = {self._kind(index): index for index in reversed(range(len(self.blocks)))}.values()
+        outs: list[list[Tensor]] = []
         for ours in (False, True):
             with self._windows_by(ours=ours), contextlib.suppress(TypeError, ValueError, RuntimeError):
-                hidden = self.embed(row)
+                hidden, made = self.embed(row), []
                 self.calls(row)
-                for index in kinds.values():
+                for index in one_of_each_kind:
                     with self.block(index, then=-1):
-                        outs[ours].append(self.run(index, hidden, row).float())
-        stock, own = outs
-        alike = [bool((b - a).norm() <= _tolerance(self.dtype) * a.norm()) for a, b in zip(stock, own, strict=False)]
-        return len(stock) == len(own) == len(kinds) and all(alike)
+                        made.append(self.run(index, hidden, row))
+                outs.append(made)
+        return len(outs) == 2 and all(map(self._close, *outs))
 
     @torch.no_grad()
     def _through(self, row: Row) -> Float[Tensor, "length width"]:
@@ -366,13 +360,9 @@ class Decoder:
         for index in range(len(self.blocks)):
             with self.block(index):
                 hidden = self.run(index, hidden, row)
-        return hidden[0].float()
+        return hidden[0]
 
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """How far two ways to the same hidden states may lie apart, relative."""
-    return 1e-3 if dtype is torch.float32 else 5e-2
+    def _close(self, one: Tensor, other: Tensor) -> bool:
+        """Whether two ways of computing hidden states agree up to the rounding of the dtype."""
+        tolerance = 1e-3 if self.dtype is torch.float32 else 5e-2
+        return bool((other.float() - one.float()).norm() <= tolerance * one.float().norm())

@@ -98,9 +98,7 @@ class WayBack:
         decoder, index = self.decoder, self.block
         if self.finished < len(decoder.blocks):
             waiting = zip(self._before[index].before, self.rows, strict=True)
-            self._before[index + 1].write(
-                decoder.run(index, x[None].to(decoder.device), row, {})[0] for x, row in waiting
-            )
+            self._before[index + 1].write(decoder.run(index, x[None].to(decoder.device), row)[0] for x, row in waiting)
             return
         if self._gradients.finished < 0:
             last = zip(self._before[-1].before, self.rows, strict=True)

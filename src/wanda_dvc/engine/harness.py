@@ -45,7 +45,7 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *_: Any, **__: Any
     ) -> list[tuple[float, bool]]:
-        if not self.runner.holds_layouts:
+        if not self.runner.decoder.holds_layouts:
             notice(
                 f"{self.what}: this model cannot hold several questions in one row (its attention or its positions are "
                 "its own); each choice goes through it alone, which takes longer and gives the same answers"

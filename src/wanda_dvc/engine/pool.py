@@ -24,7 +24,7 @@ from wanda_dvc.engine.fisher import course
 from wanda_dvc.engine.jobs import Ask, Job, Jobs, R, T
 from wanda_dvc.engine.recorder import Gradients, Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
-from wanda_dvc.engine.runner import Change, Head, Rows, Runner, Turn, say_kept
+from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Turn, say_kept
 from wanda_dvc.engine.worker import REST, Order, WalkOrder, pack
 from wanda_dvc.errors import UserError, notice
 
@@ -173,11 +173,6 @@ class Pool(Staff, Runner):
     _put: dict[int, Any] = field(default_factory=dict, init=False)  # parcels
 
     @property
-    def holds_layouts(self) -> bool:
-        """Whether a row may hold several questions; tried by the driver."""
-        return self.decoder.holds_layouts
-
-    @property
     def not_finite(self) -> str | None:
         """Where the hidden states first were not finite: in the first block, and there in the first shard."""
 
@@ -188,12 +183,7 @@ class Pool(Staff, Runner):
         return self._not_finite[min(self._not_finite, key=block)] if self._not_finite else None
 
     def walk(
-        self,
-        rows: Rows,
-        *,
-        kept: int | None = None,
-        beside: bool = False,
-        changes: Callable[[int], Change] | None = None,
+        self, rows: Rows, *, kept: int | None = None, beside: bool = False, changes: Changes | None = None
     ) -> Iterator[Turn]:
         """All rows through all blocks. Shards that lost their hidden states go through the kept blocks again."""
         if kept == len(self.decoder.blocks):

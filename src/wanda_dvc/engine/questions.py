@@ -99,7 +99,7 @@ def loglikelihoods(
     `length` is the model's number of positions. A killed run continues from the runner's files.
     """
     requests = [request.within(length) for request in requests]
-    rows, places = pack(requests, tokens=ROW) if runner.holds_layouts else spread(requests)
+    rows, places = pack(requests, tokens=ROW) if runner.decoder.holds_layouts else spread(requests)
     for turn in progress(runner.walk(rows)):
         turn.advance()
     of_row = [(number, row) for number, shard in enumerate(shards.cut(len(rows))) for row in range(len(shard))]

@@ -247,10 +247,7 @@ class GradientRecorder(Gradients):
         """Records what comes back, in every pass inside, to the outputs of these linears, the `uncalled` among them."""
         self.linears = linears
 
-        def after(module: nn.Module, names: list[str]) -> Any:
-            return module.register_forward_hook(lambda _, args, out: self._see(names, args[0], out, ALL))
-
-        with _watching(linears, uncalled, after, self._see):
+        with _watching(linears, uncalled, _after(self._see), self._see):
             yield
 
     def _see(self, names: list[str], _: Tensor, y: Tensor | None, tokens: slice, turned: bool = False) -> None:
@@ -295,6 +292,26 @@ def finding_uncalled(linears: dict[str, Linear]) -> Iterator[set[str]]:
     with _watching(linears, linears, before, see):
         yield (found := set())
     found |= {name for name in multiplied - called if linears[name].part.expert is None}
+
+
+@contextlib.contextmanager
+def finding_not_finite(linears: dict[str, Linear]) -> Iterator[list[str]]:
+    """Collect the inputs and outputs of linears that are not finite, in the order of the pass inside."""
+    found: list[str] = []
+
+    def see(names: list[str], x: Tensor, y: Tensor, tokens: slice, turned: bool = False) -> None:
+        what = ", ".join(names if len(names) < 3 else [f"{names[0]} and {len(names) - 1} more"])
+        for side, tensor in (("input", x), ("output", y)):
+            if not tensor[tokens].isfinite().all():
+                found.append(f"{side} of {what}")
+
+    with _watching(linears, (), _after(see), see):
+        yield found
+
+
+def _after(see: See) -> Callable[[nn.Module, list[str]], Any]:
+    """Makes hooks of modules that see what a call was given and put out."""
+    return lambda module, names: module.register_forward_hook(lambda _, args, out: see(names, args[0], out, ALL))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from wanda_dvc.errors import notice
 
 Rows = Sequence[Row] | Int[Tensor, "samples length"]
 Change = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # masks, and weights, of one block
+Changes = Callable[[int], Change]  # of a block, by its index
 # Of one shard: the model, rows, their last hidden states, and what is asked.
 Head = Callable[[Decoder, Sequence[Row], Sequence[Float[Tensor, "_ width"]], T], Iterator[R]]
 
@@ -57,22 +58,12 @@ class Runner(Jobs):
 
     @property
     @abstractmethod
-    def holds_layouts(self) -> bool:
-        """Whether a row may hold several questions."""
-
-    @property
-    @abstractmethod
     def not_finite(self) -> str | None:
         """Where the hidden states first were not finite; None where they all are."""
 
     @abstractmethod
     def walk(
-        self,
-        rows: Rows,
-        *,
-        kept: int | None = None,
-        beside: bool = False,
-        changes: Callable[[int], Change] | None = None,
+        self, rows: Rows, *, kept: int | None = None, beside: bool = False, changes: Changes | None = None
     ) -> Iterator[Turn]:
         """All rows through all blocks, as `engine.walk.walk`.
 

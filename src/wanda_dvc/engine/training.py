@@ -2,29 +2,30 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from wanda_dvc.engine.walk import Step
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.rows import Row
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's
 
 
 def train(  # noqa: PLR0913 - the settings of a training
-    step: "Step",
+    decoder: Decoder,
+    index: int,
     keeps: Mapping[str, Tensor],
     *,
-    rows: range,
+    rows: Sequence[Row],
+    inputs: Sequence[Float[Tensor, "length width"]],
     targets: Sequence[Float[Tensor, "length width"]],
     epochs: int,
     rate: float,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Train the block of a step so that its output on some rows meets `targets`, one for each row.
+    """Train a block, which is loaded, so that its outputs on some rows meet `targets`. Each row has an input, a target.
 
     Returns all of its weights in float32, named and oriented as they are stored; the block itself stays as it is.
 
@@ -38,8 +39,14 @@ def train(  # noqa: PLR0913 - the settings of a training
     Memory in bytes: 24 for each parameter of the block (itself, its gradient, Adam's two, the masked one and that in
     the walk's dtype), and what autograd keeps of one row.
     """
-    block, device, dtype = step.decoder.blocks[step.index], step.decoder.device, step.decoder.dtype
-    masks = _by_parameter(step, keeps)
+    block, device, dtype = decoder.blocks[index], decoder.device, decoder.dtype
+    names = {id(p): name for name, p in block.named_parameters()}
+    masks: dict[str, Tensor] = {}  # of parameters, which may hold several linears
+    for linear, keep in keeps.items():
+        found = decoder.linears(index)[linear]
+        parameter = found.module.get_parameter(found.leaf)
+        mask = masks.setdefault(names[id(parameter)], torch.ones_like(parameter, dtype=torch.bool))
+        found.part.of(mask).copy_(keep)
     trained = {name: p.detach().float().clone().requires_grad_() for name, p in block.named_parameters()}
 
     def masked() -> dict[str, Tensor]:
@@ -50,24 +57,23 @@ def train(  # noqa: PLR0913 - the settings of a training
         betas=BETAS,
         eps=EPSILON,
     )
-    order, before = list(_order(len(rows), epochs, seed, step.index)), step.states.before
+    order = list(_order(len(rows), epochs, seed, index))
     with torch.enable_grad():
         for number, row in enumerate(order):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"] * (1 + math.cos(math.pi * number / len(order))) / 2
-            target, hidden = targets[row].to(device).float(), before[rows[row]][None].to(device)
+            target, hidden = targets[row].to(device).float(), inputs[row][None].to(device)
             parameters = {name: p.to(dtype) for name, p in masked().items()}
-            out = step.decoder.run(step.index, hidden, step.rows[rows[row]], parameters)[0]
+            out = decoder.run(index, hidden, rows[row], parameters)[0]
             error, norm = (out.float() - target).square().sum(-1), target.norm(dim=-1).clamp_min(EPSILON)
             loss = (error / norm).sum() / norm.sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    names = {id(p): name for name, p in block.named_parameters()}
     made = {name: p.detach() for name, p in masked().items()}
     return {
         name: stored.part.of(made[names[id(stored.module.get_parameter(stored.leaf))]])
-        for name, stored in step.weights.items()
+        for name, stored in decoder.weights.of_block(index).items()
     }
 
 
@@ -82,15 +88,3 @@ def _order(rows: int, epochs: int, seed: int, block: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed * 100_003 + block)
     for _ in range(epochs):
         yield from torch.randperm(rows, generator=generator).tolist()
-
-
-def _by_parameter(step: "Step", keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the masks as those of the block's parameters, which may hold several linears."""
-    masks: dict[str, Tensor] = {}
-    names = {id(p): name for name, p in step.decoder.blocks[step.index].named_parameters()}
-    for linear, keep in keeps.items():
-        found = step.linears[linear]
-        parameter = found.module.get_parameter(found.leaf)
-        mask = masks.setdefault(names[id(parameter)], torch.ones_like(parameter, dtype=torch.bool))
-        found.part.of(mask).copy_(keep)
-    return masks

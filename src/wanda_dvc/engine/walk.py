@@ -5,7 +5,7 @@ and a killed run continues from the last finished block.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from wanda_dvc.engine import shards, training
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.fisher import back
 from wanda_dvc.engine.jobs import Alone, Ask, Job, R, T, solving_device
-from wanda_dvc.engine.recorder import CrossRecorder, Gradients, InputRecorder, Recorded, Sums
+from wanda_dvc.engine.recorder import CrossRecorder, Gradients, InputRecorder, Recorded, Sums, finding_not_finite
 from wanda_dvc.engine.rows import Row, as_rows
-from wanda_dvc.engine.runner import Change, Head, Rows, Runner, Turn, say_kept
+from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Turn, say_kept
 from wanda_dvc.engine.states import HiddenStates, not_finite
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
@@ -101,22 +101,12 @@ class Here(Runner):
     _rows: list[Row] = field(default_factory=list, init=False)
 
     @property
-    def holds_layouts(self) -> bool:
-        """Whether a row may hold several questions."""
-        return self.decoder.holds_layouts
-
-    @property
     def not_finite(self) -> str | None:
         """Where the hidden states first were not finite."""
         return not_finite(self.work)
 
     def walk(
-        self,
-        rows: Rows,
-        *,
-        kept: int | None = None,
-        beside: bool = False,
-        changes: Callable[[int], Change] | None = None,
+        self, rows: Rows, *, kept: int | None = None, beside: bool = False, changes: Changes | None = None
     ) -> Iterator["Step"]:
         """All rows through all blocks. Where hidden states are lost, it starts anew and needs no changes."""
         self._rows = as_rows(rows)
@@ -192,7 +182,16 @@ class Step(Turn):
         """The block's weights after a training on the masks that begins with other weights; the block has those."""
         self.prune(keeps)
         self.replace(weights)
-        return training.train(self, keeps, rows=self.own, targets=self.states.after(self.dense), **settings)
+        start = self.own.start
+        return training.train(
+            self.decoder,
+            self.index,
+            keeps,
+            rows=self.rows[start:],
+            inputs=self.states.before[start:],
+            targets=self.states.after(self.dense),
+            **settings,
+        )
 
     @torch.no_grad()
     def replace(self, weights: Mapping[str, Tensor]) -> None:
@@ -286,26 +285,6 @@ class Step(Turn):
         """What first gave a number that is not finite, as this row goes through the block once more."""
         if not before.isfinite().all():
             return "embeddings" if self.index == 0 else f"the blocks before block {self.index}"
-        found: list[str] = []
-
-        def look(names: list[str]) -> Callable[..., None]:
-            def hook(_: nn.Module, given: tuple[Any, ...], made: Any) -> None:
-                for what, tensors in (("input", given), ("output", made if isinstance(made, tuple) else (made,))):
-                    if not found and not all(x.isfinite().all() for x in tensors if isinstance(x, Tensor)):
-                        found.append(f"block {self.index}, {what} of {', '.join(names)}")
-
-            return hook
-
-        modules: dict[nn.Module, list[str]] = {}
-        for name, linear in self.linears.items():
-            modules.setdefault(linear.module, []).append(name)
-        hooks = [
-            module.register_forward_hook(look(names if len(names) < 3 else [f"{names[0]} and {len(names) - 1} more"]))
-            for module, names in modules.items()
-        ]
-        try:
-            self.decoder.run(self.index, before[None].to(self.decoder.device), row)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found[0] if found else f"block {self.index}, after its linears"
+        with finding_not_finite(self.linears) as found:
+            self.decoder.run(self.index, before[None], row)
+        return f"block {self.index}, {found[0] if found else 'after its linears'}"

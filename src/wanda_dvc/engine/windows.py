@@ -99,7 +99,7 @@ def cut(tokens: Int[Tensor, " tokens"], *, length: int, windows: int | None) -> 
     return tokens[: count * length].view(count, length)
 
 
-def left_over(tokens: Int[Tensor, " tokens"], *, length: int, windows: int | None) -> Int[Tensor, " rest"] | None:
+def left_over(tokens: Int[Tensor, " tokens"], *, length: int) -> Int[Tensor, " rest"] | None:
     """The tokens that `cut` drops after all whole windows, if at least one can be predicted (the first can't)."""
     rest = tokens[len(tokens) // length * length :]
-    return rest if windows is None and len(rest) >= 2 else None
+    return rest if len(rest) >= 2 else None

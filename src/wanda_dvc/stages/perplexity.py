@@ -33,7 +33,7 @@ def perplexity(*, project: Project, model: str) -> None:
     tokens = tokenize(project.text("perplexity"), load_tokenizer(folder))
     length, asked = params.perplexity.length, params.perplexity.windows
     windows = cut(tokens, length=length, windows=asked if isinstance(asked, int) else None)
-    rest = left_over(tokens, length=length, windows=None) if asked == ALL else None
+    rest = left_over(tokens, length=length) if asked == ALL else None
     protocol = describe(
         "perplexity",
         version=STAGES["perplexity"].version,
