@@ -45,12 +45,12 @@ from checkpoints import make_checkpoint  # noqa: E402 - after the stand-in
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods  # noqa: E402
 from wanda_dvc.engine.decoder import Decoder  # noqa: E402
-from wanda_dvc.engine.fisher import back  # noqa: E402
+from wanda_dvc.engine.fisher import backward  # noqa: E402
 from wanda_dvc.engine.losses import window_loss  # noqa: E402
 from wanda_dvc.engine.recorder import Recorded  # noqa: E402
 from wanda_dvc.engine.rows import as_rows  # noqa: E402
 from wanda_dvc.engine.sizes import sizes, walking  # noqa: E402
-from wanda_dvc.engine.walk import Here, outputs  # noqa: E402
+from wanda_dvc.engine.walk import LocalRunner, outputs  # noqa: E402
 from wanda_dvc.pruning.choose import Target, choose_block, prune_block  # noqa: E402
 from wanda_dvc.pruning.gram import Gram  # noqa: E402
 from wanda_dvc.pruning.packing import pack_bits  # noqa: E402
@@ -137,7 +137,7 @@ class Bench:
         if on_card:
             torch.cuda.reset_peak_memory_stats(device)
         spent, recorded = [], []
-        turns = Here(decoder, work).walk(windows)
+        turns = LocalRunner(decoder, work).walk(windows)
         for turn in turns:
             self.wait()
             began = time.perf_counter()
@@ -251,7 +251,7 @@ def _fisher_apart(bench: Bench, folder: Path, tokens: torch.Tensor) -> float:
     found: list[dict[str, torch.Tensor]] = []
     for device in (torch.device("cpu"), bench.device):
         decoder = Decoder(folder, dtype=torch.float32, device=device)
-        came = back(decoder, as_rows(tokens), bench.work / f"back{len(found)}")
+        came = backward(decoder, as_rows(tokens), bench.work / f"back{len(found)}")
         found.append({name: sums for _, block in came for name, sums in block.sums.items()})
     host, card = found
     return max(float((card[name] - sums).norm() / sums.norm()) for name, sums in host.items())

@@ -17,7 +17,7 @@ from wanda_dvc.engine import states
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import Recorded
 from wanda_dvc.engine.rows import Row, as_rows
-from wanda_dvc.engine.walk import Here, outputs, walk
+from wanda_dvc.engine.walk import LocalRunner, outputs, walk
 from wanda_dvc.pruning.selection import above_by_numpy, above_by_torch
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -35,7 +35,7 @@ def windows(count: int = 6, length: int = 32) -> torch.Tensor:
 
 def run(folder: Path, work: Path, tokens: torch.Tensor) -> tuple[list[Recorded], list[torch.Tensor]]:
     decoder = Decoder(folder, dtype=torch.float32, device=CPU)
-    recorded = [turn.record(gram=True) for turn in Here(decoder, work).walk(tokens)]
+    recorded = [turn.record(gram=True) for turn in LocalRunner(decoder, work).walk(tokens)]
     return recorded, outputs(decoder, as_rows(tokens), work)
 
 

@@ -55,9 +55,9 @@ def test_what_another_checkout_calibrates_meanwhile_is_not_calibrated_again(
         run("download", project=first, part=part)
     second = Project(Path(shutil.copytree(tmp_path, tmp_path / "other")))
     advanced: list[Path] = []
-    real = walk.Step.record
+    real = walk.LocalStep.record
 
-    def record(step: walk.Step, **words: bool) -> Recorded:
+    def record(step: walk.LocalStep, **words: bool) -> Recorded:
         advanced.append(step.states.folder)
         if len(advanced) == 1:
             waiting.start()
@@ -65,7 +65,7 @@ def test_what_another_checkout_calibrates_meanwhile_is_not_calibrated_again(
                 assert waiting.is_alive()
         return real(step, **words)
 
-    monkeypatch.setattr(walk.Step, "record", record)
+    monkeypatch.setattr(walk.LocalStep, "record", record)
     waiting = threading.Thread(target=run, args=["calibrate"], kwargs={"project": second})
     run("calibrate", project=first)
     waiting.join()

@@ -139,7 +139,7 @@ def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
     assert "calibrate: stopped; finished blocks and windows are kept" in said
     assert "Traceback" not in said
     again = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert re.search(r"going on after [1-3] of 4 blocks, which an earlier run has finished", again.stderr)
+    assert re.search(r"resuming after [1-3] of 4 blocks", again.stderr)
     resumed = outputs(tmp_path)
     run("calibrate", project=project)
     assert outputs(tmp_path) == resumed

@@ -24,7 +24,7 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods
 from wanda_dvc.engine.recorder import InputRecorder
 from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.walk import Here, outputs, walk
+from wanda_dvc.engine.walk import LocalRunner, outputs, walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import read_masks
@@ -287,7 +287,7 @@ def test_questions_get_the_models_own_answers(family: str, tmp_path: Path):
     asked = [Request(context, draw(1 + k * (q % 3))) for q, context in enumerate(contexts) for k in range(2 + q % 2)]
     folder = save(family, tmp_path / "model")
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
-    ours = loglikelihoods(Here(decoder, tmp_path / "work"), asked, length=128, progress=lambda items: items)
+    ours = loglikelihoods(LocalRunner(decoder, tmp_path / "work"), asked, length=128, progress=lambda items: items)
     assert decoder.holds_layouts == (family not in ONE_BY_ONE)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for request, (value, _) in zip(asked, ours, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import back, course
+from wanda_dvc.engine.fisher import backward, block_order
 from wanda_dvc.engine.recorder import Gradients
 from wanda_dvc.engine.rows import as_rows
 from wanda_dvc.engine.structure import Linear
@@ -22,11 +22,11 @@ CPU = torch.device("cpu")
 
 
 def measured(decoder: Decoder, tokens: Tensor, work: Path) -> dict[str, Tensor]:
-    return {name: sums for _, found in back(decoder, as_rows(tokens), work) for name, sums in found.sums.items()}
+    return {name: sums for _, found in backward(decoder, as_rows(tokens), work) for name, sums in found.sums.items()}
 
 
 def matrices(decoder: Decoder, tokens: Tensor, work: Path) -> dict[str, Tensor]:
-    came = back(decoder, as_rows(tokens), work, gram=True)
+    came = backward(decoder, as_rows(tokens), work, gram=True)
     return {name: gram.matrix() for _, found in came for name, gram in found.grams.items()}
 
 
@@ -107,7 +107,7 @@ def test_a_row_of_an_experts_weight_has_its_outputs_gradient(family: str, tmp_pa
 
 def test_a_model_of_one_block_goes_back_too(tmp_path: Path):
     decoder = Decoder(save("llama", tmp_path / "model", num_hidden_layers=1), dtype=torch.float32, device=CPU)
-    ((index, found),) = back(decoder, as_rows(torch.tensor([[17, 101, 5]])), tmp_path / "work")
+    ((index, found),) = backward(decoder, as_rows(torch.tensor([[17, 101, 5]])), tmp_path / "work")
     assert index == 0
     assert found.sums
 
@@ -123,8 +123,8 @@ def test_the_way_back_reads_the_block_that_comes_next(tmp_path: Path, monkeypatc
         return original(index)
 
     monkeypatch.setattr(decoder.weights, "read_block", read_block)
-    list(back(decoder, rows, tmp_path / "work"))
-    expected = course(len(decoder.blocks))
+    list(backward(decoder, rows, tmp_path / "work"))
+    expected = block_order(len(decoder.blocks))
     expected.remove(1)
     assert read == expected
 
@@ -140,15 +140,15 @@ def test_a_killed_run_goes_on_after_the_last_block_that_was_taken(
     llama: Callable[[], Decoder], tmp_path: Path, taken: int, monkeypatch: pytest.MonkeyPatch
 ):
     rows = as_rows(torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1)))
-    expected = list(back(llama(), rows, tmp_path / "whole", gram=True))
-    killed = back(llama(), rows, tmp_path / "work", gram=True)
+    expected = list(backward(llama(), rows, tmp_path / "whole", gram=True))
+    killed = backward(llama(), rows, tmp_path / "work", gram=True)
     found = [next(killed) for _ in range(taken)]
     del killed  # the last one that it gave may not have been written
     found = found[:-1]
     decoder = llama()
     if taken:  # nothing goes forward again
         monkeypatch.setattr(decoder, "embed", None)
-    found += back(decoder, rows, tmp_path / "work", gram=True, kept=len(found))
+    found += backward(decoder, rows, tmp_path / "work", gram=True, kept=len(found))
     alike(found, expected)
 
 
@@ -157,10 +157,10 @@ def test_what_the_caller_has_lost_comes_back_anew(
 ):
     """But nothing goes forward again."""
     rows = as_rows(torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(1)))
-    expected = list(back(llama(), rows, tmp_path, gram=True))
+    expected = list(backward(llama(), rows, tmp_path, gram=True))
     decoder = llama()
     monkeypatch.setattr(decoder, "embed", None)
-    alike(list(back(decoder, rows, tmp_path, gram=True, kept=1)), expected)
+    alike(list(backward(decoder, rows, tmp_path, gram=True, kept=1)), expected)
 
 
 def alike(found: list[tuple[int, Gradients]], expected: list[tuple[int, Gradients]]) -> None:

@@ -272,13 +272,13 @@ def test_weights_are_borrowed_and_not_copied(pairs: Callable[[str], Pair], monke
     model = pair.load()
     own = {x.data_ptr() for x in model.parameters()}
     seen: list[int] = []
-    real = walk.Step.advance
+    real = walk.LocalStep.advance
 
-    def advance(step: walk.Step, *args: Any, **words: Any) -> None:
+    def advance(step: walk.LocalStep, *args: Any, **words: Any) -> None:
         seen.extend(x.data_ptr() for x in step.decoder.blocks[step.index].parameters())
         real(step, *args, **words)
 
-    monkeypatch.setattr(walk.Step, "advance", advance)
+    monkeypatch.setattr(walk.LocalStep, "advance", advance)
     wd.calibrate(model, pair.tokens)
     assert seen
     assert set(seen) <= own

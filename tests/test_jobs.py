@@ -16,7 +16,7 @@ from test_pool import Shuffled
 from test_stages import fetch, tree
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods
-from wanda_dvc.engine.jobs import Alone, Ask
+from wanda_dvc.engine.jobs import Ask, LocalJobs
 from wanda_dvc.engine.pool import AHEAD, Crew, Hired, Staff
 from wanda_dvc.engine.worker import Order
 from wanda_dvc.errors import UserError
@@ -200,7 +200,7 @@ def test_few_jobs_are_taken_ahead(workers: int):
     for number, found in enumerate(staff.each(double, asked()), start=1):
         assert found == 2 * number
         assert taken <= number + AHEAD * workers
-    assert list(Alone(torch.device("cpu")).each(double, asked())) == [2 * x for x in range(1, 51)]
+    assert list(LocalJobs(torch.device("cpu")).each(double, asked())) == [2 * x for x in range(1, 51)]
 
 
 class OneIsSlow(Crew):

@@ -18,7 +18,7 @@ from wanda_dvc.engine.losses import window_losses
 from wanda_dvc.engine.pool import Crew, Hired, Lost, Pool
 from wanda_dvc.engine.recorder import Gradients, Recorded
 from wanda_dvc.engine.runner import Change, Runner
-from wanda_dvc.engine.walk import Here
+from wanda_dvc.engine.walk import LocalRunner
 from wanda_dvc.engine.worker import Order, Worker, order
 from wanda_dvc.errors import UserError
 
@@ -117,15 +117,15 @@ def change(run: Runner, block: int) -> Change:
     return keeps, weights
 
 
-def through(run: Runner, rows: torch.Tensor, *, beside: bool) -> Iterator[bytes]:
+def through(run: Runner, rows: torch.Tensor, *, with_dense: bool) -> Iterator[bytes]:
     """All bytes that stages write: of blocks that are measured and changed, and of the losses at the end."""
     made = {block: change(run, block) for block in range(len(run.decoder.blocks))}
-    for turn in run.walk(rows, beside=beside, changes=made.__getitem__, kept=0):
-        yield dump(turn.record(gram=True, crosses=beside))
+    for turn in run.walk(rows, with_dense=with_dense, changes=made.__getitem__, kept=0):
+        yield dump(turn.record(gram=True, crosses=with_dense))
         turn.change(*made[turn.index])
-    if not beside:
+    if not with_dense:
         yield str(list(run.head(window_losses, {0: 1, 3: 0, 18: 0}))).encode()
-        yield from map(dump_back, run.back(rows[:7], gram=True))
+        yield from map(dump_back, run.backward(rows[:7], gram=True))
 
 
 def dump(found: Recorded) -> bytes:
@@ -143,18 +143,20 @@ def dump_back(came: tuple[int, Gradients]) -> bytes:
 @pytest.fixture(scope="module")
 def expected(tiny: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[bytes]]:
     return {
-        beside: list(through(Here(decoder(tiny), tmp_path_factory.mktemp("here")), rows, beside=beside))
-        for beside in (False, True)
+        with_dense: list(
+            through(LocalRunner(decoder(tiny), tmp_path_factory.mktemp("here")), rows, with_dense=with_dense)
+        )
+        for with_dense in (False, True)
     }
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("with_dense", [False, True])
 @pytest.mark.parametrize("workers", [slow(1), 2, slow(5), slow(50)])
 def test_workers_give_the_bytes_of_one_process(
-    tiny: Path, tmp_path: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], workers: int, beside: bool
+    tiny: Path, tmp_path: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], workers: int, with_dense: bool
 ):
     run = pool(tiny, tmp_path, Shuffled(workers, seed=workers))
-    assert list(through(run, rows, beside=beside)) == expected[beside]
+    assert list(through(run, rows, with_dense=with_dense)) == expected[with_dense]
 
 
 # By method, and whether each row comes twice: at which call its worker dies. In the second half of the second place, or
@@ -174,26 +176,26 @@ EVERYDAY = ("record", "back")
 
 
 @pytest.mark.parametrize(
-    ("method", "beside"),
+    ("method", "with_dense"),
     [pytest.param(*case, marks=[] if case[0] in EVERYDAY else pytest.mark.slow) for case in DEATHS],
 )
 def test_a_worker_that_dies_costs_its_shards_and_no_byte(
-    tiny: Path, tmp_path: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], method: str, beside: bool
+    tiny: Path, tmp_path: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], method: str, with_dense: bool
 ):
-    calls, at = iter(range(10_000)), DEATHS[method, beside]
+    calls, at = iter(range(10_000)), DEATHS[method, with_dense]
     crew = Shuffled(3, kill=lambda words: words[0] == method and next(calls) == at)
-    assert list(through(pool(tiny, tmp_path, crew), rows, beside=beside)) == expected[beside]
+    assert list(through(pool(tiny, tmp_path, crew), rows, with_dense=with_dense)) == expected[with_dense]
     assert len(crew.queues) == 2
 
 
 def test_a_killed_way_back_goes_on(tiny: Path, tmp_path: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]]):
     killed = pool(tiny, tmp_path, Shuffled(2))
-    came = killed.back(rows[:7], gram=True)
+    came = killed.backward(rows[:7], gram=True)
     found = [dump_back(next(came)) for _ in range(2)]
     del came, killed
     gc.collect()  # locks end with a process
     crew = Shuffled(2)
-    found += map(dump_back, pool(tiny, tmp_path, crew).back(rows[:7], gram=True, kept=2))
+    found += map(dump_back, pool(tiny, tmp_path, crew).backward(rows[:7], gram=True, kept=2))
     assert found == expected[False][-4:]
     places = [words[3] for words in crew.said if words[0] == "back"]
     assert sorted(places) == sorted([5, 6, 7] * 7)  # what was given and not finished comes back again
@@ -204,13 +206,13 @@ def test_the_last_worker_that_dies_is_replaced(
 ):
     calls = iter(range(10_000))
     crew = Shuffled(1, kill=lambda words: words[0] == "record" and next(calls) == 25)
-    assert list(through(pool(tiny, tmp_path, crew), rows, beside=False)) == expected[False]
+    assert list(through(pool(tiny, tmp_path, crew), rows, with_dense=False)) == expected[False]
 
 
 def test_a_shard_that_kills_every_worker_ends_the_stage(tiny: Path, tmp_path: Path, rows: torch.Tensor):
     crew = Shuffled(2, kill=lambda words: words[0] == "record" and words[2] == 7)
     with pytest.raises(UserError, match=r"^worker on node \d: died at shard 7, as 2 before it \(killed\), expected it"):
-        list(through(pool(tiny, tmp_path, crew), rows, beside=False))
+        list(through(pool(tiny, tmp_path, crew), rows, with_dense=False))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -228,6 +230,6 @@ def test_a_checkpoint_that_a_worker_does_not_have_comes_in_parcels(
             return hired
 
     crew = Elsewhere(workers)
-    assert list(through(pool(folder, tmp_path / "work", crew), rows, beside=False)) == expected[False]
+    assert list(through(pool(folder, tmp_path / "work", crew), rows, with_dense=False)) == expected[False]
     # What a worker holds stays in the cluster's store: what is in no block, and two blocks.
     assert all(len(one.handle._refs) <= 3 for one in crew.queues)

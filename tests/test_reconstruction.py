@@ -364,7 +364,7 @@ def test_cross_products_are_those_of_both_windows_inputs(study: Make, tmp_path: 
     step = next(steps)  # whose block stays as long as `steps`
     recorder = CrossRecorder(gram=True)
     step.advance(rows=range(3))
-    step.advance(recorder, rows=range(3, 6), beside=range(3))
+    step.advance(recorder, rows=range(3, 6), dense=range(3))
     name = "model.layers.0.mlp.down_proj"
     torch.testing.assert_close(recorder.crosses[name].float(), seen[0].T @ seen[1], rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(recorder.grams[name].matrix(), seen[1].T @ seen[1], rtol=1e-4, atol=1e-2)
@@ -381,7 +381,7 @@ def test_only_inputs_of_every_token_have_a_cross_product(family: str, tmp_path: 
         step = next(steps)  # whose block stays as long as `steps`
         step.advance(rows=range(width))
         recorder = CrossRecorder(gram=True)
-        step.advance(recorder, rows=range(width, 2 * width), beside=range(width))
+        step.advance(recorder, rows=range(width, 2 * width), dense=range(width))
         found = recorder.of(step.linears)
         every = {name for name, x in found.stats.inputs.items() if x.count == 2 * width}
         assert found.crosses.keys() <= every

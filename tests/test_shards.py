@@ -42,14 +42,14 @@ def test_a_walk_gives_the_sums_of_its_shards_alone(tiny: Path, tmp_path: Path, c
     rows = torch.randint(0, 256, (37, 12), generator=torch.Generator().manual_seed(0))
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     whole = [
-        step.record(gram=True, crosses=crosses) for step in walk(decoder, rows, tmp_path / "whole", beside=crosses)
+        step.record(gram=True, crosses=crosses) for step in walk(decoder, rows, tmp_path / "whole", with_dense=crosses)
     ]
     cut = shards.cut(len(rows))
     assert len(cut) > 1
     alone = [
         [
             step.record_shard(range(len(shard)), gram=True, crosses=crosses)
-            for step in walk(decoder, rows[list(shard)], tmp_path / str(number), beside=crosses)
+            for step in walk(decoder, rows[list(shard)], tmp_path / str(number), with_dense=crosses)
             if not step.dense or step.advance(rows=step.dense) is None
         ]
         for number, shard in enumerate(cut)
@@ -72,10 +72,10 @@ def test_a_walk_gives_the_sums_of_its_shards_alone(tiny: Path, tmp_path: Path, c
 def test_the_sums_of_all_shards_are_those_of_all_rows(tiny: Path, tmp_path: Path):
     rows = torch.randint(0, 256, (37, 12), generator=torch.Generator().manual_seed(0))
     decoder, recorder = Decoder(tiny, dtype=torch.float32, device=CPU), CrossRecorder(gram=True)
-    steps = walk(decoder, rows, tmp_path, beside=True)
+    steps = walk(decoder, rows, tmp_path, with_dense=True)
     step = next(steps)  # whose block stays as long as `steps`
     found = step.record(gram=True, crosses=True)
-    step.advance(recorder, rows=step.own, beside=step.dense)
+    step.advance(recorder, rows=step.own, dense=step.dense)
     assert found.stats.readers == recorder.of(recorder.linears).stats.readers
     for name, x in recorder.stats.items():
         assert found.stats.inputs[name].count == x.count == 37 * 12

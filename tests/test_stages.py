@@ -24,7 +24,7 @@ from wanda_dvc.catalog import methods
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.harness import EngineLM, load_task
 from wanda_dvc.engine.losses import from_losses, window_loss
-from wanda_dvc.engine.walk import Here
+from wanda_dvc.engine.walk import LocalRunner
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
 from wanda_dvc.pruning.choose import Target, choose_block
@@ -794,7 +794,7 @@ def test_a_question_without_a_context_needs_a_token_that_begins_it(tiny: Path, t
     folder = shutil.copytree(tiny, tmp_path / "model")
     name_no_tokens(folder)
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
-    lm = EngineLM(decoder, folder, Here(decoder, tmp_path / "work"), what="", progress=lambda items: items)
+    lm = EngineLM(decoder, folder, LocalRunner(decoder, tmp_path / "work"), what="", progress=lambda items: items)
     with pytest.raises(UserError, match="its tokenizer names no token that begins or ends a text, expected one"):
         lm.loglikelihood([SimpleNamespace(args=("Why?", " So")), SimpleNamespace(args=("", "So"))])
 

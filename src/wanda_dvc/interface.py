@@ -104,7 +104,7 @@ def calibrate(
         >>> stats = wd.calibrate(model, tokens, statistics="gram")
         >>> stats.blocks[0].inputs["model.layers.0.self_attn.q_proj"].norm  # ‖X_j‖₂ of each feature, [in]
     """
-    from wanda_dvc.engine.walk import Here
+    from wanda_dvc.engine.walk import LocalRunner
     from wanda_dvc.stages.running import progress, say_unreached
     from wanda_dvc.study.tensors import Grams, pack_gradients, pack_grams
 
@@ -115,14 +115,14 @@ def calibrate(
     blocks, grams = [], []
     gradients: list[Grams] = []
     with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
-        run = Here(decoder, Path(work))
+        run = LocalRunner(decoder, Path(work))
         for turn in progress(run.walk(rows), total=len(decoder.blocks), what="calibrate, blocks"):
             measured, matrices, _ = turn.record(gram=statistics != "norms")
             blocks.append(measured)
             if statistics != "norms":
                 grams.append(pack_grams(measured, matrices, GRAM_DTYPE))
         if statistics == "fisher":
-            back = run.back(rows[:WINDOWS_BACK], gram=True)
+            back = run.backward(rows[:WINDOWS_BACK], gram=True)
             for number, came in progress(back, total=len(blocks), what="calibrate, blocks back"):
                 blocks[number] = blocks[number]._replace(fisher=came.sums)
                 gradients.insert(0, pack_gradients(came.grams, GRAM_DTYPE))
@@ -348,7 +348,7 @@ def perplexity(
     """
     from wanda_dvc.engine.losses import from_losses, unmeasured, window_losses
     from wanda_dvc.engine.rows import as_rows
-    from wanda_dvc.engine.walk import Here
+    from wanda_dvc.engine.walk import LocalRunner
     from wanda_dvc.stages.inputs import HEAD, say_not_finite
     from wanda_dvc.stages.running import progress
 
@@ -356,7 +356,7 @@ def perplexity(
     rows = as_rows(_windows(tokens, source))
     decoder = _decoder(source, dtype)
     with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as folder:
-        run = Here(decoder, Path(folder))
+        run = LocalRunner(decoder, Path(folder))
         for turn in progress(run.walk(rows), total=len(decoder.blocks), what="perplexity, blocks"):
             turn.advance()
         losses = list(run.head(window_losses, unmeasured(len(rows))))

@@ -14,16 +14,16 @@ from torch import Tensor
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import GradientRecorder, Gradients
 from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.runner import say_kept
+from wanda_dvc.engine.runner import report_resumed
 from wanda_dvc.engine.states import HiddenStates
 
 
-def course(blocks: int) -> list[int]:
+def block_order(blocks: int) -> list[int]:
     """Return the block at each place of a way through all blocks and back."""
     return [*range(blocks), *reversed(range(blocks))]
 
 
-def back(
+def backward(
     decoder: Decoder, rows: Sequence[Row], work: Path, *, gram: bool = False, kept: int = 0
 ) -> Iterator[tuple[int, Gradients]]:
     """Yield each block, the last one first, and by linear Σ (∂ℓ/∂y)² over all tokens, [out].
@@ -41,27 +41,27 @@ def back(
     Raises:
         UserError: A gradient is not finite.
     """
-    way, blocks = WayBack(decoder, rows, work, kept=kept), len(decoder.blocks)
-    say_kept(way.finished - blocks, blocks, " on the way back")
+    way, blocks = BackwardPass(decoder, rows, work, kept=kept), len(decoder.blocks)
+    report_resumed(way.finished - blocks, blocks, " of the backward pass")
     try:
-        for index in course(blocks)[way.finished :]:
+        for index in block_order(blocks)[way.finished :]:
             recorder = GradientRecorder(gram=gram)
             with decoder.block(index, way.then):
                 way.advance(recorder)
             if way.finished >= blocks:
                 recorder.check_finite(decoder.checkpoint, index)
                 yield index, recorder
-            way.turn()
+            way.finish_block()
     finally:
         decoder.forget_calls()
 
 
-class WayBack:
+class BackwardPass:
     """The way of some rows through all blocks and back: a place for each block, and then one for each again."""
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, rows: Sequence[Row], folder: Path, *, kept: int) -> None:
-        """Go on, as `back`, from what an earlier run has left in a folder; with −1 blocks kept from nothing."""
+        """Go on, as `backward`, from what an earlier run has left in a folder; with −1 blocks kept from nothing."""
         decoder.check_tokens(rows)
         for row in rows:
             decoder.calls(row)
@@ -79,18 +79,18 @@ class WayBack:
             self._gradients.finished = -1
         if whole == 0:
             self._before[0].write(decoder.embed(row)[0] for row in rows)
-            self._before[0].turn()
+            self._before[0].finish_block()
         self.finished = max(0, whole - 1) + max(0, self._gradients.finished)  # places
 
     @property
     def block(self) -> int:
         """The block at the next place."""
-        return course(len(self.decoder.blocks))[self.finished]
+        return block_order(len(self.decoder.blocks))[self.finished]
 
     @property
     def then(self) -> int:
         """The block at the place after that; −1: there is none."""
-        return [*course(len(self.decoder.blocks)), -1][self.finished + 1]
+        return [*block_order(len(self.decoder.blocks)), -1][self.finished + 1]
 
     @torch.no_grad()
     def advance(self, recorder: GradientRecorder) -> None:
@@ -103,15 +103,15 @@ class WayBack:
         if self._gradients.finished < 0:
             last = zip(self._before[-1].before, self.rows, strict=True)
             self._gradients.write(decoder.loss_gradient(x[None], row.tokens)[0] for x, row in last)
-            self._gradients.turn()
+            self._gradients.finish_block()
         with recorder.recording(decoder.linears(index), decoder.uncalled(index)):
             coming = zip(self._before[index].before, self._gradients.before, self.rows, strict=True)
             self._gradients.write(_back(decoder, index, *one) for one in coming)
 
-    def turn(self) -> None:
+    def finish_block(self) -> None:
         """Finish the place: what it has written is what the next one reads."""
         blocks = len(self.decoder.blocks)
-        (self._before[self.finished + 1] if self.finished < blocks else self._gradients).turn()
+        (self._before[self.finished + 1] if self.finished < blocks else self._gradients).finish_block()
         self.finished += 1
 
 

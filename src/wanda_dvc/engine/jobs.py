@@ -30,7 +30,7 @@ class Jobs(ABC):
 
 
 @dataclass(frozen=True)
-class Alone(Jobs):
+class LocalJobs(Jobs):
     """Does jobs in this process."""
 
     device: torch.device

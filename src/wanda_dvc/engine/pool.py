@@ -20,11 +20,11 @@ from torch import Tensor
 from wanda_dvc.engine import shards
 from wanda_dvc.engine.checkpoint import Address
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import course
+from wanda_dvc.engine.fisher import block_order
 from wanda_dvc.engine.jobs import Ask, Job, Jobs, R, T
 from wanda_dvc.engine.recorder import Gradients, Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
-from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Turn, say_kept
+from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Step, report_resumed
 from wanda_dvc.engine.worker import REST, Order, WalkOrder, pack
 from wanda_dvc.errors import UserError, notice
 
@@ -183,30 +183,30 @@ class Pool(Staff, Runner):
         return self._not_finite[min(self._not_finite, key=block)] if self._not_finite else None
 
     def walk(
-        self, rows: Rows, *, kept: int | None = None, beside: bool = False, changes: Changes | None = None
-    ) -> Iterator[Turn]:
+        self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, changes: Changes | None = None
+    ) -> Iterator[Step]:
         """All rows through all blocks. Shards that lost their hidden states go through the kept blocks again."""
         if kept == len(self.decoder.blocks):
             return
         rows = as_rows(rows)
-        self._taking = lambda again: ("begin", beside, -1 if again else kept, not again)
+        self._taking = lambda again: ("begin", with_dense, -1 if again else kept, not again)
         self._passing = lambda block: ("replay", changes(block) if changes else None)
         self._begin(rows, shards.cut(len(rows)), list(range(len(self.decoder.blocks))))
         first = kept if kept is not None else min(self._next, default=0)
-        say_kept(first, len(self.decoder.blocks))
+        report_resumed(first, len(self.decoder.blocks))
         for index in self._places(first):
-            yield PoolTurn(self, index)
+            yield PoolStep(self, index)
 
-    def back(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
+    def backward(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
         """All rows through all blocks and back. Each is a shard, so sums are those of one row after another."""
         rows, blocks = as_rows(rows), len(self.decoder.blocks)
         for worker in self._workers:
             self._say(worker, 0, "end")
         self._taking = lambda again: ("begin_back", -1 if again else kept)
         self._passing = lambda _: ("back", False)
-        self._begin(rows, [range(row, row + 1) for row in range(len(rows))], course(blocks))
+        self._begin(rows, [range(row, row + 1) for row in range(len(rows))], block_order(blocks))
         first = blocks + kept if kept else min(self._next, default=0)
-        say_kept(first - blocks, blocks, " on the way back")
+        report_resumed(first - blocks, blocks, " of the backward pass")
         for place in self._places(first):
             total, index = Gradients(), self._course[place]
             for found in self.run("back", place, gram):
@@ -339,7 +339,7 @@ class Pool(Staff, Runner):
 
 
 @dataclass
-class PoolTurn(Turn):
+class PoolStep(Step):
     """One block's turn on all workers."""
 
     pool: Pool

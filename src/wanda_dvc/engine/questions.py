@@ -12,11 +12,11 @@ from torch import Tensor
 from wanda_dvc.engine import shards
 from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder
 from wanda_dvc.engine.rows import Layout, Row
-from wanda_dvc.engine.runner import Runner, Turn
+from wanda_dvc.engine.runner import Runner, Step
 
 ROW = 2048  # tokens: large multiplications, small activations
 
-Progress = Callable[[Iterator[Turn]], Iterable[Turn]]
+Progress = Callable[[Iterator[Step]], Iterable[Step]]
 Prediction = tuple[int, int, int, int]  # row, token, request, target
 
 

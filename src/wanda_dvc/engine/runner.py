@@ -1,4 +1,4 @@
-"""What a stage asks of whoever runs its rows: this process (`engine.walk`), or workers (`engine.pool`)."""
+"""The interface of a walk: rows run in this process (`engine.walk`) or on workers (`engine.pool`)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +20,14 @@ Changes = Callable[[int], Change]  # of a block, by its index
 Head = Callable[[Decoder, Sequence[Row], Sequence[Float[Tensor, "_ width"]], T], Iterator[R]]
 
 
-def say_kept(kept: int, blocks: int, way: str = "") -> None:
-    """Say how many blocks an earlier run has finished, if any."""
+def report_resumed(kept: int, blocks: int, way: str = "") -> None:
+    """Say how many blocks an interrupted run has finished, if any."""
     if kept > 0:
-        notice(f"going on after {kept} of {blocks} blocks{way}, which an earlier run has finished")
+        notice(f"resuming after {kept} of {blocks} blocks{way}")
 
 
-class Turn(ABC):
-    """One block's turn in a walk of all rows, wherever they are."""
+class Step(ABC):
+    """One block of a walk of all rows."""
 
     index: int
 
@@ -52,7 +52,7 @@ class Turn(ABC):
 
 
 class Runner(Jobs):
-    """Runs the rows of one walk, and does jobs between a block's turn and the next."""
+    """Runs the rows of one walk, and does jobs between its steps."""
 
     decoder: Decoder  # in this process: the model's structure, and what is in no block
 
@@ -63,16 +63,16 @@ class Runner(Jobs):
 
     @abstractmethod
     def walk(
-        self, rows: Rows, *, kept: int | None = None, beside: bool = False, changes: Changes | None = None
-    ) -> Iterator[Turn]:
+        self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, changes: Changes | None = None
+    ) -> Iterator[Step]:
         """All rows through all blocks, as `engine.walk.walk`.
 
         `changes` says how a block was changed whose results are kept; None: no block was.
         """
 
     @abstractmethod
-    def back(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
-        """All rows through all blocks and back, as `engine.fisher.back`: each block, the last one first."""
+    def backward(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
+        """All rows through all blocks and back, as `engine.fisher.backward`: each block, the last one first."""
 
     @abstractmethod
     def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:

@@ -89,7 +89,7 @@ class HiddenStates:
         else:
             self._save(self._staying(rows, first), first)
 
-    def turn(self) -> None:
+    def finish_block(self) -> None:
         """Finish the block at work: the states after it are those before the next."""
         self.finished += 1
         self._before, self._after = self._after, {}

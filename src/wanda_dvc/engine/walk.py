@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from wanda_dvc.engine import shards, training
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import back
-from wanda_dvc.engine.jobs import Alone, Ask, Job, R, T, solving_device
+from wanda_dvc.engine.fisher import backward
+from wanda_dvc.engine.jobs import Ask, Job, LocalJobs, R, T, solving_device
 from wanda_dvc.engine.recorder import CrossRecorder, Gradients, InputRecorder, Recorded, Sums, finding_not_finite
 from wanda_dvc.engine.rows import Row, as_rows
-from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Turn, say_kept
+from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Step, report_resumed
 from wanda_dvc.engine.states import HiddenStates, not_finite
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
@@ -29,31 +29,27 @@ from wanda_dvc.errors import MEND, UserError
 
 @torch.no_grad()
 def walk(
-    decoder: Decoder,
-    rows: Sequence[Row] | Int[Tensor, "samples length"],
-    work: Path,
-    *,
-    kept: int | None = None,
-    beside: bool = False,
-) -> Iterator["Step"]:
-    """All rows through all blocks: for each block a `Step`, whose `advance` runs the rows.
+    decoder: Decoder, rows: Rows, work: Path, *, kept: int | None = None, with_dense: bool = False
+) -> Iterator["LocalStep"]:
+    """Yield a step for each block; its `advance` runs the rows through the block.
 
-    Continues after the last block that was finished in `work` with these rows. `kept` is the number of blocks whose
-    results the caller has from a killed run; with fewer than are finished, it starts anew. With `beside` each row comes
-    twice: first those that `Step.dense` names, which see no change of a block, then those that `Step.own` names.
+    The walk resumes after the last block that was finished in `work` with these rows. `kept` is the number of blocks
+    whose results the caller has from an interrupted run; if more blocks are finished, the walk starts again. With
+    `with_dense` each row runs twice: `LocalStep.dense` are the rows of the dense model, which see no change of a block,
+    and `LocalStep.own` the others.
     """
     if kept == len(decoder.blocks):
         return
-    rows = as_rows(rows) * (1 + beside)
-    own = range(len(rows) // 2 if beside else 0, len(rows))
+    rows = as_rows(rows) * (1 + with_dense)
+    own = range(len(rows) // 2 if with_dense else 0, len(rows))
     starts = frozenset(first + shard.start for first in (0, own.start) for shard in shards.cut(len(own)))
     states = begin(decoder, rows, work, kept=kept)
-    say_kept(states.finished, len(decoder.blocks))
+    report_resumed(states.finished, len(decoder.blocks))
     try:
         for index in range(states.finished, len(decoder.blocks)):
             with decoder.block(index):
-                yield Step(decoder, index, rows, states, own, starts)
-            states.turn()
+                yield LocalStep(decoder, index, rows, states, own, starts)
+            states.finish_block()
     finally:
         decoder.forget_calls()
 
@@ -72,17 +68,15 @@ def begin(decoder: Decoder, rows: list[Row], work: Path, *, kept: int | None, ro
         decoder.calls(row)
     if states.finished < 0:
         states.write(decoder.embed(row)[0] for row in rows)
-        states.turn()
+        states.finish_block()
     return states
 
 
-def outputs(
-    decoder: Decoder, rows: Sequence[Row] | Int[Tensor, "samples length"], work: Path
-) -> list[Float[Tensor, "length width"]]:
+def outputs(decoder: Decoder, rows: Rows, work: Path) -> list[Float[Tensor, "length width"]]:
     """The hidden states after the last block, as `walk` left them: views of a file in `work`."""
     states = _states(decoder, as_rows(rows), work)
     if states.finished != len(decoder.blocks):
-        raise UserError(f"{work}: hidden states are not whole, expected those after all blocks; run the stage again")
+        raise UserError(f"{work}: hidden states are incomplete, expected those after all blocks; run the stage again")
     return states.before
 
 
@@ -93,7 +87,7 @@ def _states(decoder: Decoder, rows: list[Row], work: Path, room: int = 0) -> Hid
 
 
 @dataclass
-class Here(Runner):
+class LocalRunner(Runner):
     """Runs rows in this process."""
 
     decoder: Decoder
@@ -106,15 +100,15 @@ class Here(Runner):
         return not_finite(self.work)
 
     def walk(
-        self, rows: Rows, *, kept: int | None = None, beside: bool = False, changes: Changes | None = None
-    ) -> Iterator["Step"]:
+        self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, changes: Changes | None = None
+    ) -> Iterator["LocalStep"]:
         """All rows through all blocks. Where hidden states are lost, it starts anew and needs no changes."""
         self._rows = as_rows(rows)
-        return walk(self.decoder, self._rows, self.work, kept=kept, beside=beside)
+        return walk(self.decoder, self._rows, self.work, kept=kept, with_dense=with_dense)
 
-    def back(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
+    def backward(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
         """All rows through all blocks and back."""
-        return back(self.decoder, as_rows(rows), self.work / "back", gram=gram, kept=kept)
+        return backward(self.decoder, as_rows(rows), self.work / "back", gram=gram, kept=kept)
 
     def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
         """What a function makes of some shards' last hidden states."""
@@ -126,12 +120,12 @@ class Here(Runner):
 
     def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
         """What a function makes of each thing asked."""
-        return Alone(solving_device(self.decoder.device)).each(function, asked)
+        return LocalJobs(solving_device(self.decoder.device)).each(function, asked)
 
 
 @dataclass
-class Step(Turn):
-    """One block's turn in a walk. Its weights may be changed until the turn is over; the checkpoint stays as it is."""
+class LocalStep(Step):
+    """One block of a walk. Changes of its weights last until the next step; the checkpoint stays as it is."""
 
     decoder: Decoder
     index: int
@@ -169,7 +163,7 @@ class Step(Turn):
         """Some of the own rows through this block; the sums of what its linears read."""
         recorder = CrossRecorder(gram=gram) if crosses else InputRecorder(gram=gram)
         rows = range(self.own.start + shard.start, self.own.start + shard.stop)
-        self.advance(recorder, rows=rows, beside=shard if crosses else None)
+        self.advance(recorder, rows=rows, dense=shard if crosses else None)
         return recorder
 
     def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
@@ -195,7 +189,7 @@ class Step(Turn):
 
     @torch.no_grad()
     def replace(self, weights: Mapping[str, Tensor]) -> None:
-        """Give this block other weights, oriented as they are stored, until its turn is over."""
+        """Give this block other weights, oriented as they are stored, until the next step."""
         own = self.weights
         for name, weight in weights.items():
             if weight.shape != own[name].weight.shape:
@@ -205,7 +199,7 @@ class Step(Turn):
 
     @torch.no_grad()
     def prune(self, keeps: Mapping[str, Tensor]) -> None:
-        """Zero the weights of this block that masks don't keep, until its turn is over."""
+        """Zero the weights of this block that masks don't keep, until the next step."""
         linears = self.linears
         for name, keep in keeps.items():
             self._writable(linears[name]).mul_(keep.to(self.decoder.device))
@@ -219,18 +213,18 @@ class Step(Turn):
 
     @torch.no_grad()
     def advance(
-        self, recorder: InputRecorder | None = None, *, rows: range | None = None, beside: range | None = None
+        self, recorder: InputRecorder | None = None, *, rows: range | None = None, dense: range | None = None
     ) -> None:
         """Every row through this block, or some; a recorder sees the inputs of the block's linears.
 
-        Every row has to advance once, in order, before the turn is over; then what they were last given counts. A
-        `CrossRecorder` sees the rows `beside`, one for each, as the dense model's.
+        Before the next step every row has to advance, in order; the last time counts. A
+        `CrossRecorder` sees the rows of `dense`, one for each, as the dense model's.
         """
         rows = range(len(self.rows)) if rows is None else rows
-        groups = [range(row, row + 1) for row in rows] if beside else self._groups(rows)
+        groups = [range(row, row + 1) for row in rows] if dense else self._groups(rows)
         uncalled = self.decoder.uncalled(self.index) if recorder else ()
         with recorder.recording(self.linears, uncalled) if recorder else contextlib.nullcontext():
-            self.states.write(self._outputs(recorder, groups, beside), first=rows.start)
+            self.states.write(self._outputs(recorder, groups, dense), first=rows.start)
         if recorder:
             recorder.check_finite(self.index)
 
@@ -259,14 +253,14 @@ class Step(Turn):
         return torch.stack([every[row].to(self.decoder.device) for row in rows])
 
     def _outputs(
-        self, recorder: InputRecorder | None, groups: list[range], beside: range | None
+        self, recorder: InputRecorder | None, groups: list[range], dense: range | None
     ) -> Iterator[Float[Tensor, "length width"]]:
         every = self.states.before
         for place, group in enumerate(groups):
-            if beside is not None and isinstance(recorder, CrossRecorder):
-                dense = beside[place]
-                with recorder.dense(len(self.rows[dense].tokens)):
-                    self.decoder.run(self.index, self._together(every, range(dense, dense + 1)), self.rows[dense])
+            if dense is not None and isinstance(recorder, CrossRecorder):
+                number = dense[place]
+                with recorder.dense(len(self.rows[number].tokens)):
+                    self.decoder.run(self.index, self._together(every, range(number, number + 1)), self.rows[number])
             before, row = self._together(every, group), self.rows[group.start]
             after = self.decoder.run(self.index, before, row)
             if self.states.not_finite is None and not after.isfinite().all():

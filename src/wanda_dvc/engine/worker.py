@@ -18,13 +18,13 @@ from torch import Tensor
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import WayBack
+from wanda_dvc.engine.fisher import BackwardPass
 from wanda_dvc.engine.jobs import Job, R, T, solving_device
 from wanda_dvc.engine.recorder import GradientRecorder, Gradients, Sums
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.runner import Change, Head
 from wanda_dvc.engine.states import HiddenStates
-from wanda_dvc.engine.walk import Step, begin
+from wanda_dvc.engine.walk import LocalStep, begin
 from wanda_dvc.errors import UserError, explain, fixable
 from wanda_dvc.reading import Entry
 
@@ -169,7 +169,7 @@ class Worker:
         """`name` is its place in messages. `fetch` brings what the driver has put somewhere."""
         self.name, self.device, self.at_driver, self._fetch = name, torch.device(device), at_driver, fetch
         self._shards: dict[int, _Shard] = {}
-        self._back: dict[int, WayBack] = {}
+        self._back: dict[int, BackwardPass] = {}
         self._held: list[tuple[Path, FileLock]] = []  # folders of both
         self._refs: dict[int, Any] = {}
         self._failure: Exception | None = None
@@ -218,7 +218,7 @@ class Worker:
 
     @torch.no_grad()
     def begin(
-        self, number: int, rows: list[Row], beside: bool, kept: int | None, on_card: bool
+        self, number: int, rows: list[Row], with_dense: bool, kept: int | None, on_card: bool
     ) -> tuple[int, str | None]:
         """Take a shard, whose hidden states may stay on a card.
 
@@ -226,15 +226,15 @@ class Worker:
         """
         self._close()
         folder = self._folder(f"shard_{number:05d}")
-        rows = rows * (1 + beside)
+        rows = rows * (1 + with_dense)
         states = begin(self.decoder, rows, folder, kept=kept, room=self._room if on_card else 0)
-        self._shards[number] = _Shard(rows, range(len(rows) // 2 if beside else 0, len(rows)), states)
+        self._shards[number] = _Shard(rows, range(len(rows) // 2 if with_dense else 0, len(rows)), states)
         return states.finished, states.not_finite
 
     def begin_back(self, number: int, rows: list[Row], kept: int) -> tuple[int, None]:
         """Take a shard for the way back. Return the places that it has finished here in a killed run."""
         self._close()
-        self._back[number] = WayBack(self.decoder, rows, self._folder(f"back_{number:05d}"), kept=kept)
+        self._back[number] = BackwardPass(self.decoder, rows, self._folder(f"back_{number:05d}"), kept=kept)
         return self._back[number].finished, None
 
     # Each of these returns its result, and where the shard first was not finite.
@@ -270,7 +270,7 @@ class Worker:
     def back(self, number: int, place: int, gram: bool) -> tuple[Gradients, None]:
         """All rows of a shard through the block at a place of the way back; what came back to its linears."""
         way = self._back[number]
-        self._turn(way, place)
+        self._finish_before(way, place)
         self._enter(way.block, then=way.then)
         recorder = GradientRecorder(gram=gram)
         way.advance(recorder)
@@ -279,7 +279,7 @@ class Worker:
     def head(self, number: int, function: Head[T, R], asked: T) -> list[R]:
         """What a function makes of a shard's last hidden states."""
         shard = self._shards[number]
-        self._turn(shard.states, len(self.decoder.blocks))
+        self._finish_before(shard.states, len(self.decoder.blocks))
         return list(function(self.decoder, shard.rows, shard.states.before, asked))
 
     def end(self) -> None:
@@ -292,11 +292,11 @@ class Worker:
         self._shards.clear()
         self._back.clear()
 
-    def _step(self, number: int, block: int, change: Change | None = None) -> Step:
+    def _step(self, number: int, block: int, change: Change | None = None) -> LocalStep:
         """A shard's turn at a block, which stays open with its weights for the next shard."""
         shard = self._shards[number]
-        self._turn(shard.states, block)
-        step = Step(self.decoder, block, shard.rows, shard.states, shard.own, frozenset({shard.own.start}))
+        self._finish_before(shard.states, block)
+        step = LocalStep(self.decoder, block, shard.rows, shard.states, shard.own, frozenset({shard.own.start}))
         if self._enter(block, changed=change is not None) and change is not None:
             keeps, weights = change
             step.prune(keeps)
@@ -312,10 +312,10 @@ class Worker:
         self._opened = block, changed
         return True
 
-    def _turn(self, states: HiddenStates | WayBack, place: int) -> None:
+    def _finish_before(self, states: HiddenStates | BackwardPass, place: int) -> None:
         """End the turn before a block, or before a place of the way back: what the rows were last given counts."""
         if states.finished == place - 1:
-            states.turn()
+            states.finish_block()
         assert states.finished == place
 
     def _close(self) -> None:

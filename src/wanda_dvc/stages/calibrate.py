@@ -90,7 +90,7 @@ def calibrate(*, project: Project) -> None:
                 beside_back.forget()  # what goes with it was published, by a run that was killed or one without it
             done = [all(block_file(folder, block).is_file() for folder in folders) for block in reversed(blocks)]
             if not all(done):
-                made = run.back(windows[:windows_back], gram=gram, kept=done.index(False))
+                made = run.backward(windows[:windows_back], gram=gram, kept=done.index(False))
                 for block, came in progress(made, total=len(blocks), what="calibrate, blocks back"):
                     write_fisher(back.out, block, came.sums)
                     if gram:

@@ -178,9 +178,9 @@ def runner(
     """
     runtime = project.params.runtime
     if runtime.ray is None or alone:
-        from wanda_dvc.engine.walk import Here
+        from wanda_dvc.engine.walk import LocalRunner
 
-        yield Here(open_decoder(project, model, dtype=dtype), work.path)
+        yield LocalRunner(open_decoder(project, model, dtype=dtype), work.path)
         return
     from wanda_dvc.engine.pool import Pool
     from wanda_dvc.engine.worker import order
@@ -198,9 +198,9 @@ def jobs(project: Project, folders: Collection[Path], most: int) -> "Iterator[Jo
     """
     runtime = project.params.runtime
     if runtime.ray is None:
-        from wanda_dvc.engine.jobs import Alone
+        from wanda_dvc.engine.jobs import LocalJobs
 
-        yield Alone(solving_device(runtime))
+        yield LocalJobs(solving_device(runtime))
         return
     from wanda_dvc.engine.pool import Staff
     from wanda_dvc.engine.worker import Order, fingerprints

@@ -320,7 +320,7 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
     with runner(project, "dense", work, dtype=measured_with["dtype"], alone=plan.trains) as run:
         # A training takes one window a step: more workers would wait.
         # A training needs the dense block's outputs too, a correction its inputs.
-        turns = run.walk(windows, kept=kept, beside=plan.runs_dense, changes=changes)
+        turns = run.walk(windows, kept=kept, with_dense=plan.runs_dense, changes=changes)
         blocks = len(run.decoder.blocks)
         for turn in progress(turns, total=blocks, what="mask, blocks calibrated and pruned"):
             share = shares[turn.index]

@@ -18,7 +18,7 @@ from wanda_dvc.study.project import ITEMS, Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
 if TYPE_CHECKING:
-    from wanda_dvc.engine.runner import Turn
+    from wanda_dvc.engine.runner import Step
 
 DIVERGED = "diverged"
 SAMPLES = 48  # items a task of `tasks.source: samples`
@@ -71,7 +71,7 @@ def answer(project: Project, model: str, task: str, protocol: Json, work: Work) 
     definition = load_task(items["definition"], items["role"], folder / ITEMS)
     with runner(project, model, work) as run:
 
-        def blocks(turns: "Iterator[Turn]") -> "Iterable[Turn]":
+        def blocks(turns: "Iterator[Step]") -> "Iterable[Step]":
             return progress(turns, total=len(run.decoder.blocks), what=f"{what}, blocks")
 
         language_model = EngineLM(run.decoder, project.model(model), run, what=what, progress=blocks)
