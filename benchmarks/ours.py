@@ -45,7 +45,8 @@ def windows(folder: Path, part: str) -> Any:
         return calibration_windows(project).numpy()
     tokens = tokenize(project.text(part), load_tokenizer(project.model("dense")))
     wanted = project.params.perplexity
-    return cut(tokens, length=wanted.length, windows=wanted.windows).numpy()
+    asked = wanted.windows if isinstance(wanted.windows, int) else None
+    return cut(tokens, length=wanted.length, windows=asked).numpy()
 
 
 def multiply(a: Any, b: Any) -> Any:

@@ -17,7 +17,7 @@ CALLS_BYTES_ON_GPU = 2**29
 
 
 def calls_bytes(device: str) -> int:
-    """The bytes of recorded calls that are cached on a kind of device. The row at work may need its own beside them."""
+    """The bytes of recorded calls that are cached on a kind of device. The current row's calls may come on top."""
     return CALLS_BYTES_ON_GPU if device == "cuda" else CALLS_BYTES
 
 
@@ -36,7 +36,7 @@ class Call:
 class CallCache:
     """The calls of all blocks, by the row's length or layout.
 
-    A walk comes back to every row once a block, always in the same order. So rows stay cached from the first on
+    A walk runs every row once a block, always in the same order. So rows stay cached from the first on
     until the budget is used up; the others are recorded again each time. The last ones recorded are available
     whatever their size, because windows of one length follow one another.
     """

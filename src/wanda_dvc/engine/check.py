@@ -13,7 +13,7 @@ from wanda_dvc.errors import UserError
 
 
 def check_model(folder: Path) -> None:
-    """Check that a directory holds a model that the stages can run, whole, with its tokenizer.
+    """Check that a directory holds a complete model that the stages can run, with its tokenizer.
 
     Raises:
         UserError: index, shards, configuration, weights and tokenizer are damaged, or don't belong together.
@@ -26,7 +26,7 @@ def check_model(folder: Path) -> None:
 
 
 def check_parts(model: nn.Module, checkpoint: Source, parts: Mapping[str, Sequence[Part]]) -> None:
-    """Check that every parameter is stored, whole, in a dtype that can be pruned. Tied ones are stored once or more."""
+    """Check that every parameter is stored completely, in a dtype that can be pruned; of tied ones at least one is."""
     entries = checkpoint.entries
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -34,10 +34,7 @@ def check_parts(model: nn.Module, checkpoint: Source, parts: Mapping[str, Sequen
     for names in aliases.values():
         stored = [name for name in names if name in parts]
         if not stored:
-            raise UserError(
-                f"{checkpoint}: no tensor for {names[0]}, expected one by config.json; "
-                "the checkpoint is incomplete, or stores it in an unsupported form"
-            )
+            raise missing(checkpoint, names[0])
         for name in stored:
             for tensor in dict.fromkeys(part.address.tensor for part in parts[name]):
                 if (dtype := entries[tensor].dtype) not in STORED.values():
@@ -53,6 +50,14 @@ def check_parts(model: nn.Module, checkpoint: Source, parts: Mapping[str, Sequen
                         f"{checkpoint}: {tensor} is {entries[tensor].shape}, expected {expected} by "
                         "config.json; copy both again"
                     )
+
+
+def missing(checkpoint: Source, parameter: str) -> UserError:
+    """Return the error for a parameter that no stored tensor belongs to."""
+    return UserError(
+        f"{checkpoint}: no tensor for {parameter}, expected one by config.json; the checkpoint is incomplete, or "
+        "stores it in an unsupported form"
+    )
 
 
 def check_vocabulary(folder: Path, tokenizer: Any, rows: int) -> None:

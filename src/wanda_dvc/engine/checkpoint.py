@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -101,6 +101,8 @@ class Checkpoint(Source):
     """A model directory. Tensors that are read are views of the mapped file: cheap, and read-only by convention."""
 
     folder: Path
+    _headers: dict[Path, dict[str, Entry]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _files: dict[Path, safe_open] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -151,18 +153,10 @@ class Checkpoint(Source):
         """The files, sorted."""
         return sorted(set(self.where.values()))
 
-    @cached_property
-    def _headers(self) -> dict[Path, dict[str, Entry]]:
-        return {}
-
     def _header(self, path: Path) -> dict[str, Entry]:
         if path not in self._headers:
             self._headers[path] = read_header(path)
         return self._headers[path]
-
-    @cached_property
-    def _files(self) -> dict[Path, safe_open]:
-        return {}
 
     def _open(self, path: Path) -> safe_open:
         if path not in self._files:

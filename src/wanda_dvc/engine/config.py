@@ -81,8 +81,8 @@ def check_length(place: Path, length: int, setting: str) -> None:
 
 def reason(error: BaseException) -> str:
     """Return an error of a library as one short line, with its name where the text alone says little."""
-    told = " ".join(str(error).split())[:300]
-    return told if len(told.split()) > 2 else f"{type(error).__name__} {told}".strip()
+    text = " ".join(str(error).split())[:300]
+    return text if len(text.split()) > 2 else f"{type(error).__name__} {text}".strip()
 
 
 def _short(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The model with its blocks taken out: what goes into the first block, into each block, and out of the last.
+"""A model run block by block: the inputs of the first block, the arguments of each block, the logits after the last.
 
 A block's arguments are recorded from the model's own forward pass, so there is no code for any family here.
 """
@@ -35,10 +35,10 @@ class _Stop(Exception):
 
 
 class Decoder:
-    """A causal language model, run block by block. Of one on disk a block or two are in memory, and what is no block.
+    """A causal language model, run block by block. In memory are one or two blocks, the embeddings, norm and head.
 
     Raises:
-        UserError: the model's structure is not supported, or the checkpoint is not whole.
+        UserError: the model's structure is not supported, or the checkpoint is incomplete.
     """
 
     def __init__(self, source: Path | Source, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -189,7 +189,7 @@ class Decoder:
     def _logits(
         self, hidden: Float[Tensor, "1 chunk width"], tokens: Int[Tensor, " chunk"]
     ) -> Float[Tensor, "chunk vocabulary"]:
-        result = hidden if self._beside is None else (hidden, *self._beside)
+        result = hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
         with self._instead_of_blocks(lambda *args, **kwargs: result), self._unpacking():
             logits: Tensor = self.model(input_ids=tokens[None].to(self.device), use_cache=False).logits
         return logits[0]
@@ -231,7 +231,7 @@ class Decoder:
 
     @contextlib.contextmanager
     def _unpacking(self) -> Iterator[None]:
-        """Tells as ours that a model takes more from its blocks than hidden states."""
+        """Raise UserError where the model takes more from its blocks than hidden states."""
         try:
             yield
         except ValueError as error:
@@ -256,7 +256,7 @@ class Decoder:
     def _record(self, row: Row, until: int) -> list[tuple[Tensor, Call]]:
         """The hidden states and the call of each block up to `until`, if every block returned its input unchanged."""
         recorded: list[tuple[Tensor, Call]] = []
-        beside = self._beside if until > 0 else None  # asked before blocks are replaced
+        extra = self._extra_outputs if until > 0 else None  # computed before blocks are replaced
 
         def record(index: int, *args: Any, **kwargs: Any) -> Any:
             if args:
@@ -271,7 +271,7 @@ class Decoder:
             recorded.append((hidden, Call(args, kwargs)))
             if index == until:
                 raise _Stop
-            return hidden if beside is None else (hidden, *beside)
+            return hidden if extra is None else (hidden, *extra)
 
         words: dict[str, Any] = {}
         if row.layout is not None:
@@ -292,7 +292,7 @@ class Decoder:
 
         Layouts need no check: `holds_layouts` compares results.
         """
-        self._beside  # noqa: B018 - asked of the first block now, which may be in use later
+        self._extra_outputs  # noqa: B018 - runs the first block now, which may be in use later
 
         def record(row: Row) -> list[Call]:
             return [call for _, call in self._record(row, until=len(self.blocks) - 1)]
@@ -310,8 +310,8 @@ class Decoder:
         return calls
 
     @cached_property
-    def _beside(self) -> tuple[None, ...] | None:
-        """What a block returns beside the hidden states, as far as that is nothing; None: it returns them alone."""
+    def _extra_outputs(self) -> tuple[None, ...] | None:
+        """The Nones that a block returns after the hidden states; None where it returns the hidden states alone."""
         hidden, call = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
         with self.block(0) as block:
             out = block(hidden, *call.args, **call.kwargs)
@@ -327,7 +327,7 @@ class Decoder:
 
     @contextlib.contextmanager
     def _windows_by(self, *, ours: bool) -> Iterator[None]:
-        """Windows go through our attention inside, or through the model's own."""
+        """Inside, windows run through our attention, or through the model's own."""
         before, self._ours_for_windows = self._ours_for_windows, ours
         self._cache.clear()
         try:

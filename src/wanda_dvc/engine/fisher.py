@@ -1,7 +1,7 @@
 """The Fisher tier: how much the loss of a text depends on each output of a block's linears.
 
 Every row goes forward through all blocks and back through all blocks, one block at a time. The hidden states before
-each block and the gradients between two blocks wait in files, so a killed run continues from the last finished block.
+each block and the gradients between two blocks wait in files, so an interrupted run resumes at the last finished block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from wanda_dvc.engine.states import HiddenStates
 
 
 def block_order(blocks: int) -> list[int]:
-    """Return the block at each place of a way through all blocks and back."""
+    """Return the order in which blocks run: forward, then backward."""
     return [*range(blocks), *reversed(range(blocks))]
 
 
@@ -32,41 +32,41 @@ def backward(
 
     y is what the linear puts out at one token, and ℓ = −Σ log p(token) over the row, with the text's own tokens. It is
     the diagonal of the output's factor of K-FAC's Fisher information (Martens and Grosse 2015, arXiv 1503.05671),
-    the empirical one. A linear that no gradient comes to, as an expert that no token is sent to, has none.
+    the empirical one. A linear without a gradient, as an expert that no token is sent to, has none.
 
-    Goes on after the last block that an earlier run in `work` has finished. `kept` is the number of blocks, from the
-    last one, whose results the caller has from it; with fewer than it finished, all come back anew. Memory: one block,
-    and what autograd keeps of one row in it. Disk: the hidden states of all rows, once for each block.
+    Resumes after the last block that an interrupted run has finished in `work`. `kept` is the number of blocks, from
+    the last one, whose results the caller has; if more are finished, the backward half starts again. Memory: one
+    block, and what autograd keeps of one row in it. Disk: the hidden states of all rows, once for each block.
 
     Raises:
         UserError: A gradient is not finite.
     """
-    way, blocks = BackwardPass(decoder, rows, work, kept=kept), len(decoder.blocks)
-    report_resumed(way.finished - blocks, blocks, " of the backward pass")
+    run, blocks = BackwardPass(decoder, rows, work, kept=kept), len(decoder.blocks)
+    report_resumed(run.finished - blocks, blocks, " of the backward pass")
     try:
-        for index in block_order(blocks)[way.finished :]:
+        for index in run.order[run.finished :]:
             recorder = GradientRecorder(gram=gram)
-            with decoder.block(index, way.then):
-                way.advance(recorder)
-            if way.finished >= blocks:
+            with decoder.block(index, run.then):
+                run.advance(recorder)
+            if run.finished >= blocks:
                 recorder.check_finite(decoder.checkpoint, index)
                 yield index, recorder
-            way.finish_block()
+            run.finish_block()
     finally:
         decoder.forget_calls()
 
 
 class BackwardPass:
-    """The way of some rows through all blocks and back: a place for each block, and then one for each again."""
+    """Some rows forward and backward through all blocks; `finished` counts blocks in `block_order`."""
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, rows: Sequence[Row], folder: Path, *, kept: int) -> None:
-        """Go on, as `backward`, from what an earlier run has left in a folder; with −1 blocks kept from nothing."""
+        """Resume, as `backward`, from the files of an interrupted run; with `kept` −1 start again."""
         decoder.check_tokens(rows)
         for row in rows:
             decoder.calls(row)
-        self.decoder, self.rows = decoder, rows
         lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
+        self.decoder, self.rows, self.order = decoder, rows, block_order(blocks)
         width = decoder.model.config.get_text_config().hidden_size
         self._before = [
             HiddenStates.open(folder / f"before_{n:03d}", lengths, width, decoder.dtype, 0) for n in range(blocks + 1)
@@ -80,21 +80,21 @@ class BackwardPass:
         if whole == 0:
             self._before[0].write(decoder.embed(row)[0] for row in rows)
             self._before[0].finish_block()
-        self.finished = max(0, whole - 1) + max(0, self._gradients.finished)  # places
+        self.finished = max(0, whole - 1) + max(0, self._gradients.finished)
 
     @property
     def block(self) -> int:
-        """The block at the next place."""
-        return block_order(len(self.decoder.blocks))[self.finished]
+        """The next block."""
+        return self.order[self.finished]
 
     @property
     def then(self) -> int:
-        """The block at the place after that; −1: there is none."""
-        return [*block_order(len(self.decoder.blocks)), -1][self.finished + 1]
+        """The block after the next; −1: there is none."""
+        return [*self.order, -1][self.finished + 1]
 
     @torch.no_grad()
     def advance(self, recorder: GradientRecorder) -> None:
-        """Every row through the block at the next place; on the way back a recorder sees the gradients of outputs."""
+        """Every row through the next block; in the backward half a recorder sees the gradients of outputs."""
         decoder, index = self.decoder, self.block
         if self.finished < len(decoder.blocks):
             waiting = zip(self._before[index].before, self.rows, strict=True)
@@ -109,7 +109,7 @@ class BackwardPass:
             self._gradients.write(_back(decoder, index, *one) for one in coming)
 
     def finish_block(self) -> None:
-        """Finish the place: what it has written is what the next one reads."""
+        """Finish the block: the next one reads what it has written."""
         blocks = len(self.decoder.blocks)
         (self._before[self.finished + 1] if self.finished < blocks else self._gradients).finish_block()
         self.finished += 1

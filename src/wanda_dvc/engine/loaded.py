@@ -63,7 +63,7 @@ class Loaded(Source):
 
     @cached_property
     def config(self) -> Any:
-        """The configuration as a file would hold it: without what this model was told of its attention."""
+        """The configuration as a file would hold it: without this model's choice of attention."""
         config = self.model.config
         return type(config).from_dict(config.to_dict())
 

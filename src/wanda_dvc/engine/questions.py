@@ -96,12 +96,12 @@ def loglikelihoods(
 ) -> list[tuple[float, bool]]:
     """Each continuation's log-likelihood in nats, and whether each of its tokens is the likeliest.
 
-    `length` is the model's number of positions. A killed run continues from the runner's files.
+    `length` is the model's number of positions. An interrupted run resumes from the runner's files.
     """
     requests = [request.within(length) for request in requests]
     rows, places = pack(requests, tokens=ROW) if runner.decoder.holds_layouts else spread(requests)
-    for turn in progress(runner.walk(rows)):
-        turn.advance()
+    for step in progress(runner.walk(rows)):
+        step.advance()
     of_row = [(number, row) for number, shard in enumerate(shards.cut(len(rows))) for row in range(len(shard))]
     asked: dict[int, tuple[int, list[Prediction]]] = {}
     for index, (place, request) in enumerate(zip(places, requests, strict=True)):

@@ -42,12 +42,8 @@ class Sums:
         """Add the sums of other rows. UserError where a linear reads another input there."""
         for linear, source in other.source.items():
             self._reads(linear, source)
-        for name, stats in other.stats.items():
-            if self.stats.setdefault(name, stats) is not stats:
-                self.stats[name].merge(stats)
-        for name, gram in other.grams.items():
-            if self.grams.setdefault(name, gram) is not gram:
-                self.grams[name].merge(gram)
+        _merge(self.stats, other.stats)
+        _merge(self.grams, other.grams)
         for name, cross in other.crosses.items():
             if self.crosses.setdefault(name, cross) is not cross:
                 self.crosses[name] += cross.to(self.crosses[name])
@@ -98,8 +94,15 @@ class Sums:
                 )
 
 
+def _merge(own: dict[str, Any], other: dict[str, Any]) -> None:
+    """Add sums to those of the same names."""
+    for name, sums in other.items():
+        if own.setdefault(name, sums) is not sums:
+            own[name].merge(sums)
+
+
 def _is_of_a_list(name: str) -> bool:
-    """Whether a linear is in a list beside that of the blocks, as an expert with modules of its own."""
+    """Whether a linear is in a second list inside its block, as an expert with modules of its own."""
     return sum(word.isdigit() for word in name.split(".")) > 1
 
 
@@ -204,10 +207,10 @@ class CrossRecorder(InputRecorder):
 
 @dataclass(kw_only=True)
 class Gradients:
-    """Sums over some rows of what comes back to a block's linears. Those of several rows merge.
+    """Sums over some rows of the gradients by a block's outputs of linears. Sums of several rows merge.
 
-    A linear that no gradient comes to has none, as an expert that no token is sent to, or only last ones, which
-    predict nothing.
+    A linear without a gradient has none, as an expert that no token is sent to, or only last ones, which predict
+    nothing.
     """
 
     sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ (∂ℓ/∂y)² over all tokens
@@ -217,9 +220,7 @@ class Gradients:
         """Add the sums of other rows."""
         for name, sums in other.sums.items():
             self.sums[name] = self.sums[name] + sums if name in self.sums else sums
-        for name, gram in other.grams.items():
-            if self.grams.setdefault(name, gram) is not gram:
-                self.grams[name].merge(gram)
+        _merge(self.grams, other.grams)
 
     def cpu(self) -> "Gradients":
         """Return a copy in main memory."""

@@ -1,6 +1,6 @@
 """Rows are cut into shards by their number alone, and what shards give is merged in the shards' order.
 
-So sums are the same bytes whoever computes a shard, and in whatever order shards end.
+So sums are the same bytes, whichever process computes a shard and in whatever order shards end.
 """
 
 # Of several windows in one pass through a block, by kind of device: they fill a card. By the data alone, because the

@@ -1,4 +1,4 @@
-"""The hidden states of a walk, and the progress beside them: files that survive a killed process."""
+"""The hidden states of a walk and its progress, in files that survive a killed process."""
 
 import contextlib
 import itertools
@@ -21,7 +21,7 @@ SAVED_EVERY = 60  # seconds, where a card holds all rows
 
 @dataclass
 class HiddenStates:
-    """The hidden states of all rows before and after the block at work, in two files that take turns.
+    """The hidden states of all rows before and after the current block, in two files that swap roles.
 
     They are read through a memory map, so they cost page cache instead of memory, and they survive a killed process.
     They are written with `write`: a full disk is an error then, and no page is faulted in. After a crash of the
@@ -40,7 +40,7 @@ class HiddenStates:
     not_finite: str | None = None  # where they first were not
     device: torch.device = CPU
     room: int = 0  # bytes of the device that they may take, before and after a block together
-    _file: int = field(default=1, init=False)  # of the states before the block at work, where they are in a file
+    _file: int = field(default=1, init=False)  # of the states before the current block, where they are in a file
     _before: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # rows that stay on the device
     _after: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
     _saved: float = field(default_factory=time.monotonic, init=False, repr=False)
@@ -50,9 +50,9 @@ class HiddenStates:
     def open(
         cls, folder: Path, lengths: list[int], width: int, dtype: torch.dtype, blocks: int, **room: Any
     ) -> "HiddenStates":
-        """The states in a folder, with as many finished blocks as a killed run of this boot left.
+        """The states in a folder, with as many finished blocks as an interrupted run of this boot left.
 
-        Progress counts only with the states that it speaks of, whole and unchanged. `room` is `device` and `room`.
+        Progress counts only with complete and unchanged states. `room` is `device` and `room`.
         """
         folder.mkdir(parents=True, exist_ok=True)
         states = cls(folder, lengths, width, dtype, blocks, **room)
@@ -75,22 +75,22 @@ class HiddenStates:
 
     @property
     def before(self) -> list[Float[Tensor, "length width"]]:
-        """The hidden states of each row before the block at work."""
+        """The hidden states of each row before the current block."""
         return self._rows(self._file, self._before, range(len(self.lengths)))
 
     def after(self, rows: range) -> list[Float[Tensor, "length width"]]:
-        """The hidden states of some rows after the block at work, once they are written."""
+        """The hidden states of some rows after the current block, once they are written."""
         return self._rows(1 - self._file, self._after, rows)
 
     def write(self, rows: Iterable[Float[Tensor, "length width"]], *, first: int = 0) -> None:
-        """Keep the hidden states after the block at work, from one row on. OSError where the disk is full."""
+        """Keep the hidden states after the current block, from one row on. OSError where the disk is full."""
         if self._all_stay:
             self._after |= {number: row.to(self.device, self.dtype) for number, row in enumerate(rows, first)}
         else:
             self._save(self._staying(rows, first), first)
 
     def finish_block(self) -> None:
-        """Finish the block at work: the states after it are those before the next."""
+        """Finish the current block: the states after it are those before the next."""
         self.finished += 1
         self._before, self._after = self._after, {}
         if self._all_stay:
@@ -99,7 +99,7 @@ class HiddenStates:
             self._save(self._before[number] for number in range(len(self.lengths)))
             self._saved = time.monotonic()
         self._file = 1 - self._file
-        beside = self.folder / "progress.part"
+        part = self.folder / "progress.part"
         progress = {
             "finished": self.finished,
             "boot": _boot(),
@@ -108,8 +108,8 @@ class HiddenStates:
         }
         if self.not_finite:
             progress["not_finite"] = self.not_finite
-        beside.write_text(json.dumps(progress), encoding="utf-8")
-        beside.replace(self.folder / "progress.json")
+        part.write_text(json.dumps(progress), encoding="utf-8")
+        part.replace(self.folder / "progress.json")
 
     @property
     def _all_stay(self) -> bool:
@@ -123,7 +123,7 @@ class HiddenStates:
             yield row
 
     def _save(self, rows: Iterable[Tensor], first: int = 0) -> None:
-        """Write hidden states after the block at work to their file, from one row on."""
+        """Write hidden states after the current block to their file, from one row on."""
         path = self._path(1 - self._file)
         path.touch()
         if first == 0:
@@ -175,7 +175,7 @@ def _checksum_of(path: Path) -> tuple[int, int]:
 
 
 def _boot() -> str | None:
-    """This boot of this machine, where the system tells."""
+    """This boot of this machine, where the system has one."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

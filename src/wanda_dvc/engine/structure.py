@@ -170,7 +170,7 @@ def stored_linears(block: nn.Module, prefix: str, parts_of: Callable[[str], list
 
 
 def _owner(weight: str) -> str:
-    """The module that a weight's module stands in."""
+    """The module that contains a weight's module."""
     return weight.rpartition(".")[0].rpartition(".")[0]
 
 

@@ -1,7 +1,7 @@
 """Many rows through all blocks, one block at a time.
 
 Between two blocks the hidden states of all rows wait in files. So neither the model nor the data has to fit in memory,
-and a killed run continues from the last finished block.
+and an interrupted run resumes at the last finished block.
 """
 
 import contextlib
@@ -102,7 +102,7 @@ class LocalRunner(Runner):
     def walk(
         self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, changes: Changes | None = None
     ) -> Iterator["LocalStep"]:
-        """All rows through all blocks. Where hidden states are lost, it starts anew and needs no changes."""
+        """All rows through all blocks. Without hidden states it starts again, and needs no changes."""
         self._rows = as_rows(rows)
         return walk(self.decoder, self._rows, self.work, kept=kept, with_dense=with_dense)
 

@@ -1,4 +1,4 @@
-"""The weights of a model: read from its checkpoint, converted, held while their block is at work."""
+"""The weights of a model: read from its checkpoint, converted, and held while their block is loaded."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_dvc.engine.check import check_parts
+from wanda_dvc.engine.check import check_parts, missing
 from wanda_dvc.engine.checkpoint import Source
 from wanda_dvc.engine.memory import empty_weight
 from wanda_dvc.engine.structure import Linear, Part, find_blocks, find_linears, stored_linears, stored_parts
@@ -18,7 +18,7 @@ from wanda_dvc.errors import UserError
 class Weights:
     """The tensors of a model without weights. A block has its own while `loaded`, and is empty otherwise.
 
-    While a block is at work, a thread reads the next one; on a GPU it copies through a CUDA stream of its own.
+    While a block is loaded, a thread reads the next one; on a GPU it copies through a CUDA stream of its own.
     """
 
     def __init__(self, model: Any, checkpoint: Source, *, device: torch.device) -> None:
@@ -36,10 +36,7 @@ class Weights:
     def parts(self, name: str) -> list[Part]:
         """The stored weights that a parameter is made of."""
         if name not in self._parts:
-            raise UserError(
-                f"{self.checkpoint}: no tensor for {name}, expected one by config.json; "
-                "the checkpoint is incomplete, or stores it in an unsupported form"
-            )
+            raise missing(self.checkpoint, name)
         return self._parts[name]
 
     def of_block(self, index: int) -> dict[str, Linear]:
@@ -83,7 +80,7 @@ class Weights:
                 set_parameter(self.blocks[index], name, parameter)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
-        """A block's tensors from the checkpoint. On a GPU the block at work does not wait for the copy."""
+        """A block's tensors from the checkpoint. On a GPU the current block does not wait for the copy."""
         prefix = f"{self.blocks_name}.{index}."
         with torch.cuda.stream(self._copies):  # no-op for None
             tensors = self._read({prefix + name: parameter for name, parameter in self._empty[index].items()})

@@ -112,7 +112,7 @@ class RayCrew(Crew):
         hired = [Hired(waiting[ref], *self.get(ref)) for ref in waiting if ref in found]
         if not hired:
             raise UserError(
-                f"runtime.workers: no worker came in {SECONDS} s, expected one with "
+                f"runtime.ray: no worker came in {SECONDS} s, expected one with "
                 f"{'a card' if self._cards else f'{self.threads} CPUs'}; `ray status` says what the cluster is doing"
             )
         self._hired |= {one.handle: one for one in hired}
@@ -224,6 +224,6 @@ def connect(address: str) -> None:
         todo = "start it with `ray start --head`, or set local or null"
         todo = "try it again, or set null" if address == LOCAL else todo
         raise UserError(
-            f"params.yaml: runtime.workers: {address}: no Ray ({' '.join(str(error).split())}), expected one that "
+            f"params.yaml: runtime.ray: {address}: no Ray ({' '.join(str(error).split())}), expected one that "
             f"answers; {todo}"
         ) from None
