@@ -175,6 +175,22 @@ def test_every_family_comes_back_and_loads_with_the_same_logits(family: str, tmp
         assert same(parameter, dense.state_dict()[name]), name
 
 
+def test_a_weight_that_a_block_multiplies_by_itself_stays_dense(tmp_path: Path):
+    """BLOOM's `slow_but_exact` multiplies slices of two weights and does not call their modules."""
+    model = save("bloom", tmp_path / "source", pretraining_tp=2, slow_but_exact=True)
+    source, target = packed(tmp_path, source=model)
+    stored = packing_of(target)
+    assert stored is not None
+    assert {name.split(".", 3)[3] for name in stored.weights} == {
+        "self_attention.query_key_value.weight",
+        "mlp.dense_h_to_4h.weight",
+    }
+    dense, small = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (source, target))
+    tokens = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        assert same(dense(input_ids=tokens).logits, small(input_ids=tokens).logits)
+
+
 def test_what_packing_would_not_shrink_stays_dense(tmp_path: Path):
     source = save_tiny_model(tmp_path / "source")
     linears = prune_at_random(source, share=0.02)  # 1/32 of a weight's bytes are the bits
