@@ -375,7 +375,7 @@ class Decoder:
             kinds.setdefault(self._kind(index), index)
         outs: list[list[Tensor]] = [[], []]
         for ours in (False, True):
-            with self._windows_by(ours=ours), contextlib.suppress(TypeError, ValueError, RuntimeError):
+            with self._windows_by(ours=ours), contextlib.suppress(TypeError, ValueError, RuntimeError, UserError):
                 hidden = self.embed(row)
                 self.calls(row)
                 for index in kinds.values():

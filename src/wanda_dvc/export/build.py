@@ -21,10 +21,8 @@ from wanda_dvc.study.revisions import Revision
 from wanda_dvc.views.show import staleness
 
 
-def export(
-    *, project: Project, experiment: str | None, target: Path, format_name: str = DEFAULT, zipped: bool = False
-) -> str:
-    """Write the pruned model of an experiment into a new directory, in one of `FORMATS`; `zipped` compresses it.
+def export(*, project: Project, experiment: str | None, target: Path, format_name: str = DEFAULT) -> str:
+    """Write the pruned model of an experiment into a new directory, in one of `FORMATS`.
 
     The experiment is a name, commit, branch or tag; None is the workspace.
     """
@@ -32,11 +30,6 @@ def export(
         known = ", ".join(f"{row.name} ({row.about})" for row in FORMATS.values())
         raise UserError(f"--format: got {format_name}, expected {known}")
     stored = FORMATS[format_name]
-    if zipped and not stored.zips:
-        able = ", ".join(row.name for row in FORMATS.values() if row.zips)
-        raise UserError(
-            f"--zip: got --format {format_name}, expected {able}, which can be compressed; name that format"
-        )
     target = target.absolute()
     _check_target(target)
     with project.work({"kind": "export", "experiment": experiment}) as work:
@@ -50,7 +43,7 @@ def export(
         ran = Ran.of(study)
         _check_whole(ran, experiment or "the workspace")
         study = study.with_params(ran.params)
-        written = stored.write(study, work.out, work.path / "dense", zipped)
+        written = stored.write(study, work.out, work.path / "dense")
         _drop_metrics_of_others(study)
         study.metrics("pruned", "sparsity").unlink(missing_ok=True)
         write_json(study.metrics("pruned", "sparsity"), {"sparsity": round(written.sparsity, 6)})

@@ -16,8 +16,7 @@ class Format:
 
     name: str
     about: str  # one line
-    write: "Callable[[Project, Path, Path, bool], Written]"  # (study, empty directory, scratch, --zip)
-    zips: bool  # whether it can be compressed
+    write: "Callable[[Project, Path, Path], Written]"  # (study, empty directory, scratch)
     loading: str  # Python code that loads the model, for its card
 
 
@@ -29,7 +28,7 @@ class Written:
     storage: str  # what the zeros take, for the model card
 
 
-def _write_dense(study: "Project", target: Path, _scratch: Path, _zipped: bool) -> Written:
+def _write_dense(study: "Project", target: Path, _scratch: Path) -> Written:
     """Write an ordinary Hugging Face directory, zeros included."""
     from wanda_dvc.stages.apply import measured_sparsity, prune
 
@@ -39,15 +38,15 @@ def _write_dense(study: "Project", target: Path, _scratch: Path, _zipped: bool) 
     )
 
 
-def _write_packed(study: "Project", target: Path, scratch: Path, zipped: bool) -> Written:
+def _write_packed(study: "Project", target: Path, scratch: Path) -> Written:
     """Write a packed directory: the pruned linears without their zeros."""
-    from wanda_dvc.engine.packed import pack_directory
+    from wanda_dvc.packed.directory import pack_directory
     from wanda_dvc.stages.apply import measured_sparsity, prune
 
     zeros = prune(study, scratch, study.params.plan.reconstruction.name)
-    sizes = pack_directory(scratch, target, list(zeros), zipped=zipped)
+    sizes = pack_directory(scratch, target, list(zeros))
     shutil.rmtree(scratch)
-    return Written(measured_sparsity(zeros), sizes.told(zipped))
+    return Written(measured_sparsity(zeros), sizes.told())
 
 
 _LOAD = """\
@@ -64,14 +63,12 @@ FORMATS = {
             name="huggingface",
             about="a directory that transformers loads, as large as the dense model's",
             write=_write_dense,
-            zips=False,
             loading=_LOAD.format(before=""),
         ),
         Format(
             name="packed",
             about="smaller: without the zeros; transformers loads it after `import wanda_dvc`",
             write=_write_packed,
-            zips=True,
             loading=_LOAD.format(before="import wanda_dvc  # pip install wanda-dvc: it registers the format\n"),
         ),
     )

@@ -119,10 +119,12 @@ def fetch_model(repository: Repository, target: Path) -> list[Path]:
 
 def unpack(source: Path, out: Path) -> bool:
     """Write a packed model as the dense one; return whether it is packed."""
-    from wanda_dvc.engine.packed import packing_of, unpack_directory
+    from wanda_dvc.packed.format import packing_of
 
     if packing_of(source) is None:
         return False
+    from wanda_dvc.packed.directory import unpack_directory  # few models need the engine here
+
     unpack_directory(source, out)
     return True
 
@@ -176,10 +178,12 @@ def copied_bytes(source: Path, project: Project) -> int:
 
     UserError if the directory holds no model that `download` takes.
     """
-    from wanda_dvc.engine.packed import packing_of, unpacked_bytes
+    from wanda_dvc.packed.format import packing_of
 
     files = _files(source)
     if packing_of(source):
+        from wanda_dvc.packed.directory import unpacked_bytes
+
         return unpacked_bytes(source)
     return 0 if can_reflink(source / "config.json", project.work_root) else sum(path.stat().st_size for path in files)
 
@@ -308,7 +312,7 @@ def check_tokenizer(names: list[str], where: str) -> None:
 
 def check_decoder(folder: Path, where: str) -> None:
     """Raise UserError unless config.json describes a causal decoder that transformers supports, not quantized."""
-    from wanda_dvc.engine.packed import METHOD
+    from wanda_dvc.packed.format import METHOD
 
     stored = read_object(folder / "config.json")
     kind = stored.get("model_type")
