@@ -9,10 +9,11 @@ from pathlib import Path
 
 from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.card import card
+from wanda_dvc.export.card import results
 from wanda_dvc.export.formats import DEFAULT, FORMATS
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.apply import describe_pruned
+from wanda_dvc.study.card import card
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project, places_beside
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
@@ -47,7 +48,9 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
         _drop_metrics_of_others(study)
         study.metrics("pruned", "sparsity").unlink(missing_ok=True)
         write_json(study.metrics("pruned", "sparsity"), {"sparsity": round(written.sparsity, 6)})
-        (work.out / "README.md").write_text(card(study, written, stored.loading, ran.torn), encoding="utf-8")
+        sections = results(study, ran.torn)
+        text = card(study, written.sparsity, storage=written.storage, imports=stored.imports, results=sections)
+        (work.out / "README.md").write_text(text, encoding="utf-8")
         work.publish(target)
     said = f"{target}: the pruned model of {experiment or 'the workspace'}; its card is README.md"
     if ran.unmet:

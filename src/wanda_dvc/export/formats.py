@@ -17,12 +17,12 @@ class Format:
     name: str
     about: str  # one line
     write: "Callable[[Project, Path, Path], Written]"  # (study, empty directory, scratch)
-    loading: str  # Python code that loads the model, for its card
+    imports: str = ""  # Python code that loading needs, for the model card
 
 
 @dataclass(frozen=True)
 class Written:
-    """What an export wrote."""
+    """The model that an export wrote."""
 
     sparsity: float  # measured
     storage: str  # what the zeros take, for the model card
@@ -31,11 +31,9 @@ class Written:
 def _write_dense(study: "Project", target: Path, _scratch: Path) -> Written:
     """Write an ordinary Hugging Face directory, zeros included."""
     from wanda_dvc.stages.apply import measured_sparsity, prune
+    from wanda_dvc.study.card import STORAGE
 
-    measured = measured_sparsity(prune(study, target, study.params.plan.reconstruction.name))
-    return Written(
-        measured, "The zeros are stored like any other number: the files are no smaller than the dense model's."
-    )
+    return Written(measured_sparsity(prune(study, target, study.params.plan.reconstruction.name)), STORAGE)
 
 
 def _write_packed(study: "Project", target: Path, scratch: Path) -> Written:
@@ -49,13 +47,6 @@ def _write_packed(study: "Project", target: Path, scratch: Path) -> Written:
     return Written(measured_sparsity(zeros), sizes.told())
 
 
-_LOAD = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-{before}
-where = "path/to/this/directory"  # or its id on the Hub
-model = AutoModelForCausalLM.from_pretrained(where)
-tokenizer = AutoTokenizer.from_pretrained(where)"""
-
 FORMATS = {
     row.name: row
     for row in (
@@ -63,13 +54,12 @@ FORMATS = {
             name="huggingface",
             about="a directory that transformers loads, as large as the dense model's",
             write=_write_dense,
-            loading=_LOAD.format(before=""),
         ),
         Format(
             name="packed",
             about="smaller: without the zeros; transformers loads it after `import wanda_dvc`",
             write=_write_packed,
-            loading=_LOAD.format(before="import wanda_dvc  # pip install wanda-dvc: it registers the format\n"),
+            imports="import wanda_dvc  # pip install wanda-dvc: it registers the format\n",
         ),
     )
 }
