@@ -7,7 +7,6 @@ import os
 import shutil
 from pathlib import Path
 
-from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.card import results
 from wanda_dvc.export.formats import DEFAULT, FORMATS
@@ -121,18 +120,17 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
             f"{experiment}: its masks are not in DVC's cache, expected all of masks/; `dvc pull --all-commits` fetches "
             f"them where a remote has them, `dvc exp apply {experiment}` and `dvc exp run` compute them again"
         )
-    reconstruction = RECONSTRUCTIONS[study.params.plan.reconstruction.name]
-    if reconstruction.function is not None:
-        needed = [("weights", "mask"), ("gram", "calibrate")]
-        if reconstruction.by_gradients:
-            needed.append(("fisher_gram", "calibrate"))
-        for folder, command in needed:
-            if not revision.take_whole(folder, study):
-                raise UserError(
-                    f"{experiment}: its {folder}/ is not in DVC's cache, expected it for reconstruction "
-                    f"{study.params.plan.reconstruction.name}; `dvc pull --all-commits` fetches it where a remote has "
-                    f"it, `dvc exp apply {experiment}` and `dvc exp run` compute it again (`wanda-dvc {command}`)"
-                )
+    reconstruction = study.params.plan.reconstruction
+    needed = {"weights": "mask", "gram": "calibrate"} if reconstruction.function is not None else {}
+    if reconstruction.by_gradients:
+        needed["fisher_gram"] = "calibrate"
+    for folder, command in needed.items():
+        if not revision.take_whole(folder, study):
+            raise UserError(
+                f"{experiment}: its {folder}/ is not in DVC's cache, expected it for reconstruction "
+                f"{reconstruction.name}; `dvc pull --all-commits` fetches it where a remote has it, "
+                f"`dvc exp apply {experiment}` and `dvc exp run` compute it again (`wanda-dvc {command}`)"
+            )
     wanted = read_provenance(study.masks, "mask")["model"]
     here = project.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:
