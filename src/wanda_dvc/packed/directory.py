@@ -19,6 +19,7 @@ from wanda_dvc.packed.format import AGAIN, KEEP, Packing, bits_shape, count_nonz
 from wanda_dvc.pruning import products
 from wanda_dvc.reading import DTYPES as WIDTHS
 from wanda_dvc.reading import read_object
+from wanda_dvc.study.files import write_json
 
 LINEARS = (nn.Linear, products.Linear)  # the engine may replace the first by the second
 
@@ -174,10 +175,10 @@ def _rewrite(checkpoint: Checkpoint, target: Path, pieces: dict[str, list[_Piece
         where |= dict.fromkeys((piece.name for piece in here), shard.name)
         total += sum(piece.nbytes for piece in here)
     if (checkpoint.folder / INDEX).is_file():
-        _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+        write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
     config = read_object(checkpoint.folder / "config.json")
     config.pop("quantization_config", None)
-    _write_json(target / "config.json", config | ({"quantization_config": packing.as_json()} if packing else {}))
+    write_json(target / "config.json", config | ({"quantization_config": packing.as_json()} if packing else {}))
 
 
 def _write_shard(path: Path, pieces: list[_Piece]) -> None:
@@ -195,7 +196,3 @@ def _write_shard(path: Path, pieces: list[_Piece]) -> None:
         file.write(len(content).to_bytes(8, "little") + content)
         for piece in pieces:
             file.write(piece.make().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
