@@ -1,4 +1,4 @@
-/* A dense bfloat16 matrix times one vector, written as packed_kernel.c is: what packing itself gains is against this. */
+/* A dense bfloat16 matrix times one vector, written as kernel.c of `wanda_dvc.packed` is: what packing itself gains is against this. */
 #include <immintrin.h>
 #include <stdint.h>
 

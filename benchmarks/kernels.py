@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wanda_dvc.engine.packed_kernel import CHOICE, FLAGS, PATHS, kernel
-from wanda_dvc.engine.packed_linear import PackedLinear
+from wanda_dvc.packed.kernel import CHOICE, FLAGS, PATHS, kernel
+from wanda_dvc.packed.linear import PackedLinear
 
 CACHE = 1 << 29  # bytes that the matrices take together, at least
 BUDGET = 8.0  # seconds for each dtype and sparsity

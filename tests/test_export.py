@@ -78,24 +78,34 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
     text = " ".join(card.text.split())
     measured = json.loads(pruned.metrics("pruned", "sparsity").read_text())["sparsity"]
     for said in (
-        f"0.3 wanted, {measured:.6f} measured",
+        f"0.3 requested, {measured:.6f} measured",
         "`wanda`",
         "`unstructured`",
-        "weights compete within one output",
-        "`dense`: every block calibrated on the outputs of dense blocks",
+        "weights are compared within one output",
+        "`dense`: each block was calibrated on the outputs of dense blocks",
         "3 windows of 64 tokens of calibration.txt, seed 0, float32",
         "| perplexity | 12.50 | diverged |",
         "| piqa, acc % | – | 50.0 ± 7.0 |",
         "`diverged`: the loss, or its exponential, was not finite",
         "samples, not benchmarks",
-        "Unknown: nothing that is kept of the dense model names one",
+        "Unknown: the files of the dense model name none",
         "files are no smaller",
-        "make no GPU faster",
+        "Unstructured sparsity does not speed up GPU inference",
         "chosen by Wanda ([Sun et al. 2024](https://arxiv.org/abs/2306.11695))",
         "-S sparsity=0.3",
     ):
         assert said in text
     assert str(pruned.root.parent) not in card.content
+
+
+def test_the_card_of_apply_is_that_of_export_without_results(pruned: Project):
+    export(project=pruned, experiment=None, target=pruned.root / "exported")
+    card, short = (
+        (folder / "README.md").read_text(encoding="utf-8")
+        for folder in (pruned.root / "exported", pruned.model("pruned"))
+    )
+    own = card[card.index("## Results") : card.index("## Load the model")]
+    assert card.replace(own, "") == short
 
 
 @pytest.mark.parametrize("method", methods().values(), ids=lambda method: method.name)

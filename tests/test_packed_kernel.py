@@ -12,11 +12,11 @@ from test_packed import packed, same, sparse
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import packed_kernel
-from wanda_dvc.engine.packed_kernel import CHOICE, MULTIPLIED, PATHS, expand, kernel, multiply, row_starts
-from wanda_dvc.engine.packed_linear import FEW, PackedLinear
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.packing import pack
+from wanda_dvc.packed import kernel as packed_kernel
+from wanda_dvc.packed.format import pack
+from wanda_dvc.packed.kernel import CHOICE, MULTIPLIED, PATHS, expand, kernel, multiply, row_starts
+from wanda_dvc.packed.linear import FEW, PackedLinear
 
 SHAPES = [(1, 1), (7, 19), (8, 8), (9, 33), (16, 512), (17, 1000), (40, 1031)]
 

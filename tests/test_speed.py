@@ -10,13 +10,12 @@ import torch
 from conftest import save_tiny_model
 from test_packed import equal_directories, packed
 
-from wanda_dvc.engine import speed as engine
-from wanda_dvc.engine.packed import packing_of
-from wanda_dvc.engine.speed import Speed, measure
 from wanda_dvc.errors import UserError
-from wanda_dvc.views.speed import speed as view
+from wanda_dvc.packed import speed as room
+from wanda_dvc.packed.format import packing_of
+from wanda_dvc.packed.speed import Speed, measure
 
-speed = partial(view, prompt=128, tokens=64, device="cpu")
+speed = partial(room.speed, prompt=128, tokens=64, device="cpu")
 SLOW, FAST = Speed(2.0, 3_000_000_000, 0.5, 10.0), Speed(1.0, 1_500_000_000, 0.6, 15.0)
 
 
@@ -31,7 +30,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
         folders.append(folder)
         return FAST if packing_of(folder) else SLOW
 
-    monkeypatch.setattr(engine, "measure", stand_in)
+    monkeypatch.setattr(room, "measure", stand_in)
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     return folders
@@ -68,7 +67,7 @@ def test_what_stands_in_for_the_dense_directory_is_the_dense_directory(
         equal.append(folder == target or equal_directories(source, folder))
         return SLOW
 
-    monkeypatch.setattr(engine, "measure", stand_in)
+    monkeypatch.setattr(room, "measure", stand_in)
     speed(folder=target)
     assert equal == [True, True]
 

@@ -7,12 +7,12 @@ Importing this package loads no library; the first call does. It also lets trans
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from wanda_dvc.plugin import register_later
+from wanda_dvc.packed.plugin import register_later
 
 if TYPE_CHECKING:
-    from wanda_dvc.engine.packed_linear import PackedConfig
     from wanda_dvc.errors import UserError
     from wanda_dvc.interface import Stats, Study, calibrate, mask, perplexity, prune, reconstruct
+    from wanda_dvc.packed.linear import PackedConfig
 
 __version__ = "0.1.0"
 __all__ = ["PackedConfig", "Stats", "Study", "UserError", "calibrate", "mask", "perplexity", "prune", "reconstruct"]
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
     """Load what is asked for. AttributeError for any other name."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "engine.packed_linear" if name == "PackedConfig" else "interface"
+    module = "packed.linear" if name == "PackedConfig" else "interface"
     return getattr(importlib.import_module(f"wanda_dvc.{module}"), name)
 
 

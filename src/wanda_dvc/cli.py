@@ -291,9 +291,6 @@ def export(
             autocompletion=lambda: list(FORMATS),
         ),
     ] = DEFAULT_FORMAT,
-    zipped: Annotated[
-        bool, typer.Option("--zip", help="Compress the packed format for transfer, without loss.")
-    ] = False,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
     from wanda_dvc.export.build import experiment_and_directory
@@ -304,7 +301,7 @@ def export(
         raise typer.BadParameter(f"got {len(words)} words, expected [EXPERIMENT] DIRECTORY")
     project = Project.find()
     experiment, target = experiment_and_directory(project, words)
-    typer.echo(build(project=project, experiment=experiment, target=target, format_name=format_name, zipped=zipped))
+    typer.echo(build(project=project, experiment=experiment, target=target, format_name=format_name))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
@@ -355,7 +352,7 @@ def speed(
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on this machine, dense and packed: loading, memory and tokens a second."""
-    from wanda_dvc.views.speed import speed as table
+    from wanda_dvc.packed.speed import speed as table
 
     typer.echo(table(folder=directory, prompt=prompt, tokens=tokens, device=device, as_json=as_json))
 

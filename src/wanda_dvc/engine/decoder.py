@@ -343,7 +343,7 @@ class Decoder:
         one_of_each_kind = {self._kind(index): index for index in reversed(range(len(self.blocks)))}.values()
         outs: list[list[Tensor]] = []
         for ours in (False, True):
-            with self._windows_by(ours=ours), contextlib.suppress(TypeError, ValueError, RuntimeError):
+            with self._windows_by(ours=ours), contextlib.suppress(TypeError, ValueError, RuntimeError, UserError):
                 hidden, made = self.embed(row), []
                 self.calls(row)
                 for index in one_of_each_kind:

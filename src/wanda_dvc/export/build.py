@@ -7,12 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
-from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.card import card
+from wanda_dvc.export.card import results
 from wanda_dvc.export.formats import DEFAULT, FORMATS
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.apply import describe_pruned
+from wanda_dvc.study.card import card
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project, places_beside
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
@@ -21,10 +21,8 @@ from wanda_dvc.study.revisions import Revision
 from wanda_dvc.views.show import staleness
 
 
-def export(
-    *, project: Project, experiment: str | None, target: Path, format_name: str = DEFAULT, zipped: bool = False
-) -> str:
-    """Write the pruned model of an experiment into a new directory, in one of `FORMATS`; `zipped` compresses it.
+def export(*, project: Project, experiment: str | None, target: Path, format_name: str = DEFAULT) -> str:
+    """Write the pruned model of an experiment into a new directory, in one of `FORMATS`.
 
     The experiment is a name, commit, branch or tag; None is the workspace.
     """
@@ -32,11 +30,6 @@ def export(
         known = ", ".join(f"{row.name} ({row.about})" for row in FORMATS.values())
         raise UserError(f"--format: got {format_name}, expected {known}")
     stored = FORMATS[format_name]
-    if zipped and not stored.zips:
-        able = ", ".join(row.name for row in FORMATS.values() if row.zips)
-        raise UserError(
-            f"--zip: got --format {format_name}, expected {able}, which can be compressed; name that format"
-        )
     target = target.absolute()
     _check_target(target)
     with project.work({"kind": "export", "experiment": experiment}) as work:
@@ -50,11 +43,13 @@ def export(
         ran = Ran.of(study)
         _check_whole(ran, experiment or "the workspace")
         study = study.with_params(ran.params)
-        written = stored.write(study, work.out, work.path / "dense", zipped)
+        written = stored.write(study, work.out, work.path / "dense")
         _drop_metrics_of_others(study)
         study.metrics("pruned", "sparsity").unlink(missing_ok=True)
         write_json(study.metrics("pruned", "sparsity"), {"sparsity": round(written.sparsity, 6)})
-        (work.out / "README.md").write_text(card(study, written, stored.loading, ran.torn), encoding="utf-8")
+        sections = results(study, ran.torn)
+        text = card(study, written.sparsity, storage=written.storage, imports=stored.imports, results=sections)
+        (work.out / "README.md").write_text(text, encoding="utf-8")
         work.publish(target)
     said = f"{target}: the pruned model of {experiment or 'the workspace'}; its card is README.md"
     if ran.unmet:
@@ -125,18 +120,17 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
             f"{experiment}: its masks are not in DVC's cache, expected all of masks/; `dvc pull --all-commits` fetches "
             f"them where a remote has them, `dvc exp apply {experiment}` and `dvc exp run` compute them again"
         )
-    reconstruction = RECONSTRUCTIONS[study.params.plan.reconstruction.name]
-    if reconstruction.function is not None:
-        needed = [("weights", "mask"), ("gram", "calibrate")]
-        if reconstruction.by_gradients:
-            needed.append(("fisher_gram", "calibrate"))
-        for folder, command in needed:
-            if not revision.take_whole(folder, study):
-                raise UserError(
-                    f"{experiment}: its {folder}/ is not in DVC's cache, expected it for reconstruction "
-                    f"{study.params.plan.reconstruction.name}; `dvc pull --all-commits` fetches it where a remote has "
-                    f"it, `dvc exp apply {experiment}` and `dvc exp run` compute it again (`wanda-dvc {command}`)"
-                )
+    reconstruction = study.params.plan.reconstruction
+    needed = {"weights": "mask", "gram": "calibrate"} if reconstruction.function is not None else {}
+    if reconstruction.by_gradients:
+        needed["fisher_gram"] = "calibrate"
+    for folder, command in needed.items():
+        if not revision.take_whole(folder, study):
+            raise UserError(
+                f"{experiment}: its {folder}/ is not in DVC's cache, expected it for reconstruction "
+                f"{reconstruction.name}; `dvc pull --all-commits` fetches it where a remote has it, "
+                f"`dvc exp apply {experiment}` and `dvc exp run` compute it again (`wanda-dvc {command}`)"
+            )
     wanted = read_provenance(study.masks, "mask")["model"]
     here = project.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:

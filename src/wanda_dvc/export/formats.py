@@ -16,46 +16,36 @@ class Format:
 
     name: str
     about: str  # one line
-    write: "Callable[[Project, Path, Path, bool], Written]"  # (study, empty directory, scratch, --zip)
-    zips: bool  # whether it can be compressed
-    loading: str  # Python code that loads the model, for its card
+    write: "Callable[[Project, Path, Path], Written]"  # (study, empty directory, scratch)
+    imports: str = ""  # Python code that loading needs, for the model card
 
 
 @dataclass(frozen=True)
 class Written:
-    """What an export wrote."""
+    """The model that an export wrote."""
 
     sparsity: float  # measured
     storage: str  # what the zeros take, for the model card
 
 
-def _write_dense(study: "Project", target: Path, _scratch: Path, _zipped: bool) -> Written:
+def _write_dense(study: "Project", target: Path, _scratch: Path) -> Written:
     """Write an ordinary Hugging Face directory, zeros included."""
     from wanda_dvc.stages.apply import measured_sparsity, prune
+    from wanda_dvc.study.card import STORAGE
 
-    measured = measured_sparsity(prune(study, target, study.params.plan.reconstruction.name))
-    return Written(
-        measured, "The zeros are stored like any other number: the files are no smaller than the dense model's."
-    )
+    return Written(measured_sparsity(prune(study, target, study.params.plan.reconstruction.name)), STORAGE)
 
 
-def _write_packed(study: "Project", target: Path, scratch: Path, zipped: bool) -> Written:
+def _write_packed(study: "Project", target: Path, scratch: Path) -> Written:
     """Write a packed directory: the pruned linears without their zeros."""
-    from wanda_dvc.engine.packed import pack_directory
+    from wanda_dvc.packed.directory import pack_directory
     from wanda_dvc.stages.apply import measured_sparsity, prune
 
     zeros = prune(study, scratch, study.params.plan.reconstruction.name)
-    sizes = pack_directory(scratch, target, list(zeros), zipped=zipped)
+    sizes = pack_directory(scratch, target, list(zeros))
     shutil.rmtree(scratch)
-    return Written(measured_sparsity(zeros), sizes.told(zipped))
+    return Written(measured_sparsity(zeros), sizes.told())
 
-
-_LOAD = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-{before}
-where = "path/to/this/directory"  # or its id on the Hub
-model = AutoModelForCausalLM.from_pretrained(where)
-tokenizer = AutoTokenizer.from_pretrained(where)"""
 
 FORMATS = {
     row.name: row
@@ -64,15 +54,12 @@ FORMATS = {
             name="huggingface",
             about="a directory that transformers loads, as large as the dense model's",
             write=_write_dense,
-            zips=False,
-            loading=_LOAD.format(before=""),
         ),
         Format(
             name="packed",
             about="smaller: without the zeros; transformers loads it after `import wanda_dvc`",
             write=_write_packed,
-            zips=True,
-            loading=_LOAD.format(before="import wanda_dvc  # pip install wanda-dvc: it registers the format\n"),
+            imports="import wanda_dvc  # pip install wanda-dvc: it registers the format\n",
         ),
     )
 }

@@ -118,10 +118,12 @@ def fetch_model(repository: Repository, target: Path) -> list[Path]:
 
 def unpack(source: Path, out: Path) -> bool:
     """Write a packed model as the dense one; return whether it is packed."""
-    from wanda_dvc.engine.packed import packing_of, unpack_directory
+    from wanda_dvc.packed.format import packing_of
 
     if packing_of(source) is None:
         return False
+    from wanda_dvc.packed.directory import unpack_directory  # few models need the engine here
+
     unpack_directory(source, out)
     return True
 
@@ -170,10 +172,12 @@ def copied_bytes(source: Path, project: Project) -> int:
 
     UserError if the directory holds no model that `download` takes.
     """
-    from wanda_dvc.engine.packed import packing_of, unpacked_bytes
+    from wanda_dvc.packed.format import packing_of
 
     files = _files(source)
     if packing_of(source):
+        from wanda_dvc.packed.directory import unpacked_bytes
+
         return unpacked_bytes(source)
     return 0 if can_reflink(source / "config.json", project.work_root) else sum(path.stat().st_size for path in files)
 
@@ -333,7 +337,7 @@ def _not_a_decoder(folder: Path, stored: Json) -> str | None:
 
 def _quantized(config: Any) -> str | None:
     """Return why weights are refused as quantized; None for unquantized weights and for our packed format."""
-    from wanda_dvc.engine.packed import METHOD
+    from wanda_dvc.packed.format import METHOD
 
     how = config.get("quant_method", "an unnamed method") if isinstance(config, dict) else "an unnamed method"
     if not config or how == METHOD:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from wanda_dvc.catalog import GROUPS, RECONSTRUCTIONS
+from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.costs import DISK, HOST, Cost, Setting, error_seconds, solving_seconds
 from wanda_dvc.engine.sizes import Need, sizes, writing
@@ -20,38 +20,11 @@ from wanda_dvc.pruning.packing import count_zeros
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.stages.inputs import largest
 from wanda_dvc.stages.running import progress, solving_device
+from wanda_dvc.study.card import card
 from wanda_dvc.study.files import Json, write_csv, write_json
-from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import SEALED, Grams, block_count, read_grams, read_masks, read_weights
-
-CARD = """\
----
-library_name: transformers
-tags: [pruned, wanda-dvc]
----
-# {source}, pruned
-
-{percent:g} % of the weights in the linear layers of the blocks are zero. {kept}
-
-| what | value |
-| --- | --- |
-| dense model | {source_code} |
-| method | {method} |
-| weights that stay | {reconstruction} |
-| sparsity | {sparsity:g}, measured {measured:.6f} |
-| pattern | {pattern}{group} |
-| calibration | {samples} windows of {length} tokens of {text}, seed {seed}, {dtype} |
-
-The zeros are stored like any other number: this makes the files no smaller and, without kernels for the pattern, no
-hardware faster.
-
-```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
-```
-"""
 
 
 class Zeros(NamedTuple):
@@ -243,23 +216,7 @@ def prune(study: Project, target: Path, reconstruction: str = "none") -> dict[st
     for _ in progress(written, total=len(addresses), what="apply, weights"):
         pass
     zeros = {linear: found[linear] for linear in blocks}
-    params, calibration, measured = made_from["params"], made_from["calibration"], measured_sparsity(zeros)
-    source = read_provenance(checkpoint.folder, "download model")["source"]
-    card = CARD.format(
-        source=inline(source),
-        source_code=code(source),
-        percent=round(100 * measured, 2),
-        measured=measured,
-        method=code(params["method"]),
-        reconstruction=code(made_from["reconstruction"]),
-        kept=RECONSTRUCTIONS[reconstruction].kept,
-        sparsity=params["sparsity"],
-        pattern=code(params["pattern"]),
-        group=f", compared within {GROUPS[params['group']].about}" if params["pattern"] == "unstructured" else "",
-        text=inline(calibration["text"]["source"]),
-        **{name: calibration[name] for name in ("samples", "length", "seed", "dtype")},
-    )
-    (target / "README.md").write_text(card, encoding="utf-8")
+    (target / "README.md").write_text(card(study, measured_sparsity(zeros)), encoding="utf-8")
     write_provenance(target, made_from)
     return zeros
 

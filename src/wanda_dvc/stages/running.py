@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import platform
 import resource
 import signal
 import socket
@@ -19,6 +18,7 @@ from wanda_dvc.params import Runtime
 from wanda_dvc.stages import Stage
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.times import processor
 
 STARTED_BY = os.getppid()
 SAMPLES_A_SECOND = 20  # of the memory that a stage holds
@@ -236,12 +236,3 @@ def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
 def _peak_resident() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def processor() -> str:
-    """Return the CPU's name."""
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -14,10 +14,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from wanda_dvc.engine.packed import METHOD, Packing
-from wanda_dvc.engine.packed_kernel import MULTIPLIED, WIDTHS, expand, kernel, multiply, row_starts
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.packing import is_two_of_four, pack
+from wanda_dvc.packed.format import METHOD, Packing, bits_shape, is_two_of_four, pack
+from wanda_dvc.packed.kernel import MULTIPLIED, WIDTHS, expand, kernel, multiply, row_starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +28,7 @@ _scratch = threading.local()
 
 
 class PackedLinear(nn.Module):
-    """A linear whose weight is packed. Few tokens on a CPU are multiplied by it as it is (`packed_kernel`).
+    """A linear whose weight is packed. Few tokens on a CPU are multiplied by it as it is (`packed.kernel`).
 
     For more tokens it is expanded into one reused buffer, and torch multiplies. `weight` [nonzeros] has the weight's
     nonzeros row by row, `weight_keep` uint8 [rows, ⌈columns / 8⌉] says where they stand; call `settle` after you have
@@ -44,7 +43,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-        self.register_buffer("weight_keep", torch.empty(out_features, -(-in_features // 8), dtype=torch.uint8))
+        self.register_buffer("weight_keep", torch.empty(bits_shape(out_features, in_features), dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
         self.starts: Tensor | None = None  # of the rows in `weight`, where there is a kernel
         self.register_load_state_dict_post_hook(lambda module, _: module.settle())
@@ -167,12 +166,13 @@ class PackedQuantizer(HfQuantizer):
         return param_name in self.packing.weights
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
-        """Check what was loaded, decompress it, and make it dense or sparse where that is asked for."""
+        """Check the loaded weights, and make them dense or sparse where that is asked for."""
         linears = []
         for name in self.packing.weights:
             linear = cast("PackedLinear", model.get_submodule(name.removesuffix(".weight")))
-            values = self.packing.values(name, linear.weight.detach(), linear.weight_keep).to(self.dtypes[name])
-            linear.weight = nn.Parameter(values, requires_grad=False)
+            values = linear.weight.detach()
+            self.packing.check(name, values, linear.weight_keep, values.dtype)  # transformers may have converted them
+            linear.weight = nn.Parameter(values.to(self.dtypes[name]), requires_grad=False)
             linear.settle()
             linears.append(linear)
         if self.quantization_config.sparse:
@@ -183,9 +183,9 @@ class PackedQuantizer(HfQuantizer):
         if self.quantization_config.dequantize or slow:
             self.dequantize(model)
             return
-        # What is in memory is no longer compressed, and has the dtype that was asked for.
+        # The weights in memory have the dtype that was asked for.
         weights = {name: (self.dtypes[name], shape) for name, (_dtype, shape) in self.packing.weights.items()}
-        self.quantization_config.stored = Packing(weights, zipped=False).as_json()
+        self.quantization_config.stored = Packing(weights).as_json()
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
         if self.quantization_config.sparse:

@@ -1,4 +1,4 @@
-"""Kernels of packed weights for CPUs, in C (`packed_kernel.c`), as torch operators.
+"""Kernels of packed weights for CPUs, in C (`kernel.c`), as torch operators.
 
 They are compiled at first use with the system's C compiler and kept in the user's cache, under a digest of source,
 compiler and flags. The path is the fastest that the CPU has; `WANDA_DVC_KERNEL` names another, or `off`.

@@ -1,22 +1,36 @@
-"""How fast a model directory is on the machine at hand: dense beside packed."""
+"""Measures how fast a model directory loads and generates on this machine, dense and packed, one sequence at a time."""
 
+import gc
 import json
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from time import perf_counter
+from typing import Any
 
 from tabulate import tabulate
 
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.stages.running import processor
-
-if TYPE_CHECKING:
-    from wanda_dvc.engine.speed import Speed
+from wanda_dvc.study.times import processor
 
 EXPORT = "wanda-dvc export --format packed"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The measures of one directory."""
+
+    load_seconds: float  # with its files in the page cache
+    memory_bytes: int  # resident, libraries included; on a GPU the peak of the allocated memory there
+    first_token_seconds: float
+    tokens_per_second: float  # after the first one; the median
 
 
 def speed(*, folder: Path, prompt: int, tokens: int, device: str, as_json: bool = False) -> str:
@@ -25,8 +39,6 @@ def speed(*, folder: Path, prompt: int, tokens: int, device: str, as_json: bool 
     The form that the directory has not is written into a temporary one. A dense directory that packing does not shrink
     is measured alone.
     """
-    from wanda_dvc.engine.speed import measure
-
     machine = _machine(device)
     _check(folder, prompt, tokens)
     measured: dict[str, Speed] = {}
@@ -70,7 +82,7 @@ def _machine(device: str) -> dict[str, str]:
     """The device's name; of a CPU also its threads and the kernel. UserError where there is no such device."""
     import torch
 
-    from wanda_dvc.engine.packed_kernel import PATHS, kernel
+    from wanda_dvc.packed.kernel import PATHS, kernel
 
     try:
         torch.empty(0, device=device)
@@ -97,7 +109,8 @@ def _check(folder: Path, prompt: int, tokens: int) -> None:
 @contextmanager
 def _both(folder: Path) -> Iterator[tuple[dict[str, Path], str]]:
     """Yield the directory of each form, and a sentence about them. One is temporary."""
-    from wanda_dvc.engine.packed import block_linears, pack_directory, packing_of, unpack_directory
+    from wanda_dvc.packed.directory import pack_directory, unpack_directory  # the measuring process needs no engine
+    from wanda_dvc.packed.format import packing_of
 
     with tempfile.TemporaryDirectory() as scratch:
         other = Path(scratch)
@@ -107,8 +120,71 @@ def _both(folder: Path) -> Iterator[tuple[dict[str, Path], str]]:
             yield {"dense": other, "packed": folder}, f"{folder} is packed; the dense one was made from it."
             return
         notice(f"{folder} is dense; a packed one is written to {other}")
-        sizes = pack_directory(folder, other, block_linears(folder))
+        sizes = pack_directory(folder, other)
         if sizes.packed < sizes.dense:
             yield {"dense": folder, "packed": other}, f"{folder} is dense; `{EXPORT}` writes a packed one."
         else:
             yield {"dense": folder}, f"{folder} has too few zeros to be smaller without them: nothing to pack."
+
+
+def measure(folder: Path, *, prompt: int, tokens: int, device: str) -> Speed:
+    """Measure a directory in a process of its own: random `prompt` tokens in, `tokens` out, greedily, batch 1.
+
+    UserError where the process is killed, as it is where memory runs out.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure_here, folder, prompt=prompt, tokens=tokens, device=device).result()
+        except BrokenProcessPool:
+            raise UserError(f"{folder}: the process was killed, expected memory for the model; free some") from None
+
+
+class _Clock:
+    """A streamer of transformers that notes when tokens come: first the prompt, then each new one."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _value: Any) -> None:
+        self.times.append(perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def measure_here(folder: Path, *, prompt: int, tokens: int, device: str) -> Speed:
+    """Measure a directory in this process: its memory counts, whatever it holds."""
+    import psutil
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+    begin = perf_counter()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    model.to(device)
+    load = perf_counter() - begin
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (1, prompt), generator=draw).to(device)
+
+    def generate(count: int) -> list[float]:
+        clock, begin = _Clock(), perf_counter()
+        how = transformers.GenerationConfig(
+            do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0, eos_token_id=None
+        )
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how, streamer=clock)
+        return [begin, *clock.times[1:]]
+
+    generate(2)  # what is only done once is not measured
+    gc.collect()
+    times = generate(tokens)
+    if torch.device(device).type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        memory = psutil.Process().memory_info().rss
+    first, *others = (after - before for before, after in pairwise(times))
+    return Speed(load, memory, first, 1 / median(others))

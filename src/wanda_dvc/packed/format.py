@@ -1,0 +1,125 @@
+"""The packed format: two tensors for each packed weight, and a `quantization_config` in config.json that names them.
+
+Under its own name a packed weight has its nonzeros row by row, [count]. `NAME_keep`, uint8 [rows, ⌈columns / 8⌉], has
+one bit a weight, the first column in the highest bit. −0.0 is a nonzero, so a packed weight loses no bit.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Shaped, UInt8
+from torch import Tensor
+
+from wanda_dvc.engine.checkpoint import STORED
+from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.packing import pack_bits, unpack_bits
+from wanda_dvc.reading import name_of, read_object
+
+METHOD, FORMAT = "wanda-dvc", 1
+KEEP = "_keep"  # the end of the name of the bits
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED}
+AGAIN = "export it again"
+
+
+def pack(weight: Shaped[Tensor, "rows columns"]) -> tuple[Shaped[Tensor, " nonzeros"], UInt8[Tensor, "rows bytes"]]:
+    """Return a weight's nonzeros row by row, and one bit a weight that is set at each nonzero."""
+    keep = _as_integers(weight) != 0
+    return weight[keep], pack_bits(keep)
+
+
+def unpack(
+    values: Shaped[Tensor, " nonzeros"], bits: UInt8[Tensor, "rows bytes"], columns: int
+) -> Shaped[Tensor, "rows columns"]:
+    """Return the weight that was packed, bit by bit. There must be as many values as bits set."""
+    keep = unpack_bits(bits, columns)
+    return torch.zeros(keep.shape, dtype=values.dtype).masked_scatter_(keep, values)
+
+
+def count_nonzeros(weight: Shaped[Tensor, "rows columns"]) -> int:
+    """Return the number of values that packing keeps."""
+    return int(torch.count_nonzero(_as_integers(weight)))
+
+
+def bits_shape(rows: int, columns: int) -> list[int]:
+    """Return the shape of a packed weight's bits."""
+    return [rows, -(-columns // 8)]
+
+
+def is_two_of_four(bits: UInt8[Tensor, "rows bytes"], columns: int) -> bool:
+    """Whether at most two of every four neighbours are nonzero, and the columns are a multiple of four."""
+    return columns % 4 == 0 and bool((unpack_bits(bits, columns).view(len(bits), -1, 4).sum(-1) <= 2).all())
+
+
+def _as_integers(weight: Tensor) -> Tensor:
+    return weight.contiguous().view(getattr(torch, f"int{8 * weight.itemsize}"))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The packed weights of a directory: dtype and shape of each, by its tensor's name."""
+
+    weights: dict[str, tuple[torch.dtype, tuple[int, int]]]
+
+    def as_json(self) -> dict[str, Any]:
+        """The `quantization_config`."""
+        weights = {
+            name: {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+            for name, (dtype, shape) in self.weights.items()
+        }
+        return {"quant_method": METHOD, "format_version": FORMAT, "weights": weights}
+
+    @classmethod
+    def parse(cls, stored: Any, where: str) -> "Packing":
+        """Read a `quantization_config` of ours. UserError where it is damaged or of another version."""
+        version = stored.get("format_version")
+        if version != FORMAT:
+            found = name_of(version) if not isinstance(version, int) else version
+            raise UserError(
+                f"{where}: packed in format {found}, expected {FORMAT}; install the wanda-dvc that wrote it, or {AGAIN}"
+            )
+        if stored.get("zip"):  # only development versions compressed
+            raise UserError(f"{where}: compressed with `--zip`, which is no longer supported; {AGAIN}")
+        weights = stored.get("weights")
+        if not isinstance(weights, dict):
+            raise UserError(f"{where}: quantization_config: no weights, expected those that are packed; {AGAIN}")
+        found_weights = {}
+        for name, entry in weights.items():
+            known = isinstance(entry, dict) and entry.get("dtype") in DTYPES
+            shape = entry.get("shape") if known else None
+            if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+                raise UserError(f"{where}: quantization_config: {name}: expected dtype and shape; {AGAIN}")
+            found_weights[name] = (DTYPES[entry["dtype"]], (shape[0], shape[1]))
+        return cls(found_weights)
+
+    def check(self, name: str, values: Tensor, bits: Tensor, dtype: torch.dtype) -> None:
+        """Raise UserError where two tensors are not this weight's in a dtype."""
+        _check(name + KEEP, bits, bits_shape(*self.weights[name][1]), torch.uint8)
+        _check(name, values, [_count(bits)], dtype)
+
+    def restore(self, name: str, values: Tensor, bits: Tensor) -> Tensor:
+        """Return a weight from its two tensors. UserError where they are not this weight's."""
+        dtype, (_, columns) = self.weights[name]
+        self.check(name, values, bits, dtype)
+        return unpack(values, bits, columns)
+
+
+def _check(name: str, tensor: Tensor, shape: list[int], dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype or list(tensor.shape) != shape:
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        raise UserError(f"{name}: found {found}, expected {dtype} {shape}; {AGAIN}")
+
+
+def _count(bits: Tensor) -> int:
+    """Return how many bits are set."""
+    ones = torch.tensor([number.bit_count() for number in range(256)])
+    return int(torch.bincount(bits.cpu().flatten(), minlength=256) @ ones)
+
+
+def packing_of(folder: Path) -> Packing | None:
+    """Return the packed weights of a directory; None where it is no packed directory."""
+    stored = read_object(folder / "config.json").get("quantization_config")
+    if not isinstance(stored, dict) or stored.get("quant_method") != METHOD:
+        return None
+    return Packing.parse(stored, f"{folder}: config.json")

@@ -1,0 +1,143 @@
+"""The model card of a pruned model, in Markdown with the Hub's metadata."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from wanda_dvc.catalog import ALLOCATIONS, GROUPS, HUB_ID, methods
+from wanda_dvc.study.files import Json
+from wanda_dvc.study.markup import code, inline
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import read_provenance
+
+# The Hub's name of a licence, by a phrase of its text.
+LICENSES = {
+    "llama3.1": "LLAMA 3.1 COMMUNITY LICENSE",
+    "llama3": "META LLAMA 3 COMMUNITY LICENSE",
+    "llama2": "LLAMA 2 COMMUNITY LICENSE",
+    "apache-2.0": "Apache License",
+    "mit": "MIT License",
+}
+UNKNOWN_LICENSE = (
+    "Unknown: the files of the dense model name none. Find the licence, and comply with it, before you share the model."
+)
+PROPAGATION = {
+    "dense": "each block was calibrated on the outputs of dense blocks",
+    "pruned": "each block was calibrated on the outputs of the pruned blocks before it",
+    "corrected": "each block was calibrated on the outputs of the pruned blocks before it, towards the dense outputs",
+}
+STORAGE = "Zeros are stored like any number: the files are no smaller than the dense model's."
+LOADING = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+{imports}
+where = "path/to/this/directory"  # or its id on the Hub
+model = AutoModelForCausalLM.from_pretrained(where)
+tokenizer = AutoTokenizer.from_pretrained(where)
+```"""
+CARD = """\
+---
+{metadata}
+---
+# {source}, pruned
+
+{percent:g} % of the weights in the linear layers of the blocks are zero, chosen by {method}. {kept}
+{sections}"""
+
+
+def card(
+    study: Project,
+    sparsity: float,
+    *,
+    storage: str = STORAGE,
+    imports: str = "",
+    results: Mapping[str, str] | None = None,
+) -> str:
+    """Return the card of a study's pruned model, of which `sparsity` was measured.
+
+    `storage` says what the zeros take, and `imports` is Python code that loading needs. `results` are more sections, by
+    their titles.
+    """
+    masks = read_provenance(study.masks, "mask")
+    dense = read_provenance(study.model("dense"), "download model")
+    license_name, license_text = _license(study.model("dense"), dense)
+    pattern = masks["params"]["pattern"]
+    metadata = {
+        "base_model": dense["source"].partition("@")[0] if HUB_ID.fullmatch(dense["source"]) else None,
+        "license": license_name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", masks["params"]["method"], "wanda-dvc"],
+    }
+    sections = {
+        "Pruning": table(["what", "value"], _facts(study, masks, dense, sparsity)),
+        **(results or {}),
+        "Load the model": LOADING.format(imports=imports),
+        "Limits": f"{storage} {_speed(pattern)}",
+        "Licence of the dense model": license_text,
+    }
+    return CARD.format(
+        metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
+        source=inline(dense["source"]),
+        percent=round(100 * sparsity, 2),
+        method=_cited(masks["params"]["method"]),
+        kept=study.params.plan.reconstruction.kept,
+        sections="".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items()),
+    )
+
+
+def table(headers: list[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cited(name: str) -> str:
+    """The title of a method, with its paper. A method of a package that is not installed has only its name."""
+    method = methods().get(name)
+    return f"{method.title} ([{method.citation}]({method.link}))" if method else inline(name)
+
+
+def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterator[tuple[str, str]]:
+    """How the model was pruned, as rows."""
+    params, calibration = masks["params"], masks["calibration"]
+    yield "dense model", code(dense["source"])
+    yield "sha256 of its files", f"{dense['sha256'][:12]}…"
+    yield "method", code(params["method"])
+    yield "sparsity", f"{params['sparsity']:g} requested, {measured:.6f} measured, of the linear layers of all blocks"
+    allocation = ALLOCATIONS[params.get("allocation", "uniform")]
+    yield "allocation", f"{code(allocation.name)}: {allocation.about}"
+    yield "pattern", code(params["pattern"])
+    compete = f"weights are compared within {GROUPS[params['group']].about}"
+    yield "group", compete if params["pattern"] == "unstructured" else "neighbours along the input"
+    propagation = params.get("propagation", "dense")
+    yield "propagation", f"{code(propagation)}: {PROPAGATION[propagation]}"
+    reconstruction = study.params.plan.reconstruction
+    yield "weights that stay", f"{code(reconstruction.name)}: {reconstruction.about}"
+    yield (
+        "calibration",
+        f"{calibration['samples']} windows of {calibration['length']} tokens of "
+        f"{inline(calibration['text']['source'])}, seed {calibration['seed']}, {calibration['dtype']}",
+    )
+
+
+def _speed(pattern: str) -> str:
+    """Say whether the zeros speed anything up."""
+    if pattern == "unstructured":
+        return "Unstructured sparsity does not speed up GPU inference."
+    return f"A speed-up from {pattern} needs hardware and kernels for that pattern, which this model does not contain."
+
+
+def _license(folder: Path, dense: Json) -> tuple[str | None, str]:
+    """The dense model's licence: its name on the Hub, and a sentence."""
+    files = sorted([*folder.glob("LICENSE*"), *folder.glob("NOTICE*")])
+    names = ", ".join(code(file.name) for file in files)
+    beside = f"; the full text is in {names}" if files else ""
+    if name := dense.get("license"):
+        return name, f"{code(name)}, according to its own card{beside}."
+    for file in files:
+        text = " ".join(file.read_text(encoding="utf-8", errors="replace").split()).lower()
+        for name, phrase in LICENSES.items():
+            if phrase.lower() in text:
+                return name, f"{code(name)}, according to {code(file.name)}{beside}."
+    return ("other", f"See {names}.") if files else (None, UNKNOWN_LICENSE)
