@@ -743,6 +743,29 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
 
 
 @pytest.mark.pipeline
+def test_files_of_others_beside_the_report_stay(written: tuple[Repository, Path, str], tmp_path: Path):
+    """Quarto and browsers write `NAME_files/`, too; of its files only pictures of an earlier report may go."""
+    output, pictures = tmp_path / "report.html", tmp_path / "report_files"
+    (pictures / "libs").mkdir(parents=True)
+    foreign = [pictures / "libs/quarto.js", pictures / "s9-notes.txt", pictures / "s9-drawing.svg"]
+    for path in foreign:
+        path.write_text("mine")
+    project = Project(written[0].root)
+    report(project=project, output=output)
+    drawn = sorted(pictures.glob("s0-*.svg"))
+    (pictures / "s9-time.svg").write_text(drawn[-1].read_text("utf-8").replace(drawn[-1].stem, "s9-time"), "utf-8")
+    report(project=project, output=output)
+    assert [path.read_text() for path in foreign] == ["mine"] * 3
+    assert sorted(pictures.glob("*.svg")) == [*drawn, foreign[-1]]
+    for taken in (output.with_suffix(".md"), drawn[0]):
+        taken.write_text("mine")
+        with pytest.raises(UserError, match=f"{taken.name}: found a file that `wanda-dvc report` did not write"):
+            report(project=project, output=output)
+        assert taken.read_text() == "mine"
+        taken.unlink()
+
+
+@pytest.mark.pipeline
 def test_a_killed_experiment_that_counts_as_running_is_named_as_the_cause(
     written: tuple[Repository, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

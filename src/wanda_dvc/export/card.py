@@ -7,6 +7,7 @@ from tabulate import tabulate
 
 from wanda_dvc.catalog import ALLOCATIONS, GROUPS, HUB_ID, RECONSTRUCTIONS, methods
 from wanda_dvc.export.formats import Written
+from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.markup import code, inline
@@ -164,7 +165,7 @@ def _notes(study: Project, torn: Sequence[str]) -> Iterator[str]:
             f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of "
             f"{inline(protocol['text']['source'])} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
         )
-    if any(load_json(study.metrics(model, "perplexity")).get("perplexity") == "diverged" for model in MODELS):
+    if any(load_json(study.metrics(model, "perplexity")).get("perplexity") == DIVERGED for model in MODELS):
         yield "`diverged`: the loss, or its exponential, was not finite."
     limit = params.zero_shot.limit
     yield (

@@ -1,0 +1,87 @@
+"""The chapter on uncertainty: intervals, and paired tests adjusted for their number."""
+
+from wanda_dvc.report import inference
+from wanda_dvc.report.formatting import DASH, factor, interval, percent, signed
+from wanda_dvc.report.inference import Estimate
+from wanda_dvc.report.comparisons import ALPHA, Comparison, beyond_noise
+from wanda_dvc.report.measures import Measured, mean
+from wanda_dvc.report.pages import Content, table
+from wanda_dvc.report.section import Section
+from wanda_dvc.study.markup import inline, number
+
+
+def content(section: Section) -> Content:
+    """Each number's interval, the comparisons, and what the tests mean."""
+    tests = sum(len(one.tests()) for one in section.comparisons)
+    columns = ["perplexity", "95 % interval", "p, adjusted", "mean accuracy, points", "95 % interval", "p, adjusted"]
+    return [
+        _alone(section),
+        table(
+            "Paired: perplexity on the same windows as a ratio; the mean accuracy's difference on the items that both "
+            "answered, in percentage points, tasks counting equally.",
+            ["", *columns],
+            [[section.names(one), *_ratio(one.ratio), *_mean(one.mean)] for one in section.comparisons],
+        ),
+        table(
+            "Items that only the first got right / only the second; * where McNemar's exact test, adjusted, is below "
+            "0.05.",
+            ["", *map(inline, section.tasks)],
+            [[section.names(one), *(_task(one, task) for task in section.tasks)] for one in section.comparisons],
+        ),
+        f"{tests} tests were made in this section. All p-values are adjusted for that number (Holm); unadjusted, "
+        f"{ALPHA * tests:.2g} of {tests} on average would fall below 0.05 if nothing differed at all. Intervals are "
+        "not adjusted. Windows of one text are treated as independent, which they are not quite: the intervals of "
+        "single perplexities are somewhat too narrow. A test speaks of these items and this text, with one "
+        "calibration; another seed is another experiment.",
+    ]
+
+
+def _alone(section: Section) -> str:
+    rows = []
+    if "perplexity" in section.dense:
+        by_task = [section.dense[task].answers(task) if task in section.dense else {} for task in section.tasks]
+        cells = _accuracy(section.dense_accuracies, by_task)
+        rows.append(["dense", *_perplexity(section.dense["perplexity"]), *cells])
+    for row in section.ordered:
+        by_task = [row.pruned.answers(task) for task in section.tasks]
+        rows.append([section.name(row), *_perplexity(row.pruned), *_accuracy(section.accuracies(row), by_task)])
+    return table(
+        "Each number's own 95 % interval: of perplexity over its windows (t on the mean loss), of the mean accuracy "
+        "over its items, in percent (t, cut off at 0 and 100).",
+        ["", "perplexity", "interval", "mean accuracy", "interval"],
+        rows,
+    )
+
+
+def _perplexity(measured: Measured) -> list[str]:
+    return [number(measured.perplexity), interval(measured.perplexity_interval(), number)]
+
+
+def _accuracy(accuracies: list[float | None], answers: list[dict[object, bool]]) -> list[str]:
+    """The mean and its interval; no interval unless the answers to every task are at hand."""
+    value = mean(accuracies)
+    if value is None or not all(answers):
+        return [percent(value), DASH]
+    return [percent(value), interval(inference.mean_accuracy([list(one.values()) for one in answers]), percent)]
+
+
+def _ratio(ratio: Estimate | None) -> list[str]:
+    return [f"{factor(ratio.value)} ×" if ratio else DASH, interval(ratio, factor), _verdict(ratio)]
+
+
+def _mean(mean: Estimate | None) -> list[str]:
+    return [signed(mean.value) if mean else DASH, interval(mean, signed), _verdict(mean)]
+
+
+def _task(comparison: Comparison, task: str) -> str:
+    if task not in comparison.tasks:
+        return DASH
+    disagreement = comparison.tasks[task]
+    return f"{disagreement.first} / {disagreement.second}{' *' if beyond_noise(disagreement) else ''}"
+
+
+def _verdict(test: Estimate | None) -> str:
+    if test is None:
+        return DASH
+    shown = "< 0.001" if test.p < 0.001 else f"{test.p:.3f}"
+    return shown if beyond_noise(test) else f"{shown}, within noise"
