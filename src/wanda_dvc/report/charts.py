@@ -30,27 +30,14 @@ WIDTH = 5.2
 LEGEND = 72  # letters of a legend's line
 OF_SPARSITY = "sparsity of the linears"
 DOT: dict[str, Any] = {"linestyle": "none", "markersize": 3.5}
-LOOK = {
+LOOK: dict[Any, Any] = {
     "text.parse_math": False,  # a name with dollar signs is no formula
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 10,
-    "axes.titlesize": 9,
-    "axes.edgecolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.handlelength": 3,
-}
+    "svg.fonttype": "none", "font.size": 9, "text.color": INK,
+    "axes.labelcolor": INK, "axes.labelsize": 10, "axes.titlesize": 9, "axes.edgecolor": MUTED,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": LINE, "grid.linewidth": 0.6,
+    "xtick.color": INK, "ytick.color": INK, "legend.frameon": False, "legend.handlelength": 3,
+}  # fmt: skip
 
 P = ParamSpec("P")
 
@@ -126,12 +113,12 @@ def _panels(count: int = 1, deep: int = 1, height: float = 3.1, **words: Any) ->
     figure = Figure(figsize=(WIDTH, height * bands), layout="constrained")
     axes = figure.subplots(deep * bands, columns, squeeze=False, **words)
     panels = [list(axes[deep * band : deep * (band + 1), column]) for band in range(bands) for column in range(columns)]
-    for ax in sum(panels[count:], []):
+    for ax in [ax for spare in panels[count:] for ax in spare]:
         ax.set_visible(False)
     return figure, panels[:count]
 
 
-def _style(index: int) -> dict[str, str]:
+def _style(index: int) -> dict[str, Any]:
     """The colour, marker and dash of a picture's series with this number."""
     parts = {"color": [LIGHT[name] for name in SERIES], "marker": MARKERS, "linestyle": DASHES}
     return {part: next(islice(cycle(values), index, None)) for part, values in parts.items()}
@@ -184,19 +171,12 @@ def _whole_numbers(*axes: Any, **words: int) -> None:
 
 
 @_drawn
-def curves(  # noqa: PLR0913 - each is one property of the picture
-    series: Series,
-    *,
-    y_label: str,
-    x_label: str = OF_SPARSITY,
-    level: tuple[str, float] | None = None,
-    log: bool = False,
-    band: tuple[float, float | None] | None = None,
+def curves(
+    series: Series, *, y_label: str, x_label: str = OF_SPARSITY, level: tuple[str, float] | None = None, log: bool
 ) -> Figure:
     """Curves with intervals; points that diverged are at the upper edge, with a label.
 
-    Points of one sparsity are drawn beside each other. `band`: intervals are drawn as a band, and these are the y
-    axis's ends.
+    Points of one sparsity are drawn beside each other.
     """
     figure, [[ax]] = _panels()
     points = [point for on_curve in series.values() for point in on_curve]
@@ -209,23 +189,15 @@ def curves(  # noqa: PLR0913 - each is one property of the picture
     for index, (label, on_curve) in enumerate(series.items()):
         look = _style(index)
         shift = 0.35 * (index - (len(series) - 1) / 2) if x_label == OF_SPARSITY else 0
-        moved = [point._replace(x=point.x + shift) for point in on_curve]
-        there = [point for point in moved if point.y is not None]
-        xs, ys = [point.x for point in there], [point.y for point in there]
-        ax.plot(xs, ys, **look, markersize=3.5 if band else 6, linewidth=1.5, label=label)
-        if band:
-            lows, highs = [point.low for point in there], [point.high for point in there]
-            ax.fill_between(xs, lows, highs, color=look["color"], alpha=0.2, linewidth=0)
+        there = [(point.x + shift, point.y, *point[2:]) for point in on_curve if point.y is not None]
+        ax.plot([x for x, *_ in there], [y for _, y, *_ in there], **look, markersize=6, linewidth=1.5, label=label)
         for x, y, low, high, name in there:
-            if not band and low is not None and high is not None:
+            if low is not None and high is not None:
                 ax.vlines(x, low, high, color=look["color"], linewidth=2.5, alpha=0.55)
             if name:
-                ax.annotate(name, (x, y or 0), (5, 5), textcoords="offset points", fontsize=8, color=look["color"])
-        for x in [point.x for point in moved if point.y is None]:
+                ax.annotate(name, (x, y), (5, 5), textcoords="offset points", fontsize=8, color=look["color"])
+        for x in [point.x + shift for point in on_curve if point.y is None]:
             _mark_diverged(ax, x, label, index, left=x < (ticks[0] + ticks[-1]) / 2)
-    if band:
-        ax.set_ylim(*band)
-        _whole_numbers(ax.xaxis)
     if x_label == OF_SPARSITY:
         ax.set_xticks(ticks, [f"{tick:g} %" for tick in ticks])
     ax.margins(x=0.12)
@@ -239,8 +211,25 @@ def _mark_diverged(ax: Axes, x: float, label: str, index: int, *, left: bool) ->
     look, edge = _style(index), ax.get_xaxis_transform()
     ax.plot([x], [1], marker=look["marker"], color=look["color"], markersize=8, transform=edge, clip_on=False)
     place = (8 if left else -8, -3 - 12 * index)
-    words = {"ha": "left" if left else "right", "va": "top", "color": look["color"]}
+    words: dict[str, Any] = {"ha": "left" if left else "right", "va": "top", "color": look["color"]}
     ax.annotate(f"{label} diverged", (x, 1), place, xycoords=edge, textcoords="offset points", **words)
+
+
+@_drawn
+def by_block(
+    series: Mapping[str, Sequence[tuple[int, float, float, float]]], *, y_label: str, top: float | None = None
+) -> Figure:
+    """A measure by block: the mean of its linears, and how far they lie apart."""
+    figure, [[ax]] = _panels()
+    for index, (label, points) in enumerate(series.items()):
+        look, (blocks, means, lows, highs) = _style(index), zip(*points, strict=True)
+        ax.plot(blocks, means, **look, markersize=3.5, linewidth=1.2, label=label)
+        ax.fill_between(blocks, lows, highs, color=look["color"], alpha=0.2, linewidth=0)
+    ax.set_ylim(0, top)
+    _whole_numbers(ax.xaxis)
+    ax.set_xlabel("block")
+    ax.set_ylabel(y_label)
+    return _legend(figure)
 
 
 @_drawn
@@ -276,7 +265,7 @@ def times(bars: Mapping[str, Mapping[str, float]], stages: Sequence[str]) -> Fig
     names, ends = list(bars), [0.0] * len(bars)
     for index, stage in enumerate(stages):
         widths = [bar.get(stage, 0.0) for bar in bars.values()]
-        look = {"color": _style(index)["color"], "hatch": HATCHES[index % len(HATCHES)]}
+        look: dict[str, Any] = {"color": _style(index)["color"], "hatch": HATCHES[index % len(HATCHES)]}
         # A thin outline of the page's own ink keeps neighbours apart in print.
         ax.barh(names, widths, left=ends, edgecolor=INK, linewidth=0.5, label=stage, height=0.62, **look)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]

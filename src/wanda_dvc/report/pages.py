@@ -64,7 +64,7 @@ def fenced(text: str) -> str:
 def table(caption: str, headers: list[str], rows: list[list[str]], *, numbers: bool = True) -> str:
     """A table below its caption. The first column names the rows; `numbers` aligns the others to the right."""
     align = ["left", *(["right" if numbers else "left"] * (len(headers) - 1))]
-    return f"{caption}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True, colalign=align)}"
+    return f"{caption}\n\n{tabulate(rows, headers, tablefmt='pipe', disable_numparse=True, colalign=align)}"
 
 
 # --- files ---
@@ -120,7 +120,8 @@ body{margin:0 auto;max-width:66rem;padding:1rem;background:var(--paper);color:va
  font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.6rem;line-height:1.2}h2{margin-top:2.5rem;border-bottom:1px solid var(--line);padding-bottom:.2rem}
 h3{margin-top:1.8rem}
-.table{overflow-x:auto;margin:.3rem 0 1rem}p:has(+.table),p:has(>svg)+p{color:var(--muted);font-size:.9rem;margin:0}
+.table{overflow-x:auto;margin:.3rem 0 1rem}p:has(+.table),p:has(>svg){margin:1.5rem 0 0}
+p:has(+.table),p:has(>svg)+p{color:var(--muted);font-size:.9rem}p:has(>svg)+p{margin-top:.2rem}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 thead th{border-bottom:2px solid var(--muted);vertical-align:bottom}

@@ -89,7 +89,8 @@ class Row:
             if recipe.method == plan.method.name:
                 differing = [name for name in names if self.settings[name] != getattr(recipe, name)] + strength
                 words = ", ".join(f"{name}={self.settings[name]}" for name in differing)
-                found.append((place == len(known), len(differing), place, recipe.name + (f" ({words})" if words else "")))
+                name = f"{recipe.name} ({words})" if words else recipe.name
+                found.append((place == len(known), len(differing), place, name))
         _, count, place, text = min(found)
         return place, count, text
 
@@ -102,6 +103,10 @@ class Row:
     def pattern(self) -> str:
         """The pattern as an addition to a name; empty where it is unstructured."""
         return "" if self.params.pattern == UNSTRUCTURED else f" {self.params.pattern}"
+
+    def whole(self, part: str) -> bool:
+        """Whether nothing below a folder is missing from the cache."""
+        return not any(path == part or path.startswith(f"{part}/") for path in self.missing)
 
     def inputs(self) -> dict[str, str]:
         """The first digits of the SHA-256 of the dense model, of the tokens and of each task, where they are known."""

@@ -9,13 +9,13 @@ from typing import Any
 
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.report.charts import Point
-from wanda_dvc.report.formatting import setting
 from wanda_dvc.report.comparisons import Comparison, compare
+from wanda_dvc.report.formatting import setting
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.report.rows import Row
 from wanda_dvc.study.markup import inline
 
-OF_EVALUATION = ("model", "dtype", "perplexity.", "tasks.")
+OF_EVALUATION = ("model", "dtype", "perplexity.", "tasks.", "zero_shot.")
 # What a row's name says of how it was pruned; the statistics have to be those that this needs.
 OF_PRUNING = (*CHOICES, "allocation_strength", "sparsity", "pattern", "calibration.statistics")
 

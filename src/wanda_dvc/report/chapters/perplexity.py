@@ -6,6 +6,7 @@ from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import charts
 from wanda_dvc.report.charts import Point
 from wanda_dvc.report.formatting import DASH
+from wanda_dvc.report.inference import Estimate
 from wanda_dvc.report.pages import Content, Picture, table
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section
@@ -18,12 +19,12 @@ def content(section: Section) -> Content:
 
     def absolute(row: Row) -> Point | None:
         value, ends = row.pruned.perplexity, row.pruned.perplexity_interval()
-        return _point(row, value, ends and ends[1:3])
+        return _point(row, value, ends)
 
     def increase(row: Row) -> Point | None:
         value, ratio = row.pruned.perplexity, section.against_dense(row).ratio
         times = value / dense if isinstance(value, float) and isinstance(dense, float) else value
-        return _point(row, times, ratio and ratio[1:3])
+        return _point(row, times, ratio)
 
     lost = [section.name(row) for row in section.rows if row.pruned.diverged]
     said = f" Diverged, and so at the upper edge: {', '.join(lost)}." if lost else ""
@@ -46,11 +47,12 @@ def content(section: Section) -> Content:
     return parts
 
 
-def _point(row: Row, value: float | str | None, ends: tuple[float, ...] | None) -> Point | None:
+def _point(row: Row, value: float | str | None, ends: Estimate | None) -> Point | None:
     """A point at the row's sparsity, without a value if it diverged; None if it was not measured."""
     if value is None:
         return None
-    return Point(100 * row.params.sparsity, value if isinstance(value, float) else None, *(ends or ()))
+    y = value if isinstance(value, float) else None
+    return Point(100 * row.params.sparsity, y, ends and ends.low, ends and ends.high)
 
 
 def _table(section: Section) -> str:

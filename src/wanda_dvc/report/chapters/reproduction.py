@@ -1,9 +1,9 @@
 """The chapter on the origin of each row, and the commands that repeat it."""
 
 from wanda_dvc.plan import CHOICES
+from wanda_dvc.report.chapters.run_time import runs
 from wanda_dvc.report.formatting import DASH, seconds, setting
 from wanda_dvc.report.pages import Content, bullets, fenced, table
-from wanda_dvc.report.chapters.run_time import runs
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import OF_PRUNING, Section
 from wanda_dvc.study.files import Json

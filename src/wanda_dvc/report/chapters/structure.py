@@ -31,7 +31,7 @@ def _sparsity(section: Section) -> Content:
         "Measured on the pruned weights; the shade is from a block's least to its most pruned linear. Curves of one "
         "sparsity lie over each other."
     )
-    figure = charts.curves(series, x_label="block", y_label="sparsity, %", band=(0, 100))
+    figure = charts.by_block(series, y_label="sparsity, %", top=100)
     return [Picture(f"{section.prefix}sparsity", "Sparsity by block", caption, figure)]
 
 
@@ -53,7 +53,7 @@ def _layer_errors(section: Section) -> Content:
         "How far a linear's output on the calibration text is off, ‖(W−Ŵ)X‖² / ‖WX‖², on the dense model's inputs. The "
         "shade is from a block's least to its largest."
     )
-    figure = charts.curves(series, x_label="block", y_label="layer error, %", band=(0, None))
+    figure = charts.by_block(series, y_label="layer error, %")
     parts: Content = [Picture(f"{section.prefix}layer-error", "Layer error by block", caption, figure)]
     points = section.points(point)
     if sum(map(len, points.values())) > 2:
@@ -92,8 +92,8 @@ def _norms(section: Section) -> Content:
     return parts
 
 
-def by_block(linears: Iterable[tuple[int, float, float]]) -> list[Point]:
-    """From each linear's block, part and whole: a point a block, its share in percent, and its linears' extremes."""
+def by_block(linears: Iterable[tuple[int, float, float]]) -> list[tuple[int, float, float, float]]:
+    """From each linear's block, part and whole: each block's share in percent, and its linears' least and most."""
     blocks: dict[int, list[tuple[float, float]]] = {}
     for block, part, whole in linears:
         blocks.setdefault(block, []).append((part, whole))
@@ -101,5 +101,5 @@ def by_block(linears: Iterable[tuple[int, float, float]]) -> list[Point]:
     for block, found in sorted(blocks.items()):
         shares = [100 * part / whole for part, whole in found]
         mean = 100 * sum(part for part, _ in found) / sum(whole for _, whole in found)
-        points.append(Point(block, mean, min(shares), max(shares)))
+        points.append((block, mean, min(shares), max(shares)))
     return points

@@ -1,9 +1,9 @@
 """The chapter that says each comparison in a sentence."""
 
 from wanda_dvc.report.allocations import Result
+from wanda_dvc.report.comparisons import Comparison, beyond_noise
 from wanda_dvc.report.formatting import factor, signed
 from wanda_dvc.report.inference import Estimate
-from wanda_dvc.report.comparisons import Comparison, beyond_noise
 from wanda_dvc.report.pages import Content, bullets
 from wanda_dvc.report.section import Section
 

@@ -1,9 +1,9 @@
 """The chapter on uncertainty: intervals, and paired tests adjusted for their number."""
 
 from wanda_dvc.report import inference
+from wanda_dvc.report.comparisons import ALPHA, Comparison, beyond_noise
 from wanda_dvc.report.formatting import DASH, factor, interval, percent, signed
 from wanda_dvc.report.inference import Estimate
-from wanda_dvc.report.comparisons import ALPHA, Comparison, beyond_noise
 from wanda_dvc.report.measures import Measured, mean
 from wanda_dvc.report.pages import Content, table
 from wanda_dvc.report.section import Section

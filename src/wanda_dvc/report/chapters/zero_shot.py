@@ -20,8 +20,8 @@ def content(section: Section) -> Content:
         own, paired = mean(section.accuracies(row)), section.against_dense(row).mean
         if own is None or not dense:
             return None
-        ends = [max(0, 100 * (1 + end / dense)) for end in paired[1:3]] if paired else []
-        return Point(100 * row.params.sparsity, 100 * own / dense, *ends)
+        low, high = (max(0, 100 * (1 + end / dense)) for end in paired[1:3]) if paired else (None, None)
+        return Point(100 * row.params.sparsity, 100 * own / dense, low, high)
 
     shares = section.points(retained)
     rows = [["dense", *map(percent, section.dense_accuracies), percent(dense), ""]]
@@ -49,7 +49,7 @@ def content(section: Section) -> Content:
                 "Retained accuracy",
                 "The mean over tasks as a percentage of the dense model's; bars are 95 % paired intervals of the "
                 "difference: one that reaches the dense line is within noise.",
-                charts.curves(shares, y_label="retained, %", level=("dense", 100.0)),
+                charts.curves(shares, y_label="retained, %", level=("dense", 100.0), log=False),
             )
         )
     return parts
