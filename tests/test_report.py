@@ -24,6 +24,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
 from wanda_dvc.report import inference, report
 from wanda_dvc.report.chapters import content
+from wanda_dvc.report.chapters.published import sources
 from wanda_dvc.report.chapters.reproduction import peak_memory
 from wanda_dvc.report.chapters.run_time import runs
 from wanda_dvc.report.chapters.size import stored_bytes
@@ -31,16 +32,15 @@ from wanda_dvc.report.chapters.structure import by_block
 from wanda_dvc.report.charts import Point, accuracies, curves, svg, times
 from wanda_dvc.report.comparisons import paired_mean
 from wanda_dvc.report.pages import Content, Picture, as_html, as_markdown, heading, table
-from wanda_dvc.report.published import sources
-from wanda_dvc.report.rows import Collected, Note, Row, identity, resolved
-from wanda_dvc.report.section import differences, grouped
+from wanda_dvc.report.rows import Collected, Note, Row, identity
+from wanda_dvc.report.section import differences, sections
 from wanda_dvc.stages import PARTS, STAGES
 from wanda_dvc.study.files import write_csv, write_json
 from wanda_dvc.study.markup import inline
 from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import FORMAT
-from wanda_dvc.study.settings import nested
+from wanda_dvc.study.settings import nested, resolved
 from wanda_dvc.study.tensors import seal
 
 
@@ -313,8 +313,8 @@ def test_a_row_is_compared_with_its_own_dense_model(tmp_path: Path):
         if sha:
             write_json(root / "models/dense/provenance.json", {"sha256": sha})
         rows.append(row_of(Project(root), name=f"e{number}"))
-    groups = grouped(rows)
-    assert [[row.name for row in group] for group in groups] == [["e0", "e2"], ["e1"]]
+    groups = sections(rows)
+    assert [[row.name for row in group.rows] for group in groups] == [["e0", "e2"], ["e1"]]
     assert differences(groups) == ["models/dense"]
 
 

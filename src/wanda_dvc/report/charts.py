@@ -1,6 +1,6 @@
-"""The report's pictures as SVG, and the norms' pictures as PNG.
+"""The report's pictures as SVG.
 
-A picture is drawn in the light colours. In an SVG each of them becomes a CSS custom property, so that the picture
+A picture is drawn in the light colours. Each of them then becomes a CSS custom property, so that the picture
 follows its reader's light or dark mode. Series differ in marker and line style too, for readers who see no colours.
 """
 
@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from itertools import cycle, islice
-from pathlib import Path
-from statistics import median
 from textwrap import wrap
 from typing import Any, NamedTuple, ParamSpec
 
@@ -29,7 +27,6 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 WIDTH = 5.2
 LEGEND = 72  # letters of a legend's line
 OF_SPARSITY = "sparsity of the linears"
-DOT: dict[str, Any] = {"linestyle": "none", "markersize": 3.5}
 LOOK: dict[Any, Any] = {
     "text.parse_math": False,  # a name with dollar signs is no formula
     "svg.fonttype": "none", "font.size": 9, "text.color": INK,
@@ -85,12 +82,6 @@ def standalone(picture: str) -> str:
     ground = f'<style>{css()}</style><rect width="100%" height="100%" fill="var(--paper)"/>'
     head, bracket, drawn = picture.partition(">")
     return f'{head} xmlns="http://www.w3.org/2000/svg"{bracket}{ground}{drawn}\n'
-
-
-def png(figure: Figure, target: Path) -> None:
-    """Write the picture as a PNG file, in the light colours."""
-    with mpl.rc_context(LOOK):
-        figure.savefig(target, dpi=160, facecolor=LIGHT["paper"])
 
 
 # --- what pictures have in common ---
@@ -283,7 +274,7 @@ def norms(inputs: Sequence[InputNorms]) -> Figure:
     """Above, the norms by block; below, which features the outliers are. A panel for each distinct input."""
     figure, grid = _panels(len(inputs), deep=2, height=4)
     for position, ([above, below], one) in enumerate(zip(grid, inputs, strict=True)):
-        color, hot = _style(0)["color"], {"color": _style(1)["color"], **DOT, "marker": "^"}
+        color, hot = _style(0)["color"], _style(1) | {"marker": "^", "linestyle": "none", "markersize": 3.5}
         above.fill_between(one.blocks, one.low, one.high, color=color, alpha=0.3, linewidth=0, label="5 to 95 %")
         above.plot(one.blocks, one.median, color=color, linewidth=1.3, label="median of the features")
         blocks, features, outliers = ([outlier[part] for outlier in one.outliers] for part in range(3))
@@ -302,25 +293,4 @@ def norms(inputs: Sequence[InputNorms]) -> Figure:
         if position % 2 == 0:
             above.set_ylabel("‖X‖₂, log scale")
             below.set_ylabel("block")
-    return _legend(figure)
-
-
-@_drawn
-def block_norms(inputs: Sequence[tuple[str, list[float]]], times: float) -> Figure:
-    """The norms of one block by feature, a panel for each distinct input; above `times` the median is an outlier."""
-    figure, grid = _panels(len(inputs), height=2.4)
-    for position, ([ax], (label, norm)) in enumerate(zip(grid, inputs, strict=True)):
-        middle, line = median(norm), times * median(norm)
-        for index, marker, name in ((0, ".", "feature"), (1, "^", "outlier")):
-            points = [(feature, value) for feature, value in enumerate(norm) if (value > line) == (name == "outlier")]
-            look = {"color": _style(index)["color"], **DOT, "marker": marker}
-            ax.plot([feature for feature, _ in points], [value for _, value in points], label=name, **look)
-        for level, dash, name in ((middle, "-", "median"), (line, "--", f"{times:g} × median")):
-            ax.axhline(level, color=MUTED, linewidth=0.8, linestyle=dash, label=name)
-        _log_scale(ax, [*norm, line])
-        ax.set_title("\n".join(label.split(", ")[:3]))
-        ax.set_xlabel("feature")
-        _whole_numbers(ax.xaxis, nbins=4)
-        if position % 2 == 0:
-            ax.set_ylabel("‖X‖₂, log scale")
     return _legend(figure)

@@ -8,7 +8,7 @@ import csv
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +19,14 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED
 from wanda_dvc.report.measures import Measured
-from wanda_dvc.stages import MODELS, times
+from wanda_dvc.stages import times
 from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, Kind, list_experiments
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE
 from wanda_dvc.study.ran import read_lock, stale_stages
 from wanda_dvc.study.revisions import Revision
-from wanda_dvc.study.settings import flatten
+from wanda_dvc.study.settings import flatten, resolved
 from wanda_dvc.study.times import Times
 
 TAKEN = ("metrics", "stats/norms")
@@ -126,15 +126,6 @@ class Row:
         Only of runs in this repository. Rows that share a run have the same key for it.
         """
         return times(self.study, self.ledger)
-
-
-def resolved(params: Params) -> dict[str, Any]:
-    """Every parameter but `runtime` and `recipe`, by dotted name, with what null stands for."""
-    plan, found = params.plan, dict(flatten(params.model_dump(mode="json", exclude={"runtime", "recipe"})))
-    chosen = plan.described | {"reconstruction": plan.reconstruction.name}
-    for part, text in (("calibration", params.calibration.text), ("perplexity", params.perplexity.text)):
-        chosen[f"{part}.text.split"] = text.chosen.split
-    return {name: chosen.get(name, value) for name, value in found.items()}
 
 
 class Note(NamedTuple):
@@ -258,12 +249,8 @@ def _take_workspace(project: Project, study: Project) -> list[str]:
 
 def identity(row: Row) -> str:
     """A text that is equal for rows with the same parameters and the same numbers."""
-    numbers = {f"{model}/{path.name}": path.read_text() for model in MODELS for path in _metric_files(row, model)}
+    numbers = [[model.perplexity, model.accuracies] for model in (row.dense, row.pruned)]
     return json.dumps([row.settings, numbers], sort_keys=True)
-
-
-def _metric_files(row: Row, model: str) -> Iterable[Path]:
-    return sorted(row.study.metrics(model, "x").parent.rglob("*.json"))
 
 
 def _files(folder: Path) -> Iterator[Path]:

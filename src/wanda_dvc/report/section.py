@@ -25,6 +25,7 @@ class Section:
     """Rows with the same model, texts, tasks and dtype."""
 
     rows: list[Row]
+    evaluation: dict[str, Any]  # how they were measured: parameters, and as much as is known of the files
     title: str = ""  # the model's name, and the settings in which sections of one model differ
     mark: str = ""  # follows each heading if there are several sections
     prefix: str = "s0-"  # of its pictures' names
@@ -146,48 +147,37 @@ class Section:
 
 
 def sections(rows: list[Row]) -> list[Section]:
-    """Group the rows by how they were measured, and name each section by what it differs in from the others."""
-    groups = grouped(rows)
-    differing = differences(groups)
-    short = Counter(_short(model) for model in {group[0].params.model for group in groups})
-    made = []
-    for count, group in enumerate(groups):
-        measured = evaluation(group)
-        model = measured["model"]
-        name = _short(model) if short[_short(model)] == 1 else model
-        others = "; ".join(f"{key}={setting(measured.get(key))}" for key in differing if key != "model")
-        full = f"{name} ({others})" if others else name
-        mark = full if "model" in differing else others
-        made.append(Section(group, inline(full), f" ({inline(mark)})" if mark else "", f"s{count}-"))
-    return made
+    """Group the rows by how they were measured, and name each section by what it differs in from the others.
 
-
-def grouped(rows: list[Row]) -> list[list[Row]]:
-    """The rows by how they were measured. What is not known of a row tells it from no other."""
-    groups: list[tuple[list[Row], dict[str, Any]]] = []
+    What is not known of a row tells it from no other.
+    """
+    found: list[Section] = []
     for row in rows:
-        own = evaluation([row])
-        for group, known in groups:
-            if all(own[key] == known[key] for key in own.keys() & known.keys()):
-                group.append(row)
-                known |= own
+        own = {key: value for key, value in row.settings.items() if key.startswith(OF_EVALUATION)} | row.inputs()
+        for section in found:
+            if all(section.evaluation[key] == own[key] for key in own.keys() & section.evaluation.keys()):
+                section.rows.append(row)
+                section.evaluation |= own
                 break
         else:
-            groups.append(([row], own))
-    return [group for group, _ in groups]
-
-
-def evaluation(group: list[Row]) -> dict[str, Any]:
-    """How the rows of a group were measured: the parameters, and the files by as much as is known of them."""
-    found: dict[str, Any] = {}
-    for row in group:
-        found |= {key: value for key, value in row.settings.items() if key.startswith(OF_EVALUATION)} | row.inputs()
+            found.append(Section([row], own, prefix=f"s{len(found)}-"))
+    differing, short = (
+        differences(found),
+        Counter(_short(model) for model in {one.evaluation["model"] for one in found}),
+    )
+    for section in found:
+        model = section.evaluation["model"]
+        name = _short(model) if short[_short(model)] == 1 else model
+        others = "; ".join(f"{key}={setting(section.evaluation.get(key))}" for key in differing if key != "model")
+        full = f"{name} ({others})" if others else name
+        mark = full if "model" in differing else others
+        section.title, section.mark = inline(full), f" ({inline(mark)})" if mark else ""
     return found
 
 
-def differences(groups: list[list[Row]]) -> list[str]:
-    """The parameters and files of evaluation in which the groups differ."""
-    every = [evaluation(group) for group in groups]
+def differences(sections: list[Section]) -> list[str]:
+    """The parameters and files of evaluation in which the sections differ."""
+    every = [section.evaluation for section in sections]
     keys = dict.fromkeys(key for one in every for key in one)
     return [key for key in keys if len({repr(one[key]) for one in every if key in one}) > 1]
 

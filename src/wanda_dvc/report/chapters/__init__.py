@@ -39,7 +39,7 @@ def content(collected: Collected) -> Content:
     found = sections(collected.rows)
     parts: Content = []
     if len(found) > 1:
-        differing = ", ".join(code(key) for key in differences([section.rows for section in found]))
+        differing = ", ".join(code(key) for key in differences(found))
         parts.append(
             f"The experiments were measured in {len(found)} ways, which differ in {differing}. Each has a section of "
             "its own; numbers of different sections may not be compared."
