@@ -10,8 +10,7 @@ from wanda_dvc.study.project import Project
 
 def report(*, project: Project, output: Path, model: str | None = None, revs: list[str] | None = None) -> str:
     """Write `output` (HTML), the same in Markdown beside it, and its pictures in a folder; return what was written."""
-    import markdown_it  # noqa: F401 - a missing library is reported before anything is read
-    import matplotlib  # noqa: F401 - likewise
+    import matplotlib  # noqa: F401 - a missing library is reported before anything is read
     import scipy  # noqa: F401 - likewise
 
     from wanda_dvc.report.chapters import content
