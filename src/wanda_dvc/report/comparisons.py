@@ -1,6 +1,6 @@
 """Paired comparisons of models on the same windows and items, each computed once; the chapters read them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from wanda_dvc.report import inference
@@ -34,17 +34,14 @@ class Comparison(NamedTuple):
         return self._replace(ratio=ratio, mean=mean, tasks=tasks)
 
 
-def compare(
-    pairs: Iterable[tuple[Row, Row | None]], tasks: Sequence[str], dense: Mapping[str, Measured]
-) -> list[Comparison]:
-    """Compare each pair; a second row of None stands for the dense model, by measure: `perplexity` or a task."""
+def compare(pairs: Iterable[tuple[Row, Row | None]], tasks: Sequence[str], dense: Measured) -> list[Comparison]:
+    """Compare each pair; a second row of None stands for the dense model."""
     made = []
     for first, second in pairs:
-        others = dict.fromkeys(["perplexity", *tasks], second.pruned) if second else dense
-        answers = {task: first.pruned.same_items(others[task], task) if task in others else ([], []) for task in tasks}
-        ratio = first.pruned.ratio(others["perplexity"]) if "perplexity" in others else None
+        own, other = first.pruned, second.pruned if second else dense
+        answers = {task: own.same_items(other, task) for task in tasks}
         tests = {task: inference.mcnemar(*both) for task, both in answers.items() if both[0]}
-        made.append(Comparison(first, second, ratio, paired_mean(list(answers.values())), tests))
+        made.append(Comparison(first, second, own.ratio(other), paired_mean(list(answers.values())), tests))
     p = iter(inference.holm([test.p for one in made for test in one.tests()]))
     return [one.adjusted(p) for one in made]
 

@@ -1,7 +1,7 @@
 """What was measured of one model: perplexity with its windows' losses, and accuracy with its items' answers."""
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from wanda_dvc.reading import DIVERGED
@@ -12,29 +12,42 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import measured_alike
 
 
+@dataclass
 class Measured:
-    """The dense or the pruned model of a study. Each file is read once: a benchmark's answers are megabytes."""
+    """The results of a dense or a pruned model, as far as they are known."""
 
-    def __init__(self, study: Project, model: str) -> None:
-        self.study, self.model = study, model
+    perplexity: float | str | None = None  # `diverged` if a loss was not finite
+    windows: Json = field(default_factory=dict)  # the protocol and the losses behind the perplexity
+    accuracies: dict[str, float] = field(default_factory=dict)  # by task, the fraction of items answered correctly
+    tasks: Json = field(default_factory=dict)  # by task, the protocol and the items' answers
 
-    @cached_property
-    def perplexity(self) -> float | str | None:
-        """The metric; `diverged` if a loss was not finite, None if it was not measured."""
-        value: float | str | None = load_json(self.study.metrics(self.model, "perplexity")).get("perplexity")
-        return value
+    @classmethod
+    def of(cls, study: Project, model: str) -> "Measured":
+        """Read the metrics and the details of a study's model."""
+        accuracies = {task: of["acc"] for task, of in load_json(study.metrics(model, "zero_shot")).items()}
+        return cls(
+            load_json(study.metrics(model, "perplexity")).get("perplexity"),
+            load_json(study.details(model, "perplexity")),
+            accuracies,
+            load_json(study.details(model, "zero_shot")).get("tasks", {}),
+        )
+
+    @classmethod
+    def merged(cls, several: Iterable["Measured"]) -> "Measured":
+        """Return what any of several results of the same model knows."""
+        found = cls()
+        for one in several:
+            if found.perplexity is None or not found.windows:
+                found.perplexity, found.windows = one.perplexity or found.perplexity, one.windows
+            found.accuracies, found.tasks = one.accuracies | found.accuracies, one.tasks | found.tasks
+        return found
 
     @property
     def diverged(self) -> bool:
         """Whether the model's perplexity is not finite."""
         return self.perplexity == DIVERGED
 
-    @cached_property
-    def windows(self) -> Json:
-        """The protocol and the losses behind the perplexity; {} if missing."""
-        return load_json(self.study.details(self.model, "perplexity"))
-
-    @cached_property
+    @property
     def losses(self) -> list[float] | None:
         """The windows' losses; None if they are missing or one is not finite."""
         losses = self.windows.get("losses")
@@ -63,16 +76,10 @@ class Measured:
             return None
         return inference.ratio(self.losses, other.losses, self.predictions)
 
-    @cached_property
-    def accuracies(self) -> dict[str, float]:
-        """The fraction of items that the model answered correctly, by task."""
-        return {task: of["acc"] for task, of in load_json(self.study.metrics(self.model, "zero_shot")).items()}
-
-    @cached_property
-    def tasks(self) -> Json:
-        """The protocol and the items' answers by task."""
-        found: Json = load_json(self.study.details(self.model, "zero_shot")).get("tasks", {})
-        return found
+    def mean(self, tasks: Sequence[str]) -> float | None:
+        """The mean accuracy over tasks; None unless it is known for each."""
+        known = [self.accuracies[task] for task in tasks if task in self.accuracies]
+        return sum(known) / len(known) if known and len(known) == len(tasks) else None
 
     def digest(self, task: str) -> str | None:
         """The SHA-256 of a task; None if it is not known."""
@@ -90,9 +97,3 @@ class Measured:
         mine, theirs = self.answers(task), other.answers(task)
         shared = [item for item in mine if item in theirs]
         return [mine[item] for item in shared], [theirs[item] for item in shared]
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """The mean; None unless every value is known."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None

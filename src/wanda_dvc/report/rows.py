@@ -67,13 +67,13 @@ class Row:
 
     @cached_property
     def dense(self) -> Measured:
-        """The dense model."""
-        return Measured(self.study, "dense")
+        """The dense model's results."""
+        return Measured.of(self.study, "dense")
 
     @cached_property
     def pruned(self) -> Measured:
-        """The pruned model."""
-        return Measured(self.study, "pruned")
+        """The pruned model's results."""
+        return Measured.of(self.study, "pruned")
 
     @cached_property
     def recipe(self) -> tuple[int, int, str]:

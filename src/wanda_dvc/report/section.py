@@ -102,32 +102,15 @@ class Section:
         return {label: points for label, points in found.items() if points}
 
     @cached_property
-    def dense(self) -> dict[str, Measured]:
-        """The dense model by measure, `perplexity` or a task, as a row measured it: one with the details if any has."""
-        found: dict[str, Measured] = {}
-        for one in [row.dense for row in self.rows]:
-            if one.perplexity is not None and ("perplexity" not in found or not found["perplexity"].losses):
-                found["perplexity"] = one
-            for task in one.accuracies:
-                if task not in found or not found[task].answers(task):
-                    found[task] = one
-        return found
+    def dense(self) -> Measured:
+        """The dense model, as any of the rows measured it."""
+        return Measured.merged(row.dense for row in self.rows)
 
     @cached_property
-    def dense_perplexity(self) -> float | str | None:
-        """The dense model's perplexity; None if no row measured it."""
-        return self.dense["perplexity"].perplexity if "perplexity" in self.dense else None
-
-    @cached_property
-    def dense_accuracies(self) -> list[float | None]:
-        """The dense model's accuracy by task; None where no row measured it."""
-        return [self.dense[task].accuracies[task] if task in self.dense else None for task in self.tasks]
-
-    def accuracies(self, row: Row) -> list[float | None]:
-        """The pruned model's accuracy by task; None where it was not measured."""
-        return [row.pruned.accuracies.get(task) for task in self.tasks]
-
-    # --- comparisons ---
+    def models(self) -> list[tuple[str, Measured]]:
+        """The dense model, if it was measured, and each row's, with their names for a text."""
+        dense = [("dense", self.dense)] if self.dense.perplexity is not None or self.dense.accuracies else []
+        return [*dense, *((self.name(row), row.pruned) for row in self.ordered)]
 
     @cached_property
     def comparisons(self) -> list[Comparison]:

@@ -15,7 +15,7 @@ from wanda_dvc.study.markup import inline, number
 
 def content(section: Section) -> Content:
     """The table and the pictures."""
-    dense = section.dense_perplexity
+    dense = section.dense.perplexity
 
     def absolute(row: Row) -> Point | None:
         value, ends = row.pruned.perplexity, row.pruned.perplexity_interval()
@@ -67,7 +67,7 @@ def _table(section: Section) -> str:
         for chosen in itertools.product(*here.values()):  # a line for each of several with the same parameters
             values = {row.recipe[-1]: row.pruned.perplexity for row in chosen}
             names = [f" [{row.name}]" for row in chosen if len(here[row.recipe[-1]]) > 1]
-            cells = [inline(place[1] + "".join(names)), number(section.dense_perplexity)]
+            cells = [inline(place[1] + "".join(names)), number(section.dense.perplexity)]
             cells += [number(values.get(recipe)) for recipe in section.recipes]
             cells += [_improvement(baseline, values.get(baseline), values.get(recipe)) for recipe in improved]
             rows.append(cells)

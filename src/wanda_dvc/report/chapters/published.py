@@ -80,7 +80,7 @@ def content(section: Section) -> Content:
                         others.append((len(different), f"{source.source}: {entry['method']}, {measure}", different))
                         continue
                     is_dense, published = entry["method"] == DENSE, entry[measure]
-                    own = _own(row.dense if is_dense else row.pruned, measure)
+                    own = _own(section.dense if is_dense else row.pruned, measure)
                     both = isinstance(published, float | int) and isinstance(own, float)
                     cells = ("dense" if is_dense else section.name(row), source.source, inline(measure))
                     ratio = f"{own / published:.3f}" if both else DASH

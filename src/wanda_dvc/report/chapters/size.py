@@ -15,7 +15,7 @@ DENSE = "models/dense"
 
 def content(section: Section) -> Content:
     """The table, and perplexity against bytes."""
-    dense, size = section.dense_perplexity, section.rows[0].outs.get(DENSE, {}).get("size")
+    dense, size = section.dense.perplexity, section.rows[0].outs.get(DENSE, {}).get("size")
 
     def point(row: Row) -> Point | None:
         stored, value = stored_bytes(row), row.pruned.perplexity

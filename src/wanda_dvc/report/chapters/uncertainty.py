@@ -4,7 +4,6 @@ from wanda_dvc.report import inference
 from wanda_dvc.report.comparisons import ALPHA, Comparison, beyond_noise
 from wanda_dvc.report.formatting import DASH, factor, interval, percent, signed
 from wanda_dvc.report.inference import Estimate
-from wanda_dvc.report.measures import Measured, mean
 from wanda_dvc.report.pages import Content, table
 from wanda_dvc.report.section import Section
 from wanda_dvc.study.markup import inline, number
@@ -38,31 +37,17 @@ def content(section: Section) -> Content:
 
 def _alone(section: Section) -> str:
     rows = []
-    if "perplexity" in section.dense:
-        by_task = [section.dense[task].answers(task) if task in section.dense else {} for task in section.tasks]
-        cells = _accuracy(section.dense_accuracies, by_task)
-        rows.append(["dense", *_perplexity(section.dense["perplexity"]), *cells])
-    for row in section.ordered:
-        by_task = [row.pruned.answers(task) for task in section.tasks]
-        rows.append([section.name(row), *_perplexity(row.pruned), *_accuracy(section.accuracies(row), by_task)])
+    for name, model in section.models:
+        answers = [list(model.answers(task).values()) for task in section.tasks]
+        mean = interval(inference.mean_accuracy(answers), percent) if answers and all(answers) else DASH
+        perplexity = interval(model.perplexity_interval(), number)
+        rows.append([name, number(model.perplexity), perplexity, percent(model.mean(section.tasks)), mean])
     return table(
         "Each number's own 95 % interval: of perplexity over its windows (t on the mean loss), of the mean accuracy "
         "over its items, in percent (t, cut off at 0 and 100).",
         ["", "perplexity", "interval", "mean accuracy", "interval"],
         rows,
     )
-
-
-def _perplexity(measured: Measured) -> list[str]:
-    return [number(measured.perplexity), interval(measured.perplexity_interval(), number)]
-
-
-def _accuracy(accuracies: list[float | None], answers: list[dict[object, bool]]) -> list[str]:
-    """The mean and its interval; no interval unless the answers to every task are at hand."""
-    value = mean(accuracies)
-    if value is None or not all(answers):
-        return [percent(value), DASH]
-    return [percent(value), interval(inference.mean_accuracy([list(one.values()) for one in answers]), percent)]
 
 
 def _ratio(ratio: Estimate | None) -> list[str]:

@@ -3,7 +3,7 @@
 from wanda_dvc.report import charts, inference
 from wanda_dvc.report.charts import Point
 from wanda_dvc.report.formatting import DASH, percent
-from wanda_dvc.report.measures import Measured, mean
+from wanda_dvc.report.measures import Measured
 from wanda_dvc.report.pages import Content, Picture, table
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section
@@ -12,28 +12,26 @@ from wanda_dvc.study.markup import inline
 
 def content(section: Section) -> Content:
     """The table and the pictures."""
-    tasks, dense = section.tasks, mean(section.dense_accuracies)
+    tasks, dense = section.tasks, section.dense.mean(section.tasks)
     if not tasks:
         return ["No tasks were asked: `tasks.names` is empty."]
 
     def retained(row: Row) -> Point | None:
-        own, paired = mean(section.accuracies(row)), section.against_dense(row).mean
+        own, paired = row.pruned.mean(tasks), section.against_dense(row).mean
         if own is None or not dense:
             return None
         low, high = (max(0, 100 * (1 + end / dense)) for end in paired[1:3]) if paired else (None, None)
         return Point(100 * row.params.sparsity, 100 * own / dense, low, high)
 
-    shares = section.points(retained)
-    rows = [["dense", *map(percent, section.dense_accuracies), percent(dense), ""]]
-    for row in section.ordered:
-        point, own = retained(row), section.accuracies(row)
-        share = f"{point.y:.1f}" if point else DASH
-        rows.append([section.name(row), *map(percent, own), percent(mean(own)), share])
+    rows = []
+    for name, model in section.models:
+        own = model.mean(tasks)
+        share = "" if model is section.dense else f"{100 * own / dense:.1f}" if own is not None and dense else DASH
+        rows.append([name, *(percent(model.accuracies.get(task)) for task in tasks), percent(own), share])
     caption = "Accuracy in percent; the mean is over tasks, retained is the mean as a percentage of the dense model's."
     parts: Content = [table(caption, ["", *map(inline, tasks), "mean", "retained"], rows)]
     if panels := _panels(section):
-        asked = [(place, task) for place, task in enumerate(tasks) if task in section.dense]
-        levels = [_point(section.dense[task], task, place) for place, task in asked]
+        levels = [_point(section.dense, task, place) for place, task in enumerate(tasks)]
         parts.append(
             Picture(
                 f"{section.prefix}accuracy",
@@ -42,7 +40,7 @@ def content(section: Section) -> Content:
                 charts.accuracies(panels, tasks, levels, list(section.curves)),
             )
         )
-    if shares:
+    if shares := section.points(retained):
         parts.append(
             Picture(
                 f"{section.prefix}retained",
