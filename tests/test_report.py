@@ -739,7 +739,7 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "| wanda 70 % against dense | 0 / 1 |",
         "| magnitude 50 % against dense | 0 / 20 * |",
         "| shared by the rows | 4.0 | 1.0 | – | – | 1.0 | 1.0 | 7.0 |",
-        "| wanda 50 % | – | – | 1.0 | 1.0 | 2.5 | 1.0 | 5.5 |",
+        "| wanda 50 % | – | – | 1.0 | 1.0 | 2.5 | 2.5 | 7.0 |",
         "Diverged, and so at the upper edge: magnitude 70 %",
         "No published row that this report knows has the protocol",
         "waiting: queued (sparsity=0.3)",
