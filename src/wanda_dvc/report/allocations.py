@@ -1,4 +1,4 @@
-"""What an allocation gives beside `uniform`, all else equal."""
+"""An allocation compared with `uniform`, all else equal."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ OWN = ("allocation", "allocation_strength", "calibration.statistics")  # the set
 
 
 class Result(NamedTuple):
-    """What was measured of a model; None where nothing was."""
+    """The perplexity and the layer error of a model; None where one was not measured."""
 
     perplexity: float | str | None
     layer_error: float | None  # the linears' mean

@@ -1,4 +1,4 @@
-"""What was measured of one model: perplexity with its windows' losses, and accuracy with its items' answers."""
+"""The results of one model: perplexity with its windows' losses, and accuracy with its items' answers."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class Measured:
 
     @classmethod
     def merged(cls, several: Iterable["Measured"]) -> "Measured":
-        """Return what any of several results of the same model knows."""
+        """Combine several results of the same model: each value comes from the first that has it."""
         found = cls()
         for one in several:
             if found.perplexity is None or not found.windows:

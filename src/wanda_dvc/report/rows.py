@@ -62,7 +62,7 @@ class Row:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Every parameter but `runtime` and `recipe`, by dotted name, with what null stands for."""
+        """Every parameter but `runtime` and `recipe`, by dotted name, with the value that each null stands for."""
         return resolved(self.params)
 
     @cached_property

@@ -79,7 +79,7 @@ class Section:
         return f"{self.name(comparison.first)} against {self.name(comparison.second)}"
 
     def place(self, row: Row) -> tuple[float, str]:
-        """What rows of different recipes have in common if they may be compared: the sparsity, and all in words."""
+        """The sparsity, and all that comparable rows of different recipes share, in words."""
         variant = "".join(f", {key}={row.settings[key]}" for key in self.varying)
         return row.params.sparsity, f"{row.sparsity}{row.pattern}{variant}"
 

@@ -37,7 +37,7 @@ def section_of(content: Settings, name: str) -> tuple[Settings, str]:
 
 
 def resolved(params: Params) -> dict[str, Any]:
-    """Every parameter but `runtime` and `recipe`, by dotted name, with what null stands for."""
+    """Every parameter but `runtime` and `recipe`, by dotted name, with the value that each null stands for."""
     plan, found = params.plan, dict(flatten(params.model_dump(mode="json", exclude={"runtime", "recipe"})))
     chosen = plan.described | {"reconstruction": plan.reconstruction.name}
     for part, text in (("calibration", params.calibration.text), ("perplexity", params.perplexity.text)):

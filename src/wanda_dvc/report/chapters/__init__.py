@@ -35,7 +35,7 @@ CHAPTERS: dict[str, tuple[Callable[[Section], Content], ...]] = {
 
 
 def content(collected: Collected) -> Content:
-    """The whole report: every chapter for each section, then what is not in it."""
+    """The whole report: every chapter for each section, then the excluded experiments."""
     found = sections(collected.rows)
     parts: Content = []
     if len(found) > 1:

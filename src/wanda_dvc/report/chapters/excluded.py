@@ -1,4 +1,4 @@
-"""The last chapter: what is not in the report, and why."""
+"""The last chapter: unfinished experiments, and results that could not be read."""
 
 from wanda_dvc.report.pages import Content, bullets, heading
 from wanda_dvc.report.rows import Collected

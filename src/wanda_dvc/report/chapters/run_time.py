@@ -27,7 +27,7 @@ def content(section: Section) -> Content:
         "Seconds by stage, each run counted once; of an interrupted stage, those since it resumed. "
         f"Measured on {inline('; '.join(machines))}."
     )
-    described = "What the rows share (downloads, calibration, the dense model's evaluation) was paid once."
+    described = "Runs that rows share (downloads, calibration, the dense model's evaluation) are counted once."
     figure = charts.times(bars, used)
     return [
         table(caption, ["", *used, "all"], rows),

@@ -1,4 +1,4 @@
-"""The chapter that says each comparison in a sentence."""
+"""The chapter that summarizes each comparison in a sentence."""
 
 from wanda_dvc.report.allocations import Result
 from wanda_dvc.report.comparisons import Comparison, beyond_noise

@@ -1,5 +1,7 @@
 """The chapter on uncertainty: intervals, and paired tests adjusted for their number."""
 
+from collections.abc import Callable
+
 from wanda_dvc.report import inference
 from wanda_dvc.report.comparisons import ALPHA, Comparison, beyond_noise
 from wanda_dvc.report.formatting import DASH, factor, interval, percent, signed
@@ -10,7 +12,7 @@ from wanda_dvc.study.markup import inline, number
 
 
 def content(section: Section) -> Content:
-    """Each number's interval, the comparisons, and what the tests mean."""
+    """Each number's interval, the comparisons, and the meaning of the tests."""
     tests = sum(len(one.tests()) for one in section.comparisons)
     columns = ["perplexity", "95 % interval", "p, adjusted", "mean accuracy, points", "95 % interval", "p, adjusted"]
     return [
@@ -19,7 +21,10 @@ def content(section: Section) -> Content:
             "Paired: perplexity on the same windows as a ratio; the mean accuracy's difference on the items that both "
             "answered, in percentage points, tasks counting equally.",
             ["", *columns],
-            [[section.names(one), *_ratio(one.ratio), *_mean(one.mean)] for one in section.comparisons],
+            [
+                [section.names(one), *_paired(one.ratio, factor, " ×"), *_paired(one.mean, signed, "")]
+                for one in section.comparisons
+            ],
         ),
         table(
             "Items that only the first got right / only the second; * where McNemar's exact test, adjusted, is below "
@@ -50,12 +55,12 @@ def _alone(section: Section) -> str:
     )
 
 
-def _ratio(ratio: Estimate | None) -> list[str]:
-    return [f"{factor(ratio.value)} ×" if ratio else DASH, interval(ratio, factor), _verdict(ratio)]
-
-
-def _mean(mean: Estimate | None) -> list[str]:
-    return [signed(mean.value) if mean else DASH, interval(mean, signed), _verdict(mean)]
+def _paired(test: Estimate | None, shown: Callable[[float], str], unit: str) -> list[str]:
+    """A difference, its interval, and the adjusted p-value."""
+    if test is None:
+        return [DASH] * 3
+    p = "< 0.001" if test.p < 0.001 else f"{test.p:.3f}"
+    return [f"{shown(test.value)}{unit}", interval(test, shown), p if beyond_noise(test) else f"{p}, within noise"]
 
 
 def _task(comparison: Comparison, task: str) -> str:
@@ -63,10 +68,3 @@ def _task(comparison: Comparison, task: str) -> str:
         return DASH
     disagreement = comparison.tasks[task]
     return f"{disagreement.first} / {disagreement.second}{' *' if beyond_noise(disagreement) else ''}"
-
-
-def _verdict(test: Estimate | None) -> str:
-    if test is None:
-        return DASH
-    shown = "< 0.001" if test.p < 0.001 else f"{test.p:.3f}"
-    return shown if beyond_noise(test) else f"{shown}, within noise"
