@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -55,10 +56,8 @@ class Source:
     def _is_model(self, name: str) -> bool:
         """A Hub id at any revision, or a directory that bears its name."""
         name = name.partition("@")[0]
-        return name in self.models or (name.startswith("/") and name.rsplit("/", 1)[-1] in self._names())
-
-    def _names(self) -> list[str]:
-        return [model.rsplit("/", 1)[-1] for model in self.models]
+        path = Path(name)
+        return name in self.models or (path.is_absolute() and path.name in [Path(model).name for model in self.models])
 
 
 @cache
