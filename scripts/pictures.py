@@ -15,22 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter
 
+from wanda_dvc.report.colours import DARK, LIGHT
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
 PICTURES = ROOT / "docs/pictures"
 
-# Okabe and Ito's palette, as in the report; its darker colours are lifted on a dark ground.
 Colours = Mapping[str, str]
-MODES: dict[str, Colours] = {
-    "light": {
-        "ink": "#1a1a1a", "muted": "#6b6b6b", "line": "#d5d5d5", "box": "#f3f3f3",
-        "blue": "#0072b2", "orange": "#d55e00", "green": "#007a5a", "pink": "#b4568c", "yellow": "#8a6d00",
-    },
-    "dark": {
-        "ink": "#e8e8e8", "muted": "#a0a0a0", "line": "#404040", "box": "#2a2d33",
-        "blue": "#56b4e9", "orange": "#ff8c42", "green": "#2fc39a", "pink": "#e08fc0", "yellow": "#f0c94a",
-    },
-}  # fmt: skip
+MODES: dict[str, Colours] = {"light": LIGHT, "dark": DARK}
 
 Curve = list[tuple[float, float]]
 
@@ -316,7 +308,9 @@ def _box(axes: Axes, box: Box, text: str, colours: Colours, edge: str = "muted")
     left, bottom, width, height = box
     style = "round,pad=0,rounding_size=1"
     axes.add_patch(
-        FancyBboxPatch((left, bottom), width, height, boxstyle=style, facecolor=colours["box"], edgecolor=colours[edge])
+        FancyBboxPatch(
+            (left, bottom), width, height, boxstyle=style, facecolor=colours["shade"], edgecolor=colours[edge]
+        )
     )
     weight = "bold" if edge == "blue" else "normal"
     axes.text(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from wanda_dvc.errors import UserError
 
 COPY = "copy it again"
+DIVERGED = "diverged"  # written in place of a perplexity or loss that is not finite: JSON has no such number
 LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 # Bytes a number, by safetensors' name. Types of less than a byte are not here; nothing of ours is stored in one.
 DTYPES = {

@@ -10,8 +10,7 @@ from torch import Tensor
 from wanda_dvc.engine import shards
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Row
-
-DIVERGED = "diverged"
+from wanda_dvc.reading import DIVERGED
 
 
 def window_loss(decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]) -> float:

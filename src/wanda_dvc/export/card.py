@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.card import table
 from wanda_dvc.study.files import load_json
@@ -47,7 +48,7 @@ def _notes(study: Project, torn: Sequence[str]) -> Iterator[str]:
             f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of "
             f"{inline(protocol['text']['source'])} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
         )
-    if any(load_json(study.metrics(model, "perplexity")).get("perplexity") == "diverged" for model in MODELS):
+    if any(load_json(study.metrics(model, "perplexity")).get("perplexity") == DIVERGED for model in MODELS):
         yield "`diverged`: the loss, or its exponential, was not finite."
     limit = params.zero_shot.limit
     yield (

@@ -1,17 +1,19 @@
-"""What an allocation gives beside `uniform`, all else equal."""
+"""An allocation compared with `uniform`, all else equal."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import check_params
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.markup import number
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.settings import Settings, nested, resolved
 
-OWN = ("allocation", "allocation_strength")  # the settings that may differ
+OWN = ("allocation", "allocation_strength", "calibration.statistics")  # the settings that may differ
 
 
 class Result(NamedTuple):
-    """What was measured of a model; None where nothing was."""
+    """The perplexity and the layer error of a model; None where one was not measured."""
 
     perplexity: float | str | None
     layer_error: float | None  # the linears' mean
@@ -25,11 +27,18 @@ class Result(NamedTuple):
         return cls(perplexity, sum(errors) / len(errors) if errors else None)
 
 
-def is_uniform_of(other: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether settings, by dotted name, have another allocation than `uniform`, and others differ in that alone."""
-    if settings["allocation"] == "uniform" or other.get("allocation") != "uniform":
+def is_uniform_of(other: Settings, settings: Settings) -> bool:
+    """Whether settings have another allocation than `uniform`, and others differ in that alone.
+
+    Both are by dotted name, as params.yaml has them. False of others that this version can't read.
+    """
+    try:
+        own, uniform = (resolved(check_params(nested(one))) for one in (settings, other))
+    except UserError:
         return False
-    return all(other.get(name) == value for name, value in settings.items() if name not in OWN)
+    if own["allocation"] == "uniform" or uniform["allocation"] != "uniform":
+        return False
+    return all(uniform[name] == value for name, value in own.items() if name not in OWN)
 
 
 def against_uniform(own: Result, uniform: Result) -> str | None:

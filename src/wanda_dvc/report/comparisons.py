@@ -1,19 +1,18 @@
-"""Paired comparisons of models, each computed once; the chapters read them."""
+"""Paired comparisons of models on the same windows and items, each computed once; the chapters read them."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from wanda_dvc.report import inference
 from wanda_dvc.report.inference import Disagreement, Estimate
-from wanda_dvc.report.measures import Measured, paired_mean, pruned
+from wanda_dvc.report.measures import Measured
 from wanda_dvc.report.rows import Row
 
 ALPHA = 0.05
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A pruned model against another one, or against the dense model, on the same windows and items.
+class Comparison(NamedTuple):
+    """A pruned model against another one, or against the dense model.
 
     Its p-values are adjusted for all tests of its section (Holm). None, or a missing task: not comparable.
     """
@@ -22,59 +21,40 @@ class Comparison:
     second: Row | None  # None: the dense model
     ratio: Estimate | None  # the first's perplexity divided by the second's
     mean: Estimate | None  # the first's mean accuracy over tasks minus the second's
-    tasks: Mapping[str, Disagreement]
-    ratio_p: float | None = None
-    mean_p: float | None = None
+    tasks: dict[str, Disagreement]
 
-    def p_values(self) -> list[float]:
-        """The p-value of every test made."""
-        estimates = [estimate.p for estimate in (self.ratio, self.mean) if estimate]
-        return [*estimates, *(disagreement.p for disagreement in self.tasks.values())]
+    def tests(self) -> list[Estimate | Disagreement]:
+        """Every test made."""
+        return [test for test in (self.ratio, self.mean, *self.tasks.values()) if test]
 
-    def with_p_values(self, values: Iterable[float]) -> "Comparison":
-        """The same with other p-values, given in the order of `p_values`."""
-        left = iter(values)
-        return replace(
-            self,
-            ratio_p=next(left) if self.ratio else None,
-            mean_p=next(left) if self.mean else None,
-            tasks={task: disagreement._replace(p=next(left)) for task, disagreement in self.tasks.items()},
-        )
+    def adjusted(self, p: Iterator[float]) -> "Comparison":
+        """The same with other p-values, in the order of `tests`."""
+        ratio, mean = (test and test._replace(p=next(p)) for test in (self.ratio, self.mean))
+        tasks = {task: disagreement._replace(p=next(p)) for task, disagreement in self.tasks.items()}
+        return self._replace(ratio=ratio, mean=mean, tasks=tasks)
 
 
-def compare(
-    pairs: Iterable[tuple[Row, Row | None]], tasks: Sequence[str], dense: Mapping[str, Row | None]
-) -> list[Comparison]:
-    """Compare each pair; a second row of None stands for the dense model.
-
-    `dense`: by measure, `perplexity` or `zero_shot/TASK`, the row that has the dense model's results.
-    """
-    made = [_compare(first, second, tasks, dense) for first, second in pairs]
-    adjusted = iter(inference.holm([p for one in made for p in one.p_values()]))
-    return [one.with_p_values([next(adjusted) for _ in one.p_values()]) for one in made]
-
-
-def _compare(first: Row, second: Row | None, tasks: Sequence[str], dense: Mapping[str, Row | None]) -> Comparison:
-    def other(measure: str) -> Measured | None:
-        if second:
-            return pruned(second)
-        row = dense[measure]
-        return Measured(row, "dense") if row else None
-
-    own, against = pruned(first), other("perplexity")
-    answers: dict[str, tuple[list[bool], list[bool]]] = {}
-    for task in tasks:
-        model = other(f"zero_shot/{task}")
-        answers[task] = own.same_items(model, task) if model else ([], [])
-    return Comparison(
-        first,
-        second,
-        own.ratio(against) if against else None,
-        paired_mean(list(answers.values())),
-        {task: inference.mcnemar(*both) for task, both in answers.items() if both[0]},
-    )
+def compare(pairs: Iterable[tuple[Row, Row | None]], tasks: Sequence[str], dense: Measured) -> list[Comparison]:
+    """Compare each pair; a second row of None stands for the dense model."""
+    made = []
+    for first, second in pairs:
+        own, other = first.pruned, second.pruned if second else dense
+        answers = {task: own.same_items(other, task) for task in tasks}
+        tests = {task: inference.mcnemar(*both) for task, both in answers.items() if both[0]}
+        made.append(Comparison(first, second, own.ratio(other), paired_mean(list(answers.values())), tests))
+    p = iter(inference.holm([test.p for one in made for test in one.tests()]))
+    return [one.adjusted(p) for one in made]
 
 
-def beyond_noise(p: float | None) -> bool:
+def paired_mean(tasks: Sequence[tuple[list[bool], list[bool]]]) -> Estimate | None:
+    """The first's mean accuracy over tasks minus the second's; None unless both answered items of every task."""
+    if not tasks or not all(mine for mine, _ in tasks):
+        return None
+    differences = [[float(a) - float(b) for a, b in zip(*answers, strict=True)] for answers in tasks]
+    found = inference.mean_of_tasks(differences)
+    return found and found.within(-1, 1)
+
+
+def beyond_noise(test: Estimate | Disagreement | None) -> bool:
     """Whether a test's adjusted p-value is below 0.05."""
-    return p is not None and p < ALPHA
+    return test is not None and test.p < ALPHA

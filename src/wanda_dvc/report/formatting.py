@@ -1,34 +1,11 @@
-"""How the report writes numbers, names and settings."""
+"""How the report writes numbers and settings; perplexities and text from outside as `study.markup` does."""
 
 from collections.abc import Callable
 from typing import Any
 
-from wanda_dvc.catalog import methods
 from wanda_dvc.report.inference import Estimate
-from wanda_dvc.report.pages import code
 
 DASH = "–"  # not measured, or not comparable
-
-
-def title(method: str) -> str:
-    """A method's name in tables and pictures, from the catalog."""
-    return methods()[method].title
-
-
-def rank(method: str) -> int:
-    """A method's place in the catalog. Baselines have the lowest places."""
-    return list(methods()).index(method)
-
-
-def number(value: float | str | None) -> str:
-    """A perplexity: two decimals, none from 1,000 on; `diverged` stays."""
-    if value is None:
-        return DASH
-    if isinstance(value, str):
-        return value
-    if value < 1000:
-        return f"{value:,.2f}"
-    return f"{value:,.0f}" if value < 1e7 else f"{value:.2e}"
 
 
 def seconds(value: float) -> str:
@@ -63,10 +40,5 @@ def setting(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, str):
-        return repr(value).strip("'")
+        return repr(value).strip("'") if value.strip() else repr(value)
     return "null" if value is None else f"{value}"
-
-
-def setting_as_code(value: Any) -> str:
-    """A parameter's value as inline code."""
-    return code(setting(value))

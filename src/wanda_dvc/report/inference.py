@@ -1,4 +1,4 @@
-"""Intervals and paired tests: pure functions of losses and answers.
+"""Intervals and paired tests: pure functions of losses and answers. scipy, which is an extra, loads when one is made.
 
 Windows and items are treated as independent. Windows of one text are not quite, so the interval of a single perplexity
 is somewhat too narrow. This affects a paired ratio less, because both models read the same windows.
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.95
 
@@ -47,6 +46,8 @@ def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequenc
 
 def accuracy(right: Sequence[bool]) -> Estimate:
     """The fraction of items answered rightly, with Wilson's interval (Wilson 1927)."""
+    from scipy import stats
+
     test = stats.binomtest(sum(right), len(right))
     interval = test.proportion_ci(LEVEL, method="wilson")
     return Estimate(test.statistic, interval.low, interval.high)
@@ -62,6 +63,8 @@ class Disagreement(NamedTuple):
 
 def mcnemar(right: Sequence[bool], others: Sequence[bool]) -> Disagreement:
     """McNemar's exact test on the same items: were both equally good, each disagreement would be a fair coin."""
+    from scipy import stats
+
     first = sum(a and not b for a, b in zip(right, others, strict=True))
     second = sum(b and not a for a, b in zip(right, others, strict=True))
     p = stats.binomtest(first, first + second).pvalue if first + second else 1.0
@@ -115,6 +118,8 @@ def _mean(values: "np.ndarray", weights: "np.ndarray") -> Estimate | None:
 
 
 def _student(value: float, error: float, freedom: float) -> Estimate:
+    from scipy import stats
+
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     return Estimate(value, value - half, value + half, float(2 * stats.t.sf(abs(value) / error, freedom)))
 

@@ -1,105 +1,99 @@
-"""What one row measured, and what two rows measured on the same windows and items."""
+"""The results of one model: perplexity with its windows' losses, and accuracy with its items' answers."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import inference
 from wanda_dvc.report.inference import Estimate
-from wanda_dvc.report.rows import Row
+from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import measured_alike
 
-DIVERGED = "diverged"
 
+@dataclass
+class Measured:
+    """The results of a dense or a pruned model, as far as they are known."""
 
-class Measured(NamedTuple):
-    """A model that a row has results of: `dense` or `pruned`."""
+    perplexity: float | str | None = None  # `diverged` if a loss was not finite
+    windows: Json = field(default_factory=dict)  # the protocol and the losses behind the perplexity
+    accuracies: dict[str, float] = field(default_factory=dict)  # by task, the fraction of items answered correctly
+    tasks: Json = field(default_factory=dict)  # by task, the protocol and the items' answers
 
-    row: Row
-    model: str
+    @classmethod
+    def of(cls, study: Project, model: str) -> "Measured":
+        """Read the metrics and the details of a study's model."""
+        accuracies = {task: of["acc"] for task, of in load_json(study.metrics(model, "zero_shot")).items()}
+        return cls(
+            load_json(study.metrics(model, "perplexity")).get("perplexity"),
+            load_json(study.details(model, "perplexity")),
+            accuracies,
+            load_json(study.details(model, "zero_shot")).get("tasks", {}),
+        )
 
-    @property
-    def perplexity(self) -> float | str | None:
-        """The metric; `diverged` if a loss was not finite, None if it was not measured."""
-        value: float | str | None = self.row.metric(self.model, "perplexity").get("perplexity")
-        return value
+    @classmethod
+    def merged(cls, several: Iterable["Measured"]) -> "Measured":
+        """Combine several results of the same model: each value comes from the first that has it."""
+        found = cls()
+        for one in several:
+            if found.perplexity is None or not found.windows:
+                found.perplexity, found.windows = one.perplexity or found.perplexity, one.windows
+            found.accuracies, found.tasks = one.accuracies | found.accuracies, one.tasks | found.tasks
+        return found
 
     @property
     def diverged(self) -> bool:
         """Whether the model's perplexity is not finite."""
         return self.perplexity == DIVERGED
 
+    @property
+    def losses(self) -> list[float] | None:
+        """The windows' losses; None if they are missing or one is not finite."""
+        losses = self.windows.get("losses")
+        return losses if losses and all(isinstance(loss, float) for loss in losses) else None
+
+    @property
+    def predictions(self) -> list[int]:
+        """How many tokens each window predicts."""
+        protocol = self.windows["protocol"]
+        whole = [protocol["length"] - 1] * protocol["windows"]
+        return whole if protocol["rest"] == "dropped" else [*whole, protocol["rest"] - 1]
+
     def perplexity_interval(self) -> Estimate | None:
         """The perplexity with its interval over windows; None if it diverged or its losses are missing."""
-        losses = self._losses()
-        if not losses or not isinstance(self.perplexity, float):
+        if not self.losses or not isinstance(self.perplexity, float):
             return None
-        return inference.perplexity(losses, self._predictions())
+        return inference.perplexity(self.losses, self.predictions)
 
     def ratio(self, other: "Measured") -> Estimate | None:
         """This perplexity divided by the other's, paired by window.
 
         None if one of them diverged, read other tokens, or has no losses at hand.
         """
-        if not measured_alike(self._protocol(), other._protocol()):
+        alike = measured_alike(self.windows.get("protocol"), other.windows.get("protocol"))
+        if not alike or not self.losses or not other.losses:
             return None
-        losses, others = self._losses(), other._losses()
-        return inference.ratio(losses, others, self._predictions()) if losses and others else None
+        return inference.ratio(self.losses, other.losses, self.predictions)
 
-    def accuracy(self, task: str) -> float | None:
-        """The fraction of a task's items that the model answered correctly."""
-        value: float | None = self.row.metric(self.model, f"zero_shot/{task}").get("acc")
-        return value
+    def mean(self, tasks: Sequence[str]) -> float | None:
+        """The mean accuracy over tasks; None unless it is known for each."""
+        known = [self.accuracies[task] for task in tasks if task in self.accuracies]
+        return sum(known) / len(known) if known and len(known) == len(tasks) else None
+
+    def digest(self, task: str) -> str | None:
+        """The SHA-256 of a task; None if it is not known."""
+        digest: str | None = self.tasks.get(task, {}).get("protocol", {}).get("task", {}).get("sha256")
+        return digest
 
     def answers(self, task: str) -> dict[Any, bool]:
         """By item, whether the model answered correctly."""
-        items = self.row.details(self.model, f"zero_shot/{task}").get("items", [])
-        return {item["item"]: item["acc"] > 0.5 for item in items}
+        return {item["item"]: item["acc"] > 0.5 for item in self.tasks.get(task, {}).get("items", [])}
 
     def same_items(self, other: "Measured", task: str) -> tuple[list[bool], list[bool]]:
         """Both models' answers to the items that both answered; empty if their tasks differ."""
-        if self._task_hash(task) != other._task_hash(task):
+        if self.digest(task) != other.digest(task):
             return [], []
         mine, theirs = self.answers(task), other.answers(task)
         shared = [item for item in mine if item in theirs]
         return [mine[item] for item in shared], [theirs[item] for item in shared]
-
-    def _protocol(self) -> dict[str, Any] | None:
-        protocol: dict[str, Any] | None = self.row.details(self.model, "perplexity").get("protocol")
-        return protocol
-
-    def _losses(self) -> list[float] | None:
-        """The windows' losses; None if they are missing or one is not finite."""
-        losses = self.row.details(self.model, "perplexity").get("losses")
-        return losses if losses and all(isinstance(loss, float) for loss in losses) else None
-
-    def _predictions(self) -> list[int]:
-        """How many tokens each window predicts."""
-        protocol = self._protocol()
-        assert protocol
-        whole = [protocol["length"] - 1] * protocol["windows"]
-        return whole if protocol["rest"] == "dropped" else [*whole, protocol["rest"] - 1]
-
-    def _task_hash(self, task: str) -> str | None:
-        protocol = self.row.details(self.model, f"zero_shot/{task}").get("protocol", {})
-        digest: str | None = protocol.get("task", {}).get("sha256")
-        return digest
-
-
-def pruned(row: Row) -> Measured:
-    """The model that the row pruned."""
-    return Measured(row, "pruned")
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """The mean; None unless every value is known."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def paired_mean(tasks: Sequence[tuple[list[bool], list[bool]]]) -> Estimate | None:
-    """The first's mean accuracy over tasks minus the second's; None unless both answered items of every task."""
-    if not tasks or not all(mine for mine, _ in tasks):
-        return None
-    differences = [[float(a) - float(b) for a, b in zip(*answers, strict=True)] for answers in tasks]
-    found = inference.mean_of_tasks(differences)
-    return found and found.within(-1, 1)

@@ -1,9 +1,22 @@
 """Input norms by distinct input, for pictures and for `wanda-dvc stats`."""
 
 from pathlib import Path
+from typing import NamedTuple
 
-from wanda_dvc.report.charts import InputNorms
 from wanda_dvc.study.tensors import block_count, read_stats
+
+
+class InputNorms(NamedTuple):
+    """Distinct inputs of one label over all blocks: quantiles of norms, of experts the middle one, and outliers."""
+
+    label: str
+    blocks: list[int]
+    low: list[float]  # the 5th percentile
+    median: list[float]
+    high: list[float]  # the 95th
+    outliers: list[tuple[int, int, float, float]]  # block, feature, norm, and norm over the input's own median
+    features: int  # of the widest
+    total: int  # features of all of them
 
 
 def input_norms(folder: Path) -> list[InputNorms]:

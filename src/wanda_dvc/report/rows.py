@@ -8,29 +8,32 @@ import csv
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wanda_dvc.catalog import RECIPES, Recipe
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
-from wanda_dvc.stages import MODELS, times
+from wanda_dvc.plan import CHOICES, UNSTRUCTURED
+from wanda_dvc.report.measures import Measured
+from wanda_dvc.stages import times
 from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, Kind, list_experiments
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE
 from wanda_dvc.study.ran import read_lock, stale_stages
 from wanda_dvc.study.revisions import Revision
-from wanda_dvc.study.settings import flatten
+from wanda_dvc.study.settings import flatten, resolved
 from wanda_dvc.study.times import Times
 
-TAKEN = ("metrics", "stats")
-# Whose hashes find the times of runs; they may be missing.
+TAKEN = ("metrics", "stats/norms")
+# Their hashes find the times of runs; they may be missing.
 MADE = (
-    "fisher/provenance.json",
-    "fisher_gram/provenance.json",
-    "gram/provenance.json",
+    "stats/gram/provenance.json",
+    "stats/fisher/provenance.json",
     "masks/provenance.json",
     "models/dense/provenance.json",
     "data/calibration/provenance.json",
@@ -46,72 +49,83 @@ class Row:
     name: str
     commit: str | None  # None: the workspace
     study: Project  # holds what could be read
-    sizes: dict[str, int]  # bytes of its outs, by path, as DVC counted them
-    hashes: dict[str, str]  # of its outs
+    outs: dict[str, Json]  # what dvc.lock has of each out, by path: its hash and size
     missing: list[str]  # paths that the cache lacks
     ledger: Times  # the times of all runs in the repository
     also: list[str] = field(default_factory=list)  # other names of the same results
     notes: list[str] = field(default_factory=list)
-    _read: dict[Path, Json] = field(default_factory=dict, repr=False)  # a benchmark's answers are megabytes
 
     @property
     def params(self) -> Params:
         """The parameters that it ran with."""
         return self.study.params
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Every parameter but `runtime` and `recipe`, by dotted name, with the value that each null stands for."""
+        return resolved(self.params)
+
+    @cached_property
+    def dense(self) -> Measured:
+        """The dense model's results."""
+        return Measured.of(self.study, "dense")
+
+    @cached_property
+    def pruned(self) -> Measured:
+        """The pruned model's results."""
+        return Measured.of(self.study, "pruned")
+
+    @cached_property
+    def recipe(self) -> tuple[int, int, str]:
+        """The nearest recipe of the row's method: its place, how many choices differ from it, and both in words.
+
+        A method that no recipe has stands for a recipe of its own, after all others.
+        """
+        plan, known = self.params.plan, list(RECIPES.values())
+        names = [name for name in CHOICES if plan.pattern == UNSTRUCTURED or name not in ("group", "allocation")]
+        strength = ["allocation_strength"] if plan.strength != plan.allocation.strength(plan.share) else []
+        found = []
+        for place, recipe in enumerate([*known, Recipe(name=plan.method.name, about="", method=plan.method.name)]):
+            if recipe.method == plan.method.name:
+                differing = [name for name in names if self.settings[name] != getattr(recipe, name)] + strength
+                words = ", ".join(f"{name}={self.settings[name]}" for name in differing)
+                name = f"{recipe.name} ({words})" if words else recipe.name
+                found.append((place == len(known), len(differing), place, name))
+        _, count, place, text = min(found)
+        return place, count, text
+
+    @property
+    def sparsity(self) -> str:
+        """The sparsity in percent."""
+        return f"{100 * self.params.sparsity:g} %"
+
+    @property
+    def pattern(self) -> str:
+        """The pattern as an addition to a name; empty where it is unstructured."""
+        return "" if self.params.pattern == UNSTRUCTURED else f" {self.params.pattern}"
+
     def whole(self, part: str) -> bool:
         """Whether nothing below a folder is missing from the cache."""
-        return not any(path.split("/")[0] == part for path in self.missing)
-
-    def settings(self) -> dict[str, Any]:
-        """Every parameter but `runtime`, by dotted name."""
-        content = flatten(self.params.model_dump(mode="json"))
-        return {key: value for key, value in content if not key.startswith("runtime.")}
+        return not any(path == part or path.startswith(f"{part}/") for path in self.missing)
 
     def inputs(self) -> dict[str, str]:
         """The first digits of the SHA-256 of the dense model, of the tokens and of each task, where they are known."""
-        found = {"models/dense": self._json(self.study.model("dense") / PROVENANCE).get("sha256")}
-        found["data/perplexity"] = self.details("pruned", "perplexity").get("protocol", {}).get("tokens_sha256")
-        for task in self.params.tasks.names:
-            protocol = self.details("pruned", f"zero_shot/{task}").get("protocol", {})
-            found[f"data/tasks/{task}"] = protocol.get("task", {}).get("sha256")
+        found = {"models/dense": load_json(self.study.model("dense") / PROVENANCE).get("sha256")}
+        found["data/perplexity"] = self.pruned.windows.get("protocol", {}).get("tokens_sha256")
+        found |= {f"data/tasks/{task}": self.pruned.digest(task) for task in self.params.tasks.names}
         return {path: digest[:8] for path, digest in found.items() if digest}
-
-    def metric(self, model: str, name: str) -> Json:
-        """A metrics file, such as `perplexity` of `dense`; {} if it is missing."""
-        return self._json(self.study.metrics(model, name))
-
-    def details(self, model: str, name: str) -> Json:
-        """The protocol and the result of each window or item behind a metric; {} if missing."""
-        return self._json(self.study.details(model, name))
-
-    def _json(self, path: Path) -> Json:
-        if path not in self._read:
-            self._read[path] = load_json(path)
-        return self._read[path]
 
     def plot(self, name: str) -> list[dict[str, str]]:
         """The lines of a plot's CSV file; [] if it is missing."""
         path = self.study.plots(name)
-        if not path.is_file():
-            return []
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+        return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
 
     def times(self) -> dict[str, Json]:
-        """By run, such as `zero-shot-pruned-piqa`: seconds, machine, device, peak memory, and `key`.
+        """By run, such as `perplexity-pruned`: seconds, machine, device, peak memory, and `key`.
 
         Only of runs in this repository. Rows that share a run have the same key for it.
         """
         return times(self.study, self.ledger)
-
-
-def peak_memory(times: dict[str, Json]) -> str | None:
-    """The largest anonymous peak of the runs; the resident one, named so, where no anonymous peak is known."""
-    for key, name in (("peak_anonymous_gb", ""), ("peak_resident_gb", " resident")):
-        if peaks := [time[key] for time in times.values() if time.get(key) is not None]:
-            return f"{max(peaks):.2f} GB{name}"
-    return None
 
 
 class Note(NamedTuple):
@@ -121,20 +135,12 @@ class Note(NamedTuple):
     text: str
 
 
-class Unfinished(NamedTuple):
-    """An experiment without results."""
-
-    name: str
-    state: str
-    changes: str
-
-
 @dataclass
 class Collected:
     """The rows, and what is no row."""
 
     rows: list[Row]
-    unfinished: list[Unfinished]
+    unfinished: list[Note]  # experiments without results
     notes: list[Note]
 
 
@@ -162,13 +168,13 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
             continue
         if model and model.lower() not in row.params.model.lower():
             continue
-        twin = rows.setdefault(identity(row), row)
+        twin = rows.setdefault(key := identity(row), row)
         if twin is row:
             continue
         if candidate.kind < Kind.COMMIT and row.name not in (twin.name, *twin.also):
             twin.also.append(row.name)
         if len(row.missing) < len(twin.missing):  # the same results with more of their details
-            twin.study, twin.missing = row.study, row.missing
+            rows[key] = replace(twin, study=row.study, missing=row.missing)
     for row in rows.values():
         if row.missing:
             some = ", ".join(row.missing[:3]) + (f" and {len(row.missing) - 3} more" if len(row.missing) > 3 else "")
@@ -176,18 +182,18 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
     return Collected(list(rows.values()), unfinished, notes)
 
 
-def _states(project: Project, revs: list[str]) -> tuple[list[_Candidate], list[Unfinished]]:
+def _states(project: Project, revs: list[str]) -> tuple[list[_Candidate], list[Note]]:
     """The revisions to read, and the experiments that have not finished or have failed."""
     if revs:
         opened = [(Revision.open(project, rev, otherwise="").files.repo.get_rev(), rev) for rev in revs]
         return [_Candidate(commit, rev, Kind.EXPERIMENT) for commit, rev in opened], []
     every = list_experiments(project)
-    found = [_Candidate(one.rev, one.name, one.kind) for one in every if one.state == SUCCESS]
-    return found, [
-        Unfinished(one.name, one.state, ", ".join(f"{key}={value}" for key, value in one.changes.items()))
-        for one in every
-        if one.state != SUCCESS
-    ]
+    unfinished = []
+    for one in every:
+        changes = ", ".join(f"{key}={value}" for key, value in one.changes.items())
+        if one.state != SUCCESS:
+            unfinished.append(Note(one.name, one.state.lower() + (f" ({changes})" if changes else "")))
+    return [_Candidate(one.rev, one.name, one.kind) for one in every if one.state == SUCCESS], unfinished
 
 
 def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
@@ -221,13 +227,11 @@ def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
     if stale:
         notes.append(f"not run on these parameters, and left out: {', '.join(sorted(stale))}")
     # Missing masks/ need no note: only the key of a time is read from there.
-    missing = [path for path in missing if path.split("/")[0] in TAKEN and path not in dropped]
+    missing = [path for path in missing if path.startswith(TAKEN) and path not in dropped]
     if not any((folder / "metrics").glob("pruned/*.json")):
         return "; ".join(notes) or "no results"
-    sizes = {path: out.get("size", 0) for path, out in outs.items()}
-    hashes = {path: out["md5"] for path, out in outs.items() if "md5" in out}
     commit = None if candidate.rev == WORKSPACE else candidate.rev
-    return Row(candidate.name, commit, study, sizes, hashes, missing, project.times, notes=notes)
+    return Row(candidate.name, commit, study, outs, missing, project.times, notes=notes)
 
 
 def _take_workspace(project: Project, study: Project) -> list[str]:
@@ -245,12 +249,8 @@ def _take_workspace(project: Project, study: Project) -> list[str]:
 
 def identity(row: Row) -> str:
     """A text that is equal for rows with the same parameters and the same numbers."""
-    numbers = {f"{model}/{path.name}": path.read_text() for model in MODELS for path in _metric_files(row, model)}
-    return json.dumps([row.settings(), numbers], sort_keys=True)
-
-
-def _metric_files(row: Row, model: str) -> Iterable[Path]:
-    return sorted(row.study.metrics(model, "x").parent.rglob("*.json"))
+    numbers = [[model.perplexity, model.accuracies] for model in (row.dense, row.pruned)]
+    return json.dumps([row.settings, numbers], sort_keys=True)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from wanda_dvc.engine.costs import Cost, Setting
-from wanda_dvc.engine.losses import DIVERGED, from_losses, unmeasured, window_losses
+from wanda_dvc.engine.losses import from_losses, unmeasured, window_losses
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Runner
 from wanda_dvc.engine.sizes import BYTES_A_TOKEN, Need, walking
 from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
 from wanda_dvc.params import ALL, Params
+from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite, walk_need
 from wanda_dvc.stages.running import progress

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.sizes import Need, walking
 from wanda_dvc.params import Params
+from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite, walk_need
 from wanda_dvc.stages.running import progress
@@ -20,7 +21,6 @@ from wanda_dvc.study.provenance import describe, digest, read_provenance, tokeni
 if TYPE_CHECKING:
     from wanda_dvc.engine.runner import Step
 
-DIVERGED = "diverged"
 SAMPLES = 48  # items a task of `tasks.source: samples`
 
 # Of lm-eval's tasks: the items of the split that is asked, the tokens that a question needs (its context once, its

@@ -1,8 +1,9 @@
-"""Text from outside (a model's, a file's or a method's name) in Markdown, so that it stays text; and numbers."""
+"""Text from outside (a model's, a file's or an experiment's name) in Markdown, so that it stays text; and numbers."""
 
 import re
 
-MARKUP = re.compile(r"[\\`*<>\[\]|#&~]")
+# Signs that Markdown may read as markup; an underscore only at the edge of a word.
+MARKUP = re.compile(r"[\\`*<>\[\]|#&~]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def inline(text: object) -> str:
@@ -11,7 +12,7 @@ def inline(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """Return a text as inline code, also in a cell of a table."""
+    """Return a text as inline code for a cell of a table; elsewhere Markdown shows the backslash before a `|`."""
     line = _line(text).replace("|", "\\|")
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     fence = "`" * (longest + 1)
@@ -19,10 +20,12 @@ def code(text: object) -> str:
 
 
 def number(perplexity: float | str | None) -> str:
-    """Spell a perplexity; a dash where there is none."""
-    if perplexity is None:
-        return "–"
-    return perplexity if isinstance(perplexity, str) else f"{perplexity:,.2f}"
+    """Spell a perplexity: two decimals, none from 1,000 on; `diverged` stays, and a dash is none."""
+    if perplexity is None or isinstance(perplexity, str):
+        return perplexity or "–"
+    if perplexity < 1000:
+        return f"{perplexity:.2f}"
+    return f"{perplexity:,.0f}" if perplexity < 1e7 else f"{perplexity:.2e}"
 
 
 def _line(text: object) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.params import Params
+from wanda_dvc.study.markup import code
 from wanda_dvc.study.presets import names, read_preset
 from wanda_dvc.study.settings import flatten
 
@@ -31,7 +32,7 @@ def how_to_repeat(params: Params) -> tuple[str, str]:
     words, by_hand = [], []
     for key, value in changes[name].items():
         if isinstance(value, str) and re.search(r"[\n\t\\\"$]", value):
-            by_hand.append(f"`{key}: {json.dumps(value, ensure_ascii=False)}`")  # DVC's -S has no escapes
+            by_hand.append(code(f"{key}: {json.dumps(value, ensure_ascii=False)}"))  # DVC's -S has no escapes
         else:
             words.append(f"-S {shlex.quote(f'{key}={_override(value)}')}")
     commands = f"wanda-dvc preset {name}\n" + " \\\n    ".join(["dvc exp run", *words])

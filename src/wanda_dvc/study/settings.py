@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from wanda_dvc.params import Params
+
 Settings = dict[str, Any]
 
 
@@ -32,3 +34,12 @@ def section_of(content: Settings, name: str) -> tuple[Settings, str]:
             content[section] = {}
         content = content[section]
     return content, leaf
+
+
+def resolved(params: Params) -> dict[str, Any]:
+    """Every parameter but `runtime` and `recipe`, by dotted name, with the value that each null stands for."""
+    plan, found = params.plan, dict(flatten(params.model_dump(mode="json", exclude={"runtime", "recipe"})))
+    chosen = plan.described | {"reconstruction": plan.reconstruction.name}
+    for part, text in (("calibration", params.calibration.text), ("perplexity", params.perplexity.text)):
+        chosen[f"{part}.text.split"] = text.chosen.split
+    return {name: chosen.get(name, value) for name, value in found.items()}

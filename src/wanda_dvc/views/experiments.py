@@ -11,13 +11,13 @@ from typing import Any
 
 from tabulate import tabulate
 
+from wanda_dvc.reading import DIVERGED
 from wanda_dvc.study.experiments import SUCCESS, Experiment, Kind, list_experiments
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.markup import number
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import stale_stages
 
-DIVERGED = "diverged"  # as `perplexity` writes it; its module brings torch
 NAMED = 10  # names in a sentence
 HEADERS = ["experiment", "state", "change", "perplexity", "mean acc, %"]
 

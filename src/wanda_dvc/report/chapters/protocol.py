@@ -2,21 +2,22 @@
 
 from typing import Any
 
-from wanda_dvc.report.pages import Content, Items, code, literal
+from wanda_dvc.params import ALL
+from wanda_dvc.report.pages import Content, bullets
 from wanda_dvc.report.section import Section
+from wanda_dvc.study.markup import inline
 
 
 def content(section: Section) -> Content:
     """The settings of evaluation, and those of calibration where all rows have the same."""
     settings = section.settings
-    windows = "all" if settings["perplexity.windows"] is None else f"the first {settings['perplexity.windows']}"
-    limit = settings["zero_shot.limit"]
+    wanted, limit = settings["perplexity.windows"], settings.get("tasks.limit")
+    windows = {None: "all whole windows", ALL: "all tokens, in windows"}.get(wanted, f"the first {wanted} windows")
     texts = [
-        f"Perplexity: {windows} windows of {settings['perplexity.length']} tokens of "
-        f"{_text(settings, 'perplexity')}, rest {settings['perplexity.rest']}; {settings['dtype']}.",
-        f"Zero-shot: {literal(', '.join(section.tasks)) or 'no tasks'}; "
-        f"{f'the first {limit} items' if limit else 'all items'}, no "
-        "examples in the prompt.",
+        f"Perplexity: {windows} of {settings['perplexity.length']} tokens of {_text(settings, 'perplexity')}; "
+        f"{settings['dtype']}.",
+        f"Zero-shot: {inline(', '.join(section.tasks)) if section.tasks else 'no tasks'}; "
+        f"{f'the first {limit} items' if limit else 'all items'}, no examples in the prompt.",
     ]
     if section.tasks and settings["tasks.source"] == "embedded":
         texts.append(
@@ -28,12 +29,10 @@ def content(section: Section) -> Content:
             f"Calibration: {settings['calibration.samples']} windows of {settings['calibration.length']} tokens of "
             f"{_text(settings, 'calibration')}, seed {settings['calibration.seed']}."
         )
-    if "propagation" not in section.varying:
-        texts.append(f"`propagation: {settings['propagation']}`.")
-    return [Items(texts)]
+    return [bullets(texts)]
 
 
 def _text(settings: dict[str, Any], part: str) -> str:
     """The source of a text, and its split where it has splits."""
     name, split = settings[f"{part}.text.source"], settings[f"{part}.text.split"]
-    return code(name) + (f", {split}" if split else "")
+    return inline(name) + (f", {inline(split)}" if split else "")

@@ -1,73 +1,104 @@
-"""The chapter that sets the rows beside published ones of the same protocol."""
+"""Published rows, and the chapter that sets an experiment beside those of the same protocol."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
-from wanda_dvc.report.formatting import DASH, number
-from wanda_dvc.report.measures import Measured, pruned
-from wanda_dvc.report.pages import Content, Table, Text, code, literal
-from wanda_dvc.report.published import Source, sources
-from wanda_dvc.report.rows import Row
+from ruamel.yaml import YAML
+
+from wanda_dvc.catalog import methods
+from wanda_dvc.report.formatting import DASH
+from wanda_dvc.report.measures import Measured
+from wanda_dvc.report.pages import Content, table
 from wanda_dvc.report.section import Section
+from wanda_dvc.study.markup import code, inline, number
+from wanda_dvc.study.settings import Settings
+
+OF_INPUTS = ("calibration.", "propagation")  # not asked of a method that needs no inputs
+DENSE = "dense"  # the method of a published row of the dense model
+PLAIN = {"reconstruction": "none", "allocation": "uniform"}  # of a pruned one, unless it says otherwise
 
 
-class _Candidate(NamedTuple):
-    """A published number beside a row that could be compared with it."""
+@dataclass(frozen=True)
+class Source:
+    """Published rows of one model, and their protocol."""
 
-    source: Source
-    entry: dict[str, Any]
-    measure: str  # `perplexity` or a task
-    row: Row
-    different: list[str]  # the settings that forbid it; empty: it may be compared
+    source: str
+    models: list[str]
+    perplexity: Settings
+    pruning: Settings
+    rows: list[dict[str, Any]]
+    zero_shot: Settings | None = None
+
+    def differences(self, settings: Settings, measure: str, row: dict[str, Any]) -> list[str]:
+        """The settings in which an experiment's protocol differs from this row's; [] if the two may be compared.
+
+        `measure` is `perplexity` or a task. A row with `method: dense` does not ask how weights were chosen.
+        """
+        wanted = self.perplexity if measure == "perplexity" else self.zero_shot
+        if wanted is None:
+            return [measure]
+        wanted = dict(wanted)
+        if row["method"] != DENSE:
+            own = {key: row[key] for key in ("method", "sparsity", "pattern", "group") if key in row}
+            pruning = PLAIN | self.pruning | own
+            if not methods()[row["method"]].needs_inputs():
+                pruning = {key: value for key, value in pruning.items() if not key.startswith(OF_INPUTS)}
+            if pruning.get("pattern", "unstructured") != "unstructured":
+                pruning.pop("group", None)
+            wanted |= pruning
+        different = [] if self._is_model(settings["model"]) else ["model"]
+        allowed = {key: value if isinstance(value, list) else [value] for key, value in wanted.items()}
+        return different + [key for key, values in allowed.items() if settings.get(key) not in values]
+
+    def _is_model(self, name: str) -> bool:
+        """A Hub id at any revision, or a directory that bears its name."""
+        name = name.partition("@")[0]
+        path = Path(name)
+        return name in self.models or (path.is_absolute() and path.name in [Path(model).name for model in self.models])
+
+
+@cache
+def sources() -> list[Source]:
+    """The published rows that the report knows."""
+    text = (files("wanda_dvc.report") / "published.yaml").read_text(encoding="utf-8")
+    return [Source(**entry) for entry in YAML(typ="safe", pure=True).load(text)]
 
 
 def content(section: Section) -> Content:
     """The numbers side by side; or which published row comes nearest, and in what it differs."""
-    candidates = _candidates(section)
-    table = [_beside(section, one) for one in candidates if not one.different]
-    if table:
-        caption = "Published rows of the same protocol; accuracies in percent. A dash: not measured here."
-        headers = ["", "source", "measure", "published", "here", "here / published"]
-        return [Table(caption, headers, [list(row) for row in dict.fromkeys(table)])]
-    nearest = min(candidates, key=lambda one: len(one.different))
-    return [
-        Text(
-            "No published row that this report knows has the protocol of these experiments, so none is set beside "
-            f"them. The nearest is {nearest.source.source}: {nearest.entry['method']}, {nearest.measure}; it differs "
-            f"in {', '.join(code(key) for key in nearest.different)}."
-        )
-    ]
-
-
-def _candidates(section: Section) -> list[_Candidate]:
-    found = []
+    found, others = [], []
     for source in sources():
         for entry in source.rows:
             for measure in [key for key in entry if key == "perplexity" or key in section.tasks]:
                 for row in section.rows:
-                    different = source.differences(row.settings(), measure, entry)
-                    found.append(_Candidate(source, entry, measure, row, different))
-    return found
-
-
-def _beside(section: Section, one: _Candidate) -> tuple[str, ...]:
-    dense = one.entry["method"] == "dense"
-    measured = Measured(one.row, "dense") if dense else pruned(one.row)
-    published, own = one.entry[one.measure], _own(measured, one.measure)
-    both = isinstance(published, float | int) and isinstance(own, float)
-    return (
-        "dense" if dense else literal(section.label(one.row)),
-        one.source.source,
-        one.measure,
-        _as(one.measure, published),
-        _as(one.measure, own),
-        f"{own / published:.3f}" if both else DASH,
-    )
+                    different = source.differences(row.settings, measure, entry)
+                    if different:
+                        others.append((len(different), f"{source.source}: {entry['method']}, {measure}", different))
+                        continue
+                    is_dense, published = entry["method"] == DENSE, entry[measure]
+                    own = _own(section.dense if is_dense else row.pruned, measure)
+                    both = isinstance(published, float | int) and isinstance(own, float)
+                    cells = ("dense" if is_dense else section.name(row), source.source, inline(measure))
+                    ratio = f"{own / published:.3f}" if both else DASH
+                    found.append((*cells, _as(measure, published), _as(measure, own), ratio))
+    if found:
+        caption = "Published rows of the same protocol; accuracies in percent. A dash: not measured here."
+        headers = ["", "source", "measure", "published", "here", "here / published"]
+        return [table(caption, headers, [list(cells) for cells in dict.fromkeys(found)])]
+    _, nearest, different = min(others, key=lambda other: other[0])
+    return [
+        "No published row that this report knows has the protocol of these experiments, so none is set beside them. "
+        f"The nearest is {nearest}; it differs in {', '.join(map(code, different))}."
+    ]
 
 
 def _own(measured: Measured, measure: str) -> float | str | None:
     if measure == "perplexity":
         return measured.perplexity
-    value = measured.accuracy(measure)
+    value = measured.accuracies.get(measure)
     return None if value is None else 100 * value
 
 

@@ -4,28 +4,29 @@ import math
 
 from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.report import charts
-from wanda_dvc.report.formatting import number
-from wanda_dvc.report.measures import pruned
-from wanda_dvc.report.pages import Content, Table, literal, picture
+from wanda_dvc.report.charts import Point
+from wanda_dvc.report.pages import Content, Picture, table
 from wanda_dvc.report.rows import Row
-from wanda_dvc.report.section import Section, sparsity
+from wanda_dvc.report.section import Section
+from wanda_dvc.study.markup import number
+
+DENSE = "models/dense"
 
 
 def content(section: Section) -> Content:
     """The table, and perplexity against bytes."""
-    dense, size = section.dense_perplexity, section.rows[0].sizes.get("models/dense")
-    series: dict[str, list[tuple[float, float, str]]] = {}
+    dense, size = section.dense.perplexity, section.rows[0].outs.get(DENSE, {}).get("size")
+
+    def point(row: Row) -> Point | None:
+        stored, value = stored_bytes(row), row.pruned.perplexity
+        name = row.pattern.strip() or row.sparsity
+        return Point(stored / 1e6, value, name=name) if stored and isinstance(value, float) else None
+
     rows = [["dense", f"{size / 1e6:,.1f}", "100.0", number(dense)]] if size else []
-    for label, on_curve in section.curves.items():
-        for row in on_curve:
-            stored, value = stored_bytes(row), pruned(row).perplexity
-            if stored is None:
-                continue
-            share = f"{100 * stored / row.sizes['models/dense']:.1f}"
-            rows.append([literal(section.label(row)), f"{stored / 1e6:,.1f}", share, number(value)])
-            if isinstance(value, float):
-                short = sparsity(row) if row.params.pattern == "unstructured" else row.params.pattern
-                series.setdefault(label, []).append((stored / 1e6, value, short))
+    for row in section.ordered:
+        if stored := stored_bytes(row):
+            share = f"{100 * stored / row.outs[DENSE]['size']:.1f}"
+            rows.append([section.name(row), f"{stored / 1e6:,.1f}", share, number(row.pruned.perplexity)])
     if not rows:
         return []
     caption = (
@@ -33,16 +34,18 @@ def content(section: Section) -> Content:
         "and the values that stay; n:m, the values that stay and ⌈log₂ m⌉ bits each for their place. The files that "
         "`apply` writes hold the zeros and are no smaller."
     )
-    parts: Content = [Table(caption, ["", "MB", "% of dense", "perplexity"], rows)]
-    if series:
-        at_dense = (size / 1e6, dense) if size and isinstance(dense, float) else None
+    parts: Content = [table(caption, ["", "MB", "% of dense", "perplexity"], rows)]
+    if series := section.points(point):
+        if size and isinstance(dense, float):
+            series["dense"] = [Point(size / 1e6, dense)]
+        x_label, y_label = "megabytes of the model, zeros left out", "perplexity, log scale"
         parts.append(
-            picture(
-                section.prefix + "bytes",
+            Picture(
+                f"{section.prefix}bytes",
                 "Quality against bytes",
                 "Perplexity on a log scale against the model's size with its zeros left out. A model that diverged is "
                 "not shown.",
-                charts.perplexity_against(at_dense, series, x_label="megabytes of the model, zeros left out"),
+                charts.curves(series, x_label=x_label, y_label=y_label, log=True),
             )
         )
     return parts
@@ -54,14 +57,13 @@ def stored_bytes(row: Row) -> int | None:
     Unstructured: each linear as one bit a weight, and the values that stay. n:m: the values that stay, each with
     ⌈log₂ m⌉ bits for its place among m (2:4 as sparse tensor cores read it). Everything else is unchanged.
     """
-    linears, dense = row.plot("sparsity"), row.sizes.get("models/dense")
-    if not linears or not dense:
+    linears, total = row.plot("sparsity"), row.outs.get(DENSE, {}).get("size")
+    if not linears or not total:
         return None
     pattern = parse_pattern(row.params.pattern)
-    total = dense
     for line in linears:
         weights, zeros, size = int(line["weights"]), int(line["zeros"]), int(line["bytes"])
         kept = weights - zeros
         places = kept * math.ceil(math.log2(pattern[1])) if pattern else weights
         total += kept * (size // weights) + math.ceil(places / 8) - size
-    return total
+    return int(total)

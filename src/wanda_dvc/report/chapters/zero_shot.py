@@ -3,95 +3,69 @@
 from wanda_dvc.report import charts, inference
 from wanda_dvc.report.charts import Point
 from wanda_dvc.report.formatting import DASH, percent
-from wanda_dvc.report.measures import Measured, pruned
-from wanda_dvc.report.pages import Content, Table, Text, literal, picture
+from wanda_dvc.report.measures import Measured
+from wanda_dvc.report.pages import Content, Picture, table
 from wanda_dvc.report.rows import Row
-from wanda_dvc.report.section import Section, sparsity
+from wanda_dvc.report.section import Section
+from wanda_dvc.study.markup import inline
 
 
 def content(section: Section) -> Content:
     """The table and the pictures."""
-    if not section.tasks:
-        return [Text("No tasks were asked: `tasks.names` is empty.")]
-    parts: Content = [_table(section)]
-    tasks, panels, retained = section.tasks, _panels(section), _retained(section)
-    if panels:
-        dense = [_point(measured, task, tasks.index(task)) for task, measured in section.dense_by_task.items()]
+    tasks, dense = section.tasks, section.dense.mean(section.tasks)
+    if not tasks:
+        return ["No tasks were asked: `tasks.names` is empty."]
+
+    def retained(row: Row) -> Point | None:
+        own, paired = row.pruned.mean(tasks), section.against_dense(row).mean
+        if own is None or not dense:
+            return None
+        low, high = (max(0, 100 * (1 + end / dense)) for end in paired[1:3]) if paired else (None, None)
+        return Point(100 * row.params.sparsity, 100 * own / dense, low, high)
+
+    rows = []
+    for name, model in section.models:
+        own = model.mean(tasks)
+        share = "" if model is section.dense else f"{100 * own / dense:.1f}" if own is not None and dense else DASH
+        rows.append([name, *(percent(model.accuracies.get(task)) for task in tasks), percent(own), share])
+    caption = "Accuracy in percent; the mean is over tasks, retained is the mean as a percentage of the dense model's."
+    parts: Content = [table(caption, ["", *map(inline, tasks), "mean", "retained"], rows)]
+    if panels := _panels(section):
+        levels = [_point(section.dense, task, place) for place, task in enumerate(tasks)]
         parts.append(
-            picture(
-                section.prefix + "accuracy",
+            Picture(
+                f"{section.prefix}accuracy",
                 "Accuracy by task",
                 "A panel for each sparsity; bars are 95 % intervals (Wilson), the line is the dense model.",
-                charts.accuracies(panels, tasks, dense, list(section.curves)),
+                charts.accuracies(panels, tasks, levels, list(section.curves)),
             )
         )
-    if retained:
+    if shares := section.points(retained):
         parts.append(
-            picture(
-                section.prefix + "retained",
+            Picture(
+                f"{section.prefix}retained",
                 "Retained accuracy",
                 "The mean over tasks as a percentage of the dense model's; bars are 95 % paired intervals of the "
                 "difference: one that reaches the dense line is within noise.",
-                charts.curves(retained, y_label="retained, %", level=("dense", 100.0), log=False),
+                charts.curves(shares, y_label="retained, %", level=("dense", 100.0), log=False),
             )
         )
     return parts
 
 
-def _table(section: Section) -> Table:
-    dense = section.dense_by_task
-    of_dense = [dense[task].accuracy(task) if task in dense else None for task in section.tasks]
-    rows = [["dense", *map(percent, of_dense), percent(section.dense_mean), ""]]
-    for row in section.ordered:
-        cells = [percent(pruned(row).accuracy(task)) for task in section.tasks]
-        share = _share(section, row)
-        kept = f"{share:.1f}" if share is not None else DASH
-        rows.append([literal(section.label(row)), *cells, percent(section.mean(row)), kept])
-    return Table(
-        "Accuracy in percent; the mean is over tasks, retained is the mean as a percentage of the dense model's.",
-        ["", *map(literal, section.tasks), "mean", "retained"],
-        rows,
-    )
-
-
-def _share(section: Section, row: Row) -> float | None:
-    """The row's mean accuracy in percent of the dense model's."""
-    mean, dense = section.mean(row), section.dense_mean
-    return 100 * mean / dense if mean is not None and dense else None
-
-
-def _retained(section: Section) -> dict[str, list[Point]]:
-    found: dict[str, list[Point]] = {}
-    for label, on_curve in section.curves.items():
-        for row in on_curve:
-            share, dense = _share(section, row), section.dense_mean
-            if share is None or not dense:
-                continue
-            paired = section.against_dense(row).mean
-            ends = [max(0, 100 * (1 + end / dense)) for end in (paired.low, paired.high)] if paired else [None, None]
-            found.setdefault(label, []).append(Point(100 * row.params.sparsity, share, *ends))
+def _panels(section: Section) -> dict[str, dict[str, list[Point]]]:
+    """By sparsity and curve, a point for each task."""
+    found: dict[str, dict[str, list[Point]]] = {}
+    for row in sorted(section.ordered, key=lambda row: row.params.sparsity):
+        points = [_point(row.pruned, task, place) for place, task in enumerate(section.tasks)]
+        if any(point.y is not None for point in points):
+            found.setdefault(row.sparsity, {})[section.series(row)] = points
     return found
 
 
-def _panels(section: Section) -> dict[str, dict[str, list[Point]]]:
-    """By sparsity and curve, a point for each task."""
-    found: dict[float, dict[str, list[Point]]] = {}
-    named: dict[float, str] = {}
-    for label, on_curve in section.curves.items():
-        for row in on_curve:
-            points = [_point(pruned(row), task, place) for place, task in enumerate(section.tasks)]
-            if any(point.y is not None for point in points):
-                named[row.params.sparsity] = sparsity(row)
-                found.setdefault(row.params.sparsity, {})[label] = points
-    return {named[key]: found[key] for key in sorted(found)}
-
-
 def _point(measured: Measured, task: str, place: int) -> Point:
-    value = measured.accuracy(task)
-    if value is None:
-        return Point(place, None)
-    answers = measured.answers(task)
-    if not answers:
-        return Point(place, 100 * value)
+    value, answers = measured.accuracies.get(task), measured.answers(task)
+    if value is None or not answers:
+        return Point(place, None if value is None else 100 * value)
     ends = inference.accuracy(list(answers.values()))
     return Point(place, 100 * value, 100 * ends.low, 100 * ends.high)

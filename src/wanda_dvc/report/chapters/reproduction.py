@@ -1,0 +1,54 @@
+"""The chapter on the origin of each row, and the commands that repeat it."""
+
+from wanda_dvc.plan import CHOICES
+from wanda_dvc.report.chapters.run_time import runs
+from wanda_dvc.report.formatting import DASH, seconds, setting
+from wanda_dvc.report.pages import Content, bullets, fenced, table
+from wanda_dvc.report.rows import Row
+from wanda_dvc.report.section import OF_PRUNING, Section
+from wanda_dvc.study.files import Json
+from wanda_dvc.study.markup import code, inline
+from wanda_dvc.study.repeat import how_to_repeat
+from wanda_dvc.study.times import machine_of
+
+
+def content(section: Section) -> Content:
+    """The rows' origins, the parameters that they share, and the commands that repeat them."""
+    headers = ["", "experiment", "commit", "its own parameters", "its own time", "peak anonymous memory", "machine"]
+    origins = [[section.name(row), *_origin(row, section.varying)] for row in section.ordered]
+    own = {*OF_PRUNING, *section.varying}
+    shared = [[key, code(setting(value))] for key, value in section.settings.items() if key not in own]
+    parts: Content = [
+        table("The origin of each row.", headers, origins, numbers=False),
+        table("The parameters that all rows share.", ["parameter", "value"], shared, numbers=False),
+    ]
+    for row in section.ordered:
+        commands, by_hand = how_to_repeat(row.params)
+        parts += [f"To repeat {section.name(row)}, in a fresh clone:", fenced(commands)]
+        parts += [by_hand.strip()] if by_hand else []
+        parts += [bullets([inline(note) for note in row.notes])] if row.notes else []
+    return parts
+
+
+def _origin(row: Row, varying: list[str]) -> list[str]:
+    times, known = row.times(), runs()
+    mine = sum(time["seconds"] for run, time in times.items() if known[run][1])
+    given = row.params.model_dump(mode="json", include={"recipe", *CHOICES, "allocation_strength"})
+    settings = {name: value for name, value in given.items() if value is not None}
+    settings |= {key: row.settings[key] for key in ("sparsity", "pattern", *varying)}
+    return [
+        inline(", ".join([row.name, *row.also])),
+        row.commit[:10] if row.commit else "not committed",
+        inline(", ".join(f"{key}={value}" for key, value in settings.items())),
+        f"{seconds(mine)} s" if times else DASH,
+        peak_memory(times) or DASH,
+        inline("; ".join(sorted({machine_of(time) for time in times.values()}))),
+    ]
+
+
+def peak_memory(times: dict[str, Json]) -> str | None:
+    """The largest anonymous peak of the runs; the resident one, named so, where no anonymous peak is known."""
+    for key, name in (("peak_anonymous_gb", ""), ("peak_resident_gb", " resident")):
+        if peaks := [time[key] for time in times.values() if time.get(key) is not None]:
+            return f"{max(peaks):.2f} GB{name}"
+    return None

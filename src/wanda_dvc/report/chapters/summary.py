@@ -1,0 +1,42 @@
+"""The chapter that summarizes each comparison in a sentence."""
+
+from wanda_dvc.report.allocations import Result
+from wanda_dvc.report.comparisons import Comparison, beyond_noise
+from wanda_dvc.report.formatting import factor, signed
+from wanda_dvc.report.inference import Estimate
+from wanda_dvc.report.pages import Content, bullets
+from wanda_dvc.report.section import Section
+
+
+def content(section: Section) -> Content:
+    """A sentence for each comparison."""
+    said = []
+    for comparison in section.comparisons:
+        parts = [_of_perplexity(comparison, section.name(comparison.second))]
+        if mean := comparison.mean:
+            parts.append(f"{signed(mean.value)} points of mean accuracy ({_noise(mean)} noise)")
+        if errors := _layer_errors(comparison):
+            parts.append(errors)
+        said.append(f"{section.names(comparison)}: {'; '.join(parts)}.")
+    return [bullets(said)]
+
+
+def _of_perplexity(comparison: Comparison, other: str) -> str:
+    if comparison.first.pruned.diverged:
+        return "its perplexity diverged"
+    if comparison.second and comparison.second.pruned.diverged:
+        return f"{other}'s perplexity diverged, its own did not"
+    if ratio := comparison.ratio:
+        return f"{factor(ratio.value)} × the perplexity ({_noise(ratio)} noise)"
+    return "perplexities could not be compared window by window"
+
+
+def _layer_errors(comparison: Comparison) -> str:
+    """The mean layer errors of two rows, where Gram matrices are kept."""
+    rows = [comparison.first, comparison.second]
+    own, other = (Result.of(row.study).layer_error if row else None for row in rows)
+    return "" if own is None or other is None else f"mean layer error {100 * own:.2f} % instead of {100 * other:.2f} %"
+
+
+def _noise(test: Estimate) -> str:
+    return "beyond" if beyond_noise(test) else "within"
