@@ -23,7 +23,7 @@ from wanda_dvc.study.provenance import PROVENANCE
 from wanda_dvc.study.ran import read_lock, stale_stages
 from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten
-from wanda_dvc.study.times import Times
+from wanda_dvc.study.times import Ledger
 
 TAKEN = ("metrics", "stats")
 # Whose hashes find the times of runs; they may be missing.
@@ -49,7 +49,7 @@ class Row:
     sizes: dict[str, int]  # bytes of its outs, by path, as DVC counted them
     hashes: dict[str, str]  # of its outs
     missing: list[str]  # paths that the cache lacks
-    ledger: Times  # the times of all runs in the repository
+    ledger: Ledger  # the times of all runs in the repository
     also: list[str] = field(default_factory=list)  # other names of the same results
     notes: list[str] = field(default_factory=list)
     _read: dict[Path, Json] = field(default_factory=dict, repr=False)  # a benchmark's answers are megabytes

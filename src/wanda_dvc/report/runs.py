@@ -19,5 +19,5 @@ def runs(tasks: Sequence[str]) -> dict[str, Run]:
     chosen = False  # whether a method has been chosen in this stage or before it
     for stage in STAGES.values():
         chosen = chosen or "method" in stage.settings
-        found |= {name: Run(stage.name, chosen and part != "dense") for name, part, _ in stage.runs(list(tasks))}
+        found |= {name: Run(stage.name, chosen and part != "dense") for name, part in stage.runs()}
     return found
