@@ -43,7 +43,8 @@ class Ran:
         made = masks.get("params", {}) | {f"calibration.{key}": x for key, x in masks.get("calibration", {}).items()}
         made = {key: value for key, value in made.items() if key in asked}
         params = _changed(project.params, nested(ran))
-        if made.items() - _flat(params).items():  # equal choices may be written in other words
+        flat = _flat(params)
+        if any(flat[key] != value for key, value in made.items()):  # equal choices may be written in other words
             params = _changed(params, nested(made))
         return cls(stages, params, project.params)
 
