@@ -32,7 +32,7 @@ def show(*, project: Project, as_json: bool = False) -> str:
     if as_json:
         return json_text(
             {
-                "made_with": ran.params.model_dump(mode="json", exclude={"runtime"}),
+                "made_with": ran.params.filled.model_dump(mode="json", exclude={"runtime"}),
                 "not_run": ran.unmet,
                 "stale": ran.stale,
                 "results": {model: _figures(made, model) for model in MODELS},

@@ -1,6 +1,5 @@
 """How fast a model directory is on the machine at hand: dense beside packed."""
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from tabulate import tabulate
 
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.stages.running import processor
+from wanda_dvc.study.files import json_text
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.speed import Speed
@@ -39,7 +39,7 @@ def speed(*, folder: Path, prompt: int, tokens: int, device: str, as_json: bool 
     columns = {form: {"stored_bytes": stored[form], **asdict(found)} for form, found in measured.items()}
     if as_json:
         how = {"directory": str(folder), **machine, "prompt_tokens": prompt, "tokens": tokens}
-        return json.dumps({**how, **columns, "note": said}, indent=2)
+        return json_text({**how, **columns, "note": said})
     headers = ["", *columns, *(["packed / dense"] if len(columns) > 1 else [])]
     return "\n".join(
         [
