@@ -42,12 +42,12 @@ def test_every_stage_reads_its_settings_and_no_others(project: Callable[..., Pro
     monkeypatch.setattr(Project, "limited_to", spied)
     for changed in ({}, FURTHER):
         for stage in STAGES.values():
-            for _, part, task in stage.runs(project().params.tasks.names):
+            for _, part in stage.runs():
                 reads: list[set[str]] = []
-                run(stage.name, project=project(**changed), part=part, task=task)
+                run(stage.name, project=project(**changed), part=part)
                 read.setdefault((stage.name, part), set()).update(*reads)
     for stage in STAGES.values():
-        for _, part, _ in stage.runs(project().params.tasks.names):
+        for _, part in stage.runs():
             assert read[stage.name, part] - {"runtime"} == set(stage.settings_of(part)), (stage.name, part)
     assert len(read) == 1 + 4 + 3 + 2 + 2
 

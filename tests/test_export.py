@@ -67,8 +67,9 @@ def test_the_workspaces_model_is_what_apply_wrote(pruned: Project):
 def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
     measure(pruned, "dense", 12.5)
     measure(pruned, "pruned", "diverged")
-    write_json(pruned.metrics("pruned", "zero_shot/piqa"), {"acc": 0.5})
-    write_json(pruned.details("pruned", "zero_shot/piqa"), {"standard_errors": {"acc": 0.07}, "items": []})
+    write_json(pruned.metrics("pruned", "zero_shot"), {"piqa": {"acc": 0.5}})
+    answered = {"standard_errors": {"acc": 0.07}, "items": []}
+    write_json(pruned.details("pruned", "zero_shot"), {"tasks": {"piqa": answered}})
     card = exported(pruned)
     assert card.data.to_dict() == {
         "library_name": "transformers",

@@ -27,7 +27,6 @@ def test_pyproject_names_the_same_extras():
 
 NEEDS = [
     ("matplotlib", ["report"]),
-    ("matplotlib", ["stats", "--plot", "norms.png"]),
     ("ray", ["perplexity", "dense"]),
     ("scipy", ["report"]),
 ]

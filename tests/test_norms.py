@@ -1,23 +1,19 @@
-"""Looking at statistics: one linear, features that stand out again and again, two sets side by side, a picture."""
+"""Looking at statistics: one linear, features that stand out again and again, two sets side by side."""
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
-from wanda_dvc.report import charts
 from wanda_dvc.report.norms import input_norms
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import FORMAT, read_provenance
 from wanda_dvc.study.tensors import read_stats, seal, write_stats
-from wanda_dvc.views import norms as views
 
 ATTENTION, MLP = ["q_proj", "k_proj"], ["up_proj"]
 
@@ -135,6 +131,17 @@ def test_nothing_recurs_where_all_is_flat(study: Project):
     assert json.loads(stats("--recurring", "--json")) == []
 
 
+def test_a_ratio_to_a_median_of_0_is_null_in_json(study: Project):
+    """More than half of the features are 0 in each block: JSON has no number for the ratio."""
+    sparse = torch.zeros(20)
+    sparse[3] = 5.0
+    write(study.stats, [[sparse, flat()]] * 3)
+
+    (record,) = json.loads(stats("--recurring", "--json"), parse_constant=pytest.fail)
+    assert record == {"input": "q_proj, k_proj", "feature": 3, "blocks": [0, 1, 2], "largest_ratio": None}
+    assert "inf" not in stats("--recurring")
+
+
 def test_statistics_equal_themselves_whatever_the_number_of_tokens(study: Project, tmp_path: Path):
     """Norms grow with the root of the tokens; what is compared doesn't."""
     write(tmp_path / "other", [[2 * flat(f3=50, f9=40), 2 * flat()]] * 3, tokens=16, source="another text")
@@ -201,42 +208,6 @@ def test_a_folder_without_statistics_is_refused(study: Project, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no statistics"):
         stats("--compare", "empty")
-
-
-def test_a_picture_is_a_png(study: Project, tmp_path: Path):
-    stats("--plot", "pictures/norms.png")
-    assert (tmp_path / "pictures/norms.png").read_bytes().startswith(b"\x89PNG\r\n")
-    with pytest.raises(UserError, match=r"expected a name that ends in \.png"):
-        stats("--plot", "norms.jpg")
-
-
-@pytest.mark.parametrize("layer", [None, 1])
-def test_a_picture_says_whose_norms_it_shows_and_what_an_outlier_is(
-    study: Project, monkeypatch: pytest.MonkeyPatch, layer: int | None
-):
-    drawn: list[Figure] = []
-    monkeypatch.setattr(charts, "png", lambda figure, _: drawn.append(figure))
-    views.plot(folder=study.stats, target=study.root / "norms.png", layer=layer)
-    (figure,) = drawn
-    title = figure.get_suptitle()
-    assert read_provenance(study.stats, "calibrate")["model"]["source"] in title
-    assert "outlier: a feature of more than 6 times the median norm of its input" in title
-    assert ("of block 1" in title) == (layer == 1)
-    shown = [ax for ax in figure.axes if ax.get_visible()]
-    assert len(shown) == (len(read_stats(study.stats, 0).inputs) * (2 if layer is None else 1))
-
-
-def test_a_picture_of_a_block_marks_its_outliers():
-    figure = charts.block_norms([("q_proj", [1.0, 2.0, 3.0, 30.0])], 6)
-    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
-    assert np.asarray(lines["outlier"].get_xdata()).tolist() == [3]
-    assert np.asarray(lines["feature"].get_xdata()).tolist() == [0, 1, 2]
-    assert np.asarray(lines["6 × median"].get_ydata()).tolist() == [15, 15]
-
-
-def test_a_picture_of_no_block_is_refused(study: Project):
-    with pytest.raises(UserError, match="--layer: got 9, expected 0 to 2: the model has 3 blocks"):
-        views.plot(folder=study.stats, target=study.root / "norms.png", layer=9)
 
 
 def test_one_view_at_a_time(study: Project):

@@ -25,7 +25,7 @@ from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.running import check_device
-from wanda_dvc.study.files import write_json
+from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import read_masks
 from wanda_dvc.views.show import comparison, show
@@ -117,16 +117,16 @@ def test_perplexity_names_the_block_and_linear_and_show_repeats_it(
 def test_a_head_that_is_not_finite_is_named(project: Make, tmp_path: Path):
     made = fetched(project(model=spoiled(tmp_path / "source", model__norm__weight=math.nan)), "tasks")
     perplexity(project=made, model="dense")
-    run("zero-shot", project=made, part="dense", task="piqa")
-    for name in ("perplexity", "zero_shot/piqa"):
-        assert json.loads(made.details("dense", name).read_text())["not_finite"] == "output head"
+    run("zero-shot", project=made, part="dense")
+    answered = load_json(made.details("dense", "zero_shot"))["tasks"]["piqa"]
+    assert answered["not_finite"] == load_json(made.details("dense", "perplexity"))["not_finite"] == "output head"
 
 
 def test_zero_shot_names_the_block_and_linear(project: Make, tmp_path: Path):
     weight = "model__layers__2__mlp__gate_proj__weight"
     made = fetched(project(model=spoiled(tmp_path / "source", **{weight: math.nan})), "tasks")
-    run("zero-shot", project=made, part="dense", task="piqa")
-    details = json.loads(made.details("dense", "zero_shot/piqa").read_text())
+    run("zero-shot", project=made, part="dense")
+    details = load_json(made.details("dense", "zero_shot"))["tasks"]["piqa"]
     assert all(words in details["not_finite"] for words in FIRST[weight])
     assert details["items"][0]["loglikelihoods"] == ["diverged"] * 2
 
@@ -239,15 +239,16 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
 )
 def test_only_what_was_measured_alike_is_compared(project: Make, measure: str, other: dict[str, Any] | str | None):
     made = project(tasks__names=["piqa"])
-    for path, metric, protocol in (
-        ("perplexity", {"perplexity": 20.0}, PERPLEXITY),
-        ("zero_shot/piqa", {"acc": 0.5}, PIQA),
-    ):
-        for model in ("dense", "pruned"):
-            differs = other if model == "dense" and path.endswith(measure) else None
-            write_json(made.metrics(model, path), metric)
-            if not isinstance(differs, str):
-                write_json(made.details(model, path), {"protocol": protocol | (differs or {})})
+    for model in ("dense", "pruned"):
+        of: dict[str, Any] = {"perplexity": {"protocol": PERPLEXITY}, "piqa": {"protocol": PIQA}}
+        if model == "dense" and isinstance(other, str):
+            of[measure] = {}
+        elif model == "dense":
+            of[measure] = {"protocol": of[measure]["protocol"] | (other or {})}
+        write_json(made.metrics(model, "perplexity"), {"perplexity": 20.0})
+        write_json(made.metrics(model, "zero_shot"), {"piqa": {"acc": 0.5}})
+        write_json(made.details(model, "perplexity"), of["perplexity"])
+        write_json(made.details(model, "zero_shot"), {"tasks": {"piqa": of["piqa"]}})
     compared = {row[0].partition(",")[0]: bool(row[3]) for row in comparison(made)[:3]}
     alike = {name: other is None or name != measure for name in ("perplexity", "piqa")}
     assert compared == alike | {"mean": alike["piqa"]}
@@ -261,11 +262,12 @@ def test_only_what_was_measured_alike_is_compared(project: Make, measure: str, o
 def test_no_tasks_run_through_dvc_show_and_report(tmp_path: Path, tiny: Path):
     repository = Repository.new(tmp_path / "study", tiny)
     ran = repository.repro(tasks__names=[])
-    assert {name for name in ran if name.startswith("zero-shot")} == set()
-    assert {"perplexity@dense", "perplexity@pruned"} <= ran
+    assert {"perplexity@dense", "perplexity@pruned", "zero-shot@dense", "zero-shot@pruned"} <= ran
+    assert load_json(repository.root / "metrics/pruned/zero_shot.json") == {}
     repository.commit()
     assert "perplexity" in repository.run("wanda-dvc", "show")
     repository.run("wanda-dvc", "report")
     assert "No tasks were asked" in (repository.root / "report.md").read_text(encoding="utf-8")
-    assert "got x, expected none" in repository.run("wanda-dvc", "zero-shot", "dense", "x", check=False)
+    repository.run("dvc", "plots", "show")
+    repository.run("dvc", "metrics", "diff")
     assert repository.repro() == set()

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.pipeline
 
 DOWNLOADS = {"download@model", "download@calibration", "download@perplexity", "download@tasks"}
 PRUNE = {"mask", "apply"}
-EVALUATE = {"perplexity@pruned", "zero-shot@pruned-piqa"}
-BASELINE = {"perplexity@dense", "zero-shot@dense-piqa"}
+EVALUATE = {"perplexity@pruned", "zero-shot@pruned"}
+BASELINE = {"perplexity@dense", "zero-shot@dense"}
 ALL = {"locate"} | DOWNLOADS | {"calibrate"} | PRUNE | EVALUATE | BASELINE
 
 
@@ -62,10 +62,10 @@ def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
         ({"calibration__samples": 4}, {"calibrate"} | PRUNE | EVALUATE),
         ({"calibration__text__join": "\n"}, {"download@calibration", "calibrate"} | PRUNE | EVALUATE),
         ({"perplexity__length": 32}, {"perplexity@dense", "perplexity@pruned"}),
-        ({"zero_shot__limit": 3}, {"zero-shot@dense-piqa", "zero-shot@pruned-piqa"}),
+        ({"zero_shot__limit": 3}, {"zero-shot@dense", "zero-shot@pruned"}),
         (
             {"tasks__names": ["piqa", "rte"]},
-            {"download@tasks", "zero-shot@dense-rte", "zero-shot@pruned-rte"},
+            {"download@tasks", "zero-shot@dense", "zero-shot@pruned"},
         ),
         ({"dtype": "bfloat16"}, {"calibrate"} | PRUNE | EVALUATE | BASELINE),
     ],

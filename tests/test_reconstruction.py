@@ -33,7 +33,8 @@ from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import read_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_count, read_fisher, read_grams, read_masks, read_stats, read_weights
-from wanda_dvc.views.show import show, stats
+from wanda_dvc.views.show import show
+from wanda_dvc.views.stats import stats
 
 Make = Callable[..., Project]
 CALIBRATION: dict[str, Any] = {"calibration__statistics": "fisher", "calibration__samples": 4}

@@ -197,8 +197,7 @@ def test_bytes_are_not_guessed(project: Callable[..., Project]):
 
 def keys_of(project: Project) -> dict[str, str]:
     """The key of every run whose result a study holds."""
-    runs = [(stage, run) for stage in STAGES.values() for run in stage.runs(project.params.tasks.names)]
-    found = {name: stage.key(project, part, task) for stage, (name, part, task) in runs}
+    found = {name: stage.key(project, part) for stage in STAGES.values() for name, part in stage.runs()}
     return {name: key for name, key in found.items() if key}
 
 
@@ -247,8 +246,9 @@ def write_results(
         write_json(project.metrics(model, "perplexity"), {"perplexity": value})
         write_csv(project.plots(f"{model}/perplexity"), ["window", "predictions", "loss"], [[0, 63, mean]])
         items = [{"item": i, "acc": float(i < count)} for i in range(40)]
-        told = {"protocol": of | {"task": {"sha256": task}}, "items": items}
-        write_json(project.details(model, "zero_shot"), {"tasks": {"piqa": told}})
+        answered = {"protocol": of | {"task": {"sha256": task}}, "items": items}
+        write_json(project.details(model, "zero_shot"), {"tasks": {"piqa": answered}})
+        write_csv(project.plots(f"{model}/zero_shot"), ["task", "item", "acc"], [["piqa", 0, 1.0]])
         write_json(project.metrics(model, "zero_shot"), {"piqa": {"acc": count / 40}})
     write_json(project.metrics("pruned", "sparsity"), {"sparsity": sparsity})
     write_json(project.details("pruned", "sparsity"), {})

@@ -88,7 +88,7 @@ def test_no_code_of_a_model_runs_and_nobody_is_asked(
     for stage, words in {
         "calibrate": {},
         "perplexity": {"part": "dense"},
-        "zero-shot": {"part": "dense", "task": "piqa"},
+        "zero-shot": {"part": "dense"},
     }.items():
         if tokenizer:
             with pytest.raises(UserError, match="no tokenizer that loads"):

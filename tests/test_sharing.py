@@ -22,7 +22,7 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PIPELINE
 from wanda_dvc.study.sharing import cached, check_gated
 
-PRUNE = {"locate", "mask", "apply", "perplexity@pruned", "zero-shot@pruned-piqa"}
+PRUNE = {"locate", "mask", "apply", "perplexity@pruned", "zero-shot@pruned"}
 DOWNLOADS = {"download@model", "download@calibration", "download@perplexity", "download@tasks"}
 
 

@@ -40,11 +40,12 @@ from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study import project as places
 from wanda_dvc.study import tensors
-from wanda_dvc.study.files import write_json
+from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import tokenizer_digest
 from wanda_dvc.study.tensors import read_masks, read_stats, write_masks
 from wanda_dvc.views import show as results
+from wanda_dvc.views import stats
 
 Make = Callable[..., Project]
 
@@ -688,7 +689,7 @@ def test_statistics_of_another_model_are_refused(project: Make, tmp_path: Path):
     with pytest.raises(UserError, match=r"masks/: made for .*, expected other"):
         apply(project=other)
     with pytest.raises(UserError, match=r"stats/: measured on .*, expected other"):
-        results.stats(project=made, layer=0, as_json=False)
+        stats.stats(project=made, layer=0, as_json=False)
 
 
 def test_an_m_that_does_not_divide_the_inputs_is_refused_before_the_work(project: Make):
@@ -818,8 +819,8 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: P
         "definition": "piqa/piqa.yaml",
     }
     write_json(folder / "provenance.json", {"format": 1, **definition})
-    zero_shot(project=made, model="dense", task="piqa")
-    details = json.loads(made.details("dense", "zero_shot/piqa").read_text())
+    zero_shot(project=made, model="dense")
+    details = load_json(made.details("dense", "zero_shot"))["tasks"]["piqa"]
     answers = details["items"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
     for choice, found in zip(("take a chair.", "take a cloud."), answers[0]["loglikelihoods"], strict=True):
@@ -829,7 +830,7 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: P
             logits = model(input_ids=torch.tensor([context + wanted])).logits[0].log_softmax(-1)
         expected = sum(logits[len(context) + i - 1, token].item() for i, token in enumerate(wanted))
         assert found == pytest.approx(expected, rel=1e-4)
-    numbers = json.loads(made.metrics("dense", "zero_shot/piqa").read_text())
+    numbers = load_json(made.metrics("dense", "zero_shot"))["piqa"]
     assert numbers["acc"] == float(answers[0]["answer"] == 0)
     assert set(numbers) == set(details["standard_errors"]) == {"acc", "acc_norm"}
 
@@ -873,8 +874,8 @@ def test_a_single_item_has_no_standard_error(project: Make):
     """lm-eval then gives a string, which crashed the stage."""
     made = fetch(project(zero_shot__limit=1), "model")
     download(project=made, part="tasks")
-    zero_shot(project=made, model="dense", task="piqa")
-    assert json.loads(made.details("dense", "zero_shot/piqa").read_text())["standard_errors"] == {}
+    zero_shot(project=made, model="dense")
+    assert load_json(made.details("dense", "zero_shot"))["tasks"]["piqa"]["standard_errors"] == {}
     assert "± " not in results.show(project=made).split("mean, acc")[0]
 
 
@@ -896,7 +897,7 @@ def test_show_says_whose_model_is_in_the_workspace(project: Make):
 def test_stats_are_a_summary_of_the_norms(project: Make):
     made = fetch(project(), "model", "calibration")
     calibrate(project=made)
-    records = json.loads(results.stats(project=made, layer=1, as_json=True))
+    records = json.loads(stats.stats(project=made, layer=1, as_json=True))
     inputs = read_stats(made.stats, 1).inputs
     assert [record["linears"][0] for record in records] == list(inputs)
     for record, x in zip(records, inputs.values(), strict=True):
@@ -905,6 +906,6 @@ def test_stats_are_a_summary_of_the_norms(project: Make):
         assert record["max"] == norm[0][1]
         assert record["median"] == pytest.approx(float(np.median(x.norm)))
         assert record["outliers"] == pytest.approx(sum(v > 6 * record["median"] for _, v in norm) / len(norm))
-    assert len(json.loads(results.stats(project=made, layer=None, as_json=True))) == 4 * 4
+    assert len(json.loads(stats.stats(project=made, layer=None, as_json=True))) == 4 * 4
     with pytest.raises(UserError, match="--layer: got 4, expected 0 to 3: the model has 4 blocks"):
-        results.stats(project=made, layer=4, as_json=False)
+        stats.stats(project=made, layer=4, as_json=False)

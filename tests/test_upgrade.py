@@ -306,6 +306,14 @@ def test_the_command_says_it(study: Project):
     assert wanda_dvc("init", "--dry-run", cwd=study.root / ".dvc").returncode == 2
 
 
+def test_a_stage_that_this_version_lacks_leaves_the_lock(older: Project):
+    """`show` would name its settings as those of the last run. DVC keeps it."""
+    assert "No longer a stage: zero-shot@dense-piqa" in upgrade(project=older)
+    stages = load(read(older, "dvc.lock"))["stages"]
+    assert not [name for name in stages if name.startswith("zero-shot@")]
+    assert {"calibrate", "mask"} <= stages.keys()
+
+
 @pytest.mark.parametrize(("join", "carried"), [("\n\n", False), (" ", True)])
 def test_a_stage_runs_again_if_this_version_cannot_express_its_settings(join: str, carried: bool):
     """The rows of C4 are always joined by a space."""

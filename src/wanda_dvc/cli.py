@@ -59,7 +59,7 @@ def main(
     os.environ["WANDA_DVC_DEBUG"] = "1" if debug else ""
 
 
-def _run(name: str, version: int | None, part: str | None = None, task: str | None = None) -> None:
+def _run(name: str, version: int | None, part: str | None = None) -> None:
     """Run one stage, timed; offline except for download; without progress bars except on a terminal."""
     from wanda_dvc.stages import check_version
     from wanda_dvc.stages import run as run_stage
@@ -68,14 +68,12 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
     from wanda_dvc.views.needs import announce
 
     stage = STAGES[name]
-    label = stage.run_name(part, task)
-    if stage.parts:
-        _one_of(stage.part_is, part, tuple(stage.parts))
+    label = stage.run_name(part)
+    if stage.parts and part not in stage.parts:
+        raise UserError(f"{stage.part_is}: got {part}, expected {', '.join(stage.parts)}")
     check_version(name, version)
     project = Project.find()
-    params = project.params  # all that is wrong in it is said before anything starts
-    if task is not None:
-        _one_of("task", task, tuple(params.tasks.names))
+    project.params  # noqa: B018 - all that is wrong in params.yaml is said before anything starts
     if sys.stderr.isatty():
         notice(f"{label}: starting")  # libraries take seconds to come
     else:  # bars of libraries would fill a log; ours says a line a minute
@@ -86,24 +84,17 @@ def _run(name: str, version: int | None, part: str | None = None, task: str | No
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with stoppable(label):
-        if part and task:
-            from wanda_dvc.stages import ahead
-
-            if ahead.publish_answered(project, part, task):
-                return
         announce(project=project, stage=name, part=part)
-        with timed(project, stage, part, task) as taken:
+        with timed(project, stage, part):
             if stage.computes:
                 import torch
 
                 torch.set_num_threads(cores())
-            run_stage(name, project=project, part=part, task=task)
-        if part and task:
-            ahead.answer_ahead(project, part, task, taken["seconds"])
+            run_stage(name, project=project, part=part)
 
 
 def _command(stage: Stage) -> Callable[..., None]:
-    """Return the command of a stage: its part and task where it has some, and the version that dvc.yaml asks for."""
+    """Return the command of a stage: its part where it has some, and the version that dvc.yaml asks for."""
     part = Annotated[
         str,
         typer.Argument(
@@ -112,16 +103,10 @@ def _command(stage: Stage) -> Callable[..., None]:
             autocompletion=lambda: list(stage.parts),
         ),
     ]
-    task = Annotated[str, typer.Argument(help="one of tasks.names", autocompletion=completion.tasks)]
 
-    if stage.by_task:
+    if stage.parts:
 
-        def command(part: part, task: task, version: Version = None) -> None:
-            _run(stage.name, version, part, task)
-
-    elif stage.parts:
-
-        def command(part: part, version: Version = None) -> None:  # type: ignore[misc]
+        def command(part: part, version: Version = None) -> None:
             _run(stage.name, version, part)
 
     else:
@@ -156,7 +141,7 @@ def list_experiments(as_json: AsJson = False) -> None:
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
-def stats(  # noqa: PLR0913, PLR0917 - the options of the command
+def stats(
     layer: Annotated[int | None, typer.Option("--layer", help="Only this block, counted from 0.")] = None,
     linear: Annotated[
         str | None,
@@ -165,10 +150,6 @@ def stats(  # noqa: PLR0913, PLR0917 - the options of the command
     recurring: Annotated[
         bool, typer.Option("--recurring", help="Features that are outliers in several blocks.")
     ] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", help="Draw the norms and outliers into this PNG; with --layer those of one block."),
-    ] = None,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -181,23 +162,17 @@ def stats(  # noqa: PLR0913, PLR0917 - the options of the command
 ) -> None:
     """Show the input norms by block and distinct input, with their outliers; of a pruned model the layer errors too."""
     from wanda_dvc.study.project import Project
-    from wanda_dvc.views import norms
-    from wanda_dvc.views.show import check_stats
-    from wanda_dvc.views.show import stats as table
+    from wanda_dvc.views import stats as views
 
-    of_one_block = plot is None and layer is not None
-    if sum((of_one_block or linear is not None, recurring, plot is not None, compare is not None)) > 1:
-        raise typer.BadParameter("one of --recurring, --plot (and --layer), --compare, or --layer and --linear")
+    if sum((layer is not None or linear is not None, recurring, compare is not None)) > 1:
+        raise typer.BadParameter("one of --recurring, --compare, or --layer and --linear")
     project = Project.find()
-    check_stats(project)
-    if plot is not None:
-        typer.echo(norms.plot(folder=project.stats, target=plot, layer=layer))
-    elif compare is not None:
-        typer.echo(norms.compare(project=project, other=compare, as_json=as_json))
+    if compare is not None:
+        typer.echo(views.compare(project=project, other=compare, as_json=as_json))
     elif recurring:
-        typer.echo(norms.recurring(folder=project.stats, as_json=as_json))
+        typer.echo(views.recurring(project=project, as_json=as_json))
     else:
-        typer.echo(table(project=project, layer=layer, linear=linear, as_json=as_json))
+        typer.echo(views.stats(project=project, layer=layer, linear=linear, as_json=as_json))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -378,11 +353,6 @@ def clean(
     from wanda_dvc.views.leftovers import clean as remove
 
     typer.echo(remove(project=Project.find(), dry_run=dry_run, as_json=as_json))
-
-
-def _one_of(what: str, given: str | None, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise UserError(f"{what}: got {given}, expected {', '.join(known) or 'none: params.yaml names none'}")
 
 
 def run() -> None:

@@ -1,7 +1,6 @@
 """Measures how fast a model directory loads and generates on this machine, dense and packed, one sequence at a time."""
 
 import gc
-import json
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +17,7 @@ from typing import Any
 from tabulate import tabulate
 
 from wanda_dvc.errors import UserError, notice
+from wanda_dvc.study.files import json_text
 from wanda_dvc.study.times import processor
 
 EXPORT = "wanda-dvc export --format packed"
@@ -51,7 +51,7 @@ def speed(*, folder: Path, prompt: int, tokens: int, device: str, as_json: bool 
     columns = {form: {"stored_bytes": stored[form], **asdict(found)} for form, found in measured.items()}
     if as_json:
         how = {"directory": str(folder), **machine, "prompt_tokens": prompt, "tokens": tokens}
-        return json.dumps({**how, **columns, "note": said}, indent=2)
+        return json_text({**how, **columns, "note": said})
     headers = ["", *columns, *(["packed / dense"] if len(columns) > 1 else [])]
     return "\n".join(
         [

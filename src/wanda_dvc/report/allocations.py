@@ -1,13 +1,14 @@
 """An allocation compared with `uniform`, all else equal."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.markup import number
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.settings import Settings, nested, resolved
+from wanda_dvc.study.settings import nested, resolved
 
 OWN = ("allocation", "allocation_strength", "calibration.statistics")  # the settings that may differ
 
@@ -27,7 +28,7 @@ class Result(NamedTuple):
         return cls(perplexity, sum(errors) / len(errors) if errors else None)
 
 
-def is_uniform_of(other: Settings, settings: Settings) -> bool:
+def is_uniform_of(other: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether settings have another allocation than `uniform`, and others differ in that alone.
 
     Both are by dotted name, as params.yaml has them. False of others that this version can't read.

@@ -27,7 +27,7 @@ from wanda_dvc.study.provenance import PROVENANCE
 from wanda_dvc.study.ran import read_lock, stale_stages
 from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten, resolved
-from wanda_dvc.study.times import Times
+from wanda_dvc.study.times import Ledger
 
 TAKEN = ("metrics", "stats/norms")
 # Their hashes find the times of runs; they may be missing.
@@ -51,7 +51,7 @@ class Row:
     study: Project  # holds what could be read
     outs: dict[str, Json]  # what dvc.lock has of each out, by path: its hash and size
     missing: list[str]  # paths that the cache lacks
-    ledger: Times  # the times of all runs in the repository
+    ledger: Ledger  # the times of all runs in the repository
     also: list[str] = field(default_factory=list)  # other names of the same results
     notes: list[str] = field(default_factory=list)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from wanda_dvc.params import Params
     from wanda_dvc.study.files import Json
     from wanda_dvc.study.project import Project
-    from wanda_dvc.study.times import Times
+    from wanda_dvc.study.times import Ledger
 
 MODELS = ("dense", "pruned")
 
@@ -31,15 +31,14 @@ class Stage:
     # and those after it. No other change reruns anything.
     version: int
     about: str
-    # The JSON below a study that tells what a run made, by part and task; its hash is the key of the run's time. "": no
-    # time is kept.
+    # The JSON below a study that says what a run made, by part; its hash is the key of the run's time. "": no time is
+    # kept.
     result: str | Mapping[str, str]
     settings: tuple[str, ...] = ()  # the settings that the stage reads, by dotted name: `params:` in dvc.yaml
     parts: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # what it runs for, and the settings of each alone
     part_is: str = ""  # the name of that argument
-    by_task: bool = False  # it runs for each of tasks.names too
     network: bool = False
     computes: bool = True  # with torch, whose import takes seconds
 
@@ -63,29 +62,29 @@ class Stage:
         cost: Cost | None = self._module.cost(params, on)
         return cost
 
-    def key(self, study: "Project", part: str | None = None, task: str | None = None) -> str | None:
+    def key(self, study: "Project", part: str | None = None) -> str | None:
         """Return the key of the run whose result a study holds; None where it holds none."""
         from wanda_dvc.study.files import load_json
         from wanda_dvc.study.provenance import digest
 
         result = self.result if isinstance(self.result, str) else self.result[part or ""]
-        where = result.format(part=part, task=task)
+        where = result.format(part=part)
         found = [load_json(path) for path in sorted(study.root.glob(where))] if where else []
-        return digest([one.get("protocol", one) for one in found]) if found else None
+        made = [one for content in found for one in content.get("tasks", {"": content}).values()]
+        return digest([one.get("protocol", one) for one in made]) if found else None
 
     def settings_of(self, part: str | None) -> tuple[str, ...]:
         """Return the settings that one run of the stage reads."""
         return self.settings + (self.parts[part] if part else ())
 
-    def runs(self, tasks: list[str]) -> Iterator[tuple[str, str | None, str | None]]:
-        """Yield the name, part and task of each run, such as `zero-shot-dense-piqa`."""
+    def runs(self) -> Iterator[tuple[str, str | None]]:
+        """Yield the name and part of each run, such as `zero-shot-dense`."""
         for part in self.parts or [None]:
-            for task in tasks if self.by_task else [None]:
-                yield self.run_name(part, task), part, task
+            yield self.run_name(part), part
 
-    def run_name(self, part: str | None = None, task: str | None = None) -> str:
+    def run_name(self, part: str | None = None) -> str:
         """Return the name of one run."""
-        return "-".join(word for word in (self.name, part, task) if word)
+        return f"{self.name}-{part}" if part else self.name
 
 
 STAGES = {
@@ -167,13 +166,12 @@ STAGES = {
         ),
         Stage(
             name="zero-shot",
-            version=5,
-            about="Ask a model the questions of one task.",
-            result="metrics/details/{part}/zero_shot/{task}.json",
-            settings=("zero_shot.limit", "dtype"),
+            version=6,
+            about="Ask a model the questions of the zero-shot tasks.",
+            result="metrics/details/{part}/zero_shot.json",
+            settings=("tasks.names", "zero_shot.limit", "dtype"),
             part_is="model",
             parts=dict.fromkeys(MODELS, ()),
-            by_task=True,
         ),
     )
 }
@@ -190,23 +188,20 @@ def check_version(stage: str, asked: int | None) -> None:
         )
 
 
-def run(stage: str, *, project: "Project", part: str | None = None, task: str | None = None) -> None:
+def run(stage: str, *, project: "Project", part: str | None = None) -> None:
     """Run one stage on a project.
 
     The stage sees its own settings and `runtime`, and no others: reading another one is a defect.
     """
     row = STAGES[stage]
-    words = {row.part_is: part, "task": task}
-    row.function(
-        project=project.limited_to(row.settings_of(part)), **{name: word for name, word in words.items() if word}
-    )
+    row.function(project=project.limited_to(row.settings_of(part)), **({row.part_is: part} if part else {}))
 
 
-def times(study: "Project", ledger: "Times") -> "dict[str, Json]":
+def times(study: "Project", ledger: "Ledger") -> "dict[str, Json]":
     """Return the times of the runs that made a study's results, by run, each with its `key`."""
     found = {}
     for stage in STAGES.values():
-        for name, part, task in stage.runs(study.params.tasks.names):
-            if (key := stage.key(study, part, task)) and (content := ledger.read(name, key)):
+        for name, part in stage.runs():
+            if (key := stage.key(study, part)) and (content := ledger.read(name, key)):
                 found[name] = content | {"key": key}
     return found

@@ -33,22 +33,25 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def timed(project: Project, stage: Stage, part: str | None = None, task: str | None = None) -> Iterator[Json]:
-    """Keep how long a run took, on what, and the memory that it held; yield that, which is empty until the end."""
+def timed(project: Project, stage: Stage, part: str | None = None) -> Iterator[None]:
+    """Keep how long a run took, on what, and the memory that it held."""
     with measured(project.params.runtime) as content:
-        yield content
-    if key := stage.key(project, part, task):
-        project.times.write(stage.run_name(part, task), key, content)
+        yield
+    if key := stage.key(project, part):
+        project.times.write(stage.run_name(part), key, content)
 
 
 @contextlib.contextmanager
 def measured(runtime: Runtime) -> Iterator[Json]:
-    """Yield an object that has seconds, memory, machine and device at the end."""
+    """Yield an object that has seconds, memory, machine and device at the end.
+
+    Its seconds count those of earlier runs too, whose results this run has taken over: what was `told` as `earlier`.
+    """
     _told.clear()
     began, content = time.perf_counter(), Json()
     with AnonymousMemory() as memory:
         yield content
-    content["seconds"] = round(time.perf_counter() - began, 2)
+    content["seconds"] = round(time.perf_counter() - began + _told.pop("earlier", 0), 2)
     if memory.peak:
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
     else:

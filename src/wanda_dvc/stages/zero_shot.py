@@ -1,19 +1,22 @@
 """Ask a model multiple-choice questions: lm-eval's own definitions of the tasks, our engine's log-likelihoods."""
 
+import contextlib
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.sizes import Need, walking
+from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite, walk_need
-from wanda_dvc.stages.running import progress
-from wanda_dvc.study.files import Json, write_json
+from wanda_dvc.stages.running import progress, told
+from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.places import METRICS
 from wanda_dvc.study.project import ITEMS, Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
@@ -34,16 +37,23 @@ TASKS = {
 }
 
 
-def zero_shot(*, project: Project, model: str, task: str) -> None:
-    """models/{dense,pruned} + data/tasks/TASK → metrics/{dense,pruned}/zero_shot/TASK.json."""
+def zero_shot(*, project: Project, model: str) -> None:
+    """models/{dense,pruned} + data/tasks → metrics/{dense,pruned}/zero_shot.json."""
     check_ready(project, model)
-    protocol = protocol_of(project, model, task)
-    with project.work(protocol) as work:
-        publish(project, model, task, answer(project, model, task, protocol, work))
-        work.forget()
+    protocols = {task: _protocol(project, model, task) for task in project.params.tasks.names}
+    answered = {task: _answered(project, model, task, protocol) for task, protocol in protocols.items()}
+    told({"earlier": sum(one.get("seconds", 0) for one in answered.values())})
+    details = {task: one["details"] for task, one in answered.items()}
+    for task, one in details.items():
+        say_not_finite(f"zero-shot {model} {task}", one.get("not_finite"))
+    plotted = ([task, item["item"], item.get("acc", "")] for task, one in details.items() for item in one["items"])
+    write_json(project.details(model, "zero_shot"), {"tasks": details})
+    write_csv(project.plots(f"{model}/zero_shot"), ["task", "item", "acc"], plotted)
+    # Only what a reader compares: `dvc metrics diff` prints every number in here.
+    write_json(project.metrics(model, "zero_shot"), {task: one["metrics"] for task, one in answered.items()})
 
 
-def protocol_of(project: Project, model: str, task: str) -> Json:
+def _protocol(project: Project, model: str, task: str) -> Json:
     """Return what a task's results follow from."""
     items = read_provenance(project.data("tasks") / task, "download tasks")
     return describe(
@@ -59,7 +69,25 @@ def protocol_of(project: Project, model: str, task: str) -> Json:
     )
 
 
-def answer(project: Project, model: str, task: str, protocol: Json, work: Work) -> Json:
+def _answered(project: Project, model: str, task: str, protocol: Json) -> Json:
+    """Return a model's `details` and `metrics` of a task, as they are written.
+
+    They are those of an earlier run with this protocol, with its `seconds`; else the model is asked, and they are kept.
+    """
+    run, key = f"zero-shot-{model}-{task}", digest(protocol)
+    with project.work(protocol) as work:
+        answered: Json = {}
+        with contextlib.suppress(UserError):  # a damaged file is written again
+            answered = project.answers.read(run, key)
+        if answered.get("details", {}).get("protocol") != protocol:
+            began = time.perf_counter()
+            answered = _ask(project, model, task, protocol, work)
+            project.answers.write(run, key, answered | {"seconds": round(time.perf_counter() - began, 2)})
+        work.forget()
+    return answered
+
+
+def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) -> Json:
     """Ask a model a task's questions; return its `details` and `metrics` as they are written."""
     from lm_eval.evaluator import evaluate
 
@@ -94,14 +122,6 @@ def answer(project: Project, model: str, task: str, protocol: Json, work: Work) 
     if where:
         details["not_finite"] = where
     return {"details": details, "metrics": {metric: round(result[f"{metric},none"], 6) for metric in given}}
-
-
-def publish(project: Project, model: str, task: str, answered: Json) -> None:
-    """Write a task's results."""
-    say_not_finite(f"zero-shot {model} {task}", answered["details"].get("not_finite"))
-    write_json(project.details(model, f"zero_shot/{task}"), answered["details"])
-    # Only what a reader compares: `dvc metrics diff` prints every number in here.
-    write_json(project.metrics(model, f"zero_shot/{task}"), answered["metrics"])
 
 
 def _answer(sample: dict[str, Any]) -> dict[str, Any]:
@@ -139,6 +159,5 @@ def cost(params: Params, on: Setting) -> Cost:
 
 def _task(name: str) -> tuple[int, float, float]:
     """Return a task's row of the table; another task counts as an average one."""
-    known = list(TASKS.values())
-    average = (int(sum(x[0] for x in known) / 5), sum(x[1] for x in known) / 5, sum(x[2] for x in known) / 5)
-    return TASKS.get(name, average)
+    items, tokens, positions = (sum(column) / len(TASKS) for column in zip(*TASKS.values(), strict=True))
+    return TASKS.get(name, (int(items), tokens, positions))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from wanda_dvc.errors import UserError
 from wanda_dvc.study.files import Json, load_json, write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.ran import LOCK, live, load_lock, read_lock
+from wanda_dvc.study.ran import LOCK, load_lock, read_lock
 from wanda_dvc.study.settings import flatten
 
 WORKSPACE = "workspace"
@@ -132,7 +132,7 @@ def _stages(project: Project, repo: Any, revs: list[str]) -> dict[str, Json]:
     if commits != kept:
         with contextlib.suppress(OSError, TypeError, ValueError):  # read-only; a stage of the user's with dates
             write_json(project.locks, {path: commits})
-    return {rev: live(stages) for rev, stages in whole.items()}  # what was kept may be of an older version
+    return whole
 
 
 def _stages_at(repo: Any, rev: str, path: str) -> Json:

@@ -19,6 +19,11 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def json_text(content: object) -> str:
+    """Return JSON to print. ValueError where a number is not finite: JSON has no such number."""
+    return json.dumps(content, indent=2, allow_nan=False)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text as `write_json` does."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from wanda_dvc.reading import is_there, read_text
 from wanda_dvc.study.documents import Documents
 from wanda_dvc.study.files import Json, load_json, write_json
 from wanda_dvc.study.provenance import PROVENANCE, digest, files_digest, read_provenance
-from wanda_dvc.study.times import Times
+from wanda_dvc.study.times import Ledger
 
 TEXT = "text.txt"
 DOCUMENTS = "documents.json.gz"
@@ -148,9 +148,14 @@ class Project:
         return self.root / "metrics" / "details" / which / f"{name}.json"
 
     @property
-    def times(self) -> Times:
-        """How long runs took, in all checkouts of this repository."""
-        return Times(self.work_root.with_name("wanda-dvc-times"))
+    def times(self) -> Ledger:
+        """How long runs took."""
+        return Ledger(self.work_root.with_name("wanda-dvc-times"))
+
+    @property
+    def answers(self) -> Ledger:
+        """The zero-shot answers to each task, so that a run with one more task asks only that one."""
+        return Ledger(self.work_root.with_name("wanda-dvc-answers"))
 
     @property
     def locks(self) -> Path:

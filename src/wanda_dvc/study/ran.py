@@ -43,8 +43,8 @@ class Ran:
         made = masks.get("params", {}) | {f"calibration.{key}": x for key, x in masks.get("calibration", {}).items()}
         made = {key: value for key, value in made.items() if key in asked}
         params = _changed(project.params, nested(ran))
-        filled = _flat(params)  # equal choices may be written in other words
-        if any(filled[key] != value for key, value in made.items()):
+        flat = _flat(params)
+        if any(flat[key] != value for key, value in made.items()):  # equal choices may be written in other words
             params = _changed(params, nested(made))
         return cls(stages, params, project.params)
 
@@ -78,28 +78,18 @@ def read_lock(root: Path) -> Json:
 
 
 def load_lock(text: str) -> Json:
-    """Return the live stages of a `dvc.lock` that is read already. UserError where it is none, as after a merge."""
+    """Return the stages of a `dvc.lock` by its text. UserError where it is not a lock, as after a merge."""
     try:
         content = YAML(typ="safe", pure=True).load(text) or {}
     except YAMLError as error:
         problem = " ".join(str(error).split())
     else:
         if isinstance(content, dict) and isinstance(stages := content.get("stages") or {}, dict):
-            return live(stages)
+            return stages
         problem = f"got {name_of(content)}"
     raise UserError(
         f"{LOCK}: {problem}, expected what DVC writes; resolve the conflict of a merge, or restore the file from git"
     )
-
-
-def live(stages: Json) -> Json:
-    """Return stages without those that DVC has left of tasks which are not among those of the last download."""
-    downloaded = _settings(stages.get("download@tasks", {})).get("tasks.names")
-    if downloaded is None:
-        return stages
-    prefix = "zero-shot@"  # then the model, a dash, and the task
-    tasks = {name: name.removeprefix(prefix).partition("-")[2] for name in stages if name.startswith(prefix)}
-    return {name: stage for name, stage in stages.items() if tasks.get(name) in (None, *downloaded)}
 
 
 def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:

@@ -29,8 +29,8 @@ def processor() -> str:
 
 
 @dataclass(frozen=True)
-class Times:
-    """The times of all runs in one repository."""
+class Ledger:
+    """JSON objects by the run that made them and a key, shared by all checkouts of one repository."""
 
     folder: Path
 
@@ -38,9 +38,9 @@ class Times:
         return self.folder / f"{run}-{key[:32]}.json"
 
     def write(self, run: str, key: str, content: Json) -> None:
-        """Keep a run's seconds, memory, machine and device."""
+        """Keep an object."""
         write_json(self._path(run, key), content)
 
     def read(self, run: str, key: str) -> Json:
-        """Return what was kept of a run; an empty object where it did not run here."""
+        """Return an object; an empty one where none was kept."""
         return load_json(self._path(run, key))

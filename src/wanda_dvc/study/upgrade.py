@@ -57,7 +57,7 @@ def upgrade(*, project: Project, dry_run: bool = False) -> str:
     if not dry_run:
         for place in changed:
             write_text(old[place], new[place])
-        _write_lock(project, {name: stage for name, stage in carried.items() if stage != lock[name]})
+        _write_lock(project, lock, {name: stage for name, stage in carried.items() if name in stages})
     difference = "".join(
         line
         for place in changed
@@ -270,13 +270,17 @@ def _carry(stages: dict[str, Json], lock: Json, study: Settings) -> Json:
     return carried
 
 
-def _write_lock(project: Project, stages: Json) -> None:
+def _write_lock(project: Project, old: Json, new: Json) -> None:
+    """Write changed settings into the lock, and remove stages that dvc.yaml no longer has: DVC keeps those."""
     from dvc.utils.serialize import modify_yaml
 
-    if stages:
+    if old != new:
         with modify_yaml(str(project.root / LOCK)) as content:
-            for name, stage in stages.items():
-                content["stages"][name]["params"] = stage["params"]
+            for name in old:
+                if name not in new:
+                    del content["stages"][name]
+                elif new[name] != old[name]:
+                    content["stages"][name]["params"] = new[name]["params"]
 
 
 def _reruns(stages: dict[str, Json], ran: Json, asked: Json) -> Iterator[str]:

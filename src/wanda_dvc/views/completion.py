@@ -1,19 +1,7 @@
 """What the shell completes. Each answers at once, without a network, and with nothing where there is no study."""
 
-import contextlib
 import shutil
 import subprocess
-
-from wanda_dvc.errors import UserError
-
-
-def tasks() -> list[str]:
-    """The tasks that params.yaml names."""
-    from wanda_dvc.study.project import Project
-
-    with contextlib.suppress(UserError, OSError):
-        return list(Project.find().params.tasks.names)
-    return []
 
 
 def presets() -> list[str]:

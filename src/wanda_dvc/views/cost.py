@@ -1,6 +1,5 @@
 """What a study costs on paper, as a table: from a config.json and no weights."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from wanda_dvc.engine.sizes import BYTES_A_TOKEN, sizes
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, check_params
 from wanda_dvc.stages import STAGES
+from wanda_dvc.study.files import json_text
 from wanda_dvc.study.project import TEXT, Project
 from wanda_dvc.study.times import processor
 
@@ -52,7 +52,7 @@ def cost(  # noqa: PLR0913 - the options of the command
     on = Setting(model, through, card, params.dtype, tokens, workers)
     costs = {name: row for name, stage in STAGES.items() if (row := stage.cost(params, on))}
     if as_json:
-        return json.dumps(_records(on, costs), indent=2)
+        return json_text(_records(on, costs))
     rows = [
         [
             name,

@@ -1,6 +1,5 @@
 """Check the machine and the study before anything runs: what was found, what is missing, what to do."""
 
-import json
 import platform
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import EXTRAS, UserError
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
+from wanda_dvc.study.files import json_text
 from wanda_dvc.study.local import SETTINGS, changed_sources, local_sources
 from wanda_dvc.study.places import on_the_hub, task_definition, task_items
 from wanda_dvc.study.project import Project
@@ -63,7 +63,7 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
         ]
     missing = [check.what for check in checks if check.needed and not check.good]
     if as_json:
-        return json.dumps({"checks": [asdict(check) for check in checks], "missing": missing}, indent=2), not missing
+        return json_text({"checks": [asdict(check) for check in checks], "missing": missing}), not missing
     rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
     said = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."
     return f"{tabulate(rows, ['what', '', 'found', 'what to do'], tablefmt='github')}\n\n{said}", not missing

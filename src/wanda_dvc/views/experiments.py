@@ -4,7 +4,6 @@ A number is shown only beside the settings that it was measured with. `dvc exp s
 experiment with the numbers of the commit that it started from.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,10 +12,11 @@ from tabulate import tabulate
 
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.study.experiments import SUCCESS, Experiment, Kind, list_experiments
-from wanda_dvc.study.files import Json
+from wanda_dvc.study.files import Json, json_text
 from wanda_dvc.study.markup import number
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import stale_stages
+from wanda_dvc.study.settings import flatten
 
 NAMED = 10  # names in a sentence
 HEADERS = ["experiment", "state", "change", "perplexity", "mean acc, %"]
@@ -26,7 +26,7 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     """List the workspace, the branches and tags, and below each commit its experiments."""
     records = [_record(one) for one in list_experiments(project, locks=True)]
     if as_json:
-        return json.dumps(records, indent=2)
+        return json_text(records)
     rows = [
         [
             record["name"],
@@ -60,21 +60,21 @@ def _figures(metrics: Mapping[str, Json]) -> Iterator[tuple[str, Any]]:
     """Yield every number with its name: the path below metrics/, and its own name where the file has another."""
     for path, content in metrics.items():
         *folders, file = path.removeprefix("metrics/").removesuffix(".json").split("/")
-        for name, value in content.items():
+        for name, value in flatten(content):
             yield ".".join([*folders, file] + [name] * (name != file)), math.inf if value == DIVERGED else value
 
 
 def _record(one: Experiment) -> Json:
     """One row; None for a number that is not the experiment's own."""
     own = _own_metrics(one)
-    accuracies = [own.get(f"metrics/pruned/zero_shot/{task}.json", {}).get("acc") for task in _tasks(one.settings)]
-    known = [value for value in accuracies if value is not None]
+    answered = own.get("metrics/pruned/zero_shot.json", {})
+    accuracies = [scores["acc"] for scores in answered.values() if "acc" in scores]
     return {
         "name": one.name,
         "state": one.state.capitalize() if one.kind is Kind.EXPERIMENT else one.kind.name.lower(),
         "change": dict(one.changes),
         "perplexity": own.get("metrics/pruned/perplexity.json", {}).get("perplexity"),
-        "accuracy": sum(known) / len(known) if known and len(known) == len(accuracies) else None,
+        "accuracy": sum(accuracies) / len(accuracies) if accuracies and len(accuracies) == len(answered) else None,
         "stale": one.state == SUCCESS and len(own) < len(one.metrics),
     }
 
@@ -87,7 +87,3 @@ def _own_metrics(one: Experiment) -> Mapping[str, Json]:
     ran = {name: stage for name, stage in one.stages.items() if name not in stale}
     measured = {out["path"] for stage in ran.values() for out in stage.get("outs", [])}
     return {path: content for path, content in one.metrics.items() if path in measured}
-
-
-def _tasks(settings: Mapping[str, Any]) -> list[str]:
-    return list(settings.get("tasks.names") or [])

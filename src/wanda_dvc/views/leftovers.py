@@ -1,6 +1,5 @@
 """What failed runs left behind: work folders, files of locks, and checkouts of queued experiments."""
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from wanda_dvc.study.files import json_text
 from wanda_dvc.study.project import Project
 
 CHECKOUTS = ("tmp*", "standalone/tmp*")  # of DVC's queue, and of `dvc exp run --temp`
@@ -30,7 +30,7 @@ def clean(*, project: Project, dry_run: bool = False, as_json: bool = False) -> 
             shutil.rmtree(checkout)
     if as_json:
         places = [{"path": name, "bytes": size} for name, size in found]
-        return json.dumps({"removed": not dry_run, "places": places}, indent=2)
+        return json_text({"removed": not dry_run, "places": places})
     if not found:
         return "Nothing: no failed run has left anything behind."
     total = sum(size for _, size in found)

@@ -44,7 +44,7 @@ def runs() -> dict[str, tuple[str, bool]]:
     chosen = False  # whether a recipe has been chosen in this stage or before it
     for stage in STAGES.values():
         chosen = chosen or "recipe" in stage.settings
-        found |= {name: (stage.name, chosen and part != "dense") for name, part, *_ in stage.runs(["piqa"])}
+        found |= {name: (stage.name, chosen and part != "dense") for name, part in stage.runs()}
     return found
 
 

@@ -1,7 +1,6 @@
 """Presets: whole studies by name, each a YAML file of the settings that differ from those of a new study."""
 
 import io
-import json
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -16,7 +15,7 @@ from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
-from wanda_dvc.study.files import write_text
+from wanda_dvc.study.files import json_text, write_text
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.settings import Settings, flatten, section_of
 
@@ -64,7 +63,7 @@ def preset_table(*, as_json: bool = False) -> str:
     """Return the presets' names and descriptions as a table; as JSON with their settings and grids."""
     presets = [read_preset(name) for name in names()]
     if as_json:
-        return json.dumps([asdict(preset) for preset in presets], indent=2)
+        return json_text([asdict(preset) for preset in presets])
     table = tabulate([[preset.name, preset.description] for preset in presets], tablefmt="plain")
     return f"{table}\n\n`wanda-dvc preset NAME` writes one into params.yaml and leaves its `runtime` alone."
 

@@ -1,62 +1,78 @@
-"""Views of the input norms: a plot, the recurring outliers, and a comparison of two sets of statistics."""
+"""Views of the statistics: a table of the input norms, recurring outliers, and a comparison with other statistics."""
 
-import json
 import math
-import textwrap
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.report.norms import input_norms
-from wanda_dvc.study.files import Json
+from wanda_dvc.study.files import Json, json_text, load_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import PROVENANCE, read_provenance
+from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
-from wanda_dvc.views.show import check_layer
 
-TITLE_WIDTH = 80  # letters that a line of a picture's title holds
+if TYPE_CHECKING:
+    from wanda_dvc.pruning.statistics import InputStats
+
 SHOWN = 20  # rows of a table; JSON lists all
+INPUTS = ["block", "input of", "tokens", "mean", "median", "largest", "> 6 × median", "largest features (index: norm)"]
+RECURRING = ["input of", "feature", "blocks", "which", "at most, of the median"]
+COMPARED = [
+    "block", "input of", "correlation", "mean change", "largest change", "outliers gained", "lost", "0 there",
+]  # fmt: skip
 
 
-def plot(*, folder: Path, target: Path, layer: int | None = None) -> str:
-    """Draw the norms as a PNG, with the outliers marked: by block and feature, or of one block by feature."""
-    import matplotlib  # noqa: F401 - a missing library is told before anything is read
+def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | None = None) -> str:
+    """Return the input norms by distinct input, of one block or all, or of one linear: as a table, or as JSON.
 
-    from wanda_dvc.pruning.statistics import OUTLIER
-    from wanda_dvc.report.charts import block_norms, norms, png
-
-    if target.suffix.lower() != ".png":
-        raise UserError(f"--plot: got {target.name}, expected a name that ends in .png")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    provenance = read_provenance(folder, "calibrate")
-    if layer is None:
-        figure, what = norms(input_norms(folder)), "by block, and below them which features are outliers"
-    else:
-        check_layer(folder, layer)
-        measured = read_stats(folder, layer)
-        inputs = [(measured.label(name), x.norm.tolist()) for name, x in measured.inputs.items()]
-        figure, what = block_norms(inputs, OUTLIER), f"of block {layer} by feature"
-    lines = [
-        f"Input norms ‖X‖₂ {what.partition(',')[0]}: {provenance['model']['source']}",
-        _described(provenance),
-        f"outlier: a feature of more than {OUTLIER} times the median norm of its input",
+    Linears that read an input have their layer errors beside it, where those were measured with these statistics.
+    """
+    check(project)
+    blocks = block_count(project.stats, "calibrate")
+    if layer is not None and not 0 <= layer < blocks:
+        raise UserError(f"--layer: got {layer}, expected 0 to {blocks - 1}: the model has {blocks} blocks")
+    records = []
+    for block in range(blocks) if layer is None else [layer]:
+        measured = read_stats(project.stats, block)
+        records += [_summary(block, measured.readers[name], x) for name, x in measured.inputs.items()]
+    if linear is not None:
+        every = [name for record in records for name in record["linears"]]
+        records = [r for r in records if any(f".{name}".endswith(f".{linear}") for name in r["linears"])]
+        if not records:
+            last = sorted({name.rpartition(".")[2] for name in every})
+            raise UserError(f"--linear: got {linear}, expected a linear's name or its end: {', '.join(last)}")
+    if errors := _layer_errors(project):
+        for record in records:
+            record["layer_error"] = {name: errors[name] for name in record["linears"] if name in errors}
+    if as_json:
+        return json_text(records)
+    rows = [
+        [
+            record["block"],
+            ", ".join(map(_last_word, record["linears"])),
+            str(record["tokens"]),
+            *("–" if record[name] is None else f"{record[name]:.4g}" for name in ("mean", "median", "max")),
+            "–" if record["outliers"] is None else f"{100 * record['outliers']:.2f} %",
+            "  ".join(f"{feature['index']}: {feature['norm']:.4g}" for feature in record["largest"]),
+            *([", ".join(f"{100 * x:.2f} %" for x in record["layer_error"].values())] if errors else []),
+        ]
+        for record in records
     ]
-    figure.suptitle("\n".join("\n".join(textwrap.wrap(line, TITLE_WIDTH)) for line in lines), fontsize=9)
-    png(figure, target)
-    return f"{target}: norms {what}"
+    return _table(rows, [*INPUTS, "layer error"] if errors else INPUTS)
 
 
-def recurring(*, folder: Path, as_json: bool) -> str:
+def recurring(*, project: Project, as_json: bool) -> str:
     """Return the features that are outliers in several blocks, by distinct input, most blocks first.
 
     Inputs taken from the residual stream share their feature indices: a feature that is listed for attention's input
     and for the MLP's is one direction of the stream.
     """
+    check(project)
     records: list[Json] = []
-    for one in input_norms(folder):
+    for one in input_norms(project.stats):
         by_feature: dict[int, list[tuple[int, float]]] = defaultdict(list)
         for block, feature, _, ratio in one.outliers:
             by_feature[feature].append((block, ratio))
@@ -64,25 +80,33 @@ def recurring(*, folder: Path, as_json: bool) -> str:
             blocks = sorted({block for block, _ in places})  # several experts of one may have it
             if len(blocks) > 1:
                 largest = max(ratio for _, ratio in places)
-                records.append({"input": one.label, "feature": feature, "blocks": blocks, "largest_ratio": largest})
+                record = {"input": one.label, "feature": feature, "blocks": blocks}
+                records.append(record | {"largest_ratio": largest if math.isfinite(largest) else None})  # median 0
     records.sort(key=lambda record: (-len(record["blocks"]), record["input"], record["feature"]))
     if as_json:
-        return json.dumps(records, indent=2)
+        return json_text(records)
     if not records:
         return "No feature is an outlier in more than one block."
-    total = block_count(folder, "calibrate")
+    total = block_count(project.stats, "calibrate")
     rows = [
-        [r["input"], r["feature"], f"{len(r['blocks'])} of {total}", _spans(r["blocks"]), f"{r['largest_ratio']:.1f} ×"]
+        [
+            r["input"],
+            r["feature"],
+            f"{len(r['blocks'])} of {total}",
+            _spans(r["blocks"]),
+            "–" if r["largest_ratio"] is None else f"{r['largest_ratio']:.1f} ×",
+        ]
         for r in records[:SHOWN]
     ]
-    headers = ["input of", "feature", "blocks", "which", "at most, of the median"]
-    return _table(rows, headers, len(records))
+    more = f"\n\nand {len(records) - SHOWN} more; --json lists all" if len(records) > SHOWN else ""
+    return _table(rows, RECURRING) + more
 
 
 def compare(*, project: Project, other: str, as_json: bool) -> str:
     """Compare this study's statistics with another's: a stats directory, a study, an experiment or a revision."""
+    check(project)
     path = Path(other)
-    for folder in (path, path / "stats"):
+    for folder in (path, path / project.stats.name, Project(path).stats):
         if (folder / PROVENANCE).is_file() and block_count(folder, "calibrate"):
             return _compare(project.stats, folder, other, as_json)
     if path.exists():
@@ -94,7 +118,7 @@ def compare(*, project: Project, other: str, as_json: bool) -> str:
         study = Project(work.path / "study")
         study.root.mkdir(parents=True)
         revision = Revision.open(project, other, otherwise="`--compare DIRECTORY` needs none")
-        if missing := revision.take("stats", study):
+        if missing := revision.take(project.stats.relative_to(project.root).as_posix(), study):
             raise UserError(
                 f"{other}: {missing[0]} is not in DVC's cache, expected all of stats/; `dvc pull --all-commits` "
                 f"fetches it where a remote has it, `dvc exp apply {other}` and `dvc repro calibrate` compute it again"
@@ -142,7 +166,7 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
                 }
             )
     if as_json:
-        return json.dumps({"here": _made(here), "other": _made(there), "inputs": records}, indent=2)
+        return json_text({"here": _made(here), "other": _made(there), "inputs": records})
     rows = [
         [
             r["block"],
@@ -156,21 +180,62 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
         ]
         for r in records
     ]
-    headers = [
-        "block",
-        "input of",
-        "correlation",
-        "mean change",
-        "largest change",
-        "outliers gained",
-        "lost",
-        "0 there",
-    ]
     title = (
         f"stats/ ({_described(here)}) against {name} ({_described(there)}): the root mean square of each input "
         "feature, changes relative to the latter."
     )
-    return f"{title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}"
+    return f"{title}\n\n{_table(rows, COMPARED)}"
+
+
+def _layer_errors(project: Project) -> dict[str, float]:
+    """Return the layer error of every linear; none unless the masks and Gram matrices at hand are behind them."""
+    from wanda_dvc.stages.apply import describe_pruned
+
+    measured = load_json(project.details("pruned", "layer_error"))
+    if not measured.get("linears"):
+        return {}
+    try:
+        made_from = describe_pruned(project, project.params.plan.reconstruction.name)
+    except UserError:
+        return {}
+    if measured["protocol"]["model"] != digest(made_from):
+        return {}
+    return {linear: told["error"] for linear, told in measured["linears"].items()}
+
+
+def check(project: Project) -> None:
+    """Raise UserError where there are no statistics, or they are not of the model in models/dense."""
+    measured = read_provenance(project.stats, "calibrate")["model"]
+    model = load_json(project.model("dense") / PROVENANCE)
+    if model and model["sha256"] != measured["sha256"]:
+        raise UserError(
+            f"stats/: measured on {measured['source']}, expected {model['source']}, the model in models/dense; "
+            "run `dvc repro` or `wanda-dvc calibrate`"
+        )
+
+
+def _summary(block: int, linears: list[str], x: "InputStats") -> dict[str, Any]:
+    from wanda_dvc.pruning.statistics import summary
+
+    norm = x.norm
+    top = norm.topk(min(5, len(norm)))
+    known: dict[str, Any] = {
+        **summary(norm),
+        "largest": [
+            {"index": index, "norm": value}
+            for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        ],
+    }
+    nothing: dict[str, Any] = {name: [] if name == "largest" else None for name in known}
+    record = {"block": block, "linears": linears, "features": len(norm), "tokens": x.count}
+    return record | (known if x.count else nothing)
+
+
+def _last_word(linear: str) -> str:
+    """Of a linear's name, and an expert's number with it."""
+    words = linear.split(".")
+    is_expert = words[-2].isdecimal() and sum(word.isdecimal() for word in words) > 1  # the first counts blocks
+    return ".".join(words[-2:] if is_expert else words[-1:])
 
 
 def _made(provenance: Json) -> Json:
@@ -197,6 +262,5 @@ def _spans(blocks: list[int]) -> str:
     return ", ".join(f"{first}–{last}" if first != last else f"{first}" for first, last in spans)
 
 
-def _table(rows: list[list[Any]], headers: list[str], total: int) -> str:
-    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    return table + (f"\n\nand {total - len(rows)} more; --json lists all" if total > len(rows) else "")
+def _table(rows: list[list[Any]], headers: list[str]) -> str:
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)

@@ -1,0 +1,103 @@
+"""Zero-shot: one run a model, in which no task is asked twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import write_params
+
+from wanda_dvc.stages import STAGES, run, zero_shot
+from wanda_dvc.stages.running import timed
+from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.project import Project, Work
+
+TASKS = ["piqa", "rte", "arc_easy"]
+STAGE = STAGES["zero-shot"]
+
+
+class Killed(BaseException):
+    """A kill while a task is asked."""
+
+
+@pytest.fixture
+def study(tmp_path: Path, tiny: Path) -> Project:
+    """A study of three tasks, whose dense model has not been asked yet."""
+    write_params(tmp_path, tiny, tasks__names=TASKS)
+    project = Project(tmp_path)
+    for part in ("model", "tasks"):
+        run("download", project=project, part=part)
+    return project
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tasks that the model was asked; a task that is in the list as `not TASK` ends the run."""
+    asked: list[str] = []
+    ask = zero_shot._ask
+
+    def spy(project: Project, model: str, task: str, protocol: Json, work: Work) -> Json:
+        if f"not {task}" in asked:
+            raise Killed
+        asked.append(task)
+        return ask(project, model, task, protocol, work)
+
+    monkeypatch.setattr(zero_shot, "_ask", spy)
+    return asked
+
+
+def results(project: Project, tasks: list[str]) -> dict[str, bytes]:
+    """What a run for these tasks publishes."""
+    params = project.params.model_copy(update={"tasks": project.params.tasks.model_copy(update={"names": tasks})})
+    run("zero-shot", project=project.with_params(params), part="dense")
+    metrics, details = project.metrics("dense", "zero_shot"), project.details("dense", "zero_shot")
+    assert list(load_json(metrics)) == list(load_json(details)["tasks"]) == tasks
+    return {path.name: path.read_bytes() for path in (metrics, details, project.plots("dense/zero_shot"))}
+
+
+def test_an_added_task_is_asked_alone_and_all_results_are_those_of_one_run(study: Project, asked: list[str]):
+    whole = results(study, TASKS)
+    for path in study.answers.folder.iterdir():
+        path.unlink()
+    asked.clear()
+    before = results(study, TASKS[:2])
+    assert results(study, TASKS) == whole
+    assert asked == TASKS
+    assert results(study, TASKS[:2]) == before
+    assert asked == TASKS
+    assert not [path for path in study.work_root.iterdir() if path.is_dir()]
+
+
+def test_a_killed_run_goes_on_from_the_tasks_that_it_finished(study: Project, asked: list[str]):
+    asked.append("not rte")
+    with pytest.raises(Killed):
+        results(study, TASKS)
+    assert asked == ["not rte", "piqa"]
+    assert not study.metrics("dense", "zero_shot").exists()
+    asked.clear()
+    results(study, TASKS)
+    assert asked == ["rte", "arc_easy"]
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"details": {"protocol": {}}}'])
+def test_answers_that_are_damaged_or_of_another_run_are_asked_again(study: Project, asked: list[str], damage: str):
+    before = results(study, ["piqa"])
+    (kept,) = study.answers.folder.iterdir()
+    kept.write_text(damage, encoding="utf-8")
+    assert results(study, ["piqa"]) == before
+    assert asked == ["piqa", "piqa"]
+
+
+@pytest.mark.usefixtures("asked")
+def test_the_time_of_a_run_counts_the_answers_that_it_took_over(study: Project):
+    def seconds() -> float:
+        with timed(study, STAGE, "dense"):
+            run("zero-shot", project=study, part="dense")
+        key = STAGE.key(study, "dense")
+        assert key
+        return float(study.times.read("zero-shot-dense", key)["seconds"])
+
+    first = seconds()
+    for path in study.answers.folder.iterdir():
+        path.write_text(json.dumps(load_json(path) | {"seconds": 100.0}), encoding="utf-8")
+    assert 0 < first < 100
+    assert 300 <= seconds() < 400
