@@ -51,7 +51,7 @@ from wanda_dvc.engine.recorder import Recorded  # noqa: E402
 from wanda_dvc.engine.rows import as_rows  # noqa: E402
 from wanda_dvc.engine.sizes import sizes, walking  # noqa: E402
 from wanda_dvc.engine.walk import LocalRunner, outputs  # noqa: E402
-from wanda_dvc.pruning.choose import Target, choose_block, prune_block  # noqa: E402
+from wanda_dvc.pruning.choose import Target, choose_block, prepared_linears, prune_linear  # noqa: E402
 from wanda_dvc.pruning.gram import Gram  # noqa: E402
 from wanda_dvc.pruning.packing import pack_bits  # noqa: E402
 
@@ -235,15 +235,19 @@ def _solved_apart(bench: Bench, folder: Path, run: Run, reconstruction: str) -> 
         gradients[name].add(torch.randn(64, len(keep), generator=torch.Generator().manual_seed(0)))
     for device in (torch.device("cpu"), bench.device):
         grams = {name: type(gram)(gram.upper.to(device), gram.count) for name, gram in recorded.grams.items()}
-        solved = prune_block(
-            decoder.checkpoint.weight,
-            recorded.stats,
-            reconstruction=RECONSTRUCTIONS[reconstruction],
-            keeps=keeps,
-            grams=grams,
-            gradients=gradients,
+        solved = (
+            prune_linear(
+                decoder.checkpoint.weight(name),
+                keeps[name],
+                prepared,
+                reconstruction=RECONSTRUCTIONS[reconstruction],
+                gradients=gradients.get(name),
+                transposed=name in recorded.stats.transposed,
+            )
+            for name, prepared in prepared_linears(recorded.stats, grams)
+            if name in keeps
         )
-        errors.append([pruned.error or 0.0 for _, pruned, _ in solved])
+        errors.append([pruned.error or 0.0 for pruned in solved])
     return max(abs(a / b - 1) for a, b in zip(*errors, strict=True) if b)
 
 

@@ -52,7 +52,7 @@ def masks(project: Project) -> dict[str, Any]:
     def chosen() -> float:
         began = time.perf_counter()
         for block in stats:
-            keeps(params, checkpoint.weight, block, params.share)
+            keeps(project, checkpoint.weight, block, params.share)
         return time.perf_counter() - began
 
     def by_sorting() -> float:
