@@ -392,16 +392,28 @@ def test_a_stage_whose_dvc_is_gone_stops_and_loses_nothing(project: Make, monkey
         written.append(block)
         real(folder, block, *rest)
         if block == 1:
-            monkeypatch.setattr("os.getppid", lambda: running.STARTED_BY + 1)
+            monkeypatch.setattr("os.getppid", lambda: -1)
 
     monkeypatch.setattr(module, "write_stats", orphaned)
+    monkeypatch.setattr(running, "_parent", None)  # restored after the test
     monkeypatch.setenv("DVC_STAGE", "calibrate")
+    running.watch_dvc(made)
     with pytest.raises(UserError, match="is gone"):
         calibrate(project=made)
     assert written == [0, 1]
-    monkeypatch.delenv("DVC_STAGE")  # whoever starts a stage without DVC may leave it alone
+    monkeypatch.delenv("DVC_STAGE")  # a stage that was started without DVC outlives its parent
+    running.watch_dvc(made)
     calibrate(project=made)
     assert written == [0, 1, 2, 3]
+
+
+def test_a_library_call_in_another_pipelines_stage_watches_no_parent(monkeypatch: pytest.MonkeyPatch):
+    """As in a process that was forked after the import, so that its parent is another."""
+    from wanda_dvc.stages import running
+
+    monkeypatch.setenv("DVC_STAGE", "somebody's own")
+    monkeypatch.setattr("os.getppid", lambda: -1)
+    assert list(running.progress(range(3), total=3, what="theirs")) == [0, 1, 2]
 
 
 def test_work_lies_where_dvc_finds_its_repository(project: Make, tmp_path: Path):
