@@ -61,7 +61,7 @@ def test_what_another_checkout_calibrates_meanwhile_is_not_calibrated_again(
         advanced.append(step.states.folder)
         if len(advanced) == 1:
             waiting.start()
-            while not list((tmp_path / "repository").rglob("*.awaited")):
+            while not list((tmp_path / "repository").rglob("*.next.lock")):
                 assert waiting.is_alive()
         return real(step, **words)
 

@@ -38,7 +38,6 @@ from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
-from wanda_dvc.study import project as places
 from wanda_dvc.study import tensors
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
@@ -423,32 +422,6 @@ def test_work_lies_where_dvc_finds_its_repository(project: Make, tmp_path: Path)
     (tmp_path / ".dvc").mkdir()
     below = Project(tmp_path / "study")
     assert below.work_root == tmp_path / ".dvc/tmp/wanda-dvc"
-
-
-def test_what_another_killed_run_left_beside_an_artifact_is_not_taken_over(
-    project: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Of two runs that were killed while they published, one before the other had gone on."""
-    made, target, replace = project(), tmp_path / "stats", places._replace
-
-    def killed(_: Path) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(places, "_replace", killed)
-
-    def publish(which: str) -> None:
-        with made.work({"of": which}) as work:
-            write_json(work.out / "provenance.json", {"of": which})
-            work.publish(target)
-
-    for which in ("one", "other"):
-        with pytest.raises(KeyboardInterrupt):
-            publish(which)
-    monkeypatch.setattr(places, "_replace", replace)
-    with made.work({"of": "one"}) as work:
-        assert not (work.out / "provenance.json").exists()
-    with made.work({"of": "other"}) as work:
-        assert json.loads((work.out / "provenance.json").read_text()) == {"of": "other"}
 
 
 def test_work_lies_in_the_repository_that_dvc_was_started_in(project: Make, tmp_path: Path, monkeypatch):

@@ -14,7 +14,7 @@ from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.apply import describe_pruned
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import load_json, write_json
-from wanda_dvc.study.project import Project, places_beside
+from wanda_dvc.study.project import Project, place_beside
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.ran import LOCK, Ran
 from wanda_dvc.study.revisions import Revision
@@ -73,12 +73,11 @@ def experiment_and_directory(project: Project, words: list[str]) -> tuple[str | 
 def _check_target(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: already there, expected a new or an empty directory; name another")
-    for beside in places_beside(target):
-        if beside.exists():
-            raise UserError(
-                f"{beside}: already there, expected nothing, because {target.name} is written under that name first; "
-                "remove it, or name another directory"
-            )
+    if (beside := place_beside(target)).exists():
+        raise UserError(
+            f"{beside}: already there, expected nothing, because {target.name} is written under that name first; "
+            "remove it, or name another directory"
+        )
 
 
 def _check_whole(ran: Ran, what: str) -> None:

@@ -1,11 +1,11 @@
 """What failed runs left behind: work folders, files of locks, and checkouts of queued experiments."""
 
+import itertools
 import json
-import shutil
 from pathlib import Path
 
 from wanda_dvc.study.checkouts import abandoned
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.project import Project, delete
 
 
 def clean(*, project: Project, dry_run: bool = False, as_json: bool = False) -> str:
@@ -14,14 +14,11 @@ def clean(*, project: Project, dry_run: bool = False, as_json: bool = False) -> 
     Whatever a running stage holds stays. Unfinished work that is removed is computed again.
     """
     found: list[tuple[str, int]] = []
-    for work in project.idle_work():
-        found += [(_shown(project, place), _size(place)) for place in work.leftovers()]
+    held = (place for work in project.idle_work() for place in work.leftovers())  # each while its work is locked
+    for place in itertools.chain(held, abandoned(project)):
+        found.append((_shown(project, place), _size(place)))
         if not dry_run:
-            work.discard()
-    for checkout in abandoned(project):
-        found.append((_shown(project, checkout), _size(checkout)))
-        if not dry_run:
-            shutil.rmtree(checkout)
+            delete(place)
     if as_json:
         places = [{"path": name, "bytes": size} for name, size in found]
         return json.dumps({"removed": not dry_run, "places": places}, indent=2)
