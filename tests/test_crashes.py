@@ -72,8 +72,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Pat
     folder, model = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("model")
     save_tiny_model(model, num_hidden_layers=2)
     small = {"calibration__samples": 2, "perplexity__windows": 2, "zero_shot__limit": 1}
-    tiers = {"calibration__statistics": "fisher"}
-    write_params(folder, model, propagation="pruned", group="fisher", **texts, **small, **tiers)
+    pruning = {"calibration__statistics": "fisher", "reconstruction": "fisher", "propagation": "pruned"}
+    write_params(folder, model, group="fisher", **texts, **small, **pruning)
     project = Project(folder)
     for stage in STAGES.values():
         for _, part, task in stage.runs(["piqa"]):

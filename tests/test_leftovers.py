@@ -122,7 +122,7 @@ def test_a_killed_experiments_checkout_goes_and_a_running_ones_stays(project: Ca
     assert not checkout.exists()
 
 
-@pytest.mark.parametrize("closed", ["stats", ".", ".dvc/tmp/wanda-dvc"])
+@pytest.mark.parametrize("closed", ["stats", "stats/norms", ".", ".dvc/tmp/wanda-dvc"])
 def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(
     study: Project, tiny: Path, texts: dict[str, str], closed: str
 ):

@@ -98,7 +98,7 @@ def _take_workspace(project: Project, study: Project) -> None:
     read_provenance(project.model("dense"), "download model")
     study.model("dense").parent.mkdir()
     study.model("dense").symlink_to(project.model("dense"))
-    for name in ("masks", "gram", "fisher_gram", "weights"):
+    for name in ("masks", "stats", "weights"):
         if (project.root / name).is_dir():
             (study.root / name).symlink_to(project.root / name)
     for name in ("params.yaml", LOCK):
@@ -120,9 +120,9 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
             f"them where a remote has them, `dvc exp apply {experiment}` and `dvc exp run` compute them again"
         )
     reconstruction = study.params.plan.reconstruction
-    needed = {"weights": "mask", "gram": "calibrate"} if reconstruction.function is not None else {}
+    needed = {"weights": "mask", "stats/gram": "calibrate"} if reconstruction.function is not None else {}
     if reconstruction.by_gradients:
-        needed["fisher_gram"] = "calibrate"
+        needed["stats/fisher"] = "calibrate"
     for folder, command in needed.items():
         if not revision.take_whole(folder, study):
             raise UserError(

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 
 def mask(*, project: Project) -> None:
-    """models/dense + stats/ (+ gram/, fisher/, fisher_gram/, data/calibration) → masks/, weights/.
+    """models/dense + stats/ (+ data/calibration) → masks/, weights/.
 
     weights/ has blocks only where `propagation: pruned` meets a reconstruction: what it makes of the weights decides
     what the next block is calibrated on, and does not follow from the statistics of the dense model.
@@ -89,12 +89,7 @@ def mask(*, project: Project) -> None:
         calibration={"text": stats.provenance["text"], **stats.provenance["params"]},
         params=plan.described,
         **({"gram": digest(gram_provenance(project))} if plan.masks_read_gram else {}),
-        **({"fisher": digest(fisher_provenance(project, project.fisher))} if plan.masks_read_sums else {}),
-        **(
-            {"fisher_gram": digest(fisher_provenance(project, project.fisher_gram))}
-            if plan.masks_read_gradients
-            else {}
-        ),
+        **({"fisher": digest(fisher_provenance(project))} if plan.masks_read_sums or plan.masks_read_gradients else {}),
         **({"sparsities": list(map(_written, shares))} if plan.allocation.name != "uniform" else {}),
     )
     with project.work(made_from) as work:
@@ -329,7 +324,7 @@ def _propagate(
             changed: dict[str, Tensor] = {}
             told = Json()
             if plan.records_grams:
-                back = read_grams(project.fisher_gram, turn.index) if plan.masks_read_gradients else None
+                back = read_grams(project.fisher, turn.index) if plan.masks_read_gradients else None
                 own = recorded.grams
                 parts = _parts(
                     plan, checkpoint, turn.index, measured, own, share, crosses=recorded.crosses, gradients=back

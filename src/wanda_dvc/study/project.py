@@ -109,23 +109,18 @@ class Project:
 
     @property
     def stats(self) -> Path:
-        """The folder of statistics."""
-        return self.root / "stats"
+        """The folder of the norm tier. The three tiers are published together, as the folder above."""
+        return self.root / "stats" / "norms"
 
     @property
     def gram(self) -> Path:
-        """The folder of Gram matrices."""
-        return self.root / "gram"
+        """The folder of the Gram tier."""
+        return self.root / "stats" / "gram"
 
     @property
     def fisher(self) -> Path:
         """The folder of the Fisher tier."""
-        return self.root / "fisher"
-
-    @property
-    def fisher_gram(self) -> Path:
-        """The folder of the Fisher tier's Gram matrices."""
-        return self.root / "fisher_gram"
+        return self.root / "stats" / "fisher"
 
     @property
     def masks(self) -> Path:
@@ -134,7 +129,7 @@ class Project:
 
     @property
     def weights(self) -> Path:
-        """The folder of weights that a reconstruction changed and that do not follow from masks/ and gram/."""
+        """The folder of weights that a reconstruction changed and that do not follow from masks/ and stats/."""
         return self.root / "weights"
 
     def metrics(self, which: str, name: str) -> Path:

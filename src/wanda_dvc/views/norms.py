@@ -82,7 +82,7 @@ def recurring(*, folder: Path, as_json: bool) -> str:
 def compare(*, project: Project, other: str, as_json: bool) -> str:
     """Compare this study's statistics with another's: a stats directory, a study, an experiment or a revision."""
     path = Path(other)
-    for folder in (path, path / "stats"):
+    for folder in (path, path / "norms", path / "stats/norms"):
         if (folder / PROVENANCE).is_file() and block_count(folder, "calibrate"):
             return _compare(project.stats, folder, other, as_json)
     if path.exists():
@@ -94,9 +94,9 @@ def compare(*, project: Project, other: str, as_json: bool) -> str:
         study = Project(work.path / "study")
         study.root.mkdir(parents=True)
         revision = Revision.open(project, other, otherwise="`--compare DIRECTORY` needs none")
-        if missing := revision.take("stats", study):
+        if missing := revision.take("stats/norms", study):
             raise UserError(
-                f"{other}: {missing[0]} is not in DVC's cache, expected all of stats/; `dvc pull --all-commits` "
+                f"{other}: {missing[0]} is not in DVC's cache, expected all of stats/norms; `dvc pull --all-commits` "
                 f"fetches it where a remote has it, `dvc exp apply {other}` and `dvc repro calibrate` compute it again"
             )
         table = _compare(project.stats, study.stats, other, as_json)
