@@ -554,7 +554,7 @@ def kill(*_: object) -> None:
         lambda work: [path.write_bytes(b"") for path in work.glob("hidden_*.bin")],
         lambda work: [path.write_bytes(path.read_bytes() + b"more") for path in work.glob("hidden_*.bin")],
         lambda work: (work / "progress.json").write_text("[]"),
-        lambda work: (work / "progress.json").write_text('{"finished": 99, "boot": null}'),
+        lambda work: (work / "progress.json").write_text('{"finished": 99}'),
         lambda work: (work / "progress.json").write_bytes(b"\xff\x00"),
     ],
     ids=["gone", "flipped", "empty", "longer", "list", "too-far", "binary"],

@@ -350,6 +350,8 @@ def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
         if told := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from error
         raise
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())  # a resumed run trusts the file by its name, also after a power cut
     beside.replace(path)
 
 
