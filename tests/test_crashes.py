@@ -1,9 +1,10 @@
-"""A stage that is killed at any file operation is run again and ends with the same bytes."""
+"""A stage that is killed at a file operation is run again and ends with the same bytes."""
 
 import contextlib
 import errno
 import itertools
 import os
+import random
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ from wanda_dvc.stages import STAGES, run
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import digest
 
+CRASHES = int(os.environ.get("WANDA_DVC_CRASHES", "10"))  # points by stage; 1000 are all, in two minutes on two cores
 CHANGES_FILES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
 
 
@@ -189,10 +191,13 @@ RUNS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "part", "task"), RUNS, ids=["-".join(filter(None, one)) for one in RUNS])
-def test_every_file_operation_is_a_crash_point_that_recovers(
+def test_any_file_operation_is_a_crash_point_that_recovers(
     root: Path, killer: Killer, name: str, part: str | None, task: str | None
 ):
-    """Over the earlier output of the same settings; a second kill in the recovery is one crash point of the next."""
+    """Over the earlier output of the same settings; a second kill in the recovery is one crash point of the next.
+
+    Those of a publication are all in the test above.
+    """
     expected = outputs(root)
 
     def body() -> None:
@@ -201,7 +206,7 @@ def test_every_file_operation_is_a_crash_point_that_recovers(
     assert killer.run(root, -1, body)
     points = killer.count
     assert points >= 3
-    for at in range(points):
+    for at in sorted(random.Random(name).sample(range(points), min(points, CRASHES))):
         assert not killer.run(root, at, body), f"operation {at} did not happen"
         body()
         assert outputs(root) == expected, f"killed at operation {at} of {points}"

@@ -100,7 +100,7 @@ class HiddenStates:
             self._saved = time.monotonic()
         self._file = 1 - self._file
         part = self.folder / "progress.part"
-        progress = {
+        progress: dict[str, int | str] = {
             "finished": self.finished,
             "file": self._file,
             "checksum": self._checksums[-1],

@@ -1,6 +1,6 @@
 """Write the pruned model: the dense checkpoint, byte for byte, with zeros where the masks don't keep a weight.
 
-A reconstruction gives the weights that stay other values: solved for here, from gram/, or found in weights/.
+A reconstruction gives the weights that stay other values: solved for here, from stats/gram, or found in weights/.
 """
 
 from functools import lru_cache

@@ -197,7 +197,7 @@ class Part:
     share: Share
     stats: BlockStats  # of this input alone
     weights: Mapping[str, Tensor] | Path  # as stored; or the checkpoint that has them
-    grams: Mapping[str, Gram] | tuple[Path, int]  # of this input; or gram/ and the block
+    grams: Mapping[str, Gram] | tuple[Path, int]  # of this input; or stats/gram and the block
     crosses: Mapping[str, Tensor]  # X_denseᵀX, likewise, where weights are corrected
     gradients: Mapping[str, Gram]  # of what its linears put out, by linear, where the reconstruction is given them
 

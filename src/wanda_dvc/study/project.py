@@ -230,7 +230,7 @@ class Work:
             made = self.part(target.name if len(targets) > 1 else "")
             remove(beside := place_beside(target))  # left by a run that was killed
             if awaited or not _rename(made, target):
-                shutil.copytree(made, beside / "out", copy_function=_copy)
+                shutil.copytree(made, beside / "out", copy_function=lambda *places: copy_file(*map(Path, places)))
                 _rename(beside / "out", target)
                 remove(beside)
         if not awaited:
@@ -265,20 +265,13 @@ class Work:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder or a file, if it is there. A kill leaves it complete, or under another name."""
+    """Remove a folder or a file, if it is there. A kill leaves a folder complete, or under another name."""
     gone = path.with_name(path.name + ".gone")
-    delete(gone)  # left by a run that was killed
-    if is_there(path):
-        path.rename(gone)
-        delete(gone)
-
-
-def delete(path: Path) -> None:
-    """Delete a folder or a file, if it is there. A kill may leave half of a folder."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    for place in (gone, path):  # first what a removal left that was killed
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place.rename(gone))
+        else:
+            place.unlink(missing_ok=True)
 
 
 def place_beside(target: Path) -> Path:
@@ -302,7 +295,3 @@ def _rename(made: Path, target: Path) -> bool:
             raise
         return False
     return True
-
-
-def _copy(source: str, target: str) -> None:
-    copy_file(Path(source), Path(target))

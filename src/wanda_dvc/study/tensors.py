@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,19 +54,16 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
     path = block_file(folder, block)
     tensors, header = _load(path, "calibrate")
     readers, transposed = _readers(path, header)
+    inputs = {}
     for name in readers:
-        sums = [tensors.get(f"{name}.{kind}") for kind in ("sum_squares", "sum", "count")]
-        if any(x is None for x in sums):
+        squares, plain, count = (tensors.get(f"{name}.{kind}") for kind in ("sum_squares", "sum", "count"))
+        if squares is None or plain is None or count is None:
             raise _damaged(path, f"no statistics of {name}", "calibrate")
-        squares, plain, count = (x for x in sums if x is not None)
         if (str(squares.dtype), str(plain.dtype)) != ("torch.float64", "torch.float64") or (
             squares.dim() != 1 or plain.shape != squares.shape or count.numel() != 1
         ):
             raise _damaged(path, f"statistics of {name} are {squares.dtype} {list(squares.shape)}", "calibrate")
-    inputs = {
-        name: InputStats(tensors[f"{name}.sum_squares"], tensors[f"{name}.sum"], int(tensors[f"{name}.count"]))
-        for name in readers
-    }
+        inputs[name] = InputStats(squares, plain, int(count))
     return BlockStats(inputs, readers, transposed)
 
 
@@ -76,7 +74,8 @@ def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[s
     row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the triangle are at most 1,
     so float16 holds each to 11 bits or to 6e-8. Header: as of statistics.
     """
-    _save_grams(folder, block, pack_grams(stats, grams, GRAM_DTYPE), {})
+    packed = pack_grams(stats, grams, GRAM_DTYPE)
+    _save(block_file(folder, block), packed.tensors, packed.header)
 
 
 def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str | None) -> "Grams":
@@ -97,7 +96,7 @@ def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str | No
             f"{name}.triangle": triangle.to("cpu", getattr(torch, dtype)),
             f"{name}.count": torch.tensor(gram.count),
         }
-    return Grams(tensors, stats.readers, stats.transposed, None)
+    return Grams(tensors, stats.readers, stats.transposed)
 
 
 def write_fisher(folder: Path, block: int, sums: "Mapping[str, Tensor]", grams: "Mapping[str, Gram]") -> None:
@@ -107,7 +106,8 @@ def write_fisher(folder: Path, block: int, sums: "Mapping[str, Tensor]", grams: 
     writes those of inputs. Header: as of statistics; each matrix is one linear's, in its own orientation.
     """
     squares = {f"{name}.{SQUARED_GRADIENTS}": x for name, x in sums.items()}
-    _save_grams(folder, block, pack_gradients(grams, GRAM_DTYPE), squares)
+    packed = pack_gradients(grams, GRAM_DTYPE)
+    _save(block_file(folder, block), packed.tensors | squares, packed.header)
 
 
 def pack_gradients(grams: "Mapping[str, Gram]", dtype: str) -> "Grams":
@@ -115,11 +115,6 @@ def pack_gradients(grams: "Mapping[str, Gram]", dtype: str) -> "Grams":
     from wanda_dvc.pruning.statistics import BlockStats
 
     return pack_grams(BlockStats({}, {name: [name] for name in grams}, []), grams, dtype)
-
-
-def _save_grams(folder: Path, block: int, grams: "Grams", more: "dict[str, Tensor]") -> None:
-    header = {"readers": grams.readers, "transposed": grams.transposed}
-    _save(block_file(folder, block), grams.tensors | more, header)
 
 
 def read_grams(folder: Path, block: int, device: "torch.device | None" = None) -> "Grams":
@@ -149,32 +144,33 @@ def read_fisher(folder: Path, block: int) -> "dict[str, Tensor]":
     return {name.removesuffix(f".{SQUARED_GRADIENTS}"): x for name, x in tensors.items()}
 
 
+@dataclass(frozen=True, eq=False)
 class Grams(Mapping[str, "Gram"]):
     """The Gram matrices of one block. One is unpacked when it is asked for; until then it is as `pack_grams` leaves it.
 
     An input that no token reached has none.
     """
 
-    def __init__(
-        self,
-        tensors: "dict[str, Tensor]",
-        readers: dict[str, list[str]],
-        transposed: list[str],
-        device: "torch.device | None",
-    ) -> None:
-        self.tensors, self.readers, self.transposed, self._device = tensors, readers, transposed, device
-        self._inputs = [name for name in readers if f"{name}.count" in tensors]
+    tensors: "dict[str, Tensor]"
+    readers: dict[str, list[str]]
+    transposed: list[str]
+    device: "torch.device | None" = None  # that they come on
+
+    @property
+    def header(self) -> Json:
+        """What a file says of them."""
+        return {"readers": self.readers, "transposed": self.transposed}
 
     def on(self, device: "torch.device") -> "Grams":
         """Return the same matrices, which come on another device."""
-        return Grams(self.tensors, self.readers, self.transposed, device)
+        return replace(self, device=device)
 
     def of(self, *names: str) -> "Grams":
         """Return the Gram matrices of some names alone, as far as they have one."""
         readers = {name: self.readers[name] for name in names if name in self.readers}
         tensors = {kind: self.tensors[kind] for name in readers for kind in _kinds(name) if kind in self.tensors}
         read = {linear for linears in readers.values() for linear in linears}
-        return Grams(tensors, readers, [x for x in self.transposed if x in read], self._device)
+        return Grams(tensors, readers, [x for x in self.transposed if x in read], self.device)
 
     def __getitem__(self, name: str) -> "Gram":
         from wanda_dvc.pruning.gram import Gram
@@ -182,16 +178,16 @@ class Grams(Mapping[str, "Gram"]):
         norm, triangle, count = map(self.tensors.get, _kinds(name))
         if triangle is None or count is None:
             raise KeyError(name)
-        triangle = triangle.to(self._device)
+        triangle = triangle.to(self.device)
         if norm is None:
             return Gram.from_triangle(triangle, int(count))
-        return Gram.from_scaled_triangle(norm.to(self._device), triangle, int(count))
+        return Gram.from_scaled_triangle(norm.to(self.device), triangle, int(count))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._inputs)
+        return (name for name in self.readers if f"{name}.count" in self.tensors)
 
     def __len__(self) -> int:
-        return len(self._inputs)
+        return sum(1 for _ in self)
 
 
 def write_weights(folder: Path, block: int, weights: "dict[str, Tensor]", solved: Json) -> None:
@@ -266,14 +262,15 @@ def _damaged(path: Path, found: str, made_by: str) -> UserError:
     return UserError(f"{path}: damaged: found {found}, expected what `wanda-dvc {made_by}` writes; run it again")
 
 
+@dataclass(frozen=True, eq=False)
 class Masks(Mapping[str, "Tensor"]):
     """The `keep` masks of a block or a model. One is unpacked when it is asked for; until then it is one bit a weight.
 
     A mask is bool, in the orientation of the stored weight; True stays.
     """
 
-    def __init__(self, packed: "dict[str, Tensor]", columns: dict[str, int]) -> None:
-        self.packed, self.columns = packed, columns
+    packed: "dict[str, Tensor]"
+    columns: dict[str, int]
 
     def __or__(self, other: "Masks") -> "Masks":
         """Return the masks of both."""

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from wanda_dvc.study.checkouts import abandoned
-from wanda_dvc.study.project import Project, delete
+from wanda_dvc.study.project import Project, remove
 
 
 def clean(*, project: Project, dry_run: bool = False, as_json: bool = False) -> str:
@@ -18,7 +18,7 @@ def clean(*, project: Project, dry_run: bool = False, as_json: bool = False) -> 
     for place in itertools.chain(held, abandoned(project)):
         found.append((_shown(project, place), _size(place)))
         if not dry_run:
-            delete(place)
+            remove(place)
     if as_json:
         places = [{"path": name, "bytes": size} for name, size in found]
         return json.dumps({"removed": not dry_run, "places": places}, indent=2)
