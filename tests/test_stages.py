@@ -636,7 +636,7 @@ def test_blocks_that_a_killed_run_has_lost_are_made_again(
     assert tree(target) == whole
 
 
-@pytest.mark.parametrize("artifact", ["stats", "masks"])
+@pytest.mark.parametrize("artifact", ["stats/norms", "masks"])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -661,7 +661,7 @@ def test_an_artifact_that_is_not_whole_is_refused(
     before = tree(made.model("pruned"))
     spoil(made.root / artifact)
     with pytest.raises(UserError, match=message):
-        mask(project=made) if artifact == "stats" else apply(project=made)
+        mask(project=made) if artifact == "stats/norms" else apply(project=made)
     assert tree(made.model("pruned")) == before
 
 
