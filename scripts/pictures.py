@@ -226,7 +226,7 @@ def pipeline(colours: Colours) -> Figure:
         _box(axes, box, name, colours, edge="blue")
     _box(axes, (21, 17, 63, 6), "models/dense, data/", colours)
     _box(axes, (87, 17, 16, 6), "models/pruned", colours)
-    for x, name in ((57.5, "stats/\ngram/\nfisher/\nfisher_gram/"), (76.5, "masks/\nweights/")):
+    for x, name in ((57.5, "stats/"), (76.5, "masks/\nweights/")):
         axes.text(x, 34.3, name, ha="center", color=colours["muted"], fontsize=7.4)
     for start, end in (("locate", "download"), ("calibrate", "mask"), ("mask", "apply")):
         _arrow(axes, (stages[start][0] + stages[start][2], 33.5), (stages[end][0], 33.5), colours)
@@ -273,7 +273,7 @@ def engine(colours: Colours) -> Figure:
     _box(axes, (83, 18, 20, 9), "hidden states\nfile B", colours)
     _box(axes, (36, 8, 15, 6), "embeddings", colours)
     _box(axes, (54, 8, 15, 6), "norm, head", colours)
-    _box(axes, (83, 32, 20, 9), "Σx², Σx, XᵀX\nstats/, gram/", colours, edge="orange")
+    _box(axes, (83, 32, 20, 9), "Σx², Σx, XᵀX\nstats/", colours, edge="orange")
     _arrow(axes, (22, 36.5), (36, 36.5), colours)
     _arrow(axes, (52.5, 32), (52.5, 27), colours)
     _arrow(axes, (22, 22.5), (36, 22.5), colours)

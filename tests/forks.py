@@ -111,8 +111,6 @@ def _entry(place: str) -> Callable[[], int | None]:
 
 def _become(connection: socket.socket, entries: dict[str, Callable[[], int | None]]) -> NoReturn:
     """Run a client's command in this process, and tell the client how it ended."""
-    from wanda_dvc.stages import running
-
     size, streams, _, _ = socket.recv_fds(connection, 4, 3)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -123,7 +121,6 @@ def _become(connection: socket.socket, entries: dict[str, Callable[[], int | Non
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [command, *words]
-    running.STARTED_BY = os.getppid()
     this, leave = os.getpid(), os._exit
 
     def tell_and_leave(code: int) -> NoReturn:

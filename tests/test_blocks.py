@@ -8,7 +8,7 @@ import torch
 from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import attention, states, structure
+from wanda_dvc.engine import attention, structure
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import InputRecorder
@@ -159,13 +159,6 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, fin
         assert all(torch.equal(one.stats[name].sum_squares, other.stats[name].sum_squares) for name in other.stats)
     for killed, not_killed in zip(*(outputs(decoder, tokens, tmp_path / x) for x in ("killed", "whole")), strict=True):
         assert torch.equal(killed, not_killed)
-
-
-def test_what_another_boot_left_is_not_trusted(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    tokens = windows()
-    record(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path)
-    monkeypatch.setattr(states, "_boot", lambda: "another")
-    assert len(record(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path)) == 4
 
 
 def test_only_the_block_at_work_has_weights(tiny: Path, tmp_path: Path):

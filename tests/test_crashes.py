@@ -1,6 +1,10 @@
-"""A stage that is killed at any file operation is run again and ends with the same bytes."""
+"""A stage that is killed at a file operation is run again and ends with the same bytes."""
 
+import contextlib
+import errno
+import itertools
 import os
+import random
 import re
 import shutil
 import signal
@@ -13,12 +17,13 @@ from typing import Any
 
 import pytest
 from conftest import save_tiny_model, write_params
+from filelock import FileLock
 
 from wanda_dvc.stages import STAGES, run
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.project import Project, Work
+from wanda_dvc.study.provenance import digest
 
-pytestmark = pytest.mark.slow
-
+CRASHES = int(os.environ.get("WANDA_DVC_CRASHES", "10"))  # points by stage; 1000 are all, in two minutes on two cores
 CHANGES_FILES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
 
 
@@ -69,8 +74,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Pat
     folder, model = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("model")
     save_tiny_model(model, num_hidden_layers=2)
     small = {"calibration__samples": 2, "perplexity__windows": 2, "zero_shot__limit": 1}
-    tiers = {"calibration__statistics": "fisher"}
-    write_params(folder, model, propagation="pruned", group="fisher", **texts, **small, **tiers)
+    pruning = {"calibration__statistics": "fisher", "reconstruction": "fisher", "propagation": "pruned"}
+    write_params(folder, model, group="fisher", **texts, **small, **pruning)
     project = Project(folder)
     for stage in STAGES.values():
         for _, part in stage.runs():
@@ -88,13 +93,107 @@ def leftovers(root: Path) -> list[Path]:
     return [path for path in (root / ".dvc/tmp/wanda-dvc").iterdir() if path.suffix != ".lock"]
 
 
+Content = dict[str, bytes]
+OLD, OTHER, NEW = ({"a": kind, f"{name}/b": kind} for name, kind in (("c", b"old"), ("b", b"other"), ("b", b"new")))
+
+
+def write(folder: Path, content: Content) -> None:
+    for name, told in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(told)
+
+
+def read(folder: Path) -> Content:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def begin(folder: Path, targets: list[Path], earlier: str) -> list[Content]:
+    """An empty repository around targets that exist or not; what they hold."""
+    for old in folder.iterdir():
+        shutil.rmtree(old)
+    (folder / ".dvc/tmp/wanda-dvc").mkdir(parents=True)
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if earlier != "nothing":
+            write(target.with_name("far") if earlier == "a link" else target, OLD)
+        if earlier == "a link":
+            target.symlink_to("far")
+    return [read(target) for target in targets]
+
+
+def publish(project: Project, targets: list[Path], content: Content) -> None:
+    """A stage that continues its own work, and publishes it."""
+    with project.work({"of": str(content)}) as work:
+        for target in targets:
+            folder = work.part(target.name if len(targets) > 1 else "")
+            write(folder, {name: told for name, told in content.items() if not (folder / name).exists()})
+        work.publish(*targets)
+
+
+def two_file_systems(one: Path) -> Callable[[Path, Path], Path]:
+    """A rename that works on one side of a border alone."""
+    rename = Path.rename
+
+    def refuse(source: Path, target: Path) -> Path:
+        if source.is_relative_to(one) != target.is_relative_to(one):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(source, target)
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("earlier", "names", "awaited", "across"),
+    [
+        *itertools.product(["a folder"], [["stats"], ["masks", "weights"]], [False, True], [False, True]),
+        *itertools.product(["nothing", "a link"], [["stats"]], [False], [False, True]),
+    ],
+)
+def test_every_operation_of_a_publication_is_a_crash_point_that_recovers(
+    tmp_path: Path, killer: Killer, monkeypatch: pytest.MonkeyPatch, earlier: str, names: list[str], awaited: bool,
+    across: bool,
+):  # fmt: skip
+    """An artifact is then the earlier one or the new one, or is missing while the new one waits; never a part of one.
+
+    The same run publishes it, also after a run with other inputs, and nothing is left behind.
+    """
+    project, targets = Project(tmp_path / "study"), [tmp_path / "study/made" / name for name in names]
+    (tmp_path / ".dvc").mkdir()
+    place = Work(project.work_root / digest({"of": str(NEW)})[:32])
+    if across:
+        monkeypatch.setattr(Path, "rename", two_file_systems(tmp_path / ".dvc"))
+
+    def killed(at: int) -> bool:
+        with FileLock(place.next) if awaited else contextlib.nullcontext():
+            return not killer.run(tmp_path, at, lambda: publish(project, targets, NEW))
+
+    begin(tmp_path, targets, earlier)
+    assert not killed(-1)
+    assert [read(target) for target in targets] == [NEW] * len(targets)
+    for at, others in itertools.product(range(killer.count), [[], [OTHER]]):
+        before = begin(tmp_path, targets, earlier)
+        assert killed(at)
+        waiting = [read(place.path / "out" / name) for name in ("", *names)]
+        for target, old in zip(targets, before, strict=True):
+            assert read(target) in [old, NEW] or (not target.exists() and NEW in waiting), at
+        for content in (*others, NEW):
+            publish(project, targets, content)
+            assert [read(target) for target in targets] == [content] * len(targets), at
+        assert not leftovers(tmp_path), at
+        assert {path.name for path in (tmp_path / "study/made").iterdir()} - {"far"} == set(names), at
+
+
 # Every stage, and every part of download. The pruned model runs through the code that the dense one does.
 RUNS = [(stage.name, part) for stage in STAGES.values() for _, part in stage.runs() if part != "pruned"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "part"), RUNS, ids=["-".join(filter(None, one)) for one in RUNS])
-def test_every_file_operation_is_a_crash_point_that_recovers(root: Path, killer: Killer, name: str, part: str | None):
-    """Over the earlier output of the same settings; a second kill in the recovery is one crash point of the next."""
+def test_any_file_operation_is_a_crash_point_that_recovers(root: Path, killer: Killer, name: str, part: str | None):
+    """Over the earlier output of the same settings; a second kill in the recovery is one crash point of the next.
+
+    Those of a publication are all in the test above.
+    """
     expected = outputs(root)
 
     def body() -> None:
@@ -107,7 +206,7 @@ def test_every_file_operation_is_a_crash_point_that_recovers(root: Path, killer:
     assert killer.run(root, -1, body)
     points = killer.count
     assert points >= 3
-    for at in range(points):
+    for at in sorted(random.Random(name).sample(range(points), min(points, CRASHES))):
         forget()
         assert not killer.run(root, at, body), f"operation {at} did not happen"
         body()
@@ -115,6 +214,7 @@ def test_every_file_operation_is_a_crash_point_that_recovers(root: Path, killer:
         assert not leftovers(root), f"killed at operation {at} of {points}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
     tmp_path: Path, tiny: Path, number: signal.Signals
@@ -147,6 +247,7 @@ def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
     assert outputs(tmp_path) == resumed
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_with_statistics_is_one_that_is_full(tmp_path: Path):
     """The library has an error of its own for what the system says."""
     code = (
@@ -161,6 +262,7 @@ def test_a_disk_that_fills_up_with_statistics_is_one_that_is_full(tmp_path: Path
     assert done.stdout.startswith(f"True {place}: no room on the disk (File too large), expected room")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [20_000, 200_000])
 def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path, tiny: Path, limit: int):
     """`ulimit -f`: a file may not grow beyond; the earlier output stays as it is."""

@@ -183,8 +183,8 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_
         with pytest.raises(UserError, match="already there, expected a new or an empty directory; name another"):
             export(project=pruned, experiment=None, target=path if path == file else full)
         assert path.read_text() == "mine"
-    (tmp_path / "beside.earlier").write_text("mine")
-    with pytest.raises(UserError, match="beside.earlier: already there, expected nothing"):
+    (tmp_path / "beside.part").write_text("mine")
+    with pytest.raises(UserError, match="beside.part: already there, expected nothing"):
         export(project=pruned, experiment=None, target=tmp_path / "beside")
     (tmp_path / "empty").mkdir()
     export(project=pruned, experiment=None, target=tmp_path / "empty")

@@ -41,7 +41,7 @@ def test_a_command_without_its_library_is_one_line_and_exit_2(tmp_path: Path, na
         "text": {"source": "t", "sha256": "0"},
         "params": {"dtype": "float32"},
     }
-    write_json(tmp_path / "stats/provenance.json", {"format": 1, **made})
+    write_json(tmp_path / "stats/norms/provenance.json", {"format": 1, **made})
     done = process(*words, cwd=tmp_path, first=f"import sys; sys.modules[{name!r}] = None")
     assert (done.returncode, done.stdout) == (2, "")
     said = f"{name}: not installed, expected it for this command; run `pip install 'wanda-dvc[{EXTRAS[name]}]'`\n"

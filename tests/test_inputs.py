@@ -194,7 +194,7 @@ def reads() -> Reads:
 UNREAD = {
     "download model": ("models/dense",),
     "download calibration": ("data/calibration",),
-    "calibrate": ("stats", "gram", "fisher", "fisher_gram"),
+    "calibrate": ("stats",),
     "mask": ("masks", "weights"),
     "apply": ("models/pruned", "metrics", "stats"),
     "perplexity dense": ("metrics",),

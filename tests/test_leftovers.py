@@ -12,9 +12,10 @@ from conftest import without_privilege, write_params
 from test_crashes import outputs
 
 from wanda_dvc.stages import run
-from wanda_dvc.study.files import write_json
+from wanda_dvc.study.checkouts import RUNNER, _host
+from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.views.leftovers import YOUNG, clean
+from wanda_dvc.views.leftovers import clean
 
 HEX = "0123456789abcdef" * 2
 
@@ -35,35 +36,20 @@ def everything(root: Path) -> set[str]:
 def test_all_of_a_failed_run_is_listed_and_removed(study: Project):
     clean(project=study)
     before, whole = everything(study.root), outputs(study.root)
-    work = study.work_root / HEX
-    for name in ("", ".gone", ".published", ".published.gone"):
-        write_json(work.with_name(HEX + name) / "out/a.json", {})
-    write_json(work.with_suffix(".published") / "target.json", {"target": str(study.stats)})
-    for name in (".part", ".part.copy", ".part.gone", ".earlier", ".earlier.gone"):
-        write_json(study.root / f"stats{name}" / "a.json", {})
-    work.with_suffix(".lock").touch()
+    for name in ("", ".gone"):
+        write_json(study.work_root / f"{HEX}{name}" / "out/a.json", {})
+    for name in (".lock", ".next.lock"):
+        (study.work_root / f"{HEX}{name}").touch()
     left = everything(study.root)
     listed = clean(project=study, dry_run=True)
     assert everything(study.root) == left
     assert "Would remove" in listed
-    assert all(f"stats{name} " in listed for name in (".part", ".part.copy", ".part.gone", ".earlier", ".earlier.gone"))
     removed = clean(project=study)
     assert removed.splitlines()[:-1] == listed.splitlines()[:-1]
-    assert len(removed.splitlines()) == 4 + 5 + 1 + 1
+    assert len(removed.splitlines()) == 4 + 1
     assert everything(study.root) == before
     assert outputs(study.root) == whole
     assert clean(project=study) == "Nothing: no failed run has left anything behind."
-
-
-def test_an_artifact_that_was_moved_away_comes_back(study: Project):
-    """Killed between the two renames of a publication: the earlier one is whole, under another name."""
-    clean(project=study)
-    whole = outputs(study.root)
-    study.stats.rename(study.root / "stats.earlier")
-    write_json(study.root / "stats.part/a.json", {})
-    write_json(study.work_root / f"{HEX}.published/target.json", {"target": str(study.stats)})
-    clean(project=study)
-    assert outputs(study.root) == whole
 
 
 def test_the_work_of_a_running_stage_stays(study: Project):
@@ -77,25 +63,66 @@ def test_the_work_of_a_running_stage_stays(study: Project):
     assert not list(study.work_root.iterdir())
 
 
-@pytest.mark.parametrize("folder", ["tmpabc", "standalone/tmpabc"])
-def test_a_killed_experiments_checkout_goes_and_a_running_ones_stays(study: Project, folder: str):
-    clean(project=study)
-    checkout = study.root / ".dvc/tmp/exps" / folder
-    write_json(checkout / "models/pruned/config.json", {})
-    assert clean(project=study).startswith("Nothing")  # DVC may still be filling it
-    os.utime(checkout, (0, checkout.stat().st_ctime - 2 * YOUNG))
-    code = "print('there', flush=True); input()"
-    words = [sys.executable, "-c", code]
-    with subprocess.Popen(words, cwd=checkout / "models", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as busy:
+@pytest.fixture(params=["tmpabc", "standalone/tmpabc"])
+def checkout(project: Callable[..., Project], request: pytest.FixtureRequest) -> Path:
+    """An experiment's checkout that is an hour old, in which no process of this host works."""
+    folder = project().root / ".dvc/tmp/exps" / request.param
+    write_json(folder / "models/pruned/config.json", {})
+    (folder / ".dvc/tmp").mkdir(parents=True)
+    os.utime(folder, (0, folder.stat().st_ctime - 3600))
+    return folder
+
+
+def ended() -> int:
+    """The number of a process that has ended."""
+    with subprocess.Popen(["true"]) as process:
+        return process.pid
+
+
+@pytest.mark.parametrize(
+    ("note", "removed"),
+    [
+        ({"host": _host(), "process": ended()}, True),
+        ({"host": _host(), "process": os.getpid()}, False),
+        ({"host": _host(), "process": 1}, False),  # another user's, where the tests do not run as root
+        ({"host": "another", "process": ended()}, False),
+        ({"host": _host()}, False),
+        ({}, False),  # DVC may still be filling it
+    ],
+    ids=["ended", "running", "another user's", "another host's", "no process", "no note"],
+)
+def test_only_a_checkout_whose_process_certainly_ended_is_removed(
+    project: Callable[..., Project], checkout: Path, note: dict[str, object], removed: bool
+):
+    if note:
+        write_json(checkout / RUNNER, note)
+    assert (f"{checkout.name} " in clean(project=project())) == removed
+    assert checkout.exists() != removed
+
+
+def test_a_killed_experiments_checkout_goes_and_a_running_ones_stays(project: Callable[..., Project], checkout: Path):
+    """DVC works in the checkout; a stage that it runs notes the process of DVC, and ends before it."""
+    study = project()
+    stage = (
+        "from pathlib import Path; from wanda_dvc.stages.running import watch_dvc; "
+        "from wanda_dvc.study.project import Project; watch_dvc(Project(Path('..').resolve()))"
+    )
+    dvc = f"import subprocess; subprocess.run([{sys.executable!r}, '-c', {stage!r}], check=True); print(1); input()"
+    environment = os.environ | {"DVC_ROOT": str(study.root), "DVC_STAGE": "apply", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", dvc], cwd=checkout / "models", env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as busy:  # fmt: skip
         assert busy.stdout
         assert busy.stdout.readline()
+        assert load_json(checkout / RUNNER)["process"] == busy.pid
         assert clean(project=study).startswith("Nothing")
-        busy.communicate(b"\n")
-    assert f".dvc/tmp/exps/{folder} " in clean(project=study)
+        busy.communicate("\n")
+    assert f"{checkout.name} " in clean(project=study)
     assert not checkout.exists()
 
 
-@pytest.mark.parametrize("closed", ["stats", ".", ".dvc/tmp/wanda-dvc"])
+@pytest.mark.parametrize("closed", ["stats", "stats/norms", ".", ".dvc/tmp/wanda-dvc"])
 def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(
     study: Project, tiny: Path, texts: dict[str, str], closed: str
 ):

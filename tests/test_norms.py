@@ -65,7 +65,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """
     (tmp_path / "params.yaml").touch()
     write(
-        tmp_path / "stats",
+        tmp_path / "stats/norms",
         [
             [flat(f3=50, f9=40), flat(f11=12)],
             [flat(f3=20, f7=13), flat(f3=16)],

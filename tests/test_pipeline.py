@@ -77,9 +77,9 @@ def test_a_change_reruns_what_depends_on_it(repository: Repository, changes: dic
 
 def test_gram_matrices_cost_a_pass_and_no_evaluation_and_solved_weights_are_not_cached(repository: Repository):
     """Norms, masks and Wanda's results stay; then another reconstruction adds its masks to the cache, and no model."""
-    norms, masks = (contents(repository.root / name) for name in ("stats", "masks"))
+    norms, masks = (contents(repository.root / name) for name in ("stats/norms", "masks"))
     assert repository.repro(calibration__statistics="gram") == {"calibrate"} | PRUNE
-    assert (contents(repository.root / "stats"), contents(repository.root / "masks")) == (norms, masks)
+    assert (contents(repository.root / "stats/norms"), contents(repository.root / "masks")) == (norms, masks)
     before = repository.cached()
     settings = {"calibration__statistics": "gram", "reconstruction": "least-squares"}
     assert repository.repro(**settings) == PRUNE | EVALUATE
@@ -92,9 +92,9 @@ def test_gram_matrices_cost_a_pass_and_no_evaluation_and_solved_weights_are_not_
 
 
 def test_the_fisher_tier_costs_a_pass_and_no_evaluation(repository: Repository):
-    norms, masks = (contents(repository.root / name) for name in ("stats", "masks"))
+    norms, masks = (contents(repository.root / name) for name in ("stats/norms", "masks"))
     assert repository.repro(calibration__statistics="fisher") == {"calibrate", "mask", "apply"}
-    assert (contents(repository.root / "stats"), contents(repository.root / "masks")) == (norms, masks)
+    assert (contents(repository.root / "stats/norms"), contents(repository.root / "masks")) == (norms, masks)
     assert repository.repro(calibration__statistics="fisher", reconstruction="fisher") == PRUNE | EVALUATE
     assert contents(repository.root / "masks") == masks
     assert "reconstruction fisher" in repository.run("wanda-dvc", "show")
@@ -240,7 +240,7 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert {one["largest_change"] for one in compared["inputs"]} == {0}
     revision = repository.run("git", "rev-parse", "HEAD").strip()
     shutil.rmtree(repository.root / ".dvc/cache")
-    assert "is not in DVC's cache, expected all of stats/" in repository.run(
+    assert "is not in DVC's cache, expected all of stats/norms" in repository.run(
         "wanda-dvc", "stats", "--compare", revision, check=False
     )
     missing = repository.run("wanda-dvc", "export", revision, str(tmp_path / "missing"), check=False)

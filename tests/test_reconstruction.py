@@ -218,7 +218,7 @@ def test_float16_keeps_gram_matrices_to_a_thousandth(study: Make, tmp_path: Path
 
 @pytest.mark.parametrize("method", methods())
 def test_wanda_pays_nothing_for_gram_matrices(study: Make, method: str):
-    """Masks of a method that does not need them do not depend on gram/."""
+    """Masks of a method that does not need them do not depend on stats/gram."""
     if methods()[method].needs == "gram":
         with pytest.raises(UserError, match="calibration.statistics: got norms, expected gram for recipe wanda"):
             study(method=method, **NORMS).params  # noqa: B018
@@ -300,7 +300,7 @@ def test_gradients_of_another_calibration_are_refused(study: Make):
     shutil.rmtree(made.gram)
     kept.rename(made.gram)
     study(reconstruction="fisher")
-    with pytest.raises(UserError, match="fisher_gram/: no Gram matrices of .* and the calibration that masks/ name"):
+    with pytest.raises(UserError, match="stats/fisher: no Gram matrices of .* and the calibration that masks/ name"):
         apply(project=made)
 
 
@@ -532,7 +532,7 @@ def test_gram_matrices_of_another_calibration_are_refused(study: Make, reconstru
     made = study(reconstruction=reconstruction)
     mask(project=made)
     calibrate(project=study(reconstruction=reconstruction, calibration__seed=1))
-    with pytest.raises(UserError, match=r"gram/: no Gram matrices of .* and the calibration that masks/ name"):
+    with pytest.raises(UserError, match=r"stats/gram: no Gram matrices of .* and the calibration that masks/ name"):
         apply(project=study(reconstruction=reconstruction))
 
 
@@ -542,7 +542,7 @@ def test_parts_that_do_not_belong_together_are_refused(study: Make, tmp_path: Pa
     other = json.loads((made.gram / "provenance.json").read_text())
     other["model"]["sha256"] = "0" * 64
     (made.gram / "provenance.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match="gram/: no Gram matrices of"):
+    with pytest.raises(UserError, match="stats/gram: no Gram matrices of"):
         apply(project=made)
 
 

@@ -110,7 +110,7 @@ def test_help_shows_the_panels_in_order():
         (["mask"], {}, "models/dense/provenance.json: not there; run `dvc repro` or `wanda-dvc download model` first"),
         # DVC refuses it too, in words of its own, before any stage runs.
         (["show"], {"tasks__names": "piqa"}, "params.yaml: tasks.names: got piqa, expected a list, such as [piqa]"),
-        (["stats"], {}, "stats/provenance.json: not there; run `dvc repro` or `wanda-dvc calibrate` first"),
+        (["stats"], {}, "stats/norms/provenance.json: not there; run `dvc repro` or `wanda-dvc calibrate` first"),
         (["perplexity", "thin"], {}, "got thin, expected dense, pruned"),
         (["download", "weights"], {}, "got weights, expected model, calibration, perplexity, tasks"),
     ],

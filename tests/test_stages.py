@@ -38,7 +38,6 @@ from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
-from wanda_dvc.study import project as places
 from wanda_dvc.study import tensors
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
@@ -393,16 +392,28 @@ def test_a_stage_whose_dvc_is_gone_stops_and_loses_nothing(project: Make, monkey
         written.append(block)
         real(folder, block, *rest)
         if block == 1:
-            monkeypatch.setattr("os.getppid", lambda: running.STARTED_BY + 1)
+            monkeypatch.setattr("os.getppid", lambda: -1)
 
     monkeypatch.setattr(module, "write_stats", orphaned)
+    monkeypatch.setattr(running, "_parent", None)  # restored after the test
     monkeypatch.setenv("DVC_STAGE", "calibrate")
+    running.watch_dvc(made)
     with pytest.raises(UserError, match="is gone"):
         calibrate(project=made)
     assert written == [0, 1]
-    monkeypatch.delenv("DVC_STAGE")  # whoever starts a stage without DVC may leave it alone
+    monkeypatch.delenv("DVC_STAGE")  # a stage that was started without DVC outlives its parent
+    running.watch_dvc(made)
     calibrate(project=made)
     assert written == [0, 1, 2, 3]
+
+
+def test_a_library_call_in_another_pipelines_stage_watches_no_parent(monkeypatch: pytest.MonkeyPatch):
+    """As in a process that was forked after the import, so that its parent is another."""
+    from wanda_dvc.stages import running
+
+    monkeypatch.setenv("DVC_STAGE", "somebody's own")
+    monkeypatch.setattr("os.getppid", lambda: -1)
+    assert list(running.progress(range(3), total=3, what="theirs")) == [0, 1, 2]
 
 
 def test_work_lies_where_dvc_finds_its_repository(project: Make, tmp_path: Path):
@@ -412,32 +423,6 @@ def test_work_lies_where_dvc_finds_its_repository(project: Make, tmp_path: Path)
     (tmp_path / ".dvc").mkdir()
     below = Project(tmp_path / "study")
     assert below.work_root == tmp_path / ".dvc/tmp/wanda-dvc"
-
-
-def test_what_another_killed_run_left_beside_an_artifact_is_not_taken_over(
-    project: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Of two runs that were killed while they published, one before the other had gone on."""
-    made, target, replace = project(), tmp_path / "stats", places._replace
-
-    def killed(_: Path) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(places, "_replace", killed)
-
-    def publish(which: str) -> None:
-        with made.work({"of": which}) as work:
-            write_json(work.out / "provenance.json", {"of": which})
-            work.publish(target)
-
-    for which in ("one", "other"):
-        with pytest.raises(KeyboardInterrupt):
-            publish(which)
-    monkeypatch.setattr(places, "_replace", replace)
-    with made.work({"of": "one"}) as work:
-        assert not (work.out / "provenance.json").exists()
-    with made.work({"of": "other"}) as work:
-        assert json.loads((work.out / "provenance.json").read_text()) == {"of": "other"}
 
 
 def test_work_lies_in_the_repository_that_dvc_was_started_in(project: Make, tmp_path: Path, monkeypatch):
@@ -570,7 +555,7 @@ def kill(*_: object) -> None:
         lambda work: [path.write_bytes(b"") for path in work.glob("hidden_*.bin")],
         lambda work: [path.write_bytes(path.read_bytes() + b"more") for path in work.glob("hidden_*.bin")],
         lambda work: (work / "progress.json").write_text("[]"),
-        lambda work: (work / "progress.json").write_text('{"finished": 99, "boot": null}'),
+        lambda work: (work / "progress.json").write_text('{"finished": 99}'),
         lambda work: (work / "progress.json").write_bytes(b"\xff\x00"),
     ],
     ids=["gone", "flipped", "empty", "longer", "list", "too-far", "binary"],
@@ -652,7 +637,7 @@ def test_blocks_that_a_killed_run_has_lost_are_made_again(
     assert tree(target) == whole
 
 
-@pytest.mark.parametrize("artifact", ["stats", "masks"])
+@pytest.mark.parametrize("artifact", ["stats/norms", "masks"])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -677,7 +662,7 @@ def test_an_artifact_that_is_not_whole_is_refused(
     before = tree(made.model("pruned"))
     spoil(made.root / artifact)
     with pytest.raises(UserError, match=message):
-        mask(project=made) if artifact == "stats" else apply(project=made)
+        mask(project=made) if artifact == "stats/norms" else apply(project=made)
     assert tree(made.model("pruned")) == before
 
 

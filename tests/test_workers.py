@@ -28,7 +28,7 @@ from wanda_dvc.engine import pool, questions  # noqa: E402 - they need no ray, b
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
 
 Make = Callable[..., Project]
-MADE = ("stats", "gram", "fisher", "fisher_gram", "masks", "weights", "metrics")
+MADE = ("stats", "masks", "weights", "metrics")
 PROPAGATED = {"propagation": "corrected", "reconstruction": "fisher"}
 
 

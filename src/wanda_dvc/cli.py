@@ -63,7 +63,7 @@ def _run(name: str, version: int | None, part: str | None = None) -> None:
     """Run one stage, timed; offline except for download; without progress bars except on a terminal."""
     from wanda_dvc.stages import check_version
     from wanda_dvc.stages import run as run_stage
-    from wanda_dvc.stages.running import stoppable, timed
+    from wanda_dvc.stages.running import stoppable, timed, watch_dvc
     from wanda_dvc.study.project import Project
     from wanda_dvc.views.needs import announce
 
@@ -83,6 +83,7 @@ def _run(name: str, version: int | None, part: str | None = None) -> None:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    watch_dvc(project)
     with stoppable(label):
         announce(project=project, stage=name, part=part)
         with timed(project, stage, part):

@@ -8,7 +8,7 @@ from typing import Any
 
 from cases import NO_OBJECTS, REMOVED, Case, dotted, removed, replaced_by_folder, replaced_by_pipe, written
 
-STATS, MASKS = "stats/block_001.safetensors", "masks/block_001.safetensors"
+STATS, MASKS = "stats/norms/block_001.safetensors", "masks/block_001.safetensors"
 
 
 def provenance(folder: str, **changes: object) -> Callable[[Path], object]:
@@ -65,8 +65,8 @@ READ = (
     ("data/calibration", "calibrate", ("source", "sha256")),
     ("data/perplexity", "perplexity", ("source", "sha256", "join")),
     ("data/tasks/piqa", "zero-shot", ("task", "source", "role", "sha256", "lm_eval", "definition")),
-    ("stats", "mask", ("model", "model.source", "model.sha256", "text.source", "text.sha256", "params", "files")),
-    ("stats", "stats", ("model.sha256", "files")),
+    ("stats/norms", "mask", ("model", "model.source", "model.sha256", "text.source", "text.sha256", "params", "files")),
+    ("stats/norms", "stats", ("model.sha256", "files")),
     ("masks", "apply", ("model.source", "model.sha256", "calibration.text.source", "params", "params.method", "files")),
     ("models/pruned", "perplexity-pruned", ("model.source", "masks", "params")),
 )

@@ -24,8 +24,8 @@ class HiddenStates:
     """The hidden states of all rows before and after the current block, in two files that swap roles.
 
     They are read through a memory map, so they cost page cache instead of memory, and they survive a killed process.
-    They are written with `write`: a full disk is an error then, and no page is faulted in. After a crash of the
-    machine their content is undefined, so they are used again only within the same boot.
+    They are written with `write`: a full disk is an error then, and no page is faulted in. They are not flushed, so
+    after a power cut their content is undefined; then their checksum is another.
 
     Rows that the device has room for stay there, the shortest first. Where all do, the files are written once a minute
     and at the end: a block takes a card less time than its hidden states take the link and the disk.
@@ -50,7 +50,7 @@ class HiddenStates:
     def open(
         cls, folder: Path, lengths: list[int], width: int, dtype: torch.dtype, blocks: int, **room: Any
     ) -> "HiddenStates":
-        """The states in a folder, with as many finished blocks as an interrupted run of this boot left.
+        """The states in a folder, with as many finished blocks as an interrupted run left.
 
         Progress counts only with complete and unchanged states. `room` is `device` and `room`.
         """
@@ -59,7 +59,7 @@ class HiddenStates:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
             progress = load_progress(folder)
             finished = int(progress["finished"])
-            if progress["boot"] == _boot() and 0 <= finished <= blocks:
+            if 0 <= finished <= blocks:
                 states._file = int(bool(progress["file"]))
                 checksum, size = _checksum_of(states._path(states._file))
                 if (checksum, size) == (progress["checksum"], sum(lengths) * width * dtype.itemsize):
@@ -100,9 +100,8 @@ class HiddenStates:
             self._saved = time.monotonic()
         self._file = 1 - self._file
         part = self.folder / "progress.part"
-        progress = {
+        progress: dict[str, int | str] = {
             "finished": self.finished,
-            "boot": _boot(),
             "file": self._file,
             "checksum": self._checksums[-1],
         }
@@ -172,11 +171,3 @@ def _checksum_of(path: Path) -> tuple[int, int]:
         while content := file.read(2**24):
             checksum, size = zlib.crc32(content, checksum), size + len(content)
     return checksum, size
-
-
-def _boot() -> str | None:
-    """This boot of this machine, where the system has one."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None

@@ -14,7 +14,7 @@ from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.apply import describe_pruned
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import load_json, write_json
-from wanda_dvc.study.project import Project, places_beside
+from wanda_dvc.study.project import Project, place_beside
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.ran import LOCK, Ran
 from wanda_dvc.study.revisions import Revision
@@ -73,12 +73,11 @@ def experiment_and_directory(project: Project, words: list[str]) -> tuple[str | 
 def _check_target(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: already there, expected a new or an empty directory; name another")
-    for beside in places_beside(target):
-        if beside.exists():
-            raise UserError(
-                f"{beside}: already there, expected nothing, because {target.name} is written under that name first; "
-                "remove it, or name another directory"
-            )
+    if (beside := place_beside(target)).exists():
+        raise UserError(
+            f"{beside}: already there, expected nothing, because {target.name} is written under that name first; "
+            "remove it, or name another directory"
+        )
 
 
 def _check_whole(ran: Ran, what: str) -> None:
@@ -99,7 +98,7 @@ def _take_workspace(project: Project, study: Project) -> None:
     read_provenance(project.model("dense"), "download model")
     study.model("dense").parent.mkdir()
     study.model("dense").symlink_to(project.model("dense"))
-    for name in ("masks", "gram", "fisher_gram", "weights"):
+    for name in ("masks", "stats", "weights"):
         if (project.root / name).is_dir():
             (study.root / name).symlink_to(project.root / name)
     for name in ("params.yaml", LOCK):
@@ -121,9 +120,9 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
             f"them where a remote has them, `dvc exp apply {experiment}` and `dvc exp run` compute them again"
         )
     reconstruction = study.params.plan.reconstruction
-    needed = {"weights": "mask", "gram": "calibrate"} if reconstruction.function is not None else {}
+    needed = {"weights": "mask", "stats/gram": "calibrate"} if reconstruction.function is not None else {}
     if reconstruction.by_gradients:
-        needed["fisher_gram"] = "calibrate"
+        needed["stats/fisher"] = "calibrate"
     for folder, command in needed.items():
         if not revision.take_whole(folder, study):
             raise UserError(

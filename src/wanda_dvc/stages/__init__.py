@@ -120,9 +120,9 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=7,
-            about="Measure the dense model's activations once: stats/, and if asked gram/, fisher/ and fisher_gram/.",
-            result="[fg]*/provenance.json",  # of fisher/, fisher_gram/ and gram/: with any it takes longer
+            version=8,
+            about="Measure the dense model's activations once: stats/.",
+            result="stats/[fg]*/provenance.json",  # of gram and fisher: with either it takes longer
             settings=(
                 "calibration.samples",
                 "calibration.length",

@@ -1,6 +1,6 @@
 """Write the pruned model: the dense checkpoint, byte for byte, with zeros where the masks don't keep a weight.
 
-A reconstruction gives the weights that stay other values: solved for here, from gram/, or found in weights/.
+A reconstruction gives the weights that stay other values: solved for here, from stats/gram, or found in weights/.
 """
 
 from functools import lru_cache
@@ -40,7 +40,7 @@ class Zeros(NamedTuple):
 
 
 def apply(*, project: Project) -> None:
-    """models/dense + masks/ + gram/ + fisher_gram/ + weights/ → models/pruned."""
+    """models/dense + masks/ + stats/ + weights/ → models/pruned."""
     reconstruction = project.params.plan.reconstruction.name
     made_from = describe_pruned(project, reconstruction)
     with project.work(made_from) as work:
@@ -122,14 +122,14 @@ def describe_pruned(study: Project, reconstruction: str) -> Json:
         from_where = {"weights": digest(weights)}
     folders = [study.gram] if source == "gram" or block_count(study.gram, "calibrate") else []
     if source == "gram" and RECONSTRUCTIONS[reconstruction].by_gradients:
-        folders.append(study.fisher_gram)
+        folders.append(study.fisher)
     for folder in folders:
         gram = read_provenance(folder, "calibrate")
         here = {"model": gram["model"], "calibration": {"text": gram["text"], **gram["params"]}}
         if any(here[name] != made[name] for name in here) or not block_count(folder, "calibrate"):
             raise UserError(
-                f"{folder.name}/: no Gram matrices of {dense['source']} and the calibration that masks/ name, expected "
-                "them; run `dvc repro`, or `wanda-dvc calibrate` with the settings of the masks"
+                f"stats/{folder.name}: no Gram matrices of {dense['source']} and the calibration that masks/ name, "
+                "expected them; run `dvc repro`, or `wanda-dvc calibrate` with the settings of the masks"
             )
         from_where |= {folder.name: digest(gram)} if source == "gram" else {}
     return described | {"kind": "model", "masks": digest(made), "reconstruction": reconstruction} | from_where
@@ -161,8 +161,8 @@ class Parts:
         self.grams = [read_grams(study.gram, block, device) for block in range(block_count(study.gram, "calibrate"))]
         self.gradients: list[Grams] = []
         if self.source == "gram" and self.reconstruction.by_gradients:
-            count = block_count(study.fisher_gram, "calibrate")
-            self.gradients = [read_grams(study.fisher_gram, block, device) for block in range(count)]
+            count = block_count(study.fisher, "calibrate")
+            self.gradients = [read_grams(study.fisher, block, device) for block in range(count)]
         self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}
         self._prepared = lru_cache(maxsize=2)(lambda block, source: prepare(self.grams[block][source], source))
 

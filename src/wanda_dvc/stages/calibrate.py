@@ -1,6 +1,6 @@
-"""Measure the dense model's activations once for each distinct input: the norm tier, and if asked the Gram tier.
+"""Measure the dense model's activations once: the norm tier of each distinct input, and if asked the Gram tier.
 
-And if asked the Fisher tier of each linear's outputs, and the Gram matrices of their gradients.
+And if asked the Fisher tier: the gradients by each linear's outputs.
 """
 
 from dataclasses import replace
@@ -29,26 +29,24 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import describe, read_provenance
 from wanda_dvc.study.tensors import (
     block_count,
-    block_file,
     finished_blocks,
     read_stats,
     seal,
     write_fisher,
-    write_gradients,
     write_grams,
     write_stats,
 )
 
 
 def calibrate(*, project: Project) -> None:
-    """models/dense + data/calibration → stats/, gram/, fisher/, fisher_gram/.
+    """models/dense + data/calibration → stats/norms, stats/gram, stats/fisher.
 
-    All but the first have no blocks where they are not asked for.
+    A tier that is not asked for has no blocks.
     """
     model = model_provenance(project, "dense")
     check_ready(project, "dense", project.params.calibration.length, "calibration.length")
     text = read_provenance(project.data("calibration"), "download calibration")
-    made_from = describe(
+    norms_from = describe(
         "stats",
         version=STAGES["calibrate"].version,
         libraries=("torch", "transformers"),
@@ -56,54 +54,35 @@ def calibrate(*, project: Project) -> None:
         text={"source": text["source"], "sha256": text["sha256"]},
         params=calibrated_with(project.params),
     )
-    calibration = project.params.calibration
-    kept = "none" if calibration.statistics == "norms" else GRAM_DTYPE
-    windows_back = back_windows(calibration)
-    kept_back = GRAM_DTYPE if windows_back else "none"
-    grams_from = made_from | {"kind": "gram", "dtype": kept}
-    fisher_from = made_from | {"kind": "fisher", "windows": windows_back}
-    gram = kept_back != "none"
-    gradients_from = made_from | {"kind": "fisher_gram", "dtype": kept_back, "windows": windows_back * gram}
+    statistics, windows_back = project.params.calibration.statistics, back_windows(project.params.calibration)
+    keeps_grams = statistics != "norms"
     with (
-        project.work(made_from) as work,
-        project.work(grams_from) as beside,
-        project.work(fisher_from) as back,
-        project.work(gradients_from) as beside_back,
+        project.work(norms_from | {"statistics": statistics}) as work,
         runner(project, "dense", work) as run,
     ):
+        norms, gram, fisher = work.part("norms"), work.part("gram"), work.part("fisher")
         check_fits(project, run.decoder.inputs())
-        finished = finished_blocks(work.out)
-        if kept != "none":
-            finished = min(finished, finished_blocks(beside.out))
         windows, blocks = calibration_windows(project), range(len(run.decoder.blocks))
+        finished = min(map(finished_blocks, [norms, gram] if keeps_grams else [norms]))
         for turn in progress(run.walk(windows, kept=finished), total=len(blocks), what="calibrate, blocks"):
-            measured, grams, _ = turn.record(gram=kept != "none")
-            write_stats(work.out, turn.index, measured)
-            if kept != "none":
-                write_grams(beside.out, turn.index, measured, grams, kept)
-        say_unreached("calibrate", {block: read_stats(work.out, block).unreached() for block in blocks})
-        if windows_back:
-            folders = [back.out, beside_back.out] if gram else [back.out]
-            if gram and any(
-                block_file(beside_back.out, x).is_file() > block_file(back.out, x).is_file() for x in blocks
-            ):
-                beside_back.forget()  # what goes with it was published, by a run that was killed or one without it
-            done = [all(block_file(folder, block).is_file() for folder in folders) for block in reversed(blocks)]
-            if not all(done):
-                made = run.backward(windows[:windows_back], gram=gram, kept=done.index(False))
-                for block, came in progress(made, total=len(blocks), what="calibrate, blocks back"):
-                    write_fisher(back.out, block, came.sums)
-                    if gram:
-                        write_gradients(beside_back.out, block, came.grams, kept_back)
-                        came.grams.clear()  # before there are those of the next block; other frames hold them too
-        seal(work.out, made_from)
-        seal(beside.out, grams_from)
-        seal(back.out, fisher_from)
-        seal(beside_back.out, gradients_from)
-        work.publish(project.stats)
-        beside.publish(project.gram)
-        back.publish(project.fisher)
-        beside_back.publish(project.fisher_gram)
+            measured, grams, _ = turn.record(gram=keeps_grams)
+            write_stats(norms, turn.index, measured)
+            if keeps_grams:
+                write_grams(gram, turn.index, measured, grams)
+        say_unreached("calibrate", {block: read_stats(norms, block).unreached() for block in blocks})
+        finished = finished_blocks(fisher, reversed(blocks))
+        if windows_back and finished < len(blocks):
+            back = run.backward(windows[:windows_back], gram=True, kept=finished)
+            for block, came in progress(back, total=len(blocks), what="calibrate, blocks back"):
+                write_fisher(fisher, block, came.sums, came.grams)
+                came.grams.clear()  # before there are those of the next block; other frames hold them too
+        seal(norms, norms_from)
+        seal(gram, norms_from | {"kind": "gram", "dtype": GRAM_DTYPE if keeps_grams else "none"})
+        seal(
+            fisher,
+            norms_from | {"kind": "fisher", "dtype": GRAM_DTYPE if windows_back else "none", "windows": windows_back},
+        )
+        work.publish(project.stats.parent)
     _write_norms(project)
 
 
@@ -166,7 +145,7 @@ def cost(params: Params, on: Setting) -> Cost:
 
 
 def _back_bytes(params: Params, model: Sizes) -> int:
-    """Return the bytes of fisher_gram/, and of hidden states before every block and gradients between two."""
+    """Return the bytes of stats/fisher, and of hidden states before every block and gradients between two."""
     tokens = back_windows(params.calibration) * params.calibration.length
     states = waiting_bytes(model, tokens, params.dtype) // 2
     kept = gram_bytes(model.all_output_squares, True)

@@ -110,36 +110,24 @@ def say_not_finite(run: str, where: str | None) -> None:
 
 
 def gram_provenance(project: Project) -> Json:
-    """Return the provenance of gram/. UserError where it is not of the run that measured stats/."""
-    gram, blocks, is_of_stats = _tier(project, project.gram)
-    if not (is_of_stats and blocks):
+    """Return the provenance of stats/gram. UserError if it has no blocks, or another run than stats/norms."""
+    return _tier(project, project.gram)
+
+
+def fisher_provenance(project: Project) -> Json:
+    """Return the provenance of stats/fisher. UserError if it has no blocks, or another run than stats/norms."""
+    return _tier(project, project.fisher)
+
+
+def _tier(project: Project, folder: Path) -> Json:
+    tier, norms = read_provenance(folder, "calibrate"), read_provenance(project.stats, "calibrate")
+    blocks = block_count(folder, "calibrate")
+    if not blocks or any(tier[name] != norms[name] for name in ("model", "text", "params")):
         raise UserError(
-            f"gram/: found {blocks} blocks of {gram['model']['source']}, expected "
-            "those of the run that measured stats/; set calibration.statistics=gram and run `dvc repro`"
+            f"stats/{folder.name}: found {blocks} blocks of {tier['model']['source']}, expected those of the run that "
+            f"measured stats/norms; set calibration.statistics={folder.name} and run `dvc repro`"
         )
-    return gram
-
-
-def fisher_provenance(project: Project, folder: Path) -> Json:
-    """Return the provenance of fisher/ or fisher_gram/.
-
-    UserError where it is not of the run that measured stats/, or has no blocks.
-    """
-    fisher, blocks, is_of_stats = _tier(project, folder)
-    if not (is_of_stats and blocks):
-        found = f"{blocks} blocks of {fisher['windows']} windows of {fisher['model']['source']}"
-        raise UserError(
-            f"{folder.name}/: found {found}, expected "
-            "those of the run that measured stats/; set calibration.statistics=fisher and run `dvc repro`"
-        )
-    return fisher
-
-
-def _tier(project: Project, folder: Path) -> tuple[Json, int, bool]:
-    """Return the provenance and the blocks of a tier, and whether it is of the run that measured stats/."""
-    tier, stats = read_provenance(folder, "calibrate"), read_provenance(project.stats, "calibrate")
-    is_of_stats = all(tier[name] == stats[name] for name in ("model", "text", "params"))
-    return tier, block_count(folder, "calibrate"), is_of_stats
+    return tier
 
 
 def with_fisher(project: Project, block: int, measured: "BlockStats") -> "BlockStats":
@@ -318,5 +306,5 @@ def calibration_cost(params: Params, on: Setting, *, gram: bool, crosses: bool =
 
 
 def gram_bytes(squares: int, kept: bool) -> int:
-    """Return the bytes of gram/ or fisher_gram/, at most; `squares` of all features that they are of."""
+    """Return the bytes of stats/gram or stats/fisher, at most; `squares` of all features that they are of."""
     return squares // 2 * WIDTH[GRAM_DTYPE] if kept else 0

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 
 def mask(*, project: Project) -> None:
-    """models/dense + stats/ (+ gram/, fisher/, fisher_gram/, data/calibration) → masks/, weights/.
+    """models/dense + stats/ (+ data/calibration) → masks/, weights/.
 
     weights/ has blocks only where `propagation: pruned` meets a reconstruction: what it makes of the weights decides
     what the next block is calibrated on, and does not follow from the statistics of the dense model.
@@ -89,31 +89,25 @@ def mask(*, project: Project) -> None:
         calibration={"text": stats.provenance["text"], **stats.provenance["params"]},
         params=plan.described,
         **({"gram": digest(gram_provenance(project))} if plan.masks_read_gram else {}),
-        **({"fisher": digest(fisher_provenance(project, project.fisher))} if plan.masks_read_sums else {}),
-        **(
-            {"fisher_gram": digest(fisher_provenance(project, project.fisher_gram))}
-            if plan.masks_read_gradients
-            else {}
-        ),
+        **({"fisher": digest(fisher_provenance(project))} if plan.masks_read_sums or plan.masks_read_gradients else {}),
         **({"sparsities": list(map(_written, shares))} if plan.allocation.name != "uniform" else {}),
     )
-    weights_from = made_from | {"kind": "weights"}
-    with project.work(made_from) as work, project.work(weights_from) as beside:
+    with project.work(made_from) as work:
+        masks, weights = work.part("masks"), work.part("weights")
         if plan.propagates:
-            _propagate(project, checkpoint, stats, shares, work, beside)
+            _propagate(project, checkpoint, stats, shares, work)
         else:
             made = _solved if plan.method.competition == "solver" else _scored
             unreached = {}
-            for block, measured, chosen in made(project, checkpoint, stats, shares, finished_blocks(work.out)):
+            for block, measured, chosen in made(project, checkpoint, stats, shares, finished_blocks(masks)):
                 unreached[block] = measured.unreached()
-                write_masks(work.out, block, chosen)
+                write_masks(masks, block, chosen)
                 del chosen  # before the next block's masks are there
             if plan.method.needs_inputs():
                 say_unreached("mask", unreached)
-        seal(work.out, made_from)
-        seal(beside.out, weights_from)
-        work.publish(project.masks)
-        beside.publish(project.weights)
+        seal(masks, made_from)
+        seal(weights, made_from | {"kind": "weights"})
+        work.publish(project.masks, project.weights)
 
 
 def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequence[Share]:
@@ -203,7 +197,7 @@ class Part:
     share: Share
     stats: BlockStats  # of this input alone
     weights: Mapping[str, Tensor] | Path  # as stored; or the checkpoint that has them
-    grams: Mapping[str, Gram] | tuple[Path, int]  # of this input; or gram/ and the block
+    grams: Mapping[str, Gram] | tuple[Path, int]  # of this input; or stats/gram and the block
     crosses: Mapping[str, Tensor]  # X_denseᵀX, likewise, where weights are corrected
     gradients: Mapping[str, Gram]  # of what its linears put out, by linear, where the reconstruction is given them
 
@@ -295,8 +289,8 @@ def _together(parts: Iterable[Made]) -> Made:
 # --- blocks calibrated on the outputs of pruned ones ---
 
 
-def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and where they go
-    project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], work: Work, beside: Work
+def _propagate(
+    project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], work: Work
 ) -> None:
     """Follow the paper's procedure: each block is calibrated on the outputs of the blocks pruned before it."""
     # Text, windows and dtype are those of stats/: the masks depend on it, and on no setting of calibration.
@@ -309,12 +303,11 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
         )
     check_ready(project, "dense")
     plan, windows = project.params.plan, calibration_windows(project, measured_with)
-    kept = finished_blocks(work.out)
-    if plan.solves:
-        kept = min(kept, finished_blocks(beside.out))
+    masks, weights = work.part("masks"), work.part("weights")
+    kept = min(map(finished_blocks, [masks, weights] if plan.solves else [masks]))
 
     def changes(block: int) -> "Change":
-        return read_masks(work.out, block), read_weights(beside.out, block)[0] if plan.solves else {}
+        return read_masks(masks, block), read_weights(weights, block)[0] if plan.solves else {}
 
     unreached = {}
     with runner(project, "dense", work, dtype=measured_with["dtype"], alone=plan.trains) as run:
@@ -331,7 +324,7 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
             changed: dict[str, Tensor] = {}
             told = Json()
             if plan.records_grams:
-                back = read_grams(project.fisher_gram, turn.index) if plan.masks_read_gradients else None
+                back = read_grams(project.fisher, turn.index) if plan.masks_read_gradients else None
                 own = recorded.grams
                 parts = _parts(
                     plan, checkpoint, turn.index, measured, own, share, crosses=recorded.crosses, gradients=back
@@ -343,8 +336,8 @@ def _propagate(  # noqa: PLR0913, PLR0917 - what the masks are made of, and wher
                 trained = turn.train(keep, changed, **TRAINING)
                 changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
             if plan.solves:
-                write_weights(beside.out, turn.index, changed, told)
-            write_masks(work.out, turn.index, keep)
+                write_weights(weights, turn.index, changed, told)
+            write_masks(masks, turn.index, keep)
             turn.change(keep, changed)
     say_unreached("mask", unreached)  # of the blocks that this run has calibrated
 

@@ -16,15 +16,16 @@ from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Runtime
 from wanda_dvc.stages import Stage
+from wanda_dvc.study.checkouts import note_runner
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.times import processor
 
-STARTED_BY = os.getppid()
 SAMPLES_A_SECOND = 20  # of the memory that a stage holds
 ENDING = 5  # seconds that workers have to end
 _told: Json = {}  # of the run at hand
 _ends: list[Callable[[], None]] = []
+_parent: int | None = None  # the process whose end stops this stage
 
 if TYPE_CHECKING:
     import torch
@@ -193,10 +194,20 @@ def check_device(device: str) -> None:
         raise UserError(f"params.yaml: runtime.device: got {device} on {found}, expected one it has; set auto or cpu")
 
 
+def watch_dvc(project: Project) -> None:
+    """Have `progress` stop this process after the DVC that runs it has ended.
+
+    Only the command line calls this: the parent of a process that uses the Python interface is no concern of ours.
+    """
+    global _parent
+    _parent = os.getppid() if "DVC_STAGE" in os.environ else None
+    note_runner(project)
+
+
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
     """Yield the items with a bar on a terminal, elsewhere with a line a minute.
 
-    UserError between two items once the DVC that started this process is gone.
+    UserError between two items after the DVC that `watch_dvc` watches has ended.
     """
     from tqdm import tqdm
 
@@ -217,11 +228,11 @@ def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
 def _while_wanted(items: Iterable[T]) -> Iterator[T]:
     """Stop a stage whose DVC was killed.
 
-    DVC kills a queued experiment, but not the stage that it runs. The stage would go on for a checkout that is gone,
-    and whoever runs the experiment again would wait for it.
+    DVC kills a queued experiment, but not its stage. The stage would continue for a checkout that nobody reads, and
+    the next run of the experiment would wait for it.
     """
     for item in items:
-        if "DVC_STAGE" in os.environ and os.getppid() != STARTED_BY:
+        if _parent not in {None, os.getppid()}:
             raise UserError("the DVC that ran this stage is gone: stopped; run it again and it goes on from here")
         yield item
 

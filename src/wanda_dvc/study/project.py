@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,14 +15,13 @@ from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import Params, limit, read_params
 from wanda_dvc.reading import is_there, read_text
 from wanda_dvc.study.documents import Documents
-from wanda_dvc.study.files import Json, load_json, write_json
-from wanda_dvc.study.provenance import PROVENANCE, digest, files_digest, read_provenance
+from wanda_dvc.study.files import Json, copy_file
+from wanda_dvc.study.provenance import digest, read_provenance
 from wanda_dvc.study.times import Ledger
 
 TEXT = "text.txt"
 DOCUMENTS = "documents.json.gz"
 ITEMS = "items.jsonl"
-STARTED = time.time()
 
 
 @dataclass(frozen=True)
@@ -111,23 +109,18 @@ class Project:
 
     @property
     def stats(self) -> Path:
-        """The folder of statistics."""
-        return self.root / "stats"
+        """The folder of the norm tier. The three tiers are published together, as the folder above."""
+        return self.root / "stats" / "norms"
 
     @property
     def gram(self) -> Path:
-        """The folder of Gram matrices."""
-        return self.root / "gram"
+        """The folder of the Gram tier."""
+        return self.root / "stats" / "gram"
 
     @property
     def fisher(self) -> Path:
         """The folder of the Fisher tier."""
-        return self.root / "fisher"
-
-    @property
-    def fisher_gram(self) -> Path:
-        """The folder of the Fisher tier's Gram matrices."""
-        return self.root / "fisher_gram"
+        return self.root / "stats" / "fisher"
 
     @property
     def masks(self) -> Path:
@@ -136,7 +129,7 @@ class Project:
 
     @property
     def weights(self) -> Path:
-        """The folder of weights that a reconstruction changed and that do not follow from masks/ and gram/."""
+        """The folder of weights that a reconstruction changed and that do not follow from masks/ and stats/."""
         return self.root / "weights"
 
     def metrics(self, which: str, name: str) -> Path:
@@ -167,21 +160,21 @@ class Project:
         return self.root / "metrics" / "plots" / f"{name}.csv"
 
     def idle_work(self) -> Iterator["Work"]:
-        """Yield the unfinished work that no process is at, one folder at a time, locked against all others."""
+        """Yield the unfinished work that no process holds, one folder at a time, locked against all others."""
         from filelock import FileLock, Timeout
 
         names = {path.name.partition(".")[0] for path in self.work_root.glob("*")}
         for name in sorted(name for name in names if re.fullmatch("[0-9a-f]{32}", name)):
             work = Work(self.work_root / name)
-            with contextlib.suppress(Timeout), FileLock(work.lock, timeout=0):
+            with contextlib.suppress(Timeout, PermissionError), FileLock(work.lock, timeout=0):
                 yield work
 
     @contextlib.contextmanager
     def work(self, made_from: Json, *, wait: bool = True) -> Iterator["Work"]:
-        """Open a stage's unfinished work: one place for each set of inputs, parameters and versions.
+        """Open a stage's unfinished work: one folder for each set of inputs, parameters and versions.
 
-        One process at a time works there; without `wait`, filelock.Timeout while another does. Whoever has waited
-        begins with what the other has published.
+        One process at a time works there. Without `wait`, filelock.Timeout while another does. A run that has waited
+        finds the artifact that the other run published, and has only to publish it too.
         """
         from filelock import FileLock, Timeout
 
@@ -194,11 +187,9 @@ class Project:
             if not wait:
                 raise
             notice("waiting for another run with the same inputs and parameters …")
-            write_json(work.awaited, {})
-            lock.acquire()
+            with FileLock(work.next):
+                lock.acquire()
         try:
-            work.recover()
-            work.take_over(made_from)
             yield work
         finally:
             lock.release()
@@ -206,9 +197,10 @@ class Project:
 
 @dataclass(frozen=True)
 class Work:
-    """A stage's unfinished work. It survives a kill at any point; the next run with the same inputs goes on from it.
+    """A stage's unfinished work. It survives a kill at any point; the next run with the same inputs continues it.
 
-    Work is never both published and unfinished, and never half removed: its folder is renamed first.
+    Two rules make it so. A folder is renamed before its files are removed. A finished artifact stays in the work folder
+    until the rename that puts it in its place: a run that was killed before that rename only has to publish again.
     """
 
     path: Path
@@ -216,7 +208,11 @@ class Work:
     @property
     def out(self) -> Path:
         """The artifact so far."""
-        folder = self.path / "out"
+        return self.part("")
+
+    def part(self, name: str) -> Path:
+        """Return the folder of one of several artifacts."""
+        folder = self.path / "out" / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -225,155 +221,82 @@ class Work:
         remove(self.path / "out")
         return self.out
 
-    @property
-    def _published(self) -> Path:
-        return self.path.with_suffix(".published")
+    def publish(self, *targets: Path) -> None:
+        """Put the finished artifact in its place and remove the rest; of several, each is a part named as its place.
 
-    def publish(self, target: Path) -> None:
-        """Put the finished artifact in its place and forget the rest.
-
-        PermissionError, with nothing moved yet, where the earlier artifact may not be removed.
+        If another run waits for the work, a copy is published, and that run finds the finished artifact here.
+        PermissionError, with nothing moved yet, if an earlier artifact may not be removed.
         """
-        if target.is_dir() and not os.access(target, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
-        self.out  # noqa: B018 - there is one, however empty
-        told = {"target": str(target.absolute()), "provenance": load_json(self.out / PROVENANCE)}
-        write_json(self.path / "target.json", told)
-        self.path.rename(self._published)
-        _move(self._published / "out", _beside(target))
-        _replace(target)
-        remove(self._published)
-        if any(self.path.parent.glob("*.awaited")):  # perhaps for this one's sibling
-            write_json(self.awaited, {"target": str(target.absolute())})
-
-    def take_over(self, made_from: Json) -> None:
-        """Begin with what another run has published of the same inputs since this process started.
-
-        Older ones do not count: whoever runs a stage again may want to mend its files.
-        """
-        if not self.awaited.exists() or self.awaited.stat().st_mtime < STARTED:
-            return
-        remove(copy := _copy(self.path))
-        with contextlib.suppress(OSError, UserError):  # its experiment may be over, or DVC at work there
-            target = load_json(self.awaited).get("target")
-            if target is None:  # that run was killed: there is only its unfinished work, which is at hand
-                return
-            shutil.copytree(target, copy / "out")
-            made = load_json(copy / "out" / PROVENANCE)  # of the copy: another run may have replaced the target since
-            if made_from.items() <= made.items() and made.get("files") == files_digest(copy / "out"):
-                remove(self.path)
-                copy.rename(self.path)
-        remove(copy)
-
-    def recover(self) -> None:
-        """Finish what a killed `publish` or `forget` has begun."""
-        remove(_gone(self.path))
-        remove(_gone(self._published))
-        told = load_json(self._published / "target.json")
-        if "target" not in told:
-            return
-        moved, out = _beside(Path(told["target"])), self._published / "out"
-        # Another run with other inputs, killed after this one, may have left its own there.
-        if not out.is_dir() and moved.is_dir() and load_json(moved / PROVENANCE) == told.get("provenance"):
-            _move(moved, out)
-        if out.is_dir():  # not in its place yet: the run that asks will publish it
-            self._published.rename(self.path)
-        else:
-            remove(self._published)
+        for folder in (folder for target in targets for folder, _, _ in os.walk(target)):
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        awaited = self._is_awaited()
+        for target in targets:
+            made = self.part(target.name if len(targets) > 1 else "")
+            remove(beside := place_beside(target))  # left by a run that was killed
+            if awaited or not _rename(made, target):
+                shutil.copytree(made, beside / "out", copy_function=lambda *places: copy_file(*map(Path, places)))
+                _rename(beside / "out", target)
+                remove(beside)
+        if not awaited:
+            self.forget()
 
     def forget(self) -> None:
         """Remove the work."""
         remove(self.path)
 
     @property
-    def awaited(self) -> Path:
-        """The file that says that another run waits, and then where its artifact was published."""
-        return self.path.with_suffix(".awaited")
-
-    @property
     def lock(self) -> Path:
         """The file that the process at work holds locked. It stays when the work is done."""
         return self.path.with_suffix(".lock")
 
+    @property
+    def next(self) -> Path:
+        """The file that a process which waits for the work holds locked."""
+        return self.path.with_suffix(".next.lock")
+
+    def _is_awaited(self) -> bool:
+        from filelock import FileLock, Timeout
+
+        if not self.next.exists():
+            return False
+        with contextlib.suppress(Timeout), FileLock(self.next, timeout=0):
+            return False
+        return True
+
     def leftovers(self) -> list[Path]:
-        """Return all that a run left behind, also beside the artifact's place: folders, and the lock's file."""
-        places = [folder for path in (self.path, self._published) for folder in (path, _gone(path))]
-        if target := self._target():
-            places += places_beside(target)
-        return [place for place in (*places, self.awaited, self.lock) if place.exists()]
-
-    def discard(self) -> None:
-        """Remove all leftovers. An artifact that was moved away for one that never came goes back to its place."""
-        target = self._target()
-        if target and not target.exists() and _earlier(target).is_dir():
-            _earlier(target).rename(target)
-        for path in self.leftovers():
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-
-    def _target(self) -> Path | None:
-        """Where a publication that has begun goes."""
-        found = (load_json(path / "target.json").get("target") for path in (self.path, self._published))
-        return next((Path(target) for target in found if target), None)
+        """Return what a run left behind: its folder, also under the name that it has while it is removed, and locks."""
+        return sorted(self.path.parent.glob(f"{self.path.name}*"))
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder, if it is there. A kill leaves it whole, or under another name."""
-    gone = _gone(folder)
-    if gone.exists():
-        shutil.rmtree(gone)
-    if folder.exists():
-        folder.rename(gone)
-        shutil.rmtree(gone)
+def remove(path: Path) -> None:
+    """Remove a folder or a file, if it is there. A kill leaves a folder complete, or under another name."""
+    gone = path.with_name(path.name + ".gone")
+    for place in (gone, path):  # first what a removal left that was killed
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place.rename(gone))
+        else:
+            place.unlink(missing_ok=True)
 
 
-def _gone(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".gone")
-
-
-def _beside(target: Path) -> Path:
-    """Where a finished artifact waits beside its place."""
+def place_beside(target: Path) -> Path:
+    """Return the folder beside an artifact's place in which a copy of it is made."""
     return target.with_name(target.name + ".part")
 
 
-def places_beside(target: Path) -> list[Path]:
-    """Return all that a publication of an artifact may write or remove beside it."""
-    places = [_beside(target), _earlier(target), _copy(_beside(target))]
-    return [path for place in places for path in (place, _gone(place))]
+def _rename(made: Path, target: Path) -> bool:
+    """Put a finished artifact in its place; an earlier one moves to `old` first, which goes with the rest of the work.
 
-
-def _copy(target: Path) -> Path:
-    """Where an artifact is copied to from another file system."""
-    return target.with_name(target.name + ".copy")
-
-
-def _earlier(target: Path) -> Path:
-    """Where an artifact waits until the new one is in its place."""
-    return target.with_name(target.name + ".earlier")
-
-
-def _move(source: Path, target: Path) -> None:
-    """Move a folder, also to another file system. A kill leaves it whole in one of the two places."""
-    remove(target)
+    False, with nothing moved, if the place is on another file system.
+    """
+    remove(old := made.with_name("old"))
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        source.rename(target)
+        if is_there(target):
+            target.rename(old)
+        made.rename(target)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        copy = _copy(target)
-        remove(copy)
-        shutil.copytree(source, copy)
-        copy.rename(target)
-        remove(source)
-
-
-def _replace(target: Path) -> None:
-    """Put a finished artifact in the place of an earlier one, which is removed only then."""
-    earlier = _earlier(target)
-    remove(earlier)
-    if target.is_symlink() or target.is_file():
-        target.unlink()
-    elif target.exists():
-        target.rename(earlier)
-    _beside(target).rename(target)
-    remove(earlier)
+        return False
+    return True

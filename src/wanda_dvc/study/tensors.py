@@ -1,14 +1,16 @@
-"""stats/, gram/, fisher/, fisher_gram/, masks/ and weights/: a file a block, so that one is in memory at a time."""
+"""The tiers of stats/, masks/ and weights/: a file a block, so that one is in memory at a time."""
 
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.reading import check_file, expect_object, is_there, parse_json, read_header
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.provenance import PROVENANCE, file_digest, files_digest, read_format, write_provenance
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from wanda_dvc.pruning.gram import Gram
     from wanda_dvc.pruning.statistics import BlockStats
 
-GRAM_DTYPES = ("float32", "float16")  # in which Gram matrices are kept
+GRAM = ("norm", "triangle", "count")  # the tensors of a Gram matrix
 SQUARED_GRADIENTS = "squared_gradients"
 SEALED = ("blocks", "files")  # what `seal` adds to a provenance
 
@@ -52,31 +54,28 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
     path = block_file(folder, block)
     tensors, header = _load(path, "calibrate")
     readers, transposed = _readers(path, header)
+    inputs = {}
     for name in readers:
-        sums = [tensors.get(f"{name}.{kind}") for kind in ("sum_squares", "sum", "count")]
-        if any(x is None for x in sums):
+        squares, plain, count = (tensors.get(f"{name}.{kind}") for kind in ("sum_squares", "sum", "count"))
+        if squares is None or plain is None or count is None:
             raise _damaged(path, f"no statistics of {name}", "calibrate")
-        squares, plain, count = (x for x in sums if x is not None)
         if (str(squares.dtype), str(plain.dtype)) != ("torch.float64", "torch.float64") or (
             squares.dim() != 1 or plain.shape != squares.shape or count.numel() != 1
         ):
             raise _damaged(path, f"statistics of {name} are {squares.dtype} {list(squares.shape)}", "calibrate")
-    inputs = {
-        name: InputStats(tensors[f"{name}.sum_squares"], tensors[f"{name}.sum"], int(tensors[f"{name}.count"]))
-        for name in readers
-    }
+        inputs[name] = InputStats(squares, plain, int(count))
     return BlockStats(inputs, readers, transposed)
 
 
-def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str) -> None:
+def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[str, Gram]") -> None:
     """Write one block's Gram matrices; `stats` says who reads them.
 
-    Tensors, for each distinct input: `NAME.norm` (float32 [in]), `NAME.triangle` (float32 or float16: the upper
-    triangle, row by row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the
-    triangle are at most 1, so float16 holds each to 11 bits or to 6e-8. Header: as of statistics.
+    Tensors, for each distinct input: `NAME.norm` (float32 [in]), `NAME.triangle` (float16: the upper triangle, row by
+    row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the triangle are at most 1,
+    so float16 holds each to 11 bits or to 6e-8. Header: as of statistics.
     """
-    packed = pack_grams(stats, grams, dtype)
-    _save(block_file(folder, block), packed.tensors, {"readers": stats.readers, "transposed": stats.transposed})
+    packed = pack_grams(stats, grams, GRAM_DTYPE)
+    _save(block_file(folder, block), packed.tensors, packed.header)
 
 
 def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str | None) -> "Grams":
@@ -97,84 +96,81 @@ def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str | No
             f"{name}.triangle": triangle.to("cpu", getattr(torch, dtype)),
             f"{name}.count": torch.tensor(gram.count),
         }
-    return Grams(tensors, stats.readers, stats.transposed, None)
+    return Grams(tensors, stats.readers, stats.transposed)
 
 
-def write_gradients(folder: Path, block: int, grams: "Mapping[str, Gram]", dtype: str) -> None:
-    """Write the Gram matrices of one block's gradients, by linear, as `write_grams` does those of inputs."""
-    write_grams(folder, block, _by_linear(grams), grams, dtype)
+def write_fisher(folder: Path, block: int, sums: "Mapping[str, Tensor]", grams: "Mapping[str, Gram]") -> None:
+    """Write the Fisher tier of one block, for each linear that gradients reach.
+
+    Tensors: `LINEAR.squared_gradients` (float64 [out]), and those of the Gram matrix of the gradients, as `write_grams`
+    writes those of inputs. Header: as of statistics; each matrix is one linear's, in its own orientation.
+    """
+    squares = {f"{name}.{SQUARED_GRADIENTS}": x for name, x in sums.items()}
+    packed = pack_gradients(grams, GRAM_DTYPE)
+    _save(block_file(folder, block), packed.tensors | squares, packed.header)
 
 
 def pack_gradients(grams: "Mapping[str, Gram]", dtype: str) -> "Grams":
-    """Return the Gram matrices of one block's gradients as `write_gradients` writes them; `read_grams` reads them."""
-    return pack_grams(_by_linear(grams), grams, dtype)
-
-
-def _by_linear(grams: "Mapping[str, Gram]") -> "BlockStats":
-    """Return the readers of matrices that are one linear's each, in its own orientation."""
+    """Return the Gram matrices of one block's gradients as `write_fisher` writes them; `read_grams` reads them."""
     from wanda_dvc.pruning.statistics import BlockStats
 
-    return BlockStats({}, {name: [name] for name in grams}, [])
+    return pack_grams(BlockStats({}, {name: [name] for name in grams}, []), grams, dtype)
 
 
 def read_grams(folder: Path, block: int, device: "torch.device | None" = None) -> "Grams":
-    """Read one block's Gram matrices, by distinct input; they come on a device, by default the host."""
+    """Read one block's Gram matrices, by distinct input or linear; they come on a device, by default the host."""
     path = block_file(folder, block)
-    tensors, header = _load(path, "calibrate")
+    tensors, header = _load(path, "calibrate", GRAM)
     readers, transposed = _readers(path, header)
     for name in readers:
-        parts = [x for kind in ("norm", "triangle", "count") if (x := tensors.get(f"{name}.{kind}")) is not None]
+        parts = [x for kind in GRAM if (x := tensors.get(f"{name}.{kind}")) is not None]
         if not parts:  # an expert that no token reached
             continue
         features = len(parts[0])
         shapes = [[features], [features * (features + 1) // 2], []]
-        if [list(x.shape) for x in parts] != shapes or str(parts[1].dtype).removeprefix("torch.") not in GRAM_DTYPES:
+        if [list(x.shape) for x in parts] != shapes or str(parts[1].dtype) != f"torch.{GRAM_DTYPE}":
             raise _damaged(path, f"no Gram matrix of {name}", "calibrate")
     return Grams(tensors, readers, transposed, device)
 
 
-def write_fisher(folder: Path, block: int, sums: "Mapping[str, Tensor]") -> None:
-    """Write the Fisher tier of one block: `LINEAR.squared_gradients` (float64 [out]) for each linear that has any."""
-    _save(block_file(folder, block), {f"{name}.{SQUARED_GRADIENTS}": x for name, x in sums.items()}, {})
-
-
 def read_fisher(folder: Path, block: int) -> "dict[str, Tensor]":
-    """Read the Fisher tier of one block, by linear."""
+    """Read the sums of squared gradients of one block, by linear."""
     path = block_file(folder, block)
-    tensors, _ = _load(path, "calibrate")
+    tensors, _ = _load(path, "calibrate", (SQUARED_GRADIENTS,))
     for name, x in tensors.items():
-        fits = name.endswith(f".{SQUARED_GRADIENTS}") and str(x.dtype) == "torch.float64" and x.dim() == 1
+        fits = str(x.dtype) == "torch.float64" and x.dim() == 1
         if not (fits and bool((x >= 0).all()) and bool(x.isfinite().all())):
             raise _damaged(path, f"no sums of squares in {name}", "calibrate")
     return {name.removesuffix(f".{SQUARED_GRADIENTS}"): x for name, x in tensors.items()}
 
 
+@dataclass(frozen=True, eq=False)
 class Grams(Mapping[str, "Gram"]):
     """The Gram matrices of one block. One is unpacked when it is asked for; until then it is as `pack_grams` leaves it.
 
     An input that no token reached has none.
     """
 
-    def __init__(
-        self,
-        tensors: "dict[str, Tensor]",
-        readers: dict[str, list[str]],
-        transposed: list[str],
-        device: "torch.device | None",
-    ) -> None:
-        self.tensors, self.readers, self.transposed, self._device = tensors, readers, transposed, device
-        self._inputs = [name for name in readers if f"{name}.count" in tensors]
+    tensors: "dict[str, Tensor]"
+    readers: dict[str, list[str]]
+    transposed: list[str]
+    device: "torch.device | None" = None  # that they come on
+
+    @property
+    def header(self) -> Json:
+        """What a file says of them."""
+        return {"readers": self.readers, "transposed": self.transposed}
 
     def on(self, device: "torch.device") -> "Grams":
         """Return the same matrices, which come on another device."""
-        return Grams(self.tensors, self.readers, self.transposed, device)
+        return replace(self, device=device)
 
     def of(self, *names: str) -> "Grams":
         """Return the Gram matrices of some names alone, as far as they have one."""
         readers = {name: self.readers[name] for name in names if name in self.readers}
         tensors = {kind: self.tensors[kind] for name in readers for kind in _kinds(name) if kind in self.tensors}
         read = {linear for linears in readers.values() for linear in linears}
-        return Grams(tensors, readers, [x for x in self.transposed if x in read], self._device)
+        return Grams(tensors, readers, [x for x in self.transposed if x in read], self.device)
 
     def __getitem__(self, name: str) -> "Gram":
         from wanda_dvc.pruning.gram import Gram
@@ -182,16 +178,16 @@ class Grams(Mapping[str, "Gram"]):
         norm, triangle, count = map(self.tensors.get, _kinds(name))
         if triangle is None or count is None:
             raise KeyError(name)
-        triangle = triangle.to(self._device)
+        triangle = triangle.to(self.device)
         if norm is None:
             return Gram.from_triangle(triangle, int(count))
-        return Gram.from_scaled_triangle(norm.to(self._device), triangle, int(count))
+        return Gram.from_scaled_triangle(norm.to(self.device), triangle, int(count))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._inputs)
+        return (name for name in self.readers if f"{name}.count" in self.tensors)
 
     def __len__(self) -> int:
-        return len(self._inputs)
+        return sum(1 for _ in self)
 
 
 def write_weights(folder: Path, block: int, weights: "dict[str, Tensor]", solved: Json) -> None:
@@ -255,7 +251,7 @@ def _readers(path: Path, header: Json) -> tuple[dict[str, list[str]], list[str]]
 
 def _kinds(name: str) -> list[str]:
     """Return the names of the tensors of a Gram matrix."""
-    return [f"{name}.{kind}" for kind in ("norm", "triangle", "count")]
+    return [f"{name}.{kind}" for kind in GRAM]
 
 
 def _are_names(content: object) -> bool:
@@ -266,14 +262,15 @@ def _damaged(path: Path, found: str, made_by: str) -> UserError:
     return UserError(f"{path}: damaged: found {found}, expected what `wanda-dvc {made_by}` writes; run it again")
 
 
+@dataclass(frozen=True, eq=False)
 class Masks(Mapping[str, "Tensor"]):
     """The `keep` masks of a block or a model. One is unpacked when it is asked for; until then it is one bit a weight.
 
     A mask is bool, in the orientation of the stored weight; True stays.
     """
 
-    def __init__(self, packed: "dict[str, Tensor]", columns: dict[str, int]) -> None:
-        self.packed, self.columns = packed, columns
+    packed: "dict[str, Tensor]"
+    columns: dict[str, int]
 
     def __or__(self, other: "Masks") -> "Masks":
         """Return the masks of both."""
@@ -315,9 +312,10 @@ def block_count(folder: Path, made_by: str) -> int:
     return len(found)
 
 
-def finished_blocks(folder: Path) -> int:
-    """Return how many blocks of an unfinished artifact there are, one after another from the first."""
-    return next(block for block in itertools.count() if not is_there(block_file(folder, block)))
+def finished_blocks(folder: Path, order: Iterable[int] | None = None) -> int:
+    """Return how many blocks of an unfinished artifact there are, one after another in an order, from 0 by default."""
+    blocks = itertools.count() if order is None else order
+    return sum(1 for _ in itertools.takewhile(lambda block: is_there(block_file(folder, block)), blocks))
 
 
 def _sealed(folder: Path, made_by: str) -> dict[str, str]:
@@ -349,11 +347,16 @@ def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
         if told := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from error
         raise
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())  # a resumed run trusts the file by its name, also after a power cut
     beside.replace(path)
 
 
-def _load(path: Path, made_by: str) -> "tuple[dict[str, Tensor], Json]":
-    """Read the tensors and the header of a safetensors file. UserError if it is missing or not what was sealed."""
+def _load(path: Path, made_by: str, kinds: tuple[str, ...] | None = None) -> "tuple[dict[str, Tensor], Json]":
+    """Read the tensors and the header of a safetensors file; of `kinds`, the last words of names, or all.
+
+    UserError if the file is missing or not what was sealed.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not is_there(path):
@@ -370,6 +373,7 @@ def _load(path: Path, made_by: str) -> "tuple[dict[str, Tensor], Json]":
         read_header(path, todo)
         with safe_open(path, framework="pt") as file:
             header = expect_object(parse_json(file.metadata()["wanda_dvc"], f"{path}: header", todo), str(path), todo)
-            return {name: file.get_tensor(name) for name in file.keys()}, header
+            names = [x for x in file.keys() if kinds is None or x.rpartition(".")[2] in kinds]
+            return {name: file.get_tensor(name) for name in names}, header
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"no tensors and header of ours ({error})", made_by) from None

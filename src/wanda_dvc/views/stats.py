@@ -106,7 +106,7 @@ def compare(*, project: Project, other: str, as_json: bool) -> str:
     """Compare this study's statistics with another's: a stats directory, a study, an experiment or a revision."""
     check(project)
     path = Path(other)
-    for folder in (path, path / project.stats.name, Project(path).stats):
+    for folder in (path, path / "norms", Project(path).stats):
         if (folder / PROVENANCE).is_file() and block_count(folder, "calibrate"):
             return _compare(project.stats, folder, other, as_json)
     if path.exists():
@@ -120,7 +120,7 @@ def compare(*, project: Project, other: str, as_json: bool) -> str:
         revision = Revision.open(project, other, otherwise="`--compare DIRECTORY` needs none")
         if missing := revision.take(project.stats.relative_to(project.root).as_posix(), study):
             raise UserError(
-                f"{other}: {missing[0]} is not in DVC's cache, expected all of stats/; `dvc pull --all-commits` "
+                f"{other}: {missing[0]} is not in DVC's cache, expected all of stats/norms; `dvc pull --all-commits` "
                 f"fetches it where a remote has it, `dvc exp apply {other}` and `dvc repro calibrate` compute it again"
             )
         table = _compare(project.stats, study.stats, other, as_json)
