@@ -18,7 +18,7 @@ from typing import Any
 from tabulate import tabulate
 
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.study.times import processor
+from wanda_dvc.machine import processor
 
 EXPORT = "wanda-dvc export --format packed"
 
