@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.cli import app
-from wanda_dvc.engine import speed
 from wanda_dvc.engine.costs import DEVICES
 from wanda_dvc.export.formats import FORMATS
+from wanda_dvc.packed import speed
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.running import timed
 from wanda_dvc.study.files import load_json
