@@ -6,9 +6,9 @@
 from pathlib import Path
 from typing import Any
 
+from wanda_dvc.machine import processor
 from wanda_dvc.stages import times
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.times import processor
 
 __all__ = ["has_bf16_units", "multiply", "peak_inside", "processor", "seconds_inside", "windows"]
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,3 +51,12 @@ def _quota(folder: Path) -> Iterator[int]:
             quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
             if quota not in ("max", "-1"):
                 yield max(1, math.ceil(int(quota) / int(period)))
+
+
+def processor() -> str:
+    """Return the CPU's name."""
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

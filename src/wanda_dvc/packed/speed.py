@@ -17,8 +17,8 @@ from typing import Any
 from tabulate import tabulate
 
 from wanda_dvc.errors import UserError, notice
+from wanda_dvc.machine import processor
 from wanda_dvc.study.files import json_text
-from wanda_dvc.study.times import processor
 
 EXPORT = "wanda-dvc export --format packed"
 

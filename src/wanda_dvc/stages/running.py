@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.machine import cores
+from wanda_dvc.machine import cores, processor
 from wanda_dvc.params import Runtime
 from wanda_dvc.stages import Stage
 from wanda_dvc.study.checkouts import note_runner
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.times import processor
 
 SAMPLES_A_SECOND = 20  # of the memory that a stage holds
 ENDING = 5  # seconds that workers have to end

@@ -5,8 +5,6 @@ nobody else had, and two branches conflicted in dvc.lock over seconds. A run's k
 experiments in any checkout find the times of their own runs.
 """
 
-import contextlib
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +15,6 @@ def machine_of(time: Json) -> str:
     """Return the machine and device of a time, and how many workers did the work."""
     workers = f", workers: {time['workers']}, nodes: {time['nodes']}" if "workers" in time else ""
     return f"{time['machine']}, {time['device']}{workers}"
-
-
-def processor() -> str:
-    """Return the CPU's name."""
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)

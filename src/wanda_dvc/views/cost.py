@@ -8,11 +8,11 @@ from tabulate import tabulate
 from wanda_dvc.engine.costs import DEVICES, Cost, Setting, this_cpu, work
 from wanda_dvc.engine.sizes import BYTES_A_TOKEN, sizes
 from wanda_dvc.errors import UserError
+from wanda_dvc.machine import processor
 from wanda_dvc.params import Params, check_params
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.project import TEXT, Project
-from wanda_dvc.study.times import processor
 
 TEST_SPLIT = 1_290_590  # bytes of WikiText-2's test split, for a text that is not there yet
 
