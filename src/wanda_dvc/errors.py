@@ -1,5 +1,6 @@
 """What users are told: errors that they can fix, and notices."""
 
+import contextlib
 import errno
 import os
 import re
@@ -28,6 +29,22 @@ class UserError(Exception):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class SettingError(UserError):
+    """A value that the work at hand rules out, as *setting: found, expected, what to do*.
+
+    It comes from code that knows no file; `in_params` adds where the setting is written.
+    """
+
+
+@contextlib.contextmanager
+def in_params() -> Iterator[None]:
+    """Say of settings that are wrong inside that params.yaml has them."""
+    try:
+        yield
+    except SettingError as error:
+        raise UserError(*(f"params.yaml: {problem}" for problem in error.problems)) from None
 
 
 def notice(text: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import SettingError, UserError
 from wanda_dvc.reading import name_of, read_object
 
 MOST_LAYERS = 10_000  # transformers makes lists and modules as long as this before anyone can look at them
@@ -70,11 +70,11 @@ def _problems(stored: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def check_length(place: Path, length: int, setting: str) -> None:
-    """Raise UserError where windows are longer than the positions that a model has."""
+    """Raise SettingError where windows are longer than the positions that a model has."""
     positions = getattr(read_config(place).get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and length > positions:
-        raise UserError(
-            f"params.yaml: {setting}: got {length}, expected at most {positions}, the positions of the model in "
+        raise SettingError(
+            f"{setting}: got {length}, expected at most {positions}, the positions of the model in "
             f"{place}; set {setting}={positions} or less"
         )
 

@@ -1,6 +1,6 @@
 """Patterns: where zeros may stand."""
 
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import SettingError
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
@@ -12,12 +12,12 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
 
 
 def check_pattern(pattern: str, inputs: dict[str, int]) -> None:
-    """Raise UserError where a linear's number of inputs is no multiple of m."""
+    """Raise SettingError where a linear's number of inputs is no multiple of m."""
     if n_of_m := parse_pattern(pattern):
         odd = [f"{name} has {size} inputs" for name, size in inputs.items() if size % n_of_m[1]]
         if odd:
             more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-            raise UserError(
-                f"params.yaml: pattern: got {pattern}, but {odd[0]}{more}, expected a multiple of {n_of_m[1]}; "
+            raise SettingError(
+                f"pattern: got {pattern}, but {odd[0]}{more}, expected a multiple of {n_of_m[1]}; "
                 "choose another m"
             )

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import SettingError
 from wanda_dvc.pruning.patterns import parse_pattern
 
 LARGEST_SHARE, SPARSITY_TOLERANCE = 0.8, 0.001  # of Wanda's variant, as in its authors' code
@@ -61,7 +61,7 @@ def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tenso
     In every row the longest run of lowest scores goes whose sum is at most α times the row's sum. α is bisected in
     [0, 0.8] until the fraction removed of the whole matrix is within 0.001 of `sparsity`, or as near as the matrix
     allows. Sun et al. 2024, arXiv 2306.11695, appendix. The bounds are the authors'; their code takes a threshold and
-    prunes all ties, ours counts. UserError where α = 0.8 removes too little.
+    prunes all ties, ours counts. SettingError where α = 0.8 removes too little.
     """
     if sparsity == 0:
         return torch.ones_like(score, dtype=torch.bool)
@@ -73,8 +73,8 @@ def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tenso
 
     low, high = 0.0, LARGEST_SHARE
     if (most := removed_of(high).sum().item() / score.numel()) < sparsity - SPARSITY_TOLERANCE:
-        raise UserError(
-            f"params.yaml: sparsity: got {sparsity:g} of some linear with method wanda-variant, expected at most "
+        raise SettingError(
+            f"sparsity: got {sparsity:g} of some linear with method wanda-variant, expected at most "
             f"{most:.3f}, which is what a share of {LARGEST_SHARE:g} of its scores removes; use method=wanda"
         )
     go = removed_of(high)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, in_params
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.costs import Cost, Setting
@@ -133,7 +133,7 @@ STAGES = {
         ),
         Stage(
             name="mask",
-            version=7,
+            version=8,
             about="Choose the weights that stay: masks/.",
             result="masks/provenance.json",
             settings=(
@@ -150,7 +150,7 @@ STAGES = {
         ),
         Stage(
             name="apply",
-            version=3,
+            version=4,
             about="Write the pruned model: models/pruned.",
             result="metrics/details/pruned/layer_error.json",  # models/pruned is not cached
             settings=("recipe", "reconstruction"),
@@ -194,7 +194,8 @@ def run(stage: str, *, project: "Project", part: str | None = None) -> None:
     The stage sees its own settings and `runtime`, and no others: reading another one is a defect.
     """
     row = STAGES[stage]
-    row.function(project=project.limited_to(row.settings_of(part)), **({row.part_is: part} if part else {}))
+    with in_params():
+        row.function(project=project.limited_to(row.settings_of(part)), **({row.part_is: part} if part else {}))
 
 
 def times(study: "Project", ledger: "Ledger") -> "dict[str, Json]":
