@@ -155,11 +155,11 @@ def test_holm_rejects_step_by_step():
 def test_published_rows_are_compared_under_their_own_protocol_only():
     study = read_preset("llama-2-7b").settings | {"sparsity": 0.5, "calibration.statistics": "fisher"}
 
-    def matches(**changes: object) -> set[float | str]:
+    def matches(measure: str = "perplexity", **changes: object) -> set[float | str]:
         changed = study | {key.replace("__", "."): value for key, value in changes.items()}
         settings = resolved(check_params(nested(changed)))
-        found = [(source, row) for source in sources() for row in source.rows]
-        return {row["perplexity"] for source, row in found if not source.differences(settings, "perplexity", row)}
+        found = [(source, row) for source in sources() for row in source.rows if measure in row]
+        return {row[measure] for source, row in found if not source.differences(settings, measure, row)}
 
     assert matches() == {5.114, 6.415}
     assert matches(method="magnitude") == {5.114, 11.832}
@@ -171,6 +171,8 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
     assert matches(perplexity__length=1024) == set()
     assert matches(model="/data/Llama-2-7b-hf") == {5.114, 6.415}
     assert matches(model="meta-llama/Llama-2-13b-hf") == set()
+    assert matches("piqa") == {78.13, 76.06}
+    assert matches("piqa", zero_shot__limit=4) == set()
 
 
 @pytest.mark.parametrize(("pattern", "places"), [("unstructured", 4096), ("2:4", 2048 * 2), ("4:8", 2048 * 3)])
@@ -226,9 +228,9 @@ def write_results(
         )
     for part in PARTS:
         write_json(project.source(part), {"source": part})
-    for folder in ("stats", "gram", "fisher", "fisher_gram"):
-        (root / folder).mkdir(exist_ok=True)
-        seal(root / folder, {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
+    for tier in (project.stats, project.gram, project.fisher):
+        tier.mkdir(parents=True, exist_ok=True)
+        seal(tier, {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
     for folder in ("masks", "weights"):
         write_json(root / folder / "provenance.json", {"of": [method, sparsity]})
     for model, mean, count in (("dense", 2.0, 24), ("pruned", loss, right)):

@@ -11,7 +11,7 @@ from wanda_dvc.study.markup import inline
 def content(section: Section) -> Content:
     """The settings of evaluation, and those of calibration where all rows have the same."""
     settings = section.settings
-    wanted, limit = settings["perplexity.windows"], settings.get("tasks.limit")
+    wanted, limit = settings["perplexity.windows"], settings["zero_shot.limit"]
     windows = {None: "all whole windows", ALL: "all tokens, in windows"}.get(wanted, f"the first {wanted} windows")
     texts = [
         f"Perplexity: {windows} of {settings['perplexity.length']} tokens of {_text(settings, 'perplexity')}; "

@@ -51,7 +51,7 @@ class Source:
             wanted |= pruning
         different = [] if self._is_model(settings["model"]) else ["model"]
         allowed = {key: value if isinstance(value, list) else [value] for key, value in wanted.items()}
-        return different + [key for key, values in allowed.items() if settings.get(key) not in values]
+        return different + [key for key, values in allowed.items() if settings[key] not in values]
 
     def _is_model(self, name: str) -> bool:
         """A Hub id at any revision, or a directory that bears its name."""
