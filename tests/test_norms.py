@@ -161,7 +161,7 @@ def test_a_comparison_says_what_changed_and_where(study: Project, tmp_path: Path
         [flat(f3=10, f5=26), flat(f3=16)],
         [flat(f3=14, f7=30), flat(f11=12)],
     ]
-    write(tmp_path / "other/stats", there)
+    write(tmp_path / "other/stats/norms", there)
     records = json.loads(stats("--compare", "other", "--json"))["inputs"]
     changed = [record for record in records if record["largest_change"]]
     assert [(record["block"], record["input"]) for record in changed] == [(1, "q_proj, k_proj")]

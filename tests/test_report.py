@@ -226,8 +226,8 @@ def write_results(
         )
     for part in PARTS:
         write_json(project.source(part), {"source": part})
-    for folder in ("stats", "gram", "fisher", "fisher_gram"):
-        (root / folder).mkdir(exist_ok=True)
+    for folder in ("stats/norms", "stats/gram", "stats/fisher"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
         seal(root / folder, {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
     for folder in ("masks", "weights"):
         write_json(root / folder / "provenance.json", {"of": [method, sparsity]})
