@@ -170,11 +170,11 @@ class Project:
                 yield work
 
     @contextlib.contextmanager
-    def work(self, made_from: Json, *, wait: bool = True) -> Iterator["Work"]:
+    def work(self, made_from: Json) -> Iterator["Work"]:
         """Open a stage's unfinished work: one folder for each set of inputs, parameters and versions.
 
-        One process at a time works there. Without `wait`, filelock.Timeout while another does. A run that has waited
-        finds the artifact that the other run published, and has only to publish it too.
+        One process at a time works there. A run that has waited finds the artifact that the other run published, and
+        only has to publish it too.
         """
         from filelock import FileLock, Timeout
 
@@ -184,8 +184,6 @@ class Project:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            if not wait:
-                raise
             notice("waiting for another run with the same inputs and parameters …")
             with FileLock(work.next):
                 lock.acquire()

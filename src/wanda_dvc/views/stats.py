@@ -106,7 +106,7 @@ def compare(*, project: Project, other: str, as_json: bool) -> str:
     """Compare this study's statistics with another's: a stats directory, a study, an experiment or a revision."""
     check(project)
     path = Path(other)
-    for folder in (path, path / "norms", Project(path).stats):
+    for folder in (path, path / project.stats.name, Project(path).stats):
         if (folder / PROVENANCE).is_file() and block_count(folder, "calibrate"):
             return _compare(project.stats, folder, other, as_json)
     if path.exists():
