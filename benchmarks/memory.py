@@ -16,6 +16,7 @@ from checkpoints import QWEN, make_checkpoint
 
 from wanda_dvc.machine import cores
 from wanda_dvc.stages import STAGES, run
+from wanda_dvc.stages.needs import need
 from wanda_dvc.stages.running import AnonymousMemory
 from wanda_dvc.study.project import Project
 
@@ -29,7 +30,7 @@ def measure(root: Path, stage: str, part: str | None) -> dict[str, float | None]
     project = Project(root)
     torch.set_num_threads(cores())
     _ = STAGES[stage].function  # imported, so that the sampler counts what the run holds
-    wanted = STAGES[stage].need(project, part)  # this imports the family's code, as it does before a stage
+    wanted = need(project, stage, part)  # this imports the family's code, as it does before a stage
     waited = 0.0
     original = Decoder.block
 
@@ -53,7 +54,7 @@ def measure(root: Path, stage: str, part: str | None) -> dict[str, float | None]
     return {
         "peak": sampler.peak - sampler.base,
         "imports": sampler.base,
-        "bound": wanted.memory.anonymous if wanted.memory else 0,
+        "bound": wanted.memory.anonymous,
         "seconds": seconds,
         "waited": waited,
     }

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.cli import app
-from wanda_dvc.engine.costs import DEVICES
 from wanda_dvc.export.formats import FORMATS
 from wanda_dvc.packed import speed
 from wanda_dvc.stages import STAGES, run
@@ -188,13 +187,13 @@ def completed(folder: Path, *words: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_the_shell_completes_parts_presets_formats_and_devices(study: Project, tmp_path: Path):
+def test_the_shell_completes_parts_presets_formats_and_dtypes(study: Project, tmp_path: Path):
     assert completed(study.root, "download", "") == list(STAGES["download"].parts)
     assert completed(study.root, "perplexity", "p") == ["pruned"]
     assert completed(study.root, "zero-shot", "d") == ["dense"]
     assert completed(study.root, "preset", "de") == ["default"]
     assert completed(study.root, "export", "--format", "") == list(FORMATS)
-    assert completed(study.root, "cost", "--device", "l") == [name for name in DEVICES if name.startswith("l")]
+    assert completed(study.root, "cost", "--dtype", "b") == ["bfloat16"]
     assert completed(tmp_path, "zero-shot", "") == ["dense", "pruned"]
 
 

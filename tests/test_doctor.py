@@ -133,3 +133,18 @@ def test_its_exit_says_it_too(study: Path):
     (study / "dvc.yaml").unlink()
     done = wanda_dvc("doctor", cwd=study)
     assert (done.returncode, done.stderr) == (2, "")
+
+
+@pytest.mark.parametrize(("free", "well"), [(10**6, False), (10**12, True)])
+def test_the_stage_that_needs_most_is_named(
+    study: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, free: int, well: bool
+):
+    """Too little memory is said; only with too little disk no stage can end well."""
+    write_params(study, tiny)
+    monkeypatch.setattr("wanda_dvc.views.doctor.memory", lambda _: free)
+    table, whole = doctor(start=study)
+    assert whole
+    assert f"{free / 1e9:.1f} GB free; zero-shot needs about 0.2 GB" in row(table, "memory")
+    assert ("✓" in row(table, "memory")) == well
+    monkeypatch.setattr("wanda_dvc.views.doctor.disk", lambda _: free)
+    assert doctor(start=study)[1] == well

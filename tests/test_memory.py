@@ -48,14 +48,13 @@ WALKS: Runs = {
 ADMM = {"method": "admm", "calibration__statistics": "gram"}
 BACK = {"calibration__statistics": "fisher"}
 SOLVES: Runs = {
-    "the way back": ("calibrate", None, {"calibration__statistics": "fisher"}),
-    "the way back, with Gram matrices": ("calibrate", None, ADMM | BACK),
+    "the way back": ("calibrate", None, ADMM | BACK),
     "a solver's masks": ("mask", None, ADMM),
     "least squares": ("apply", None, ADMM | {"reconstruction": "least-squares"}),
     "Fisher least squares": ("apply", None, ADMM | BACK | {"reconstruction": "fisher"}),
     "trained": ("mask", None, ADMM | {"reconstruction": "block", "propagation": "corrected"}),
 }
-RATED = {"method": "wanda", "calibration__statistics": "gram"}
+RATED = {"method": "wanda"}
 RATES: Runs = {name: ("mask", None, RATED | BACK | {"allocation": name}) for name in ALLOCATIONS}
 CORRECTED = ADMM | {"reconstruction": "least-squares", "propagation": "corrected"}
 CORRECTS: Runs = {"all Gram matrices": ("calibrate", None, CORRECTED), "corrected": ("mask", None, CORRECTED)}
@@ -84,13 +83,14 @@ from wanda_dvc.engine.sizes import sizes
 from wanda_dvc.engine.worker import Worker, order
 from wanda_dvc.stages import mask
 from wanda_dvc.stages.inputs import calibration_windows, open_decoder
+from wanda_dvc.stages.needs import need
 from wanda_dvc.stages.running import AnonymousMemory
 from wanda_dvc.study.project import Project
 
 root, found = map(pathlib.Path, sys.argv[1:3])
 project = Project(root)
 torch.set_num_threads(2)
-need = mask.need(project)
+needed = need(project, "mask")
 decoder = open_decoder(project, "dense")
 rows, told, checkpoint = as_rows(calibration_windows(project)[:2]), order(decoder, found / "work"), decoder.checkpoint
 
@@ -104,8 +104,8 @@ def begun():
 if sys.argv[3] == "driver":  # what it sends
     worker = begun()
     recorded = worker.record(0, 0, True, True)[0].of(decoder.linears(0))
-    how, share = mask.How.of(project.params), project.params.share
-    parts = mask._parts(how, checkpoint, 0, *recorded[:2], share, crosses=recorded.crosses)
+    plan = project.params.plan
+    parts = mask._parts(plan, checkpoint, 0, *recorded[:2], plan.share, crosses=recorded.crosses)
     for number, part in enumerate(parts):
         (found / f"{number}.part").write_bytes(pickle.dumps(part.named))
     sys.exit()
@@ -118,7 +118,7 @@ with AnonymousMemory(samples_a_second=300) as sampler:
         worker.change(0, block, ({}, {}) if block else mask._together(made)[:2])
 peak = sampler.peak - sampler.base
 # The driver has the sums of the shards so far.
-bound = need.memory.anonymous - 2 * 8 * sizes(project.model("dense")).squares
+bound = needed.memory.anonymous - 2 * 8 * sizes(project.model("dense")).squares
 (found / "worker").write_text(json.dumps({"peak": peak, "bound": bound}))
 """
 

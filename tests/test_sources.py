@@ -19,15 +19,15 @@ import torch
 from conftest import save_tiny_model
 from transformers import BertConfig, T5Config
 
-from wanda_dvc.engine.sizes import Need
 from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import name_of
 from wanda_dvc.sources.models import copied_bytes
 from wanda_dvc.stages import PARTS
 from wanda_dvc.stages.calibrate import calibrate
-from wanda_dvc.stages.download import SOURCES, download, need
+from wanda_dvc.stages.download import SOURCES, download
 from wanda_dvc.stages.inputs import calibration_windows
+from wanda_dvc.stages.needs import Need, need
 from wanda_dvc.study import files
 from wanda_dvc.study.project import Project
 
@@ -412,7 +412,7 @@ def test_a_local_model_is_cloned_or_copied_and_never_linked(
     whole = sum(path.stat().st_size for path in source.iterdir())
     copied = whole if clone is unsupported else 0
     assert copied_bytes(source, made) == copied
-    assert need(made, "model") == Need(disk=2 * copied, least=copied)  # a second one may go to the cache
+    assert need(made, "download", "model") == Need(disk=2 * copied, least=copied)  # a second one may go to the cache
     assert size < whole
     assert list(made.work_root.iterdir()) == []  # the probe is gone
     cloned.clear()

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from wanda_dvc import __version__
-from wanda_dvc.engine.costs import DEVICES
 from wanda_dvc.errors import UserError, explain, fixable, notice
 from wanda_dvc.export.formats import DEFAULT as DEFAULT_FORMAT
 from wanda_dvc.export.formats import FORMATS
@@ -285,14 +284,6 @@ def cost(  # noqa: PLR0913, PLR0917 - the options of the command
     config: Annotated[
         Path | None, typer.Argument(help="A config.json or a directory with one; by default the project's model.")
     ] = None,
-    device: Annotated[
-        str,
-        typer.Option(
-            "--device",
-            help=f"cpu (this one, measured), {', '.join(DEVICES)}.",
-            autocompletion=lambda: ["cpu", *DEVICES],
-        ),
-    ] = "cpu",
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Instead of params.yaml's.", autocompletion=completion.dtypes)
     ] = None,
@@ -300,23 +291,24 @@ def cost(  # noqa: PLR0913, PLR0917 - the options of the command
         int | None, typer.Option("--windows", min=1, help="Number of windows, for calibration and perplexity.")
     ] = None,
     length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens a window.")] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Of such machines or cards, by Ray.")] = 1,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run one block of this shape on this machine, and extrapolate the times.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate FLOPs, memory, disk and time of every stage from a config.json; no weights are needed."""
+    """Estimate FLOPs, memory and disk of every stage from a config.json; no weights are needed."""
     from wanda_dvc.views.cost import cost as table
 
-    told = table(
+    found = table(
         start=Path.cwd(),
         config=config,
-        device=device,
         dtype=dtype,
         windows=windows,
         length=length,
-        workers=workers,
+        measure=measure,
         as_json=as_json,
     )
-    typer.echo(told)
+    typer.echo(found)
 
 
 @app.command(rich_help_panel=RESULT_PANEL)

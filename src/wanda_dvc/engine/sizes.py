@@ -1,45 +1,105 @@
-"""The memory formula of docs/cost.md: a model counted from its config.json, and the most that a stage holds.
+"""The memory formula of docs/cost.md: a model counted from its config.json, and the peak memory of a stage.
 
-The weights need not be there.
+No weights are needed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wanda_dvc.catalog import Method, Reconstruction
+    from wanda_dvc.plan import Plan
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
 LIBRARIES = 48 * 2**20  # threads, kernels made at run time and a tokenizer, beyond the imports; about
 ALLOCATOR = 64 * 2**20  # freed memory that glibc keeps, about; none with MALLOC_MMAP_THRESHOLD_ set
-BYTES_A_TOKEN = 4  # of English text, about
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
 SOLVING = 8  # copies of a linear in float32 that a solver holds: conjugate gradients' four and their products; ADMM's
 GRAMS = 5  # matrices [in, in] in float32 that a solver holds: two prepared ones, and a factor with its temporaries
 BY_GRADIENTS = 5  # more copies of a linear, and as many matrices [out, out], where gradients weigh the outputs
+PRODUCTS = 20  # of a linear and its Gram matrix, in a solver: conjugate gradients take 10, ADMM 20
 SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """A model's parameters, counted; a tied head counts as embeddings."""
+@dataclass(frozen=True, kw_only=True)
+class Linears:
+    """A model's linears, counted; each expert's matrix is one."""
+
+    count: int  # weights of all
+    prunable: int  # weights of the largest block's
+    linear: int  # weights of the largest
+    features: int  # that a block's read and write, each by itself
+    widest: int  # the most features that one reads or puts out
+    squares: int  # of the features that a block's read, each by itself: Gram matrices, at most
+    all_squares: int  # of all blocks
+    output_squares: int  # of the features that a block's put out: Gram matrices of gradients
+    all_output_squares: int  # of all blocks
+    products: int  # FLOPs of a product of each with its Gram matrix
+    width: int  # bytes of a stored weight
+
+    @staticmethod
+    def of(shapes: Sequence[Sequence[tuple[int, int]]], width: int) -> "Linears":
+        """Count linears by their shapes [out, in], block by block."""
+        weights, reads, writes = (
+            [sum(function(*shape) for shape in block) for block in shapes]
+            for function in (lambda out, of: out * of, lambda _, of: of**2, lambda out, _: out**2)
+        )
+        each = [shape for block in shapes for shape in block]
+        return Linears(
+            count=sum(weights),
+            prunable=max(weights),
+            linear=max(out * of for out, of in each),
+            features=max(sum(map(sum, block)) for block in shapes),
+            widest=max(map(max, each)),
+            squares=max(reads),
+            all_squares=sum(reads),
+            output_squares=max(writes),
+            all_output_squares=sum(writes),
+            products=sum(2 * out * of**2 for out, of in each),
+            width=width,
+        )
+
+    def choosing(self, method: "Method") -> int:
+        """FLOPs of masks: of a score a weight, or of a solver."""
+        return PRODUCTS * self.products if method.needs == "gram" else self.count
+
+    def solving(self, reconstruction: "Reconstruction") -> int:
+        """FLOPs of other weights; gradients have Gram matrices of their own, which count twice."""
+        if reconstruction.function is None:
+            return 0
+        return PRODUCTS * (1 + 2 * reconstruction.by_gradients) * self.products
+
+    def pruning(self, reconstruction: "Reconstruction", *, gram: bool) -> int:
+        """FLOPs of masked weights and, with `gram`, of layer errors: of the masks, and of other values on them."""
+        return self.count + gram * (2 + (reconstruction.function is not None)) * self.products
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes(Linears):
+    """A model, counted; a tied head counts as embeddings."""
 
     parameters: int
+    blocks: int
     block: int  # the largest
     rest: int  # embeddings, norms and head
-    linear: int  # the largest linear's weights
-    features: int  # that a block's linears read and write, each linear by itself
-    widest: int  # the most features that a linear reads or puts out
-    squares: int  # of the features that a block's linears read, each linear by itself: Gram matrices, at most
-    all_squares: int  # of all blocks
-    output_squares: int  # of the features that a block's linears put out: Gram matrices of gradients
-    all_output_squares: int  # of all blocks
+    met: int  # weights of linears that a token is multiplied with: of experts, those that it is sent to
+    pairs: int  # query features of all blocks: each pair of tokens costs them twice, for q·k and for its share of v
+    head: int  # weights, also of a tied head
     hidden: int
     vocabulary: int
-    blocks: int
     dtype: str  # as stored
 
     @property
     def stored(self) -> int:
         """Bytes on disk."""
-        return self.parameters * WIDTH.get(self.dtype, 4)
+        return self.parameters * self.width
+
+    def walking(self, windows: float, length: int) -> float:
+        """FLOPs of windows through all blocks, with the causal half of attention."""
+        tokens = windows * length
+        return 2 * tokens * self.met + 2 * tokens * length * self.pairs
 
 
 @dataclass(frozen=True)
@@ -67,43 +127,42 @@ class Memory:
         return self.total - (self.weights if self.mapped else 0)
 
 
-@dataclass(frozen=True)
-class Need:
-    """Bytes, about; None where they are not known yet. With less free disk than `least` a stage cannot end well."""
-
-    memory: Memory | None = None
-    disk: int | None = None
-    least: int = 0
-
-
 def sizes(config: Path) -> Sizes:
     """Count the model that a config.json, or the one in a directory, describes."""
     from wanda_dvc.engine.config import read_config
-    from wanda_dvc.engine.structure import empty_model, find_blocks, weight_shapes
+    from wanda_dvc.engine.structure import empty_model
 
-    model = empty_model(config)
+    stored = read_config(config).dtype  # the model's own config says what it runs in
+    return count(empty_model(config), dtype=str(stored or "float32").removeprefix("torch."))
+
+
+def count(model: Any, *, dtype: str) -> Sizes:
+    """Count a model that transformers has built. Windowed attention counts as full attention."""
+    from wanda_dvc.engine.structure import find_blocks, weight_shapes
+
+    text = model.config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
     blocks = find_blocks(model)[1]
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
-    # Each expert's matrix is a linear of its own.
-    shapes = [[shape[-2:] for shape in weight_shapes(block) for _ in range(shape[:-2].numel())] for block in blocks]
-    squares, output_squares = ([sum(shape[end] ** 2 for shape in block) for block in shapes] for end in (-1, -2))
-    stored = read_config(config).dtype  # the model's own config says what it runs in
+    shapes = [weight_shapes(block) for block in blocks]
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((value for name in names if (value := getattr(text, name, None))), 1)
+    asked = (getattr(text, "num_experts_per_tok", None) or 1) / experts  # the share of experts that a token is sent to
+    heads = getattr(text, "num_attention_heads", None) or 0  # Mamba has none
+    head = model.get_output_embeddings().weight
+    matrices = [[(shape[-2], shape[-1]) for shape in block for _ in range(shape[:-2].numel())] for block in shapes]
     return Sizes(
+        **vars(Linears.of(matrices, WIDTH.get(dtype, 4))),
         parameters=parameters,
+        blocks=len(blocks),
         block=max(counts),
         rest=parameters - sum(counts),
-        linear=max(shape.numel() for block in shapes for shape in block),
-        features=max(sum(sum(shape) for shape in block) for block in shapes),
-        widest=max(max(shape) for block in shapes for shape in block),
-        squares=max(squares),
-        all_squares=sum(squares),
-        output_squares=max(output_squares),
-        all_output_squares=sum(output_squares),
-        hidden=model.config.get_text_config().hidden_size,
-        vocabulary=model.get_output_embeddings().weight.shape[0],
-        blocks=len(blocks),
-        dtype=str(stored or "float32").removeprefix("torch."),
+        met=int(sum(shape.numel() * (asked if len(shape) == 3 else 1) for block in shapes for shape in block)),
+        pairs=len(blocks) * heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)),
+        head=head.numel(),
+        hidden=text.hidden_size,
+        vocabulary=head.shape[0],
+        dtype=dtype,
     )
 
 
@@ -138,9 +197,10 @@ def walking(  # noqa: PLR0913 - the terms of the formula
         activations += tokens * model.widest * 8  # the float32 copy of an input, and its square
     # float64 sums of a block's shards so far and of the next one, and a panel; what is written takes less. A cross
     # product has no panels, and waits for what the dense model reads.
-    grams = 2 * 8 * model.squares + 12 * PANEL * model.widest if gram else 0
+    sums = 2 * 8 * model.squares
+    grams = sums + 12 * PANEL * model.widest if gram else 0
     if crosses:
-        grams += 2 * 8 * model.squares + 12 * model.widest**2
+        grams += sums + 12 * model.widest**2
         activations += tokens * model.features * width
     return Memory(
         weights=(2 * model.block + model.rest) * width,
@@ -154,16 +214,16 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     )
 
 
-def differentiating(model: Sizes, *, dtype: str, length: int, gram: bool = False, workers: bool = False) -> Memory:
+def differentiating(model: Sizes, *, dtype: str, length: int, workers: bool = False) -> Memory:
     """A row forward and back through a block, three times the activations; or through the head, whose logits double.
 
-    With `gram` the Gram matrices of a block's gradients, what is written of them, and what packing them leaves; with
-    `workers` those of a row that come from one, which is more.
+    With the Gram matrices of a block's gradients, what is written of them, and what packing them leaves; with `workers`
+    those of a row that come from one, which is more.
     """
     from wanda_dvc.pruning.gram import PANEL
 
     walk = walking(model, dtype=dtype, length=length, logits=True)
-    grams = (16 if workers else 13) * model.output_squares + (12 * PANEL + 8 * length) * model.widest if gram else 0
+    grams = (16 if workers else 13) * model.output_squares + (12 * PANEL + 8 * length) * model.widest
     return replace(walk, activations=3 * walk.activations, logits=2 * walk.logits, grams=grams)
 
 
@@ -172,47 +232,37 @@ def either(one: Memory, other: Memory) -> Memory:
     return max(one, other, key=lambda memory: memory.total)
 
 
-def choosing(*, block: int, linear: int, threads: int, by_row: bool) -> Memory:
+def choosing(linears: Linears, *, threads: int, by_row: bool) -> Memory:
     """A block's masks, a byte a weight, and the scores of as many linears as there are threads, or of a slice of each.
 
-    `block` and `linear` are the weights of the largest ones.
+    With `by_row` a linear's rows are scored some at a time.
     """
     from wanda_dvc.pruning.choose import WEIGHTS_AT_A_TIME
 
-    scores = min(linear, WEIGHTS_AT_A_TIME) if by_row else linear
-    return Memory(selection=block + SELECTION * min(threads * scores, block))
+    scores = min(linears.linear, WEIGHTS_AT_A_TIME) if by_row else linears.linear
+    return Memory(selection=linears.prunable + SELECTION * min(threads * scores, linears.prunable))
 
 
-def writing(*, linear: int, widest: int = 0, by_gradients: bool = False) -> Memory:
+def writing(linears: Linears, *, gram: bool = False, by_gradients: bool = False) -> Memory:
     """The largest linear while it is multiplied, and the one before, which is being written; or what solving takes.
 
-    `widest` is the most features that a linear reads or puts out where there are Gram matrices, with `by_gradients`
-    also of gradients.
+    With `gram` there are Gram matrices, with `by_gradients` also of gradients.
     """
-    solving = SOLVING * 4 * linear + GRAMS * 4 * widest**2 if widest else 0
+    linear, widest = linears.linear, linears.widest
+    solving = SOLVING * 4 * linear + GRAMS * 4 * widest**2 if gram else 0
     more = BY_GRADIENTS * 4 * (linear + widest**2) if by_gradients else 0
     return Memory(selection=9 * linear + solving + more)
 
 
-def propagating(  # noqa: PLR0913 - the terms of the formula
-    walk: Memory,
-    chosen: Memory,
-    *,
-    model: Sizes,
-    dtype: str,
-    gram: bool = False,
-    crosses: bool = False,
-    solves: bool = False,
-    trains: bool = False,
-) -> Memory:
+def propagating(walk: Memory, chosen: Memory, plan: "Plan", *, model: Sizes, dtype: str) -> Memory:
     """Masks that are chosen while the blocks are walked: both, and the block at work, which is no view any more.
 
-    With `gram` a solver is handed a packed triangle and, with `crosses`, a product beside it. With `solves` a block has
-    new weights. A training holds 24 bytes for each of the block's parameters instead of what a solver does, and three
-    times the activations of a window.
+    A solver is handed a packed triangle and, for a correction, a product beside it. A reconstruction gives a block new
+    weights. A training holds 24 bytes for each of the block's parameters instead of what a solver does, and three times
+    the activations of a window.
     """
-    handed = (2 * gram + 4 * crosses) * model.widest**2
-    weights = 24 * model.block if trains else 0
-    new = model.block * WIDTH.get(model.dtype, 4) if solves else 0
+    handed = (2 * plan.records_grams + 4 * plan.corrects) * model.widest**2
+    weights = 24 * model.block if plan.trains else 0
+    new = model.block * model.width if plan.solves else 0
     selection = max(chosen.selection + handed, weights) + model.block * WIDTH[dtype] + new
-    return replace(walk, selection=selection, activations=walk.activations * (3 if trains else 1))
+    return replace(walk, selection=selection, activations=walk.activations * (3 if plan.trains else 1))

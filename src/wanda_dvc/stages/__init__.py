@@ -1,7 +1,7 @@
 """The table of stages, in the order of the pipeline: one row, one module, one command and one DVC name each.
 
-A row's module holds the stage's function, `need(project, part)` and `cost(params, on)`. The command line, the line
-about memory and disk, `cost`, `show`, the report and the tests of `dvc.yaml` loop over this table.
+A row's module holds the stage's function; `needs` says what each stage needs. The command line, `cost`, `show`, the
+report and the tests of `dvc.yaml` loop over this table.
 """
 
 import importlib
@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING, Any
 from wanda_dvc.errors import UserError, in_params
 
 if TYPE_CHECKING:
-    from wanda_dvc.engine.costs import Cost, Setting
-    from wanda_dvc.engine.sizes import Need
-    from wanda_dvc.params import Params
     from wanda_dvc.study.files import Json
     from wanda_dvc.study.project import Project
     from wanda_dvc.study.times import Ledger
@@ -51,16 +48,6 @@ class Stage:
         """The stage itself."""
         function: Callable[..., None] = getattr(self._module, self.name.replace("-", "_"))
         return function
-
-    def need(self, project: "Project", part: str | None = None) -> "Need":
-        """Return what the stage needs of memory and disk."""
-        need: Need = self._module.need(project, part)
-        return need
-
-    def cost(self, params: "Params", on: "Setting") -> "Cost | None":
-        """Return what the stage costs on paper; None where that is no computation."""
-        cost: Cost | None = self._module.cost(params, on)
-        return cost
 
     def key(self, study: "Project", part: str | None = None) -> str | None:
         """Return the key of the run whose result a study holds; None where it holds none."""

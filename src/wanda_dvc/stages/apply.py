@@ -11,14 +11,10 @@ from torch import Tensor
 
 from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.costs import DISK, HOST, Cost, Setting, error_seconds, solving_seconds
-from wanda_dvc.engine.sizes import Need, sizes, writing
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params
 from wanda_dvc.pruning.choose import prepare, prune_linear
 from wanda_dvc.pruning.packing import count_zeros
 from wanda_dvc.pruning.solvers import Prepared
-from wanda_dvc.stages.inputs import largest
 from wanda_dvc.stages.running import progress, solving_device
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import Json, write_csv, write_json
@@ -69,33 +65,6 @@ def apply(*, project: Project) -> None:
         ["block", "linear", "error", "masked"],
         ([x.block, linear, x.error, x.masked] for linear, x in measured.items()),
     )
-
-
-def need(project: Project, _: str | None = None) -> Need:
-    """A linear at work, and the files of another model."""
-    folder = project.model("dense")
-    if not (folder / "config.json").is_file():
-        return Need()
-    linear = largest(project)[1]
-    widest = sizes(folder).widest if block_count(project.gram, "calibrate") else 0
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    by_gradients = project.params.plan.reconstruction.by_gradients
-    return Need(writing(linear=linear, widest=widest, by_gradients=by_gradients), disk=size, least=size)
-
-
-def cost(params: Params, on: Setting) -> Cost:
-    """Copied to the disk, then read, multiplied and counted; with Gram matrices, measured too."""
-    model = on.model
-    seconds = model.stored / DISK + on.work.all_linears * (4 * on.stored_width + 1) / HOST
-    widest = 0 if params.calibration.statistics == "norms" else model.widest
-    plan = params.plan
-    changes, by_gradients = plan.solves, plan.reconstruction.by_gradients
-    if plan.weights_come_from == "gram":
-        seconds += solving_seconds(changes, on, by_gradients=by_gradients)
-    if widest:
-        seconds += error_seconds(1 + changes, on)  # of the masks, and of other values on them
-    memory = writing(linear=model.linear, widest=widest, by_gradients=by_gradients)
-    return Cost(0, model.stored, 0, model.stored, memory, seconds)
 
 
 def describe_pruned(study: Project, reconstruction: str) -> Json:

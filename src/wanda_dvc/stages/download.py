@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanda_dvc.engine.costs import Setting
-from wanda_dvc.engine.sizes import Need
 from wanda_dvc.params import Params
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.models import copied_bytes, find_model
@@ -60,13 +58,7 @@ def download(*, project: Project, part: str) -> None:
         work.publish(row.target(project))
 
 
-def need(project: Project, part: str | None) -> Need:
-    """Return the disk for a local model's copy, and for a second one in a cache that cannot link."""
-    if part != "model" or not Path(project.params.model).is_dir():
-        return Need()
-    size = copied_bytes(Path(project.params.model), project)
-    return Need(disk=2 * size, least=size)
-
-
-def cost(_: Params, __: Setting) -> None:
-    """None: what a download costs depends on the network."""
+def local_bytes(project: Project) -> int:
+    """Return the bytes of disk that the copy of a local model takes; 0 where the model is none."""
+    folder = Path(project.params.model)
+    return copied_bytes(folder, project) if folder.is_dir() else 0

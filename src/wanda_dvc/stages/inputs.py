@@ -4,20 +4,16 @@ import contextlib
 import importlib
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from wanda_dvc.engine.costs import Cost, Setting
-from wanda_dvc.engine.sizes import WIDTH, Need, Sizes, sizes, walking
 from wanda_dvc.errors import MEND, UserError, notice
 from wanda_dvc.params import Params, Runtime
-from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.pruning.patterns import check_pattern
 from wanda_dvc.stages.running import check_device, device_name, ending, own_device, solving_device, told
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.project import TEXT, Project, Work
+from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import block_count, read_fisher, read_stats
 
@@ -231,80 +227,3 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
             "set dtype=float32 (other last digits), or run it where there are some"
         )
     return Decoder(project.model(model), dtype=getattr(torch, dtype), device=where)
-
-
-# --- what they need and cost ---
-
-
-def largest(project: Project) -> tuple[int, int]:
-    """Return the weights of the largest block and of the largest linear.
-
-    They are those that were measured, where some were, since to build a model takes seconds of imports.
-    """
-    blocks = range(block_count(project.stats, "calibrate"))
-    if not blocks:
-        model = sizes(project.model("dense"))
-        return model.block, model.linear
-    from wanda_dvc.engine.checkpoint import Checkpoint
-
-    checkpoint = Checkpoint(project.model("dense"))
-    counts = [
-        [
-            checkpoint.weight(name).numel()
-            for names in read_stats(project.stats, block).readers.values()
-            for name in names
-        ]
-        for block in blocks
-    ]
-    return max(map(sum, counts)), max(map(max, counts))
-
-
-def walk_need(project: Project, model: str, text: str, *, tokens: int | None, length: int, **held: bool) -> Need:
-    """Return what rows of a text through one of the project's models need; `held` is for `sizes.walking`."""
-    folder, params = project.model(model), project.params
-    if not (folder / "config.json").is_file():
-        return Need()
-    counted, file = sizes(folder), project.data(text) / TEXT
-    memory = walking(
-        counted,
-        dtype=params.dtype,
-        length=length,
-        device=device_name(params.runtime).partition(":")[0],
-        text=file.stat().st_size if file.is_file() else 0,
-        **held,
-    )
-    disk = waiting_bytes(counted, tokens, params.dtype) if tokens else None
-    return Need(memory, disk=disk, least=disk or 0)
-
-
-def waiting_bytes(model: Sizes, tokens: int, dtype: str) -> int:
-    """Return the bytes of hidden states that wait between blocks, in two files."""
-    return tokens * model.hidden * WIDTH[dtype] * 2
-
-
-def calibration_need(project: Project, *, gram: bool, crosses: bool = False, streams: int = 1) -> Need:
-    """Return what the windows of calibration need, `streams` times over."""
-    calibration = project.params.calibration
-    tokens = streams * calibration.samples * calibration.length
-    held = {"statistics": True, "gram": gram, "crosses": crosses}
-    return walk_need(project, "dense", "calibration", tokens=tokens, length=calibration.length, **held)
-
-
-def calibration_cost(params: Params, on: Setting, *, gram: bool, crosses: bool = False) -> Cost:
-    """Return what the windows of calibration cost."""
-    samples, length = params.calibration.samples, params.calibration.length
-    held = {"statistics": True, "gram": gram, "crosses": crosses}
-    memory = walking(on.model, dtype=on.dtype, length=length, device=on.where, **held)
-    cost = on.walk(samples, length, memory)
-    if not gram:
-        return cost
-    # The upper triangle of XᵀX is half of its products; a cross product has no such half.
-    flops = samples * length * on.model.all_squares * (3 if crosses else 1)
-    seconds = on.share(samples) * flops / on.float32_rate
-    seconds += on.sending(samples, 8 * on.model.all_squares * (2 if crosses else 1))
-    return replace(cost, flops=cost.flops + flops, seconds=cost.seconds + seconds)
-
-
-def gram_bytes(squares: int, kept: bool) -> int:
-    """Return the bytes of stats/gram or stats/fisher, at most; `squares` of all features that they are of."""
-    return squares // 2 * WIDTH[GRAM_DTYPE] if kept else 0

@@ -11,13 +11,9 @@ import torch
 from torch import Tensor
 
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.costs import Cost, Setting, choosing_seconds, solving_seconds
 from wanda_dvc.engine.jobs import Ask
 from wanda_dvc.engine.memory import keep_freed_memory
-from wanda_dvc.engine.sizes import Memory, Need, Sizes, choosing, either, propagating, sizes, writing
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.machine import cores
-from wanda_dvc.params import Params
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
 from wanda_dvc.pruning.choose import Share, aim_block, choose_block, prepared_linears, reconstruct, targets_of
 from wanda_dvc.pruning.gram import Gram
@@ -26,20 +22,17 @@ from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import (
     Statistics,
-    calibration_cost,
-    calibration_need,
     calibration_windows,
     check_fits,
     check_ready,
     fisher_provenance,
     gram_provenance,
     jobs,
-    largest,
     runner,
     statistics,
     with_fisher,
 )
-from wanda_dvc.stages.running import device_name, progress, say_unreached, solving_device
+from wanda_dvc.stages.running import progress, say_unreached, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance
@@ -340,88 +333,3 @@ def _propagate(
             write_masks(masks, turn.index, keep)
             turn.change(keep, changed)
     say_unreached("mask", unreached)  # of the blocks that this run has calibrated
-
-
-def need(project: Project, _: str | None = None) -> Need:
-    """Masks and scores, or what a solver holds; with `propagation: pruned` those of `calibrate` too."""
-    folder, params, plan = project.model("dense"), project.params, project.params.plan
-    if not (folder / "config.json").is_file():
-        return Need()
-    on_card = device_name(params.runtime).startswith("cuda")
-    threads = 1 if on_card else cores()
-    if not plan.propagates:
-        block, linear = largest(project)
-        widest = sizes(folder).widest if plan.masks_read_gram else 0
-        return Need(_choosing(plan, block, linear, widest, threads, by_row=not on_card), disk=0)
-    streams, recorded = 2 if plan.runs_dense else 1, _recorded(plan)
-    walk, model = calibration_need(project, **recorded, streams=streams), sizes(folder)
-    chosen = _choosing(plan, model.block, model.linear, model.widest, threads, by_row=not on_card)
-    if walk.memory is None or walk.disk is None:
-        return walk
-    memory = propagating(walk.memory, chosen, model=model, dtype=params.dtype, **recorded, **_found(plan))
-    return replace(walk, memory=memory, disk=walk.disk + _weights_bytes(plan, model))
-
-
-def cost(params: Params, on: Setting) -> Cost:
-    """One pass over weights and scores; with `propagation: pruned` each block is run twice more."""
-    linears, model, plan = on.work.all_linears, on.model, params.plan
-    on_card = on.where == "cuda"
-    threads = 1 if on_card else on.threads
-    memory = _choosing(plan, model.block, model.linear, model.widest, threads, by_row=not on_card)
-    masks = linears / 8
-    chosen = Cost(0, model.stored, 0, masks, memory, choosing_seconds(on))
-    share = 1.0 if plan.propagates and plan.trains else on.solving_share(by_block=plan.propagates)
-    solving = share * solving_seconds(plan.method.needs == "gram", on)
-    chosen = replace(chosen, seconds=chosen.seconds + solving)
-    if not plan.propagates:
-        return chosen
-    recorded = _recorded(plan)
-    once = calibration_cost(params, on, **recorded)
-    # The pruned windows twice. A training also runs the dense ones, and three times as much for each epoch: forwards,
-    # and twice backwards.
-    passes = 2 + plan.runs_dense * (1 + (plan.propagation == "corrected"))
-    passes += 3 * TRAINING["epochs"] if plan.trains else 0
-    walked = on.walk(passes * params.calibration.samples, params.calibration.length, once.memory)
-    solving = share * solving_seconds(plan.solves, on, by_gradients=plan.reconstruction.by_gradients)
-    return replace(
-        walked,
-        disk=masks + once.disk * (2 if plan.runs_dense else 1) + _weights_bytes(plan, model),
-        memory=propagating(once.memory, memory, model=model, dtype=on.dtype, **recorded, **_found(plan)),
-        seconds=walked.seconds + chosen.seconds + solving,
-    )
-
-
-def _recorded(plan: Plan) -> dict[str, bool]:
-    """Return what a walk records beside the statistics, in the words of `sizes`."""
-    return {"gram": plan.records_grams, "crosses": plan.corrects}
-
-
-def _found(plan: Plan) -> dict[str, bool]:
-    """Return what a walk finds beside masks, in the words of `sizes`."""
-    return {"solves": plan.solves, "trains": plan.trains}
-
-
-def _choosing(  # noqa: PLR0913, PLR0917 - sizes
-    plan: Plan, block: int, linear: int, widest: int, threads: int, by_row: bool
-) -> Memory:
-    """What masks of one block take while they are chosen; the arguments are the weights of the largest.
-
-    With `by_row` a linear's rows are scored some at a time, where the settings allow it: not on a card.
-    """
-    if plan.records_grams or (plan.method.needs == "gram" and not plan.propagates):
-        by_gradients = plan.masks_read_gradients
-        return writing(linear=linear, widest=widest, by_gradients=by_gradients)
-    chosen = choosing(block=block, linear=linear, threads=threads, by_row=by_row and plan.selects_by_row)
-    # An allocation that reads Gram matrices rates all blocks before any is chosen from.
-    rates = plan.allocation.needs == "gram"
-    return either(chosen, writing(linear=linear, widest=widest)) if rates else chosen
-
-
-def kept_bytes(params: Params, model: Sizes, linears: int) -> float:
-    """Return what an experiment adds to the cache: a bit for each weight of the linears, and weights/."""
-    return linears / 8 + _weights_bytes(params.plan, model)
-
-
-def _weights_bytes(plan: Plan, model: Sizes) -> int:
-    """Bytes of weights/."""
-    return model.stored if plan.weights_come_from == "weights" else 0

@@ -4,22 +4,19 @@ import contextlib
 import json
 import math
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
-from wanda_dvc.engine.costs import Cost, Setting
 from wanda_dvc.engine.losses import from_losses, unmeasured, window_losses
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Runner
-from wanda_dvc.engine.sizes import BYTES_A_TOKEN, Need, walking
 from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
-from wanda_dvc.params import ALL, Params
+from wanda_dvc.params import ALL
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite, walk_need
+from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import write_csv, write_json
-from wanda_dvc.study.project import TEXT, Project
+from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
 LOSSES = "losses.jsonl"
@@ -107,21 +104,3 @@ def _read_losses(path: Path, rows: int) -> list[float]:
 
 def _finite(loss: float) -> float | str:
     return loss if math.isfinite(loss) else DIVERGED
-
-
-def need(project: Project, model: str | None) -> Need:
-    """A walk with the head, and the hidden states that wait between blocks."""
-    wanted, text = project.params.perplexity, project.data("perplexity") / TEXT
-    known = [text.stat().st_size // BYTES_A_TOKEN] if text.is_file() else []
-    # At most as many tokens as the windows hold.
-    most = [wanted.windows * wanted.length] if isinstance(wanted.windows, int) else []
-    tokens = min(known + most, default=None)
-    found = walk_need(project, model or "dense", "perplexity", tokens=tokens, length=wanted.length, logits=True)
-    return replace(found, least=found.least // 2)  # a token may take more bytes than expected
-
-
-def cost(params: Params, on: Setting) -> Cost:
-    """All windows through all blocks and the head."""
-    length = params.perplexity.length
-    memory = walking(on.model, dtype=on.dtype, length=length, device=on.where, logits=True)
-    return on.walk(on.tokens / length, length, memory, logits=on.tokens)

@@ -5,16 +5,12 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from wanda_dvc.engine.costs import Cost, Setting
-from wanda_dvc.engine.sizes import Need, walking
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite, walk_need
+from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite
 from wanda_dvc.stages.running import progress, told
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.places import METRICS
@@ -23,18 +19,6 @@ from wanda_dvc.study.provenance import describe, digest, read_provenance, tokeni
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.runner import Step
-
-SAMPLES = 48  # items a task of `tasks.source: samples`
-
-# Of lm-eval's tasks: the items of the split that is asked, the tokens that a question needs (its context once, its
-# choices after it) and the positions at which it needs logits; means of the first 200 items with SmolLM2's tokenizer.
-TASKS = {
-    "piqa": (1838, 57.4, 44.6),
-    "hellaswag": (10042, 90.2, 60.4),
-    "arc_easy": (2376, 41.6, 14.4),
-    "boolq": (3270, 148.8, 1.0),
-    "rte": (277, 80.1, 1.0),
-}
 
 
 def zero_shot(*, project: Project, model: str) -> None:
@@ -134,30 +118,3 @@ def _answer(sample: dict[str, Any]) -> dict[str, Any]:
         "gold": sample["target"],
         **{metric: sample[metric] for metric in METRICS if metric in sample},
     }
-
-
-def need(project: Project, model: str | None) -> Need:
-    """A walk over packed rows with the head; what its hidden states take on disk depends on the items."""
-    from wanda_dvc.engine.questions import ROW
-
-    found = walk_need(project, model or "dense", "tasks", tokens=None, length=ROW, logits=True, packed=True)
-    return replace(found, disk=0) if found.memory else found
-
-
-def cost(params: Params, on: Setting) -> Cost:
-    """All questions of all tasks through all blocks, and the head where a choice's tokens are."""
-    from wanda_dvc.engine.questions import ROW
-
-    most = min(params.zero_shot.limit or 10**9, SAMPLES if params.tasks.source == "embedded" else 10**9)
-    needed = [_task(name) for name in params.tasks.names]
-    asked = sum(min(items, most) * fed for items, fed, _ in needed)
-    logits = sum(min(items, most) * positions for items, _, positions in needed)
-    rows = max(1.0, asked / ROW)  # packed; attention is within a question, and so small that rows overstate it
-    memory = walking(on.model, dtype=on.dtype, length=ROW, device=on.where, logits=True, packed=True)
-    return on.walk(rows, asked / rows, memory, logits=logits)
-
-
-def _task(name: str) -> tuple[int, float, float]:
-    """Return a task's row of the table; another task counts as an average one."""
-    items, tokens, positions = (sum(column) / len(TASKS) for column in zip(*TASKS.values(), strict=True))
-    return TASKS.get(name, (int(items), tokens, positions))

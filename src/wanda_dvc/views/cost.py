@@ -1,118 +1,120 @@
-"""What a study costs on paper, as a table: from a config.json and no weights."""
+"""What a study costs, as a table: from a config.json and no weights; the time only where it is measured."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from wanda_dvc.engine.costs import DEVICES, Cost, Setting, this_cpu, work
-from wanda_dvc.engine.sizes import BYTES_A_TOKEN, sizes
 from wanda_dvc.errors import UserError
-from wanda_dvc.machine import processor
+from wanda_dvc.machine import cores, processor
 from wanda_dvc.params import Params, check_params
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.needs import NEEDS, Known, Need, config_of, kept_bytes, known
+from wanda_dvc.stages.running import own_device
 from wanda_dvc.study.files import json_text
-from wanda_dvc.study.project import TEXT, Project
+from wanda_dvc.study.project import Project
 
 TEST_SPLIT = 1_290_590  # bytes of WikiText-2's test split, for a text that is not there yet
+MORE = "its masks and weights"
 
 
 def cost(  # noqa: PLR0913 - the options of the command
     *,
     start: Path,
     config: Path | None = None,
-    device: str = "cpu",
     dtype: str | None = None,
     windows: int | None = None,
     length: int | None = None,
-    workers: int = 1,
+    measure: bool = False,
     as_json: bool = False,
 ) -> str:
-    """Return what each stage costs with the settings at hand (outside a project, the default's): a table, or JSON."""
+    """Return what each stage costs with the settings at hand (outside a project, the default's): a table, or JSON.
+
+    With `measure` this machine runs one block of the model's shape, from which the time of each stage follows.
+    """
     project, params = _settings(start, dtype, windows, length)
     if config is None:
         if project is None:
             raise UserError(f"{start}: no project here; name a config.json, or cd into a project")
-        local = Path(params.model)
-        config = local if local.is_absolute() and local.is_dir() else project.model("dense")
+        config = config_of(project)
     if not (config / "config.json" if config.is_dir() else config).is_file():
         raise UserError(
             f"{config}: no config.json, expected a model's directory or its config.json; name one, or fetch this "
             "study's model: `dvc repro download@model`"
         )
-    if device not in ("cpu", *DEVICES):
-        raise UserError(f"--device: got {device}, expected cpu, {', '.join(DEVICES)}")
-    model, through = sizes(config), work(config)
-    card = DEVICES[device] if device in DEVICES else this_cpu(processor(), params.dtype)
-    text = project.data("perplexity") / TEXT if project else None
-    there = (text.stat().st_size if text and text.is_file() else TEST_SPLIT) // BYTES_A_TOKEN
-    wanted = params.perplexity
-    tokens = min(there, wanted.windows * wanted.length) if isinstance(wanted.windows, int) and not windows else there
-    tokens = windows * wanted.length if windows else tokens
-    on = Setting(model, through, card, params.dtype, tokens, workers)
-    costs = {name: row for name, stage in STAGES.items() if (row := stage.cost(params, on))}
-    if as_json:
-        return json_text(_records(on, costs))
-    rows = [
-        [
-            name,
-            f"{row.flops / 1e12:,.1f}" if row.flops else "–",
-            _gb(row.read),
-            _gb(row.hidden) if row.hidden else "–",
-            _gb(row.memory.anonymous),
-            _gb(row.disk),
-            _duration(row.seconds),
-        ]
-        for name, row in costs.items()
+    on = known(params, config, project)
+    if not on.tokens:
+        on = replace(on, texts={**on.texts, "perplexity": TEST_SPLIT})
+    needs = {stage: need(on) for stage, need in NEEDS.items()}
+    pace = _measure(on) if measure else {}
+    seconds = {name: sum(x / pace[kind] for kind, x in row.work.items() if x) for name, row in needs.items() if pace}
+    return json_text(_records(on, needs, pace, seconds)) if as_json else _table(on, needs, pace, seconds)
+
+
+def _measure(on: Known) -> dict[str, float]:
+    import torch
+
+    from wanda_dvc.engine.pace import measure
+
+    torch.set_num_threads(cores())
+    params, device = on.params, own_device(on.params.runtime)
+    gram, length = params.calibration.statistics != "norms" or params.plan.records_grams, params.calibration.length
+    return measure(on.config, params.plan, dtype=params.dtype, device=device, length=length, gram=gram)
+
+
+def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: dict[str, float]) -> str:
+    params, model, kept = on.params, on.model, kept_bytes(on)
+    rows = []
+    for name, need in needs.items():
+        flops = sum(need.work.values())
+        sizes = (need.read, need.hidden, need.link, need.memory.anonymous, need.disk)
+        row = [name, f"{flops / 1e12:,.1f}" if flops >= 5e10 else "–", *(_gb(x) if x else "–" for x in sizes)]
+        rows.append(row + ([_duration(seconds[name])] if pace else []))
+    headers = ["stage", "TFLOP", *(f"{what}, GB" for what in ("read", "hidden states", "link", "memory", "disk"))]
+    # What another recipe runs again, and what there is of the dense model too.
+    again = sum(seconds.get(name, 0) for name, x in STAGES.items() if "recipe" in x.settings or "pruned" in x.parts)
+    dense = sum(seconds.get(name, 0) for name, stage in STAGES.items() if "dense" in stage.parts)
+    first = f"{_duration(sum(seconds.values()))}, and its dense baselines {_duration(dense)} more"
+    lines = [
+        f"{_count(model.parameters)} parameters, {_count(model.met)} of them in the linears that a token meets; stored "
+        f"in {model.dtype}, {_gb(model.stored)} GB; runs in {params.dtype} on {on.device}",
+        f"{params.calibration.samples} windows of {params.calibration.length} to calibrate, {on.tokens:,} tokens in "
+        f"windows of {params.perplexity.length} for perplexity, {len(params.tasks.names)} tasks"
+        + (f" × {params.zero_shot.limit}" if params.zero_shot.limit else ""),
+        "",
+        tabulate(rows, headers + ["time"] * bool(pace), tablefmt="github", disable_numparse=True),
+        "",
+        f"One more experiment adds {_gb(kept)} GB to the cache ({'its masks' if kept < model.count else MORE})"
+        + (f" and takes {_duration(again)}; the first one takes {first}." if pace else "."),
     ]
-    from wanda_dvc.stages.mask import kept_bytes
-
-    kept = kept_bytes(params, model, through.all_linears)
-    added = "its masks" if kept == through.all_linears / 8 else "its masks and weights"
-    headers = ["stage", "TFLOP", "read, GB", "hidden states, GB", "memory, GB", "disk, GB", "time"]
-    rate = f"{card.flops[params.dtype] / 1e12:.3g} TFLOP/s"
-    how = "published" if card.link else "measured now"
-    estimate = "; an estimate, no card was at hand" if card.link else ""
-    seconds = [row.seconds for row in costs.values()]
-    baselines = [row.seconds for name, row in costs.items() if STAGES[name].parts]
-    return "\n".join(
-        [
-            f"{_count(model.parameters)} parameters, {_count(through.linears)} of them in the linears that a "
-            f"token meets; stored in {model.dtype}, {_gb(model.stored)} GB; runs in {params.dtype}",
-            f"{card.name}: {rate} {how}, of which {card.efficiency:.0%} are expected{estimate}",
-            *([f"{workers} workers, each like that; what each holds is in the table, once"] if workers > 1 else []),
-            f"{params.calibration.samples} windows of {params.calibration.length} to calibrate, {tokens:,} tokens in "
-            f"windows of {wanted.length} for perplexity, {len(params.tasks.names)} tasks"
-            + (f" × {params.zero_shot.limit}" if params.zero_shot.limit else ""),
-            "",
-            tabulate(rows, headers, tablefmt="github", disable_numparse=True),
-            "",
-            f"One more experiment adds {_gb(kept)} GB to the cache ({added}) and takes "
-            f"{_duration(sum(seconds[1:]))}; the first one {_duration(sum(seconds))} and its dense baselines "
-            f"{_duration(sum(baselines))} more.",
-        ]
-    )
+    if pace:
+        rates = ", ".join(f"{kind} {rate / 1e9:,.3g}" for kind, rate in pace.items())
+        lines.append(
+            f"Measured: one block of this shape with random weights, on {processor()}, {cores()} cores, {on.device}; "
+            f"GFLOP/s: {rates}. All times are extrapolated from that. They leave out files and the start of a process."
+        )
+    return "\n".join(lines)
 
 
-def _records(on: Setting, costs: dict[str, Cost]) -> dict[str, Any]:
+def _records(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: dict[str, float]) -> dict[str, Any]:
     """The same as numbers: bytes, FLOPs and seconds."""
     return {
-        "model": {"parameters": on.model.parameters, "linears": on.work.linears, "stored_bytes": on.model.stored},
-        "device": {"name": on.device.name, "flops": on.device.flops[on.dtype], "measured": on.device.link is None},
-        "dtype": on.dtype,
-        "workers": on.workers,
+        "model": {"parameters": on.model.parameters, "linears": on.model.met, "stored_bytes": on.model.stored},
+        "device": on.device,
+        "dtype": on.params.dtype,
         "tokens": on.tokens,
+        "kept_bytes": kept_bytes(on),
+        "flops_per_second": pace,
         "stages": [
             {
                 "stage": name,
-                "flops": row.flops,
-                "read_bytes": row.read,
-                "hidden_bytes": row.hidden,
-                "memory_bytes": row.memory.anonymous,
-                "disk_bytes": row.disk,
-                "seconds": row.seconds,
+                "flops": sum(need.work.values()),
+                "memory_bytes": need.memory.anonymous,
             }
-            for name, row in costs.items()
+            | {f"{what}_bytes": getattr(need, what) for what in ("read", "hidden", "link", "disk", "least")}
+            | ({"seconds": seconds[name]} if pace else {})
+            for name, need in needs.items()
         ],
     }
 

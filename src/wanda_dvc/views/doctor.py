@@ -1,5 +1,6 @@
 """Check the machine and the study before anything runs: what was found, what is missing, what to do."""
 
+import contextlib
 import platform
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import EXTRAS, UserError
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.needs import NEEDS, Need, config_of, known
+from wanda_dvc.stages.running import device_name
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.local import SETTINGS, changed_sources, local_sources
 from wanda_dvc.study.places import on_the_hub, task_definition, task_items
@@ -115,8 +118,23 @@ def _machine(project: Project) -> Iterator[Check]:
     if project.params.runtime.ray is None:  # else it is theirs
         todo = f"got {device}, expected one of {there}; change it in params.yaml"
         yield Check("runtime.device", device in known, device, todo)
-    free = disk(project)
-    yield Check("disk", free > 1e9, f"{free / 1e9:.1f} GB free", "free some; `dvc gc --workspace` drops old cache")
+    yield from _room(project)
+
+
+def _room(project: Project) -> Iterator[Check]:
+    """Whether memory and disk suffice for the stages that need most, where the model's configuration is there."""
+    needs = {"a study": Need(least=10**9)}
+    with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # none yet, or one that makes no sense
+        on = known(project.params, config_of(project), project)
+        needs |= {stage: need(on) for stage, need in NEEDS.items()}
+        free = memory(device_name(project.params.runtime))
+        most = max(NEEDS, key=lambda stage: needs[stage].memory.total)
+        wanted = needs[most].memory.total
+        found = f"{free / 1e9:.1f} GB free; {most} needs about {wanted / 1e9:.1f} GB"
+        yield Check("memory", free > wanted, found, "free some, or take shorter windows", needed=False)
+    free, most = disk(project), max(needs, key=lambda stage: needs[stage].least)
+    found = f"{free / 1e9:.1f} GB free; {most} needs about {max(needs[most].least, needs[most].disk) / 1e9:.1f} GB"
+    yield Check("disk", free > needs[most].least, found, "free some; `dvc gc --workspace` drops old cache")
 
 
 def _workers(params: Params) -> Iterator[Check]:

@@ -1,13 +1,14 @@
 """The line before a stage: what it needs of memory and disk, and what is free.
 
-Estimates from a model's config.json, by the formula in engine/sizes.py. They do not stop a stage, except where the disk
-is clearly too small.
+Estimates of stages/needs.py. They do not stop a stage, except where the disk is clearly too small.
 """
 
+import contextlib
 import shutil
 
+from wanda_dvc.engine.sizes import Memory
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.needs import need
 from wanda_dvc.stages.running import device_name
 from wanda_dvc.study.project import Project
 
@@ -15,19 +16,21 @@ from wanda_dvc.study.project import Project
 def announce(*, project: Project, stage: str, part: str | None = None) -> None:
     """Say on stderr what a stage needs and what is free. UserError if the disk is clearly too small for it."""
     try:
-        wanted = STAGES[stage].need(project, part)
+        wanted = need(project, stage, part)
     except (UserError, ValueError, KeyError, OSError):
         return  # a model that makes no sense: the stage says so better, or does not mind
     device = device_name(project.params.runtime)
     free_memory, free_disk = memory(device), disk(project)
     if wanted.least > free_disk:
         raise UserError(
-            f"{project.root}: {_gb(free_disk)} of disk free, expected about {_gb(wanted.disk or 0)} for {stage}; "
+            f"{project.root}: {_gb(free_disk)} of disk free, expected about {_gb(wanted.disk)} for {stage}; "
             "free some (`dvc gc --workspace` drops what no experiment at hand uses), or take a larger disk"
         )
     on = f" on {device}" if device.startswith("cuda") else ""
     parts = [
-        (f"{_gb(wanted.memory.total)} of memory{on}", f"{_gb(free_memory)} of memory{on}") if wanted.memory else None,
+        (f"{_gb(wanted.memory.total)} of memory{on}", f"{_gb(free_memory)} of memory{on}")
+        if wanted.memory != Memory()
+        else None,
         (f"{_gb(wanted.disk)} of disk", f"{_gb(free_disk)} of disk") if wanted.disk else None,
     ]
     known = [part for part in parts if part]
@@ -41,7 +44,7 @@ def memory(device: str) -> int:
     if device.startswith("cuda"):
         import torch
 
-        if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError, AssertionError):  # no such GPU: the stage says so
             return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 

@@ -1,0 +1,107 @@
+"""How fast this machine is: one block of a model's shape, with random weights, through the engine's own code."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from wanda_dvc.engine.config import read_config
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.jobs import solving_device
+from wanda_dvc.engine.loaded import Loaded
+from wanda_dvc.engine.losses import unmeasured, window_losses
+from wanda_dvc.engine.shards import TOKENS_TOGETHER
+from wanda_dvc.engine.sizes import Linears, count
+from wanda_dvc.engine.structure import build_empty
+from wanda_dvc.engine.walk import LocalRunner
+from wanda_dvc.engine.weights import set_parameter
+from wanda_dvc.pruning.choose import Target, choose_block, prepared_linears, prune_linear
+from wanda_dvc.pruning.gram import Gram
+
+if TYPE_CHECKING:
+    from wanda_dvc.plan import Plan
+
+ENOUGH = 1.0  # seconds of repeating what is measured; the fastest counts
+
+
+def measure(  # noqa: PLR0913 - what is run
+    config: Path, plan: "Plan", *, dtype: str, device: torch.device, length: int, gram: bool
+) -> dict[str, float]:
+    """Return the FLOP/s of each kind of work, as `Need.work` has them; of Gram matrices and solvers with `gram`.
+
+    As many windows of `length` tokens as the device takes at once go through the block. Masks are chosen, and weights
+    pruned, for the linears that read the block's first input.
+    """
+    model = one_block(config, getattr(torch, dtype))
+    one, weights = count(model.model, dtype=dtype), model.weight
+    windows = max(1, TOKENS_TOGETHER.get(device.type, 0) // length)
+    tokens = torch.randint(one.vocabulary, (windows, length), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
+        run = LocalRunner(Decoder(model, dtype=getattr(torch, dtype), device=device), Path(work))
+        for turn in run.walk(tokens):
+            through = _seconds(turn.record)
+            summed = _seconds(partial(turn.record, gram=True)) - through if gram else 0
+            recorded = turn.record(gram=gram)
+        head = _seconds(lambda: list(run.head(window_losses, unmeasured(windows))))
+    pace = {"blocks": one.walking(windows, length) / through, "head": 2 * tokens.numel() * one.head / head}
+    first, names = next(iter(recorded.stats.readers.items()))
+    stats, where, features = recorded.stats.of(first), solving_device(device), len(recorded.stats.inputs[first].sum)
+    rows = {name: weights(name).numel() // features for name in names}
+    linears = Linears.of([[(out, features) for out in rows.values()]], one.width)
+    grams = {first: Gram(recorded.grams[first].upper.to(where), recorded.grams[first].count)} if gram else {}
+    target = Target(plan.share, plan.pattern, plan.group)
+    choosing = partial(choose_block, weights, stats, method=plan.method, targets=target, grams=grams, device=where)
+    pace["choosing"] = linears.choosing(plan.method) / _seconds(choosing)
+    keeps, own = choosing(), plan.reconstruction
+    gradients = {name: Gram.empty(out, where) for name, out in rows.items()} if gram and own.by_gradients else {}
+    for back in gradients.values():
+        back.add(torch.randn(length, len(back.upper), device=where))
+
+    def prune() -> None:
+        for name, prepared in prepared_linears(stats, grams):
+            words: dict[str, Any] = {"gradients": gradients.get(name), "transposed": name in stats.transposed}
+            prune_linear(weights(name), keeps[name], prepared, reconstruction=own, **words)
+
+    flops = linears.pruning(own, gram=gram) + gram * linears.solving(own)
+    pace["pruning"] = flops / _seconds(prune)
+    if gram:
+        pace["grams"] = tokens.numel() * one.squares / max(summed, 1e-6)
+    return pace
+
+
+def one_block(config: Path, dtype: torch.dtype) -> Loaded:
+    """Return a model of a configuration's shape that has one block, with random weights.
+
+    UserError where transformers builds no such model.
+    """
+    content = read_config(config)
+    text = content.get_text_config()
+    blocks, text.num_hidden_layers = text.num_hidden_layers, 1
+    for name, value in list(vars(text).items()):  # what a configuration says of each block
+        if isinstance(value, list) and len(value) == blocks:
+            setattr(text, name, value[:1])
+    model = build_empty(content, str(config), dtype)
+    drawn = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    for name, parameter in list(model.named_parameters()):
+        # The same numbers again and again: to draw a large matrix takes longer than to multiply it.
+        values = drawn.repeat(-(-parameter.numel() // len(drawn)))[: parameter.numel()].reshape(parameter.shape)
+        set_parameter(model, name, values.clone() if parameter.dim() > 1 else torch.ones_like(values))
+    model.tie_weights()
+    return Loaded(model)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Return how long it takes at best."""
+    fastest, spent = float("inf"), 0.0
+    while not spent or spent < ENOUGH:
+        began = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken = time.perf_counter() - began
+        fastest, spent = min(fastest, taken), spent + taken
+    return fastest

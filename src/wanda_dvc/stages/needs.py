@@ -1,0 +1,285 @@
+"""What each stage needs: memory, disk, FLOPs and bytes, from the plan, the settings and a model's sizes.
+
+The line before a stage, `cost` and `doctor` read this table, so each formula is written once; docs/cost.md has them in
+words. Files that are there already give better numbers: `Known` holds those.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from wanda_dvc.engine.sizes import (
+    WIDTH,
+    Linears,
+    Memory,
+    Sizes,
+    choosing,
+    differentiating,
+    either,
+    propagating,
+    sizes,
+    walking,
+    writing,
+)
+from wanda_dvc.machine import cores
+from wanda_dvc.params import Calibration, Params
+from wanda_dvc.plan import GRAM_DTYPE, TRAINING, WINDOWS_BACK
+from wanda_dvc.stages.running import device_name
+from wanda_dvc.study.project import TEXT, Project
+from wanda_dvc.study.tensors import block_count, read_stats
+
+BYTES_A_TOKEN = 4  # of English text, about
+SAMPLES = 48  # items a task of `tasks.source: embedded`
+
+# Of lm-eval's tasks: the items of the split that is asked, the tokens that a question needs (its context once, its
+# choices after it) and the positions at which it needs logits; means of the first 200 items with SmolLM2's tokenizer.
+TASKS = {
+    "piqa": (1838, 57.4, 44.6),
+    "hellaswag": (10042, 90.2, 60.4),
+    "arc_easy": (2376, 41.6, 14.4),
+    "boolq": (3270, 148.8, 1.0),
+    "rte": (277, 80.1, 1.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What a stage needs, about, in bytes; 0 where that is nothing, or not known yet."""
+
+    memory: Memory = field(default_factory=Memory)
+    disk: int = 0  # while it works, with what it leaves
+    least: int = 0  # with less free disk the stage cannot end well
+    read: int = 0  # from the disk
+    hidden: int = 0  # hidden states between blocks, written and read
+    link: int = 0  # weights and masks that cross the link to a GPU
+    work: Mapping[str, float] = field(default_factory=dict)  # FLOPs: of blocks, head, grams, choosing, pruning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What the needs of all stages follow from."""
+
+    params: Params
+    config: Path  # of the model: a config.json, or a directory with one
+    device: str = "cpu"  # its kind
+    texts: Mapping[str, int] = field(default_factory=dict)  # bytes of those that are there, by part
+    files: int | None = None  # bytes of the model's directory
+    measured: Linears | None = None  # those of stats/: to build a model takes seconds of imports
+
+    @cached_property
+    def model(self) -> Sizes:
+        """The model, counted."""
+        return sizes(self.config)
+
+    @property
+    def linears(self) -> Linears:
+        """The linears, counted."""
+        return self.measured or self.model
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the checkpoint."""
+        return self.model.stored if self.files is None else self.files
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that perplexity is measured on; 0 where they are all of a text that is not there yet."""
+        wanted = self.params.perplexity
+        counts = [self.texts["perplexity"] // BYTES_A_TOKEN] if "perplexity" in self.texts else []
+        counts += [wanted.windows * wanted.length] if isinstance(wanted.windows, int) else []
+        return min(counts, default=0)
+
+
+def need(project: Project, stage: str, part: str | None = None) -> Need:
+    """Return what a stage of a study needs, by what is there of its model and texts."""
+    if (stage, part) == ("download", "model"):  # a local model's copy, and a second one in a cache that cannot link
+        from wanda_dvc.stages.download import local_bytes
+
+        size = local_bytes(project)
+        return Need(disk=2 * size, least=size)
+    folder = project.model(part or "dense")
+    if stage not in NEEDS or not (folder / "config.json").is_file():
+        return Need()
+    files = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    measured = _measured(project) if stage in ("mask", "apply") else None
+    return NEEDS[stage](replace(known(project.params, folder, project), files=files, measured=measured))
+
+
+def known(params: Params, config: Path, project: Project | None) -> Known:
+    """Return what settings, a configuration and the texts of a study, if there is one, say."""
+    import torch  # noqa: F401 - by which the device's name is known
+
+    parts = ("calibration", "perplexity") if project else ()
+    texts = {part: file.stat().st_size for part in parts if project and (file := project.data(part) / TEXT).is_file()}
+    return Known(params=params, config=config, device=device_name(params.runtime).partition(":")[0], texts=texts)
+
+
+def config_of(project: Project) -> Path:
+    """Return the directory with the configuration of a study's model: a local model's own, else models/dense."""
+    local = Path(project.params.model)
+    return local if local.is_absolute() and local.is_dir() else project.model("dense")
+
+
+def _measured(project: Project) -> Linears | None:
+    from wanda_dvc.engine.checkpoint import Checkpoint
+
+    checkpoint, shapes, width = Checkpoint(project.model("dense")), [], 0
+    for block in range(block_count(project.stats, "calibrate")):
+        measured = read_stats(project.stats, block)
+        features = {name: len(measured.inputs[x].sum) for x, names in measured.readers.items() for name in names}
+        weights = {name: checkpoint.weight(name) for name in features}
+        shapes.append([(weight.numel() // features[name], features[name]) for name, weight in weights.items()])
+        width = next(iter(weights.values())).itemsize
+    return Linears.of(shapes, width) if shapes else None
+
+
+# --- the stages ---
+
+
+def back_windows(calibration: Calibration) -> int:
+    """Return the number of windows that go back through the model."""
+    return min(WINDOWS_BACK, calibration.samples) if calibration.statistics == "fisher" else 0
+
+
+def _calibrate(on: Known) -> Need:
+    """All windows through all blocks, and with `fisher` some of them forward and back."""
+    calibration, model, dtype = on.params.calibration, on.model, on.params.dtype
+    gram, windows, length = calibration.statistics != "norms", back_windows(calibration), calibration.length
+    once = _recording(on, gram=gram)
+    once = replace(once, disk=once.disk + gram * _gram_bytes(model.all_squares))
+    if not windows:
+        return once
+    # Three passes: forward, then in each block forward again and back, which takes as long: weights get no gradients.
+    back = _walk(on, "calibration", 3 * windows, length, head=2 * windows * length)
+    states, gradients = (windows * length * model.hidden * WIDTH[kind] for kind in (dtype, "float32"))
+    memory = differentiating(model, dtype=dtype, length=length, workers=on.params.runtime.ray is not None)
+    return replace(
+        once,
+        memory=either(once.memory, memory),
+        disk=once.disk + _gram_bytes(model.all_output_squares) + states * (model.blocks + 1) + 2 * gradients,
+        read=3 * once.read,
+        hidden=once.hidden + back.hidden,
+        link=3 * once.link,
+        work=_sum(once.work, back.work, {"grams": windows * length * model.all_output_squares}),
+    )
+
+
+def _mask(on: Known) -> Need:
+    """One pass over weights and scores, or what a solver takes; with `propagation: pruned` the blocks are run too."""
+    plan, linears, on_card = on.params.plan, on.linears, on.device == "cuda"
+    if plan.records_grams or (plan.method.needs == "gram" and not plan.propagates):
+        memory = writing(linears, gram=True, by_gradients=plan.masks_read_gradients)
+    else:
+        memory = choosing(linears, threads=1 if on_card else cores(), by_row=plan.selects_by_row and not on_card)
+        if plan.allocation.needs == "gram":  # it rates all blocks before any is chosen from
+            memory = either(memory, writing(linears, gram=True))
+    chosen = Need(
+        memory=memory,
+        disk=kept_bytes(on),
+        read=on.stored + plan.masks_read_gram * _gram_bytes(linears.all_squares),
+        link=linears.count * (linears.width + 1),
+        work={"choosing": linears.choosing(plan.method)},
+    )
+    if not plan.propagates:
+        return chosen
+    # The pruned windows twice. A training also runs the dense ones, and three times as much for each epoch: forwards,
+    # and twice backwards.
+    passes = 2 + plan.runs_dense * (1 + (plan.propagation == "corrected")) + plan.trains * 3 * TRAINING["epochs"]
+    walk = _recording(on, passes=passes, gram=plan.records_grams, crosses=plan.corrects)
+    streams = 1 + plan.runs_dense
+    return replace(
+        walk,
+        memory=propagating(walk.memory, memory, plan, model=on.model, dtype=on.params.dtype),
+        disk=chosen.disk + streams * walk.disk,
+        least=streams * walk.least,
+        link=walk.link + chosen.link,
+        work=_sum(walk.work, chosen.work, {"pruning": linears.solving(plan.reconstruction)}),
+    )
+
+
+def kept_bytes(on: Known) -> int:
+    """Return what an experiment adds to the cache: a bit for each weight of the linears, and weights/."""
+    return on.linears.count // 8 + (on.stored if on.params.plan.weights_come_from == "weights" else 0)
+
+
+def _apply(on: Known) -> Need:
+    """A linear at work, and the files of another model; with Gram matrices, layer errors."""
+    plan, linears, gram = on.params.plan, on.linears, on.params.calibration.statistics != "norms"
+    grams = gram * _gram_bytes(linears.all_squares)
+    solving = linears.solving(plan.reconstruction) if plan.weights_come_from == "gram" else 0
+    return Need(
+        memory=writing(linears, gram=gram, by_gradients=plan.reconstruction.by_gradients),
+        disk=on.stored,
+        least=on.stored,
+        read=on.stored + grams,
+        link=grams + gram * 2 * linears.count * linears.width,
+        work={"pruning": linears.pruning(plan.reconstruction, gram=gram) + solving},
+    )
+
+
+def _perplexity(on: Known) -> Need:
+    """All windows through all blocks and the head."""
+    length = on.params.perplexity.length
+    found = _walk(on, "perplexity", on.tokens / length, length, head=on.tokens, logits=True)
+    return replace(found, least=found.least // 2)  # a token may take more bytes than expected
+
+
+def _zero_shot(on: Known) -> Need:
+    """All questions of all tasks through all blocks, and the head where a choice's tokens are."""
+    from wanda_dvc.engine.questions import ROW
+
+    most = min(on.params.zero_shot.limit or 10**9, SAMPLES if on.params.tasks.source == "embedded" else 10**9)
+    average = tuple(sum(column) / len(TASKS) for column in zip(*TASKS.values(), strict=True))
+    needed = [TASKS.get(name, average) for name in on.params.tasks.names]
+    tokens, positions = (sum(min(task[0], most) * task[place] for task in needed) for place in (1, 2))
+    # Attention is within a question, and so small that packed rows overstate it.
+    found = _walk(on, "tasks", tokens / ROW, ROW, head=positions, logits=True, packed=True)
+    return replace(found, least=0)  # what questions take is an estimate
+
+
+NEEDS: dict[str, Callable[[Known], Need]] = {
+    "calibrate": _calibrate,
+    "mask": _mask,
+    "apply": _apply,
+    "perplexity": _perplexity,
+    "zero-shot": _zero_shot,
+}
+
+
+# --- their parts ---
+
+
+def _walk(on: Known, text: str, windows: float, length: int, *, head: float = 0, **held: bool) -> Need:
+    """Windows of a text through all blocks, and the head at some positions; `held` is for `sizes.walking`."""
+    model, width = on.model, WIDTH[on.params.dtype]
+    waiting = int(2 * windows * length * model.hidden * width)  # two files that take turns
+    read = on.texts.get(text, 0)
+    return Need(
+        memory=walking(model, dtype=on.params.dtype, length=length, device=on.device, text=read, **held),
+        disk=waiting,
+        least=waiting,
+        read=model.stored,
+        hidden=model.blocks * waiting,
+        link=model.parameters * width,
+        work={"blocks": model.walking(windows, length), "head": 2 * head * model.head},
+    )
+
+
+def _recording(on: Known, *, passes: int = 1, gram: bool, crosses: bool = False) -> Need:
+    """The calibration windows through all blocks, some times; once what their linears read is summed."""
+    windows, length = on.params.calibration.samples, on.params.calibration.length
+    walk = _walk(on, "calibration", windows, length, statistics=True, gram=gram, crosses=crosses)
+    # The upper triangle of XᵀX is half of its products; a cross product has no such half.
+    grams = windows * length * on.model.all_squares * (gram + 2 * crosses)
+    work = {kind: passes * flops for kind, flops in walk.work.items()} | {"grams": grams}
+    return replace(walk, hidden=passes * walk.hidden, work=work)
+
+
+def _gram_bytes(squares: int) -> int:
+    """Return the bytes of Gram matrices with so many numbers, at most."""
+    return squares // 2 * WIDTH[GRAM_DTYPE]
+
+
+def _sum(*works: Mapping[str, float]) -> Mapping[str, float]:
+    return {kind: sum(work.get(kind, 0) for work in works) for work in works for kind in work}
