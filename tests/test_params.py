@@ -1,5 +1,6 @@
 """params.yaml: what is wrong is said, all of it, in one form."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -212,3 +213,16 @@ def test_a_source_is_enough(source: str, expected: tuple[str | None, ...]):
     assert (chosen.dataset, chosen.config, chosen.revision, chosen.split, chosen.column, chosen.join) == expected
     beside = CalibrationText(source=source).chosen
     assert (beside.split, beside.join) == (None if source.startswith("/") else "train", " ")
+
+
+@pytest.mark.parametrize("name", [name for name, field in settings() if "pattern" in str(field.metadata)])
+def test_a_value_that_the_page_of_settings_shows_is_taken(name: str):
+    """A sentence that starts with a capital letter once showed `Auto`, which is refused."""
+    (row,) = [line for line in (ROOT / "docs/settings.md").read_text().splitlines() if line.startswith(f"| `{name}`")]
+    section, leaf = name.split(".")
+    meaning = row.split(" | ")[3]
+    assert "Auto" not in meaning
+    for value in re.findall(r"`([^`]+)`", meaning):
+        content = asked("wanda").model_dump()
+        content[section][leaf] = value.replace("PORT", "6379")
+        check_params(content)

@@ -13,7 +13,9 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
+from wanda_dvc.errors import SettingError, UserError, in_params
 from wanda_dvc.params import settings
+from wanda_dvc.pruning.patterns import check_pattern
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.project import Project
 
@@ -151,3 +153,13 @@ def test_git_ignores_every_out_that_dvc_keeps():
     lines = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
     folders = tuple(line.lstrip("/") for line in lines if line.endswith("/"))
     assert [path for path in sorted(named) if not f"{path}/".startswith(folders)] == []
+
+
+def test_the_core_names_a_setting_and_the_edge_the_file():
+    with pytest.raises(SettingError, match="^pattern: got 5:10, but q has 32 inputs, expected a multiple of 10"):
+        check_pattern("5:10", {"q": 32})
+    with pytest.raises(UserError, match="^params.yaml: pattern: got 5:10"), in_params():
+        check_pattern("5:10", {"q": 32})
+    for folder in ("pruning", "engine"):
+        for module in (ROOT / "src/wanda_dvc" / folder).glob("*.py"):
+            assert "params.yaml:" not in module.read_text(encoding="utf-8"), module

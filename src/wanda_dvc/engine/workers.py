@@ -18,7 +18,7 @@ from torch import Tensor
 import wanda_dvc
 from wanda_dvc.engine.pool import Crew, Hired, Lost
 from wanda_dvc.engine.worker import Order, Packed, Worker, pack, unpack
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import SettingError, UserError
 from wanda_dvc.machine import omp_threads, usable_cores
 
 LOCAL = "local"
@@ -223,7 +223,6 @@ def connect(address: str) -> None:
     except Exception as error:  # Ray raises what it likes, plain Exception too
         todo = "start it with `ray start --head`, or set local or null"
         todo = "try it again, or set null" if address == LOCAL else todo
-        raise UserError(
-            f"params.yaml: runtime.ray: {address}: no Ray ({' '.join(str(error).split())}), expected one that "
-            f"answers; {todo}"
+        raise SettingError(
+            f"runtime.ray: {address}: no Ray ({' '.join(str(error).split())}), expected one that answers; {todo}"
         ) from None

@@ -18,6 +18,5 @@ def check_pattern(pattern: str, inputs: dict[str, int]) -> None:
         if odd:
             more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
             raise SettingError(
-                f"pattern: got {pattern}, but {odd[0]}{more}, expected a multiple of {n_of_m[1]}; "
-                "choose another m"
+                f"pattern: got {pattern}, but {odd[0]}{more}, expected a multiple of {n_of_m[1]}; choose another m"
             )
