@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -79,7 +79,6 @@ class ChosenText:
 class Text(_Section):
     """A text."""
 
-    part: ClassVar[str] = "perplexity"
     source: str = Field(
         description="`embedded`, `wikitext2`, `c4`, `ptb`, a Hub data set `ORG/NAME[:CONFIG][@REVISION]`, or a .txt or "
         ".jsonl file by its absolute path"
@@ -119,7 +118,6 @@ class Text(_Section):
 class CalibrationText(Text):
     """The text of a calibration."""
 
-    part: ClassVar[str] = "calibration"
     split: str | None = Field(None, min_length=1, description="split of the data set; null: `train`")
     join: str | None = Field(
         None, description="string between two rows; null: a space. Windows of `c4` lie within one document instead"
@@ -240,10 +238,17 @@ class Params(_Section):
 
     @property
     def filled(self) -> "Params":
-        """The same settings with every choice written out; a method need not be installed."""
+        """The same settings with the value that each null stands for; a method need not be installed."""
         choices, _ = fill(self.recipe, {name: getattr(self, name) for name in CHOICES}, self.pattern)
         strength = self.allocation_strength or ALLOCATIONS[choices["allocation"]].strength(self.share)
-        return self.model_copy(update={**choices, "allocation_strength": strength, "sparsity": float(self.share)})
+        update: dict[str, Any] = {**choices, "allocation_strength": strength, "sparsity": float(self.share)}
+        for part in ("calibration", "perplexity"):
+            section = getattr(self, part)
+            text = section.text.model_copy(
+                update={name: getattr(section.text.chosen, name) for name in type(section.text).model_fields}
+            )
+            update[part] = section.model_copy(update={"text": text})
+        return self.model_copy(update=update)
 
     @cached_property
     def plan(self) -> Plan:

@@ -18,7 +18,7 @@ from wanda_dvc.reading import name_of
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE
-from wanda_dvc.study.settings import Settings, flatten, nested
+from wanda_dvc.study.settings import Settings, flatten, nested, resolved
 
 LOCK = "dvc.lock"
 
@@ -43,7 +43,7 @@ class Ran:
         made = masks.get("params", {}) | {f"calibration.{key}": x for key, x in masks.get("calibration", {}).items()}
         made = {key: value for key, value in made.items() if key in asked}
         params = _changed(project.params, nested(ran))
-        flat = _flat(params)
+        flat = resolved(params)
         if any(flat[key] != value for key, value in made.items()):  # equal choices may be written in other words
             params = _changed(params, nested(made))
         return cls(stages, params, project.params)
@@ -51,9 +51,8 @@ class Ran:
     @property
     def unmet(self) -> dict[str, Any]:
         """The settings that params.yaml asks for and the results at hand do not have; `runtime` changes none."""
-        ran, asked = _flat(self.params), _flat(self.asked)
-        ignored = ("runtime.", "recipe")  # the choices say what a recipe is
-        return {key: value for key, value in asked.items() if ran[key] != value and not key.startswith(ignored)}
+        ran, asked = resolved(self.params), resolved(self.asked)
+        return {key: value for key, value in asked.items() if ran[key] != value}
 
     @property
     def stale(self) -> list[str]:
@@ -64,11 +63,6 @@ class Ran:
     def torn(self) -> list[str]:
         """The stages that ran on inputs which have been made again since, whatever `params.yaml` asks for."""
         return stale_stages(self.stages, {})
-
-
-def _flat(params: Params) -> dict[str, Any]:
-    """Return settings by dotted name, with every choice written out."""
-    return dict(flatten(params.filled.model_dump(mode="json")))
 
 
 def read_lock(root: Path) -> Json:

@@ -38,8 +38,4 @@ def section_of(content: Settings, name: str) -> tuple[Settings, str]:
 
 def resolved(params: Params) -> dict[str, Any]:
     """Every parameter but `runtime` and `recipe`, by dotted name, with the value that each null stands for."""
-    plan, found = params.plan, dict(flatten(params.model_dump(mode="json", exclude={"runtime", "recipe"})))
-    chosen = plan.described | {"reconstruction": plan.reconstruction.name}
-    for part, text in (("calibration", params.calibration.text), ("perplexity", params.perplexity.text)):
-        chosen[f"{part}.text.split"] = text.chosen.split
-    return {name: chosen.get(name, value) for name, value in found.items()}
+    return dict(flatten(params.filled.model_dump(mode="json", exclude={"runtime", "recipe"})))
