@@ -65,8 +65,12 @@ ENVIRONMENT = os.environ | {"PYTHONWARNINGS": "ignore", "DVC_NO_ANALYTICS": "1"}
 
 
 @cache
-def commands() -> Path:
-    """Return a folder of both commands. They work as long as this process runs."""
+def commands(package: Path | None = None) -> Path:
+    """Return a folder of both commands. They work as long as this process runs.
+
+    Args:
+        package: The folder that `wanda_dvc` is imported from. None is this process's own.
+    """
     folder = Path(tempfile.mkdtemp(prefix="wanda-dvc-forks-"))
     address = str(folder / "address")
     for command in ENTRIES:
@@ -76,7 +80,8 @@ def commands() -> Path:
         listener.bind(address)
         listener.listen(128)
         words, passed = [sys.executable, __file__, str(listener.fileno())], [listener.fileno()]
-        server = subprocess.Popen(words, env=ENVIRONMENT, stdin=subprocess.PIPE, pass_fds=passed)
+        environment = ENVIRONMENT | ({"PYTHONPATH": str(package)} if package else {})
+        server = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, pass_fds=passed)
 
     def end() -> None:
         server.communicate()

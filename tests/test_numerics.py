@@ -259,8 +259,8 @@ def test_only_what_was_measured_alike_is_compared(project: Make, measure: str, o
 
 
 @pytest.mark.pipeline
-def test_no_tasks_run_through_dvc_show_and_report(tmp_path: Path, tiny: Path):
-    repository = Repository.new(tmp_path / "study", tiny)
+def test_no_tasks_run_through_dvc_show_and_report(tmp_path: Path, tiny: Path, texts: dict[str, str]):
+    repository = Repository.new(tmp_path / "study", tiny, **texts)
     ran = repository.repro(tasks__names=[])
     assert {"perplexity@dense", "perplexity@pruned", "zero-shot@dense", "zero-shot@pruned"} <= ran
     assert load_json(repository.root / "metrics/pruned/zero_shot.json") == {}
