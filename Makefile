@@ -20,8 +20,8 @@ test-all: install lint ## the same on full grids, as each night; under twenty mi
 test-fast: install ## without the slow tests and those on a real DVC repository; under 90 seconds
 	pytest -n $(CORES) --dist worksteal -m "not full and not pipeline and not slow"
 
-coverage: install ## all tests, with a table of the lines and branches that none reaches; fails below the floor in pyproject.toml
-	pytest -n $(CORES) --dist worksteal --cov --cov-report term
+coverage: install ## the tests of `make test`, with a table of the lines and branches that none reaches; fails below the floor in pyproject.toml
+	pytest -n $(CORES) --dist worksteal -m "not full" --cov --cov-report term
 
 bench: install ## measure against the published procedure, stock lm-eval and the floor; ROWS="mask perplexity" for some rows
 	python benchmarks/bench.py $(ROWS) $(BENCH)

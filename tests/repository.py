@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,13 +20,15 @@ class Repository:
     root: Path
     model: Path
     real: bool = False
-    settings: dict[str, object] = field(default_factory=dict)  # that all of its changes keep, such as short texts
+    settings: Mapping[str, object] = field(default_factory=dict)  # that all of its changes keep, such as short texts
 
     @classmethod
-    def new(cls, root: Path, model: Path, *, real: bool = False, **settings: object) -> "Repository":
+    def new(
+        cls, root: Path, model: Path, *, real: bool = False, settings: Mapping[str, object] | None = None
+    ) -> "Repository":
         """The repository's own pipeline around a tiny model; nothing has run yet."""
         root.mkdir()
-        repository = cls(root, model, real, settings)
+        repository = cls(root, model, real, settings or {})
         repository.run("git", "init", "--quiet", "--initial-branch", "main")
         repository.run("git", "config", "user.name", "test")
         repository.run("git", "config", "user.email", "test@example.org")
@@ -54,7 +57,7 @@ class Repository:
 
     def change(self, **changes: object) -> None:
         """Write params.yaml anew: the settings of this repository, and changes."""
-        write_params(self.root, self.model, **self.settings | changes)
+        write_params(self.root, self.model, **{**self.settings, **changes})
 
     def commit(self) -> None:
         """Commit all that git does not ignore."""

@@ -275,8 +275,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) ->
     """Without tasks and with short texts, which cost most of the time; the page on tasks brings its own."""
     folder = tmp_path_factory.mktemp("finished")
     model = save_tiny_model(folder / "tiny", num_hidden_layers=2)
-    settings = {"tasks__names": [], "calibration__samples": 4}
-    repository = Repository.new(folder / "study", model, **settings, **texts)
+    settings = {"tasks__names": [], "calibration__samples": 4, **texts}
+    repository = Repository.new(folder / "study", model, settings=settings)
     shutil.copytree(ROOT / ".dvc/plots", repository.root / ".dvc/plots")
     repository.repro()
     repository.commit()

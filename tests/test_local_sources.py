@@ -53,7 +53,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Re
     model = save_tiny_model(root / "tiny", num_hidden_layers=2)
     (root / "text.txt").write_text(" ".join(map(str, range(2000))))
     settings = texts | {"calibration__text__source": str(root / "text.txt")}
-    repository = Repository.new(root / "study", model, **settings)
+    repository = Repository.new(root / "study", model, settings=settings)
     assert repository.repro_up_to("calibrate") == UP_TO_CALIBRATE
     repository.commit()
     return repository

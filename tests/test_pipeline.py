@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import save_tiny_model
@@ -25,13 +26,13 @@ ALL = {"locate"} | DOWNLOADS | {"calibrate"} | PRUNE | EVALUATE | BASELINE
 def start(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Repository:
     """A repository in which everything has run once, and is committed."""
     # Wide enough that a copy of the model in the cache could not be missed.
-    wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     model = save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", **wide)
     joined = tmp_path_factory.mktemp("text") / "lines.jsonl"  # a text of many lines, which a setting joins
     lines = (EMBEDDED / "text/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     joined.write_text("".join(lines[:20]), encoding="utf-8")
     settings = texts | {"calibration__text__source": str(joined)}
-    repository = Repository.new(tmp_path_factory.mktemp("start") / "study", model, **settings)
+    repository = Repository.new(tmp_path_factory.mktemp("start") / "study", model, settings=settings)
     assert ran(repository.run("dvc", "repro")) == ALL
     repository.commit()
     return repository

@@ -322,7 +322,7 @@ def test_a_token_is_found_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", TOKEN)
     model = save_tiny_model(tmp_path / "model")
-    repository = Repository.new(tmp_path / "study", model, real=True, tasks__names=tasks)
+    repository = Repository.new(tmp_path / "study", model, real=True, settings={"tasks__names": tasks})
     said = repository.run("dvc", "repro")
     repository.commit()
     said += repository.run("wanda-dvc", "show")

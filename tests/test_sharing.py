@@ -95,7 +95,7 @@ def test_without_a_pipeline_nothing_is_shared(tmp_path: Path):
 @pytest.mark.parametrize("options", ["", ": { cache: false }"])
 def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, texts: dict[str, str], options: str):
     model = save_tiny_model(tmp_path / "tiny")
-    mine = Study.new(tmp_path / "mine", model, **texts)
+    mine = Study.new(tmp_path / "mine", model, settings=texts)
     with_outs(mine.root, options)
     mine.repro()
     mine.run("dvc", "remote", "add", "--default", "team", str(tmp_path / "remote"))
