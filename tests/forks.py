@@ -118,12 +118,12 @@ def _parse_once() -> None:
 
     parse, parsed = YAML.load, dict[str, bytes]()
 
-    def load(self: YAML, text: Any) -> Any:
-        if self.typ != ["safe"] or not isinstance(text, str):
-            return parse(self, text)
-        if text not in parsed:
-            parsed[text] = pickle.dumps(parse(self, text))
-        return pickle.loads(parsed[text])
+    def load(self: YAML, stream: Any) -> Any:
+        if self.typ != ["safe"] or not isinstance(stream, str):
+            return parse(self, stream)
+        if stream not in parsed:
+            parsed[stream] = pickle.dumps(parse(self, stream))
+        return pickle.loads(parsed[stream])
 
     YAML.load = load  # type: ignore[method-assign]
     YAML(typ="safe").load((Path(__file__).parent.parent / "dvc.yaml").read_text(encoding="utf-8"))
