@@ -5,20 +5,23 @@ BIN := $(VENV)/bin
 CORES ?= auto
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test test-fast coverage bench gpu docs wheel lint lock install
+.PHONY: repro test test-all test-fast coverage bench gpu docs wheel lint lock install
 
 repro: install ## create the environment, run the pipeline on the embedded default, print the results
 	dvc repro
 	@wanda-dvc show
 
-test: install lint ## lint and all tests; under ten minutes on two cores
+test: install lint ## lint, and all laws on the rows of their grids that cover all pairs; under five minutes on two cores
+	pytest -n $(CORES) --dist worksteal -m "not full"
+
+test-all: install lint ## the same on full grids, as each night; under twenty minutes on two cores
 	pytest -n $(CORES) --dist worksteal
 
-test-fast: install ## without the slow tests and those on a real DVC repository; under two minutes
-	pytest -n $(CORES) --dist worksteal -m "not pipeline and not slow"
+test-fast: install ## without the slow tests and those on a real DVC repository; under 90 seconds
+	pytest -n $(CORES) --dist worksteal -m "not full and not pipeline and not slow"
 
-coverage: install ## all tests, with a table of the lines and branches that none reaches; fails below the floor in pyproject.toml
-	pytest -n $(CORES) --dist worksteal --cov --cov-report term
+coverage: install ## the tests of `make test`, with a table of the lines and branches that none reaches; fails below the floor in pyproject.toml
+	pytest -n $(CORES) --dist worksteal -m "not full" --cov --cov-report term
 
 bench: install ## measure against the published procedure, stock lm-eval and the floor; ROWS="mask perplexity" for some rows
 	python benchmarks/bench.py $(ROWS) $(BENCH)

@@ -5,7 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from conftest import ROOT, write_params
@@ -19,19 +20,22 @@ class Repository:
     root: Path
     model: Path
     real: bool = False
+    settings: Mapping[str, object] = field(default_factory=dict)  # that all of its changes keep, such as short texts
 
     @classmethod
-    def new(cls, root: Path, model: Path, *, real: bool = False) -> "Repository":
+    def new(
+        cls, root: Path, model: Path, *, real: bool = False, settings: Mapping[str, object] | None = None
+    ) -> "Repository":
         """The repository's own pipeline around a tiny model; nothing has run yet."""
         root.mkdir()
-        repository = cls(root, model, real)
+        repository = cls(root, model, real, settings or {})
         repository.run("git", "init", "--quiet", "--initial-branch", "main")
         repository.run("git", "config", "user.name", "test")
         repository.run("git", "config", "user.email", "test@example.org")
         repository.run("dvc", "init", "--quiet")
         for name in (".dvc/config", "dvc.yaml", ".gitignore", ".dvcignore"):
             shutil.copyfile(ROOT / name, root / name)
-        write_params(root, model)
+        repository.change()
         return repository
 
     def run(self, *words: str, check: bool = True) -> str:
@@ -48,8 +52,12 @@ class Repository:
     def repro_up_to(self, *targets: str, **changes: object) -> set[str]:
         """The same for some stages and those before them."""
         if changes:
-            write_params(self.root, self.model, **changes)
+            self.change(**changes)
         return ran(self.run("dvc", "repro", *targets))
+
+    def change(self, **changes: object) -> None:
+        """Write params.yaml anew: the settings of this repository, and changes."""
+        write_params(self.root, self.model, **{**self.settings, **changes})
 
     def commit(self) -> None:
         """Commit all that git does not ignore."""

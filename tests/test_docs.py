@@ -9,12 +9,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
-from conftest import ROOT, save_tiny_model, script, write_params
+from conftest import ROOT, save_tiny_model, script
 from repository import Repository
 from ruamel.yaml import YAML
 from typer.core import TyperGroup
@@ -239,11 +240,13 @@ NOT_RUN = {
     "dvc queue start": "runs six experiments in the background; test_pipeline.py runs a queue",
     "dvc queue kill NAME": "needs a worker that was killed; test_crashes.py kills stages",
 }
+TASKS = "dvc exp run -S tasks.names=[piqa,arc_easy]"
 # What others are in a tiny study.
 AS_RUN = {
     "make repro": "dvc repro",
     "wanda-dvc report --model SmolLM2": "wanda-dvc report --model tiny",
     "wanda-dvc stats --layer 12": "wanda-dvc stats --layer 1",
+    f"{TASKS} -S zero_shot.limit=200": f"{TASKS} -S zero_shot.limit=4",
 }
 # What they say, where an exit code of 0 is not enough.
 SAID = {
@@ -264,16 +267,17 @@ class Finished(NamedTuple):
 
     def copy(self, root: Path) -> Repository:
         shutil.copytree(self.repository.root, root, symlinks=True)
-        return Repository(root, self.repository.model)
+        return replace(self.repository, root=root)
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Without tasks, which cost most of the time; the page on tasks brings its own."""
+def finished(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Finished:
+    """Without tasks and with short texts, which cost most of the time; the page on tasks brings its own."""
     folder = tmp_path_factory.mktemp("finished")
-    repository = Repository.new(folder / "study", save_tiny_model(folder / "tiny"))
+    model = save_tiny_model(folder / "tiny", num_hidden_layers=2)
+    settings = {"tasks__names": [], "calibration__samples": 4, **texts}
+    repository = Repository.new(folder / "study", model, settings=settings)
     shutil.copytree(ROOT / ".dvc/plots", repository.root / ".dvc/plots")
-    write_params(repository.root, repository.model, tasks__names=[], calibration__samples=8)
     repository.repro()
     repository.commit()
     return Finished(repository, experiment(repository.run("dvc", "exp", "run", "-S", "sparsity=0.25")))
@@ -316,7 +320,9 @@ TO_RUN = to_run()
 def test_the_commands_of_a_page_run_in_their_order(page: str, finished: Finished, tmp_path: Path):
     """A preset names a model of gigabytes, so after it the study is the tiny one again."""
     repository = finished.copy(tmp_path / "study")
-    values = placed(tmp_path, save_tiny_model(tmp_path / "another-tiny", seed=1)) | {"NAME": finished.experiment}
+    values = placed(tmp_path, save_tiny_model(tmp_path / "another-tiny", seed=1, num_hidden_layers=2)) | {
+        "NAME": finished.experiment
+    }
     for step in TO_RUN[page]:
         if isinstance(step, Block):
             repository.run(sys.executable, "-c", step.text)
@@ -328,7 +334,7 @@ def test_the_commands_of_a_page_run_in_their_order(page: str, finished: Finished
         if line.startswith("dvc exp run") and "--queue" not in step:
             values["NAME"] = experiment(said)
         elif line.startswith("wanda-dvc preset "):
-            write_params(repository.root, repository.model, tasks__names=[], calibration__samples=8)
+            repository.change()
 
 
 def experiment(said: str) -> str:

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cases.grids import turns
 from conftest import save_tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -266,9 +267,8 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
                 torch.testing.assert_close(x.sum_squares.float(), read[name], rtol=1e-4, atol=1e-5)
 
 
-# Every family in every kind; of the further mixtures one kind each.
-RUNS = [(family, *kind) for family in FAMILIES for kind in KINDS]
-RUNS += [(family, *KINDS[index % 3]) for index, family in enumerate(MIXTURES | RECURRENT)]
+# Every family in every kind (a kind each is enough for `make test`); the further mixtures in one kind each.
+RUNS = [*turns(FAMILIES, KINDS), *((family, KINDS[index % 3]) for index, family in enumerate(MIXTURES | RECURRENT))]
 
 
 # ALiBi (its bias is the distance in the row), attention outside transformers' registry, with sinks, or mixed with none.
@@ -298,10 +298,13 @@ def test_questions_get_the_models_own_answers(family: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "dtype", "shard"), RUNS, ids=[f"{family}-{dtype}" for family, dtype, _ in RUNS])
+@pytest.mark.parametrize(
+    ("family", "kind"), RUNS, ids=lambda value: str(value[0] if isinstance(value, tuple) else value)
+)
 def test_by_the_command_line_to_a_pruned_model_that_generates(
-    project: Callable[..., Project], tmp_path: Path, family: str, dtype: torch.dtype, shard: str
+    project: Callable[..., Project], tmp_path: Path, family: str, kind: tuple[torch.dtype, str]
 ):
+    dtype, shard = kind
     source = save(family, tmp_path / "model", dtype, shard)
     made = project(model=source, perplexity__windows=1, **short_texts(tmp_path))
     lines = ["download model", "download calibration", "download perplexity", "calibrate", "mask", "apply"]

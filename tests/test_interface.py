@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.grids import named, turns
 from conftest import save_tiny_model, write_params
 from safetensors.torch import load_file
 from test_families import one_is_never_chosen, save, short_texts
@@ -164,8 +165,7 @@ def test_statistics_and_perplexity_are_the_pipelines(pairs: Callable[[str], Pair
     assert wd.perplexity(pair.load(), pair.text, **pair.words) == expected
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("choice", SOME, ids=lambda choice: "-".join(map(str, choice.values())))
+@pytest.mark.parametrize(("name", "choice"), turns(MODELS, SOME, each=2), ids=named)
 def test_masks_and_pruned_models_are_the_pipelines(
     pairs: Callable[[str], Pair], name: str, choice: dict[str, Any], tmp_path: Path
 ):
@@ -183,7 +183,7 @@ def test_masks_and_pruned_models_are_the_pipelines(
         assert wd.perplexity(model, pair.text, **pair.words) == found
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(map(str, choice.values())))
+@pytest.mark.parametrize("choice", CHOICES, ids=named)
 def test_every_method_with_every_pattern_gives_the_pipelines_masks(
     pairs: Callable[[str], Pair], choice: dict[str, Any]
 ):
@@ -191,8 +191,14 @@ def test_every_method_with_every_pattern_gives_the_pipelines_masks(
     assert same(dict(wd.mask(pair.load(), pair.stats, **choice)), pipeline_masks(pair.study(**choice)))
 
 
-@pytest.mark.parametrize("reconstruction", [row.name for row in RECONSTRUCTIONS.values() if not row.trains])
-@pytest.mark.parametrize("name", ["tied", "untied-bfloat16", "transposed", "unreached-expert", "experts-in-one-tensor"])
+@pytest.mark.parametrize(
+    ("name", "reconstruction"),
+    turns(
+        ["tied", "untied-bfloat16", "transposed", "unreached-expert", "experts-in-one-tensor"],
+        [row.name for row in RECONSTRUCTIONS.values() if not row.trains],
+        each=2,
+    ),
+)
 def test_reconstructed_models_and_layer_errors_are_the_pipelines(
     pairs: Callable[[str], Pair], name: str, reconstruction: str, tmp_path: Path
 ):

@@ -47,13 +47,14 @@ def test_a_source_is_a_link_or_a_note(tmp_path: Path, tiny: Path, project):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+def start(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Repository:
     """A study of a local model and a local text, in which everything up to `calibrate` has run."""
     root = tmp_path_factory.mktemp("local")
     model = save_tiny_model(root / "tiny", num_hidden_layers=2)
     (root / "text.txt").write_text(" ".join(map(str, range(2000))))
-    repository = Repository.new(root / "study", model)
-    assert repository.repro_up_to("calibrate", calibration__text__source=str(root / "text.txt")) == UP_TO_CALIBRATE
+    settings = texts | {"calibration__text__source": str(root / "text.txt")}
+    repository = Repository.new(root / "study", model, settings=settings)
+    assert repository.repro_up_to("calibrate") == UP_TO_CALIBRATE
     repository.commit()
     return repository
 

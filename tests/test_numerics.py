@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.grids import turns
 from conftest import save_tiny_model, write_params
 from repository import Repository
 from safetensors.torch import load_file, save_file
@@ -174,8 +175,9 @@ def test_thirds_are_pruned_exactly(pattern: str, sparsity: float, project: Make,
 # --- devices, lengths and no tasks ---
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps"])
-@pytest.mark.parametrize("stage", ["calibrate", "mask", "apply", "perplexity"])
+@pytest.mark.parametrize(
+    ("stage", "device"), turns(["calibrate", "mask", "apply", "perplexity"], ["cuda", "cuda:7", "mps"])
+)
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
     device: str, stage: str, project: Make, monkeypatch: pytest.MonkeyPatch
 ):
@@ -259,8 +261,8 @@ def test_only_what_was_measured_alike_is_compared(project: Make, measure: str, o
 
 
 @pytest.mark.pipeline
-def test_no_tasks_run_through_dvc_show_and_report(tmp_path: Path, tiny: Path):
-    repository = Repository.new(tmp_path / "study", tiny)
+def test_no_tasks_run_through_dvc_show_and_report(tmp_path: Path, tiny: Path, texts: dict[str, str]):
+    repository = Repository.new(tmp_path / "study", tiny, settings=texts)
     ran = repository.repro(tasks__names=[])
     assert {"perplexity@dense", "perplexity@pruned", "zero-shot@dense", "zero-shot@pruned"} <= ran
     assert load_json(repository.root / "metrics/pruned/zero_shot.json") == {}

@@ -25,9 +25,8 @@ from wanda_dvc.errors import UserError
 CPU = torch.device("cpu")
 
 
-def slow(value: object) -> Any:
-    """Left out of the everyday part: each worker opens the model."""
-    return pytest.param(value, marks=pytest.mark.slow)
+SLOW = (pytest.mark.slow,)  # left out of the everyday part: each worker opens the model
+FULL = (pytest.mark.full,)
 
 
 @dataclass
@@ -150,8 +149,19 @@ def expected(tiny: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFa
     }
 
 
-@pytest.mark.parametrize("with_dense", [False, True])
-@pytest.mark.parametrize("workers", [slow(1), 2, slow(5), slow(50)])
+@pytest.mark.parametrize(
+    ("workers", "with_dense"),
+    [
+        pytest.param(1, False, marks=FULL),
+        pytest.param(1, True, marks=SLOW),
+        (2, False),
+        (2, True),
+        pytest.param(5, False, marks=SLOW),
+        pytest.param(5, True, marks=FULL),
+        pytest.param(50, False, marks=FULL),  # more than there are shards
+        pytest.param(50, True, marks=SLOW),
+    ],
+)
 def test_workers_give_the_bytes_of_one_process(
     tiny: Path, tmp_path: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], workers: int, with_dense: bool
 ):
@@ -161,28 +171,30 @@ def test_workers_give_the_bytes_of_one_process(
 
 # By method, and whether each row comes twice: at which call its worker dies. In the second half of the second place, or
 # of that on the way back, it is far from where its shards start again.
-DEATHS = {
-    ("begin", False): 10,
-    ("begin", True): 10,
-    ("record", False): 30,
-    ("record", True): 30,
-    ("change", False): 25,
-    ("change", True): 25,
-    ("head", False): 1,
-    ("begin_back", False): 4,
-    ("back", False): 40,
-}
-EVERYDAY = ("record", "back")
+DEATHS = [
+    pytest.param("begin", False, 10, marks=SLOW),
+    pytest.param("begin", True, 10, marks=FULL),
+    ("record", False, 30),
+    ("record", True, 30),
+    pytest.param("change", False, 25, marks=FULL),
+    pytest.param("change", True, 25, marks=SLOW),
+    pytest.param("head", False, 1, marks=SLOW),
+    pytest.param("begin_back", False, 4, marks=SLOW),
+    ("back", False, 40),
+]
 
 
-@pytest.mark.parametrize(
-    ("method", "with_dense"),
-    [pytest.param(*case, marks=[] if case[0] in EVERYDAY else pytest.mark.slow) for case in DEATHS],
-)
+@pytest.mark.parametrize(("method", "with_dense", "at"), DEATHS)
 def test_a_worker_that_dies_costs_its_shards_and_no_byte(
-    tiny: Path, tmp_path: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], method: str, with_dense: bool
+    tiny: Path,
+    tmp_path: Path,
+    rows: torch.Tensor,
+    expected: dict[bool, list[bytes]],
+    method: str,
+    with_dense: bool,
+    at: int,
 ):
-    calls, at = iter(range(10_000)), DEATHS[method, with_dense]
+    calls = iter(range(10_000))
     crew = Shuffled(3, kill=lambda words: words[0] == method and next(calls) == at)
     assert list(through(pool(tiny, tmp_path, crew), rows, with_dense=with_dense)) == expected[with_dense]
     assert len(crew.queues) == 2
@@ -215,7 +227,7 @@ def test_a_shard_that_kills_every_worker_ends_the_stage(tiny: Path, tmp_path: Pa
         list(through(pool(tiny, tmp_path, crew), rows, with_dense=False))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=FULL), 3])
 def test_a_checkpoint_that_a_worker_does_not_have_comes_in_parcels(
     tiny: Path, tmp_path: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], workers: int
 ):

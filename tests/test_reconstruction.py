@@ -1,7 +1,6 @@
 """Methods, allocations, patterns and reconstructions, freely combined: what must hold for every row of every table."""
 
 import importlib
-import itertools
 import json
 import math
 import shutil
@@ -11,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from cases.grids import named, pairs, turns
+from conftest import ROOT, save_tiny_model, write_params
+from ruamel.yaml import YAML
 from test_families import save
 from test_stages import fetch, tree
 from transformers import AutoModelForCausalLM
@@ -53,8 +54,6 @@ PATTERNS: tuple[dict[str, Any], ...] = (
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Path:
     """A project whose Gram matrices and Fisher tier are there."""
-    from conftest import write_params
-
     root = tmp_path_factory.mktemp("calibrated")
     model = save_tiny_model(tmp_path_factory.mktemp("source") / "tiny", num_hidden_layers=2)
     write_params(root, model, **CALIBRATION, **texts)
@@ -65,8 +64,6 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) 
 @pytest.fixture
 def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Make:
     """A copy of it, with other settings; called again, it changes them again."""
-    from conftest import write_params
-
     shutil.copytree(calibrated, tmp_path, dirs_exist_ok=True)
     source = Project(calibrated).params.model
 
@@ -77,49 +74,47 @@ def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Make:
     return make
 
 
+COMMITTED = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+
 def allowed(**changes: Any) -> bool:
     """Whether the settings can be asked for together."""
-    import conftest
-    from ruamel.yaml import YAML
-
-    content = YAML(typ="safe").load((conftest.ROOT / "params.yaml").read_text())
-    content["calibration"] |= {"statistics": "fisher"}
+    fisher = {"calibration": COMMITTED["calibration"] | {"statistics": "fisher"}}
     try:
-        Params.model_validate(content | changes)
+        Params.model_validate(COMMITTED | fisher | changes)
     except UserError:
         return False
     return True
 
 
-COMBINATIONS = [
-    {"method": method, "reconstruction": reconstruction, "propagation": propagation, **pattern}
-    for pattern, reconstruction, propagation, method in itertools.product(
-        PATTERNS, RECONSTRUCTIONS, PROPAGATIONS, methods()
-    )
-    # Every pattern with every method, and every reconstruction with every method where zeros may stand anywhere.
-    if not pattern or (reconstruction, propagation) == ("least-squares", "dense")
-    if allowed(method=method, reconstruction=reconstruction, propagation=propagation, **pattern)
-]
+def together(pattern: dict[str, Any], reconstruction: str, propagation: str, method: str) -> bool:
+    """Whether a row of the grid can be asked for."""
+    return allowed(method=method, reconstruction=reconstruction, propagation=propagation, **pattern)
+
+
+COMBINATIONS = pairs(PATTERNS, RECONSTRUCTIONS, PROPAGATIONS, methods(), allowed=together)
 
 
 def test_only_what_makes_no_sense_is_refused():
     # A training of dense blocks, a correction of weights that stay as they are; the variant with a pattern or a group.
-    refused = 2 * len(methods()) + 5
-    every = len(methods()) * (len(RECONSTRUCTIONS) * len(PROPAGATIONS) + len(PATTERNS) - 1)
+    refused = 2 * len(PATTERNS) * len(methods()) + (len(PATTERNS) - 1) * (len(RECONSTRUCTIONS) * len(PROPAGATIONS) - 2)
+    every = len(methods()) * len(RECONSTRUCTIONS) * len(PROPAGATIONS) * len(PATTERNS)
     assert len(COMBINATIONS) == every - refused
 
 
-@pytest.mark.parametrize("changes", COMBINATIONS, ids=lambda changes: "-".join(map(str, changes.values())))
-def test_masks_are_kept_patterns_exact_and_updates_applied(study: Make, changes: dict[str, Any]):
-    made = study(**changes)
+@pytest.mark.parametrize(("pattern", "reconstruction", "propagation", "method"), COMBINATIONS, ids=named)
+def test_masks_are_kept_patterns_exact_and_updates_applied(
+    study: Make, pattern: dict[str, Any], reconstruction: str, propagation: str, method: str
+):
+    made = study(method=method, reconstruction=reconstruction, propagation=propagation, **pattern)
     mask(project=made)
     apply(project=made)
     dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
     told = read_json(made.details("pruned", "layer_error"), "apply")["linears"]
-    n, m = map(int, changes.get("pattern", "0:0").split(":"))
+    n, m = map(int, pattern.get("pattern", "0:0").split(":"))
     card = (made.model("pruned") / "README.md").read_text()
-    assert RECONSTRUCTIONS[changes["reconstruction"]].kept in card
-    assert m or f"compared within {GROUPS[changes.get('group', 'row')].about} |" in card
+    assert RECONSTRUCTIONS[reconstruction].kept in card
+    assert m or f"compared within {GROUPS[pattern.get('group', 'row')].about} |" in card
     moved = []
     for block in range(block_count(made.masks, "mask")):
         for name, keep in read_masks(made.masks, block).items():
@@ -128,12 +123,12 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(study: Make, changes:
             moved.append(not torch.equal(after[keep], before[keep]))
             if m:
                 assert (keep.unflatten(1, (-1, m)).sum(dim=2) == n).all()
-            elif methods()[changes["method"]].competition != "rows":
-                groups = keep if changes.get("group", "row") == "row" else keep.reshape(1, -1)
+            elif methods()[method].competition != "rows":
+                groups = keep if pattern.get("group", "row") == "row" else keep.reshape(1, -1)
                 assert (groups.sum(dim=1) == groups.shape[1] - groups.shape[1] // 2).all()
-            if changes["propagation"] == "dense":
+            if propagation == "dense":
                 assert told[name]["error"] <= told[name]["masked"] * (1 + 1e-5)
-    assert all(moved) == any(moved) == (RECONSTRUCTIONS[changes["reconstruction"]].function is not None)
+    assert all(moved) == any(moved) == (RECONSTRUCTIONS[reconstruction].function is not None)
 
 
 def test_stats_shows_the_layer_errors_of_the_masks_at_hand(study: Make):
@@ -231,8 +226,7 @@ def test_wanda_pays_nothing_for_gram_matrices(study: Make, method: str):
     assert tree(made.masks) == before
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "admm"])
+@pytest.mark.parametrize(("allocation", "method"), turns(ALLOCATIONS, ["magnitude", "wanda", "admm"]))
 def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, method: str):
     strength = None if allocation == "uniform" else 0.1
     made = study(method=method, allocation=allocation, allocation_strength=strength, sparsity=0.6)

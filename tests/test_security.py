@@ -312,14 +312,17 @@ TOKEN = "hf_PlantedTokenThatMustNotBeFound"
 
 
 @pytest.mark.pipeline
-def test_a_token_is_found_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("tasks", [[], pytest.param(["piqa"], marks=pytest.mark.full)])
+def test_a_token_is_found_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: list[str]):
+    """In real processes: a library reads the environment when it is imported."""
     home = tmp_path / "home"
     (home / "huggingface").mkdir(parents=True)
     (home / "huggingface/token").write_text(TOKEN)
     monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", TOKEN)
-    repository = Repository.new(tmp_path / "study", save_tiny_model(tmp_path / "model"), real=True)
+    model = save_tiny_model(tmp_path / "model")
+    repository = Repository.new(tmp_path / "study", model, real=True, settings={"tasks__names": tasks})
     said = repository.run("dvc", "repro")
     repository.commit()
     said += repository.run("wanda-dvc", "show")

@@ -1,6 +1,7 @@
 """A study shared with a team: what a second person gets, and what never leaves the machine."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,9 @@ def test_without_a_pipeline_nothing_is_shared(tmp_path: Path):
 
 @pytest.mark.pipeline
 @pytest.mark.parametrize("options", ["", ": { cache: false }"])
-def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, options: str):
+def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, texts: dict[str, str], options: str):
     model = save_tiny_model(tmp_path / "tiny")
-    mine = Study.new(tmp_path / "mine", model)
+    mine = Study.new(tmp_path / "mine", model, settings=texts)
     with_outs(mine.root, options)
     mine.repro()
     mine.run("dvc", "remote", "add", "--default", "team", str(tmp_path / "remote"))
@@ -104,7 +105,7 @@ def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, optio
     assert ((model / "model.safetensors").stat().st_size in weights) == (options == "")
 
     mine.run("git", "clone", "--quiet", str(mine.root), str(tmp_path / "theirs"))
-    theirs = Study(tmp_path / "theirs", model)
+    theirs = replace(mine, root=tmp_path / "theirs")
     assert "ERROR" not in theirs.run("dvc", "pull")  # and it ends with 0, as each `run` here
     for folder in ("stats/norms", "stats/gram", "stats/fisher", "masks", "weights", "metrics/details"):
         assert (theirs.root / folder).is_dir()

@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from cases.grids import pairs
 from conftest import save_tiny_model, shared
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -152,9 +153,10 @@ def test_a_mirror_of_the_real_benchmarks_is_taken_whole(project: Make):
 # --- calibrate, mask, apply ---
 
 
-@pytest.mark.parametrize("shard", ["1GB", "30KB"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("shard", "dtype", "tied"),
+    pairs(["1GB", "30KB"], [torch.float32, torch.bfloat16, torch.float16], [True, False]),
+)
 def test_the_pruned_model_is_the_dense_one_with_zeros_where_the_masks_say(
     project: Make, tmp_path: Path, shard: str, dtype: torch.dtype, tied: bool
 ):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, save_tiny_model
+from forks import commands
 from repository import command_environment, ran
 
 from wanda_dvc.study.presets import with_settings
@@ -37,14 +38,14 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def environment(unpacked: Path, tmp_path: Path) -> dict[str, str]:
     """An environment in which the package is the wheel's, and `wanda-dvc` a command."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
+    folder = tmp_path / "bin"
+    folder.mkdir()
     script = f"#!{sys.executable}\nfrom wanda_dvc.cli import run\nrun()\n"
-    (commands / "wanda-dvc").write_text(script)
-    (commands / "wanda-dvc").chmod(0o755)
+    (folder / "wanda-dvc").write_text(script)
+    (folder / "wanda-dvc").chmod(0o755)
     there = command_environment(real=True)
     authors = {f"GIT_{role}_{part}": "x@example.org" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
-    path = f"{commands}{os.pathsep}{there['PATH']}"
+    path = f"{folder}{os.pathsep}{there['PATH']}"
     return there | authors | {"PYTHONPATH": str(unpacked), "PATH": path, "PYTHONSAFEPATH": "1"}
 
 
@@ -81,8 +82,9 @@ def test_it_makes_a_study_outside_any_clone(unpacked: Path, environment: dict[st
 
 
 @pytest.mark.pipeline
-def test_it_runs_the_study_and_an_experiment(environment: dict[str, str], tmp_path: Path):
-    """The commands that `init` names, one after the other, in a part of a git repository too."""
+def test_it_runs_the_study_and_an_experiment(unpacked: Path, environment: dict[str, str], tmp_path: Path):
+    """The commands that `init` names, one after the other, in a part of a git repository too. They are forks."""
+    environment = environment | {"PATH": f"{commands(unpacked)}{os.pathsep}{environment['PATH']}"}
     model = save_tiny_model(tmp_path / "tiny")
     run("git", "init", "--quiet", "around", cwd=tmp_path, environment=environment)
     (tmp_path / "around/code.py").write_text("")

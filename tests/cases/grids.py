@@ -1,0 +1,47 @@
+"""Grids of choices: the rows that every run of the tests takes, and those that `make test-all` adds."""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+from _pytest.mark import ParameterSet
+
+
+def pairs(*axes: Iterable[Any], allowed: Callable[..., bool] = lambda *row: True) -> list[ParameterSet]:
+    """Every allowed row of a product of axes. The rows that are not needed to cover all pairs of values are `full`.
+
+    Two values of two axes that occur together in an allowed row occur together in a row that is not `full`. The choice
+    is greedy and deterministic: each row is the first of those that cover the most pairs that no row before covers.
+    """
+    values = [list(axis) for axis in axes]
+    places = [row for row in itertools.product(*(range(len(axis)) for axis in values)) if allowed(*_row(values, row))]
+    pairs_of = {row: set(itertools.combinations(enumerate(row), 2)) for row in places}
+    missing, chosen = set[Any]().union(*pairs_of.values()), set()
+    while missing:
+        best = max(places, key=lambda row: len(pairs_of[row] & missing))
+        missing -= pairs_of[best]
+        chosen.add(best)
+    return [_parameters(_row(values, row), short=row in chosen) for row in places]
+
+
+def turns(first: Iterable[Any], second: Sequence[Any], *, each: int = 1) -> list[ParameterSet]:
+    """Every row of a product of two axes. Rows beyond `each` for a value of the first, in turn, are `full`."""
+    return [
+        _parameters((value, other), short=(place - index * each) % len(second) < each)
+        for index, value in enumerate(first)
+        for place, other in enumerate(second)
+    ]
+
+
+def named(value: object) -> str | None:
+    """The name of a value: of a mapping its values, of another value what pytest gives it."""
+    return "-".join(map(str, value.values())) or "default" if isinstance(value, dict) else None
+
+
+def _row(values: list[list[Any]], places: tuple[int, ...]) -> tuple[Any, ...]:
+    return tuple(axis[place] for axis, place in zip(values, places, strict=True))
+
+
+def _parameters(row: tuple[Any, ...], *, short: bool) -> ParameterSet:
+    return pytest.param(*row, marks=() if short else pytest.mark.full)
