@@ -77,7 +77,7 @@ def _run(name: str, version: int | None, part: str | None = None) -> None:
         notice(f"{label}: starting")  # libraries take seconds to come
     else:  # bars of libraries would fill a log; ours says a line a minute
         os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
-        os.environ.setdefault("TQDM_MININTERVAL", "60")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if not stage.network:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
