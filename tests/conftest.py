@@ -1,13 +1,16 @@
 """Fixtures: tiny random models with a byte tokenizer, and projects around them."""
 
+import copy
 import ctypes
 import gc
 import importlib.util
+import io
 import json
 import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -27,6 +30,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFL
 import pytest  # noqa: E402 - after the hook
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from parsing import parse_once  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
@@ -37,6 +41,7 @@ from wanda_dvc.study.project import Project  # noqa: E402
 # How long an example takes depends on what else the machine does. `benchmarks/` measure times.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+parse_once()
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,13 +80,18 @@ def script(name: str) -> ModuleType:
 
 def write_params(root: Path, folder: Path | str, **changes: Any) -> None:
     """The committed params.yaml, small enough for a tiny model; `changes` by dotted names with __ for the dots."""
-    yaml = YAML()
-    params = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     small = {
         "model": str(folder), "calibration__samples": 3, "calibration__length": 64, "perplexity__length": 64,
         "perplexity__windows": 4, "tasks__names": ["piqa"], "zero_shot__limit": 4,
     }  # fmt: skip
-    for name, value in (small | changes).items():
+    (root / "params.yaml").write_text(_params(json.dumps(small | changes)), encoding="utf-8")
+
+
+@cache
+def _params(changes: str) -> str:
+    """The text of params.yaml with changes, given as JSON. Parsing and writing its comments takes long."""
+    params, given = copy.deepcopy(_committed()), json.loads(changes)
+    for name, value in given.items():
         *sections, leaf = name.split("__")
         target = params
         for section in sections if name not in params else []:
@@ -89,9 +99,16 @@ def write_params(root: Path, folder: Path | str, **changes: Any) -> None:
         target[leaf if name not in params else name] = value
     for part in ("calibration", "perplexity"):
         text = params[part]["text"]
-        if isinstance(text, dict) and Path(text["source"]).is_absolute() and f"{part}__text__split" not in changes:
+        if isinstance(text, dict) and Path(text["source"]).is_absolute() and f"{part}__text__split" not in given:
             text["split"] = None  # a file has none
-    yaml.dump(params, root / "params.yaml")
+    written = io.StringIO()
+    YAML().dump(params, written)
+    return written.getvalue()
+
+
+@cache
+def _committed() -> Any:
+    return YAML().load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import os
-import pickle
 import select
 import shutil
 import socket
@@ -23,7 +22,7 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 ENTRIES = {"dvc": "dvc.cli:main", "wanda-dvc": "wanda_dvc.cli:run"}
 # What the commands import while they run. One that is missing here costs time, and changes nothing.
@@ -93,12 +92,16 @@ def commands(package: Path | None = None) -> Path:
 
 def serve(listener: socket.socket) -> None:
     """Fork for each client, until stdin ends."""
+    from parsing import parse_once
+    from ruamel.yaml import YAML
+
     from wanda_dvc.study.places import task_definition
 
     for name in IMPORTED:
         importlib.import_module(name)
     task_definition("piqa")  # lm-eval's index of its tasks
-    _parse_once()
+    parse_once()
+    YAML(typ="safe").load((Path(__file__).parent.parent / "dvc.yaml").read_text(encoding="utf-8"))
     gc.freeze()  # a collection in a fork would copy the pages of all that is imported
     entries = {command: _entry(place) for command, place in ENTRIES.items()}
     while listener in select.select([listener, sys.stdin], [], [])[0]:
@@ -110,23 +113,6 @@ def serve(listener: socket.socket) -> None:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-
-
-def _parse_once() -> None:
-    """Make a command parse each YAML text once. DVC parses some sixty, most of them again: a third of its time."""
-    from ruamel.yaml import YAML
-
-    parse, parsed = YAML.load, dict[str, bytes]()
-
-    def load(self: YAML, stream: Any) -> Any:
-        if self.typ != ["safe"] or not isinstance(stream, str):
-            return parse(self, stream)
-        if stream not in parsed:
-            parsed[stream] = pickle.dumps(parse(self, stream))
-        return pickle.loads(parsed[stream])
-
-    YAML.load = load  # type: ignore[method-assign]
-    YAML(typ="safe").load((Path(__file__).parent.parent / "dvc.yaml").read_text(encoding="utf-8"))
 
 
 def _entry(place: str) -> Callable[[], int | None]:
