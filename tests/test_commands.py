@@ -20,6 +20,7 @@ from wanda_dvc.packed import speed
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.running import timed
 from wanda_dvc.study.files import load_json
+from wanda_dvc.study.markup import number
 from wanda_dvc.study.presets import names, read_preset
 from wanda_dvc.study.project import Project
 
@@ -99,7 +100,7 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project
     first = [row.split("|")[1].strip() for row in rows]
     match words[0]:
         case "show":
-            assert f"{content['results']['dense']['perplexity']:,.2f}" in table.stdout
+            assert number(content["results"]["dense"]["perplexity"]) in table.stdout
         case "list":
             assert [record["name"] for record in content] == first == ["workspace", "main"]
         case "stats":
