@@ -11,6 +11,7 @@ import pytest
 from conftest import save_tiny_model
 from repository import Repository, ran
 
+from wanda_dvc.study.markup import number
 from wanda_dvc.study.places import EMBEDDED
 
 pytestmark = pytest.mark.pipeline
@@ -179,7 +180,7 @@ def test_experiments(repository: Repository):
         params = data["params"]["params.yaml"]["data"]
         names[params["pattern"], params["method"]] = name
         assert data["metrics"]["metrics/pruned/sparsity.json"]["data"] == {"sparsity": 0.5}
-    assert names.keys() >= {("2:4", "wanda"), ("4:8", "wanda"), ("4:8", "magnitude")}
+    assert names.keys() >= {("2:4", None), ("4:8", "wanda"), ("4:8", "magnitude")}
 
     repository.run("dvc", "exp", "apply", names["4:8", "magnitude"])
     shown_here = repository.run("wanda-dvc", "show")
@@ -227,7 +228,7 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert not any(str(tmp_path.parent).encode() in content for content in [card.encode(), *own.values()])
 
     measured = json.loads((repository.root / "metrics/pruned/perplexity.json").read_text())["perplexity"]
-    assert f"{measured:,.2f}" in card
+    assert f"| {number(measured)} |" in card
     assert re.search(r"\| pattern +\| `2:4`", card)
     assert "wanda-dvc preset default\ndvc exp run \\\n    -S model=/path/to/tiny \\\n" in card
     model = AutoModelForCausalLM.from_pretrained(exported)
