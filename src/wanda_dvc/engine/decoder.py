@@ -340,7 +340,8 @@ class Decoder:
     def _attends_alike(self) -> bool:
         """Whether each kind of block computes the same with our attention as with the model's own."""
         row = Row(torch.arange(24) % 7)
-        one_of_each_kind = sorted({self._kind(index): index for index in reversed(range(len(self.blocks)))}.values())
+        first = {self._kind(index): index for index in reversed(range(len(self.blocks)))}
+        one_of_each_kind = sorted(first.values())  # a later block may read what an earlier one hands on
         outs: list[list[Tensor]] = []
         for ours in (False, True):
             with self._windows_by(ours=ours), contextlib.suppress(TypeError, ValueError, RuntimeError, UserError):
