@@ -200,6 +200,7 @@ def test_ratings_stay_within_the_formula(solved: dict[str, dict[str, float]], na
 
 
 @slow
+@pytest.mark.full
 @pytest.mark.parametrize("run", ["corrected", "worker"])
 def test_cross_products_are_in_the_formula(corrected: dict[str, dict[str, float]], run: str):
     """Of the stage, and of a worker, without the sums of the shards so far; it has no sums while it solves."""

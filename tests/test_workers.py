@@ -65,6 +65,7 @@ def run(study: Project) -> dict[str, bytes]:
     return {str(path.relative_to(study.root)): path.read_bytes() for path in found}
 
 
+@pytest.mark.full  # the pool's own tests hold each stage to the bytes of one process
 def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
     project: Make, cluster: Any, nodes: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
