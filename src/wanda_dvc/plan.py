@@ -22,7 +22,6 @@ from wanda_dvc.catalog import (
 )
 
 UNSTRUCTURED = "unstructured"
-PROPAGATIONS = ("dense", "pruned", "corrected")
 CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")  # what a recipe fills
 # Of `reconstruction: block`: passes over the calibration windows; the learning rate at the first step, as a share of
 # the root mean square of a parameter's weights; the seed of the windows' order. docs/decisions/0026-block-training.md.

@@ -20,6 +20,7 @@ from ruamel.yaml.error import YAMLError
 from wanda_dvc.catalog import RECIPES, TEXTS
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import CalibrationText, Params, Text, settings
+from wanda_dvc.plan import CHOICES
 from wanda_dvc.reading import name_of, read_text
 from wanda_dvc.study.files import Json, write_text
 from wanda_dvc.study.presets import with_settings
@@ -34,7 +35,6 @@ OWN = ("README.md", ".dvc/config")  # the user's from the first day
 SHARED, UNSHARED = "        - ${item.out}\n", "        - ${item.out}: { push: false }\n"
 CONFLICT = re.compile(r"^<{7} mine\n(.*?)^\|{7} base\n(.*?)^={7}\n(.*?)^>{7} new\n", re.MULTILINE | re.DOTALL)
 RESTORE = "restore it from git"
-CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")
 TEXT = ("source", "config", "revision", "split", "column", "join")
 
 
