@@ -313,10 +313,14 @@ def to_run() -> dict[str, list[Block | list[str]]]:
 
 
 TO_RUN = to_run()
+# Pages of many experiments. The README has one of each kind of command; of every page the commands are checked above.
+LONG = {"docs/methods.md", "docs/my-model.md", "docs/my-text.md", "docs/report.md"}
 
 
 @pytest.mark.pipeline
-@pytest.mark.parametrize("page", TO_RUN)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.full if page in LONG else ()) for page in TO_RUN]
+)
 def test_the_commands_of_a_page_run_in_their_order(page: str, finished: Finished, tmp_path: Path):
     """A preset names a model of gigabytes, so after it the study is the tiny one again."""
     repository = finished.copy(tmp_path / "study")

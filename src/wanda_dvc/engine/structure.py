@@ -78,6 +78,7 @@ def build_empty(config: Any, where: str, dtype: torch.dtype = torch.float32, *, 
     """The model of a configuration, as `empty_model`; `where` is the configuration's name in messages."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -89,7 +90,7 @@ def build_empty(config: Any, where: str, dtype: torch.dtype = torch.float32, *, 
             "the checkpoint; copy both again"
         )
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():  # weights come from the checkpoint
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # each model's class raises what it likes, a KeyError for an unknown activation
         raise UserError(
