@@ -93,7 +93,6 @@ def serve(listener: socket.socket) -> None:
     """Fork for each client, until stdin ends."""
     from parsing import parse_once
     from ruamel.yaml import YAML
-
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from wanda_dvc.study.places import task_definition

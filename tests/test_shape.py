@@ -79,6 +79,7 @@ for number, words in enumerate(json.loads(sys.argv[1])):
 """
 
 
+@pytest.mark.slow  # processes with real imports
 def test_a_process_that_holds_torch_ends_as_one_without(tmp_path: Path):
     """It is not taken apart in the end, but all that it prints comes out, and its status is the same."""
     commands = [["preset"], ["--help"], ["perplexity"], ["mask", "--no-such-option"]]

@@ -34,6 +34,11 @@ def turns(first: Iterable[Any], second: Sequence[Any], *, each: int = 1) -> list
     ]
 
 
+def full(*row: Any) -> ParameterSet:
+    """A row that `make test-all` adds."""
+    return _parameters(row, short=False)
+
+
 def named(value: object) -> str | None:
     """The name of a value: of a mapping its values, of another value what pytest gives it."""
     return "-".join(map(str, value.values())) or "default" if isinstance(value, dict) else None
