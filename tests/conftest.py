@@ -81,7 +81,7 @@ _made: dict[str, Path] = {}
 @cache
 def _kept_folder() -> str:
     folder = tempfile.mkdtemp(prefix="wanda-dvc-models-")
-    atexit.register(shutil.rmtree, folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
@@ -92,15 +92,18 @@ def save_tiny_model(
     import torch
 
     dtype = dtype or torch.float32
-    torch.manual_seed(seed)
     key = ("tiny", seed, dtype, shard, sorted(config.items()))
-    return kept(folder, key, lambda new: _make_tiny_model(new, dtype, shard, config))
+    kept(folder, key, lambda new: _make_tiny_model(new, seed, dtype, shard, config))
+    torch.manual_seed(seed)  # what a test draws next does not depend on the tests before it
+    return folder
 
 
-def _make_tiny_model(folder: Path, dtype: "torch.dtype", shard: str, config: dict[str, Any]) -> None:
+def _make_tiny_model(folder: Path, seed: int, dtype: "torch.dtype", shard: str, config: dict[str, Any]) -> None:
+    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    torch.manual_seed(seed)
     shape = {
         "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,

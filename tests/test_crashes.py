@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases.grids import thinned
 from command_line import wanda_dvc
 from conftest import save_tiny_model, write_params
 from filelock import FileLock
@@ -145,10 +146,13 @@ def two_file_systems(one: Path) -> Callable[[Path, Path], Path]:
 
 @pytest.mark.parametrize(
     ("earlier", "names", "awaited", "across"),
-    [
-        *itertools.product(["a folder"], [["stats"], ["masks", "weights"]], [False, True], [False, True]),
-        *itertools.product(["nothing", "a link"], [["stats"]], [False], [False, True]),
-    ],
+    thinned(
+        [
+            *itertools.product(["a folder"], [["stats"], ["masks", "weights"]], [False, True], [False, True]),
+            *itertools.product(["nothing", "a link"], [["stats"]], [False], [False, True]),
+        ],
+        3,
+    ),
 )
 def test_every_operation_of_a_publication_is_a_crash_point_that_recovers(
     tmp_path: Path, killer: Killer, monkeypatch: pytest.MonkeyPatch, earlier: str, names: list[str], awaited: bool,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.grids import full, named, turns
+from cases.grids import full, named, thinned, turns
 from conftest import save_tiny_model, write_params
 from safetensors.torch import load_file
 from test_families import one_is_never_chosen, save, short_texts
@@ -151,7 +151,7 @@ def saved(model: Any, folder: Path) -> dict[str, Tensor]:
 OTHERS = {"renamed", "experts-across", "shared-expert"}
 
 
-@pytest.mark.parametrize("name", [full(name) if name in OTHERS else name for name in MODELS])
+@pytest.mark.parametrize("name", thinned([full(name) if name in OTHERS else name for name in MODELS], 3))
 def test_statistics_and_perplexity_are_the_pipelines(pairs: Callable[[str], Pair], name: str, tmp_path: Path):
     pair = pairs(name)
     stats, project = pair.stats, pair.study()
@@ -172,7 +172,7 @@ def test_statistics_and_perplexity_are_the_pipelines(pairs: Callable[[str], Pair
 @pytest.mark.parametrize(
     ("name", "choice"),
     [
-        *turns([name for name in MODELS if name not in OTHERS], SOME),
+        *thinned(turns([name for name in MODELS if name not in OTHERS], SOME), 3),
         *(full(name, choice) for name in sorted(OTHERS) for choice in SOME),
     ],
     ids=named,
@@ -204,10 +204,12 @@ def test_every_method_with_every_pattern_gives_the_pipelines_masks(
 
 @pytest.mark.parametrize(
     ("name", "reconstruction"),
-    turns(
-        ["tied", "untied-bfloat16", "transposed", "unreached-expert", "experts-in-one-tensor"],
-        [row.name for row in RECONSTRUCTIONS.values() if not row.trains],
-        each=2,
+    thinned(
+        turns(
+            ["tied", "untied-bfloat16", "transposed", "unreached-expert", "experts-in-one-tensor"],
+            [row.name for row in RECONSTRUCTIONS.values() if not row.trains],
+        ),
+        2,
     ),
 )
 def test_reconstructed_models_and_layer_errors_are_the_pipelines(
