@@ -91,9 +91,9 @@ def save_tiny_model(
     """A random Llama of four blocks with grouped queries, and a tokenizer that knows bytes."""
     import torch
 
-    dtype = dtype or torch.float32
-    key = ("tiny", seed, dtype, shard, sorted(config.items()))
-    kept(folder, key, lambda new: _make_tiny_model(new, seed, dtype, shard, config))
+    kind = dtype or torch.float32
+    key = ("tiny", seed, kind, shard, sorted(config.items()))
+    kept(folder, key, lambda new: _make_tiny_model(new, seed, kind, shard, config))
     torch.manual_seed(seed)  # what a test draws next does not depend on the tests before it
     return folder
 
