@@ -145,18 +145,19 @@ def _workers(params: Params) -> Iterator[Check]:
     if find_spec("ray") is None:
         yield Check("runtime.ray", False, "no ray", f"`pip install 'wanda-dvc[{EXTRAS['ray']}]'`")
         return
-    from wanda_dvc.engine.workers import LOCAL, look
+    from wanda_dvc.engine.cluster import LOCAL, look
 
     if address == LOCAL:
         yield Check("runtime.ray", True, f"local, Ray {version('ray')}")
         return
     try:
-        found = look(address)
+        nodes, cpus, gpus = look(address)
     except UserError as error:
         yield Check("runtime.ray", False, str(error), "`ray status` on its head says how it is")
         return
-    told = f"{len(found.nodes)} nodes, {found.cpus} CPUs, {found.cards} cards"
-    yield Check("runtime.ray", not found.other, "; ".join([told, *found.other]), "install the same versions there")
+    problems = [f"{node.name}: {problem}" for node in nodes if (problem := node.problem())]
+    found = f"{len(nodes)} nodes, {cpus} CPUs, {gpus} GPUs"
+    yield Check("runtime.ray", not problems, "; ".join([found, *problems]), "install the same versions there")
 
 
 def _from_the_hub(params: Params) -> tuple[list[str], list[str]]:
