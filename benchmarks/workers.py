@@ -1,4 +1,4 @@
-"""Measure what workers cost: the start of Ray, an interrupt, and the driver's memory for many windows.
+"""Measure what Ray costs: its start, an interrupt, and the driver's memory for many windows.
 
 python benchmarks/workers.py overhead   calibrate in one process and with one worker, and that the bytes are the same
 python benchmarks/workers.py interrupt  the seconds from Ctrl-C until no process of the run is left
@@ -8,7 +8,6 @@ python benchmarks/workers.py windows    the driver's peak memory with a thousand
 import argparse
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -57,17 +56,16 @@ def calibrate(root: Path) -> float:
 
 def overhead(folder: Path) -> dict[str, object]:
     """Calibrate with and without one worker."""
-    threads = os.cpu_count()
     alone = study(folder / "alone", SMALL, samples=96, length=512)
-    local = study(folder / "local", SMALL, samples=96, length=512, workers="local", threads=threads)
+    local = study(folder / "local", SMALL, samples=96, length=512, ray="local")
     seconds = [calibrate(alone), calibrate(local)]
-    made = [{x.name: x.read_bytes() for x in (root / "stats").iterdir()} for root in (alone, local)]
+    made = [{str(x.relative_to(root)): x.read_bytes() for x in root.glob("stats/*/*")} for root in (alone, local)]
     return {"alone": seconds[0], "local": seconds[1], "same bytes": made[0] == made[1]}
 
 
 def interrupt(folder: Path) -> dict[str, object]:
     """Stop a calibration at work."""
-    root = study(folder / "local", SMALL, samples=96, length=512, workers="local")
+    root = study(folder / "local", SMALL, samples=96, length=512, ray="local")
     process = psutil.Popen([*COMMAND, "calibrate"], cwd=root, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while not list(root.glob(".dvc/tmp/wanda-dvc/*/out/*")):
         time.sleep(0.1)
@@ -92,7 +90,7 @@ def windows(folder: Path) -> dict[str, dict[str, float]]:
     """Calibrate with more and more windows."""
     found = {}
     for samples in (1000, 10_000):
-        root = study(folder / str(samples), TINY, samples=samples, length=16, workers="local", threads=1)
+        root = study(folder / str(samples), TINY, samples=samples, length=16, ray="local")
         calibrate(root)
         (kept,) = root.glob(".dvc/tmp/wanda-dvc-times/calibrate-*")
         told = json.loads(kept.read_text(encoding="utf-8"))

@@ -31,12 +31,11 @@ class Inline(Cluster):
     def workers(self) -> int:
         return self._workers
 
-    def begin(self, function: Callable[..., Any], *arguments: Any, num_returns: int = 1, **_: Any) -> Any:
+    def begin(self, function: Callable[..., Any], *arguments: Any, num_returns: int = 1, **_: Any) -> list[Any]:
         given = [pickle.loads(one.content) if isinstance(one, Ref) else one for one in arguments]
         self.ran.append((function.__name__, *given))
         found = function(torch.device("cpu"), *given)
-        refs = [self.put(one) for one in (found if num_returns > 1 else [found])]
-        return refs if num_returns > 1 else refs[0]
+        return [self.put(one) for one in (found if num_returns > 1 else [found])]
 
     def _get(self, task: Task) -> Any:
         return pickle.loads(task.result.content)

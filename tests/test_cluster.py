@@ -1,7 +1,9 @@
 """Tasks on a real cluster of Ray give the bytes of one process, for any number of workers and whichever node dies."""
 
+import contextlib
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,25 +43,37 @@ def nodes() -> Iterator[Any]:
     """A cluster: a head without CPUs, and the nodes that tests add."""
     from ray.cluster_utils import Cluster as Nodes
 
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    started = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": False})
+    # As long as it takes on a machine that does other work.
+    patience = {"RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300"}
+    os.environ |= patience | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    started = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False} | agents())
     ray.init(address=started.address, log_to_driver=False, configure_logging=False)
     yield started
     ray.shutdown()
     started.shutdown()
 
 
+def agents() -> dict[str, int]:
+    """What a node starts with: ports of its agents, for which it waits 15 s at most where it is given none."""
+    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in names]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return {"num_gpus": 0} | {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
+
+
 def set_nodes(nodes: Any, number: int) -> None:
     """Have so many nodes of one CPU."""
     for _ in range(number - len(nodes.worker_nodes)):
-        nodes.add_node(num_cpus=1, num_gpus=0)
+        nodes.add_node(num_cpus=1, **agents())
     for node in list(nodes.worker_nodes)[number:]:
         nodes.remove_node(node)
 
 
 @pytest.fixture(scope="module")
 def rows() -> torch.Tensor:
-    return torch.randint(0, 256, (37, 12), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 256, (20, 12), generator=torch.Generator().manual_seed(0))
 
 
 def decoder(folder: Path) -> Decoder:
@@ -69,7 +83,7 @@ def decoder(folder: Path) -> Decoder:
 def on_cluster(folder: Path) -> TaskRunner:
     cluster = Cluster("auto", device="cpu", folders=[folder])
     cluster.open()
-    return TaskRunner(decoder=decoder(folder), cluster=cluster)
+    return TaskRunner(decoder=decoder(folder), folder=folder, cluster=cluster)
 
 
 def change(run: Runner, block: int) -> Change:
@@ -91,7 +105,7 @@ def through(run: Runner, rows: torch.Tensor, *, with_dense: bool, kept: int = 0)
         step.change(*made[step.index])
     if not with_dense:
         yield str(list(run.head(window_losses, {0: 1, 3: 0, 18: 0}))).encode()
-        yield from map(dump_back, run.backward(rows[:7], gram=True))
+        yield from map(dump_back, run.backward(rows[:3], gram=True))
 
 
 def dump(found: Recorded) -> bytes:
@@ -116,10 +130,119 @@ def expected(tiny: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFa
     }
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
-@pytest.mark.parametrize("with_dense", [False, True])
-def test_any_number_of_workers_gives_the_bytes_of_one_process(
-    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], workers: int, with_dense: bool
+def kill_at(monkeypatch: pytest.MonkeyPatch, nodes: Any, *names: str) -> list[str]:
+    """Kill a node when the driver waits for each of some tasks. Return the tasks."""
+    real, killed = Cluster._get, list[str]()
+
+    def get(self: Cluster, task: Task) -> Any:
+        if task.name in names and task.name not in killed:
+            killed.append(task.name)
+            nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+        return real(self, task)
+
+    monkeypatch.setattr(Cluster, "_get", get)
+    return killed
+
+
+# In this order, because a node takes seconds to start.
+
+
+def test_five_workers_give_the_bytes_of_one_process(
+    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]]
+):
+    set_nodes(nodes, 5)
+    assert list(through(on_cluster(tiny), rows, with_dense=False)) == expected[False]
+    assert list(through(on_cluster(tiny), rows, with_dense=True)) == expected[True]
+
+
+def test_a_node_that_dies_costs_no_byte(
+    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], monkeypatch: pytest.MonkeyPatch
+):
+    """Its tasks run again, and what it held is made again."""
+    names = ["block 2, shard 5", "output head, shard 3", "backward pass, block 1, shard 1"]
+    killed = kill_at(monkeypatch, nodes, *names)
+    assert list(through(on_cluster(tiny), rows, with_dense=False)) == expected[False]
+    assert killed == names
+    assert len(nodes.worker_nodes) == 2
+
+
+@pytest.mark.parametrize("workers", [2, 1])
+def test_fewer_workers_give_the_bytes_of_one_process(
+    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], workers: int
 ):
     set_nodes(nodes, workers)
-    assert list(through(on_cluster(tiny), rows, with_dense=with_dense)) == expected[with_dense]
+    assert list(through(on_cluster(tiny), rows, with_dense=False)) == expected[False]
+
+
+def test_nodes_without_the_files_are_sent_the_weights(
+    nodes: Any,
+    tiny: Path,
+    tmp_path: Path,
+    rows: torch.Tensor,
+    expected: dict[bool, list[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """One of two nodes dies."""
+    set_nodes(nodes, 2)
+    run = on_cluster(tiny)
+    run.cluster.has_files, run.cluster.reader = False, ray.get_runtime_context().get_node_id()
+    killed = kill_at(monkeypatch, nodes, "block 1, shard 9")
+    assert list(through(run, rows, with_dense=True)) == expected[True]
+    assert killed
+
+
+def test_a_gpu_that_no_node_has_is_refused_before_a_task_starts(nodes: Any):
+    with pytest.raises(UserError, match="runtime.device: got cuda with workers of auto, expected a node with a GPU"):
+        Cluster("auto", device="cuda")
+
+
+def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, project: Make, tmp_path: Path):
+    set_nodes(nodes, 1)
+    folder = save_tiny_model(tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    study = fetch(project(folder, runtime__ray="auto"), "model", "calibration")
+    with pytest.raises(UserError, match=r"^worker on \S+ \(node [0-9a-f]{8}\): .*block 2, output of .*: activations"):
+        calibrate(project=study)
+
+
+MADE = ("stats", "masks", "weights", "metrics")
+
+
+def run_stages(study: Project) -> dict[str, bytes]:
+    """Run the stages that go through blocks, and the one between them; what they made."""
+    calibrate(project=study)
+    mask(project=study)
+    apply(project=study)
+    perplexity(project=study, model="pruned")
+    zero_shot(project=study, model="pruned")
+    found = (path for name in MADE for path in study.root.glob(f"{name}/**/*") if path.is_file())
+    return {str(path.relative_to(study.root)): path.read_bytes() for path in found}
+
+
+@pytest.mark.full  # the tests above hold each kind of task to the bytes of one process
+def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
+    nodes: Any, project: Make, monkeypatch: pytest.MonkeyPatch
+):
+    tiers = {"calibration__statistics": "fisher", "calibration__samples": 20}
+    settings = tiers | {"propagation": "corrected", "reconstruction": "fisher"}
+    monkeypatch.setattr(questions, "ROW", 60)  # rows enough for every node
+    study = fetch(project(**settings), "model", "calibration", "perplexity", "tasks")
+    expected = run_stages(study)
+    for name in (*MADE, study.answers.folder):
+        shutil.rmtree(study.root / name)
+    real, killed = Cluster._get, list[str]()
+
+    def get(self: Cluster, task: Task) -> Any:
+        """Kill a node in each walk, in the backward pass, in a solver and at the output head; add another one."""
+        if task.name.endswith(("block 2, shard 1", "head, shard 1")) or task.name.startswith("block 1, input"):
+            killed.append(task.name)
+            set_nodes(nodes, 3)
+            nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+        return real(self, task)
+
+    monkeypatch.setattr(Cluster, "_get", get)
+    set_nodes(nodes, 3)
+    assert run_stages(project(runtime__ray="auto", **settings)) == expected
+    assert len(killed) >= 6

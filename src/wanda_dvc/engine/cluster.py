@@ -23,7 +23,6 @@ from torch import Tensor
 
 import wanda_dvc
 from wanda_dvc.engine import shards, tasks
-from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.jobs import Ask, Job, Jobs, R, T
 from wanda_dvc.engine.recorder import Gradients, Recorded, Sums
@@ -58,9 +57,10 @@ def run_task(threads: int, device: str, function: Callable[..., Any], *arguments
     try:
         return function(own_device(device), *arguments)
     except Exception as error:
+        where = f"worker on {socket.gethostname()} (node {ray.get_runtime_context().get_node_id()[:8]})"
         if fixable(error):
-            raise UserError(*(f"worker on {this_node()}: {line}" for line in explain(error))) from None
-        raise RuntimeError(f"worker on {this_node()}: {type(error).__name__}: {error}") from error
+            raise UserError(*(f"{where}: {line}" for line in explain(error))) from None
+        raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
 
 
 def own_device(device: str) -> torch.device:
@@ -80,35 +80,21 @@ def _copy(packed: tasks.Packed) -> Tensor:
     return tasks.unpack(packed).clone()
 
 
-def this_node() -> str:
-    """Return the name of this process's node in messages."""
-    return f"{socket.gethostname()} (node {ray.get_runtime_context().get_node_id()[:8]})"
-
-
 def versions() -> dict[str, str]:
     """Return what has to be the same on all nodes."""
     python = ".".join(platform.python_version_tuple()[:2])
     return {"wanda-dvc": wanda_dvc.__version__, "python": python} | {name: version(name) for name in LIBRARIES}
 
 
-class Node(NamedTuple):
-    """What a node's process says of it."""
-
-    name: str
-    versions: Mapping[str, str] = {}
-    folders: Sequence[str] = ()  # fingerprints of those that it was asked for
-    error: str | None = None  # instead of all that
-
-    def problem(self) -> str | None:
-        """Return why this node cannot work with the driver, if it cannot."""
-        found = ((name, self.versions.get(name), wanted) for name, wanted in versions().items())
-        different = [f"{name} {there}, expected {wanted}" for name, there, wanted in found if there != wanted]
-        return self.error or (", ".join(different) or None)
-
-
-def describe_node(folders: Sequence[Path]) -> Node:
-    """Describe the node of this process."""
-    return Node(this_node(), versions(), [tasks.fingerprint(folder) for folder in folders])
+def check_node(_: torch.device, wanted: Mapping[str, str], folders: Sequence[Path]) -> list[str]:
+    """Return the fingerprints of folders on this node. UserError where its versions are not the driver's."""
+    for name, found in versions().items():
+        if found != wanted[name]:
+            raise UserError(
+                f"{name} {found}, expected {wanted[name]}, as the driver has it; other versions give other bytes: "
+                "install the same ones on all nodes"
+            )
+    return [tasks.fingerprint(folder) for folder in folders]
 
 
 # --- the driver ---
@@ -132,36 +118,15 @@ def connect(address: str) -> None:
         ) from None
 
 
-def ask_nodes(folders: Sequence[Path] = ()) -> dict[str, Node]:
-    """Return what each node says of itself, by its id."""
-    ask, found = ray.remote(describe_node).options(num_cpus=0), dict[str, Node]()
-    nodes = {node["NodeID"]: f"{node['NodeManagerHostname']} (node {node['NodeID'][:8]})" for node in alive_nodes()}
-    asked = {node: ask.options(scheduling_strategy=_on(node)).remote(folders) for node in nodes}
-    for node, ref in asked.items():
-        try:
-            found[node] = ray.get(ref, timeout=SECONDS)
-        except RayError as error:
-            found[node] = Node(nodes[node], error=str(error).strip().splitlines()[-1])
-    return found
-
-
-def look(address: str) -> tuple[list[Node], int, int]:
-    """Connect to a cluster. Return what each node says of itself, and the number of CPUs and GPUs."""
-    connect(address)
-    try:
-        found = ray.cluster_resources()
-        return [*ask_nodes().values()], int(found.get("CPU", 0)), int(found.get("GPU", 0))
-    finally:
-        ray.shutdown()
-
-
 def alive_nodes() -> list[dict[str, Any]]:
     """Return the nodes of the cluster, as Ray describes them."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _on(node: str) -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+def _on(node: str) -> dict[str, Any]:
+    """Return the options of a task that a node runs at once."""
+    strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
 
 
 class Task(NamedTuple):
@@ -198,8 +163,8 @@ class Cluster(Jobs):
         self._needs = {"num_gpus": 1, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": self._threads}
         self._task = ray.remote(run_task)
         # They import libraries meanwhile.
-        self._first = [self.begin(str, scheduling_strategy="SPREAD") for _ in range(self.workers)]
-        self._folders = [] if address == LOCAL else [folder.absolute() for folder in folders]
+        self._first = [self.begin(str, scheduling_strategy="SPREAD")[0] for _ in range(self.workers)]
+        self._address, self._folders = address, folders
 
     @property
     def workers(self) -> int:
@@ -214,20 +179,22 @@ class Cluster(Jobs):
                 f"runtime.ray: no worker came in {SECONDS} s, expected one with {wanted}; "
                 "`ray status` says what the cluster is doing"
             )
+        if self._address == LOCAL:
+            return
         expected = [tasks.fingerprint(folder) for folder in self._folders]
-        for node, said in ask_nodes(self._folders).items() if expected else ():
-            if problem := said.problem():
-                raise UserError(
-                    f"worker on {said.name}: {problem}, as the driver has it; other versions give other bytes: "
-                    "install the same ones on all nodes"
-                )
-            same = said.folders == expected
+        here = ray.get_runtime_context().get_node_id()
+        nodes = [x["NodeID"] for x in alive_nodes() if x["Resources"].get(self._kind) or x["NodeID"] == here]
+        asked = [self.begin(check_node, versions(), self._folders, **_on(node)) for node in nodes]
+        for node, (ref,) in zip(nodes, asked, strict=True):
+            same = self._get(Task(ref, f"node {node[:8]}")) == expected
             self.has_files, self.reader = self.has_files and same, node if same else self.reader
 
-    def begin(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Begin a task, with Ray's options. Return a reference to its result, or to each of several."""
+    def begin(self, function: Callable[..., Any], *arguments: Any, num_returns: int = 1, **options: Any) -> list[Any]:
+        """Begin a task, with Ray's options. Return a reference to each of its results."""
+        options |= {"num_returns": num_returns}
         task = self._task.options(**self._needs | {"max_retries": RETRIES} | options)
-        return task.remote(*self._settings, function, *arguments)
+        refs = task.remote(*self._settings, function, *arguments)
+        return refs if num_returns > 1 else [refs]
 
     def results(self, begun: Iterable[Task]) -> Iterator[Any]:
         """Yield the tasks' results in order. A few tasks are begun ahead."""
@@ -259,12 +226,12 @@ class Cluster(Jobs):
         """Return a reference to tensors of a checkpoint whose files some nodes lack."""
         if self.reader is None:
             return self.put(tasks.read(CPU, folder, names))
-        return self.begin(tasks.read, folder, names, num_cpus=0, num_gpus=0, scheduling_strategy=_on(self.reader))
+        return self.begin(tasks.read, folder, names, **_on(self.reader))[0]
 
     def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
         """Yield what a function returns for each input."""
         sent = ((one.name, self.put(one.named if self.has_files else one.whole)) for one in asked)
-        return self.results(Task(self.begin(tasks.solve, function, ref), name, ref) for name, ref in sent)
+        return self.results(Task(self.begin(tasks.solve, function, ref)[0], name, ref) for name, ref in sent)
 
     def counts(self) -> dict[str, int]:
         """Return how many workers and nodes there are."""
@@ -285,10 +252,11 @@ class TaskRunner(Runner):
     """Runs rows as tasks, one for each block and shard. It holds references to rows and hidden states."""
 
     decoder: Decoder
+    folder: Path  # of its checkpoint
     cluster: Cluster
     not_finite: str | None = field(default=None, init=False)
-    model: Any = field(default=None, init=False)  # `tasks.Model`
-    rows: list[Any] = field(default_factory=list, init=False)  # of each shard
+    _model: Any = field(default=None, init=False)  # `tasks.Model`
+    _rows: list[Any] = field(default_factory=list, init=False)  # of each shard
     _last: list[Any] = field(default_factory=list, init=False)  # each shard's hidden states after the last block
     _weights: dict[int, Any] = field(default_factory=dict, init=False)  # of the block at work, where they are sent
     _kept: list[Any] = field(default_factory=list, init=False)
@@ -307,7 +275,7 @@ class TaskRunner(Runner):
             step = TaskStep(self, index, own, dense)
             if index >= finished:
                 yield step
-            else:  # its results are there
+            else:
                 change = changes(index) if changes else None
                 if change is None or dense:
                     step.advance()
@@ -325,57 +293,56 @@ class TaskRunner(Runner):
             step = TaskStep(self, index, before[-1], [])
             step.advance()
             before.append(step.after)
-        last = zip(self.rows, before.pop(), strict=True)
-        gradients = [self.cluster.begin(tasks.loss_gradients, self.model, *shard) for shard in last]
+        last = zip(self._rows, before.pop(), strict=True)
+        gradients = [self.cluster.begin(tasks.loss_gradients, self._model, *shard)[0] for shard in last]
         for done, index in enumerate(reversed(range(blocks))):
-            total, came = Gradients(), list[Any]()
-            begun = self._begin_back(index, before.pop(), gradients, came, gram=gram and done >= kept)
-            for sums in self.cluster.results(begun):
+            words, streams, total = (*self.at(index), gram and done >= kept), (before.pop(), gradients), Gradients()
+            (gradients,), found = self.run(f"backward pass, block {index}", tasks.backward, words, *streams)
+            for sums in found:
                 total.merge(sums)
                 del sums  # before the next shard's are there
-            gradients = came
             if done >= kept:
                 total.check_finite(self.decoder.checkpoint, index)
                 yield index, total
 
-    def _begin_back(
-        self, index: int, before: list[Any], gradients: list[Any], came: list[Any], *, gram: bool
-    ) -> Iterator[Task]:
-        """Run each shard back through a block; `came` gets references to the gradients before it."""
-        at = self.model, tasks.Block(index, index - 1), self.weights(index)
-        for number, shard in enumerate(zip(self.rows, before, gradients, strict=True)):
-            gradient, sums = self.cluster.begin(tasks.backward, *at, *shard, gram, num_returns=2)
-            came.append(gradient)
-            yield Task(sums, f"backward pass, block {index}, shard {number}")
-
     def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
         """What a function makes of some shards' last hidden states."""
-        begun = (
-            Task(self.cluster.begin(tasks.head, self.model, *shard, function, asked[number]), f"head, shard {number}")
-            for number, shard in enumerate(zip(self.rows, self._last, strict=True))
-            if number in asked
-        )
-        for found in self.cluster.results(begun):
+        wanted = [asked.get(number) for number in range(len(self._rows))]
+        for found in self.run("output head", tasks.head, (function,), self._last, wanted, returns=1)[1]:
             yield from found
 
     def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
         """What a function makes of each input."""
         return self.cluster.each(function, asked)
 
-    def weights(self, index: int) -> Any:
-        """A reference to a block's weights; None where every node has the files."""
+    def run(
+        self, name: str, function: Callable[..., Any], words: tuple[Any, ...], *columns: Sequence[Any], returns: int = 2
+    ) -> tuple[list[list[Any]], Iterator[Any]]:
+        """Run a task for each shard, with its entry of each column.
+
+        Return references to the first results, in lists that grow as tasks begin, and the last results.
+        """
+        first: list[list[Any]] = [[] for _ in range(returns - 1)]
+
+        def begun() -> Iterator[Task]:
+            for number, shard in enumerate(zip(self._rows, *columns, strict=True)):
+                refs = self.cluster.begin(function, self._model, *words, *shard, num_returns=returns)
+                for column, ref in zip(first, refs, strict=False):
+                    column.append(ref)
+                yield Task(refs[-1], f"{name}, shard {number}")
+
+        return first, self.cluster.results(begun())
+
+    def at(self, index: int, change: Any = None) -> tuple[tasks.Block, Any]:
+        """Return a block to run, and a reference to its weights, which is None where every node has the files."""
+        block = tasks.Block(index, change.hex() if change else "")
         if self.cluster.has_files:
-            return None
+            return block, None
         if index not in self._weights:
             if self.cluster.reader:
                 self._weights.clear()  # Ray can have them read again
-            self._weights[index] = self.cluster.read(self._folder, tasks.names(self.decoder, index))
-        return self._weights[index]
-
-    @property
-    def _folder(self) -> Path:
-        assert isinstance(self.decoder.checkpoint, Checkpoint)
-        return self.decoder.checkpoint.folder.absolute()
+            self._weights[index] = self.cluster.read(self.folder, tasks.names(self.decoder, index))
+        return block, self._weights[index]
 
     def keep(self, content: Any) -> Any:
         """Return a reference to an argument of tasks, which stays for as long as this runner does."""
@@ -387,17 +354,17 @@ class TaskRunner(Runner):
         self.decoder.check_tokens(rows)
         counts = self.cluster.counts() | {"shards": len(cut)}
         notice(", ".join(f"{count} {what.removesuffix('s') if count == 1 else what}" for what, count in counts.items()))
-        if self.model is None:
-            self.model = self.keep(tasks.describe(self.decoder, self._folder, sent=not self.cluster.has_files))
-        self.rows, self.not_finite = [self.keep(rows[shard.start : shard.stop]) for shard in cut], None
-        return [self.cluster.begin(tasks.embed, self.model, shard) for shard in self.rows]
+        if self._model is None:
+            self._model = self.keep(tasks.describe(self.decoder, self.folder, sent=not self.cluster.has_files))
+        self._rows, self.not_finite = [self.keep(rows[shard.start : shard.stop]) for shard in cut], None
+        return [self.cluster.begin(tasks.embed, self._model, shard)[0] for shard in self._rows]
 
 
 @dataclass
 class TaskStep(Step):
     """One block of a walk of tasks."""
 
-    run: TaskRunner
+    runner: TaskRunner
     index: int
     before: list[Any]  # references to each shard's hidden states
     dense_before: list[Any]  # likewise of the dense model, where a walk takes it along
@@ -406,43 +373,37 @@ class TaskStep(Step):
 
     def advance(self) -> None:
         """Every row through the block."""
-        self.after, self.dense_after = [], []
-        for _ in self._through(self.dense_before):
+        for _ in self._through():
             pass
 
     def record(self, *, gram: bool = False, crosses: bool = False) -> Recorded:
         """Every row through the block; what its linears read."""
-        self.after, self.dense_after, total = [], [], Sums()
-        for sums in self._through(self.dense_before, recording={"gram": gram, "crosses": crosses}):
+        total = Sums()
+        for sums in self._through(recording={"gram": gram, "crosses": crosses}):
             total.merge(sums)
             del sums  # before the next shard's are there
-        return total.of(self.run.decoder.linears(self.index))
+        return total.of(self.runner.decoder.linears(self.index))
 
     def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Every own row through the block once more."""
-        self.after = []
-        for _ in self._through([], change=self.run.keep((keeps, weights))):
+        for _ in self._through(change=self.runner.keep((keeps, weights))):
             pass
 
     def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
         """Not as tasks: a training takes one row a step."""
         raise NotImplementedError
 
-    def _through(
-        self, dense: list[Any], *, change: Any = None, recording: Mapping[str, bool] | None = None
-    ) -> Iterator[Any]:
-        """Run every shard through the block. Yield their sums."""
-        for sums, where in self.run.cluster.results(self._begin(dense, change, recording)):
-            self.run.not_finite = self.run.not_finite or where
+    def _through(self, *, change: Any = None, recording: Mapping[str, bool] | None = None) -> Iterator[Any]:
+        """Run every shard through the block. Yield their sums. A change is not for the dense model."""
+        words = (*self.runner.at(self.index, change), change, recording)
+        dense = self.dense_before if change is None else []
+        streams = self.before, dense or [None] * len(self.before)
+        (self.after, dense_after), found = self.runner.run(
+            f"block {self.index}", tasks.forward, words, *streams, returns=3
+        )
+        if dense:
+            self.dense_after = dense_after
+        for sums, where in found:
+            self.runner.not_finite = self.runner.not_finite or where
             yield sums
             del sums
-
-    def _begin(self, dense: list[Any], change: Any, recording: Mapping[str, bool] | None) -> Iterator[Task]:
-        run, then = self.run, self.index + 1 if self.index + 1 < len(self.run.decoder.blocks) else -1
-        at = run.model, tasks.Block(self.index, then, change.hex() if change else ""), run.weights(self.index)
-        for number, (rows, own) in enumerate(zip(run.rows, self.before, strict=True)):
-            words = rows, own, dense[number] if dense else None, change, recording
-            own_after, dense_after, found = run.cluster.begin(tasks.forward, *at, *words, num_returns=3)
-            self.after.append(own_after)
-            self.dense_after += [dense_after] if dense else []
-            yield Task(found, f"block {self.index}, shard {number}")

@@ -4,7 +4,7 @@ Every row goes forward through all blocks and back through all blocks, one block
 each block and the gradients between two blocks wait in files, so an interrupted run resumes at the last finished block.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -103,8 +103,8 @@ class BackwardPass:
         if self._gradients.finished < 0:
             self._gradients.write(loss_gradients(decoder, self.rows, self._before[-1].before))
             self._gradients.finish_block()
-        before, gradients = self._before[index].before, self._gradients.before
-        self._gradients.write(back(decoder, index, self.rows, before, gradients, recorder))
+        coming = zip(self._before[index].before, self._gradients.before, self.rows, strict=True)
+        self._gradients.write(back(decoder, index, coming, recorder))
 
     def finish_block(self) -> None:
         """Finish the block: the next one reads what it has written."""
@@ -124,17 +124,15 @@ def loss_gradients(
 def back(
     decoder: Decoder,
     index: int,
-    rows: Sequence[Row],
-    before: Sequence[Float[Tensor, "_ width"]],
-    gradients: Sequence[Float[Tensor, "_ width"]],
+    coming: Iterable[tuple[Float[Tensor, "_ width"], Float[Tensor, "_ width"], Row]],
     recorder: GradientRecorder,
 ) -> Iterator[Float[Tensor, "_ width"]]:
-    """Yield the gradient of each row's loss by its hidden states before a block, from that after it.
+    """Yield the gradient of each row's loss by its hidden states before a block, of which `coming` has each row's.
 
-    A recorder sees the gradients of outputs.
+    With them come the gradients by those after the block. A recorder sees the gradients of outputs.
     """
     with recorder.recording(decoder.linears(index), decoder.uncalled(index)):
-        for states, gradient, row in zip(before, gradients, rows, strict=True):
+        for states, gradient, row in coming:
             yield _back(decoder, index, states, gradient, row)
 
 

@@ -109,7 +109,7 @@ def names(decoder: Decoder, index: int) -> list[str]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a hash of a folder's provenance, configuration and sizes of files; of a missing folder, that of nothing."""
+    """Return a hash of a folder's provenance, configuration and sizes of files; one hash for all missing folders."""
     content = hashlib.sha256()
     for path in sorted(folder.glob("*")) if folder.is_dir() else []:
         if path.suffix == ".safetensors":
@@ -127,7 +127,6 @@ class Block:
     """A block to run."""
 
     index: int
-    then: int = field(compare=False)  # the next block, which is read ahead; −1: none
     change: str = ""  # names its change; empty: as it is stored
 
 
@@ -143,20 +142,22 @@ class _Opened:
         self._stack = contextlib.ExitStack()
 
     def step(
-        self, block: Block, rows: list[Row], states: ShardStates, own: range, change: Change | None, weights: Weights
+        self, block: Block, weights: Weights, change: Change | None, rows: list[Row], states: ShardStates
     ) -> LocalStep:
         """Return the step of a shard's rows at a block, which is opened unless it is open."""
         if any(row.layout for row in rows):
             self.decoder.forget_calls()  # a task's rows of questions are objects of its own
         for row in rows:
             self.decoder.calls(row)  # the first time it runs the first block, which must not be open then
-        step = LocalStep(self.decoder, block.index, rows, states, own, frozenset({own.start}))
+        every = rows * (len(states.before) // len(rows))  # the dense model's come first
+        own = range(len(every) - len(rows), len(every))
+        step = LocalStep(self.decoder, block.index, every, states, own, frozenset({own.start}))
         if self._block != block:
             self._stack.close()
             self._block = None
             if self.sent:
                 self.sent.block = weights or {}
-            self._stack.enter_context(self.decoder.block(block.index, -1 if self.sent else block.then))
+            self._stack.enter_context(self.decoder.block(block.index, then=-1))
             if change:
                 step.prune(change[0])
                 step.replace(change[1])
@@ -182,11 +183,11 @@ def forward(  # noqa: PLR0913, PLR0917 - references, which Ray resolves where th
     model: Model,
     block: Block,
     weights: Weights,
+    change: Change | None,
+    recording: Mapping[str, bool] | None,
     rows: list[Row],
     own: Packed,
-    dense: Packed | None = None,
-    change: Change | None = None,
-    recording: Mapping[str, bool] | None = None,
+    dense: Packed | None,
 ) -> tuple[Packed, Packed | None, tuple[Sums | None, str | None]]:
     """Run a shard through a block.
 
@@ -195,19 +196,15 @@ def forward(  # noqa: PLR0913, PLR0917 - references, which Ray resolves where th
     """
     streams, sums = [own] if dense is None else [dense, own], None
     states = ShardStates([row for stream in streams for row in _split(stream, rows)])
-    every = range(len(rows) * len(streams))
-    step = _opened(model, device).step(block, rows * len(streams), states, every[-len(rows) :], change, weights)
+    step = _opened(model, device).step(block, weights, change, rows, states)
     if recording is None:
         step.advance()
     else:
         if step.dense:
             step.advance(rows=step.dense)
         sums = step.record_shard(range(len(rows)), **recording).cpu()
-    return (
-        _join(states.after(step.own)),
-        _join(states.after(step.dense)) if step.dense else None,
-        (sums, states.not_finite),
-    )
+    dense_after = _join(states.after(step.dense)) if step.dense else None
+    return _join(states.after(step.own)), dense_after, (sums, states.not_finite)
 
 
 @torch.no_grad()
@@ -222,22 +219,26 @@ def backward(  # noqa: PLR0913, PLR0917 - likewise
     model: Model,
     block: Block,
     weights: Weights,
+    gram: bool,
     rows: list[Row],
     before: Packed,
     gradients: Packed,
-    gram: bool,
 ) -> tuple[Packed, Gradients]:
     """Run a shard back through a block. Return the gradients by the hidden states before it, and the sums."""
     opened, recorder = _opened(model, device), GradientRecorder(gram=gram)
     states = ShardStates(_split(before, rows))
-    opened.step(block, rows, states, range(len(rows)), None, weights)
-    coming = _split(gradients, rows)
-    return _join(fisher.back(opened.decoder, block.index, rows, states.before, coming, recorder)), recorder.cpu()
+    opened.step(block, weights, None, rows, states)
+    coming = zip(states.before, _split(gradients, rows), rows, strict=True)
+    return _join(fisher.back(opened.decoder, block.index, coming, recorder)), recorder.cpu()
 
 
 @torch.no_grad()
-def head(device: torch.device, model: Model, rows: list[Row], last: Packed, function: Head[T, R], asked: T) -> list[R]:
-    """Return what a function makes of a shard's last hidden states."""
+def head(  # noqa: PLR0913, PLR0917 - likewise
+    device: torch.device, model: Model, function: Head[T, R], rows: list[Row], last: Packed, asked: T | None
+) -> list[R]:
+    """Return what a function makes of a shard's last hidden states; nothing where it is not asked for any."""
+    if asked is None:
+        return []
     return list(function(_opened(model, device).decoder, rows, _split(last, rows), asked))
 
 

@@ -168,9 +168,9 @@ def runner(
         return
     from wanda_dvc.engine.cluster import TaskRunner
 
-    opening = partial(open_decoder, project, model, dtype=dtype, device="cpu")
-    with _cluster(runtime, [project.model(model)], meanwhile=opening) as (cluster, decoder):
-        yield TaskRunner(decoder=decoder, cluster=cluster)
+    folder, opening = project.model(model), partial(open_decoder, project, model, dtype=dtype, device="cpu")
+    with _cluster(runtime, [folder], meanwhile=opening) as (cluster, decoder):
+        yield TaskRunner(decoder=decoder, folder=folder, cluster=cluster)
 
 
 @contextlib.contextmanager

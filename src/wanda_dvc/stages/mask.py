@@ -324,7 +324,7 @@ def _propagate(
                 )
                 keep, changed, told = _together(run.each(solve, parts))
             else:
-                keep = keeps(project, checkpoint.weight, measured, share)
+                keep = pack_masks(keeps(project, checkpoint.weight, measured, share))  # Ray keeps it for all blocks
             if plan.trains:
                 trained = turn.train(keep, changed, **TRAINING)
                 changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
