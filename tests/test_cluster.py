@@ -30,9 +30,12 @@ from wanda_dvc.study.project import Project
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wanda-dvc[ray]'")
 
-from wanda_dvc.engine.cluster import Cluster, Task, TaskRunner  # noqa: E402 - it needs ray
+from inline import Inline, Ref  # noqa: E402 - they need ray
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
+from wanda_dvc.engine.cluster import AHEAD, Cluster, Task, TaskRunner, TaskStep, own_device  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
+slow = pytest.mark.slow  # a node takes seconds to start
 
 CPU = torch.device("cpu")
 Make = Callable[..., Project]
@@ -130,6 +133,64 @@ def expected(tiny: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFa
     }
 
 
+def inline(folder: Path, cluster: Inline) -> TaskRunner:
+    return TaskRunner(decoder=decoder(folder), folder=folder, cluster=cluster)
+
+
+@pytest.mark.parametrize("with_dense", [False, True])
+def test_tasks_give_the_bytes_of_one_process(
+    tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], with_dense: bool
+):
+    """Where all nodes have the checkpoint, and where its weights are sent."""
+    for has_files in (True, False):
+        run = inline(tiny, Inline(2, has_files=has_files))
+        assert list(through(run, rows, with_dense=with_dense)) == expected[with_dense]
+
+
+@pytest.mark.parametrize("with_dense", [False, True])
+def test_an_interrupted_run_goes_through_the_kept_blocks_without_recording(
+    tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], with_dense: bool
+):
+    cluster = Inline(2)
+    assert list(through(inline(tiny, cluster), rows, with_dense=with_dense, kept=2)) == expected[with_dense][2:]
+    recorded = {words[2].index for words in cluster.ran if words[0] == "forward" and words[5]}
+    assert recorded == {2, 3}
+
+
+def test_an_interrupted_backward_pass_goes_back_through_the_kept_blocks(
+    tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]]
+):
+    found = [dump_back(came) for came in inline(tiny, Inline(2)).backward(rows[:3], gram=True, kept=2)]
+    assert found == expected[False][-2:]
+
+
+def test_the_driver_holds_no_hidden_states(tiny: Path):
+    """But references, and two results a worker, however many windows there are."""
+    cluster = Inline(1)
+    run = inline(tiny, cluster)
+    step = next(iter(run.walk(torch.zeros(200, 4, dtype=torch.long))))
+    assert isinstance(step, TaskStep)
+    step.record()
+    assert all(isinstance(ref, Ref) for ref in [*step.before, *step.after])
+    begun = sum(words[0] == "forward" for words in cluster.ran)
+    results = step._through()
+    next(results)
+    assert sum(words[0] == "forward" for words in cluster.ran) == begun + AHEAD
+
+
+@pytest.mark.parametrize(("seen", "given", "number"), [(None, 3, 3), ("4,7", "7", 1), ("2", 2, 0)])
+def test_a_task_takes_the_gpu_that_ray_has_given_it(
+    monkeypatch: pytest.MonkeyPatch, seen: str | None, given: int | str, number: int
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [given])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert own_device("auto") == torch.device("cuda", number)
+    assert own_device("cpu") == CPU
+
+
 def kill_at(monkeypatch: pytest.MonkeyPatch, nodes: Any, *names: str) -> list[str]:
     """Kill a node when the driver waits for each of some tasks. Return the tasks."""
     real, killed = Cluster._get, list[str]()
@@ -147,6 +208,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, nodes: Any, *names: str) -> list[st
 # In this order, because a node takes seconds to start.
 
 
+@slow
 def test_five_workers_give_the_bytes_of_one_process(
     nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]]
 ):
@@ -155,10 +217,12 @@ def test_five_workers_give_the_bytes_of_one_process(
     assert list(through(on_cluster(tiny), rows, with_dense=True)) == expected[True]
 
 
+@slow
 def test_a_node_that_dies_costs_no_byte(
     nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], monkeypatch: pytest.MonkeyPatch
 ):
     """Its tasks run again, and what it held is made again."""
+    set_nodes(nodes, 5)
     names = ["block 2, shard 5", "output head, shard 3", "backward pass, block 1, shard 1"]
     killed = kill_at(monkeypatch, nodes, *names)
     assert list(through(on_cluster(tiny), rows, with_dense=False)) == expected[False]
@@ -166,6 +230,7 @@ def test_a_node_that_dies_costs_no_byte(
     assert len(nodes.worker_nodes) == 2
 
 
+@slow
 @pytest.mark.parametrize("workers", [2, 1])
 def test_fewer_workers_give_the_bytes_of_one_process(
     nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], workers: int
@@ -174,6 +239,7 @@ def test_fewer_workers_give_the_bytes_of_one_process(
     assert list(through(on_cluster(tiny), rows, with_dense=False)) == expected[False]
 
 
+@slow
 def test_nodes_without_the_files_are_sent_the_weights(
     nodes: Any,
     tiny: Path,
@@ -191,11 +257,13 @@ def test_nodes_without_the_files_are_sent_the_weights(
     assert killed
 
 
+@slow
 def test_a_gpu_that_no_node_has_is_refused_before_a_task_starts(nodes: Any):
     with pytest.raises(UserError, match="runtime.device: got cuda with workers of auto, expected a node with a GPU"):
         Cluster("auto", device="cuda")
 
 
+@slow
 def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, project: Make, tmp_path: Path):
     set_nodes(nodes, 1)
     folder = save_tiny_model(tmp_path / "broken")
@@ -221,6 +289,7 @@ def run_stages(study: Project) -> dict[str, bytes]:
     return {str(path.relative_to(study.root)): path.read_bytes() for path in found}
 
 
+@slow
 @pytest.mark.full  # the tests above hold each kind of task to the bytes of one process
 def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
     nodes: Any, project: Make, monkeypatch: pytest.MonkeyPatch

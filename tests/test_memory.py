@@ -93,7 +93,7 @@ torch.set_num_threads(2)
 needed = need(project, "mask")
 decoder = open_decoder(project, "dense")
 checkpoint = decoder.checkpoint
-rows, model = as_rows(calibration_windows(project)[:2]), tasks.describe(decoder, checkpoint.folder, sent=False)
+rows, model = as_rows(calibration_windows(project)[:2]), tasks.describe(decoder, checkpoint.folder, has_files=True)
 recording = {"gram": True, "crosses": True}
 
 if sys.argv[3] == "driver":  # what it sends
@@ -113,7 +113,7 @@ with AnonymousMemory(samples_a_second=300) as sampler:
         own, dense, sums = tasks.forward(cpu, model, tasks.Block(block), None, None, recording, rows, own, dense)
         del sums
         if block == 0:
-            made = [tasks.solve(cpu, mask.solve, pickle.loads(path.read_bytes())) for path in parts]
+            made = [mask.solve(cpu, pickle.loads(path.read_bytes())) for path in parts]
         change = ({}, {}) if block else mask._together(made)[:2]
         own, _, _ = tasks.forward(cpu, model, tasks.Block(block, "changed"), None, change, None, rows, before, None)
 peak = sampler.peak - sampler.base

@@ -231,7 +231,7 @@ class Cluster(Jobs):
     def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
         """Yield what a function returns for each input."""
         sent = ((one.name, self.put(one.named if self.has_files else one.whole)) for one in asked)
-        return self.results(Task(self.begin(tasks.solve, function, ref)[0], name, ref) for name, ref in sent)
+        return self.results(Task(self.begin(function, ref)[0], name, ref) for name, ref in sent)
 
     def counts(self) -> dict[str, int]:
         """Return how many workers and nodes there are."""
@@ -355,7 +355,7 @@ class TaskRunner(Runner):
         counts = self.cluster.counts() | {"shards": len(cut)}
         notice(", ".join(f"{count} {what.removesuffix('s') if count == 1 else what}" for what, count in counts.items()))
         if self._model is None:
-            self._model = self.keep(tasks.describe(self.decoder, self.folder, sent=not self.cluster.has_files))
+            self._model = self.keep(tasks.describe(self.decoder, self.folder, has_files=self.cluster.has_files))
         self._rows, self.not_finite = [self.keep(rows[shard.start : shard.stop]) for shard in cut], None
         return [self.cluster.begin(tasks.embed, self._model, shard)[0] for shard in self._rows]
 

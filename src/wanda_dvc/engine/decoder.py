@@ -318,7 +318,7 @@ class Decoder:
     def _extra_outputs(self) -> tuple[None, ...] | None:
         """The Nones that a block returns after the hidden states; None where it returns the hidden states alone."""
         hidden, call = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
-        with self.block(0) as block:
+        with self.block(0, then=-1) as block:
             out = block(hidden, *call.args, **call.kwargs)
         if not isinstance(out, (tuple, list)):
             return None

@@ -21,7 +21,7 @@ from torch import Tensor
 from wanda_dvc.engine import fisher
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.jobs import Job, R, T, solving_device
+from wanda_dvc.engine.jobs import R, T
 from wanda_dvc.engine.recorder import GradientRecorder, Gradients, Sums
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.runner import Change, Head
@@ -87,18 +87,19 @@ class Model:
     folder: Path
     fingerprint: str
     dtype: torch.dtype
-    sent: Sent | None = field(compare=False)  # None: every node has the files
+    has_files: bool  # whether every node has them
+    sent: Sent | None = field(default=None, compare=False)  # where not
 
 
-def describe(decoder: Decoder, folder: Path, *, sent: bool) -> Model:
-    """Return a decoder's model for tasks, from its checkpoint's folder; `sent` where nodes lack the files."""
+def describe(decoder: Decoder, folder: Path, *, has_files: bool) -> Model:
+    """Return a decoder's model for tasks, from its checkpoint's folder."""
     source, found = decoder.checkpoint, None
-    if sent:
+    if not has_files:
         later = set(range(len(decoder.blocks))).difference(decoder.one_of_each_kind)
         left = {name for index in later for name in names(decoder, index)}
         tensors = read(decoder.device, folder, [name for name in source.where if name not in left])
         found = Sent(str(source), source.config, source.config_name, source.entries, source.where, tensors)
-    return Model(folder, fingerprint(folder), decoder.dtype, found)
+    return Model(folder, fingerprint(folder), decoder.dtype, has_files, found)
 
 
 def names(decoder: Decoder, index: int) -> list[str]:
@@ -134,7 +135,7 @@ class _Opened:
     """A model in this process. A block stays open for the next task: on a GPU its weights cross the link once."""
 
     def __init__(self, model: Model, device: torch.device) -> None:
-        if model.sent is None and fingerprint(model.folder) != model.fingerprint:
+        if model.has_files and fingerprint(model.folder) != model.fingerprint:
             raise UserError(f"{model.folder}: not the driver's files, which other nodes have; run the stage again")
         self.sent = model.sent
         self.decoder = Decoder(self.sent or model.folder, dtype=model.dtype, device=device)
@@ -168,7 +169,7 @@ class _Opened:
 _opened = lru_cache(maxsize=1)(_Opened)
 
 
-# --- tasks; each is given its device first ---
+# --- tasks; each is given its device first, as jobs are ---
 
 
 @torch.no_grad()
@@ -246,11 +247,6 @@ def read(_: torch.device, folder: Path, tensors: Collection[str]) -> dict[str, P
     """Return the bytes of some tensors of a checkpoint."""
     source = Checkpoint(folder)
     return {name: pack(source.read(Address(name))) for name in tensors}
-
-
-def solve(device: torch.device, function: Job[T, R], asked: T) -> R:
-    """Run a job."""
-    return function(solving_device(device), asked)
 
 
 def _join(rows: Iterable[Float[Tensor, "_ width"]]) -> Packed:
