@@ -65,10 +65,10 @@ def run_task(threads: int, device: str, function: Callable[..., Any], *arguments
 
 def own_device(device: str) -> torch.device:
     """Return a task's device: the GPU that Ray has given it, by its place among those that the process sees."""
-    if device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    given, seen = str(ray.get_gpu_ids()[0]), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return torch.device("cuda", seen.split(",").index(given) if seen else int(given))
+    given, seen = [str(number) for number in ray.get_gpu_ids()], os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device == "cpu" or not given:
+        return CPU
+    return torch.device("cuda", seen.split(",").index(given[0]) if seen else int(given[0]))
 
 
 def carry_tensors() -> None:
@@ -186,7 +186,12 @@ class Cluster(Jobs):
         nodes = [x["NodeID"] for x in alive_nodes() if x["Resources"].get(self._kind) or x["NodeID"] == here]
         asked = [self.begin(check_node, versions(), self._folders, **_on(node)) for node in nodes]
         for node, (ref,) in zip(nodes, asked, strict=True):
-            same = self._get(Task(ref, f"node {node[:8]}")) == expected
+            try:
+                same = ray.get(ref) == expected
+            except RayTaskError as error:
+                raise error.cause from None
+            except RayError:  # the node has died
+                continue
             self.has_files, self.reader = self.has_files and same, node if same else self.reader
 
     def begin(self, function: Callable[..., Any], *arguments: Any, num_returns: int = 1, **options: Any) -> list[Any]:
