@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.report.norms import input_norms
 from wanda_dvc.study.files import Json, json_text, load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
@@ -70,24 +69,30 @@ def recurring(*, project: Project, as_json: bool) -> str:
     Inputs taken from the residual stream share their feature indices: a feature that is listed for attention's input
     and for the MLP's is one direction of the stream.
     """
+    from wanda_dvc.pruning.statistics import outliers
+
     check(project)
+    total = block_count(project.stats, "calibrate")
+    found: dict[tuple[str, int], list[tuple[int, float]]] = defaultdict(list)  # by input and feature: block and ratio
+    for block in range(total):
+        measured = read_stats(project.stats, block)
+        for name, x in measured.inputs.items():
+            norm, label = x.norm, measured.label(name)
+            ratios = norm / norm.quantile(0.5)
+            for feature in outliers(norm).nonzero().flatten().tolist():
+                found[label, feature].append((block, ratios[feature].item()))
     records: list[Json] = []
-    for one in input_norms(project.stats):
-        by_feature: dict[int, list[tuple[int, float]]] = defaultdict(list)
-        for block, feature, _, ratio in one.outliers:
-            by_feature[feature].append((block, ratio))
-        for feature, places in by_feature.items():
-            blocks = sorted({block for block, _ in places})  # several experts of one may have it
-            if len(blocks) > 1:
-                largest = max(ratio for _, ratio in places)
-                record = {"input": one.label, "feature": feature, "blocks": blocks}
-                records.append(record | {"largest_ratio": largest if math.isfinite(largest) else None})  # median 0
+    for (label, feature), places in found.items():
+        blocks = sorted({block for block, _ in places})  # several experts of one may have it
+        if len(blocks) > 1:
+            largest = max(ratio for _, ratio in places)
+            record = {"input": label, "feature": feature, "blocks": blocks}
+            records.append(record | {"largest_ratio": largest if math.isfinite(largest) else None})  # median 0
     records.sort(key=lambda record: (-len(record["blocks"]), record["input"], record["feature"]))
     if as_json:
         return json_text(records)
     if not records:
         return "No feature is an outlier in more than one block."
-    total = block_count(project.stats, "calibrate")
     rows = [
         [
             r["input"],
