@@ -11,7 +11,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.report.allocations import Result, against_uniform, is_uniform_of
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, json_text, load_json
-from wanda_dvc.study.local import changed_sources
+from wanda_dvc.study.local import gone_sources
 from wanda_dvc.study.markup import number
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, measured_alike
@@ -27,7 +27,7 @@ def show(*, project: Project, as_json: bool = False) -> str:
     """Return the last results, dense beside pruned, and what they are results of: as a table, or as JSON."""
     ran = Ran.of(project)
     made = project.with_params(ran.params)
-    title, sources = _title(made), changed_sources(project)
+    title, sources = _title(made), gone_sources(project)
     notes = [*_footnotes(made), *_beside_uniform(made, ran)]
     if as_json:
         return json_text(
