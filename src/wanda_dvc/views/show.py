@@ -1,14 +1,11 @@
 """The last results, dense beside pruned."""
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from wanda_dvc.errors import UserError
-from wanda_dvc.report.allocations import Result, against_uniform, is_uniform_of
+from wanda_dvc.report.measures import mean_layer_error
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, json_text, load_json
 from wanda_dvc.study.local import gone_sources
@@ -16,10 +13,8 @@ from wanda_dvc.study.markup import number
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, measured_alike
 from wanda_dvc.study.ran import Ran
-from wanda_dvc.study.settings import flatten
 from wanda_dvc.study.times import machine_of
 
-UNIFORM = "dvc exp run -S allocation=uniform -S allocation_strength=null"
 HEADERS = ["", "dense", "pruned", "pruned / dense"]
 
 
@@ -28,7 +23,7 @@ def show(*, project: Project, as_json: bool = False) -> str:
     ran = Ran.of(project)
     made = project.with_params(ran.params)
     title, sources = _title(made), gone_sources(project)
-    notes = [*_footnotes(made), *_beside_uniform(made, ran)]
+    notes = list(_footnotes(made))
     if as_json:
         return json_text(
             {
@@ -56,15 +51,15 @@ def measured(project: Project, model: str) -> dict[str, tuple[Json, Json]]:
 
 def _figures(project: Project, model: str) -> Json:
     """Return what was measured of one model; null where nothing was."""
-    found, result = measured(project, model), Result.of(project, model)
-    figures: Json = {"perplexity": result.perplexity}
+    found = measured(project, model)
+    figures: Json = {"perplexity": found["perplexity"][0].get("perplexity")}
     figures["zero_shot"] = {
         task: found[task][0] | {"standard_errors": found[task][1].get("standard_errors", {})}
         for task in project.params.tasks.names
     }
     if model == "pruned":
         figures["sparsity"] = load_json(project.metrics("pruned", "sparsity")).get("sparsity")
-        figures["layer_error"] = result.layer_error
+        figures["layer_error"] = mean_layer_error(project)
     return figures
 
 
@@ -94,9 +89,9 @@ def comparison(project: Project) -> list[list[str]]:
     if tasks:
         means = [None if None in one else sum(one) / len(one) for one in zip(*accuracies, strict=True)]
         rows.append(["mean, acc %", *map(_percent, means), "" if {*apart} & {*tasks} else _retained(*means)])
-    result, sparsity = Result.of(project), load_json(project.metrics("pruned", "sparsity")).get("sparsity")
-    if result.layer_error is not None:
-        rows.append(["layer error, mean", "–", f"{result.layer_error:.4f}", ""])
+    error, sparsity = mean_layer_error(project), load_json(project.metrics("pruned", "sparsity")).get("sparsity")
+    if error is not None:
+        rows.append(["layer error, mean", "–", f"{error:.4f}", ""])
     rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
     return rows
 
@@ -207,32 +202,6 @@ def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
         )
     if dead := {name: told["dead"] for name, told in linears.items() if told.get("dead")}:
         yield f"{sum(dead.values())} features that {len(dead)} linears read are 0 on the calibration text."
-
-
-def _beside_uniform(project: Project, ran: Ran) -> Iterator[str]:
-    """Say what another allocation than `uniform` gives beside it, by the experiments of the repository."""
-    from wanda_dvc.report.rows import collect
-    from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, list_experiments
-
-    name, own = project.params.plan.allocation.name, Result.of(project)
-    if name == "uniform" or own == (None, None) or ran.torn:  # torn: some figure is still another experiment's
-        return
-    settings = dict(flatten(project.params.model_dump(mode="json", exclude={"runtime"})))
-    try:
-        states = list_experiments(project)
-    except UserError:  # no repository
-        return
-    for one in states:
-        if one.state != SUCCESS or one.rev == WORKSPACE or not is_uniform_of(one.settings, settings):
-            continue
-        with tempfile.TemporaryDirectory() as work:
-            for row in collect(project=project, model=None, revs=[one.rev], work=Path(work)).rows:
-                if said := against_uniform(own, Result.of(row.study)):
-                    yield f"Allocation {name} against uniform, all else equal ({one.name}): {said}."
-                    return
-    yield (
-        f"Whether allocation {name} helps is not known: no experiment has uniform, all else equal. One: `{UNIFORM}`."
-    )
 
 
 def _times(project: Project) -> str:
