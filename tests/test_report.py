@@ -24,7 +24,6 @@ from wanda_dvc.params import check_params
 from wanda_dvc.report import inference, report
 from wanda_dvc.report.chapters import content
 from wanda_dvc.report.chapters.published import sources
-from wanda_dvc.report.chapters.reproduction import peak_memory
 from wanda_dvc.report.chapters.run_time import runs
 from wanda_dvc.report.chapters.size import stored_bytes
 from wanda_dvc.report.chapters.structure import by_block
@@ -452,13 +451,6 @@ def test_runs_before_a_method_is_chosen_are_shared_and_those_of_the_dense_model(
         "perplexity-dense", "zero-shot-dense",
     }  # fmt: skip
     assert list(dict.fromkeys(stage for stage, _ in known.values())) == list(STAGES)
-
-
-def test_a_resident_peak_is_called_so():
-    one, other = {"peak_anonymous_gb": 0.5}, {"peak_resident_gb": 2.0}
-    assert peak_memory({"mask": one, "apply": one}) == "0.50 GB"
-    assert peak_memory({"mask": other}) == "2.00 GB resident"
-    assert peak_memory({"mask": {}}) is None
 
 
 def test_no_method_is_known_by_name():

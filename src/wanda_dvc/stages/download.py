@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from wanda_dvc.params import Params
 from wanda_dvc.sources import Source

@@ -105,17 +105,8 @@ def say_not_finite(run: str, where: str | None) -> None:
         notice(f"{run}: {where}: activations that are not finite; its results say `diverged` or compare nothing")
 
 
-def gram_provenance(project: Project) -> Json:
-    """Return the provenance of stats/gram. UserError if it has no blocks, or another run than stats/norms."""
-    return _tier(project, project.gram)
-
-
-def fisher_provenance(project: Project) -> Json:
-    """Return the provenance of stats/fisher. UserError if it has no blocks, or another run than stats/norms."""
-    return _tier(project, project.fisher)
-
-
-def _tier(project: Project, folder: Path) -> Json:
+def tier_provenance(project: Project, folder: Path) -> Json:
+    """Return the provenance of stats/gram or stats/fisher. UserError if it has no blocks, or another run than norms."""
     tier, norms = read_provenance(folder, "calibrate"), read_provenance(project.stats, "calibrate")
     blocks = block_count(folder, "calibrate")
     if not blocks or any(tier[name] != norms[name] for name in ("model", "text", "params")):

@@ -1,7 +1,6 @@
 """The last results, dense beside pruned."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from tabulate import tabulate
 
@@ -175,7 +174,7 @@ def _footnotes(project: Project) -> Iterator[str]:
 
 
 def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
-    """Say which linear has the largest layer error, and what its reconstruction did besides; nothing without Gram."""
+    """Say which linear has the largest layer error, and where the damping was raised; nothing without Gram."""
     if not linears:
         return
     worst = max(linears, key=lambda name: linears[name]["error"])
@@ -185,23 +184,12 @@ def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
         f"{linears[worst]['error']:.4f}, of {worst}. With the same masks and no reconstruction the mean is "
         f"{masked:.4f}."
     )
-    rows = sum(told.get("unchanged", 0) for told in linears.values())
-    if rows:
-        yield f"{rows} rows kept their weights, because the reconstruction's have no lower error."
-    if short := {name: told["part"] for name, told in linears.items() if told.get("part", 1) < 1}:
-        least = min(short, key=lambda name: short[name])
-        yield (
-            f"{len(short)} linears go a part of the way from the weights of least-squares to those of fisher, as far "
-            f"as their layer error stays below their mask's; least far {least}, {100 * short[least]:.0f} %."
-        )
     if raised := {name: told["damping"] for name, told in linears.items() if told.get("raised")}:
         most = max(raised, key=lambda name: raised[name])
         yield (
             f"The Gram matrices of {len(raised)} linears are not positive definite with the damping asked for: it was "
             f"raised, most for {most}, to {raised[most]:g} of the mean diagonal."
         )
-    if dead := {name: told["dead"] for name, told in linears.items() if told.get("dead")}:
-        yield f"{sum(dead.values())} features that {len(dead)} linears read are 0 on the calibration text."
 
 
 def _times(project: Project) -> str:
@@ -209,19 +197,11 @@ def _times(project: Project) -> str:
     known = times(project, project.times)
     if not known:
         return ""
-    rows = [[run, f"{time['seconds']:.1f}", peak_memory(time)] for run, time in known.items()]
+    rows = [[run, f"{time['seconds']:.1f}", f"{time.get('peak_anonymous_gb', '–')}"] for run, time in known.items()]
     rows.append(["all", f"{sum(time['seconds'] for time in known.values()):.1f}", ""])
     machines = sorted({machine_of(time) for time in known.values()})
     table = tabulate(rows, ["stage", "seconds", "peak anonymous memory, GB"], tablefmt="github", disable_numparse=True)
-    resident = any("peak_anonymous_gb" not in time for time in known.values())
-    mapped = " * with mapped checkpoint pages, which this system does not tell apart." if resident else ""
-    return f"{table}\n\nMeasured on {'; '.join(machines)}.{mapped}"
-
-
-def peak_memory(time: dict[str, Any]) -> str:
-    """Return a run's peak anonymous memory in GB, or with a star the resident peak."""
-    anonymous = time.get("peak_anonymous_gb")
-    return f"{anonymous:.2f}" if anonymous is not None else f"{time['peak_resident_gb']:.2f} *"
+    return f"{table}\n\nMeasured on {'; '.join(machines)}."
 
 
 def _percent(share: float | None, error: float | None = None) -> str:
