@@ -82,19 +82,6 @@ class Bench:
         stage = partial(self.stage, self.studies.project(dtype), "perplexity", "dense")
         return self.part(f"perplexity {dtype} dense", lambda: self.with_floor(dtype, stage))
 
-    def perplexity_of_pruned(self, dtype: str) -> float:
-        """Return the perplexity of the 50 % model."""
-
-        def measure() -> Part:
-            self.calibrate(dtype)
-            folder = self.studies.project(dtype)
-            for words in (("mask",), ("apply",), ("perplexity", "pruned")):
-                done = self.stage(folder, *words)
-            found = json.loads((folder / "metrics/pruned/perplexity.json").read_text())
-            return done | found
-
-        return float(self.part(f"perplexity of the 50 % model {dtype}", measure)["perplexity"])
-
     def zero_shot(self, dtype: str) -> Part:
         """Measure `zero-shot dense` on every task, and keep its log-likelihoods."""
         folder = self.studies.project(dtype)

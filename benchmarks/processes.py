@@ -27,10 +27,8 @@ class Runner:
     def __init__(self, work: Path) -> None:
         self.work = work
 
-    def run(self, *words: str | Path, cwd: Path | None = None, path: Path | None = None) -> Part:
+    def run(self, *words: str | Path, cwd: Path | None = None) -> Part:
         """Run a process and return its wall seconds and its peak resident memory.
-
-        `path` is a folder whose commands come before all others.
 
         Raises:
             RuntimeError: the process failed; the message ends with its last lines.
@@ -39,7 +37,7 @@ class Runner:
         with log.open("wb") as out:
             began = time.perf_counter()
             process = subprocess.Popen(
-                list(map(str, words)), cwd=cwd or self.work, env=_environment(path), stdout=out, stderr=out
+                list(map(str, words)), cwd=cwd or self.work, env=_environment(), stdout=out, stderr=out
             )
             try:
                 _, status, usage = os.wait4(process.pid, 0)
@@ -62,9 +60,9 @@ class Runner:
         return json.loads(result.read_text()) | done
 
 
-def _environment(path: Path | None) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """Return the environment of a process: no network, this Python's commands, this checkout's wanda_dvc."""
     env = os.environ | {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    env["PATH"] = os.pathsep.join([*([str(path)] if path else []), str(Path(sys.executable).parent), env["PATH"]])
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), env.get("PYTHONPATH")]))
     return env

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from typer import Context
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
@@ -13,8 +14,7 @@ TARGET = Path(__file__).parents[1] / "docs" / "commands.md"
 def page() -> str:
     """Return the page."""
     command = get_command(app)
-    context = command.make_context("wanda-dvc", [], resilient_parsing=True)
-    text = get_docs_for_click(obj=command, ctx=context, name="wanda-dvc", title="Commands")
+    text = get_docs_for_click(obj=command, ctx=Context(command), name="wanda-dvc", title="Commands")
     return text.rstrip() + "\n"
 
 

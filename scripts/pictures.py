@@ -1,12 +1,10 @@
 """Draw the pictures of the README and of the documentation from committed figures: python scripts/pictures.py.
 
-It writes docs/pictures/NAME-{light,dark}.svg. With `--png DIR` it also writes them as PNG files into DIR, to look at.
-They are drawn from the tables under docs/results/.
+It writes docs/pictures/NAME-{light,dark}.svg. They are drawn from the tables under docs/results/.
 """
 
-import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib as mpl
@@ -148,27 +146,6 @@ def methods(colours: Colours) -> Figure:
     return figure
 
 
-def layer_error(colours: Colours) -> Figure:
-    """Draw the mean layer error of five models at 50 % against their perplexity."""
-    rows = table("better.md", "## What the layer error says")
-    figure = Figure(figsize=(7.4, 3.4), layout="constrained")
-    axes = _plain(figure.subplots(), colours)
-    for row in rows:
-        error, perplexity = number(row["mean layer error"]), number(row["perplexity"])
-        propagated = "propagated" in row["what, at 50 %"]
-        colour = colours["orange" if propagated else "blue"]
-        axes.plot([error], [perplexity], color=colour, marker="s" if propagated else "o", markersize=7)
-        side = "right" if error > 3 else "left"
-        _label(axes, row["what, at 50 %"], (error, perplexity), (-9 if side == "right" else 9, -4), colour, side)
-    axes.set_xlim(1.4, 3.3)
-    axes.set_ylim(26, 45)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-    axes.set_xlabel("mean layer error on the dense model's inputs", color=colours["ink"])
-    axes.set_ylabel("perplexity", color=colours["ink"])
-    axes.text(1.42, 43.9, "circles: solved from the dense model's inputs; squares: propagated", color=colours["muted"])
-    return figure
-
-
 def _plain(axes: Axes, colours: Colours) -> Axes:
     """Leave of a plot's frame the bottom line and horizontal lines behind the points."""
     axes.set_facecolor("none")
@@ -212,31 +189,19 @@ def _label(  # noqa: PLR0913, PLR0917 - a text, its place and its look
 FIGURES: dict[str, Callable[[Colours], Figure]] = {
     "perplexity": readme,
     "methods": methods,
-    "layer-error": layer_error,
 }
 
 
-def save(folder: Path, names: Sequence[str] = (), png: Path | None = None) -> None:
-    """Write the SVG files of some figures (by default all) into a folder; the same tables give the same bytes."""
+def save(folder: Path) -> None:
+    """Write the SVG files of all figures into a folder; the same tables give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     # Text stays text, and ids do not depend on the run.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "readme", "font.size": 10}):
-        for name in names or FIGURES:
+        for name, draw in FIGURES.items():
             for mode, colours in MODES.items():
-                figure = FIGURES[name](colours)
                 path = folder / f"{name}-{mode}.svg"
-                figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
-                if png is not None:
-                    ground = "#0d1117" if mode == "dark" else "#ffffff"
-                    figure.savefig(png / f"{name}-{mode}.png", dpi=110, facecolor=ground)
-
-
-def main() -> None:
-    """Write all SVG files, and PNG files where `--png` says so."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--png", type=Path, metavar="DIR")
-    save(PICTURES, png=parser.parse_args().png)
+                draw(colours).savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
 
 
 if __name__ == "__main__":
-    main()
+    save(PICTURES)

@@ -41,12 +41,9 @@ MEMORY = "memory {}, share of the checkpoint"
 ROWS = (
     Row("calibrate", CALIBRATE, prune.calibrate, "≥ 0.85", "float32"),
     Row("calibrate", CALIBRATE, prune.calibrate, "≥ 0.65", "bfloat16"),
-    Row("calibrate", "perplexity of the 50 % model, {dtype}", evaluate.perplexity_of_pruned, "< 0.01", "bfloat16"),
     Row("prune", FIRST, prune.first_prune, "≥ 2", "float32"),
     Row("prune", FIRST, prune.first_prune, "≥ 2", "bfloat16"),
     Row("dvc", "dvc repro with nothing to do", dvc.nothing_to_do, "< 3 s"),
-    Row("starts", "dvc repro of the default on a tiny model", dvc.starts, "< 40 s"),
-    Row("dvc", "overhead of DVC on a full run", dvc.overhead, "< 0.05"),
     Row(
         "further", "every further sparsity inside mask + apply, against (a)", partial(dvc.further, key="inside"), "≥ 50"
     ),
