@@ -14,7 +14,9 @@ TARGET = Path(__file__).parents[1] / "docs" / "commands.md"
 def page() -> str:
     """Return the page."""
     command = get_command(app)
-    text = get_docs_for_click(obj=command, ctx=Context(command), name="wanda-dvc", title="Commands")
+    text = get_docs_for_click(
+        obj=command, ctx=Context(command, **command.context_settings), name="wanda-dvc", title="Commands"
+    )
     return text.rstrip() + "\n"
 
 

@@ -25,8 +25,7 @@ from wanda_dvc.report import inference, report
 from wanda_dvc.report.chapters import content
 from wanda_dvc.report.chapters.published import sources
 from wanda_dvc.report.chapters.run_time import runs
-from wanda_dvc.report.chapters.size import stored_bytes
-from wanda_dvc.report.chapters.structure import by_block
+from wanda_dvc.report.chapters.structure import by_block, stored_bytes
 from wanda_dvc.report.charts import Point, accuracies, curves, svg
 from wanda_dvc.report.comparisons import paired_mean
 from wanda_dvc.report.pages import Content, Picture, as_html, as_markdown, heading, table

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from tabulate import tabulate
 
 from wanda_dvc import __version__
 from wanda_dvc.catalog import HUB_ID
@@ -23,6 +22,7 @@ from wanda_dvc.stages.needs import NEEDS, Need, config_of, known
 from wanda_dvc.stages.running import device_name
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.local import SETTINGS, local_sources
+from wanda_dvc.study.markup import table
 from wanda_dvc.study.places import on_the_hub, task_definition, task_items
 from wanda_dvc.study.project import Project
 from wanda_dvc.views.needs import disk, memory
@@ -69,7 +69,7 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
         return json_text({"checks": [asdict(check) for check in checks], "missing": missing}), not missing
     rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
     said = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."
-    return f"{tabulate(rows, ['what', '', 'found', 'what to do'], tablefmt='github')}\n\n{said}", not missing
+    return f"{table(['what', '', 'found', 'what to do'], rows)}\n\n{said}", not missing
 
 
 def _python() -> Iterator[Check]:

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 
-from tabulate import tabulate
-
 from wanda_dvc.report.measures import mean_layer_error
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, json_text, load_json
 from wanda_dvc.study.local import gone_sources
-from wanda_dvc.study.markup import number
+from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, measured_alike
 from wanda_dvc.study.ran import Ran
@@ -34,8 +32,14 @@ def show(*, project: Project, as_json: bool = False) -> str:
                 "times": times(made, made.times),
             }
         )
-    table = tabulate(comparison(made), HEADERS, tablefmt="github", disable_numparse=True)
-    parts = ["\n".join(title), staleness(ran), "\n".join(sources), table, *notes, _times(made)]
+    parts = [
+        "\n".join(title),
+        staleness(ran),
+        "\n".join(sources),
+        table(HEADERS, comparison(made)),
+        *notes,
+        _times(made),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -197,11 +201,13 @@ def _times(project: Project) -> str:
     known = times(project, project.times)
     if not known:
         return ""
-    rows = [[run, f"{time['seconds']:.1f}", f"{time.get('peak_anonymous_gb', '–')}"] for run, time in known.items()]
+    rows = []
+    for run, time in known.items():
+        peak = time.get("peak_anonymous_gb")
+        rows.append([run, f"{time['seconds']:.1f}", "–" if peak is None else f"{peak:.2f}"])
     rows.append(["all", f"{sum(time['seconds'] for time in known.values()):.1f}", ""])
     machines = sorted({machine_of(time) for time in known.values()})
-    table = tabulate(rows, ["stage", "seconds", "peak anonymous memory, GB"], tablefmt="github", disable_numparse=True)
-    return f"{table}\n\nMeasured on {'; '.join(machines)}."
+    return f"{table(['stage', 'seconds', 'peak anonymous memory, GB'], rows)}\n\nMeasured on {'; '.join(machines)}."
 
 
 def _percent(share: float | None, error: float | None = None) -> str:

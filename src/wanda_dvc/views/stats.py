@@ -5,10 +5,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
-
 from wanda_dvc.errors import UserError
+from wanda_dvc.stages.inputs import stats_provenance
 from wanda_dvc.study.files import Json, json_text, load_json
+from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
@@ -60,7 +60,7 @@ def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | N
         ]
         for record in records
     ]
-    return _table(rows, [*INPUTS, "layer error"] if errors else INPUTS)
+    return table([*INPUTS, "layer error"] if errors else INPUTS, rows)
 
 
 def recurring(*, project: Project, as_json: bool) -> str:
@@ -104,7 +104,7 @@ def recurring(*, project: Project, as_json: bool) -> str:
         for r in records[:SHOWN]
     ]
     more = f"\n\nand {len(records) - SHOWN} more; --json lists all" if len(records) > SHOWN else ""
-    return _table(rows, RECURRING) + more
+    return table(RECURRING, rows) + more
 
 
 def compare(*, project: Project, other: str, as_json: bool) -> str:
@@ -128,9 +128,9 @@ def compare(*, project: Project, other: str, as_json: bool) -> str:
                 f"{other}: {missing[0]} is not in DVC's cache, expected all of stats/norms; `dvc pull --all-commits` "
                 f"fetches it where a remote has it, `dvc exp apply {other}` and `dvc repro calibrate` compute it again"
             )
-        table = _compare(project.stats, study.stats, other, as_json)
+        compared = _compare(project.stats, study.stats, other, as_json)
         work.forget()
-    return table
+    return compared
 
 
 def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
@@ -189,7 +189,7 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
         f"stats/ ({_described(here)}) against {name} ({_described(there)}): the root mean square of each input "
         "feature, changes relative to the latter."
     )
-    return f"{title}\n\n{_table(rows, COMPARED)}"
+    return f"{title}\n\n{table(COMPARED, rows)}"
 
 
 def _layer_errors(project: Project) -> dict[str, float]:
@@ -209,14 +209,9 @@ def _layer_errors(project: Project) -> dict[str, float]:
 
 
 def check(project: Project) -> None:
-    """Raise UserError where there are no statistics, or they are not of the model in models/dense."""
-    measured = read_provenance(project.stats, "calibrate")["model"]
+    """Raise UserError where there are no statistics, or they are not of the model in models/dense, if it is there."""
     model = load_json(project.model("dense") / PROVENANCE)
-    if model and model["sha256"] != measured["sha256"]:
-        raise UserError(
-            f"stats/: measured on {measured['source']}, expected {model['source']}, the model in models/dense; "
-            "run `dvc repro` or `wanda-dvc calibrate`"
-        )
+    stats_provenance(project, model or read_provenance(project.stats, "calibrate")["model"])
 
 
 def _summary(block: int, linears: list[str], x: "InputStats") -> dict[str, Any]:
@@ -265,7 +260,3 @@ def _spans(blocks: list[int]) -> str:
         else:
             spans.append([block, block])
     return ", ".join(f"{first}–{last}" if first != last else f"{first}" for first, last in spans)
-
-
-def _table(rows: list[list[Any]], headers: list[str]) -> str:
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
