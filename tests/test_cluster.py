@@ -277,6 +277,16 @@ def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, project: Mak
         calibrate(project=study)
 
 
+@slow
+@pytest.mark.full  # each try starts a process
+def test_a_task_that_kills_its_workers_ends_the_stage(nodes: Any):
+    set_nodes(nodes, 1)
+    cluster = Cluster("auto", device="cpu")
+    (ref,) = cluster.begin(lambda _: os._exit(1))
+    with pytest.raises(UserError, match=r"^runtime.ray: block 0, shard 1: lost with its worker, 3 times again \("):
+        list(cluster.results([Task(ref, "block 0, shard 1")]))
+
+
 MADE = ("stats", "masks", "weights", "metrics")
 
 
