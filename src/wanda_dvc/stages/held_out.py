@@ -5,9 +5,8 @@ A group, an allocation or a reconstruction may help one model and harm another. 
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -24,6 +23,7 @@ from wanda_dvc.pruning.choose import choose_block, targets_of
 from wanda_dvc.stages.inputs import held_out_windows, open_decoder, with_fisher
 from wanda_dvc.stages.running import solving_device
 from wanda_dvc.study.files import Json
+from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import read_stats
@@ -53,7 +53,7 @@ def compare(project: Project, weights: Candidates) -> Losses:
         part: {choice: _loss(project, model, made, rows, changes) for choice, (model, changes) in candidates.items()}
         for part, candidates in compared.items()
     }
-    for problem in raised(found):
+    for problem in raised({"held_out": found}):
         notice(f"apply: {problem}")
     return found
 
@@ -64,17 +64,6 @@ def limit() -> int:
     if not asked.isdecimal():
         raise UserError(f"{WINDOWS}: got {asked}, expected a number of windows; 0 turns the comparison off")
     return int(asked)
-
-
-def raised(losses: Losses) -> Iterator[str]:
-    """Yield a sentence for each choice that raised the loss of held-out windows."""
-    for part in losses.values():
-        for (_, before), (choice, after) in pairwise(part.items()):
-            if after > before:
-                yield (
-                    f"{choice} raises the loss of held-out calibration windows from {before:.4f} to {after:.4f}; "
-                    "try the recipe without it"
-                )
 
 
 def _masks(project: Project, made: Json) -> Candidates:
