@@ -149,6 +149,19 @@ def calibration_windows(project: Project, measured_with: Json | None = None) -> 
     return draw(tokenize(project.text("calibration"), tokenizer), **words)
 
 
+def held_out_windows(project: Project, measured_with: Json, count: int) -> "list[Tensor]":
+    """Return the first windows of data/calibration that share no token with the measured ones; at most `count`."""
+    from wanda_dvc.engine.windows import between, draw_from_documents, load_tokenizer, tokenize
+
+    words = {name: measured_with[name] for name in ("samples", "length", "seed")}
+    tokenizer = load_tokenizer(project.model("dense"))
+    with project.documents("calibration") as documents:
+        if documents is not None:
+            drawn = draw_from_documents(documents, partial(tokenize, tokenizer=tokenizer), **words, held_out=count)
+            return list(drawn[words["samples"] :])
+    return between(tokenize(project.text("calibration"), tokenizer), windows=count, **words)
+
+
 @contextlib.contextmanager
 def runner(
     project: Project, model: str, work: Work, *, dtype: str | None = None, alone: bool = False
