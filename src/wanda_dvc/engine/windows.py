@@ -38,7 +38,7 @@ def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int
             "take a longer text or shorter windows"
         )
     starts = _starts(tokens, samples=samples, length=length, seed=seed)
-    return torch.stack([tokens[start : start + length] for start in starts])
+    return torch.stack([tokens[start : start + length] for start in starts.tolist()])
 
 
 def between(
@@ -46,15 +46,15 @@ def between(
 ) -> list[Int[Tensor, " length"]]:
     """Return the first windows of the text that share no token with those of `draw`; fewer where the text is short."""
     found, end = list[Tensor](), 0
-    for start in [*sorted(_starts(tokens, samples=samples, length=length, seed=seed)), len(tokens)]:
+    for start in [*_starts(tokens, samples=samples, length=length, seed=seed).sort().values.tolist(), len(tokens)]:
         found += tokens[end:start].split(length)[: (start - end) // length] if start > end else ()
         end = max(end, start + length)
     return found[:windows]
 
 
-def _starts(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int) -> list[int]:
+def _starts(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int) -> Int[Tensor, " samples"]:
     rng = random.Random(seed)
-    return [rng.randint(0, len(tokens) - length - 1) for _ in range(samples)]
+    return torch.tensor([rng.randint(0, len(tokens) - length - 1) for _ in range(samples)])
 
 
 def draw_from_documents(  # noqa: PLR0913 - the documents, and how many windows of which size
