@@ -57,6 +57,11 @@ class Decoder:
         faster = dtype is torch.float32 and device.type == "cpu" and products.install(self.model)
         self._ours_for_windows = (faster or attention.is_faster(dtype, device)) and self._attends_alike()
 
+    @property
+    def one_of_each_kind(self) -> list[int]:
+        """The first block of each kind, in order: a later block may read what an earlier one hands on."""
+        return sorted({self._kind(index): index for index in reversed(range(len(self.blocks)))}.values())
+
     def block(self, index: int, then: int | None = None) -> contextlib.AbstractContextManager[nn.Module]:
         """One block with its weights; it is empty again afterwards. `then` comes after it; None: the next one."""
         return self.weights.loaded(index, then)
@@ -313,7 +318,7 @@ class Decoder:
     def _extra_outputs(self) -> tuple[None, ...] | None:
         """The Nones that a block returns after the hidden states; None where it returns the hidden states alone."""
         hidden, call = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
-        with self.block(0) as block:
+        with self.block(0, then=-1) as block:
             out = block(hidden, *call.args, **call.kwargs)
         if not isinstance(out, (tuple, list)):
             return None
@@ -340,14 +345,12 @@ class Decoder:
     def _attends_alike(self) -> bool:
         """Whether each kind of block computes the same with our attention as with the model's own."""
         row = Row(torch.arange(24) % 7)
-        first = {self._kind(index): index for index in reversed(range(len(self.blocks)))}
-        one_of_each_kind = sorted(first.values())  # a later block may read what an earlier one hands on
         outs: list[list[Tensor]] = []
         for ours in (False, True):
             with self._windows_by(ours=ours), contextlib.suppress(TypeError, ValueError, RuntimeError, UserError):
                 hidden, made = self.embed(row), []
                 self.calls(row)
-                for index in one_of_each_kind:
+                for index in self.one_of_each_kind:
                     with self.block(index, then=-1):
                         made.append(self.run(index, hidden, row))
                 outs.append(made)
