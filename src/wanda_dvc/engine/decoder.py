@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from wanda_dvc.engine import attention, recorder
+from wanda_dvc.engine import accelerator, attention, recorder
 from wanda_dvc.engine.calls import Call, CallCache, calls_bytes, equal_calls
 from wanda_dvc.engine.checkpoint import Checkpoint, Source
 from wanda_dvc.engine.memory import keep_freed_memory
@@ -98,7 +98,7 @@ class Decoder:
         if self.device.type != "cuda":
             return 0
         blocks = [sum(x.numel() for x in block.parameters()) * self.dtype.itemsize for block in self.blocks]
-        return max(0, torch.cuda.mem_get_info(self.device)[0] - 2 * max(blocks)) // 2
+        return max(0, accelerator.free_memory(self.device) - 2 * max(blocks)) // 2
 
     def together(self, row: Row) -> int:
         """How many rows of this length go through a block together: as many as fill a card, and one on a CPU."""
