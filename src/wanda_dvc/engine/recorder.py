@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -87,11 +88,16 @@ class Sums:
 
     def check_finite(self, block: int) -> None:
         """Raise UserError where an input's sums of squares are not finite, though its activations may be."""
-        for name, x in self.stats.items():
-            if not x.sum_squares.isfinite().all():
-                raise UserError(
-                    f"block {block}, input of {name}: sums of squares that are not finite, expected finite ones; {MEND}"
-                )
+        if name := _not_finite({name: x.sum_squares for name, x in self.stats.items()}):
+            raise UserError(
+                f"block {block}, input of {name}: sums of squares that are not finite, expected finite ones; {MEND}"
+            )
+
+
+def _not_finite(sums: dict[str, Tensor]) -> str | None:
+    """Return the first name whose sums are not finite. The host waits for a GPU once."""
+    finite = torch.stack([x.isfinite().all() for x in sums.values()]).tolist() if sums else []
+    return next((name for name, is_finite in zip(sums, finite, strict=True) if not is_finite), None)
 
 
 def _merge(own: dict[str, Any], other: dict[str, Any]) -> None:
@@ -224,16 +230,17 @@ class Gradients:
 
     def cpu(self) -> "Gradients":
         """Return a copy in main memory."""
-        return Gradients(sums=self.sums, grams={name: x.cpu() for name, x in self.grams.items()})
+        return Gradients(
+            sums={name: x.cpu() for name, x in self.sums.items()},
+            grams={name: x.cpu() for name, x in self.grams.items()},
+        )
 
     def check_finite(self, model: object, block: int) -> None:
         """Raise UserError where a gradient was not finite."""
-        for name, sums in self.sums.items():
-            if not sums.isfinite().all():
-                raise UserError(
-                    f"{model}: block {block}, output of {name}: gradients that are not finite, "
-                    f"expected finite ones; {MEND}"
-                )
+        if name := _not_finite(self.sums):
+            raise UserError(
+                f"{model}: block {block}, output of {name}: gradients that are not finite, expected finite ones; {MEND}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -242,6 +249,7 @@ class GradientRecorder(Gradients):
 
     gram: bool = False  # keep the Gram matrices too
     linears: dict[str, Linear] = field(default_factory=dict)
+    _tokens: dict[str, Tensor] = field(default_factory=dict)  # of the passes that had a gradient, on the device
 
     @contextlib.contextmanager
     def recording(self, linears: dict[str, Linear], uncalled: Collection[str] = ()) -> Iterator[None]:
@@ -250,6 +258,7 @@ class GradientRecorder(Gradients):
 
         with _watching(linears, uncalled, _after(self._see), self._see):
             yield
+        self._drop_unreached()
 
     def _see(self, names: list[str], _: Tensor, y: Tensor | None, tokens: slice, turned: bool = False) -> None:
         if y is not None and y.requires_grad:
@@ -257,16 +266,26 @@ class GradientRecorder(Gradients):
 
     def _add(self, names: list[str], tokens: slice, turned: bool, gradient: Float[Tensor, "... out"]) -> None:
         gradient = (gradient.mT if turned else gradient).flatten(0, -2)[tokens].float()
-        sums = gradient.square().sum(dim=0).cpu().double()
+        where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator knows float64
+        sums = gradient.square().sum(dim=0).to(where).double()
         for name in names:
             rows = slice(*(self.linears[name].part.rows or (None,)))
             own = sums[rows]
-            if not own.any():
-                continue
+            tokens = own.any() * len(gradient)
+            self._tokens[name] = self._tokens[name] + tokens if name in self._tokens else tokens
             self.sums[name] = self.sums[name] + own if name in self.sums else own.clone()
             if self.gram:
-                where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator knows float64
                 self.grams.setdefault(name, Gram.empty(len(own), where)).add(gradient[:, rows].to(where))
+
+    def _drop_unreached(self) -> None:
+        """Drop linears without a gradient, and count the tokens of those that have one: here, a GPU waits once."""
+        tokens = torch.stack(list(self._tokens.values())).tolist() if self._tokens else []
+        for name, count in zip(self._tokens, tokens, strict=True):
+            if not count:
+                del self.sums[name]
+                self.grams.pop(name, None)
+            elif self.gram:
+                self.grams[name].count = count
 
 
 ALL = slice(None)

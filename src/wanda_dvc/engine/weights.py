@@ -69,16 +69,23 @@ class Weights:
 
     @contextlib.contextmanager
     def loaded(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
-        """One block with its weights; it is empty again afterwards. `then` comes after it; None: the next one."""
+        """One block with its weights; it is empty again afterwards.
+
+        `then` comes after it; None: the next one. Where that is the same block again, it is not read again.
+        """
         tensors = self._take(index, index + 1 if then is None else then)
         for name, tensor in tensors.items():
             set_parameter(self.blocks[index], name, tensor)
-        del tensors
+        if then != index:
+            tensors = {}  # the memory of a parameter that is replaced is free at once
         try:
             yield self.blocks[index]
         finally:
             for name, parameter in self._empty[index].items():
                 set_parameter(self.blocks[index], name, parameter)
+            if then == index:
+                self._ahead = index, Future()
+                self._ahead[1].set_result(tensors)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """A block's tensors from the checkpoint. On a GPU the current block does not wait for the copy."""
