@@ -21,7 +21,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 GIGABYTE = 2**30
 # These give results whose size depends on values, so the host waits for the device.
@@ -59,8 +58,7 @@ class OnDevice(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        flat, _ = tree_flatten((args, kwargs or {}))
-        owner = next(x.owner for x in flat if isinstance(x, OnDevice))
+        owner = next(x.owner for x in _flat((*args, *(kwargs or {}).values())) if isinstance(x, OnDevice))
         return owner.run(function, args, kwargs or {})
 
     @property
@@ -168,19 +166,10 @@ class SimulatedDevice:
         name = function.overloadpacket.__name__
         if name == "copy_":
             return self._copy(*args, **kwargs)
-        taken = args
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            taken = (args[0], *args[2:])  # a device takes indices of the host too; they cross
-            for index in args[1]:
-                if isinstance(index, Tensor) and not isinstance(index, OnDevice):
-                    if not isinstance(args[0], OnDevice):
-                        continue
-                    self.crossed("to_device", index)
-                elif isinstance(index, Tensor) and not isinstance(args[0], OnDevice):
-                    raise RuntimeError(f"indices should be either on cpu or on the same device as {function}'s tensor")
-                if isinstance(index, Tensor) and index.dtype is torch.bool:
-                    self._wait()
-        self._refuse_mixed(taken, kwargs)
+        indexed = name in ("index", "index_put", "index_put_", "_index_put_impl_")
+        if indexed:
+            self._take_indices(args[0], args[1])
+        self._refuse_mixed((args[0], *args[2:]) if indexed else args, kwargs)
         if name in WAITING:
             self._wait()
         held: dict[int, OnDevice] = {}
@@ -189,21 +178,29 @@ class SimulatedDevice:
             if isinstance(x, OnDevice):
                 held[id(x.host)] = x
                 return x.host
-            return x
-
-        flat, spec = tree_flatten((args, kwargs))
-        on_host_args, on_host_kwargs = tree_unflatten([host(x) for x in flat], spec)
-        made = function(*on_host_args, **on_host_kwargs)
-        for one in held.values():
-            if one.shape != one.host.shape:
-                raise NotImplementedError(f"{function} changes a tensor's shape in place, which is not simulated")
+            return [host(one) for one in x] if isinstance(x, (list, tuple)) else x
 
         def on_device(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            return held[id(x)] if id(x) in held else OnDevice(x, self)
+            if isinstance(x, Tensor):
+                return held[id(x)] if id(x) in held else OnDevice(x, self)
+            return type(x)(map(on_device, x)) if isinstance(x, (list, tuple)) else x
 
-        return tree_map(on_device, made)
+        kernel = _histogram if name == "histc" else function
+        made = kernel(*map(host, args), **{key: host(x) for key, x in kwargs.items()})
+        if any(one.shape != one.host.shape for one in held.values()):
+            raise NotImplementedError(f"{function} changes a tensor's shape in place, which is not simulated")
+        return on_device(made)
+
+    def _take_indices(self, tensor: Tensor, indices: Any) -> None:
+        """Count indices of the host that cross to a tensor of the device. RuntimeError for the opposite."""
+        for index in indices:
+            if isinstance(index, Tensor):
+                if isinstance(index, OnDevice) and not isinstance(tensor, OnDevice):
+                    raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor")
+                if not isinstance(index, OnDevice) and isinstance(tensor, OnDevice):
+                    self.crossed("to_device", index)
+                if index.dtype is torch.bool:
+                    self._wait()
 
     def _refuse_mixed(self, args: Any, kwargs: Any) -> None:
         """Raise RuntimeError for a tensor of the host, unless it is one number that is no part of a list."""
@@ -266,11 +263,13 @@ class SimulatedDevice:
             raise AssertionError("a copy to the host that does not block: nothing waits for it before it is read")
         if not blocks and self.device.type == "cuda" and not getattr(source, "is_pinned_by_simulation", False):
             raise AssertionError("a copy to the device that does not block, from memory that is not pinned: it blocks")
-        getattr(self.traffic, direction)[caller()] += 1
-        getattr(self.traffic, f"bytes_{direction}")[caller()] += made.nbytes
+        if by := caller():
+            getattr(self.traffic, direction)[by] += 1
+            getattr(self.traffic, f"bytes_{direction}")[by] += made.nbytes
 
     def _wait(self) -> None:
-        self.traffic.waits[caller()] += 1
+        if by := caller():
+            self.traffic.waits[by] += 1
 
     # --- the process ---
 
@@ -318,15 +317,32 @@ class SimulatedDevice:
         return call
 
 
-def caller() -> str:
-    """The innermost function of wanda_dvc that is running, as `module.function`."""
+def caller() -> str | None:
+    """The innermost function of wanda_dvc that is running, as `module.function`; None inside a check of types."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_globals.get("__name__", "")
         if name.startswith("wanda_dvc."):
-            return f"{name.removeprefix('wanda_dvc.')}.{frame.f_code.co_name}"
+            by = frame.f_back
+            while by.f_back is not None and by.f_globals.get("__name__") == "collections.abc":
+                by = by.f_back
+            checks = frame.f_code.co_name == "__getitem__" and "beartype" in by.f_code.co_filename
+            return None if checks else f"{name.removeprefix('wanda_dvc.')}.{frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"
+
+
+def _histogram(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`histc` of whole numbers, as CUDA has it; the CPU has none."""
+    return torch.histc(tensor.float(), *args, **kwargs).to(tensor.dtype)
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 def _words(args: Any, kwargs: Any) -> dict[str, Any]:

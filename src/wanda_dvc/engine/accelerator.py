@@ -72,6 +72,9 @@ def has_sparse_cores() -> bool:
 
 
 def semi_structured(weight: Tensor) -> Tensor:
-    """Return a 2:4 weight in the layout of the sparse cores. RuntimeError for a shape or dtype that they do not take."""
+    """Return a 2:4 weight in the layout of the sparse cores.
+
+    RuntimeError for a shape or dtype that they do not take.
+    """
     sparse: Tensor = torch.sparse.to_sparse_semi_structured(weight)
     return sparse

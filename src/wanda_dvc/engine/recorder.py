@@ -230,10 +230,7 @@ class Gradients:
 
     def cpu(self) -> "Gradients":
         """Return a copy in main memory."""
-        return Gradients(
-            sums={name: x.cpu() for name, x in self.sums.items()},
-            grams={name: x.cpu() for name, x in self.grams.items()},
-        )
+        return Gradients(sums=self.sums, grams={name: x.cpu() for name, x in self.grams.items()})
 
     def check_finite(self, model: object, block: int) -> None:
         """Raise UserError where a gradient was not finite."""
@@ -258,7 +255,7 @@ class GradientRecorder(Gradients):
 
         with _watching(linears, uncalled, _after(self._see), self._see):
             yield
-        self._drop_unreached()
+        self._finish()
 
     def _see(self, names: list[str], _: Tensor, y: Tensor | None, tokens: slice, turned: bool = False) -> None:
         if y is not None and y.requires_grad:
@@ -277,15 +274,14 @@ class GradientRecorder(Gradients):
             if self.gram:
                 self.grams.setdefault(name, Gram.empty(len(own), where)).add(gradient[:, rows].to(where))
 
-    def _drop_unreached(self) -> None:
-        """Drop linears without a gradient, and count the tokens of those that have one: here, a GPU waits once."""
+    def _finish(self) -> None:
+        """Drop linears without a gradient, count the tokens of the others, and take the sums into main memory."""
         tokens = torch.stack(list(self._tokens.values())).tolist() if self._tokens else []
-        for name, count in zip(self._tokens, tokens, strict=True):
-            if not count:
-                del self.sums[name]
-                self.grams.pop(name, None)
-            elif self.gram:
-                self.grams[name].count = count
+        reached = {name: count for name, count in zip(self._tokens, tokens, strict=True) if count}
+        self.sums = {name: self.sums[name].cpu() for name in reached}
+        self.grams = {name: self.grams[name] for name in reached if name in self.grams}
+        for name, gram in self.grams.items():
+            gram.count = reached[name]
 
 
 ALL = slice(None)

@@ -185,9 +185,7 @@ def measure_here(folder: Path, *, prompt: int, tokens: int, device: str) -> Spee
     generate(2)  # what is only done once is not measured
     gc.collect()
     times = generate(tokens)
-    if torch.device(device).type == "cuda":
-        memory = peak_memory(device)
-    else:
-        memory = psutil.Process().memory_info().rss
+    on_gpu = torch.device(device).type == "cuda"
+    memory = peak_memory(device) if on_gpu else psutil.Process().memory_info().rss
     first, *others = (after - before for before, after in pairwise(times))
     return Speed(load, memory, first, 1 / median(others))

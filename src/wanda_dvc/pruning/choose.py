@@ -136,9 +136,7 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
     threads = torch.get_num_threads() if device is None or device.type == "cpu" else 1
     with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
         jobs = {
-            name: pool.submit(keep, name, inputs[source])
-            for source, names in block.readers.items()
-            for name in names
+            name: pool.submit(keep, name, inputs[source]) for source, names in block.readers.items() for name in names
         }
         return {name: job.result() for name, job in jobs.items()}
 
