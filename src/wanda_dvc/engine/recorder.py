@@ -268,8 +268,8 @@ class GradientRecorder(Gradients):
         for name in names:
             rows = slice(*(self.linears[name].part.rows or (None,)))
             own = sums[rows]
-            tokens = own.any() * len(gradient)
-            self._tokens[name] = self._tokens[name] + tokens if name in self._tokens else tokens
+            count = own.any() * len(gradient)
+            self._tokens[name] = self._tokens[name] + count if name in self._tokens else count
             self.sums[name] = self.sums[name] + own if name in self.sums else own.clone()
             if self.gram:
                 self.grams.setdefault(name, Gram.empty(len(own), where)).add(gradient[:, rows].to(where))
