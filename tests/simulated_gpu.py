@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch import __future__ as future
 from torch.overrides import TorchFunctionMode
 
 GIGABYTE = 2**30
@@ -144,6 +145,8 @@ class _Modes(TorchFunctionMode):
             return self.owner.to(args[0], *args[1:], **kwargs)
         if function is Tensor.pin_memory:
             return self.owner.pinned(args[0])
+        if function == Tensor.data.__set__ and isinstance(args[1], OnDevice):
+            raise NotImplementedError("a tensor whose data become another's is not simulated")
         if self.owner.is_named(kwargs.get("device")):
             kwargs["device"] = "cpu"
             made = function(*args, **kwargs)
@@ -306,6 +309,9 @@ class SimulatedDevice:
             for name, stand_in in stand_ins.items():
                 stack.enter_context(mock.patch(name, stand_in))
             stack.enter_context(mock.patch.object(threading.Thread, "run", in_thread))
+            # `Module.to` then makes new parameters: a tensor of the host cannot become one of the device.
+            stack.callback(future.set_overwrite_module_params_on_conversion, False)
+            future.set_overwrite_module_params_on_conversion(True)
             # Torch leaves the modes while it computes gradients; hooks, which are ours, run inside.
             stack.enter_context(mock.patch("torch.autograd._engine_run_backward", self._inside(backward)))
             stack.enter_context(_Modes(self))
