@@ -29,7 +29,7 @@ from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten, resolved
 from wanda_dvc.study.times import Ledger
 
-TAKEN = ("metrics", "stats/norms")
+TAKEN = ("metrics",)
 # Their hashes find the times of runs; they may be missing.
 MADE = (
     "stats/gram/provenance.json",
@@ -103,10 +103,6 @@ class Row:
     def pattern(self) -> str:
         """The pattern as an addition to a name; empty where it is unstructured."""
         return "" if self.params.pattern == UNSTRUCTURED else f" {self.params.pattern}"
-
-    def whole(self, part: str) -> bool:
-        """Whether nothing below a folder is missing from the cache."""
-        return not any(path == part or path.startswith(f"{part}/") for path in self.missing)
 
     def inputs(self) -> dict[str, str]:
         """The first digits of the SHA-256 of the dense model, of the tokens and of each task, where they are known."""

@@ -176,13 +176,10 @@ def check_version(stage: str, asked: int | None) -> None:
 
 
 def run(stage: str, *, project: "Project", part: str | None = None) -> None:
-    """Run one stage on a project.
-
-    The stage sees its own settings and `runtime`, and no others: reading another one is a defect.
-    """
+    """Run one stage on a project."""
     row = STAGES[stage]
     with in_params():
-        row.function(project=project.limited_to(row.settings_of(part)), **({row.part_is: part} if part else {}))
+        row.function(project=project, **({row.part_is: part} if part else {}))
 
 
 def times(study: "Project", ledger: "Ledger") -> "dict[str, Json]":

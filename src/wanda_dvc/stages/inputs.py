@@ -58,12 +58,7 @@ class Statistics(NamedTuple):
 
 def statistics(project: Project) -> Statistics:
     """Return the statistics at hand. UserError where they are another model's, or measured in another way."""
-    model, stats = model_provenance(project, "dense"), read_provenance(project.stats, "calibrate")
-    if stats["model"]["sha256"] != model["sha256"]:
-        raise UserError(
-            f"stats/: measured on {stats['model']['source']}, expected {model['source']}, the model in models/dense; "
-            "run `dvc repro` or `wanda-dvc calibrate`"
-        )
+    stats = stats_provenance(project, model_provenance(project, "dense"))
     # Of all of params.yaml, and not of the settings that the stage at hand depends on: it says only that stats/ is old.
     expected = calibrated_with(Project(project.root).params)
     if stats["params"] != expected:
@@ -83,6 +78,17 @@ def statistics(project: Project) -> Statistics:
                 )
             features |= dict.fromkeys(names, len(measured.inputs[source].sum))
     return Statistics(stats, blocks, features)
+
+
+def stats_provenance(project: Project, model: Json) -> Json:
+    """Return the provenance of stats/norms. UserError if it is not of this model."""
+    stats = read_provenance(project.stats, "calibrate")
+    if stats["model"]["sha256"] != model["sha256"]:
+        raise UserError(
+            f"stats/: measured on {stats['model']['source']}, expected {model['source']}, the model in models/dense; "
+            "run `dvc repro` or `wanda-dvc calibrate`"
+        )
+    return stats
 
 
 def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> None:
@@ -105,17 +111,8 @@ def say_not_finite(run: str, where: str | None) -> None:
         notice(f"{run}: {where}: activations that are not finite; its results say `diverged` or compare nothing")
 
 
-def gram_provenance(project: Project) -> Json:
-    """Return the provenance of stats/gram. UserError if it has no blocks, or another run than stats/norms."""
-    return _tier(project, project.gram)
-
-
-def fisher_provenance(project: Project) -> Json:
-    """Return the provenance of stats/fisher. UserError if it has no blocks, or another run than stats/norms."""
-    return _tier(project, project.fisher)
-
-
-def _tier(project: Project, folder: Path) -> Json:
+def tier_provenance(project: Project, folder: Path) -> Json:
+    """Return the provenance of stats/gram or stats/fisher. UserError if it has no blocks, or another run than norms."""
     tier, norms = read_provenance(folder, "calibrate"), read_provenance(project.stats, "calibrate")
     blocks = block_count(folder, "calibrate")
     if not blocks or any(tier[name] != norms[name] for name in ("model", "text", "params")):

@@ -25,11 +25,10 @@ from wanda_dvc.stages.inputs import (
     calibration_windows,
     check_fits,
     check_ready,
-    fisher_provenance,
-    gram_provenance,
     jobs,
     runner,
     statistics,
+    tier_provenance,
     with_fisher,
 )
 from wanda_dvc.stages.running import progress, say_unreached, solving_device
@@ -81,8 +80,8 @@ def mask(*, project: Project) -> None:
         stats=digest(stats.provenance),
         calibration={"text": stats.provenance["text"], **stats.provenance["params"]},
         params=plan.described,
-        **({"gram": digest(gram_provenance(project))} if plan.masks_read_gram else {}),
-        **({"fisher": digest(fisher_provenance(project))} if plan.masks_read_sums or plan.masks_read_gradients else {}),
+        **({"gram": digest(tier_provenance(project, project.gram))} if plan.masks_read_gram else {}),
+        **({"fisher": digest(tier_provenance(project, project.fisher))} if plan.masks_read_fisher else {}),
         **({"sparsities": list(map(_written, shares))} if plan.allocation.name != "uniform" else {}),
     )
     with project.work(made_from) as work:

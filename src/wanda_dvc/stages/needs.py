@@ -93,11 +93,6 @@ class Known:
 
 def need(project: Project, stage: str, part: str | None = None) -> Need:
     """Return what a stage of a study needs, by what is there of its model and texts."""
-    if (stage, part) == ("download", "model"):  # a local model's copy, and a second one in a cache that cannot link
-        from wanda_dvc.stages.download import local_bytes
-
-        size = local_bytes(project)
-        return Need(disk=2 * size, least=size)
     folder = project.model(part or "dense")
     if stage not in NEEDS or not (folder / "config.json").is_file():
         return Need()

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import signal
 import socket
 import sys
@@ -52,10 +51,8 @@ def measured(runtime: Runtime) -> Iterator[Json]:
     with AnonymousMemory() as memory:
         yield content
     content["seconds"] = round(time.perf_counter() - began + _told.pop("earlier", 0), 2)
-    if memory.peak:
+    if memory.peak:  # some systems do not say
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
-    else:
-        content["peak_resident_gb"] = round(_peak_resident() / 1e9, 3)
     content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(runtime)}
     content |= _told
 
@@ -249,8 +246,3 @@ def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
             f"{stage}: no calibration token reached {count} expert{'s' * (count > 1)} (blocks: {blocks}); Wanda judges "
             "their weights by magnitude. More calibration windows reach more experts."
         )
-
-
-def _peak_resident() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -8,12 +8,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tabulate import tabulate
-
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.study.experiments import SUCCESS, Experiment, Kind, list_experiments
 from wanda_dvc.study.files import Json, json_text
-from wanda_dvc.study.markup import number
+from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import stale_stages
 from wanda_dvc.study.settings import flatten
@@ -37,11 +35,10 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
         ]
         for record in records
     ]
-    table = tabulate(rows, HEADERS, tablefmt="github", disable_numparse=True)
     stale = [record["name"] for record in records if record["stale"]]
     named = ", ".join(stale[:NAMED]) + (f" and {len(stale) - NAMED} more" if len(stale) > NAMED else "")
     said = f"Without numbers where stages have not run on the settings at hand: {named}." if stale else ""
-    return "\n\n".join(part for part in (table, said) if part)
+    return "\n\n".join(part for part in (table(HEADERS, rows), said) if part)
 
 
 def results(project: Project) -> list[dict[str, Any]]:
