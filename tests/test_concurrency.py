@@ -18,6 +18,7 @@ from test_crashes import outputs
 
 from wanda_dvc.engine import walk
 from wanda_dvc.engine.recorder import Recorded
+from wanda_dvc.engine.states import HiddenStates
 from wanda_dvc.report import report
 from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
@@ -58,6 +59,7 @@ def test_what_another_checkout_calibrates_meanwhile_is_not_calibrated_again(
     real = walk.LocalStep.record
 
     def record(step: walk.LocalStep, **words: bool) -> Recorded:
+        assert isinstance(step.states, HiddenStates)
         advanced.append(step.states.folder)
         if len(advanced) == 1:
             waiting.start()

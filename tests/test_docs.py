@@ -227,7 +227,7 @@ NOT_RUN = {
     "docs/python.md": "test_experiments.py runs it as one notebook",
     "pip install wanda-dvc[report]": "test_wheel.py and scripts/wheel.sh install it",
     "pip install wanda-dvc[ray]": "the tests that need it say that it is not installed",
-    "dvc exp run -S runtime.ray=local -S sparsity=0.55": "test_workers.py runs all stages on workers",
+    "dvc exp run -S runtime.ray=local -S sparsity=0.55": "test_cluster.py runs all stages as tasks",
     "wanda-dvc init study --model Qwen/Qwen3-0.6B": "likewise; test_init.py makes that study",
     "cd study": "the tests are there",
     "wanda-dvc speed small-model": "starts two processes that load torch; test_speed.py and test_commands.py measure",

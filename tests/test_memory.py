@@ -74,13 +74,13 @@ for name, params, stage, part in json.loads(sys.argv[4]):
 """
 
 
-# What a worker does that has one of a walk's sixteen shards, and what its jobs are asked.
+# What a process does that runs the tasks of one of a walk's sixteen shards, and solves.
 WORK = """
 import json, pathlib, pickle, sys
 import torch
+from wanda_dvc.engine import tasks
 from wanda_dvc.engine.rows import as_rows
 from wanda_dvc.engine.sizes import sizes
-from wanda_dvc.engine.worker import Worker, order
 from wanda_dvc.stages import mask
 from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.needs import need
@@ -88,22 +88,18 @@ from wanda_dvc.stages.running import AnonymousMemory
 from wanda_dvc.study.project import Project
 
 root, found = map(pathlib.Path, sys.argv[1:3])
-project = Project(root)
+project, cpu = Project(root), torch.device("cpu")
 torch.set_num_threads(2)
 needed = need(project, "mask")
 decoder = open_decoder(project, "dense")
-rows, told, checkpoint = as_rows(calibration_windows(project)[:2]), order(decoder, found / "work"), decoder.checkpoint
-
-def begun():
-    worker = Worker("here", device="cpu", at_driver=True, fetch=None)
-    worker.take(told)
-    worker.ready(1)
-    worker.begin(0, rows, True, 0, False)
-    return worker
+checkpoint = decoder.checkpoint
+rows, model = as_rows(calibration_windows(project)[:2]), tasks.describe(decoder, checkpoint.folder, has_files=True)
+recording = {"gram": True, "crosses": True}
 
 if sys.argv[3] == "driver":  # what it sends
-    worker = begun()
-    recorded = worker.record(0, 0, True, True)[0].of(decoder.linears(0))
+    own = tasks.embed(cpu, model, rows)
+    sums = tasks.forward(cpu, model, tasks.Block(0), None, None, recording, rows, own, own)[2][0]
+    recorded = sums.of(decoder.linears(0))
     plan = project.params.plan
     parts = mask._parts(plan, checkpoint, 0, *recorded[:2], plan.share, crosses=recorded.crosses)
     for number, part in enumerate(parts):
@@ -111,14 +107,19 @@ if sys.argv[3] == "driver":  # what it sends
     sys.exit()
 parts = sorted(found.glob("*.part"))
 with AnonymousMemory(samples_a_second=300) as sampler:
-    worker = begun()
+    own = dense = tasks.embed(cpu, model, rows)
     for block in range(2):
-        worker.record(0, block, True, True)
-        made = [worker.job(mask.solve, pickle.loads(path.read_bytes())) for path in parts] if block == 0 else made
-        worker.change(0, block, ({}, {}) if block else mask._together(made)[:2])
+        before = own
+        own, dense, sums = tasks.forward(cpu, model, tasks.Block(block), None, None, recording, rows, own, dense)
+        del sums
+        if block == 0:
+            made = [mask.solve(cpu, pickle.loads(path.read_bytes())) for path in parts]
+        change = ({}, {}) if block else mask._together(made)[:2]
+        own, _, _ = tasks.forward(cpu, model, tasks.Block(block, "changed"), None, change, None, rows, before, None)
 peak = sampler.peak - sampler.base
+hidden = 4 * before.content.nbytes  # of the shard, of which there are four at most: in Ray they are in its store
 # The driver has the sums of the shards so far.
-bound = needed.memory.anonymous - 2 * 8 * sizes(project.model("dense")).squares
+bound = needed.memory.anonymous - 2 * 8 * sizes(project.model("dense")).squares + hidden
 (found / "worker").write_text(json.dumps({"peak": peak, "bound": bound}))
 """
 

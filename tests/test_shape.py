@@ -26,7 +26,7 @@ def test_readme_dvc_yaml_modules_and_commands_name_the_same_stages_in_the_same_o
     table = re.findall(r"^\| `([a-z-]+)`", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert table == list(STAGES)
     modules = {path.stem.replace("_", "-") for path in (ROOT / "src/wanda_dvc/stages").glob("*.py")}
-    assert modules - {"--init--", "inputs", "needs", "running"} == set(STAGES)
+    assert modules - {"--init--", "held-out", "inputs", "needs", "running"} == set(STAGES)
     commands = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
     assert commands[: len(STAGES)] == list(STAGES)
 

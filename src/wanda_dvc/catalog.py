@@ -289,7 +289,7 @@ ALLOCATIONS = {
             function="wanda_dvc.pruning.allocation:fisher",
             rating="wanda_dvc.pruning.ratings:fisher_rating",
             needs="fisher",
-            strengths=(("1", 0.5),),
+            strengths=(("1", 0.2),),
             strength_is="the most that a linear's sparsity differs from the model's; none is above 0.97",
             by_linear=True,
         ),

@@ -57,6 +57,11 @@ class Decoder:
         faster = dtype is torch.float32 and device.type == "cpu" and products.install(self.model)
         self._ours_for_windows = (faster or attention.is_faster(dtype, device)) and self._attends_alike()
 
+    @property
+    def one_of_each_kind(self) -> list[int]:
+        """The first block of each kind, in order: a later block may read what an earlier one hands on."""
+        return sorted({self._kind(index): index for index in reversed(range(len(self.blocks)))}.values())
+
     def block(self, index: int, then: int | None = None) -> contextlib.AbstractContextManager[nn.Module]:
         """`Weights.loaded`."""
         return self.weights.loaded(index, then)
@@ -340,14 +345,12 @@ class Decoder:
     def _attends_alike(self) -> bool:
         """Whether each kind of block computes the same with our attention as with the model's own."""
         row = Row(torch.arange(24) % 7)
-        first = {self._kind(index): index for index in reversed(range(len(self.blocks)))}
-        one_of_each_kind = sorted(first.values())  # a later block may read what an earlier one hands on
         outs: list[list[Tensor]] = []
         for ours in (False, True):
             with self._windows_by(ours=ours), contextlib.suppress(TypeError, ValueError, RuntimeError, UserError):
                 hidden, made = self.embed(row), []
                 self.calls(row)
-                for index in one_of_each_kind:
+                for index in self.one_of_each_kind:
                     with self.block(index, then=-1):
                         made.append(self.run(index, hidden, row))
                 outs.append(made)

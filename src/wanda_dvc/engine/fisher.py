@@ -4,7 +4,7 @@ Every row goes forward through all blocks and back through all blocks, one block
 each block and the gradients between two blocks wait in files, so an interrupted run resumes at the last finished block.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -103,18 +103,39 @@ class BackwardPass:
             self._before[index + 1].write(decoder.run(index, x[None].to(decoder.device), row)[0] for x, row in waiting)
             return
         if self._gradients.finished < 0:
-            last = zip(self._before[-1].before, self.rows, strict=True)
-            self._gradients.write(decoder.loss_gradient(x[None], row.tokens)[0] for x, row in last)
+            self._gradients.write(loss_gradients(decoder, self.rows, self._before[-1].before))
             self._gradients.finish_block()
-        with recorder.recording(decoder.linears(index), decoder.uncalled(index)):
-            coming = zip(self._before[index].before, self._gradients.before, self.rows, strict=True)
-            self._gradients.write(_back(decoder, index, *one) for one in coming)
+        coming = zip(self._before[index].before, self._gradients.before, self.rows, strict=True)
+        self._gradients.write(back(decoder, index, coming, recorder))
 
     def finish_block(self) -> None:
         """Finish the block: the next one reads what it has written."""
         blocks = len(self.decoder.blocks)
         (self._before[self.finished + 1] if self.finished < blocks else self._gradients).finish_block()
         self.finished += 1
+
+
+def loss_gradients(
+    decoder: Decoder, rows: Sequence[Row], last: Sequence[Float[Tensor, "_ width"]]
+) -> Iterator[Float[Tensor, "_ width"]]:
+    """Yield the gradient of each row's loss by its hidden states after the last block."""
+    for states, row in zip(last, rows, strict=True):
+        yield decoder.loss_gradient(states[None], row.tokens)[0]
+
+
+def back(
+    decoder: Decoder,
+    index: int,
+    coming: Iterable[tuple[Float[Tensor, "_ width"], Float[Tensor, "_ width"], Row]],
+    recorder: GradientRecorder,
+) -> Iterator[Float[Tensor, "_ width"]]:
+    """Yield the gradient of each row's loss by its hidden states before a block, of which `coming` has each row's.
+
+    With them come the gradients by those after the block. A recorder sees the gradients of outputs.
+    """
+    with recorder.recording(decoder.linears(index), decoder.uncalled(index)):
+        for states, gradient, row in coming:
+            yield _back(decoder, index, states, gradient, row)
 
 
 def _back(

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -215,12 +214,15 @@ class CrossRecorder(InputRecorder):
 class Gradients:
     """Sums over some rows of the gradients by a block's outputs of linears. Sums of several rows merge.
 
+    A token's gradient ∂ℓ/∂y is multiplied by the norm of what the linear reads at that token, ‖x‖: the token's gradient
+    by the weights is (∂ℓ/∂y) xᵀ.
+
     A linear without a gradient has none, as an expert that no token is sent to, or only last ones, which predict
     nothing.
     """
 
-    sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ (∂ℓ/∂y)² over all tokens
-    grams: dict[str, Gram] = field(default_factory=dict)  # Σ (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, whose diagonal that is; where asked for
+    sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)² over all tokens
+    grams: dict[str, Gram] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, with that diagonal; where asked for
 
     def merge(self, other: "Gradients") -> None:
         """Add the sums of other rows."""
@@ -257,12 +259,16 @@ class GradientRecorder(Gradients):
             yield
         self._finish()
 
-    def _see(self, names: list[str], _: Tensor, y: Tensor | None, tokens: slice, turned: bool = False) -> None:
+    def _see(self, names: list[str], x: Tensor, y: Tensor | None, tokens: slice, turned: bool = False) -> None:
         if y is not None and y.requires_grad:
-            y.register_hook(partial(self._add, names, tokens, turned))
 
-    def _add(self, names: list[str], tokens: slice, turned: bool, gradient: Float[Tensor, "... out"]) -> None:
-        gradient = (gradient.mT if turned else gradient).flatten(0, -2)[tokens].float()
+            def rows(tensor: Tensor) -> Tensor:
+                return (tensor.detach().mT if turned else tensor.detach()).flatten(0, -2)[tokens].float()
+
+            norms = rows(x).norm(dim=1, keepdim=True)
+            y.register_hook(lambda gradient: self._add(names, rows(gradient).mul(norms)))
+
+    def _add(self, names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
         where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator knows float64
         sums = gradient.square().sum(dim=0).to(where).double()
         for name in names:

@@ -21,7 +21,7 @@ from wanda_dvc.engine.jobs import Ask, Job, LocalJobs, R, T, solving_device
 from wanda_dvc.engine.recorder import CrossRecorder, Gradients, InputRecorder, Recorded, Sums, finding_not_finite
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Step, report_resumed
-from wanda_dvc.engine.states import HiddenStates, not_finite
+from wanda_dvc.engine.states import HiddenStates, ShardStates, not_finite
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
 from wanda_dvc.errors import MEND, UserError
@@ -106,6 +106,7 @@ class LocalRunner(Runner):
         """All rows through all blocks. Without hidden states it starts again, and needs no changes."""
         self._rows, self._states = as_rows(rows), None
         for step in walk(self.decoder, self._rows, self.work, kept=kept, with_dense=with_dense):
+            assert isinstance(step.states, HiddenStates)
             self._states = step.states
             yield step
 
@@ -135,7 +136,7 @@ class LocalStep(Step):
     decoder: Decoder
     index: int
     rows: list[Row]
-    states: HiddenStates
+    states: HiddenStates | ShardStates
     own: range  # all rows, or those after the dense model's
     starts: frozenset[int]  # the first row of each shard
     _own: set[tuple[nn.Module, str]] = field(default_factory=set, init=False, repr=False)

@@ -99,6 +99,8 @@ class Weights:
         if self._ahead is not None and self._ahead[0] == index:
             tensors, self._ahead = self._ahead[1].result(), None
         else:
+            if self._ahead is not None and self._ahead[0] != then:
+                self._ahead = None  # its memory is free before more is read
             tensors = self.read_block(index)
         self._copies.finish(tensors.values())
         if 0 <= then < len(self.blocks) and then != index and (self._ahead is None or self._ahead[0] != then):

@@ -22,6 +22,7 @@ from wanda_dvc.report.measures import Measured
 from wanda_dvc.stages import times
 from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, Kind, list_experiments
 from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE
 from wanda_dvc.study.ran import read_lock, stale_stages
@@ -222,6 +223,7 @@ def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
             path.unlink()
     if stale:
         notes.append(f"not run on these parameters, and left out: {', '.join(sorted(stale))}")
+    notes += raised(load_json(study.metrics("pruned", "held_out")))
     # Missing masks/ need no note: only the key of a time is read from there.
     missing = [path for path in missing if path.startswith(TAKEN) and path not in dropped]
     if not any((folder / "metrics").glob("pruned/*.json")):

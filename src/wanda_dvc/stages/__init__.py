@@ -107,7 +107,7 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=8,
+            version=9,
             about="Measure the dense model's activations once: stats/.",
             result="stats/[fg]*/provenance.json",  # of gram and fisher: with either it takes longer
             settings=(
@@ -120,7 +120,7 @@ STAGES = {
         ),
         Stage(
             name="mask",
-            version=8,
+            version=9,
             about="Choose the weights that stay: masks/.",
             result="masks/provenance.json",
             settings=(
@@ -137,7 +137,7 @@ STAGES = {
         ),
         Stage(
             name="apply",
-            version=4,
+            version=5,
             about="Write the pruned model: models/pruned.",
             result="metrics/details/pruned/layer_error.json",  # models/pruned is not cached
             settings=("recipe", "reconstruction"),

@@ -170,7 +170,7 @@ def _solved(
             yield from _parts(plan, checkpoint, block, measured, grams, shares[block], stored=project.gram)
 
     folders = [checkpoint.folder, project.gram] if plan.method.needs == "gram" else [checkpoint.folder]
-    with jobs(project, folders, most=len(stats.features)) as run:
+    with jobs(project, folders) as run:
         made = run.each(solve, parts())
         for block in progress(blocks, total=stats.blocks, what="mask, blocks"):
             if block >= finished:
@@ -236,7 +236,7 @@ def solve(device: torch.device, part: Part) -> Made:
     return Made(pack_masks(chosen), changed, {name: one.told for name, one in solved.items()})
 
 
-# Of workers alone, each of which runs one stage: no file changes meanwhile.
+# In tasks alone: the process of a task belongs to one stage, during which no file changes.
 _checkpoint = lru_cache(maxsize=1)(Checkpoint)
 _grams = lru_cache(maxsize=1)(read_grams)
 
@@ -304,7 +304,7 @@ def _propagate(
 
     unreached = {}
     with runner(project, "dense", work, dtype=measured_with["dtype"], alone=plan.trains) as run:
-        # A training takes one window a step: more workers would wait.
+        # A training takes one window a step, so it runs in this process.
         # A training needs the dense block's outputs too, a correction its inputs.
         turns = run.walk(windows, kept=kept, with_dense=plan.runs_dense, changes=changes)
         blocks = len(run.decoder.blocks)
@@ -324,7 +324,7 @@ def _propagate(
                 )
                 keep, changed, told = _together(run.each(solve, parts))
             else:
-                keep = keeps(project, checkpoint.weight, measured, share)
+                keep = pack_masks(keeps(project, checkpoint.weight, measured, share))  # Ray keeps it for all blocks
             if plan.trains:
                 trained = turn.train(keep, changed, **TRAINING)
                 changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}

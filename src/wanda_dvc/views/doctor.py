@@ -146,18 +146,20 @@ def _workers(params: Params) -> Iterator[Check]:
     if find_spec("ray") is None:
         yield Check("runtime.ray", False, "no ray", f"`pip install 'wanda-dvc[{EXTRAS['ray']}]'`")
         return
-    from wanda_dvc.engine.workers import LOCAL, look
+    from wanda_dvc.engine.cluster import LOCAL, Cluster
 
     if address == LOCAL:
         yield Check("runtime.ray", True, f"local, Ray {version('ray')}")
         return
     try:
-        found = look(address)
+        cluster = Cluster(address, device=params.runtime.device)
+        with contextlib.closing(cluster):
+            cluster.open()
+            found = ", ".join(f"{count} {what}" for what, count in cluster.counts().items())
     except UserError as error:
         yield Check("runtime.ray", False, str(error), "`ray status` on its head says how it is")
         return
-    told = f"{len(found.nodes)} nodes, {found.cpus} CPUs, {found.cards} cards"
-    yield Check("runtime.ray", not found.other, "; ".join([told, *found.other]), "install the same versions there")
+    yield Check("runtime.ray", True, found)
 
 
 def _from_the_hub(params: Params) -> tuple[list[str], list[str]]:

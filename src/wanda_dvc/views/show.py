@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from wanda_dvc.report.measures import mean_layer_error
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, json_text, load_json
+from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.local import gone_sources
 from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project
@@ -148,6 +149,8 @@ def _title(project: Project) -> list[str]:
 
 
 def _footnotes(project: Project) -> Iterator[str]:
+    for problem in raised(load_json(project.metrics("pruned", "held_out"))):
+        yield f"Warning: {problem}."
     yield from _notes_on_layers(load_json(project.details("pruned", "layer_error")).get("linears", {}))
     names = project.params.tasks.names
     if any(load_json(project.data("tasks") / name / PROVENANCE).get("samples") for name in names):
