@@ -68,10 +68,12 @@ class BackwardPass:
         lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
         self.decoder, self.rows, self.order = decoder, rows, block_order(blocks)
         width = decoder.model.config.get_text_config().hidden_size
+        places = {"device": decoder.device, "room": decoder.room() // (blocks + 3)}  # of each, by their number
         self._before = [
-            HiddenStates.open(folder / f"before_{n:03d}", lengths, width, decoder.dtype, 0) for n in range(blocks + 1)
+            HiddenStates.open(folder / f"before_{n:03d}", lengths, width, decoder.dtype, 0, **places)
+            for n in range(blocks + 1)
         ]
-        self._gradients = HiddenStates.open(folder / "gradients", lengths, width, torch.float32, blocks)
+        self._gradients = HiddenStates.open(folder / "gradients", lengths, width, torch.float32, blocks, **places)
         whole = 0 if kept == -1 else next((n for n, x in enumerate(self._before) if x.finished < 0), blocks + 1)
         for states in self._before[whole:]:
             states.finished = -1

@@ -205,8 +205,9 @@ class Made(NamedTuple):
 def solve(device: torch.device, part: Part) -> Made:
     """Return masks and weights of the linears that read one distinct input of a block."""
     plan, block = part.plan, part.stats
-    stored = _checkpoint(part.weights).weight if isinstance(part.weights, Path) else part.weights.__getitem__
-    grams, weights = part.grams, stored
+    read = _checkpoint(part.weights).weight if isinstance(part.weights, Path) else part.weights.__getitem__
+    stored = {name: read(name).to(device) for names in block.readers.values() for name in names}  # they cross once
+    grams, weights = part.grams, stored.__getitem__
     if isinstance(grams, tuple):
         grams = _grams(*grams).of(*block.readers)
     if isinstance(grams, Grams):
@@ -231,7 +232,7 @@ def solve(device: torch.device, part: Part) -> Made:
             for name, prepared in prepared_linears(block, grams)
             if prepared is not None
         }
-    changed = {name: one.weight.to(stored(name).dtype) for name, one in solved.items()}
+    changed = {name: one.weight.to("cpu", stored[name].dtype) for name, one in solved.items()}
     return Made(pack_masks(chosen), changed, {name: one.told for name, one in solved.items()})
 
 

@@ -102,15 +102,16 @@ def _python() -> Iterator[Check]:
 def _machine(project: Project) -> Iterator[Check]:
     import torch
 
+    from wanda_dvc.engine import accelerator
     from wanda_dvc.engine.attention import has_units
 
     device = project.params.runtime.device
     units = " and bf16 units" if has_units(torch.bfloat16) else ""
     yield Check("cpu", True, f"{torch.get_num_threads()} threads{units}, {memory('cpu') / 1e9:.1f} GB of memory free")
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    gpus = accelerator.gpus()
     for gpu in gpus:
-        yield Check(gpu, True, f"{torch.cuda.get_device_name(gpu)}, {memory(gpu) / 1e9:.1f} GB free")
-    mps = ["mps"] if torch.backends.mps.is_available() else []
+        yield Check(gpu, True, f"{accelerator.full_name(gpu)}, {memory(gpu) / 1e9:.1f} GB free")
+    mps = ["mps"] if accelerator.has_mps() else []
     if mps:
         yield Check("mps", True, "there; it shares the machine's memory")
     known = {"auto", "cpu", *gpus, *mps, *(["cuda"] if gpus else [])}
