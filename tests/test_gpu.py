@@ -26,6 +26,7 @@ from wanda_dvc.catalog import RECIPES
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
+from wanda_dvc.stages.held_out import compare
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
@@ -103,10 +104,12 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Bench:
-    """A tiny Llama."""
+def bench(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Iterator[Bench]:
+    """A tiny Llama. Nothing is compared on held-out windows, which run the model again."""
     root = tmp_path_factory.mktemp("gpu")
-    return Bench(save_tiny_model(root / "model", num_hidden_layers=BLOCKS), root, texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDA_DVC_HELD_OUT", "0")
+        yield Bench(save_tiny_model(root / "model", num_hidden_layers=BLOCKS), root, texts)
 
 
 def figure(project: Project, model: str) -> Any:
@@ -237,6 +240,7 @@ TO_DEVICE = {
         "engine.decoder._record": WINDOWS + PROBES + RECORDED,
         "pruning.choose.keep": LINEARS,
         "pruning.statistics.to": 2 * INPUTS,
+        "engine.walk.prune": LINEARS,  # masks, which the host packs
     },
     # New weights come back through the host, which keeps them for a run that is interrupted.
     "mask block": WEIGHTS
@@ -286,6 +290,16 @@ def test_weights_and_hidden_states_cross_to_a_gpu_once(bench: Bench, row: str):
     assert dict(traffic.to_device) == TO_DEVICE[row]
     if row in TO_HOST:
         assert dict(traffic.to_host) == TO_HOST[row]
+
+
+def test_choices_are_compared_as_on_the_cpu(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    studies = {device: bench.pruned(device, "fisher").project for device in ("cpu", "cuda")}
+    monkeypatch.setenv("WANDA_DVC_HELD_OUT", "1")
+    found = {}
+    for device, project in studies.items():
+        with SimulatedDevice(device).present() if device == "cuda" else contextlib.nullcontext():
+            found[device] = compare(project, {})["masks"]
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-3)
 
 
 def test_a_walk_moves_the_bytes_of_the_model_and_of_its_hidden_states(bench: Bench):
