@@ -29,7 +29,7 @@ def page() -> str:
     """Return the page."""
     group = get_command(app)
     assert isinstance(group, TyperGroup)
-    lines = [HEAD, "## Options of all commands\n", "They stand before the command: `wanda-dvc -C study show`.\n"]
+    lines = [HEAD, "## Options of all commands\n", "They precede the command: `wanda-dvc -C study show`.\n"]
     lines.append(_table(_rows(group.params)))
     panels: dict[str, dict[str, TyperCommand]] = {}
     for name, command in group.commands.items():
