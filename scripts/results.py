@@ -50,7 +50,7 @@ def others(methods: dict[str, Any]) -> list[str]:
 def other_text(row: dict[str, Any]) -> str:
     """Return the perplexity on the other text, with a mark where least squares took the place of the recipe's own."""
     substitute = row.get("other text, least-squares")
-    return f"{figure(substitute)} ³" if substitute is not None else figure(row["other text"])
+    return f"{figure(substitute)}\N{NO-BREAK SPACE}³" if substitute is not None else figure(row["other text"])
 
 
 def readme(methods: dict[str, Any]) -> str:

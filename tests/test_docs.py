@@ -495,7 +495,7 @@ def test_the_figures_on_another_text_are_those_of_their_table():
     }
     for row in json.loads(results.METHODS.read_text(encoding="utf-8"))["recipes"]:
         if row["recipe"] in names:
-            assert results.other_text(row).removesuffix(" ³") == table[names[row["recipe"]]]
+            assert results.other_text(row).removesuffix("\N{NO-BREAK SPACE}³") == table[names[row["recipe"]]]
 
 
 def test_a_model_with_figures_gets_a_column():
