@@ -9,8 +9,8 @@
 
 A figure is the wall time of a whole process started for it, or the stage's own clock where a row says "inside". A row
 may use what another row measures; each thing is measured once a run. The speed of a shared machine changes within
-minutes, so a long process is paused now and then while the floor is measured, and a baseline's time is scaled to the
-speed that the machine had for ours.
+minutes, so the floor is measured before and after a long process, and a baseline's time is scaled to the speed that the
+machine had for ours.
 """
 
 import argparse

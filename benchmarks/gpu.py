@@ -76,9 +76,6 @@ TOGETHER = 8192  # tokens a multiplication, as a card takes them
 HALF = Fraction(1, 2)
 
 
-HOLDS = {True: "yes", False: "**no**"}
-
-
 class Check(NamedTuple):
     """How far the card is from the CPU, and how far it may be."""
 

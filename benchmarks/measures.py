@@ -41,24 +41,20 @@ class Bench:
         return self.parts[name]
 
     def with_floor(self, dtype: str, measure: Callable[[], Part]) -> Part:
-        """Measure something, and the floor before, after and every few seconds between; `floor` is the mean.
-
-        The speed of a shared machine changes by a third within minutes.
-        """
+        """Measure something, and the floor before and after it; `floor` is the mean."""
         import torch
         from floor import Floor
 
         floor = Floor(self.studies.model, getattr(torch, dtype), self.sizes.length, budget=0.1)
         floor.sample()
-        with self.runner.pausing_for(floor.sample):
-            made = measure()
+        made = measure()
         floor.sample()
         return made | {"floor": floor.mean()}
 
     def stage(self, project: Path, *words: str) -> Part:
-        """Run a stage by its command; add the seconds inside the stage, without pauses, to what `run` returns."""
+        """Run a stage by its command; add the seconds inside the stage to what `run` returns."""
         done = self.runner.run("wanda-dvc", *words, cwd=project)
-        return done | {"seconds": ours.seconds_inside(project, *words) - done["paused"]}
+        return done | {"seconds": ours.seconds_inside(project, *words)}
 
     # --- ours ---
 
@@ -81,33 +77,10 @@ class Bench:
 
         return self.part(f"mask and apply {dtype} {method}", measure)
 
-    def masks(self) -> Part:
-        """Measure how masks are chosen, and how full sorts would choose them."""
-        self.calibrate("float32")
-        return self.part("masks", lambda: self.runner.script("inside", "masks", self.studies.project()))
-
-    @property
-    def linears(self) -> int:
-        """How many linears the masks are of."""
-        return int(self.masks()["linears"])
-
     def perplexity(self, dtype: str) -> Part:
         """Measure `perplexity dense`."""
         stage = partial(self.stage, self.studies.project(dtype), "perplexity", "dense")
         return self.part(f"perplexity {dtype} dense", lambda: self.with_floor(dtype, stage))
-
-    def perplexity_of_pruned(self, dtype: str) -> float:
-        """Return the perplexity of the 50 % model."""
-
-        def measure() -> Part:
-            self.calibrate(dtype)
-            folder = self.studies.project(dtype)
-            for words in (("mask",), ("apply",), ("perplexity", "pruned")):
-                done = self.stage(folder, *words)
-            found = json.loads((folder / "metrics/pruned/perplexity.json").read_text())
-            return done | found
-
-        return float(self.part(f"perplexity of the 50 % model {dtype}", measure)["perplexity"])
 
     def zero_shot(self, dtype: str) -> Part:
         """Measure `zero-shot dense` on every task, and keep its log-likelihoods."""
@@ -152,6 +125,4 @@ class Bench:
         words += ["--batch", *map(str, sizes.batches), "--part", str(sizes.tried), "--limit", str(sizes.limit)]
         script = partial(self.runner.script, "stock", *words)
         made = self.part(f"stock lm-eval {dtype}", lambda: self.with_floor(dtype, script))
-        running = made["wall"] / (made["wall"] + made["paused"])  # its own clock went on while it was paused
-        tried = sum(made["tried"].values()) * running
-        return made | {"wall": made["wall"] - tried, "seconds": made["seconds"] * running}
+        return made | {"wall": made["wall"] - sum(made["tried"].values())}

@@ -6,11 +6,7 @@ python benchmarks/memory.py measure PROJECT STAGE   run one stage in this proces
 
 import argparse
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from checkpoints import QWEN, make_checkpoint
 
@@ -21,42 +17,20 @@ from wanda_dvc.stages.running import AnonymousMemory
 from wanda_dvc.study.project import Project
 
 
-def measure(root: Path, stage: str, part: str | None) -> dict[str, float | None]:
-    """Run one stage; return its peak above the imports' memory, the formula's bound, and the wait for weights."""
+def measure(root: Path, stage: str, part: str | None) -> dict[str, float]:
+    """Run one stage; return its peak above the imports' memory, and the formula's bound."""
     import torch
-
-    from wanda_dvc.engine.decoder import Decoder
 
     project = Project(root)
     torch.set_num_threads(cores())
     _ = STAGES[stage].function  # imported, so that the sampler counts what the run holds
     wanted = need(project, stage, part)  # this imports the family's code, as it does before a stage
-    waited = 0.0
-    original = Decoder.block
-
-    @contextmanager
-    def watched(self: Decoder, index: int, then: int | None = None) -> Iterator[Any]:
-        nonlocal waited
-        began = time.perf_counter()
-        entered = original(self, index, then)
-        block = entered.__enter__()
-        waited += time.perf_counter() - began
-        try:
-            yield block
-        finally:
-            entered.__exit__(None, None, None)
-
-    Decoder.block = watched  # type: ignore[method-assign]
-    began = time.perf_counter()
     with AnonymousMemory(samples_a_second=300) as sampler:
         run(stage, project=project, part=part)
-    seconds = time.perf_counter() - began
     return {
         "peak": sampler.peak - sampler.base,
         "imports": sampler.base,
         "bound": wanted.memory.anonymous,
-        "seconds": seconds,
-        "waited": waited,
     }
 
 

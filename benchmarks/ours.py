@@ -1,6 +1,6 @@
 """What the harness reads of wanda_dvc from within Python. It starts everything else as a process.
 
-`inside.py`, `memory.py` and `stock.py` import wanda_dvc too; each runs in its own process.
+`memory.py` and `stock.py` import wanda_dvc too; each runs in its own process.
 """
 
 from pathlib import Path

@@ -1,13 +1,10 @@
-"""Run processes that are timed, and pause them now and then while something else is measured."""
+"""Run processes that are timed."""
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ import typer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PAUSE_EVERY = 8.0  # seconds
 
 Part = dict[str, Any]  # what was measured, as JSON holds it
 
@@ -30,21 +26,9 @@ class Runner:
 
     def __init__(self, work: Path) -> None:
         self.work = work
-        self._sample: Callable[[], object] | None = None
 
-    @contextlib.contextmanager
-    def pausing_for(self, sample: Callable[[], object]) -> Iterator[None]:
-        """Call `sample` every few seconds; the process that runs is paused meanwhile."""
-        self._sample = sample
-        try:
-            yield
-        finally:
-            self._sample = None
-
-    def run(self, *words: str | Path, cwd: Path | None = None, path: Path | None = None) -> Part:
-        """Run a process and return its wall seconds without pauses, the seconds paused, and its peak resident memory.
-
-        `path` is a folder whose commands come before all others.
+    def run(self, *words: str | Path, cwd: Path | None = None) -> Part:
+        """Run a process and return its wall seconds and its peak resident memory.
 
         Raises:
             RuntimeError: the process failed; the message ends with its last lines.
@@ -53,40 +37,20 @@ class Runner:
         with log.open("wb") as out:
             began = time.perf_counter()
             process = subprocess.Popen(
-                list(map(str, words)), cwd=cwd or self.work, env=_environment(path), stdout=out, stderr=out
+                list(map(str, words)), cwd=cwd or self.work, env=_environment(), stdout=out, stderr=out
             )
             try:
-                status, usage, paused = self._wait(process.pid)
+                _, status, usage = os.wait4(process.pid, 0)
             except BaseException:
                 process.kill()
                 raise
-            wall = time.perf_counter() - began - paused
+            wall = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             last = log.read_text(errors="replace").splitlines()[-5:]
             raise RuntimeError(f"{' '.join(map(str, words))}: exit {process.returncode}: {' | '.join(last)}")
         scale = 1 if sys.platform == "darwin" else 1024
-        return {"wall": wall, "paused": paused, "peak_gb": usage.ru_maxrss * scale / 1e9}
-
-    def _wait(self, pid: int) -> tuple[int, Any, float]:
-        """Wait for a process and return its status, its resource usage and the seconds paused."""
-        paused = 0.0
-        if self._sample is None:
-            _, status, usage = os.wait4(pid, 0)
-            return status, usage, paused
-        looked = time.perf_counter()
-        ended, status, usage = os.wait4(pid, os.WNOHANG)
-        while not ended:
-            time.sleep(0.02)
-            if time.perf_counter() - looked > PAUSE_EVERY:
-                stopped = time.perf_counter()
-                os.kill(pid, signal.SIGSTOP)  # Popen.send_signal would reap a process that has just ended
-                self._sample()
-                os.kill(pid, signal.SIGCONT)
-                looked = time.perf_counter()
-                paused += looked - stopped
-            ended, status, usage = os.wait4(pid, os.WNOHANG)
-        return status, usage, paused
+        return {"wall": wall, "peak_gb": usage.ru_maxrss * scale / 1e9}
 
     def script(self, name: str, *words: str | Path) -> Part:
         """Run a script of this folder in its own process and return its result, with time and memory as of `run`."""
@@ -96,9 +60,9 @@ class Runner:
         return json.loads(result.read_text()) | done
 
 
-def _environment(path: Path | None) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """Return the environment of a process: no network, this Python's commands, this checkout's wanda_dvc."""
     env = os.environ | {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    env["PATH"] = os.pathsep.join([*([str(path)] if path else []), str(Path(sys.executable).parent), env["PATH"]])
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), env.get("PYTHONPATH")]))
     return env

@@ -1,6 +1,7 @@
 """The projects that are measured: one for each dtype, one under DVC, one on a random checkpoint."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -167,50 +168,28 @@ class Studies:
     @property
     def under_dvc(self) -> Path:
         """The repository's default project, in its own git and DVC repository."""
-        return self._repository("dvc", self._measured() if self.quick else self._source)
-
-    def of_a_tiny_model(self) -> Path:
-        """Return the default project on a tiny model, in a new git and DVC repository: nothing has run in it."""
-        shutil.rmtree(self.work / "starts", ignore_errors=True)
-        return self._repository("starts", {"model": str(self._tiny)})
-
-    def _repository(self, name: str, changes: dict[str, Any]) -> Path:
-        folder = self.work / name
+        folder = self.work / "dvc"
         if (folder / "ready").is_file():
             return folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         shutil.copyfile(ROOT / "dvc.yaml", folder / "dvc.yaml")
-        self.settings(folder, changes)
+        self.settings(folder, self._measured() if self.quick else self._source)
         self.runner.run("git", "init", "-q", cwd=folder)
         self.runner.run("dvc", "init", "-q", cwd=folder)
-        shutil.copyfile(ROOT / ".dvc/config", folder / ".dvc/config")
-        for file in (".gitignore", ".dvcignore"):
+        for file in (".dvc/config", ".gitignore", ".dvcignore"):
             shutil.copyfile(ROOT / file, folder / file)
         (folder / "ready").touch()
         return folder
 
     def repro(self, *words: str) -> Part:
-        """Run `dvc repro`; return its wall seconds, those of its commands, those inside their stages, and their count.
-
-        Its `wanda-dvc` is a shim that notes how long each command takes.
-        """
-        folder, commands, shim = self.under_dvc, self.work / "commands", self.work / "shim/wanda-dvc"
-        shim.parent.mkdir(exist_ok=True)
-        real = shutil.which("wanda-dvc", path=str(Path(sys.executable).parent))
-        shim.write_text(
-            f'#!/bin/sh\nbegan=$(date +%s.%N)\n"{real}" "$@"\ncode=$?\n'
-            f'echo "$began $(date +%s.%N) $*" >> "{commands}"\nexit $code\n'
-        )
-        shim.chmod(0o755)
-        commands.unlink(missing_ok=True)
-        done = self.runner.run("dvc", "repro", *words, cwd=folder, path=shim.parent)
-        ran = [line.split(" ", 2) for line in commands.read_text().splitlines()] if commands.is_file() else []
-        timed = [command.split(" --version")[0].split() for *_, command in ran]
-        timed = [words for words in timed if words != ["locate"]]  # it keeps no time
-        inside = sum(ours.seconds_inside(folder, *words) for words in timed)
-        spent = sum(float(end) - float(begin) for begin, end, _ in ran)
-        return done | {"commands": spent, "inside": inside, "ran": len(timed)}
+        """Run `dvc repro`; return its wall seconds, those inside the stages that ran, and their number."""
+        folder = self.under_dvc
+        done = self.runner.run("dvc", "repro", *words, cwd=folder)
+        said = (self.work / "last.log").read_text(errors="replace")
+        commands = re.findall(r"^> wanda-dvc (.*?) --version", said, flags=re.MULTILINE)
+        timed = [command.split() for command in commands if command != "locate"]  # it keeps no time
+        return done | {"inside": sum(ours.seconds_inside(folder, *command) for command in timed), "ran": len(timed)}
 
     def forget_dvc(self) -> None:
         """Remove the project under DVC with its cache."""

@@ -100,6 +100,26 @@ def test_the_fisher_allocation_keeps_within_its_spread():
     assert fisher(Fraction(1, 2), [1000] * 2, counts[::2], spread=0.5)[0] <= Fraction("0.971")
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.05, 0.2, 0.5])
+@pytest.mark.parametrize("sparsity", [Fraction(1, 3), Fraction(1, 2), Fraction("0.7")])
+def test_the_fisher_allocation_at_every_strength(sparsity: Fraction, strength: float):
+    """The mean is exact, no linear is farther from it than the strength, and strength 0 is uniform to the bit."""
+    sizes = [1000, 4000, 2000, 1000]
+    scores = [torch.rand(size) * scale for size, scale in zip(sizes, (1e-3, 0.5, 1, 1e3), strict=True)]
+    shares = fisher(sparsity, sizes, list(map(count_scores, scores)), strength)
+    assert sum(share * size for share, size in zip(shares, sizes, strict=True)) == sparsity * sum(sizes)
+    assert max(abs(share - sparsity) for share in shares) <= strength + 1e-5
+    if strength == 0:
+        assert shares == uniform(sparsity, sizes)
+
+
+def test_the_fisher_allocation_has_no_unit():
+    """Gradients, a loss or inputs that are 4 times as large change no share: a score's bins move all together."""
+    scores = [torch.rand(1000) * scale for scale in (0.1, 1, 10)]
+    shares = [fisher(Fraction(1, 2), [1000] * 3, [count_scores(x * unit) for x in scores], 0.2) for unit in (1, 4)]
+    assert shares[0] == shares[1]
+
+
 def test_outliers_are_counted_one_part_at_a_time():
     made: list[weakref.ref[torch.Tensor]] = []
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +28,6 @@ import comparisons
 import limits
 import ours
 import plain
-import processes
 from measures import Bench
 from processes import Runner
 from results import Measured, Result, judge, page, table, without_units, write
@@ -101,7 +99,7 @@ def committed() -> dict[str, Any]:
 
 
 def test_the_committed_results_are_the_rows_of_the_table():
-    whole: Any = SimpleNamespace(sizes=FULL, linears=210)
+    whole: Any = SimpleNamespace(sizes=FULL)
     assert [(row.title(whole), row.goal) for row in ROWS] == [(row["name"], row["goal"]) for row in committed()["rows"]]
 
 
@@ -170,30 +168,6 @@ def test_a_row_in_bfloat16_needs_native_bf16():
     assert Row("one", "a in {dtype}", Measured, "≥ 2", "bfloat16").result(without) == without_units(
         "a in bfloat16", "≥ 2"
     )
-
-
-def test_a_paused_process_is_timed_without_its_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The process writes as fast as it can, and nothing while it is paused."""
-    monkeypatch.setattr(processes, "PAUSE_EVERY", 0.1)
-    runner, written = Runner(tmp_path), tmp_path / "written"
-    written.touch()
-    grown: list[int] = []
-
-    def sample() -> None:
-        before = written.stat().st_size
-        time.sleep(0.3)
-        grown.append(written.stat().st_size - before)
-
-    writes = "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end: open('written', 'a').write('.')"
-    began = time.perf_counter()
-    with runner.pausing_for(sample):
-        done = runner.run(sys.executable, "-c", writes)
-    seconds = time.perf_counter() - began
-    assert written.stat().st_size
-    assert set(grown) == {0}
-    assert done["paused"] >= 0.3 * len(grown)
-    assert done["wall"] + done["paused"] == pytest.approx(seconds, abs=0.1)
-    assert not runner.run(sys.executable, "-c", "pass")["paused"]
 
 
 def test_a_process_that_fails_is_quoted(tmp_path: Path):

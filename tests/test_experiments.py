@@ -12,7 +12,6 @@ from test_report import write_results
 
 import wanda_dvc as wd
 from wanda_dvc.errors import UserError
-from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import load_lock
 from wanda_dvc.views.experiments import experiments
@@ -125,31 +124,6 @@ def test_without_git_show_shows_and_list_says_what_to_do(tmp_path: Path):
     assert "perplexity" in show(project=Project(root))
     with pytest.raises(UserError, match="no git repository, expected one with experiments; run `git init`"):
         experiments(project=Project(root))
-
-
-def test_show_says_what_an_allocation_gives_beside_uniform(tmp_path: Path):
-    root = tmp_path / "study"
-    repository = Repository.new(root, root)
-
-    def said() -> str:
-        repository.run("dvc", "commit", "--force", "--quiet")
-        (root / "masks/provenance.json").unlink()  # what made the masks is another matter
-        return show(project=Project(root)) + json.dumps(json.loads(show(project=Project(root), as_json=True))["notes"])
-
-    write_results(root, "wanda", 0.6, 2.5, 20, layer_error=0.04)
-    repository.save("main")
-    assert "llocation" not in said()
-    write_results(root, "wanda", 0.5, 2.5, 20, layer_error=0.04, allocation="slope", allocation_strength=0.01)
-    assert said().count("Whether allocation slope helps is not known: no experiment has uniform, all else equal.") == 2
-    write_results(root, "wanda", 0.5, 2.4, 20, layer_error=0.05)
-    repository.save("even")
-    write_results(root, "wanda", 0.5, 2.5, 20, layer_error=0.04, allocation="slope", allocation_strength=0.01)
-    found = "perplexity 12.18 instead of 11.02, worse; mean layer error 4.00 % instead of 5.00 %, better."
-    assert said().count(f"Allocation slope against uniform, all else equal (even): {found}") == 2
-    write_json(root / "masks/provenance.json", {"of": "others"})
-    repository.run("dvc", "commit", "--force", "--quiet", "mask")  # a run that was killed before `apply`
-    (root / "masks/provenance.json").unlink()
-    assert "Allocation slope" not in show(project=Project(root))
 
 
 def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):

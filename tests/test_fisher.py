@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases.grids import thinned
 from test_families import ALL, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import backward, block_order
+from wanda_dvc.engine.fisher import backward
 from wanda_dvc.engine.recorder import Gradients
 from wanda_dvc.engine.rows import as_rows
 from wanda_dvc.engine.structure import Linear
@@ -45,21 +46,21 @@ def parameters(decoder: Decoder) -> dict[str, tuple[str, Linear]]:
     }
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", thinned(ALL, 4))
 def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path: Path):
-    """Of every linear that is a module, summed over tokens and windows."""
+    """Of every linear that is a module, times the norm of its input, summed over tokens and windows."""
     folder = save(family, tmp_path / "model")
     tokens = torch.randint(3, 256, (3, 24), generator=torch.Generator().manual_seed(1))
     model, expected, products = stock(folder), dict[str, Tensor](), dict[str, Tensor]()
 
-    def add(name: str, gradient: Tensor) -> None:
-        one = gradient.double().flatten(0, -2)
+    def add(name: str, norms: Tensor, gradient: Tensor) -> None:
+        one = gradient.double().flatten(0, -2) * norms.flatten(0, -2)
         expected[name] = expected.get(name, 0) + one.square().sum(dim=0)
         products[name] = products.get(name, 0) + one.T @ one
 
-    def see(name: str, _: nn.Module, __: object, out: object) -> None:
-        if isinstance(out, Tensor) and out.requires_grad:
-            out.register_hook(partial(add, name))
+    def see(name: str, _: nn.Module, args: tuple[object, ...], out: object) -> None:
+        if isinstance(out, Tensor) and out.requires_grad and args and isinstance(args[0], Tensor) and args[0].dim() > 1:
+            out.register_hook(partial(add, name, args[0].detach().double().norm(dim=-1, keepdim=True)))
 
     for name, module in model.named_modules():
         module.register_forward_hook(partial(see, name))
@@ -83,8 +84,8 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_a_row_of_an_experts_weight_has_its_outputs_gradient(family: str, tmp_path: Path):
-    """Of two tokens only the first predicts, so every weight's gradient is g xᵀ, and its rows' squares go with g²."""
+def test_a_row_has_the_squares_of_its_weights_gradients(family: str, tmp_path: Path):
+    """Of two tokens only the first predicts, so every weight's gradient is g xᵀ; experts' and fused weights' too."""
     folder = save(family, tmp_path / "model")
     decoder, model, tokens = Decoder(folder, dtype=torch.float32, device=CPU), stock(folder), torch.tensor([[17, 101]])
     found = measured(decoder, tokens, tmp_path / "work")
@@ -101,7 +102,7 @@ def test_a_row_of_an_experts_weight_has_its_outputs_gradient(family: str, tmp_pa
             assert squares.max() <= 1e-6 * largest
             unreached += 1
         else:
-            torch.testing.assert_close(ours / ours.sum(), squares / squares.sum(), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(ours, squares, rtol=1e-3, atol=1e-5 * squares.max().item())
     assert unreached < len(parameters(decoder))
 
 
@@ -115,7 +116,6 @@ def test_a_model_of_one_block_goes_back_too(tmp_path: Path):
 def test_the_way_back_reads_the_block_that_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     decoder, read = Decoder(save("llama", tmp_path / "model"), dtype=torch.float32, device=CPU), list[int]()
     rows = as_rows(torch.tensor([[17, 101, 5]]))
-    decoder.calls(rows[0])  # reads the first block, to see what it returns, and the second ahead
     original = decoder.weights.read_block
 
     def read_block(index: int) -> dict[str, Tensor]:
@@ -124,9 +124,7 @@ def test_the_way_back_reads_the_block_that_comes_next(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(decoder.weights, "read_block", read_block)
     list(backward(decoder, rows, tmp_path / "work"))
-    expected = block_order(len(decoder.blocks))
-    expected.remove(1)
-    assert read == expected
+    assert read == [0, 1, 2, 1, 0]  # the last one is there still
 
 
 @pytest.fixture

@@ -11,9 +11,7 @@ from wanda_dvc.engine.checkpoint import INDEX
 from wanda_dvc.errors import UserError
 from wanda_dvc.sources.models import MODEL_FILES
 from wanda_dvc.stages.locate import locate
-from wanda_dvc.study.local import changed_sources
-from wanda_dvc.study.project import Project
-from wanda_dvc.views.doctor import doctor
+from wanda_dvc.study.local import gone_sources
 from wanda_dvc.views.show import show
 
 UP_TO_CALIBRATE = {"locate", "download@model", "download@calibration", "calibrate"}
@@ -61,28 +59,21 @@ def start(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Re
 
 @pytest.mark.pipeline
 def test_other_content_at_the_same_path_is_seen_and_reruns_what_depends_on_it(start: Repository):
-    project, text = Project(start.root), start.model.with_name("text.txt")
+    text = start.model.with_name("text.txt")
     assert start.repro_up_to("calibrate") == set()
     assert start.run("git", "status", "--porcelain") == ""
-    assert list(changed_sources(project)) == []
 
     save_tiny_model(start.model, num_hidden_layers=2, seed=7)  # the same names and sizes
     assert re.search(r"changed outs:\s+modified: +sources/model", start.run("dvc", "status", "locate"))
-    said = f"{start.model} (model) has changed since it was fetched: `dvc repro` fetches it."
-    assert said in show(project=project)
-    assert said in doctor(start=start.root)[0]
     assert start.repro_up_to("calibrate") == {"locate", "download@model", "calibrate"}
-    assert list(changed_sources(project)) == []
     assert start.repro_up_to("calibrate") == set()
 
     text.write_text(text.read_text().replace("1", "2"))
-    assert f"{text} (calibration) has changed" in show(project=project)
     assert start.repro_up_to("calibrate") == {"locate", "download@calibration", "calibrate"}
 
     (start.model / "notes.bin").write_text("not taken")
     (start.model / "config.json").touch()
     assert start.repro_up_to("calibrate") == set()
-    assert list(changed_sources(project)) == []
     (start.model / "LICENSE").write_text("new, and taken")
     assert start.repro_up_to("download@model") == {"locate", "download@model"}
     assert (start.root / "models/dense/LICENSE").read_text() == "new, and taken"
@@ -113,5 +104,5 @@ def test_what_is_gone_is_named(tmp_path: Path, project):
     locate(project=made)
     text.unlink()
     gone = f"{text} (calibration) is gone: name another in params.yaml, or put it back."
-    assert list(changed_sources(made)) == [gone]
+    assert list(gone_sources(made)) == [gone]
     assert gone in show(project=made)

@@ -186,7 +186,6 @@ def test_before_there_is_a_config_only_what_is_known_is_said(
 ):
     made = project()
     assert need(made, "calibrate") == Need()
-    assert need(project(model="some/model"), "download", "model") == Need()
     needs.announce(project=made, stage="calibrate")
     assert capsys.readouterr().err == ""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.grids import full
 from command_line import wanda_dvc
 from conftest import save_tiny_model
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from wanda_dvc.engine import attention
 from wanda_dvc.engine.checkpoint import STORED, Address, Checkpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.packed import linear as packed_linear
-from wanda_dvc.packed.directory import pack_directory, unpack_directory, unpacked_bytes
+from wanda_dvc.packed.directory import pack_directory, unpack_directory
 from wanda_dvc.packed.format import FORMAT, KEEP, METHOD, count_nonzeros, is_two_of_four, pack, packing_of, unpack
 from wanda_dvc.packed.linear import PackedConfig, PackedLinear
 from wanda_dvc.pruning.packing import pack_bits, unpack_bits
@@ -119,7 +120,11 @@ STAY_DENSE = {"gpt2", "openai-gpt", "falcon"}
 KINDS = [(torch.float32, "1GB"), (torch.bfloat16, "30KB"), (torch.float16, "1GB")]
 
 
-@pytest.mark.parametrize("family", ALL)
+# One of each way to store weights: apart, tied, transposed, joined, experts apart and in one tensor, and recurrent.
+STORED = {"llama", "llama tied", "gpt2", "falcon", "phi3", "mixtral", "gpt_oss", "granitemoe", "deepseek_v3", "mamba"}
+
+
+@pytest.mark.parametrize("family", [family if family in STORED else full(family) for family in ALL])
 def test_every_family_comes_back_and_loads_with_the_same_logits(family: str, tmp_path: Path):
     """Each in one of the dtypes, whole or in shards. What cannot be packed stays dense."""
     dtype, shard = KINDS[list(ALL).index(family) % len(KINDS)]
@@ -182,7 +187,6 @@ def test_what_packing_would_not_shrink_stays_dense(tmp_path: Path):
     assert sizes.packed == sum(min(packed_bytes(weights.weight(x)), weights.weight(x).nbytes) for x in linears)
     assert sizes.dense == 4 * sizes.weights == sum(weights.weight(name).nbytes for name in linears)
     assert sizes.directory == sum(path.stat().st_size for path in (tmp_path / "packed").iterdir())
-    assert unpacked_bytes(tmp_path / "packed") == sum(entry.length for entry in weights.entries.values())
 
 
 def test_each_tensor_begins_at_a_multiple_of_its_types_size(tmp_path: Path):

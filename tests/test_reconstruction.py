@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.grids import named, pairs, turns
+from cases.grids import named, pairs, thinned, turns
 from conftest import ROOT, save_tiny_model, write_params
 from ruamel.yaml import YAML
 from test_families import save
@@ -102,7 +102,7 @@ def test_only_what_makes_no_sense_is_refused():
     assert len(COMBINATIONS) == every - refused
 
 
-@pytest.mark.parametrize(("pattern", "reconstruction", "propagation", "method"), COMBINATIONS, ids=named)
+@pytest.mark.parametrize(("pattern", "reconstruction", "propagation", "method"), thinned(COMBINATIONS, 4), ids=named)
 def test_masks_are_kept_patterns_exact_and_updates_applied(
     study: Make, pattern: dict[str, Any], reconstruction: str, propagation: str, method: str
 ):
@@ -154,22 +154,17 @@ def test_stats_shows_the_layer_errors_of_the_masks_at_hand(study: Make):
     assert not shown()  # of other masks
 
 
-def test_show_says_what_a_reconstruction_did_beside_its_own_steps(study: Make):
+def test_show_says_where_the_damping_was_raised(study: Make):
     made = study(reconstruction="fisher")
     mask(project=made)
     apply(project=made)
     path, name = made.details("pruned", "layer_error"), "model.layers.1.mlp.up_proj"
     content = read_json(path, "apply")
     assert not any(told["part"] < 1 or told["raised"] or told["dead"] for told in content["linears"].values())
-    assert "part of the way" not in show(project=made)
-    content["linears"][name] |= {"unchanged": 3, "dead": 2, "raised": True, "damping": 0.25, "part": 0.5}
+    assert "raised" not in show(project=made)
+    content["linears"][name] |= {"raised": True, "damping": 0.25}
     write_json(path, content)
-    shown = show(project=made)
-    assert "3 rows kept their weights" in shown
-    assert "1 linears go a part of the way from the weights of least-squares to those of fisher" in shown
-    assert f"least far {name}, 50 %" in shown
-    assert f"raised, most for {name}, to 0.25 of the mean diagonal" in shown
-    assert "2 features that 1 linears read are 0" in shown
+    assert f"raised, most for {name}, to 0.25 of the mean diagonal" in show(project=made)
 
 
 def test_what_is_in_no_linear_stays_unless_its_block_is_trained(study: Make):

@@ -15,7 +15,6 @@ import pytest
 from conftest import ROOT, write_params
 from markdown_it import MarkdownIt
 from matplotlib.collections import LineCollection
-from matplotlib.patches import Rectangle
 from repository import Repository
 from scipy import stats
 
@@ -25,11 +24,9 @@ from wanda_dvc.params import check_params
 from wanda_dvc.report import inference, report
 from wanda_dvc.report.chapters import content
 from wanda_dvc.report.chapters.published import sources
-from wanda_dvc.report.chapters.reproduction import peak_memory
 from wanda_dvc.report.chapters.run_time import runs
-from wanda_dvc.report.chapters.size import stored_bytes
-from wanda_dvc.report.chapters.structure import by_block
-from wanda_dvc.report.charts import Point, accuracies, curves, svg, times
+from wanda_dvc.report.chapters.structure import by_block, stored_bytes
+from wanda_dvc.report.charts import Point, accuracies, curves, svg
 from wanda_dvc.report.comparisons import paired_mean
 from wanda_dvc.report.pages import Content, Picture, as_html, as_markdown, heading, table
 from wanda_dvc.report.rows import Collected, Note, Row, identity
@@ -455,13 +452,6 @@ def test_runs_before_a_method_is_chosen_are_shared_and_those_of_the_dense_model(
     assert list(dict.fromkeys(stage for stage, _ in known.values())) == list(STAGES)
 
 
-def test_a_resident_peak_is_called_so():
-    one, other = {"peak_anonymous_gb": 0.5}, {"peak_resident_gb": 2.0}
-    assert peak_memory({"mask": one, "apply": one}) == "0.50 GB"
-    assert peak_memory({"mask": other}) == "2.00 GB resident"
-    assert peak_memory({"mask": {}}) is None
-
-
 def test_no_method_is_known_by_name():
     """A method is a row of the catalog: the report's code names none."""
     found = set()
@@ -535,7 +525,7 @@ def test_markdown_shows_names_as_they_are(tmp_path: Path):
     tables = [token for token in tokens if token.type == "table_open"]
     assert len(tables) == 8
     bold = sum(token.type == "strong_open" for token in flat)
-    assert bold == sum(token.type == "image" for token in flat) == 7
+    assert bold == sum(token.type == "image" for token in flat) == 5
 
 
 def test_a_pictures_text_is_not_rewritten():
@@ -624,16 +614,6 @@ def test_rows_names_wrap_so_that_a_table_fits_its_page():
     assert not any("nowrap" in rule for rule in rules)
 
 
-def test_bars_of_time_add_up():
-    bars = {"shared": {"calibrate": 4.0}, "one": {"mask": 1.0, "apply": 2.0}}
-    [ax] = times(bars, ["calibrate", "mask", "apply"]).axes
-    ends = [
-        patch.get_x() + patch.get_width() for patch in ax.patches if isinstance(patch, Rectangle) and patch.get_width()
-    ]
-    assert ends == [4, 1, 3]
-    assert [text.get_text() for text in ax.texts] == ["4 s", "3 s"]
-
-
 # --- the page ---
 
 
@@ -705,7 +685,7 @@ def test_the_page_stands_on_its_own(written: tuple[Repository, Path, str]):
     assert len(page.ids) == len(set(page.ids))
     for outside in ("http", "src=", "@import", "<script", "url(/", str(written[0].root.parent)):
         assert outside not in text
-    assert text.count("<svg") == text.count("<svg aria-label=") >= 7
+    assert text.count("<svg") == text.count("<svg aria-label=") >= 5
     assert "color-scheme:light dark" in text
     assert "@media print" in text
     assert not set(re.findall(r"#[0-9a-f]{6}", text.partition("</style>")[2]))  # every colour follows the mode
@@ -719,7 +699,7 @@ def test_html_and_markdown_say_the_same(written: tuple[Repository, Path, str]):
     plain = re.sub(r"!\[.*?\]\(.*?\)", "", markdown)
     assert set(words.findall(plain)) == set(words.findall(page))
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
-    assert len(pictures) >= 7
+    assert len(pictures) >= 5
     assert all((written[1].parent / picture).is_file() for picture in pictures)
 
 

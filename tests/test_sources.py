@@ -16,18 +16,17 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from cases.grids import turns
 from conftest import save_tiny_model
 from transformers import BertConfig, T5Config
 
 from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import name_of
-from wanda_dvc.sources.models import copied_bytes
 from wanda_dvc.stages import PARTS
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import SOURCES, download
 from wanda_dvc.stages.inputs import calibration_windows
-from wanda_dvc.stages.needs import Need, need
 from wanda_dvc.study import files
 from wanda_dvc.study.project import Project
 
@@ -408,14 +407,6 @@ def test_a_local_model_is_cloned_or_copied_and_never_linked(
     (source / "model.safetensors").chmod(0o444)
     cloned = cloned_by(monkeypatch, clone)
     made = project(model=source)
-    size = (source / "model.safetensors").stat().st_size
-    whole = sum(path.stat().st_size for path in source.iterdir())
-    copied = whole if clone is unsupported else 0
-    assert copied_bytes(source, made) == copied
-    assert need(made, "download", "model") == Need(disk=2 * copied, least=copied)  # a second one may go to the cache
-    assert size < whole
-    assert list(made.work_root.iterdir()) == []  # the probe is gone
-    cloned.clear()
     download(project=made, part="model")
     names = {path.name for path in source.iterdir()}
     assert set(cloned) == (set() if clone is unsupported else names)
@@ -434,7 +425,6 @@ def test_a_model_of_links_is_cloned_as_files(project: Make, tiny: Path, tmp_path
     for path in tiny.iterdir():
         (source / path.name).symlink_to(path)
     made = project(model=source)
-    assert copied_bytes(source, made) in (0, sum(path.stat().st_size for path in tiny.iterdir()))
     download(project=made, part="model")
     assert not any(path.is_symlink() for path in made.model("dense").iterdir())
 
@@ -554,8 +544,7 @@ def authors_windows(texts: list[str], tokenizer: Any, samples: int, length: int,
     return windows
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("mirrored", [True, False])
+@pytest.mark.parametrize(("seed", "mirrored"), turns([0, 1, 2], [True, False]))
 def test_c4_is_drawn_as_the_authors_draw_it(
     project: Make, hub: Hub, tiny: Path, tmp_path: Path, seed: int, mirrored: bool
 ):

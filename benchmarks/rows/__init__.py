@@ -34,7 +34,6 @@ class Row:
 
 CALIBRATE = "calibrate {bench.sizes.samples} × {bench.sizes.length} {dtype}, share of the floor"
 PERPLEXITY = "perplexity {bench.sizes.windows} × {bench.sizes.length} {dtype}, share of the floor"
-MASK = "mask, all {bench.linears} linears"
 FIRST = "first prune {dtype}, against (a) in float32"
 STUDY = "the whole study in {dtype}, against (a) + (b) in float32"
 MEMORY = "memory {}, share of the checkpoint"
@@ -42,19 +41,14 @@ MEMORY = "memory {}, share of the checkpoint"
 ROWS = (
     Row("calibrate", CALIBRATE, prune.calibrate, "≥ 0.85", "float32"),
     Row("calibrate", CALIBRATE, prune.calibrate, "≥ 0.65", "bfloat16"),
-    Row("calibrate", "perplexity of the 50 % model, {dtype}", evaluate.perplexity_of_pruned, "< 0.01", "bfloat16"),
-    Row("statistics", "statistics, share of calibrate", prune.statistics, "< 0.05"),
     Row("prune", FIRST, prune.first_prune, "≥ 2", "float32"),
     Row("prune", FIRST, prune.first_prune, "≥ 2", "bfloat16"),
     Row("dvc", "dvc repro with nothing to do", dvc.nothing_to_do, "< 3 s"),
-    Row("starts", "dvc repro of the default on a tiny model", dvc.starts, "< 40 s"),
-    Row("dvc", "overhead of DVC on a full run", dvc.overhead, "< 0.05"),
     Row(
         "further", "every further sparsity inside mask + apply, against (a)", partial(dvc.further, key="inside"), "≥ 50"
     ),
     Row("further", "every further sparsity as `dvc repro`, against (a)", partial(dvc.further, key="wall"), "≥ 15"),
-    Row("mask", MASK, prune.mask, "< 1 s"),
-    Row("mask", f"{MASK}, against full sorts", prune.mask_against_sorts, "≥ 4"),
+    Row("mask", "mask, all linears", prune.mask, "< 1 s"),
     Row("perplexity", PERPLEXITY, evaluate.perplexity, "≥ 0.8", "float32"),
     *(
         Row("zero-shot", f"zero-shot {{dtype}}, {what}", measure, goal, dtype)
@@ -71,7 +65,6 @@ ROWS = (
     Row("memory", MEMORY.format("mask"), partial(memory.peak, stage=("mask",)), "< 0.35"),
     Row("memory", MEMORY.format("apply"), partial(memory.peak, stage=("apply",)), "< 0.35"),
     Row("memory", MEMORY.format("perplexity"), partial(memory.peak, stage=("perplexity", "dense")), "< 0.35"),
-    Row("memory", "wait for weights, share of calibrate", memory.wait_for_weights, "< 0.05"),
 )
 # Measured where they are asked for, into results of their own: 10 minutes, 27 GB of disk, and root for the limit.
 ASKED = (

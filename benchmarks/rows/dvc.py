@@ -30,25 +30,6 @@ def _repro_again(bench: Bench) -> float:
     return float(done["wall"])
 
 
-def overhead(bench: Bench) -> Measured:
-    """`dvc repro` from nothing against the time of the commands that it runs."""
-    full = bench.full_repro()
-    inside = full["wall"] / full["inside"] - 1
-    note = f"{full['ran']} commands, model fetched; over the time inside the stages, processes included: {inside:.1%}"
-    return Measured(full["wall"] / full["commands"] - 1, full["wall"], full["commands"], note)
-
-
-def starts(bench: Bench) -> Measured:
-    """`dvc repro` of the default on a tiny model, for which a stage computes for less time than it takes to start."""
-
-    def measure() -> Part:
-        folder = bench.studies.of_a_tiny_model()
-        return bench.runner.run("dvc", "repro", cwd=folder)
-
-    seconds = round(bench.part("dvc repro, tiny model", measure)["wall"], 1)
-    return Measured(seconds, seconds, note="three blocks, 19 stages, five tasks")
-
-
 def further(bench: Bench, key: str) -> Measured:
     """The slowest further experiment against (a); `key` is `inside` the stages, or the `wall` of `dvc repro`."""
     plain = bench.plain("wanda")["wall"]

@@ -14,12 +14,6 @@ def perplexity(bench: Bench, dtype: str) -> Measured:
     return Measured(floor / done["seconds"], done["seconds"], floor, "inside")
 
 
-def perplexity_of_pruned(bench: Bench, dtype: str) -> Measured:
-    """The 50 % model's perplexity in a dtype against float32."""
-    low, high = bench.perplexity_of_pruned(dtype), bench.perplexity_of_pruned("float32")
-    return Measured(abs(low / high - 1), note=f"not seconds: perplexity {low} in {dtype}, {high} in float32")
-
-
 def _items(bench: Bench, dtype: str) -> int:
     return sum(map(len, bench.zero_shot(dtype)["loglikelihoods"].values()))
 

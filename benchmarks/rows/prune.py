@@ -1,4 +1,4 @@
-"""Rows of what it takes to prune: calibrate, the statistics' share of it, the first prune, mask."""
+"""Rows of what it takes to prune: calibrate, the first prune, mask."""
 
 from comparisons import as_timed, at_speed_of, pass_floor
 from measures import Bench
@@ -14,14 +14,6 @@ def calibrate(bench: Bench, dtype: str) -> Measured:
     return Measured(floor / done["seconds"], done["seconds"], floor, note)
 
 
-def statistics(bench: Bench) -> Measured:
-    """What recording the statistics adds to the blocks' own time."""
-    script = bench.runner.script
-    done = bench.part("statistics", lambda: script("inside", "statistics", bench.studies.project()))
-    note = "inside: 16 windows through three blocks, with the recorder and without, in turn"
-    return Measured(done["with"] / done["without"] - 1, done["with"], done["without"], note)
-
-
 def first_prune(bench: Bench, dtype: str) -> Measured:
     """`calibrate`, `mask` and `apply` against (a)."""
     plain, calibrated = bench.plain("wanda"), bench.calibrate(dtype)
@@ -35,9 +27,3 @@ def mask(bench: Bench) -> Measured:
     """The seconds of the stage `mask`."""
     seconds = bench.mask_and_apply("float32", "wanda")["mask"]
     return Measured(seconds, seconds, note="inside the stage, best of three")
-
-
-def mask_against_sorts(bench: Bench) -> Measured:
-    """The choice of all masks against a full stable sort of every row."""
-    done = bench.masks()
-    return Measured(done["sorted"] / done["chosen"], done["chosen"], done["sorted"], "best of three")

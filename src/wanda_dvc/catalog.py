@@ -223,9 +223,6 @@ class Allocation:
     """How the sparsity of each block, or of each linear, follows from the model's."""
 
     name: str  # as params.yaml writes it
-    title: str
-    citation: str
-    link: str
     about: str
     function: str  # `module:function`: (sparsity, sizes of the parts[, ratings][, strength]) → the parts' shares
     rating: str | None  # `module:function`: (weights, BlockStats, Gram matrices) → a part's rating
@@ -250,9 +247,6 @@ ALLOCATIONS = {
     for allocation in (
         Allocation(
             name="uniform",
-            title="uniform",
-            citation="",
-            link="",
             about="the same sparsity in every block",
             function="wanda_dvc.pruning.allocation:uniform",
             rating=None,
@@ -260,9 +254,6 @@ ALLOCATIONS = {
         ),
         Allocation(
             name="slope",
-            title="slope",
-            citation="arithmetic progression",
-            link="",
             about="the sparsity rises by the same amount from block to block",
             function="wanda_dvc.pruning.allocation:slope",
             rating=None,
@@ -271,10 +262,8 @@ ALLOCATIONS = {
             strength_is="rise a block",
         ),
         Allocation(
+            # Yin et al. 2024, arXiv 2310.05175
             name="owl",
-            title="OWL",
-            citation="Yin et al. 2024",
-            link="https://arxiv.org/abs/2310.05175",
             about="blocks with more outlying Wanda scores lose less",
             function="wanda_dvc.pruning.allocation:owl",
             rating="wanda_dvc.pruning.ratings:outlier_rating",
@@ -283,10 +272,8 @@ ALLOCATIONS = {
             strength_is="λ, half the range of sparsities",
         ),
         Allocation(
+            # layer sensitivity allocation, ICLR 2026, openreview.net/forum?id=xq3lza5IjN
             name="lsa",
-            title="LSA",
-            citation="layer sensitivity allocation, ICLR 2026",
-            link="https://openreview.net/forum?id=xq3lza5IjN",
             about="blocks differ by the error of a greedy pruning of each",
             function="wanda_dvc.pruning.allocation:lsa",
             rating="wanda_dvc.pruning.ratings:greedy_rating",
@@ -295,16 +282,14 @@ ALLOCATIONS = {
             strength_is="β, half the range of sparsities",
         ),
         Allocation(
+            # Fisher information of outputs, as in K-FAC, Martens and Grosse 2015, arXiv 1503.05671
             name="fisher",
-            title="Fisher",
-            citation="Fisher information of outputs, as in K-FAC, Martens and Grosse 2015",
-            link="https://arxiv.org/abs/1503.05671",
             about="each linear loses what scores below one threshold for the model, |W| · ‖X‖₂ · the root of its "
             "output's Fisher information",
             function="wanda_dvc.pruning.allocation:fisher",
             rating="wanda_dvc.pruning.ratings:fisher_rating",
             needs="fisher",
-            strengths=(("1", 0.5),),
+            strengths=(("1", 0.2),),
             strength_is="the most that a linear's sparsity differs from the model's; none is above 0.97",
             by_linear=True,
         ),
@@ -317,9 +302,6 @@ class Reconstruction:
     """What happens to the weights that stay."""
 
     name: str  # as params.yaml writes it
-    title: str
-    citation: str
-    link: str
     about: str
     # `module:function`: (weight [out, in], keep, Prepared[, the Gram matrix of its output's gradients]) → Solved; None:
     # the weights that stay keep their values.
@@ -334,18 +316,13 @@ RECONSTRUCTIONS = {
     for reconstruction in (
         Reconstruction(
             name="none",
-            title="none",
-            citation="",
-            link="",
             about="they keep their values",
             function=None,
             kept="Nothing was trained afterwards: all other weights are the dense model's, bit for bit.",
         ),
         Reconstruction(
+            # Meng et al. 2024, ALPS, arXiv 2406.07831
             name="least-squares",
-            title="least squares",
-            citation="Meng et al. 2024, ALPS",
-            link="https://arxiv.org/abs/2406.07831",
             about="conjugate gradients: each linear's output comes as near to the dense one as its mask allows",
             function="wanda_dvc.pruning.solvers:least_squares",
             kept="The other weights of each linear were solved for, so that its output on the calibration text comes "
@@ -353,10 +330,8 @@ RECONSTRUCTIONS = {
             "bit.",
         ),
         Reconstruction(
+            # van der Ouderaa et al. 2024, LLM Surgeon, arXiv 2312.17244
             name="fisher",
-            title="Fisher least squares",
-            citation="van der Ouderaa et al. 2024, LLM Surgeon",
-            link="https://arxiv.org/abs/2312.17244",
             about="least squares whose errors count by what they cost the loss, and whose rows make up for one another "
             "",
             function="wanda_dvc.pruning.solvers:fisher_least_squares",
@@ -366,20 +341,16 @@ RECONSTRUCTIONS = {
             by_gradients=True,
         ),
         Reconstruction(
+            # Frantar and Alistarh 2023, arXiv 2301.00774
             name="sparsegpt",
-            title="SparseGPT's update",
-            citation="Frantar and Alistarh 2023",
-            link="https://arxiv.org/abs/2301.00774",
             about="input by input, the weights to the right make up for each one that goes",
             function="wanda_dvc.pruning.solvers:sparsegpt_update",
             kept="The other weights of each linear were updated while weights were removed; nothing was trained. "
             "Embeddings, norms and output head are the dense model's, bit for bit.",
         ),
         Reconstruction(
+            # arXiv 2510.14444
             name="block",
-            title="block training",
-            citation="arXiv 2510.14444",
-            link="https://arxiv.org/abs/2510.14444",
             about="least squares, then each block is trained for a moment so that its output meets the dense block's "
             "(with `propagation` `corrected` or `pruned`)",
             function="wanda_dvc.pruning.solvers:least_squares",

@@ -306,14 +306,14 @@ def reconstruct(
             if name not in keep:
                 continue
             pruned = prune_linear(
-                source.weight(name).cpu(),
+                source.weight(name),
                 keep[name],
                 prepared,
                 reconstruction=row,
                 gradients=back.get(name),
                 transposed=name in grams.transposed,
             )
-            made[name] = pruned.weight
+            made[name] = pruned.weight.cpu()
             if pruned.error is not None and pruned.masked is not None:
                 told[name] = {"error": pruned.error, "masked": pruned.masked} | pruned.solved
     with torch.no_grad():

@@ -5,12 +5,12 @@ Read as DVC reads it, YAML 1.2: in YAML 1.1 an unquoted `2:4` is the number 124.
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -387,38 +387,6 @@ def check_params(content: object) -> Params:
         return Params.model_validate(content)
     except ValidationError as error:
         raise UserError(*(_explain(problem) for problem in error.errors())) from None
-
-
-# Properties of `Params`, and the settings that each follows from; a stage that depends on the first may read it.
-DERIVED = {
-    "share": ("sparsity", "pattern"),
-    "plan": ("recipe", *CHOICES, "allocation_strength", "sparsity", "pattern"),
-}
-
-
-class Limited:
-    """Settings of which only some may be read; reading another one raises AttributeError, a defect of ours."""
-
-    def __init__(self, section: BaseModel, allowed: Collection[str], prefix: str, read: set[str]) -> None:
-        self._section, self._allowed, self._prefix, self.read = section, allowed, prefix, read
-
-    def __getattr__(self, name: str) -> Any:
-        """Return a setting that is allowed, or a section with one in it."""
-        dotted, value = self._prefix + name, getattr(self._section, name)
-        if name in DERIVED and DERIVED[name][0] in self._allowed:
-            self.read.update(set(DERIVED[name]).intersection(self._allowed))
-            return value
-        if dotted in self._allowed or dotted == "runtime":
-            self.read.add(dotted)
-            return value
-        if any(setting.startswith(f"{dotted}.") for setting in self._allowed):
-            return Limited(value, self._allowed, f"{dotted}.", self.read)
-        raise AttributeError(f"{dotted} is not among this stage's settings: {', '.join(self._allowed)}, runtime")
-
-
-def limit(params: Params, allowed: Collection[str]) -> Params:
-    """Return a view of settings that shows those allowed, by dotted name, and `runtime`."""
-    return cast(Params, Limited(params, allowed, "", set()))
 
 
 def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -139,6 +139,11 @@ class Plan:
         return self.propagates and self.reconstruction.by_gradients
 
     @property
+    def masks_read_fisher(self) -> bool:
+        """Whether masks follow from anything in stats/fisher."""
+        return self.masks_read_sums or self.masks_read_gradients
+
+    @property
     def weights_come_from(self) -> str | None:
         """The artifact that the weights which stay come from: `weights`, `gram`, or None, the dense model."""
         return None if not self.solves else "weights" if self.propagates else "gram"

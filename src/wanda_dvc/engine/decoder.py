@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from wanda_dvc.engine import attention, recorder
+from wanda_dvc.engine import accelerator, attention, recorder
 from wanda_dvc.engine.calls import Call, CallCache, calls_bytes, equal_calls
 from wanda_dvc.engine.checkpoint import Checkpoint, Source
 from wanda_dvc.engine.memory import keep_freed_memory
@@ -57,8 +57,13 @@ class Decoder:
         faster = dtype is torch.float32 and device.type == "cpu" and products.install(self.model)
         self._ours_for_windows = (faster or attention.is_faster(dtype, device)) and self._attends_alike()
 
+    @property
+    def one_of_each_kind(self) -> list[int]:
+        """The first block of each kind, in order: a later block may read what an earlier one hands on."""
+        return sorted({self._kind(index): index for index in reversed(range(len(self.blocks)))}.values())
+
     def block(self, index: int, then: int | None = None) -> contextlib.AbstractContextManager[nn.Module]:
-        """One block with its weights; it is empty again afterwards. `then` comes after it; None: the next one."""
+        """`Weights.loaded`."""
         return self.weights.loaded(index, then)
 
     def linears(self, index: int) -> dict[str, Linear]:
@@ -98,7 +103,7 @@ class Decoder:
         if self.device.type != "cuda":
             return 0
         blocks = [sum(x.numel() for x in block.parameters()) * self.dtype.itemsize for block in self.blocks]
-        return max(0, torch.cuda.mem_get_info(self.device)[0] - 2 * max(blocks)) // 2
+        return max(0, accelerator.free_memory(self.device) - 2 * max(blocks)) // 2
 
     def together(self, row: Row) -> int:
         """How many rows of this length go through a block together: as many as fill a card, and one on a CPU."""
@@ -172,7 +177,8 @@ class Decoder:
         self, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
     ) -> Float[Tensor, "1 length width"]:
         """The gradient, by the hidden states after the last block, of the summed loss of all tokens but the first."""
-        targets, gradient = tokens[1:].to(self.device), torch.zeros(hidden.shape, device=self.device)
+        tokens = tokens.to(self.device)
+        targets, gradient = tokens[1:], torch.zeros(hidden.shape, device=self.device)
         for positions in self._chunks(len(targets)):
             given = hidden[:, positions].to(self.device).detach().requires_grad_()
             with torch.enable_grad():
@@ -210,10 +216,9 @@ class Decoder:
             choice=torch.tensor([0] * 8 + [1] * 2 + [2] * 3 + [0] * 7 + [1] * 2 + [2] * 2),
         )
         parts = [[*range(8), 8, 9], [*range(8), 10, 11, 12], [*range(13, 20), 20, 21], [*range(13, 20), 22, 23]]
-        with self._windows_by(ours=False):
-            alone = [self._through(Row(tokens[part])) for part in parts]
         try:
-            together = self._through(Row(tokens, layout))
+            with self._windows_by(ours=False):
+                *alone, together = self._through([*(Row(tokens[part]) for part in parts), Row(tokens, layout)])
         except (TypeError, ValueError, RuntimeError):  # attention of its own, incompatible with ours
             return False
         return self._close(torch.cat(alone), torch.cat([together[part] for part in parts]))
@@ -313,7 +318,7 @@ class Decoder:
     def _extra_outputs(self) -> tuple[None, ...] | None:
         """The Nones that a block returns after the hidden states; None where it returns the hidden states alone."""
         hidden, call = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
-        with self.block(0) as block:
+        with self.block(0, then=0) as block:
             out = block(hidden, *call.args, **call.kwargs)
         if not isinstance(out, (tuple, list)):
             return None
@@ -340,28 +345,27 @@ class Decoder:
     def _attends_alike(self) -> bool:
         """Whether each kind of block computes the same with our attention as with the model's own."""
         row = Row(torch.arange(24) % 7)
-        first = {self._kind(index): index for index in reversed(range(len(self.blocks)))}
-        one_of_each_kind = sorted(first.values())  # a later block may read what an earlier one hands on
         outs: list[list[Tensor]] = []
         for ours in (False, True):
             with self._windows_by(ours=ours), contextlib.suppress(TypeError, ValueError, RuntimeError, UserError):
                 hidden, made = self.embed(row), []
                 self.calls(row)
-                for index in one_of_each_kind:
+                for index in self.one_of_each_kind:
                     with self.block(index, then=-1):
                         made.append(self.run(index, hidden, row))
                 outs.append(made)
         return len(outs) == 2 and all(map(self._close, *outs))
 
     @torch.no_grad()
-    def _through(self, row: Row) -> Float[Tensor, "length width"]:
-        """One row through all blocks."""
-        self.calls(row)
-        hidden = self.embed(row)
+    def _through(self, rows: list[Row]) -> list[Float[Tensor, "_ width"]]:
+        """Some rows through all blocks, each of which is read once."""
+        for row in rows:
+            self.calls(row)
+        hidden = [self.embed(row) for row in rows]
         for index in range(len(self.blocks)):
             with self.block(index):
-                hidden = self.run(index, hidden, row)
-        return hidden[0]
+                hidden = [self.run(index, x, row) for x, row in zip(hidden, rows, strict=True)]
+        return [x[0] for x in hidden]
 
     def _close(self, one: Tensor, other: Tensor) -> bool:
         """Whether two ways of computing hidden states agree up to the rounding of the dtype."""

@@ -4,7 +4,7 @@ Every row goes forward through all blocks and back through all blocks, one block
 each block and the gradients between two blocks wait in files, so an interrupted run resumes at the last finished block.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -68,10 +68,12 @@ class BackwardPass:
         lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
         self.decoder, self.rows, self.order = decoder, rows, block_order(blocks)
         width = decoder.model.config.get_text_config().hidden_size
+        places = {"device": decoder.device, "room": decoder.room() // (blocks + 3)}  # of each, by their number
         self._before = [
-            HiddenStates.open(folder / f"before_{n:03d}", lengths, width, decoder.dtype, 0) for n in range(blocks + 1)
+            HiddenStates.open(folder / f"before_{n:03d}", lengths, width, decoder.dtype, 0, **places)
+            for n in range(blocks + 1)
         ]
-        self._gradients = HiddenStates.open(folder / "gradients", lengths, width, torch.float32, blocks)
+        self._gradients = HiddenStates.open(folder / "gradients", lengths, width, torch.float32, blocks, **places)
         whole = 0 if kept == -1 else next((n for n, x in enumerate(self._before) if x.finished < 0), blocks + 1)
         for states in self._before[whole:]:
             states.finished = -1
@@ -101,18 +103,39 @@ class BackwardPass:
             self._before[index + 1].write(decoder.run(index, x[None].to(decoder.device), row)[0] for x, row in waiting)
             return
         if self._gradients.finished < 0:
-            last = zip(self._before[-1].before, self.rows, strict=True)
-            self._gradients.write(decoder.loss_gradient(x[None], row.tokens)[0] for x, row in last)
+            self._gradients.write(loss_gradients(decoder, self.rows, self._before[-1].before))
             self._gradients.finish_block()
-        with recorder.recording(decoder.linears(index), decoder.uncalled(index)):
-            coming = zip(self._before[index].before, self._gradients.before, self.rows, strict=True)
-            self._gradients.write(_back(decoder, index, *one) for one in coming)
+        coming = zip(self._before[index].before, self._gradients.before, self.rows, strict=True)
+        self._gradients.write(back(decoder, index, coming, recorder))
 
     def finish_block(self) -> None:
         """Finish the block: the next one reads what it has written."""
         blocks = len(self.decoder.blocks)
         (self._before[self.finished + 1] if self.finished < blocks else self._gradients).finish_block()
         self.finished += 1
+
+
+def loss_gradients(
+    decoder: Decoder, rows: Sequence[Row], last: Sequence[Float[Tensor, "_ width"]]
+) -> Iterator[Float[Tensor, "_ width"]]:
+    """Yield the gradient of each row's loss by its hidden states after the last block."""
+    for states, row in zip(last, rows, strict=True):
+        yield decoder.loss_gradient(states[None], row.tokens)[0]
+
+
+def back(
+    decoder: Decoder,
+    index: int,
+    coming: Iterable[tuple[Float[Tensor, "_ width"], Float[Tensor, "_ width"], Row]],
+    recorder: GradientRecorder,
+) -> Iterator[Float[Tensor, "_ width"]]:
+    """Yield the gradient of each row's loss by its hidden states before a block, of which `coming` has each row's.
+
+    With them come the gradients by those after the block. A recorder sees the gradients of outputs.
+    """
+    with recorder.recording(decoder.linears(index), decoder.uncalled(index)):
+        for states, gradient, row in coming:
+            yield _back(decoder, index, states, gradient, row)
 
 
 def _back(

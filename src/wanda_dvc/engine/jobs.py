@@ -1,4 +1,4 @@
-"""Jobs that stand for themselves: none needs what another one makes. Done here, or by workers (`engine.pool`)."""
+"""Jobs are independent of each other. This process runs them, or the tasks of a cluster do (`engine.cluster`)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -9,37 +9,37 @@ import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
-Job = Callable[[torch.device, T], R]  # of a job: the device to compute on, and what is asked
+Job = Callable[[torch.device, T], R]  # of a job: the device to compute on, and its input
 
 
 @dataclass(frozen=True)
 class Ask(Generic[T]):
-    """What a job is asked."""
+    """The input of a job."""
 
     name: str  # in messages
-    whole: T  # with all that it reads
-    named: T  # the same for those who have the files and read them
+    whole: T  # with all that the job reads
+    named: T  # the same, where the files that the job reads are on every node
 
 
 class Jobs(ABC):
-    """Does jobs."""
+    """Runs jobs."""
 
     @abstractmethod
     def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
-        """What a function makes of each thing asked, in order. A few are taken from `asked` ahead."""
+        """Yield what a function returns for each input, in order. A few are taken from `asked` ahead."""
 
 
 @dataclass(frozen=True)
 class LocalJobs(Jobs):
-    """Does jobs in this process."""
+    """Runs jobs in this process."""
 
     device: torch.device
 
     def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
-        """What a function makes of each thing asked."""
+        """Yield what a function returns for each input."""
         return (function(self.device, one.whole) for one in asked)
 
 
 def solving_device(device: torch.device) -> torch.device:
-    """Return where masks are chosen and solvers run: on a card, or on the host, which alone has float64."""
+    """Return where masks are chosen and solvers run: on a GPU, or on the host, which alone has float64."""
     return device if device.type == "cuda" else torch.device("cpu")

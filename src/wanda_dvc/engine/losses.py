@@ -15,12 +15,12 @@ from wanda_dvc.reading import DIVERGED
 
 def window_loss(decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]) -> float:
     """Mean cross-entropy, in nats, of each token but the first given those before it."""
-    targets = tokens[1:].to(decoder.device)
-    total = 0.0
+    tokens = tokens.to(decoder.device)
+    targets, losses = tokens[1:], []
     for positions, logits in decoder.logits(hidden, tokens):
         wanted = targets[positions.start : positions.stop]  # one fewer in the last chunk: it predicts past the end
-        total += torch.nn.functional.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum").item()
-    return total / len(targets)
+        losses.append(torch.nn.functional.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum"))
+    return float(sum(torch.stack(losses).tolist())) / len(targets)
 
 
 def window_losses(

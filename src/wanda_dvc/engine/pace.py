@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.config import read_config
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.jobs import solving_device
@@ -100,8 +101,7 @@ def _seconds(run: Callable[[], object]) -> float:
     while not spent or spent < ENOUGH:
         began = time.perf_counter()
         run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        accelerator.wait()
         taken = time.perf_counter() - began
         fastest, spent = min(fastest, taken), spent + taken
     return fastest

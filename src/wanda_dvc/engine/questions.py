@@ -133,7 +133,7 @@ def predict(
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
         states = torch.stack([hidden[group[0][0]][group[0][1]] for group in part])[None]
-        ((_, logits),) = decoder.logits(states, torch.zeros(len(part), dtype=torch.long))
+        ((_, logits),) = decoder.logits(states, torch.zeros(len(part), dtype=torch.long, device=decoder.device))
         logprobs = logits.float().log_softmax(dim=-1)
         likeliest = logprobs.argmax(dim=-1).tolist()
         found = [(at, index, target) for at, group in enumerate(part) for _, _, index, target in group]

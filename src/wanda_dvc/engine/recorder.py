@@ -3,9 +3,9 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -87,11 +87,16 @@ class Sums:
 
     def check_finite(self, block: int) -> None:
         """Raise UserError where an input's sums of squares are not finite, though its activations may be."""
-        for name, x in self.stats.items():
-            if not x.sum_squares.isfinite().all():
-                raise UserError(
-                    f"block {block}, input of {name}: sums of squares that are not finite, expected finite ones; {MEND}"
-                )
+        if name := _not_finite({name: x.sum_squares for name, x in self.stats.items()}):
+            raise UserError(
+                f"block {block}, input of {name}: sums of squares that are not finite, expected finite ones; {MEND}"
+            )
+
+
+def _not_finite(sums: dict[str, Tensor]) -> str | None:
+    """Return the first name whose sums are not finite. The host waits for a GPU once."""
+    finite = torch.stack([x.isfinite().all() for x in sums.values()]).tolist() if sums else []
+    return next((name for name, is_finite in zip(sums, finite, strict=True) if not is_finite), None)
 
 
 def _merge(own: dict[str, Any], other: dict[str, Any]) -> None:
@@ -209,12 +214,15 @@ class CrossRecorder(InputRecorder):
 class Gradients:
     """Sums over some rows of the gradients by a block's outputs of linears. Sums of several rows merge.
 
+    A token's gradient ∂ℓ/∂y is multiplied by the norm of what the linear reads at that token, ‖x‖: the token's gradient
+    by the weights is (∂ℓ/∂y) xᵀ.
+
     A linear without a gradient has none, as an expert that no token is sent to, or only last ones, which predict
     nothing.
     """
 
-    sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ (∂ℓ/∂y)² over all tokens
-    grams: dict[str, Gram] = field(default_factory=dict)  # Σ (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, whose diagonal that is; where asked for
+    sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)² over all tokens
+    grams: dict[str, Gram] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, with that diagonal; where asked for
 
     def merge(self, other: "Gradients") -> None:
         """Add the sums of other rows."""
@@ -228,12 +236,10 @@ class Gradients:
 
     def check_finite(self, model: object, block: int) -> None:
         """Raise UserError where a gradient was not finite."""
-        for name, sums in self.sums.items():
-            if not sums.isfinite().all():
-                raise UserError(
-                    f"{model}: block {block}, output of {name}: gradients that are not finite, "
-                    f"expected finite ones; {MEND}"
-                )
+        if name := _not_finite(self.sums):
+            raise UserError(
+                f"{model}: block {block}, output of {name}: gradients that are not finite, expected finite ones; {MEND}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -242,6 +248,7 @@ class GradientRecorder(Gradients):
 
     gram: bool = False  # keep the Gram matrices too
     linears: dict[str, Linear] = field(default_factory=dict)
+    _tokens: dict[str, Tensor] = field(default_factory=dict)  # of the passes that had a gradient, on the device
 
     @contextlib.contextmanager
     def recording(self, linears: dict[str, Linear], uncalled: Collection[str] = ()) -> Iterator[None]:
@@ -250,23 +257,37 @@ class GradientRecorder(Gradients):
 
         with _watching(linears, uncalled, _after(self._see), self._see):
             yield
+        self._finish()
 
-    def _see(self, names: list[str], _: Tensor, y: Tensor | None, tokens: slice, turned: bool = False) -> None:
+    def _see(self, names: list[str], x: Tensor, y: Tensor | None, tokens: slice, turned: bool = False) -> None:
         if y is not None and y.requires_grad:
-            y.register_hook(partial(self._add, names, tokens, turned))
 
-    def _add(self, names: list[str], tokens: slice, turned: bool, gradient: Float[Tensor, "... out"]) -> None:
-        gradient = (gradient.mT if turned else gradient).flatten(0, -2)[tokens].float()
-        sums = gradient.square().sum(dim=0).cpu().double()
+            def rows(tensor: Tensor) -> Tensor:
+                return (tensor.detach().mT if turned else tensor.detach()).flatten(0, -2)[tokens].float()
+
+            norms = rows(x).norm(dim=1, keepdim=True)
+            y.register_hook(lambda gradient: self._add(names, rows(gradient).mul(norms)))
+
+    def _add(self, names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
+        where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator knows float64
+        sums = gradient.square().sum(dim=0).to(where).double()
         for name in names:
             rows = slice(*(self.linears[name].part.rows or (None,)))
             own = sums[rows]
-            if not own.any():
-                continue
+            count = own.any() * len(gradient)
+            self._tokens[name] = self._tokens[name] + count if name in self._tokens else count
             self.sums[name] = self.sums[name] + own if name in self.sums else own.clone()
             if self.gram:
-                where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator knows float64
                 self.grams.setdefault(name, Gram.empty(len(own), where)).add(gradient[:, rows].to(where))
+
+    def _finish(self) -> None:
+        """Drop linears without a gradient, count the tokens of the others, and take the sums into main memory."""
+        tokens = torch.stack(list(self._tokens.values())).tolist() if self._tokens else []
+        reached = {name: count for name, count in zip(self._tokens, tokens, strict=True) if count}
+        self.sums = {name: self.sums[name].cpu() for name in reached}
+        self.grams = {name: self.grams[name] for name in reached if name in self.grams}
+        for name, gram in self.grams.items():
+            gram.count = reached[name]
 
 
 ALL = slice(None)

@@ -1,4 +1,4 @@
-"""The interface of a walk: rows run in this process (`engine.walk`) or on workers (`engine.pool`)."""
+"""The interface of a walk: rows run in this process (`engine.walk`) or as tasks (`engine.cluster`)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,7 +52,7 @@ class Step(ABC):
 
 
 class Runner(Jobs):
-    """Runs the rows of one walk, and does jobs between its steps."""
+    """Runs the rows of one walk, and jobs between its steps."""
 
     decoder: Decoder  # in this process: the model's structure, and what is in no block
 

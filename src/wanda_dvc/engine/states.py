@@ -150,6 +150,23 @@ class HiddenStates:
         return [staying.get(row, waiting[row]) for row in rows]
 
 
+@dataclass
+class ShardStates:
+    """The hidden states of a shard before and after a block, in memory: what a task is given, and what it returns."""
+
+    before: list[Float[Tensor, "_ width"]]
+    not_finite: str | None = None
+    _after: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def after(self, rows: range) -> list[Float[Tensor, "_ width"]]:
+        """The hidden states of some rows after the block, once they are written."""
+        return [self._after[row] for row in rows]
+
+    def write(self, rows: Iterable[Float[Tensor, "_ width"]], *, first: int = 0) -> None:
+        """Keep the hidden states after the block, from one row on."""
+        self._after |= {number: row.cpu() for number, row in enumerate(rows, first)}
+
+
 def not_finite(work: Path) -> str | None:
     """Where a walk's hidden states first were not finite; None where they all are."""
     found = load_progress(work).get("not_finite")

@@ -21,7 +21,7 @@ from wanda_dvc.engine.jobs import Ask, Job, LocalJobs, R, T, solving_device
 from wanda_dvc.engine.recorder import CrossRecorder, Gradients, InputRecorder, Recorded, Sums, finding_not_finite
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Step, report_resumed
-from wanda_dvc.engine.states import HiddenStates, not_finite
+from wanda_dvc.engine.states import HiddenStates, ShardStates, not_finite
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
 from wanda_dvc.errors import MEND, UserError
@@ -93,6 +93,7 @@ class LocalRunner(Runner):
     decoder: Decoder
     work: Path  # where the hidden states wait
     _rows: list[Row] = field(default_factory=list, init=False)
+    _states: HiddenStates | None = field(default=None, init=False)  # of the walk, where it ran in this process
 
     @property
     def not_finite(self) -> str | None:
@@ -103,8 +104,11 @@ class LocalRunner(Runner):
         self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, changes: Changes | None = None
     ) -> Iterator["LocalStep"]:
         """All rows through all blocks. Without hidden states it starts again, and needs no changes."""
-        self._rows = as_rows(rows)
-        return walk(self.decoder, self._rows, self.work, kept=kept, with_dense=with_dense)
+        self._rows, self._states = as_rows(rows), None
+        for step in walk(self.decoder, self._rows, self.work, kept=kept, with_dense=with_dense):
+            assert isinstance(step.states, HiddenStates)
+            self._states = step.states
+            yield step
 
     def backward(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
         """All rows through all blocks and back."""
@@ -112,7 +116,9 @@ class LocalRunner(Runner):
 
     def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
         """What a function makes of some shards' last hidden states."""
-        hidden = outputs(self.decoder, self._rows, self.work)
+        states = self._states  # on a GPU that has room for them, they do not cross the link again
+        done = states is not None and states.finished == len(self.decoder.blocks)
+        hidden = states.before if states and done else outputs(self.decoder, self._rows, self.work)
         for number, shard in enumerate(shards.cut(len(self._rows))):
             if number in asked:
                 place = slice(shard.start, shard.stop)
@@ -130,7 +136,7 @@ class LocalStep(Step):
     decoder: Decoder
     index: int
     rows: list[Row]
-    states: HiddenStates
+    states: HiddenStates | ShardStates
     own: range  # all rows, or those after the dense model's
     starts: frozenset[int]  # the first row of each shard
     _own: set[tuple[nn.Module, str]] = field(default_factory=set, init=False, repr=False)
@@ -167,14 +173,14 @@ class LocalStep(Step):
         return recorder
 
     def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Every own row through this block once more, with the weights that masks keep, and then with others."""
-        self.prune(keeps)
+        """Every own row through this block once more, with `weights`, and of other linears those that masks keep."""
+        self.prune({name: keeps[name] for name in keeps if name not in weights})
         self.replace(weights)
         self.advance(rows=self.own)
 
     def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
         """The block's weights after a training on the masks that begins with other weights; the block has those."""
-        self.prune(keeps)
+        self.prune({name: keeps[name] for name in keeps if name not in weights})
         self.replace(weights)
         start = self.own.start
         return training.train(
@@ -255,7 +261,7 @@ class LocalStep(Step):
     def _outputs(
         self, recorder: InputRecorder | None, groups: list[range], dense: range | None
     ) -> Iterator[Float[Tensor, "length width"]]:
-        every = self.states.before
+        every, finite = self.states.before, list[Tensor]()
         for place, group in enumerate(groups):
             if dense is not None and isinstance(recorder, CrossRecorder):
                 number = dense[place]
@@ -263,17 +269,25 @@ class LocalStep(Step):
                     self.decoder.run(self.index, self._together(every, range(number, number + 1)), self.rows[number])
             before, row = self._together(every, group), self.rows[group.start]
             after = self.decoder.run(self.index, before, row)
-            if self.states.not_finite is None and not after.isfinite().all():
-                first = int(after.isfinite().flatten(1).all(dim=1).logical_not().nonzero()[0])
-                self.states.not_finite = self._first_not_finite(before[first], row)
-            if recorder and self.states.not_finite:
-                raise UserError(
-                    f"{self.decoder.checkpoint}: {self.states.not_finite}: activations that are not finite, "
-                    f"expected finite ones; {MEND}"
-                )
+            finite += [x.isfinite().all() for x in after]
             yield from after
             if recorder:
                 recorder.end_window()
+        self._check_finite([number for group in groups for number in group], finite)
+        if recorder and self.states.not_finite:
+            raise UserError(
+                f"{self.decoder.checkpoint}: {self.states.not_finite}: activations that are not finite, "
+                f"expected finite ones; {MEND}"
+            )
+
+    def _check_finite(self, rows: list[int], finite: list[Tensor]) -> None:
+        """Keep what first was not finite. The host waits for a GPU here, once for all rows."""
+        if self.states.not_finite is None and rows:
+            found = torch.stack(finite).tolist()
+            if not all(found):
+                number = rows[found.index(False)]
+                before = self._together(self.states.before, range(number, number + 1))
+                self.states.not_finite = self._first_not_finite(before[0], self.rows[number])
 
     def _first_not_finite(self, before: Float[Tensor, "length width"], row: Row) -> str:
         """What first gave a number that is not finite, as this row goes through the block once more."""

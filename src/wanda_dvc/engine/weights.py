@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wanda_dvc.engine.accelerator import Copies
 from wanda_dvc.engine.check import check_parts, missing
 from wanda_dvc.engine.checkpoint import Source
 from wanda_dvc.engine.memory import empty_weight
@@ -29,7 +30,7 @@ class Weights:
         check_parts(model, checkpoint, self._parts)
         self._empty = [dict(block.named_parameters()) for block in self.blocks]
         self._reader = ThreadPoolExecutor(max_workers=1)
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = Copies(device)
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._load_rest()
 
@@ -68,21 +69,28 @@ class Weights:
 
     @contextlib.contextmanager
     def loaded(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
-        """One block with its weights; it is empty again afterwards. `then` comes after it; None: the next one."""
+        """One block with its weights; it is empty again afterwards.
+
+        `then` comes after it; None: the next one. Where that is the same block again, it is not read again.
+        """
         tensors = self._take(index, index + 1 if then is None else then)
         for name, tensor in tensors.items():
             set_parameter(self.blocks[index], name, tensor)
-        del tensors
+        if then != index:
+            tensors = {}  # the memory of a parameter that is replaced is free at once
         try:
             yield self.blocks[index]
         finally:
             for name, parameter in self._empty[index].items():
                 set_parameter(self.blocks[index], name, parameter)
+            if then == index:
+                self._ahead = index, Future()
+                self._ahead[1].set_result(tensors)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """A block's tensors from the checkpoint. On a GPU the current block does not wait for the copy."""
         prefix = f"{self.blocks_name}.{index}."
-        with torch.cuda.stream(self._copies):  # no-op for None
+        with self._copies.running():
             tensors = self._read({prefix + name: parameter for name, parameter in self._empty[index].items()})
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
@@ -91,12 +99,10 @@ class Weights:
         if self._ahead is not None and self._ahead[0] == index:
             tensors, self._ahead = self._ahead[1].result(), None
         else:
+            if self._ahead is not None and self._ahead[0] != then:
+                self._ahead = None  # its memory is free before more is read
             tensors = self.read_block(index)
-        if self._copies is not None:
-            computing = torch.cuda.current_stream(self.device)
-            computing.wait_stream(self._copies)
-            for tensor in tensors.values():
-                tensor.record_stream(computing)  # its memory is not reused while the stream computes with it
+        self._copies.finish(tensors.values())
         if 0 <= then < len(self.blocks) and then != index and (self._ahead is None or self._ahead[0] != then):
             self._ahead = then, self._reader.submit(self.read_block, then)
         return tensors
@@ -124,10 +130,9 @@ class Weights:
         """A tensor in the dtype of a parameter, on the device."""
         if tensor.shape != parameter.shape:
             raise UserError(f"{self.checkpoint}: {name} is {list(tensor.shape)}, expected {list(parameter.shape)}")
-        if self.device.type == "cuda" and tensor.device.type == "cpu":  # only from pinned memory do copies overlap
-            tensor = tensor.pin_memory()
         if (tensor.device, tensor.dtype) != (self.device, parameter.dtype):
-            tensor = empty_weight(parameter.shape, parameter.dtype, self.device).copy_(tensor, non_blocking=True)
+            source = self._copies.source(tensor)
+            tensor = empty_weight(parameter.shape, parameter.dtype, self.device).copy_(source, non_blocking=True)
         return tensor
 
     def _load_rest(self) -> None:

@@ -37,20 +37,38 @@ def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int
             f"calibration text: {len(tokens)} tokens, expected more than {length} (calibration.length); "
             "take a longer text or shorter windows"
         )
+    starts = _starts(tokens, samples=samples, length=length, seed=seed)
+    return torch.stack([tokens[start : start + length] for start in starts.tolist()])
+
+
+def between(
+    tokens: Int[Tensor, " tokens"], *, windows: int, samples: int, length: int, seed: int
+) -> list[Int[Tensor, " length"]]:
+    """Return the first windows of the text that share no token with those of `draw`; fewer where the text is short."""
+    found, end = list[Tensor](), 0
+    for start in [*_starts(tokens, samples=samples, length=length, seed=seed).sort().values.tolist(), len(tokens)]:
+        found += tokens[end:start].split(length)[: (start - end) // length] if start > end else ()
+        end = max(end, start + length)
+    return found[:windows]
+
+
+def _starts(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int) -> Int[Tensor, " samples"]:
     rng = random.Random(seed)
-    starts = [rng.randint(0, len(tokens) - length - 1) for _ in range(samples)]
-    return torch.stack([tokens[start : start + length] for start in starts])
+    return torch.tensor([rng.randint(0, len(tokens) - length - 1) for _ in range(samples)])
 
 
-def draw_from_documents(
+def draw_from_documents(  # noqa: PLR0913 - the documents, and how many windows of which size
     documents: Sequence[str],
     tokens_of: Callable[[str], Tensor],
     *,
     samples: int,
     length: int,
     seed: int,
-) -> Int[Tensor, "samples length"]:
+    held_out: int = 0,
+) -> Int[Tensor, "windows length"]:
     """Windows within documents, drawn as the Wanda authors draw them from C4.
+
+    After the samples come `held_out` windows, of documents that no sample is from; fewer where there are no others.
 
     For each sample, from one generator:
 
@@ -62,28 +80,35 @@ def draw_from_documents(
     first word. And the search ends where no document is long enough.
     """
     extra = len(tokens_of("")) + 1
-    too_short: set[int] = set()
+    excluded: set[int] = set()  # too short, or not held out
+    drawn: set[int] = set()
     rng = random.Random(seed)
 
-    def next_document() -> Tensor:
-        while len(too_short) < len(documents):
+    def next_document() -> Tensor | None:
+        while len(excluded) < len(documents):
             index = rng.randint(0, len(documents) - 1)
-            if index in too_short:
+            if index in excluded:
                 continue
             document = documents[index]
             if len(document.encode("utf-8")) + extra > length and len(tokens := tokens_of(document)) > length:
+                drawn.add(index)
                 return tokens
-            too_short.add(index)
+            excluded.add(index)
+        return None
+
+    windows: list[Tensor] = []
+    for number in range(samples + held_out):
+        excluded |= drawn if number >= samples else set()
+        tokens = next_document()
+        if tokens is None:
+            break
+        start = rng.randint(0, len(tokens) - length - 1)
+        windows.append(tokens[start : start + length])
+    if len(windows) < samples:
         raise UserError(
             f"calibration text: none of its {len(documents)} documents has more than {length} tokens "
             "(calibration.length); take shorter windows or another text"
         )
-
-    windows = []
-    for _ in range(samples):
-        tokens = next_document()
-        start = rng.randint(0, len(tokens) - length - 1)
-        windows.append(tokens[start : start + length])
     return torch.stack(windows)
 
 

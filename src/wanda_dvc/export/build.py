@@ -111,35 +111,29 @@ def _take_workspace(project: Project, study: Project) -> None:
 def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     """Take an experiment out of git and the cache."""
     revision = Revision.open(project, experiment, otherwise="`wanda-dvc export DIRECTORY` takes the workspace")
+
+    def take(part: str, what: str) -> None:
+        if not revision.take_whole(part, study):
+            raise UserError(
+                f"{experiment}: {what} not in DVC's cache, expected all of {part}/; `dvc pull --all-commits` fetches "
+                f"it where a remote has it, `dvc exp apply {experiment}` and `dvc exp run` make it again"
+            )
+
     if not revision.take_whole("params.yaml", study):
         raise UserError(f"{experiment}: no params.yaml, expected an experiment of this study")
     revision.take_whole(LOCK, study)
-    if not revision.take_whole("masks", study):
-        raise UserError(
-            f"{experiment}: its masks are not in DVC's cache, expected all of masks/; `dvc pull --all-commits` fetches "
-            f"them where a remote has them, `dvc exp apply {experiment}` and `dvc exp run` compute them again"
-        )
+    take("masks", "its masks are")
     reconstruction = study.params.plan.reconstruction
-    needed = {"weights": "mask", "stats/gram": "calibrate"} if reconstruction.function is not None else {}
-    if reconstruction.by_gradients:
-        needed["stats/fisher"] = "calibrate"
-    for folder, command in needed.items():
-        if not revision.take_whole(folder, study):
-            raise UserError(
-                f"{experiment}: its {folder}/ is not in DVC's cache, expected it for reconstruction "
-                f"{reconstruction.name}; `dvc pull --all-commits` fetches it where a remote has it, "
-                f"`dvc exp apply {experiment}` and `dvc exp run` compute it again (`wanda-dvc {command}`)"
-            )
+    if reconstruction.function is not None:
+        for part in ("weights", "stats/gram", *(["stats/fisher"] if reconstruction.by_gradients else [])):
+            take(part, f"what reconstruction {reconstruction.name} reads is")
     wanted = read_provenance(study.masks, "mask")["model"]
     here = project.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:
         study.model("dense").parent.mkdir()
         study.model("dense").symlink_to(here)
-    elif not revision.take_whole("models/dense", study):
-        raise UserError(
-            f"{experiment}: its dense model ({wanted['source']}) is not in DVC's cache, expected all of models/dense; "
-            f"`dvc exp apply {experiment}` and `dvc exp run` fetch it"
-        )
+    else:
+        take("models/dense", f"its dense model ({wanted['source']}) is")
     for model in MODELS:
         revision.take_whole(f"metrics/{model}", study)
         revision.take_whole(f"metrics/details/{model}", study)

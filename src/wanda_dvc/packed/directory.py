@@ -88,15 +88,6 @@ def unpack_directory(source: Path, target: Path) -> None:
     _rewrite(checkpoint, target, pieces, None)
 
 
-def unpacked_bytes(folder: Path) -> int:
-    """Return the bytes of a packed directory's weights once they are unpacked."""
-    packing = packing_of(folder)
-    weights = packing.weights if packing else {}
-    inside = {name + suffix for name in weights for suffix in ("", KEEP)}
-    others = sum(entry.length for name, entry in Checkpoint(folder).entries.items() if name not in inside)
-    return others + sum(rows * columns * dtype.itemsize for dtype, (rows, columns) in weights.values())
-
-
 def find_packable(checkpoint: Checkpoint) -> dict[str, Address]:
     """Return the linears of all blocks that can be packed, as masks name them, and where each is stored.
 

@@ -14,6 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from wanda_dvc.engine import accelerator
 from wanda_dvc.errors import UserError
 from wanda_dvc.packed.format import METHOD, Packing, bits_shape, is_two_of_four, pack
 from wanda_dvc.packed.kernel import MULTIPLIED, WIDTHS, expand, kernel, multiply, row_starts
@@ -145,7 +146,7 @@ class PackedQuantizer(HfQuantizer):
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
         """Refuse what this machine cannot do, before anything is loaded."""
-        if self.quantization_config.sparse and not _has_sparse_cores():
+        if self.quantization_config.sparse and not accelerator.has_sparse_cores():
             raise UserError(f"sparse={SPARSE}: no CUDA device for it, expected Ampere (8.0) or later; load without it")
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
@@ -205,10 +206,6 @@ class PackedQuantizer(HfQuantizer):
         return False
 
 
-def _has_sparse_cores() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-
-
 def _give_to_sparse_cores(model: "PreTrainedModel") -> None:
     """Replace packed linears by ordinary ones whose weights have torch's semi-structured layout.
 
@@ -223,6 +220,6 @@ def _give_to_sparse_cores(model: "PreTrainedModel") -> None:
             raise UserError(f"{path}: no 2:4 pattern, expected one for sparse={SPARSE}; prune with pattern=2:4")
     for path, linear in linears.items():
         try:
-            model.set_submodule(path, linear.unpacked(torch.sparse.to_sparse_semi_structured))
+            model.set_submodule(path, linear.unpacked(accelerator.semi_structured))
         except RuntimeError as error:  # a shape or dtype that the cores do not take
             raise UserError(f"{path}: sparse={SPARSE}: {error}; load without it") from None

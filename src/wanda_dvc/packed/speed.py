@@ -82,6 +82,7 @@ def _machine(device: str) -> dict[str, str]:
     """The device's name; of a CPU also its threads and the kernel. UserError where there is no such device."""
     import torch
 
+    from wanda_dvc.engine import accelerator
     from wanda_dvc.packed.kernel import PATHS, kernel
 
     try:
@@ -89,7 +90,7 @@ def _machine(device: str) -> dict[str, str]:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device: got {device}, expected cpu or cuda: {str(error).splitlines()[0]}") from None
     if torch.device(device).type == "cuda":
-        return {"device": torch.cuda.get_device_name(device)}
+        return {"device": accelerator.full_name(device)}
     found = kernel()  # compiled here, so that no load waits for it
     path = f"kernel {PATHS[found.path]}" if found else "no kernel"
     return {"device": processor(), "threads": f"{torch.get_num_threads()} threads", "kernel": path}
@@ -158,6 +159,8 @@ def measure_here(folder: Path, *, prompt: int, tokens: int, device: str) -> Spee
     import torch
     import transformers
 
+    from wanda_dvc.engine.accelerator import peak_memory
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for path in folder.glob("*.safetensors"):
@@ -182,9 +185,7 @@ def measure_here(folder: Path, *, prompt: int, tokens: int, device: str) -> Spee
     generate(2)  # what is only done once is not measured
     gc.collect()
     times = generate(tokens)
-    if torch.device(device).type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-    else:
-        memory = psutil.Process().memory_info().rss
+    on_gpu = torch.device(device).type == "cuda"
+    memory = peak_memory(device) if on_gpu else psutil.Process().memory_info().rss
     first, *others = (after - before for before, after in pairwise(times))
     return Speed(load, memory, first, 1 / median(others))

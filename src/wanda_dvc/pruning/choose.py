@@ -124,6 +124,8 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
             chosen[name] = turned(solved.keep, across).contiguous()
         return chosen
 
+    inputs = {source: x if device is None else x.to(device) for source, x in block.inputs.items()}
+
     def keep(name: str, x: InputStats) -> Tensor:
         across, weight = name in block.transposed, weights(name)
         weight = weight if device is None else weight.to(device)
@@ -134,9 +136,7 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
     threads = torch.get_num_threads() if device is None or device.type == "cpu" else 1
     with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
         jobs = {
-            name: pool.submit(keep, name, block.inputs[source])
-            for source, names in block.readers.items()
-            for name in names
+            name: pool.submit(keep, name, inputs[source]) for source, names in block.readers.items() for name in names
         }
         return {name: job.result() for name, job in jobs.items()}
 
@@ -227,24 +227,29 @@ def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is s
     The weights that stay are `values`, or are solved for by `reconstruction` where the input has a Gram matrix, or keep
     their values.
     """
-    solved: dict[str, float] = {}
-    if values is None and reconstruction is not None and reconstruction.function is not None and prepared is not None:
-        one = reconstruct(
-            weight, keep, prepared, reconstruction=reconstruction, gradients=gradients, transposed=transposed
-        )
-        values, solved = one.weight, one.told
-    plain = masked(weight, keep)
-    made = plain if values is None else masked(values, keep)
     if prepared is None:
-        return Pruned(made, None, None, solved)
-    different = [plain] if values is None else [plain, made]
-    dense, *pruned = (turned(w, transposed).float().to(prepared.gram.device) for w in (weight, *different))
+        return Pruned(masked(weight if values is None else values, keep), None, None, {})
+    device, solved = prepared.gram.device, dict[str, float]()
+    there, kept = weight.to(device), keep.to(device)  # once: they cross the link to a GPU
+    plain = masked(there, kept)
+    different = [plain]
+    if values is not None:
+        different.append(masked(values.to(device), kept))
+    elif reconstruction is not None and reconstruction.function is not None:
+        one = reconstruct(
+            there, kept, prepared, reconstruction=reconstruction, gradients=gradients, transposed=transposed
+        )
+        different.append(masked(one.weight, kept))
+        solved = one.told
+    dense, *pruned = (turned(w, transposed).float() for w in (there, *different))
     errors = layer_errors(dense, pruned, prepared.gram, prepared.dead)
-    return Pruned(made, errors[-1], errors[0], solved)
+    return Pruned(different[-1].to(weight.device), errors[-1], errors[0], solved)
 
 
 def masked(weight: Tensor, keep: Tensor) -> Tensor:
     """Return weights with +0 where the mask does not keep them; the others keep their bits, in every dtype."""
+    if weight.device.type != "cpu":
+        return weight.masked_fill(~keep.to(weight.device), 0)
     bits = weight.contiguous().view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * keep.cpu().numpy()
     return torch.from_numpy(bits).view(weight.dtype)
 

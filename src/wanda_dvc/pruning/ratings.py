@@ -75,12 +75,17 @@ def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mappi
 
 
 def fisher_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mapping[str, Gram]) -> list[Tensor | None]:
-    """Return how many of each linear's weights have which score |W| · ‖X‖₂ · √F; None without Fisher information."""
+    """Return how many of each linear's weights have which score; None without Fisher information.
+
+    The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²): a row shares its F_i among its weights
+    as the sums of squares of their inputs are.
+    """
 
     def rate(name: str, source: str) -> Tensor | None:
         if name not in block.fisher:
             return None
-        roots, counts = block.fisher[name].sqrt().float(), []
+        total = block.inputs[source].norm.double().square().sum()
+        roots, counts = (block.fisher[name] / total).sqrt().float(), []
         for scores in _wanda_scores(weights, block, name, source):
             root, roots = roots[: len(scores)], roots[len(scores) :]
             counts.append(count_scores(scores * root[:, None]))

@@ -18,10 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
 
 from wanda_dvc.report.colours import LIGHT, SERIES, css
-from wanda_dvc.report.norms import InputNorms
 
 INK, MUTED, LINE = LIGHT["ink"], LIGHT["muted"], LIGHT["line"]
-MARKERS, DASHES, HATCHES = "osD^vPX*", ("-", "--", ":", "-."), ("", "///", "---", "xxx", "\\\\\\", "|||")
+MARKERS, DASHES = "osD^vPX*", ("-", "--", ":", "-.")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 # Inches. Pages show a picture at up to twice its size, and at its own size on a phone, where its text stays readable.
 WIDTH = 5.2
@@ -98,14 +97,13 @@ def _drawn(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return in_our_look
 
 
-def _panels(count: int = 1, deep: int = 1, height: float = 3.1, **words: Any) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of `count` panels in two columns, each of `deep` axes; `height` is a panel's, in inches."""
+def _panels(count: int = 1, height: float = 3.1) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels in two columns that share their vertical axis; `height` is a panel's, in inches."""
     columns, bands = min(2, count), -(-count // 2)
     figure = Figure(figsize=(WIDTH, height * bands), layout="constrained")
-    axes = figure.subplots(deep * bands, columns, squeeze=False, **words)
-    panels = [list(axes[deep * band : deep * (band + 1), column]) for band in range(bands) for column in range(columns)]
-    for ax in [ax for spare in panels[count:] for ax in spare]:
-        ax.set_visible(False)
+    panels = list(figure.subplots(bands, columns, squeeze=False, sharey=True).flat)
+    for spare in panels[count:]:
+        spare.set_visible(False)
     return figure, panels[:count]
 
 
@@ -153,11 +151,6 @@ def _tick(value: float) -> str:
     return f"{value:,.0f}" if 1 <= value < 1e6 and float(value).is_integer() else f"{value:.3g}"
 
 
-def _whole_numbers(*axes: Any, **words: int) -> None:
-    for axis in axes:
-        axis.get_major_locator().set_params(integer=True, **words)
-
-
 # --- the report's pictures ---
 
 
@@ -169,7 +162,7 @@ def curves(
 
     Points of one sparsity are drawn beside each other.
     """
-    figure, [[ax]] = _panels()
+    figure, [ax] = _panels()
     points = [point for on_curve in series.values() for point in on_curve]
     if log:
         values = [value for point in points for value in point[1:4] if value is not None]
@@ -211,13 +204,13 @@ def by_block(
     series: Mapping[str, Sequence[tuple[int, float, float, float]]], *, y_label: str, top: float | None = None
 ) -> Figure:
     """A measure by block: the mean of its linears, and how far they lie apart."""
-    figure, [[ax]] = _panels()
+    figure, [ax] = _panels()
     for index, (label, points) in enumerate(series.items()):
         look, (blocks, means, lows, highs) = _style(index), zip(*points, strict=True)
         ax.plot(blocks, means, **look, markersize=3.5, linewidth=1.2, label=label)
         ax.fill_between(blocks, lows, highs, color=look["color"], alpha=0.2, linewidth=0)
     ax.set_ylim(0, top)
-    _whole_numbers(ax.xaxis)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("block")
     ax.set_ylabel(y_label)
     return _legend(figure)
@@ -226,8 +219,8 @@ def by_block(
 @_drawn
 def accuracies(panels: Mapping[str, Series], tasks: list[str], dense: list[Point], order: list[str]) -> Figure:
     """Accuracy in percent by task, a panel for each sparsity; `x` is the task's number."""
-    figure, grid = _panels(len(panels), height=2.6, sharey=True)
-    for [ax], (title, series) in zip(grid, panels.items(), strict=True):
+    figure, grid = _panels(len(panels), height=2.6)
+    for ax, (title, series) in zip(grid, panels.items(), strict=True):
         ax.set_title(title, fontsize=10)
         for point in dense:
             if point.y is not None:
@@ -242,55 +235,6 @@ def accuracies(panels: Mapping[str, Series], tasks: list[str], dense: list[Point
                     ax.vlines(x + offset, low, high, color=look["color"], linewidth=1.3)
         ax.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", rotation_mode="anchor")
         ax.set_xlim(-0.6, len(tasks) - 0.4)
-    for [ax] in grid[::2]:
+    for ax in grid[::2]:
         ax.set_ylabel("accuracy, %")
     return _legend(figure, order)
-
-
-@_drawn
-def times(bars: Mapping[str, Mapping[str, float]], stages: Sequence[str]) -> Figure:
-    """Seconds by stage, one bar above the other; hatched differently too."""
-    figure, [[ax]] = _panels(height=0.8 + 0.34 * len(bars))
-    ax.grid(visible=False)
-    ax.grid(axis="x")
-    names, ends = list(bars), [0.0] * len(bars)
-    for index, stage in enumerate(stages):
-        widths = [bar.get(stage, 0.0) for bar in bars.values()]
-        look: dict[str, Any] = {"color": _style(index)["color"], "hatch": HATCHES[index % len(HATCHES)]}
-        # A thin outline of the page's own ink keeps neighbours apart in print.
-        ax.barh(names, widths, left=ends, edgecolor=INK, linewidth=0.5, label=stage, height=0.62, **look)
-        ends = [end + width for end, width in zip(ends, widths, strict=True)]
-    for bar, total in zip(names, ends, strict=True):
-        ax.annotate(f"{total:,.0f} s", (total, bar), (4, 0), textcoords="offset points", va="center")
-    ax.margins(x=0.1)
-    ax.invert_yaxis()
-    ax.set_xlabel("seconds")
-    ax.set_yticks(range(len(bars)), ["\n".join(wrap(label, 28)) for label in bars])
-    return _legend(figure)
-
-
-@_drawn
-def norms(inputs: Sequence[InputNorms]) -> Figure:
-    """Above, the norms by block; below, which features the outliers are. A panel for each distinct input."""
-    figure, grid = _panels(len(inputs), deep=2, height=4)
-    for position, ([above, below], one) in enumerate(zip(grid, inputs, strict=True)):
-        color, hot = _style(0)["color"], _style(1) | {"marker": "^", "linestyle": "none", "markersize": 3.5}
-        above.fill_between(one.blocks, one.low, one.high, color=color, alpha=0.3, linewidth=0, label="5 to 95 %")
-        above.plot(one.blocks, one.median, color=color, linewidth=1.3, label="median of the features")
-        blocks, features, outliers = ([outlier[part] for outlier in one.outliers] for part in range(3))
-        above.plot(blocks, outliers, label="outlier", **hot)
-        _log_scale(above, [*one.low, *one.high, *outliers])
-        below.plot(features, blocks, **hot)
-        below.set_xlim(-0.02 * one.features, 1.02 * one.features)
-        below.set_ylim(max(one.blocks) + 0.8, min(one.blocks) - 0.8)
-        if not one.outliers:
-            below.text(0.5, 0.5, "no outlier", transform=below.transAxes, ha="center", va="center", color=MUTED)
-        above.set_title("\n".join(one.label.split(", ")[:3]))
-        above.set_xlabel("block")
-        below.set_xlabel("feature")
-        _whole_numbers(above.xaxis, below.xaxis, nbins=4)
-        _whole_numbers(below.yaxis)
-        if position % 2 == 0:
-            above.set_ylabel("‖X‖₂, log scale")
-            below.set_ylabel("block")
-    return _legend(figure)

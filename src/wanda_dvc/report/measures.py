@@ -97,3 +97,9 @@ class Measured:
         mine, theirs = self.answers(task), other.answers(task)
         shared = [item for item in mine if item in theirs]
         return [mine[item] for item in shared], [theirs[item] for item in shared]
+
+
+def mean_layer_error(study: Project) -> float | None:
+    """The mean layer error of a study's pruned linears; None where it was not measured."""
+    linears = load_json(study.details("pruned", "layer_error")).get("linears", {})
+    return sum(told["error"] for told in linears.values()) / len(linears) if linears else None

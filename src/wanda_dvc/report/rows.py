@@ -22,6 +22,7 @@ from wanda_dvc.report.measures import Measured
 from wanda_dvc.stages import times
 from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, Kind, list_experiments
 from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE
 from wanda_dvc.study.ran import read_lock, stale_stages
@@ -29,7 +30,7 @@ from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten, resolved
 from wanda_dvc.study.times import Ledger
 
-TAKEN = ("metrics", "stats/norms")
+TAKEN = ("metrics",)
 # Their hashes find the times of runs; they may be missing.
 MADE = (
     "stats/gram/provenance.json",
@@ -103,10 +104,6 @@ class Row:
     def pattern(self) -> str:
         """The pattern as an addition to a name; empty where it is unstructured."""
         return "" if self.params.pattern == UNSTRUCTURED else f" {self.params.pattern}"
-
-    def whole(self, part: str) -> bool:
-        """Whether nothing below a folder is missing from the cache."""
-        return not any(path == part or path.startswith(f"{part}/") for path in self.missing)
 
     def inputs(self) -> dict[str, str]:
         """The first digits of the SHA-256 of the dense model, of the tokens and of each task, where they are known."""
@@ -226,6 +223,7 @@ def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
             path.unlink()
     if stale:
         notes.append(f"not run on these parameters, and left out: {', '.join(sorted(stale))}")
+    notes += raised(load_json(study.metrics("pruned", "held_out")))
     # Missing masks/ need no note: only the key of a time is read from there.
     missing = [path for path in missing if path.startswith(TAKEN) and path not in dropped]
     if not any((folder / "metrics").glob("pruned/*.json")):

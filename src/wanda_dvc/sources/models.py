@@ -17,8 +17,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.reading import check_file, is_there, name_of, read_object
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, gated_names, license_of, resolve
-from wanda_dvc.study.files import Json, can_reflink, copy_file, link_file
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.files import Json, copy_file, link_file
 from wanda_dvc.study.provenance import describe, digest, file_digest, files_digest, write_provenance
 
 SETTING = "params.yaml: model"
@@ -165,21 +164,6 @@ def _license_beside(folder: Path) -> str | None:
     with contextlib.suppress(Exception):  # of front matter that is no card's; it raises what its readers do
         return license_of(ModelCard.load(card, ignore_metadata_errors=True).data) if card.is_file() else None
     return None
-
-
-def copied_bytes(source: Path, project: Project) -> int:
-    """Bytes of disk that taking a local model needs: 0 if the file system can reflink its files, else their sizes.
-
-    UserError if the directory holds no model that `download` takes.
-    """
-    from wanda_dvc.packed.format import packing_of
-
-    files = _files(source)
-    if packing_of(source):
-        from wanda_dvc.packed.directory import unpacked_bytes
-
-        return unpacked_bytes(source)
-    return 0 if can_reflink(source / "config.json", project.work_root) else sum(path.stat().st_size for path in files)
 
 
 def _files(source: Path) -> list[Path]:

@@ -107,7 +107,7 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=8,
+            version=9,
             about="Measure the dense model's activations once: stats/.",
             result="stats/[fg]*/provenance.json",  # of gram and fisher: with either it takes longer
             settings=(
@@ -120,7 +120,7 @@ STAGES = {
         ),
         Stage(
             name="mask",
-            version=8,
+            version=9,
             about="Choose the weights that stay: masks/.",
             result="masks/provenance.json",
             settings=(
@@ -137,7 +137,7 @@ STAGES = {
         ),
         Stage(
             name="apply",
-            version=4,
+            version=5,
             about="Write the pruned model: models/pruned.",
             result="metrics/details/pruned/layer_error.json",  # models/pruned is not cached
             settings=("recipe", "reconstruction"),
@@ -176,13 +176,10 @@ def check_version(stage: str, asked: int | None) -> None:
 
 
 def run(stage: str, *, project: "Project", part: str | None = None) -> None:
-    """Run one stage on a project.
-
-    The stage sees its own settings and `runtime`, and no others: reading another one is a defect.
-    """
+    """Run one stage on a project."""
     row = STAGES[stage]
     with in_params():
-        row.function(project=project.limited_to(row.settings_of(part)), **({row.part_is: part} if part else {}))
+        row.function(project=project, **({row.part_is: part} if part else {}))
 
 
 def times(study: "Project", ledger: "Ledger") -> "dict[str, Json]":

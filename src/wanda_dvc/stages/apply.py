@@ -11,10 +11,12 @@ from torch import Tensor
 
 from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.engine.runner import Change
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.choose import prepare, prune_linear
 from wanda_dvc.pruning.packing import count_zeros
 from wanda_dvc.pruning.solvers import Prepared
+from wanda_dvc.stages.held_out import Candidates, compare
 from wanda_dvc.stages.running import progress, solving_device
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import Json, write_csv, write_json
@@ -42,6 +44,8 @@ def apply(*, project: Project) -> None:
     with project.work(made_from) as work:
         zeros = prune(project, work.fresh(), reconstruction)
         work.publish(project.model("pruned"))
+    losses = compare(project, _weights_to_compare(project, made_from))
+    write_json(project.metrics("pruned", "held_out"), {"held_out": losses} if losses else {})
     write_json(project.metrics("pruned", "sparsity"), {"sparsity": round(measured_sparsity(zeros), 6)})
     write_json(
         project.details("pruned", "sparsity"),
@@ -65,6 +69,22 @@ def apply(*, project: Project) -> None:
         ["block", "linear", "error", "masked"],
         ([x.block, linear, x.error, x.masked] for linear, x in measured.items()),
     )
+
+
+def _weights_to_compare(project: Project, made_from: Json) -> Candidates:
+    """Return the weights of least squares and those in models/pruned, where gradients decide them."""
+    reconstruction = RECONSTRUCTIONS[made_from["reconstruction"]]
+    if not (reconstruction.by_gradients and "gram" in made_from):
+        return {}
+    parts = Parts(project, "least-squares")
+
+    def solved(block: int) -> Change:
+        return {}, {linear: parts.make(parts.checkpoint.find(linear))[0] for linear in parts.keeps[block]}
+
+    return {
+        "least-squares": ("dense", solved),
+        f"reconstruction {reconstruction.name}": ("pruned", lambda _: ({}, {})),
+    }
 
 
 def describe_pruned(study: Project, reconstruction: str) -> Json:

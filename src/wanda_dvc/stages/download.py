@@ -6,7 +6,7 @@ from pathlib import Path
 
 from wanda_dvc.params import Params
 from wanda_dvc.sources import Source
-from wanda_dvc.sources.models import copied_bytes, find_model
+from wanda_dvc.sources.models import find_model
 from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.sources.texts import find_text
 from wanda_dvc.stages import STAGES
@@ -56,9 +56,3 @@ def download(*, project: Project, part: str) -> None:
     with project.work(describe(part, version=STAGES["download"].version, **source.key)) as work:
         source.write(work.fresh(), work.path)
         work.publish(row.target(project))
-
-
-def local_bytes(project: Project) -> int:
-    """Return the bytes of disk that the copy of a local model takes; 0 where the model is none."""
-    folder = Path(project.params.model)
-    return copied_bytes(folder, project) if folder.is_dir() else 0

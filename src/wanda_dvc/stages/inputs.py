@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
+    from wanda_dvc.engine.cluster import Cluster
     from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.engine.jobs import Jobs
     from wanda_dvc.engine.runner import Runner
-    from wanda_dvc.engine.workers import RayCrew
     from wanda_dvc.pruning.statistics import BlockStats
 
 T = TypeVar("T")
@@ -58,12 +58,7 @@ class Statistics(NamedTuple):
 
 def statistics(project: Project) -> Statistics:
     """Return the statistics at hand. UserError where they are another model's, or measured in another way."""
-    model, stats = model_provenance(project, "dense"), read_provenance(project.stats, "calibrate")
-    if stats["model"]["sha256"] != model["sha256"]:
-        raise UserError(
-            f"stats/: measured on {stats['model']['source']}, expected {model['source']}, the model in models/dense; "
-            "run `dvc repro` or `wanda-dvc calibrate`"
-        )
+    stats = stats_provenance(project, model_provenance(project, "dense"))
     # Of all of params.yaml, and not of the settings that the stage at hand depends on: it says only that stats/ is old.
     expected = calibrated_with(Project(project.root).params)
     if stats["params"] != expected:
@@ -83,6 +78,17 @@ def statistics(project: Project) -> Statistics:
                 )
             features |= dict.fromkeys(names, len(measured.inputs[source].sum))
     return Statistics(stats, blocks, features)
+
+
+def stats_provenance(project: Project, model: Json) -> Json:
+    """Return the provenance of stats/norms. UserError if it is not of this model."""
+    stats = read_provenance(project.stats, "calibrate")
+    if stats["model"]["sha256"] != model["sha256"]:
+        raise UserError(
+            f"stats/: measured on {stats['model']['source']}, expected {model['source']}, the model in models/dense; "
+            "run `dvc repro` or `wanda-dvc calibrate`"
+        )
+    return stats
 
 
 def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> None:
@@ -105,17 +111,8 @@ def say_not_finite(run: str, where: str | None) -> None:
         notice(f"{run}: {where}: activations that are not finite; its results say `diverged` or compare nothing")
 
 
-def gram_provenance(project: Project) -> Json:
-    """Return the provenance of stats/gram. UserError if it has no blocks, or another run than stats/norms."""
-    return _tier(project, project.gram)
-
-
-def fisher_provenance(project: Project) -> Json:
-    """Return the provenance of stats/fisher. UserError if it has no blocks, or another run than stats/norms."""
-    return _tier(project, project.fisher)
-
-
-def _tier(project: Project, folder: Path) -> Json:
+def tier_provenance(project: Project, folder: Path) -> Json:
+    """Return the provenance of stats/gram or stats/fisher. UserError if it has no blocks, or another run than norms."""
     tier, norms = read_provenance(folder, "calibrate"), read_provenance(project.stats, "calibrate")
     blocks = block_count(folder, "calibrate")
     if not blocks or any(tier[name] != norms[name] for name in ("model", "text", "params")):
@@ -152,11 +149,24 @@ def calibration_windows(project: Project, measured_with: Json | None = None) -> 
     return draw(tokenize(project.text("calibration"), tokenizer), **words)
 
 
+def held_out_windows(project: Project, measured_with: Json, count: int) -> "list[Tensor]":
+    """Return the first windows of data/calibration that share no token with the measured ones; at most `count`."""
+    from wanda_dvc.engine.windows import between, draw_from_documents, load_tokenizer, tokenize
+
+    words = {name: measured_with[name] for name in ("samples", "length", "seed")}
+    tokenizer = load_tokenizer(project.model("dense"))
+    with project.documents("calibration") as documents:
+        if documents is not None:
+            drawn = draw_from_documents(documents, partial(tokenize, tokenizer=tokenizer), **words, held_out=count)
+            return list(drawn[words["samples"] :])
+    return between(tokenize(project.text("calibration"), tokenizer), windows=count, **words)
+
+
 @contextlib.contextmanager
 def runner(
     project: Project, model: str, work: Work, *, dtype: str | None = None, alone: bool = False
 ) -> "Iterator[Runner]":
-    """Open who runs rows through one of the project's models: this process, or the workers that params.yaml names.
+    """Open a runner of rows through one of the project's models: this process, or the cluster that params.yaml names.
 
     With `alone` it is this process, whatever params.yaml says.
     """
@@ -166,47 +176,42 @@ def runner(
 
         yield LocalRunner(open_decoder(project, model, dtype=dtype), work.path)
         return
-    from wanda_dvc.engine.pool import Pool
-    from wanda_dvc.engine.worker import order
+    from wanda_dvc.engine.cluster import TaskRunner
 
-    opening = partial(open_decoder, project, model, dtype=dtype, device="cpu")
-    with _crew(runtime, beside=opening) as (crew, decoder):
-        yield Pool(decoder=decoder, order=order(decoder, work.path), crew=crew)
+    folder, opening = project.model(model), partial(open_decoder, project, model, dtype=dtype, device="cpu")
+    with _cluster(runtime, [folder], meanwhile=opening) as (cluster, decoder):
+        yield TaskRunner(decoder=decoder, folder=folder, cluster=cluster)
 
 
 @contextlib.contextmanager
-def jobs(project: Project, folders: Collection[Path], most: int) -> "Iterator[Jobs]":
-    """Open who does jobs, at most so many: this process, or the workers that params.yaml names.
-
-    Workers read from those folders that they have.
-    """
+def jobs(project: Project, folders: Sequence[Path]) -> "Iterator[Jobs]":
+    """Open what runs jobs that read some folders: this process, or the cluster that params.yaml names."""
     runtime = project.params.runtime
     if runtime.ray is None:
         from wanda_dvc.engine.jobs import LocalJobs
 
         yield LocalJobs(solving_device(runtime))
         return
-    from wanda_dvc.engine.pool import Staff
-    from wanda_dvc.engine.worker import Order, fingerprints
-
-    with _crew(runtime, beside=partial(fingerprints, *folders), most=most) as (crew, told_apart):
-        yield Staff(order=Order(told_apart), crew=crew)
+    with _cluster(runtime, folders, meanwhile=lambda: None) as (cluster, _):
+        yield cluster
 
 
 @contextlib.contextmanager
-def _crew(runtime: Runtime, *, beside: Callable[[], T], most: int | None = None) -> "Iterator[tuple[RayCrew, T]]":
-    """Start workers, and do something else meanwhile."""
-    from wanda_dvc.engine.workers import RayCrew
+def _cluster(runtime: Runtime, folders: Sequence[Path], *, meanwhile: Callable[[], T]) -> "Iterator[tuple[Cluster, T]]":
+    """Connect to the cluster, and do something else meanwhile."""
+    from wanda_dvc.engine.cluster import Cluster
 
     with ThreadPoolExecutor(1) as helper:  # Ray takes seconds to start, and its processes end with this thread
-        doing = helper.submit(beside)
-        crew = RayCrew(runtime.ray or "", device=runtime.device, most=most)
-    with ending(crew.stop):
+        doing = helper.submit(meanwhile)
+        cluster = Cluster(runtime.ray or "", device=runtime.device, folders=folders)
+    with ending(cluster.stop):
         try:
-            yield crew, doing.result()
-            told(crew.told())
+            found = doing.result()
+            cluster.open()
+            yield cluster, found
+            told(cluster.counts())
         finally:
-            crew.close()
+            cluster.close()
 
 
 def open_decoder(project: Project, model: str, *, dtype: str | None = None, device: str | None = None) -> "Decoder":

@@ -25,11 +25,10 @@ from wanda_dvc.stages.inputs import (
     calibration_windows,
     check_fits,
     check_ready,
-    fisher_provenance,
-    gram_provenance,
     jobs,
     runner,
     statistics,
+    tier_provenance,
     with_fisher,
 )
 from wanda_dvc.stages.running import progress, say_unreached, solving_device
@@ -81,8 +80,8 @@ def mask(*, project: Project) -> None:
         stats=digest(stats.provenance),
         calibration={"text": stats.provenance["text"], **stats.provenance["params"]},
         params=plan.described,
-        **({"gram": digest(gram_provenance(project))} if plan.masks_read_gram else {}),
-        **({"fisher": digest(fisher_provenance(project))} if plan.masks_read_sums or plan.masks_read_gradients else {}),
+        **({"gram": digest(tier_provenance(project, project.gram))} if plan.masks_read_gram else {}),
+        **({"fisher": digest(tier_provenance(project, project.fisher))} if plan.masks_read_fisher else {}),
         **({"sparsities": list(map(_written, shares))} if plan.allocation.name != "uniform" else {}),
     )
     with project.work(made_from) as work:
@@ -171,7 +170,7 @@ def _solved(
             yield from _parts(plan, checkpoint, block, measured, grams, shares[block], stored=project.gram)
 
     folders = [checkpoint.folder, project.gram] if plan.method.needs == "gram" else [checkpoint.folder]
-    with jobs(project, folders, most=len(stats.features)) as run:
+    with jobs(project, folders) as run:
         made = run.each(solve, parts())
         for block in progress(blocks, total=stats.blocks, what="mask, blocks"):
             if block >= finished:
@@ -206,8 +205,9 @@ class Made(NamedTuple):
 def solve(device: torch.device, part: Part) -> Made:
     """Return masks and weights of the linears that read one distinct input of a block."""
     plan, block = part.plan, part.stats
-    stored = _checkpoint(part.weights).weight if isinstance(part.weights, Path) else part.weights.__getitem__
-    grams, weights = part.grams, stored
+    read = _checkpoint(part.weights).weight if isinstance(part.weights, Path) else part.weights.__getitem__
+    stored = {name: read(name).to(device) for names in block.readers.values() for name in names}  # they cross once
+    grams, weights = part.grams, stored.__getitem__
     if isinstance(grams, tuple):
         grams = _grams(*grams).of(*block.readers)
     if isinstance(grams, Grams):
@@ -232,11 +232,11 @@ def solve(device: torch.device, part: Part) -> Made:
             for name, prepared in prepared_linears(block, grams)
             if prepared is not None
         }
-    changed = {name: one.weight.to(stored(name).dtype) for name, one in solved.items()}
+    changed = {name: one.weight.to("cpu", stored[name].dtype) for name, one in solved.items()}
     return Made(pack_masks(chosen), changed, {name: one.told for name, one in solved.items()})
 
 
-# Of workers alone, each of which runs one stage: no file changes meanwhile.
+# In tasks alone: the process of a task belongs to one stage, during which no file changes.
 _checkpoint = lru_cache(maxsize=1)(Checkpoint)
 _grams = lru_cache(maxsize=1)(read_grams)
 
@@ -304,7 +304,7 @@ def _propagate(
 
     unreached = {}
     with runner(project, "dense", work, dtype=measured_with["dtype"], alone=plan.trains) as run:
-        # A training takes one window a step: more workers would wait.
+        # A training takes one window a step, so it runs in this process.
         # A training needs the dense block's outputs too, a correction its inputs.
         turns = run.walk(windows, kept=kept, with_dense=plan.runs_dense, changes=changes)
         blocks = len(run.decoder.blocks)
@@ -324,7 +324,7 @@ def _propagate(
                 )
                 keep, changed, told = _together(run.each(solve, parts))
             else:
-                keep = keeps(project, checkpoint.weight, measured, share)
+                keep = pack_masks(keeps(project, checkpoint.weight, measured, share))  # Ray keeps it for all blocks
             if plan.trains:
                 trained = turn.train(keep, changed, **TRAINING)
                 changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}

@@ -93,11 +93,6 @@ class Known:
 
 def need(project: Project, stage: str, part: str | None = None) -> Need:
     """Return what a stage of a study needs, by what is there of its model and texts."""
-    if (stage, part) == ("download", "model"):  # a local model's copy, and a second one in a cache that cannot link
-        from wanda_dvc.stages.download import local_bytes
-
-        size = local_bytes(project)
-        return Need(disk=2 * size, least=size)
     folder = project.model(part or "dense")
     if stage not in NEEDS or not (folder / "config.json").is_file():
         return Need()
@@ -213,7 +208,7 @@ def _apply(on: Known) -> Need:
         disk=on.stored,
         least=on.stored,
         read=on.stored + grams,
-        link=grams + gram * 2 * linears.count * linears.width,
+        link=grams + gram * linears.count * (2 * linears.width + 1),  # weights in both directions, and masks
         work={"pruning": linears.pruning(plan.reconstruction, gram=gram) + solving},
     )
 
@@ -235,7 +230,8 @@ def _zero_shot(on: Known) -> Need:
     tokens, positions = (sum(min(task[0], most) * task[place] for task in needed) for place in (1, 2))
     # Attention is within a question, and so small that packed rows overstate it.
     found = _walk(on, "tasks", tokens / ROW, ROW, head=positions, logits=True, packed=True)
-    return replace(found, least=0)  # what questions take is an estimate
+    # What questions take is an estimate. The model runs once more, to try whether a row holds several questions.
+    return replace(found, least=0, link=2 * found.link)
 
 
 NEEDS: dict[str, Callable[[Known], Need]] = {

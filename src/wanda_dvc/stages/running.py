@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import signal
 import socket
 import sys
@@ -52,10 +51,8 @@ def measured(runtime: Runtime) -> Iterator[Json]:
     with AnonymousMemory() as memory:
         yield content
     content["seconds"] = round(time.perf_counter() - began + _told.pop("earlier", 0), 2)
-    if memory.peak:
+    if memory.peak:  # some systems do not say
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
-    else:
-        content["peak_resident_gb"] = round(_peak_resident() / 1e9, 3)
     content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(runtime)}
     content |= _told
 
@@ -155,8 +152,11 @@ def device_name(runtime: Runtime) -> str:
     """Return the torch device to run on, by name; `auto` asks torch only if a stage has imported it anyway."""
     if runtime.device != "auto":
         return runtime.device
-    torch = sys.modules.get("torch")
-    return "cuda" if torch and torch.cuda.is_available() else "cpu"
+    if "torch" not in sys.modules:
+        return "cpu"
+    from wanda_dvc.engine.accelerator import gpus
+
+    return "cuda" if gpus() else "cpu"
 
 
 def own_device(runtime: Runtime) -> "torch.device":
@@ -166,10 +166,12 @@ def own_device(runtime: Runtime) -> "torch.device":
     """
     import torch
 
+    from wanda_dvc.engine.accelerator import gpus
+
     name = device_name(runtime)
     if runtime.ray is None:
         check_device(name)
-    elif not torch.cuda.is_available():
+    elif not gpus():
         name = "cpu"
     return torch.device(name)
 
@@ -183,11 +185,11 @@ def solving_device(runtime: Runtime) -> "torch.device":
 
 def check_device(device: str) -> None:
     """Raise UserError where this machine does not have the device."""
-    import torch
+    from wanda_dvc.engine import accelerator
 
     kind, _, number = device.partition(":")
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = {"cpu": True, "cuda": int(number or 0) < cards, "mps": torch.backends.mps.is_available()}
+    cards = len(accelerator.gpus())
+    there = {"cpu": True, "cuda": int(number or 0) < cards, "mps": accelerator.has_mps()}
     if not there[kind]:
         found = f"a machine with {cards} CUDA devices" if kind == "cuda" else "a machine without MPS"
         raise UserError(f"params.yaml: runtime.device: got {device} on {found}, expected one it has; set auto or cpu")
@@ -244,8 +246,3 @@ def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
             f"{stage}: no calibration token reached {count} expert{'s' * (count > 1)} (blocks: {blocks}); Wanda judges "
             "their weights by magnitude. More calibration windows reach more experts."
         )
-
-
-def _peak_resident() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from wanda_dvc.catalog import ALLOCATIONS, GROUPS, HUB_ID, methods
-from wanda_dvc.study.files import Json
+from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
@@ -69,11 +70,12 @@ def card(
         "pipeline_tag": "text-generation",
         "tags": ["pruned", masks["params"]["method"], "wanda-dvc"],
     }
+    warnings = [f"The choice {problem}." for problem in raised(load_json(study.metrics("pruned", "held_out")))]
     sections = {
         "Pruning": table(["what", "value"], _facts(study, masks, dense, sparsity)),
         **(results or {}),
         "Load the model": LOADING.format(imports=imports),
-        "Limits": f"{storage} {_speed(pattern)}",
+        "Limits": " ".join([storage, _speed(pattern), *warnings]),
         "Licence of the dense model": license_text,
     }
     return CARD.format(

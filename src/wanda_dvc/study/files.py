@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,17 +76,6 @@ def link_file(source: Path, target: Path) -> None:
         target.hardlink_to(source)
     except OSError:
         copy_file(source, target)
-
-
-def can_reflink(source: Path, folder: Path) -> bool:
-    """Whether a reflink of a file into a folder works, by a try with that file, which should be small."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="reflink-") as scratch:
-        try:
-            reflink(source, Path(scratch) / source.name)
-        except OSError:
-            return False
-    return True
 
 
 def reflink(source: Path, target: Path) -> None:

@@ -54,44 +54,9 @@ def link_source(project: Project, part: str) -> None:
     beside.replace(place)
 
 
-def changed_sources(project: Project) -> Iterator[str]:
-    """Yield a sentence for each local source that is gone, or has another content than `download` has seen.
-
-    DVC is asked, and so a file hashed, only where a file has been touched since its source was linked.
-    """
-    touched = []
-    for part, path in local_sources(project.params).items():
+def gone_sources(project: Project) -> Iterator[str]:
+    """Yield a sentence for each local source that `locate` has linked and that is gone."""
+    for part in local_sources(project.params):
         link = project.source(part)
-        if not link.is_symlink():
-            continue  # `locate` has not run, and nothing is known of it
-        if not link.exists():
+        if link.is_symlink() and not link.exists():
             yield f"{link.readlink()} ({part}) is gone: name another in params.yaml, or put it back."
-        elif link.readlink() == path and _last_change(path) > link.lstat().st_mtime_ns:
-            touched.append(part)
-    changed = _changed(project) if touched else set()
-    for part in touched:
-        if part in changed:
-            where = project.source(part).readlink()
-            yield f"{where} ({part}) has changed since it was fetched: `dvc repro` fetches it."
-
-
-def _last_change(path: Path) -> int:
-    """The last change of a file, or of a directory and the files directly in it, in nanoseconds."""
-    there = [path, *path.iterdir()] if path.is_dir() else [path]
-    return max(one.stat().st_ctime_ns for one in there if one.exists())
-
-
-def _changed(project: Project) -> set[str]:
-    """The parts whose source DVC finds changed."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    try:
-        with Repo(str(project.root)) as repo:
-            status = repo.status([f"{project.root / 'dvc.yaml'}:locate"])
-    except DvcException:
-        return set()  # no repository, or none with this stage: `doctor` says so
-    found = [
-        name for one in next(iter(status.values()), []) if isinstance(one, dict) for name in one.get("changed outs", {})
-    ]
-    return {Path(name).name for name in found}  # whatever folder DVC names them from

@@ -1,6 +1,9 @@
 """Text from outside (a model's, a file's or an experiment's name) in Markdown, so that it stays text; and numbers."""
 
 import re
+from collections.abc import Sequence
+
+from tabulate import tabulate
 
 # Signs that Markdown may read as markup; an underscore only at the edge of a word.
 MARKUP = re.compile(r"[\\`*<>\[\]|#&~]|(?<![^\W_])_|_(?![^\W_])")
@@ -26,6 +29,11 @@ def number(perplexity: float | str | None) -> str:
     if perplexity < 1000:
         return f"{perplexity:.2f}"
     return f"{perplexity:,.0f}" if perplexity < 1e7 else f"{perplexity:.2e}"
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table for a terminal, which is Markdown too. Cells stay as they are: no number is parsed."""
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def _line(text: object) -> str:

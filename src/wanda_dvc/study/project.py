@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.params import Params, limit, read_params
+from wanda_dvc.params import Params, read_params
 from wanda_dvc.reading import is_there, read_text
 from wanda_dvc.study.documents import Documents
 from wanda_dvc.study.files import Json, copy_file
@@ -46,10 +46,6 @@ class Project:
     def params(self) -> Params:
         """The settings, checked."""
         return read_params(self.root / "params.yaml")
-
-    def limited_to(self, settings: Collection[str]) -> "Project":
-        """Return the same project with `params` that show some settings, and `runtime`, and no others."""
-        return self.with_params(limit(self.params, settings))
 
     def with_params(self, params: Params) -> "Project":
         """Return the same project with other settings than those of its `params.yaml`."""

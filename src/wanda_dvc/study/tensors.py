@@ -183,8 +183,11 @@ class Grams(Mapping[str, "Gram"]):
             return Gram.from_triangle(triangle, int(count))
         return Gram.from_scaled_triangle(norm.to(self.device), triangle, int(count))
 
+    def __contains__(self, name: object) -> bool:  # what a Mapping has of its own would unpack the matrix
+        return f"{name}.count" in self.tensors
+
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self.readers if f"{name}.count" in self.tensors)
+        return (name for name in self.readers if name in self)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

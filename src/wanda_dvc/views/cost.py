@@ -4,8 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from wanda_dvc.errors import UserError
 from wanda_dvc.machine import cores, processor
 from wanda_dvc.params import Params, check_params
@@ -13,6 +11,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.needs import NEEDS, Known, Need, config_of, kept_bytes, known
 from wanda_dvc.stages.running import own_device
 from wanda_dvc.study.files import json_text
+from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
 
 TEST_SPLIT = 1_290_590  # bytes of WikiText-2's test split, for a text that is not there yet
@@ -83,7 +82,7 @@ def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: d
         f"windows of {params.perplexity.length} for perplexity, {len(params.tasks.names)} tasks"
         + (f" × {params.zero_shot.limit}" if params.zero_shot.limit else ""),
         "",
-        tabulate(rows, headers + ["time"] * bool(pace), tablefmt="github", disable_numparse=True),
+        table(headers + ["time"] * bool(pace), rows),
         "",
         f"One more experiment adds {_gb(kept)} GB to the cache ({'its masks' if kept < model.count else MORE})"
         + (f" and takes {_duration(again)}; the first one takes {first}." if pace else "."),

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from tabulate import tabulate
 
 from wanda_dvc import __version__
 from wanda_dvc.catalog import HUB_ID
@@ -22,7 +21,8 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.needs import NEEDS, Need, config_of, known
 from wanda_dvc.stages.running import device_name
 from wanda_dvc.study.files import json_text
-from wanda_dvc.study.local import SETTINGS, changed_sources, local_sources
+from wanda_dvc.study.local import SETTINGS, local_sources
+from wanda_dvc.study.markup import table
 from wanda_dvc.study.places import on_the_hub, task_definition, task_items
 from wanda_dvc.study.project import Project
 from wanda_dvc.views.needs import disk, memory
@@ -69,7 +69,7 @@ def doctor(*, start: Path, as_json: bool = False) -> tuple[str, bool]:
         return json_text({"checks": [asdict(check) for check in checks], "missing": missing}), not missing
     rows = [[check.what, "✓" if check.good else "✗", check.found, "" if check.good else check.todo] for check in checks]
     said = f"Missing: {', '.join(missing)}." if missing else "Nothing that is needed is missing."
-    return f"{tabulate(rows, ['what', '', 'found', 'what to do'], tablefmt='github')}\n\n{said}", not missing
+    return f"{table(['what', '', 'found', 'what to do'], rows)}\n\n{said}", not missing
 
 
 def _python() -> Iterator[Check]:
@@ -102,15 +102,16 @@ def _python() -> Iterator[Check]:
 def _machine(project: Project) -> Iterator[Check]:
     import torch
 
+    from wanda_dvc.engine import accelerator
     from wanda_dvc.engine.attention import has_units
 
     device = project.params.runtime.device
     units = " and bf16 units" if has_units(torch.bfloat16) else ""
     yield Check("cpu", True, f"{torch.get_num_threads()} threads{units}, {memory('cpu') / 1e9:.1f} GB of memory free")
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    gpus = accelerator.gpus()
     for gpu in gpus:
-        yield Check(gpu, True, f"{torch.cuda.get_device_name(gpu)}, {memory(gpu) / 1e9:.1f} GB free")
-    mps = ["mps"] if torch.backends.mps.is_available() else []
+        yield Check(gpu, True, f"{accelerator.full_name(gpu)}, {memory(gpu) / 1e9:.1f} GB free")
+    mps = ["mps"] if accelerator.has_mps() else []
     if mps:
         yield Check("mps", True, "there; it shares the machine's memory")
     known = {"auto", "cpu", *gpus, *mps, *(["cuda"] if gpus else [])}
@@ -145,18 +146,20 @@ def _workers(params: Params) -> Iterator[Check]:
     if find_spec("ray") is None:
         yield Check("runtime.ray", False, "no ray", f"`pip install 'wanda-dvc[{EXTRAS['ray']}]'`")
         return
-    from wanda_dvc.engine.workers import LOCAL, look
+    from wanda_dvc.engine.cluster import LOCAL, Cluster
 
     if address == LOCAL:
         yield Check("runtime.ray", True, f"local, Ray {version('ray')}")
         return
     try:
-        found = look(address)
+        cluster = Cluster(address, device=params.runtime.device)
+        with contextlib.closing(cluster):
+            cluster.open()
+            found = ", ".join(f"{count} {what}" for what, count in cluster.counts().items())
     except UserError as error:
         yield Check("runtime.ray", False, str(error), "`ray status` on its head says how it is")
         return
-    told = f"{len(found.nodes)} nodes, {found.cpus} CPUs, {found.cards} cards"
-    yield Check("runtime.ray", not found.other, "; ".join([told, *found.other]), "install the same versions there")
+    yield Check("runtime.ray", True, found)
 
 
 def _from_the_hub(params: Params) -> tuple[list[str], list[str]]:
@@ -181,15 +184,13 @@ def _hub(params: Params) -> Iterator[Check]:
 
 
 def _sources(project: Project) -> Iterator[Check]:
-    """Whether the local sources are there, with the content that was fetched."""
+    """Whether the local sources are there."""
     local = local_sources(project.params)
     if not local:
         return
     gone = [f"{SETTINGS[part]}: {path} is not there" for part, path in local.items() if not path.exists()]
-    changed = list(changed_sources(project))
-    good = not gone and not changed
-    found = "; ".join(gone or changed) or ", ".join(str(path) for path in local.values())
-    yield Check("local sources", good, found, "name others in params.yaml, or run `dvc repro`", needed=bool(gone))
+    found = "; ".join(gone) or ", ".join(str(path) for path in local.values())
+    yield Check("local sources", not gone, found, "name others in params.yaml, or put them back")
 
 
 def _mirror(params: Params) -> Iterator[Check]:

@@ -8,12 +8,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tabulate import tabulate
-
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.study.experiments import SUCCESS, Experiment, Kind, list_experiments
 from wanda_dvc.study.files import Json, json_text
-from wanda_dvc.study.markup import number
+from wanda_dvc.study.held_out import raised
+from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import stale_stages
 from wanda_dvc.study.settings import flatten
@@ -37,11 +36,11 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
         ]
         for record in records
     ]
-    table = tabulate(rows, HEADERS, tablefmt="github", disable_numparse=True)
     stale = [record["name"] for record in records if record["stale"]]
     named = ", ".join(stale[:NAMED]) + (f" and {len(stale) - NAMED} more" if len(stale) > NAMED else "")
     said = f"Without numbers where stages have not run on the settings at hand: {named}." if stale else ""
-    return "\n\n".join(part for part in (table, said) if part)
+    warnings = [f"{record['name']}: {problem}." for record in records for problem in record["warnings"]]
+    return "\n\n".join(part for part in (table(HEADERS, rows), said, "\n".join(warnings)) if part)
 
 
 def results(project: Project) -> list[dict[str, Any]]:
@@ -75,6 +74,7 @@ def _record(one: Experiment) -> Json:
         "change": dict(one.changes),
         "perplexity": own.get("metrics/pruned/perplexity.json", {}).get("perplexity"),
         "accuracy": sum(accuracies) / len(accuracies) if accuracies and len(accuracies) == len(answered) else None,
+        "warnings": list(raised(own.get("metrics/pruned/held_out.json", {}))),
         "stale": one.state == SUCCESS and len(own) < len(one.metrics),
     }
 

@@ -42,10 +42,10 @@ def announce(*, project: Project, stage: str, part: str | None = None) -> None:
 def memory(device: str) -> int:
     """Return free bytes, of a GPU's memory where a stage runs on one."""
     if device.startswith("cuda"):
-        import torch
+        from wanda_dvc.engine.accelerator import free_memory
 
         with contextlib.suppress(RuntimeError, AssertionError):  # no such GPU: the stage says so
-            return int(torch.cuda.mem_get_info(device)[0])
+            return free_memory(device)
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -1,25 +1,18 @@
 """The last results, dense beside pruned."""
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-from tabulate import tabulate
-
-from wanda_dvc.errors import UserError
-from wanda_dvc.report.allocations import Result, against_uniform, is_uniform_of
+from wanda_dvc.report.measures import mean_layer_error
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, json_text, load_json
-from wanda_dvc.study.local import changed_sources
-from wanda_dvc.study.markup import number
+from wanda_dvc.study.held_out import raised
+from wanda_dvc.study.local import gone_sources
+from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, measured_alike
 from wanda_dvc.study.ran import Ran
-from wanda_dvc.study.settings import flatten
 from wanda_dvc.study.times import machine_of
 
-UNIFORM = "dvc exp run -S allocation=uniform -S allocation_strength=null"
 HEADERS = ["", "dense", "pruned", "pruned / dense"]
 
 
@@ -27,8 +20,8 @@ def show(*, project: Project, as_json: bool = False) -> str:
     """Return the last results, dense beside pruned, and what they are results of: as a table, or as JSON."""
     ran = Ran.of(project)
     made = project.with_params(ran.params)
-    title, sources = _title(made), changed_sources(project)
-    notes = [*_footnotes(made), *_beside_uniform(made, ran)]
+    title, sources = _title(made), gone_sources(project)
+    notes = list(_footnotes(made))
     if as_json:
         return json_text(
             {
@@ -40,8 +33,14 @@ def show(*, project: Project, as_json: bool = False) -> str:
                 "times": times(made, made.times),
             }
         )
-    table = tabulate(comparison(made), HEADERS, tablefmt="github", disable_numparse=True)
-    parts = ["\n".join(title), staleness(ran), "\n".join(sources), table, *notes, _times(made)]
+    parts = [
+        "\n".join(title),
+        staleness(ran),
+        "\n".join(sources),
+        table(HEADERS, comparison(made)),
+        *notes,
+        _times(made),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -56,15 +55,15 @@ def measured(project: Project, model: str) -> dict[str, tuple[Json, Json]]:
 
 def _figures(project: Project, model: str) -> Json:
     """Return what was measured of one model; null where nothing was."""
-    found, result = measured(project, model), Result.of(project, model)
-    figures: Json = {"perplexity": result.perplexity}
+    found = measured(project, model)
+    figures: Json = {"perplexity": found["perplexity"][0].get("perplexity")}
     figures["zero_shot"] = {
         task: found[task][0] | {"standard_errors": found[task][1].get("standard_errors", {})}
         for task in project.params.tasks.names
     }
     if model == "pruned":
         figures["sparsity"] = load_json(project.metrics("pruned", "sparsity")).get("sparsity")
-        figures["layer_error"] = result.layer_error
+        figures["layer_error"] = mean_layer_error(project)
     return figures
 
 
@@ -94,9 +93,9 @@ def comparison(project: Project) -> list[list[str]]:
     if tasks:
         means = [None if None in one else sum(one) / len(one) for one in zip(*accuracies, strict=True)]
         rows.append(["mean, acc %", *map(_percent, means), "" if {*apart} & {*tasks} else _retained(*means)])
-    result, sparsity = Result.of(project), load_json(project.metrics("pruned", "sparsity")).get("sparsity")
-    if result.layer_error is not None:
-        rows.append(["layer error, mean", "–", f"{result.layer_error:.4f}", ""])
+    error, sparsity = mean_layer_error(project), load_json(project.metrics("pruned", "sparsity")).get("sparsity")
+    if error is not None:
+        rows.append(["layer error, mean", "–", f"{error:.4f}", ""])
     rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
     return rows
 
@@ -150,6 +149,8 @@ def _title(project: Project) -> list[str]:
 
 
 def _footnotes(project: Project) -> Iterator[str]:
+    for problem in raised(load_json(project.metrics("pruned", "held_out"))):
+        yield f"Warning: {problem}."
     yield from _notes_on_layers(load_json(project.details("pruned", "layer_error")).get("linears", {}))
     names = project.params.tasks.names
     if any(load_json(project.data("tasks") / name / PROVENANCE).get("samples") for name in names):
@@ -180,7 +181,7 @@ def _footnotes(project: Project) -> Iterator[str]:
 
 
 def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
-    """Say which linear has the largest layer error, and what its reconstruction did besides; nothing without Gram."""
+    """Say which linear has the largest layer error, and where the damping was raised; nothing without Gram."""
     if not linears:
         return
     worst = max(linears, key=lambda name: linears[name]["error"])
@@ -190,49 +191,12 @@ def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
         f"{linears[worst]['error']:.4f}, of {worst}. With the same masks and no reconstruction the mean is "
         f"{masked:.4f}."
     )
-    rows = sum(told.get("unchanged", 0) for told in linears.values())
-    if rows:
-        yield f"{rows} rows kept their weights, because the reconstruction's have no lower error."
-    if short := {name: told["part"] for name, told in linears.items() if told.get("part", 1) < 1}:
-        least = min(short, key=lambda name: short[name])
-        yield (
-            f"{len(short)} linears go a part of the way from the weights of least-squares to those of fisher, as far "
-            f"as their layer error stays below their mask's; least far {least}, {100 * short[least]:.0f} %."
-        )
     if raised := {name: told["damping"] for name, told in linears.items() if told.get("raised")}:
         most = max(raised, key=lambda name: raised[name])
         yield (
             f"The Gram matrices of {len(raised)} linears are not positive definite with the damping asked for: it was "
             f"raised, most for {most}, to {raised[most]:g} of the mean diagonal."
         )
-    if dead := {name: told["dead"] for name, told in linears.items() if told.get("dead")}:
-        yield f"{sum(dead.values())} features that {len(dead)} linears read are 0 on the calibration text."
-
-
-def _beside_uniform(project: Project, ran: Ran) -> Iterator[str]:
-    """Say what another allocation than `uniform` gives beside it, by the experiments of the repository."""
-    from wanda_dvc.report.rows import collect
-    from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, list_experiments
-
-    name, own = project.params.plan.allocation.name, Result.of(project)
-    if name == "uniform" or own == (None, None) or ran.torn:  # torn: some figure is still another experiment's
-        return
-    settings = dict(flatten(project.params.model_dump(mode="json", exclude={"runtime"})))
-    try:
-        states = list_experiments(project)
-    except UserError:  # no repository
-        return
-    for one in states:
-        if one.state != SUCCESS or one.rev == WORKSPACE or not is_uniform_of(one.settings, settings):
-            continue
-        with tempfile.TemporaryDirectory() as work:
-            for row in collect(project=project, model=None, revs=[one.rev], work=Path(work)).rows:
-                if said := against_uniform(own, Result.of(row.study)):
-                    yield f"Allocation {name} against uniform, all else equal ({one.name}): {said}."
-                    return
-    yield (
-        f"Whether allocation {name} helps is not known: no experiment has uniform, all else equal. One: `{UNIFORM}`."
-    )
 
 
 def _times(project: Project) -> str:
@@ -240,19 +204,13 @@ def _times(project: Project) -> str:
     known = times(project, project.times)
     if not known:
         return ""
-    rows = [[run, f"{time['seconds']:.1f}", peak_memory(time)] for run, time in known.items()]
+    rows = []
+    for run, time in known.items():
+        peak = time.get("peak_anonymous_gb")
+        rows.append([run, f"{time['seconds']:.1f}", "–" if peak is None else f"{peak:.2f}"])
     rows.append(["all", f"{sum(time['seconds'] for time in known.values()):.1f}", ""])
     machines = sorted({machine_of(time) for time in known.values()})
-    table = tabulate(rows, ["stage", "seconds", "peak anonymous memory, GB"], tablefmt="github", disable_numparse=True)
-    resident = any("peak_anonymous_gb" not in time for time in known.values())
-    mapped = " * with mapped checkpoint pages, which this system does not tell apart." if resident else ""
-    return f"{table}\n\nMeasured on {'; '.join(machines)}.{mapped}"
-
-
-def peak_memory(time: dict[str, Any]) -> str:
-    """Return a run's peak anonymous memory in GB, or with a star the resident peak."""
-    anonymous = time.get("peak_anonymous_gb")
-    return f"{anonymous:.2f}" if anonymous is not None else f"{time['peak_resident_gb']:.2f} *"
+    return f"{table(['stage', 'seconds', 'peak anonymous memory, GB'], rows)}\n\nMeasured on {'; '.join(machines)}."
 
 
 def _percent(share: float | None, error: float | None = None) -> str:

@@ -5,11 +5,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
-
 from wanda_dvc.errors import UserError
-from wanda_dvc.report.norms import input_norms
+from wanda_dvc.stages.inputs import stats_provenance
 from wanda_dvc.study.files import Json, json_text, load_json
+from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
@@ -61,7 +60,7 @@ def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | N
         ]
         for record in records
     ]
-    return _table(rows, [*INPUTS, "layer error"] if errors else INPUTS)
+    return table([*INPUTS, "layer error"] if errors else INPUTS, rows)
 
 
 def recurring(*, project: Project, as_json: bool) -> str:
@@ -70,24 +69,30 @@ def recurring(*, project: Project, as_json: bool) -> str:
     Inputs taken from the residual stream share their feature indices: a feature that is listed for attention's input
     and for the MLP's is one direction of the stream.
     """
+    from wanda_dvc.pruning.statistics import outliers
+
     check(project)
+    total = block_count(project.stats, "calibrate")
+    found: dict[tuple[str, int], list[tuple[int, float]]] = defaultdict(list)  # by input and feature: block and ratio
+    for block in range(total):
+        measured = read_stats(project.stats, block)
+        for name, x in measured.inputs.items():
+            norm, label = x.norm, measured.label(name)
+            ratios = norm / norm.quantile(0.5)
+            for feature in outliers(norm).nonzero().flatten().tolist():
+                found[label, feature].append((block, ratios[feature].item()))
     records: list[Json] = []
-    for one in input_norms(project.stats):
-        by_feature: dict[int, list[tuple[int, float]]] = defaultdict(list)
-        for block, feature, _, ratio in one.outliers:
-            by_feature[feature].append((block, ratio))
-        for feature, places in by_feature.items():
-            blocks = sorted({block for block, _ in places})  # several experts of one may have it
-            if len(blocks) > 1:
-                largest = max(ratio for _, ratio in places)
-                record = {"input": one.label, "feature": feature, "blocks": blocks}
-                records.append(record | {"largest_ratio": largest if math.isfinite(largest) else None})  # median 0
+    for (label, feature), places in found.items():
+        blocks = sorted({block for block, _ in places})  # several experts of one may have it
+        if len(blocks) > 1:
+            largest = max(ratio for _, ratio in places)
+            record = {"input": label, "feature": feature, "blocks": blocks}
+            records.append(record | {"largest_ratio": largest if math.isfinite(largest) else None})  # median 0
     records.sort(key=lambda record: (-len(record["blocks"]), record["input"], record["feature"]))
     if as_json:
         return json_text(records)
     if not records:
         return "No feature is an outlier in more than one block."
-    total = block_count(project.stats, "calibrate")
     rows = [
         [
             r["input"],
@@ -99,7 +104,7 @@ def recurring(*, project: Project, as_json: bool) -> str:
         for r in records[:SHOWN]
     ]
     more = f"\n\nand {len(records) - SHOWN} more; --json lists all" if len(records) > SHOWN else ""
-    return _table(rows, RECURRING) + more
+    return table(RECURRING, rows) + more
 
 
 def compare(*, project: Project, other: str, as_json: bool) -> str:
@@ -123,9 +128,9 @@ def compare(*, project: Project, other: str, as_json: bool) -> str:
                 f"{other}: {missing[0]} is not in DVC's cache, expected all of stats/norms; `dvc pull --all-commits` "
                 f"fetches it where a remote has it, `dvc exp apply {other}` and `dvc repro calibrate` compute it again"
             )
-        table = _compare(project.stats, study.stats, other, as_json)
+        compared = _compare(project.stats, study.stats, other, as_json)
         work.forget()
-    return table
+    return compared
 
 
 def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
@@ -184,7 +189,7 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
         f"stats/ ({_described(here)}) against {name} ({_described(there)}): the root mean square of each input "
         "feature, changes relative to the latter."
     )
-    return f"{title}\n\n{_table(rows, COMPARED)}"
+    return f"{title}\n\n{table(COMPARED, rows)}"
 
 
 def _layer_errors(project: Project) -> dict[str, float]:
@@ -204,14 +209,9 @@ def _layer_errors(project: Project) -> dict[str, float]:
 
 
 def check(project: Project) -> None:
-    """Raise UserError where there are no statistics, or they are not of the model in models/dense."""
-    measured = read_provenance(project.stats, "calibrate")["model"]
+    """Raise UserError where there are no statistics, or they are not of the model in models/dense, if it is there."""
     model = load_json(project.model("dense") / PROVENANCE)
-    if model and model["sha256"] != measured["sha256"]:
-        raise UserError(
-            f"stats/: measured on {measured['source']}, expected {model['source']}, the model in models/dense; "
-            "run `dvc repro` or `wanda-dvc calibrate`"
-        )
+    stats_provenance(project, model or read_provenance(project.stats, "calibrate")["model"])
 
 
 def _summary(block: int, linears: list[str], x: "InputStats") -> dict[str, Any]:
@@ -260,7 +260,3 @@ def _spans(blocks: list[int]) -> str:
         else:
             spans.append([block, block])
     return ", ".join(f"{first}–{last}" if first != last else f"{first}" for first, last in spans)
-
-
-def _table(rows: list[list[Any]], headers: list[str]) -> str:
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)

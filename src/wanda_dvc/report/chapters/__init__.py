@@ -9,7 +9,6 @@ from wanda_dvc.report.chapters import (
     published,
     reproduction,
     run_time,
-    size,
     structure,
     summary,
     uncertainty,
@@ -20,17 +19,17 @@ from wanda_dvc.report.rows import Collected
 from wanda_dvc.report.section import Section, differences, sections
 from wanda_dvc.study.markup import code
 
-# A heading, and the functions that write below it. Without one: directly below the section's title.
-CHAPTERS: dict[str, tuple[Callable[[Section], Content], ...]] = {
-    "": (protocol.content,),
-    "Summary": (summary.content,),
-    "Perplexity": (perplexity.content,),
-    "Zero-shot accuracy": (zero_shot.content,),
-    "Uncertainty": (uncertainty.content,),
-    "Published results": (published.content,),
-    "Structure and size": (structure.content, size.content),
-    "Run time": (run_time.content,),
-    "Reproduction": (reproduction.content,),
+# A heading, and the function that writes below it. Without one: directly below the section's title.
+CHAPTERS: dict[str, Callable[[Section], Content]] = {
+    "": protocol.content,
+    "Summary": summary.content,
+    "Perplexity": perplexity.content,
+    "Zero-shot accuracy": zero_shot.content,
+    "Uncertainty": uncertainty.content,
+    "Published results": published.content,
+    "Structure and size": structure.content,
+    "Run time": run_time.content,
+    "Reproduction": reproduction.content,
 }
 
 
@@ -46,7 +45,7 @@ def content(collected: Collected) -> Content:
         )
     for section in found:
         parts.append(heading(2, section.title))
-        for title, writers in CHAPTERS.items():
+        for title, write in CHAPTERS.items():
             parts += [heading(3, title + section.mark)] if title else []
-            parts += [part for write in writers for part in write(section)]
+            parts += write(section)
     return parts + excluded.content(collected)

@@ -1,4 +1,4 @@
-"""The chapter on perplexity: a table of the recipes, and two pictures against sparsity."""
+"""The chapter on perplexity: a table of the recipes, and a picture against sparsity."""
 
 import itertools
 
@@ -6,7 +6,6 @@ from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import charts
 from wanda_dvc.report.charts import Point
 from wanda_dvc.report.formatting import DASH
-from wanda_dvc.report.inference import Estimate
 from wanda_dvc.report.pages import Content, Picture, table
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section
@@ -14,41 +13,19 @@ from wanda_dvc.study.markup import inline, number
 
 
 def content(section: Section) -> Content:
-    """The table and the pictures."""
+    """The table and the picture."""
     dense = section.dense.perplexity
-
-    def absolute(row: Row) -> Point | None:
-        value, ends = row.pruned.perplexity, row.pruned.perplexity_interval()
-        return _point(row, value, ends)
-
-    def increase(row: Row) -> Point | None:
-        value, ratio = row.pruned.perplexity, section.against_dense(row).ratio
-        times = value / dense if isinstance(value, float) and isinstance(dense, float) else value
-        return _point(row, times, ratio)
-
     lost = [section.name(row) for row in section.rows if row.pruned.diverged]
     said = f" Diverged, and so at the upper edge: {', '.join(lost)}." if lost else ""
     level = ("dense", dense) if isinstance(dense, float) else None
-    of_all, y_label = section.points(absolute), "perplexity, log scale"
-    parts: Content = [
-        _table(section),
-        Picture(
-            f"{section.prefix}perplexity",
-            "Perplexity against sparsity",
-            f"Log scale; bars are 95 % intervals over windows.{said}",
-            charts.curves(of_all, y_label=y_label, level=level, log=True),
-        ),
-    ]
-    if level and of_all:
-        y_label, level = "pruned / dense, log scale", ("dense", 1.0)
-        figure = charts.curves(section.points(increase), y_label=y_label, level=level, log=True)
-        caption = f"How many times the dense model's perplexity; log scale, bars are 95 % paired intervals.{said}"
-        parts.append(Picture(f"{section.prefix}increase", "Increase over dense", caption, figure))
-    return parts
+    figure = charts.curves(section.points(_point), y_label="perplexity, log scale", level=level, log=True)
+    caption = f"Log scale; bars are 95 % intervals over windows.{said}"
+    return [_table(section), Picture(f"{section.prefix}perplexity", "Perplexity against sparsity", caption, figure)]
 
 
-def _point(row: Row, value: float | str | None, ends: Estimate | None) -> Point | None:
+def _point(row: Row) -> Point | None:
     """A point at the row's sparsity, without a value if it diverged; None if it was not measured."""
+    value, ends = row.pruned.perplexity, row.pruned.perplexity_interval()
     if value is None:
         return None
     y = value if isinstance(value, float) else None

@@ -6,7 +6,6 @@ from wanda_dvc.report.formatting import DASH, seconds, setting
 from wanda_dvc.report.pages import Content, bullets, fenced, table
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import OF_PRUNING, Section
-from wanda_dvc.study.files import Json
 from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.repeat import how_to_repeat
 from wanda_dvc.study.times import machine_of
@@ -33,6 +32,7 @@ def content(section: Section) -> Content:
 def _origin(row: Row, varying: list[str]) -> list[str]:
     times, known = row.times(), runs()
     mine = sum(time["seconds"] for run, time in times.items() if known[run][1])
+    peaks = [time["peak_anonymous_gb"] for time in times.values() if "peak_anonymous_gb" in time]
     given = row.params.model_dump(mode="json", include={"recipe", *CHOICES, "allocation_strength"})
     settings = {name: value for name, value in given.items() if value is not None}
     settings |= {key: row.settings[key] for key in ("sparsity", "pattern", *varying)}
@@ -41,14 +41,6 @@ def _origin(row: Row, varying: list[str]) -> list[str]:
         row.commit[:10] if row.commit else "not committed",
         inline(", ".join(f"{key}={value}" for key, value in settings.items())),
         f"{seconds(mine)} s" if times else DASH,
-        peak_memory(times) or DASH,
+        f"{max(peaks):.2f} GB" if peaks else DASH,
         inline("; ".join(sorted({machine_of(time) for time in times.values()}))),
     ]
-
-
-def peak_memory(times: dict[str, Json]) -> str | None:
-    """The largest anonymous peak of the runs; the resident one, named so, where no anonymous peak is known."""
-    for key, name in (("peak_anonymous_gb", ""), ("peak_resident_gb", " resident")):
-        if peaks := [time[key] for time in times.values() if time.get(key) is not None]:
-            return f"{max(peaks):.2f} GB{name}"
-    return None

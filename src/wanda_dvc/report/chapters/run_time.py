@@ -1,8 +1,7 @@
 """The chapter on run time: seconds by stage, each run counted once."""
 
-from wanda_dvc.report import charts
 from wanda_dvc.report.formatting import DASH, seconds
-from wanda_dvc.report.pages import Content, Picture, table
+from wanda_dvc.report.pages import Content, table
 from wanda_dvc.report.section import Section
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.markup import inline
@@ -12,7 +11,7 @@ SHARED = "shared by the rows"
 
 
 def content(section: Section) -> Content:
-    """The table and the picture; a sentence if no times are known."""
+    """The table; a sentence if no times are known."""
     bars = _bars(section)
     if not bars:
         return ["No times are at hand."]
@@ -24,15 +23,10 @@ def content(section: Section) -> Content:
     ]
     machines = sorted({machine_of(time) for row in section.rows for time in row.times().values()})
     caption = (
-        "Seconds by stage, each run counted once; of an interrupted stage, those since it resumed. "
-        f"Measured on {inline('; '.join(machines))}."
+        "Seconds by stage. Runs that rows share (downloads, calibration, the dense model's evaluation) are counted "
+        f"once; of an interrupted stage, the seconds since it resumed. Measured on {inline('; '.join(machines))}."
     )
-    described = "Runs that rows share (downloads, calibration, the dense model's evaluation) are counted once."
-    figure = charts.times(bars, used)
-    return [
-        table(caption, ["", *used, "all"], rows),
-        Picture(f"{section.prefix}time", "Time by stage", described, figure),
-    ]
+    return [table(caption, ["", *used, "all"], rows)]
 
 
 def runs() -> dict[str, tuple[str, bool]]:

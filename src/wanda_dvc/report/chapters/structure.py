@@ -1,22 +1,22 @@
-"""The chapter on where weights were removed, the layer errors, and the input norms that recipes read."""
+"""The chapter on where weights were removed, on the layer errors, and on a model's bytes without its zeros."""
 
+import math
 from collections.abc import Iterable
 
+from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.report import charts
 from wanda_dvc.report.charts import Point
-from wanda_dvc.report.norms import input_norms
-from wanda_dvc.report.pages import Content, Picture
+from wanda_dvc.report.pages import Content, Picture, table
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section
-from wanda_dvc.study.markup import inline
-from wanda_dvc.study.tensors import block_count
+from wanda_dvc.study.markup import number
 
-STATS = "stats/norms"
+DENSE = "models/dense"
 
 
 def content(section: Section) -> Content:
-    """Pictures of sparsity and layer error by block, and of the norms of each set of statistics."""
-    return [*_sparsity(section), *_layer_errors(section), *_norms(section)]
+    """Pictures of sparsity and layer error by block, and the table of sizes with its picture."""
+    return [*_sparsity(section), *_layer_errors(section), *_sizes(section)]
 
 
 def _sparsity(section: Section) -> Content:
@@ -36,60 +36,19 @@ def _sparsity(section: Section) -> Content:
 
 
 def _layer_errors(section: Section) -> Content:
-    """Pictures of the layer errors by block, and of perplexity against their mean, where Gram matrices are kept."""
-    lines = {id(row): [(int(x["block"]), float(x["error"])) for x in row.plot("layer_error")] for row in section.rows}
-    rows = [row for row in section.ordered if lines[id(row)]]
-    if not rows:
+    """The layer errors by block, where Gram matrices are kept."""
+    series = {}
+    for row in section.ordered:
+        if lines := [(int(line["block"]), float(line["error"]), 1) for line in row.plot("layer_error")]:
+            series[section.label(row)] = by_block(lines)
+    if not series:
         return []
-
-    def point(row: Row) -> Point | None:
-        errors, perplexity = [error for _, error in lines[id(row)]], row.pruned.perplexity
-        if not errors or not isinstance(perplexity, float):
-            return None
-        return Point(100 * sum(errors) / len(errors), perplexity, name=row.sparsity)
-
-    series = {section.label(row): by_block((block, error, 1) for block, error in lines[id(row)]) for row in rows}
     caption = (
         "How far a linear's output on the calibration text is off, ‖(W−Ŵ)X‖² / ‖WX‖², on the dense model's inputs. The "
         "shade is from a block's least to its largest."
     )
     figure = charts.by_block(series, y_label="layer error, %")
-    parts: Content = [Picture(f"{section.prefix}layer-error", "Layer error by block", caption, figure)]
-    points = section.points(point)
-    if sum(map(len, points.values())) > 2:
-        caption = (
-            "The mean over all linears. Where points of different recipes lie on one line, the layer error, which "
-            "needs no run of the model, predicts the perplexity."
-        )
-        x_label, y_label = "mean layer error, %", "perplexity, log scale"
-        figure = charts.curves(points, x_label=x_label, y_label=y_label, log=True)
-        title = "Perplexity against the layer error"
-        parts.append(Picture(f"{section.prefix}layer-error-perplexity", title, caption, figure))
-    return parts
-
-
-def _norms(section: Section) -> Content:
-    """A picture of each set of statistics, and which recipes use it."""
-    by_stats: dict[str, Row] = {}
-    for row in section.rows:
-        if row.whole(STATS) and block_count(row.study.stats, "calibrate"):
-            by_stats.setdefault(row.outs.get(STATS, {}).get("md5", row.name), row)
-    readers = {row.recipe[-1] for row in section.rows if row.params.plan.method.needs == "norms"}
-    names = [inline(recipe) for recipe in section.recipes if recipe in readers]
-    spared = f" {' and '.join(names)} spare{'s' * (len(names) == 1)} the weights that read them." if names else ""
-    parts: Content = []
-    for count, row in enumerate(by_stats.values()):
-        inputs = input_norms(row.study.stats)
-        found, total = sum(len(one.outliers) for one in inputs), sum(one.total for one in inputs)
-        title = "Input norms by block and feature"
-        if len(by_stats) > 1:
-            title += f" of {inline(section.series(row))}"
-        caption = (
-            "Above: the norms ‖X‖₂ of each distinct input. Below: which features are outliers, more than 6 times their "
-            f"median ({found:,} of {total:,}, {100 * found / total:.2f} %).{spared}"
-        )
-        parts.append(Picture(f"{section.prefix}norms{count or ''}", title, caption, charts.norms(inputs)))
-    return parts
+    return [Picture(f"{section.prefix}layer-error", "Layer error by block", caption, figure)]
 
 
 def by_block(linears: Iterable[tuple[int, float, float]]) -> list[tuple[int, float, float, float]]:
@@ -103,3 +62,59 @@ def by_block(linears: Iterable[tuple[int, float, float]]) -> list[tuple[int, flo
         mean = 100 * sum(part for part, _ in found) / sum(whole for _, whole in found)
         points.append((block, mean, min(shares), max(shares)))
     return points
+
+
+def _sizes(section: Section) -> Content:
+    """The table of bytes, and perplexity against them."""
+    dense, size = section.dense.perplexity, section.rows[0].outs.get(DENSE, {}).get("size")
+
+    def point(row: Row) -> Point | None:
+        stored, value = stored_bytes(row), row.pruned.perplexity
+        name = row.pattern.strip() or row.sparsity
+        return Point(stored / 1e6, value, name=name) if stored and isinstance(value, float) else None
+
+    rows = [["dense", f"{size / 1e6:,.1f}", "100.0", number(dense)]] if size else []
+    for row in section.ordered:
+        if stored := stored_bytes(row):
+            share = f"{100 * stored / row.outs[DENSE]['size']:.1f}"
+            rows.append([section.name(row), f"{stored / 1e6:,.1f}", share, number(row.pruned.perplexity)])
+    if not rows:
+        return []
+    caption = (
+        "The model's size if its zeros were left out. Assumed: unstructured, one bit a weight for where zeros stand "
+        "and the values that stay; n:m, the values that stay and ⌈log₂ m⌉ bits each for their place. The files that "
+        "`apply` writes hold the zeros and are no smaller."
+    )
+    parts: Content = [table(caption, ["", "MB", "% of dense", "perplexity"], rows)]
+    if series := section.points(point):
+        if size and isinstance(dense, float):
+            series["dense"] = [Point(size / 1e6, dense)]
+        x_label, y_label = "megabytes of the model, zeros left out", "perplexity, log scale"
+        parts.append(
+            Picture(
+                f"{section.prefix}bytes",
+                "Quality against bytes",
+                "Perplexity on a log scale against the model's size with its zeros left out. A model that diverged is "
+                "not shown.",
+                charts.curves(series, x_label=x_label, y_label=y_label, log=True),
+            )
+        )
+    return parts
+
+
+def stored_bytes(row: Row) -> int | None:
+    """The model's bytes if zeros were left out; None if the sparsity or the dense size is unknown.
+
+    Unstructured: each linear as one bit a weight, and the values that stay. n:m: the values that stay, each with
+    ⌈log₂ m⌉ bits for its place among m (2:4 as sparse tensor cores read it). Everything else is unchanged.
+    """
+    linears, total = row.plot("sparsity"), row.outs.get(DENSE, {}).get("size")
+    if not linears or not total:
+        return None
+    pattern = parse_pattern(row.params.pattern)
+    for line in linears:
+        weights, zeros, size = int(line["weights"]), int(line["zeros"]), int(line["bytes"])
+        kept = weights - zeros
+        places = kept * math.ceil(math.log2(pattern[1])) if pattern else weights
+        total += kept * (size // weights) + math.ceil(places / 8) - size
+    return int(total)

@@ -1,9 +1,9 @@
 """The chapter that summarizes each comparison in a sentence."""
 
-from wanda_dvc.report.allocations import Result
 from wanda_dvc.report.comparisons import Comparison, beyond_noise
 from wanda_dvc.report.formatting import factor, signed
 from wanda_dvc.report.inference import Estimate
+from wanda_dvc.report.measures import mean_layer_error
 from wanda_dvc.report.pages import Content, bullets
 from wanda_dvc.report.section import Section
 
@@ -33,8 +33,8 @@ def _of_perplexity(comparison: Comparison, other: str) -> str:
 
 def _layer_errors(comparison: Comparison) -> str:
     """The mean layer errors of two rows, where Gram matrices are kept."""
-    rows = [comparison.first, comparison.second]
-    own, other = (Result.of(row.study).layer_error if row else None for row in rows)
+    rows = (comparison.first, comparison.second)
+    own, other = (mean_layer_error(row.study) if row else None for row in rows)
     return "" if own is None or other is None else f"mean layer error {100 * own:.2f} % instead of {100 * other:.2f} %"
 
 

@@ -1,0 +1,80 @@
+"""All that exists on GPUs alone: which this machine has, their memory, pinned memory, streams, sparse cores.
+
+No other module calls `torch.cuda` or `torch.backends.mps`; a test holds that.
+"""
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def gpus() -> list[str]:
+    """Return the CUDA devices of this machine, by name."""
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
+def has_mps() -> bool:
+    """Whether this machine has Apple's GPU."""
+    return torch.backends.mps.is_available()
+
+
+def full_name(device: torch.device | str) -> str:
+    """Return the name of a CUDA device's model."""
+    return torch.cuda.get_device_name(device)
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Return the free bytes of a CUDA device. RuntimeError or AssertionError where there is no such device."""
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def peak_memory(device: torch.device | str) -> int:
+    """Return the most bytes that tensors of this process took on a CUDA device."""
+    return torch.cuda.max_memory_allocated(device)
+
+
+def wait() -> None:
+    """Wait until the CUDA devices of this process have finished, if there are any."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Copies:
+    """Copies of weights to a device: on CUDA through a stream of their own, which computation does not wait for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def running(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, this thread's copies go through the stream."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def source(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the host as copies overlap with computation: in pinned memory on CUDA."""
+        return tensor.pin_memory() if self._stream is not None and tensor.device.type == "cpu" else tensor
+
+    def finish(self, tensors: Iterable[Tensor]) -> None:
+        """Make what this thread computes next wait for these tensors, whose copies have been started."""
+        if self._stream is None:
+            return
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._stream)
+        for tensor in tensors:
+            tensor.record_stream(computing)  # its memory is not reused while the stream computes with it
+
+
+def has_sparse_cores() -> bool:
+    """Whether this machine's first CUDA device multiplies 2:4 matrices."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def semi_structured(weight: Tensor) -> Tensor:
+    """Return a 2:4 weight in the layout of the sparse cores.
+
+    RuntimeError for a shape or dtype that they do not take.
+    """
+    sparse: Tensor = torch.sparse.to_sparse_semi_structured(weight)
+    return sparse

@@ -1,0 +1,20 @@
+"""What a study knows of its recipe from held-out calibration windows: metrics/pruned/held_out.json."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from wanda_dvc.study.files import Json
+
+
+def raised(metrics: Json) -> Iterator[str]:
+    """Yield a sentence for each choice of the recipe that raised the loss of held-out windows.
+
+    `metrics` has under `held_out` the losses of masks and of weights, by choice; neighbours differ by one choice.
+    """
+    for losses in metrics.get("held_out", {}).values():
+        for (_, before), (choice, after) in pairwise(losses.items()):
+            if after > before:
+                yield (
+                    f"{choice} raises the loss of held-out calibration windows from {before:.4f} to {after:.4f}; "
+                    "try the recipe without it"
+                )

@@ -1,0 +1,333 @@
+"""Tasks on a real cluster of Ray give the bytes of one process, for any number of workers and whichever node dies."""
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from safetensors.torch import load_file, save_file
+from test_stages import fetch
+
+from wanda_dvc.engine import questions
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.losses import window_losses
+from wanda_dvc.engine.recorder import Gradients, Recorded
+from wanda_dvc.engine.runner import Change, Runner
+from wanda_dvc.engine.walk import LocalRunner
+from wanda_dvc.errors import UserError
+from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.download import download
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.perplexity import perplexity
+from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study.project import Project
+
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wanda-dvc[ray]'")
+
+from inline import Inline, Ref  # noqa: E402 - they need ray
+
+from wanda_dvc.engine.cluster import AHEAD, Cluster, Task, TaskRunner, TaskStep, own_device  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
+slow = pytest.mark.slow  # a node takes seconds to start
+
+CPU = torch.device("cpu")
+Make = Callable[..., Project]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """A cluster: a head without CPUs, and the nodes that tests add."""
+    from ray.cluster_utils import Cluster as Nodes
+
+    # As long as it takes on a machine that does other work.
+    patience = {"RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300"}
+    os.environ |= patience | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    started = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False} | agents())
+    ray.init(address=started.address, log_to_driver=False, configure_logging=False)
+    yield started
+    ray.shutdown()
+    started.shutdown()
+
+
+def agents() -> dict[str, int]:
+    """What a node starts with: ports of its agents, for which it waits 15 s at most where it is given none."""
+    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in names]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return {"num_gpus": 0} | {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
+
+
+def set_nodes(nodes: Any, number: int) -> None:
+    """Have so many nodes of one CPU."""
+    for _ in range(number - len(nodes.worker_nodes)):
+        nodes.add_node(num_cpus=1, **agents())
+    for node in list(nodes.worker_nodes)[number:]:
+        nodes.remove_node(node)
+
+
+@pytest.fixture(scope="module")
+def rows() -> torch.Tensor:
+    return torch.randint(0, 256, (20, 12), generator=torch.Generator().manual_seed(0))
+
+
+def decoder(folder: Path) -> Decoder:
+    return Decoder(folder, dtype=torch.float32, device=CPU)
+
+
+def on_cluster(folder: Path) -> TaskRunner:
+    cluster = Cluster("auto", device="cpu", folders=[folder])
+    cluster.open()
+    return TaskRunner(decoder=decoder(folder), folder=folder, cluster=cluster)
+
+
+def change(run: Runner, block: int) -> Change:
+    """A mask of every linear, and another norm."""
+    keeps, weights = {}, {}
+    with run.decoder.block(block):
+        for name, linear in run.decoder.linears(block).items():
+            keeps[name] = (linear.weight.abs() > linear.weight.abs().median()).clone()
+        name = f"model.layers.{block}.input_layernorm"
+        weights[name] = run.decoder.weights.of_block(block)[name].weight * 1.5
+    return keeps, weights
+
+
+def through(run: Runner, rows: torch.Tensor, *, with_dense: bool, kept: int = 0) -> Iterator[bytes]:
+    """All bytes that stages write: of blocks that are measured and changed, of losses, and of a backward pass."""
+    made = {block: change(run, block) for block in range(len(run.decoder.blocks))}
+    for step in run.walk(rows, with_dense=with_dense, changes=made.__getitem__, kept=kept):
+        yield dump(step.record(gram=True, crosses=with_dense))
+        step.change(*made[step.index])
+    if not with_dense:
+        yield str(list(run.head(window_losses, {0: 1, 3: 0, 18: 0}))).encode()
+        yield from map(dump_back, run.backward(rows[:3], gram=True))
+
+
+def dump(found: Recorded) -> bytes:
+    tensors = [x.upper.triu() for x in found.grams.values()] + list(found.crosses.values())
+    tensors += [y for x in found.stats.inputs.values() for y in (x.sum_squares, x.sum)]
+    return str(found.stats.readers).encode() + b"".join(x.numpy().tobytes() for x in tensors)
+
+
+def dump_back(came: tuple[int, Gradients]) -> bytes:
+    block, found = came
+    tensors = [*found.sums.values(), *(x.upper.triu() for x in found.grams.values())]
+    return f"{block} {[*found.sums]} {[*found.grams]}".encode() + b"".join(x.numpy().tobytes() for x in tensors)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[bytes]]:
+    return {
+        with_dense: list(
+            through(LocalRunner(decoder(tiny), tmp_path_factory.mktemp("local")), rows, with_dense=with_dense)
+        )
+        for with_dense in (False, True)
+    }
+
+
+def inline(folder: Path, cluster: Inline) -> TaskRunner:
+    return TaskRunner(decoder=decoder(folder), folder=folder, cluster=cluster)
+
+
+@pytest.mark.parametrize("with_dense", [False, True])
+def test_tasks_give_the_bytes_of_one_process(
+    tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], with_dense: bool
+):
+    """Where all nodes have the checkpoint, and where its weights are sent."""
+    for has_files in (True, False):
+        run = inline(tiny, Inline(2, has_files=has_files))
+        assert list(through(run, rows, with_dense=with_dense)) == expected[with_dense]
+
+
+@pytest.mark.parametrize("with_dense", [False, True])
+def test_an_interrupted_run_goes_through_the_kept_blocks_without_recording(
+    tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], with_dense: bool
+):
+    cluster = Inline(2)
+    assert list(through(inline(tiny, cluster), rows, with_dense=with_dense, kept=2)) == expected[with_dense][2:]
+    recorded = {words[2].index for words in cluster.ran if words[0] == "forward" and words[5]}
+    assert recorded == {2, 3}
+
+
+def test_an_interrupted_backward_pass_goes_back_through_the_kept_blocks(
+    tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]]
+):
+    found = [dump_back(came) for came in inline(tiny, Inline(2)).backward(rows[:3], gram=True, kept=2)]
+    assert found == expected[False][-2:]
+
+
+def test_the_driver_holds_no_hidden_states(tiny: Path):
+    """But references, and two results a worker, however many windows there are."""
+    cluster = Inline(1)
+    run = inline(tiny, cluster)
+    step = next(iter(run.walk(torch.zeros(200, 4, dtype=torch.long))))
+    assert isinstance(step, TaskStep)
+    step.record()
+    assert all(isinstance(ref, Ref) for ref in [*step.before, *step.after])
+    begun = sum(words[0] == "forward" for words in cluster.ran)
+    results = step._through()
+    next(results)
+    assert sum(words[0] == "forward" for words in cluster.ran) == begun + AHEAD
+
+
+@pytest.mark.parametrize(("seen", "given", "number"), [(None, 3, 3), ("4,7", "7", 1), ("2", 2, 0)])
+def test_a_task_takes_the_gpu_that_ray_has_given_it(
+    monkeypatch: pytest.MonkeyPatch, seen: str | None, given: int | str, number: int
+):
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [given])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert own_device("auto") == torch.device("cuda", number)
+    assert own_device("cpu") == CPU
+    monkeypatch.setattr(ray, "get_gpu_ids", list)
+    assert own_device("auto") == CPU  # to look at a node takes none
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, nodes: Any, *names: str) -> list[str]:
+    """Kill a node when the driver waits for each of some tasks. Return the tasks."""
+    real, killed = Cluster._get, list[str]()
+
+    def get(self: Cluster, task: Task) -> Any:
+        if task.name in names and task.name not in killed:
+            killed.append(task.name)
+            nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+        return real(self, task)
+
+    monkeypatch.setattr(Cluster, "_get", get)
+    return killed
+
+
+# In this order, because a node takes seconds to start.
+
+
+@slow
+def test_five_workers_give_the_bytes_of_one_process(
+    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]]
+):
+    set_nodes(nodes, 5)
+    assert list(through(on_cluster(tiny), rows, with_dense=False)) == expected[False]
+    assert list(through(on_cluster(tiny), rows, with_dense=True)) == expected[True]
+
+
+@slow
+def test_a_node_that_dies_costs_no_byte(
+    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], monkeypatch: pytest.MonkeyPatch
+):
+    """Its tasks run again, and what it held is made again."""
+    set_nodes(nodes, 5)
+    names = ["block 2, shard 5", "output head, shard 3", "backward pass, block 1, shard 1"]
+    killed = kill_at(monkeypatch, nodes, *names)
+    assert list(through(on_cluster(tiny), rows, with_dense=False)) == expected[False]
+    assert killed == names
+    assert len(nodes.worker_nodes) == 2
+
+
+@slow
+@pytest.mark.parametrize("workers", [2, 1])
+def test_fewer_workers_give_the_bytes_of_one_process(
+    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], workers: int
+):
+    set_nodes(nodes, workers)
+    assert list(through(on_cluster(tiny), rows, with_dense=False)) == expected[False]
+
+
+@slow
+def test_nodes_without_the_files_are_sent_the_weights(
+    nodes: Any,
+    tiny: Path,
+    tmp_path: Path,
+    rows: torch.Tensor,
+    expected: dict[bool, list[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """One of two nodes dies."""
+    set_nodes(nodes, 2)
+    run = on_cluster(tiny)
+    run.cluster.has_files, run.cluster.reader = False, ray.get_runtime_context().get_node_id()
+    killed = kill_at(monkeypatch, nodes, "block 1, shard 9")
+    assert list(through(run, rows, with_dense=True)) == expected[True]
+    assert killed
+
+
+@slow
+def test_a_gpu_that_no_node_has_is_refused_before_a_task_starts(nodes: Any):
+    with pytest.raises(UserError, match="runtime.device: got cuda with workers of auto, expected a node with a GPU"):
+        Cluster("auto", device="cuda")
+
+
+@slow
+def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, project: Make, tmp_path: Path):
+    set_nodes(nodes, 1)
+    folder = save_tiny_model(tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    study = fetch(project(folder, runtime__ray="auto"), "model", "calibration")
+    with pytest.raises(UserError, match=r"^worker on \S+ \(node [0-9a-f]{8}\): .*block 2, output of .*: activations"):
+        calibrate(project=study)
+
+
+@slow
+@pytest.mark.full  # each try starts a process
+def test_a_task_that_kills_its_workers_ends_the_stage(nodes: Any):
+    set_nodes(nodes, 1)
+    cluster = Cluster("auto", device="cpu")
+    (ref,) = cluster.begin(lambda _: os._exit(1))
+    with pytest.raises(UserError, match=r"^runtime.ray: block 0, shard 1: lost with its worker, 3 times again \("):
+        list(cluster.results([Task(ref, "block 0, shard 1")]))
+
+
+MADE = ("stats", "masks", "weights", "metrics")
+
+
+def run_stages(study: Project) -> dict[str, bytes]:
+    """Run the stages that go through blocks, and the one between them; what they made."""
+    calibrate(project=study)
+    mask(project=study)
+    apply(project=study)
+    perplexity(project=study, model="pruned")
+    zero_shot(project=study, model="pruned")
+    found = (path for name in MADE for path in study.root.glob(f"{name}/**/*") if path.is_file())
+    return {str(path.relative_to(study.root)): path.read_bytes() for path in found}
+
+
+@slow
+@pytest.mark.full  # the tests above hold each kind of task to the bytes of one process
+def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
+    nodes: Any, project: Make, monkeypatch: pytest.MonkeyPatch
+):
+    tiers = {"calibration__statistics": "fisher", "calibration__samples": 20}
+    settings = tiers | {"propagation": "corrected", "reconstruction": "fisher"}
+    monkeypatch.setattr(questions, "ROW", 60)  # rows enough for every node
+    study = fetch(project(**settings), "model", "calibration", "perplexity")
+    download(project=study, part="tasks")
+    expected = run_stages(study)
+    for name in (*MADE, study.answers.folder):
+        shutil.rmtree(study.root / name)
+    # In `calibrate` the walk and the backward pass, in `mask` the walk and a solver, `perplexity`, `zero-shot`.
+    names = ["block 2, shard 1", "backward pass, block 2, shard 1", "block 1, shard 1", "block 1, input of "]
+    names += ["output head, shard 1", "block 2, shard 1"]
+    real = Cluster._get
+
+    def get(self: Cluster, task: Task) -> Any:
+        """Kill a node when the driver waits for the next of these tasks, and add another one."""
+        if names and task.name.startswith(names[0]):
+            names.pop(0)
+            set_nodes(nodes, 3)
+            nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+        return real(self, task)
+
+    monkeypatch.setattr(Cluster, "_get", get)
+    set_nodes(nodes, 3)
+    assert run_stages(project(runtime__ray="auto", **settings)) == expected
+    assert not names

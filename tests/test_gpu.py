@@ -1,0 +1,385 @@
+"""Every stage on a simulated GPU: the same results as on the CPU, and how often what crosses between host and device.
+
+`tests/simulated_gpu.py` says what it simulates, docs/install.md what it cannot see.
+"""
+
+import ast
+import contextlib
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, save_tiny_model, write_params
+from safetensors.torch import load_file
+from simulated_gpu import OnDevice, SimulatedDevice, Traffic
+from test_families import ALL, save
+from transformers import AutoModelForCausalLM
+
+import wanda_dvc as wd
+from wanda_dvc.catalog import RECIPES
+from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.download import download
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.perplexity import perplexity
+from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study.files import load_json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.tensors import block_count, read_fisher, read_masks, read_stats
+
+full = pytest.mark.full
+# What `save_tiny_model` makes with so many blocks, and what goes through it.
+BLOCKS, WINDOWS, EVALUATED, QUESTIONS_ROWS = 2, 3, 4, 1
+LINEARS, INPUTS, PARAMETERS, OUTSIDE, BUFFERS = 7 * BLOCKS, 4 * BLOCKS, 9 * BLOCKS, 2, 2
+
+Traffics = dict[str, Traffic]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study whose stages ran on one device, and what crossed in each."""
+
+    project: Project
+    traffic: Traffics
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """Runs the stages of one model; what does not depend on the recipe runs once."""
+
+    model: Path
+    root: Path
+    texts: dict[str, str]
+
+    def stage(self, device: SimulatedDevice | None, traffic: Traffics, name: str, run: Callable[[], None]) -> None:
+        """Run one stage on a device; None: on the CPU."""
+        with device.present() if device else contextlib.nullcontext():
+            run()
+        if device:
+            traffic[name], device.traffic = device.traffic, Traffic()
+
+    def project(self, folder: Path, kind: str, recipe: str) -> Project:
+        folder.mkdir(exist_ok=True)
+        changes = {"calibration__statistics": "fisher", "runtime__device": kind, "recipe": recipe}
+        write_params(folder, self.model, **self.texts | changes)
+        return Project(folder)
+
+    @cache  # noqa: B019 - a bench lives as long as the tests of its model
+    def measured(self, kind: str) -> Study:
+        """Download, calibrate, and the dense model's perplexity."""
+        project, traffic = self.project(self.root / f"{kind}-measured", kind, "wanda"), Traffics()
+        for part in ("model", "calibration", "perplexity"):
+            download(project=project, part=part)
+        device = None if kind == "cpu" else SimulatedDevice(kind)
+        self.stage(device, traffic, "calibrate", lambda: calibrate(project=project))
+        self.stage(device, traffic, "perplexity", lambda: perplexity(project=project, model="dense"))
+        return Study(project, traffic)
+
+    @cache  # noqa: B019
+    def pruned(self, kind: str, recipe: str) -> Study:
+        """The same, then mask, apply and the pruned model's perplexity."""
+        folder = self.root / f"{kind}-{recipe}"
+        shutil.copytree(self.measured(kind).project.root, folder, symlinks=True)
+        project, traffic = self.project(folder, kind, recipe), dict(self.measured(kind).traffic)
+        device = None if kind == "cpu" else SimulatedDevice(kind)
+        self.stage(device, traffic, "mask", lambda: mask(project=project))
+        self.stage(device, traffic, "apply", lambda: apply(project=project))
+        self.stage(device, traffic, "perplexity pruned", lambda: perplexity(project=project, model="pruned"))
+        return Study(project, traffic)
+
+    def asked(self, kind: str, recipe: str) -> Study:
+        """The same, then zero-shot."""
+        study = self.pruned(kind, recipe)
+        device = None if kind == "cpu" else SimulatedDevice(kind)
+        download(project=study.project, part="tasks")
+        self.stage(device, study.traffic, "zero-shot", lambda: zero_shot(project=study.project, model="pruned"))
+        return study
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Bench:
+    """A tiny Llama."""
+    root = tmp_path_factory.mktemp("gpu")
+    return Bench(save_tiny_model(root / "model", num_hidden_layers=BLOCKS), root, texts)
+
+
+def figure(project: Project, model: str) -> Any:
+    return load_json(project.metrics(model, "perplexity"))["perplexity"]
+
+
+def check_alike(host: Project, card: Project, *, masks: bool = True) -> None:
+    """Hold the results of a GPU to the CPU's. Both add up in other orders: in float32 that is 1e-4 at most."""
+    for block in range(block_count(host.stats, "calibrate")):
+        one, other = (read_stats(project.stats, block) for project in (host, card))
+        assert one.readers == other.readers
+        for name, x in one.inputs.items():
+            assert x.count == other.inputs[name].count
+            torch.testing.assert_close(other.inputs[name].norm, x.norm, rtol=1e-4, atol=1e-6)
+        one_back, other_back = (read_fisher(project.fisher, block) for project in (host, card))
+        assert one_back.keys() == other_back.keys()
+        for name, sums in one_back.items():
+            assert float((other_back[name] - sums).norm()) <= 1e-3 * float(sums.norm()), name
+        for name, keep in read_masks(host.masks, block).items() if masks else ():
+            assert torch.equal(read_masks(card.masks, block)[name], keep), name
+    for model in ("dense", "pruned"):
+        assert figure(card, model) == pytest.approx(figure(host, model), rel=1e-3)
+    weights, others = (load_file(project.model("pruned") / "model.safetensors") for project in (host, card))
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [
+        *(("cuda", recipe) for recipe in RECIPES),
+        *(pytest.param("mps", recipe, marks=() if recipe == "wanda-refit" else full) for recipe in RECIPES),
+    ],
+)
+def test_every_stage_of_every_recipe_gives_what_the_cpu_gives(bench: Bench, kind: str, recipe: str):
+    check_alike(bench.pruned("cpu", recipe).project, bench.pruned(kind, recipe).project)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [
+        pytest.param(kind, recipe, marks=() if (kind, recipe) == ("cuda", "wanda") else full)
+        for kind in ("cuda", "mps")
+        for recipe in RECIPES
+    ],
+)
+def test_questions_are_answered_as_on_the_cpu(bench: Bench, kind: str, recipe: str):
+    details = [
+        load_json(bench.asked(where, recipe).project.details("pruned", "zero_shot"))["tasks"]["piqa"]
+        for where in ("cpu", kind)
+    ]
+    host, card = ([(item["answer"], item["loglikelihoods"]) for item in one["items"]] for one in details)
+    for (answer, values), (other, others) in zip(host, card, strict=True):
+        assert answer == other
+        assert others == pytest.approx(values, abs=1e-3)
+
+
+SHORT = ("gpt2", "qwen3_moe")  # their weights are stored across, or are experts
+
+
+@pytest.mark.parametrize("family", [pytest.param(name, marks=() if name in SHORT else full) for name in ALL])
+def test_every_family_gives_what_the_cpu_gives(family: str, tmp_path: Path, texts: dict[str, str]):
+    """Forward and backward, masks, least squares, and the perplexity of both models."""
+    bench = Bench(save(family, tmp_path / "model"), tmp_path, texts)
+    check_alike(*(bench.pruned(kind, "wanda-refit").project for kind in ("cpu", "cuda")))
+
+
+def test_hidden_states_that_a_gpu_has_no_room_for_wait_on_the_host(tmp_path: Path, bench: Bench):
+    """They cross at every block then, in both directions."""
+    project = bench.project(tmp_path / "study", "cuda", "wanda")
+    for part in ("model", "perplexity"):
+        download(project=project, part=part)
+    device = SimulatedDevice("cuda", free=0)
+    with device.present():
+        perplexity(project=project, model="dense")
+    assert figure(project, "dense") == figure(bench.measured("cuda").project, "dense")
+    assert device.traffic.to_device["engine.walk._together"] == BLOCKS * EVALUATED
+    assert device.traffic.to_host["engine.states._save"] == (BLOCKS + 1) * EVALUATED
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_the_python_interface_takes_a_model_where_it_is(kind: str, tiny: Path):
+    tokens = torch.randint(3, 256, (2, 32), generator=torch.Generator().manual_seed(0))
+
+    def pruned(where: str) -> tuple[dict[str, torch.Tensor], float]:
+        model: Any = AutoModelForCausalLM.from_pretrained(tiny, num_hidden_layers=2).to(where)
+        stats = wd.calibrate(model, tokens, statistics="fisher")
+        assert not any(isinstance(x, OnDevice) for block in stats.blocks for x in block.fisher.values())
+        keep = wd.mask(model, stats, recipe="wanda")
+        wd.reconstruct(model, keep, stats)
+        return {name: x.cpu() for name, x in model.state_dict().items()}, wd.prune(model, keep)
+
+    host, share = pruned("cpu")
+    with SimulatedDevice(kind).present():
+        card, other = pruned(kind)
+    assert share == other == 0.5
+    for name, weight in host.items():
+        torch.testing.assert_close(card[name], weight, rtol=1e-3, atol=1e-3)
+
+
+# --- what crosses ---
+
+CALIBRATED = BLOCKS * WINDOWS  # shards of one window through a block
+PROBES, RECORDED = 3, 1  # rows that say how blocks are called, and how their linears are
+WEIGHTS = {"engine.weights._placed": PARAMETERS + OUTSIDE, "engine.weights._load_rest": BUFFERS}
+# How often what crosses in each stage, by the function that asks for it. Of a walk: each weight, each window's tokens
+# and each window's hidden states once. A window's loss is two numbers of its own.
+TO_DEVICE = {
+    "calibrate": WEIGHTS
+    | {
+        # Forward for norms, forward and backward for gradients; the last block turns round where it is.
+        "engine.weights._placed": 3 * PARAMETERS - PARAMETERS // BLOCKS + OUTSIDE,
+        "engine.decoder._record": 2 * WINDOWS + PROBES + RECORDED + 1,
+        "engine.decoder.loss_gradient": WINDOWS,  # tokens
+    },
+    "perplexity": WEIGHTS
+    | {"engine.decoder._record": EVALUATED + PROBES, "engine.losses.window_loss": EVALUATED},  # tokens
+    "mask wanda": {"pruning.choose.keep": LINEARS, "pruning.statistics.to": 2 * INPUTS},
+    "mask admm": {"stages.mask.<dictcomp>": LINEARS, "study.tensors.__getitem__": 2 * INPUTS},
+    "mask fisher": {
+        "stages.mask.<dictcomp>": LINEARS,
+        "study.tensors.__getitem__": 2 * INPUTS,
+        "pruning.choose.choose_block": LINEARS,  # one number a row
+    },
+    # The dense weights twice: as the block runs, and as they are stored.
+    "mask paper": WEIGHTS
+    | {
+        "engine.decoder._record": WINDOWS + PROBES + RECORDED,
+        "pruning.choose.keep": LINEARS,
+        "pruning.statistics.to": 2 * INPUTS,
+    },
+    # New weights come back through the host, which keeps them for a run that is interrupted.
+    "mask block": WEIGHTS
+    | {
+        "engine.decoder._record": 2 * WINDOWS + PROBES + RECORDED,
+        "stages.mask.<dictcomp>": LINEARS,
+        "pruning.choose.choose_block": LINEARS,
+        "engine.walk.replace": LINEARS,
+        "engine.training.train": LINEARS,
+    },
+    "apply wanda": {"study.tensors.__getitem__": 2 * INPUTS, "pruning.choose.prune_linear": 2 * LINEARS},
+    "apply admm": {"study.tensors.__getitem__": 2 * INPUTS, "pruning.choose.prune_linear": 2 * LINEARS},
+    "apply fisher": {
+        "study.tensors.__getitem__": 2 * (INPUTS + LINEARS),
+        "pruning.choose.prune_linear": 2 * LINEARS,
+    },
+}
+FINITE = {"engine.walk._check_finite": CALIBRATED, "engine.recorder._not_finite": CALIBRATED}
+TO_HOST = {
+    "calibrate": FINITE
+    | {
+        "pruning.statistics.to": 2 * INPUTS,
+        "study.tensors.pack_grams": 2 * (INPUTS + LINEARS),
+        "engine.recorder._finish": BLOCKS,
+        "engine.recorder.<dictcomp>": LINEARS,
+        # Hidden states at the end; for the backward pass before each block; gradients at the end.
+        "engine.states._save": (1 + (BLOCKS + 1) + 1) * WINDOWS,
+    },
+    "perplexity": {
+        "engine.walk._check_finite": BLOCKS,
+        "engine.states._save": EVALUATED,
+        "engine.losses.window_loss": EVALUATED,
+    },
+    "mask wanda": {"pruning.packing.pack_bits": LINEARS},
+    "mask admm": {"pruning.packing.pack_bits": LINEARS},
+    "mask fisher": {"pruning.packing.pack_bits": LINEARS},
+    "apply wanda": {"pruning.choose.prune_linear": LINEARS},
+    "apply admm": {"pruning.choose.prune_linear": LINEARS},
+    "apply fisher": {"pruning.choose.prune_linear": LINEARS},
+}
+
+
+@pytest.mark.parametrize("row", TO_DEVICE)
+def test_weights_and_hidden_states_cross_to_a_gpu_once(bench: Bench, row: str):
+    stage, _, recipe = row.partition(" ")
+    traffic = bench.pruned("cuda", recipe or "wanda").traffic[stage]
+    assert dict(traffic.to_device) == TO_DEVICE[row]
+    if row in TO_HOST:
+        assert dict(traffic.to_host) == TO_HOST[row]
+
+
+def test_a_walk_moves_the_bytes_of_the_model_and_of_its_hidden_states(bench: Bench):
+    study = bench.measured("cuda")
+    traffic, weights = study.traffic["perplexity"], load_file(study.project.model("dense") / "model.safetensors")
+    assert traffic.bytes_to_device["engine.weights._placed"] == sum(x.nbytes for x in weights.values())
+    assert traffic.bytes_to_host["engine.states._save"] == EVALUATED * 64 * 32 * 4  # length, width, float32
+
+
+@full
+def test_zero_shot_reads_the_model_twice_and_its_questions_once(bench: Bench):
+    """Once to see whether the model holds several questions in a row, once to ask."""
+    traffic = bench.asked("cuda", "wanda").traffic["zero-shot"]
+    assert traffic.to_device["engine.weights._placed"] == 2 * PARAMETERS + OUTSIDE
+    assert traffic.to_host["engine.states._save"] == QUESTIONS_ROWS
+
+
+# --- one module ---
+
+
+def test_what_only_a_gpu_has_is_called_in_one_module():
+    """`torch.cuda`, `torch.mps`, their backends, pinned memory, streams and semi-structured weights."""
+    found = Counter[str]()
+    for path in (ROOT / "src/wanda_dvc").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and _is_of_a_gpu(ast.unparse(node)):
+                found[path.relative_to(ROOT / "src/wanda_dvc").as_posix()] += 1
+    assert set(found) == {"engine/accelerator.py"}
+
+
+def _is_of_a_gpu(name: str) -> bool:
+    places = ("torch.cuda", "torch.mps", "torch.backends.cuda", "torch.backends.cudnn", "torch.backends.mps")
+    return name in places or name.rpartition(".")[2] in (
+        "pin_memory", "is_pinned", "record_stream", "wait_stream", "mem_get_info", "to_sparse_semi_structured",
+    )  # fmt: skip
+
+
+# --- the simulation itself ---
+
+
+@pytest.fixture
+def device() -> Iterator[SimulatedDevice]:
+    with SimulatedDevice("cuda").present() as device:
+        yield device
+
+
+def test_the_simulated_device_refuses_what_a_gpu_refuses(device: SimulatedDevice):
+    card, host = torch.ones(2, 3, device="cuda"), torch.ones(2, 3)
+    assert (str(card.device), card.is_cuda, str((card * 2).device)) == ("cuda:0", True, "cuda:0")
+    for mixed in (
+        lambda: card + host,
+        lambda: host.add_(card),
+        lambda: torch.cat([card, host]),
+        lambda: torch.stack([card[0, 0], host[0, 0]]),
+        lambda: card @ host.T,
+        lambda: host[torch.tensor([0], device="cuda")],
+    ):
+        with pytest.raises(RuntimeError, match="same device"):
+            mixed()
+    with pytest.raises(TypeError, match="can't convert cuda:0 device type tensor to numpy"):
+        card.numpy()
+    with pytest.raises(AssertionError, match="memory that is not pinned"):
+        torch.empty(2, 3, device="cuda").copy_(host, non_blocking=True)
+    assert torch.equal((card + host.sum()).cpu(), host + 6)  # one number of the host is taken
+
+
+def test_the_simulated_device_counts_what_crosses(device: SimulatedDevice):
+    card = torch.ones(2, 3).to("cuda")
+    card.to("cuda"), card.to(torch.float64), card[0, [1, 2]]
+    assert (card.cpu().tolist(), float(card.sum())) == ([[1.0] * 3] * 2, 6.0)
+    traffic = device.traffic
+    assert (traffic.to_device.total(), traffic.bytes_to_device.total()) == (2, 24 + 16)  # the indices too
+    assert (traffic.to_host.total(), traffic.bytes_to_host.total(), traffic.waits.total()) == (1, 24, 1)
+
+
+def test_gradients_and_threads_see_the_simulated_device(device: SimulatedDevice):
+    from concurrent.futures import ThreadPoolExecutor
+
+    x, seen = torch.ones(3, device="cuda").requires_grad_(), []
+    y = x * 2
+    y.register_hook(lambda gradient: seen.append((gradient.device, torch.zeros(1, device="cuda").device)))
+    (back,) = torch.autograd.grad(y.square().sum(), x)
+    assert (str(back.device), back.tolist(), seen) == ("cuda:0", [8.0] * 3, [(x.device, x.device)])
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: torch.zeros(1, device="cuda").device).result() == x.device
+
+
+def test_mps_has_neither_float64_nor_pinned_memory():
+    with SimulatedDevice("mps").present():
+        for call in (
+            lambda: torch.ones(1, device="mps").double(),
+            lambda: torch.zeros(1, dtype=torch.double).to("mps"),
+        ):
+            with pytest.raises(TypeError, match="float64"):
+                call()
+        with pytest.raises(RuntimeError, match="no pinned memory"):
+            torch.ones(1).pin_memory()

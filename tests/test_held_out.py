@@ -1,0 +1,156 @@
+"""The comparison on held-out windows: what is compared, with which loss, on which windows, and what is said."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny_model, write_params
+from test_stages import fetch
+from transformers import AutoModelForCausalLM
+
+from wanda_dvc.engine.windows import between, draw, draw_from_documents
+from wanda_dvc.errors import UserError
+from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.held_out import compare
+from wanda_dvc.stages.inputs import held_out_windows
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.study.card import card
+from wanda_dvc.study.files import write_json
+from wanda_dvc.study.held_out import raised
+from wanda_dvc.study.project import Project
+from wanda_dvc.views.show import show
+
+CALIBRATION: dict[str, Any] = {"calibration__statistics": "fisher", "calibration__samples": 4}
+Make = Callable[..., Project]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Path:
+    root = tmp_path_factory.mktemp("calibrated")
+    model = save_tiny_model(tmp_path_factory.mktemp("source") / "tiny", num_hidden_layers=2)
+    write_params(root, model, **CALIBRATION, **texts)
+    calibrate(project=fetch(Project(root), "model", "calibration"))
+    return root
+
+
+@pytest.fixture
+def pruned(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Make:
+    """A copy of it, pruned with other settings."""
+    shutil.copytree(calibrated, tmp_path, dirs_exist_ok=True)
+    source = Project(calibrated).params.model
+
+    def make(**changes: Any) -> Project:
+        write_params(tmp_path, source, **CALIBRATION | texts | changes)
+        mask(project=Project(tmp_path))
+        apply(project=Project(tmp_path))
+        return Project(tmp_path)
+
+    return make
+
+
+def losses(project: Project) -> dict[str, dict[str, float]]:
+    content = json.loads(project.metrics("pruned", "held_out").read_text())
+    found: dict[str, dict[str, float]] = content.get("held_out", {})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "masks", "weights"),
+    [
+        ({"recipe": "wanda"}, [], []),
+        ({"recipe": "paper", "method": "magnitude"}, [], []),
+        ({"recipe": "admm"}, [], []),
+        ({"recipe": "wanda", "allocation": "owl"}, ["uniform", "allocation owl"], []),
+        ({"recipe": "wanda", "group": "layer", "allocation": "lsa"}, ["uniform", "allocation lsa"], []),
+        ({"recipe": "wanda", "group": "fisher"}, ["uniform", "group fisher"], []),
+        ({"recipe": "fisher", "pattern": "2:4"}, [], ["least-squares", "reconstruction fisher"]),
+        (
+            {"recipe": "fisher"},
+            ["uniform", "group fisher", "allocation fisher"],
+            ["least-squares", "reconstruction fisher"],
+        ),
+        ({"recipe": "block"}, ["uniform", "group fisher", "allocation fisher"], []),
+    ],
+    ids=str,
+)
+def test_each_choice_that_statistics_decide_is_compared(pruned: Make, settings: Any, masks: Any, weights: Any):
+    found = losses(pruned(**settings))
+    assert list(found.get("masks", {})) == masks
+    assert list(found.get("weights", {})) == weights
+
+
+def test_the_losses_are_those_of_transformers(pruned: Make):
+    """Of the pruned model; and of Wanda's masks as the last of those compared, which is the model's own here."""
+    project = pruned(recipe="fisher")
+    model = AutoModelForCausalLM.from_pretrained(project.model("pruned"), dtype=torch.float32).eval()
+    windows = held_out_windows(project, {"samples": 4, "length": project.params.calibration.length, "seed": 0}, 2)
+
+    def loss(model: Any) -> float:
+        with torch.no_grad():
+            return sum(model(input_ids=x[None], labels=x[None]).loss.item() for x in windows) / len(windows)
+
+    assert len(windows) == 2
+    assert losses(project)["weights"]["reconstruction fisher"] == pytest.approx(loss(model), abs=2e-4)
+    project = pruned(recipe="wanda", group="fisher", allocation="fisher")
+    model = AutoModelForCausalLM.from_pretrained(project.model("pruned"), dtype=torch.float32).eval()
+    assert losses(project)["masks"]["allocation fisher"] == pytest.approx(loss(model), abs=2e-4)
+
+
+def test_a_choice_that_raises_the_loss_is_named_with_both_figures():
+    assert not list(raised({}))
+    assert not list(raised({"held_out": {}}))
+    compared: dict[str, dict[str, float]] = {
+        "masks": {"uniform": 3.5, "group fisher": 3.4, "allocation fisher": 3.75},
+        "weights": {"a": 2.0, "b": 2.0},
+    }
+    assert list(raised({"held_out": compared})) == [
+        "allocation fisher raises the loss of held-out calibration windows from 3.4000 to 3.7500; "
+        "try the recipe without it"
+    ]
+
+
+def test_the_environment_turns_the_comparison_off(pruned: Make, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDA_DVC_HELD_OUT", "0")
+    project = pruned(recipe="fisher")
+    assert losses(project) == {}
+    monkeypatch.setenv("WANDA_DVC_HELD_OUT", "some")
+    with pytest.raises(UserError, match="WANDA_DVC_HELD_OUT: got some, expected a number of windows"):
+        compare(project, {})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_windows_between_share_no_token_with_the_drawn_ones(seed: int):
+    tokens, words = torch.arange(500), {"samples": 6, "length": 20, "seed": seed}
+    measured, found = draw(tokens, **words), between(tokens, windows=99, **words)
+    every = torch.cat([*found, measured.flatten().unique()])
+    assert all(len(x) == 20 for x in found)
+    assert len(every.unique()) == len(every)
+    assert all(torch.equal(a, b) for a, b in zip(between(tokens, windows=2, **words), found, strict=False))
+    assert not between(torch.arange(25), windows=2, **words)
+
+
+def test_held_out_windows_of_documents_are_of_other_documents():
+    documents = [f"{letter}" * 30 for letter in "abcdef"]
+    words: dict[str, Any] = {"samples": 4, "length": 10, "seed": 1}
+
+    def tokens(text: str) -> torch.Tensor:
+        return torch.tensor([ord(letter) for letter in text])
+
+    measured = draw_from_documents(documents, tokens, **words)
+    both = draw_from_documents(documents, tokens, **words, held_out=9)
+    assert torch.equal(both[:4], measured)
+    assert not set(both[4:, 0].tolist()) & set(measured[:, 0].tolist())
+    assert set(both[:, 0].tolist()) <= set(map(ord, "abcdef"))
+
+
+def test_show_and_the_card_keep_the_warning(pruned: Make):
+    project = pruned(recipe="wanda", allocation="owl")
+    write_json(project.metrics("pruned", "held_out"), {"held_out": {"masks": {"uniform": 3.0, "allocation owl": 4.0}}})
+    warning = "allocation owl raises the loss of held-out calibration windows from 3.0000 to 4.0000"
+    assert f"Warning: {warning}" in show(project=project)
+    assert warning in card(project, 0.5)
