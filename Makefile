@@ -47,6 +47,7 @@ lint: install
 	ruff format --check
 	mypy
 	lint-imports --no-logo
+	python scripts/words.py
 
 install: $(BIN)/.installed
 
