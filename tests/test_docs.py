@@ -478,7 +478,7 @@ def test_the_drawn_pipeline_has_every_stage():
 
 
 def test_the_figures_of_the_documents_are_those_of_the_results():
-    """`python scripts/results.py` writes the tables; a sentence that repeats a figure is compared."""
+    """`python scripts/figures.py` writes the tables; a sentence that repeats a figure is compared."""
     results = script("results")
     for name in results.DOCUMENTS:
         text = (ROOT / name).read_text(encoding="utf-8")

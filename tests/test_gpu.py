@@ -195,7 +195,8 @@ def test_the_python_interface_takes_a_model_where_it_is(kind: str, tiny: Path):
     tokens = torch.randint(3, 256, (2, 32), generator=torch.Generator().manual_seed(0))
 
     def pruned(where: str) -> tuple[dict[str, torch.Tensor], float]:
-        model: Any = AutoModelForCausalLM.from_pretrained(tiny, num_hidden_layers=2).to(where)
+        model: Any = AutoModelForCausalLM.from_pretrained(tiny, num_hidden_layers=2)
+        model = model.to(where)
         stats = wd.calibrate(model, tokens, statistics="fisher")
         assert not any(isinstance(x, OnDevice) for block in stats.blocks for x in block.fisher.values())
         keep = wd.mask(model, stats, recipe="wanda")
