@@ -206,7 +206,7 @@ class CrossRecorder(InputRecorder):
         super()._add(name, x)
         dense = self._dense.get(name)
         if dense is not None and len(dense) == len(x) == self._tokens:
-            product = multiply(dense.float().T, x.float()).double()
+            product = multiply(dense.float().T, x.float()).to(self.stats[name].sum)  # in float64, where that is
             self.crosses[name] = self.crosses[name].add_(product) if name in self.crosses else product
             self.crossed[name] = self.crossed.get(name, 0) + len(x)
 
@@ -266,7 +266,7 @@ class GradientRecorder(Gradients):
             def rows(tensor: Tensor) -> Tensor:
                 return (tensor.detach().mT if turned else tensor.detach()).flatten(0, -2)[tokens].float()
 
-            norms = vector_norm(rows(x), dim=1, keepdim=True)
+            norms = vector_norm(rows(x), dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
             y.register_hook(lambda gradient: self._add(names, rows(gradient).mul(norms)))
 
     def _add(self, names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:

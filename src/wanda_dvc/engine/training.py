@@ -65,7 +65,8 @@ def train(  # noqa: PLR0913 - the settings of a training
             target, hidden = targets[row].to(device).float(), inputs[row][None].to(device)
             parameters = {name: p.to(dtype) for name, p in masked().items()}
             out = decoder.run(index, hidden, rows[row], parameters)[0]
-            error, norm = (out.float() - target).square().sum(-1), target.norm(dim=-1).clamp_min(EPSILON)
+            norm = torch.linalg.vector_norm(target, dim=-1).clamp_min(EPSILON)
+            error = (out.float() - target).square().sum(-1)
             loss = (error / norm).sum() / norm.sum()
             optimizer.zero_grad()
             loss.backward()
@@ -79,7 +80,7 @@ def train(  # noqa: PLR0913 - the settings of a training
 
 def _scale(parameter: Tensor) -> float:
     """Return the root mean square of what is not 0; at least 1e-3, so that a bias of zeros can move (as Adafactor)."""
-    rms = parameter.norm() / max(1, parameter.count_nonzero().item()) ** 0.5
+    rms = torch.linalg.vector_norm(parameter) / max(1, parameter.count_nonzero().item()) ** 0.5
     return max(1e-3, rms.item())
 
 
