@@ -69,6 +69,10 @@ DRAWN = {
 SETTINGS = ("50 %", "60 %", "70 %", "2:4")
 
 
+# The shares at which one linear was pruned, with colour and marker.
+SHARES = {0.1: ("green", "^"), 0.3: ("blue", "o"), 0.5: ("orange", "s")}
+
+
 def methods_curves() -> tuple[float, dict[str, Curve], dict[str, float]]:
     """Return the dense perplexity, each method's curve of (sparsity in percent, perplexity), and each method's 2:4."""
     curves: dict[str, Curve] = {name: [] for name in METHODS}
@@ -124,6 +128,30 @@ def methods(colours: Colours) -> Figure:
     return figure
 
 
+def loss(colours: Colours) -> Figure:
+    """Draw by linear, pruned alone, the measured change of the loss against the predicted change."""
+    models = json.loads((RESULTS / "loss-by-linear.json").read_text(encoding="utf-8"))["models"]
+    figure = Figure(figsize=(8.2, 4.1), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, model in zip(
+        panels, json.loads((RESULTS / "loss-by-linear.json").read_text(encoding="utf-8"))["models"], strict=True
+    ):
+        _plain(axes, colours)
+        axes.set_xscale("symlog", linthresh=1e-4)
+        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.plot([0, 1], [0, 1], color=colours["muted"], linestyle="--", linewidth=1.2)
+        for share, (colour, marker) in SHARES.items():
+            points = [(row["now"], row["measured"]) for row in model["rows"] if row["share"] == share]
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, marker, color=colours[colour], markersize=5, label=f"{100 * share:.0f} % of its weights")
+        axes.set_title(model["model"], color=colours["ink"], fontsize=10)
+        axes.set_xlabel("predicted change of the loss, nats", color=colours["ink"])
+        axes.minorticks_off()
+    panels[0].set_ylabel("measured change, nats", color=colours["ink"])
+    panels[0].legend(frameon=False, labelcolor=colours["ink"], loc="upper left")
+    return figure
+
+
 def _plain(axes: Axes, colours: Colours) -> Axes:
     """Leave of a plot's frame the bottom line and horizontal lines behind the points."""
     axes.set_facecolor("none")
@@ -166,6 +194,7 @@ def _label(  # noqa: PLR0913, PLR0917 - a text, its place and its look
 
 FIGURES: dict[str, Callable[[Colours], Figure]] = {
     "methods": methods,
+    "loss": loss,
 }
 
 
