@@ -133,9 +133,7 @@ def loss(colours: Colours) -> Figure:
     models = json.loads((RESULTS / "loss-by-linear.json").read_text(encoding="utf-8"))["models"]
     figure = Figure(figsize=(8.2, 4.1), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, model in zip(
-        panels, json.loads((RESULTS / "loss-by-linear.json").read_text(encoding="utf-8"))["models"], strict=True
-    ):
+    for axes, model in zip(panels, models, strict=True):
         _plain(axes, colours)
         axes.set_xscale("symlog", linthresh=1e-4)
         axes.set_yscale("symlog", linthresh=1e-3)
