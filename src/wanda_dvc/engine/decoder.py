@@ -176,7 +176,7 @@ class Decoder:
     def loss_gradient(
         self, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
     ) -> Float[Tensor, "1 length width"]:
-        """Return the gradient of the loss, summed over all tokens but the first, by the hidden states after all blocks."""
+        """Return the gradient of the loss, summed over all tokens but the first, by the last hidden states."""
         tokens = tokens.to(self.device)
         targets, gradient = tokens[1:], torch.zeros(hidden.shape, device=self.device)
         for positions in self._chunks(len(targets)):

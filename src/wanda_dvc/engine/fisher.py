@@ -68,7 +68,7 @@ class BackwardPass:
         lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
         self.decoder, self.rows, self.order = decoder, rows, block_order(blocks)
         width = decoder.model.config.get_text_config().hidden_size
-        places = {"device": decoder.device, "room": decoder.room() // (blocks + 3)}  # of each, as one of several
+        places = {"device": decoder.device, "room": decoder.room() // (blocks + 3)}  # for each
         self._before = [
             HiddenStates.open(folder / f"before_{n:03d}", lengths, width, decoder.dtype, 0, **places)
             for n in range(blocks + 1)

@@ -28,7 +28,7 @@ class Request:
     continuation: tuple[int, ...]
 
     def within(self, length: int) -> "Request":
-        """Return the request, truncated on the left to `length` input tokens, as in lm-eval. The last token is no input."""
+        """Return the request with its last `length` input tokens, as in lm-eval. The last token is no input."""
         tokens = (self.context + self.continuation)[-(length + 1) :]
         return Request(tokens[: -len(self.continuation)], self.continuation)
 
@@ -42,7 +42,7 @@ class Place:
 
 
 def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[Place]]:
-    """Rows of complete questions, and the place of every request in the rows.
+    """Return rows of complete questions, and the place of every request in the rows.
 
     A question is all requests of one context: the context, then each continuation without its last token. A row has as
     many questions as fit into `tokens`.
