@@ -18,7 +18,7 @@ def window_loss(decoder: Decoder, hidden: Float[Tensor, "1 length width"], token
     tokens = tokens.to(decoder.device)
     targets, losses = tokens[1:], []
     for positions, logits in decoder.logits(hidden, tokens):
-        wanted = targets[positions.start : positions.stop]  # one fewer in the last chunk: the last token predicts nothing
+        wanted = targets[positions.start : positions.stop]  # the last token predicts nothing
         losses.append(torch.nn.functional.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum"))
     return float(sum(torch.stack(losses).tolist())) / len(targets)
 

@@ -163,7 +163,7 @@ class InputRecorder(Sums):
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         """Add a distinct input to its statistics."""
-        where = x.device if x.is_cuda else "cpu"  # not every accelerator knows float64
+        where = x.device if x.is_cuda else "cpu"  # not every accelerator has float64
         self.stats.setdefault(name, InputStats.empty(x.shape[-1], where)).add(x)
         if self.gram:
             self.grams.setdefault(name, Gram.empty(x.shape[-1], where)).add(x)
@@ -270,7 +270,7 @@ class GradientRecorder(Gradients):
             y.register_hook(lambda gradient: self._add(names, rows(gradient).mul(norms)))
 
     def _add(self, names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
-        where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator knows float64
+        where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator has float64
         sums = gradient.square().sum(dim=0).to(where).double()
         for name in names:
             rows = slice(*(self.linears[name].part.rows or (None,)))
