@@ -1,4 +1,4 @@
-"""A study on disk: the only module that knows where things are."""
+"""A study on disk: the only module with the paths of its files."""
 
 import contextlib
 import errno
@@ -26,13 +26,13 @@ ITEMS = "items.jsonl"
 
 @dataclass(frozen=True)
 class Project:
-    """A pruning study: a directory with `params.yaml`, `dvc.yaml` and everything that the stages write."""
+    """A pruning study: a directory with `params.yaml`, `dvc.yaml` and the stages' outputs."""
 
     root: Path
 
     @classmethod
     def find(cls, start: Path | None = None) -> "Project":
-        """Return the project that holds `start` (by default this folder): the nearest one with a `params.yaml`."""
+        """Return the project around `start` (by default this folder): the nearest folder with a `params.yaml`."""
         start = (start or Path.cwd()).resolve()  # not DVC_ROOT: in a queued experiment that is another checkout
         for folder in (start, *start.parents):
             if (folder / "params.yaml").is_file():
@@ -58,7 +58,7 @@ class Project:
         return self.root / "models" / which
 
     def source(self, part: str) -> Path:
-        """Return the link to a part's local source, or the note that it has none."""
+        """Return the link to a part's local source, or the note without a local source."""
         return self.root / "sources" / part
 
     def data(self, part: str) -> Path:
@@ -71,9 +71,9 @@ class Project:
 
     @contextlib.contextmanager
     def documents(self, part: str) -> Iterator[Documents | None]:
-        """Open the documents of `data/calibration`, where it holds documents and not one text.
+        """Open the documents of `data/calibration`, if it holds documents instead of one text.
 
-        They are unpacked into a temporary file in the project, because the system's own place for such may be memory.
+        They are unpacked into a temporary file in the project, because the system's temporary folder may be in memory.
         """
         shard = self.data(part) / DOCUMENTS
         if not is_there(shard):
@@ -91,15 +91,15 @@ class Project:
 
     @property
     def repository(self) -> Path:
-        """The root of the DVC repository that holds the project, which may be further up; without one, the project."""
+        """The root of the project's DVC repository, which may be a parent folder; without a repository, the project."""
         here = self.root.absolute()
         return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
 
     @property
     def work_root(self) -> Path:
-        """Where unfinished work lies: in the repository that DVC was started in. A queued checkout is temporary.
+        """The folder of unfinished work: in the repository in which DVC was started, as queued checkouts are temporary.
 
-        Without DVC it is the one that DVC would find: a `.dvc` here would part the study from it.
+        Without DVC, the repository that DVC would find; a new `.dvc` here would separate the study from it.
         """
         return Path(os.environ.get("DVC_ROOT") or self.repository) / ".dvc" / "tmp" / "wanda-dvc"
 
@@ -125,11 +125,11 @@ class Project:
 
     @property
     def weights(self) -> Path:
-        """The folder of weights that a reconstruction changed and that do not follow from masks/ and stats/."""
+        """The folder of reconstructed weights that cannot be recomputed from masks/ and stats/."""
         return self.root / "weights"
 
     def metrics(self, which: str, name: str) -> Path:
-        """Return the file of numbers that are compared, such as `metrics/dense/perplexity.json`."""
+        """Return the file of metrics, such as `metrics/dense/perplexity.json`."""
         return self.root / "metrics" / which / f"{name}.json"
 
     def details(self, which: str, name: str) -> Path:
@@ -138,25 +138,25 @@ class Project:
 
     @property
     def times(self) -> Ledger:
-        """How long runs took."""
+        """The times of runs."""
         return Ledger(self.work_root.with_name("wanda-dvc-times"))
 
     @property
     def answers(self) -> Ledger:
-        """The zero-shot answers to each task, so that a run with one more task asks only that one."""
+        """The zero-shot answers to each task, so that a run with one more task evaluates only the new task."""
         return Ledger(self.work_root.with_name("wanda-dvc-answers"))
 
     @property
     def locks(self) -> Path:
-        """The file of what `dvc.lock` says at each commit that was listed."""
+        """The cache file of `dvc.lock`'s content at each listed commit."""
         return self.work_root.with_name("wanda-dvc-locks.json")
 
     def plots(self, name: str) -> Path:
-        """Return the file that a plot is drawn from."""
+        """Return the data file of a plot."""
         return self.root / "metrics" / "plots" / f"{name}.csv"
 
     def idle_work(self) -> Iterator["Work"]:
-        """Yield the unfinished work that no process holds, one folder at a time, locked against all others."""
+        """Yield unfinished work without a running process, one folder at a time, locked."""
         from filelock import FileLock, Timeout
 
         names = {path.name.partition(".")[0] for path in self.work_root.glob("*")}
@@ -169,8 +169,8 @@ class Project:
     def work(self, made_from: Json) -> Iterator["Work"]:
         """Open a stage's unfinished work: one folder for each set of inputs, parameters and versions.
 
-        One process at a time works there. A run that has waited finds the artifact that the other run published, and
-        only has to publish it too.
+        One process at a time works there. After waiting, a run finds the other run's published artifact, and only has
+        to publish it too.
         """
         from filelock import FileLock, Timeout
 
@@ -193,8 +193,8 @@ class Project:
 class Work:
     """A stage's unfinished work. It survives a kill at any point; the next run with the same inputs continues it.
 
-    Two rules make it so. A folder is renamed before its files are removed. A finished artifact stays in the work folder
-    until the rename that puts it in its place: a run that was killed before that rename only has to publish again.
+    Two rules ensure this. A folder is renamed before its files are removed. A finished artifact stays in the work
+    folder until a rename publishes it: after a kill before the rename, the next run only publishes again.
     """
 
     path: Path
@@ -211,15 +211,15 @@ class Work:
         return folder
 
     def fresh(self) -> Path:
-        """Return an empty folder for the artifact, for stages that are not worth resuming."""
+        """Return an empty folder for the artifact, for stages too short to resume."""
         remove(self.path / "out")
         return self.out
 
     def publish(self, *targets: Path) -> None:
-        """Put the finished artifact in its place and remove the rest; of several, each is a part named as its place.
+        """Publish the finished artifact and remove the rest; several artifacts are parts named as their places.
 
         If another run waits for the work, a copy is published, and that run finds the finished artifact here.
-        PermissionError, with nothing moved yet, if an earlier artifact may not be removed.
+        PermissionError, before any move, if an earlier artifact may not be removed.
         """
         for folder in (folder for target in targets for folder, _, _ in os.walk(target)):
             if not os.access(folder, os.W_OK):
@@ -227,7 +227,7 @@ class Work:
         awaited = self._is_awaited()
         for target in targets:
             made = self.part(target.name if len(targets) > 1 else "")
-            remove(beside := place_beside(target))  # left by a run that was killed
+            remove(beside := place_beside(target))  # left by a killed run
             if awaited or not _rename(made, target):
                 shutil.copytree(made, beside / "out", copy_function=lambda *places: copy_file(*map(Path, places)))
                 _rename(beside / "out", target)
@@ -241,12 +241,12 @@ class Work:
 
     @property
     def lock(self) -> Path:
-        """The file that the process at work holds locked. It stays when the work is done."""
+        """The lock file of the working process. It stays after the work."""
         return self.path.with_suffix(".lock")
 
     @property
     def next(self) -> Path:
-        """The file that a process which waits for the work holds locked."""
+        """The lock file of a process that waits for the work."""
         return self.path.with_suffix(".next.lock")
 
     def _is_awaited(self) -> bool:
@@ -259,14 +259,14 @@ class Work:
         return True
 
     def leftovers(self) -> list[Path]:
-        """Return what a run left behind: its folder, also under the name that it has while it is removed, and locks."""
+        """Return the leftovers of a run: its folder, also under its name during removal, and locks."""
         return sorted(self.path.parent.glob(f"{self.path.name}*"))
 
 
 def remove(path: Path) -> None:
-    """Remove a folder or a file, if it is there. A kill leaves a folder complete, or under another name."""
+    """Remove a folder or a file, if it exists. A kill leaves a folder complete, or under another name."""
     gone = path.with_name(path.name + ".gone")
-    for place in (gone, path):  # first what a removal left that was killed
+    for place in (gone, path):  # first the remains of a killed removal
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place.rename(gone))
         else:
@@ -274,14 +274,14 @@ def remove(path: Path) -> None:
 
 
 def place_beside(target: Path) -> Path:
-    """Return the folder beside an artifact's place in which a copy of it is made."""
+    """Return the temporary folder for copies of an artifact, next to its place."""
     return target.with_name(target.name + ".part")
 
 
 def _rename(made: Path, target: Path) -> bool:
-    """Put a finished artifact in its place; an earlier one moves to `old` first, which goes with the rest of the work.
+    """Move a finished artifact to its place; an earlier artifact moves to `old` first, to be removed with the work.
 
-    False, with nothing moved, if the place is on another file system.
+    False, without a move, if the place is on another file system.
     """
     remove(old := made.with_name("old"))
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from wanda_dvc.study.files import Json, read_json, write_json
 FORMAT = 1
 PROVENANCE = "provenance.json"
 
-# What readers of a provenance use, by the command that makes the artifact.
+# The keys of a provenance used by readers, by the command that makes the artifact.
 _TEXT, _MEASURED = ("source", "sha256"), ("model.source", "model.sha256", "params")
 KEYS = {
     "download model": ("source", "sha256"),
@@ -32,7 +32,7 @@ OBJECTS, MAPPINGS = ("params",), dict
 
 
 def digest(content: object) -> str:
-    """Return the SHA-256 of a JSON value, in one canonical spelling."""
+    """Return the SHA-256 of a JSON value in canonical form."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -49,14 +49,14 @@ def describe(kind: str, *, libraries: tuple[str, ...] = (), **content: object) -
 
 
 def read_provenance(artifact: Path, made_by: str) -> Json:
-    """Read the provenance of an artifact. UserError if it is missing, of another format, or lacks what readers use."""
+    """Read the provenance of an artifact. UserError if it is missing, of another format, or lacks required keys."""
     content = read_format(artifact, made_by)
     check_keys(content, made_by, str(artifact / PROVENANCE), f"run `wanda-dvc {made_by}` again")
     return content
 
 
 def read_format(artifact: Path, made_by: str) -> Json:
-    """Read a provenance of this format, whatever its keys."""
+    """Read a provenance of this format, with any keys."""
     where, todo = str(artifact / PROVENANCE), f"run `wanda-dvc {made_by}` again"
     content = expect_object(read_json(artifact / PROVENANCE, made_by), where, todo)
     if content.get("format") != FORMAT:
@@ -65,7 +65,7 @@ def read_format(artifact: Path, made_by: str) -> Json:
 
 
 def check_keys(content: Json, made_by: str, where: str, todo: str) -> None:
-    """Raise UserError where a provenance lacks a key that its readers use, or has something else there."""
+    """Raise UserError if a required key of a provenance is missing or has another type."""
     for key in KEYS.get(made_by, ()):
         found: Any = content
         for word in key.split("."):

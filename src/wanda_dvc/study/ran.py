@@ -1,6 +1,6 @@
-"""What has run, by `dvc.lock`: the settings behind the results at hand, and the stages that are stale.
+"""The last runs, by `dvc.lock`: the settings behind the current results, and the stale stages.
 
-`params.yaml` says what is asked for. Between an edit and the next `dvc repro` no result has those settings.
+`params.yaml` has the requested settings. Between an edit and the next `dvc repro`, no result has these settings.
 """
 
 from collections.abc import Mapping
@@ -29,13 +29,13 @@ Section = TypeVar("Section", bound=BaseModel)
 class Ran:
     """The last runs of a study's stages."""
 
-    stages: Json  # of dvc.lock, by DVC's name; {} where DVC has run nothing
-    params: Params  # that the results at hand have; of a stage that has not run, those of params.yaml
+    stages: Json  # of dvc.lock, by DVC's name; {} before the first run
+    params: Params  # of the current results; for a stage without a run, of params.yaml
     asked: Params  # of params.yaml
 
     @classmethod
     def of(cls, project: Project) -> "Ran":
-        """Read what ran. Masks that were made by hand name their own settings, which count more than the lock's."""
+        """Read the last runs. Masks made without DVC record their own settings, which override the lock's."""
         stages = read_lock(project.root)
         asked = dict(flatten(project.params.model_dump(mode="json")))
         ran = {key: value for stage in stages.values() for key, value in _settings(stage).items() if key in asked}
@@ -44,35 +44,35 @@ class Ran:
         made = {key: value for key, value in made.items() if key in asked}
         params = _changed(project.params, nested(ran))
         flat = resolved(params)
-        if any(flat[key] != value for key, value in made.items()):  # equal choices may be written in other words
+        if any(flat[key] != value for key, value in made.items()):  # equal choices may have different spellings
             params = _changed(params, nested(made))
         return cls(stages, params, project.params)
 
     @property
     def unmet(self) -> dict[str, Any]:
-        """The settings that params.yaml asks for and the results at hand do not have; `runtime` changes none."""
+        """Return the settings of params.yaml that differ from the current results'; `runtime` never counts."""
         ran, asked = resolved(self.params), resolved(self.asked)
         return {key: value for key, value in asked.items() if ran[key] != value}
 
     @property
     def stale(self) -> list[str]:
-        """The stages whose results are not what `params.yaml` asks for, in the lock's order."""
+        """Return the stages with results for other settings than `params.yaml`'s, in the lock's order."""
         return stale_stages(self.stages, dict(flatten(self.asked.model_dump(mode="json"))))
 
     @property
     def torn(self) -> list[str]:
-        """The stages that ran on inputs which have been made again since, whatever `params.yaml` asks for."""
+        """Return the stages with inputs that changed after the run, for any `params.yaml`."""
         return stale_stages(self.stages, {})
 
 
 def read_lock(root: Path) -> Json:
-    """Return the stages of a study's `dvc.lock`; {} where there is none."""
+    """Return the stages of a study's `dvc.lock`; {} without a lock."""
     path = root / LOCK
     return load_lock(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def load_lock(text: str) -> Json:
-    """Return the stages of a `dvc.lock` by its text. UserError where it is not a lock, as after a merge."""
+    """Return the stages in the text of a `dvc.lock`. UserError if it is not a valid lock, as after a merge."""
     try:
         content = YAML(typ="safe", pure=True).load(text) or {}
     except YAMLError as error:
@@ -87,9 +87,9 @@ def load_lock(text: str) -> Json:
 
 
 def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
-    """Return the stages that ran on other settings than `asked`, or on inputs that have been made again since.
+    """Return the stages that ran on other settings than `asked`, or on inputs that changed later.
 
-    Settings are by dotted name; one that `asked` lacks makes no stage stale.
+    Settings are by dotted name; a setting missing in `asked` makes no stage stale.
     """
     made = {out["path"]: (name, out.get("md5")) for name, stage in stages.items() for out in stage.get("outs", [])}
     stale = {
@@ -98,7 +98,7 @@ def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
         if any(key in asked and asked[key] != value for key, value in _settings(stage).items())
     }
     waiting = True
-    while waiting:  # in any order, so until nothing is added
+    while waiting:  # in any order, so repeat until no stage is added
         waiting = False
         for name, stage in stages.items():
             for dep in stage.get("deps", []):
@@ -113,7 +113,7 @@ def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
 
 
 def _changed(section: Section, changes: Settings) -> Section:
-    """Return settings with changes, nested; unchecked, because they may name a method that is installed no more."""
+    """Return settings with changes, nested; unchecked, because a named method may no longer be installed."""
     update = {
         name: _changed(getattr(section, name), value) if isinstance(value, dict) else value
         for name, value in changes.items()

@@ -15,10 +15,9 @@ PATHS = ("model", "calibration.text.source", "perplexity.text.source")  # settin
 
 
 def how_to_repeat(params: Params) -> tuple[str, str]:
-    """Return the commands that run this experiment again, and the settings that must be written by hand.
+    """Return the commands that run this experiment again, and the settings to write by hand.
 
-    The commands start from the preset with the fewest differences. Of a path, which holds on one machine, only the last
-    part is kept.
+    The commands start from the preset with the fewest differences. Paths are local, so only their last part is kept.
     """
     wanted = {key: value for key, value in flatten(params.model_dump(mode="json")) if not key.startswith("runtime.")}
     for key in PATHS:
@@ -40,7 +39,7 @@ def how_to_repeat(params: Params) -> tuple[str, str]:
 
 
 def _override(value: Any) -> str:
-    """Spell a value as `dvc exp run --set-param` reads it."""
+    """Format a value for `dvc exp run --set-param`."""
     if isinstance(value, str) and not re.fullmatch(r"[A-Za-z/][\w./@:\-]*|\d+:\d+", value):
         return f'"{value}"'
     return "null" if value is None else f"[{','.join(value)}]" if isinstance(value, list) else f"{value}"

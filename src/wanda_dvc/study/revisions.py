@@ -20,7 +20,7 @@ class Revision:
 
     @classmethod
     def open(cls, project: Project, name: str, *, otherwise: str) -> "Revision":
-        """Open a revision. UserError if there is none of that name; `otherwise` helps where there is no repository."""
+        """Open a revision. UserError for an unknown name; `otherwise` is the advice without a repository."""
         from dvc.api import DVCFileSystem
         from dvc.exceptions import NotDvcRepoError
         from dvc.repo import Repo
@@ -70,7 +70,7 @@ class Revision:
         missing = []
         for path in found:
             within = Path(path.removeprefix("/")).relative_to(self.prefix or ".")
-            if ".." in within.parts:  # a list of files that DVC has not written
+            if ".." in within.parts:  # a list of files not written by DVC
                 missing.append(within.as_posix())
                 continue
             place = target.root / within
@@ -88,7 +88,7 @@ class Revision:
         return missing
 
     def take_whole(self, part: str, target: Project) -> bool:
-        """Take a file or folder whole, or nothing of it. Return whether it was whole."""
+        """Take a file or a complete folder, or nothing. Return whether it was complete."""
         if self.take(part, target):
             shutil.rmtree(target.root / part, ignore_errors=True)
             return False

@@ -1,6 +1,6 @@
 """A new study: an empty directory becomes a git and DVC repository with the pipeline and its settings.
 
-The files are in `template/`. The wanda-dvc repository is such a study itself; a test keeps its files the same.
+The files are in `template/`. The wanda-dvc repository is also a study; a test keeps its files identical.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from wanda_dvc.study.settings import Settings
 
 TEMPLATE = files("wanda_dvc.study") / "template"
 PIPELINE = "dvc.yaml"
-# By their place in a study. In the package they have other names: git and DVC would take the files for their own.
+# By their place in a study. In the package they have other names: git and DVC would use files with these names.
 FILES: Mapping[str, Traversable] = {
     PIPELINE: TEMPLATE / "pipeline.yaml",
     "params.yaml": PARAMS,
@@ -45,10 +45,10 @@ def init(
     calibration: str | None = None,
     mirror: Path | None = None,
 ) -> str:
-    """Make a study in a new or empty directory, and say what to run next. Nothing is fetched.
+    """Make a study in a new or empty directory, and return the next steps. Nothing is fetched.
 
-    In a directory of a git repository the study is a part of that one. UserError where the directory holds anything but
-    `.git`, where a setting is wrong, without git, or where git refuses the repository.
+    In a directory of a git repository the study becomes a part of it. UserError if the directory holds more than
+    `.git`, if a setting is wrong, without git, or if git refuses the repository.
     """
     folder = folder.absolute()
     _check_empty(folder)
@@ -83,7 +83,7 @@ def _check_empty(folder: Path) -> None:
 
 
 def _named(model: str | None, calibration: str | None, mirror: Path | None) -> Settings:
-    """Return the settings that the options name. Paths become absolute: queued experiments run elsewhere."""
+    """Return the settings of the options. Paths become absolute: queued experiments run elsewhere."""
     named: Settings = {}
     if model is not None:
         named["model"] = _absolute(model)
@@ -95,16 +95,16 @@ def _named(model: str | None, calibration: str | None, mirror: Path | None) -> S
 
 
 def _absolute(source: str) -> str:
-    """Return a source as params.yaml names it. A Hub id that is also a directory here is the Hub id."""
+    """Return a source in the form of params.yaml. If a Hub id is also a local directory, the Hub id counts."""
     a_path = source.startswith((".", "~", os.sep)) or Path(source).suffix in (".txt", ".jsonl")
     a_path = a_path or (Path(source).is_dir() and not HUB_ID.fullmatch(source))
     return str(Path(source).expanduser().resolve()) if a_path else source
 
 
 def _repository_around(folder: Path) -> Path | None:
-    """Return the root of the git repository that a directory is, or will be, in; None where there is none.
+    """Return the root of the git repository around a directory, which may not exist yet; None outside repositories.
 
-    UserError without git, or where git refuses the repository, such as another user's.
+    UserError without git, or if git refuses the repository, such as another user's.
     """
     done = git(next(parent for parent in (folder, *folder.parents) if parent.is_dir()), "rev-parse", "--show-toplevel")
     if done.returncode == 0:
@@ -119,7 +119,7 @@ def _repository_around(folder: Path) -> Path | None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep DVC from printing that it has made a repository."""
+    """Suppress DVC's message about a new repository."""
     log = logging.getLogger("dvc")
     level = log.level
     log.setLevel(logging.WARNING)
@@ -130,7 +130,7 @@ def quiet() -> Iterator[None]:
 
 
 def _init_dvc(folder: Path, *, inside: bool) -> None:
-    """Make a DVC repository of its own, also below another repository's root."""
+    """Make a separate DVC repository, also below another repository's root."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -155,7 +155,7 @@ def _git(folder: Path, *words: str) -> None:
 
 
 def _undo(folder: Path, there: bool, had_git: bool) -> None:
-    """Remove what was written. The directory was new, or empty but for `.git`, which is then the user's."""
+    """Remove the written files. The directory was new, or had only the user's `.git`."""
     for path in folder.iterdir():
         if path.name != ".git" or not had_git:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,4 +1,4 @@
-"""Settings by dotted name, such as `calibration.text.split`, and nested, as params.yaml has them."""
+"""Converts settings between dotted names, such as `calibration.text.split`, and params.yaml's nested form."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +18,7 @@ def flatten(content: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def nested(settings: Mapping[str, Any]) -> Settings:
-    """Nest settings that are given by dotted name: the inverse of `flatten`."""
+    """Nest settings with dotted names: the inverse of `flatten`."""
     content: Settings = {}
     for name, value in settings.items():
         section, leaf = section_of(content, name)
@@ -37,5 +37,5 @@ def section_of(content: Settings, name: str) -> tuple[Settings, str]:
 
 
 def resolved(params: Params) -> dict[str, Any]:
-    """Every parameter but `runtime` and `recipe`, by dotted name, with the value that each null stands for."""
+    """Return every parameter but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
     return dict(flatten(params.filled.model_dump(mode="json", exclude={"runtime", "recipe"})))

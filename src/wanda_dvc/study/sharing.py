@@ -1,4 +1,4 @@
-"""What `dvc push` shares of the model, the texts and the tasks, as `dvc.yaml` says it."""
+"""The sources shared by `dvc push`: model, texts and tasks, by their `cache` in `dvc.yaml`."""
 
 import os
 import shutil
@@ -18,9 +18,9 @@ from wanda_dvc.study.ran import read_lock
 
 
 def cached(project: Project) -> bool | None:
-    """Return `cache` of the sources in `dvc.yaml`; None where the file says nothing, and DVC then caches them.
+    """Return `cache` of the sources in `dvc.yaml`; None if it is missing: DVC then caches them.
 
-    DVC pushes what it caches, and pulls it; it looks for nothing else.
+    DVC pushes and pulls only cached files.
     """
     path = project.root / "dvc.yaml"
     if not path.is_file():
@@ -32,12 +32,12 @@ def cached(project: Project) -> bool | None:
         options = next(iter(out.values())) if isinstance(out, dict) else {}
         found = options.get("cache") if options.get("push", True) else False
     except (YAMLError, KeyError, TypeError, ValueError, AttributeError, StopIteration):
-        return None  # `doctor` says what is wrong with it
+        return None  # `doctor` reports the problem
     return found if isinstance(found, bool) else None
 
 
 def check_gated(project: Project, part: str, gated: tuple[str, ...]) -> None:
-    """Raise UserError where a gated source would be shared and `dvc.yaml` does not say so in so many words."""
+    """Raise UserError if a gated source would be shared without an explicit `cache: true` in `dvc.yaml`."""
     if gated and (project.root / "dvc.yaml").is_file() and cached(project) is None:
         names = ", ".join(gated)
         raise UserError(
@@ -48,10 +48,10 @@ def check_gated(project: Project, part: str, gated: tuple[str, ...]) -> None:
 
 
 def take_from_the_study(project: Project, part: str, target: Path) -> bool:
-    """In a queued experiment's checkout, take a source that is not cached from the study that queued it.
+    """Link an uncached source into a queued experiment's checkout, from the study that queued it.
 
-    Return False where the study has none from the same settings, or another one than its dvc.lock names. Its own branch
-    of the Hub has then been resolved to a commit already, and is not asked for again.
+    Return False if the study's source is from other settings, or differs from its dvc.lock. The study has resolved its
+    Hub branch to a commit, so the branch is not resolved again.
     """
     root = os.environ.get("DVC_ROOT")
     if not root or Path(root).resolve() == project.repository.resolve() or cached(project) is not False:
@@ -69,9 +69,9 @@ def take_from_the_study(project: Project, part: str, target: Path) -> bool:
 
 
 def _as_locked(study: Project, stage: str) -> bool:
-    """Whether a study holds what its dvc.lock says of a stage.
+    """Whether a study's files match its dvc.lock for a stage.
 
-    `git checkout` and `dvc exp apply` change the lock, and leave a source that is not cached as it is.
+    `git checkout` and `dvc exp apply` change the lock, but not an uncached source.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -85,7 +85,7 @@ def _as_locked(study: Project, stage: str) -> bool:
 
 
 def _same(made: object, params: Params) -> bool:
-    """Whether settings of a lock, by dotted name, are those of `params`."""
+    """Whether settings of a lock, by dotted name, equal those of `params`."""
     if not isinstance(made, dict) or not made:
         return False
     for name, value in made.items():

@@ -79,9 +79,9 @@ def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[s
 
 
 def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str | None) -> "Grams":
-    """Return one block's Gram matrices as `write_grams` writes them: unpacked, they are as exact as those it wrote.
+    """Return one block's Gram matrices in the form of `write_grams`: unpacking gives the precision of a file.
 
-    Without a dtype they stay where they are, unscaled, in float32: solvers compute the same with them as with `grams`.
+    Without a dtype they stay on their device, unscaled, in float32: solvers give the same results as with `grams`.
     """
     import torch
 
@@ -100,7 +100,7 @@ def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str | No
 
 
 def write_fisher(folder: Path, block: int, sums: "Mapping[str, Tensor]", grams: "Mapping[str, Gram]") -> None:
-    """Write the Fisher tier of one block, for each linear that gradients reach.
+    """Write the Fisher tier of one block, for each linear with gradients.
 
     Tensors: `LINEAR.squared_gradients` (float64 [out]), and those of the Gram matrix of the gradients, as `write_grams`
     writes those of inputs. Header: as of statistics; each matrix is one linear's, in its own orientation.
@@ -111,14 +111,14 @@ def write_fisher(folder: Path, block: int, sums: "Mapping[str, Tensor]", grams: 
 
 
 def pack_gradients(grams: "Mapping[str, Gram]", dtype: str) -> "Grams":
-    """Return the Gram matrices of one block's gradients as `write_fisher` writes them; `read_grams` reads them."""
+    """Return the Gram matrices of one block's gradients in the form of `write_fisher`; `read_grams` reads them."""
     from wanda_dvc.pruning.statistics import BlockStats
 
     return pack_grams(BlockStats({}, {name: [name] for name in grams}, []), grams, dtype)
 
 
 def read_grams(folder: Path, block: int, device: "torch.device | None" = None) -> "Grams":
-    """Read one block's Gram matrices, by distinct input or linear; they come on a device, by default the host."""
+    """Read one block's Gram matrices, by distinct input or linear, onto a device, by default the host."""
     path = block_file(folder, block)
     tensors, header = _load(path, "calibrate", GRAM)
     readers, transposed = _readers(path, header)
@@ -146,27 +146,27 @@ def read_fisher(folder: Path, block: int) -> "dict[str, Tensor]":
 
 @dataclass(frozen=True, eq=False)
 class Grams(Mapping[str, "Gram"]):
-    """The Gram matrices of one block. One is unpacked when it is asked for; until then it is as `pack_grams` leaves it.
+    """The Gram matrices of one block, in the form of `pack_grams`; each is unpacked at access.
 
-    An input that no token reached has none.
+    Inputs without tokens are missing.
     """
 
     tensors: "dict[str, Tensor]"
     readers: dict[str, list[str]]
     transposed: list[str]
-    device: "torch.device | None" = None  # that they come on
+    device: "torch.device | None" = None  # of the unpacked matrices
 
     @property
     def header(self) -> Json:
-        """What a file says of them."""
+        """The entries of a file's header."""
         return {"readers": self.readers, "transposed": self.transposed}
 
     def on(self, device: "torch.device") -> "Grams":
-        """Return the same matrices, which come on another device."""
+        """Return the matrices for another device."""
         return replace(self, device=device)
 
     def of(self, *names: str) -> "Grams":
-        """Return the Gram matrices of some names alone, as far as they have one."""
+        """Return the existing Gram matrices among some names."""
         readers = {name: self.readers[name] for name in names if name in self.readers}
         tensors = {kind: self.tensors[kind] for name in readers for kind in _kinds(name) if kind in self.tensors}
         read = {linear for linears in readers.values() for linear in linears}
@@ -183,7 +183,7 @@ class Grams(Mapping[str, "Gram"]):
             return Gram.from_triangle(triangle, int(count))
         return Gram.from_scaled_triangle(norm.to(self.device), triangle, int(count))
 
-    def __contains__(self, name: object) -> bool:  # what a Mapping has of its own would unpack the matrix
+    def __contains__(self, name: object) -> bool:  # Mapping's own method would unpack the matrix
         return f"{name}.count" in self.tensors
 
     def __iter__(self) -> Iterator[str]:
@@ -194,15 +194,15 @@ class Grams(Mapping[str, "Gram"]):
 
 
 def write_weights(folder: Path, block: int, weights: "dict[str, Tensor]", solved: Json) -> None:
-    """Write the weights of one block that a reconstruction has changed, named, oriented and typed as stored.
+    """Write one block's reconstructed weights, named, oriented and typed as stored.
 
-    Header: how each linear was solved for.
+    Header: solver diagnostics of each linear.
     """
     _save(block_file(folder, block), {name: x.contiguous() for name, x in weights.items()}, {"solved": solved})
 
 
 def read_weights(folder: Path, block: int) -> "tuple[dict[str, Tensor], Json]":
-    """Read the weights of one block that a reconstruction has changed, and how each linear was solved for."""
+    """Read one block's reconstructed weights, and solver diagnostics of each linear."""
     path = block_file(folder, block)
     weights, header = _load(path, "mask")
     if not isinstance(header.get("solved"), dict):
@@ -220,7 +220,7 @@ def write_masks(folder: Path, block: int, keeps: "Mapping[str, Tensor]") -> None
 
 
 def pack_masks(keeps: "Mapping[str, Tensor]") -> "Masks":
-    """Return `keep` masks as `write_masks` writes them, one bit a weight."""
+    """Return `keep` masks in the form of `write_masks`, one bit a weight."""
     from wanda_dvc.pruning.packing import pack_bits
 
     return Masks(
@@ -244,7 +244,7 @@ def read_masks(folder: Path, block: int) -> "Masks":
 
 
 def _readers(path: Path, header: Json) -> tuple[dict[str, list[str]], list[str]]:
-    """Return who reads each distinct input, and the linears that are stored transposed."""
+    """Return the readers of each distinct input, and the linears stored transposed."""
     readers: Any = header.get("readers")
     transposed: Any = header.get("transposed")
     if not (isinstance(readers, dict) and all(map(_are_names, readers.values())) and _are_names(transposed)):
@@ -267,7 +267,7 @@ def _damaged(path: Path, found: str, made_by: str) -> UserError:
 
 @dataclass(frozen=True, eq=False)
 class Masks(Mapping[str, "Tensor"]):
-    """The `keep` masks of a block or a model. One is unpacked when it is asked for; until then it is one bit a weight.
+    """The `keep` masks of a block or a model, one bit a weight; each is unpacked at access.
 
     A mask is bool, in the orientation of the stored weight; True stays.
     """
@@ -276,7 +276,7 @@ class Masks(Mapping[str, "Tensor"]):
     columns: dict[str, int]
 
     def __or__(self, other: "Masks") -> "Masks":
-        """Return the masks of both."""
+        """Return the union of two sets of masks."""
         return Masks(self.packed | other.packed, self.columns | other.columns)
 
     def __getitem__(self, name: str) -> "Tensor":
@@ -300,9 +300,9 @@ def seal(folder: Path, made_from: Json) -> None:
 
 
 def block_count(folder: Path, made_by: str) -> int:
-    """Return the number of blocks of an artifact; of one that is not there, or not finished, those that are.
+    """Return the number of blocks of an artifact; of a missing or unfinished artifact, the number of its files.
 
-    UserError where a block is missing, or there is one that does not belong.
+    UserError if a block is missing or surplus.
     """
     found = {path.name for path in folder.glob("block_*.safetensors")}
     if is_there(folder / PROVENANCE):
@@ -316,13 +316,13 @@ def block_count(folder: Path, made_by: str) -> int:
 
 
 def finished_blocks(folder: Path, order: Iterable[int] | None = None) -> int:
-    """Return how many blocks of an unfinished artifact there are, one after another in an order, from 0 by default."""
+    """Return the number of consecutive blocks of an unfinished artifact, in an order, by default from 0."""
     blocks = itertools.count() if order is None else order
     return sum(1 for _ in itertools.takewhile(lambda block: is_there(block_file(folder, block)), blocks))
 
 
 def _sealed(folder: Path, made_by: str) -> dict[str, str]:
-    """Return the digest of each file of a finished artifact; of an unfinished one none."""
+    """Return the digest of each file of a finished artifact; {} for an unfinished artifact."""
     if not is_there(folder / PROVENANCE):
         return {}
     files = read_format(folder, made_by).get("files")
@@ -335,18 +335,18 @@ def _sealed(folder: Path, made_by: str) -> dict[str, str]:
 
 
 def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
-    """Write tensors and a header to a safetensors file, beside its place, then rename it. It breaks a seal."""
+    """Write tensors and a header to a temporary safetensors file, then rename it. It breaks a seal."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    if is_there(path.parent / PROVENANCE):  # a run that was killed before it published what it had sealed
+    if is_there(path.parent / PROVENANCE):  # a run killed between sealing and publishing
         (path.parent / PROVENANCE).unlink()
 
     beside = path.with_name(path.name + ".part")
     # A single key: safetensors writes several keys in an order that changes from run to run.
     try:
         save_file(tensors, beside, {"wanda_dvc": json.dumps(header)})
-    except SafetensorError as error:  # of a full disk too, whose number it has in its text
+    except SafetensorError as error:  # for a full disk too, with its error number in the text
         if told := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from error
         raise
@@ -358,7 +358,7 @@ def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
 def _load(path: Path, made_by: str, kinds: tuple[str, ...] | None = None) -> "tuple[dict[str, Tensor], Json]":
     """Read the tensors and the header of a safetensors file; of `kinds`, the last words of names, or all.
 
-    UserError if the file is missing or not what was sealed.
+    UserError if the file is missing or differs from its seal.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -1,8 +1,8 @@
-"""Bring an older study to this version: its pipeline, plots, ignore files and settings.
+"""Upgrade an older study to this version: its pipeline, plots, ignore files and settings.
 
 An unedited file is replaced: `template/known.json` has the digest of each file that any version shipped. An edited
 file is merged by git with the nearest shipped file as the base: this version's, or one in `template/earlier/`.
-`MOVED` and `GONE` say what the settings of earlier versions are now.
+`MOVED` and `GONE` map the settings of earlier versions.
 """
 
 import difflib
@@ -39,9 +39,9 @@ TEXT = ("source", "config", "revision", "split", "column", "join")
 
 
 def upgrade(*, project: Project, dry_run: bool = False) -> str:
-    """Bring a study's files to this version. Return the difference and the stages that will run again, each with why.
+    """Upgrade a study's files to this version. Return the diff and the stages that will rerun, each with its reason.
 
-    With `dry_run` nothing is written. UserError, with nothing written, where an edit conflicts with this version.
+    With `dry_run` nothing is written. UserError, before any write, if an edit conflicts with this version.
     """
     old = {place: _path(project, place) for place in FILES if place not in OWN}
     texts = {place: read_text(path, RESTORE) if path.is_file() else "" for place, path in old.items()}
@@ -70,7 +70,7 @@ def upgrade(*, project: Project, dry_run: bool = False) -> str:
 
 
 def _path(project: Project, place: str) -> Path:
-    """Return where a file of the scaffold is. `.dvc/` may be further up than the study. UserError without one."""
+    """Return the path of a file of the scaffold. `.dvc/` may be in a parent folder. UserError without `.dvc/`."""
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
 
@@ -84,12 +84,12 @@ def _path(project: Project, place: str) -> Path:
 
 
 def shipped_ever() -> frozenset[str]:
-    """Return the digests of all files that any version has shipped."""
+    """Return the digests of all files shipped by any version."""
     return frozenset(json.loads((TEMPLATE / "known.json").read_text(encoding="utf-8")))
 
 
 def _brought(place: str, old: str, notes: list[str]) -> str:
-    """Return the text of a file of the scaffold in this version. UserError where an edit conflicts with it."""
+    """Return the text of a file of the scaffold in this version. UserError if an edit conflicts with it."""
     new = FILES[place].read_text(encoding="utf-8")
     if place == PARAMS and old:
         return _migrated(old, new, notes)
@@ -101,14 +101,14 @@ def _brought(place: str, old: str, notes: list[str]) -> str:
             raise UserError(*_conflicts(place, old, done.stdout))
         new = done.stdout
         notes.append(f"{place}: {'kept as you have edited it' if new == old else 'your edits are kept'}.")
-    if place == PIPELINE and "push: false" in old and SHARED in new:  # what is private stays private
+    if place == PIPELINE and "push: false" in old and SHARED in new:  # keeps private sources private
         new = new.replace(SHARED, UNSHARED)
         notes.append(f"{place}: download: `push: false` stays, so `dvc pull` needs --allow-missing (docs/sharing.md).")
     return new
 
 
 def _merge(place: str, mine: str, new: str) -> Any:
-    """Merge an edited file with this version's. A return code other than 0 is the number of conflicts."""
+    """Merge an edited file with this version's. The return code is the number of conflicts."""
 
     def likeness(text: str) -> float:
         return difflib.SequenceMatcher(None, text.splitlines(), mine.splitlines(), autojunk=False).ratio()
@@ -159,7 +159,7 @@ def _statistics(gram: str, fisher: int, fisher_gram: str) -> Settings:
 
 
 def _recipe(*values: str) -> Settings:
-    """Name the recipe that leaves the fewest choices explicit; of several one of the same method, then the default."""
+    """Return the recipe with the fewest explicit choices; of several, one of the same method, then the default."""
     asked = dict(zip(CHOICES, values, strict=True))
     found: list[Settings] = []
     for recipe in sorted(RECIPES.values(), key=lambda recipe: recipe.name != Params.model_fields["recipe"].default):
@@ -183,14 +183,14 @@ MOVED: Mapping[tuple[str, ...], Callable[..., Settings]] = {
     ("zero_shot.limit",): lambda limit: {"zero_shot.limit": limit},
     ("runtime.workers",): lambda workers: {"runtime.ray": workers},
 }
-# Settings that are gone, and the values that mean what this version always does.
+# Removed settings, with the values that match this version's fixed behaviour.
 GONE: Mapping[str, tuple[Any, ...]] = {
     "calibration.gram": ("none", "float16"),
     "calibration.fisher": (0, 8),
     "calibration.fisher_gram": ("none", "float16"),
     "correction": (0.5,),
     "training.epochs": (3,),
-    "training.rate": (0.02, 0.0003),  # the latter was the default once, in another unit
+    "training.rate": (0.02, 0.0003),  # the latter was an earlier default, in another unit
     "training.seed": (0,),
     "runtime.threads": (None,),
     "runtime.memory_gb": (None,),
@@ -199,9 +199,9 @@ GONE: Mapping[str, tuple[Any, ...]] = {
 
 
 def migrate(given: Settings, study: Settings) -> Settings:
-    """Return settings as this version has them; `study` is all settings of the study that they are a part of.
+    """Return settings in this version's form; `study` is all settings of their study.
 
-    This version's settings stay. A name of an earlier version remains where its value cannot be expressed.
+    This version's settings stay. A name of an earlier version remains if its value cannot be expressed.
     """
     if "recipe" in study:
         return given
@@ -241,7 +241,7 @@ def _own_comments(conflict: re.Match[str]) -> str:
 
 
 def _settings_of(text: str) -> Settings:
-    """Return the settings in the text of a params.yaml. UserError where it is none."""
+    """Return the settings in the text of a params.yaml. UserError if it is not valid."""
     try:
         content = YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
@@ -251,13 +251,13 @@ def _settings_of(text: str) -> Settings:
     return dict(flatten(content))
 
 
-# --- what ran before ---
+# --- earlier runs ---
 
 
 def _carry(stages: dict[str, Json], lock: Json, study: Settings) -> Json:
     """Return the lock with this version's names of settings.
 
-    Settings that a stage has gained get their default: a stage of the same version has the same results with it.
+    New settings of a stage get their default: at the same version, the stage's results are the same.
     """
     carried: Json = json.loads(json.dumps(lock))
     default = _settings_of(FILES[PARAMS].read_text(encoding="utf-8"))
@@ -265,7 +265,7 @@ def _carry(stages: dict[str, Json], lock: Json, study: Settings) -> Json:
         if name in carried and stage["params"]:
             params = carried[name].setdefault("params", {})
             ran = migrate(dict(flatten(params.get(PARAMS, {}))), study)
-            if not ran.keys() - default.keys():  # else this version cannot do what ran
+            if not ran.keys() - default.keys():  # else this version cannot repeat the run
                 params[PARAMS] = {key: _at(nested(default | ran), key) for key in sorted(stage["params"])}
     return carried
 
@@ -284,7 +284,7 @@ def _write_lock(project: Project, old: Json, new: Json) -> None:
 
 
 def _reruns(stages: dict[str, Json], ran: Json, asked: Json) -> Iterator[str]:
-    """Yield a line for each stage that DVC runs again whatever the data are, and why."""
+    """Yield a line for each stage that DVC reruns for any data, with the reason."""
     reasons = {name: "; ".join(_why(stage, ran.get(name), asked)) for name, stage in stages.items()}
     if any(reasons.values()):
         yield "`dvc repro` runs again, and then what reads their results where these have changed:"
@@ -302,9 +302,7 @@ def _why(stage: Json, ran: Json | None, asked: Json) -> Iterator[str]:
     if stage["cmd"] != ran.get("cmd"):
         yield f"`{ran.get('cmd')}` is now `{stage['cmd']}`"
     for key, what in (("deps", "also reads"), ("outs", "also writes")):
-        if new := sorted(
-            set(stage[key]) - {one["path"] for one in ran.get(key, [])}
-        ):  # DVC ignores those that are gone
+        if new := sorted(set(stage[key]) - {one["path"] for one in ran.get(key, [])}):  # DVC ignores missing files
             yield f"{what} {', '.join(new)}"
     before = ran.get("params", {}).get(PARAMS, {})
     if changed := sorted(key for key in stage["params"] if key not in before or before[key] != _at(asked, key)):
@@ -312,9 +310,9 @@ def _why(stage: Json, ran: Json | None, asked: Json) -> Iterator[str]:
 
 
 def _stages(project: Project, texts: dict[str, str]) -> dict[str, Json]:
-    """Return command, deps, outs and params of each stage, as DVC reads the new texts. UserError where it cannot.
+    """Return command, deps, outs and params of each stage, as DVC reads the new texts. UserError if it cannot.
 
-    The texts are read in a directory of their own, with links to the study's other files, which dvc.yaml may name.
+    The texts are read in a separate directory, with links to the study's other files, because dvc.yaml may name them.
     """
     from dvc.dependency.param import ParamsDependency
     from dvc.exceptions import DvcException

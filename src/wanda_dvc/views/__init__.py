@@ -1,1 +1,1 @@
-"""What people look at between runs: results, norms, needs, costs, the machine."""
+"""Views for use between runs: results, norms, needs, costs, the machine."""

@@ -1,4 +1,4 @@
-"""What a study costs, as a table: from a config.json and no weights; the time only where it is measured."""
+"""The cost of a study as a table, from a config.json without weights; times only if measured."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from wanda_dvc.study.files import json_text
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
 
-TEST_SPLIT = 1_290_590  # bytes of WikiText-2's test split, for a text that is not there yet
+TEST_SPLIT = 1_290_590  # bytes of WikiText-2's test split, for a text that is not downloaded yet
 MORE = "its masks and weights"
 
 
@@ -28,9 +28,9 @@ def cost(  # noqa: PLR0913 - the options of the command
     measure: bool = False,
     as_json: bool = False,
 ) -> str:
-    """Return what each stage costs with the settings at hand (outside a project, the default's): a table, or JSON.
+    """Return the cost of each stage with the current settings (the default's outside a project): a table, or JSON.
 
-    With `measure` this machine runs one block of the model's shape, from which the time of each stage follows.
+    With `measure` this machine runs one block of the model's shape, to estimate the time of each stage.
     """
     project, params = _settings(start, dtype, windows, length)
     if config is None:
@@ -71,7 +71,7 @@ def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: d
         row = [name, f"{flops / 1e12:,.1f}" if flops >= 5e10 else "–", *(_gb(x) if x else "–" for x in sizes)]
         rows.append(row + ([_duration(seconds[name])] if pace else []))
     headers = ["stage", "TFLOP", *(f"{what}, GB" for what in ("read", "hidden states", "link", "memory", "disk"))]
-    # What another recipe runs again, and what there is of the dense model too.
+    # The stages that another recipe reruns, and the stages that also measure the dense model.
     again = sum(seconds.get(name, 0) for name, x in STAGES.items() if "recipe" in x.settings or "pruned" in x.parts)
     dense = sum(seconds.get(name, 0) for name, stage in STAGES.items() if "dense" in stage.parts)
     first = f"{_duration(sum(seconds.values()))}, and its dense baselines {_duration(dense)} more"
@@ -97,7 +97,7 @@ def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: d
 
 
 def _records(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: dict[str, float]) -> dict[str, Any]:
-    """The same as numbers: bytes, FLOPs and seconds."""
+    """Return the cost as numbers: bytes, FLOPs and seconds."""
     return {
         "model": {"parameters": on.model.parameters, "linears": on.model.met, "stored_bytes": on.model.stored},
         "device": on.device,
@@ -143,7 +143,7 @@ def _count(number: int) -> str:
 
 def _gb(size: float) -> str:
     if 0 < size < 5e6:
-        return f"{size / 1e9:.1g}"  # two decimals would say that it is nothing
+        return f"{size / 1e9:.1g}"  # two decimals would show 0
     return f"{size / 1e9:,.2f}" if size < 1e11 else f"{size / 1e9:,.0f}"
 
 

@@ -1,4 +1,4 @@
-"""Check the machine and the study before anything runs: what was found, what is missing, what to do."""
+"""Check the machine and the study before a run, and report findings, missing parts and next steps."""
 
 import contextlib
 import platform
@@ -33,7 +33,7 @@ SHOWN = ("torch", "transformers", "dvc", "lm-eval")
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check. Everything still runs if a check that is not `needed` fails."""
+    """The result of one check. Stages run even if a check without `needed` fails."""
 
     what: str
     good: bool
@@ -116,16 +116,16 @@ def _machine(project: Project) -> Iterator[Check]:
         yield Check("mps", True, "there; it shares the machine's memory")
     known = {"auto", "cpu", *gpus, *mps, *(["cuda"] if gpus else [])}
     there = ", ".join(sorted(known))
-    if project.params.runtime.ray is None:  # else it is theirs
+    if project.params.runtime.ray is None:  # else the workers need it
         todo = f"got {device}, expected one of {there}; change it in params.yaml"
         yield Check("runtime.device", device in known, device, todo)
     yield from _room(project)
 
 
 def _room(project: Project) -> Iterator[Check]:
-    """Whether memory and disk suffice for the stages that need most, where the model's configuration is there."""
+    """Check memory and disk for the stages with the highest needs, if the model's configuration exists."""
     needs = {"a study": Need(least=10**9)}
-    with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # none yet, or one that makes no sense
+    with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # missing or invalid
         on = known(project.params, config_of(project), project)
         needs |= {stage: need(on) for stage, need in NEEDS.items()}
         free = memory(device_name(project.params.runtime))
@@ -139,7 +139,7 @@ def _room(project: Project) -> Iterator[Check]:
 
 
 def _workers(params: Params) -> Iterator[Check]:
-    """Whether the workers that the settings name can be reached, with the same libraries."""
+    """Check that the configured workers can be reached, with equal library versions."""
     address = params.runtime.ray
     if address is None:
         return
@@ -163,7 +163,7 @@ def _workers(params: Params) -> Iterator[Check]:
 
 
 def _from_the_hub(params: Params) -> tuple[list[str], list[str]]:
-    """The models and the data that the settings fetch from the Hub."""
+    """Return the models and data sets that `download` fetches from the Hub."""
     models = [params.model] if HUB_ID.fullmatch(params.model) else []
     if params.runtime.mirror is not None:
         return models, []
@@ -172,7 +172,7 @@ def _from_the_hub(params: Params) -> tuple[list[str], list[str]]:
 
 
 def _hub(params: Params) -> Iterator[Check]:
-    """Whether an account is logged in, where the study asks the Hub for anything."""
+    """Check the login, if the study uses the Hub."""
     from huggingface_hub import get_token
 
     models, data = _from_the_hub(params)
@@ -184,7 +184,7 @@ def _hub(params: Params) -> Iterator[Check]:
 
 
 def _sources(project: Project) -> Iterator[Check]:
-    """Whether the local sources are there."""
+    """Check that the local sources exist."""
     local = local_sources(project.params)
     if not local:
         return
@@ -218,14 +218,14 @@ def _mirror(params: Params) -> Iterator[Check]:
 
 
 def _place(task: str) -> Path | None:
-    """The place of a task's items in a mirror; None for an unknown task, which `download` reports."""
+    """Return the place of a task's items in a mirror; None for an unknown task, which `download` reports."""
     found = task_definition(task)
     items = task_items(found[1]) if found else None
     return Path(*items.place) if items else None
 
 
 def _versions(project: Project) -> Iterator[Check]:
-    """Whether `dvc.yaml` names the stages, in the versions that this wanda-dvc computes."""
+    """Check that `dvc.yaml` has all stages, in this wanda-dvc's versions."""
     path = project.root / "dvc.yaml"
     if not path.is_file():
         yield Check("dvc.yaml", False, "not there", "run `wanda-dvc init --upgrade`, which writes it")

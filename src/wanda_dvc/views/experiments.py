@@ -1,7 +1,7 @@
 """The experiments of a repository as a table: state, change of settings, perplexity and mean accuracy.
 
-A number is shown only beside the settings that it was measured with. `dvc exp show` fills the row of a failed or queued
-experiment with the numbers of the commit that it started from.
+A number appears only with the settings of its measurement. `dvc exp show`, in contrast, fills the row of a failed or
+queued experiment with the numbers of its base commit.
 """
 
 import math
@@ -44,7 +44,7 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
 
 
 def results(project: Project) -> list[dict[str, Any]]:
-    """Every state of the study as a flat record, all with the same keys; None for what is not the state's own."""
+    """Return every state of the study as a flat record with equal keys; None for values of other states."""
     found = [
         {"experiment": one.name, "commit": None if one.kind is Kind.WORKSPACE else one.rev, "state": one.state}
         | dict(one.settings)
@@ -56,7 +56,7 @@ def results(project: Project) -> list[dict[str, Any]]:
 
 
 def _figures(metrics: Mapping[str, Json]) -> Iterator[tuple[str, Any]]:
-    """Yield every number with its name: the path below metrics/, and its own name where the file has another."""
+    """Yield every number with its name: the path below metrics/, and its key if it differs from the file's name."""
     for path, content in metrics.items():
         *folders, file = path.removeprefix("metrics/").removesuffix(".json").split("/")
         for name, value in flatten(content):
@@ -64,7 +64,7 @@ def _figures(metrics: Mapping[str, Json]) -> Iterator[tuple[str, Any]]:
 
 
 def _record(one: Experiment) -> Json:
-    """One row; None for a number that is not the experiment's own."""
+    """Return one row; None for a number of another experiment."""
     own = _own_metrics(one)
     answered = own.get("metrics/pruned/zero_shot.json", {})
     accuracies = [scores["acc"] for scores in answered.values() if "acc" in scores]
@@ -80,7 +80,7 @@ def _record(one: Experiment) -> Json:
 
 
 def _own_metrics(one: Experiment) -> Mapping[str, Json]:
-    """The metrics that were measured with the experiment's settings, by `dvc.lock`."""
+    """Return the metrics measured with the experiment's settings, by `dvc.lock`."""
     if one.state != SUCCESS:
         return {}
     stale = stale_stages(one.stages, one.settings)

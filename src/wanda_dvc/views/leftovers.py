@@ -1,4 +1,4 @@
-"""What failed runs left behind: work folders, files of locks, and checkouts of queued experiments."""
+"""Leftovers of failed runs: work folders, lock files, and checkouts of queued experiments."""
 
 import itertools
 from pathlib import Path
@@ -9,9 +9,9 @@ from wanda_dvc.study.project import Project, remove
 
 
 def clean(*, project: Project, dry_run: bool = False, as_json: bool = False) -> str:
-    """Remove what failed runs left behind, and say what, as a list or as JSON; with `dry_run` only say it.
+    """Remove leftovers of failed runs, and return a list or JSON of them; with `dry_run` only list.
 
-    Whatever a running stage holds stays. Unfinished work that is removed is computed again.
+    Files of running stages stay. Removed unfinished work is computed again.
     """
     found: list[tuple[str, int]] = []
     held = (place for work in project.idle_work() for place in work.leftovers())  # each while its work is locked
@@ -34,7 +34,7 @@ def _shown(project: Project, path: Path) -> str:
 
 
 def _size(path: Path) -> int:
-    """Bytes on disk; a file that has other names, such as one in the cache, counts nothing."""
+    """Return bytes on disk; files with other hard links, such as in the cache, count 0."""
     files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file() and not one.is_symlink()]
     return sum(one.stat().st_blocks * 512 for one in files if one.stat().st_nlink == 1)
 

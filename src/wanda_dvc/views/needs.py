@@ -1,6 +1,6 @@
-"""The line before a stage: what it needs of memory and disk, and what is free.
+"""The line before a stage: needed and free memory and disk.
 
-Estimates of stages/needs.py. They do not stop a stage, except where the disk is clearly too small.
+The estimates are from stages/needs.py. They stop a stage only if the disk is clearly too small.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from wanda_dvc.study.project import Project
 
 
 def announce(*, project: Project, stage: str, part: str | None = None) -> None:
-    """Say on stderr what a stage needs and what is free. UserError if the disk is clearly too small for it."""
+    """Print a stage's needs and the free resources to stderr. UserError if the disk is clearly too small."""
     try:
         wanted = need(project, stage, part)
     except (UserError, ValueError, KeyError, OSError):
-        return  # a model that makes no sense: the stage says so better, or does not mind
+        return  # an invalid model: the stage reports it better, or does not need the model
     device = device_name(project.params.runtime)
     free_memory, free_disk = memory(device), disk(project)
     if wanted.least > free_disk:
@@ -40,11 +40,11 @@ def announce(*, project: Project, stage: str, part: str | None = None) -> None:
 
 
 def memory(device: str) -> int:
-    """Return free bytes, of a GPU's memory where a stage runs on one."""
+    """Return free bytes of memory; of the GPU's if a stage runs on a GPU."""
     if device.startswith("cuda"):
         from wanda_dvc.engine.accelerator import free_memory
 
-        with contextlib.suppress(RuntimeError, AssertionError):  # no such GPU: the stage says so
+        with contextlib.suppress(RuntimeError, AssertionError):  # no such GPU: the stage reports it
             return free_memory(device)
     import psutil
 
@@ -52,7 +52,7 @@ def memory(device: str) -> int:
 
 
 def disk(project: Project) -> int:
-    """Return free bytes. Unfinished work counts as free: a run that goes on from it takes no more."""
+    """Return free bytes of disk. Unfinished work counts as free, because a resumed run reuses it."""
     unfinished = sum(path.lstat().st_blocks * 512 for path in project.work_root.rglob("*") if not path.is_dir())
     return shutil.disk_usage(project.root).free + unfinished
 

@@ -1,4 +1,4 @@
-"""The last results, dense beside pruned."""
+"""The last results, dense and pruned side by side."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ HEADERS = ["", "dense", "pruned", "pruned / dense"]
 
 
 def show(*, project: Project, as_json: bool = False) -> str:
-    """Return the last results, dense beside pruned, and what they are results of: as a table, or as JSON."""
+    """Return the last results, dense and pruned, with their settings: as a table, or as JSON."""
     ran = Ran.of(project)
     made = project.with_params(ran.params)
     title, sources = _title(made), gone_sources(project)
@@ -54,7 +54,7 @@ def measured(project: Project, model: str) -> dict[str, tuple[Json, Json]]:
 
 
 def _figures(project: Project, model: str) -> Json:
-    """Return what was measured of one model; null where nothing was."""
+    """Return the measures of one model; null if missing."""
     found = measured(project, model)
     figures: Json = {"perplexity": found["perplexity"][0].get("perplexity")}
     figures["zero_shot"] = {
@@ -68,7 +68,7 @@ def _figures(project: Project, model: str) -> Json:
 
 
 def staleness(ran: Ran) -> str:
-    """Say which settings have not run and which stages are stale; nothing where the results are those asked for."""
+    """Return a sentence on settings without a run and stale stages; empty if the results are current."""
     lines = []
     if ran.unmet:
         asked = ", ".join(f"{name}={value}" for name, value in ran.unmet.items())
@@ -79,7 +79,7 @@ def staleness(ran: Ran) -> str:
 
 
 def comparison(project: Project) -> list[list[str]]:
-    """Return every measure, dense beside pruned, as rows under `HEADERS`; a dash where nothing was measured."""
+    """Return every measure, dense and pruned, as rows under `HEADERS`; a dash if missing."""
     dense, pruned = (measured(project, model) for model in MODELS)
     apart, tasks = measured_apart(project), project.params.tasks.names
     perplexities = [one["perplexity"][0].get("perplexity") for one in (dense, pruned)]
@@ -101,9 +101,9 @@ def comparison(project: Project) -> list[list[str]]:
 
 
 def measured_apart(project: Project) -> list[str]:
-    """Return what was measured of both models, but not on the same windows or items, or not known to be.
+    """Return measures of both models that differ, or may differ, in windows or items.
 
-    Of metrics alone, as a clone has them before its outputs are there, nothing is known: `dvc.lock` has them together.
+    Metrics alone, as in a new clone without outputs, count as comparable: one `dvc.lock` has both.
     """
     apart = []
     dense, pruned = (measured(project, model) for model in MODELS)
@@ -116,12 +116,12 @@ def measured_apart(project: Project) -> list[str]:
 
 
 def not_compared(apart: list[str]) -> str:
-    """Say what is not compared, and why."""
+    """Return the reason for missing comparisons."""
     return f"The two models are not compared in {', '.join(apart)}: not known to be of the same windows or items."
 
 
 def _title(project: Project) -> list[str]:
-    """Say which settings made the masks at hand, and whether models/pruned has other masks."""
+    """Describe the settings of the current masks, and whether models/pruned has other masks."""
     masks = load_json(project.masks / PROVENANCE)
     if not masks:
         return [f"{project.params.model}: no masks yet; `dvc repro` makes them."]
@@ -181,7 +181,7 @@ def _footnotes(project: Project) -> Iterator[str]:
 
 
 def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
-    """Say which linear has the largest layer error, and where the damping was raised; nothing without Gram."""
+    """Describe the largest layer error and raised dampings; empty without Gram matrices."""
     if not linears:
         return
     worst = max(linears, key=lambda name: linears[name]["error"])
@@ -200,7 +200,7 @@ def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
 
 
 def _times(project: Project) -> str:
-    """Return a table of the runs that made the results at hand."""
+    """Return a table of the runs behind the current results."""
     known = times(project, project.times)
     if not known:
         return ""
@@ -214,7 +214,7 @@ def _times(project: Project) -> str:
 
 
 def _percent(share: float | None, error: float | None = None) -> str:
-    """Spell an accuracy, with its standard error where there is one."""
+    """Format an accuracy, with its standard error if known."""
     return "–" if share is None else f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 

@@ -27,7 +27,7 @@ COMPARED = [
 def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | None = None) -> str:
     """Return the input norms by distinct input, of one block or all, or of one linear: as a table, or as JSON.
 
-    Linears that read an input have their layer errors beside it, where those were measured with these statistics.
+    Each input also lists the layer errors of its readers, if they were measured with these statistics.
     """
     check(project)
     blocks = block_count(project.stats, "calibrate")
@@ -66,8 +66,8 @@ def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | N
 def recurring(*, project: Project, as_json: bool) -> str:
     """Return the features that are outliers in several blocks, by distinct input, most blocks first.
 
-    Inputs taken from the residual stream share their feature indices: a feature that is listed for attention's input
-    and for the MLP's is one direction of the stream.
+    Inputs from the residual stream share feature indices: a feature listed for the inputs of attention and of the MLP
+    is one direction of the stream.
     """
     from wanda_dvc.pruning.statistics import outliers
 
@@ -152,7 +152,7 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
                 )
             # Root mean squares, because the number of tokens may differ.
             a, b = (one.sum_squares.div(one.count).sqrt().float() for one in (x, other.inputs[key]))
-            # Where the other is 0, or one was never read, there is no relative change.
+            # No relative change if the other is 0, or one input was never read.
             excited = a.isfinite() & b.isfinite() & (b > 0)
             change = torch.where(excited, (a - b).abs() / b.where(excited, 1), 0)
             correlation = torch.corrcoef(torch.stack([a, b]))[0, 1].item() if len(a) > 1 else math.nan
@@ -193,7 +193,7 @@ def _compare(ours: Path, theirs: Path, name: str, as_json: bool) -> str:
 
 
 def _layer_errors(project: Project) -> dict[str, float]:
-    """Return the layer error of every linear; none unless the masks and Gram matrices at hand are behind them."""
+    """Return the layer error of every linear; empty if it belongs to other masks or Gram matrices."""
     from wanda_dvc.stages.apply import describe_pruned
 
     measured = load_json(project.details("pruned", "layer_error"))
@@ -209,7 +209,7 @@ def _layer_errors(project: Project) -> dict[str, float]:
 
 
 def check(project: Project) -> None:
-    """Raise UserError where there are no statistics, or they are not of the model in models/dense, if it is there."""
+    """Raise UserError without statistics, or if they are of another model than models/dense (if it exists)."""
     model = load_json(project.model("dense") / PROVENANCE)
     stats_provenance(project, model or read_provenance(project.stats, "calibrate")["model"])
 
@@ -252,7 +252,7 @@ def _numbers(values: list[int]) -> str:
 
 
 def _spans(blocks: list[int]) -> str:
-    """Spell blocks as ranges: `0, 3–7`."""
+    """Format blocks as ranges: `0, 3–7`."""
     spans: list[list[int]] = []
     for block in blocks:
         if spans and spans[-1][1] == block - 1:
