@@ -19,7 +19,7 @@ __all__ = ["PackedConfig", "Stats", "Study", "UserError", "calibrate", "mask", "
 
 
 def __getattr__(name: str) -> Any:
-    """Load what is asked for. AttributeError for any other name."""
+    """Load a public function on first access. AttributeError for any other name."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "packed.linear" if name == "PackedConfig" else "interface"

@@ -1,8 +1,8 @@
-"""What a setting can name: recipes, methods, groups, allocations, reconstructions, statistics and texts.
+"""The catalog of settings' values: recipes, methods, groups, allocations, reconstructions, statistics and texts.
 
-A row names its function as text, `module:function`, because an import of the function imports torch, and `--help` reads
-this table. A test imports every function. A package adds a method through an entry point in the group
-`wanda_dvc.methods` that names a `Method`.
+A row names its function as text, `module:function`, because importing functions imports torch, and `--help` reads this
+table. A test imports every function. A package adds a method through an entry point in the group `wanda_dvc.methods`
+that names a `Method`.
 """
 
 import re
@@ -20,28 +20,28 @@ STATISTICS = ("norms", "gram", "fisher")  # each includes those before it
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How weights are scored, and how the scores decide which weights stay."""
+    """A pruning method: the score of weights, and the selection by score."""
 
     name: str  # as params.yaml writes it
-    title: str  # as a table or a plot shows it
+    title: str  # in tables and plots
     citation: str
     link: str
-    about: str  # one line: what a weight is worth
+    about: str  # the score, in one line
     # `module:function`: (weight [out, in], InputStats) → score [out, in], higher stays.
     # Of a solver: (weight [out, in], Prepared, share, pattern, group) → Solved.
     function: str
-    # Beside the weights: nothing, the statistics of what the linear reads, or its Gram matrix.
+    # The function's input with the weights: nothing, the statistics of the linear's input, or its Gram matrix.
     needs: Literal["weights", "norms", "gram"]
-    # groups: in every group (a row, a layer, m neighbours) the same number of lowest scores goes.
-    # rows: each row loses the same share of its summed scores, so rows differ in how many weights they lose.
-    # solver: the function chooses itself, because it changes weights while it chooses.
+    # groups: every group (a row, a layer, m neighbours) loses the same number of lowest scores.
+    # rows: each row loses the same share of its summed scores, so rows lose different numbers of weights.
+    # solver: the function chooses the mask itself, because it changes weights meanwhile.
     competition: Literal["groups", "rows", "solver"]
-    # Whether the scores of some rows follow from those rows alone: large matrices are then scored in slices. It has no
-    # default, because a method with sums over columns that said so by mistake would be wrong on large matrices.
+    # Whether a row's scores depend on the row alone: large matrices are then scored in slices. No default, because a
+    # wrong value for a method with sums over columns would give wrong scores on large matrices.
     scores_by_row: bool
 
     def __post_init__(self) -> None:
-        """Refuse a row that names statistics which its function is not given."""
+        """Refuse a row with statistics that its function does not receive."""
         if (self.needs == "gram") != (self.competition == "solver"):
             raise ValueError(
                 f"method {self.name}: got needs={self.needs} with competition={self.competition}, expected gram with "
@@ -49,7 +49,7 @@ class Method:
             )
 
     def selects_by_row(self, pattern: str, group: str) -> bool:
-        """Whether some rows' masks can be chosen without the other rows."""
+        """Whether masks of some rows do not depend on the other rows."""
         return self.scores_by_row and self.competition == "groups" and (pattern != "unstructured" or group == "row")
 
     def needs_inputs(self) -> bool:
@@ -130,16 +130,16 @@ _METHODS = (
 
 @cache
 def methods() -> dict[str, Method]:
-    """Return every method by name: ours, then those of installed packages.
+    """Return every method by name: the built-in methods, then those of installed packages.
 
-    UserError for an entry point that names no `Method`, or a method whose name is taken.
+    UserError for an entry point without a `Method`, or a method with an existing name.
     """
     found = {method.name: method for method in _METHODS}
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
         where = f"entry point {entry.name} of {entry.dist.name if entry.dist else 'a package'} ({ENTRY_POINTS})"
         try:
             method = entry.load()
-        except Exception as error:  # whatever its module raises
+        except Exception as error:  # its module may raise any exception
             raise UserError(
                 f"{where}: {entry.value} does not load ({error}), expected a wanda_dvc.catalog.Method; "
                 "fix or uninstall that package"
@@ -168,7 +168,7 @@ class Package:
 
     @classmethod
     def parse(cls, text: str) -> "Package | None":
-        """Return the package that a setting names; None for anything but a name and a version, such as an option."""
+        """Return the package named by a setting; None for anything but a name and a version, such as an option."""
         from packaging.version import InvalidVersion, Version
 
         if not (found := _PACKAGE.fullmatch(text)):
@@ -181,11 +181,11 @@ class Package:
 
     @property
     def requirement(self) -> str:
-        """The package as pip takes it."""
+        """The package in pip's form."""
         return f"{self.name}=={self.version}"
 
 
-# A name by PEP 508, and what a version by PEP 440 may consist of: no path, no URL, no option.
+# A name by PEP 508, and the characters of a version by PEP 440: no path, no URL, no option.
 _PACKAGE = re.compile(
     r"package:(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
     r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
@@ -197,7 +197,7 @@ _PACKAGE = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The weights that compete with one another where the pattern is unstructured."""
+    """The set of weights that compete with one another, for unstructured patterns."""
 
     name: str  # as params.yaml writes it
     about: str
@@ -220,20 +220,20 @@ GROUPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """How the sparsity of each block, or of each linear, follows from the model's."""
+    """A rule for the sparsity of each block or linear, given the model's sparsity."""
 
     name: str  # as params.yaml writes it
     about: str
     function: str  # `module:function`: (sparsity, sizes of the parts[, ratings][, strength]) → the parts' shares
     rating: str | None  # `module:function`: (weights, BlockStats, Gram matrices) → a part's rating
     needs: Literal["nothing", "norms", "gram", "fisher"]  # to rate the parts
-    # What `allocation_strength: null` is, up to which sparsity; empty where there is no strength to set.
+    # The value of `allocation_strength: null`, by maximum sparsity; empty for allocations without a strength.
     strengths: tuple[tuple[str, float], ...] = ()
     strength_is: str = ""
-    by_linear: bool = False  # whether the parts are linears, and not blocks; a rating is then one for each of a block
+    by_linear: bool = False  # whether the parts are linears instead of blocks; a block then has a rating per linear
 
     def strength(self, share: Fraction) -> float | None:
-        """Return the allocation's own strength at a sparsity; None where there is none to set."""
+        """Return the allocation's default strength at a sparsity; None without a strength."""
         return next((value for up_to, value in self.strengths if share <= Fraction(up_to)), None)
 
     @property
@@ -299,15 +299,15 @@ ALLOCATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """What happens to the weights that stay."""
+    """A rule for the values of kept weights."""
 
     name: str  # as params.yaml writes it
     about: str
     # `module:function`: (weight [out, in], keep, Prepared[, the Gram matrix of its output's gradients]) → Solved; None:
-    # the weights that stay keep their values.
+    # kept weights do not change.
     function: str | None
-    kept: str  # what a model card says of the weights that stay, and of those in no linear
-    by_gradients: bool = False  # whether it is given the Gram matrices of gradients
+    kept: str  # a model card's words on kept weights, and on weights outside linears
+    by_gradients: bool = False  # whether it receives the Gram matrices of gradients
     trains: bool = False  # each block is then trained on its mask
 
 
@@ -452,8 +452,8 @@ class NamedText:
     evaluated: str = "test"  # the split that perplexity is measured on
     join: str = "\n\n"  # between two rows, for perplexity
     revision: str | None = None  # None: its main branch
-    # One file a split, for a data set too large to fetch whole. Its rows are documents: calibration draws its windows
-    # within them, as the Wanda authors do, and does not join them.
+    # One file a split, for a data set too large to fetch completely. Its rows are documents: calibration draws windows
+    # within documents, as the Wanda authors do, and does not join them.
     shards: dict[str, str] = field(default_factory=dict)
 
 
@@ -471,7 +471,7 @@ TEXTS = {
             "validation": "en/c4-validation.00000-of-00008.json.gz",
         },
     ),
-    # Its main branch is a script, which nothing here runs; the Hub keeps its rows as Parquet beside it.
+    # Its main branch is a script, which never runs here; the Hub has its rows as Parquet on another branch.
     "ptb": NamedText(
         "ptb-text-only/ptb_text_only", "penn_treebank", "sentence", join=" ", revision="refs/convert/parquet"
     ),

@@ -1,4 +1,4 @@
-"""What users are told: errors that they can fix, and notices."""
+"""Messages for users: fixable errors, and notices."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
 MEND = "set dtype=float32 or bfloat16, or mend the model's weights"  # where activations are not finite
 
 
-# Libraries that only some commands need, by the extra of this package that installs them.
+# Optional libraries, by the extra of this package that installs them.
 EXTRAS = {"matplotlib": "report", "ray": "ray", "scipy": "report"}
 
 
@@ -32,15 +32,15 @@ class UserError(Exception):
 
 
 class SettingError(UserError):
-    """A value that the work at hand rules out, as *setting: found, expected, what to do*.
+    """A setting's value that does not fit the current work, as *setting: found, expected, what to do*.
 
-    It comes from code that knows no file; `in_params` adds where the setting is written.
+    The raising code knows no file; `in_params` adds the setting's place.
     """
 
 
 @contextlib.contextmanager
 def in_params() -> Iterator[None]:
-    """Say of settings that are wrong inside that params.yaml has them."""
+    """Add `params.yaml` to SettingErrors raised inside."""
     try:
         yield
     except SettingError as error:
@@ -48,19 +48,19 @@ def in_params() -> Iterator[None]:
 
 
 def notice(text: str) -> None:
-    """Print a line on stderr: what a stage needs, does, or could not do. Results go to stdout."""
+    """Print a line about a stage's needs, progress or problems to stderr. Results go to stdout."""
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - the one place that prints
 
 
 def fixable(error: Exception) -> bool:
-    """Whether the user can fix what an error tells: a setting, a file, the disk or the memory."""
+    """Whether the user can fix this error: a setting, a file, the disk or the memory."""
     system = _of_the_system(error)
     told = system is not None and system.errno in NO_ROOM | NO_PERMISSION | NO_MEMORY
     return isinstance(error, UserError) or told or _lacks_memory(error) or _extra(error) is not None
 
 
 def explain(error: Exception) -> Iterator[str]:
-    """Yield the lines that tell an error to the user."""
+    """Yield the lines of an error for the user."""
     system = _of_the_system(error)
     if isinstance(error, UserError):
         yield from error.problems
@@ -87,13 +87,13 @@ def explain(error: Exception) -> Iterator[str]:
 
 
 def _extra(error: Exception) -> tuple[str, str] | None:
-    """Return the library that an import did not find and the extra that installs it; None for any other error."""
+    """Return the missing library of an import and the extra that installs it; None for any other error."""
     name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     return (name, EXTRAS[name]) if name in EXTRAS else None
 
 
 def _of_the_system(error: Exception) -> OSError | None:
-    """The system's error, if it is one; of those that a copy of a folder has collected as text, the first."""
+    """Return the operating system's error, or None; of the errors of a folder's copy, the first."""
     if isinstance(error, shutil.Error):
         told = re.search(r"\[Errno (\d+)\] [^']*'([^']*)'", str(error.args[0]))
         return OSError(int(told[1]), os.strerror(int(told[1])), told[2]) if told else None
@@ -105,7 +105,7 @@ def _file(error: OSError) -> str:
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """Whether Python, torch's CPU allocator or a card had no more memory, or the system no more threads."""
+    """Whether Python, torch's CPU allocator or a GPU ran out of memory, or the system out of threads."""
     told = ("can't allocate memory", "out of memory", "can't start new thread")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in told)

@@ -1,8 +1,8 @@
-"""The Python interface: what the pipeline's stages do, on a model of transformers that is in memory.
+"""The Python interface: the pipeline's stages as functions on a transformers model in memory.
 
-The engine, the scores and the solvers are the stages' own, so masks and figures are the pipeline's to the bit on the
-same tokens, the same dtype and the same number of threads. Weights are named as the model's checkpoint names them:
-`model.layers.0.self_attn.q_proj`, and each expert of a mixture for itself.
+Functions use the stages' engine, scores and solvers. So masks and figures are identical to the pipeline's, given equal
+tokens, dtype and number of threads. Weights have the names of the model's checkpoint, such as
+`model.layers.0.self_attn.q_proj`; each expert of a mixture has its own name.
 """
 
 import contextlib
@@ -38,21 +38,21 @@ DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, eq=False)
 class Stats:
-    """The statistics of what each linear reads, by block; `calibrate` makes them.
+    """The statistics of each linear's input, by block; the result of `calibrate`.
 
     Attributes:
         blocks: The norm tier of each block, by distinct input: the sums Σx² and Σx, float64 [in], and the number of
-            tokens. `blocks[0].inputs[NAME].norm` is ‖X_j‖₂, float32 [in]; `blocks[0].readers` says who reads it.
-        grams: The Gram tier of each block, by distinct input; empty where it was not asked for. `grams[0][NAME]` is
-            unpacked when it is asked for; `.matrix()` is XᵀX, float32 [in, in].
+            tokens. `blocks[0].inputs[NAME].norm` is ‖X_j‖₂, float32 [in]; `blocks[0].readers` lists its readers.
+        grams: The Gram tier of each block, by distinct input; empty if not requested. `grams[0][NAME]` is unpacked at
+            access; `.matrix()` is XᵀX, float32 [in, in].
         windows: The number of windows.
         length: Their tokens each.
         statistics: `norms`, `gram` or `fisher`. With `fisher`, `blocks[0].fisher` has Σ (∂ℓ/∂y)² of each output of each
             linear, float64 [out].
-        dtype: The dtype that the model ran in.
-        weights: A number for each tensor of the model, by which another model is recognized.
+        dtype: The dtype in which the model ran.
+        weights: A checksum of each tensor of the model, to detect another model.
         fisher_grams: The Gram matrices of the gradients by each linear's outputs, by block and linear, like `grams`;
-            empty where they were not asked for.
+            empty if not requested.
     """
 
     blocks: "Sequence[BlockStats]"
@@ -78,21 +78,21 @@ def calibrate(
     statistics: Literal["norms", "gram", "fisher"] = "norms",
     dtype: Dtype | None = None,
 ) -> Stats:
-    """Measure what each linear of a model reads, once for each distinct input.
+    """Measure the inputs of a model's linears, once for each distinct input.
 
-    The model stays as it is: weights, flags, hooks and configuration. Its weights are borrowed and not copied, except
-    into another `dtype`. Beside the model it takes the memory of one block at work. Between blocks the hidden states
-    wait on disk in Python's temporary folder (`TMPDIR`), 2 · windows · length · hidden size numbers.
+    The model's weights, flags, hooks and configuration do not change. Its weights are not copied, except into another
+    `dtype`. The function needs the memory of one running block in addition to the model. Hidden states between blocks
+    are on disk in Python's temporary folder (`TMPDIR`), 2 · windows · length · hidden size numbers.
 
     Args:
         model: A causal language model of transformers in evaluation mode, on any device.
-        tokens: Token ids, whole numbers [windows, length], without padding. The paper takes 128 windows of 2,048.
-        statistics: What is measured, as the setting `calibration.statistics`. `norms`: the norm of each input feature.
-            `gram`: Gram matrices too, in² bytes for each distinct input of `in` features. `fisher`: the first eight
-            windows also go forward and back, one block at a time, for the Fisher information of each linear's outputs
-            and the Gram matrices of their gradients, out² bytes for each linear of `out` outputs; the hidden states
-            before every block wait on disk meanwhile.
-        dtype: The dtype that the model runs in; None: its own. Sums are float64 whatever it is.
+        tokens: Token ids, whole numbers [windows, length], without padding. The paper uses 128 windows of 2,048.
+        statistics: The tier of statistics, as the setting `calibration.statistics`. `norms`: the norm of each input
+            feature. `gram`: Gram matrices too, in² bytes for each distinct input of `in` features. `fisher`: also a
+            backward pass of the first eight windows, one block at a time, for the Fisher information of each linear's
+            outputs and the Gram matrices of their gradients, out² bytes for each linear of `out` outputs. The hidden
+            states before every block are on disk meanwhile.
+        dtype: The dtype in which the model runs; None: its own. Sums are float64 for any dtype.
 
     Returns:
         The statistics. They serve every method, sparsity and pattern, as long as the model has these weights.
@@ -145,28 +145,28 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
     allocation: str | None = None,
     allocation_strength: float | None = None,
 ) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
-    """Choose the weights that stay. Nothing changes: `prune` or `reconstruct` applies the masks.
+    """Compute the masks of a model. The model does not change: `prune` or `reconstruct` applies the masks.
 
     The arguments are the pipeline's settings of the same names, with the same rules; `docs/settings.md` lists them. The
     statistics are the dense model's, as with `propagation: dense`.
 
     Args:
         model: The model that `stats` were measured on, with the same weights.
-        stats: What `calibrate` returned.
-        recipe: The row of the catalog that fills what is None below: `magnitude`, `wanda`, `admm`, `fisher`, … Its
-            reconstruction is an argument of `reconstruct`.
-        sparsity: The fraction of each linear's weights that goes, in [0, 1); of each row ⌊in · sparsity⌋ go.
+        stats: The result of `calibrate`.
+        recipe: The row of the catalog that replaces None in the arguments below: `magnitude`, `wanda`, `admm`,
+            `fisher`, … Its reconstruction is an argument of `reconstruct`.
+        sparsity: The fraction of each linear's weights to prune, in [0, 1); each row loses ⌊in · sparsity⌋ weights.
         pattern: `unstructured`, or `n:m`: n of every m neighbours stay, and the sparsity is 1 − n/m.
-        method: How weights are scored: `magnitude`, `wanda`, `wanda-variant`, `ria`, or of Gram matrices `sparsegpt`
+        method: The score of weights: `magnitude`, `wanda`, `wanda-variant`, `ria`, or with Gram matrices `sparsegpt`
             and `admm`; or a method of an installed package.
-        group: The weights that compete: a `row` (one output), the whole `layer`, or the whole layer with each row
-            weighed by its output's Fisher information (`fisher`).
-        allocation: How the sparsities of blocks or linears differ: `uniform`, `slope`, `owl`, `lsa`, `fisher`.
-        allocation_strength: How far they differ; None: the allocation's own value.
+        group: The competing weights: a `row` (one output), the complete `layer`, or the complete layer with each row
+            weighted by its output's Fisher information (`fisher`).
+        allocation: The rule for the sparsities of blocks or linears: `uniform`, `slope`, `owl`, `lsa`, `fisher`.
+        allocation_strength: The strength of the differences; None: the allocation's default.
 
     Returns:
         The masks by linear: bool, in the shape of the stored weight, True stays. Each is one bit a weight in memory and
-        is unpacked when it is asked for.
+        is unpacked at access.
 
     Raises:
         UserError: A wrong argument, arguments that exclude one another or do not fit the model, choices that need other
@@ -219,14 +219,13 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
 
 
 def prune(model: "PreTrainedModel", keep: 'Mapping[str, Bool[Tensor, "rows columns"]]') -> float:
-    """Set the weights of a model to zero that masks do not keep, in place. All others keep their bits.
+    """Set a model's weights outside the masks to zero, in place. All others are bit-identical.
 
-    All masks are checked before the first weight changes, so that an error leaves the model as it was. Memory: one mask
-    at a time.
+    All masks are checked before the first change, so an error does not change the model. Memory: one mask at a time.
 
     Args:
-        model: A causal language model of transformers; its parameters are changed where they are.
-        keep: Masks by linear, as `mask` returns them; linears without a mask stay as they are.
+        model: A causal language model of transformers; its parameters change in place.
+        keep: Masks by linear, as returned by `mask`; linears without a mask do not change.
 
     Returns:
         The measured sparsity: the fraction of the weights of these linears that are zero now.
@@ -256,30 +255,30 @@ def reconstruct(
     *,
     reconstruction: str = "least-squares",
 ) -> dict[str, dict[str, float]]:
-    """Prune a model in place, and give the weights that stay values that make up for those that go.
+    """Prune a model in place, and give kept weights new values that compensate for the pruned weights.
 
-    Call it instead of `prune`: it solves for the dense weights' outputs, so it needs the dense model. The new weights
-    wait in main memory until all are solved for, which takes as much as all linears of `keep`. So an error leaves the
-    model as it was.
+    Call it instead of `prune`: it solves for the dense weights' outputs, so it needs the dense model. Main memory holds
+    all new weights, as large as all linears of `keep`, until the last is solved for. So an error does not change the
+    model.
 
     Args:
-        model: The dense model that `stats` were measured on; its parameters are changed where they are.
-        keep: Masks by linear, as `mask` returns them; linears without a mask stay as they are.
+        model: The dense model that `stats` were measured on; its parameters change in place.
+        keep: Masks by linear, as returned by `mask`; linears without a mask do not change.
         stats: Statistics with Gram matrices: `calibrate(model, tokens, statistics="gram")`.
         reconstruction: `least-squares`, `fisher` or `sparsegpt`; `none` only prunes, and returns the layer errors.
 
     Returns:
-        By linear: the layer error `error`, ‖(W−Ŵ)X‖² / ‖WX‖² on the calibration tokens; `masked`, which is that of the
-        same mask without a reconstruction; and how it was solved for: `unchanged` rows, `dead` features, `damping` and
-        whether it was `raised`. Experts that no token reached are only pruned, and left out here.
+        By linear: the layer error `error`, ‖(W−Ŵ)X‖² / ‖WX‖² on the calibration tokens; `masked`, the layer error of
+        this mask without a reconstruction; and solver diagnostics: `unchanged` rows, `dead` features, `damping` and
+        whether it was `raised`. Experts without tokens are only pruned, and missing here.
 
     Raises:
-        UserError: A wrong argument, statistics without Gram matrices (for `fisher` those of gradients too) or of other
-            weights (such as those of a model that is pruned already), or a mask that does not fit.
+        UserError: A wrong argument, statistics without Gram matrices (for `fisher` also of gradients) or of other
+            weights (such as an already pruned model's), or a mask that does not fit.
 
     Example:
-        >>> told = wd.reconstruct(model, keep, stats)
-        >>> max(told.values(), key=lambda linear: linear["error"])
+        >>> errors = wd.reconstruct(model, keep, stats)
+        >>> max(errors.values(), key=lambda linear: linear["error"])
     """
     import torch
 
@@ -327,17 +326,16 @@ def perplexity(
 ) -> float:
     """Measure a model's perplexity: exp(mean over windows of the mean loss of its length − 1 predictions).
 
-    The model stays as it is. Its weights are borrowed, and hidden states wait on disk, as in `calibrate`.
+    The model does not change. Its weights are not copied, and hidden states are on disk, as in `calibrate`.
 
     Args:
         model: A causal language model of transformers in evaluation mode, on any device; dense or pruned.
-        tokens: Token ids, whole numbers [windows, length], without padding. The papers take windows of 2,048 that
-            follow one another in WikiText-2's test split.
-        dtype: The dtype that the model runs in; None: its own. Losses are float32 whatever it is.
+        tokens: Token ids, whole numbers [windows, length], without padding. The papers use consecutive windows of
+            2,048 tokens of WikiText-2's test split.
+        dtype: The dtype in which the model runs; None: its own. Losses are float32 for any dtype.
 
     Returns:
-        The perplexity, to six significant digits as the pipeline writes it; infinity where the pipeline writes
-        `diverged`.
+        The perplexity, to six significant digits as in the pipeline; infinity for the pipeline's `diverged`.
 
     Raises:
         UserError: A wrong argument or an unsupported model structure.
@@ -367,13 +365,13 @@ def perplexity(
 
 
 class Study:
-    """A study on disk: the directory that `dvc repro` and `dvc exp run` work in. Nothing in it is changed.
+    """A study on disk: the directory of `dvc repro` and `dvc exp run`. It is only read.
 
     Args:
         directory: The study, or a folder in it.
 
     Raises:
-        UserError: No `params.yaml` is there or above.
+        UserError: `params.yaml` is missing in the directory and its parents.
 
     Example:
         >>> pandas.DataFrame(wd.Study("study").results()).pivot_table("pruned.perplexity", "sparsity", "method")
@@ -388,8 +386,8 @@ class Study:
         All records have the same keys: `experiment`, `commit` (None: the workspace), `state` (`success`, `failed`,
         `queued`, `running`, …), every setting by its dotted name, such as `calibration.samples`, and every figure by
         the model and its name: `dense.perplexity`, `pruned.perplexity`, `pruned.sparsity`,
-        `pruned.zero_shot.piqa.acc`. A figure is None where it was not measured with these settings, and a perplexity is
-        infinity where it diverged.
+        `pruned.zero_shot.piqa.acc`. A figure is None if it was not measured with these settings, and a diverged
+        perplexity is infinity.
 
         Raises:
             UserError: There is no git or DVC repository, or DVC cannot list its experiments.
@@ -404,7 +402,7 @@ class Study:
 
 @contextlib.contextmanager
 def _arguments() -> Iterator[None]:
-    """Name arguments in the errors that come up inside, and not settings of params.yaml."""
+    """Name arguments, instead of settings of params.yaml, in errors raised inside."""
     try:
         yield
     except UserError as error:
@@ -414,7 +412,7 @@ def _arguments() -> Iterator[None]:
 def _plan(stats: Stats, **given: Any) -> "Plan":
     """Check arguments as settings of params.yaml, with the default preset's for the rest.
 
-    The reconstruction is an argument of another function, and what a recipe needs for it is checked there.
+    The reconstruction is an argument of another function, which checks its requirements.
     """
     from wanda_dvc.params import check_params
     from wanda_dvc.study.presets import DEFAULT, read_preset
@@ -444,7 +442,7 @@ def _one_of(argument: str, given: str, known: Sequence[str]) -> None:
 
 
 def _source(model: "PreTrainedModel") -> "Loaded":
-    """Read from a model in memory. UserError where it is none that transformers can run."""
+    """Wrap a model in memory. UserError if transformers cannot run it."""
     from transformers import PreTrainedModel
 
     from wanda_dvc.engine.loaded import Loaded
@@ -458,7 +456,7 @@ def _source(model: "PreTrainedModel") -> "Loaded":
 
 
 def _evaluating(model: "PreTrainedModel") -> "Loaded":
-    """Read from a model that is to be run."""
+    """Wrap a model in order to run it."""
     source = _source(model)
     if model.training:
         raise UserError("model: got training mode, expected evaluation mode; call model.eval()")
@@ -466,7 +464,7 @@ def _evaluating(model: "PreTrainedModel") -> "Loaded":
 
 
 def _measured(model: "PreTrainedModel", stats: Stats) -> "Loaded":
-    """Read from a model. UserError where it is not the one that was measured."""
+    """Wrap a model. UserError if it is not the measured model."""
     source = _source(model)
     found = source.fingerprint()
     if other := [name for name in stats.weights if found.get(name) != stats.weights[name]]:
@@ -479,7 +477,7 @@ def _measured(model: "PreTrainedModel", stats: Stats) -> "Loaded":
 
 
 def _targets(source: "Loaded", keep: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """Return the weights that masks are for, to be changed in place. UserError where one does not fit."""
+    """Return the weights of the masks, to be changed in place. UserError if a mask does not fit."""
     import torch
 
     if not keep:
@@ -502,7 +500,7 @@ def _targets(source: "Loaded", keep: "Mapping[str, Tensor]") -> "dict[str, Tenso
 
 
 def _windows(tokens: 'Int[Tensor, "windows length"]', source: "Loaded") -> 'Int[Tensor, "windows length"]':
-    """Check token ids. Return them as the engine takes them."""
+    """Check token ids. Return them in the engine's form."""
     import torch
 
     if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point() or tokens.dtype is torch.bool:
@@ -536,7 +534,7 @@ def _decoder(source: "Loaded", dtype: Dtype | None) -> "Decoder":
 
 
 def _solving(source: "Loaded") -> "torch.device":
-    """Return the device that solvers run on: the model's CUDA device, or the host, which alone has float64."""
+    """Return the device for solvers: the model's CUDA device, or the host; other devices lack float64."""
     import torch
 
     return source.device if source.device.type == "cuda" else torch.device("cpu")

@@ -12,18 +12,18 @@ QUOTAS = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))  # of cgroup 
 
 
 def cores() -> int:
-    """Return the number of threads to compute with: OMP_NUM_THREADS, or one for each usable core."""
+    """Return the number of compute threads: OMP_NUM_THREADS, or one per usable core."""
     return omp_threads() or usable_cores()
 
 
 def omp_threads() -> int | None:
-    """Return OMP_NUM_THREADS (of a list for nested levels, the first); None where it is no positive number."""
+    """Return OMP_NUM_THREADS (of a list for nested levels, the first); None if it is not a positive number."""
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(given) or None if given.isdecimal() else None
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use, by its CPU affinity and by its control groups.
+    """Return the number of usable cores, by this process's CPU affinity and control groups.
 
     Schedulers (Slurm) and containers restrict a process by either. `os.cpu_count` counts all cores of the machine.
     """

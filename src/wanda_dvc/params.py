@@ -36,13 +36,13 @@ from wanda_dvc.plan import CHOICES, UNSTRUCTURED, Plan, fill
 from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.reading import read_text
 
-MOST = 2**20  # windows of a calibration, and tokens of a window: far beyond any study
+MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
 ROUNDED = 1e-6  # the sparsity of 1:3 may be written 0.666667
 ALL = "all"  # of `perplexity.windows`: every token, also those of a last window that is shorter
 
 
 def _method(name: str | None) -> str | None:
-    """Check a method's name against the catalog, which grows with the packages that are installed."""
+    """Check a method's name against the catalog, which includes methods of installed packages."""
     if name is not None and name not in methods():
         raise PydanticCustomError("literal_error", "no such method", {"expected": _or(tuple(methods()))})
     return name
@@ -65,7 +65,7 @@ class _Section(BaseModel):
 
 @dataclass(frozen=True)
 class ChosenText:
-    """A text with all that `null` stands for."""
+    """A text with defaults in place of nulls."""
 
     source: str  # as params.yaml writes it
     dataset: str | None  # its id on the Hub; None of an embedded text or a file
@@ -90,7 +90,7 @@ class Text(_Section):
 
     @property
     def chosen(self) -> ChosenText:
-        """The text with its source's own values for what is null."""
+        """Return the text with its source's own values in place of nulls."""
         named = TEXTS.get(self.source)
         on_hub = None if named else HUB_TEXT.fullmatch(self.source)
         a_file = Path(self.source).is_absolute()
@@ -238,7 +238,7 @@ class Params(_Section):
 
     @property
     def filled(self) -> "Params":
-        """The same settings with the value that each null stands for; a method need not be installed."""
+        """Return the settings with nulls replaced by their values; a method need not be installed."""
         choices, _ = fill(self.recipe, {name: getattr(self, name) for name in CHOICES}, self.pattern)
         strength = self.allocation_strength or ALLOCATIONS[choices["allocation"]].strength(self.share)
         update: dict[str, Any] = {**choices, "allocation_strength": strength, "sparsity": float(self.share)}
@@ -252,7 +252,7 @@ class Params(_Section):
 
     @cached_property
     def plan(self) -> Plan:
-        """The recipe, with the choices that are set by themselves."""
+        """The recipe, with separately set choices."""
         given = {name: getattr(self, name) for name in CHOICES}
         return Plan.of(self.recipe, given, strength=self.allocation_strength, pattern=self.pattern, share=self.share)
 
@@ -263,7 +263,7 @@ class Params(_Section):
         return self
 
     def _conflicts(self) -> Iterator[str]:
-        """Yield the settings that are well formed each and cannot be meant together, or mean nothing."""
+        """Yield problems of individually valid settings that conflict or have no effect."""
         broken = list(self._pattern_conflicts())
         yield from broken or self._plan_conflicts()
         if not (Package.parse(self.model) or Path(self.model).is_absolute() or HUB_ID.fullmatch(self.model)):
@@ -307,7 +307,7 @@ class Params(_Section):
             )
 
     def _plan_conflicts(self) -> Iterator[str]:
-        """Yield the choices that exclude one another, and those that need statistics which are not measured."""
+        """Yield choices that exclude one another, or need statistics that are not measured."""
         plan = self.plan
         if plan.method.competition == "rows" and (self.pattern, plan.group) != (UNSTRUCTURED, "row"):
             yield (
@@ -366,12 +366,12 @@ def _text_conflicts(name: str, text: Text) -> Iterator[str]:
 
 
 def read_params(path: Path) -> Params:
-    """Read and check `params.yaml`. UserError with every problem that it has."""
+    """Read and check `params.yaml`. UserError with all its problems."""
     try:
         content = YAML(typ="safe", pure=True).load(read_text(path, "restore it from git"))
     except UserError:
         raise
-    except Exception as error:  # for some texts the library raises what it likes, a RecursionError too
+    except Exception as error:  # for some texts the library raises any exception, RecursionError too
         raise UserError(
             f"{path.name}: not valid YAML: {' '.join(str(error).split()) or type(error).__name__}; "
             "correct it, or restore it from git"
@@ -380,7 +380,7 @@ def read_params(path: Path) -> Params:
 
 
 def check_params(content: object) -> Params:
-    """Check the settings of a document that is read already. UserError as `read_params`."""
+    """Check the settings of a parsed document. UserError as `read_params`."""
     if not isinstance(content, dict):
         raise UserError(f"params.yaml: got {type(content).__name__}, expected a mapping of settings")
     try:
@@ -408,7 +408,7 @@ def _or(names: tuple[str, ...]) -> str:
 
 
 def _explain(error: Any) -> str:
-    """Tell one of pydantic's errors in our form."""
+    """Convert a pydantic error to this project's form."""
     where = ".".join(str(part) for part in error["loc"])
     context = error.get("ctx", {})
     if error["type"] == "extra_forbidden":

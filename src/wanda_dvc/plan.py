@@ -1,6 +1,6 @@
-"""What the settings of pruning come to: the rows that they name, and what the stages then need of each other.
+"""The plan of a pruning: the catalog rows named in the settings, and the resulting dependencies of stages.
 
-Stages, views and provenance read a `Plan`; nobody else asks which method or reconstruction it is.
+Stages, views and provenance read a `Plan`; no other code checks the method or reconstruction.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,36 +22,36 @@ from wanda_dvc.catalog import (
 )
 
 UNSTRUCTURED = "unstructured"
-CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")  # what a recipe fills
+CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")  # the choices of a recipe
 # Of `reconstruction: block`: passes over the calibration windows; the learning rate at the first step, as a share of
 # the root mean square of a parameter's weights; the seed of the windows' order. docs/decisions/0026-block-training.md.
 TRAINING: dict[str, Any] = {"epochs": 3, "rate": 0.02, "seed": 0}
-# Of `propagation: corrected`: how far the weights move to those that give the dense outputs. With 1 the weights overfit
-# the calibration text (docs/decisions/0027-fisher.md).
+# Of `propagation: corrected`: the step from the dense weights to the weights that give the dense outputs. With 1 they
+# overfit the calibration text (docs/decisions/0027-fisher.md).
 CORRECTION = 0.5
-GRAM_DTYPE = "float16"  # in which Gram matrices are kept, scaled: as exact as float32 in every figure measured
+GRAM_DTYPE = "float16"  # of stored Gram matrices, scaled: as exact as float32 in every measured figure
 WINDOWS_BACK = 8  # windows of the backward pass; 16 gained 1 % once, in 2:4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a model is pruned. Equal plans give equal masks and weights, however the settings were written."""
+    """The choices of a pruning. Equal plans give equal masks and weights, for any spelling of the settings."""
 
     method: Method
     group: str
     allocation: Allocation
-    strength: float | None  # of the allocation; None where it has none
+    strength: float | None  # of the allocation, or None
     reconstruction: Reconstruction
     propagation: str
     pattern: str
-    share: Fraction  # of the weights that go
-    left_out: tuple[str, ...] = ()  # choices of the recipe that the pattern excludes
+    share: Fraction  # of the pruned weights
+    left_out: tuple[str, ...] = ()  # choices of the recipe excluded by the pattern
 
     @classmethod
     def of(
         cls, recipe: str, given: Mapping[str, str | None], *, strength: float | None, pattern: str, share: Fraction
     ) -> "Plan":
-        """Return the plan of a recipe and the choices that are set by themselves."""
+        """Return the plan of a recipe and separately set choices."""
         chosen, left_out = fill(recipe, given, pattern)
         allocation = ALLOCATIONS[chosen["allocation"]]
         return cls(
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def described(self) -> dict[str, object]:
-        """The choices that masks follow from, by the names of the settings, as provenance has them."""
+        """The choices that determine masks, by the names of the settings, in the form of provenance."""
         described: dict[str, object] = {
             "method": self.method.name,
             "sparsity": float(self.share),
@@ -78,17 +78,17 @@ class Plan:
             "allocation": self.allocation.name,
             "allocation_strength": self.strength,
         }
-        if self.propagates:  # what the next block reads
+        if self.propagates:  # determines the next block's input
             described["reconstruction"] = self.reconstruction.name
             described |= {"training": TRAINING} if self.reconstruction.trains else {}
             described |= {"correction": CORRECTION} if self.corrects else {}
         return described
 
-    # --- what the masks follow from ---
+    # --- dependencies of masks ---
 
     @property
     def solves(self) -> bool:
-        """Whether the weights that stay get other values."""
+        """Whether kept weights get new values."""
         return self.reconstruction.function is not None
 
     @property
@@ -98,63 +98,63 @@ class Plan:
 
     @property
     def propagates(self) -> bool:
-        """Whether masks are chosen on the outputs of pruned blocks, and not from stats/."""
+        """Whether masks depend on the outputs of pruned blocks instead of stats/."""
         return self.propagation != "dense" and (self.method.needs_inputs() or self.solves)
 
     @property
     def corrects(self) -> bool:
-        """Whether the weights aim at the dense model's outputs."""
+        """Whether target weights are corrected towards the dense model's outputs."""
         return self.propagation == "corrected" and self.solves
 
     @property
     def runs_dense(self) -> bool:
-        """Whether a walk through pruned blocks takes the dense model's windows along."""
+        """Whether a walk through pruned blocks includes the dense model's windows."""
         return self.propagates and (self.trains or self.corrects)
 
     @property
     def records_grams(self) -> bool:
-        """Whether a walk through pruned blocks keeps the Gram matrices of the block at work."""
+        """Whether a walk through pruned blocks keeps the Gram matrices of the current block."""
         return self.propagates and (self.method.needs == "gram" or self.solves)
 
     @property
     def selects_by_row(self) -> bool:
-        """Whether some rows' masks can be chosen without the other rows."""
+        """Whether masks of some rows do not depend on the other rows."""
         return self.method.selects_by_row(self.pattern, self.group)
 
-    # --- which statistics are read ---
+    # --- the statistics that stages read ---
 
     @property
     def masks_read_gram(self) -> bool:
-        """Whether masks follow from stats/gram."""
+        """Whether masks depend on stats/gram."""
         return (self.method.needs == "gram" and not self.propagates) or self.allocation.needs == "gram"
 
     @property
     def masks_read_sums(self) -> bool:
-        """Whether masks follow from the sums of stats/fisher."""
+        """Whether masks depend on the sums of stats/fisher."""
         return "fisher" in (self.allocation.needs, GROUPS[self.group].needs)
 
     @property
     def masks_read_gradients(self) -> bool:
-        """Whether masks follow from the Gram matrices of gradients: the next block reads what they make of weights."""
+        """Whether masks depend on the Gram matrices of gradients, by the new weights of earlier blocks."""
         return self.propagates and self.reconstruction.by_gradients
 
     @property
     def masks_read_fisher(self) -> bool:
-        """Whether masks follow from anything in stats/fisher."""
+        """Whether masks depend on any part of stats/fisher."""
         return self.masks_read_sums or self.masks_read_gradients
 
     @property
     def weights_come_from(self) -> str | None:
-        """The artifact that the weights which stay come from: `weights`, `gram`, or None, the dense model."""
+        """The source of the kept weights: `weights`, `gram`, or None, the dense model."""
         return None if not self.solves else "weights" if self.propagates else "gram"
 
     @cached_property
     def needs(self) -> str:
-        """The statistics that the stages read: norms, gram or fisher."""
+        """The highest tier of statistics that stages read: norms, gram or fisher."""
         return max((tier for _, tier in self.needing()), key=STATISTICS.index, default="norms")
 
     def needing(self) -> Iterator[tuple[str, str]]:
-        """Yield each choice that reads more than norms, as `setting name`, and the statistics that it reads."""
+        """Yield each choice that needs more than norms, as `setting name`, with its tier of statistics."""
         by_method = self.method.needs == "gram" and not self.propagates
         if by_method:
             yield f"method {self.method.name}", "gram"
@@ -169,9 +169,9 @@ class Plan:
 
 
 def fill(recipe: str, given: Mapping[str, str | None], pattern: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return every choice by name, those that are not given from the recipe; and the recipe's that were left out.
+    """Return every choice by name, with missing choices from the recipe; and the recipe's excluded choices.
 
-    A pattern has groups and shares of its own, so it excludes the recipe's group and allocation, and any group.
+    A pattern has its own groups and shares, so it excludes the recipe's group and allocation, and any group.
     """
     row = RECIPES[recipe]
     filled: dict[str, str] = {name: getattr(row, name) for name in CHOICES}

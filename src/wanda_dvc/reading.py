@@ -1,7 +1,7 @@
-"""Strict readers of files that others wrote: text, JSON, lines of JSON, and headers of safetensors files.
+"""Strict readers of outside files: text, JSON, lines of JSON, and headers of safetensors files.
 
-Whatever is wrong with a file is a UserError: *where: found, expected, what to do*. No reader follows what a file says
-outside its folder, and none runs what it holds.
+Any problem of a file raises a UserError: *where: found, expected, what to do*. No reader follows a path out of the
+file's folder, or runs its content.
 """
 
 import json
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from wanda_dvc.errors import UserError
 
 COPY = "copy it again"
-DIVERGED = "diverged"  # written in place of a perplexity or loss that is not finite: JSON has no such number
+DIVERGED = "diverged"  # replaces a non-finite perplexity or loss: JSON has no such number
 LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
-# Bytes a number, by safetensors' name. Types of less than a byte are not here; nothing of ours is stored in one.
+# Bytes a number, by safetensors' name; without types of less than a byte, which the project does not use.
 DTYPES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
@@ -27,7 +27,7 @@ KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }  # fmt: skip
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it, also a whole pair
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON's escaped form, also a complete pair
 NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
 
 
@@ -35,9 +35,9 @@ NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", 
 
 
 def check_file(path: Path, todo: str = COPY) -> os.stat_result:
-    """Return the status of an ordinary file that may be read, or of a link to one. UserError for anything else.
+    """Return the status of a readable ordinary file, or of a link to one. UserError for anything else.
 
-    Libraries that open it afterwards need not tell a missing permission from a missing file; not all of them do.
+    Not all libraries that open the file later distinguish a missing permission from a missing file.
     """
     try:
         status = path.stat()
@@ -45,7 +45,7 @@ def check_file(path: Path, todo: str = COPY) -> os.stat_result:
         if path.is_symlink():
             raise UserError(f"{path}: a link to {path.readlink()}, which is not there; {todo}") from None
         raise UserError(f"{path}: not there, expected a file; {todo}") from None
-    except (OSError, ValueError) as error:  # no permission, links in a circle, a name that is none
+    except (OSError, ValueError) as error:  # no permission, circular links, an invalid name
         raise _unreadable(path, error) from None
     if not stat.S_ISREG(status.st_mode):
         kind = KINDS.get(stat.S_IFMT(status.st_mode), "no file")
@@ -58,7 +58,7 @@ def check_file(path: Path, todo: str = COPY) -> os.stat_result:
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything has this name, also a dangling link. UserError where the folder may not be read."""
+    """Whether a path exists, also as a dangling link. UserError if the folder is not readable."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -69,7 +69,7 @@ def is_there(path: Path) -> bool:
 
 
 def read_bytes(path: Path, todo: str = COPY) -> bytes:
-    """Read a whole file."""
+    """Read a complete file."""
     check_file(path, todo)
     try:
         return path.read_bytes()
@@ -94,7 +94,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def parse_json(text: str | bytes, where: str, todo: str = COPY) -> Any:
-    """Parse JSON. UserError where it is none, or holds what no text or number of ours can be."""
+    """Parse JSON. UserError if it is invalid, or has a text or number that the project never writes."""
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
         content = json.loads(text)
@@ -106,7 +106,7 @@ def parse_json(text: str | bytes, where: str, todo: str = COPY) -> Any:
         raise UserError(f"{where}: found half a surrogate pair (\\ud800 to \\udfff), expected text; {todo}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start} is no UTF-8, expected JSON; {todo}") from None
-    except ValueError as error:  # a number of more digits than Python takes is one too
+    except ValueError as error:  # includes numbers with too many digits for Python
         raise UserError(f"{where}: found no JSON ({error}), expected JSON; {todo}") from None
     return content
 
@@ -117,22 +117,22 @@ def read_object(path: Path, todo: str = COPY) -> dict[str, Any]:
 
 
 def expect_object(content: object, where: str, todo: str = COPY) -> dict[str, Any]:
-    """Return a JSON object. UserError where it is anything else."""
+    """Return a JSON object. UserError for any other value."""
     if not isinstance(content, dict):
         raise UserError(f"{where}: found {name_of(content)}, expected an object; {todo}")
     return content
 
 
 def name_of(content: object) -> str:
-    """Name a JSON value by its type, for messages."""
+    """Return the name of a JSON value's type, for messages."""
     return NAMES.get(type(content), "a number")
 
 
 def read_lines(path: Path, todo: str = "correct that line") -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place and the object of every line of a JSONL file.
 
-    A line ends at a line feed and nowhere else: U+2028, U+0085 and form feeds may stand inside a string. Blank lines at
-    the end are no lines.
+    Only a line feed ends a line: U+2028, U+0085 and form feeds may occur inside a string. Blank lines at the end do not
+    count.
     """
     lines = read_text(path).rstrip(" \t\r\n").split("\n")
     for number, line in enumerate(lines if lines != [""] else [], start=1):
@@ -144,7 +144,7 @@ def read_lines(path: Path, todo: str = "correct that line") -> Iterator[tuple[st
 
 
 class Entry(NamedTuple):
-    """A tensor by the header of its file: its dtype, its shape, its first byte in the file and its length."""
+    """A tensor's entry in the header of its file: dtype, shape, first byte in the file and length."""
 
     dtype: str
     shape: list[int]
@@ -153,7 +153,7 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path, todo: str = COPY) -> dict[str, Entry]:
-    """Read the header of a safetensors file: its tensors by name. UserError where the file is not whole."""
+    """Read the header of a safetensors file: its tensors by name. UserError if the file is incomplete."""
     size = check_file(path, todo).st_size
     try:
         with path.open("rb") as file:

@@ -1,6 +1,6 @@
 """Build the pruned model of any experiment in a new directory.
 
-The experiment is taken out of DVC's cache and git into the work folder. The workspace is only read.
+The experiment's files are copied from DVC's cache and git into the work folder. The workspace is only read.
 """
 
 import os
@@ -33,7 +33,7 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
     target = target.absolute()
     _check_target(target)
     with project.work({"kind": "export", "experiment": experiment}) as work:
-        work.forget()  # the links of an export that was killed
+        work.forget()  # the links of a killed export
         study = Project(work.path / "study")
         study.root.mkdir(parents=True)
         if experiment is None:
@@ -58,7 +58,7 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
 
 
 def experiment_and_directory(project: Project, words: list[str]) -> tuple[str | None, Path]:
-    """Read `[EXPERIMENT] DIRECTORY`. UserError where the only word is an experiment's name and no directory's."""
+    """Read `[EXPERIMENT] DIRECTORY`. UserError if the only word is an experiment's name."""
     *experiment, target = words
     a_path = target.startswith((f".{os.sep}", f"..{os.sep}", os.sep)) or target.endswith(os.sep)
     if not experiment and not a_path and not Path(target).is_dir() and Revision.exists(project, target):
@@ -81,7 +81,7 @@ def _check_target(target: Path) -> None:
 
 
 def _check_whole(ran: Ran, what: str) -> None:
-    """Raise UserError where the masks are of inputs that have been made again since: no settings describe them."""
+    """Raise UserError if the inputs of the masks have changed: no settings describe these masks."""
     if "mask" in ran.torn:
         before = ", ".join(name for name in ran.torn if name.startswith(("calibrate", "mask")))
         raise UserError(
@@ -140,7 +140,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
 
 
 def _drop_metrics_of_others(study: Project) -> None:
-    """Drop the metrics of another experiment, which a workspace may still hold. The details say whose each is."""
+    """Drop a workspace's leftover metrics of another experiment. The details record the experiment of each."""
     made_from = describe_pruned(study, study.params.plan.reconstruction.name)
     dense = read_provenance(study.model("dense"), "download model")
     for model, whose in zip(MODELS, (digest(dense), digest(made_from)), strict=True):

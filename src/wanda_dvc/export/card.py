@@ -1,4 +1,4 @@
-"""The sections of an exported model's card that no other card has: its results, and how to reproduce it."""
+"""The special sections of an exported model's model card: its results, and how to reproduce it."""
 
 from collections.abc import Iterator, Sequence
 
@@ -24,7 +24,7 @@ With wanda-dvc {version}, in a new study:
 def results(study: Project, torn: Sequence[str] = ()) -> dict[str, str]:
     """Return the sections, by their titles.
 
-    The study's `params` are those that ran. The results of `torn` stages are of inputs made again since.
+    The study's `params` are those of the run. The inputs of `torn` stages have changed after the run.
     """
     commands, by_hand = how_to_repeat(study.params)
     version = read_provenance(study.masks, "mask")["wanda_dvc"]
@@ -36,7 +36,7 @@ def results(study: Project, torn: Sequence[str] = ()) -> dict[str, str]:
 
 
 def _notes(study: Project, torn: Sequence[str]) -> Iterator[str]:
-    """How to read the numbers."""
+    """Return the explanation of the numbers."""
     params = study.params
     if torn:
         yield f"Stale when this card was written, because inputs had been made again: {', '.join(torn)}."

@@ -1,4 +1,4 @@
-"""The formats that a pruned model is exported in, as a table. Importing it is instant: no torch."""
+"""The table of export formats. Importing it is instant: no torch."""
 
 import shutil
 from collections.abc import Callable
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How a pruned model is stored."""
+    """A storage format of pruned models."""
 
     name: str
     about: str  # one line
     write: "Callable[[Project, Path, Path], Written]"  # (study, empty directory, scratch)
-    imports: str = ""  # Python code that loading needs, for the model card
+    imports: str = ""  # Python code required for loading, for the model card
 
 
 @dataclass(frozen=True)
 class Written:
-    """The model that an export wrote."""
+    """An exported model."""
 
     sparsity: float  # measured
-    storage: str  # what the zeros take, for the model card
+    storage: str  # the storage of zeros, for the model card
 
 
 def _write_dense(study: "Project", target: Path, _scratch: Path) -> Written:

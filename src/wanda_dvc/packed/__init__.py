@@ -1,1 +1,1 @@
-"""The packed format: pruned weights without their zeros, the kernels that multiply them, and how fast that is."""
+"""The packed format: pruned weights without their zeros, kernels that multiply them, and a speed test."""

@@ -26,7 +26,7 @@ LINEARS = (nn.Linear, products.Linear)  # the engine may replace the first by th
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a directory that was packed, and of the pruned linears in it."""
+    """Bytes of a packed directory, and of the pruned linears in it."""
 
     weights: int  # of the linears, zeros included
     dense: int
@@ -47,10 +47,10 @@ class Sizes:
 
 
 def pack_directory(source: Path, target: Path, linears: Collection[str] | None = None) -> Sizes:
-    """Write a model directory packed into an empty folder. The linears are named as masks name them; None: all.
+    """Write a model directory packed into an empty folder. Linears have the masks' names; None: all.
 
-    A linear stays dense where packing does not shrink it or is not possible (`find_packable`).
-    Peak memory in bytes: three times the largest tensor, and what the engine needs to run one block.
+    A linear stays dense if packing does not shrink it or is not possible (`find_packable`).
+    Peak memory in bytes: three times the largest tensor, and the engine's needs for one block.
     """
     checkpoint = Checkpoint(source)
     able = find_packable(checkpoint)
@@ -73,7 +73,7 @@ def pack_directory(source: Path, target: Path, linears: Collection[str] | None =
 
 
 def unpack_directory(source: Path, target: Path) -> None:
-    """Write a packed model directory as the dense one that it was made from, every weight bit by bit."""
+    """Write a packed model directory as its dense original; every weight is bit-identical."""
     packing, checkpoint = packing_of(source), Checkpoint(source)
     if packing is None:
         raise UserError(f"{source}: no packed directory, expected one of `wanda-dvc export --format packed`")
@@ -89,14 +89,14 @@ def unpack_directory(source: Path, target: Path) -> None:
 
 
 def find_packable(checkpoint: Checkpoint) -> dict[str, Address]:
-    """Return the linears of all blocks that can be packed, as masks name them, and where each is stored.
+    """Return the packable linears of all blocks, by the masks' names, and the address of each.
 
-    Each is a `torch.nn.Linear` that its block calls, with its weight stored whole under the parameter's name. Experts
-    that are stored together, GPT-2's transposed weights, and weights that Mamba multiplies by itself are not.
+    Each is a `torch.nn.Linear` called by its block, with a complete tensor under the parameter's name. Experts stored
+    together, GPT-2's transposed weights, and weights multiplied by Mamba itself do not qualify.
     """
     dtypes = {name: dtype for dtype, name in STORED.items()}
     stored = next(dtypes[entry.dtype] for entry in checkpoint.entries.values() if entry.dtype in dtypes)
-    decoder = Decoder(checkpoint, dtype=stored, device=torch.device("cpu"))  # in this dtype weights are not copied
+    decoder = Decoder(checkpoint, dtype=stored, device=torch.device("cpu"))  # this dtype avoids copies of weights
     names = {module: name for name, module in decoder.model.named_modules()}
     found = {}
     for index in range(len(decoder.blocks)):
@@ -142,9 +142,9 @@ class _Piece:
 
 
 def _rewrite(checkpoint: Checkpoint, target: Path, pieces: dict[str, list[_Piece]], packing: Packing | None) -> None:
-    """Write a checkpoint's directory, with other tensors in place of some, in shards of the same names.
+    """Write a checkpoint's directory with some tensors replaced, in shards of the same names.
 
-    All files but weights, index and config.json are copied. Hidden files are not: in some the Hub's client notes times.
+    Copies all files but weights, index, config.json and hidden files, in which the Hub's client stores times.
     """
     written = {"config.json", INDEX, *(shard.name for shard in checkpoint.shards)}
     shutil.copytree(
@@ -159,7 +159,7 @@ def _rewrite(checkpoint: Checkpoint, target: Path, pieces: dict[str, list[_Piece
     for shard in checkpoint.shards:
         here: list[_Piece] = []
         for name, dtype, shape, _, length in checkpoint.bytes_at(shard):
-            if name in checkpoint.entries:  # an index may leave some out
+            if name in checkpoint.entries:  # an index may omit some
                 same = _Piece(name, dtype, shape, length, partial(checkpoint.read, Address(name)))
                 here += pieces.get(name, [same])
         _write_shard(target / shard.name, here)
@@ -174,7 +174,7 @@ def _rewrite(checkpoint: Checkpoint, target: Path, pieces: dict[str, list[_Piece
 
 def _write_shard(path: Path, pieces: list[_Piece]) -> None:
     """Write tensors as a safetensors file, one at a time."""
-    # Wide types first: then each tensor begins at a multiple of its type's size, as readers expect.
+    # Wide types first, so that each tensor begins at a multiple of its type's size, as readers expect.
     pieces = sorted(pieces, key=lambda piece: -WIDTHS.get(piece.dtype, 8))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,7 +1,7 @@
-"""The packed format: two tensors for each packed weight, and a `quantization_config` in config.json that names them.
+"""The packed format: two tensors for each packed weight, listed in config.json's `quantization_config`.
 
-Under its own name a packed weight has its nonzeros row by row, [count]. `NAME_keep`, uint8 [rows, ⌈columns / 8⌉], has
-one bit a weight, the first column in the highest bit. −0.0 is a nonzero, so a packed weight loses no bit.
+The weight's own name has its nonzeros row by row, [count]. `NAME_keep`, uint8 [rows, ⌈columns / 8⌉], has one bit a
+weight, the first column in the highest bit. −0.0 counts as a nonzero, so packing is lossless.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ AGAIN = "export it again"
 
 
 def pack(weight: Shaped[Tensor, "rows columns"]) -> tuple[Shaped[Tensor, " nonzeros"], UInt8[Tensor, "rows bytes"]]:
-    """Return a weight's nonzeros row by row, and one bit a weight that is set at each nonzero."""
+    """Return a weight's nonzeros row by row, and one bit a weight, set at each nonzero."""
     keep = _as_integers(weight) != 0
     return weight[keep], pack_bits(keep)
 
@@ -32,7 +32,7 @@ def pack(weight: Shaped[Tensor, "rows columns"]) -> tuple[Shaped[Tensor, " nonze
 def unpack(
     values: Shaped[Tensor, " nonzeros"], bits: UInt8[Tensor, "rows bytes"], columns: int
 ) -> Shaped[Tensor, "rows columns"]:
-    """Return the weight that was packed, bit by bit. There must be as many values as bits set."""
+    """Return the unpacked weight, bit-identical. The number of values must equal the number of set bits."""
     keep = unpack_bits(bits, columns)
     return torch.zeros(keep.shape, dtype=values.dtype).masked_scatter_(keep, values)
 
@@ -72,7 +72,7 @@ class Packing:
 
     @classmethod
     def parse(cls, stored: Any, where: str) -> "Packing":
-        """Read a `quantization_config` of ours. UserError where it is damaged or of another version."""
+        """Read a `quantization_config` of this format. UserError if it is damaged or of another version."""
         version = stored.get("format_version")
         if version != FORMAT:
             found = name_of(version) if not isinstance(version, int) else version
@@ -94,12 +94,12 @@ class Packing:
         return cls(found_weights)
 
     def check(self, name: str, values: Tensor, bits: Tensor, dtype: torch.dtype) -> None:
-        """Raise UserError where two tensors are not this weight's in a dtype."""
+        """Raise UserError if two tensors do not belong to this weight in a dtype."""
         _check(name + KEEP, bits, bits_shape(*self.weights[name][1]), torch.uint8)
         _check(name, values, [_count(bits)], dtype)
 
     def restore(self, name: str, values: Tensor, bits: Tensor) -> Tensor:
-        """Return a weight from its two tensors. UserError where they are not this weight's."""
+        """Return a weight from its two tensors. UserError if they do not belong to this weight."""
         dtype, (_, columns) = self.weights[name]
         self.check(name, values, bits, dtype)
         return unpack(values, bits, columns)
@@ -112,13 +112,13 @@ def _check(name: str, tensor: Tensor, shape: list[int], dtype: torch.dtype) -> N
 
 
 def _count(bits: Tensor) -> int:
-    """Return how many bits are set."""
+    """Return the number of set bits."""
     ones = torch.tensor([number.bit_count() for number in range(256)])
     return int(torch.bincount(bits.cpu().flatten(), minlength=256) @ ones)
 
 
 def packing_of(folder: Path) -> Packing | None:
-    """Return the packed weights of a directory; None where it is no packed directory."""
+    """Return the packed weights of a directory; None if it is not packed."""
     stored = read_object(folder / "config.json").get("quantization_config")
     if not isinstance(stored, dict) or stored.get("quant_method") != METHOD:
         return None

@@ -1,7 +1,7 @@
 """Kernels of packed weights for CPUs, in C (`kernel.c`), as torch operators.
 
-They are compiled at first use with the system's C compiler and kept in the user's cache, under a digest of source,
-compiler and flags. The path is the fastest that the CPU has; `WANDA_DVC_KERNEL` names another, or `off`.
+The system's C compiler compiles them at first use, into the user's cache, under a digest of source, compiler and flags.
+The default is the CPU's fastest path; `WANDA_DVC_KERNEL` names another path, or `off`.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ FLAGS = ("-O2", "-fPIC", "-shared")
 PATHS = ("generic", "avx2", "avx512")  # as in the source, the slowest first
 CHOICE = "WANDA_DVC_KERNEL"
 MULTIPLIED = (torch.bfloat16, torch.float32)
-WIDTHS = (2, 4)  # bytes a weight that are expanded
+WIDTHS = (2, 4)  # bytes a weight, in expandable dtypes
 
 _Pointer, _Long = ctypes.c_void_p, ctypes.c_int64
 _COMMON = (ctypes.c_int, ctypes.c_int, _Pointer, _Pointer, _Pointer)  # path, size, values, bits, starts
@@ -37,18 +37,18 @@ _THREADS = (ctypes.c_uint, _Pointer)
 
 @dataclass(frozen=True)
 class Kernel:
-    """The compiled library, the path that it takes, and how it starts threads."""
+    """The compiled library, its path, and its function to start threads."""
 
     library: ctypes.CDLL
     path: int
-    fork: int | None  # the address of GOMP_parallel: with the threads of torch's own OpenMP no two pools compete
+    fork: int | None  # the address of GOMP_parallel: sharing the threads of torch's OpenMP avoids two competing pools
 
 
 @cache
 def kernel() -> Kernel | None:
-    """Return the kernels, compiled where that is needed; None where they cannot be had, and a notice says so.
+    """Return the kernels, compiled if needed; None, with a notice, if they are not available.
 
-    UserError where `WANDA_DVC_KERNEL` names a path that this CPU lacks.
+    UserError if `WANDA_DVC_KERNEL` names a path that this CPU lacks.
     """
     wanted = os.environ.get(CHOICE, "")
     if wanted == "off":
@@ -66,13 +66,13 @@ def kernel() -> Kernel | None:
     able = PATHS[: library.wanda_best() + 1]
     if wanted and wanted not in able:
         raise UserError(f"{CHOICE}: got {wanted}, expected {', '.join(able)} on this CPU, or off")
-    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)  # torch loads its OpenMP for all to see
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)  # torch loads its OpenMP with global symbols
     fork = ctypes.cast(parallel, _Pointer).value if parallel else None
     return Kernel(library, able.index(wanted) if wanted else len(able) - 1, fork)
 
 
 def _load() -> ctypes.CDLL:
-    """Load the library from the cache, or compile it. OSError or CalledProcessError where that fails."""
+    """Load the library from the cache, or compile it. OSError or CalledProcessError if that fails."""
     words = shlex.split(os.environ.get("CC", "")) or ["cc"]
     compiler = shutil.which(words[0])
     if compiler is None:
@@ -92,14 +92,14 @@ def _load() -> ctypes.CDLL:
         subprocess.run([*command, "-o", str(made), str(SOURCE)], capture_output=True, text=True, check=True)
         library = ctypes.CDLL(str(made))
         if kept:
-            made.replace(cache / name)  # whole at once: others may compile or load it now
+            made.replace(cache / name)  # atomic: other processes may compile or load it now
     return library
 
 
 def row_starts(bits: Tensor) -> Tensor | None:
-    """Return the index of each row's first nonzero, and after the last one how many there are, int64 [rows + 1].
+    """Return the index of each row's first nonzero, then the total number, int64 [rows + 1].
 
-    None where there is no kernel, or the bits are not in this CPU's memory.
+    None without a kernel, or if the bits are not in this CPU's memory.
     """
     if bits.device.type != "cpu" or (found := kernel()) is None:
         return None

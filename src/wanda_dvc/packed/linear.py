@@ -1,6 +1,6 @@
-"""What makes transformers load a packed directory: a quantizer, and the linear that computes with packed weights.
+"""Lets transformers load a packed directory: a quantizer, and a linear that computes with packed weights.
 
-`import wanda_dvc` registers the quantizer as soon as transformers is there.
+`import wanda_dvc` registers the quantizer as soon as transformers is imported.
 """
 
 import threading
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SPARSE, CARD = "2:4", "cuda"
-FEW = 8  # tokens, up to which the kernel is faster than to expand a weight and let torch multiply
+FEW = 8  # maximum tokens for which the kernel is faster than an expanded weight in torch
 
 _scratch = threading.local()
 
 
 class PackedLinear(nn.Module):
-    """A linear whose weight is packed. Few tokens on a CPU are multiplied by it as it is (`packed.kernel`).
+    """A linear with a packed weight. For few tokens on a CPU, `packed.kernel` multiplies by the packed weight.
 
     For more tokens it is expanded into one reused buffer, and torch multiplies. `weight` [nonzeros] has the weight's
-    nonzeros row by row, `weight_keep` uint8 [rows, ⌈columns / 8⌉] says where they stand; call `settle` after you have
-    changed them by hand. Inference only: the weight gets no gradient.
+    nonzeros row by row, `weight_keep` uint8 [rows, ⌈columns / 8⌉] their positions; call `settle` after changes by hand.
+    Inference only: the weight gets no gradient.
     """
 
     weight: nn.Parameter
@@ -46,12 +46,12 @@ class PackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         self.register_buffer("weight_keep", torch.empty(bits_shape(out_features, in_features), dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
-        self.starts: Tensor | None = None  # of the rows in `weight`, where there is a kernel
+        self.starts: Tensor | None = None  # of the rows in `weight`, if there is a kernel
         self.register_load_state_dict_post_hook(lambda module, _: module.settle())
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "PackedLinear":
-        """Pack a linear that is in memory."""
+        """Pack a linear in memory."""
         made = cls(linear.in_features, linear.out_features, bias=False, dtype=linear.weight.dtype)
         values, bits = pack(linear.weight.detach().cpu())
         made.weight = nn.Parameter(values.to(linear.weight.device), requires_grad=False)
@@ -60,7 +60,7 @@ class PackedLinear(nn.Module):
         return made
 
     def settle(self) -> None:
-        """Find out where the rows start."""
+        """Compute the starts of the rows."""
         self.starts = row_starts(self.weight_keep)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,13 +70,13 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(x, self.dense(reuse=not (torch.is_grad_enabled() and x.requires_grad)), self.bias)
 
     def _few(self, x: Tensor) -> bool:
-        """Whether the kernel multiplies, which has no gradients."""
+        """Whether to use the kernel, which has no gradients."""
         learns = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
         alike = x.device.type == self.weight.device.type == "cpu" and x.dtype == self.weight.dtype
         return alike and x.dtype in MULTIPLIED and x.numel() <= FEW * self.in_features and not learns
 
     def dense(self, *, reuse: bool = False) -> Tensor:
-        """Return the weight [out, in], bit by bit; with `reuse` in a buffer that the next call overwrites."""
+        """Return the weight [out, in], bit-identical; with `reuse` in a buffer that the next call overwrites."""
         shape, values, device = (self.out_features, self.in_features), self.weight.detach(), self.weight.device
         buffers = vars(_scratch).setdefault("buffers", {}) if reuse else {}
         size, key = shape[0] * shape[1], (device, values.dtype)
@@ -91,20 +91,20 @@ class PackedLinear(nn.Module):
         return out.zero_().masked_scatter_(keep, values)
 
     def unpacked(self, store: Callable[[Tensor], Tensor] = lambda weight: weight) -> nn.Linear:
-        """Return the ordinary linear, its weight [out, in] as `store` gives it back."""
+        """Return the ordinary linear, with its weight [out, in] converted by `store`."""
         made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         made.weight = nn.Parameter(store(self.dense()), requires_grad=False)
-        made.bias = cast("nn.Parameter", self.bias)  # or None, as nn.Linear has it
+        made.bias = cast("nn.Parameter", self.bias)  # or None, as in nn.Linear
         return made
 
     def extra_repr(self) -> str:
-        """As a linear's, with the nonzeros."""
+        """Return a linear's description, with the number of nonzeros."""
         return f"in_features={self.in_features}, out_features={self.out_features}, nonzeros={self.weight.numel()}"
 
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed directory, and what becomes of the weights once they are loaded.
+    """The `quantization_config` of a packed directory, and the form of the weights after loading.
 
     `dequantize` makes the model dense. `sparse="2:4"` gives the weights to NVIDIA's sparse tensor cores.
     """
@@ -120,15 +120,15 @@ class PackedConfig(QuantizationConfigMixin):
 
     @property
     def packing(self) -> Packing:
-        """What of the directory is packed. UserError where it says so in no way that we know."""
+        """The packed weights of the directory. UserError if their description is not valid."""
         return Packing.parse(self.stored, "config.json")
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What `from_pretrained(quantization_config=PackedConfig(...))` changes."""
+        """Return the options set by `from_pretrained(quantization_config=PackedConfig(...))`."""
         return {"dequantize": self.dequantize, "sparse": self.sparse}
 
     def to_dict(self) -> dict[str, Any]:
-        """As config.json has it."""
+        """Return the form of config.json."""
         return {**self.stored, "quant_method": METHOD}
 
 
@@ -142,10 +142,10 @@ class PackedQuantizer(HfQuantizer):
     """Loads packed weights, and keeps them packed in memory."""
 
     quantization_config: PackedConfig
-    requires_calibration = True  # transformers' word for: it loads packed weights, and packs none itself
+    requires_calibration = True  # in transformers' terms: loads packed weights, and packs none itself
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
-        """Refuse what this machine cannot do, before anything is loaded."""
+        """Raise for options that this machine does not support, before loading."""
         if self.quantization_config.sparse and not accelerator.has_sparse_cores():
             raise UserError(f"sparse={SPARSE}: no CUDA device for it, expected Ampere (8.0) or later; load without it")
 
@@ -163,11 +163,11 @@ class PackedQuantizer(HfQuantizer):
         self.dtypes = {name: model.get_parameter(name).dtype for name in self.packing.weights}
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **_: Any) -> bool:
-        """Whether a parameter may have another shape than the model's: how many nonzeros there are is not known yet."""
+        """Whether a parameter may differ from the model's shape: the number of nonzeros is not known yet."""
         return param_name in self.packing.weights
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
-        """Check the loaded weights, and make them dense or sparse where that is asked for."""
+        """Check the loaded weights, and make them dense or sparse if requested."""
         linears = []
         for name in self.packing.weights:
             linear = cast("PackedLinear", model.get_submodule(name.removesuffix(".weight")))
@@ -184,7 +184,7 @@ class PackedQuantizer(HfQuantizer):
         if self.quantization_config.dequantize or slow:
             self.dequantize(model)
             return
-        # The weights in memory have the dtype that was asked for.
+        # The weights in memory have the requested dtype.
         weights = {name: (self.dtypes[name], shape) for name, (_dtype, shape) in self.packing.weights.items()}
         self.quantization_config.stored = Packing(weights).as_json()
 
@@ -197,7 +197,7 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Whether `save_pretrained` writes what `from_pretrained` reads. The sparse cores' layout is no file format."""
+        """Whether `save_pretrained` writes a loadable directory. The sparse cores' layout is not a file format."""
         return self.quantization_config.sparse is None
 
     @property
@@ -209,7 +209,7 @@ class PackedQuantizer(HfQuantizer):
 def _give_to_sparse_cores(model: "PreTrainedModel") -> None:
     """Replace packed linears by ordinary ones whose weights have torch's semi-structured layout.
 
-    UserError, before the first one, where a linear is on no CUDA device or has another pattern than 2:4.
+    UserError, before any change, if a linear is not on a CUDA device or has another pattern than 2:4.
     """
     linears = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
     for path, linear in linears.items():
@@ -221,5 +221,5 @@ def _give_to_sparse_cores(model: "PreTrainedModel") -> None:
     for path, linear in linears.items():
         try:
             model.set_submodule(path, linear.unpacked(accelerator.semi_structured))
-        except RuntimeError as error:  # a shape or dtype that the cores do not take
+        except RuntimeError as error:  # a shape or dtype that the cores do not support
             raise UserError(f"{path}: sparse={SPARSE}: {error}; load without it") from None

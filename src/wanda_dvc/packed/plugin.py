@@ -1,7 +1,7 @@
 """Registers the packed format with transformers, as soon as a process that imports wanda_dvc has transformers' models.
 
-transformers has a registry of quantizers, but to fill it takes seconds: it imports torch and transformers, which
-`import wanda_dvc` must not. transformers looks for no plug-ins by itself, so a finder waits for its models.
+transformers has a registry of quantizers, but using it imports torch and transformers, which takes seconds;
+`import wanda_dvc` must be instant. transformers does not search for plug-ins, so an import finder waits for its models.
 """
 
 import importlib
@@ -25,12 +25,12 @@ class _Finder(MetaPathFinder):
 
 
 def register() -> None:
-    """Have transformers load packed directories."""
+    """Register the packed format with transformers."""
     importlib.import_module("wanda_dvc.packed.linear")  # by name: the root package imports no heavy module
 
 
 def register_later() -> None:
-    """Register now if transformers' models are imported, else when they are."""
+    """Register now if transformers' models are imported, else at their import."""
     if MODELS in sys.modules:
         register()
     else:

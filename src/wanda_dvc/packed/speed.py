@@ -1,4 +1,4 @@
-"""Measures how fast a model directory loads and generates on this machine, dense and packed, one sequence at a time."""
+"""Measures load and generation speed of a model directory, dense and packed, with one sequence at a time."""
 
 import gc
 import tempfile
@@ -36,8 +36,8 @@ class Speed:
 def speed(*, folder: Path, prompt: int, tokens: int, device: str, as_json: bool = False) -> str:
     """Return load time, memory and speed of a directory, dense and packed: a table, or JSON.
 
-    The form that the directory has not is written into a temporary one. A dense directory that packing does not shrink
-    is measured alone.
+    The missing form is written into a temporary directory. If packing does not shrink a dense directory, only the dense
+    form is measured.
     """
     machine = _machine(device)
     _check(folder, prompt, tokens)
@@ -65,7 +65,7 @@ def speed(*, folder: Path, prompt: int, tokens: int, device: str, as_json: bool 
 
 
 def _rows(columns: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
-    """A row a measure, with the ratio where there are two forms."""
+    """Return a row per measure, with the ratio if there are two forms."""
     for label, key, unit, digits in (
         ("weights on disk, GB", "stored_bytes", 1e9, 2),
         ("load, s", "load_seconds", 1, 2),
@@ -79,7 +79,7 @@ def _rows(columns: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def _machine(device: str) -> dict[str, str]:
-    """The device's name; of a CPU also its threads and the kernel. UserError where there is no such device."""
+    """Return the device's name; for a CPU also its threads and the kernel. UserError without such a device."""
     import torch
 
     from wanda_dvc.engine import accelerator
@@ -91,13 +91,13 @@ def _machine(device: str) -> dict[str, str]:
         raise UserError(f"--device: got {device}, expected cpu or cuda: {str(error).splitlines()[0]}") from None
     if torch.device(device).type == "cuda":
         return {"device": accelerator.full_name(device)}
-    found = kernel()  # compiled here, so that no load waits for it
+    found = kernel()  # compiled here, outside the measured load
     path = f"kernel {PATHS[found.path]}" if found else "no kernel"
     return {"device": processor(), "threads": f"{torch.get_num_threads()} threads", "kernel": path}
 
 
 def _check(folder: Path, prompt: int, tokens: int) -> None:
-    """Refuse what cannot be measured."""
+    """Raise for directories that cannot be measured."""
     from wanda_dvc.engine.config import read_config
 
     if not (folder / "config.json").is_file():
@@ -129,9 +129,9 @@ def _both(folder: Path) -> Iterator[tuple[dict[str, Path], str]]:
 
 
 def measure(folder: Path, *, prompt: int, tokens: int, device: str) -> Speed:
-    """Measure a directory in a process of its own: random `prompt` tokens in, `tokens` out, greedily, batch 1.
+    """Measure a directory in a separate process: random `prompt` tokens in, `tokens` out, greedily, batch 1.
 
-    UserError where the process is killed, as it is where memory runs out.
+    UserError if the process is killed, such as when memory runs out.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
@@ -141,7 +141,7 @@ def measure(folder: Path, *, prompt: int, tokens: int, device: str) -> Speed:
 
 
 class _Clock:
-    """A streamer of transformers that notes when tokens come: first the prompt, then each new one."""
+    """A streamer of transformers that records the times of tokens: first the prompt, then each new token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -154,7 +154,7 @@ class _Clock:
 
 
 def measure_here(folder: Path, *, prompt: int, tokens: int, device: str) -> Speed:
-    """Measure a directory in this process: its memory counts, whatever it holds."""
+    """Measure a directory in this process; all memory of the process counts."""
     import psutil
     import torch
     import transformers
@@ -182,7 +182,7 @@ def measure_here(folder: Path, *, prompt: int, tokens: int, device: str) -> Spee
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how, streamer=clock)
         return [begin, *clock.times[1:]]
 
-    generate(2)  # what is only done once is not measured
+    generate(2)  # excludes one-time work from the measurement
     gc.collect()
     times = generate(tokens)
     on_gpu = torch.device(device).type == "cuda"

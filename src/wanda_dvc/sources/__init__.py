@@ -1,4 +1,4 @@
-"""What `download` fetches: a model, texts, tasks. Nothing but `stages/download.py` imports this package."""
+"""The sources of `download`: a model, texts, tasks. Only `stages/download.py` imports this package."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -7,16 +7,16 @@ from wanda_dvc.study.files import Json
 
 
 class Source(ABC):
-    """A model, text or tasks that were found and checked, but not yet fetched."""
+    """A model, text or tasks, found and checked, but not yet fetched."""
 
     @property
     @abstractmethod
     def key(self) -> Json:
-        """The settings and the commit that decide what is fetched; an interrupted download is resumed by them."""
+        """The settings and the commit that identify the content, also to resume an interrupted download."""
 
     @property
     def gated(self) -> tuple[str, ...]:
-        """The names of the repositories that are gated on the Hub: a licence decides who may have them."""
+        """The names of the gated repositories on the Hub, with access by licence."""
         return ()
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The client of the Hub: it resolves a revision to a commit, then fetches files or rows of that commit.
+"""The client of the Hub: resolves a revision to a commit, then fetches files or rows of the commit.
 
 A branch is resolved once. Every later request names the commit.
 """
@@ -25,12 +25,12 @@ class Repository:
     name: str
     commit: str
     files: tuple[str, ...]
-    where: str  # the setting that names it
+    where: str  # its setting
     gated: bool = False
-    license: str | None = None  # the Hub's name of it, by its card
+    license: str | None = None  # the Hub's name of the licence, from the model card
 
     def fetch(self, target: Path, *files: str) -> None:
-        """Fetch some of its files into `target`. Files that an interrupted run left there are resumed."""
+        """Fetch some of its files into `target`; resume partial files of an interrupted run."""
         from huggingface_hub import snapshot_download
 
         if not sys.stderr.isatty():  # on a terminal the client shows progress bars
@@ -44,7 +44,7 @@ class Repository:
 
 
 def resolve(kind: str, name: str, revision: str | None, where: str) -> Repository:
-    """Ask the Hub which commit a revision is. UserError if it does not exist or this account may not read it."""
+    """Resolve a revision to a commit on the Hub. UserError if it does not exist or this account may not read it."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -58,7 +58,7 @@ def resolve(kind: str, name: str, revision: str | None, where: str) -> Repositor
 
 
 def license_of(card: Any) -> str | None:
-    """Return the licence that the metadata of a repository's card name, as the Hub spells it."""
+    """Return the licence in a repository's metadata, in the Hub's spelling."""
     named = card.get("license") if card else None
     return named if isinstance(named, str) else None
 
@@ -69,7 +69,7 @@ def gated_names(*origins: object) -> tuple[str, ...]:
 
 
 def load_rows(repository: Repository, config: str | None, split: str, **options: Any) -> Any:
-    """Load one split of a data set with `datasets`. UserError, with the existing names, if there is none such."""
+    """Load one split of a data set with `datasets`. UserError, with the existing names, for an unknown split."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -100,7 +100,7 @@ def column_of(rows: Any, column: str, where: str) -> list[str]:
 
 @contextlib.contextmanager
 def _user_errors(where: str, kind: str, name: str, revision: str | None) -> Iterator[None]:
-    """Turn the errors of the Hub's client into a UserError. Other errors, such as a full disk, pass through."""
+    """Convert errors of the Hub's client into a UserError. Other errors, such as a full disk, pass through."""
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         HFValidationError,
         HTTPError,  # of the HTTP library under this version of the client
@@ -118,7 +118,7 @@ def _user_errors(where: str, kind: str, name: str, revision: str | None) -> Iter
 
 
 def _problem(error: BaseException, kind: str, name: str, revision: str | None) -> str | None:
-    """Return what the Hub refused, or why it did not answer; None for an error that does not concern the Hub."""
+    """Return the Hub's refusal, or the reason for a missing answer; None for an error without the Hub."""
     from huggingface_hub import errors, get_token
 
     noun, problem = NOUNS[kind], None

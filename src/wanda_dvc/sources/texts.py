@@ -21,15 +21,15 @@ from wanda_dvc.study.provenance import describe, file_digest, write_provenance
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource(Source):
-    """A text that is found: a file on this machine, or a repository on the Hub."""
+    """A found text: a file on this machine, or a repository on the Hub."""
 
     wanted: ChosenText
     where: str  # params.yaml: calibration.text
     dataset: NamedText
     title: str  # its name in the provenance
     place: Path | Repository
-    shard: str | None = None  # the file of gzipped documents that stands for the split
-    as_documents: bool = False  # whether documents are kept apart instead of being joined
+    shard: str | None = None  # the file of gzipped documents used for the split
+    as_documents: bool = False  # whether documents stay separate instead of being joined
 
     @property
     def key(self) -> Json:
@@ -43,7 +43,7 @@ class TextSource(Source):
 
     @property
     def gated(self) -> tuple[str, ...]:
-        """The data set, where it is gated."""
+        """The data set, if it is gated."""
         return gated_names(self.place)
 
     def write(self, out: Path, scratch: Path) -> str:
@@ -104,7 +104,7 @@ def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_docume
 
 
 def _check(documents: Documents) -> int:
-    """Count the documents. UserError if there are none, or the first is not text."""
+    """Count the documents. UserError without documents, or if the first is not text."""
     if not documents or not documents[0]:
         raise UserError(
             f"{documents.shard}: no documents, expected lines of JSON with `{documents.column}`; copy it again"
