@@ -478,8 +478,8 @@ def test_the_drawn_pipeline_has_every_stage():
 
 
 def test_the_figures_of_the_documents_are_those_of_the_results():
-    """`python scripts/results.py` writes the tables; a sentence that repeats a figure is compared."""
-    results = script("results")
+    """`python scripts/figures.py` writes the tables; a sentence that repeats a figure is compared."""
+    results = script("figures")
     for name in results.DOCUMENTS:
         text = (ROOT / name).read_text(encoding="utf-8")
         assert results.written(text) == text, name
@@ -496,7 +496,7 @@ def test_the_figures_of_the_documents_are_those_of_the_results():
 
 
 def test_the_figures_on_another_text_are_those_of_their_table():
-    results, pictures = script("results"), script("pictures")
+    results, pictures = script("figures"), script("pictures")
     rows = pictures.table("better.md", "## Number of windows, and another text")
     table = {row["method"]: row["other text, 32"] for row in rows}
     names = {
@@ -512,7 +512,7 @@ def test_the_figures_on_another_text_are_those_of_their_table():
 
 
 def test_a_model_with_figures_gets_a_column():
-    results = script("results")
+    results = script("figures")
     methods = json.loads(results.METHODS.read_text(encoding="utf-8"))
     assert "Gemma 3 270M" not in results.readme(methods)
     methods["models"]["Gemma 3 270M"]["dense"] = 24.5

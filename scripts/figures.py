@@ -1,4 +1,4 @@
-"""Write measured figures into the documents, between their markers: python scripts/results.py.
+"""Write measured figures into the documents, between their markers: python scripts/figures.py.
 
 `<!-- figures: NAME -->` and `<!-- end of figures -->` stand around each table. The methods' figures are in
 docs/results/methods.json, the times in benchmarks/results.json. A model without figures has no column.
