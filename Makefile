@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CORES ?= auto
 export PATH := $(abspath $(BIN)):$(PATH)
+# Containers set it. Each of the tests' processes would then compile the package and the tests again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: repro test test-all test-fast coverage bench gpu docs wheel lint lock install
 
@@ -14,8 +16,8 @@ repro: install ## create the environment, run the pipeline on the embedded defau
 test: install lint ## lint, and all laws on the rows of their grids that cover all pairs; about ten minutes on two cores
 	pytest -n $(CORES) --dist worksteal -m "not full"
 
-test-all: install lint ## the same on full grids, as each night
-	pytest -n $(CORES) --dist worksteal
+test-all: install lint ## the same on full grids, with more crashes and drawn examples, as each night
+	WANDA_DVC_CRASHES=$${WANDA_DVC_CRASHES:-10} WANDA_DVC_KILLS=$${WANDA_DVC_KILLS:-3} pytest -n $(CORES) --dist worksteal
 
 test-fast: install ## without the slow tests and those on a real DVC repository; four minutes on two cores
 	pytest -n $(CORES) --dist worksteal -m "not full and not pipeline and not slow"
@@ -45,6 +47,7 @@ lint: install
 	ruff format --check
 	mypy
 	lint-imports --no-logo
+	python scripts/words.py
 
 install: $(BIN)/.installed
 

@@ -193,7 +193,9 @@ def main() -> None:
             continue
         if row.model not in results["dense"]:
             study = models.study(row.model, 0)
-            results["dense"][row.model] = {text: models.perplexity(study, "dense", text)["perplexity"] for text in WINDOWS}
+            results["dense"][row.model] = {
+                text: models.perplexity(study, "dense", text)["perplexity"] for text in WINDOWS
+            }
             keep()
         results["rows"][row.name] = models.measure(row)
         say(f"{row.name}: {results['rows'][row.name]['texts']}")

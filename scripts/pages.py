@@ -160,7 +160,7 @@ class Site:
         to, _, anchor = to.partition("#")
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), unquote(to))) if to else source
         if path.startswith("..") or not (ROOT / path).exists():
-            raise SiteError(f"{source}: {to} leads to no file of the repository; mend the link")
+            raise SiteError(f"{source}: {to} leads to no file of the repository; fix the link")
         return path, "tree" if (ROOT / path).is_dir() else "blob", anchor
 
 

@@ -1,8 +1,9 @@
-"""Draw the pictures of the README and of the documentation from committed figures: python scripts/pictures.py.
+"""Draw the pictures of the documentation from committed figures: python scripts/pictures.py.
 
 It writes docs/pictures/NAME-{light,dark}.svg. They are drawn from the tables under docs/results/.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,24 +48,6 @@ def number(cell: str) -> float:
 # --- plots ---
 
 
-def readme(colours: Colours) -> Figure:
-    """Draw the default's grid: perplexity against sparsity, with every point labelled."""
-    rows = table("default-grid/report.md", "### Perplexity")
-    dense = number(rows[0]["dense"])
-    figure = Figure(figsize=(7.4, 3.1), layout="constrained")
-    axes = _perplexity_axes(figure.subplots(), colours, dense)
-    for name, colour, marker in (("Wanda", "blue", "o"), ("magnitude", "orange", "s")):
-        curve = [(number(row["sparsity"]), number(row[name])) for row in rows]
-        _curve(axes, curve, dense, colours[colour], marker)
-        for sparsity, perplexity in curve[:-1]:
-            under = name == "Wanda" and sparsity < 50  # where the curves are close, clear of both and of the dense line
-            place, side = ((0, -18), "center") if under else ((-2, 8), "right")
-            _label(axes, f"{perplexity:,.2f}", (sparsity, perplexity), place, colours[colour], side)
-        _label(axes, f"{name} {curve[-1][1]:,.0f}", curve[-1], (8, -3), colours[colour])
-    axes.set_xlim(-2, 90)
-    return figure
-
-
 # Each method's name in the picture, its colour and marker.
 METHODS = {
     "magnitude": ("orange", "s"),
@@ -76,8 +59,18 @@ METHODS = {
 }
 
 
-SHARES, PATTERNS = ("50 %", "60 %", "70 %"), ("2:4",)  # columns of the table
-SETTINGS = (*SHARES, *PATTERNS)
+# The recipes of docs/results/methods.json that are drawn, by their name in the picture, and its columns.
+DRAWN = {
+    "wanda-refit": "Wanda, least squares",
+    "admm": "ADMM, least squares",
+    "fisher": "ADMM, Fisher",
+    "block": "ADMM, block training",
+}
+SETTINGS = ("50 %", "60 %", "70 %", "2:4")
+
+
+# The shares at which one linear was pruned, with colour and marker.
+SHARES = {0.1: ("green", "^"), 0.3: ("blue", "o"), 0.5: ("orange", "s")}
 
 
 def methods_curves() -> tuple[float, dict[str, Curve], dict[str, float]]:
@@ -85,34 +78,23 @@ def methods_curves() -> tuple[float, dict[str, Curve], dict[str, float]]:
     curves: dict[str, Curve] = {name: [] for name in METHODS}
     pattern: dict[str, float] = {}
 
-    def add(name: str, sparsity: str, perplexity: str) -> None:
+    def add(name: str, sparsity: str, perplexity: float) -> None:
         if sparsity.endswith("%"):
-            curves[name].append((float(round(number(sparsity))), number(perplexity)))
+            curves[name].append((float(round(number(sparsity))), perplexity))
         elif sparsity == "2:4":
-            pattern[name] = number(perplexity)
+            pattern[name] = perplexity
 
     own = table("reference.md", "## The paper's own procedure")
     for row in own:
         if found := re.match(r"magnitude (\d+ %|2:4)", row["what"]):
-            add("magnitude", found[1], row["ours"])
+            add("magnitude", found[1], number(row["ours"]))
     for row in table("reference.md", "## What the cached statistics cost"):
-        add("Wanda", row["sparsity"], row["dense"])
-    solved = "`least-squares`", "`uniform`", "`dense`"
-    fisher, block, corrected = "ADMM, Fisher", "ADMM, block training", "`corrected` 0.5"
-    drawn = {  # and which columns
-        ("`wanda`", *solved): ("Wanda, least squares", SETTINGS),
-        ("`admm`", *solved): ("ADMM, least squares", SETTINGS),
-        ("`admm`, `group: fisher`", "`fisher`", "`fisher`", "`dense`"): (fisher, SHARES),
-        ("`admm`", "`fisher`", "`uniform`", "`dense`"): (fisher, PATTERNS),
-        ("`admm`, `group: fisher`", "`block`", "`fisher`", corrected): (block, SHARES),
-        ("`admm`", "`block`", "`uniform`", corrected): (block, PATTERNS),
-    }
-    for row in table("better.md", "# Better than Wanda"):
-        settings = row["method"], row["reconstruction"], row["allocation"], row["propagation"]
-        name, columns = drawn.get(settings, ("", ()))
-        for column in columns:
-            if row[column] not in {"", "–"}:
-                add(name, column, row[column])
+        add("Wanda", row["sparsity"], number(row["dense"]))
+    figures = json.loads((RESULTS / "methods.json").read_text(encoding="utf-8"))
+    for row in figures["recipes"]:
+        if row["recipe"] in DRAWN:
+            for column in SETTINGS:
+                add(DRAWN[row["recipe"]], column, row["SmolLM2-135M"][column])
     dense = number(own[0]["ours"])
     return dense, curves, pattern
 
@@ -143,6 +125,28 @@ def methods(colours: Colours) -> Figure:
     right.set_xlabel("pattern", color=colours["ink"])
     right.set_ylabel("")
     right.tick_params(labelleft=False)
+    return figure
+
+
+def loss(colours: Colours) -> Figure:
+    """Draw by linear, pruned alone, the measured change of the loss against the predicted change."""
+    models = json.loads((RESULTS / "loss-by-linear.json").read_text(encoding="utf-8"))["models"]
+    figure = Figure(figsize=(8.2, 4.1), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, model in zip(panels, models, strict=True):
+        _plain(axes, colours)
+        axes.set_xscale("symlog", linthresh=1e-4)
+        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.plot([0, 1], [0, 1], color=colours["muted"], linestyle="--", linewidth=1.2)
+        for share, (colour, marker) in SHARES.items():
+            points = [(row["now"], row["measured"]) for row in model["rows"] if row["share"] == share]
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, marker, color=colours[colour], markersize=5, label=f"{100 * share:.0f} % of its weights")
+        axes.set_title(model["model"], color=colours["ink"], fontsize=10)
+        axes.set_xlabel("predicted change of the loss, nats", color=colours["ink"])
+        axes.minorticks_off()
+    panels[0].set_ylabel("measured change, nats", color=colours["ink"])
+    panels[0].legend(frameon=False, labelcolor=colours["ink"], loc="upper left")
     return figure
 
 
@@ -187,8 +191,8 @@ def _label(  # noqa: PLR0913, PLR0917 - a text, its place and its look
 
 
 FIGURES: dict[str, Callable[[Colours], Figure]] = {
-    "perplexity": readme,
     "methods": methods,
+    "loss": loss,
 }
 
 

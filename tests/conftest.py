@@ -1,5 +1,9 @@
-"""Fixtures: tiny random models with a byte tokenizer, and projects around them."""
+"""Fixtures: tiny random models with a byte tokenizer, and projects around them.
 
+Torch and transformers are imported where they are used: xdist's own process, which runs no test, does without.
+"""
+
+import atexit
 import copy
 import ctypes
 import gc
@@ -7,13 +11,15 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxtyping import install_import_hook
 
@@ -28,28 +34,75 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside one another, o
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 import pytest  # noqa: E402 - after the hook
-import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from parsing import parse_once  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from wanda_dvc.study.places import EMBEDDED  # noqa: E402
 from wanda_dvc.study.project import Project  # noqa: E402
 
+if TYPE_CHECKING:
+    import torch
+
 # How long an example takes depends on what else the machine does. `benchmarks/` measure times.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+settings.register_profile("full", deadline=None)
+settings.register_profile("short", deadline=None, max_examples=25)
 parse_once()
 
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Without the tests that are `full`, draw fewer examples too."""
+    settings.load_profile("short" if "not full" in config.getoption("markexpr") else "full")
+
+
+def pytest_collection_finish() -> None:
+    """No collection, such as pytest's own at the end, walks the objects of the libraries that are imported now."""
+    gc.freeze()
+
+
+def kept(folder: Path, key: tuple[object, ...], make: Callable[[Path], object]) -> Path:
+    """Write into a folder the files that `make` writes into an empty one. Each key's files are made once a process."""
+    if repr(key) not in _made:
+        new = Path(tempfile.mkdtemp(dir=_kept_folder()))
+        make(new)
+        _made[repr(key)] = new
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in _made[repr(key)].iterdir():
+        (folder / path.name).unlink(missing_ok=True)  # other names may lead to the earlier file
+        shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+_made: dict[str, Path] = {}
+
+
+@cache
+def _kept_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="wanda-dvc-models-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def save_tiny_model(
-    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "1GB", **config: Any
+    folder: Path, *, seed: int = 0, dtype: "torch.dtype | None" = None, shard: str = "1GB", **config: Any
 ) -> Path:
     """A random Llama of four blocks with grouped queries, and a tokenizer that knows bytes."""
+    import torch
+
+    kind = dtype or torch.float32
+    key = ("tiny", seed, kind, shard, sorted(config.items()))
+    kept(folder, key, lambda new: _make_tiny_model(new, seed, kind, shard, config))
+    torch.manual_seed(seed)  # what a test draws next does not depend on the tests before it
+    return folder
+
+
+def _make_tiny_model(folder: Path, seed: int, dtype: "torch.dtype", shard: str, config: dict[str, Any]) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     torch.manual_seed(seed)
     shape = {
         "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -65,7 +118,6 @@ def save_tiny_model(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", pad_token="<p>").save_pretrained(folder)
-    return folder
 
 
 def script(name: str) -> ModuleType:

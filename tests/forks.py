@@ -64,11 +64,11 @@ ENVIRONMENT = os.environ | {"PYTHONWARNINGS": "ignore", "DVC_NO_ANALYTICS": "1"}
 
 
 @cache
-def commands(package: Path | None = None) -> Path:
+def commands(**environment: str) -> Path:
     """Return a folder of both commands. They work as long as this process runs.
 
     Args:
-        package: The folder that `wanda_dvc` is imported from. None is this process's own.
+        environment: Variables that are set before anything is imported, such as PYTHONPATH for another package.
     """
     folder = Path(tempfile.mkdtemp(prefix="wanda-dvc-forks-"))
     address = str(folder / "address")
@@ -79,8 +79,7 @@ def commands(package: Path | None = None) -> Path:
         listener.bind(address)
         listener.listen(128)
         words, passed = [sys.executable, __file__, str(listener.fileno())], [listener.fileno()]
-        environment = ENVIRONMENT | ({"PYTHONPATH": str(package)} if package else {})
-        server = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, pass_fds=passed)
+        server = subprocess.Popen(words, env=ENVIRONMENT | environment, stdin=subprocess.PIPE, pass_fds=passed)
 
     def end() -> None:
         server.communicate()
@@ -94,12 +93,14 @@ def serve(listener: socket.socket) -> None:
     """Fork for each client, until stdin ends."""
     from parsing import parse_once
     from ruamel.yaml import YAML
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from wanda_dvc.study.places import task_definition
 
     for name in IMPORTED:
         importlib.import_module(name)
     task_definition("piqa")  # lm-eval's index of its tasks
+    get_checkpoint_conversion_mapping("llama")  # compiles the patterns of all families
     parse_once()
     YAML(typ="safe").load((Path(__file__).parent.parent / "dvc.yaml").read_text(encoding="utf-8"))
     gc.freeze()  # a collection in a fork would copy the pages of all that is imported

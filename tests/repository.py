@@ -21,14 +21,21 @@ class Repository:
     model: Path
     real: bool = False
     settings: Mapping[str, object] = field(default_factory=dict)  # that all of its changes keep, such as short texts
+    imported_with: Mapping[str, str] = field(default_factory=dict)  # variables that are set when libraries are imported
 
     @classmethod
     def new(
-        cls, root: Path, model: Path, *, real: bool = False, settings: Mapping[str, object] | None = None
+        cls,
+        root: Path,
+        model: Path,
+        *,
+        real: bool = False,
+        settings: Mapping[str, object] | None = None,
+        imported_with: Mapping[str, str] | None = None,
     ) -> "Repository":
         """The repository's own pipeline around a tiny model; nothing has run yet."""
         root.mkdir()
-        repository = cls(root, model, real, settings or {})
+        repository = cls(root, model, real, settings or {}, imported_with or {})
         repository.run("git", "init", "--quiet", "--initial-branch", "main")
         repository.run("git", "config", "user.name", "test")
         repository.run("git", "config", "user.email", "test@example.org")
@@ -40,7 +47,7 @@ class Repository:
 
     def run(self, *words: str, check: bool = True) -> str:
         """Run a command; its stdout and stderr."""
-        environment = command_environment(real=self.real)
+        environment = command_environment(real=self.real, **self.imported_with)
         done = subprocess.run(words, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -77,9 +84,9 @@ class Repository:
         return sum(path.stat().st_size for path in (self.root / ".dvc/cache").rglob("*") if path.is_file())
 
 
-def command_environment(*, real: bool) -> dict[str, str]:
+def command_environment(*, real: bool, **imported_with: str) -> dict[str, str]:
     """The environment of a command that a user would run: the real one, or a fork of a process with its imports."""
-    first = [] if real else [str(commands())]
+    first = [] if real else [str(commands(**imported_with))]
     path = os.pathsep.join([*first, str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONWARNINGS": "ignore"}
     environment.pop("DVC_ROOT", None)

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cases.grids import full, thinned
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,9 +87,12 @@ def test_a_kill_loses_what_was_not_saved_and_no_byte(
     assert all(torch.equal(one, other) for one, other in zip(found, hidden, strict=True))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bloom", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family", thinned(["mixtral", "llama", "gemma2", "bloom", *map(full, ["gpt2", "qwen3_moe"])], 4)
+)
 def test_windows_together_compute_what_each_does_alone(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder, tokens = save(family, tmp_path / "model"), windows(48)  # three a shard: two together, and one
+    folder = save(family, tmp_path / "model", num_hidden_layers=2)
+    tokens = windows(48)  # three a shard: two together, and one
     recorded, hidden = run(folder, tmp_path / "alone", tokens)
     monkeypatch.setattr(decoding, "TOKENS_TOGETHER", {"cpu": 64})
     with mock.patch.object(Decoder, "run", autospec=True, side_effect=Decoder.run) as runs:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases.grids import thinned
 from test_families import ALL, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -45,7 +46,7 @@ def parameters(decoder: Decoder) -> dict[str, tuple[str, Linear]]:
     }
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", thinned(ALL, 4))
 def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path: Path):
     """Of every linear that is a module, times the norm of its input, summed over tokens and windows."""
     folder = save(family, tmp_path / "model")

@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 from _pytest.mark import ParameterSet
-from cases.grids import pairs, turns
+from cases.grids import full, pairs, thinned, turns
 
 
 def split(rows: list[ParameterSet]) -> tuple[list[Any], list[Any]]:
@@ -32,3 +32,10 @@ def test_in_turns_every_value_of_the_first_axis_has_as_many_of_the_second():
     assert len(every) == 20
     assert {letter: [b for a, b in short if a == letter] for letter in "abc"} == {"a": [0, 1], "b": [2, 3], "c": [0, 1]}
     assert {number for _, number in short} == set(range(4))
+
+
+def test_of_thinned_rows_one_in_so_many_is_not_slow():
+    rows = thinned([*"abcde", full("f"), ("g", 1)], 3)
+    marks = {row.values[0]: [mark.name for mark in row.marks] for row in rows}
+    slow = ["slow"]
+    assert marks == {"a": [], "b": slow, "c": slow, "d": [], "e": slow, "f": ["full"], "g": slow}

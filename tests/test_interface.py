@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.grids import named, turns
+from cases.grids import full, named, thinned, turns
 from conftest import save_tiny_model, write_params
 from safetensors.torch import load_file
 from test_families import one_is_never_chosen, save, short_texts
@@ -147,7 +147,11 @@ def saved(model: Any, folder: Path) -> dict[str, Tensor]:
 # --- to the bit ---
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Models whose layouts others have too, in parts.
+OTHERS = {"renamed", "experts-across", "shared-expert"}
+
+
+@pytest.mark.parametrize("name", thinned([full(name) if name in OTHERS else name for name in MODELS], 3))
 def test_statistics_and_perplexity_are_the_pipelines(pairs: Callable[[str], Pair], name: str, tmp_path: Path):
     pair = pairs(name)
     stats, project = pair.stats, pair.study()
@@ -165,7 +169,14 @@ def test_statistics_and_perplexity_are_the_pipelines(pairs: Callable[[str], Pair
     assert wd.perplexity(pair.load(), pair.text, **pair.words) == expected
 
 
-@pytest.mark.parametrize(("name", "choice"), turns(MODELS, SOME, each=2), ids=named)
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        *thinned(turns([name for name in MODELS if name not in OTHERS], SOME), 3),
+        *(full(name, choice) for name in sorted(OTHERS) for choice in SOME),
+    ],
+    ids=named,
+)
 def test_masks_and_pruned_models_are_the_pipelines(
     pairs: Callable[[str], Pair], name: str, choice: dict[str, Any], tmp_path: Path
 ):
@@ -193,10 +204,12 @@ def test_every_method_with_every_pattern_gives_the_pipelines_masks(
 
 @pytest.mark.parametrize(
     ("name", "reconstruction"),
-    turns(
-        ["tied", "untied-bfloat16", "transposed", "unreached-expert", "experts-in-one-tensor"],
-        [row.name for row in RECONSTRUCTIONS.values() if not row.trains],
-        each=2,
+    thinned(
+        turns(
+            ["tied", "untied-bfloat16", "transposed", "unreached-expert", "experts-in-one-tensor"],
+            [row.name for row in RECONSTRUCTIONS.values() if not row.trains],
+        ),
+        2,
     ),
 )
 def test_reconstructed_models_and_layer_errors_are_the_pipelines(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cases.grids import thinned
 from command_line import wanda_dvc
 from conftest import without_privilege, write_params
 from test_crashes import outputs
@@ -122,7 +123,7 @@ def test_a_killed_experiments_checkout_goes_and_a_running_ones_stays(project: Ca
     assert not checkout.exists()
 
 
-@pytest.mark.parametrize("closed", ["stats", "stats/norms", ".", ".dvc/tmp/wanda-dvc"])
+@pytest.mark.parametrize("closed", thinned(["stats", "stats/norms", ".", ".dvc/tmp/wanda-dvc"], 4))
 def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(
     study: Project, tiny: Path, texts: dict[str, str], closed: str
 ):

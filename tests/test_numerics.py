@@ -262,6 +262,7 @@ def test_only_what_was_measured_alike_is_compared(project: Make, measure: str, o
 
 
 @pytest.mark.pipeline
+@pytest.mark.full  # the studies of test_docs.py and test_pipeline.py have no tasks either
 def test_no_tasks_run_through_dvc_show_and_report(tmp_path: Path, tiny: Path, texts: dict[str, str]):
     repository = Repository.new(tmp_path / "study", tiny, settings=texts)
     ran = repository.repro(tasks__names=[])

@@ -313,8 +313,10 @@ TOKEN = "hf_PlantedTokenThatMustNotBeFound"
 
 @pytest.mark.pipeline
 @pytest.mark.parametrize("tasks", [[], pytest.param(["piqa"], marks=pytest.mark.full)])
-def test_a_token_is_found_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: list[str]):
-    """In real processes: a library reads the environment when it is imported."""
+def test_a_token_is_found_nowhere(
+    tmp_path: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch, tasks: list[str]
+):
+    """A library reads the environment when it is imported."""
     home = tmp_path / "home"
     (home / "huggingface").mkdir(parents=True)
     (home / "huggingface/token").write_text(TOKEN)
@@ -322,7 +324,11 @@ def test_a_token_is_found_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", TOKEN)
     model = save_tiny_model(tmp_path / "model")
-    repository = Repository.new(tmp_path / "study", model, real=True, settings={"tasks__names": tasks})
+    holders = ("HF_HOME", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    imported_with = {name: os.environ[name] for name in holders}
+    repository = Repository.new(
+        tmp_path / "study", model, settings=texts | {"tasks__names": tasks}, imported_with=imported_with
+    )
     said = repository.run("dvc", "repro")
     repository.commit()
     said += repository.run("wanda-dvc", "show")

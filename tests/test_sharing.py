@@ -92,10 +92,10 @@ def test_without_a_pipeline_nothing_is_shared(tmp_path: Path):
 
 
 @pytest.mark.pipeline
-@pytest.mark.parametrize("options", ["", ": { cache: false }"])
+@pytest.mark.parametrize("options", ["", pytest.param(": { cache: false }", marks=pytest.mark.full)])
 def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, texts: dict[str, str], options: str):
-    model = save_tiny_model(tmp_path / "tiny")
-    mine = Study.new(tmp_path / "mine", model, settings=texts)
+    model = save_tiny_model(tmp_path / "tiny", num_hidden_layers=2)
+    mine = Study.new(tmp_path / "mine", model, settings=texts | {"tasks__names": []})
     with_outs(mine.root, options)
     mine.repro()
     mine.run("dvc", "remote", "add", "--default", "team", str(tmp_path / "remote"))

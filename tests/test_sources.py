@@ -16,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from cases.grids import turns
 from conftest import save_tiny_model
 from transformers import BertConfig, T5Config
 
@@ -543,8 +544,7 @@ def authors_windows(texts: list[str], tokenizer: Any, samples: int, length: int,
     return windows
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("mirrored", [True, False])
+@pytest.mark.parametrize(("seed", "mirrored"), turns([0, 1, 2], [True, False]))
 def test_c4_is_drawn_as_the_authors_draw_it(
     project: Make, hub: Hub, tiny: Path, tmp_path: Path, seed: int, mirrored: bool
 ):

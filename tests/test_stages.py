@@ -16,7 +16,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases.grids import pairs
+from cases.grids import pairs, thinned
 from conftest import save_tiny_model, shared
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -257,7 +257,7 @@ def masks_of_the_papers_procedure(folder: Path, windows: torch.Tensor, sparsity:
     return keeps
 
 
-@pytest.mark.parametrize("killed", [None, 0, 2])
+@pytest.mark.parametrize("killed", thinned([None, 0, 2], 3))
 def test_propagation_pruned_is_the_papers_procedure(project: Make, tiny: Path, monkeypatch, killed: int | None):
     from wanda_dvc.stages import mask as module
 

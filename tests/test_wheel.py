@@ -84,8 +84,8 @@ def test_it_makes_a_study_outside_any_clone(unpacked: Path, environment: dict[st
 @pytest.mark.pipeline
 def test_it_runs_the_study_and_an_experiment(unpacked: Path, environment: dict[str, str], tmp_path: Path):
     """The commands that `init` names, one after the other, in a part of a git repository too. They are forks."""
-    environment = environment | {"PATH": f"{commands(unpacked)}{os.pathsep}{environment['PATH']}"}
-    model = save_tiny_model(tmp_path / "tiny")
+    environment = environment | {"PATH": f"{commands(PYTHONPATH=str(unpacked))}{os.pathsep}{environment['PATH']}"}
+    model = save_tiny_model(tmp_path / "tiny", num_hidden_layers=2)
     run("git", "init", "--quiet", "around", cwd=tmp_path, environment=environment)
     (tmp_path / "around/code.py").write_text("")
     said = run("wanda-dvc", "init", "study", "--model", str(model), cwd=tmp_path / "around", environment=environment)

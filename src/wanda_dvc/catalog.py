@@ -208,10 +208,10 @@ GROUPS = {
     group.name: group
     for group in (
         Group(name="row", about="one output"),
-        Group(name="layer", about="the linear's whole matrix"),
+        Group(name="layer", about="the linear's matrix"),
         Group(
             name="fisher",
-            about="the whole matrix, and each row's weights count the more, the more the loss depends on its output",
+            about="the linear's matrix; a row weighs more if the loss depends more on its output",
             needs="fisher",
         ),
     )

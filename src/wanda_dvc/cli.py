@@ -124,7 +124,7 @@ for _stage in STAGES.values():
 
 @app.command(rich_help_panel=RESULT_PANEL)
 def show(as_json: AsJson = False) -> None:
-    """Show the last results: dense beside pruned."""
+    """Show the last results: dense and pruned."""
     from wanda_dvc.study.project import Project
     from wanda_dvc.views.show import show as table
 
@@ -145,7 +145,7 @@ def stats(
     layer: Annotated[int | None, typer.Option("--layer", help="Only this block, counted from 0.")] = None,
     linear: Annotated[
         str | None,
-        typer.Option("--linear", help="Only this linear's input, by its last word (q_proj) or its whole name."),
+        typer.Option("--linear", help="Only this linear's input, by its last word (q_proj) or its full name."),
     ] = None,
     recurring: Annotated[
         bool, typer.Option("--recurring", help="Features that are outliers in several blocks.")
@@ -178,7 +178,7 @@ def stats(
 @app.command(rich_help_panel=RESULT_PANEL)
 def report(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The HTML page; report.md and the pictures are written beside it.")
+        Path, typer.Option("--output", "-o", help="The HTML page; report.md and the pictures go to its folder.")
     ] = Path("report.html"),
     model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
     rev: Annotated[
@@ -239,7 +239,7 @@ def preset(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a whole study's settings into params.yaml."""
+    """Write a preset's settings into params.yaml; they replace the model too."""
     from wanda_dvc.study.presets import apply_preset, preset_table
     from wanda_dvc.study.project import Project
 

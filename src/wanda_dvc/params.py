@@ -149,8 +149,8 @@ class Perplexity(_Section):
     length: int = Field(ge=2, le=MOST, description="tokens a window; windows follow one another")
     windows: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
         None,
-        description="number of windows; null: every whole window; `all`: every token, so that the last window may be "
-        "shorter",
+        description="number of windows; null: every complete window; `all`: every token, so that the last window "
+        "may be shorter",
     )
 
 

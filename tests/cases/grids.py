@@ -34,6 +34,24 @@ def turns(first: Iterable[Any], second: Sequence[Any], *, each: int = 1) -> list
     ]
 
 
+def full(*row: Any) -> ParameterSet:
+    """A row that `make test-all` adds."""
+    return _parameters(row, short=False)
+
+
+def thinned(rows: Iterable[Any], each: int) -> list[ParameterSet]:
+    """Every row. Of those that are not `full`, one in `each` stays as it is, and the others are `slow`."""
+    made, place = list[ParameterSet](), 0
+    for row in rows:
+        given = row if isinstance(row, ParameterSet) else pytest.param(*(row if isinstance(row, tuple) else [row]))
+        if not given.marks:
+            if place % each:
+                given = pytest.param(*given.values, marks=pytest.mark.slow)
+            place += 1
+        made.append(given)
+    return made
+
+
 def named(value: object) -> str | None:
     """The name of a value: of a mapping its values, of another value what pytest gives it."""
     return "-".join(map(str, value.values())) or "default" if isinstance(value, dict) else None

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
 
 from wanda_dvc.engine.structure import Linear
@@ -265,7 +266,7 @@ class GradientRecorder(Gradients):
             def rows(tensor: Tensor) -> Tensor:
                 return (tensor.detach().mT if turned else tensor.detach()).flatten(0, -2)[tokens].float()
 
-            norms = torch.linalg.vector_norm(rows(x), dim=1, keepdim=True)  # `norm` warns on MPS
+            norms = vector_norm(rows(x), dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
             y.register_hook(lambda gradient: self._add(names, rows(gradient).mul(norms)))
 
     def _add(self, names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:

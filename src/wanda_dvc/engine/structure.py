@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from wanda_dvc.engine.checkpoint import Address, Source
 from wanda_dvc.engine.config import read_config, reason
 from wanda_dvc.errors import UserError
+
+_BUILDING = Lock()  # an empty model is built with functions of torch replaced, in all threads
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def build_empty(config: Any, where: str, dtype: torch.dtype = torch.float32, *, 
     """The model of a configuration, as `empty_model`; `where` is the configuration's name in messages."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -89,7 +93,7 @@ def build_empty(config: Any, where: str, dtype: torch.dtype = torch.float32, *, 
             "the checkpoint; copy both again"
         )
     try:
-        with init_empty_weights(include_buffers=False):
+        with _BUILDING, init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # each model's class raises what it likes, a KeyError for an unknown activation
         raise UserError(

@@ -1,0 +1,163 @@
+"""Write measured figures into the documents, between their markers: python scripts/figures.py.
+
+`<!-- figures: NAME -->` and `<!-- end of figures -->` stand around each table. The methods' figures are in
+docs/results/methods.json, the times in benchmarks/results.json. A model without figures has no column.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "docs/methods.md", "docs/performance.md", "docs/results/better.md")
+METHODS = ROOT / "docs/results/methods.json"
+BENCHMARKS = ROOT / "benchmarks/results.json"
+PLACE = re.compile(r"(<!-- figures: (\S+) -->\n)(.*?)(<!-- end of figures -->)", flags=re.DOTALL)
+
+# The rows of benchmarks/results.json on the page about performance, with the words for what was measured.
+TIMES = {
+    "first prune float32, against (a) in float32": "first prune in float32: `calibrate`, `mask`, `apply` ¹",
+    "every further sparsity as `dvc repro`, against (a)": "each further sparsity: `dvc repro apply`, starts included ¹",
+    "zero-shot float32, against (b)": "`zero-shot` in float32, without the start ²",
+    "zero-shot bfloat16, against (b)": "`zero-shot` in bfloat16, without the start ²",
+    "the whole study in float32, against (a) + (b) in float32": "six prunes and seven evaluations, float32 ³",
+    "the whole study in bfloat16, against (a) + (b) in float32": "the same in bfloat16, baseline in float32 ³",
+}
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return a Markdown table; columns after the first `left` ones are aligned to the right."""
+    rule = ["---"] * left + ["---:"] * (len(headers) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [headers, rule, *rows])
+
+
+def figure(value: float | None) -> str:
+    """Return a perplexity with five digits at most."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def others(methods: dict[str, Any]) -> list[str]:
+    """Return the models after the first one that have figures."""
+    _, *more = methods["models"]
+    return [model for model in more if any(row[model]["50 %"] is not None for row in methods["recipes"])]
+
+
+def other_text(row: dict[str, Any]) -> str:
+    """Return the perplexity on the other text, with a mark where least squares took the place of the recipe's own."""
+    substitute = row.get("other text, least-squares")
+    return f"{figure(substitute)}\N{NO-BREAK SPACE}³" if substitute is not None else figure(row["other text"])
+
+
+def readme(methods: dict[str, Any]) -> str:
+    """Return the README's table: the recipes at three settings, on another text, on other models, and their times."""
+    model, *_ = methods["models"]
+    columns = ["50 %", "70 %", "2:4"]
+    rows = []
+    for row in methods["recipes"]:
+        if row["readme"]:
+            name = f"**`{row['recipe']}`**" if row.get("recommended") else f"`{row['recipe']}`"
+            values = [figure(row[model][column]) for column in columns]
+            values.append(other_text(row))
+            more = [figure(row[other]["50 %"]) for other in others(methods)]
+            rows.append([name, *values, *more, methods["calibrate"][row["statistics"]], row["time"]])
+    dense = [f"{methods['models'][other]['dense']:.2f}" for other in others(methods)]
+    heads = [f"{other}, 50 % (dense {value})" for other, value in zip(others(methods), dense, strict=True)]
+    return table(["`recipe`", *columns, "50 %, other text ¹", *heads, "`calibrate`, once ²", "`mask`, `apply` ²"], rows)
+
+
+def recipes(methods: dict[str, Any]) -> str:
+    """Return all recipes at all settings."""
+    model, *_ = methods["models"]
+    more = others(methods)
+    rows = [
+        [
+            f"`{row['recipe']}`",
+            f"`{row['statistics']}`",
+            *(figure(row[model][column]) for column in methods["columns"]),
+            other_text(row),
+            *(figure(row[other]["50 %"]) for other in more),
+        ]
+        for row in methods["recipes"]
+    ]
+    heads = [f"{other}, 50 %" for other in more]
+    head = ["`recipe`", "`calibration.statistics`", *methods["columns"], "50 %, other text", *heads]
+    return table(head, rows, left=2)
+
+
+def cases(methods: dict[str, Any]) -> str:
+    """Return a command and its time for each case of the page that helps to choose a method."""
+    recipes = {row["recipe"]: row for row in methods["recipes"]}
+    rows = []
+    for case in methods["cases"]:
+        settings = " ".join(f"-S {setting}" for setting in case["settings"].split())
+        if (time := case.get("time")) is None:
+            row = recipes[case["recipe"]]
+            time = f"{methods['calibrate'][case.get('statistics', row['statistics'])]} once, then {row['time']}"
+        rows.append([case["case"], f"`dvc exp run --temp {settings}`", time])
+    return table(["your case", "command", "time"], rows, left=3)
+
+
+def combinations(methods: dict[str, Any]) -> str:
+    """Return the choices that are no recipe."""
+    choices = ("reconstruction", "allocation", "propagation")
+    rows = [
+        [
+            row["method"],
+            *(f"`{row[choice]}`" if row[choice] else "–" for choice in choices),
+            *map(figure, row["values"]),
+        ]
+        for row in methods["combinations"]
+    ]
+    return table(["method", *choices, *methods["columns"]], rows, left=4)
+
+
+def _code(word: str | None) -> str:
+    return f"`{word}`" if word else "–"
+
+
+def times(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the benchmarks that have a baseline, with the words of this script."""
+    measured = {row["name"]: row for row in rows}
+    return table(
+        ["SmolLM2-135M", "wanda-dvc, s", "baseline, s", "ratio"],
+        [
+            [words, f"{row['ours_s']:,.0f}", f"{row['baseline_s']:,.0f}", f"{row['ratio']:.2f}"]
+            for name, words in TIMES.items()
+            for row in [measured[name]]
+        ],
+    )
+
+
+METHOD_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "readme": readme,
+    "recipes": recipes,
+    "cases": cases,
+    "combinations": combinations,
+}
+
+
+def written(text: str) -> str:
+    """Return a document with the current figures between its markers."""
+    methods = json.loads(METHODS.read_text(encoding="utf-8"))
+    tables = {name: make(methods) for name, make in METHOD_TABLES.items()}
+    tables["times"] = times(json.loads(BENCHMARKS.read_text(encoding="utf-8"))["rows"])
+    return PLACE.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[4]}", text)
+
+
+def main() -> None:
+    """Write all documents."""
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        if not PLACE.search(text):
+            sys.exit(f"{name}: no place for figures; expected <!-- figures: NAME --> and <!-- end of figures -->")
+        path.write_text(written(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

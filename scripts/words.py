@@ -1,0 +1,70 @@
+"""Refuse words that the project's English does without: python scripts/words.py; `make lint` runs it.
+
+It reads the pages for users, with the command line's help and the settings' meanings, which are pages too. To widen it,
+take a name out of LATER and fix what it finds. Code, quotations of commands and links are not read.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# A word that is not to be used, and the words for it.
+INSTEAD = {
+    r"told|handed|hired": "fails, returns, reports, raises, passes",
+    r"comes? to|came to|at it": "reaches, runs",
+    r"besides?": "next to, compared with, apart from",
+    r"stands?|stood": "is, are",
+    r"go(?:es)? on|went on": "resumes, continues",
+    r"mend(?:ed|s)?": "fix",
+    r"gone|not there": "missing, removed",
+    r"is none|are none": "there is no …",
+    r"whole(?! (?:numbers?|processes)\b)": "all, complete, full",
+    r"crew|staff|parcels?|way back": "worker, job, backward pass",
+    r"whoever|whichever": "a noun",
+    r"(?<!model )cards?": "GPU; the model card by its full name",
+}
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    "docs/*.md",
+    "docs/tutorials/*.md",
+    "docs/results/*.md",
+)
+# Not read yet: the lab notes, and a page that is being rewritten.
+LATER = ("docs/experiments.md", "docs/workers.md")
+WORDS = {re.compile(rf"\b(?:{words})\b", flags=re.I): instead for words, instead in INSTEAD.items()}
+SILENT = re.compile(r"^( *)```.*?^\1```\s*$|`[^`\n]*`|\]\([^)\s]*\)|<[^>]*>", flags=re.MULTILINE | re.DOTALL)
+
+
+def blank(found: re.Match[str]) -> str:
+    """Return spaces in place of a match, with its line breaks."""
+    return re.sub(r"[^\n]", " ", found[0])
+
+
+def problems(name: str, text: str) -> Iterator[str]:
+    """Yield each use of a word that is not to be used, as *file:line: word: use …*."""
+    for number, line in enumerate(SILENT.sub(blank, text).splitlines(), 1):
+        for word, instead in WORDS.items():
+            for found in word.finditer(line):
+                yield f"{name}:{number}: {found[0]}: use {instead}"
+
+
+def pages() -> list[str]:
+    """Return the pages that are read."""
+    found = {path.relative_to(ROOT).as_posix() for pattern in PAGES for path in ROOT.glob(pattern)}
+    return sorted(found - set(LATER))
+
+
+def main() -> None:
+    """Print all problems; exit 1 if there is one."""
+    found = [one for name in pages() for one in problems(name, (ROOT / name).read_text(encoding="utf-8"))]
+    print("\n".join(found) or f"{len(pages())} pages")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
