@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from wanda_dvc.catalog import ALLOCATIONS, GROUPS, HUB_ID, methods
-from wanda_dvc.study.files import Json, load_json
-from wanda_dvc.study.held_out import raised
+from wanda_dvc.study.files import Json
 from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
@@ -46,18 +45,19 @@ CARD = """\
 {sections}"""
 
 
-def card(
+def card(  # noqa: PLR0913 - the parts of a card
     study: Project,
     sparsity: float,
     *,
     storage: str = STORAGE,
     imports: str = "",
     results: Mapping[str, str] | None = None,
+    warnings: Iterable[str] = (),
 ) -> str:
     """Return the card of a study's pruned model, of which `sparsity` was measured.
 
     `storage` says what the zeros take, and `imports` is Python code that loading needs. `results` are more sections, by
-    their titles.
+    their titles. `warnings` are sentences on limits of the model.
     """
     masks = read_provenance(study.masks, "mask")
     dense = read_provenance(study.model("dense"), "download model")
@@ -70,7 +70,6 @@ def card(
         "pipeline_tag": "text-generation",
         "tags": ["pruned", masks["params"]["method"], "wanda-dvc"],
     }
-    warnings = [f"The choice {problem}." for problem in raised(load_json(study.metrics("pruned", "held_out")))]
     sections = {
         "Pruning": table(["what", "value"], _facts(study, masks, dense, sparsity)),
         **(results or {}),
