@@ -1,6 +1,6 @@
-"""All that exists on GPUs alone: which this machine has, their memory, pinned memory, streams, sparse cores.
+"""GPU-only features: the devices of this machine, their memory, pinned memory, streams, sparse cores.
 
-No other module calls `torch.cuda` or `torch.backends.mps`; a test holds that.
+No other module calls `torch.cuda` or `torch.backends.mps`; a test checks it.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def free_memory(device: torch.device | str) -> int:
 
 
 def peak_memory(device: torch.device | str) -> int:
-    """Return the most bytes that tensors of this process took on a CUDA device."""
+    """Return the peak bytes of this process's tensors on a CUDA device."""
     return torch.cuda.max_memory_allocated(device)
 
 
@@ -42,28 +42,28 @@ def wait() -> None:
 
 
 class Copies:
-    """Copies of weights to a device: on CUDA through a stream of their own, which computation does not wait for."""
+    """Copies weights to a device: on CUDA through a separate stream, parallel to computation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def running(self) -> contextlib.AbstractContextManager[object]:
-        """Inside, this thread's copies go through the stream."""
+        """Route this thread's copies through the stream."""
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def source(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the host as copies overlap with computation: in pinned memory on CUDA."""
+        """Return a host tensor in memory that allows asynchronous copies: pinned, on CUDA."""
         return tensor.pin_memory() if self._stream is not None and tensor.device.type == "cpu" else tensor
 
     def finish(self, tensors: Iterable[Tensor]) -> None:
-        """Make what this thread computes next wait for these tensors, whose copies have been started."""
+        """Make this thread's next computations wait for the started copies of these tensors."""
         if self._stream is None:
             return
         computing = torch.cuda.current_stream(self.device)
         computing.wait_stream(self._stream)
         for tensor in tensors:
-            tensor.record_stream(computing)  # its memory is not reused while the stream computes with it
+            tensor.record_stream(computing)  # its memory must not be reused meanwhile
 
 
 def has_sparse_cores() -> bool:
@@ -74,7 +74,7 @@ def has_sparse_cores() -> bool:
 def semi_structured(weight: Tensor) -> Tensor:
     """Return a 2:4 weight in the layout of the sparse cores.
 
-    RuntimeError for a shape or dtype that they do not take.
+    RuntimeError for an unsupported shape or dtype.
     """
     sparse: Tensor = torch.sparse.to_sparse_semi_structured(weight)
     return sparse

@@ -1,11 +1,11 @@
-"""Our own attention, registered with transformers for the three cases that its attention does not cover.
+"""The engine's own attention, registered with transformers for three cases.
 
 1. Rows that hold several questions: each question has a mask of its own.
-2. bfloat16 on a CPU with native bf16 but no AMX: torch's attention is no faster there than in float32, but matrix
-   multiplications are. With AMX, torch's is twice as fast as ours.
-3. float32 of a model whose products go through oneDNN (`pruning.products`): those in torch's attention do not.
+2. bfloat16 on a CPU with native bf16 but no AMX: there, bfloat16 speeds up matrix multiplications but not torch's
+   attention. With AMX, torch's attention is twice as fast as ours.
+3. float32 of a model whose products go through oneDNN (`pruning.products`): torch's attention does not use oneDNN.
 
-All other rows (other windows in float32, everything on a GPU) go through the model's own attention.
+All other rows (other windows in float32, all rows on a GPU) go through the model's own attention.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from wanda_dvc.engine.rows import Layout
 from wanda_dvc.pruning import products
 
 NAME = "wanda_dvc"
-PLACES = ("position_ids", "cache_position")  # tensors that attention is given and does not depend on
-QUERIES_AT_A_TIME = 128  # of a window: large multiplications, and few products above the diagonal
+PLACES = ("position_ids", "cache_position")  # tensor arguments that attention ignores
+QUERIES_AT_A_TIME = 128  # positions of a window: large multiplications, and few products above the diagonal
 
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
@@ -42,7 +42,7 @@ def laid_out(layout: Layout | None) -> Iterator[None]:
 def visible(
     batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Any], device: Any, **words: Any
 ) -> Tensor | None:
-    """Makes the mask of one kind of block (causal, sliding, chunked), which `attend` is then given.
+    """Makes the mask of one kind of block (causal, sliding, chunked) for `attend`.
 
     Bool [1, 1, length, length], True where a token attends; None: to all before it. For a row with a layout,
     bool [1, 1, 1, pairs]: `Layout.hidden` of the mask by position.
@@ -68,16 +68,16 @@ def attend(  # noqa: PLR0913 - transformers calls it with these
     softcap: float | None = None,
     **words: Any,
 ) -> tuple[Float[Tensor, "1 length heads value_size"], None]:
-    """Computes attention by matrix multiplications over the parts of a row that see each other.
+    """Computes attention by matrix multiplications over the visible parts of a row.
 
-    ValueError where it is given more than that, such as sinks, the keys to attend to, or a bias for each position.
+    ValueError for unsupported arguments, such as sinks, the keys to attend to, or a bias for each position.
     """
     if more := [name for name, value in words.items() if isinstance(value, Tensor) and name not in PLACES]:
         raise ValueError(f"attention with {', '.join(more)}")
     heads, groups = query.shape[1], key.shape[1]
     # Heads that share a key are stacked: fewer and larger multiplications.
     q = (query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)).unflatten(0, (groups, heads // groups))
-    k, v = key[0].contiguous(), value[0].contiguous()  # once, and not in every part
+    k, v = key[0].contiguous(), value[0].contiguous()  # once instead of in every part
     out = query.new_empty(groups, heads // groups, query.shape[2], value.shape[-1])
     singly = _layout.get() is None and products.takes(q, k)
     multiply = products.onednn if singly else torch.matmul
@@ -96,7 +96,7 @@ def attend(  # noqa: PLR0913 - transformers calls it with these
 def _parts(
     length: int, mask: Tensor | None, device: torch.device
 ) -> Iterator[tuple[slice, slice, Bool[Tensor, "queries last_keys"]]]:
-    """Some queries, the keys that they may see, and which of the last of those keys are hidden from each query."""
+    """Some queries, their visible keys, and a mask of the last keys, True where hidden from a query."""
     layout = _layout.get()
     if layout is not None:
         assert mask is not None
@@ -111,7 +111,7 @@ def _parts(
 
 
 def has_units(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of the dtype natively. Without that it is many times slower."""
+    """Whether this CPU multiplies matrices of the dtype natively; emulation is many times slower."""
     asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if dtype not in asked:
         return True

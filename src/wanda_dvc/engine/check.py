@@ -1,4 +1,4 @@
-"""Checks of a whole model before anything is computed with it: by headers and configuration; no weight is read."""
+"""Checks of a complete model before any computation, by headers and configuration; no weight is read."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ def check_model(folder: Path) -> None:
     """Check that a directory holds a complete model that the stages can run, with its tokenizer.
 
     Raises:
-        UserError: index, shards, configuration, weights and tokenizer are damaged, or don't belong together.
+        UserError: index, shards, configuration, weights or tokenizer are damaged, or do not match.
     """
     checkpoint = Checkpoint(folder)
     model = empty_model(folder, tensors=len(checkpoint.where))
@@ -26,7 +26,7 @@ def check_model(folder: Path) -> None:
 
 
 def check_parts(model: nn.Module, checkpoint: Source, parts: Mapping[str, Sequence[Part]]) -> None:
-    """Check that every parameter is stored completely, in a dtype that can be pruned; of tied ones at least one is."""
+    """Check that every parameter (of tied ones, at least one) is stored completely, in a supported dtype."""
     entries = checkpoint.entries
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -53,7 +53,7 @@ def check_parts(model: nn.Module, checkpoint: Source, parts: Mapping[str, Sequen
 
 
 def missing(checkpoint: Source, parameter: str) -> UserError:
-    """Return the error for a parameter that no stored tensor belongs to."""
+    """Return the error for a parameter without a stored tensor."""
     return UserError(
         f"{checkpoint}: no tensor for {parameter}, expected one by config.json; the checkpoint is incomplete, or "
         "stores it in an unsupported form"
@@ -61,9 +61,9 @@ def missing(checkpoint: Source, parameter: str) -> UserError:
 
 
 def check_vocabulary(folder: Path, tokenizer: Any, rows: int) -> None:
-    """Raise UserError where a tokenizer's vocabulary needs more embeddings than there are.
+    """Raise UserError if a tokenizer's vocabulary is larger than the embeddings.
 
-    Added tokens don't count: many models have a padding token without an embedding, which no text contains.
+    Added tokens do not count: many models have a padding token without an embedding, and no text contains it.
     """
     added = set(tokenizer.get_added_vocab())
     ids = [number for token, number in tokenizer.get_vocab().items() if token not in added]

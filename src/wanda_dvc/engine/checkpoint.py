@@ -1,4 +1,4 @@
-"""What a model is read from, and a Hugging Face directory of safetensors: its one reader and its one writer."""
+"""The interface of model sources, and the only reader and writer of Hugging Face directories of safetensors."""
 
 import re
 import shutil
@@ -24,13 +24,13 @@ INDEX = "model.safetensors.index.json"
 AGAIN = "copy it again"
 PLAIN = re.compile(r"[^/\\\x00-\x1f]{1,255}")  # a name without a folder
 COPIED_AT_A_TIME = 2**20  # bytes
-# The dtypes of weights that can be pruned, as safetensors names them.
+# The supported dtypes of prunable weights, by safetensors' names.
 STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a weight is stored: a tensor of the checkpoint, or one expert's matrix where the tensor holds several."""
+    """The address of a stored weight: a tensor of the checkpoint, or one expert's matrix in a tensor of several."""
 
     tensor: str
     expert: int | None = None
@@ -46,12 +46,12 @@ class Address:
 
 
 class Source(ABC):
-    """What a model is read from: a directory, or a model in memory. As text it is its name in messages."""
+    """A model source: a directory, or a model in memory. `str` gives its name in messages."""
 
     @property
     @abstractmethod
     def where(self) -> Mapping[str, object]:
-        """What holds each tensor, by the tensor's stored name."""
+        """The file (or model) of each tensor, by the tensor's stored name."""
 
     @property
     @abstractmethod
@@ -74,13 +74,13 @@ class Source(ABC):
 
     @abstractmethod
     def parameter(self, name: str, stored: Address | None) -> Tensor | None:
-        """A parameter by the model's own name, where it is one tensor here.
+        """Return a parameter by the model's own name, if the source stores it as one tensor.
 
-        `stored` is its address where it is stored whole.
+        `stored` is the address of that tensor.
         """
 
     def find(self, linear: str) -> Address:
-        """The address of a linear's weight, or of another tensor by its name."""
+        """Return the address of a linear's weight, or of another tensor by its name."""
         for name in (f"{linear}.weight", linear):
             if name in self.where:
                 return Address(name)
@@ -92,13 +92,13 @@ class Source(ABC):
         raise UserError(f"{self}: no weight of {linear}, which the statistics name; run `dvc repro`")
 
     def weight(self, linear: str) -> Tensor:
-        """A linear's weight, as it is stored."""
+        """Return a linear's weight, as stored."""
         return self.read(self.find(linear))
 
 
 @dataclass(frozen=True)
 class Checkpoint(Source):
-    """A model directory. Tensors that are read are views of the mapped file: cheap, and read-only by convention."""
+    """A model directory. Its tensors are views of the mapped file: cheap, and read-only by convention."""
 
     folder: Path
     _headers: dict[Path, dict[str, Entry]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -121,7 +121,7 @@ class Checkpoint(Source):
 
     @cached_property
     def where(self) -> dict[str, Path]:
-        """The file that holds each tensor."""
+        """The file of each tensor."""
         if not is_there(self.folder / "config.json"):
             raise UserError(f"{self.folder}: no config.json, expected a Hugging Face model directory; name one")
         if is_there(self.folder / INDEX):
@@ -175,11 +175,11 @@ class Checkpoint(Source):
         return whole if address.expert is None else whole[address.expert]
 
     def parameter(self, name: str, stored: Address | None) -> Tensor | None:
-        """The stored tensor, where there is one."""
+        """Return a stored tensor, or None."""
         return None if stored is None else self.read(stored)
 
     def bytes_at(self, path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
-        """Name, dtype, shape, first byte and length in the file, of every tensor in one shard."""
+        """Yield the name, dtype, shape, first byte and length in the file of every tensor in one shard."""
         for name, entry in self._header(path).items():
             yield name, *entry
 
@@ -195,9 +195,9 @@ class Checkpoint(Source):
     ) -> Iterator[Address]:
         """Copy the directory into `target`, with new values for some weights; yields each address once it is written.
 
-        Every file is written once, from beginning to end: what is not replaced is copied byte for byte, headers
-        included. `weight` is asked for one new weight at a time, in the order of the file, in a thread, while the one
-        before is written. So memory is bounded by the two largest weights. Files named in `without` are left out.
+        Every file is written once, from beginning to end. Headers and other tensors are copied byte for byte. A thread
+        calls `weight` for the next new weight, in file order, while the previous one is written. So memory is bounded
+        by the two largest weights. Files named in `without` are left out.
 
         Raises:
             UserError: a new weight has another shape or dtype than the stored one.
@@ -229,7 +229,7 @@ class Checkpoint(Source):
                 _copy_up_to(shard.stat().st_size, stored, file)
 
     def _fitting(self, new: Tensor, address: Address) -> Tensor:
-        """A new weight. UserError where it has another shape or dtype than the stored one."""
+        """Return a new weight. UserError if its shape or dtype differs from the stored weight."""
         old = self.read(address)
         if (new.shape, new.dtype) != (old.shape, old.dtype):
             raise UserError(
@@ -240,7 +240,7 @@ class Checkpoint(Source):
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Read an index: the name of the shard that holds each tensor. Every shard is a file beside the index."""
+    """Read an index: the name of each tensor's shard. Every shard is a file in the folder of the index."""
     shards = read_object(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         found = "no tensors" if shards == {} else name_of(shards) if shards is not None else "none"
@@ -256,7 +256,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _copy_up_to(end: int, stored: BinaryIO, file: BinaryIO) -> None:
-    """Copy the bytes from where `file` ends up to `end`."""
+    """Copy the bytes from the end of `file` up to `end`."""
     stored.seek(file.tell())
     while left := end - file.tell():
         file.write(stored.read(min(left, COPIED_AT_A_TIME)))

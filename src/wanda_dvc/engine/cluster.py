@@ -1,7 +1,7 @@
-"""A cluster of Ray runs tasks (`engine.tasks`). The driver holds references to hidden states, and merges sums.
+"""Runs tasks (`engine.tasks`) on a Ray cluster. The driver holds references to hidden states, and merges sums.
 
-Ray places tasks, moves and spills what they return, runs a task again whose process or node dies, and makes again what
-a dead node held. Sums are merged in the shards' order, so the bytes are those of a walk in one process.
+Ray places tasks, moves and spills their results, and repeats tasks and results lost with a process or node. The driver
+merges sums in the shards' order, so results are byte-identical to a walk in one process.
 """
 
 import os
@@ -33,16 +33,16 @@ from wanda_dvc.machine import omp_threads, usable_cores
 
 CPU = torch.device("cpu")
 LOCAL = "local"
-THREADS = 4  # of a task without a GPU, where OMP_NUM_THREADS is not set
+THREADS = 4  # of a task without a GPU, if OMP_NUM_THREADS is not set
 SECONDS = 300  # for the first worker
-AHEAD = 2  # tasks for each worker that run or whose results wait
-RETRIES = 3  # of a task whose process or node died
-LIBRARIES = ("torch", "transformers", "numpy")  # whose versions decide bytes
+AHEAD = 2  # tasks per worker that run, or have unread results
+RETRIES = 3  # of a task after its process or node died
+LIBRARIES = ("torch", "transformers", "numpy")  # results depend on their versions
 ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # no stage but download touches a network
-    "RAY_worker_niceness": "0",  # as a stage without Ray, beside which Ray's 15 would starve
-    "RAY_task_oom_retries": str(RETRIES),  # not forever
-    # A process keeps the GPU that it first saw, and the next task's may be another one: tasks name theirs.
+    "RAY_USAGE_STATS_ENABLED": "0",  # only `download` may use the internet
+    "RAY_worker_niceness": "0",  # the priority of a stage without Ray; next to such a stage, Ray's 15 would starve
+    "RAY_task_oom_retries": str(RETRIES),  # a limit, instead of forever
+    # A process keeps its first GPU, but its next task may get another GPU: tasks name their device.
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
 }
 
@@ -64,7 +64,7 @@ def run_task(threads: int, device: str, function: Callable[..., Any], *arguments
 
 
 def own_device(device: str) -> torch.device:
-    """Return a task's device: the GPU that Ray has given it, by its place among those that the process sees."""
+    """Return a task's device: the GPU assigned by Ray, by its index among the GPUs visible to the process."""
     given, seen = [str(number) for number in ray.get_gpu_ids()], os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "cpu" or not given:
         return CPU
@@ -72,7 +72,7 @@ def own_device(device: str) -> torch.device:
 
 
 def carry_tensors() -> None:
-    """Have Ray carry tensors as their bytes. A tensor that arrives is a copy that may be written to."""
+    """Make Ray send tensors as bytes. A received tensor is a writable copy."""
     register_serializer(Tensor, serializer=tasks.pack, deserializer=_copy)
 
 
@@ -81,13 +81,13 @@ def _copy(packed: tasks.Packed) -> Tensor:
 
 
 def versions() -> dict[str, str]:
-    """Return what has to be the same on all nodes."""
+    """Return the versions that must agree on all nodes."""
     python = ".".join(platform.python_version_tuple()[:2])
     return {"wanda-dvc": wanda_dvc.__version__, "python": python} | {name: version(name) for name in LIBRARIES}
 
 
 def check_node(_: torch.device, wanted: Mapping[str, str], folders: Sequence[Path]) -> list[str]:
-    """Return the fingerprints of folders on this node. UserError where its versions are not the driver's."""
+    """Return the fingerprints of folders on this node. UserError if its versions differ from the driver's."""
     for name, found in versions().items():
         if found != wanted[name]:
             raise UserError(
@@ -101,7 +101,7 @@ def check_node(_: torch.device, wanted: Mapping[str, str], folders: Sequence[Pat
 
 
 def connect(address: str) -> None:
-    """Start Ray on this machine, or connect to a cluster. UserError where none answers."""
+    """Start Ray on this machine, or connect to a cluster. UserError if the cluster does not answer."""
     os.environ |= ENVIRONMENT | os.environ
     words: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if address == LOCAL:
@@ -110,7 +110,7 @@ def connect(address: str) -> None:
         words |= {"runtime_env": {"py_modules": [str(Path(wanda_dvc.__file__).parent)], "env_vars": ENVIRONMENT}}
     try:
         ray.init(address=address, **words)
-    except Exception as error:  # Ray raises what it likes, plain Exception too
+    except Exception as error:  # Ray raises any exception, plain Exception too
         todo = "start it with `ray start --head`, or set local or null"
         todo = "try it again, or set null" if address == LOCAL else todo
         raise SettingError(
@@ -119,33 +119,33 @@ def connect(address: str) -> None:
 
 
 def alive_nodes() -> list[dict[str, Any]]:
-    """Return the nodes of the cluster, as Ray describes them."""
+    """Return Ray's descriptions of the cluster's nodes."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _on(node: str) -> dict[str, Any]:
-    """Return the options of a task that a node runs at once."""
+    """Return the options of a task for immediate execution on a node."""
     strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
     return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
 
 
 class Task(NamedTuple):
-    """A task that was begun."""
+    """A started task."""
 
     result: Any  # a reference
     name: str  # in messages
-    argument: Any = None  # kept until the result is there: Ray may have to run the task again
+    argument: Any = None  # kept until the result arrives: Ray may run the task again
 
 
 class Cluster(Jobs):
     """Runs tasks on a cluster."""
 
-    reader: str | None = None  # a node with the files, where others lack them
+    reader: str | None = None  # a node with the files, if others lack them
     has_files = True
 
     def __init__(self, address: str, *, device: str, folders: Sequence[Path] = ()) -> None:
-        """`address` is `local`, or Ray's of a running cluster; `folders` are those that tasks read."""
-        # Ray of this machine ends with this process, by itself: to wait for that takes a second.
+        """`address` is `local`, or the Ray address of a running cluster; `folders` are the folders read by tasks."""
+        # A local Ray ends by itself with this process; waiting for its end takes a second.
         self._ours = not ray.is_initialized() and address != LOCAL
         if not ray.is_initialized():
             connect(address)
@@ -162,17 +162,17 @@ class Cluster(Jobs):
         self._settings = self._threads, device if self._kind == "GPU" else "cpu"
         self._needs = {"num_gpus": 1, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": self._threads}
         self._task = ray.remote(run_task)
-        # They import libraries meanwhile.
+        # Workers import libraries meanwhile.
         self._first = [self.begin(str, scheduling_strategy="SPREAD")[0] for _ in range(self.workers)]
         self._address, self._folders = address, folders
 
     @property
     def workers(self) -> int:
-        """The number of tasks that run at once: one for each GPU, or for as many CPUs as it has threads."""
+        """The number of concurrent tasks: one per GPU, or one per group of CPUs as large as a task's thread count."""
         return max(1, int(ray.cluster_resources().get(self._kind, 0)) // (1 if self._kind == "GPU" else self._threads))
 
     def open(self) -> None:
-        """Wait for a worker, and find out whether all nodes have the files. UserError where no worker comes."""
+        """Wait for a worker, and check whether all nodes have the files. UserError if no worker appears."""
         if not ray.wait(self._first, timeout=SECONDS)[0]:
             wanted = "a GPU" if self._kind == "GPU" else f"{self._threads} CPUs"
             raise UserError(
@@ -195,14 +195,14 @@ class Cluster(Jobs):
             self.has_files, self.reader = self.has_files and same, node if same else self.reader
 
     def begin(self, function: Callable[..., Any], *arguments: Any, num_returns: int = 1, **options: Any) -> list[Any]:
-        """Begin a task, with Ray's options. Return a reference to each of its results."""
+        """Start a task, with Ray's options. Return a reference to each of its results."""
         options |= {"num_returns": num_returns}
         task = self._task.options(**self._needs | {"max_retries": RETRIES} | options)
         refs = task.remote(*self._settings, function, *arguments)
         return refs if num_returns > 1 else [refs]
 
     def results(self, begun: Iterable[Task]) -> Iterator[Any]:
-        """Yield the tasks' results in order. A few tasks are begun ahead."""
+        """Yield the tasks' results in order. A few tasks are started ahead."""
         waiting, most = deque[Task](), AHEAD * self.workers
         for task in begun:
             waiting.append(task)
@@ -224,26 +224,26 @@ class Cluster(Jobs):
             ) from None
 
     def put(self, content: Any) -> Any:
-        """Return a reference to an argument of tasks. Ray may have to run them again as long as results count."""
+        """Return a reference to an argument of tasks, kept because Ray may run the tasks again."""
         return ray.put(content)
 
     def read(self, folder: Path, names: list[str]) -> Any:
-        """Return a reference to tensors of a checkpoint whose files some nodes lack."""
+        """Return a reference to tensors of a checkpoint, for nodes without its files."""
         if self.reader is None:
             return self.put(tasks.read(CPU, folder, names))
         return self.begin(tasks.read, folder, names, **_on(self.reader))[0]
 
     def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
-        """Yield what a function returns for each input."""
+        """Yield a function's result for each input."""
         sent = ((one.name, self.put(one.named if self.has_files else one.whole)) for one in asked)
         return self.results(Task(self.begin(function, ref)[0], name, ref) for name, ref in sent)
 
     def counts(self) -> dict[str, int]:
-        """Return how many workers and nodes there are."""
+        """Return the numbers of workers and nodes."""
         return {"workers": self.workers, "nodes": sum(bool(x["Resources"].get(self._kind)) for x in alive_nodes())}
 
     def stop(self) -> None:
-        """End this process's tasks and its own Ray at once."""
+        """End this process's tasks and its local Ray at once."""
         ray.shutdown()
 
     def close(self) -> None:
@@ -254,7 +254,7 @@ class Cluster(Jobs):
 
 @dataclass(kw_only=True)
 class TaskRunner(Runner):
-    """Runs rows as tasks, one for each block and shard. It holds references to rows and hidden states."""
+    """Runs rows as tasks, one per block and shard. It holds references to rows and hidden states."""
 
     decoder: Decoder
     folder: Path  # of its checkpoint
@@ -269,7 +269,7 @@ class TaskRunner(Runner):
     def walk(
         self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, changes: Changes | None = None
     ) -> Iterator[Step]:
-        """All rows through all blocks. After an interrupted run they go through the kept blocks again."""
+        """Run all rows through all blocks; after an interruption, through the kept blocks again."""
         blocks, finished, rows = len(self.decoder.blocks), kept or 0, as_rows(rows)
         if finished == blocks:
             return
@@ -290,7 +290,7 @@ class TaskRunner(Runner):
         self._last = own
 
     def backward(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
-        """All rows through all blocks and back. Each is a shard, so sums are those of one row after another."""
+        """Run all rows forward and backward. Each row is a shard, so sums are formed row by row."""
         rows, blocks = as_rows(rows), len(self.decoder.blocks)
         before = [self._embed(rows, [range(row, row + 1) for row in range(len(rows))])]
         report_resumed(kept, blocks, " of the backward pass")
@@ -311,13 +311,13 @@ class TaskRunner(Runner):
                 yield index, total
 
     def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
-        """What a function makes of some shards' last hidden states."""
+        """Apply a function to some shards' last hidden states."""
         wanted = [asked.get(number) for number in range(len(self._rows))]
         for found in self.run("output head", tasks.head, (function,), self._last, wanted, returns=1)[1]:
             yield from found
 
     def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
-        """What a function makes of each input."""
+        """Apply a function to each input."""
         return self.cluster.each(function, asked)
 
     def run(
@@ -325,7 +325,7 @@ class TaskRunner(Runner):
     ) -> tuple[list[list[Any]], Iterator[Any]]:
         """Run a task for each shard, with its entry of each column.
 
-        Return references to the first results, in lists that grow as tasks begin, and the last results.
+        Return references to the first results, in lists that grow as tasks start, and the last results.
         """
         first: list[list[Any]] = [[] for _ in range(returns - 1)]
 
@@ -339,7 +339,7 @@ class TaskRunner(Runner):
         return first, self.cluster.results(begun())
 
     def at(self, index: int, change: Any = None) -> tuple[tasks.Block, Any]:
-        """Return a block to run, and a reference to its weights, which is None where every node has the files."""
+        """Return a block to run, and a reference to its weights; None if every node has the files."""
         block = tasks.Block(index, change.hex() if change else "")
         if self.cluster.has_files:
             return block, None
@@ -350,12 +350,12 @@ class TaskRunner(Runner):
         return block, self._weights[index]
 
     def keep(self, content: Any) -> Any:
-        """Return a reference to an argument of tasks, which stays for as long as this runner does."""
+        """Return a reference to an argument of tasks, kept for the runner's lifetime."""
         self._kept.append(self.cluster.put(content))
         return self._kept[-1]
 
     def _embed(self, rows: list[Row], cut: list[range]) -> list[Any]:
-        """Begin a walk of some shards. Return references to their hidden states before the first block."""
+        """Start a walk of some shards. Return references to their hidden states before the first block."""
         self.decoder.check_tokens(rows)
         counts = self.cluster.counts() | {"shards": len(cut)}
         notice(", ".join(f"{count} {what.removesuffix('s') if count == 1 else what}" for what, count in counts.items()))
@@ -372,17 +372,17 @@ class TaskStep(Step):
     runner: TaskRunner
     index: int
     before: list[Any]  # references to each shard's hidden states
-    dense_before: list[Any]  # likewise of the dense model, where a walk takes it along
+    dense_before: list[Any]  # likewise of the dense model, if the walk includes it
     after: list[Any] = field(default_factory=list, init=False)
     dense_after: list[Any] = field(default_factory=list, init=False)
 
     def advance(self) -> None:
-        """Every row through the block."""
+        """Run every row through the block."""
         for _ in self._through():
             pass
 
     def record(self, *, gram: bool = False, crosses: bool = False) -> Recorded:
-        """Every row through the block; what its linears read."""
+        """Run every row through the block; return the statistics of its linears' inputs."""
         total = Sums()
         for sums in self._through(recording={"gram": gram, "crosses": crosses}):
             total.merge(sums)
@@ -390,16 +390,16 @@ class TaskStep(Step):
         return total.of(self.runner.decoder.linears(self.index))
 
     def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Every own row through the block once more."""
+        """Run every own row through the block once more."""
         for _ in self._through(change=self.runner.keep((keeps, weights))):
             pass
 
     def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
-        """Not as tasks: a training takes one row a step."""
+        """Raise: a training takes one row a step, so it does not run as tasks."""
         raise NotImplementedError
 
     def _through(self, *, change: Any = None, recording: Mapping[str, bool] | None = None) -> Iterator[Any]:
-        """Run every shard through the block. Yield their sums. A change is not for the dense model."""
+        """Run every shard through the block. Yield their sums. A change does not affect the dense model."""
         words = (*self.runner.at(self.index, change), change, recording)
         dense = self.dense_before if change is None else []
         streams = self.before, dense or [None] * len(self.before)

@@ -7,7 +7,7 @@ from typing import Any
 from wanda_dvc.errors import SettingError, UserError
 from wanda_dvc.reading import name_of, read_object
 
-MOST_LAYERS = 10_000  # transformers makes lists and modules as long as this before anyone can look at them
+MOST_LAYERS = 10_000  # transformers makes lists and modules of this length before any check of ours can run
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 SIZES = (
     *LAYERS, "hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "num_attention_heads",
@@ -19,10 +19,10 @@ TODO = "correct it, or copy the file again"
 
 
 def read_config(place: Path) -> Any:
-    """Read a config.json, or the one in a directory. None of the code that it may name runs.
+    """Read a config.json, or the config.json in a directory. No remote code runs.
 
     Raises:
-        UserError: transformers can't take it, or a size in it is none.
+        UserError: transformers refuses it, or a size in it is not a valid size.
     """
     from transformers import AutoConfig
 
@@ -32,7 +32,7 @@ def read_config(place: Path) -> Any:
         raise UserError(*problems)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # each model's class raises what it likes
+    except Exception as error:  # each model's class raises exceptions of its own choice
         raise UserError(f"{path}: {reason(error)}, expected a configuration that transformers takes; {TODO}") from error
     text = config.get_text_config()
     heads, shared = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
@@ -45,7 +45,7 @@ def read_config(place: Path) -> Any:
 
 
 def _problems(stored: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield what no configuration can mean: *key: found, expected*."""
+    """Yield a problem for each impossible value: *key: found, expected*."""
     for name in SIZES:
         value = stored.get(name)
         if not all(
@@ -70,7 +70,7 @@ def _problems(stored: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def check_length(place: Path, length: int, setting: str) -> None:
-    """Raise SettingError where windows are longer than the positions that a model has."""
+    """Raise SettingError if windows are longer than the model's number of positions."""
     positions = getattr(read_config(place).get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and length > positions:
         raise SettingError(
@@ -80,7 +80,7 @@ def check_length(place: Path, length: int, setting: str) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error of a library as one short line, with its name where the text alone says little."""
+    """Return a library's error as one short line, with its name if the text alone is too short."""
     text = " ".join(str(error).split())[:300]
     return text if len(text.split()) > 2 else f"{type(error).__name__} {text}".strip()
 

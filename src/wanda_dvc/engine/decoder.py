@@ -1,6 +1,6 @@
-"""A model run block by block: the inputs of the first block, the arguments of each block, the logits after the last.
+"""Runs a model block by block: inputs of the first block, arguments of each block, logits after the last.
 
-A block's arguments are recorded from the model's own forward pass, so there is no code for any family here.
+The model's own forward pass supplies the arguments of each block. There is no family-specific code.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class _Stop(Exception):
 
 
 class Decoder:
-    """A causal language model, run block by block. In memory are one or two blocks, the embeddings, norm and head.
+    """A causal language model, run block by block. Memory holds one or two blocks, embeddings, norm and head.
 
     Raises:
         UserError: the model's structure is not supported, or the checkpoint is incomplete.
@@ -51,7 +51,7 @@ class Decoder:
         self.weights = Weights(self.model, self.checkpoint, device=device)
         self.blocks = self.weights.blocks
         self._cache = CallCache(calls_bytes(device.type))
-        self._checked: set[int] = set()  # lengths whose calls don't depend on the tokens
+        self._checked: set[int] = set()  # lengths for which calls do not depend on the tokens
         self._stock_attention = self.model.config._attn_implementation
         self._ours_for_windows = False
         faster = dtype is torch.float32 and device.type == "cpu" and products.install(self.model)
@@ -59,7 +59,7 @@ class Decoder:
 
     @property
     def one_of_each_kind(self) -> list[int]:
-        """The first block of each kind, in order: a later block may read what an earlier one hands on."""
+        """The first block of each kind, in order: a later block may read outputs of an earlier block."""
         return sorted({self._kind(index): index for index in reversed(range(len(self.blocks)))}.values())
 
     def block(self, index: int, then: int | None = None) -> contextlib.AbstractContextManager[nn.Module]:
@@ -67,7 +67,7 @@ class Decoder:
         return self.weights.loaded(index, then)
 
     def linears(self, index: int) -> dict[str, Linear]:
-        """The prunable weights of a block, named as the checkpoint stores them; each expert has its own."""
+        """Return the prunable weights of a block, by stored name; each expert has its own."""
         return self.weights.linears(index)
 
     def inputs(self) -> dict[str, int]:
@@ -87,32 +87,32 @@ class Decoder:
             )
 
     def embed(self, row: Row) -> Float[Tensor, "1 length width"]:
-        """The hidden states that go into the first block."""
+        """Return the hidden states before the first block."""
         return self._record(row, until=0)[0][0]
 
     def calls(self, row: Row) -> list[Call]:
-        """The arguments of every block for a row. They depend on its length, or its layout, and not on the tokens."""
+        """Return the arguments of every block for a row. They depend on its length or layout, not on its tokens."""
         return self._cache.get(row.layout or len(row.tokens), partial(self._record_calls, row))
 
     def forget_calls(self) -> None:
-        """Free the memory of the calls that are cached."""
+        """Free the memory of the cached calls."""
         self._cache.clear()
 
     def room(self) -> int:
-        """The bytes of a card that hidden states may take: half of what the blocks leave free. None of the host's."""
+        """Return the GPU memory for hidden states in bytes: half of the memory left free by the blocks; 0 on a CPU."""
         if self.device.type != "cuda":
             return 0
         blocks = [sum(x.numel() for x in block.parameters()) * self.dtype.itemsize for block in self.blocks]
         return max(0, accelerator.free_memory(self.device) - 2 * max(blocks)) // 2
 
     def together(self, row: Row) -> int:
-        """How many rows of this length go through a block together: as many as fill a card, and one on a CPU."""
+        """Return the number of rows per pass for this length: enough to fill a GPU, one on a CPU."""
         alone = row.layout is not None or self.device.type not in TOKENS_TOGETHER
         return 1 if alone else max(1, TOKENS_TOGETHER[self.device.type] // len(row.tokens))
 
     @torch.no_grad()
     def takes_several(self, index: int, hidden: Float[Tensor, "rows length width"], row: Row) -> bool:
-        """Whether a block computes the same for rows together as for each alone; tried once for each kind of block."""
+        """Whether a batch of rows gives the same results as single rows; tried once for each kind of block."""
         kind = self._kind(index)
         if kind not in self._takes_several:
             alone = torch.cat([self.run(index, x[None], row) for x in hidden])
@@ -128,9 +128,9 @@ class Decoder:
         row: Row,
         parameters: dict[str, Tensor] | None = None,
     ) -> Float[Tensor, "rows length width"]:
-        """One row, or several that are alike, through one block, which must be inside `block`.
+        """Run one row, or several of one length, through a block, which must be inside `block`.
 
-        With other parameters, where some are given.
+        `parameters`, if given, replace the block's own.
         """
         call = self.calls(row)[index]
         held = call.held()
@@ -155,7 +155,7 @@ class Decoder:
 
     @torch.no_grad()
     def uncalled(self, index: int) -> list[str]:
-        """The linears whose weights a block multiplies by itself, without calling them; tried once a kind of block."""
+        """Return the linears whose weights a block uses without calling their modules; tried once a kind of block."""
         kind, linears = self._kind(index), self.linears(index)
         if kind not in self._uncalled:
             row = Row(torch.zeros(2, dtype=torch.long))
@@ -169,14 +169,14 @@ class Decoder:
     def logits(
         self, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
     ) -> Iterator[tuple[slice, Float[Tensor, "chunk vocabulary"]]]:
-        """The logits after the last block, a chunk of positions at a time, through the model's own norm and head."""
+        """Yield the logits after the last block, by chunks of positions, through the model's own norm and head."""
         for positions in self._chunks(hidden.shape[1]):
             yield positions, self._logits(hidden[:, positions].to(self.device), tokens[positions])
 
     def loss_gradient(
         self, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
     ) -> Float[Tensor, "1 length width"]:
-        """The gradient, by the hidden states after the last block, of the summed loss of all tokens but the first."""
+        """Return the gradient of the loss, summed over all tokens but the first, by the last hidden states."""
         tokens = tokens.to(self.device)
         targets, gradient = tokens[1:], torch.zeros(hidden.shape, device=self.device)
         for positions in self._chunks(len(targets)):
@@ -202,10 +202,10 @@ class Decoder:
 
     @cached_property
     def holds_layouts(self) -> bool:
-        """Whether questions in one row come out as they do one by one; tried with two short ones.
+        """Whether questions in one row give the same results as one by one; tried with two short questions.
 
-        They don't where positions are distances from the row's start (ALiBi), where a block mixes neighbours without
-        attention, or where the model's attention can't be replaced.
+        Results differ if positions are distances from the row's start (ALiBi), if a block mixes neighbours without
+        attention, or if the model's attention cannot be replaced.
         """
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
             return False
@@ -225,7 +225,7 @@ class Decoder:
 
     @contextlib.contextmanager
     def _instead_of_blocks(self, replacement: Callable[..., Any]) -> Iterator[None]:
-        """Every block's forward is `replacement(index, *args, **kwargs)`; always restored."""
+        """Replace every block's forward by `replacement(index, *args, **kwargs)`; always restore it."""
         try:
             for index, block in enumerate(self.blocks):
                 block.forward = partial(replacement, index)
@@ -236,7 +236,7 @@ class Decoder:
 
     @contextlib.contextmanager
     def _unpacking(self) -> Iterator[None]:
-        """Raise UserError where the model takes more from its blocks than hidden states."""
+        """Raise UserError if the model uses more outputs of its blocks than hidden states."""
         try:
             yield
         except ValueError as error:
@@ -249,7 +249,7 @@ class Decoder:
 
     @contextlib.contextmanager
     def _attending(self, row: Row) -> Iterator[None]:
-        """The model attends as the row needs it: through its own attention, or through ours."""
+        """Select the attention for the row: the model's own, or ours."""
         ours = row.layout is not None or self._ours_for_windows
         wanted = attention.NAME if ours else self._stock_attention
         if self.model.config._attn_implementation != wanted:
@@ -259,7 +259,7 @@ class Decoder:
 
     @torch.no_grad()
     def _record(self, row: Row, until: int) -> list[tuple[Tensor, Call]]:
-        """The hidden states and the call of each block up to `until`, if every block returned its input unchanged."""
+        """Return the hidden states and the call of each block up to `until`, with blocks that return their input."""
         recorded: list[tuple[Tensor, Call]] = []
         extra = self._extra_outputs if until > 0 else None  # computed before blocks are replaced
 
@@ -281,7 +281,7 @@ class Decoder:
         words: dict[str, Any] = {}
         if row.layout is not None:
             words["position_ids"] = row.layout.positions[None].to(self.device)
-            # Ones mask nothing. Without them transformers takes a position that repeats for the start of a new text.
+            # Ones mask nothing. Without ones, transformers treats a repeated position as the start of a new text.
             words["attention_mask"] = torch.ones_like(row.tokens)[None].to(self.device)
         with self._attending(row), self._instead_of_blocks(record), contextlib.suppress(_Stop), self._unpacking():
             self.model(input_ids=row.tokens[None].to(self.device), use_cache=False, **words)
@@ -293,11 +293,11 @@ class Decoder:
         return recorded
 
     def _record_calls(self, row: Row) -> list[Call]:
-        """The calls of all blocks. For the first row of a length: checked not to depend on the tokens.
+        """Return the calls of all blocks. For the first row of a length, check that they do not depend on the tokens.
 
         Layouts need no check: `holds_layouts` compares results.
         """
-        self._extra_outputs  # noqa: B018 - runs the first block now, which may be in use later
+        self._extra_outputs  # noqa: B018 - runs the first block now; later it may be in use
 
         def record(row: Row) -> list[Call]:
             return [call for _, call in self._record(row, until=len(self.blocks) - 1)]
@@ -316,7 +316,7 @@ class Decoder:
 
     @cached_property
     def _extra_outputs(self) -> tuple[None, ...] | None:
-        """The Nones that a block returns after the hidden states; None where it returns the hidden states alone."""
+        """Return the Nones after the hidden states in a block's output; None if the output is hidden states alone."""
         hidden, call = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
         with self.block(0, then=0) as block:
             out = block(hidden, *call.args, **call.kwargs)
@@ -325,14 +325,14 @@ class Decoder:
         return tuple(itertools.takewhile(lambda other: other is None, out[1:]))
 
     def _kind(self, index: int) -> Hashable:
-        """What blocks have in common that compute alike: their class, their parameters, and who attends to whom."""
+        """Return the kind of a block: class, parameter names and mask type. Blocks of a kind compute alike."""
         types = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
         block = self.blocks[index]
         return type(block), tuple(name for name, _ in block.named_parameters()), tuple(types[index : index + 1])
 
     @contextlib.contextmanager
     def _windows_by(self, *, ours: bool) -> Iterator[None]:
-        """Inside, windows run through our attention, or through the model's own."""
+        """Run windows through our attention, or through the model's own, inside the context."""
         before, self._ours_for_windows = self._ours_for_windows, ours
         self._cache.clear()
         try:
@@ -343,7 +343,7 @@ class Decoder:
 
     @torch.no_grad()
     def _attends_alike(self) -> bool:
-        """Whether each kind of block computes the same with our attention as with the model's own."""
+        """Whether our attention and the model's own give the same results in each kind of block."""
         row = Row(torch.arange(24) % 7)
         outs: list[list[Tensor]] = []
         for ours in (False, True):
@@ -358,7 +358,7 @@ class Decoder:
 
     @torch.no_grad()
     def _through(self, rows: list[Row]) -> list[Float[Tensor, "_ width"]]:
-        """Some rows through all blocks, each of which is read once."""
+        """Run some rows through all blocks; each block is read once."""
         for row in rows:
             self.calls(row)
         hidden = [self.embed(row) for row in rows]
@@ -368,7 +368,7 @@ class Decoder:
         return [x[0] for x in hidden]
 
     def _close(self, one: Tensor, other: Tensor) -> bool:
-        """Whether two ways of computing hidden states agree up to the rounding of the dtype."""
+        """Whether two results for hidden states agree up to the rounding of the dtype."""
         tolerance = 1e-3 if self.dtype is torch.float32 else 5e-2
         norm = torch.linalg.vector_norm
         return bool(norm(other.float() - one.float()) <= tolerance * norm(one.float()))

@@ -1,7 +1,7 @@
-"""The Fisher tier: how much the loss of a text depends on each output of a block's linears.
+"""The Fisher tier: the sensitivity of a text's loss to each output of a block's linears.
 
-Every row goes forward through all blocks and back through all blocks, one block at a time. The hidden states before
-each block and the gradients between two blocks wait in files, so an interrupted run resumes at the last finished block.
+Every row runs forward and then backward through all blocks, one block at a time. Files hold the hidden states before
+each block and the gradients between blocks, so an interrupted run resumes at the last finished block.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,15 +28,15 @@ def backward(
 ) -> Iterator[tuple[int, Gradients]]:
     """Yield each block, the last one first, and by linear Σ (∂ℓ/∂y)² over all tokens, [out].
 
-    With `gram` also by linear Σ (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, [out, out], whose diagonal that is.
+    With `gram` also Σ (∂ℓ/∂y)(∂ℓ/∂y)ᵀ by linear, [out, out]; its diagonal is the first sum.
 
-    y is what the linear puts out at one token, and ℓ = −Σ log p(token) over the row, with the text's own tokens. It is
-    the diagonal of the output's factor of K-FAC's Fisher information (Martens and Grosse 2015, arXiv 1503.05671),
-    the empirical one. A linear without a gradient, as an expert that no token is sent to, has none.
+    y is the linear's output at one token; ℓ = −Σ log p(token) over the row, with the text's own tokens. The sum is the
+    diagonal of the output factor of K-FAC's empirical Fisher information (Martens and Grosse 2015, arXiv 1503.05671).
+    Linears without a gradient, as in an expert without tokens, are missing.
 
-    Resumes after the last block that an interrupted run has finished in `work`. `kept` is the number of blocks, from
-    the last one, whose results the caller has; if more are finished, the backward half starts again. Memory: one
-    block, and what autograd keeps of one row in it. Disk: the hidden states of all rows, once for each block.
+    Resumes after the last block that an interrupted run has finished in `work`. The caller has the results of the last
+    `kept` blocks; if more are finished, the backward half starts again. Memory: one block, and autograd's copies for
+    one row in it. Disk: the hidden states of all rows, once for each block.
 
     Raises:
         UserError: A gradient is not finite.
@@ -57,18 +57,18 @@ def backward(
 
 
 class BackwardPass:
-    """Some rows forward and backward through all blocks; `finished` counts blocks in `block_order`."""
+    """Runs some rows forward and backward through all blocks; `finished` counts blocks in `block_order`."""
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, rows: Sequence[Row], folder: Path, *, kept: int) -> None:
-        """Resume, as `backward`, from the files of an interrupted run; with `kept` −1 start again."""
+        """Resume from the files of an interrupted run, as `backward` does; with `kept` −1 start again."""
         decoder.check_tokens(rows)
         for row in rows:
             decoder.calls(row)
         lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
         self.decoder, self.rows, self.order = decoder, rows, block_order(blocks)
         width = decoder.model.config.get_text_config().hidden_size
-        places = {"device": decoder.device, "room": decoder.room() // (blocks + 3)}  # of each, by their number
+        places = {"device": decoder.device, "room": decoder.room() // (blocks + 3)}  # for each
         self._before = [
             HiddenStates.open(folder / f"before_{n:03d}", lengths, width, decoder.dtype, 0, **places)
             for n in range(blocks + 1)
@@ -91,12 +91,12 @@ class BackwardPass:
 
     @property
     def then(self) -> int:
-        """The block after the next; −1: there is none."""
+        """The block after the next, or −1."""
         return [*self.order, -1][self.finished + 1]
 
     @torch.no_grad()
     def advance(self, recorder: GradientRecorder) -> None:
-        """Every row through the next block; in the backward half a recorder sees the gradients of outputs."""
+        """Run every row through the next block; in the backward half a recorder sees the gradients of outputs."""
         decoder, index = self.decoder, self.block
         if self.finished < len(decoder.blocks):
             waiting = zip(self._before[index].before, self.rows, strict=True)
@@ -109,7 +109,7 @@ class BackwardPass:
         self._gradients.write(back(decoder, index, coming, recorder))
 
     def finish_block(self) -> None:
-        """Finish the block: the next one reads what it has written."""
+        """Finish the block: its output files become the next block's input."""
         blocks = len(self.decoder.blocks)
         (self._before[self.finished + 1] if self.finished < blocks else self._gradients).finish_block()
         self.finished += 1
@@ -129,9 +129,9 @@ def back(
     coming: Iterable[tuple[Float[Tensor, "_ width"], Float[Tensor, "_ width"], Row]],
     recorder: GradientRecorder,
 ) -> Iterator[Float[Tensor, "_ width"]]:
-    """Yield the gradient of each row's loss by its hidden states before a block, of which `coming` has each row's.
+    """Yield the gradient of each row's loss by its hidden states before a block.
 
-    With them come the gradients by those after the block. A recorder sees the gradients of outputs.
+    `coming` has each row's hidden states and its gradient after the block. A recorder sees the gradients of outputs.
     """
     with recorder.recording(decoder.linears(index), decoder.uncalled(index)):
         for states, gradient, row in coming:
@@ -145,7 +145,7 @@ def _back(
     gradient: Float[Tensor, "length width"],
     row: Row,
 ) -> Float[Tensor, "length width"]:
-    """Return the gradient of a row's loss by its hidden states before a block, from that after it."""
+    """Return the gradient of a row's loss by its hidden states before a block, from the gradient after it."""
     hidden = before[None].to(decoder.device, copy=True).requires_grad_()
     weights = {name: parameter.detach() for name, parameter in decoder.blocks[index].named_parameters()}
     with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""lm-eval over the engine: its own definitions of tasks, our log-likelihoods."""
+"""Runs lm-eval on the engine: lm-eval's definitions of tasks, the engine's log-likelihoods."""
 
 from pathlib import Path
 from typing import Any
@@ -18,29 +18,29 @@ from wanda_dvc.reading import read_lines
 
 
 class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
-    """lm-eval's model class with log-likelihoods from the engine: contexts once, no padding, a block at a time.
+    """lm-eval's model class with the engine's log-likelihoods: one pass per context, no padding, block by block.
 
-    Tokenization, the number of positions, and what precedes an empty context stay lm-eval's.
+    lm-eval does the tokenization, limits positions, and chooses the prefix of an empty context.
     """
 
     def __init__(self, decoder: Decoder, folder: Path, runner: Runner, *, what: str, progress: Progress) -> None:
         """`folder` holds the tokenizer, `what` names the run in messages, `progress` shows the blocks."""
         tokenizer = load_tokenizer(folder)
         self.folder, self.has_prefix = folder, (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
-        # lm-eval asks for a prefix with each text, and gives it to those that have no context.
+        # lm-eval asks for a prefix with each text, and uses it for texts without a context.
         prefix = None if self.has_prefix else 0
         super().__init__(pretrained=decoder.model, tokenizer=tokenizer, trust_remote_code=False, prefix_token_id=prefix)
         self.runner, self.what, self.progress = runner, what, progress
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Answer lm-eval's requests. UserError where one has no context, and no token begins or ends a text."""
+        """Answer lm-eval's requests. UserError for an empty context if the tokenizer has no BOS or EOS token."""
         if not self.has_prefix and not all(request.args[0] for request in requests):
             raise UserError(
                 f"{self.folder}: its tokenizer names no token that begins or ends a text, expected one, with which a "
                 "question without a context begins; name a bos_token or an eos_token in the model's "
                 "tokenizer_config.json"
             )
-        return super().loglikelihood(requests, disable_tqdm=True)  # ours is the bar that matters
+        return super().loglikelihood(requests, disable_tqdm=True)  # the engine shows its own progress bar
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], *_: Any, **__: Any
@@ -58,7 +58,7 @@ def load_task(definition: str, role: str, items: Path) -> Any:
     """Return lm-eval's task on items from a file: its own YAML, with the split in that role alone."""
     rows = [row for _, row in read_lines(items, "run `wanda-dvc download tasks` again")]
     tasks = Path(lm_eval.tasks.__file__).parent
-    # lm-eval runs the Python files that a definition names: only its own definitions are read.
+    # Definitions may name Python files, and lm-eval runs them. So only lm-eval's own definitions are read.
     if not (tasks / definition).resolve().is_relative_to(tasks.resolve()) or not (tasks / definition).is_file():
         raise UserError(
             f"{items.parent}: got the definition {definition}, expected one of lm-eval's; "
@@ -66,6 +66,6 @@ def load_task(definition: str, role: str, items: Path) -> Any:
         )
     config = load_yaml(tasks / definition)
     config |= {f"{name}_split": role if name == role else None for name in ("training", "validation", "test")}
-    config |= {"fewshot_split": None}  # lm-eval would look for it, also for no examples
+    config |= {"fewshot_split": None}  # lm-eval would look for the split, even without examples
     config |= {"custom_dataset": lambda **_: {role: Dataset.from_list(rows)}, "num_fewshot": 0}
     return ConfigurableTask(config=config)

@@ -1,4 +1,4 @@
-"""Jobs are independent of each other. This process runs them, or the tasks of a cluster do (`engine.cluster`)."""
+"""Runs independent jobs, in this process or as tasks of a cluster (`engine.cluster`)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ class Ask(Generic[T]):
     """The input of a job."""
 
     name: str  # in messages
-    whole: T  # with all that the job reads
+    whole: T  # complete: with all inputs of the job
     named: T  # the same, where the files that the job reads are on every node
 
 
@@ -26,7 +26,7 @@ class Jobs(ABC):
 
     @abstractmethod
     def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
-        """Yield what a function returns for each input, in order. A few are taken from `asked` ahead."""
+        """Yield a function's result for each input, in order. A few inputs are taken from `asked` ahead."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class LocalJobs(Jobs):
     device: torch.device
 
     def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
-        """Yield what a function returns for each input."""
+        """Yield a function's result for each input."""
         return (function(self.device, one.whole) for one in asked)
 
 
 def solving_device(device: torch.device) -> torch.device:
-    """Return where masks are chosen and solvers run: on a GPU, or on the host, which alone has float64."""
+    """Return the device for masks and solvers: a CUDA GPU or the host; other devices lack float64."""
     return device if device.type == "cuda" else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""A model in memory, read as the checkpoint that transformers would save: the same names, the same weights."""
+"""Reads a model in memory as a checkpoint, with the names and weights that transformers would save."""
 
 from functools import cached_property
 from typing import Any
@@ -16,13 +16,13 @@ from wanda_dvc.reading import Entry
 
 
 class Loaded(Source):
-    """A causal language model of transformers, in memory. Tensors that are read are views of its parameters.
+    """A causal language model of transformers, in memory. Its tensors are views of the model's parameters.
 
-    Nothing is copied, and the model is never run: the engine builds the architecture of its configuration anew, without
-    weights, and lends it these. So hooks, flags and the configuration of the model stay as they are and count nothing.
+    Nothing is copied, and the model never runs: the engine builds an empty model from the configuration, and uses these
+    weights in it. So the model's hooks, flags and configuration do not change and have no effect.
 
     Raises:
-        UserError: it is no model that `AutoModelForCausalLM` builds, or its weights are not all in memory.
+        UserError: `AutoModelForCausalLM` does not build such a model, or some weights are not in memory.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -63,7 +63,7 @@ class Loaded(Source):
 
     @cached_property
     def config(self) -> Any:
-        """The configuration as a file would hold it: without this model's choice of attention."""
+        """Return the configuration in its saved form: without this model's choice of attention."""
         config = self.model.config
         return type(config).from_dict(config.to_dict())
 
@@ -74,7 +74,7 @@ class Loaded(Source):
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
-        """The prunable weights of all blocks, named as the checkpoint stores them; each expert has its own."""
+        """The prunable weights of all blocks, by stored name; each expert has its own."""
         where, blocks = find_blocks(self.model)
         return {
             name: linear
@@ -90,41 +90,41 @@ class Loaded(Source):
 
     @property
     def positions(self) -> int | None:
-        """The most tokens of a window, where the configuration says."""
+        """The maximum tokens of a window, if the configuration has a limit."""
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return positions if isinstance(positions, int) else None
 
     @property
     def device(self) -> torch.device:
-        """Where the model's embeddings are: windows go through it there."""
+        """The device of the model's embeddings, on which windows run."""
         embeddings: Any = self.model.get_input_embeddings()
         return embeddings.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the model's weights: of most of them, where it has several."""
+        """The dtype of the model's weights; of most weights, if it has several."""
         return self.model.dtype
 
     def read(self, address: Address) -> Tensor:
-        """A view of the parameter that a stored tensor is a part of."""
+        """Return a stored tensor as a view of its parameter."""
         name, part = self._places[address.tensor]
         found = part.of(self._state[name])
         return found if address.expert is None else found[address.expert]
 
     def parameter(self, name: str, stored: Address | None) -> Tensor | None:
-        """The parameter itself, experts together where the model holds them so."""
+        """Return the parameter itself; experts are together if the model has them together."""
         return self._state[name]
 
     def fingerprint(self) -> dict[str, int]:
-        """A number for each parameter and buffer, which other values are all but certain to change.
+        """Return a checksum of each parameter and buffer; different values almost always change it.
 
-        It is a sum over the bits of every weight, each row times its number; it takes one pass over the weights.
+        It sums the bits of every weight, with each row multiplied by its index, in one pass over the weights.
         """
         return {name: _sum_of_bits(tensor) for name, tensor in self._state.items()}
 
 
 def _sum_of_bits(tensor: Tensor) -> int:
-    """The sum of the rows' sums, each times its number, modulo 2⁶⁴; by eight bytes, which is eight times as fast."""
+    """Return the sum of the rows' sums, each times its index, modulo 2⁶⁴; 8 bytes at a time is 8 times as fast."""
     whole = tensor.is_contiguous() and not (tensor.storage_offset() * tensor.itemsize) % 8
     wide = whole and tensor.dim() > 1 and not (tensor.shape[-1] * tensor.itemsize) % 8
     bits = tensor.view(torch.int64 if wide else getattr(torch, f"int{8 * tensor.itemsize}"))

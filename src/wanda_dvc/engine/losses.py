@@ -1,4 +1,4 @@
-"""From hidden states to losses, and from losses to a perplexity."""
+"""Computes losses from hidden states, and a perplexity from losses."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,11 @@ from wanda_dvc.reading import DIVERGED
 
 
 def window_loss(decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]) -> float:
-    """Mean cross-entropy, in nats, of each token but the first given those before it."""
+    """Return the mean cross-entropy, in nats, of all tokens but the first, each given the tokens before it."""
     tokens = tokens.to(decoder.device)
     targets, losses = tokens[1:], []
     for positions, logits in decoder.logits(hidden, tokens):
-        wanted = targets[positions.start : positions.stop]  # one fewer in the last chunk: it predicts past the end
+        wanted = targets[positions.start : positions.stop]  # the last token predicts nothing
         losses.append(torch.nn.functional.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum"))
     return float(sum(torch.stack(losses).tolist())) / len(targets)
 
@@ -32,16 +32,16 @@ def window_losses(
 
 
 def unmeasured(windows: int, done: int = 0) -> dict[int, int]:
-    """Return the shards that have windows after the first `done`, and how many `window_losses` skips in each."""
+    """Return the shards with windows after the first `done`, and the number of windows to skip in each."""
     return {n: max(done - shard.start, 0) for n, shard in enumerate(shards.cut(windows)) if shard.stop > done}
 
 
 def from_losses(losses: list[float], predictions: list[int]) -> float | str:
-    """exp(total loss / predictions), to six significant digits: what comes after them differs from machine to machine.
+    """Return exp(total loss / predictions), to six significant digits: later digits vary by machine.
 
-    `losses` are windows' means. Where all windows are of one length it is exp(mean), as the papers write it.
+    `losses` are means per window. If all windows have one length, the result is the papers' exp(mean).
     """
-    equal = len(set(predictions)) == 1  # then the weights would only round
+    equal = len(set(predictions)) == 1  # avoids rounding by equal weights
     weighted = losses if equal else [loss * count for loss, count in zip(losses, predictions, strict=True)]
     mean = math.fsum(weighted) / (len(losses) if equal else sum(predictions))
     if not mean < math.log(torch.finfo(torch.float64).max):

@@ -1,4 +1,4 @@
-"""The allocator's settings: memory of activations is reused, memory of weights goes back to the system."""
+"""Settings of the allocator: reuse the memory of activations, return the memory of weights to the system."""
 
 import contextlib
 import ctypes
@@ -14,7 +14,7 @@ KEPT = 2**30
 
 
 def empty_weight(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized tensor for a weight. On a CPU it has pages of its own, which are freed with it.
+    """Return an uninitialized tensor for a weight. On a CPU it has its own pages, freed with the tensor.
 
     On the heap, which keeps freed memory, weights would fragment the memory of the activations.
     """
@@ -27,8 +27,8 @@ def empty_weight(shape: torch.Size, dtype: torch.dtype, device: torch.device) ->
 def keep_freed_memory() -> None:
     """Make glibc keep the memory of freed tensors for the next ones, instead of returning it at once.
 
-    The system clears returned memory before it hands it out again; that takes a fifth of a small model's time.
-    Other allocators are left alone, and so is a threshold that the environment sets.
+    The system clears returned memory before reuse, which takes a fifth of a small model's time. Other allocators, and
+    a threshold set in the environment, do not change.
     """
     if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         with contextlib.suppress(OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""How fast this machine is: one block of a model's shape, with random weights, through the engine's own code."""
+"""Measures this machine's speed: one block of a model's shape, with random weights, through the engine's code."""
 
 import tempfile
 import time
@@ -26,16 +26,16 @@ from wanda_dvc.pruning.gram import Gram
 if TYPE_CHECKING:
     from wanda_dvc.plan import Plan
 
-ENOUGH = 1.0  # seconds of repeating what is measured; the fastest counts
+ENOUGH = 1.0  # seconds of repetitions; the fastest counts
 
 
-def measure(  # noqa: PLR0913 - what is run
+def measure(  # noqa: PLR0913 - the parameters of the measurement
     config: Path, plan: "Plan", *, dtype: str, device: torch.device, length: int, gram: bool
 ) -> dict[str, float]:
-    """Return the FLOP/s of each kind of work, as `Need.work` has them; of Gram matrices and solvers with `gram`.
+    """Return the FLOP/s of each kind of work in `Need.work`; with `gram` also of Gram matrices and solvers.
 
-    As many windows of `length` tokens as the device takes at once go through the block. Masks are chosen, and weights
-    pruned, for the linears that read the block's first input.
+    The device's batch of windows of `length` tokens runs through the block. Masks and pruned weights are computed for
+    the readers of the block's first input.
     """
     model = one_block(config, getattr(torch, dtype))
     one, weights = count(model.model, dtype=dtype), model.weight
@@ -75,20 +75,20 @@ def measure(  # noqa: PLR0913 - what is run
 
 
 def one_block(config: Path, dtype: torch.dtype) -> Loaded:
-    """Return a model of a configuration's shape that has one block, with random weights.
+    """Return a model of a configuration's shape with one block and random weights.
 
-    UserError where transformers builds no such model.
+    UserError if transformers builds no such model.
     """
     content = read_config(config)
     text = content.get_text_config()
     blocks, text.num_hidden_layers = text.num_hidden_layers, 1
-    for name, value in list(vars(text).items()):  # what a configuration says of each block
+    for name, value in list(vars(text).items()):  # a list with an entry per block
         if isinstance(value, list) and len(value) == blocks:
             setattr(text, name, value[:1])
     model = build_empty(content, str(config), dtype)
     drawn = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     for name, parameter in list(model.named_parameters()):
-        # The same numbers again and again: to draw a large matrix takes longer than to multiply it.
+        # Repeats a few numbers, because drawing a large random matrix takes longer than multiplying it.
         values = drawn.repeat(-(-parameter.numel() // len(drawn)))[: parameter.numel()].reshape(parameter.shape)
         set_parameter(model, name, values.clone() if parameter.dim() > 1 else torch.ones_like(values))
     model.tie_weights()
@@ -96,7 +96,7 @@ def one_block(config: Path, dtype: torch.dtype) -> Loaded:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Return how long it takes at best."""
+    """Return the shortest measured time, in seconds."""
     fastest, spent = float("inf"), 0.0
     while not spent or spent < ENOUGH:
         began = time.perf_counter()

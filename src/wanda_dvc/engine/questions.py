@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations: each context runs once for all of its continuations, many questions to a row."""
+"""Log-likelihoods of continuations: a context runs once for all its continuations; a row has many questions."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,34 +22,34 @@ Prediction = tuple[int, int, int, int]  # row, token, request, target
 
 @dataclass(frozen=True)
 class Request:
-    """How likely is the continuation after the context? Token ids, at least one each."""
+    """A request for the log-likelihood of a continuation after a context. Token ids, at least one each."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
     def within(self, length: int) -> "Request":
-        """The request cut from the left to `length` fed tokens, as lm-eval does. The last token is not fed."""
+        """Return the request with its last `length` input tokens, as in lm-eval. The last token is no input."""
         tokens = (self.context + self.continuation)[-(length + 1) :]
         return Request(tokens[: -len(self.continuation)], self.continuation)
 
 
 @dataclass(frozen=True)
 class Place:
-    """The row of a request, and the tokens in it that predict its continuation."""
+    """The row of a request, and the positions in the row that predict its continuation."""
 
     row: int
     tokens: list[int]
 
 
 def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[Place]]:
-    """Rows of whole questions, and every request's place in them.
+    """Return rows of complete questions, and the place of every request in the rows.
 
-    A question is all requests of one context: the context, then each continuation without its last token. A row ends
-    before the question that would make it longer than `tokens`.
+    A question is all requests of one context: the context, then each continuation without its last token. A row has as
+    many questions as fit into `tokens`.
     """
     questions: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
     for index, request in enumerate(requests):
-        # The last token of a continuation is predicted, not fed. So choices of one token add nothing to the row.
+        # The last token of a continuation is predicted, not an input. So choices of one token add nothing to the row.
         questions.setdefault(request.context, {}).setdefault(request.continuation[:-1], []).append(index)
     rows: list[Row] = []
     places: dict[int, Place] = {}
@@ -82,7 +82,7 @@ def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[P
 
 
 def spread(requests: Sequence[Request]) -> tuple[list[Row], list[Place]]:
-    """A row for each distinct sequence, for models that can't hold several questions in one row."""
+    """Return a row for each distinct sequence, for models without support for several questions in a row."""
     numbers: dict[tuple[int, ...], int] = {}
     places = []
     for request in requests:
@@ -94,7 +94,7 @@ def spread(requests: Sequence[Request]) -> tuple[list[Row], list[Place]]:
 def loglikelihoods(
     runner: Runner, requests: Sequence[Request], *, length: int, progress: Progress
 ) -> list[tuple[float, bool]]:
-    """Each continuation's log-likelihood in nats, and whether each of its tokens is the likeliest.
+    """Return each continuation's log-likelihood in nats, and whether greedy decoding gives the continuation.
 
     `length` is the model's number of positions. An interrupted run resumes from the runner's files.
     """
@@ -124,11 +124,11 @@ def predict(
 ) -> Iterator[tuple[int, float, bool]]:
     """Yield each prediction's request, its target's log-probability, and whether the target is the likeliest token.
 
-    `asked` is the model's number of positions, and the predictions.
+    `asked` holds the model's number of positions and the predictions.
     """
     length, predicted = asked
     tokens = [list(group) for _, group in groupby(sorted(predicted), key=itemgetter(0, 1))]
-    # A chunk of logits at a time, at most as many as the model has positions: some models look those up even here.
+    # A chunk has at most the model's number of positions: some models look positions up even in the head.
     chunk = max(1, min(LOGITS_AT_A_TIME // decoder.model.get_output_embeddings().weight.shape[0], length))
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]

@@ -19,28 +19,28 @@ from wanda_dvc.pruning.statistics import BlockStats, InputStats
 
 
 class Recorded(NamedTuple):
-    """What a block's linears read."""
+    """The statistics of the inputs of a block's linears."""
 
     stats: BlockStats
-    grams: dict[str, Gram]  # by distinct input; none where no token came
-    crosses: dict[str, Float64[Tensor, "in in"]]  # X_denseᵀX, of inputs that have it of all their tokens
+    grams: dict[str, Gram]  # by distinct input; missing for inputs without tokens
+    crosses: dict[str, Float64[Tensor, "in in"]]  # X_denseᵀX, of inputs with dense rows for all tokens
 
 
 @dataclass(kw_only=True)
 class Sums:
-    """Sums over some rows of what a block's linears read, by distinct input. Sums of several shards merge.
+    """Sums over the inputs of a block's linears for some rows, by distinct input. Sums of several shards merge.
 
-    An input is named after the first linear that reads it. An expert's input is the tokens that are sent to it.
+    An input is named after its first reader. An expert's input is the tokens that the router sends to it.
     """
 
     stats: dict[str, InputStats] = field(default_factory=dict)
-    grams: dict[str, Gram] = field(default_factory=dict)  # none where no token came
+    grams: dict[str, Gram] = field(default_factory=dict)  # missing for inputs without tokens
     crosses: dict[str, Float64[Tensor, "in in"]] = field(default_factory=dict)  # X_denseᵀX
-    crossed: dict[str, int] = field(default_factory=dict)  # over how many tokens
+    crossed: dict[str, int] = field(default_factory=dict)  # number of tokens
     source: dict[str, str] = field(default_factory=dict)  # each linear's input, by name
 
     def merge(self, other: "Sums") -> None:
-        """Add the sums of other rows. UserError where a linear reads another input there."""
+        """Add the sums of other rows. UserError if a linear reads another input in those rows."""
         for linear, source in other.source.items():
             self._reads(linear, source)
         _merge(self.stats, other.stats)
@@ -65,7 +65,7 @@ class Sums:
         )
 
     def of(self, linears: dict[str, Linear]) -> Recorded:
-        """What the linears of a block read. An expert that no token was sent to has inputs of no tokens."""
+        """Return the statistics of a block's inputs. An expert without tokens has inputs of no tokens."""
         reached = {(linear.module, linear.leaf) for name, linear in linears.items() if name in self.source}
         stats, source = dict(self.stats), dict(self.source)
         for (module, leaf, expert), names in _weights(linears).items():
@@ -76,7 +76,7 @@ class Sums:
             if names[0] not in source:
                 stats[names[0]] = InputStats.empty(linears[names[0]].features)
                 source |= dict.fromkeys(names, names[0])
-        # Experts last and in their own order, not in the order in which tokens reached them.
+        # Experts last and in index order, instead of the order of their first tokens.
         experts = [name for name, linear in linears.items() if linear.part.expert is not None]
         readers: dict[str, list[str]] = {}
         for linear in dict.fromkeys([*(name for name in source if name not in set(experts)), *experts]):
@@ -87,7 +87,7 @@ class Sums:
         return Recorded(BlockStats(inputs, readers, transposed), self.grams, crosses)
 
     def check_finite(self, block: int) -> None:
-        """Raise UserError where an input's sums of squares are not finite, though its activations may be."""
+        """Raise UserError if an input's sums of squares are not finite; its activations may be finite."""
         if name := _not_finite({name: x.sum_squares for name, x in self.stats.items()}):
             raise UserError(
                 f"block {block}, input of {name}: sums of squares that are not finite, expected finite ones; {MEND}"
@@ -108,12 +108,12 @@ def _merge(own: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def _is_of_a_list(name: str) -> bool:
-    """Whether a linear is in a second list inside its block, as an expert with modules of its own."""
+    """Whether a linear is in a module list inside its block, as an expert with its own modules is."""
     return sum(word.isdigit() for word in name.split(".")) > 1
 
 
 def _weights(linears: dict[str, Linear]) -> dict[tuple[nn.Module, str, int | None], list[str]]:
-    """The linears by the weight that they are rows of: they share its input."""
+    """Group linears by their parameter. Linears that are rows of one parameter share its input."""
     weights: dict[tuple[nn.Module, str, int | None], list[str]] = {}
     for name, linear in linears.items():
         weights.setdefault((linear.module, linear.leaf, linear.part.expert), []).append(name)
@@ -124,7 +124,7 @@ def _weights(linears: dict[str, Linear]) -> dict[tuple[nn.Module, str, int | Non
 class InputRecorder(Sums):
     """Sums that grow while a block runs, kept once for each distinct input.
 
-    Two linears share an input if, within one window, they are given the same memory in the same state.
+    Two linears share an input if, within one window, both receive the same memory in the same state.
     """
 
     gram: bool = False  # keep the Gram matrices too
@@ -134,7 +134,7 @@ class InputRecorder(Sums):
 
     @contextlib.contextmanager
     def recording(self, linears: dict[str, Linear], uncalled: Collection[str] = ()) -> Iterator[None]:
-        """Records the inputs of these linears in every pass that runs inside; the `uncalled` are never called."""
+        """Record the inputs of these linears in every pass inside; modules of `uncalled` linears are never called."""
         self.linears = linears
 
         def before(module: nn.Module, names: list[str]) -> Any:
@@ -144,9 +144,9 @@ class InputRecorder(Sums):
             yield
 
     def _read(self, names: list[str], x: Tensor, _: Tensor | None, tokens: slice, turned: bool = False) -> None:
-        """Adds an input [..., in] of the linears that are rows of one weight."""
+        """Add an input [..., in] of the linears that are rows of one weight."""
         x = x.mT if turned else x[tokens]
-        if not x.numel():  # an expert that is called without tokens; all empty tensors have one address
+        if not x.numel():  # a call of an expert without tokens; all empty tensors have one address
             return
         if x.shape[-1] != self.linears[names[0]].features:
             raise UserError(
@@ -163,7 +163,7 @@ class InputRecorder(Sums):
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         """Add a distinct input to its statistics."""
-        where = x.device if x.is_cuda else "cpu"  # not every accelerator knows float64
+        where = x.device if x.is_cuda else "cpu"  # not every accelerator has float64
         self.stats.setdefault(name, InputStats.empty(x.shape[-1], where)).add(x)
         if self.gram:
             self.grams.setdefault(name, Gram.empty(x.shape[-1], where)).add(x)
@@ -175,10 +175,10 @@ class InputRecorder(Sums):
 
 @dataclass(kw_only=True)
 class CrossRecorder(InputRecorder):
-    """Also keeps X_denseᵀX of each distinct input, [in, in]: what the dense model reads times what this one reads.
+    """Also keeps X_denseᵀX of each distinct input, [in, in]: the dense model's input times this model's input.
 
-    Each window's dense row runs first, inside `dense`. An expert that is not sent every token has none: the dense row
-    and this one may send it different ones.
+    Each window's dense row runs first, inside `dense`. Routed experts have no X_denseᵀX: the dense row and this row may
+    send different tokens to an expert.
     """
 
     _dense: dict[str, Tensor] = field(default_factory=dict)  # one window's inputs
@@ -187,7 +187,7 @@ class CrossRecorder(InputRecorder):
 
     @contextlib.contextmanager
     def dense(self, tokens: int) -> Iterator[None]:
-        """Takes the inputs of the row of so many tokens that runs inside as the dense model's."""
+        """Record the inputs of the row inside, of `tokens` tokens, as the dense model's."""
         self._dense, self._tokens, self._is_dense = {}, tokens, True
         try:
             yield
@@ -196,7 +196,7 @@ class CrossRecorder(InputRecorder):
             self._held.clear()
 
     def _reads(self, linear: str, source: str) -> None:
-        if not self._is_dense:  # what only the dense row's tokens reach is not read here
+        if not self._is_dense:  # skips inputs that only tokens of the dense row reach
             super()._reads(linear, source)
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
@@ -206,24 +206,24 @@ class CrossRecorder(InputRecorder):
         super()._add(name, x)
         dense = self._dense.get(name)
         if dense is not None and len(dense) == len(x) == self._tokens:
-            product = multiply(dense.float().T, x.float()).to(self.stats[name].sum)  # in float64, where that is
+            product = multiply(dense.float().T, x.float()).to(self.stats[name].sum)  # in float64, if the device has it
             self.crosses[name] = self.crosses[name].add_(product) if name in self.crosses else product
             self.crossed[name] = self.crossed.get(name, 0) + len(x)
 
 
 @dataclass(kw_only=True)
 class Gradients:
-    """Sums over some rows of the gradients by a block's outputs of linears. Sums of several rows merge.
+    """Sums over some rows of the gradients by the outputs of a block's linears. Sums of several rows merge.
 
-    A token's gradient ∂ℓ/∂y is multiplied by the norm of what the linear reads at that token, ‖x‖: the token's gradient
-    by the weights is (∂ℓ/∂y) xᵀ.
+    A token's gradient ∂ℓ/∂y is multiplied by ‖x‖, the norm of the linear's input at the token, because the gradient by
+    the weights is (∂ℓ/∂y) xᵀ.
 
-    A linear without a gradient has none, as an expert that no token is sent to, or only last ones, which predict
+    Linears without a gradient are missing, such as experts without tokens, or with only last tokens, which predict
     nothing.
     """
 
     sums: dict[str, Float64[Tensor, " out"]] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)² over all tokens
-    grams: dict[str, Gram] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, with that diagonal; where asked for
+    grams: dict[str, Gram] = field(default_factory=dict)  # Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ, with that diagonal; optional
 
     def merge(self, other: "Gradients") -> None:
         """Add the sums of other rows."""
@@ -236,7 +236,7 @@ class Gradients:
         return Gradients(sums=self.sums, grams={name: x.cpu() for name, x in self.grams.items()})
 
     def check_finite(self, model: object, block: int) -> None:
-        """Raise UserError where a gradient was not finite."""
+        """Raise UserError if a gradient was not finite."""
         if name := _not_finite(self.sums):
             raise UserError(
                 f"{model}: block {block}, output of {name}: gradients that are not finite, expected finite ones; {MEND}"
@@ -245,15 +245,15 @@ class Gradients:
 
 @dataclass(kw_only=True)
 class GradientRecorder(Gradients):
-    """Sums that grow while rows come back through a block."""
+    """Sums that grow during the backward passes of rows through a block."""
 
     gram: bool = False  # keep the Gram matrices too
     linears: dict[str, Linear] = field(default_factory=dict)
-    _tokens: dict[str, Tensor] = field(default_factory=dict)  # of the passes that had a gradient, on the device
+    _tokens: dict[str, Tensor] = field(default_factory=dict)  # of the passes with a gradient, on the device
 
     @contextlib.contextmanager
     def recording(self, linears: dict[str, Linear], uncalled: Collection[str] = ()) -> Iterator[None]:
-        """Records what comes back, in every pass inside, to the outputs of these linears, the `uncalled` among them."""
+        """Record the gradients by the outputs of these linears, including `uncalled` ones, in every pass inside."""
         self.linears = linears
 
         with _watching(linears, uncalled, _after(self._see), self._see):
@@ -270,7 +270,7 @@ class GradientRecorder(Gradients):
             y.register_hook(lambda gradient: self._add(names, rows(gradient).mul(norms)))
 
     def _add(self, names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
-        where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator knows float64
+        where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator has float64
         sums = gradient.square().sum(dim=0).to(where).double()
         for name in names:
             rows = slice(*(self.linears[name].part.rows or (None,)))
@@ -282,7 +282,7 @@ class GradientRecorder(Gradients):
                 self.grams.setdefault(name, Gram.empty(len(own), where)).add(gradient[:, rows].to(where))
 
     def _finish(self) -> None:
-        """Drop linears without a gradient, count the tokens of the others, and take the sums into main memory."""
+        """Drop linears without a gradient, count the tokens of the others, and copy the sums to main memory."""
         tokens = torch.stack(list(self._tokens.values())).tolist() if self._tokens else []
         reached = {name: count for name, count in zip(self._tokens, tokens, strict=True) if count}
         self.sums = {name: self.sums[name].cpu() for name in reached}
@@ -295,14 +295,14 @@ ALL = slice(None)
 PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
 
 
-# (names, x, y, tokens, turned=False): the linears that are rows of one weight, what they are given and put out, the
-# tokens of both that are theirs, and whether both have features first.
+# (names, x, y, tokens, turned=False): the linears that are rows of one weight, their input and output, the slice of
+# their tokens in both, and whether features are the first dimension of both.
 See = Callable[..., None]
 
 
 @contextlib.contextmanager
 def finding_uncalled(linears: dict[str, Linear]) -> Iterator[set[str]]:
-    """Gather the linears whose weights a pass inside multiplies without calling their modules."""
+    """Collect the linears whose weights a pass inside uses without calling their modules."""
     called: set[str] = set()
     multiplied: set[str] = set()
 
@@ -319,7 +319,7 @@ def finding_uncalled(linears: dict[str, Linear]) -> Iterator[set[str]]:
 
 @contextlib.contextmanager
 def finding_not_finite(linears: dict[str, Linear]) -> Iterator[list[str]]:
-    """Collect the inputs and outputs of linears that are not finite, in the order of the pass inside."""
+    """Collect inputs and outputs of linears with non-finite values, in the order of the pass inside."""
     found: list[str] = []
 
     def see(names: list[str], x: Tensor, y: Tensor, tokens: slice, turned: bool = False) -> None:
@@ -333,7 +333,7 @@ def finding_not_finite(linears: dict[str, Linear]) -> Iterator[list[str]]:
 
 
 def _after(see: See) -> Callable[[nn.Module, list[str]], Any]:
-    """Makes hooks of modules that see what a call was given and put out."""
+    """Make module hooks that receive the input and output of a call."""
     return lambda module, names: module.register_forward_hook(lambda _, args, out: see(names, args[0], out, ALL))
 
 
@@ -344,7 +344,7 @@ def _watching(
     hook_on: Callable[[nn.Module, list[str]], Any],
     see: See,
 ) -> Iterator[None]:
-    """Watches the modules of these linears with hooks, the products of experts and of `uncalled`, in passes inside."""
+    """Watch these linears in passes inside: modules by hooks, experts and `uncalled` by their products."""
     hooks: list[Any] = []
     experts: dict[tuple[nn.Module, str], dict[int, list[str]]] = {}
     plain: list[tuple[nn.Parameter, list[str]]] = []
@@ -365,11 +365,11 @@ def _watching(
 
 
 class _Products(TorchFunctionMode):
-    """Sees what weights are multiplied with where no module is called; the model computes as usual.
+    """Sees the inputs of weights that a model uses without calling a module; results do not change.
 
-    A hook needs a module that is called, and a parameter that holds several experts is none. But models compute with it
-    in torch functions whose first two arguments are the tokens and a view of that parameter: a `linear` or `matmul` for
-    each expert, or one grouped product for all. Mamba multiplies the weight of a linear itself, from the left.
+    Hooks need a module call, and a parameter of several experts has no module. Models pass the tokens and a view of the
+    parameter to torch functions: a `linear` or `matmul` for each expert, or one grouped product for all. Mamba
+    multiplies the weight of a linear itself, from the left.
     """
 
     def __init__(
@@ -396,7 +396,7 @@ class _Products(TorchFunctionMode):
                     continue
                 if weight.dim() == 2:
                     self.see(names[offset // (parameter.nbytes // len(parameter))], x, made, ALL)
-                elif kwargs.get("offs") is not None:  # tokens are sorted by expert: where each expert's end
+                elif kwargs.get("offs") is not None:  # tokens are sorted by expert: the end of each expert's tokens
                     ends = kwargs["offs"].tolist()
                     for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
                         if end > begin:

@@ -1,4 +1,4 @@
-"""Rows of tokens that go through the model: one text, or several questions one after another."""
+"""Rows, the model's input: the tokens of one text, or of several questions one after another."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ class Layout:
 
     @cached_property
     def places(self) -> list[slice]:
-        """The tokens of each question."""
+        """Return the tokens of each question."""
         _, counts = torch.unique_consecutive(self.question, return_counts=True)
         return [slice(start, end) for start, end in pairwise([0, *counts.cumsum(0).tolist()])]
 
     def hidden(self, sees: Bool[Tensor, "positions positions"]) -> Bool[Tensor, " pairs"]:
-        """The pairs of tokens that don't attend: [tokens, tokens] of each question, flat, one after another.
+        """Return the masked pairs of tokens: [tokens, tokens] of each question, flat, one after another.
 
-        `sees` says which positions the kind of block (causal, sliding, chunked) lets a position see.
+        `sees` is the mask by position of the kind of block (causal, sliding, chunked).
         """
-        pairs, visible = [], sees.numpy()  # whose indexing is five times as fast as torch's
+        pairs, visible = [], sees.numpy()  # numpy indexes five times as fast as torch
         for place in self.places:
             choice, at = self.choice[place].numpy(), self.positions[place].numpy()
             related = (choice == 0) | (choice == choice[:, None])
@@ -41,7 +41,7 @@ class Layout:
         return torch.from_numpy(np.concatenate(pairs))
 
     def by_question(self, hidden: Bool[Tensor, " pairs"]) -> Iterator[tuple[slice, Bool[Tensor, "tokens tokens"]]]:
-        """Each question's tokens, and its part of what `hidden` gave."""
+        """Yield each question's tokens, and its part of the result of `hidden`."""
         sizes = [place.stop - place.start for place in self.places]
         for place, size, part in zip(self.places, sizes, hidden.split([size**2 for size in sizes]), strict=True):
             yield place, part.view(size, size)
@@ -49,12 +49,12 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Tokens that go through the model together."""
+    """Tokens that run through the model together."""
 
     tokens: Int[Tensor, " length"]
     layout: Layout | None = None  # None: one text
 
 
 def as_rows(rows: Sequence[Row] | Int[Tensor, "samples length"]) -> list[Row]:
-    """Windows, or rows, as a list of rows."""
+    """Return windows, or rows, as a list of rows."""
     return [Row(tokens) for tokens in rows] if isinstance(rows, Tensor) else list(rows)

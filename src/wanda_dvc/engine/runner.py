@@ -16,12 +16,12 @@ from wanda_dvc.errors import notice
 Rows = Sequence[Row] | Int[Tensor, "samples length"]
 Change = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # masks, and weights, of one block
 Changes = Callable[[int], Change]  # of a block, by its index
-# Of one shard: the model, rows, their last hidden states, and what is asked.
+# Arguments, of one shard: the model, rows, their last hidden states, and an input of the function.
 Head = Callable[[Decoder, Sequence[Row], Sequence[Float[Tensor, "_ width"]], T], Iterator[R]]
 
 
 def report_resumed(kept: int, blocks: int, way: str = "") -> None:
-    """Say how many blocks an interrupted run has finished, if any."""
+    """Report the number of blocks finished by an interrupted run, if any."""
     if kept > 0:
         notice(f"resuming after {kept} of {blocks} blocks{way}")
 
@@ -33,47 +33,47 @@ class Step(ABC):
 
     @abstractmethod
     def advance(self) -> None:
-        """Every row through the block."""
+        """Run every row through the block."""
 
     @abstractmethod
     def record(self, *, gram: bool = False, crosses: bool = False) -> Recorded:
-        """Every row through the block; what its linears read.
+        """Run every row through the block; return the statistics of its linears' inputs.
 
-        `gram` asks for Gram matrices too, and `crosses` for the products with what the dense model reads.
+        `gram` adds Gram matrices, and `crosses` the products with the dense model's inputs.
         """
 
     @abstractmethod
     def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Every own row through the block once more, with the weights that masks keep, and then with others."""
+        """Run every own row through the block once more, with masked weights and the given new weights."""
 
     @abstractmethod
     def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
-        """The block's weights after a training (`engine.training`) on the masks that begins with other weights."""
+        """Train the block on the masks (`engine.training`), from the given weights; return its new weights."""
 
 
 class Runner(Jobs):
     """Runs the rows of one walk, and jobs between its steps."""
 
-    decoder: Decoder  # in this process: the model's structure, and what is in no block
+    decoder: Decoder  # in this process: the model's structure, and its weights outside blocks
 
     @property
     @abstractmethod
     def not_finite(self) -> str | None:
-        """Where the hidden states first were not finite; None where they all are."""
+        """The place of the first non-finite hidden states, or None."""
 
     @abstractmethod
     def walk(
         self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, changes: Changes | None = None
     ) -> Iterator[Step]:
-        """All rows through all blocks, as `engine.walk.walk`.
+        """Run all rows through all blocks, as `engine.walk.walk`.
 
-        `changes` says how a block was changed whose results are kept; None: no block was.
+        `changes` returns the earlier changes of a block with kept results; None: no block was changed.
         """
 
     @abstractmethod
     def backward(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
-        """All rows through all blocks and back, as `engine.fisher.backward`: each block, the last one first."""
+        """Run all rows forward and backward, as `engine.fisher.backward`; yield each block, the last one first."""
 
     @abstractmethod
     def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
-        """What a function makes of some shards' last hidden states, in the shards' order."""
+        """Apply a function to some shards' last hidden states, in the shards' order."""

@@ -1,12 +1,12 @@
-"""Rows are cut into shards by their number alone, and what shards give is merged in the shards' order.
+"""Cuts rows into shards. The cut depends only on the number of rows; sums are merged in the shards' order.
 
-So sums are the same bytes, whichever process computes a shard and in whatever order shards end.
+So sums are byte-identical for any assignment of shards to processes, and for any order of completion.
 """
 
-# Of several windows in one pass through a block, by kind of device: they fill a card. By the data alone, because the
-# last digits depend on it; never of two shards.
+# Tokens of several windows in one pass through a block, by kind of device: they fill a GPU. A pass depends on the data
+# alone, because last digits depend on its size; it never mixes two shards.
 TOKENS_TOGETHER = {"cuda": 8192}
-FEWEST, LONGEST = 16, 100  # shards, where there are as many rows; rows of a shard
+FEWEST, LONGEST = 16, 100  # preferred number of shards; rows of a shard
 
 
 def cut(rows: int) -> list[range]:

@@ -1,6 +1,6 @@
-"""The memory formula of docs/cost.md: a model counted from its config.json, and the peak memory of a stage.
+"""The memory formula of docs/cost.md: the counts of a model from its config.json, and the peak memory of a stage.
 
-No weights are needed.
+It needs no weights.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
 LIBRARIES = 48 * 2**20  # threads, kernels made at run time and a tokenizer, beyond the imports; about
 ALLOCATOR = 64 * 2**20  # freed memory that glibc keeps, about; none with MALLOC_MMAP_THRESHOLD_ set
 TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
-SOLVING = 8  # copies of a linear in float32 that a solver holds: conjugate gradients' four and their products; ADMM's
-GRAMS = 5  # matrices [in, in] in float32 that a solver holds: two prepared ones, and a factor with its temporaries
-BY_GRADIENTS = 5  # more copies of a linear, and as many matrices [out, out], where gradients weigh the outputs
+SOLVING = 8  # float32 copies of a linear in a solver: conjugate gradients' four and their products; ADMM's
+GRAMS = 5  # float32 matrices [in, in] in a solver: two prepared ones, and a factor with its temporaries
+BY_GRADIENTS = 5  # more copies of a linear, and as many matrices [out, out], if gradients weight the outputs
 PRODUCTS = 20  # of a linear and its Gram matrix, in a solver: conjugate gradients take 10, ADMM 20
 SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
 
@@ -31,10 +31,10 @@ class Linears:
     prunable: int  # weights of the largest block's
     linear: int  # weights of the largest
     features: int  # that a block's read and write, each by itself
-    widest: int  # the most features that one reads or puts out
+    widest: int  # the most input or output features of one linear
     squares: int  # of the features that a block's read, each by itself: Gram matrices, at most
     all_squares: int  # of all blocks
-    output_squares: int  # of the features that a block's put out: Gram matrices of gradients
+    output_squares: int  # of the output features of a block's linears: Gram matrices of gradients
     all_output_squares: int  # of all blocks
     products: int  # FLOPs of a product of each with its Gram matrix
     width: int  # bytes of a stored weight
@@ -84,7 +84,7 @@ class Sizes(Linears):
     blocks: int
     block: int  # the largest
     rest: int  # embeddings, norms and head
-    met: int  # weights of linears that a token is multiplied with: of experts, those that it is sent to
+    met: int  # weights of linears that a token passes through: of experts, the chosen ones
     pairs: int  # query features of all blocks: each pair of tokens costs them twice, for q·k and for its share of v
     head: int  # weights, also of a tied head
     hidden: int
@@ -104,7 +104,7 @@ class Sizes(Linears):
 
 @dataclass(frozen=True)
 class Memory:
-    """The most that a stage holds beyond its imports, in bytes, by purpose."""
+    """The peak memory of a stage beyond its imports, in bytes, by purpose."""
 
     weights: int = 0
     activations: int = 0
@@ -128,11 +128,11 @@ class Memory:
 
 
 def sizes(config: Path) -> Sizes:
-    """Count the model that a config.json, or the one in a directory, describes."""
+    """Count the model of a config.json, or of a directory's config.json."""
     from wanda_dvc.engine.config import read_config
     from wanda_dvc.engine.structure import empty_model
 
-    stored = read_config(config).dtype  # the model's own config says what it runs in
+    stored = read_config(config).dtype  # the default is the config's own dtype
     return count(empty_model(config), dtype=str(stored or "float32").removeprefix("torch."))
 
 
@@ -179,11 +179,11 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     logits: bool = False,
     packed: bool = False,
 ) -> Memory:
-    """Rows of `length` tokens through all blocks, two of which are held: the one at work and the next.
+    """Return the memory of rows of `length` tokens through all blocks; two blocks are loaded, the current and the next.
 
-    `text` is the bytes of the text that is tokenized. `statistics` counts what the recorder holds, `gram` its Gram
-    matrices, `crosses` its products with what the dense model reads, `logits` what the head puts out, `packed` the
-    calls that rows of several questions need, one set each.
+    `text` is the bytes of the tokenized text. `statistics` counts the recorder's sums, `gram` its Gram matrices,
+    `crosses` its products with the dense model's inputs, `logits` the head's outputs, `packed` the recorded calls of
+    rows of several questions, one set each.
     """
     from wanda_dvc.engine.calls import calls_bytes
     from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME
@@ -191,12 +191,12 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     from wanda_dvc.pruning.gram import PANEL
 
     width = WIDTH[dtype]
-    tokens = max(length, TOKENS_TOGETHER.get(device, 0))  # of several windows, where one does not fill a card
+    tokens = max(length, TOKENS_TOGETHER.get(device, 0))  # of several windows, if one does not fill a GPU
     activations = tokens * model.features * width + model.linear * width  # a matrix library packs the linear
     if statistics:
         activations += tokens * model.widest * 8  # the float32 copy of an input, and its square
-    # float64 sums of a block's shards so far and of the next one, and a panel; what is written takes less. A cross
-    # product has no panels, and waits for what the dense model reads.
+    # float64 sums of a block's shards so far and of the next one, and a panel; written files take less. A cross
+    # product has no panels, and waits for the dense model's input.
     sums = 2 * 8 * model.squares
     grams = sums + 12 * PANEL * model.widest if gram else 0
     if crosses:
@@ -215,10 +215,10 @@ def walking(  # noqa: PLR0913 - the terms of the formula
 
 
 def differentiating(model: Sizes, *, dtype: str, length: int, workers: bool = False) -> Memory:
-    """A row forward and back through a block, three times the activations; or through the head, whose logits double.
+    """Return the memory of a row forward and back through a block (three times the activations) or through the head.
 
-    With the Gram matrices of a block's gradients, what is written of them, and what packing them leaves; with `workers`
-    those of a row that come from one, which is more.
+    The head holds logits twice. Adds the Gram matrices of a block's gradients, their written form and the remains of
+    packing; with `workers`, the larger matrices of a row from one worker.
     """
     from wanda_dvc.pruning.gram import PANEL
 
@@ -228,14 +228,14 @@ def differentiating(model: Sizes, *, dtype: str, length: int, workers: bool = Fa
 
 
 def either(one: Memory, other: Memory) -> Memory:
-    """The larger of two that are not held at once."""
+    """Return the larger of two needs at different times."""
     return max(one, other, key=lambda memory: memory.total)
 
 
 def choosing(linears: Linears, *, threads: int, by_row: bool) -> Memory:
-    """A block's masks, a byte a weight, and the scores of as many linears as there are threads, or of a slice of each.
+    """Return the memory of a block's masks, a byte a weight, and of the scores of one linear per thread.
 
-    With `by_row` a linear's rows are scored some at a time.
+    With `by_row` only the scores of a slice of rows per thread count.
     """
     from wanda_dvc.pruning.choose import WEIGHTS_AT_A_TIME
 
@@ -244,9 +244,9 @@ def choosing(linears: Linears, *, threads: int, by_row: bool) -> Memory:
 
 
 def writing(linears: Linears, *, gram: bool = False, by_gradients: bool = False) -> Memory:
-    """The largest linear while it is multiplied, and the one before, which is being written; or what solving takes.
+    """Return the memory of masking the largest linear while the linear before is written, or the memory of solving.
 
-    With `gram` there are Gram matrices, with `by_gradients` also of gradients.
+    `gram` adds Gram matrices, `by_gradients` also Gram matrices of gradients.
     """
     linear, widest = linears.linear, linears.widest
     solving = SOLVING * 4 * linear + GRAMS * 4 * widest**2 if gram else 0
@@ -255,10 +255,10 @@ def writing(linears: Linears, *, gram: bool = False, by_gradients: bool = False)
 
 
 def propagating(walk: Memory, chosen: Memory, plan: "Plan", *, model: Sizes, dtype: str) -> Memory:
-    """Masks that are chosen while the blocks are walked: both, and the block at work, which is no view any more.
+    """Return the memory of choosing masks during a walk: both, and a copy of the current block's weights.
 
-    A solver is handed a packed triangle and, for a correction, a product beside it. A reconstruction gives a block new
-    weights. A training holds 24 bytes for each of the block's parameters instead of what a solver does, and three times
+    A solver receives a packed triangle and, for a correction, a cross product. A reconstruction gives a block new
+    weights. A training needs 24 bytes for each of the block's parameters instead of a solver's memory, and three times
     the activations of a window.
     """
     handed = (2 * plan.records_grams + 4 * plan.corrects) * model.widest**2

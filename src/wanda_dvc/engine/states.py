@@ -16,19 +16,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 CPU = torch.device("cpu")
-SAVED_EVERY = 60  # seconds, where a card holds all rows
+SAVED_EVERY = 60  # seconds, if a GPU holds all rows
 
 
 @dataclass
 class HiddenStates:
     """The hidden states of all rows before and after the current block, in two files that swap roles.
 
-    They are read through a memory map, so they cost page cache instead of memory, and they survive a killed process.
-    They are written with `write`: a full disk is an error then, and no page is faulted in. They are not flushed, so
-    after a power cut their content is undefined; then their checksum is another.
+    Reads go through a memory map, so hidden states cost page cache instead of memory, and survive a killed process.
+    Writes use `write`: a full disk raises an error, and no page is faulted in. Files are not flushed, so after a power
+    cut their content is undefined; a checksum detects the damage.
 
-    Rows that the device has room for stay there, the shortest first. Where all do, the files are written once a minute
-    and at the end: a block takes a card less time than its hidden states take the link and the disk.
+    Rows stay on the device as long as there is room, the shortest first. If all rows fit, the files are written once a
+    minute and at the end: on a GPU, writing hidden states to disk takes longer than computing a block.
     """
 
     folder: Path
@@ -36,23 +36,23 @@ class HiddenStates:
     width: int
     dtype: torch.dtype
     blocks: int
-    finished: int = -1  # blocks done; −1: not even the embeddings
-    not_finite: str | None = None  # where they first were not
+    finished: int = -1  # finished blocks; −1: before the embeddings
+    not_finite: str | None = None  # the place of the first non-finite states
     device: torch.device = CPU
-    room: int = 0  # bytes of the device that they may take, before and after a block together
-    _file: int = field(default=1, init=False)  # of the states before the current block, where they are in a file
+    room: int = 0  # device memory for them in bytes, before and after a block together
+    _file: int = field(default=1, init=False)  # of the states before the current block, if they are in a file
     _before: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # rows that stay on the device
     _after: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
     _saved: float = field(default_factory=time.monotonic, init=False, repr=False)
-    _checksums: list[int] = field(default_factory=lambda: [0], init=False, repr=False)  # up to each row being written
+    _checksums: list[int] = field(default_factory=lambda: [0], init=False, repr=False)  # up to each row
 
     @classmethod
     def open(
         cls, folder: Path, lengths: list[int], width: int, dtype: torch.dtype, blocks: int, **room: Any
     ) -> "HiddenStates":
-        """The states in a folder, with as many finished blocks as an interrupted run left.
+        """Open the states in a folder, with the finished blocks of an interrupted run.
 
-        Progress counts only with complete and unchanged states. `room` is `device` and `room`.
+        Progress counts only with complete and unchanged states. `room` sets `device` and `room`.
         """
         folder.mkdir(parents=True, exist_ok=True)
         states = cls(folder, lengths, width, dtype, blocks, **room)
@@ -68,29 +68,29 @@ class HiddenStates:
 
     @cached_property
     def stay(self) -> frozenset[int]:
-        """The rows that stay on the device: the shortest, as long as there is room."""
+        """Return the rows on the device: the shortest, as long as there is room."""
         by_length = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
         ends = itertools.accumulate(2 * self.lengths[row] * self.width * self.dtype.itemsize for row in by_length)
         return frozenset(row for row, end in zip(by_length, ends, strict=True) if end <= self.room)
 
     @property
     def before(self) -> list[Float[Tensor, "length width"]]:
-        """The hidden states of each row before the current block."""
+        """Yield the hidden states of each row before the current block."""
         return self._rows(self._file, self._before, range(len(self.lengths)))
 
     def after(self, rows: range) -> list[Float[Tensor, "length width"]]:
-        """The hidden states of some rows after the current block, once they are written."""
+        """Return the hidden states of some rows after the current block, once written."""
         return self._rows(1 - self._file, self._after, rows)
 
     def write(self, rows: Iterable[Float[Tensor, "length width"]], *, first: int = 0) -> None:
-        """Keep the hidden states after the current block, from one row on. OSError where the disk is full."""
+        """Keep the hidden states after the current block, from one row on. OSError if the disk is full."""
         if self._all_stay:
             self._after |= {number: row.to(self.device, self.dtype) for number, row in enumerate(rows, first)}
         else:
             self._save(self._staying(rows, first), first)
 
     def finish_block(self) -> None:
-        """Finish the current block: the states after it are those before the next."""
+        """Finish the current block: its output states become the next block's input states."""
         self.finished += 1
         self._before, self._after = self._after, {}
         if self._all_stay:
@@ -115,7 +115,7 @@ class HiddenStates:
         return len(self.stay) == len(self.lengths) > 0
 
     def _staying(self, rows: Iterable[Tensor], first: int) -> Iterator[Tensor]:
-        """The rows, those that stay kept on the way."""
+        """Yield the rows, and keep the rows that stay on the device."""
         for number, row in enumerate(rows, first):
             if number in self.stay:
                 self._after[number] = row.to(self.device, self.dtype)
@@ -128,7 +128,7 @@ class HiddenStates:
         if first == 0:
             self._checksums = [0]
         del self._checksums[first + 1 :]  # of rows that are written again
-        with path.open("r+b") as file:  # overwrites in place: the space on the disk stays allocated
+        with path.open("r+b") as file:  # overwrites in place, so that the disk space stays allocated
             file.seek(sum(self.lengths[:first]) * self.width * self.dtype.itemsize)
             for row in rows:
                 content = row.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data
@@ -140,7 +140,7 @@ class HiddenStates:
         return self.folder / f"hidden_{file}.bin"
 
     def _rows(self, file: int, staying: dict[int, Tensor], rows: range) -> list[Float[Tensor, "length width"]]:
-        """Some rows: those on the device, and the others through the map of a file."""
+        """Return some rows, from the device or through the map of a file."""
         if all(row in staying for row in rows):
             return [staying[row] for row in rows]
         lengths = self.lengths[: rows.stop]
@@ -152,14 +152,14 @@ class HiddenStates:
 
 @dataclass
 class ShardStates:
-    """The hidden states of a shard before and after a block, in memory: what a task is given, and what it returns."""
+    """The hidden states of a shard before and after a block, in memory: a task's input and output."""
 
     before: list[Float[Tensor, "_ width"]]
     not_finite: str | None = None
     _after: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def after(self, rows: range) -> list[Float[Tensor, "_ width"]]:
-        """The hidden states of some rows after the block, once they are written."""
+        """Return the hidden states of some rows after the block, once written."""
         return [self._after[row] for row in rows]
 
     def write(self, rows: Iterable[Float[Tensor, "_ width"]], *, first: int = 0) -> None:
@@ -168,13 +168,13 @@ class ShardStates:
 
 
 def not_finite(work: Path) -> str | None:
-    """Where a walk's hidden states first were not finite; None where they all are."""
+    """Return the place of the first non-finite hidden states of a walk, or None."""
     found = load_progress(work).get("not_finite")
     return found if isinstance(found, str) else None
 
 
 def load_progress(work: Path) -> dict[str, Any]:
-    """The progress that a run left in `work`; none where it is not there, or not ours."""
+    """Return the progress of an earlier run in `work`; empty if missing or of another format."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         progress = json.loads((work / "progress.json").read_text(encoding="utf-8"))
         return progress if isinstance(progress, dict) else {}
@@ -182,7 +182,7 @@ def load_progress(work: Path) -> dict[str, Any]:
 
 
 def _checksum_of(path: Path) -> tuple[int, int]:
-    """The checksum and the size of a file."""
+    """Return the checksum and the size of a file."""
     checksum = size = 0
     with path.open("rb") as file:
         while content := file.read(2**24):

@@ -1,7 +1,7 @@
-"""The structure of a causal language model: its blocks, their linears, and where the checkpoint stores each weight.
+"""The structure of a causal language model: its blocks, their linears, and the stored name of each weight.
 
-There is no family-specific code. Blocks and linears are found in the model as transformers builds it; stored names
-follow transformers' own conversion rules.
+No family-specific code: blocks and linears are found in the model built by transformers, and stored names follow
+transformers' conversion rules.
 """
 
 import math
@@ -23,12 +23,12 @@ from wanda_dvc.engine.checkpoint import Address, Source
 from wanda_dvc.engine.config import read_config, reason
 from wanda_dvc.errors import UserError
 
-_BUILDING = Lock()  # an empty model is built with functions of torch replaced, in all threads
+_BUILDING = Lock()  # building an empty model replaces functions of torch, in all threads
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stored weight and its place in a parameter: some rows, of one expert where the parameter holds several."""
+    """A stored weight and its place in a parameter: some rows, and the expert in a parameter of several."""
 
     address: Address
     rows: tuple[int, int] | None = None  # from, up to; None: all
@@ -36,18 +36,18 @@ class Part:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is the whole parameter."""
+        """Whether it is the complete parameter."""
         return self.rows is None and self.expert is None
 
     def of(self, whole: Tensor) -> Tensor:
-        """A view of this part of the parameter."""
+        """Return a view of this part of the parameter."""
         whole = whole if self.expert is None else whole[self.expert]
         return whole if self.rows is None else whole[slice(*self.rows)]
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A prunable weight [out, in], as it is stored: a module's own, some rows of one, or one expert's."""
+    """A prunable weight [out, in], as stored: a module's weight, some rows of it, or one expert's matrix."""
 
     module: nn.Module
     leaf: str
@@ -60,7 +60,7 @@ class Linear:
 
     @property
     def transposed(self) -> bool:
-        """Whether the weight is [in, out]: GPT-2's, and experts that transformers declares transposed."""
+        """Whether the weight is stored as [in, out]: GPT-2's, and experts declared transposed by transformers."""
         return _is_transposed(self.module, experts=self.part.expert is not None)
 
     @property
@@ -70,15 +70,15 @@ class Linear:
 
 
 def empty_model(folder: Path, dtype: torch.dtype = torch.float32, *, tensors: int | None = None) -> Any:
-    """The model of a directory's config.json for inference, without weights (buffers are real).
+    """Build the model of a directory's config.json for inference, without weights (buffers are real).
 
-    UserError where transformers builds none, or more blocks are asked for than there are `tensors`.
+    UserError if transformers builds no model, or the configuration has more blocks than there are `tensors`.
     """
     return build_empty(read_config(folder), str(folder / "config.json"), dtype, tensors=tensors)
 
 
 def build_empty(config: Any, where: str, dtype: torch.dtype = torch.float32, *, tensors: int | None = None) -> Any:
-    """The model of a configuration, as `empty_model`; `where` is the configuration's name in messages."""
+    """Build the model of a configuration, as `empty_model`; `where` is the configuration's name in messages."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -95,17 +95,17 @@ def build_empty(config: Any, where: str, dtype: torch.dtype = torch.float32, *, 
     try:
         with _BUILDING, init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # each model's class raises what it likes, a KeyError for an unknown activation
+    except Exception as error:  # a model's class may raise any exception, such as KeyError for an unknown activation
         raise UserError(
             f"{where}: transformers builds no {config.model_type} from it ({reason(error)}), expected "
             "sizes, activation and rope that it knows; correct it, or copy the file again"
         ) from error
-    model.tie_weights()  # parameters made anew inside the context have lost it
+    model.tie_weights()  # parameters created inside the context have lost it
     return model.eval()
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """The name of the list of blocks, and the blocks: the only module list as long as the config's number of layers."""
+    """Return the name of the list of blocks, and the list: the only module list of the config's number of layers."""
     layers = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
     lists = [
         (name, list(module))
@@ -122,13 +122,13 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The modules that hold a block's prunable weights, by the name of the parameter.
+    """Return the modules of a block's prunable weights, by the name of the parameter.
 
-    A linear is torch's `Linear`, transformers' `Conv1D` (whose weight is transposed), or one matrix of a parameter
-    [experts, ·, ·]. The gates of experts are not linears, even where the model writes them as such.
+    A linear is torch's `Linear`, transformers' `Conv1D` (with a transposed weight), or one matrix of a parameter
+    [experts, ·, ·]. The gates of experts do not count as linears, even if they are `Linear` modules.
     """
     weights: dict[str, nn.Module] = {}
-    mixtures: dict[str, int] = {}  # modules that have experts, and how many
+    mixtures: dict[str, int] = {}  # the number of experts of each module with experts
     for name, module in block.named_modules():
         inside = f"{name}." if name else ""
         if isinstance(module, (nn.Linear, Conv1D)):
@@ -141,10 +141,9 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
     owners = [_owner(name) for name in weights]
 
     def is_gate(name: str, module: nn.Module) -> bool:
-        """Whether a linear chooses experts, or weighs the shared one.
+        """Whether a linear chooses experts, or weights the shared expert.
 
-        It has one output, or one for each expert, and stands beside the experts: itself, or as the only linear of a
-        module that does.
+        It has one output, or one per expert, and is a sibling of the experts, or the only linear in a sibling.
         """
         owner = _owner(name)
         return isinstance(module, nn.Linear) and any(
@@ -157,9 +156,9 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def stored_linears(block: nn.Module, prefix: str, parts_of: Callable[[str], list[Part]]) -> dict[str, Linear]:
-    """A block's linears, named as the checkpoint stores them; each expert has its own.
+    """Return a block's linears by stored name; each expert has its own.
 
-    `prefix` is what the model has before the block's names, and `parts_of` gives the parts of a parameter.
+    `prefix` precedes the block's names in the model, and `parts_of` returns the parts of a parameter.
     """
     linears: dict[str, Linear] = {}
     for name, module in find_linears(block).items():
@@ -174,12 +173,12 @@ def stored_linears(block: nn.Module, prefix: str, parts_of: Callable[[str], list
 
 
 def _owner(weight: str) -> str:
-    """The module that contains a weight's module."""
+    """Return the parent of a weight's module."""
     return weight.rpartition(".")[0].rpartition(".")[0]
 
 
 def weight_shapes(block: nn.Module) -> list[torch.Size]:
-    """The shapes of a block's prunable weights: [out, in], or [experts, out, in] for all experts together."""
+    """Return the shapes of a block's prunable weights: [out, in], or [experts, out, in] for all experts together."""
     shapes = []
     for name, module in find_linears(block).items():
         *experts, rows, columns = module.get_parameter(name.rpartition(".")[2]).shape
@@ -193,10 +192,10 @@ def _is_transposed(module: nn.Module, *, experts: bool) -> bool:
 
 
 def stored_parts(model: Any, checkpoint: Source) -> dict[str, list[Part]]:
-    """The stored weights that each parameter and buffer is made of, by transformers' own rules.
+    """Map each parameter and buffer to its stored weights, by transformers' own rules.
 
     Stored names may differ from the model's: older checkpoints have other names (GPT-NeoX's `embed_out`), some lack
-    the base model's prefix, and each expert's matrices may be tensors of their own.
+    the base model's prefix, and each expert's matrix may be a separate tensor.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -204,7 +203,7 @@ def stored_parts(model: Any, checkpoint: Source) -> dict[str, list[Part]]:
     state = model.state_dict(keep_vars=True)
     parts: dict[str, list[Part]] = {}
     pieces: dict[str, list[tuple[str, str]]] = {}
-    for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in their order
+    for tensor in sorted(checkpoint.where, key=dot_natural_key):  # experts in index order
         name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
         if name not in state:
             _check_is_no_block(name, model, checkpoint)
@@ -221,9 +220,9 @@ def stored_parts(model: Any, checkpoint: Source) -> dict[str, list[Part]]:
 
 
 def _check_is_no_block(tensor: str, model: Any, checkpoint: Source) -> None:
-    """Raise UserError where a tensor that the model lacks belongs to a block after its last one.
+    """Raise UserError if a stored tensor belongs to a block after the model's last block.
 
-    Blocks that predict further tokens are no part of the model; transformers, or the configuration, says so.
+    Blocks for multi-token prediction do not count; transformers or the configuration declares them.
     """
     name, blocks = find_blocks(model)
     base = model.base_model_prefix
@@ -240,9 +239,9 @@ def _check_is_no_block(tensor: str, model: Any, checkpoint: Source) -> None:
 def place_parts(
     name: str, stored: list[tuple[str, str]], rule: WeightConverter, model: Any, checkpoint: Source
 ) -> list[Part]:
-    """The place in a parameter of each stored tensor (given with its pattern in the rule) that it is made of.
+    """Return each stored tensor's place in a parameter. Tensors are given with their patterns in the rule.
 
-    The rule converts small tensors of marks, and the marks are found in its result.
+    The function converts small tensors of marks by the rule, and finds the marks in the result.
 
     Raises:
         UserError: the rule does more than stack rows, expert by expert.
@@ -255,7 +254,7 @@ def place_parts(
     marks = [(torch.arange(size) + size * number).view(*shape) for number in range(len(stored))]
     rule = deepcopy(rule)
     for (pattern, tensor), mark in zip(stored, marks, strict=True):
-        rule.add_tensor(name, tensor, pattern, mark)  # type: ignore[arg-type] # it takes tensors too
+        rule.add_tensor(name, tensor, pattern, mark)  # type: ignore[arg-type] # it accepts tensors too
     parts = []
     try:
         (made,) = rule.convert(name, model=model, config=model.config).values()
@@ -269,7 +268,7 @@ def place_parts(
             result = [*([len(made)] if several else []), begin, *shapes[0][1:]]
             if result != expected or any(each[1:] != shapes[0][1:] for each in shapes):
                 raise ValueError(f"together they are {result}, expected {expected}")
-    except Exception as error:  # a rule may raise anything
+    except Exception as error:  # a rule may raise any exception
         raise UserError(
             f"{checkpoint}: {name} is made of {len(stored)} tensors like {stored[0][1]}, in an unsupported way: {error}"
         ) from error
@@ -277,7 +276,7 @@ def place_parts(
 
 
 def _find_marks(rows: Tensor, marks: list[Tensor]) -> Iterator[int]:
-    """The numbers of the marks that the rows consist of. ValueError if their elements are in another order."""
+    """Return the indices of the marks in the rows. ValueError if their elements are in another order."""
     for found in rows.split(len(marks[0])):
         number = int(found.flatten()[0]) // marks[0].numel()
         if not torch.equal(found, marks[number]):

@@ -1,7 +1,7 @@
-"""Tasks: one block on one shard, forward or backward; a shard's output head; a job. A task keeps no state.
+"""Tasks: one block on one shard, forward or backward; a shard's output head; a job. Tasks are stateless.
 
 A task takes hidden states and returns the next ones, packed, and the shard's sums. It runs in any process on any node,
-and again to the same bytes. A process caches the model's skeleton and the block that it ran last.
+and its result is byte-identical each time. A process caches the empty model and its last block.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from wanda_dvc.errors import UserError
 
 
 class Packed(NamedTuple):
-    """A tensor's bytes, which move between processes without a copy."""
+    """A tensor's bytes; processes exchange them without a copy."""
 
     content: np.ndarray[Any, np.dtype[np.uint8]]
     dtype: torch.dtype
@@ -45,7 +45,7 @@ def pack(tensor: Tensor) -> Packed:
 
 
 def unpack(packed: Packed) -> Tensor:
-    """Return the tensor, on the same memory, which may be read-only."""
+    """Return the tensor, on the packed memory, which may be read-only."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(packed.content).view(packed.dtype).view(packed.shape)
@@ -56,39 +56,39 @@ def unpack(packed: Packed) -> Tensor:
 
 @dataclass
 class Sent(Source):
-    """A checkpoint whose files are on another node. The weights of most blocks come with the tasks."""
+    """A checkpoint with files on another node. Tasks bring the weights of most blocks."""
 
     name: str  # in messages
     config: Any = None
     config_name: str = ""
     entries: Any = None  # dtype and shape of each tensor
     where: Any = None
-    tensors: Mapping[str, Packed] = field(default_factory=dict)  # of no block, and what a decoder runs when it opens
-    block: Mapping[str, Packed] = field(default_factory=dict)  # of the block at work
+    tensors: Mapping[str, Packed] = field(default_factory=dict)  # outside blocks, and of blocks run at loading
+    block: Mapping[str, Packed] = field(default_factory=dict)  # of the current block
 
     def __str__(self) -> str:
         return self.name
 
     def read(self, address: Address) -> Tensor:
-        """The tensor, or the expert's part of it. It is read-only."""
+        """Return the tensor, or the expert's part of it; read-only."""
         holder = self.block if address.tensor in self.block else self.tensors
         whole = unpack(holder[address.tensor])
         return whole if address.expert is None else whole[address.expert]
 
     def parameter(self, name: str, stored: Address | None) -> Tensor | None:
-        """The stored tensor, where there is one."""
+        """Return a stored tensor, or None."""
         return None if stored is None else self.read(stored)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint and the dtype that it runs in. Two are equal if their files and dtypes are."""
+    """A checkpoint and its compute dtype. Two are equal if their files and dtypes are equal."""
 
     folder: Path
     fingerprint: str
     dtype: torch.dtype
-    has_files: bool  # whether every node has them
-    sent: Sent | None = field(default=None, compare=False)  # where not
+    has_files: bool  # whether every node has the files
+    sent: Sent | None = field(default=None, compare=False)  # if not
 
 
 def describe(decoder: Decoder, folder: Path, *, has_files: bool) -> Model:
@@ -103,7 +103,7 @@ def describe(decoder: Decoder, folder: Path, *, has_files: bool) -> Model:
 
 
 def names(decoder: Decoder, index: int) -> list[str]:
-    """Return the names of a block's tensors, as they are stored."""
+    """Return the stored names of a block's tensors."""
     weights, prefix = decoder.weights, f"{decoder.weights.blocks_name}.{index}."
     parts = [part for name, _ in decoder.blocks[index].named_parameters() for part in weights.parts(prefix + name)]
     return list(dict.fromkeys(part.address.tensor for part in parts))
@@ -132,7 +132,7 @@ class Block:
 
 
 class _Opened:
-    """A model in this process. A block stays open for the next task: on a GPU its weights cross the link once."""
+    """A model in this process. A block stays loaded for the next task: on a GPU its weights cross the link once."""
 
     def __init__(self, model: Model, device: torch.device) -> None:
         if model.has_files and fingerprint(model.folder) != model.fingerprint:
@@ -145,11 +145,11 @@ class _Opened:
     def step(
         self, block: Block, weights: Weights, change: Change | None, rows: list[Row], states: ShardStates
     ) -> LocalStep:
-        """Return the step of a shard's rows at a block, which is opened unless it is open."""
+        """Return the step of a shard's rows at a block; load the block if needed."""
         if any(row.layout for row in rows):
-            self.decoder.forget_calls()  # a task's rows of questions are objects of its own
+            self.decoder.forget_calls()  # each task has its own copies of rows of questions
         for row in rows:
-            self.decoder.calls(row)  # the first time it runs the first block, which must not be open then
+            self.decoder.calls(row)  # the first call runs the first block, which must not be loaded yet
         every = rows * (len(states.before) // len(rows))  # the dense model's come first
         own = range(len(every) - len(rows), len(every))
         step = LocalStep(self.decoder, block.index, every, states, own, frozenset({own.start}))
@@ -169,7 +169,7 @@ class _Opened:
 _opened = lru_cache(maxsize=1)(_Opened)
 
 
-# --- tasks; each is given its device first, as jobs are ---
+# --- tasks; the first argument is the device, as in jobs ---
 
 
 @torch.no_grad()
@@ -179,7 +179,7 @@ def embed(device: torch.device, model: Model, rows: list[Row]) -> Packed:
 
 
 @torch.no_grad()
-def forward(  # noqa: PLR0913, PLR0917 - references, which Ray resolves where they are arguments
+def forward(  # noqa: PLR0913, PLR0917 - Ray resolves references only in arguments
     device: torch.device,
     model: Model,
     block: Block,
@@ -192,8 +192,8 @@ def forward(  # noqa: PLR0913, PLR0917 - references, which Ray resolves where th
 ) -> tuple[Packed, Packed | None, tuple[Sums | None, str | None]]:
     """Run a shard through a block.
 
-    Return its next hidden states, those of the dense model where they are given, and what the driver takes: the sums
-    that `recording` asks for (arguments of `LocalStep.record_shard`), and where hidden states first were not finite.
+    Return its next hidden states, the dense model's hidden states if given, and the driver's part: the sums requested
+    by `recording` (arguments of `LocalStep.record_shard`), and the place of the first non-finite hidden states.
     """
     streams, sums = [own] if dense is None else [dense, own], None
     states = ShardStates([row for stream in streams for row in _split(stream, rows)])
@@ -237,7 +237,7 @@ def backward(  # noqa: PLR0913, PLR0917 - likewise
 def head(  # noqa: PLR0913, PLR0917 - likewise
     device: torch.device, model: Model, function: Head[T, R], rows: list[Row], last: Packed, asked: T | None
 ) -> list[R]:
-    """Return what a function makes of a shard's last hidden states; nothing where it is not asked for any."""
+    """Apply a function to a shard's last hidden states; return nothing without inputs for the function."""
     if asked is None:
         return []
     return list(function(_opened(model, device).decoder, rows, _split(last, rows), asked))

@@ -1,4 +1,4 @@
-"""Trains one block on its masks, so that its output meets the dense block's."""
+"""Trains one block on its masks, to match the dense block's output."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,19 +25,19 @@ def train(  # noqa: PLR0913 - the settings of a training
     rate: float,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Train a block, which is loaded, so that its outputs on some rows meet `targets`. Each row has an input, a target.
+    """Train a loaded block to match `targets` with its outputs on some rows. Each row has an input and a target.
 
-    Returns all of its weights in float32, named and oriented as they are stored; the block itself stays as it is.
+    Returns all of its weights in float32, named and oriented as stored; the block itself does not change.
 
-    The loss is Σ (‖block(x) − target‖² / ‖target‖) / Σ ‖target‖ over a row's tokens. In the plain sum of squares one
-    token of massive activations may be nine tenths of a row; relative to its own square it is one of thousands, and
-    what all others attend to is lost. Adam takes one row a step, in an order drawn from the seed and the block's
-    number. Its learning rate falls as a cosine to 0, from `rate` times the root mean square of a parameter's weights
-    that stay: models differ tenfold in scale. Weights that a mask does not keep stay 0. The block runs in the dtype of
-    the walk. As arXiv 2510.14444, and Transformer Matching in 3BASiL, but for the tokens' and the parameters' scales.
+    The loss is Σ (‖block(x) − target‖² / ‖target‖) / Σ ‖target‖ over a row's tokens. In the plain sum of squares, one
+    token of massive activations may be nine tenths of a row. Relative to its own square it is one token of thousands,
+    although all others attend to it. Adam takes one row a step, in an order drawn from the seed and the block's index.
+    Its learning rate falls as a cosine to 0, from `rate` times the root mean square of a parameter's kept weights:
+    models differ tenfold in scale. Pruned weights stay 0. The block runs in the dtype of the walk. As arXiv 2510.14444,
+    and Transformer Matching in 3BASiL, except for the scales of tokens and parameters.
 
-    Memory in bytes: 24 for each parameter of the block (itself, its gradient, Adam's two, the masked one and that in
-    the walk's dtype), and what autograd keeps of one row.
+    Memory in bytes: 24 for each parameter of the block (itself, its gradient, Adam's two moments, the masked parameter
+    and its copy in the walk's dtype), and autograd's copies for one row.
     """
     block, device, dtype = decoder.blocks[index], decoder.device, decoder.dtype
     names = {id(p): name for name, p in block.named_parameters()}
@@ -79,13 +79,13 @@ def train(  # noqa: PLR0913 - the settings of a training
 
 
 def _scale(parameter: Tensor) -> float:
-    """Return the root mean square of what is not 0; at least 1e-3, so that a bias of zeros can move (as Adafactor)."""
+    """Return the root mean square of nonzero values; at least 1e-3, so that zero biases can change (as Adafactor)."""
     rms = torch.linalg.vector_norm(parameter) / max(1, parameter.count_nonzero().item()) ** 0.5
     return max(1e-3, rms.item())
 
 
 def _order(rows: int, epochs: int, seed: int, block: int) -> Iterator[int]:
-    """Yield the rows of every epoch, each in an order of its own."""
+    """Yield the rows of every epoch, in a new order per epoch."""
     generator = torch.Generator().manual_seed(seed * 100_003 + block)
     for _ in range(epochs):
         yield from torch.randperm(rows, generator=generator).tolist()

@@ -1,6 +1,6 @@
-"""Many rows through all blocks, one block at a time.
+"""Runs many rows through all blocks, one block at a time.
 
-Between two blocks the hidden states of all rows wait in files. So neither the model nor the data has to fit in memory,
+Between two blocks, files hold the hidden states of all rows. So neither the model nor the data has to fit in memory,
 and an interrupted run resumes at the last finished block.
 """
 
@@ -33,10 +33,9 @@ def walk(
 ) -> Iterator["LocalStep"]:
     """Yield a step for each block; its `advance` runs the rows through the block.
 
-    The walk resumes after the last block that was finished in `work` with these rows. `kept` is the number of blocks
-    whose results the caller has from an interrupted run; if more blocks are finished, the walk starts again. With
-    `with_dense` each row runs twice: `LocalStep.dense` are the rows of the dense model, which see no change of a block,
-    and `LocalStep.own` the others.
+    The walk resumes after the last finished block in `work` for these rows. The caller has the results of `kept` blocks
+    from an interrupted run; if more blocks are finished, the walk starts again. With `with_dense` each row runs twice:
+    `LocalStep.dense` are the rows of the dense model, without changes of blocks, and `LocalStep.own` the others.
     """
     if kept == len(decoder.blocks):
         return
@@ -56,9 +55,9 @@ def walk(
 
 @torch.no_grad()
 def begin(decoder: Decoder, rows: list[Row], work: Path, *, kept: int | None, room: int | None = None) -> HiddenStates:
-    """The hidden states that an earlier run has left in `work`, or those before the first block.
+    """Return the hidden states of an earlier run in `work`, or the hidden states before the first block.
 
-    `kept` is `walk`'s. `room` is the bytes of a card that they may take; None: as much as there is.
+    `kept` is `walk`'s. `room` limits their GPU memory in bytes; None: all available memory.
     """
     decoder.check_tokens(rows)
     states = _states(decoder, rows, work, decoder.room() if room is None else room)
@@ -73,7 +72,7 @@ def begin(decoder: Decoder, rows: list[Row], work: Path, *, kept: int | None, ro
 
 
 def outputs(decoder: Decoder, rows: Rows, work: Path) -> list[Float[Tensor, "length width"]]:
-    """The hidden states after the last block, as `walk` left them: views of a file in `work`."""
+    """Return the hidden states after the last block of a finished `walk`: views of a file in `work`."""
     states = _states(decoder, as_rows(rows), work)
     if states.finished != len(decoder.blocks):
         raise UserError(f"{work}: hidden states are incomplete, expected those after all blocks; run the stage again")
@@ -91,19 +90,19 @@ class LocalRunner(Runner):
     """Runs rows in this process."""
 
     decoder: Decoder
-    work: Path  # where the hidden states wait
+    work: Path  # for the hidden states
     _rows: list[Row] = field(default_factory=list, init=False)
-    _states: HiddenStates | None = field(default=None, init=False)  # of the walk, where it ran in this process
+    _states: HiddenStates | None = field(default=None, init=False)  # of the walk, if it ran in this process
 
     @property
     def not_finite(self) -> str | None:
-        """Where the hidden states first were not finite."""
+        """The place of the first non-finite hidden states."""
         return not_finite(self.work)
 
     def walk(
         self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, changes: Changes | None = None
     ) -> Iterator["LocalStep"]:
-        """All rows through all blocks. Without hidden states it starts again, and needs no changes."""
+        """Run all rows through all blocks. Without hidden states it starts again, and needs no changes."""
         self._rows, self._states = as_rows(rows), None
         for step in walk(self.decoder, self._rows, self.work, kept=kept, with_dense=with_dense):
             assert isinstance(step.states, HiddenStates)
@@ -111,12 +110,12 @@ class LocalRunner(Runner):
             yield step
 
     def backward(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
-        """All rows through all blocks and back."""
+        """Run all rows forward and backward through all blocks."""
         return backward(self.decoder, as_rows(rows), self.work / "back", gram=gram, kept=kept)
 
     def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
-        """What a function makes of some shards' last hidden states."""
-        states = self._states  # on a GPU that has room for them, they do not cross the link again
+        """Apply a function to some shards' last hidden states."""
+        states = self._states  # if they fit on the GPU, they do not cross the link again
         done = states is not None and states.finished == len(self.decoder.blocks)
         hidden = states.before if states and done else outputs(self.decoder, self._rows, self.work)
         for number, shard in enumerate(shards.cut(len(self._rows))):
@@ -125,7 +124,7 @@ class LocalRunner(Runner):
                 yield from function(self.decoder, self._rows[place], hidden[place], asked[number])
 
     def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
-        """What a function makes of each thing asked."""
+        """Apply a function to each input."""
         return LocalJobs(solving_device(self.decoder.device)).each(function, asked)
 
 
@@ -148,16 +147,16 @@ class LocalStep(Step):
 
     @property
     def weights(self) -> dict[str, Linear]:
-        """All weights of the block, named as the checkpoint stores them: its linears, then norms, biases and gates."""
+        """Return all weights of the block by stored name: its linears, then norms, biases and gates."""
         return self.decoder.weights.of_block(self.index)
 
     @property
     def dense(self) -> range:
-        """The rows that see no change of a block, where a walk takes them along."""
+        """The rows of the dense model, if the walk includes them."""
         return range(self.own.start)
 
     def record(self, *, gram: bool = False, crosses: bool = False) -> Recorded:
-        """Every row through this block, shard by shard; what its linears read."""
+        """Run every row through this block, shard by shard; return the statistics of its linears' inputs."""
         if self.dense:
             self.advance(rows=self.dense)
         total = Sums()
@@ -166,20 +165,20 @@ class LocalStep(Step):
         return total.of(self.linears)
 
     def record_shard(self, shard: range, *, gram: bool, crosses: bool) -> Sums:
-        """Some of the own rows through this block; the sums of what its linears read."""
+        """Run some of the own rows through this block; return the sums of its linears' inputs."""
         recorder = CrossRecorder(gram=gram) if crosses else InputRecorder(gram=gram)
         rows = range(self.own.start + shard.start, self.own.start + shard.stop)
         self.advance(recorder, rows=rows, dense=shard if crosses else None)
         return recorder
 
     def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Every own row through this block once more, with `weights`, and of other linears those that masks keep."""
+        """Run every own row through this block once more, with `weights`; mask the weights of other linears."""
         self.prune({name: keeps[name] for name in keeps if name not in weights})
         self.replace(weights)
         self.advance(rows=self.own)
 
     def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
-        """The block's weights after a training on the masks that begins with other weights; the block has those."""
+        """Train the block on the masks, from other weights, which the block gets; return the trained weights."""
         self.prune({name: keeps[name] for name in keeps if name not in weights})
         self.replace(weights)
         start = self.own.start
@@ -195,7 +194,7 @@ class LocalStep(Step):
 
     @torch.no_grad()
     def replace(self, weights: Mapping[str, Tensor]) -> None:
-        """Give this block other weights, oriented as they are stored, until the next step."""
+        """Give this block other weights, oriented as stored, until the next step."""
         own = self.weights
         for name, weight in weights.items():
             if weight.shape != own[name].weight.shape:
@@ -205,13 +204,13 @@ class LocalStep(Step):
 
     @torch.no_grad()
     def prune(self, keeps: Mapping[str, Tensor]) -> None:
-        """Zero the weights of this block that masks don't keep, until the next step."""
+        """Zero this block's weights outside the masks, until the next step."""
         linears = self.linears
         for name, keep in keeps.items():
             self._writable(linears[name]).mul_(keep.to(self.decoder.device))
 
     def _writable(self, linear: Linear) -> Tensor:
-        """A linear's weight in a copy of its parameter. It was a view of the checkpoint, or stays for later walks."""
+        """Return a linear's weight in a copy of its parameter: the original is a view, or needed by later walks."""
         if (linear.module, linear.leaf) not in self._own:
             self._own.add((linear.module, linear.leaf))
             set_parameter(linear.module, linear.leaf, linear.module.get_parameter(linear.leaf).clone())
@@ -221,10 +220,10 @@ class LocalStep(Step):
     def advance(
         self, recorder: InputRecorder | None = None, *, rows: range | None = None, dense: range | None = None
     ) -> None:
-        """Every row through this block, or some; a recorder sees the inputs of the block's linears.
+        """Run every row through this block, or some; a recorder sees the inputs of the block's linears.
 
-        Before the next step every row has to advance, in order; the last time counts. A
-        `CrossRecorder` sees the rows of `dense`, one for each, as the dense model's.
+        Every row must advance, in order, before the next step; the last run counts. A
+        `CrossRecorder` sees the matching row of `dense` as the dense model's.
         """
         rows = range(len(self.rows)) if rows is None else rows
         groups = [range(row, row + 1) for row in rows] if dense else self._groups(rows)
@@ -235,13 +234,13 @@ class LocalStep(Step):
             recorder.check_finite(self.index)
 
     def _groups(self, rows: range) -> list[range]:
-        """Neighbours of one length that go through the block together."""
+        """Yield neighbours of one length, to run through the block together."""
         groups: list[range] = []
         for number in rows:
             row, last = self.rows[number], groups[-1] if groups else None
             most = self.decoder.together(row)
             fits = last and len(last) < most and len(self.rows[last.start].tokens) == len(row.tokens)
-            if last and fits and number not in self.starts:  # what a card computes depends on what goes together
+            if last and fits and number not in self.starts:  # on a GPU, results depend on the composition of a batch
                 groups[-1] = range(last.start, number + 1)
             else:
                 groups.append(range(number, number + 1))
@@ -253,7 +252,7 @@ class LocalStep(Step):
         return groups
 
     def _together(self, every: Sequence[Tensor], rows: range) -> Float[Tensor, "rows length width"]:
-        """Hidden states of rows of one length, on the device."""
+        """Return the hidden states of rows of one length, on the device."""
         if len(rows) == 1:
             return every[rows.start][None].to(self.decoder.device)
         return torch.stack([every[row].to(self.decoder.device) for row in rows])
@@ -281,7 +280,7 @@ class LocalStep(Step):
             )
 
     def _check_finite(self, rows: list[int], finite: list[Tensor]) -> None:
-        """Keep what first was not finite. The host waits for a GPU here, once for all rows."""
+        """Keep the place of the first non-finite value. The host waits for a GPU here, once for all rows."""
         if self.states.not_finite is None and rows:
             found = torch.stack(finite).tolist()
             if not all(found):
@@ -290,7 +289,7 @@ class LocalStep(Step):
                 self.states.not_finite = self._first_not_finite(before[0], self.rows[number])
 
     def _first_not_finite(self, before: Float[Tensor, "length width"], row: Row) -> str:
-        """What first gave a number that is not finite, as this row goes through the block once more."""
+        """Run this row through the block once more; return the first module with a non-finite result."""
         if not before.isfinite().all():
             return "embeddings" if self.index == 0 else f"the blocks before block {self.index}"
         with finding_not_finite(self.linears) as found:

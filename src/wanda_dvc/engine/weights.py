@@ -1,4 +1,4 @@
-"""The weights of a model: read from its checkpoint, converted, and held while their block is loaded."""
+"""The weights of a model: reads them from its checkpoint, converts them, and holds a block's weights while loaded."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from wanda_dvc.errors import UserError
 
 
 class Weights:
-    """The tensors of a model without weights. A block has its own while `loaded`, and is empty otherwise.
+    """Loads weights into an empty model. A block has weights while `loaded`, and is empty otherwise.
 
-    While a block is loaded, a thread reads the next one; on a GPU it copies through a CUDA stream of its own.
+    While a block is loaded, a thread reads the next block; on a GPU it copies through a separate CUDA stream.
     """
 
     def __init__(self, model: Any, checkpoint: Source, *, device: torch.device) -> None:
-        """Read what is in no block."""
+        """Read all weights outside blocks."""
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.blocks_name, self.blocks = find_blocks(model)
         self._parts = stored_parts(model, checkpoint)
@@ -35,13 +35,13 @@ class Weights:
         self._load_rest()
 
     def parts(self, name: str) -> list[Part]:
-        """The stored weights that a parameter is made of."""
+        """Return the stored weights of a parameter."""
         if name not in self._parts:
             raise missing(self.checkpoint, name)
         return self._parts[name]
 
     def of_block(self, index: int) -> dict[str, Linear]:
-        """All weights of a block, named as the checkpoint stores them: its linears, then all others."""
+        """Return all weights of a block by stored name: its linears, then all others."""
         linears, block = self.linears(index), self.blocks[index]
         held = {(linear.module, linear.leaf) for linear in linears.values()}
         others: dict[str, Linear] = {}
@@ -53,7 +53,7 @@ class Weights:
         return linears | others
 
     def linears(self, index: int) -> dict[str, Linear]:
-        """The prunable weights of a block, named as the checkpoint stores them; each expert has its own."""
+        """Return the prunable weights of a block by stored name; each expert has its own."""
         block, prefix = self.blocks[index], f"{self.blocks_name}.{index}."
         linears, weights = stored_linears(block, prefix, self.parts), find_linears(block)
         largest = max((linear.weight.numel() for linear in linears.values()), default=0)
@@ -69,15 +69,15 @@ class Weights:
 
     @contextlib.contextmanager
     def loaded(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
-        """One block with its weights; it is empty again afterwards.
+        """Load one block's weights inside the context; the block is empty again afterwards.
 
-        `then` comes after it; None: the next one. Where that is the same block again, it is not read again.
+        `then` is the following block; None: the next index. If it is this block again, it is not read again.
         """
         tensors = self._take(index, index + 1 if then is None else then)
         for name, tensor in tensors.items():
             set_parameter(self.blocks[index], name, tensor)
         if then != index:
-            tensors = {}  # the memory of a parameter that is replaced is free at once
+            tensors = {}  # frees a replaced parameter's memory at once
         try:
             yield self.blocks[index]
         finally:
@@ -88,19 +88,19 @@ class Weights:
                 self._ahead[1].set_result(tensors)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
-        """A block's tensors from the checkpoint. On a GPU the current block does not wait for the copy."""
+        """Return a block's tensors from the checkpoint. On a GPU the current block does not wait for the copy."""
         prefix = f"{self.blocks_name}.{index}."
         with self._copies.running():
             tensors = self._read({prefix + name: parameter for name, parameter in self._empty[index].items()})
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def _take(self, index: int, then: int) -> dict[str, Tensor]:
-        """A block's tensors; those of the one that comes then are being read when this returns."""
+        """Return a block's tensors; a thread then reads the following block."""
         if self._ahead is not None and self._ahead[0] == index:
             tensors, self._ahead = self._ahead[1].result(), None
         else:
             if self._ahead is not None and self._ahead[0] != then:
-                self._ahead = None  # its memory is free before more is read
+                self._ahead = None  # frees its memory before the next read
             tensors = self.read_block(index)
         self._copies.finish(tensors.values())
         if 0 <= then < len(self.blocks) and then != index and (self._ahead is None or self._ahead[0] != then):
@@ -108,10 +108,10 @@ class Weights:
         return tensors
 
     def _read(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Tensors for parameters by their full names, in the parameter's dtype, on the device.
+        """Return tensors for parameters by full name, in the parameter's dtype, on the device.
 
-        On a CPU, a tensor that is stored whole in this dtype is a view of the file; a parameter of a
-        model in memory is itself, in its own dtype and place. All others are copies.
+        On a CPU, a tensor stored as one piece in this dtype is a view of the file. A parameter of a
+        model in memory stays itself, in its own dtype and place. All others are copies.
         """
         found = {}
         for name, parameter in parameters.items():
@@ -127,7 +127,7 @@ class Weights:
         return found
 
     def _placed(self, tensor: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
-        """A tensor in the dtype of a parameter, on the device."""
+        """Return a tensor in the dtype of a parameter, on the device."""
         if tensor.shape != parameter.shape:
             raise UserError(f"{self.checkpoint}: {name} is {list(tensor.shape)}, expected {list(parameter.shape)}")
         if (tensor.device, tensor.dtype) != (self.device, parameter.dtype):
@@ -136,9 +136,9 @@ class Weights:
         return tensor
 
     def _load_rest(self) -> None:
-        """Load everything but the blocks. A tied head is the embeddings' own parameter, and stored once or twice.
+        """Load all weights outside blocks. A tied head is the embeddings' parameter, stored once or twice.
 
-        Where both are stored and differ, each is its own, whatever the configuration says: transformers does the same.
+        If both are stored and differ, they are separate, for any configuration, as in transformers.
         """
         inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         names: dict[int, list[str]] = {}
@@ -165,7 +165,7 @@ class Weights:
 
 
 def set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Set a parameter of a module, by its name from there."""
+    """Set a parameter of a module, by its name relative to the module."""
     owner, _, leaf = name.rpartition(".")
     parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
     module.get_submodule(owner)._parameters[leaf] = parameter

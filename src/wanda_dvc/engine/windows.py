@@ -1,4 +1,4 @@
-"""From text to rows of tokens."""
+"""Turns text into windows of tokens."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -14,24 +14,24 @@ from wanda_dvc.errors import UserError
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a model's directory. UserError if it does not load."""
+    """Load the tokenizer of a model's directory. UserError if it does not load."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # its library raises what it likes for a damaged file
+    except Exception as error:  # for a damaged file, its library may raise any exception
         raise UserError(
             f"{model}: no tokenizer that loads ({reason(error)}), expected tokenizer.json or its like; copy it again"
         ) from error
 
 
 def tokenize(text: str, tokenizer: Any) -> Int[Tensor, " tokens"]:
-    """The tokens of the whole text, with the tokenizer's defaults (a first token, where it adds one, comes once)."""
+    """Return the tokens of the complete text, by the tokenizer's defaults (a BOS token, if any, appears once)."""
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
 def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int) -> Int[Tensor, "samples length"]:
-    """Windows at random places, drawn as the Wanda authors do: `randint(0, tokens − length − 1)` from `seed`."""
+    """Draw windows at random places, as the Wanda authors do: `randint(0, tokens − length − 1)` from `seed`."""
     if len(tokens) <= length:
         raise UserError(
             f"calibration text: {len(tokens)} tokens, expected more than {length} (calibration.length); "
@@ -44,7 +44,7 @@ def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int
 def between(
     tokens: Int[Tensor, " tokens"], *, windows: int, samples: int, length: int, seed: int
 ) -> list[Int[Tensor, " length"]]:
-    """Return the first windows of the text that share no token with those of `draw`; fewer where the text is short."""
+    """Return the first windows of the text without tokens of `draw`'s windows; fewer if the text is short."""
     found, end = list[Tensor](), 0
     for start in [*_starts(tokens, samples=samples, length=length, seed=seed).sort().values.tolist(), len(tokens)]:
         found += tokens[end:start].split(length)[: (start - end) // length] if start > end else ()
@@ -66,18 +66,18 @@ def draw_from_documents(  # noqa: PLR0913 - the documents, and how many windows 
     seed: int,
     held_out: int = 0,
 ) -> Int[Tensor, "windows length"]:
-    """Windows within documents, drawn as the Wanda authors draw them from C4.
+    """Draw windows within documents, as the Wanda authors do from C4.
 
-    After the samples come `held_out` windows, of documents that no sample is from; fewer where there are no others.
+    After the samples follow `held_out` windows, from documents without samples; fewer if no documents are left.
 
     For each sample, from one generator:
 
         while True: i = randint(0, documents − 1); break if document i has more than `length` tokens
         start = randint(0, its tokens − length − 1)
 
-    The draws are the same, with two faults corrected. A document is tokenized only if it can be long enough: each
-    token stands for at least one byte, except those that the tokenizer adds to an empty text and one more before a
-    first word. And the search ends where no document is long enough.
+    The draws are identical, but two faults are fixed. A document is tokenized only if it can be long enough: each
+    token covers at least one byte, except tokens that the tokenizer adds to an empty text and one more before a first
+    word. And the search ends if no document is long enough.
     """
     extra = len(tokens_of("")) + 1
     excluded: set[int] = set()  # too short, or not held out
@@ -113,7 +113,7 @@ def draw_from_documents(  # noqa: PLR0913 - the documents, and how many windows 
 
 
 def cut(tokens: Int[Tensor, " tokens"], *, length: int, windows: int | None) -> Int[Tensor, "windows length"]:
-    """Consecutive windows without overlap, at most `windows` of them; the rest of the text is dropped."""
+    """Cut the text into consecutive windows without overlap, at most `windows`; the rest is dropped."""
     whole = len(tokens) // length
     if whole < (windows or 1):
         raise UserError(
@@ -125,6 +125,6 @@ def cut(tokens: Int[Tensor, " tokens"], *, length: int, windows: int | None) -> 
 
 
 def left_over(tokens: Int[Tensor, " tokens"], *, length: int) -> Int[Tensor, " rest"] | None:
-    """The tokens that `cut` drops after all whole windows, if at least one can be predicted (the first can't)."""
+    """Return the tokens after the last window of `cut`, if at least two are left (the first predicts nothing)."""
     rest = tokens[len(tokens) // length * length :]
     return rest if len(rest) >= 2 else None

@@ -1,8 +1,8 @@
-"""Allocation: how much each block, or each linear, gives up, so that the mean is the sparsity asked for.
+"""Allocation: the sparsity of each block or linear, with the requested sparsity as the mean.
 
-Shares are exact fractions in [0, 1]. Their mean, weighted by the parts' sizes (their numbers of weights), equals the
-sparsity exactly. Within a part whole weights go, ⌊size · share⌋ of each group: what is removed falls short of the share
-by less than one weight a group, as it does with a uniform share.
+Shares are exact fractions in [0, 1]. Their mean, weighted by the number of weights in each part, equals the sparsity
+exactly. Within a part, ⌊size · share⌋ weights of each group are removed: less than one weight a group below the share,
+as with a uniform share.
 """
 
 import bisect
@@ -19,8 +19,8 @@ DIGITS = 10**6  # shares are rounded to so many parts before they are shifted
 OUTLIER = 5  # OWL's M for LLaMA
 STEPS = 40  # of a bisection
 GREEDY = 128  # inputs among which LSA drops half
-BIN = 19  # bits of a float32 that two scores of one bin may differ in: 16 bins an octave
-MOST = 0.97  # of a linear, that the Fisher allocation takes: one that loses all its weights puts out nothing
+BIN = 19  # low bits of a float32 that do not change a score's bin: 16 bins an octave
+MOST = 0.97  # largest share of a linear in the Fisher allocation: a linear without weights has no output
 
 
 def uniform(sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
@@ -36,7 +36,7 @@ def slope(sparsity: Fraction, sizes: Sequence[int], step: Fraction) -> list[Frac
 def owl(sparsity: Fraction, sizes: Sequence[int], outliers: Sequence[float], spread: float) -> list[Fraction]:
     """Return OWL's shares: a block with more outliers keeps more. Yin et al. 2024, arXiv 2310.05175.
 
-    What is kept is (D − min D) / (max D − min D) · 2λ, shifted; D is each block's `outlier_ratio`, λ the spread.
+    The kept fraction is (D − min D) / (max D − min D) · 2λ, shifted; D is each block's `outlier_ratio`, λ the spread.
     """
     return _spread([-ratio for ratio in outliers], 2 * spread, sparsity, sizes)
 
@@ -45,8 +45,8 @@ def lsa(sparsity: Fraction, sizes: Sequence[int], errors: Sequence[float], sprea
     """Return LSA's shares: a part with a lower `greedy_error` keeps more. ICLR 2026.
 
     https://openreview.net/forum?id=xq3lza5IjN. With I = 1 − E / ΣE, scaled to [0, 2β], the share is s + mean(I) − I;
-    β is the spread. A block's E is the mean of its linears'. In the paper the
-    shares' mean is over blocks, here over weights.
+    β is the spread. A block's E is the mean over its linears. The paper averages shares over blocks, this function
+    over weights.
     """
     return _spread(errors, 2 * spread, sparsity, sizes)
 
@@ -54,10 +54,10 @@ def lsa(sparsity: Fraction, sizes: Sequence[int], errors: Sequence[float], sprea
 def fisher(
     sparsity: Fraction, sizes: Sequence[int], counts: Sequence[Int[Tensor, " bins"] | None], spread: float
 ) -> list[Fraction]:
-    """Return the shares of linears with which their weights of the lowest scores in the whole model go.
+    """Return each linear's share when the lowest scores of all linears together are pruned.
 
-    `counts` are each linear's `count_scores`. A share differs from the sparsity by at most `spread` and is at most
-    0.97, or the sparsity; a linear without counts has the sparsity. Within a bin scores are taken to be spread evenly.
+    `counts` are each linear's `count_scores`. A share differs from the sparsity by at most `spread`. It is at most 0.97
+    or the sparsity. A linear without counts has the sparsity. Scores are assumed to be evenly spread within a bin.
     """
     known = [number for number, bins in enumerate(counts) if bins is not None]
     asked = float(sparsity)
@@ -92,7 +92,7 @@ def count_scores(score: Float[Tensor, "..."]) -> Int[Tensor, " bins"]:
 def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], times: float = OUTLIER) -> float:
     """Return the percentage of a block's scores that are above `times` their mean: OWL's D.
 
-    `scores` yields them in parts, twice: none has to be held while the next is made.
+    `scores` yields the scores in parts, twice. Only one part is in memory at a time.
     """
     sums = [(score.numel(), score.sum(dtype=torch.float64).item()) for score in scores()]
     mean = sum(total for _, total in sums) / sum(count for count, _ in sums)
@@ -103,8 +103,8 @@ def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], times: f
 def greedy_error(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
     """Return the error ‖(W−Ŵ)X‖² of dropping half of each row greedily: LSA's E.
 
-    Among 128 inputs at a time the weight goes whose ε is the lowest, 64 times; ε, what the error grows by if a weight
-    goes next, starts at G_jj w_j² and grows by 2 w_i w_j G_ij when w_i goes.
+    In each slice of 128 inputs, the weight with the lowest ε is dropped, 64 times. ε is the increase of the error if
+    the weight is dropped next. It starts at G_jj w_j² and grows by 2 w_i w_j G_ij when w_i is dropped.
     """
     w, error = weight.float(), 0.0
     growth = w.square().mul_(gram.diagonal())
@@ -124,7 +124,7 @@ def greedy_error(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) 
 
 
 def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
-    """Return `raw` plus one constant, cut to [0, 1], so that the mean by size is the sparsity exactly.
+    """Return `raw` plus one constant, clipped to [0, 1]; the mean weighted by size is exactly the sparsity.
 
     ValueError where the lengths differ or the sparsity is not in [0, 1].
     """
@@ -148,10 +148,10 @@ def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> 
 def settle(
     shares: Sequence[Fraction], sparsity: Fraction, groups: Sequence[Sequence[tuple[int, int]]]
 ) -> list[Fraction]:
-    """Return shares with one constant added, so that whole weights removed of each group come nearest to the sparsity.
+    """Return shares plus one constant, chosen to bring the count of removed weights nearest to the sparsity.
 
-    `groups` has for each part (number, size) of the groups that compete, such as a linear's rows. Rounded down, each
-    loses up to one weight less than its share: at 50 % of rows of 576 that would be a sparsity of 0.4993.
+    `groups` has (number, size) of the competing groups of each part, such as a linear's rows. Counts are rounded down,
+    so each group loses up to one weight too few. For rows of 576 at 50 % the sparsity would be 0.4993.
     """
     total = sum(number * size for part in groups for number, size in part)
 
@@ -171,7 +171,7 @@ def settle(
 
 
 def _spread(values: Sequence[float], width: float, sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
-    """Return shares that rise with the values, over `width` between least and greatest; equal ones all alike."""
+    """Return shares that rise with the values, `width` from least to greatest; equal values give equal shares."""
     low, high = min(values), max(values)
     scale = width / (high - low) if high > low else 0.0
     return shift([Fraction(round((value - low) * scale * DIGITS), DIGITS) for value in values], sparsity, sizes)

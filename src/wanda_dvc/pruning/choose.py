@@ -1,4 +1,4 @@
-"""From the weights and statistics of a block to its masks, and to the weights that stay."""
+"""Compute a block's masks, and the new values of the kept weights, from weights and statistics."""
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,7 @@ WEIGHTS_AT_A_TIME = 2**20
 
 @runtime_checkable
 class Readers(Protocol):
-    """Who reads which distinct input of a block, as its statistics and its Gram matrices know."""
+    """The readers of each distinct input of a block; statistics and Gram matrices implement it."""
 
     @property
     def readers(self) -> dict[str, list[str]]:
@@ -41,7 +41,7 @@ Share = Fraction | Mapping[str, Fraction]  # of a block's weights that go, or of
 
 @dataclass(frozen=True)
 class Target:
-    """How much goes, and where zeros may stand: of one linear, or of all with the same share."""
+    """The share of weights to prune and the pattern, for one linear or for several with the same share."""
 
     share: Fraction  # of the weights that go
     pattern: str = "unstructured"
@@ -64,10 +64,10 @@ def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is c
     name: str = "weight",
     worth: Float[Tensor, " out"] | None = None,
 ) -> Bool[Tensor, "out in"]:
-    """Return `keep` for one linear; `name` stands in messages. `worth` multiplies the scores of each row.
+    """Return `keep` for one linear, on the weight's device; `worth` multiplies the scores of each row.
 
-    It is made where the weight is. Where a row's mask depends on that row alone, the host takes rows some at a time:
-    memory does not grow with the linear. UserError where a score is not finite, or the target is out of reach.
+    Messages use `name`. Where rows do not compete, the host takes a slice of rows at a time: memory does not grow with
+    the linear. UserError where a score is not finite, or the target is out of reach.
     """
     score = function_of(method.function)
     x, by_row = x.to(weight.device), method.selects_by_row(target.pattern, target.group) and weight.device.type == "cpu"
@@ -76,7 +76,7 @@ def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is c
     for rows, into in zip(weight.split(rows_at_a_time), keep.split(rows_at_a_time), strict=True):
         scored = score(rows.contiguous(), x)
         scored = scored.float() if scored.dtype in (torch.bfloat16, torch.float16) else scored  # numpy has no bfloat16
-        if worth is not None:  # of the whole linear: rows compete
+        if worth is not None:  # needed only where rows compete
             scored = scored * worth.to(scored)[:, None]
         if not scored.amax().isfinite():
             raise UserError(f"{name}: scores that are not finite; its weights or the activations it reads overflow")
@@ -102,9 +102,9 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
     """Return the `keep` masks of one block's linears, oriented as their weights are stored.
 
     `weights` reads a linear's stored weight. `targets` has an entry for each linear, or is the same for all. `grams`
-    holds the Gram matrix of each distinct input where the method needs it. Scored linears are chosen on `device`, or
-    where their weights are: on a card one at a time, on the host in parallel, by as many threads as torch has. A solver
-    uses all of a device for one linear, and runs where its Gram matrix is.
+    holds the Gram matrix of each distinct input where the method needs it. Masks from scores are computed on `device`,
+    by default the weight's: one at a time on a GPU, in parallel on the host, with torch's number of threads. A solver
+    uses all of a device for one linear, and runs on the device of the Gram matrix.
     """
     if isinstance(targets, Target):
         targets = {name: targets for names in block.readers.values() for name in names}
@@ -119,7 +119,7 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
             there = weight.to(prepared.gram.device)
             if name in worths:  # a row's problem is the same at every scale
                 there = there.float() * worths[name].to(there.device)[:, None]
-            group = "row" if target.group == "row" else "layer"  # how rows are weighed is no matter of a solver
+            group = "row" if target.group == "row" else "layer"  # solvers ignore the row weights
             solved = solve(there, prepared, share=target.share, pattern=target.pattern, group=group)
             chosen[name] = turned(solved.keep, across).contiguous()
         return chosen
@@ -148,12 +148,12 @@ def targets_of(block: Readers, *, share: Share, pattern: str, group: str) -> dic
 
 
 def weighs(target: Target, block: BlockStats, name: str) -> bool:
-    """Whether a linear's rows count by their Fisher information; without any they all count alike."""
+    """Whether Fisher information weights a linear's rows; without any, all rows count alike."""
     return target.group == "fisher" and target.pattern == "unstructured" and name in block.fisher
 
 
 def row_worth(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
-    """Return F^¼ over its mean, float32: the root of what the score asks for, √F, whose square root did better."""
+    """Return F^¼ over its mean, float32. The score's formula asks for √F; F^¼ did better."""
     worth = fisher.double() ** 0.25
     return (worth / worth.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
@@ -166,9 +166,9 @@ def aim_block(
     crosses: Mapping[str, Tensor],
     strength: float,
 ) -> dict[str, Tensor]:
-    """Return the weights that one block's linears aim at, so that pruned inputs give the dense outputs; as stored.
+    """Return the target weights of a block's linears: with them, pruned inputs give the dense outputs.
 
-    float32. `crosses` holds X_denseᵀX of the distinct inputs; the readers of one without keep their weights.
+    float32, as stored. `crosses` holds X_denseᵀX of the distinct inputs; linears without it keep their weights.
     """
     aimed = {}
     sources = {name: source for source, names in block.readers.items() for name in names}
@@ -194,7 +194,7 @@ def reconstruct(  # noqa: PLR0913 - the linear, its statistics, and how it is st
 ) -> Solved:
     """Return the weights of one linear on its mask, oriented, typed and placed as `weight` is stored.
 
-    `gradients` is the Gram matrix of its output's gradients, if there is one and the reconstruction is given it.
+    `gradients` is the Gram matrix of the gradients of its output, if the reconstruction uses it and it exists.
     """
     solve, device = function_of(reconstruction.function or ""), prepared.gram.device
     there = (turned(x, transposed).to(device) for x in (weight, keep))
@@ -208,8 +208,8 @@ class Pruned(NamedTuple):
 
     weight: Tensor  # zero off the mask
     error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix
-    masked: float | None  # the same, if the weights that stay kept their values
-    solved: dict[str, float]  # how the reconstruction went; {} where nothing was solved for
+    masked: float | None  # likewise, without a reconstruction
+    solved: dict[str, float]  # solver diagnostics; {} without a solver
 
 
 def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is stored
@@ -224,8 +224,8 @@ def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is s
 ) -> Pruned:
     """Return one linear on its mask, and its layer errors.
 
-    The weights that stay are `values`, or are solved for by `reconstruction` where the input has a Gram matrix, or keep
-    their values.
+    The kept weights get `values`, or `reconstruction` solves for them where the input has a Gram matrix; else they do
+    not change.
     """
     if prepared is None:
         return Pruned(masked(weight if values is None else values, keep), None, None, {})
@@ -247,7 +247,7 @@ def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is s
 
 
 def masked(weight: Tensor, keep: Tensor) -> Tensor:
-    """Return weights with +0 where the mask does not keep them; the others keep their bits, in every dtype."""
+    """Return weights with +0 off the mask; kept weights are byte-identical, in every dtype."""
     if weight.device.type != "cpu":
         return weight.masked_fill(~keep.to(weight.device), 0)
     bits = weight.contiguous().view(getattr(torch, f"uint{8 * weight.itemsize}")).numpy() * keep.cpu().numpy()
@@ -255,12 +255,12 @@ def masked(weight: Tensor, keep: Tensor) -> Tensor:
 
 
 def prepare(gram: Gram, name: str) -> Prepared:
-    """Return a Gram matrix as solvers take it; `name` stands in messages."""
+    """Return a Gram matrix prepared for solvers; `name` is for messages."""
     return Prepared(gram.matrix(), f"{name}: Gram matrix")
 
 
 def prepared_linears(block: Readers, grams: Mapping[str, Gram]) -> Iterator[tuple[str, Prepared | None]]:
-    """Yield each linear with its Gram matrix, prepared once for all that read one input; None where no token came."""
+    """Yield each linear with its Gram matrix, prepared once per distinct input; None for an input without tokens."""
     for source, names in block.readers.items():
         prepared = prepare(grams[source], source) if source in grams else None
         for name in names:

@@ -1,4 +1,4 @@
-"""The Gram tier: XᵀX of a linear's input, and the layer error, which follows from it."""
+"""The Gram tier: XᵀX of a linear's input, and the layer error computed from it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Gram:
     more where products go through oneDNN.
     """
 
-    upper: Float64[Tensor, "in in"]  # on and above the diagonal; what is below it means nothing
+    upper: Float64[Tensor, "in in"]  # on and above the diagonal; values below it are undefined
     count: int
 
     @classmethod
@@ -74,7 +74,7 @@ class Gram:
         return norm.float(), self._pack(lambda row, first: row / safe[first:] / safe[first])
 
     def _pack(self, row_from: Callable[[Tensor, int], Tensor]) -> Float[Tensor, " packed"]:
-        """Row by row, so that no second matrix is in memory: `row_from` is given a row from the diagonal on."""
+        """Apply `row_from` to each row, from the diagonal on; no second matrix is in memory."""
         features = len(self.upper)
         packed = torch.empty(features * (features + 1) // 2, device=self.upper.device)
         for first, part in _rows(packed, features):
@@ -106,9 +106,9 @@ def layer_errors(
 ) -> list[float]:
     """Return ‖(W−Ŵ)X‖² / ‖WX‖² = tr(ΔGΔᵀ) / tr(WGWᵀ) of each Ŵ. Without error it is 0.
 
-    G is zero at the `dead` features, whatever stands in `gram` for solvers.
+    G is zero at the `dead` features; solvers put other values there in `gram`.
 
-    Products and sums are in float64, because ΔGΔᵀ is small where Δ follows the directions that X hardly has. Memory in
+    Products and sums are in float64, because ΔGΔᵀ is small where Δ lies in directions of low variance of X. Memory in
     bytes: 8 · in² for G and about 24 MiB for a slice of rows.
     """
     exact = gram.to(torch.float64, copy=True)

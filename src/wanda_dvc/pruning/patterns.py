@@ -1,4 +1,4 @@
-"""Patterns: where zeros may stand."""
+"""Patterns: the allowed positions of zeros."""
 
 from wanda_dvc.errors import SettingError
 

@@ -1,7 +1,7 @@
-"""Matrix products in float32 through oneDNN, on CPUs where MKL, torch's own choice, uses half of the units.
+"""Matrix products in float32 through oneDNN, for CPUs on which MKL (torch's default) runs at half speed.
 
-MKL has its fastest kernels for Intel's CPUs alone. On an AMD CPU with AVX-512 it multiplies matrices of a thousand rows
-at 220 GFLOP/s, oneDNN, which torch has for other dtypes, at 500 (two cores of a Zen 5). Only last digits differ.
+MKL has its fastest kernels only for Intel's CPUs. On two cores of an AMD Zen 5 with AVX-512, MKL multiplies matrices of
+a thousand rows at 220 GFLOP/s, oneDNN at 500. torch ships oneDNN for other dtypes. Only the last digits differ.
 """
 
 import contextlib
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LEAST = 2**16  # elements of a weight: below, the call costs what the product saves
+LEAST = 2**16  # elements of a weight; for smaller weights the call costs more than the product saves
 
 
 @lru_cache(maxsize=1)
 def is_faster() -> bool:
-    """Whether oneDNN is the faster one on this machine: by the CPU's kind, so that bits do not depend on a timing."""
+    """Whether oneDNN is faster on this CPU model. No timing decides, so that results are reproducible."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     with contextlib.suppress(OSError):
@@ -26,17 +26,17 @@ def is_faster() -> bool:
 
 
 def takes(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN is the faster one for this product."""
+    """Whether oneDNN is faster for this product."""
     return is_faster() and _fits(a, b)
 
 
 def onednn(a: Tensor, b: Tensor) -> Tensor:
-    """Return a · b of two matrices in float32, with gradients where they are wanted."""
+    """Return a · b of two matrices in float32; autograd works."""
     return _product(a, b.T)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """Return a · b of two matrices by whichever is faster."""
+    """Return a · b of two matrices through the faster library."""
     return onednn(a, b) if takes(a, b) else a @ b
 
 
@@ -46,7 +46,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, alpha: float) -> Tensor:
 
 
 def operand(a: Tensor) -> Tensor:
-    """Return a matrix so that slices of its rows are multiplied fast."""
+    """Return a matrix in a layout that makes products of its row slices fast."""
     return a.contiguous() if takes(a, a) else a
 
 
@@ -65,7 +65,7 @@ class Linear(nn.Linear):
 
 
 def install(model: nn.Module) -> bool:
-    """Have the large linears of a model multiply through oneDNN, if that is faster. Return whether any does."""
+    """Replace a model's large linears by oneDNN ones, if those are faster. Return whether any was replaced."""
     linears = [module for module in model.modules() if type(module) is nn.Linear and module.weight.numel() >= LEAST]
     for linear in linears if is_faster() else ():
         linear.__class__ = Linear

@@ -1,4 +1,4 @@
-"""Allocation of a model: a rating of each block or linear, and from the ratings their shares."""
+"""Allocation for a model: rate each block or linear, and compute its share from the ratings."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,10 +26,10 @@ def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocati
     group: str,
     strength: float | None,
 ) -> Sequence[Share]:
-    """Return the share of each block's weights that goes, or of each of its linears'.
+    """Return the share of weights to prune, of each block or of each linear.
 
     `blocks` yields the statistics of the `count` blocks, with Gram matrices or the Fisher tier where the allocation
-    needs them; it is not read where all shares are the same, which is where there is no `strength`.
+    needs them. Without `strength` all shares are equal, and `blocks` is not read.
     """
     function = function_of(allocation.function)
     if strength is None:
@@ -75,10 +75,9 @@ def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mappi
 
 
 def fisher_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mapping[str, Gram]) -> list[Tensor | None]:
-    """Return how many of each linear's weights have which score; None without Fisher information.
+    """Return a histogram of each linear's scores; None without Fisher information.
 
-    The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²): a row shares its F_i among its weights
-    as the sums of squares of their inputs are.
+    The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²). It divides a row's F_i among its weights in proportion to ‖X_j‖².
     """
 
     def rate(name: str, source: str) -> Tensor | None:
@@ -97,14 +96,14 @@ def fisher_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mappin
 def _wanda_scores(
     weights: Callable[[str], Tensor], block: BlockStats, name: str, source: str
 ) -> Iterator[Float[Tensor, "rows in"]]:
-    """Yield a linear's Wanda scores, rows some at a time, so that memory does not grow with the linear."""
+    """Yield a linear's Wanda scores in slices of rows, so that memory does not grow with the linear."""
     weight = turned(weights(name), name in block.transposed)
     for rows in weight.split(max(1, WEIGHTS_AT_A_TIME // weight.shape[1])):
         yield wanda(rows, block.inputs[source])
 
 
 def greedy_rating(weights: Callable[[str], Tensor], block: BlockStats, grams: Mapping[str, Gram]) -> float:
-    """Return the mean error of a greedy pruning of a block's linears, for LSA; of experts without tokens it is 0."""
+    """Return the mean error of greedy pruning of a block's linears, for LSA; experts without tokens count 0."""
     errors: list[float] = []
     for source, names in block.readers.items():
         gram = grams[source].matrix() if source in grams else None  # no two of a block at once

@@ -1,4 +1,4 @@
-"""Scores: how much a weight is worth. A score has the weight's shape, and the higher one stays."""
+"""Scores: the importance of each weight. A score has the weight's shape; higher scores stay."""
 
 from jaxtyping import Float
 from torch import Tensor, finfo, float32
@@ -23,9 +23,9 @@ def wanda(weight: Float[Tensor, "out in"], x: InputStats) -> Float[Tensor, "out 
 def ria(weight: Float[Tensor, "out in"], x: InputStats) -> Float[Tensor, "out in"]:
     """Return S_ij = (|W_ij| / Σ_k|W_kj| + |W_ij| / Σ_k|W_ik|) · ‖X_j‖₂^½, in float32; zero weights score 0.
 
-    A weight's share of its input's and of its output's weights. Zhang et al., "Plug-and-Play", ICLR 2024.
+    The fractions: |W_ij| among its output's and its input's weights. Zhang et al., "Plug-and-Play", ICLR 2024.
     """
     size = weight.abs().float()
-    tiny = finfo(float32).tiny  # a sum of zeros divides zeros
+    tiny = finfo(float32).tiny  # all-zero rows and columns give 0 / 0
     of_input, of_output = size.sum(dim=0).clamp_(min=tiny), size.sum(dim=1, keepdim=True).clamp_(min=tiny)
     return (size / of_input).add_(size / of_output).mul_(x.norm.sqrt())

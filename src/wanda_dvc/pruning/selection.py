@@ -1,4 +1,4 @@
-"""Selection: from scores to `keep`, with exact counts in every group.
+"""Selection: compute `keep` from scores, with exact counts in every group.
 
 Ties: the leftmost is pruned first, as in a stable ascending sort.
 """
@@ -14,11 +14,11 @@ from wanda_dvc.errors import SettingError
 from wanda_dvc.pruning.patterns import parse_pattern
 
 LARGEST_SHARE, SPARSITY_TOLERANCE = 0.8, 0.001  # of Wanda's variant, as in its authors' code
-COUNTED = 16  # the largest m of which ranks are counted; in uint8 they would overflow at 257
+COUNTED = 16  # the largest m for counting ranks; uint8 overflows at 257
 
 
 def removed(size: int, share: Fraction) -> int:
-    """Return how many of `size` weights go: ⌊size · share⌋, exactly.
+    """Return the number of weights to prune out of `size`: ⌊size · share⌋, exactly.
 
     In binary floating point 100 · 0.29 is 28.999…, and the authors' `int(in · s)` removes 28. As a fraction it is 29.
     """
@@ -28,10 +28,10 @@ def removed(size: int, share: Fraction) -> int:
 def select(
     score: Float[Tensor, "out in"], *, share: Fraction, pattern: str = "unstructured", group: str = "row"
 ) -> Bool[Tensor, "out in"]:
-    """Return the weights that stay where `share` of every group goes.
+    """Return `keep`: every group loses `share` of its weights.
 
-    Weights compete within a `row` (one output, the Wanda paper's choice) or the whole `layer`. With pattern `n:m` they
-    compete within m neighbours along the input, whatever `group` says, and n stay.
+    Weights compete within a `row` (one output, the Wanda paper's choice) or the complete `layer`. With pattern `n:m`
+    they compete within m neighbours along the input, for any `group`, and n stay.
     """
     if n_of_m := parse_pattern(pattern):
         return keep_n_of_m(score, *n_of_m)
@@ -56,12 +56,12 @@ def keep_highest(score: Float[Tensor, "group size"], stay: int) -> Bool[Tensor, 
 
 
 def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
-    """Keep what Wanda's variant keeps: every row loses the same share α of its summed scores.
+    """Return `keep` of Wanda's variant: every row loses the same share α of its summed scores.
 
-    In every row the longest run of lowest scores goes whose sum is at most α times the row's sum. α is bisected in
-    [0, 0.8] until the fraction removed of the whole matrix is within 0.001 of `sparsity`, or as near as the matrix
-    allows. Sun et al. 2024, arXiv 2306.11695, appendix. The bounds are the authors'; their code takes a threshold and
-    prunes all ties, ours counts. SettingError where α = 0.8 removes too little.
+    Each row loses as many of its lowest scores as fit in α times the row's sum. Bisection finds α in [0, 0.8] such that
+    the matrix's fraction removed is within 0.001 of `sparsity`, or as near as the matrix allows. Sun et al. 2024,
+    arXiv 2306.11695, appendix, with the authors' bounds. Their code prunes all ties at a threshold; counts here are
+    exact. SettingError where α = 0.8 removes too little.
     """
     if sparsity == 0:
         return torch.ones_like(score, dtype=torch.bool)
@@ -93,16 +93,17 @@ Above = tuple[Float[Tensor, "group 1"], Bool[Tensor, "group size"], Int[Tensor, 
 
 
 def above_by_torch(score: Float[Tensor, "group size"], k: int) -> Above:
-    """Return each row's k-th lowest score, which scores are higher, and how many."""
+    """Return each row's k-th lowest score, the mask of higher scores, and their number."""
     threshold = torch.kthvalue(score, k, dim=1, keepdim=True).values
     keep = score > threshold
     return threshold, keep, keep.sum(dim=1, keepdim=True, dtype=torch.int32)
 
 
 def above_by_numpy(score: Float[Tensor, "group size"], k: int) -> Above:
-    """Return the same, on a CPU: numpy's partition is vectorized, 5 times as fast as kthvalue, 18 times as a sort.
+    """Return the result of `above_by_torch`, on a CPU, by numpy's vectorized partition.
 
-    Numbers that are not negative have bits in the same order, and those are partitioned nearly twice as fast.
+    It is 5 times as fast as kthvalue and 18 times as fast as a sort. Non-negative floats sort like their bit patterns,
+    and partitioning the bit patterns is nearly twice as fast.
     """
     numbers = score.numpy()
     bits = numbers.view(f"int{8 * numbers.itemsize}")
@@ -117,7 +118,7 @@ def keep_n_of_m(score: Float[Tensor, "out in"], n: int, m: int) -> Bool[Tensor, 
     """Keep the n highest of every m neighbours along the input."""
     if m > COUNTED:
         return keep_highest(score.reshape(-1, m), n).view(score.shape)
-    # Counting for each neighbour how many rank above it is faster than a partition of a few.
+    # For small m, counting the higher-ranked neighbours of each weight is faster than a partition.
     neighbours = score.unflatten(1, (-1, m)).movedim(-1, 0).contiguous()  # [m, out, in / m]
     above = torch.zeros(neighbours.shape, dtype=torch.uint8, device=score.device)
     for later in range(m):

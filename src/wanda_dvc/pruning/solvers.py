@@ -1,12 +1,12 @@
-"""Solvers: masks and weights from a linear's Gram matrix G. They make the layer error tr(ΔGΔᵀ) small, Δ = W − Ŵ.
+"""Solvers: compute masks and weights with a small layer error tr(ΔGΔᵀ), Δ = W − Ŵ, from a linear's Gram matrix G.
 
-On the host, factors of G are made of products, and of LAPACK's factors of 128 rows by one thread: LAPACK's last digits
-depend on the number of threads. Those of products do not where all sizes are multiples of 64, as most models' are; so
-there masks and weights do not depend on it either.
+On the host, matrix products and single-threaded LAPACK calls on panels of 128 rows compute the factors of G. LAPACK's
+last digits depend on the number of threads. Products do not if all sizes are multiples of 64, as in most models. For
+such models, masks and weights do not depend on the number of threads.
 
-All compute in float32 on the weight's device. All rows of a linear are solved at once, in slices where rows do not
-compete. Peak memory in bytes: 4 · in² for G and for each factor of it (16 · in² while one is made), 8 · out · in for
-the result, and 40 for each weight of a slice. A slice has 256 rows (on an accelerator 16,384), or all where the linear
+Solvers compute in float32 on the weight's device. Each solves all rows of a linear at once, or slices of rows if rows
+do not compete. Peak memory in bytes: 4 · in² for G and for each factor (16 · in² during factorization), 8 · out · in
+for the result, and 40 per weight of a slice. A slice has 256 rows (16,384 on an accelerator), or all rows if the linear
 is one group.
 """
 
@@ -25,31 +25,31 @@ from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.pruning.products import add_product, multiply
 from wanda_dvc.pruning.selection import keep_highest, keep_n_of_m, removed, select
 
-ROWS_AT_A_TIME = 256  # a slice that a core's cache holds; an accelerator takes many more
-RAISE, FIRST_RAISE = 10, 1e-4  # how damping grows until G is positive definite; from 0 it grows to the second
+ROWS_AT_A_TIME = 256  # a slice fits a core's cache; accelerators take larger slices
+RAISE, FIRST_RAISE = 10, 1e-4  # growth factor of damping until G is positive definite, and the first value after 0
 MOST_DAMPING = 1e6
 PANEL = 128  # rows of G that LAPACK factors at a time
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What a solver needs of a Gram matrix, and the damping with which it could be had."""
+    """A factor or inverse of a Gram matrix, and the damping that made it possible."""
 
     matrix: Float[Tensor, "in in"]
     scale: Float[Tensor, " in"]
     damping: float  # of the mean of G's diagonal
-    raised: bool  # whether more damping was needed than asked for
+    raised: bool  # whether it is above the requested damping
 
 
 class Prepared:
-    """A Gram matrix with its factors, each made once for all linears that read the input.
+    """A Gram matrix with its factors, each computed once for all linears that read the input.
 
-    A feature that no token excites is dead: G_jj = 0. It gets the mean of the other diagonal values, so that it is tied
-    to no other feature. Its weights go first, and those that stay keep their dense value.
+    A feature is dead if no token excites it: G_jj = 0. Its diagonal value becomes the mean of the others, and it stays
+    uncorrelated with them. Its weights are pruned first; kept ones do not change.
     """
 
     def __init__(self, gram: Float[Tensor, "in in"], name: str = "Gram matrix") -> None:
-        """Take XᵀX, symmetric; `name` stands in messages. UserError where a value is not finite."""
+        """Prepare XᵀX, symmetric; `name` is for messages. UserError where a value is not finite."""
         if not gram.isfinite().all():
             raise UserError(f"{name}: values that are not finite, expected sums of squares; the activations overflow")
         self.gram = gram.float().clone()
@@ -105,19 +105,19 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Solved:
-    """A linear's mask and weights, and all that was done beside the method's own steps."""
+    """A linear's mask and weights, and solver diagnostics."""
 
     keep: Bool[Tensor, "out in"]
     weight: Float[Tensor, "out in"]  # zero off the mask
-    unchanged: int  # rows that keep the weights they started from, because the solver's have no lower error
+    unchanged: int  # rows that keep their start, because the solver's error is not lower
     dead: int  # features that no token excites
     damping: float  # that was used
-    raised: bool  # whether G was not positive definite with the damping asked for
-    part: float | None = None  # of the way from least squares to Fisher least squares, 0 to 1; None: another solver
+    raised: bool  # whether G needed more than the requested damping to be positive definite
+    part: float | None = None  # step from least squares to Fisher least squares, 0 to 1; None: another solver
 
     @property
     def told(self) -> dict[str, float]:
-        """All but the tensors, and what the solver has not."""
+        """The diagnostics that apply to the solver; no tensors."""
         told = {name: getattr(self, name) for name in ("unchanged", "dead", "damping", "raised", "part")}
         return {name: value for name, value in told.items() if value is not None}
 
@@ -131,10 +131,10 @@ def least_squares(  # noqa: PLR0913 - the problem, and constants of the method
     steps: int = 10,
     damping: float = 0.01,
 ) -> Solved:
-    """Return the weights on a mask that make tr((W−V)(G+λI)(W−V)ᵀ) small, λ = damping · mean diagonal of G.
+    """Return weights V on a mask with a small tr((W−V)(G+λI)(W−V)ᵀ), λ = damping · mean diagonal of G.
 
     Conjugate gradients for all rows at once with Jacobi's preconditioner, from the masked dense weights or `start`.
-    Damping draws weights towards the dense ones. A row whose tr(ΔGΔᵀ) does not fall keeps what it started from.
+    Damping pulls weights towards the dense ones. A row keeps its start if its tr(ΔGΔᵀ) does not fall.
     """
     factor = prepared.preconditioned(damping)
     solved, unchanged = torch.empty(weight.shape, device=weight.device), 0
@@ -157,17 +157,16 @@ def fisher_least_squares(  # noqa: PLR0913 - the problem, and constants of the m
     damping: float = 0.01,
     output_damping: float = 1.0,
 ) -> Solved:
-    """Return the weights on a mask that make tr(S(W−V)(G+λI)(W−V)ᵀ) small, S the Gram matrix of the output's gradients.
+    """Return weights V on a mask with a small tr(S(W−V)(G+λI)(W−V)ᵀ), S the Gram matrix of the output's gradients.
 
-    That estimates what a change of the weights costs the loss (K-FAC, Martens and Grosse 2015, arXiv 1503.05671; for
-    pruned LLMs van der Ouderaa et al. 2024, arXiv 2312.17244). `least_squares` counts all outputs alike and by
-    themselves; here rows make up for one another. S is scaled so that its diagonal is 1, and `output_damping` is added
-    to that, because few windows measure it.
+    The trace estimates the increase of the loss (K-FAC, Martens and Grosse 2015, arXiv 1503.05671; for pruned LLMs
+    van der Ouderaa et al. 2024, arXiv 2312.17244). `least_squares` treats outputs as equal and independent; here rows
+    compensate for one another. S is scaled to a diagonal of 1, plus `output_damping`, because few windows measure S.
 
-    Conjugate gradients for the whole linear, from the weights of `least_squares`. Where tr(ΔGΔᵀ) would end above that
-    of the masked dense weights, they go that part of the way on which it does not. Without gradients, as in an expert
-    that none came to, they stay where they are. Peak memory in bytes, beside what solvers take: 8 · out² for S, and 40
-    for each weight of the linear, which has no slices.
+    Conjugate gradients for all rows together, from the weights of `least_squares`. The step is shortened if tr(ΔGΔᵀ)
+    would exceed the masked dense weights' error. Without gradients, as in an expert without tokens, the weights do not
+    change. Peak memory in bytes, in addition to the module's figures: 8 · out² for S, and 40 for each weight of the
+    linear, which has no slices.
     """
     plain = least_squares(weight, keep, prepared, damping=damping)
     if gradients is None:
@@ -182,7 +181,7 @@ def fisher_least_squares(  # noqa: PLR0913 - the problem, and constants of the m
     def across(x: Tensor) -> Tensor:
         return multiply(coupled, multiply(x, factor.matrix))
 
-    alive = keep & ~prepared.dead  # the weights of a dead feature have nothing to make up for
+    alive = keep & ~prepared.dead  # weights of a dead feature compensate for nothing
     v = _conjugate_gradients(weight.float() / scale, alive, start, across, _of_all, steps)
     change = torch.where(prepared.dead, 0, v.sub_(start).mul_(scale))
     part = _part_of_the_way(weight.float(), weight * keep, plain.weight, change, prepared)
@@ -200,7 +199,7 @@ def _part_of_the_way(
     change: Float[Tensor, "out in"],
     prepared: Prepared,
 ) -> float:
-    """Return the most of a change of `start`, up to 1, with which tr(ΔGΔᵀ) is not above that of `masked`."""
+    """Return the largest step, up to 1, from `start` along a change; tr(ΔGΔᵀ) does not exceed `masked`'s."""
     toward = multiply(change, prepared.gram)
     square, along = _of_all(toward * change).item(), _of_all(toward * (dense - start)).item()
     room = max(0.0, -_gain(dense, masked, start, prepared).double().sum().item())
@@ -219,12 +218,12 @@ def sparsegpt(  # noqa: PLR0913 - the target, and constants of the method
 ) -> Solved:
     """Return SparseGPT's mask and weights. Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
 
-    In blocks of 128 inputs the lowest W²/U_jj² go. Then, input by input, the error of what goes is spread over the
-    inputs to the right. Weights compete within the block's part of a row, or in all rows of the block where `group` is
-    `layer`, as in the paper; the part that goes up to each block's end is exact. With n:m they compete within m
-    neighbours, when their first one is reached; a block is then the largest multiple of m up to 128, at least m.
+    In blocks of 128 inputs, the weights with the lowest W²/U_jj² are pruned. Then, input by input, the inputs to the
+    right compensate for the error. Weights compete within the block's part of a row, or in all rows of the block where
+    `group` is `layer`, as in the paper; the count up to each block's end is exact. With n:m they compete within m
+    neighbours, when the sweep reaches the first; a block is then the largest multiple of m up to 128, at least m.
 
-    Deviations: exact counts instead of a threshold with its ties; weights of dead features that stay are not zeroed.
+    Deviations: exact counts instead of a threshold with its ties; kept weights of dead features are not zeroed.
     """
     choice = SparseGPTChoice(share, pattern, group)
     return _sweep(weight, prepared, choice, damping=damping, block=block)
@@ -238,13 +237,13 @@ def sparsegpt_update(
     damping: float = 0.01,
     block: int = 128,
 ) -> Solved:
-    """Return the weights that SparseGPT's sweep gives to a mask: on its own mask, SparseGPT's weights."""
+    """Return the weights of SparseGPT's sweep on a given mask; on SparseGPT's own mask, SparseGPT's weights."""
     return _sweep(weight, prepared, keep, damping=damping, block=block)
 
 
 @dataclass(frozen=True)
 class SparseGPTChoice:
-    """What `sparsegpt` chooses a mask by."""
+    """The settings by which `sparsegpt` chooses a mask."""
 
     share: Fraction
     pattern: str
@@ -259,7 +258,7 @@ def _sweep(
     damping: float,
     block: int,
 ) -> Solved:
-    """Go through the inputs as `sparsegpt` does, choosing what goes, or with a mask that is given."""
+    """Sweep over the inputs as `sparsegpt` does; choose a mask on the way, or use the given one."""
     factor = prepared.inverse_root(damping)
     given, choice = (by, None) if isinstance(by, Tensor) else (None, by)
     n_of_m = parse_pattern(choice.pattern) if choice else None
@@ -292,7 +291,7 @@ def _sweep(
 def _keep_in_block(
     score: Float[Tensor, "out block"], begin: int, end: int, share: Fraction, group: str
 ) -> Bool[Tensor, "out block"]:
-    """Keep the highest of a block, so that with the blocks before it ⌊share⌋ of each group are gone."""
+    """Keep the highest scores of a block; with the blocks before it, ⌊size · share⌋ of each group are pruned."""
     rows = score if group == "row" else score.reshape(1, -1)
     each = rows.shape[1] // (end - begin)  # weights of a group at one input
     go = removed(each * end, share) - removed(each * begin, share)
@@ -314,9 +313,9 @@ def admm(  # noqa: PLR0913 - the target, and constants of the method
     """Return the mask and weights of ADMM with a growing mask. Boža 2024, arXiv 2401.02938.
 
     Inputs are scaled so that G's diagonal is 1, and damped. With K = (G+ρI)⁻¹, ρ the penalty: Z = (W+U) on the mask,
-    U ← W + U − Z, W ← K(GW₀ + ρ(Z − U)), which is W₀ + ρK(Z − U − W₀). For the first 15 iterations the mask is that of
-    |W+U| at s − s(1 − (t+1)/15)³, then it stays. The result is Z. With n:m the n highest of m neighbours always stay,
-    and of the others as many go as the sparsity of the iteration asks.
+    U ← W + U − Z, W ← K(GW₀ + ρ(Z − U)), which is W₀ + ρK(Z − U − W₀). For the first 15 iterations the mask keeps the
+    highest |W+U| at sparsity s − s(1 − (t+1)/15)³, then it is fixed. The result is Z. With n:m the n highest of m
+    neighbours always stay; the iteration's sparsity determines how many others are pruned.
     """
     factor = prepared.inverse(damping, penalty)
 
@@ -328,7 +327,7 @@ def admm(  # noqa: PLR0913 - the target, and constants of the method
             if iteration < growing:
                 part = 1 - (1 - Fraction(iteration + 1, growing)) ** 3
                 keep = _keep_part(total.abs(), part, share, pattern, group)
-                # Masks as numbers: on a CPU, torch chooses by a boolean 50 times as slowly as it multiplies.
+                # Masks as numbers: on a CPU, torch multiplies 50 times as fast as it selects by a boolean.
                 off.copy_(~keep)
                 torch.sub(1, off, alpha=2, out=sign)
             # Z is the total on the mask, and U the total off it.
@@ -342,7 +341,7 @@ def admm(  # noqa: PLR0913 - the target, and constants of the method
 def _keep_part(
     score: Float[Tensor, "out in"], part: Fraction, share: Fraction, pattern: str, group: str
 ) -> Bool[Tensor, "out in"]:
-    """Keep what stays when `part` of what is to go has gone."""
+    """Return the mask with `part` of the pruned weights removed."""
     if n_of_m := parse_pattern(pattern):
         score = score.masked_fill(keep_n_of_m(score, *n_of_m), torch.inf)
         share, group = 1 - Fraction(*n_of_m), "row"
@@ -357,12 +356,12 @@ def corrected_target(
     strength: float = 1.0,
     damping: float = 0.01,
 ) -> Float[Tensor, "out in"]:
-    """Return the dense weights that a solver should aim at, so that pruned inputs give the dense outputs.
+    """Return target weights for a solver: with them, pruned inputs give the dense outputs.
 
     W̃ = W + αW(C − G)(G + λI)⁻¹, with G of the pruned inputs, C = X_denseᵀ X_pruned over the same tokens, α the
     strength and λ = damping · mean diagonal of G. At α = 1 it minimizes ‖WX_dense − W̃X_pruned‖² + λ‖W̃ − W‖². For λ = 0
     this is GPTAQ's W(I + α(CG⁻¹ − I)). Li et al. 2025, arXiv 2504.02692. Weights of dead features keep their value.
-    The damping used is that of `prepared.inverse_root(damping)`.
+    The damping in effect is reported by `prepared.inverse_root(damping)`.
     """
     factor = prepared.inverse_root(damping)
     off = weight.float() @ (cross.float() - prepared.gram).masked_fill_(prepared.dead, 0)
@@ -370,7 +369,7 @@ def corrected_target(
 
 
 def _cholesky(matrix: Float[Tensor, "in in"], damping: float, unit: float) -> tuple[Float[Tensor, "in in"], float]:
-    """Return the lower factor of matrix + damping · unit · I, and the damping: raised until there is a factor.
+    """Return the lower factor of matrix + damping · unit · I, and the damping, raised until the factor exists.
 
     UserError where damping a million times the diagonal does not help.
     """
@@ -424,7 +423,7 @@ def _squared(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
 
 
 def _panels(matrix: Float[Tensor, "in in"]) -> Iterator[tuple[int, int]]:
-    """Yield where each panel begins and ends; an accelerator's own library takes all as one."""
+    """Yield the bounds of each panel; on an accelerator one panel covers all."""
     size = PANEL if matrix.device.type == "cpu" else len(matrix)
     return ((begin, min(begin + size, len(matrix))) for begin in range(0, len(matrix), size))
 
@@ -447,9 +446,9 @@ def _conjugate_gradients(  # noqa: PLR0913, PLR0917 - the problem, and how it is
     total: Callable[[Tensor], Tensor],
     steps: int,
 ) -> Float[Tensor, "out in"]:
-    """Return `start` moved towards the least Σ (W−V) · A(W−V) on the mask; `product` is the symmetric A.
+    """Minimize Σ (W−V) · A(W−V) on the mask, from `start`, and return V; `product` is the symmetric A.
 
-    `total` sums over what moves along a direction of its own: `_by_row` each row, `_of_all` the linear as a whole.
+    `total` sums over each independent problem: `_by_row` over each row, `_of_all` over the linear.
     """
     mask, v = keep.float(), start.clone()
     residual = product(dense - v).mul_(mask)
@@ -473,7 +472,7 @@ def _choose(
     *,
     whole: bool,
 ) -> Solved:
-    """Solve slices of rows, or the linear as a `whole`: `solve` returns a mask and weights, read on the mask only."""
+    """Solve slices of rows, or all rows if `whole`: `solve` returns a mask and weights, read on the mask only."""
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     solved, unchanged = torch.empty(weight.shape, device=weight.device), 0
     for rows in _slices(weight, whole):
@@ -491,7 +490,7 @@ def _settle(
     prepared: Prepared,
     into: Float[Tensor, "out in"],
 ) -> int:
-    """Write the rows found, or `start` where their error is not lower; return how many rows stay at `start`."""
+    """Write the solved rows, or `start` where their error is not lower; return the number of rows at `start`."""
     lower = _gain(dense, start, found, prepared) < 0
     into.copy_(torch.where(lower, found, start))
     return int((~lower).sum())
@@ -500,7 +499,7 @@ def _settle(
 def _gain(
     dense: Float[Tensor, "out in"], start: Float[Tensor, "out in"], found: Float[Tensor, "out in"], prepared: Prepared
 ) -> Float[Tensor, "out 1"]:
-    """Return by how much each row's tr(ΔGΔᵀ) is above that of `start`; below 0 it is lower."""
+    """Return each row's tr(ΔGΔᵀ) minus the tr(ΔGΔᵀ) of `start`."""
     # The difference of two errors in one product, so that no digits cancel: dGdᵀ − eGeᵀ = (d − e)G(d + e)ᵀ.
     return multiply(start - found, prepared.gram).mul_(2 * dense - start - found).sum(dim=1, keepdim=True)
 
@@ -510,7 +509,7 @@ def _by_row(x: Float[Tensor, "out in"]) -> Float[Tensor, "out 1"]:
 
 
 def _of_all(x: Float[Tensor, "out in"]) -> Float64[Tensor, ""]:
-    """Return the sum, by rows, so that its order does not depend on the number of threads."""
+    """Return the sum, row by row, in an order independent of the number of threads."""
     return x.sum(dim=1).double().sum()
 
 

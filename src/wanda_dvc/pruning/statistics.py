@@ -1,4 +1,4 @@
-"""Statistics of a linear's input, per feature: the norm tier (Σx², Σx, count). Those of its outputs are beside them."""
+"""Statistics of a linear's input, per feature: the norm tier (Σx², Σx, count); and those of a block's linears."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ OUTLIER = 6  # times the median; as in Dettmers et al. 2022, arXiv 2208.07339, w
 class InputStats:
     """Sums over all tokens of one distinct input, in float64. Sums of several shards merge.
 
-    `add` sums one window in float32, which is fast and loses nothing over a few thousand tokens; across windows float32
-    would lose digits.
+    `add` sums one window in float32, which is fast and exact enough for a few thousand tokens. Sums across windows need
+    float64.
     """
 
     sum_squares: Float64[Tensor, " in"]
@@ -57,8 +57,8 @@ class InputStats:
     def norm(self) -> Float[Tensor, " in"]:
         """‖X_j‖₂ over all tokens, float32.
 
-        1 for every feature if no token was seen, as by an expert that the router never chose: Wanda's score is then
-        the weight's magnitude.
+        Without tokens, as in an expert that the router never chose, every norm is 1: Wanda's score is then the weight's
+        magnitude.
         """
         return self.sum_squares.sqrt().float() if self.count else torch.ones_like(self.sum_squares).float()
 
@@ -69,7 +69,7 @@ class BlockStats(NamedTuple):
     inputs: dict[str, InputStats]  # by distinct input, named after the first linear that reads it
     readers: dict[str, list[str]]  # the linears that read each
     transposed: list[str]  # linears whose weight is stored [in, out], as GPT-2's are
-    fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # the Fisher tier by linear, where it is there and was asked for
+    fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # the Fisher tier by linear, if it was measured and read
 
     def merge(self, other: "BlockStats") -> None:
         """Add the statistics of other tokens through the same block. ValueError where its inputs differ."""

@@ -24,20 +24,20 @@ class Stage:
     """One stage of the pipeline."""
 
     name: str
-    # Of what the stage computes. A change that alters results raises it, here and in dvc.yaml, and DVC reruns the stage
-    # and those after it. No other change reruns anything.
+    # A change of results raises the version, here and in dvc.yaml, and DVC reruns the stage and later stages. No other
+    # code change causes a rerun.
     version: int
     about: str
-    # The JSON below a study that says what a run made, by part; its hash is the key of the run's time. "": no time is
+    # A JSON file of a run's results, by part, below a study; its hash is the key of the run's time. "": no time is
     # kept.
     result: str | Mapping[str, str]
     settings: tuple[str, ...] = ()  # the settings that the stage reads, by dotted name: `params:` in dvc.yaml
     parts: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
-    )  # what it runs for, and the settings of each alone
+    )  # the parts of the stage, and the settings that only one part reads
     part_is: str = ""  # the name of that argument
     network: bool = False
-    computes: bool = True  # with torch, whose import takes seconds
+    computes: bool = True  # imports torch, which takes seconds
 
     @property
     def _module(self) -> Any:
@@ -50,7 +50,7 @@ class Stage:
         return function
 
     def key(self, study: "Project", part: str | None = None) -> str | None:
-        """Return the key of the run whose result a study holds; None where it holds none."""
+        """Return the key of the run behind a study's result; None without a result."""
         from wanda_dvc.study.files import load_json
         from wanda_dvc.study.provenance import digest
 
@@ -61,7 +61,7 @@ class Stage:
         return digest([one.get("protocol", one) for one in made]) if found else None
 
     def settings_of(self, part: str | None) -> tuple[str, ...]:
-        """Return the settings that one run of the stage reads."""
+        """Return the settings read by one run of the stage."""
         return self.settings + (self.parts[part] if part else ())
 
     def runs(self) -> Iterator[tuple[str, str | None]]:
@@ -166,7 +166,7 @@ PARTS = tuple(STAGES["download"].parts)
 
 
 def check_version(stage: str, asked: int | None) -> None:
-    """Raise UserError where `dvc.yaml` was written for another version of a stage."""
+    """Raise UserError if `dvc.yaml` is for another version of a stage."""
     computed = STAGES[stage].version
     if asked is not None and asked != computed:
         raise UserError(
@@ -183,7 +183,7 @@ def run(stage: str, *, project: "Project", part: str | None = None) -> None:
 
 
 def times(study: "Project", ledger: "Ledger") -> "dict[str, Json]":
-    """Return the times of the runs that made a study's results, by run, each with its `key`."""
+    """Return the times of the runs behind a study's results, by run, each with its `key`."""
     found = {}
     for stage in STAGES.values():
         for name, part in stage.runs():

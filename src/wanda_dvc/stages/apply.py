@@ -1,6 +1,6 @@
-"""Write the pruned model: the dense checkpoint, byte for byte, with zeros where the masks don't keep a weight.
+"""Write the pruned model: the dense checkpoint, byte for byte, with zeros outside the masks.
 
-A reconstruction gives the weights that stay other values: solved for here, from stats/gram, or found in weights/.
+A reconstruction gives kept weights new values, solved for here, from stats/gram, or read from weights/.
 """
 
 from functools import lru_cache
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 
 class Zeros(NamedTuple):
-    """What became of one linear."""
+    """The measures of one pruned linear."""
 
     block: int
     zero: int
     size: int  # weights, zeros included
     nbytes: int  # of all weights, zeros included
     error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix
-    masked: float | None  # the same, if the weights that stay kept their values
-    solved: Json  # how the reconstruction went
+    masked: float | None  # likewise, without a reconstruction
+    solved: Json  # solver diagnostics
 
 
 def apply(*, project: Project) -> None:
@@ -74,7 +74,7 @@ def apply(*, project: Project) -> None:
 
 
 def _weights_to_compare(project: Project, made_from: Json) -> Candidates:
-    """Return the weights of least squares and those in models/pruned, where gradients decide them."""
+    """Return the least-squares weights and the weights of models/pruned, if the reconstruction uses gradients."""
     reconstruction = RECONSTRUCTIONS[made_from["reconstruction"]]
     if not (reconstruction.by_gradients and "gram" in made_from):
         return {}
@@ -90,20 +90,20 @@ def _weights_to_compare(project: Project, made_from: Json) -> Candidates:
 
 
 def describe_pruned(study: Project, reconstruction: str) -> Json:
-    """Return the provenance of a study's pruned model. UserError where its parts do not belong together."""
+    """Return the provenance of a study's pruned model. UserError if its parts do not match."""
     dense, made = read_provenance(study.model("dense"), "download model"), read_provenance(study.masks, "mask")
     if made["model"]["sha256"] != dense["sha256"]:
         raise UserError(
             f"masks/: made for {made['model']['source']}, expected {dense['source']}, the model in models/dense; "
             "run `dvc repro` or `wanda-dvc mask`"
         )
-    chosen_with = made["params"].get("reconstruction", reconstruction)  # named where it decides what the masks are
+    chosen_with = made["params"].get("reconstruction", reconstruction)  # included if the masks depend on it
     if chosen_with != reconstruction:
         raise UserError(
             f"masks/: chosen with reconstruction {chosen_with}, expected {reconstruction}, as params.yaml has it; "
             "run `dvc repro` or `wanda-dvc mask`"
         )
-    # Only what the masks record: with this run's library versions, the same model would have other bytes.
+    # Only the masks' records: with this run's library versions, equal models would have different bytes.
     described = _unsealed(made)
     source, from_where = values_from(made, reconstruction), {}
     if source == "weights":
@@ -127,7 +127,7 @@ def describe_pruned(study: Project, reconstruction: str) -> Json:
 
 
 def values_from(masks: Json, reconstruction: str) -> Literal["weights", "gram"] | None:
-    """Return where the weights that stay come from, by the provenance of masks/; None: from the dense model."""
+    """Return the source of the kept weights, by the provenance of masks/; None: the dense model."""
     if RECONSTRUCTIONS[reconstruction].function is None:
         return None
     return "weights" if "reconstruction" in masks["params"] else "gram"
@@ -138,7 +138,7 @@ def _unsealed(provenance: Json) -> Json:
 
 
 class Parts:
-    """What one study's pruned model is made of, read a linear at a time."""
+    """The parts of a study's pruned model, read a linear at a time."""
 
     def __init__(self, study: Project, reconstruction: str) -> None:
         self.checkpoint = Checkpoint(study.model("dense"))
@@ -158,12 +158,12 @@ class Parts:
         self._prepared = lru_cache(maxsize=2)(lambda block, source: prepare(self.grams[block][source], source))
 
     def prepared(self, linear: str) -> "Prepared | None":
-        """Return the Gram matrix of what a linear reads, where there is one."""
+        """Return the Gram matrix of a linear's input, or None."""
         block, source = self.blocks[linear], self._source.get(linear)
         return self._prepared(block, source) if source in (self.grams[block] if self.grams else ()) else None
 
     def make(self, address: Address) -> tuple[Tensor, Zeros]:
-        """Return one linear's weights in the pruned model, as they are stored, and what became of them."""
+        """Return one linear's weights in the pruned model, as stored, and its measures."""
         linear, weight = address.linear, self.checkpoint.read(address)
         block = self.blocks[linear]
         keep, prepared = self.keeps[block][linear], self.prepared(linear)
@@ -190,13 +190,13 @@ class Parts:
 
 
 def prune(study: Project, target: Path, reconstruction: str = "none") -> dict[str, Zeros]:
-    """Write a study's pruned checkpoint, its card and provenance into an empty folder; return what became of each."""
+    """Write a study's pruned checkpoint, model card and provenance into an empty folder; return all measures."""
     made_from, parts = describe_pruned(study, reconstruction), Parts(study, reconstruction)
     checkpoint, blocks = parts.checkpoint, parts.blocks
     found: dict[str, Zeros] = {}
 
     def pruned(address: Address) -> Tensor:
-        if address.linear not in blocks:  # a norm that was trained with its block
+        if address.linear not in blocks:  # a norm trained with its block
             return others[address.linear]
         made, found[address.linear] = parts.make(address)
         return made

@@ -1,6 +1,6 @@
-"""Measure the dense model's activations once: the norm tier of each distinct input, and if asked the Gram tier.
+"""Measure the dense model's activations once: the norm tier of each distinct input.
 
-And if asked the Fisher tier: the gradients by each linear's outputs.
+Optional: the Gram tier, and the Fisher tier (the gradients by each linear's outputs).
 """
 
 from wanda_dvc.plan import GRAM_DTYPE
@@ -33,7 +33,7 @@ from wanda_dvc.study.tensors import (
 def calibrate(*, project: Project) -> None:
     """models/dense + data/calibration → stats/norms, stats/gram, stats/fisher.
 
-    A tier that is not asked for has no blocks.
+    A tier that is not selected has no blocks.
     """
     model = model_provenance(project, "dense")
     check_ready(project, "dense", project.params.calibration.length, "calibration.length")
@@ -67,7 +67,7 @@ def calibrate(*, project: Project) -> None:
             back = run.backward(windows[:windows_back], gram=True, kept=finished)
             for block, came in progress(back, total=len(blocks), what="calibrate, blocks back"):
                 write_fisher(fisher, block, came.sums, came.grams)
-                came.grams.clear()  # before there are those of the next block; other frames hold them too
+                came.grams.clear()  # before the next block's arrive; other frames hold them too
         seal(norms, norms_from)
         seal(gram, norms_from | {"kind": "gram", "dtype": GRAM_DTYPE if keeps_grams else "none"})
         seal(

@@ -17,7 +17,7 @@ from wanda_dvc.study.sharing import check_gated, take_from_the_study
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to fetch: how its source is found, and where its artifact goes."""
+    """A part to fetch: the setting of its source, and the place of its artifact."""
 
     find: Callable[[Params], Source]
     target: Callable[[Project], Path]
@@ -29,7 +29,7 @@ SOURCES = {
         lambda project: project.model("dense"),
     ),
     "calibration": Part(
-        # Documents stay apart, because calibration draws its windows within them, as the Wanda authors do.
+        # Documents stay separate, because calibration draws windows within documents, as the Wanda authors do.
         lambda params: find_text(
             "calibration.text", params.calibration.text.chosen, params.runtime.mirror, as_documents=True
         ),

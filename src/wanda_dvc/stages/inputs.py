@@ -1,4 +1,4 @@
-"""What stages start from, checked in one place: models, statistics and texts that belong together."""
+"""The inputs of stages, checked in one place: matching models, statistics and texts."""
 
 import contextlib
 import importlib
@@ -38,7 +38,7 @@ def model_provenance(project: Project, model: str) -> Json:
 
 
 def calibrated_with(params: Params) -> Json:
-    """Return what decides how the calibration text is cut and run."""
+    """Return the settings that determine the calibration windows and the run."""
     calibration = params.calibration
     return {
         "samples": calibration.samples,
@@ -49,7 +49,7 @@ def calibrated_with(params: Params) -> Json:
 
 
 class Statistics(NamedTuple):
-    """stats/, known to be the dense model's and to be measured as params.yaml says."""
+    """stats/, checked to be the dense model's and measured with the settings of params.yaml."""
 
     provenance: Json
     blocks: int
@@ -57,9 +57,9 @@ class Statistics(NamedTuple):
 
 
 def statistics(project: Project) -> Statistics:
-    """Return the statistics at hand. UserError where they are another model's, or measured in another way."""
+    """Return the current statistics. UserError if they are another model's, or measured with other settings."""
     stats = stats_provenance(project, model_provenance(project, "dense"))
-    # Of all of params.yaml, and not of the settings that the stage at hand depends on: it says only that stats/ is old.
+    # All of params.yaml counts, not only this stage's settings: the check only finds that stats/ is stale.
     expected = calibrated_with(Project(project.root).params)
     if stats["params"] != expected:
         raise UserError(
@@ -92,12 +92,12 @@ def stats_provenance(project: Project, model: Json) -> Json:
 
 
 def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> None:
-    """Check what can be known before a model is run: the device, the configuration and the length of windows."""
+    """Check the device, the configuration and the length of windows before a model runs."""
     from wanda_dvc.engine.config import check_length, read_config
 
     if project.params.runtime.ray is None:
         check_device(device_name(project.params.runtime))
-    else:  # whose device is their own
+    else:  # workers have their own devices
         importlib.import_module("ray")
     if length is None:
         read_config(project.model(model))
@@ -106,13 +106,13 @@ def check_ready(project: Project, model: str, length: int | None = None, setting
 
 
 def say_not_finite(run: str, where: str | None) -> None:
-    """Say where a model's activations first were not finite, if they were not."""
+    """Report the place of a model's first non-finite activations, if any."""
     if where:
         notice(f"{run}: {where}: activations that are not finite; its results say `diverged` or compare nothing")
 
 
 def tier_provenance(project: Project, folder: Path) -> Json:
-    """Return the provenance of stats/gram or stats/fisher. UserError if it has no blocks, or another run than norms."""
+    """Return the provenance of stats/gram or stats/fisher. UserError if it is empty, or of another run than norms."""
     tier, norms = read_provenance(folder, "calibrate"), read_provenance(project.stats, "calibrate")
     blocks = block_count(folder, "calibrate")
     if not blocks or any(tier[name] != norms[name] for name in ("model", "text", "params")):
@@ -129,14 +129,14 @@ def with_fisher(project: Project, block: int, measured: "BlockStats") -> "BlockS
 
 
 def check_fits(project: Project, features: dict[str, int]) -> None:
-    """Raise UserError where params.yaml's pattern does not fit the model: before the work, in whatever stage."""
+    """Raise UserError if params.yaml's pattern does not fit the model; every stage calls this before its work."""
     check_pattern(Project(project.root).params.pattern, features)
 
 
 def calibration_windows(project: Project, measured_with: Json | None = None) -> "Int[Tensor, 'samples length']":
     """Draw windows from data/calibration, with the dense model's tokenizer.
 
-    They are cut as params.yaml says, or as `measured_with`, the parameters that statistics were measured with.
+    The settings are params.yaml's, or `measured_with`, the parameters of the statistics.
     """
     from wanda_dvc.engine.windows import draw, draw_from_documents, load_tokenizer, tokenize
 
@@ -150,7 +150,7 @@ def calibration_windows(project: Project, measured_with: Json | None = None) -> 
 
 
 def held_out_windows(project: Project, measured_with: Json, count: int) -> "list[Tensor]":
-    """Return the first windows of data/calibration that share no token with the measured ones; at most `count`."""
+    """Return the first windows of data/calibration without tokens of the measured windows; at most `count`."""
     from wanda_dvc.engine.windows import between, draw_from_documents, load_tokenizer, tokenize
 
     words = {name: measured_with[name] for name in ("samples", "length", "seed")}
@@ -166,9 +166,9 @@ def held_out_windows(project: Project, measured_with: Json, count: int) -> "list
 def runner(
     project: Project, model: str, work: Work, *, dtype: str | None = None, alone: bool = False
 ) -> "Iterator[Runner]":
-    """Open a runner of rows through one of the project's models: this process, or the cluster that params.yaml names.
+    """Open a runner of rows through one of the project's models: this process, or the cluster of params.yaml.
 
-    With `alone` it is this process, whatever params.yaml says.
+    With `alone` always this process.
     """
     runtime = project.params.runtime
     if runtime.ray is None or alone:
@@ -185,7 +185,7 @@ def runner(
 
 @contextlib.contextmanager
 def jobs(project: Project, folders: Sequence[Path]) -> "Iterator[Jobs]":
-    """Open what runs jobs that read some folders: this process, or the cluster that params.yaml names."""
+    """Open a runner of jobs on some folders: this process, or the cluster of params.yaml."""
     runtime = project.params.runtime
     if runtime.ray is None:
         from wanda_dvc.engine.jobs import LocalJobs
@@ -198,10 +198,10 @@ def jobs(project: Project, folders: Sequence[Path]) -> "Iterator[Jobs]":
 
 @contextlib.contextmanager
 def _cluster(runtime: Runtime, folders: Sequence[Path], *, meanwhile: Callable[[], T]) -> "Iterator[tuple[Cluster, T]]":
-    """Connect to the cluster, and do something else meanwhile."""
+    """Connect to the cluster in a thread, in parallel to other work."""
     from wanda_dvc.engine.cluster import Cluster
 
-    with ThreadPoolExecutor(1) as helper:  # Ray takes seconds to start, and its processes end with this thread
+    with ThreadPoolExecutor(1) as helper:  # Ray takes seconds to start; its processes end with this thread
         doing = helper.submit(meanwhile)
         cluster = Cluster(runtime.ray or "", device=runtime.device, folders=folders)
     with ending(cluster.stop):
@@ -217,7 +217,7 @@ def _cluster(runtime: Runtime, folders: Sequence[Path], *, meanwhile: Callable[[
 def open_decoder(project: Project, model: str, *, dtype: str | None = None, device: str | None = None) -> "Decoder":
     """Open the engine on one of the project's models, in a dtype and on a device, by default params.yaml's.
 
-    Another device than that is where nothing is computed: workers do.
+    With workers, which compute elsewhere, the device differs from params.yaml's.
     """
     import torch
 

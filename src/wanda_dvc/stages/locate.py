@@ -1,4 +1,4 @@
-"""Link the local sources, so that DVC watches their content. It copies and hashes nothing."""
+"""Link the local sources, so that DVC watches their content. No file is copied or hashed."""
 
 from wanda_dvc.study.local import SETTINGS, link_source
 from wanda_dvc.study.project import Project

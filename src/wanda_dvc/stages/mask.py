@@ -1,4 +1,4 @@
-"""Choose the weights that stay: scores from weights and statistics, `keep` masks from scores."""
+"""Compute the `keep` masks: scores from weights and statistics, masks from scores."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -57,12 +57,12 @@ if TYPE_CHECKING:
 def mask(*, project: Project) -> None:
     """models/dense + stats/ (+ data/calibration) → masks/, weights/.
 
-    weights/ has blocks only where `propagation: pruned` meets a reconstruction: what it makes of the weights decides
-    what the next block is calibrated on, and does not follow from the statistics of the dense model.
+    weights/ has blocks only with `propagation: pruned` and a reconstruction: new weights change the next block's
+    calibration inputs, and do not follow from the statistics of the dense model.
     """
     keep_freed_memory()
     params, plan = project.params, project.params.plan
-    solving_device(params.runtime)  # refused before anything is read
+    solving_device(params.runtime)  # refused before any file is read
     stats = statistics(project)
     check_fits(project, stats.features)
     if plan.left_out:
@@ -94,7 +94,7 @@ def mask(*, project: Project) -> None:
             for block, measured, chosen in made(project, checkpoint, stats, shares, finished_blocks(masks)):
                 unreached[block] = measured.unreached()
                 write_masks(masks, block, chosen)
-                del chosen  # before the next block's masks are there
+                del chosen  # before the next block's masks arrive
             if plan.method.needs_inputs():
                 say_unreached("mask", unreached)
         seal(masks, made_from)
@@ -103,9 +103,9 @@ def mask(*, project: Project) -> None:
 
 
 def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequence[Share]:
-    """Return the share of each block's weights that goes, or of each of its linears'.
+    """Return the share of weights to prune, of each block or of each linear.
 
-    They are rated on the dense model's statistics.
+    Ratings use the dense model's statistics.
     """
     plan = project.params.plan
     allocation = plan.allocation
@@ -128,7 +128,7 @@ def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequ
 
 
 def _written(share: Share) -> float | dict[str, float]:
-    """Return a block's share, or its linears', as provenance has it."""
+    """Return a block's share, or its linears' shares, in the form of the provenance."""
     return {name: float(x) for name, x in share.items()} if isinstance(share, Mapping) else float(share)
 
 
@@ -136,7 +136,7 @@ Weights = Callable[[str], Tensor]
 
 
 def informed(project: Project, block: int, measured: BlockStats) -> BlockStats:
-    """Return the statistics of one block, with the Fisher tier where masks follow from it."""
+    """Return the statistics of one block, with the Fisher tier if masks depend on it."""
     return with_fisher(project, block, measured) if project.params.plan.masks_read_sums else measured
 
 
@@ -151,7 +151,7 @@ Blocks = Iterator[tuple[int, BlockStats, Mapping[str, Tensor]]]  # the block, it
 
 
 def _scored(project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], _: int) -> Blocks:
-    """Yield the masks of all blocks, in this process: a weight is read once, and a network is slower than a disk."""
+    """Yield the masks of all blocks, in this process: each weight is read once, and networks are slower than disks."""
     for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks"):
         measured = informed(project, block, read_stats(project.stats, block))
         yield block, measured, keeps(project, checkpoint.weight, measured, shares[block])
@@ -160,7 +160,7 @@ def _scored(project: Project, checkpoint: Checkpoint, stats: Statistics, shares:
 def _solved(
     project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], finished: int
 ) -> Blocks:
-    """Yield the masks of the blocks that an earlier run has not finished. Each distinct input is a job."""
+    """Yield the masks of blocks not finished by an earlier run. Each distinct input is a job."""
     plan, blocks = project.params.plan, range(stats.blocks)
 
     def parts() -> Iterator[Ask[Part]]:
@@ -183,14 +183,14 @@ def _solved(
 
 @dataclass(frozen=True)
 class Part:
-    """One distinct input of a block, and all that the masks and weights of its linears follow from."""
+    """One distinct input of a block, and all data for the masks and weights of its linears."""
 
     plan: Plan
     share: Share
     stats: BlockStats  # of this input alone
-    weights: Mapping[str, Tensor] | Path  # as stored; or the checkpoint that has them
+    weights: Mapping[str, Tensor] | Path  # as stored; or their checkpoint
     grams: Mapping[str, Gram] | tuple[Path, int]  # of this input; or stats/gram and the block
-    crosses: Mapping[str, Tensor]  # X_denseᵀX, likewise, where weights are corrected
+    crosses: Mapping[str, Tensor]  # X_denseᵀX, likewise, if weights are corrected
     gradients: Mapping[str, Gram]  # of what its linears put out, by linear, where the reconstruction is given them
 
 
@@ -199,14 +199,14 @@ class Made(NamedTuple):
 
     keeps: Masks
     weights: dict[str, Tensor]  # in their stored dtypes
-    told: Json  # how each was solved for
+    told: Json  # solver diagnostics of each
 
 
 def solve(device: torch.device, part: Part) -> Made:
     """Return masks and weights of the linears that read one distinct input of a block."""
     plan, block = part.plan, part.stats
     read = _checkpoint(part.weights).weight if isinstance(part.weights, Path) else part.weights.__getitem__
-    stored = {name: read(name).to(device) for names in block.readers.values() for name in names}  # they cross once
+    stored = {name: read(name).to(device) for names in block.readers.values() for name in names}  # copied once
     grams, weights = part.grams, stored.__getitem__
     if isinstance(grams, tuple):
         grams = _grams(*grams).of(*block.readers)
@@ -236,12 +236,12 @@ def solve(device: torch.device, part: Part) -> Made:
     return Made(pack_masks(chosen), changed, {name: one.told for name, one in solved.items()})
 
 
-# In tasks alone: the process of a task belongs to one stage, during which no file changes.
+# Only in tasks: a task's process belongs to one stage, and no file changes during a stage.
 _checkpoint = lru_cache(maxsize=1)(Checkpoint)
 _grams = lru_cache(maxsize=1)(read_grams)
 
 
-def _parts(  # noqa: PLR0913, PLR0917 - what solvers read
+def _parts(  # noqa: PLR0913, PLR0917 - the inputs of solvers
     plan: Plan,
     checkpoint: Checkpoint,
     block: int,
@@ -253,7 +253,7 @@ def _parts(  # noqa: PLR0913, PLR0917 - what solvers read
     gradients: Grams | None = None,
     stored: Path | None = None,
 ) -> Iterator[Ask[Part]]:
-    """Yield the distinct inputs of a block. `stored` is the folder of its Gram matrices where that has them."""
+    """Yield the distinct inputs of a block. `stored` is the folder of its Gram matrices, if it exists."""
     for source, names in measured.readers.items():
         stats = measured.of(source)
         if isinstance(grams, Grams):
@@ -270,7 +270,7 @@ def _parts(  # noqa: PLR0913, PLR0917 - what solvers read
 
 
 def _together(parts: Iterable[Made]) -> Made:
-    """Return what was made of all distinct inputs of a block."""
+    """Merge the results of all distinct inputs of a block."""
     keeps, weights, told = Masks({}, {}), dict[str, Tensor](), Json()
     for part in parts:
         keeps |= part.keeps
@@ -286,7 +286,7 @@ def _propagate(
     project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], work: Work
 ) -> None:
     """Follow the paper's procedure: each block is calibrated on the outputs of the blocks pruned before it."""
-    # Text, windows and dtype are those of stats/: the masks depend on it, and on no setting of calibration.
+    # Text, windows and dtype come from stats/: the masks depend on stats/, and on no setting of calibration.
     measured_with = stats.provenance["params"]
     text, expected = read_provenance(project.data("calibration"), "download calibration"), stats.provenance["text"]
     if text["sha256"] != expected["sha256"]:
@@ -324,7 +324,7 @@ def _propagate(
                 )
                 keep, changed, told = _together(run.each(solve, parts))
             else:
-                keep = pack_masks(keeps(project, checkpoint.weight, measured, share))  # Ray keeps it for all blocks
+                keep = pack_masks(keeps(project, checkpoint.weight, measured, share))  # Ray keeps it over all blocks
             if plan.trains:
                 trained = turn.train(keep, changed, **TRAINING)
                 changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
@@ -332,4 +332,4 @@ def _propagate(
                 write_weights(weights, turn.index, changed, told)
             write_masks(masks, turn.index, keep)
             turn.change(keep, changed)
-    say_unreached("mask", unreached)  # of the blocks that this run has calibrated
+    say_unreached("mask", unreached)  # of the blocks calibrated by this run

@@ -1,7 +1,7 @@
-"""What each stage needs: memory, disk, FLOPs and bytes, from the plan, the settings and a model's sizes.
+"""The needs of each stage: memory, disk, FLOPs and bytes, from the plan, the settings and a model's sizes.
 
-The line before a stage, `cost` and `doctor` read this table, so each formula is written once; docs/cost.md has them in
-words. Files that are there already give better numbers: `Known` holds those.
+The line before a stage, `cost` and `doctor` read this table, so each formula is written once; docs/cost.md explains the
+formulas. Existing files give better numbers: `Known` holds these numbers.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,8 +32,8 @@ from wanda_dvc.study.tensors import block_count, read_stats
 BYTES_A_TOKEN = 4  # of English text, about
 SAMPLES = 48  # items a task of `tasks.source: embedded`
 
-# Of lm-eval's tasks: the items of the split that is asked, the tokens that a question needs (its context once, its
-# choices after it) and the positions at which it needs logits; means of the first 200 items with SmolLM2's tokenizer.
+# Of lm-eval's tasks: the items of the split, the tokens of a question (its context once, then its choices) and the
+# positions at which it needs logits; means of the first 200 items with SmolLM2's tokenizer.
 TASKS = {
     "piqa": (1838, 57.4, 44.6),
     "hellaswag": (10042, 90.2, 60.4),
@@ -45,11 +45,11 @@ TASKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a stage needs, about, in bytes; 0 where that is nothing, or not known yet."""
+    """The approximate needs of a stage, in bytes; 0 if nothing, or not known yet."""
 
     memory: Memory = field(default_factory=Memory)
-    disk: int = 0  # while it works, with what it leaves
-    least: int = 0  # with less free disk the stage cannot end well
+    disk: int = 0  # peak, including its outputs
+    least: int = 0  # with less free disk the stage would fail
     read: int = 0  # from the disk
     hidden: int = 0  # hidden states between blocks, written and read
     link: int = 0  # weights and masks that cross the link to a GPU
@@ -58,14 +58,14 @@ class Need:
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What the needs of all stages follow from."""
+    """The data behind the needs of all stages."""
 
     params: Params
     config: Path  # of the model: a config.json, or a directory with one
     device: str = "cpu"  # its kind
-    texts: Mapping[str, int] = field(default_factory=dict)  # bytes of those that are there, by part
+    texts: Mapping[str, int] = field(default_factory=dict)  # bytes of existing texts, by part
     files: int | None = None  # bytes of the model's directory
-    measured: Linears | None = None  # those of stats/: to build a model takes seconds of imports
+    measured: Linears | None = None  # of stats/: building a model takes seconds of imports
 
     @cached_property
     def model(self) -> Sizes:
@@ -84,7 +84,7 @@ class Known:
 
     @property
     def tokens(self) -> int:
-        """Tokens that perplexity is measured on; 0 where they are all of a text that is not there yet."""
+        """The tokens of the perplexity evaluation; 0 for all tokens of a text that is not downloaded yet."""
         wanted = self.params.perplexity
         counts = [self.texts["perplexity"] // BYTES_A_TOKEN] if "perplexity" in self.texts else []
         counts += [wanted.windows * wanted.length] if isinstance(wanted.windows, int) else []
@@ -92,7 +92,7 @@ class Known:
 
 
 def need(project: Project, stage: str, part: str | None = None) -> Need:
-    """Return what a stage of a study needs, by what is there of its model and texts."""
+    """Return the needs of a study's stage, as exact as the existing files allow."""
     folder = project.model(part or "dense")
     if stage not in NEEDS or not (folder / "config.json").is_file():
         return Need()
@@ -102,8 +102,8 @@ def need(project: Project, stage: str, part: str | None = None) -> Need:
 
 
 def known(params: Params, config: Path, project: Project | None) -> Known:
-    """Return what settings, a configuration and the texts of a study, if there is one, say."""
-    import torch  # noqa: F401 - by which the device's name is known
+    """Return the data from settings, a configuration and, if there is a study, its texts."""
+    import torch  # noqa: F401 - needed for the device's name
 
     parts = ("calibration", "perplexity") if project else ()
     texts = {part: file.stat().st_size for part in parts if project and (file := project.data(part) / TEXT).is_file()}
@@ -133,19 +133,19 @@ def _measured(project: Project) -> Linears | None:
 
 
 def back_windows(calibration: Calibration) -> int:
-    """Return the number of windows that go back through the model."""
+    """Return the number of windows in the backward pass."""
     return min(WINDOWS_BACK, calibration.samples) if calibration.statistics == "fisher" else 0
 
 
 def _calibrate(on: Known) -> Need:
-    """All windows through all blocks, and with `fisher` some of them forward and back."""
+    """Count all windows through all blocks, and with `fisher` the backward pass of some windows."""
     calibration, model, dtype = on.params.calibration, on.model, on.params.dtype
     gram, windows, length = calibration.statistics != "norms", back_windows(calibration), calibration.length
     once = _recording(on, gram=gram)
     once = replace(once, disk=once.disk + gram * _gram_bytes(model.all_squares))
     if not windows:
         return once
-    # Three passes: forward, then in each block forward again and back, which takes as long: weights get no gradients.
+    # Three passes: forward, then in each block forward again and back. Back costs one pass: weights get no gradients.
     back = _walk(on, "calibration", 3 * windows, length, head=2 * windows * length)
     states, gradients = (windows * length * model.hidden * WIDTH[kind] for kind in (dtype, "float32"))
     memory = differentiating(model, dtype=dtype, length=length, workers=on.params.runtime.ray is not None)
@@ -161,13 +161,13 @@ def _calibrate(on: Known) -> Need:
 
 
 def _mask(on: Known) -> Need:
-    """One pass over weights and scores, or what a solver takes; with `propagation: pruned` the blocks are run too."""
+    """Count a pass over weights and scores, or a solver's work; with `propagation: pruned` also runs of the blocks."""
     plan, linears, on_card = on.params.plan, on.linears, on.device == "cuda"
     if plan.records_grams or (plan.method.needs == "gram" and not plan.propagates):
         memory = writing(linears, gram=True, by_gradients=plan.masks_read_gradients)
     else:
         memory = choosing(linears, threads=1 if on_card else cores(), by_row=plan.selects_by_row and not on_card)
-        if plan.allocation.needs == "gram":  # it rates all blocks before any is chosen from
+        if plan.allocation.needs == "gram":  # it rates all blocks before it prunes any
             memory = either(memory, writing(linears, gram=True))
     chosen = Need(
         memory=memory,
@@ -199,7 +199,7 @@ def kept_bytes(on: Known) -> int:
 
 
 def _apply(on: Known) -> Need:
-    """A linear at work, and the files of another model; with Gram matrices, layer errors."""
+    """Count a linear in memory, and the files of another model; with Gram matrices, layer errors."""
     plan, linears, gram = on.params.plan, on.linears, on.params.calibration.statistics != "norms"
     grams = gram * _gram_bytes(linears.all_squares)
     solving = linears.solving(plan.reconstruction) if plan.weights_come_from == "gram" else 0
@@ -231,14 +231,14 @@ def _apply(on: Known) -> Need:
 
 
 def _perplexity(on: Known) -> Need:
-    """All windows through all blocks and the head."""
+    """Count all windows through all blocks and the head."""
     length = on.params.perplexity.length
     found = _walk(on, "perplexity", on.tokens / length, length, head=on.tokens, logits=True)
     return replace(found, least=found.least // 2)  # a token may take more bytes than expected
 
 
 def _zero_shot(on: Known) -> Need:
-    """All questions of all tasks through all blocks, and the head where a choice's tokens are."""
+    """Count all questions of all tasks through all blocks, and the head at the tokens of choices."""
     from wanda_dvc.engine.questions import ROW
 
     most = min(on.params.zero_shot.limit or 10**9, SAMPLES if on.params.tasks.source == "embedded" else 10**9)
@@ -247,7 +247,7 @@ def _zero_shot(on: Known) -> Need:
     tokens, positions = (sum(min(task[0], most) * task[place] for task in needed) for place in (1, 2))
     # Attention is within a question, and so small that packed rows overstate it.
     found = _walk(on, "tasks", tokens / ROW, ROW, head=positions, logits=True, packed=True)
-    # What questions take is an estimate. The model runs once more, to try whether a row holds several questions.
+    # An estimate. The model runs once more, to test for support of several questions in a row.
     return replace(found, least=0, link=2 * found.link)
 
 
@@ -264,9 +264,9 @@ NEEDS: dict[str, Callable[[Known], Need]] = {
 
 
 def _walk(on: Known, text: str, windows: float, length: int, *, head: float = 0, **held: bool) -> Need:
-    """Windows of a text through all blocks, and the head at some positions; `held` is for `sizes.walking`."""
+    """Count windows of a text through all blocks, and the head at some positions; `held` is for `sizes.walking`."""
     model, width = on.model, WIDTH[on.params.dtype]
-    waiting = int(2 * windows * length * model.hidden * width)  # two files that take turns
+    waiting = int(2 * windows * length * model.hidden * width)  # two files that alternate
     read = on.texts.get(text, 0)
     return Need(
         memory=walking(model, dtype=on.params.dtype, length=length, device=on.device, text=read, **held),
@@ -280,7 +280,7 @@ def _walk(on: Known, text: str, windows: float, length: int, *, head: float = 0,
 
 
 def _recording(on: Known, *, passes: int = 1, gram: bool, crosses: bool = False) -> Need:
-    """The calibration windows through all blocks, some times; once what their linears read is summed."""
+    """Count some passes of the calibration windows through all blocks; one pass sums statistics."""
     windows, length = on.params.calibration.samples, on.params.calibration.length
     walk = _walk(on, "calibration", windows, length, statistics=True, gram=gram, crosses=crosses)
     # The upper triangle of XᵀX is half of its products; a cross product has no such half.
@@ -290,7 +290,7 @@ def _recording(on: Known, *, passes: int = 1, gram: bool, crosses: bool = False)
 
 
 def _gram_bytes(squares: int) -> int:
-    """Return the bytes of Gram matrices with so many numbers, at most."""
+    """Return the maximum bytes of Gram matrices with a given count of numbers."""
     return squares // 2 * WIDTH[GRAM_DTYPE]
 
 

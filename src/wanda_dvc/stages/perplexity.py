@@ -65,10 +65,10 @@ def perplexity(*, project: Project, model: str) -> None:
 
 
 def _losses(run: Runner, rows: list[Row], work: Path, *, what: str) -> list[float]:
-    """Return each row's mean loss, going on from the losses that a killed run has left in `work`."""
+    """Return each row's mean loss; resume from the losses of an interrupted run in `work`."""
     for turn in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{what}, blocks"):
         turn.advance()
-    work.mkdir(parents=True, exist_ok=True)  # workers elsewhere have left nothing here
+    work.mkdir(parents=True, exist_ok=True)  # workers leave nothing on this machine
     losses = _read_losses(work / LOSSES, len(rows))
     done, left = len(losses), len(rows) - len(losses)
     found = run.head(window_losses, unmeasured(len(rows), done))
@@ -81,13 +81,13 @@ def _losses(run: Runner, rows: list[Row], work: Path, *, what: str) -> list[floa
 
 
 def _line(row: int, loss: float) -> str:
-    """Return the line that keeps a row's loss, with a checksum: a kill may cut it."""
+    """Return the line that stores a row's loss, with a checksum, because a kill may truncate it."""
     content = json.dumps([row, _finite(loss)])
     return f"{zlib.crc32(content.encode()):08x} {content}\n"
 
 
 def _read_losses(path: Path, rows: int) -> list[float]:
-    """Return the losses that a killed run had finished, and drop what follows the first line that is not ours."""
+    """Return the finished losses of an interrupted run, and drop all after the first invalid line."""
     losses: list[float] = []
     lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
     for line in lines[:rows]:

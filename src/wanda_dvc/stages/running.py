@@ -1,4 +1,4 @@
-"""How a stage runs: its progress, its device, its time and memory."""
+"""The run of a stage: its progress, its device, its time and memory."""
 
 import contextlib
 import os
@@ -19,11 +19,11 @@ from wanda_dvc.study.checkouts import note_runner
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
 
-SAMPLES_A_SECOND = 20  # of the memory that a stage holds
+SAMPLES_A_SECOND = 20  # of a stage's memory
 ENDING = 5  # seconds that workers have to end
-_told: Json = {}  # of the run at hand
+_told: Json = {}  # of the current run
 _ends: list[Callable[[], None]] = []
-_parent: int | None = None  # the process whose end stops this stage
+_parent: int | None = None  # this stage stops when this process ends
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def timed(project: Project, stage: Stage, part: str | None = None) -> Iterator[None]:
-    """Keep how long a run took, on what, and the memory that it held."""
+    """Keep the time of a run, its machine, and its peak memory."""
     with measured(project.params.runtime) as content:
         yield
     if key := stage.key(project, part):
@@ -42,9 +42,9 @@ def timed(project: Project, stage: Stage, part: str | None = None) -> Iterator[N
 
 @contextlib.contextmanager
 def measured(runtime: Runtime) -> Iterator[Json]:
-    """Yield an object that has seconds, memory, machine and device at the end.
+    """Yield an object that receives seconds, memory, machine and device at the end.
 
-    Its seconds count those of earlier runs too, whose results this run has taken over: what was `told` as `earlier`.
+    Its seconds include the `earlier` seconds of runs with reused results, reported by the stage.
     """
     _told.clear()
     began, content = time.perf_counter(), Json()
@@ -58,13 +58,13 @@ def measured(runtime: Runtime) -> Iterator[Json]:
 
 
 def told(content: Json) -> None:
-    """Keep more of the run at hand beside its time: how many workers it had."""
+    """Keep more about the current run, such as its number of workers."""
     _told.update(content)
 
 
 @contextlib.contextmanager
 def ending(stop: Callable[[], None]) -> Iterator[None]:
-    """Have a function called, for a few seconds at most, where the run is stopped inside."""
+    """Call a function, for a few seconds at most, if the run is stopped inside the context."""
     _ends.append(stop)
     try:
         yield
@@ -74,10 +74,10 @@ def ending(stop: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stoppable(run: str) -> Iterator[None]:
-    """End the process at once on Ctrl-C or SIGTERM, with a line that says what is kept.
+    """End the process at once on Ctrl-C or SIGTERM, with a message about the kept work.
 
-    Nothing has to be put in order: at every moment what is on disk is what a later run goes on from. A thread waits for
-    the signal, because the main thread may be inside a multiplication for seconds.
+    No cleanup is needed: a later run can resume from the files on disk at any moment. A thread waits for the signal,
+    because the main thread may be inside a multiplication for seconds.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -110,7 +110,7 @@ def stoppable(run: str) -> Iterator[None]:
 
 
 class AnonymousMemory:
-    """The most memory of this process that no file stands behind, sampled by a thread; 0 where the system hides it.
+    """The peak anonymous memory of this process, sampled by a thread; 0 if the system hides it.
 
     The resident peak counts mapped checkpoint pages too, which the system may reclaim at any time: a model of 13.5 GB
     runs under a hard limit of 3 GB.
@@ -140,7 +140,7 @@ class AnonymousMemory:
 
 
 def anonymous_memory() -> int:
-    """Return the bytes of this process that no file stands behind; 0 where the system does not say."""
+    """Return the anonymous memory of this process in bytes; 0 if the system hides it."""
     with contextlib.suppress(OSError), Path("/proc/self/status").open(encoding="utf-8") as status:
         for line in status:
             if line.startswith("RssAnon:"):
@@ -149,7 +149,7 @@ def anonymous_memory() -> int:
 
 
 def device_name(runtime: Runtime) -> str:
-    """Return the torch device to run on, by name; `auto` asks torch only if a stage has imported it anyway."""
+    """Return the name of the torch device to run on; `auto` uses torch only if a stage has imported it."""
     if runtime.device != "auto":
         return runtime.device
     if "torch" not in sys.modules:
@@ -160,9 +160,9 @@ def device_name(runtime: Runtime) -> str:
 
 
 def own_device(runtime: Runtime) -> "torch.device":
-    """Return the device that this process computes on. UserError where this machine does not have it.
+    """Return the compute device of this process. UserError if this machine does not have it.
 
-    With workers the setting names theirs, and this process does its own part on the CPU if it has no card.
+    With workers the setting is for the workers, and this process uses the CPU if it has no GPU.
     """
     import torch
 
@@ -177,14 +177,14 @@ def own_device(runtime: Runtime) -> "torch.device":
 
 
 def solving_device(runtime: Runtime) -> "torch.device":
-    """Return the device that masks are chosen on, and solvers run. UserError where this machine does not have it."""
+    """Return the device for masks and solvers. UserError if this machine does not have it."""
     from wanda_dvc.engine import jobs
 
     return jobs.solving_device(own_device(runtime))
 
 
 def check_device(device: str) -> None:
-    """Raise UserError where this machine does not have the device."""
+    """Raise UserError if this machine does not have the device."""
     from wanda_dvc.engine import accelerator
 
     kind, _, number = device.partition(":")
@@ -196,9 +196,9 @@ def check_device(device: str) -> None:
 
 
 def watch_dvc(project: Project) -> None:
-    """Have `progress` stop this process after the DVC that runs it has ended.
+    """Make `progress` stop this process after its parent DVC has ended.
 
-    Only the command line calls this: the parent of a process that uses the Python interface is no concern of ours.
+    Only the command line calls this: processes with the Python interface have other parents.
     """
     global _parent
     _parent = os.getppid() if "DVC_STAGE" in os.environ else None
@@ -206,9 +206,9 @@ def watch_dvc(project: Project) -> None:
 
 
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
-    """Yield the items with a bar on a terminal, elsewhere with a line a minute.
+    """Yield the items with a progress bar on a terminal, else with a line a minute.
 
-    UserError between two items after the DVC that `watch_dvc` watches has ended.
+    UserError between two items if the DVC process of `watch_dvc` has ended.
     """
     from tqdm import tqdm
 
@@ -227,7 +227,7 @@ def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
 
 
 def _while_wanted(items: Iterable[T]) -> Iterator[T]:
-    """Stop a stage whose DVC was killed.
+    """Stop a stage after its DVC was killed.
 
     DVC kills a queued experiment, but not its stage. The stage would continue for a checkout that nobody reads, and
     the next run of the experiment would wait for it.
@@ -239,7 +239,7 @@ def _while_wanted(items: Iterable[T]) -> Iterator[T]:
 
 
 def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
-    """Say how many experts no calibration token reached, if any, by block."""
+    """Report the number of experts without calibration tokens, if any, by block."""
     if count := sum(map(len, unreached.values())):
         blocks = ", ".join(str(block) for block, experts in sorted(unreached.items()) if experts)
         notice(

@@ -1,4 +1,4 @@
-"""Ask a model multiple-choice questions: lm-eval's own definitions of the tasks, our engine's log-likelihoods."""
+"""Measure zero-shot accuracy: lm-eval's definitions of the tasks, the engine's log-likelihoods."""
 
 import contextlib
 import logging
@@ -33,12 +33,12 @@ def zero_shot(*, project: Project, model: str) -> None:
     plotted = ([task, item["item"], item.get("acc", "")] for task, one in details.items() for item in one["items"])
     write_json(project.details(model, "zero_shot"), {"tasks": details})
     write_csv(project.plots(f"{model}/zero_shot"), ["task", "item", "acc"], plotted)
-    # Only what a reader compares: `dvc metrics diff` prints every number in here.
+    # Only numbers to compare: `dvc metrics diff` prints every number in here.
     write_json(project.metrics(model, "zero_shot"), {task: one["metrics"] for task, one in answered.items()})
 
 
 def _protocol(project: Project, model: str, task: str) -> Json:
-    """Return what a task's results follow from."""
+    """Return the inputs that determine a task's results."""
     items = read_provenance(project.data("tasks") / task, "download tasks")
     return describe(
         "zero-shot",
@@ -54,9 +54,9 @@ def _protocol(project: Project, model: str, task: str) -> Json:
 
 
 def _answered(project: Project, model: str, task: str, protocol: Json) -> Json:
-    """Return a model's `details` and `metrics` of a task, as they are written.
+    """Return a model's `details` and `metrics` of a task, in their written form.
 
-    They are those of an earlier run with this protocol, with its `seconds`; else the model is asked, and they are kept.
+    Reuses the results of an earlier run with this protocol, with its `seconds`; else runs the model and keeps results.
     """
     run, key = f"zero-shot-{model}-{task}", digest(protocol)
     with project.work(protocol) as work:
@@ -72,12 +72,12 @@ def _answered(project: Project, model: str, task: str, protocol: Json) -> Json:
 
 
 def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) -> Json:
-    """Ask a model a task's questions; return its `details` and `metrics` as they are written."""
+    """Run a task's questions through a model; return `details` and `metrics` in their written form."""
     from lm_eval.evaluator import evaluate
 
     from wanda_dvc.engine.harness import EngineLM, load_task
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every data set that is no Hub id
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every data set without a Hub id
     folder, what = project.data("tasks") / task, f"zero-shot {model} {task}"
     items = read_provenance(folder, "download tasks")
     definition = load_task(items["definition"], items["role"], folder / ITEMS)
@@ -94,7 +94,7 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     details: Json = {
         "protocol": protocol,
         "standard_errors": {
-            # lm-eval gives a string where there is none, of a single item.
+            # lm-eval returns a string instead of the error of a single item.
             metric: round(error, 6)
             for metric in given
             if isinstance(error := result[f"{metric}_stderr,none"], float)

@@ -1,4 +1,4 @@
-"""The checkouts in which DVC runs queued experiments, and which of them a killed DVC has left behind."""
+"""The checkouts of DVC's queued experiments, and the abandoned ones among them."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ RUNNER = ".dvc/tmp/wanda-dvc-runner.json"  # below a checkout: the host, and the
 
 
 def note_runner(project: Project) -> None:
-    """Note in an experiment's checkout which process runs it: the outermost one of this stage's that works there."""
+    """Record the runner of an experiment's checkout: the outermost ancestor of this stage that works there."""
     checkout = project.repository
     if Path(os.environ.get("DVC_ROOT") or checkout) == checkout:
         return
@@ -32,9 +32,9 @@ def note_runner(project: Project) -> None:
 
 
 def abandoned(project: Project) -> Iterator[Path]:
-    """Yield the checkouts whose experiment certainly runs no more: its process ran on this host, and has ended.
+    """Yield the checkouts of ended experiments: their process ran on this host, and has ended.
 
-    The others stay: on a shared file system another host may run one, and DVC may still be filling one.
+    Other checkouts stay: another host may use one on a shared file system, and DVC may still be filling one.
     """
     import psutil
 

@@ -17,9 +17,9 @@ SUCCESS = "success"
 
 
 class Kind(IntEnum):
-    """What a state of the study is. Lower kinds name the same results first."""
+    """The kind of a state. If states share results, the lowest kind names them."""
 
-    EXPERIMENT, BRANCH, WORKSPACE, COMMIT = range(4)  # a branch or a tag; a commit that has neither
+    EXPERIMENT, BRANCH, WORKSPACE, COMMIT = range(4)  # a branch or a tag; a commit without either
 
 
 class Experiment(NamedTuple):
@@ -28,17 +28,17 @@ class Experiment(NamedTuple):
     name: str
     rev: str  # a commit, or `workspace`
     kind: Kind
-    state: str  # `success`, or why there are no results: `failed`, `queued`, `running`, `unreadable: …`
+    state: str  # `success`, or the reason for missing results: `failed`, `queued`, `running`, `unreadable: …`
     settings: Mapping[str, Any]  # by dotted name
-    changes: Mapping[str, Any]  # of the settings, against the commit that it started from
-    metrics: Mapping[str, Json]  # by path; of an experiment without success they are those that it started from
+    changes: Mapping[str, Any]  # of the settings, against its base commit
+    metrics: Mapping[str, Json]  # by path; of an experiment without success, the base commit's
     stages: Json  # of its dvc.lock
 
 
 def list_experiments(project: Project, *, locks: bool = False) -> list[Experiment]:
     """Return the workspace, branches, tags, commits with experiments, and all experiments, each before its own.
 
-    Their `stages` are read only with `locks`. UserError where there is no repository or DVC cannot list it.
+    Only `locks` reads their `stages`. UserError without a repository, or if DVC cannot list it.
     """
     from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
@@ -51,7 +51,7 @@ def list_experiments(project: Project, *, locks: bool = False) -> list[Experimen
         raise UserError(
             f"{project.root}: no DVC repository, expected one with experiments; `wanda-dvc show` needs none"
         ) from None
-    except SCMError:  # stages that were run by hand leave .dvc/
+    except SCMError:  # stages run by hand leave .dvc/
         raise no_git from None
     if isinstance(repo.scm, NoSCM):
         raise no_git
@@ -62,7 +62,7 @@ def list_experiments(project: Project, *, locks: bool = False) -> list[Experimen
             raise UserError(
                 f"{project.root}: DVC can't list its experiments ({error}); look at `dvc exp show`"
             ) from None
-        except OSError as error:  # DVC reads files of an experiment that never began
+        except OSError as error:  # DVC reads files of an experiment that never started
             raise UserError(
                 f"{project.root}: DVC can't list its experiments ({error}); one that was killed may still count as "
                 "running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
@@ -85,10 +85,10 @@ def _experiments(states: list[Any]) -> Iterator[Experiment]:
         if kind is Kind.WORKSPACE:
             workspace = Experiment(name, state.rev, kind, SUCCESS, own, {}, metrics, {})
             continue
-        if workspace:  # DVC lists it before the commit that it stands on
+        if workspace:  # DVC lists it before its base commit
             yield workspace._replace(changes=_changes(own, workspace.settings))
             workspace = None
-        if kind < Kind.COMMIT or state.experiments:  # an older commit of a branch is no result of today
+        if kind < Kind.COMMIT or state.experiments:  # results of a branch's older commits are not current
             yield Experiment(name, state.rev, kind, SUCCESS, own, {}, metrics, {})
         for experiment in state.experiments or []:
             last = experiment.revs[0]
@@ -119,7 +119,7 @@ def _changes(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 def _stages(project: Project, repo: Any, revs: list[str]) -> dict[str, Json]:
     """Return the stages of the dvc.lock of each revision.
 
-    Those of a commit never change, so they are kept as JSON: to read one as YAML takes a twentieth of a second.
+    A commit's stages never change, so they are kept as JSON: reading a lock as YAML takes a twentieth of a second.
     """
     path = (project.root.resolve().relative_to(Path(repo.scm.root_dir).resolve()) / LOCK).as_posix()
     kept: Json = {}
@@ -130,7 +130,7 @@ def _stages(project: Project, repo: Any, revs: list[str]) -> dict[str, Json]:
     whole = {rev: _stages_at(repo, rev, path) if stages is None else stages for rev, stages in found.items()}
     commits = {rev: stages for rev, stages in whole.items() if rev != WORKSPACE}
     if commits != kept:
-        with contextlib.suppress(OSError, TypeError, ValueError):  # read-only; a stage of the user's with dates
+        with contextlib.suppress(OSError, TypeError, ValueError):  # read-only folder; a user's stage with dates
             write_json(project.locks, {path: commits})
     return whole
 

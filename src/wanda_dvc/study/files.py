@@ -1,4 +1,4 @@
-"""Files on disk: JSON and CSV, each written beside its place and renamed, and copies that share blocks."""
+"""Writes JSON and CSV through temporary files and renames, and makes copies that share blocks."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ Json = dict[str, Any]
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON beside its place, then rename it. A reader never sees half a file, and a link's target stays."""
+    """Write JSON to a temporary file, then rename it. Readers never see half a file, and a link's target stays."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -24,7 +24,7 @@ def json_text(content: object) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as `write_json` does."""
+    """Write text to a temporary file, then rename it, as `write_json` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.write_text(text, encoding="utf-8")
@@ -52,15 +52,15 @@ def read_json(path: Path, made_by: str) -> Any:
 
 
 def load_json(path: Path) -> Json:
-    """Read a JSON object; an empty one where the file is not there."""
+    """Read a JSON object; return an empty one if the file is missing."""
     return read_object(path, "run the stage that writes it again") if is_there(path) else {}
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file to a new place: a reflink where the file system supports it, else its bytes.
 
-    A reflink shares the blocks of the original until either file changes, so it takes no space. A hard link would be
-    the user's own file under a second name: DVC makes cached files read-only, and people overwrite theirs in place.
+    A reflink shares the blocks of the original until either file changes, so it takes no space. A hard link would
+    expose the user's own file: DVC makes cached files read-only, and users overwrite their files in place.
     """
     try:
         reflink(source, target)
@@ -71,7 +71,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Give a file that nobody writes into a second name: a hard link, or a copy on another file system."""
+    """Give a read-only file a second name: a hard link, or a copy on another file system."""
     try:
         target.hardlink_to(source)
     except OSError:
@@ -79,7 +79,7 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def reflink(source: Path, target: Path) -> None:
-    """Clone a file copy-on-write. OSError where the file system or the system cannot."""
-    from dvc_objects.fs import system  # it takes a fifth of a second to import
+    """Clone a file copy-on-write. OSError if the file system or the system does not support it."""
+    from dvc_objects.fs import system  # its import takes a fifth of a second
 
     system.reflink(source, target)

@@ -1,4 +1,4 @@
-"""What a study knows of its recipe from held-out calibration windows: metrics/pruned/held_out.json."""
+"""Warnings about a recipe, from the losses of held-out calibration windows: metrics/pruned/held_out.json."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -7,7 +7,7 @@ from wanda_dvc.study.files import Json
 
 
 def raised(metrics: Json) -> Iterator[str]:
-    """Yield a sentence for each choice of the recipe that raised the loss of held-out windows.
+    """Yield a sentence for each choice of the recipe with a higher loss on held-out windows.
 
     `metrics` has under `held_out` the losses of masks and of weights, by choice; neighbours differ by one choice.
     """

@@ -1,7 +1,7 @@
-"""The sources of a study that are files of this machine: `sources/`, through which DVC watches their content.
+"""Local sources of a study: DVC watches their content through the links in `sources/`.
 
-`sources/<part>` is a link to the user's directory or file; of a source that is not local, a note. DVC hashes through a
-link, and a file again only when its inode, time or size has changed.
+`sources/<part>` is a link to the user's directory or file, or a note if the source is not local. DVC follows the link,
+and hashes a file again only after its inode, time or size has changed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from wanda_dvc.params import Params
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 
-# The setting that names the source of each part that `download` fetches.
+# The setting with the source of each part of `download`.
 SETTINGS = {
     "model": "model",
     "calibration": "calibration.text.source",
@@ -23,7 +23,7 @@ SETTINGS = {
 
 
 def source(params: Params, part: str) -> str:
-    """Return the setting that names a part's source."""
+    """Return the name of the setting with a part's source."""
     value: Any = params
     for name in SETTINGS[part].split("."):
         value = getattr(value, name)
@@ -31,13 +31,13 @@ def source(params: Params, part: str) -> str:
 
 
 def local_sources(params: Params) -> Mapping[str, Path]:
-    """Return the directories and files that the settings name, by part."""
+    """Return the directories and files named in the settings, by part."""
     named = {part: Path(source(params, part)) for part in SETTINGS}
     return {part: path for part, path in named.items() if path.is_absolute()}
 
 
 def link_source(project: Project, part: str) -> None:
-    """Make `sources/<part>`. UserError if the local source is not there."""
+    """Make `sources/<part>`. UserError if the local source is missing."""
     place, named = project.source(part), source(project.params, part)
     if not Path(named).is_absolute():
         write_json(place, {"source": named})
@@ -55,7 +55,7 @@ def link_source(project: Project, part: str) -> None:
 
 
 def gone_sources(project: Project) -> Iterator[str]:
-    """Yield a sentence for each local source that `locate` has linked and that is gone."""
+    """Yield a sentence for each linked local source that is missing now."""
     for part in local_sources(project.params):
         link = project.source(part)
         if link.is_symlink() and not link.exists():

@@ -1,16 +1,16 @@
-"""Text from outside (a model's, a file's or an experiment's name) in Markdown, so that it stays text; and numbers."""
+"""Escapes outside text (names of models, files, experiments) for Markdown, and formats numbers."""
 
 import re
 from collections.abc import Sequence
 
 from tabulate import tabulate
 
-# Signs that Markdown may read as markup; an underscore only at the edge of a word.
+# Characters with a meaning in Markdown; an underscore only at the edge of a word.
 MARKUP = re.compile(r"[\\`*<>\[\]|#&~]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def inline(text: object) -> str:
-    """Return a text for a line of Markdown or a cell of a table, with its markup escaped."""
+    """Return a text with its markup escaped, for a line of Markdown or a cell of a table."""
     return MARKUP.sub(r"\\\g<0>", _line(text))
 
 
@@ -23,7 +23,7 @@ def code(text: object) -> str:
 
 
 def number(perplexity: float | str | None) -> str:
-    """Spell a perplexity: two decimals, none from 1,000 on; `diverged` stays, and a dash is none."""
+    """Format a perplexity: two decimals, zero from 1,000 on; `diverged` stays, and a dash means missing."""
     if perplexity is None or isinstance(perplexity, str):
         return perplexity or "–"
     if perplexity < 1000:
@@ -32,10 +32,10 @@ def number(perplexity: float | str | None) -> str:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table for a terminal, which is Markdown too. Cells stay as they are: no number is parsed."""
+    """Return a table for a terminal, which is also valid Markdown. Cells do not change: no number is parsed."""
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def _line(text: object) -> str:
-    """Return the text in one line, without what no reader sees."""
+    """Return the text in one line, without invisible characters."""
     return "".join(letter if letter.isprintable() else " " for letter in str(text)).strip() or "–"

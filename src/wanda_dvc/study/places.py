@@ -1,4 +1,4 @@
-"""Where texts and tasks' items are: embedded, on the Hub, and in a mirror, which has the Hub's layout."""
+"""The places of texts and of tasks' items: embedded, on the Hub, or in a mirror with the Hub's layout."""
 
 import contextlib
 import re
@@ -13,14 +13,14 @@ from wanda_dvc.params import ChosenText
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.study.files import Json
 
-METRICS = ("acc", "acc_norm")  # of the tasks' own, those that are reported
+METRICS = ("acc", "acc_norm")  # reported metrics of the tasks
 EMBEDDED = Path(str(files("wanda_dvc"))) / "embedded"
 
 
 def on_the_hub(wanted: ChosenText) -> tuple[NamedText, str | None, tuple[str, ...]] | None:
-    """The data set of a text, the shard that stands for its split (or None), and its place in a mirror.
+    """Return the data set of a text, the shard used for its split (or None), and its place in a mirror.
 
-    The place is a path below the data set's id. None for a text that is embedded or a file.
+    The place is a path below the data set's id. None for an embedded text or a file.
     """
     if wanted.dataset is None:
         return None
@@ -31,7 +31,7 @@ def on_the_hub(wanted: ChosenText) -> tuple[NamedText, str | None, tuple[str, ..
 
 @dataclass(frozen=True)
 class TaskItems:
-    """The split of a data set that holds a task's items."""
+    """The data set split with a task's items."""
 
     role: str  # of the split, for lm-eval: test or validation
     split: str
@@ -45,10 +45,10 @@ class TaskItems:
 
 
 def task_definition(name: str) -> tuple[str, Json] | None:
-    """The file of one of lm-eval's tasks, relative to all of them, and its content; None if there is no such task.
+    """Return the file of an lm-eval task, relative to the tasks' folder, and its content; None for an unknown task.
 
-    Functions stay names in it. The file is the one that lm-eval's index has for the name. To index all 14,000 files
-    takes 5 s, so this indexes only those with the name in their text: a task's name is in the file that defines it.
+    Functions stay names in it. The file is lm-eval's index entry for the name. Indexing all 14,000 files takes 5 s, so
+    this indexes only files with the name in their text: every definition contains its task's name.
     """
     from lm_eval.tasks._index import Entry, TaskIndex
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -56,7 +56,7 @@ def task_definition(name: str) -> tuple[str, Json] | None:
     root, texts = _task_files()
     named, index = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)".encode()), dict[str, Entry]()
     for path in (path for path, text in texts.items() if named.search(text)):
-        with contextlib.suppress(Exception):  # as lm-eval passes over files that it can't read
+        with contextlib.suppress(Exception):  # lm-eval also skips unreadable files
             TaskIndex.process_cfg(load_yaml(path, resolve_func=False), path, index)
     found = index.get(name)
     return (found.yaml_path.relative_to(root).as_posix(), found.cfg) if found and found.yaml_path else None
@@ -64,7 +64,7 @@ def task_definition(name: str) -> tuple[str, Json] | None:
 
 @cache
 def _task_files() -> tuple[Path, dict[Path, bytes]]:
-    """The folder of lm-eval's tasks, and all definitions below it, in the order of lm-eval's index."""
+    """Return the folder of lm-eval's tasks, and all definitions below it, in the order of lm-eval's index."""
     import lm_eval.tasks
     from lm_eval.tasks._index import TaskIndex
 
@@ -73,7 +73,7 @@ def _task_files() -> tuple[Path, dict[Path, bytes]]:
 
 
 def task_items(definition: Json) -> TaskItems | None:
-    """The items that a task's definition asks about; None if it names no data set and split."""
+    """Return the items of a task's definition; None if it names no data set and split."""
     role = "test" if definition.get("test_split") else "validation"
     dataset, split = definition.get("dataset_path"), definition.get(f"{role}_split")
     if not dataset or not split or definition.get("custom_dataset"):
@@ -82,7 +82,7 @@ def task_items(definition: Json) -> TaskItems | None:
 
 
 def in_mirror(mirror: str | None, *parts: str) -> Path | None:
-    """A file in the mirror; None without a mirror. UserError if the mirror lacks the file."""
+    """Return a file in the mirror; None without a mirror. UserError if the mirror lacks the file."""
     if mirror is None:
         return None
     path = Path(mirror, *parts)

@@ -1,4 +1,4 @@
-"""Presets: whole studies by name, each a YAML file of the settings that differ from those of a new study."""
+"""Presets: complete studies by name, each a YAML file of the differences from a new study's settings."""
 
 import io
 from dataclasses import asdict, dataclass
@@ -34,7 +34,7 @@ _Representer.add_representer(type(None), lambda self, _: self.represent_scalar("
 
 @dataclass(frozen=True)
 class Preset:
-    """A whole study: a value for every setting but `runtime`, by dotted name."""
+    """A complete study: a value for every setting but `runtime`, by dotted name."""
 
     name: str
     description: str
@@ -49,7 +49,7 @@ def names() -> list[str]:
 
 
 def read_preset(name: str) -> Preset:
-    """Read a preset: the default's settings, replaced by its own. UserError, with the known names, for another name."""
+    """Read a preset: the default's settings, updated with its own. UserError, with the known names, if unknown."""
     if name not in names():
         raise UserError(f"preset: got {name}, expected {', '.join(names())}; `wanda-dvc preset` describes them")
     default = {key: value for key, value in flatten(_load(PARAMS)) if not key.startswith("runtime.")}
@@ -69,9 +69,9 @@ def preset_table(*, as_json: bool = False) -> str:
 
 
 def apply_preset(*, project: Project, name: str) -> str:
-    """Write a preset into params.yaml and say what to run next. Comments and `runtime` stay.
+    """Write a preset into params.yaml and return the next steps. Comments and `runtime` stay.
 
-    Every setting is set, so that nothing of an earlier preset remains. A setting that has the value already keeps its
+    Every setting is set, so that no setting of an earlier preset remains. A setting with an equal value keeps its
     spelling.
     """
     preset = read_preset(name)
@@ -87,9 +87,9 @@ def apply_preset(*, project: Project, name: str) -> str:
 
 
 def with_settings(text: str, settings: Settings) -> tuple[str, int]:
-    """Set settings, by dotted name, in the text of a params.yaml, and return it with the number that had another value.
+    """Set settings, by dotted name, in the text of a params.yaml; return the text and the number of changed settings.
 
-    Comments stay, and so does the spelling of what has the value already. UserError where the result is not valid.
+    Comments stay, and so does the spelling of equal values. UserError if the result is not valid.
     """
     yaml = YAML()
     yaml.Representer = _Representer
@@ -102,7 +102,7 @@ def with_settings(text: str, settings: Settings) -> tuple[str, int]:
     if not isinstance(content, dict):
         raise UserError(f"params.yaml: got {type(content).__name__}, expected a mapping of settings")
     changed = [key for key, value in settings.items() if _set(content, key, value)]
-    check_params(content)  # refuses a wrong `runtime` or an unknown setting before anything is written
+    check_params(content)  # refuses a wrong `runtime` or an unknown setting before any write
     if not changed:
         return text, 0
     written = io.StringIO()
@@ -125,7 +125,7 @@ def _set(content: Settings, name: str, value: Any) -> bool:
 
 
 def _spell(value: Any) -> Any:
-    """Spell a value as params.yaml does: lists on one line, blanks in double quotes."""
+    """Format a value in params.yaml's style: lists on one line, blanks in double quotes."""
     if isinstance(value, list):
         spelled = CommentedSeq(value)
         spelled.fa.set_flow_style()
