@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch import __future__ as future
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 GIGABYTE = 2**30
@@ -147,6 +148,11 @@ class _Modes(TorchFunctionMode):
             return self.owner.pinned(args[0])
         if function == Tensor.data.__set__ and isinstance(args[1], OnDevice):
             raise NotImplementedError("a tensor whose data become another's is not simulated")
+        if function is scaled_dot_product_attention and kwargs.get("is_causal") and isinstance(args[0], OnDevice):
+            query, key, value = args[:3]
+            if query.shape[-1] != value.shape[-1]:  # torch's own path for these makes its mask in C++, on the host
+                mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+                kwargs |= {"is_causal": False, "attn_mask": OnDevice(mask, self.owner)}
         if self.owner.is_named(kwargs.get("device")):
             kwargs["device"] = "cpu"
             made = function(*args, **kwargs)

@@ -136,6 +136,7 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
             "change": {"sparsity": 0.9},
             "perplexity": None,
             "accuracy": None,
+            "warnings": [],
             "stale": True,
         }
         said = experiments(project=Project(repository.root))

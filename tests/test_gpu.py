@@ -94,6 +94,7 @@ class Bench:
         self.stage(device, traffic, "perplexity pruned", lambda: perplexity(project=project, model="pruned"))
         return Study(project, traffic)
 
+    @cache  # noqa: B019
     def asked(self, kind: str, recipe: str) -> Study:
         """The same, then zero-shot."""
         study = self.pruned(kind, recipe)

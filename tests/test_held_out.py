@@ -153,4 +153,4 @@ def test_show_and_the_card_keep_the_warning(pruned: Make):
     write_json(project.metrics("pruned", "held_out"), {"held_out": {"masks": {"uniform": 3.0, "allocation owl": 4.0}}})
     warning = "allocation owl raises the loss of held-out calibration windows from 3.0000 to 4.0000"
     assert f"Warning: {warning}" in show(project=project)
-    assert warning in card(project, 0.5)
+    assert warning in card(project, 0.5, warnings=[warning])

@@ -19,7 +19,7 @@ from test_families import ALL, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import attention
+from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.checkpoint import STORED, Address, Checkpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.packed import linear as packed_linear
@@ -327,7 +327,7 @@ def test_sparse_cores_are_asked_for_before_anything_loads(tmp_path: Path, monkey
 
 
 def test_only_what_a_card_can_take_goes_to_its_sparse_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packed_linear, "_has_sparse_cores", lambda: True)
+    monkeypatch.setattr(accelerator, "has_sparse_cores", lambda: True)
     with pytest.raises(UserError, match='on cpu, expected a CUDA device for sparse=2:4; add device_map="cuda"'):
         loaded_sparse(tmp_path)
 
@@ -341,7 +341,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         taken.append(weight)
         return 2 * weight
 
-    monkeypatch.setattr(packed_linear, "_has_sparse_cores", lambda: True)
+    monkeypatch.setattr(accelerator, "has_sparse_cores", lambda: True)
     monkeypatch.setattr(packed_linear, "CARD", "cpu")
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", take)
     return taken

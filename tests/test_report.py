@@ -250,6 +250,7 @@ def write_results(
         write_csv(project.plots(f"{model}/zero_shot"), ["task", "item", "acc"], [["piqa", 0, 1.0]])
         write_json(project.metrics(model, "zero_shot"), {"piqa": {"acc": count / 40}})
     write_json(project.metrics("pruned", "sparsity"), {"sparsity": sparsity})
+    write_json(project.metrics("pruned", "held_out"), {})
     write_json(project.details("pruned", "sparsity"), {})
     linears = {} if layer_error is None else {"q_proj": {"error": layer_error, "masked": layer_error}}
     write_json(

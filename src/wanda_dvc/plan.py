@@ -31,6 +31,7 @@ TRAINING: dict[str, Any] = {"epochs": 3, "rate": 0.02, "seed": 0}
 CORRECTION = 0.5
 GRAM_DTYPE = "float16"  # of stored Gram matrices, scaled: as exact as float32 in every measured figure
 WINDOWS_BACK = 8  # windows of the backward pass; 16 gained 1 % once, in 2:4
+WINDOWS_HELD_OUT = 2  # windows on which choices that statistics decide are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,13 @@ class Plan:
             share=share,
             left_out=left_out,
         )
+
+    @property
+    def compared(self) -> int:
+        """How many models are compared on held-out windows: with and without each choice that statistics decide."""
+        masks = (self.group == "fisher" and self.pattern == UNSTRUCTURED) + (self.allocation.name != "uniform")
+        weights = self.reconstruction.by_gradients and self.weights_come_from == "gram"
+        return (masks + 1 if masks else 0) + 2 * weights
 
     @property
     def described(self) -> dict[str, object]:

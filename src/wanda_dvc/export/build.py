@@ -14,6 +14,7 @@ from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.apply import describe_pruned
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import load_json, write_json
+from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project, place_beside
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.ran import LOCK, Ran
@@ -48,7 +49,14 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
         study.metrics("pruned", "sparsity").unlink(missing_ok=True)
         write_json(study.metrics("pruned", "sparsity"), {"sparsity": round(written.sparsity, 6)})
         sections = results(study, ran.torn)
-        text = card(study, written.sparsity, storage=written.storage, imports=stored.imports, results=sections)
+        text = card(
+            study,
+            written.sparsity,
+            storage=written.storage,
+            imports=stored.imports,
+            results=sections,
+            warnings=[f"The choice {problem}." for problem in raised(load_json(study.metrics("pruned", "held_out")))],
+        )
         (work.out / "README.md").write_text(text, encoding="utf-8")
         work.publish(target)
     said = f"{target}: the pruned model of {experiment or 'the workspace'}; its card is README.md"

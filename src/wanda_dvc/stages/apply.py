@@ -5,13 +5,12 @@ A reconstruction gives kept weights new values, solved for here, from stats/gram
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
 from wanda_dvc.catalog import RECONSTRUCTIONS
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.runner import Change
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.choose import prepare, prune_linear
 from wanda_dvc.pruning.packing import count_zeros
@@ -23,6 +22,9 @@ from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import SEALED, Grams, block_count, read_grams, read_masks, read_weights
+
+if TYPE_CHECKING:
+    from wanda_dvc.engine.runner import Change
 
 
 class Zeros(NamedTuple):
@@ -78,7 +80,7 @@ def _weights_to_compare(project: Project, made_from: Json) -> Candidates:
         return {}
     parts = Parts(project, "least-squares")
 
-    def solved(block: int) -> Change:
+    def solved(block: int) -> "Change":
         return {}, {linear: parts.make(parts.checkpoint.find(linear))[0] for linear in parts.keeps[block]}
 
     return {

@@ -1,43 +1,46 @@
-"""Measures the loss of a few held-out calibration windows with and without each choice of the recipe.
+"""The loss of a few held-out calibration windows, with and without the choices that statistics decide.
 
-A group, an allocation or a reconstruction may help one model and harm another. No evaluation window is used.
+A group, an allocation or a reconstruction may help one model and harm another. No window of an evaluation decides that.
 """
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.losses import window_losses
 from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.runner import Changes
-from wanda_dvc.engine.walk import outputs, walk
 from wanda_dvc.errors import UserError, notice
+from wanda_dvc.plan import WINDOWS_HELD_OUT
 from wanda_dvc.pruning.choose import choose_block, targets_of
 from wanda_dvc.stages.inputs import held_out_windows, open_decoder, with_fisher
 from wanda_dvc.stages.running import solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import read_provenance
+from wanda_dvc.study.provenance import digest, read_provenance
 from wanda_dvc.study.tensors import read_stats
 
-WINDOWS = "WANDA_DVC_HELD_OUT"  # the number of windows; 0: no comparison
-Candidates = Mapping[str, tuple[str, Changes]]  # by choice: the model, and the changes of its blocks
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from wanda_dvc.engine.decoder import Decoder
+    from wanda_dvc.engine.runner import Changes
+
+WINDOWS = "WANDA_DVC_HELD_OUT"  # names how many windows; 0: nothing is compared
+Candidates = Mapping[str, tuple[str, "Changes"]]  # by choice: the model, and how its blocks are changed
 Losses = dict[str, dict[str, float]]  # of "masks" and of "weights", by choice, in nats a token
 
 
 def compare(project: Project, weights: Candidates) -> Losses:
-    """Return the loss of two windows with and without each choice; {} without choices.
+    """Return the loss of two windows with and without each choice; {} where there is nothing to compare.
 
-    Two neighbours in the result differ by one choice. Masks are compared without a reconstruction, by Wanda's scores
-    if a solver computes them. `weights` are candidates on the masks of the study.
+    Two neighbours in the result differ by one choice. Masks are compared without a reconstruction, and by Wanda's
+    scores where a solver chooses them. `weights` are candidates on the masks of the study.
     """
     made, windows = read_provenance(project.masks, "mask"), limit()
     compared = {
@@ -45,36 +48,44 @@ def compare(project: Project, weights: Candidates) -> Losses:
         for part, candidates in (("masks", _masks(project, made)), ("weights", weights))
         if windows and len(candidates) > 1
     }
-    rows = [Row(tokens) for tokens in held_out_windows(project, made["calibration"], windows)] if compared else []
-    if compared and not rows:
+    if not compared:
+        return {}
+    rows = [Row(tokens) for tokens in held_out_windows(project, made["calibration"], windows)]
+    if not rows:
         notice("apply: the calibration text has no held-out windows; the choices of the recipe were not compared")
         return {}
-    found = {
-        part: {choice: _loss(project, model, made, rows, changes) for choice, (model, changes) in candidates.items()}
-        for part, candidates in compared.items()
-    }
+    found = Losses()
+    dtype, choices = made["calibration"]["dtype"], {part: list(candidates) for part, candidates in compared.items()}
+    made_from = {"kind": "held-out", "masks": digest(made), "choices": choices, "windows": len(rows)}
+    with project.work(made_from) as work:
+        for part, candidates in compared.items():
+            found[part] = {
+                choice: _loss(open_decoder(project, model, dtype=dtype), rows, changes, work.path / f"{part}-{number}")
+                for number, (choice, (model, changes)) in enumerate(candidates.items())
+            }
+        work.forget()
     for problem in raised({"held_out": found}):
         notice(f"apply: {problem}")
     return found
 
 
 def limit() -> int:
-    """Return the number of windows. UserError if the environment variable is not a number."""
-    asked = os.environ.get(WINDOWS, "2")
+    """Return how many windows are run. UserError where the environment names no number."""
+    asked = os.environ.get(WINDOWS, str(WINDOWS_HELD_OUT))
     if not asked.isdecimal():
         raise UserError(f"{WINDOWS}: got {asked}, expected a number of windows; 0 turns the comparison off")
     return int(asked)
 
 
 def _masks(project: Project, made: Json) -> Candidates:
-    """Return the masks to compare: uniform by row, then with one more choice each."""
+    """Return the masks to compare: uniform by row, then with each choice that statistics decide."""
     params, checkpoint = made["params"], Checkpoint(project.model("dense"))
     method = methods()[params["method"]]
     method = methods()["wanda"] if method.competition == "solver" else method
     device = solving_device(project.params.runtime)
     uniform: Sequence[object] = [params["sparsity"]] * made["blocks"]
 
-    def by(group: str, shares: Sequence[object]) -> tuple[str, Changes]:
+    def by(group: str, shares: Sequence[object]) -> tuple[str, "Changes"]:
         def change(block: int) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
             measured = read_stats(project.stats, block)
             measured = with_fisher(project, block, measured) if group == "fisher" else measured
@@ -94,12 +105,13 @@ def _masks(project: Project, made: Json) -> Candidates:
     return candidates
 
 
-def _loss(project: Project, model: str, made: Json, rows: list[Row], changes: Changes) -> float:
-    """Return the mean loss of rows, in nats a token, with changed blocks."""
-    decoder = open_decoder(project, model, dtype=made["calibration"]["dtype"])
-    project.work_root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=project.work_root) as folder:
-        for step in walk(decoder, rows, Path(folder)):
-            step.advance()
-            step.change(*changes(step.index))
-        return round(fmean(window_losses(decoder, rows, outputs(decoder, rows, Path(folder)), 0)), 4)
+def _loss(decoder: "Decoder", rows: list[Row], changes: "Changes", folder: "Path") -> float:
+    """Return the mean loss of rows, in nats a token, with changed blocks. A killed run resumes in `folder`."""
+    # They import transformers, which takes seconds, and most recipes have nothing to compare.
+    from wanda_dvc.engine.losses import window_losses
+    from wanda_dvc.engine.walk import outputs, walk
+
+    for step in walk(decoder, rows, folder):
+        step.advance()
+        step.change(*changes(step.index))
+    return round(fmean(window_losses(decoder, rows, outputs(decoder, rows, folder), 0)), 4)

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from wanda_dvc.catalog import ALLOCATIONS, GROUPS, HUB_ID, methods
-from wanda_dvc.study.files import Json, load_json
-from wanda_dvc.study.held_out import raised
+from wanda_dvc.study.files import Json
 from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
@@ -46,18 +45,19 @@ CARD = """\
 {sections}"""
 
 
-def card(
+def card(  # noqa: PLR0913 - the parts of a card
     study: Project,
     sparsity: float,
     *,
     storage: str = STORAGE,
     imports: str = "",
     results: Mapping[str, str] | None = None,
+    warnings: Iterable[str] = (),
 ) -> str:
-    """Return the model card of a study's pruned model; `sparsity` is its measured sparsity.
+    """Return the card of a study's pruned model, of which `sparsity` was measured.
 
-    `storage` describes the storage of zeros, and `imports` is Python code required for loading. `results` are more
-    sections, by title.
+    `storage` says what the zeros take, and `imports` is Python code that loading needs. `results` are more sections, by
+    their titles. `warnings` are sentences on limits of the model.
     """
     masks = read_provenance(study.masks, "mask")
     dense = read_provenance(study.model("dense"), "download model")
@@ -70,7 +70,6 @@ def card(
         "pipeline_tag": "text-generation",
         "tags": ["pruned", masks["params"]["method"], "wanda-dvc"],
     }
-    warnings = [f"The choice {problem}." for problem in raised(load_json(study.metrics("pruned", "held_out")))]
     sections = {
         "Pruning": table(["what", "value"], _facts(study, masks, dense, sparsity)),
         **(results or {}),
@@ -95,13 +94,13 @@ def table(headers: list[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _cited(name: str) -> str:
-    """Return the title of a method, with its paper; for a method of a missing package, only the name."""
+    """The title of a method, with its paper. A method of a package that is not installed has only its name."""
     method = methods().get(name)
     return f"{method.title} ([{method.citation}]({method.link}))" if method else inline(name)
 
 
 def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterator[tuple[str, str]]:
-    """Return the settings of the pruning, as rows."""
+    """How the model was pruned, as rows."""
     params, calibration = masks["params"], masks["calibration"]
     yield "dense model", code(dense["source"])
     yield "sha256 of its files", f"{dense['sha256'][:12]}…"
@@ -124,14 +123,14 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
 
 
 def _speed(pattern: str) -> str:
-    """Return a sentence on the speed of the pruned model."""
+    """Say whether the zeros speed anything up."""
     if pattern == "unstructured":
         return "Unstructured sparsity does not speed up GPU inference."
     return f"A speed-up from {pattern} needs hardware and kernels for that pattern, which this model does not contain."
 
 
 def _license(folder: Path, dense: Json) -> tuple[str | None, str]:
-    """Return the dense model's licence: its name on the Hub, and a sentence."""
+    """The dense model's licence: its name on the Hub, and a sentence."""
     files = sorted([*folder.glob("LICENSE*"), *folder.glob("NOTICE*")])
     names = ", ".join(code(file.name) for file in files)
     beside = f"; the full text is in {names}" if files else ""
