@@ -126,7 +126,7 @@ def calibrate(
             for number, came in progress(back, total=len(blocks), what="calibrate, blocks back"):
                 blocks[number] = blocks[number]._replace(fisher=came.sums)
                 gradients.insert(0, pack_gradients(came.grams, GRAM_DTYPE))
-                came.grams.clear()  # before there are those of the next block
+                came.grams.clear()  # before the next block's arrive
     say_unreached("calibrate", {number: block.unreached() for number, block in enumerate(blocks)})
     name = str(decoder.dtype).removeprefix("torch.")
     windows, length = rows.shape
@@ -277,8 +277,8 @@ def reconstruct(
             weights (such as an already pruned model's), or a mask that does not fit.
 
     Example:
-        >>> errors = wd.reconstruct(model, keep, stats)
-        >>> max(errors.values(), key=lambda linear: linear["error"])
+        >>> diagnostics = wd.reconstruct(model, keep, stats)
+        >>> max(diagnostics.values(), key=lambda linear: linear["error"])
     """
     import torch
 

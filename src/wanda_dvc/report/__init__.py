@@ -9,8 +9,8 @@ from wanda_dvc.study.project import Project
 
 
 def report(*, project: Project, output: Path, model: str | None = None, revs: list[str] | None = None) -> str:
-    """Write `output` (HTML), the same in Markdown beside it, and its pictures in a folder; return what was written."""
-    import matplotlib  # noqa: F401 - a missing library is reported before anything is read
+    """Write `output` (HTML), a Markdown copy next to it, and a folder of pictures; return a message with the paths."""
+    import matplotlib  # noqa: F401 - reports a missing library before any read
     import scipy  # noqa: F401 - likewise
 
     from wanda_dvc.report.chapters import content
@@ -21,7 +21,7 @@ def report(*, project: Project, output: Path, model: str | None = None, revs: li
     if output.suffix != ".html":
         raise UserError(f"--output: got {output.name}, expected a name that ends in .html; the .md goes beside it")
     with project.work({"kind": "report"}) as work:
-        work.forget()  # left by a report that was killed
+        work.forget()  # left by a killed report
         work.path.mkdir(parents=True)
         collected = collect(project=project, model=model, revs=revs or [], work=work.path)
         if not collected.rows:

@@ -1,7 +1,7 @@
 """The report's pictures as SVG.
 
-A picture is drawn in the light colours. Each of them then becomes a CSS custom property, so that the picture
-follows its reader's light or dark mode. Series differ in marker and line style too, for readers who see no colours.
+Pictures are drawn in the light colours. Each colour then becomes a CSS custom property, so that the picture follows
+the reader's light or dark mode. Series also differ in marker and line style, for colour-blind readers.
 """
 
 import io
@@ -24,10 +24,10 @@ MARKERS, DASHES = "osD^vPX*", ("-", "--", ":", "-.")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 # Inches. Pages show a picture at up to twice its size, and at its own size on a phone, where its text stays readable.
 WIDTH = 5.2
-LEGEND = 72  # letters of a legend's line
+LEGEND = 72  # characters of a legend's line
 OF_SPARSITY = "sparsity of the linears"
 LOOK: dict[Any, Any] = {
-    "text.parse_math": False,  # a name with dollar signs is no formula
+    "text.parse_math": False,  # a name with dollar signs is not a formula
     "svg.fonttype": "none", "font.size": 9, "text.color": INK,
     "axes.labelcolor": INK, "axes.labelsize": 10, "axes.titlesize": 9, "axes.edgecolor": MUTED,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
@@ -39,13 +39,13 @@ P = ParamSpec("P")
 
 
 class Point(NamedTuple):
-    """A place on a curve, with its interval or range; without a value it is one that diverged."""
+    """A point on a curve, with its interval or range; without a value it has diverged."""
 
     x: float
     y: float | None
     low: float | None = None
     high: float | None = None
-    name: str = ""  # is written beside it
+    name: str = ""  # the label next to it
 
 
 Series = Mapping[str, Sequence[Point]]
@@ -55,7 +55,7 @@ Series = Mapping[str, Sequence[Point]]
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The picture as an SVG element for a page: text as text, colours as custom properties, ids of its own."""
+    """Return the picture as an SVG element for a page: real text, colours as custom properties, unique ids."""
     buffer = io.StringIO()
     with mpl.rc_context(LOOK | {"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -66,7 +66,7 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def _own_tag(tag: str, name: str) -> str:
-    """A tag of the picture with ids of its own, the page's font and colours, and coordinates to a hundredth point."""
+    """Return a tag of the picture with unique ids, the page's font and colours, and coordinates to a hundredth point."""
     tag = tag.replace("xlink:", "")
     tag = re.sub(r'\bid="|href="#|url\(#', rf"\g<0>{name}_", tag)
     tag = re.sub(r"font: ([\d.]+)px [^;\"]+", rf"font: \1px {FONT}", tag)
@@ -77,17 +77,17 @@ def _own_tag(tag: str, name: str) -> str:
 
 
 def standalone(picture: str) -> str:
-    """The same as a file of its own, with its colours and a ground of its own."""
+    """Return the picture as a separate SVG file, with its own colours and background."""
     ground = f'<style>{css()}</style><rect width="100%" height="100%" fill="var(--paper)"/>'
     head, bracket, drawn = picture.partition(">")
     return f'{head} xmlns="http://www.w3.org/2000/svg"{bracket}{ground}{drawn}\n'
 
 
-# --- what pictures have in common ---
+# --- shared by pictures ---
 
 
 def _drawn(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """A picture drawn in our look, whatever matplotlib's settings are."""
+    """Draw a picture in the report's style, for any settings of matplotlib."""
 
     @wraps(draw)
     def in_our_look(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -98,7 +98,7 @@ def _drawn(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def _panels(count: int = 1, height: float = 3.1) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels in two columns that share their vertical axis; `height` is a panel's, in inches."""
+    """Make a figure of `count` panels in two columns with a shared vertical axis; `height` is a panel's, in inches."""
     columns, bands = min(2, count), -(-count // 2)
     figure = Figure(figsize=(WIDTH, height * bands), layout="constrained")
     panels = list(figure.subplots(bands, columns, squeeze=False, sharey=True).flat)
@@ -108,13 +108,13 @@ def _panels(count: int = 1, height: float = 3.1) -> tuple[Figure, list[Axes]]:
 
 
 def _style(index: int) -> dict[str, Any]:
-    """The colour, marker and dash of a picture's series with this number."""
+    """Return the colour, marker and dash of a picture's series by index."""
     parts = {"color": [LIGHT[name] for name in SERIES], "marker": MARKERS, "linestyle": DASHES}
     return {part: next(islice(cycle(values), index, None)) for part, values in parts.items()}
 
 
 def _legend(figure: Figure, order: Sequence[str] = ()) -> Figure:
-    """One legend for all axes, in as many columns as its longest label allows; labels of `order` come last."""
+    """Draw one legend for all axes, with as many columns as its longest label allows; labels of `order` are last."""
     unique: dict[str, Any] = {}
     for ax in figure.axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
@@ -129,7 +129,7 @@ def _legend(figure: Figure, order: Sequence[str] = ()) -> Figure:
 
 
 def _log_scale(ax: Axes, values: Sequence[float]) -> None:
-    """A log axis around all values above 0, whose ticks are numbers that people read."""
+    """Set a log axis around all values above 0, with readable numbers as ticks."""
     known = [value for value in values if value > 0]
     if not known:
         return
@@ -158,9 +158,9 @@ def _tick(value: float) -> str:
 def curves(
     series: Series, *, y_label: str, x_label: str = OF_SPARSITY, level: tuple[str, float] | None = None, log: bool
 ) -> Figure:
-    """Curves with intervals; points that diverged are at the upper edge, with a label.
+    """Draw curves with intervals; diverged points are at the upper edge, with a label.
 
-    Points of one sparsity are drawn beside each other.
+    Points of one sparsity are drawn side by side.
     """
     figure, [ax] = _panels()
     points = [point for on_curve in series.values() for point in on_curve]
@@ -191,7 +191,7 @@ def curves(
 
 
 def _mark_diverged(ax: Axes, x: float, label: str, index: int, *, left: bool) -> None:
-    """Mark and name a point at the upper edge, where labels of several series stand below one another."""
+    """Mark and label a point at the upper edge, with the labels of several series below one another."""
     look, edge = _style(index), ax.get_xaxis_transform()
     ax.plot([x], [1], marker=look["marker"], color=look["color"], markersize=8, transform=edge, clip_on=False)
     place = (8 if left else -8, -3 - 12 * index)
@@ -203,7 +203,7 @@ def _mark_diverged(ax: Axes, x: float, label: str, index: int, *, left: bool) ->
 def by_block(
     series: Mapping[str, Sequence[tuple[int, float, float, float]]], *, y_label: str, top: float | None = None
 ) -> Figure:
-    """A measure by block: the mean of its linears, and how far they lie apart."""
+    """Draw a measure by block: the mean and the range of its linears."""
     figure, [ax] = _panels()
     for index, (label, points) in enumerate(series.items()):
         look, (blocks, means, lows, highs) = _style(index), zip(*points, strict=True)
@@ -218,7 +218,7 @@ def by_block(
 
 @_drawn
 def accuracies(panels: Mapping[str, Series], tasks: list[str], dense: list[Point], order: list[str]) -> Figure:
-    """Accuracy in percent by task, a panel for each sparsity; `x` is the task's number."""
+    """Draw accuracy in percent by task, a panel for each sparsity; `x` is the task's index."""
     figure, grid = _panels(len(panels), height=2.6)
     for ax, (title, series) in zip(grid, panels.items(), strict=True):
         ax.set_title(title, fontsize=10)

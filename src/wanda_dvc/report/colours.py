@@ -1,4 +1,4 @@
-"""The palette of all pictures and pages: Okabe and Ito's, dark enough for text; on a dark ground it is lifted."""
+"""The palette of all pictures and pages: Okabe and Ito's, dark enough for text; lighter in dark mode."""
 
 COLOURS = {  # light, dark
     "paper": ("#ffffff", "#161616"),
@@ -18,6 +18,6 @@ LIGHT, DARK = ({name: pair[mode] for name, pair in COLOURS.items()} for mode in 
 
 
 def css() -> str:
-    """The palette as custom properties of a page or an SVG file, which follow its reader's light or dark mode."""
+    """Return the palette as CSS custom properties for a page or an SVG file, for light and dark mode."""
     properties = "".join(f"--{name}:light-dark({light},{dark});" for name, (light, dark) in COLOURS.items())
     return f":root{{color-scheme:light dark;{properties}}}@media print{{:root{{color-scheme:light}}}}"

@@ -19,23 +19,23 @@ class Comparison(NamedTuple):
 
     first: Row
     second: Row | None  # None: the dense model
-    ratio: Estimate | None  # the first's perplexity divided by the second's
+    ratio: Estimate | None  # the first model's perplexity divided by the second's
     mean: Estimate | None  # the first's mean accuracy over tasks minus the second's
     tasks: dict[str, Disagreement]
 
     def tests(self) -> list[Estimate | Disagreement]:
-        """Every test made."""
+        """Return every test."""
         return [test for test in (self.ratio, self.mean, *self.tasks.values()) if test]
 
     def adjusted(self, p: Iterator[float]) -> "Comparison":
-        """The same with other p-values, in the order of `tests`."""
+        """Return the comparison with other p-values, in the order of `tests`."""
         ratio, mean = (test and test._replace(p=next(p)) for test in (self.ratio, self.mean))
         tasks = {task: disagreement._replace(p=next(p)) for task, disagreement in self.tasks.items()}
         return self._replace(ratio=ratio, mean=mean, tasks=tasks)
 
 
 def compare(pairs: Iterable[tuple[Row, Row | None]], tasks: Sequence[str], dense: Measured) -> list[Comparison]:
-    """Compare each pair; a second row of None stands for the dense model."""
+    """Compare each pair; None as the second row means the dense model."""
     made = []
     for first, second in pairs:
         own, other = first.pruned, second.pruned if second else dense
@@ -47,7 +47,7 @@ def compare(pairs: Iterable[tuple[Row, Row | None]], tasks: Sequence[str], dense
 
 
 def paired_mean(tasks: Sequence[tuple[list[bool], list[bool]]]) -> Estimate | None:
-    """The first's mean accuracy over tasks minus the second's; None unless both answered items of every task."""
+    """Return the first model's mean accuracy over tasks minus the second's; None without common items in every task."""
     if not tasks or not all(mine for mine, _ in tasks):
         return None
     differences = [[float(a) - float(b) for a, b in zip(*answers, strict=True)] for answers in tasks]

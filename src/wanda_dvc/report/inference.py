@@ -1,7 +1,7 @@
-"""Intervals and paired tests: pure functions of losses and answers. scipy, which is an extra, loads when one is made.
+"""Intervals and paired tests: pure functions of losses and answers. They load scipy, which is an extra, at first use.
 
-Windows and items are treated as independent. Windows of one text are not quite, so the interval of a single perplexity
-is somewhat too narrow. This affects a paired ratio less, because both models read the same windows.
+Windows and items count as independent. Windows of one text are slightly dependent, so the interval of a single
+perplexity is somewhat too narrow. A paired ratio is less affected, because both models read the same windows.
 """
 
 import math
@@ -14,7 +14,7 @@ LEVEL = 0.95
 
 
 class Estimate(NamedTuple):
-    """A value with its two-sided interval at `LEVEL`, and, of a difference, the p-value of there being none."""
+    """A value with its two-sided interval at `LEVEL`; a difference also has the p-value of no difference."""
 
     value: float
     low: float
@@ -22,21 +22,21 @@ class Estimate(NamedTuple):
     p: float = math.nan
 
     def within(self, low: float, high: float) -> "Estimate":
-        """The same with an interval that is cut off where values are impossible; it covers the truth as often."""
+        """Return the estimate with its interval cut to possible values; the coverage does not change."""
         return self._replace(low=max(low, self.low), high=min(high, self.high))
 
 
 def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
-    """The exponential of the mean loss over windows, weighted by their predictions, with a t interval on the mean.
+    """Return exp(mean loss over windows, weighted by their predictions), with a t interval on the mean.
 
-    `losses` are windows' means in nats. None if one of them is not finite, or there are fewer than two.
+    `losses` are windows' means in nats. None if a loss is not finite, or for fewer than two.
     """
     mean = _mean(np.asarray(losses, float), np.asarray(predictions, float))
     return mean and Estimate(_exp(mean.value), _exp(mean.low), _exp(mean.high))
 
 
 def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
-    """Perplexity of the first model over the second's on the same windows: the t interval and test of paired losses.
+    """Return the first model's perplexity over the second's on the same windows: t interval and test of paired losses.
 
     None as for `perplexity`.
     """
@@ -45,7 +45,7 @@ def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequenc
 
 
 def accuracy(right: Sequence[bool]) -> Estimate:
-    """The fraction of items answered rightly, with Wilson's interval (Wilson 1927)."""
+    """Return the fraction of correct answers, with Wilson's interval (Wilson 1927)."""
     from scipy import stats
 
     test = stats.binomtest(sum(right), len(right))
@@ -54,7 +54,7 @@ def accuracy(right: Sequence[bool]) -> Estimate:
 
 
 class Disagreement(NamedTuple):
-    """Of the items that two models answered: how many only the first got right, how many only the second."""
+    """Return two counts of items that two models answered: correct in the first only, and in the second only."""
 
     first: int
     second: int
@@ -62,7 +62,7 @@ class Disagreement(NamedTuple):
 
 
 def mcnemar(right: Sequence[bool], others: Sequence[bool]) -> Disagreement:
-    """McNemar's exact test on the same items: were both equally good, each disagreement would be a fair coin."""
+    """Return the p-value of McNemar's exact test on the same items: for equal models, disagreements are fair coins."""
     from scipy import stats
 
     first = sum(a and not b for a, b in zip(right, others, strict=True))
@@ -72,12 +72,12 @@ def mcnemar(right: Sequence[bool], others: Sequence[bool]) -> Disagreement:
 
 
 def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> Estimate | None:
-    """The mean over tasks of each task's mean over items, tasks counting equally; the test is of its being 0.
+    """Return the unweighted mean over tasks of each task's mean over items; the test's hypothesis is a mean of 0.
 
     One task: a list of 0 and 1, or, for two models, of the differences −1, 0, 1 item by item. The variance is the sum
-    of the tasks' own, the t distribution's degrees of freedom Welch's and Satterthwaite's. The tasks are those asked,
-    not a sample of tasks. None where a task has fewer than two items, or where all values of each task are the same and
-    the mean is not 0: there is nothing by which to judge it.
+    of the tasks' variances, with Welch's and Satterthwaite's degrees of freedom for the t distribution. The tasks are
+    fixed, not a sample of tasks. None if a task has fewer than two items, or if each task's values are constant and the
+    mean is not 0: then no variance is known.
     """
     if any(len(task) < 2 for task in tasks):
         return None
@@ -91,13 +91,13 @@ def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> Estimate | None:
 
 
 def mean_accuracy(tasks: Sequence[Sequence[bool]]) -> Estimate | None:
-    """The mean over tasks of the fraction answered correctly, with `mean_of_tasks`' interval cut off at 0 and 1."""
+    """Return the mean accuracy over tasks, with `mean_of_tasks`' interval cut to [0, 1]."""
     found = mean_of_tasks([[float(right) for right in task] for task in tasks])
     return found and found.within(0, 1)
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjustment (1979) of several tests' p-values: one below α after it is so with all tests counted."""
+    """Return p-values adjusted by Holm (1979): comparing them with α bounds the error of all tests together."""
     order = sorted(range(len(p)), key=p.__getitem__)
     adjusted, largest = [0.0] * len(p), 0.0
     for rank, index in enumerate(order):

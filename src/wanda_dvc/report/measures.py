@@ -34,7 +34,7 @@ class Measured:
 
     @classmethod
     def merged(cls, several: Iterable["Measured"]) -> "Measured":
-        """Combine several results of the same model: each value comes from the first that has it."""
+        """Combine several results of the same model: the first existing value counts."""
         found = cls()
         for one in several:
             if found.perplexity is None or not found.windows:
@@ -55,7 +55,7 @@ class Measured:
 
     @property
     def predictions(self) -> list[int]:
-        """How many tokens each window predicts."""
+        """The number of predicted tokens of each window."""
         protocol = self.windows["protocol"]
         whole = [protocol["length"] - 1] * protocol["windows"]
         return whole if protocol["rest"] == "dropped" else [*whole, protocol["rest"] - 1]
@@ -67,9 +67,9 @@ class Measured:
         return inference.perplexity(self.losses, self.predictions)
 
     def ratio(self, other: "Measured") -> Estimate | None:
-        """This perplexity divided by the other's, paired by window.
+        """Return this perplexity divided by the other's, paired by window.
 
-        None if one of them diverged, read other tokens, or has no losses at hand.
+        None if one diverged, has other tokens, or has no losses.
         """
         alike = measured_alike(self.windows.get("protocol"), other.windows.get("protocol"))
         if not alike or not self.losses or not other.losses:
@@ -82,16 +82,16 @@ class Measured:
         return sum(known) / len(known) if known and len(known) == len(tasks) else None
 
     def digest(self, task: str) -> str | None:
-        """The SHA-256 of a task; None if it is not known."""
+        """Return the SHA-256 of a task; None if it is not known."""
         digest: str | None = self.tasks.get(task, {}).get("protocol", {}).get("task", {}).get("sha256")
         return digest
 
     def answers(self, task: str) -> dict[Any, bool]:
-        """By item, whether the model answered correctly."""
+        """Return by item whether the model's answer is correct."""
         return {item["item"]: item["acc"] > 0.5 for item in self.tasks.get(task, {}).get("items", [])}
 
     def same_items(self, other: "Measured", task: str) -> tuple[list[bool], list[bool]]:
-        """Both models' answers to the items that both answered; empty if their tasks differ."""
+        """Return both models' answers to their common items; empty if their tasks differ."""
         if self.digest(task) != other.digest(task):
             return [], []
         mine, theirs = self.answers(task), other.answers(task)
@@ -100,6 +100,6 @@ class Measured:
 
 
 def mean_layer_error(study: Project) -> float | None:
-    """The mean layer error of a study's pruned linears; None where it was not measured."""
+    """Return the mean layer error of a study's pruned linears; None if it was not measured."""
     linears = load_json(study.details("pruned", "layer_error")).get("linears", {})
     return sum(told["error"] for told in linears.values()) / len(linears) if linears else None

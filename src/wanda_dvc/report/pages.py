@@ -1,7 +1,7 @@
-"""A report's pages: Markdown, written once, and the HTML page that markdown-it makes of it.
+"""A report's pages: Markdown, written once, and its HTML page, made by markdown-it.
 
-A chapter's content is blocks of Markdown and pictures. A text from outside (a model's, task's or experiment's name, a
-setting) passes `markup.inline` or `markup.code` on its way into a block. The HTML page holds no HTML but the library's.
+A chapter's content is blocks of Markdown and pictures. Outside text (a model's, task's or experiment's name, a setting)
+passes `markup.inline` or `markup.code` before it enters a block. All HTML of the page comes from the library.
 """
 
 import re
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INTERVALS = "Intervals are at 95 %."
-# What tells a file that a report wrote from another one.
+# The mark of a file written by a report.
 SIGNS = {".md": INTERVALS, ".svg": 'fill="var(--paper)"'}
 
 
@@ -56,7 +56,7 @@ def bullets(items: list[str]) -> str:
 
 
 def fenced(text: str) -> str:
-    """A block of code, as it is."""
+    """A block of code, verbatim."""
     fence = max(["```", *(run + "`" for run in re.findall("`{3,}", text))], key=len)
     return f"{fence}\n{text}\n{fence}"
 
@@ -71,9 +71,9 @@ def table(caption: str, headers: list[str], rows: list[list[str]], *, numbers: b
 
 
 def write(output: Path, content: Content) -> Path:
-    """Write the HTML page, the Markdown beside it, and its pictures into `NAME_files/`; return the Markdown's path.
+    """Write the HTML page, the Markdown next to it, and its pictures into `NAME_files/`; return the Markdown's path.
 
-    Of what is there only an earlier report's files are replaced or removed; UserError where another one is in the way.
+    Only an earlier report's files are replaced or removed; UserError if another file has one of these names.
     """
     from wanda_dvc.report.charts import standalone, svg
 
@@ -101,7 +101,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def as_markdown(content: Content, folder: str) -> str:
-    """The whole report as Markdown; `folder` is beside it and holds the pictures."""
+    """Return the complete report as Markdown; `folder`, next to it, holds the pictures."""
     return "\n\n".join(part if isinstance(part, str) else _image(part, quote(folder)) for part in content) + "\n"
 
 
@@ -140,7 +140,7 @@ a{color:var(--blue)}nav ul{columns:2;padding-left:1.2rem}
 
 
 def as_html(markdown: str, drawn: Mapping[str, str]) -> str:
-    """The Markdown as one page that needs nothing else; `drawn` has its pictures, as SVG, by file name."""
+    """Return the Markdown as one self-contained page; `drawn` has its pictures, as SVG, by file name."""
     parser = MarkdownIt("js-default", renderer_cls=_Page)  # HTML in the Markdown stays text
     tokens = parser.parse(markdown)
     headings: dict[str, tuple[str, str]] = {}  # tag and text, by id
@@ -162,11 +162,11 @@ def as_html(markdown: str, drawn: Mapping[str, str]) -> str:
 
 
 class _Page(RendererHTML):
-    """markdown-it's HTML with pictures inside it, tables that scroll, and no line that begins with a percent sign."""
+    """Return markdown-it's HTML with inline pictures, scrolling tables, and no percent sign at the start of a line."""
 
     @staticmethod
     def plain(token: Token) -> str:
-        """The text of an inline token, escaped."""
+        """Return the text of an inline token, escaped."""
         return escapeHtml("".join(child.content for child in token.children or [])).replace(" %", "\u00a0%")
 
     def text(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:

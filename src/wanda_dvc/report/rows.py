@@ -1,7 +1,7 @@
 """The experiments of a repository as rows: parameters, metrics, details and times.
 
-`dvc.lock` says which numbers belong to which parameters. A stage that has not run on the current parameters or inputs
-is stale, and so is every stage after it. Outputs of a stale stage are not read.
+`dvc.lock` connects numbers with parameters. A stage is stale if it has not run on the current parameters or inputs;
+then all later stages are stale too. Outputs of a stale stage are not read.
 """
 
 import csv
@@ -49,21 +49,21 @@ class Row:
 
     name: str
     commit: str | None  # None: the workspace
-    study: Project  # holds what could be read
-    outs: dict[str, Json]  # what dvc.lock has of each out, by path: its hash and size
-    missing: list[str]  # paths that the cache lacks
+    study: Project  # holds the readable files
+    outs: dict[str, Json]  # of each output in dvc.lock, by path: its hash and size
+    missing: list[str]  # paths missing in the cache
     ledger: Ledger  # the times of all runs in the repository
     also: list[str] = field(default_factory=list)  # other names of the same results
     notes: list[str] = field(default_factory=list)
 
     @property
     def params(self) -> Params:
-        """The parameters that it ran with."""
+        """The parameters of its run."""
         return self.study.params
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Every parameter but `runtime` and `recipe`, by dotted name, with the value that each null stands for."""
+        """Every parameter but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
         return resolved(self.params)
 
     @cached_property
@@ -78,9 +78,9 @@ class Row:
 
     @cached_property
     def recipe(self) -> tuple[int, int, str]:
-        """The nearest recipe of the row's method: its place, how many choices differ from it, and both in words.
+        """The nearest recipe of the row's method: its place, the number of different choices, and both in words.
 
-        A method that no recipe has stands for a recipe of its own, after all others.
+        A method without a recipe counts as a separate recipe, after all others.
         """
         plan, known = self.params.plan, list(RECIPES.values())
         names = [name for name in CHOICES if plan.pattern == UNSTRUCTURED or name not in ("group", "allocation")]
@@ -102,11 +102,11 @@ class Row:
 
     @property
     def pattern(self) -> str:
-        """The pattern as an addition to a name; empty where it is unstructured."""
+        """The pattern as an addition to a name; empty if unstructured."""
         return "" if self.params.pattern == UNSTRUCTURED else f" {self.params.pattern}"
 
     def inputs(self) -> dict[str, str]:
-        """The first digits of the SHA-256 of the dense model, of the tokens and of each task, where they are known."""
+        """The first digits of the known SHA-256 of the dense model, the tokens and each task."""
         found = {"models/dense": load_json(self.study.model("dense") / PROVENANCE).get("sha256")}
         found["data/perplexity"] = self.pruned.windows.get("protocol", {}).get("tokens_sha256")
         found |= {f"data/tasks/{task}": self.pruned.digest(task) for task in self.params.tasks.names}
@@ -126,7 +126,7 @@ class Row:
 
 
 class Note(NamedTuple):
-    """Why an experiment, a branch or the workspace is no row."""
+    """The reason for the exclusion of an experiment, a branch or the workspace."""
 
     name: str
     text: str
@@ -134,7 +134,7 @@ class Note(NamedTuple):
 
 @dataclass
 class Collected:
-    """The rows, and what is no row."""
+    """The rows, and the excluded experiments."""
 
     rows: list[Row]
     unfinished: list[Note]  # experiments without results
@@ -150,7 +150,7 @@ class _Candidate(NamedTuple):
 def collect(*, project: Project, model: str | None, revs: list[str], work: Path) -> Collected:
     """Collect the rows of the workspace, branches, tags, and commits with experiments; or of `revs` alone.
 
-    `model`: only rows whose model's name contains it. Files taken out of the cache are placed in `work`.
+    `model` selects rows by a part of the model's name. Files from the cache are placed in `work`.
     """
     candidates, unfinished = _states(project, revs)
     rows: dict[str, Row] = {}
@@ -180,7 +180,7 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
 
 
 def _states(project: Project, revs: list[str]) -> tuple[list[_Candidate], list[Note]]:
-    """The revisions to read, and the experiments that have not finished or have failed."""
+    """Return the revisions to read, and the unfinished and failed experiments."""
     if revs:
         opened = [(Revision.open(project, rev, otherwise="").files.repo.get_rev(), rev) for rev in revs]
         return [_Candidate(commit, rev, Kind.EXPERIMENT) for commit, rev in opened], []
@@ -194,7 +194,7 @@ def _states(project: Project, revs: list[str]) -> tuple[list[_Candidate], list[N
 
 
 def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
-    """The row; or, as text, why there is none."""
+    """Return the row, or the reason for its exclusion as text."""
     study = Project(folder)
     folder.mkdir(parents=True)
     if candidate.rev == WORKSPACE:
@@ -224,7 +224,7 @@ def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
     if stale:
         notes.append(f"not run on these parameters, and left out: {', '.join(sorted(stale))}")
     notes += raised(load_json(study.metrics("pruned", "held_out")))
-    # Missing masks/ need no note: only the key of a time is read from there.
+    # Missing masks/ need no note: only the key of a time depends on them.
     missing = [path for path in missing if path.startswith(TAKEN) and path not in dropped]
     if not any((folder / "metrics").glob("pruned/*.json")):
         return "; ".join(notes) or "no results"
@@ -246,7 +246,7 @@ def _take_workspace(project: Project, study: Project) -> list[str]:
 
 
 def identity(row: Row) -> str:
-    """A text that is equal for rows with the same parameters and the same numbers."""
+    """Return a text that is equal for rows with equal parameters and numbers."""
     numbers = [[model.perplexity, model.accuracies] for model in (row.dense, row.pruned)]
     return json.dumps([row.settings, numbers], sort_keys=True)
 

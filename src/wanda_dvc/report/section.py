@@ -1,4 +1,4 @@
-"""A section of the report: rows measured in the same way, whose numbers may be compared."""
+"""A section of the report: rows with the same protocol and comparable numbers."""
 
 import itertools
 from collections import Counter
@@ -16,7 +16,7 @@ from wanda_dvc.report.rows import Row
 from wanda_dvc.study.markup import inline
 
 OF_EVALUATION = ("model", "dtype", "perplexity.", "tasks.", "zero_shot.")
-# What a row's name says of how it was pruned; the statistics have to be those that this needs.
+# The settings of pruning in a row's name; they also determine the required statistics.
 OF_PRUNING = (*CHOICES, "allocation_strength", "sparsity", "pattern", "calibration.statistics")
 
 
@@ -25,7 +25,7 @@ class Section:
     """Rows with the same model, texts, tasks and dtype."""
 
     rows: list[Row]
-    evaluation: dict[str, Any]  # how they were measured: parameters, and as much as is known of the files
+    evaluation: dict[str, Any]  # the protocol: parameters, and known hashes of files
     title: str = ""  # the model's name, and the settings in which sections of one model differ
     mark: str = ""  # follows each heading if there are several sections
     prefix: str = "s0-"  # of its pictures' names
@@ -42,18 +42,18 @@ class Section:
 
     @cached_property
     def recipes(self) -> list[str]:
-        """The rows' recipes, in the catalog's order, which has baselines first."""
+        """The rows' recipes, in the catalog's order: baselines first."""
         return [text for *_, text in sorted({row.recipe for row in self.rows})]
 
     @cached_property
     def varying(self) -> list[str]:
-        """The parameters in which the rows differ, but those of pruning."""
+        """The parameters in which the rows differ, without parameters of pruning."""
         every = [row.settings for row in self.rows]
         keys = [key for key in every[0] if not key.startswith(OF_EVALUATION) and key not in OF_PRUNING]
         return [key for key in keys if len({repr(one[key]) for one in every}) > 1]
 
     def series(self, row: Row) -> str:
-        """The name of the curve that a row is on."""
+        """Return the name of a row's curve."""
         variant = ", ".join(f"{key}={row.settings[key]}" for key in self.varying)
         return row.recipe[-1] + row.pattern + (f" ({variant})" if variant else "")
 
@@ -79,7 +79,7 @@ class Section:
         return f"{self.name(comparison.first)} against {self.name(comparison.second)}"
 
     def place(self, row: Row) -> tuple[float, str]:
-        """The sparsity, and all that comparable rows of different recipes share, in words."""
+        """Return the sparsity and other values shared by comparable rows of different recipes, in words."""
         variant = "".join(f", {key}={row.settings[key]}" for key in self.varying)
         return row.params.sparsity, f"{row.sparsity}{row.pattern}{variant}"
 
@@ -97,13 +97,13 @@ class Section:
         return [row for on_curve in self.curves.values() for row in on_curve]
 
     def points(self, of: Callable[[Row], Point | None]) -> dict[str, list[Point]]:
-        """By curve, the point of each row that has one."""
+        """Return the existing points of rows, by curve."""
         found = {label: [point for row in rows if (point := of(row))] for label, rows in self.curves.items()}
         return {label: points for label, points in found.items() if points}
 
     @cached_property
     def dense(self) -> Measured:
-        """The dense model, as any of the rows measured it."""
+        """The dense model, measured by any of the rows."""
         return Measured.merged(row.dense for row in self.rows)
 
     @cached_property
@@ -122,7 +122,7 @@ class Section:
         return next(one for one in self.comparisons if one.first is row and one.second is None)
 
     def _pairs(self) -> Iterator[tuple[Row, Row | None]]:
-        """Pairs of rows; of two recipes, the later one in the catalog comes first: it is the one in question."""
+        """Yield pairs of rows; of two recipes, the later in the catalog is first, as the candidate."""
         yield from ((row, None) for row in self.ordered)
         for one, other in itertools.combinations(self.ordered, 2):
             if one.recipe != other.recipe and self.place(one) == self.place(other):
@@ -130,9 +130,9 @@ class Section:
 
 
 def sections(rows: list[Row]) -> list[Section]:
-    """Group the rows by how they were measured, and name each section by what it differs in from the others.
+    """Group the rows by protocol, and name each section by its differences from the others.
 
-    What is not known of a row tells it from no other.
+    Unknown values match all values.
     """
     found: list[Section] = []
     for row in rows:
@@ -166,5 +166,5 @@ def differences(sections: list[Section]) -> list[str]:
 
 
 def _short(model: str) -> str:
-    """A Hub id as it is; of a directory, its last part."""
+    """Return a Hub id, or the last part of a directory."""
     return model.rsplit("/", 1)[-1] if model.startswith("/") else model

@@ -1,4 +1,4 @@
-"""The report's chapters in their order, and the content that they make of the rows."""
+"""The report's chapters in order, and their content for the rows."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ from wanda_dvc.report.rows import Collected
 from wanda_dvc.report.section import Section, differences, sections
 from wanda_dvc.study.markup import code
 
-# A heading, and the function that writes below it. Without one: directly below the section's title.
+# A heading, and the function for its content. Without a heading: directly below the section's title.
 CHAPTERS: dict[str, Callable[[Section], Content]] = {
     "": protocol.content,
     "Summary": summary.content,
@@ -34,7 +34,7 @@ CHAPTERS: dict[str, Callable[[Section], Content]] = {
 
 
 def content(collected: Collected) -> Content:
-    """The whole report: every chapter for each section, then the excluded experiments."""
+    """Return the complete report: every chapter for each section, then the excluded experiments."""
     found = sections(collected.rows)
     parts: Content = []
     if len(found) > 1:

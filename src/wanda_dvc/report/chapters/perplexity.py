@@ -33,7 +33,7 @@ def _point(row: Row) -> Point | None:
 
 
 def _table(section: Section) -> str:
-    """Perplexity by place and recipe, and each recipe's improvement over the baseline, the catalog's first of them."""
+    """Return perplexity by place and recipe, with improvements over the baseline, the first recipe of the catalog."""
     baseline, *improved = section.recipes
     rows = []
     for place in sorted({section.place(row) for row in section.rows}):

@@ -1,4 +1,4 @@
-"""The chapter on how a section's rows were measured and calibrated."""
+"""The chapter on the evaluation and calibration of a section's rows."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from wanda_dvc.study.markup import inline
 
 
 def content(section: Section) -> Content:
-    """The settings of evaluation, and those of calibration where all rows have the same."""
+    """Return the settings of evaluation, and the settings of calibration if all rows share them."""
     settings = section.settings
     wanted, limit = settings["perplexity.windows"], settings["zero_shot.limit"]
     windows = {None: "all whole windows", ALL: "all tokens, in windows"}.get(wanted, f"the first {wanted} windows")
@@ -33,6 +33,6 @@ def content(section: Section) -> Content:
 
 
 def _text(settings: dict[str, Any], part: str) -> str:
-    """The source of a text, and its split where it has splits."""
+    """Return the source of a text, and its split, if any."""
     name, split = settings[f"{part}.text.source"], settings[f"{part}.text.split"]
     return inline(name) + (f", {inline(split)}" if split else "")

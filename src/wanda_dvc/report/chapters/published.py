@@ -1,4 +1,4 @@
-"""Published rows, and the chapter that sets an experiment beside those of the same protocol."""
+"""Published rows, and the chapter that compares experiments with published rows of the same protocol."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -16,9 +16,9 @@ from wanda_dvc.report.section import Section
 from wanda_dvc.study.markup import code, inline, number
 from wanda_dvc.study.settings import Settings
 
-OF_INPUTS = ("calibration.", "propagation")  # not asked of a method that needs no inputs
+OF_INPUTS = ("calibration.", "propagation")  # ignored for methods without statistics
 DENSE = "dense"  # the method of a published row of the dense model
-PLAIN = {"reconstruction": "none", "allocation": "uniform"}  # of a pruned one, unless it says otherwise
+PLAIN = {"reconstruction": "none", "allocation": "uniform"}  # default of a pruned row
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Source:
     zero_shot: Settings | None = None
 
     def differences(self, settings: Settings, measure: str, row: dict[str, Any]) -> list[str]:
-        """The settings in which an experiment's protocol differs from this row's; [] if the two may be compared.
+        """Return the settings in which an experiment's protocol differs from this row's; [] if comparable.
 
-        `measure` is `perplexity` or a task. A row with `method: dense` does not ask how weights were chosen.
+        `measure` is `perplexity` or a task. For a row with `method: dense`, pruning settings do not count.
         """
         wanted = self.perplexity if measure == "perplexity" else self.zero_shot
         if wanted is None:
@@ -54,7 +54,7 @@ class Source:
         return different + [key for key, values in allowed.items() if settings[key] not in values]
 
     def _is_model(self, name: str) -> bool:
-        """A Hub id at any revision, or a directory that bears its name."""
+        """Whether a model is a Hub id at any revision, or a directory of this name."""
         name = name.partition("@")[0]
         path = Path(name)
         return name in self.models or (path.is_absolute() and path.name in [Path(model).name for model in self.models])
@@ -62,13 +62,13 @@ class Source:
 
 @cache
 def sources() -> list[Source]:
-    """The published rows that the report knows."""
+    """Return all published rows."""
     text = (files("wanda_dvc.report") / "published.yaml").read_text(encoding="utf-8")
     return [Source(**entry) for entry in YAML(typ="safe", pure=True).load(text)]
 
 
 def content(section: Section) -> Content:
-    """The numbers side by side; or which published row comes nearest, and in what it differs."""
+    """Return the numbers side by side, or the nearest published row and its differences."""
     found, others = [], []
     for source in sources():
         for entry in source.rows:

@@ -1,4 +1,4 @@
-"""The chapter on the origin of each row, and the commands that repeat it."""
+"""The chapter on the origin of each row, and the commands to repeat it."""
 
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.report.chapters.run_time import runs
@@ -12,7 +12,7 @@ from wanda_dvc.study.times import machine_of
 
 
 def content(section: Section) -> Content:
-    """The rows' origins, the parameters that they share, and the commands that repeat them."""
+    """Return the rows' origins, their shared parameters, and the commands to repeat them."""
     headers = ["", "experiment", "commit", "its own parameters", "its own time", "peak anonymous memory", "machine"]
     origins = [[section.name(row), *_origin(row, section.varying)] for row in section.ordered]
     own = {*OF_PRUNING, *section.varying}

@@ -30,12 +30,12 @@ def content(section: Section) -> Content:
 
 
 def runs() -> dict[str, tuple[str, bool]]:
-    """By run, such as `zero-shot-pruned`: its stage, and whether each row has a run of its own.
+    """Return by run, such as `zero-shot-pruned`, its stage, and whether each row has a separate run.
 
-    It has where the result depends on the recipe; rows may share the other runs.
+    Runs are separate if the result depends on the recipe; rows may share the other runs.
     """
     found: dict[str, tuple[str, bool]] = {}
-    chosen = False  # whether a recipe has been chosen in this stage or before it
+    chosen = False  # whether this stage or an earlier stage depends on the recipe
     for stage in STAGES.values():
         chosen = chosen or "recipe" in stage.settings
         found |= {name: (stage.name, chosen and part != "dense") for name, part in stage.runs()}
@@ -43,7 +43,7 @@ def runs() -> dict[str, tuple[str, bool]]:
 
 
 def _bars(section: Section) -> dict[str, dict[str, float]]:
-    """Seconds by stage, for each row and for the runs that rows share."""
+    """Return seconds by stage, for each row and for shared runs."""
     bars: dict[str, dict[str, float]] = {SHARED: {}}
     known, seen = runs(), set()
     for row in section.ordered:

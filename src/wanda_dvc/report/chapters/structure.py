@@ -1,4 +1,4 @@
-"""The chapter on where weights were removed, on the layer errors, and on a model's bytes without its zeros."""
+"""The chapter on the places of removed weights, layer errors, and a model's bytes without its zeros."""
 
 import math
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ def _sparsity(section: Section) -> Content:
 
 
 def _layer_errors(section: Section) -> Content:
-    """The layer errors by block, where Gram matrices are kept."""
+    """Return the layer errors by block, if Gram matrices exist."""
     series = {}
     for row in section.ordered:
         if lines := [(int(line["block"]), float(line["error"]), 1) for line in row.plot("layer_error")]:
@@ -52,7 +52,7 @@ def _layer_errors(section: Section) -> Content:
 
 
 def by_block(linears: Iterable[tuple[int, float, float]]) -> list[tuple[int, float, float, float]]:
-    """From each linear's block, part and whole: each block's share in percent, and its linears' least and most."""
+    """Return each block's share in percent, with the minimum and maximum of its linears."""
     blocks: dict[int, list[tuple[float, float]]] = {}
     for block, part, whole in linears:
         blocks.setdefault(block, []).append((part, whole))
@@ -65,7 +65,7 @@ def by_block(linears: Iterable[tuple[int, float, float]]) -> list[tuple[int, flo
 
 
 def _sizes(section: Section) -> Content:
-    """The table of bytes, and perplexity against them."""
+    """Return the table of bytes, and the picture of perplexity by bytes."""
     dense, size = section.dense.perplexity, section.rows[0].outs.get(DENSE, {}).get("size")
 
     def point(row: Row) -> Point | None:
@@ -103,10 +103,10 @@ def _sizes(section: Section) -> Content:
 
 
 def stored_bytes(row: Row) -> int | None:
-    """The model's bytes if zeros were left out; None if the sparsity or the dense size is unknown.
+    """Return the model's bytes without zeros; None if the sparsity or the dense size is unknown.
 
-    Unstructured: each linear as one bit a weight, and the values that stay. n:m: the values that stay, each with
-    ⌈log₂ m⌉ bits for its place among m (2:4 as sparse tensor cores read it). Everything else is unchanged.
+    Unstructured: each linear as one bit a weight, and the kept values. n:m: the kept values, each with ⌈log₂ m⌉ bits
+    for its place among m (as sparse tensor cores read 2:4). All other tensors are unchanged.
     """
     linears, total = row.plot("sparsity"), row.outs.get(DENSE, {}).get("size")
     if not linears or not total:

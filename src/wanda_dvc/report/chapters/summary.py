@@ -32,7 +32,7 @@ def _of_perplexity(comparison: Comparison, other: str) -> str:
 
 
 def _layer_errors(comparison: Comparison) -> str:
-    """The mean layer errors of two rows, where Gram matrices are kept."""
+    """Return the mean layer errors of two rows, if Gram matrices exist."""
     rows = (comparison.first, comparison.second)
     own, other = (mean_layer_error(row.study) if row else None for row in rows)
     return "" if own is None or other is None else f"mean layer error {100 * own:.2f} % instead of {100 * other:.2f} %"
