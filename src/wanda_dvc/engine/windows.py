@@ -1,4 +1,4 @@
-"""Turns text into windows of tokens."""
+"""Makes windows of tokens from text."""
 
 import random
 from collections.abc import Callable, Sequence

@@ -66,7 +66,7 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def _own_tag(tag: str, name: str) -> str:
-    """Return a tag of the picture with unique ids, the page's font and colours, and coordinates to a hundredth point."""
+    """Return a tag of the picture with unique ids, the page's font and colours, and coordinates to 0.01 point."""
     tag = tag.replace("xlink:", "")
     tag = re.sub(r'\bid="|href="#|url\(#', rf"\g<0>{name}_", tag)
     tag = re.sub(r"font: ([\d.]+)px [^;\"]+", rf"font: \1px {FONT}", tag)

@@ -52,7 +52,7 @@ def _layer_errors(section: Section) -> Content:
 
 
 def by_block(linears: Iterable[tuple[int, float, float]]) -> list[tuple[int, float, float, float]]:
-    """Return each block's share in percent, with the minimum and maximum of its linears."""
+    """Return blocks' shares in percent, with least and most of the linears, from (block, part, total) of each linear."""
     blocks: dict[int, list[tuple[float, float]]] = {}
     for block, part, whole in linears:
         blocks.setdefault(block, []).append((part, whole))
