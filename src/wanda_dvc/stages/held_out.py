@@ -1,6 +1,6 @@
-"""The loss of a few held-out calibration windows, with and without the choices that statistics decide.
+"""Measures the loss of a few held-out calibration windows with and without each choice of the recipe.
 
-A group, an allocation or a reconstruction may help one model and harm another. No window of an evaluation decides that.
+A group, an allocation or a reconstruction may help one model and harm another. No evaluation window is used.
 """
 
 import os
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.engine.runner import Changes
 
-WINDOWS = "WANDA_DVC_HELD_OUT"  # names how many windows; 0: nothing is compared
-Candidates = Mapping[str, tuple[str, "Changes"]]  # by choice: the model, and how its blocks are changed
+WINDOWS = "WANDA_DVC_HELD_OUT"  # sets the number of windows; 0: no comparison
+Candidates = Mapping[str, tuple[str, "Changes"]]  # by choice: the model, and the changes of its blocks
 Losses = dict[str, dict[str, float]]  # of "masks" and of "weights", by choice, in nats a token
 
 
 def compare(project: Project, weights: Candidates) -> Losses:
-    """Return the loss of two windows with and without each choice; {} where there is nothing to compare.
+    """Return the loss of two windows with and without each choice; {} without choices.
 
-    Two neighbours in the result differ by one choice. Masks are compared without a reconstruction, and by Wanda's
-    scores where a solver chooses them. `weights` are candidates on the masks of the study.
+    Two neighbours in the result differ by one choice. Masks are compared without a reconstruction, by Wanda's scores
+    if a solver computes them. `weights` are candidates on the masks of the study.
     """
     made, windows = read_provenance(project.masks, "mask"), limit()
     compared = {
@@ -70,7 +70,7 @@ def compare(project: Project, weights: Candidates) -> Losses:
 
 
 def limit() -> int:
-    """Return how many windows are run. UserError where the environment names no number."""
+    """Return the number of windows. UserError if the environment variable is not a number."""
     asked = os.environ.get(WINDOWS, str(WINDOWS_HELD_OUT))
     if not asked.isdecimal():
         raise UserError(f"{WINDOWS}: got {asked}, expected a number of windows; 0 turns the comparison off")
@@ -78,7 +78,7 @@ def limit() -> int:
 
 
 def _masks(project: Project, made: Json) -> Candidates:
-    """Return the masks to compare: uniform by row, then with each choice that statistics decide."""
+    """Return the masks to compare: uniform by row, then with one more choice each."""
     params, checkpoint = made["params"], Checkpoint(project.model("dense"))
     method = methods()[params["method"]]
     method = methods()["wanda"] if method.competition == "solver" else method

@@ -45,7 +45,7 @@ CARD = """\
 {sections}"""
 
 
-def card(  # noqa: PLR0913 - the parts of a card
+def card(  # noqa: PLR0913 - the parts of a model card
     study: Project,
     sparsity: float,
     *,
@@ -54,10 +54,10 @@ def card(  # noqa: PLR0913 - the parts of a card
     results: Mapping[str, str] | None = None,
     warnings: Iterable[str] = (),
 ) -> str:
-    """Return the card of a study's pruned model, of which `sparsity` was measured.
+    """Return the model card of a study's pruned model; `sparsity` is its measured sparsity.
 
-    `storage` says what the zeros take, and `imports` is Python code that loading needs. `results` are more sections, by
-    their titles. `warnings` are sentences on limits of the model.
+    `storage` describes the storage of zeros, and `imports` is Python code required for loading. `results` are more
+    sections, by title. `warnings` are sentences on limits of the model.
     """
     masks = read_provenance(study.masks, "mask")
     dense = read_provenance(study.model("dense"), "download model")
@@ -94,13 +94,13 @@ def table(headers: list[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _cited(name: str) -> str:
-    """The title of a method, with its paper. A method of a package that is not installed has only its name."""
+    """Return the title of a method, with its paper; for a method of a missing package, only the name."""
     method = methods().get(name)
     return f"{method.title} ([{method.citation}]({method.link}))" if method else inline(name)
 
 
 def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterator[tuple[str, str]]:
-    """How the model was pruned, as rows."""
+    """Return the settings of the pruning, as rows."""
     params, calibration = masks["params"], masks["calibration"]
     yield "dense model", code(dense["source"])
     yield "sha256 of its files", f"{dense['sha256'][:12]}…"
@@ -123,14 +123,14 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
 
 
 def _speed(pattern: str) -> str:
-    """Say whether the zeros speed anything up."""
+    """Return a sentence on the speed of the pruned model."""
     if pattern == "unstructured":
         return "Unstructured sparsity does not speed up GPU inference."
     return f"A speed-up from {pattern} needs hardware and kernels for that pattern, which this model does not contain."
 
 
 def _license(folder: Path, dense: Json) -> tuple[str | None, str]:
-    """The dense model's licence: its name on the Hub, and a sentence."""
+    """Return the dense model's licence: its name on the Hub, and a sentence."""
     files = sorted([*folder.glob("LICENSE*"), *folder.glob("NOTICE*")])
     names = ", ".join(code(file.name) for file in files)
     beside = f"; the full text is in {names}" if files else ""

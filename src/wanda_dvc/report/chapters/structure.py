@@ -52,7 +52,7 @@ def _layer_errors(section: Section) -> Content:
 
 
 def by_block(linears: Iterable[tuple[int, float, float]]) -> list[tuple[int, float, float, float]]:
-    """Return blocks' shares in percent, with least and most of the linears, from (block, part, total) of each linear."""
+    """Return blocks' shares in percent, with least and most of the linears, from each linear's (block, part, total)."""
     blocks: dict[int, list[tuple[float, float]]] = {}
     for block, part, whole in linears:
         blocks.setdefault(block, []).append((part, whole))
