@@ -1,11 +1,15 @@
 """Refuse words that the project's English does without: python scripts/words.py; `make lint` runs it.
 
-It reads the pages for users, with the command line's help and the settings' meanings, which are pages too. To widen it,
-take a name out of LATER and fix what it finds. Code, quotations of commands and links are not read.
+It reads the pages for users, with the command line's help and the settings' meanings, which are pages too, and the
+docstrings and comments of the package. To widen it, take a name out of LATER and fix what it finds. Code, quotations of
+commands and links are not read.
 """
 
+import ast
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,10 +63,30 @@ def pages() -> list[str]:
     return sorted(found - set(LATER))
 
 
+def prose(source: str) -> str:
+    """Return the docstrings and comments of a module, each on its own lines; all other lines are empty."""
+    lines, kept = source.splitlines(), [""] * (source.count("\n") + 1)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            kept[token.start[0] - 1] = token.string
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            kept[node.lineno - 1 : node.end_lineno] = lines[node.lineno - 1 : node.end_lineno]
+    return "\n".join(kept)
+
+
+def texts() -> dict[str, str]:
+    """Return the checked text of each page and module, by name."""
+    modules = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "src").rglob("*.py"))]
+    read = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*pages(), *modules)}
+    return read | {name: prose(read[name]) for name in modules}
+
+
 def main() -> None:
     """Print all problems; exit 1 if there is one."""
-    found = [one for name in pages() for one in problems(name, (ROOT / name).read_text(encoding="utf-8"))]
-    print("\n".join(found) or f"{len(pages())} pages")
+    checked = texts()
+    found = [one for name, text in checked.items() for one in problems(name, text)]
+    print("\n".join(found) or f"{len(checked)} pages and modules")
     sys.exit(bool(found))
 
 

@@ -524,17 +524,18 @@ def test_a_model_with_figures_gets_a_column():
     assert results.readme(methods).count("30.25") == 5
 
 
-def test_pages_avoid_the_words_of_the_list():
+def test_pages_and_docstrings_avoid_the_words_of_the_list():
     """`make lint` runs it as `python scripts/words.py`."""
     words = script("words")
-    found = [one for name in words.pages() for one in words.problems(name, (ROOT / name).read_text(encoding="utf-8"))]
-    assert found == []
+    assert [one for name, text in words.texts().items() for one in words.problems(name, text)] == []
     wrong = "It stands beside `whole`.\n\n```text\ntold\n```\nA whole number [x](gone.md), a GPU's card.\n"
     assert [one.split(": use")[0] for one in words.problems("a.md", wrong)] == [
         "a.md:1: beside",
         "a.md:1: stands",
         "a.md:6: card",
     ]
+    source = '"""A doc.\n\ngone"""\nx = "told"  # beside\n'
+    assert words.prose(source) == '"""A doc.\n\ngone"""\n# beside\n'
 
 
 def texts(svg: str) -> list[str]:

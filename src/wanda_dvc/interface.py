@@ -386,8 +386,7 @@ class Study:
         All records have the same keys: `experiment`, `commit` (None: the workspace), `state` (`success`, `failed`,
         `queued`, `running`, …), every setting by its dotted name, such as `calibration.samples`, and every figure by
         the model and its name: `dense.perplexity`, `pruned.perplexity`, `pruned.sparsity`,
-        `pruned.zero_shot.piqa.acc`. A figure is None if it was not measured with these settings, and a diverged
-        perplexity is infinity.
+        `pruned.zero_shot.piqa.acc`. None means not measured with these settings; a diverged perplexity is infinity.
 
         Raises:
             UserError: There is no git or DVC repository, or DVC cannot list its experiments.
