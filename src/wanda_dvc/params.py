@@ -38,7 +38,7 @@ from wanda_dvc.reading import read_text
 
 MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
 ROUNDED = 1e-6  # the sparsity of 1:3 may be written 0.666667
-ALL = "all"  # of `perplexity.windows`: every token, also those of a last window that is shorter
+ALL = "all"  # of `perplexity.windows`: every token, including a shorter last window
 
 
 def _method(name: str | None) -> str | None:

@@ -88,7 +88,7 @@ def attend(  # noqa: PLR0913 - transformers calls it with these
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
             scores.unflatten(-2, part.shape[-3:-1])[..., -hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
-            weights = torch.softmax(scores, dim=-1)  # sums in float32 whatever the dtype
+            weights = torch.softmax(scores, dim=-1)  # sums in float32 for any dtype
             out[some, ..., queries, :] = multiply(weights, v[some, keys]).unflatten(-2, part.shape[-3:-1])
     return out.flatten(0, 1).transpose(0, 1)[None].contiguous(), None
 

@@ -101,7 +101,7 @@ def _not_finite(sums: dict[str, Tensor]) -> str | None:
 
 
 def _merge(own: dict[str, Any], other: dict[str, Any]) -> None:
-    """Add sums to those of the same names."""
+    """Add sums to the sums of equal names."""
     for name, sums in other.items():
         if own.setdefault(name, sums) is not sums:
             own[name].merge(sums)
@@ -295,8 +295,8 @@ ALL = slice(None)
 PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
 
 
-# (names, x, y, tokens, turned=False): the linears that are rows of one weight, their input and output, the slice of
-# their tokens in both, and whether features are the first dimension of both.
+# (names, x, y, tokens, turned=False): the linears that are rows of one weight, their input and output. `tokens` is the
+# slice of their tokens in both. With `turned`, features are the first dimension of both.
 See = Callable[..., None]
 
 

@@ -181,9 +181,9 @@ def walking(  # noqa: PLR0913 - the terms of the formula
 ) -> Memory:
     """Return the memory of rows of `length` tokens through all blocks; two blocks are loaded, the current and the next.
 
-    `text` is the bytes of the tokenized text. `statistics` counts the recorder's sums, `gram` its Gram matrices,
-    `crosses` its products with the dense model's inputs, `logits` the head's outputs, `packed` the recorded calls of
-    rows of several questions, one set each.
+    `text` is the bytes of the tokenized text. `statistics` counts the recorder's sums, `gram` its Gram matrices, and
+    `crosses` its products with the dense model's inputs. `logits` counts the head's outputs, `packed` the recorded
+    calls of rows of several questions, one set each.
     """
     from wanda_dvc.engine.calls import calls_bytes
     from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME

@@ -128,7 +128,7 @@ class Block:
     """A block to run."""
 
     index: int
-    change: str = ""  # names its change; empty: as it is stored
+    change: str = ""  # names its change; empty: as stored
 
 
 class _Opened:

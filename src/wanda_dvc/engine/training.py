@@ -36,8 +36,8 @@ def train(  # noqa: PLR0913 - the settings of a training
     models differ tenfold in scale. Pruned weights stay 0. The block runs in the dtype of the walk. As arXiv 2510.14444,
     and Transformer Matching in 3BASiL, except for the scales of tokens and parameters.
 
-    Memory in bytes: 24 for each parameter of the block (itself, its gradient, Adam's two moments, the masked parameter
-    and its copy in the walk's dtype), and autograd's copies for one row.
+    Memory in bytes: 24 for each parameter of the block, and autograd's copies for one row. The 24 are the parameter,
+    its gradient, Adam's two moments, the masked parameter and its copy in the walk's dtype.
     """
     block, device, dtype = decoder.blocks[index], decoder.device, decoder.dtype
     names = {id(p): name for name, p in block.named_parameters()}

@@ -130,7 +130,7 @@ class LocalRunner(Runner):
 
 @dataclass
 class LocalStep(Step):
-    """One block of a walk. Changes of its weights last until the next step; the checkpoint stays as it is."""
+    """One block of a walk. Changes of its weights last until the next step; the checkpoint does not change."""
 
     decoder: Decoder
     index: int

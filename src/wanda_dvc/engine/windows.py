@@ -57,7 +57,7 @@ def _starts(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: 
     return torch.tensor([rng.randint(0, len(tokens) - length - 1) for _ in range(samples)])
 
 
-def draw_from_documents(  # noqa: PLR0913 - the documents, and how many windows of which size
+def draw_from_documents(  # noqa: PLR0913 - the documents, and the number and size of windows
     documents: Sequence[str],
     tokens_of: Callable[[str], Tensor],
     *,

@@ -34,7 +34,7 @@ class Sizes:
     directory: int
 
     def told(self) -> str:
-        """The sizes, with those of quantized weights for comparison, for a model card."""
+        """The sizes, with sizes of quantized weights for comparison, for a model card."""
         bits, share = 8 * self.packed / self.weights, self.packed / self.dense
         return (
             f"The pruned linears are stored without their zeros, without loss: {bits:.1f} bits a weight on disk and in "

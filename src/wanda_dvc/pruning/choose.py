@@ -268,5 +268,5 @@ def prepared_linears(block: Readers, grams: Mapping[str, Gram]) -> Iterator[tupl
 
 
 def turned(weight: Tensor, transposed: bool) -> Tensor:
-    """Return a weight as [out, in], or one of [out, in] as it is stored."""
+    """Convert a weight between its stored orientation and [out, in]."""
     return weight.T if transposed else weight

@@ -20,7 +20,7 @@ def unpack_bits(bits: UInt8[Tensor, "rows bytes"], columns: int) -> Bool[Tensor,
 
 
 def count_zeros(weight: Shaped[Tensor, "rows columns"]) -> int:
-    """Return how many weights are 0 or −0. Numpy counts integers three times as fast as torch counts numbers."""
+    """Return the number of weights that are 0 or −0. Numpy counts integers three times as fast as torch floats."""
     bits = weight.contiguous().view(torch.uint8).numpy().view(UNSIGNED[weight.itemsize]).ravel()
     parts = (bits[start : start + COUNTED_AT_A_TIME] for start in range(0, len(bits), COUNTED_AT_A_TIME))
     return len(bits) - sum(int(np.count_nonzero(part << 1)) for part in parts)  # without the sign

@@ -1,4 +1,4 @@
-"""Statistics of a linear's input, per feature: the norm tier (Σx², Σx, count); and those of a block's linears."""
+"""The norm tier: statistics of each feature of a linear's input (Σx², Σx, count), and of a block's inputs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -48,7 +48,7 @@ class Project:
         return read_params(self.root / "params.yaml")
 
     def with_params(self, params: Params) -> "Project":
-        """Return the same project with other settings than those of its `params.yaml`."""
+        """Return the project with other settings than its `params.yaml`."""
         other = Project(self.root)
         other.__dict__["params"] = params
         return other

@@ -85,7 +85,7 @@ def _as_locked(study: Project, stage: str) -> bool:
 
 
 def _same(made: object, params: Params) -> bool:
-    """Whether settings of a lock, by dotted name, equal those of `params`."""
+    """Whether settings of a lock, by dotted name, equal the settings in `params`."""
     if not isinstance(made, dict) or not made:
         return False
     for name, value in made.items():

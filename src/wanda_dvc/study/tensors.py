@@ -102,8 +102,8 @@ def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str | No
 def write_fisher(folder: Path, block: int, sums: "Mapping[str, Tensor]", grams: "Mapping[str, Gram]") -> None:
     """Write the Fisher tier of one block, for each linear with gradients.
 
-    Tensors: `LINEAR.squared_gradients` (float64 [out]), and those of the Gram matrix of the gradients, as `write_grams`
-    writes those of inputs. Header: as of statistics; each matrix is one linear's, in its own orientation.
+    Tensors: `LINEAR.squared_gradients` (float64 [out]), and the tensors of the gradients' Gram matrix, in the form of
+    `write_grams`. Header: as of statistics; each matrix is one linear's, in its own orientation.
     """
     squares = {f"{name}.{SQUARED_GRADIENTS}": x for name, x in sums.items()}
     packed = pack_gradients(grams, GRAM_DTYPE)
