@@ -166,7 +166,7 @@ class Tasks(_Section):
 
 
 class ZeroShot(_Section):
-    """How the tasks are asked."""
+    """The settings of the zero-shot evaluation."""
 
     limit: int | None = Field(None, ge=1, description="number of items of each task; null: all")
 

@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def compared(self) -> int:
-        """How many models are compared on held-out windows: with and without each choice that statistics decide."""
+        """The number of models compared on held-out windows: with and without each choice based on statistics."""
         masks = (self.group == "fisher" and self.pattern == UNSTRUCTURED) + (self.allocation.name != "uniform")
         weights = self.reconstruction.by_gradients and self.weights_come_from == "gram"
         return (masks + 1 if masks else 0) + 2 * weights
