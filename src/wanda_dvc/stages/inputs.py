@@ -217,7 +217,7 @@ def _cluster(runtime: Runtime, folders: Sequence[Path], *, meanwhile: Callable[[
 def open_decoder(project: Project, model: str, *, dtype: str | None = None, device: str | None = None) -> "Decoder":
     """Open the engine on one of the project's models, in a dtype and on a device, by default params.yaml's.
 
-    With workers, nothing is computed on another device: workers have their own.
+    Pass `device` for a decoder that computes nothing itself, because workers do.
     """
     import torch
 
