@@ -181,6 +181,36 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return settings
 
 
+CALIBRATION = {"calibration__statistics": "fisher", "calibration__samples": 4}
+
+
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Path:
+    """A project with Gram matrices and the Fisher tier of a tiny model."""
+    from test_stages import fetch
+
+    from wanda_dvc.stages.calibrate import calibrate
+
+    root = tmp_path_factory.mktemp("calibrated")
+    model = save_tiny_model(tmp_path_factory.mktemp("source") / "tiny", num_hidden_layers=2)
+    write_params(root, model, **CALIBRATION, **texts)
+    calibrate(project=fetch(Project(root), "model", "calibration"))
+    return root
+
+
+@pytest.fixture
+def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Callable[..., Project]:
+    """A copy of `calibrated` with other settings; a second call changes them again."""
+    shutil.copytree(calibrated, tmp_path, dirs_exist_ok=True)
+    source = Project(calibrated).params.model
+
+    def make(**changes: Any) -> Project:
+        write_params(tmp_path, source, **CALIBRATION | texts | changes)
+        return Project(tmp_path)
+
+    return make
+
+
 @pytest.fixture
 def project(tmp_path: Path, tiny: Path, texts: dict[str, str]) -> Callable[..., Project]:
     """Makes the project in tmp_path, with changed parameters; called again, it changes them again."""

@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd
 from wanda_dvc.catalog import RECIPES
-from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.apply import Parts, apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.held_out import compare
@@ -32,6 +32,7 @@ from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import block_count, read_fisher, read_masks, read_stats
 
 full = pytest.mark.full
@@ -294,13 +295,17 @@ def test_weights_and_hidden_states_cross_to_a_gpu_once(bench: Bench, row: str):
         assert dict(traffic.to_host) == TO_HOST[row]
 
 
-def test_choices_are_compared_as_on_the_cpu(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+def made(project: Project, reconstruction: str) -> Any:
+    return Parts(project, reconstruction).made
+
+
+def test_choices_are_compared_as_on_the_cpu(bench: Bench):
     studies = {device: bench.pruned(device, "fisher").project for device in ("cpu", "cuda")}
-    monkeypatch.setenv("WANDA_DVC_HELD_OUT", "1")
     found = {}
     for device, project in studies.items():
+        made_from = read_provenance(project.model("pruned"), "apply")
         with SimulatedDevice(device).present() if device == "cuda" else contextlib.nullcontext():
-            found[device] = compare(project, {})["masks"]
+            found[device] = compare(project, made_from, 1, partial(made, project))["masks"]
     assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-3)
 
 

@@ -3,52 +3,37 @@
 import json
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model, write_params
-from test_stages import fetch
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.windows import between, draw, draw_from_documents
 from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.calibrate import calibrate
-from wanda_dvc.stages.held_out import compare
 from wanda_dvc.stages.inputs import held_out_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.card import card
-from wanda_dvc.study.files import write_json
+from wanda_dvc.study.files import read_json, write_json
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.tensors import SEALED, read_fisher, seal, write_fisher
 from wanda_dvc.views.show import show
 
-CALIBRATION: dict[str, Any] = {"calibration__statistics": "fisher", "calibration__samples": 4}
 Make = Callable[..., Project]
 
 
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Path:
-    root = tmp_path_factory.mktemp("calibrated")
-    model = save_tiny_model(tmp_path_factory.mktemp("source") / "tiny", num_hidden_layers=2)
-    write_params(root, model, **CALIBRATION, **texts)
-    calibrate(project=fetch(Project(root), "model", "calibration"))
-    return root
-
-
 @pytest.fixture
-def pruned(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Make:
-    """A copy of it, pruned with other settings."""
-    shutil.copytree(calibrated, tmp_path, dirs_exist_ok=True)
-    source = Project(calibrated).params.model
+def pruned(study: Make) -> Make:
+    """A calibrated study, pruned with other settings."""
 
     def make(**changes: Any) -> Project:
-        write_params(tmp_path, source, **CALIBRATION | texts | changes)
-        mask(project=Project(tmp_path))
-        apply(project=Project(tmp_path))
-        return Project(tmp_path)
+        project = study(**changes)
+        mask(project=project)
+        apply(project=project)
+        return project
 
     return make
 
@@ -120,7 +105,7 @@ def test_the_environment_turns_the_comparison_off(pruned: Make, monkeypatch: pyt
     assert losses(project) == {}
     monkeypatch.setenv("WANDA_DVC_HELD_OUT", "some")
     with pytest.raises(UserError, match="WANDA_DVC_HELD_OUT: got some, expected a number of windows"):
-        compare(project, {})
+        apply(project=project)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -154,3 +139,37 @@ def test_show_and_the_card_keep_the_warning(pruned: Make):
     warning = "allocation owl raises the loss of held-out calibration windows from 3.0000 to 4.0000"
     assert f"Warning: {warning}" in show(project=project)
     assert warning in card(project, 0.5, warnings=[warning])
+
+
+def test_a_loss_that_is_not_finite_is_written_and_warned_of(pruned: Make, monkeypatch: pytest.MonkeyPatch):
+    """JSON has no such number."""
+    given = iter([3.0, float("nan")])
+    monkeypatch.setattr("wanda_dvc.engine.losses.window_losses", lambda *_: [next(given)])
+    project = pruned(recipe="wanda", allocation="owl")
+    assert losses(project) == {"masks": {"uniform": 3.0, "allocation owl": "diverged"}}
+    assert "from 3.0000 to diverged" in show(project=project)
+
+
+def test_an_interrupted_comparison_resumes_with_the_same_weights_alone(pruned: Make, monkeypatch: pytest.MonkeyPatch):
+    """Another Fisher tier gives other weights on the same masks: hidden states of before do not count."""
+    project = pruned(recipe="admm", reconstruction="fisher")
+    expected = losses(project)
+    given = iter([[3.0]])
+    monkeypatch.setattr("wanda_dvc.engine.losses.window_losses", lambda *_: next(given))
+    with pytest.raises(StopIteration):  # after all blocks of the second model
+        apply(project=project)
+    monkeypatch.undo()
+    for block in range(2):
+        sums = {name: 1 + torch.arange(len(x)).double() for name, x in read_fisher(project.fisher, block).items()}
+        grams = {name: Gram(torch.diag(x), 1) for name, x in sums.items()}
+        write_fisher(project.fisher, block, sums, grams)
+    made = {
+        name: x for name, x in read_json(project.gram / "provenance.json", "calibrate").items() if name not in SEALED
+    }
+    seal(project.fisher, made | {"kind": "fisher", "windows": 8})
+    apply(project=project)
+    resumed = losses(project)
+    shutil.rmtree(project.work_root)
+    apply(project=project)
+    assert losses(project) == resumed
+    assert resumed != expected

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import named, pairs, thinned, turns
-from conftest import ROOT, save_tiny_model, write_params
+from conftest import ROOT
 from ruamel.yaml import YAML
 from test_families import save
-from test_stages import fetch, tree
+from test_stages import tree
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECONSTRUCTIONS, methods
@@ -38,7 +38,6 @@ from wanda_dvc.views.show import show
 from wanda_dvc.views.stats import stats
 
 Make = Callable[..., Project]
-CALIBRATION: dict[str, Any] = {"calibration__statistics": "fisher", "calibration__samples": 4}
 NORMS = {"calibration__statistics": "norms"}
 PROPAGATIONS = ("dense", "pruned", "corrected")
 PATTERNS: tuple[dict[str, Any], ...] = (
@@ -49,29 +48,6 @@ PATTERNS: tuple[dict[str, Any], ...] = (
     {"group": "layer"},
     {"group": "fisher"},
 )
-
-
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Path:
-    """A project whose Gram matrices and Fisher tier are there."""
-    root = tmp_path_factory.mktemp("calibrated")
-    model = save_tiny_model(tmp_path_factory.mktemp("source") / "tiny", num_hidden_layers=2)
-    write_params(root, model, **CALIBRATION, **texts)
-    calibrate(project=fetch(Project(root), "model", "calibration"))
-    return root
-
-
-@pytest.fixture
-def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Make:
-    """A copy of it, with other settings; called again, it changes them again."""
-    shutil.copytree(calibrated, tmp_path, dirs_exist_ok=True)
-    source = Project(calibrated).params.model
-
-    def make(**changes: Any) -> Project:
-        write_params(tmp_path, source, **CALIBRATION | texts | changes)
-        return Project(tmp_path)
-
-    return make
 
 
 COMMITTED = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@ Stages, views and provenance read a `Plan`; no other code checks the method or r
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -67,12 +67,37 @@ class Plan:
             left_out=left_out,
         )
 
+    @classmethod
+    def of_masks(cls, described: Mapping[str, Any], reconstruction: str) -> "Plan":
+        """Return the plan of masks from their provenance (`described`), with a reconstruction."""
+        return cls(
+            method=methods()[described["method"]],
+            group=described["group"],
+            allocation=ALLOCATIONS[described["allocation"]],
+            strength=described["allocation_strength"],
+            reconstruction=RECONSTRUCTIONS[reconstruction],
+            propagation=described["propagation"],
+            pattern=described["pattern"],
+            share=Fraction(str(described["sparsity"])),
+        )
+
     @property
-    def compared(self) -> int:
-        """The number of models compared on held-out windows: with and without each choice based on statistics."""
-        masks = (self.group == "fisher" and self.pattern == UNSTRUCTURED) + (self.allocation.name != "uniform")
-        weights = self.reconstruction.by_gradients and self.weights_come_from == "gram"
-        return (masks + 1 if masks else 0) + 2 * weights
+    def compared(self) -> dict[str, dict[str, "Plan"]]:
+        """The plans to compare on held-out windows, by part (masks, weights) and choice.
+
+        Two neighbours differ by one choice based on statistics. A part without such a choice is missing.
+        """
+        found, weighs = {}, GROUPS[self.group].needs == "fisher" and self.pattern == UNSTRUCTURED
+        uniform = replace(self, allocation=ALLOCATIONS["uniform"], strength=None)
+        masks = {"uniform": replace(uniform, group="row") if weighs else uniform}
+        masks |= {f"group {self.group}": uniform} if weighs else {}
+        masks |= {f"allocation {self.allocation.name}": self} if self.allocation.name != "uniform" else {}
+        if len(masks) > 1:
+            found["masks"] = masks
+        if self.reconstruction.by_gradients and self.weights_come_from == "gram":
+            plain = replace(self, reconstruction=RECONSTRUCTIONS["least-squares"])
+            found["weights"] = {"least-squares": plain, f"reconstruction {self.reconstruction.name}": self}
+        return found
 
     @property
     def described(self) -> dict[str, object]:

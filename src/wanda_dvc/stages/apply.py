@@ -5,7 +5,7 @@ A reconstruction gives kept weights new values, solved for here, from stats/gram
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -15,16 +15,13 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.choose import prepare, prune_linear
 from wanda_dvc.pruning.packing import count_zeros
 from wanda_dvc.pruning.solvers import Prepared
-from wanda_dvc.stages.held_out import Candidates, compare
+from wanda_dvc.stages.held_out import compare, limit
 from wanda_dvc.stages.running import progress, solving_device
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import SEALED, Grams, block_count, read_grams, read_masks, read_weights
-
-if TYPE_CHECKING:
-    from wanda_dvc.engine.runner import Change
 
 
 class Zeros(NamedTuple):
@@ -41,12 +38,12 @@ class Zeros(NamedTuple):
 
 def apply(*, project: Project) -> None:
     """models/dense + masks/ + stats/ + weights/ → models/pruned."""
-    reconstruction = project.params.plan.reconstruction.name
+    reconstruction, windows = project.params.plan.reconstruction.name, limit()
     made_from = describe_pruned(project, reconstruction)
     with project.work(made_from) as work:
         zeros = prune(project, work.fresh(), reconstruction)
         work.publish(project.model("pruned"))
-    losses = compare(project, _weights_to_compare(project, made_from))
+    losses = compare(project, made_from, windows, lambda name: Parts(project, name).made)
     write_json(project.metrics("pruned", "held_out"), {"held_out": losses} if losses else {})
     write_json(project.metrics("pruned", "sparsity"), {"sparsity": round(measured_sparsity(zeros), 6)})
     write_json(
@@ -71,22 +68,6 @@ def apply(*, project: Project) -> None:
         ["block", "linear", "error", "masked"],
         ([x.block, linear, x.error, x.masked] for linear, x in measured.items()),
     )
-
-
-def _weights_to_compare(project: Project, made_from: Json) -> Candidates:
-    """Return the least-squares weights and the weights of models/pruned, if the reconstruction uses gradients."""
-    reconstruction = RECONSTRUCTIONS[made_from["reconstruction"]]
-    if not (reconstruction.by_gradients and "gram" in made_from):
-        return {}
-    parts = Parts(project, "least-squares")
-
-    def solved(block: int) -> "Change":
-        return {}, {linear: parts.make(parts.checkpoint.find(linear))[0] for linear in parts.keeps[block]}
-
-    return {
-        "least-squares": ("dense", solved),
-        f"reconstruction {reconstruction.name}": ("pruned", lambda _: ({}, {})),
-    }
 
 
 def describe_pruned(study: Project, reconstruction: str) -> Json:
@@ -161,6 +142,10 @@ class Parts:
         """Return the Gram matrix of a linear's input, or None."""
         block, source = self.blocks[linear], self._source.get(linear)
         return self._prepared(block, source) if source in (self.grams[block] if self.grams else ()) else None
+
+    def made(self, block: int) -> dict[str, Tensor]:
+        """Return the weights of a block's linears in the pruned model."""
+        return {linear: self.make(self.checkpoint.find(linear))[0] for linear in self.keeps[block]}
 
     def make(self, address: Address) -> tuple[Tensor, Zeros]:
         """Return one linear's weights in the pruned model, as stored, and its measures."""

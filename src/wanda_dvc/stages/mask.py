@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -127,6 +128,13 @@ def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequ
     )
 
 
+def read_share(written: float | Mapping[str, float]) -> Share:
+    """Return a block's share, or its linears' shares, from provenance."""
+    if isinstance(written, Mapping):
+        return {name: Fraction(x) for name, x in written.items()}
+    return Fraction(str(written))
+
+
 def _written(share: Share) -> float | dict[str, float]:
     """Return a block's share, or its linears' shares, in the form of the provenance."""
     return {name: float(x) for name, x in share.items()} if isinstance(share, Mapping) else float(share)
@@ -135,14 +143,14 @@ def _written(share: Share) -> float | dict[str, float]:
 Weights = Callable[[str], Tensor]
 
 
-def informed(project: Project, block: int, measured: BlockStats) -> BlockStats:
+def informed(project: Project, plan: Plan, block: int, measured: BlockStats) -> BlockStats:
     """Return the statistics of one block, with the Fisher tier if masks depend on it."""
-    return with_fisher(project, block, measured) if project.params.plan.masks_read_sums else measured
+    return with_fisher(project, block, measured) if plan.masks_read_sums else measured
 
 
-def keeps(project: Project, weights: Weights, block: BlockStats, share: Share) -> dict[str, Tensor]:
+def keeps(project: Project, plan: Plan, weights: Weights, block: BlockStats, share: Share) -> dict[str, Tensor]:
     """Return the masks of one block's linears by their scores. `weights` reads a stored weight."""
-    plan, device = project.params.plan, solving_device(project.params.runtime)
+    device = solving_device(project.params.runtime)
     targets = targets_of(block, share=share, pattern=plan.pattern, group=plan.group)
     return choose_block(weights, block, method=plan.method, targets=targets, device=device)
 
@@ -152,9 +160,10 @@ Blocks = Iterator[tuple[int, BlockStats, Mapping[str, Tensor]]]  # the block, it
 
 def _scored(project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], _: int) -> Blocks:
     """Yield the masks of all blocks, in this process: each weight is read once, and networks are slower than disks."""
+    plan = project.params.plan
     for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks"):
-        measured = informed(project, block, read_stats(project.stats, block))
-        yield block, measured, keeps(project, checkpoint.weight, measured, shares[block])
+        measured = informed(project, plan, block, read_stats(project.stats, block))
+        yield block, measured, keeps(project, plan, checkpoint.weight, measured, shares[block])
 
 
 def _solved(
@@ -165,7 +174,7 @@ def _solved(
 
     def parts() -> Iterator[Ask[Part]]:
         for block in blocks[finished:]:
-            measured = informed(project, block, read_stats(project.stats, block))
+            measured = informed(project, plan, block, read_stats(project.stats, block))
             grams: Mapping[str, Gram] = read_grams(project.gram, block) if plan.method.needs == "gram" else {}
             yield from _parts(plan, checkpoint, block, measured, grams, shares[block], stored=project.gram)
 
@@ -311,7 +320,7 @@ def _propagate(
         for turn in progress(turns, total=blocks, what="mask, blocks calibrated and pruned"):
             share = shares[turn.index]
             recorded = turn.record(gram=plan.records_grams, crosses=plan.corrects)
-            measured = informed(project, turn.index, recorded.stats)
+            measured = informed(project, plan, turn.index, recorded.stats)
             unreached[turn.index] = measured.unreached()
             keep: Mapping[str, Tensor]
             changed: dict[str, Tensor] = {}
@@ -324,7 +333,8 @@ def _propagate(
                 )
                 keep, changed, told = _together(run.each(solve, parts))
             else:
-                keep = pack_masks(keeps(project, checkpoint.weight, measured, share))  # Ray keeps it over all blocks
+                chosen = keeps(project, plan, checkpoint.weight, measured, share)
+                keep = pack_masks(chosen)  # Ray keeps it over all blocks
             if plan.trains:
                 trained = turn.train(keep, changed, **TRAINING)
                 changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}

@@ -211,10 +211,11 @@ def _apply(on: Known) -> Need:
         link=grams + gram * linears.count * (2 * linears.width + 1),  # weights in both directions, and masks
         work={"pruning": linears.pruning(plan.reconstruction, gram=gram) + solving},
     )
-    if not plan.compared:
+    models = sum(map(len, plan.compared.values()))
+    if not models:
         return written
     # A few windows once for each model compared. A block has other weights, chosen or solved for while it is there.
-    windows, length = plan.compared * WINDOWS_HELD_OUT, on.params.calibration.length
+    windows, length = models * WINDOWS_HELD_OUT, on.params.calibration.length
     walk = _walk(on, "calibration", windows, length, head=windows * length, logits=True)
     chosen = choosing(linears, threads=cores(), by_row=False)
     block = on.model.block * (WIDTH[on.params.dtype] + on.model.width)
@@ -222,10 +223,10 @@ def _apply(on: Known) -> Need:
     return replace(
         written,
         memory=either(written.memory, replace(walk.memory, selection=selection)),
-        disk=written.disk + walk.hidden,
-        read=written.read + plan.compared * on.stored,
+        disk=written.disk + walk.disk,
+        read=written.read + models * on.stored,
         hidden=walk.hidden,
-        link=written.link + plan.compared * walk.link,
+        link=written.link + models * walk.link,
         work=_sum(written.work, walk.work),
     )
 

@@ -15,7 +15,7 @@ from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite
 from wanda_dvc.stages.running import progress
-from wanda_dvc.study.files import write_csv, write_json
+from wanda_dvc.study.files import finite, write_csv, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
@@ -55,7 +55,7 @@ def perplexity(*, project: Project, model: str) -> None:
         where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
         say_not_finite(f"perplexity {model}", where)
         predictions = [len(row.tokens) - 1 for row in rows]
-        details = {"protocol": protocol, "losses": [_finite(x) for x in losses]}
+        details = {"protocol": protocol, "losses": [finite(x) for x in losses]}
         write_json(project.details(model, "perplexity"), details | ({"not_finite": where} if where else {}))
         write_json(project.metrics(model, "perplexity"), {"perplexity": from_losses(losses, predictions)})
         plotted = zip(predictions, [loss if math.isfinite(loss) else "" for loss in losses], strict=True)
@@ -82,7 +82,7 @@ def _losses(run: Runner, rows: list[Row], work: Path, *, what: str) -> list[floa
 
 def _line(row: int, loss: float) -> str:
     """Return the line that stores a row's loss, with a checksum, because a kill may truncate it."""
-    content = json.dumps([row, _finite(loss)])
+    content = json.dumps([row, finite(loss)])
     return f"{zlib.crc32(content.encode()):08x} {content}\n"
 
 
@@ -100,7 +100,3 @@ def _read_losses(path: Path, rows: int) -> list[float]:
         break
     path.write_text("".join(_line(row, loss) for row, loss in enumerate(losses)), encoding="utf-8")
     return losses
-
-
-def _finite(loss: float) -> float | str:
-    return loss if math.isfinite(loss) else DIVERGED

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite
 from wanda_dvc.stages.running import progress, told
-from wanda_dvc.study.files import Json, write_csv, write_json
+from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.places import METRICS
 from wanda_dvc.study.project import ITEMS, Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
@@ -113,7 +112,7 @@ def _answer(sample: dict[str, Any]) -> dict[str, Any]:
     choices = [response[0] for response in sample["filtered_resps"]]
     return {
         "item": sample["doc_id"],
-        "loglikelihoods": [value if math.isfinite(value) else DIVERGED for value in choices],
+        "loglikelihoods": [finite(value) for value in choices],
         "answer": max(range(len(choices)), key=choices.__getitem__),
         "gold": sample["target"],
         **{metric: sample[metric] for metric in METRICS if metric in sample},

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import is_there, parse_json, read_bytes, read_object
+from wanda_dvc.reading import DIVERGED, is_there, parse_json, read_bytes, read_object
 
 Json = dict[str, Any]
 
@@ -16,6 +17,11 @@ Json = dict[str, Any]
 def write_json(path: Path, content: object) -> None:
     """Write JSON to a temporary file, then rename it. Readers never see half a file, and a link's target stays."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(number: float) -> float | str:
+    """Return a number, or `diverged` for one that JSON does not have."""
+    return number if math.isfinite(number) else DIVERGED
 
 
 def json_text(content: object) -> str:
