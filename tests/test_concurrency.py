@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,18 +136,23 @@ def test_two_repros_and_two_workers_with_a_report_meanwhile(start: Repository, t
         assert study(start.root) == expected[sparsity]
 
 
-def victims(process: subprocess.Popen[str], what: str) -> list[int]:
+def stage_of(dvc: psutil.Process, name: str = "") -> list[int]:
+    """The processes of the stage that DVC runs, where it is this one."""
+    lines = {one.pid: one.cmdline() for one in dvc.children(recursive=True)}
+    of_us = {pid: words for pid, words in lines.items() if any("wanda-dvc" in word for word in words[:2])}
+    return [pid for pid, words in of_us.items() if not name or name in words]
+
+
+def victims(dvc: psutil.Process, what: str) -> list[int]:
     """The processes to kill: DVC, the stage that it runs, or the whole group."""
-    dvc = psutil.Process(process.pid)
-    below = dvc.children(recursive=True)
-    stage = [one.pid for one in below if any("wanda-dvc" in word for word in one.cmdline()[:2])]
-    return {"dvc": [dvc.pid], "stage": stage, "group": [dvc.pid, *(one.pid for one in below)]}[what]
+    below = [one.pid for one in dvc.children(recursive=True)]
+    return {"dvc": [dvc.pid], "stage": stage_of(dvc), "group": [dvc.pid, *below]}[what]
 
 
 @pytest.mark.slow
 @pytest.mark.pipeline
 def test_whatever_is_killed_the_next_repro_ends_with_the_same_bytes(start: Repository, tmp_path: Path):
-    """`kill -9` at a moment, and of a victim, that the seed draws."""
+    """`kill -9` of a victim that the seed draws, within the first second of a stage, which no machine ends in one."""
     repository = replace(start, root=tmp_path / "study")
     shutil.copytree(start.root, repository.root, symlinks=True)
     expected = {}
@@ -160,25 +166,24 @@ def test_whatever_is_killed_the_next_repro_ends_with_the_same_bytes(start: Repos
         seed, what = SEEDS[number % len(SEEDS)], draw.choice(("stage", "dvc", "group"))
         shutil.rmtree(repository.root / ".dvc/cache/runs", ignore_errors=True)
         repository.change(calibration__seed=seed)
+        stage, delay = draw.choice(("calibrate", "mask")), draw.uniform(0, 1)
         process = started(repository, "dvc", "repro", "mask", real=True)
+        dvc = psutil.Process(process.pid)
+        with suppress(psutil.NoSuchProcess):
+            while process.poll() is None and not stage_of(dvc, stage):
+                pass
         try:
-            process.communicate(timeout=draw.uniform(1, 10))
+            process.communicate(timeout=delay)
         except subprocess.TimeoutExpired:
-            try:
-                doomed = victims(process, what)
-            except psutil.NoSuchProcess:
-                doomed = []
-            for pid in doomed:
-                try:
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):  # one ended between two looks
+                for pid in victims(dvc, what):
                     os.kill(pid, signal.SIGKILL)
                     hit += 1
-                except ProcessLookupError:
-                    pass
         process.communicate()
         repository.run("dvc", "repro", "mask")
         assert stats_and_masks(repository.root) == expected[seed], f"seed {number}: {what}"
         assert repository.repro_up_to("mask") == set()
-    assert hit
+    assert hit >= KILLS // 2
 
 
 def stats_and_masks(root: Path) -> dict[str, bytes]:
