@@ -21,14 +21,14 @@ With wanda-dvc {version}, in a new study:
 {by_hand}"""
 
 
-def results(study: Project, torn: Sequence[str] = ()) -> dict[str, str]:
+def results(study: Project, outdated: Sequence[str] = ()) -> dict[str, str]:
     """Return the sections, by their titles.
 
-    The study's `params` are those of the run. The inputs of `torn` stages have changed after the run.
+    The study's `params` are those of the run. The inputs of `outdated` stages have changed after the run.
     """
     commands, by_hand = how_to_repeat(study.params)
     version = read_provenance(study.masks, "mask")["wanda_dvc"]
-    notes = "\n".join(f"- {note}" for note in _notes(study, torn))
+    notes = "\n".join(f"- {note}" for note in _notes(study, outdated))
     changed = flips(study)
     tables = [table(HEADERS, comparison(study)), *([table(FLIPS, changed)] if changed else [])]
     return {
@@ -37,11 +37,11 @@ def results(study: Project, torn: Sequence[str] = ()) -> dict[str, str]:
     }
 
 
-def _notes(study: Project, torn: Sequence[str]) -> Iterator[str]:
+def _notes(study: Project, outdated: Sequence[str]) -> Iterator[str]:
     """Return the explanation of the numbers."""
     params = study.params
-    if torn:
-        yield f"Stale when this card was written, because inputs had been made again: {', '.join(torn)}."
+    if outdated:
+        yield f"Stale when this card was written, because inputs had been made again: {', '.join(outdated)}."
     if apart := measured_apart(study):
         yield f"{not_compared(apart)} The notes below are on the pruned model."
     protocols = [load_json(study.details(model, "perplexity")).get("protocol") for model in MODELS]

@@ -59,8 +59,8 @@ class Measured:
     def predictions(self) -> list[int]:
         """The number of predicted tokens of each window."""
         protocol = self.windows["protocol"]
-        whole = [protocol["length"] - 1] * protocol["windows"]
-        return whole if protocol["rest"] == "dropped" else [*whole, protocol["rest"] - 1]
+        complete = [protocol["length"] - 1] * protocol["windows"]
+        return complete if protocol["rest"] == "dropped" else [*complete, protocol["rest"] - 1]
 
     def perplexity_interval(self) -> Estimate | None:
         """The perplexity with its interval over windows; None if it diverged or its losses are missing."""
@@ -120,4 +120,4 @@ class Measured:
 def mean_layer_error(study: Project) -> float | None:
     """Return the mean layer error of a study's pruned linears; None if it was not measured."""
     linears = load_json(study.details("pruned", "layer_error")).get("linears", {})
-    return sum(told["error"] for told in linears.values()) / len(linears) if linears else None
+    return sum(measures["error"] for measures in linears.values()) / len(linears) if linears else None

@@ -10,7 +10,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite
-from wanda_dvc.stages.running import progress, told
+from wanda_dvc.stages.running import progress, record_details
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.places import METRICS
 from wanda_dvc.study.project import ITEMS, Project, Work
@@ -25,7 +25,7 @@ def zero_shot(*, project: Project, model: str) -> None:
     check_ready(project, model)
     protocols = {task: _protocol(project, model, task) for task in project.params.tasks.names}
     answered = {task: _answered(project, model, task, protocol) for task, protocol in protocols.items()}
-    told({"earlier": sum(one.get("seconds", 0) for one in answered.values())})
+    record_details({"earlier": sum(one.get("seconds", 0) for one in answered.values())})
     details = {task: one["details"] for task, one in answered.items()}
     for task, one in details.items():
         say_not_finite(f"zero-shot {model} {task}", one.get("not_finite"))
@@ -82,8 +82,8 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     definition = load_task(items["definition"], items["role"], folder / ITEMS)
     with runner(project, model, work) as run:
 
-        def blocks(turns: "Iterator[Step]") -> "Iterable[Step]":
-            return progress(turns, total=len(run.decoder.blocks), what=f"{what}, blocks")
+        def blocks(steps: "Iterator[Step]") -> "Iterable[Step]":
+            return progress(steps, total=len(run.decoder.blocks), what=f"{what}, blocks")
 
         language_model = EngineLM(run.decoder, project.model(model), run, what=what, progress=blocks)
         evaluated = evaluate(language_model, {task: definition}, limit=project.params.zero_shot.limit)

@@ -7,7 +7,7 @@ from wanda_dvc.report.measures import ANSWERS, Measured, mean_layer_error
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, json_text, load_json
 from wanda_dvc.study.held_out import raised
-from wanda_dvc.study.local import gone_sources
+from wanda_dvc.study.local import missing_sources
 from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, measured_alike
@@ -22,7 +22,7 @@ def show(*, project: Project, as_json: bool = False) -> str:
     """Return the last results, dense and pruned, with their settings: as a table, or as JSON."""
     ran = Ran.of(project)
     made = project.with_params(ran.params)
-    title, sources = _title(made), gone_sources(project)
+    title, sources = _title(made), missing_sources(project)
     notes = list(_footnotes(made))
     if as_json:
         return json_text(
@@ -217,13 +217,13 @@ def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
     if not linears:
         return
     worst = max(linears, key=lambda name: linears[name]["error"])
-    masked = sum(told["masked"] for told in linears.values()) / len(linears)
+    masked = sum(measures["masked"] for measures in linears.values()) / len(linears)
     yield (
         f"Layer error: how far a linear's output on the calibration text is off, ‖(W−Ŵ)X‖² / ‖WX‖². The largest is "
         f"{linears[worst]['error']:.4f}, of {worst}. With the same masks and no reconstruction the mean is "
         f"{masked:.4f}."
     )
-    if raised := {name: told["damping"] for name, told in linears.items() if told.get("raised")}:
+    if raised := {name: measures["damping"] for name, measures in linears.items() if measures.get("raised")}:
         most = max(raised, key=lambda name: raised[name])
         yield (
             f"The Gram matrices of {len(raised)} linears are not positive definite with the damping asked for: it was "
