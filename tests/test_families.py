@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases.grids import thinned, cycled
+from cases.grids import cycled, thinned
 from conftest import kept, save_tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM

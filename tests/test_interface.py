@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.grids import full, named, thinned, cycled
+from cases.grids import cycled, full, named, thinned
 from conftest import save_tiny_model, write_params
 from safetensors.torch import load_file
 from test_families import one_is_never_chosen, save, short_texts

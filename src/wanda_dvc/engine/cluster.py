@@ -24,7 +24,7 @@ from torch import Tensor
 import wanda_dvc
 from wanda_dvc.engine import shards, tasks
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.jobs import JobInput, Job, Jobs, R, T
+from wanda_dvc.engine.jobs import Job, JobInput, Jobs, R, T
 from wanda_dvc.engine.recorder import Gradients, Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Step, report_resumed

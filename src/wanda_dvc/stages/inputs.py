@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from wanda_dvc.errors import FIX, UserError, notice
 from wanda_dvc.params import Params, Runtime
 from wanda_dvc.pruning.patterns import check_pattern
-from wanda_dvc.stages.running import check_device, device_name, ending, own_device, solving_device, record_details
+from wanda_dvc.stages.running import check_device, device_name, ending, own_device, record_details, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import read_provenance
