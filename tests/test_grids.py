@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 from _pytest.mark import ParameterSet
-from cases.grids import full, pairs, thinned, cycled
+from cases.grids import cycled, full, pairs, thinned
 
 
 def split(rows: list[ParameterSet]) -> tuple[list[Any], list[Any]]:

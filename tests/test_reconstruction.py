@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.grids import named, pairs, thinned, cycled
+from cases.grids import cycled, named, pairs, thinned
 from conftest import ROOT
 from ruamel.yaml import YAML
 from test_families import save

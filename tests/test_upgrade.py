@@ -22,7 +22,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import FILES, TEMPLATE, init
 from wanda_dvc.study.settings import Settings, flatten, nested
-from wanda_dvc.study.upgrade import REMOVED, MOVED, _carry, _migrated, upgrade
+from wanda_dvc.study.upgrade import MOVED, REMOVED, _carry, _migrated, upgrade
 
 PIPELINE = FILES["dvc.yaml"].read_text(encoding="utf-8")
 PARAMS = FILES["params.yaml"].read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wanda_dvc.engine import shards, training
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.fisher import backward
-from wanda_dvc.engine.jobs import JobInput, Job, LocalJobs, R, T, solving_device
+from wanda_dvc.engine.jobs import Job, JobInput, LocalJobs, R, T, solving_device
 from wanda_dvc.engine.recorder import CrossRecorder, Gradients, InputRecorder, Recorded, Sums, finding_not_finite
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Step, report_resumed
