@@ -820,6 +820,10 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: P
     numbers = load_json(made.metrics("dense", "zero_shot"))["piqa"]
     assert numbers["acc"] == float(answers[0]["answer"] == 0)
     assert set(numbers) == set(details["standard_errors"]) == {"acc", "acc_norm"}
+    by_letter = zip(answers[0]["loglikelihoods"], ("take a chair.", "take a cloud."), strict=True)
+    each = [value / len(choice) for value, choice in by_letter]
+    assert answers[0]["answer_norm"] == each.index(max(each))
+    assert numbers["acc_norm"] == float(answers[0]["answer_norm"] == 0)
 
 
 def test_a_task_whose_examples_are_of_another_split_needs_none(tmp_path: Path):

@@ -117,8 +117,8 @@ def cut(tokens: Int[Tensor, " tokens"], *, length: int, windows: int | None) -> 
     complete = len(tokens) // length
     if complete < (windows or 1):
         raise UserError(
-            f"perplexity text: {len(tokens)} tokens make {complete} windows of {length}, expected {windows or 1}; take "
-            "a longer text, fewer or shorter windows"
+            f"perplexity text: {len(tokens)} tokens make {complete} windows of {length}, expected {windows or 1} or "
+            "more; take a longer text, fewer or shorter windows"
         )
     count = windows or complete
     return tokens[: count * length].view(count, length)

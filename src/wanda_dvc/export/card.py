@@ -10,7 +10,7 @@ from wanda_dvc.study.markup import inline
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.repeat import how_to_repeat
-from wanda_dvc.views.show import HEADERS, comparison, measured_apart, not_compared
+from wanda_dvc.views.show import FLIPS, HEADERS, comparison, flips, measured_apart, not_compared
 
 REPRODUCE = """\
 With wanda-dvc {version}, in a new study:
@@ -29,8 +29,10 @@ def results(study: Project, outdated: Sequence[str] = ()) -> dict[str, str]:
     commands, by_hand = how_to_repeat(study.params)
     version = read_provenance(study.masks, "mask")["wanda_dvc"]
     notes = "\n".join(f"- {note}" for note in _notes(study, outdated))
+    changed = flips(study)
+    tables = [table(HEADERS, comparison(study)), *([table(FLIPS, changed)] if changed else [])]
     return {
-        "Results": f"{table(HEADERS, comparison(study))}\n\n{notes}",
+        "Results": "\n\n".join([*tables, notes]),
         "Reproduce": REPRODUCE.format(version=version, commands=commands, by_hand=by_hand).rstrip(),
     }
 
@@ -55,6 +57,8 @@ def _notes(study: Project, outdated: Sequence[str]) -> Iterator[str]:
         f"Zero-shot: no examples in the prompt, {f'the first {limit} items' if limit else 'all items'} of each task, "
         f"{params.dtype}; ± is one standard error, and a difference below two of them may be chance."
     )
+    if flips(study):
+        yield "Changed answers: p is that of McNemar's exact test on right → wrong against wrong → right."
     if params.tasks.source == "embedded":
         yield (
             "The tasks are samples, not benchmarks: questions written for wanda-dvc. They compare these two models "

@@ -6,10 +6,12 @@ from typing import Any
 
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import inference
-from wanda_dvc.report.inference import Estimate
+from wanda_dvc.report.inference import Answer, Estimate, Flips
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import measured_alike
+
+ANSWERS = {"acc": "answer", "acc_norm": "answer_norm"}  # an item's key of the chosen answer, by metric
 
 
 @dataclass
@@ -89,6 +91,22 @@ class Measured:
     def answers(self, task: str) -> dict[Any, bool]:
         """Return by item whether the model's answer is correct."""
         return {item["item"]: item["acc"] > 0.5 for item in self.tasks.get(task, {}).get("items", [])}
+
+    def flips(self, dense: "Measured", task: str, metric: str = "acc") -> Flips | None:
+        """Count the answers that differ from the dense model's; `metric` is acc or acc_norm.
+
+        None without the answers to common items of the same task.
+        """
+        if self.digest(task) != dense.digest(task):
+            return None
+        after, before = self._choices(task, metric), dense._choices(task, metric)
+        shared = [item for item in after if item in before]
+        return inference.flips([before[item] for item in shared], [after[item] for item in shared]) if shared else None
+
+    def _choices(self, task: str, metric: str) -> dict[Any, Answer]:
+        """Return each item's answer by a metric; empty if earlier versions did not keep it."""
+        key, items = ANSWERS[metric], self.tasks.get(task, {}).get("items", [])
+        return {item["item"]: Answer(item[key], item[metric] > 0.5) for item in items if key in item and metric in item}
 
     def same_items(self, other: "Measured", task: str) -> tuple[list[bool], list[bool]]:
         """Return both models' answers to their common items; empty if their tasks differ."""
