@@ -100,9 +100,9 @@ OLD, OTHER, NEW = ({"a": kind, f"{name}/b": kind} for name, kind in (("c", b"old
 
 
 def write(folder: Path, content: Content) -> None:
-    for name, told in content.items():
+    for name, data in content.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(told)
+        (folder / name).write_bytes(data)
 
 
 def read(folder: Path) -> Content:
@@ -128,7 +128,7 @@ def publish(project: Project, targets: list[Path], content: Content) -> None:
     with project.work({"of": str(content)}) as work:
         for target in targets:
             folder = work.part(target.name if len(targets) > 1 else "")
-            write(folder, {name: told for name, told in content.items() if not (folder / name).exists()})
+            write(folder, {name: data for name, data in content.items() if not (folder / name).exists()})
         work.publish(*targets)
 
 

@@ -21,7 +21,7 @@ from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.study.files import write_json
+from wanda_dvc.study.files import Json, write_json
 from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import digest, read_format
@@ -124,6 +124,21 @@ def test_a_method_that_is_not_installed_has_its_name_on_the_card(pruned: Project
     masks = json.loads(path.read_text())
     write_json(path, masks | {"params": masks["params"] | {"method": "elsewhere"}})
     assert "are zero, chosen by elsewhere. Nothing was trained" in " ".join(exported(pruned).text.split())
+
+
+def test_the_card_counts_changed_answers(pruned: Project):
+    for model, answers, by_length in (("dense", [0, 0, 1, 1], [0, 0]), ("pruned", [0, 1, 2, 0], [1, 1])):
+        items: list[Json] = [{"item": n, "answer": x, "acc": float(x == 0)} for n, x in enumerate(answers)]
+        for item, answer in zip(items, by_length, strict=False):
+            item |= {"answer_norm": answer, "acc_norm": float(answer == 0)}
+        protocol = {"model": digest(read_format(pruned.model(model), "apply")), "task": {"sha256": "0"}}
+        write_json(pruned.details(model, "zero_shot"), {"tasks": {"piqa": {"protocol": protocol, "items": items}}})
+        write_json(pruned.metrics(model, "zero_shot"), {"piqa": {"acc": 0.5}})
+    text = exported(pruned).text
+    assert "| changed answers | items | right → wrong | wrong → right | wrong → wrong | changed, % | p |" in text
+    assert "| piqa | 4 | 1 | 1 | 1 | 75.0 | 1 |" in text
+    assert "| piqa, acc_norm | 2 | 2 | 0 | 0 | 100.0 | 0.5 |" in text
+    assert "p is that of McNemar's exact test" in text
 
 
 def test_numbers_of_another_model_are_not_on_the_card(pruned: Project):

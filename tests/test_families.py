@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases.grids import thinned, turns
+from cases.grids import cycled, thinned
 from conftest import kept, save_tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -274,7 +274,7 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
 
 
 # Every family in every kind (a kind each is enough for `make test`); the further mixtures in one kind each.
-RUNS = [*turns(FAMILIES, KINDS), *((family, KINDS[index % 3]) for index, family in enumerate(MIXTURES | RECURRENT))]
+RUNS = [*cycled(FAMILIES, KINDS), *((family, KINDS[index % 3]) for index, family in enumerate(MIXTURES | RECURRENT))]
 
 
 # ALiBi (its bias is the distance in the row), attention outside transformers' registry, with sinks, or mixed with none.
@@ -322,8 +322,8 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
     for block, names in [(1, linears)]:
         for name in " ".join(names).split():
             before, after = (each.weight(f"{blocks}.{block}.{name}") for each in (dense, pruned))
-            turned = family in ("gpt2", "openai-gpt", "gpt_oss") and rows_are_inputs(name)
-            rows, kept = (before.T, after.T) if turned else (before, after)
+            transposed = family in ("gpt2", "openai-gpt", "gpt_oss") and rows_are_inputs(name)
+            rows, kept = (before.T, after.T) if transposed else (before, after)
             assert ((kept == 0) | (kept == rows)).all(), name
             assert ((kept == 0).sum(1) >= rows.shape[1] // 2).all(), name  # of each output
             assert ((kept == 0).sum(1) <= rows.shape[1] // 2 + (rows == 0).sum(1)).all(), name

@@ -36,7 +36,7 @@ def everything(root: Path) -> set[str]:
 
 def test_all_of_a_failed_run_is_listed_and_removed(study: Project):
     clean(project=study)
-    before, whole = everything(study.root), outputs(study.root)
+    before, kept = everything(study.root), outputs(study.root)
     for name in ("", ".gone"):
         write_json(study.work_root / f"{HEX}{name}" / "out/a.json", {})
     for name in (".lock", ".next.lock"):
@@ -49,7 +49,7 @@ def test_all_of_a_failed_run_is_listed_and_removed(study: Project):
     assert removed.splitlines()[:-1] == listed.splitlines()[:-1]
     assert len(removed.splitlines()) == 4 + 1
     assert everything(study.root) == before
-    assert outputs(study.root) == whole
+    assert outputs(study.root) == kept
     assert clean(project=study) == "Nothing: no failed run has left anything behind."
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.grids import turns
+from cases.grids import cycled
 from conftest import ROOT, save_tiny_model, write_params
 from repository import Repository
 from safetensors.torch import load_file, save_file
@@ -109,10 +109,10 @@ def test_perplexity_names_the_block_and_linear_and_show_repeats_it(
 ):
     made = fetched(project(model=spoiled(tmp_path / "source", **{weight: math.nan})))
     perplexity(project=made, model="dense")
-    told = json.loads(made.details("dense", "perplexity").read_text())["not_finite"]
-    assert all(words in told for words in FIRST[weight])
-    assert told in capsys.readouterr().err
-    assert told in show(project=made)
+    named = json.loads(made.details("dense", "perplexity").read_text())["not_finite"]
+    assert all(words in named for words in FIRST[weight])
+    assert named in capsys.readouterr().err
+    assert named in show(project=made)
     assert json.loads(made.metrics("dense", "perplexity").read_text()) == {"perplexity": "diverged"}
 
 
@@ -177,7 +177,7 @@ def test_thirds_are_pruned_exactly(pattern: str, sparsity: float, project: Make,
 
 
 @pytest.mark.parametrize(
-    ("stage", "device"), turns(["calibrate", "mask", "apply", "perplexity"], ["cuda", "cuda:7", "mps"])
+    ("stage", "device"), cycled(["calibrate", "mask", "apply", "perplexity"], ["cuda", "cuda:7", "mps"])
 )
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
     device: str, stage: str, project: Make, monkeypatch: pytest.MonkeyPatch

@@ -85,8 +85,8 @@ for number, words in enumerate(json.loads(sys.argv[1])):
 def test_a_process_that_holds_torch_ends_as_one_without(tmp_path: Path):
     """It is not taken apart in the end, but all that it prints comes out, and its status is the same."""
     commands = [["preset"], ["--help"], ["perplexity"], ["mask", "--no-such-option"]]
-    told = [sys.executable, "-c", HEAVY, json.dumps(commands), str(tmp_path)]
-    codes = subprocess.run(told, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    arguments = [sys.executable, "-c", HEAVY, json.dumps(commands), str(tmp_path)]
+    codes = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for number, words in enumerate(commands):
         light = process(*words)
         assert light.stdout + light.stderr

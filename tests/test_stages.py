@@ -356,7 +356,7 @@ def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(
 
     made = fetch(project())
     calibrate(project=made)
-    whole = tree(made.stats)
+    complete = tree(made.stats)
     written: list[int] = []
     real = tensors.write_stats
 
@@ -369,7 +369,7 @@ def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(
     monkeypatch.setattr(module, "write_stats", killed)
     with pytest.raises(KeyboardInterrupt):
         calibrate(project=made)
-    assert tree(made.stats) == whole  # the earlier output stands until the new one is whole
+    assert tree(made.stats) == complete  # the earlier output stands until the new one is whole
 
     def noted(folder, block, *rest):
         written.append(block)
@@ -378,7 +378,7 @@ def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(
     monkeypatch.setattr(module, "write_stats", noted)
     calibrate(project=made)
     assert written == [0, 1, 2, 3]
-    assert tree(made.stats) == whole
+    assert tree(made.stats) == complete
 
 
 def test_a_stage_whose_dvc_is_gone_stops_and_loses_nothing(project: Make, monkeypatch: pytest.MonkeyPatch):
@@ -449,7 +449,7 @@ def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pyt
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
-    whole = made.details("dense", "perplexity").read_bytes()
+    complete = made.details("dense", "perplexity").read_bytes()
     measured: list[float] = []
     real = window_loss
 
@@ -470,7 +470,7 @@ def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pyt
     monkeypatch.setattr(module, "window_loss", noted)
     perplexity(project=made, model="dense")
     assert len(measured) == 4
-    assert made.details("dense", "perplexity").read_bytes() == whole
+    assert made.details("dense", "perplexity").read_bytes() == complete
 
 
 def test_a_loss_is_written_once_and_half_a_line_is_measured_again(project: Make, monkeypatch: pytest.MonkeyPatch):
@@ -479,7 +479,7 @@ def test_a_loss_is_written_once_and_half_a_line_is_measured_again(project: Make,
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
-    whole = made.details("dense", "perplexity").read_bytes()
+    complete = made.details("dense", "perplexity").read_bytes()
     real, sizes, files = window_loss, [], []
 
     def watched(*words):
@@ -499,7 +499,7 @@ def test_a_loss_is_written_once_and_half_a_line_is_measured_again(project: Make,
     files[-1].write_text(f"{lines[0]}\n{lines[1][:3]}")
     perplexity(project=made, model="dense")
     assert len(sizes) == 3 + 3  # the window of the line that was cut, and the two that were left
-    assert made.details("dense", "perplexity").read_bytes() == whole
+    assert made.details("dense", "perplexity").read_bytes() == complete
 
 
 @pytest.mark.skipif(not running.anonymous_memory(), reason="this system does not tell anonymous memory apart")
@@ -570,14 +570,14 @@ def test_progress_counts_only_with_the_states_that_it_speaks_of(
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
-    whole = made.details("dense", "perplexity").read_bytes()
+    complete = made.details("dense", "perplexity").read_bytes()
     with monkeypatch.context() as killed:
         killed.setattr(module, "window_loss", kill)
         with pytest.raises(KeyboardInterrupt):
             perplexity(project=made, model="dense")
     spoil(work_of(made))
     perplexity(project=made, model="dense")
-    assert made.details("dense", "perplexity").read_bytes() == whole
+    assert made.details("dense", "perplexity").read_bytes() == complete
 
 
 @pytest.mark.parametrize(
@@ -598,7 +598,7 @@ def test_losses_that_are_not_ours_are_measured_again(
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
-    whole = made.details("dense", "perplexity").read_bytes()
+    complete = made.details("dense", "perplexity").read_bytes()
     real, count = window_loss, itertools.count()
 
     def third_kills(*words: Any) -> float:
@@ -612,7 +612,7 @@ def test_losses_that_are_not_ours_are_measured_again(
     assert len(losses.read_text().splitlines()) == 3
     losses.write_text(spoil(losses.read_text()))
     perplexity(project=made, model="dense")
-    assert made.details("dense", "perplexity").read_bytes() == whole
+    assert made.details("dense", "perplexity").read_bytes() == complete
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned"])
@@ -629,14 +629,14 @@ def test_blocks_that_a_killed_run_has_lost_are_made_again(
     target = made.stats if propagation == "dense" else made.masks
     module: Any = calibrating if propagation == "dense" else masking
     stage = calibrate if propagation == "dense" else mask
-    whole = tree(target)
+    complete = tree(target)
     with monkeypatch.context() as killed:
         killed.setattr(module, "seal", kill)
         with pytest.raises(KeyboardInterrupt):
             stage(project=made)
     shutil.rmtree(work_of(made) / "out")
     stage(project=made)
-    assert tree(target) == whole
+    assert tree(target) == complete
 
 
 @pytest.mark.parametrize("artifact", ["stats/norms", "masks"])
@@ -820,6 +820,10 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: P
     numbers = load_json(made.metrics("dense", "zero_shot"))["piqa"]
     assert numbers["acc"] == float(answers[0]["answer"] == 0)
     assert set(numbers) == set(details["standard_errors"]) == {"acc", "acc_norm"}
+    by_letter = zip(answers[0]["loglikelihoods"], ("take a chair.", "take a cloud."), strict=True)
+    each = [value / len(choice) for value, choice in by_letter]
+    assert answers[0]["answer_norm"] == each.index(max(each))
+    assert numbers["acc_norm"] == float(answers[0]["answer_norm"] == 0)
 
 
 def test_a_task_whose_examples_are_of_another_split_needs_none(tmp_path: Path):

@@ -13,7 +13,7 @@ from wanda_dvc import __version__
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
-MEND = "set dtype=float32 or bfloat16, or mend the model's weights"  # where activations are not finite
+FIX = "set dtype=float32 or bfloat16, or fix the model's weights"  # where activations are not finite
 
 
 # Optional libraries, by the extra of this package that installs them.
@@ -55,8 +55,8 @@ def notice(text: str) -> None:
 def fixable(error: Exception) -> bool:
     """Whether the user can fix this error: a setting, a file, the disk or the memory."""
     system = _of_the_system(error)
-    told = system is not None and system.errno in NO_ROOM | NO_PERMISSION | NO_MEMORY
-    return isinstance(error, UserError) or told or _lacks_memory(error) or _extra(error) is not None
+    of_machine = system is not None and system.errno in NO_ROOM | NO_PERMISSION | NO_MEMORY
+    return isinstance(error, UserError) or of_machine or _lacks_memory(error) or _extra(error) is not None
 
 
 def explain(error: Exception) -> Iterator[str]:
@@ -95,8 +95,8 @@ def _extra(error: Exception) -> tuple[str, str] | None:
 def _of_the_system(error: Exception) -> OSError | None:
     """Return the operating system's error, or None; of the errors of a folder's copy, the first."""
     if isinstance(error, shutil.Error):
-        told = re.search(r"\[Errno (\d+)\] [^']*'([^']*)'", str(error.args[0]))
-        return OSError(int(told[1]), os.strerror(int(told[1])), told[2]) if told else None
+        found = re.search(r"\[Errno (\d+)\] [^']*'([^']*)'", str(error.args[0]))
+        return OSError(int(found[1]), os.strerror(int(found[1])), found[2]) if found else None
     return error if isinstance(error, OSError) else None
 
 
@@ -106,7 +106,7 @@ def _file(error: OSError) -> str:
 
 def _lacks_memory(error: Exception) -> bool:
     """Whether Python, torch's CPU allocator or a GPU ran out of memory, or the system out of threads."""
-    told = ("can't allocate memory", "out of memory", "can't start new thread")
+    phrases = ("can't allocate memory", "out of memory", "can't start new thread")
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in phrases)
     )

@@ -205,5 +205,5 @@ def _entry(content: object, where: str, todo: str) -> Entry:
 
 
 def _are_sizes(content: Any) -> bool:
-    whole = isinstance(content, list) and all(type(size) is int and 0 <= size < 2**63 for size in content)
-    return whole and len(content) <= 64
+    valid = isinstance(content, list) and all(type(size) is int and 0 <= size < 2**63 for size in content)
+    return valid and len(content) <= 64

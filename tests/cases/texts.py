@@ -86,9 +86,11 @@ def cases() -> Iterator[Case]:
     yield Case("gz: a pipe", replaced_by_pipe(SHARD), (SHARD, "found a pipe", "expected a file"))
     for name, (content, found) in NO_OBJECTS.items():
         if name != "empty":
-            told = (
+            message = (
                 found if found.startswith(("is no", "nested", "half")) or found == "found no JSON" else "no text `text`"
             )
             yield Case(
-                f"gz: {name}", written(SHARD, gzip.compress(content, mtime=0)), (f"{SHARD}: line 1", told, "expected")
+                f"gz: {name}",
+                written(SHARD, gzip.compress(content, mtime=0)),
+                (f"{SHARD}: line 1", message, "expected"),
             )

@@ -171,8 +171,8 @@ class Checkpoint(Source):
 
     def read(self, address: Address) -> Tensor:
         """The tensor, or the expert's part of it, in the dtype that it is stored in."""
-        whole = self._open(self.where[address.tensor]).get_tensor(address.tensor)
-        return whole if address.expert is None else whole[address.expert]
+        tensor = self._open(self.where[address.tensor]).get_tensor(address.tensor)
+        return tensor if address.expert is None else tensor[address.expert]
 
     def parameter(self, name: str, stored: Address | None) -> Tensor | None:
         """Return a stored tensor, or None."""

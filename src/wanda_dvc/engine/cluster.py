@@ -24,7 +24,7 @@ from torch import Tensor
 import wanda_dvc
 from wanda_dvc.engine import shards, tasks
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.jobs import Ask, Job, Jobs, R, T
+from wanda_dvc.engine.jobs import Job, JobInput, Jobs, R, T
 from wanda_dvc.engine.recorder import Gradients, Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Step, report_resumed
@@ -233,9 +233,9 @@ class Cluster(Jobs):
             return self.put(tasks.read(CPU, folder, names))
         return self.begin(tasks.read, folder, names, **_on(self.reader))[0]
 
-    def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
+    def each(self, function: Job[T, R], inputs: Iterable[JobInput[T]]) -> Iterator[R]:
         """Yield a function's result for each input."""
-        sent = ((one.name, self.put(one.named if self.has_files else one.whole)) for one in asked)
+        sent = ((one.name, self.put(one.named if self.has_files else one.complete)) for one in inputs)
         return self.results(Task(self.begin(function, ref)[0], name, ref) for name, ref in sent)
 
     def counts(self) -> dict[str, int]:
@@ -310,15 +310,15 @@ class TaskRunner(Runner):
                 total.check_finite(self.decoder.checkpoint, index)
                 yield index, total
 
-    def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
+    def head(self, function: Head[T, R], inputs: Mapping[int, T]) -> Iterator[R]:
         """Apply a function to some shards' last hidden states."""
-        wanted = [asked.get(number) for number in range(len(self._rows))]
+        wanted = [inputs.get(number) for number in range(len(self._rows))]
         for found in self.run("output head", tasks.head, (function,), self._last, wanted, returns=1)[1]:
             yield from found
 
-    def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
+    def each(self, function: Job[T, R], inputs: Iterable[JobInput[T]]) -> Iterator[R]:
         """Apply a function to each input."""
-        return self.cluster.each(function, asked)
+        return self.cluster.each(function, inputs)
 
     def run(
         self, name: str, function: Callable[..., Any], words: tuple[Any, ...], *columns: Sequence[Any], returns: int = 2

@@ -15,7 +15,7 @@ from wanda_dvc.stages.apply import describe_pruned
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.held_out import raised
-from wanda_dvc.study.project import Project, place_beside
+from wanda_dvc.study.project import Project, temporary_place
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.ran import LOCK, Ran
 from wanda_dvc.study.revisions import Revision
@@ -42,13 +42,13 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
         else:
             _take_experiment(project, study, experiment)
         ran = Ran.of(study)
-        _check_whole(ran, experiment or "the workspace")
+        _check_current(ran, experiment or "the workspace")
         study = study.with_params(ran.params)
         written = stored.write(study, work.out, work.path / "dense")
         _drop_metrics_of_others(study)
         study.metrics("pruned", "sparsity").unlink(missing_ok=True)
         write_json(study.metrics("pruned", "sparsity"), {"sparsity": round(written.sparsity, 6)})
-        sections = results(study, ran.torn)
+        sections = results(study, ran.outdated)
         text = card(
             study,
             written.sparsity,
@@ -81,17 +81,17 @@ def experiment_and_directory(project: Project, words: list[str]) -> tuple[str | 
 def _check_target(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: already there, expected a new or an empty directory; name another")
-    if (beside := place_beside(target)).exists():
+    if (temporary := temporary_place(target)).exists():
         raise UserError(
-            f"{beside}: already there, expected nothing, because {target.name} is written under that name first; "
+            f"{temporary}: already there, expected nothing, because {target.name} is written under that name first; "
             "remove it, or name another directory"
         )
 
 
-def _check_whole(ran: Ran, what: str) -> None:
+def _check_current(ran: Ran, what: str) -> None:
     """Raise UserError if the inputs of the masks have changed: no settings describe these masks."""
-    if "mask" in ran.torn:
-        before = ", ".join(name for name in ran.torn if name.startswith(("calibrate", "mask")))
+    if "mask" in ran.outdated:
+        before = ", ".join(name for name in ran.outdated if name.startswith(("calibrate", "mask")))
         raise UserError(
             f"{what}: dvc.lock: {before} ran on inputs that have been made again since, expected masks of the model "
             "and statistics at hand; run `dvc repro`"
@@ -121,15 +121,15 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     revision = Revision.open(project, experiment, otherwise="`wanda-dvc export DIRECTORY` takes the workspace")
 
     def take(part: str, what: str) -> None:
-        if not revision.take_whole(part, study):
+        if not revision.copy_all(part, study):
             raise UserError(
                 f"{experiment}: {what} not in DVC's cache, expected all of {part}/; `dvc pull --all-commits` fetches "
                 f"it where a remote has it, `dvc exp apply {experiment}` and `dvc exp run` make it again"
             )
 
-    if not revision.take_whole("params.yaml", study):
+    if not revision.copy_all("params.yaml", study):
         raise UserError(f"{experiment}: no params.yaml, expected an experiment of this study")
-    revision.take_whole(LOCK, study)
+    revision.copy_all(LOCK, study)
     take("masks", "its masks are")
     reconstruction = study.params.plan.reconstruction
     if reconstruction.function is not None:
@@ -143,8 +143,8 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     else:
         take("models/dense", f"its dense model ({wanted['source']}) is")
     for model in MODELS:
-        revision.take_whole(f"metrics/{model}", study)
-        revision.take_whole(f"metrics/details/{model}", study)
+        revision.copy_all(f"metrics/{model}", study)
+        revision.copy_all(f"metrics/details/{model}", study)
 
 
 def _drop_metrics_of_others(study: Project) -> None:

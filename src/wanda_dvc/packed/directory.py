@@ -33,7 +33,7 @@ class Sizes:
     packed: int
     directory: int
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The sizes, with sizes of quantized weights for comparison, for a model card."""
         bits, share = 8 * self.packed / self.weights, self.packed / self.dense
         return (
@@ -104,7 +104,7 @@ def find_packable(checkpoint: Checkpoint) -> dict[str, Address]:
             uncalled = decoder.uncalled(index)
         for name, linear in decoder.linears(index).items():
             address = Address(f"{names[linear.module]}.weight")
-            own = linear.part.is_whole and linear.part.address == address
+            own = linear.part.is_complete and linear.part.address == address
             if own and type(linear.module) in LINEARS and name not in uncalled:
                 found[name] = address
     return found

@@ -153,7 +153,7 @@ STAGES = {
         ),
         Stage(
             name="zero-shot",
-            version=6,
+            version=7,
             about="Ask a model the questions of the zero-shot tasks.",
             result="metrics/details/{part}/zero_shot.json",
             settings=("tasks.names", "zero_shot.limit", "dtype"),

@@ -56,11 +56,11 @@ def calibrate(*, project: Project) -> None:
         check_fits(project, run.decoder.inputs())
         windows, blocks = calibration_windows(project), range(len(run.decoder.blocks))
         finished = min(map(finished_blocks, [norms, gram] if keeps_grams else [norms]))
-        for turn in progress(run.walk(windows, kept=finished), total=len(blocks), what="calibrate, blocks"):
-            measured, grams, _ = turn.record(gram=keeps_grams)
-            write_stats(norms, turn.index, measured)
+        for step in progress(run.walk(windows, kept=finished), total=len(blocks), what="calibrate, blocks"):
+            measured, grams, _ = step.record(gram=keeps_grams)
+            write_stats(norms, step.index, measured)
             if keeps_grams:
-                write_grams(gram, turn.index, measured, grams)
+                write_grams(gram, step.index, measured, grams)
         say_unreached("calibrate", {block: read_stats(norms, block).unreached() for block in blocks})
         finished = finished_blocks(fisher, reversed(blocks))
         if windows_back and finished < len(blocks):

@@ -188,9 +188,9 @@ def _sources(project: Project) -> Iterator[Check]:
     local = local_sources(project.params)
     if not local:
         return
-    gone = [f"{SETTINGS[part]}: {path} is not there" for part, path in local.items() if not path.exists()]
-    found = "; ".join(gone) or ", ".join(str(path) for path in local.values())
-    yield Check("local sources", not gone, found, "name others in params.yaml, or put them back")
+    missing = [f"{SETTINGS[part]}: {path} is not there" for part, path in local.items() if not path.exists()]
+    found = "; ".join(missing) or ", ".join(str(path) for path in local.values())
+    yield Check("local sources", not missing, found, "name others in params.yaml, or put them back")
 
 
 def _mirror(params: Params) -> Iterator[Check]:

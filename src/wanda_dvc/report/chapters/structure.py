@@ -54,12 +54,12 @@ def _layer_errors(section: Section) -> Content:
 def by_block(linears: Iterable[tuple[int, float, float]]) -> list[tuple[int, float, float, float]]:
     """Return blocks' shares in percent, with least and most of the linears, from each linear's (block, part, total)."""
     blocks: dict[int, list[tuple[float, float]]] = {}
-    for block, part, whole in linears:
-        blocks.setdefault(block, []).append((part, whole))
+    for block, part, total in linears:
+        blocks.setdefault(block, []).append((part, total))
     points = []
     for block, found in sorted(blocks.items()):
-        shares = [100 * part / whole for part, whole in found]
-        mean = 100 * sum(part for part, _ in found) / sum(whole for _, whole in found)
+        shares = [100 * part / total for part, total in found]
+        mean = 100 * sum(part for part, _ in found) / sum(total for _, total in found)
         points.append((block, mean, min(shares), max(shares)))
     return points
 
