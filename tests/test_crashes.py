@@ -265,7 +265,7 @@ def test_a_disk_that_fills_up_with_statistics_is_one_that_is_full(tmp_path: Path
     )
     place = tmp_path / "block_000.safetensors"
     done = subprocess.run([sys.executable, "-c", code, str(place)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"True {place}: no room on the disk (File too large), expected room")
+    assert done.stdout.startswith(f"True {place}: disk full (File too large); free some space")
 
 
 @pytest.mark.slow
@@ -287,6 +287,6 @@ def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path, tiny: P
     words = [sys.executable, "-c", code, "-C", str(tmp_path), "calibrate"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "no room on the disk (File too large), expected room for what the stage writes" in done.stderr
+    assert "disk full (File too large); free some space" in done.stderr
     assert outputs(tmp_path) == before
     assert wanda_dvc("calibrate", cwd=tmp_path).returncode == 0

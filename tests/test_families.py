@@ -555,7 +555,7 @@ HANDING_ON: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", HANDING_ON)
 def test_families_whose_blocks_hand_each_other_more_are_refused(family: str, tmp_path: Path):
     folder = save(family, tmp_path / "model", **HANDING_ON[family])
-    with pytest.raises(UserError, match="hand.* more than hidden states.*unsupported model structure"):
+    with pytest.raises(UserError, match="pass.* more than hidden states.*unsupported model structure"):
         through(folder, torch.float32, tmp_path / "work")
 
 
@@ -586,7 +586,7 @@ def test_blocks_that_hand_on_more_than_hidden_states_are_refused(tmp_path: Path,
 
     monkeypatch.setattr(type(decoder.blocks[0]), "forward", handing_on)
     monkeypatch.setattr(decoder, "calls", lambda _: [Call((), {"shared": shared})] * 3)
-    with decoder.block(0), pytest.raises(UserError, match="block 0 hands other blocks more than hidden states"):
+    with decoder.block(0), pytest.raises(UserError, match="block 0 passes more than hidden states to other blocks"):
         decoder.run(0, torch.zeros(1, 3, 32), Row(torch.tensor([5, 6, 7])))
 
 

@@ -402,7 +402,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "recipe": (lambda m, p: wd.mask(m, p.stats, recipe="wands"), r"^recipe: got wands, expected magnitude, wanda"),
     "propagation": (
         lambda m, p: wd.mask(m, p.stats, recipe="block"),
-        r"^recipe: got block, whose propagation is corrected, expected one that follows from the dense model's",
+        r"^recipe: got block with propagation corrected, expected one with propagation dense",
     ),
     "dtype": (
         lambda m, p: wd.perplexity(m, p.tokens, dtype="int8"),  # type: ignore[arg-type]
@@ -502,7 +502,7 @@ def test_a_pruned_model_is_not_reconstructed(pairs: Callable[[str], Pair]):
     model = pair.load()
     keep = wd.mask(model, pair.stats)
     wd.prune(model, keep)
-    with pytest.raises(wd.UserError, match="load the model anew if it has been pruned"):
+    with pytest.raises(wd.UserError, match="reload the model if it was pruned"):
         wd.reconstruct(model, keep, pair.stats)
 
 

@@ -103,6 +103,6 @@ def test_what_is_gone_is_named(tmp_path: Path, project):
     made = project(calibration__text__source=str(text))
     locate(project=made)
     text.unlink()
-    missing = f"{text} (calibration) is gone: name another in params.yaml, or put it back."
+    missing = f"{text} (calibration) is missing: restore it, or name another in params.yaml."
     assert list(missing_sources(made)) == [missing]
     assert missing in show(project=made)

@@ -362,7 +362,7 @@ def test_p_values_are_adjusted_before_they_are_judged(tmp_path: Path):
     text = said_of(tmp_path, (("wanda", 0.5, 2.5, 23), {}))
     p = stats.ttest_1samp([-1.0] + [0.0] * 39, 0).pvalue
     assert f"| < 0.001 | −2.5 | −7.6 to +2.6 | {2 * p:.3f}, within noise |" in text
-    assert "3 tests were made" in text
+    assert "makes 3 tests" in text
     assert "0.15 of 3 on average would fall below 0.05" in text
 
 
@@ -740,7 +740,7 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "| magnitude 50 % | 20 / 0 / 16 * | 90.0 |",
         "| shared by the rows | 4.0 | 1.0 | – | – | 1.0 | 1.0 | 7.0 |",
         "| wanda 50 % | – | – | 1.0 | 1.0 | 2.5 | 2.5 | 7.0 |",
-        "Diverged, and so at the upper edge: magnitude 70 %",
+        "Diverged, shown at the upper edge: magnitude 70 %",
         "No published row that this report knows has the protocol",
         "waiting: queued (sparsity=0.3)",
         "lost: not in DVC's cache, and so not read: metrics/details/pruned/perplexity.json",
@@ -748,7 +748,7 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "-S sparsity=0.7",
     ):
         assert expected in text
-    tests = int(found(r"(\d+) tests were made", text))
+    tests = int(found(r"makes (\d+) tests", text))
     # Each of 4 against dense in one task and the mean, 2 methods' pairs likewise; perplexity where both have losses.
     assert tests == 6 * 2 + 3
     assert study.run("git", "status", "--porcelain") == ""

@@ -96,7 +96,7 @@ def test_the_same_model_from_two_places_is_the_same_bytes(project: Make, tiny: P
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
             "pytorch_model.bin.*expected model.safetensors or model.safetensors.index.json",
         ),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"half"), "not a whole safetensors file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"half"), "incomplete safetensors file"),
     ],
 )
 def test_a_directory_that_is_no_model_says_what_is_missing(project: Make, tiny: Path, tmp_path: Path, spoil, message):
@@ -338,7 +338,7 @@ def test_with_workers_the_device_is_theirs_and_the_cpu_of_this_process_is_no_mat
     open_decoder(made, "dense", device="cpu")
     assert "no units" not in capsys.readouterr().err
     open_decoder(project(runtime__device="cpu", dtype="bfloat16"), "dense")
-    assert "no units for bfloat16" in capsys.readouterr().err
+    assert "no instructions for bfloat16" in capsys.readouterr().err
 
 
 def test_a_stage_run_twice_writes_the_same_bytes(project: Make):
@@ -381,7 +381,7 @@ def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(
     assert tree(made.stats) == complete
 
 
-def test_a_stage_whose_dvc_is_gone_stops_and_loses_nothing(project: Make, monkeypatch: pytest.MonkeyPatch):
+def test_a_stage_whose_dvc_has_ended_stops_and_loses_nothing(project: Make, monkeypatch: pytest.MonkeyPatch):
     """As `dvc queue kill` leaves it: without its parent."""
     from wanda_dvc.stages import calibrate as module
     from wanda_dvc.stages import running
@@ -400,7 +400,7 @@ def test_a_stage_whose_dvc_is_gone_stops_and_loses_nothing(project: Make, monkey
     monkeypatch.setattr(running, "_parent", None)  # restored after the test
     monkeypatch.setenv("DVC_STAGE", "calibrate")
     running.watch_dvc(made)
-    with pytest.raises(UserError, match="is gone"):
+    with pytest.raises(UserError, match="has ended"):
         calibrate(project=made)
     assert written == [0, 1]
     monkeypatch.delenv("DVC_STAGE")  # a stage that was started without DVC outlives its parent
@@ -707,9 +707,9 @@ def test_weights_that_are_not_finite_are_refused(project: Make, tiny: Path, tmp_
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(project: Make):
     made = project()
-    with pytest.raises(UserError, match=r"models/dense/provenance.json: not there; run .* `wanda-dvc download model`"):
+    with pytest.raises(UserError, match=r"models/dense/provenance.json: missing; run .* `wanda-dvc download model`"):
         calibrate(project=made)
-    with pytest.raises(UserError, match=r"masks/provenance.json: not there"):
+    with pytest.raises(UserError, match=r"masks/provenance.json: missing"):
         apply(project=fetch(made, "model"))
 
 
@@ -783,7 +783,7 @@ def test_a_question_without_a_context_needs_a_token_that_begins_it(tiny: Path, t
     name_no_tokens(folder)
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     lm = EngineLM(decoder, folder, LocalRunner(decoder, tmp_path / "work"), what="", progress=lambda items: items)
-    with pytest.raises(UserError, match="its tokenizer names no token that begins or ends a text, expected one"):
+    with pytest.raises(UserError, match="the tokenizer has no bos_token and no eos_token, expected one"):
         lm.loglikelihood([SimpleNamespace(args=("Why?", " So")), SimpleNamespace(args=("", "So"))])
 
 
@@ -837,7 +837,7 @@ def test_a_task_whose_examples_are_of_another_split_needs_none(tmp_path: Path):
 
 def test_a_task_without_an_accuracy_is_refused():
     wanted = Tasks(source="benchmark", names=["cola"])
-    with pytest.raises(UserError, match="tasks.names: cola is measured by mcc, expected acc or acc_norm; take it out"):
+    with pytest.raises(UserError, match="tasks.names: cola is measured by mcc, expected acc or acc_norm; remove it"):
         find_tasks(wanted, None)
 
 
@@ -877,10 +877,10 @@ def test_show_says_whose_model_is_in_the_workspace(project: Make):
     made = prune(fetch(project(), "model", "calibration"))
     assert "another experiment" not in results.show(project=made)
     changed = project(sparsity=0.7)
-    assert "params.yaml asks for sparsity=0.7, which has not run" in results.show(project=changed)
+    assert "params.yaml has sparsity=0.7, which has not run" in results.show(project=changed)
     mask(project=changed)  # as `dvc exp apply` leaves it: these masks, that model
     shown = results.show(project=changed)
-    assert "models/pruned is still that of another experiment (wanda, sparsity 0.5, pattern unstructured)" in shown
+    assert "models/pruned belongs to another experiment (wanda, sparsity 0.5, pattern unstructured)" in shown
     apply(project=changed)
     assert "another experiment" not in results.show(project=changed)
 
@@ -900,3 +900,10 @@ def test_stats_are_a_summary_of_the_norms(project: Make):
     assert len(json.loads(stats.stats(project=made, layer=None, as_json=True))) == 4 * 4
     with pytest.raises(UserError, match="--layer: got 4, expected 0 to 3: the model has 4 blocks"):
         stats.stats(project=made, layer=4, as_json=False)
+
+
+def test_too_few_tokens_for_solvers_are_reported(project, capsys: pytest.CaptureFixture[str]):
+    made = fetch(project(calibration__statistics="gram", calibration__samples=4), "model", "calibration")
+    calibrate(project=made)
+    shown = capsys.readouterr().err
+    assert "calibrate: 4 windows of 64 make 256 tokens, expected 480 or more for solvers" in shown

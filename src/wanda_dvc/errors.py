@@ -66,24 +66,24 @@ def explain(error: Exception) -> Iterator[str]:
         yield from error.problems
     elif system and system.errno in NO_ROOM:
         yield (
-            f"{_file(system)}: no room on the disk ({system.strerror}), expected room for what the stage writes; free "
-            "some and run it again: the earlier output and finished work are kept"
+            f"{_file(system)}: disk full ({system.strerror}); free some space and run the command again: the earlier "
+            "output and finished work are kept"
         )
     elif system and system.errno in NO_PERMISSION:
         yield (
-            f"{_file(system)}: {system.strerror}, expected a place that may be read and written; change its "
-            "permissions and run it again: the earlier output and finished work are kept"
+            f"{_file(system)}: {system.strerror}, expected permission to read and write; change it and run the "
+            "command again: the earlier output and finished work are kept"
         )
     elif _lacks_memory(error) or (system and system.errno in NO_MEMORY):
         yield (
-            f"memory: {' '.join(str(error).split()) or 'no more'}, expected what `wanda-dvc cost` says; free some, "
-            "take shorter windows, or use fewer threads (OMP_NUM_THREADS)"
+            f"memory: {' '.join(str(error).split()) or 'out of memory'}; `wanda-dvc cost` estimates the need; free "
+            "some, use shorter windows, or fewer threads (OMP_NUM_THREADS)"
         )
     elif (extra := _extra(error)) is not None:
-        yield f"{extra[0]}: not installed, expected it for this command; run `pip install 'wanda-dvc[{extra[1]}]'`"
+        yield f"{extra[0]}: not installed, but this command needs it; run `pip install 'wanda-dvc[{extra[1]}]'`"
     else:
         yield f"wanda-dvc {__version__}: {type(error).__name__}: {error}"
-        yield "This is a defect; `wanda-dvc --debug …` shows where."
+        yield "This is a bug in wanda-dvc; `wanda-dvc --debug …` prints the traceback."
 
 
 def _extra(error: Exception) -> tuple[str, str] | None:

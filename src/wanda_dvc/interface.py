@@ -419,8 +419,8 @@ def _plan(stats: Stats, **given: Any) -> "Plan":
 
     if (row := RECIPES.get(given["recipe"])) and row.propagation != "dense":
         raise UserError(
-            f"recipe: got {row.name}, whose propagation is {row.propagation}, expected one that follows from the dense "
-            "model's statistics; name its choices, or run it as a study"
+            f"recipe: got {row.name} with propagation {row.propagation}, expected one with propagation dense; pass its "
+            "choices instead, or run it as a study"
         )
     content = nested(read_preset(DEFAULT).settings) | given | {"reconstruction": "none", "propagation": "dense"}
     content["calibration"]["statistics"] = "fisher"
@@ -469,8 +469,8 @@ def _measured(model: "PreTrainedModel", stats: Stats) -> "Loaded":
     if other := [name for name in stats.weights if found.get(name) != stats.weights[name]]:
         raise UserError(
             f"stats: measured on other weights ({len(other)} of {len(stats.weights)} tensors, first {other[0]}), "
-            f"expected those of this {source} as it is now; load the model anew if it has been pruned or changed "
-            "since, or calibrate it"
+            f"expected the current weights of this {source}; reload the model if it was pruned or changed, or "
+            "calibrate it again"
         )
     return source
 

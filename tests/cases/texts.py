@@ -64,7 +64,7 @@ def cases() -> Iterator[Case]:
     for name in (LINES, TEXT):
         yield Case(f"{name}: a folder", replaced_by_folder(name), (name, "found a folder", "expected a file"))
         yield Case(f"{name}: a pipe", replaced_by_pipe(name), (name, "found a pipe", "expected a file"))
-        yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "a link to nowhere", "not there"))
+        yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "a link to nowhere", "missing"))
         yield Case(f"{name}: a link to itself", replaced_by_link(name, name), (name, "symbolic links", "expected"))
         yield Case(f"{name}: not there", lambda _: None, (name, "not found", "expected a text file"))
     yield Case("txt: empty", written(TEXT, b""), ("calibration.text", "empty", "expected text"))

@@ -92,8 +92,8 @@ def check_node(_: torch.device, wanted: Mapping[str, str], folders: Sequence[Pat
     for name, found in versions().items():
         if found != wanted[name]:
             raise UserError(
-                f"{name} {found}, expected {wanted[name]}, as the driver has it; other versions give other bytes: "
-                "install the same ones on all nodes"
+                f"{name} {found}, expected {wanted[name]}, the driver's version; install the same versions on all "
+                "nodes, because results depend on them"
             )
     return [tasks.fingerprint(folder) for folder in folders]
 
@@ -121,7 +121,7 @@ def connect(address: str) -> None:
         )
         todo = "try it again, or set null" if address == LOCAL else todo
         raise SettingError(
-            f"runtime.ray: {address}: no Ray ({' '.join(str(error).split())}), expected one that answers; {todo}"
+            f"runtime.ray: {address}: Ray does not answer ({' '.join(str(error).split())}); {todo}"
         ) from None
 
 
@@ -182,10 +182,7 @@ class Cluster(Jobs):
         """Wait for a worker, and check whether all nodes have the files. UserError if no worker appears."""
         if not ray.wait(self._first, timeout=SECONDS)[0]:
             wanted = "a GPU" if self._kind == "GPU" else f"{self._threads} CPUs"
-            raise UserError(
-                f"runtime.ray: no worker came in {SECONDS} s, expected one with {wanted}; "
-                "`ray status` says what the cluster is doing"
-            )
+            raise UserError(f"runtime.ray: no worker with {wanted} started within {SECONDS} s; look at `ray status`")
         if self._address == LOCAL:
             return
         expected = [tasks.fingerprint(folder) for folder in self._folders]
@@ -225,9 +222,9 @@ class Cluster(Jobs):
             raise error.cause from None
         except RayError as error:
             raise UserError(
-                f"runtime.ray: {task.name}: lost with its worker, {RETRIES} times again "
-                f"({str(error).partition('.')[0]}), expected it to end; see that the memory of a worker is what "
-                "`wanda-dvc cost` says, and run the stage again"
+                f"runtime.ray: {task.name}: its worker crashed, also in {RETRIES} retries "
+                f"({str(error).partition('.')[0]}); compare a worker's memory with `wanda-dvc cost`, and run the "
+                "stage again"
             ) from None
 
     def put(self, content: Any) -> Any:

@@ -136,7 +136,7 @@ class _Opened:
 
     def __init__(self, model: Model, device: torch.device) -> None:
         if model.has_files and fingerprint(model.folder) != model.fingerprint:
-            raise UserError(f"{model.folder}: not the driver's files, which other nodes have; run the stage again")
+            raise UserError(f"{model.folder}: other files than on the driver; run the stage again")
         self.sent = model.sent
         self.decoder = Decoder(self.sent or model.folder, dtype=model.dtype, device=device)
         self._block: Block | None = None

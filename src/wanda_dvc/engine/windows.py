@@ -21,7 +21,7 @@ def load_tokenizer(model: Path) -> Any:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # for a damaged file, its library may raise any exception
         raise UserError(
-            f"{model}: no tokenizer that loads ({reason(error)}), expected tokenizer.json or its like; copy it again"
+            f"{model}: the tokenizer does not load ({reason(error)}), expected tokenizer.json; copy it again"
         ) from error
 
 

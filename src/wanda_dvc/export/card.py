@@ -41,7 +41,7 @@ def _notes(study: Project, outdated: Sequence[str]) -> Iterator[str]:
     """Return the explanation of the numbers."""
     params = study.params
     if outdated:
-        yield f"Stale when this card was written, because inputs had been made again: {', '.join(outdated)}."
+        yield f"Stale at the time of this export, because their inputs had changed: {', '.join(outdated)}."
     if apart := measured_apart(study):
         yield f"{not_compared(apart)} The notes below are on the pruned model."
     protocols = [load_json(study.details(model, "perplexity")).get("protocol") for model in MODELS]

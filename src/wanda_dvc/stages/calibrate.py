@@ -3,7 +3,9 @@
 Optional: the Gram tier, and the Fisher tier (the gradients by each linear's outputs).
 """
 
-from wanda_dvc.plan import GRAM_DTYPE
+from wanda_dvc.errors import notice
+from wanda_dvc.params import Calibration
+from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE
 from wanda_dvc.pruning.statistics import summary
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import (
@@ -53,7 +55,10 @@ def calibrate(*, project: Project) -> None:
         runner(project, "dense", work) as run,
     ):
         norms, gram, fisher = work.part("norms"), work.part("gram"), work.part("fisher")
-        check_fits(project, run.decoder.inputs())
+        features = run.decoder.inputs()
+        check_fits(project, features)
+        if keeps_grams:
+            _check_tokens(project.params.calibration, max(features.values()))
         windows, blocks = calibration_windows(project), range(len(run.decoder.blocks))
         finished = min(map(finished_blocks, [norms, gram] if keeps_grams else [norms]))
         for step in progress(run.walk(windows, kept=finished), total=len(blocks), what="calibrate, blocks"):
@@ -76,6 +81,16 @@ def calibrate(*, project: Project) -> None:
         )
         work.publish(project.stats.parent)
     _write_norms(project)
+
+
+def _check_tokens(calibration: Calibration, features: int) -> None:
+    """Report too few calibration tokens for solvers, by the widest input of the model."""
+    if (tokens := calibration.samples * calibration.length) < TOKENS_A_FEATURE * features:
+        notice(
+            f"calibrate: {calibration.samples} windows of {calibration.length} make {tokens:,} tokens, expected "
+            f"{TOKENS_A_FEATURE * features:,} or more for solvers, {TOKENS_A_FEATURE} for each of {features:,} input "
+            "features; raise calibration.length or calibration.samples"
+        )
 
 
 def _write_norms(project: Project) -> None:

@@ -108,7 +108,7 @@ def check_ready(project: Project, model: str, length: int | None = None, setting
 def say_not_finite(run: str, where: str | None) -> None:
     """Report the place of a model's first non-finite activations, if any."""
     if where:
-        notice(f"{run}: {where}: activations that are not finite; its results say `diverged` or compare nothing")
+        notice(f"{run}: {where}: activations that are not finite; results are `diverged`, or without a comparison")
 
 
 def tier_provenance(project: Project, folder: Path) -> Json:
@@ -228,7 +228,7 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
     where = torch.device(device) if device else own_device(project.params.runtime)
     if where.type == "cpu" and device is None and not has_units(getattr(torch, dtype)):
         notice(
-            f"dtype: this CPU has no units for {dtype} and computes it many times slower than float32; "
-            "set dtype=float32 (other last digits), or run it where there are some"
+            f"dtype: this CPU has no instructions for {dtype}, so it is many times slower than float32; set "
+            "dtype=float32 (last digits differ), or use another machine"
         )
     return Decoder(project.model(model), dtype=getattr(torch, dtype), device=where)

@@ -68,8 +68,8 @@ def mask(*, project: Project) -> None:
     check_fits(project, stats.features)
     if plan.left_out:
         notice(
-            f"mask: {plan.pattern} has groups and shares of its own: {', '.join(plan.left_out)} of recipe "
-            f"{params.recipe} left out"
+            f"mask: pattern {plan.pattern} sets groups and sparsities: {', '.join(plan.left_out)} of recipe "
+            f"{params.recipe} ignored"
         )
     checkpoint = Checkpoint(project.model("dense"))
     shares = _shares(project, stats, checkpoint)

@@ -91,7 +91,7 @@ def stoppable(run: str) -> Iterator[None]:
                 end = threading.Thread(target=stop, daemon=True)
                 end.start()
                 end.join(ENDING)
-            notice(f"{run}: stopped; finished blocks and windows are kept, and the next run goes on from there")
+            notice(f"{run}: stopped; finished blocks and windows are kept, and the next run resumes after them")
             os._exit(128 + number[0])
 
     thread = threading.Thread(target=wait, daemon=True)
@@ -234,7 +234,9 @@ def _while_wanted(items: Iterable[T]) -> Iterator[T]:
     """
     for item in items:
         if _parent not in {None, os.getppid()}:
-            raise UserError("the DVC that ran this stage is gone: stopped; run it again and it goes on from here")
+            raise UserError(
+                "stopped: the DVC process that ran this stage has ended; run the stage again, and it resumes here"
+            )
         yield item
 
 

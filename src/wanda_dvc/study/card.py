@@ -135,7 +135,7 @@ def _license(folder: Path, dense: Json) -> tuple[str | None, str]:
     names = ", ".join(code(file.name) for file in files)
     note = f"; the full text is in {names}" if files else ""
     if name := dense.get("license"):
-        return name, f"{code(name)}, according to its own card{note}."
+        return name, f"{code(name)}, according to its own model card{note}."
     for file in files:
         text = " ".join(file.read_text(encoding="utf-8", errors="replace").split()).lower()
         for name, phrase in LICENSES.items():

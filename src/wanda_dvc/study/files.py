@@ -51,7 +51,7 @@ def write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[object
 def read_json(path: Path, made_by: str) -> Any:
     """Read an artifact's JSON. UserError, naming the command that writes it, if it is missing or not valid."""
     if not is_there(path):
-        raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first")
+        raise UserError(f"{path}: missing; run `dvc repro` or `wanda-dvc {made_by}` first")
     return parse_json(
         read_bytes(path, f"run `wanda-dvc {made_by}` again"), str(path), f"run `wanda-dvc {made_by}` again"
     )

@@ -59,4 +59,4 @@ def missing_sources(project: Project) -> Iterator[str]:
     for part in local_sources(project.params):
         link = project.source(part)
         if link.is_symlink() and not link.exists():
-            yield f"{link.readlink()} ({part}) is gone: name another in params.yaml, or put it back."
+            yield f"{link.readlink()} ({part}) is missing: restore it, or name another in params.yaml."

@@ -38,7 +38,7 @@ class Project:
             if (folder / "params.yaml").is_file():
                 return cls(folder)
         raise UserError(
-            f"{start}: no params.yaml here or above, expected a wanda-dvc project; cd into one, or begin one: "
+            f"{start}: no params.yaml here or above, expected a wanda-dvc project; cd into one, or create one: "
             "`wanda-dvc init DIR`"
         )
 

@@ -248,7 +248,7 @@ def _readers(path: Path, header: Json) -> tuple[dict[str, list[str]], list[str]]
     readers: Any = header.get("readers")
     transposed: Any = header.get("transposed")
     if not (isinstance(readers, dict) and all(map(_are_names, readers.values())) and _are_names(transposed)):
-        raise _damaged(path, "its header names no readers, or none that are transposed", "calibrate")
+        raise _damaged(path, "no readers or no transposed linears in its header", "calibrate")
     return readers, transposed
 
 
@@ -363,7 +363,7 @@ def _load(path: Path, made_by: str, kinds: tuple[str, ...] | None = None) -> "tu
     from safetensors import SafetensorError, safe_open
 
     if not is_there(path):
-        raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first")
+        raise UserError(f"{path}: missing; run `dvc repro` or `wanda-dvc {made_by}` first")
     try:
         check_file(path)
         expected = _sealed(path.parent, made_by)

@@ -289,10 +289,10 @@ def _reruns(stages: dict[str, Json], ran: Json, asked: Json) -> Iterator[str]:
     """Yield a line for each stage that DVC reruns for any data, with the reason."""
     reasons = {name: "; ".join(_why(stage, ran.get(name), asked)) for name, stage in stages.items()}
     if any(reasons.values()):
-        yield "`dvc repro` runs again, and then what reads their results where these have changed:"
+        yield "`dvc repro` reruns these stages, and later stages whose inputs change:"
         yield from (f"  {name}: {why}" for name, why in reasons.items() if why)
     else:
-        yield "`dvc repro` runs nothing again: every result stays valid."
+        yield "`dvc repro` reruns nothing: all results are valid."
     if removed := [name for name in ran if name not in stages]:
         yield f"No longer a stage: {', '.join(removed)}."
 

@@ -77,7 +77,7 @@ def staleness(ran: Ran) -> str:
     lines = []
     if ran.unmet:
         asked = ", ".join(f"{name}={value}" for name, value in ran.unmet.items())
-        lines.append(f"params.yaml asks for {asked}, which has not run: `dvc repro` runs it.")
+        lines.append(f"params.yaml has {asked}, which has not run: `dvc repro` runs it.")
     if ran.stale:
         lines.append(f"Stale: {', '.join(ran.stale)}.")
     return "\n".join(lines)
@@ -149,7 +149,7 @@ def measured_apart(project: Project) -> list[str]:
 
 def not_compared(apart: list[str]) -> str:
     """Return the reason for missing comparisons."""
-    return f"The two models are not compared in {', '.join(apart)}: not known to be of the same windows or items."
+    return f"Not compared: {', '.join(apart)}. The two models may have been measured on different windows or items."
 
 
 def _title(project: Project) -> list[str]:
@@ -170,12 +170,12 @@ def _title(project: Project) -> list[str]:
     ]
     pruned = load_json(project.model("pruned") / PROVENANCE)
     if not pruned:
-        lines.append("models/pruned is not there (it is not cached): `dvc repro` makes it.")
+        lines.append("models/pruned is missing (DVC does not cache it): `dvc repro` writes it.")
     elif pruned["masks"] != digest(masks):
         other = pruned["params"]
         lines.append(
-            f"models/pruned is still that of another experiment ({other['method']}, sparsity {other['sparsity']:g}, "
-            f"pattern {other['pattern']}): `dvc repro` makes this one's."
+            f"models/pruned belongs to another experiment ({other['method']}, sparsity {other['sparsity']:g}, "
+            f"pattern {other['pattern']}): `dvc repro` writes this one's."
         )
     return lines
 
@@ -205,7 +205,7 @@ def _footnotes(project: Project) -> Iterator[str]:
         limit = project.params.zero_shot.limit
         yield (
             f"Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error: "
-            "differences of less than two are within luck."
+            "differences below two standard errors may be chance."
         )
     for model, of in details.items():
         for where in dict.fromkeys(one["not_finite"] for one in of.values() if "not_finite" in one):
@@ -219,15 +219,15 @@ def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
     worst = max(linears, key=lambda name: linears[name]["error"])
     masked = sum(measures["masked"] for measures in linears.values()) / len(linears)
     yield (
-        f"Layer error: how far a linear's output on the calibration text is off, ‖(W−Ŵ)X‖² / ‖WX‖². The largest is "
+        f"Layer error: ‖(W−Ŵ)X‖² / ‖WX‖² of a linear on the calibration text. The largest is "
         f"{linears[worst]['error']:.4f}, of {worst}. With the same masks and no reconstruction the mean is "
         f"{masked:.4f}."
     )
     if raised := {name: measures["damping"] for name, measures in linears.items() if measures.get("raised")}:
         most = max(raised, key=lambda name: raised[name])
         yield (
-            f"The Gram matrices of {len(raised)} linears are not positive definite with the damping asked for: it was "
-            f"raised, most for {most}, to {raised[most]:g} of the mean diagonal."
+            f"The Gram matrices of {len(raised)} linears are not positive definite with the default damping. It was "
+            f"raised, at most to {raised[most]:g} of the mean diagonal, for {most}."
         )
 
 

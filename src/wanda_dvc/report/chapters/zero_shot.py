@@ -16,7 +16,7 @@ def content(section: Section) -> Content:
     """The table and the pictures."""
     tasks, dense = section.tasks, section.dense.mean(section.tasks)
     if not tasks:
-        return ["No tasks were asked: `tasks.names` is empty."]
+        return ["No zero-shot tasks: `tasks.names` is empty."]
 
     def retained(row: Row) -> Point | None:
         own, paired = row.pruned.mean(tasks), section.against_dense(row).mean
