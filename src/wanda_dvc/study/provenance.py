@@ -27,8 +27,9 @@ KEYS = {
     "calibrate": (*_MEASURED, "text.source", "text.sha256", "params.dtype"),
     "mask": (*_MEASURED, "calibration.text.source", "params.method", "params.pattern"),
     "apply": (*_MEASURED, "masks"),
+    "perplexity dense": ("dense", "tokens_sha256", "asked", "text"),
 }
-OBJECTS, MAPPINGS = ("params",), dict
+OBJECTS, MAPPINGS = ("params", "asked", "text"), dict
 
 
 def digest(content: object) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from wanda_dvc.report.chapters import (
+    divergence,
     excluded,
     perplexity,
     protocol,
@@ -24,6 +25,7 @@ CHAPTERS: dict[str, Callable[[Section], Content]] = {
     "": protocol.content,
     "Summary": summary.content,
     "Perplexity": perplexity.content,
+    "Divergence from the dense model": divergence.content,
     "Zero-shot accuracy": zero_shot.content,
     "Uncertainty": uncertainty.content,
     "Published results": published.content,
