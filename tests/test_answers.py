@@ -56,12 +56,12 @@ def results(project: Project, tasks: list[str]) -> dict[str, bytes]:
 
 
 def test_an_added_task_is_asked_alone_and_all_results_are_those_of_one_run(study: Project, asked: list[str]):
-    whole = results(study, TASKS)
+    full = results(study, TASKS)
     for path in study.answers.folder.iterdir():
         path.unlink()
     asked.clear()
     before = results(study, TASKS[:2])
-    assert results(study, TASKS) == whole
+    assert results(study, TASKS) == full
     assert asked == TASKS
     assert results(study, TASKS[:2]) == before
     assert asked == TASKS

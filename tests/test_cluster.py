@@ -283,7 +283,7 @@ def test_a_task_that_kills_its_workers_ends_the_stage(nodes: Any):
     set_nodes(nodes, 1)
     cluster = Cluster("auto", device="cpu")
     (ref,) = cluster.begin(lambda _: os._exit(1))
-    with pytest.raises(UserError, match=r"^runtime.ray: block 0, shard 1: lost with its worker, 3 times again \("):
+    with pytest.raises(UserError, match=r"^runtime.ray: block 0, shard 1: its worker crashed, also in 3 retries \("):
         list(cluster.results([Task(ref, "block 0, shard 1")]))
 
 

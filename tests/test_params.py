@@ -211,8 +211,8 @@ def test_statistics_that_a_recipe_needs_are_named_with_the_command(recipe: str):
 def test_a_source_is_enough(source: str, expected: tuple[str | None, ...]):
     chosen = Text(source=source).chosen
     assert (chosen.dataset, chosen.config, chosen.revision, chosen.split, chosen.column, chosen.join) == expected
-    beside = CalibrationText(source=source).chosen
-    assert (beside.split, beside.join) == (None if source.startswith("/") else "train", " ")
+    temporary = CalibrationText(source=source).chosen
+    assert (temporary.split, temporary.join) == (None if source.startswith("/") else "train", " ")
 
 
 @pytest.mark.parametrize("name", [name for name, field in settings() if "pattern" in str(field.metadata)])

@@ -102,7 +102,7 @@ def test_they_are_the_models_own(
 
 
 def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, asked: list[Request]):
-    whole = loglikelihoods(
+    expected = loglikelihoods(
         LocalRunner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "whole"),
         asked,
         length=64,
@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, asked: list[Request]):
     with pytest.raises(KeyboardInterrupt):
         loglikelihoods(LocalRunner(decoder, tmp_path / "killed"), asked, length=64, progress=killed)
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-    assert loglikelihoods(LocalRunner(decoder, tmp_path / "killed"), asked, length=64, progress=counted) == whole
+    assert loglikelihoods(LocalRunner(decoder, tmp_path / "killed"), asked, length=64, progress=counted) == expected
     assert len(seen) == 2  # of four blocks
 
 
@@ -136,11 +136,11 @@ def test_more_choices_change_nothing_for_the_others(tiny: Path, tmp_path: Path, 
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     first = [Request((5, 6, 7, 8), (9, 10, 11))]
     more = [*first, *(Request((5, 6, 7, 8), (20 + i, 30 + i)) for i in range(choices))]
-    alone, together = (
+    separate, together = (
         loglikelihoods(LocalRunner(decoder, tmp_path / name), asked, length=64, progress=quiet)[0][0]
         for name, asked in (("alone", first), ("together", more))
     )
-    assert together == pytest.approx(alone, abs=1e-4)
+    assert together == pytest.approx(separate, abs=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import FILES, TEMPLATE, init
 from wanda_dvc.study.settings import Settings, flatten, nested
-from wanda_dvc.study.upgrade import GONE, MOVED, _carry, _migrated, upgrade
+from wanda_dvc.study.upgrade import MOVED, REMOVED, _carry, _migrated, upgrade
 
 PIPELINE = FILES["dvc.yaml"].read_text(encoding="utf-8")
 PARAMS = FILES["params.yaml"].read_text(encoding="utf-8")
@@ -116,7 +116,7 @@ def test_a_dry_run_says_the_same_and_writes_nothing(older: Project):
 
 
 def test_every_setting_of_an_earlier_version_is_a_setting_or_moved_or_gone():
-    known = {name for name, _ in settings()} | {name for names in MOVED for name in names} | GONE.keys()
+    known = {name for name, _ in settings()} | {name for names in MOVED for name in names} | REMOVED.keys()
     assert settings_of((EARLIER / "params.yaml").read_text(encoding="utf-8")).keys() <= known
 
 

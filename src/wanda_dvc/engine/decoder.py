@@ -142,8 +142,8 @@ class Decoder:
         after: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         if call.held() != held:
             raise UserError(
-                f"{self.checkpoint}: block {index} hands other blocks more than hidden states, by a container that it "
-                "is given; unsupported model structure"
+                f"{self.checkpoint}: block {index} passes more than hidden states to other blocks, in a container; "
+                "unsupported model structure"
             )
         if after.dtype is not hidden.dtype:
             found, expected = (str(x.dtype).removeprefix("torch.") for x in (after, hidden))
@@ -243,7 +243,7 @@ class Decoder:
             if "unpack" not in str(error):
                 raise
             raise UserError(
-                f"{self.checkpoint}: its blocks hand each other more than hidden states ({error}); unsupported model "
+                f"{self.checkpoint}: its blocks pass each other more than hidden states ({error}); unsupported model "
                 "structure"
             ) from error
 
@@ -308,8 +308,8 @@ class Decoder:
         if len(row.tokens) not in self._checked:
             if not equal_calls(calls, record(Row(torch.ones_like(row.tokens)))):
                 raise UserError(
-                    f"{self.checkpoint}: the arguments of its blocks depend on the tokens, beside the hidden "
-                    "states; unsupported model structure"
+                    f"{self.checkpoint}: other arguments of its blocks than the hidden states depend on the tokens; "
+                    "unsupported model structure"
                 )
             self._checked.add(len(row.tokens))
         return calls

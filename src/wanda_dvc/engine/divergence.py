@@ -22,7 +22,7 @@ from wanda_dvc.reading import DIVERGED
 
 TOP = 64  # the most probable tokens of a position
 DRAWN = 64  # tokens drawn from its tail, with replacement
-BYTES_A_TOKEN = 8 * (TOP + DRAWN) + 3 * 4  # of a reference
+BYTES_A_TOKEN = 8 * (TOP + DRAWN) + 3 * 4  # of a reference, at most
 AT_A_TIME = 2**20  # log-probabilities: few positions, so that they stay in a core's cache
 TEMPORARIES = 24  # bytes for each of those, at most: exponentials, float64 sums
 

@@ -44,7 +44,7 @@ def _write_packed(study: "Project", target: Path, scratch: Path) -> Written:
     zeros = prune(study, scratch, study.params.plan.reconstruction.name)
     sizes = pack_directory(scratch, target, list(zeros))
     shutil.rmtree(scratch)
-    return Written(measured_sparsity(zeros), sizes.told())
+    return Written(measured_sparsity(zeros), sizes.summary())
 
 
 FORMATS = {

@@ -6,10 +6,12 @@ from typing import Any
 
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import inference
-from wanda_dvc.report.inference import Estimate
+from wanda_dvc.report.inference import Answer, Estimate, Flips
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import measured_alike
+
+ANSWERS = {"acc": "answer", "acc_norm": "answer_norm"}  # an item's key of the chosen answer, by metric
 
 
 @dataclass
@@ -60,8 +62,8 @@ class Measured:
     def predictions(self) -> list[int]:
         """The number of predicted tokens of each window."""
         protocol = self.windows["protocol"]
-        whole = [protocol["length"] - 1] * protocol["windows"]
-        return whole if protocol["rest"] == "dropped" else [*whole, protocol["rest"] - 1]
+        complete = [protocol["length"] - 1] * protocol["windows"]
+        return complete if protocol["rest"] == "dropped" else [*complete, protocol["rest"] - 1]
 
     def perplexity_interval(self) -> Estimate | None:
         """The perplexity with its interval over windows; None if it diverged or its losses are missing."""
@@ -93,6 +95,22 @@ class Measured:
         """Return by item whether the model's answer is correct."""
         return {item["item"]: item["acc"] > 0.5 for item in self.tasks.get(task, {}).get("items", [])}
 
+    def flips(self, dense: "Measured", task: str, metric: str = "acc") -> Flips | None:
+        """Count the answers that differ from the dense model's; `metric` is acc or acc_norm.
+
+        None without the answers to common items of the same task.
+        """
+        if self.digest(task) != dense.digest(task):
+            return None
+        after, before = self._choices(task, metric), dense._choices(task, metric)
+        shared = [item for item in after if item in before]
+        return inference.flips([before[item] for item in shared], [after[item] for item in shared]) if shared else None
+
+    def _choices(self, task: str, metric: str) -> dict[Any, Answer]:
+        """Return each item's answer by a metric; empty if earlier versions did not keep it."""
+        key, items = ANSWERS[metric], self.tasks.get(task, {}).get("items", [])
+        return {item["item"]: Answer(item[key], item[metric] > 0.5) for item in items if key in item and metric in item}
+
     def same_items(self, other: "Measured", task: str) -> tuple[list[bool], list[bool]]:
         """Return both models' answers to their common items; empty if their tasks differ."""
         if self.digest(task) != other.digest(task):
@@ -105,4 +123,4 @@ class Measured:
 def mean_layer_error(study: Project) -> float | None:
     """Return the mean layer error of a study's pruned linears; None if it was not measured."""
     linears = load_json(study.details("pruned", "layer_error")).get("linears", {})
-    return sum(told["error"] for told in linears.values()) / len(linears) if linears else None
+    return sum(measures["error"] for measures in linears.values()) / len(linears) if linears else None

@@ -37,6 +37,7 @@ from wanda_dvc.study.provenance import describe, digest, read_provenance, tokeni
 from wanda_dvc.study.tensors import read_window, seal, window_file, write_window
 
 LOSSES = "losses.jsonl"
+SAME = ("length", "windows", "rest", "tokens_sha256")  # of the windows that two models are compared on
 
 
 class Measured(NamedTuple):
@@ -50,10 +51,9 @@ def perplexity(*, project: Project, model: str) -> None:
     """models/{dense,pruned} + data/perplexity, reference → metrics/{dense,pruned}/perplexity.json, reference."""
     check_ready(project, model, project.params.perplexity.length, "perplexity.length")
     measured = model_provenance(project, model)
-    if model == "dense":
-        rows, text = _cut(project)
-    else:
-        rows, text = stored_windows(project, measured["model"])
+    rows, text = windows_of(project, project.model(model))
+    if model != "dense":
+        text |= {"reference": digest(reference_of(project, text, measured["model"]))}
     protocol = describe(
         "perplexity",
         version=STAGES["perplexity"].version,
@@ -81,8 +81,8 @@ def perplexity(*, project: Project, model: str) -> None:
         write_json(project.metrics(model, "perplexity"), metrics)
         _plot(project, f"{model}/perplexity", predictions, {"loss": details["losses"]})
         if model == "dense":
-            made = protocol | {"kind": "reference", "asked": _asked(project), "dense": measured["sha256"]}
-            seal(work.out, made | {"vocabulary": vocabulary(run.decoder), "top": TOP, "drawn": DRAWN}, parts="rows")
+            made = protocol | {"kind": "reference", "dense": measured["sha256"], "vocabulary": vocabulary(run.decoder)}
+            seal(work.out, made | {"top": TOP, "drawn": DRAWN}, parts="rows")
             work.publish(project.reference)
         else:
             columns = {"divergence": details["divergences"], "agreement": details["agreements"]}
@@ -100,19 +100,13 @@ def _plot(project: Project, name: str, predictions: list[int], columns: Mapping[
 # --- windows ---
 
 
-def _asked(project: Project) -> Json:
-    """Return the settings that cut the windows, and the dtype of the predictions."""
-    wanted = project.params.perplexity
-    return {"length": wanted.length, "windows": wanted.windows, "dtype": project.params.dtype}
-
-
-def _cut(project: Project) -> tuple[list[Row], Json]:
-    """Return the windows of data/perplexity, and their description for a protocol."""
+def windows_of(project: Project, model: Path) -> tuple[list[Row], Json]:
+    """Return the windows of data/perplexity, cut with a model's tokenizer, and their description for a protocol."""
     source = read_provenance(project.data("perplexity"), "download perplexity")
-    tokens = tokenize(project.text("perplexity"), load_tokenizer(project.model("dense")))
-    length, asked = project.params.perplexity.length, project.params.perplexity.windows
-    windows = cut(tokens, length=length, windows=asked if isinstance(asked, int) else None)
-    rest = left_over(tokens, length=length) if asked == ALL else None
+    tokens = tokenize(project.text("perplexity"), load_tokenizer(model))
+    length, count = project.params.perplexity.length, project.params.perplexity.windows
+    windows = cut(tokens, length=length, windows=count if isinstance(count, int) else None)
+    rest = left_over(tokens, length=length) if count == ALL else None
     described = {
         "text": {key: source[key] for key in ("source", "join", "sha256")},
         "tokens": len(tokens),
@@ -127,23 +121,25 @@ def _cut(project: Project) -> tuple[list[Row], Json]:
     return as_rows(windows) if rest is None else [*as_rows(windows), Row(rest)], described
 
 
-def stored_windows(project: Project, dense: Json) -> tuple[list[Row], Json]:
-    """Return the windows of reference/, and their description. UserError if it is of other settings or another model.
+def reference_of(project: Project, windows: Json, dense: Json) -> Json:
+    """Return the provenance of reference/. UserError if it is of other windows, another dtype or another model.
 
-    `dense` is the model that the measured model was pruned from.
+    `windows` is the description of the windows, and `dense` the model that the measured model was pruned from.
     """
     found = read_provenance(project.reference, "perplexity dense")
     again = "run `dvc repro` or `wanda-dvc perplexity dense`"
-    if found["asked"] != (asked := _asked(project)):
-        raise UserError(f"reference/: measured with {found['asked']}, expected {asked} as params.yaml has it; {again}")
     if found["dense"] != dense["sha256"]:
         raise UserError(
-            f"reference/: measured on another model, expected {dense['source']}, which models/pruned is made from; "
+            f"reference/: measured on another model, expected {dense['source']}, the dense model of models/pruned; "
             f"{again}"
         )
-    rows = [Row(read_window(project.reference, window)["tokens"].long()) for window in range(found["rows"])]
-    keys = ("text", "tokens", "tokens_sha256", "windows", "length", "rest", "formula")
-    return rows, {key: found[key] for key in keys} | {"reference": digest(found)}
+    for key, value in {**{key: windows[key] for key in SAME}, "dtype": project.params.dtype}.items():
+        if found[key] != value:
+            raise UserError(
+                f"reference/: measured with {key} {found[key]}, expected {value}, as params.yaml and the model's "
+                f"tokenizer have it; {again}"
+            )
+    return found
 
 
 # --- results ---
@@ -171,7 +167,7 @@ def _measure(project: Project, run: Runner, rows: list[Row], work: Work, model: 
     with (work.path / LOSSES).open("a", encoding="utf-8") as file:
         for loss, made in progress(found, total=len(rows) - len(kept), what=what):
             if isinstance(made, Reference):
-                write_window(work.out, len(kept), {"tokens": rows[len(kept)].tokens.int(), **made._asdict()})
+                write_window(work.out, len(kept), made._asdict())
             one = Measured(loss, made if isinstance(made, Divergence) else None)
             file.write(_line(len(kept), one))
             file.flush()
@@ -187,8 +183,7 @@ class References(Mapping[int, list[Reference]]):
 
     def __getitem__(self, shard: int) -> list[Reference]:
         windows = self._shards[shard][self._skipped[shard] :]
-        tensors = [read_window(self._folder, window) for window in windows]
-        return [Reference(**{name: one[name] for name in Reference._fields}) for one in tensors]
+        return [Reference(**read_window(self._folder, window)) for window in windows]
 
     def __contains__(self, shard: object) -> bool:  # Mapping's own method would read the shard
         return shard in self._skipped

@@ -135,7 +135,12 @@ def _room(project: Project) -> Iterator[Check]:
         yield Check("memory", free > wanted, found, "free some, or take shorter windows", needed=False)
     free, most = disk(project), max(needs, key=lambda stage: needs[stage].least)
     found = f"{free / 1e9:.1f} GB free; {most} needs about {max(needs[most].least, needs[most].disk) / 1e9:.1f} GB"
-    yield Check("disk", free > needs[most].least, found, "free some; `dvc gc --workspace` drops old cache")
+    yield Check(
+        "disk",
+        free > needs[most].least,
+        found,
+        "free some; `dvc gc --workspace` also deletes the cached results of experiments",
+    )
 
 
 def _workers(params: Params) -> Iterator[Check]:
@@ -157,7 +162,7 @@ def _workers(params: Params) -> Iterator[Check]:
             cluster.open()
             found = ", ".join(f"{count} {what}" for what, count in cluster.counts().items())
     except UserError as error:
-        yield Check("runtime.ray", False, str(error), "`ray status` on its head says how it is")
+        yield Check("runtime.ray", False, str(error), "check `ray status` on its head node")
         return
     yield Check("runtime.ray", True, found)
 
@@ -188,9 +193,9 @@ def _sources(project: Project) -> Iterator[Check]:
     local = local_sources(project.params)
     if not local:
         return
-    gone = [f"{SETTINGS[part]}: {path} is not there" for part, path in local.items() if not path.exists()]
-    found = "; ".join(gone) or ", ".join(str(path) for path in local.values())
-    yield Check("local sources", not gone, found, "name others in params.yaml, or put them back")
+    missing = [f"{SETTINGS[part]}: {path} is missing" for part, path in local.items() if not path.exists()]
+    found = "; ".join(missing) or ", ".join(str(path) for path in local.values())
+    yield Check("local sources", not missing, found, "restore them, or name others in params.yaml")
 
 
 def _mirror(params: Params) -> Iterator[Check]:
@@ -228,7 +233,7 @@ def _versions(project: Project) -> Iterator[Check]:
     """Check that `dvc.yaml` has all stages, in this wanda-dvc's versions."""
     path = project.root / "dvc.yaml"
     if not path.is_file():
-        yield Check("dvc.yaml", False, "not there", "run `wanda-dvc init --upgrade`, which writes it")
+        yield Check("dvc.yaml", False, "missing", "run `wanda-dvc init --upgrade`, which writes it")
         return
     try:
         stages = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["stages"]

@@ -24,7 +24,7 @@ def announce(*, project: Project, stage: str, part: str | None = None) -> None:
     if wanted.least > free_disk:
         raise UserError(
             f"{project.root}: {_gb(free_disk)} of disk free, expected about {_gb(wanted.disk)} for {stage}; "
-            "free some (`dvc gc --workspace` drops what no experiment at hand uses), or take a larger disk"
+            "free some space (`dvc gc --workspace` also deletes cached results of experiments), or use a larger disk"
         )
     on = f" on {device}" if device.startswith("cuda") else ""
     parts = [
