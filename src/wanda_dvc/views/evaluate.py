@@ -68,9 +68,9 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
             flips = {task: one for task in tasks if (one := own.flips(measured, task))}
             found.append(Evaluated(str(path), _size(path), own, flips))
             work.forget()
-    return (
-        json_text([_record(one, tasks, measured) for one in found]) if as_json else table(HEADERS, _rows(found, tasks))
-    )
+    if as_json:
+        return json_text([_record(one, tasks, measured) for one in found])
+    return table(HEADERS, list(_rows(found, tasks)))
 
 
 # --- models ---
@@ -92,13 +92,15 @@ def _check_alike(project: Project, folder: Path, path: Path) -> None:
     for what, key in (("architecture", "model_type"), ("vocabulary size", "vocab_size")):
         mine, theirs = (getattr(config.get_text_config(), key, None) for config in (own, dense))
         if mine != theirs:
-            raise UserError(
-                f"{path}: {what} {mine}, expected {theirs}, the dense model's; name a variant of that model"
-            )
+            raise UserError(f"{path}: {what} {mine}, expected {theirs} as in the dense model; name a variant of it")
 
 
 def _place(project: Project, path: Path, folder: Path, dense: Json) -> None:
-    """Put a model into a study as its pruned one, with the dense model's tokenizer after a comparison of the two."""
+    """Put a model into a study as its pruned one.
+
+    Its tokenizer has to be the dense model's, by the token ids of the study's texts. The dense model's own files then
+    replace it, and the names of tokens that end a text.
+    """
     from wanda_dvc.engine.windows import load_tokenizer
     from wanda_dvc.sources.models import read_model
 
@@ -111,7 +113,7 @@ def _place(project: Project, path: Path, folder: Path, dense: Json) -> None:
                 f"{path}: its tokenizer gives other token ids for {what}, expected the dense model's, or the two "
                 "models' predictions cannot be compared; name a model with the dense model's tokenizer"
             )
-    for pattern in TOKENIZER:
+    for pattern in (*TOKENIZER, "generation_config.json"):
         for file in folder.glob(pattern):
             file.unlink()
         for file in project.model("dense").glob(pattern):
