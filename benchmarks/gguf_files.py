@@ -1,12 +1,14 @@
-"""Write a Llama of a Hugging Face directory as a GGUF file, in a format that the `gguf` package quantizes.
+"""Measure a study's dense model in the GGUF formats that the `gguf` package quantizes: size, perplexity, divergence.
 
-python benchmarks/gguf_files.py DIRECTORY FILE --format Q4_1
+python benchmarks/gguf_files.py STUDY [OTHER MODELS]
 
-llama.cpp's own converter and quantizer do more: other architectures, K-quants, importance matrices.
+The study's model is a Llama with a byte-level tokenizer. llama.cpp's own converter and quantizer do more: other
+architectures, K-quants, importance matrices.
 """
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,12 @@ from gguf.quants import quantize
 from transformers import AutoConfig, AutoTokenizer
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.machine import cores
+from wanda_dvc.study.project import Project
+from wanda_dvc.views.evaluate import evaluate
 
-FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+FORMATS = ("BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+EMBEDDINGS = dict.fromkeys(FORMATS[2:], "Q8_0")  # of tied embeddings llama.cpp keeps 6 bits, which `gguf` cannot
 
 
 def write_gguf(folder: Path, path: Path, kind: str, embeddings: str | None = None) -> None:
@@ -94,12 +100,17 @@ def _interleaved(values: np.ndarray, config: Any, query: bool) -> np.ndarray:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--embeddings", choices=FORMATS, help="of the embeddings; by default the same")
+    parser.add_argument("study", type=Path, help="with the dense model's results")
+    parser.add_argument("paths", type=Path, nargs="*", help="other models to measure")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     words = parser.parse_args()
-    write_gguf(words.directory, words.file, words.format, words.embeddings)
+    torch.set_num_threads(cores())
+    project = Project.find(words.study)
+    with tempfile.TemporaryDirectory(dir=project.root) as folder:
+        files = [Path(folder, f"{kind}.gguf") for kind in words.formats]
+        for kind, file in zip(words.formats, files, strict=True):
+            write_gguf(project.model("dense"), file, kind, EMBEDDINGS.get(kind))
+        print(evaluate(project=project, paths=[*files, *words.paths]))
 
 
 if __name__ == "__main__":

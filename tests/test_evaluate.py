@@ -152,6 +152,17 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(study: Proje
     refused(tmp_path / "folder", "folder: a folder of GGUF files, expected one of safetensors; name a GGUF file itself")
 
 
+def test_without_the_dense_models_results_it_says_what_to_run(study: Project):
+    study.details("dense", "zero_shot").unlink()
+    with pytest.raises(
+        UserError, match="no answers of the dense model to piqa, .*; run `dvc repro` or `wanda-dvc zero"
+    ):
+        evaluate(project=study, paths=[study.model("pruned")])
+    shutil.rmtree(study.reference)
+    with pytest.raises(UserError, match="reference/provenance.json: .*run `dvc repro` or `wanda-dvc perplexity dense`"):
+        evaluate(project=study, paths=[study.model("pruned")])
+
+
 def test_a_tokenizer_is_compared_on_the_studys_texts(study: Project, tmp_path: Path):
     other = shutil.copytree(study.model("dense"), tmp_path / "other")
     stored = json.loads((other / "tokenizer.json").read_text())

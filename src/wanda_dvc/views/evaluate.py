@@ -56,6 +56,12 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
     for path in paths:
         _check(project, path)
     tasks, measured = project.params.tasks.names, Measured.of(project, "dense")
+    read_provenance(project.reference, "perplexity dense")
+    if missing := [task for task in tasks if task not in measured.tasks]:
+        raise UserError(
+            f"zero-shot: no answers of the dense model to {', '.join(missing)}, expected the answers that "
+            "others are compared with; run `dvc repro` or `wanda-dvc zero-shot dense`"
+        )
     found = [Evaluated("dense", _size(project.model("dense")), measured, {})]
     for path in paths:
         with project.work({"kind": "evaluate", "path": str(path.absolute())}) as work:
