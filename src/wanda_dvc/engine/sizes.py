@@ -217,12 +217,12 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     )
 
 
-def comparing(walk: Memory, model: Sizes, *, length: int, windows: int) -> Memory:
+def comparing(walk: Memory, model: Sizes, *, length: int, windows: int, device: str) -> Memory:
     """Return the memory of a walk with a comparison of the predictions: a shard's references, and temporaries."""
     from wanda_dvc.engine import divergence, shards
 
     held = reference_bytes(len(next(iter(shards.cut(windows)), ())) * length)
-    slices = divergence.TEMPORARIES * min(divergence.AT_A_TIME, length * model.vocabulary)
+    slices = divergence.TEMPORARIES * min(divergence.AT_A_TIME.get(device, 0), length * model.vocabulary)
     return replace(walk, references=held + slices)
 
 
