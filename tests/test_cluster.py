@@ -33,7 +33,7 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wand
 
 from inline import Inline, Ref  # noqa: E402 - they need ray
 
-from wanda_dvc.engine.cluster import AHEAD, Cluster, Task, TaskRunner, TaskStep, own_device  # noqa: E402
+from wanda_dvc.engine.cluster import AHEAD, Cluster, Task, TaskRunner, TaskStep, connect, own_device  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
 slow = pytest.mark.slow  # a node takes seconds to start
@@ -257,6 +257,15 @@ def test_nodes_without_the_files_are_sent_the_weights(
     killed = kill_at(monkeypatch, nodes, "block 1, shard 9")
     assert list(through(run, rows, with_dense=True)) == expected[True]
     assert killed
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nothing_listens_is_refused_at_once(scheme: str):
+    """Ray itself waits for minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(UserError, match=rf"^runtime.ray: .*127.0.0.1:{port}: no Ray \(.*refused"):
+        connect(f"{scheme}127.0.0.1:{port}")
 
 
 @slow

@@ -274,6 +274,9 @@ def write_results(
         items = [{"item": i, "answer": wrong * (i >= count), "acc": float(i < count)} for i in range(40)]
         answered = {"protocol": of | {"task": {"sha256": task}}, "items": items}
         write_json(project.details(model, "zero_shot"), {"tasks": {"piqa": answered}})
+        tokens = [1, 2, 3, 4] * 2 if model == "pruned" else list(range(1, 9))
+        written = {"prompt": "The *sea*", "text": f"is {model}", "tokens": tokens}
+        write_json(project.details(model, "continuations"), {"protocol": of, "prompts": [written]})
         write_csv(project.plots(f"{model}/zero_shot"), ["task", "item", "acc"], [["piqa", 0, 1.0]])
         write_json(project.metrics(model, "zero_shot"), {"piqa": {"acc": count / 40}})
     write_json(project.metrics("pruned", "sparsity"), {"sparsity": sparsity})
@@ -551,7 +554,7 @@ def test_markdown_shows_names_as_they_are(tmp_path: Path):
         assert expected in shown
     assert any(f"windows of 64 tokens of /t/{HOSTILE}.txt; " in one for one in shown)
     tables = [token for token in tokens if token.type == "table_open"]
-    assert len(tables) == 9
+    assert len(tables) == 11
     bold = sum(token.type == "strong_open" for token in flat)
     assert bold == sum(token.type == "image" for token in flat) == 5
 
@@ -749,6 +752,11 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "| wanda 70 % against dense | 0 / 1 |",
         "| magnitude 50 % against dense | 0 / 20 * |",
         "| magnitude 50 % | 20 / 0 / 16 * | 90.0 |",
+        "Greedy continuations of 1 prompts, at most 8 tokens each",
+        "| dense | | 0.0 |",
+        "| magnitude 50 % | 4 | 20.0 |",
+        "Prompt 1: The \\*sea\\* …",
+        "| magnitude 50 % | is pruned |",
         "| shared by the rows | 4.0 | 1.0 | – | – | 1.0 | 1.0 | 7.0 |",
         "| wanda 50 % | – | – | 1.0 | 1.0 | 2.5 | 2.5 | 7.0 |",
         "Diverged, shown at the upper edge: magnitude 70 %",

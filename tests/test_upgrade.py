@@ -272,6 +272,16 @@ def test_an_edited_plot_template_and_ignore_file_stay(study: Project):
     assert read(study, ".gitignore") == "/mine/\n" + FILES[".gitignore"].read_text(encoding="utf-8")
 
 
+def test_prompts_are_the_users(study: Project):
+    write(study, "prompts.txt", "My prompt\n")
+    write(study, ".gitignore", "/mine/\n")  # something to upgrade
+    upgrade(project=study)
+    assert read(study, "prompts.txt") == "My prompt\n"
+    (study.root / "prompts.txt").unlink()
+    upgrade(project=study)
+    assert read(study, "prompts.txt") == FILES["prompts.txt"].read_text(encoding="utf-8")
+
+
 def test_the_plots_of_a_study_below_the_root_of_its_dvc_repository_are_in_the_root(older: Project):
     below = older.root / "below"
     below.mkdir()
@@ -279,7 +289,8 @@ def test_the_plots_of_a_study_below_the_root_of_its_dvc_repository_are_in_the_ro
         (older.root / place).rename(below / place)
     upgrade(project=Project(below))
     assert (older.root / ".dvc/plots/accuracy.json").is_file()
-    assert sorted(path.name for path in below.iterdir()) == [".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"]
+    written = [".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "prompts.txt"]
+    assert sorted(path.name for path in below.iterdir()) == written
 
 
 def test_without_a_dvc_repository_it_says_so(older: Project):

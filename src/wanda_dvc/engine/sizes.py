@@ -233,6 +233,13 @@ def reference_bytes(tokens: int) -> int:
     return tokens * BYTES_A_TOKEN
 
 
+def generating(model: Sizes, *, dtype: str, tokens: int) -> Memory:
+    """Return the memory of a complete model that continues a prompt, up to a number of tokens, with its cache."""
+    walk, width = walking(model, dtype=dtype, length=tokens, logits=True), WIDTH[dtype]
+    cache = 2 * model.blocks * tokens * model.hidden * width  # keys and values; fewer with shared ones
+    return replace(walk, weights=model.parameters * width, activations=walk.activations + cache)
+
+
 def differentiating(model: Sizes, *, dtype: str, length: int, workers: bool = False) -> Memory:
     """Return the memory of a row forward and back through a block (three times the activations) or through the head.
 

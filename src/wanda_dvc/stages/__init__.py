@@ -153,8 +153,8 @@ STAGES = {
         ),
         Stage(
             name="zero-shot",
-            version=7,
-            about="Measure a model's accuracy on the zero-shot tasks.",
+            version=8,
+            about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
             result="metrics/details/{part}/zero_shot.json",
             settings=("tasks.names", "zero_shot.limit", "dtype"),
             part_is="model",

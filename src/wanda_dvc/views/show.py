@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report.inference import Flips
-from wanda_dvc.report.measures import ANSWERS, Measured, mean_layer_error
+from wanda_dvc.report.measures import ANSWERS, Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, json_text, load_json
 from wanda_dvc.study.held_out import raised
@@ -72,6 +72,8 @@ def _figures(project: Project, model: str) -> Json:
         figures["layer_error"] = mean_layer_error(project)
         for (task, metric), one in _flips(project).items():
             figures["zero_shot"][task].setdefault("flips", {})[metric] = one._asdict()
+        dense, pruned = (Measured.of(project, which) for which in MODELS)
+        figures["continuations"] = [one._asdict() for one in pruned.continued(dense)]
     return figures
 
 
@@ -243,9 +245,25 @@ def _footnotes(project: Project) -> Iterator[str]:
             f"Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error: "
             "differences below two standard errors may be chance."
         )
+    yield from _notes_on_continuations(project)
     for model, of in details.items():
         for where in dict.fromkeys(one["not_finite"] for one in of.values() if "not_finite" in one):
             yield f"{model}: activations are not finite from here on: {where}."
+
+
+def _notes_on_continuations(project: Project) -> Iterator[str]:
+    """Describe how far the two models write the same; empty without continuations."""
+    dense, pruned = (Measured.of(project, model) for model in MODELS)
+    for name, model in zip(MODELS, (dense, pruned), strict=True):
+        if skipped := model.continuations.get("skipped"):
+            yield f"No continuations by the {name} model: {skipped}."
+    if pairs := pruned.continued(dense):
+        equal = ", ".join(str(pair.equal) for pair in pairs)
+        own, other = (f"{100 * mean_repeated(pairs, which):.0f} %" for which in (0, 1))
+        yield (
+            f"Greedy continuations of {len(pairs)} prompts, at most {max(pair.tokens for pair in pairs)} tokens: equal "
+            f"for {equal} tokens; repeated 4-grams: dense {own}, pruned {other}. `wanda-dvc report` shows the texts."
+        )
 
 
 def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:

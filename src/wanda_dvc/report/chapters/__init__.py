@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from wanda_dvc.report.chapters import (
+    continuations,
     divergence,
     excluded,
     perplexity,
@@ -27,6 +28,7 @@ CHAPTERS: dict[str, Callable[[Section], Content]] = {
     "Perplexity": perplexity.content,
     "Divergence from the dense model": divergence.content,
     "Zero-shot accuracy": zero_shot.content,
+    "Continuations": continuations.content,
     "Uncertainty": uncertainty.content,
     "Published results": published.content,
     "Structure and size": structure.content,
