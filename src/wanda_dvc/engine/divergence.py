@@ -23,7 +23,8 @@ from wanda_dvc.reading import DIVERGED
 TOP = 64  # the most probable tokens of a position
 DRAWN = 64  # tokens drawn from its tail, with replacement
 BYTES_A_TOKEN = 8 * (TOP + DRAWN) + 3 * 4  # of a reference, at most
-AT_A_TIME = 2**20  # log-probabilities: few positions, so that they stay in a core's cache
+# Log-probabilities at a time, by kind of device: few, so that they stay in a core's cache; many, to fill a GPU.
+AT_A_TIME = {"cpu": 2**20, "cuda": 2**24}
 TEMPORARIES = 24  # bytes for each of those, at most: exponentials, float64 sums
 
 
@@ -60,15 +61,15 @@ def refer(
 ) -> tuple[float, Reference]:
     """Return the dense model's mean loss on a window, and its reference, on the host."""
     # The offset of each position's draw; each window has the same, so that no order of windows matters.
-    offsets = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0))
+    offsets = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)).double()
     losses, parts, place = [], [], 0
     for log_p, targets in log_probabilities(decoder, hidden, tokens):
         losses.append(total_loss(log_p, targets))
         for some, wanted in _slices(log_p, targets):
-            own = offsets[place : place + len(some)].to(some.device, torch.float64)
+            own = offsets[place : place + len(some)].to(some.device)
             parts.append(_reference(some, wanted, own))
             place += len(some)
-    return _mean(losses, place), Reference(*map(torch.cat, zip(*parts, strict=True)))
+    return _mean(losses, place), Reference(*_on_host(parts))
 
 
 def compare(
@@ -87,7 +88,7 @@ def compare(
             own = (dense.top[place:end].to(some.device), dense.drawn[place:end].to(some.device))
             parts.append(_seen(some, wanted, *own))
             place = end
-    top, tail, drawn, first, true = map(torch.cat, zip(*parts, strict=True))
+    top, tail, drawn, first, true = _on_host(parts)
     kl = _kl((dense.top_log_p, dense.tail_log_p, dense.drawn_log_p), (top, tail, drawn))
     change = dense.true_log_p.double().exp() - true.double().exp()
     return _mean(losses, place), Divergence(
@@ -101,7 +102,7 @@ def _slices(log_p: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield some positions at a time, on the host if the device has no float64."""
     if log_p.device.type == "mps":
         log_p, targets = log_p.cpu(), targets.cpu()
-    positions = max(1, AT_A_TIME // log_p.shape[1])
+    positions = max(1, AT_A_TIME[log_p.device.type] // log_p.shape[1])
     yield from zip(log_p.split(positions), targets.split(positions), strict=True)
 
 
@@ -110,7 +111,7 @@ def _reference(
     targets: Int[Tensor, " positions"],
     offsets: Float64[Tensor, " positions"],
 ) -> tuple[Tensor, ...]:
-    """Return the parts of a reference, on the host. The top's log-probabilities are overwritten in `log_p`.
+    """Return the parts of a reference. The top's log-probabilities are overwritten in `log_p`.
 
     The draw is systematic: the tail's cumulative distribution at equal steps from a random offset.
     """
@@ -122,8 +123,7 @@ def _reference(
     steps = torch.arange(DRAWN if vocabulary > TOP else 0, device=log_p.device)
     wanted = (steps + offsets[:, None]) / DRAWN * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=vocabulary - 1)
-    found = (top.int(), top_log_p, tail, drawn.int(), log_p.gather(-1, drawn), first.int(), true)
-    return tuple(x.cpu() for x in found)
+    return top.int(), top_log_p, tail, drawn.int(), log_p.gather(-1, drawn), first.int(), true
 
 
 def _seen(
@@ -136,7 +136,7 @@ def _seen(
     first, true = log_q.argmax(-1), log_q.gather(-1, targets[:, None])[:, 0]
     of_drawn = log_q.gather(-1, drawn.long())
     of_top = log_q.gather(-1, top.long())
-    return tuple(x.cpu() for x in (of_top, _tail(log_q, top.long()), of_drawn, first.int(), true))
+    return of_top, _tail(log_q, top.long()), of_drawn, first.int(), true
 
 
 def _tail(log_p: Float32[Tensor, "positions vocabulary"], top: Int[Tensor, "positions top"]) -> Tensor:
@@ -172,6 +172,11 @@ def _normalized(parts: Parts) -> Parts:
     top, tail, drawn = (x.double() for x in parts)
     total = torch.cat([top, tail[:, None]], -1).logsumexp(-1, keepdim=True)
     return top - total, tail[:, None] - total, drawn - total
+
+
+def _on_host(parts: list[tuple[Tensor, ...]]) -> Iterator[Tensor]:
+    """Return the parts of all positions, joined."""
+    return (torch.cat(column).cpu() for column in zip(*parts, strict=True))
 
 
 def _mean(losses: list[Tensor], predictions: int) -> float:

@@ -217,19 +217,12 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     )
 
 
-def generating(model: Sizes, *, dtype: str, tokens: int) -> Memory:
-    """Return the memory of a complete model that continues a prompt, up to a number of tokens, with its cache."""
-    walk, width = walking(model, dtype=dtype, length=tokens, logits=True), WIDTH[dtype]
-    cache = 2 * model.blocks * tokens * model.hidden * width  # keys and values; fewer with shared ones
-    return replace(walk, weights=model.parameters * width, activations=walk.activations + cache)
-
-
-def comparing(walk: Memory, model: Sizes, *, length: int, windows: int) -> Memory:
+def comparing(walk: Memory, model: Sizes, *, length: int, windows: int, device: str) -> Memory:
     """Return the memory of a walk with a comparison of the predictions: a shard's references, and temporaries."""
     from wanda_dvc.engine import divergence, shards
 
     held = reference_bytes(len(next(iter(shards.cut(windows)), ())) * length)
-    slices = divergence.TEMPORARIES * min(divergence.AT_A_TIME, length * model.vocabulary)
+    slices = divergence.TEMPORARIES * min(divergence.AT_A_TIME.get(device, 0), length * model.vocabulary)
     return replace(walk, references=held + slices)
 
 
@@ -238,6 +231,13 @@ def reference_bytes(tokens: int) -> int:
     from wanda_dvc.engine.divergence import BYTES_A_TOKEN
 
     return tokens * BYTES_A_TOKEN
+
+
+def generating(model: Sizes, *, dtype: str, tokens: int) -> Memory:
+    """Return the memory of a complete model that continues a prompt, up to a number of tokens, with its cache."""
+    walk, width = walking(model, dtype=dtype, length=tokens, logits=True), WIDTH[dtype]
+    cache = 2 * model.blocks * tokens * model.hidden * width  # keys and values; fewer with shared ones
+    return replace(walk, weights=model.parameters * width, activations=walk.activations + cache)
 
 
 def differentiating(model: Sizes, *, dtype: str, length: int, workers: bool = False) -> Memory:

@@ -240,7 +240,7 @@ def _perplexity(on: Known) -> Need:
     found = _walk(on, "perplexity", on.tokens / length, length, head=on.tokens, logits=True)
     return replace(
         found,
-        memory=comparing(found.memory, on.model, length=length, windows=on.tokens // length),
+        memory=comparing(found.memory, on.model, length=length, windows=on.tokens // length, device=on.device),
         disk=found.disk + (reference_bytes(on.tokens) if on.part != "pruned" else 0),
         least=found.least // 2,  # a token may take more bytes than expected
     )
