@@ -27,6 +27,7 @@ from wanda_dvc.catalog import (
     RECIPES,
     RECONSTRUCTIONS,
     STATISTICS,
+    STRUCTURES,
     TEXTS,
     Package,
     methods,
@@ -201,8 +202,11 @@ class Params(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="dtype in which the model runs")
     calibration: Calibration
     recipe: Annotated[str, _row_of(RECIPES)] = Field("wanda", description="how the model is pruned; see below")
-    sparsity: float = Field(ge=0, lt=1, description="fraction of each linear's weights that is removed")
-    pattern: str = Field(UNSTRUCTURED, description="`unstructured`, or `n:m`: n of every m neighbours stay")
+    sparsity: float = Field(ge=0, lt=1, description="fraction of each linear's weights, or of the units, that is removed")
+    pattern: str = Field(
+        UNSTRUCTURED,
+        description="`unstructured`; `n:m`: n of every m neighbours stay; or units, for a smaller model: see below",
+    )
     method: Annotated[str | None, AfterValidator(_method)] = Field(
         None, description="how weights are scored; null, here and below: the recipe's own"
     )
@@ -292,10 +296,10 @@ class Params(_Section):
             yield _problem("runtime.device", f"{device} with runtime.ray {self.runtime.ray}", expected)
 
     def _pattern_conflicts(self) -> Iterator[str]:
-        if self.pattern == UNSTRUCTURED:
+        if self.pattern == UNSTRUCTURED or self.pattern in STRUCTURES:
             return
         if not re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", self.pattern):
-            yield _problem("pattern", self.pattern, "`unstructured` or n:m, such as 2:4")
+            yield _problem("pattern", self.pattern, f"`unstructured`, {', '.join(STRUCTURES)} or n:m, such as 2:4")
             return
         n, m = parse_pattern(self.pattern) or (0, 0)
         if not n < m:
@@ -318,6 +322,8 @@ class Params(_Section):
         if plan.allocation.name != "uniform" and self.pattern != UNSTRUCTURED:
             expected = f"uniform: {self.pattern} gives every block the same sparsity"
             yield _problem("allocation", plan.allocation.name, expected)
+        if plan.structure and plan.method.competition == "solver" and not plan.method.units:
+            yield _problem("method", f"{plan.method.name} with pattern {self.pattern}", "a method that scores units")
         if self.allocation_strength is not None and not plan.allocation.strengths:
             yield _problem(
                 "allocation_strength", self.allocation_strength, f"null: {plan.allocation.name} has no strength"

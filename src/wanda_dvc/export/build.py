@@ -47,11 +47,12 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
         written = stored.write(study, work.out, work.path / "dense")
         _drop_metrics_of_others(study)
         study.metrics("pruned", "sparsity").unlink(missing_ok=True)
-        write_json(study.metrics("pruned", "sparsity"), {"sparsity": round(written.sparsity, 6)})
+        write_json(study.metrics("pruned", "sparsity"), written.metrics)
         sections = results(study, ran.torn)
         text = card(
             study,
-            written.sparsity,
+            written.metrics["sparsity"],
+            removed=written.metrics.get("removed_parameters"),
             storage=written.storage,
             imports=stored.imports,
             results=sections,

@@ -62,7 +62,7 @@ def _figures(project: Project, model: str) -> Json:
         for task in project.params.tasks.names
     }
     if model == "pruned":
-        figures["sparsity"] = load_json(project.metrics("pruned", "sparsity")).get("sparsity")
+        figures |= {"sparsity": None} | load_json(project.metrics("pruned", "sparsity"))
         figures["layer_error"] = mean_layer_error(project)
     return figures
 
@@ -93,10 +93,13 @@ def comparison(project: Project) -> list[list[str]]:
     if tasks:
         means = [None if None in one else sum(one) / len(one) for one in zip(*accuracies, strict=True)]
         rows.append(["mean, acc %", *map(_percent, means), "" if {*apart} & {*tasks} else _retained(*means)])
-    error, sparsity = mean_layer_error(project), load_json(project.metrics("pruned", "sparsity")).get("sparsity")
+    error, measures = mean_layer_error(project), load_json(project.metrics("pruned", "sparsity"))
+    sparsity, removed = measures.get("sparsity"), measures.get("removed_parameters")
     if error is not None:
         rows.append(["layer error, mean", "–", f"{error:.4f}", ""])
     rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
+    if removed is not None:
+        rows.append(["parameters removed", "–", f"{100 * removed:.1f} %", ""])
     return rows
 
 
