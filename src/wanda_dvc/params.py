@@ -202,10 +202,12 @@ class Params(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="dtype in which the model runs")
     calibration: Calibration
     recipe: Annotated[str, _row_of(RECIPES)] = Field("wanda", description="how the model is pruned; see below")
-    sparsity: float = Field(ge=0, lt=1, description="fraction of each linear's weights, or of the units, that is removed")
+    sparsity: float = Field(
+        ge=0, lt=1, description="fraction of each linear's weights that is removed, or of the pattern's units"
+    )
     pattern: str = Field(
         UNSTRUCTURED,
-        description="`unstructured`; `n:m`: n of every m neighbours stay; or units, for a smaller model: see below",
+        description="`unstructured`; `n:m`: n of every m neighbours stay; or units that are removed: see below",
     )
     method: Annotated[str | None, AfterValidator(_method)] = Field(
         None, description="how weights are scored; null, here and below: the recipe's own"

@@ -18,7 +18,6 @@ from wanda_dvc.reading import read_object
 Configuration = dict[str, Any]  # config.json
 
 
-
 @dataclass(frozen=True)
 class Piece:
     """A tensor to be written."""

@@ -5,7 +5,6 @@ whose shapes change with it belong to the units. A probe then compares the small
 units' inputs; a structure that fails is refused.
 """
 
-import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 
 from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
@@ -24,9 +23,9 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rewriting import Configuration, Piece, rewrite
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.structure import Linear, build_empty, find_blocks, stored_linears, stored_parts
-from wanda_dvc.engine.weights import set_parameter
+from wanda_dvc.engine.weights import Weights, set_parameter
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.units import Units, spread, stay_of
+from wanda_dvc.pruning.units import Units, places, spread, stay_of
 from wanda_dvc.reading import DTYPES, Entry
 
 TRIAL = 8  # the width of a trial for a field that the configuration leaves open
@@ -52,7 +51,26 @@ class Removal:
     sets: dict[str, Units]
     readers: dict[str, str]  # by linear: the set that it reads
     cuts: tuple[Cut, ...]
-    fields: dict[str, tuple[int, int]]  # of the configuration: the number of units before and after
+    numbers: dict[str, int]  # the configuration's fields with the numbers of units, before the removal
+    field_of: dict[str, str]  # by set
+
+    @property
+    def fields(self) -> dict[str, tuple[int, int]]:
+        """The numbers of units in the configuration, before and after."""
+        parts = {self.field_of[name]: units for name, units in self.sets.items()}
+        return {x: (self.numbers[x], self.numbers[x] * units.stay // units.total) for x, units in parts.items()}
+
+    def fitted(self, stays: Stays) -> "Removal":
+        """Return the removal that leaves these units. UserError if sets of one field keep different numbers."""
+        sets = {name: units._replace(stay=int(stays[name].sum())) for name, units in self.sets.items()}
+        for field in self.numbers:
+            shares = {Fraction(x.stay, x.total): name for name, x in sets.items() if self.field_of[name] == field}
+            if len(shares) > 1 or min(shares) * self.numbers[field] % 1:
+                found = " and ".join(f"{sets[name].stay} in {name}" for name in shares.values())
+                raise UserError(
+                    f"keep: masks keep {found}, expected the same number everywhere, as {field} is one number for all"
+                )
+        return replace(self, sets=sets)
 
     @property
     def units(self) -> dict[str, Units]:
@@ -62,7 +80,7 @@ class Removal:
     @property
     def share(self) -> float:
         """The share of the units that go."""
-        return 1 - sum(units.stay for units in self.sets.values()) / sum(units.count for units in self.sets.values())
+        return 1 - sum(units.stay for units in self.sets.values()) / sum(units.total for units in self.sets.values())
 
     @property
     def changes(self) -> dict[str, int]:
@@ -85,16 +103,20 @@ class Removal:
             found[cut.address.linear].append(cut)
         return dict(found)
 
+    def cut_of(self, reader: str) -> Cut:
+        """Return the cut of the inputs of a linear that reads units."""
+        return next(cut for cut in self.by_linear[reader] if cut.units == self.readers[reader])
+
     def stays(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the units that stay, by set, from the masks of the linears that read them."""
         found = {}
         for linear, name in self.readers.items():
             if linear in keeps:
-                (cut,) = (cut for cut in self.by_linear[linear] if cut.units == name)
+                cut = self.cut_of(linear)
                 inputs = keeps[linear].any(dim=1 - cut.dim)
                 units = self.sets[name]
-                found[name] = torch.zeros(units.count, dtype=torch.bool)
-                found[name][_places(units, cut.layout)[inputs]] = True
+                found[name] = torch.zeros(units.total, dtype=torch.bool)
+                found[name][places(units._replace(layout=cut.layout))[inputs]] = True
         return found
 
     def spread(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,12 +134,6 @@ class Removal:
     def along(self, cut: Cut, stays: Stays) -> Bool[Tensor, " size"]:
         """Return which places of a cut's dimension stay."""
         return spread(stays[cut.units], self.sets[cut.units]._replace(layout=cut.layout))
-
-
-def _places(units: Units, layout: tuple[int, ...]) -> Tensor:
-    from wanda_dvc.pruning.units import places
-
-    return places(units._replace(layout=layout))
 
 
 # --- the view ---
@@ -236,6 +252,30 @@ def write_smaller(
     )
 
 
+def shrink(model: Any, smaller: Smaller) -> None:
+    """Give a model in memory the blocks of its smaller version, in place, and a configuration to match.
+
+    The smaller version's source is the model itself. Weights that stay complete are not copied. Hooks on the old blocks
+    are lost. Memory: the smaller copies of all cut tensors, until all blocks are ready.
+    """
+    config = smaller.config
+    config._attn_implementation = model.config._attn_implementation
+    new = build_empty(config, smaller.config_name, model.dtype)
+    weights = Weights(new, smaller, device=model.get_input_embeddings().weight.device)
+    where, old = find_blocks(model)
+    for index, block in enumerate(weights.blocks):
+        for name, tensor in weights.read_block(index).items():
+            before = old[index].get_parameter(name)
+            parameter = nn.Parameter(tensor.to(before.device, before.dtype), requires_grad=before.requires_grad)
+            set_parameter(block, name, parameter)
+        block.train(model.training)
+    blocks = model.get_submodule(where)
+    for index, block in enumerate(weights.blocks):
+        blocks[index] = block
+    for field, value in smaller.removal.changes.items():
+        setattr(model.config.get_text_config(), field, value)
+
+
 # --- configurations ---
 
 
@@ -277,7 +317,8 @@ class _Found:
     sets: dict[str, Units]
     readers: dict[str, str]
     dims: dict[tuple[Address, int], tuple[str, int]]  # set, and places of a unit
-    fields: dict[str, tuple[int, int]]
+    numbers: dict[str, int]
+    field_of: dict[str, str]
 
     @property
     def has_sections(self) -> bool:
@@ -289,46 +330,58 @@ class _Found:
             Cut(address, dim, name, (1,) * size if sections else (size,))
             for (address, dim), (name, size) in self.dims.items()
         )
-        return Removal(self.structure, self.sets, self.readers, cuts, self.fields)
+        return Removal(self.structure, self.sets, self.readers, cuts, self.numbers, self.field_of)
 
 
 def _found(source: Source, structure: Structure, share: Fraction) -> _Found:
-    config, where = source.config, source.config_name
-    full = build_empty(config, where)
-    text, parts = config.get_text_config(), stored_parts(full, source)
-    name_of_blocks, blocks = find_blocks(full)
+    config = source.config
+    full = build_empty(config, source.config_name)
+    parts = stored_parts(full, source)
+    where, blocks = find_blocks(full)
     linears: dict[str, Linear] = {}
     for index, block in enumerate(blocks):
-        linears |= stored_linears(block, f"{name_of_blocks}.{index}.", parts.__getitem__)
-    dims: dict[tuple[Address, int], tuple[int, int, str]] = {}
-    before: dict[str, int] = {}
+        linears |= stored_linears(block, f"{where}.{index}.", parts.__getitem__)
+    dims: dict[tuple[Address, int], _Dim] = {}
     for field in structure.fields:
-        value = getattr(text, field, 0)
+        value = getattr(config.get_text_config(), field, 0)
         if isinstance(value, list):
             raise _refused(structure, source, f"{field} differs between blocks, expected one value for all")
         if value == 0:
             continue
         trial = value // 2 if value else TRIAL
-        other = build_empty(changed(config, {field: trial}), f"{where} with {field}={trial}")
-        shapes = {name: tensor.shape for name, tensor in other.state_dict().items()}
-        for name, tensor in full.state_dict(keep_vars=True).items():
-            if shapes.get(name) == tensor.shape:
-                continue
-            if not name.startswith(f"{name_of_blocks}.") or name not in shapes or name not in parts:
+        other = build_empty(changed(config, {field: trial}), f"{source.config_name} with {field}={trial}")
+        for name, place, size, less in _differences(full, other):
+            if not name.startswith(f"{where}.") or name not in parts:
                 raise _refused(structure, source, f"{field} also determines {name}")
-            owner = full.get_submodule(name.rpartition(".")[0])
-            experts = next((len(x) for x in owner.parameters(recurse=False) if x.dim() == 3), 0)
-            for place, (size, less) in enumerate(zip(tensor.shape, shapes[name], strict=True)):
-                if size != less:
-                    for address, dim, own in _stored(parts[name], place, experts, source):
-                        before[field] = trial * size // less if value is None else value
-                        if (own * trial) % before[field]:
-                            raise _refused(structure, source, f"{address.tensor} has {own} of {before[field]} {field}")
-                        dims[address, dim] = own, before[field], field
+            number = trial * size // less if value is None else value
+            module = full.get_submodule(name.rpartition(".")[0])
+            experts = next((len(x) for x in module.parameters(recurse=False) if x.dim() == 3), 0)
+            for address, dim, own in _stored(parts[name], place, experts, source):
+                if (own * trial) % number:
+                    raise _refused(structure, source, f"{address.tensor} has {own} places for {number} of {field}")
+                dims[address, dim] = _Dim(own, number, field)
     if not dims:
         looked = ", ".join(structure.fields)
         raise _refused(structure, source, f"its configuration has no number of them (looked for {looked})")
     return _sorted(source, structure, share, dims, linears)
+
+
+class _Dim(NamedTuple):
+    """A dimension of a stored tensor whose size follows a field of the configuration."""
+
+    size: int
+    number: int  # the field's value, or the value that null means
+    field: str
+
+
+def _differences(full: nn.Module, other: nn.Module) -> Iterator[tuple[str, int, int, int]]:
+    """Yield each dimension of another size in a second model: the tensor, its place, its size and the other size."""
+    others = other.state_dict()
+    for name, tensor in full.state_dict(keep_vars=True).items():
+        shape = others[name].shape if name in others else ()
+        for place, (size, less) in enumerate(zip(tensor.shape, shape, strict=False)):
+            if size != less:
+                yield name, place, size, less
 
 
 def _stored(parts: list[Any], place: int, experts: int, source: Source) -> Iterator[tuple[Address, int, int]]:
@@ -345,28 +398,30 @@ def _sorted(
     source: Source,
     structure: Structure,
     share: Fraction,
-    dims: Mapping[tuple[Address, int], tuple[int, int, str]],
+    dims: Mapping[tuple[Address, int], _Dim],
     linears: Mapping[str, Linear],
 ) -> _Found:
     """Sort dimensions into sets of units, by the modules that they belong to; one linear reads each set."""
-    fields = {field: (before, stay_of(before, share, structure.multiple)) for _, before, field in dims.values()}
+    numbers = {found.field: found.number for found in dims.values()}
+    stay = {field: stay_of(number, share, structure.multiple) for field, number in numbers.items()}
     sets: dict[str, Units] = {}
+    field_of: dict[str, str] = {}
     readers: dict[str, str] = {}
-    for (address, dim), (size, before, field) in dims.items():
+    for (address, dim), (size, number, field) in dims.items():
         linear = linears.get(address.linear)
         if linear is not None and dim == (0 if linear.transposed else 1):
             name = _owner(address)
             if name in sets:
                 raise _refused(structure, source, f"several linears of {name} read them")
-            sets[name] = Units(size, size * fields[field][1] // before)
+            sets[name], field_of[name] = Units(size, size * stay[field] // number), field
             readers[address.linear] = name
     found = {}
-    for (address, dim), (size, _, _) in dims.items():
+    for (address, dim), (size, *_) in dims.items():
         name = _owner(address)
-        if name not in sets or size % sets[name].count:
+        if name not in sets or size % sets[name].total:
             raise _refused(structure, source, f"no linear reads those of {address.tensor}")
-        found[address, dim] = name, size // sets[name].count
-    return _Found(structure, sets, readers, found, fields)
+        found[address, dim] = name, size // sets[name].total
+    return _Found(structure, sets, readers, found, numbers, field_of)
 
 
 def _owner(address: Address) -> str:
@@ -392,15 +447,16 @@ def probe(source: Source, removal: Removal) -> str:
     generator = torch.Generator().manual_seed(0)
     stays = {}
     for name, units in removal.sets.items():
-        stays[name] = torch.zeros(units.count, dtype=torch.bool)
-        # Half of the units at least, so that a wrong layout shows at every share.
-        stays[name][torch.randperm(units.count, generator=generator)[: max(1, units.count // 2)]] = True
-    half = {name: units._replace(stay=int(stays[name].sum())) for name, units in removal.sets.items()}
-    fields = {field: (before, max(1, before // 2)) for field, (before, _) in removal.fields.items()}
-    removal = replace(removal, sets=half, fields=fields)
-    kind = {"dtype": torch.float32, "device": torch.device("cpu")}
+        number = removal.numbers[removal.field_of[name]]
+        half = max(1, number // 2) * units.total // number  # for every share, because a wrong layout shows
+        stays[name] = torch.zeros(units.total, dtype=torch.bool)
+        stays[name][torch.randperm(units.total, generator=generator)[:half]] = True
+    removal = removal.fitted(stays)
     try:
-        full, small = Decoder(source, **kind), Decoder(Smaller(source, removal, stays), **kind)
+        full, small = (
+            Decoder(one, dtype=torch.float32, device=torch.device("cpu"))
+            for one in (source, Smaller(source, removal, stays))
+        )
         vocabulary = full.model.get_input_embeddings().weight.shape[0]
         row = Row(torch.randint(vocabulary, (TOKENS,), generator=generator))
         hidden = full.embed(row)
@@ -425,8 +481,6 @@ def _mask(linears: Mapping[str, Linear], removal: Removal, stays: Stays) -> None
     """Zero the inputs of removed units in a loaded block."""
     for name, linear in linears.items():
         if name in removal.readers:
-            with contextlib.suppress(StopIteration):
-                cut = next(cut for cut in removal.by_linear[name] if cut.units == removal.readers[name])
-                along = removal.along(cut, stays).to(linear.weight.device)
-                set_parameter(linear.module, linear.leaf, linear.module.get_parameter(linear.leaf).clone())
-                linear.weight.mul_(along[:, None] if cut.dim == 0 else along)
+            along = removal.along(cut := removal.cut_of(name), stays)
+            set_parameter(linear.module, linear.leaf, linear.module.get_parameter(linear.leaf).clone())
+            linear.weight.mul_(along[:, None] if cut.dim == 0 else along)

@@ -132,10 +132,10 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
         raise UserError(f"{experiment}: no params.yaml, expected an experiment of this study")
     revision.take_whole(LOCK, study)
     take("masks", "its masks are")
-    reconstruction = study.params.plan.reconstruction
-    if reconstruction.function is not None:
-        for part in ("weights", "stats/gram", *(["stats/fisher"] if reconstruction.by_gradients else [])):
-            take(part, f"what reconstruction {reconstruction.name} reads is")
+    plan = study.params.plan
+    if plan.solves:
+        for part in ("weights", "stats/gram", *(["stats/fisher"] if plan.by_gradients else [])):
+            take(part, f"what reconstruction {plan.reconstruction.name} reads is")
     wanted = read_provenance(study.masks, "mask")["model"]
     here = project.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:

@@ -464,9 +464,7 @@ def _conjugate_gradients(  # noqa: PLR0913, PLR0917 - the problem, and how it is
     return v
 
 
-def factor_inverse(
-    matrix: Float[Tensor, "in in"], damping: float, unit: float
-) -> tuple[Float[Tensor, "in in"], float]:
+def factor_inverse(matrix: Float[Tensor, "in in"], damping: float, unit: float) -> tuple[Float[Tensor, "in in"], float]:
     """Return (matrix + damping · unit · I)⁻¹, and the damping, raised until the matrix is positive definite."""
     lower, used = _cholesky(matrix, damping, unit)
     return _squared(_inverse_of_lower(lower)), used

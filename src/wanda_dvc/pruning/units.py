@@ -22,7 +22,7 @@ SIXTEENTH = 16  # a rounded width differs from the exact one by at most half of 
 class Units(NamedTuple):
     """The units that a linear reads, and how many stay."""
 
-    count: int
+    total: int
     stay: int
     layout: tuple[int, ...] = (1,)  # inputs of a unit in each section of the inputs: units follow one another in it
 
@@ -43,7 +43,7 @@ def stay_of(width: int, share: Fraction, multiple: int) -> int:
 
 def places(units: Units) -> Int[Tensor, " in"]:
     """Return the unit of each input."""
-    return torch.cat([torch.arange(units.count).repeat_interleave(size) for size in units.layout])
+    return torch.cat([torch.arange(units.total).repeat_interleave(size) for size in units.layout])
 
 
 def spread(stay: Bool[Tensor, " units"], units: Units) -> Bool[Tensor, " in"]:
@@ -54,7 +54,7 @@ def spread(stay: Bool[Tensor, " units"], units: Units) -> Bool[Tensor, " in"]:
 def summed(score: Float[Tensor, "out in"], units: Units) -> Float[Tensor, " units"]:
     """Return each unit's score: the sum of the scores of all weights that read it."""
     total = score.sum(dim=0, dtype=torch.float32)
-    return torch.zeros(units.count, device=score.device).index_add_(0, places(units).to(score.device), total)
+    return torch.zeros(units.total, device=score.device).index_add_(0, places(units).to(score.device), total)
 
 
 def highest(score: Float[Tensor, " units"], stay: int) -> Bool[Tensor, " units"]:
@@ -80,8 +80,8 @@ def cheapest(
     inverse = multiply(root.T, root)
     w = weight.float().masked_fill(prepared.dead, 0)
     unit_of = places(units).to(w.device)
-    inputs = unit_of.sort(stable=True).indices.view(units.count, -1)
-    stay = torch.ones(units.count, dtype=torch.bool, device=w.device)
+    inputs = unit_of.sort(stable=True).indices.view(units.total, -1)
+    stay = torch.ones(units.total, dtype=torch.bool, device=w.device)
     at_a_time = max(1, TOGETHER // inputs.shape[1])
     while (left := int(stay.sum()) - units.stay) > 0:
         cost = _costs(w, inverse, inputs).masked_fill(~stay, torch.inf)
@@ -89,7 +89,6 @@ def cheapest(
         stay[lowest] = False
         columns = inputs[lowest].flatten()
         rows = inverse[columns]
-        # solve_ex, because the units together may depend on one another; the damping makes the matrix definite.
         solved = torch.linalg.solve(rows[:, columns], rows)
         w -= multiply(w[:, columns].contiguous(), solved)
         inverse -= multiply(rows.T.contiguous(), solved)
@@ -122,8 +121,8 @@ def least_squares(
     """Return the weights V with the least tr((W−V)(G+λI)(W−V)ᵀ) on a mask that keeps the same inputs in all rows.
 
     With r the removed inputs, k the others and λ = damping · mean diagonal of G: V_k = W_k + W_r G_rk (G_kk + λI)⁻¹.
-    Rows without a kept weight stay 0. A row keeps its dense values if its tr(ΔGΔᵀ) does not fall. A mask without removed
-    inputs changes nothing. ValueError if the inputs that stay differ between rows.
+    Rows without a kept weight stay 0. A row keeps its dense values if its tr(ΔGΔᵀ) does not fall. ValueError if the
+    inputs that stay differ between rows.
     """
     stays, row = keep.any(dim=0), keep.any(dim=1)
     if not torch.equal(keep, row[:, None] & stays):

@@ -5,16 +5,16 @@ A reconstruction gives kept weights new values, solved for here, from stats/gram
 
 import itertools
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from wanda_dvc.catalog import RECONSTRUCTIONS
+from wanda_dvc.catalog import RECONSTRUCTIONS, STRUCTURES
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.errors import UserError
-from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.choose import prepare, prune_linear
 from wanda_dvc.pruning.packing import count_zeros
 from wanda_dvc.pruning.solvers import Prepared
@@ -98,7 +98,7 @@ def describe_pruned(study: Project, reconstruction: str) -> Json:
             raise UserError("weights/: made with other masks, expected those in masks/; run `wanda-dvc mask` again")
         from_where = {"weights": digest(weights)}
     folders = [study.gram] if source == "gram" or block_count(study.gram, "calibrate") else []
-    if source == "gram" and Plan.of_masks(made["params"], reconstruction).by_gradients:
+    if source == "gram" and reads_gradients(made, reconstruction):
         folders.append(study.fisher)
     for folder in folders:
         gram = read_provenance(folder, "calibrate")
@@ -119,6 +119,11 @@ def values_from(masks: Json, reconstruction: str) -> Literal["weights", "gram"] 
     return "weights" if "reconstruction" in masks["params"] else "gram"
 
 
+def reads_gradients(masks: Json, reconstruction: str) -> bool:
+    """Whether a reconstruction reads the Gram matrices of gradients, by the provenance of masks/."""
+    return RECONSTRUCTIONS[reconstruction].by_gradients and masks["params"]["pattern"] not in STRUCTURES
+
+
 def _unsealed(provenance: Json) -> Json:
     return {name: value for name, value in provenance.items() if name not in SEALED}
 
@@ -132,14 +137,15 @@ class Parts:
         self.keeps = [read_masks(study.masks, block) for block in range(block_count(study.masks, "mask"))]
         self.blocks = {linear: block for block, keeps in enumerate(self.keeps) for linear in keeps}
         described = read_provenance(study.masks, "mask")
-        self.plan = Plan.of_masks(described["params"], reconstruction)
+        self.structure = STRUCTURES.get(described["params"]["pattern"])
+        self.share = Fraction(str(described["params"]["sparsity"]))
         self.source = values_from(described, reconstruction)
         stored = block_count(study.weights, "mask") if self.source == "weights" else 0
         self.changed = [read_weights(study.weights, block) for block in range(stored)]
         device = solving_device(study.params.runtime)
         self.grams = [read_grams(study.gram, block, device) for block in range(block_count(study.gram, "calibrate"))]
         self.gradients: list[Grams] = []
-        if self.source == "gram" and self.plan.by_gradients:
+        if self.source == "gram" and reads_gradients(described, reconstruction):
             count = block_count(study.fisher, "calibrate")
             self.gradients = [read_grams(study.fisher, block, device) for block in range(count)]
         self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}
@@ -175,7 +181,7 @@ class Parts:
             reconstruction=self.reconstruction if self.source == "gram" else None,
             gradients=self.gradients[block].get(linear) if self.gradients else None,
             transposed=bool(self.grams) and linear in self.grams[block].transposed,
-            of_inputs=self.plan.structure is not None,
+            of_inputs=self.structure is not None,
         )
         zero = count_zeros(made.weight)
         solved = solved or made.solved
@@ -211,7 +217,7 @@ def prune(study: Project, target: Path, reconstruction: str = "none") -> Written
     others = {name: weight for changed, _ in parts.changed for name, weight in changed.items() if name not in blocks}
     addresses = [checkpoint.find(name) for name in (*blocks, *others)]
     without = (PROVENANCE, "README.md")
-    if parts.plan.structure is None:
+    if parts.structure is None:
         written = checkpoint.copy(target, addresses, pruned, without=without)
         for _ in progress(written, total=len(addresses), what="apply, weights"):
             pass
@@ -235,7 +241,7 @@ def _write_smaller(
     """Write a checkpoint without the removed units; return the share of the units and of the weights that went."""
     from wanda_dvc.engine.smaller import Smaller, write_smaller  # imports transformers, which takes seconds
 
-    removal = removal_of(parts.checkpoint, parts.plan)
+    removal = removal_of(parts.checkpoint, parts.structure, parts.share)
     assert removal
     stays = {name: stay for keeps in parts.keeps for name, stay in removal.stays(keeps).items()}
     new = {(address.tensor, address.expert) for address in addresses}

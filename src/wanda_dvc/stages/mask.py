@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Checkpoint, Source
 from wanda_dvc.engine.jobs import Ask
 from wanda_dvc.engine.memory import keep_freed_memory
@@ -83,7 +84,7 @@ def mask(*, project: Project) -> None:
             f"{params.recipe} left out"
         )
     checkpoint = Checkpoint(project.model("dense"))
-    removal = removal_of(checkpoint, plan)
+    removal = removal_of(checkpoint, plan.structure, plan.share)
     if removal:
         notice(f"mask: {removal.about(plan.share)}")
     shares = _shares(project, stats, checkpoint)
@@ -118,13 +119,13 @@ def mask(*, project: Project) -> None:
         work.publish(project.masks, project.weights)
 
 
-def removal_of(source: Source, plan: Plan) -> "Removal | None":
-    """Return the units that a plan's pattern removes; None if it sets weights to zero."""
-    if plan.structure is None:
+def removal_of(source: Source, structure: Structure | None, share: Fraction) -> "Removal | None":
+    """Return the units that a pattern removes; None if it sets weights to zero."""
+    if structure is None:
         return None
     from wanda_dvc.engine.smaller import find_units  # imports transformers, which takes seconds
 
-    return find_units(source, plan.structure, plan.share)
+    return find_units(source, structure, share)
 
 
 def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequence[Share]:

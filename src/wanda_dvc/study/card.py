@@ -91,7 +91,7 @@ def card(  # noqa: PLR0913 - the parts of a model card
 
 
 def _what(pattern: str, sparsity: float, removed: float | None) -> str:
-    """Return the beginning of the card: what was pruned."""
+    """Return what was pruned, as the beginning of a sentence."""
     percent = round(100 * sparsity, 2)
     if removed is None:
         return f"{percent:g} % of the weights in the linear layers of the blocks are zero"
@@ -141,7 +141,7 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
 def _speed(pattern: str) -> str:
     """Return a sentence on the speed of the pruned model."""
     if structure := STRUCTURES.get(pattern):
-        return f"The {structure.units} are fewer in every block; the model is dense, and runs as any other of its family."
+        return f"The model is dense, with fewer {structure.units}; it runs like any other model of its family."
     if pattern == "unstructured":
         return "Unstructured sparsity does not speed up GPU inference."
     return f"A speed-up from {pattern} needs hardware and kernels for that pattern, which this model does not contain."
