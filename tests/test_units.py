@@ -258,7 +258,7 @@ def test_rounding_is_reported(study: Callable[..., Project], capsys: pytest.Capt
         ({"allocation": "owl"}, "allocation: got owl, expected uniform: neurons gives every block the same sparsity"),
         ({"recipe": "wanda", "method": "wanda-variant"}, "method: got wanda-variant with pattern neurons"),
         ({"recipe": "block", "propagation": "dense"}, "reconstruction: got block with propagation dense"),
-        ({"pattern": "neuron"}, "pattern: got neuron, expected `unstructured`, neurons"),
+        ({"pattern": "neuron"}, "pattern: got neuron, expected `unstructured` or n:m, such as 2:4, or neurons"),
     ],
 )
 def test_refused_combinations_give_the_reason(changes: dict[str, str], problem: str, study: Callable[..., Project]):

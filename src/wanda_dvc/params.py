@@ -5,7 +5,7 @@ Read as DVC reads it, YAML 1.2: in YAML 1.1 an unquoted `2:4` is the number 124.
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -301,7 +301,7 @@ class Params(_Section):
         if self.pattern == UNSTRUCTURED or self.pattern in STRUCTURES:
             return
         if not re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", self.pattern):
-            yield _problem("pattern", self.pattern, f"`unstructured`, {', '.join(STRUCTURES)} or n:m, such as 2:4")
+            yield _problem("pattern", self.pattern, f"`unstructured` or n:m, such as 2:4, or {_or(STRUCTURES)}")
             return
         n, m = parse_pattern(self.pattern) or (0, 0)
         if not n < m:
@@ -411,8 +411,9 @@ def _problem(where: str, found: object, expected: str) -> str:
     return f"params.yaml: {where}: got {shown}, expected {expected}"
 
 
-def _or(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+def _or(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _explain(error: Any) -> str:
