@@ -134,11 +134,11 @@ class Bench:
         if on_card:
             torch.cuda.reset_peak_memory_stats(device)
         spent, recorded = [], []
-        turns = LocalRunner(decoder, work).walk(windows)
-        for turn in turns:
+        steps = LocalRunner(decoder, work).walk(windows)
+        for step in steps:
             self.wait()
             began = time.perf_counter()
-            found = turn.record(gram=gram)
+            found = step.record(gram=gram)
             self.wait()
             spent.append(time.perf_counter() - began)
             recorded.append(Recorded(found.stats, {name: one.cpu() for name, one in found.grams.items()}, {}))

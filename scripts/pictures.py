@@ -114,9 +114,9 @@ def methods(colours: Colours) -> Figure:
     for name, (colour, marker) in METHODS.items():
         if name not in pattern:  # it has no patterns
             continue
-        value, beside = pattern[name], {"ADMM, least squares": 0, "ADMM, Fisher": -10}.get(name)  # close to one another
+        value, shift = pattern[name], {"ADMM, least squares": 0, "ADMM, Fisher": -10}.get(name)  # close to one another
         right.plot([0], [value], color=colours[colour], marker=marker, markersize=6)
-        offset, side = ((9, -3), "left") if beside is None else ((-9, beside), "right")
+        offset, side = ((9, -3), "left") if shift is None else ((-9, shift), "right")
         _label(right, f"{value:,.0f}", (0, value), offset, colours[colour], side)
     left.set_xlim(-2, 104)
     left.set_xticks([0, 30, 50, 70], ["0 %", "30 %", "50 %", "70 %"])

@@ -58,7 +58,7 @@ def page() -> str:
             [
                 ("unstructured", "zeros anywhere in a group of weights"),
                 ("n:m", "n of every m neighbours stay, such as `2:4`; `sparsity` is 1 − n/m"),
-                *((row.name, f"removes {row.about}; `sparsity` is their share, rounded") for row in STRUCTURES.values()),
+                *((x.name, f"removes {x.about}; `sparsity` is their share, rounded") for x in STRUCTURES.values()),
             ],
         ),
         "Methods": _choices("method", methods()),

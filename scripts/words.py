@@ -1,8 +1,8 @@
 """Refuse words that the project's English does without: python scripts/words.py; `make lint` runs it.
 
 It reads the pages for users, with the command line's help and the settings' meanings, which are pages too, and the
-docstrings and comments of the package. To widen it, take a name out of LATER and fix what it finds. Code, quotations of
-commands and links are not read.
+docstrings, comments and messages of the package. To widen it, take a name out of LATER and fix what it finds. Code,
+quotations of commands and links are not read.
 """
 
 import ast
@@ -41,6 +41,10 @@ PAGES = (
 # Not read yet: the lab notes, and a page that is being rewritten.
 LATER = ("docs/experiments.md", "docs/workers.md")
 WORDS = {re.compile(rf"\b(?:{words})\b", flags=re.I): instead for words, instead in INSTEAD.items()}
+# From Python 3.12 on, the text of an f-string is a token of its own.
+STRINGS = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+MESSAGE = re.compile(r"[a-z,;:]{2,} [a-z]{2,}", flags=re.I)
+CODE = re.compile(r"\{[^{}]*\}|^[frb]*[\"']+|[\"']+$")  # not words of a message
 SILENT = re.compile(r"^( *)```.*?^\1```\s*$|`[^`\n]*`|\]\([^)\s]*\)|<[^>]*>", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -64,11 +68,15 @@ def pages() -> list[str]:
 
 
 def prose(source: str) -> str:
-    """Return the docstrings and comments of a module, each on its own lines; all other lines are empty."""
+    """Return the docstrings, comments and messages of a module, each on its own lines; all other lines are empty.
+
+    A string of two words or more counts as a message.
+    """
     lines, kept = source.splitlines(), [""] * (source.count("\n") + 1)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            kept[token.start[0] - 1] = token.string
+        is_message = token.type in STRINGS and MESSAGE.search(token.string)
+        if token.type == tokenize.COMMENT or (is_message and token.start[0] == token.end[0]):
+            kept[token.start[0] - 1] += f" {CODE.sub(' ', token.string)}"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             kept[node.lineno - 1 : node.end_lineno] = lines[node.lineno - 1 : node.end_lineno]

@@ -23,8 +23,8 @@ def keep_by_row(score, count):
 
 def keep_by_layer(score, count):
     width = len(score[0])
-    gone = lowest([value for row in score for value in row], count)
-    return [[i * width + j not in gone for j in range(width)] for i in range(len(score))]
+    removed = lowest([value for row in score for value in row], count)
+    return [[i * width + j not in removed for j in range(width)] for i in range(len(score))]
 
 
 def keep_n_of_m(score, n, m):
@@ -32,8 +32,8 @@ def keep_n_of_m(score, n, m):
     for row in score:
         kept = []
         for start in range(0, len(row), m):
-            gone = lowest(row[start : start + m], m - n)
-            kept += [j not in gone for j in range(m)]
+            removed = lowest(row[start : start + m], m - n)
+            kept += [j not in removed for j in range(m)]
         keep.append(kept)
     return keep
 
@@ -41,7 +41,7 @@ def keep_n_of_m(score, n, m):
 def keep_by_share(score, sparsity):
     """The appendix's variant: of every row's lowest scores as many go as hold at most α of its sum."""
 
-    def gone(alpha):
+    def removed(alpha):
         rows = []
         for row in score:
             order = sorted(range(len(row)), key=lambda position: (row[position], position))
@@ -64,7 +64,7 @@ def keep_by_share(score, sparsity):
         if sparsity == 0:
             break
         alpha = (low + high) / 2
-        chosen = gone(alpha)
+        chosen = removed(alpha)
         off = sum(map(len, chosen)) / size - sparsity
         if abs(off) <= 0.001:
             break

@@ -151,15 +151,15 @@ def test_the_greedy_error_is_that_of_the_weights_that_go(features):
     gram = x.T @ x / 400
     total = 0.0
     for row in weight.double():
-        gone: list[int] = []
+        pruned: list[int] = []
         for begin in range(0, features, 128):
             inside = list(range(begin, min(begin + 128, features)))
             for _ in range(len(inside) // 2):
-                left = torch.tensor([j for j in inside if j not in gone])
-                cross = gram.double()[left][:, gone] @ row[gone] if gone else torch.zeros(len(left)).double()
+                left = torch.tensor([j for j in inside if j not in pruned])
+                cross = gram.double()[left][:, pruned] @ row[pruned] if pruned else torch.zeros(len(left)).double()
                 grows = row[left] ** 2 * gram.double()[left, left] + 2 * row[left] * cross
-                gone.append(int(left[grows.argmin()]))
-        total += (row[gone] @ gram.double()[gone][:, gone] @ row[gone]).item()
+                pruned.append(int(left[grows.argmin()]))
+        total += (row[pruned] @ gram.double()[pruned][:, pruned] @ row[pruned]).item()
     assert greedy_error(weight, gram) == pytest.approx(total, rel=1e-3)
     assert greedy_error(2 * weight, gram) == pytest.approx(4 * greedy_error(weight, gram), rel=1e-5)
 
@@ -175,8 +175,8 @@ def test_rounding_down_is_made_up_for(groups: list[list[tuple[int, int]]], spars
     assert all(0 <= constant <= Fraction(1, 4) for constant in constants)
 
     def off(shares: list[Fraction]) -> Fraction:
-        gone = sum(n * removed(size, s) for s, part in zip(shares, groups, strict=True) for n, size in part)
-        return abs(gone - sparsity * sum(sizes))
+        pruned = sum(n * removed(size, s) for s, part in zip(shares, groups, strict=True) for n, size in part)
+        return abs(pruned - sparsity * sum(sizes))
 
     assert off(settled) <= off(raw)
     assert off(settled) <= max(n for part in groups for n, _ in part) * sum(map(len, groups))

@@ -99,8 +99,8 @@ def committed() -> dict[str, Any]:
 
 
 def test_the_committed_results_are_the_rows_of_the_table():
-    whole: Any = SimpleNamespace(sizes=FULL)
-    assert [(row.title(whole), row.goal) for row in ROWS] == [(row["name"], row["goal"]) for row in committed()["rows"]]
+    full: Any = SimpleNamespace(sizes=FULL)
+    assert [(row.title(full), row.goal) for row in ROWS] == [(row["name"], row["goal"]) for row in committed()["rows"]]
 
 
 def test_the_committed_page_shows_the_committed_results():

@@ -92,11 +92,11 @@ def test_chunks_of_logits_agree(tiny: Path, tmp_path: Path, monkeypatch: pytest.
     decoder, tokens = Decoder(tiny, dtype=torch.float32, device=CPU), windows()
     record(decoder, tokens, tmp_path)
     hidden = outputs(decoder, tokens, tmp_path)[0][None]
-    (whole,) = (logits for _, logits in decoder.logits(hidden, tokens[0]))
+    (expected,) = (logits for _, logits in decoder.logits(hidden, tokens[0]))
     monkeypatch.setattr(decoding, "LOGITS_AT_A_TIME", 7 * 260)
     chunks = list(decoder.logits(hidden, tokens[0]))
     assert [(place.start, place.stop) for place, _ in chunks[:2]] == [(0, 7), (7, 14)]
-    torch.testing.assert_close(torch.cat([logits for _, logits in chunks]), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat([logits for _, logits in chunks]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_statistics_are_those_of_plain_hooks(checkpoint: Path, tmp_path: Path):
@@ -143,7 +143,7 @@ def test_a_distinct_input_is_kept_once(tiny: Path, tmp_path: Path):
 @pytest.mark.parametrize("finished", [0, 1, 3])
 def test_a_killed_walk_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, finished: int):
     tokens = windows()
-    whole = record(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path / "whole")
+    expected = record(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path / "whole")
     steps = walk(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path / "killed")
     for step in steps:
         if step.index == finished:
@@ -153,8 +153,8 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, fin
     del steps
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     rest = record(decoder, tokens, tmp_path / "killed")
-    assert len(rest) == len(whole) - finished
-    for one, other in zip(rest, whole[finished:], strict=True):
+    assert len(rest) == len(expected) - finished
+    for one, other in zip(rest, expected[finished:], strict=True):
         assert all(torch.equal(one.stats[name].sum_squares, other.stats[name].sum_squares) for name in other.stats)
     for killed, not_killed in zip(*(outputs(decoder, tokens, tmp_path / x) for x in ("killed", "whole")), strict=True):
         assert torch.equal(killed, not_killed)

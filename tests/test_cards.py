@@ -36,7 +36,7 @@ def windows(count: int = 6, length: int = 32) -> torch.Tensor:
 
 def run(folder: Path, work: Path, tokens: torch.Tensor) -> tuple[list[Recorded], list[torch.Tensor]]:
     decoder = Decoder(folder, dtype=torch.float32, device=CPU)
-    recorded = [turn.record(gram=True) for turn in LocalRunner(decoder, work).walk(tokens)]
+    recorded = [step.record(gram=True) for step in LocalRunner(decoder, work).walk(tokens)]
     return recorded, outputs(decoder, as_rows(tokens), work)
 
 

@@ -94,10 +94,10 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
             if address.expert is None:
                 keeps[address.tensor] = keep.numpy()
             else:
-                whole = keeps.setdefault(
+                stacked = keeps.setdefault(
                     address.tensor, np.ones(checkpoint.read(Address(address.tensor)).shape, dtype=bool)
                 )
-                whole[address.expert] = keep.numpy()
+                stacked[address.expert] = keep.numpy()
     made = {"kind": "masks", "format": 1, "model": {"source": "x", "sha256": "0"}}
     made |= {"params": {"method": "wanda", "sparsity": 0.5, "pattern": "unstructured", "group": "row"}}
     made |= {"calibration": {"text": {"source": "x"}, "samples": 1, "length": 1, "seed": 0, "dtype": "float32"}}
@@ -109,7 +109,7 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
     study.model("dense").parent.mkdir()
     study.model("dense").symlink_to(source)
     write_params(study.root, source)
-    found = {name: told[:4] for name, told in prune(study, tmp_path / "pruned").zeros.items()}
+    found = {name: entry[:4] for name, entry in prune(study, tmp_path / "pruned").zeros.items()}
 
     expected, written = tree(overwritten(source, tmp_path / "expected", keeps)), tree(tmp_path / "pruned")
     for name in ("README.md", "provenance.json"):

@@ -33,7 +33,7 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wand
 
 from inline import Inline, Ref  # noqa: E402 - they need ray
 
-from wanda_dvc.engine.cluster import AHEAD, Cluster, Task, TaskRunner, TaskStep, own_device  # noqa: E402
+from wanda_dvc.engine.cluster import AHEAD, Cluster, Task, TaskRunner, TaskStep, connect, own_device  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
 slow = pytest.mark.slow  # a node takes seconds to start
@@ -259,6 +259,15 @@ def test_nodes_without_the_files_are_sent_the_weights(
     assert killed
 
 
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nothing_listens_is_refused_at_once(scheme: str):
+    """Ray itself waits for minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(UserError, match=rf"^runtime.ray: .*127.0.0.1:{port}: no Ray \(.*refused"):
+        connect(f"{scheme}127.0.0.1:{port}")
+
+
 @slow
 def test_a_gpu_that_no_node_has_is_refused_before_a_task_starts(nodes: Any):
     with pytest.raises(UserError, match="runtime.device: got cuda with workers of auto, expected a node with a GPU"):
@@ -283,7 +292,7 @@ def test_a_task_that_kills_its_workers_ends_the_stage(nodes: Any):
     set_nodes(nodes, 1)
     cluster = Cluster("auto", device="cpu")
     (ref,) = cluster.begin(lambda _: os._exit(1))
-    with pytest.raises(UserError, match=r"^runtime.ray: block 0, shard 1: lost with its worker, 3 times again \("):
+    with pytest.raises(UserError, match=r"^runtime.ray: block 0, shard 1: its worker crashed, also in 3 retries \("):
         list(cluster.results([Task(ref, "block 0, shard 1")]))
 
 

@@ -137,7 +137,7 @@ def test_a_preset_as_json_holds_its_settings(there: Project):
         assert record["settings"] == read_preset(record["name"]).settings
     done = CliRunner().invoke(app, ["preset", "default", "--json"])
     assert done.exit_code == 2
-    assert "without a NAME" in done.output
+    assert "omit NAME" in done.output
 
 
 def test_what_doctor_misses_is_told_by_its_exit_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -161,7 +161,7 @@ def test_clean_as_json_says_what_it_removed(there: Project):
 
 def test_help_states_the_exit_codes(tmp_path: Path):
     shown = " ".join(CliRunner().invoke(app, ["--help"]).output.split())
-    assert "Exit codes: 0, done; 1, a defect of wanda-dvc; 2, something that you can fix" in shown
+    assert "Exit codes: 0: success; 1: a bug in wanda-dvc; 2: an error that you can fix" in shown
     for words, code in ((["--version"], 0), (["show"], 2), (["no-such-command"], 2), (["stats", "--layer", "x"], 2)):
         command = [sys.executable, "-c", "from wanda_dvc.cli import run; run()", *words]
         done = subprocess.run(

@@ -100,9 +100,9 @@ OLD, OTHER, NEW = ({"a": kind, f"{name}/b": kind} for name, kind in (("c", b"old
 
 
 def write(folder: Path, content: Content) -> None:
-    for name, told in content.items():
+    for name, data in content.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(told)
+        (folder / name).write_bytes(data)
 
 
 def read(folder: Path) -> Content:
@@ -128,7 +128,7 @@ def publish(project: Project, targets: list[Path], content: Content) -> None:
     with project.work({"of": str(content)}) as work:
         for target in targets:
             folder = work.part(target.name if len(targets) > 1 else "")
-            write(folder, {name: told for name, told in content.items() if not (folder / name).exists()})
+            write(folder, {name: data for name, data in content.items() if not (folder / name).exists()})
         work.publish(*targets)
 
 
@@ -265,7 +265,7 @@ def test_a_disk_that_fills_up_with_statistics_is_one_that_is_full(tmp_path: Path
     )
     place = tmp_path / "block_000.safetensors"
     done = subprocess.run([sys.executable, "-c", code, str(place)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"True {place}: no room on the disk (File too large), expected room")
+    assert done.stdout.startswith(f"True {place}: disk full (File too large); free some space")
 
 
 @pytest.mark.slow
@@ -287,6 +287,6 @@ def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path, tiny: P
     words = [sys.executable, "-c", code, "-C", str(tmp_path), "calibrate"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "no room on the disk (File too large), expected room for what the stage writes" in done.stderr
+    assert "disk full (File too large); free some space" in done.stderr
     assert outputs(tmp_path) == before
     assert wanda_dvc("calibrate", cwd=tmp_path).returncode == 0

@@ -534,8 +534,14 @@ def test_pages_and_docstrings_avoid_the_words_of_the_list():
         "a.md:1: stands",
         "a.md:6: card",
     ]
-    source = '"""A doc.\n\ngone"""\nx = "told"  # beside\n'
-    assert words.prose(source) == '"""A doc.\n\ngone"""\n# beside\n'
+    source = '"""A doc.\n\ngone"""\nx = "told"  # beside\ny = f"{x} is gone now"\n'
+    assert [line.strip() for line in words.prose(source).splitlines()] == [
+        '"""A doc.',
+        "",
+        'gone"""',
+        "# beside",
+        "is gone now",
+    ]
 
 
 def texts(svg: str) -> list[str]:

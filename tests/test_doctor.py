@@ -141,9 +141,9 @@ def test_the_stage_that_needs_most_is_named(
 ):
     """Too little memory is said; only with too little disk no stage can end well."""
     write_params(study, tiny)
-    monkeypatch.setattr("wanda_dvc.views.doctor.memory", lambda _: free)
-    table, whole = doctor(start=study)
-    assert whole
+    monkeypatch.setattr("wanda_dvc.views.doctor.free_memory", lambda _: free)
+    table, ok = doctor(start=study)
+    assert ok
     assert f"{free / 1e9:.1f} GB free; zero-shot needs about 0.2 GB" in row(table, "memory")
     assert ("✓" in row(table, "memory")) == well
     monkeypatch.setattr("wanda_dvc.views.doctor.disk", lambda _: free)

@@ -21,7 +21,7 @@ from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.study.files import write_json
+from wanda_dvc.study.files import Json, write_json
 from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import digest, read_format
@@ -126,6 +126,21 @@ def test_a_method_that_is_not_installed_has_its_name_on_the_card(pruned: Project
     assert "are zero, chosen by elsewhere. Nothing was trained" in " ".join(exported(pruned).text.split())
 
 
+def test_the_card_counts_changed_answers(pruned: Project):
+    for model, answers, by_length in (("dense", [0, 0, 1, 1], [0, 0]), ("pruned", [0, 1, 2, 0], [1, 1])):
+        items: list[Json] = [{"item": n, "answer": x, "acc": float(x == 0)} for n, x in enumerate(answers)]
+        for item, answer in zip(items, by_length, strict=False):
+            item |= {"answer_norm": answer, "acc_norm": float(answer == 0)}
+        protocol = {"model": digest(read_format(pruned.model(model), "apply")), "task": {"sha256": "0"}}
+        write_json(pruned.details(model, "zero_shot"), {"tasks": {"piqa": {"protocol": protocol, "items": items}}})
+        write_json(pruned.metrics(model, "zero_shot"), {"piqa": {"acc": 0.5}})
+    text = exported(pruned).text
+    assert "| changed answers | items | right → wrong | wrong → right | wrong → wrong | changed, % | p |" in text
+    assert "| piqa | 4 | 1 | 1 | 1 | 75.0 | 1 |" in text
+    assert "| piqa, acc_norm | 2 | 2 | 0 | 0 | 100.0 | 0.5 |" in text
+    assert "p is that of McNemar's exact test" in text
+
+
 def test_numbers_of_another_model_are_not_on_the_card(pruned: Project):
     measure(pruned, "dense", 12.5)
     measure(pruned, "pruned", 99.75, model="another")
@@ -166,7 +181,7 @@ def test_the_licence_that_the_dense_models_own_card_names_comes_first(pruned: Pr
     (pruned.model("dense") / "LICENSE").write_text("Apache License\n Version 2.0", encoding="utf-8")
     card = exported(pruned)
     assert card.data.to_dict()["license"] == "llama3.1"
-    assert "`llama3.1`, according to its own card; the full text is in `LICENSE`." in card.text
+    assert "`llama3.1`, according to its own model card; the full text is in `LICENSE`." in card.text
 
 
 def test_a_model_of_the_hub_is_named_as_the_base(pruned: Project):
@@ -180,11 +195,11 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_
     full.mkdir()
     for path in (full / "thesis.txt", file):
         path.write_text("mine")
-        with pytest.raises(UserError, match="already there, expected a new or an empty directory; name another"):
+        with pytest.raises(UserError, match="exists already, expected a new or empty directory; name another"):
             export(project=pruned, experiment=None, target=path if path == file else full)
         assert path.read_text() == "mine"
     (tmp_path / "beside.part").write_text("mine")
-    with pytest.raises(UserError, match="beside.part: already there, expected nothing"):
+    with pytest.raises(UserError, match="beside.part: exists already, expected a free name"):
         export(project=pruned, experiment=None, target=tmp_path / "beside")
     (tmp_path / "empty").mkdir()
     export(project=pruned, experiment=None, target=tmp_path / "empty")
@@ -192,7 +207,7 @@ def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_
 
 
 def test_without_masks_or_a_repository_it_says_what_to_run(project: Callable[..., Project], tmp_path: Path):
-    with pytest.raises(UserError, match="masks/provenance.json: not there; run `dvc repro`"):
+    with pytest.raises(UserError, match="masks/provenance.json: missing; run `dvc repro`"):
         export(project=project(), experiment=None, target=tmp_path / "out")
 
 
@@ -229,14 +244,14 @@ def test_an_experiment_without_a_directory_is_not_taken_for_one(repository: Proj
     commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     for name in ("undue-stay", "six/seven", "v1", commit, commit[:8]):
         message = (
-            f"export: got {name}, an experiment, commit, branch or tag of this repository, expected a directory after "
-            f"it; run `wanda-dvc export {name} DIRECTORY`, or write `./{name}`"
+            f"export: {name} is an experiment, commit, branch or tag, expected a directory after it; run `wanda-dvc "
+            f"export {name} DIRECTORY`, or name a directory for the workspace's model `./{name}`"
         )
         with pytest.raises(UserError, match=message):
             experiment_and_directory(repository, [name])
     done = wanda_dvc("export", "undue-stay", cwd=repository.root)
     assert done.returncode == 2
-    assert "export: got undue-stay, an experiment" in done.stderr
+    assert "export: undue-stay is an experiment" in done.stderr
     assert not Path("undue-stay").exists()
 
 

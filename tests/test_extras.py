@@ -44,7 +44,7 @@ def test_a_command_without_its_library_is_one_line_and_exit_2(tmp_path: Path, na
     write_json(tmp_path / "stats/norms/provenance.json", {"format": 1, **made})
     done = process(*words, cwd=tmp_path, first=f"import sys; sys.modules[{name!r}] = None")
     assert (done.returncode, done.stdout) == (2, "")
-    said = f"{name}: not installed, expected it for this command; run `pip install 'wanda-dvc[{EXTRAS[name]}]'`\n"
+    said = f"{name}: not installed, but this command needs it; run `pip install 'wanda-dvc[{EXTRAS[name]}]'`\n"
     assert done.stderr.endswith(said)
 
 
@@ -57,11 +57,11 @@ def test_other_commands_need_none_of_them(tmp_path: Path, words: list[str]):
     assert done.returncode in (0, 2)
 
 
-def test_another_missing_module_is_a_defect_of_ours(tmp_path: Path):
+def test_another_missing_module_is_a_bug(tmp_path: Path):
     write_params(tmp_path, tmp_path)
     done = process("mask", cwd=tmp_path, first="import sys; sys.modules['safetensors'] = None")
     assert done.returncode == 1
-    assert "This is a defect" in done.stderr
+    assert "This is a bug" in done.stderr
 
 
 def test_the_doctor_names_an_extra_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases.grids import thinned, turns
+from cases.grids import cycled, thinned
 from conftest import kept, save_tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -274,7 +274,7 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
 
 
 # Every family in every kind (a kind each is enough for `make test`); the further mixtures in one kind each.
-RUNS = [*turns(FAMILIES, KINDS), *((family, KINDS[index % 3]) for index, family in enumerate(MIXTURES | RECURRENT))]
+RUNS = [*cycled(FAMILIES, KINDS), *((family, KINDS[index % 3]) for index, family in enumerate(MIXTURES | RECURRENT))]
 
 
 # ALiBi (its bias is the distance in the row), attention outside transformers' registry, with sinks, or mixed with none.
@@ -294,7 +294,8 @@ def test_questions_get_the_models_own_answers(family: str, tmp_path: Path):
     folder = save(family, tmp_path / "model")
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     ours = loglikelihoods(LocalRunner(decoder, tmp_path / "work"), asked, length=128, progress=lambda items: items)
-    assert decoder.holds_layouts == (family not in ONE_BY_ONE)
+    for one in (decoder, Decoder(folder, dtype=torch.bfloat16, device=torch.device("cpu"))):
+        assert one.holds_layouts == (family not in ONE_BY_ONE)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for request, (value, _) in zip(asked, ours, strict=True):
         tokens, size = torch.tensor(request.context + request.continuation), len(request.continuation)
@@ -321,8 +322,8 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
     for block, names in [(1, linears)]:
         for name in " ".join(names).split():
             before, after = (each.weight(f"{blocks}.{block}.{name}") for each in (dense, pruned))
-            turned = family in ("gpt2", "openai-gpt", "gpt_oss") and rows_are_inputs(name)
-            rows, kept = (before.T, after.T) if turned else (before, after)
+            transposed = family in ("gpt2", "openai-gpt", "gpt_oss") and rows_are_inputs(name)
+            rows, kept = (before.T, after.T) if transposed else (before, after)
             assert ((kept == 0) | (kept == rows)).all(), name
             assert ((kept == 0).sum(1) >= rows.shape[1] // 2).all(), name  # of each output
             assert ((kept == 0).sum(1) <= rows.shape[1] // 2 + (rows == 0).sum(1)).all(), name
@@ -554,7 +555,7 @@ HANDING_ON: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", HANDING_ON)
 def test_families_whose_blocks_hand_each_other_more_are_refused(family: str, tmp_path: Path):
     folder = save(family, tmp_path / "model", **HANDING_ON[family])
-    with pytest.raises(UserError, match="hand.* more than hidden states.*unsupported model structure"):
+    with pytest.raises(UserError, match="pass.* more than hidden states.*unsupported model structure"):
         through(folder, torch.float32, tmp_path / "work")
 
 
@@ -585,7 +586,7 @@ def test_blocks_that_hand_on_more_than_hidden_states_are_refused(tmp_path: Path,
 
     monkeypatch.setattr(type(decoder.blocks[0]), "forward", handing_on)
     monkeypatch.setattr(decoder, "calls", lambda _: [Call((), {"shared": shared})] * 3)
-    with decoder.block(0), pytest.raises(UserError, match="block 0 hands other blocks more than hidden states"):
+    with decoder.block(0), pytest.raises(UserError, match="block 0 passes more than hidden states to other blocks"):
         decoder.run(0, torch.zeros(1, 3, 32), Row(torch.tensor([5, 6, 7])))
 
 

@@ -74,11 +74,11 @@ def test_they_are_the_squares_of_the_models_own_gradients(family: str, tmp_path:
     assert grams.keys() == found.keys()
     for name, (own, linear) in parameters(decoder).items():
         called = not own.endswith("dt_proj.weight")  # of Mamba, whose blocks multiply it themselves
-        if linear.part.is_whole and own.endswith(".weight") and linear.part.expert is None and called:
+        if linear.part.is_complete and own.endswith(".weight") and linear.part.expert is None and called:
             wanted = expected[own.removesuffix(".weight")]
             torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-6 * wanted.max().item())
-            whole = products[own.removesuffix(".weight")].float()
-            torch.testing.assert_close(grams[name], whole, rtol=1e-3, atol=1e-5 * wanted.max().item())
+            product = products[own.removesuffix(".weight")].float()
+            torch.testing.assert_close(grams[name], product, rtol=1e-3, atol=1e-5 * wanted.max().item())
             checked += 1
     assert checked >= len(decoder.blocks)
 
@@ -171,8 +171,8 @@ def alike(found: list[tuple[int, Gradients]], expected: list[tuple[int, Gradient
 
 def test_gradients_that_are_not_finite_are_refused(llama: Callable[[], Decoder], tmp_path: Path):
     decoder = llama()
-    whole = decoder.loss_gradient
-    decoder.loss_gradient = lambda *words: whole(*words) * torch.inf  # type: ignore[method-assign]
+    product = decoder.loss_gradient
+    decoder.loss_gradient = lambda *words: product(*words) * torch.inf  # type: ignore[method-assign]
     tokens = torch.randint(3, 256, (1, 8), generator=torch.Generator().manual_seed(1))
     with pytest.raises(UserError, match=r"block 2, output of model.layers.2.*gradients that are not finite"):
         measured(decoder, tokens, tmp_path / "work")

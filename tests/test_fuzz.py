@@ -55,8 +55,8 @@ def checkpoint(path: Path) -> None:
 
 
 def progress(path: Path) -> None:
-    for turn in (0, 1):
-        path.with_name(f"hidden_{turn}.bin").write_bytes(bytes(80))
+    for step in (0, 1):
+        path.with_name(f"hidden_{step}.bin").write_bytes(bytes(80))
     HiddenStates.open(path.parent, [2, 3], 4, torch.float32, 3)
 
 
@@ -122,8 +122,8 @@ def damaged(draw: st.DrawFn, originals: list[bytes]) -> bytes:
     content = len(text).to_bytes(8, "little") + text + rest if prefix else text
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(content)))
-        gone = draw(st.sampled_from([0, 0, 1, 1, 2, 8, 64, len(content)]))
-        content = content[:at] + draw(st.sampled_from(PIECES) | st.binary(max_size=4)) + content[at + gone :]
+        removed = draw(st.sampled_from([0, 0, 1, 1, 2, 8, 64, len(content)]))
+        content = content[:at] + draw(st.sampled_from(PIECES) | st.binary(max_size=4)) + content[at + removed :]
     return content
 
 

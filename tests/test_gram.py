@@ -50,16 +50,16 @@ def test_half_precision_does_not_overflow():
 
 def test_sums_of_shards_merge_to_those_of_all_tokens():
     windows = list(inputs(4, 50, 140))
-    whole, merged = Gram.empty(140), Gram.empty(140)
+    direct, merged = Gram.empty(140), Gram.empty(140)
     for window in windows:
-        whole.add(window)
+        direct.add(window)
     for shard in (windows[:1], windows[1:]):
         gram = Gram.empty(140)
         for window in shard:
             gram.add(window)
         merged.merge(gram.cpu())
-    assert merged.count == whole.count
-    torch.testing.assert_close(merged.upper.triu(), whole.upper.triu(), rtol=1e-14, atol=1e-12)
+    assert merged.count == direct.count
+    torch.testing.assert_close(merged.upper.triu(), direct.upper.triu(), rtol=1e-14, atol=1e-12)
     with pytest.raises(ValueError, match="Gram matrix of 2 features, expected 140"):
         merged.merge(Gram.empty(2))
 
@@ -116,9 +116,9 @@ def test_the_layer_error_counts_nothing_of_features_that_no_token_excites():
 def test_the_layer_error_by_slices_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch):
     weight, gram = inputs(13, 20), Gram.empty(20)
     gram.add(inputs(60, 20, seed=1))
-    whole = layer_errors(weight, [weight.round()], gram.matrix())
+    direct = layer_errors(weight, [weight.round()], gram.matrix())
     monkeypatch.setattr("wanda_dvc.pruning.gram.WEIGHTS_AT_A_TIME", 50)
-    assert layer_errors(weight, [weight.round()], gram.matrix()) == pytest.approx(whole, rel=1e-12)
+    assert layer_errors(weight, [weight.round()], gram.matrix()) == pytest.approx(direct, rel=1e-12)
 
 
 def test_the_layer_error_loses_no_digits_where_the_input_hardly_goes():

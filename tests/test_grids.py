@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 from _pytest.mark import ParameterSet
-from cases.grids import full, pairs, thinned, turns
+from cases.grids import cycled, full, pairs, thinned
 
 
 def split(rows: list[ParameterSet]) -> tuple[list[Any], list[Any]]:
@@ -28,7 +28,7 @@ def test_short_rows_have_every_pair_that_is_allowed():
 
 
 def test_in_turns_every_value_of_the_first_axis_has_as_many_of_the_second():
-    every, short = split(turns("abcde", range(4), each=2))
+    every, short = split(cycled("abcde", range(4), each=2))
     assert len(every) == 20
     assert {letter: [b for a, b in short if a == letter] for letter in "abc"} == {"a": [0, 1], "b": [2, 3], "c": [0, 1]}
     assert {number for _, number in short} == set(range(4))

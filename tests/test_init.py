@@ -73,6 +73,7 @@ def test_it_needs_no_network_and_little_time_of_heavy_libraries(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "heavy set()" in done.stdout
     assert "study of org/name" in done.stdout
+    assert "enough for solvers of up to 1,638 input features" in done.stdout
     assert done.stderr == ""
 
 
@@ -188,7 +189,7 @@ def test_a_repository_that_git_refuses_is_refused_and_kept(tmp_path: Path, monke
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # of git's own tests
     for name in ("GLOBAL", "SYSTEM"):  # which may trust every directory
         monkeypatch.setenv(f"GIT_CONFIG_{name}", os.devnull)
-    with pytest.raises(UserError, match=r"git refuses the repository here \(fatal: detected dubious ownership .*safe"):
+    with pytest.raises(UserError, match=r"git does not open the repository here \(fatal: detected dubious owner.*safe"):
         init(folder=tmp_path / place)
     assert contents(tmp_path) == before
 

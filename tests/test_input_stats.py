@@ -33,19 +33,19 @@ def test_half_precision_does_not_overflow():
 
 def test_sums_of_shards_merge_to_those_of_all_tokens():
     windows = list(torch.randn(4, 50, 7, generator=torch.Generator().manual_seed(0)))
-    whole, merged = InputStats.empty(7), InputStats.empty(7)
+    direct, merged = InputStats.empty(7), InputStats.empty(7)
     for window in windows:
-        whole.add(window)
+        direct.add(window)
     for shard in (windows[:1], windows[1:]):
         stats = InputStats.empty(7)
         for window in shard:
             stats.add(window)
         merged.merge(stats)
-    assert merged.count == whole.count
-    torch.testing.assert_close(merged.sum_squares, whole.sum_squares, rtol=1e-14, atol=0)
-    torch.testing.assert_close(merged.sum, whole.sum, rtol=0, atol=1e-12)
+    assert merged.count == direct.count
+    torch.testing.assert_close(merged.sum_squares, direct.sum_squares, rtol=1e-14, atol=0)
+    torch.testing.assert_close(merged.sum, direct.sum, rtol=0, atol=1e-12)
     merged.merge(InputStats.empty(7))
-    assert merged.count == whole.count
+    assert merged.count == direct.count
 
 
 def test_blocks_merge_only_where_their_inputs_are_the_same():

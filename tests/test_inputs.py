@@ -229,7 +229,7 @@ def test_what_may_not_be_read_is_told_apart_from_what_is_not_there(
         assert done.returncode == 2, (path, done.stderr)
         assert str(path) in done.stderr
         assert "Permission denied" in done.stderr
-        assert "not there" not in done.stderr
+        assert "missing" not in done.stderr
     assert tree(root) == before
 
 

@@ -17,7 +17,7 @@ from test_stages import fetch, tree
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods
 from wanda_dvc.engine.cluster import AHEAD
-from wanda_dvc.engine.jobs import Ask, LocalJobs
+from wanda_dvc.engine.jobs import JobInput, LocalJobs
 from wanda_dvc.stages import inputs
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.mask import mask
@@ -149,10 +149,10 @@ def test_few_jobs_are_taken_ahead(workers: int):
     """So the driver holds a bounded number of Gram matrices, however many blocks there are."""
     taken = 0
 
-    def asked() -> Iterator[Ask[int]]:
+    def asked() -> Iterator[JobInput[int]]:
         nonlocal taken
         for taken in range(1, 51):
-            yield Ask(str(taken), taken, taken)
+            yield JobInput(str(taken), taken, taken)
 
     cluster = Inline(workers)
     for number, found in enumerate(cluster.each(double, asked()), start=1):

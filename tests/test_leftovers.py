@@ -36,7 +36,7 @@ def everything(root: Path) -> set[str]:
 
 def test_all_of_a_failed_run_is_listed_and_removed(study: Project):
     clean(project=study)
-    before, whole = everything(study.root), outputs(study.root)
+    before, kept = everything(study.root), outputs(study.root)
     for name in ("", ".gone"):
         write_json(study.work_root / f"{HEX}{name}" / "out/a.json", {})
     for name in (".lock", ".next.lock"):
@@ -49,8 +49,8 @@ def test_all_of_a_failed_run_is_listed_and_removed(study: Project):
     assert removed.splitlines()[:-1] == listed.splitlines()[:-1]
     assert len(removed.splitlines()) == 4 + 1
     assert everything(study.root) == before
-    assert outputs(study.root) == whole
-    assert clean(project=study) == "Nothing: no failed run has left anything behind."
+    assert outputs(study.root) == kept
+    assert clean(project=study) == "Nothing to remove: failed runs left no files."
 
 
 def test_the_work_of_a_running_stage_stays(study: Project):
@@ -58,7 +58,7 @@ def test_the_work_of_a_running_stage_stays(study: Project):
     with study.work({"kind": "busy"}) as work:
         write_json(work.out / "a.json", {})
         held = everything(study.root)
-        assert clean(project=study) == "Nothing: no failed run has left anything behind."
+        assert clean(project=study) == "Nothing to remove: failed runs left no files."
         assert everything(study.root) == held
     assert "Removed" in clean(project=study)
     assert not list(study.work_root.iterdir())
@@ -143,7 +143,7 @@ def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(
     done = without_privilege(lambda: wanda_dvc("calibrate", cwd=study.root))
     path.chmod(mode)
     assert done.returncode == 2, done.stderr
-    assert "Permission denied, expected a place that may be read and written; change its permissions" in done.stderr
+    assert "Permission denied, expected read and write permission; change its permissions" in done.stderr
     assert outputs(study.root) == before
     again = wanda_dvc("calibrate", cwd=study.root)
     assert again.returncode == 0, again.stderr

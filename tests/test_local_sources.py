@@ -11,7 +11,7 @@ from wanda_dvc.engine.checkpoint import INDEX
 from wanda_dvc.errors import UserError
 from wanda_dvc.sources.models import MODEL_FILES
 from wanda_dvc.stages.locate import locate
-from wanda_dvc.study.local import gone_sources
+from wanda_dvc.study.local import missing_sources
 from wanda_dvc.views.show import show
 
 UP_TO_CALIBRATE = {"locate", "download@model", "download@calibration", "calibrate"}
@@ -103,6 +103,6 @@ def test_what_is_gone_is_named(tmp_path: Path, project):
     made = project(calibration__text__source=str(text))
     locate(project=made)
     text.unlink()
-    gone = f"{text} (calibration) is gone: name another in params.yaml, or put it back."
-    assert list(gone_sources(made)) == [gone]
-    assert gone in show(project=made)
+    missing = f"{text} (calibration) is missing: restore it, or name another in params.yaml."
+    assert list(missing_sources(made)) == [missing]
+    assert missing in show(project=made)

@@ -195,7 +195,7 @@ def test_one_line_says_it_and_a_disk_that_is_too_small_is_refused(
 ):
     project = config_only()
     monkeypatch.setattr(needs, "disk", lambda project: 3 * 64 * 32 * 4 * 2)
-    monkeypatch.setattr(needs, "memory", lambda device: 1)  # too little memory is said, not refused
+    monkeypatch.setattr(needs, "free_memory", lambda device: 1)  # too little memory is said, not refused
     needs.announce(project=project, stage="calibrate")
     wanted = need(project, "calibrate").memory
     needs_memory = f"{wanted.total / 1e9:.1f} GB of memory"

@@ -190,9 +190,9 @@ def test_without_a_kernel_a_model_is_dense_once_it_is_loaded(
     (tmp_path / "wrong.c").write_text("no_such_type x;\n")
     broken(monkeypatch, tmp_path / "wrong.c")
     model = AutoModelForCausalLM.from_pretrained(target)
-    told = [line for line in capsys.readouterr().err.splitlines() if "packed weights" in line]
-    assert len(told) == bool(said)
-    assert said in "".join(told)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "packed weights" in line]
+    assert len(lines) == bool(said)
+    assert said in "".join(lines)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     assert same(logits(model), logits(AutoModelForCausalLM.from_pretrained(source)))
     model.save_pretrained(tmp_path / "saved")

@@ -31,7 +31,10 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
             "params.yaml: method: got wands, expected magnitude, wanda, wanda-variant, ria, sparsegpt or admm",
         ),
         ({"pattern": "4:2"}, "params.yaml: pattern: got 4:2, expected n:m with n < m: n of every m neighbours stay"),
-        ({"pattern": "half"}, "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4, or neurons"),
+        (
+            {"pattern": "half"},
+            "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4, or neurons",
+        ),
         (
             {"pattern": "2:4", "sparsity": 0.6},
             "params.yaml: sparsity: got 0.6 with pattern 2:4, expected 0.5 (1 − n/m); "
@@ -211,8 +214,8 @@ def test_statistics_that_a_recipe_needs_are_named_with_the_command(recipe: str):
 def test_a_source_is_enough(source: str, expected: tuple[str | None, ...]):
     chosen = Text(source=source).chosen
     assert (chosen.dataset, chosen.config, chosen.revision, chosen.split, chosen.column, chosen.join) == expected
-    beside = CalibrationText(source=source).chosen
-    assert (beside.split, beside.join) == (None if source.startswith("/") else "train", " ")
+    temporary = CalibrationText(source=source).chosen
+    assert (temporary.split, temporary.join) == (None if source.startswith("/") else "train", " ")
 
 
 @pytest.mark.parametrize("name", [name for name, field in settings() if "pattern" in str(field.metadata)])

@@ -191,7 +191,7 @@ def test_experiments(repository: Repository):
     repository.run("dvc", "exp", "apply", names["4:8", "magnitude"])
     shown_here = repository.run("wanda-dvc", "show")
     assert "magnitude, sparsity 0.5, pattern 4:8" in shown_here
-    assert "models/pruned is still that of another experiment (wanda, sparsity 0.5" in shown_here
+    assert "models/pruned belongs to another experiment (wanda, sparsity 0.5" in shown_here
     assert repository.repro() == {"apply"}
     assert "another experiment" not in repository.run("wanda-dvc", "show")
 
@@ -242,7 +242,7 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert ((weight.reshape(-1, 4) == 0).sum(1) >= 2).all()
     assert AutoTokenizer.from_pretrained(exported)("a")["input_ids"]
 
-    assert f"{exported}: already there, expected a new or an empty directory" in repository.run(
+    assert f"{exported}: exists already, expected a new or empty directory" in repository.run(
         "wanda-dvc", "export", str(exported), check=False
     )
     assert "export: got two-of-four, an experiment, commit, branch or tag of this repository" in repository.run(

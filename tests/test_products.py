@@ -89,8 +89,8 @@ def test_a_model_has_the_losses_of_its_own_forward_pass(tiny: Path, tmp_path: Pa
     windows = torch.randint(0, 256, (3, 150), generator=torch.Generator().manual_seed(0))
     run = LocalRunner(Decoder(tiny, dtype=torch.float32, device=torch.device("cpu")), tmp_path)
     assert run.decoder._ours_for_windows
-    for turn in run.walk(windows):
-        turn.advance()
+    for step in run.walk(windows):
+        step.advance()
     found = list(run.head(window_losses, dict.fromkeys(range(3), 0)))
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     expected = [model(window[None], labels=window[None]).loss.item() for window in windows]

@@ -87,7 +87,7 @@ def test_every_setting_is_that_of_the_last_run(project: Callable[..., Project]):
 def test_show_speaks_of_the_run_and_says_what_is_stale(edited: Project):
     shown = show(project=edited)
     assert "wanda, sparsity 0.3, pattern unstructured" in shown
-    assert "params.yaml asks for model=org/other, calibration.samples=7, sparsity=0.7, tasks.names=['rte']" in shown
+    assert "params.yaml has model=org/other, calibration.samples=7, sparsity=0.7, tasks.names=['rte']" in shown
     assert "Stale: locate, download@model, download@tasks, calibrate, mask, zero-shot@dense, zero-shot@pruned." in shown
     assert "piqa, acc %" in shown
     assert "rte, acc %" not in shown
@@ -115,7 +115,7 @@ def test_nothing_is_stale_where_nothing_was_edited(project: Callable[..., Projec
 def test_the_card_of_a_model_has_the_settings_that_made_it(edited: Project):
     target = edited.root / "exported"
     said = export(project=edited, experiment=None, target=target)
-    assert "The model and its card are of the last run. params.yaml asks for model=org/other" in said
+    assert "The model and its card are of the last run. params.yaml has model=org/other" in said
     card = (target / "README.md").read_text(encoding="utf-8")
     recipe = card[card.index("dvc exp run") :]
     assert "-S sparsity=0.3" in recipe
@@ -137,6 +137,6 @@ def test_masks_of_statistics_that_were_made_again_are_not_exported(edited: Proje
     stages = YAML(typ="safe").load(edited.root / "dvc.lock")["stages"]
     stages["calibrate"]["outs"][0]["md5"] = "another"
     write(edited, stages)
-    with pytest.raises(UserError, match="dvc.lock: mask ran on inputs that have been made again since"):
+    with pytest.raises(UserError, match="dvc.lock: the inputs of mask changed after the run"):
         export(project=edited, experiment=None, target=edited.root / "exported")
     assert not (edited.root / "exported").exists()

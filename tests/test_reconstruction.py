@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.grids import named, pairs, thinned, turns
+from cases.grids import cycled, named, pairs, thinned
 from conftest import ROOT
 from ruamel.yaml import YAML
 from test_families import save
@@ -86,7 +86,7 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
     mask(project=made)
     apply(project=made)
     dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
-    told = read_json(made.details("pruned", "layer_error"), "apply")["linears"]
+    measures = read_json(made.details("pruned", "layer_error"), "apply")["linears"]
     n, m = map(int, pattern.get("pattern", "0:0").split(":"))
     card = (made.model("pruned") / "README.md").read_text()
     assert RECONSTRUCTIONS[reconstruction].kept in card
@@ -103,7 +103,7 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
                 groups = keep if pattern.get("group", "row") == "row" else keep.reshape(1, -1)
                 assert (groups.sum(dim=1) == groups.shape[1] - groups.shape[1] // 2).all()
             if propagation == "dense":
-                assert told[name]["error"] <= told[name]["masked"] * (1 + 1e-5)
+                assert measures[name]["error"] <= measures[name]["masked"] * (1 + 1e-5)
     assert all(moved) == any(moved) == (RECONSTRUCTIONS[reconstruction].function is not None)
 
 
@@ -120,8 +120,8 @@ def test_stats_shows_the_layer_errors_of_the_masks_at_hand(study: Make):
     assert not shown()  # nothing is pruned yet
     mask(project=made)
     apply(project=made)
-    told = read_json(made.details("pruned", "layer_error"), "apply")["linears"]
-    assert shown() == {name: one["error"] for name, one in told.items()}
+    measures = read_json(made.details("pruned", "layer_error"), "apply")["linears"]
+    assert shown() == {name: one["error"] for name, one in measures.items()}
     made = study(sparsity=0.6)
     assert not shown()  # params.yaml has another reconstruction than what was measured
     made = study(sparsity=0.6, reconstruction="least-squares")
@@ -136,7 +136,9 @@ def test_show_says_where_the_damping_was_raised(study: Make):
     apply(project=made)
     path, name = made.details("pruned", "layer_error"), "model.layers.1.mlp.up_proj"
     content = read_json(path, "apply")
-    assert not any(told["part"] < 1 or told["raised"] or told["dead"] for told in content["linears"].values())
+    assert not any(
+        measures["part"] < 1 or measures["raised"] or measures["dead"] for measures in content["linears"].values()
+    )
     assert "raised" not in show(project=made)
     content["linears"][name] |= {"raised": True, "damping": 0.25}
     write_json(path, content)
@@ -197,7 +199,7 @@ def test_wanda_pays_nothing_for_gram_matrices(study: Make, method: str):
     assert tree(made.masks) == before
 
 
-@pytest.mark.parametrize(("allocation", "method"), turns(ALLOCATIONS, ["magnitude", "wanda", "admm"]))
+@pytest.mark.parametrize(("allocation", "method"), cycled(ALLOCATIONS, ["magnitude", "wanda", "admm"]))
 def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, method: str):
     strength = None if allocation == "uniform" else 0.1
     made = study(method=method, allocation=allocation, allocation_strength=strength, sparsity=0.6)
@@ -285,9 +287,9 @@ def test_rows_compete_by_score_times_worth(study: Make, method: str):
             for name in names:
                 scored = getattr(score, method)(checkpoint.weight(name).float(), measured.inputs[source])
                 scored = scored.double() * fisher[name][:, None] ** 0.25
-                kept, gone = scored[masks[name]], scored[~masks[name]]
-                assert len(gone) == scored.numel() // 2
-                assert gone.max() <= kept.min() * (1 + 1e-5)
+                kept, removed = scored[masks[name]], scored[~masks[name]]
+                assert len(removed) == scored.numel() // 2
+                assert removed.max() <= kept.min() * (1 + 1e-5)
 
 
 def test_a_solver_of_a_package_need_not_know_how_rows_are_weighed(study: Make, monkeypatch: pytest.MonkeyPatch):
@@ -444,7 +446,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(study: Make, mon
     stage = importlib.import_module("wanda_dvc.stages.mask")
     made = study(reconstruction="block", propagation="pruned")
     mask(project=made)
-    whole = tree(made.masks), tree(made.weights)
+    complete = tree(made.masks), tree(made.weights)
     shutil.rmtree(made.masks)
     shutil.rmtree(made.weights)
     written = stage.write_weights
@@ -459,7 +461,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(study: Make, mon
         mask(project=made)
     monkeypatch.setattr(stage, "write_weights", written)
     mask(project=made)
-    assert (tree(made.masks), tree(made.weights)) == whole
+    assert (tree(made.masks), tree(made.weights)) == complete
 
 
 def test_masks_that_were_chosen_with_another_reconstruction_are_refused(study: Make):

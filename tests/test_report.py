@@ -70,6 +70,21 @@ def test_mcnemar_is_the_fair_coin_counted_out():
         assert got.p == pytest.approx(len(as_far) / len(outcomes))
 
 
+def test_flips_are_counted_by_the_answers_before_and_after():
+    right, wrong, another = inference.Answer(0, True), inference.Answer(1, False), inference.Answer(2, False)
+    pairs = (
+        [(right, right)] * 3 + [(right, wrong)] * 5 + [(wrong, right)] * 2 + [(wrong, another)] * 4 + [(wrong, wrong)]
+    )
+    found = inference.flips(*map(list, zip(*pairs, strict=True)))
+    assert found[:4] == (15, 5, 2, 4)
+    assert found.changed == 11
+    assert found.p == pytest.approx(stats.binomtest(2, 7).pvalue)
+    same = inference.flips([right, wrong], [right, wrong])
+    assert (same.changed, same.p) == (0, 1.0)
+    many = inference.mcnemar([True] * 900 + [False] * 1000, [False] * 900 + [True] * 1000)
+    assert many.p == pytest.approx(stats.binomtest(900, 1900).pvalue)
+
+
 def test_the_interval_of_accuracy_is_where_a_score_test_does_not_reject():
     """Wilson's interval, found by looking at every p."""
     interval = inference.accuracy([True] * 13 + [False] * 35)
@@ -244,9 +259,13 @@ def write_results(
         value = float(f"{math.exp(mean):.6g}") if math.isfinite(mean) else "diverged"
         write_json(project.metrics(model, "perplexity"), {"perplexity": value})
         write_csv(project.plots(f"{model}/perplexity"), ["window", "predictions", "loss"], [[0, 63, mean]])
-        items = [{"item": i, "acc": float(i < count)} for i in range(40)]
+        wrong = 2 if model == "pruned" else 1
+        items = [{"item": i, "answer": wrong * (i >= count), "acc": float(i < count)} for i in range(40)]
         answered = {"protocol": of | {"task": {"sha256": task}}, "items": items}
         write_json(project.details(model, "zero_shot"), {"tasks": {"piqa": answered}})
+        tokens = [1, 2, 3, 4] * 2 if model == "pruned" else list(range(1, 9))
+        written = {"prompt": "The *sea*", "text": f"is {model}", "tokens": tokens}
+        write_json(project.details(model, "continuations"), {"protocol": of, "prompts": [written]})
         write_csv(project.plots(f"{model}/zero_shot"), ["task", "item", "acc"], [["piqa", 0, 1.0]])
         write_json(project.metrics(model, "zero_shot"), {"piqa": {"acc": count / 40}})
     write_json(project.metrics("pruned", "sparsity"), {"sparsity": sparsity})
@@ -346,7 +365,7 @@ def test_p_values_are_adjusted_before_they_are_judged(tmp_path: Path):
     text = said_of(tmp_path, (("wanda", 0.5, 2.5, 23), {}))
     p = stats.ttest_1samp([-1.0] + [0.0] * 39, 0).pvalue
     assert f"| < 0.001 | −2.5 | −7.6 to +2.6 | {2 * p:.3f}, within noise |" in text
-    assert "3 tests were made" in text
+    assert "makes 3 tests" in text
     assert "0.15 of 3 on average would fall below 0.05" in text
 
 
@@ -524,7 +543,7 @@ def test_markdown_shows_names_as_they_are(tmp_path: Path):
         assert expected in shown
     assert any(f"windows of 64 tokens of /t/{HOSTILE}.txt; " in one for one in shown)
     tables = [token for token in tokens if token.type == "table_open"]
-    assert len(tables) == 8
+    assert len(tables) == 11
     bold = sum(token.type == "strong_open" for token in flat)
     assert bold == sum(token.type == "image" for token in flat) == 5
 
@@ -721,9 +740,15 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "(within noise).",
         "| wanda 70 % against dense | 0 / 1 |",
         "| magnitude 50 % against dense | 0 / 20 * |",
+        "| magnitude 50 % | 20 / 0 / 16 * | 90.0 |",
+        "Greedy continuations of 1 prompts, at most 8 tokens each",
+        "| dense | | 0.0 |",
+        "| magnitude 50 % | 4 | 20.0 |",
+        "Prompt 1: The \\*sea\\* …",
+        "| magnitude 50 % | is pruned |",
         "| shared by the rows | 4.0 | 1.0 | – | – | 1.0 | 1.0 | 7.0 |",
         "| wanda 50 % | – | – | 1.0 | 1.0 | 2.5 | 2.5 | 7.0 |",
-        "Diverged, and so at the upper edge: magnitude 70 %",
+        "Diverged, shown at the upper edge: magnitude 70 %",
         "No published row that this report knows has the protocol",
         "waiting: queued (sparsity=0.3)",
         "lost: not in DVC's cache, and so not read: metrics/details/pruned/perplexity.json",
@@ -731,7 +756,7 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "-S sparsity=0.7",
     ):
         assert expected in text
-    tests = int(found(r"(\d+) tests were made", text))
+    tests = int(found(r"makes (\d+) tests", text))
     # Each of 4 against dense in one task and the mean, 2 methods' pairs likewise; perplexity where both have losses.
     assert tests == 6 * 2 + 3
     assert study.run("git", "status", "--porcelain") == ""

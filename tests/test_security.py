@@ -77,7 +77,7 @@ def test_no_code_of_a_model_runs_and_nobody_is_asked(
     made = project(model=source)
     for part in ("model", "calibration", "perplexity", "tasks"):
         if part == "model" and tokenizer:
-            with pytest.raises(UserError, match="no tokenizer that loads"):
+            with pytest.raises(UserError, match="the tokenizer does not load"):
                 download(project=made, part=part)
         else:
             download(project=made, part=part)
@@ -91,7 +91,7 @@ def test_no_code_of_a_model_runs_and_nobody_is_asked(
         "zero-shot": {"part": "dense"},
     }.items():
         if tokenizer:
-            with pytest.raises(UserError, match="no tokenizer that loads"):
+            with pytest.raises(UserError, match="the tokenizer does not load"):
                 run(stage, project=made, **words)
         else:
             run(stage, project=made, **words)

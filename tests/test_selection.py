@@ -187,11 +187,11 @@ def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str,
     generator = torch.Generator().manual_seed(0)
     weight = (4 * torch.randn(13, 24, generator=generator)).round()  # some scores are equal
     x = of_norm(torch.randint(1, 4, (24,), generator=generator).float())
-    whole = choose(weight, x, method=method, target=target)
+    direct = choose(weight, x, method=method, target=target)
     monkeypatch.setattr("wanda_dvc.pruning.choose.WEIGHTS_AT_A_TIME", 50)
-    assert torch.equal(choose(weight, x, method=method, target=target), whole)
+    assert torch.equal(choose(weight, x, method=method, target=target), direct)
     if method.competition == "groups":
-        assert whole.sum() == 13 * 12
+        assert direct.sum() == 13 * 12
 
 
 @given(matrices(), st.sampled_from([1.0, 4.0]))

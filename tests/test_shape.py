@@ -85,8 +85,8 @@ for number, words in enumerate(json.loads(sys.argv[1])):
 def test_a_process_that_holds_torch_ends_as_one_without(tmp_path: Path):
     """It is not taken apart in the end, but all that it prints comes out, and its status is the same."""
     commands = [["preset"], ["--help"], ["perplexity"], ["mask", "--no-such-option"]]
-    told = [sys.executable, "-c", HEAVY, json.dumps(commands), str(tmp_path)]
-    codes = subprocess.run(told, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    arguments = [sys.executable, "-c", HEAVY, json.dumps(commands), str(tmp_path)]
+    codes = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for number, words in enumerate(commands):
         light = process(*words)
         assert light.stdout + light.stderr
@@ -112,10 +112,10 @@ def test_help_shows_the_panels_in_order():
             {},
             f"dvc.yaml: mask: version 99, this wanda-dvc computes version {STAGES['mask'].version}",
         ),
-        (["mask"], {}, "models/dense/provenance.json: not there; run `dvc repro` or `wanda-dvc download model` first"),
+        (["mask"], {}, "models/dense/provenance.json: missing; run `dvc repro` or `wanda-dvc download model` first"),
         # DVC refuses it too, in words of its own, before any stage runs.
         (["show"], {"tasks__names": "piqa"}, "params.yaml: tasks.names: got piqa, expected a list, such as [piqa]"),
-        (["stats"], {}, "stats/norms/provenance.json: not there; run `dvc repro` or `wanda-dvc calibrate` first"),
+        (["stats"], {}, "stats/norms/provenance.json: missing; run `dvc repro` or `wanda-dvc calibrate` first"),
         (["perplexity", "thin"], {}, "got thin, expected dense, pruned"),
         (["download", "weights"], {}, "got weights, expected model, calibration, perplexity, tasks"),
     ],
@@ -136,12 +136,12 @@ def test_outside_a_project_it_says_so(tmp_path: Path):
     assert "no params.yaml here or above" in done.stderr
 
 
-def test_a_defect_is_no_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_bug_is_not_reported_as_a_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_params(tmp_path, tmp_path)
     monkeypatch.setattr(Project, "model", lambda *_: 1 / 0)
     done = wanda_dvc("mask", cwd=tmp_path)
     assert done.returncode == 1
-    assert "`wanda-dvc --debug …` shows where" in done.stderr
+    assert "`wanda-dvc --debug …` prints the traceback" in done.stderr
     assert "Traceback" in wanda_dvc("--debug", "mask", cwd=tmp_path).stderr
 
 

@@ -41,12 +41,12 @@ def test_a_walk_gives_the_sums_of_its_shards_alone(tiny: Path, tmp_path: Path, c
     """Each shard in a walk of its own, and then merged: byte for byte what one walk of all rows gives."""
     rows = torch.randint(0, 256, (37, 12), generator=torch.Generator().manual_seed(0))
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-    whole = [
+    complete = [
         step.record(gram=True, crosses=crosses) for step in walk(decoder, rows, tmp_path / "whole", with_dense=crosses)
     ]
     cut = shards.cut(len(rows))
     assert len(cut) > 1
-    alone = [
+    separate = [
         [
             step.record_shard(range(len(shard)), gram=True, crosses=crosses)
             for step in walk(decoder, rows[list(shard)], tmp_path / str(number), with_dense=crosses)
@@ -54,9 +54,9 @@ def test_a_walk_gives_the_sums_of_its_shards_alone(tiny: Path, tmp_path: Path, c
         ]
         for number, shard in enumerate(cut)
     ]
-    for block, expected in enumerate(whole):
+    for block, expected in enumerate(complete):
         total = Sums()
-        for steps in alone:
+        for steps in separate:
             total.merge(steps[block].cpu())
         found = total.of(decoder.linears(block))
         assert found.stats.readers == expected.stats.readers

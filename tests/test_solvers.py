@@ -174,9 +174,9 @@ def test_fisher_least_squares_leaves_dead_features_and_counts_outputs_without_gr
     solved = fisher_least_squares(weight, keep, prepared, s)
     torch.testing.assert_close(solved.weight[:, [3, 7]], (weight * keep)[:, [3, 7]])
     assert torch.equal(solved.weight != 0, keep)
-    alone = least_squares(weight, keep, prepared, steps=60).weight[4]  # nothing to make up for in other rows
+    single = least_squares(weight, keep, prepared, steps=60).weight[4]  # nothing to make up for in other rows
     torch.testing.assert_close(
-        fisher_least_squares(weight, keep, prepared, s, steps=300).weight[4], alone, atol=0.05, rtol=0
+        fisher_least_squares(weight, keep, prepared, s, steps=300).weight[4], single, atol=0.05, rtol=0
     )
     nothing = fisher_least_squares(weight, keep, prepared, torch.zeros(12, 12), steps=300).weight
     torch.testing.assert_close(nothing, least_squares(weight, keep, prepared, steps=60).weight, atol=0.05, rtol=0)
@@ -191,7 +191,7 @@ def test_fisher_least_squares_goes_as_far_as_the_layer_error_allows():
         fisher_least_squares(weight, keep, prepared, None),
     ):
         assert torch.equal(stays.weight, plain.weight)
-        assert stays.told == plain.told | {"part": 0}
+        assert stays.diagnostics == plain.diagnostics | {"part": 0}
     x = torch.randn(100, 12, generator=torch.Generator().manual_seed(2))
     x[:, 0] = x[:, 1:].sum(1)  # whatever row 0 gets wrong, the others can make up for, and they have large errors then
     solved = fisher_least_squares(weight, keep, prepared, x.T @ x, steps=300, output_damping=1e-6)
@@ -300,8 +300,8 @@ def best_mask_error(weight: torch.Tensor, gram: torch.Tensor, go: int) -> float:
 
     g, w, features = gram.double().numpy(), weight.double().numpy()[0], len(gram)
     best = np.inf
-    for gone in combinations(range(features), go):
-        some = np.setdiff1d(np.arange(features), gone)
+    for lost in combinations(range(features), go):
+        some = np.setdiff1d(np.arange(features), lost)
         v = np.zeros(features)
         v[some] = np.linalg.solve(g[np.ix_(some, some)], g[some] @ w)
         best = min(best, (w - v) @ g @ (w - v))
@@ -336,16 +336,16 @@ def test_rows_are_solved_apart(monkeypatch, name, pattern, group):
     weight, gram = problem()
     prepared, order = Prepared(gram), torch.randperm(12, generator=torch.Generator().manual_seed(0))
     solve = METHODS[name]
-    whole = solve(weight, prepared, share=HALF, pattern=pattern, group=group)
+    complete = solve(weight, prepared, share=HALF, pattern=pattern, group=group)
     mixed = solve(weight[order], prepared, share=HALF, pattern=pattern, group=group)
     monkeypatch.setattr(solvers, "ROWS_AT_A_TIME", 1)
     sliced = solve(weight, prepared, share=HALF, pattern=pattern, group=group)
     for other, expected in ((mixed, order), (sliced, torch.arange(12))):
-        assert torch.equal(other.keep, whole.keep[expected])
-        torch.testing.assert_close(other.weight, whole.weight[expected], rtol=1e-3, atol=1e-4)
-    few = least_squares(weight, whole.keep, prepared)
+        assert torch.equal(other.keep, complete.keep[expected])
+        torch.testing.assert_close(other.weight, complete.weight[expected], rtol=1e-3, atol=1e-4)
+    few = least_squares(weight, complete.keep, prepared)
     monkeypatch.undo()
-    torch.testing.assert_close(few.weight, least_squares(weight, whole.keep, prepared).weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(few.weight, least_squares(weight, complete.keep, prepared).weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("pattern", "group", "sparsity"), TARGETS)

@@ -16,7 +16,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from cases.grids import turns
+from cases.grids import cycled
 from conftest import save_tiny_model
 from transformers import BertConfig, T5Config
 
@@ -544,7 +544,7 @@ def authors_windows(texts: list[str], tokenizer: Any, samples: int, length: int,
     return windows
 
 
-@pytest.mark.parametrize(("seed", "mirrored"), turns([0, 1, 2], [True, False]))
+@pytest.mark.parametrize(("seed", "mirrored"), cycled([0, 1, 2], [True, False]))
 def test_c4_is_drawn_as_the_authors_draw_it(
     project: Make, hub: Hub, tiny: Path, tmp_path: Path, seed: int, mirrored: bool
 ):

@@ -95,7 +95,7 @@ def test_what_cannot_be_measured_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="--device: got cpux, expected cpu or cuda"):
         speed(folder=tmp_path, device="cpux")
     (tmp_path / "config.json").write_text('{"model_type": "foo"}')
-    with pytest.raises(UserError, match="config.json: .*expected a configuration that transformers takes"):
+    with pytest.raises(UserError, match="config.json: .*expected a configuration that transformers accepts"):
         speed(folder=tmp_path)
     source = save_tiny_model(tmp_path / "source", max_position_embeddings=100)
     with pytest.raises(UserError, match=r"got 128 \+ 64, expected at most 100 for this model"):

@@ -96,7 +96,7 @@ def test_the_same_model_from_two_places_is_the_same_bytes(project: Make, tiny: P
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
             "pytorch_model.bin.*expected model.safetensors or model.safetensors.index.json",
         ),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"half"), "not a whole safetensors file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"half"), "incomplete safetensors file"),
     ],
 )
 def test_a_directory_that_is_no_model_says_what_is_missing(project: Make, tiny: Path, tmp_path: Path, spoil, message):
@@ -338,7 +338,7 @@ def test_with_workers_the_device_is_theirs_and_the_cpu_of_this_process_is_no_mat
     open_decoder(made, "dense", device="cpu")
     assert "no units" not in capsys.readouterr().err
     open_decoder(project(runtime__device="cpu", dtype="bfloat16"), "dense")
-    assert "no units for bfloat16" in capsys.readouterr().err
+    assert "no instructions for bfloat16" in capsys.readouterr().err
 
 
 def test_a_stage_run_twice_writes_the_same_bytes(project: Make):
@@ -356,7 +356,7 @@ def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(
 
     made = fetch(project())
     calibrate(project=made)
-    whole = tree(made.stats)
+    complete = tree(made.stats)
     written: list[int] = []
     real = tensors.write_stats
 
@@ -369,7 +369,7 @@ def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(
     monkeypatch.setattr(module, "write_stats", killed)
     with pytest.raises(KeyboardInterrupt):
         calibrate(project=made)
-    assert tree(made.stats) == whole  # the earlier output stands until the new one is whole
+    assert tree(made.stats) == complete  # the earlier output stands until the new one is whole
 
     def noted(folder, block, *rest):
         written.append(block)
@@ -378,10 +378,10 @@ def test_a_stage_that_is_killed_loses_nothing_and_ends_with_the_same_bytes(
     monkeypatch.setattr(module, "write_stats", noted)
     calibrate(project=made)
     assert written == [0, 1, 2, 3]
-    assert tree(made.stats) == whole
+    assert tree(made.stats) == complete
 
 
-def test_a_stage_whose_dvc_is_gone_stops_and_loses_nothing(project: Make, monkeypatch: pytest.MonkeyPatch):
+def test_a_stage_whose_dvc_has_ended_stops_and_loses_nothing(project: Make, monkeypatch: pytest.MonkeyPatch):
     """As `dvc queue kill` leaves it: without its parent."""
     from wanda_dvc.stages import calibrate as module
     from wanda_dvc.stages import running
@@ -400,7 +400,7 @@ def test_a_stage_whose_dvc_is_gone_stops_and_loses_nothing(project: Make, monkey
     monkeypatch.setattr(running, "_parent", None)  # restored after the test
     monkeypatch.setenv("DVC_STAGE", "calibrate")
     running.watch_dvc(made)
-    with pytest.raises(UserError, match="is gone"):
+    with pytest.raises(UserError, match="has ended"):
         calibrate(project=made)
     assert written == [0, 1]
     monkeypatch.delenv("DVC_STAGE")  # a stage that was started without DVC outlives its parent
@@ -449,7 +449,7 @@ def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pyt
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
-    whole = made.details("dense", "perplexity").read_bytes()
+    complete = made.details("dense", "perplexity").read_bytes()
     measured: list[float] = []
     real = window_loss
 
@@ -470,7 +470,7 @@ def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pyt
     monkeypatch.setattr(module, "window_loss", noted)
     perplexity(project=made, model="dense")
     assert len(measured) == 4
-    assert made.details("dense", "perplexity").read_bytes() == whole
+    assert made.details("dense", "perplexity").read_bytes() == complete
 
 
 def test_a_loss_is_written_once_and_half_a_line_is_measured_again(project: Make, monkeypatch: pytest.MonkeyPatch):
@@ -479,7 +479,7 @@ def test_a_loss_is_written_once_and_half_a_line_is_measured_again(project: Make,
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
-    whole = made.details("dense", "perplexity").read_bytes()
+    complete = made.details("dense", "perplexity").read_bytes()
     real, sizes, files = window_loss, [], []
 
     def watched(*words):
@@ -499,7 +499,7 @@ def test_a_loss_is_written_once_and_half_a_line_is_measured_again(project: Make,
     files[-1].write_text(f"{lines[0]}\n{lines[1][:3]}")
     perplexity(project=made, model="dense")
     assert len(sizes) == 3 + 3  # the window of the line that was cut, and the two that were left
-    assert made.details("dense", "perplexity").read_bytes() == whole
+    assert made.details("dense", "perplexity").read_bytes() == complete
 
 
 @pytest.mark.skipif(not running.anonymous_memory(), reason="this system does not tell anonymous memory apart")
@@ -570,14 +570,14 @@ def test_progress_counts_only_with_the_states_that_it_speaks_of(
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
-    whole = made.details("dense", "perplexity").read_bytes()
+    complete = made.details("dense", "perplexity").read_bytes()
     with monkeypatch.context() as killed:
         killed.setattr(module, "window_loss", kill)
         with pytest.raises(KeyboardInterrupt):
             perplexity(project=made, model="dense")
     spoil(work_of(made))
     perplexity(project=made, model="dense")
-    assert made.details("dense", "perplexity").read_bytes() == whole
+    assert made.details("dense", "perplexity").read_bytes() == complete
 
 
 @pytest.mark.parametrize(
@@ -598,7 +598,7 @@ def test_losses_that_are_not_ours_are_measured_again(
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
-    whole = made.details("dense", "perplexity").read_bytes()
+    complete = made.details("dense", "perplexity").read_bytes()
     real, count = window_loss, itertools.count()
 
     def third_kills(*words: Any) -> float:
@@ -612,7 +612,7 @@ def test_losses_that_are_not_ours_are_measured_again(
     assert len(losses.read_text().splitlines()) == 3
     losses.write_text(spoil(losses.read_text()))
     perplexity(project=made, model="dense")
-    assert made.details("dense", "perplexity").read_bytes() == whole
+    assert made.details("dense", "perplexity").read_bytes() == complete
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned"])
@@ -629,14 +629,14 @@ def test_blocks_that_a_killed_run_has_lost_are_made_again(
     target = made.stats if propagation == "dense" else made.masks
     module: Any = calibrating if propagation == "dense" else masking
     stage = calibrate if propagation == "dense" else mask
-    whole = tree(target)
+    complete = tree(target)
     with monkeypatch.context() as killed:
         killed.setattr(module, "seal", kill)
         with pytest.raises(KeyboardInterrupt):
             stage(project=made)
     shutil.rmtree(work_of(made) / "out")
     stage(project=made)
-    assert tree(target) == whole
+    assert tree(target) == complete
 
 
 @pytest.mark.parametrize("artifact", ["stats/norms", "masks"])
@@ -707,9 +707,9 @@ def test_weights_that_are_not_finite_are_refused(project: Make, tiny: Path, tmp_
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(project: Make):
     made = project()
-    with pytest.raises(UserError, match=r"models/dense/provenance.json: not there; run .* `wanda-dvc download model`"):
+    with pytest.raises(UserError, match=r"models/dense/provenance.json: missing; run .* `wanda-dvc download model`"):
         calibrate(project=made)
-    with pytest.raises(UserError, match=r"masks/provenance.json: not there"):
+    with pytest.raises(UserError, match=r"masks/provenance.json: missing"):
         apply(project=fetch(made, "model"))
 
 
@@ -783,7 +783,7 @@ def test_a_question_without_a_context_needs_a_token_that_begins_it(tiny: Path, t
     name_no_tokens(folder)
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     lm = EngineLM(decoder, folder, LocalRunner(decoder, tmp_path / "work"), what="", progress=lambda items: items)
-    with pytest.raises(UserError, match="its tokenizer names no token that begins or ends a text, expected one"):
+    with pytest.raises(UserError, match="the tokenizer has no bos_token and no eos_token, expected one"):
         lm.loglikelihood([SimpleNamespace(args=("Why?", " So")), SimpleNamespace(args=("", "So"))])
 
 
@@ -820,6 +820,10 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: P
     numbers = load_json(made.metrics("dense", "zero_shot"))["piqa"]
     assert numbers["acc"] == float(answers[0]["answer"] == 0)
     assert set(numbers) == set(details["standard_errors"]) == {"acc", "acc_norm"}
+    by_letter = zip(answers[0]["loglikelihoods"], ("take a chair.", "take a cloud."), strict=True)
+    each = [value / len(choice) for value, choice in by_letter]
+    assert answers[0]["answer_norm"] == each.index(max(each))
+    assert numbers["acc_norm"] == float(answers[0]["answer_norm"] == 0)
 
 
 def test_a_task_whose_examples_are_of_another_split_needs_none(tmp_path: Path):
@@ -833,7 +837,7 @@ def test_a_task_whose_examples_are_of_another_split_needs_none(tmp_path: Path):
 
 def test_a_task_without_an_accuracy_is_refused():
     wanted = Tasks(source="benchmark", names=["cola"])
-    with pytest.raises(UserError, match="tasks.names: cola is measured by mcc, expected acc or acc_norm; take it out"):
+    with pytest.raises(UserError, match="tasks.names: cola is measured by mcc, expected acc or acc_norm; remove it"):
         find_tasks(wanted, None)
 
 
@@ -873,10 +877,10 @@ def test_show_says_whose_model_is_in_the_workspace(project: Make):
     made = prune(fetch(project(), "model", "calibration"))
     assert "another experiment" not in results.show(project=made)
     changed = project(sparsity=0.7)
-    assert "params.yaml asks for sparsity=0.7, which has not run" in results.show(project=changed)
+    assert "params.yaml has sparsity=0.7, which has not run" in results.show(project=changed)
     mask(project=changed)  # as `dvc exp apply` leaves it: these masks, that model
     shown = results.show(project=changed)
-    assert "models/pruned is still that of another experiment (wanda, sparsity 0.5, pattern unstructured)" in shown
+    assert "models/pruned belongs to another experiment (wanda, sparsity 0.5, pattern unstructured)" in shown
     apply(project=changed)
     assert "another experiment" not in results.show(project=changed)
 
@@ -896,3 +900,10 @@ def test_stats_are_a_summary_of_the_norms(project: Make):
     assert len(json.loads(stats.stats(project=made, layer=None, as_json=True))) == 4 * 4
     with pytest.raises(UserError, match="--layer: got 4, expected 0 to 3: the model has 4 blocks"):
         stats.stats(project=made, layer=4, as_json=False)
+
+
+def test_too_few_tokens_for_solvers_are_reported(project, capsys: pytest.CaptureFixture[str]):
+    made = fetch(project(calibration__statistics="gram", calibration__samples=4), "model", "calibration")
+    calibrate(project=made)
+    shown = capsys.readouterr().err
+    assert "calibrate: 4 windows of 64 make 256 tokens, expected 480 or more for solvers" in shown

@@ -99,8 +99,8 @@ def test_a_task_is_found_in_the_file_that_the_whole_index_has(tmp_path: Path, mo
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.setattr("lm_eval.tasks.__file__", str(tmp_path / "__init__.py"))
     monkeypatch.setattr("wanda_dvc.study.places._task_files", places._task_files.__wrapped__)
-    whole = TaskIndex.build([tmp_path])
+    index = TaskIndex.build([tmp_path])
     for name in ("one", "two", "few", "pair", "one.more", "none", "multiple_choice"):
-        path = whole[name].yaml_path if name in whole else None
+        path = index[name].yaml_path if name in index else None
         found = places.task_definition(name)
         assert (found and found[0]) == (path and path.relative_to(tmp_path).as_posix()), name

@@ -22,7 +22,7 @@ from wanda_dvc.stages import STAGES
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import FILES, TEMPLATE, init
 from wanda_dvc.study.settings import Settings, flatten, nested
-from wanda_dvc.study.upgrade import GONE, MOVED, _carry, _migrated, upgrade
+from wanda_dvc.study.upgrade import MOVED, REMOVED, _carry, _migrated, upgrade
 
 PIPELINE = FILES["dvc.yaml"].read_text(encoding="utf-8")
 PARAMS = FILES["params.yaml"].read_text(encoding="utf-8")
@@ -116,7 +116,7 @@ def test_a_dry_run_says_the_same_and_writes_nothing(older: Project):
 
 
 def test_every_setting_of_an_earlier_version_is_a_setting_or_moved_or_gone():
-    known = {name for name, _ in settings()} | {name for names in MOVED for name in names} | GONE.keys()
+    known = {name for name, _ in settings()} | {name for names in MOVED for name in names} | REMOVED.keys()
     assert settings_of((EARLIER / "params.yaml").read_text(encoding="utf-8")).keys() <= known
 
 
@@ -271,6 +271,16 @@ def test_an_edited_plot_template_and_ignore_file_stay(study: Project):
     assert read(study, ".gitignore") == "/mine/\n" + FILES[".gitignore"].read_text(encoding="utf-8")
 
 
+def test_prompts_are_the_users(study: Project):
+    write(study, "prompts.txt", "My prompt\n")
+    write(study, ".gitignore", "/mine/\n")  # something to upgrade
+    upgrade(project=study)
+    assert read(study, "prompts.txt") == "My prompt\n"
+    (study.root / "prompts.txt").unlink()
+    upgrade(project=study)
+    assert read(study, "prompts.txt") == FILES["prompts.txt"].read_text(encoding="utf-8")
+
+
 def test_the_plots_of_a_study_below_the_root_of_its_dvc_repository_are_in_the_root(older: Project):
     below = older.root / "below"
     below.mkdir()
@@ -278,7 +288,8 @@ def test_the_plots_of_a_study_below_the_root_of_its_dvc_repository_are_in_the_ro
         (older.root / place).rename(below / place)
     upgrade(project=Project(below))
     assert (older.root / ".dvc/plots/accuracy.json").is_file()
-    assert sorted(path.name for path in below.iterdir()) == [".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"]
+    written = [".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "prompts.txt"]
+    assert sorted(path.name for path in below.iterdir()) == written
 
 
 def test_without_a_dvc_repository_it_says_so(older: Project):

@@ -33,7 +33,7 @@ class Method:
     # The function's input with the weights: nothing, the statistics of the linear's input, or its Gram matrix.
     needs: Literal["weights", "norms", "gram"]
     # groups: every group (a row, a layer, m neighbours) loses the same number of lowest scores.
-    # rows: each row loses the same share of its summed scores, so rows lose different numbers of weights.
+    # rows: each row loses the same share of its total score, so rows lose different numbers of weights.
     # solver: the function chooses the mask itself, because it changes weights meanwhile.
     competition: Literal["groups", "rows", "solver"]
     # Whether a row's scores depend on the row alone: large matrices are then scored in slices. No default, because a
@@ -89,7 +89,7 @@ _METHODS = (
         title="Wanda variant",
         citation="Sun et al. 2024, appendix",
         link="https://arxiv.org/abs/2306.11695",
-        about="|W| · ‖X‖₂, and each row loses the same share of its summed scores",
+        about="|W| · ‖X‖₂, and each row loses the same share of its total score",
         function="wanda_dvc.pruning.scores:wanda",
         needs="norms",
         competition="rows",
@@ -123,7 +123,7 @@ _METHODS = (
         title="ADMM",
         citation="Boža 2024",
         link="https://arxiv.org/abs/2401.02938",
-        about="mask and weights in turn, 20 times; the mask grows over the first 15",
+        about="20 alternating updates of mask and weights; the mask grows over the first 15",
         function="wanda_dvc.pruning.solvers:admm",
         needs="gram",
         competition="solver",
@@ -327,13 +327,13 @@ ALLOCATIONS = {
         Allocation(
             # Fisher information of outputs, as in K-FAC, Martens and Grosse 2015, arXiv 1503.05671
             name="fisher",
-            about="each linear loses what scores below one threshold for the model, |W| · ‖X‖₂ · the root of its "
+            about="removes scores below one threshold for all linears; the score is |W| · ‖X‖₂ · the root of the "
             "output's Fisher information",
             function="wanda_dvc.pruning.allocation:fisher",
             rating="wanda_dvc.pruning.ratings:fisher_rating",
             needs="fisher",
             strengths=(("1", 0.2),),
-            strength_is="the most that a linear's sparsity differs from the model's; none is above 0.97",
+            strength_is="the largest difference between a linear's sparsity and the model's; no sparsity is above 0.97",
             by_linear=True,
         ),
     )
@@ -361,14 +361,14 @@ RECONSTRUCTIONS = {
     for reconstruction in (
         Reconstruction(
             name="none",
-            about="they keep their values",
+            about="unchanged",
             function=None,
             kept="Nothing was trained afterwards: all other weights are the dense model's, bit for bit.",
         ),
         Reconstruction(
             # Meng et al. 2024, ALPS, arXiv 2406.07831
             name="least-squares",
-            about="conjugate gradients: each linear's output comes as near to the dense one as its mask allows",
+            about="least squares by conjugate gradients: the output of each linear closest to the dense output",
             function="wanda_dvc.pruning.solvers:least_squares",
             of_inputs="wanda_dvc.pruning.units:least_squares",
             kept="The other weights of each linear were solved for, so that its output on the calibration text comes "
@@ -378,8 +378,7 @@ RECONSTRUCTIONS = {
         Reconstruction(
             # van der Ouderaa et al. 2024, LLM Surgeon, arXiv 2312.17244
             name="fisher",
-            about="least squares whose errors count by what they cost the loss, and whose rows make up for one another "
-            "",
+            about="least squares, weighted by gradients of the loss; rows compensate for each other",
             function="wanda_dvc.pruning.solvers:fisher_least_squares",
             # Where complete inputs go, the gradients cancel: one solution is the best for all outputs.
             of_inputs="wanda_dvc.pruning.units:least_squares",
@@ -391,7 +390,7 @@ RECONSTRUCTIONS = {
         Reconstruction(
             # Frantar and Alistarh 2023, arXiv 2301.00774
             name="sparsegpt",
-            about="input by input, the weights to the right make up for each one that goes",
+            about="input by input: the weights to the right compensate for each removed weight",
             function="wanda_dvc.pruning.solvers:sparsegpt_update",
             of_inputs="wanda_dvc.pruning.units:least_squares",  # the sweep is its approximation
             kept="The other weights of each linear were updated while weights were removed; nothing was trained. "
@@ -400,8 +399,8 @@ RECONSTRUCTIONS = {
         Reconstruction(
             # arXiv 2510.14444
             name="block",
-            about="least squares, then each block is trained for a moment so that its output meets the dense block's "
-            "(with `propagation` `corrected` or `pruned`)",
+            about="least squares, then a short training of each block towards the dense block's output (with "
+            "`propagation` `corrected` or `pruned`)",
             function="wanda_dvc.pruning.solvers:least_squares",
             of_inputs="wanda_dvc.pruning.units:least_squares",
             kept="Each block was then trained on the calibration text, so that its output comes near the dense block's."
@@ -433,11 +432,11 @@ class Recipe:
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe(name="magnitude", about="the smallest weights of each row go", method="magnitude"),
+        Recipe(name="magnitude", about="removes the smallest weights of each row", method="magnitude"),
         Recipe(name="wanda", about="the lowest |W| · ‖X‖₂ of each row go", method="wanda"),
         Recipe(
             name="wanda-refit",
-            about="Wanda's masks; the weights that stay are solved for by least squares",
+            about="Wanda's masks; least squares gives the remaining weights new values",
             method="wanda",
             reconstruction="least-squares",
         ),
@@ -450,13 +449,13 @@ RECIPES = {
         ),
         Recipe(
             name="admm",
-            about="ADMM's masks; the weights that stay are solved for by least squares",
+            about="ADMM's masks; least squares gives the remaining weights new values",
             method="admm",
             reconstruction="least-squares",
         ),
         Recipe(
             name="fisher",
-            about="ADMM, where masks, sparsities and weights follow from the gradients of the loss",
+            about="ADMM; gradients of the loss decide masks, sparsities and new weights",
             method="admm",
             group="fisher",
             allocation="fisher",
@@ -464,7 +463,7 @@ RECIPES = {
         ),
         Recipe(
             name="block",
-            about="ADMM's masks; each block is then trained to give the dense block's outputs",
+            about="ADMM's masks; then a short training of each block towards the dense block's outputs",
             method="admm",
             group="fisher",
             allocation="fisher",
@@ -473,7 +472,8 @@ RECIPES = {
         ),
         Recipe(
             name="paper",
-            about="the paper's Wanda, calibrated on pruned blocks; with `method: magnitude` its magnitude, by layer",
+            about="the paper's procedure: Wanda calibrated on pruned blocks; `method: magnitude` gives its magnitude "
+            "baseline, by layer",
             method="wanda",
             propagation="pruned",
             group_with={"magnitude": "layer"},

@@ -23,8 +23,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune language models with Wanda: calibrate once; prune, compare and ship as often as you like.\n\n"
     "`dvc repro` and `dvc exp run -S sparsity=0.7` run the stages. You can run each by hand too.",
-    epilog="Exit codes: 0, done; 1, a defect of wanda-dvc; 2, something that you can fix, which the message says; "
-    "128 + n, stopped by signal n.",
+    epilog="Exit codes: 0: success; 1: a bug in wanda-dvc; 2: an error that you can fix, as the message explains; "
+    "128 + n: stopped by signal n.",
 )
 STAGE_PANEL, RESULT_PANEL, STUDY_PANEL = "Stages, in the order of the pipeline", "Results", "Studies"
 
@@ -165,7 +165,7 @@ def stats(
     from wanda_dvc.views import stats as views
 
     if sum((layer is not None or linear is not None, recurring, compare is not None)) > 1:
-        raise typer.BadParameter("one of --recurring, --compare, or --layer and --linear")
+        raise typer.BadParameter("--recurring, --compare, and --layer or --linear exclude each other; give one")
     project = Project.find()
     if compare is not None:
         typer.echo(views.compare(project=project, other=compare, as_json=as_json))
@@ -228,7 +228,7 @@ def init(  # noqa: PLR0913, PLR0917 - the options of the command
         from wanda_dvc.study.scaffold import init as make
 
         if dry_run:
-            raise typer.BadParameter("--dry-run goes with --upgrade")
+            raise typer.BadParameter("--dry-run needs --upgrade")
         typer.echo(make(folder=directory, preset=preset, model=model, calibration=calibration, mirror=mirror))
 
 
@@ -244,7 +244,7 @@ def preset(
     from wanda_dvc.study.project import Project
 
     if name is not None and as_json:
-        raise typer.BadParameter("--json lists the presets; it goes without a NAME")
+        raise typer.BadParameter("--json lists all presets; omit NAME")
     typer.echo(preset_table(as_json=as_json) if name is None else apply_preset(project=Project.find(), name=name))
 
 

@@ -13,7 +13,7 @@ from wanda_dvc import __version__
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
-MEND = "set dtype=float32 or bfloat16, or mend the model's weights"  # where activations are not finite
+FIX = "set dtype=float32 or bfloat16, or fix the model's weights"  # where activations are not finite
 
 
 # Optional libraries, by the extra of this package that installs them.
@@ -55,8 +55,8 @@ def notice(text: str) -> None:
 def fixable(error: Exception) -> bool:
     """Whether the user can fix this error: a setting, a file, the disk or the memory."""
     system = _of_the_system(error)
-    told = system is not None and system.errno in NO_ROOM | NO_PERMISSION | NO_MEMORY
-    return isinstance(error, UserError) or told or _lacks_memory(error) or _extra(error) is not None
+    of_machine = system is not None and system.errno in NO_ROOM | NO_PERMISSION | NO_MEMORY
+    return isinstance(error, UserError) or of_machine or _lacks_memory(error) or _extra(error) is not None
 
 
 def explain(error: Exception) -> Iterator[str]:
@@ -66,24 +66,24 @@ def explain(error: Exception) -> Iterator[str]:
         yield from error.problems
     elif system and system.errno in NO_ROOM:
         yield (
-            f"{_file(system)}: no room on the disk ({system.strerror}), expected room for what the stage writes; free "
-            "some and run it again: the earlier output and finished work are kept"
+            f"{_file(system)}: disk full ({system.strerror}); free some space and run the command again: the earlier "
+            "output and finished work are kept"
         )
     elif system and system.errno in NO_PERMISSION:
         yield (
-            f"{_file(system)}: {system.strerror}, expected a place that may be read and written; change its "
-            "permissions and run it again: the earlier output and finished work are kept"
+            f"{_file(system)}: {system.strerror}, expected permission to read and write; change it and run the "
+            "command again: the earlier output and finished work are kept"
         )
     elif _lacks_memory(error) or (system and system.errno in NO_MEMORY):
         yield (
-            f"memory: {' '.join(str(error).split()) or 'no more'}, expected what `wanda-dvc cost` says; free some, "
-            "take shorter windows, or use fewer threads (OMP_NUM_THREADS)"
+            f"memory: {' '.join(str(error).split()) or 'out of memory'}; `wanda-dvc cost` estimates the need; free "
+            "some, use shorter windows, or fewer threads (OMP_NUM_THREADS)"
         )
     elif (extra := _extra(error)) is not None:
-        yield f"{extra[0]}: not installed, expected it for this command; run `pip install 'wanda-dvc[{extra[1]}]'`"
+        yield f"{extra[0]}: not installed, but this command needs it; run `pip install 'wanda-dvc[{extra[1]}]'`"
     else:
         yield f"wanda-dvc {__version__}: {type(error).__name__}: {error}"
-        yield "This is a defect; `wanda-dvc --debug …` shows where."
+        yield "This is a bug in wanda-dvc; `wanda-dvc --debug …` prints the traceback."
 
 
 def _extra(error: Exception) -> tuple[str, str] | None:
@@ -95,8 +95,8 @@ def _extra(error: Exception) -> tuple[str, str] | None:
 def _of_the_system(error: Exception) -> OSError | None:
     """Return the operating system's error, or None; of the errors of a folder's copy, the first."""
     if isinstance(error, shutil.Error):
-        told = re.search(r"\[Errno (\d+)\] [^']*'([^']*)'", str(error.args[0]))
-        return OSError(int(told[1]), os.strerror(int(told[1])), told[2]) if told else None
+        found = re.search(r"\[Errno (\d+)\] [^']*'([^']*)'", str(error.args[0]))
+        return OSError(int(found[1]), os.strerror(int(found[1])), found[2]) if found else None
     return error if isinstance(error, OSError) else None
 
 
@@ -106,7 +106,7 @@ def _file(error: OSError) -> str:
 
 def _lacks_memory(error: Exception) -> bool:
     """Whether Python, torch's CPU allocator or a GPU ran out of memory, or the system out of threads."""
-    told = ("can't allocate memory", "out of memory", "can't start new thread")
+    phrases = ("can't allocate memory", "out of memory", "can't start new thread")
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in phrases)
     )

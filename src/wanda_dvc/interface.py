@@ -118,8 +118,8 @@ def calibrate(
     gradients: list[Grams] = []
     with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
         run = LocalRunner(decoder, Path(work))
-        for turn in progress(run.walk(rows), total=len(decoder.blocks), what="calibrate, blocks"):
-            measured, matrices, _ = turn.record(gram=statistics != "norms")
+        for step in progress(run.walk(rows), total=len(decoder.blocks), what="calibrate, blocks"):
+            measured, matrices, _ = step.record(gram=statistics != "norms")
             blocks.append(measured)
             if statistics != "norms":
                 grams.append(pack_grams(measured, matrices, GRAM_DTYPE))
@@ -319,7 +319,7 @@ def reconstruct(
     source = _measured(model, stats)
     targets = _targets(source, keep)
     made: dict[str, Tensor] = {}
-    told: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
     gradients: Iterable[Mapping[str, Gram]] = stats.fisher_grams or itertools.repeat({})
     pairs = zip(stats.grams, gradients, strict=False)
     for grams, back in progress(pairs, total=len(stats.grams), what="reconstruct, blocks"):
@@ -337,14 +337,14 @@ def reconstruct(
             )
             made[name] = pruned.weight.cpu()
             if pruned.error is not None and pruned.masked is not None:
-                told[name] = {"error": pruned.error, "masked": pruned.masked} | pruned.solved
+                found[name] = {"error": pruned.error, "masked": pruned.masked} | pruned.solved
     if structure:
         _shrink(source, keep, structure, made)
-        return told
+        return found
     with torch.no_grad():
         for name, weight in made.items():
             targets[name].copy_(weight)
-    return told
+    return found
 
 
 def perplexity(
@@ -381,8 +381,8 @@ def perplexity(
     decoder = _decoder(source, dtype)
     with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as folder:
         run = LocalRunner(decoder, Path(folder))
-        for turn in progress(run.walk(rows), total=len(decoder.blocks), what="perplexity, blocks"):
-            turn.advance()
+        for step in progress(run.walk(rows), total=len(decoder.blocks), what="perplexity, blocks"):
+            step.advance()
         losses = list(run.head(window_losses, unmeasured(len(rows))))
         where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
     say_not_finite("perplexity", where)
@@ -445,8 +445,8 @@ def _plan(stats: Stats, **given: Any) -> "Plan":
 
     if (row := RECIPES.get(given["recipe"])) and row.propagation != "dense":
         raise UserError(
-            f"recipe: got {row.name}, whose propagation is {row.propagation}, expected one that follows from the dense "
-            "model's statistics; name its choices, or run it as a study"
+            f"recipe: got {row.name} with propagation {row.propagation}, expected one with propagation dense; pass its "
+            "choices instead, or run it as a study"
         )
     content = nested(read_preset(DEFAULT).settings) | given | {"reconstruction": "none", "propagation": "dense"}
     content["calibration"]["statistics"] = "fisher"
@@ -495,8 +495,8 @@ def _measured(model: "PreTrainedModel", stats: Stats) -> "Loaded":
     if other := [name for name in stats.weights if found.get(name) != stats.weights[name]]:
         raise UserError(
             f"stats: measured on other weights ({len(other)} of {len(stats.weights)} tensors, first {other[0]}), "
-            f"expected those of this {source} as it is now; load the model anew if it has been pruned or changed "
-            "since, or calibrate it"
+            f"expected the current weights of this {source}; reload the model if it was pruned or changed, or "
+            "calibrate it again"
         )
     return source
 

@@ -139,7 +139,7 @@ class Calibration(_Section):
     text: CalibrationText
     samples: int = Field(ge=1, le=MOST, description="number of windows, drawn at random")
     length: int = Field(ge=2, le=MOST, description="tokens a window")
-    seed: int = Field(ge=0, description="seed of the draw")
+    seed: int = Field(ge=0, description="seed of the random draw")
     statistics: Literal["norms", "gram", "fisher"] = Field("norms", description="what is measured; see below")
 
 
@@ -334,14 +334,13 @@ class Params(_Section):
             yield _problem(
                 "propagation",
                 "corrected with reconstruction none",
-                "a reconstruction, which can aim at the dense outputs; set reconstruction=least-squares",
+                "a reconstruction; set reconstruction=least-squares",
             )
         if plan.trains and plan.propagation == "dense":
             yield _problem(
                 "reconstruction",
                 f"{plan.reconstruction.name} with propagation dense",
-                "propagation corrected or pruned: a block is trained on what the pruned blocks before it put out; "
-                "set propagation=corrected",
+                "propagation corrected or pruned, for outputs of pruned blocks; set propagation=corrected",
             )
         needs, measured = plan.needs, self.calibration.statistics
         if STATISTICS.index(needs) > STATISTICS.index(measured):

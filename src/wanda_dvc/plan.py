@@ -33,6 +33,7 @@ TRAINING: dict[str, Any] = {"epochs": 3, "rate": 0.02, "seed": 0}
 CORRECTION = 0.5
 GRAM_DTYPE = "float16"  # of stored Gram matrices, scaled: as exact as float32 in every measured figure
 WINDOWS_BACK = 8  # windows of the backward pass; 16 gained 1 % once, in 2:4
+TOKENS_A_FEATURE = 10  # calibration tokens for each input feature; solvers overfit with fewer (docs/methods.md)
 WINDOWS_HELD_OUT = 2  # windows on which choices that statistics decide are compared
 
 

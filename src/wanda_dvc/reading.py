@@ -43,8 +43,8 @@ def check_file(path: Path, todo: str = COPY) -> os.stat_result:
         status = path.stat()
     except FileNotFoundError:
         if path.is_symlink():
-            raise UserError(f"{path}: a link to {path.readlink()}, which is not there; {todo}") from None
-        raise UserError(f"{path}: not there, expected a file; {todo}") from None
+            raise UserError(f"{path}: a link to {path.readlink()}, which is missing; {todo}") from None
+        raise UserError(f"{path}: missing, expected a file; {todo}") from None
     except (OSError, ValueError) as error:  # no permission, circular links, an invalid name
         raise _unreadable(path, error) from None
     if not stat.S_ISREG(status.st_mode):
@@ -160,9 +160,7 @@ def read_header(path: Path, todo: str = COPY) -> dict[str, Entry]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, LARGEST_HEADER):
                 found = f"{size} bytes and a header of {length}" if size >= 8 else f"{size} bytes"
-                raise UserError(
-                    f"{path}: not a whole safetensors file: found {found}, expected header and data; {todo}"
-                )
+                raise UserError(f"{path}: incomplete safetensors file: found {found}, expected header and data; {todo}")
             text = file.read(length)
     except OSError as error:
         raise _unreadable(path, error) from None
@@ -177,7 +175,7 @@ def read_header(path: Path, todo: str = COPY) -> dict[str, Entry]:
         end += entry.length
     if 8 + length + end != size:
         raise UserError(
-            f"{path}: not a whole safetensors file: found {size} bytes, expected {8 + length + end} by its header; "
+            f"{path}: incomplete safetensors file: found {size} bytes, expected {8 + length + end} by its header; "
             f"{todo}"
         )
     return {name: entry._replace(begin=8 + length + entry.begin) for name, entry in entries.items()}
@@ -205,5 +203,5 @@ def _entry(content: object, where: str, todo: str) -> Entry:
 
 
 def _are_sizes(content: Any) -> bool:
-    whole = isinstance(content, list) and all(type(size) is int and 0 <= size < 2**63 for size in content)
-    return whole and len(content) <= 64
+    valid = isinstance(content, list) and all(type(size) is int and 0 <= size < 2**63 for size in content)
+    return valid and len(content) <= 64

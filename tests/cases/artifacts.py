@@ -78,7 +78,7 @@ def cases() -> Iterator[Case]:
         if run != "stats":
             for name, (content, found) in NO_OBJECTS.items():
                 yield Case(f"{run}: {where}: {name}", written(where, content), (where, found, "expected"), run)
-        yield Case(f"{run}: {where}: missing", removed(where), (where, "not there"), run)
+        yield Case(f"{run}: {where}: missing", removed(where), (where, "missing"), run)
         yield Case(
             f"{run}: {where}: a folder", replaced_by_folder(where), (where, "found a folder", "expected a file"), run
         )
@@ -93,12 +93,12 @@ def cases() -> Iterator[Case]:
     yield from _blocks()
     for part, run in (("calibration", "calibrate"), ("perplexity", "perplexity")):
         text = f"data/{part}/text.txt"
-        yield Case(f"{text}: missing", removed(text), (text, "not there", "expected a file"), run)
+        yield Case(f"{text}: missing", removed(text), (text, "missing", "expected a file"), run)
         yield Case(f"{text}: a folder", replaced_by_folder(text), (text, "found a folder", "expected a file"), run)
         yield Case(f"{text}: a pipe", replaced_by_pipe(text), (text, "found a pipe", "expected a file"), run)
         yield Case(f"{text}: binary", written(text, b"\xff\x00"), (text, "is no UTF-8", "expected text"), run)
     items = "data/tasks/piqa/items.jsonl"
-    yield Case(f"{items}: missing", removed(items), (items, "not there", "expected a file"), "zero-shot")
+    yield Case(f"{items}: missing", removed(items), (items, "missing", "expected a file"), "zero-shot")
     for name in ("half", "a list", "deep", "binary"):
         content, found = NO_OBJECTS[name]
         yield Case(f"{items}: {name}", written(items, content), (items, found, "expected"), "zero-shot")
@@ -129,7 +129,7 @@ def _blocks() -> Iterator[Case]:
         yield Case(f"{path}: a folder", replaced_by_folder(path), (path, "found a folder", "expected a file"), run)
         yield Case(f"{path}: empty", resealed(path, b""), (path, "found 0 bytes", "expected"), run)
         yield Case(
-            f"{path}: text", resealed(path, b"hello, world"), (path, "not a whole safetensors file", "expected"), run
+            f"{path}: text", resealed(path, b"hello, world"), (path, "incomplete safetensors file", "expected"), run
         )
         yield Case(f"{path}: no {key}", block(path, partial(_without, key)), (path, "damaged", "expected"), run)
         yield Case(f"{path}: {key} a list", block(path, partial(_as_list, key)), (path, "damaged"), run)

@@ -25,7 +25,7 @@ def pairs(*axes: Iterable[Any], allowed: Callable[..., bool] = lambda *row: True
     return [_parameters(_row(values, row), short=row in chosen) for row in places]
 
 
-def turns(first: Iterable[Any], second: Sequence[Any], *, each: int = 1) -> list[ParameterSet]:
+def cycled(first: Iterable[Any], second: Sequence[Any], *, each: int = 1) -> list[ParameterSet]:
     """Every row of a product of two axes. Rows beyond `each` for a value of the first, in turn, are `full`."""
     return [
         _parameters((value, other), short=(place - index * each) % len(second) < each)

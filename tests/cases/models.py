@@ -112,11 +112,11 @@ def _files() -> Iterator[Case]:
     for name in ("config.json", SINGLE, "tokenizer.json", "tokenizer_config.json"):
         yield Case(f"{name}: a folder", replaced_by_folder(name), (name, "found a folder", "expected a file"))
         yield Case(f"{name}: a pipe", replaced_by_pipe(name), (name, "found a pipe", "expected a file"))
-        yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "a link to nowhere", "not there"))
+        yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "a link to nowhere", "missing"))
         yield Case(f"{name}: a link to itself", replaced_by_link(name, name), (name, "symbolic links", "expected"))
     for name in ("vocab.json", "generation_config.json", "LICENSE", "chat_template.jinja", "merges.txt"):
         yield Case(f"{name}: a folder", replaced_by_folder(name), (name, "found a folder", "expected a file"))
-        yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "a link to nowhere", "not there"))
+        yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "a link to nowhere", "missing"))
         yield Case(f"{name}: a pipe", replaced_by_pipe(name), (name, "found a pipe", "expected a file"))
     yield Case("no config", removed("config.json"), ("no config.json", "expected a Hugging Face model"))
     yield Case("no weights", removed(SINGLE), ("found", "expected model.safetensors"))
@@ -212,11 +212,9 @@ def _indexes() -> Iterator[Case]:
         yield Case(
             f"index: shard {outside[:30]!r}",
             index({QUERY: outside}),
-            (QUERY, "found", "expected the name of a file beside it"),
+            (QUERY, "found", "expected the name of a file in this folder"),
         )
-    yield Case(
-        "index: a shard that is not there", index({QUERY: "b.safetensors"}), ("names b.safetensors", "not there")
-    )
+    yield Case("index: a shard that is not there", index({QUERY: "b.safetensors"}), ("names b.safetensors", "missing"))
     yield Case(
         "index: a tensor that its shard lacks",
         index({"more": "a.safetensors"}),
@@ -240,7 +238,7 @@ def _after(*spoils: Callable[[Path], object]) -> Callable[[Path], object]:
 
 
 def _shards() -> Iterator[Case]:
-    whole = "not a whole safetensors file"
+    whole = "incomplete safetensors file"
     yield Case("shard: empty", written(SINGLE, b""), (SINGLE, whole, "found 0 bytes", "expected"))
     yield Case("shard: seven bytes", written(SINGLE, b"1234567"), (SINGLE, whole, "found 7 bytes", "expected"))
     yield Case("shard: a huge header", written(SINGLE, b"\xff" * 64), (SINGLE, whole, "expected header and data"))
@@ -295,7 +293,7 @@ def _shards() -> Iterator[Case]:
 def _tokenizers() -> Iterator[Case]:
     for name, (content, _) in NO_OBJECTS.items():
         yield Case(
-            f"tokenizer.json: {name}", written("tokenizer.json", content), ("no tokenizer that loads", "expected")
+            f"tokenizer.json: {name}", written("tokenizer.json", content), ("the tokenizer does not load", "expected")
         )
     yield Case(
         "tokenizer.json: more ids than embeddings",
@@ -307,5 +305,5 @@ def _tokenizers() -> Iterator[Case]:
         written(
             "tokenizer_config.json", '{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", null]}}'
         ),
-        ("no tokenizer that loads", "expected"),
+        ("the tokenizer does not load", "expected"),
     )

@@ -64,7 +64,7 @@ def cases() -> Iterator[Case]:
     for name in (LINES, TEXT):
         yield Case(f"{name}: a folder", replaced_by_folder(name), (name, "found a folder", "expected a file"))
         yield Case(f"{name}: a pipe", replaced_by_pipe(name), (name, "found a pipe", "expected a file"))
-        yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "a link to nowhere", "not there"))
+        yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "a link to nowhere", "missing"))
         yield Case(f"{name}: a link to itself", replaced_by_link(name, name), (name, "symbolic links", "expected"))
         yield Case(f"{name}: not there", lambda _: None, (name, "not found", "expected a text file"))
     yield Case("txt: empty", written(TEXT, b""), ("calibration.text", "empty", "expected text"))
@@ -86,9 +86,11 @@ def cases() -> Iterator[Case]:
     yield Case("gz: a pipe", replaced_by_pipe(SHARD), (SHARD, "found a pipe", "expected a file"))
     for name, (content, found) in NO_OBJECTS.items():
         if name != "empty":
-            told = (
+            message = (
                 found if found.startswith(("is no", "nested", "half")) or found == "found no JSON" else "no text `text`"
             )
             yield Case(
-                f"gz: {name}", written(SHARD, gzip.compress(content, mtime=0)), (f"{SHARD}: line 1", told, "expected")
+                f"gz: {name}",
+                written(SHARD, gzip.compress(content, mtime=0)),
+                (f"{SHARD}: line 1", message, "expected"),
             )

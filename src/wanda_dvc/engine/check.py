@@ -43,7 +43,7 @@ def check_parts(model: nn.Module, checkpoint: Source, parts: Mapping[str, Sequen
                         f"{checkpoint.where[tensor]}: {tensor} is {dtype}, expected {usual}; "
                         "name the model before it was quantized, or convert it"
                     )
-            if parts[name][0].is_whole:
+            if parts[name][0].is_complete:
                 tensor, expected = parts[name][0].address.tensor, list(model.get_parameter(name).shape)
                 if entries[tensor].shape != expected:
                     raise UserError(

@@ -89,7 +89,7 @@ class Source(ABC):
         for name in (f"{owner}.{leaf}", f"{owner}.{leaf}.weight"):
             if expert.isdecimal() and name in self.where:
                 return Address(name, int(expert))
-        raise UserError(f"{self}: no weight of {linear}, which the statistics name; run `dvc repro`")
+        raise UserError(f"{self}: no weight of {linear}, a linear of the statistics; run `dvc repro`")
 
     def weight(self, linear: str) -> Tensor:
         """Return a linear's weight, as stored."""
@@ -128,7 +128,7 @@ class Checkpoint(Source):
             where = {name: self.folder / file for name, file in read_index(self.folder / INDEX).items()}
             shards = sorted(set(where.values()))
             if missing := [path.name for path in shards if not is_there(path)]:
-                raise UserError(f"{self.folder}: {INDEX} names {', '.join(missing)}, which is not there; copy it again")
+                raise UserError(f"{self.folder}: {INDEX} names {', '.join(missing)}, which is missing; copy it again")
             for name, path in where.items():
                 if name not in self._header(path):
                     raise UserError(
@@ -138,8 +138,7 @@ class Checkpoint(Source):
         if not is_there(self.folder / SINGLE):
             found = ", ".join(sorted(path.name for path in self.folder.iterdir())) or "nothing"
             raise UserError(
-                f"{self.folder}: found {found}, expected {SINGLE} or {INDEX}; "
-                "weights in another format must be saved as safetensors first"
+                f"{self.folder}: found {found}, expected {SINGLE} or {INDEX}; save the weights as safetensors first"
             )
         return dict.fromkeys(self._header(self.folder / SINGLE), self.folder / SINGLE)
 
@@ -164,15 +163,15 @@ class Checkpoint(Source):
             try:
                 self._files[path] = safe_open(path, framework="pt")
             except SafetensorError as error:
-                raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+                raise UserError(f"{path}: incomplete safetensors file ({error}); copy it again") from None
         return self._files[path]
 
     # --- reading ---
 
     def read(self, address: Address) -> Tensor:
         """The tensor, or the expert's part of it, in the dtype that it is stored in."""
-        whole = self._open(self.where[address.tensor]).get_tensor(address.tensor)
-        return whole if address.expert is None else whole[address.expert]
+        tensor = self._open(self.where[address.tensor]).get_tensor(address.tensor)
+        return tensor if address.expert is None else tensor[address.expert]
 
     def parameter(self, name: str, stored: Address | None) -> Tensor | None:
         """Return a stored tensor, or None."""
@@ -250,7 +249,7 @@ def read_index(path: Path) -> dict[str, str]:
             raise UserError(f"{path}: weight_map: {name}: found {name_of(shard)}, expected the name of a file; {AGAIN}")
         if not PLAIN.fullmatch(shard) or shard in (".", ".."):
             raise UserError(
-                f"{path}: weight_map: {name}: found {shard!r}, expected the name of a file beside it; {AGAIN}"
+                f"{path}: weight_map: {name}: found {shard!r}, expected the name of a file in this folder; {AGAIN}"
             )
     return shards
 

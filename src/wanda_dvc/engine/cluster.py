@@ -24,7 +24,7 @@ from torch import Tensor
 import wanda_dvc
 from wanda_dvc.engine import shards, tasks
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.jobs import Ask, Job, Jobs, R, T
+from wanda_dvc.engine.jobs import Job, JobInput, Jobs, R, T
 from wanda_dvc.engine.recorder import Gradients, Recorded, Sums
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Step, report_resumed
@@ -35,6 +35,7 @@ CPU = torch.device("cpu")
 LOCAL = "local"
 THREADS = 4  # of a task without a GPU, if OMP_NUM_THREADS is not set
 SECONDS = 300  # for the first worker
+SECONDS_TO_ANSWER = 10  # for a cluster's port: Ray itself waits for minutes
 AHEAD = 2  # tasks per worker that run, or have unread results
 RETRIES = 3  # of a task after its process or node died
 LIBRARIES = ("torch", "transformers", "numpy")  # results depend on their versions
@@ -91,8 +92,8 @@ def check_node(_: torch.device, wanted: Mapping[str, str], folders: Sequence[Pat
     for name, found in versions().items():
         if found != wanted[name]:
             raise UserError(
-                f"{name} {found}, expected {wanted[name]}, as the driver has it; other versions give other bytes: "
-                "install the same ones on all nodes"
+                f"{name} {found}, expected {wanted[name]}, the driver's version; install the same versions on all "
+                "nodes, because results depend on them"
             )
     return [tasks.fingerprint(folder) for folder in folders]
 
@@ -109,12 +110,18 @@ def connect(address: str) -> None:
     else:
         words |= {"runtime_env": {"py_modules": [str(Path(wanda_dvc.__file__).parent)], "env_vars": ENVIRONMENT}}
     try:
+        if address not in (LOCAL, "auto"):
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
         ray.init(address=address, **words)
     except Exception as error:  # Ray raises any exception, plain Exception too
-        todo = "start it with `ray start --head`, or set local or null"
+        todo = (
+            "start it with `ray start --head`, set RAY_AUTH_MODE=token in the environment if it asks for a token, or "
+            "set local or null"
+        )
         todo = "try it again, or set null" if address == LOCAL else todo
         raise SettingError(
-            f"runtime.ray: {address}: no Ray ({' '.join(str(error).split())}), expected one that answers; {todo}"
+            f"runtime.ray: {address}: Ray does not answer ({' '.join(str(error).split())}); {todo}"
         ) from None
 
 
@@ -175,10 +182,7 @@ class Cluster(Jobs):
         """Wait for a worker, and check whether all nodes have the files. UserError if no worker appears."""
         if not ray.wait(self._first, timeout=SECONDS)[0]:
             wanted = "a GPU" if self._kind == "GPU" else f"{self._threads} CPUs"
-            raise UserError(
-                f"runtime.ray: no worker came in {SECONDS} s, expected one with {wanted}; "
-                "`ray status` says what the cluster is doing"
-            )
+            raise UserError(f"runtime.ray: no worker with {wanted} started within {SECONDS} s; look at `ray status`")
         if self._address == LOCAL:
             return
         expected = [tasks.fingerprint(folder) for folder in self._folders]
@@ -218,9 +222,9 @@ class Cluster(Jobs):
             raise error.cause from None
         except RayError as error:
             raise UserError(
-                f"runtime.ray: {task.name}: lost with its worker, {RETRIES} times again "
-                f"({str(error).partition('.')[0]}), expected it to end; see that the memory of a worker is what "
-                "`wanda-dvc cost` says, and run the stage again"
+                f"runtime.ray: {task.name}: its worker crashed, also in {RETRIES} retries "
+                f"({str(error).partition('.')[0]}); compare a worker's memory with `wanda-dvc cost`, and run the "
+                "stage again"
             ) from None
 
     def put(self, content: Any) -> Any:
@@ -233,9 +237,9 @@ class Cluster(Jobs):
             return self.put(tasks.read(CPU, folder, names))
         return self.begin(tasks.read, folder, names, **_on(self.reader))[0]
 
-    def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
+    def each(self, function: Job[T, R], inputs: Iterable[JobInput[T]]) -> Iterator[R]:
         """Yield a function's result for each input."""
-        sent = ((one.name, self.put(one.named if self.has_files else one.whole)) for one in asked)
+        sent = ((one.name, self.put(one.named if self.has_files else one.complete)) for one in inputs)
         return self.results(Task(self.begin(function, ref)[0], name, ref) for name, ref in sent)
 
     def counts(self) -> dict[str, int]:
@@ -310,15 +314,15 @@ class TaskRunner(Runner):
                 total.check_finite(self.decoder.checkpoint, index)
                 yield index, total
 
-    def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
+    def head(self, function: Head[T, R], inputs: Mapping[int, T]) -> Iterator[R]:
         """Apply a function to some shards' last hidden states."""
-        wanted = [asked.get(number) for number in range(len(self._rows))]
+        wanted = [inputs.get(number) for number in range(len(self._rows))]
         for found in self.run("output head", tasks.head, (function,), self._last, wanted, returns=1)[1]:
             yield from found
 
-    def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
+    def each(self, function: Job[T, R], inputs: Iterable[JobInput[T]]) -> Iterator[R]:
         """Apply a function to each input."""
-        return self.cluster.each(function, asked)
+        return self.cluster.each(function, inputs)
 
     def run(
         self, name: str, function: Callable[..., Any], words: tuple[Any, ...], *columns: Sequence[Any], returns: int = 2

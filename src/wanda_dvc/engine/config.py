@@ -33,7 +33,9 @@ def read_config(place: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # each model's class raises exceptions of its own choice
-        raise UserError(f"{path}: {reason(error)}, expected a configuration that transformers takes; {TODO}") from error
+        raise UserError(
+            f"{path}: {reason(error)}, expected a configuration that transformers accepts; {TODO}"
+        ) from error
     text = config.get_text_config()
     heads, shared = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:

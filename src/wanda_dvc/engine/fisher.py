@@ -74,15 +74,15 @@ class BackwardPass:
             for n in range(blocks + 1)
         ]
         self._gradients = HiddenStates.open(folder / "gradients", lengths, width, torch.float32, blocks, **places)
-        whole = 0 if kept == -1 else next((n for n, x in enumerate(self._before) if x.finished < 0), blocks + 1)
-        for states in self._before[whole:]:
+        complete = 0 if kept == -1 else next((n for n, x in enumerate(self._before) if x.finished < 0), blocks + 1)
+        for states in self._before[complete:]:
             states.finished = -1
-        if whole <= blocks or self._gradients.finished > kept:
+        if complete <= blocks or self._gradients.finished > kept:
             self._gradients.finished = -1
-        if whole == 0:
+        if complete == 0:
             self._before[0].write(decoder.embed(row)[0] for row in rows)
             self._before[0].finish_block()
-        self.finished = max(0, whole - 1) + max(0, self._gradients.finished)
+        self.finished = max(0, complete - 1) + max(0, self._gradients.finished)
 
     @property
     def block(self) -> int:

@@ -36,9 +36,8 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
         """Answer lm-eval's requests. UserError for an empty context if the tokenizer has no BOS or EOS token."""
         if not self.has_prefix and not all(request.args[0] for request in requests):
             raise UserError(
-                f"{self.folder}: its tokenizer names no token that begins or ends a text, expected one, with which a "
-                "question without a context begins; name a bos_token or an eos_token in the model's "
-                "tokenizer_config.json"
+                f"{self.folder}: the tokenizer has no bos_token and no eos_token, expected one for questions without "
+                "context; set one in the model's tokenizer_config.json"
             )
         return super().loglikelihood(requests, disable_tqdm=True)  # the engine shows its own progress bar
 
@@ -47,8 +46,8 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
     ) -> list[tuple[float, bool]]:
         if not self.runner.decoder.holds_layouts:
             notice(
-                f"{self.what}: this model cannot hold several questions in one row (its attention or its positions are "
-                "its own); each choice goes through it alone, which takes longer and gives the same answers"
+                f"{self.what}: the model's attention or positions do not allow several questions in a row; each choice "
+                "runs separately, which is slower and gives the same answers"
             )
         asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
         return loglikelihoods(self.runner, asked, length=self.max_length, progress=self.progress)

@@ -13,11 +13,11 @@ Job = Callable[[torch.device, T], R]  # of a job: the device to compute on, and 
 
 
 @dataclass(frozen=True)
-class Ask(Generic[T]):
+class JobInput(Generic[T]):
     """The input of a job."""
 
     name: str  # in messages
-    whole: T  # complete: with all inputs of the job
+    complete: T  # with all data of the job
     named: T  # the same, where the files that the job reads are on every node
 
 
@@ -25,8 +25,8 @@ class Jobs(ABC):
     """Runs jobs."""
 
     @abstractmethod
-    def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
-        """Yield a function's result for each input, in order. A few inputs are taken from `asked` ahead."""
+    def each(self, function: Job[T, R], inputs: Iterable[JobInput[T]]) -> Iterator[R]:
+        """Yield a function's result for each input, in order. A few inputs are taken from `inputs` ahead."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class LocalJobs(Jobs):
 
     device: torch.device
 
-    def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
+    def each(self, function: Job[T, R], inputs: Iterable[JobInput[T]]) -> Iterator[R]:
         """Yield a function's result for each input."""
-        return (function(self.device, one.whole) for one in asked)
+        return (function(self.device, one.complete) for one in inputs)
 
 
 def solving_device(device: torch.device) -> torch.device:

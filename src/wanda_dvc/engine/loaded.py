@@ -125,8 +125,8 @@ class Loaded(Source):
 
 def _sum_of_bits(tensor: Tensor) -> int:
     """Return the sum of the rows' sums, each times its index, modulo 2⁶⁴; 8 bytes at a time is 8 times as fast."""
-    whole = tensor.is_contiguous() and not (tensor.storage_offset() * tensor.itemsize) % 8
-    wide = whole and tensor.dim() > 1 and not (tensor.shape[-1] * tensor.itemsize) % 8
+    aligned = tensor.is_contiguous() and not (tensor.storage_offset() * tensor.itemsize) % 8
+    wide = aligned and tensor.dim() > 1 and not (tensor.shape[-1] * tensor.itemsize) % 8
     bits = tensor.view(torch.int64 if wide else getattr(torch, f"int{8 * tensor.itemsize}"))
     rows = bits.sum(dim=-1, dtype=torch.int64).flatten() if bits.dim() > 1 else bits.long().flatten()
     return int((rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum())

@@ -43,10 +43,10 @@ def measure(  # noqa: PLR0913 - the parameters of the measurement
     tokens = torch.randint(one.vocabulary, (windows, length), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
         run = LocalRunner(Decoder(model, dtype=getattr(torch, dtype), device=device), Path(work))
-        for turn in run.walk(tokens):
-            through = _seconds(turn.record)
-            summed = _seconds(partial(turn.record, gram=True)) - through if gram else 0
-            recorded = turn.record(gram=gram)
+        for step in run.walk(tokens):
+            through = _seconds(step.record)
+            summed = _seconds(partial(step.record, gram=True)) - through if gram else 0
+            recorded = step.record(gram=gram)
         head = _seconds(lambda: list(run.head(window_losses, unmeasured(windows))))
     pace = {"blocks": one.walking(windows, length) / through, "head": 2 * tokens.numel() * one.head / head}
     first, names = next(iter(recorded.stats.readers.items()))

@@ -12,7 +12,7 @@ from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
 
 from wanda_dvc.engine.structure import Linear
-from wanda_dvc.errors import MEND, UserError
+from wanda_dvc.errors import FIX, UserError
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.products import multiply
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
@@ -90,7 +90,7 @@ class Sums:
         """Raise UserError if an input's sums of squares are not finite; its activations may be finite."""
         if name := _not_finite({name: x.sum_squares for name, x in self.stats.items()}):
             raise UserError(
-                f"block {block}, input of {name}: sums of squares that are not finite, expected finite ones; {MEND}"
+                f"block {block}, input of {name}: sums of squares that are not finite, expected finite ones; {FIX}"
             )
 
 
@@ -143,9 +143,9 @@ class InputRecorder(Sums):
         with _watching(linears, uncalled, before, self._read):
             yield
 
-    def _read(self, names: list[str], x: Tensor, _: Tensor | None, tokens: slice, turned: bool = False) -> None:
+    def _read(self, names: list[str], x: Tensor, _: Tensor | None, tokens: slice, transposed: bool = False) -> None:
         """Add an input [..., in] of the linears that are rows of one weight."""
-        x = x.mT if turned else x[tokens]
+        x = x.mT if transposed else x[tokens]
         if not x.numel():  # a call of an expert without tokens; all empty tensors have one address
             return
         if x.shape[-1] != self.linears[names[0]].features:
@@ -239,7 +239,7 @@ class Gradients:
         """Raise UserError if a gradient was not finite."""
         if name := _not_finite(self.sums):
             raise UserError(
-                f"{model}: block {block}, output of {name}: gradients that are not finite, expected finite ones; {MEND}"
+                f"{model}: block {block}, output of {name}: gradients that are not finite, expected finite ones; {FIX}"
             )
 
 
@@ -260,11 +260,11 @@ class GradientRecorder(Gradients):
             yield
         self._finish()
 
-    def _see(self, names: list[str], x: Tensor, y: Tensor | None, tokens: slice, turned: bool = False) -> None:
+    def _see(self, names: list[str], x: Tensor, y: Tensor | None, tokens: slice, transposed: bool = False) -> None:
         if y is not None and y.requires_grad:
 
             def rows(tensor: Tensor) -> Tensor:
-                return (tensor.detach().mT if turned else tensor.detach()).flatten(0, -2)[tokens].float()
+                return (tensor.detach().mT if transposed else tensor.detach()).flatten(0, -2)[tokens].float()
 
             norms = vector_norm(rows(x), dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
             y.register_hook(lambda gradient: self._add(names, rows(gradient).mul(norms)))
@@ -296,7 +296,7 @@ PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
 
 
 # (names, x, y, tokens, turned=False): the linears that are rows of one weight, their input and output. `tokens` is the
-# slice of their tokens in both. With `turned`, features are the first dimension of both.
+# slice of their tokens in both. With `transposed`, features are the first dimension of both.
 See = Callable[..., None]
 
 
@@ -322,7 +322,7 @@ def finding_not_finite(linears: dict[str, Linear]) -> Iterator[list[str]]:
     """Collect inputs and outputs of linears with non-finite values, in the order of the pass inside."""
     found: list[str] = []
 
-    def see(names: list[str], x: Tensor, y: Tensor, tokens: slice, turned: bool = False) -> None:
+    def see(names: list[str], x: Tensor, y: Tensor, tokens: slice, transposed: bool = False) -> None:
         what = ", ".join(names if len(names) < 3 else [f"{names[0]} and {len(names) - 1} more"])
         for side, tensor in (("input", x), ("output", y)):
             if not tensor[tokens].isfinite().all():
@@ -408,4 +408,4 @@ class _Products(TorchFunctionMode):
             if parameter.data_ptr() == weight.data_ptr():
                 self.see(names, x, made, ALL)
             elif parameter.data_ptr() == x.data_ptr():
-                self.see(names, weight, made, ALL, turned=True)
+                self.see(names, weight, made, ALL, transposed=True)

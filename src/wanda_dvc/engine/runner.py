@@ -75,5 +75,5 @@ class Runner(Jobs):
         """Run all rows forward and backward, as `engine.fisher.backward`; yield each block, the last one first."""
 
     @abstractmethod
-    def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
+    def head(self, function: Head[T, R], inputs: Mapping[int, T]) -> Iterator[R]:
         """Apply a function to some shards' last hidden states, in the shards' order."""

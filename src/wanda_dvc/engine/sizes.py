@@ -147,7 +147,9 @@ def count(model: Any, *, dtype: str) -> Sizes:
     shapes = [weight_shapes(block) for block in blocks]
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((value for name in names if (value := getattr(text, name, None))), 1)
-    asked = (getattr(text, "num_experts_per_tok", None) or 1) / experts  # the share of experts that a token is sent to
+    met_share = (
+        getattr(text, "num_experts_per_tok", None) or 1
+    ) / experts  # the share of experts that a token is sent to
     heads = getattr(text, "num_attention_heads", None) or 0  # Mamba has none
     head = model.get_output_embeddings().weight
     matrices = [[(shape[-2], shape[-1]) for shape in block for _ in range(shape[:-2].numel())] for block in shapes]
@@ -157,7 +159,7 @@ def count(model: Any, *, dtype: str) -> Sizes:
         blocks=len(blocks),
         block=max(counts),
         rest=parameters - sum(counts),
-        met=int(sum(shape.numel() * (asked if len(shape) == 3 else 1) for block in shapes for shape in block)),
+        met=int(sum(shape.numel() * (met_share if len(shape) == 3 else 1) for block in shapes for shape in block)),
         pairs=len(blocks) * heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)),
         head=head.numel(),
         hidden=text.hidden_size,
@@ -214,6 +216,13 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     )
 
 
+def generating(model: Sizes, *, dtype: str, tokens: int) -> Memory:
+    """Return the memory of a complete model that continues a prompt, up to a number of tokens, with its cache."""
+    walk, width = walking(model, dtype=dtype, length=tokens, logits=True), WIDTH[dtype]
+    cache = 2 * model.blocks * tokens * model.hidden * width  # keys and values; fewer with shared ones
+    return replace(walk, weights=model.parameters * width, activations=walk.activations + cache)
+
+
 def differentiating(model: Sizes, *, dtype: str, length: int, workers: bool = False) -> Memory:
     """Return the memory of a row forward and back through a block (three times the activations) or through the head.
 
@@ -261,8 +270,8 @@ def propagating(walk: Memory, chosen: Memory, plan: "Plan", *, model: Sizes, dty
     weights. A training needs 24 bytes for each of the block's parameters instead of a solver's memory, and three times
     the activations of a window.
     """
-    handed = (2 * plan.records_grams + 4 * plan.corrects) * model.widest**2
+    inputs = (2 * plan.records_grams + 4 * plan.corrects) * model.widest**2
     weights = 24 * model.block if plan.trains else 0
     new = model.block * model.width if plan.solves else 0
-    selection = max(chosen.selection + handed, weights) + model.block * WIDTH[dtype] + new
+    selection = max(chosen.selection + inputs, weights) + model.block * WIDTH[dtype] + new
     return replace(walk, selection=selection, activations=walk.activations * (3 if plan.trains else 1))

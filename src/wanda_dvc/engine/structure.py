@@ -35,14 +35,14 @@ class Part:
     expert: int | None = None
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether it is the complete parameter."""
         return self.rows is None and self.expert is None
 
-    def of(self, whole: Tensor) -> Tensor:
+    def of(self, tensor: Tensor) -> Tensor:
         """Return a view of this part of the parameter."""
-        whole = whole if self.expert is None else whole[self.expert]
-        return whole if self.rows is None else whole[slice(*self.rows)]
+        tensor = tensor if self.expert is None else tensor[self.expert]
+        return tensor if self.rows is None else tensor[slice(*self.rows)]
 
 
 @dataclass(frozen=True)

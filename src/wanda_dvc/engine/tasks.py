@@ -72,8 +72,8 @@ class Sent(Source):
     def read(self, address: Address) -> Tensor:
         """Return the tensor, or the expert's part of it; read-only."""
         holder = self.block if address.tensor in self.block else self.tensors
-        whole = unpack(holder[address.tensor])
-        return whole if address.expert is None else whole[address.expert]
+        tensor = unpack(holder[address.tensor])
+        return tensor if address.expert is None else tensor[address.expert]
 
     def parameter(self, name: str, stored: Address | None) -> Tensor | None:
         """Return a stored tensor, or None."""
@@ -136,7 +136,7 @@ class _Opened:
 
     def __init__(self, model: Model, device: torch.device) -> None:
         if model.has_files and fingerprint(model.folder) != model.fingerprint:
-            raise UserError(f"{model.folder}: not the driver's files, which other nodes have; run the stage again")
+            raise UserError(f"{model.folder}: other files than on the driver; run the stage again")
         self.sent = model.sent
         self.decoder = Decoder(self.sent or model.folder, dtype=model.dtype, device=device)
         self._block: Block | None = None
@@ -235,12 +235,12 @@ def backward(  # noqa: PLR0913, PLR0917 - likewise
 
 @torch.no_grad()
 def head(  # noqa: PLR0913, PLR0917 - likewise
-    device: torch.device, model: Model, function: Head[T, R], rows: list[Row], last: Packed, asked: T | None
+    device: torch.device, model: Model, function: Head[T, R], rows: list[Row], last: Packed, inputs: T | None
 ) -> list[R]:
     """Apply a function to a shard's last hidden states; return nothing without inputs for the function."""
-    if asked is None:
+    if inputs is None:
         return []
-    return list(function(_opened(model, device).decoder, rows, _split(last, rows), asked))
+    return list(function(_opened(model, device).decoder, rows, _split(last, rows), inputs))
 
 
 def read(_: torch.device, folder: Path, tensors: Collection[str]) -> dict[str, Packed]:

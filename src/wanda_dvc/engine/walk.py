@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from wanda_dvc.engine import shards, training
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.fisher import backward
-from wanda_dvc.engine.jobs import Ask, Job, LocalJobs, R, T, solving_device
+from wanda_dvc.engine.jobs import Job, JobInput, LocalJobs, R, T, solving_device
 from wanda_dvc.engine.recorder import CrossRecorder, Gradients, InputRecorder, Recorded, Sums, finding_not_finite
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Step, report_resumed
 from wanda_dvc.engine.states import HiddenStates, ShardStates, not_finite
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import set_parameter
-from wanda_dvc.errors import MEND, UserError
+from wanda_dvc.errors import FIX, UserError
 
 
 @torch.no_grad()
@@ -113,19 +113,19 @@ class LocalRunner(Runner):
         """Run all rows forward and backward through all blocks."""
         return backward(self.decoder, as_rows(rows), self.work / "back", gram=gram, kept=kept)
 
-    def head(self, function: Head[T, R], asked: Mapping[int, T]) -> Iterator[R]:
+    def head(self, function: Head[T, R], inputs: Mapping[int, T]) -> Iterator[R]:
         """Apply a function to some shards' last hidden states."""
         states = self._states  # if they fit on the GPU, they do not cross the link again
         done = states is not None and states.finished == len(self.decoder.blocks)
         hidden = states.before if states and done else outputs(self.decoder, self._rows, self.work)
         for number, shard in enumerate(shards.cut(len(self._rows))):
-            if number in asked:
+            if number in inputs:
                 place = slice(shard.start, shard.stop)
-                yield from function(self.decoder, self._rows[place], hidden[place], asked[number])
+                yield from function(self.decoder, self._rows[place], hidden[place], inputs[number])
 
-    def each(self, function: Job[T, R], asked: Iterable[Ask[T]]) -> Iterator[R]:
+    def each(self, function: Job[T, R], inputs: Iterable[JobInput[T]]) -> Iterator[R]:
         """Apply a function to each input."""
-        return LocalJobs(solving_device(self.decoder.device)).each(function, asked)
+        return LocalJobs(solving_device(self.decoder.device)).each(function, inputs)
 
 
 @dataclass
@@ -276,7 +276,7 @@ class LocalStep(Step):
         if recorder and self.states.not_finite:
             raise UserError(
                 f"{self.decoder.checkpoint}: {self.states.not_finite}: activations that are not finite, "
-                f"expected finite ones; {MEND}"
+                f"expected finite ones; {FIX}"
             )
 
     def _check_finite(self, rows: list[int], finite: list[Tensor]) -> None:

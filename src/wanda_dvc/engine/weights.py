@@ -116,14 +116,14 @@ class Weights:
         found = {}
         for name, parameter in parameters.items():
             parts = self.parts(name)
-            stored = parts[0].address if parts[0].is_whole else None
+            stored = parts[0].address if parts[0].is_complete else None
             if (one := self.checkpoint.parameter(name, stored)) is not None:
                 found[name] = self._placed(one, parameter, name if stored is None else stored.tensor)
                 continue
-            whole = empty_weight(parameter.shape, parameter.dtype, self.device)
+            weight = empty_weight(parameter.shape, parameter.dtype, self.device)
             for part in parts:
-                part.of(whole).copy_(self.checkpoint.read(part.address))
-            found[name] = whole
+                part.of(weight).copy_(self.checkpoint.read(part.address))
+            found[name] = weight
         return found
 
     def _placed(self, tensor: Tensor, parameter: nn.Parameter, name: str) -> Tensor:

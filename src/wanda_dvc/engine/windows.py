@@ -21,7 +21,7 @@ def load_tokenizer(model: Path) -> Any:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # for a damaged file, its library may raise any exception
         raise UserError(
-            f"{model}: no tokenizer that loads ({reason(error)}), expected tokenizer.json or its like; copy it again"
+            f"{model}: the tokenizer does not load ({reason(error)}), expected tokenizer.json; copy it again"
         ) from error
 
 
@@ -114,13 +114,13 @@ def draw_from_documents(  # noqa: PLR0913 - the documents, and the number and si
 
 def cut(tokens: Int[Tensor, " tokens"], *, length: int, windows: int | None) -> Int[Tensor, "windows length"]:
     """Cut the text into consecutive windows without overlap, at most `windows`; the rest is dropped."""
-    whole = len(tokens) // length
-    if whole < (windows or 1):
+    complete = len(tokens) // length
+    if complete < (windows or 1):
         raise UserError(
-            f"perplexity text: {len(tokens)} tokens make {whole} windows of {length}, expected {windows or 1} or more; "
-            "take a longer text, fewer or shorter windows"
+            f"perplexity text: {len(tokens)} tokens make {complete} windows of {length}, expected {windows or 1} or "
+            "more; take a longer text, fewer or shorter windows"
         )
-    count = windows or whole
+    count = windows or complete
     return tokens[: count * length].view(count, length)
 
 

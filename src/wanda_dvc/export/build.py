@@ -15,7 +15,7 @@ from wanda_dvc.stages.apply import describe_pruned
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.held_out import raised
-from wanda_dvc.study.project import Project, place_beside
+from wanda_dvc.study.project import Project, temporary_place
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.ran import LOCK, Ran
 from wanda_dvc.study.revisions import Revision
@@ -42,13 +42,13 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
         else:
             _take_experiment(project, study, experiment)
         ran = Ran.of(study)
-        _check_whole(ran, experiment or "the workspace")
+        _check_current(ran, experiment or "the workspace")
         study = study.with_params(ran.params)
         written = stored.write(study, work.out, work.path / "dense")
         _drop_metrics_of_others(study)
         study.metrics("pruned", "sparsity").unlink(missing_ok=True)
         write_json(study.metrics("pruned", "sparsity"), written.metrics)
-        sections = results(study, ran.torn)
+        sections = results(study, ran.outdated)
         text = card(
             study,
             written.metrics["sparsity"],
@@ -60,9 +60,9 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
         )
         (work.out / "README.md").write_text(text, encoding="utf-8")
         work.publish(target)
-    said = f"{target}: the pruned model of {experiment or 'the workspace'}; its card is README.md"
+    said = f"{target}: the pruned model of {experiment or 'the workspace'}; the model card is README.md"
     if ran.unmet:
-        said += f"\nThe model and its card are of the last run. {staleness(ran)}"
+        said += f"\nThe model and the model card are of the last run. {staleness(ran)}"
     return said
 
 
@@ -72,30 +72,29 @@ def experiment_and_directory(project: Project, words: list[str]) -> tuple[str | 
     a_path = target.startswith((f".{os.sep}", f"..{os.sep}", os.sep)) or target.endswith(os.sep)
     if not experiment and not a_path and not Path(target).is_dir() and Revision.exists(project, target):
         raise UserError(
-            f"export: got {target}, an experiment, commit, branch or tag of this repository, expected a directory "
-            f"after it; run `wanda-dvc export {target} DIRECTORY`, or write `.{os.sep}{target}` to export the "
-            "workspace's model into a directory of that name"
+            f"export: {target} is an experiment, commit, branch or tag, expected a directory after it; run `wanda-dvc "
+            f"export {target} DIRECTORY`, or name a directory for the workspace's model `.{os.sep}{target}`"
         )
     return experiment[0] if experiment else None, Path(target)
 
 
 def _check_target(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: already there, expected a new or an empty directory; name another")
-    if (beside := place_beside(target)).exists():
+        raise UserError(f"{target}: exists already, expected a new or empty directory; name another")
+    if (temporary := temporary_place(target)).exists():
         raise UserError(
-            f"{beside}: already there, expected nothing, because {target.name} is written under that name first; "
-            "remove it, or name another directory"
+            f"{temporary}: exists already, expected a free name for the unfinished {target.name}; remove it, or name "
+            "another directory"
         )
 
 
-def _check_whole(ran: Ran, what: str) -> None:
+def _check_current(ran: Ran, what: str) -> None:
     """Raise UserError if the inputs of the masks have changed: no settings describe these masks."""
-    if "mask" in ran.torn:
-        before = ", ".join(name for name in ran.torn if name.startswith(("calibrate", "mask")))
+    if "mask" in ran.outdated:
+        before = ", ".join(name for name in ran.outdated if name.startswith(("calibrate", "mask")))
         raise UserError(
-            f"{what}: dvc.lock: {before} ran on inputs that have been made again since, expected masks of the model "
-            "and statistics at hand; run `dvc repro`"
+            f"{what}: dvc.lock: the inputs of {before} changed after the run, expected masks of the current model and "
+            "statistics; run `dvc repro`"
         )
 
 
@@ -122,20 +121,20 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     revision = Revision.open(project, experiment, otherwise="`wanda-dvc export DIRECTORY` takes the workspace")
 
     def take(part: str, what: str) -> None:
-        if not revision.take_whole(part, study):
+        if not revision.copy_all(part, study):
             raise UserError(
                 f"{experiment}: {what} not in DVC's cache, expected all of {part}/; `dvc pull --all-commits` fetches "
-                f"it where a remote has it, `dvc exp apply {experiment}` and `dvc exp run` make it again"
+                f"it from a remote that has it, `dvc exp apply {experiment}` and `dvc exp run` compute it again"
             )
 
-    if not revision.take_whole("params.yaml", study):
+    if not revision.copy_all("params.yaml", study):
         raise UserError(f"{experiment}: no params.yaml, expected an experiment of this study")
-    revision.take_whole(LOCK, study)
+    revision.copy_all(LOCK, study)
     take("masks", "its masks are")
     plan = study.params.plan
     if plan.solves:
         for part in ("weights", "stats/gram", *(["stats/fisher"] if plan.by_gradients else [])):
-            take(part, f"what reconstruction {plan.reconstruction.name} reads is")
+            take(part, f"the statistics for reconstruction {plan.reconstruction.name} are")
     wanted = read_provenance(study.masks, "mask")["model"]
     here = project.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:
@@ -144,8 +143,8 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     else:
         take("models/dense", f"its dense model ({wanted['source']}) is")
     for model in MODELS:
-        revision.take_whole(f"metrics/{model}", study)
-        revision.take_whole(f"metrics/details/{model}", study)
+        revision.copy_all(f"metrics/{model}", study)
+        revision.copy_all(f"metrics/details/{model}", study)
 
 
 def _drop_metrics_of_others(study: Project) -> None:

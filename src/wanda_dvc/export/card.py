@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from wanda_dvc.reading import DIVERGED
+from wanda_dvc.report.measures import Measured
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.card import table
 from wanda_dvc.study.files import load_json
@@ -10,7 +11,7 @@ from wanda_dvc.study.markup import inline
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.repeat import how_to_repeat
-from wanda_dvc.views.show import HEADERS, comparison, measured_apart, not_compared
+from wanda_dvc.views.show import FLIPS, HEADERS, comparison, flips, measured_apart, not_compared
 
 REPRODUCE = """\
 With wanda-dvc {version}, in a new study:
@@ -21,25 +22,55 @@ With wanda-dvc {version}, in a new study:
 {by_hand}"""
 
 
-def results(study: Project, torn: Sequence[str] = ()) -> dict[str, str]:
+def results(study: Project, outdated: Sequence[str] = ()) -> dict[str, str]:
     """Return the sections, by their titles.
 
-    The study's `params` are those of the run. The inputs of `torn` stages have changed after the run.
+    The study's `params` are those of the run. The inputs of `outdated` stages have changed after the run.
     """
     commands, by_hand = how_to_repeat(study.params)
     version = read_provenance(study.masks, "mask")["wanda_dvc"]
-    notes = "\n".join(f"- {note}" for note in _notes(study, torn))
+    notes = "\n".join(f"- {note}" for note in _notes(study, outdated))
+    changed = flips(study)
+    tables = [table(HEADERS, comparison(study)), *([table(FLIPS, changed)] if changed else [])]
     return {
-        "Results": f"{table(HEADERS, comparison(study))}\n\n{notes}",
+        "Results": "\n\n".join([*tables, notes]),
+        **_continuations(study),
         "Reproduce": REPRODUCE.format(version=version, commands=commands, by_hand=by_hand).rstrip(),
     }
 
 
-def _notes(study: Project, torn: Sequence[str]) -> Iterator[str]:
+def _continuations(study: Project) -> dict[str, str]:
+    """Return the section on what the models write; empty without comparable continuations."""
+    dense, pruned = (Measured.of(study, model) for model in MODELS)
+    pairs = pruned.continued(dense)
+    skipped = [
+        f"The {name} model's were skipped: {inline(reason)}."
+        for name, model in zip(MODELS, (dense, pruned), strict=True)
+        if (reason := model.continuations.get("skipped"))
+    ]
+    if not pairs:
+        return {"Continuations": " ".join(skipped)} if skipped else {}
+    rows = [
+        [inline(one.prompt), inline(one.dense), inline(one.pruned), str(one.equal), _shares(one.repeated)]
+        for one in pairs
+    ]
+    about = (
+        f"Greedy continuations, at most {max(one.tokens for one in pairs)} tokens: the two models' are equal for the "
+        "given number of tokens. Repeated 4-grams occurred before in the same continuation (dense, pruned)."
+    )
+    headers = ["prompt", "dense", "pruned", "equal tokens", "repeated 4-grams"]
+    return {"Continuations": f"{about}\n\n{table(headers, rows)}"}
+
+
+def _shares(repeated: tuple[float, float]) -> str:
+    return ", ".join(f"{100 * share:.0f} %" for share in repeated)
+
+
+def _notes(study: Project, outdated: Sequence[str]) -> Iterator[str]:
     """Return the explanation of the numbers."""
     params = study.params
-    if torn:
-        yield f"Stale when this card was written, because inputs had been made again: {', '.join(torn)}."
+    if outdated:
+        yield f"Stale at the time of this export, because their inputs had changed: {', '.join(outdated)}."
     if apart := measured_apart(study):
         yield f"{not_compared(apart)} The notes below are on the pruned model."
     protocols = [load_json(study.details(model, "perplexity")).get("protocol") for model in MODELS]
@@ -55,6 +86,8 @@ def _notes(study: Project, torn: Sequence[str]) -> Iterator[str]:
         f"Zero-shot: no examples in the prompt, {f'the first {limit} items' if limit else 'all items'} of each task, "
         f"{params.dtype}; ± is one standard error, and a difference below two of them may be chance."
     )
+    if flips(study):
+        yield "Changed answers: p is that of McNemar's exact test on right → wrong against wrong → right."
     if params.tasks.source == "embedded":
         yield (
             "The tasks are samples, not benchmarks: questions written for wanda-dvc. They compare these two models "

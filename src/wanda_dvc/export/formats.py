@@ -53,7 +53,7 @@ def _write_packed(study: "Project", target: Path, scratch: Path) -> Written:
     written = prune(study, scratch, study.params.plan.reconstruction.name)
     sizes = pack_directory(scratch, target, list(written.zeros))
     shutil.rmtree(scratch)
-    return Written(written.metrics, sizes.told())
+    return Written(written.metrics, sizes.summary())
 
 
 FORMATS = {

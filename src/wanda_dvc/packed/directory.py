@@ -28,15 +28,15 @@ class Sizes:
     packed: int
     directory: int
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The sizes, with sizes of quantized weights for comparison, for a model card."""
         bits, share = 8 * self.packed / self.weights, self.packed / self.dense
         return (
             f"The pruned linears are stored without their zeros, without loss: {bits:.1f} bits a weight on disk and in "
             f"memory, {share:.2f} times the {self.dense:,} bytes of the dense linears. The directory takes "
-            f"{self.directory:,} bytes. Quantized to int8 the linears would take 8.0 bits a weight, to int4 in groups "
-            "of 128 about 4.1, with other losses: int8 is nearly lossless. The kernels that multiply packed weights on "
-            "a CPU sum in another order, so logits may differ in their last bits. `wanda-dvc speed` measures this "
+            f"{self.directory:,} bytes. For comparison: int8 takes 8.0 bits a weight and is nearly lossless; int4 in "
+            "groups of 128 takes about 4.1. On a CPU, the kernels for packed weights sum in another order, so logits "
+            "may differ in their last bits. `wanda-dvc speed` measures this "
             "directory on a machine."
         )
 
@@ -99,7 +99,7 @@ def find_packable(checkpoint: Checkpoint) -> dict[str, Address]:
             uncalled = decoder.uncalled(index)
         for name, linear in decoder.linears(index).items():
             address = Address(f"{names[linear.module]}.weight")
-            own = linear.part.is_whole and linear.part.address == address
+            own = linear.part.is_complete and linear.part.address == address
             if own and type(linear.module) in LINEARS and name not in uncalled:
                 found[name] = address
     return found

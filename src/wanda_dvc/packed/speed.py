@@ -137,7 +137,7 @@ def measure(folder: Path, *, prompt: int, tokens: int, device: str) -> Speed:
         try:
             return pool.submit(measure_here, folder, prompt=prompt, tokens=tokens, device=device).result()
         except BrokenProcessPool:
-            raise UserError(f"{folder}: the process was killed, expected memory for the model; free some") from None
+            raise UserError(f"{folder}: the process was killed, probably for lack of memory; free some") from None
 
 
 class _Clock:

@@ -60,14 +60,14 @@ def fisher(
     or the sparsity. A linear without counts has the sparsity. Scores are assumed to be evenly spread within a bin.
     """
     known = [number for number, bins in enumerate(counts) if bins is not None]
-    asked = float(sparsity)
+    wanted = float(sparsity)
     raw = [sparsity] * len(sizes)
     if known and 0 < sparsity < 1:
         bins = torch.stack([x for x in counts if x is not None])
         bins = bins[:, bins.any(dim=0)]
         up_to = bins.cumsum(dim=1, dtype=torch.int64)
         size = torch.tensor([sizes[number] for number in known], dtype=torch.float64)
-        least, most = max(asked - spread, 0.0), max(min(asked + spread, MOST), asked)
+        least, most = max(wanted - spread, 0.0), max(min(wanted + spread, MOST), wanted)
 
         def shares(threshold: float) -> Float[Tensor, " linears"]:
             place = int(threshold)
@@ -77,7 +77,7 @@ def fisher(
         low, high = 0.0, bins.shape[1] - 1e-6
         for _ in range(STEPS + STEPS):
             middle = (low + high) / 2
-            low, high = (middle, high) if shares(middle) @ size < asked * size.sum() else (low, middle)
+            low, high = (middle, high) if shares(middle) @ size < wanted * size.sum() else (low, middle)
         for number, share in zip(known, shares(high).tolist(), strict=True):
             raw[number] = Fraction(round(share * DIGITS), DIGITS)
     return shift(raw, sparsity, sizes)
@@ -111,15 +111,15 @@ def greedy_error(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) 
     for begin in range(0, w.shape[1], GREEDY):
         end = min(begin + GREEDY, w.shape[1])
         some, near, rising = w[:, begin:end], gram[begin:end, begin:end], growth[:, begin:end]
-        gone = torch.zeros_like(some)
+        pruned = torch.zeros_like(some)
         for _ in range((end - begin) // 2):
             lowest = rising.argmin(dim=1, keepdim=True)
             error += rising.gather(1, lowest).double().sum().item()
             dropped = some.gather(1, lowest)
             rising.addcmul_(some * dropped, near[lowest[:, 0]], value=2)
             rising.scatter_(1, lowest, torch.inf)
-            gone.scatter_(1, lowest, dropped)
-        growth[:, end:] += 2 * w[:, end:] * (gone @ gram[begin:end, end:])
+            pruned.scatter_(1, lowest, dropped)
+        growth[:, end:] += 2 * w[:, end:] * (pruned @ gram[begin:end, end:])
     return error
 
 
@@ -157,10 +157,10 @@ def settle(
 
     def off(constant: Fraction) -> Fraction:
         raised = (min(share + constant, Fraction(1)) for share in shares)
-        gone = sum(
+        pruned = sum(
             number * removed(size, share) for share, part in zip(raised, groups, strict=True) for number, size in part
         )
-        return gone - sparsity * total
+        return pruned - sparsity * total
 
     low, high = Fraction(0), Fraction(1, min(size for part in groups for _, size in part))
     for _ in range(STEPS):

@@ -126,18 +126,18 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
             if removes_no_weight(target):
                 chosen[name] = torch.ones(weights(name).shape, dtype=torch.bool)
                 continue
-            weight = turned(weights(name), across)
+            weight = oriented(weights(name), across)
             prepared = prepared or prepare(Gram.empty(weight.shape[1]), name)
             there = weight.to(prepared.gram.device)
             if name in worths:  # a row's problem is the same at every scale
                 there = there.float() * worths[name].to(there.device)[:, None]
             if target.units:
                 stay = function_of(method.units)(there, prepared, target.units)
-                chosen[name] = turned(spread(stay, target.units).expand(there.shape), across).contiguous()
+                chosen[name] = oriented(spread(stay, target.units).expand(there.shape), across).contiguous()
                 continue
             group = "row" if target.group == "row" else "layer"  # solvers ignore the row weights
             solved = solve(there, prepared, share=target.share, pattern=target.pattern, group=group)
-            chosen[name] = turned(solved.keep, across).contiguous()
+            chosen[name] = oriented(solved.keep, across).contiguous()
         return chosen
 
     inputs = {source: x if device is None else x.to(device) for source, x in block.inputs.items()}
@@ -148,8 +148,8 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
         if removes_no_weight(target):
             return torch.ones(weight.shape, dtype=torch.bool)
         weight = weight if device is None else weight.to(device)
-        kept = choose(turned(weight, across), x, method=method, target=target, name=name, worth=worth)
-        return turned(kept, across).contiguous()
+        kept = choose(oriented(weight, across), x, method=method, target=target, name=name, worth=worth)
+        return oriented(kept, across).contiguous()
 
     threads = torch.get_num_threads() if device is None or device.type == "cpu" else 1
     with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
@@ -202,9 +202,9 @@ def aim_block(
         source, weight = sources[name], weights(name).float()
         if prepared is not None and source in crosses:
             across = name in block.transposed
-            there = turned(weight, across).to(prepared.gram.device)
+            there = oriented(weight, across).to(prepared.gram.device)
             target = corrected_target(there, prepared, crosses[source].float(), strength=strength)
-            weight = turned(target, across).to(weight)
+            weight = oriented(target, across).to(weight)
         aimed[name] = weight.contiguous()
     return aimed
 
@@ -226,10 +226,10 @@ def reconstruct(  # noqa: PLR0913 - the linear, its statistics, and how it is st
     """
     solve = function_of((reconstruction.of_inputs if of_inputs else reconstruction.function) or "")
     device, uses = prepared.gram.device, reconstruction.by_gradients and not of_inputs
-    there = (turned(x, transposed).to(device) for x in (weight, keep))
+    there = (oriented(x, transposed).to(device) for x in (weight, keep))
     further = [gradients.matrix().to(device) if gradients else None] if uses else []
     solved: Solved = solve(*there, prepared, *further)
-    return replace(solved, keep=keep, weight=turned(solved.weight, transposed).contiguous().to(weight))
+    return replace(solved, keep=keep, weight=oriented(solved.weight, transposed).contiguous().to(weight))
 
 
 class Pruned(NamedTuple):
@@ -276,8 +276,8 @@ def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is s
             of_inputs=of_inputs,
         )
         different.append(masked(one.weight, kept))
-        solved = one.told
-    dense, *pruned = (turned(w, transposed).float() for w in (there, *different))
+        solved = one.diagnostics
+    dense, *pruned = (oriented(w, transposed).float() for w in (there, *different))
     errors = layer_errors(dense, pruned, prepared.gram, prepared.dead)
     return Pruned(different[-1].to(weight.device), errors[-1], errors[0], solved)
 
@@ -303,6 +303,6 @@ def prepared_linears(block: Readers, grams: Mapping[str, Gram]) -> Iterator[tupl
             yield name, prepared
 
 
-def turned(weight: Tensor, transposed: bool) -> Tensor:
+def oriented(weight: Tensor, transposed: bool) -> Tensor:
     """Convert a weight between its stored orientation and [out, in]."""
     return weight.T if transposed else weight

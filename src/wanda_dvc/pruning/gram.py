@@ -32,9 +32,9 @@ class Gram:
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Add one window."""
-        turned = products.operand(x.float().T)
+        features = products.operand(x.float().T)
         for start in range(0, x.shape[1], PANEL):
-            panel = products.multiply(turned[start : start + PANEL], turned[start:].T)
+            panel = products.multiply(features[start : start + PANEL], features[start:].T)
             self.upper[start : start + PANEL, start:] += panel.to(self.upper)
         self.count += len(x)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wanda_dvc.catalog import Allocation
 from wanda_dvc.pruning.allocation import count_scores, greedy_error, outlier_ratio, settle
-from wanda_dvc.pruning.choose import WEIGHTS_AT_A_TIME, Share, function_of, turned
+from wanda_dvc.pruning.choose import WEIGHTS_AT_A_TIME, Share, function_of, oriented
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.statistics import BlockStats
@@ -97,7 +97,7 @@ def _wanda_scores(
     weights: Callable[[str], Tensor], block: BlockStats, name: str, source: str
 ) -> Iterator[Float[Tensor, "rows in"]]:
     """Yield a linear's Wanda scores in slices of rows, so that memory does not grow with the linear."""
-    weight = turned(weights(name), name in block.transposed)
+    weight = oriented(weights(name), name in block.transposed)
     for rows in weight.split(max(1, WEIGHTS_AT_A_TIME // weight.shape[1])):
         yield wanda(rows, block.inputs[source])
 
@@ -108,6 +108,6 @@ def greedy_rating(weights: Callable[[str], Tensor], block: BlockStats, grams: Ma
     for source, names in block.readers.items():
         gram = grams[source].matrix() if source in grams else None  # no two of a block at once
         for name in names:
-            weight = turned(weights(name), name in block.transposed)
+            weight = oriented(weights(name), name in block.transposed)
             errors.append(0.0 if gram is None else greedy_error(weight, gram))
     return sum(errors) / len(errors)

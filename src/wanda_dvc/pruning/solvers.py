@@ -116,10 +116,10 @@ class Solved:
     part: float | None = None  # step from least squares to Fisher least squares, 0 to 1; None: another solver
 
     @property
-    def told(self) -> dict[str, float]:
+    def diagnostics(self) -> dict[str, float]:
         """The diagnostics that apply to the solver; no tensors."""
-        told = {name: getattr(self, name) for name in ("unchanged", "dead", "damping", "raised", "part")}
-        return {name: value for name, value in told.items() if value is not None}
+        diagnostics = {name: getattr(self, name) for name in ("unchanged", "dead", "damping", "raised", "part")}
+        return {name: value for name, value in diagnostics.items() if value is not None}
 
 
 def least_squares(  # noqa: PLR0913 - the problem, and constants of the method
@@ -284,8 +284,8 @@ def _sweep(
             w[end:].addmm_(factor.matrix[begin:end, end:].T, errors, alpha=-1)
         return keep.T, w.T
 
-    whole = choice is not None and not n_of_m and choice.group != "row"
-    return _choose(weight, prepared, factor, solve, whole=whole)
+    together = choice is not None and not n_of_m and choice.group != "row"
+    return _choose(weight, prepared, factor, solve, together=together)
 
 
 def _keep_in_block(
@@ -335,7 +335,7 @@ def admm(  # noqa: PLR0913 - the target, and constants of the method
             add_product(total.mul_(off).add_(dense), towards, factor.matrix, alpha=penalty)
         return keep, total.div_(factor.scale)
 
-    return _choose(weight, prepared, factor, solve, whole=pattern == "unstructured" and group != "row")
+    return _choose(weight, prepared, factor, solve, together=pattern == "unstructured" and group != "row")
 
 
 def _keep_part(
@@ -476,12 +476,12 @@ def _choose(
     factor: Factor,
     solve: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
     *,
-    whole: bool,
+    together: bool,
 ) -> Solved:
-    """Solve slices of rows, or all rows if `whole`: `solve` returns a mask and weights, read on the mask only."""
+    """Solve slices of rows, or all rows if `together`: `solve` returns a mask and weights, read on the mask only."""
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     solved, unchanged = torch.empty(weight.shape, device=weight.device), 0
-    for rows in _slices(weight, whole):
+    for rows in _slices(weight, together):
         w = weight[rows].float()
         keep[rows], v = solve(w.masked_fill(prepared.dead, 0), rows)
         v = torch.where(prepared.dead, w, v) * keep[rows]
@@ -519,7 +519,7 @@ def _of_all(x: Float[Tensor, "out in"]) -> Float64[Tensor, ""]:
     return x.sum(dim=1).double().sum()
 
 
-def _slices(weight: Float[Tensor, "out in"], whole: bool = False) -> Iterator[slice]:
+def _slices(weight: Float[Tensor, "out in"], together: bool = False) -> Iterator[slice]:
     rows = len(weight)
-    size = rows if whole else ROWS_AT_A_TIME * (1 if weight.device.type == "cpu" else 64)
+    size = rows if together else ROWS_AT_A_TIME * (1 if weight.device.type == "cpu" else 64)
     return (slice(begin, begin + size) for begin in range(0, rows, size))

@@ -19,7 +19,9 @@ def report(*, project: Project, output: Path, model: str | None = None, revs: li
 
     output = output.absolute()
     if output.suffix != ".html":
-        raise UserError(f"--output: got {output.name}, expected a name that ends in .html; the .md goes beside it")
+        raise UserError(
+            f"--output: got {output.name}, expected a name that ends in .html; the .md file gets the same name"
+        )
     with project.work({"kind": "report"}) as work:
         work.forget()  # left by a killed report
         work.path.mkdir(parents=True)

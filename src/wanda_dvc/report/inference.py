@@ -63,12 +63,43 @@ class Disagreement(NamedTuple):
 
 def mcnemar(right: Sequence[bool], others: Sequence[bool]) -> Disagreement:
     """Return the p-value of McNemar's exact test on the same items: for equal models, disagreements are fair coins."""
-    from scipy import stats
-
     first = sum(a and not b for a, b in zip(right, others, strict=True))
     second = sum(b and not a for a, b in zip(right, others, strict=True))
-    p = stats.binomtest(first, first + second).pvalue if first + second else 1.0
-    return Disagreement(first, second, float(p))
+    coins = first + second
+    tail = ways = 1  # outcomes with at most as many heads as the rarer disagreement, in exact integers
+    for heads in range(min(first, second)):
+        ways = ways * (coins - heads) // (heads + 1)
+        tail += ways
+    return Disagreement(first, second, min(1.0, 2 * tail / 2**coins))
+
+
+class Answer(NamedTuple):
+    """A model's answer to an item."""
+
+    choice: int
+    right: bool
+
+
+class Flips(NamedTuple):
+    """The items of a task with another answer after pruning, by the answers before and after."""
+
+    items: int  # of the task
+    lost: int  # right → wrong
+    gained: int  # wrong → right
+    swapped: int  # from one wrong choice to another
+    p: float  # McNemar's exact test on lost and gained
+
+    @property
+    def changed(self) -> int:
+        """The number of changed answers."""
+        return self.lost + self.gained + self.swapped
+
+
+def flips(before: Sequence[Answer], after: Sequence[Answer]) -> Flips:
+    """Count the answers that differ between two models, on the same items."""
+    gained, lost, p = mcnemar([one.right for one in after], [one.right for one in before])
+    wrong = [pair for pair in zip(before, after, strict=True) if not pair[0].right and not pair[1].right]
+    return Flips(len(after), lost, gained, sum(one.choice != other.choice for one, other in wrong), p)
 
 
 def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> Estimate | None:

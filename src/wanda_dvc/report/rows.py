@@ -237,8 +237,8 @@ def _take_workspace(project: Project, study: Project) -> list[str]:
         source = project.root / name
         shutil.copyfile(source, study.root / name) if source.is_file() else (study.root / name).write_text("{}")
     for part in (*TAKEN, *MADE):
-        whole = project.root / part
-        for path in [whole] if whole.is_file() else _files(whole):
+        source = project.root / part
+        for path in [source] if source.is_file() else _files(source):
             place = study.root / path.relative_to(project.root)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(path)

@@ -153,10 +153,10 @@ class LocalModel(Source):
             for path in files:
                 copy_file(path, out / path.name)
         # A provenance depends on no path.
-        return _write_provenance(out, {"source": self.folder.name}, _license_beside(self.folder))
+        return _write_provenance(out, {"source": self.folder.name}, _license_file(self.folder))
 
 
-def _license_beside(folder: Path) -> str | None:
+def _license_file(folder: Path) -> str | None:
     """Return the licence of a local model, from its model card."""
     from huggingface_hub import ModelCard
 

@@ -46,7 +46,7 @@ class Items(TaskItems):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 except TypeError as error:
                     raise UserError(
-                        f"{self.origin.where}: {self.title} has a value that JSON cannot hold ({error}); take it out"
+                        f"{self.origin.where}: {self.title} has a value that JSON cannot hold ({error}); remove it"
                     ) from error
 
 
@@ -102,7 +102,7 @@ def find_tasks(wanted: Tasks, mirror: str | None) -> Source:
             if not set(METRICS).intersection(given):
                 problems.append(
                     f"params.yaml: tasks.names: {name} is measured by {', '.join(map(str, given))}, expected "
-                    f"{' or '.join(METRICS)}; take it out"
+                    f"{' or '.join(METRICS)}; remove it"
                 )
         else:
             problems.append(
@@ -127,7 +127,7 @@ def _find_items(name: str, path: str, definition: Json, source: str, mirror: str
     where = f"params.yaml: tasks.names: {name}"
     found = task_items(definition)
     if found is None:
-        raise UserError(f"{where}: its definition names no data set and split of items; take it out")
+        raise UserError(f"{where}: its definition has no data set or no split; remove it")
     options = dict(definition.get("dataset_kwargs") or {})
     revision = options.pop("revision", None)
     for option in ("trust_remote_code", "streaming", "split"):  # a data set's code never runs
@@ -136,13 +136,13 @@ def _find_items(name: str, path: str, definition: Json, source: str, mirror: str
     if source == "embedded":
         origin = Path(EMBEDDED, "tasks", *found.place)
         if not origin.is_file():
-            raise UserError(f"{where}: there are no samples of it; take it out or set tasks.source to benchmark")
+            raise UserError(f"{where}: no embedded samples; remove it, or set tasks.source to benchmark")
     else:
         origin = in_mirror(mirror, *found.place)
     if origin is None:
         if not HUB_ID.fullmatch(found.dataset):
             raise UserError(
-                f"{where}: got items of {found.dataset}, expected a data set on the Hub, ORG/NAME; take it out"
+                f"{where}: got items of {found.dataset}, expected a data set on the Hub, ORG/NAME; remove it"
             )
         origin = resolve("dataset", found.dataset, revision, where)
     return Items(**vars(found), definition=path, options=options, origin=origin)

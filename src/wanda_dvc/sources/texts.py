@@ -86,7 +86,7 @@ def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_docume
         dataset, shard, inside = found
         path = in_mirror(mirror, dataset.dataset, *inside)
         if path and wanted.revision:
-            notice(f"{setting}: {path} is in runtime.mirror, and taken as it is, not as of revision {wanted.revision}")
+            notice(f"{setting}: read from runtime.mirror ({path}); revision {wanted.revision} is ignored")
         revision = wanted.revision or dataset.revision
         place = path or resolve("dataset", dataset.dataset, revision, f"{where}.source")
         title = f"{'/'.join(name for name in (dataset.dataset, dataset.config) if name)}, {wanted.split}"

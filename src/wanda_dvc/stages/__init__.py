@@ -80,7 +80,7 @@ STAGES = {
         Stage(
             name="locate",
             version=1,
-            about="Link the local model and texts, so that DVC sees a change of their content: sources/.",
+            about="Link local models and texts into sources/, so that DVC notices changes.",
             result="",
             settings=("model", "calibration.text.source", "perplexity.text.source", "tasks.source"),
             computes=False,
@@ -121,7 +121,7 @@ STAGES = {
         Stage(
             name="mask",
             version=9,
-            about="Choose the weights that stay: masks/.",
+            about="Choose the weights to keep: masks/.",
             result="masks/provenance.json",
             settings=(
                 "recipe",
@@ -137,7 +137,7 @@ STAGES = {
         ),
         Stage(
             name="apply",
-            version=5,
+            version=6,
             about="Write the pruned model: models/pruned.",
             result="metrics/details/pruned/layer_error.json",  # models/pruned is not cached
             settings=("recipe", "reconstruction"),
@@ -153,8 +153,8 @@ STAGES = {
         ),
         Stage(
             name="zero-shot",
-            version=6,
-            about="Ask a model the questions of the zero-shot tasks.",
+            version=8,
+            about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
             result="metrics/details/{part}/zero_shot.json",
             settings=("tasks.names", "zero_shot.limit", "dtype"),
             part_is="model",

@@ -171,8 +171,8 @@ class Parts:
             )
         values, solved = None, {}
         if self.source == "weights":
-            weights, told = self.changed[block]
-            values, solved = weights.get(linear), told.get(linear, {})
+            weights, diagnostics = self.changed[block]
+            values, solved = weights.get(linear), diagnostics.get(linear, {})
         made = prune_linear(
             weight,
             keep,

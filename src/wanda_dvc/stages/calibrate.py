@@ -3,7 +3,9 @@
 Optional: the Gram tier, and the Fisher tier (the gradients by each linear's outputs).
 """
 
-from wanda_dvc.plan import GRAM_DTYPE
+from wanda_dvc.errors import notice
+from wanda_dvc.params import Calibration
+from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE
 from wanda_dvc.pruning.statistics import summary
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import (
@@ -53,14 +55,17 @@ def calibrate(*, project: Project) -> None:
         runner(project, "dense", work) as run,
     ):
         norms, gram, fisher = work.part("norms"), work.part("gram"), work.part("fisher")
-        check_fits(project, run.decoder.inputs())
+        features = run.decoder.inputs()
+        check_fits(project, features)
+        if keeps_grams:
+            _check_tokens(project.params.calibration, max(features.values()))
         windows, blocks = calibration_windows(project), range(len(run.decoder.blocks))
         finished = min(map(finished_blocks, [norms, gram] if keeps_grams else [norms]))
-        for turn in progress(run.walk(windows, kept=finished), total=len(blocks), what="calibrate, blocks"):
-            measured, grams, _ = turn.record(gram=keeps_grams)
-            write_stats(norms, turn.index, measured)
+        for step in progress(run.walk(windows, kept=finished), total=len(blocks), what="calibrate, blocks"):
+            measured, grams, _ = step.record(gram=keeps_grams)
+            write_stats(norms, step.index, measured)
             if keeps_grams:
-                write_grams(gram, turn.index, measured, grams)
+                write_grams(gram, step.index, measured, grams)
         say_unreached("calibrate", {block: read_stats(norms, block).unreached() for block in blocks})
         finished = finished_blocks(fisher, reversed(blocks))
         if windows_back and finished < len(blocks):
@@ -76,6 +81,16 @@ def calibrate(*, project: Project) -> None:
         )
         work.publish(project.stats.parent)
     _write_norms(project)
+
+
+def _check_tokens(calibration: Calibration, features: int) -> None:
+    """Report too few calibration tokens for solvers, by the widest input of the model."""
+    if (tokens := calibration.samples * calibration.length) < TOKENS_A_FEATURE * features:
+        notice(
+            f"calibrate: {calibration.samples} windows of {calibration.length} make {tokens:,} tokens, expected "
+            f"{TOKENS_A_FEATURE * features:,} or more for solvers, {TOKENS_A_FEATURE} for each of {features:,} input "
+            "features; raise calibration.length or calibration.samples"
+        )
 
 
 def _write_norms(project: Project) -> None:

@@ -77,7 +77,7 @@ def limit() -> int:
     """Return the number of windows. UserError if the environment variable is not a number."""
     asked = os.environ.get(WINDOWS, str(WINDOWS_HELD_OUT))
     if not asked.isdecimal():
-        raise UserError(f"{WINDOWS}: got {asked}, expected a number of windows; 0 turns the comparison off")
+        raise UserError(f"{WINDOWS}: got {asked}, expected a number of windows; 0 disables the comparison")
     return int(asked)
 
 

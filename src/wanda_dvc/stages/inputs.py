@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from wanda_dvc.errors import MEND, UserError, notice
+from wanda_dvc.errors import FIX, UserError, notice
 from wanda_dvc.params import Params, Runtime
 from wanda_dvc.pruning.patterns import check_pattern
-from wanda_dvc.stages.running import check_device, device_name, ending, own_device, solving_device, told
+from wanda_dvc.stages.running import check_device, device_name, ending, own_device, record_details, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import read_provenance
@@ -73,7 +73,7 @@ def statistics(project: Project) -> Statistics:
         for source, names in measured.readers.items():
             if not measured.inputs[source].sum_squares.isfinite().all():
                 raise UserError(
-                    f"stats/: block {block}, input of {source}: sums that are not finite, expected finite ones; {MEND} "
+                    f"stats/: block {block}, input of {source}: sums that are not finite, expected finite ones; {FIX} "
                     "and run `wanda-dvc calibrate`"
                 )
             features |= dict.fromkeys(names, len(measured.inputs[source].sum))
@@ -108,7 +108,7 @@ def check_ready(project: Project, model: str, length: int | None = None, setting
 def say_not_finite(run: str, where: str | None) -> None:
     """Report the place of a model's first non-finite activations, if any."""
     if where:
-        notice(f"{run}: {where}: activations that are not finite; its results say `diverged` or compare nothing")
+        notice(f"{run}: {where}: activations that are not finite; results are `diverged`, or without a comparison")
 
 
 def tier_provenance(project: Project, folder: Path) -> Json:
@@ -164,14 +164,14 @@ def held_out_windows(project: Project, measured_with: Json, count: int) -> "list
 
 @contextlib.contextmanager
 def runner(
-    project: Project, model: str, work: Work, *, dtype: str | None = None, alone: bool = False
+    project: Project, model: str, work: Work, *, dtype: str | None = None, local: bool = False
 ) -> "Iterator[Runner]":
     """Open a runner of rows through one of the project's models: this process, or the cluster of params.yaml.
 
-    With `alone` always this process.
+    With `local` always this process.
     """
     runtime = project.params.runtime
-    if runtime.ray is None or alone:
+    if runtime.ray is None or local:
         from wanda_dvc.engine.walk import LocalRunner
 
         yield LocalRunner(open_decoder(project, model, dtype=dtype), work.path)
@@ -209,7 +209,7 @@ def _cluster(runtime: Runtime, folders: Sequence[Path], *, meanwhile: Callable[[
             found = doing.result()
             cluster.open()
             yield cluster, found
-            told(cluster.counts())
+            record_details(cluster.counts())
         finally:
             cluster.close()
 
@@ -228,7 +228,7 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
     where = torch.device(device) if device else own_device(project.params.runtime)
     if where.type == "cpu" and device is None and not has_units(getattr(torch, dtype)):
         notice(
-            f"dtype: this CPU has no units for {dtype} and computes it many times slower than float32; "
-            "set dtype=float32 (other last digits), or run it where there are some"
+            f"dtype: this CPU has no instructions for {dtype}, so it is many times slower than float32; set "
+            "dtype=float32 (last digits differ), or use another machine"
         )
     return Decoder(project.model(model), dtype=getattr(torch, dtype), device=where)

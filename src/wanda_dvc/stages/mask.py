@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Checkpoint, Source
-from wanda_dvc.engine.jobs import Ask
+from wanda_dvc.engine.jobs import JobInput
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
@@ -80,8 +80,8 @@ def mask(*, project: Project) -> None:
     check_fits(project, stats.features)
     if plan.left_out:
         notice(
-            f"mask: {plan.pattern} has groups and shares of its own: {', '.join(plan.left_out)} of recipe "
-            f"{params.recipe} left out"
+            f"mask: pattern {plan.pattern} sets groups and sparsities: {', '.join(plan.left_out)} of recipe "
+            f"{params.recipe} ignored"
         )
     checkpoint = Checkpoint(project.model("dense"))
     removal = removal_of(checkpoint, plan.structure, plan.share)
@@ -218,7 +218,7 @@ def _solved(  # noqa: PLR0913, PLR0917 - the inputs of solvers
     """Yield the masks of blocks not finished by an earlier run. Each distinct input is a job."""
     plan, blocks = project.params.plan, range(stats.blocks)
 
-    def parts() -> Iterator[Ask[Part]]:
+    def parts() -> Iterator[JobInput[Part]]:
         for block in blocks[finished:]:
             measured = informed(project, plan, block, read_stats(project.stats, block))
             grams: Mapping[str, Gram] = read_grams(project.gram, block) if plan.method.needs == "gram" else {}
@@ -257,7 +257,7 @@ class Made(NamedTuple):
 
     keeps: Masks
     weights: dict[str, Tensor]  # in their stored dtypes
-    told: Json  # solver diagnostics of each
+    diagnostics: Json  # solver diagnostics of each
 
 
 def solve(device: torch.device, part: Part) -> Made:
@@ -292,7 +292,7 @@ def solve(device: torch.device, part: Part) -> Made:
             if prepared is not None and (plan.corrects or not removes_no_weight(targets[name]))
         }
     changed = {name: one.weight.to("cpu", stored[name].dtype) for name, one in solved.items()}
-    return Made(pack_masks(chosen), changed, {name: one.told for name, one in solved.items()})
+    return Made(pack_masks(chosen), changed, {name: one.diagnostics for name, one in solved.items()})
 
 
 # Only in tasks: a task's process belongs to one stage, and no file changes during a stage.
@@ -312,7 +312,7 @@ def _parts(  # noqa: PLR0913, PLR0917 - the inputs of solvers
     gradients: Grams | None = None,
     stored: Path | None = None,
     removal: "Removal | None" = None,
-) -> Iterator[Ask[Part]]:
+) -> Iterator[JobInput[Part]]:
     """Yield the distinct inputs of a block. `stored` is the folder of its Gram matrices, if it exists."""
     for source, names in measured.readers.items():
         stats = measured.of(source)
@@ -323,24 +323,24 @@ def _parts(  # noqa: PLR0913, PLR0917 - the inputs of solvers
         cross = {source: crosses[source].float()} if crosses and source in crosses else {}
         back = gradients.of(*names) if gradients else {}
         units = {name: removal.units[name] for name in names if name in removal.units} if removal else {}
-        whole = Part(plan, share, stats, {name: checkpoint.weight(name) for name in names}, own, cross, back, units)
-        named = replace(whole, weights=checkpoint.folder)
+        complete = Part(plan, share, stats, {name: checkpoint.weight(name) for name in names}, own, cross, back, units)
+        named = replace(complete, weights=checkpoint.folder)
         if stored and isinstance(grams, Grams):
             named = replace(named, grams=(stored, block))
-        yield Ask(f"block {block}, input of {source}", whole, named)
+        yield JobInput(f"block {block}, input of {source}", complete, named)
 
 
 def _together(parts: Iterable[Made], removal: "Removal | None") -> Made:
     """Merge the results of all distinct inputs of a block. Of removed units, all weights go."""
-    keeps, weights, told = Masks({}, {}), dict[str, Tensor](), Json()
+    keeps, weights, diagnostics = Masks({}, {}), dict[str, Tensor](), Json()
     for part in parts:
         keeps |= part.keeps
         weights |= part.weights
-        told |= part.told
+        diagnostics |= part.diagnostics
     if removal:
         keeps = pack_masks(removal.spread(keeps))
         weights = {name: masked(weight, keeps[name]) for name, weight in weights.items()}
-    return Made(keeps, weights, told)
+    return Made(keeps, weights, diagnostics)
 
 
 # --- blocks calibrated on the outputs of pruned ones ---
@@ -372,26 +372,26 @@ def _propagate(  # noqa: PLR0913, PLR0917 - the inputs of masks
         return read_masks(masks, block), read_weights(weights, block)[0] if plan.solves else {}
 
     unreached = {}
-    with runner(project, "dense", work, dtype=measured_with["dtype"], alone=plan.trains) as run:
+    with runner(project, "dense", work, dtype=measured_with["dtype"], local=plan.trains) as run:
         # A training takes one window a step, so it runs in this process.
         # A training needs the dense block's outputs too, a correction its inputs.
-        turns = run.walk(windows, kept=kept, with_dense=plan.runs_dense, changes=changes)
+        steps = run.walk(windows, kept=kept, with_dense=plan.runs_dense, changes=changes)
         blocks = len(run.decoder.blocks)
-        for turn in progress(turns, total=blocks, what="mask, blocks calibrated and pruned"):
-            share = shares[turn.index]
-            recorded = turn.record(gram=plan.records_grams, crosses=plan.corrects)
-            measured = informed(project, plan, turn.index, recorded.stats)
-            unreached[turn.index] = measured.unreached()
+        for step in progress(steps, total=blocks, what="mask, blocks calibrated and pruned"):
+            share = shares[step.index]
+            recorded = step.record(gram=plan.records_grams, crosses=plan.corrects)
+            measured = informed(project, plan, step.index, recorded.stats)
+            unreached[step.index] = measured.unreached()
             keep: Mapping[str, Tensor]
             changed: dict[str, Tensor] = {}
-            told = Json()
+            diagnostics = Json()
             if plan.records_grams:
-                back = read_grams(project.fisher, turn.index) if plan.masks_read_gradients else None
+                back = read_grams(project.fisher, step.index) if plan.masks_read_gradients else None
                 own = recorded.grams
                 parts = _parts(
                     plan,
                     checkpoint,
-                    turn.index,
+                    step.index,
                     measured,
                     own,
                     share,
@@ -399,15 +399,15 @@ def _propagate(  # noqa: PLR0913, PLR0917 - the inputs of masks
                     gradients=back,
                     removal=removal,
                 )
-                keep, changed, told = _together(run.each(solve, parts), removal)
+                keep, changed, diagnostics = _together(run.each(solve, parts), removal)
             else:
                 chosen = keeps(project, plan, checkpoint.weight, measured, share, removal)
                 keep = pack_masks(chosen)  # Ray keeps it over all blocks
             if plan.trains:
-                trained = turn.train(keep, changed, **TRAINING)
+                trained = step.train(keep, changed, **TRAINING)
                 changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
             if plan.solves:
-                write_weights(weights, turn.index, changed, told)
-            write_masks(masks, turn.index, keep)
-            turn.change(keep, changed)
+                write_weights(weights, step.index, changed, diagnostics)
+            write_masks(masks, step.index, keep)
+            step.change(keep, changed)
     say_unreached("mask", unreached)  # of the blocks calibrated by this run

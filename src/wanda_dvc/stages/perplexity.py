@@ -66,8 +66,8 @@ def perplexity(*, project: Project, model: str) -> None:
 
 def _losses(run: Runner, rows: list[Row], work: Path, *, what: str) -> list[float]:
     """Return each row's mean loss; resume from the losses of an interrupted run in `work`."""
-    for turn in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{what}, blocks"):
-        turn.advance()
+    for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{what}, blocks"):
+        step.advance()
     work.mkdir(parents=True, exist_ok=True)  # workers leave nothing on this machine
     losses = _read_losses(work / LOSSES, len(rows))
     done, left = len(losses), len(rows) - len(losses)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from wanda_dvc import machine
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores, processor
 from wanda_dvc.params import Runtime
@@ -21,7 +22,7 @@ from wanda_dvc.study.project import Project
 
 SAMPLES_A_SECOND = 20  # of a stage's memory
 ENDING = 5  # seconds that workers have to end
-_told: Json = {}  # of the current run
+_details: Json = {}  # of the current run
 _ends: list[Callable[[], None]] = []
 _parent: int | None = None  # this stage stops when this process ends
 
@@ -46,20 +47,20 @@ def measured(runtime: Runtime) -> Iterator[Json]:
 
     Its seconds include the `earlier` seconds of runs with reused results, reported by the stage.
     """
-    _told.clear()
+    _details.clear()
     began, content = time.perf_counter(), Json()
     with AnonymousMemory() as memory:
         yield content
-    content["seconds"] = round(time.perf_counter() - began + _told.pop("earlier", 0), 2)
+    content["seconds"] = round(time.perf_counter() - began + _details.pop("earlier", 0), 2)
     if memory.peak:  # some systems do not say
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
     content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(runtime)}
-    content |= _told
+    content |= _details
 
 
-def told(content: Json) -> None:
+def record_details(content: Json) -> None:
     """Keep more about the current run, such as its number of workers."""
-    _told.update(content)
+    _details.update(content)
 
 
 @contextlib.contextmanager
@@ -91,7 +92,7 @@ def stoppable(run: str) -> Iterator[None]:
                 end = threading.Thread(target=stop, daemon=True)
                 end.start()
                 end.join(ENDING)
-            notice(f"{run}: stopped; finished blocks and windows are kept, and the next run goes on from there")
+            notice(f"{run}: stopped; finished blocks and windows are kept, and the next run resumes after them")
             os._exit(128 + number[0])
 
     thread = threading.Thread(target=wait, daemon=True)
@@ -157,6 +158,16 @@ def device_name(runtime: Runtime) -> str:
     from wanda_dvc.engine.accelerator import gpus
 
     return "cuda" if gpus() else "cpu"
+
+
+def free_memory(device: str) -> int:
+    """Return the free bytes of memory; of a GPU's if a stage runs on a GPU."""
+    if device.startswith("cuda"):
+        from wanda_dvc.engine import accelerator
+
+        with contextlib.suppress(RuntimeError, AssertionError):  # no such GPU: the stage reports it
+            return accelerator.free_memory(device)
+    return machine.free_memory()
 
 
 def own_device(runtime: Runtime) -> "torch.device":
@@ -234,7 +245,9 @@ def _while_wanted(items: Iterable[T]) -> Iterator[T]:
     """
     for item in items:
         if _parent not in {None, os.getppid()}:
-            raise UserError("the DVC that ran this stage is gone: stopped; run it again and it goes on from here")
+            raise UserError(
+                "stopped: the DVC process that ran this stage has ended; run the stage again, and it resumes here"
+            )
         yield item
 
 

@@ -3,14 +3,15 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
-from wanda_dvc.stages import STAGES
+from wanda_dvc.stages import STAGES, continuations
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite
-from wanda_dvc.stages.running import progress, told
+from wanda_dvc.stages.running import progress, record_details
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.places import METRICS
 from wanda_dvc.study.project import ITEMS, Project, Work
@@ -21,11 +22,22 @@ if TYPE_CHECKING:
 
 
 def zero_shot(*, project: Project, model: str) -> None:
-    """models/{dense,pruned} + data/tasks → metrics/{dense,pruned}/zero_shot.json."""
+    """models/{dense,pruned} + data/tasks → metrics/{dense,pruned}/zero_shot.json, and continuations of prompts."""
     check_ready(project, model)
     protocols = {task: _protocol(project, model, task) for task in project.params.tasks.names}
-    answered = {task: _answered(project, model, task, protocol) for task, protocol in protocols.items()}
-    told({"earlier": sum(one.get("seconds", 0) for one in answered.values())})
+    answered = {
+        task: _kept(project, f"{model}-{task}", protocol, partial(_ask, project, model, task, protocol))
+        for task, protocol in protocols.items()
+    }
+    protocol = continuations.protocol(project, model)
+    written = _kept(
+        project,
+        f"{model}-continuations",
+        protocol,
+        lambda _: {"details": {"protocol": protocol} | continuations.continued(project, model)},
+    )
+    record_details({"earlier": sum(one.get("seconds", 0) for one in (*answered.values(), written))})
+    write_json(project.details(model, "continuations"), written["details"])
     details = {task: one["details"] for task, one in answered.items()}
     for task, one in details.items():
         say_not_finite(f"zero-shot {model} {task}", one.get("not_finite"))
@@ -52,20 +64,21 @@ def _protocol(project: Project, model: str, task: str) -> Json:
     )
 
 
-def _answered(project: Project, model: str, task: str, protocol: Json) -> Json:
-    """Return a model's `details` and `metrics` of a task, in their written form.
+def _kept(project: Project, run: str, protocol: Json, make: Callable[[Work], Json]) -> Json:
+    """Return the results of a model on a task or on the prompts: `details`, and `metrics` of a task.
 
     Reuses the results of an earlier run with this protocol, with its `seconds`; else runs the model and keeps results.
     """
-    run, key = f"zero-shot-{model}-{task}", digest(protocol)
+    run, key = f"zero-shot-{run}", digest(protocol)
     with project.work(protocol) as work:
         answered: Json = {}
         with contextlib.suppress(UserError):  # a damaged file is written again
             answered = project.answers.read(run, key)
         if answered.get("details", {}).get("protocol") != protocol:
             began = time.perf_counter()
-            answered = _ask(project, model, task, protocol, work)
-            project.answers.write(run, key, answered | {"seconds": round(time.perf_counter() - began, 2)})
+            answered = make(work)
+            if "skipped" not in answered["details"]:  # another time there may be more memory
+                project.answers.write(run, key, answered | {"seconds": round(time.perf_counter() - began, 2)})
         work.forget()
     return answered
 
@@ -82,8 +95,8 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     definition = load_task(items["definition"], items["role"], folder / ITEMS)
     with runner(project, model, work) as run:
 
-        def blocks(turns: "Iterator[Step]") -> "Iterable[Step]":
-            return progress(turns, total=len(run.decoder.blocks), what=f"{what}, blocks")
+        def blocks(steps: "Iterator[Step]") -> "Iterable[Step]":
+            return progress(steps, total=len(run.decoder.blocks), what=f"{what}, blocks")
 
         language_model = EngineLM(run.decoder, project.model(model), run, what=what, progress=blocks)
         evaluated = evaluate(language_model, {task: definition}, limit=project.params.zero_shot.limit)
@@ -98,7 +111,7 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
             for metric in given
             if isinstance(error := result[f"{metric}_stderr,none"], float)
         },
-        "items": [_answer(sample) for sample in evaluated["samples"][task]],
+        "items": [_answer(sample, definition.doc_to_choice) for sample in evaluated["samples"][task]],
     }
     if where is None and any(DIVERGED in item["loglikelihoods"] for item in details["items"]):
         where = HEAD
@@ -107,13 +120,18 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     return {"details": details, "metrics": {metric: round(result[f"{metric},none"], 6) for metric in given}}
 
 
-def _answer(sample: dict[str, Any]) -> dict[str, Any]:
-    """Return one item's log-likelihoods, the choice with the highest, the right one, and the scores."""
-    choices = [response[0] for response in sample["filtered_resps"]]
-    return {
+def _answer(sample: dict[str, Any], choices_of: Callable[[Any], list[str]]) -> dict[str, Any]:
+    """Return one item's log-likelihoods, the choice with the highest, the right one, and the scores.
+
+    For `acc_norm` also the choice with the highest log-likelihood a character, as lm-eval has it.
+    """
+    values = [response[0] for response in sample["filtered_resps"]]
+    content = {
         "item": sample["doc_id"],
-        "loglikelihoods": [finite(value) for value in choices],
-        "answer": max(range(len(choices)), key=choices.__getitem__),
-        "gold": sample["target"],
-        **{metric: sample[metric] for metric in METRICS if metric in sample},
+        "loglikelihoods": [finite(value) for value in values],
+        "answer": max(range(len(values)), key=values.__getitem__),
     }
+    if "acc_norm" in sample:
+        each = [value / len(choice) for value, choice in zip(values, choices_of(sample["doc"]), strict=True)]
+        content["answer_norm"] = max(range(len(each)), key=each.__getitem__)
+    return content | {"gold": sample["target"]} | {metric: sample[metric] for metric in METRICS if metric in sample}

@@ -151,12 +151,12 @@ def _license(folder: Path, dense: Json) -> tuple[str | None, str]:
     """Return the dense model's licence: its name on the Hub, and a sentence."""
     files = sorted([*folder.glob("LICENSE*"), *folder.glob("NOTICE*")])
     names = ", ".join(code(file.name) for file in files)
-    beside = f"; the full text is in {names}" if files else ""
+    note = f"; the full text is in {names}" if files else ""
     if name := dense.get("license"):
-        return name, f"{code(name)}, according to its own card{beside}."
+        return name, f"{code(name)}, according to its own model card{note}."
     for file in files:
         text = " ".join(file.read_text(encoding="utf-8", errors="replace").split()).lower()
         for name, phrase in LICENSES.items():
             if phrase.lower() in text:
-                return name, f"{code(name)}, according to {code(file.name)}{beside}."
+                return name, f"{code(name)}, according to {code(file.name)}{note}."
     return ("other", f"See {names}.") if files else (None, UNKNOWN_LICENSE)

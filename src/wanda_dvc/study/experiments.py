@@ -127,12 +127,12 @@ def _stages(project: Project, repo: Any, revs: list[str]) -> dict[str, Json]:
         kept = load_json(project.locks).get(path, {})
     kept = kept if isinstance(kept, dict) else {}
     found = {rev: read_lock(project.root) if rev == WORKSPACE else kept.get(rev) for rev in dict.fromkeys(revs)}
-    whole = {rev: _stages_at(repo, rev, path) if stages is None else stages for rev, stages in found.items()}
-    commits = {rev: stages for rev, stages in whole.items() if rev != WORKSPACE}
+    known = {rev: _stages_at(repo, rev, path) if stages is None else stages for rev, stages in found.items()}
+    commits = {rev: stages for rev, stages in known.items() if rev != WORKSPACE}
     if commits != kept:
         with contextlib.suppress(OSError, TypeError, ValueError):  # read-only folder; a user's stage with dates
             write_json(project.locks, {path: commits})
-    return whole
+    return known
 
 
 def _stages_at(repo: Any, rev: str, path: str) -> Json:

@@ -32,26 +32,26 @@ def json_text(content: object) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write text to a temporary file, then rename it, as `write_json` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write CSV as `write_json` does. Floats have six significant digits, because later ones vary by machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", encoding="utf-8", newline="") as file:
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(headers)
         writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-    beside.replace(path)
+    temporary.replace(path)
 
 
 def read_json(path: Path, made_by: str) -> Any:
     """Read an artifact's JSON. UserError, naming the command that writes it, if it is missing or not valid."""
     if not is_there(path):
-        raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first")
+        raise UserError(f"{path}: missing; run `dvc repro` or `wanda-dvc {made_by}` first")
     return parse_json(
         read_bytes(path, f"run `wanda-dvc {made_by}` again"), str(path), f"run `wanda-dvc {made_by}` again"
     )

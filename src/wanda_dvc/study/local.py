@@ -48,15 +48,15 @@ def link_source(project: Project, part: str) -> None:
             "name one that is there"
         )
     place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_name(place.name + ".part")
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(named)
-    beside.replace(place)
+    temporary = place.with_name(place.name + ".part")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(named)
+    temporary.replace(place)
 
 
-def gone_sources(project: Project) -> Iterator[str]:
+def missing_sources(project: Project) -> Iterator[str]:
     """Yield a sentence for each linked local source that is missing now."""
     for part in local_sources(project.params):
         link = project.source(part)
         if link.is_symlink() and not link.exists():
-            yield f"{link.readlink()} ({part}) is gone: name another in params.yaml, or put it back."
+            yield f"{link.readlink()} ({part}) is missing: restore it, or name another in params.yaml."

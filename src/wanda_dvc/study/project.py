@@ -38,7 +38,7 @@ class Project:
             if (folder / "params.yaml").is_file():
                 return cls(folder)
         raise UserError(
-            f"{start}: no params.yaml here or above, expected a wanda-dvc project; cd into one, or begin one: "
+            f"{start}: no params.yaml here or above, expected a wanda-dvc project; cd into one, or create one: "
             "`wanda-dvc init DIR`"
         )
 
@@ -227,11 +227,11 @@ class Work:
         awaited = self._is_awaited()
         for target in targets:
             made = self.part(target.name if len(targets) > 1 else "")
-            remove(beside := place_beside(target))  # left by a killed run
+            remove(temporary := temporary_place(target))  # left by a killed run
             if awaited or not _rename(made, target):
-                shutil.copytree(made, beside / "out", copy_function=lambda *places: copy_file(*map(Path, places)))
-                _rename(beside / "out", target)
-                remove(beside)
+                shutil.copytree(made, temporary / "out", copy_function=lambda *places: copy_file(*map(Path, places)))
+                _rename(temporary / "out", target)
+                remove(temporary)
         if not awaited:
             self.forget()
 
@@ -265,15 +265,15 @@ class Work:
 
 def remove(path: Path) -> None:
     """Remove a folder or a file, if it exists. A kill leaves a folder complete, or under another name."""
-    gone = path.with_name(path.name + ".gone")
-    for place in (gone, path):  # first the remains of a killed removal
+    removed = path.with_name(path.name + ".gone")
+    for place in (removed, path):  # first the remains of a killed removal
         if place.is_dir() and not place.is_symlink():
-            shutil.rmtree(place.rename(gone))
+            shutil.rmtree(place.rename(removed))
         else:
             place.unlink(missing_ok=True)
 
 
-def place_beside(target: Path) -> Path:
+def temporary_place(target: Path) -> Path:
     """Return the temporary folder for copies of an artifact, next to its place."""
     return target.with_name(target.name + ".part")
 

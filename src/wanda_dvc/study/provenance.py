@@ -71,9 +71,9 @@ def check_keys(content: Json, made_by: str, where: str, todo: str) -> None:
         for word in key.split("."):
             found = found.get(word) if isinstance(found, dict) else None
         if not isinstance(found, MAPPINGS if key in OBJECTS else str):
-            told = "nothing" if found is None else name_of(found)
+            got = "nothing" if found is None else name_of(found)
             raise UserError(
-                f"{where}: {key}: found {told}, expected {'an object' if key in OBJECTS else 'text'}; {todo}"
+                f"{where}: {key}: found {got}, expected {'an object' if key in OBJECTS else 'text'}; {todo}"
             )
 
 

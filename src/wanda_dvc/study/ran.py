@@ -60,7 +60,7 @@ class Ran:
         return stale_stages(self.stages, dict(flatten(self.asked.model_dump(mode="json"))))
 
     @property
-    def torn(self) -> list[str]:
+    def outdated(self) -> list[str]:
         """Return the stages with inputs that changed after the run, for any `params.yaml`."""
         return stale_stages(self.stages, {})
 
@@ -105,8 +105,8 @@ def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
                 maker = _maker(dep["path"], made)
                 if maker is None or name in stale:
                     continue
-                whole = made.get(dep["path"])
-                if maker in stale or (whole and whole[1] != dep.get("md5")):
+                output = made.get(dep["path"])
+                if maker in stale or (output and output[1] != dep.get("md5")):
                     stale.add(name)
                     waiting = True
     return [name for name in stages if name in stale]

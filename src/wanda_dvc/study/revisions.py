@@ -87,7 +87,7 @@ class Revision:
                 missing.append(within.as_posix())
         return missing
 
-    def take_whole(self, part: str, target: Project) -> bool:
+    def copy_all(self, part: str, target: Project) -> bool:
         """Take a file or a complete folder, or nothing. Return whether it was complete."""
         if self.take(part, target):
             shutil.rmtree(target.root / part, ignore_errors=True)

@@ -15,16 +15,18 @@ from pathlib import Path
 
 from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import UserError
+from wanda_dvc.plan import TOKENS_A_FEATURE
 from wanda_dvc.study.files import write_text
 from wanda_dvc.study.presets import DEFAULT, PARAMS, read_preset, with_settings
 from wanda_dvc.study.settings import Settings
 
 TEMPLATE = files("wanda_dvc.study") / "template"
-PIPELINE = "dvc.yaml"
+PIPELINE, PROMPTS = "dvc.yaml", "prompts.txt"
 # By their place in a study. In the package they have other names: git and DVC would use files with these names.
 FILES: Mapping[str, Traversable] = {
     PIPELINE: TEMPLATE / "pipeline.yaml",
     "params.yaml": PARAMS,
+    PROMPTS: TEMPLATE / "prompts.txt",
     ".gitignore": TEMPLATE / "gitignore",
     ".dvcignore": TEMPLATE / "dvcignore",
     ".dvc/config": TEMPLATE / "config",
@@ -69,7 +71,7 @@ def init(
     except BaseException:
         _undo(folder, there, had_git)
         raise
-    return _said(folder, str(settings["model"]), around, committed)
+    return _said(folder, settings, around, committed)
 
 
 def _check_empty(folder: Path) -> None:
@@ -111,8 +113,8 @@ def _repository_around(folder: Path) -> Path | None:
         return Path(done.stdout.strip()).resolve()
     if (folder / ".git").exists() or "not a git repository" not in done.stderr:
         raise UserError(
-            f"{folder}: git refuses the repository here ({' '.join(done.stderr.split())}), expected one that it opens; "
-            "do what git says, or name another directory"
+            f"{folder}: git does not open the repository here ({' '.join(done.stderr.split())}); follow its advice, or "
+            "name another directory"
         )
     return None
 
@@ -163,9 +165,18 @@ def _undo(folder: Path, there: bool, had_git: bool) -> None:
         folder.rmdir()
 
 
-def _said(folder: Path, model: str, around: Path | None, committed: bool) -> str:
+def _calibration(settings: Settings) -> str:
+    """Return a sentence on the calibration, with the widest model for which it has enough tokens for solvers."""
+    text, samples, length = (settings[f"calibration.{name}"] for name in ("text.source", "samples", "length"))
+    return (
+        f"Calibration: {samples} windows of {length} tokens of {text}. That is enough for solvers of up to "
+        f"{samples * length // TOKENS_A_FEATURE:,} input features; raise calibration.length for a wider model."
+    )
+
+
+def _said(folder: Path, settings: Settings, around: Path | None, committed: bool) -> str:
     where = os.path.relpath(folder)
-    lines = [f"{folder}: a study of {model}."]
+    lines = [f"{folder}: a study of {settings['model']}.", _calibration(settings)]
     if around is not None:
         lines.append(f"It is a part of the git repository {around}, with a DVC repository of its own.")
     lines += ["", "Run next:"]
@@ -176,7 +187,7 @@ def _said(folder: Path, model: str, around: Path | None, committed: bool) -> str
     lines += [
         "  dvc repro                      # run the pipeline",
         "  dvc exp run -S sparsity=0.7    # another sparsity, with the same calibration",
-        "  wanda-dvc show                 # dense beside pruned",
+        "  wanda-dvc show                 # compare dense and pruned",
         "",
         "`wanda-dvc doctor` checks this machine; the settings are in params.yaml.",
     ]

@@ -248,7 +248,7 @@ def _readers(path: Path, header: Json) -> tuple[dict[str, list[str]], list[str]]
     readers: Any = header.get("readers")
     transposed: Any = header.get("transposed")
     if not (isinstance(readers, dict) and all(map(_are_names, readers.values())) and _are_names(transposed)):
-        raise _damaged(path, "its header names no readers, or none that are transposed", "calibrate")
+        raise _damaged(path, "no readers or no transposed linears in its header", "calibrate")
     return readers, transposed
 
 
@@ -342,17 +342,17 @@ def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
     if is_there(path.parent / PROVENANCE):  # a run killed between sealing and publishing
         (path.parent / PROVENANCE).unlink()
 
-    beside = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + ".part")
     # A single key: safetensors writes several keys in an order that changes from run to run.
     try:
-        save_file(tensors, beside, {"wanda_dvc": json.dumps(header)})
+        save_file(tensors, temporary, {"wanda_dvc": json.dumps(header)})
     except SafetensorError as error:  # for a full disk too, with its error number in the text
-        if told := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from error
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
-    with beside.open("rb") as file:
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())  # a resumed run trusts the file by its name, also after a power cut
-    beside.replace(path)
+    temporary.replace(path)
 
 
 def _load(path: Path, made_by: str, kinds: tuple[str, ...] | None = None) -> "tuple[dict[str, Tensor], Json]":
@@ -363,7 +363,7 @@ def _load(path: Path, made_by: str, kinds: tuple[str, ...] | None = None) -> "tu
     from safetensors import SafetensorError, safe_open
 
     if not is_there(path):
-        raise UserError(f"{path}: not there; run `dvc repro` or `wanda-dvc {made_by}` first")
+        raise UserError(f"{path}: missing; run `dvc repro` or `wanda-dvc {made_by}` first")
     try:
         check_file(path)
         expected = _sealed(path.parent, made_by)

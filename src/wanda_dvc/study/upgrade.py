@@ -2,7 +2,7 @@
 
 An unedited file is replaced: `template/known.json` has the digest of each file that any version shipped. An edited
 file is merged by git with the nearest shipped file as the base: this version's, or one in `template/earlier/`.
-`MOVED` and `GONE` map the settings of earlier versions.
+`MOVED` and `REMOVED` map the settings of earlier versions.
 """
 
 import difflib
@@ -27,7 +27,7 @@ from wanda_dvc.study.presets import with_settings
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import digest
 from wanda_dvc.study.ran import LOCK, read_lock
-from wanda_dvc.study.scaffold import FILES, PIPELINE, TEMPLATE, git, quiet
+from wanda_dvc.study.scaffold import FILES, PIPELINE, PROMPTS, TEMPLATE, git, quiet
 from wanda_dvc.study.settings import Settings, flatten, nested
 
 PARAMS = "params.yaml"
@@ -91,6 +91,8 @@ def shipped_ever() -> frozenset[str]:
 def _brought(place: str, old: str, notes: list[str]) -> str:
     """Return the text of a file of the scaffold in this version. UserError if an edit conflicts with it."""
     new = FILES[place].read_text(encoding="utf-8")
+    if place == PROMPTS and old:  # the user's
+        return old
     if place == PARAMS and old:
         return _migrated(old, new, notes)
     if place.endswith("ignore"):
@@ -184,7 +186,7 @@ MOVED: Mapping[tuple[str, ...], Callable[..., Settings]] = {
     ("runtime.workers",): lambda workers: {"runtime.ray": workers},
 }
 # Removed settings, with the values that match this version's fixed behaviour.
-GONE: Mapping[str, tuple[Any, ...]] = {
+REMOVED: Mapping[str, tuple[Any, ...]] = {
     "calibration.gram": ("none", "float16"),
     "calibration.fisher": (0, 8),
     "calibration.fisher_gram": ("none", "float16"),
@@ -208,11 +210,13 @@ def migrate(given: Settings, study: Settings) -> Settings:
     full = _earlier() | study | given
     moved = [names for names in MOVED if given.keys() & names]
     new = {
-        name: value for name, value in given.items() if name not in {*GONE, *(old for names in moved for old in names)}
+        name: value
+        for name, value in given.items()
+        if name not in {*REMOVED, *(old for names in moved for old in names)}
     }
     for names in moved:
         new |= MOVED[names](*(full[name] for name in names))
-    return new | {name: given[name] for name in GONE if name in given and given[name] not in GONE[name]}
+    return new | {name: given[name] for name in REMOVED if name in given and given[name] not in REMOVED[name]}
 
 
 @cache
@@ -223,7 +227,7 @@ def _earlier() -> Settings:
 
 def _migrated(old: str, shipped: str, notes: list[str]) -> str:
     """Return the text of params.yaml with this version's settings. The user's values stay, and comments if possible."""
-    given, earlier = _settings_of(old), {*GONE, *(name for names in MOVED for name in names)}
+    given, earlier = _settings_of(old), {*REMOVED, *(name for names in MOVED for name in names)}
     new = _settings_of(shipped) | migrate(given, given)
     for name in sorted(new.keys() & earlier - dict(settings()).keys()):
         notes.append(f"{PARAMS}: {name}: {new.pop(name)!r} is dropped: this version has no such setting.")
@@ -287,12 +291,12 @@ def _reruns(stages: dict[str, Json], ran: Json, asked: Json) -> Iterator[str]:
     """Yield a line for each stage that DVC reruns for any data, with the reason."""
     reasons = {name: "; ".join(_why(stage, ran.get(name), asked)) for name, stage in stages.items()}
     if any(reasons.values()):
-        yield "`dvc repro` runs again, and then what reads their results where these have changed:"
+        yield "`dvc repro` reruns these stages, and later stages whose inputs change:"
         yield from (f"  {name}: {why}" for name, why in reasons.items() if why)
     else:
-        yield "`dvc repro` runs nothing again: every result stays valid."
-    if gone := [name for name in ran if name not in stages]:
-        yield f"No longer a stage: {', '.join(gone)}."
+        yield "`dvc repro` reruns nothing: all results are valid."
+    if removed := [name for name in ran if name not in stages]:
+        yield f"No longer a stage: {', '.join(removed)}."
 
 
 def _why(stage: Json, ran: Json | None, asked: Json) -> Iterator[str]:

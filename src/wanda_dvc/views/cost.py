@@ -91,7 +91,7 @@ def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: d
         rates = ", ".join(f"{kind} {rate / 1e9:,.3g}" for kind, rate in pace.items())
         lines.append(
             f"Measured: one block of this shape with random weights, on {processor()}, {cores()} cores, {on.device}; "
-            f"GFLOP/s: {rates}. All times are extrapolated from that. They leave out files and the start of a process."
+            f"GFLOP/s: {rates}. All times are extrapolated from that. File access and process start are not included."
         )
     return "\n".join(lines)
 

@@ -19,13 +19,13 @@ from wanda_dvc.errors import EXTRAS, UserError
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.needs import NEEDS, Need, config_of, known
-from wanda_dvc.stages.running import device_name
+from wanda_dvc.stages.running import device_name, free_memory
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.local import SETTINGS, local_sources
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.places import on_the_hub, task_definition, task_items
 from wanda_dvc.study.project import Project
-from wanda_dvc.views.needs import disk, memory
+from wanda_dvc.views.needs import disk
 
 LINKS = ("reflink", "hardlink", "symlink")
 SHOWN = ("torch", "transformers", "dvc", "lm-eval")
@@ -107,10 +107,12 @@ def _machine(project: Project) -> Iterator[Check]:
 
     device = project.params.runtime.device
     units = " and bf16 units" if has_units(torch.bfloat16) else ""
-    yield Check("cpu", True, f"{torch.get_num_threads()} threads{units}, {memory('cpu') / 1e9:.1f} GB of memory free")
+    yield Check(
+        "cpu", True, f"{torch.get_num_threads()} threads{units}, {free_memory('cpu') / 1e9:.1f} GB of memory free"
+    )
     gpus = accelerator.gpus()
     for gpu in gpus:
-        yield Check(gpu, True, f"{accelerator.full_name(gpu)}, {memory(gpu) / 1e9:.1f} GB free")
+        yield Check(gpu, True, f"{accelerator.full_name(gpu)}, {free_memory(gpu) / 1e9:.1f} GB free")
     mps = ["mps"] if accelerator.has_mps() else []
     if mps:
         yield Check("mps", True, "there; it shares the machine's memory")
@@ -128,14 +130,19 @@ def _room(project: Project) -> Iterator[Check]:
     with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # missing or invalid
         on = known(project.params, config_of(project), project)
         needs |= {stage: need(on) for stage, need in NEEDS.items()}
-        free = memory(device_name(project.params.runtime))
+        free = free_memory(device_name(project.params.runtime))
         most = max(NEEDS, key=lambda stage: needs[stage].memory.total)
         wanted = needs[most].memory.total
         found = f"{free / 1e9:.1f} GB free; {most} needs about {wanted / 1e9:.1f} GB"
         yield Check("memory", free > wanted, found, "free some, or take shorter windows", needed=False)
     free, most = disk(project), max(needs, key=lambda stage: needs[stage].least)
     found = f"{free / 1e9:.1f} GB free; {most} needs about {max(needs[most].least, needs[most].disk) / 1e9:.1f} GB"
-    yield Check("disk", free > needs[most].least, found, "free some; `dvc gc --workspace` drops old cache")
+    yield Check(
+        "disk",
+        free > needs[most].least,
+        found,
+        "free some; `dvc gc --workspace` also deletes the cached results of experiments",
+    )
 
 
 def _workers(params: Params) -> Iterator[Check]:
@@ -157,7 +164,7 @@ def _workers(params: Params) -> Iterator[Check]:
             cluster.open()
             found = ", ".join(f"{count} {what}" for what, count in cluster.counts().items())
     except UserError as error:
-        yield Check("runtime.ray", False, str(error), "`ray status` on its head says how it is")
+        yield Check("runtime.ray", False, str(error), "check `ray status` on its head node")
         return
     yield Check("runtime.ray", True, found)
 
@@ -188,9 +195,9 @@ def _sources(project: Project) -> Iterator[Check]:
     local = local_sources(project.params)
     if not local:
         return
-    gone = [f"{SETTINGS[part]}: {path} is not there" for part, path in local.items() if not path.exists()]
-    found = "; ".join(gone) or ", ".join(str(path) for path in local.values())
-    yield Check("local sources", not gone, found, "name others in params.yaml, or put them back")
+    missing = [f"{SETTINGS[part]}: {path} is missing" for part, path in local.items() if not path.exists()]
+    found = "; ".join(missing) or ", ".join(str(path) for path in local.values())
+    yield Check("local sources", not missing, found, "restore them, or name others in params.yaml")
 
 
 def _mirror(params: Params) -> Iterator[Check]:
@@ -228,7 +235,7 @@ def _versions(project: Project) -> Iterator[Check]:
     """Check that `dvc.yaml` has all stages, in this wanda-dvc's versions."""
     path = project.root / "dvc.yaml"
     if not path.is_file():
-        yield Check("dvc.yaml", False, "not there", "run `wanda-dvc init --upgrade`, which writes it")
+        yield Check("dvc.yaml", False, "missing", "run `wanda-dvc init --upgrade`, which writes it")
         return
     try:
         stages = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["stages"]

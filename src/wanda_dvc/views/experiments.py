@@ -38,7 +38,7 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     ]
     stale = [record["name"] for record in records if record["stale"]]
     named = ", ".join(stale[:NAMED]) + (f" and {len(stale) - NAMED} more" if len(stale) > NAMED else "")
-    said = f"Without numbers where stages have not run on the settings at hand: {named}." if stale else ""
+    said = f"No numbers of stages that have not run on the current settings: {named}." if stale else ""
     warnings = [f"{record['name']}: {problem}." for record in records for problem in record["warnings"]]
     return "\n\n".join(part for part in (table(HEADERS, rows), said, "\n".join(warnings)) if part)
 

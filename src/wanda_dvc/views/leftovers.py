@@ -23,7 +23,7 @@ def clean(*, project: Project, dry_run: bool = False, as_json: bool = False) -> 
         places = [{"path": name, "bytes": size} for name, size in found]
         return json_text({"removed": not dry_run, "places": places})
     if not found:
-        return "Nothing: no failed run has left anything behind."
+        return "Nothing to remove: failed runs left no files."
     total = sum(size for _, size in found)
     verb = "Would remove" if dry_run else "Removed"
     return "\n".join([*(f"{name}  {_mb(size)}" for name, size in found), f"{verb} {_mb(total)}."])

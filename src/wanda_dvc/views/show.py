@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
-from wanda_dvc.report.measures import mean_layer_error
+from wanda_dvc.report.inference import Flips
+from wanda_dvc.report.measures import ANSWERS, Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, json_text, load_json
 from wanda_dvc.study.held_out import raised
-from wanda_dvc.study.local import gone_sources
+from wanda_dvc.study.local import missing_sources
 from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, measured_alike
@@ -14,13 +15,14 @@ from wanda_dvc.study.ran import Ran
 from wanda_dvc.study.times import machine_of
 
 HEADERS = ["", "dense", "pruned", "pruned / dense"]
+FLIPS = ["changed answers", "items", "right → wrong", "wrong → right", "wrong → wrong", "changed, %", "p"]
 
 
 def show(*, project: Project, as_json: bool = False) -> str:
     """Return the last results, dense and pruned, with their settings: as a table, or as JSON."""
     ran = Ran.of(project)
     made = project.with_params(ran.params)
-    title, sources = _title(made), gone_sources(project)
+    title, sources = _title(made), missing_sources(project)
     notes = list(_footnotes(made))
     if as_json:
         return json_text(
@@ -38,6 +40,7 @@ def show(*, project: Project, as_json: bool = False) -> str:
         staleness(ran),
         "\n".join(sources),
         table(HEADERS, comparison(made)),
+        table(FLIPS, changed) if (changed := flips(made)) else "",
         *notes,
         _times(made),
     ]
@@ -64,6 +67,10 @@ def _figures(project: Project, model: str) -> Json:
     if model == "pruned":
         figures |= {"sparsity": None} | load_json(project.metrics("pruned", "sparsity"))
         figures["layer_error"] = mean_layer_error(project)
+        for (task, metric), one in _flips(project).items():
+            figures["zero_shot"][task].setdefault("flips", {})[metric] = one._asdict()
+        dense, pruned = (Measured.of(project, which) for which in MODELS)
+        figures["continuations"] = [one._asdict() for one in pruned.continued(dense)]
     return figures
 
 
@@ -72,7 +79,7 @@ def staleness(ran: Ran) -> str:
     lines = []
     if ran.unmet:
         asked = ", ".join(f"{name}={value}" for name, value in ran.unmet.items())
-        lines.append(f"params.yaml asks for {asked}, which has not run: `dvc repro` runs it.")
+        lines.append(f"params.yaml has {asked}, which has not run: `dvc repro` runs it.")
     if ran.stale:
         lines.append(f"Stale: {', '.join(ran.stale)}.")
     return "\n".join(lines)
@@ -103,6 +110,33 @@ def comparison(project: Project) -> list[list[str]]:
     return rows
 
 
+def flips(project: Project) -> list[list[str]]:
+    """Return the answers that pruning changed, a row for each task and metric, under `FLIPS`; a sum if several tasks.
+
+    Empty without comparable answers.
+    """
+    found = _flips(project)
+    counted = {task + ("" if metric == "acc" else f", {metric}"): one for (task, metric), one in found.items()}
+    rows = [[name, *_counts(one), f"{one.p:.2g}"] for name, one in counted.items()]
+    by_acc = [one for (_, metric), one in found.items() if metric == "acc"]
+    return rows + ([["all, acc", *_counts(*by_acc), ""]] if len(by_acc) > 1 else [])
+
+
+def _flips(project: Project) -> dict[tuple[str, str], Flips]:
+    """Return the changed answers by task and metric."""
+    dense, pruned = (Measured.of(project, model) for model in MODELS)
+    apart = measured_apart(project)
+    tasks = [task for task in project.params.tasks.names if task not in apart]
+    found = {(task, metric): pruned.flips(dense, task, metric) for task in tasks for metric in ANSWERS}
+    return {key: one for key, one in found.items() if one}
+
+
+def _counts(*flips: Flips) -> list[str]:
+    """Return the sums of items and of changed answers, and the percentage of changed answers."""
+    items, lost, gained, swapped = (sum(column) for column in list(zip(*flips, strict=True))[:4])
+    return [*map(str, (items, lost, gained, swapped)), f"{100 * (lost + gained + swapped) / items:.1f}"]
+
+
 def measured_apart(project: Project) -> list[str]:
     """Return measures of both models that differ, or may differ, in windows or items.
 
@@ -120,7 +154,7 @@ def measured_apart(project: Project) -> list[str]:
 
 def not_compared(apart: list[str]) -> str:
     """Return the reason for missing comparisons."""
-    return f"The two models are not compared in {', '.join(apart)}: not known to be of the same windows or items."
+    return f"Not compared: {', '.join(apart)}. The two models may have been measured on different windows or items."
 
 
 def _title(project: Project) -> list[str]:
@@ -141,12 +175,12 @@ def _title(project: Project) -> list[str]:
     ]
     pruned = load_json(project.model("pruned") / PROVENANCE)
     if not pruned:
-        lines.append("models/pruned is not there (it is not cached): `dvc repro` makes it.")
+        lines.append("models/pruned is missing (DVC does not cache it): `dvc repro` writes it.")
     elif pruned["masks"] != digest(masks):
         other = pruned["params"]
         lines.append(
-            f"models/pruned is still that of another experiment ({other['method']}, sparsity {other['sparsity']:g}, "
-            f"pattern {other['pattern']}): `dvc repro` makes this one's."
+            f"models/pruned belongs to another experiment ({other['method']}, sparsity {other['sparsity']:g}, "
+            f"pattern {other['pattern']}): `dvc repro` writes this one's."
         )
     return lines
 
@@ -176,11 +210,27 @@ def _footnotes(project: Project) -> Iterator[str]:
         limit = project.params.zero_shot.limit
         yield (
             f"Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error: "
-            "differences of less than two are within luck."
+            "differences below two standard errors may be chance."
         )
+    yield from _notes_on_continuations(project)
     for model, of in details.items():
         for where in dict.fromkeys(one["not_finite"] for one in of.values() if "not_finite" in one):
             yield f"{model}: activations are not finite from here on: {where}."
+
+
+def _notes_on_continuations(project: Project) -> Iterator[str]:
+    """Describe how far the two models write the same; empty without continuations."""
+    dense, pruned = (Measured.of(project, model) for model in MODELS)
+    for name, model in zip(MODELS, (dense, pruned), strict=True):
+        if skipped := model.continuations.get("skipped"):
+            yield f"No continuations by the {name} model: {skipped}."
+    if pairs := pruned.continued(dense):
+        equal = ", ".join(str(pair.equal) for pair in pairs)
+        own, other = (f"{100 * mean_repeated(pairs, which):.0f} %" for which in (0, 1))
+        yield (
+            f"Greedy continuations of {len(pairs)} prompts, at most {max(pair.tokens for pair in pairs)} tokens: equal "
+            f"for {equal} tokens; repeated 4-grams: dense {own}, pruned {other}. `wanda-dvc report` shows the texts."
+        )
 
 
 def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
@@ -188,17 +238,17 @@ def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
     if not linears:
         return
     worst = max(linears, key=lambda name: linears[name]["error"])
-    masked = sum(told["masked"] for told in linears.values()) / len(linears)
+    masked = sum(measures["masked"] for measures in linears.values()) / len(linears)
     yield (
-        f"Layer error: how far a linear's output on the calibration text is off, ‖(W−Ŵ)X‖² / ‖WX‖². The largest is "
+        f"Layer error: ‖(W−Ŵ)X‖² / ‖WX‖² of a linear on the calibration text. The largest is "
         f"{linears[worst]['error']:.4f}, of {worst}. With the same masks and no reconstruction the mean is "
         f"{masked:.4f}."
     )
-    if raised := {name: told["damping"] for name, told in linears.items() if told.get("raised")}:
+    if raised := {name: measures["damping"] for name, measures in linears.items() if measures.get("raised")}:
         most = max(raised, key=lambda name: raised[name])
         yield (
-            f"The Gram matrices of {len(raised)} linears are not positive definite with the damping asked for: it was "
-            f"raised, most for {most}, to {raised[most]:g} of the mean diagonal."
+            f"The Gram matrices of {len(raised)} linears are not positive definite with the default damping. It was "
+            f"raised, at most to {raised[most]:g} of the mean diagonal, for {most}."
         )
 
 

@@ -205,7 +205,7 @@ def _layer_errors(project: Project) -> dict[str, float]:
         return {}
     if measured["protocol"]["model"] != digest(made_from):
         return {}
-    return {linear: told["error"] for linear, told in measured["linears"].items()}
+    return {linear: measures["error"] for linear, measures in measured["linears"].items()}
 
 
 def check(project: Project) -> None:

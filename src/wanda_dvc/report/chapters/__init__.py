@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from wanda_dvc.report.chapters import (
+    continuations,
     excluded,
     perplexity,
     protocol,
@@ -25,6 +26,7 @@ CHAPTERS: dict[str, Callable[[Section], Content]] = {
     "Summary": summary.content,
     "Perplexity": perplexity.content,
     "Zero-shot accuracy": zero_shot.content,
+    "Continuations": continuations.content,
     "Uncertainty": uncertainty.content,
     "Published results": published.content,
     "Structure and size": structure.content,

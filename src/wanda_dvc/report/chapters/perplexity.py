@@ -16,7 +16,7 @@ def content(section: Section) -> Content:
     """The table and the picture."""
     dense = section.dense.perplexity
     lost = [section.name(row) for row in section.rows if row.pruned.diverged]
-    said = f" Diverged, and so at the upper edge: {', '.join(lost)}." if lost else ""
+    said = f" Diverged, shown at the upper edge: {', '.join(lost)}." if lost else ""
     level = ("dense", dense) if isinstance(dense, float) else None
     figure = charts.curves(section.points(_point), y_label="perplexity, log scale", level=level, log=True)
     caption = f"Log scale; bars are 95 % intervals over windows.{said}"

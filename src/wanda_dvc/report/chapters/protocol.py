@@ -12,7 +12,7 @@ def content(section: Section) -> Content:
     """Return the settings of evaluation, and the settings of calibration if all rows share them."""
     settings = section.settings
     wanted, limit = settings["perplexity.windows"], settings["zero_shot.limit"]
-    windows = {None: "all whole windows", ALL: "all tokens, in windows"}.get(wanted, f"the first {wanted} windows")
+    windows = {None: "all complete windows", ALL: "all tokens, in windows"}.get(wanted, f"the first {wanted} windows")
     texts = [
         f"Perplexity: {windows} of {settings['perplexity.length']} tokens of {_text(settings, 'perplexity')}; "
         f"{settings['dtype']}.",

@@ -90,7 +90,7 @@ def content(section: Section) -> Content:
         return [table(caption, headers, [list(cells) for cells in dict.fromkeys(found)])]
     _, nearest, different = min(others, key=lambda other: other[0])
     return [
-        "No published row that this report knows has the protocol of these experiments, so none is set beside them. "
+        "This report knows no published row with the protocol of these experiments. "
         f"The nearest is {nearest}; it differs in {', '.join(map(code, different))}."
     ]
 

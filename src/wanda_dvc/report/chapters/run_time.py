@@ -14,7 +14,7 @@ def content(section: Section) -> Content:
     """The table; a sentence if no times are known."""
     bars = _bars(section)
     if not bars:
-        return ["No times are at hand."]
+        return ["No times are known."]
     used = [stage for stage in STAGES if any(stage in bar for bar in bars.values())]
     every = {stage: sum(bar.get(stage, 0.0) for bar in bars.values()) for stage in used}
     rows = [
@@ -23,8 +23,8 @@ def content(section: Section) -> Content:
     ]
     machines = sorted({machine_of(time) for row in section.rows for time in row.times().values()})
     caption = (
-        "Seconds by stage. Runs that rows share (downloads, calibration, the dense model's evaluation) are counted "
-        f"once; of an interrupted stage, the seconds since it resumed. Measured on {inline('; '.join(machines))}."
+        "Seconds by stage. Shared runs (downloads, calibration, the dense model's evaluation) count once; an "
+        f"interrupted stage counts from its last resume. Measured on {inline('; '.join(machines))}."
     )
     return [table(caption, ["", *used, "all"], rows)]
 

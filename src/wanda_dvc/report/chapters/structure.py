@@ -44,8 +44,8 @@ def _layer_errors(section: Section) -> Content:
     if not series:
         return []
     caption = (
-        "How far a linear's output on the calibration text is off, ‖(W−Ŵ)X‖² / ‖WX‖², on the dense model's inputs. The "
-        "shade is from a block's least to its largest."
+        "Layer error: ‖(W−Ŵ)X‖² / ‖WX‖² of a linear on the calibration text, with the dense model's inputs. The shade "
+        "is from a block's least to its largest."
     )
     figure = charts.by_block(series, y_label="layer error, %")
     return [Picture(f"{section.prefix}layer-error", "Layer error by block", caption, figure)]
@@ -54,12 +54,12 @@ def _layer_errors(section: Section) -> Content:
 def by_block(linears: Iterable[tuple[int, float, float]]) -> list[tuple[int, float, float, float]]:
     """Return blocks' shares in percent, with least and most of the linears, from each linear's (block, part, total)."""
     blocks: dict[int, list[tuple[float, float]]] = {}
-    for block, part, whole in linears:
-        blocks.setdefault(block, []).append((part, whole))
+    for block, part, total in linears:
+        blocks.setdefault(block, []).append((part, total))
     points = []
     for block, found in sorted(blocks.items()):
-        shares = [100 * part / whole for part, whole in found]
-        mean = 100 * sum(part for part, _ in found) / sum(whole for _, whole in found)
+        shares = [100 * part / total for part, total in found]
+        mean = 100 * sum(part for part, _ in found) / sum(total for _, total in found)
         points.append((block, mean, min(shares), max(shares)))
     return points
 
@@ -81,9 +81,9 @@ def _sizes(section: Section) -> Content:
     if not rows:
         return []
     caption = (
-        "The model's size if its zeros were left out. Assumed: unstructured, one bit a weight for where zeros stand "
-        "and the values that stay; n:m, the values that stay and ⌈log₂ m⌉ bits each for their place. The files that "
-        "`apply` writes hold the zeros and are no smaller."
+        "The model's size without its zeros. Unstructured: the remaining values, and one bit a weight for the mask. "
+        "n:m: the remaining values, and ⌈log₂ m⌉ bits each for their position. The files of `apply` contain the zeros "
+        "and are no smaller."
     )
     parts: Content = [table(caption, ["", "MB", "% of dense", "perplexity"], rows)]
     if series := section.points(point):

@@ -32,11 +32,11 @@ def content(section: Section) -> Content:
             ["", *map(inline, section.tasks)],
             [[section.names(one), *(_task(one, task) for task in section.tasks)] for one in section.comparisons],
         ),
-        f"{tests} tests were made in this section. All p-values are adjusted for that number (Holm); unadjusted, "
-        f"{ALPHA * tests:.2g} of {tests} on average would fall below 0.05 if nothing differed at all. Intervals are "
-        "not adjusted. Windows of one text are treated as independent, which they are not quite: the intervals of "
-        "single perplexities are somewhat too narrow. A test speaks of these items and this text, with one "
-        "calibration; another seed is another experiment.",
+        f"This section makes {tests} tests. All p-values are adjusted for that number (Holm). Unadjusted, "
+        f"{ALPHA * tests:.2g} of {tests} on average would fall below 0.05 without any difference. Intervals are not "
+        "adjusted. Windows of one text are treated as independent, so the intervals of single perplexities are "
+        "slightly too narrow. A test covers these items, this text and one calibration; another seed is another "
+        "experiment.",
     ]
 
 

@@ -2,8 +2,10 @@
 
 from wanda_dvc.report import charts, inference
 from wanda_dvc.report.charts import Point
+from wanda_dvc.report.comparisons import beyond_noise
 from wanda_dvc.report.formatting import DASH, percent
-from wanda_dvc.report.measures import Measured
+from wanda_dvc.report.inference import Flips
+from wanda_dvc.report.measures import ANSWERS, Measured
 from wanda_dvc.report.pages import Content, Picture, table
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section
@@ -14,7 +16,7 @@ def content(section: Section) -> Content:
     """The table and the pictures."""
     tasks, dense = section.tasks, section.dense.mean(section.tasks)
     if not tasks:
-        return ["No tasks were asked: `tasks.names` is empty."]
+        return ["No zero-shot tasks: `tasks.names` is empty."]
 
     def retained(row: Row) -> Point | None:
         own, paired = row.pruned.mean(tasks), section.against_dense(row).mean
@@ -30,6 +32,7 @@ def content(section: Section) -> Content:
         rows.append([name, *(percent(model.accuracies.get(task)) for task in tasks), percent(own), share])
     caption = "Accuracy in percent; the mean is over tasks, retained is the mean as a percentage of the dense model's."
     parts: Content = [table(caption, ["", *map(inline, tasks), "mean", "retained"], rows)]
+    parts += _flips(section)
     if panels := _panels(section):
         levels = [_point(section.dense, task, place) for place, task in enumerate(tasks)]
         parts.append(
@@ -51,6 +54,37 @@ def content(section: Section) -> Content:
             )
         )
     return parts
+
+
+def _flips(section: Section) -> Content:
+    """Return the table of changed answers, by task and metric; nothing without the models' answers."""
+    asked = [(task, metric) for task in section.tasks for metric in ANSWERS]
+    found = [(row, {key: row.pruned.flips(section.dense, *key) for key in asked}) for row in section.ordered]
+    columns = [key for key in asked if any(flips[key] for _, flips in found)]
+    if not columns:
+        return []
+    rows = []
+    for row, flips in found:
+        own = [one for (_, metric), one in flips.items() if one and metric == "acc"]
+        items = sum(one.items for one in own)
+        share = percent(sum(one.changed for one in own) / items if items else None)
+        rows.append([section.name(row), *(_flip(section, row, key, flips[key]) for key in columns), share])
+    caption = (
+        "Answers that pruning changed: right → wrong / wrong → right / from one wrong choice to another; * where "
+        "McNemar's exact test, adjusted, is below 0.05 (acc only). The last column is the percentage of all items, by "
+        "acc."
+    )
+    names = [inline(task) + (f", {metric}" if metric != "acc" else "") for task, metric in columns]
+    return [table(caption, ["", *names, "changed, %"], rows)]
+
+
+def _flip(section: Section, row: Row, key: tuple[str, str], flips: Flips | None) -> str:
+    """Return a cell of the table of changed answers."""
+    if not flips:
+        return DASH
+    task, metric = key
+    test = section.against_dense(row).tasks.get(task) if metric == "acc" else None
+    return f"{flips.lost} / {flips.gained} / {flips.swapped}{' *' if beyond_noise(test) else ''}"
 
 
 def _panels(section: Section) -> dict[str, dict[str, list[Point]]]:

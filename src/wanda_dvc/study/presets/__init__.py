@@ -13,7 +13,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from tabulate import tabulate
 
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import check_params
 from wanda_dvc.study.files import json_text, write_text
 from wanda_dvc.study.project import Project
@@ -76,12 +76,16 @@ def apply_preset(*, project: Project, name: str) -> str:
     """
     preset = read_preset(name)
     path = project.root / "params.yaml"
-    text, changed = with_settings(path.read_text(encoding="utf-8"), preset.settings)
+    old = path.read_text(encoding="utf-8")
+    text, changed = with_settings(old, preset.settings)
+    model = YAML(typ="safe", pure=True).load(old).get("model", preset.settings["model"])
+    if model != preset.settings["model"]:
+        notice(f"params.yaml: replacing the model {model} with the preset's; set `model` again to keep yours")
     if changed:
         write_text(path, text)
     lines = [f"params.yaml: {name}, {preset.description}; {changed} settings changed, `runtime` kept."]
     if preset.grid:
-        lines.append(f"The whole study: {preset.grid}")
+        lines.append(f"All experiments: {preset.grid}")
     lines.append("One experiment: dvc repro" if preset.grid else "To run it: dvc repro")
     return "\n".join(lines)
 
