@@ -296,7 +296,7 @@ def test_a_task_that_kills_its_workers_ends_the_stage(nodes: Any):
         list(cluster.results([Task(ref, "block 0, shard 1")]))
 
 
-MADE = ("stats", "masks", "weights", "metrics")
+MADE = ("stats", "masks", "weights", "reference", "metrics")
 
 
 def run_stages(study: Project) -> dict[str, bytes]:
@@ -304,6 +304,7 @@ def run_stages(study: Project) -> dict[str, bytes]:
     calibrate(project=study)
     mask(project=study)
     apply(project=study)
+    perplexity(project=study, model="dense")
     perplexity(project=study, model="pruned")
     zero_shot(project=study, model="pruned")
     found = (path for name in MADE for path in study.root.glob(f"{name}/**/*") if path.is_file())
@@ -325,7 +326,7 @@ def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
         shutil.rmtree(study.root / name)
     # In `calibrate` the walk and the backward pass, in `mask` the walk and a solver, `perplexity`, `zero-shot`.
     names = ["block 2, shard 1", "backward pass, block 2, shard 1", "block 1, shard 1", "block 1, input of "]
-    names += ["output head, shard 1", "block 2, shard 1"]
+    names += ["output head, shard 1", "output head, shard 1", "block 2, shard 1"]
     real = Cluster._get
 
     def get(self: Cluster, task: Task) -> Any:

@@ -215,6 +215,15 @@ def keys_of(project: Project) -> dict[str, str]:
     return {name: key for name, key in found.items() if key}
 
 
+def divergence_of(mean: float) -> dict[str, Any]:
+    """Measures of a pruned model with this mean divergence."""
+    names = ("divergence", "top1_agreement", "rms_probability_change")
+    if not math.isfinite(mean):
+        return dict.fromkeys(names, "diverged")
+    kl = {"mean": mean, "low": 0.9 * mean, "high": 1.1 * mean, "median": mean / 2, "p99": 2 * mean, "largest": 3 * mean}
+    return dict(zip(names, (kl, {"mean": 0.5, "low": 0.45, "high": 0.55}, 0.125), strict=True))
+
+
 def write_results(
     root: Path,
     method: str,
@@ -243,7 +252,8 @@ def write_results(
     for tier in (project.stats, project.gram, project.fisher):
         tier.mkdir(parents=True, exist_ok=True)
         seal(tier, {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
-    for folder in ("masks", "weights"):
+    write_csv(project.plots("pruned/divergence"), ["window", "divergence"], [[0, loss]])
+    for folder in ("masks", "weights", "reference"):
         write_json(root / folder / "provenance.json", {"of": [method, sparsity]})
     for model, mean, count in (("dense", 2.0, 24), ("pruned", loss, right)):
         of = {"model": [method, sparsity] if model == "pruned" else [], "text": {"sha256": text, "source": "a text"}}
@@ -257,7 +267,8 @@ def write_results(
         losses = [mean + x if math.isfinite(mean) else "diverged" for x in (-0.1, 0.0, 0.0, 0.1)]
         write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": losses})
         value = float(f"{math.exp(mean):.6g}") if math.isfinite(mean) else "diverged"
-        write_json(project.metrics(model, "perplexity"), {"perplexity": value})
+        apart = divergence_of(mean - 2.0) if model == "pruned" else {}
+        write_json(project.metrics(model, "perplexity"), {"perplexity": value} | apart)
         write_csv(project.plots(f"{model}/perplexity"), ["window", "predictions", "loss"], [[0, 63, mean]])
         wrong = 2 if model == "pruned" else 1
         items = [{"item": i, "answer": wrong * (i >= count), "acc": float(i < count)} for i in range(40)]

@@ -100,7 +100,8 @@ def test_an_older_study_becomes_a_new_one(older: Project):
     assert "  locate: has not run\n  download@model: also reads sources/model\n" in said
     assert f"`wanda-dvc calibrate --version {STAGES['calibrate'].version}`; also writes " in said
     command, version = "`wanda-dvc perplexity dense --version", STAGES["perplexity"].version
-    assert f"  perplexity@dense: {command} 1` is now {command} {version}`\n" in said  # for no other reason
+    also = "also reads data/perplexity/provenance.json; also writes reference"
+    assert f"  perplexity@dense: {command} 1` is now {command} {version}`; {also}\n" in said  # for no other reason
     assert "`push: false` stays" in said
     assert "up to date" in upgrade(project=older)
 

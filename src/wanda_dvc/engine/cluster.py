@@ -316,7 +316,7 @@ class TaskRunner(Runner):
 
     def head(self, function: Head[T, R], inputs: Mapping[int, T]) -> Iterator[R]:
         """Apply a function to some shards' last hidden states."""
-        wanted = [inputs.get(number) for number in range(len(self._rows))]
+        wanted = (inputs.get(number) for number in range(len(self._rows)))
         for found in self.run("output head", tasks.head, (function,), self._last, wanted, returns=1)[1]:
             yield from found
 
@@ -325,7 +325,7 @@ class TaskRunner(Runner):
         return self.cluster.each(function, inputs)
 
     def run(
-        self, name: str, function: Callable[..., Any], words: tuple[Any, ...], *columns: Sequence[Any], returns: int = 2
+        self, name: str, function: Callable[..., Any], words: tuple[Any, ...], *columns: Iterable[Any], returns: int = 2
     ) -> tuple[list[list[Any]], Iterator[Any]]:
         """Run a task for each shard, with its entry of each column.
 

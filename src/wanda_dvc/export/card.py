@@ -79,6 +79,12 @@ def _notes(study: Project, outdated: Sequence[str]) -> Iterator[str]:
             f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of "
             f"{inline(protocol['text']['source'])} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
         )
+    if "divergence" in load_json(study.metrics("pruned", "perplexity")):
+        yield (
+            "Divergence: KL(dense ‖ pruned) of the predictions of each next token of the same windows, in nats; "
+            "agreement: the share of positions where both models predict the same token. In brackets the 95 % "
+            "interval over windows."
+        )
     if any(load_json(study.metrics(model, "perplexity")).get("perplexity") == DIVERGED for model in MODELS):
         yield "`diverged`: the loss, or its exponential, was not finite."
     limit = params.zero_shot.limit

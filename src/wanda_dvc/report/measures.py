@@ -34,6 +34,7 @@ class Measured:
     """The results of a dense or a pruned model, as far as they are known."""
 
     perplexity: float | str | None = None  # `diverged` if a loss was not finite
+    divergence: Json = field(default_factory=dict)  # its measures, of a pruned model
     windows: Json = field(default_factory=dict)  # the protocol and the losses behind the perplexity
     accuracies: dict[str, float] = field(default_factory=dict)  # by task, the fraction of items answered correctly
     tasks: Json = field(default_factory=dict)  # by task, the protocol and the items' answers
@@ -43,8 +44,10 @@ class Measured:
     def of(cls, study: Project, model: str) -> "Measured":
         """Read the metrics and the details of a study's model."""
         accuracies = {task: of["acc"] for task, of in load_json(study.metrics(model, "zero_shot")).items()}
+        measures = load_json(study.metrics(model, "perplexity"))
         return cls(
-            load_json(study.metrics(model, "perplexity")).get("perplexity"),
+            measures.pop("perplexity", None),
+            measures,
             load_json(study.details(model, "perplexity")),
             accuracies,
             load_json(study.details(model, "zero_shot")).get("tasks", {}),

@@ -144,8 +144,8 @@ STAGES = {
         ),
         Stage(
             name="perplexity",
-            version=2,
-            about="Measure a model's perplexity on a text.",
+            version=3,
+            about="Measure a model's perplexity on a text, and its divergence from the dense model.",
             result="metrics/details/{part}/perplexity.json",
             settings=("perplexity.length", "perplexity.windows", "dtype"),
             part_is="model",

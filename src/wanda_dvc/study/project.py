@@ -128,6 +128,11 @@ class Project:
         """The folder of reconstructed weights that cannot be recomputed from masks/ and stats/."""
         return self.root / "weights"
 
+    @property
+    def reference(self) -> Path:
+        """The folder of the dense model's predictions on the evaluation windows."""
+        return self.root / "reference"
+
     def metrics(self, which: str, name: str) -> Path:
         """Return the file of metrics, such as `metrics/dense/perplexity.json`."""
         return self.root / "metrics" / which / f"{name}.json"

@@ -27,6 +27,7 @@ KEYS = {
     "calibrate": (*_MEASURED, "text.source", "text.sha256", "params.dtype"),
     "mask": (*_MEASURED, "calibration.text.source", "params.method", "params.pattern"),
     "apply": (*_MEASURED, "masks"),
+    "perplexity dense": ("dense", "tokens_sha256", "dtype"),
 }
 OBJECTS, MAPPINGS = ("params",), dict
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report.inference import Flips
 from wanda_dvc.report.measures import ANSWERS, Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
@@ -65,6 +66,8 @@ def _figures(project: Project, model: str) -> Json:
         for task in project.params.tasks.names
     }
     if model == "pruned":
+        divergence = found["perplexity"][0].items()
+        figures |= {name: value for name, value in divergence if name != "perplexity"}
         figures |= {"sparsity": None} | load_json(project.metrics("pruned", "sparsity"))
         figures["layer_error"] = mean_layer_error(project)
         for (task, metric), one in _flips(project).items():
@@ -91,6 +94,7 @@ def comparison(project: Project) -> list[list[str]]:
     apart, tasks = measured_apart(project), project.params.tasks.names
     perplexities = [one["perplexity"][0].get("perplexity") for one in (dense, pruned)]
     rows = [["perplexity", *map(number, perplexities), "" if "perplexity" in apart else _ratio(*perplexities)]]
+    rows += divergence_rows(pruned["perplexity"][0])
     accuracies: list[list[float | None]] = []
     for task in tasks:
         both = [one[task][0].get("acc") for one in (dense, pruned)]
@@ -108,6 +112,32 @@ def comparison(project: Project) -> list[list[str]]:
     if removed is not None:
         rows.append(["parameters removed", "–", f"{100 * removed:.1f} %", ""])
     return rows
+
+
+def divergence_rows(metrics: Json) -> list[list[str]]:
+    """Return the pruned model's divergence from the dense model as rows under `HEADERS`; [] if not measured."""
+    if "divergence" not in metrics:
+        return []
+    kl, agreed, change = (metrics[name] for name in ("divergence", "top1_agreement", "rms_probability_change"))
+    return [
+        ["divergence, nats", "0", with_interval(kl, "{:.4f}"), ""],
+        ["… median, 99 %, largest", "0", kl if kl == DIVERGED else spread(kl), ""],
+        ["top-1 agreement, %", "100", with_interval(agreed, "{:.1f}", 100), ""],
+        ["true token, RMS change, points", "0", change if change == DIVERGED else f"{100 * change:.1f}", ""],
+    ]
+
+
+def with_interval(measure: Json | str, form: str, factor: float = 1) -> str:
+    """Format a mean with its interval over windows; `diverged` stays."""
+    if isinstance(measure, str):
+        return measure
+    mean, *ends = (form.format(factor * measure[key]) for key in ("mean", "low", "high") if key in measure)
+    return f"{mean} ({' to '.join(ends)})" if ends else mean
+
+
+def spread(kl: Json) -> str:
+    """Format the median, the 99 % quantile and the largest of the divergences of single predictions."""
+    return ", ".join(f"{kl[key]:.4f}" for key in ("median", "p99", "largest"))
 
 
 def flips(project: Project) -> list[list[str]]:
@@ -205,6 +235,12 @@ def _footnotes(project: Project) -> Iterator[str]:
             f"Perplexity{'' if alike else f' of the {model} model'}: {protocol['windows']} windows of "
             f"{protocol['length']} tokens of {protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), "
             f"{protocol['dtype']}."
+        )
+    if "divergences" in details["pruned"]["perplexity"]:
+        yield (
+            "Divergence: KL(dense ‖ pruned) of the predictions of each next token, in nats; agreement: the share of "
+            "positions where both models predict the same token. Both on the windows of the perplexity; in brackets "
+            "the 95 % interval over windows."
         )
     if any(of[name] for of in details.values() for name in names):
         limit = project.params.zero_shot.limit

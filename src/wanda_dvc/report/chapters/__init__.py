@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from wanda_dvc.report.chapters import (
     continuations,
+    divergence,
     excluded,
     perplexity,
     protocol,
@@ -25,6 +26,7 @@ CHAPTERS: dict[str, Callable[[Section], Content]] = {
     "": protocol.content,
     "Summary": summary.content,
     "Perplexity": perplexity.content,
+    "Divergence from the dense model": divergence.content,
     "Zero-shot accuracy": zero_shot.content,
     "Continuations": continuations.content,
     "Uncertainty": uncertainty.content,
