@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wanda_dvc.catalog import Structure
-from wanda_dvc.engine.checkpoint import Address, Source
+from wanda_dvc.engine.checkpoint import Source
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import PRODUCTS
 from wanda_dvc.engine.rows import Row

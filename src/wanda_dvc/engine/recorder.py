@@ -369,7 +369,8 @@ def _watching(
             plain.append((module.get_parameter(leaf), names))
     watched = [(module.get_parameter(leaf), names) for (module, leaf), names in experts.items()]
     try:
-        with _Products(watched, plain, see, routed if watched else None) if watched or plain else contextlib.nullcontext():
+        products = _Products(watched, plain, see, routed if watched else None)
+        with products if watched or plain else contextlib.nullcontext():
             yield
     finally:
         for hook in hooks:

@@ -44,7 +44,7 @@ def choose_experts(
     an expert's is the sum of its weights' scores. UserError if the outputs of experts were not recorded.
     """
     sources = {name: source for source, names in block.readers.items() for name in names}
-    keeps = {name: True for name in sources}
+    keeps = dict.fromkeys(sources, True)
     for mixture in mixtures.values():
         if mixture.experts[0][0] in sources:
             scores = torch.tensor([_score(weights, block, sources, own, method, device) for own in mixture.experts])
@@ -69,8 +69,8 @@ def _score(  # noqa: PLR0913, PLR0917 - the expert, its statistics, and how it i
         outputs = found[0] if found else OutputStats(torch.zeros((), dtype=torch.float64), 0)
         if outputs.count != tokens or len(found) > 1:
             raise UserError(
-                f"method: got {method.name}, but calibration saw {outputs.count} outputs with gates of {linears[0]} for "
-                f"{tokens} tokens, expected one for each; set method=wanda"
+                f"method: got {method.name}, but calibration saw {outputs.count} outputs with gates of {linears[0]} "
+                f"for {tokens} tokens, expected one for each; set method=wanda"
             )
         return float(score(outputs))
     total = 0.0
