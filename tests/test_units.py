@@ -293,7 +293,7 @@ def test_rounding_is_reported(study: Callable[..., Project], capsys: pytest.Capt
         ({"recipe": "block", "propagation": "dense"}, "reconstruction: got block with propagation dense"),
         (
             {"pattern": "neuron"},
-            "pattern: got neuron, expected `unstructured` or n:m, such as 2:4, or neurons or heads",
+            "pattern: got neuron, expected `unstructured` or n:m, such as 2:4, or neurons",
         ),
     ],
 )
