@@ -14,11 +14,11 @@ from conftest import without_privilege, write_params
 
 from wanda_dvc import stages
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import read_params
+from wanda_dvc.params import check_params, read_params
 from wanda_dvc.stages.download import download
 from wanda_dvc.study.places import EMBEDDED
 from wanda_dvc.study.project import ITEMS, Project
-from wanda_dvc.study.provenance import describe, write_provenance
+from wanda_dvc.study.provenance import describe, file_digest, write_provenance
 from wanda_dvc.views import show, stats
 
 Make = Callable[..., Project]
@@ -124,7 +124,8 @@ def test_a_file_that_is_no_settings(name: str, tmp_path: Path):
 def finished(tiny: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study whose stages have all run."""
     root = tmp_path_factory.mktemp("finished")
-    write_params(root, tiny, perplexity__windows=1, zero_shot__limit=1, **texts)
+    changes = {"calibration__statistics": "fisher", "perplexity__windows": 1, "zero_shot__limit": 1}
+    write_params(root, tiny, **changes, **texts)
     made = Project(root)
     for part in ("model", "calibration", "perplexity"):
         download(project=made, part=part)
@@ -138,17 +139,26 @@ def finished(tiny: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPat
         "definition": "piqa/piqa.yaml",
         "lm_eval": "0",
     }
-    write_provenance(piqa, describe("task", sha256="0", **keys))
+    write_provenance(piqa, describe("task", sha256=file_digest(piqa / ITEMS), **keys))
     for name in ("calibrate", "mask", "apply"):
         stages.run(name, project=made)
     return root
+
+
+def with_recipe(made: Project, recipe: str) -> Project:
+    """The study with another recipe than its params.yaml, on the same statistics."""
+    return made.with_params(check_params(made.params.model_dump() | {"recipe": recipe}))
 
 
 ARTIFACTS = list(artifacts.cases())
 RUNS: dict[str, Callable[[Project], object]] = {
     "calibrate": lambda made: stages.run("calibrate", project=made),
     "mask": lambda made: stages.run("mask", project=made),
+    "mask-fisher": lambda made: stages.run("mask", project=with_recipe(made, "fisher")),
+    "mask-paper": lambda made: stages.run("mask", project=with_recipe(made, "paper")),
     "apply": lambda made: stages.run("apply", project=made),
+    "apply-fisher": lambda made: stages.run("apply", project=with_recipe(made, "fisher")),
+    "apply-refit": lambda made: stages.run("apply", project=with_recipe(made, "wanda-refit")),
     "perplexity": lambda made: stages.run("perplexity", project=made, part="dense"),
     "perplexity-pruned": lambda made: stages.run("perplexity", project=made, part="pruned"),
     "zero-shot": lambda made: stages.run("zero-shot", project=made, part="dense"),

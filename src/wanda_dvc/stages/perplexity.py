@@ -17,7 +17,8 @@ from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner,
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import finite, write_csv, write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
+from wanda_dvc.study.provenance import describe, digest, tokenizer_digest
+from wanda_dvc.study.unchanged import read_input
 
 LOSSES = "losses.jsonl"
 
@@ -27,7 +28,7 @@ def perplexity(*, project: Project, model: str) -> None:
     params, folder = project.params, project.model(model)
     check_ready(project, model, params.perplexity.length, "perplexity.length")
     measured = model_provenance(project, model)
-    text = read_provenance(project.data("perplexity"), "download perplexity")
+    text = read_input(project, project.data("perplexity"), "download perplexity")
     tokens = tokenize(project.text("perplexity"), load_tokenizer(folder))
     length, asked = params.perplexity.length, params.perplexity.windows
     windows = cut(tokens, length=length, windows=asked if isinstance(asked, int) else None)

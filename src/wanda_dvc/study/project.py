@@ -18,10 +18,9 @@ from wanda_dvc.study.documents import Documents
 from wanda_dvc.study.files import Json, copy_file
 from wanda_dvc.study.provenance import digest, read_provenance
 from wanda_dvc.study.times import Ledger
+from wanda_dvc.study.unchanged import DOCUMENTS, ITEMS, TEXT
 
-TEXT = "text.txt"
-DOCUMENTS = "documents.json.gz"
-ITEMS = "items.jsonl"
+__all__ = ["DOCUMENTS", "ITEMS", "TEXT", "Project", "Work"]
 
 
 @dataclass(frozen=True)
