@@ -173,7 +173,11 @@ def _kinds() -> Iterator[Case]:
             )
 
     def copied(source: str, target: str) -> Callable[[Path], object]:
-        return lambda root: (shutil.rmtree(root / target), shutil.copytree(root / source, root / target))
+        def spoil(root: Path) -> None:
+            shutil.rmtree(root / target)
+            shutil.copytree(root / source, root / target)
+
+        return spoil
 
     for source, target, run in (
         ("stats/gram", "stats/fisher", "mask-fisher"),
@@ -201,6 +205,9 @@ def _tiers() -> Iterator[Case]:
     def each(end: str, change: Callable[[Any], Any]) -> Callable[..., object]:
         return lambda tensors, _: tensors.update({n: change(x) for n, x in tensors.items() if n.endswith(end)})
 
+    def filled(value: float, x: Any) -> Any:
+        return x.fill_(value)
+
     def to(kind: str) -> Callable[[Any], Any]:
         import torch
 
@@ -217,13 +224,13 @@ def _tiers() -> Iterator[Case]:
                 yield Case(f"{path}: {end} in {kind}", spoiled, (path, "no Gram matrix of", "expected"), run)
         for end in (".triangle", ".norm"):
             for value in (float("nan"), float("inf")):
-                spoiled = block(path, each(end, lambda x, value=value: x.fill_(value)))
+                spoiled = block(path, each(end, partial(filled, value)))
                 says = (path, "not finite", "expected")
                 yield Case(f"{path}: {end} {value}", spoiled, says, run)
         zeros = block(path, each(".norm", lambda x: x.zero_()))
         yield Case(f"{path}: norms of 0", zeros, (path, "matrices of zeros", "expected"), run)
     for name, value in (("0", 0.0), ("nan", float("nan")), ("-1", -1.0), ("inf", float("inf"))):
-        spoiled = block(FISHER, each(".squared_gradients", lambda x, value=value: x.fill_(value)))
+        spoiled = block(FISHER, each(".squared_gradients", partial(filled, value)))
         yield Case(f"{FISHER}: sums {name}", spoiled, (FISHER, "damaged", "expected"), "mask-fisher")
     yield Case(
         f"{FISHER}: sums in float32",

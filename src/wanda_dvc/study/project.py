@@ -20,7 +20,9 @@ from wanda_dvc.study.provenance import digest, read_provenance
 from wanda_dvc.study.times import Ledger
 from wanda_dvc.study.unchanged import DOCUMENTS, ITEMS, TEXT
 
-__all__ = ["DOCUMENTS", "ITEMS", "TEXT", "Project", "Work"]
+# The folders in a study that DVC or git tracks.
+TRACKED = (".dvc", ".git", "data", "masks", "metrics", "models", "sources", "stats", "weights")
+__all__ = ["DOCUMENTS", "ITEMS", "TEXT", "TRACKED", "Project", "Work"]
 
 
 @dataclass(frozen=True)
