@@ -40,7 +40,7 @@ class Repository:
         repository.run("git", "config", "user.name", "test")
         repository.run("git", "config", "user.email", "test@example.org")
         repository.run("dvc", "init", "--quiet")
-        for name in (".dvc/config", "dvc.yaml", ".gitignore", ".dvcignore"):
+        for name in (".dvc/config", "dvc.yaml", ".gitignore", ".dvcignore", "prompts.txt"):
             shutil.copyfile(ROOT / name, root / name)
         repository.change()
         return repository

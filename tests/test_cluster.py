@@ -33,7 +33,7 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wand
 
 from inline import Inline, Ref  # noqa: E402 - they need ray
 
-from wanda_dvc.engine.cluster import AHEAD, Cluster, Task, TaskRunner, TaskStep, own_device  # noqa: E402
+from wanda_dvc.engine.cluster import AHEAD, Cluster, Task, TaskRunner, TaskStep, connect, own_device  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
 slow = pytest.mark.slow  # a node takes seconds to start
@@ -259,6 +259,15 @@ def test_nodes_without_the_files_are_sent_the_weights(
     assert killed
 
 
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nothing_listens_is_refused_at_once(scheme: str):
+    """Ray itself waits for minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(UserError, match=rf"^runtime.ray: .*127.0.0.1:{port}: no Ray \(.*refused"):
+        connect(f"{scheme}127.0.0.1:{port}")
+
+
 @slow
 def test_a_gpu_that_no_node_has_is_refused_before_a_task_starts(nodes: Any):
     with pytest.raises(UserError, match="runtime.device: got cuda with workers of auto, expected a node with a GPU"):
@@ -287,7 +296,7 @@ def test_a_task_that_kills_its_workers_ends_the_stage(nodes: Any):
         list(cluster.results([Task(ref, "block 0, shard 1")]))
 
 
-MADE = ("stats", "masks", "weights", "metrics")
+MADE = ("stats", "masks", "weights", "reference", "metrics")
 
 
 def run_stages(study: Project) -> dict[str, bytes]:
@@ -295,6 +304,7 @@ def run_stages(study: Project) -> dict[str, bytes]:
     calibrate(project=study)
     mask(project=study)
     apply(project=study)
+    perplexity(project=study, model="dense")
     perplexity(project=study, model="pruned")
     zero_shot(project=study, model="pruned")
     found = (path for name in MADE for path in study.root.glob(f"{name}/**/*") if path.is_file())
@@ -316,7 +326,7 @@ def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
         shutil.rmtree(study.root / name)
     # In `calibrate` the walk and the backward pass, in `mask` the walk and a solver, `perplexity`, `zero-shot`.
     names = ["block 2, shard 1", "backward pass, block 2, shard 1", "block 1, shard 1", "block 1, input of "]
-    names += ["output head, shard 1", "block 2, shard 1"]
+    names += ["output head, shard 1", "output head, shard 1", "block 2, shard 1"]
     real = Cluster._get
 
     def get(self: Cluster, task: Task) -> Any:

@@ -141,7 +141,7 @@ def test_the_stage_that_needs_most_is_named(
 ):
     """Too little memory is said; only with too little disk no stage can end well."""
     write_params(study, tiny)
-    monkeypatch.setattr("wanda_dvc.views.doctor.memory", lambda _: free)
+    monkeypatch.setattr("wanda_dvc.views.doctor.free_memory", lambda _: free)
     table, ok = doctor(start=study)
     assert ok
     assert f"{free / 1e9:.1f} GB free; zero-shot needs about 0.2 GB" in row(table, "memory")

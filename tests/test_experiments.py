@@ -135,6 +135,8 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
             "state": "workspace",
             "change": {"sparsity": 0.9},
             "perplexity": None,
+            "divergence": None,
+            "agreement": None,
             "accuracy": None,
             "warnings": [],
             "stale": True,

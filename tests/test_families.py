@@ -294,7 +294,8 @@ def test_questions_get_the_models_own_answers(family: str, tmp_path: Path):
     folder = save(family, tmp_path / "model")
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     ours = loglikelihoods(LocalRunner(decoder, tmp_path / "work"), asked, length=128, progress=lambda items: items)
-    assert decoder.holds_layouts == (family not in ONE_BY_ONE)
+    for one in (decoder, Decoder(folder, dtype=torch.bfloat16, device=torch.device("cpu"))):
+        assert one.holds_layouts == (family not in ONE_BY_ONE)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for request, (value, _) in zip(asked, ours, strict=True):
         tokens, size = torch.tensor(request.context + request.continuation), len(request.continuation)

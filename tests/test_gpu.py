@@ -229,7 +229,11 @@ TO_DEVICE = {
         "engine.decoder.loss_gradient": WINDOWS,  # tokens
     },
     "perplexity": WEIGHTS
-    | {"engine.decoder._record": EVALUATED + PROBES, "engine.losses.window_loss": EVALUATED},  # tokens
+    | {
+        "engine.decoder._record": EVALUATED + PROBES,
+        "engine.losses.log_probabilities": EVALUATED,  # tokens
+        "engine.divergence.refer": EVALUATED,  # where the draw begins
+    },
     "mask wanda": {"pruning.choose.keep": LINEARS, "pruning.statistics.to": 2 * INPUTS},
     "mask admm": {"stages.mask.<dictcomp>": LINEARS, "study.tensors.__getitem__": 2 * INPUTS},
     "mask fisher": {
@@ -275,7 +279,8 @@ TO_HOST = {
     "perplexity": {
         "engine.walk._check_finite": BLOCKS,
         "engine.states._save": EVALUATED,
-        "engine.losses.window_loss": EVALUATED,
+        "engine.divergence._mean": EVALUATED,
+        "engine.divergence.<genexpr>": 7 * EVALUATED,
     },
     "mask wanda": {"pruning.packing.pack_bits": LINEARS},
     "mask admm": {"pruning.packing.pack_bits": LINEARS},

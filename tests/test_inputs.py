@@ -152,6 +152,7 @@ def finished(tiny: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPat
     write_provenance(piqa, describe("task", sha256=file_digest(piqa / ITEMS), **keys))
     for name in ("calibrate", "mask", "apply"):
         stages.run(name, project=made)
+    stages.run("perplexity", project=made, part="dense")
     return root
 
 
@@ -295,7 +296,7 @@ UNREAD = {
     "calibrate": ("stats",),
     "mask": ("masks", "weights"),
     "apply": ("models/pruned", "metrics", "stats"),
-    "perplexity dense": ("metrics",),
+    "perplexity dense": ("metrics", "reference"),
     "zero-shot dense": ("metrics",),
 }
 

@@ -13,6 +13,7 @@ from wanda_dvc.engine import sizes
 from wanda_dvc.engine.calls import calls_bytes
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME
+from wanda_dvc.engine.divergence import BYTES_A_TOKEN, TEMPORARIES
 from wanda_dvc.engine.questions import ROW
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import STAGES
@@ -111,7 +112,10 @@ def test_what_each_stage_needs(
     assert needed(project, "mask") == (masks, 4 * PRUNABLE // 8)
     assert needed(project, "apply") == (9 * linear, (project.model("dense") / "config.json").stat().st_size)
     logits = 64 * 260 * (width + 8)
-    assert needed(project, "perplexity", "pruned") == (walk + logits, 4 * 64 * 32 * width * 2)
+    slices = TEMPORARIES * 64 * 260
+    hidden = 4 * 64 * 32 * width * 2
+    assert needed(project, "perplexity", "pruned") == (walk + logits + slices + 64 * BYTES_A_TOKEN, hidden)
+    assert needed(project, "perplexity", "dense")[1] == hidden + 4 * 64 * BYTES_A_TOKEN
     packed = (2 * BLOCK + REST + linear + ROW * features) * width + ROW * 260 * (width + 8) + calls_bytes("cpu")
     assert needed(project, "zero-shot", "dense")[0] == packed
     assert need(project, "zero-shot", "dense").least == 0  # what questions take is an estimate
@@ -122,7 +126,9 @@ def test_what_each_stage_needs(
     project.data("perplexity").mkdir(parents=True)
     (project.data("perplexity") / "text.txt").write_text("x" * 4000)
     memory, disk = needed(project, "perplexity", "dense")
-    assert (memory, disk) == (walk + logits + 4000 * sizes.TEXT_IN_MEMORY, 1000 * 32 * width * 2)
+    text = 4000 * sizes.TEXT_IN_MEMORY
+    assert memory == walk + logits + slices + text + 64 * BYTES_A_TOKEN  # 15 windows are 15 shards
+    assert disk == 1000 * (32 * width * 2 + BYTES_A_TOKEN)
 
 
 def test_every_stage_that_computes_says_what_it_needs():
@@ -195,7 +201,7 @@ def test_one_line_says_it_and_a_disk_that_is_too_small_is_refused(
 ):
     project = config_only()
     monkeypatch.setattr(needs, "disk", lambda project: 3 * 64 * 32 * 4 * 2)
-    monkeypatch.setattr(needs, "memory", lambda device: 1)  # too little memory is said, not refused
+    monkeypatch.setattr(needs, "free_memory", lambda device: 1)  # too little memory is said, not refused
     needs.announce(project=project, stage="calibrate")
     wanted = need(project, "calibrate").memory
     needs_memory = f"{wanted.total / 1e9:.1f} GB of memory"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -77,6 +78,11 @@ def asked() -> list[Request]:
             made.append(Request(context, tuple(torch.randint(3, 256, (size,), generator=generator).tolist())))
     made += [made[-1], Request(made[-1].context, (*made[-1].continuation, 7, 8)), Request(tuple([9] * 70), (5, 6))]
     return made
+
+
+def test_rounding_over_many_blocks_is_no_reason_to_run_questions_one_by_one(tmp_path: Path):
+    decoder = Decoder(save_tiny_model(tmp_path / "deep", num_hidden_layers=40), dtype=torch.bfloat16, device=CPU)
+    assert decoder.holds_layouts
 
 
 @pytest.mark.parametrize("row", [30, 2048])

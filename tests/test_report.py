@@ -215,6 +215,15 @@ def keys_of(project: Project) -> dict[str, str]:
     return {name: key for name, key in found.items() if key}
 
 
+def divergence_of(mean: float) -> dict[str, Any]:
+    """Measures of a pruned model with this mean divergence."""
+    names = ("divergence", "top1_agreement", "rms_probability_change")
+    if not math.isfinite(mean):
+        return dict.fromkeys(names, "diverged")
+    kl = {"mean": mean, "low": 0.9 * mean, "high": 1.1 * mean, "median": mean / 2, "p99": 2 * mean, "largest": 3 * mean}
+    return dict(zip(names, (kl, {"mean": 0.5, "low": 0.45, "high": 0.55}, 0.125), strict=True))
+
+
 def write_results(
     root: Path,
     method: str,
@@ -243,7 +252,8 @@ def write_results(
     for tier in (project.stats, project.gram, project.fisher):
         tier.mkdir(parents=True, exist_ok=True)
         seal(tier, {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
-    for folder in ("masks", "weights"):
+    write_csv(project.plots("pruned/divergence"), ["window", "divergence"], [[0, loss]])
+    for folder in ("masks", "weights", "reference"):
         write_json(root / folder / "provenance.json", {"of": [method, sparsity]})
     for model, mean, count in (("dense", 2.0, 24), ("pruned", loss, right)):
         of = {"model": [method, sparsity] if model == "pruned" else [], "text": {"sha256": text, "source": "a text"}}
@@ -257,12 +267,16 @@ def write_results(
         losses = [mean + x if math.isfinite(mean) else "diverged" for x in (-0.1, 0.0, 0.0, 0.1)]
         write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": losses})
         value = float(f"{math.exp(mean):.6g}") if math.isfinite(mean) else "diverged"
-        write_json(project.metrics(model, "perplexity"), {"perplexity": value})
+        apart = divergence_of(mean - 2.0) if model == "pruned" else {}
+        write_json(project.metrics(model, "perplexity"), {"perplexity": value} | apart)
         write_csv(project.plots(f"{model}/perplexity"), ["window", "predictions", "loss"], [[0, 63, mean]])
         wrong = 2 if model == "pruned" else 1
         items = [{"item": i, "answer": wrong * (i >= count), "acc": float(i < count)} for i in range(40)]
         answered = {"protocol": of | {"task": {"sha256": task}}, "items": items}
         write_json(project.details(model, "zero_shot"), {"tasks": {"piqa": answered}})
+        tokens = [1, 2, 3, 4] * 2 if model == "pruned" else list(range(1, 9))
+        written = {"prompt": "The *sea*", "text": f"is {model}", "tokens": tokens}
+        write_json(project.details(model, "continuations"), {"protocol": of, "prompts": [written]})
         write_csv(project.plots(f"{model}/zero_shot"), ["task", "item", "acc"], [["piqa", 0, 1.0]])
         write_json(project.metrics(model, "zero_shot"), {"piqa": {"acc": count / 40}})
     write_json(project.metrics("pruned", "sparsity"), {"sparsity": sparsity})
@@ -540,7 +554,7 @@ def test_markdown_shows_names_as_they_are(tmp_path: Path):
         assert expected in shown
     assert any(f"windows of 64 tokens of /t/{HOSTILE}.txt; " in one for one in shown)
     tables = [token for token in tokens if token.type == "table_open"]
-    assert len(tables) == 9
+    assert len(tables) == 11
     bold = sum(token.type == "strong_open" for token in flat)
     assert bold == sum(token.type == "image" for token in flat) == 5
 
@@ -738,6 +752,11 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "| wanda 70 % against dense | 0 / 1 |",
         "| magnitude 50 % against dense | 0 / 20 * |",
         "| magnitude 50 % | 20 / 0 / 16 * | 90.0 |",
+        "Greedy continuations of 1 prompts, at most 8 tokens each",
+        "| dense | | 0.0 |",
+        "| magnitude 50 % | 4 | 20.0 |",
+        "Prompt 1: The \\*sea\\* …",
+        "| magnitude 50 % | is pruned |",
         "| shared by the rows | 4.0 | 1.0 | – | – | 1.0 | 1.0 | 7.0 |",
         "| wanda 50 % | – | – | 1.0 | 1.0 | 2.5 | 2.5 | 7.0 |",
         "Diverged, shown at the upper edge: magnitude 70 %",

@@ -28,7 +28,7 @@ def test_docs_dvc_yaml_modules_and_commands_name_the_same_stages_in_the_same_ord
     )
     assert table[: len(STAGES)] == list(STAGES)
     modules = {path.stem.replace("_", "-") for path in (ROOT / "src/wanda_dvc/stages").glob("*.py")}
-    assert modules - {"--init--", "held-out", "inputs", "needs", "running"} == set(STAGES)
+    assert modules - {"--init--", "continuations", "held-out", "inputs", "needs", "running"} == set(STAGES)
     commands = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
     assert commands[: len(STAGES)] == list(STAGES)
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wanda_dvc.catalog import methods
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.harness import EngineLM, load_task
-from wanda_dvc.engine.losses import from_losses, window_loss
+from wanda_dvc.engine.losses import from_losses
 from wanda_dvc.engine.walk import LocalRunner
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
@@ -445,13 +445,13 @@ def test_two_runs_with_the_same_inputs_do_not_work_in_one_place(project: Make):
 
 @pytest.mark.parametrize("finished", [0, 2])
 def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pytest.MonkeyPatch, finished: int):
-    from wanda_dvc.engine import losses as module
+    from wanda_dvc.engine import divergence as module
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
     complete = made.details("dense", "perplexity").read_bytes()
-    measured: list[float] = []
-    real = window_loss
+    measured: list[Any] = []
+    real = module.refer
 
     def killed(*words):
         if len(measured) == finished:
@@ -459,7 +459,7 @@ def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pyt
         measured.append(real(*words))
         return measured[-1]
 
-    monkeypatch.setattr(module, "window_loss", killed)
+    monkeypatch.setattr(module, "refer", killed)
     with pytest.raises(KeyboardInterrupt):
         perplexity(project=made, model="dense")
 
@@ -467,7 +467,7 @@ def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pyt
         measured.append(real(*words))
         return measured[-1]
 
-    monkeypatch.setattr(module, "window_loss", noted)
+    monkeypatch.setattr(module, "refer", noted)
     perplexity(project=made, model="dense")
     assert len(measured) == 4
     assert made.details("dense", "perplexity").read_bytes() == complete
@@ -475,12 +475,12 @@ def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pyt
 
 def test_a_loss_is_written_once_and_half_a_line_is_measured_again(project: Make, monkeypatch: pytest.MonkeyPatch):
     """A kill may cut the last line; what is whole is not written anew after every window."""
-    from wanda_dvc.engine import losses as module
+    from wanda_dvc.engine import divergence as module
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
     complete = made.details("dense", "perplexity").read_bytes()
-    real, sizes, files = window_loss, [], []
+    real, sizes, files = module.refer, [], []
 
     def watched(*words):
         (losses,) = (made.root / ".dvc/tmp/wanda-dvc").glob("*/losses.jsonl")
@@ -490,7 +490,7 @@ def test_a_loss_is_written_once_and_half_a_line_is_measured_again(project: Make,
             raise KeyboardInterrupt
         return real(*words)
 
-    monkeypatch.setattr(module, "window_loss", watched)
+    monkeypatch.setattr(module, "refer", watched)
     with pytest.raises(KeyboardInterrupt):
         perplexity(project=made, model="dense")
     assert len({inode for _, inode in sizes}) == 1  # appended to, not replaced
@@ -566,13 +566,13 @@ def test_progress_counts_only_with_the_states_that_it_speaks_of(
     project: Make, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], object]
 ):
     """A removal that was killed half-way left progress without states: the perplexity was that of zeros."""
-    from wanda_dvc.engine import losses as module
+    from wanda_dvc.engine import divergence as module
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
     complete = made.details("dense", "perplexity").read_bytes()
     with monkeypatch.context() as killed:
-        killed.setattr(module, "window_loss", kill)
+        killed.setattr(module, "refer", kill)
         with pytest.raises(KeyboardInterrupt):
             perplexity(project=made, model="dense")
     spoil(work_of(made))
@@ -594,18 +594,18 @@ def test_progress_counts_only_with_the_states_that_it_speaks_of(
 def test_losses_that_are_not_ours_are_measured_again(
     project: Make, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[str], str]
 ):
-    from wanda_dvc.engine import losses as module
+    from wanda_dvc.engine import divergence as module
 
     made = fetch(project(), "model", "perplexity")
     perplexity(project=made, model="dense")
     complete = made.details("dense", "perplexity").read_bytes()
-    real, count = window_loss, itertools.count()
+    real, count = module.refer, itertools.count()
 
-    def third_kills(*words: Any) -> float:
-        return real(*words) if next(count) < 3 else kill()  # type: ignore[func-returns-value, return-value]
+    def third_kills(*words: Any) -> Any:
+        return real(*words) if next(count) < 3 else kill()
 
     with monkeypatch.context() as killed:
-        killed.setattr(module, "window_loss", third_kills)
+        killed.setattr(module, "refer", third_kills)
         with pytest.raises(KeyboardInterrupt):
             perplexity(project=made, model="dense")
     losses = work_of(made) / "losses.jsonl"

@@ -100,7 +100,8 @@ def test_an_older_study_becomes_a_new_one(older: Project):
     assert "  locate: has not run\n  download@model: also reads sources/model\n" in said
     assert f"`wanda-dvc calibrate --version {STAGES['calibrate'].version}`; also writes " in said
     command, version = "`wanda-dvc perplexity dense --version", STAGES["perplexity"].version
-    assert f"  perplexity@dense: {command} 1` is now {command} {version}`\n" in said  # for no other reason
+    also = "also reads data/perplexity/provenance.json; also writes reference"
+    assert f"  perplexity@dense: {command} 1` is now {command} {version}`; {also}\n" in said  # for no other reason
     assert "`push: false` stays" in said
     assert "up to date" in upgrade(project=older)
 
@@ -271,6 +272,16 @@ def test_an_edited_plot_template_and_ignore_file_stay(study: Project):
     assert read(study, ".gitignore") == "/mine/\n" + FILES[".gitignore"].read_text(encoding="utf-8")
 
 
+def test_prompts_are_the_users(study: Project):
+    write(study, "prompts.txt", "My prompt\n")
+    write(study, ".gitignore", "/mine/\n")  # something to upgrade
+    upgrade(project=study)
+    assert read(study, "prompts.txt") == "My prompt\n"
+    (study.root / "prompts.txt").unlink()
+    upgrade(project=study)
+    assert read(study, "prompts.txt") == FILES["prompts.txt"].read_text(encoding="utf-8")
+
+
 def test_the_plots_of_a_study_below_the_root_of_its_dvc_repository_are_in_the_root(older: Project):
     below = older.root / "below"
     below.mkdir()
@@ -278,7 +289,8 @@ def test_the_plots_of_a_study_below_the_root_of_its_dvc_repository_are_in_the_ro
         (older.root / place).rename(below / place)
     upgrade(project=Project(below))
     assert (older.root / ".dvc/plots/accuracy.json").is_file()
-    assert sorted(path.name for path in below.iterdir()) == [".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"]
+    written = [".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "prompts.txt"]
+    assert sorted(path.name for path in below.iterdir()) == written
 
 
 def test_without_a_dvc_repository_it_says_so(older: Project):

@@ -133,7 +133,7 @@ def show(as_json: AsJson = False) -> None:
 
 @app.command("list", rich_help_panel=RESULT_PANEL)
 def list_experiments(as_json: AsJson = False) -> None:
-    """List the experiments: state, change of settings, perplexity and mean accuracy."""
+    """List the experiments: state, change of settings, perplexity, divergence and mean accuracy."""
     from wanda_dvc.study.project import Project
     from wanda_dvc.views.experiments import experiments
 

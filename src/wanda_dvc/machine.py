@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+MEMORY = ("memory.max", "memory.limit_in_bytes")  # of cgroup v2 and v1
 QUOTAS = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))  # of cgroup v2 and v1: quota and period
 
 
@@ -31,18 +32,34 @@ def usable_cores() -> int:
     return min([affinity, *_quotas()])
 
 
+def free_memory() -> int:
+    """Return the free bytes of memory, at most the limit of this process's control groups."""
+    import psutil
+
+    limits = [int(psutil.virtual_memory().available)]
+    for folder in _groups("memory"):
+        for name in MEMORY:
+            with contextlib.suppress(OSError, ValueError):  # v2 writes `max` for no limit
+                limits.append(int((folder / name).read_text(encoding="utf-8")))
+    return min(limits)
+
+
 def _quotas() -> Iterator[int]:
     """Yield the CPU quotas of this process's control groups and of their parents, in cores, rounded up."""
+    for folder in _groups("cpu"):
+        yield from _quota(folder)
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's control groups, and of their parents."""
     with contextlib.suppress(OSError, ValueError):
         for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
             number, controllers, path = line.split(":", 2)
-            if number != "0" and "cpu" not in controllers.split(","):
+            if number != "0" and controller not in controllers.split(","):
                 continue
-            root = GROUPS if number == "0" else GROUPS / "cpu"  # number 0 is cgroup v2
+            root = GROUPS if number == "0" else GROUPS / controller  # number 0 is cgroup v2
             group = root / path.lstrip("/")
-            for folder in (group, *group.parents):
-                if folder.is_relative_to(root):
-                    yield from _quota(folder)
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
 
 
 def _quota(folder: Path) -> Iterator[int]:

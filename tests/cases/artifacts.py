@@ -72,6 +72,7 @@ READ = (
     ("stats/norms", "stats", ("model.sha256", "files")),
     ("masks", "apply", ("model.source", "model.sha256", "calibration.text.source", "params", "params.method", "files")),
     ("models/pruned", "perplexity-pruned", ("model.source", "masks", "params")),
+    ("reference", "perplexity-pruned", ("dense", "tokens_sha256", "dtype", "files")),
 )
 
 

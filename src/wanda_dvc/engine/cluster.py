@@ -35,6 +35,7 @@ CPU = torch.device("cpu")
 LOCAL = "local"
 THREADS = 4  # of a task without a GPU, if OMP_NUM_THREADS is not set
 SECONDS = 300  # for the first worker
+SECONDS_TO_ANSWER = 10  # for a cluster's port: Ray itself waits for minutes
 AHEAD = 2  # tasks per worker that run, or have unread results
 RETRIES = 3  # of a task after its process or node died
 LIBRARIES = ("torch", "transformers", "numpy")  # results depend on their versions
@@ -109,9 +110,15 @@ def connect(address: str) -> None:
     else:
         words |= {"runtime_env": {"py_modules": [str(Path(wanda_dvc.__file__).parent)], "env_vars": ENVIRONMENT}}
     try:
+        if address not in (LOCAL, "auto"):
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
         ray.init(address=address, **words)
     except Exception as error:  # Ray raises any exception, plain Exception too
-        todo = "start it with `ray start --head`, or set local or null"
+        todo = (
+            "start it with `ray start --head`, set RAY_AUTH_MODE=token in the environment if it asks for a token, or "
+            "set local or null"
+        )
         todo = "try it again, or set null" if address == LOCAL else todo
         raise SettingError(
             f"runtime.ray: {address}: Ray does not answer ({' '.join(str(error).split())}); {todo}"
@@ -309,7 +316,7 @@ class TaskRunner(Runner):
 
     def head(self, function: Head[T, R], inputs: Mapping[int, T]) -> Iterator[R]:
         """Apply a function to some shards' last hidden states."""
-        wanted = [inputs.get(number) for number in range(len(self._rows))]
+        wanted = (inputs.get(number) for number in range(len(self._rows)))
         for found in self.run("output head", tasks.head, (function,), self._last, wanted, returns=1)[1]:
             yield from found
 
@@ -318,7 +325,7 @@ class TaskRunner(Runner):
         return self.cluster.each(function, inputs)
 
     def run(
-        self, name: str, function: Callable[..., Any], words: tuple[Any, ...], *columns: Sequence[Any], returns: int = 2
+        self, name: str, function: Callable[..., Any], words: tuple[Any, ...], *columns: Iterable[Any], returns: int = 2
     ) -> tuple[list[list[Any]], Iterator[Any]]:
         """Run a task for each shard, with its entry of each column.
 

@@ -26,12 +26,13 @@ def block_order(blocks: int) -> list[int]:
 def backward(
     decoder: Decoder, rows: Sequence[Row], work: Path, *, gram: bool = False, kept: int = 0
 ) -> Iterator[tuple[int, Gradients]]:
-    """Yield each block, the last one first, and by linear Σ (∂ℓ/∂y)² over all tokens, [out].
+    """Yield each block, the last one first, and by linear Σ ‖x‖² (∂ℓ/∂y)² over all tokens, [out].
 
-    With `gram` also Σ (∂ℓ/∂y)(∂ℓ/∂y)ᵀ by linear, [out, out]; its diagonal is the first sum.
+    With `gram` also Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ by linear, [out, out]; its diagonal is the first sum.
 
-    y is the linear's output at one token; ℓ = −Σ log p(token) over the row, with the text's own tokens. The sum is the
-    diagonal of the output factor of K-FAC's empirical Fisher information (Martens and Grosse 2015, arXiv 1503.05671).
+    x and y are the linear's input and output at one token; ℓ = −Σ log p(token) over the row, with the text's own
+    tokens. The sum is, for each row of the weight, the trace of its empirical Fisher information, with the tokens taken
+    as independent; K-FAC factors the same matrices (Martens and Grosse 2015, arXiv 1503.05671).
     Linears without a gradient, as in an expert without tokens, are missing.
 
     Resumes after the last block that an interrupted run has finished in `work`. The caller has the results of the last

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from wanda_dvc.engine import shards
@@ -15,12 +15,24 @@ from wanda_dvc.reading import DIVERGED
 
 def window_loss(decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]) -> float:
     """Return the mean cross-entropy, in nats, of all tokens but the first, each given the tokens before it."""
+    losses = [total_loss(log_p, targets) for log_p, targets in log_probabilities(decoder, hidden, tokens)]
+    return float(sum(torch.stack(losses).tolist())) / (len(tokens) - 1)
+
+
+def log_probabilities(
+    decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
+) -> Iterator[tuple[Float32[Tensor, "chunk vocabulary"], Int[Tensor, " chunk"]]]:
+    """Yield the log-probabilities of all next tokens, and the text's own next tokens, by chunks of positions."""
     tokens = tokens.to(decoder.device)
-    targets, losses = tokens[1:], []
     for positions, logits in decoder.logits(hidden, tokens):
-        wanted = targets[positions.start : positions.stop]  # the last token predicts nothing
-        losses.append(torch.nn.functional.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum"))
-    return float(sum(torch.stack(losses).tolist())) / len(targets)
+        targets = tokens[1:][positions.start : positions.stop]  # the last token predicts nothing
+        if len(targets):
+            yield logits[: len(targets)].float().log_softmax(-1), targets
+
+
+def total_loss(log_p: Float32[Tensor, "chunk vocabulary"], targets: Int[Tensor, " chunk"]) -> Float32[Tensor, ""]:
+    """Return the sum of the tokens' losses."""
+    return torch.nn.functional.nll_loss(log_p, targets, reduction="sum")
 
 
 def window_losses(

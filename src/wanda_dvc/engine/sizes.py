@@ -109,6 +109,7 @@ class Memory:
     weights: int = 0
     activations: int = 0
     logits: int = 0
+    references: int = 0  # the dense model's predictions on a shard's windows
     calls: int = 0  # recorded arguments of the blocks, one set a packed row
     grams: int = 0  # Gram matrices and cross products of a block, while they are summed
     selection: int = 0
@@ -118,8 +119,8 @@ class Memory:
     @property
     def total(self) -> int:
         """With mapped weights."""
-        own = self.weights + self.activations + self.logits + self.calls + self.grams + self.selection + self.text
-        return own + LIBRARIES + ALLOCATOR
+        own = self.weights + self.activations + self.logits + self.references + self.calls + self.grams
+        return own + self.selection + self.text + LIBRARIES + ALLOCATOR
 
     @property
     def anonymous(self) -> int:
@@ -214,6 +215,29 @@ def walking(  # noqa: PLR0913 - the terms of the formula
         text=text * TEXT_IN_MEMORY,
         mapped=device == "cpu" and dtype == model.dtype,
     )
+
+
+def comparing(walk: Memory, model: Sizes, *, length: int, windows: int, device: str) -> Memory:
+    """Return the memory of a walk with a comparison of the predictions: a shard's references, and temporaries."""
+    from wanda_dvc.engine import divergence, shards
+
+    held = reference_bytes(len(next(iter(shards.cut(windows)), ())) * length)
+    slices = divergence.TEMPORARIES * min(divergence.AT_A_TIME.get(device, 0), length * model.vocabulary)
+    return replace(walk, references=held + slices)
+
+
+def reference_bytes(tokens: int) -> int:
+    """Return the bytes of the dense model's predictions on some tokens."""
+    from wanda_dvc.engine.divergence import BYTES_A_TOKEN
+
+    return tokens * BYTES_A_TOKEN
+
+
+def generating(model: Sizes, *, dtype: str, tokens: int) -> Memory:
+    """Return the memory of a complete model that continues a prompt, up to a number of tokens, with its cache."""
+    walk, width = walking(model, dtype=dtype, length=tokens, logits=True), WIDTH[dtype]
+    cache = 2 * model.blocks * tokens * model.hidden * width  # keys and values; fewer with shared ones
+    return replace(walk, weights=model.parameters * width, activations=walk.activations + cache)
 
 
 def differentiating(model: Sizes, *, dtype: str, length: int, workers: bool = False) -> Memory:

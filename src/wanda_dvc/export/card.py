@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from wanda_dvc.reading import DIVERGED
+from wanda_dvc.report.measures import Measured
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.card import table
 from wanda_dvc.study.files import load_json
@@ -33,8 +34,36 @@ def results(study: Project, outdated: Sequence[str] = ()) -> dict[str, str]:
     tables = [table(HEADERS, comparison(study)), *([table(FLIPS, changed)] if changed else [])]
     return {
         "Results": "\n\n".join([*tables, notes]),
+        **_continuations(study),
         "Reproduce": REPRODUCE.format(version=version, commands=commands, by_hand=by_hand).rstrip(),
     }
+
+
+def _continuations(study: Project) -> dict[str, str]:
+    """Return the section on what the models write; empty without comparable continuations."""
+    dense, pruned = (Measured.of(study, model) for model in MODELS)
+    pairs = pruned.continued(dense)
+    skipped = [
+        f"The {name} model's were skipped: {inline(reason)}."
+        for name, model in zip(MODELS, (dense, pruned), strict=True)
+        if (reason := model.continuations.get("skipped"))
+    ]
+    if not pairs:
+        return {"Continuations": " ".join(skipped)} if skipped else {}
+    rows = [
+        [inline(one.prompt), inline(one.dense), inline(one.pruned), str(one.equal), _shares(one.repeated)]
+        for one in pairs
+    ]
+    about = (
+        f"Greedy continuations, at most {max(one.tokens for one in pairs)} tokens: the two models' are equal for the "
+        "given number of tokens. Repeated 4-grams occurred before in the same continuation (dense, pruned)."
+    )
+    headers = ["prompt", "dense", "pruned", "equal tokens", "repeated 4-grams"]
+    return {"Continuations": f"{about}\n\n{table(headers, rows)}"}
+
+
+def _shares(repeated: tuple[float, float]) -> str:
+    return ", ".join(f"{100 * share:.0f} %" for share in repeated)
 
 
 def _notes(study: Project, outdated: Sequence[str]) -> Iterator[str]:
@@ -49,6 +78,12 @@ def _notes(study: Project, outdated: Sequence[str]) -> Iterator[str]:
         yield (
             f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of "
             f"{inline(protocol['text']['source'])} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
+        )
+    if "divergence" in load_json(study.metrics("pruned", "perplexity")):
+        yield (
+            "Divergence: KL(dense ‖ pruned) of the predictions of each next token of the same windows, in nats; "
+            "agreement: the share of positions where both models predict the same token. In brackets the 95 % "
+            "interval over windows."
         )
     if any(load_json(study.metrics(model, "perplexity")).get("perplexity") == DIVERGED for model in MODELS):
         yield "`diverged`: the loss, or its exponential, was not finite."

@@ -1,8 +1,9 @@
 """The results of one model: perplexity with its windows' losses, and accuracy with its items' answers."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import inference
@@ -14,24 +15,43 @@ from wanda_dvc.study.provenance import measured_alike
 ANSWERS = {"acc": "answer", "acc_norm": "answer_norm"}  # an item's key of the chosen answer, by metric
 
 
+N = 4  # of the repeated n-grams in continuations
+
+
+class Continued(NamedTuple):
+    """A prompt's continuations by the dense and the pruned model."""
+
+    prompt: str
+    dense: str
+    pruned: str
+    equal: int  # tokens before the two part
+    tokens: int  # of the longer one
+    repeated: tuple[float, float]  # shares of repeated n-grams, of the dense and the pruned continuation
+
+
 @dataclass
 class Measured:
     """The results of a dense or a pruned model, as far as they are known."""
 
     perplexity: float | str | None = None  # `diverged` if a loss was not finite
+    divergence: Json = field(default_factory=dict)  # its measures, of a pruned model
     windows: Json = field(default_factory=dict)  # the protocol and the losses behind the perplexity
     accuracies: dict[str, float] = field(default_factory=dict)  # by task, the fraction of items answered correctly
     tasks: Json = field(default_factory=dict)  # by task, the protocol and the items' answers
+    continuations: Json = field(default_factory=dict)  # the protocol, and the prompts or `skipped`
 
     @classmethod
     def of(cls, study: Project, model: str) -> "Measured":
         """Read the metrics and the details of a study's model."""
         accuracies = {task: of["acc"] for task, of in load_json(study.metrics(model, "zero_shot")).items()}
+        measures = load_json(study.metrics(model, "perplexity"))
         return cls(
-            load_json(study.metrics(model, "perplexity")).get("perplexity"),
+            measures.pop("perplexity", None),
+            measures,
             load_json(study.details(model, "perplexity")),
             accuracies,
             load_json(study.details(model, "zero_shot")).get("tasks", {}),
+            load_json(study.details(model, "continuations")),
         )
 
     @classmethod
@@ -41,6 +61,7 @@ class Measured:
         for one in several:
             if found.perplexity is None or not found.windows:
                 found.perplexity, found.windows = one.perplexity or found.perplexity, one.windows
+            found.continuations = found.continuations or one.continuations
             found.accuracies, found.tasks = one.accuracies | found.accuracies, one.tasks | found.tasks
         return found
 
@@ -108,6 +129,15 @@ class Measured:
         key, items = ANSWERS[metric], self.tasks.get(task, {}).get("items", [])
         return {item["item"]: Answer(item[key], item[metric] > 0.5) for item in items if key in item and metric in item}
 
+    def continued(self, dense: "Measured") -> list[Continued]:
+        """Return each prompt's continuations by the dense model and this one; empty if they are not comparable."""
+        own, other = self.continuations, dense.continuations
+        keys = ("tokenizer_sha256", "prompts_sha256", "tokens", "dtype")
+        if any(own.get("protocol", {}).get(key) != other.get("protocol", {}).get(key) for key in keys):
+            return []
+        pairs = zip(other.get("prompts", []), own.get("prompts", []), strict=False)  # one may be skipped
+        return [_continued(before, after) for before, after in pairs]
+
     def same_items(self, other: "Measured", task: str) -> tuple[list[bool], list[bool]]:
         """Return both models' answers to their common items; empty if their tasks differ."""
         if self.digest(task) != other.digest(task):
@@ -115,6 +145,24 @@ class Measured:
         mine, theirs = self.answers(task), other.answers(task)
         shared = [item for item in mine if item in theirs]
         return [mine[item] for item in shared], [theirs[item] for item in shared]
+
+
+def _continued(dense: Json, pruned: Json) -> Continued:
+    tokens = dense["tokens"], pruned["tokens"]
+    equal = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*tokens, strict=False)))
+    repeated = repeated_share(tokens[0]), repeated_share(tokens[1])
+    return Continued(dense["prompt"], dense["text"], pruned["text"], equal, max(map(len, tokens)), repeated)
+
+
+def mean_repeated(pairs: Sequence[Continued], which: int) -> float:
+    """Return the mean share of repeated 4-grams over prompts; 0 for the dense model's, 1 for the pruned model's."""
+    return sum(pair.repeated[which] for pair in pairs) / len(pairs)
+
+
+def repeated_share(tokens: Sequence[int]) -> float:
+    """Return the share of 4-grams that occurred before: 1 − distinct / all (seq-rep-4, Welleck et al. 2020)."""
+    grams = [tuple(tokens[start : start + N]) for start in range(len(tokens) - N + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def mean_layer_error(study: Project) -> float | None:

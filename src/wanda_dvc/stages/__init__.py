@@ -144,8 +144,8 @@ STAGES = {
         ),
         Stage(
             name="perplexity",
-            version=2,
-            about="Measure a model's perplexity on a text.",
+            version=3,
+            about="Measure a model's perplexity on a text, and its divergence from the dense model.",
             result="metrics/details/{part}/perplexity.json",
             settings=("perplexity.length", "perplexity.windows", "dtype"),
             part_is="model",
@@ -153,8 +153,8 @@ STAGES = {
         ),
         Stage(
             name="zero-shot",
-            version=7,
-            about="Measure a model's accuracy on the zero-shot tasks.",
+            version=8,
+            about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
             result="metrics/details/{part}/zero_shot.json",
             settings=("tasks.names", "zero_shot.limit", "dtype"),
             part_is="model",

@@ -15,9 +15,11 @@ from wanda_dvc.engine.sizes import (
     Memory,
     Sizes,
     choosing,
+    comparing,
     differentiating,
     either,
     propagating,
+    reference_bytes,
     sizes,
     walking,
     writing,
@@ -65,6 +67,7 @@ class Known:
     device: str = "cpu"  # its kind
     texts: Mapping[str, int] = field(default_factory=dict)  # bytes of existing texts, by part
     files: int | None = None  # bytes of the model's directory
+    part: str | None = None  # of the stage; None: its largest
     measured: Linears | None = None  # of stats/: building a model takes seconds of imports
 
     @cached_property
@@ -98,7 +101,7 @@ def need(project: Project, stage: str, part: str | None = None) -> Need:
         return Need()
     files = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     measured = _measured(project) if stage in ("mask", "apply") else None
-    return NEEDS[stage](replace(known(project.params, folder, project), files=files, measured=measured))
+    return NEEDS[stage](replace(known(project.params, folder, project), files=files, part=part, measured=measured))
 
 
 def known(params: Params, config: Path, project: Project | None) -> Known:
@@ -232,10 +235,15 @@ def _apply(on: Known) -> Need:
 
 
 def _perplexity(on: Known) -> Need:
-    """Count all windows through all blocks and the head."""
+    """Count all windows through all blocks and the head, and the dense model's predictions: `reference`."""
     length = on.params.perplexity.length
     found = _walk(on, "perplexity", on.tokens / length, length, head=on.tokens, logits=True)
-    return replace(found, least=found.least // 2)  # a token may take more bytes than expected
+    return replace(
+        found,
+        memory=comparing(found.memory, on.model, length=length, windows=on.tokens // length, device=on.device),
+        disk=found.disk + (reference_bytes(on.tokens) if on.part != "pruned" else 0),
+        least=found.least // 2,  # a token may take more bytes than expected
+    )
 
 
 def _zero_shot(on: Known) -> Need:

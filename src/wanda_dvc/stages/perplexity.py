@@ -1,103 +1,228 @@
-"""Measure a model's perplexity on a text, through the engine."""
+"""Measure a model's perplexity on a text, and its divergence from the dense model, through the engine."""
 
 import contextlib
+import itertools
 import json
 import math
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from wanda_dvc.engine.losses import from_losses, unmeasured, window_losses
+from wanda_dvc.engine import shards
+from wanda_dvc.engine.divergence import (
+    DRAWN,
+    TOP,
+    Divergence,
+    Reference,
+    check_vocabulary,
+    compare_windows,
+    refer_windows,
+    summarize,
+    vocabulary,
+)
+from wanda_dvc.engine.losses import from_losses, unmeasured
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Runner
 from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
+from wanda_dvc.errors import UserError
 from wanda_dvc.params import ALL
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite
 from wanda_dvc.stages.running import progress
-from wanda_dvc.study.files import finite, write_csv, write_json
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import describe, digest, tokenizer_digest
+from wanda_dvc.study.files import Json, finite, write_csv, write_json
+from wanda_dvc.study.project import Project, Work
+from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
+from wanda_dvc.study.tensors import read_window, seal, window_file, write_window
 from wanda_dvc.study.unchanged import read_input
 
 LOSSES = "losses.jsonl"
+SAME = ("length", "windows", "rest", "tokens_sha256")  # of the windows that two models are compared on
+
+
+class Measured(NamedTuple):
+    """The results of one window."""
+
+    loss: float  # mean, in nats a token
+    divergence: Divergence | None  # None of the dense model
 
 
 def perplexity(*, project: Project, model: str) -> None:
-    """models/{dense,pruned} + data/perplexity → metrics/{dense,pruned}/perplexity.json."""
-    params, folder = project.params, project.model(model)
-    check_ready(project, model, params.perplexity.length, "perplexity.length")
+    """models/{dense,pruned} + data/perplexity, reference → metrics/{dense,pruned}/perplexity.json, reference."""
+    check_ready(project, model, project.params.perplexity.length, "perplexity.length")
     measured = model_provenance(project, model)
-    text = read_input(project, project.data("perplexity"), "download perplexity")
-    tokens = tokenize(project.text("perplexity"), load_tokenizer(folder))
-    length, asked = params.perplexity.length, params.perplexity.windows
-    windows = cut(tokens, length=length, windows=asked if isinstance(asked, int) else None)
-    rest = left_over(tokens, length=length) if asked == ALL else None
+    rows, text = windows_of(project, project.model(model))
+    if model != "dense":
+        text |= {"reference": digest(reference_of(project, text, measured["model"]))}
     protocol = describe(
         "perplexity",
         version=STAGES["perplexity"].version,
         libraries=("torch", "transformers"),
         model=digest(measured),
-        tokenizer_sha256=tokenizer_digest(folder),
-        text={key: text[key] for key in ("source", "join", "sha256")},
-        tokens=len(tokens),
-        tokens_sha256=digest(tokens.tolist()),
-        windows=len(windows),
-        length=windows.shape[1],
-        rest="dropped" if rest is None else len(rest),
-        dtype=params.dtype,
-        formula="exp(mean over windows of the mean loss of its length − 1 predictions)"
-        if rest is None
-        else "exp(total loss of all predictions / their number); a window's first token is not predicted",
+        tokenizer_sha256=tokenizer_digest(project.model(model)),
+        **text,
+        dtype=project.params.dtype,
     )
     with project.work(protocol) as work, runner(project, model, work) as run:
-        rows = as_rows(windows) if rest is None else [*as_rows(windows), Row(rest)]
-        losses = _losses(run, rows, work.path, what=f"perplexity {model}")
+        for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"perplexity {model}, blocks"):
+            step.advance()
+        windows = _measure(project, run, rows, work, model)
+        losses, divergences = [one.loss for one in windows], [one.divergence for one in windows if one.divergence]
         where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
         say_not_finite(f"perplexity {model}", where)
         predictions = [len(row.tokens) - 1 for row in rows]
-        details = {"protocol": protocol, "losses": [finite(x) for x in losses]}
+        details: Json = {"protocol": protocol, "losses": [finite(x) for x in losses]}
+        metrics: Json = {"perplexity": from_losses(losses, predictions)}
+        if divergences:
+            metrics |= summarize(divergences)
+            details["divergences"] = [finite(math.fsum(one.kl) / len(one.kl)) for one in divergences]
+            details["agreements"] = [one.agreed / len(one.kl) if one.finite else DIVERGED for one in divergences]
         write_json(project.details(model, "perplexity"), details | ({"not_finite": where} if where else {}))
-        write_json(project.metrics(model, "perplexity"), {"perplexity": from_losses(losses, predictions)})
-        plotted = zip(predictions, [loss if math.isfinite(loss) else "" for loss in losses], strict=True)
-        headers = ["window", "predictions", "loss"]
-        write_csv(project.plots(f"{model}/perplexity"), headers, ([i, *pair] for i, pair in enumerate(plotted)))
-        work.forget()
+        write_json(project.metrics(model, "perplexity"), metrics)
+        _plot(project, f"{model}/perplexity", predictions, {"loss": details["losses"]})
+        if model == "dense":
+            made = protocol | {"kind": "reference", "dense": measured["sha256"], "vocabulary": vocabulary(run.decoder)}
+            seal(work.out, made | {"top": TOP, "drawn": DRAWN}, parts="rows")
+            work.publish(project.reference)
+        else:
+            columns = {"divergence": details["divergences"], "agreement": details["agreements"]}
+            _plot(project, f"{model}/divergence", predictions, columns)
+            work.forget()
 
 
-def _losses(run: Runner, rows: list[Row], work: Path, *, what: str) -> list[float]:
-    """Return each row's mean loss; resume from the losses of an interrupted run in `work`."""
-    for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{what}, blocks"):
-        step.advance()
-    work.mkdir(parents=True, exist_ok=True)  # workers leave nothing on this machine
-    losses = _read_losses(work / LOSSES, len(rows))
-    done, left = len(losses), len(rows) - len(losses)
-    found = run.head(window_losses, unmeasured(len(rows), done))
-    with (work / LOSSES).open("a", encoding="utf-8") as file:
-        for loss in progress(found, total=left, what=f"{what}, output head, windows"):
-            file.write(_line(len(losses), loss))
+def _plot(project: Project, name: str, predictions: list[int], columns: Mapping[str, Sequence[float | str]]) -> None:
+    """Write the windows' values as CSV; a value that is not finite is empty."""
+    values = ([value if isinstance(value, float) else "" for value in column] for column in columns.values())
+    rows = ([window, *cells] for window, cells in enumerate(zip(predictions, *values, strict=True)))
+    write_csv(project.plots(name), ["window", "predictions", *columns], rows)
+
+
+# --- windows ---
+
+
+def windows_of(project: Project, model: Path) -> tuple[list[Row], Json]:
+    """Return the windows of data/perplexity, cut with a model's tokenizer, and their description for a protocol."""
+    source = read_input(project, project.data("perplexity"), "download perplexity")
+    tokens = tokenize(project.text("perplexity"), load_tokenizer(model))
+    length, count = project.params.perplexity.length, project.params.perplexity.windows
+    windows = cut(tokens, length=length, windows=count if isinstance(count, int) else None)
+    rest = left_over(tokens, length=length) if count == ALL else None
+    described = {
+        "text": {key: source[key] for key in ("source", "join", "sha256")},
+        "tokens": len(tokens),
+        "tokens_sha256": digest(tokens.tolist()),
+        "windows": len(windows),
+        "length": windows.shape[1],
+        "rest": "dropped" if rest is None else len(rest),
+        "formula": "exp(mean over windows of the mean loss of its length − 1 predictions)"
+        if rest is None
+        else "exp(total loss of all predictions / their number); a window's first token is not predicted",
+    }
+    return as_rows(windows) if rest is None else [*as_rows(windows), Row(rest)], described
+
+
+def reference_of(project: Project, windows: Json, dense: Json) -> Json:
+    """Return the provenance of reference/. UserError if it is of other windows, another dtype or another model.
+
+    `windows` is the description of the windows, and `dense` the model that the measured model was pruned from.
+    """
+    found = read_provenance(project.reference, "perplexity dense")
+    again = "run `dvc repro` or `wanda-dvc perplexity dense`"
+    if found["dense"] != dense["sha256"]:
+        raise UserError(
+            f"reference/: measured on another model, expected {dense['source']}, the dense model of models/pruned; "
+            f"{again}"
+        )
+    for key, value in {**{key: windows[key] for key in SAME}, "dtype": project.params.dtype}.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"reference/: measured with {key} {found.get(key)}, expected {value}, as params.yaml and the model's "
+                f"tokenizer have it; {again}"
+            )
+    return found
+
+
+# --- results ---
+
+
+def _measure(project: Project, run: Runner, rows: list[Row], work: Work, model: str) -> list[Measured]:
+    """Return the results of each window, after the last block; write the dense model's references.
+
+    An interrupted run resumes at its last finished window.
+    """
+    work.path.mkdir(parents=True, exist_ok=True)  # workers leave nothing on this machine
+    kept = _read(work.path / LOSSES, len(rows), model)
+    if model == "dense":  # a reference is written before its line
+        written = itertools.takewhile(lambda window: window_file(work.out, window).is_file(), range(len(kept)))
+        kept = kept[: len(list(written))]
+    (work.path / LOSSES).write_text("".join(_line(row, one) for row, one in enumerate(kept)), encoding="utf-8")
+    skipped = unmeasured(len(rows), len(kept))
+    found: Iterator[tuple[float, Reference | Divergence]]
+    if model == "dense":
+        found = run.head(refer_windows, skipped)
+    else:
+        check_vocabulary(run.decoder, read_provenance(project.reference, "perplexity dense")["vocabulary"])
+        found = run.head(compare_windows, References(project.reference, skipped, len(rows)))
+    what = f"perplexity {model}, output head, windows"
+    with (work.path / LOSSES).open("a", encoding="utf-8") as file:
+        for loss, made in progress(found, total=len(rows) - len(kept), what=what):
+            if isinstance(made, Reference):
+                write_window(work.out, len(kept), made._asdict())
+            one = Measured(loss, made if isinstance(made, Divergence) else None)
+            file.write(_line(len(kept), one))
             file.flush()
-            losses.append(loss)
-    return losses
+            kept.append(one)
+    return kept
 
 
-def _line(row: int, loss: float) -> str:
-    """Return the line that stores a row's loss, with a checksum, because a kill may truncate it."""
-    content = json.dumps([row, finite(loss)])
+class References(Mapping[int, list[Reference]]):
+    """The references of each shard's unmeasured windows, read at access: one shard at a time is in memory."""
+
+    def __init__(self, folder: Path, skipped: Mapping[int, int], windows: int) -> None:
+        self._folder, self._skipped, self._shards = folder, skipped, shards.cut(windows)
+
+    def __getitem__(self, shard: int) -> list[Reference]:
+        windows = self._shards[shard][self._skipped[shard] :]
+        return [Reference(**read_window(self._folder, window)) for window in windows]
+
+    def __contains__(self, shard: object) -> bool:  # Mapping's own method would read the shard
+        return shard in self._skipped
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._skipped)
+
+    def __len__(self) -> int:
+        return len(self._skipped)
+
+
+def _line(row: int, one: Measured) -> str:
+    """Return the line that stores a row's results, with a checksum, because a kill may truncate it."""
+    numbers: list[object] = [row, finite(one.loss)]
+    if one.divergence:
+        kl, agreed, change = one.divergence
+        numbers += [[finite(value) for value in kl], agreed, finite(change)]
+    content = json.dumps(numbers)
     return f"{zlib.crc32(content.encode()):08x} {content}\n"
 
 
-def _read_losses(path: Path, rows: int) -> list[float]:
-    """Return the finished losses of an interrupted run, and drop all after the first invalid line."""
-    losses: list[float] = []
+def _read(path: Path, rows: int, model: str) -> list[Measured]:
+    """Return the finished results of an interrupted run, up to the first invalid line."""
+    found: list[Measured] = []
     lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
     for line in lines[:rows]:
         with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
-            row, loss = json.loads(line.partition(" ")[2])
-            value = math.nan if loss == DIVERGED else float(loss)
-            if line == _line(row, value) and row == len(losses):
-                losses.append(value)
+            row, loss, *more = json.loads(line.partition(" ")[2])
+            one = Measured(_number(loss), None)
+            if model != "dense":
+                kl, agreed, change = more
+                one = Measured(one.loss, Divergence(list(map(_number, kl)), agreed, _number(change)))
+            if line == _line(row, one) and row == len(found):
+                found.append(one)
                 continue
         break
-    path.write_text("".join(_line(row, loss) for row, loss in enumerate(losses)), encoding="utf-8")
-    return losses
+    return found
+
+
+def _number(value: float | str) -> float:
+    return math.nan if value == DIVERGED else float(value)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from wanda_dvc import machine
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores, processor
 from wanda_dvc.params import Runtime
@@ -157,6 +158,16 @@ def device_name(runtime: Runtime) -> str:
     from wanda_dvc.engine.accelerator import gpus
 
     return "cuda" if gpus() else "cpu"
+
+
+def free_memory(device: str) -> int:
+    """Return the free bytes of memory; of a GPU's if a stage runs on a GPU."""
+    if device.startswith("cuda"):
+        from wanda_dvc.engine import accelerator
+
+        with contextlib.suppress(RuntimeError, AssertionError):  # no such GPU: the stage reports it
+            return accelerator.free_memory(device)
+    return machine.free_memory()
 
 
 def own_device(runtime: Runtime) -> "torch.device":

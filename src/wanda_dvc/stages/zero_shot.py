@@ -4,11 +4,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
-from wanda_dvc.stages import STAGES
+from wanda_dvc.stages import STAGES, continuations
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite
 from wanda_dvc.stages.running import progress, record_details
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
@@ -22,11 +23,22 @@ if TYPE_CHECKING:
 
 
 def zero_shot(*, project: Project, model: str) -> None:
-    """models/{dense,pruned} + data/tasks → metrics/{dense,pruned}/zero_shot.json."""
+    """models/{dense,pruned} + data/tasks → metrics/{dense,pruned}/zero_shot.json, and continuations of prompts."""
     check_ready(project, model)
     protocols = {task: _protocol(project, model, task) for task in project.params.tasks.names}
-    answered = {task: _answered(project, model, task, protocol) for task, protocol in protocols.items()}
-    record_details({"earlier": sum(one.get("seconds", 0) for one in answered.values())})
+    answered = {
+        task: _kept(project, f"{model}-{task}", protocol, partial(_ask, project, model, task, protocol))
+        for task, protocol in protocols.items()
+    }
+    protocol = continuations.protocol(project, model)
+    written = _kept(
+        project,
+        f"{model}-continuations",
+        protocol,
+        lambda _: {"details": {"protocol": protocol} | continuations.continued(project, model)},
+    )
+    record_details({"earlier": sum(one.get("seconds", 0) for one in (*answered.values(), written))})
+    write_json(project.details(model, "continuations"), written["details"])
     details = {task: one["details"] for task, one in answered.items()}
     for task, one in details.items():
         say_not_finite(f"zero-shot {model} {task}", one.get("not_finite"))
@@ -53,20 +65,21 @@ def _protocol(project: Project, model: str, task: str) -> Json:
     )
 
 
-def _answered(project: Project, model: str, task: str, protocol: Json) -> Json:
-    """Return a model's `details` and `metrics` of a task, in their written form.
+def _kept(project: Project, run: str, protocol: Json, make: Callable[[Work], Json]) -> Json:
+    """Return the results of a model on a task or on the prompts: `details`, and `metrics` of a task.
 
     Reuses the results of an earlier run with this protocol, with its `seconds`; else runs the model and keeps results.
     """
-    run, key = f"zero-shot-{model}-{task}", digest(protocol)
+    run, key = f"zero-shot-{run}", digest(protocol)
     with project.work(protocol) as work:
         answered: Json = {}
         with contextlib.suppress(UserError):  # a damaged file is written again
             answered = project.answers.read(run, key)
         if answered.get("details", {}).get("protocol") != protocol:
             began = time.perf_counter()
-            answered = _ask(project, model, task, protocol, work)
-            project.answers.write(run, key, answered | {"seconds": round(time.perf_counter() - began, 2)})
+            answered = make(work)
+            if "skipped" not in answered["details"]:  # another time there may be more memory
+                project.answers.write(run, key, answered | {"seconds": round(time.perf_counter() - began, 2)})
         work.forget()
     return answered
 

@@ -21,7 +21,7 @@ from wanda_dvc.study.times import Ledger
 from wanda_dvc.study.unchanged import DOCUMENTS, ITEMS, TEXT
 
 # The folders in a study that DVC or git tracks.
-TRACKED = (".dvc", ".git", "data", "masks", "metrics", "models", "sources", "stats", "weights")
+TRACKED = (".dvc", ".git", "data", "masks", "metrics", "models", "reference", "sources", "stats", "weights")
 __all__ = ["DOCUMENTS", "ITEMS", "TEXT", "TRACKED", "Project", "Work"]
 
 
@@ -128,6 +128,11 @@ class Project:
     def weights(self) -> Path:
         """The folder of reconstructed weights that cannot be recomputed from masks/ and stats/."""
         return self.root / "weights"
+
+    @property
+    def reference(self) -> Path:
+        """The folder of the dense model's predictions on the evaluation windows."""
+        return self.root / "reference"
 
     def metrics(self, which: str, name: str) -> Path:
         """Return the file of metrics, such as `metrics/dense/perplexity.json`."""

@@ -27,6 +27,7 @@ KEYS = {
     "calibrate": (*_MEASURED, "text.source", "text.sha256", "params.dtype"),
     "mask": (*_MEASURED, "calibration.text.source", "params.method", "params.pattern"),
     "apply": (*_MEASURED, "masks"),
+    "perplexity dense": ("dense", "tokens_sha256", "dtype"),
 }
 OBJECTS, MAPPINGS = ("params",), dict
 # The kinds of artifact that a folder may hold, by its name; `stats --compare` reads folders with other names.
@@ -34,7 +35,7 @@ KINDS = {
     **dict.fromkeys(("dense", "pruned"), ("model",)),
     **dict.fromkeys(("calibration", "perplexity"), ("text", "documents")),
     "norms": ("stats",),
-    **{name: (name,) for name in ("gram", "fisher", "masks", "weights")},
+    **{name: (name,) for name in ("gram", "fisher", "masks", "weights", "reference")},
 }
 
 

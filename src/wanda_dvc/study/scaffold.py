@@ -23,11 +23,12 @@ from wanda_dvc.study.presets import DEFAULT, PARAMS, read_preset, with_settings
 from wanda_dvc.study.settings import Settings
 
 TEMPLATE = files("wanda_dvc.study") / "template"
-PIPELINE = "dvc.yaml"
+PIPELINE, PROMPTS = "dvc.yaml", "prompts.txt"
 # By their place in a study. In the package they have other names: git and DVC would use files with these names.
 FILES: Mapping[str, Traversable] = {
     PIPELINE: TEMPLATE / "pipeline.yaml",
     "params.yaml": PARAMS,
+    PROMPTS: TEMPLATE / "prompts.txt",
     ".gitignore": TEMPLATE / "gitignore",
     ".dvcignore": TEMPLATE / "dvcignore",
     ".dvc/config": TEMPLATE / "config",

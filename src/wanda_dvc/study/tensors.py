@@ -250,6 +250,21 @@ def read_masks(folder: Path, block: int) -> "Masks":
     return Masks(tensors, columns)
 
 
+def window_file(folder: Path, window: int) -> Path:
+    """Return the path of one window's reference."""
+    return folder / f"window_{window:05d}.safetensors"
+
+
+def write_window(folder: Path, window: int, tensors: "Mapping[str, Tensor]") -> None:
+    """Write the reference of one evaluation window: the tensors of `engine.divergence.Reference`."""
+    _save(window_file(folder, window), {name: x.contiguous() for name, x in tensors.items()}, {})
+
+
+def read_window(folder: Path, window: int) -> "dict[str, Tensor]":
+    """Read the reference of one evaluation window."""
+    return _load(window_file(folder, window), "perplexity dense")[0]
+
+
 def _readers(path: Path, header: Json) -> tuple[dict[str, list[str]], list[str]]:
     """Return the readers of each distinct input, and the linears stored transposed."""
     readers: Any = header.get("readers")
@@ -298,12 +313,12 @@ class Masks(Mapping[str, "Tensor"]):
         return len(self.columns)
 
 
-def seal(folder: Path, made_from: Json) -> None:
-    """Write the provenance of a finished artifact, with its number of blocks and the digest of each."""
+def seal(folder: Path, made_from: Json, *, parts: str = "blocks") -> None:
+    """Write the provenance of a finished artifact, with its number of blocks, or other parts, and their digests."""
     for half in folder.glob("*.part"):  # of a write that was killed
         half.unlink()
     files = files_digest(folder)
-    write_provenance(folder, made_from | {"blocks": len(files), "files": files})
+    write_provenance(folder, made_from | {parts: len(files), "files": files})
 
 
 def block_count(folder: Path, made_by: str) -> int:

@@ -27,7 +27,7 @@ from wanda_dvc.study.presets import with_settings
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import digest
 from wanda_dvc.study.ran import LOCK, read_lock
-from wanda_dvc.study.scaffold import FILES, PIPELINE, TEMPLATE, git, quiet
+from wanda_dvc.study.scaffold import FILES, PIPELINE, PROMPTS, TEMPLATE, git, quiet
 from wanda_dvc.study.settings import Settings, flatten, nested
 
 PARAMS = "params.yaml"
@@ -91,6 +91,8 @@ def shipped_ever() -> frozenset[str]:
 def _brought(place: str, old: str, notes: list[str]) -> str:
     """Return the text of a file of the scaffold in this version. UserError if an edit conflicts with it."""
     new = FILES[place].read_text(encoding="utf-8")
+    if place == PROMPTS and old:  # the user's
+        return old
     if place == PARAMS and old:
         return _migrated(old, new, notes)
     if place.endswith("ignore"):

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from wanda_dvc.engine.sizes import reference_bytes
 from wanda_dvc.errors import UserError
 from wanda_dvc.machine import cores, processor
 from wanda_dvc.params import Params, check_params
@@ -84,6 +85,7 @@ def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: d
         "",
         table(headers + ["time"] * bool(pace), rows),
         "",
+        f"The dense model's predictions, `reference`, take {_gb(reference_bytes(on.tokens))} GB of the cache, once.",
         f"One more experiment adds {_gb(kept)} GB to the cache ({'its masks' if kept < model.count else MORE})"
         + (f" and takes {_duration(again)}; the first one takes {first}." if pace else "."),
     ]

@@ -19,13 +19,13 @@ from wanda_dvc.errors import EXTRAS, UserError
 from wanda_dvc.params import Params
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.needs import NEEDS, Need, config_of, known
-from wanda_dvc.stages.running import device_name
+from wanda_dvc.stages.running import device_name, free_memory
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.local import SETTINGS, local_sources
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.places import on_the_hub, task_definition, task_items
 from wanda_dvc.study.project import Project
-from wanda_dvc.views.needs import disk, memory
+from wanda_dvc.views.needs import disk
 
 LINKS = ("reflink", "hardlink", "symlink")
 SHOWN = ("torch", "transformers", "dvc", "lm-eval")
@@ -107,10 +107,12 @@ def _machine(project: Project) -> Iterator[Check]:
 
     device = project.params.runtime.device
     units = " and bf16 units" if has_units(torch.bfloat16) else ""
-    yield Check("cpu", True, f"{torch.get_num_threads()} threads{units}, {memory('cpu') / 1e9:.1f} GB of memory free")
+    yield Check(
+        "cpu", True, f"{torch.get_num_threads()} threads{units}, {free_memory('cpu') / 1e9:.1f} GB of memory free"
+    )
     gpus = accelerator.gpus()
     for gpu in gpus:
-        yield Check(gpu, True, f"{accelerator.full_name(gpu)}, {memory(gpu) / 1e9:.1f} GB free")
+        yield Check(gpu, True, f"{accelerator.full_name(gpu)}, {free_memory(gpu) / 1e9:.1f} GB free")
     mps = ["mps"] if accelerator.has_mps() else []
     if mps:
         yield Check("mps", True, "there; it shares the machine's memory")
@@ -128,7 +130,7 @@ def _room(project: Project) -> Iterator[Check]:
     with contextlib.suppress(UserError, ValueError, KeyError, OSError):  # missing or invalid
         on = known(project.params, config_of(project), project)
         needs |= {stage: need(on) for stage, need in NEEDS.items()}
-        free = memory(device_name(project.params.runtime))
+        free = free_memory(device_name(project.params.runtime))
         most = max(NEEDS, key=lambda stage: needs[stage].memory.total)
         wanted = needs[most].memory.total
         found = f"{free / 1e9:.1f} GB free; {most} needs about {wanted / 1e9:.1f} GB"

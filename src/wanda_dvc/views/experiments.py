@@ -1,4 +1,4 @@
-"""The experiments of a repository as a table: state, change of settings, perplexity and mean accuracy.
+"""The experiments of a repository as a table: state, change of settings, perplexity, divergence and mean accuracy.
 
 A number appears only with the settings of its measurement. `dvc exp show`, in contrast, fills the row of a failed or
 queued experiment with the numbers of its base commit.
@@ -18,7 +18,7 @@ from wanda_dvc.study.ran import stale_stages
 from wanda_dvc.study.settings import flatten
 
 NAMED = 10  # names in a sentence
-HEADERS = ["experiment", "state", "change", "perplexity", "mean acc, %"]
+HEADERS = ["experiment", "state", "change", "perplexity", "divergence", "agreement, %", "mean acc, %"]
 
 
 def experiments(*, project: Project, as_json: bool = False) -> str:
@@ -32,7 +32,9 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
             record["state"],
             ", ".join(f"{key}={value}" for key, value in record["change"].items()) or "–",
             number(record["perplexity"]),
-            "–" if record["accuracy"] is None else f"{100 * record['accuracy']:.1f}",
+            _shown(record["divergence"], "{:.4f}"),
+            _shown(record["agreement"], "{:.1f}", 100),
+            _shown(record["accuracy"], "{:.1f}", 100),
         ]
         for record in records
     ]
@@ -41,6 +43,11 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     said = f"No numbers of stages that have not run on the current settings: {named}." if stale else ""
     warnings = [f"{record['name']}: {problem}." for record in records for problem in record["warnings"]]
     return "\n\n".join(part for part in (table(HEADERS, rows), said, "\n".join(warnings)) if part)
+
+
+def _shown(value: float | str | None, form: str, factor: float = 1) -> str:
+    """Format a number; `diverged` stays, and a dash means missing."""
+    return value or "–" if isinstance(value, str | None) else form.format(factor * value)
 
 
 def results(project: Project) -> list[dict[str, Any]]:
@@ -67,16 +74,24 @@ def _record(one: Experiment) -> Json:
     """Return one row; None for a number of another experiment."""
     own = _own_metrics(one)
     answered = own.get("metrics/pruned/zero_shot.json", {})
+    measured = own.get("metrics/pruned/perplexity.json", {})
     accuracies = [scores["acc"] for scores in answered.values() if "acc" in scores]
     return {
         "name": one.name,
         "state": one.state.capitalize() if one.kind is Kind.EXPERIMENT else one.kind.name.lower(),
         "change": dict(one.changes),
-        "perplexity": own.get("metrics/pruned/perplexity.json", {}).get("perplexity"),
+        "perplexity": measured.get("perplexity"),
+        "divergence": _mean(measured.get("divergence")),
+        "agreement": _mean(measured.get("top1_agreement")),
         "accuracy": sum(accuracies) / len(accuracies) if accuracies and len(accuracies) == len(answered) else None,
         "warnings": list(raised(own.get("metrics/pruned/held_out.json", {}))),
         "stale": one.state == SUCCESS and len(own) < len(one.metrics),
     }
+
+
+def _mean(measure: Json | str | None) -> float | str | None:
+    """Return the mean of a measure; `diverged` and None stay."""
+    return measure["mean"] if isinstance(measure, dict) else measure
 
 
 def _own_metrics(one: Experiment) -> Mapping[str, Json]:

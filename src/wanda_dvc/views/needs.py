@@ -3,13 +3,12 @@
 The estimates are from stages/needs.py. They stop a stage only if the disk is clearly too small.
 """
 
-import contextlib
 import shutil
 
 from wanda_dvc.engine.sizes import Memory
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.stages.needs import need
-from wanda_dvc.stages.running import device_name
+from wanda_dvc.stages.running import device_name, free_memory
 from wanda_dvc.study.project import Project
 
 
@@ -20,7 +19,7 @@ def announce(*, project: Project, stage: str, part: str | None = None) -> None:
     except (UserError, ValueError, KeyError, OSError):
         return  # an invalid model: the stage reports it better, or does not need the model
     device = device_name(project.params.runtime)
-    free_memory, free_disk = memory(device), disk(project)
+    memory, free_disk = free_memory(device), disk(project)
     if wanted.least > free_disk:
         raise UserError(
             f"{project.root}: {_gb(free_disk)} of disk free, expected about {_gb(wanted.disk)} for {stage}; "
@@ -28,7 +27,7 @@ def announce(*, project: Project, stage: str, part: str | None = None) -> None:
         )
     on = f" on {device}" if device.startswith("cuda") else ""
     parts = [
-        (f"{_gb(wanted.memory.total)} of memory{on}", f"{_gb(free_memory)} of memory{on}")
+        (f"{_gb(wanted.memory.total)} of memory{on}", f"{_gb(memory)} of memory{on}")
         if wanted.memory != Memory()
         else None,
         (f"{_gb(wanted.disk)} of disk", f"{_gb(free_disk)} of disk") if wanted.disk else None,
@@ -37,18 +36,6 @@ def announce(*, project: Project, stage: str, part: str | None = None) -> None:
     if known:
         needs, free = (" and ".join(words) for words in zip(*known, strict=True))
         notice(f"{stage} needs about {needs}; free: {free}")
-
-
-def memory(device: str) -> int:
-    """Return free bytes of memory; of the GPU's if a stage runs on a GPU."""
-    if device.startswith("cuda"):
-        from wanda_dvc.engine.accelerator import free_memory
-
-        with contextlib.suppress(RuntimeError, AssertionError):  # no such GPU: the stage reports it
-            return free_memory(device)
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def disk(project: Project) -> int:

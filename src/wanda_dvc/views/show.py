@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report.inference import Flips
-from wanda_dvc.report.measures import ANSWERS, Measured, mean_layer_error
+from wanda_dvc.report.measures import ANSWERS, Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, json_text, load_json
 from wanda_dvc.study.held_out import raised
@@ -65,10 +66,14 @@ def _figures(project: Project, model: str) -> Json:
         for task in project.params.tasks.names
     }
     if model == "pruned":
+        divergence = found["perplexity"][0].items()
+        figures |= {name: value for name, value in divergence if name != "perplexity"}
         figures["sparsity"] = load_json(project.metrics("pruned", "sparsity")).get("sparsity")
         figures["layer_error"] = mean_layer_error(project)
         for (task, metric), one in _flips(project).items():
             figures["zero_shot"][task].setdefault("flips", {})[metric] = one._asdict()
+        dense, pruned = (Measured.of(project, which) for which in MODELS)
+        figures["continuations"] = [one._asdict() for one in pruned.continued(dense)]
     return figures
 
 
@@ -89,6 +94,7 @@ def comparison(project: Project) -> list[list[str]]:
     apart, tasks = measured_apart(project), project.params.tasks.names
     perplexities = [one["perplexity"][0].get("perplexity") for one in (dense, pruned)]
     rows = [["perplexity", *map(number, perplexities), "" if "perplexity" in apart else _ratio(*perplexities)]]
+    rows += divergence_rows(pruned["perplexity"][0])
     accuracies: list[list[float | None]] = []
     for task in tasks:
         both = [one[task][0].get("acc") for one in (dense, pruned)]
@@ -103,6 +109,32 @@ def comparison(project: Project) -> list[list[str]]:
         rows.append(["layer error, mean", "–", f"{error:.4f}", ""])
     rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
     return rows
+
+
+def divergence_rows(metrics: Json) -> list[list[str]]:
+    """Return the pruned model's divergence from the dense model as rows under `HEADERS`; [] if not measured."""
+    if "divergence" not in metrics:
+        return []
+    kl, agreed, change = (metrics[name] for name in ("divergence", "top1_agreement", "rms_probability_change"))
+    return [
+        ["divergence, nats", "0", with_interval(kl, "{:.4f}"), ""],
+        ["… median, 99 %, largest", "0", kl if kl == DIVERGED else spread(kl), ""],
+        ["top-1 agreement, %", "100", with_interval(agreed, "{:.1f}", 100), ""],
+        ["true token, RMS change, points", "0", change if change == DIVERGED else f"{100 * change:.1f}", ""],
+    ]
+
+
+def with_interval(measure: Json | str, form: str, factor: float = 1) -> str:
+    """Format a mean with its interval over windows; `diverged` stays."""
+    if isinstance(measure, str):
+        return measure
+    mean, *ends = (form.format(factor * measure[key]) for key in ("mean", "low", "high") if key in measure)
+    return f"{mean} ({' to '.join(ends)})" if ends else mean
+
+
+def spread(kl: Json) -> str:
+    """Format the median, the 99 % quantile and the largest of the divergences of single predictions."""
+    return ", ".join(f"{kl[key]:.4f}" for key in ("median", "p99", "largest"))
 
 
 def flips(project: Project) -> list[list[str]]:
@@ -201,15 +233,37 @@ def _footnotes(project: Project) -> Iterator[str]:
             f"{protocol['length']} tokens of {protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), "
             f"{protocol['dtype']}."
         )
+    if "divergences" in details["pruned"]["perplexity"]:
+        yield (
+            "Divergence: KL(dense ‖ pruned) of the predictions of each next token, in nats; agreement: the share of "
+            "positions where both models predict the same token. Both on the windows of the perplexity; in brackets "
+            "the 95 % interval over windows."
+        )
     if any(of[name] for of in details.values() for name in names):
         limit = project.params.zero_shot.limit
         yield (
             f"Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error: "
             "differences below two standard errors may be chance."
         )
+    yield from _notes_on_continuations(project)
     for model, of in details.items():
         for where in dict.fromkeys(one["not_finite"] for one in of.values() if "not_finite" in one):
             yield f"{model}: activations are not finite from here on: {where}."
+
+
+def _notes_on_continuations(project: Project) -> Iterator[str]:
+    """Describe how far the two models write the same; empty without continuations."""
+    dense, pruned = (Measured.of(project, model) for model in MODELS)
+    for name, model in zip(MODELS, (dense, pruned), strict=True):
+        if skipped := model.continuations.get("skipped"):
+            yield f"No continuations by the {name} model: {skipped}."
+    if pairs := pruned.continued(dense):
+        equal = ", ".join(str(pair.equal) for pair in pairs)
+        own, other = (f"{100 * mean_repeated(pairs, which):.0f} %" for which in (0, 1))
+        yield (
+            f"Greedy continuations of {len(pairs)} prompts, at most {max(pair.tokens for pair in pairs)} tokens: equal "
+            f"for {equal} tokens; repeated 4-grams: dense {own}, pruned {other}. `wanda-dvc report` shows the texts."
+        )
 
 
 def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 from wanda_dvc.report.chapters import (
+    continuations,
+    divergence,
     excluded,
     perplexity,
     protocol,
@@ -24,7 +26,9 @@ CHAPTERS: dict[str, Callable[[Section], Content]] = {
     "": protocol.content,
     "Summary": summary.content,
     "Perplexity": perplexity.content,
+    "Divergence from the dense model": divergence.content,
     "Zero-shot accuracy": zero_shot.content,
+    "Continuations": continuations.content,
     "Uncertainty": uncertainty.content,
     "Published results": published.content,
     "Structure and size": structure.content,

@@ -1,0 +1,50 @@
+"""Greedy continuations of prompts, by transformers' own generation: the complete model is in memory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from wanda_dvc.engine.windows import load_tokenizer
+from wanda_dvc.errors import UserError
+
+TOKENS = 40  # of a continuation, at most
+
+
+class Continuation(NamedTuple):
+    """A model's continuation of a prompt."""
+
+    tokens: list[int]  # with the token that ends a text, if the model chose it
+    text: str
+
+
+def continuations(
+    folder: Path, prompts: Sequence[str], *, dtype: torch.dtype, device: torch.device, source: str
+) -> list[Continuation]:
+    """Continue each prompt by the likeliest token, up to `TOKENS` times; each prompt runs alone, without padding.
+
+    Of the model's own settings for generation only the end of a text counts: a penalty for repetitions would hide them.
+    `source` names the prompts' file in messages.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tokenizer = load_tokenizer(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval().to(device)
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=TOKENS, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
+    )
+    positions, found = getattr(model.config.get_text_config(), "max_position_embeddings", None), []
+    for number, prompt in enumerate(prompts, start=1):
+        asked = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"]], device=device)
+        if isinstance(positions, int) and asked.shape[1] + TOKENS > positions:
+            raise UserError(
+                f"{source}: prompt {number}: {asked.shape[1]} tokens, expected at most {positions - TOKENS}: the model "
+                f"has {positions} positions; shorten the prompt"
+            )
+        written = model.generate(asked, attention_mask=torch.ones_like(asked))
+        tokens = written[0, asked.shape[1] :].tolist()
+        found.append(Continuation(tokens, tokenizer.decode(tokens, skip_special_tokens=True)))
+    return found

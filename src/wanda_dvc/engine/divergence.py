@@ -1,0 +1,247 @@
+"""Compares a model's next-token distributions with the dense model's: divergence, agreement, true tokens.
+
+A complete distribution is too large to keep. Of the dense model's, at each position, `Reference` keeps the most
+probable tokens, the mass of all others (the tail), and some tokens drawn from the tail. The rest is the other model's.
+docs/decisions/0032-divergence.md compares this with kept hidden states and with the most probable tokens alone.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, Float64, Int, Int32
+from torch import Tensor
+
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.intervals import mean_interval
+from wanda_dvc.engine.losses import log_probabilities, total_loss
+from wanda_dvc.engine.rows import Row
+from wanda_dvc.errors import UserError
+from wanda_dvc.reading import DIVERGED
+
+TOP = 64  # the most probable tokens of a position
+DRAWN = 64  # tokens drawn from its tail, with replacement
+BYTES_A_TOKEN = 8 * (TOP + DRAWN) + 3 * 4  # of a reference, at most
+# Log-probabilities at a time, by kind of device: few, so that they stay in a core's cache; many, to fill a GPU.
+AT_A_TIME = {"cpu": 2**20, "cuda": 2**24}
+TEMPORARIES = 24  # bytes for each of those, at most: exponentials, float64 sums
+
+
+class Reference(NamedTuple):
+    """The dense model's predictions of one window, a row for each predicted token. Log-probabilities are in nats."""
+
+    top: Int32[Tensor, "predictions top"]  # tokens
+    top_log_p: Float32[Tensor, "predictions top"]
+    tail_log_p: Float32[Tensor, " predictions"]  # of all other tokens together
+    drawn: Int32[Tensor, "predictions drawn"]  # tokens of the tail; none if the vocabulary has no tail
+    drawn_log_p: Float32[Tensor, "predictions drawn"]
+    first: Int32[Tensor, " predictions"]  # the most probable token, of equals the lowest id
+    true_log_p: Float32[Tensor, " predictions"]  # of the text's own next token
+
+
+class Divergence(NamedTuple):
+    """A model against the dense model, on one window."""
+
+    kl: list[float]  # KL(dense ‖ model) of each prediction, in nats, to six significant digits
+    agreed: int  # predictions with the same most probable token
+    squared_change: float  # Σ (p − q)² of the true tokens' probabilities
+
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers are finite."""
+        return all(map(math.isfinite, (*self.kl, self.squared_change)))
+
+
+# --- one window ---
+
+
+def refer(
+    decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
+) -> tuple[float, Reference]:
+    """Return the dense model's mean loss on a window, and its reference, on the host."""
+    # The offset of each position's draw; each window has the same, so that no order of windows matters.
+    offsets = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)).double()
+    losses, parts, place = [], [], 0
+    for log_p, targets in log_probabilities(decoder, hidden, tokens):
+        losses.append(total_loss(log_p, targets))
+        for some, wanted in _slices(log_p, targets):
+            own = offsets[place : place + len(some)].to(some.device)
+            parts.append(_reference(some, wanted, own))
+            place += len(some)
+    return _mean(losses, place), Reference(*_on_host(parts))
+
+
+def compare(
+    decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"], dense: Reference
+) -> tuple[float, Divergence]:
+    """Return a model's mean loss on a window, and its divergence from the dense model.
+
+    Raises:
+        UserError: the model has another vocabulary than a token of the reference.
+    """
+    losses, parts, place = [], [], 0
+    for log_q, targets in log_probabilities(decoder, hidden, tokens):
+        losses.append(total_loss(log_q, targets))
+        for some, wanted in _slices(log_q, targets):
+            end = place + len(some)
+            own = (dense.top[place:end].to(some.device), dense.drawn[place:end].to(some.device))
+            parts.append(_seen(some, wanted, *own))
+            place = end
+    top, tail, drawn, first, true = _on_host(parts)
+    kl = _kl((dense.top_log_p, dense.tail_log_p, dense.drawn_log_p), (top, tail, drawn))
+    change = dense.true_log_p.double().exp() - true.double().exp()
+    return _mean(losses, place), Divergence(
+        kl=[float(f"{value:.6g}") for value in kl.tolist()],
+        agreed=int((first == dense.first).sum()),
+        squared_change=float((change**2).sum()),
+    )
+
+
+def _slices(log_p: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield some positions at a time, on the host if the device has no float64."""
+    if log_p.device.type == "mps":
+        log_p, targets = log_p.cpu(), targets.cpu()
+    positions = max(1, AT_A_TIME[log_p.device.type] // log_p.shape[1])
+    yield from zip(log_p.split(positions), targets.split(positions), strict=True)
+
+
+def _reference(
+    log_p: Float32[Tensor, "positions vocabulary"],
+    targets: Int[Tensor, " positions"],
+    offsets: Float64[Tensor, " positions"],
+) -> tuple[Tensor, ...]:
+    """Return the parts of a reference. The top's log-probabilities are overwritten in `log_p`.
+
+    The draw is systematic: the tail's cumulative distribution at equal steps from a random offset.
+    """
+    vocabulary = log_p.shape[1]
+    first, true = log_p.argmax(-1), log_p.gather(-1, targets[:, None])[:, 0]
+    top_log_p, top = log_p.topk(min(TOP, vocabulary), -1)
+    tail = _tail(log_p, top)
+    cumulative = log_p.exp().cumsum(-1, dtype=torch.float64)
+    steps = torch.arange(DRAWN if vocabulary > TOP else 0, device=log_p.device)
+    wanted = (steps + offsets[:, None]) / DRAWN * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=vocabulary - 1)
+    return top.int(), top_log_p, tail, drawn.int(), log_p.gather(-1, drawn), first.int(), true
+
+
+def _seen(
+    log_q: Float32[Tensor, "positions vocabulary"],
+    targets: Int[Tensor, " positions"],
+    top: Int32[Tensor, "positions top"],
+    drawn: Int32[Tensor, "positions drawn"],
+) -> tuple[Tensor, ...]:
+    """Return log-probabilities of the reference's top, tail and drawn tokens; the first token; the true one's."""
+    first, true = log_q.argmax(-1), log_q.gather(-1, targets[:, None])[:, 0]
+    of_drawn = log_q.gather(-1, drawn.long())
+    of_top = log_q.gather(-1, top.long())
+    return of_top, _tail(log_q, top.long()), of_drawn, first.int(), true
+
+
+def _tail(log_p: Float32[Tensor, "positions vocabulary"], top: Int[Tensor, "positions top"]) -> Tensor:
+    """Return the log-probability of all tokens outside the top, whose entries become −∞."""
+    return log_p.scatter_(-1, top, -math.inf).logsumexp(-1)
+
+
+Parts = tuple[Tensor, Tensor, Tensor]  # log-probabilities: of the top, of the tail, of the drawn tokens
+
+
+def _kl(dense: Parts, other: Parts) -> Float64[Tensor, " predictions"]:
+    """Return an unbiased estimate of KL(p ‖ q) for each prediction. It is never negative, and 0 for equal parts.
+
+    By the chain rule, KL is the divergence of top and tail, with the tail as one token, plus p(tail) times the
+    divergence within the tail. The first is exact. The second is E[r − 1 − log r] over tokens drawn from p's tail, with
+    r = (q / q(tail)) / (p / p(tail)): no term is negative, and E[r − 1] = 0 (Schulman's k3,
+    http://joschu.net/blog/kl-approx.html). Without a tail the result is exact.
+    """
+    (p_top, p_tail, p_drawn), (q_top, q_tail, q_drawn) = map(_normalized, (dense, other))
+    log_p, log_q = torch.cat([p_top, p_tail], -1), torch.cat([q_top, q_tail], -1)
+    p = log_p.exp()
+    coarse = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).clamp_(min=0)  # rounding may give −1e-17
+    if not p_drawn.shape[1]:
+        return coarse
+    log_r = (q_drawn - q_tail) - (p_drawn - p_tail)
+    # A tail that is 0 in float32 has nothing to draw.
+    within = torch.where(p_drawn.isneginf(), 0.0, log_r.expm1() - log_r).mean(-1)
+    return coarse + torch.where(p[:, -1] == 0, 0.0, p[:, -1] * within)
+
+
+def _normalized(parts: Parts) -> Parts:
+    """Return log-probabilities in float64, the tail's as a column, so that top and tail sum to 1."""
+    top, tail, drawn = (x.double() for x in parts)
+    total = torch.cat([top, tail[:, None]], -1).logsumexp(-1, keepdim=True)
+    return top - total, tail[:, None] - total, drawn - total
+
+
+def _on_host(parts: list[tuple[Tensor, ...]]) -> Iterator[Tensor]:
+    """Return the parts of all positions, joined."""
+    return (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+
+
+def _mean(losses: list[Tensor], predictions: int) -> float:
+    return float(sum(torch.stack(losses).tolist())) / predictions
+
+
+# --- shards, for `Runner.head` ---
+
+
+def refer_windows(
+    decoder: Decoder, rows: Sequence[Row], hidden: Sequence[Float[Tensor, "_ width"]], skipped: int
+) -> Iterator[tuple[float, Reference]]:
+    """Yield the loss and the reference of each window but the first `skipped`."""
+    for row, states in list(zip(rows, hidden, strict=True))[skipped:]:
+        yield refer(decoder, states[None], row.tokens)
+
+
+def compare_windows(
+    decoder: Decoder, rows: Sequence[Row], hidden: Sequence[Float[Tensor, "_ width"]], dense: Sequence[Reference]
+) -> Iterator[tuple[float, Divergence]]:
+    """Yield the loss and the divergence of a shard's last windows: those with a reference in `dense`."""
+    skipped = len(rows) - len(dense)
+    for row, states, one in zip(rows[skipped:], hidden[skipped:], dense, strict=True):
+        yield compare(decoder, states[None], row.tokens, one)
+
+
+def check_vocabulary(decoder: Decoder, expected: int) -> None:
+    """Raise UserError if a model's vocabulary is not the dense model's: their distributions are not comparable."""
+    found = vocabulary(decoder)
+    if found != expected:
+        raise UserError(
+            f"{decoder.checkpoint}: a vocabulary of {found:,} tokens, expected the dense model's {expected:,}: the two "
+            "models' predictions cannot be compared; use a model pruned from this study's dense model"
+        )
+
+
+def vocabulary(decoder: Decoder) -> int:
+    """Return the number of tokens with a logit."""
+    size: int = decoder.model.get_output_embeddings().weight.shape[0]
+    return size
+
+
+# --- all windows ---
+
+
+def summarize(windows: Sequence[Divergence]) -> dict[str, Any]:
+    """Return the measures over all windows, as metrics; `diverged` in place of all if one number is not finite.
+
+    Intervals count windows as independent. A percentile is the smallest value with that share of predictions at or
+    below it.
+    """
+    if not all(one.finite for one in windows):
+        return {"divergence": DIVERGED, "top1_agreement": DIVERGED, "rms_probability_change": DIVERGED}
+    counts = [len(one.kl) for one in windows]
+    every, total = sorted(value for one in windows for value in one.kl), sum(counts)
+    rounded = {
+        "divergence": mean_interval([math.fsum(one.kl) / len(one.kl) for one in windows], counts)
+        | {
+            "median": every[math.ceil(0.5 * total) - 1],
+            "p99": every[math.ceil(0.99 * total) - 1],
+            "largest": every[-1],
+        },
+        "top1_agreement": mean_interval([one.agreed / len(one.kl) for one in windows], counts, within=(0, 1)),
+    }
+    change = math.sqrt(math.fsum(one.squared_change for one in windows) / total)
+    return {
+        name: {key: float(f"{value:.6g}") for key, value in measures.items()} for name, measures in rounded.items()
+    } | {"rms_probability_change": float(f"{change:.6g}")}

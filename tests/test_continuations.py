@@ -1,0 +1,132 @@
+"""What the models write: greedy continuations of prompts, in the stage, the report and on the model card."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_stages import fetch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wanda_dvc.engine.continuations import TOKENS, continuations
+from wanda_dvc.errors import UserError
+from wanda_dvc.report.measures import Measured, repeated_share
+from wanda_dvc.stages.continuations import read_prompts
+from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study.files import load_json, write_json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.scaffold import FILES, PROMPTS
+from wanda_dvc.views.show import show
+
+CPU = torch.device("cpu")
+
+
+def greedy(folder: Path, prompt: str, end: int = 2) -> list[int]:
+    """The likeliest tokens, one after another, each by a forward pass over all tokens."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(prompt)["input_ids"]
+    start = len(tokens)
+    while len(tokens) < start + TOKENS and (len(tokens) == start or tokens[-1] != end):
+        with torch.no_grad():
+            tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[start:]
+
+
+def written(folder: Path, *prompts: str) -> list[list[int]]:
+    found = continuations(folder, prompts, dtype=torch.float32, device=CPU, source="prompts.txt")
+    return [one.tokens for one in found]
+
+
+def test_each_token_is_the_likeliest_one(tiny: Path):
+    prompts = ["To sit", "A much longer prompt"]
+    assert written(tiny, *prompts) == [greedy(tiny, prompt) for prompt in prompts]
+
+
+def test_only_the_end_of_a_text_is_taken_from_the_models_settings(tiny: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    end = greedy(tiny, "To sit")[5]
+    settings = {"eos_token_id": [end, 259], "do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0}
+    write_json(folder / "generation_config.json", settings)
+    (found,) = written(folder, "To sit")
+    assert found == greedy(tiny, "To sit", end)
+    assert len(found) <= 6
+
+
+def test_a_prompt_that_leaves_no_positions_is_refused(tiny: Path):
+    with pytest.raises(UserError, match="prompts.txt: prompt 2: 473 tokens, expected at most 472: the model has 512 p"):
+        written(tiny, "a", "a" * 473)
+
+
+def test_a_stage_writes_the_same_bytes_again_and_runs_a_model_once(
+    project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+):
+    made = fetch(project(tasks__names=[]), "model")
+    prompts, place = made.root / PROMPTS, made.details("dense", "continuations")
+    prompts.write_text("To sit\r\n\n  The sea \n")
+    zero_shot(project=made, model="dense")
+    first, content = place.read_bytes(), load_json(place)
+    assert [one["prompt"] for one in content["prompts"]] == ["To sit", "The sea"]
+    assert content["prompts"][0]["tokens"] == greedy(made.model("dense"), "To sit")
+    with monkeypatch.context() as kept:
+        kept.setattr("wanda_dvc.engine.continuations.continuations", lambda *_, **__: 1 / 0)
+        zero_shot(project=made, model="dense")
+        assert place.read_bytes() == first
+    prompts.write_text("The sea\n")
+    zero_shot(project=made, model="dense")
+    assert load_json(place)["prompts"] == content["prompts"][1:]
+    shutil.rmtree(made.answers.folder)
+    prompts.write_text("To sit\nThe sea\n")
+    zero_shot(project=made, model="dense")
+    assert place.read_bytes() == first
+
+
+def test_without_prompts_of_its_own_a_study_has_those_of_a_new_one(project: Callable[..., Project]):
+    expected = FILES[PROMPTS].read_text(encoding="utf-8").splitlines()
+    assert read_prompts(project()) == expected
+    assert len(expected) == 5
+
+
+def test_a_model_that_does_not_fit_in_memory_is_skipped_and_said(
+    project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    made = fetch(project(tasks__names=[]), "model")
+    with monkeypatch.context() as small:
+        small.setattr("wanda_dvc.stages.continuations.free_memory", lambda _: 10**8)
+        zero_shot(project=made, model="dense")
+    skipped = "the model needs 0.1 GB of memory, and 0.1 GB were free"
+    assert load_json(made.details("dense", "continuations"))["skipped"] == skipped
+    assert f"zero-shot dense: no continuations: {skipped}" in capsys.readouterr().err
+    assert f"No continuations by the dense model: {skipped}." in show(project=made)
+    zero_shot(project=made, model="dense")
+    assert load_json(made.details("dense", "continuations"))["prompts"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"), [([1, 2, 3], 0.0), ([1, 2, 3, 4, 5], 0.0), ([7] * 40, 36 / 37), ([1, 2, 3, 4] * 2, 1 / 5)]
+)
+def test_repeated_4_grams_are_those_that_occurred_before(tokens: list[int], share: float):
+    assert repeated_share(tokens) == pytest.approx(share)
+
+
+def continued(project: Project, model: str, *texts: tuple[str, list[int]], **changes: Any) -> None:
+    """Continuations of a model, as the stage writes them."""
+    protocol = {"tokenizer_sha256": "0", "prompts_sha256": "0", "tokens": 40, "dtype": "float32"} | changes
+    prompts = [{"prompt": f"a | {n}", "text": text, "tokens": tokens} for n, (text, tokens) in enumerate(texts)]
+    write_json(project.details(model, "continuations"), {"protocol": protocol, "prompts": prompts})
+
+
+def test_two_models_continuations_are_set_side_by_side(project: Callable[..., Project]):
+    made = project()
+    continued(made, "dense", ("a cat\nsat", [1, 2, 3, 4, 5]), ("same", [6, 7]))
+    continued(made, "pruned", ("a *dog*", [1, 2, 9]), ("same", [6, 7]))
+    dense, pruned = (Measured.of(made, model) for model in ("dense", "pruned"))
+    first, second = pruned.continued(dense)
+    assert (first.dense, first.pruned, first.equal, first.tokens) == ("a cat\nsat", "a *dog*", 2, 5)
+    assert (second.equal, second.repeated) == (2, (0.0, 0.0))
+    assert "Greedy continuations of 2 prompts, at most 5 tokens: equal for 2, 2 tokens" in show(project=made)
+    assert json.loads(show(project=made, as_json=True))["results"]["pruned"]["continuations"][0]["equal"] == 2
+    continued(made, "pruned", ("a dog", [1, 2, 9]), dtype="bfloat16")
+    assert Measured.of(made, "pruned").continued(dense) == []

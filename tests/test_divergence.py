@@ -1,0 +1,252 @@
+"""A model against the dense model: the laws of the divergence, and its two stages."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from scipy import stats
+from test_stages import fetch, tree
+
+from wanda_dvc.engine import divergence
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.divergence import Divergence, Reference, compare, refer, summarize
+from wanda_dvc.engine.intervals import mean_interval
+from wanda_dvc.engine.rows import Row
+from wanda_dvc.errors import UserError
+from wanda_dvc.report.inference import perplexity as perplexity_interval
+from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.perplexity import perplexity
+from wanda_dvc.study.files import load_json
+from wanda_dvc.study.project import Project
+
+Make = Callable[..., Project]
+CPU = torch.device("cpu")
+TOKENS = torch.arange(40) * 7 % 250
+
+
+def through(folder: Path, tokens: torch.Tensor = TOKENS) -> tuple[Decoder, torch.Tensor]:
+    """A model, and its last hidden states of a window."""
+    decoder = Decoder(folder, dtype=torch.float32, device=CPU)
+    with torch.no_grad():
+        return decoder, decoder._through([Row(tokens)])[0][None]
+
+
+def oracle(folder: Path, other: Path, tokens: torch.Tensor = TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both models' log-probabilities in float64, by transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        found = [
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)(tokens[None]).logits[0, :-1].log_softmax(-1)
+            for path in (folder, other)
+        ]
+    return found[0], found[1]
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path]:
+    """A model, and one with other weights, final norm and head."""
+    return save_tiny_model(tmp_path / "one"), save_tiny_model(tmp_path / "other", seed=1, tie_word_embeddings=False)
+
+
+def test_a_small_vocabulary_gives_the_divergence_of_float64(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(divergence, "TOP", 260)
+    loss, dense = refer(*through(models[0]), TOKENS)
+    other_loss, found = compare(*through(models[1]), TOKENS, dense)
+    p, q = oracle(*models)
+    targets = TOKENS[1:, None]
+    assert dense.drawn.shape == (39, 0)
+    assert loss == pytest.approx(-float(p.gather(1, targets).mean()), rel=1e-5)
+    assert other_loss == pytest.approx(-float(q.gather(1, targets).mean()), rel=1e-5)
+    assert found.kl == pytest.approx((p.exp() * (p - q)).sum(1).tolist(), rel=1e-4)
+    assert found.agreed == int((p.argmax(1) == q.argmax(1)).sum())
+    change = (p.gather(1, targets).exp() - q.gather(1, targets).exp()) ** 2
+    assert found.squared_change == pytest.approx(float(change.sum()), rel=1e-4)
+
+
+def test_drawn_tokens_estimate_the_tail_without_bias(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    """The mean over all tokens of the tail, by their probability, is the divergence exactly."""
+    monkeypatch.setattr(divergence, "TOP", 5)
+    p, q = oracle(*models)
+    _, dense = refer(*through(models[0]), TOKENS)
+    top = dense.top.long()
+    rest = p.scatter(1, top, -math.inf)
+    weights = (rest - rest.logsumexp(1, keepdim=True)).exp()
+    total = torch.zeros(39, dtype=torch.float64)
+    own = (p.gather(1, top), rest.logsumexp(1))
+    others = (q.gather(1, top), q.scatter(1, top, -math.inf).logsumexp(1))
+    for token in range(260):
+        found = divergence._kl((*own, p[:, token, None]), (*others, q[:, token, None]))
+        total += torch.where(weights[:, token] > 0, weights[:, token] * found, 0.0)
+    assert total.tolist() == pytest.approx((p.exp() * (p - q)).sum(1).tolist(), rel=1e-9)
+
+
+def test_the_draw_follows_the_tail(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    """Systematic: of n draws, a token with probability π within the tail gets nπ, rounded down or up."""
+    monkeypatch.setattr(divergence, "TOP", 5)
+    monkeypatch.setattr(divergence, "DRAWN", 1000)
+    _, dense = refer(*through(models[0]), TOKENS)
+    p = oracle(models[0], models[0])[0]
+    rest = p.scatter(1, dense.top.long(), -math.inf)
+    expected = 1000 * (rest - rest.logsumexp(1, keepdim=True)).exp()
+    for row in range(39):
+        counts = dense.drawn[row].long().bincount(minlength=260)
+        assert bool(((counts - expected[row]).abs() < 1.01).all())
+        assert dense.drawn_log_p[row].tolist() == pytest.approx(p[row, dense.drawn[row].long()].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("top", "drawn"), [(64, 64), (3, 2), (260, 64)])
+def test_a_model_against_itself_is_zero_to_the_bit(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, top: int, drawn: int
+):
+    monkeypatch.setattr(divergence, "TOP", top)
+    monkeypatch.setattr(divergence, "DRAWN", drawn)
+    loss, dense = refer(*through(models[0]), TOKENS)
+    assert compare(*through(models[0]), TOKENS, dense) == (loss, Divergence([0.0] * 39, 39, 0.0))
+
+
+def test_no_divergence_is_negative_or_lost():
+    """From equal to far apart, also where probabilities underflow in float32."""
+    generator = torch.Generator().manual_seed(0)
+
+    class Logits(Decoder):
+        def __init__(self, logits: torch.Tensor):
+            self.device, self.rows = CPU, logits
+
+        def logits(self, hidden: torch.Tensor, tokens: torch.Tensor) -> Any:
+            yield slice(0, len(tokens)), self.rows.clone()
+
+    tokens, hidden = torch.arange(30), torch.zeros(1, 30, 1)
+    for scale in (0.1, 1.0, 30.0, 1000.0):
+        logits = scale * torch.randn(30, 400, generator=generator)
+        dense: Reference = refer(Logits(logits), hidden, tokens)[1]
+        for change in (0.0, 1e-7, 1e-3, 1.0, 100.0):
+            other = logits + change * torch.randn(30, 400, generator=generator)
+            found = compare(Logits(other), hidden, tokens, dense)[1]
+            assert found.finite
+            assert min(found.kl) >= 0
+            p, q = logits[:-1].double().log_softmax(1), other[:-1].double().log_softmax(1)
+            exact = float((p.exp() * (p - q)).sum(1).mean())
+            assert math.fsum(found.kl) / 29 == pytest.approx(exact, rel=0.25, abs=1e-5)
+        logits[3, 5] = math.nan
+        assert summarize([compare(Logits(logits), hidden, tokens, dense)[1]]) == dict.fromkeys(
+            ("divergence", "top1_agreement", "rms_probability_change"), "diverged"
+        )
+
+
+def test_positions_that_go_together_do_not_matter(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    found = []
+    for size in (2**20, 260 * 7):
+        monkeypatch.setitem(divergence.AT_A_TIME, "cpu", size)
+        dense = refer(*through(models[0]), TOKENS)
+        found.append((dense[1], compare(*through(models[1]), TOKENS, dense[1])))
+    assert found[0][1] == found[1][1]
+    assert all(torch.equal(one, other) for one, other in zip(found[0][0], found[1][0], strict=True))
+
+
+def test_the_interval_is_students():
+    losses, counts = [2.0, 2.5, 1.9, 2.2], [63, 63, 63, 12]
+    found, expected = mean_interval(losses, counts), perplexity_interval(losses, counts)
+    assert expected
+    assert [math.exp(found[key]) for key in ("mean", "low", "high")] == pytest.approx(list(expected[:3]), rel=1e-12)
+    assert mean_interval([3.0], [5]) == {"mean": 3.0}
+    plain = mean_interval([0.0, 1.0, 1.0], [1, 1, 1], within=(0, 1))
+    assert plain["high"] == 1
+    assert stats.t.interval(0.95, 2, 2 / 3, stats.sem([0, 1, 1]))[1] > 1
+
+
+def test_a_worked_example():
+    windows = [Divergence([0.0, 0.5, 1.0], 2, 0.03), Divergence([4.0], 0, 0.01)]
+    found = summarize(windows)
+    assert {key: found["divergence"][key] for key in ("mean", "median", "p99", "largest")} == {
+        "mean": 1.375, "median": 0.5, "p99": 4.0, "largest": 4.0,
+    }  # fmt: skip
+    assert found["top1_agreement"]["mean"] == 0.5
+    assert found["rms_probability_change"] == 0.1
+
+
+# --- the stages ---
+
+
+def pruned(project: Make, **changes: Any) -> Project:
+    made = fetch(project(**changes), "model", "calibration", "perplexity")
+    for stage in (calibrate, mask, apply):
+        stage(project=made)
+    return made
+
+
+def test_the_pruned_model_is_measured_without_the_dense_one(project: Make):
+    made = pruned(project)
+    perplexity(project=made, model="dense")
+    shutil.rmtree(made.model("dense"))
+    perplexity(project=made, model="pruned")
+    metrics, details = (load_json(getattr(made, kind)("pruned", "perplexity")) for kind in ("metrics", "details"))
+    assert 0 < metrics["divergence"]["low"] < metrics["divergence"]["mean"] < metrics["divergence"]["high"]
+    assert metrics["divergence"]["median"] <= metrics["divergence"]["p99"] <= metrics["divergence"]["largest"]
+    assert 0 < metrics["top1_agreement"]["mean"] < 1
+    assert len(details["divergences"]) == len(details["agreements"]) == 4
+    assert load_json(made.metrics("dense", "perplexity")).keys() == {"perplexity"}
+
+
+def test_nothing_removed_is_no_divergence(project: Make):
+    made = pruned(project, sparsity=0.0)
+    perplexity(project=made, model="dense")
+    perplexity(project=made, model="pruned")
+    found = load_json(made.metrics("pruned", "perplexity"))
+    assert set(found["divergence"].values()) == {0.0}
+    assert found["top1_agreement"]["mean"] == 1.0
+    assert found["perplexity"] == load_json(made.metrics("dense", "perplexity"))["perplexity"]
+
+
+@pytest.mark.parametrize("model", ["dense", "pruned"])
+@pytest.mark.parametrize("finished", [0, 2, 4])
+def test_a_killed_run_ends_with_the_same_bytes(
+    project: Make, monkeypatch: pytest.MonkeyPatch, model: str, finished: int
+):
+    made = pruned(project)
+    perplexity(project=made, model="dense")
+    perplexity(project=made, model="pruned")
+    whole, reference = tree(made.root / "metrics"), tree(made.reference)
+    name = "refer" if model == "dense" else "compare"
+    real, count = getattr(divergence, name), iter(range(100))
+
+    def killed(*words: Any) -> Any:
+        if next(count) == finished:
+            raise KeyboardInterrupt
+        return real(*words)
+
+    with monkeypatch.context() as killing:
+        killing.setattr(divergence, name, killed)
+        if finished == 4:  # between the results and their publication
+            killing.setattr("wanda_dvc.stages.perplexity.write_csv", killed)
+            killing.setattr("wanda_dvc.stages.perplexity.write_json", lambda *_: killed(*[None] * 0))
+        with pytest.raises(KeyboardInterrupt):
+            perplexity(project=made, model=model)
+    perplexity(project=made, model=model)
+    assert tree(made.root / "metrics") == whole
+    assert tree(made.reference) == reference
+
+
+def test_a_reference_of_other_settings_or_another_model_is_refused(project: Make, tmp_path: Path):
+    made = pruned(project)
+    with pytest.raises(UserError, match=r"reference/provenance.json: missing; .*wanda-dvc perplexity dense"):
+        perplexity(project=made, model="pruned")
+    perplexity(project=made, model="dense")
+    with pytest.raises(UserError, match="reference/: measured with windows 4, expected 3.*run `dvc repro`"):
+        perplexity(project=project(perplexity__windows=3), model="pruned")
+    provenance = made.reference / "provenance.json"
+    content = json.loads(provenance.read_text())
+    provenance.write_text(json.dumps(content | {"dense": "0" * 64}))
+    with pytest.raises(UserError, match="reference/: measured on another model, expected .*tiny"):
+        perplexity(project=project(), model="pruned")
+    provenance.write_text(json.dumps(content | {"vocabulary": 300}))
+    with pytest.raises(UserError, match="a vocabulary of 260 tokens, expected the dense model's 300"):
+        perplexity(project=project(), model="pruned")
