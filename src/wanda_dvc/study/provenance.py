@@ -16,6 +16,7 @@ from wanda_dvc.study.files import Json, read_json, write_json
 
 FORMAT = 1
 PROVENANCE = "provenance.json"
+TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")  # its files
 
 # The keys of a provenance used by readers, by the command that makes the artifact.
 _TEXT, _MEASURED = ("source", "sha256"), ("model.source", "model.sha256", "params")
@@ -120,6 +121,5 @@ def files_digest(folder: Path) -> dict[str, str]:
 
 def tokenizer_digest(model: Path) -> str:
     """Return one SHA-256 of the files of a model's tokenizer."""
-    patterns = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-    files = sorted({path for pattern in patterns for path in model.glob(pattern)})
+    files = sorted({path for pattern in TOKENIZER for path in model.glob(pattern)})
     return digest({path.name: file_digest(path) for path in files})
