@@ -33,7 +33,8 @@ KEYS = {
 OBJECTS, MAPPINGS = ("params",), dict
 # The kinds of artifact that a folder may hold, by its name; `stats --compare` reads folders with other names.
 KINDS = {
-    **dict.fromkeys(("dense", "pruned"), ("model",)),
+    "dense": ("model",),
+    "pruned": ("model", "evaluated"),
     **dict.fromkeys(("calibration", "perplexity"), ("text", "documents")),
     "norms": ("stats",),
     **{name: (name,) for name in ("gram", "fisher", "masks", "weights", "reference")},
