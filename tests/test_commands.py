@@ -31,6 +31,7 @@ TABLES = {
     "stats": ["stats", "--layer", "1"],
     "preset": ["preset"],
     "cost": ["cost"],
+    "evaluate": ["evaluate", "models/pruned"],
     "speed": ["speed", "models/pruned", "--prompt", "4", "--tokens", "3"],
     "doctor": ["doctor"],
     "clean": ["clean", "--dry-run"],
@@ -88,6 +89,7 @@ SLOW = {"speed"}  # times a packed and a dense model
     [
         pytest.param(words, id=name, marks=[pytest.mark.slow] * (name in SLOW))
         for name, words in (TABLES | MORE).items()
+        if name != "evaluate"  # tests/test_evaluate.py runs it on a study with tasks
     ],
 )
 def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project, words: list[str]):

@@ -218,6 +218,7 @@ def test_every_python_block_compiles(page: str):
 # Where a command is not run, and why. A page stands for all of its commands.
 NOT_RUN = {
     "CONTRIBUTING.md": "makes the environment that the tests are running in, and runs them",
+    "docs/evaluate.md": "test_evaluate.py measures a directory, a packed one and GGUF files",
     "docs/add-a-method.md": "test_catalog.py installs the page's package and prunes with it",
     "docs/results/better.md": "measures the real model for hours; the README and methods.md run these settings",
     "docs/results/default-grid/report.md": "measures the real model for an hour; the README runs these settings",

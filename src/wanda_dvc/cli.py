@@ -73,15 +73,7 @@ def _run(name: str, version: int | None, part: str | None = None) -> None:
     check_version(name, version)
     project = Project.find()
     project.params  # noqa: B018 - all that is wrong in params.yaml is said before anything starts
-    if sys.stderr.isatty():
-        notice(f"{label}: starting")  # libraries take seconds to come
-    else:  # bars of libraries would fill a log; ours says a line a minute
-        os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    if not stage.network:
-        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    _prepare(label, network=stage.network)
     watch_dvc(project)
     with stoppable(label):
         announce(project=project, stage=name, part=part)
@@ -91,6 +83,19 @@ def _run(name: str, version: int | None, part: str | None = None) -> None:
 
                 torch.set_num_threads(cores())
             run_stage(name, project=project, part=part)
+
+
+def _prepare(label: str, *, network: bool = False) -> None:
+    """Set the environment of the libraries, before their import."""
+    if sys.stderr.isatty():
+        notice(f"{label}: starting")  # libraries take seconds to come
+    else:  # bars of libraries would fill a log; ours says a line a minute
+        os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if not network:
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 def _command(stage: Stage) -> Callable[..., None]:
@@ -195,6 +200,31 @@ def report(
     from wanda_dvc.study.project import Project
 
     typer.echo(write(project=Project.find(), output=output, model=model, revs=rev))
+
+
+@app.command(rich_help_panel=RESULT_PANEL)
+def evaluate(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Directories of safetensors, packed directories, or GGUF files."),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Measure other files of the study's model against the dense model, on the study's text and tasks."""
+    from wanda_dvc.study.project import Project
+
+    project = Project.find()
+    project.params  # noqa: B018 - all problems of params.yaml are reported before anything starts
+    _prepare("evaluate")
+    import torch
+
+    from wanda_dvc.stages.running import stoppable
+    from wanda_dvc.views.evaluate import evaluate as measure
+
+    torch.set_num_threads(cores())
+    with stoppable("evaluate"):
+        found = measure(project=project, paths=paths, as_json=as_json)
+    typer.echo(found)
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
@@ -348,15 +378,24 @@ def clean(
     typer.echo(remove(project=Project.find(), dry_run=dry_run, as_json=as_json))
 
 
+def _check_directory() -> None:
+    """Raise UserError in a directory that was deleted: every relative path would fail."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current directory was deleted, expected an existing one; cd into it again") from None
+
+
 def run() -> None:
     """Run the command line and end the process: errors are lines, not tracebacks.
 
-    Exit codes: 0 done, 1 a defect of ours, 2 something that the user can fix, 128 + n stopped by signal n.
+    Exit codes: 0 success, 1 a bug of ours, 2 an error that the user can fix, 128 + n stopped by signal n.
     """
     # Torch and transformers bring a million objects that stay. The garbage collector walks them again and again while
     # they come, and takes them apart in the end: two of the six seconds in which a stage does nothing.
     gc.set_threshold(100_000)
     try:
+        _check_directory()
         app()
     except SystemExit as end:  # how typer ends
         if "torch" not in sys.modules:

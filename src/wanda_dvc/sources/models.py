@@ -21,7 +21,7 @@ from wanda_dvc.study.files import Json, copy_file, link_file
 from wanda_dvc.study.provenance import describe, digest, file_digest, files_digest, write_provenance
 
 SETTING = "params.yaml: model"
-PACKAGE = "package:"
+PACKAGE, GGUF = "package:", ".gguf"
 
 # The files for loading a model, apart from its weights, and the files to copy with it.
 MODEL_FILES = (
@@ -166,12 +166,12 @@ def _license_file(folder: Path) -> str | None:
     return None
 
 
-def _files(source: Path) -> list[Path]:
+def _files(source: Path, setting: str = f"{SETTING}: ") -> list[Path]:
     """Return a local model's files to copy. UserError if it is not a decoder with safetensors and a tokenizer."""
     from wanda_dvc.engine.checkpoint import INDEX, Checkpoint
 
     if not (is_there(source) and source.is_dir()):
-        raise UserError(f"{SETTING}: {source} is no directory; name one that holds a Hugging Face model")
+        raise UserError(f"{setting}{source} is no directory; name one that holds a Hugging Face model")
     shards = Checkpoint(source).shards
     here = sorted(source.iterdir())  # dangling links too
     check_decoder(source, [path.name for path in here], str(source))
@@ -254,7 +254,7 @@ class PackagedModel(Source):
 
     def _only(self, files: list[str]) -> str:
         """Return the one GGUF file."""
-        found = [file for file in files if file.endswith(".gguf")]
+        found = [file for file in files if file.endswith(GGUF)]
         if len(found) != 1:
             raise UserError(
                 f"{SETTING}: package {self.package.requirement}: found {len(found)} GGUF files, expected one; name "
@@ -277,6 +277,42 @@ def _dequantize(gguf: Path, target: Path) -> None:
     model.save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     tokenizer.save_pretrained(target)
+
+
+# --- from a path, for `evaluate` ---
+
+
+def read_model(path: Path, out: Path) -> str:
+    """Put a model of this machine into an empty folder, in the form that the stages read. Return a SHA-256 of it.
+
+    Of a directory of safetensors the files are linked; a packed directory is unpacked, a GGUF file dequantized.
+
+    Raises:
+        UserError: there is no complete decoder, or no known reader for its quantization.
+    """
+    from wanda_dvc.engine.check import check_model
+    from wanda_dvc.engine.config import reason
+
+    out.mkdir(parents=True)
+    if path.suffix == GGUF:
+        check_file(path, "name another")
+        try:
+            _dequantize(path, out)
+        except Exception as error:  # gguf and transformers raise exceptions of many classes
+            raise UserError(
+                f"{path}: {reason(error)}, expected a GGUF file that transformers reads; name one of another "
+                "quantization or architecture"
+            ) from error
+        check_model(out)
+        return file_digest(path)
+    if any(path.glob(f"*{GGUF}")) and not is_there(path / "config.json"):
+        raise UserError(f"{path}: a folder of GGUF files, expected one of safetensors; name a GGUF file itself")
+    files = _files(path, "")
+    if not unpack(path, out):
+        for file in files:
+            (out / file.name).symlink_to(file.resolve())
+    check_model(out)
+    return digest({file.name: file_digest(file) for file in files})
 
 
 # --- checks ---

@@ -70,7 +70,7 @@ def _figures(project: Project, model: str) -> Json:
     if model == "pruned":
         divergence = found["perplexity"][0].items()
         figures |= {name: value for name, value in divergence if name != "perplexity"}
-        figures["sparsity"] = load_json(project.metrics("pruned", "sparsity")).get("sparsity")
+        figures |= {"sparsity": None} | load_json(project.metrics("pruned", "sparsity"))
         figures["layer_error"] = mean_layer_error(project)
         for (task, metric), one in _flips(project).items():
             figures["zero_shot"][task].setdefault("flips", {})[metric] = one._asdict()
@@ -99,10 +99,13 @@ def comparison(project: Project) -> list[list[str]]:
     rows = [["perplexity", *shown, "" if "perplexity" in apart else _ratio(*perplexities)]]
     rows += divergence_rows(pruned["perplexity"][0])
     rows += _accuracy_rows(project, dense, pruned, apart)
-    error, sparsity = mean_layer_error(project), load_json(project.metrics("pruned", "sparsity")).get("sparsity")
+    error, measures = mean_layer_error(project), load_json(project.metrics("pruned", "sparsity"))
+    sparsity, removed = measures.get("sparsity"), measures.get("removed_parameters")
     if error is not None:
         rows.append(["layer error, mean", "–", f"{error:.4f}", ""])
     rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
+    if removed is not None:
+        rows.append(["parameters removed", "–", f"{100 * removed:.1f} %", ""])
     return rows
 
 

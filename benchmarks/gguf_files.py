@@ -1,0 +1,117 @@
+"""Measure a study's dense model in the GGUF formats that the `gguf` package quantizes: size, perplexity, divergence.
+
+python benchmarks/gguf_files.py STUDY [OTHER MODELS]
+
+The study's model is a Llama with a byte-level tokenizer. llama.cpp's own converter and quantizer do more: other
+architectures, K-quants, importance matrices.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map
+from gguf.quants import quantize
+from transformers import AutoConfig, AutoTokenizer
+
+from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.machine import cores
+from wanda_dvc.study.project import Project
+from wanda_dvc.views.evaluate import evaluate
+
+FORMATS = ("BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+EMBEDDINGS = dict.fromkeys(FORMATS[2:], "Q8_0")  # of tied embeddings llama.cpp keeps 6 bits, which `gguf` cannot
+
+
+def write_gguf(folder: Path, path: Path, kind: str, embeddings: str | None = None) -> None:
+    """Write a Llama's matrices in a format, and its norms in float32; `embeddings` may have another format."""
+    config, checkpoint = AutoConfig.from_pretrained(folder), Checkpoint(folder)
+    writer = GGUFWriter(path, "llama")
+    _describe(writer, config)
+    _add_tokenizer(writer, folder, config.vocab_size)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name in checkpoint.where:
+        values = checkpoint.read(Address(name)).to(torch.float32).numpy()
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            values = _interleaved(values, config, "q_proj" in name)
+        stored = GGMLQuantizationType[(embeddings or kind) if "embed_tokens" in name else kind]
+        if values.ndim == 1:
+            stored = GGMLQuantizationType.F32
+        place = names.get_name(name, try_suffixes=(".weight",))
+        if place is None:
+            raise RuntimeError(f"{folder}: {name} has no name in GGUF's llama, expected a Llama")
+        writer.add_tensor(place, quantize(values, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _describe(writer: GGUFWriter, config: Any) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
+    """Add a byte-level BPE tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    named = {number: token for token, number in tokenizer.get_vocab().items()}
+    added = {one["id"] for one in stored["added_tokens"]}
+    numbers = range(size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([named.get(number, f"[PAD{number}]") for number in numbers])
+    writer.add_token_types(
+        [
+            TokenType.CONTROL if number in added else TokenType.NORMAL if number in named else TokenType.UNUSED
+            for number in numbers
+        ]
+    )
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in stored["model"]["merges"])
+    writer.add_token_merges(list(pairs))
+    for add, number in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if number is not None:
+            add(number)
+
+
+def _interleaved(values: np.ndarray, config: Any, query: bool) -> np.ndarray:
+    """Return the rows of queries or keys in llama.cpp's order: the two halves of each head alternate."""
+    heads = config.num_attention_heads if query else config.num_key_value_heads
+    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="with the dense model's results")
+    parser.add_argument("paths", type=Path, nargs="*", help="other models to measure")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    words = parser.parse_args()
+    torch.set_num_threads(cores())
+    project = Project.find(words.study)
+    with tempfile.TemporaryDirectory(dir=project.root) as folder:
+        files = [Path(folder, f"{kind}.gguf") for kind in words.formats]
+        for kind, file in zip(words.formats, files, strict=True):
+            write_gguf(project.model("dense"), file, kind, EMBEDDINGS.get(kind))
+        print(evaluate(project=project, paths=[*files, *words.paths]))
+
+
+if __name__ == "__main__":
+    main()

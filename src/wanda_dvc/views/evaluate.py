@@ -1,0 +1,191 @@
+"""Other files of a study's model against its dense model: directories of safetensors, packed ones, GGUF files.
+
+Each model takes the place of models/pruned in a copy of the study that consists of links, and the stages `perplexity`
+and `zero-shot` measure it there.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.report.inference import Flips
+from wanda_dvc.report.measures import Measured
+from wanda_dvc.stages.perplexity import perplexity
+from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study.files import Json, json_text
+from wanda_dvc.study.markup import number, table
+from wanda_dvc.study.project import ITEMS, Project
+from wanda_dvc.study.provenance import PROVENANCE, TOKENIZER, describe, read_provenance, write_provenance
+from wanda_dvc.study.scaffold import PROMPTS
+
+HEADERS = [
+    "model", "size, MB", "perplexity", "divergence, nats", "agreement, %", "mean acc, %", "changed answers, %",
+    "right → wrong", "wrong → right", "wrong → wrong",
+]  # fmt: skip
+LINKED = ("data", "reference", "models/dense", "metrics/dense", "metrics/details/dense")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The results of one model."""
+
+    name: str
+    size: int  # bytes on disk
+    measured: Measured
+    flips: dict[str, Flips]  # by task
+
+    @property
+    def changed(self) -> Flips | None:
+        """The flips of all tasks together; None without tasks."""
+        if not self.flips:
+            return None
+        items, lost, gained, swapped = (sum(column) for column in list(zip(*self.flips.values(), strict=True))[:4])
+        return Flips(items, lost, gained, swapped, 1.0)
+
+
+def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) -> str:
+    """Measure models against a study's dense model, on its text and its tasks, and return a table or JSON.
+
+    Raises:
+        UserError: a path is missing or no model, or its architecture, vocabulary or tokenizer is not the dense model's.
+    """
+    dense = read_provenance(project.model("dense"), "download model")
+    for path in paths:
+        _check(project, path)
+    tasks, measured = project.params.tasks.names, Measured.of(project, "dense")
+    read_provenance(project.reference, "perplexity dense")
+    if missing := [task for task in tasks if task not in measured.tasks]:
+        raise UserError(
+            f"zero-shot: no answers of the dense model to {', '.join(missing)}, expected the answers that "
+            "others are compared with; run `dvc repro` or `wanda-dvc zero-shot dense`"
+        )
+    found = [Evaluated("dense", _size(project.model("dense")), measured, {})]
+    for path in paths:
+        with project.work({"kind": "evaluate", "path": str(path.absolute())}) as work:
+            work.forget()  # of an interrupted run; its finished blocks and answers are elsewhere
+            study = _study(project, work.path / "study")
+            _place(project, path, study.model("pruned"), dense)
+            perplexity(project=study, model="pruned")
+            zero_shot(project=study, model="pruned")
+            own = Measured.of(study, "pruned")
+            flips = {task: one for task in tasks if (one := own.flips(measured, task))}
+            found.append(Evaluated(str(path), _size(path), own, flips))
+            work.forget()
+    if as_json:
+        return json_text([_record(one, tasks, measured) for one in found])
+    return table(HEADERS, list(_rows(found, tasks)))
+
+
+# --- models ---
+
+
+def _check(project: Project, path: Path) -> None:
+    """Raise UserError for a missing path or another architecture, before any model runs."""
+    if not path.exists():
+        raise UserError(f"{path}: missing, expected a model's directory or a GGUF file; name one")
+    if (path / "config.json").is_file():
+        _check_alike(project, path, path)
+
+
+def _check_alike(project: Project, folder: Path, path: Path) -> None:
+    """Raise UserError if a configuration has another architecture or vocabulary than the dense model's."""
+    from wanda_dvc.engine.config import read_config
+
+    own, dense = (read_config(place) for place in (folder, project.model("dense")))
+    for what, key in (("architecture", "model_type"), ("vocabulary size", "vocab_size")):
+        mine, theirs = (getattr(config.get_text_config(), key, None) for config in (own, dense))
+        if mine != theirs:
+            raise UserError(f"{path}: {what} {mine}, expected {theirs} as in the dense model; name a variant of it")
+
+
+def _place(project: Project, path: Path, folder: Path, dense: Json) -> None:
+    """Put a model into a study as its pruned one.
+
+    Its tokenizer has to be the dense model's, by the token ids of the study's texts. The dense model's own files then
+    replace it, and the names of tokens that end a text.
+    """
+    from wanda_dvc.engine.windows import load_tokenizer
+    from wanda_dvc.sources.models import read_model
+
+    sha256 = read_model(path, folder)
+    _check_alike(project, folder, path)
+    own, its = load_tokenizer(folder), load_tokenizer(project.model("dense"))
+    for what, text in _texts(project):
+        if own(text, verbose=False)["input_ids"] != its(text, verbose=False)["input_ids"]:
+            raise UserError(
+                f"{path}: its tokenizer gives other token ids for {what}, expected the dense model's, or the two "
+                "models' predictions cannot be compared; name a model with the dense model's tokenizer"
+            )
+    for pattern in (*TOKENIZER, "generation_config.json"):
+        for file in folder.glob(pattern):
+            file.unlink()
+        for file in project.model("dense").glob(pattern):
+            (folder / file.name).symlink_to(file.resolve())
+    made_from = {"source": dense["source"], "sha256": dense["sha256"]}
+    write_provenance(folder, describe("evaluated", model=made_from, params={}, masks="", sha256=sha256))
+
+
+def _texts(project: Project) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a study's evaluation with their names."""
+    yield "the text of perplexity", project.text("perplexity")
+    for task in project.params.tasks.names:
+        yield f"the task {task}", (project.data("tasks") / task / ITEMS).read_text(encoding="utf-8")
+
+
+def _study(project: Project, root: Path) -> Project:
+    """Return a copy of a study with links to the dense model, its results and the data."""
+    for place in LINKED:
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        if (project.root / place).exists():
+            (root / place).symlink_to(project.root / place)
+    for name in ("params.yaml", PROMPTS):
+        if (project.root / name).is_file():
+            shutil.copyfile(project.root / name, root / name)
+    return Project(root)
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file, or of the files in a directory without their provenance."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.name != PROVENANCE]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+# --- results ---
+
+
+def _rows(found: list[Evaluated], tasks: list[str]) -> Iterator[list[str]]:
+    """Yield a row of the table for each model."""
+    for one in found:
+        changed, divergence = one.changed, one.measured.divergence
+        accuracy = one.measured.mean(tasks)
+        yield [
+            one.name,
+            f"{one.size / 1e6:.1f}",
+            number(one.measured.perplexity),
+            _mean(divergence.get("divergence"), "{:.4f}"),
+            _mean(divergence.get("top1_agreement"), "{:.1f}", 100),
+            "–" if accuracy is None else f"{100 * accuracy:.1f}",
+            *([f"{100 * changed.changed / changed.items:.1f}", *map(str, changed[1:4])] if changed else ["–"] * 4),
+        ]
+
+
+def _mean(measure: Any, form: str, factor: float = 1) -> str:
+    """Format the mean of a measure; `diverged` stays, and a dash means missing."""
+    return measure or "–" if isinstance(measure, str | None) else form.format(factor * measure["mean"])
+
+
+def _record(one: Evaluated, tasks: list[str], dense: Measured) -> Json:
+    """Return a model's results as JSON."""
+    return {
+        "model": one.name,
+        "bytes": one.size,
+        "perplexity": one.measured.perplexity,
+        **one.measured.divergence,
+        "accuracy": one.measured.mean(tasks),
+        "accuracies": one.measured.accuracies,
+        "flips": {task: flips._asdict() for task, flips in one.flips.items()},
+        "continuations": [pair._asdict() for pair in one.measured.continued(dense)] if one.flips else [],
+    }

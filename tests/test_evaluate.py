@@ -1,0 +1,182 @@
+"""`wanda-dvc evaluate`: other files of a model against a study's dense model."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import wanda_dvc
+from conftest import ROOT, save_tiny_model, write_params
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize, quantize
+from safetensors.torch import load_file, save_file
+from test_stages import prune, tree
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.packed.directory import pack_directory
+from wanda_dvc.report.measures import Measured
+from wanda_dvc.stages.download import download
+from wanda_dvc.stages.perplexity import perplexity
+from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study.project import Project
+from wanda_dvc.views.evaluate import evaluate
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from gguf_files import write_gguf
+
+
+def make_model(folder: Path, **config: Any) -> Path:
+    """A tiny Llama whose matrices GGUF can quantize, and whose tokenizer has a merge, which GGUF requires."""
+    save_tiny_model(folder, hidden_size=64, intermediate_size=64, num_hidden_layers=2, **config)
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    stored["model"]["vocab"]["th"] = 256
+    stored["model"]["merges"] = [["t", "h"]]
+    for number, token in enumerate(stored["added_tokens"]):
+        token["id"] = 257 + number
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Project:
+    """A study whose stages have run, without DVC."""
+    root = tmp_path_factory.mktemp("evaluated") / "study"
+    root.mkdir()
+    write_params(root, make_model(root.parent / "model"), **texts)
+    project = Project(root)
+    for part in ("model", "calibration", "perplexity", "tasks"):
+        download(project=project, part=part)
+    prune(project)
+    for model in ("dense", "pruned"):
+        perplexity(project=project, model=model)
+        zero_shot(project=project, model=model)
+    return project
+
+
+@pytest.fixture
+def study(measured: Project, tmp_path: Path) -> Project:
+    """A copy of it."""
+    shutil.copytree(measured.root, tmp_path / "study", symlinks=True)
+    return Project(tmp_path / "study")
+
+
+def evaluated(study: Project, *paths: Path) -> Iterator[Any]:
+    """The records of some paths, without the dense model's."""
+    dense, *others = json.loads(evaluate(project=study, paths=paths, as_json=True))
+    assert (dense["model"], dense["perplexity"]) == ("dense", Measured.of(study, "dense").perplexity)
+    yield from others
+
+
+def test_a_directory_has_the_stages_figures_and_a_packed_one_has_the_same(study: Project, tmp_path: Path):
+    folder, packed = study.model("pruned"), tmp_path / "packed"
+    packed.mkdir()
+    pack_directory(folder, packed)
+    before = tree(study.root)
+    first, second = evaluated(study, folder, packed)
+    left = {path: content for path, content in tree(study.root).items() if not path.startswith(".dvc/")}
+    assert left == {path: content for path, content in before.items() if not path.startswith(".dvc/")}
+    own, dense = Measured.of(study, "pruned"), Measured.of(study, "dense")
+    flips = own.flips(dense, "piqa")
+    assert flips
+    assert (first["perplexity"], first["accuracy"]) == (own.perplexity, own.accuracies["piqa"])
+    assert {name: first[name] for name in own.divergence} == own.divergence
+    assert first["flips"] == {"piqa": flips._asdict()}
+    assert first["continuations"] == [list_of(one._asdict()) for one in own.continued(dense)]
+    assert second["bytes"] < first["bytes"]
+    apart = {"model", "bytes"}
+    assert {k: v for k, v in first.items() if k not in apart} == {k: v for k, v in second.items() if k not in apart}
+
+
+def list_of(content: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(content))
+
+
+def test_the_dense_model_differs_in_nothing_from_itself(study: Project):
+    (own,) = evaluated(study, study.model("dense"))
+    assert (own["divergence"]["mean"], own["top1_agreement"]["mean"]) == (0, 1)
+    assert own["perplexity"] == Measured.of(study, "dense").perplexity
+    assert list(own["flips"]["piqa"].values())[1:4] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
+def test_a_gguf_file_is_the_directory_of_its_dequantized_weights(study: Project, tmp_path: Path, kind: str):
+    file, folder = tmp_path / "model.gguf", shutil.copytree(study.model("dense"), tmp_path / "same")
+    write_gguf(study.model("dense"), file, kind)
+    weights, stored = load_file(folder / "model.safetensors"), GGMLQuantizationType[kind]
+    for name, weight in weights.items():
+        if weight.ndim == 2:
+            weights[name] = torch.from_numpy(dequantize(quantize(weight.numpy(), stored), stored))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    own, same = evaluated(study, file, folder)
+    assert own["bytes"] == file.stat().st_size
+    assert (own["divergence"]["mean"] > 0) == (kind != "F32")
+    apart = {"model", "bytes"}
+    assert {k: v for k, v in own.items() if k not in apart} == {k: v for k, v in same.items() if k not in apart}
+
+
+def write_unknown_quantization(path: Path) -> None:
+    """A GGUF file with a tensor that `gguf` cannot dequantize."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((1, 292), np.uint8), raw_dtype=GGMLQuantizationType.Q8_K)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+
+
+def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(study: Project, tmp_path: Path):
+    def refused(path: Path, match: str) -> None:
+        with pytest.raises(UserError, match=match):
+            evaluate(project=study, paths=[path])
+
+    refused(tmp_path / "nothing", "nothing: missing, expected a model's directory or a GGUF file; name one")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "empty: no config.json")
+    other = make_model(tmp_path / "other", vocab_size=300)
+    refused(other, "other: vocabulary size 300, expected 260 as in the dense model; name a variant of it")
+    config = json.loads((other / "config.json").read_text()) | {"vocab_size": 260, "model_type": "mistral"}
+    (other / "config.json").write_text(json.dumps(config))
+    refused(other, "other: architecture mistral, expected llama as in the dense model")
+    (tmp_path / "a.gguf").write_bytes(b"no GGUF")
+    refused(tmp_path / "a.gguf", "a.gguf: .*, expected a GGUF file that transformers reads; name one of another quant")
+    write_unknown_quantization(tmp_path / "b.gguf")
+    refused(tmp_path / "b.gguf", "b.gguf: Dequantization for Q8_K is not yet implemented, expected a GGUF file that")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.gguf").rename(tmp_path / "folder/a.gguf")
+    refused(tmp_path / "folder", "folder: a folder of GGUF files, expected one of safetensors; name a GGUF file itself")
+
+
+def test_without_the_dense_models_results_it_says_what_to_run(study: Project):
+    study.details("dense", "zero_shot").unlink()
+    with pytest.raises(
+        UserError, match="no answers of the dense model to piqa, .*; run `dvc repro` or `wanda-dvc zero"
+    ):
+        evaluate(project=study, paths=[study.model("pruned")])
+    shutil.rmtree(study.reference)
+    with pytest.raises(UserError, match="reference/provenance.json: .*run `dvc repro` or `wanda-dvc perplexity dense`"):
+        evaluate(project=study, paths=[study.model("pruned")])
+
+
+def test_a_tokenizer_is_compared_on_the_studys_texts(study: Project, tmp_path: Path):
+    other = shutil.copytree(study.model("dense"), tmp_path / "other")
+    stored = json.loads((other / "tokenizer.json").read_text())
+    stored["model"]["merges"] = []
+    (other / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="other: its tokenizer gives other token ids for the text of perplexity, exp"):
+        evaluate(project=study, paths=[other])
+
+
+def test_the_command_prints_a_table_and_ends_with_2_for_a_missing_path(study: Project):
+    done = wanda_dvc("evaluate", "models/pruned", cwd=study.root)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["dense", "models/pruned"]
+    missing = wanda_dvc("evaluate", "nowhere", cwd=study.root)
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+    assert "nowhere: missing, expected" in missing.stderr
