@@ -181,6 +181,7 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
         0.5
     """
     from wanda_dvc.pruning.choose import choose_block, targets_of
+    from wanda_dvc.pruning.experts import choose_experts
     from wanda_dvc.pruning.patterns import check_pattern
     from wanda_dvc.pruning.ratings import allocate
     from wanda_dvc.stages.mask import removal_of
@@ -218,6 +219,9 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
         chosen = Masks({}, {})
         for block, measured in enumerate(progress(stats.blocks, total=len(stats.blocks), what="mask, blocks")):
             targets = targets_of(measured, share=shares[block], pattern=pattern, group=plan.group, units=units)
+            if removal and removal.mixtures:
+                chosen |= pack_masks(choose_experts(weights, measured, removal.mixtures, method=plan.method))
+                continue
             grams = stats.grams[block].on(_solving(source)) if stats.grams else {}
             keep = choose_block(weights, measured, method=plan.method, targets=targets, grams=grams)
             chosen |= pack_masks(removal.spread(keep) if removal else keep)
@@ -539,9 +543,11 @@ def _shrink(
 ) -> None:
     """Remove the units without a kept weight from a model in place; some linears get other values first."""
     from wanda_dvc.engine.checkpoint import Address
-    from wanda_dvc.engine.smaller import Smaller, find_units, shrink
+    from wanda_dvc.engine.smaller import Smaller, shrink
+    from wanda_dvc.stages.mask import removal_of
 
-    removal, values = find_units(source, structure, Fraction(0)), values or {}
+    removal, values = removal_of(source, structure, Fraction(0)), values or {}
+    assert removal
     if missing := [reader for reader in removal.readers if reader not in keep]:
         raise UserError(f"keep: no mask of {missing[0]}, expected those of all linears; call mask(model, stats)")
     stays = removal.stays(keep)

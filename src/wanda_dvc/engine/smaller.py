@@ -26,6 +26,7 @@ from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.structure import Linear, build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.engine.weights import Weights, set_parameter
 from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.experts import Mixture
 from wanda_dvc.pruning.units import Units, places, spread, stay_of
 from wanda_dvc.reading import DTYPES, Entry
 
@@ -78,6 +79,11 @@ class Removal:
     def units(self) -> dict[str, Units]:
         """The units that go, by the linear that reads them."""
         return {linear: self.sets[name] for linear, name in self.readers.items()}
+
+    @property
+    def mixtures(self) -> Mapping[str, Mixture]:
+        """The experts that go, by set, if the units are experts."""
+        return {}
 
     @property
     def share(self) -> float:
@@ -136,6 +142,10 @@ class Removal:
                 keep = keep & (along[:, None] if cut.dim == 0 else along)
         return keep
 
+    def names(self, where: Collection[str], stays: Stays) -> dict[str, str]:
+        """Return the stored tensors of the smaller model, and the source's tensor of each."""
+        return {name: name for name in where}
+
     def along(self, cut: Cut, stays: Stays) -> Bool[Tensor, " size"]:
         """Return which places of a cut's dimension stay."""
         return spread(stays[cut.units], self.sets[cut.units]._replace(layout=cut.layout))
@@ -155,6 +165,7 @@ class Smaller(Source):
     ) -> None:
         self.source, self.removal, self.stays = source, removal, stays
         self._read = read or source.read
+        self.old = removal.names(source.where, stays)  # by stored name: the source's tensor
         self._cuts: defaultdict[Address, list[Cut]] = defaultdict(list)
         for cut in removal.cuts:
             self._cuts[cut.address].append(cut)
@@ -166,12 +177,12 @@ class Smaller(Source):
     @property
     def where(self) -> Mapping[str, object]:
         """The file (or model) of each tensor."""
-        return self.source.where
+        return {name: self.source.where[old] for name, old in self.old.items()}
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Dtype and shape of each tensor; places in files are the source's."""
-        return {name: self._entry(name, entry) for name, entry in self.source.entries.items()}
+        return {name: self._entry(old, self.source.entries[old]) for name, old in self.old.items()}
 
     def _entry(self, name: str, entry: Entry) -> Entry:
         experts = self._experts[name]
@@ -194,8 +205,14 @@ class Smaller(Source):
 
     def read(self, address: Address) -> Tensor:
         """Return the tensor, or the expert's part of it, without the units that go."""
+        return self._cut(replace(address, tensor=self.old[address.tensor]))
+
+    def _cut(self, address: Address) -> Tensor:
+        """Return one of the source's tensors without the units that go."""
         if address.expert is None and (experts := self._experts[address.tensor]):
-            return torch.stack([self.read(Address(address.tensor, expert)) for expert in range(experts)])
+            return torch.stack([self._cut(Address(address.tensor, expert)) for expert in range(experts)])
+        if address.expert is not None and Address(address.tensor) in self._cuts:  # some experts of the tensor go
+            return self._cut(Address(address.tensor))[address.expert]
         tensor = self._read(address)
         for cut in self._cuts.get(address, ()):
             stays = self.removal.along(cut, self.stays).to(tensor.device)
@@ -205,6 +222,11 @@ class Smaller(Source):
     def parameter(self, name: str, stored: Address | None) -> Tensor | None:
         """Return a stored tensor, or None."""
         return None if stored is None else self.read(stored)
+
+    def rewritten(self, replaced: Collection[str]) -> set[str]:
+        """Return the tensors of other shape or name than the source's, or with new values: the `replaced` ones."""
+        changed = {cut.address.tensor for cut in self.removal.cuts}.union(replaced)
+        return {name for name, old in self.old.items() if name != old or old in changed}
 
     @property
     def parameters(self) -> int:
@@ -246,11 +268,12 @@ def write_smaller(
         nbytes = _size(entry) * DTYPES[entry.dtype]
         return Piece(name, entry.dtype, list(entry.shape), nbytes, lambda: smaller.read(Address(name)))
 
-    names = {cut.address.tensor for cut in smaller.removal.cuts}.union(replaced)
+    new = {smaller.old[name]: [piece(name)] for name in smaller.rewritten(replaced)}
+    gone = checkpoint.where.keys() - smaller.old.values()
     rewrite(
         checkpoint,
         target,
-        {name: [piece(name)] for name in names},
+        new | {name: [] for name in gone},
         configured,
         without=without,
         progress=progress,
@@ -311,7 +334,7 @@ def find_units(source: Source, structure: Structure, share: Fraction) -> Removal
         removal = found.removal(sections)
         if not (problem := probe(source, removal)):
             return removal
-    raise _refused(structure, source, problem)
+    raise refused(structure, source, problem)
 
 
 @dataclass
@@ -382,21 +405,21 @@ def _found(source: Source, structure: Structure, share: Fraction) -> _Found:
             continue
         trial = TRIAL if value is None else value // 2 if isinstance(value, int) else 0
         if not trial:
-            raise _refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
+            raise refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
         other = _trial(source, structure, {field: trial} | _companions(structure, others, value or 1, trial))
-        for name, place, size, less in _differences(full, other):
+        for name, place, size, less in differences(full, other):
             if not name.startswith(f"{where}.") or name not in parts:
-                raise _refused(structure, source, f"{field} also determines {name}")
+                raise refused(structure, source, f"{field} also determines {name}")
             number = trial * size // less if value is None else value
             module = full.get_submodule(name.rpartition(".")[0])
             experts = next((len(x) for x in module.parameters(recurse=False) if x.dim() == 3), 0)
             for address, dim, own in _stored(parts[name], place, experts, source):
                 if (own * trial) % number:
-                    raise _refused(structure, source, f"{address.tensor} has {own} places for {number} of {field}")
+                    raise refused(structure, source, f"{address.tensor} has {own} places for {number} of {field}")
                 dims[address, dim] = _Dim(own, number, field)
     if not dims:
         looked = ", ".join(structure.fields)
-        raise _refused(structure, source, f"its configuration has no number of them (looked for {looked})")
+        raise refused(structure, source, f"its configuration has no number of them (looked for {looked})")
     return _sorted(source, structure, share, dims, linears, others)
 
 
@@ -406,7 +429,7 @@ def _trial(source: Source, structure: Structure, fields: Mapping[str, int]) -> n
     try:
         model: nn.Module = build_empty(changed(source.config, fields), f"{source.config_name} with {text}")
     except Exception as error:  # each model's configuration raises exceptions of its own choice
-        raise _refused(structure, source, f"transformers builds no model with {text} ({reason(error)})") from error
+        raise refused(structure, source, f"transformers builds no model with {text} ({reason(error)})") from error
     return model
 
 
@@ -418,7 +441,7 @@ class _Dim(NamedTuple):
     field: str
 
 
-def _differences(full: nn.Module, other: nn.Module) -> Iterator[tuple[str, int, int, int]]:
+def differences(full: nn.Module, other: nn.Module) -> Iterator[tuple[str, int, int, int]]:
     """Yield each dimension of another size in a second model: the tensor, its place, its size and the other size."""
     others = other.state_dict()
     for name, tensor in full.state_dict(keep_vars=True).items():
@@ -457,7 +480,7 @@ def _sorted(  # noqa: PLR0913, PLR0917 - the dimensions, and the model that they
         if linear is not None and dim == (0 if linear.transposed else 1):
             name = _owner(address)
             if name in sets:
-                raise _refused(structure, source, f"several linears of {name} read them")
+                raise refused(structure, source, f"several linears of {name} read them")
             total = number if structure.grouped else size
             sets[name] = Units(total, total * stay[field] // number, (size // total,))
             field_of[name] = field
@@ -466,7 +489,7 @@ def _sorted(  # noqa: PLR0913, PLR0917 - the dimensions, and the model that they
     for (address, dim), (size, *_) in dims.items():
         name = _owner(address)
         if name not in sets or size % sets[name].total or dim > 1:
-            raise _refused(structure, source, f"no linear reads those of {address.tensor}")
+            raise refused(structure, source, f"no linear reads those of {address.tensor}")
         found[address, dim] = name, size // sets[name].total
     return _Found(structure, sets, readers, found, numbers, field_of, others)
 
@@ -476,7 +499,8 @@ def _owner(address: Address) -> str:
     return address.linear.removesuffix(".bias").rpartition(".")[0]
 
 
-def _refused(structure: Structure, source: Source, why: str) -> UserError:
+def refused(structure: Structure, source: Source, why: str) -> UserError:
+    """Return the error that a model does not support a pattern, with the reason."""
     return UserError(f"pattern: got {structure.name}, which {source} does not support: {why}; choose another pattern")
 
 

@@ -21,12 +21,14 @@ from wanda_dvc.pruning.choose import (
     Share,
     aim_block,
     choose_block,
+    function_of,
     masked,
     prepared_linears,
     reconstruct,
     removes_no_weight,
     targets_of,
 )
+from wanda_dvc.pruning.experts import choose_experts
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.ratings import allocate
 from wanda_dvc.pruning.statistics import BlockStats
@@ -81,7 +83,7 @@ def mask(*, project: Project) -> None:
     check_fits(project, stats.features)
     if plan.left_out:
         notice(
-            f"mask: pattern {plan.pattern} sets groups and sparsities: {', '.join(plan.left_out)} of recipe "
+            f"mask: pattern {plan.pattern} has choices of its own: {', '.join(plan.left_out)} of recipe "
             f"{params.recipe} ignored"
         )
     checkpoint = Checkpoint(project.model("dense"))
@@ -124,9 +126,8 @@ def removal_of(source: Source, structure: Structure | None, share: Fraction) -> 
     """Return the units that a pattern removes; None if it sets weights to zero."""
     if structure is None:
         return None
-    from wanda_dvc.engine.smaller import find_units  # imports transformers, which takes seconds
-
-    return find_units(source, structure, share)
+    found: Removal = function_of(structure.find)(source, structure, share)  # imports transformers, which takes seconds
+    return found
 
 
 def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequence[Share]:
@@ -184,6 +185,8 @@ def keeps(  # noqa: PLR0913, PLR0917 - the block, and how its masks are chosen
 ) -> dict[str, Tensor]:
     """Return the masks of one block's linears by their scores. `weights` reads a stored weight."""
     device = solving_device(project.params.runtime)
+    if removal and removal.mixtures:
+        return choose_experts(weights, block, removal.mixtures, method=plan.method, device=device)
     units = removal.units if removal else None
     targets = targets_of(block, share=share, pattern=plan.pattern, group=plan.group, units=units)
     chosen = choose_block(weights, block, method=plan.method, targets=targets, device=device)
