@@ -238,9 +238,7 @@ def experts_left(masks: dict[str, torch.Tensor]) -> dict[tuple[str, ...], set[in
 
 
 @pytest.mark.parametrize("method", [None, "magnitude", "wanda", "ria"])
-def test_the_lowest_scores_go_and_apply_writes_the_smaller_model(
-    method: str | None, mixture: Callable[..., Project]
-):
+def test_the_lowest_scores_go_and_apply_writes_the_smaller_model(method: str | None, mixture: Callable[..., Project]):
     made = mixture(method=method)
     said = run(made, "mask", "apply")
     assert "num_experts from 8 to 6" in said
@@ -329,7 +327,10 @@ def test_gates_that_were_not_seen_refuse_reap_and_no_other_method(
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"method": "reap", "pattern": "unstructured"}, "method: got reap with pattern unstructured, expected pattern e"),
+        (
+            {"method": "reap", "pattern": "unstructured"},
+            "method: got reap with pattern unstructured, expected pattern e",
+        ),
         ({"method": "admm"}, "method: got admm with pattern experts, expected reap, or a method without Gram matrices"),
         ({"reconstruction": "least-squares"}, "reconstruction: got least-squares with pattern experts, expected none"),
         ({"propagation": "pruned"}, "propagation: got pruned with pattern experts, expected dense"),

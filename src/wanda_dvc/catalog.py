@@ -36,7 +36,7 @@ class Method:
     # groups: every group (a row, a layer, m neighbours) loses the same number of lowest scores.
     # rows: each row loses the same share of its total score, so rows lose different numbers of weights.
     # solver: the function chooses the mask itself, because it changes weights meanwhile.
-    competition: Literal["groups", "rows", "solver", "experts"]
+    competition: Literal["groups", "rows", "solver", "experts", "blocks"]
     # Whether a row's scores depend on the row alone: large matrices are then scored in slices. No default, because a
     # wrong value for a method with sums over columns would give wrong scores on large matrices.
     scores_by_row: bool
@@ -140,6 +140,17 @@ _METHODS = (
         function="wanda_dvc.pruning.experts:reap",
         needs="norms",
         competition="experts",
+        scores_by_row=False,
+    ),
+    Method(
+        name="influence",
+        title="influence",
+        citation="Men et al. 2024",
+        link="https://arxiv.org/abs/2403.03853",
+        about="of blocks: mean over tokens of 1 − cosine of a block's input and output",
+        function="wanda_dvc.pruning.blocks:influence",
+        needs="norms",
+        competition="blocks",
         scores_by_row=False,
     ),
 )
@@ -266,6 +277,15 @@ STRUCTURES = {
             multiple=1,
             find="wanda_dvc.engine.experts:find_experts",
             method="reap",
+        ),
+        Structure(
+            name="blocks",
+            about="blocks, with all of their weights",
+            units="blocks",
+            fields=("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+            multiple=1,
+            find="wanda_dvc.engine.blocks:find_block_units",
+            method="influence",
         ),
     )
 }

@@ -355,10 +355,12 @@ class Params(_Section):
         """Yield choices that exclude units with a score of their own, such as experts, or need them."""
         plan, has_own = self.plan, bool(self.plan.structure and self.plan.structure.method)
         given = f"{{}} with pattern {self.pattern}"
-        if plan.method.competition == "experts" and not has_own:
-            yield _problem("method", given.format(plan.method.name), "pattern experts, or another method")
-        if has_own and plan.method.competition == "solver":
-            yield _problem("method", given.format(plan.method.name), "reap, or a method without Gram matrices")
+        if plan.method.competition in STRUCTURES and plan.method.competition != self.pattern:
+            expected = f"pattern {plan.method.competition}, or another method"
+            yield _problem("method", given.format(plan.method.name), expected)
+        if plan.structure and has_own and plan.method.competition == "solver":
+            expected = f"{plan.structure.method}, or a method without Gram matrices"
+            yield _problem("method", given.format(plan.method.name), expected)
         if has_own and plan.solves:
             yield _problem("reconstruction", given.format(plan.reconstruction.name), "none")
         if has_own and plan.propagation != "dense":

@@ -27,6 +27,7 @@ from wanda_dvc.engine.structure import Linear, build_empty, find_blocks, stored_
 from wanda_dvc.engine.weights import Weights, set_parameter
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.experts import Mixture
+from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import Units, places, spread, stay_of
 from wanda_dvc.reading import DTYPES, Entry
 
@@ -86,14 +87,28 @@ class Removal:
         return {}
 
     @property
+    def by_block(self) -> bool:
+        """Whether the units are blocks, which are chosen together."""
+        return False
+
+    def order(self, count: int) -> list[int]:
+        """Return the blocks that stay, of `count` blocks."""
+        return list(range(count))
+
+    def all_or_none(self, weights: Callable[[str], Tensor], block: BlockStats) -> dict[str, Tensor]:
+        """Return a block's masks if the units are blocks: all of its weights stay, or none."""
+        names = [name for names in block.readers.values() for name in names]
+        return {name: torch.full(weights(name).shape, bool(self.sets[self.readers[name]].stay)) for name in names}
+
+    @property
     def share(self) -> float:
         """The share of the units that go."""
         return 1 - sum(units.stay for units in self.sets.values()) / sum(units.total for units in self.sets.values())
 
     @property
-    def changes(self) -> dict[str, int]:
+    def changes(self) -> dict[str, Any]:
         """The new values in the configuration."""
-        found: dict[str, int] = {}
+        found: dict[str, Any] = {}
         for name, (before, after) in self.fields.items():
             found |= {name: after} | _companions(self.structure, self.others, before, after)
         return found
@@ -290,16 +305,16 @@ def shrink(model: Any, smaller: Smaller) -> None:
     config._attn_implementation = model.config._attn_implementation
     new = build_empty(config, smaller.config_name, model.dtype)
     weights = Weights(new, smaller, device=model.get_input_embeddings().weight.device)
-    where, old = find_blocks(model)
+    where, blocks = find_blocks(model)
+    old = [blocks[index] for index in smaller.removal.order(len(blocks))]
     for index, block in enumerate(weights.blocks):
         for name, tensor in weights.read_block(index).items():
             before = old[index].get_parameter(name)
             parameter = nn.Parameter(tensor.to(before.device, before.dtype), requires_grad=before.requires_grad)
             set_parameter(block, name, parameter)
         block.train(model.training)
-    blocks = model.get_submodule(where)
-    for index, block in enumerate(weights.blocks):
-        blocks[index] = block
+    parent, _, leaf = where.rpartition(".")
+    model.get_submodule(parent)._modules[leaf] = nn.ModuleList(weights.blocks)
     for field, value in smaller.removal.changes.items():
         setattr(model.config.get_text_config(), field, value)
 
@@ -307,7 +322,7 @@ def shrink(model: Any, smaller: Smaller) -> None:
 # --- configurations ---
 
 
-def changed(config: Any, fields: Mapping[str, int]) -> Any:
+def changed(config: Any, fields: Mapping[str, Any]) -> Any:
     """Return a configuration with other values in some fields of its text part."""
     content, inside = config.to_dict(), _text_key(config)
     (content[inside] if inside else content).update(fields)

@@ -69,8 +69,8 @@ def _score(  # noqa: PLR0913, PLR0917 - the expert, its statistics, and how it i
         outputs = found[0] if found else OutputStats(torch.zeros((), dtype=torch.float64), 0)
         if outputs.count != tokens or len(found) > 1:
             raise UserError(
-                f"method: got {method.name}, but calibration saw {outputs.count} outputs with gates of {linears[0]} for "
-                f"{tokens} tokens, expected one for each; set method=wanda"
+                f"method: got {method.name}, but calibration saw {outputs.count} outputs with gates of {linears[0]} "
+                f"for {tokens} tokens, expected one for each; set method=wanda"
             )
         return float(score(outputs))
     total = 0.0

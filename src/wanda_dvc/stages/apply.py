@@ -252,6 +252,7 @@ def _write_smaller(
     def read(address: Address) -> Tensor:
         return pruned(address) if (address.tensor, address.expert) in new else parts.checkpoint.read(address)
 
+    removal = removal.fitted(stays)
     smaller, tensors = Smaller(parts.checkpoint, removal, stays, read), {address.tensor for address in addresses}
     names = smaller.rewritten(tensors)
     written: Iterator[None] = progress(itertools.repeat(None, len(names)), total=len(names), what="apply, tensors")

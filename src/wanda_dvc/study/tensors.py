@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 GRAM = ("norm", "triangle", "count")  # the tensors of a Gram matrix
 SQUARED_GRADIENTS = "squared_gradients"
 OUTPUTS = "outputs"
+INFLUENCE = "influence"
 SEALED = ("blocks", "files")  # what `seal` adds to a provenance
 
 
@@ -37,7 +38,8 @@ def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
     """Write one block's statistics.
 
     Tensors, for each distinct input: `NAME.sum_squares` and `NAME.sum` (float64 [in]) and `NAME.count` (int64). For the
-    last linear of each expert: `LINEAR.outputs` (float64 [2]), Σ ‖gate · output‖₂ and the number of tokens. Header: the
+    last linear of each expert: `LINEAR.outputs` (float64 [2]), Σ ‖gate · output‖₂ and the number of tokens. Of the
+    block: `influence` (float64 [2]), Σ (1 − cosine of its input and output) and the number of tokens. Header: the
     linears that read each input, and the linears whose weights are stored transposed.
     """
     import torch
@@ -47,6 +49,8 @@ def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
         tensors |= {f"{name}.sum_squares": x.sum_squares, f"{name}.sum": x.sum, f"{name}.count": torch.tensor(x.count)}
     for name, outputs in stats.outputs.items():
         tensors[f"{name}.{OUTPUTS}"] = torch.tensor([outputs.sum, outputs.count], dtype=torch.float64)
+    if stats.influence is not None:
+        tensors[INFLUENCE] = stats.influence
     header = {"readers": stats.readers, "transposed": stats.transposed}
     _save(block_file(folder, block), tensors, header)
 
@@ -74,7 +78,10 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
         if str(pair.dtype) != "torch.float64" or list(pair.shape) != [2] or not bool((pair >= 0).all()):
             raise _damaged(path, f"outputs of {name} are {pair.dtype} {list(pair.shape)}", "calibrate")
         outputs[name] = OutputStats(pair[0], int(pair[1]))
-    return BlockStats(inputs, readers, transposed, outputs=outputs)
+    influence = tensors.get(INFLUENCE)
+    if influence is not None and (str(influence.dtype), list(influence.shape)) != ("torch.float64", [2]):
+        raise _damaged(path, f"{INFLUENCE} is {influence.dtype} {list(influence.shape)}", "calibrate")
+    return BlockStats(inputs, readers, transposed, outputs=outputs, influence=influence)
 
 
 def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[str, Gram]") -> None:
