@@ -50,7 +50,7 @@ class ExpertRemoval(Removal):
         if self.groups > 1:
             text += f", the same number from each of {self.groups} groups"
         if abs(self.share - share) > 1e-9:
-            text += f"; rounded to whole experts: {self.share:.4g} instead of {float(share):g}"
+            text += f"; rounded to complete experts: {self.share:.4g} instead of {float(share):g}"
         return text
 
     def fitted(self, stays: Stays) -> "ExpertRemoval":
