@@ -81,6 +81,11 @@ def test_flips_are_counted_by_the_answers_before_and_after():
     assert found.p == pytest.approx(stats.binomtest(2, 7).pvalue)
     same = inference.flips([right, wrong], [right, wrong])
     assert (same.changed, same.p) == (0, 1.0)
+    total = inference.total_flips([found, same])
+    assert total
+    assert total[:4] == (17, 5, 2, 4)
+    assert total.p == found.p
+    assert inference.total_flips([]) is None
     many = inference.mcnemar([True] * 900 + [False] * 1000, [False] * 900 + [True] * 1000)
     assert many.p == pytest.approx(stats.binomtest(900, 1900).pvalue)
 
@@ -745,10 +750,10 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "| 70 % | 7.39 | diverged | 20.09 | – (magnitude diverged) |",
         "| wanda 50 % | 50.0 | 50.0 | 83.3 |",
         "magnitude 50 % against dense: 4.482 × the perplexity (beyond noise); −50.0 points of mean accuracy (beyond "
-        "noise).",
+        "noise); 90.0 % of the answers changed.",
         "magnitude 70 % against dense: its perplexity diverged",
         "wanda 70 % against dense: perplexities could not be compared window by window; −2.5 points of mean accuracy "
-        "(within noise).",
+        "(within noise); 42.5 % of the answers changed.",
         "| wanda 70 % against dense | 0 / 1 |",
         "| magnitude 50 % against dense | 0 / 20 * |",
         "| magnitude 50 % | 20 / 0 / 16 * | 90.0 |",
