@@ -6,7 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECIPES, RECONSTRUCTIONS, methods
+from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECIPES, RECONSTRUCTIONS, STRUCTURES, methods
 from wanda_dvc.params import settings
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.presets import DEFAULT, read_preset
@@ -53,6 +53,14 @@ def page() -> str:
             ["`recipe`", "result", "method", "group", "allocation", "reconstruction", "propagation"], recipes
         ),
         "Statistics": _table(["`calibration.statistics`", "measured", "recipes that need them"], STATISTICS),
+        "Patterns": _table(
+            ["`pattern`", "meaning"],
+            [
+                ("unstructured", "zeros anywhere in a group of weights"),
+                ("n:m", "n of every m neighbours stay, such as `2:4`; `sparsity` is 1 − n/m"),
+                *((x.name, f"removes {x.about}; `sparsity` is their share, rounded") for x in STRUCTURES.values()),
+            ],
+        ),
         "Methods": _choices("method", methods()),
         "Groups": _choices("group", GROUPS),
         "Allocations": _table(["`allocation`", "sparsities", "`allocation_strength: null`"], allocations),

@@ -169,8 +169,8 @@ def test_thirds_are_pruned_exactly(pattern: str, sparsity: float, project: Make,
     for block in range(4):
         for keep in read_masks(made.masks, block).values():
             assert (keep.unflatten(1, (-1, m)).sum(dim=2) == n).all()
-    zeros = prune(made, tmp_path / "pruned")
-    assert measured_sparsity(zeros) == pytest.approx(1 - n / m, abs=1e-12)
+    written = prune(made, tmp_path / "pruned")
+    assert measured_sparsity(written.zeros) == pytest.approx(1 - n / m, abs=1e-12)
 
 
 # --- devices, lengths and no tasks ---

@@ -31,7 +31,10 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
             "params.yaml: method: got wands, expected magnitude, wanda, wanda-variant, ria, sparsegpt or admm",
         ),
         ({"pattern": "4:2"}, "params.yaml: pattern: got 4:2, expected n:m with n < m: n of every m neighbours stay"),
-        ({"pattern": "half"}, "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4"),
+        (
+            {"pattern": "half"},
+            "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4, or neurons",
+        ),
         (
             {"pattern": "2:4", "sparsity": 0.6},
             "params.yaml: sparsity: got 0.6 with pattern 2:4, expected 0.5 (1 − n/m); "

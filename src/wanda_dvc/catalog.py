@@ -39,6 +39,9 @@ class Method:
     # Whether a row's scores depend on the row alone: large matrices are then scored in slices. No default, because a
     # wrong value for a method with sums over columns would give wrong scores on large matrices.
     scores_by_row: bool
+    # Of a solver, for patterns that remove units: (weight [out, in], Prepared, Units) → the units that stay. A unit of
+    # other methods scores the sum of the scores of the weights that read it.
+    units: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a row with statistics that its function does not receive."""
@@ -113,6 +116,7 @@ _METHODS = (
         needs="gram",
         competition="solver",
         scores_by_row=False,
+        units="wanda_dvc.pruning.units:cheapest",
     ),
     Method(
         name="admm",
@@ -124,6 +128,7 @@ _METHODS = (
         needs="gram",
         competition="solver",
         scores_by_row=False,
+        units="wanda_dvc.pruning.units:cheapest",
     ),
 )
 
@@ -190,6 +195,44 @@ _PACKAGE = re.compile(
     r"package:(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*)"
     r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
 )
+
+
+# --- structures ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """A kind of units that a pattern removes, so that a smaller dense model remains."""
+
+    name: str  # as params.yaml writes it, for `pattern`
+    about: str
+    units: str  # what goes, in messages: `of the UNITS`
+    fields: tuple[str, ...]  # of config.json: the numbers of units; a model has some of them
+    # Widths of up to so many are multiples of the largest power of two that is a 16th of the width or less; wider ones
+    # of 64, which kernels like.
+    multiple: int
+
+
+STRUCTURES = {
+    structure.name: structure
+    for structure in (
+        Structure(
+            name="neurons",
+            about="neurons of each MLP, the same number in all blocks",
+            units="neurons of each MLP",
+            fields=(
+                "intermediate_size",
+                "ffn_dim",
+                "n_inner",
+                "ffn_hidden_size",
+                "moe_intermediate_size",
+                "shared_expert_intermediate_size",
+                "shared_intermediate_size",
+            ),
+            multiple=64,
+        ),
+    )
+}
 
 
 # --- allocations and reconstructions ---
@@ -309,6 +352,8 @@ class Reconstruction:
     kept: str  # a model card's words on kept weights, and on weights outside linears
     by_gradients: bool = False  # whether it receives the Gram matrices of gradients
     trains: bool = False  # each block is then trained on its mask
+    # Likewise, for masks that remove complete inputs: (weight [out, in], keep, Prepared) → Solved.
+    of_inputs: str | None = None
 
 
 RECONSTRUCTIONS = {
@@ -325,6 +370,7 @@ RECONSTRUCTIONS = {
             name="least-squares",
             about="least squares by conjugate gradients: the output of each linear closest to the dense output",
             function="wanda_dvc.pruning.solvers:least_squares",
+            of_inputs="wanda_dvc.pruning.units:least_squares",
             kept="The other weights of each linear were solved for, so that its output on the calibration text comes "
             "near the dense one; nothing was trained. Embeddings, norms and output head are the dense model's, bit for "
             "bit.",
@@ -334,6 +380,8 @@ RECONSTRUCTIONS = {
             name="fisher",
             about="least squares, weighted by gradients of the loss; rows compensate for each other",
             function="wanda_dvc.pruning.solvers:fisher_least_squares",
+            # Where complete inputs go, the gradients cancel: one solution is the best for all outputs.
+            of_inputs="wanda_dvc.pruning.units:least_squares",
             kept="The other weights of each linear were solved for, so that the model's loss on the calibration text "
             "changes little; nothing was trained. Embeddings, norms and output head are the dense model's, bit for "
             "bit.",
@@ -344,6 +392,7 @@ RECONSTRUCTIONS = {
             name="sparsegpt",
             about="input by input: the weights to the right compensate for each removed weight",
             function="wanda_dvc.pruning.solvers:sparsegpt_update",
+            of_inputs="wanda_dvc.pruning.units:least_squares",  # the sweep is its approximation
             kept="The other weights of each linear were updated while weights were removed; nothing was trained. "
             "Embeddings, norms and output head are the dense model's, bit for bit.",
         ),
@@ -353,6 +402,7 @@ RECONSTRUCTIONS = {
             about="least squares, then a short training of each block towards the dense block's output (with "
             "`propagation` `corrected` or `pruned`)",
             function="wanda_dvc.pruning.solvers:least_squares",
+            of_inputs="wanda_dvc.pruning.units:least_squares",
             kept="Each block was then trained on the calibration text, so that its output comes near the dense block's."
             " Embeddings and output head are the dense model's, bit for bit.",
             trains=True,

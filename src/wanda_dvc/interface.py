@@ -11,10 +11,11 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from wanda_dvc.catalog import RECIPES, STATISTICS
+from wanda_dvc.catalog import RECIPES, STATISTICS, STRUCTURES
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import GRAM_DTYPE, WINDOWS_BACK
 from wanda_dvc.study.project import Project
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from wanda_dvc.catalog import Structure
     from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.engine.loaded import Loaded
     from wanda_dvc.plan import Plan
@@ -156,7 +158,8 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
         recipe: The row of the catalog that replaces None in the arguments below: `magnitude`, `wanda`, `admm`,
             `fisher`, … Its reconstruction is an argument of `reconstruct`.
         sparsity: The fraction of each linear's weights to prune, in [0, 1); each row loses ⌊in · sparsity⌋ weights.
-        pattern: `unstructured`, or `n:m`: n of every m neighbours stay, and the sparsity is 1 − n/m.
+        pattern: `unstructured`; `n:m`: n of every m neighbours stay, and the sparsity is 1 − n/m; or `neurons`: the
+            sparsity is the share of each MLP's neurons. Pass this pattern to `prune` or `reconstruct` too.
         method: The score of weights: `magnitude`, `wanda`, `wanda-variant`, `ria`, or with Gram matrices `sparsegpt`
             and `admm`; or a method of an installed package.
         group: The competing weights: a `row` (one output), the complete `layer`, or the complete layer with each row
@@ -180,6 +183,7 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
     from wanda_dvc.pruning.choose import choose_block, targets_of
     from wanda_dvc.pruning.patterns import check_pattern
     from wanda_dvc.pruning.ratings import allocate
+    from wanda_dvc.stages.mask import removal_of
     from wanda_dvc.stages.running import progress
     from wanda_dvc.study.tensors import Masks, pack_masks
 
@@ -209,26 +213,36 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
             group=plan.group,
             strength=plan.strength,
         )
+        removal = removal_of(source, plan.structure, plan.share)
+        units = removal.units if removal else None
         chosen = Masks({}, {})
         for block, measured in enumerate(progress(stats.blocks, total=len(stats.blocks), what="mask, blocks")):
-            targets = targets_of(measured, share=shares[block], pattern=pattern, group=plan.group)
+            targets = targets_of(measured, share=shares[block], pattern=pattern, group=plan.group, units=units)
             grams = stats.grams[block].on(_solving(source)) if stats.grams else {}
             keep = choose_block(weights, measured, method=plan.method, targets=targets, grams=grams)
-            chosen |= pack_masks(keep)
+            chosen |= pack_masks(removal.spread(keep) if removal else keep)
     return chosen
 
 
-def prune(model: "PreTrainedModel", keep: 'Mapping[str, Bool[Tensor, "rows columns"]]') -> float:
-    """Set a model's weights outside the masks to zero, in place. All others are bit-identical.
+def prune(
+    model: "PreTrainedModel",
+    keep: 'Mapping[str, Bool[Tensor, "rows columns"]]',
+    *,
+    pattern: str = "unstructured",
+) -> float:
+    """Set a model's weights outside the masks to zero, or remove units, in place. All others are bit-identical.
 
-    All masks are checked before the first change, so an error does not change the model. Memory: one mask at a time.
+    All masks are checked before the first change, so an error does not change the model. Memory: one mask at a time, or
+    with `neurons` the new, smaller weights.
 
     Args:
         model: A causal language model of transformers; its parameters change in place.
         keep: Masks by linear, as returned by `mask`; linears without a mask do not change.
+        pattern: The pattern of the masks. With `neurons` the model gets smaller: new blocks replace its blocks, and
+            the number in its configuration changes. Hooks on the old blocks are lost.
 
     Returns:
-        The measured sparsity: the fraction of the weights of these linears that are zero now.
+        The measured sparsity: the fraction of the weights of these linears that are zero or removed now.
 
     Raises:
         UserError: A mask of no weight of this model, or of another shape or dtype.
@@ -239,7 +253,12 @@ def prune(model: "PreTrainedModel", keep: 'Mapping[str, Bool[Tensor, "rows colum
     """
     import torch
 
-    weights = _targets(_source(model), keep)
+    source = _source(model)
+    weights = _targets(source, keep)
+    if (structure := _structure(pattern)) is not None:
+        _shrink(source, keep, structure)
+        kept = sum(int(keep[name].sum()) for name in weights)
+        return 1 - kept / sum(weight.numel() for weight in weights.values())
     zeros = 0
     with torch.no_grad():
         for name, weight in weights.items():
@@ -254,6 +273,7 @@ def reconstruct(
     stats: Stats,
     *,
     reconstruction: str = "least-squares",
+    pattern: str = "unstructured",
 ) -> dict[str, dict[str, float]]:
     """Prune a model in place, and give kept weights new values that compensate for the pruned weights.
 
@@ -266,6 +286,7 @@ def reconstruct(
         keep: Masks by linear, as returned by `mask`; linears without a mask do not change.
         stats: Statistics with Gram matrices: `calibrate(model, tokens, statistics="gram")`.
         reconstruction: `least-squares`, `fisher` or `sparsegpt`; `none` only prunes, and returns the layer errors.
+        pattern: The pattern of the masks, as in `prune`.
 
     Returns:
         By linear: the layer error `error`, ‖(W−Ŵ)X‖² / ‖WX‖² on the calibration tokens; `masked`, the layer error of
@@ -288,7 +309,8 @@ def reconstruct(
 
     _one_of("reconstruction", reconstruction, [row.name for row in RECONSTRUCTIONS.values() if not row.trains])
     row = RECONSTRUCTIONS[reconstruction]
-    needed = "fisher" if row.by_gradients else "gram"
+    structure = _structure(pattern)
+    needed = "fisher" if row.by_gradients and not structure else "gram"
     if STATISTICS.index(stats.statistics) < STATISTICS.index(needed):
         raise UserError(
             f"reconstruction: got {reconstruction} and statistics {stats.statistics}, expected {needed}; call "
@@ -311,10 +333,14 @@ def reconstruct(
                 reconstruction=row,
                 gradients=back.get(name),
                 transposed=name in grams.transposed,
+                of_inputs=structure is not None,
             )
             made[name] = pruned.weight.cpu()
             if pruned.error is not None and pruned.masked is not None:
                 found[name] = {"error": pruned.error, "masked": pruned.masked} | pruned.solved
+    if structure:
+        _shrink(source, keep, structure, made)
+        return found
     with torch.no_grad():
         for name, weight in made.items():
             targets[name].copy_(weight)
@@ -496,6 +522,36 @@ def _targets(source: "Loaded", keep: "Mapping[str, Tensor]") -> "dict[str, Tenso
             )
         weights[name] = weight
     return weights
+
+
+def _structure(pattern: str) -> "Structure | None":
+    """Return the units of a pattern of masks; None if it sets weights to zero."""
+    if ":" not in pattern:
+        _one_of("pattern", pattern, ("unstructured", *STRUCTURES, "n:m"))
+    return STRUCTURES.get(pattern)
+
+
+def _shrink(
+    source: "Loaded",
+    keep: "Mapping[str, Tensor]",
+    structure: "Structure",
+    values: "Mapping[str, Tensor] | None" = None,
+) -> None:
+    """Remove the units without a kept weight from a model in place; some linears get other values first."""
+    from wanda_dvc.engine.checkpoint import Address
+    from wanda_dvc.engine.smaller import Smaller, find_units, shrink
+
+    removal, values = find_units(source, structure, Fraction(0)), values or {}
+    if missing := [reader for reader in removal.readers if reader not in keep]:
+        raise UserError(f"keep: no mask of {missing[0]}, expected those of all linears; call mask(model, stats)")
+    stays = removal.stays(keep)
+
+    def read(address: Address) -> "Tensor":
+        given = values.get(address.linear)
+        return source.read(address) if given is None else given
+
+    with _arguments():
+        shrink(source.model, Smaller(source, removal.fitted(stays), stays, read))
 
 
 def _windows(tokens: 'Int[Tensor, "windows length"]', source: "Loaded") -> 'Int[Tensor, "windows length"]':

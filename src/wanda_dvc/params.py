@@ -5,7 +5,7 @@ Read as DVC reads it, YAML 1.2: in YAML 1.1 an unquoted `2:4` is the number 124.
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -27,6 +27,7 @@ from wanda_dvc.catalog import (
     RECIPES,
     RECONSTRUCTIONS,
     STATISTICS,
+    STRUCTURES,
     TEXTS,
     Package,
     methods,
@@ -201,8 +202,13 @@ class Params(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="dtype in which the model runs")
     calibration: Calibration
     recipe: Annotated[str, _row_of(RECIPES)] = Field("wanda", description="how the model is pruned; see below")
-    sparsity: float = Field(ge=0, lt=1, description="fraction of each linear's weights that is removed")
-    pattern: str = Field(UNSTRUCTURED, description="`unstructured`, or `n:m`: n of every m neighbours stay")
+    sparsity: float = Field(
+        ge=0, lt=1, description="fraction of each linear's weights that is removed, or of the pattern's units"
+    )
+    pattern: str = Field(
+        UNSTRUCTURED,
+        description="`unstructured`; `n:m`: n of every m neighbours stay; or units that are removed: see below",
+    )
     method: Annotated[str | None, AfterValidator(_method)] = Field(
         None, description="how weights are scored; null, here and below: the recipe's own"
     )
@@ -292,10 +298,10 @@ class Params(_Section):
             yield _problem("runtime.device", f"{device} with runtime.ray {self.runtime.ray}", expected)
 
     def _pattern_conflicts(self) -> Iterator[str]:
-        if self.pattern == UNSTRUCTURED:
+        if self.pattern == UNSTRUCTURED or self.pattern in STRUCTURES:
             return
         if not re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", self.pattern):
-            yield _problem("pattern", self.pattern, "`unstructured` or n:m, such as 2:4")
+            yield _problem("pattern", self.pattern, f"`unstructured` or n:m, such as 2:4, or {_or(STRUCTURES)}")
             return
         n, m = parse_pattern(self.pattern) or (0, 0)
         if not n < m:
@@ -318,6 +324,8 @@ class Params(_Section):
         if plan.allocation.name != "uniform" and self.pattern != UNSTRUCTURED:
             expected = f"uniform: {self.pattern} gives every block the same sparsity"
             yield _problem("allocation", plan.allocation.name, expected)
+        if plan.structure and plan.method.competition == "solver" and not plan.method.units:
+            yield _problem("method", f"{plan.method.name} with pattern {self.pattern}", "a method that scores units")
         if self.allocation_strength is not None and not plan.allocation.strengths:
             yield _problem(
                 "allocation_strength", self.allocation_strength, f"null: {plan.allocation.name} has no strength"
@@ -402,8 +410,9 @@ def _problem(where: str, found: object, expected: str) -> str:
     return f"params.yaml: {where}: got {shown}, expected {expected}"
 
 
-def _or(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+def _or(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _explain(error: Any) -> str:

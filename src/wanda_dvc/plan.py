@@ -15,9 +15,11 @@ from wanda_dvc.catalog import (
     RECIPES,
     RECONSTRUCTIONS,
     STATISTICS,
+    STRUCTURES,
     Allocation,
     Method,
     Reconstruction,
+    Structure,
     methods,
 )
 
@@ -95,7 +97,7 @@ class Plan:
         masks |= {f"allocation {self.allocation.name}": self} if self.allocation.name != "uniform" else {}
         if len(masks) > 1:
             found["masks"] = masks
-        if self.reconstruction.by_gradients and self.weights_come_from == "gram":
+        if self.by_gradients and self.weights_come_from == "gram":
             plain = replace(self, reconstruction=RECONSTRUCTIONS["least-squares"])
             found["weights"] = {"least-squares": plain, f"reconstruction {self.reconstruction.name}": self}
         return found
@@ -119,6 +121,16 @@ class Plan:
         return described
 
     # --- dependencies of masks ---
+
+    @property
+    def structure(self) -> Structure | None:
+        """The kind of units that the pattern removes; None: it sets weights to zero."""
+        return STRUCTURES.get(self.pattern)
+
+    @property
+    def by_gradients(self) -> bool:
+        """Whether the Gram matrices of gradients determine kept weights."""
+        return self.reconstruction.by_gradients and self.structure is None
 
     @property
     def solves(self) -> bool:
@@ -170,7 +182,7 @@ class Plan:
     @property
     def masks_read_gradients(self) -> bool:
         """Whether masks depend on the Gram matrices of gradients, by the new weights of earlier blocks."""
-        return self.propagates and self.reconstruction.by_gradients
+        return self.propagates and self.by_gradients
 
     @property
     def masks_read_fisher(self) -> bool:
@@ -196,7 +208,7 @@ class Plan:
             yield f"group {self.group}", "fisher"
         if self.allocation.needs in ("gram", "fisher"):
             yield f"allocation {self.allocation.name}", self.allocation.needs
-        if self.reconstruction.by_gradients:
+        if self.by_gradients:
             yield f"reconstruction {self.reconstruction.name}", "fisher"
         elif self.weights_come_from == "gram":
             yield f"reconstruction {self.reconstruction.name}", "gram"
@@ -205,7 +217,8 @@ class Plan:
 def fill(recipe: str, given: Mapping[str, str | None], pattern: str) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return every choice by name, with missing choices from the recipe; and the recipe's excluded choices.
 
-    A pattern has its own groups and shares, so it excludes the recipe's group and allocation, and any group.
+    A pattern has its own groups and shares, so it excludes the recipe's group and allocation, and any group. Units do
+    not compete by row or layer, but outputs may count by their gradients: group `fisher` stays.
     """
     row = RECIPES[recipe]
     filled: dict[str, str] = {name: getattr(row, name) for name in CHOICES}
@@ -213,10 +226,11 @@ def fill(recipe: str, given: Mapping[str, str | None], pattern: str) -> tuple[di
         filled["group"] = row.group_with.get(method, filled["group"])
     left_out: list[str] = []
     if pattern != UNSTRUCTURED:
-        plain = {"group": "row", "allocation": "uniform"}
+        weighs = pattern in STRUCTURES and GROUPS[filled["group"]].needs == "fisher"
+        plain = {"group": filled["group"] if weighs else "row", "allocation": "uniform"}
         left_out = [f"{name} {filled[name]}" for name in plain if not given[name] and filled[name] != plain[name]]
         filled |= plain
     filled |= {name: value for name, value in given.items() if value is not None}
-    if pattern != UNSTRUCTURED:
+    if pattern != UNSTRUCTURED and not (pattern in STRUCTURES and GROUPS[filled["group"]].needs == "fisher"):
         filled["group"] = "row"
     return filled, tuple(left_out)

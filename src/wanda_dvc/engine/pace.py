@@ -24,7 +24,7 @@ from wanda_dvc.pruning.choose import Target, choose_block, prepared_linears, pru
 from wanda_dvc.pruning.gram import Gram
 
 if TYPE_CHECKING:
-    from wanda_dvc.plan import Plan
+    from wanda_dvc.plan import UNSTRUCTURED, Plan
 
 ENOUGH = 1.0  # seconds of repetitions; the fastest counts
 
@@ -54,11 +54,12 @@ def measure(  # noqa: PLR0913 - the parameters of the measurement
     rows = {name: weights(name).numel() // features for name in names}
     linears = Linears.of([[(out, features) for out in rows.values()]], one.width)
     grams = {first: Gram(recorded.grams[first].upper.to(where), recorded.grams[first].count)} if gram else {}
-    target = Target(plan.share, plan.pattern, plan.group)
+    # A score a weight, or a solver's work, is about as much for units.
+    target = Target(plan.share, UNSTRUCTURED if plan.structure else plan.pattern, plan.group)
     choosing = partial(choose_block, weights, stats, method=plan.method, targets=target, grams=grams, device=where)
     pace["choosing"] = linears.choosing(plan.method) / _seconds(choosing)
     keeps, own = choosing(), plan.reconstruction
-    gradients = {name: Gram.empty(out, where) for name, out in rows.items()} if gram and own.by_gradients else {}
+    gradients = {name: Gram.empty(out, where) for name, out in rows.items()} if gram and plan.by_gradients else {}
     for back in gradients.values():
         back.add(torch.randn(length, len(back.upper), device=where))
 

@@ -47,11 +47,12 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
         written = stored.write(study, work.out, work.path / "dense")
         _drop_metrics_of_others(study)
         study.metrics("pruned", "sparsity").unlink(missing_ok=True)
-        write_json(study.metrics("pruned", "sparsity"), {"sparsity": round(written.sparsity, 6)})
+        write_json(study.metrics("pruned", "sparsity"), written.metrics)
         sections = results(study, ran.outdated)
         text = card(
             study,
-            written.sparsity,
+            written.metrics["sparsity"],
+            removed=written.metrics.get("removed_parameters"),
             storage=written.storage,
             imports=stored.imports,
             results=sections,
@@ -130,10 +131,10 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
         raise UserError(f"{experiment}: no params.yaml, expected an experiment of this study")
     revision.copy_all(LOCK, study)
     take("masks", "its masks are")
-    reconstruction = study.params.plan.reconstruction
-    if reconstruction.function is not None:
-        for part in ("weights", "stats/gram", *(["stats/fisher"] if reconstruction.by_gradients else [])):
-            take(part, f"the statistics for reconstruction {reconstruction.name} are")
+    plan = study.params.plan
+    if plan.solves:
+        for part in ("weights", "stats/gram", *(["stats/fisher"] if plan.by_gradients else [])):
+            take(part, f"the statistics for reconstruction {plan.reconstruction.name} are")
     wanted = read_provenance(study.masks, "mask")["model"]
     here = project.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:

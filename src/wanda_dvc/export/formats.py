@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanda_dvc.errors import UserError
+
 if TYPE_CHECKING:
+    from wanda_dvc.study.files import Json
     from wanda_dvc.study.project import Project
 
 
@@ -24,27 +27,33 @@ class Format:
 class Written:
     """An exported model."""
 
-    sparsity: float  # measured
+    metrics: "Json"  # as metrics/pruned/sparsity.json has them
     storage: str  # the storage of zeros, for the model card
 
 
 def _write_dense(study: "Project", target: Path, _scratch: Path) -> Written:
     """Write an ordinary Hugging Face directory, zeros included."""
-    from wanda_dvc.stages.apply import measured_sparsity, prune
+    from wanda_dvc.stages.apply import prune
     from wanda_dvc.study.card import STORAGE
 
-    return Written(measured_sparsity(prune(study, target, study.params.plan.reconstruction.name)), STORAGE)
+    written = prune(study, target, study.params.plan.reconstruction.name)
+    return Written(written.metrics, STORAGE if written.removed is None else "")
 
 
 def _write_packed(study: "Project", target: Path, scratch: Path) -> Written:
     """Write a packed directory: the pruned linears without their zeros."""
     from wanda_dvc.packed.directory import pack_directory
-    from wanda_dvc.stages.apply import measured_sparsity, prune
+    from wanda_dvc.stages.apply import prune
 
-    zeros = prune(study, scratch, study.params.plan.reconstruction.name)
-    sizes = pack_directory(scratch, target, list(zeros))
+    if structure := study.params.plan.structure:
+        raise UserError(
+            f"--format: got packed with pattern {structure.name}, expected huggingface: the smaller model has no zeros "
+            "to leave out"
+        )
+    written = prune(study, scratch, study.params.plan.reconstruction.name)
+    sizes = pack_directory(scratch, target, list(written.zeros))
     shutil.rmtree(scratch)
-    return Written(measured_sparsity(zeros), sizes.summary())
+    return Written(written.metrics, sizes.summary())
 
 
 FORMATS = {

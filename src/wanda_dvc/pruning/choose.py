@@ -11,12 +11,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wanda_dvc.catalog import Method, Reconstruction
+from wanda_dvc.catalog import STRUCTURES, Method, Reconstruction
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.gram import Gram, layer_errors
+from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.pruning.selection import keep_by_share, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.pruning.units import Units, highest, spread, summed
 
 # Rows are scored in slices of about so many weights, which bounds memory. Smaller ones are slower: the threads wait for
 # the interpreter.
@@ -46,6 +48,7 @@ class Target:
     share: Fraction  # of the weights that go
     pattern: str = "unstructured"
     group: str = "row"
+    units: Units | None = None  # the units that the linear reads, if the pattern removes some of them
 
 
 def function_of(row: str) -> Callable[..., Any]:
@@ -70,7 +73,8 @@ def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is c
     the linear. UserError where a score is not finite, or the target is out of reach.
     """
     score = function_of(method.function)
-    x, by_row = x.to(weight.device), method.selects_by_row(target.pattern, target.group) and weight.device.type == "cpu"
+    by_row = method.selects_by_row(target.pattern, target.group) and not target.units and weight.device.type == "cpu"
+    x = x.to(weight.device)
     rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1]) if by_row else len(weight)
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for rows, into in zip(weight.split(rows_at_a_time), keep.split(rows_at_a_time), strict=True):
@@ -80,8 +84,14 @@ def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is c
             scored = scored * worth.to(scored)[:, None]
         if not scored.amax().isfinite():
             raise UserError(f"{name}: scores that are not finite; its weights or the activations it reads overflow")
-        into.copy_(SELECTIONS[method.competition](scored, target))
+        select_from = SELECTIONS[method.competition]
+        into.copy_(_by_unit(scored, target.units) if target.units else select_from(scored, target))
     return keep
+
+
+def _by_unit(score: Float[Tensor, "out in"], units: Units) -> Bool[Tensor, "out in"]:
+    """Keep the inputs of the units with the highest sums of scores."""
+    return spread(highest(summed(score, units), units.stay), units).expand(score.shape)
 
 
 SELECTIONS: Mapping[str, Callable[[Tensor, Target], Tensor]] = {
@@ -112,13 +122,19 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
     if method.competition == "solver":
         solve, chosen = function_of(method.function), {}
         for name, prepared in prepared_linears(block, grams or {}):
-            across = name in block.transposed
+            across, target = name in block.transposed, targets[name]
+            if removes_no_weight(target):
+                chosen[name] = torch.ones(weights(name).shape, dtype=torch.bool)
+                continue
             weight = oriented(weights(name), across)
             prepared = prepared or prepare(Gram.empty(weight.shape[1]), name)
-            target = targets[name]
             there = weight.to(prepared.gram.device)
             if name in worths:  # a row's problem is the same at every scale
                 there = there.float() * worths[name].to(there.device)[:, None]
+            if target.units:
+                stay = function_of(method.units)(there, prepared, target.units)
+                chosen[name] = oriented(spread(stay, target.units).expand(there.shape), across).contiguous()
+                continue
             group = "row" if target.group == "row" else "layer"  # solvers ignore the row weights
             solved = solve(there, prepared, share=target.share, pattern=target.pattern, group=group)
             chosen[name] = oriented(solved.keep, across).contiguous()
@@ -128,8 +144,10 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
 
     def keep(name: str, x: InputStats) -> Tensor:
         across, weight = name in block.transposed, weights(name)
-        weight = weight if device is None else weight.to(device)
         target, worth = targets[name], worths.get(name)
+        if removes_no_weight(target):
+            return torch.ones(weight.shape, dtype=torch.bool)
+        weight = weight if device is None else weight.to(device)
         kept = choose(oriented(weight, across), x, method=method, target=target, name=name, worth=worth)
         return oriented(kept, across).contiguous()
 
@@ -141,15 +159,23 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
         return {name: job.result() for name, job in jobs.items()}
 
 
-def targets_of(block: Readers, *, share: Share, pattern: str, group: str) -> dict[str, Target]:
-    """Return the target of each linear of a block."""
-    names = [name for names in block.readers.values() for name in names]
-    return {name: Target(share[name] if isinstance(share, Mapping) else share, pattern, group) for name in names}
+def targets_of(
+    block: Readers, *, share: Share, pattern: str, group: str, units: Mapping[str, Units] | None = None
+) -> dict[str, Target]:
+    """Return the target of each linear of a block. `units` are those that go, by the linear that reads them."""
+    names, units = [name for names in block.readers.values() for name in names], units or {}
+    shares = {name: share[name] if isinstance(share, Mapping) else share for name in names}
+    return {name: Target(shares[name], pattern, group, units.get(name)) for name in names}
+
+
+def removes_no_weight(target: Target) -> bool:
+    """Whether the pattern removes units, and none that this linear reads."""
+    return target.pattern in STRUCTURES and target.units is None
 
 
 def weighs(target: Target, block: BlockStats, name: str) -> bool:
     """Whether Fisher information weights a linear's rows; without any, all rows count alike."""
-    return target.group == "fisher" and target.pattern == "unstructured" and name in block.fisher
+    return target.group == "fisher" and not parse_pattern(target.pattern) and name in block.fisher
 
 
 def row_worth(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
@@ -191,14 +217,17 @@ def reconstruct(  # noqa: PLR0913 - the linear, its statistics, and how it is st
     reconstruction: Reconstruction,
     gradients: Gram | None = None,
     transposed: bool = False,
+    of_inputs: bool = False,
 ) -> Solved:
     """Return the weights of one linear on its mask, oriented, typed and placed as `weight` is stored.
 
     `gradients` is the Gram matrix of the gradients of its output, if the reconstruction uses it and it exists.
+    With `of_inputs` the mask removes complete inputs.
     """
-    solve, device = function_of(reconstruction.function or ""), prepared.gram.device
+    solve = function_of((reconstruction.of_inputs if of_inputs else reconstruction.function) or "")
+    device, uses = prepared.gram.device, reconstruction.by_gradients and not of_inputs
     there = (oriented(x, transposed).to(device) for x in (weight, keep))
-    further = [gradients.matrix().to(device) if gradients else None] if reconstruction.by_gradients else []
+    further = [gradients.matrix().to(device) if gradients else None] if uses else []
     solved: Solved = solve(*there, prepared, *further)
     return replace(solved, keep=keep, weight=oriented(solved.weight, transposed).contiguous().to(weight))
 
@@ -221,11 +250,12 @@ def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is s
     reconstruction: Reconstruction | None = None,
     gradients: Gram | None = None,
     transposed: bool = False,
+    of_inputs: bool = False,
 ) -> Pruned:
     """Return one linear on its mask, and its layer errors.
 
     The kept weights get `values`, or `reconstruction` solves for them where the input has a Gram matrix; else they do
-    not change.
+    not change. `of_inputs` as in `reconstruct`.
     """
     if prepared is None:
         return Pruned(masked(weight if values is None else values, keep), None, None, {})
@@ -237,7 +267,13 @@ def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is s
         different.append(masked(values.to(device), kept))
     elif reconstruction is not None and reconstruction.function is not None:
         one = reconstruct(
-            there, kept, prepared, reconstruction=reconstruction, gradients=gradients, transposed=transposed
+            there,
+            kept,
+            prepared,
+            reconstruction=reconstruction,
+            gradients=gradients,
+            transposed=transposed,
+            of_inputs=of_inputs,
         )
         different.append(masked(one.weight, kept))
         solved = one.diagnostics

@@ -1,14 +1,12 @@
-"""Patterns: the allowed positions of zeros."""
+"""Patterns of neighbours: the allowed positions of zeros."""
 
 from wanda_dvc.errors import SettingError
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """Return (2, 4) for `"2:4"`: 2 of every 4 neighbours stay. None for `"unstructured"`."""
-    if pattern == "unstructured":
-        return None
-    n, m = pattern.split(":")
-    return int(n), int(m)
+    """Return (2, 4) for `"2:4"`: 2 of every 4 neighbours stay. None for a pattern without neighbours."""
+    n, colon, m = pattern.partition(":")
+    return (int(n), int(m)) if colon else None
 
 
 def check_pattern(pattern: str, inputs: dict[str, int]) -> None:

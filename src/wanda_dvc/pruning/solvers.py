@@ -143,7 +143,7 @@ def least_squares(  # noqa: PLR0913 - the problem, and constants of the method
         first = (w if start is None else start[rows].float()) * mask
         scaled = w / factor.scale, mask, first / factor.scale
         v = _conjugate_gradients(*scaled, lambda x: multiply(x, factor.matrix), _by_row, steps)
-        unchanged += _settle(w, first, v.mul_(factor.scale), prepared, solved[rows])
+        unchanged += settle_rows(w, first, v.mul_(factor.scale), prepared, solved[rows])
     return Solved(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
 
 
@@ -464,6 +464,12 @@ def _conjugate_gradients(  # noqa: PLR0913, PLR0917 - the problem, and how it is
     return v
 
 
+def factor_inverse(matrix: Float[Tensor, "in in"], damping: float, unit: float) -> tuple[Float[Tensor, "in in"], float]:
+    """Return (matrix + damping · unit · I)⁻¹, and the damping, raised until the matrix is positive definite."""
+    lower, used = _cholesky(matrix, damping, unit)
+    return _squared(_inverse_of_lower(lower)), used
+
+
 def _choose(
     weight: Float[Tensor, "out in"],
     prepared: Prepared,
@@ -479,11 +485,11 @@ def _choose(
         w = weight[rows].float()
         keep[rows], v = solve(w.masked_fill(prepared.dead, 0), rows)
         v = torch.where(prepared.dead, w, v) * keep[rows]
-        unchanged += _settle(w, w * keep[rows], v, prepared, solved[rows])
+        unchanged += settle_rows(w, w * keep[rows], v, prepared, solved[rows])
     return Solved(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
 
 
-def _settle(
+def settle_rows(
     dense: Float[Tensor, "out in"],
     start: Float[Tensor, "out in"],
     found: Float[Tensor, "out in"],

@@ -1,21 +1,25 @@
-"""Write the pruned model: the dense checkpoint, byte for byte, with zeros outside the masks.
+"""Write the pruned model: the dense checkpoint, byte for byte, with zeros outside the masks, or without units.
 
 A reconstruction gives kept weights new values, solved for here, from stats/gram, or read from weights/.
 """
 
+import itertools
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from wanda_dvc.catalog import RECONSTRUCTIONS
+from wanda_dvc.catalog import RECONSTRUCTIONS, STRUCTURES
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.choose import prepare, prune_linear
 from wanda_dvc.pruning.packing import count_zeros
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.stages.held_out import compare, limit
+from wanda_dvc.stages.mask import removal_of
 from wanda_dvc.stages.running import progress, solving_device
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import Json, write_csv, write_json
@@ -41,11 +45,12 @@ def apply(*, project: Project) -> None:
     reconstruction, windows = project.params.plan.reconstruction.name, limit()
     made_from = describe_pruned(project, reconstruction)
     with project.work(made_from) as work:
-        zeros = prune(project, work.fresh(), reconstruction)
+        written = prune(project, work.fresh(), reconstruction)
+        zeros = written.zeros
         work.publish(project.model("pruned"))
     losses = compare(project, made_from, windows, lambda name: Parts(project, name).made)
     write_json(project.metrics("pruned", "held_out"), {"held_out": losses} if losses else {})
-    write_json(project.metrics("pruned", "sparsity"), {"sparsity": round(measured_sparsity(zeros), 6)})
+    write_json(project.metrics("pruned", "sparsity"), written.metrics)
     write_json(
         project.details("pruned", "sparsity"),
         {linear: round(found.zero / found.size, 6) for linear, found in zeros.items()},
@@ -93,7 +98,7 @@ def describe_pruned(study: Project, reconstruction: str) -> Json:
             raise UserError("weights/: made with other masks, expected those in masks/; run `wanda-dvc mask` again")
         from_where = {"weights": digest(weights)}
     folders = [study.gram] if source == "gram" or block_count(study.gram, "calibrate") else []
-    if source == "gram" and RECONSTRUCTIONS[reconstruction].by_gradients:
+    if source == "gram" and reads_gradients(made, reconstruction):
         folders.append(study.fisher)
     for folder in folders:
         gram = read_provenance(folder, "calibrate")
@@ -114,6 +119,11 @@ def values_from(masks: Json, reconstruction: str) -> Literal["weights", "gram"] 
     return "weights" if "reconstruction" in masks["params"] else "gram"
 
 
+def reads_gradients(masks: Json, reconstruction: str) -> bool:
+    """Whether a reconstruction reads the Gram matrices of gradients, by the provenance of masks/."""
+    return RECONSTRUCTIONS[reconstruction].by_gradients and masks["params"]["pattern"] not in STRUCTURES
+
+
 def _unsealed(provenance: Json) -> Json:
     return {name: value for name, value in provenance.items() if name not in SEALED}
 
@@ -126,13 +136,16 @@ class Parts:
         self.reconstruction = RECONSTRUCTIONS[reconstruction]
         self.keeps = [read_masks(study.masks, block) for block in range(block_count(study.masks, "mask"))]
         self.blocks = {linear: block for block, keeps in enumerate(self.keeps) for linear in keeps}
-        self.source = values_from(read_provenance(study.masks, "mask"), reconstruction)
+        described = read_provenance(study.masks, "mask")
+        self.structure = STRUCTURES.get(described["params"]["pattern"])
+        self.share = Fraction(str(described["params"]["sparsity"]))
+        self.source = values_from(described, reconstruction)
         stored = block_count(study.weights, "mask") if self.source == "weights" else 0
         self.changed = [read_weights(study.weights, block) for block in range(stored)]
         device = solving_device(study.params.runtime)
         self.grams = [read_grams(study.gram, block, device) for block in range(block_count(study.gram, "calibrate"))]
         self.gradients: list[Grams] = []
-        if self.source == "gram" and self.reconstruction.by_gradients:
+        if self.source == "gram" and reads_gradients(described, reconstruction):
             count = block_count(study.fisher, "calibrate")
             self.gradients = [read_grams(study.fisher, block, device) for block in range(count)]
         self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}
@@ -168,13 +181,28 @@ class Parts:
             reconstruction=self.reconstruction if self.source == "gram" else None,
             gradients=self.gradients[block].get(linear) if self.gradients else None,
             transposed=bool(self.grams) and linear in self.grams[block].transposed,
+            of_inputs=self.structure is not None,
         )
         zero = count_zeros(made.weight)
         solved = solved or made.solved
         return made.weight, Zeros(block, zero, weight.numel(), weight.nbytes, made.error, made.masked, solved)
 
 
-def prune(study: Project, target: Path, reconstruction: str = "none") -> dict[str, Zeros]:
+class Written(NamedTuple):
+    """A pruned checkpoint."""
+
+    zeros: dict[str, Zeros]  # the measures of each linear; removed weights count as zeros
+    sparsity: float  # the share of the linears' weights that are zero, or of the units that were removed
+    removed: float | None = None  # the share of the stored weights that was removed; None: zeros are stored
+
+    @property
+    def metrics(self) -> Json:
+        """The content of metrics/pruned/sparsity.json."""
+        removed = {} if self.removed is None else {"removed_parameters": round(self.removed, 6)}
+        return {"sparsity": round(self.sparsity, 6)} | removed
+
+
+def prune(study: Project, target: Path, reconstruction: str = "none") -> Written:
     """Write a study's pruned checkpoint, model card and provenance into an empty folder; return all measures."""
     made_from, parts = describe_pruned(study, reconstruction), Parts(study, reconstruction)
     checkpoint, blocks = parts.checkpoint, parts.blocks
@@ -188,13 +216,47 @@ def prune(study: Project, target: Path, reconstruction: str = "none") -> dict[st
 
     others = {name: weight for changed, _ in parts.changed for name, weight in changed.items() if name not in blocks}
     addresses = [checkpoint.find(name) for name in (*blocks, *others)]
-    written = checkpoint.copy(target, addresses, pruned, without=(PROVENANCE, "README.md"))
-    for _ in progress(written, total=len(addresses), what="apply, weights"):
-        pass
-    zeros = {linear: found[linear] for linear in blocks}
-    (target / "README.md").write_text(card(study, measured_sparsity(zeros)), encoding="utf-8")
+    without = (PROVENANCE, "README.md")
+    if parts.structure is None:
+        written = checkpoint.copy(target, addresses, pruned, without=without)
+        for _ in progress(written, total=len(addresses), what="apply, weights"):
+            pass
+        zeros = {linear: found[linear] for linear in blocks}
+        result = Written(zeros, measured_sparsity(zeros))
+    else:
+        sparsity, removed = _write_smaller(parts, target, addresses, pruned, without)
+        result = Written({linear: found[linear] for linear in blocks}, sparsity, removed)
+    (target / "README.md").write_text(card(study, result.sparsity, removed=result.removed), encoding="utf-8")
     write_provenance(target, made_from)
-    return zeros
+    return result
+
+
+def _write_smaller(
+    parts: Parts,
+    target: Path,
+    addresses: list[Address],
+    pruned: Callable[[Address], Tensor],
+    without: tuple[str, ...],
+) -> tuple[float, float]:
+    """Write a checkpoint without the removed units; return the share of the units and of the weights that went."""
+    from wanda_dvc.engine.smaller import Smaller, write_smaller  # imports transformers, which takes seconds
+
+    removal = removal_of(parts.checkpoint, parts.structure, parts.share)
+    assert removal
+    stays = {name: stay for keeps in parts.keeps for name, stay in removal.stays(keeps).items()}
+    new = {(address.tensor, address.expert) for address in addresses}
+
+    def read(address: Address) -> Tensor:
+        return pruned(address) if (address.tensor, address.expert) in new else parts.checkpoint.read(address)
+
+    smaller, tensors = Smaller(parts.checkpoint, removal, stays, read), {address.tensor for address in addresses}
+    names = tensors | {cut.address.tensor for cut in removal.cuts}
+    written: Iterator[None] = progress(itertools.repeat(None, len(names)), total=len(names), what="apply, tensors")
+    write_smaller(
+        smaller, target, replaced=tensors, without=without, progress=lambda piece: piece.name in names and next(written)
+    )
+    next(written, None)  # the line after the last tensor
+    return removal.share, smaller.removed
 
 
 def measured_sparsity(zeros: dict[str, Zeros]) -> float:

@@ -11,15 +11,26 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.catalog import Structure
+from wanda_dvc.engine.checkpoint import Checkpoint, Source
 from wanda_dvc.engine.jobs import JobInput
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
-from wanda_dvc.pruning.choose import Share, aim_block, choose_block, prepared_linears, reconstruct, targets_of
+from wanda_dvc.pruning.choose import (
+    Share,
+    aim_block,
+    choose_block,
+    masked,
+    prepared_linears,
+    reconstruct,
+    removes_no_weight,
+    targets_of,
+)
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.ratings import allocate
 from wanda_dvc.pruning.statistics import BlockStats
+from wanda_dvc.pruning.units import Units
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import (
     Statistics,
@@ -53,6 +64,7 @@ from wanda_dvc.study.tensors import (
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.runner import Change
+    from wanda_dvc.engine.smaller import Removal
 
 
 def mask(*, project: Project) -> None:
@@ -72,6 +84,9 @@ def mask(*, project: Project) -> None:
             f"{params.recipe} ignored"
         )
     checkpoint = Checkpoint(project.model("dense"))
+    removal = removal_of(checkpoint, plan.structure, plan.share)
+    if removal:
+        notice(f"mask: {removal.about(plan.share)}")
     shares = _shares(project, stats, checkpoint)
     made_from = describe(
         "masks",
@@ -83,16 +98,17 @@ def mask(*, project: Project) -> None:
         params=plan.described,
         **({"gram": digest(tier_provenance(project, project.gram))} if plan.masks_read_gram else {}),
         **({"fisher": digest(tier_provenance(project, project.fisher))} if plan.masks_read_fisher else {}),
+        **({"config": removal.changes} if removal else {}),
         **({"sparsities": list(map(_written, shares))} if plan.allocation.name != "uniform" else {}),
     )
     with project.work(made_from) as work:
         masks, weights = work.part("masks"), work.part("weights")
         if plan.propagates:
-            _propagate(project, checkpoint, stats, shares, work)
+            _propagate(project, checkpoint, stats, shares, work, removal)
         else:
             made = _solved if plan.method.competition == "solver" else _scored
             unreached = {}
-            for block, measured, chosen in made(project, checkpoint, stats, shares, finished_blocks(masks)):
+            for block, measured, chosen in made(project, checkpoint, stats, shares, finished_blocks(masks), removal):
                 unreached[block] = measured.unreached()
                 write_masks(masks, block, chosen)
                 del chosen  # before the next block's masks arrive
@@ -101,6 +117,15 @@ def mask(*, project: Project) -> None:
         seal(masks, made_from)
         seal(weights, made_from | {"kind": "weights"})
         work.publish(project.masks, project.weights)
+
+
+def removal_of(source: Source, structure: Structure | None, share: Fraction) -> "Removal | None":
+    """Return the units that a pattern removes; None if it sets weights to zero."""
+    if structure is None:
+        return None
+    from wanda_dvc.engine.smaller import find_units  # imports transformers, which takes seconds
+
+    return find_units(source, structure, share)
 
 
 def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequence[Share]:
@@ -148,26 +173,47 @@ def informed(project: Project, plan: Plan, block: int, measured: BlockStats) -> 
     return with_fisher(project, block, measured) if plan.masks_read_sums else measured
 
 
-def keeps(project: Project, plan: Plan, weights: Weights, block: BlockStats, share: Share) -> dict[str, Tensor]:
+def keeps(  # noqa: PLR0913, PLR0917 - the block, and how its masks are chosen
+    project: Project,
+    plan: Plan,
+    weights: Weights,
+    block: BlockStats,
+    share: Share,
+    removal: "Removal | None" = None,
+) -> dict[str, Tensor]:
     """Return the masks of one block's linears by their scores. `weights` reads a stored weight."""
     device = solving_device(project.params.runtime)
-    targets = targets_of(block, share=share, pattern=plan.pattern, group=plan.group)
-    return choose_block(weights, block, method=plan.method, targets=targets, device=device)
+    units = removal.units if removal else None
+    targets = targets_of(block, share=share, pattern=plan.pattern, group=plan.group, units=units)
+    chosen = choose_block(weights, block, method=plan.method, targets=targets, device=device)
+    return removal.spread(chosen) if removal else chosen
 
 
 Blocks = Iterator[tuple[int, BlockStats, Mapping[str, Tensor]]]  # the block, its statistics, and its masks
 
 
-def _scored(project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], _: int) -> Blocks:
+def _scored(
+    project: Project,
+    checkpoint: Checkpoint,
+    stats: Statistics,
+    shares: Sequence[Share],
+    _: int,
+    removal: "Removal | None",
+) -> Blocks:
     """Yield the masks of all blocks, in this process: each weight is read once, and networks are slower than disks."""
     plan = project.params.plan
     for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks"):
         measured = informed(project, plan, block, read_stats(project.stats, block))
-        yield block, measured, keeps(project, plan, checkpoint.weight, measured, shares[block])
+        yield block, measured, keeps(project, plan, checkpoint.weight, measured, shares[block], removal)
 
 
-def _solved(
-    project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], finished: int
+def _solved(  # noqa: PLR0913, PLR0917 - the inputs of solvers
+    project: Project,
+    checkpoint: Checkpoint,
+    stats: Statistics,
+    shares: Sequence[Share],
+    finished: int,
+    removal: "Removal | None",
 ) -> Blocks:
     """Yield the masks of blocks not finished by an earlier run. Each distinct input is a job."""
     plan, blocks = project.params.plan, range(stats.blocks)
@@ -176,7 +222,9 @@ def _solved(
         for block in blocks[finished:]:
             measured = informed(project, plan, block, read_stats(project.stats, block))
             grams: Mapping[str, Gram] = read_grams(project.gram, block) if plan.method.needs == "gram" else {}
-            yield from _parts(plan, checkpoint, block, measured, grams, shares[block], stored=project.gram)
+            yield from _parts(
+                plan, checkpoint, block, measured, grams, shares[block], stored=project.gram, removal=removal
+            )
 
     folders = [checkpoint.folder, project.gram] if plan.method.needs == "gram" else [checkpoint.folder]
     with jobs(project, folders) as run:
@@ -184,7 +232,7 @@ def _solved(
         for block in progress(blocks, total=stats.blocks, what="mask, blocks"):
             if block >= finished:
                 measured = read_stats(project.stats, block)
-                yield block, measured, _together(itertools.islice(made, len(measured.readers))).keeps
+                yield block, measured, _together(itertools.islice(made, len(measured.readers)), removal).keeps
 
 
 # --- one distinct input ---
@@ -201,6 +249,7 @@ class Part:
     grams: Mapping[str, Gram] | tuple[Path, int]  # of this input; or stats/gram and the block
     crosses: Mapping[str, Tensor]  # X_denseᵀX, likewise, if weights are corrected
     gradients: Mapping[str, Gram]  # of what its linears put out, by linear, where the reconstruction is given them
+    units: Mapping[str, Units]  # that its linears read, where the pattern removes some
 
 
 class Made(NamedTuple):
@@ -225,7 +274,7 @@ def solve(device: torch.device, part: Part) -> Made:
         crosses = {name: cross.to(device) for name, cross in part.crosses.items()}
         aimed = aim_block(weights, block, grams=grams, crosses=crosses, strength=CORRECTION)
         weights = aimed.__getitem__
-    targets = targets_of(block, share=part.share, pattern=plan.pattern, group=plan.group)
+    targets = targets_of(block, share=part.share, pattern=plan.pattern, group=plan.group, units=part.units)
     chosen = choose_block(weights, block, method=plan.method, targets=targets, grams=grams, device=device)
     solved = {}
     if plan.propagates and plan.solves:
@@ -237,9 +286,10 @@ def solve(device: torch.device, part: Part) -> Made:
                 reconstruction=plan.reconstruction,
                 gradients=part.gradients.get(name),
                 transposed=name in block.transposed,
+                of_inputs=plan.structure is not None,
             )
             for name, prepared in prepared_linears(block, grams)
-            if prepared is not None
+            if prepared is not None and (plan.corrects or not removes_no_weight(targets[name]))
         }
     changed = {name: one.weight.to("cpu", stored[name].dtype) for name, one in solved.items()}
     return Made(pack_masks(chosen), changed, {name: one.diagnostics for name, one in solved.items()})
@@ -261,6 +311,7 @@ def _parts(  # noqa: PLR0913, PLR0917 - the inputs of solvers
     crosses: Mapping[str, Tensor] | None = None,
     gradients: Grams | None = None,
     stored: Path | None = None,
+    removal: "Removal | None" = None,
 ) -> Iterator[JobInput[Part]]:
     """Yield the distinct inputs of a block. `stored` is the folder of its Gram matrices, if it exists."""
     for source, names in measured.readers.items():
@@ -271,28 +322,37 @@ def _parts(  # noqa: PLR0913, PLR0917 - the inputs of solvers
             own = pack_grams(stats, {source: grams[source]} if source in grams else {}, None)
         cross = {source: crosses[source].float()} if crosses and source in crosses else {}
         back = gradients.of(*names) if gradients else {}
-        complete = Part(plan, share, stats, {name: checkpoint.weight(name) for name in names}, own, cross, back)
+        units = {name: removal.units[name] for name in names if name in removal.units} if removal else {}
+        complete = Part(plan, share, stats, {name: checkpoint.weight(name) for name in names}, own, cross, back, units)
         named = replace(complete, weights=checkpoint.folder)
         if stored and isinstance(grams, Grams):
             named = replace(named, grams=(stored, block))
         yield JobInput(f"block {block}, input of {source}", complete, named)
 
 
-def _together(parts: Iterable[Made]) -> Made:
-    """Merge the results of all distinct inputs of a block."""
+def _together(parts: Iterable[Made], removal: "Removal | None") -> Made:
+    """Merge the results of all distinct inputs of a block. Of removed units, all weights go."""
     keeps, weights, diagnostics = Masks({}, {}), dict[str, Tensor](), Json()
     for part in parts:
         keeps |= part.keeps
         weights |= part.weights
         diagnostics |= part.diagnostics
+    if removal:
+        keeps = pack_masks(removal.spread(keeps))
+        weights = {name: masked(weight, keeps[name]) for name, weight in weights.items()}
     return Made(keeps, weights, diagnostics)
 
 
 # --- blocks calibrated on the outputs of pruned ones ---
 
 
-def _propagate(
-    project: Project, checkpoint: Checkpoint, stats: Statistics, shares: Sequence[Share], work: Work
+def _propagate(  # noqa: PLR0913, PLR0917 - the inputs of masks
+    project: Project,
+    checkpoint: Checkpoint,
+    stats: Statistics,
+    shares: Sequence[Share],
+    work: Work,
+    removal: "Removal | None",
 ) -> None:
     """Follow the paper's procedure: each block is calibrated on the outputs of the blocks pruned before it."""
     # Text, windows and dtype come from stats/: the masks depend on stats/, and on no setting of calibration.
@@ -329,11 +389,19 @@ def _propagate(
                 back = read_grams(project.fisher, step.index) if plan.masks_read_gradients else None
                 own = recorded.grams
                 parts = _parts(
-                    plan, checkpoint, step.index, measured, own, share, crosses=recorded.crosses, gradients=back
+                    plan,
+                    checkpoint,
+                    step.index,
+                    measured,
+                    own,
+                    share,
+                    crosses=recorded.crosses,
+                    gradients=back,
+                    removal=removal,
                 )
-                keep, changed, diagnostics = _together(run.each(solve, parts))
+                keep, changed, diagnostics = _together(run.each(solve, parts), removal)
             else:
-                chosen = keeps(project, plan, checkpoint.weight, measured, share)
+                chosen = keeps(project, plan, checkpoint.weight, measured, share, removal)
                 keep = pack_masks(chosen)  # Ray keeps it over all blocks
             if plan.trains:
                 trained = step.train(keep, changed, **TRAINING)

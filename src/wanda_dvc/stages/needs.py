@@ -207,7 +207,7 @@ def _apply(on: Known) -> Need:
     grams = gram * _gram_bytes(linears.all_squares)
     solving = linears.solving(plan.reconstruction) if plan.weights_come_from == "gram" else 0
     written = Need(
-        memory=writing(linears, gram=gram, by_gradients=plan.reconstruction.by_gradients),
+        memory=writing(linears, gram=gram, by_gradients=plan.by_gradients),
         disk=on.stored,
         least=on.stored,
         read=on.stored + grams,

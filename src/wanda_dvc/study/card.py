@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from wanda_dvc.catalog import ALLOCATIONS, GROUPS, HUB_ID, methods
+from wanda_dvc.catalog import ALLOCATIONS, GROUPS, HUB_ID, STRUCTURES, methods
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.project import Project
@@ -26,6 +26,7 @@ PROPAGATION = {
     "pruned": "each block was calibrated on the outputs of the pruned blocks before it",
     "corrected": "each block was calibrated on the outputs of the pruned blocks before it, towards the dense outputs",
 }
+NEIGHBOURS = "neighbours along the input"
 STORAGE = "Zeros are stored like any number: the files are no smaller than the dense model's."
 LOADING = """\
 ```python
@@ -41,7 +42,7 @@ CARD = """\
 ---
 # {source}, pruned
 
-{percent:g} % of the weights in the linear layers of the blocks are zero, chosen by {method}. {kept}
+{what}, chosen by {method}. {kept}
 {sections}"""
 
 
@@ -49,6 +50,7 @@ def card(  # noqa: PLR0913 - the parts of a model card
     study: Project,
     sparsity: float,
     *,
+    removed: float | None = None,
     storage: str = STORAGE,
     imports: str = "",
     results: Mapping[str, str] | None = None,
@@ -56,6 +58,7 @@ def card(  # noqa: PLR0913 - the parts of a model card
 ) -> str:
     """Return the model card of a study's pruned model; `sparsity` is its measured sparsity.
 
+    `removed` is the share of the model's weights that were removed with complete units; None: zeros are stored.
     `storage` describes the storage of zeros, and `imports` is Python code required for loading. `results` are more
     sections, by title. `warnings` are sentences on limits of the model.
     """
@@ -74,17 +77,26 @@ def card(  # noqa: PLR0913 - the parts of a model card
         "Pruning": table(["what", "value"], _facts(study, masks, dense, sparsity)),
         **(results or {}),
         "Load the model": LOADING.format(imports=imports),
-        "Limits": " ".join([storage, _speed(pattern), *warnings]),
+        "Limits": " ".join([*([storage] if removed is None else []), _speed(pattern), *warnings]),
         "Licence of the dense model": license_text,
     }
     return CARD.format(
         metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
         source=inline(dense["source"]),
-        percent=round(100 * sparsity, 2),
+        what=_what(pattern, sparsity, removed),
         method=_cited(masks["params"]["method"]),
         kept=study.params.plan.reconstruction.kept,
         sections="".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items()),
     )
+
+
+def _what(pattern: str, sparsity: float, removed: float | None) -> str:
+    """Return what was pruned, as the beginning of a sentence."""
+    percent = round(100 * sparsity, 2)
+    if removed is None:
+        return f"{percent:g} % of the weights in the linear layers of the blocks are zero"
+    units = STRUCTURES[pattern].units
+    return f"{percent:g} % of the {units} were removed, {round(100 * removed, 2):g} % of the model's parameters"
 
 
 def table(headers: list[str], rows: Iterable[Iterable[str]]) -> str:
@@ -105,12 +117,16 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
     yield "dense model", code(dense["source"])
     yield "sha256 of its files", f"{dense['sha256'][:12]}…"
     yield "method", code(params["method"])
-    yield "sparsity", f"{params['sparsity']:g} requested, {measured:.6f} measured, of the linear layers of all blocks"
+    structure = STRUCTURES.get(params["pattern"])
+    of = structure.units if structure else "linear layers of all blocks"
+    yield "sparsity", f"{params['sparsity']:g} requested, {measured:.6f} measured, of the {of}"
+    if config := masks.get("config"):
+        yield "config.json", ", ".join(f"{field} {value}" for field, value in config.items())
     allocation = ALLOCATIONS[params.get("allocation", "uniform")]
     yield "allocation", f"{code(allocation.name)}: {allocation.about}"
     yield "pattern", code(params["pattern"])
     compete = f"weights are compared within {GROUPS[params['group']].about}"
-    yield "group", compete if params["pattern"] == "unstructured" else "neighbours along the input"
+    yield "group", structure.units if structure else compete if ":" not in params["pattern"] else NEIGHBOURS
     propagation = params.get("propagation", "dense")
     yield "propagation", f"{code(propagation)}: {PROPAGATION[propagation]}"
     reconstruction = study.params.plan.reconstruction
@@ -124,6 +140,8 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
 
 def _speed(pattern: str) -> str:
     """Return a sentence on the speed of the pruned model."""
+    if structure := STRUCTURES.get(pattern):
+        return f"The model is dense, with fewer {structure.units}; it runs like any other model of its family."
     if pattern == "unstructured":
         return "Unstructured sparsity does not speed up GPU inference."
     return f"A speed-up from {pattern} needs hardware and kernels for that pattern, which this model does not contain."

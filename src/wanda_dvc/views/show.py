@@ -68,7 +68,7 @@ def _figures(project: Project, model: str) -> Json:
     if model == "pruned":
         divergence = found["perplexity"][0].items()
         figures |= {name: value for name, value in divergence if name != "perplexity"}
-        figures["sparsity"] = load_json(project.metrics("pruned", "sparsity")).get("sparsity")
+        figures |= {"sparsity": None} | load_json(project.metrics("pruned", "sparsity"))
         figures["layer_error"] = mean_layer_error(project)
         for (task, metric), one in _flips(project).items():
             figures["zero_shot"][task].setdefault("flips", {})[metric] = one._asdict()
@@ -104,10 +104,13 @@ def comparison(project: Project) -> list[list[str]]:
     if tasks:
         means = [None if None in one else sum(one) / len(one) for one in zip(*accuracies, strict=True)]
         rows.append(["mean, acc %", *map(_percent, means), "" if {*apart} & {*tasks} else _retained(*means)])
-    error, sparsity = mean_layer_error(project), load_json(project.metrics("pruned", "sparsity")).get("sparsity")
+    error, measures = mean_layer_error(project), load_json(project.metrics("pruned", "sparsity"))
+    sparsity, removed = measures.get("sparsity"), measures.get("removed_parameters")
     if error is not None:
         rows.append(["layer error, mean", "–", f"{error:.4f}", ""])
     rows.append(["measured sparsity", "–", "–" if sparsity is None else f"{sparsity:.4f}", ""])
+    if removed is not None:
+        rows.append(["parameters removed", "–", f"{100 * removed:.1f} %", ""])
     return rows
 
 

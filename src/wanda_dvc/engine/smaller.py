@@ -1,0 +1,486 @@
+"""Smaller models: which stored weights belong to the units that go, and a view of a model without these units.
+
+No family-specific code. A field of the configuration, such as `intermediate_size`, is changed for a trial: the weights
+whose shapes change with it belong to the units. A probe then compares the smaller model with the full model without the
+units' inputs; a structure that fails is refused.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from wanda_dvc.catalog import Structure
+from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.rewriting import Configuration, Piece, rewrite
+from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.structure import Linear, build_empty, find_blocks, stored_linears, stored_parts
+from wanda_dvc.engine.weights import Weights, set_parameter
+from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.units import Units, places, spread, stay_of
+from wanda_dvc.reading import DTYPES, Entry
+
+TRIAL = 8  # the width of a trial for a field that the configuration leaves open
+TOKENS = 32  # of the probe
+CLOSE = 1e-2  # allowed difference in the probe, relative to the effect of the removed units
+Stays = Mapping[str, Bool[Tensor, " units"]]  # the units that stay, by set
+
+
+class Cut(NamedTuple):
+    """A dimension of a stored tensor, or of an expert's part of it, that holds the units of a set."""
+
+    address: Address
+    dim: int
+    units: str  # the set
+    layout: tuple[int, ...]  # as `Units.layout`
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The units of a model, in sets from which the same share goes; a set is one MLP's neurons, for example."""
+
+    structure: Structure
+    sets: dict[str, Units]
+    readers: dict[str, str]  # by linear: the set that it reads
+    cuts: tuple[Cut, ...]
+    numbers: dict[str, int]  # the configuration's fields with the numbers of units, before the removal
+    field_of: dict[str, str]  # by set
+
+    @property
+    def fields(self) -> dict[str, tuple[int, int]]:
+        """The numbers of units in the configuration, before and after."""
+        parts = {self.field_of[name]: units for name, units in self.sets.items()}
+        return {x: (self.numbers[x], self.numbers[x] * units.stay // units.total) for x, units in parts.items()}
+
+    def fitted(self, stays: Stays) -> "Removal":
+        """Return the removal that leaves these units. UserError if sets of one field keep different numbers."""
+        sets = {name: units._replace(stay=int(stays[name].sum())) for name, units in self.sets.items()}
+        for field in self.numbers:
+            shares = {Fraction(x.stay, x.total): name for name, x in sets.items() if self.field_of[name] == field}
+            if len(shares) > 1 or min(shares) * self.numbers[field] % 1:
+                found = " and ".join(f"{sets[name].stay} in {name}" for name in shares.values())
+                raise UserError(
+                    f"keep: masks keep {found}, expected the same number everywhere, as {field} is one number for all"
+                )
+        return replace(self, sets=sets)
+
+    @property
+    def units(self) -> dict[str, Units]:
+        """The units that go, by the linear that reads them."""
+        return {linear: self.sets[name] for linear, name in self.readers.items()}
+
+    @property
+    def share(self) -> float:
+        """The share of the units that go."""
+        return 1 - sum(units.stay for units in self.sets.values()) / sum(units.total for units in self.sets.values())
+
+    @property
+    def changes(self) -> dict[str, int]:
+        """The new values in the configuration."""
+        return {field: after for field, (_, after) in self.fields.items()}
+
+    def about(self, share: Fraction) -> str:
+        """Describe the removal, and the rounding of the requested share."""
+        changes = ", ".join(f"{field} from {before} to {after}" for field, (before, after) in self.fields.items())
+        text = f"pattern {self.structure.name}: {changes}"
+        if abs(self.share - share) > 1e-9:
+            text += f"; rounded to widths that kernels like: {self.share:.4g} instead of {float(share):g}"
+        return text
+
+    @cached_property
+    def by_linear(self) -> dict[str, list[Cut]]:
+        """The cuts of each linear, or other tensor, by its name in masks."""
+        found: defaultdict[str, list[Cut]] = defaultdict(list)
+        for cut in self.cuts:
+            found[cut.address.linear].append(cut)
+        return dict(found)
+
+    def cut_of(self, reader: str) -> Cut:
+        """Return the cut of the inputs of a linear that reads units."""
+        return next(cut for cut in self.by_linear[reader] if cut.units == self.readers[reader])
+
+    def stays(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the units that stay, by set, from the masks of the linears that read them."""
+        found = {}
+        for linear, name in self.readers.items():
+            if linear in keeps:
+                cut = self.cut_of(linear)
+                inputs = keeps[linear].any(dim=1 - cut.dim)
+                units = self.sets[name]
+                found[name] = torch.zeros(units.total, dtype=torch.bool)
+                found[name][places(units._replace(layout=cut.layout))[inputs]] = True
+        return found
+
+    def spread(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return masks without all weights of removed units, given the masks of the linears that read the units."""
+        stays = self.stays(keeps)
+        return {linear: self._without(linear, keep, stays) for linear, keep in keeps.items()}
+
+    def _without(self, linear: str, keep: Tensor, stays: Stays) -> Tensor:
+        for cut in self.by_linear.get(linear, ()):
+            if cut.units in stays:
+                along = self.along(cut, stays)
+                keep = keep & (along[:, None] if cut.dim == 0 else along)
+        return keep
+
+    def along(self, cut: Cut, stays: Stays) -> Bool[Tensor, " size"]:
+        """Return which places of a cut's dimension stay."""
+        return spread(stays[cut.units], self.sets[cut.units]._replace(layout=cut.layout))
+
+
+# --- the view ---
+
+
+class Smaller(Source):
+    """A model source without the units that go: smaller tensors of the same names, and a configuration to match.
+
+    `read` replaces the source's own reader, for example by one that returns new values.
+    """
+
+    def __init__(
+        self, source: Source, removal: Removal, stays: Stays, read: Callable[[Address], Tensor] | None = None
+    ) -> None:
+        self.source, self.removal, self.stays = source, removal, stays
+        self._read = read or source.read
+        self._cuts: defaultdict[Address, list[Cut]] = defaultdict(list)
+        for cut in removal.cuts:
+            self._cuts[cut.address].append(cut)
+        self._experts = Counter(address.tensor for address in self._cuts if address.expert is not None)
+
+    def __str__(self) -> str:
+        return f"{self.source} without some {self.removal.structure.units}"
+
+    @property
+    def where(self) -> Mapping[str, object]:
+        """The file (or model) of each tensor."""
+        return self.source.where
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Dtype and shape of each tensor; places in files are the source's."""
+        return {name: self._entry(name, entry) for name, entry in self.source.entries.items()}
+
+    def _entry(self, name: str, entry: Entry) -> Entry:
+        experts = self._experts[name]
+        shape = list(entry.shape)
+        for cut in self._cuts.get(Address(name, 0 if experts else None), ()):
+            units = self.removal.sets[cut.units]
+            shape[cut.dim + bool(experts)] = sum(cut.layout) * units.stay
+        return entry._replace(shape=shape)
+
+    @property
+    def config(self) -> Any:
+        """The configuration with the new numbers of units."""
+        return changed(self.source.config, self.removal.changes)
+
+    @property
+    def config_name(self) -> str:
+        """The configuration's name in messages."""
+        changes = ", ".join(f"{field}={value}" for field, value in self.removal.changes.items())
+        return f"{self.source.config_name} with {changes}"
+
+    def read(self, address: Address) -> Tensor:
+        """Return the tensor, or the expert's part of it, without the units that go."""
+        if address.expert is None and (experts := self._experts[address.tensor]):
+            return torch.stack([self.read(Address(address.tensor, expert)) for expert in range(experts)])
+        tensor = self._read(address)
+        for cut in self._cuts.get(address, ()):
+            stays = self.removal.along(cut, self.stays).to(tensor.device)
+            tensor = tensor.index_select(cut.dim, stays.nonzero()[:, 0])
+        return tensor
+
+    def parameter(self, name: str, stored: Address | None) -> Tensor | None:
+        """Return a stored tensor, or None."""
+        return None if stored is None else self.read(stored)
+
+    @property
+    def parameters(self) -> int:
+        """The number of stored weights."""
+        return sum(map(_size, self.entries.values()))
+
+    @property
+    def removed(self) -> float:
+        """The share of the stored weights that goes."""
+        return 1 - self.parameters / sum(map(_size, self.source.entries.values()))
+
+
+def _size(entry: Entry) -> int:
+    return torch.Size(entry.shape).numel()
+
+
+def write_smaller(
+    smaller: Smaller,
+    target: Path,
+    *,
+    replaced: Collection[str] = (),
+    without: Collection[str] = (),
+    progress: Callable[[Piece], object] = lambda _: None,
+) -> None:
+    """Write the directory of a smaller model. `replaced` names tensors with new values, of the same or another shape.
+
+    Other files are copied, except those named in `without`.
+    """
+    checkpoint, changes = smaller.source, smaller.removal.changes
+    assert isinstance(checkpoint, Checkpoint)
+    inside = _text_key(checkpoint.config)
+
+    def configured(config: Configuration) -> Configuration:
+        (config[inside] if inside else config).update(changes)
+        return config
+
+    def piece(name: str) -> Piece:
+        entry = smaller.entries[name]
+        nbytes = _size(entry) * DTYPES[entry.dtype]
+        return Piece(name, entry.dtype, list(entry.shape), nbytes, lambda: smaller.read(Address(name)))
+
+    names = {cut.address.tensor for cut in smaller.removal.cuts}.union(replaced)
+    rewrite(
+        checkpoint,
+        target,
+        {name: [piece(name)] for name in names},
+        configured,
+        without=without,
+        progress=progress,
+    )
+
+
+def shrink(model: Any, smaller: Smaller) -> None:
+    """Give a model in memory the blocks of its smaller version, in place, and a configuration to match.
+
+    The smaller version's source is the model itself. Weights that stay complete are not copied. Hooks on the old blocks
+    are lost. Memory: the smaller copies of all cut tensors, until all blocks are ready.
+    """
+    config = smaller.config
+    config._attn_implementation = model.config._attn_implementation
+    new = build_empty(config, smaller.config_name, model.dtype)
+    weights = Weights(new, smaller, device=model.get_input_embeddings().weight.device)
+    where, old = find_blocks(model)
+    for index, block in enumerate(weights.blocks):
+        for name, tensor in weights.read_block(index).items():
+            before = old[index].get_parameter(name)
+            parameter = nn.Parameter(tensor.to(before.device, before.dtype), requires_grad=before.requires_grad)
+            set_parameter(block, name, parameter)
+        block.train(model.training)
+    blocks = model.get_submodule(where)
+    for index, block in enumerate(weights.blocks):
+        blocks[index] = block
+    for field, value in smaller.removal.changes.items():
+        setattr(model.config.get_text_config(), field, value)
+
+
+# --- configurations ---
+
+
+def changed(config: Any, fields: Mapping[str, int]) -> Any:
+    """Return a configuration with other values in some fields of its text part."""
+    content, inside = config.to_dict(), _text_key(config)
+    (content[inside] if inside else content).update(fields)
+    return type(config).from_dict(content)
+
+
+def _text_key(config: Any) -> str | None:
+    """Return the key of a configuration's text part; None if all of it describes the text model."""
+    text = config.get_text_config()
+    return None if text is config else next(key for key in config.to_dict() if getattr(config, key, None) is text)
+
+
+# --- finding the units ---
+
+
+def find_units(source: Source, structure: Structure, share: Fraction) -> Removal:
+    """Return the units of a model, and how many stay. UserError if the model has no such structure, or its probe fails.
+
+    A share that rounds to all units gives a removal without an effect.
+    """
+    found = _found(source, structure, share)
+    problem = ""
+    for sections in (True, False) if found.has_sections else (True,):
+        removal = found.removal(sections)
+        if not (problem := probe(source, removal)):
+            return removal
+    raise _refused(structure, source, problem)
+
+
+@dataclass
+class _Found:
+    """The dimensions that hold units, before the layout of tensors with several units' parts is known."""
+
+    structure: Structure
+    sets: dict[str, Units]
+    readers: dict[str, str]
+    dims: dict[tuple[Address, int], tuple[str, int]]  # set, and places of a unit
+    numbers: dict[str, int]
+    field_of: dict[str, str]
+
+    @property
+    def has_sections(self) -> bool:
+        return any(size > 1 for _, size in self.dims.values())
+
+    def removal(self, sections: bool) -> Removal:
+        """Return the removal: a unit's places lie in one section each, or next to one another."""
+        cuts = tuple(
+            Cut(address, dim, name, (1,) * size if sections else (size,))
+            for (address, dim), (name, size) in self.dims.items()
+        )
+        return Removal(self.structure, self.sets, self.readers, cuts, self.numbers, self.field_of)
+
+
+def _found(source: Source, structure: Structure, share: Fraction) -> _Found:
+    config = source.config
+    full = build_empty(config, source.config_name)
+    parts = stored_parts(full, source)
+    where, blocks = find_blocks(full)
+    linears: dict[str, Linear] = {}
+    for index, block in enumerate(blocks):
+        linears |= stored_linears(block, f"{where}.{index}.", parts.__getitem__)
+    dims: dict[tuple[Address, int], _Dim] = {}
+    for field in structure.fields:
+        value = getattr(config.get_text_config(), field, 0)
+        if isinstance(value, list):
+            raise _refused(structure, source, f"{field} differs between blocks, expected one value for all")
+        if value == 0:
+            continue
+        trial = value // 2 if value else TRIAL
+        other = build_empty(changed(config, {field: trial}), f"{source.config_name} with {field}={trial}")
+        for name, place, size, less in _differences(full, other):
+            if not name.startswith(f"{where}.") or name not in parts:
+                raise _refused(structure, source, f"{field} also determines {name}")
+            number = trial * size // less if value is None else value
+            module = full.get_submodule(name.rpartition(".")[0])
+            experts = next((len(x) for x in module.parameters(recurse=False) if x.dim() == 3), 0)
+            for address, dim, own in _stored(parts[name], place, experts, source):
+                if (own * trial) % number:
+                    raise _refused(structure, source, f"{address.tensor} has {own} places for {number} of {field}")
+                dims[address, dim] = _Dim(own, number, field)
+    if not dims:
+        looked = ", ".join(structure.fields)
+        raise _refused(structure, source, f"its configuration has no number of them (looked for {looked})")
+    return _sorted(source, structure, share, dims, linears)
+
+
+class _Dim(NamedTuple):
+    """A dimension of a stored tensor whose size follows a field of the configuration."""
+
+    size: int
+    number: int  # the field's value, or the value that null means
+    field: str
+
+
+def _differences(full: nn.Module, other: nn.Module) -> Iterator[tuple[str, int, int, int]]:
+    """Yield each dimension of another size in a second model: the tensor, its place, its size and the other size."""
+    others = other.state_dict()
+    for name, tensor in full.state_dict(keep_vars=True).items():
+        shape = others[name].shape if name in others else ()
+        for place, (size, less) in enumerate(zip(tensor.shape, shape, strict=False)):
+            if size != less:
+                yield name, place, size, less
+
+
+def _stored(parts: list[Any], place: int, experts: int, source: Source) -> Iterator[tuple[Address, int, int]]:
+    """Yield the stored tensors of a parameter's dimension: the address, the dimension there, and its size."""
+    for part in parts:
+        inside = part.expert is None and experts and source.entries[part.address.tensor].shape[0] == experts
+        for expert in range(experts) if inside else (part.address.expert,):
+            dim = place - (bool(experts) and (bool(inside) or part.expert is not None))
+            shape = source.entries[part.address.tensor].shape
+            yield Address(part.address.tensor, expert), dim, shape[dim + bool(inside)]
+
+
+def _sorted(
+    source: Source,
+    structure: Structure,
+    share: Fraction,
+    dims: Mapping[tuple[Address, int], _Dim],
+    linears: Mapping[str, Linear],
+) -> _Found:
+    """Sort dimensions into sets of units, by the modules that they belong to; one linear reads each set."""
+    numbers = {found.field: found.number for found in dims.values()}
+    stay = {field: stay_of(number, share, structure.multiple) for field, number in numbers.items()}
+    sets: dict[str, Units] = {}
+    field_of: dict[str, str] = {}
+    readers: dict[str, str] = {}
+    for (address, dim), (size, number, field) in dims.items():
+        linear = linears.get(address.linear)
+        if linear is not None and dim == (0 if linear.transposed else 1):
+            name = _owner(address)
+            if name in sets:
+                raise _refused(structure, source, f"several linears of {name} read them")
+            sets[name], field_of[name] = Units(size, size * stay[field] // number), field
+            readers[address.linear] = name
+    found = {}
+    for (address, dim), (size, *_) in dims.items():
+        name = _owner(address)
+        if name not in sets or size % sets[name].total:
+            raise _refused(structure, source, f"no linear reads those of {address.tensor}")
+        found[address, dim] = name, size // sets[name].total
+    return _Found(structure, sets, readers, found, numbers, field_of)
+
+
+def _owner(address: Address) -> str:
+    """Return the name of the module around the module of a tensor; an expert's has the expert's number."""
+    return address.linear.removesuffix(".bias").rpartition(".")[0]
+
+
+def _refused(structure: Structure, source: Source, reason: str) -> UserError:
+    return UserError(
+        f"pattern: got {structure.name}, which {source} does not support: {reason}; choose another pattern"
+    )
+
+
+# --- the probe ---
+
+
+@torch.no_grad()
+def probe(source: Source, removal: Removal) -> str:
+    """Return how a smaller model differs from the model without the units' inputs; "" if the two agree.
+
+    A block of each kind runs some random tokens in float32, with random units removed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    stays = {}
+    for name, units in removal.sets.items():
+        number = removal.numbers[removal.field_of[name]]
+        half = max(1, number // 2) * units.total // number  # for every share, because a wrong layout shows
+        stays[name] = torch.zeros(units.total, dtype=torch.bool)
+        stays[name][torch.randperm(units.total, generator=generator)[:half]] = True
+    removal = removal.fitted(stays)
+    try:
+        full, small = (
+            Decoder(one, dtype=torch.float32, device=torch.device("cpu"))
+            for one in (source, Smaller(source, removal, stays))
+        )
+        vocabulary = full.model.get_input_embeddings().weight.shape[0]
+        row = Row(torch.randint(vocabulary, (TOKENS,), generator=generator))
+        hidden = full.embed(row)
+        for decoder in (full, small):
+            decoder.calls(row)  # they run the first block now; later it may be in use
+        for index in full.one_of_each_kind:
+            with full.block(index, then=-1):
+                dense = full.run(index, hidden, row)
+                _mask(full.linears(index), removal, stays)
+                masked = full.run(index, hidden, row)
+            with small.block(index, then=-1):
+                found = small.run(index, hidden, row)
+            off, effect = (float(torch.linalg.vector_norm(x)) for x in (found - masked, masked - dense))
+            if not off <= CLOSE * max(effect, 1e-4 * float(torch.linalg.vector_norm(dense))):
+                return f"without them block {index} computes something else than a smaller block ({off / effect:.2g})"
+    except (UserError, RuntimeError, ValueError, IndexError) as error:
+        return f"a smaller model does not run ({' '.join(str(error).split())[:200]})"
+    return ""
+
+
+def _mask(linears: Mapping[str, Linear], removal: Removal, stays: Stays) -> None:
+    """Zero the inputs of removed units in a loaded block."""
+    for name, linear in linears.items():
+        if name in removal.readers:
+            along = removal.along(cut := removal.cut_of(name), stays)
+            set_parameter(linear.module, linear.leaf, linear.module.get_parameter(linear.leaf).clone())
+            linear.weight.mul_(along[:, None] if cut.dim == 0 else along)

@@ -1,0 +1,320 @@
+"""Patterns that remove units: what stays is exact, and the smaller model is the model without the units."""
+
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from test_families import ALL, save
+from transformers import AutoModelForCausalLM
+
+import wanda_dvc as wd
+from wanda_dvc.catalog import STRUCTURES
+from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.smaller import Removal, Smaller, find_units, write_smaller
+from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.solvers import Prepared
+from wanda_dvc.pruning.units import Units, cheapest, highest, least_squares, spread, stay_of, summed
+from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.study.files import load_json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import read_provenance
+from wanda_dvc.study.tensors import read_masks
+
+NEURONS = STRUCTURES["neurons"]
+REFUSED = {"bloom": "its configuration has no number", "openai-gpt": "its configuration has no", "mamba": "several"}
+
+
+@pytest.mark.parametrize(
+    ("width", "share", "stay"),
+    [
+        (1536, "0.2", 1216),  # 1228.8 is nearer to 19 times 64 than to 20 times
+        (1536, "0.25", 1152),
+        (11008, "0.5", 5504),
+        (48, "0.25", 36),  # a 16th of 48 is 3: multiples of 2
+        (48, "0.99", 2),
+        (10, "0.25", 8),  # 7.5, to even
+        (11008, "0", 11008),
+        (2731, "0.001", 2731),  # never more than there are
+    ],
+)
+def test_the_width_is_the_nearest_multiple(width: int, share: str, stay: int):
+    assert stay_of(width, Fraction(share), 64) == stay
+
+
+def linear(seed: int, out: int = 12, inputs: int = 24, tokens: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(inputs, inputs, generator=generator)
+    x = torch.randn(tokens, inputs, generator=generator) @ mixing
+    return torch.randn(out, inputs, generator=generator), x
+
+
+def rise(weight: torch.Tensor, x: torch.Tensor, stays: torch.Tensor) -> float:
+    """The error ‖(W−V)X‖² after least squares on the inputs that stay, by torch's own solver."""
+    target = x.double() @ weight.double().T
+    solved = torch.linalg.lstsq(x.double()[:, stays], target).solution
+    return (target - x.double()[:, stays] @ solved).square().sum().item()
+
+
+@pytest.mark.parametrize("layout", [(1,), (2,), (1, 1)])
+def test_the_cheapest_unit_is_the_one_that_least_squares_misses_least(layout: tuple[int, ...]):
+    weight, x = linear(0)
+    units = Units(24 // sum(layout), 24 // sum(layout) - 1, layout)
+    stay = cheapest(weight, Prepared(x.T @ x), units, damping=1e-7)
+    without = [torch.arange(units.total) != unit for unit in range(units.total)]
+    best = min(without, key=lambda one: rise(weight, x, spread(one, units)))
+    assert torch.equal(stay, best)
+
+
+def test_units_that_go_one_after_another_cost_less_than_those_of_the_first_costs():
+    costs = []
+    for seed in range(8):
+        weight, x = linear(seed, inputs=64, tokens=160)
+        prepared, units = Prepared(x.T @ x), Units(64, 24)
+        norms = highest(summed(weight.abs() * x.norm(dim=0), units), 24)
+        costs.append((rise(weight, x, cheapest(weight, prepared, units)), rise(weight, x, norms)))
+    assert sum(one for one, _ in costs) < 0.9 * sum(other for _, other in costs)
+
+
+def test_dead_inputs_go_first():
+    weight, x = linear(1)
+    x[:, [3, 17]] = 0
+    assert cheapest(weight, Prepared(x.T @ x), Units(24, 22)).logical_not().nonzero()[:, 0].tolist() == [3, 17]
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+def test_least_squares_is_the_solution_of_its_equations_and_never_worse_than_zeros(damping: float):
+    weight, x = linear(2)
+    gram = x.T @ x
+    stays = torch.arange(24) % 3 > 0
+    keep = stays.expand(12, 24).clone()
+    keep[5] = False  # a row of another removed unit
+    solved = least_squares(weight, keep, Prepared(gram), damping=damping)
+    damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(24)
+    kept = damped[stays][:, stays]
+    wanted = (weight.double() @ damped)[:, stays] @ torch.linalg.inv(kept)
+    rows = torch.arange(12) != 5
+    torch.testing.assert_close(solved.weight[rows][:, stays].double(), wanted[rows], rtol=1e-3, atol=1e-3)
+    assert not solved.weight[~keep].any()
+
+    def error(v: torch.Tensor) -> torch.Tensor:
+        off = (weight - v).double()
+        return ((off @ gram.double()) * off).sum(dim=1)
+
+    assert (error(solved.weight) <= error(weight * keep) * (1 + 1e-6)).all()
+
+
+def test_rows_that_keep_different_inputs_are_no_units():
+    weight, x = linear(3)
+    with pytest.raises(ValueError, match="rows keep different inputs"):
+        least_squares(weight, torch.eye(24)[:12].bool(), Prepared(x.T @ x))
+
+
+# --- families ---
+
+
+def removal_of(folder: Path, share: str = "0.25") -> Removal:
+    return find_units(Checkpoint(folder), NEURONS, Fraction(share))
+
+
+@pytest.mark.parametrize("family", [name for name in ALL if name.split()[0] not in REFUSED])
+def test_the_smaller_model_is_the_model_with_masked_weights(family: str, tmp_path: Path):
+    folder = save(family, tmp_path / "model")
+    checkpoint, removal = Checkpoint(folder), removal_of(folder)
+    generator = torch.Generator().manual_seed(1)
+    stays = {}
+    for name, units in removal.sets.items():
+        stays[name] = torch.zeros(units.total, dtype=torch.bool)
+        stays[name][torch.randperm(units.total, generator=generator)[: units.stay]] = True
+    (tmp_path / "smaller").mkdir()
+    smaller = Smaller(checkpoint, removal, stays)
+    write_smaller(smaller, tmp_path / "smaller")
+    # All weights of the units are zero, as masks have them, and biases stay.
+    full = AutoModelForCausalLM.from_pretrained(folder).eval()
+    masked = {
+        cut.address.linear: torch.ones_like(checkpoint.read(cut.address), dtype=torch.bool)
+        for cut in removal.cuts
+        if len(checkpoint.read(cut.address).shape) == 2 and not cut.address.tensor.endswith("bias")
+    }
+    for linear, unit in removal.readers.items():
+        along = spread(stays[unit], removal.sets[unit])
+        masked[linear] &= along if removal.cut_of(linear).dim == 1 else along[:, None]
+    keeps = removal.spread(masked)
+    assert all(torch.equal(found, stays[unit]) for unit, found in removal.stays(keeps).items())
+    write_masked(checkpoint, tmp_path / "masked", keeps)
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "masked").eval()
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").eval()
+    count = sum(x.numel() for x in small.parameters())
+    assert count < sum(x.numel() for x in full.parameters())
+    tokens = torch.randint(3, 256, (1, 40), generator=generator)
+    with torch.no_grad():
+        wanted, found = full(input_ids=tokens).logits, small(input_ids=tokens).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+    assert set(checkpoint.where) == set(Checkpoint(tmp_path / "smaller").where)
+
+
+def write_masked(checkpoint: Checkpoint, target: Path, keeps: dict[str, torch.Tensor]) -> None:
+    target.mkdir()
+    for _ in checkpoint.copy(
+        target,
+        [checkpoint.find(name) for name in keeps],
+        lambda address: checkpoint.read(address) * keeps[address.linear],
+    ):
+        pass
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_whose_configuration_has_no_width_is_refused_with_the_reason(family: str, tmp_path: Path):
+    with pytest.raises(UserError, match=f"pattern: got neurons, which .* does not support: .*{REFUSED[family]}"):
+        removal_of(save(family, tmp_path / "model"))
+
+
+def test_a_model_that_mixes_its_neurons_fails_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def mixing(self: Any, x: torch.Tensor) -> torch.Tensor:
+        inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(inner / inner.square().mean(dim=-1, keepdim=True).sqrt())
+
+    monkeypatch.setattr(LlamaMLP, "forward", mixing)
+    with pytest.raises(UserError, match="computes something else"):
+        removal_of(save("llama", tmp_path / "model"))
+
+
+# --- stages ---
+
+CHOICES = [
+    {"recipe": "magnitude"},
+    {"recipe": "wanda"},
+    {"recipe": "wanda", "method": "ria"},
+    {"recipe": "wanda-refit"},
+    {"recipe": "sparsegpt"},
+    {"recipe": "admm"},
+    {"recipe": "admm", "group": "fisher"},
+    {"recipe": "fisher"},
+    {"recipe": "admm", "propagation": "pruned"},
+    {"recipe": "admm", "propagation": "corrected"},
+    {"recipe": "wanda", "propagation": "pruned"},
+    {"recipe": "block"},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(choice.values()))
+def test_every_choice_gives_a_smaller_model_with_the_exact_share(
+    choice: dict[str, str], study: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WANDA_DVC_HELD_OUT", "0")
+    made = study(pattern="neurons", sparsity=0.25, **choice)
+    mask(project=made)
+    apply(project=made)
+    dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
+    assert pruned.config.intermediate_size == 36
+    found = load_json(made.metrics("pruned", "sparsity"))
+    sizes = [sum(torch.Size(entry.shape).numel() for entry in one.entries.values()) for one in (dense, pruned)]
+    assert found == {"sparsity": 0.25, "removed_parameters": round(1 - sizes[1] / sizes[0], 6)}
+    assert read_provenance(made.masks, "mask")["config"] == {"intermediate_size": 36}
+    plan, changed = made.params.plan, set()
+    for name in dense.where:
+        block, _, leaf = name.partition(".mlp.")
+        before, after = dense.read(dense.find(name)), pruned.read(pruned.find(name))
+        if leaf:
+            keeps = read_masks(made.masks, int(block.rpartition(".")[2]))
+            keep = keeps[name.removesuffix(".weight")]
+            before = before[keep.any(dim=1)][:, keep.any(dim=0)]
+        assert before.shape == after.shape
+        changed |= set() if torch.equal(before, after) else {name.rpartition(".layers.")[2].partition(".")[2]}
+    everything = plan.corrects or plan.trains
+    assert everything or changed == ({"mlp.down_proj.weight"} if plan.solves else set())
+    errors = load_json(made.details("pruned", "layer_error"))["linears"]
+    if plan.weights_come_from == "gram":
+        assert all(one["error"] <= one["masked"] * (1 + 1e-6) for one in errors.values())
+    model = AutoModelForCausalLM.from_pretrained(made.model("pruned")).eval()
+    with torch.no_grad():
+        assert model(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
+
+
+def test_a_share_that_rounds_to_all_neurons_changes_nothing(study: Callable[..., Project]):
+    made = study(pattern="neurons", sparsity=0.001)
+    mask(project=made)
+    apply(project=made)
+    dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
+    assert all(torch.equal(dense.read(dense.find(name)), pruned.read(pruned.find(name))) for name in dense.where)
+    assert load_json(made.metrics("pruned", "sparsity")) == {"sparsity": 0.0, "removed_parameters": 0.0}
+
+
+def test_rounding_is_reported(study: Callable[..., Project], capsys: pytest.CaptureFixture[str]):
+    mask(project=study(pattern="neurons", sparsity=0.27))
+    assert "intermediate_size from 48 to 36; rounded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"allocation": "owl"}, "allocation: got owl, expected uniform: neurons gives every block the same sparsity"),
+        ({"recipe": "wanda", "method": "wanda-variant"}, "method: got wanda-variant with pattern neurons"),
+        ({"recipe": "block", "propagation": "dense"}, "reconstruction: got block with propagation dense"),
+        ({"pattern": "neuron"}, "pattern: got neuron, expected `unstructured` or n:m, such as 2:4, or neurons"),
+    ],
+)
+def test_refused_combinations_give_the_reason(changes: dict[str, str], problem: str, study: Callable[..., Project]):
+    with pytest.raises(UserError) as refused:
+        study(**{"pattern": "neurons", "sparsity": 0.25} | changes).params  # noqa: B018
+    assert problem in str(refused.value)
+
+
+def test_shards_and_their_index_hold_the_smaller_model(study: Callable[..., Project], tmp_path: Path):
+    folder = save_tiny_model(tmp_path / "sharded", shard="20KB")
+    checkpoint, removal = Checkpoint(folder), removal_of(folder)
+    stays = {name: torch.arange(units.total) < units.stay for name, units in removal.sets.items()}
+    (tmp_path / "smaller").mkdir()
+    write_smaller(Smaller(checkpoint, removal, stays), tmp_path / "smaller")
+    index = json.loads((tmp_path / "smaller/model.safetensors.index.json").read_text(encoding="utf-8"))
+    written = Checkpoint(tmp_path / "smaller")
+    assert index["metadata"]["total_size"] == sum(entry.length for entry in written.entries.values())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+
+
+# --- the Python interface ---
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_model_in_memory_gets_smaller_in_place_as_in_the_pipeline(family: str, refit: bool, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(save(family, tmp_path / "model")).eval()
+    tokens = torch.randint(3, 256, (4, 48), generator=torch.Generator().manual_seed(0))
+    before = sum(x.numel() for x in model.parameters())
+    stats = wd.calibrate(model, tokens, statistics="gram")
+    keep = wd.mask(model, stats, recipe="admm", sparsity=0.25, pattern="neurons")
+    masked = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    if refit:
+        told = wd.reconstruct(model, keep, stats, pattern="neurons")
+        assert wd.reconstruct(masked, keep, stats).keys() == told.keys()
+        assert all(one["error"] <= one["masked"] * (1 + 1e-6) for one in told.values())
+    else:
+        wd.prune(masked, keep)
+        assert 0 < wd.prune(model, keep, pattern="neurons") < 0.25
+    assert sum(x.numel() for x in model.parameters()) < before
+    assert model.generate(tokens[:1, :8], max_new_tokens=4, do_sample=False).shape[1] > 8
+    with torch.no_grad():
+        found, wanted = model(input_ids=tokens).logits, masked(input_ids=tokens).logits
+    if not refit:  # the refit of zeros is iterative
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=tokens).logits, found)
+
+
+def test_masks_that_keep_different_numbers_of_neurons_change_nothing(tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(save("llama", tmp_path / "model")).eval()
+    stats = wd.calibrate(model, torch.arange(3, 67).view(2, 32))
+    keep = dict(wd.mask(model, stats, sparsity=0.25, pattern="neurons"))
+    keep["model.layers.1.mlp.down_proj"] = torch.ones_like(keep["model.layers.1.mlp.down_proj"])
+    with pytest.raises(UserError, match="intermediate_size is one number for all"):
+        wd.prune(model, keep, pattern="neurons")
+    assert model.config.intermediate_size == 48
