@@ -559,9 +559,9 @@ def test_markdown_shows_names_as_they_are(tmp_path: Path):
         assert expected in shown
     assert any(f"windows of 64 tokens of /t/{HOSTILE}.txt; " in one for one in shown)
     tables = [token for token in tokens if token.type == "table_open"]
-    assert len(tables) == 11
+    assert len(tables) == 12
     bold = sum(token.type == "strong_open" for token in flat)
-    assert bold == sum(token.type == "image" for token in flat) == 5
+    assert bold == sum(token.type == "image" for token in flat) == 7
 
 
 def test_a_pictures_text_is_not_rewritten():
@@ -757,7 +757,7 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "| wanda 70 % against dense | 0 / 1 |",
         "| magnitude 50 % against dense | 0 / 20 * |",
         "| magnitude 50 % | 20 / 0 / 16 * | 90.0 |",
-        "Greedy continuations of 1 prompts, at most 8 tokens each",
+        "Greedy continuations, at most 8 tokens each",
         "| dense | | 0.0 |",
         "| magnitude 50 % | 4 | 20.0 |",
         "Prompt 1: The \\*sea\\* …",
@@ -765,7 +765,7 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "| shared by the rows | 4.0 | 1.0 | – | – | 1.0 | 1.0 | 7.0 |",
         "| wanda 50 % | – | – | 1.0 | 1.0 | 2.5 | 2.5 | 7.0 |",
         "Diverged, shown at the upper edge: magnitude 70 %",
-        "No published row that this report knows has the protocol",
+        "This report knows no published row with the protocol",
         "waiting: queued (sparsity=0.3)",
         "lost: not in DVC's cache, and so not read: metrics/details/pruned/perplexity.json",
         "main, workspace",
