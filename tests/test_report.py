@@ -796,12 +796,26 @@ def test_files_of_others_beside_the_report_stay(written: tuple[Repository, Path,
     report(project=project, output=output)
     assert [path.read_text() for path in foreign] == ["mine"] * 3
     assert sorted(pictures.glob("*.svg")) == [*drawn, foreign[-1]]
-    for taken in (output.with_suffix(".md"), drawn[0]):
+    for taken in (output, output.with_suffix(".md"), drawn[0]):
+        before = taken.read_bytes()
         taken.write_text("mine")
         with pytest.raises(UserError, match=f"{taken.name}: found a file that `wanda-dvc report` did not write"):
             report(project=project, output=output)
         assert taken.read_text() == "mine"
         taken.unlink()
+        taken.mkdir()
+        with pytest.raises(UserError, match=f"{taken.name}: found a directory that"):
+            report(project=project, output=output)
+        taken.rmdir()
+        (tmp_path / "another").write_bytes(before)
+        taken.symlink_to(tmp_path / "another")
+        with pytest.raises(UserError, match=f"{taken.name}: found a link that"):
+            report(project=project, output=output)
+        taken.unlink()
+    pictures.rename(tmp_path / "moved")
+    pictures.symlink_to(tmp_path / "moved")
+    with pytest.raises(UserError, match="report_files: found a link that"):
+        report(project=project, output=output)
 
 
 @pytest.mark.pipeline

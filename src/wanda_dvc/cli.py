@@ -378,15 +378,24 @@ def clean(
     typer.echo(remove(project=Project.find(), dry_run=dry_run, as_json=as_json))
 
 
+def _check_directory() -> None:
+    """Raise UserError in a directory that was deleted: every relative path would fail."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current directory was deleted, expected an existing one; cd into it again") from None
+
+
 def run() -> None:
     """Run the command line and end the process: errors are lines, not tracebacks.
 
-    Exit codes: 0 done, 1 a defect of ours, 2 something that the user can fix, 128 + n stopped by signal n.
+    Exit codes: 0 success, 1 a bug of ours, 2 an error that the user can fix, 128 + n stopped by signal n.
     """
     # Torch and transformers bring a million objects that stay. The garbage collector walks them again and again while
     # they come, and takes them apart in the end: two of the six seconds in which a stage does nothing.
     gc.set_threshold(100_000)
     try:
+        _check_directory()
         app()
     except SystemExit as end:  # how typer ends
         if "torch" not in sys.modules:

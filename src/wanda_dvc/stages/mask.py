@@ -46,7 +46,7 @@ from wanda_dvc.stages.inputs import (
 from wanda_dvc.stages.running import progress, say_unreached, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.provenance import describe, digest, read_provenance
+from wanda_dvc.study.provenance import describe, digest
 from wanda_dvc.study.tensors import (
     Grams,
     Masks,
@@ -61,6 +61,7 @@ from wanda_dvc.study.tensors import (
     write_masks,
     write_weights,
 )
+from wanda_dvc.study.unchanged import read_input
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.runner import Change
@@ -357,7 +358,8 @@ def _propagate(  # noqa: PLR0913, PLR0917 - the inputs of masks
     """Follow the paper's procedure: each block is calibrated on the outputs of the blocks pruned before it."""
     # Text, windows and dtype come from stats/: the masks depend on stats/, and on no setting of calibration.
     measured_with = stats.provenance["params"]
-    text, expected = read_provenance(project.data("calibration"), "download calibration"), stats.provenance["text"]
+    text = read_input(project, project.data("calibration"), "download calibration")
+    expected = stats.provenance["text"]
     if text["sha256"] != expected["sha256"]:
         raise UserError(
             f"stats/: measured on {expected['source']}, expected {text['source']}, the text in data/calibration; "

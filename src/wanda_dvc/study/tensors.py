@@ -13,7 +13,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.reading import check_file, expect_object, is_there, parse_json, read_header
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.provenance import PROVENANCE, file_digest, files_digest, read_format, write_provenance
+from wanda_dvc.study.provenance import PROVENANCE, check_digest, files_digest, read_format, write_provenance
 
 if TYPE_CHECKING:
     import torch
@@ -128,8 +128,13 @@ def read_grams(folder: Path, block: int, device: "torch.device | None" = None) -
             continue
         features = len(parts[0])
         shapes = [[features], [features * (features + 1) // 2], []]
-        if [list(x.shape) for x in parts] != shapes or str(parts[1].dtype) != f"torch.{GRAM_DTYPE}":
+        dtypes = ["torch.float32", f"torch.{GRAM_DTYPE}", "torch.int64"]
+        if [list(x.shape) for x in parts] != shapes or [str(x.dtype) for x in parts] != dtypes:
             raise _damaged(path, f"no Gram matrix of {name}", "calibrate")
+        if not all(bool(x.isfinite().all()) for x in parts):
+            raise _damaged(path, f"a Gram matrix of {name} that is not finite", "calibrate")
+    if tensors and not any(bool(tensors[name].any()) for name in tensors if name.endswith(f".{GRAM[0]}")):
+        raise _damaged(path, "Gram matrices of zeros", "calibrate")
     return Grams(tensors, readers, transposed, device)
 
 
@@ -141,6 +146,8 @@ def read_fisher(folder: Path, block: int) -> "dict[str, Tensor]":
         fits = str(x.dtype) == "torch.float64" and x.dim() == 1
         if not (fits and bool((x >= 0).all()) and bool(x.isfinite().all())):
             raise _damaged(path, f"no sums of squares in {name}", "calibrate")
+    if tensors and not any(bool(x.any()) for x in tensors.values()):
+        raise _damaged(path, "sums of squares that are all 0", "calibrate")
     return {name.removesuffix(f".{SQUARED_GRADIENTS}"): x for name, x in tensors.items()}
 
 
@@ -382,11 +389,8 @@ def _load(path: Path, made_by: str, kinds: tuple[str, ...] | None = None) -> "tu
     try:
         check_file(path)
         expected = _sealed(path.parent, made_by)
-        if expected and expected.get(path.name) != file_digest(path):
-            raise UserError(
-                f"{path}: not the file that its provenance names (sha256 {file_digest(path)[:12]}…, expected "
-                f"{str(expected.get(path.name))[:12]}…); run `wanda-dvc {made_by}` again"
-            )
+        if expected:
+            check_digest(path, expected.get(path.name), made_by)
         todo = f"run `wanda-dvc {made_by}` again"
         read_header(path, todo)
         with safe_open(path, framework="pt") as file:
