@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from wanda_dvc.engine.intervals import mean_interval
 from wanda_dvc.reading import DIVERGED
-from wanda_dvc.report.inference import Flips
+from wanda_dvc.report.inference import Flips, total_flips
 from wanda_dvc.report.measures import ANSWERS, Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, json_text, load_json
@@ -170,9 +170,10 @@ def flips(project: Project) -> list[list[str]]:
     """
     found = _flips(project) if project.params.tasks.source != "embedded" else {}
     counted = {task + ("" if metric == "acc" else f", {metric}"): one for (task, metric), one in found.items()}
-    rows = [[name, *_counts(one), f"{one.p:.2g}"] for name, one in counted.items()]
     by_acc = [one for (_, metric), one in found.items() if metric == "acc"]
-    return rows + ([["all, acc", *_counts(*by_acc), ""]] if len(by_acc) > 1 else [])
+    if len(by_acc) > 1 and (total := total_flips(by_acc)):
+        counted["all, acc"] = total
+    return [[name, *map(str, one[:4]), f"{100 * one.share:.1f}", f"{one.p:.2g}"] for name, one in counted.items()]
 
 
 def _flips(project: Project) -> dict[tuple[str, str], Flips]:
@@ -182,12 +183,6 @@ def _flips(project: Project) -> dict[tuple[str, str], Flips]:
     tasks = [task for task in project.params.tasks.names if task not in apart]
     found = {(task, metric): pruned.flips(dense, task, metric) for task in tasks for metric in ANSWERS}
     return {key: one for key, one in found.items() if one}
-
-
-def _counts(*flips: Flips) -> list[str]:
-    """Return the sums of items and of changed answers, and the percentage of changed answers."""
-    items, lost, gained, swapped = (sum(column) for column in list(zip(*flips, strict=True))[:4])
-    return [*map(str, (items, lost, gained, swapped)), f"{100 * (lost + gained + swapped) / items:.1f}"]
 
 
 def measured_apart(project: Project) -> list[str]:
