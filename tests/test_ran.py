@@ -115,7 +115,7 @@ def test_nothing_is_stale_where_nothing_was_edited(project: Callable[..., Projec
 def test_the_card_of_a_model_has_the_settings_that_made_it(edited: Project):
     target = edited.root / "exported"
     said = export(project=edited, experiment=None, target=target)
-    assert "The model and its card are of the last run. params.yaml has model=org/other" in said
+    assert "The model and the model card are of the last run. params.yaml has model=org/other" in said
     card = (target / "README.md").read_text(encoding="utf-8")
     recipe = card[card.index("dvc exp run") :]
     assert "-S sparsity=0.3" in recipe
