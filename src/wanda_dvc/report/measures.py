@@ -124,6 +124,10 @@ class Measured:
         shared = [item for item in after if item in before]
         return inference.flips([before[item] for item in shared], [after[item] for item in shared]) if shared else None
 
+    def all_flips(self, dense: "Measured", tasks: Sequence[str]) -> Flips | None:
+        """Count the answers to all tasks, by acc, that differ from the dense model's; None as for `flips`."""
+        return inference.total_flips([one for task in tasks if (one := self.flips(dense, task))])
+
     def _choices(self, task: str, metric: str) -> dict[Any, Answer]:
         """Return each item's answer by a metric; empty if earlier versions did not keep it."""
         key, items = ANSWERS[metric], self.tasks.get(task, {}).get("items", [])

@@ -1,9 +1,11 @@
 """The last results, dense and pruned side by side."""
 
+import math
 from collections.abc import Iterator
 
+from wanda_dvc.engine.intervals import mean_interval
 from wanda_dvc.reading import DIVERGED, is_there
-from wanda_dvc.report.inference import Flips
+from wanda_dvc.report.inference import Flips, total_flips
 from wanda_dvc.report.measures import ANSWERS, Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, json_text, load_json, load_numbers
@@ -91,19 +93,12 @@ def staleness(ran: Ran) -> str:
 def comparison(project: Project) -> list[list[str]]:
     """Return every measure, dense and pruned, as rows under `HEADERS`; a dash if missing."""
     dense, pruned = (measured(project, model) for model in MODELS)
-    apart, tasks = measured_apart(project), project.params.tasks.names
+    apart = measured_apart(project)
     perplexities = [one["perplexity"][0].get("perplexity") for one in (dense, pruned)]
-    rows = [["perplexity", *map(number, perplexities), "" if "perplexity" in apart else _ratio(*perplexities)]]
+    shown = [_perplexity(Measured.of(project, model)) for model in MODELS]
+    rows = [["perplexity", *shown, "" if "perplexity" in apart else _ratio(*perplexities)]]
     rows += divergence_rows(pruned["perplexity"][0])
-    accuracies: list[list[float | None]] = []
-    for task in tasks:
-        both = [one[task][0].get("acc") for one in (dense, pruned)]
-        errors = [one[task][1].get("standard_errors", {}).get("acc") for one in (dense, pruned)]
-        rows.append([f"{task}, acc %", *map(_percent, both, errors), "" if task in apart else _retained(*both)])
-        accuracies.append(both)
-    if tasks:
-        means = [None if None in one else sum(one) / len(one) for one in zip(*accuracies, strict=True)]
-        rows.append(["mean, acc %", *map(_percent, means), "" if {*apart} & {*tasks} else _retained(*means)])
+    rows += _accuracy_rows(project, dense, pruned, apart)
     error, measures = mean_layer_error(project), load_numbers(project.metrics("pruned", "sparsity"))
     sparsity, removed = measures.get("sparsity"), measures.get("removed_parameters")
     if error is not None:
@@ -114,6 +109,25 @@ def comparison(project: Project) -> list[list[str]]:
     return rows
 
 
+def _accuracy_rows(
+    project: Project, dense: dict[str, tuple[Json, Json]], pruned: dict[str, tuple[Json, Json]], apart: list[str]
+) -> list[list[str]]:
+    """Return the accuracy of each task, and the mean; of the embedded questions, which are no benchmark, the mean."""
+    tasks, embedded = project.params.tasks.names, project.params.tasks.source == "embedded"
+    rows, accuracies = [], list[list[float | None]]()
+    for task in tasks:
+        both = [one[task][0].get("acc") for one in (dense, pruned)]
+        errors = [one[task][1].get("standard_errors", {}).get("acc") for one in (dense, pruned)]
+        rows.append([f"{task}, acc %", *map(_percent, both, errors), "" if task in apart else _retained(*both)])
+        accuracies.append(both)
+    if not tasks:
+        return []
+    means = [None if None in one else sum(one) / len(one) for one in zip(*accuracies, strict=True)]
+    if embedded:
+        return [["embedded questions, mean acc %", *map(_percent, means), ""]]
+    return [*rows, ["mean, acc %", *map(_percent, means), "" if {*apart} & {*tasks} else _retained(*means)]]
+
+
 def divergence_rows(metrics: Json) -> list[list[str]]:
     """Return the pruned model's divergence from the dense model as rows under `HEADERS`; [] if not measured."""
     if "divergence" not in metrics:
@@ -121,10 +135,19 @@ def divergence_rows(metrics: Json) -> list[list[str]]:
     kl, agreed, change = (metrics[name] for name in ("divergence", "top1_agreement", "rms_probability_change"))
     return [
         ["divergence, nats", "0", with_interval(kl, "{:.4f}"), ""],
-        ["… median, 99 %, largest", "0", kl if kl == DIVERGED else spread(kl), ""],
         ["top-1 agreement, %", "100", with_interval(agreed, "{:.1f}", 100), ""],
+        ["divergence: median, 99 %, largest", "0", kl if kl == DIVERGED else spread(kl), ""],
         ["true token, RMS change, points", "0", change if change == DIVERGED else f"{100 * change:.1f}", ""],
     ]
+
+
+def _perplexity(model: Measured) -> str:
+    """Format a model's perplexity with its interval over windows, if its losses are known."""
+    value = number(model.perplexity)
+    if not isinstance(model.perplexity, float) or not model.losses or len(model.losses) < 2:
+        return value
+    ends = mean_interval(model.losses, model.predictions)
+    return f"{value} ({' to '.join(number(math.exp(min(ends[key], 700))) for key in ('low', 'high'))})"
 
 
 def with_interval(measure: Json | str, form: str, factor: float = 1) -> str:
@@ -143,13 +166,14 @@ def spread(kl: Json) -> str:
 def flips(project: Project) -> list[list[str]]:
     """Return the answers that pruning changed, a row for each task and metric, under `FLIPS`; a sum if several tasks.
 
-    Empty without comparable answers.
+    Empty without comparable answers, and for the embedded questions, which are no benchmark.
     """
-    found = _flips(project)
+    found = _flips(project) if project.params.tasks.source != "embedded" else {}
     counted = {task + ("" if metric == "acc" else f", {metric}"): one for (task, metric), one in found.items()}
-    rows = [[name, *_counts(one), f"{one.p:.2g}"] for name, one in counted.items()]
     by_acc = [one for (_, metric), one in found.items() if metric == "acc"]
-    return rows + ([["all, acc", *_counts(*by_acc), ""]] if len(by_acc) > 1 else [])
+    if len(by_acc) > 1 and (total := total_flips(by_acc)):
+        counted["all, acc"] = total
+    return [[name, *map(str, one[:4]), f"{100 * one.share:.1f}", f"{one.p:.2g}"] for name, one in counted.items()]
 
 
 def _flips(project: Project) -> dict[tuple[str, str], Flips]:
@@ -159,12 +183,6 @@ def _flips(project: Project) -> dict[tuple[str, str], Flips]:
     tasks = [task for task in project.params.tasks.names if task not in apart]
     found = {(task, metric): pruned.flips(dense, task, metric) for task in tasks for metric in ANSWERS}
     return {key: one for key, one in found.items() if one}
-
-
-def _counts(*flips: Flips) -> list[str]:
-    """Return the sums of items and of changed answers, and the percentage of changed answers."""
-    items, lost, gained, swapped = (sum(column) for column in list(zip(*flips, strict=True))[:4])
-    return [*map(str, (items, lost, gained, swapped)), f"{100 * (lost + gained + swapped) / items:.1f}"]
 
 
 def measured_apart(project: Project) -> list[str]:
