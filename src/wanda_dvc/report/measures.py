@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import inference
 from wanda_dvc.report.inference import Answer, Estimate, Flips
-from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.files import Json, load_json, load_numbers
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import measured_alike
 
@@ -43,8 +43,8 @@ class Measured:
     @classmethod
     def of(cls, study: Project, model: str) -> "Measured":
         """Read the metrics and the details of a study's model."""
-        accuracies = {task: of["acc"] for task, of in load_json(study.metrics(model, "zero_shot")).items()}
-        measures = load_json(study.metrics(model, "perplexity"))
+        accuracies = {task: of["acc"] for task, of in load_numbers(study.metrics(model, "zero_shot")).items()}
+        measures = load_numbers(study.metrics(model, "perplexity"))
         return cls(
             measures.pop("perplexity", None),
             measures,
