@@ -1,24 +1,34 @@
 """Damaged and odd input: one message, exit 2, nothing written. The cases are data, in cases/."""
 
+import json
 import os
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import Case, artifacts, models, settings, texts
+from cases import Case, artifacts, dotted, models, places, rows, settings, texts
 from command_line import wanda_dvc
-from conftest import without_privilege, write_params
+from conftest import ROOT, without_privilege, write_params
+from ruamel.yaml import YAML
 
 from wanda_dvc import stages
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import read_params
+from wanda_dvc.export.build import export
+from wanda_dvc.params import check_params, read_params
+from wanda_dvc.reading import read_lines
+from wanda_dvc.report import report
+from wanda_dvc.sources.rows import check_rows
 from wanda_dvc.stages.download import download
 from wanda_dvc.study.places import EMBEDDED
-from wanda_dvc.study.project import ITEMS, Project
-from wanda_dvc.study.provenance import describe, write_provenance
+from wanda_dvc.study.project import ITEMS, TRACKED, Project
+from wanda_dvc.study.provenance import describe, file_digest, write_provenance
+from wanda_dvc.study.scaffold import init
 from wanda_dvc.views import show, stats
 
 Make = Callable[..., Project]
@@ -120,11 +130,28 @@ def test_a_file_that_is_no_settings(name: str, tmp_path: Path):
     assert found in str(caught.value)
 
 
+def test_a_dotted_name_at_the_top_is_named_with_its_place(tmp_path: Path):
+    write_params(tmp_path, "org/model")
+    with (tmp_path / "params.yaml").open("a", encoding="utf-8") as file:
+        file.write("calibration.samples: 3\n")
+    with pytest.raises(UserError, match=r"calibration.samples: no such setting; write it as samples below calibration"):
+        read_params(tmp_path / "params.yaml")
+
+
+def test_a_key_that_is_there_twice_is_named_with_its_line(tmp_path: Path):
+    (tmp_path / "params.yaml").write_text("sparsity: 0.5\nsparsity: 0.6\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        read_params(tmp_path / "params.yaml")
+    assert 'line 2: found duplicate key "sparsity"' in str(caught.value)
+    assert "suppress" not in str(caught.value)
+
+
 @pytest.fixture(scope="module")
 def finished(tiny: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study whose stages have all run."""
     root = tmp_path_factory.mktemp("finished")
-    write_params(root, tiny, perplexity__windows=1, zero_shot__limit=1, **texts)
+    changes = {"calibration__statistics": "fisher", "perplexity__windows": 1, "zero_shot__limit": 1}
+    write_params(root, tiny, **changes, **texts)
     made = Project(root)
     for part in ("model", "calibration", "perplexity"):
         download(project=made, part=part)
@@ -138,18 +165,27 @@ def finished(tiny: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPat
         "definition": "piqa/piqa.yaml",
         "lm_eval": "0",
     }
-    write_provenance(piqa, describe("task", sha256="0", **keys))
+    write_provenance(piqa, describe("task", sha256=file_digest(piqa / ITEMS), **keys))
     for name in ("calibrate", "mask", "apply"):
         stages.run(name, project=made)
     stages.run("perplexity", project=made, part="dense")
     return root
 
 
+def with_recipe(made: Project, recipe: str) -> Project:
+    """The study with another recipe than its params.yaml, on the same statistics."""
+    return made.with_params(check_params(made.params.model_dump() | {"recipe": recipe}))
+
+
 ARTIFACTS = list(artifacts.cases())
 RUNS: dict[str, Callable[[Project], object]] = {
     "calibrate": lambda made: stages.run("calibrate", project=made),
     "mask": lambda made: stages.run("mask", project=made),
+    "mask-fisher": lambda made: stages.run("mask", project=with_recipe(made, "fisher")),
+    "mask-paper": lambda made: stages.run("mask", project=with_recipe(made, "paper")),
     "apply": lambda made: stages.run("apply", project=made),
+    "apply-fisher": lambda made: stages.run("apply", project=with_recipe(made, "fisher")),
+    "apply-refit": lambda made: stages.run("apply", project=with_recipe(made, "wanda-refit")),
     "perplexity": lambda made: stages.run("perplexity", project=made, part="dense"),
     "perplexity-pruned": lambda made: stages.run("perplexity", project=made, part="pruned"),
     "zero-shot": lambda made: stages.run("zero-shot", project=made, part="dense"),
@@ -163,6 +199,84 @@ def test_a_damaged_artifact(case: Case, finished: Path, tmp_path: Path):
     root = shutil.copytree(finished, tmp_path / "study")
     case.spoil(root)
     refused(case, lambda: RUNS[case.run](Project(root)), root)
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "value", "says"), rows.WRONG, ids=[f"{t} {f} {str(v)[:9]}" for t, f, v, _ in rows.WRONG]
+)
+def test_a_wrong_row_of_a_task(task: str, field: str, value: object, says: str, tmp_path: Path):
+    right, path = rows.RIGHT[task], tmp_path / "items.jsonl"
+    lines = [right, dotted(right, field, value)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        check_rows(task, read_lines(path))
+    assert all(problem.startswith(f"{path}: line 2: ") for problem in caught.value.problems)
+    assert says in str(caught.value)
+    assert check_rows(task, [("line 1", right)]) == 1
+
+
+@pytest.mark.parametrize(("task", "lines", "says"), rows.ODD)
+def test_an_odd_row_of_a_task_is_reported(
+    task: str, lines: list[dict[str, Any]], says: str, capsys: pytest.CaptureFixture[str]
+):
+    places = [(f"f: line {number}", row) for number, row in enumerate(lines, start=1)]
+    assert check_rows(task, places) == len(lines)
+    assert says in capsys.readouterr().err
+
+
+def test_download_refuses_a_wrong_row(project: Make, tmp_path: Path):
+    place = tmp_path / "mirror/baber/piqa/validation.jsonl"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps(rows.RIGHT["piqa"] | {"label": -1}) + "\n", encoding="utf-8")
+    made = project(tasks__source="benchmark", tasks__names=["piqa"], runtime__mirror=str(tmp_path / "mirror"))
+    with pytest.raises(UserError, match=r"validation\.jsonl: line 1: label: found -1, expected .*; correct that row"):
+        download(project=made, part="tasks")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", places.PLACES)
+@pytest.mark.parametrize("command", ["init", "export", "report"])
+def test_a_place_where_nothing_can_be_written(command: str, name: str, finished: Path, tmp_path: Path):
+    if (command, name) == ("report", "too long for a .part"):
+        pytest.skip("a report's files have other names")
+    make, says = places.PLACES[name]
+    place, made = make(tmp_path), Project(finished)
+    before = sorted(tmp_path.rglob("*"))
+    runs: dict[str, Callable[[], object]] = {
+        "init": lambda: init(folder=place),
+        "export": lambda: export(project=made, experiment=None, target=place),
+        "report": lambda: report(project=made, output=place / "report.html"),
+    }
+    with pytest.raises(UserError) as caught:
+        runs[command]()
+    assert says in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_no_export_into_tracked_outputs(name: str, finished: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(finished)
+    for target in (finished / name / "new", finished / name / "a/b", tmp_path / "link" / name / "new"):
+        with pytest.raises(UserError, match=rf"new|b: inside {name}/, which DVC or git tracks"):
+            export(project=Project(finished), experiment=None, target=target)
+        assert not target.exists()
+
+
+def test_every_tracked_output_is_known():
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
+    outs = [str(out) for stage in stages for key in ("outs", "metrics") for out in stage.get("do", stage).get(key, [])]
+    names = {re.split(r"\W", out.strip("{'"))[0] for out in outs} - {"$", ""}
+    assert names <= set(TRACKED)
+    assert len(names) >= 5
+
+
+def test_in_a_deleted_directory_a_command_is_one_line(tmp_path: Path):
+    (tmp_path / "gone").mkdir()
+    command = [sys.executable, "-c", "from wanda_dvc.cli import run; run()", "init", "a"]
+    script = f"cd {tmp_path}/gone && rmdir {tmp_path}/gone && exec {shlex.join(command)}"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "the current directory was deleted" in done.stderr.splitlines()[-1]
 
 
 class Reads:
@@ -236,4 +350,4 @@ def test_what_may_not_be_read_is_told_apart_from_what_is_not_there(
 
 def test_the_table_is_as_long_as_was_asked_for():
     count = len(MODELS) + len(TEXTS) + len(ARTIFACTS) + len(settings.MEANT) + len(settings.FILES)
-    assert count >= 600
+    assert count + len(rows.WRONG) + len(rows.ODD) >= 850

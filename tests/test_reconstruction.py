@@ -142,7 +142,7 @@ def test_show_says_where_the_damping_was_raised(study: Make):
     assert "raised" not in show(project=made)
     content["linears"][name] |= {"raised": True, "damping": 0.25}
     write_json(path, content)
-    assert f"raised, most for {name}, to 0.25 of the mean diagonal" in show(project=made)
+    assert f"raised, at most to 0.25 of the mean diagonal, for {name}" in show(project=made)
 
 
 def test_what_is_in_no_linear_stays_unless_its_block_is_trained(study: Make):

@@ -42,7 +42,7 @@ from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study import tensors
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import tokenizer_digest
+from wanda_dvc.study.provenance import file_digest, files_digest, read_provenance, tokenizer_digest, write_provenance
 from wanda_dvc.study.tensors import read_masks, read_stats, write_masks
 from wanda_dvc.views import show as results
 from wanda_dvc.views import stats
@@ -689,6 +689,11 @@ def test_an_m_that_does_not_divide_the_inputs_is_refused_before_the_work(project
     assert not made.stats.exists()
 
 
+def note_new_files(model: Path) -> None:
+    """Write a model's new digests into its provenance, as if it had been downloaded so."""
+    write_provenance(model, read_provenance(model, "download model") | {"files": files_digest(model)})
+
+
 def test_weights_that_are_not_finite_are_refused(project: Make, tiny: Path, tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
@@ -701,6 +706,9 @@ def test_weights_that_are_not_finite_are_refused(project: Make, tiny: Path, tmp_
     made = fetch(project(method="magnitude"))
     calibrate(project=made)
     shutil.copyfile(tmp_path / "broken/model.safetensors", made.model("dense") / "model.safetensors")
+    with pytest.raises(UserError, match="not the file that its provenance names"):
+        mask(project=made)
+    note_new_files(made.model("dense"))
     with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj: scores that are not finite"):
         mask(project=made)
 
@@ -793,15 +801,17 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: P
     made = fetch(project(), "model")
     if not named:
         name_no_tokens(made.model("dense"))
+    note_new_files(made.model("dense"))
     folder = made.data("tasks") / "piqa"
     folder.mkdir(parents=True)
     items = [{"goal": "To sit", "sol1": "take a chair.", "sol2": "take a cloud.", "label": 0}]
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items * 2))
     definition = {
+        "kind": "task",
         "task": "piqa",
         "source": "x",
         "role": "validation",
-        "sha256": "",
+        "sha256": file_digest(folder / "items.jsonl"),
         "lm_eval": "",
         "definition": "piqa/piqa.yaml",
     }

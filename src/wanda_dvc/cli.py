@@ -197,9 +197,13 @@ def report(
 ) -> None:
     """Write the repository's experiments as one page: tables, pictures and intervals."""
     from wanda_dvc.report import report as write
+    from wanda_dvc.stages.running import AGAIN, stoppable
     from wanda_dvc.study.project import Project
 
-    typer.echo(write(project=Project.find(), output=output, model=model, revs=rev))
+    project = Project.find()
+    with stoppable("report", AGAIN):
+        said = write(project=project, output=output, model=model, revs=rev)
+    typer.echo(said)
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -298,15 +302,19 @@ def export(
     ] = DEFAULT_FORMAT,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
-    from wanda_dvc.export.build import experiment_and_directory
-    from wanda_dvc.export.build import export as build
+    from wanda_dvc.stages.running import AGAIN, stoppable
     from wanda_dvc.study.project import Project
 
     if len(words) > 2:
         raise typer.BadParameter(f"got {len(words)} words, expected [EXPERIMENT] DIRECTORY")
     project = Project.find()
-    experiment, target = experiment_and_directory(project, words)
-    typer.echo(build(project=project, experiment=experiment, target=target, format_name=format_name))
+    with stoppable("export", AGAIN):
+        from wanda_dvc.export.build import experiment_and_directory
+        from wanda_dvc.export.build import export as build
+
+        experiment, target = experiment_and_directory(project, words)
+        said = build(project=project, experiment=experiment, target=target, format_name=format_name)
+    typer.echo(said)
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
@@ -378,15 +386,24 @@ def clean(
     typer.echo(remove(project=Project.find(), dry_run=dry_run, as_json=as_json))
 
 
+def _check_directory() -> None:
+    """Raise UserError in a directory that was deleted: every relative path would fail."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current directory was deleted, expected an existing one; cd into it again") from None
+
+
 def run() -> None:
     """Run the command line and end the process: errors are lines, not tracebacks.
 
-    Exit codes: 0 done, 1 a defect of ours, 2 something that the user can fix, 128 + n stopped by signal n.
+    Exit codes: 0 success, 1 a bug of ours, 2 an error that the user can fix, 128 + n stopped by signal n.
     """
     # Torch and transformers bring a million objects that stay. The garbage collector walks them again and again while
     # they come, and takes them apart in the end: two of the six seconds in which a stage does nothing.
     gc.set_threshold(100_000)
     try:
+        _check_directory()
         app()
     except SystemExit as end:  # how typer ends
         if "torch" not in sys.modules:

@@ -68,6 +68,26 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def check_place(path: Path) -> Path:
+    """Return the absolute path of a directory to write, new or existing. UserError if no directory can be there."""
+    try:
+        path = path.absolute()
+        path.with_name(f"{path.name}.part").lstat()  # the longest name that is written
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long, circular links, an invalid name, no permission
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise UserError(f"{path}: {reason}, expected a path for new files; name another") from None
+    nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not nearest.is_dir():
+        found = "a dangling link" if nearest.is_symlink() and not nearest.exists() else "a file"
+        where = "" if nearest == path else f"{nearest} is "
+        raise UserError(f"{path}: {where}{found}, expected a directory; name another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: no permission to write in {nearest}; change it, or name another")
+    return path
+
+
 def read_bytes(path: Path, todo: str = COPY) -> bytes:
     """Read a complete file."""
     check_file(path, todo)
@@ -109,6 +129,12 @@ def parse_json(text: str | bytes, where: str, todo: str = COPY) -> Any:
     except ValueError as error:  # includes numbers with too many digits for Python
         raise UserError(f"{where}: found no JSON ({error}), expected JSON; {todo}") from None
     return content
+
+
+def yaml_problem(error: Exception) -> str:
+    """Return a YAML library's error as one line: the place and the problem, without the library's advice."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}: {problem}" if problem and mark else " ".join(str(error).split())
 
 
 def read_object(path: Path, todo: str = COPY) -> dict[str, Any]:

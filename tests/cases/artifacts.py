@@ -1,6 +1,7 @@
 """Artifacts of a finished study that the stages and views after them must refuse."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 from cases import NO_OBJECTS, REMOVED, Case, dotted, removed, replaced_by_folder, replaced_by_pipe, written
 
 STATS, MASKS = "stats/norms/block_001.safetensors", "masks/block_001.safetensors"
+GRAM, FISHER = "stats/gram/block_001.safetensors", "stats/fisher/block_001.safetensors"
+CHANGED = "not the file that its provenance names"
 
 
 def provenance(folder: str, **changes: object) -> Callable[[Path], object]:
@@ -97,12 +100,14 @@ def cases() -> Iterator[Case]:
         yield Case(f"{text}: missing", removed(text), (text, "missing", "expected a file"), run)
         yield Case(f"{text}: a folder", replaced_by_folder(text), (text, "found a folder", "expected a file"), run)
         yield Case(f"{text}: a pipe", replaced_by_pipe(text), (text, "found a pipe", "expected a file"), run)
-        yield Case(f"{text}: binary", written(text, b"\xff\x00"), (text, "is no UTF-8", "expected text"), run)
+        yield Case(f"{text}: binary", written(text, b"\xff\x00"), (text, CHANGED, "expected"), run)
     items = "data/tasks/piqa/items.jsonl"
     yield Case(f"{items}: missing", removed(items), (items, "missing", "expected a file"), "zero-shot")
-    for name in ("half", "a list", "deep", "binary"):
-        content, found = NO_OBJECTS[name]
-        yield Case(f"{items}: {name}", written(items, content), (items, found, "expected"), "zero-shot")
+    for name in ("half", "binary"):
+        yield Case(f"{items}: {name}", written(items, NO_OBJECTS[name][0]), (items, CHANGED, "expected"), "zero-shot")
+    yield from _edited()
+    yield from _kinds()
+    yield from _tiers()
     for definition in ("../../../../evil.yaml", "/tmp/evil.yaml", "piqa", "nowhere/x.yaml", "."):
         yield Case(
             f"definition {definition}",
@@ -110,10 +115,156 @@ def cases() -> Iterator[Case]:
             ("data/tasks/piqa", f"got the definition {definition}", "expected one of lm-eval's"),
             "zero-shot",
         )
-    for name in ("half", "a list", "binary", "deep"):
-        content, found = NO_OBJECTS[name]
-        path = "metrics/pruned/sparsity.json"
-        yield Case(f"{path}: {name}", written(path, content), (path, found, "expected"), "show")
+    yield from _shown()
+
+
+def edited(name: str, place: int = -1) -> Callable[[Path], object]:
+    """Change one byte of a file, which keeps its size."""
+
+    def spoil(root: Path) -> None:
+        content = bytearray((root / name).read_bytes())
+        content[place] ^= 1
+        (root / name).write_bytes(content)
+
+    return spoil
+
+
+def _edited() -> Iterator[Case]:
+    """A file that a stage reads has changed since the stage that wrote it."""
+    for name, runs in (
+        ("models/dense/model.safetensors", ("calibrate", "mask", "apply", "perplexity", "zero-shot")),
+        ("models/dense/config.json", ("mask", "apply")),
+        ("models/dense/tokenizer.json", ("calibrate", "perplexity", "zero-shot")),
+        ("data/calibration/text.txt", ("calibrate", "mask-paper")),
+        ("data/perplexity/text.txt", ("perplexity",)),
+        ("data/tasks/piqa/items.jsonl", ("zero-shot",)),
+        (STATS, ("mask", "stats")),
+        (MASKS, ("apply",)),
+        (GRAM, ("mask-fisher", "apply-refit")),
+        (FISHER, ("mask-fisher",)),
+    ):
+        for run in runs:
+            yield Case(f"{run}: {name}: one byte", edited(name), (name, CHANGED, "expected"), run)
+
+
+def _kinds() -> Iterator[Case]:
+    """An artifact of another kind, with digests that hold."""
+    for folder, run in (
+        ("models/dense", "calibrate"),
+        ("data/calibration", "calibrate"),
+        ("data/perplexity", "perplexity"),
+        ("data/tasks/piqa", "zero-shot"),
+        ("stats/norms", "mask"),
+        ("stats/gram", "mask-fisher"),
+        ("stats/fisher", "mask-fisher"),
+        ("stats/gram", "apply"),
+        ("masks", "apply"),
+        ("models/pruned", "perplexity-pruned"),
+    ):
+        for kind in ("plan", 7, None, REMOVED):
+            name = "removed" if kind is REMOVED else str(kind)
+            yield Case(
+                f"{run}: {folder}: kind {name}",
+                provenance(folder, kind=kind),
+                (f"{folder}/provenance.json", "kind: found", "expected"),
+                run,
+            )
+
+    def copied(source: str, target: str) -> Callable[[Path], object]:
+        def spoil(root: Path) -> None:
+            shutil.rmtree(root / target)
+            shutil.copytree(root / source, root / target)
+
+        return spoil
+
+    for source, target, run in (
+        ("stats/gram", "stats/fisher", "mask-fisher"),
+        ("stats/fisher", "stats/gram", "mask-fisher"),
+        ("stats/norms", "stats/gram", "mask-fisher"),
+        ("stats/norms", "masks", "apply"),
+        ("masks", "stats/norms", "mask"),
+        ("data/calibration", "models/dense", "mask"),
+    ):
+        found = f"{target}/provenance.json"
+        yield Case(f"{run}: {source} as {target}", copied(source, target), (found, "expected"), run)
+    for folder in ("stats/gram", "stats/fisher"):
+        for dtype in ("float32", "none", REMOVED):
+            name = "removed" if dtype is REMOVED else str(dtype)
+            spoiled = provenance(folder, dtype=dtype)
+            yield Case(f"{folder}: dtype {name}", spoiled, (folder, "dtype: found", "expected float16"), "mask-fisher")
+        for key in ("model.source", "text.source", "params.seed"):
+            spoiled = provenance(folder, **{key.replace(".", "__"): "another"})
+            yield Case(f"{folder}: another {key}", spoiled, (folder, "expected those of the run"), "mask-fisher")
+
+
+def _tiers() -> Iterator[Case]:
+    """Tensors that no calibration writes, in files that are sealed again."""
+
+    def each(end: str, change: Callable[[Any], Any]) -> Callable[..., object]:
+        return lambda tensors, _: tensors.update({n: change(x) for n, x in tensors.items() if n.endswith(end)})
+
+    def filled(value: float, x: Any) -> Any:
+        return x.fill_(value)
+
+    def to(kind: str) -> Callable[[Any], Any]:
+        import torch
+
+        return lambda x: x.to(getattr(torch, kind))
+
+    for path, run in ((GRAM, "mask-fisher"), (FISHER, "apply-fisher")):
+        for end, kinds in (
+            (".triangle", ("float32", "bfloat16", "int16")),
+            (".norm", ("float64", "float16")),
+            (".count", ("int32", "float32")),
+        ):
+            for kind in kinds:
+                spoiled = block(path, each(end, to(kind)))
+                yield Case(f"{path}: {end} in {kind}", spoiled, (path, "no Gram matrix of", "expected"), run)
+        for end in (".triangle", ".norm"):
+            for value in (float("nan"), float("inf")):
+                spoiled = block(path, each(end, partial(filled, value)))
+                says = (path, "not finite", "expected")
+                yield Case(f"{path}: {end} {value}", spoiled, says, run)
+        zeros = block(path, each(".norm", lambda x: x.zero_()))
+        yield Case(f"{path}: norms of 0", zeros, (path, "matrices of zeros", "expected"), run)
+    for name, value in (("0", 0.0), ("nan", float("nan")), ("-1", -1.0), ("inf", float("inf"))):
+        spoiled = block(FISHER, each(".squared_gradients", partial(filled, value)))
+        yield Case(f"{FISHER}: sums {name}", spoiled, (FISHER, "damaged", "expected"), "mask-fisher")
+    yield Case(
+        f"{FISHER}: sums in float32",
+        block(FISHER, each(".squared_gradients", to("float32"))),
+        (FISHER, "damaged", "expected"),
+        "mask-fisher",
+    )
+
+
+def _shown() -> Iterator[Case]:
+    """Results that `show` reads."""
+    metrics = ("metrics/pruned/sparsity.json", "metrics/dense/perplexity.json", "metrics/dense/zero_shot.json")
+    for path in (*metrics, "masks/provenance.json", "models/pruned/provenance.json"):
+        for name in ("empty", "half", "a list", "binary", "deep", "null", "a huge number", "half a surrogate pair"):
+            content, found = NO_OBJECTS[name]
+            yield Case(f"show: {path} is {name}", written(path, content), (path, found, "expected"), "show")
+        yield Case(f"show: {path}: a folder", replaced_by_folder(path), (path, "found a folder", "expected"), "show")
+    for path in metrics:
+        name = Path(path).stem
+        for odd, found in (("x", "text"), ([1], "a list"), (None, "null")):
+            spoiled = written(path, json.dumps({name: odd}))
+            yield Case(
+                f"show: {path}: {name} is {found}",
+                spoiled,
+                (path, f"{name}: found {found}", "expected a number"),
+                "show",
+            )
+    for folder, keys in (
+        ("masks", ("model.source", "params", "params.method")),
+        ("models/pruned", ("masks", "params")),
+    ):
+        for key in keys:
+            for value in (REMOVED, [1], None):
+                spoiled = provenance(folder, **{key.replace(".", "__"): value})
+                name = "removed" if value is REMOVED else str(value)
+                yield Case(f"show: {folder}: {key} {name}", spoiled, (f"{folder}/provenance.json", "expected"), "show")
 
 
 def _without(key: str, _: dict[str, Any], header: dict[str, Any]) -> None:

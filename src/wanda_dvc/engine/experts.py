@@ -50,7 +50,7 @@ class ExpertRemoval(Removal):
         if self.groups > 1:
             text += f", the same number from each of {self.groups} groups"
         if abs(self.share - share) > 1e-9:
-            text += f"; rounded to whole experts: {self.share:.4g} instead of {float(share):g}"
+            text += f"; rounded to complete experts: {self.share:.4g} instead of {float(share):g}"
         return text
 
     def fitted(self, stays: Stays) -> "ExpertRemoval":
@@ -186,6 +186,7 @@ def _found(source: Source, structure: Structure) -> ExpertRemoval:
         cuts=tuple(cuts),
         numbers={field: number},
         field_of=dict.fromkeys(mixtures, field),
+        others={},
         expert_of=expert_of,
         apart={name: experts for name, experts in apart.items() if experts[0]},
         routers=tuple(name for name in follows if name.rpartition(".")[0] not in owners),

@@ -40,6 +40,7 @@ class Sums:
     crossed: dict[str, int] = field(default_factory=dict)  # number of tokens
     source: dict[str, str] = field(default_factory=dict)  # each linear's input, by name
     outputs: dict[str, OutputStats] = field(default_factory=dict)  # of routed experts, by the last linear of each
+    influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
 
     def merge(self, other: "Sums") -> None:
         """Add the sums of other rows. UserError if a linear reads another input in those rows."""
@@ -48,6 +49,8 @@ class Sums:
         _merge(self.stats, other.stats)
         _merge(self.grams, other.grams)
         _merge(self.outputs, other.outputs)
+        if other.influence is not None:
+            self.influence = other.influence if self.influence is None else self.influence + other.influence
         for name, cross in other.crosses.items():
             if self.crosses.setdefault(name, cross) is not cross:
                 self.crosses[name] += cross.to(self.crosses[name])
@@ -66,6 +69,7 @@ class Sums:
             crossed=self.crossed,
             source=self.source,
             outputs={name: x.cpu() for name, x in self.outputs.items()},
+            influence=self.influence,
         )
 
     def of(self, linears: dict[str, Linear]) -> Recorded:
@@ -89,7 +93,8 @@ class Sums:
         transposed = [name for name, linear in linears.items() if linear.transposed]
         crosses = {name: cross for name, cross in self.crosses.items() if self.crossed[name] == stats[name].count}
         outputs = {name: self.outputs[name].cpu() for name in linears if name in self.outputs}
-        return Recorded(BlockStats(inputs, readers, transposed, outputs=outputs), self.grams, crosses)
+        measured = BlockStats(inputs, readers, transposed, outputs=outputs, influence=self.influence)
+        return Recorded(measured, self.grams, crosses)
 
     def check_finite(self, block: int) -> None:
         """Raise UserError if an input's sums of squares are not finite; its activations may be finite."""
@@ -173,6 +178,12 @@ class InputRecorder(Sums):
         self.stats.setdefault(name, InputStats.empty(x.shape[-1], where)).add(x)
         if self.gram:
             self.grams.setdefault(name, Gram.empty(x.shape[-1], where)).add(x)
+
+    def see_block(self, before: Float[Tensor, "rows length width"], after: Float[Tensor, "rows length width"]) -> None:
+        """Add the influence of the block on some rows."""
+        turned = 1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        found = torch.tensor([float(turned.sum()), turned.numel()], dtype=torch.float64)
+        self.influence = found if self.influence is None else self.influence + found
 
     def end_window(self) -> None:
         """Add the outputs of the window's experts, and release the window's inputs."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
+from wanda_dvc.engine.config import reason
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rewriting import Configuration, Piece, rewrite
 from wanda_dvc.engine.rows import Row
@@ -26,6 +27,7 @@ from wanda_dvc.engine.structure import Linear, build_empty, find_blocks, stored_
 from wanda_dvc.engine.weights import Weights, set_parameter
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.experts import Mixture
+from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import Units, places, spread, stay_of
 from wanda_dvc.reading import DTYPES, Entry
 
@@ -54,6 +56,7 @@ class Removal:
     cuts: tuple[Cut, ...]
     numbers: dict[str, int]  # the configuration's fields with the numbers of units, before the removal
     field_of: dict[str, str]  # by set
+    others: Mapping[str, int]  # the fields that `_companions` changes, before the removal
 
     @property
     def fields(self) -> dict[str, tuple[int, int]]:
@@ -84,18 +87,35 @@ class Removal:
         return {}
 
     @property
+    def by_block(self) -> bool:
+        """Whether the units are blocks, which are chosen together."""
+        return False
+
+    def order(self, count: int) -> list[int]:
+        """Return the blocks that stay, of `count` blocks."""
+        return list(range(count))
+
+    def all_or_none(self, weights: Callable[[str], Tensor], block: BlockStats) -> dict[str, Tensor]:
+        """Return a block's masks if the units are blocks: all of its weights stay, or none."""
+        names = [name for names in block.readers.values() for name in names]
+        return {name: torch.full(weights(name).shape, bool(self.sets[self.readers[name]].stay)) for name in names}
+
+    @property
     def share(self) -> float:
         """The share of the units that go."""
         return 1 - sum(units.stay for units in self.sets.values()) / sum(units.total for units in self.sets.values())
 
     @property
-    def changes(self) -> dict[str, int]:
+    def changes(self) -> dict[str, Any]:
         """The new values in the configuration."""
-        return {field: after for field, (_, after) in self.fields.items()}
+        found: dict[str, Any] = {}
+        for name, (before, after) in self.fields.items():
+            found |= {name: after} | _companions(self.structure, self.others, before, after)
+        return found
 
     def about(self, share: Fraction) -> str:
         """Describe the removal, and the rounding of the requested share."""
-        changes = ", ".join(f"{field} from {before} to {after}" for field, (before, after) in self.fields.items())
+        changes = ", ".join(f"{name} from {before} to {after}" for name, (before, after) in self.fields.items())
         text = f"pattern {self.structure.name}: {changes}"
         if abs(self.share - share) > 1e-9:
             text += f"; rounded to widths that kernels like: {self.share:.4g} instead of {float(share):g}"
@@ -285,16 +305,16 @@ def shrink(model: Any, smaller: Smaller) -> None:
     config._attn_implementation = model.config._attn_implementation
     new = build_empty(config, smaller.config_name, model.dtype)
     weights = Weights(new, smaller, device=model.get_input_embeddings().weight.device)
-    where, old = find_blocks(model)
+    where, blocks = find_blocks(model)
+    old = [blocks[index] for index in smaller.removal.order(len(blocks))]
     for index, block in enumerate(weights.blocks):
         for name, tensor in weights.read_block(index).items():
             before = old[index].get_parameter(name)
             parameter = nn.Parameter(tensor.to(before.device, before.dtype), requires_grad=before.requires_grad)
             set_parameter(block, name, parameter)
         block.train(model.training)
-    blocks = model.get_submodule(where)
-    for index, block in enumerate(weights.blocks):
-        blocks[index] = block
+    parent, _, leaf = where.rpartition(".")
+    model.get_submodule(parent)._modules[leaf] = nn.ModuleList(weights.blocks)
     for field, value in smaller.removal.changes.items():
         setattr(model.config.get_text_config(), field, value)
 
@@ -302,7 +322,7 @@ def shrink(model: Any, smaller: Smaller) -> None:
 # --- configurations ---
 
 
-def changed(config: Any, fields: Mapping[str, int]) -> Any:
+def changed(config: Any, fields: Mapping[str, Any]) -> Any:
     """Return a configuration with other values in some fields of its text part."""
     content, inside = config.to_dict(), _text_key(config)
     (content[inside] if inside else content).update(fields)
@@ -342,18 +362,46 @@ class _Found:
     dims: dict[tuple[Address, int], tuple[str, int]]  # set, and places of a unit
     numbers: dict[str, int]
     field_of: dict[str, str]
+    others: dict[str, int]
 
     @property
     def has_sections(self) -> bool:
-        return any(size > 1 for _, size in self.dims.values())
+        return any(size > sum(self.sets[name].layout) for name, size in self.dims.values())
 
     def removal(self, sections: bool) -> Removal:
-        """Return the removal: a unit's places lie in one section each, or next to one another."""
+        """Return the removal. A unit's places lie in several sections of a tensor, or next to one another."""
         cuts = tuple(
-            Cut(address, dim, name, (1,) * size if sections else (size,))
+            Cut(address, dim, name, _sections(size, *self.sets[name].layout) if sections else (size,))
             for (address, dim), (name, size) in self.dims.items()
         )
-        return Removal(self.structure, self.sets, self.readers, cuts, self.numbers, self.field_of)
+        return Removal(self.structure, self.sets, self.readers, cuts, self.numbers, self.field_of, self.others)
+
+
+def _sections(size: int, read: int) -> tuple[int, ...]:
+    """Return a unit's places in each section, if a tensor computes `size` places of a unit with `read` inputs.
+
+    Neurons: as many sections as the reader's, such as gate and up. Heads: queries as many as the reader's, then keys
+    and values.
+    """
+    more = size - read
+    if more <= 0:
+        return (size,)
+    return (1,) * size if read == 1 else (read, more // 2, more - more // 2)
+
+
+def _companions(structure: Structure, others: Mapping[str, int], before: int, after: int) -> dict[str, int]:
+    """Return the other fields of a configuration that change with a number of units."""
+    found = {name: others[name] * after // before for name in structure.scaled if name in others}
+    return found | {name: value for name, value in others.items() if name not in found}
+
+
+def _others(structure: Structure, text: Any) -> dict[str, int]:
+    """Return the fields that stay in proportion to the number of units, and the size of a head, which stays."""
+    found = {name: value for name in structure.scaled if (value := getattr(text, name, None))}
+    if found:
+        heads = next(iter(found.values()))
+        found["head_dim"] = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return found
 
 
 def _found(source: Source, structure: Structure, share: Fraction) -> _Found:
@@ -365,14 +413,15 @@ def _found(source: Source, structure: Structure, share: Fraction) -> _Found:
     for index, block in enumerate(blocks):
         linears |= stored_linears(block, f"{where}.{index}.", parts.__getitem__)
     dims: dict[tuple[Address, int], _Dim] = {}
+    others = _others(structure, config.get_text_config())
     for field in structure.fields:
         value = getattr(config.get_text_config(), field, 0)
-        if isinstance(value, list):
-            raise refused(structure, source, f"{field} differs between blocks, expected one value for all")
         if value == 0:
             continue
-        trial = value // 2 if value else TRIAL
-        other = build_empty(changed(config, {field: trial}), f"{source.config_name} with {field}={trial}")
+        trial = TRIAL if value is None else value // 2 if isinstance(value, int) else 0
+        if not trial:
+            raise refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
+        other = _trial(source, structure, {field: trial} | _companions(structure, others, value or 1, trial))
         for name, place, size, less in differences(full, other):
             if not name.startswith(f"{where}.") or name not in parts:
                 raise refused(structure, source, f"{field} also determines {name}")
@@ -386,7 +435,17 @@ def _found(source: Source, structure: Structure, share: Fraction) -> _Found:
     if not dims:
         looked = ", ".join(structure.fields)
         raise refused(structure, source, f"its configuration has no number of them (looked for {looked})")
-    return _sorted(source, structure, share, dims, linears)
+    return _sorted(source, structure, share, dims, linears, others)
+
+
+def _trial(source: Source, structure: Structure, fields: Mapping[str, int]) -> nn.Module:
+    """Build the empty model of the configuration with other values in some fields."""
+    text = ", ".join(f"{name}={value}" for name, value in fields.items())
+    try:
+        model: nn.Module = build_empty(changed(source.config, fields), f"{source.config_name} with {text}")
+    except Exception as error:  # each model's configuration raises exceptions of its own choice
+        raise refused(structure, source, f"transformers builds no model with {text} ({reason(error)})") from error
+    return model
 
 
 class _Dim(NamedTuple):
@@ -417,12 +476,13 @@ def _stored(parts: list[Any], place: int, experts: int, source: Source) -> Itera
             yield Address(part.address.tensor, expert), dim, shape[dim + bool(inside)]
 
 
-def _sorted(
+def _sorted(  # noqa: PLR0913, PLR0917 - the dimensions, and the model that they belong to
     source: Source,
     structure: Structure,
     share: Fraction,
     dims: Mapping[tuple[Address, int], _Dim],
     linears: Mapping[str, Linear],
+    others: dict[str, int],
 ) -> _Found:
     """Sort dimensions into sets of units, by the modules that they belong to; one linear reads each set."""
     numbers = {found.field: found.number for found in dims.values()}
@@ -436,15 +496,17 @@ def _sorted(
             name = _owner(address)
             if name in sets:
                 raise refused(structure, source, f"several linears of {name} read them")
-            sets[name], field_of[name] = Units(size, size * stay[field] // number), field
+            total = number if structure.grouped else size
+            sets[name] = Units(total, total * stay[field] // number, (size // total,))
+            field_of[name] = field
             readers[address.linear] = name
     found = {}
     for (address, dim), (size, *_) in dims.items():
         name = _owner(address)
-        if name not in sets or size % sets[name].total:
+        if name not in sets or size % sets[name].total or dim > 1:
             raise refused(structure, source, f"no linear reads those of {address.tensor}")
         found[address, dim] = name, size // sets[name].total
-    return _Found(structure, sets, readers, found, numbers, field_of)
+    return _Found(structure, sets, readers, found, numbers, field_of, others)
 
 
 def _owner(address: Address) -> str:
@@ -452,11 +514,9 @@ def _owner(address: Address) -> str:
     return address.linear.removesuffix(".bias").rpartition(".")[0]
 
 
-def refused(structure: Structure, source: Source, reason: str) -> UserError:
+def refused(structure: Structure, source: Source, why: str) -> UserError:
     """Return the error that a model does not support a pattern, with the reason."""
-    return UserError(
-        f"pattern: got {structure.name}, which {source} does not support: {reason}; choose another pattern"
-    )
+    return UserError(f"pattern: got {structure.name}, which {source} does not support: {why}; choose another pattern")
 
 
 # --- the probe ---

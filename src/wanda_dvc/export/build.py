@@ -10,12 +10,13 @@ from pathlib import Path
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.card import results
 from wanda_dvc.export.formats import DEFAULT, FORMATS
+from wanda_dvc.reading import check_place
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.apply import describe_pruned
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.held_out import raised
-from wanda_dvc.study.project import Project, temporary_place
+from wanda_dvc.study.project import TRACKED, Project, temporary_place
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.ran import LOCK, Ran
 from wanda_dvc.study.revisions import Revision
@@ -31,8 +32,8 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
         known = ", ".join(f"{row.name} ({row.about})" for row in FORMATS.values())
         raise UserError(f"--format: got {format_name}, expected {known}")
     stored = FORMATS[format_name]
-    target = target.absolute()
-    _check_target(target)
+    target = check_place(target)
+    _check_target(project, target)
     with project.work({"kind": "export", "experiment": experiment}) as work:
         work.forget()  # the links of a killed export
         study = Project(work.path / "study")
@@ -78,7 +79,10 @@ def experiment_and_directory(project: Project, words: list[str]) -> tuple[str | 
     return experiment[0] if experiment else None, Path(target)
 
 
-def _check_target(target: Path) -> None:
+def _check_target(project: Project, target: Path) -> None:
+    root, place = project.root.resolve(), target.resolve()
+    if place.is_relative_to(root) and place.relative_to(root).parts[:1] in {(name,) for name in TRACKED}:
+        raise UserError(f"{target}: inside {place.relative_to(root).parts[0]}/, which DVC or git tracks; name another")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: exists already, expected a new or empty directory; name another")
     if (temporary := temporary_place(target)).exists():

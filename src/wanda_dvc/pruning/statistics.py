@@ -88,6 +88,7 @@ class BlockStats(NamedTuple):
     transposed: list[str]  # linears whose weight is stored [in, out], as GPT-2's are
     fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # the Fisher tier by linear, if it was measured and read
     outputs: Mapping[str, OutputStats] = {}  # by an expert's linear: its last one, which the gates multiply
+    influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
 
     def merge(self, other: "BlockStats") -> None:
         """Add the statistics of other tokens through the same block. ValueError where its inputs differ."""
@@ -98,6 +99,8 @@ class BlockStats(NamedTuple):
         for name, outputs in self.outputs.items():
             if name in other.outputs:
                 outputs.merge(other.outputs[name])
+        if self.influence is not None and other.influence is not None:
+            self.influence.add_(other.influence)
 
     def of(self, name: str) -> "BlockStats":
         """Return the statistics of one distinct input alone."""

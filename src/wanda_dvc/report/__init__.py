@@ -4,6 +4,7 @@ from pathlib import Path
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError
+from wanda_dvc.reading import check_place
 from wanda_dvc.study.markup import inline
 from wanda_dvc.study.project import Project
 
@@ -17,6 +18,7 @@ def report(*, project: Project, output: Path, model: str | None = None, revs: li
     from wanda_dvc.report.pages import INTERVALS, heading, write
     from wanda_dvc.report.rows import collect
 
+    check_place(output.with_name(f"{output.stem}_files"))  # before minutes of reading
     output = output.absolute()
     if output.suffix != ".html":
         raise UserError(

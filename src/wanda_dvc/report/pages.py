@@ -4,6 +4,7 @@ A chapter's content is blocks of Markdown and pictures. Outside text (a model's,
 passes `markup.inline` or `markup.code` before it enters a block. All HTML of the page comes from the library.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -20,14 +21,16 @@ from markdown_it.utils import EnvType, OptionsDict
 from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.reading import check_place
 from wanda_dvc.report.colours import css
+from wanda_dvc.study.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INTERVALS = "Intervals are at 95 %."
 # The mark of a file written by a report.
-SIGNS = {".md": INTERVALS, ".svg": 'fill="var(--paper)"'}
+SIGNS = {".html": "background:var(--paper)", ".md": INTERVALS, ".svg": 'fill="var(--paper)"'}
 
 
 class Picture(NamedTuple):
@@ -79,20 +82,22 @@ def write(output: Path, content: Content) -> Path:
 
     markdown, folder = output.with_suffix(".md"), output.with_name(f"{output.stem}_files")
     drawn = {f"{part.name}.svg": svg(part.figure, part.name) for part in content if isinstance(part, Picture)}
-    for path in [markdown, *(folder / name for name in drawn)]:
-        if path.exists() and not _is_ours(path):
+    check_place(folder)
+    for path in [output, markdown, folder, *(folder / name for name in drawn)]:
+        if os.path.lexists(path) and (path.is_symlink() or not (path.is_dir() if path is folder else _is_ours(path))):
+            kind = "link" if path.is_symlink() else "directory" if path.is_dir() else "file"
             raise UserError(
-                f"{path}: found a file that `wanda-dvc report` did not write; move it, or choose another --output"
+                f"{path}: found a {kind} that `wanda-dvc report` did not write; move it, or choose another --output"
             )
     for path in folder.glob("s*.svg"):
-        if _is_ours(path):
+        if not path.is_symlink() and _is_ours(path):
             path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn.items():
-        (folder / name).write_text(standalone(picture), encoding="utf-8")
+        write_text(folder / name, standalone(picture))
     text = as_markdown(content, folder.name)
-    markdown.write_text(text, encoding="utf-8")
-    output.write_text(as_html(text, drawn), encoding="utf-8")
+    write_text(markdown, text)
+    write_text(output, as_html(text, drawn))
     return markdown
 
 

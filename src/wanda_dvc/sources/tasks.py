@@ -13,6 +13,7 @@ from wanda_dvc.params import Tasks
 from wanda_dvc.reading import read_lines
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, gated_names, load_rows, resolve
+from wanda_dvc.sources.rows import check_rows
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.places import EMBEDDED, METRICS, TaskItems, in_mirror, task_definition, task_items
 from wanda_dvc.study.project import ITEMS
@@ -32,14 +33,15 @@ class Items(TaskItems):
         """The name of the data set in the provenance."""
         return "/".join(part for part in (self.dataset, self.config) if part)
 
-    def write(self, target: Path) -> None:
-        """Write the items as JSON lines."""
+    def write(self, task: str, target: Path) -> None:
+        """Check the items, and write them as JSON lines."""
         if isinstance(self.origin, Path):
-            if not sum(1 for _ in read_lines(self.origin)):  # each is checked
+            if not check_rows(task, read_lines(self.origin)):
                 raise UserError(f"{self.origin}: no items, expected one a line; copy it again")
             shutil.copyfile(self.origin, target)
             return
         rows = load_rows(self.origin, self.config, self.split, **self.options)
+        check_rows(task, ((f"{self.origin.where}: row {number}", row) for number, row in enumerate(rows, start=1)))
         with target.open("w", encoding="utf-8", newline="\n") as file:
             for row in rows:
                 try:
@@ -73,7 +75,7 @@ class TasksSource(Source):
         for name, items in self.items.items():
             folder = out / name
             folder.mkdir()
-            items.write(folder / ITEMS)
+            items.write(name, folder / ITEMS)
             hashes[name] = file_digest(folder / ITEMS)
             provenance = describe(
                 "task",

@@ -26,6 +26,7 @@ from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import SEALED, Grams, block_count, read_grams, read_masks, read_weights
+from wanda_dvc.study.unchanged import read_input
 
 
 class Zeros(NamedTuple):
@@ -77,7 +78,7 @@ def apply(*, project: Project) -> None:
 
 def describe_pruned(study: Project, reconstruction: str) -> Json:
     """Return the provenance of a study's pruned model. UserError if its parts do not match."""
-    dense, made = read_provenance(study.model("dense"), "download model"), read_provenance(study.masks, "mask")
+    dense, made = read_input(study, study.model("dense"), "download model"), read_provenance(study.masks, "mask")
     if made["model"]["sha256"] != dense["sha256"]:
         raise UserError(
             f"masks/: made for {made['model']['source']}, expected {dense['source']}, the model in models/dense; "
@@ -251,6 +252,7 @@ def _write_smaller(
     def read(address: Address) -> Tensor:
         return pruned(address) if (address.tensor, address.expert) in new else parts.checkpoint.read(address)
 
+    removal = removal.fitted(stays)
     smaller, tensors = Smaller(parts.checkpoint, removal, stays, read), {address.tensor for address in addresses}
     names = smaller.rewritten(tensors)
     written: Iterator[None] = progress(itertools.repeat(None, len(names)), total=len(names), what="apply, tensors")

@@ -20,7 +20,7 @@ from wanda_dvc.stages.needs import back_windows
 from wanda_dvc.stages.running import progress, say_unreached
 from wanda_dvc.study.files import write_csv
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import describe, read_provenance
+from wanda_dvc.study.provenance import describe
 from wanda_dvc.study.tensors import (
     block_count,
     finished_blocks,
@@ -30,6 +30,7 @@ from wanda_dvc.study.tensors import (
     write_grams,
     write_stats,
 )
+from wanda_dvc.study.unchanged import read_input
 
 
 def calibrate(*, project: Project) -> None:
@@ -39,7 +40,7 @@ def calibrate(*, project: Project) -> None:
     """
     model = model_provenance(project, "dense")
     check_ready(project, "dense", project.params.calibration.length, "calibration.length")
-    text = read_provenance(project.data("calibration"), "download calibration")
+    text = read_input(project, project.data("calibration"), "download calibration")
     norms_from = describe(
         "stats",
         version=STAGES["calibrate"].version,

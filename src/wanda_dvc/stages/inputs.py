@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from wanda_dvc.errors import FIX, UserError, notice
 from wanda_dvc.params import Params, Runtime
+from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.pruning.patterns import check_pattern
 from wanda_dvc.stages.running import check_device, device_name, ending, own_device, record_details, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import block_count, read_fisher, read_stats
+from wanda_dvc.study.unchanged import read_input
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -34,7 +36,7 @@ MADE_BY = {"dense": "download model", "pruned": "apply"}
 
 def model_provenance(project: Project, model: str) -> Json:
     """Return the provenance of models/dense or models/pruned."""
-    return read_provenance(project.model(model), MADE_BY[model])
+    return read_input(project, project.model(model), MADE_BY[model])
 
 
 def calibrated_with(params: Params) -> Json:
@@ -85,8 +87,9 @@ def stats_provenance(project: Project, model: Json) -> Json:
     stats = read_provenance(project.stats, "calibrate")
     if stats["model"]["sha256"] != model["sha256"]:
         raise UserError(
-            f"stats/: measured on {stats['model']['source']}, expected {model['source']}, the model in models/dense; "
-            "run `dvc repro` or `wanda-dvc calibrate`"
+            f"stats/: measured on {stats['model']['source']} (sha256 {stats['model']['sha256'][:12]}…), expected "
+            f"{model['source']} (sha256 {model['sha256'][:12]}…), the model in models/dense; run `dvc repro` or "
+            "`wanda-dvc calibrate`"
         )
     return stats
 
@@ -115,10 +118,16 @@ def tier_provenance(project: Project, folder: Path) -> Json:
     """Return the provenance of stats/gram or stats/fisher. UserError if it is empty, or of another run than norms."""
     tier, norms = read_provenance(folder, "calibrate"), read_provenance(project.stats, "calibrate")
     blocks = block_count(folder, "calibrate")
+    wanted = project.params.calibration.statistics
+    also = "" if wanted in (folder.name, "fisher") else f" with calibration.statistics={folder.name}"
     if not blocks or any(tier[name] != norms[name] for name in ("model", "text", "params")):
         raise UserError(
             f"stats/{folder.name}: found {blocks} blocks of {tier['model']['source']}, expected those of the run that "
-            f"measured stats/norms; set calibration.statistics={folder.name} and run `dvc repro`"
+            f"measured stats/norms; run `dvc repro` or `wanda-dvc calibrate`{also}"
+        )
+    if tier.get("dtype") != GRAM_DTYPE:
+        raise UserError(
+            f"stats/{folder.name}: dtype: found {tier.get('dtype')}, expected {GRAM_DTYPE}; run `wanda-dvc calibrate`"
         )
     return tier
 
@@ -153,6 +162,7 @@ def held_out_windows(project: Project, measured_with: Json, count: int) -> "list
     """Return the first windows of data/calibration without tokens of the measured windows; at most `count`."""
     from wanda_dvc.engine.windows import between, draw_from_documents, load_tokenizer, tokenize
 
+    read_input(project, project.data("calibration"), "download calibration")
     words = {name: measured_with[name] for name in ("samples", "length", "seed")}
     tokenizer = load_tokenizer(project.model("dense"))
     with project.documents("calibration") as documents:

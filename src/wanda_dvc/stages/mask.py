@@ -17,6 +17,7 @@ from wanda_dvc.engine.jobs import JobInput
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
+from wanda_dvc.pruning.blocks import choose_blocks
 from wanda_dvc.pruning.choose import (
     Share,
     aim_block,
@@ -48,7 +49,7 @@ from wanda_dvc.stages.inputs import (
 from wanda_dvc.stages.running import progress, say_unreached, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.provenance import describe, digest, read_provenance
+from wanda_dvc.study.provenance import describe, digest
 from wanda_dvc.study.tensors import (
     Grams,
     Masks,
@@ -63,6 +64,7 @@ from wanda_dvc.study.tensors import (
     write_masks,
     write_weights,
 )
+from wanda_dvc.study.unchanged import read_input
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.runner import Change
@@ -89,6 +91,8 @@ def mask(*, project: Project) -> None:
     removal = removal_of(checkpoint, plan.structure, plan.share)
     if removal:
         notice(f"mask: {removal.about(plan.share)}")
+        every = (read_stats(project.stats, block) for block in range(stats.blocks))
+        removal = with_chosen_blocks(removal, checkpoint, every, plan)
     shares = _shares(project, stats, checkpoint)
     made_from = describe(
         "masks",
@@ -127,6 +131,17 @@ def removal_of(source: Source, structure: Structure | None, share: Fraction) -> 
         return None
     found: Removal = function_of(structure.find)(source, structure, share)  # imports transformers, which takes seconds
     return found
+
+
+def with_chosen_blocks(removal: "Removal", source: Source, blocks: Iterable[BlockStats], plan: Plan) -> "Removal":
+    """Return a removal of blocks that says which blocks go, and any other removal as it is."""
+    if not removal.by_block:
+        return removal
+    from wanda_dvc.engine.blocks import BlockRemoval
+
+    assert isinstance(removal, BlockRemoval)
+    stays = choose_blocks(lambda name: source.weight(name).cpu(), blocks, removal.stay, method=plan.method)
+    return removal.chosen(source, stays)
 
 
 def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequence[Share]:
@@ -184,6 +199,8 @@ def keeps(  # noqa: PLR0913, PLR0917 - the block, and how its masks are chosen
 ) -> dict[str, Tensor]:
     """Return the masks of one block's linears by their scores. `weights` reads a stored weight."""
     device = solving_device(project.params.runtime)
+    if removal and removal.by_block:
+        return removal.all_or_none(weights, block)
     if removal and removal.mixtures:
         return choose_experts(weights, block, removal.mixtures, method=plan.method, device=device)
     units = removal.units if removal else None
@@ -360,7 +377,8 @@ def _propagate(  # noqa: PLR0913, PLR0917 - the inputs of masks
     """Follow the paper's procedure: each block is calibrated on the outputs of the blocks pruned before it."""
     # Text, windows and dtype come from stats/: the masks depend on stats/, and on no setting of calibration.
     measured_with = stats.provenance["params"]
-    text, expected = read_provenance(project.data("calibration"), "download calibration"), stats.provenance["text"]
+    text = read_input(project, project.data("calibration"), "download calibration")
+    expected = stats.provenance["text"]
     if text["sha256"] != expected["sha256"]:
         raise UserError(
             f"stats/: measured on {expected['source']}, expected {text['source']}, the text in data/calibration; "

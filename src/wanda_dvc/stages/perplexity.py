@@ -35,6 +35,7 @@ from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 from wanda_dvc.study.tensors import read_window, seal, window_file, write_window
+from wanda_dvc.study.unchanged import read_input
 
 LOSSES = "losses.jsonl"
 SAME = ("length", "windows", "rest", "tokens_sha256")  # of the windows that two models are compared on
@@ -102,7 +103,7 @@ def _plot(project: Project, name: str, predictions: list[int], columns: Mapping[
 
 def windows_of(project: Project, model: Path) -> tuple[list[Row], Json]:
     """Return the windows of data/perplexity, cut with a model's tokenizer, and their description for a protocol."""
-    source = read_provenance(project.data("perplexity"), "download perplexity")
+    source = read_input(project, project.data("perplexity"), "download perplexity")
     tokens = tokenize(project.text("perplexity"), load_tokenizer(model))
     length, count = project.params.perplexity.length, project.params.perplexity.windows
     windows = cut(tokens, length=length, windows=count if isinstance(count, int) else None)
@@ -134,9 +135,9 @@ def reference_of(project: Project, windows: Json, dense: Json) -> Json:
             f"{again}"
         )
     for key, value in {**{key: windows[key] for key in SAME}, "dtype": project.params.dtype}.items():
-        if found[key] != value:
+        if found.get(key) != value:
             raise UserError(
-                f"reference/: measured with {key} {found[key]}, expected {value}, as params.yaml and the model's "
+                f"reference/: measured with {key} {found.get(key)}, expected {value}, as params.yaml and the model's "
                 f"tokenizer have it; {again}"
             )
     return found

@@ -16,6 +16,7 @@ from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.places import METRICS
 from wanda_dvc.study.project import ITEMS, Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
+from wanda_dvc.study.unchanged import read_input
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.runner import Step
@@ -50,7 +51,7 @@ def zero_shot(*, project: Project, model: str) -> None:
 
 def _protocol(project: Project, model: str, task: str) -> Json:
     """Return the inputs that determine a task's results."""
-    items = read_provenance(project.data("tasks") / task, "download tasks")
+    items = read_input(project, project.data("tasks") / task, "download tasks")
     return describe(
         "zero-shot",
         version=STAGES["zero-shot"].version,

@@ -18,10 +18,11 @@ from wanda_dvc.study.documents import Documents
 from wanda_dvc.study.files import Json, copy_file
 from wanda_dvc.study.provenance import digest, read_provenance
 from wanda_dvc.study.times import Ledger
+from wanda_dvc.study.unchanged import DOCUMENTS, ITEMS, TEXT
 
-TEXT = "text.txt"
-DOCUMENTS = "documents.json.gz"
-ITEMS = "items.jsonl"
+# The folders in a study that DVC or git tracks.
+TRACKED = (".dvc", ".git", "data", "masks", "metrics", "models", "reference", "sources", "stats", "weights")
+__all__ = ["DOCUMENTS", "ITEMS", "TEXT", "TRACKED", "Project", "Work"]
 
 
 @dataclass(frozen=True)

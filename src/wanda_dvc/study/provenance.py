@@ -31,6 +31,14 @@ KEYS = {
     "perplexity dense": ("dense", "tokens_sha256", "dtype"),
 }
 OBJECTS, MAPPINGS = ("params",), dict
+# The kinds of artifact that a folder may hold, by its name; `stats --compare` reads folders with other names.
+KINDS = {
+    "dense": ("model",),
+    "pruned": ("model", "evaluated"),
+    **dict.fromkeys(("calibration", "perplexity"), ("text", "documents")),
+    "norms": ("stats",),
+    **{name: (name,) for name in ("gram", "fisher", "masks", "weights", "reference")},
+}
 
 
 def digest(content: object) -> str:
@@ -42,6 +50,15 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_digest(path: Path, expected: str | None, made_by: str) -> None:
+    """Raise UserError if a file's SHA-256 is not the one in its artifact's provenance."""
+    if (found := file_digest(path)) != expected:
+        raise UserError(
+            f"{path}: not the file that its provenance names (sha256 {found[:12]}…, expected {str(expected)[:12]}…); "
+            f"run `wanda-dvc {made_by}` again"
+        )
 
 
 def describe(kind: str, *, libraries: tuple[str, ...] = (), **content: object) -> Json:
@@ -63,6 +80,10 @@ def read_format(artifact: Path, made_by: str) -> Json:
     content = expect_object(read_json(artifact / PROVENANCE, made_by), where, todo)
     if content.get("format") != FORMAT:
         raise UserError(f"{where}: format {content.get('format')}, expected {FORMAT}; {todo}")
+    kinds = ("task",) if made_by == "download tasks" else KINDS.get(artifact.name, (content.get("kind"),))
+    if not isinstance(content.get("kind"), str) or content["kind"] not in kinds:
+        found = content.get("kind") or "nothing"
+        raise UserError(f"{where}: kind: found {found}, expected {' or '.join(map(str, kinds))}; {todo}")
     return content
 
 

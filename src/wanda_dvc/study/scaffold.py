@@ -6,9 +6,10 @@ The files are in `template/`. The wanda-dvc repository is also a study; a test k
 import contextlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import TOKENS_A_FEATURE
+from wanda_dvc.reading import check_place
 from wanda_dvc.study.files import write_text
 from wanda_dvc.study.presets import DEFAULT, PARAMS, read_preset, with_settings
 from wanda_dvc.study.settings import Settings
@@ -52,12 +54,13 @@ def init(
     In a directory of a git repository the study becomes a part of it. UserError if the directory holds more than
     `.git`, if a setting is wrong, without git, or if git refuses the repository.
     """
-    folder = folder.absolute()
+    folder = check_place(folder)
     _check_empty(folder)
     settings = read_preset(preset).settings | _named(model, calibration, mirror)
     params, _ = with_settings(PARAMS.read_text(encoding="utf-8"), settings)
     around = _repository_around(folder)
-    there, had_git = folder.is_dir(), (folder / ".git").exists()
+    had_git = (folder / ".git").exists()
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if around is None:
@@ -69,14 +72,12 @@ def init(
         commit = ("commit", "--quiet", "--message", "Begin a pruning study")
         committed = around is None and not git(folder, *commit).returncode  # experiments start from a commit
     except BaseException:
-        _undo(folder, there, had_git)
+        _undo(folder, new, had_git)
         raise
     return _said(folder, settings, around, committed)
 
 
 def _check_empty(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: a file, expected a new or an empty directory; name another")
     found = sorted(path.name for path in folder.iterdir() if path.name != ".git") if folder.is_dir() else []
     if found:
         shown = ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
@@ -156,13 +157,13 @@ def _git(folder: Path, *words: str) -> None:
         raise UserError(f"{folder}: `git {' '.join(words)}` failed: {' '.join(done.stderr.split())}")
 
 
-def _undo(folder: Path, there: bool, had_git: bool) -> None:
-    """Remove the written files. The directory was new, or had only the user's `.git`."""
+def _undo(folder: Path, new: Iterable[Path], had_git: bool) -> None:
+    """Remove the written files and the new directories. The directory was new, or had only the user's `.git`."""
     for path in folder.iterdir():
         if path.name != ".git" or not had_git:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not there:
-        folder.rmdir()
+    for place in new:
+        place.rmdir()
 
 
 def _calibration(settings: Settings) -> str:
@@ -181,7 +182,7 @@ def _said(folder: Path, settings: Settings, around: Path | None, committed: bool
         lines.append(f"It is a part of the git repository {around}, with a DVC repository of its own.")
     lines += ["", "Run next:"]
     if where != ".":
-        lines.append(f"  cd {where}")
+        lines.append(f"  cd {shlex.quote(where)}")
     if not committed:
         lines.append('  git add . && git commit -m "Begin a pruning study" .   # experiments start from a commit')
     lines += [

@@ -13,7 +13,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.reading import check_file, expect_object, is_there, parse_json, read_header
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.provenance import PROVENANCE, file_digest, files_digest, read_format, write_provenance
+from wanda_dvc.study.provenance import PROVENANCE, check_digest, files_digest, read_format, write_provenance
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 GRAM = ("norm", "triangle", "count")  # the tensors of a Gram matrix
 SQUARED_GRADIENTS = "squared_gradients"
 OUTPUTS = "outputs"
+INFLUENCE = "influence"
 SEALED = ("blocks", "files")  # what `seal` adds to a provenance
 
 
@@ -37,7 +38,8 @@ def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
     """Write one block's statistics.
 
     Tensors, for each distinct input: `NAME.sum_squares` and `NAME.sum` (float64 [in]) and `NAME.count` (int64). For the
-    last linear of each expert: `LINEAR.outputs` (float64 [2]), Σ ‖gate · output‖₂ and the number of tokens. Header: the
+    last linear of each expert: `LINEAR.outputs` (float64 [2]), Σ ‖gate · output‖₂ and the number of tokens. Of the
+    block: `influence` (float64 [2]), Σ (1 − cosine of its input and output) and the number of tokens. Header: the
     linears that read each input, and the linears whose weights are stored transposed.
     """
     import torch
@@ -47,6 +49,8 @@ def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
         tensors |= {f"{name}.sum_squares": x.sum_squares, f"{name}.sum": x.sum, f"{name}.count": torch.tensor(x.count)}
     for name, outputs in stats.outputs.items():
         tensors[f"{name}.{OUTPUTS}"] = torch.tensor([outputs.sum, outputs.count], dtype=torch.float64)
+    if stats.influence is not None:
+        tensors[INFLUENCE] = stats.influence
     header = {"readers": stats.readers, "transposed": stats.transposed}
     _save(block_file(folder, block), tensors, header)
 
@@ -74,7 +78,10 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
         if str(pair.dtype) != "torch.float64" or list(pair.shape) != [2] or not bool((pair >= 0).all()):
             raise _damaged(path, f"outputs of {name} are {pair.dtype} {list(pair.shape)}", "calibrate")
         outputs[name] = OutputStats(pair[0], int(pair[1]))
-    return BlockStats(inputs, readers, transposed, outputs=outputs)
+    influence = tensors.get(INFLUENCE)
+    if influence is not None and (str(influence.dtype), list(influence.shape)) != ("torch.float64", [2]):
+        raise _damaged(path, f"{INFLUENCE} is {influence.dtype} {list(influence.shape)}", "calibrate")
+    return BlockStats(inputs, readers, transposed, outputs=outputs, influence=influence)
 
 
 def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[str, Gram]") -> None:
@@ -138,8 +145,13 @@ def read_grams(folder: Path, block: int, device: "torch.device | None" = None) -
             continue
         features = len(parts[0])
         shapes = [[features], [features * (features + 1) // 2], []]
-        if [list(x.shape) for x in parts] != shapes or str(parts[1].dtype) != f"torch.{GRAM_DTYPE}":
+        dtypes = ["torch.float32", f"torch.{GRAM_DTYPE}", "torch.int64"]
+        if [list(x.shape) for x in parts] != shapes or [str(x.dtype) for x in parts] != dtypes:
             raise _damaged(path, f"no Gram matrix of {name}", "calibrate")
+        if not all(bool(x.isfinite().all()) for x in parts):
+            raise _damaged(path, f"a Gram matrix of {name} that is not finite", "calibrate")
+    if tensors and not any(bool(tensors[name].any()) for name in tensors if name.endswith(f".{GRAM[0]}")):
+        raise _damaged(path, "Gram matrices of zeros", "calibrate")
     return Grams(tensors, readers, transposed, device)
 
 
@@ -151,6 +163,8 @@ def read_fisher(folder: Path, block: int) -> "dict[str, Tensor]":
         fits = str(x.dtype) == "torch.float64" and x.dim() == 1
         if not (fits and bool((x >= 0).all()) and bool(x.isfinite().all())):
             raise _damaged(path, f"no sums of squares in {name}", "calibrate")
+    if tensors and not any(bool(x.any()) for x in tensors.values()):
+        raise _damaged(path, "sums of squares that are all 0", "calibrate")
     return {name.removesuffix(f".{SQUARED_GRADIENTS}"): x for name, x in tensors.items()}
 
 
@@ -392,11 +406,8 @@ def _load(path: Path, made_by: str, kinds: tuple[str, ...] | None = None) -> "tu
     try:
         check_file(path)
         expected = _sealed(path.parent, made_by)
-        if expected and expected.get(path.name) != file_digest(path):
-            raise UserError(
-                f"{path}: not the file that its provenance names (sha256 {file_digest(path)[:12]}…, expected "
-                f"{str(expected.get(path.name))[:12]}…); run `wanda-dvc {made_by}` again"
-            )
+        if expected:
+            check_digest(path, expected.get(path.name), made_by)
         todo = f"run `wanda-dvc {made_by}` again"
         read_header(path, todo)
         with safe_open(path, framework="pt") as file:
