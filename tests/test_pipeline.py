@@ -245,8 +245,9 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert f"{exported}: exists already, expected a new or empty directory" in repository.run(
         "wanda-dvc", "export", str(exported), check=False
     )
-    assert "export: got two-of-four, an experiment, commit, branch or tag of this repository" in repository.run(
-        "wanda-dvc", "export", "two-of-four", check=False
+    assert (
+        "export: two-of-four is an experiment, commit, branch or tag, expected a directory after it"
+        in repository.run("wanda-dvc", "export", "two-of-four", check=False)
     )
     assert not (repository.root / "two-of-four").exists()
     assert "six: no experiment, commit, branch or tag of that name" in repository.run(
