@@ -107,6 +107,17 @@ def test_all_problems_are_told_at_once(tmp_path: Path):
     assert len(problems(tmp_path, pattern="4:2", runtime__mirror="here")) == 2
 
 
+def test_the_evaluation_text_is_found_through_a_link(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("words")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    (tmp_path / "link.txt").symlink_to("text.txt")
+    for name in ("link.txt", "folder/text.txt", "folder/link.txt", "../" + tmp_path.name + "/text.txt"):
+        sources = {"perplexity__text__source": str(tmp_path / "text.txt"), "perplexity__text__split": None}
+        write_params(tmp_path, "org/model", calibration__text__source=f"{tmp_path}/{name}", **sources)
+        with pytest.raises(UserError, match="calibration.text: got the text that perplexity is measured on"):
+            read_params(tmp_path / "params.yaml")
+
+
 def test_a_missing_setting_is_named(tmp_path: Path):
     (tmp_path / "params.yaml").write_text("sparsity: 0.5\n")
     with pytest.raises(UserError, match=r"params.yaml: model: missing"):

@@ -82,9 +82,10 @@ def calibrate(
 ) -> Stats:
     """Measure the inputs of a model's linears, once for each distinct input.
 
-    The model's weights, flags, hooks and configuration do not change. Its weights are not copied, except into another
-    `dtype`. The function needs the memory of one running block in addition to the model. Hidden states between blocks
-    are on disk in Python's temporary folder (`TMPDIR`), 2 · windows · length · hidden size numbers.
+    The model's weights, flags and configuration do not change; a model with hooks is refused. Its weights are not
+    copied, except into another `dtype`. The function needs the memory of one running block in addition to the model.
+    Hidden states between blocks are on disk in Python's temporary folder (`TMPDIR`), 2 · windows · length · hidden
+    size numbers.
 
     Args:
         model: A causal language model of transformers in evaluation mode, on any device.
@@ -481,6 +482,11 @@ def _source(model: "PreTrainedModel") -> "Loaded":
 
     from wanda_dvc.engine.loaded import Loaded
 
+    if hasattr(model, "merge_and_unload"):
+        raise UserError(
+            f"model: got {type(model).__name__}, an adapter of PEFT, expected a plain model; merge the adapter first: "
+            "model = model.merge_and_unload()"
+        )
     if not isinstance(model, PreTrainedModel):
         raise UserError(
             f"model: got {type(model).__name__}, expected a causal language model of transformers; load it with "

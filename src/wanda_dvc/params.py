@@ -4,6 +4,7 @@ Read as DVC reads it, YAML 1.2: in YAML 1.1 an unquoted `2:4` is the number 124.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -280,7 +281,7 @@ class Params(_Section):
         yield from _text_conflicts("calibration", calibration)
         yield from _text_conflicts("perplexity", perplexity)
         one, other = calibration.chosen, perplexity.chosen
-        if (one.source, one.dataset, one.config, one.split) == (other.source, other.dataset, other.config, other.split):
+        if _place(one) == _place(other):
             found = ", ".join(word for word in (perplexity.source, other.split) if word)
             yield (
                 f"params.yaml: calibration.text: got the text that perplexity is measured on ({found}), expected "
@@ -419,6 +420,12 @@ def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tupl
             yield from settings(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+def _place(text: ChosenText) -> tuple[str | None, ...]:
+    """Return the data set and split of a text; of a file its path without links."""
+    source = os.path.realpath(text.source) if Path(text.source).is_absolute() else text.source
+    return source, text.dataset, text.config, text.split
 
 
 def _problem(where: str, found: object, expected: str) -> str:
