@@ -34,8 +34,8 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ({"pattern": "4:2"}, "params.yaml: pattern: got 4:2, expected n:m with n < m: n of every m neighbours stay"),
         (
             {"pattern": "half"},
-            "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4, or neurons, heads, experts or "
-            "blocks",
+            "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4, or neurons, heads, "
+            "experts or blocks",
         ),
         (
             {"pattern": "2:4", "sparsity": 0.6},
