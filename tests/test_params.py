@@ -28,12 +28,14 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ({"sparsity": "half"}, "params.yaml: sparsity: got half, expected number"),
         (
             {"method": "wands"},
-            "params.yaml: method: got wands, expected magnitude, wanda, wanda-variant, ria, sparsegpt or admm",
+            "params.yaml: method: got wands, expected magnitude, wanda, wanda-variant, ria, sparsegpt, admm, reap or "
+            "influence",
         ),
         ({"pattern": "4:2"}, "params.yaml: pattern: got 4:2, expected n:m with n < m: n of every m neighbours stay"),
         (
             {"pattern": "half"},
-            "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4, or neurons or heads",
+            "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4, or neurons, heads, "
+            "experts or blocks",
         ),
         (
             {"pattern": "2:4", "sparsity": 0.6},

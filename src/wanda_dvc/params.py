@@ -325,6 +325,7 @@ class Params(_Section):
         if plan.allocation.name != "uniform" and self.pattern != UNSTRUCTURED:
             expected = f"uniform: {self.pattern} gives every block the same sparsity"
             yield _problem("allocation", plan.allocation.name, expected)
+        yield from self._unit_conflicts()
         if plan.structure and plan.method.competition == "solver" and not plan.method.units:
             yield _problem("method", f"{plan.method.name} with pattern {self.pattern}", "a method that scores units")
         if self.allocation_strength is not None and not plan.allocation.strengths:
@@ -350,6 +351,21 @@ class Params(_Section):
                 f"params.yaml: calibration.statistics: got {measured}, expected {needs} for recipe {self.recipe} "
                 f"({why}); run `dvc exp run -S calibration.statistics={needs} -S recipe={self.recipe}`"
             )
+
+    def _unit_conflicts(self) -> Iterator[str]:
+        """Yield choices that exclude units with a score of their own, such as experts, or need them."""
+        plan, has_own = self.plan, bool(self.plan.structure and self.plan.structure.method)
+        given = f"{{}} with pattern {self.pattern}"
+        if plan.method.competition in STRUCTURES and plan.method.competition != self.pattern:
+            expected = f"pattern {plan.method.competition}, or another method"
+            yield _problem("method", given.format(plan.method.name), expected)
+        if plan.structure and has_own and plan.method.competition == "solver":
+            expected = f"{plan.structure.method}, or a method without Gram matrices"
+            yield _problem("method", given.format(plan.method.name), expected)
+        if has_own and plan.solves:
+            yield _problem("reconstruction", given.format(plan.reconstruction.name), "none")
+        if has_own and plan.propagation != "dense":
+            yield _problem("propagation", given.format(plan.propagation), "dense")
 
 
 def _text_conflicts(name: str, text: Text) -> Iterator[str]:
