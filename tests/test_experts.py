@@ -134,7 +134,8 @@ def test_sums_of_shards_are_those_of_all_rows(tmp_path: Path):
             break
     assert found[0].keys() == found[1].keys()
     for name, (total_sum, count) in found[0].items():
-        assert found[1][name] == (pytest.approx(total_sum, rel=1e-12), count)
+        assert found[1][name][0] == pytest.approx(total_sum, rel=1e-12)
+        assert found[1][name][1] == count
 
 
 # --- families ---
