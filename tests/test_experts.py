@@ -17,6 +17,7 @@ from wanda_dvc.catalog import STRUCTURES, methods
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.experts import ExpertRemoval, find_experts
+from wanda_dvc.engine.recorder import Sums
 from wanda_dvc.engine.smaller import Smaller, write_smaller
 from wanda_dvc.engine.walk import walk
 from wanda_dvc.errors import UserError
@@ -118,6 +119,23 @@ def test_the_sums_are_those_of_an_oracle_that_sees_the_whole_model(family: str, 
         own = by_place[place(linear)][int(linear.split(".")[-2])]
         assert stats.count == len(own)
         assert stats.sum.item() == pytest.approx(sum(own), rel=1e-4)
+
+
+def test_sums_of_shards_are_those_of_all_rows(tmp_path: Path):
+    """Shards run as tasks in other processes; their sums return in main memory."""
+    folder, found = save("qwen3_moe", tmp_path / "model"), []
+    for work, shards in (("one", [range(2)]), ("two", [range(1), range(1, 2)])):
+        decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
+        for step in walk(decoder, TOKENS, tmp_path / work):
+            total = Sums()
+            for shard in shards:
+                total.merge(step.record_shard(shard, gram=False, crosses=False).cpu())
+            found.append({name: (x.sum.item(), x.count) for name, x in total.of(step.linears).stats.outputs.items()})
+            break
+    assert found[0].keys() == found[1].keys()
+    for name, (total_sum, count) in found[0].items():
+        assert found[1][name][0] == pytest.approx(total_sum, rel=1e-12)
+        assert found[1][name][1] == count
 
 
 # --- families ---

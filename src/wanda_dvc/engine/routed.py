@@ -30,7 +30,7 @@ class RoutedOutputs:
     """The norms of what each expert adds to its tokens: REAP's gate · ‖output‖₂, of the model's own product.
 
     An expert's output is followed through additions, norms and conversions, row by row; the last multiplication by one
-    number a token is that by the gates. Outputs that a block uses in another way have no norms here, and
+    number a token is by the gates. Outputs that a block uses in another way have no norms here, and
     `OutputStats.count` is then below the number of tokens that the expert read.
     """
 
