@@ -256,6 +256,16 @@ class Params(_Section):
             update[part] = section.model_copy(update={"text": text})
         return self.model_copy(update=update)
 
+    @property
+    def about_text(self) -> str:
+        """A sentence on the text of the perplexity: whether it has the calibration's source."""
+        one, other = self.calibration.text.chosen, self.perplexity.text.chosen
+        if (one.dataset or one.source) == (other.dataset or other.source):
+            return (
+                "The calibration text has the same source: on text from other sources, most of a solver's gain is lost"
+            )
+        return "The calibration text has another source"
+
     @cached_property
     def plan(self) -> Plan:
         """The recipe, with separately set choices."""

@@ -77,7 +77,8 @@ def _notes(study: Project, outdated: Sequence[str]) -> Iterator[str]:
     if protocol := protocols[1] or protocols[0]:
         yield (
             f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of "
-            f"{inline(protocol['text']['source'])} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
+            f"{inline(protocol['text']['source'])} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}. "
+            f"{params.about_text}."
         )
     if "divergence" in load_json(study.metrics("pruned", "perplexity")):
         yield (

@@ -257,7 +257,7 @@ def _footnotes(project: Project) -> Iterator[str]:
         yield (
             f"Perplexity{'' if alike else f' of the {model} model'}: {protocol['windows']} windows of "
             f"{protocol['length']} tokens of {protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), "
-            f"{protocol['dtype']}."
+            f"{protocol['dtype']}. {project.params.about_text}."
         )
     if "divergences" in details["pruned"]["perplexity"]:
         yield (
