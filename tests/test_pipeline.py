@@ -234,7 +234,7 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert not any(str(tmp_path.parent).encode() in content for content in [card.encode(), *own.values()])
 
     measured = json.loads((repository.root / "metrics/pruned/perplexity.json").read_text())["perplexity"]
-    assert f"| {number(measured)} |" in card
+    assert f"| {number(measured)} (" in card  # then the interval
     assert re.search(r"\| pattern +\| `2:4`", card)
     assert "wanda-dvc preset default\ndvc exp run \\\n    -S model=/path/to/tiny \\\n" in card
     model = AutoModelForCausalLM.from_pretrained(exported)

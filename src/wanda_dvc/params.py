@@ -39,6 +39,7 @@ from wanda_dvc.reading import read_text
 
 MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
 ROUNDED = 1e-6  # the sparsity of 1:3 may be written 0.666667
+EMBEDDED_ITEMS = 10  # of each task, by default: they check the path, and are no benchmark
 ALL = "all"  # of `perplexity.windows`: every token, including a shorter last window
 
 
@@ -169,7 +170,7 @@ class Tasks(_Section):
 class ZeroShot(_Section):
     """The settings of the zero-shot evaluation."""
 
-    limit: int | None = Field(None, ge=1, description="number of items of each task; null: all")
+    limit: int | None = Field(None, ge=1, description="number of items of each task; null: all, of the embedded questions the first 10")
 
 
 class Runtime(_Section):
@@ -255,6 +256,11 @@ class Params(_Section):
             )
             update[part] = section.model_copy(update={"text": text})
         return self.model_copy(update=update)
+
+    @property
+    def items(self) -> int | None:
+        """The number of items of each task; None: all."""
+        return self.zero_shot.limit or (EMBEDDED_ITEMS if self.tasks.source == "embedded" else None)
 
     @property
     def about_text(self) -> str:

@@ -266,7 +266,7 @@ def _footnotes(project: Project) -> Iterator[str]:
             "the 95 % interval over windows."
         )
     if any(of[name] for of in details.values() for name in names):
-        limit = project.params.zero_shot.limit
+        limit = project.params.items
         yield (
             f"Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error: "
             "differences below two standard errors may be chance."

@@ -11,7 +11,7 @@ from wanda_dvc.study.markup import inline
 def content(section: Section) -> Content:
     """Return the settings of evaluation, and the settings of calibration if all rows share them."""
     settings = section.settings
-    wanted, limit = settings["perplexity.windows"], settings["zero_shot.limit"]
+    wanted, limit = settings["perplexity.windows"], section.rows[0].params.items
     windows = {None: "all complete windows", ALL: "all tokens, in windows"}.get(wanted, f"the first {wanted} windows")
     one_calibration = not any(key.startswith("calibration.") for key in section.varying)
     texts = [
