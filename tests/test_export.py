@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,20 @@ def test_the_card_counts_changed_answers(pruned: Project):
     assert "| piqa | 4 | 1 | 1 | 1 | 75.0 | 1 |" in text
     assert "| piqa, acc_norm | 2 | 2 | 0 | 0 | 100.0 | 0.5 |" in text
     assert "p is that of McNemar's exact test" in text
+
+
+def test_the_card_shows_what_both_models_write(pruned: Project):
+    for model, text, tokens in (("dense", "a cat\nsat", [1, 2, 3]), ("pruned", "a *dog*", [1] * 8)):
+        protocol = {"model": digest(read_format(pruned.model(model), "apply"))}
+        written = [{"prompt": "Once | upon", "text": text, "tokens": tokens}]
+        write_json(pruned.details(model, "continuations"), {"protocol": protocol, "prompts": written})
+    text = exported(pruned).text
+    assert "## Continuations\n\nGreedy continuations, at most 8 tokens" in text
+    assert "| Once \\| upon | a cat sat | a \\*dog\\* | 1 | 0 %, 80 % |" in text
+    skipped = {"protocol": {"model": digest(read_format(pruned.model("dense"), "apply"))}, "skipped": "too large"}
+    write_json(pruned.details("dense", "continuations"), skipped)
+    shutil.rmtree(pruned.root.parent / f"{pruned.root.name}-exported")
+    assert "The dense model's were skipped: too large." in exported(pruned).text
 
 
 def test_numbers_of_another_model_are_not_on_the_card(pruned: Project):

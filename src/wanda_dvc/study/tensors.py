@@ -1,4 +1,4 @@
-"""The tiers of stats/, masks/, weights/ and reference/: a file a block or window, so that one is in memory at a time."""
+"""The tiers of stats/, masks/, weights/, reference/: a file a block or window, so that one is in memory at a time."""
 
 import itertools
 import json
