@@ -28,12 +28,14 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ({"sparsity": "half"}, "params.yaml: sparsity: got half, expected number"),
         (
             {"method": "wands"},
-            "params.yaml: method: got wands, expected magnitude, wanda, wanda-variant, ria, sparsegpt or admm",
+            "params.yaml: method: got wands, expected magnitude, wanda, wanda-variant, ria, sparsegpt, admm, reap or "
+            "influence",
         ),
         ({"pattern": "4:2"}, "params.yaml: pattern: got 4:2, expected n:m with n < m: n of every m neighbours stay"),
         (
             {"pattern": "half"},
-            "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4, or neurons or heads",
+            "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4, or neurons, heads, "
+            "experts or blocks",
         ),
         (
             {"pattern": "2:4", "sparsity": 0.6},
@@ -103,6 +105,17 @@ def test_each_problem_has_its_line(tmp_path: Path, changes: dict[str, object], e
 def test_all_problems_are_told_at_once(tmp_path: Path):
     assert len(problems(tmp_path, sparsity=-1, method="x", calibration__length=1)) == 3
     assert len(problems(tmp_path, pattern="4:2", runtime__mirror="here")) == 2
+
+
+def test_the_evaluation_text_is_found_through_a_link(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("words")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    (tmp_path / "link.txt").symlink_to("text.txt")
+    for name in ("link.txt", "folder/text.txt", "folder/link.txt", "../" + tmp_path.name + "/text.txt"):
+        sources = {"perplexity__text__source": str(tmp_path / "text.txt"), "perplexity__text__split": None}
+        write_params(tmp_path, "org/model", calibration__text__source=f"{tmp_path}/{name}", **sources)
+        with pytest.raises(UserError, match="calibration.text: got the text that perplexity is measured on"):
+            read_params(tmp_path / "params.yaml")
 
 
 def test_a_missing_setting_is_named(tmp_path: Path):

@@ -4,6 +4,7 @@ Read as DVC reads it, YAML 1.2: in YAML 1.1 an unquoted `2:4` is the number 124.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -298,7 +299,7 @@ class Params(_Section):
         yield from _text_conflicts("calibration", calibration)
         yield from _text_conflicts("perplexity", perplexity)
         one, other = calibration.chosen, perplexity.chosen
-        if (one.source, one.dataset, one.config, one.split) == (other.source, other.dataset, other.config, other.split):
+        if _place(one) == _place(other):
             found = ", ".join(word for word in (perplexity.source, other.split) if word)
             yield (
                 f"params.yaml: calibration.text: got the text that perplexity is measured on ({found}), expected "
@@ -342,6 +343,7 @@ class Params(_Section):
         if plan.allocation.name != "uniform" and self.pattern != UNSTRUCTURED:
             expected = f"uniform: {self.pattern} gives every block the same sparsity"
             yield _problem("allocation", plan.allocation.name, expected)
+        yield from self._unit_conflicts()
         if plan.structure and plan.method.competition == "solver" and not plan.method.units:
             yield _problem("method", f"{plan.method.name} with pattern {self.pattern}", "a method that scores units")
         if self.allocation_strength is not None and not plan.allocation.strengths:
@@ -367,6 +369,21 @@ class Params(_Section):
                 f"params.yaml: calibration.statistics: got {measured}, expected {needs} for recipe {self.recipe} "
                 f"({why}); run `dvc exp run -S calibration.statistics={needs} -S recipe={self.recipe}`"
             )
+
+    def _unit_conflicts(self) -> Iterator[str]:
+        """Yield choices that exclude units with a score of their own, such as experts, or need them."""
+        plan, has_own = self.plan, bool(self.plan.structure and self.plan.structure.method)
+        given = f"{{}} with pattern {self.pattern}"
+        if plan.method.competition in STRUCTURES and plan.method.competition != self.pattern:
+            expected = f"pattern {plan.method.competition}, or another method"
+            yield _problem("method", given.format(plan.method.name), expected)
+        if plan.structure and has_own and plan.method.competition == "solver":
+            expected = f"{plan.structure.method}, or a method without Gram matrices"
+            yield _problem("method", given.format(plan.method.name), expected)
+        if has_own and plan.solves:
+            yield _problem("reconstruction", given.format(plan.reconstruction.name), "none")
+        if has_own and plan.propagation != "dense":
+            yield _problem("propagation", given.format(plan.propagation), "dense")
 
 
 def _text_conflicts(name: str, text: Text) -> Iterator[str]:
@@ -421,6 +438,12 @@ def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tupl
             yield from settings(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+def _place(text: ChosenText) -> tuple[str | None, ...]:
+    """Return the data set and split of a text; of a file its path without links."""
+    source = os.path.realpath(text.source) if Path(text.source).is_absolute() else text.source
+    return source, text.dataset, text.config, text.split
 
 
 def _problem(where: str, found: object, expected: str) -> str:

@@ -107,7 +107,7 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=9,
+            version=10,
             about="Measure the dense model's activations once: stats/.",
             result="stats/[fg]*/provenance.json",  # of gram and fisher: with either it takes longer
             settings=(
