@@ -242,3 +242,22 @@ def test_a_value_that_the_page_of_settings_shows_is_taken(name: str):
         content = asked("wanda").model_dump()
         content[section][leaf] = value.replace("PORT", "6379")
         check_params(content)
+
+
+@pytest.mark.parametrize(
+    ("source", "same"),
+    [("embedded", True), ("wikitext2", False), ("/data/test.txt", False), ("Salesforce/wikitext", False)],
+)
+def test_a_text_of_the_calibrations_source_is_known(tmp_path: Path, source: str, same: bool):
+    write_params(tmp_path, "/models/any", perplexity__text__source=source)
+    said = read_params(tmp_path / "params.yaml").about_text
+    assert said.startswith(f"The calibration text has {'the same' if same else 'another'} source")
+
+
+def test_a_name_and_a_hub_id_of_one_data_set_are_one_source(tmp_path: Path):
+    texts = {
+        "perplexity__text__source": "Salesforce/wikitext:wikitext-2-raw-v1",
+        "calibration__text__source": "wikitext2",
+    }
+    write_params(tmp_path, "/models/any", **texts)
+    assert "the same source" in read_params(tmp_path / "params.yaml").about_text

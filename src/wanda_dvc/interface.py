@@ -421,7 +421,8 @@ class Study:
 
         All records have the same keys: `experiment`, `commit` (None: the workspace), `state` (`success`, `failed`,
         `queued`, `running`, …), every setting by its dotted name, such as `calibration.samples`, and every figure by
-        the model and its name: `dense.perplexity`, `pruned.perplexity`, `pruned.sparsity`,
+        the model and its name: `dense.perplexity`, `pruned.perplexity`, `pruned.perplexity.divergence.mean`,
+        `pruned.perplexity.top1_agreement.mean`, `pruned.sparsity`,
         `pruned.zero_shot.piqa.acc`. None means not measured with these settings; a diverged perplexity is infinity.
 
         Raises:

@@ -40,6 +40,7 @@ from wanda_dvc.reading import read_text, yaml_problem
 
 MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
 ROUNDED = 1e-6  # the sparsity of 1:3 may be written 0.666667
+EMBEDDED_ITEMS = 10  # of each task, by default: they check the path, and are no benchmark
 ALL = "all"  # of `perplexity.windows`: every token, including a shorter last window
 
 
@@ -170,7 +171,9 @@ class Tasks(_Section):
 class ZeroShot(_Section):
     """The settings of the zero-shot evaluation."""
 
-    limit: int | None = Field(None, ge=1, description="number of items of each task; null: all")
+    limit: int | None = Field(
+        None, ge=1, description="number of items of each task; null: all, of the embedded questions the first 10"
+    )
 
 
 class Runtime(_Section):
@@ -256,6 +259,21 @@ class Params(_Section):
             )
             update[part] = section.model_copy(update={"text": text})
         return self.model_copy(update=update)
+
+    @property
+    def items(self) -> int | None:
+        """The number of items of each task; None: all."""
+        return self.zero_shot.limit or (EMBEDDED_ITEMS if self.tasks.source == "embedded" else None)
+
+    @property
+    def about_text(self) -> str:
+        """A sentence on the text of the perplexity: whether it has the calibration's source."""
+        one, other = self.calibration.text.chosen, self.perplexity.text.chosen
+        if (one.dataset or one.source) == (other.dataset or other.source):
+            return (
+                "The calibration text has the same source: on text from other sources, most of a solver's gain is lost"
+            )
+        return "The calibration text has another source"
 
     @cached_property
     def plan(self) -> Plan:

@@ -153,7 +153,7 @@ STAGES = {
         ),
         Stage(
             name="zero-shot",
-            version=8,
+            version=9,
             about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
             result="metrics/details/{part}/zero_shot.json",
             settings=("tasks.names", "zero_shot.limit", "dtype"),

@@ -1,4 +1,4 @@
-"""The tiers of stats/, masks/ and weights/: a file a block, so that one is in memory at a time."""
+"""The tiers of stats/, masks/, weights/, reference/: a file a block or window, so that one is in memory at a time."""
 
 import itertools
 import json
