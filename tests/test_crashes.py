@@ -290,3 +290,16 @@ def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path, tiny: P
     assert "disk full (File too large); free some space" in done.stderr
     assert outputs(tmp_path) == before
     assert wanda_dvc("calibrate", cwd=tmp_path).returncode == 0
+
+
+def test_a_command_that_keeps_nothing_says_so_when_it_is_stopped():
+    """As `export` and `report`, which have no finished blocks."""
+    script = (
+        "import os, signal, time\n"
+        "from wanda_dvc.stages.running import AGAIN, stoppable\n"
+        "with stoppable('export', AGAIN):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (143, "export: stopped; run it again\n")

@@ -1,7 +1,9 @@
 """The card of an exported model, and what export refuses. The model itself: test_pipeline.py."""
 
 import json
+import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +88,7 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
         "`dense`: each block was calibrated on the outputs of dense blocks",
         "3 windows of 64 tokens of calibration.txt, seed 0, float32",
         "| perplexity | 12.50 | diverged |",
-        "| piqa, acc % | – | 50.0 ± 7.0 |",
+        "| embedded questions, mean acc % | – | 50.0 |",
         "`diverged`: the loss, or its exponential, was not finite",
         "samples, not benchmarks",
         "Unknown: the files of the dense model name none",
@@ -127,6 +129,9 @@ def test_a_method_that_is_not_installed_has_its_name_on_the_card(pruned: Project
 
 
 def test_the_card_counts_changed_answers(pruned: Project):
+    path = pruned.root / "params.yaml"
+    path.write_text(re.sub(r"(tasks:\n  source: )embedded", r"\1benchmark", path.read_text(encoding="utf-8")))
+    pruned = Project(pruned.root)
     for model, answers, by_length in (("dense", [0, 0, 1, 1], [0, 0]), ("pruned", [0, 1, 2, 0], [1, 1])):
         items: list[Json] = [{"item": n, "answer": x, "acc": float(x == 0)} for n, x in enumerate(answers)]
         for item, answer in zip(items, by_length, strict=False):
@@ -139,6 +144,20 @@ def test_the_card_counts_changed_answers(pruned: Project):
     assert "| piqa | 4 | 1 | 1 | 1 | 75.0 | 1 |" in text
     assert "| piqa, acc_norm | 2 | 2 | 0 | 0 | 100.0 | 0.5 |" in text
     assert "p is that of McNemar's exact test" in text
+
+
+def test_the_card_shows_what_both_models_write(pruned: Project):
+    for model, text, tokens in (("dense", "a cat\nsat", [1, 2, 3]), ("pruned", "a *dog*", [1] * 8)):
+        protocol = {"model": digest(read_format(pruned.model(model), "apply"))}
+        written = [{"prompt": "Once | upon", "text": text, "tokens": tokens}]
+        write_json(pruned.details(model, "continuations"), {"protocol": protocol, "prompts": written})
+    text = exported(pruned).text
+    assert "## Continuations\n\nGreedy continuations, at most 8 tokens" in text
+    assert "| Once \\| upon | a cat sat | a \\*dog\\* | 1 | 0 %, 80 % |" in text
+    skipped = {"protocol": {"model": digest(read_format(pruned.model("dense"), "apply"))}, "skipped": "too large"}
+    write_json(pruned.details("dense", "continuations"), skipped)
+    shutil.rmtree(pruned.root.parent / f"{pruned.root.name}-exported")
+    assert "The dense model's were skipped: too large." in exported(pruned).text
 
 
 def test_numbers_of_another_model_are_not_on_the_card(pruned: Project):

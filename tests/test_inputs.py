@@ -130,6 +130,22 @@ def test_a_file_that_is_no_settings(name: str, tmp_path: Path):
     assert found in str(caught.value)
 
 
+def test_a_dotted_name_at_the_top_is_named_with_its_place(tmp_path: Path):
+    write_params(tmp_path, "org/model")
+    with (tmp_path / "params.yaml").open("a", encoding="utf-8") as file:
+        file.write("calibration.samples: 3\n")
+    with pytest.raises(UserError, match=r"calibration.samples: no such setting; write it as samples below calibration"):
+        read_params(tmp_path / "params.yaml")
+
+
+def test_a_key_that_is_there_twice_is_named_with_its_line(tmp_path: Path):
+    (tmp_path / "params.yaml").write_text("sparsity: 0.5\nsparsity: 0.6\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        read_params(tmp_path / "params.yaml")
+    assert 'line 2: found duplicate key "sparsity"' in str(caught.value)
+    assert "suppress" not in str(caught.value)
+
+
 @pytest.fixture(scope="module")
 def finished(tiny: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study whose stages have all run."""

@@ -241,7 +241,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     ("measure", "other"), [(name, x) for name, every in OTHERS.items() for x in (*every, "details missing", None)]
 )
 def test_only_what_was_measured_alike_is_compared(project: Make, measure: str, other: dict[str, Any] | str | None):
-    made = project(tasks__names=["piqa"])
+    made = project(tasks__names=["piqa"], tasks__source="benchmark")
     for model in ("dense", "pruned"):
         of: dict[str, Any] = {"perplexity": {"protocol": PERPLEXITY}, "piqa": {"protocol": PIQA}}
         if model == "dense" and isinstance(other, str):

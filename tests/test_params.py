@@ -33,7 +33,7 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ({"pattern": "4:2"}, "params.yaml: pattern: got 4:2, expected n:m with n < m: n of every m neighbours stay"),
         (
             {"pattern": "half"},
-            "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4, or neurons",
+            "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4, or neurons or heads",
         ),
         (
             {"pattern": "2:4", "sparsity": 0.6},

@@ -81,6 +81,11 @@ def test_flips_are_counted_by_the_answers_before_and_after():
     assert found.p == pytest.approx(stats.binomtest(2, 7).pvalue)
     same = inference.flips([right, wrong], [right, wrong])
     assert (same.changed, same.p) == (0, 1.0)
+    total = inference.total_flips([found, same])
+    assert total
+    assert total[:4] == (17, 5, 2, 4)
+    assert total.p == found.p
+    assert inference.total_flips([]) is None
     many = inference.mcnemar([True] * 900 + [False] * 1000, [False] * 900 + [True] * 1000)
     assert many.p == pytest.approx(stats.binomtest(900, 1900).pvalue)
 
@@ -554,9 +559,9 @@ def test_markdown_shows_names_as_they_are(tmp_path: Path):
         assert expected in shown
     assert any(f"windows of 64 tokens of /t/{HOSTILE}.txt; " in one for one in shown)
     tables = [token for token in tokens if token.type == "table_open"]
-    assert len(tables) == 11
+    assert len(tables) == 12
     bold = sum(token.type == "strong_open" for token in flat)
-    assert bold == sum(token.type == "image" for token in flat) == 5
+    assert bold == sum(token.type == "image" for token in flat) == 7
 
 
 def test_a_pictures_text_is_not_rewritten():
@@ -745,14 +750,14 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "| 70 % | 7.39 | diverged | 20.09 | – (magnitude diverged) |",
         "| wanda 50 % | 50.0 | 50.0 | 83.3 |",
         "magnitude 50 % against dense: 4.482 × the perplexity (beyond noise); −50.0 points of mean accuracy (beyond "
-        "noise).",
+        "noise); 90.0 % of the answers changed.",
         "magnitude 70 % against dense: its perplexity diverged",
         "wanda 70 % against dense: perplexities could not be compared window by window; −2.5 points of mean accuracy "
-        "(within noise).",
+        "(within noise); 42.5 % of the answers changed.",
         "| wanda 70 % against dense | 0 / 1 |",
         "| magnitude 50 % against dense | 0 / 20 * |",
         "| magnitude 50 % | 20 / 0 / 16 * | 90.0 |",
-        "Greedy continuations of 1 prompts, at most 8 tokens each",
+        "Greedy continuations, at most 8 tokens each",
         "| dense | | 0.0 |",
         "| magnitude 50 % | 4 | 20.0 |",
         "Prompt 1: The \\*sea\\* …",
@@ -760,7 +765,7 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "| shared by the rows | 4.0 | 1.0 | – | – | 1.0 | 1.0 | 7.0 |",
         "| wanda 50 % | – | – | 1.0 | 1.0 | 2.5 | 2.5 | 7.0 |",
         "Diverged, shown at the upper edge: magnitude 70 %",
-        "No published row that this report knows has the protocol",
+        "This report knows no published row with the protocol",
         "waiting: queued (sparsity=0.3)",
         "lost: not in DVC's cache, and so not read: metrics/details/pruned/perplexity.json",
         "main, workspace",

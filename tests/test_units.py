@@ -26,8 +26,19 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import read_masks
 
-NEURONS = STRUCTURES["neurons"]
-REFUSED = {"bloom": "its configuration has no number", "openai-gpt": "its configuration has no", "mamba": "several"}
+NO_NUMBER = "its configuration has no number"
+REFUSED = {
+    "neurons": {"bloom": NO_NUMBER, "openai-gpt": NO_NUMBER, "mamba": "several linears"},
+    "heads": {
+        **dict.fromkeys(("opt", "gpt_neox", "gpt2", "bloom", "stablelm", "mamba", "openai-gpt"), NO_NUMBER),
+        "falcon": "transformers builds no model",
+        "olmo2": "computes something else",  # a norm of all heads' queries
+        "olmoe": "does not run",
+        "jetmoe": "no linear reads",
+    },
+}
+SHARES = {"neurons": "0.25", "heads": "0.5"}
+CASES = [(pattern, family) for pattern in REFUSED for family in ALL if family not in REFUSED[pattern]]
 
 
 @pytest.mark.parametrize(
@@ -118,14 +129,14 @@ def test_rows_that_keep_different_inputs_are_no_units():
 # --- families ---
 
 
-def removal_of(folder: Path, share: str = "0.25") -> Removal:
-    return find_units(Checkpoint(folder), NEURONS, Fraction(share))
+def removal_of(folder: Path, pattern: str = "neurons") -> Removal:
+    return find_units(Checkpoint(folder), STRUCTURES[pattern], Fraction(SHARES[pattern]))
 
 
-@pytest.mark.parametrize("family", [name for name in ALL if name.split()[0] not in REFUSED])
-def test_the_smaller_model_is_the_model_with_masked_weights(family: str, tmp_path: Path):
+@pytest.mark.parametrize(("pattern", "family"), CASES)
+def test_the_smaller_model_is_the_model_with_masked_weights(pattern: str, family: str, tmp_path: Path):
     folder = save(family, tmp_path / "model")
-    checkpoint, removal = Checkpoint(folder), removal_of(folder)
+    checkpoint, removal = Checkpoint(folder), removal_of(folder, pattern)
     generator = torch.Generator().manual_seed(1)
     stays = {}
     for name, units in removal.sets.items():
@@ -168,10 +179,18 @@ def write_masked(checkpoint: Checkpoint, target: Path, keeps: dict[str, torch.Te
         pass
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_a_family_whose_configuration_has_no_width_is_refused_with_the_reason(family: str, tmp_path: Path):
-    with pytest.raises(UserError, match=f"pattern: got neurons, which .* does not support: .*{REFUSED[family]}"):
-        removal_of(save(family, tmp_path / "model"))
+@pytest.mark.parametrize(
+    ("pattern", "family"), [(pattern, family) for pattern in REFUSED for family in REFUSED[pattern]]
+)
+def test_a_family_that_cannot_be_smaller_is_refused_with_the_reason(pattern: str, family: str, tmp_path: Path):
+    why = REFUSED[pattern][family]
+    with pytest.raises(UserError, match=f"pattern: got {pattern}, which .* does not support: .*{why}"):
+        removal_of(save(family, tmp_path / "model"), pattern)
+
+
+def test_a_model_with_one_key_and_value_head_keeps_it(tmp_path: Path):
+    with pytest.raises(UserError, match="num_key_value_heads is 1, expected one number for all blocks, 2 or more"):
+        removal_of(save("llama", tmp_path / "model", num_key_value_heads=1), "heads")
 
 
 def test_a_model_that_mixes_its_neurons_fails_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -238,6 +257,20 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(
         assert model(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "choice", [{"recipe": "wanda"}, {"recipe": "admm"}, {"recipe": "admm", "propagation": "pruned"}]
+)
+def test_heads_go_with_their_key_and_value_head(choice: dict[str, str], study: Callable[..., Project]):
+    made = study(pattern="heads", sparsity=0.5, **choice)
+    mask(project=made)
+    apply(project=made)
+    config = Checkpoint(made.model("pruned")).config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 8)
+    assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] == 0.5
+    model = AutoModelForCausalLM.from_pretrained(made.model("pruned")).eval()
+    assert model.generate(torch.arange(3, 20)[None], max_new_tokens=3).shape[1] > 17
+
+
 def test_a_share_that_rounds_to_all_neurons_changes_nothing(study: Callable[..., Project]):
     made = study(pattern="neurons", sparsity=0.001)
     mask(project=made)
@@ -258,7 +291,10 @@ def test_rounding_is_reported(study: Callable[..., Project], capsys: pytest.Capt
         ({"allocation": "owl"}, "allocation: got owl, expected uniform: neurons gives every block the same sparsity"),
         ({"recipe": "wanda", "method": "wanda-variant"}, "method: got wanda-variant with pattern neurons"),
         ({"recipe": "block", "propagation": "dense"}, "reconstruction: got block with propagation dense"),
-        ({"pattern": "neuron"}, "pattern: got neuron, expected `unstructured` or n:m, such as 2:4, or neurons"),
+        (
+            {"pattern": "neuron"},
+            "pattern: got neuron, expected `unstructured` or n:m, such as 2:4, or neurons",
+        ),
     ],
 )
 def test_refused_combinations_give_the_reason(changes: dict[str, str], problem: str, study: Callable[..., Project]):
@@ -282,22 +318,25 @@ def test_shards_and_their_index_hold_the_smaller_model(study: Callable[..., Proj
 # --- the Python interface ---
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "mixtral", "gpt_oss"])
+IN_MEMORY = [*((family, "neurons") for family in ("llama", "phi3", "gpt2", "mixtral", "gpt_oss")), ("phi3", "heads")]
+
+
+@pytest.mark.parametrize(("family", "pattern"), IN_MEMORY)
 @pytest.mark.parametrize("refit", [False, True])
-def test_a_model_in_memory_gets_smaller_in_place_as_in_the_pipeline(family: str, refit: bool, tmp_path: Path):
+def test_a_model_in_memory_gets_smaller_in_place(family: str, pattern: str, refit: bool, tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(save(family, tmp_path / "model")).eval()
     tokens = torch.randint(3, 256, (4, 48), generator=torch.Generator().manual_seed(0))
     before = sum(x.numel() for x in model.parameters())
     stats = wd.calibrate(model, tokens, statistics="gram")
-    keep = wd.mask(model, stats, recipe="admm", sparsity=0.25, pattern="neurons")
+    keep = wd.mask(model, stats, recipe="admm", sparsity=float(SHARES[pattern]), pattern=pattern)
     masked = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     if refit:
-        told = wd.reconstruct(model, keep, stats, pattern="neurons")
+        told = wd.reconstruct(model, keep, stats, pattern=pattern)
         assert wd.reconstruct(masked, keep, stats).keys() == told.keys()
         assert all(one["error"] <= one["masked"] * (1 + 1e-6) for one in told.values())
     else:
         wd.prune(masked, keep)
-        assert 0 < wd.prune(model, keep, pattern="neurons") < 0.25
+        assert 0 < wd.prune(model, keep, pattern=pattern) < 0.5
     assert sum(x.numel() for x in model.parameters()) < before
     assert model.generate(tokens[:1, :8], max_new_tokens=4, do_sample=False).shape[1] > 8
     with torch.no_grad():

@@ -211,6 +211,8 @@ class Structure:
     # Widths of up to so many are multiples of the largest power of two that is a 16th of the width or less; wider ones
     # of 64, which kernels like.
     multiple: int
+    scaled: tuple[str, ...] = ()  # other fields of config.json that stay in proportion to the number of units
+    grouped: bool = False  # a unit is several inputs of its reader, and the field has the number of units
 
 
 STRUCTURES = {
@@ -230,6 +232,15 @@ STRUCTURES = {
                 "shared_intermediate_size",
             ),
             multiple=64,
+        ),
+        Structure(
+            name="heads",
+            about="groups of query heads with their key and value head, the same number in all blocks",
+            units="groups of attention heads of each block",
+            fields=("num_key_value_heads",),
+            multiple=1,
+            scaled=("num_attention_heads",),
+            grouped=True,
         ),
     )
 }

@@ -197,9 +197,13 @@ def report(
 ) -> None:
     """Write the repository's experiments as one page: tables, pictures and intervals."""
     from wanda_dvc.report import report as write
+    from wanda_dvc.stages.running import AGAIN, stoppable
     from wanda_dvc.study.project import Project
 
-    typer.echo(write(project=Project.find(), output=output, model=model, revs=rev))
+    project = Project.find()
+    with stoppable("report", AGAIN):
+        said = write(project=project, output=output, model=model, revs=rev)
+    typer.echo(said)
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -298,15 +302,19 @@ def export(
     ] = DEFAULT_FORMAT,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
-    from wanda_dvc.export.build import experiment_and_directory
-    from wanda_dvc.export.build import export as build
+    from wanda_dvc.stages.running import AGAIN, stoppable
     from wanda_dvc.study.project import Project
 
     if len(words) > 2:
         raise typer.BadParameter(f"got {len(words)} words, expected [EXPERIMENT] DIRECTORY")
     project = Project.find()
-    experiment, target = experiment_and_directory(project, words)
-    typer.echo(build(project=project, experiment=experiment, target=target, format_name=format_name))
+    with stoppable("export", AGAIN):
+        from wanda_dvc.export.build import experiment_and_directory
+        from wanda_dvc.export.build import export as build
+
+        experiment, target = experiment_and_directory(project, words)
+        said = build(project=project, experiment=experiment, target=target, format_name=format_name)
+    typer.echo(said)
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

@@ -35,7 +35,7 @@ from wanda_dvc.catalog import (
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED, Plan, fill
 from wanda_dvc.pruning.patterns import parse_pattern
-from wanda_dvc.reading import read_text
+from wanda_dvc.reading import read_text, yaml_problem
 
 MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
 ROUNDED = 1e-6  # the sparsity of 1:3 may be written 0.666667
@@ -380,7 +380,7 @@ def read_params(path: Path) -> Params:
         raise
     except Exception as error:  # for some texts the library raises any exception, RecursionError too
         raise UserError(
-            f"{path.name}: not valid YAML: {' '.join(str(error).split()) or type(error).__name__}; "
+            f"{path.name}: not valid YAML: {yaml_problem(error) or type(error).__name__}; "
             "correct it, or restore it from git"
         ) from None
     return check_params(content)
@@ -406,7 +406,8 @@ def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tupl
 
 
 def _problem(where: str, found: object, expected: str) -> str:
-    shown = found if isinstance(found, str) and found else repr(found)
+    plain = isinstance(found, str) and found and found == found.strip() and found.isprintable()
+    shown = found if plain else repr(found)
     return f"params.yaml: {where}: got {shown}, expected {expected}"
 
 
@@ -415,27 +416,45 @@ def _or(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+NUMBER = re.compile(r"\s*[+-]?[\d._]+(e[+-]?\d+)?\s*", flags=re.I)  # also in quotes
+
+
 def _explain(error: Any) -> str:
     """Convert a pydantic error to this project's form."""
-    where = ".".join(str(part) for part in error["loc"])
-    context = error.get("ctx", {})
-    if error["type"] == "extra_forbidden":
-        known = [name for name, _ in settings()] + list(Params.model_fields)
-        close = difflib.get_close_matches(where, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else "remove it"
-        return f"params.yaml: {where}: no such setting; {hint}"
-    if error["type"] == "missing":
+    where, kind, found = ".".join(str(part) for part in error["loc"]), error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return f"params.yaml: {where}: no such setting; {_hint(where)}"
+    if kind == "missing":
         return f"params.yaml: {where}: missing"
+    if kind in ("int_type", "float_type") and isinstance(found, str) and NUMBER.fullmatch(found):
+        return _problem(where, f"'{found}', text", "a number; remove the quotes")
+    return _problem(where, found, _expected(error, where))
+
+
+def _hint(where: str) -> str:
+    """Return what to do about a name that is no setting."""
+    names = dict(settings())
+    if where in names:  # at the top of the file, with its dots
+        first, _, rest = where.partition(".")
+        return f"write it as {rest} below {first}"
+    close = difflib.get_close_matches(where, [*names, *Params.model_fields], n=1)
+    return f"did you mean {close[0]}?" if close else "remove it"
+
+
+def _expected(error: Any, where: str) -> str:
+    """Return the expected value of a pydantic error."""
+    kind, context = error["type"], error.get("ctx", {})
     comparisons = {"greater_than_equal": ("≥", "ge"), "less_than": ("<", "lt"), "less_than_equal": ("≤", "le")}
-    if error["type"] in comparisons:
-        sign, key = comparisons[error["type"]]
-        return _problem(where, error["input"], f"{sign} {context[key]:{',' if context[key] > 1e5 else 'g'}}")
-    if error["type"] == "literal_error":
-        return _problem(where, error["input"], context["expected"].replace("'", ""))
-    if error["type"] == "string_pattern_mismatch":
+    if kind in comparisons:
+        sign, key = comparisons[kind]
+        return f"{sign} {context[key]:{',' if context[key] > 1e5 else 'g'}}"
+    if kind == "literal_error":
+        return str(context["expected"]).replace("'", "")
+    if kind == "string_pattern_mismatch":
         field = dict(settings()).get(re.sub(r"\.\d+$", "", where))
-        return _problem(where, error["input"], field.description if field else error["msg"])
-    expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    if error["type"] == "list_type":
-        expected = f"a list, such as [{error['input']}]" if isinstance(error["input"], str) else "a list"
-    return _problem(where, error["input"], expected)
+        return str(field.description if field else error["msg"])
+    if kind == "list_type":
+        return f"a list, such as [{error['input']}]" if isinstance(error["input"], str) else "a list"
+    if kind == "model_type":
+        return "a mapping of settings"
+    return str(error["msg"]).removeprefix("Input should be ").removeprefix("a valid ")

@@ -131,6 +131,12 @@ def parse_json(text: str | bytes, where: str, todo: str = COPY) -> Any:
     return content
 
 
+def yaml_problem(error: Exception) -> str:
+    """Return a YAML library's error as one line: the place and the problem, without the library's advice."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}: {problem}" if problem and mark else " ".join(str(error).split())
+
+
 def read_object(path: Path, todo: str = COPY) -> dict[str, Any]:
     """Read a JSON object."""
     return expect_object(parse_json(read_text(path, todo), str(path), todo), str(path), todo)

@@ -115,10 +115,7 @@ def cases() -> Iterator[Case]:
             ("data/tasks/piqa", f"got the definition {definition}", "expected one of lm-eval's"),
             "zero-shot",
         )
-    for name in ("half", "a list", "binary", "deep"):
-        content, found = NO_OBJECTS[name]
-        path = "metrics/pruned/sparsity.json"
-        yield Case(f"{path}: {name}", written(path, content), (path, found, "expected"), "show")
+    yield from _shown()
 
 
 def edited(name: str, place: int = -1) -> Callable[[Path], object]:
@@ -239,6 +236,35 @@ def _tiers() -> Iterator[Case]:
         (FISHER, "damaged", "expected"),
         "mask-fisher",
     )
+
+
+def _shown() -> Iterator[Case]:
+    """Results that `show` reads."""
+    metrics = ("metrics/pruned/sparsity.json", "metrics/dense/perplexity.json", "metrics/dense/zero_shot.json")
+    for path in (*metrics, "masks/provenance.json", "models/pruned/provenance.json"):
+        for name in ("empty", "half", "a list", "binary", "deep", "null", "a huge number", "half a surrogate pair"):
+            content, found = NO_OBJECTS[name]
+            yield Case(f"show: {path} is {name}", written(path, content), (path, found, "expected"), "show")
+        yield Case(f"show: {path}: a folder", replaced_by_folder(path), (path, "found a folder", "expected"), "show")
+    for path in metrics:
+        name = Path(path).stem
+        for odd, found in (("x", "text"), ([1], "a list"), (None, "null")):
+            spoiled = written(path, json.dumps({name: odd}))
+            yield Case(
+                f"show: {path}: {name} is {found}",
+                spoiled,
+                (path, f"{name}: found {found}", "expected a number"),
+                "show",
+            )
+    for folder, keys in (
+        ("masks", ("model.source", "params", "params.method")),
+        ("models/pruned", ("masks", "params")),
+    ):
+        for key in keys:
+            for value in (REMOVED, [1], None):
+                spoiled = provenance(folder, **{key.replace(".", "__"): value})
+                name = "removed" if value is REMOVED else str(value)
+                yield Case(f"show: {folder}: {key} {name}", spoiled, (f"{folder}/provenance.json", "expected"), "show")
 
 
 def _without(key: str, _: dict[str, Any], header: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from wanda_dvc.errors import SettingError, UserError
 from wanda_dvc.reading import name_of, read_object
 
 MOST_LAYERS = 10_000  # transformers makes lists and modules of this length before any check of ours can run
+MOST = 2**27  # of any size; a vocabulary has about 2**18
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 SIZES = (
     *LAYERS, "hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "num_attention_heads",
@@ -57,6 +58,8 @@ def _problems(stored: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}: found {_short(value)}, expected a positive whole number"
         elif name in LAYERS and isinstance(value, int) and value > MOST_LAYERS:
             yield f"{prefix}{name}: found {_short(value)}, expected at most {MOST_LAYERS:,}"
+        elif isinstance(value, int) and value > MOST:
+            yield f"{prefix}{name}: found {_short(value)}, expected at most {MOST:,}"
     for name in ("dtype", "torch_dtype"):
         dtype = stored.get(name)
         known = dtype is None or isinstance(dtype, dict) or str(dtype).removeprefix("torch.") in DTYPES

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
+from wanda_dvc.engine.config import reason
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rewriting import Configuration, Piece, rewrite
 from wanda_dvc.engine.rows import Row
@@ -53,6 +54,7 @@ class Removal:
     cuts: tuple[Cut, ...]
     numbers: dict[str, int]  # the configuration's fields with the numbers of units, before the removal
     field_of: dict[str, str]  # by set
+    others: Mapping[str, int]  # the fields that `_companions` changes, before the removal
 
     @property
     def fields(self) -> dict[str, tuple[int, int]]:
@@ -85,11 +87,14 @@ class Removal:
     @property
     def changes(self) -> dict[str, int]:
         """The new values in the configuration."""
-        return {field: after for field, (_, after) in self.fields.items()}
+        found: dict[str, int] = {}
+        for name, (before, after) in self.fields.items():
+            found |= {name: after} | _companions(self.structure, self.others, before, after)
+        return found
 
     def about(self, share: Fraction) -> str:
         """Describe the removal, and the rounding of the requested share."""
-        changes = ", ".join(f"{field} from {before} to {after}" for field, (before, after) in self.fields.items())
+        changes = ", ".join(f"{name} from {before} to {after}" for name, (before, after) in self.fields.items())
         text = f"pattern {self.structure.name}: {changes}"
         if abs(self.share - share) > 1e-9:
             text += f"; rounded to widths that kernels like: {self.share:.4g} instead of {float(share):g}"
@@ -319,18 +324,46 @@ class _Found:
     dims: dict[tuple[Address, int], tuple[str, int]]  # set, and places of a unit
     numbers: dict[str, int]
     field_of: dict[str, str]
+    others: dict[str, int]
 
     @property
     def has_sections(self) -> bool:
-        return any(size > 1 for _, size in self.dims.values())
+        return any(size > sum(self.sets[name].layout) for name, size in self.dims.values())
 
     def removal(self, sections: bool) -> Removal:
-        """Return the removal: a unit's places lie in one section each, or next to one another."""
+        """Return the removal. A unit's places lie in several sections of a tensor, or next to one another."""
         cuts = tuple(
-            Cut(address, dim, name, (1,) * size if sections else (size,))
+            Cut(address, dim, name, _sections(size, *self.sets[name].layout) if sections else (size,))
             for (address, dim), (name, size) in self.dims.items()
         )
-        return Removal(self.structure, self.sets, self.readers, cuts, self.numbers, self.field_of)
+        return Removal(self.structure, self.sets, self.readers, cuts, self.numbers, self.field_of, self.others)
+
+
+def _sections(size: int, read: int) -> tuple[int, ...]:
+    """Return a unit's places in each section, if a tensor computes `size` places of a unit with `read` inputs.
+
+    Neurons: as many sections as the reader's, such as gate and up. Heads: queries as many as the reader's, then keys
+    and values.
+    """
+    more = size - read
+    if more <= 0:
+        return (size,)
+    return (1,) * size if read == 1 else (read, more // 2, more - more // 2)
+
+
+def _companions(structure: Structure, others: Mapping[str, int], before: int, after: int) -> dict[str, int]:
+    """Return the other fields of a configuration that change with a number of units."""
+    found = {name: others[name] * after // before for name in structure.scaled if name in others}
+    return found | {name: value for name, value in others.items() if name not in found}
+
+
+def _others(structure: Structure, text: Any) -> dict[str, int]:
+    """Return the fields that stay in proportion to the number of units, and the size of a head, which stays."""
+    found = {name: value for name in structure.scaled if (value := getattr(text, name, None))}
+    if found:
+        heads = next(iter(found.values()))
+        found["head_dim"] = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return found
 
 
 def _found(source: Source, structure: Structure, share: Fraction) -> _Found:
@@ -342,14 +375,15 @@ def _found(source: Source, structure: Structure, share: Fraction) -> _Found:
     for index, block in enumerate(blocks):
         linears |= stored_linears(block, f"{where}.{index}.", parts.__getitem__)
     dims: dict[tuple[Address, int], _Dim] = {}
+    others = _others(structure, config.get_text_config())
     for field in structure.fields:
         value = getattr(config.get_text_config(), field, 0)
-        if isinstance(value, list):
-            raise _refused(structure, source, f"{field} differs between blocks, expected one value for all")
         if value == 0:
             continue
-        trial = value // 2 if value else TRIAL
-        other = build_empty(changed(config, {field: trial}), f"{source.config_name} with {field}={trial}")
+        trial = TRIAL if value is None else value // 2 if isinstance(value, int) else 0
+        if not trial:
+            raise _refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
+        other = _trial(source, structure, {field: trial} | _companions(structure, others, value or 1, trial))
         for name, place, size, less in _differences(full, other):
             if not name.startswith(f"{where}.") or name not in parts:
                 raise _refused(structure, source, f"{field} also determines {name}")
@@ -363,7 +397,17 @@ def _found(source: Source, structure: Structure, share: Fraction) -> _Found:
     if not dims:
         looked = ", ".join(structure.fields)
         raise _refused(structure, source, f"its configuration has no number of them (looked for {looked})")
-    return _sorted(source, structure, share, dims, linears)
+    return _sorted(source, structure, share, dims, linears, others)
+
+
+def _trial(source: Source, structure: Structure, fields: Mapping[str, int]) -> nn.Module:
+    """Build the empty model of the configuration with other values in some fields."""
+    text = ", ".join(f"{name}={value}" for name, value in fields.items())
+    try:
+        model: nn.Module = build_empty(changed(source.config, fields), f"{source.config_name} with {text}")
+    except Exception as error:  # each model's configuration raises exceptions of its own choice
+        raise _refused(structure, source, f"transformers builds no model with {text} ({reason(error)})") from error
+    return model
 
 
 class _Dim(NamedTuple):
@@ -394,12 +438,13 @@ def _stored(parts: list[Any], place: int, experts: int, source: Source) -> Itera
             yield Address(part.address.tensor, expert), dim, shape[dim + bool(inside)]
 
 
-def _sorted(
+def _sorted(  # noqa: PLR0913, PLR0917 - the dimensions, and the model that they belong to
     source: Source,
     structure: Structure,
     share: Fraction,
     dims: Mapping[tuple[Address, int], _Dim],
     linears: Mapping[str, Linear],
+    others: dict[str, int],
 ) -> _Found:
     """Sort dimensions into sets of units, by the modules that they belong to; one linear reads each set."""
     numbers = {found.field: found.number for found in dims.values()}
@@ -413,15 +458,17 @@ def _sorted(
             name = _owner(address)
             if name in sets:
                 raise _refused(structure, source, f"several linears of {name} read them")
-            sets[name], field_of[name] = Units(size, size * stay[field] // number), field
+            total = number if structure.grouped else size
+            sets[name] = Units(total, total * stay[field] // number, (size // total,))
+            field_of[name] = field
             readers[address.linear] = name
     found = {}
     for (address, dim), (size, *_) in dims.items():
         name = _owner(address)
-        if name not in sets or size % sets[name].total:
+        if name not in sets or size % sets[name].total or dim > 1:
             raise _refused(structure, source, f"no linear reads those of {address.tensor}")
         found[address, dim] = name, size // sets[name].total
-    return _Found(structure, sets, readers, found, numbers, field_of)
+    return _Found(structure, sets, readers, found, numbers, field_of, others)
 
 
 def _owner(address: Address) -> str:
@@ -429,10 +476,8 @@ def _owner(address: Address) -> str:
     return address.linear.removesuffix(".bias").rpartition(".")[0]
 
 
-def _refused(structure: Structure, source: Source, reason: str) -> UserError:
-    return UserError(
-        f"pattern: got {structure.name}, which {source} does not support: {reason}; choose another pattern"
-    )
+def _refused(structure: Structure, source: Source, why: str) -> UserError:
+    return UserError(f"pattern: got {structure.name}, which {source} does not support: {why}; choose another pattern")
 
 
 # --- the probe ---

@@ -65,12 +65,17 @@ def mcnemar(right: Sequence[bool], others: Sequence[bool]) -> Disagreement:
     """Return the p-value of McNemar's exact test on the same items: for equal models, disagreements are fair coins."""
     first = sum(a and not b for a, b in zip(right, others, strict=True))
     second = sum(b and not a for a, b in zip(right, others, strict=True))
-    coins = first + second
-    tail = ways = 1  # outcomes with at most as many heads as the rarer disagreement, in exact integers
-    for heads in range(min(first, second)):
-        ways = ways * (coins - heads) // (heads + 1)
-        tail += ways
-    return Disagreement(first, second, min(1.0, 2 * tail / 2**coins))
+    return Disagreement(first, second, _fair_coins(first, second))
+
+
+def _fair_coins(heads: int, tails: int) -> float:
+    """Return the two-sided p-value of a binomial test: outcomes at least as uneven, in exact integers, over all."""
+    coins = heads + tails
+    uneven = ways = 1
+    for count in range(min(heads, tails)):
+        ways = ways * (coins - count) // (count + 1)
+        uneven += ways
+    return min(1.0, 2 * uneven / 2**coins)
 
 
 class Answer(NamedTuple):
@@ -81,9 +86,9 @@ class Answer(NamedTuple):
 
 
 class Flips(NamedTuple):
-    """The items of a task with another answer after pruning, by the answers before and after."""
+    """The items of a task, or of several, with another answer after pruning, by the answers before and after."""
 
-    items: int  # of the task
+    items: int  # all
     lost: int  # right → wrong
     gained: int  # wrong → right
     swapped: int  # from one wrong choice to another
@@ -94,12 +99,25 @@ class Flips(NamedTuple):
         """The number of changed answers."""
         return self.lost + self.gained + self.swapped
 
+    @property
+    def share(self) -> float:
+        """The fraction of changed answers."""
+        return self.changed / self.items
+
 
 def flips(before: Sequence[Answer], after: Sequence[Answer]) -> Flips:
     """Count the answers that differ between two models, on the same items."""
     gained, lost, p = mcnemar([one.right for one in after], [one.right for one in before])
     wrong = [pair for pair in zip(before, after, strict=True) if not pair[0].right and not pair[1].right]
     return Flips(len(after), lost, gained, sum(one.choice != other.choice for one, other in wrong), p)
+
+
+def total_flips(several: Sequence[Flips]) -> Flips | None:
+    """Return the flips of several tasks together; None without tasks."""
+    if not several:
+        return None
+    items, lost, gained, swapped = (sum(column) for column in list(zip(*several, strict=True))[:4])
+    return Flips(items, lost, gained, swapped, _fair_coins(lost, gained))
 
 
 def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> Estimate | None:

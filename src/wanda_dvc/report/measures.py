@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import inference
 from wanda_dvc.report.inference import Answer, Estimate, Flips
-from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.files import Json, load_json, load_numbers
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import measured_alike
 
@@ -43,8 +43,8 @@ class Measured:
     @classmethod
     def of(cls, study: Project, model: str) -> "Measured":
         """Read the metrics and the details of a study's model."""
-        accuracies = {task: of["acc"] for task, of in load_json(study.metrics(model, "zero_shot")).items()}
-        measures = load_json(study.metrics(model, "perplexity"))
+        accuracies = {task: of["acc"] for task, of in load_numbers(study.metrics(model, "zero_shot")).items()}
+        measures = load_numbers(study.metrics(model, "perplexity"))
         return cls(
             measures.pop("perplexity", None),
             measures,
@@ -123,6 +123,10 @@ class Measured:
         after, before = self._choices(task, metric), dense._choices(task, metric)
         shared = [item for item in after if item in before]
         return inference.flips([before[item] for item in shared], [after[item] for item in shared]) if shared else None
+
+    def all_flips(self, dense: "Measured", tasks: Sequence[str]) -> Flips | None:
+        """Count the answers to all tasks, by acc, that differ from the dense model's; None as for `flips`."""
+        return inference.total_flips([one for task in tasks if (one := self.flips(dense, task))])
 
     def _choices(self, task: str, metric: str) -> dict[Any, Answer]:
         """Return each item's answer by a metric; empty if earlier versions did not keep it."""

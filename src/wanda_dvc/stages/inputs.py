@@ -87,8 +87,9 @@ def stats_provenance(project: Project, model: Json) -> Json:
     stats = read_provenance(project.stats, "calibrate")
     if stats["model"]["sha256"] != model["sha256"]:
         raise UserError(
-            f"stats/: measured on {stats['model']['source']}, expected {model['source']}, the model in models/dense; "
-            "run `dvc repro` or `wanda-dvc calibrate`"
+            f"stats/: measured on {stats['model']['source']} (sha256 {stats['model']['sha256'][:12]}…), expected "
+            f"{model['source']} (sha256 {model['sha256'][:12]}…), the model in models/dense; run `dvc repro` or "
+            "`wanda-dvc calibrate`"
         )
     return stats
 
@@ -117,10 +118,12 @@ def tier_provenance(project: Project, folder: Path) -> Json:
     """Return the provenance of stats/gram or stats/fisher. UserError if it is empty, or of another run than norms."""
     tier, norms = read_provenance(folder, "calibrate"), read_provenance(project.stats, "calibrate")
     blocks = block_count(folder, "calibrate")
+    wanted = project.params.calibration.statistics
+    also = "" if wanted in (folder.name, "fisher") else f" with calibration.statistics={folder.name}"
     if not blocks or any(tier[name] != norms[name] for name in ("model", "text", "params")):
         raise UserError(
             f"stats/{folder.name}: found {blocks} blocks of {tier['model']['source']}, expected those of the run that "
-            f"measured stats/norms; set calibration.statistics={folder.name} and run `dvc repro`"
+            f"measured stats/norms; run `dvc repro` or `wanda-dvc calibrate`{also}"
         )
     if tier.get("dtype") != GRAM_DTYPE:
         raise UserError(

@@ -21,6 +21,8 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
 
 SAMPLES_A_SECOND = 20  # of a stage's memory
+KEPT = "finished blocks and windows are kept, and the next run resumes after them"
+AGAIN = "run it again"  # where no work is kept
 ENDING = 5  # seconds that workers have to end
 _details: Json = {}  # of the current run
 _ends: list[Callable[[], None]] = []
@@ -74,7 +76,7 @@ def ending(stop: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stoppable(run: str) -> Iterator[None]:
+def stoppable(run: str, kept: str = KEPT) -> Iterator[None]:
     """End the process at once on Ctrl-C or SIGTERM, with a message about the kept work.
 
     No cleanup is needed: a later run can resume from the files on disk at any moment. A thread waits for the signal,
@@ -92,7 +94,7 @@ def stoppable(run: str) -> Iterator[None]:
                 end = threading.Thread(target=stop, daemon=True)
                 end.start()
                 end.join(ENDING)
-            notice(f"{run}: stopped; finished blocks and windows are kept, and the next run resumes after them")
+            notice(f"{run}: stopped; {kept}")
             os._exit(128 + number[0])
 
     thread = threading.Thread(target=wait, daemon=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import DIVERGED, is_there, parse_json, read_bytes, read_object
+from wanda_dvc.reading import DIVERGED, is_there, name_of, parse_json, read_bytes, read_object
 
 Json = dict[str, Any]
 
@@ -60,6 +60,23 @@ def read_json(path: Path, made_by: str) -> Any:
 def load_json(path: Path) -> Json:
     """Read a JSON object; return an empty one if the file is missing."""
     return read_object(path, "run the stage that writes it again") if is_there(path) else {}
+
+
+def load_numbers(path: Path) -> Json:
+    """Read a file of metrics; return an empty object if it is missing. UserError if a value is no number."""
+    content = load_json(path)
+    _check_numbers(content, str(path))
+    return content
+
+
+def _check_numbers(content: Json, where: str) -> None:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            _check_numbers(value, f"{where}: {name}")
+        elif value != DIVERGED and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise UserError(
+                f"{where}: {name}: found {name_of(value)}, expected a number; run the stage that writes it again"
+            )
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -14,10 +14,10 @@ from ruamel.yaml.error import YAMLError
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
-from wanda_dvc.reading import name_of
-from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.reading import is_there, name_of, yaml_problem
+from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import PROVENANCE
+from wanda_dvc.study.provenance import PROVENANCE, read_provenance
 from wanda_dvc.study.settings import Settings, flatten, nested, resolved
 
 LOCK = "dvc.lock"
@@ -39,7 +39,7 @@ class Ran:
         stages = read_lock(project.root)
         asked = dict(flatten(project.params.model_dump(mode="json")))
         ran = {key: value for stage in stages.values() for key, value in _settings(stage).items() if key in asked}
-        masks = load_json(project.masks / PROVENANCE)
+        masks = read_provenance(project.masks, "mask") if is_there(project.masks / PROVENANCE) else Json()
         made = masks.get("params", {}) | {f"calibration.{key}": x for key, x in masks.get("calibration", {}).items()}
         made = {key: value for key, value in made.items() if key in asked}
         params = _changed(project.params, nested(ran))
@@ -76,7 +76,7 @@ def load_lock(text: str) -> Json:
     try:
         content = YAML(typ="safe", pure=True).load(text) or {}
     except YAMLError as error:
-        problem = " ".join(str(error).split())
+        problem = yaml_problem(error)
     else:
         if isinstance(content, dict) and isinstance(stages := content.get("stages") or {}, dict):
             return stages

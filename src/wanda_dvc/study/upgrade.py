@@ -21,7 +21,7 @@ from wanda_dvc.catalog import RECIPES, TEXTS
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import CalibrationText, Params, Text, settings
 from wanda_dvc.plan import CHOICES
-from wanda_dvc.reading import name_of, read_text
+from wanda_dvc.reading import name_of, read_text, yaml_problem
 from wanda_dvc.study.files import Json, write_text
 from wanda_dvc.study.presets import with_settings
 from wanda_dvc.study.project import Project
@@ -249,7 +249,7 @@ def _settings_of(text: str) -> Settings:
     try:
         content = YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
-        raise UserError(f"{PARAMS}: not valid YAML: {' '.join(str(error).split())}; {RESTORE}") from None
+        raise UserError(f"{PARAMS}: not valid YAML: {yaml_problem(error)}; {RESTORE}") from None
     if not isinstance(content, dict):
         raise UserError(f"{PARAMS}: got {name_of(content)}, expected a mapping of settings; {RESTORE}")
     return dict(flatten(content))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.report.inference import Flips
+from wanda_dvc.report.inference import Flips, total_flips
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
@@ -36,14 +36,6 @@ class Evaluated:
     size: int  # bytes on disk
     measured: Measured
     flips: dict[str, Flips]  # by task
-
-    @property
-    def changed(self) -> Flips | None:
-        """The flips of all tasks together; None without tasks."""
-        if not self.flips:
-            return None
-        items, lost, gained, swapped = (sum(column) for column in list(zip(*self.flips.values(), strict=True))[:4])
-        return Flips(items, lost, gained, swapped, 1.0)
 
 
 def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) -> str:
@@ -159,8 +151,8 @@ def _size(path: Path) -> int:
 def _rows(found: list[Evaluated], tasks: list[str]) -> Iterator[list[str]]:
     """Yield a row of the table for each model."""
     for one in found:
-        changed, divergence = one.changed, one.measured.divergence
-        accuracy = one.measured.mean(tasks)
+        accuracy, divergence = one.measured.mean(tasks), one.measured.divergence
+        changed = total_flips(list(one.flips.values()))
         yield [
             one.name,
             f"{one.size / 1e6:.1f}",
@@ -168,7 +160,7 @@ def _rows(found: list[Evaluated], tasks: list[str]) -> Iterator[list[str]]:
             _mean(divergence.get("divergence"), "{:.4f}"),
             _mean(divergence.get("top1_agreement"), "{:.1f}", 100),
             "–" if accuracy is None else f"{100 * accuracy:.1f}",
-            *([f"{100 * changed.changed / changed.items:.1f}", *map(str, changed[1:4])] if changed else ["–"] * 4),
+            *([f"{100 * changed.share:.1f}", *map(str, changed[1:4])] if changed else ["–"] * 4),
         ]
 
 

@@ -1,17 +1,19 @@
 """The last results, dense and pruned side by side."""
 
+import math
 from collections.abc import Iterator
 
-from wanda_dvc.reading import DIVERGED
-from wanda_dvc.report.inference import Flips
+from wanda_dvc.engine.intervals import mean_interval
+from wanda_dvc.reading import DIVERGED, is_there
+from wanda_dvc.report.inference import Flips, total_flips
 from wanda_dvc.report.measures import ANSWERS, Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
-from wanda_dvc.study.files import Json, json_text, load_json
+from wanda_dvc.study.files import Json, json_text, load_json, load_numbers
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.local import missing_sources
 from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import PROVENANCE, digest, measured_alike
+from wanda_dvc.study.provenance import PROVENANCE, digest, measured_alike, read_provenance
 from wanda_dvc.study.ran import Ran
 from wanda_dvc.study.times import machine_of
 
@@ -50,9 +52,9 @@ def show(*, project: Project, as_json: bool = False) -> str:
 
 def measured(project: Project, model: str) -> dict[str, tuple[Json, Json]]:
     """Return the metrics and the details of a model's perplexity, and then of each task by name; empty if missing."""
-    answered = load_json(project.metrics(model, "zero_shot"))
+    answered = load_numbers(project.metrics(model, "zero_shot"))
     details = load_json(project.details(model, "zero_shot")).get("tasks", {})
-    own = load_json(project.metrics(model, "perplexity")), load_json(project.details(model, "perplexity"))
+    own = load_numbers(project.metrics(model, "perplexity")), load_json(project.details(model, "perplexity"))
     tasks = {task: (answered.get(task, {}), details.get(task, {})) for task in project.params.tasks.names}
     return {"perplexity": own, **tasks}
 
@@ -68,7 +70,7 @@ def _figures(project: Project, model: str) -> Json:
     if model == "pruned":
         divergence = found["perplexity"][0].items()
         figures |= {name: value for name, value in divergence if name != "perplexity"}
-        figures |= {"sparsity": None} | load_json(project.metrics("pruned", "sparsity"))
+        figures |= {"sparsity": None} | load_numbers(project.metrics("pruned", "sparsity"))
         figures["layer_error"] = mean_layer_error(project)
         for (task, metric), one in _flips(project).items():
             figures["zero_shot"][task].setdefault("flips", {})[metric] = one._asdict()
@@ -91,20 +93,13 @@ def staleness(ran: Ran) -> str:
 def comparison(project: Project) -> list[list[str]]:
     """Return every measure, dense and pruned, as rows under `HEADERS`; a dash if missing."""
     dense, pruned = (measured(project, model) for model in MODELS)
-    apart, tasks = measured_apart(project), project.params.tasks.names
+    apart = measured_apart(project)
     perplexities = [one["perplexity"][0].get("perplexity") for one in (dense, pruned)]
-    rows = [["perplexity", *map(number, perplexities), "" if "perplexity" in apart else _ratio(*perplexities)]]
+    shown = [_perplexity(Measured.of(project, model)) for model in MODELS]
+    rows = [["perplexity", *shown, "" if "perplexity" in apart else _ratio(*perplexities)]]
     rows += divergence_rows(pruned["perplexity"][0])
-    accuracies: list[list[float | None]] = []
-    for task in tasks:
-        both = [one[task][0].get("acc") for one in (dense, pruned)]
-        errors = [one[task][1].get("standard_errors", {}).get("acc") for one in (dense, pruned)]
-        rows.append([f"{task}, acc %", *map(_percent, both, errors), "" if task in apart else _retained(*both)])
-        accuracies.append(both)
-    if tasks:
-        means = [None if None in one else sum(one) / len(one) for one in zip(*accuracies, strict=True)]
-        rows.append(["mean, acc %", *map(_percent, means), "" if {*apart} & {*tasks} else _retained(*means)])
-    error, measures = mean_layer_error(project), load_json(project.metrics("pruned", "sparsity"))
+    rows += _accuracy_rows(project, dense, pruned, apart)
+    error, measures = mean_layer_error(project), load_numbers(project.metrics("pruned", "sparsity"))
     sparsity, removed = measures.get("sparsity"), measures.get("removed_parameters")
     if error is not None:
         rows.append(["layer error, mean", "–", f"{error:.4f}", ""])
@@ -114,6 +109,25 @@ def comparison(project: Project) -> list[list[str]]:
     return rows
 
 
+def _accuracy_rows(
+    project: Project, dense: dict[str, tuple[Json, Json]], pruned: dict[str, tuple[Json, Json]], apart: list[str]
+) -> list[list[str]]:
+    """Return the accuracy of each task, and the mean; of the embedded questions, which are no benchmark, the mean."""
+    tasks, embedded = project.params.tasks.names, project.params.tasks.source == "embedded"
+    rows, accuracies = [], list[list[float | None]]()
+    for task in tasks:
+        both = [one[task][0].get("acc") for one in (dense, pruned)]
+        errors = [one[task][1].get("standard_errors", {}).get("acc") for one in (dense, pruned)]
+        rows.append([f"{task}, acc %", *map(_percent, both, errors), "" if task in apart else _retained(*both)])
+        accuracies.append(both)
+    if not tasks:
+        return []
+    means = [None if None in one else sum(one) / len(one) for one in zip(*accuracies, strict=True)]
+    if embedded:
+        return [["embedded questions, mean acc %", *map(_percent, means), ""]]
+    return [*rows, ["mean, acc %", *map(_percent, means), "" if {*apart} & {*tasks} else _retained(*means)]]
+
+
 def divergence_rows(metrics: Json) -> list[list[str]]:
     """Return the pruned model's divergence from the dense model as rows under `HEADERS`; [] if not measured."""
     if "divergence" not in metrics:
@@ -121,10 +135,19 @@ def divergence_rows(metrics: Json) -> list[list[str]]:
     kl, agreed, change = (metrics[name] for name in ("divergence", "top1_agreement", "rms_probability_change"))
     return [
         ["divergence, nats", "0", with_interval(kl, "{:.4f}"), ""],
-        ["… median, 99 %, largest", "0", kl if kl == DIVERGED else spread(kl), ""],
         ["top-1 agreement, %", "100", with_interval(agreed, "{:.1f}", 100), ""],
+        ["divergence: median, 99 %, largest", "0", kl if kl == DIVERGED else spread(kl), ""],
         ["true token, RMS change, points", "0", change if change == DIVERGED else f"{100 * change:.1f}", ""],
     ]
+
+
+def _perplexity(model: Measured) -> str:
+    """Format a model's perplexity with its interval over windows, if its losses are known."""
+    value = number(model.perplexity)
+    if not isinstance(model.perplexity, float) or not model.losses or len(model.losses) < 2:
+        return value
+    ends = mean_interval(model.losses, model.predictions)
+    return f"{value} ({' to '.join(number(math.exp(min(ends[key], 700))) for key in ('low', 'high'))})"
 
 
 def with_interval(measure: Json | str, form: str, factor: float = 1) -> str:
@@ -143,13 +166,14 @@ def spread(kl: Json) -> str:
 def flips(project: Project) -> list[list[str]]:
     """Return the answers that pruning changed, a row for each task and metric, under `FLIPS`; a sum if several tasks.
 
-    Empty without comparable answers.
+    Empty without comparable answers, and for the embedded questions, which are no benchmark.
     """
-    found = _flips(project)
+    found = _flips(project) if project.params.tasks.source != "embedded" else {}
     counted = {task + ("" if metric == "acc" else f", {metric}"): one for (task, metric), one in found.items()}
-    rows = [[name, *_counts(one), f"{one.p:.2g}"] for name, one in counted.items()]
     by_acc = [one for (_, metric), one in found.items() if metric == "acc"]
-    return rows + ([["all, acc", *_counts(*by_acc), ""]] if len(by_acc) > 1 else [])
+    if len(by_acc) > 1 and (total := total_flips(by_acc)):
+        counted["all, acc"] = total
+    return [[name, *map(str, one[:4]), f"{100 * one.share:.1f}", f"{one.p:.2g}"] for name, one in counted.items()]
 
 
 def _flips(project: Project) -> dict[tuple[str, str], Flips]:
@@ -159,12 +183,6 @@ def _flips(project: Project) -> dict[tuple[str, str], Flips]:
     tasks = [task for task in project.params.tasks.names if task not in apart]
     found = {(task, metric): pruned.flips(dense, task, metric) for task in tasks for metric in ANSWERS}
     return {key: one for key, one in found.items() if one}
-
-
-def _counts(*flips: Flips) -> list[str]:
-    """Return the sums of items and of changed answers, and the percentage of changed answers."""
-    items, lost, gained, swapped = (sum(column) for column in list(zip(*flips, strict=True))[:4])
-    return [*map(str, (items, lost, gained, swapped)), f"{100 * (lost + gained + swapped) / items:.1f}"]
 
 
 def measured_apart(project: Project) -> list[str]:
@@ -189,34 +207,34 @@ def not_compared(apart: list[str]) -> str:
 
 def _title(project: Project) -> list[str]:
     """Describe the settings of the current masks, and whether models/pruned has other masks."""
-    masks = load_json(project.masks / PROVENANCE)
-    if not masks:
+    if not is_there(project.masks / PROVENANCE):
         return [f"{project.params.model}: no masks yet; `dvc repro` makes them."]
+    masks = read_provenance(project.masks, "mask")
     made = masks["params"]
-    group = f", group {made['group']}" if made["pattern"] == "unstructured" else ""
-    if made["propagation"] != "dense":
+    group = f", group {made.get('group')}" if made["pattern"] == "unstructured" else ""
+    if made.get("propagation", "dense") != "dense":
         group += f", propagation {made['propagation']}"
     if made.get("allocation", "uniform") != "uniform":
         group += f", allocation {made['allocation']}"
     if project.params.plan.reconstruction.name != "none":
         group += f", reconstruction {project.params.plan.reconstruction.name}"
     lines = [
-        f"{masks['model']['source']}: {made['method']}, sparsity {made['sparsity']:g}, pattern {made['pattern']}{group}"
+        f"{masks['model']['source']}: {made['method']}, sparsity {made.get('sparsity')}, "
+        f"pattern {made['pattern']}{group}"
     ]
-    pruned = load_json(project.model("pruned") / PROVENANCE)
-    if not pruned:
+    if not is_there(project.model("pruned") / PROVENANCE):
         lines.append("models/pruned is missing (DVC does not cache it): `dvc repro` writes it.")
-    elif pruned["masks"] != digest(masks):
+    elif (pruned := read_provenance(project.model("pruned"), "apply"))["masks"] != digest(masks):
         other = pruned["params"]
         lines.append(
-            f"models/pruned belongs to another experiment ({other['method']}, sparsity {other['sparsity']:g}, "
-            f"pattern {other['pattern']}): `dvc repro` writes this one's."
+            f"models/pruned belongs to another experiment ({other.get('method')}, sparsity {other.get('sparsity')}, "
+            f"pattern {other.get('pattern')}): `dvc repro` writes this one's."
         )
     return lines
 
 
 def _footnotes(project: Project) -> Iterator[str]:
-    for problem in raised(load_json(project.metrics("pruned", "held_out"))):
+    for problem in raised(load_numbers(project.metrics("pruned", "held_out"))):
         yield f"Warning: {problem}."
     yield from _notes_on_layers(load_json(project.details("pruned", "layer_error")).get("linears", {}))
     names = project.params.tasks.names

@@ -19,15 +19,15 @@ def content(section: Section) -> Content:
     if not written:
         return [*skipped] or ["Not measured: these results are of an earlier version of `zero-shot`."]
     any_pairs = next(iter(written.values()))
-    count, most = len(any_pairs), max(pair.tokens for pairs in written.values() for pair in pairs)
+    most = max(pair.tokens for pairs in written.values() for pair in pairs)
     rows = [["dense", "", percent(mean_repeated(any_pairs, 0))]]
     rows += [
         [name, _equal(pairs), percent(mean_repeated(pairs, 1)) if pairs else DASH] for name, pairs in found.items()
     ]
     caption = (
-        f"Greedy continuations of {count} prompts, at most {most} tokens each: the number of tokens before the pruned "
-        "model's continuation parts from the dense model's, prompt by prompt; and the percentage of 4-grams that "
-        "occurred before in the same continuation, mean over prompts."
+        f"Greedy continuations, at most {most} tokens each: the number of tokens before the pruned model's "
+        "continuation parts from the dense model's, prompt by prompt; and the percentage of 4-grams that occurred "
+        "before in the same continuation, mean over prompts."
     )
     parts: Content = [*skipped, table(caption, ["", "equal tokens", "repeated 4-grams, %"], rows)]
     for number, pair in enumerate(any_pairs):

@@ -1,7 +1,7 @@
 """The chapter that summarizes each comparison in a sentence."""
 
 from wanda_dvc.report.comparisons import Comparison, beyond_noise
-from wanda_dvc.report.formatting import factor, signed
+from wanda_dvc.report.formatting import factor, percent, signed
 from wanda_dvc.report.inference import Estimate
 from wanda_dvc.report.measures import mean_layer_error
 from wanda_dvc.report.pages import Content, bullets
@@ -15,6 +15,8 @@ def content(section: Section) -> Content:
         parts = [_of_perplexity(comparison, section.name(comparison.second))]
         if mean := comparison.mean:
             parts.append(f"{signed(mean.value)} points of mean accuracy ({_noise(mean)} noise)")
+        if comparison.second is None and (total := comparison.first.pruned.all_flips(section.dense, section.tasks)):
+            parts.append(f"{percent(total.share)} % of the answers changed")
         if errors := _layer_errors(comparison):
             parts.append(errors)
         said.append(f"{section.names(comparison)}: {'; '.join(parts)}.")

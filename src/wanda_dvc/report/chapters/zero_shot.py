@@ -65,10 +65,9 @@ def _flips(section: Section) -> Content:
         return []
     rows = []
     for row, flips in found:
-        own = [one for (_, metric), one in flips.items() if one and metric == "acc"]
-        items = sum(one.items for one in own)
-        share = percent(sum(one.changed for one in own) / items if items else None)
-        rows.append([section.name(row), *(_flip(section, row, key, flips[key]) for key in columns), share])
+        total = row.pruned.all_flips(section.dense, section.tasks)
+        cells = [_flip(section, row, key, flips[key]) for key in columns]
+        rows.append([section.name(row), *cells, percent(total.share if total else None)])
     caption = (
         "Answers that pruning changed: right → wrong / wrong → right / from one wrong choice to another; * where "
         "McNemar's exact test, adjusted, is below 0.05 (acc only). The last column is the percentage of all items, by "

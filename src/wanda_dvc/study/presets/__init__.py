@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import check_params
+from wanda_dvc.reading import yaml_problem
 from wanda_dvc.study.files import json_text, write_text
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.settings import Settings, flatten, section_of
@@ -102,7 +103,7 @@ def with_settings(text: str, settings: Settings) -> tuple[str, int]:
     try:
         content = yaml.load(text)
     except YAMLError as error:
-        raise UserError(f"params.yaml: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"params.yaml: not valid YAML: {yaml_problem(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"params.yaml: got {type(content).__name__}, expected a mapping of settings")
     changed = [key for key, value in settings.items() if _set(content, key, value)]
