@@ -19,7 +19,7 @@ from limited import limited
 from safetensors.torch import load_file
 
 from wanda_dvc import catalog
-from wanda_dvc.catalog import Method, methods
+from wanda_dvc.catalog import STRUCTURES, Method, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.pruning.choose import Target, choose, function_of
@@ -57,7 +57,9 @@ def test_a_method_is_a_row_and_a_function(method: Method, project: Callable[...,
     assert callable(function_of(method.function))
     assert method.link.startswith("https://")
     assert all([method.title, method.citation, method.about])
-    assert project(method=method.name, calibration__statistics="gram").params.method == method.name
+    pattern = method.competition if method.competition in STRUCTURES else "unstructured"
+    made = project(method=method.name, pattern=pattern, calibration__statistics="gram")
+    assert made.params.method == method.name
 
 
 @pytest.mark.parametrize(("needs", "competition"), [("gram", "groups"), ("weights", "solver"), ("norms", "solver")])

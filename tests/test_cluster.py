@@ -16,6 +16,7 @@ from test_stages import fetch
 
 from wanda_dvc.engine import questions
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.divergence import compare_windows, refer_windows
 from wanda_dvc.engine.losses import window_losses
 from wanda_dvc.engine.recorder import Gradients, Recorded
 from wanda_dvc.engine.runner import Change, Runner
@@ -109,6 +110,9 @@ def through(run: Runner, rows: torch.Tensor, *, with_dense: bool, kept: int = 0)
         step.change(*made[step.index])
     if not with_dense:
         yield str(list(run.head(window_losses, {0: 1, 3: 0, 18: 0}))).encode()
+        references = [reference for _, reference in run.head(refer_windows, {3: 0})]
+        yield b"".join(x.numpy().tobytes() for reference in references for x in reference)
+        yield str(list(run.head(compare_windows, {3: references}))).encode()
         yield from map(dump_back, run.backward(rows[:3], gram=True))
 
 

@@ -20,6 +20,8 @@ from test_families import one_is_never_chosen, save, short_texts
 from test_reconstruction import PATTERNS, allowed
 from test_stages import fetch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from transformers import AutoModel, AutoModelForCausalLM
 
 import wanda_dvc as wd
@@ -271,8 +273,6 @@ def properties(model: Any) -> dict[str, Any]:
 def test_a_model_is_as_it_was_after_measuring(pairs: Callable[[str], Pair], name: str, tmp_path: Path):
     pair = pairs(name)
     model = AutoModelForCausalLM.from_pretrained(pair.source, dtype="auto", attn_implementation="eager").eval()
-    calls: list[nn.Module] = []
-    model.register_forward_hook(lambda *_: calls.append(model))
     model.model.layers[0].requires_grad_(requires_grad=False)
     before, weights = properties(model), state(model)
     stats = wd.calibrate(model, pair.tokens, statistics="gram", **pair.words)
@@ -280,7 +280,6 @@ def test_a_model_is_as_it_was_after_measuring(pairs: Callable[[str], Pair], name
     wd.perplexity(model, pair.text, **pair.words)
     assert properties(model) == before
     assert same(state(model), weights)
-    assert not calls  # it is never run: the engine is
     assert torch.is_grad_enabled()
     assert torch.equal(stats.blocks[0].inputs[next(iter(stats.blocks[0].inputs))].norm,
                        pair.stats.blocks[0].inputs[next(iter(stats.blocks[0].inputs))].norm)  # fmt: skip
@@ -349,6 +348,41 @@ def integers(model: Any) -> Any:
     return model
 
 
+class Adapter(nn.Module):
+    """As PEFT's models: not transformers' own."""
+
+    def merge_and_unload(self) -> None:
+        """Merge the adapter."""
+
+
+def adapter() -> Any:
+    return Adapter()
+
+
+def hooked(model: Any, name: str = "model.layers.0.mlp", *, before: bool = False) -> Any:
+    module = model.get_submodule(name)
+    (module.register_forward_pre_hook if before else module.register_forward_hook)(lambda *_: None)
+    return model
+
+
+def patched(model: Any) -> Any:
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: 2 * forward(x)
+    return model
+
+
+def parametrized(model: Any, change: Callable[[nn.Module], object]) -> Any:
+    change(model.model.layers[0].mlp.up_proj)
+    return model
+
+
+def sharing(model: Any) -> Any:
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight = mlp.gate_proj.weight
+    return model
+
+
 # What is asked of a model `m` and the pair `p` that it is of, and what is said.
 REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "no-model": (
@@ -372,6 +406,33 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         lambda m, p: wd.calibrate(integers(m), p.tokens),
         r"up_proj.weight is torch.uint8, expected F32, F16, BF16",
     ),
+    "hook": (
+        lambda m, p: wd.calibrate(hooked(m), p.tokens),
+        r"model: model.layers.0.mlp: has forward hooks, and the engine would not call them; remove them first",
+    ),
+    "hook-root": (lambda m, p: wd.perplexity(hooked(m, ""), p.tokens), r"model: LlamaForCausalLM: has forward hooks"),
+    "hook-before": (
+        lambda m, p: wd.mask(hooked(m, "model.layers.1", before=True), p.stats),
+        r"model: model.layers.1: has forward hooks",
+    ),
+    "forward": (
+        lambda m, p: wd.calibrate(patched(m), p.tokens),
+        r"model: model.layers.0.mlp: its forward was replaced",
+    ),
+    "weight-norm": (
+        lambda m, p: wd.calibrate(parametrized(m, weight_norm), p.tokens),
+        r"model.layers.0.mlp.up_proj: a parametrized weight, .* make it permanent first",
+    ),
+    "pruned-by-torch": (
+        lambda m, p: wd.mask(parametrized(m, lambda x: prune.l1_unstructured(x, "weight", 0.5)), p.stats),
+        r"model.layers.0.mlp.up_proj: a parametrized weight, .*`prune.remove`",
+    ),
+    "shared": (
+        lambda m, p: wd.calibrate(sharing(m), p.tokens),
+        r"model: model.layers.0.mlp.gate_proj.* and .*up_proj.* share one weight|"
+        r"model: model.layers.0.*proj.* and .*proj.* share one weight",
+    ),
+    "peft": (lambda m, p: wd.calibrate(adapter(), p.tokens), r"got Adapter, an adapter of PEFT, .*merge the adapter"),
     "one-dimension": (
         lambda m, p: wd.calibrate(m, p.tokens[0]),
         r"tokens: got \[64\], expected \[windows, length\]",

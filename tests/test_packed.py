@@ -388,6 +388,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "a row of bits less": (lambda tensors, _: tensors.update({NAME + KEEP: tensors[NAME + KEEP][1:].clone()}), NAME),
     "bits of another type": (lambda tensors, _: tensors.update({NAME + KEEP: tensors[NAME + KEEP].int()}), NAME),
     "a bit flipped": (lambda tensors, _: tensors[NAME + KEEP].view(-1)[:1].bitwise_xor_(4), NAME),
+    "a NaN": (lambda tensors, _: tensors[NAME][:1].fill_(float("nan")), f"{NAME}: found NaN, expected numbers"),
     "another format": (lambda _, config: config.update(format_version=FORMAT + 1), f"format {FORMAT + 1}, expected"),
     "no format": (lambda _, config: config.pop("format_version"), "packed in format null"),
     "a list of weights": (lambda _, config: config.update(weights=[]), "no weights, expected those"),

@@ -28,12 +28,14 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ({"sparsity": "half"}, "params.yaml: sparsity: got half, expected number"),
         (
             {"method": "wands"},
-            "params.yaml: method: got wands, expected magnitude, wanda, wanda-variant, ria, sparsegpt or admm",
+            "params.yaml: method: got wands, expected magnitude, wanda, wanda-variant, ria, sparsegpt, admm, reap or "
+            "influence",
         ),
         ({"pattern": "4:2"}, "params.yaml: pattern: got 4:2, expected n:m with n < m: n of every m neighbours stay"),
         (
             {"pattern": "half"},
-            "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4, or neurons or heads",
+            "params.yaml: pattern: got half, expected `unstructured` or n:m, such as 2:4, or neurons, heads, "
+            "experts or blocks",
         ),
         (
             {"pattern": "2:4", "sparsity": 0.6},
@@ -103,6 +105,17 @@ def test_each_problem_has_its_line(tmp_path: Path, changes: dict[str, object], e
 def test_all_problems_are_told_at_once(tmp_path: Path):
     assert len(problems(tmp_path, sparsity=-1, method="x", calibration__length=1)) == 3
     assert len(problems(tmp_path, pattern="4:2", runtime__mirror="here")) == 2
+
+
+def test_the_evaluation_text_is_found_through_a_link(tmp_path: Path):
+    (tmp_path / "text.txt").write_text("words")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    (tmp_path / "link.txt").symlink_to("text.txt")
+    for name in ("link.txt", "folder/text.txt", "folder/link.txt", "../" + tmp_path.name + "/text.txt"):
+        sources = {"perplexity__text__source": str(tmp_path / "text.txt"), "perplexity__text__split": None}
+        write_params(tmp_path, "org/model", calibration__text__source=f"{tmp_path}/{name}", **sources)
+        with pytest.raises(UserError, match="calibration.text: got the text that perplexity is measured on"):
+            read_params(tmp_path / "params.yaml")
 
 
 def test_a_missing_setting_is_named(tmp_path: Path):
@@ -229,3 +242,22 @@ def test_a_value_that_the_page_of_settings_shows_is_taken(name: str):
         content = asked("wanda").model_dump()
         content[section][leaf] = value.replace("PORT", "6379")
         check_params(content)
+
+
+@pytest.mark.parametrize(
+    ("source", "same"),
+    [("embedded", True), ("wikitext2", False), ("/data/test.txt", False), ("Salesforce/wikitext", False)],
+)
+def test_a_text_of_the_calibrations_source_is_known(tmp_path: Path, source: str, same: bool):
+    write_params(tmp_path, "/models/any", perplexity__text__source=source)
+    said = read_params(tmp_path / "params.yaml").about_text
+    assert said.startswith(f"The calibration text has {'the same' if same else 'another'} source")
+
+
+def test_a_name_and_a_hub_id_of_one_data_set_are_one_source(tmp_path: Path):
+    texts = {
+        "perplexity__text__source": "Salesforce/wikitext:wikitext-2-raw-v1",
+        "calibration__text__source": "wikitext2",
+    }
+    write_params(tmp_path, "/models/any", **texts)
+    assert "the same source" in read_params(tmp_path / "params.yaml").about_text

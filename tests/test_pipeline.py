@@ -234,7 +234,7 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert not any(str(tmp_path.parent).encode() in content for content in [card.encode(), *own.values()])
 
     measured = json.loads((repository.root / "metrics/pruned/perplexity.json").read_text())["perplexity"]
-    assert f"| {number(measured)} |" in card
+    assert f"| {number(measured)} (" in card  # and its interval
     assert re.search(r"\| pattern +\| `2:4`", card)
     assert "wanda-dvc preset default\ndvc exp run \\\n    -S model=/path/to/tiny \\\n" in card
     model = AutoModelForCausalLM.from_pretrained(exported)
@@ -245,8 +245,9 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert f"{exported}: exists already, expected a new or empty directory" in repository.run(
         "wanda-dvc", "export", str(exported), check=False
     )
-    assert "export: got two-of-four, an experiment, commit, branch or tag of this repository" in repository.run(
-        "wanda-dvc", "export", "two-of-four", check=False
+    assert (
+        "export: two-of-four is an experiment, commit, branch or tag, expected a directory after it"
+        in repository.run("wanda-dvc", "export", "two-of-four", check=False)
     )
     assert not (repository.root / "two-of-four").exists()
     assert "six: no experiment, commit, branch or tag of that name" in repository.run(

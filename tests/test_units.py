@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,27 @@ import pytest
 import torch
 from conftest import save_tiny_model
 from test_families import ALL, save
+from test_stages import fetch
 from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd
 from wanda_dvc.catalog import STRUCTURES
+from wanda_dvc.engine.blocks import find_block_units
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.smaller import Removal, Smaller, find_units, write_smaller
+from wanda_dvc.engine.structure import find_blocks
 from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.blocks import influence
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.pruning.units import Units, cheapest, highest, least_squares, spread, stay_of, summed
 from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
-from wanda_dvc.study.tensors import read_masks
+from wanda_dvc.study.tensors import read_masks, read_stats
 
 NO_NUMBER = "its configuration has no number"
 REFUSED = {
@@ -269,6 +276,62 @@ def test_heads_go_with_their_key_and_value_head(choice: dict[str, str], study: C
     assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] == 0.5
     model = AutoModelForCausalLM.from_pretrained(made.model("pruned")).eval()
     assert model.generate(torch.arange(3, 20)[None], max_new_tokens=3).shape[1] > 17
+
+
+BLOCKLESS: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("family", [name for name in ALL if name not in BLOCKLESS])
+def test_a_model_without_a_block_skips_it(family: str, tmp_path: Path):
+    folder = save(family, tmp_path / "model")
+    checkpoint = Checkpoint(folder)
+    removal = find_block_units(checkpoint, STRUCTURES["blocks"], Fraction(1, 3)).chosen(
+        checkpoint, torch.tensor([True, True, False])
+    )
+    stays = {name: torch.tensor([bool(units.stay)]) for name, units in removal.sets.items()}
+    (tmp_path / "smaller").mkdir()
+    write_smaller(Smaller(checkpoint, removal, stays), tmp_path / "smaller")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").eval()
+    full = AutoModelForCausalLM.from_pretrained(folder).eval()
+    where, blocks = find_blocks(full)
+    parent, _, leaf = where.rpartition(".")
+    setattr(full.get_submodule(parent), leaf, torch.nn.ModuleList(blocks[:2]))
+    full.config.get_text_config().num_hidden_layers = 2
+    tokens = torch.randint(3, 256, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, found = (model(input_ids=tokens, use_cache=False).logits for model in (full, small))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+
+
+def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: Any, tmp_path: Path):
+    made = fetch(project(pattern="blocks", sparsity=0.25, calibration__statistics="norms"), "model", "calibration")
+    calibrate(project=made)
+    mask(project=made)
+    apply(project=made)
+    dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
+    scores = [influence(read_stats(made.stats, block)) for block in range(4)]
+    kept = [block for block in range(4) if block != min(range(4), key=scores.__getitem__)]
+    assert pruned.config.num_hidden_layers == 3
+    for new, old in enumerate(kept):
+        for name in ("mlp.down_proj", "self_attn.q_proj", "input_layernorm"):
+            before, after = f"model.layers.{old}.{name}", f"model.layers.{new}.{name}"
+            assert torch.equal(dense.weight(before), pruned.weight(after))
+    assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] == 0.25
+    # As a model in memory computes it: hidden states before and after each block.
+    model = AutoModelForCausalLM.from_pretrained(made.model("dense")).eval()
+    windows = calibration_windows(made)
+    stats = wd.calibrate(model, windows)
+    assert [influence(block) for block in stats.blocks] == pytest.approx(scores)
+    with torch.no_grad():
+        states = model.model(input_ids=windows, output_hidden_states=True).hidden_states
+    turned = [1 - torch.nn.functional.cosine_similarity(*pair, dim=-1) for pair in pairwise(states[:4])]
+    assert [x.mean().item() for x in turned] == pytest.approx(scores[:3], rel=1e-4)
+    keep = wd.mask(model, stats, pattern="blocks", sparsity=0.25)
+    wd.prune(model, keep, pattern="blocks")
+    small = AutoModelForCausalLM.from_pretrained(made.model("pruned")).eval()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=windows).logits, small(input_ids=windows).logits)
+    assert model.generate(windows[:1, :8], max_new_tokens=3).shape[1] > 8
 
 
 def test_a_share_that_rounds_to_all_neurons_changes_nothing(study: Callable[..., Project]):

@@ -19,6 +19,7 @@ from test_init import contents
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import settings
 from wanda_dvc.stages import STAGES
+from wanda_dvc.study.presets import apply_preset
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import FILES, TEMPLATE, init
 from wanda_dvc.study.settings import Settings, flatten, nested
@@ -201,6 +202,7 @@ def test_comments_of_the_user_stay(earlier: Project):
     )
     upgrade(project=earlier)
     own, expected = read(earlier, "params.yaml"), PARAMS.replace("sparsity: 0.5 ", "sparsity: 0.7 ")
+    expected = expected.replace("windows: 32 ", "windows: 64 ").replace("limit: 10  ", "limit: null")  # as before
     assert own.count("# mine\n") == 1
     assert own.replace("# mine\n", "") == expected.replace("  length: 512 ", "  length: 512 # too:", 1)
 
@@ -370,3 +372,16 @@ def test_dvc_runs_what_the_upgrade_says(tmp_path: Path):
     age(**{"perplexity.windows": 3})
     assert "\n  perplexity@dense: other settings: perplexity.windows\n" in upgrade(project=Project(study.root))
     assert repository.repro_up_to(*end) == {"perplexity@dense"}
+
+
+def test_a_link_stays_a_link(earlier: Project, tmp_path: Path):
+    for place in ("dvc.yaml", "params.yaml"):
+        path, target = earlier.root / place, tmp_path / f"mine-{place}"
+        path.rename(target)
+        path.symlink_to(target)
+    upgrade(project=earlier)
+    apply_preset(project=earlier, name="paper")
+    for place in ("dvc.yaml", "params.yaml"):
+        path = earlier.root / place
+        assert path.readlink() == tmp_path / f"mine-{place}"
+    assert read(earlier) == PIPELINE

@@ -32,10 +32,11 @@ class Method:
     function: str
     # The function's input with the weights: nothing, the statistics of the linear's input, or its Gram matrix.
     needs: Literal["weights", "norms", "gram"]
+    # experts: the function scores complete experts: (OutputStats) → score; with pattern `experts` alone.
     # groups: every group (a row, a layer, m neighbours) loses the same number of lowest scores.
     # rows: each row loses the same share of its total score, so rows lose different numbers of weights.
     # solver: the function chooses the mask itself, because it changes weights meanwhile.
-    competition: Literal["groups", "rows", "solver"]
+    competition: Literal["groups", "rows", "solver", "experts", "blocks"]
     # Whether a row's scores depend on the row alone: large matrices are then scored in slices. No default, because a
     # wrong value for a method with sums over columns would give wrong scores on large matrices.
     scores_by_row: bool
@@ -130,6 +131,28 @@ _METHODS = (
         scores_by_row=False,
         units="wanda_dvc.pruning.units:cheapest",
     ),
+    Method(
+        name="reap",
+        title="REAP",
+        citation="Lasby et al. 2025",
+        link="https://arxiv.org/abs/2510.13999",
+        about="of experts: mean over the tokens sent to it of gate · ‖output‖₂",
+        function="wanda_dvc.pruning.experts:reap",
+        needs="norms",
+        competition="experts",
+        scores_by_row=False,
+    ),
+    Method(
+        name="influence",
+        title="influence",
+        citation="Men et al. 2024",
+        link="https://arxiv.org/abs/2403.03853",
+        about="of blocks: mean over tokens of 1 − cosine of a block's input and output",
+        function="wanda_dvc.pruning.blocks:influence",
+        needs="norms",
+        competition="blocks",
+        scores_by_row=False,
+    ),
 )
 
 
@@ -213,6 +236,10 @@ class Structure:
     multiple: int
     scaled: tuple[str, ...] = ()  # other fields of config.json that stay in proportion to the number of units
     grouped: bool = False  # a unit is several inputs of its reader, and the field has the number of units
+    find: str = "wanda_dvc.engine.smaller:find_units"  # `module:function`: (source, Structure, share) → Removal
+    # The score of units in place of the method of a recipe that calibrates; the weights that stay then keep their
+    # values, and statistics are the dense model's.
+    method: str = ""
 
 
 STRUCTURES = {
@@ -241,6 +268,24 @@ STRUCTURES = {
             multiple=1,
             scaled=("num_attention_heads",),
             grouped=True,
+        ),
+        Structure(
+            name="experts",
+            about="routed experts of each mixture, the same number in all blocks, with their rows of the router",
+            units="routed experts of each block",
+            fields=("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
+            multiple=1,
+            find="wanda_dvc.engine.experts:find_experts",
+            method="reap",
+        ),
+        Structure(
+            name="blocks",
+            about="blocks, with all of their weights",
+            units="blocks",
+            fields=("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+            multiple=1,
+            find="wanda_dvc.engine.blocks:find_block_units",
+            method="influence",
         ),
     )
 }

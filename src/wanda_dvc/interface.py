@@ -82,9 +82,10 @@ def calibrate(
 ) -> Stats:
     """Measure the inputs of a model's linears, once for each distinct input.
 
-    The model's weights, flags, hooks and configuration do not change. Its weights are not copied, except into another
-    `dtype`. The function needs the memory of one running block in addition to the model. Hidden states between blocks
-    are on disk in Python's temporary folder (`TMPDIR`), 2 · windows · length · hidden size numbers.
+    The model's weights, flags and configuration do not change; a model with hooks is refused. Its weights are not
+    copied, except into another `dtype`. The function needs the memory of one running block in addition to the model.
+    Hidden states between blocks are on disk in Python's temporary folder (`TMPDIR`), 2 · windows · length · hidden
+    size numbers.
 
     Args:
         model: A causal language model of transformers in evaluation mode, on any device.
@@ -158,8 +159,9 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
         recipe: The row of the catalog that replaces None in the arguments below: `magnitude`, `wanda`, `admm`,
             `fisher`, … Its reconstruction is an argument of `reconstruct`.
         sparsity: The fraction of each linear's weights to prune, in [0, 1); each row loses ⌊in · sparsity⌋ weights.
-        pattern: `unstructured`; `n:m`: n of every m neighbours stay, and the sparsity is 1 − n/m; or `neurons`: the
-            sparsity is the share of each MLP's neurons. Pass this pattern to `prune` or `reconstruct` too.
+        pattern: `unstructured`; `n:m`: n of every m neighbours stay, and the sparsity is 1 − n/m; or
+            `neurons`, `heads`, `blocks` or `experts`: the sparsity is the share of these units. Pass this pattern to
+            `prune` or `reconstruct` too.
         method: The score of weights: `magnitude`, `wanda`, `wanda-variant`, `ria`, or with Gram matrices `sparsegpt`
             and `admm`; or a method of an installed package.
         group: The competing weights: a `row` (one output), the complete `layer`, or the complete layer with each row
@@ -181,9 +183,10 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
         0.5
     """
     from wanda_dvc.pruning.choose import choose_block, targets_of
+    from wanda_dvc.pruning.experts import choose_experts
     from wanda_dvc.pruning.patterns import check_pattern
     from wanda_dvc.pruning.ratings import allocate
-    from wanda_dvc.stages.mask import removal_of
+    from wanda_dvc.stages.mask import removal_of, with_chosen_blocks
     from wanda_dvc.stages.running import progress
     from wanda_dvc.study.tensors import Masks, pack_masks
 
@@ -214,10 +217,17 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
             strength=plan.strength,
         )
         removal = removal_of(source, plan.structure, plan.share)
+        removal = with_chosen_blocks(removal, source, stats.blocks, plan) if removal else None
         units = removal.units if removal else None
         chosen = Masks({}, {})
         for block, measured in enumerate(progress(stats.blocks, total=len(stats.blocks), what="mask, blocks")):
             targets = targets_of(measured, share=shares[block], pattern=pattern, group=plan.group, units=units)
+            if removal and removal.by_block:
+                chosen |= pack_masks(removal.all_or_none(weights, measured))
+                continue
+            if removal and removal.mixtures:
+                chosen |= pack_masks(choose_experts(weights, measured, removal.mixtures, method=plan.method))
+                continue
             grams = stats.grams[block].on(_solving(source)) if stats.grams else {}
             keep = choose_block(weights, measured, method=plan.method, targets=targets, grams=grams)
             chosen |= pack_masks(removal.spread(keep) if removal else keep)
@@ -233,13 +243,13 @@ def prune(
     """Set a model's weights outside the masks to zero, or remove units, in place. All others are bit-identical.
 
     All masks are checked before the first change, so an error does not change the model. Memory: one mask at a time, or
-    with `neurons` the new, smaller weights.
+    with a pattern of units the new, smaller weights.
 
     Args:
         model: A causal language model of transformers; its parameters change in place.
         keep: Masks by linear, as returned by `mask`; linears without a mask do not change.
-        pattern: The pattern of the masks. With `neurons` the model gets smaller: new blocks replace its blocks, and
-            the number in its configuration changes. Hooks on the old blocks are lost.
+        pattern: The pattern of the masks. With a pattern of units, such as `neurons`, the model gets smaller: new
+            blocks replace its blocks, and its configuration changes. Hooks on the old blocks are lost.
 
     Returns:
         The measured sparsity: the fraction of the weights of these linears that are zero or removed now.
@@ -411,7 +421,8 @@ class Study:
 
         All records have the same keys: `experiment`, `commit` (None: the workspace), `state` (`success`, `failed`,
         `queued`, `running`, …), every setting by its dotted name, such as `calibration.samples`, and every figure by
-        the model and its name: `dense.perplexity`, `pruned.perplexity`, `pruned.sparsity`,
+        the model and its name: `dense.perplexity`, `pruned.perplexity`, `pruned.perplexity.divergence.mean`,
+        `pruned.perplexity.top1_agreement.mean`, `pruned.sparsity`,
         `pruned.zero_shot.piqa.acc`. None means not measured with these settings; a diverged perplexity is infinity.
 
         Raises:
@@ -472,6 +483,11 @@ def _source(model: "PreTrainedModel") -> "Loaded":
 
     from wanda_dvc.engine.loaded import Loaded
 
+    if hasattr(model, "merge_and_unload"):
+        raise UserError(
+            f"model: got {type(model).__name__}, an adapter of PEFT, expected a plain model; merge the adapter first: "
+            "model = model.merge_and_unload()"
+        )
     if not isinstance(model, PreTrainedModel):
         raise UserError(
             f"model: got {type(model).__name__}, expected a causal language model of transformers; load it with "
@@ -539,9 +555,11 @@ def _shrink(
 ) -> None:
     """Remove the units without a kept weight from a model in place; some linears get other values first."""
     from wanda_dvc.engine.checkpoint import Address
-    from wanda_dvc.engine.smaller import Smaller, find_units, shrink
+    from wanda_dvc.engine.smaller import Smaller, shrink
+    from wanda_dvc.stages.mask import removal_of
 
-    removal, values = find_units(source, structure, Fraction(0)), values or {}
+    removal, values = removal_of(source, structure, Fraction(0)), values or {}
+    assert removal
     if missing := [reader for reader in removal.readers if reader not in keep]:
         raise UserError(f"keep: no mask of {missing[0]}, expected those of all linears; call mask(model, stats)")
     stays = removal.stays(keep)

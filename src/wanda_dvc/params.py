@@ -4,6 +4,7 @@ Read as DVC reads it, YAML 1.2: in YAML 1.1 an unquoted `2:4` is the number 124.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from wanda_dvc.reading import read_text, yaml_problem
 
 MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
 ROUNDED = 1e-6  # the sparsity of 1:3 may be written 0.666667
+EMBEDDED_ITEMS = 10  # of each task, by default: they check the path, and are no benchmark
 ALL = "all"  # of `perplexity.windows`: every token, including a shorter last window
 
 
@@ -169,7 +171,9 @@ class Tasks(_Section):
 class ZeroShot(_Section):
     """The settings of the zero-shot evaluation."""
 
-    limit: int | None = Field(None, ge=1, description="number of items of each task; null: all")
+    limit: int | None = Field(
+        None, ge=1, description="number of items of each task; null: all, of the embedded questions the first 10"
+    )
 
 
 class Runtime(_Section):
@@ -256,6 +260,21 @@ class Params(_Section):
             update[part] = section.model_copy(update={"text": text})
         return self.model_copy(update=update)
 
+    @property
+    def items(self) -> int | None:
+        """The number of items of each task; None: all."""
+        return self.zero_shot.limit or (EMBEDDED_ITEMS if self.tasks.source == "embedded" else None)
+
+    @property
+    def about_text(self) -> str:
+        """A sentence on the text of the perplexity: whether it has the calibration's source."""
+        one, other = self.calibration.text.chosen, self.perplexity.text.chosen
+        if (one.dataset or one.source) == (other.dataset or other.source):
+            return (
+                "The calibration text has the same source: on text from other sources, most of a solver's gain is lost"
+            )
+        return "The calibration text has another source"
+
     @cached_property
     def plan(self) -> Plan:
         """The recipe, with separately set choices."""
@@ -280,7 +299,7 @@ class Params(_Section):
         yield from _text_conflicts("calibration", calibration)
         yield from _text_conflicts("perplexity", perplexity)
         one, other = calibration.chosen, perplexity.chosen
-        if (one.source, one.dataset, one.config, one.split) == (other.source, other.dataset, other.config, other.split):
+        if _place(one) == _place(other):
             found = ", ".join(word for word in (perplexity.source, other.split) if word)
             yield (
                 f"params.yaml: calibration.text: got the text that perplexity is measured on ({found}), expected "
@@ -324,6 +343,7 @@ class Params(_Section):
         if plan.allocation.name != "uniform" and self.pattern != UNSTRUCTURED:
             expected = f"uniform: {self.pattern} gives every block the same sparsity"
             yield _problem("allocation", plan.allocation.name, expected)
+        yield from self._unit_conflicts()
         if plan.structure and plan.method.competition == "solver" and not plan.method.units:
             yield _problem("method", f"{plan.method.name} with pattern {self.pattern}", "a method that scores units")
         if self.allocation_strength is not None and not plan.allocation.strengths:
@@ -349,6 +369,21 @@ class Params(_Section):
                 f"params.yaml: calibration.statistics: got {measured}, expected {needs} for recipe {self.recipe} "
                 f"({why}); run `dvc exp run -S calibration.statistics={needs} -S recipe={self.recipe}`"
             )
+
+    def _unit_conflicts(self) -> Iterator[str]:
+        """Yield choices that exclude units with a score of their own, such as experts, or need them."""
+        plan, has_own = self.plan, bool(self.plan.structure and self.plan.structure.method)
+        given = f"{{}} with pattern {self.pattern}"
+        if plan.method.competition in STRUCTURES and plan.method.competition != self.pattern:
+            expected = f"pattern {plan.method.competition}, or another method"
+            yield _problem("method", given.format(plan.method.name), expected)
+        if plan.structure and has_own and plan.method.competition == "solver":
+            expected = f"{plan.structure.method}, or a method without Gram matrices"
+            yield _problem("method", given.format(plan.method.name), expected)
+        if has_own and plan.solves:
+            yield _problem("reconstruction", given.format(plan.reconstruction.name), "none")
+        if has_own and plan.propagation != "dense":
+            yield _problem("propagation", given.format(plan.propagation), "dense")
 
 
 def _text_conflicts(name: str, text: Text) -> Iterator[str]:
@@ -403,6 +438,12 @@ def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tupl
             yield from settings(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+def _place(text: ChosenText) -> tuple[str | None, ...]:
+    """Return the data set and split of a text; of a file its path without links."""
+    source = os.path.realpath(text.source) if Path(text.source).is_absolute() else text.source
+    return source, text.dataset, text.config, text.split
 
 
 def _problem(where: str, found: object, expected: str) -> str:

@@ -218,19 +218,25 @@ def fill(recipe: str, given: Mapping[str, str | None], pattern: str) -> tuple[di
     """Return every choice by name, with missing choices from the recipe; and the recipe's excluded choices.
 
     A pattern has its own groups and shares, so it excludes the recipe's group and allocation, and any group. Units do
-    not compete by row or layer, but outputs may count by their gradients: group `fisher` stays.
+    not compete by row or layer, but outputs may count by their gradients: group `fisher` stays. Experts have a score of
+    their own, and the weights that stay do not change.
     """
     row = RECIPES[recipe]
     filled: dict[str, str] = {name: getattr(row, name) for name in CHOICES}
     if (method := given["method"]) and method != row.method:
         filled["group"] = row.group_with.get(method, filled["group"])
     left_out: list[str] = []
+    structure = STRUCTURES.get(pattern)
+    by_outputs = structure is not None and not structure.method  # outputs may count by their gradients
     if pattern != UNSTRUCTURED:
-        weighs = pattern in STRUCTURES and GROUPS[filled["group"]].needs == "fisher"
+        weighs = by_outputs and GROUPS[filled["group"]].needs == "fisher"
         plain = {"group": filled["group"] if weighs else "row", "allocation": "uniform"}
+        if structure and structure.method:
+            scores = {"method": structure.method} if methods()[row.method].needs_inputs() else {}
+            plain |= {"reconstruction": "none", "propagation": "dense"} | scores
         left_out = [f"{name} {filled[name]}" for name in plain if not given[name] and filled[name] != plain[name]]
         filled |= plain
     filled |= {name: value for name, value in given.items() if value is not None}
-    if pattern != UNSTRUCTURED and not (pattern in STRUCTURES and GROUPS[filled["group"]].needs == "fisher"):
+    if pattern != UNSTRUCTURED and not (by_outputs and GROUPS[filled["group"]].needs == "fisher"):
         filled["group"] = "row"
     return filled, tuple(left_out)

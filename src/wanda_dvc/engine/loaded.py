@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -19,15 +20,17 @@ class Loaded(Source):
     """A causal language model of transformers, in memory. Its tensors are views of the model's parameters.
 
     Nothing is copied, and the model never runs: the engine builds an empty model from the configuration, and uses these
-    weights in it. So the model's hooks, flags and configuration do not change and have no effect.
+    weights in it. So the model's flags and configuration do not change and have no effect.
 
     Raises:
-        UserError: `AutoModelForCausalLM` does not build such a model, or some weights are not in memory.
+        UserError: `AutoModelForCausalLM` does not build such a model, some weights are not in memory, or the model
+            computes more than its class: hooks, a replaced `forward`, adapters or parametrized weights.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._name = type(model).__name__
+        _check_plain(model)
         self._state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         if away := [name for name, tensor in self._state.items() if tensor.is_meta]:
             raise UserError(
@@ -43,6 +46,7 @@ class Loaded(Source):
         self._stored: dict[str, Tensor] = revert_weight_conversion(model, empty)
         self._parts = stored_parts(model, self)
         check_parts(model, self, self._parts)
+        self.linears  # noqa: B018 - refuses weights that linears share
         self._places = {part.address.tensor: (name, part) for name, parts in self._parts.items() for part in parts}
 
     def __str__(self) -> str:
@@ -76,11 +80,20 @@ class Loaded(Source):
     def linears(self) -> dict[str, Linear]:
         """The prunable weights of all blocks, by stored name; each expert has its own."""
         where, blocks = find_blocks(self.model)
-        return {
+        found = {
             name: linear
             for index, block in enumerate(blocks)
             for name, linear in stored_linears(block, f"{where}.{index}.", self._parts.__getitem__).items()
         }
+        places: dict[tuple[int, int], str] = {}
+        for name, linear in found.items():
+            first = places.setdefault((linear.weight.data_ptr(), linear.weight.numel()), name)
+            if first != name:
+                raise UserError(
+                    f"model: {first} and {name} share one weight, expected a weight for each linear: masks of one "
+                    "would prune the other; give one of them a copy"
+                )
+        return found
 
     @property
     def vocabulary(self) -> int:
@@ -121,6 +134,24 @@ class Loaded(Source):
         It sums the bits of every weight, with each row multiplied by its index, in one pass over the weights.
         """
         return {name: _sum_of_bits(tensor) for name, tensor in self._state.items()}
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    """Raise UserError if a module computes more than its class: the engine would leave that out."""
+    for name, module in model.named_modules():
+        where = f"model: {name or type(model).__name__}"
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UserError(f"{where}: an adapter of PEFT, expected plain linears; merge the adapter first")
+        if is_parametrized(module) or {"weight_orig", "weight_g"} & module._parameters.keys():
+            raise UserError(
+                f"{where}: a parametrized weight, such as weight norm or torch's pruning, expected a plain weight; "
+                "make it permanent first (`parametrize.remove_parametrizations`, `remove_weight_norm`, `prune.remove`)"
+            )
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's only moves weights
+            raise UserError(f"{where}: its forward was replaced, and the engine would not call it; restore it")
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if {getattr(hook, "__module__", "").partition(".")[0] for hook in hooks} - {"transformers", "accelerate"}:
+            raise UserError(f"{where}: has forward hooks, and the engine would not call them; remove them first")
 
 
 def _sum_of_bits(tensor: Tensor) -> int:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
 
+from wanda_dvc.engine.routed import RoutedOutputs
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.errors import FIX, UserError
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.products import multiply
-from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats
 
 
 class Recorded(NamedTuple):
@@ -38,6 +39,8 @@ class Sums:
     crosses: dict[str, Float64[Tensor, "in in"]] = field(default_factory=dict)  # X_denseᵀX
     crossed: dict[str, int] = field(default_factory=dict)  # number of tokens
     source: dict[str, str] = field(default_factory=dict)  # each linear's input, by name
+    outputs: dict[str, OutputStats] = field(default_factory=dict)  # of routed experts, by the last linear of each
+    influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
 
     def merge(self, other: "Sums") -> None:
         """Add the sums of other rows. UserError if a linear reads another input in those rows."""
@@ -45,6 +48,9 @@ class Sums:
             self._reads(linear, source)
         _merge(self.stats, other.stats)
         _merge(self.grams, other.grams)
+        _merge(self.outputs, other.outputs)
+        if other.influence is not None:
+            self.influence = other.influence if self.influence is None else self.influence + other.influence
         for name, cross in other.crosses.items():
             if self.crosses.setdefault(name, cross) is not cross:
                 self.crosses[name] += cross.to(self.crosses[name])
@@ -62,6 +68,8 @@ class Sums:
             crosses={name: x.cpu() for name, x in self.crosses.items()},
             crossed=self.crossed,
             source=self.source,
+            outputs={name: x.cpu() for name, x in self.outputs.items()},
+            influence=self.influence,
         )
 
     def of(self, linears: dict[str, Linear]) -> Recorded:
@@ -84,7 +92,9 @@ class Sums:
         inputs = {name: stats[name].cpu() for name in readers}
         transposed = [name for name, linear in linears.items() if linear.transposed]
         crosses = {name: cross for name, cross in self.crosses.items() if self.crossed[name] == stats[name].count}
-        return Recorded(BlockStats(inputs, readers, transposed), self.grams, crosses)
+        outputs = {name: self.outputs[name].cpu() for name in linears if name in self.outputs}
+        measured = BlockStats(inputs, readers, transposed, outputs=outputs, influence=self.influence)
+        return Recorded(measured, self.grams, crosses)
 
     def check_finite(self, block: int) -> None:
         """Raise UserError if an input's sums of squares are not finite; its activations may be finite."""
@@ -131,6 +141,7 @@ class InputRecorder(Sums):
     linears: dict[str, Linear] = field(default_factory=dict)
     # Inputs are kept alive until the window ends, so that their addresses are not reused.
     _held: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
+    _routed: RoutedOutputs = field(default_factory=RoutedOutputs)
 
     @contextlib.contextmanager
     def recording(self, linears: dict[str, Linear], uncalled: Collection[str] = ()) -> Iterator[None]:
@@ -140,7 +151,7 @@ class InputRecorder(Sums):
         def before(module: nn.Module, names: list[str]) -> Any:
             return module.register_forward_pre_hook(lambda _, args: self._read(names, args[0], None, ALL))
 
-        with _watching(linears, uncalled, before, self._read):
+        with _watching(linears, uncalled, before, self._read, self._routed):
             yield
 
     def _read(self, names: list[str], x: Tensor, _: Tensor | None, tokens: slice, transposed: bool = False) -> None:
@@ -168,9 +179,16 @@ class InputRecorder(Sums):
         if self.gram:
             self.grams.setdefault(name, Gram.empty(x.shape[-1], where)).add(x)
 
+    def see_block(self, before: Float[Tensor, "rows length width"], after: Float[Tensor, "rows length width"]) -> None:
+        """Add the influence of the block on some rows."""
+        turned = 1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        found = torch.tensor([float(turned.sum()), turned.numel()], dtype=torch.float64)
+        self.influence = found if self.influence is None else self.influence + found
+
     def end_window(self) -> None:
-        """Release the window's inputs."""
+        """Add the outputs of the window's experts, and release the window's inputs."""
         self._held.clear()
+        _merge(self.outputs, self._routed.end_window())
 
 
 @dataclass(kw_only=True)
@@ -194,6 +212,7 @@ class CrossRecorder(InputRecorder):
         finally:
             self._is_dense = False
             self._held.clear()
+            self._routed.end_window()
 
     def _reads(self, linear: str, source: str) -> None:
         if not self._is_dense:  # skips inputs that only tokens of the dense row reach
@@ -343,8 +362,12 @@ def _watching(
     uncalled: Collection[str],
     hook_on: Callable[[nn.Module, list[str]], Any],
     see: See,
+    routed: RoutedOutputs | None = None,
 ) -> Iterator[None]:
-    """Watch these linears in passes inside: modules by hooks, experts and `uncalled` by their products."""
+    """Watch these linears in passes inside: modules by hooks, experts and `uncalled` by their products.
+
+    `routed` follows the outputs of experts.
+    """
     hooks: list[Any] = []
     experts: dict[tuple[nn.Module, str], dict[int, list[str]]] = {}
     plain: list[tuple[nn.Parameter, list[str]]] = []
@@ -357,7 +380,8 @@ def _watching(
             plain.append((module.get_parameter(leaf), names))
     watched = [(module.get_parameter(leaf), names) for (module, leaf), names in experts.items()]
     try:
-        with _Products(watched, plain, see) if watched or plain else contextlib.nullcontext():
+        products = _Products(watched, plain, see, routed if watched else None)
+        with products if watched or plain else contextlib.nullcontext():
             yield
     finally:
         for hook in hooks:
@@ -377,9 +401,10 @@ class _Products(TorchFunctionMode):
         experts: list[tuple[nn.Parameter, dict[int, list[str]]]],
         plain: list[tuple[nn.Parameter, list[str]]],
         see: See,
+        routed: RoutedOutputs | None,
     ) -> None:
         super().__init__()
-        self.experts, self.plain, self.see = experts, plain, see
+        self.experts, self.plain, self.see, self.routed = experts, plain, see, routed
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -395,13 +420,24 @@ class _Products(TorchFunctionMode):
                 if not 0 <= offset < parameter.nbytes:
                     continue
                 if weight.dim() == 2:
-                    self.see(names[offset // (parameter.nbytes // len(parameter))], x, made, ALL)
-                elif kwargs.get("offs") is not None:  # tokens are sorted by expert: the end of each expert's tokens
+                    self._look(made, x, [(names[offset // (parameter.nbytes // len(parameter))], ALL)])
+                    return made
+                if kwargs.get("offs") is not None:  # tokens are sorted by expert: the end of each expert's tokens
                     ends = kwargs["offs"].tolist()
-                    for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
-                        if end > begin:
-                            self.see(names[expert], x, made, slice(begin, end))
+                    pairs = enumerate(zip([0, *ends], ends, strict=False))
+                    self._look(made, x, [(names[expert], slice(*pair)) for expert, pair in pairs if pair[1] > pair[0]])
+                    return made
+        if self.routed:
+            self.routed.follow(function, args, made)
         return made
+
+    def _look(self, made: Tensor, x: Tensor, parts: list[tuple[list[str], slice]]) -> None:
+        """See a product of experts: the linears and the tokens of each."""
+        for names, tokens in parts:
+            self.see(names, x, made, tokens)
+        if self.routed:
+            segments = [(names[0], *tokens.indices(len(made))[:2]) for names, tokens in parts]
+            self.routed.begin(made, segments)
 
     def _look_for_plain(self, x: Tensor, weight: Tensor, made: Tensor) -> None:
         for parameter, names in self.plain:

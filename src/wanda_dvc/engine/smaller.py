@@ -26,6 +26,8 @@ from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.structure import Linear, build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.engine.weights import Weights, set_parameter
 from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.experts import Mixture
+from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import Units, places, spread, stay_of
 from wanda_dvc.reading import DTYPES, Entry
 
@@ -80,14 +82,33 @@ class Removal:
         return {linear: self.sets[name] for linear, name in self.readers.items()}
 
     @property
+    def mixtures(self) -> Mapping[str, Mixture]:
+        """The experts that go, by set, if the units are experts."""
+        return {}
+
+    @property
+    def by_block(self) -> bool:
+        """Whether the units are blocks, which are chosen together."""
+        return False
+
+    def order(self, count: int) -> list[int]:
+        """Return the blocks that stay, of `count` blocks."""
+        return list(range(count))
+
+    def all_or_none(self, weights: Callable[[str], Tensor], block: BlockStats) -> dict[str, Tensor]:
+        """Return a block's masks if the units are blocks: all of its weights stay, or none."""
+        names = [name for names in block.readers.values() for name in names]
+        return {name: torch.full(weights(name).shape, bool(self.sets[self.readers[name]].stay)) for name in names}
+
+    @property
     def share(self) -> float:
         """The share of the units that go."""
         return 1 - sum(units.stay for units in self.sets.values()) / sum(units.total for units in self.sets.values())
 
     @property
-    def changes(self) -> dict[str, int]:
+    def changes(self) -> dict[str, Any]:
         """The new values in the configuration."""
-        found: dict[str, int] = {}
+        found: dict[str, Any] = {}
         for name, (before, after) in self.fields.items():
             found |= {name: after} | _companions(self.structure, self.others, before, after)
         return found
@@ -136,6 +157,10 @@ class Removal:
                 keep = keep & (along[:, None] if cut.dim == 0 else along)
         return keep
 
+    def names(self, where: Collection[str], stays: Stays) -> dict[str, str]:
+        """Return the stored tensors of the smaller model, and the source's tensor of each."""
+        return {name: name for name in where}
+
     def along(self, cut: Cut, stays: Stays) -> Bool[Tensor, " size"]:
         """Return which places of a cut's dimension stay."""
         return spread(stays[cut.units], self.sets[cut.units]._replace(layout=cut.layout))
@@ -155,6 +180,7 @@ class Smaller(Source):
     ) -> None:
         self.source, self.removal, self.stays = source, removal, stays
         self._read = read or source.read
+        self.old = removal.names(source.where, stays)  # by stored name: the source's tensor
         self._cuts: defaultdict[Address, list[Cut]] = defaultdict(list)
         for cut in removal.cuts:
             self._cuts[cut.address].append(cut)
@@ -166,12 +192,12 @@ class Smaller(Source):
     @property
     def where(self) -> Mapping[str, object]:
         """The file (or model) of each tensor."""
-        return self.source.where
+        return {name: self.source.where[old] for name, old in self.old.items()}
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Dtype and shape of each tensor; places in files are the source's."""
-        return {name: self._entry(name, entry) for name, entry in self.source.entries.items()}
+        return {name: self._entry(old, self.source.entries[old]) for name, old in self.old.items()}
 
     def _entry(self, name: str, entry: Entry) -> Entry:
         experts = self._experts[name]
@@ -194,8 +220,14 @@ class Smaller(Source):
 
     def read(self, address: Address) -> Tensor:
         """Return the tensor, or the expert's part of it, without the units that go."""
+        return self._cut(replace(address, tensor=self.old[address.tensor]))
+
+    def _cut(self, address: Address) -> Tensor:
+        """Return one of the source's tensors without the units that go."""
         if address.expert is None and (experts := self._experts[address.tensor]):
-            return torch.stack([self.read(Address(address.tensor, expert)) for expert in range(experts)])
+            return torch.stack([self._cut(Address(address.tensor, expert)) for expert in range(experts)])
+        if address.expert is not None and Address(address.tensor) in self._cuts:  # some experts of the tensor go
+            return self._cut(Address(address.tensor))[address.expert]
         tensor = self._read(address)
         for cut in self._cuts.get(address, ()):
             stays = self.removal.along(cut, self.stays).to(tensor.device)
@@ -205,6 +237,11 @@ class Smaller(Source):
     def parameter(self, name: str, stored: Address | None) -> Tensor | None:
         """Return a stored tensor, or None."""
         return None if stored is None else self.read(stored)
+
+    def rewritten(self, replaced: Collection[str]) -> set[str]:
+        """Return the tensors of other shape or name than the source's, or with new values: the `replaced` ones."""
+        changed = {cut.address.tensor for cut in self.removal.cuts}.union(replaced)
+        return {name for name, old in self.old.items() if name != old or old in changed}
 
     @property
     def parameters(self) -> int:
@@ -246,11 +283,12 @@ def write_smaller(
         nbytes = _size(entry) * DTYPES[entry.dtype]
         return Piece(name, entry.dtype, list(entry.shape), nbytes, lambda: smaller.read(Address(name)))
 
-    names = {cut.address.tensor for cut in smaller.removal.cuts}.union(replaced)
+    new = {smaller.old[name]: [piece(name)] for name in smaller.rewritten(replaced)}
+    gone = checkpoint.where.keys() - smaller.old.values()
     rewrite(
         checkpoint,
         target,
-        {name: [piece(name)] for name in names},
+        new | {name: [] for name in gone},
         configured,
         without=without,
         progress=progress,
@@ -267,16 +305,16 @@ def shrink(model: Any, smaller: Smaller) -> None:
     config._attn_implementation = model.config._attn_implementation
     new = build_empty(config, smaller.config_name, model.dtype)
     weights = Weights(new, smaller, device=model.get_input_embeddings().weight.device)
-    where, old = find_blocks(model)
+    where, blocks = find_blocks(model)
+    old = [blocks[index] for index in smaller.removal.order(len(blocks))]
     for index, block in enumerate(weights.blocks):
         for name, tensor in weights.read_block(index).items():
             before = old[index].get_parameter(name)
             parameter = nn.Parameter(tensor.to(before.device, before.dtype), requires_grad=before.requires_grad)
             set_parameter(block, name, parameter)
         block.train(model.training)
-    blocks = model.get_submodule(where)
-    for index, block in enumerate(weights.blocks):
-        blocks[index] = block
+    parent, _, leaf = where.rpartition(".")
+    model.get_submodule(parent)._modules[leaf] = nn.ModuleList(weights.blocks)
     for field, value in smaller.removal.changes.items():
         setattr(model.config.get_text_config(), field, value)
 
@@ -284,7 +322,7 @@ def shrink(model: Any, smaller: Smaller) -> None:
 # --- configurations ---
 
 
-def changed(config: Any, fields: Mapping[str, int]) -> Any:
+def changed(config: Any, fields: Mapping[str, Any]) -> Any:
     """Return a configuration with other values in some fields of its text part."""
     content, inside = config.to_dict(), _text_key(config)
     (content[inside] if inside else content).update(fields)
@@ -311,7 +349,7 @@ def find_units(source: Source, structure: Structure, share: Fraction) -> Removal
         removal = found.removal(sections)
         if not (problem := probe(source, removal)):
             return removal
-    raise _refused(structure, source, problem)
+    raise refused(structure, source, problem)
 
 
 @dataclass
@@ -382,21 +420,21 @@ def _found(source: Source, structure: Structure, share: Fraction) -> _Found:
             continue
         trial = TRIAL if value is None else value // 2 if isinstance(value, int) else 0
         if not trial:
-            raise _refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
+            raise refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
         other = _trial(source, structure, {field: trial} | _companions(structure, others, value or 1, trial))
-        for name, place, size, less in _differences(full, other):
+        for name, place, size, less in differences(full, other):
             if not name.startswith(f"{where}.") or name not in parts:
-                raise _refused(structure, source, f"{field} also determines {name}")
+                raise refused(structure, source, f"{field} also determines {name}")
             number = trial * size // less if value is None else value
             module = full.get_submodule(name.rpartition(".")[0])
             experts = next((len(x) for x in module.parameters(recurse=False) if x.dim() == 3), 0)
             for address, dim, own in _stored(parts[name], place, experts, source):
                 if (own * trial) % number:
-                    raise _refused(structure, source, f"{address.tensor} has {own} places for {number} of {field}")
+                    raise refused(structure, source, f"{address.tensor} has {own} places for {number} of {field}")
                 dims[address, dim] = _Dim(own, number, field)
     if not dims:
         looked = ", ".join(structure.fields)
-        raise _refused(structure, source, f"its configuration has no number of them (looked for {looked})")
+        raise refused(structure, source, f"its configuration has no number of them (looked for {looked})")
     return _sorted(source, structure, share, dims, linears, others)
 
 
@@ -406,7 +444,7 @@ def _trial(source: Source, structure: Structure, fields: Mapping[str, int]) -> n
     try:
         model: nn.Module = build_empty(changed(source.config, fields), f"{source.config_name} with {text}")
     except Exception as error:  # each model's configuration raises exceptions of its own choice
-        raise _refused(structure, source, f"transformers builds no model with {text} ({reason(error)})") from error
+        raise refused(structure, source, f"transformers builds no model with {text} ({reason(error)})") from error
     return model
 
 
@@ -418,7 +456,7 @@ class _Dim(NamedTuple):
     field: str
 
 
-def _differences(full: nn.Module, other: nn.Module) -> Iterator[tuple[str, int, int, int]]:
+def differences(full: nn.Module, other: nn.Module) -> Iterator[tuple[str, int, int, int]]:
     """Yield each dimension of another size in a second model: the tensor, its place, its size and the other size."""
     others = other.state_dict()
     for name, tensor in full.state_dict(keep_vars=True).items():
@@ -457,7 +495,7 @@ def _sorted(  # noqa: PLR0913, PLR0917 - the dimensions, and the model that they
         if linear is not None and dim == (0 if linear.transposed else 1):
             name = _owner(address)
             if name in sets:
-                raise _refused(structure, source, f"several linears of {name} read them")
+                raise refused(structure, source, f"several linears of {name} read them")
             total = number if structure.grouped else size
             sets[name] = Units(total, total * stay[field] // number, (size // total,))
             field_of[name] = field
@@ -466,7 +504,7 @@ def _sorted(  # noqa: PLR0913, PLR0917 - the dimensions, and the model that they
     for (address, dim), (size, *_) in dims.items():
         name = _owner(address)
         if name not in sets or size % sets[name].total or dim > 1:
-            raise _refused(structure, source, f"no linear reads those of {address.tensor}")
+            raise refused(structure, source, f"no linear reads those of {address.tensor}")
         found[address, dim] = name, size // sets[name].total
     return _Found(structure, sets, readers, found, numbers, field_of, others)
 
@@ -476,7 +514,8 @@ def _owner(address: Address) -> str:
     return address.linear.removesuffix(".bias").rpartition(".")[0]
 
 
-def _refused(structure: Structure, source: Source, why: str) -> UserError:
+def refused(structure: Structure, source: Source, why: str) -> UserError:
+    """Return the error that a model does not support a pattern, with the reason."""
     return UserError(f"pattern: got {structure.name}, which {source} does not support: {why}; choose another pattern")
 
 

@@ -271,6 +271,7 @@ class LocalStep(Step):
             finite += [x.isfinite().all() for x in after]
             yield from after
             if recorder:
+                recorder.see_block(before, after)
                 recorder.end_window()
         self._check_finite([number for group in groups for number in group], finite)
         if recorder and self.states.not_finite:

@@ -77,7 +77,8 @@ def _notes(study: Project, outdated: Sequence[str]) -> Iterator[str]:
     if protocol := protocols[1] or protocols[0]:
         yield (
             f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of "
-            f"{inline(protocol['text']['source'])} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}."
+            f"{inline(protocol['text']['source'])} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}. "
+            f"{params.about_text}."
         )
     if "divergence" in load_json(study.metrics("pruned", "perplexity")):
         yield (
@@ -87,7 +88,7 @@ def _notes(study: Project, outdated: Sequence[str]) -> Iterator[str]:
         )
     if any(load_json(study.metrics(model, "perplexity")).get("perplexity") == DIVERGED for model in MODELS):
         yield "`diverged`: the loss, or its exponential, was not finite."
-    limit = params.zero_shot.limit
+    limit = params.items
     yield (
         f"Zero-shot: no examples in the prompt, {f'the first {limit} items' if limit else 'all items'} of each task, "
         f"{params.dtype}; ± is one standard error, and a difference below two of them may be chance."

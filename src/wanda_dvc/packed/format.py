@@ -97,6 +97,8 @@ class Packing:
         """Raise UserError if two tensors do not belong to this weight in a dtype."""
         _check(name + KEEP, bits, bits_shape(*self.weights[name][1]), torch.uint8)
         _check(name, values, [_count(bits)], dtype)
+        if values.is_floating_point() and bool(values.isnan().any()):
+            raise UserError(f"{name}: found NaN, expected numbers: no stage packs such a weight; {AGAIN}")
 
     def restore(self, name: str, values: Tensor, bits: Tensor) -> Tensor:
         """Return a weight from its two tensors. UserError if they do not belong to this weight."""

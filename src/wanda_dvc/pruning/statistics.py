@@ -63,6 +63,23 @@ class InputStats:
         return self.sum_squares.sqrt().float() if self.count else torch.ones_like(self.sum_squares).float()
 
 
+@dataclass
+class OutputStats:
+    """Sums over the tokens that a router sent to one expert. Sums of several shards merge."""
+
+    sum: Float64[Tensor, ""]  # of ‖gate · output‖₂
+    count: int  # tokens
+
+    def merge(self, other: "OutputStats") -> None:
+        """Add the sums of other tokens."""
+        self.sum = self.sum + other.sum.to(self.sum)
+        self.count += other.count
+
+    def cpu(self) -> "OutputStats":
+        """Return the same sums in main memory."""
+        return OutputStats(self.sum.cpu(), self.count)
+
+
 class BlockStats(NamedTuple):
     """The statistics of one block's distinct inputs. A linear is named as the checkpoint stores its weight."""
 
@@ -70,6 +87,8 @@ class BlockStats(NamedTuple):
     readers: dict[str, list[str]]  # the linears that read each
     transposed: list[str]  # linears whose weight is stored [in, out], as GPT-2's are
     fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # the Fisher tier by linear, if it was measured and read
+    outputs: Mapping[str, OutputStats] = {}  # by an expert's linear: its last one, which the gates multiply
+    influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
 
     def merge(self, other: "BlockStats") -> None:
         """Add the statistics of other tokens through the same block. ValueError where its inputs differ."""
@@ -77,13 +96,19 @@ class BlockStats(NamedTuple):
             raise ValueError(f"statistics of the inputs {list(other.readers)}, expected {list(self.readers)}")
         for name, x in self.inputs.items():
             x.merge(other.inputs[name])
+        for name, outputs in self.outputs.items():
+            if name in other.outputs:
+                outputs.merge(other.outputs[name])
+        if self.influence is not None and other.influence is not None:
+            self.influence.add_(other.influence)
 
     def of(self, name: str) -> "BlockStats":
         """Return the statistics of one distinct input alone."""
         readers = self.readers[name]
         transposed = [x for x in self.transposed if x in readers]
         fisher = {x: self.fisher[x] for x in readers if x in self.fisher}
-        return BlockStats({name: self.inputs[name]}, {name: readers}, transposed, fisher)
+        outputs = {x: self.outputs[x] for x in readers if x in self.outputs}
+        return BlockStats({name: self.inputs[name]}, {name: readers}, transposed, fisher, outputs)
 
     def unreached(self) -> set[str]:
         """Return the experts that no token reached: their linears' names without the last word."""

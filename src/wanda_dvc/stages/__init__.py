@@ -107,7 +107,7 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=9,
+            version=10,
             about="Measure the dense model's activations once: stats/.",
             result="stats/[fg]*/provenance.json",  # of gram and fisher: with either it takes longer
             settings=(
@@ -153,7 +153,7 @@ STAGES = {
         ),
         Stage(
             name="zero-shot",
-            version=8,
+            version=9,
             about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
             result="metrics/details/{part}/zero_shot.json",
             settings=("tasks.names", "zero_shot.limit", "dtype"),

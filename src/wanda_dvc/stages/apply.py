@@ -226,6 +226,8 @@ def prune(study: Project, target: Path, reconstruction: str = "none") -> Written
         result = Written(zeros, measured_sparsity(zeros))
     else:
         sparsity, removed = _write_smaller(parts, target, addresses, pruned, without)
+        for linear in blocks.keys() - found.keys():  # complete experts that went, or that a tensor holds together
+            found[linear] = parts.make(checkpoint.find(linear))[1]
         result = Written({linear: found[linear] for linear in blocks}, sparsity, removed)
     (target / "README.md").write_text(card(study, result.sparsity, removed=result.removed), encoding="utf-8")
     write_provenance(target, made_from)
@@ -250,8 +252,9 @@ def _write_smaller(
     def read(address: Address) -> Tensor:
         return pruned(address) if (address.tensor, address.expert) in new else parts.checkpoint.read(address)
 
+    removal = removal.fitted(stays)
     smaller, tensors = Smaller(parts.checkpoint, removal, stays, read), {address.tensor for address in addresses}
-    names = tensors | {cut.address.tensor for cut in removal.cuts}
+    names = smaller.rewritten(tensors)
     written: Iterator[None] = progress(itertools.repeat(None, len(names)), total=len(names), what="apply, tensors")
     write_smaller(
         smaller, target, replaced=tensors, without=without, progress=lambda piece: piece.name in names and next(written)

@@ -17,16 +17,19 @@ from wanda_dvc.engine.jobs import JobInput
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
+from wanda_dvc.pruning.blocks import choose_blocks
 from wanda_dvc.pruning.choose import (
     Share,
     aim_block,
     choose_block,
+    function_of,
     masked,
     prepared_linears,
     reconstruct,
     removes_no_weight,
     targets_of,
 )
+from wanda_dvc.pruning.experts import choose_experts
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.ratings import allocate
 from wanda_dvc.pruning.statistics import BlockStats
@@ -81,13 +84,15 @@ def mask(*, project: Project) -> None:
     check_fits(project, stats.features)
     if plan.left_out:
         notice(
-            f"mask: pattern {plan.pattern} sets groups and sparsities: {', '.join(plan.left_out)} of recipe "
+            f"mask: pattern {plan.pattern} has choices of its own: {', '.join(plan.left_out)} of recipe "
             f"{params.recipe} ignored"
         )
     checkpoint = Checkpoint(project.model("dense"))
     removal = removal_of(checkpoint, plan.structure, plan.share)
     if removal:
         notice(f"mask: {removal.about(plan.share)}")
+        every = (read_stats(project.stats, block) for block in range(stats.blocks))
+        removal = with_chosen_blocks(removal, checkpoint, every, plan)
     shares = _shares(project, stats, checkpoint)
     made_from = describe(
         "masks",
@@ -124,9 +129,19 @@ def removal_of(source: Source, structure: Structure | None, share: Fraction) -> 
     """Return the units that a pattern removes; None if it sets weights to zero."""
     if structure is None:
         return None
-    from wanda_dvc.engine.smaller import find_units  # imports transformers, which takes seconds
+    found: Removal = function_of(structure.find)(source, structure, share)  # imports transformers, which takes seconds
+    return found
 
-    return find_units(source, structure, share)
+
+def with_chosen_blocks(removal: "Removal", source: Source, blocks: Iterable[BlockStats], plan: Plan) -> "Removal":
+    """Return a removal of blocks that says which blocks go, and any other removal as it is."""
+    if not removal.by_block:
+        return removal
+    from wanda_dvc.engine.blocks import BlockRemoval
+
+    assert isinstance(removal, BlockRemoval)
+    stays = choose_blocks(lambda name: source.weight(name).cpu(), blocks, removal.stay, method=plan.method)
+    return removal.chosen(source, stays)
 
 
 def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequence[Share]:
@@ -184,6 +199,10 @@ def keeps(  # noqa: PLR0913, PLR0917 - the block, and how its masks are chosen
 ) -> dict[str, Tensor]:
     """Return the masks of one block's linears by their scores. `weights` reads a stored weight."""
     device = solving_device(project.params.runtime)
+    if removal and removal.by_block:
+        return removal.all_or_none(weights, block)
+    if removal and removal.mixtures:
+        return choose_experts(weights, block, removal.mixtures, method=plan.method, device=device)
     units = removal.units if removal else None
     targets = targets_of(block, share=share, pattern=plan.pattern, group=plan.group, units=units)
     chosen = choose_block(weights, block, method=plan.method, targets=targets, device=device)

@@ -250,7 +250,7 @@ def _zero_shot(on: Known) -> Need:
     """Count all questions of all tasks through all blocks, and the head at the tokens of choices."""
     from wanda_dvc.engine.questions import ROW
 
-    most = min(on.params.zero_shot.limit or 10**9, SAMPLES if on.params.tasks.source == "embedded" else 10**9)
+    most = min(on.params.items or 10**9, SAMPLES if on.params.tasks.source == "embedded" else 10**9)
     average = tuple(sum(column) / len(TASKS) for column in zip(*TASKS.values(), strict=True))
     needed = [TASKS.get(name, average) for name in on.params.tasks.names]
     tokens, positions = (sum(min(task[0], most) * task[place] for task in needed) for place in (1, 2))

@@ -259,5 +259,5 @@ def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:
         blocks = ", ".join(str(block) for block, experts in sorted(unreached.items()) if experts)
         notice(
             f"{stage}: no calibration token reached {count} expert{'s' * (count > 1)} (blocks: {blocks}); Wanda judges "
-            "their weights by magnitude. More calibration windows reach more experts."
+            "their weights by magnitude, and REAP removes them first. More calibration windows reach more experts."
         )

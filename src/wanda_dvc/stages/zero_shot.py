@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.params import EMBEDDED_ITEMS
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES, continuations
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite
@@ -60,7 +61,8 @@ def _protocol(project: Project, model: str, task: str) -> Json:
         tokenizer_sha256=tokenizer_digest(project.model(model)),
         task={key: items[key] for key in ("task", "source", "role", "sha256", "lm_eval")},
         examples=0,
-        limit=project.params.zero_shot.limit,
+        # As `Params.items`, by the items that were downloaded.
+        limit=project.params.zero_shot.limit or (EMBEDDED_ITEMS if items.get("samples") else None),
         dtype=project.params.dtype,
     )
 
@@ -100,7 +102,7 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
             return progress(steps, total=len(run.decoder.blocks), what=f"{what}, blocks")
 
         language_model = EngineLM(run.decoder, project.model(model), run, what=what, progress=blocks)
-        evaluated = evaluate(language_model, {task: definition}, limit=project.params.zero_shot.limit)
+        evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"])
         where = run.not_finite
     result = evaluated["results"][task]
     given = [metric for metric in METRICS if f"{metric},none" in result]

@@ -1,4 +1,4 @@
-"""The tiers of stats/, masks/ and weights/: a file a block, so that one is in memory at a time."""
+"""The tiers of stats/, masks/, weights/, reference/: a file a block or window, so that one is in memory at a time."""
 
 import itertools
 import json
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 GRAM = ("norm", "triangle", "count")  # the tensors of a Gram matrix
 SQUARED_GRADIENTS = "squared_gradients"
+OUTPUTS = "outputs"
+INFLUENCE = "influence"
 SEALED = ("blocks", "files")  # what `seal` adds to a provenance
 
 
@@ -35,21 +37,27 @@ def block_file(folder: Path, block: int) -> Path:
 def write_stats(folder: Path, block: int, stats: "BlockStats") -> None:
     """Write one block's statistics.
 
-    Tensors, for each distinct input: `NAME.sum_squares` and `NAME.sum` (float64 [in]) and `NAME.count` (int64). Header:
-    the linears that read each input, and the linears whose weights are stored transposed.
+    Tensors, for each distinct input: `NAME.sum_squares` and `NAME.sum` (float64 [in]) and `NAME.count` (int64). For the
+    last linear of each expert: `LINEAR.outputs` (float64 [2]), Σ ‖gate · output‖₂ and the number of tokens. Of the
+    block: `influence` (float64 [2]), Σ (1 − cosine of its input and output) and the number of tokens. Header: the
+    linears that read each input, and the linears whose weights are stored transposed.
     """
     import torch
 
     tensors: dict[str, Tensor] = {}
     for name, x in stats.inputs.items():
         tensors |= {f"{name}.sum_squares": x.sum_squares, f"{name}.sum": x.sum, f"{name}.count": torch.tensor(x.count)}
+    for name, outputs in stats.outputs.items():
+        tensors[f"{name}.{OUTPUTS}"] = torch.tensor([outputs.sum, outputs.count], dtype=torch.float64)
+    if stats.influence is not None:
+        tensors[INFLUENCE] = stats.influence
     header = {"readers": stats.readers, "transposed": stats.transposed}
     _save(block_file(folder, block), tensors, header)
 
 
 def read_stats(folder: Path, block: int) -> "BlockStats":
     """Read one block's statistics."""
-    from wanda_dvc.pruning.statistics import BlockStats, InputStats
+    from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats
 
     path = block_file(folder, block)
     tensors, header = _load(path, "calibrate")
@@ -64,7 +72,16 @@ def read_stats(folder: Path, block: int) -> "BlockStats":
         ):
             raise _damaged(path, f"statistics of {name} are {squares.dtype} {list(squares.shape)}", "calibrate")
         inputs[name] = InputStats(squares, plain, int(count))
-    return BlockStats(inputs, readers, transposed)
+    outputs = {}
+    for name in (linear for names in readers.values() for linear in names if f"{linear}.{OUTPUTS}" in tensors):
+        pair = tensors[f"{name}.{OUTPUTS}"]
+        if str(pair.dtype) != "torch.float64" or list(pair.shape) != [2] or not bool((pair >= 0).all()):
+            raise _damaged(path, f"outputs of {name} are {pair.dtype} {list(pair.shape)}", "calibrate")
+        outputs[name] = OutputStats(pair[0], int(pair[1]))
+    influence = tensors.get(INFLUENCE)
+    if influence is not None and (str(influence.dtype), list(influence.shape)) != ("torch.float64", [2]):
+        raise _damaged(path, f"{INFLUENCE} is {influence.dtype} {list(influence.shape)}", "calibrate")
+    return BlockStats(inputs, readers, transposed, outputs=outputs, influence=influence)
 
 
 def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[str, Gram]") -> None:

@@ -56,7 +56,7 @@ def upgrade(*, project: Project, dry_run: bool = False) -> str:
     said = list(_reruns(stages, carried, nested(_settings_of(new[PARAMS])))) if lock else ["Nothing has run yet."]
     if not dry_run:
         for place in changed:
-            write_text(old[place], new[place])
+            write_text(old[place].resolve(), new[place])  # a link stays a link
         _write_lock(project, lock, {name: stage for name, stage in carried.items() if name in stages})
     difference = "".join(
         line

@@ -81,7 +81,7 @@ def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: d
         f"in {model.dtype}, {_gb(model.stored)} GB; runs in {params.dtype} on {on.device}",
         f"{params.calibration.samples} windows of {params.calibration.length} to calibrate, {on.tokens:,} tokens in "
         f"windows of {params.perplexity.length} for perplexity, {len(params.tasks.names)} tasks"
-        + (f" × {params.zero_shot.limit}" if params.zero_shot.limit else ""),
+        + (f" × {params.items}" if params.items else ""),
         "",
         table(headers + ["time"] * bool(pace), rows),
         "",

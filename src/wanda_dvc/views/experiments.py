@@ -4,10 +4,12 @@ A number appears only with the settings of its measurement. `dvc exp show`, in c
 queued experiment with the numbers of its base commit.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.study.experiments import SUCCESS, Experiment, Kind, list_experiments
 from wanda_dvc.study.files import Json, json_text
@@ -42,7 +44,17 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     named = ", ".join(stale[:NAMED]) + (f" and {len(stale) - NAMED} more" if len(stale) > NAMED else "")
     said = f"No numbers of stages that have not run on the current settings: {named}." if stale else ""
     warnings = [f"{record['name']}: {problem}." for record in records for problem in record["warnings"]]
-    return "\n\n".join(part for part in (table(HEADERS, rows), said, "\n".join(warnings)) if part)
+    parts = (table(HEADERS, rows), _about_text(project), said, "\n".join(warnings))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _about_text(project: Project) -> str:
+    """Return a sentence on the text of the workspace; empty if params.yaml is not valid."""
+    with contextlib.suppress(UserError):
+        text = project.params.perplexity.text.chosen
+        name = ", ".join(word for word in (text.source, text.split) if word)
+        return f"Perplexity in the workspace: on {name}. {project.params.about_text}."
+    return ""
 
 
 def _shown(value: float | str | None, form: str, factor: float = 1) -> str:

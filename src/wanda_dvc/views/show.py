@@ -252,7 +252,7 @@ def _footnotes(project: Project) -> Iterator[str]:
         yield (
             f"Perplexity{'' if alike else f' of the {model} model'}: {protocol['windows']} windows of "
             f"{protocol['length']} tokens of {protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), "
-            f"{protocol['dtype']}."
+            f"{protocol['dtype']}. {project.params.about_text}."
         )
     if "divergences" in details["pruned"]["perplexity"]:
         yield (
@@ -261,7 +261,7 @@ def _footnotes(project: Project) -> Iterator[str]:
             "the 95 % interval over windows."
         )
     if any(of[name] for of in details.values() for name in names):
-        limit = project.params.zero_shot.limit
+        limit = project.params.items
         yield (
             f"Zero-shot: no examples, {f'first {limit} items' if limit else 'all items'}; ± is one standard error: "
             "differences below two standard errors may be chance."

@@ -11,11 +11,12 @@ from wanda_dvc.study.markup import inline
 def content(section: Section) -> Content:
     """Return the settings of evaluation, and the settings of calibration if all rows share them."""
     settings = section.settings
-    wanted, limit = settings["perplexity.windows"], settings["zero_shot.limit"]
+    wanted, limit = settings["perplexity.windows"], section.rows[0].params.items
     windows = {None: "all complete windows", ALL: "all tokens, in windows"}.get(wanted, f"the first {wanted} windows")
+    one_calibration = not any(key.startswith("calibration.") for key in section.varying)
     texts = [
         f"Perplexity: {windows} of {settings['perplexity.length']} tokens of {_text(settings, 'perplexity')}; "
-        f"{settings['dtype']}.",
+        f"{settings['dtype']}." + (f" {section.rows[0].params.about_text}." if one_calibration else ""),
         f"Zero-shot: {inline(', '.join(section.tasks)) if section.tasks else 'no tasks'}; "
         f"{f'the first {limit} items' if limit else 'all items'}, no examples in the prompt.",
     ]
@@ -24,7 +25,7 @@ def content(section: Section) -> Content:
             "The tasks are samples written for wanda-dvc, not the benchmarks: they compare these models and nothing "
             "else."
         )
-    if not any(key.startswith("calibration.") for key in section.varying):
+    if one_calibration:
         texts.append(
             f"Calibration: {settings['calibration.samples']} windows of {settings['calibration.length']} tokens of "
             f"{_text(settings, 'calibration')}, seed {settings['calibration.seed']}."

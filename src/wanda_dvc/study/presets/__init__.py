@@ -83,7 +83,7 @@ def apply_preset(*, project: Project, name: str) -> str:
     if model != preset.settings["model"]:
         notice(f"params.yaml: replacing the model {model} with the preset's; set `model` again to keep yours")
     if changed:
-        write_text(path, text)
+        write_text(path.resolve(), text)  # a link stays a link
     lines = [f"params.yaml: {name}, {preset.description}; {changed} settings changed, `runtime` kept."]
     if preset.grid:
         lines.append(f"All experiments: {preset.grid}")

@@ -1,0 +1,387 @@
+"""Pattern experts: the score of each expert, and models without some of them, on every mixture family."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_families import ALL, MIXTURES, run, save, short_texts
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
+
+import wanda_dvc as wd
+from wanda_dvc.catalog import STRUCTURES, methods
+from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.experts import ExpertRemoval, find_experts
+from wanda_dvc.engine.recorder import Sums
+from wanda_dvc.engine.smaller import Smaller, write_smaller
+from wanda_dvc.engine.walk import walk
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import check_params
+from wanda_dvc.pruning.choose import function_of
+from wanda_dvc.pruning.experts import reap
+from wanda_dvc.pruning.statistics import OutputStats
+from wanda_dvc.stages.mask import mask
+from wanda_dvc.study.files import load_json
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import read_provenance
+from wanda_dvc.study.tensors import read_masks, read_stats, write_masks
+
+# With more experts than the families' tests, so that some can go.
+CHANGES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 8},
+    "qwen3_moe": {},
+    "qwen2_moe": {"num_experts": 8},
+    "olmoe": {"num_experts": 8},
+    "deepseek_v3": {"n_routed_experts": 8},
+    "jamba": {"num_experts": 8},
+    "jamba mixed": {"num_experts": 8},
+    "granitemoe": {"num_local_experts": 8},
+    "gpt_oss": {"num_local_experts": 8},
+    "jetmoe": {"num_local_experts": 8},
+}
+TOKENS = torch.randint(3, 256, (2, 48), generator=torch.Generator().manual_seed(1))
+
+
+def test_every_mixture_is_here():
+    assert {*MIXTURES, "mixtral", "qwen3_moe", "jamba mixed"} == CHANGES.keys() <= ALL.keys()
+
+
+Norms = dict[str, dict[int, list[float]]]  # by mixture and expert, of each token
+
+
+def by_token(seen: Norms, name: str) -> Callable[..., None]:
+    """A hook of transformers' modules of experts: each token through each of its experts, alone."""
+
+    def hook(module: Any, args: tuple[torch.Tensor, ...], _: Any) -> None:
+        for token, chosen, given in zip(*args, strict=True):
+            for expert, gate in zip(chosen.tolist(), given.tolist(), strict=True):
+                alone = module.forward(token[None], torch.tensor([[expert]]), torch.ones(1, 1))
+                seen[name][expert].append(gate * alone.norm().item())
+
+    return hook
+
+
+def by_expert(seen: Norms, name: str, gates: list[torch.Tensor]) -> Callable[..., None]:
+    """A hook of JetMoE's last linear, which reads tokens sorted by expert."""
+
+    def hook(_: Any, args: tuple[Any, ...], out: torch.Tensor) -> None:
+        begin = 0
+        for expert, size in enumerate(args[1]):
+            own = slice(begin, begin := begin + size)
+            seen[name][expert] += (out[own].norm(dim=1) * gates[-1][own]).tolist()
+
+    return hook
+
+
+def oracle(model: Any) -> Norms:
+    """Collect gate · ‖output‖₂ of each routed token: hooks in the model as transformers runs it."""
+    seen: Norms = defaultdict(lambda: defaultdict(list))
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith("Experts") and hasattr(module, "down_proj"):
+            module.register_forward_hook(by_token(seen, name))
+        if name.endswith("output_linear"):
+            gates: list[torch.Tensor] = []
+            router = model.get_submodule(f"{name.rpartition('.')[0]}.router")
+            router.register_forward_hook(lambda _, __, out, gates=gates: gates.append(out[2]))
+            module.register_forward_hook(by_expert(seen, name, gates))
+    with torch.no_grad():
+        for row in TOKENS:
+            model(input_ids=row[None])
+    return seen
+
+
+def recorded(folder: Path, work: Path, implementation: str) -> dict[str, OutputStats]:
+    decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
+    if decoder.model.config.model_type != "jetmoe":  # transformers has one implementation of it
+        decoder.model.set_experts_implementation(implementation)
+    return {name: x for step in walk(decoder, TOKENS, work) for name, x in step.record().stats.outputs.items()}
+
+
+def place(name: str) -> tuple[int, bool]:
+    """The block of a mixture, or of its expert's linear, and whether it is in its attention, as one of JetMoE's is."""
+    return int(name.split(".")[2]), "attention" in name
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("family", CHANGES)
+def test_the_sums_are_those_of_an_oracle_that_sees_the_whole_model(family: str, implementation: str, tmp_path: Path):
+    folder = save(family, tmp_path / "model", **CHANGES[family])
+    found = recorded(folder, tmp_path / "work", implementation)
+    wanted = oracle(AutoModelForCausalLM.from_pretrained(folder).eval())
+    assert sum(len(experts) for experts in wanted.values()) == len(found) > 0
+    by_place = {place(name): experts for name, experts in wanted.items()}
+    for linear, stats in found.items():
+        own = by_place[place(linear)][int(linear.split(".")[-2])]
+        assert stats.count == len(own)
+        assert stats.sum.item() == pytest.approx(sum(own), rel=1e-4)
+
+
+def test_sums_of_shards_are_those_of_all_rows(tmp_path: Path):
+    """Shards run as tasks in other processes; their sums return in main memory."""
+    folder, found = save("qwen3_moe", tmp_path / "model"), []
+    for work, shards in (("one", [range(2)]), ("two", [range(1), range(1, 2)])):
+        decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
+        for step in walk(decoder, TOKENS, tmp_path / work):
+            total = Sums()
+            for shard in shards:
+                total.merge(step.record_shard(shard, gram=False, crosses=False).cpu())
+            found.append({name: (x.sum.item(), x.count) for name, x in total.of(step.linears).stats.outputs.items()})
+            break
+    assert found[0].keys() == found[1].keys()
+    for name, (total_sum, count) in found[0].items():
+        assert found[1][name][0] == pytest.approx(total_sum, rel=1e-12)
+        assert found[1][name][1] == count
+
+
+# --- families ---
+
+
+def removal_of(folder: Path, share: str = "0.25") -> ExpertRemoval:
+    return find_experts(Checkpoint(folder), STRUCTURES["experts"], Fraction(share))
+
+
+def some(removal: ExpertRemoval) -> dict[str, torch.Tensor]:
+    """Random experts that stay, in every mixture, the same number in each group."""
+    generator = torch.Generator().manual_seed(2)
+    stays = {}
+    for name, units in removal.sets.items():
+        size, stay = units.total // removal.groups, units.stay // removal.groups
+        orders = [torch.randperm(size, generator=generator) for _ in range(removal.groups)]
+        stays[name] = torch.cat([order < stay for order in orders])
+    return stays
+
+
+class NeverChosen(TorchFunctionMode):
+    """Logits of −∞ for some experts, in the order in which the model computes routers."""
+
+    def __init__(self, routers: list[torch.Tensor], stays: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.routers, self.stays = routers, stays
+        self.used = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for router, stay in zip(self.routers, self.stays, strict=True):
+            if function is torch.nn.functional.linear and args[1].data_ptr() == router.data_ptr():
+                self.used += 1
+                return made.masked_fill(~stay, -torch.inf)
+        return made
+
+
+@pytest.mark.parametrize("family", CHANGES)
+def test_the_smaller_model_is_the_model_that_cannot_choose_the_experts(family: str, tmp_path: Path):
+    folder = save(family, tmp_path / "model", **CHANGES[family])
+    checkpoint, removal = Checkpoint(folder), removal_of(folder)
+    assert removal.groups == (2 if family == "deepseek_v3" else 1)
+    (before, after), *_ = removal.fields.values()
+    assert after == before * 3 // 4
+    stays = some(removal)
+    (tmp_path / "smaller").mkdir()
+    write_smaller(Smaller(checkpoint, removal, stays), tmp_path / "smaller")
+    full = AutoModelForCausalLM.from_pretrained(folder).eval()
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").eval()
+    assert sum(x.numel() for x in small.parameters()) < sum(x.numel() for x in full.parameters())
+    routers, gone = [], []
+    for name, parameter in full.named_parameters():
+        is_router = ("router" in name or "gate" in name) and not name.endswith("_bias")
+        if is_router and parameter.shape[0] == before and parameter.dim() == 2:
+            routers.append(parameter)
+            gone.append(next(stay for mixture, stay in stays.items() if place(mixture) == place(name)))
+    for name, buffer in full.named_buffers():
+        if buffer.shape == (before,):  # what DeepSeek adds to its scores
+            stay = next(stay for mixture, stay in stays.items() if place(mixture) == place(name))
+            buffer.masked_fill_(~stay, -torch.inf)
+    with torch.no_grad():
+        with NeverChosen(routers, gone) as mode:
+            wanted = full(input_ids=TOKENS).logits
+        assert mode.used == len(stays)
+        found = small(input_ids=TOKENS).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+    shared = [name for name in checkpoint.where if "shared" in name]
+    left = Checkpoint(tmp_path / "smaller")
+    assert bool(shared) == (family in ("qwen2_moe", "deepseek_v3"))
+    assert all(torch.equal(checkpoint.read(checkpoint.find(x)), left.read(left.find(x))) for x in shared)
+
+
+def test_more_experts_a_token_than_stay_are_refused(tmp_path: Path):
+    folder = save("mixtral", tmp_path / "model", num_local_experts=8, num_experts_per_tok=3)
+    assert removal_of(folder, "0.6").fields == {"num_local_experts": (8, 3)}
+    with pytest.raises(UserError, match="num_experts_per_tok is 3, expected at most the 2 experts that stay"):
+        removal_of(folder, "0.75")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_without_experts_is_refused(family: str, tmp_path: Path):
+    with pytest.raises(UserError, match="got experts, which .* does not support: its configuration has none"):
+        removal_of(save(family, tmp_path / "model"))
+
+
+def test_a_router_that_fails_the_probe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+    def by_number(self: Any, hidden: torch.Tensor) -> Any:
+        logits = torch.nn.functional.linear(hidden.reshape(-1, self.hidden_dim), self.weight)
+        weights, index = (logits.softmax(dim=-1) * torch.arange(1, len(self.weight) + 1)).topk(self.top_k, dim=-1)
+        return logits, weights, index
+
+    monkeypatch.setattr(MixtralTopKRouter, "forward", by_number)
+    with pytest.raises(UserError, match="computes something else"):
+        removal_of(save("mixtral", tmp_path / "model", num_local_experts=8))
+
+
+# --- stages ---
+
+
+@pytest.fixture
+def mixture(project: Callable[..., Project], tmp_path: Path) -> Callable[..., Project]:
+    def make(family: str = "qwen2_moe", **changes: Any) -> Project:
+        model = save(family, tmp_path / "dense", **CHANGES[family])
+        made = project(model=model, pattern="experts", sparsity=0.25, **short_texts(tmp_path), **changes)
+        run(made, "download model", "download calibration", "calibrate")
+        return made
+
+    return make
+
+
+def experts_left(masks: dict[str, torch.Tensor]) -> dict[tuple[str, ...], set[int]]:
+    left: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    for name, keep in masks.items():
+        if "experts" in name and "shared" not in name:
+            owner, expert, leaf = name.rsplit(".", 2)
+            assert keep.all() or not keep.any()
+            left[owner, leaf] |= {int(expert)} if keep.any() else set()
+        else:
+            assert keep.all()
+    return left
+
+
+@pytest.mark.parametrize("method", [None, "magnitude", "wanda", "ria"])
+def test_the_lowest_scores_go_and_apply_writes_the_smaller_model(method: str | None, mixture: Callable[..., Project]):
+    made = mixture(method=method)
+    said = run(made, "mask", "apply")
+    assert "num_experts from 8 to 6" in said
+    assert ("method wanda of recipe wanda ignored" in said) == (method is None)
+    dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
+    assert (pruned.config.num_experts, pruned.config.shared_expert_intermediate_size) == (6, 24)
+    params = read_provenance(made.masks, "mask")
+    assert (params["params"]["method"], params["config"]) == (method or "reap", {"num_experts": 6})
+    for block in range(3):
+        stats, masks = read_stats(made.stats, block), read_masks(made.masks, block)
+        source = {name: x for x, names in stats.readers.items() for name in names}
+        left = experts_left(dict(masks))
+        (stay,) = {tuple(sorted(x)) for x in left.values()}
+        scores = []
+        for expert in range(8):
+            owner = f"model.layers.{block}.mlp.experts.{expert}"
+            linears = [f"{owner}.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
+            if method is None:
+                outputs = stats.outputs.get(linears[-1])  # none of an expert that no token reached
+                scores.append(outputs.sum.item() / outputs.count if outputs else 0)
+                continue
+            function = function_of(methods()[method].function)
+            scores.append(sum(function(dense.weight(x), stats.inputs[source[x]]).sum().item() for x in linears))
+        wanted = sorted(sorted(range(8), key=scores.__getitem__)[2:])
+        assert list(stay) == wanted
+        router = f"model.layers.{block}.mlp.gate"
+        assert torch.equal(pruned.weight(router), dense.weight(router)[wanted])
+        for new, old in enumerate(wanted):
+            one, other = (f"model.layers.{block}.mlp.experts.{x}.down_proj" for x in (new, old))
+            assert torch.equal(pruned.weight(one), dense.weight(other))
+    found = load_json(made.metrics("pruned", "sparsity"))
+    sizes = [sum(torch.Size(entry.shape).numel() for entry in one.entries.values()) for one in (dense, pruned)]
+    assert found == {"sparsity": 0.25, "removed_parameters": round(1 - sizes[1] / sizes[0], 6)}
+    model = AutoModelForCausalLM.from_pretrained(made.model("pruned"))
+    assert model.generate(TOKENS[:1, :8], max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] > 8
+    assert "routed experts of each block were removed" in (made.model("pruned") / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "gpt_oss", "jetmoe", "deepseek_v3"])
+def test_stages_on_other_ways_to_store_experts(family: str, mixture: Callable[..., Project]):
+    made = mixture(family)
+    run(made, "mask", "apply")
+    assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] == 0.25
+    model = AutoModelForCausalLM.from_pretrained(made.model("pruned"))
+    with torch.no_grad():
+        assert model(input_ids=TOKENS).logits.isfinite().all()
+
+
+def test_an_interrupted_mask_gives_the_same_bytes(mixture: Callable[..., Project], monkeypatch: pytest.MonkeyPatch):
+    made = mixture()
+    run(made, "mask")
+    wanted = {path.name: path.read_bytes() for path in made.masks.iterdir()}
+    written: list[int] = []
+
+    def write(folder: Path, block: int, keeps: Any) -> None:
+        if written == [0]:
+            raise KeyboardInterrupt
+        written.append(block)
+        write_masks(folder, block, keeps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wanda_dvc.stages.mask.write_masks", write)
+        with pytest.raises(KeyboardInterrupt):
+            mask(project=made)
+    mask(project=made)
+    assert {path.name: path.read_bytes() for path in made.masks.iterdir()} == wanted
+
+
+def test_outputs_of_shards_merge():
+    one, other = OutputStats(torch.tensor(2.0).double(), 3), OutputStats(torch.tensor(0.5).double(), 2)
+    one.merge(other)
+    assert (one.sum.item(), one.count, reap(one)) == (2.5, 5, 0.5)
+    assert reap(OutputStats(torch.tensor(0.0).double(), 0)) == 0
+
+
+def test_gates_that_were_not_seen_refuse_reap_and_no_other_method(
+    mixture: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("wanda_dvc.engine.routed.BY_GATES", frozenset())
+    made = mixture()
+    with pytest.raises(UserError, match="calibration saw 0 outputs with gates of .*; set method=wanda"):
+        mask(project=made)
+    mask(project=made.with_params(check_params(made.params.model_dump() | {"method": "wanda"})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"method": "reap", "pattern": "unstructured"}, "method: got reap with pattern unstructured"),
+        ({"method": "admm"}, "method: got admm with pattern experts, expected reap, or a method without Gram matrices"),
+        ({"reconstruction": "least-squares"}, "reconstruction: got least-squares with pattern experts, expected none"),
+        ({"propagation": "pruned"}, "propagation: got pruned with pattern experts, expected dense"),
+    ],
+)
+def test_refused_combinations_give_the_reason(changes: dict[str, str], problem: str, project: Callable[..., Project]):
+    with pytest.raises(UserError) as refused:
+        project(**{"pattern": "experts", "sparsity": 0.25} | changes).params  # noqa: B018
+    assert problem in str(refused.value)
+
+
+@pytest.mark.parametrize("recipe", ["wanda", "magnitude", "admm", "fisher", "block", "paper"])
+def test_recipes_that_calibrate_use_reap(recipe: str, project: Callable[..., Project]):
+    plan = project(pattern="experts", sparsity=0.25, recipe=recipe).params.plan
+    assert plan.method.name == ("magnitude" if recipe == "magnitude" else "reap")
+    assert (plan.reconstruction.name, plan.propagation, plan.needs) == ("none", "dense", "norms")
+
+
+# --- the Python interface ---
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_a_model_in_memory_gets_smaller_in_place(family: str, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(save(family, tmp_path / "model", **CHANGES[family])).eval()
+    before = sum(x.numel() for x in model.parameters())
+    stats = wd.calibrate(model, TOKENS)
+    keep = wd.mask(model, stats, sparsity=0.25, pattern="experts")
+    assert 0 < wd.prune(model, keep, pattern="experts") < 0.25
+    assert sum(x.numel() for x in model.parameters()) < before
+    assert model.generate(TOKENS[:1, :8], max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] > 8
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
