@@ -1,5 +1,6 @@
 """Pattern experts: the score of each expert, and models without some of them, on every mixture family."""
 
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from fractions import Fraction
@@ -206,6 +207,20 @@ def test_the_smaller_model_is_the_model_that_cannot_choose_the_experts(family: s
     left = Checkpoint(tmp_path / "smaller")
     assert bool(shared) == (family in ("qwen2_moe", "deepseek_v3"))
     assert all(torch.equal(checkpoint.read(checkpoint.find(x)), left.read(left.find(x))) for x in shared)
+
+
+def test_the_number_keeps_the_name_that_config_json_has_for_it(tmp_path: Path):
+    """Qwen3's configuration on the Hub has `num_experts`; transformers 5 calls it `num_local_experts`."""
+    folder = save("qwen3_moe", tmp_path / "model")
+    config = load_json(folder / "config.json")
+    config["num_experts"] = config.pop("num_local_experts")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    removal = removal_of(folder)
+    (tmp_path / "smaller").mkdir()
+    write_smaller(Smaller(Checkpoint(folder), removal, some(removal)), tmp_path / "smaller")
+    assert load_json(tmp_path / "smaller/config.json") == config | {"num_experts": 9}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    assert model.model.layers[0].mlp.experts.down_proj.shape[0] == 9
 
 
 def test_more_experts_a_token_than_stay_are_refused(tmp_path: Path):

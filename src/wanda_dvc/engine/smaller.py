@@ -275,7 +275,8 @@ def write_smaller(
     inside = _text_key(checkpoint.config)
 
     def configured(config: Configuration) -> Configuration:
-        (config[inside] if inside else config).update(changes)
+        text = config[inside] if inside else config
+        text.update(_as_written(changes, text, checkpoint.config.get_text_config()))
         return config
 
     def piece(name: str) -> Piece:
@@ -293,6 +294,17 @@ def write_smaller(
         without=without,
         progress=progress,
     )
+
+
+def _as_written(changes: Mapping[str, Any], written: Configuration, text: Any) -> Configuration:
+    """Return changes of a configuration by the names in its file, such as `num_experts` for `num_local_experts`."""
+    other_names: Mapping[str, str] = getattr(text, "attribute_map", {})
+    found: Configuration = {}
+    for field, value in changes.items():
+        name = other_names.get(field, field)
+        known = {field, name, *(other for other, meant in other_names.items() if meant == name)}
+        found |= dict.fromkeys(sorted(known & written.keys()) or [field], value)
+    return found
 
 
 def shrink(model: Any, smaller: Smaller) -> None:
