@@ -71,20 +71,25 @@ def readme(methods: dict[str, Any]) -> str:
 
 
 def recipes(methods: dict[str, Any]) -> str:
-    """Return all recipes at all settings."""
+    """Return all recipes at all settings, on another model at those that were measured."""
     model, *_ = methods["models"]
-    more = others(methods)
+    more = [
+        (other, column)
+        for other in others(methods)
+        for column in methods["columns"]
+        if any(row[other].get(column) is not None for row in methods["recipes"])
+    ]
     rows = [
         [
             f"`{row['recipe']}`",
             f"`{row['statistics']}`",
             *(figure(row[model][column]) for column in methods["columns"]),
             other_text(row),
-            *(figure(row[other]["50 %"]) for other in more),
+            *(figure(row[other].get(column)) for other, column in more),
         ]
         for row in methods["recipes"]
     ]
-    heads = [f"{other}, 50 %" for other in more]
+    heads = [f"{other}, {column}" for other, column in more]
     head = ["`recipe`", "`calibration.statistics`", *methods["columns"], "50 %, other text", *heads]
     return table(head, rows, left=2)
 

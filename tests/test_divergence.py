@@ -34,9 +34,14 @@ TOKENS = torch.arange(40) * 7 % 250
 
 def through(folder: Path, tokens: torch.Tensor = TOKENS) -> tuple[Decoder, torch.Tensor]:
     """A model, and its last hidden states of a window."""
-    decoder = Decoder(folder, dtype=torch.float32, device=CPU)
+    decoder, row = Decoder(folder, dtype=torch.float32, device=CPU), Row(tokens)
     with torch.no_grad():
-        return decoder, decoder._through([Row(tokens)])[0][None]
+        decoder.calls(row)
+        hidden = decoder.embed(row)
+        for index in range(len(decoder.blocks)):
+            with decoder.block(index):
+                hidden = decoder.run(index, hidden, row)
+    return decoder, hidden
 
 
 def oracle(folder: Path, other: Path, tokens: torch.Tensor = TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
