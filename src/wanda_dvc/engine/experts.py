@@ -5,6 +5,7 @@ dimension changes with it are the experts' and the router's. A probe then compar
 whose router cannot choose the experts that go; a model that fails is refused.
 """
 
+import gc
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -218,26 +219,16 @@ def probe(source: Source, removal: ExpertRemoval) -> str:
     A block of each kind runs some random tokens in float32, without the first experts of each group: if routers choose
     from more groups than `removal` says, a smaller router has other groups.
     """
-    generator = torch.Generator().manual_seed(0)
     stays = {}
     for name, units in removal.sets.items():
         size, stay = units.total // removal.groups, units.stay // removal.groups
         stays[name] = (torch.arange(size) >= size - stay).repeat(removal.groups)
     try:
-        full, small = (
-            Decoder(one, dtype=torch.float32, device=torch.device("cpu"))
-            for one in (source, Smaller(source, removal, stays))
-        )
-        vocabulary = full.model.get_input_embeddings().weight.shape[0]
-        row = Row(torch.randint(vocabulary, (TOKENS,), generator=generator))
-        hidden = full.embed(row)
-        for decoder in (full, small):
-            decoder.calls(row)  # they run the first block now; later it may be in use
-        for index in full.one_of_each_kind:
-            with full.block(index, then=-1):
-                dense = full.run(index, hidden, row)
-                with Unchoosable(full.model, removal, stays):
-                    masked = full.run(index, hidden, row)
+        hidden, row, outputs = _full_outputs(source, removal, stays)
+        gc.collect()  # one model at a time is in memory
+        small = Decoder(Smaller(source, removal, stays), dtype=torch.float32, device=torch.device("cpu"))
+        small.calls(row)  # it runs the first block now; later it may be in use
+        for index, (dense, masked) in outputs.items():
             with small.block(index, then=-1):
                 found = small.run(index, hidden, row)
             off, effect = (float(torch.linalg.vector_norm(x)) for x in (found - masked, masked - dense))
@@ -246,6 +237,23 @@ def probe(source: Source, removal: ExpertRemoval) -> str:
     except (UserError, RuntimeError, ValueError, IndexError) as error:
         return f"a smaller model does not run ({' '.join(str(error).split())[:200]})"
     return ""
+
+
+def _full_outputs(
+    source: Source, removal: ExpertRemoval, stays: Stays
+) -> tuple[Tensor, Row, dict[int, tuple[Tensor, Tensor]]]:
+    """Return hidden states, their tokens, and a block's outputs of each kind: with all experts, and without some."""
+    full = Decoder(source, dtype=torch.float32, device=torch.device("cpu"))
+    vocabulary = full.model.get_input_embeddings().weight.shape[0]
+    row = Row(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
+    hidden, outputs = full.embed(row), {}
+    full.calls(row)
+    for index in full.one_of_each_kind:
+        with full.block(index, then=-1):
+            dense = full.run(index, hidden, row)
+            with Unchoosable(full.model, removal, stays):
+                outputs[index] = dense, full.run(index, hidden, row)
+    return hidden, row, outputs
 
 
 class Unchoosable(TorchFunctionMode):
