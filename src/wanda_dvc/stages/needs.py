@@ -18,6 +18,7 @@ from wanda_dvc.engine.sizes import (
     comparing,
     differentiating,
     either,
+    probing,
     propagating,
     reference_bytes,
     sizes,
@@ -172,6 +173,7 @@ def _mask(on: Known) -> Need:
         memory = choosing(linears, threads=1 if on_card else cores(), by_row=plan.selects_by_row and not on_card)
         if plan.allocation.needs == "gram":  # it rates all blocks before it prunes any
             memory = either(memory, writing(linears, gram=True))
+    memory = _with_probe(on, memory)
     chosen = Need(
         memory=memory,
         disk=kept_bytes(on),
@@ -196,6 +198,12 @@ def _mask(on: Known) -> Need:
     )
 
 
+def _with_probe(on: Known, memory: Memory) -> Memory:
+    """Return the larger need of a stage and of the probe that it begins with, for a pattern of units."""
+    structure = on.params.plan.structure
+    return memory if structure is None else either(memory, probing(on.model, structure.probed))
+
+
 def kept_bytes(on: Known) -> int:
     """Return what an experiment adds to the cache: a bit for each weight of the linears, and weights/."""
     return on.linears.count // 8 + (on.stored if on.params.plan.weights_come_from == "weights" else 0)
@@ -207,7 +215,7 @@ def _apply(on: Known) -> Need:
     grams = gram * _gram_bytes(linears.all_squares)
     solving = linears.solving(plan.reconstruction) if plan.weights_come_from == "gram" else 0
     written = Need(
-        memory=writing(linears, gram=gram, by_gradients=plan.by_gradients),
+        memory=_with_probe(on, writing(linears, gram=gram, by_gradients=plan.by_gradients)),
         disk=on.stored,
         least=on.stored,
         read=on.stored + grams,
