@@ -352,7 +352,8 @@ def test_the_commands_of_a_page_run_in_their_order(page: str, finished: Finished
     }
     for step in TO_RUN[page]:
         if isinstance(step, Block):
-            repository.run(sys.executable, "-c", step.text)
+            paths = "|".join(name for name in values if name.startswith("/"))
+            repository.run(sys.executable, "-c", re.sub(paths, lambda found: values[found[0]], step.text))
             continue
         line = " ".join(step)
         command = AS_RUN[line].split() if line in AS_RUN else step
