@@ -268,7 +268,7 @@ def test_an_address_where_nothing_listens_is_refused_at_once(scheme: str):
     """Ray itself waits for minutes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    with pytest.raises(UserError, match=rf"^runtime.ray: .*127.0.0.1:{port}: no Ray \(.*refused"):
+    with pytest.raises(UserError, match=rf"^runtime.ray: .*127.0.0.1:{port}: Ray does not answer \(.*refused"):
         connect(f"{scheme}127.0.0.1:{port}")
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases.grids import OF_WEIGHTS
 from command_line import wanda_dvc
 from dvc.repo import Repo
 from huggingface_hub import ModelCard
 
-from wanda_dvc.catalog import Method, methods
+from wanda_dvc.catalog import Method
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.build import experiment_and_directory, export
 from wanda_dvc.export.formats import FORMATS
@@ -111,7 +112,7 @@ def test_the_card_of_apply_is_that_of_export_without_results(pruned: Project):
     assert card.replace(own, "") == short
 
 
-@pytest.mark.parametrize("method", methods().values(), ids=lambda method: method.name)
+@pytest.mark.parametrize("method", OF_WEIGHTS.values(), ids=lambda method: method.name)
 def test_the_card_cites_the_methods_paper(project: Callable[..., Project], method: Method):
     made = project(method=method.name, calibration__statistics="gram")
     for part in ("model", "calibration"):

@@ -315,7 +315,7 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
     source = save(family, tmp_path / "model", dtype, shard)
     made = project(model=source, perplexity__windows=1, **short_texts(tmp_path))
     lines = ["download model", "download calibration", "download perplexity", "calibrate", "mask", "apply"]
-    run(made, *lines, "perplexity pruned", "stats --layer 1", f"export {tmp_path / 'exported'}")
+    run(made, *lines, "perplexity dense", "perplexity pruned", "stats --layer 1", f"export {tmp_path / 'exported'}")
     blocks, linears = ALL[family][1:]
     dense, pruned, exported = map(Checkpoint, (source, made.model("pruned"), tmp_path / "exported"))
     assert dense.where.keys() == pruned.where.keys()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.grids import cycled, full, named, thinned
+from cases.grids import OF_WEIGHTS, cycled, full, named, thinned
 from conftest import save_tiny_model, write_params
 from safetensors.torch import load_file
 from test_families import one_is_never_chosen, save, short_texts
@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import wanda_dvc as wd
 from wanda_dvc import interface
-from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS, methods
+from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS
 from wanda_dvc.engine import walk
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.stages.apply import apply
@@ -52,7 +52,7 @@ MODELS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "shared-expert": (lambda folder: save("qwen2_moe", folder), "float32"),
 }
 CHOICES: list[dict[str, Any]] = [
-    *({"method": method} | pattern for method in methods() for pattern in PATTERNS),
+    *({"method": method} | pattern for method in OF_WEIGHTS for pattern in PATTERNS),
     *({"allocation": allocation} for allocation in ALLOCATIONS),
     {"allocation": "owl", "allocation_strength": 0.1, "group": "layer"},
     {"method": "wanda", "sparsity": 0.29},
@@ -162,7 +162,9 @@ def test_statistics_and_perplexity_are_the_pipelines(pairs: Callable[[str], Pair
         for source, x in block.inputs.items():
             assert torch.equal(x.sum_squares, tensors[f"{source}.sum_squares"])
             assert (x.count, x.sum.tolist()) == (int(tensors[f"{source}.count"]), tensors[f"{source}.sum"].tolist())
-        assert len(tensors) == 3 * len(block.inputs)
+        assert block.influence is not None
+        assert torch.equal(block.influence, tensors["influence"])
+        assert len(tensors) == 3 * len(block.inputs) + 1 + len(block.outputs)
         assert same(stats.grams[number].tensors, load_file(block_file(project.gram, number)))
         squares = {f"{linear}.squared_gradients": x for linear, x in block.fisher.items()}
         assert same(stats.fisher_grams[number].tensors | squares, load_file(block_file(project.fisher, number)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.grids import OF_WEIGHTS
 from conftest import save_tiny_model, write_params
 from inline import Inline
 from test_families import save
@@ -33,7 +34,7 @@ SOLVED = [name for name, row in RECONSTRUCTIONS.items() if row.function and not 
 PROPAGATED: list[Settings] = [
     {"method": method, "reconstruction": reconstruction, "propagation": propagation}
     for method, (reconstruction, propagation) in zip(
-        methods(), itertools.cycle(itertools.product(SOLVED, ("corrected", "pruned"))), strict=False
+        OF_WEIGHTS, itertools.cycle(itertools.product(SOLVED, ("corrected", "pruned"))), strict=False
     )
 ] + [{"method": name, "propagation": "pruned"} for name in SOLVERS]
 CALIBRATION: Settings = {"calibration__statistics": "fisher", "calibration__samples": 3}

@@ -143,7 +143,7 @@ def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(
     done = without_privilege(lambda: wanda_dvc("calibrate", cwd=study.root))
     path.chmod(mode)
     assert done.returncode == 2, done.stderr
-    assert "Permission denied, expected read and write permission; change its permissions" in done.stderr
+    assert "Permission denied, expected permission to read and write; change it" in done.stderr
     assert outputs(study.root) == before
     again = wanda_dvc("calibrate", cwd=study.root)
     assert again.returncode == 0, again.stderr

@@ -31,6 +31,7 @@ def write(folder: Path, norms: list[list[torch.Tensor]], *, tokens: int = 4, sou
         write_stats(folder, block, BlockStats(inputs, readers, []))
     made = {
         "format": FORMAT,
+        "kind": "stats",
         "model": {"source": "tiny", "sha256": "0"},
         "text": {"source": source, "sha256": "0"},
         "params": {"samples": 1, "length": 4, "dtype": "float32"},

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.grids import cycled, named, pairs, thinned
+from cases.grids import OF_WEIGHTS, cycled, named, pairs, thinned
 from conftest import ROOT
 from ruamel.yaml import YAML
 from test_families import save
@@ -68,13 +68,13 @@ def together(pattern: dict[str, Any], reconstruction: str, propagation: str, met
     return allowed(method=method, reconstruction=reconstruction, propagation=propagation, **pattern)
 
 
-COMBINATIONS = pairs(PATTERNS, RECONSTRUCTIONS, PROPAGATIONS, methods(), allowed=together)
+COMBINATIONS = pairs(PATTERNS, RECONSTRUCTIONS, PROPAGATIONS, OF_WEIGHTS, allowed=together)
 
 
 def test_only_what_makes_no_sense_is_refused():
     # A training of dense blocks, a correction of weights that stay as they are; the variant with a pattern or a group.
-    refused = 2 * len(PATTERNS) * len(methods()) + (len(PATTERNS) - 1) * (len(RECONSTRUCTIONS) * len(PROPAGATIONS) - 2)
-    every = len(methods()) * len(RECONSTRUCTIONS) * len(PROPAGATIONS) * len(PATTERNS)
+    refused = 2 * len(PATTERNS) * len(OF_WEIGHTS) + (len(PATTERNS) - 1) * (len(RECONSTRUCTIONS) * len(PROPAGATIONS) - 2)
+    every = len(OF_WEIGHTS) * len(RECONSTRUCTIONS) * len(PROPAGATIONS) * len(PATTERNS)
     assert len(COMBINATIONS) == every - refused
 
 
@@ -184,7 +184,7 @@ def test_float16_keeps_gram_matrices_to_a_thousandth(study: Make, tmp_path: Path
         assert error.abs().max() <= 2**-11
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", OF_WEIGHTS)
 def test_wanda_pays_nothing_for_gram_matrices(study: Make, method: str):
     """Masks of a method that does not need them do not depend on stats/gram."""
     if methods()[method].needs == "gram":

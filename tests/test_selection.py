@@ -5,6 +5,7 @@ from fractions import Fraction
 import oracle
 import pytest
 import torch
+from cases.grids import OF_WEIGHTS
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -165,7 +166,7 @@ def test_other_devices_would_choose_the_same(weight, share):
         assert torch.equal(by_kth, score.sort(dim=1).values[:, go - 1 : go])
 
 
-@pytest.mark.parametrize("name", list(methods()))
+@pytest.mark.parametrize("name", list(OF_WEIGHTS))
 @given(data=st.data())
 def test_scores_of_slices_are_slices_of_scores_where_a_method_says_so(name, data):
     """Large matrices are scored in slices: a method with sums over columns that said so would be wrong on them."""
@@ -180,7 +181,7 @@ def test_scores_of_slices_are_slices_of_scores_where_a_method_says_so(name, data
 
 @pytest.mark.parametrize("group", ["row", "layer"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-@pytest.mark.parametrize("name", [name for name, row in methods().items() if row.competition != "solver"])
+@pytest.mark.parametrize("name", [name for name, row in OF_WEIGHTS.items() if row.competition != "solver"])
 def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str, pattern: str, group: str):
     """Whatever a row of the catalog says, slicing changes no mask."""
     method, target = methods()[name], Target(HALF, pattern, group)

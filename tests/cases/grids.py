@@ -7,6 +7,11 @@ from typing import Any
 import pytest
 from _pytest.mark import ParameterSet
 
+from wanda_dvc.catalog import methods
+
+# Without the methods that score complete blocks or experts: those take their own pattern alone.
+OF_WEIGHTS = {name: method for name, method in methods().items() if method.competition not in ("blocks", "experts")}
+
 
 def pairs(*axes: Iterable[Any], allowed: Callable[..., bool] = lambda *row: True) -> list[ParameterSet]:
     """Every allowed row of a product of axes. The rows that are not needed to cover all pairs of values are `full`.

@@ -64,7 +64,11 @@ MEANT = [
     ("calibration.text.split", "", ("calibration.text.split", "got ''", "expected")),
     ("calibration.text.split", "../x", ("calibration.text.split", "got ../x", "expected train or test")),
     ("calibration.text.join", 3, ("calibration.text.join", "got 3", "expected string")),
-    ("method", "wands", ("method", "got wands", "expected magnitude, wanda, wanda-variant, ria, sparsegpt or admm")),
+    (
+        "method",
+        "wands",
+        ("method", "got wands", "expected magnitude, wanda, wanda-variant, ria, sparsegpt, admm, reap or influence"),
+    ),
     ("method", "wanda; rm -rf", ("method", "got wanda; rm -rf", "expected")),
     ("sparsity", 1, ("sparsity", "got 1", "expected < 1")),
     ("sparsity", -0.1, ("sparsity", "got -0.1", "expected ≥ 0")),

@@ -118,7 +118,7 @@ def tier_provenance(project: Project, folder: Path) -> Json:
     """Return the provenance of stats/gram or stats/fisher. UserError if it is empty, or of another run than norms."""
     tier, norms = read_provenance(folder, "calibrate"), read_provenance(project.stats, "calibrate")
     blocks = block_count(folder, "calibrate")
-    wanted = project.params.calibration.statistics
+    wanted = Project(project.root).params.calibration.statistics  # for the message: no stage depends on it
     also = "" if wanted in (folder.name, "fisher") else f" with calibration.statistics={folder.name}"
     if not blocks or any(tier[name] != norms[name] for name in ("model", "text", "params")):
         raise UserError(
