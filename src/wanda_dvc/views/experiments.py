@@ -21,6 +21,7 @@ from wanda_dvc.study.settings import flatten
 
 NAMED = 10  # names in a sentence
 HEADERS = ["experiment", "state", "change", "perplexity", "divergence", "agreement, %", "mean acc, %"]
+REMOVED = "parameters removed, %"  # a column if a pattern of units removed some
 
 
 def experiments(*, project: Project, as_json: bool = False) -> str:
@@ -28,6 +29,7 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     records = [_record(one) for one in list_experiments(project, locks=True)]
     if as_json:
         return json_text(records)
+    smaller = any(record["removed_parameters"] is not None for record in records)
     rows = [
         [
             record["name"],
@@ -37,6 +39,7 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
             _shown(record["divergence"], "{:.4f}"),
             _shown(record["agreement"], "{:.1f}", 100),
             _shown(record["accuracy"], "{:.1f}", 100),
+            *([_shown(record["removed_parameters"], "{:.1f}", 100)] if smaller else []),
         ]
         for record in records
     ]
@@ -44,7 +47,7 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     named = ", ".join(stale[:NAMED]) + (f" and {len(stale) - NAMED} more" if len(stale) > NAMED else "")
     said = f"No numbers of stages that have not run on the current settings: {named}." if stale else ""
     warnings = [f"{record['name']}: {problem}." for record in records for problem in record["warnings"]]
-    parts = (table(HEADERS, rows), _about_text(project), said, "\n".join(warnings))
+    parts = (table([*HEADERS, *([REMOVED] if smaller else [])], rows), _about_text(project), said, "\n".join(warnings))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -96,6 +99,7 @@ def _record(one: Experiment) -> Json:
         "divergence": _mean(measured.get("divergence")),
         "agreement": _mean(measured.get("top1_agreement")),
         "accuracy": sum(accuracies) / len(accuracies) if accuracies and len(accuracies) == len(answered) else None,
+        "removed_parameters": own.get("metrics/pruned/sparsity.json", {}).get("removed_parameters"),
         "warnings": list(raised(own.get("metrics/pruned/held_out.json", {}))),
         "stale": one.state == SUCCESS and len(own) < len(one.metrics),
     }
