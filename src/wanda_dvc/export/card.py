@@ -6,6 +6,7 @@ from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.card import table
+from wanda_dvc.study.details import load_details
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.markup import inline
 from wanda_dvc.study.project import Project
@@ -73,7 +74,7 @@ def _notes(study: Project, outdated: Sequence[str]) -> Iterator[str]:
         yield f"Stale at the time of this export, because their inputs had changed: {', '.join(outdated)}."
     if apart := measured_apart(study):
         yield f"{not_compared(apart)} The notes below are on the pruned model."
-    protocols = [load_json(study.details(model, "perplexity")).get("protocol") for model in MODELS]
+    protocols = [load_details(study.details(model, "perplexity")).get("protocol") for model in MODELS]
     if protocol := protocols[1] or protocols[0]:
         yield (
             f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of "

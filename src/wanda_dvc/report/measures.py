@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import inference
 from wanda_dvc.report.inference import Answer, Estimate, Flips
-from wanda_dvc.study.files import Json, load_json, load_numbers
+from wanda_dvc.study.details import load_details
+from wanda_dvc.study.files import Json, load_numbers
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import measured_alike
 
@@ -48,10 +49,10 @@ class Measured:
         return cls(
             measures.pop("perplexity", None),
             measures,
-            load_json(study.details(model, "perplexity")),
+            load_details(study.details(model, "perplexity")),
             accuracies,
-            load_json(study.details(model, "zero_shot")).get("tasks", {}),
-            load_json(study.details(model, "continuations")),
+            load_details(study.details(model, "zero_shot")).get("tasks", {}),
+            load_details(study.details(model, "continuations")),
         )
 
     @classmethod
@@ -171,5 +172,5 @@ def repeated_share(tokens: Sequence[int]) -> float:
 
 def mean_layer_error(study: Project) -> float | None:
     """Return the mean layer error of a study's pruned linears; None if it was not measured."""
-    linears = load_json(study.details("pruned", "layer_error")).get("linears", {})
+    linears = load_details(study.details("pruned", "layer_error")).get("linears", {})
     return sum(measures["error"] for measures in linears.values()) / len(linears) if linears else None

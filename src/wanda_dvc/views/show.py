@@ -8,6 +8,7 @@ from wanda_dvc.reading import DIVERGED, is_there
 from wanda_dvc.report.inference import Flips, total_flips
 from wanda_dvc.report.measures import ANSWERS, Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
+from wanda_dvc.study.details import load_details
 from wanda_dvc.study.files import Json, json_text, load_json, load_numbers
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.local import missing_sources
@@ -53,8 +54,8 @@ def show(*, project: Project, as_json: bool = False) -> str:
 def measured(project: Project, model: str) -> dict[str, tuple[Json, Json]]:
     """Return the metrics and the details of a model's perplexity, and then of each task by name; empty if missing."""
     answered = load_numbers(project.metrics(model, "zero_shot"))
-    details = load_json(project.details(model, "zero_shot")).get("tasks", {})
-    own = load_numbers(project.metrics(model, "perplexity")), load_json(project.details(model, "perplexity"))
+    details = load_details(project.details(model, "zero_shot")).get("tasks", {})
+    own = load_numbers(project.metrics(model, "perplexity")), load_details(project.details(model, "perplexity"))
     tasks = {task: (answered.get(task, {}), details.get(task, {})) for task in project.params.tasks.names}
     return {"perplexity": own, **tasks}
 
@@ -236,7 +237,7 @@ def _title(project: Project) -> list[str]:
 def _footnotes(project: Project) -> Iterator[str]:
     for problem in raised(load_numbers(project.metrics("pruned", "held_out"))):
         yield f"Warning: {problem}."
-    yield from _notes_on_layers(load_json(project.details("pruned", "layer_error")).get("linears", {}))
+    yield from _notes_on_layers(load_details(project.details("pruned", "layer_error")).get("linears", {}))
     names = project.params.tasks.names
     if any(load_json(project.data("tasks") / name / PROVENANCE).get("samples") for name in names):
         yield (
@@ -298,7 +299,7 @@ def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
         f"{linears[worst]['error']:.4f}, of {worst}. With the same masks and no reconstruction the mean is "
         f"{masked:.4f}."
     )
-    if raised := {name: measures["damping"] for name, measures in linears.items() if measures.get("raised")}:
+    if raised := {name: measures.get("damping", 0) for name, measures in linears.items() if measures.get("raised")}:
         most = max(raised, key=lambda name: raised[name])
         yield (
             f"The Gram matrices of {len(raised)} linears are not positive definite with the default damping. It was "
