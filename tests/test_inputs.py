@@ -190,6 +190,7 @@ RUNS: dict[str, Callable[[Project], object]] = {
     "perplexity": lambda made: stages.run("perplexity", project=made, part="dense"),
     "perplexity-pruned": lambda made: stages.run("perplexity", project=made, part="pruned"),
     "zero-shot": lambda made: stages.run("zero-shot", project=made, part="dense"),
+    "zero-shot-pruned": lambda made: stages.run("zero-shot", project=made, part="pruned"),
     "stats": lambda made: stats.stats(project=made, layer=None, as_json=False),
     "show": lambda made: show.show(project=made),
 }
