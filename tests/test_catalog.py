@@ -35,12 +35,12 @@ def test_every_stage_reads_its_settings_and_no_others(project: Callable[..., Pro
     read: dict[tuple[str, str | None], set[str]] = {}
     for changed in ({}, FURTHER):
         for stage in STAGES.values():
-            for _, part in stage.runs():
+            for _, part, _ in stage.runs(["embedded"]):
                 made, reads = project(**changed), read.setdefault((stage.name, part), set())
                 own = made.with_params(limited(made.params, stage.settings_of(part), reads))
                 run(stage.name, project=own, part=part)
     for stage in STAGES.values():
-        for _, part in stage.runs():
+        for _, part, _ in stage.runs(["embedded"]):
             assert read[stage.name, part] - {"runtime"} == set(stage.settings_of(part)), (stage.name, part)
     assert len(read) == 1 + 4 + 3 + 2 + 2
 

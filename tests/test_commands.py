@@ -124,7 +124,7 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project
 def test_show_as_json_holds_the_files_own_numbers(there: Project):
     content = printed(["show"])
     for model in ("dense", "pruned"):
-        expected = load_json(there.metrics(model, "perplexity"))["perplexity"]
+        expected = load_json(there.metrics(model, "perplexity/embedded"))["perplexity"]
         assert content["results"][model]["perplexity"] == expected
         assert content["results"][model]["zero_shot"] == {"piqa": {"standard_errors": {}}}
     assert content["results"]["pruned"]["sparsity"] == load_json(there.metrics("pruned", "sparsity"))["sparsity"]

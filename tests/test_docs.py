@@ -243,7 +243,7 @@ NOT_RUN = {
     "make gpu GPU=--device cpu --tiny": "likewise",
     "make test": "this is one of its tests",
     "dvc exp run -S model=Qwen/Qwen2.5-0.5B": "needs the Hub",
-    "dvc exp run -S perplexity.text.source=ptb": "needs the Hub",
+    "dvc exp run -S perplexity.texts.embedded.source=ptb": "needs the Hub",
     "dvc exp run -S pattern=experts -S sparsity=0.25": "needs a mixture; test_experts.py prunes mixtures",
     "dvc push": "needs a remote; test_sharing.py pushes",
     "dvc queue start": "runs experiments in the background; test_pipeline.py runs a queue",

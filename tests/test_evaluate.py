@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import wanda_dvc
-from conftest import ROOT, save_tiny_model, write_params
+from conftest import ROOT, save_tiny_model, text_of, write_params
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
@@ -51,10 +51,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) ->
     write_params(root, make_model(root.parent / "model"), **texts)
     project = Project(root)
     for part in ("model", "calibration", "perplexity", "tasks"):
-        download(project=project, part=part)
+        download(project=project, part=part, text=text_of(part))
     prune(project)
     for model in ("dense", "pruned"):
-        perplexity(project=project, model=model)
+        perplexity(project=project, model=model, text="embedded")
         zero_shot(project=project, model=model)
     return project
 
@@ -158,8 +158,10 @@ def test_without_the_dense_models_results_it_says_what_to_run(study: Project):
         UserError, match="no answers of the dense model to piqa, .*; run `dvc repro` or `wanda-dvc zero"
     ):
         evaluate(project=study, paths=[study.model("pruned")])
-    shutil.rmtree(study.reference)
-    with pytest.raises(UserError, match="reference/provenance.json: .*run `dvc repro` or `wanda-dvc perplexity dense`"):
+    shutil.rmtree(study.reference("embedded"))
+    with pytest.raises(
+        UserError, match="reference/embedded/provenance.json: .*run `dvc repro` or `wanda-dvc perplexity dense`"
+    ):
         evaluate(project=study, paths=[study.model("pruned")])
 
 

@@ -65,7 +65,7 @@ def test_each_experiment_has_its_state_and_only_its_own_numbers(repository: Repo
     assert found["middling"]["perplexity"] != found["main"]["perplexity"] == found["workspace"]["perplexity"]
     shown = json.loads(repository.run("dvc", "exp", "show", "--json", "--all-commits"))
     theirs = [one for state in shown for one in state["experiments"] or [] if one["name"] == "broken"]
-    assert theirs[0]["revs"][0]["data"]["metrics"]["metrics/pruned/perplexity.json"]["data"]  # the branch's
+    assert theirs[0]["revs"][0]["data"]["metrics"]["metrics/pruned/perplexity/embedded.json"]["data"]  # the branch's
 
 
 def test_results_are_flat_records_with_the_same_keys(repository: Repository):

@@ -16,10 +16,10 @@ from wanda_dvc.study.places import EMBEDDED
 
 pytestmark = pytest.mark.pipeline
 
-DOWNLOADS = {"download@model", "download@calibration", "download@perplexity", "download@tasks"}
+DOWNLOADS = {"download@model", "download@calibration", "download-perplexity@embedded", "download@tasks"}
 PRUNE = {"mask", "apply"}
-EVALUATE = {"perplexity@pruned", "zero-shot@pruned"}
-BASELINE = {"perplexity@dense", "zero-shot@dense"}
+EVALUATE = {"perplexity-pruned@embedded", "zero-shot@pruned"}
+BASELINE = {"perplexity-dense@embedded", "zero-shot@dense"}
 ALL = {"locate"} | DOWNLOADS | {"calibrate"} | PRUNE | EVALUATE | BASELINE
 
 
@@ -54,7 +54,10 @@ def test_nothing_to_do_runs_nothing(repository: Repository):
 def test_running_again_on_equal_inputs_changes_nothing_in_git(repository: Repository):
     """Times are no reason for another dvc.lock, nor for a conflict between two branches."""
     assert "times" not in (repository.root / "dvc.lock").read_text()
-    assert ran(repository.run("dvc", "repro", "--force", "mask", "perplexity@pruned")) >= {"mask", "perplexity@pruned"}
+    assert ran(repository.run("dvc", "repro", "--force", "mask", "perplexity-pruned@embedded")) >= {
+        "mask",
+        "perplexity-pruned@embedded",
+    }
     assert repository.run("git", "status", "--porcelain") == ""
     shown = repository.run("wanda-dvc", "show")
     assert re.search(r"^\| perplexity-pruned +\| +[\d.]+ ", shown, flags=re.MULTILINE)
@@ -71,7 +74,7 @@ def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
         ({"method": "magnitude"}, PRUNE | EVALUATE),
         ({"calibration__samples": 4}, {"calibrate"} | PRUNE | EVALUATE),
         ({"calibration__text__join": "\n"}, {"download@calibration", "calibrate"} | PRUNE | EVALUATE),
-        ({"perplexity__length": 32}, {"perplexity@dense", "perplexity@pruned"}),
+        ({"perplexity__length": 32}, {"perplexity-dense@embedded", "perplexity-pruned@embedded"}),
         ({"zero_shot__limit": 3}, {"zero-shot@dense", "zero-shot@pruned"}),
         (
             {"tasks__names": ["piqa"]},
@@ -124,7 +127,7 @@ def test_another_model_reruns_all_but_the_texts_and_tasks(repository: Repository
 
 
 def test_coming_back_to_a_sparsity_runs_apply_alone_and_caches_no_model(repository: Repository):
-    first = json.loads((repository.root / "metrics/pruned/perplexity.json").read_text())
+    first = json.loads((repository.root / "metrics/pruned/perplexity/embedded.json").read_text())
     before = repository.cached()
     assert repository.repro(sparsity=0.7) == PRUNE | EVALUATE
     added = repository.cached() - before
@@ -132,7 +135,7 @@ def test_coming_back_to_a_sparsity_runs_apply_alone_and_caches_no_model(reposito
     masks = sum(path.stat().st_size for path in (repository.root / "masks").iterdir())
     assert masks < added < masks + 100_000 < weights / 2  # masks, metrics and details
     assert repository.repro(sparsity=0.5) == {"apply"}
-    assert json.loads((repository.root / "metrics/pruned/perplexity.json").read_text()) == first
+    assert json.loads((repository.root / "metrics/pruned/perplexity/embedded.json").read_text()) == first
     assert repository.repro() == set()
 
 
@@ -164,7 +167,7 @@ def test_experiments(repository: Repository):
     )
     assert "pattern: 2:4" in (repository.root / "params.yaml").read_text()
     difference = repository.run("dvc", "metrics", "diff")
-    assert re.search(r"metrics/pruned/perplexity.json +perplexity +[\d.]+ +[\d.]+", difference)
+    assert re.search(r"metrics/pruned/perplexity/embedded.json +perplexity +[\d.]+ +[\d.]+", difference)
     assert "metrics/dense" not in difference
     repository.run("git", "checkout", "--", ".")
     repository.run("dvc", "checkout")
@@ -233,7 +236,7 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert not any(path.is_symlink() for path in exported.rglob("*"))
     assert not any(str(tmp_path.parent).encode() in content for content in [card.encode(), *own.values()])
 
-    measured = json.loads((repository.root / "metrics/pruned/perplexity.json").read_text())["perplexity"]
+    measured = json.loads((repository.root / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
     assert f"| {number(measured)} (" in card  # and its interval
     assert re.search(r"\| pattern +\| `2:4`", card)
     assert "wanda-dvc preset default\ndvc exp run \\\n    -S model=/path/to/tiny \\\n" in card

@@ -25,8 +25,9 @@ def written_out(**changes: object) -> dict[str, object]:
 # The settings that no preset changes.
 PLAIN = written_out(
     calibration__text__column=None, calibration__statistics="norms", sparsity=0.5, pattern="unstructured", method=None,
-    allocation=None, allocation_strength=None, reconstruction=None, propagation=None, perplexity__text__split=None,
-    perplexity__text__column=None, perplexity__text__source="wikitext2", tasks__source="benchmark", tasks__names=FIVE,
+    allocation=None, allocation_strength=None, reconstruction=None, propagation=None,
+    perplexity__texts__wikitext2__split=None, perplexity__texts__wikitext2__column=None,
+    perplexity__texts__wikitext2__source="wikitext2", tasks__source="benchmark", tasks__names=FIVE,
     zero_shot__limit=None,
 )  # fmt: skip
 # Every setting of every preset, by hand.
@@ -109,7 +110,7 @@ def test_the_studys_set_up_is_what_its_page_says():
         )
         assert perplexity
         assert given["perplexity.length"] == int(perplexity[1].replace(",", ""))
-        assert params.calibration.text.chosen.join == params.perplexity.text.chosen.join == "\n\n"
+        assert params.calibration.text.chosen.join == params.perplexity.texts["wikitext2"].chosen.join == "\n\n"
         tasks = re.search(r"lm-eval, (.*); `acc`, no examples in the prompt, whole splits", page)
         assert tasks
         assert [task.lower().replace("-", "_") for task in tasks[1].split(", ")] == given["tasks.names"]

@@ -26,7 +26,7 @@ def stage(out: str, dep: str | None = None, **asked: object) -> dict[str, Any]:
 def test_what_ran_on_other_settings_is_stale_and_so_is_what_follows():
     asked = {"sparsity": 0.5, "dtype": "float32"}
     stages = {
-        "perplexity": stage("metrics/pruned/perplexity.json", "models/pruned"),
+        "perplexity": stage("metrics/pruned/perplexity/embedded.json", "models/pruned"),
         "apply": stage("models/pruned", "masks"),
         "mask": stage("masks", "stats", sparsity=0.5),
         "calibrate": stage("stats", dtype="float32"),
@@ -50,7 +50,7 @@ def lock(project: Project) -> dict[str, Any]:
     every = dict(flatten(project.params.model_dump(mode="json")))
     stages = {}
     for row in STAGES.values():
-        for name, part in row.runs():
+        for name, part, _ in row.runs(["embedded"]):
             wanted = row.settings_of(part)
             asked = {key: value for key, value in every.items() if any(f"{key}.".startswith(f"{w}.") for w in wanted)}
             stages[named_by_dvc(name, row.name)] = stage(name, **asked)
@@ -96,7 +96,7 @@ def test_show_rounds_no_figure_of_its_own_accord(project: Callable[..., Project]
     """The library of the table takes a column of numbers for one, and writes six digits."""
     made = project(tasks__names=[])
     for model in ("dense", "pruned"):
-        write_json(made.metrics(model, "perplexity"), {"perplexity": 1234567.0})
+        write_json(made.metrics(model, "perplexity/embedded"), {"perplexity": 1234567.0})
     write_json(made.metrics("pruned", "sparsity"), {"sparsity": 0.5})
     shown = show(project=made)
     assert shown.count("1,234,567") == 2

@@ -216,7 +216,7 @@ def test_bytes_are_not_guessed(project: Callable[..., Project]):
 
 def keys_of(project: Project) -> dict[str, str]:
     """The key of every run whose result a study holds."""
-    found = {name: stage.key(project, part) for stage in STAGES.values() for name, part in stage.runs()}
+    found = {name: stage.key(project, part) for stage in STAGES.values() for name, part, _ in stage.runs(["embedded"])}
     return {name: key for name, key in found.items() if key}
 
 
@@ -270,10 +270,10 @@ def write_results(
             "tokens_sha256": text,
         }
         losses = [mean + x if math.isfinite(mean) else "diverged" for x in (-0.1, 0.0, 0.0, 0.1)]
-        write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": losses})
+        write_json(project.details(model, "perplexity/embedded"), {"protocol": protocol, "losses": losses})
         value = float(f"{math.exp(mean):.6g}") if math.isfinite(mean) else "diverged"
         apart = divergence_of(mean - 2.0) if model == "pruned" else {}
-        write_json(project.metrics(model, "perplexity"), {"perplexity": value} | apart)
+        write_json(project.metrics(model, "perplexity/embedded"), {"perplexity": value} | apart)
         write_csv(project.plots(f"{model}/perplexity"), ["window", "predictions", "loss"], [[0, 63, mean]])
         wrong = 2 if model == "pruned" else 1
         items = [{"item": i, "answer": wrong * (i >= count), "acc": float(i < count)} for i in range(40)]
@@ -479,7 +479,7 @@ def test_ids_are_unique_whatever_the_sections_are_called(tmp_path: Path):
 
 
 def test_runs_before_a_method_is_chosen_are_shared_and_those_of_the_dense_model():
-    known = runs()
+    known = runs(["embedded"])
     shared = {name for name, (_, own) in known.items() if not own}
     assert shared == {
         "locate", "download-model", "download-calibration", "download-perplexity", "download-tasks", "calibrate",
@@ -521,7 +521,7 @@ def hostile_content(tmp_path: Path) -> Content:
         root.mkdir()
         write_results(
             root, "wanda", 0.5, 2.5 + number, 20, model=f"/m/{HOSTILE.replace('/', '')}",
-            perplexity__text__source=f"/t/{HOSTILE}.txt",
+            perplexity__texts__embedded__source=f"/t/{HOSTILE}.txt",
         )  # fmt: skip
         row = row_of(Project(root), name=f"{number}{HOSTILE}")
         for run, time in row.times().items():
@@ -670,7 +670,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Repository, Path,
     write_results(root, "magnitude", 0.7, math.nan, 12)
     study.save("worst")
     write_results(root, "wanda", 0.7, 3.0, 23)
-    lost = (root / "metrics/details/pruned/perplexity.json").read_bytes()
+    lost = (root / "metrics/details/pruned/perplexity/embedded.json").read_bytes()
     study.save("lost")
     cached = [path for path in (root / ".dvc/cache").rglob("*") if path.is_file() and path.read_bytes() == lost]
     assert len(cached) == 1
@@ -767,7 +767,7 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "Diverged, shown at the upper edge: magnitude 70 %",
         "This report knows no published row with the protocol",
         "waiting: queued (sparsity=0.3)",
-        "lost: not in DVC's cache, and so not read: metrics/details/pruned/perplexity.json",
+        "lost: not in DVC's cache, and so not read: metrics/details/pruned/perplexity/embedded.json",
         "main, workspace",
         "-S sparsity=0.7",
     ):
@@ -847,7 +847,7 @@ def test_numbers_of_other_parameters_are_left_out(written: tuple[Repository, Pat
     assert "wanda 90 %" not in text
     with pytest.raises(UserError, match="no experiment of a model named like large with results"):
         report(project=Project(study.root), output=tmp_path / "report.html", model="large")
-    number = study.root / "metrics/pruned/perplexity.json"
+    number = study.root / "metrics/pruned/perplexity/embedded.json"
     by_dvc = number.read_bytes()
     try:
         number.write_text('{"perplexity": 987.25}', encoding="utf-8")  # by hand: not what dvc.lock knows of

@@ -23,8 +23,8 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PIPELINE
 from wanda_dvc.study.sharing import cached, check_gated
 
-PRUNE = {"locate", "mask", "apply", "perplexity@pruned", "zero-shot@pruned"}
-DOWNLOADS = {"download@model", "download@calibration", "download@perplexity", "download@tasks"}
+PRUNE = {"locate", "mask", "apply", "perplexity-pruned@embedded", "zero-shot@pruned"}
+DOWNLOADS = {"download@model", "download@calibration", "download-perplexity@embedded", "download@tasks"}
 
 
 def with_outs(root: Path, options: str) -> Project:

@@ -240,7 +240,7 @@ def _tiers() -> Iterator[Case]:
 
 def _shown() -> Iterator[Case]:
     """Results that `show` reads."""
-    metrics = ("metrics/pruned/sparsity.json", "metrics/dense/perplexity.json", "metrics/dense/zero_shot.json")
+    metrics = ("metrics/pruned/sparsity.json", "metrics/dense/perplexity/embedded.json", "metrics/dense/zero_shot.json")
     for path in (*metrics, "masks/provenance.json", "models/pruned/provenance.json"):
         for name in ("empty", "half", "a list", "binary", "deep", "null", "a huge number", "half a surrogate pair"):
             content, found = NO_OBJECTS[name]

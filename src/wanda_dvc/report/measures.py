@@ -41,14 +41,15 @@ class Measured:
     continuations: Json = field(default_factory=dict)  # the protocol, and the prompts or `skipped`
 
     @classmethod
-    def of(cls, study: Project, model: str) -> "Measured":
-        """Read the metrics and the details of a study's model."""
+    def of(cls, study: Project, model: str, text: str = "") -> "Measured":
+        """Read the metrics and the details of a study's model, on a text, by default the first one."""
+        on_text = f"perplexity/{text or study.params.perplexity.first}"
         accuracies = {task: of["acc"] for task, of in load_numbers(study.metrics(model, "zero_shot")).items()}
-        measures = load_numbers(study.metrics(model, "perplexity"))
+        measures = load_numbers(study.metrics(model, on_text))
         return cls(
             measures.pop("perplexity", None),
             measures,
-            load_json(study.details(model, "perplexity")),
+            load_json(study.details(model, on_text)),
             accuracies,
             load_json(study.details(model, "zero_shot")).get("tasks", {}),
             load_json(study.details(model, "continuations")),

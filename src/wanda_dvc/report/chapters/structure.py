@@ -80,12 +80,13 @@ def _sizes(section: Section) -> Content:
             rows.append([section.name(row), f"{stored / 1e6:,.1f}", share, number(row.pruned.perplexity)])
     if not rows:
         return []
+    on = f", {section.about(section.texts[0])}" if len(section.texts) > 1 else ""
     caption = (
         "The model's size without its zeros. Unstructured: the remaining values, and one bit a weight for the mask. "
         "n:m: the remaining values, and ⌈log₂ m⌉ bits each for their position. The files of `apply` contain the zeros "
         "and are no smaller."
     )
-    parts: Content = [table(caption, ["", "MB", "% of dense", "perplexity"], rows)]
+    parts: Content = [table(caption, ["", "MB", "% of dense", f"perplexity{on}"], rows)]
     if series := section.points(point):
         if size and isinstance(dense, float):
             series["dense"] = [Point(size / 1e6, dense)]
