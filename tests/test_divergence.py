@@ -193,7 +193,9 @@ def test_the_pruned_model_is_measured_without_the_dense_one(project: Make):
     perplexity(project=made, model="dense", text="embedded")
     shutil.rmtree(made.model("dense"))
     perplexity(project=made, model="pruned", text="embedded")
-    metrics, details = (load_json(getattr(made, kind)("pruned", "perplexity")) for kind in ("metrics", "details"))
+    metrics, details = (
+        load_json(getattr(made, kind)("pruned", "perplexity/embedded")) for kind in ("metrics", "details")
+    )
     assert 0 < metrics["divergence"]["low"] < metrics["divergence"]["mean"] < metrics["divergence"]["high"]
     assert metrics["divergence"]["median"] <= metrics["divergence"]["p99"] <= metrics["divergence"]["largest"]
     assert 0 < metrics["top1_agreement"]["mean"] < 1

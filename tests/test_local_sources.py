@@ -33,7 +33,7 @@ def test_a_source_is_a_link_or_a_note(tmp_path: Path, tiny: Path, project):
     locate(project=made)
     assert made.source("model").readlink() == tiny
     assert made.source("calibration").readlink() == text
-    assert made.source("perplexity").read_text() == '{\n  "source": "embedded"\n}\n'
+    assert made.source("perplexity/embedded").read_text() == '{\n  "source": "embedded"\n}\n'
     assert sorted(path.name for path in made.source("model").parent.iterdir()) == [
         "calibration", "model", "perplexity", "tasks",
     ]  # fmt: skip

@@ -145,7 +145,7 @@ def test_the_committed_file_sets_every_setting():
         return [name for key, value in node.items() for name in names(value, f"{prefix}{key}.")]
 
     committed = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    assert names(committed) == [name for name, _ in settings()]
+    assert names(committed) == [name.replace("NAME", "embedded") for name, _ in settings()]
     assert all(field.description for _, field in settings())
 
 

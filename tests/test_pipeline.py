@@ -126,6 +126,18 @@ def test_another_model_reruns_all_but_the_texts_and_tasks(repository: Repository
     assert repository.repro(sparsity=0.5) == ALL - DOWNLOADS | {"download@model"}
 
 
+def test_another_text_runs_its_own_stages_alone(repository: Repository, tmp_path: Path):
+    (tmp_path / "more.txt").write_text("".join(f"The {number}th line. " for number in range(200)))
+    setting = f"+perplexity.texts.more.source={tmp_path}/more.txt"
+    own = {"download-perplexity@more", "perplexity-dense@more", "perplexity-pruned@more"}
+    assert ran(repository.run("dvc", "exp", "run", "--name", "two", "-S", setting)) == {"locate"} | own
+    shown, listed = (repository.run("wanda-dvc", *words) for words in (("show",), ("list",)))
+    assert re.search(r"perplexity, more \(another source\) +\| [\d.]+ \([\d.]+ to [\d.]+\) \| [\d.]+", shown)
+    assert "perplexity, more" in listed.replace("  ", " ")
+    assert repository.repro(sparsity=0.5) == {"locate"}  # the text is gone
+    assert {path.name for path in (repository.root / "sources/perplexity").iterdir()} == {"embedded"}
+
+
 def test_coming_back_to_a_sparsity_runs_apply_alone_and_caches_no_model(repository: Repository):
     first = json.loads((repository.root / "metrics/pruned/perplexity/embedded.json").read_text())
     before = repository.cached()

