@@ -22,8 +22,7 @@ from wanda_dvc.catalog import methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
 from wanda_dvc.report import inference, report
-from wanda_dvc.report.chapters import content
-from wanda_dvc.report.chapters.published import sources
+from wanda_dvc.report.chapters import content, published
 from wanda_dvc.report.chapters.run_time import runs
 from wanda_dvc.report.chapters.structure import by_block, stored_bytes
 from wanda_dvc.report.charts import Point, accuracies, curves, svg
@@ -31,8 +30,9 @@ from wanda_dvc.report.comparisons import paired_mean
 from wanda_dvc.report.pages import Content, Picture, as_html, as_markdown, heading, table
 from wanda_dvc.report.rows import Collected, Note, Row, identity
 from wanda_dvc.report.section import differences, sections
-from wanda_dvc.stages import PARTS, STAGES
+from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import write_csv, write_json
+from wanda_dvc.study.local import sources
 from wanda_dvc.study.markup import inline
 from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project
@@ -174,8 +174,9 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
 
     def matches(measure: str = "perplexity", **changes: object) -> set[float | str]:
         changed = study | {key.replace("__", "."): value for key, value in changes.items()}
-        settings = resolved(check_params(nested(changed)))
-        found = [(source, row) for source in sources() for row in source.rows if measure in row]
+        params = check_params(nested(changed))
+        settings = resolved(params) | published.text_settings(params, "wikitext2")
+        found = [(source, row) for source in published.sources() for row in source.rows if measure in row]
         return {row[measure] for source, row in found if not source.differences(settings, measure, row)}
 
     assert matches() == {5.114, 6.415}
@@ -216,7 +217,11 @@ def test_bytes_are_not_guessed(project: Callable[..., Project]):
 
 def keys_of(project: Project) -> dict[str, str]:
     """The key of every run whose result a study holds."""
-    found = {name: stage.key(project, part) for stage in STAGES.values() for name, part, _ in stage.runs(["embedded"])}
+    found = {
+        name: stage.key(project, part, text)
+        for stage in STAGES.values()
+        for name, part, text in stage.runs(["embedded"])
+    }
     return {name: key for name, key in found.items() if key}
 
 
@@ -248,17 +253,18 @@ def write_results(
     """
     write_params(root, Path("/models/tiny"), method=method, sparsity=sparsity, **changes)
     project = Project(root)
-    for folder in ("models/dense", "models/pruned", "data/calibration", "data/perplexity", "data/tasks/piqa"):
+    for folder in ("models/dense", "models/pruned", "data/calibration", "data/perplexity/embedded", "data/tasks/piqa"):
         write_json(
             root / folder / "provenance.json", {"of": [folder, *([method, sparsity] if "pruned" in folder else [])]}
         )
-    for part in PARTS:
+    for part in sources(project.params):
         write_json(project.source(part), {"source": part})
     for tier in (project.stats, project.gram, project.fisher):
         tier.mkdir(parents=True, exist_ok=True)
         seal(tier, {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
-    write_csv(project.plots("pruned/divergence"), ["window", "divergence"], [[0, loss]])
-    for folder in ("masks", "weights", "reference"):
+    write_csv(project.plots("divergence/embedded"), ["window", "divergence"], [[0, loss]])
+    write_csv(project.plots("perplexity/embedded"), ["window", "predictions", "dense", "pruned"], [[0, 63, 2.0, loss]])
+    for folder in ("masks", "weights", "reference/embedded"):
         write_json(root / folder / "provenance.json", {"of": [method, sparsity]})
     for model, mean, count in (("dense", 2.0, 24), ("pruned", loss, right)):
         of = {"model": [method, sparsity] if model == "pruned" else [], "text": {"sha256": text, "source": "a text"}}
@@ -274,7 +280,6 @@ def write_results(
         value = float(f"{math.exp(mean):.6g}") if math.isfinite(mean) else "diverged"
         apart = divergence_of(mean - 2.0) if model == "pruned" else {}
         write_json(project.metrics(model, "perplexity/embedded"), {"perplexity": value} | apart)
-        write_csv(project.plots(f"{model}/perplexity"), ["window", "predictions", "loss"], [[0, 63, mean]])
         wrong = 2 if model == "pruned" else 1
         items = [{"item": i, "answer": wrong * (i >= count), "acc": float(i < count)} for i in range(40)]
         answered = {"protocol": of | {"task": {"sha256": task}}, "items": items}
@@ -332,7 +337,7 @@ def test_what_read_other_windows_or_items_is_not_compared(tmp_path: Path):
     (tmp_path / "other").mkdir()
     other = {"text": "another", "task": "another"}
     text = said_of(tmp_path / "other", (("wanda", 0.5, 2.5, 20), {}), (("magnitude", 0.5, 3.5, 4), other))
-    assert "measured in 2 ways, which differ in `data/perplexity`, `data/tasks/piqa`" in text
+    assert "measured in 2 ways, which differ in `data/perplexity/embedded`, `data/tasks/piqa`" in text
     assert "against magnitude" not in text
     assert "- wanda 50 % against dense: 1.649 × the perplexity" in text
     assert "- magnitude 50 % against dense: 4.482 × the perplexity" in text
@@ -482,8 +487,8 @@ def test_runs_before_a_method_is_chosen_are_shared_and_those_of_the_dense_model(
     known = runs(["embedded"])
     shared = {name for name, (_, own) in known.items() if not own}
     assert shared == {
-        "locate", "download-model", "download-calibration", "download-perplexity", "download-tasks", "calibrate",
-        "perplexity-dense", "zero-shot-dense",
+        "locate", "download-model", "download-calibration", "download-perplexity@embedded", "download-tasks",
+        "calibrate", "perplexity-dense@embedded", "zero-shot-dense",
     }  # fmt: skip
     assert list(dict.fromkeys(stage for stage, _ in known.values())) == list(STAGES)
 

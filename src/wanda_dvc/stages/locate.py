@@ -6,6 +6,6 @@ from wanda_dvc.study.project import Project, remove
 
 def locate(*, project: Project) -> None:
     """Settings → sources/model, sources/calibration, sources/perplexity/NAME and sources/tasks."""
-    remove(project.source("perplexity"))  # a text may be gone
+    remove(project.source("perplexity"))  # a text may have been removed
     for part in sources(project.params):
         link_source(project, part)

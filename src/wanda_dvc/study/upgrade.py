@@ -226,7 +226,8 @@ def _by_name(settings: Settings, study: Settings) -> Settings:
     """Return settings with the one text of the perplexity as a text with a name: a named text's own, else `text`."""
     source = settings.get(f"{ONE_TEXT}source", study.get(f"{ONE_TEXT}source"))
     name = f"perplexity.texts.{source if source in NAMED_TEXTS else 'text'}."
-    return {key.replace(ONE_TEXT, name) if key.startswith(ONE_TEXT) else key: value for key, value in settings.items()}
+    renamed = {f"{ONE_TEXT}{field}": f"{name}{field}" for field in Text.model_fields}
+    return {renamed.get(key, key): value for key, value in settings.items()}
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import methods
+from wanda_dvc.params import Params
 from wanda_dvc.report.formatting import DASH
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.report.pages import Content, table
@@ -75,7 +76,7 @@ def content(section: Section) -> Content:
         for entry in source.rows:
             for measure in [key for key in entry if key == "perplexity" or key in section.tasks]:
                 for row, text in ((one, text) for one in section.rows for text in _texts(one, measure)):
-                    different = source.differences(row.settings | _settings(row, text), measure, entry)
+                    different = source.differences(row.settings | text_settings(row.params, text), measure, entry)
                     if different:
                         others.append((len(different), f"{source.source}: {entry['method']}, {measure}", different))
                         continue
@@ -101,9 +102,9 @@ def _texts(row: Row, measure: str) -> list[str]:
     return list(row.params.perplexity.texts) if measure == "perplexity" else [row.params.perplexity.first]
 
 
-def _settings(row: Row, text: str) -> Settings:
+def text_settings(params: Params, text: str) -> Settings:
     """Return the settings of a text under the names of published.yaml."""
-    return {f"perplexity.text.{key}": value for key, value in row.params.perplexity.texts[text].filled}
+    return {f"perplexity.text.{key}": value for key, value in params.perplexity.texts[text].filled}
 
 
 def _own(measured: Measured, measure: str) -> float | str | None:
