@@ -154,10 +154,10 @@ MIGRATIONS: list[tuple[Settings, Settings]] = [  # changes of the earlier settin
         | {"perplexity.texts.text.source": "/texts/mine.txt"},
     ),
     (
-        {"perplexity.text.source": "ptb", "perplexity.text.split": "valid"},
+        {"perplexity.text.source": "ptb", "perplexity.text.split": "validation"},
         {
             "perplexity.texts.ptb.source": "ptb",
-            "perplexity.texts.ptb.split": "valid",
+            "perplexity.texts.ptb.split": "validation",
             "perplexity.texts.ptb.column": None,
         },
     ),
