@@ -13,8 +13,10 @@ from test_report import write_results
 
 import wanda_dvc as wd
 from wanda_dvc.errors import UserError
+from wanda_dvc.study.experiments import Experiment, Kind
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import load_lock
+from wanda_dvc.views import experiments as listing
 from wanda_dvc.views.experiments import experiments
 from wanda_dvc.views.show import show
 
@@ -138,6 +140,7 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
             "change": {"sparsity": 0.9},
             "texts": {},
             "accuracy": None,
+            "removed_parameters": None,
             "warnings": [],
             "stale": True,
         }
@@ -146,6 +149,20 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
         path.write_text(before, encoding="utf-8")
     assert "No numbers of stages that have not run on the current settings: workspace." in said
     assert "sparsity=0.9" in said
+
+
+def test_a_smaller_model_has_a_column_for_its_parameters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    path = "metrics/pruned/sparsity.json"
+    metrics, stages = {path: {"sparsity": 0.2, "removed_parameters": 0.123}}, {"apply": {"outs": [{"path": path}]}}
+    small = Experiment("small", "rev", Kind.EXPERIMENT, "success", {}, {}, metrics, stages)
+    plain = small._replace(name="plain", metrics={}, stages={})
+    monkeypatch.setattr(listing, "list_experiments", lambda *_, **__: [small, plain])
+    monkeypatch.setattr(listing, "stale_stages", lambda *_: set())
+    said = experiments(project=Project(tmp_path))
+    assert "| parameters removed, %" in said
+    assert [line.split("|")[-2].strip() for line in said.splitlines()[2:4]] == ["12.3", "–"]
+    monkeypatch.setattr(listing, "list_experiments", lambda *_, **__: [plain])
+    assert "removed" not in experiments(project=Project(tmp_path))
 
 
 def test_the_command_prints_a_row_an_experiment(repository: Repository):

@@ -212,6 +212,13 @@ def test_bytes_are_not_guessed(project: Callable[..., Project]):
     assert stored_bytes(row_of(made)) is None
 
 
+def test_the_bytes_of_a_smaller_model_are_its_own(project: Callable[..., Project]):
+    made = project(pattern="neurons", sparsity=0.25)
+    write_csv(made.plots("sparsity"), ["weights", "zeros", "bytes"], [[4096, 1024, 8192]])
+    assert stored_bytes(row_of(made, {"models/dense": 10_000, "models/pruned": 7900})) == 7900
+    assert stored_bytes(row_of(made, {"models/dense": 10_000})) is None
+
+
 # --- what is set against what ---
 
 
@@ -431,6 +438,17 @@ def test_an_interval_of_accuracies_stays_within_0_and_100(tmp_path: Path):
     assert difference.high == 1
     text = said_of(tmp_path, (("wanda", 0.5, 2.5, 39), {}))
     assert re.search(r"\| wanda 50 % \| 12.18 \| [\d.]+ to [\d.]+ \| 97.5 \| 92.4 to 100.0 \|", text)
+
+
+def test_a_smaller_model_is_named_by_its_units_and_the_parameters_that_went(tmp_path: Path):
+    write_results(tmp_path, "wanda", 0.25, 2.5, 20, pattern="neurons")
+    made = Project(tmp_path)
+    write_json(made.metrics("pruned", "sparsity"), {"sparsity": 0.25, "removed_parameters": 0.125})
+    text = as_markdown(content(Collected([row_of(made)], [], [])), "pictures")
+    assert (
+        "- wanda neurons 25 %: 25 % of the neurons of each MLP were removed, 12.5 % of the model's parameters." in text
+    )
+    assert "| 25 % neurons, 12.5 % of all parameters |" in text
 
 
 def test_any_two_methods_are_compared_in_the_order_of_the_catalog(tmp_path: Path):

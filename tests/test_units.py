@@ -317,6 +317,8 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: An
             before, after = f"model.layers.{old}.{name}", f"model.layers.{new}.{name}"
             assert torch.equal(dense.weight(before), pruned.weight(after))
     assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] == 0.25
+    gone = min(range(4), key=scores.__getitem__)
+    assert f"| removed blocks, counted from 0 | {gone} |" in (made.model("pruned") / "README.md").read_text("utf-8")
     # As a model in memory computes it: hidden states before and after each block.
     model = AutoModelForCausalLM.from_pretrained(made.model("dense")).eval()
     windows = calibration_windows(made)

@@ -110,6 +110,17 @@ class Row:
         """The pattern as an addition to a name; empty if unstructured."""
         return "" if self.params.pattern == UNSTRUCTURED else f" {self.params.pattern}"
 
+    @cached_property
+    def removed(self) -> float | None:
+        """The share of all parameters that went with complete units; None: zeros are stored, or it is unknown."""
+        found: float | None = load_json(self.study.metrics("pruned", "sparsity")).get("removed_parameters")
+        return found
+
+    @property
+    def amount(self) -> str:
+        """The pattern n:m, or the sparsity in percent."""
+        return self.params.pattern if ":" in self.params.pattern else self.sparsity
+
     def inputs(self) -> dict[str, str]:
         """The first digits of the known SHA-256 of the dense model, the tokens and each task."""
         found = {"models/dense": load_json(self.study.model("dense") / PROVENANCE).get("sha256")}

@@ -78,7 +78,7 @@ class Section:
 
     @cached_property
     def _labels(self) -> dict[int, str]:
-        plain = [self.series(row) + ("" if row.pattern else f" {row.sparsity}") for row in self.rows]
+        plain = [self.series(row) + ("" if ":" in row.pattern else f" {row.sparsity}") for row in self.rows]
         twins = Counter(plain)
         return {
             id(row): f"{name} [{row.name}]" if twins[name] > 1 else name
@@ -100,7 +100,8 @@ class Section:
     def place(self, row: Row) -> tuple[float, str]:
         """Return the sparsity and other values shared by comparable rows of different recipes, in words."""
         variant = "".join(f", {key}={row.settings[key]}" for key in self.varying)
-        return row.params.sparsity, f"{row.sparsity}{row.pattern}{variant}"
+        removed = "" if row.removed is None else f", {100 * row.removed:.1f} % of all parameters"
+        return row.params.sparsity, f"{row.sparsity}{row.pattern}{removed}{variant}"
 
     @cached_property
     def curves(self) -> dict[str, list[Row]]:

@@ -9,6 +9,7 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
+from wanda_dvc.study.tensors import block_count, read_masks
 
 # The Hub's name of a licence, by a phrase of its text.
 LICENSES = {
@@ -83,14 +84,14 @@ def card(  # noqa: PLR0913 - the parts of a model card
     return CARD.format(
         metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
         source=inline(dense["source"]),
-        what=_what(pattern, sparsity, removed),
+        what=what_was_pruned(pattern, sparsity, removed),
         method=_cited(masks["params"]["method"]),
         kept=study.params.plan.reconstruction.kept,
         sections="".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items()),
     )
 
 
-def _what(pattern: str, sparsity: float, removed: float | None) -> str:
+def what_was_pruned(pattern: str, sparsity: float, removed: float | None) -> str:
     """Return what was pruned, as the beginning of a sentence."""
     percent = round(100 * sparsity, 2)
     if removed is None:
@@ -122,6 +123,8 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
     yield "sparsity", f"{params['sparsity']:g} requested, {measured:.6f} measured, of the {of}"
     if config := masks.get("config"):
         yield "config.json", ", ".join(f"{field} {value}" for field, value in config.items())
+        if gone := _removed_blocks(study):
+            yield "removed blocks, counted from 0", ", ".join(map(str, gone))
     allocation = ALLOCATIONS[params.get("allocation", "uniform")]
     yield "allocation", f"{code(allocation.name)}: {allocation.about}"
     yield "pattern", code(params["pattern"])
@@ -136,6 +139,12 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
         f"{calibration['samples']} windows of {calibration['length']} tokens of "
         f"{inline(calibration['text']['source'])}, seed {calibration['seed']}, {calibration['dtype']}",
     )
+
+
+def _removed_blocks(study: Project) -> list[int]:
+    """Return the blocks without a weight that stays."""
+    blocks = range(block_count(study.masks, "mask"))
+    return [block for block in blocks if not any(keep.any() for keep in read_masks(study.masks, block).values())]
 
 
 def _speed(pattern: str) -> str:

@@ -22,6 +22,7 @@ from wanda_dvc.study.settings import flatten
 NAMED = 10  # names in a sentence
 ON_TEXT = ("perplexity", "divergence", "agreement, %")
 FOLDER = "metrics/pruned/perplexity/"
+REMOVED = "parameters removed, %"  # a column if a pattern of units removed some
 
 
 def experiments(*, project: Project, as_json: bool = False) -> str:
@@ -30,6 +31,7 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     if as_json:
         return json_text(records)
     texts = list(dict.fromkeys(text for record in records for text in record["texts"])) or [""]
+    smaller = any(record["removed_parameters"] is not None for record in records)
     rows = [
         [
             record["name"],
@@ -37,11 +39,12 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
             ", ".join(f"{key}={value}" for key, value in record["change"].items()) or "–",
             *(cell for text in texts for cell in _on_text(record["texts"].get(text, {}))),
             _shown(record["accuracy"], "{:.1f}", 100),
+            *([_shown(record["removed_parameters"], "{:.1f}", 100)] if smaller else []),
         ]
         for record in records
     ]
     of_texts = [what + (f", {text}" if len(texts) > 1 else "") for text in texts for what in ON_TEXT]
-    headers = ["experiment", "state", "change", *of_texts, "mean acc, %"]
+    headers = ["experiment", "state", "change", *of_texts, "mean acc, %", *([REMOVED] if smaller else [])]
     stale = [record["name"] for record in records if record["stale"]]
     named = ", ".join(stale[:NAMED]) + (f" and {len(stale) - NAMED} more" if len(stale) > NAMED else "")
     said = f"No numbers of stages that have not run on the current settings: {named}." if stale else ""
@@ -117,6 +120,7 @@ def _record(one: Experiment) -> Json:
         "change": dict(one.changes),
         "texts": texts,
         "accuracy": sum(accuracies) / len(accuracies) if accuracies and len(accuracies) == len(answered) else None,
+        "removed_parameters": own.get("metrics/pruned/sparsity.json", {}).get("removed_parameters"),
         "warnings": list(raised(own.get("metrics/pruned/held_out.json", {}))),
         "stale": one.state == SUCCESS and len(own) < len(one.metrics),
     }

@@ -6,17 +6,29 @@ from collections.abc import Iterable, Mapping
 from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.report import charts
 from wanda_dvc.report.charts import Point
-from wanda_dvc.report.pages import Content, Picture, table
+from wanda_dvc.report.pages import Content, Picture, bullets, table
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section
+from wanda_dvc.study.card import what_was_pruned
+from wanda_dvc.study.files import load_json
 from wanda_dvc.study.markup import number
 
-DENSE = "models/dense"
+DENSE, PRUNED = "models/dense", "models/pruned"
 
 
 def content(section: Section) -> Content:
     """Pictures of sparsity and layer error by block, and the table of sizes with its picture."""
-    return [*_sparsity(section), *_layer_errors(section), *_sizes(section)]
+    return [*_removed(section), *_sparsity(section), *_layer_errors(section), *_sizes(section)]
+
+
+def _removed(section: Section) -> Content:
+    """Return a sentence for each smaller model."""
+    said = []
+    for row in section.ordered:
+        if row.removed is not None:
+            share = load_json(row.study.metrics("pruned", "sparsity"))["sparsity"]
+            said.append(f"{section.name(row)}: {what_was_pruned(row.params.pattern, share, row.removed)}.")
+    return [bullets(said)] if said else []
 
 
 def _sparsity(section: Section) -> Content:
@@ -70,8 +82,7 @@ def _sizes(section: Section) -> Content:
 
     def point(row: Row) -> Point | None:
         stored, value = stored_bytes(row), row.pruned.perplexity
-        name = row.pattern.strip() or row.sparsity
-        return Point(stored / 1e6, value, name=name) if stored and isinstance(value, float) else None
+        return Point(stored / 1e6, value, name=row.amount) if stored and isinstance(value, float) else None
 
     rows = [["dense", f"{size / 1e6:,.1f}", "100.0", number(dense)]] if size else []
     for row in section.ordered:
@@ -84,7 +95,7 @@ def _sizes(section: Section) -> Content:
     caption = (
         "The model's size without its zeros. Unstructured: the remaining values, and one bit a weight for the mask. "
         "n:m: the remaining values, and ⌈log₂ m⌉ bits each for their position. The files of `apply` contain the zeros "
-        "and are no smaller."
+        "and are no smaller. Neurons, heads, blocks, experts: the files of `apply`, which are smaller."
     )
     parts: Content = [table(caption, ["", "MB", "% of dense", f"perplexity{on}"], rows)]
     if series := section.points(point):
@@ -104,7 +115,13 @@ def _sizes(section: Section) -> Content:
 
 
 def stored_bytes(row: Row) -> int | None:
-    """Return the model's bytes without zeros; None if the sparsity or the dense size is unknown."""
+    """Return the model's bytes without zeros; None if the sparsity or the dense size is unknown.
+
+    A smaller model has the size of its directory.
+    """
+    if row.params.plan.structure:
+        smaller: int | None = row.outs.get(PRUNED, {}).get("size")
+        return smaller
     linears, total = row.plot("sparsity"), row.outs.get(DENSE, {}).get("size")
     return without_zeros(linears, total, row.params.pattern) if linears and total else None
 
