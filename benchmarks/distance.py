@@ -66,6 +66,7 @@ class Study:
     def __init__(self, models: Models) -> None:
         self.models, self.root = models, models.study("smollm2-135m", 0)
         change(self.root, SETTINGS)
+        (self.root / "prompts.txt").write_text("\n")  # no continuations
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Measure a model."""

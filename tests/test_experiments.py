@@ -140,6 +140,7 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
             "change": {"sparsity": 0.9},
             "texts": {},
             "accuracy": None,
+            "flips": {},
             "removed_parameters": None,
             "warnings": [],
             "stale": True,

@@ -19,6 +19,7 @@ from repository import Repository
 from scipy import stats
 
 from wanda_dvc.catalog import methods
+from wanda_dvc.engine import flips
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
 from wanda_dvc.report import inference, report
@@ -63,7 +64,7 @@ def test_mcnemar_is_the_fair_coin_counted_out():
         total = first + second
         mine = [True] * first + [False] * second + [True, False]
         theirs = [False] * first + [True] * second + [True, False]
-        got = inference.mcnemar(mine, theirs)
+        got = flips.mcnemar(mine, theirs)
         outcomes = [sum(coins) for coins in itertools.product((0, 1), repeat=total)]
         as_far = [heads for heads in outcomes if abs(heads - total / 2) >= abs(first - total / 2)]
         assert (got.first, got.second) == (first, second)
@@ -71,22 +72,22 @@ def test_mcnemar_is_the_fair_coin_counted_out():
 
 
 def test_flips_are_counted_by_the_answers_before_and_after():
-    right, wrong, another = inference.Answer(0, True), inference.Answer(1, False), inference.Answer(2, False)
+    right, wrong, another = flips.Answer(0, True), flips.Answer(1, False), flips.Answer(2, False)
     pairs = (
         [(right, right)] * 3 + [(right, wrong)] * 5 + [(wrong, right)] * 2 + [(wrong, another)] * 4 + [(wrong, wrong)]
     )
-    found = inference.flips(*map(list, zip(*pairs, strict=True)))
+    found = flips.flips(*map(list, zip(*pairs, strict=True)))
     assert found[:4] == (15, 5, 2, 4)
     assert found.changed == 11
     assert found.p == pytest.approx(stats.binomtest(2, 7).pvalue)
-    same = inference.flips([right, wrong], [right, wrong])
+    same = flips.flips([right, wrong], [right, wrong])
     assert (same.changed, same.p) == (0, 1.0)
-    total = inference.total_flips([found, same])
+    total = flips.total_flips([found, same])
     assert total
     assert total[:4] == (17, 5, 2, 4)
     assert total.p == found.p
-    assert inference.total_flips([]) is None
-    many = inference.mcnemar([True] * 900 + [False] * 1000, [False] * 900 + [True] * 1000)
+    assert flips.total_flips([]) is None
+    many = flips.mcnemar([True] * 900 + [False] * 1000, [False] * 900 + [True] * 1000)
     assert many.p == pytest.approx(stats.binomtest(900, 1900).pvalue)
 
 

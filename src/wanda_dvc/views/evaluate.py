@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wanda_dvc.engine.flips import Flips, total_flips
 from wanda_dvc.errors import UserError
-from wanda_dvc.report.inference import Flips, total_flips
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot

@@ -23,6 +23,7 @@ NAMED = 10  # names in a sentence
 ON_TEXT = ("perplexity", "divergence", "agreement, %")
 FOLDER = "metrics/pruned/perplexity/"
 REMOVED = "parameters removed, %"  # a column if a pattern of units removed some
+FLIPS = "right → wrong / wrong → right"  # a column if real tasks were answered
 
 
 def experiments(*, project: Project, as_json: bool = False) -> str:
@@ -32,6 +33,7 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
         return json_text(records)
     texts = list(dict.fromkeys(text for record in records for text in record["texts"])) or [""]
     smaller = any(record["removed_parameters"] is not None for record in records)
+    flips = any(record["flips"] for record in records)
     rows = [
         [
             record["name"],
@@ -39,12 +41,21 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
             ", ".join(f"{key}={value}" for key, value in record["change"].items()) or "–",
             *(cell for text in texts for cell in _on_text(record["texts"].get(text, {}))),
             _shown(record["accuracy"], "{:.1f}", 100),
+            *([" / ".join(map(str, record["flips"].values())) or "–"] if flips else []),
             *([_shown(record["removed_parameters"], "{:.1f}", 100)] if smaller else []),
         ]
         for record in records
     ]
     of_texts = [what + (f", {text}" if len(texts) > 1 else "") for text in texts for what in ON_TEXT]
-    headers = ["experiment", "state", "change", *of_texts, "mean acc, %", *([REMOVED] if smaller else [])]
+    headers = [
+        "experiment",
+        "state",
+        "change",
+        *of_texts,
+        "mean acc, %",
+        *([FLIPS] if flips else []),
+        *([REMOVED] if smaller else []),
+    ]
     stale = [record["name"] for record in records if record["stale"]]
     named = ", ".join(stale[:NAMED]) + (f" and {len(stale) - NAMED} more" if len(stale) > NAMED else "")
     said = f"No numbers of stages that have not run on the current settings: {named}." if stale else ""
@@ -113,6 +124,7 @@ def _record(one: Experiment) -> Json:
         for path, content in own.items()
         if path.startswith(FOLDER)
     }
+    changed = [scores["flips"]["acc"] for scores in answered.values() if "flips" in scores]
     accuracies = [scores["acc"] for scores in answered.values() if "acc" in scores]
     return {
         "name": one.name,
@@ -120,6 +132,7 @@ def _record(one: Experiment) -> Json:
         "change": dict(one.changes),
         "texts": texts,
         "accuracy": sum(accuracies) / len(accuracies) if accuracies and len(accuracies) == len(answered) else None,
+        "flips": {way: sum(one[way] for one in changed) for way in ("lost", "gained")} if changed else {},
         "removed_parameters": own.get("metrics/pruned/sparsity.json", {}).get("removed_parameters"),
         "warnings": list(raised(own.get("metrics/pruned/held_out.json", {}))),
         "stale": one.state == SUCCESS and len(own) < len(one.metrics),

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator
 
+from wanda_dvc.engine.flips import ANSWERS, Flips, total_flips
 from wanda_dvc.engine.intervals import mean_interval
 from wanda_dvc.params import OTHER_SOURCE, SAME_SOURCE
 from wanda_dvc.reading import DIVERGED, is_there
-from wanda_dvc.report.inference import Flips, total_flips
-from wanda_dvc.report.measures import ANSWERS, Measured, mean_layer_error, mean_repeated
+from wanda_dvc.report.measures import Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, json_text, load_json, load_numbers
 from wanda_dvc.study.held_out import raised
