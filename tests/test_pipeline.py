@@ -132,7 +132,7 @@ def test_another_text_runs_its_own_stages_alone(repository: Repository, tmp_path
     own = {"download-perplexity@more", "perplexity-dense@more", "perplexity-pruned@more"}
     assert ran(repository.run("dvc", "exp", "run", "--name", "two", "-S", setting)) == {"locate"} | own
     shown, listed = (repository.run("wanda-dvc", *words) for words in (("show",), ("list",)))
-    assert re.search(r"perplexity, more \(another source\) +\| [\d.,]+ \([\d.,]+ to", shown)
+    assert re.search(r"perplexity, more \(another source\) +\| \d", shown)
     assert "perplexity, more" in listed.replace("  ", " ")
     assert repository.repro(sparsity=0.5) == {"locate"}  # the text is gone
     assert {path.name for path in (repository.root / "sources/perplexity").iterdir()} == {"embedded"}

@@ -372,7 +372,11 @@ def test_dvc_runs_what_the_upgrade_says(tmp_path: Path):
         params = stage.get("params", {}).get("params.yaml", {})
         for name in [name for name in params if not name.startswith("perplexity.")]:
             *sections, leaf = name.split(".")
-            params[name] = functools.reduce(operator.getitem, sections, before)[leaf]
+            if name != "calibration.statistics":
+                params[name] = functools.reduce(operator.getitem, sections, before)[leaf]
+        if params.pop("calibration.statistics", None):
+            tiers = ("gram", "fisher", "fisher_gram")
+            params |= {f"calibration.{tier}": before["calibration"][tier] for tier in tiers}
 
     def age(**changes: Any) -> None:
         write(study, "params.yaml", json.dumps(nested(dict(flatten(before)) | changes)))
