@@ -74,23 +74,24 @@ def attend(  # noqa: PLR0913 - transformers calls it with these
     """
     if more := [name for name, value in words.items() if isinstance(value, Tensor) and name not in PLACES]:
         raise ValueError(f"attention with {', '.join(more)}")
-    heads, groups = query.shape[1], key.shape[1]
-    # Heads that share a key are stacked: fewer and larger multiplications.
+    heads, groups, windows = query.shape[1], key.shape[1], _layout.get() is None
+    # The heads that share a key are stacked, position by position: fewer and larger multiplications, of views.
     q = (query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)).unflatten(0, (groups, heads // groups))
-    k, v = key[0].contiguous(), value[0].contiguous()  # once instead of in every part
-    out = query.new_empty(groups, heads // groups, query.shape[2], value.shape[-1])
-    singly = _layout.get() is None and products.takes(q, k)
-    multiply = products.onednn if singly else torch.matmul
+    q, k, v = q.transpose(1, 2).contiguous(), key[0].contiguous(), value[0].contiguous()
+    out = query.new_empty(query.shape[2], groups, heads // groups, value.shape[-1])
+    multiply = products.onednn if windows and products.takes(q, k) else torch.matmul
     for queries, keys, hidden in _parts(query.shape[2], attention_mask, query.device):
-        for some in range(groups) if singly else (slice(None),):
-            part = q[some, ..., queries, :]
+        never = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)[:, None]
+        for some in range(groups) if windows else (slice(None),):
+            part = q[some, ..., queries, :, :]
             scores = multiply(part.flatten(-3, -2), k[some, keys].mT)
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
-            scores.unflatten(-2, part.shape[-3:-1])[..., -hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
+            scores.unflatten(-2, part.shape[-3:-1])[..., -hidden.shape[1] :].add_(never)
             weights = torch.softmax(scores, dim=-1)  # sums in float32 for any dtype
-            out[some, ..., queries, :] = multiply(weights, v[some, keys]).unflatten(-2, part.shape[-3:-1])
-    return out.flatten(0, 1).transpose(0, 1)[None].contiguous(), None
+            made = multiply(weights, v[some, keys]).unflatten(-2, part.shape[-3:-1])
+            out[queries, some] = made if windows else made.transpose(0, 1)
+    return out.flatten(1, 2)[None], None
 
 
 def _parts(

@@ -181,7 +181,9 @@ class InputRecorder(Sums):
 
     def see_block(self, before: Float[Tensor, "rows length width"], after: Float[Tensor, "rows length width"]) -> None:
         """Add the influence of the block on some rows."""
-        turned = 1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        one, other = before.float(), after.float()
+        cosine = torch.linalg.vecdot(one, other) / (vector_norm(one, dim=-1) * vector_norm(other, dim=-1))
+        turned = 1 - cosine.nan_to_num()  # zeros turn into anything: a cosine of 0
         found = torch.tensor([float(turned.sum()), turned.numel()], dtype=torch.float64)
         self.influence = found if self.influence is None else self.influence + found
 
