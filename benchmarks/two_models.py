@@ -134,12 +134,21 @@ class Models:
         return wall
 
     def perplexity(self, folder: Path, model: str, text: str) -> dict[str, float]:
-        """Return the perplexity of a study's model on a text, and the seconds of the stage."""
+        """Return the perplexity of a study's model on a text, its divergence, and the seconds of the stage."""
         change(folder, {"perplexity": {"text": {"source": text}, "length": 2048, "windows": WINDOWS[text]}})
         self.stage(folder, "download", "perplexity")
+        reference, of_text = folder / "reference", folder / f"reference-{text}"
+        if model == "pruned" and not of_text.is_dir():
+            self.perplexity(folder, "dense", text)
+        if model == "pruned":
+            shutil.rmtree(reference, ignore_errors=True)
+            shutil.copytree(of_text, reference)
         seconds = self.stage(folder, "perplexity", model)
-        found = json.loads((folder / "metrics" / model / "perplexity.json").read_text())["perplexity"]
-        return {"perplexity": found, "seconds": round(seconds, 1)}
+        if model == "dense":
+            shutil.copytree(reference, of_text, dirs_exist_ok=True)
+        found = json.loads((folder / "metrics" / model / "perplexity.json").read_text())
+        kept = {name: found[name] for name in ("perplexity", "divergence", "top1_agreement") if name in found}
+        return kept | {"seconds": round(seconds, 1)}
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Prune a model and measure it."""
