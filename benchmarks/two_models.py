@@ -133,7 +133,7 @@ class Models:
         return wall
 
     def perplexity(self, folder: Path, model: str, text: str) -> dict[str, float]:
-        """Return the perplexity of a study's model on a text, and the seconds of the stage."""
+        """Return the perplexity of a study's model on a text, its divergence, and the seconds of the stage."""
         change(folder, {"perplexity": {"length": 2048, "windows": WINDOWS[text]}})
         self.stage(folder, "download", "perplexity", text)
         reference = folder / "reference" / text / "provenance.json"
@@ -141,8 +141,9 @@ class Models:
         if model != "dense" and (known.get("length"), known.get("windows")) != (2048, WINDOWS[text]):
             self.stage(folder, "perplexity", "dense", text)
         seconds = self.stage(folder, "perplexity", model, text)
-        found = json.loads((folder / "metrics" / model / "perplexity" / f"{text}.json").read_text())["perplexity"]
-        return {"perplexity": found, "seconds": round(seconds, 1)}
+        found = json.loads((folder / "metrics" / model / "perplexity" / f"{text}.json").read_text())
+        kept = {name: found[name] for name in ("perplexity", "divergence", "top1_agreement") if name in found}
+        return kept | {"seconds": round(seconds, 1)}
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Prune a model and measure it."""

@@ -1,8 +1,9 @@
 """Write measured figures into the documents, between their markers: python scripts/figures.py.
 
 `<!-- figures: NAME -->` and `<!-- end of figures -->` stand around each table. The methods' figures are in
-docs/results/methods.json, the times in benchmarks/results.json, and the distances from the dense model in
-benchmarks/results-distance.json. A model without figures has no column.
+docs/results/methods.json, the times in benchmarks/results.json, those of smaller models in
+benchmarks/results-smaller.json, and the distances from the dense model in benchmarks/results-distance.json. A model
+without figures has no column.
 """
 
 import json
@@ -17,11 +18,13 @@ DOCUMENTS = (
     "README.md",
     "docs/methods.md",
     "docs/performance.md",
+    "docs/smaller.md",
     "docs/results/better.md",
     "docs/results/distance.md",
 )
 METHODS = ROOT / "docs/results/methods.json"
 BENCHMARKS = ROOT / "benchmarks/results.json"
+SMALLER = ROOT / "benchmarks/results-smaller.json"
 DISTANCE = ROOT / "benchmarks/results-distance.json"
 PLACE = re.compile(r"(<!-- figures: (\S+) -->\n)(.*?)(<!-- end of figures -->)", flags=re.DOTALL)
 
@@ -245,6 +248,44 @@ def picture(rows: dict[str, dict[str, Any]]) -> str:
     return PICTURE.format(count=len(points), said=said)
 
 
+def smaller(results: dict[str, Any]) -> str:
+    """Return the smaller models, and the dense one above those of each model."""
+    rows = []
+    for model, dense in results["dense"].items():
+        rows.append([model, "–", "–", "dense", "–", *_texts(dense), f"{dense['bytes'] / 1e6:.0f}", "–"])
+        for name, row in sorted(results["rows"].items(), key=lambda item: (item[1]["pattern"], item[1]["amount"])):
+            if row["model"] == model:
+                speed = results["tokens_per_second"].get(name)
+                rows.append(
+                    [
+                        model,
+                        row["pattern"],
+                        row["amount"],
+                        row["choice"],
+                        f"{100 * (1 - row['parameters'] / dense['parameters']):.1f} %",
+                        *_texts(row),
+                        f"{row['bytes'] / 1e6:.0f}",
+                        f"{speed['pruned'] / speed['dense']:.2f} ×" if speed else "–",
+                    ]
+                )
+    return table(
+        [
+            *("model", "removed", "share", "choice", "parameters removed"),
+            *("WikiText-2", "divergence, nats", "embedded text", "MB", "tokens a second"),
+        ],
+        rows,
+        left=4,
+    )
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    """Return a model's perplexity and divergence on WikiText-2, and its perplexity on the embedded text."""
+    text, other = (row["texts"].get(name, {}) for name in ("wikitext2", "embedded"))
+    divergence = text.get("divergence")
+    mean = "–" if divergence is None else f"{divergence['mean']:.3f}" if isinstance(divergence, dict) else divergence
+    return [figure(text.get("perplexity")), mean, figure(other.get("perplexity"))]
+
+
 METHOD_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "readme": readme,
     "recipes": recipes,
@@ -261,6 +302,7 @@ def written(text: str) -> str:
     tables |= {"distance": distance(rows, "recipe"), "formats": distance(rows, "format")}
     tables |= {"correlations": correlations(rows), "distance-picture": picture(rows)}
     tables["times"] = times(json.loads(BENCHMARKS.read_text(encoding="utf-8"))["rows"])
+    tables["smaller"] = smaller(json.loads(SMALLER.read_text(encoding="utf-8")))
     return PLACE.sub(
         lambda found: f"{found[1]}{tables[found[2]]}\n{found[4]}".replace("-->\n\n<!--", "-->\n<!--"), text
     )

@@ -23,7 +23,7 @@ from wanda_dvc.study.presets import apply_preset
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import FILES, TEMPLATE, init
 from wanda_dvc.study.settings import Settings, flatten, nested
-from wanda_dvc.study.upgrade import MOVED, REMOVED, _carry, _migrated, upgrade
+from wanda_dvc.study.upgrade import MOVED, REMOVED, _brought, _carry, _migrated, upgrade
 
 PIPELINE = FILES["dvc.yaml"].read_text(encoding="utf-8")
 PARAMS = FILES["params.yaml"].read_text(encoding="utf-8")
@@ -221,6 +221,44 @@ def test_comments_of_the_user_stay(earlier: Project):
     expected = expected.replace("windows: 32 ", "windows: 64 ").replace("limit: 10  ", "limit: null")  # as before
     assert own.count("# mine\n") == 1
     assert own.replace("# mine\n", "") == expected.replace("  length: 512 ", "  length: 512 # too:", 1)
+
+
+def commented(place: str, at: set[int], *, above: bool) -> tuple[str, list[str]]:
+    """An earlier file with comments above or at the end of some lines, and the comments."""
+    lines, comments = (EARLIER / FILES[place].name).read_text(encoding="utf-8").splitlines(), []
+    for number, line in enumerate(lines):
+        if number in at and line.strip():
+            comments.append(f"# mine, {number}")
+            indent = " " * (len(line) - len(line.lstrip()))
+            lines[number] = f"{indent}{comments[-1]}\n{line}" if above else f"{line} {comments[-1]}"
+    return "\n".join([*lines, ""]), comments
+
+
+@pytest.mark.parametrize("above", [True, False])
+@pytest.mark.parametrize("place", ["dvc.yaml", "params.yaml"])
+@pytest.mark.parametrize("step", [1, 2, 5, 0])
+def test_a_comment_stays_wherever_it_is(place: str, step: int, above: bool):
+    """With a step of 0, one comment alone, at every ninth line."""
+    for at in [{*range(0, 150, step)}] if step else [{only} for only in range(0, 150, 9)]:
+        text, comments = commented(place, at, above=above)
+        new = _brought(place, text, [])
+        found = [line for line in new.splitlines() if "mine" in line]
+        assert sorted(comments) == sorted("# mine" + line.partition("# mine")[2] for line in found)
+        rest = "\n".join(line for line in new.splitlines() if not line.lstrip().startswith("# mine"))
+        plain = _brought(place, (EARLIER / FILES[place].name).read_text(encoding="utf-8"), [])
+        assert load(rest) == load(plain)
+
+
+def test_a_comment_stays_at_its_line(earlier: Project):
+    edit(
+        earlier,
+        "dvc.yaml",
+        ("    cmd: wanda-dvc mask --version 7\n", "    # why\n    cmd: wanda-dvc mask --version 7 # 7\n"),
+    )
+    upgrade(project=earlier)
+    version = STAGES["mask"].version
+    command = f"    cmd: wanda-dvc mask --version {version}\n"
+    assert read(earlier) == PIPELINE.replace(command, f"    # why\n    # 7\n{command}")
 
 
 @pytest.mark.parametrize("name", ["dtype", "calibration.text.split", "zero_shot", "runtime"])

@@ -463,7 +463,7 @@ def _place(text: ChosenText) -> tuple[str | None, ...]:
 
 def _problem(where: str, found: object, expected: str) -> str:
     plain = isinstance(found, str) and found and found == found.strip() and found.isprintable()
-    shown = found if plain else repr(found)
+    shown = found if plain else repr(found).replace("\n", " ")
     return f"params.yaml: {where}: got {shown}, expected {expected}"
 
 

@@ -99,10 +99,10 @@ def _brought(place: str, old: str, notes: list[str]) -> str:
     if place.endswith("ignore"):
         return "\n".join([*old.splitlines(), *(line for line in new.splitlines() if line not in old.splitlines()), ""])
     if old not in ("", new) and digest(old) not in shipped_ever():
-        done = _merge(place, old, new)
-        if done.returncode:
-            raise UserError(*_conflicts(place, old, done.stdout))
-        new = done.stdout
+        merged = CONFLICT.sub(_only_comments, _merge(place, old, new))
+        if conflicts := [*_conflicts(place, old, merged)]:
+            raise UserError(*conflicts)
+        new = merged
         notes.append(f"{place}: {'kept as you have edited it' if new == old else 'your edits are kept'}.")
     if place == PIPELINE and "push: false" in old and SHARED[0] in new:  # keeps private sources private
         for out in SHARED:
@@ -111,11 +111,11 @@ def _brought(place: str, old: str, notes: list[str]) -> str:
     return new
 
 
-def _merge(place: str, mine: str, new: str) -> Any:
-    """Merge an edited file with this version's. The return code is the number of conflicts."""
+def _merge(place: str, mine: str, new: str) -> str:
+    """Merge an edited file with this version's. `CONFLICT` finds the lines that git cannot merge."""
 
     def likeness(text: str) -> float:
-        return difflib.SequenceMatcher(None, text.splitlines(), mine.splitlines(), autojunk=False).ratio()
+        return difflib.SequenceMatcher(None, _contents(text), _contents(mine), autojunk=False).ratio()
 
     file, versions = FILES[place], (TEMPLATE / "earlier").iterdir()
     shipped = [file, *(earlier for version in versions if (earlier := version / file.name).is_file())]
@@ -124,7 +124,46 @@ def _merge(place: str, mine: str, new: str) -> Any:
         for name, text in (("mine", mine), ("base", base), ("new", new)):
             write_text(Path(scratch, name), text)
         words = ("merge-file", "--stdout", "--quiet", "--diff3", "mine", "base", "new")
-        return git(Path(scratch), *words)
+        return git(Path(scratch), *words).stdout
+
+
+def _only_comments(conflict: re.Match[str]) -> str:
+    """Resolve a conflict in which the user added only comments; leave any other."""
+    edit, base, _ = conflict.groups()
+    return _with_comments(conflict) if _contents(edit) == _contents(base) else conflict[0]
+
+
+def _with_comments(conflict: re.Match[str]) -> str:
+    """Return a conflict's new lines, with the user's comments, each above the line of its setting or item."""
+    edit, base, new = conflict.groups()
+    ours = [comment for _, comment in map(_split, base.splitlines()) if comment]
+    lines, waiting, at = new.splitlines(keepends=True), list[str](), 0
+    for line in edit.splitlines():
+        content, comment = _split(line)
+        if shipped := next((one for one in ours if comment.startswith(f"{one} ")), ""):
+            comment = f"# {comment.removeprefix(shipped).lstrip(' #')}"
+        earlier = any(comment in one for one in ours) or difflib.get_close_matches(comment, ours, n=1)
+        if comment and not earlier:  # an earlier version of our comments is replaced
+            waiting.append(f"{line[: len(line) - len(line.lstrip())]}{comment}\n")
+        names = [_split(other)[0].partition(":")[0] for other in lines[at:]]
+        if (name := content.partition(":")[0]) and name in names:
+            at += names.index(name)
+            lines[at:at] = waiting
+            at, waiting = at + len(waiting) + 1, []
+    lines[at:at] = waiting
+    return "".join(lines)
+
+
+def _contents(text: str) -> list[str]:
+    """Return the lines without comments."""
+    return [content for content, _ in map(_split, text.splitlines()) if content]
+
+
+def _split(line: str) -> tuple[str, str]:
+    """Return a line of YAML before its comment, and the comment."""
+    starts = (found.start() for found in re.finditer(r"(?<!\S)#", line))
+    start = next((start for start in starts if line.count('"', 0, start) % 2 == 0), len(line))
+    return line[:start].rstrip(), line[start:].rstrip()
 
 
 def _conflicts(place: str, mine: str, merged: str) -> Iterator[str]:
@@ -249,14 +288,8 @@ def _migrated(old: str, shipped: str, notes: list[str]) -> str:
     if new == given:
         return old
     text, _ = with_settings(shipped, new)
-    merged = CONFLICT.sub(_own_comments, _merge(PARAMS, old, text).stdout)
+    merged = CONFLICT.sub(_with_comments, _merge(PARAMS, old, text))
     return merged if _settings_of(merged) == new else text
-
-
-def _own_comments(conflict: re.Match[str]) -> str:
-    edit, base, new = conflict.groups()
-    comments = [line for line in edit.splitlines(keepends=True) if line.lstrip().startswith("#") and line not in base]
-    return "".join(comments) + new
 
 
 def _settings_of(text: str) -> Settings:
