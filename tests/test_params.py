@@ -265,3 +265,31 @@ def test_a_name_and_a_hub_id_of_one_data_set_are_one_source(tmp_path: Path):
     }
     write_params(tmp_path, "/models/any", **texts)
     assert "the same source" in read_params(tmp_path / "params.yaml").about_text("embedded")
+
+
+@pytest.mark.parametrize(
+    ("texts", "found", "expected"),
+    [
+        ({"a/b": {"source": "ptb"}}, "got a/b", "expected a name of letters, digits, - and _"),
+        ({"a.b": {"source": "ptb"}}, "got a.b", "expected a name of letters, digits, - and _"),
+        ({"a@b": {"source": "ptb"}}, "got a@b", "expected a name of letters, digits, - and _"),
+        ({1: {"source": "ptb"}}, "got 1", "expected a name of letters, digits, - and _"),
+        ({}, "got {}", "expected one or more texts, each by a name"),
+        ([{"source": "ptb"}], "got [{'source': 'ptb'}]", "expected one or more texts, each by a name"),
+    ],
+)
+def test_texts_have_names(texts: object, found: str, expected: str):
+    content = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content["perplexity"]["texts"] = texts
+    with pytest.raises(UserError) as refused:
+        check_params(content)
+    assert refused.value.problems == (f"params.yaml: perplexity.texts: {found}, {expected}",)
+
+
+def test_two_texts_of_one_name_are_refused_in_one_line(tmp_path: Path):
+    write_params(tmp_path, "org/model")
+    path = tmp_path / "params.yaml"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("  texts:\n", "  texts:\n    embedded: {source: ptb}\n"), encoding="utf-8")
+    with pytest.raises(UserError, match='^params.yaml: not valid YAML: line [0-9]+: found duplicate key "embedded"'):
+        read_params(path)

@@ -478,6 +478,8 @@ NUMBER = re.compile(r"\s*[+-]?[\d._]+(e[+-]?\d+)?\s*", flags=re.I)  # also in qu
 def _explain(error: Any) -> str:
     """Convert a pydantic error to this project's form."""
     where, kind, found = ".".join(str(part) for part in error["loc"]), error["type"], error["input"]
+    if error["loc"][-1:] == ("[key]",):
+        return _problem("perplexity.texts", found, "a name of letters, digits, - and _")
     if kind == "extra_forbidden":
         return f"params.yaml: {where}: no such setting; {_hint(where)}"
     if kind == "missing":
@@ -493,7 +495,7 @@ def _hint(where: str) -> str:
     if where in names:  # at the top of the file, with its dots
         first, _, rest = where.partition(".")
         return f"write it as {rest} below {first}"
-    close = difflib.get_close_matches(where, [*names, *Params.model_fields], n=1)
+    close = difflib.get_close_matches(where, [*names, *Params.model_fields, "perplexity.texts"], n=1)
     return f"did you mean {close[0]}?" if close else "remove it"
 
 
@@ -513,4 +515,6 @@ def _expected(error: Any, where: str) -> str:
         return f"a list, such as [{error['input']}]" if isinstance(error["input"], str) else "a list"
     if kind == "model_type":
         return "a mapping of settings"
+    if kind in ("dict_type", "too_short"):
+        return "one or more texts, each by a name"
     return str(error["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
