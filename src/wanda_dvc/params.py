@@ -472,6 +472,10 @@ def _or(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+MAPPINGS = {
+    "model_type": "a mapping of settings",
+    **dict.fromkeys(("dict_type", "too_short"), "one or more texts, each by a name"),
+}
 NUMBER = re.compile(r"\s*[+-]?[\d._]+(e[+-]?\d+)?\s*", flags=re.I)  # also in quotes
 
 
@@ -513,8 +517,6 @@ def _expected(error: Any, where: str) -> str:
         return str(field.description if field else error["msg"])
     if kind == "list_type":
         return f"a list, such as [{error['input']}]" if isinstance(error["input"], str) else "a list"
-    if kind == "model_type":
-        return "a mapping of settings"
-    if kind in ("dict_type", "too_short"):
-        return "one or more texts, each by a name"
+    if kind in MAPPINGS:
+        return MAPPINGS[kind]
     return str(error["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
