@@ -30,7 +30,7 @@ STAGE_PANEL, RESULT_PANEL, STUDY_PANEL = "Stages, in the order of the pipeline",
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Text = Annotated[
-    str | None, typer.Argument(metavar="[TEXT]", help="A text of `perplexity.texts`; by default each of them.")
+    str | None, typer.Argument(metavar="TEXT", help="A text of `perplexity.texts`; by default each of them.")
 ]
 Version = Annotated[
     int | None, typer.Option("--version", help="Fail if this wanda-dvc computes another version of the stage.")
