@@ -185,10 +185,13 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Settings of short texts, as changes of params.yaml: to make tokens of the embedded ones takes half a second."""
     folder, settings = tmp_path_factory.mktemp("texts"), {}
     for part, split in zip(TEXTS, ("train", "test"), strict=True):
-        lines = (EMBEDDED / f"text/{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        name, lines = (
+            part.partition("__")[0],
+            (EMBEDDED / f"text/{split}.jsonl").read_text(encoding="utf-8").splitlines(),
+        )
         text = "\n".join(json.loads(line)["text"] for line in lines)
-        (folder / f"{part}.txt").write_text(text[:6000], encoding="utf-8")
-        settings[f"{part}__source"] = str(folder / f"{part}.txt")
+        (folder / f"{name}.txt").write_text(text[:6000], encoding="utf-8")
+        settings[f"{part}__source"] = str(folder / f"{name}.txt")
     return settings
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from cases.grids import OF_WEIGHTS
 from command_line import wanda_dvc
-from conftest import text_of
+from conftest import TEXTS, text_of
 from dvc.repo import Repo
 from huggingface_hub import ModelCard
 
@@ -295,7 +295,7 @@ def test_the_command_on_the_card_runs_the_same_experiment(project: Callable[...,
     """Read as a shell and then as DVC reads it: the preset, overridden, is the experiment."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    embedded: dict[str, Any] = {f"{part}__text__source": "embedded" for part in ("calibration", "perplexity")}
+    embedded: dict[str, Any] = {f"{text}__source": "embedded" for text in TEXTS}
     made = project(Path("/home/someone/models/tiny 7=b"), pattern="2:4", tasks__names=["piqa", "rte"], **embedded)
     content = made.params.model_dump(mode="json")
     for changes in ({}, {"model": "package:x==1"}, {"zero_shot": {"limit": None}}, {"dtype": "float16"}):

@@ -30,7 +30,9 @@ DOWNLOADS = {"download@model", "download@calibration", "download-perplexity@embe
 def with_outs(root: Path, options: str) -> Project:
     """A study whose dvc.yaml says this of the sources."""
     text = (ROOT / PIPELINE).read_text(encoding="utf-8")
-    (root / PIPELINE).write_text(text.replace("- ${item.out}\n", f"- ${{item.out}}{options}\n"), encoding="utf-8")
+    for out in ("- ${item.out}", "- data/perplexity/${key}"):
+        text = text.replace(f"{out}\n", f"{out}{options}\n")
+    (root / PIPELINE).write_text(text, encoding="utf-8")
     return Project(root)
 
 
