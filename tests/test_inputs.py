@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from cases import Case, artifacts, details, dotted, models, places, rows, settings, texts
 from command_line import wanda_dvc
-from conftest import ROOT, without_privilege, write_params
+from conftest import ROOT, text_of, without_privilege, write_params
 from ruamel.yaml import YAML
 
 from wanda_dvc import stages
@@ -83,11 +83,11 @@ def test_a_damaged_text(case: Case, project: Make, tmp_path: Path):
     source = tmp_path / "source"
     source.mkdir()
     case.spoil(source)
-    refused(case, lambda: download(project=project(**text_of(case, source)), part="calibration"), tmp_path / "data")
+    refused(case, lambda: download(project=project(**naming(case, source)), part="calibration"), tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
-def text_of(case: Case, source: Path) -> dict[str, object]:
+def naming(case: Case, source: Path) -> dict[str, object]:
     """The settings that name the file of a case."""
     if case.name.startswith("gz"):
         mirror = source / "mirror"
@@ -155,7 +155,7 @@ def finished(tiny: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPat
     write_params(root, tiny, **changes, **texts)
     made = Project(root)
     for part in ("model", "calibration", "perplexity"):
-        download(project=made, part=part)
+        download(project=made, part=part, text=text_of(part))
     piqa = made.data("tasks") / "piqa"  # as `download tasks` writes it, without lm-eval's index, which takes seconds
     piqa.mkdir(parents=True)
     shutil.copyfile(EMBEDDED / "tasks/baber/piqa/validation.jsonl", piqa / ITEMS)
@@ -244,9 +244,15 @@ def measured(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(finished / name, root / name)
     shutil.copyfile(finished / "params.yaml", root / "params.yaml")
     for name, content in details.RIGHT.items():
-        write_json(Project(root).details("pruned", name), content)
+        write_json(details_of(Project(root), name), content)
     write_json(Project(root).metrics("pruned", "zero_shot"), {"piqa": {"acc": 0.5}})
     return root
+
+
+def details_of(made: Project, name: str) -> Path:
+    """The details of the pruned model, on the study's one text."""
+    (text,) = made.params.perplexity.texts
+    return made.details("pruned", f"perplexity/{text}" if name == "perplexity" else name)
 
 
 def test_details_that_a_stage_writes_are_shown(measured: Path):
@@ -262,7 +268,7 @@ def test_details_that_a_stage_writes_are_shown(measured: Path):
 )
 def test_damaged_details(name: str, place: details.Place, value: object, says: str, measured: Path):
     """In one line that names the file: `show` in the form of a table and of JSON. The file is restored."""
-    path = Project(measured).details("pruned", name)
+    path = details_of(Project(measured), name)
     write_json(path, details.at(details.RIGHT[name], place, value))
     try:
         for as_json in (False, True):

@@ -80,7 +80,7 @@ class Pair:
         self.project = fetch(self.study(), "model", "calibration", "perplexity")
         calibrate(project=self.project)
         self.tokens = calibration_windows(self.project)
-        text = tokenize(self.project.text("perplexity"), load_tokenizer(self.source))
+        text = tokenize(self.project.text("perplexity/embedded"), load_tokenizer(self.source))
         self.text = cut(text, length=64, windows=3)
         self.stats = wd.calibrate(self.load(), self.tokens, statistics="fisher", **self.words)
 
@@ -168,8 +168,8 @@ def test_statistics_and_perplexity_are_the_pipelines(pairs: Callable[[str], Pair
         assert same(stats.grams[number].tensors, load_file(block_file(project.gram, number)))
         squares = {f"{linear}.squared_gradients": x for linear, x in block.fisher.items()}
         assert same(stats.fisher_grams[number].tensors | squares, load_file(block_file(project.fisher, number)))
-    perplexity(project=project, model="dense")
-    expected = read_json(project.metrics("dense", "perplexity"), "perplexity")["perplexity"]
+    perplexity(project=project, model="dense", text="embedded")
+    expected = read_json(project.metrics("dense", "perplexity/embedded"), "perplexity")["perplexity"]
     assert wd.perplexity(pair.load(), pair.text, **pair.words) == expected
 
 
@@ -193,8 +193,8 @@ def test_masks_and_pruned_models_are_the_pipelines(
     assert same(saved(model, tmp_path), expected)
     assert round(sparsity, 6) == read_json(project.metrics("pruned", "sparsity"), "apply")["sparsity"]
     if choice == SOME[0]:
-        perplexity(project=project, model="pruned")
-        found = read_json(project.metrics("pruned", "perplexity"), "perplexity")["perplexity"]
+        perplexity(project=project, model="pruned", text="embedded")
+        found = read_json(project.metrics("pruned", "perplexity/embedded"), "perplexity")["perplexity"]
         assert wd.perplexity(model, pair.text, **pair.words) == found
 
 

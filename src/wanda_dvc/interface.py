@@ -412,7 +412,8 @@ class Study:
         UserError: `params.yaml` is missing in the directory and its parents.
 
     Example:
-        >>> pandas.DataFrame(wd.Study("study").results()).pivot_table("pruned.perplexity", "sparsity", "method")
+        >>> results = pandas.DataFrame(wd.Study("study").results())
+        >>> results.pivot_table("pruned.perplexity.embedded", "sparsity", "method")
     """
 
     def __init__(self, directory: str | Path = ".") -> None:
@@ -424,9 +425,10 @@ class Study:
 
         All records have the same keys: `experiment`, `commit` (None: the workspace), `state` (`success`, `failed`,
         `queued`, `running`, …), every setting by its dotted name, such as `calibration.samples`, and every figure by
-        the model and its name: `dense.perplexity`, `pruned.perplexity`, `pruned.perplexity.divergence.mean`,
-        `pruned.perplexity.top1_agreement.mean`, `pruned.sparsity`,
-        `pruned.zero_shot.piqa.acc`. None means not measured with these settings; a diverged perplexity is infinity.
+        the model and its name: `dense.perplexity.embedded`, by text, `pruned.perplexity.embedded`,
+        `pruned.perplexity.embedded.divergence.mean`, `pruned.perplexity.embedded.top1_agreement.mean`,
+        `pruned.sparsity`, `pruned.zero_shot.piqa.acc`. None means not measured with these settings; a diverged
+        perplexity is infinity.
 
         Raises:
             UserError: There is no git or DVC repository, or DVC cannot list its experiments.

@@ -143,10 +143,10 @@ SHAPES: dict[str, tuple[type[Details], str]] = {  # and the stage that writes it
 
 
 def load_details(path: Path) -> Json:
-    """Read metrics/details/MODEL/NAME.json; return an empty object if it is missing. UserError if it is damaged."""
-    content = load_json(path)
-    if content and path.stem in SHAPES:
-        shape, stage = SHAPES[path.stem]
+    """Read a file of metrics/details; return an empty object if it is missing. UserError if it is damaged."""
+    content, name = load_json(path), path.parent.name if path.parent.name in SHAPES else path.stem
+    if content and name in SHAPES:
+        shape, stage = SHAPES[name]
         try:
             shape.model_validate(content)
         except ValidationError as error:

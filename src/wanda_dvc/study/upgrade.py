@@ -17,13 +17,13 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from wanda_dvc.catalog import RECIPES, TEXTS
+from wanda_dvc.catalog import NAMED_TEXTS, RECIPES, TEXTS
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import CalibrationText, Params, Text, settings
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.reading import name_of, read_text, yaml_problem
 from wanda_dvc.study.files import Json, write_text
-from wanda_dvc.study.presets import with_settings
+from wanda_dvc.study.presets import OF_TEXTS, with_settings
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import digest
 from wanda_dvc.study.ran import LOCK, read_lock
@@ -32,10 +32,11 @@ from wanda_dvc.study.settings import Settings, flatten, nested
 
 PARAMS = "params.yaml"
 OWN = ("README.md", ".dvc/config")  # the user's from the first day
-SHARED, UNSHARED = "        - ${item.out}\n", "        - ${item.out}: { push: false }\n"
+SHARED = ("        - ${item.out}\n", "        - data/perplexity/${key}\n")
 CONFLICT = re.compile(r"^<{7} mine\n(.*?)^\|{7} base\n(.*?)^={7}\n(.*?)^>{7} new\n", re.MULTILINE | re.DOTALL)
 RESTORE = "restore it from git"
 TEXT = ("source", "config", "revision", "split", "column", "join")
+ONE_TEXT = "perplexity.text."  # before a study could have several
 
 
 def upgrade(*, project: Project, dry_run: bool = False) -> str:
@@ -103,8 +104,9 @@ def _brought(place: str, old: str, notes: list[str]) -> str:
             raise UserError(*conflicts)
         new = merged
         notes.append(f"{place}: {'kept as you have edited it' if new == old else 'your edits are kept'}.")
-    if place == PIPELINE and "push: false" in old and SHARED in new:  # keeps private sources private
-        new = new.replace(SHARED, UNSHARED)
+    if place == PIPELINE and "push: false" in old and SHARED[0] in new:  # keeps private sources private
+        for out in SHARED:
+            new = new.replace(out, out.replace("\n", ": { push: false }\n"))
         notes.append(f"{place}: download: `push: false` stays, so `dvc pull` needs --allow-missing (docs/sharing.md).")
     return new
 
@@ -245,7 +247,7 @@ def migrate(given: Settings, study: Settings) -> Settings:
     This version's settings stay. A name of an earlier version remains if its value cannot be expressed.
     """
     if "recipe" in study:
-        return given
+        return _by_name(given, study)
     full = _earlier() | study | given
     moved = [names for names in MOVED if given.keys() & names]
     new = {
@@ -259,7 +261,16 @@ def migrate(given: Settings, study: Settings) -> Settings:
         except (AttributeError, TypeError, ValueError):  # a value of another type than any version wrote
             found = ", ".join(f"{name}: {full[name]!r:.40}" for name in names if name in given)
             raise UserError(f"{PARAMS}: found {found}, expected values of an earlier version; {RESTORE}") from None
-    return new | {name: given[name] for name in REMOVED if name in given and given[name] not in REMOVED[name]}
+    new |= {name: given[name] for name in REMOVED if name in given and given[name] not in REMOVED[name]}
+    return _by_name(new, full)
+
+
+def _by_name(settings: Settings, study: Settings) -> Settings:
+    """Return settings with the one text of the perplexity as a text with a name: a named text's own, else `text`."""
+    source = settings.get(f"{ONE_TEXT}source", study.get(f"{ONE_TEXT}source"))
+    name = f"perplexity.texts.{source if source in NAMED_TEXTS else 'text'}."
+    renamed = {f"{ONE_TEXT}{field}": f"{name}{field}" for field in Text.model_fields}
+    return {renamed.get(key, key): value for key, value in settings.items()}
 
 
 @cache
@@ -271,7 +282,11 @@ def _earlier() -> Settings:
 def _migrated(old: str, shipped: str, notes: list[str]) -> str:
     """Return the text of params.yaml with this version's settings. The user's values stay, and comments if possible."""
     given, earlier = _settings_of(old), {*REMOVED, *(name for names in MOVED for name in names)}
-    new = _settings_of(shipped) | migrate(given, given)
+    own = migrate(given, given)
+    default = _settings_of(shipped)
+    if any(name.startswith(OF_TEXTS) for name in own):
+        default = {name: value for name, value in default.items() if not name.startswith(OF_TEXTS)}
+    new = default | own
     for name in sorted(new.keys() & earlier - dict(settings()).keys()):
         notes.append(f"{PARAMS}: {name}: {new.pop(name)!r} is dropped: this version has no such setting.")
     if new == given:
