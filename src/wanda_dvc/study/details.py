@@ -21,7 +21,7 @@ class Details(BaseModel):
 
 
 class Protocol(Details):
-    """The inputs of a layer error or of continuations."""
+    """The inputs of a layer error."""
 
     model: Any
 
@@ -129,7 +129,7 @@ class Continuation(Details):
 class Continuations(Details):
     """The continuations of all prompts, or the reason to skip them."""
 
-    protocol: Protocol
+    protocol: dict[str, Any]
     prompts: list[Continuation] = []
     skipped: str = ""
 
