@@ -18,7 +18,8 @@ import wanda_dvc as wd
 from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.engine.blocks import find_block_units
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.smaller import Removal, Smaller, find_units, write_smaller
+from wanda_dvc.engine.config import read_config
+from wanda_dvc.engine.smaller import Removal, Smaller, find_units, smaller_parameters, write_smaller
 from wanda_dvc.engine.structure import find_blocks
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.blocks import influence
@@ -44,6 +45,7 @@ REFUSED = {
         "jetmoe": "no linear reads",
     },
 }
+UNKNOWN = ("gpt2",)  # null means a width, which only the model's code knows
 SHARES = {"neurons": "0.25", "heads": "0.5"}
 CASES = [(pattern, family) for pattern in REFUSED for family in ALL if family not in REFUSED[pattern]]
 
@@ -169,6 +171,8 @@ def test_the_smaller_model_is_the_model_with_masked_weights(pattern: str, family
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").eval()
     count = sum(x.numel() for x in small.parameters())
     assert count < sum(x.numel() for x in full.parameters())
+    left = smaller_parameters(read_config(folder), STRUCTURES[pattern], Fraction(SHARES[pattern]))
+    assert left == count or (left is None and family in UNKNOWN)
     tokens = torch.randint(3, 256, (1, 40), generator=generator)
     with torch.no_grad():
         wanted, found = full(input_ids=tokens).logits, small(input_ids=tokens).logits
