@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import save_tiny_model, write_params
 from test_families import ALL, save
 from test_stages import fetch
 from transformers import AutoModelForCausalLM
@@ -347,6 +347,22 @@ def test_a_share_that_rounds_to_all_neurons_changes_nothing(study: Callable[...,
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     assert all(torch.equal(dense.read(dense.find(name)), pruned.read(pruned.find(name))) for name in dense.where)
     assert load_json(made.metrics("pruned", "sparsity")) == {"sparsity": 0.0, "removed_parameters": 0.0}
+
+
+def test_zeros_in_a_smaller_model_need_a_second_study(study: Callable[..., Project], tmp_path: Path, texts: Any):
+    made = study(pattern="neurons", sparsity=0.25, recipe="admm")
+    mask(project=made)
+    apply(project=made)
+    (root := tmp_path / "second").mkdir()
+    write_params(root, made.model("pruned"), pattern="2:4", sparsity=0.5, recipe="wanda", **texts)
+    second = fetch(Project(root), "model", "calibration")
+    for run in (calibrate, mask, apply):
+        run(project=second)
+    pruned = Checkpoint(second.model("pruned"))
+    assert pruned.config.intermediate_size == 36
+    assert load_json(second.metrics("pruned", "sparsity")) == {"sparsity": 0.5}
+    weight = pruned.weight("model.layers.0.mlp.down_proj")
+    assert ((weight.view(-1, 4) != 0).sum(dim=1) == 2).all()
 
 
 def test_rounding_is_reported(study: Callable[..., Project], capsys: pytest.CaptureFixture[str]):

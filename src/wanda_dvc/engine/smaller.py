@@ -146,7 +146,8 @@ class Removal:
         return found
 
     def spread(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return masks without all weights of removed units, given the masks of the linears that read the units."""
+        """Return masks, on the host, without all weights of removed units, given the masks of the units' readers."""
+        keeps = {linear: keep.cpu() for linear, keep in keeps.items()}
         stays = self.stays(keeps)
         return {linear: self._without(linear, keep, stays) for linear, keep in keeps.items()}
 
