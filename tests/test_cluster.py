@@ -322,8 +322,8 @@ def run_stages(study: Project) -> dict[str, bytes]:
     calibrate(project=study)
     mask(project=study)
     apply(project=study)
-    perplexity(project=study, model="dense")
-    perplexity(project=study, model="pruned")
+    perplexity(project=study, model="dense", text="embedded")
+    perplexity(project=study, model="pruned", text="embedded")
     zero_shot(project=study, model="pruned")
     found = (path for name in MADE for path in study.root.glob(f"{name}/**/*") if path.is_file())
     return {str(path.relative_to(study.root)): path.read_bytes() for path in found}

@@ -80,7 +80,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Pat
     write_params(folder, model, group="fisher", **texts, **small, **pruning)
     project = Project(folder)
     for stage in STAGES.values():
-        for _, part in stage.runs():
+        for _, part, _ in stage.runs(["embedded"]):
             run(stage.name, project=project, part=part)
     return folder
 
@@ -189,7 +189,7 @@ def test_every_operation_of_a_publication_is_a_crash_point_that_recovers(
 
 
 # Every stage, and every part of download. The pruned model runs through the code that the dense one does.
-RUNS = [(stage.name, part) for stage in STAGES.values() for _, part in stage.runs() if part != "pruned"]
+RUNS = [(stage.name, part) for stage in STAGES.values() for _, part, _ in stage.runs(["embedded"]) if part != "pruned"]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, save_tiny_model, write_params
+from conftest import ROOT, save_tiny_model, text_of, write_params
 from safetensors.torch import load_file
 from simulated_gpu import OnDevice, SimulatedDevice, Traffic
 from test_families import ALL, save
@@ -80,10 +80,10 @@ class Bench:
         """Download, calibrate, and the dense model's perplexity."""
         project, traffic = self.project(self.root / f"{kind}-measured", kind, "wanda"), Traffics()
         for part in ("model", "calibration", "perplexity"):
-            download(project=project, part=part)
+            download(project=project, part=part, text=text_of(part))
         device = None if kind == "cpu" else SimulatedDevice(kind)
         self.stage(device, traffic, "calibrate", lambda: calibrate(project=project))
-        self.stage(device, traffic, "perplexity", lambda: perplexity(project=project, model="dense"))
+        self.stage(device, traffic, "perplexity", lambda: perplexity(project=project, model="dense", text="embedded"))
         return Study(project, traffic)
 
     @cache  # noqa: B019
@@ -95,7 +95,9 @@ class Bench:
         device = None if kind == "cpu" else SimulatedDevice(kind)
         self.stage(device, traffic, "mask", lambda: mask(project=project))
         self.stage(device, traffic, "apply", lambda: apply(project=project))
-        self.stage(device, traffic, "perplexity pruned", lambda: perplexity(project=project, model="pruned"))
+        self.stage(
+            device, traffic, "perplexity pruned", lambda: perplexity(project=project, model="pruned", text="embedded")
+        )
         return Study(project, traffic)
 
     @cache  # noqa: B019
@@ -118,7 +120,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> It
 
 
 def figure(project: Project, model: str) -> Any:
-    return load_json(project.metrics(model, "perplexity"))["perplexity"]
+    return load_json(project.metrics(model, "perplexity/embedded"))["perplexity"]
 
 
 def check_alike(host: Project, card: Project, *, masks: bool = True) -> None:
@@ -201,10 +203,10 @@ def test_hidden_states_that_a_gpu_has_no_room_for_wait_on_the_host(tmp_path: Pat
     """They cross at every block then, in both directions."""
     project = bench.project(tmp_path / "study", "cuda", "wanda")
     for part in ("model", "perplexity"):
-        download(project=project, part=part)
+        download(project=project, part=part, text=text_of(part))
     device = SimulatedDevice("cuda", free=0)
     with device.present():
-        perplexity(project=project, model="dense")
+        perplexity(project=project, model="dense", text="embedded")
     assert figure(project, "dense") == figure(bench.measured("cuda").project, "dense")
     assert device.traffic.to_device["engine.walk._together"] == BLOCKS * EVALUATED
     assert device.traffic.to_host["engine.states._save"] == (BLOCKS + 1) * EVALUATED

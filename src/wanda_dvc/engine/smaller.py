@@ -293,7 +293,7 @@ def write_smaller(
         new | {name: [] for name in gone},
         configured,
         without=without,
-        progress=progress,
+        progress=lambda piece, _: progress(piece),
     )
 
 

@@ -44,8 +44,8 @@ def cost(  # noqa: PLR0913 - the options of the command
             "study's model: `dvc repro download@model`"
         )
     on = known(params, config, project)
-    if not on.tokens:
-        on = replace(on, texts={**on.texts, "perplexity": TEST_SPLIT})
+    unknown = {f"perplexity/{text}": TEST_SPLIT for text in on.evaluated if not on.tokens(text)}
+    on = replace(on, texts={**on.texts, **unknown})
     needs = {stage: need(on) for stage, need in NEEDS.items()}
     pace = _measure(on) if measure else {}
     seconds = {name: sum(x / pace[kind] for kind, x in row.work.items() if x) for name, row in needs.items() if pace}
@@ -65,6 +65,7 @@ def _measure(on: Known) -> dict[str, float]:
 
 def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: dict[str, float]) -> str:
     params, model, kept = on.params, on.model, kept_bytes(on)
+    tokens = [on.tokens(text) for text in on.evaluated]
     rows = []
     for name, need in needs.items():
         flops = sum(need.work.values())
@@ -79,13 +80,15 @@ def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: d
     lines = [
         f"{_count(model.parameters)} parameters, {_count(model.met)} of them in the linears that a token meets; stored "
         f"in {model.dtype}, {_gb(model.stored)} GB; runs in {params.dtype} on {on.device}",
-        f"{params.calibration.samples} windows of {params.calibration.length} to calibrate, {on.tokens:,} tokens in "
-        f"windows of {params.perplexity.length} for perplexity, {len(params.tasks.names)} tasks"
+        f"{params.calibration.samples} windows of {params.calibration.length} to calibrate, "
+        f"{sum(tokens):,} tokens in windows of {params.perplexity.length} for perplexity"
+        f"{f' on {len(tokens)} texts' if len(tokens) > 1 else ''}, {len(params.tasks.names)} tasks"
         + (f" × {params.items}" if params.items else ""),
         "",
         table(headers + ["time"] * bool(pace), rows),
         "",
-        f"The dense model's predictions, `reference`, take {_gb(reference_bytes(on.tokens))} GB of the cache, once.",
+        f"The dense model's predictions, `reference`, take {_gb(sum(map(reference_bytes, tokens)))} GB of the cache, "
+        "once.",
         f"One more experiment adds {_gb(kept)} GB to the cache ({'its masks' if kept < model.count else MORE})"
         + (f" and takes {_duration(again)}; the first one takes {first}." if pace else "."),
     ]
@@ -123,7 +126,7 @@ def _records(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds:
         "smaller": {"parameters": left, "stored_bytes": left * on.model.width} if left else None,
         "device": on.device,
         "dtype": on.params.dtype,
-        "tokens": on.tokens,
+        "tokens": {text: on.tokens(text) for text in on.evaluated},
         "kept_bytes": kept_bytes(on),
         "flops_per_second": pace,
         "stages": [
