@@ -200,6 +200,26 @@ def test_any_file_operation_is_a_crash_point_that_recovers(root: Path, killer: K
 
     Those of a publication are all in the test above.
     """
+    check_recovery(root, killer, name, part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["neurons", "heads", "blocks"])
+def test_a_smaller_model_recovers_from_any_crash(root: Path, killer: Killer, pattern: str, tmp_path: Path):
+    study = shutil.copytree(root, tmp_path / "study")
+    params = (study / "params.yaml").read_text(encoding="utf-8")
+    params = re.sub("^pattern: .*", f"pattern: {pattern}", params, flags=re.MULTILINE)
+    params = re.sub("^(group|reconstruction|propagation):.*", r"\1:", params, flags=re.MULTILINE)
+    params = re.sub("^recipe: .*", "recipe: admm", params, flags=re.MULTILINE)
+    (study / "params.yaml").write_text(params, encoding="utf-8")
+    for name in ("mask", "apply"):
+        run(name, project=Project(study))
+    for name in ("mask", "apply"):
+        check_recovery(study, killer, name, None)
+
+
+def check_recovery(root: Path, killer: Killer, name: str, part: str | None) -> None:
+    """Kill a stage at some of its file operations, and compare what the next run leaves."""
     expected = outputs(root)
 
     def body() -> None:

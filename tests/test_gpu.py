@@ -67,8 +67,11 @@ class Bench:
             traffic[name], device.traffic = device.traffic, Traffic()
 
     def project(self, folder: Path, kind: str, recipe: str) -> Project:
+        """Return a study with a recipe, and with a pattern of units if a second word names one."""
         folder.mkdir(exist_ok=True)
-        changes = {"calibration__statistics": "fisher", "runtime__device": kind, "recipe": recipe}
+        recipe, *pattern = recipe.split()
+        changes: dict[str, Any] = {"calibration__statistics": "fisher", "runtime__device": kind, "recipe": recipe}
+        changes |= {"pattern": pattern[0], "sparsity": 0.25} if pattern else {}
         write_params(folder, self.model, **self.texts | changes)
         return Project(folder)
 
@@ -128,6 +131,11 @@ def check_alike(host: Project, card: Project, *, masks: bool = True) -> None:
         for name, x in one.inputs.items():
             assert x.count == other.inputs[name].count
             torch.testing.assert_close(other.inputs[name].norm, x.norm, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(other.influence, one.influence, rtol=1e-4, atol=1e-6)
+        assert one.outputs.keys() == other.outputs.keys()
+        for name, outputs in one.outputs.items():
+            assert other.outputs[name].count == outputs.count
+            assert float(other.outputs[name].sum) == pytest.approx(float(outputs.sum), rel=1e-4)
         one_back, other_back = (read_fisher(project.fisher, block) for project in (host, card))
         assert one_back.keys() == other_back.keys()
         for name, sums in one_back.items():
@@ -150,6 +158,16 @@ def check_alike(host: Project, card: Project, *, masks: bool = True) -> None:
 )
 def test_every_stage_of_every_recipe_gives_what_the_cpu_gives(bench: Bench, kind: str, recipe: str):
     check_alike(bench.pruned("cpu", recipe).project, bench.pruned(kind, recipe).project)
+
+
+@pytest.mark.parametrize("recipe", ["wanda neurons", "admm neurons", "admm heads", "wanda blocks"])
+def test_a_smaller_model_is_the_one_that_the_cpu_makes(bench: Bench, recipe: str):
+    check_alike(bench.pruned("cpu", recipe).project, bench.pruned("cuda", recipe).project)
+
+
+def test_the_experts_that_go_are_those_that_go_on_the_cpu(tmp_path: Path, texts: dict[str, str]):
+    bench = Bench(save("qwen3_moe", tmp_path / "model"), tmp_path, texts)
+    check_alike(*(bench.pruned(kind, "wanda experts").project for kind in ("cpu", "cuda")))
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,12 @@ def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: d
         f"One more experiment adds {_gb(kept)} GB to the cache ({'its masks' if kept < model.count else MORE})"
         + (f" and takes {_duration(again)}; the first one takes {first}." if pace else "."),
     ]
+    if left := _left(on):
+        lines.insert(
+            1,
+            f"pattern {params.pattern}, sparsity {params.sparsity:g}: the smaller model has {_count(left)} parameters, "
+            f"{_gb(left * model.width)} GB, {100 * (1 - left / model.parameters):.1f} % less",
+        )
     if pace:
         rates = ", ".join(f"{kind} {rate / 1e9:,.3g}" for kind, rate in pace.items())
         lines.append(
@@ -101,10 +107,23 @@ def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: d
     return "\n".join(lines)
 
 
+def _left(on: Known) -> int | None:
+    """Return the parameters of the smaller model; None if the pattern sets weights to zero, or the count is unknown."""
+    structure = on.params.plan.structure
+    if structure is None:
+        return None
+    from wanda_dvc.engine.config import read_config
+    from wanda_dvc.engine.smaller import smaller_parameters
+
+    return smaller_parameters(read_config(on.config), structure, on.params.plan.share)
+
+
 def _records(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: dict[str, float]) -> dict[str, Any]:
     """Return the cost as numbers: bytes, FLOPs and seconds."""
+    left = _left(on)
     return {
         "model": {"parameters": on.model.parameters, "linears": on.model.met, "stored_bytes": on.model.stored},
+        "smaller": {"parameters": left, "stored_bytes": left * on.model.width} if left else None,
         "device": on.device,
         "dtype": on.params.dtype,
         "tokens": {text: on.tokens(text) for text in on.evaluated},
