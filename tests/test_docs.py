@@ -105,12 +105,15 @@ def checked_settings(overrides: list[str]) -> None:
     for chosen in itertools.product(*choices):
         content = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
         for name, value in chosen:
-            *sections, leaf = name.split(".")
+            *sections, leaf = name.lstrip("+~").split(".")
             target = content
-            for section in sections:
-                target = target[section]
-            assert leaf in target, f"no setting {name}"
-            target[leaf] = value
+            for section in sections:  # `+` adds a text
+                target = target.setdefault(section, {}) if name.startswith("+") else target[section]
+            assert (leaf in target) != name.startswith("+"), f"no setting {name}"
+            if name.startswith("~"):
+                del target[leaf]
+            else:
+                target[leaf] = value
         check_params(content)
 
 

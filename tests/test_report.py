@@ -5,6 +5,7 @@ import html
 import itertools
 import math
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -349,6 +350,31 @@ def test_what_read_other_windows_or_items_is_not_compared(tmp_path: Path):
     assert "against magnitude" not in text
     assert "- wanda 50 % against dense: 1.649 × the perplexity" in text
     assert "- magnitude 50 % against dense: 4.482 × the perplexity" in text
+
+
+def test_each_text_has_its_tables_and_its_kind(tmp_path: Path):
+    """The calibration's source is embedded here, so a reader sees on which text a solver gains by its own text."""
+    texts = {"embedded": {"source": "embedded"}, "other": {"source": "/data/other.txt"}}
+    rows = []
+    for name, results in {"a": ("wanda", 0.5, 2.5, 20), "b": ("magnitude", 0.5, 3.5, 4)}.items():
+        root = tmp_path / name
+        root.mkdir()
+        write_results(root, *results, perplexity__texts=texts)
+        project = Project(root)
+        for model in ("dense", "pruned"):
+            for file in (project.details, project.metrics):
+                shutil.copyfile(file(model, "perplexity/embedded"), file(model, "perplexity/other"))
+        rows.append(row_of(project, name=name))
+    said = re.sub(r" {2,}", " ", as_markdown(content(Collected(rows, [], [])), "pictures"))
+    own, other = "embedded (the calibration's source)", "other (another source)"
+    for text in (own, other):
+        assert f"Perplexity on {text}" in said
+        assert f"On {text}. Predictions of each next token" in said
+        assert f"0.368 × the perplexity on {text} (beyond noise)" in said
+    assert f"Paired: perplexity on {other}" in said
+    assert "pictures/s0-perplexity.svg" in said
+    assert "pictures/s0-other-perplexity.svg" in said
+    assert "Perplexity on other: the first 4 windows of 64 tokens of /data/other.txt" in said
 
 
 def test_a_row_is_compared_with_its_own_dense_model(tmp_path: Path):
