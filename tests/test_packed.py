@@ -499,7 +499,7 @@ def test_what_is_damaged_is_refused(damage: Damage, said: str, tmp_path: Path):
 
 
 def test_a_list_as_dtype_is_refused(tmp_path: Path):
-    """transformers itself fails on it."""
+    """Transformers itself fails on it."""
     _, target = packed(tmp_path)
     config = json.loads((target / "config.json").read_text())
     config["quantization_config"]["weights"][NAME]["dtype"] = ["float32"]
