@@ -372,7 +372,17 @@ def test_without_a_dvc_repository_it_says_so(older: Project):
     assert not (older.root / ".dvc").exists()
 
 
-@pytest.mark.parametrize(("place", "text"), [("dvc.yaml", "stages: ["), ("dvc.yaml", "- 1"), ("params.yaml", "a: [")])
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("dvc.yaml", "stages: ["),
+        ("dvc.yaml", "- 1"),
+        ("params.yaml", "a: ["),
+        ("params.yaml", "[" * 3000),
+        ("params.yaml", "a: " + "9" * 5000),
+    ],
+    ids=["half", "list", "half settings", "deep", "large"],
+)
 def test_a_file_that_cannot_be_read_is_refused(study: Project, place: str, text: str):
     write(study, place, text)
     with pytest.raises(UserError, match=rf"^{place}: .*; restore it from git"):
