@@ -180,11 +180,11 @@ class Cluster(Jobs):
 
     def open(self) -> None:
         """Wait for a worker, and check whether all nodes have the files. UserError if no worker appears."""
+        if self._address == LOCAL:  # it has this machine's files and cores
+            return
         if not ray.wait(self._first, timeout=SECONDS)[0]:
             wanted = "a GPU" if self._kind == "GPU" else f"{self._threads} CPUs"
             raise UserError(f"runtime.ray: no worker with {wanted} started within {SECONDS} s; look at `ray status`")
-        if self._address == LOCAL:
-            return
         expected = [tasks.fingerprint(folder) for folder in self._folders]
         here = ray.get_runtime_context().get_node_id()
         nodes = [x["NodeID"] for x in alive_nodes() if x["Resources"].get(self._kind) or x["NodeID"] == here]
