@@ -28,11 +28,12 @@ def peak_inside(folder: Path, *words: str) -> float:
 
 
 def _last(folder: Path, *words: str) -> dict[str, Any]:
-    project, run = Project(folder), "-".join(words)
+    project, run = Project(folder), "-".join(words[:2]) + "".join(f"@{text}" for text in words[2:])
     known = times(project, project.times)
-    if run not in known:
+    found = [time for name, time in known.items() if run in (name, name.partition("@")[0])]  # one text unless named
+    if not found:
         raise RuntimeError(f"{folder}: no time of {run}, expected one of {', '.join(known) or 'none'}")
-    return known[run]
+    return found[0]
 
 
 def windows(folder: Path, part: str) -> Any:
@@ -43,8 +44,8 @@ def windows(folder: Path, part: str) -> Any:
     project = Project(folder)
     if part == "calibration":
         return calibration_windows(project).numpy()
-    tokens = tokenize(project.text(part), load_tokenizer(project.model("dense")))
     wanted = project.params.perplexity
+    tokens = tokenize(project.text(f"{part}/{wanted.first}"), load_tokenizer(project.model("dense")))
     asked = wanted.windows if isinstance(wanted.windows, int) else None
     return cut(tokens, length=wanted.length, windows=asked).numpy()
 

@@ -86,7 +86,7 @@ class Studies:
                 "runtime.mirror": str(self.mirror.resolve()),
                 "calibration.text.source": "wikitext2",
                 "calibration.text.split": "validation",
-                "perplexity.text.source": "wikitext2",
+                "perplexity.texts": {"wikitext2": {"source": "wikitext2"}},
                 "tasks.source": "benchmark",
             }
         return changes | self._source

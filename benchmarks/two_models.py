@@ -110,12 +110,11 @@ class Models:
         """Return a study with the statistics of a model, from the windows that a seed draws."""
         folder = self.runner.work / f"{model}-seed-{seed}"
         folder.mkdir(exist_ok=True)
-        if not (folder / "params.yaml").is_file():
-            shutil.copy(ROOT / "params.yaml", folder)
+        shutil.copy(ROOT / "params.yaml", folder)  # an earlier version's may have other settings
         text = {"source": "wikitext2", "split": "validation"}
         settings: dict[str, Any] = {
             "calibration": {"text": text, "samples": 32, "length": 2048, "seed": seed, "statistics": "fisher"},
-            "perplexity": {"text": {"source": "wikitext2"}, "length": 2048, "windows": 16},
+            "perplexity": {"texts": {"wikitext2": {"source": "wikitext2"}}, "length": 2048, "windows": 16},
             "runtime": {"mirror": str(self.mirror)},
         }
         if model == "gemma-3-270m":
@@ -134,12 +133,17 @@ class Models:
         return wall
 
     def perplexity(self, folder: Path, model: str, text: str) -> dict[str, float]:
-        """Return the perplexity of a study's model on a text, and the seconds of the stage."""
-        change(folder, {"perplexity": {"text": {"source": text}, "length": 2048, "windows": WINDOWS[text]}})
-        self.stage(folder, "download", "perplexity")
-        seconds = self.stage(folder, "perplexity", model)
-        found = json.loads((folder / "metrics" / model / "perplexity.json").read_text())["perplexity"]
-        return {"perplexity": found, "seconds": round(seconds, 1)}
+        """Return the perplexity of a study's model on a text, its divergence, and the seconds of the stage."""
+        change(folder, {"perplexity": {"length": 2048, "windows": WINDOWS[text]}})
+        self.stage(folder, "download", "perplexity", text)
+        reference = folder / "reference" / text / "provenance.json"
+        known = json.loads(reference.read_text()) if reference.is_file() else {}
+        if model != "dense" and (known.get("length"), known.get("windows")) != (2048, WINDOWS[text]):
+            self.stage(folder, "perplexity", "dense", text)
+        seconds = self.stage(folder, "perplexity", model, text)
+        found = json.loads((folder / "metrics" / model / "perplexity" / f"{text}.json").read_text())
+        kept = {name: found[name] for name in ("perplexity", "divergence", "top1_agreement") if name in found}
+        return kept | {"seconds": round(seconds, 1)}
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Prune a model and measure it."""
@@ -159,7 +163,7 @@ def change(folder: Path, settings: dict[str, Any]) -> None:
     def merge(old: Any, new: dict[str, Any]) -> None:
         for name, value in new.items():
             if isinstance(value, dict):
-                merge(old[name], value)
+                merge(old.setdefault(name, {}), value)
             else:
                 old[name] = value
 

@@ -1,7 +1,9 @@
 """Write measured figures into the documents, between their markers: python scripts/figures.py.
 
 `<!-- figures: NAME -->` and `<!-- end of figures -->` stand around each table. The methods' figures are in
-docs/results/methods.json, the times in benchmarks/results.json. A model without figures has no column.
+docs/results/methods.json, the times in benchmarks/results.json, those of smaller models in
+benchmarks/results-smaller.json, and the distances from the dense model in benchmarks/results-distance.json. A model
+without figures has no column.
 """
 
 import json
@@ -12,9 +14,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/methods.md", "docs/performance.md", "docs/results/better.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/methods.md",
+    "docs/performance.md",
+    "docs/smaller.md",
+    "docs/results/better.md",
+    "docs/results/distance.md",
+)
 METHODS = ROOT / "docs/results/methods.json"
 BENCHMARKS = ROOT / "benchmarks/results.json"
+SMALLER = ROOT / "benchmarks/results-smaller.json"
+DISTANCE = ROOT / "benchmarks/results-distance.json"
 PLACE = re.compile(r"(<!-- figures: (\S+) -->\n)(.*?)(<!-- end of figures -->)", flags=re.DOTALL)
 
 # The rows of benchmarks/results.json on the page about performance, with the words for what was measured.
@@ -34,10 +45,10 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
     return "\n".join(f"| {' | '.join(row)} |" for row in [headers, rule, *rows])
 
 
-def figure(value: float | None) -> str:
-    """Return a perplexity with five digits at most."""
-    if value is None:
-        return "–"
+def figure(value: float | str | None) -> str:
+    """Return a perplexity with five digits at most; `diverged` stays."""
+    if value is None or isinstance(value, str):
+        return value or "–"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
@@ -138,6 +149,143 @@ def times(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+# --- distances from the dense model ---
+
+NOT_MEASURED = "Not measured yet."
+PICTURE = """<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="../pictures/distance-dark.svg">
+  <source media="(prefers-color-scheme: light)" srcset="../pictures/distance-light.svg">
+  <img alt="Mean accuracy of {count} pruned models against layer error, perplexity and divergence. Rank correlations: \
+{said}" src="../pictures/distance-light.svg">
+</picture>"""
+# A model's measures that may predict its accuracy: the name, and the value in a row.
+PREDICTORS: dict[str, Callable[[dict[str, Any]], float | str | None]] = {
+    "layer error": lambda row: row.get("layer_error"),
+    "perplexity, WikiText-2": lambda row: row["texts"]["wikitext2"]["perplexity"],
+    "perplexity, embedded text": lambda row: row["texts"]["embedded"]["perplexity"],
+    "divergence, WikiText-2": lambda row: _mean(row["texts"]["wikitext2"].get("divergence")),
+    "divergence, embedded text": lambda row: _mean(row["texts"]["embedded"].get("divergence")),
+}
+
+
+def distances() -> dict[str, dict[str, Any]]:
+    """Return the measured models by name; empty before benchmarks/distance.py has run."""
+    return json.loads(DISTANCE.read_text(encoding="utf-8"))["rows"] if DISTANCE.is_file() else {}
+
+
+def accuracy(row: dict[str, Any]) -> float:
+    """Return a model's mean accuracy over the tasks."""
+    return sum(row["accuracies"].values()) / len(row["accuracies"])
+
+
+def pairs(rows: dict[str, dict[str, Any]], predictor: str) -> list[tuple[float, float, dict[str, Any]]]:
+    """Return of each pruned model with finite figures a measure, the mean accuracy, and the row."""
+    found = [(PREDICTORS[predictor](row), accuracy(row), row) for row in rows.values() if "recipe" in row]
+    return [(value, mean, row) for value, mean, row in found if isinstance(value, float)]
+
+
+def rank_correlation(points: Sequence[tuple[float, float, Any]]) -> float:
+    """Return Spearman's rank correlation of the first two numbers of each point."""
+    from scipy.stats import spearmanr
+
+    x, y, _ = zip(*points, strict=True)
+    return float(spearmanr(x, y).statistic)
+
+
+def distance(rows: dict[str, dict[str, Any]], key: str) -> str:
+    """Return the table of the models with a key, `recipe` or `format`, after the dense model's row."""
+    if not any(key in row for row in rows.values()):
+        return NOT_MEASURED
+    lines = [_distance(name, row) for name, row in rows.items() if key in row or name == "dense"]
+    heads = ["model", "MB"]
+    heads += [f"{what}, {text}" for text in ("WikiText-2", "embedded") for what in ("perplexity", "divergence")]
+    heads += ["agreement, %", "mean acc, %", "changed answers, %", "→ wrong", "→ right"]
+    return table(
+        heads + ["layer error"] * (key == "recipe"), [line if key == "recipe" else line[:-1] for line in lines]
+    )
+
+
+def _distance(name: str, row: dict[str, Any]) -> list[str]:
+    measured = [row["texts"][text] for text in ("wikitext2", "embedded")]
+    flips = [of["acc"] for of in row["flips"].values()]
+    items, lost, gained, swapped = (sum(one[key] for one in flips) for key in ("items", "lost", "gained", "swapped"))
+    error = row.get("layer_error")
+    return [
+        name.replace("%", "\N{NO-BREAK SPACE}%"),
+        f"{row['bytes'] / 1e6:.0f}",
+        *(cell for one in measured for cell in (figure(one["perplexity"]), _shown(one.get("divergence"), "{:.3f}"))),
+        _shown(measured[0].get("top1_agreement"), "{:.1f}", 100),
+        f"{100 * accuracy(row):.1f}",
+        *([f"{100 * (lost + gained + swapped) / items:.1f}", str(lost), str(gained)] if items else ["–"] * 3),
+        "–" if error is None else f"{error:.3f}",
+    ]
+
+
+def _mean(measure: dict[str, float] | str | None) -> float | None:
+    """Return the mean of a measure; None if it is missing, or diverged."""
+    return measure["mean"] if isinstance(measure, dict) else None
+
+
+def _shown(measure: dict[str, float] | str | None, form: str, factor: float = 1) -> str:
+    value = _mean(measure)
+    return "–" if value is None else form.format(factor * value)
+
+
+def correlations(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the rank correlations of the measures with the mean accuracy, over the pruned models."""
+    found = {name: points for name in PREDICTORS if len(points := pairs(rows, name)) > 2}
+    lines = [[name, f"{rank_correlation(points):.2f}", str(len(points))] for name, points in found.items()]
+    if not lines:
+        return NOT_MEASURED
+    return table(["measure", "rank correlation with the mean accuracy", "models"], lines)
+
+
+def picture(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the picture's markup; empty before three models are measured."""
+    if len(points := pairs(rows, "layer error")) < 3:
+        return ""
+    said = ", ".join(f"{name} {rank_correlation(found):.2f}" for name in PREDICTORS if (found := pairs(rows, name)))
+    return PICTURE.format(count=len(points), said=said)
+
+
+def smaller(results: dict[str, Any]) -> str:
+    """Return the smaller models, and the dense one above those of each model."""
+    rows = []
+    for model, dense in results["dense"].items():
+        rows.append([model, "–", "–", "dense", "–", *_texts(dense), f"{dense['bytes'] / 1e6:.0f}", "–"])
+        for name, row in sorted(results["rows"].items(), key=lambda item: (item[1]["pattern"], item[1]["amount"])):
+            if row["model"] == model:
+                speed = results["tokens_per_second"].get(name)
+                rows.append(
+                    [
+                        model,
+                        row["pattern"],
+                        row["amount"],
+                        row["choice"],
+                        f"{100 * (1 - row['parameters'] / dense['parameters']):.1f} %",
+                        *_texts(row),
+                        f"{row['bytes'] / 1e6:.0f}",
+                        f"{speed['pruned'] / speed['dense']:.2f} ×" if speed else "–",
+                    ]
+                )
+    return table(
+        [
+            *("model", "removed", "share", "choice", "parameters removed"),
+            *("WikiText-2", "divergence, nats", "embedded text", "MB", "tokens a second"),
+        ],
+        rows,
+        left=4,
+    )
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    """Return a model's perplexity and divergence on WikiText-2, and its perplexity on the embedded text."""
+    text, other = (row["texts"].get(name, {}) for name in ("wikitext2", "embedded"))
+    divergence = text.get("divergence")
+    mean = "–" if divergence is None else f"{divergence['mean']:.3f}" if isinstance(divergence, dict) else divergence
+    return [figure(text.get("perplexity")), mean, figure(other.get("perplexity"))]
+
+
 METHOD_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "readme": readme,
     "recipes": recipes,
@@ -150,8 +298,14 @@ def written(text: str) -> str:
     """Return a document with the current figures between its markers."""
     methods = json.loads(METHODS.read_text(encoding="utf-8"))
     tables = {name: make(methods) for name, make in METHOD_TABLES.items()}
+    rows = distances()
+    tables |= {"distance": distance(rows, "recipe"), "formats": distance(rows, "format")}
+    tables |= {"correlations": correlations(rows), "distance-picture": picture(rows)}
     tables["times"] = times(json.loads(BENCHMARKS.read_text(encoding="utf-8"))["rows"])
-    return PLACE.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[4]}", text)
+    tables["smaller"] = smaller(json.loads(SMALLER.read_text(encoding="utf-8")))
+    return PLACE.sub(
+        lambda found: f"{found[1]}{tables[found[2]]}\n{found[4]}".replace("-->\n\n<!--", "-->\n<!--"), text
+    )
 
 
 def main() -> None:

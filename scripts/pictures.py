@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import figures as measured
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -150,6 +151,44 @@ def loss(colours: Colours) -> Figure:
     return figure
 
 
+# The measures drawn against the mean accuracy, and the recipes' colours and markers.
+AGAINST = ("layer error", "perplexity, WikiText-2", "divergence, WikiText-2")
+LOOKS = {
+    "magnitude": METHODS["magnitude"],
+    "wanda": METHODS["Wanda"],
+    "wanda-refit": METHODS["Wanda, least squares"],
+    "sparsegpt": ("ink", "v"),
+    "admm": METHODS["ADMM, least squares"],
+    "fisher": METHODS["ADMM, Fisher"],
+    "paper": ("blue", "x"),
+}
+
+
+def distance(colours: Colours) -> Figure:
+    """Draw the mean accuracy of each pruned model against its layer error, perplexity and divergence."""
+    rows = measured.distances()
+    figure = Figure(figsize=(8.2, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, name in zip(panels, AGAINST, strict=True):
+        _plain(axes, colours)
+        axes.set_xscale("log")
+        points = measured.pairs(rows, name)
+        for recipe, (colour, marker) in LOOKS.items():
+            own = [(value, 100 * mean) for value, mean, row in points if row["recipe"] == recipe]
+            if own:
+                x, y = zip(*own, strict=True)
+                axes.plot(x, y, marker, color=colours[colour], markersize=5, label=recipe)
+        if "dense" in rows:
+            axes.axhline(100 * measured.accuracy(rows["dense"]), color=colours["muted"], linestyle="--", linewidth=1.2)
+        title = f"rank correlation {measured.rank_correlation(points):.2f}" if len(points) > 2 else ""
+        axes.set_title(title, color=colours["ink"], fontsize=10)
+        axes.set_xlabel(f"{name}, log scale", color=colours["ink"])
+        axes.minorticks_off()
+    panels[0].set_ylabel("mean accuracy, %", color=colours["ink"])
+    panels[0].legend(frameon=False, labelcolor=colours["ink"], loc="lower left", fontsize=8)
+    return figure
+
+
 def _plain(axes: Axes, colours: Colours) -> Axes:
     """Leave of a plot's frame the bottom line and horizontal lines behind the points."""
     axes.set_facecolor("none")
@@ -193,6 +232,7 @@ def _label(  # noqa: PLR0913, PLR0917 - a text, its place and its look
 FIGURES: dict[str, Callable[[Colours], Figure]] = {
     "methods": methods,
     "loss": loss,
+    "distance": distance,
 }
 
 
@@ -202,6 +242,8 @@ def save(folder: Path) -> None:
     # Text stays text, and ids do not depend on the run.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "readme", "font.size": 10}):
         for name, draw in FIGURES.items():
+            if name == "distance" and len(measured.pairs(measured.distances(), AGAINST[0])) < 3:
+                continue  # benchmarks/distance.py has not run
             for mode, colours in MODES.items():
                 path = folder / f"{name}-{mode}.svg"
                 draw(colours).savefig(path, transparent=True, metadata={"Date": None, "Creator": None})

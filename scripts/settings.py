@@ -6,7 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECIPES, RECONSTRUCTIONS, STRUCTURES, methods
+from wanda_dvc.catalog import ALLOCATIONS, EMBEDDED_TEXT, GROUPS, RECIPES, RECONSTRUCTIONS, STRUCTURES, methods
 from wanda_dvc.params import settings
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.presets import DEFAULT, read_preset
@@ -38,7 +38,7 @@ def page() -> str:
     defaults = read_preset(DEFAULT).settings
     rows = []
     for name, field in settings():
-        default = defaults.get(name, field.default)
+        default = defaults.get(name.replace("NAME", EMBEDDED_TEXT), field.default)
         rows.append([f"`{name}`", f"`{_spelled(default)}`", ", ".join(_stages(name)) or "–", _meaning(field)])
     recipes = [
         [f"`{row.name}`", row.about, row.method, row.group, row.allocation, row.reconstruction, row.propagation]

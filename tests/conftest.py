@@ -130,6 +130,14 @@ def script(name: str) -> ModuleType:
     return module
 
 
+TEXTS = ("calibration__text", "perplexity__texts__embedded")  # their settings
+
+
+def text_of(part: str) -> str:
+    """The name of the text that a part of `download` or of `perplexity` reads; "" if it reads none by name."""
+    return "embedded" if part in ("perplexity", "dense", "pruned") else ""
+
+
 def write_params(root: Path, folder: Path | str, **changes: Any) -> None:
     """The committed params.yaml, small enough for a tiny model; `changes` by dotted names with __ for the dots."""
     small = {
@@ -149,9 +157,12 @@ def _params(changes: str) -> str:
         for section in sections if name not in params else []:
             target = target[section]
         target[leaf if name not in params else name] = value
-    for part in ("calibration", "perplexity"):
-        text = params[part]["text"]
-        if isinstance(text, dict) and Path(text["source"]).is_absolute() and f"{part}__text__split" not in given:
+    for setting in TEXTS:
+        section, *names = setting.split("__")
+        text = params[section]
+        for name in names:
+            text = text[name] if isinstance(text, dict) else None
+        if isinstance(text, dict) and Path(text["source"]).is_absolute() and f"{setting}__split" not in given:
             text["split"] = None  # a file has none
     written = io.StringIO()
     YAML().dump(params, written)
@@ -173,11 +184,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Settings of short texts, as changes of params.yaml: to make tokens of the embedded ones takes half a second."""
     folder, settings = tmp_path_factory.mktemp("texts"), {}
-    for part, split in (("calibration", "train"), ("perplexity", "test")):
-        lines = (EMBEDDED / f"text/{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    for part, split in zip(TEXTS, ("train", "test"), strict=True):
+        name, lines = (
+            part.partition("__")[0],
+            (EMBEDDED / f"text/{split}.jsonl").read_text(encoding="utf-8").splitlines(),
+        )
         text = "\n".join(json.loads(line)["text"] for line in lines)
-        (folder / f"{part}.txt").write_text(text[:6000], encoding="utf-8")
-        settings[f"{part}__text__source"] = str(folder / f"{part}.txt")
+        (folder / f"{name}.txt").write_text(text[:6000], encoding="utf-8")
+        settings[f"{part}__source"] = str(folder / f"{name}.txt")
     return settings
 
 

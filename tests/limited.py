@@ -3,8 +3,6 @@
 from collections.abc import Collection
 from typing import Any, cast
 
-from pydantic import BaseModel
-
 from wanda_dvc.params import Params
 from wanda_dvc.plan import CHOICES
 
@@ -18,11 +16,17 @@ DERIVED = {
 class Limited:
     """Settings of which only some may be read; reading another one raises AttributeError."""
 
-    def __init__(self, section: BaseModel, allowed: Collection[str], read: set[str], prefix: str = "") -> None:
+    def __init__(self, section: Any, allowed: Collection[str], read: set[str], prefix: str = "") -> None:
         self._section, self._allowed, self._prefix, self._read = section, allowed, prefix, read
 
     def __getattr__(self, name: str) -> Any:
-        dotted, value = self._prefix + name, getattr(self._section, name)
+        return self._of(name, getattr(self._section, name))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._of(name, self._section[name])
+
+    def _of(self, name: str, value: Any) -> Any:
+        dotted = self._prefix + name
         if name in DERIVED and DERIVED[name][0] in self._allowed:
             self._read.update(set(DERIVED[name]).intersection(self._allowed))
             return value

@@ -1,7 +1,9 @@
 """Zero-shot: one run a model, in which no task is asked twice."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cases.grids import thinned
@@ -9,8 +11,9 @@ from conftest import write_params
 
 from wanda_dvc.stages import STAGES, run, zero_shot
 from wanda_dvc.stages.running import timed
-from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.files import Json, load_json, write_json
 from wanda_dvc.study.project import Project, Work
+from wanda_dvc.study.provenance import FORMAT, write_provenance
 
 TASKS = ["piqa", "rte", "arc_easy"]
 STAGE = STAGES["zero-shot"]
@@ -102,3 +105,18 @@ def test_the_time_of_a_run_counts_the_answers_that_it_took_over(study: Project):
         path.write_text(json.dumps(load_json(path) | {"seconds": 100.0}), encoding="utf-8")
     assert 0 < first < 100
     assert 400 <= seconds() < 500  # of three tasks, and of the continuations
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_changed_answers_are_metrics_of_real_tasks(samples: bool, project: Callable[..., Project]):
+    """`dvc metrics diff` shows them; the embedded questions are no benchmark."""
+    made, words = project(), dict.fromkeys(("task", "source", "role", "sha256", "lm_eval", "definition"), "x")
+    write_provenance(made.data("tasks") / "piqa", {"format": FORMAT, "kind": "task", "samples": samples, **words})
+
+    def details(*answers: int) -> dict[str, Any]:
+        items = [{"item": i, "answer": one, "acc": float(one == 0)} for i, one in enumerate(answers)]
+        return {"piqa": {"protocol": {"task": {"sha256": "x"}}, "items": items}}
+
+    write_json(made.details("dense", "zero_shot"), {"tasks": details(0, 0, 0, 1, 1)})
+    counts = {"piqa": {"flips": {"acc": {"lost": 2, "gained": 1, "swapped": 1}}}}
+    assert zero_shot._flips(made, details(0, 1, 1, 0, 2)) == ({} if samples else counts)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, text_of
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.stages import STAGES, times
@@ -41,7 +41,7 @@ BENCHMARKS = ROOT / "benchmarks"
 def test_the_plain_procedure_prunes_the_same_weights(project: Callable[..., Project], method: str):
     made = project(method=method, propagation="pruned", group="layer" if method == "magnitude" else "row")
     for part in ("model", "calibration"):
-        download(project=made, part=part)
+        download(project=made, part=part, text=text_of(part))
     calibrate(project=made)
     mask(project=made)
     model = AutoModelForCausalLM.from_pretrained(made.model("dense")).eval()
@@ -178,7 +178,7 @@ def test_a_process_that_fails_is_quoted(tmp_path: Path):
 def test_the_seconds_inside_a_stage_are_those_of_its_last_run(project: Callable[..., Project]):
     made = project()
     for part in ("model", "calibration"):
-        download(project=made, part=part)
+        download(project=made, part=part, text=text_of(part))
     with pytest.raises(RuntimeError, match="no time of calibrate, expected one of none"):
         ours.seconds_inside(made.root, "calibrate")
     with timed(made, STAGES["calibrate"]):

@@ -24,7 +24,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.pruning.choose import Target, choose, function_of
 from wanda_dvc.pruning.statistics import InputStats
-from wanda_dvc.stages import STAGES, run
+from wanda_dvc.stages import STAGES, Stage, run
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import read_masks, read_stats
 
@@ -35,14 +35,18 @@ def test_every_stage_reads_its_settings_and_no_others(project: Callable[..., Pro
     read: dict[tuple[str, str | None], set[str]] = {}
     for changed in ({}, FURTHER):
         for stage in STAGES.values():
-            for _, part in stage.runs():
+            for _, part, text in stage.runs(["embedded"]):
                 made, reads = project(**changed), read.setdefault((stage.name, part), set())
-                own = made.with_params(limited(made.params, stage.settings_of(part), reads))
-                run(stage.name, project=own, part=part)
+                own = made.with_params(limited(made.params, settings_of(stage, part), reads))
+                run(stage.name, project=own, part=part, text=text)
     for stage in STAGES.values():
-        for _, part in stage.runs():
-            assert read[stage.name, part] - {"runtime"} == set(stage.settings_of(part)), (stage.name, part)
+        for _, part, _ in stage.runs(["embedded"]):
+            assert read[stage.name, part] - {"runtime"} == set(settings_of(stage, part)), (stage.name, part)
     assert len(read) == 1 + 4 + 3 + 2 + 2
+
+
+def settings_of(stage: Stage, part: str | None) -> list[str]:
+    return [setting.replace("NAME", "embedded") for setting in stage.settings_of(part)]
 
 
 # With these a stage reads the settings too that mean nothing by default.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import save_tiny_model
 from safetensors.torch import load_file, save_file
+from test_families import save
 from test_stages import fetch
 
 from wanda_dvc.engine import questions
@@ -119,6 +120,8 @@ def through(run: Runner, rows: torch.Tensor, *, with_dense: bool, kept: int = 0)
 def dump(found: Recorded) -> bytes:
     tensors = [x.upper.triu() for x in found.grams.values()] + list(found.crosses.values())
     tensors += [y for x in found.stats.inputs.values() for y in (x.sum_squares, x.sum)]
+    tensors += [] if found.stats.influence is None else [found.stats.influence]
+    tensors += [x.sum for x in found.stats.outputs.values()]
     return str(found.stats.readers).encode() + b"".join(x.numpy().tobytes() for x in tensors)
 
 
@@ -150,6 +153,17 @@ def test_tasks_give_the_bytes_of_one_process(
     for has_files in (True, False):
         run = inline(tiny, Inline(2, has_files=has_files))
         assert list(through(run, rows, with_dense=with_dense)) == expected[with_dense]
+
+
+def test_tasks_give_the_sums_of_experts_of_one_process(rows: torch.Tensor, tmp_path: Path):
+    folder = save("qwen3_moe", tmp_path / "model")
+    local, tasks = LocalRunner(decoder(folder), tmp_path / "local"), inline(folder, Inline(2))
+    found, wanted = ([step.record().stats for step in run.walk(rows)] for run in (tasks, local))
+    assert all(block.outputs for block in wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert {name: (float(x.sum), x.count) for name, x in one.outputs.items()} == {
+            name: (float(x.sum), x.count) for name, x in other.outputs.items()
+        }
 
 
 @pytest.mark.parametrize("with_dense", [False, True])
@@ -308,8 +322,8 @@ def run_stages(study: Project) -> dict[str, bytes]:
     calibrate(project=study)
     mask(project=study)
     apply(project=study)
-    perplexity(project=study, model="dense")
-    perplexity(project=study, model="pruned")
+    perplexity(project=study, model="dense", text="embedded")
+    perplexity(project=study, model="pruned", text="embedded")
     zero_shot(project=study, model="pruned")
     found = (path for name in MADE for path in study.root.glob(f"{name}/**/*") if path.is_file())
     return {str(path.relative_to(study.root)): path.read_bytes() for path in found}

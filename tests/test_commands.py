@@ -102,7 +102,7 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project
     first = [row.split("|")[1].strip() for row in rows]
     match words[0]:
         case "show":
-            assert number(content["results"]["dense"]["perplexity"]) in table.stdout
+            assert number(content["results"]["dense"]["texts"]["embedded"]["perplexity"]) in table.stdout
         case "list":
             assert [record["name"] for record in content] == first == ["workspace", "main"]
         case "stats":
@@ -124,8 +124,8 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project
 def test_show_as_json_holds_the_files_own_numbers(there: Project):
     content = printed(["show"])
     for model in ("dense", "pruned"):
-        expected = load_json(there.metrics(model, "perplexity"))["perplexity"]
-        assert content["results"][model]["perplexity"] == expected
+        expected = load_json(there.metrics(model, "perplexity/embedded"))["perplexity"]
+        assert content["results"][model]["texts"]["embedded"]["perplexity"] == expected
         assert content["results"][model]["zero_shot"] == {"piqa": {"standard_errors": {}}}
     assert content["results"]["pruned"]["sparsity"] == load_json(there.metrics("pruned", "sparsity"))["sparsity"]
     assert content["made_with"]["method"] in methods()

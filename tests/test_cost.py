@@ -185,6 +185,24 @@ def test_another_experiment_takes_the_stages_that_its_recipe_changes(tmp_path: P
     assert f"its dense baselines {(seconds['perplexity'] + seconds['zero-shot']) / 3600:.1f} h more." in table
 
 
+@pytest.mark.parametrize(("pattern", "sparsity", "family"), [("blocks", 0.25, "llama"), ("experts", 0.25, "mixtral")])
+def test_scores_of_complete_units_are_measured(pattern: str, sparsity: float, family: str, tmp_path: Path):
+    write_params(tmp_path, CONFIGS, pattern=pattern, sparsity=sparsity)
+    measured = cost.cost(start=tmp_path, config=save(family, tmp_path / "model"), measure=True, as_json=True)
+    assert all(row["seconds"] > 0 for row in json.loads(measured)["stages"])
+
+
+def test_a_pattern_of_units_says_what_is_left(tmp_path: Path):
+    write_params(tmp_path, CONFIGS, pattern="neurons", sparsity=0.2)
+    config = CONFIGS / "smollm2-135m.json"
+    said = cost.cost(start=tmp_path, config=config)
+    assert "pattern neurons, sparsity 0.2: the smaller model has 117.93 M parameters, 0.47 GB, 12.3 % less" in said
+    content = json.loads(cost.cost(start=tmp_path, config=config, as_json=True))
+    assert content["smaller"] == {"parameters": 117_926_208, "stored_bytes": 4 * 117_926_208}
+    write_params(tmp_path, CONFIGS, pattern="unstructured", sparsity=0.5)
+    assert json.loads(cost.cost(start=tmp_path, config=config, as_json=True))["smaller"] is None
+
+
 def test_without_a_measurement_there_is_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pace, "measure", lambda *_, **__: pytest.fail("measured"))
     write_params(tmp_path, CONFIGS)

@@ -80,7 +80,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Pat
     write_params(folder, model, group="fisher", **texts, **small, **pruning)
     project = Project(folder)
     for stage in STAGES.values():
-        for _, part in stage.runs():
+        for _, part, _ in stage.runs(["embedded"]):
             run(stage.name, project=project, part=part)
     return folder
 
@@ -189,7 +189,7 @@ def test_every_operation_of_a_publication_is_a_crash_point_that_recovers(
 
 
 # Every stage, and every part of download. The pruned model runs through the code that the dense one does.
-RUNS = [(stage.name, part) for stage in STAGES.values() for _, part in stage.runs() if part != "pruned"]
+RUNS = [(stage.name, part) for stage in STAGES.values() for _, part, _ in stage.runs(["embedded"]) if part != "pruned"]
 
 
 @pytest.mark.slow
@@ -199,6 +199,26 @@ def test_any_file_operation_is_a_crash_point_that_recovers(root: Path, killer: K
 
     Those of a publication are all in the test above.
     """
+    check_recovery(root, killer, name, part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["neurons", "heads", "blocks"])
+def test_a_smaller_model_recovers_from_any_crash(root: Path, killer: Killer, pattern: str, tmp_path: Path):
+    study = shutil.copytree(root, tmp_path / "study")
+    params = (study / "params.yaml").read_text(encoding="utf-8")
+    params = re.sub("^pattern: .*", f"pattern: {pattern}", params, flags=re.MULTILINE)
+    params = re.sub("^(group|reconstruction|propagation):.*", r"\1:", params, flags=re.MULTILINE)
+    params = re.sub("^recipe: .*", "recipe: admm", params, flags=re.MULTILINE)
+    (study / "params.yaml").write_text(params, encoding="utf-8")
+    for name in ("mask", "apply"):
+        run(name, project=Project(study))
+    for name in ("mask", "apply"):
+        check_recovery(study, killer, name, None)
+
+
+def check_recovery(root: Path, killer: Killer, name: str, part: str | None) -> None:
+    """Kill a stage at some of its file operations, and compare what the next run leaves."""
     expected = outputs(root)
 
     def body() -> None:

@@ -190,25 +190,27 @@ def pruned(project: Make, **changes: Any) -> Project:
 
 def test_the_pruned_model_is_measured_without_the_dense_one(project: Make):
     made = pruned(project)
-    perplexity(project=made, model="dense")
+    perplexity(project=made, model="dense", text="embedded")
     shutil.rmtree(made.model("dense"))
-    perplexity(project=made, model="pruned")
-    metrics, details = (load_json(getattr(made, kind)("pruned", "perplexity")) for kind in ("metrics", "details"))
+    perplexity(project=made, model="pruned", text="embedded")
+    metrics, details = (
+        load_json(getattr(made, kind)("pruned", "perplexity/embedded")) for kind in ("metrics", "details")
+    )
     assert 0 < metrics["divergence"]["low"] < metrics["divergence"]["mean"] < metrics["divergence"]["high"]
     assert metrics["divergence"]["median"] <= metrics["divergence"]["p99"] <= metrics["divergence"]["largest"]
     assert 0 < metrics["top1_agreement"]["mean"] < 1
     assert len(details["divergences"]) == len(details["agreements"]) == 4
-    assert load_json(made.metrics("dense", "perplexity")).keys() == {"perplexity"}
+    assert load_json(made.metrics("dense", "perplexity/embedded")).keys() == {"perplexity"}
 
 
 def test_nothing_removed_is_no_divergence(project: Make):
     made = pruned(project, sparsity=0.0)
-    perplexity(project=made, model="dense")
-    perplexity(project=made, model="pruned")
-    found = load_json(made.metrics("pruned", "perplexity"))
+    perplexity(project=made, model="dense", text="embedded")
+    perplexity(project=made, model="pruned", text="embedded")
+    found = load_json(made.metrics("pruned", "perplexity/embedded"))
     assert set(found["divergence"].values()) == {0.0}
     assert found["top1_agreement"]["mean"] == 1.0
-    assert found["perplexity"] == load_json(made.metrics("dense", "perplexity"))["perplexity"]
+    assert found["perplexity"] == load_json(made.metrics("dense", "perplexity/embedded"))["perplexity"]
 
 
 @pytest.mark.parametrize("model", ["dense", "pruned"])
@@ -217,9 +219,9 @@ def test_a_killed_run_ends_with_the_same_bytes(
     project: Make, monkeypatch: pytest.MonkeyPatch, model: str, finished: int
 ):
     made = pruned(project)
-    perplexity(project=made, model="dense")
-    perplexity(project=made, model="pruned")
-    whole, reference = tree(made.root / "metrics"), tree(made.reference)
+    perplexity(project=made, model="dense", text="embedded")
+    perplexity(project=made, model="pruned", text="embedded")
+    whole, reference = tree(made.root / "metrics"), tree(made.reference("embedded"))
     name = "refer" if model == "dense" else "compare"
     real, count = getattr(divergence, name), iter(range(100))
 
@@ -234,24 +236,24 @@ def test_a_killed_run_ends_with_the_same_bytes(
             killing.setattr("wanda_dvc.stages.perplexity.write_csv", killed)
             killing.setattr("wanda_dvc.stages.perplexity.write_json", lambda *_: killed(*[None] * 0))
         with pytest.raises(KeyboardInterrupt):
-            perplexity(project=made, model=model)
-    perplexity(project=made, model=model)
+            perplexity(project=made, model=model, text="embedded")
+    perplexity(project=made, model=model, text="embedded")
     assert tree(made.root / "metrics") == whole
-    assert tree(made.reference) == reference
+    assert tree(made.reference("embedded")) == reference
 
 
 def test_a_reference_of_other_settings_or_another_model_is_refused(project: Make, tmp_path: Path):
     made = pruned(project)
-    with pytest.raises(UserError, match=r"reference/provenance.json: missing; .*wanda-dvc perplexity dense"):
-        perplexity(project=made, model="pruned")
-    perplexity(project=made, model="dense")
-    with pytest.raises(UserError, match="reference/: measured with windows 4, expected 3.*run `dvc repro`"):
-        perplexity(project=project(perplexity__windows=3), model="pruned")
-    provenance = made.reference / "provenance.json"
+    with pytest.raises(UserError, match=r"reference/embedded/provenance.json: missing; .*wanda-dvc perplexity dense"):
+        perplexity(project=made, model="pruned", text="embedded")
+    perplexity(project=made, model="dense", text="embedded")
+    with pytest.raises(UserError, match="reference/embedded: measured with windows 4, expected 3.*run `dvc repro`"):
+        perplexity(project=project(perplexity__windows=3), model="pruned", text="embedded")
+    provenance = made.reference("embedded") / "provenance.json"
     content = json.loads(provenance.read_text())
     provenance.write_text(json.dumps(content | {"dense": "0" * 64}))
-    with pytest.raises(UserError, match="reference/: measured on another model, expected .*tiny"):
-        perplexity(project=project(), model="pruned")
+    with pytest.raises(UserError, match="reference/embedded: measured on another model, expected .*tiny"):
+        perplexity(project=project(), model="pruned", text="embedded")
     provenance.write_text(json.dumps(content | {"vocabulary": 300}))
     with pytest.raises(UserError, match="a vocabulary of 260 tokens, expected the dense model's 300"):
-        perplexity(project=project(), model="pruned")
+        perplexity(project=project(), model="pruned", text="embedded")

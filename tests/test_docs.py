@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import pytest
@@ -105,12 +105,15 @@ def checked_settings(overrides: list[str]) -> None:
     for chosen in itertools.product(*choices):
         content = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
         for name, value in chosen:
-            *sections, leaf = name.split(".")
+            *sections, leaf = name.lstrip("+~").split(".")
             target = content
-            for section in sections:
-                target = target[section]
-            assert leaf in target, f"no setting {name}"
-            target[leaf] = value
+            for section in sections:  # `+` adds a text
+                target = target.setdefault(section, {}) if name.startswith("+") else target[section]
+            assert (leaf in target) != name.startswith("+"), f"no setting {name}"
+            if name.startswith("~"):
+                del target[leaf]
+            else:
+                target[leaf] = value
         check_params(content)
 
 
@@ -243,7 +246,7 @@ NOT_RUN = {
     "make gpu GPU=--device cpu --tiny": "likewise",
     "make test": "this is one of its tests",
     "dvc exp run -S model=Qwen/Qwen2.5-0.5B": "needs the Hub",
-    "dvc exp run -S perplexity.text.source=ptb": "needs the Hub",
+    "dvc exp run -S +perplexity.texts.ptb.source=ptb -S ~perplexity.texts.embedded": "needs the Hub",
     "dvc exp run -S pattern=experts -S sparsity=0.25": "needs a mixture; test_experts.py prunes mixtures",
     "dvc push": "needs a remote; test_sharing.py pushes",
     "dvc queue start": "runs experiments in the background; test_pipeline.py runs a queue",
@@ -514,6 +517,51 @@ def test_the_figures_on_another_text_are_those_of_their_table():
     for row in json.loads(results.METHODS.read_text(encoding="utf-8"))["recipes"]:
         if row["recipe"] in names:
             assert results.other_text(row).removesuffix("\N{NO-BREAK SPACE}³") == table[names[row["recipe"]]]
+
+
+def test_distances_from_the_dense_model_become_tables_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    results, pictures = script("figures"), script("pictures")
+
+    def text(error: float) -> dict[str, Any]:
+        return {"perplexity": 200 * error, "divergence": {"mean": 5 * error}, "top1_agreement": {"mean": 0.75}}
+
+    flips = {"items": 200, "lost": 20, "gained": 10, "swapped": 10}
+    rows = {
+        f"wanda {name}": {
+            "recipe": "wanda", "bytes": 3e8, "layer_error": error, "accuracies": {"piqa": mean, "rte": mean},
+            "texts": dict.fromkeys(("wikitext2", "embedded"), text(error)),
+            "flips": {task: {"acc": flips} for task in ("piqa", "rte")},
+        }
+        for name, error, mean in (("30%", 0.1, 0.6), ("50%", 0.2, 0.5), ("70%", 0.4, 0.4))
+    }  # fmt: skip
+    rows["diverged"] = rows["wanda 70%"] | {
+        "texts": {key: {"perplexity": "diverged"} for key in ("wikitext2", "embedded")}
+    }
+    rows["GGUF Q4_0"] = rows["wanda 30%"] | {"format": "Q4_0"}
+    del rows["GGUF Q4_0"]["recipe"]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(results, "DISTANCE", tmp_path / "rows.json")
+    found = results.distance(results.distances(), "recipe").splitlines()
+    assert found[2].split(" | ")[1:] == [
+        "300",
+        "20.00",
+        "0.500",
+        "20.00",
+        "0.500",
+        "75.0",
+        "60.0",
+        "20.0",
+        "40",
+        "20",
+        "0.100 |",
+    ]
+    assert "| diverged |" in found[-1]
+    assert len(results.distance(results.distances(), "format").splitlines()) == 3
+    assert "| layer error | -1.00 | 4 |" in results.correlations(results.distances()).replace("−", "-")
+    monkeypatch.setattr(pictures.measured, "DISTANCE", tmp_path / "rows.json")
+    monkeypatch.setattr(pictures, "FIGURES", {"distance": pictures.distance})
+    pictures.save(tmp_path / "drawn")
+    assert len(list((tmp_path / "drawn").iterdir())) == 2
 
 
 def test_a_model_with_figures_gets_a_column():

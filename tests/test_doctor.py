@@ -66,7 +66,7 @@ def test_a_device_of_workers_is_not_asked_of_this_machine(study: Path, monkeypat
                 study,
                 study,
                 runtime__mirror=str(study),
-                perplexity__text__source="wikitext2",
+                perplexity__texts__embedded__source="wikitext2",
                 tasks__source="benchmark",
             ),
             "without Salesforce/wikitext/wikitext-2-raw-v1/test.jsonl, baber/piqa/validation.jsonl",
@@ -92,7 +92,7 @@ def test_what_is_missing_is_named_with_what_to_do(study: Path, what: str, harm, 
     assert re.search(rf"Missing: .*{re.escape(what)}", table)
 
 
-@pytest.mark.parametrize("changes", [{}, {"perplexity__text__source": "wikitext2", "runtime__mirror": "/"}])
+@pytest.mark.parametrize("changes", [{}, {"perplexity__texts__embedded__source": "wikitext2", "runtime__mirror": "/"}])
 def test_a_local_study_needs_no_login(study: Path, changes: dict[str, str]):
     write_params(study, study, **changes)
     assert "Hub login" not in doctor(start=study)[0]
@@ -102,7 +102,7 @@ def test_a_local_study_needs_no_login(study: Path, changes: dict[str, str]):
     "changes",
     [
         {"model": "org/model@main"},
-        {"perplexity__text__source": "wikitext2"},
+        {"perplexity__texts__embedded__source": "wikitext2"},
         {"calibration__text__source": "org/text"},
         {"tasks__source": "benchmark"},
         {"model": "org/model", "runtime__mirror": "/"},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import wanda_dvc
-from conftest import ROOT, save_tiny_model, write_params
+from conftest import ROOT, save_tiny_model, text_of, write_params
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
@@ -51,10 +51,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) ->
     write_params(root, make_model(root.parent / "model"), **texts)
     project = Project(root)
     for part in ("model", "calibration", "perplexity", "tasks"):
-        download(project=project, part=part)
+        download(project=project, part=part, text=text_of(part))
     prune(project)
     for model in ("dense", "pruned"):
-        perplexity(project=project, model=model)
+        perplexity(project=project, model=model, text="embedded")
         zero_shot(project=project, model=model)
     return project
 
@@ -69,7 +69,8 @@ def study(measured: Project, tmp_path: Path) -> Project:
 def evaluated(study: Project, *paths: Path) -> Iterator[Any]:
     """The records of some paths, without the dense model's."""
     dense, *others = json.loads(evaluate(project=study, paths=paths, as_json=True))
-    assert (dense["model"], dense["perplexity"]) == ("dense", Measured.of(study, "dense").perplexity)
+    expected = {"embedded": {"perplexity": Measured.of(study, "dense").perplexity}}
+    assert (dense["model"], dense["texts"]) == ("dense", expected)
     yield from others
 
 
@@ -84,8 +85,8 @@ def test_a_directory_has_the_stages_figures_and_a_packed_one_has_the_same(study:
     own, dense = Measured.of(study, "pruned"), Measured.of(study, "dense")
     flips = own.flips(dense, "piqa")
     assert flips
-    assert (first["perplexity"], first["accuracy"]) == (own.perplexity, own.accuracies["piqa"])
-    assert {name: first[name] for name in own.divergence} == own.divergence
+    assert first["texts"] == {"embedded": {"perplexity": own.perplexity, **own.divergence}}
+    assert first["accuracy"] == own.accuracies["piqa"]
     assert first["flips"] == {"piqa": flips._asdict()}
     assert first["continuations"] == [list_of(one._asdict()) for one in own.continued(dense)]
     assert second["bytes"] < first["bytes"]
@@ -99,8 +100,9 @@ def list_of(content: dict[str, Any]) -> Any:
 
 def test_the_dense_model_differs_in_nothing_from_itself(study: Project):
     (own,) = evaluated(study, study.model("dense"))
-    assert (own["divergence"]["mean"], own["top1_agreement"]["mean"]) == (0, 1)
-    assert own["perplexity"] == Measured.of(study, "dense").perplexity
+    on_text = own["texts"]["embedded"]
+    assert (on_text["divergence"]["mean"], on_text["top1_agreement"]["mean"]) == (0, 1)
+    assert on_text["perplexity"] == Measured.of(study, "dense").perplexity
     assert list(own["flips"]["piqa"].values())[1:4] == [0, 0, 0]
 
 
@@ -115,7 +117,7 @@ def test_a_gguf_file_is_the_directory_of_its_dequantized_weights(study: Project,
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     own, same = evaluated(study, file, folder)
     assert own["bytes"] == file.stat().st_size
-    assert (own["divergence"]["mean"] > 0) == (kind != "F32")
+    assert (own["texts"]["embedded"]["divergence"]["mean"] > 0) == (kind != "F32")
     apart = {"model", "bytes"}
     assert {k: v for k, v in own.items() if k not in apart} == {k: v for k, v in same.items() if k not in apart}
 
@@ -158,8 +160,10 @@ def test_without_the_dense_models_results_it_says_what_to_run(study: Project):
         UserError, match="no answers of the dense model to piqa, .*; run `dvc repro` or `wanda-dvc zero"
     ):
         evaluate(project=study, paths=[study.model("pruned")])
-    shutil.rmtree(study.reference)
-    with pytest.raises(UserError, match="reference/provenance.json: .*run `dvc repro` or `wanda-dvc perplexity dense`"):
+    shutil.rmtree(study.reference("embedded"))
+    with pytest.raises(
+        UserError, match="reference/embedded/provenance.json: .*run `dvc repro` or `wanda-dvc perplexity dense`"
+    ):
         evaluate(project=study, paths=[study.model("pruned")])
 
 
@@ -168,7 +172,7 @@ def test_a_tokenizer_is_compared_on_the_studys_texts(study: Project, tmp_path: P
     stored = json.loads((other / "tokenizer.json").read_text())
     stored["model"]["merges"] = []
     (other / "tokenizer.json").write_text(json.dumps(stored))
-    with pytest.raises(UserError, match="other: its tokenizer gives other token ids for the text of perplexity, exp"):
+    with pytest.raises(UserError, match="other: its tokenizer gives other token ids for the text embedded, exp"):
         evaluate(project=study, paths=[other])
 
 

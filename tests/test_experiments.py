@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from repository import Repository
@@ -61,13 +62,13 @@ def test_each_experiment_has_its_state_and_only_its_own_numbers(repository: Repo
         "broken": {"pattern": "1:4"},
         "waiting": {"sparsity": 0.3},
     }
-    own = {name for name, record in found.items() if record["perplexity"] is not None}
+    own = {name for name, record in found.items() if record["texts"]}
     assert own == {"workspace", "main", "middling"}
     assert own == {name for name, record in found.items() if record["accuracy"] is not None}
-    assert found["middling"]["perplexity"] != found["main"]["perplexity"] == found["workspace"]["perplexity"]
+    assert found["middling"]["texts"] != found["main"]["texts"] == found["workspace"]["texts"]
     shown = json.loads(repository.run("dvc", "exp", "show", "--json", "--all-commits"))
     theirs = [one for state in shown for one in state["experiments"] or [] if one["name"] == "broken"]
-    assert theirs[0]["revs"][0]["data"]["metrics"]["metrics/pruned/perplexity.json"]["data"]  # the branch's
+    assert theirs[0]["revs"][0]["data"]["metrics"]["metrics/pruned/perplexity/embedded.json"]["data"]  # the branch's
 
 
 def test_results_are_flat_records_with_the_same_keys(repository: Repository):
@@ -85,12 +86,13 @@ def test_results_are_flat_records_with_the_same_keys(repository: Repository):
     )
     shown = listed(repository)
     for name, record in found.items():
-        assert record["pruned.perplexity"] == shown[name]["perplexity"]
+        texts: Any = shown[name]["texts"]
+        assert record["pruned.perplexity.embedded"] == texts.get("embedded", {}).get("perplexity")
         assert (record["pruned.zero_shot.piqa.acc"] is None) == (shown[name]["accuracy"] is None)
         assert record["sparsity"] == (0.3 if name == "waiting" else 0.5)
         assert record["calibration.samples"] > 0
     assert found["middling"]["method"] == "magnitude"
-    assert found["main"]["dense.perplexity"] > 0
+    assert found["main"]["dense.perplexity.embedded"] > 0
     assert 0 < found["main"]["pruned.sparsity"] < 1
 
 
@@ -136,10 +138,9 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
         assert listed(repository)["workspace"] == {
             "state": "workspace",
             "change": {"sparsity": 0.9},
-            "perplexity": None,
-            "divergence": None,
-            "agreement": None,
+            "texts": {},
             "accuracy": None,
+            "flips": {},
             "removed_parameters": None,
             "warnings": [],
             "stale": True,

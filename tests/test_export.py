@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from cases.grids import OF_WEIGHTS
 from command_line import wanda_dvc
+from conftest import TEXTS, text_of
 from dvc.repo import Repo
 from huggingface_hub import ModelCard
 
@@ -37,7 +38,7 @@ def pruned(project: Callable[..., Project]) -> Project:
     """A project in which everything has run but the evaluation."""
     made = project(sparsity=0.3)
     for part in ("model", "calibration"):
-        download(project=made, part=part)
+        download(project=made, part=part, text=text_of(part))
     for stage in (calibrate, mask, apply):
         stage(project=made)
     return made
@@ -48,8 +49,8 @@ def measure(project: Project, which: str, perplexity: float | str, model: str | 
     folder = project.model(which)
     protocol = {"model": model or digest(read_format(folder, "apply")), "windows": 4, "length": 64}
     protocol |= {"dtype": "float32", "text": {"source": "embedded, test", "sha256": "0" * 64}}
-    write_json(project.details(which, "perplexity"), {"protocol": protocol, "losses": []})
-    write_json(project.metrics(which, "perplexity"), {"perplexity": perplexity})
+    write_json(project.details(which, "perplexity/embedded"), {"protocol": protocol, "losses": []})
+    write_json(project.metrics(which, "perplexity/embedded"), {"perplexity": perplexity})
 
 
 def exported(project: Project) -> ModelCard:
@@ -116,7 +117,7 @@ def test_the_card_of_apply_is_that_of_export_without_results(pruned: Project):
 def test_the_card_cites_the_methods_paper(project: Callable[..., Project], method: Method):
     made = project(method=method.name, calibration__statistics="gram")
     for part in ("model", "calibration"):
-        download(project=made, part=part)
+        download(project=made, part=part, text=text_of(part))
     for stage in (calibrate, mask):
         stage(project=made)
     assert f"chosen by {method.title} ([{method.citation}]({method.link}))" in " ".join(exported(made).text.split())
@@ -168,7 +169,7 @@ def test_numbers_of_another_model_are_not_on_the_card(pruned: Project):
     assert "12.50" in card.text
     assert "99.75" not in card.text
     assert "–: not measured on this model." in card.text
-    assert "99.75" in pruned.metrics("pruned", "perplexity").read_text()
+    assert "99.75" in pruned.metrics("pruned", "perplexity/embedded").read_text()
 
 
 def test_the_cards_sparsity_and_layer_error_are_the_exported_models(pruned: Project):
@@ -294,7 +295,7 @@ def test_the_command_on_the_card_runs_the_same_experiment(project: Callable[...,
     """Read as a shell and then as DVC reads it: the preset, overridden, is the experiment."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    embedded: dict[str, Any] = {f"{part}__text__source": "embedded" for part in ("calibration", "perplexity")}
+    embedded: dict[str, Any] = {f"{text}__source": "embedded" for text in TEXTS}
     made = project(Path("/home/someone/models/tiny 7=b"), pattern="2:4", tasks__names=["piqa", "rte"], **embedded)
     content = made.params.model_dump(mode="json")
     for changes in ({}, {"model": "package:x==1"}, {"zero_shot": {"limit": None}}, {"dtype": "float16"}):

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from cases.grids import cycled, thinned
-from conftest import kept, save_tiny_model
+from conftest import TEXTS, kept, save_tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -339,10 +339,10 @@ def test_by_the_command_line_to_a_pruned_model_that_generates(
 
 def short_texts(folder: Path) -> dict[str, Any]:
     """Changes of params.yaml: a text for each purpose, since bytes of a long one take long to be made tokens of."""
-    for part, base in (("calibration", "b"), ("perplexity", "x")):
+    for setting, base in zip(TEXTS, "bx", strict=True):
         words = [f"{number:{base}} is {number}." for number in range(500)]
-        (folder / f"{part}.txt").write_text(" ".join(words), encoding="utf-8")
-    return {f"{part}__text__source": str(folder / f"{part}.txt") for part in ("calibration", "perplexity")}
+        (folder / f"{setting}.txt").write_text(" ".join(words), encoding="utf-8")
+    return {f"{setting}__source": str(folder / f"{setting}.txt") for setting in TEXTS}
 
 
 def rows_are_inputs(name: str) -> bool:

@@ -72,7 +72,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # name of the file
     "params": ("params.yaml", read_params),
     "documents": ("documents.json.gz", documents),
     "config": ("config.json", lambda path: read_config(path.parent)),
-    "losses": ("losses.jsonl", lambda path: _read(path, 3, "pruned")),
+    "losses": ("losses.jsonl", lambda path: _read(path, 3, compared=True)),
     "progress": ("progress.json", progress),
 }
 

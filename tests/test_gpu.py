@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, save_tiny_model, write_params
+from conftest import ROOT, save_tiny_model, text_of, write_params
 from safetensors.torch import load_file
 from simulated_gpu import OnDevice, SimulatedDevice, Traffic
 from test_families import ALL, save
@@ -67,8 +67,11 @@ class Bench:
             traffic[name], device.traffic = device.traffic, Traffic()
 
     def project(self, folder: Path, kind: str, recipe: str) -> Project:
+        """Return a study with a recipe, and with a pattern of units if a second word names one."""
         folder.mkdir(exist_ok=True)
-        changes = {"calibration__statistics": "fisher", "runtime__device": kind, "recipe": recipe}
+        recipe, *pattern = recipe.split()
+        changes: dict[str, Any] = {"calibration__statistics": "fisher", "runtime__device": kind, "recipe": recipe}
+        changes |= {"pattern": pattern[0], "sparsity": 0.25} if pattern else {}
         write_params(folder, self.model, **self.texts | changes)
         return Project(folder)
 
@@ -77,10 +80,10 @@ class Bench:
         """Download, calibrate, and the dense model's perplexity."""
         project, traffic = self.project(self.root / f"{kind}-measured", kind, "wanda"), Traffics()
         for part in ("model", "calibration", "perplexity"):
-            download(project=project, part=part)
+            download(project=project, part=part, text=text_of(part))
         device = None if kind == "cpu" else SimulatedDevice(kind)
         self.stage(device, traffic, "calibrate", lambda: calibrate(project=project))
-        self.stage(device, traffic, "perplexity", lambda: perplexity(project=project, model="dense"))
+        self.stage(device, traffic, "perplexity", lambda: perplexity(project=project, model="dense", text="embedded"))
         return Study(project, traffic)
 
     @cache  # noqa: B019
@@ -92,7 +95,9 @@ class Bench:
         device = None if kind == "cpu" else SimulatedDevice(kind)
         self.stage(device, traffic, "mask", lambda: mask(project=project))
         self.stage(device, traffic, "apply", lambda: apply(project=project))
-        self.stage(device, traffic, "perplexity pruned", lambda: perplexity(project=project, model="pruned"))
+        self.stage(
+            device, traffic, "perplexity pruned", lambda: perplexity(project=project, model="pruned", text="embedded")
+        )
         return Study(project, traffic)
 
     @cache  # noqa: B019
@@ -115,7 +120,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> It
 
 
 def figure(project: Project, model: str) -> Any:
-    return load_json(project.metrics(model, "perplexity"))["perplexity"]
+    return load_json(project.metrics(model, "perplexity/embedded"))["perplexity"]
 
 
 def check_alike(host: Project, card: Project, *, masks: bool = True) -> None:
@@ -126,6 +131,11 @@ def check_alike(host: Project, card: Project, *, masks: bool = True) -> None:
         for name, x in one.inputs.items():
             assert x.count == other.inputs[name].count
             torch.testing.assert_close(other.inputs[name].norm, x.norm, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(other.influence, one.influence, rtol=1e-4, atol=1e-6)
+        assert one.outputs.keys() == other.outputs.keys()
+        for name, outputs in one.outputs.items():
+            assert other.outputs[name].count == outputs.count
+            assert float(other.outputs[name].sum) == pytest.approx(float(outputs.sum), rel=1e-4)
         one_back, other_back = (read_fisher(project.fisher, block) for project in (host, card))
         assert one_back.keys() == other_back.keys()
         for name, sums in one_back.items():
@@ -148,6 +158,16 @@ def check_alike(host: Project, card: Project, *, masks: bool = True) -> None:
 )
 def test_every_stage_of_every_recipe_gives_what_the_cpu_gives(bench: Bench, kind: str, recipe: str):
     check_alike(bench.pruned("cpu", recipe).project, bench.pruned(kind, recipe).project)
+
+
+@pytest.mark.parametrize("recipe", ["wanda neurons", "admm neurons", "admm heads", "wanda blocks"])
+def test_a_smaller_model_is_the_one_that_the_cpu_makes(bench: Bench, recipe: str):
+    check_alike(bench.pruned("cpu", recipe).project, bench.pruned("cuda", recipe).project)
+
+
+def test_the_experts_that_go_are_those_that_go_on_the_cpu(tmp_path: Path, texts: dict[str, str]):
+    bench = Bench(save("qwen3_moe", tmp_path / "model"), tmp_path, texts)
+    check_alike(*(bench.pruned(kind, "wanda experts").project for kind in ("cpu", "cuda")))
 
 
 @pytest.mark.parametrize(
@@ -183,10 +203,10 @@ def test_hidden_states_that_a_gpu_has_no_room_for_wait_on_the_host(tmp_path: Pat
     """They cross at every block then, in both directions."""
     project = bench.project(tmp_path / "study", "cuda", "wanda")
     for part in ("model", "perplexity"):
-        download(project=project, part=part)
+        download(project=project, part=part, text=text_of(part))
     device = SimulatedDevice("cuda", free=0)
     with device.present():
-        perplexity(project=project, model="dense")
+        perplexity(project=project, model="dense", text="embedded")
     assert figure(project, "dense") == figure(bench.measured("cuda").project, "dense")
     assert device.traffic.to_device["engine.walk._together"] == BLOCKS * EVALUATED
     assert device.traffic.to_host["engine.states._save"] == (BLOCKS + 1) * EVALUATED

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from cases import Case, artifacts, dotted, models, places, rows, settings, texts
 from command_line import wanda_dvc
-from conftest import ROOT, without_privilege, write_params
+from conftest import ROOT, text_of, without_privilege, write_params
 from ruamel.yaml import YAML
 
 from wanda_dvc import stages
@@ -82,11 +82,11 @@ def test_a_damaged_text(case: Case, project: Make, tmp_path: Path):
     source = tmp_path / "source"
     source.mkdir()
     case.spoil(source)
-    refused(case, lambda: download(project=project(**text_of(case, source)), part="calibration"), tmp_path / "data")
+    refused(case, lambda: download(project=project(**naming(case, source)), part="calibration"), tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
-def text_of(case: Case, source: Path) -> dict[str, object]:
+def naming(case: Case, source: Path) -> dict[str, object]:
     """The settings that name the file of a case."""
     if case.name.startswith("gz"):
         mirror = source / "mirror"
@@ -154,7 +154,7 @@ def finished(tiny: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPat
     write_params(root, tiny, **changes, **texts)
     made = Project(root)
     for part in ("model", "calibration", "perplexity"):
-        download(project=made, part=part)
+        download(project=made, part=part, text=text_of(part))
     piqa = made.data("tasks") / "piqa"  # as `download tasks` writes it, without lm-eval's index, which takes seconds
     piqa.mkdir(parents=True)
     shutil.copyfile(EMBEDDED / "tasks/baber/piqa/validation.jsonl", piqa / ITEMS)

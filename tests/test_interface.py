@@ -7,7 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class Pair:
         self.project = fetch(self.study(), "model", "calibration", "perplexity")
         calibrate(project=self.project)
         self.tokens = calibration_windows(self.project)
-        text = tokenize(self.project.text("perplexity"), load_tokenizer(self.source))
+        text = tokenize(self.project.text("perplexity/embedded"), load_tokenizer(self.source))
         self.text = cut(text, length=64, windows=3)
         self.stats = wd.calibrate(self.load(), self.tokens, statistics="fisher", **self.words)
 
@@ -168,8 +168,8 @@ def test_statistics_and_perplexity_are_the_pipelines(pairs: Callable[[str], Pair
         assert same(stats.grams[number].tensors, load_file(block_file(project.gram, number)))
         squares = {f"{linear}.squared_gradients": x for linear, x in block.fisher.items()}
         assert same(stats.fisher_grams[number].tensors | squares, load_file(block_file(project.fisher, number)))
-    perplexity(project=project, model="dense")
-    expected = read_json(project.metrics("dense", "perplexity"), "perplexity")["perplexity"]
+    perplexity(project=project, model="dense", text="embedded")
+    expected = read_json(project.metrics("dense", "perplexity/embedded"), "perplexity")["perplexity"]
     assert wd.perplexity(pair.load(), pair.text, **pair.words) == expected
 
 
@@ -193,8 +193,8 @@ def test_masks_and_pruned_models_are_the_pipelines(
     assert same(saved(model, tmp_path), expected)
     assert round(sparsity, 6) == read_json(project.metrics("pruned", "sparsity"), "apply")["sparsity"]
     if choice == SOME[0]:
-        perplexity(project=project, model="pruned")
-        found = read_json(project.metrics("pruned", "perplexity"), "perplexity")["perplexity"]
+        perplexity(project=project, model="pruned", text="embedded")
+        found = read_json(project.metrics("pruned", "perplexity/embedded"), "perplexity")["perplexity"]
         assert wd.perplexity(model, pair.text, **pair.words) == found
 
 
@@ -538,6 +538,25 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         r"^reconstruction: got block, expected none, least-squares, fisher",
     ),
     "no-masks": (lambda m, p: wd.prune(m, {}), r"keep: got no masks"),
+    "tokens-complex": (lambda m, p: wd.calibrate(m, p.tokens.to(torch.complex64)), r"^tokens: got torch.complex64"),
+    "tokens-bool": (lambda m, p: wd.calibrate(m, p.tokens > 9), r"^tokens: got torch.bool, expected a tensor of whole"),
+    "tokens-float8": (lambda m, p: wd.perplexity(m, p.tokens.to(torch.float8_e4m3fn)), r"^tokens: got torch.float8"),
+    "tokens-above-int64": (
+        lambda m, p: wd.calibrate(m, torch.full((1, 4), 2**63, dtype=torch.uint64)),
+        r"^tokens: got ids from -\d+ to -\d+, expected 0 to 259",
+    ),
+    "tokens-meta": (
+        lambda m, p: wd.calibrate(m, p.tokens.to("meta")),
+        r"^tokens: got a tensor on the meta device, expected whole numbers in memory",
+    ),
+    "tokens-sparse": (
+        lambda m, p: wd.perplexity(m, p.tokens.to_sparse()),
+        r"^tokens: got torch.sparse_coo, expected torch.strided; call tokens.to_dense\(\)",
+    ),
+    "tokens-nested": (
+        lambda m, p: wd.perplexity(m, torch.nested.nested_tensor([*p.tokens], layout=torch.jagged)),
+        r"^tokens: got torch.jagged, expected torch.strided",
+    ),
 }
 
 
@@ -547,6 +566,105 @@ def test_wrong_arguments_are_said_with_what_was_found_and_expected(pairs: Callab
     with pytest.raises(wd.UserError, match=message) as error:
         call(pairs("tied").load(), pairs("tied"))
     assert "params.yaml" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+ODD = (True, "4", 2.5, [1], {1: 2})
+# By argument: what is asked with an odd value `x` of it, the values, and what is said.
+ARGUMENTS: dict[str, tuple[Callable[[Any, Any, Any], Any], Sequence[Any], str]] = {
+    "recipe": (lambda m, p, x: wd.mask(m, p.stats, recipe=x), ODD, "recipe: got .*, expected "),
+    "sparsity": (
+        lambda m, p, x: wd.mask(m, p.stats, sparsity=x),
+        (*ODD, None, math.nan, torch.zeros(9, 9)),
+        "sparsity: got .*, expected ",
+    ),
+    "pattern": (lambda m, p, x: wd.mask(m, p.stats, pattern=x), ODD, "pattern: got .*, expected "),
+    "method": (lambda m, p, x: wd.mask(m, p.stats, method=x), ODD, "method: got .*, expected "),
+    "group": (lambda m, p, x: wd.mask(m, p.stats, group=x), ODD, "group: got .*, expected "),
+    "allocation": (lambda m, p, x: wd.mask(m, p.stats, allocation=x), ODD, "allocation: got .*, expected "),
+    "strength": (
+        lambda m, p, x: wd.mask(m, p.stats, allocation_strength=x),
+        ODD,
+        "allocation_strength: got .*, expected ",
+    ),
+    "statistics": (
+        lambda m, p, x: wd.calibrate(m, p.tokens, statistics=x),
+        (*ODD, None, ("norms", "gram"), torch.zeros(9, 9)),
+        "statistics: got .*, expected norms, gram, fisher$",
+    ),
+    "dtype": (
+        lambda m, p, x: wd.perplexity(m, p.tokens, dtype=x),
+        (*ODD, torch.float16),
+        "dtype: got .*, expected float32, bfloat16, float16$",
+    ),
+    "stats": (
+        lambda m, p, x: wd.mask(m, x),
+        (*ODD, None),
+        r"stats: got .*, expected the result of calibrate\(model, tokens\)$",
+    ),
+    "stats-reconstruct": (
+        lambda m, p, x: wd.reconstruct(m, {}, x),
+        (*ODD, None),
+        r"stats: got .*, expected the result of calibrate\(model, tokens\)$",
+    ),
+    "reconstruction": (
+        lambda m, p, x: wd.reconstruct(m, {}, p.stats, reconstruction=x),
+        (*ODD, None),
+        "reconstruction: got .*, expected none, least-squares",
+    ),
+    "pattern-prune": (
+        lambda m, p, x: wd.prune(m, wd.mask(m, p.stats), pattern=x),
+        (*ODD, None),
+        "pattern: got .*, expected unstructured, ",
+    ),
+    "pattern-reconstruct": (
+        lambda m, p, x: wd.reconstruct(m, wd.mask(m, p.stats), p.stats, pattern=x),
+        (*ODD, None),
+        "pattern: got .*, expected unstructured, ",
+    ),
+    "keep": (
+        lambda m, p, x: wd.prune(m, x),
+        (True, "4", 2.5, [1], None, [("model.layers.0.mlp.up_proj", torch.ones(48, 32))]),
+        r"keep: got .*, expected masks by linear; call mask\(model, stats\)$",
+    ),
+    "keep-mask": (
+        lambda m, p, x: wd.prune(m, {"model.layers.0.self_attn.q_proj": x}),
+        (*ODD, None, torch.ones(1024).bool(), torch.ones(32, 32), *(
+            change(torch.ones(32, 32).bool()) for change in (Tensor.numpy, Tensor.to_sparse, lambda x: x.to("meta"))
+        )),
+        r"keep: model\S+: got .*, expected a dense torch.bool tensor \[32, 32\] in memory; choose",
+    ),
+    "tokens": (
+        lambda m, p, x: wd.calibrate(m, x),
+        (*ODD, None),
+        r"tokens: got \w+, expected a tensor of whole numbers \[windows, length\]$",
+    ),
+    "model": (lambda m, p, x: wd.calibrate(x, p.tokens), (*ODD, None), "model: got .*, expected a causal language"),
+    "directory": (lambda m, p, x: wd.Study(x), (True, 4, None, [1]), "directory: got .*, expected a path$"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        pytest.param(argument, x, id=f"{argument} {type(x).__name__} {number}")
+        for argument, (_, values, _) in ARGUMENTS.items()
+        for number, x in enumerate(values)
+    ],
+)
+def test_an_odd_argument_is_one_line(pairs: Callable[[str], Pair], argument: str, value: Any):
+    call, _, message = ARGUMENTS[argument]
+    with pytest.raises(wd.UserError, match=f"^{message}") as error:
+        call(pairs("tied").load(), pairs("tied"), value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "uint32", "uint64"])
+def test_tokens_of_any_whole_numbers_are_the_same_tokens(pairs: Callable[[str], Pair], dtype: str):
+    """As numpy reads files of tokens: uint16."""
+    pair = pairs("tied")
+    tokens = pair.text.clamp(max=255)
+    assert wd.perplexity(pair.load(), tokens.to(getattr(torch, dtype))) == wd.perplexity(pair.load(), tokens)
 
 
 def test_statistics_and_masks_of_another_model_are_refused(pairs: Callable[[str], Pair]):

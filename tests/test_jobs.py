@@ -28,7 +28,10 @@ stage: Any = importlib.import_module("wanda_dvc.stages.mask")
 Settings = dict[str, Any]
 
 SOLVERS = [name for name, method in methods().items() if method.competition == "solver"]
-DENSE: list[Settings] = [{"method": name} | pattern for name in SOLVERS for pattern in ({}, {"pattern": "2:4"})]
+NEURONS: Settings = {"pattern": "neurons", "sparsity": 0.25}
+DENSE: list[Settings] = [
+    {"method": name} | pattern for name in SOLVERS for pattern in ({}, {"pattern": "2:4"}, NEURONS)
+]
 # Every method, every reconstruction that a worker can do, and both propagations.
 SOLVED = [name for name, row in RECONSTRUCTIONS.items() if row.function and not row.trains]
 PROPAGATED: list[Settings] = [
@@ -36,7 +39,7 @@ PROPAGATED: list[Settings] = [
     for method, (reconstruction, propagation) in zip(
         OF_WEIGHTS, itertools.cycle(itertools.product(SOLVED, ("corrected", "pruned"))), strict=False
     )
-] + [{"method": name, "propagation": "pruned"} for name in SOLVERS]
+] + [{"method": name, "propagation": "pruned"} | pattern for name in SOLVERS for pattern in ({}, NEURONS)]
 CALIBRATION: Settings = {"calibration__statistics": "fisher", "calibration__samples": 3}
 
 

@@ -28,12 +28,12 @@ def test_dvc_watches_the_files_of_a_model_that_download_takes():
 def test_a_source_is_a_link_or_a_note(tmp_path: Path, tiny: Path, project):
     text = tmp_path / "a.txt"
     text.write_text("text")
-    made = project(calibration__text__source=str(text), perplexity__text__source="embedded")
+    made = project(calibration__text__source=str(text), perplexity__texts__embedded__source="embedded")
     locate(project=made)
     locate(project=made)
     assert made.source("model").readlink() == tiny
     assert made.source("calibration").readlink() == text
-    assert made.source("perplexity").read_text() == '{\n  "source": "embedded"\n}\n'
+    assert made.source("perplexity/embedded").read_text() == '{\n  "source": "embedded"\n}\n'
     assert sorted(path.name for path in made.source("model").parent.iterdir()) == [
         "calibration", "model", "perplexity", "tasks",
     ]  # fmt: skip

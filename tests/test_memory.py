@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, write_params
+from conftest import ROOT, text_of, write_params
 
 from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.engine.decoder import Decoder
@@ -143,7 +143,7 @@ def measure(folder: Path, shape: dict[str, Any], runs: Runs, limit: float | None
         write_params(root, folder / "model", **{"method": "magnitude", **settings})
         texts.append((name, (root / "params.yaml").read_text(encoding="utf-8"), stage, part))
     for part in ("model", "calibration", "perplexity"):
-        download(project=Project(root), part=part)
+        download(project=Project(root), part=part, text=text_of(part))
     # The allocator gives freed memory back at once, so that the peak counts no memory that is free.
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "2"}
     words: list[str | Path] = [sys.executable, "-c", MEASURE, ROOT / "benchmarks", root, found, json.dumps(texts)]

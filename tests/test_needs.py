@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny_model
+from conftest import save_tiny_model, text_of
 from test_families import save
 
 from wanda_dvc.engine import sizes
@@ -123,8 +123,8 @@ def test_what_each_stage_needs(
     assert needed(project, "mask")[0] == PRUNABLE + sizes.SELECTION * PRUNABLE
     project = config_only(dtype=dtype, perplexity__windows=None)
     assert needed(project, "perplexity", "dense")[1] == 0  # not known yet
-    project.data("perplexity").mkdir(parents=True)
-    (project.data("perplexity") / "text.txt").write_text("x" * 4000)
+    project.data("perplexity/embedded").mkdir(parents=True)
+    (project.data("perplexity/embedded") / "text.txt").write_text("x" * 4000)
     memory, disk = needed(project, "perplexity", "dense")
     text = 4000 * sizes.TEXT_IN_MEMORY
     assert memory == walk + logits + slices + text + 64 * BYTES_A_TOKEN  # 15 windows are 15 shards
@@ -176,7 +176,7 @@ def test_rows_that_are_chosen_apart_need_no_more_than_some(config_only: Callable
 def test_what_was_measured_tells_the_linears(project: Callable[..., Project], tmp_path: Path, family: str):
     made = project(model=str(save(family, tmp_path / family)))
     for part in ("model", "calibration"):
-        download(project=made, part=part)
+        download(project=made, part=part, text=text_of(part))
     before = [need(made, stage) for stage in ("mask", "apply")]
     calibrate(project=made)
     assert [need(made, stage) for stage in ("mask", "apply")] == before

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import cycled
-from conftest import ROOT, save_tiny_model, write_params
+from conftest import ROOT, save_tiny_model, text_of, write_params
 from repository import Repository
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -48,7 +48,7 @@ def spoiled(folder: Path, **weights: float) -> Path:
 
 def fetched(project: Project, *parts: str) -> Project:
     for part in ("model", "calibration", "perplexity", *parts):
-        download(project=project, part=part)
+        download(project=project, part=part, text=text_of(part))
     return project
 
 
@@ -108,20 +108,22 @@ def test_perplexity_names_the_block_and_linear_and_show_repeats_it(
     weight: str, project: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     made = fetched(project(model=spoiled(tmp_path / "source", **{weight: math.nan})))
-    perplexity(project=made, model="dense")
-    named = json.loads(made.details("dense", "perplexity").read_text())["not_finite"]
+    perplexity(project=made, model="dense", text="embedded")
+    named = json.loads(made.details("dense", "perplexity/embedded").read_text())["not_finite"]
     assert all(words in named for words in FIRST[weight])
     assert named in capsys.readouterr().err
     assert named in show(project=made)
-    assert json.loads(made.metrics("dense", "perplexity").read_text()) == {"perplexity": "diverged"}
+    assert json.loads(made.metrics("dense", "perplexity/embedded").read_text()) == {"perplexity": "diverged"}
 
 
 def test_a_head_that_is_not_finite_is_named(project: Make, tmp_path: Path):
     made = fetched(project(model=spoiled(tmp_path / "source", model__norm__weight=math.nan)), "tasks")
-    perplexity(project=made, model="dense")
+    perplexity(project=made, model="dense", text="embedded")
     run("zero-shot", project=made, part="dense")
     answered = load_json(made.details("dense", "zero_shot"))["tasks"]["piqa"]
-    assert answered["not_finite"] == load_json(made.details("dense", "perplexity"))["not_finite"] == "output head"
+    assert (
+        answered["not_finite"] == load_json(made.details("dense", "perplexity/embedded"))["not_finite"] == "output head"
+    )
 
 
 def test_zero_shot_names_the_block_and_linear(project: Make, tmp_path: Path):
@@ -135,8 +137,8 @@ def test_zero_shot_names_the_block_and_linear(project: Make, tmp_path: Path):
 
 def test_nothing_is_recorded_of_a_model_that_is_finite(project: Make):
     made = fetched(project())
-    perplexity(project=made, model="dense")
-    assert "not_finite" not in json.loads(made.details("dense", "perplexity").read_text())
+    perplexity(project=made, model="dense", text="embedded")
+    assert "not_finite" not in json.loads(made.details("dense", "perplexity/embedded").read_text())
     assert "finite" not in show(project=made)
 
 
@@ -221,7 +223,7 @@ def test_a_token_without_an_embedding_is_refused(project: Make, tmp_path: Path):
 def test_no_tasks_means_perplexity_only(project: Make):
     made = fetched(project(tasks__names=[]), "tasks")
     assert list(made.data("tasks").iterdir()) == []
-    perplexity(project=made, model="dense")
+    perplexity(project=made, model="dense", text="embedded")
     assert [row[0] for row in comparison(made)] == ["perplexity", "measured sparsity"]
     assert "Zero-shot" not in show(project=made)
 
@@ -248,9 +250,9 @@ def test_only_what_was_measured_alike_is_compared(project: Make, measure: str, o
             of[measure] = {}
         elif model == "dense":
             of[measure] = {"protocol": of[measure]["protocol"] | (other or {})}
-        write_json(made.metrics(model, "perplexity"), {"perplexity": 20.0})
+        write_json(made.metrics(model, "perplexity/embedded"), {"perplexity": 20.0})
         write_json(made.metrics(model, "zero_shot"), {"piqa": {"acc": 0.5}})
-        write_json(made.details(model, "perplexity"), of["perplexity"])
+        write_json(made.details(model, "perplexity/embedded"), of["perplexity"])
         write_json(made.details(model, "zero_shot"), {"tasks": {"piqa": of["piqa"]}})
     compared = {row[0].partition(",")[0]: bool(row[3]) for row in comparison(made)[:3]}
     alike = {name: other is None or name != measure for name in ("perplexity", "piqa")}
@@ -266,7 +268,7 @@ def test_only_what_was_measured_alike_is_compared(project: Make, measure: str, o
 def test_no_tasks_run_through_dvc_show_and_report(tmp_path: Path, tiny: Path, texts: dict[str, str]):
     repository = Repository.new(tmp_path / "study", tiny, settings=texts)
     ran = repository.repro(tasks__names=[])
-    assert {"perplexity@dense", "perplexity@pruned", "zero-shot@dense", "zero-shot@pruned"} <= ran
+    assert {"perplexity-dense@embedded", "perplexity-pruned@embedded", "zero-shot@dense", "zero-shot@pruned"} <= ran
     assert load_json(repository.root / "metrics/pruned/zero_shot.json") == {}
     repository.commit()
     assert "perplexity" in repository.run("wanda-dvc", "show")

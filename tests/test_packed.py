@@ -24,7 +24,17 @@ from wanda_dvc.engine.checkpoint import STORED, Address, Checkpoint
 from wanda_dvc.errors import UserError
 from wanda_dvc.packed import linear as packed_linear
 from wanda_dvc.packed.directory import pack_directory, unpack_directory
-from wanda_dvc.packed.format import FORMAT, KEEP, METHOD, count_nonzeros, is_two_of_four, pack, packing_of, unpack
+from wanda_dvc.packed.format import (
+    FORMAT,
+    KEEP,
+    METHOD,
+    checksum,
+    count_nonzeros,
+    is_two_of_four,
+    pack,
+    packing_of,
+    unpack,
+)
 from wanda_dvc.packed.linear import PackedConfig, PackedLinear
 from wanda_dvc.pruning.packing import pack_bits, unpack_bits
 from wanda_dvc.reading import DTYPES as WIDTHS
@@ -381,46 +391,121 @@ def test_a_shape_that_torch_refuses_is_named(card: list[Tensor], tmp_path: Path,
 
 Damage = Callable[[dict[str, Tensor], dict[str, Any]], object]
 NAME = "model.layers.0.mlp.up_proj.weight"
+BITS = NAME + KEEP
+CHANGED = r"checksum [0-9a-f]{8}, expected [0-9a-f]{8}: changed after it was packed; export it again"
+
+
+def moved(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+    """Another weight of the first row stays: the numbers of bits and values are as before."""
+    keep = unpack_bits(tensors[BITS], 32)
+    first = keep[0].tolist()
+    keep[0, first.index(True)], keep[0, first.index(False)] = False, True
+    tensors[BITS] = pack_bits(keep)
+
+
+def nan(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """A NaN that was there when the checksum was computed."""
+    tensors[NAME][:1].fill_(float("nan"))
+    config["crc32"][NAME] = checksum(tensors[NAME])
+
+
+def flipped(name: str) -> Damage:
+    return lambda tensors, _: tensors[name].view(torch.uint8).view(-1)[:1].bitwise_xor_(1)
+
+
 DAMAGED: dict[str, tuple[Damage, str]] = {
-    "no bits": (lambda tensors, _: tensors.pop(NAME + KEEP), f"{NAME}{KEEP}"),
-    "a value less": (lambda tensors, _: tensors.update({NAME: tensors[NAME][:-1].clone()}), NAME),
-    "a value more": (lambda tensors, _: tensors.update({NAME: tensors[NAME].repeat(2)}), NAME),
-    "a row of bits less": (lambda tensors, _: tensors.update({NAME + KEEP: tensors[NAME + KEEP][1:].clone()}), NAME),
-    "bits of another type": (lambda tensors, _: tensors.update({NAME + KEEP: tensors[NAME + KEEP].int()}), NAME),
-    "a bit flipped": (lambda tensors, _: tensors[NAME + KEEP].view(-1)[:1].bitwise_xor_(4), NAME),
-    "a NaN": (lambda tensors, _: tensors[NAME][:1].fill_(float("nan")), f"{NAME}: found NaN, expected numbers"),
+    "no bits": (lambda tensors, _: tensors.pop(BITS), f"no tensor {BITS}, which config.json names; export it again"),
+    "no values": (lambda tensors, _: tensors.pop(NAME), f"no tensor {NAME}, which config.json names"),
+    "no norm": (lambda tensors, _: tensors.pop("model.norm.weight"), "no tensor model.norm.weight, which config"),
+    "a value less": (lambda tensors, _: tensors.update({NAME: tensors[NAME][:-1].clone()}), f"{NAME}: {CHANGED}"),
+    "a value more": (lambda tensors, _: tensors.update({NAME: tensors[NAME].repeat(2)}), f"{NAME}: {CHANGED}"),
+    "a row of bits less": (lambda tensors, _: tensors.update({BITS: tensors[BITS][1:].clone()}), f"{BITS}: {CHANGED}"),
+    "bits of another type": (
+        lambda tensors, _: tensors.update({BITS: tensors[BITS].view(torch.int8)}),
+        f"{BITS}: found I8, expected U8; export it again",
+    ),
+    "values of another type": (
+        lambda tensors, _: tensors.update({NAME: tensors[NAME].half()}),
+        f"{NAME}: found F16, expected F32; export it again",
+    ),
+    "a bit flipped": (lambda tensors, _: tensors[BITS].view(-1)[:1].bitwise_xor_(4), f"{BITS}: {CHANGED}"),
+    "a bit moved": (moved, f"{BITS}: {CHANGED}"),
+    "the last digit of a value": (flipped(NAME), f"{NAME}: {CHANGED}"),
+    "two values change places": (
+        lambda tensors, _: tensors.update({NAME: tensors[NAME].roll(1)}),
+        f"{NAME}: {CHANGED}",
+    ),
+    "the last digit of an embedding": (flipped("model.embed_tokens.weight"), f"embed_tokens.weight: {CHANGED}"),
+    "the last digit of a norm": (flipped("model.norm.weight"), f"model.norm.weight: {CHANGED}"),
+    "a NaN": (nan, f"{NAME}: found NaN, expected numbers"),
     "another format": (lambda _, config: config.update(format_version=FORMAT + 1), f"format {FORMAT + 1}, expected"),
+    "the format before": (lambda _, config: config.update(format_version=1), "packed in format 1, expected 2; install"),
     "no format": (lambda _, config: config.pop("format_version"), "packed in format null"),
     "a list of weights": (lambda _, config: config.update(weights=[]), "no weights, expected those"),
     "compressed": (lambda _, config: config.update(zip=True), "compressed with `--zip`, which is no longer supported"),
     "a shape of three": (lambda _, config: config["weights"][NAME].update(shape=[1, 2, 3]), f"{NAME}: expected dtype"),
     "an unknown dtype": (lambda _, config: config["weights"][NAME].update(dtype="int3"), f"{NAME}: expected dtype"),
+    "another dtype": (
+        lambda _, config: config["weights"][NAME].update(dtype="float16"),
+        f"{NAME}: found F32, expected F16; export it again",
+    ),
+    "a weight that is none": (
+        lambda _, config: config["weights"].update(lm_head={"dtype": "float32", "shape": [2, 2]}),
+        "quantization_config: crc32: expected a checksum of each tensor; export it again",
+    ),
+    "no checksums": (
+        lambda _, config: config.pop("crc32"),
+        "quantization_config: crc32: expected a checksum of each tensor; export it again",
+    ),
+    "a list of checksums": (
+        lambda _, config: config.update(crc32=[1]),
+        "quantization_config: crc32: expected a checksum of each tensor; export it again",
+    ),
+    "no checksum of bits": (
+        lambda _, config: config["crc32"].pop(BITS),
+        "quantization_config: crc32: expected a checksum of each tensor; export it again",
+    ),
+    "a checksum in text": (
+        lambda _, config: config["crc32"].update({NAME: "1"}),
+        "quantization_config: crc32: expected a checksum of each tensor; export it again",
+    ),
+    "a checksum of a norm in text": (
+        lambda _, config: config["crc32"].update({"model.norm.weight": "1"}),
+        "crc32: exp",
+    ),
+    "another checksum": (
+        lambda _, config: config["crc32"].update({NAME: 1}),
+        rf"{NAME}: checksum \w+, expected 00000001",
+    ),
 }
 
 
 @pytest.mark.parametrize(("damage", "said"), DAMAGED.values(), ids=DAMAGED)
 def test_what_is_damaged_is_refused(damage: Damage, said: str, tmp_path: Path):
+    """In one line, before anything is written or loaded."""
     _, target = packed(tmp_path, source=save_tiny_model(tmp_path / "source"))
     tensors, config = load_file(target / "model.safetensors"), json.loads((target / "config.json").read_text())
     damage(tensors, config["quantization_config"])
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     (target / "config.json").write_text(json.dumps(config))
     (tmp_path / "back").mkdir()
-    with pytest.raises(UserError, match=said):
-        unpack_directory(target, tmp_path / "back")
-    with pytest.raises((UserError, RuntimeError)):  # transformers finds wrong shapes itself
-        AutoModelForCausalLM.from_pretrained(target)
+    for take in (
+        lambda: unpack_directory(target, tmp_path / "back"),
+        lambda: AutoModelForCausalLM.from_pretrained(target),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            take()
+        assert "\n" not in str(caught.value)
 
 
-def test_a_dtype_that_is_not_the_tensors_is_refused(tmp_path: Path):
-    """Only unpacking needs it: what transformers reads is converted."""
-    _, target = packed(tmp_path, source=save_tiny_model(tmp_path / "source"))
-    config = json.loads((target / "config.json").read_text())
-    config["quantization_config"]["weights"][NAME]["dtype"] = "float16"
-    (target / "config.json").write_text(json.dumps(config))
-    (tmp_path / "back").mkdir()
-    with pytest.raises(UserError, match=rf"{NAME}: found torch.float32 \[\d+\], expected torch.float16"):
-        unpack_directory(target, tmp_path / "back")
+def test_a_model_that_was_changed_in_memory_is_saved_with_new_checksums(tmp_path: Path):
+    _, target = packed(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(target)
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight.data.mul_(2)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert same(again.model.layers[0].mlp.up_proj.weight.detach(), linear.weight.detach())
 
 
 def test_a_directory_that_is_not_packed_is_told_so(tiny: Path, tmp_path: Path):
@@ -471,3 +556,9 @@ def test_export_writes_it_and_download_takes_it(project: Callable[..., Project],
     assert unpacked.where.keys() == pruned.keys()
     assert all(same(pruned[name], unpacked.read(Address(name))) for name in pruned)
     assert packing_of(unpacked.folder) is None
+    content = bytearray((target / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (target / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=CHANGED):
+        download(project=again, part="model")
+    assert wanda_dvc(*run, "evaluate", str(target)).returncode == 2

@@ -71,13 +71,14 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
             "params.yaml: calibration.text.split: got train, expected null: /data/a.txt is a file and has none",
         ),
         (
-            {"perplexity__text__source": "/data/a.jsonl", "perplexity__text__split": "test"},
-            "params.yaml: perplexity.text.split: got test, expected null: /data/a.jsonl is a file and has none",
+            {"perplexity__texts__embedded__source": "/data/a.jsonl", "perplexity__texts__embedded__split": "test"},
+            "params.yaml: perplexity.texts.embedded.split: got test, expected null: /data/a.jsonl is a file and has "
+            "none",
         ),
         (
-            {"perplexity__text__source": "org/prose:a:b"},
-            "params.yaml: perplexity.text.source: got org/prose:a:b, expected embedded, wikitext2, c4, ptb, a Hub id "
-            "(ORG/NAME[:CONFIG][@REVISION]) or an absolute path",
+            {"perplexity__texts__embedded__source": "org/prose:a:b"},
+            "params.yaml: perplexity.texts.embedded.source: got org/prose:a:b, expected embedded, wikitext2, c4, ptb, "
+            "a Hub id (ORG/NAME[:CONFIG][@REVISION]) or an absolute path",
         ),
         (
             {"recipe": "fisher"},
@@ -112,7 +113,10 @@ def test_the_evaluation_text_is_found_through_a_link(tmp_path: Path):
     (tmp_path / "folder").symlink_to(tmp_path)
     (tmp_path / "link.txt").symlink_to("text.txt")
     for name in ("link.txt", "folder/text.txt", "folder/link.txt", "../" + tmp_path.name + "/text.txt"):
-        sources = {"perplexity__text__source": str(tmp_path / "text.txt"), "perplexity__text__split": None}
+        sources = {
+            "perplexity__texts__embedded__source": str(tmp_path / "text.txt"),
+            "perplexity__texts__embedded__split": None,
+        }
         write_params(tmp_path, "org/model", calibration__text__source=f"{tmp_path}/{name}", **sources)
         with pytest.raises(UserError, match="calibration.text: got the text that perplexity is measured on"):
             read_params(tmp_path / "params.yaml")
@@ -141,7 +145,7 @@ def test_the_committed_file_sets_every_setting():
         return [name for key, value in node.items() for name in names(value, f"{prefix}{key}.")]
 
     committed = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    assert names(committed) == [name for name, _ in settings()]
+    assert names(committed) == [name.replace("NAME", "embedded") for name, _ in settings()]
     assert all(field.description for _, field in settings())
 
 
@@ -249,15 +253,43 @@ def test_a_value_that_the_page_of_settings_shows_is_taken(name: str):
     [("embedded", True), ("wikitext2", False), ("/data/test.txt", False), ("Salesforce/wikitext", False)],
 )
 def test_a_text_of_the_calibrations_source_is_known(tmp_path: Path, source: str, same: bool):
-    write_params(tmp_path, "/models/any", perplexity__text__source=source)
-    said = read_params(tmp_path / "params.yaml").about_text
+    write_params(tmp_path, "/models/any", perplexity__texts__embedded__source=source)
+    said = read_params(tmp_path / "params.yaml").about_text("embedded")
     assert said.startswith(f"The calibration text has {'the same' if same else 'another'} source")
 
 
 def test_a_name_and_a_hub_id_of_one_data_set_are_one_source(tmp_path: Path):
     texts = {
-        "perplexity__text__source": "Salesforce/wikitext:wikitext-2-raw-v1",
+        "perplexity__texts__embedded__source": "Salesforce/wikitext:wikitext-2-raw-v1",
         "calibration__text__source": "wikitext2",
     }
     write_params(tmp_path, "/models/any", **texts)
-    assert "the same source" in read_params(tmp_path / "params.yaml").about_text
+    assert "the same source" in read_params(tmp_path / "params.yaml").about_text("embedded")
+
+
+@pytest.mark.parametrize(
+    ("texts", "found", "expected"),
+    [
+        ({"a/b": {"source": "ptb"}}, "got a/b", "expected a name of letters, digits, - and _"),
+        ({"a.b": {"source": "ptb"}}, "got a.b", "expected a name of letters, digits, - and _"),
+        ({"a@b": {"source": "ptb"}}, "got a@b", "expected a name of letters, digits, - and _"),
+        ({1: {"source": "ptb"}}, "got 1", "expected a name of letters, digits, - and _"),
+        ({}, "got {}", "expected one or more texts, each by a name"),
+        ([{"source": "ptb"}], "got [{'source': 'ptb'}]", "expected one or more texts, each by a name"),
+    ],
+)
+def test_texts_have_names(texts: object, found: str, expected: str):
+    content = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content["perplexity"]["texts"] = texts
+    with pytest.raises(UserError) as refused:
+        check_params(content)
+    assert refused.value.problems == (f"params.yaml: perplexity.texts: {found}, {expected}",)
+
+
+def test_two_texts_of_one_name_are_refused_in_one_line(tmp_path: Path):
+    write_params(tmp_path, "org/model")
+    path = tmp_path / "params.yaml"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("  texts:\n", "  texts:\n    embedded: {source: ptb}\n"), encoding="utf-8")
+    with pytest.raises(UserError, match='^params.yaml: not valid YAML: line [0-9]+: found duplicate key "embedded"'):
+        read_params(path)

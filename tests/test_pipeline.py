@@ -16,10 +16,10 @@ from wanda_dvc.study.places import EMBEDDED
 
 pytestmark = pytest.mark.pipeline
 
-DOWNLOADS = {"download@model", "download@calibration", "download@perplexity", "download@tasks"}
+DOWNLOADS = {"download@model", "download@calibration", "download-perplexity@embedded", "download@tasks"}
 PRUNE = {"mask", "apply"}
-EVALUATE = {"perplexity@pruned", "zero-shot@pruned"}
-BASELINE = {"perplexity@dense", "zero-shot@dense"}
+EVALUATE = {"perplexity-pruned@embedded", "zero-shot@pruned"}
+BASELINE = {"perplexity-dense@embedded", "zero-shot@dense"}
 ALL = {"locate"} | DOWNLOADS | {"calibrate"} | PRUNE | EVALUATE | BASELINE
 
 
@@ -54,7 +54,10 @@ def test_nothing_to_do_runs_nothing(repository: Repository):
 def test_running_again_on_equal_inputs_changes_nothing_in_git(repository: Repository):
     """Times are no reason for another dvc.lock, nor for a conflict between two branches."""
     assert "times" not in (repository.root / "dvc.lock").read_text()
-    assert ran(repository.run("dvc", "repro", "--force", "mask", "perplexity@pruned")) >= {"mask", "perplexity@pruned"}
+    assert ran(repository.run("dvc", "repro", "--force", "mask", "perplexity-pruned@embedded")) >= {
+        "mask",
+        "perplexity-pruned@embedded",
+    }
     assert repository.run("git", "status", "--porcelain") == ""
     shown = repository.run("wanda-dvc", "show")
     assert re.search(r"^\| perplexity-pruned +\| +[\d.]+ ", shown, flags=re.MULTILINE)
@@ -71,7 +74,7 @@ def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
         ({"method": "magnitude"}, PRUNE | EVALUATE),
         ({"calibration__samples": 4}, {"calibrate"} | PRUNE | EVALUATE),
         ({"calibration__text__join": "\n"}, {"download@calibration", "calibrate"} | PRUNE | EVALUATE),
-        ({"perplexity__length": 32}, {"perplexity@dense", "perplexity@pruned"}),
+        ({"perplexity__length": 32}, {"perplexity-dense@embedded", "perplexity-pruned@embedded"}),
         ({"zero_shot__limit": 3}, {"zero-shot@dense", "zero-shot@pruned"}),
         (
             {"tasks__names": ["piqa"]},
@@ -123,8 +126,20 @@ def test_another_model_reruns_all_but_the_texts_and_tasks(repository: Repository
     assert repository.repro(sparsity=0.5) == ALL - DOWNLOADS | {"download@model"}
 
 
+def test_another_text_runs_its_own_stages_alone(repository: Repository, tmp_path: Path):
+    (tmp_path / "more.txt").write_text("".join(f"The {number}th line. " for number in range(200)))
+    setting = f"+perplexity.texts.more.source={tmp_path}/more.txt"
+    own = {"download-perplexity@more", "perplexity-dense@more", "perplexity-pruned@more"}
+    assert ran(repository.run("dvc", "exp", "run", "--name", "two", "-S", setting)) == {"locate"} | own
+    shown, listed = (repository.run("wanda-dvc", *words) for words in (("show",), ("list",)))
+    assert re.search(r"perplexity, more \(another source\) +\| \d", shown)
+    assert "perplexity, more" in listed.replace("  ", " ")
+    assert repository.repro(sparsity=0.5) == {"locate"}  # the text is gone
+    assert {path.name for path in (repository.root / "sources/perplexity").iterdir()} == {"embedded"}
+
+
 def test_coming_back_to_a_sparsity_runs_apply_alone_and_caches_no_model(repository: Repository):
-    first = json.loads((repository.root / "metrics/pruned/perplexity.json").read_text())
+    first = json.loads((repository.root / "metrics/pruned/perplexity/embedded.json").read_text())
     before = repository.cached()
     assert repository.repro(sparsity=0.7) == PRUNE | EVALUATE
     added = repository.cached() - before
@@ -132,7 +147,7 @@ def test_coming_back_to_a_sparsity_runs_apply_alone_and_caches_no_model(reposito
     masks = sum(path.stat().st_size for path in (repository.root / "masks").iterdir())
     assert masks < added < masks + 100_000 < weights / 2  # masks, metrics and details
     assert repository.repro(sparsity=0.5) == {"apply"}
-    assert json.loads((repository.root / "metrics/pruned/perplexity.json").read_text()) == first
+    assert json.loads((repository.root / "metrics/pruned/perplexity/embedded.json").read_text()) == first
     assert repository.repro() == set()
 
 
@@ -164,7 +179,7 @@ def test_experiments(repository: Repository):
     )
     assert "pattern: 2:4" in (repository.root / "params.yaml").read_text()
     difference = repository.run("dvc", "metrics", "diff")
-    assert re.search(r"metrics/pruned/perplexity.json +perplexity +[\d.]+ +[\d.]+", difference)
+    assert re.search(r"metrics/pruned/perplexity/embedded.json +perplexity +[\d.]+ +[\d.]+", difference)
     assert "metrics/dense" not in difference
     repository.run("git", "checkout", "--", ".")
     repository.run("dvc", "checkout")
@@ -233,7 +248,7 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert not any(path.is_symlink() for path in exported.rglob("*"))
     assert not any(str(tmp_path.parent).encode() in content for content in [card.encode(), *own.values()])
 
-    measured = json.loads((repository.root / "metrics/pruned/perplexity.json").read_text())["perplexity"]
+    measured = json.loads((repository.root / "metrics/pruned/perplexity/embedded.json").read_text())["perplexity"]
     assert f"| {number(measured)} (" in card  # and its interval
     assert re.search(r"\| pattern +\| `2:4`", card)
     assert "wanda-dvc preset default\ndvc exp run \\\n    -S model=/path/to/tiny \\\n" in card

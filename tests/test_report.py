@@ -5,6 +5,7 @@ import html
 import itertools
 import math
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,11 +20,11 @@ from repository import Repository
 from scipy import stats
 
 from wanda_dvc.catalog import methods
+from wanda_dvc.engine import flips
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
 from wanda_dvc.report import inference, report
-from wanda_dvc.report.chapters import content
-from wanda_dvc.report.chapters.published import sources
+from wanda_dvc.report.chapters import content, published
 from wanda_dvc.report.chapters.run_time import runs
 from wanda_dvc.report.chapters.structure import by_block, stored_bytes
 from wanda_dvc.report.charts import Point, accuracies, curves, svg
@@ -31,8 +32,9 @@ from wanda_dvc.report.comparisons import paired_mean
 from wanda_dvc.report.pages import Content, Picture, as_html, as_markdown, heading, table
 from wanda_dvc.report.rows import Collected, Note, Row, identity
 from wanda_dvc.report.section import differences, sections
-from wanda_dvc.stages import PARTS, STAGES
+from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import write_csv, write_json
+from wanda_dvc.study.local import sources
 from wanda_dvc.study.markup import inline
 from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project
@@ -63,7 +65,7 @@ def test_mcnemar_is_the_fair_coin_counted_out():
         total = first + second
         mine = [True] * first + [False] * second + [True, False]
         theirs = [False] * first + [True] * second + [True, False]
-        got = inference.mcnemar(mine, theirs)
+        got = flips.mcnemar(mine, theirs)
         outcomes = [sum(coins) for coins in itertools.product((0, 1), repeat=total)]
         as_far = [heads for heads in outcomes if abs(heads - total / 2) >= abs(first - total / 2)]
         assert (got.first, got.second) == (first, second)
@@ -71,22 +73,22 @@ def test_mcnemar_is_the_fair_coin_counted_out():
 
 
 def test_flips_are_counted_by_the_answers_before_and_after():
-    right, wrong, another = inference.Answer(0, True), inference.Answer(1, False), inference.Answer(2, False)
+    right, wrong, another = flips.Answer(0, True), flips.Answer(1, False), flips.Answer(2, False)
     pairs = (
         [(right, right)] * 3 + [(right, wrong)] * 5 + [(wrong, right)] * 2 + [(wrong, another)] * 4 + [(wrong, wrong)]
     )
-    found = inference.flips(*map(list, zip(*pairs, strict=True)))
+    found = flips.flips(*map(list, zip(*pairs, strict=True)))
     assert found[:4] == (15, 5, 2, 4)
     assert found.changed == 11
     assert found.p == pytest.approx(stats.binomtest(2, 7).pvalue)
-    same = inference.flips([right, wrong], [right, wrong])
+    same = flips.flips([right, wrong], [right, wrong])
     assert (same.changed, same.p) == (0, 1.0)
-    total = inference.total_flips([found, same])
+    total = flips.total_flips([found, same])
     assert total
     assert total[:4] == (17, 5, 2, 4)
     assert total.p == found.p
-    assert inference.total_flips([]) is None
-    many = inference.mcnemar([True] * 900 + [False] * 1000, [False] * 900 + [True] * 1000)
+    assert flips.total_flips([]) is None
+    many = flips.mcnemar([True] * 900 + [False] * 1000, [False] * 900 + [True] * 1000)
     assert many.p == pytest.approx(stats.binomtest(900, 1900).pvalue)
 
 
@@ -174,8 +176,9 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
 
     def matches(measure: str = "perplexity", **changes: object) -> set[float | str]:
         changed = study | {key.replace("__", "."): value for key, value in changes.items()}
-        settings = resolved(check_params(nested(changed)))
-        found = [(source, row) for source in sources() for row in source.rows if measure in row]
+        params = check_params(nested(changed))
+        settings = resolved(params) | published.text_settings(params, "wikitext2")
+        found = [(source, row) for source in published.sources() for row in source.rows if measure in row]
         return {row[measure] for source, row in found if not source.differences(settings, measure, row)}
 
     assert matches() == {5.114, 6.415}
@@ -223,7 +226,11 @@ def test_the_bytes_of_a_smaller_model_are_its_own(project: Callable[..., Project
 
 def keys_of(project: Project) -> dict[str, str]:
     """The key of every run whose result a study holds."""
-    found = {name: stage.key(project, part) for stage in STAGES.values() for name, part in stage.runs()}
+    found = {
+        name: stage.key(project, part, text)
+        for stage in STAGES.values()
+        for name, part, text in stage.runs(["embedded"])
+    }
     return {name: key for name, key in found.items() if key}
 
 
@@ -255,17 +262,18 @@ def write_results(
     """
     write_params(root, Path("/models/tiny"), method=method, sparsity=sparsity, **changes)
     project = Project(root)
-    for folder in ("models/dense", "models/pruned", "data/calibration", "data/perplexity", "data/tasks/piqa"):
+    for folder in ("models/dense", "models/pruned", "data/calibration", "data/perplexity/embedded", "data/tasks/piqa"):
         write_json(
             root / folder / "provenance.json", {"of": [folder, *([method, sparsity] if "pruned" in folder else [])]}
         )
-    for part in PARTS:
+    for part in sources(project.params):
         write_json(project.source(part), {"source": part})
     for tier in (project.stats, project.gram, project.fisher):
         tier.mkdir(parents=True, exist_ok=True)
         seal(tier, {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
-    write_csv(project.plots("pruned/divergence"), ["window", "divergence"], [[0, loss]])
-    for folder in ("masks", "weights", "reference"):
+    write_csv(project.plots("divergence/embedded"), ["window", "divergence"], [[0, loss]])
+    write_csv(project.plots("perplexity/embedded"), ["window", "predictions", "dense", "pruned"], [[0, 63, 2.0, loss]])
+    for folder in ("masks", "weights", "reference/embedded"):
         write_json(root / folder / "provenance.json", {"of": [method, sparsity]})
     for model, mean, count in (("dense", 2.0, 24), ("pruned", loss, right)):
         of = {"model": [method, sparsity] if model == "pruned" else [], "text": {"sha256": text, "source": "a text"}}
@@ -277,11 +285,10 @@ def write_results(
             "tokens_sha256": text,
         }
         losses = [mean + x if math.isfinite(mean) else "diverged" for x in (-0.1, 0.0, 0.0, 0.1)]
-        write_json(project.details(model, "perplexity"), {"protocol": protocol, "losses": losses})
+        write_json(project.details(model, "perplexity/embedded"), {"protocol": protocol, "losses": losses})
         value = float(f"{math.exp(mean):.6g}") if math.isfinite(mean) else "diverged"
         apart = divergence_of(mean - 2.0) if model == "pruned" else {}
-        write_json(project.metrics(model, "perplexity"), {"perplexity": value} | apart)
-        write_csv(project.plots(f"{model}/perplexity"), ["window", "predictions", "loss"], [[0, 63, mean]])
+        write_json(project.metrics(model, "perplexity/embedded"), {"perplexity": value} | apart)
         wrong = 2 if model == "pruned" else 1
         items = [{"item": i, "answer": wrong * (i >= count), "acc": float(i < count)} for i in range(40)]
         answered = {"protocol": of | {"task": {"sha256": task}}, "items": items}
@@ -304,7 +311,7 @@ def write_results(
     write_csv(project.plots("layer_error"), ["block", "linear", "error", "masked"], errors)
     write_csv(project.plots("norms"), ["block"], [])
     for run, key in keys_of(project).items():
-        seconds = loss if run.endswith("pruned") and math.isfinite(loss) else 1.0
+        seconds = loss if "pruned" in run and math.isfinite(loss) else 1.0
         time = {"seconds": round(seconds, 2), "peak_anonymous_gb": 0.5, "machine": "test", "device": "cpu"}
         project.times.write(run, key, time)
 
@@ -339,10 +346,35 @@ def test_what_read_other_windows_or_items_is_not_compared(tmp_path: Path):
     (tmp_path / "other").mkdir()
     other = {"text": "another", "task": "another"}
     text = said_of(tmp_path / "other", (("wanda", 0.5, 2.5, 20), {}), (("magnitude", 0.5, 3.5, 4), other))
-    assert "measured in 2 ways, which differ in `data/perplexity`, `data/tasks/piqa`" in text
+    assert "measured in 2 ways, which differ in `data/perplexity/embedded`, `data/tasks/piqa`" in text
     assert "against magnitude" not in text
     assert "- wanda 50 % against dense: 1.649 × the perplexity" in text
     assert "- magnitude 50 % against dense: 4.482 × the perplexity" in text
+
+
+def test_each_text_has_its_tables_and_its_kind(tmp_path: Path):
+    """The calibration's source is embedded here, so a reader sees on which text a solver gains by its own text."""
+    texts = {"embedded": {"source": "embedded"}, "other": {"source": "/data/other.txt"}}
+    rows = []
+    for name, results in {"a": ("wanda", 0.5, 2.5, 20), "b": ("magnitude", 0.5, 3.5, 4)}.items():
+        root = tmp_path / name
+        root.mkdir()
+        write_results(root, *results, perplexity__texts=texts)
+        project = Project(root)
+        for model in ("dense", "pruned"):
+            for file in (project.details, project.metrics):
+                shutil.copyfile(file(model, "perplexity/embedded"), file(model, "perplexity/other"))
+        rows.append(row_of(project, name=name))
+    said = re.sub(r" {2,}", " ", as_markdown(content(Collected(rows, [], [])), "pictures"))
+    own, other = "embedded (the calibration's source)", "other (another source)"
+    for text in (own, other):
+        assert f"Perplexity on {text}" in said
+        assert f"On {text}. Predictions of each next token" in said
+        assert f"0.368 × the perplexity on {text} (beyond noise)" in said
+    assert f"Paired: perplexity on {other}" in said
+    assert "pictures/s0-perplexity.svg" in said
+    assert "pictures/s0-other-perplexity.svg" in said
+    assert "Perplexity on other: the first 4 windows of 64 tokens of /data/other.txt" in said
 
 
 def test_a_row_is_compared_with_its_own_dense_model(tmp_path: Path):
@@ -497,11 +529,11 @@ def test_ids_are_unique_whatever_the_sections_are_called(tmp_path: Path):
 
 
 def test_runs_before_a_method_is_chosen_are_shared_and_those_of_the_dense_model():
-    known = runs()
+    known = runs(["embedded"])
     shared = {name for name, (_, own) in known.items() if not own}
     assert shared == {
-        "locate", "download-model", "download-calibration", "download-perplexity", "download-tasks", "calibrate",
-        "perplexity-dense", "zero-shot-dense",
+        "locate", "download-model", "download-calibration", "download-perplexity@embedded", "download-tasks",
+        "calibrate", "perplexity-dense@embedded", "zero-shot-dense",
     }  # fmt: skip
     assert list(dict.fromkeys(stage for stage, _ in known.values())) == list(STAGES)
 
@@ -539,7 +571,7 @@ def hostile_content(tmp_path: Path) -> Content:
         root.mkdir()
         write_results(
             root, "wanda", 0.5, 2.5 + number, 20, model=f"/m/{HOSTILE.replace('/', '')}",
-            perplexity__text__source=f"/t/{HOSTILE}.txt",
+            perplexity__texts__embedded__source=f"/t/{HOSTILE}.txt",
         )  # fmt: skip
         row = row_of(Project(root), name=f"{number}{HOSTILE}")
         for run, time in row.times().items():
@@ -688,7 +720,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Repository, Path,
     write_results(root, "magnitude", 0.7, math.nan, 12)
     study.save("worst")
     write_results(root, "wanda", 0.7, 3.0, 23)
-    lost = (root / "metrics/details/pruned/perplexity.json").read_bytes()
+    lost = (root / "metrics/details/pruned/perplexity/embedded.json").read_bytes()
     study.save("lost")
     cached = [path for path in (root / ".dvc/cache").rglob("*") if path.is_file() and path.read_bytes() == lost]
     assert len(cached) == 1
@@ -785,7 +817,7 @@ def test_the_report_says_what_is_so(written: tuple[Repository, Path, str]):
         "Diverged, shown at the upper edge: magnitude 70 %",
         "This report knows no published row with the protocol",
         "waiting: queued (sparsity=0.3)",
-        "lost: not in DVC's cache, and so not read: metrics/details/pruned/perplexity.json",
+        "lost: not in DVC's cache, and so not read: metrics/details/pruned/perplexity/embedded.json",
         "main, workspace",
         "-S sparsity=0.7",
     ):
@@ -865,7 +897,7 @@ def test_numbers_of_other_parameters_are_left_out(written: tuple[Repository, Pat
     assert "wanda 90 %" not in text
     with pytest.raises(UserError, match="no experiment of a model named like large with results"):
         report(project=Project(study.root), output=tmp_path / "report.html", model="large")
-    number = study.root / "metrics/pruned/perplexity.json"
+    number = study.root / "metrics/pruned/perplexity/embedded.json"
     by_dvc = number.read_bytes()
     try:
         number.write_text('{"perplexity": 987.25}', encoding="utf-8")  # by hand: not what dvc.lock knows of

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ROOT, save_tiny_model
+from conftest import ROOT, save_tiny_model, text_of
 from repository import Repository
 
 from wanda_dvc.catalog import Package
@@ -78,9 +78,9 @@ def test_no_code_of_a_model_runs_and_nobody_is_asked(
     for part in ("model", "calibration", "perplexity", "tasks"):
         if part == "model" and tokenizer:
             with pytest.raises(UserError, match="the tokenizer does not load"):
-                download(project=made, part=part)
+                download(project=made, part=part, text=text_of(part))
         else:
-            download(project=made, part=part)
+            download(project=made, part=part, text=text_of(part))
     if tokenizer:  # past download: planted by hand, or by whoever writes to a remote
         made = project()
         download(project=made, part="model")
@@ -219,17 +219,17 @@ def test_a_folder_named_like_a_package_is_not_installed(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     "changes",
     [
-        {"perplexity__text__split": "../../secret"},
-        {"perplexity__text__split": "/etc/passwd"},
+        {"perplexity__texts__embedded__split": "../../secret"},
+        {"perplexity__texts__embedded__split": "/etc/passwd"},
     ],
 )
 def test_a_mirror_is_not_left(changes: dict[str, str], project: Make, tmp_path: Path):
     (tmp_path / "mirror/org/text").mkdir(parents=True)
     for place in (tmp_path / "secret.jsonl", tmp_path / "mirror/secret.jsonl"):
         place.write_text('{"text": "secret"}\n')
-    made = project(perplexity__text__source="org/text", runtime__mirror=str(tmp_path / "mirror"), **changes)
+    made = project(perplexity__texts__embedded__source="org/text", runtime__mirror=str(tmp_path / "mirror"), **changes)
     with pytest.raises(UserError, match=r"runtime.mirror: got .*, expected a place inside"):
-        download(project=made, part="perplexity")
+        download(project=made, part="perplexity", text="embedded")
 
 
 def test_files_of_an_experiment_stay_in_its_folder(tmp_path: Path):
@@ -297,7 +297,7 @@ def test_a_card_shows_a_models_name_as_it_is(project: Make, tiny: Path, tmp_path
     shutil.copytree(tiny, source)
     made = project(model=source)
     for part in ("model", "calibration"):
-        download(project=made, part=part)
+        download(project=made, part=part, text=text_of(part))
     for stage in (calibrate, mask, apply):
         stage(project=made)
     title, *_ = [line for line in (made.model("pruned") / "README.md").read_text().split("\n") if line.startswith("# ")]

@@ -23,14 +23,16 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PIPELINE
 from wanda_dvc.study.sharing import cached, check_gated
 
-PRUNE = {"locate", "mask", "apply", "perplexity@pruned", "zero-shot@pruned"}
-DOWNLOADS = {"download@model", "download@calibration", "download@perplexity", "download@tasks"}
+PRUNE = {"locate", "mask", "apply", "perplexity-pruned@embedded", "zero-shot@pruned"}
+DOWNLOADS = {"download@model", "download@calibration", "download-perplexity@embedded", "download@tasks"}
 
 
 def with_outs(root: Path, options: str) -> Project:
     """A study whose dvc.yaml says this of the sources."""
     text = (ROOT / PIPELINE).read_text(encoding="utf-8")
-    (root / PIPELINE).write_text(text.replace("- ${item.out}\n", f"- ${{item.out}}{options}\n"), encoding="utf-8")
+    for out in ("- ${item.out}", "- data/perplexity/${key}"):
+        text = text.replace(f"{out}\n", f"{out}{options}\n")
+    (root / PIPELINE).write_text(text, encoding="utf-8")
     return Project(root)
 
 

@@ -17,7 +17,7 @@ import huggingface_hub
 import pytest
 import torch
 from cases.grids import cycled
-from conftest import save_tiny_model
+from conftest import save_tiny_model, text_of
 from transformers import BertConfig, T5Config
 
 from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
@@ -374,9 +374,9 @@ def test_what_the_hub_refuses_is_told_apart(
     if part == "model":
         made = project(model="org/tiny" + (f"@{revision}" if revision else ""))
     else:
-        made = project(perplexity__text__source="org/tiny" + (f"@{revision}" if revision else ""))
-    with pytest.raises(UserError, match=rf"^params.yaml: (model|perplexity.text.source): .*{message}"):
-        download(project=made, part=part)
+        made = project(perplexity__texts__embedded__source="org/tiny" + (f"@{revision}" if revision else ""))
+    with pytest.raises(UserError, match=rf"^params.yaml: (model|perplexity.texts.embedded.source): .*{message}"):
+        download(project=made, part=part, text=text_of(part))
     assert hub.fetched == []
 
 
@@ -560,7 +560,7 @@ def test_c4_is_drawn_as_the_authors_draw_it(
         runtime__mirror=str(tmp_path / "mirror") if mirrored else None,
     )
     for part in ("model", "calibration"):
-        download(project=made, part=part)
+        download(project=made, part=part, text=text_of(part))
     assert hub.fetched == ([] if mirrored else [SHARD])
     assert (made.data("calibration") / "documents.json.gz").read_bytes() == content  # as it was fetched
     found = provenance(made.data("calibration"))
@@ -596,9 +596,9 @@ def test_where_no_document_is_long_enough_it_ends(tiny: Path, texts: list[str]):
 def test_perplexity_on_c4_is_on_its_joined_documents(project: Make, hub: Hub):
     content = packed(["one", "two é"])
     hub.add("datasets/allenai/c4", **{"en__c4-validation.00000-of-00008.json.gz": content})
-    made = project(perplexity__text__source="c4", perplexity__text__split="validation")
-    download(project=made, part="perplexity")
-    assert made.text("perplexity") == "one two é"
+    made = project(perplexity__texts__embedded__source="c4", perplexity__texts__embedded__split="validation")
+    download(project=made, part="perplexity", text="embedded")
+    assert made.text("perplexity/embedded") == "one two é"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import oracle
 import pytest
 import torch
 from cases.grids import OF_WEIGHTS, pairs, thinned
-from conftest import save_tiny_model, shared
+from conftest import save_tiny_model, shared, text_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,7 +53,7 @@ Make = Callable[..., Project]
 def fetch(project: Project, *parts: str) -> Project:
     for part in parts or PARTS:
         if part != "tasks":  # lm-eval's index takes seconds
-            download(project=project, part=part)
+            download(project=project, part=part, text=text_of(part))
     return project
 
 
@@ -113,11 +113,11 @@ def test_text_files_and_mirrors(project: Make, tmp_path: Path):
     (tmp_path / "b.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
     made = project(
         calibration__text__source=str(tmp_path / "a.txt"),
-        perplexity__text__source=str(tmp_path / "b.jsonl"),
-        perplexity__text__column="body",
+        perplexity__texts__embedded__source=str(tmp_path / "b.jsonl"),
+        perplexity__texts__embedded__column="body",
     )
     fetch(made, "calibration", "perplexity")
-    assert (made.text("calibration"), made.text("perplexity")) == ("line\r\nend é", "one\n\ntwo")
+    assert (made.text("calibration"), made.text("perplexity/embedded")) == ("line\r\nend é", "one\n\ntwo")
     mirror = tmp_path / "mirror/Salesforce/wikitext/wikitext-2-raw-v1"
     mirror.mkdir(parents=True)
     (mirror / "validation.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
@@ -129,9 +129,12 @@ def test_text_files_and_mirrors(project: Make, tmp_path: Path):
     fetch(made, "calibration")
     assert made.text("calibration") == "x y"
     with pytest.raises(UserError, match="test.jsonl not found; put it there as JSONL, one row a line"):
-        fetch(project(perplexity__text__source="wikitext2", runtime__mirror=str(tmp_path / "mirror")), "perplexity")
+        fetch(
+            project(perplexity__texts__embedded__source="wikitext2", runtime__mirror=str(tmp_path / "mirror")),
+            "perplexity",
+        )
     with pytest.raises(UserError, match="line 1: found body, expected a column `text`"):
-        fetch(project(perplexity__text__source=str(tmp_path / "b.jsonl")), "perplexity")
+        fetch(project(perplexity__texts__embedded__source=str(tmp_path / "b.jsonl")), "perplexity")
 
 
 def test_a_mirror_of_the_real_benchmarks_is_taken_whole(project: Make):
@@ -140,14 +143,14 @@ def test_a_mirror_of_the_real_benchmarks_is_taken_whole(project: Make):
     made = project(
         tasks__source="benchmark",
         tasks__names=list(names),
-        perplexity__text__source="wikitext2",
+        perplexity__texts__embedded__source="wikitext2",
         runtime__mirror=str(mirror),
     )
     download(project=made, part="tasks")
-    download(project=made, part="perplexity")
+    download(project=made, part="perplexity", text="embedded")
     rows = {name: len((made.data("tasks") / name / "items.jsonl").read_bytes().splitlines()) for name in names}
     assert rows == names
-    assert len(made.text("perplexity").encode()) > 1_290_000
+    assert len(made.text("perplexity/embedded").encode()) > 1_290_000
 
 
 # --- calibrate, mask, apply ---
@@ -448,8 +451,8 @@ def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pyt
     from wanda_dvc.engine import divergence as module
 
     made = fetch(project(), "model", "perplexity")
-    perplexity(project=made, model="dense")
-    complete = made.details("dense", "perplexity").read_bytes()
+    perplexity(project=made, model="dense", text="embedded")
+    complete = made.details("dense", "perplexity/embedded").read_bytes()
     measured: list[Any] = []
     real = module.refer
 
@@ -461,16 +464,16 @@ def test_perplexity_goes_on_from_the_last_window(project: Make, monkeypatch: pyt
 
     monkeypatch.setattr(module, "refer", killed)
     with pytest.raises(KeyboardInterrupt):
-        perplexity(project=made, model="dense")
+        perplexity(project=made, model="dense", text="embedded")
 
     def noted(*words):
         measured.append(real(*words))
         return measured[-1]
 
     monkeypatch.setattr(module, "refer", noted)
-    perplexity(project=made, model="dense")
+    perplexity(project=made, model="dense", text="embedded")
     assert len(measured) == 4
-    assert made.details("dense", "perplexity").read_bytes() == complete
+    assert made.details("dense", "perplexity/embedded").read_bytes() == complete
 
 
 def test_a_loss_is_written_once_and_half_a_line_is_measured_again(project: Make, monkeypatch: pytest.MonkeyPatch):
@@ -478,8 +481,8 @@ def test_a_loss_is_written_once_and_half_a_line_is_measured_again(project: Make,
     from wanda_dvc.engine import divergence as module
 
     made = fetch(project(), "model", "perplexity")
-    perplexity(project=made, model="dense")
-    complete = made.details("dense", "perplexity").read_bytes()
+    perplexity(project=made, model="dense", text="embedded")
+    complete = made.details("dense", "perplexity/embedded").read_bytes()
     real, sizes, files = module.refer, [], []
 
     def watched(*words):
@@ -492,14 +495,14 @@ def test_a_loss_is_written_once_and_half_a_line_is_measured_again(project: Make,
 
     monkeypatch.setattr(module, "refer", watched)
     with pytest.raises(KeyboardInterrupt):
-        perplexity(project=made, model="dense")
+        perplexity(project=made, model="dense", text="embedded")
     assert len({inode for _, inode in sizes}) == 1  # appended to, not replaced
     lines = files[-1].read_text().splitlines()
     assert len(lines) == 2
     files[-1].write_text(f"{lines[0]}\n{lines[1][:3]}")
-    perplexity(project=made, model="dense")
+    perplexity(project=made, model="dense", text="embedded")
     assert len(sizes) == 3 + 3  # the window of the line that was cut, and the two that were left
-    assert made.details("dense", "perplexity").read_bytes() == complete
+    assert made.details("dense", "perplexity/embedded").read_bytes() == complete
 
 
 @pytest.mark.skipif(not running.anonymous_memory(), reason="this system does not tell anonymous memory apart")
@@ -569,15 +572,15 @@ def test_progress_counts_only_with_the_states_that_it_speaks_of(
     from wanda_dvc.engine import divergence as module
 
     made = fetch(project(), "model", "perplexity")
-    perplexity(project=made, model="dense")
-    complete = made.details("dense", "perplexity").read_bytes()
+    perplexity(project=made, model="dense", text="embedded")
+    complete = made.details("dense", "perplexity/embedded").read_bytes()
     with monkeypatch.context() as killed:
         killed.setattr(module, "refer", kill)
         with pytest.raises(KeyboardInterrupt):
-            perplexity(project=made, model="dense")
+            perplexity(project=made, model="dense", text="embedded")
     spoil(work_of(made))
-    perplexity(project=made, model="dense")
-    assert made.details("dense", "perplexity").read_bytes() == complete
+    perplexity(project=made, model="dense", text="embedded")
+    assert made.details("dense", "perplexity/embedded").read_bytes() == complete
 
 
 @pytest.mark.parametrize(
@@ -597,8 +600,8 @@ def test_losses_that_are_not_ours_are_measured_again(
     from wanda_dvc.engine import divergence as module
 
     made = fetch(project(), "model", "perplexity")
-    perplexity(project=made, model="dense")
-    complete = made.details("dense", "perplexity").read_bytes()
+    perplexity(project=made, model="dense", text="embedded")
+    complete = made.details("dense", "perplexity/embedded").read_bytes()
     real, count = module.refer, itertools.count()
 
     def third_kills(*words: Any) -> Any:
@@ -607,12 +610,12 @@ def test_losses_that_are_not_ours_are_measured_again(
     with monkeypatch.context() as killed:
         killed.setattr(module, "refer", third_kills)
         with pytest.raises(KeyboardInterrupt):
-            perplexity(project=made, model="dense")
+            perplexity(project=made, model="dense", text="embedded")
     losses = work_of(made) / "losses.jsonl"
     assert len(losses.read_text().splitlines()) == 3
     losses.write_text(spoil(losses.read_text()))
-    perplexity(project=made, model="dense")
-    assert made.details("dense", "perplexity").read_bytes() == complete
+    perplexity(project=made, model="dense", text="embedded")
+    assert made.details("dense", "perplexity/embedded").read_bytes() == complete
 
 
 @pytest.mark.parametrize("propagation", ["dense", "pruned"])
@@ -726,14 +729,14 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(project: Make):
 
 def test_perplexity_is_that_of_the_whole_model(project: Make, tiny: Path):
     made = fetch(project(perplexity__length=50, perplexity__windows=6))
-    perplexity(project=made, model="dense")
+    perplexity(project=made, model="dense", text="embedded")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
-    tokens = torch.tensor(tokenizer(made.text("perplexity"))["input_ids"])
+    tokens = torch.tensor(tokenizer(made.text("perplexity/embedded"))["input_ids"])
     with torch.no_grad():
         losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in tokens[:300].view(6, 50)]
-    details = json.loads(made.details("dense", "perplexity").read_text())
+    details = json.loads(made.details("dense", "perplexity/embedded").read_text())
     np.testing.assert_allclose(details["losses"], losses, rtol=1e-5)
-    value = json.loads(made.metrics("dense", "perplexity").read_text())["perplexity"]
+    value = json.loads(made.metrics("dense", "perplexity/embedded").read_text())["perplexity"]
     assert value == pytest.approx(math.exp(sum(losses) / 6), rel=1e-4)
     assert details["protocol"]["windows"] == 6
     other = shutil.copytree(tiny, made.root / "other")
@@ -746,22 +749,22 @@ def test_the_rest_of_a_text_is_one_more_window_if_it_is_kept(project: Make, tiny
     (tmp_path / "text.txt").write_text("".join(chr(97 + (i * i) % 23) for i in range(3 * 50 + 17)))
     made = fetch(
         project(
-            perplexity__text__source=str(tmp_path / "text.txt"),
+            perplexity__texts__embedded__source=str(tmp_path / "text.txt"),
             perplexity__length=50,
             perplexity__windows="all",
         ),
         "model",
         "perplexity",
     )
-    perplexity(project=made, model="dense")
+    perplexity(project=made, model="dense", text="embedded")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
-    tokens = torch.tensor(tokenizer(made.text("perplexity"))["input_ids"])
+    tokens = torch.tensor(tokenizer(made.text("perplexity/embedded"))["input_ids"])
     with torch.no_grad():
         losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in tokens.split(50)]
-    details = json.loads(made.details("dense", "perplexity").read_text())
+    details = json.loads(made.details("dense", "perplexity/embedded").read_text())
     np.testing.assert_allclose(details["losses"], losses, rtol=1e-5)
     assert (details["protocol"]["windows"], details["protocol"]["rest"]) == (3, 17)
-    value = json.loads(made.metrics("dense", "perplexity").read_text())["perplexity"]
+    value = json.loads(made.metrics("dense", "perplexity/embedded").read_text())["perplexity"]
     expected = math.exp((49 * sum(losses[:3]) + 16 * losses[3]) / (3 * 49 + 16))
     assert value == pytest.approx(expected, rel=1e-5)
     assert abs(expected / math.exp(sum(losses) / 4) - 1) > 1e-4  # the windows' mean is another number
@@ -775,7 +778,7 @@ def test_windows_of_one_length_count_alike():
 def test_a_perplexity_that_overflows_has_diverged(project: Make, losses: list[float], tmp_path: Path):
     assert from_losses(losses, [63] * len(losses)) == "diverged"
     made = fetch(project(), "model")
-    write_json(made.metrics("pruned", "perplexity"), {"perplexity": "diverged"})
+    write_json(made.metrics("pruned", "perplexity/embedded"), {"perplexity": "diverged"})
     assert "diverged" in results.show(project=made)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import save_tiny_model, write_params
 from test_families import ALL, save
 from test_stages import fetch
 from transformers import AutoModelForCausalLM
@@ -18,7 +18,8 @@ import wanda_dvc as wd
 from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.engine.blocks import find_block_units
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.smaller import Removal, Smaller, find_units, write_smaller
+from wanda_dvc.engine.config import read_config
+from wanda_dvc.engine.smaller import Removal, Smaller, find_units, smaller_parameters, write_smaller
 from wanda_dvc.engine.structure import find_blocks
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.blocks import influence
@@ -44,6 +45,7 @@ REFUSED = {
         "jetmoe": "no linear reads",
     },
 }
+UNKNOWN = ("gpt2",)  # null means a width, which only the model's code knows
 SHARES = {"neurons": "0.25", "heads": "0.5"}
 CASES = [(pattern, family) for pattern in REFUSED for family in ALL if family not in REFUSED[pattern]]
 
@@ -169,6 +171,8 @@ def test_the_smaller_model_is_the_model_with_masked_weights(pattern: str, family
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").eval()
     count = sum(x.numel() for x in small.parameters())
     assert count < sum(x.numel() for x in full.parameters())
+    left = smaller_parameters(read_config(folder), STRUCTURES[pattern], Fraction(SHARES[pattern]))
+    assert left == count or (left is None and family in UNKNOWN)
     tokens = torch.randint(3, 256, (1, 40), generator=generator)
     with torch.no_grad():
         wanted, found = full(input_ids=tokens).logits, small(input_ids=tokens).logits
@@ -343,6 +347,22 @@ def test_a_share_that_rounds_to_all_neurons_changes_nothing(study: Callable[...,
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     assert all(torch.equal(dense.read(dense.find(name)), pruned.read(pruned.find(name))) for name in dense.where)
     assert load_json(made.metrics("pruned", "sparsity")) == {"sparsity": 0.0, "removed_parameters": 0.0}
+
+
+def test_zeros_in_a_smaller_model_need_a_second_study(study: Callable[..., Project], tmp_path: Path, texts: Any):
+    made = study(pattern="neurons", sparsity=0.25, recipe="admm")
+    mask(project=made)
+    apply(project=made)
+    (root := tmp_path / "second").mkdir()
+    write_params(root, made.model("pruned"), pattern="2:4", sparsity=0.5, recipe="wanda", **texts)
+    second = fetch(Project(root), "model", "calibration")
+    for run in (calibrate, mask, apply):
+        run(project=second)
+    pruned = Checkpoint(second.model("pruned"))
+    assert pruned.config.intermediate_size == 36
+    assert load_json(second.metrics("pruned", "sparsity")) == {"sparsity": 0.5}
+    weight = pruned.weight("model.layers.0.mlp.down_proj")
+    assert ((weight.view(-1, 4) != 0).sum(dim=1) == 2).all()
 
 
 def test_rounding_is_reported(study: Callable[..., Project], capsys: pytest.CaptureFixture[str]):

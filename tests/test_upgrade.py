@@ -23,7 +23,7 @@ from wanda_dvc.study.presets import apply_preset
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import FILES, TEMPLATE, init
 from wanda_dvc.study.settings import Settings, flatten, nested
-from wanda_dvc.study.upgrade import MOVED, REMOVED, _carry, _migrated, upgrade
+from wanda_dvc.study.upgrade import MOVED, REMOVED, _brought, _carry, _migrated, upgrade
 
 PIPELINE = FILES["dvc.yaml"].read_text(encoding="utf-8")
 PARAMS = FILES["params.yaml"].read_text(encoding="utf-8")
@@ -91,7 +91,10 @@ def test_a_new_study_is_up_to_date(study: Project):
 
 def test_an_older_study_becomes_a_new_one(older: Project):
     said = upgrade(project=older)
-    assert read(older) == PIPELINE.replace("        - ${item.out}\n", "        - ${item.out}: { push: false }\n")
+    expected = PIPELINE
+    for out in ("        - ${item.out}", "        - data/perplexity/${key}"):
+        expected = expected.replace(f"{out}\n", f"{out}: {{ push: false }}\n")
+    assert read(older) == expected
     assert read(older, "params.yaml") == PARAMS.replace("windows: 32 ", "windows: 64 ")  # the value of that study
     for place in (".gitignore", ".dvcignore", ".dvc/plots/accuracy.json"):
         assert read(older, place) == FILES[place].read_text(encoding="utf-8")
@@ -100,9 +103,7 @@ def test_an_older_study_becomes_a_new_one(older: Project):
     assert "params.yaml: training.epochs: 1 is dropped: this version has no such setting.\n" in said
     assert "  locate: has not run\n  download@model: also reads sources/model\n" in said
     assert f"`wanda-dvc calibrate --version {STAGES['calibrate'].version}`; also writes " in said
-    command, version = "`wanda-dvc perplexity dense --version", STAGES["perplexity"].version
-    also = "also reads data/perplexity/provenance.json; also writes reference"
-    assert f"  perplexity@dense: {command} 1` is now {command} {version}`; {also}\n" in said  # for no other reason
+    assert "  perplexity-dense@embedded: has not run\n" in said
     assert "`push: false` stays" in said
     assert "up to date" in upgrade(project=older)
 
@@ -149,7 +150,16 @@ MIGRATIONS: list[tuple[Settings, Settings]] = [  # changes of the earlier settin
     ),
     (
         {"perplexity.text.source": "/texts/mine.txt", "perplexity.text.split": None},
-        {"perplexity.text.source": "/texts/mine.txt"},
+        {f"perplexity.texts.text.{key}": None for key in ("split", "column")}
+        | {"perplexity.texts.text.source": "/texts/mine.txt"},
+    ),
+    (
+        {"perplexity.text.source": "ptb", "perplexity.text.split": "validation"},
+        {
+            "perplexity.texts.ptb.source": "ptb",
+            "perplexity.texts.ptb.split": "validation",
+            "perplexity.texts.ptb.column": None,
+        },
     ),
     ({"perplexity.windows": None, "perplexity.rest": "kept"}, {"perplexity.windows": "all"}),
     ({"perplexity.windows": None}, {"perplexity.windows": None}),
@@ -173,7 +183,10 @@ def aged(changes: Settings) -> str:
 def test_settings_of_an_earlier_version_keep_their_meaning(before: Settings, after: Settings):
     notes: list[str] = []
     text = _migrated(aged(before), PARAMS, notes)
-    assert settings_of(text) == settings_of(PARAMS) | KEPT | after
+    expected = settings_of(PARAMS)
+    if any(name.startswith("perplexity.texts.") for name in after):  # then the default's text is not among them
+        expected = {name: value for name, value in expected.items() if not name.startswith("perplexity.texts.")}
+    assert settings_of(text) == expected | KEPT | after
     assert notes == []
     assert _migrated(text, PARAMS, notes) == text
 
@@ -208,6 +221,44 @@ def test_comments_of_the_user_stay(earlier: Project):
     expected = expected.replace("windows: 32 ", "windows: 64 ").replace("limit: 10  ", "limit: null")  # as before
     assert own.count("# mine\n") == 1
     assert own.replace("# mine\n", "") == expected.replace("  length: 512 ", "  length: 512 # too:", 1)
+
+
+def commented(place: str, at: set[int], *, above: bool) -> tuple[str, list[str]]:
+    """An earlier file with comments above or at the end of some lines, and the comments."""
+    lines, comments = (EARLIER / FILES[place].name).read_text(encoding="utf-8").splitlines(), []
+    for number, line in enumerate(lines):
+        if number in at and line.strip():
+            comments.append(f"# mine, {number}")
+            indent = " " * (len(line) - len(line.lstrip()))
+            lines[number] = f"{indent}{comments[-1]}\n{line}" if above else f"{line} {comments[-1]}"
+    return "\n".join([*lines, ""]), comments
+
+
+@pytest.mark.parametrize("above", [True, False])
+@pytest.mark.parametrize("place", ["dvc.yaml", "params.yaml"])
+@pytest.mark.parametrize("step", [1, 2, 5, 0])
+def test_a_comment_stays_wherever_it_is(place: str, step: int, above: bool):
+    """With a step of 0, one comment alone, at every ninth line."""
+    for at in [{*range(0, 150, step)}] if step else [{only} for only in range(0, 150, 9)]:
+        text, comments = commented(place, at, above=above)
+        new = _brought(place, text, [])
+        found = [line for line in new.splitlines() if "mine" in line]
+        assert sorted(comments) == sorted("# mine" + line.partition("# mine")[2] for line in found)
+        rest = "\n".join(line for line in new.splitlines() if not line.lstrip().startswith("# mine"))
+        plain = _brought(place, (EARLIER / FILES[place].name).read_text(encoding="utf-8"), [])
+        assert load(rest) == load(plain)
+
+
+def test_a_comment_stays_at_its_line(earlier: Project):
+    edit(
+        earlier,
+        "dvc.yaml",
+        ("    cmd: wanda-dvc mask --version 7\n", "    # why\n    cmd: wanda-dvc mask --version 7 # 7\n"),
+    )
+    upgrade(project=earlier)
+    version = STAGES["mask"].version
+    command = f"    cmd: wanda-dvc mask --version {version}\n"
+    assert read(earlier) == PIPELINE.replace(command, f"    # why\n    # 7\n{command}")
 
 
 @pytest.mark.parametrize("name", ["dtype", "calibration.text.split", "zero_shot", "runtime"])
@@ -325,27 +376,28 @@ def test_the_command_says_it(study: Project):
 
 def test_a_stage_that_this_version_lacks_leaves_the_lock(older: Project):
     """`show` would name its settings as those of the last run. DVC keeps it."""
-    assert "No longer a stage: zero-shot@dense-piqa" in upgrade(project=older)
+    assert re.search(r"No longer a stage: .*zero-shot@dense-piqa", upgrade(project=older))
     stages = load(read(older, "dvc.lock"))["stages"]
     assert not [name for name in stages if name.startswith("zero-shot@")]
     assert {"calibrate", "mask"} <= stages.keys()
 
 
-@pytest.mark.parametrize(("join", "carried"), [("\n\n", False), (" ", True)])
-def test_a_stage_runs_again_if_this_version_cannot_express_its_settings(join: str, carried: bool):
-    """The rows of C4 are always joined by a space."""
-    text = {"source": "c4", "config": None, "revision": None, "split": "validation", "column": "text", "join": join}
-    lock = {"download@perplexity": {"params": {"params.yaml": {"perplexity.text": text}}}}
-    after = _carry({"download@perplexity": {"params": ["perplexity.text"]}}, lock, {})
-    new = {"source": "c4", "split": None, "column": None}
-    assert after["download@perplexity"]["params"]["params.yaml"]["perplexity.text"] == (new if carried else text)
+@pytest.mark.parametrize(("revision", "carried"), [("v1", False), (None, True)])
+def test_a_stage_runs_again_if_this_version_cannot_express_its_settings(revision: str | None, carried: bool):
+    """A named text has a revision of its own."""
+    text = {"source": "c4", "config": None, "revision": revision, "split": "train", "column": "text", "join": " "}
+    lock = {"download@calibration": {"params": {"params.yaml": {"calibration.text": text}}}}
+    after = _carry({"download@calibration": {"params": ["calibration.text"]}}, lock, {})
+    new = {"source": "c4", "split": None, "column": None, "join": None}
+    found = after["download@calibration"]["params"]["params.yaml"]["calibration.text"]
+    assert found == (new if carried else text)
 
 
 @pytest.mark.pipeline
 def test_dvc_runs_what_the_upgrade_says(tmp_path: Path):
     """Stages of the same version do not run again for settings that only have another name."""
     repository = Repository.new(tmp_path / "study", save_tiny_model(tmp_path / "tiny"))
-    end = ("perplexity@dense", "download@calibration", "download@tasks")
+    end = ("download@calibration", "download@tasks", "calibrate")
     repository.repro_up_to(*end)
     study = Project(repository.root)
     lock = load(read(study, "dvc.lock"))
@@ -356,10 +408,13 @@ def test_dvc_runs_what_the_upgrade_says(tmp_path: Path):
     before = nested(earlier | {name: own[name] for name in earlier.keys() & own.keys() - moved})
     for stage in lock["stages"].values():
         params = stage.get("params", {}).get("params.yaml", {})
-        for name in params:
+        for name in [name for name in params if not name.startswith("perplexity.")]:
             *sections, leaf = name.split(".")
-            params[name] = functools.reduce(operator.getitem, sections, before)[leaf]
-    params["perplexity.rest"] = "dropped"  # the last stage is perplexity
+            if name != "calibration.statistics":
+                params[name] = functools.reduce(operator.getitem, sections, before)[leaf]
+        if params.pop("calibration.statistics", None):
+            tiers = ("gram", "fisher", "fisher_gram")
+            params |= {f"calibration.{tier}": before["calibration"][tier] for tier in tiers}
 
     def age(**changes: Any) -> None:
         write(study, "params.yaml", json.dumps(nested(dict(flatten(before)) | changes)))
@@ -369,12 +424,12 @@ def test_dvc_runs_what_the_upgrade_says(tmp_path: Path):
     said = upgrade(project=Project(study.root))
     assert settings_of(read(study, "params.yaml")) == own
     assert load(read(study, "dvc.lock")) == load(ran)
-    assert not re.search(r"^  (locate|download|perplexity@dense)", said, re.MULTILINE)
+    assert not re.search(r"^  (locate|download@calibration|download@tasks|calibrate)", said, re.MULTILINE)
     assert repository.repro_up_to(*end) == set()
 
-    age(**{"perplexity.windows": 3})
-    assert "\n  perplexity@dense: other settings: perplexity.windows\n" in upgrade(project=Project(study.root))
-    assert repository.repro_up_to(*end) == {"perplexity@dense"}
+    age(**{"calibration.samples": 2})
+    assert "\n  calibrate: other settings: calibration.samples\n" in upgrade(project=Project(study.root))
+    assert repository.repro_up_to(*end) == {"calibrate"}
 
 
 def test_a_link_stays_a_link(earlier: Project, tmp_path: Path):

@@ -105,7 +105,7 @@ def test_it_runs_the_study_and_an_experiment(unpacked: Path, environment: dict[s
     # What the DVC extension of VS Code asks.
     workspace, *_ = json.loads(run("dvc", "exp", "show", "--json", cwd=study, environment=environment))
     assert workspace["data"]["params"]["params.yaml"]["data"]["sparsity"] == 0.7
-    assert workspace["data"]["metrics"]["metrics/pruned/perplexity.json"]["data"]["perplexity"] > 0
+    assert workspace["data"]["metrics"]["metrics/pruned/perplexity/embedded.json"]["data"]["perplexity"] > 0
     plotted = ("dvc", "plots", "diff", "workspace", "HEAD", "-o", ".dvc/tmp/plots", "--split", "--json")
     plots = json.loads(run(*plotted, cwd=study, environment=environment))
     assert {"perplexity", "sparsity by block", "input norms by block"} <= plots["data"].keys()

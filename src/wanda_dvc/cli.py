@@ -29,6 +29,9 @@ app = typer.Typer(
 STAGE_PANEL, RESULT_PANEL, STUDY_PANEL = "Stages, in the order of the pipeline", "Results", "Studies"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Text = Annotated[
+    str | None, typer.Argument(metavar="TEXT", help="A text of `perplexity.texts`; by default each of them.")
+]
 Version = Annotated[
     int | None, typer.Option("--version", help="Fail if this wanda-dvc computes another version of the stage.")
 ]
@@ -58,7 +61,7 @@ def main(
     os.environ["WANDA_DVC_DEBUG"] = "1" if debug else ""
 
 
-def _run(name: str, version: int | None, part: str | None = None) -> None:
+def _run(name: str, version: int | None, part: str | None = None, text: str | None = None) -> None:
     """Run one stage, timed; offline except for download; without progress bars except on a terminal."""
     from wanda_dvc.stages import check_version
     from wanda_dvc.stages import run as run_stage
@@ -67,22 +70,26 @@ def _run(name: str, version: int | None, part: str | None = None) -> None:
     from wanda_dvc.views.needs import announce
 
     stage = STAGES[name]
-    label = stage.run_name(part)
     if stage.parts and part not in stage.parts:
         raise UserError(f"{stage.part_is}: got {part}, expected {', '.join(stage.parts)}")
     check_version(name, version)
     project = Project.find()
-    project.params  # noqa: B018 - all that is wrong in params.yaml is said before anything starts
-    _prepare(label, network=stage.network)
+    known = list(project.params.perplexity.texts)  # all that is wrong in params.yaml is said before anything starts
+    if text is not None and (part not in stage.by_text or text not in known):
+        expected = ", ".join(known) if part in stage.by_text else f"none: {part} is no text"
+        raise UserError(f"text: got {text}, expected {expected}")
     watch_dvc(project)
-    with stoppable(label):
-        announce(project=project, stage=name, part=part)
-        with timed(project, stage, part):
-            if stage.computes:
-                import torch
+    for one in [text] if text or part not in stage.by_text else known:
+        label = stage.run_name(part, one)
+        _prepare(label, network=stage.network)
+        with stoppable(label):
+            announce(project=project, stage=name, part=part, text=one)
+            with timed(project, stage, part, one):
+                if stage.computes:
+                    import torch
 
-                torch.set_num_threads(cores())
-            run_stage(name, project=project, part=part)
+                    torch.set_num_threads(cores())
+                run_stage(name, project=project, part=part, text=one)
 
 
 def _prepare(label: str, *, network: bool = False) -> None:
@@ -109,9 +116,14 @@ def _command(stage: Stage) -> Callable[..., None]:
         ),
     ]
 
-    if stage.parts:
+    if stage.by_text:
 
-        def command(part: part, version: Version = None) -> None:
+        def command(part: part, text: Text = None, version: Version = None) -> None:
+            _run(stage.name, version, part, text)
+
+    elif stage.parts:
+
+        def command(part: part, version: Version = None) -> None:  # type: ignore[misc]
             _run(stage.name, version, part)
 
     else:

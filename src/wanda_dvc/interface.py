@@ -8,6 +8,7 @@ tokens, dtype and number of threads. Weights have the names of the model's check
 import contextlib
 import itertools
 import math
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -317,6 +318,7 @@ def reconstruct(
     from wanda_dvc.pruning.choose import prepared_linears, prune_linear
     from wanda_dvc.stages.running import progress
 
+    _check_stats(stats)
     _one_of("reconstruction", reconstruction, [row.name for row in RECONSTRUCTIONS.values() if not row.trains])
     row = RECONSTRUCTIONS[reconstruction]
     structure = _structure(pattern)
@@ -410,10 +412,12 @@ class Study:
         UserError: `params.yaml` is missing in the directory and its parents.
 
     Example:
-        >>> pandas.DataFrame(wd.Study("study").results()).pivot_table("pruned.perplexity", "sparsity", "method")
+        >>> results = pandas.DataFrame(wd.Study("study").results())
+        >>> results.pivot_table("pruned.perplexity.embedded", "sparsity", "method")
     """
 
     def __init__(self, directory: str | Path = ".") -> None:
+        _check_type("directory", directory, (str, os.PathLike), "a path")
         self._project = Project.find(Path(directory))
 
     def results(self) -> list[dict[str, Any]]:
@@ -421,9 +425,10 @@ class Study:
 
         All records have the same keys: `experiment`, `commit` (None: the workspace), `state` (`success`, `failed`,
         `queued`, `running`, …), every setting by its dotted name, such as `calibration.samples`, and every figure by
-        the model and its name: `dense.perplexity`, `pruned.perplexity`, `pruned.perplexity.divergence.mean`,
-        `pruned.perplexity.top1_agreement.mean`, `pruned.sparsity`,
-        `pruned.zero_shot.piqa.acc`. None means not measured with these settings; a diverged perplexity is infinity.
+        the model and its name: `dense.perplexity.embedded`, by text, `pruned.perplexity.embedded`,
+        `pruned.perplexity.embedded.divergence.mean`, `pruned.perplexity.embedded.top1_agreement.mean`,
+        `pruned.sparsity`, `pruned.zero_shot.piqa.acc`. None means not measured with these settings; a diverged
+        perplexity is infinity.
 
         Raises:
             UserError: There is no git or DVC repository, or DVC cannot list its experiments.
@@ -454,7 +459,9 @@ def _plan(stats: Stats, **given: Any) -> "Plan":
     from wanda_dvc.study.presets import DEFAULT, read_preset
     from wanda_dvc.study.settings import nested
 
-    if (row := RECIPES.get(given["recipe"])) and row.propagation != "dense":
+    _check_stats(stats)
+    recipe = given["recipe"]
+    if isinstance(recipe, str) and (row := RECIPES.get(recipe)) and row.propagation != "dense":
         raise UserError(
             f"recipe: got {row.name} with propagation {row.propagation}, expected one with propagation dense; pass its "
             "choices instead, or run it as a study"
@@ -472,9 +479,23 @@ def _plan(stats: Stats, **given: Any) -> "Plan":
     return plan
 
 
+def _check_type(argument: str, given: object, types: type | tuple[type, ...], expected: str) -> None:
+    """Raise UserError if an argument has another type."""
+    if not isinstance(given, types):
+        text = str(given)
+        found = text if len(text) < 40 and text.isprintable() else type(given).__name__
+        raise UserError(f"{argument}: got {found}, expected {expected}")
+
+
+def _check_stats(stats: Stats) -> None:
+    _check_type("stats", stats, Stats, "the result of calibrate(model, tokens)")
+
+
 def _one_of(argument: str, given: str, known: Sequence[str]) -> None:
+    expected = ", ".join(known)
+    _check_type(argument, given, str, expected)
     if given not in known:
-        raise UserError(f"{argument}: got {given}, expected {', '.join(known)}")
+        raise UserError(f"{argument}: got {given}, expected {expected}")
 
 
 def _source(model: "PreTrainedModel") -> "Loaded":
@@ -521,6 +542,7 @@ def _targets(source: "Loaded", keep: "Mapping[str, Tensor]") -> "dict[str, Tenso
     """Return the weights of the masks, to be changed in place. UserError if a mask does not fit."""
     import torch
 
+    _check_type("keep", keep, Mapping, "masks by linear; call mask(model, stats)")
     if not keep:
         raise UserError("keep: got no masks, expected one for each linear to prune; call mask(model, stats)")
     weights = {}
@@ -531,18 +553,18 @@ def _targets(source: "Loaded", keep: "Mapping[str, Tensor]") -> "dict[str, Tenso
                 "choose masks for this model"
             )
         weight, mask = source.linears[name].weight.detach(), keep[name]
-        if (mask.dtype, mask.shape) != (torch.bool, weight.shape):
-            raise UserError(
-                f"keep: {name}: got {mask.dtype} {list(mask.shape)}, expected torch.bool {list(weight.shape)}; "
-                "choose masks for this model"
-            )
+        expected = f"a dense torch.bool tensor {list(weight.shape)} in memory; choose masks for this model"
+        _check_type(f"keep: {name}", mask, torch.Tensor, expected)
+        if (mask.dtype, mask.shape) != (torch.bool, weight.shape) or mask.is_meta or mask.layout != torch.strided:
+            place = " on meta" if mask.is_meta else "" if mask.layout == torch.strided else f" in {mask.layout}"
+            raise UserError(f"keep: {name}: got {mask.dtype} {list(mask.shape)}{place}, expected {expected}")
         weights[name] = weight
     return weights
 
 
 def _structure(pattern: str) -> "Structure | None":
     """Return the units of a pattern of masks; None if it sets weights to zero."""
-    if ":" not in pattern:
+    if not isinstance(pattern, str) or ":" not in pattern:
         _one_of("pattern", pattern, ("unstructured", *STRUCTURES, "n:m"))
     return STRUCTURES.get(pattern)
 
@@ -576,9 +598,13 @@ def _windows(tokens: 'Int[Tensor, "windows length"]', source: "Loaded") -> 'Int[
     """Check token ids. Return them in the engine's form."""
     import torch
 
-    if not isinstance(tokens, torch.Tensor) or tokens.is_floating_point() or tokens.dtype is torch.bool:
-        got = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+    got = str(tokens.dtype) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+    if not got.startswith(("torch.int", "torch.uint")):
         raise UserError(f"tokens: got {got}, expected a tensor of whole numbers [windows, length]")
+    if tokens.layout != torch.strided:
+        raise UserError(f"tokens: got {tokens.layout}, expected torch.strided; call tokens.to_dense()")
+    if tokens.is_meta:
+        raise UserError("tokens: got a tensor on the meta device, expected whole numbers in memory")
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise UserError(
             f"tokens: got {list(tokens.shape)}, expected [windows, length] with a window and two tokens or more; "
@@ -586,13 +612,14 @@ def _windows(tokens: 'Int[Tensor, "windows length"]', source: "Loaded") -> 'Int[
         )
     if (positions := source.positions) is not None and tokens.shape[1] > positions:
         raise UserError(f"tokens: got windows of {tokens.shape[1]}, expected at most the model's {positions} positions")
+    tokens = tokens.detach().to("cpu", torch.long)
     least, most = int(tokens.min()), int(tokens.max())
     if least < 0 or most >= source.vocabulary:
         raise UserError(
             f"tokens: got ids from {least} to {most}, expected 0 to {source.vocabulary - 1}, the model's embeddings; "
             "use the tokenizer that belongs to it"
         )
-    return tokens.detach().to("cpu", torch.long)
+    return tokens
 
 
 def _decoder(source: "Loaded", dtype: Dtype | None) -> "Decoder":

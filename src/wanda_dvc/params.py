@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -41,6 +41,7 @@ from wanda_dvc.reading import read_text, yaml_problem
 MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
 ROUNDED = 1e-6  # the sparsity of 1:3 may be written 0.666667
 EMBEDDED_ITEMS = 10  # of each task, by default: they check the path, and are no benchmark
+SAME_SOURCE, OTHER_SOURCE = "the calibration's source", "another source"  # of a text of the perplexity
 ALL = "all"  # of `perplexity.windows`: every token, including a shorter last window
 
 
@@ -108,6 +109,12 @@ class Text(_Section):
         )
 
     @property
+    def filled(self) -> Self:
+        """The text with nulls replaced by its source's own values."""
+        chosen = self.chosen
+        return self.model_copy(update={name: getattr(chosen, name) for name in type(self).model_fields})
+
+    @property
     def _split(self) -> str:
         named = TEXTS.get(self.source)
         return named.evaluated if named else "test"
@@ -146,15 +153,22 @@ class Calibration(_Section):
 
 
 class Perplexity(_Section):
-    """The text that the model is measured on, and how it is cut."""
+    """The texts that the model is measured on, and how they are cut."""
 
-    text: Text
+    texts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")], Text] = Field(
+        min_length=1, description="the texts by name, of letters, digits, - and _"
+    )
     length: int = Field(ge=2, le=MOST, description="tokens a window; windows follow one another")
     windows: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
         None,
         description="number of windows; null: every complete window; `all`: every token, so that the last window "
         "may be shorter",
     )
+
+    @property
+    def first(self) -> str:
+        """The name of the first text: summaries of one number are about it."""
+        return next(iter(self.texts))
 
 
 class Tasks(_Section):
@@ -252,12 +266,9 @@ class Params(_Section):
         choices, _ = fill(self.recipe, {name: getattr(self, name) for name in CHOICES}, self.pattern)
         strength = self.allocation_strength or ALLOCATIONS[choices["allocation"]].strength(self.share)
         update: dict[str, Any] = {**choices, "allocation_strength": strength, "sparsity": float(self.share)}
-        for part in ("calibration", "perplexity"):
-            section = getattr(self, part)
-            text = section.text.model_copy(
-                update={name: getattr(section.text.chosen, name) for name in type(section.text).model_fields}
-            )
-            update[part] = section.model_copy(update={"text": text})
+        texts = {name: text.filled for name, text in self.perplexity.texts.items()}
+        update["calibration"] = self.calibration.model_copy(update={"text": self.calibration.text.filled})
+        update["perplexity"] = self.perplexity.model_copy(update={"texts": texts})
         return self.model_copy(update=update)
 
     @property
@@ -265,11 +276,14 @@ class Params(_Section):
         """The number of items of each task; None: all."""
         return self.zero_shot.limit or (EMBEDDED_ITEMS if self.tasks.source == "embedded" else None)
 
-    @property
-    def about_text(self) -> str:
-        """A sentence on the text of the perplexity: whether it has the calibration's source."""
-        one, other = self.calibration.text.chosen, self.perplexity.text.chosen
-        if (one.dataset or one.source) == (other.dataset or other.source):
+    def is_calibrations(self, name: str) -> bool:
+        """Whether a text of the perplexity has the calibration's source."""
+        one, other = self.calibration.text.chosen, self.perplexity.texts[name].chosen
+        return (one.dataset or one.source) == (other.dataset or other.source)
+
+    def about_text(self, name: str) -> str:
+        """Return a sentence on a text of the perplexity: whether it has the calibration's source."""
+        if self.is_calibrations(name):
             return (
                 "The calibration text has the same source: on text from other sources, most of a solver's gain is lost"
             )
@@ -295,16 +309,16 @@ class Params(_Section):
             yield _problem(
                 "model", self.model, "`package:NAME==VERSION`, an absolute directory or a Hub id, `ORG/NAME`"
             )
-        calibration, perplexity = self.calibration.text, self.perplexity.text
-        yield from _text_conflicts("calibration", calibration)
-        yield from _text_conflicts("perplexity", perplexity)
-        one, other = calibration.chosen, perplexity.chosen
-        if _place(one) == _place(other):
-            found = ", ".join(word for word in (perplexity.source, other.split) if word)
-            yield (
-                f"params.yaml: calibration.text: got the text that perplexity is measured on ({found}), expected "
-                "another; change its source or split"
-            )
+        calibration = self.calibration.text
+        yield from _text_conflicts("calibration.text", calibration)
+        for name, text in self.perplexity.texts.items():
+            yield from _text_conflicts(f"perplexity.texts.{name}", text)
+            if _place(calibration.chosen) == _place(text.chosen):
+                found = ", ".join(word for word in (text.source, text.chosen.split) if word)
+                yield (
+                    f"params.yaml: calibration.text: got the text that perplexity is measured on ({found}), expected "
+                    "another; change its source or split"
+                )
         duplicates = sorted({name for name in self.tasks.names if self.tasks.names.count(name) > 1})
         if duplicates:
             yield _problem("tasks.names", ", ".join(duplicates), "each task once")
@@ -386,8 +400,7 @@ class Params(_Section):
             yield _problem("propagation", given.format(plan.propagation), "dense")
 
 
-def _text_conflicts(name: str, text: Text) -> Iterator[str]:
-    setting = f"{name}.text"
+def _text_conflicts(setting: str, text: Text) -> Iterator[str]:
     if text.source == EMBEDDED_TEXT:
         if text.chosen.split not in EMBEDDED_SPLITS:
             yield _problem(f"{setting}.split", text.split, "train or test, the splits of the embedded text")
@@ -432,10 +445,12 @@ def check_params(content: object) -> Params:
 
 
 def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every setting's dotted name and its field, in order."""
+    """Yield every setting's dotted name and its field, in order; of the texts as `perplexity.texts.NAME.source`."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from settings(field.annotation, f"{prefix}{name}.")
+        elif name == "texts":
+            yield from settings(Text, f"{prefix}{name}.NAME.")
         else:
             yield prefix + name, field
 
@@ -448,7 +463,7 @@ def _place(text: ChosenText) -> tuple[str | None, ...]:
 
 def _problem(where: str, found: object, expected: str) -> str:
     plain = isinstance(found, str) and found and found == found.strip() and found.isprintable()
-    shown = found if plain else repr(found)
+    shown = found if plain else repr(found).replace("\n", " ")
     return f"params.yaml: {where}: got {shown}, expected {expected}"
 
 
@@ -457,12 +472,18 @@ def _or(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+MAPPINGS = {
+    "model_type": "a mapping of settings",
+    **dict.fromkeys(("dict_type", "too_short"), "one or more texts, each by a name"),
+}
 NUMBER = re.compile(r"\s*[+-]?[\d._]+(e[+-]?\d+)?\s*", flags=re.I)  # also in quotes
 
 
 def _explain(error: Any) -> str:
     """Convert a pydantic error to this project's form."""
     where, kind, found = ".".join(str(part) for part in error["loc"]), error["type"], error["input"]
+    if error["loc"][-1:] == ("[key]",):
+        return _problem("perplexity.texts", found, "a name of letters, digits, - and _")
     if kind == "extra_forbidden":
         return f"params.yaml: {where}: no such setting; {_hint(where)}"
     if kind == "missing":
@@ -478,7 +499,7 @@ def _hint(where: str) -> str:
     if where in names:  # at the top of the file, with its dots
         first, _, rest = where.partition(".")
         return f"write it as {rest} below {first}"
-    close = difflib.get_close_matches(where, [*names, *Params.model_fields], n=1)
+    close = difflib.get_close_matches(where, [*names, *Params.model_fields, "perplexity.texts"], n=1)
     return f"did you mean {close[0]}?" if close else "remove it"
 
 
@@ -496,6 +517,6 @@ def _expected(error: Any, where: str) -> str:
         return str(field.description if field else error["msg"])
     if kind == "list_type":
         return f"a list, such as [{error['input']}]" if isinstance(error["input"], str) else "a list"
-    if kind == "model_type":
-        return "a mapping of settings"
+    if kind in MAPPINGS:
+        return MAPPINGS[kind]
     return str(error["msg"]).removeprefix("Input should be ").removeprefix("a valid ")

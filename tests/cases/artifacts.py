@@ -66,13 +66,13 @@ def resealed(name: str, content: bytes) -> Callable[[Path], object]:
 READ = (
     ("models/dense", "calibrate", ("source", "sha256")),
     ("data/calibration", "calibrate", ("source", "sha256")),
-    ("data/perplexity", "perplexity", ("source", "sha256", "join")),
+    ("data/perplexity/embedded", "perplexity", ("source", "sha256", "join")),
     ("data/tasks/piqa", "zero-shot", ("task", "source", "role", "sha256", "lm_eval", "definition")),
     ("stats/norms", "mask", ("model", "model.source", "model.sha256", "text.source", "text.sha256", "params", "files")),
     ("stats/norms", "stats", ("model.sha256", "files")),
     ("masks", "apply", ("model.source", "model.sha256", "calibration.text.source", "params", "params.method", "files")),
     ("models/pruned", "perplexity-pruned", ("model.source", "masks", "params")),
-    ("reference", "perplexity-pruned", ("dense", "tokens_sha256", "dtype", "files")),
+    ("reference/embedded", "perplexity-pruned", ("dense", "tokens_sha256", "dtype", "files")),
 )
 
 
@@ -95,7 +95,7 @@ def cases() -> Iterator[Case]:
                 spoiled = provenance(folder, **{key.replace(".", "__"): [1]})
                 yield Case(f"{run}: {where}: {key} a list", spoiled, (where, "expected"), run)
     yield from _blocks()
-    for part, run in (("calibration", "calibrate"), ("perplexity", "perplexity")):
+    for part, run in (("calibration", "calibrate"), ("perplexity/embedded", "perplexity")):
         text = f"data/{part}/text.txt"
         yield Case(f"{text}: missing", removed(text), (text, "missing", "expected a file"), run)
         yield Case(f"{text}: a folder", replaced_by_folder(text), (text, "found a folder", "expected a file"), run)
@@ -136,7 +136,7 @@ def _edited() -> Iterator[Case]:
         ("models/dense/config.json", ("mask", "apply")),
         ("models/dense/tokenizer.json", ("calibrate", "perplexity", "zero-shot")),
         ("data/calibration/text.txt", ("calibrate", "mask-paper")),
-        ("data/perplexity/text.txt", ("perplexity",)),
+        ("data/perplexity/embedded/text.txt", ("perplexity",)),
         ("data/tasks/piqa/items.jsonl", ("zero-shot",)),
         (STATS, ("mask", "stats")),
         (MASKS, ("apply",)),
@@ -152,7 +152,7 @@ def _kinds() -> Iterator[Case]:
     for folder, run in (
         ("models/dense", "calibrate"),
         ("data/calibration", "calibrate"),
-        ("data/perplexity", "perplexity"),
+        ("data/perplexity/embedded", "perplexity"),
         ("data/tasks/piqa", "zero-shot"),
         ("stats/norms", "mask"),
         ("stats/gram", "mask-fisher"),
@@ -240,7 +240,7 @@ def _tiers() -> Iterator[Case]:
 
 def _shown() -> Iterator[Case]:
     """Results that `show` reads."""
-    metrics = ("metrics/pruned/sparsity.json", "metrics/dense/perplexity.json", "metrics/dense/zero_shot.json")
+    metrics = ("metrics/pruned/sparsity.json", "metrics/dense/perplexity/embedded.json", "metrics/dense/zero_shot.json")
     for path in (*metrics, "masks/provenance.json", "models/pruned/provenance.json"):
         for name in ("empty", "half", "a list", "binary", "deep", "null", "a huge number", "half a surrogate pair"):
             content, found = NO_OBJECTS[name]

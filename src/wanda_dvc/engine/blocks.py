@@ -18,7 +18,7 @@ from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Source
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.smaller import CLOSE, TOKENS, Removal, Smaller, Stays, refused
+from wanda_dvc.engine.smaller import CLOSE, TOKENS, Removal, Smaller, Stays, block_lists, refused
 from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.units import Units, stay_of
@@ -112,11 +112,6 @@ def find_block_units(source: Source, structure: Structure, share: Fraction) -> B
     for index, block in enumerate(blocks):
         for name in stored_linears(block, f"{where}.{index}.", parts.__getitem__):
             names[name] = f"{where}.{index}"
-    lists = {
-        name: list(row)
-        for name, row in content.items()
-        if "layer" in name and isinstance(row, (list, tuple)) and len(row) == len(blocks)
-    }
     return BlockRemoval(
         structure=structure,
         sets={f"{where}.{index}": Units(1, 1) for index in range(len(blocks))},
@@ -126,7 +121,7 @@ def find_block_units(source: Source, structure: Structure, share: Fraction) -> B
         field_of={f"{where}.{index}": next(iter(fields)) for index in range(len(blocks))},
         others={},
         stay=stay_of(len(blocks), share, structure.multiple),
-        lists=lists,
+        lists=block_lists(text, len(blocks)),
     )
 
 

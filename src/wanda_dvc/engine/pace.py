@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wanda_dvc.catalog import methods
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.config import read_config
 from wanda_dvc.engine.decoder import Decoder
@@ -24,7 +25,7 @@ from wanda_dvc.pruning.choose import Target, choose_block, prepared_linears, pru
 from wanda_dvc.pruning.gram import Gram
 
 if TYPE_CHECKING:
-    from wanda_dvc.plan import UNSTRUCTURED, Plan
+    from wanda_dvc.plan import Plan
 
 ENOUGH = 1.0  # seconds of repetitions; the fastest counts
 
@@ -54,9 +55,11 @@ def measure(  # noqa: PLR0913 - the parameters of the measurement
     rows = {name: weights(name).numel() // features for name in names}
     linears = Linears.of([[(out, features) for out in rows.values()]], one.width)
     grams = {first: Gram(recorded.grams[first].upper.to(where), recorded.grams[first].count)} if gram else {}
-    # A score a weight, or a solver's work, is about as much for units.
-    target = Target(plan.share, UNSTRUCTURED if plan.structure else plan.pattern, plan.group)
-    choosing = partial(choose_block, weights, stats, method=plan.method, targets=target, grams=grams, device=where)
+    # A score a weight, or a solver's work, is about as much for units. Complete blocks and experts have one score each,
+    # which is less work than a score a weight.
+    target = Target(plan.share, "unstructured" if plan.structure else plan.pattern, plan.group)
+    method = plan.method if plan.method.competition not in ("blocks", "experts") else methods()["magnitude"]
+    choosing = partial(choose_block, weights, stats, method=method, targets=target, grams=grams, device=where)
     pace["choosing"] = linears.choosing(plan.method) / _seconds(choosing)
     keeps, own = choosing(), plan.reconstruction
     gradients = {name: Gram.empty(out, where) for name, out in rows.items()} if gram and plan.by_gradients else {}

@@ -36,12 +36,12 @@ def rewrite(  # noqa: PLR0913 - the directory, and what differs in its copy
     configure: Callable[[Configuration], Configuration],
     *,
     without: Collection[str] = (),
-    progress: Callable[[Piece], object] = lambda _: None,
+    progress: Callable[[Piece, Tensor], object] = lambda *_: None,
 ) -> None:
     """Write a checkpoint's directory with some tensors replaced by pieces, in shards of the same names.
 
     `configure` returns the new config.json. Copies all other files but weights, index, the files named in `without` and
-    hidden files, in which the Hub's client stores times. `progress` is called after each piece.
+    hidden files, in which the Hub's client stores times. `progress` is called after each piece, with its tensor.
     """
     written = {"config.json", INDEX, *(shard.name for shard in checkpoint.shards), *without}
     shutil.copytree(
@@ -71,7 +71,7 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: Path, pieces: list[Piece], progress: Callable[[Piece], object]) -> None:
+def _write_shard(path: Path, pieces: list[Piece], progress: Callable[[Piece, Tensor], object]) -> None:
     """Write tensors as a safetensors file, one at a time."""
     # Wide types first, so that each tensor begins at a multiple of its type's size, as readers expect.
     pieces = sorted(pieces, key=lambda piece: -WIDTHS.get(piece.dtype, 8))
@@ -85,5 +85,6 @@ def _write_shard(path: Path, pieces: list[Piece], progress: Callable[[Piece], ob
     with path.open("wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
         for piece in pieces:
-            file.write(piece.make().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            progress(piece)
+            tensor = piece.make()
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            progress(piece, tensor)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
-from wanda_dvc.engine.config import reason
+from wanda_dvc.engine.config import LAYERS, reason
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rewriting import Configuration, Piece, rewrite
 from wanda_dvc.engine.rows import Row
@@ -146,7 +146,8 @@ class Removal:
         return found
 
     def spread(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return masks without all weights of removed units, given the masks of the linears that read the units."""
+        """Return masks, on the host, without all weights of removed units, given the masks of the units' readers."""
+        keeps = {linear: keep.cpu() for linear, keep in keeps.items()}
         stays = self.stays(keeps)
         return {linear: self._without(linear, keep, stays) for linear, keep in keeps.items()}
 
@@ -292,7 +293,7 @@ def write_smaller(
         new | {name: [] for name in gone},
         configured,
         without=without,
-        progress=progress,
+        progress=lambda piece, _: progress(piece),
     )
 
 
@@ -345,6 +346,35 @@ def _text_key(config: Any) -> str | None:
     """Return the key of a configuration's text part; None if all of it describes the text model."""
     text = config.get_text_config()
     return None if text is config else next(key for key in config.to_dict() if getattr(config, key, None) is text)
+
+
+def smaller_parameters(config: Any, structure: Structure, share: Fraction) -> int | None:
+    """Count the parameters of a smaller model by its configuration alone; None if the configuration cannot express it.
+
+    Only `mask` checks whether the model supports the pattern, and rounds experts to complete router groups.
+    """
+    text = config.get_text_config()
+    others, changes = _others(structure, text), dict[str, Any]()
+    for field in structure.fields:
+        number = getattr(text, field, None)
+        if isinstance(number, int) and number > 1:
+            stay = stay_of(number, share, structure.multiple)
+            changes |= {field: stay} | _companions(structure, others, number, stay)
+            if field in LAYERS:
+                changes |= {name: row[:stay] for name, row in block_lists(text, number).items()}
+    if not changes:
+        return None
+    model = build_empty(changed(config, changes), f"the configuration with {changes}")
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def block_lists(text: Any, blocks: int) -> dict[str, list[Any]]:
+    """Return a configuration's lists with an entry for each block."""
+    return {
+        name: list(row)
+        for name, row in text.to_dict().items()
+        if "layer" in name and isinstance(row, (list, tuple)) and len(row) == blocks
+    }
 
 
 # --- finding the units ---

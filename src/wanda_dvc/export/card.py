@@ -73,20 +73,23 @@ def _notes(study: Project, outdated: Sequence[str]) -> Iterator[str]:
         yield f"Stale at the time of this export, because their inputs had changed: {', '.join(outdated)}."
     if apart := measured_apart(study):
         yield f"{not_compared(apart)} The notes below are on the pruned model."
-    protocols = [load_json(study.details(model, "perplexity")).get("protocol") for model in MODELS]
-    if protocol := protocols[1] or protocols[0]:
-        yield (
-            f"Perplexity: {protocol['windows']} windows of {protocol['length']} tokens of "
-            f"{inline(protocol['text']['source'])} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}. "
-            f"{params.about_text}."
-        )
-    if "divergence" in load_json(study.metrics("pruned", "perplexity")):
+    texts = list(params.perplexity.texts)
+    for text in texts:
+        protocols = [load_json(study.details(model, f"perplexity/{text}")).get("protocol") for model in MODELS]
+        if protocol := protocols[1] or protocols[0]:
+            yield (
+                f"Perplexity{f' on {inline(text)}' if len(texts) > 1 else ''}: {protocol['windows']} windows of "
+                f"{protocol['length']} tokens of {inline(protocol['text']['source'])} "
+                f"(sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}. {params.about_text(text)}."
+            )
+    metrics = {model: [load_json(study.metrics(model, f"perplexity/{text}")) for text in texts] for model in MODELS}
+    if any("divergence" in one for one in metrics["pruned"]):
         yield (
             "Divergence: KL(dense ‖ pruned) of the predictions of each next token of the same windows, in nats; "
             "agreement: the share of positions where both models predict the same token. In brackets the 95 % "
             "interval over windows."
         )
-    if any(load_json(study.metrics(model, "perplexity")).get("perplexity") == DIVERGED for model in MODELS):
+    if any(one.get("perplexity") == DIVERGED for of in metrics.values() for one in of):
         yield "`diverged`: the loss, or its exponential, was not finite."
     limit = params.items
     yield (

@@ -13,7 +13,7 @@ from wanda_dvc.engine.checkpoint import STORED, Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rewriting import Configuration, Piece, rewrite
 from wanda_dvc.errors import UserError
-from wanda_dvc.packed.format import AGAIN, KEEP, Packing, bits_shape, count_nonzeros, pack, packing_of
+from wanda_dvc.packed.format import KEEP, Packing, bits_shape, checksum, count_nonzeros, pack, packing_of
 from wanda_dvc.pruning import products
 
 LINEARS = (nn.Linear, products.Linear)  # the engine may replace the first by the second
@@ -63,7 +63,14 @@ def pack_directory(source: Path, target: Path, linears: Collection[str] | None =
                 weights[address.tensor] = weight.dtype, (weight.shape[0], weight.shape[1])
                 pieces[address.tensor], nbytes = two, smaller
         count, dense, packed = count + weight.numel(), dense + weight.nbytes, packed + nbytes
-    rewrite(checkpoint, target, pieces, partial(_configured, Packing(weights)))
+    sums: dict[str, int] = {}
+    rewrite(
+        checkpoint,
+        target,
+        pieces,
+        partial(_configured, Packing(weights, sums)),
+        progress=lambda piece, tensor: sums.update({piece.name: checksum(tensor)}),
+    )
     return Sizes(count, dense, packed, sum(path.stat().st_size for path in target.iterdir() if path.is_file()))
 
 
@@ -72,11 +79,9 @@ def unpack_directory(source: Path, target: Path) -> None:
     packing, checkpoint = packing_of(source), Checkpoint(source)
     if packing is None:
         raise UserError(f"{source}: no packed directory, expected one of `wanda-dvc export --format packed`")
+    packing.check_files(checkpoint.shards)
     pieces: dict[str, list[Piece]] = {}
     for name, (dtype, (rows, columns)) in packing.weights.items():
-        for tensor in (name, name + KEEP):
-            if tensor not in checkpoint.where:
-                raise UserError(f"{source}: no tensor {tensor}, which config.json names; {AGAIN}")
         restored = partial(_restored, packing, checkpoint, name)
         pieces[name] = [Piece(name, STORED[dtype], [rows, columns], rows * columns * dtype.itemsize, restored)]
         pieces[name + KEEP] = []

@@ -1,12 +1,15 @@
 """The packed format: two tensors for each packed weight, listed in config.json's `quantization_config`.
 
 The weight's own name has its nonzeros row by row, [count]. `NAME_keep`, uint8 [rows, ⌈columns / 8⌉], has one bit a
-weight, the first column in the highest bit. −0.0 counts as a nonzero, so packing is lossless.
+weight, the first column in the highest bit. −0.0 counts as a nonzero, so packing is lossless. `crc32` has a checksum of
+each tensor.
 """
 
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from jaxtyping import Shaped, UInt8
@@ -15,12 +18,13 @@ from torch import Tensor
 from wanda_dvc.engine.checkpoint import STORED
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.packing import pack_bits, unpack_bits
-from wanda_dvc.reading import name_of, read_object
+from wanda_dvc.reading import Entry, name_of, read_header, read_object
 
-METHOD, FORMAT = "wanda-dvc", 1
+METHOD, FORMAT = "wanda-dvc", 2
 KEEP = "_keep"  # the end of the name of the bits
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED}
 AGAIN = "export it again"
+READ_AT_A_TIME = 2**20  # bytes
 
 
 def pack(weight: Shaped[Tensor, "rows columns"]) -> tuple[Shaped[Tensor, " nonzeros"], UInt8[Tensor, "rows bytes"]]:
@@ -52,15 +56,30 @@ def is_two_of_four(bits: UInt8[Tensor, "rows bytes"], columns: int) -> bool:
     return columns % 4 == 0 and bool((unpack_bits(bits, columns).view(len(bits), -1, 4).sum(-1) <= 2).all())
 
 
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of a tensor's bytes."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _checksum(file: BinaryIO, entry: Entry) -> int:
+    """Return the checksum of a tensor in an open safetensors file."""
+    file.seek(entry.begin)
+    found = 0
+    for begin in range(0, entry.length, READ_AT_A_TIME):
+        found = zlib.crc32(file.read(min(READ_AT_A_TIME, entry.length - begin)), found)
+    return found
+
+
 def _as_integers(weight: Tensor) -> Tensor:
     return weight.contiguous().view(getattr(torch, f"int{8 * weight.itemsize}"))
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The packed weights of a directory: dtype and shape of each, by its tensor's name."""
+    """The packed weights of a directory: dtype and shape of each, by its tensor's name; and checksums of tensors."""
 
     weights: dict[str, tuple[torch.dtype, tuple[int, int]]]
+    sums: dict[str, int]  # of all tensors by `pack_directory`, of the packed weights' by transformers
 
     def as_json(self) -> dict[str, Any]:
         """The `quantization_config`."""
@@ -68,7 +87,7 @@ class Packing:
             name: {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
             for name, (dtype, shape) in self.weights.items()
         }
-        return {"quant_method": METHOD, "format_version": FORMAT, "weights": weights}
+        return {"quant_method": METHOD, "format_version": FORMAT, "weights": weights, "crc32": self.sums}
 
     @classmethod
     def parse(cls, stored: Any, where: str) -> "Packing":
@@ -84,6 +103,10 @@ class Packing:
         weights = stored.get("weights")
         if not isinstance(weights, dict):
             raise UserError(f"{where}: quantization_config: no weights, expected those that are packed; {AGAIN}")
+        sums, packed = stored.get("crc32"), {tensor for name in weights for tensor in (name, name + KEEP)}
+        numbers = isinstance(sums, dict) and all(type(number) is int for number in sums.values())
+        if not numbers or not packed <= sums.keys():
+            raise UserError(f"{where}: quantization_config: crc32: expected a checksum of each tensor; {AGAIN}")
         found_weights = {}
         for name, entry in weights.items():
             known = isinstance(entry, dict) and entry.get("dtype") in DTYPES
@@ -91,7 +114,26 @@ class Packing:
             if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
                 raise UserError(f"{where}: quantization_config: {name}: expected dtype and shape; {AGAIN}")
             found_weights[name] = (DTYPES[entry["dtype"]], (shape[0], shape[1]))
-        return cls(found_weights)
+        return cls(found_weights, sums)
+
+    def check_files(self, shards: Iterable[Path]) -> None:
+        """Raise UserError if a tensor in a directory's safetensors files is missing or changed. Reads every file."""
+        dtypes = {name: STORED[dtype] for name, (dtype, _) in self.weights.items()}
+        dtypes |= {name + KEEP: "U8" for name in self.weights}
+        missing = dict(self.sums)
+        for path in shards:
+            with path.open("rb") as file:
+                for name, entry in read_header(path).items():
+                    expected, dtype = missing.pop(name, None), dtypes.get(name, entry.dtype)
+                    if entry.dtype != dtype:
+                        raise UserError(f"{path}: {name}: found {entry.dtype}, expected {dtype}; {AGAIN}")
+                    if expected is not None and (found := _checksum(file, entry)) != expected:
+                        raise UserError(
+                            f"{path}: {name}: checksum {found:08x}, expected {expected:08x}: changed after it was "
+                            f"packed; {AGAIN}"
+                        )
+        for name in missing:
+            raise UserError(f"{path.parent}: no tensor {name}, which config.json names; {AGAIN}")
 
     def check(self, name: str, values: Tensor, bits: Tensor, dtype: torch.dtype) -> None:
         """Raise UserError if two tensors do not belong to this weight in a dtype."""

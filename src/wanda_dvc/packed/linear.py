@@ -5,6 +5,7 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wanda_dvc.engine import accelerator
 from wanda_dvc.errors import UserError
-from wanda_dvc.packed.format import METHOD, Packing, bits_shape, is_two_of_four, pack
+from wanda_dvc.packed.format import KEEP, METHOD, Packing, bits_shape, checksum, is_two_of_four, pack
 from wanda_dvc.packed.kernel import MULTIPLIED, WIDTHS, expand, kernel, multiply, row_starts
 
 if TYPE_CHECKING:
@@ -149,8 +150,13 @@ class PackedQuantizer(HfQuantizer):
         if self.quantization_config.sparse and not accelerator.has_sparse_cores():
             raise UserError(f"sparse={SPARSE}: no CUDA device for it, expected Ampere (8.0) or later; load without it")
 
-    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        """Check the files, and make the linears of packed weights packed ones."""
         self.packing = self.quantization_config.packing
+        if checkpoint_files:
+            self.packing.check_files(map(Path, checkpoint_files))
         for name, (_dtype, shape) in self.packing.weights.items():
             linear = model.get_submodule(name.removesuffix(".weight"))
             if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != shape:
@@ -183,10 +189,17 @@ class PackedQuantizer(HfQuantizer):
         slow = all(linear.weight.device.type == "cpu" for linear in linears) and kernel() is None
         if self.quantization_config.dequantize or slow:
             self.dequantize(model)
-            return
-        # The weights in memory have the requested dtype.
-        weights = {name: (self.dtypes[name], shape) for name, (_dtype, shape) in self.packing.weights.items()}
-        self.quantization_config.stored = Packing(weights).as_json()
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
+        """Describe the weights as they are now in the configuration, which `save_pretrained` then writes."""
+        weights: dict[str, tuple[torch.dtype, tuple[int, int]]] = {}
+        sums: dict[str, int] = {}
+        for name, (_dtype, shape) in self.packing.weights.items():
+            linear = cast("PackedLinear", model.get_submodule(name.removesuffix(".weight")))
+            weights[name] = linear.weight.dtype, shape
+            sums |= {name: checksum(linear.weight), name + KEEP: checksum(linear.weight_keep)}
+        self.quantization_config.stored = Packing(weights, sums).as_json()
+        return None, {}  # the model's own weights
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None) -> "PreTrainedModel":
         if self.quantization_config.sparse:

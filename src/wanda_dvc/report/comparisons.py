@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from wanda_dvc.engine.flips import Disagreement, mcnemar
 from wanda_dvc.report import inference
-from wanda_dvc.report.inference import Disagreement, Estimate
+from wanda_dvc.report.inference import Estimate
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.report.rows import Row
 
@@ -40,7 +41,7 @@ def compare(pairs: Iterable[tuple[Row, Row | None]], tasks: Sequence[str], dense
     for first, second in pairs:
         own, other = first.pruned, second.pruned if second else dense
         answers = {task: own.same_items(other, task) for task in tasks}
-        tests = {task: inference.mcnemar(*both) for task, both in answers.items() if both[0]}
+        tests = {task: mcnemar(*both) for task, both in answers.items() if both[0]}
         made.append(Comparison(first, second, own.ratio(other), paired_mean(list(answers.values())), tests))
     p = iter(inference.holm([test.p for one in made for test in one.tests()]))
     return [one.adjusted(p) for one in made]

@@ -5,15 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from wanda_dvc.engine.flips import Flips, of_task, total_flips
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import inference
-from wanda_dvc.report.inference import Answer, Estimate, Flips
+from wanda_dvc.report.inference import Estimate
 from wanda_dvc.study.files import Json, load_json, load_numbers
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import measured_alike
-
-ANSWERS = {"acc": "answer", "acc_norm": "answer_norm"}  # an item's key of the chosen answer, by metric
-
 
 N = 4  # of the repeated n-grams in continuations
 
@@ -41,14 +39,15 @@ class Measured:
     continuations: Json = field(default_factory=dict)  # the protocol, and the prompts or `skipped`
 
     @classmethod
-    def of(cls, study: Project, model: str) -> "Measured":
-        """Read the metrics and the details of a study's model."""
+    def of(cls, study: Project, model: str, text: str = "") -> "Measured":
+        """Read the metrics and the details of a study's model, on a text, by default the first one."""
+        on_text = f"perplexity/{text or study.params.perplexity.first}"
         accuracies = {task: of["acc"] for task, of in load_numbers(study.metrics(model, "zero_shot")).items()}
-        measures = load_numbers(study.metrics(model, "perplexity"))
+        measures = load_numbers(study.metrics(model, on_text))
         return cls(
             measures.pop("perplexity", None),
             measures,
-            load_json(study.details(model, "perplexity")),
+            load_json(study.details(model, on_text)),
             accuracies,
             load_json(study.details(model, "zero_shot")).get("tasks", {}),
             load_json(study.details(model, "continuations")),
@@ -118,20 +117,11 @@ class Measured:
 
         None without the answers to common items of the same task.
         """
-        if self.digest(task) != dense.digest(task):
-            return None
-        after, before = self._choices(task, metric), dense._choices(task, metric)
-        shared = [item for item in after if item in before]
-        return inference.flips([before[item] for item in shared], [after[item] for item in shared]) if shared else None
+        return of_task(dense.tasks.get(task, {}), self.tasks.get(task, {}), metric)
 
     def all_flips(self, dense: "Measured", tasks: Sequence[str]) -> Flips | None:
         """Count the answers to all tasks, by acc, that differ from the dense model's; None as for `flips`."""
-        return inference.total_flips([one for task in tasks if (one := self.flips(dense, task))])
-
-    def _choices(self, task: str, metric: str) -> dict[Any, Answer]:
-        """Return each item's answer by a metric; empty if earlier versions did not keep it."""
-        key, items = ANSWERS[metric], self.tasks.get(task, {}).get("items", [])
-        return {item["item"]: Answer(item[key], item[metric] > 0.5) for item in items if key in item and metric in item}
+        return total_flips([one for task in tasks if (one := self.flips(dense, task))])
 
     def continued(self, dense: "Measured") -> list[Continued]:
         """Return each prompt's continuations by the dense model and this one; empty if they are not comparable."""

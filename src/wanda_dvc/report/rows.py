@@ -38,7 +38,7 @@ MADE = (
     "masks/provenance.json",
     "models/dense/provenance.json",
     "data/calibration/provenance.json",
-    "data/perplexity/provenance.json",
+    "data/perplexity",
     "data/tasks",
 )
 
@@ -55,6 +55,11 @@ class Row:
     ledger: Ledger  # the times of all runs in the repository
     also: list[str] = field(default_factory=list)  # other names of the same results
     notes: list[str] = field(default_factory=list)
+    text: str = ""  # the text of its results; "": the first
+
+    def on(self, text: str) -> "Row":
+        """Return the row with its results on another text."""
+        return replace(self, text=text)
 
     @property
     def params(self) -> Params:
@@ -69,12 +74,12 @@ class Row:
     @cached_property
     def dense(self) -> Measured:
         """The dense model's results."""
-        return Measured.of(self.study, "dense")
+        return Measured.of(self.study, "dense", self.text)
 
     @cached_property
     def pruned(self) -> Measured:
         """The pruned model's results."""
-        return Measured.of(self.study, "pruned")
+        return Measured.of(self.study, "pruned", self.text)
 
     @cached_property
     def recipe(self) -> tuple[int, int, str]:
@@ -119,7 +124,9 @@ class Row:
     def inputs(self) -> dict[str, str]:
         """The first digits of the known SHA-256 of the dense model, the tokens and each task."""
         found = {"models/dense": load_json(self.study.model("dense") / PROVENANCE).get("sha256")}
-        found["data/perplexity"] = self.pruned.windows.get("protocol", {}).get("tokens_sha256")
+        for text in self.params.perplexity.texts:
+            protocol = self.on(text).pruned.windows.get("protocol", {})
+            found[f"data/perplexity/{text}"] = protocol.get("tokens_sha256")
         found |= {f"data/tasks/{task}": self.pruned.digest(task) for task in self.params.tasks.names}
         return {path: digest[:8] for path, digest in found.items() if digest}
 
@@ -237,7 +244,7 @@ def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
     notes += raised(load_json(study.metrics("pruned", "held_out")))
     # Missing masks/ need no note: only the key of a time depends on them.
     missing = [path for path in missing if path.startswith(TAKEN) and path not in dropped]
-    if not any((folder / "metrics").glob("pruned/*.json")):
+    if not any((folder / "metrics/pruned").rglob("*.json")):
         return "; ".join(notes) or "no results"
     commit = None if candidate.rev == WORKSPACE else candidate.rev
     return Row(candidate.name, commit, study, outs, missing, project.times, notes=notes)
@@ -258,7 +265,8 @@ def _take_workspace(project: Project, study: Project) -> list[str]:
 
 def identity(row: Row) -> str:
     """Return a text that is equal for rows with equal parameters and numbers."""
-    numbers = [[model.perplexity, model.accuracies] for model in (row.dense, row.pruned)]
+    texts = [row.on(text) for text in row.params.perplexity.texts]
+    numbers = [[model.perplexity, model.accuracies] for one in texts for model in (one.dense, one.pruned)]
     return json.dumps([row.settings, numbers], sort_keys=True)
 
 

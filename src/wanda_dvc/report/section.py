@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from wanda_dvc.params import OTHER_SOURCE, SAME_SOURCE
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.report.charts import Point
 from wanda_dvc.report.comparisons import Comparison, compare
@@ -34,6 +35,24 @@ class Section:
     def settings(self) -> dict[str, Any]:
         """The first row's parameters; of those in OF_EVALUATION, every row's."""
         return self.rows[0].settings
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The texts' names, in the order of `perplexity.texts`; a text that only some rows have is at the end."""
+        return list(dict.fromkeys(text for row in self.rows for text in row.params.perplexity.texts))
+
+    def on(self, text: str) -> "Section":
+        """Return the section with the results on one text, of the rows that have it."""
+        rows = [row.on(text) for row in self.rows if text in row.params.perplexity.texts]
+        prefix = self.prefix if text == self.texts[0] else f"{self.prefix}{text}-"
+        return Section(rows, self.evaluation, self.title, self.mark, prefix)
+
+    def about(self, text: str) -> str:
+        """Return a text's name, and whether it has the calibration's source; "" for the only text."""
+        if len(self.texts) == 1:
+            return ""
+        kinds = {row.params.is_calibrations(text) for row in self.rows if text in row.params.perplexity.texts}
+        return inline(text) + (f" ({SAME_SOURCE if kinds.pop() else OTHER_SOURCE})" if len(kinds) == 1 else "")
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -117,6 +136,11 @@ class Section:
     def comparisons(self) -> list[Comparison]:
         """Each row against the dense model, then recipe against recipe, all else equal."""
         return compare(self._pairs(), self.tasks, self.dense)
+
+    @property
+    def comparisons_by_name(self) -> dict[str, Comparison]:
+        """The comparisons by the names of their models."""
+        return {self.names(one): one for one in self.comparisons}
 
     def against_dense(self, row: Row) -> Comparison:
         """The comparison of a row with the dense model."""

@@ -5,7 +5,7 @@ report and the tests of `dvc.yaml` loop over this table.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class Stage:
         default_factory=dict
     )  # the parts of the stage, and the settings that only one part reads
     part_is: str = ""  # the name of that argument
+    by_text: tuple[str, ...] = ()  # the parts that run once for each text of the perplexity
     network: bool = False
     computes: bool = True  # imports torch, which takes seconds
 
@@ -49,13 +50,13 @@ class Stage:
         function: Callable[..., None] = getattr(self._module, self.name.replace("-", "_"))
         return function
 
-    def key(self, study: "Project", part: str | None = None) -> str | None:
+    def key(self, study: "Project", part: str | None = None, text: str | None = None) -> str | None:
         """Return the key of the run behind a study's result; None without a result."""
         from wanda_dvc.study.files import load_json
         from wanda_dvc.study.provenance import digest
 
         result = self.result if isinstance(self.result, str) else self.result[part or ""]
-        where = result.format(part=part)
+        where = result.format(part=part, text=text)
         found = [load_json(path) for path in sorted(study.root.glob(where))] if where else []
         made = [one for content in found for one in content.get("tasks", {"": content}).values()]
         return digest([one.get("protocol", one) for one in made]) if found else None
@@ -64,14 +65,15 @@ class Stage:
         """Return the settings read by one run of the stage."""
         return self.settings + (self.parts[part] if part else ())
 
-    def runs(self) -> Iterator[tuple[str, str | None]]:
-        """Yield the name and part of each run, such as `zero-shot-dense`."""
+    def runs(self, texts: Iterable[str]) -> Iterator[tuple[str, str | None, str | None]]:
+        """Yield the name, part and text of each run, such as `perplexity-dense@ptb`."""
         for part in self.parts or [None]:
-            yield self.run_name(part), part
+            for text in texts if part in self.by_text else [None]:
+                yield self.run_name(part, text), part, text
 
-    def run_name(self, part: str | None = None) -> str:
+    def run_name(self, part: str | None = None, text: str | None = None) -> str:
         """Return the name of one run."""
-        return f"{self.name}-{part}" if part else self.name
+        return self.name + (f"-{part}" if part else "") + (f"@{text}" if text else "")
 
 
 STAGES = {
@@ -79,10 +81,10 @@ STAGES = {
     for stage in (
         Stage(
             name="locate",
-            version=1,
+            version=2,
             about="Link local models and texts into sources/, so that DVC notices changes.",
             result="",
-            settings=("model", "calibration.text.source", "perplexity.text.source", "tasks.source"),
+            settings=("model", "calibration.text.source", "perplexity.texts", "tasks.source"),
             computes=False,
         ),
         Stage(
@@ -92,16 +94,17 @@ STAGES = {
             result={
                 "model": "models/dense/provenance.json",
                 "calibration": "data/calibration/provenance.json",
-                "perplexity": "data/perplexity/provenance.json",
+                "perplexity": "data/perplexity/{text}/provenance.json",
                 "tasks": "data/tasks/*/provenance.json",
             },
             part_is="part",
             parts={
                 "model": ("model",),
                 "calibration": ("calibration.text",),
-                "perplexity": ("perplexity.text",),
+                "perplexity": ("perplexity.texts.NAME",),
                 "tasks": ("tasks",),
             },
+            by_text=("perplexity",),
             network=True,
             computes=False,
         ),
@@ -144,12 +147,13 @@ STAGES = {
         ),
         Stage(
             name="perplexity",
-            version=3,
+            version=4,
             about="Measure a model's perplexity on a text, and its divergence from the dense model.",
-            result="metrics/details/{part}/perplexity.json",
+            result="metrics/details/{part}/perplexity/{text}.json",
             settings=("perplexity.length", "perplexity.windows", "dtype"),
             part_is="model",
             parts=dict.fromkeys(MODELS, ()),
+            by_text=MODELS,
         ),
         Stage(
             name="zero-shot",
@@ -175,18 +179,23 @@ def check_version(stage: str, asked: int | None) -> None:
         )
 
 
-def run(stage: str, *, project: "Project", part: str | None = None) -> None:
-    """Run one stage on a project."""
+def run(stage: str, *, project: "Project", part: str | None = None, text: str | None = None) -> None:
+    """Run one stage on a project; a part that runs once for each text, on one of them or on all."""
     row = STAGES[stage]
+    words = {row.part_is: part} if part else {}
     with in_params():
-        row.function(project=project, **({row.part_is: part} if part else {}))
+        if part in row.by_text:
+            for one in [text] if text else project.params.perplexity.texts:
+                row.function(project=project, **words, text=one)
+        else:
+            row.function(project=project, **words)
 
 
 def times(study: "Project", ledger: "Ledger") -> "dict[str, Json]":
     """Return the times of the runs behind a study's results, by run, each with its `key`."""
     found = {}
     for stage in STAGES.values():
-        for name, part in stage.runs():
-            if (key := stage.key(study, part)) and (content := ledger.read(name, key)):
+        for name, part, text in stage.runs(study.params.perplexity.texts):
+            if (key := stage.key(study, part, text)) and (content := ledger.read(name, key)):
                 found[name] = content | {"key": key}
     return found

@@ -19,40 +19,43 @@ from wanda_dvc.study.sharing import check_gated, take_from_the_study
 class Part:
     """A part to fetch: the setting of its source, and the place of its artifact."""
 
-    find: Callable[[Params], Source]
-    target: Callable[[Project], Path]
+    find: Callable[[Params, str], Source]  # by the settings and the text's name, "" for other parts
+    target: Callable[[Project, str], Path]
 
 
 SOURCES = {
     "model": Part(
-        lambda params: find_model(params.model),
-        lambda project: project.model("dense"),
+        lambda params, _: find_model(params.model),
+        lambda project, _: project.model("dense"),
     ),
     "calibration": Part(
         # Documents stay separate, because calibration draws windows within documents, as the Wanda authors do.
-        lambda params: find_text(
+        lambda params, _: find_text(
             "calibration.text", params.calibration.text.chosen, params.runtime.mirror, as_documents=True
         ),
-        lambda project: project.data("calibration"),
+        lambda project, _: project.data("calibration"),
     ),
     "perplexity": Part(
-        lambda params: find_text("perplexity.text", params.perplexity.text.chosen, params.runtime.mirror),
-        lambda project: project.data("perplexity"),
+        lambda params, text: find_text(
+            f"perplexity.texts.{text}", params.perplexity.texts[text].chosen, params.runtime.mirror
+        ),
+        lambda project, text: project.data(f"perplexity/{text}"),
     ),
     "tasks": Part(
-        lambda params: find_tasks(params.tasks, params.runtime.mirror),
-        lambda project: project.data("tasks"),
+        lambda params, _: find_tasks(params.tasks, params.runtime.mirror),
+        lambda project, _: project.data("tasks"),
     ),
 }
 
 
-def download(*, project: Project, part: str) -> None:
-    """Sources → models/dense, data/calibration, data/perplexity or data/tasks."""
+def download(*, project: Project, part: str, text: str = "") -> None:
+    """Sources → models/dense, data/calibration, data/perplexity/NAME or data/tasks."""
     row = SOURCES[part]
-    if take_from_the_study(project, part, row.target(project)):
+    target, named = row.target(project, text), f"{part}/{text}" if text else part
+    if take_from_the_study(project, named, target):
         return
-    source = row.find(project.params)
-    check_gated(project, part, source.gated)
+    source = row.find(project.params, text)
+    check_gated(project, named, source.gated)
     with project.work(describe(part, version=STAGES["download"].version, **source.key)) as work:
         source.write(work.fresh(), work.path)
-        work.publish(row.target(project))
+        work.publish(target)

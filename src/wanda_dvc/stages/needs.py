@@ -66,9 +66,10 @@ class Known:
     params: Params
     config: Path  # of the model: a config.json, or a directory with one
     device: str = "cpu"  # its kind
-    texts: Mapping[str, int] = field(default_factory=dict)  # bytes of existing texts, by part
+    texts: Mapping[str, int] = field(default_factory=dict)  # bytes of existing texts: calibration, perplexity/NAME
     files: int | None = None  # bytes of the model's directory
     part: str | None = None  # of the stage; None: its largest
+    text: str | None = None  # of the perplexity; None: all
     measured: Linears | None = None  # of stats/: building a model takes seconds of imports
 
     @cached_property
@@ -87,29 +88,34 @@ class Known:
         return self.model.stored if self.files is None else self.files
 
     @property
-    def tokens(self) -> int:
-        """The tokens of the perplexity evaluation; 0 for all tokens of a text that is not downloaded yet."""
-        wanted = self.params.perplexity
-        counts = [self.texts["perplexity"] // BYTES_A_TOKEN] if "perplexity" in self.texts else []
+    def evaluated(self) -> list[str]:
+        """The texts of the perplexity evaluation."""
+        return [self.text] if self.text else list(self.params.perplexity.texts)
+
+    def tokens(self, text: str) -> int:
+        """Return the evaluated tokens of a text; 0 for all tokens of a text that is not downloaded yet."""
+        wanted, size = self.params.perplexity, self.texts.get(f"perplexity/{text}")
+        counts = [size // BYTES_A_TOKEN] if size is not None else []
         counts += [wanted.windows * wanted.length] if isinstance(wanted.windows, int) else []
         return min(counts, default=0)
 
 
-def need(project: Project, stage: str, part: str | None = None) -> Need:
+def need(project: Project, stage: str, part: str | None = None, text: str | None = None) -> Need:
     """Return the needs of a study's stage, as exact as the existing files allow."""
     folder = project.model(part or "dense")
     if stage not in NEEDS or not (folder / "config.json").is_file():
         return Need()
     files = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     measured = _measured(project) if stage in ("mask", "apply") else None
-    return NEEDS[stage](replace(known(project.params, folder, project), files=files, part=part, measured=measured))
+    on = replace(known(project.params, folder, project), files=files, part=part, text=text, measured=measured)
+    return NEEDS[stage](on)
 
 
 def known(params: Params, config: Path, project: Project | None) -> Known:
     """Return the data from settings, a configuration and, if there is a study, its texts."""
     import torch  # noqa: F401 - needed for the device's name
 
-    parts = ("calibration", "perplexity") if project else ()
+    parts = ["calibration", *(f"perplexity/{name}" for name in params.perplexity.texts)] if project else []
     texts = {part: file.stat().st_size for part in parts if project and (file := project.data(part) / TEXT).is_file()}
     return Known(params=params, config=config, device=device_name(params.runtime).partition(":")[0], texts=texts)
 
@@ -243,14 +249,26 @@ def _apply(on: Known) -> Need:
 
 
 def _perplexity(on: Known) -> Need:
-    """Count all windows through all blocks and the head, and the dense model's predictions: `reference`."""
-    length = on.params.perplexity.length
-    found = _walk(on, "perplexity", on.tokens / length, length, head=on.tokens, logits=True)
+    """Count the texts one after another; their references stay."""
+    texts = [_on_text(on, text) for text in on.evaluated]
+    references = sum(reference_bytes(on.tokens(text)) for text in on.evaluated) if on.part != "pruned" else 0
+    return Need(
+        memory=max((one.memory for one in texts), key=lambda memory: memory.total),
+        disk=max(one.disk for one in texts) + references,
+        least=max(one.least for one in texts) // 2,  # a token may take more bytes than expected
+        read=sum(one.read for one in texts),
+        hidden=sum(one.hidden for one in texts),
+        link=sum(one.link for one in texts),
+        work=_sum(*(one.work for one in texts)),
+    )
+
+
+def _on_text(on: Known, text: str) -> Need:
+    """Count all windows of a text through all blocks and the head, and the dense model's predictions."""
+    length, tokens = on.params.perplexity.length, on.tokens(text)
+    found = _walk(on, f"perplexity/{text}", tokens / length, length, head=tokens, logits=True)
     return replace(
-        found,
-        memory=comparing(found.memory, on.model, length=length, windows=on.tokens // length, device=on.device),
-        disk=found.disk + (reference_bytes(on.tokens) if on.part != "pruned" else 0),
-        least=found.least // 2,  # a token may take more bytes than expected
+        found, memory=comparing(found.memory, on.model, length=length, windows=tokens // length, device=on.device)
     )
 
 

@@ -48,29 +48,32 @@ class Measured(NamedTuple):
     divergence: Divergence | None  # None of the dense model
 
 
-def perplexity(*, project: Project, model: str) -> None:
-    """models/{dense,pruned} + data/perplexity, reference → metrics/{dense,pruned}/perplexity.json, reference."""
+def perplexity(*, project: Project, model: str, text: str) -> None:
+    """models/{dense,pruned} + data/perplexity/TEXT, reference → metrics/{dense,pruned}/perplexity/TEXT.json."""
     check_ready(project, model, project.params.perplexity.length, "perplexity.length")
     measured = model_provenance(project, model)
-    rows, text = windows_of(project, project.model(model))
+    rows, described = windows_of(project, project.model(model), text)
+    reference = project.reference(text)
     if model != "dense":
-        text |= {"reference": digest(reference_of(project, text, measured["model"]))}
+        described |= {"reference": digest(reference_of(project, text, described, measured["model"]))}
+    run_name = f"perplexity {model} {text}"
     protocol = describe(
         "perplexity",
         version=STAGES["perplexity"].version,
         libraries=("torch", "transformers"),
         model=digest(measured),
         tokenizer_sha256=tokenizer_digest(project.model(model)),
-        **text,
+        **described,
         dtype=project.params.dtype,
     )
     with project.work(protocol) as work, runner(project, model, work) as run:
-        for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"perplexity {model}, blocks"):
+        for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{run_name}, blocks"):
             step.advance()
-        windows = _measure(project, run, rows, work, model)
+        dense = reference if model != "dense" else None
+        windows = _measure(run, rows, work, dense, run_name)
         losses, divergences = [one.loss for one in windows], [one.divergence for one in windows if one.divergence]
         where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
-        say_not_finite(f"perplexity {model}", where)
+        say_not_finite(run_name, where)
         predictions = [len(row.tokens) - 1 for row in rows]
         details: Json = {"protocol": protocol, "losses": [finite(x) for x in losses]}
         metrics: Json = {"perplexity": from_losses(losses, predictions)}
@@ -78,17 +81,23 @@ def perplexity(*, project: Project, model: str) -> None:
             metrics |= summarize(divergences)
             details["divergences"] = [finite(math.fsum(one.kl) / len(one.kl)) for one in divergences]
             details["agreements"] = [one.agreed / len(one.kl) if one.finite else DIVERGED for one in divergences]
-        write_json(project.details(model, "perplexity"), details | ({"not_finite": where} if where else {}))
-        write_json(project.metrics(model, "perplexity"), metrics)
-        _plot(project, f"{model}/perplexity", predictions, {"loss": details["losses"]})
+        write_json(project.details(model, f"perplexity/{text}"), details | ({"not_finite": where} if where else {}))
+        write_json(project.metrics(model, f"perplexity/{text}"), metrics)
         if model == "dense":
             made = protocol | {"kind": "reference", "dense": measured["sha256"], "vocabulary": vocabulary(run.decoder)}
             seal(work.out, made | {"top": TOP, "drawn": DRAWN}, parts="rows")
-            work.publish(project.reference)
+            work.publish(reference)
         else:
+            _plot(project, f"perplexity/{text}", predictions, _losses(reference, details))
             columns = {"divergence": details["divergences"], "agreement": details["agreements"]}
-            _plot(project, f"{model}/divergence", predictions, columns)
+            _plot(project, f"divergence/{text}", predictions, columns)
             work.forget()
+
+
+def _losses(reference: Path, details: Json) -> dict[str, list[float | str]]:
+    """Return the losses of both models by window; the dense model's are in its reference."""
+    read = (read_window(reference, window)["true_log_p"] for window in range(len(details["losses"])))
+    return {"dense": [finite(-log_p.double().mean().item()) for log_p in read], "pruned": details["losses"]}
 
 
 def _plot(project: Project, name: str, predictions: list[int], columns: Mapping[str, Sequence[float | str]]) -> None:
@@ -101,10 +110,10 @@ def _plot(project: Project, name: str, predictions: list[int], columns: Mapping[
 # --- windows ---
 
 
-def windows_of(project: Project, model: Path) -> tuple[list[Row], Json]:
-    """Return the windows of data/perplexity, cut with a model's tokenizer, and their description for a protocol."""
-    source = read_input(project, project.data("perplexity"), "download perplexity")
-    tokens = tokenize(project.text("perplexity"), load_tokenizer(model))
+def windows_of(project: Project, model: Path, text: str) -> tuple[list[Row], Json]:
+    """Return the windows of a text, cut with a model's tokenizer, and their description for a protocol."""
+    source = read_input(project, project.data(f"perplexity/{text}"), "download perplexity")
+    tokens = tokenize(project.text(f"perplexity/{text}"), load_tokenizer(model))
     length, count = project.params.perplexity.length, project.params.perplexity.windows
     windows = cut(tokens, length=length, windows=count if isinstance(count, int) else None)
     rest = left_over(tokens, length=length) if count == ALL else None
@@ -122,23 +131,23 @@ def windows_of(project: Project, model: Path) -> tuple[list[Row], Json]:
     return as_rows(windows) if rest is None else [*as_rows(windows), Row(rest)], described
 
 
-def reference_of(project: Project, windows: Json, dense: Json) -> Json:
-    """Return the provenance of reference/. UserError if it is of other windows, another dtype or another model.
+def reference_of(project: Project, text: str, windows: Json, dense: Json) -> Json:
+    """Return the provenance of a text's reference. UserError if it is of other windows, another dtype or another model.
 
     `windows` is the description of the windows, and `dense` the model that the measured model was pruned from.
     """
-    found = read_provenance(project.reference, "perplexity dense")
+    found = read_provenance(project.reference(text), "perplexity dense")
     again = "run `dvc repro` or `wanda-dvc perplexity dense`"
     if found["dense"] != dense["sha256"]:
         raise UserError(
-            f"reference/: measured on another model, expected {dense['source']}, the dense model of models/pruned; "
-            f"{again}"
+            f"reference/{text}: measured on another model, expected {dense['source']}, the dense model of "
+            f"models/pruned; {again}"
         )
     for key, value in {**{key: windows[key] for key in SAME}, "dtype": project.params.dtype}.items():
         if found.get(key) != value:
             raise UserError(
-                f"reference/: measured with {key} {found.get(key)}, expected {value}, as params.yaml and the model's "
-                f"tokenizer have it; {again}"
+                f"reference/{text}: measured with {key} {found.get(key)}, expected {value}, as params.yaml and the "
+                f"model's tokenizer have it; {again}"
             )
     return found
 
@@ -146,25 +155,26 @@ def reference_of(project: Project, windows: Json, dense: Json) -> Json:
 # --- results ---
 
 
-def _measure(project: Project, run: Runner, rows: list[Row], work: Work, model: str) -> list[Measured]:
+def _measure(run: Runner, rows: list[Row], work: Work, dense: Path | None, name: str) -> list[Measured]:
     """Return the results of each window, after the last block; write the dense model's references.
 
+    `dense` is the dense model's reference, for a pruned model.
     An interrupted run resumes at its last finished window.
     """
     work.path.mkdir(parents=True, exist_ok=True)  # workers leave nothing on this machine
-    kept = _read(work.path / LOSSES, len(rows), model)
-    if model == "dense":  # a reference is written before its line
+    kept = _read(work.path / LOSSES, len(rows), compared=dense is not None)
+    if dense is None:  # a reference is written before its line
         written = itertools.takewhile(lambda window: window_file(work.out, window).is_file(), range(len(kept)))
         kept = kept[: len(list(written))]
     (work.path / LOSSES).write_text("".join(_line(row, one) for row, one in enumerate(kept)), encoding="utf-8")
     skipped = unmeasured(len(rows), len(kept))
     found: Iterator[tuple[float, Reference | Divergence]]
-    if model == "dense":
+    if dense is None:
         found = run.head(refer_windows, skipped)
     else:
-        check_vocabulary(run.decoder, read_provenance(project.reference, "perplexity dense")["vocabulary"])
-        found = run.head(compare_windows, References(project.reference, skipped, len(rows)))
-    what = f"perplexity {model}, output head, windows"
+        check_vocabulary(run.decoder, read_provenance(dense, "perplexity dense")["vocabulary"])
+        found = run.head(compare_windows, References(dense, skipped, len(rows)))
+    what = f"{name}, output head, windows"
     with (work.path / LOSSES).open("a", encoding="utf-8") as file:
         for loss, made in progress(found, total=len(rows) - len(kept), what=what):
             if isinstance(made, Reference):
@@ -206,7 +216,7 @@ def _line(row: int, one: Measured) -> str:
     return f"{zlib.crc32(content.encode()):08x} {content}\n"
 
 
-def _read(path: Path, rows: int, model: str) -> list[Measured]:
+def _read(path: Path, rows: int, *, compared: bool) -> list[Measured]:
     """Return the finished results of an interrupted run, up to the first invalid line."""
     found: list[Measured] = []
     lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
@@ -214,7 +224,7 @@ def _read(path: Path, rows: int, model: str) -> list[Measured]:
         with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
             row, loss, *more = json.loads(line.partition(" ")[2])
             one = Measured(_number(loss), None)
-            if model != "dense":
+            if compared:
                 kl, agreed, change = more
                 one = Measured(one.loss, Divergence(list(map(_number, kl)), agreed, _number(change)))
             if line == _line(row, one) and row == len(found):

@@ -35,12 +35,12 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def timed(project: Project, stage: Stage, part: str | None = None) -> Iterator[None]:
+def timed(project: Project, stage: Stage, part: str | None = None, text: str | None = None) -> Iterator[None]:
     """Keep the time of a run, its machine, and its peak memory."""
     with measured(project.params.runtime) as content:
         yield
-    if key := stage.key(project, part):
-        project.times.write(stage.run_name(part), key, content)
+    if key := stage.key(project, part, text):
+        project.times.write(stage.run_name(part, text), key, content)
 
 
 @contextlib.contextmanager

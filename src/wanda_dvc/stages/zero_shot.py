@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from wanda_dvc.engine.flips import ANSWERS, of_task
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import EMBEDDED_ITEMS
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES, continuations
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite
 from wanda_dvc.stages.running import progress, record_details
-from wanda_dvc.study.files import Json, finite, write_csv, write_json
+from wanda_dvc.study.files import Json, finite, load_json, write_csv, write_json
 from wanda_dvc.study.places import METRICS
 from wanda_dvc.study.project import ITEMS, Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
@@ -47,7 +48,24 @@ def zero_shot(*, project: Project, model: str) -> None:
     write_json(project.details(model, "zero_shot"), {"tasks": details})
     write_csv(project.plots(f"{model}/zero_shot"), ["task", "item", "acc"], plotted)
     # Only numbers to compare: `dvc metrics diff` prints every number in here.
-    write_json(project.metrics(model, "zero_shot"), {task: one["metrics"] for task, one in answered.items()})
+    changed = _flips(project, details) if model != "dense" else {}
+    metrics = {task: one["metrics"] | changed.get(task, {}) for task, one in answered.items()}
+    write_json(project.metrics(model, "zero_shot"), metrics)
+
+
+def _flips(project: Project, details: Json) -> Json:
+    """Return by task and metric the answers that pruning changed, in each direction.
+
+    Empty without comparable answers of the dense model, and for the embedded questions, which are no benchmark.
+    """
+    dense, found = load_json(project.details("dense", "zero_shot")).get("tasks", {}), Json()
+    for task, one in details.items():
+        embedded = read_provenance(project.data("tasks") / task, "download tasks").get("samples")
+        for metric in [] if embedded else ANSWERS:
+            if flips := of_task(dense.get(task, {}), one, metric):
+                counts = {name: getattr(flips, name) for name in ("lost", "gained", "swapped")}
+                found.setdefault(task, {}).setdefault("flips", {})[metric] = counts
+    return found
 
 
 def _protocol(project: Project, model: str, task: str) -> Json:

@@ -6,45 +6,41 @@ and hashes a file again only after its inode, time or size has changed.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 
-# The setting with the source of each part of `download`.
-SETTINGS = {
-    "model": "model",
-    "calibration": "calibration.text.source",
-    "perplexity": "perplexity.text.source",
-    "tasks": "tasks.source",
-}
 
-
-def source(params: Params, part: str) -> str:
-    """Return the name of the setting with a part's source."""
-    value: Any = params
-    for name in SETTINGS[part].split("."):
-        value = getattr(value, name)
-    return str(value)
+def sources(params: Params) -> dict[str, tuple[str, str]]:
+    """Return by part of `download`, and by text as `perplexity/NAME`, the setting with its source, and the source."""
+    return {
+        "model": ("model", params.model),
+        "calibration": ("calibration.text.source", params.calibration.text.source),
+        **{
+            f"perplexity/{name}": (f"perplexity.texts.{name}.source", text.source)
+            for name, text in params.perplexity.texts.items()
+        },
+        "tasks": ("tasks.source", params.tasks.source),
+    }
 
 
 def local_sources(params: Params) -> Mapping[str, Path]:
     """Return the directories and files named in the settings, by part."""
-    named = {part: Path(source(params, part)) for part in SETTINGS}
+    named = {part: Path(source) for part, (_, source) in sources(params).items()}
     return {part: path for part, path in named.items() if path.is_absolute()}
 
 
 def link_source(project: Project, part: str) -> None:
     """Make `sources/<part>`. UserError if the local source is missing."""
-    place, named = project.source(part), source(project.params, part)
+    place, (setting, named) = project.source(part), sources(project.params)[part]
     if not Path(named).is_absolute():
         write_json(place, {"source": named})
         return
     if not Path(named).exists():
         raise UserError(
-            f"params.yaml: {SETTINGS[part]}: {named} not found, expected a directory or a file of this machine; "
+            f"params.yaml: {setting}: {named} not found, expected a directory or a file of this machine; "
             "name one that is there"
         )
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -59,16 +59,17 @@ class Project:
         return self.root / "models" / which
 
     def source(self, part: str) -> Path:
-        """Return the link to a part's local source, or the note without a local source."""
+        """Return the link to the local source of a part, or of a text as `perplexity/NAME`; or the note without one."""
         return self.root / "sources" / part
 
     def data(self, part: str) -> Path:
-        """Return the folder of `calibration`, `perplexity` or `tasks`."""
+        """Return the folder of `calibration`, `tasks` or a text, `perplexity/NAME`."""
         return self.root / "data" / part
 
     def text(self, part: str) -> str:
-        """Return the text of `data/calibration` or `data/perplexity`."""
-        return read_text(self.data(part) / TEXT, f"run `dvc repro` or `wanda-dvc download {part}` again")
+        """Return the text of `calibration` or `perplexity/NAME`."""
+        again = part.replace("/", " ")
+        return read_text(self.data(part) / TEXT, f"run `dvc repro` or `wanda-dvc download {again}` again")
 
     @contextlib.contextmanager
     def documents(self, part: str) -> Iterator[Documents | None]:
@@ -129,13 +130,12 @@ class Project:
         """The folder of reconstructed weights that cannot be recomputed from masks/ and stats/."""
         return self.root / "weights"
 
-    @property
-    def reference(self) -> Path:
-        """The folder of the dense model's predictions on the evaluation windows."""
-        return self.root / "reference"
+    def reference(self, text: str) -> Path:
+        """Return the folder of the dense model's predictions on the windows of a text."""
+        return self.root / "reference" / text
 
     def metrics(self, which: str, name: str) -> Path:
-        """Return the file of metrics, such as `metrics/dense/perplexity.json`."""
+        """Return the file of metrics, such as `metrics/dense/perplexity/embedded.json`."""
         return self.root / "metrics" / which / f"{name}.json"
 
     def details(self, which: str, name: str) -> Path:

@@ -32,13 +32,15 @@ KEYS = {
 }
 OBJECTS, MAPPINGS = ("params",), dict
 # The kinds of artifact that a folder may hold, by its name; `stats --compare` reads folders with other names.
-KINDS = {
+KINDS: dict[str, tuple[Any, ...]] = {
     "dense": ("model",),
     "pruned": ("model", "evaluated"),
-    **dict.fromkeys(("calibration", "perplexity"), ("text", "documents")),
+    "calibration": ("text", "documents"),
     "norms": ("stats",),
-    **{name: (name,) for name in ("gram", "fisher", "masks", "weights", "reference")},
+    **{name: (name,) for name in ("gram", "fisher", "masks", "weights")},
 }
+# By the command that makes it, for folders named by the user or by a task.
+KINDS_BY_COMMAND = {"download perplexity": ("text",), "download tasks": ("task",), "perplexity dense": ("reference",)}
 
 
 def digest(content: object) -> str:
@@ -80,7 +82,7 @@ def read_format(artifact: Path, made_by: str) -> Json:
     content = expect_object(read_json(artifact / PROVENANCE, made_by), where, todo)
     if content.get("format") != FORMAT:
         raise UserError(f"{where}: format {content.get('format')}, expected {FORMAT}; {todo}")
-    kinds = ("task",) if made_by == "download tasks" else KINDS.get(artifact.name, (content.get("kind"),))
+    kinds = KINDS_BY_COMMAND.get(made_by) or KINDS.get(artifact.name, (content.get("kind"),))
     if not isinstance(content.get("kind"), str) or content["kind"] not in kinds:
         found = content.get("kind") or "nothing"
         raise UserError(f"{where}: kind: found {found}, expected {' or '.join(map(str, kinds))}; {todo}")

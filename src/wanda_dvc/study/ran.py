@@ -6,9 +6,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -21,8 +20,6 @@ from wanda_dvc.study.provenance import PROVENANCE, read_provenance
 from wanda_dvc.study.settings import Settings, flatten, nested, resolved
 
 LOCK = "dvc.lock"
-
-Section = TypeVar("Section", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Ran:
         masks = read_provenance(project.masks, "mask") if is_there(project.masks / PROVENANCE) else Json()
         made = masks.get("params", {}) | {f"calibration.{key}": x for key, x in masks.get("calibration", {}).items()}
         made = {key: value for key, value in made.items() if key in asked}
-        params = _changed(project.params, nested(ran))
+        params: Params = _changed(project.params, nested(ran))
         flat = resolved(params)
         if any(flat[key] != value for key, value in made.items()):  # equal choices may have different spellings
             params = _changed(params, nested(made))
@@ -112,8 +109,10 @@ def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
     return [name for name in stages if name in stale]
 
 
-def _changed(section: Section, changes: Settings) -> Section:
+def _changed(section: Any, changes: Settings) -> Any:
     """Return settings with changes, nested; unchecked, because a named method may no longer be installed."""
+    if isinstance(section, dict):  # the texts
+        return section | {name: _changed(section[name], value) for name, value in changes.items()}
     update = {
         name: _changed(getattr(section, name), value) if isinstance(value, dict) else value
         for name, value in changes.items()

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.params import Params
+from wanda_dvc.study.local import sources
 from wanda_dvc.study.markup import code
 from wanda_dvc.study.presets import names, read_preset
 from wanda_dvc.study.settings import flatten
-
-PATHS = ("model", "calibration.text.source", "perplexity.text.source")  # settings that may be a path
 
 
 def how_to_repeat(params: Params) -> tuple[str, str]:
@@ -20,20 +19,23 @@ def how_to_repeat(params: Params) -> tuple[str, str]:
     The commands start from the preset with the fewest differences. Paths are local, so only their last part is kept.
     """
     wanted = {key: value for key, value in flatten(params.model_dump(mode="json")) if not key.startswith("runtime.")}
-    for key in PATHS:
-        if Path(wanted[key]).is_absolute():
-            wanted[key] = f"/path/to/{Path(wanted[key]).name}"
+    for setting, source in sources(params).values():
+        if Path(source).is_absolute():
+            wanted[setting] = f"/path/to/{Path(source).name}"
+    presets = {name: read_preset(name).settings for name in names()}
     changes = {
-        preset.name: {key: value for key, value in wanted.items() if preset.settings[key] != value}
-        for preset in map(read_preset, names())
+        name: {key: value for key, value in wanted.items() if key not in settings or settings[key] != value}
+        for name, settings in presets.items()
     }
     name = min(changes, key=lambda name: len(changes[name]))
-    words, by_hand = [], []
+    others = {key.rpartition(".")[0] for key in presets[name].keys() - wanted.keys()}  # texts of the preset alone
+    words, by_hand = [f"-S '~{text}'" for text in sorted(others)], []
     for key, value in changes[name].items():
+        new = "" if key in presets[name] else "+"
         if isinstance(value, str) and re.search(r"[\n\t\\\"$]", value):
             by_hand.append(code(f"{key}: {json.dumps(value, ensure_ascii=False)}"))  # DVC's -S has no escapes
         else:
-            words.append(f"-S {shlex.quote(f'{key}={_override(value)}')}")
+            words.append(f"-S {shlex.quote(f'{new}{key}={_override(value)}')}")
     commands = f"wanda-dvc preset {name}\n" + " \\\n    ".join(["dvc exp run", *words])
     return commands, f"\nafter setting {', '.join(by_hand)} in params.yaml.\n" if by_hand else ""
 

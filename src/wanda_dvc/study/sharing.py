@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 from ruamel.yaml import YAML
@@ -12,13 +13,19 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.reading import read_text
 from wanda_dvc.study.files import link_file
-from wanda_dvc.study.local import source as named_source
+from wanda_dvc.study.local import local_sources
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import read_lock
 
 
-def cached(project: Project) -> bool | None:
-    """Return `cache` of the sources in `dvc.yaml`; None if it is missing: DVC then caches them.
+def _stage(part: str) -> tuple[str, str]:
+    """Return DVC's name of the stage that fetches a part or a text, `perplexity/NAME`, and the instance."""
+    kind, _, text = part.partition("/")
+    return (f"download-{kind}", text) if text else ("download", kind)
+
+
+def cached(project: Project, part: str = "model") -> bool | None:
+    """Return `cache` of a part's source in `dvc.yaml`; None if it is missing: DVC then caches it.
 
     DVC pushes and pulls only cached files.
     """
@@ -26,9 +33,8 @@ def cached(project: Project) -> bool | None:
     if not path.is_file():
         return None
     try:
-        (out,) = YAML(typ="safe", pure=True).load(read_text(path, "restore it from git"))["stages"]["download"]["do"][
-            "outs"
-        ]
+        stages = YAML(typ="safe", pure=True).load(read_text(path, "restore it from git"))["stages"]
+        (out,) = stages[_stage(part)[0]]["do"]["outs"]
         options = next(iter(out.values())) if isinstance(out, dict) else {}
         found = options.get("cache") if options.get("push", True) else False
     except (YAMLError, KeyError, TypeError, ValueError, AttributeError, StopIteration):
@@ -38,12 +44,13 @@ def cached(project: Project) -> bool | None:
 
 def check_gated(project: Project, part: str, gated: tuple[str, ...]) -> None:
     """Raise UserError if a gated source would be shared without an explicit `cache: true` in `dvc.yaml`."""
-    if gated and (project.root / "dvc.yaml").is_file() and cached(project) is None:
-        names = ", ".join(gated)
+    if gated and (project.root / "dvc.yaml").is_file() and cached(project, part) is None:
+        stage, instance = _stage(part)
+        out = "data/perplexity/${key}" if "/" in part else "${item.out}"
         raise UserError(
-            f"dvc.yaml: download: {part}: {names} is gated, and `dvc push` would share it, expected a choice; write "
-            "`- ${item.out}: { cache: false }` under `outs` to keep it on this machine, or `{ cache: true }` where its "
-            "licence lets you share it"
+            f"dvc.yaml: {stage}: {instance}: {', '.join(gated)} is gated, and `dvc push` would share it, expected a "
+            f"choice; write `- {out}: {{ cache: false }}` under `outs` to keep it on this machine, or "
+            "`{ cache: true }` where its licence lets you share it"
         )
 
 
@@ -54,12 +61,12 @@ def take_from_the_study(project: Project, part: str, target: Path) -> bool:
     Hub branch to a commit, so the branch is not resolved again.
     """
     root = os.environ.get("DVC_ROOT")
-    if not root or Path(root).resolve() == project.repository.resolve() or cached(project) is not False:
+    if not root or Path(root).resolve() == project.repository.resolve() or cached(project, part) is not False:
         return False
     study = Project(Path(root) / project.root.absolute().relative_to(project.repository))
-    stage = f"download@{part}"
+    stage = "@".join(_stage(part))
     made = read_lock(study.root).get(stage, {}).get("params", {}).get("params.yaml", {})
-    if not _same(made, project.params) or Path(named_source(project.params, part)).is_absolute():
+    if not _same(made, project.params) or part in local_sources(project.params):
         return False
     source = study.root / target.relative_to(project.root)
     if not source.is_dir() or not _as_locked(study, stage):
@@ -89,9 +96,9 @@ def _same(made: object, params: Params) -> bool:
     if not isinstance(made, dict) or not made:
         return False
     for name, value in made.items():
-        found: object = params
+        found: Any = params
         for word in name.split("."):
-            found = getattr(found, word)
+            found = found[word] if isinstance(found, dict) else getattr(found, word)
         if (found.model_dump(mode="json") if isinstance(found, BaseModel) else found) != value:
             return False
     return True

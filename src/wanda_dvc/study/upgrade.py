@@ -17,13 +17,13 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from wanda_dvc.catalog import RECIPES, TEXTS
+from wanda_dvc.catalog import NAMED_TEXTS, RECIPES, TEXTS
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import CalibrationText, Params, Text, settings
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.reading import name_of, read_text, yaml_problem
 from wanda_dvc.study.files import Json, write_text
-from wanda_dvc.study.presets import with_settings
+from wanda_dvc.study.presets import OF_TEXTS, with_settings
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import digest
 from wanda_dvc.study.ran import LOCK, read_lock
@@ -32,10 +32,11 @@ from wanda_dvc.study.settings import Settings, flatten, nested
 
 PARAMS = "params.yaml"
 OWN = ("README.md", ".dvc/config")  # the user's from the first day
-SHARED, UNSHARED = "        - ${item.out}\n", "        - ${item.out}: { push: false }\n"
+SHARED = ("        - ${item.out}\n", "        - data/perplexity/${key}\n")
 CONFLICT = re.compile(r"^<{7} mine\n(.*?)^\|{7} base\n(.*?)^={7}\n(.*?)^>{7} new\n", re.MULTILINE | re.DOTALL)
 RESTORE = "restore it from git"
 TEXT = ("source", "config", "revision", "split", "column", "join")
+ONE_TEXT = "perplexity.text."  # before a study could have several
 
 
 def upgrade(*, project: Project, dry_run: bool = False) -> str:
@@ -98,22 +99,23 @@ def _brought(place: str, old: str, notes: list[str]) -> str:
     if place.endswith("ignore"):
         return "\n".join([*old.splitlines(), *(line for line in new.splitlines() if line not in old.splitlines()), ""])
     if old not in ("", new) and digest(old) not in shipped_ever():
-        done = _merge(place, old, new)
-        if done.returncode:
-            raise UserError(*_conflicts(place, old, done.stdout))
-        new = done.stdout
+        merged = CONFLICT.sub(_only_comments, _merge(place, old, new))
+        if conflicts := [*_conflicts(place, old, merged)]:
+            raise UserError(*conflicts)
+        new = merged
         notes.append(f"{place}: {'kept as you have edited it' if new == old else 'your edits are kept'}.")
-    if place == PIPELINE and "push: false" in old and SHARED in new:  # keeps private sources private
-        new = new.replace(SHARED, UNSHARED)
+    if place == PIPELINE and "push: false" in old and SHARED[0] in new:  # keeps private sources private
+        for out in SHARED:
+            new = new.replace(out, out.replace("\n", ": { push: false }\n"))
         notes.append(f"{place}: download: `push: false` stays, so `dvc pull` needs --allow-missing (docs/sharing.md).")
     return new
 
 
-def _merge(place: str, mine: str, new: str) -> Any:
-    """Merge an edited file with this version's. The return code is the number of conflicts."""
+def _merge(place: str, mine: str, new: str) -> str:
+    """Merge an edited file with this version's. `CONFLICT` finds the lines that git cannot merge."""
 
     def likeness(text: str) -> float:
-        return difflib.SequenceMatcher(None, text.splitlines(), mine.splitlines(), autojunk=False).ratio()
+        return difflib.SequenceMatcher(None, _contents(text), _contents(mine), autojunk=False).ratio()
 
     file, versions = FILES[place], (TEMPLATE / "earlier").iterdir()
     shipped = [file, *(earlier for version in versions if (earlier := version / file.name).is_file())]
@@ -122,7 +124,46 @@ def _merge(place: str, mine: str, new: str) -> Any:
         for name, text in (("mine", mine), ("base", base), ("new", new)):
             write_text(Path(scratch, name), text)
         words = ("merge-file", "--stdout", "--quiet", "--diff3", "mine", "base", "new")
-        return git(Path(scratch), *words)
+        return git(Path(scratch), *words).stdout
+
+
+def _only_comments(conflict: re.Match[str]) -> str:
+    """Resolve a conflict in which the user added only comments; leave any other."""
+    edit, base, _ = conflict.groups()
+    return _with_comments(conflict) if _contents(edit) == _contents(base) else conflict[0]
+
+
+def _with_comments(conflict: re.Match[str]) -> str:
+    """Return a conflict's new lines, with the user's comments, each above the line of its setting or item."""
+    edit, base, new = conflict.groups()
+    ours = [comment for _, comment in map(_split, base.splitlines()) if comment]
+    lines, waiting, at = new.splitlines(keepends=True), list[str](), 0
+    for line in edit.splitlines():
+        content, comment = _split(line)
+        if shipped := next((one for one in ours if comment.startswith(f"{one} ")), ""):
+            comment = f"# {comment.removeprefix(shipped).lstrip(' #')}"
+        earlier = any(comment in one for one in ours) or difflib.get_close_matches(comment, ours, n=1)
+        if comment and not earlier:  # an earlier version of our comments is replaced
+            waiting.append(f"{line[: len(line) - len(line.lstrip())]}{comment}\n")
+        names = [_split(other)[0].partition(":")[0] for other in lines[at:]]
+        if (name := content.partition(":")[0]) and name in names:
+            at += names.index(name)
+            lines[at:at] = waiting
+            at, waiting = at + len(waiting) + 1, []
+    lines[at:at] = waiting
+    return "".join(lines)
+
+
+def _contents(text: str) -> list[str]:
+    """Return the lines without comments."""
+    return [content for content, _ in map(_split, text.splitlines()) if content]
+
+
+def _split(line: str) -> tuple[str, str]:
+    """Return a line of YAML before its comment, and the comment."""
+    starts = (found.start() for found in re.finditer(r"(?<!\S)#", line))
+    start = next((start for start in starts if line.count('"', 0, start) % 2 == 0), len(line))
+    return line[:start].rstrip(), line[start:].rstrip()
 
 
 def _conflicts(place: str, mine: str, merged: str) -> Iterator[str]:
@@ -206,7 +247,7 @@ def migrate(given: Settings, study: Settings) -> Settings:
     This version's settings stay. A name of an earlier version remains if its value cannot be expressed.
     """
     if "recipe" in study:
-        return given
+        return _by_name(given, study)
     full = _earlier() | study | given
     moved = [names for names in MOVED if given.keys() & names]
     new = {
@@ -216,7 +257,16 @@ def migrate(given: Settings, study: Settings) -> Settings:
     }
     for names in moved:
         new |= MOVED[names](*(full[name] for name in names))
-    return new | {name: given[name] for name in REMOVED if name in given and given[name] not in REMOVED[name]}
+    new |= {name: given[name] for name in REMOVED if name in given and given[name] not in REMOVED[name]}
+    return _by_name(new, full)
+
+
+def _by_name(settings: Settings, study: Settings) -> Settings:
+    """Return settings with the one text of the perplexity as a text with a name: a named text's own, else `text`."""
+    source = settings.get(f"{ONE_TEXT}source", study.get(f"{ONE_TEXT}source"))
+    name = f"perplexity.texts.{source if source in NAMED_TEXTS else 'text'}."
+    renamed = {f"{ONE_TEXT}{field}": f"{name}{field}" for field in Text.model_fields}
+    return {renamed.get(key, key): value for key, value in settings.items()}
 
 
 @cache
@@ -228,20 +278,18 @@ def _earlier() -> Settings:
 def _migrated(old: str, shipped: str, notes: list[str]) -> str:
     """Return the text of params.yaml with this version's settings. The user's values stay, and comments if possible."""
     given, earlier = _settings_of(old), {*REMOVED, *(name for names in MOVED for name in names)}
-    new = _settings_of(shipped) | migrate(given, given)
+    own = migrate(given, given)
+    default = _settings_of(shipped)
+    if any(name.startswith(OF_TEXTS) for name in own):
+        default = {name: value for name, value in default.items() if not name.startswith(OF_TEXTS)}
+    new = default | own
     for name in sorted(new.keys() & earlier - dict(settings()).keys()):
         notes.append(f"{PARAMS}: {name}: {new.pop(name)!r} is dropped: this version has no such setting.")
     if new == given:
         return old
     text, _ = with_settings(shipped, new)
-    merged = CONFLICT.sub(_own_comments, _merge(PARAMS, old, text).stdout)
+    merged = CONFLICT.sub(_with_comments, _merge(PARAMS, old, text))
     return merged if _settings_of(merged) == new else text
-
-
-def _own_comments(conflict: re.Match[str]) -> str:
-    edit, base, new = conflict.groups()
-    comments = [line for line in edit.splitlines(keepends=True) if line.lstrip().startswith("#") and line not in base]
-    return "".join(comments) + new
 
 
 def _settings_of(text: str) -> Settings:

@@ -44,8 +44,8 @@ def cost(  # noqa: PLR0913 - the options of the command
             "study's model: `dvc repro download@model`"
         )
     on = known(params, config, project)
-    if not on.tokens:
-        on = replace(on, texts={**on.texts, "perplexity": TEST_SPLIT})
+    unknown = {f"perplexity/{text}": TEST_SPLIT for text in on.evaluated if not on.tokens(text)}
+    on = replace(on, texts={**on.texts, **unknown})
     needs = {stage: need(on) for stage, need in NEEDS.items()}
     pace = _measure(on) if measure else {}
     seconds = {name: sum(x / pace[kind] for kind, x in row.work.items() if x) for name, row in needs.items() if pace}
@@ -65,6 +65,7 @@ def _measure(on: Known) -> dict[str, float]:
 
 def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: dict[str, float]) -> str:
     params, model, kept = on.params, on.model, kept_bytes(on)
+    tokens = [on.tokens(text) for text in on.evaluated]
     rows = []
     for name, need in needs.items():
         flops = sum(need.work.values())
@@ -79,16 +80,24 @@ def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: d
     lines = [
         f"{_count(model.parameters)} parameters, {_count(model.met)} of them in the linears that a token meets; stored "
         f"in {model.dtype}, {_gb(model.stored)} GB; runs in {params.dtype} on {on.device}",
-        f"{params.calibration.samples} windows of {params.calibration.length} to calibrate, {on.tokens:,} tokens in "
-        f"windows of {params.perplexity.length} for perplexity, {len(params.tasks.names)} tasks"
+        f"{params.calibration.samples} windows of {params.calibration.length} to calibrate, "
+        f"{sum(tokens):,} tokens in windows of {params.perplexity.length} for perplexity"
+        f"{f' on {len(tokens)} texts' if len(tokens) > 1 else ''}, {len(params.tasks.names)} tasks"
         + (f" × {params.items}" if params.items else ""),
         "",
         table(headers + ["time"] * bool(pace), rows),
         "",
-        f"The dense model's predictions, `reference`, take {_gb(reference_bytes(on.tokens))} GB of the cache, once.",
+        f"The dense model's predictions, `reference`, take {_gb(sum(map(reference_bytes, tokens)))} GB of the cache, "
+        "once.",
         f"One more experiment adds {_gb(kept)} GB to the cache ({'its masks' if kept < model.count else MORE})"
         + (f" and takes {_duration(again)}; the first one takes {first}." if pace else "."),
     ]
+    if left := _left(on):
+        lines.insert(
+            1,
+            f"pattern {params.pattern}, sparsity {params.sparsity:g}: the smaller model has {_count(left)} parameters, "
+            f"{_gb(left * model.width)} GB, {100 * (1 - left / model.parameters):.1f} % less",
+        )
     if pace:
         rates = ", ".join(f"{kind} {rate / 1e9:,.3g}" for kind, rate in pace.items())
         lines.append(
@@ -98,13 +107,26 @@ def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: d
     return "\n".join(lines)
 
 
+def _left(on: Known) -> int | None:
+    """Return the parameters of the smaller model; None if the pattern sets weights to zero, or the count is unknown."""
+    structure = on.params.plan.structure
+    if structure is None:
+        return None
+    from wanda_dvc.engine.config import read_config
+    from wanda_dvc.engine.smaller import smaller_parameters
+
+    return smaller_parameters(read_config(on.config), structure, on.params.plan.share)
+
+
 def _records(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: dict[str, float]) -> dict[str, Any]:
     """Return the cost as numbers: bytes, FLOPs and seconds."""
+    left = _left(on)
     return {
         "model": {"parameters": on.model.parameters, "linears": on.model.met, "stored_bytes": on.model.stored},
+        "smaller": {"parameters": left, "stored_bytes": left * on.model.width} if left else None,
         "device": on.device,
         "dtype": on.params.dtype,
-        "tokens": on.tokens,
+        "tokens": {text: on.tokens(text) for text in on.evaluated},
         "kept_bytes": kept_bytes(on),
         "flops_per_second": pace,
         "stages": [

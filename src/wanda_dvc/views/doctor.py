@@ -16,12 +16,12 @@ from ruamel.yaml.error import YAMLError
 from wanda_dvc import __version__
 from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import EXTRAS, UserError
-from wanda_dvc.params import Params
+from wanda_dvc.params import Params, Text
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.needs import NEEDS, Need, config_of, known
 from wanda_dvc.stages.running import device_name, free_memory
 from wanda_dvc.study.files import json_text
-from wanda_dvc.study.local import SETTINGS, local_sources
+from wanda_dvc.study.local import local_sources, sources
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.places import on_the_hub, task_definition, task_items
 from wanda_dvc.study.project import Project
@@ -169,12 +169,16 @@ def _workers(params: Params) -> Iterator[Check]:
     yield Check("runtime.ray", True, found)
 
 
+def _texts(params: Params) -> list[Text]:
+    return [params.calibration.text, *params.perplexity.texts.values()]
+
+
 def _from_the_hub(params: Params) -> tuple[list[str], list[str]]:
     """Return the models and data sets that `download` fetches from the Hub."""
     models = [params.model] if HUB_ID.fullmatch(params.model) else []
     if params.runtime.mirror is not None:
         return models, []
-    data = [text.source for text in (params.calibration.text, params.perplexity.text) if on_the_hub(text.chosen)]
+    data = [text.source for text in _texts(params) if on_the_hub(text.chosen)]
     return models, data + (["benchmark tasks"] if params.tasks.source == "benchmark" else [])
 
 
@@ -192,10 +196,10 @@ def _hub(params: Params) -> Iterator[Check]:
 
 def _sources(project: Project) -> Iterator[Check]:
     """Check that the local sources exist."""
-    local = local_sources(project.params)
+    local, named = local_sources(project.params), sources(project.params)
     if not local:
         return
-    missing = [f"{SETTINGS[part]}: {path} is missing" for part, path in local.items() if not path.exists()]
+    missing = [f"{named[part][0]}: {path} is missing" for part, path in local.items() if not path.exists()]
     found = "; ".join(missing) or ", ".join(str(path) for path in local.values())
     yield Check("local sources", not missing, found, "restore them, or name others in params.yaml")
 
@@ -213,7 +217,7 @@ def _mirror(params: Params) -> Iterator[Check]:
         )
         return
     wanted = []
-    for text in (params.calibration.text, params.perplexity.text):
+    for text in _texts(params):
         if named := on_the_hub(text.chosen):
             wanted.append(Path(named[0].dataset, *named[2]))
     if params.tasks.source == "benchmark":
@@ -239,14 +243,18 @@ def _versions(project: Project) -> Iterator[Check]:
         return
     try:
         stages = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["stages"]
-        commands = {name: str(stage.get("do", stage)["cmd"]) for name, stage in stages.items()}
+        commands: dict[str, list[list[str]]] = {}
+        for name, stage in stages.items():  # perplexity-dense is a part of perplexity
+            row = name if name in STAGES else name.rpartition("-")[0]
+            commands.setdefault(row, []).append(str(stage.get("do", stage)["cmd"]).split())
     except (YAMLError, KeyError, TypeError, AttributeError) as error:
         yield Check("dvc.yaml", False, f"not readable: {' '.join(str(error).split())}", "restore it from git")
         return
     wrong = [
-        f"{stage.name} {words[-1] if stage.name in commands else 'missing'}, expected {stage.version}"
+        f"{stage.name} {words[-1] if words else 'missing'}, expected {stage.version}"
         for stage in STAGES.values()
-        if (words := commands.get(stage.name, "").split())[-2:] != ["--version", str(stage.version)]
+        for words in commands.get(stage.name, [[]])
+        if words[-2:] != ["--version", str(stage.version)]
     ]
     found = "; ".join(wrong) or "names the stages that this wanda-dvc computes"
     yield Check("dvc.yaml", not wrong, found, "run `wanda-dvc init --upgrade`, or install the wanda-dvc that it names")

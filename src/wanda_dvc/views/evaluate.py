@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wanda_dvc.engine.flips import Flips, total_flips
 from wanda_dvc.errors import UserError
-from wanda_dvc.report.inference import Flips, total_flips
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
@@ -21,10 +21,8 @@ from wanda_dvc.study.project import ITEMS, Project
 from wanda_dvc.study.provenance import PROVENANCE, TOKENIZER, describe, read_provenance, write_provenance
 from wanda_dvc.study.scaffold import PROMPTS
 
-HEADERS = [
-    "model", "size, MB", "perplexity", "divergence, nats", "agreement, %", "mean acc, %", "changed answers, %",
-    "right → wrong", "wrong → right", "wrong → wrong",
-]  # fmt: skip
+ON_TEXT = ("perplexity", "divergence, nats", "agreement, %")
+FLIPS = ("changed answers, %", "right → wrong", "wrong → right", "wrong → wrong")
 LINKED = ("data", "reference", "models/dense", "metrics/dense", "metrics/details/dense")
 
 
@@ -34,12 +32,17 @@ class Evaluated:
 
     name: str
     size: int  # bytes on disk
-    measured: Measured
+    texts: dict[str, Measured]  # the accuracies are the same in each
     flips: dict[str, Flips]  # by task
+
+    @property
+    def measured(self) -> Measured:
+        """The results on the first text."""
+        return next(iter(self.texts.values()))
 
 
 def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) -> str:
-    """Measure models against a study's dense model, on its text and its tasks, and return a table or JSON.
+    """Measure models against a study's dense model, on its texts and its tasks, and return a table or JSON.
 
     Raises:
         UserError: a path is missing or no model, or its architecture, vocabulary or tokenizer is not the dense model's.
@@ -48,27 +51,36 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
     for path in paths:
         _check(project, path)
     tasks, measured = project.params.tasks.names, Measured.of(project, "dense")
-    read_provenance(project.reference, "perplexity dense")
+    for text in project.params.perplexity.texts:
+        read_provenance(project.reference(text), "perplexity dense")
     if missing := [task for task in tasks if task not in measured.tasks]:
         raise UserError(
             f"zero-shot: no answers of the dense model to {', '.join(missing)}, expected the answers that "
             "others are compared with; run `dvc repro` or `wanda-dvc zero-shot dense`"
         )
-    found = [Evaluated("dense", _size(project.model("dense")), measured, {})]
+    found = [Evaluated("dense", _size(project.model("dense")), _on_texts(project, "dense"), {})]
     for path in paths:
         with project.work({"kind": "evaluate", "path": str(path.absolute())}) as work:
             work.forget()  # of an interrupted run; its finished blocks and answers are elsewhere
             study = _study(project, work.path / "study")
             _place(project, path, study.model("pruned"), dense)
-            perplexity(project=study, model="pruned")
+            for text in project.params.perplexity.texts:
+                perplexity(project=study, model="pruned", text=text)
             zero_shot(project=study, model="pruned")
-            own = Measured.of(study, "pruned")
-            flips = {task: one for task in tasks if (one := own.flips(measured, task))}
+            own = _on_texts(study, "pruned")
+            flips = {task: one for task in tasks if (one := next(iter(own.values())).flips(measured, task))}
             found.append(Evaluated(str(path), _size(path), own, flips))
             work.forget()
     if as_json:
         return json_text([_record(one, tasks, measured) for one in found])
-    return table(HEADERS, list(_rows(found, tasks)))
+    texts = list(project.params.perplexity.texts)
+    of_texts = [what + (f", {text}" if len(texts) > 1 else "") for text in texts for what in ON_TEXT]
+    return table(["model", "size, MB", *of_texts, "mean acc, %", *FLIPS], list(_rows(found, tasks)))
+
+
+def _on_texts(study: Project, model: str) -> dict[str, Measured]:
+    """Return the results of a study's model on each text."""
+    return {text: Measured.of(study, model, text) for text in study.params.perplexity.texts}
 
 
 # --- models ---
@@ -122,7 +134,8 @@ def _place(project: Project, path: Path, folder: Path, dense: Json) -> None:
 
 def _texts(project: Project) -> Iterator[tuple[str, str]]:
     """Yield the texts of a study's evaluation with their names."""
-    yield "the text of perplexity", project.text("perplexity")
+    for text in project.params.perplexity.texts:
+        yield f"the text {text}", project.text(f"perplexity/{text}")
     for task in project.params.tasks.names:
         yield f"the task {task}", (project.data("tasks") / task / ITEMS).read_text(encoding="utf-8")
 
@@ -151,17 +164,24 @@ def _size(path: Path) -> int:
 def _rows(found: list[Evaluated], tasks: list[str]) -> Iterator[list[str]]:
     """Yield a row of the table for each model."""
     for one in found:
-        accuracy, divergence = one.measured.mean(tasks), one.measured.divergence
+        accuracy = one.measured.mean(tasks)
         changed = total_flips(list(one.flips.values()))
         yield [
             one.name,
             f"{one.size / 1e6:.1f}",
-            number(one.measured.perplexity),
-            _mean(divergence.get("divergence"), "{:.4f}"),
-            _mean(divergence.get("top1_agreement"), "{:.1f}", 100),
+            *(cell for measured in one.texts.values() for cell in _on_text(measured)),
             "–" if accuracy is None else f"{100 * accuracy:.1f}",
             *([f"{100 * changed.share:.1f}", *map(str, changed[1:4])] if changed else ["–"] * 4),
         ]
+
+
+def _on_text(measured: Measured) -> list[str]:
+    """Return the cells of a text, under `ON_TEXT`."""
+    return [
+        number(measured.perplexity),
+        _mean(measured.divergence.get("divergence"), "{:.4f}"),
+        _mean(measured.divergence.get("top1_agreement"), "{:.1f}", 100),
+    ]
 
 
 def _mean(measure: Any, form: str, factor: float = 1) -> str:
@@ -174,8 +194,7 @@ def _record(one: Evaluated, tasks: list[str], dense: Measured) -> Json:
     return {
         "model": one.name,
         "bytes": one.size,
-        "perplexity": one.measured.perplexity,
-        **one.measured.divergence,
+        "texts": {text: {"perplexity": of.perplexity, **of.divergence} for text, of in one.texts.items()},
         "accuracy": one.measured.mean(tasks),
         "accuracies": one.measured.accuracies,
         "flips": {task: flips._asdict() for task, flips in one.flips.items()},

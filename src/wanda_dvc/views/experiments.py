@@ -20,8 +20,10 @@ from wanda_dvc.study.ran import stale_stages
 from wanda_dvc.study.settings import flatten
 
 NAMED = 10  # names in a sentence
-HEADERS = ["experiment", "state", "change", "perplexity", "divergence", "agreement, %", "mean acc, %"]
+ON_TEXT = ("perplexity", "divergence", "agreement, %")
+FOLDER = "metrics/pruned/perplexity/"
 REMOVED = "parameters removed, %"  # a column if a pattern of units removed some
+FLIPS = "right → wrong / wrong → right"  # a column if real tasks were answered
 
 
 def experiments(*, project: Project, as_json: bool = False) -> str:
@@ -29,35 +31,56 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     records = [_record(one) for one in list_experiments(project, locks=True)]
     if as_json:
         return json_text(records)
+    texts = list(dict.fromkeys(text for record in records for text in record["texts"])) or [""]
     smaller = any(record["removed_parameters"] is not None for record in records)
+    flips = any(record["flips"] for record in records)
     rows = [
         [
             record["name"],
             record["state"],
             ", ".join(f"{key}={value}" for key, value in record["change"].items()) or "–",
-            number(record["perplexity"]),
-            _shown(record["divergence"], "{:.4f}"),
-            _shown(record["agreement"], "{:.1f}", 100),
+            *(cell for text in texts for cell in _on_text(record["texts"].get(text, {}))),
             _shown(record["accuracy"], "{:.1f}", 100),
+            *([" / ".join(map(str, record["flips"].values())) or "–"] if flips else []),
             *([_shown(record["removed_parameters"], "{:.1f}", 100)] if smaller else []),
         ]
         for record in records
+    ]
+    of_texts = [what + (f", {text}" if len(texts) > 1 else "") for text in texts for what in ON_TEXT]
+    headers = [
+        "experiment",
+        "state",
+        "change",
+        *of_texts,
+        "mean acc, %",
+        *([FLIPS] if flips else []),
+        *([REMOVED] if smaller else []),
     ]
     stale = [record["name"] for record in records if record["stale"]]
     named = ", ".join(stale[:NAMED]) + (f" and {len(stale) - NAMED} more" if len(stale) > NAMED else "")
     said = f"No numbers of stages that have not run on the current settings: {named}." if stale else ""
     warnings = [f"{record['name']}: {problem}." for record in records for problem in record["warnings"]]
-    parts = (table([*HEADERS, *([REMOVED] if smaller else [])], rows), _about_text(project), said, "\n".join(warnings))
+    parts = (table(headers, rows), _about_texts(project), said, "\n".join(warnings))
     return "\n\n".join(part for part in parts if part)
 
 
-def _about_text(project: Project) -> str:
-    """Return a sentence on the text of the workspace; empty if params.yaml is not valid."""
+def _about_texts(project: Project) -> str:
+    """Return a sentence on each text of the workspace; empty if params.yaml is not valid."""
+    lines = []
     with contextlib.suppress(UserError):
-        text = project.params.perplexity.text.chosen
-        name = ", ".join(word for word in (text.source, text.split) if word)
-        return f"Perplexity in the workspace: on {name}. {project.params.about_text}."
-    return ""
+        for name, text in project.params.perplexity.texts.items():
+            source = ", ".join(word for word in (text.source, text.chosen.split) if word)
+            lines.append(f"Perplexity in the workspace, {name}: on {source}. {project.params.about_text(name)}.")
+    return "\n".join(lines)
+
+
+def _on_text(measured: Json) -> list[str]:
+    """Return the cells of a text, under `ON_TEXT`."""
+    return [
+        number(measured.get("perplexity")),
+        _shown(measured.get("divergence"), "{:.4f}"),
+        _shown(measured.get("agreement"), "{:.1f}", 100),
+    ]
 
 
 def _shown(value: float | str | None, form: str, factor: float = 1) -> str:
@@ -78,27 +101,38 @@ def results(project: Project) -> list[dict[str, Any]]:
 
 
 def _figures(metrics: Mapping[str, Json]) -> Iterator[tuple[str, Any]]:
-    """Yield every number with its name: the path below metrics/, and its key if it differs from the file's name."""
+    """Yield every number with its name: the path below metrics/, and its key if that is no name of file or folder."""
     for path, content in metrics.items():
         *folders, file = path.removeprefix("metrics/").removesuffix(".json").split("/")
         for name, value in flatten(content):
-            yield ".".join([*folders, file] + [name] * (name != file)), math.inf if value == DIVERGED else value
+            yield (
+                ".".join([*folders, file] + [name] * (name not in (file, *folders[-1:]))),
+                math.inf if value == DIVERGED else value,
+            )
 
 
 def _record(one: Experiment) -> Json:
     """Return one row; None for a number of another experiment."""
     own = _own_metrics(one)
     answered = own.get("metrics/pruned/zero_shot.json", {})
-    measured = own.get("metrics/pruned/perplexity.json", {})
+    texts = {
+        path.removeprefix(FOLDER).removesuffix(".json"): {
+            "perplexity": content.get("perplexity"),
+            "divergence": _mean(content.get("divergence")),
+            "agreement": _mean(content.get("top1_agreement")),
+        }
+        for path, content in own.items()
+        if path.startswith(FOLDER)
+    }
+    changed = [scores["flips"]["acc"] for scores in answered.values() if "flips" in scores]
     accuracies = [scores["acc"] for scores in answered.values() if "acc" in scores]
     return {
         "name": one.name,
         "state": one.state.capitalize() if one.kind is Kind.EXPERIMENT else one.kind.name.lower(),
         "change": dict(one.changes),
-        "perplexity": measured.get("perplexity"),
-        "divergence": _mean(measured.get("divergence")),
-        "agreement": _mean(measured.get("top1_agreement")),
+        "texts": texts,
         "accuracy": sum(accuracies) / len(accuracies) if accuracies and len(accuracies) == len(answered) else None,
+        "flips": {way: sum(one[way] for one in changed) for way in ("lost", "gained")} if changed else {},
         "removed_parameters": own.get("metrics/pruned/sparsity.json", {}).get("removed_parameters"),
         "warnings": list(raised(own.get("metrics/pruned/held_out.json", {}))),
         "stale": one.state == SUCCESS and len(own) < len(one.metrics),

@@ -12,10 +12,10 @@ from wanda_dvc.stages.running import device_name, free_memory
 from wanda_dvc.study.project import Project
 
 
-def announce(*, project: Project, stage: str, part: str | None = None) -> None:
+def announce(*, project: Project, stage: str, part: str | None = None, text: str | None = None) -> None:
     """Print a stage's needs and the free resources to stderr. UserError if the disk is clearly too small."""
     try:
-        wanted = need(project, stage, part)
+        wanted = need(project, stage, part, text)
     except (UserError, ValueError, KeyError, OSError):
         return  # an invalid model: the stage reports it better, or does not need the model
     device = device_name(project.params.runtime)

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterator
 
+from wanda_dvc.engine.flips import ANSWERS, Flips, total_flips
 from wanda_dvc.engine.intervals import mean_interval
+from wanda_dvc.params import OTHER_SOURCE, SAME_SOURCE
 from wanda_dvc.reading import DIVERGED, is_there
-from wanda_dvc.report.inference import Flips, total_flips
-from wanda_dvc.report.measures import ANSWERS, Measured, mean_layer_error, mean_repeated
+from wanda_dvc.report.measures import Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.files import Json, json_text, load_json, load_numbers
 from wanda_dvc.study.held_out import raised
@@ -51,25 +52,44 @@ def show(*, project: Project, as_json: bool = False) -> str:
 
 
 def measured(project: Project, model: str) -> dict[str, tuple[Json, Json]]:
-    """Return the metrics and the details of a model's perplexity, and then of each task by name; empty if missing."""
+    """Return the metrics and the details of a model's perplexity on each text, then of each task; empty if missing."""
     answered = load_numbers(project.metrics(model, "zero_shot"))
     details = load_json(project.details(model, "zero_shot")).get("tasks", {})
-    own = load_numbers(project.metrics(model, "perplexity")), load_json(project.details(model, "perplexity"))
+    texts = {
+        on_text(project, text): (
+            load_numbers(project.metrics(model, f"perplexity/{text}")),
+            load_json(project.details(model, f"perplexity/{text}")),
+        )
+        for text in project.params.perplexity.texts
+    }
     tasks = {task: (answered.get(task, {}), details.get(task, {})) for task in project.params.tasks.names}
-    return {"perplexity": own, **tasks}
+    return {**texts, **tasks}
+
+
+def on_text(project: Project, text: str) -> str:
+    """Return `perplexity`; with several texts also the text's name, and whether it has the calibration's source."""
+    if len(project.params.perplexity.texts) == 1:
+        return "perplexity"
+    kind = SAME_SOURCE if project.params.is_calibrations(text) else OTHER_SOURCE
+    return f"perplexity, {text} ({kind})"
 
 
 def _figures(project: Project, model: str) -> Json:
     """Return the measures of one model; null if missing."""
     found = measured(project, model)
-    figures: Json = {"perplexity": found["perplexity"][0].get("perplexity")}
+    texts = project.params.perplexity.texts
+    figures: Json = {
+        "texts": {
+            text: {"perplexity": None} | found[on_text(project, text)][0] | {"same_source": same}
+            for text in texts
+            for same in [project.params.is_calibrations(text)]
+        }
+    }
     figures["zero_shot"] = {
         task: found[task][0] | {"standard_errors": found[task][1].get("standard_errors", {})}
         for task in project.params.tasks.names
     }
     if model == "pruned":
-        divergence = found["perplexity"][0].items()
-        figures |= {name: value for name, value in divergence if name != "perplexity"}
         figures |= {"sparsity": None} | load_numbers(project.metrics("pruned", "sparsity"))
         figures["layer_error"] = mean_layer_error(project)
         for (task, metric), one in _flips(project).items():
@@ -94,10 +114,13 @@ def comparison(project: Project) -> list[list[str]]:
     """Return every measure, dense and pruned, as rows under `HEADERS`; a dash if missing."""
     dense, pruned = (measured(project, model) for model in MODELS)
     apart = measured_apart(project)
-    perplexities = [one["perplexity"][0].get("perplexity") for one in (dense, pruned)]
-    shown = [_perplexity(Measured.of(project, model)) for model in MODELS]
-    rows = [["perplexity", *shown, "" if "perplexity" in apart else _ratio(*perplexities)]]
-    rows += divergence_rows(pruned["perplexity"][0])
+    rows = []
+    for text in project.params.perplexity.texts:
+        name = on_text(project, text)
+        perplexities = [one[name][0].get("perplexity") for one in (dense, pruned)]
+        shown = [_perplexity(Measured.of(project, model, text)) for model in MODELS]
+        rows.append([name, *shown, "" if name in apart else _ratio(*perplexities)])
+        rows += divergence_rows(pruned[name][0])
     rows += _accuracy_rows(project, dense, pruned, apart)
     error, measures = mean_layer_error(project), load_numbers(project.metrics("pruned", "sparsity"))
     sparsity, removed = measures.get("sparsity"), measures.get("removed_parameters")
@@ -246,15 +269,17 @@ def _footnotes(project: Project) -> Iterator[str]:
     if apart := measured_apart(project):
         yield f"{not_compared(apart)} `dvc repro` measures both models on the same windows and items."
     details = {model: {name: one for name, (_, one) in measured(project, model).items()} for model in MODELS}
-    protocols = {model: of["perplexity"].get("protocol", {}) for model, of in details.items()}
-    alike = measured_alike(*(protocol or None for protocol in protocols.values()))
-    for model, protocol in [one for one in protocols.items() if one[1]][: 1 if alike else None]:
-        yield (
-            f"Perplexity{'' if alike else f' of the {model} model'}: {protocol['windows']} windows of "
-            f"{protocol['length']} tokens of {protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), "
-            f"{protocol['dtype']}. {project.params.about_text}."
-        )
-    if "divergences" in details["pruned"]["perplexity"]:
+    texts = {text: on_text(project, text) for text in project.params.perplexity.texts}
+    for text, on in texts.items():
+        protocols = {model: of[on].get("protocol", {}) for model, of in details.items()}
+        alike = measured_alike(*(protocol or None for protocol in protocols.values()))
+        for model, protocol in [one for one in protocols.items() if one[1]][: 1 if alike else None]:
+            yield (
+                f"Perplexity{f' on {text}' if len(texts) > 1 else ''}{'' if alike else f' of the {model} model'}: "
+                f"{protocol['windows']} windows of {protocol['length']} tokens of {protocol['text']['source']} "
+                f"(sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}. {project.params.about_text(text)}."
+            )
+    if any("divergences" in details["pruned"][on] for on in texts.values()):
         yield (
             "Divergence: KL(dense ‖ pruned) of the predictions of each next token, in nats; agreement: the share of "
             "positions where both models predict the same token. Both on the windows of the perplexity; in brackets "

@@ -19,17 +19,24 @@ COLUMNS = ["divergence", "interval", "median", "99 %", "largest", "agreement, %"
 
 
 def content(section: Section) -> Content:
-    """The table and the pictures; nothing if no row was compared."""
+    """The table and the pictures of each text."""
+    return [part for text in section.texts for part in _on_text(section.on(text), section.about(text))]
+
+
+def _on_text(section: Section, about: str) -> Content:
+    on, title = (about and f"{word} {about}" for word in ("On", ", on"))
     measured = [row for row in section.ordered if row.pruned.divergence]
     if not measured:
-        return ["No experiment was compared with the dense model."]
-    parts: Content = [table(CAPTION, ["", *COLUMNS], [[section.name(row), *_cells(row)] for row in measured])]
+        return [f"{on and f'{on}: '}No experiment was compared with the dense model."]
+    parts: Content = [
+        table(f"{on and f'{on}. '}{CAPTION}", ["", *COLUMNS], [[section.name(row), *_cells(row)] for row in measured])
+    ]
     if points := section.points(_divergence):
         figure = charts.curves(points, y_label="divergence, nats, log scale", level=None, log=True)
-        parts.append(Picture(f"{section.prefix}divergence", "Divergence against sparsity", BARS, figure))
+        parts.append(Picture(f"{section.prefix}divergence", f"Divergence against sparsity{title}", BARS, figure))
     if points := section.points(_agreement):
         figure = charts.curves(points, y_label="top-1 agreement, %", level=None, log=False)
-        parts.append(Picture(f"{section.prefix}agreement", "Agreement against sparsity", BARS, figure))
+        parts.append(Picture(f"{section.prefix}agreement", f"Agreement against sparsity{title}", BARS, figure))
     return parts
 
 

@@ -13,14 +13,19 @@ from wanda_dvc.study.markup import inline, number
 
 
 def content(section: Section) -> Content:
-    """The table and the picture."""
+    """The table and the picture of each text."""
+    return [part for text in section.texts for part in _on_text(section.on(text), section.about(text))]
+
+
+def _on_text(section: Section, about: str) -> Content:
     dense = section.dense.perplexity
     lost = [section.name(row) for row in section.rows if row.pruned.diverged]
     said = f" Diverged, shown at the upper edge: {', '.join(lost)}." if lost else ""
     level = ("dense", dense) if isinstance(dense, float) else None
     figure = charts.curves(section.points(_point), y_label="perplexity, log scale", level=level, log=True)
     caption = f"Log scale; bars are 95 % intervals over windows.{said}"
-    return [_table(section), Picture(f"{section.prefix}perplexity", "Perplexity against sparsity", caption, figure)]
+    title = f"Perplexity against sparsity{about and f', on {about}'}"
+    return [_table(section, about), Picture(f"{section.prefix}perplexity", title, caption, figure)]
 
 
 def _point(row: Row) -> Point | None:
@@ -32,7 +37,7 @@ def _point(row: Row) -> Point | None:
     return Point(100 * row.params.sparsity, y, ends and ends.low, ends and ends.high)
 
 
-def _table(section: Section) -> str:
+def _table(section: Section, about: str) -> str:
     """Return perplexity by place and recipe, with improvements over the baseline, the first recipe of the catalog."""
     baseline, *improved = section.recipes
     rows = []
@@ -51,7 +56,8 @@ def _table(section: Section) -> str:
     headers = ["sparsity", "dense", *map(inline, section.recipes)]
     headers += [f"{inline(recipe)}'s improvement" for recipe in improved]
     base = inline(baseline)
-    caption = f"Perplexity; an improvement over {base} is 1 − perplexity / {base}'s." if improved else "Perplexity."
+    on = about and f" on {about}"
+    caption = f"Perplexity{on}" + (f"; an improvement over {base} is 1 − perplexity / {base}'s." if improved else ".")
     return table(caption, headers, rows)
 
 

@@ -15,8 +15,7 @@ def content(section: Section) -> Content:
     windows = {None: "all complete windows", ALL: "all tokens, in windows"}.get(wanted, f"the first {wanted} windows")
     one_calibration = not any(key.startswith("calibration.") for key in section.varying)
     texts = [
-        f"Perplexity: {windows} of {settings['perplexity.length']} tokens of {_text(settings, 'perplexity')}; "
-        f"{settings['dtype']}." + (f" {section.rows[0].params.about_text}." if one_calibration else ""),
+        *(_perplexity(section, text, windows, one_calibration) for text in section.texts),
         f"Zero-shot: {inline(', '.join(section.tasks)) if section.tasks else 'no tasks'}; "
         f"{f'the first {limit} items' if limit else 'all items'}, no examples in the prompt.",
     ]
@@ -28,12 +27,21 @@ def content(section: Section) -> Content:
     if one_calibration:
         texts.append(
             f"Calibration: {settings['calibration.samples']} windows of {settings['calibration.length']} tokens of "
-            f"{_text(settings, 'calibration')}, seed {settings['calibration.seed']}."
+            f"{_text(settings, 'calibration.text')}, seed {settings['calibration.seed']}."
         )
     return [bullets(texts)]
 
 
-def _text(settings: dict[str, Any], part: str) -> str:
+def _perplexity(section: Section, text: str, windows: str, one_calibration: bool) -> str:
+    """Describe the windows of a text."""
+    row = next(row for row in section.rows if text in row.params.perplexity.texts)
+    name = f" on {inline(text)}" if len(section.texts) > 1 else ""
+    source = _text(row.settings, f"perplexity.texts.{text}")
+    said = f"Perplexity{name}: {windows} of {row.params.perplexity.length} tokens of {source}; {row.params.dtype}."
+    return said + (f" {row.params.about_text(text)}." if one_calibration else "")
+
+
+def _text(settings: dict[str, Any], setting: str) -> str:
     """Return the source of a text, and its split, if any."""
-    name, split = settings[f"{part}.text.source"], settings[f"{part}.text.split"]
+    name, split = settings[f"{setting}.source"], settings[f"{setting}.split"]
     return inline(name) + (f", {inline(split)}" if split else "")

@@ -9,9 +9,11 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import methods
+from wanda_dvc.params import Params
 from wanda_dvc.report.formatting import DASH
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.report.pages import Content, table
+from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section
 from wanda_dvc.study.markup import code, inline, number
 from wanda_dvc.study.settings import Settings
@@ -73,13 +75,13 @@ def content(section: Section) -> Content:
     for source in sources():
         for entry in source.rows:
             for measure in [key for key in entry if key == "perplexity" or key in section.tasks]:
-                for row in section.rows:
-                    different = source.differences(row.settings, measure, entry)
+                for row, text in ((one, text) for one in section.rows for text in _texts(one, measure)):
+                    different = source.differences(row.settings | text_settings(row.params, text), measure, entry)
                     if different:
                         others.append((len(different), f"{source.source}: {entry['method']}, {measure}", different))
                         continue
                     is_dense, published = entry["method"] == DENSE, entry[measure]
-                    own = _own(section.dense if is_dense else row.pruned, measure)
+                    own = _own(section.on(text).dense if is_dense else row.on(text).pruned, measure)
                     both = isinstance(published, float | int) and isinstance(own, float)
                     cells = ("dense" if is_dense else section.name(row), source.source, inline(measure))
                     ratio = f"{own / published:.3f}" if both else DASH
@@ -93,6 +95,16 @@ def content(section: Section) -> Content:
         "This report knows no published row with the protocol of these experiments. "
         f"The nearest is {nearest}; it differs in {', '.join(map(code, different))}."
     ]
+
+
+def _texts(row: Row, measure: str) -> list[str]:
+    """Return the texts on which a row has a measure; accuracies do not depend on them."""
+    return list(row.params.perplexity.texts) if measure == "perplexity" else [row.params.perplexity.first]
+
+
+def text_settings(params: Params, text: str) -> Settings:
+    """Return the settings of a text under the names of published.yaml."""
+    return {f"perplexity.text.{key}": value for key, value in params.perplexity.texts[text].filled}
 
 
 def _own(measured: Measured, measure: str) -> float | str | None:

@@ -30,7 +30,7 @@ def content(section: Section) -> Content:
 
 
 def _origin(row: Row, varying: list[str]) -> list[str]:
-    times, known = row.times(), runs()
+    times, known = row.times(), runs(row.params.perplexity.texts)
     mine = sum(time["seconds"] for run, time in times.items() if known[run][1])
     peaks = [time["peak_anonymous_gb"] for time in times.values() if "peak_anonymous_gb" in time]
     given = row.params.model_dump(mode="json", include={"recipe", *CHOICES, "allocation_strength"})

@@ -1,5 +1,7 @@
 """The chapter on run time: seconds by stage, each run counted once."""
 
+from collections.abc import Iterable
+
 from wanda_dvc.report.formatting import DASH, seconds
 from wanda_dvc.report.pages import Content, table
 from wanda_dvc.report.section import Section
@@ -29,7 +31,7 @@ def content(section: Section) -> Content:
     return [table(caption, ["", *used, "all"], rows)]
 
 
-def runs() -> dict[str, tuple[str, bool]]:
+def runs(texts: Iterable[str]) -> dict[str, tuple[str, bool]]:
     """Return by run, such as `zero-shot-pruned`, its stage, and whether each row has a separate run.
 
     Runs are separate if the result depends on the recipe; rows may share the other runs.
@@ -38,14 +40,14 @@ def runs() -> dict[str, tuple[str, bool]]:
     chosen = False  # whether this stage or an earlier stage depends on the recipe
     for stage in STAGES.values():
         chosen = chosen or "recipe" in stage.settings
-        found |= {name: (stage.name, chosen and part != "dense") for name, part in stage.runs()}
+        found |= {name: (stage.name, chosen and part != "dense") for name, part, _ in stage.runs(texts)}
     return found
 
 
 def _bars(section: Section) -> dict[str, dict[str, float]]:
     """Return seconds by stage, for each row and for shared runs."""
     bars: dict[str, dict[str, float]] = {SHARED: {}}
-    known, seen = runs(), set()
+    known, seen = runs(section.texts), set()
     for row in section.ordered:
         own = bars[section.label(row)] = {}
         for run, time in row.times().items():

@@ -1,7 +1,7 @@
 """The chapter on the places of removed weights, layer errors, and a model's bytes without its zeros."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.report import charts
@@ -91,12 +91,13 @@ def _sizes(section: Section) -> Content:
             rows.append([section.name(row), f"{stored / 1e6:,.1f}", share, number(row.pruned.perplexity)])
     if not rows:
         return []
+    on = f", {section.about(section.texts[0])}" if len(section.texts) > 1 else ""
     caption = (
         "The model's size without its zeros. Unstructured: the remaining values, and one bit a weight for the mask. "
         "n:m: the remaining values, and ⌈log₂ m⌉ bits each for their position. The files of `apply` contain the zeros "
         "and are no smaller. Neurons, heads, blocks, experts: the files of `apply`, which are smaller."
     )
-    parts: Content = [table(caption, ["", "MB", "% of dense", "perplexity"], rows)]
+    parts: Content = [table(caption, ["", "MB", "% of dense", f"perplexity{on}"], rows)]
     if series := section.points(point):
         if size and isinstance(dense, float):
             series["dense"] = [Point(size / 1e6, dense)]
@@ -116,20 +117,25 @@ def _sizes(section: Section) -> Content:
 def stored_bytes(row: Row) -> int | None:
     """Return the model's bytes without zeros; None if the sparsity or the dense size is unknown.
 
-    A smaller model has the size of its directory. Unstructured: each linear as one bit a weight, and the kept values.
-    n:m: the kept values, each with ⌈log₂ m⌉ bits for its place among m (as sparse tensor cores read 2:4). All other
-    tensors are unchanged.
+    A smaller model has the size of its directory.
     """
     if row.params.plan.structure:
         smaller: int | None = row.outs.get(PRUNED, {}).get("size")
         return smaller
     linears, total = row.plot("sparsity"), row.outs.get(DENSE, {}).get("size")
-    if not linears or not total:
-        return None
-    pattern = parse_pattern(row.params.pattern)
+    return without_zeros(linears, total, row.params.pattern) if linears and total else None
+
+
+def without_zeros(linears: Iterable[Mapping[str, str]], total: int, pattern: str) -> int:
+    """Return a model's bytes without zeros, from the lines of metrics/plots/sparsity.csv and the dense model's bytes.
+
+    Unstructured: each linear as one bit a weight, and the kept values. n:m: the kept values, each with ⌈log₂ m⌉ bits
+    for its place among m (as sparse tensor cores read 2:4). All other tensors are unchanged.
+    """
+    n_of_m = parse_pattern(pattern)
     for line in linears:
         weights, zeros, size = int(line["weights"]), int(line["zeros"]), int(line["bytes"])
         kept = weights - zeros
-        places = kept * math.ceil(math.log2(pattern[1])) if pattern else weights
+        places = kept * math.ceil(math.log2(n_of_m[1])) if n_of_m else weights
         total += kept * (size // weights) + math.ceil(places / 8) - size
     return int(total)

@@ -11,26 +11,33 @@ from wanda_dvc.report.section import Section
 def content(section: Section) -> Content:
     """A sentence for each comparison."""
     said = []
+    by_text = {text: on.comparisons_by_name for text in section.texts if (on := section.on(text))}
     for comparison in section.comparisons:
-        parts = [_of_perplexity(comparison, section.name(comparison.second))]
+        names = section.names(comparison)
+        parts = [
+            _of_perplexity(found[names], section.name(comparison.second), section.about(text))
+            for text, found in by_text.items()
+            if names in found
+        ]
         if mean := comparison.mean:
             parts.append(f"{signed(mean.value)} points of mean accuracy ({_noise(mean)} noise)")
         if comparison.second is None and (total := comparison.first.pruned.all_flips(section.dense, section.tasks)):
             parts.append(f"{percent(total.share)} % of the answers changed")
         if errors := _layer_errors(comparison):
             parts.append(errors)
-        said.append(f"{section.names(comparison)}: {'; '.join(parts)}.")
+        said.append(f"{names}: {'; '.join(parts)}.")
     return [bullets(said)]
 
 
-def _of_perplexity(comparison: Comparison, other: str) -> str:
+def _of_perplexity(comparison: Comparison, other: str, text: str) -> str:
+    on = text and f" on {text}"
     if comparison.first.pruned.diverged:
-        return "its perplexity diverged"
+        return f"its perplexity{on} diverged"
     if comparison.second and comparison.second.pruned.diverged:
-        return f"{other}'s perplexity diverged, its own did not"
+        return f"{other}'s perplexity{on} diverged, its own did not"
     if ratio := comparison.ratio:
-        return f"{factor(ratio.value)} × the perplexity ({_noise(ratio)} noise)"
-    return "perplexities could not be compared window by window"
+        return f"{factor(ratio.value)} × the perplexity{on} ({_noise(ratio)} noise)"
+    return f"perplexities{on} could not be compared window by window"
 
 
 def _layer_errors(comparison: Comparison) -> str:

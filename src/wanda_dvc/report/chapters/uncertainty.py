@@ -14,18 +14,21 @@ from wanda_dvc.study.markup import inline, number
 def content(section: Section) -> Content:
     """Each number's interval, the comparisons, and the meaning of the tests."""
     tests = sum(len(one.tests()) for one in section.comparisons)
+    first, *others = section.texts
+    on = f" on {section.about(first)}" if others else ""
     columns = ["perplexity", "95 % interval", "p, adjusted", "mean accuracy, points", "95 % interval", "p, adjusted"]
     return [
         _alone(section),
         table(
-            "Paired: perplexity on the same windows as a ratio; the mean accuracy's difference on the items that both "
-            "answered, in percentage points, tasks counting equally.",
+            f"Paired: perplexity{on} on the same windows as a ratio; the mean accuracy's difference on the items that "
+            "both answered, in percentage points, tasks counting equally.",
             ["", *columns],
             [
                 [section.names(one), *_paired(one.ratio, factor, " ×"), *_paired(one.mean, signed, "")]
                 for one in section.comparisons
             ],
         ),
+        *(_on_text(section.on(text), section.about(text), columns[:3]) for text in others),
         table(
             "Items that only the first got right / only the second; * where McNemar's exact test, adjusted, is below "
             "0.05.",
@@ -38,6 +41,12 @@ def content(section: Section) -> Content:
         "slightly too narrow. A test covers these items, this text and one calibration; another seed is another "
         "experiment.",
     ]
+
+
+def _on_text(section: Section, about: str, columns: list[str]) -> str:
+    """Return the paired perplexities on a further text."""
+    rows = [[section.names(one), *_paired(one.ratio, factor, " ×")] for one in section.comparisons]
+    return table(f"Paired: perplexity on {about}, adjusted for the tests on that text.", ["", *columns], rows)
 
 
 def _alone(section: Section) -> str:

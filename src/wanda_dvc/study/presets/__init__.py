@@ -14,7 +14,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from tabulate import tabulate
 
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.params import check_params
+from wanda_dvc.params import Text, check_params
 from wanda_dvc.reading import yaml_problem
 from wanda_dvc.study.files import json_text, write_text
 from wanda_dvc.study.project import Project
@@ -23,6 +23,7 @@ from wanda_dvc.study.settings import Settings, flatten, section_of
 FOLDER = files("wanda_dvc.study") / "presets"
 PARAMS = files("wanda_dvc.study") / "template" / "params.yaml"  # of a new study: every setting, its default, a comment
 DEFAULT = "default"
+OF_TEXTS = "perplexity.texts."
 DESCRIPTION = "SmolLM2-135M-Instruct and the embedded text and questions; needs PyPI and nothing else"
 
 
@@ -57,7 +58,14 @@ def read_preset(name: str) -> Preset:
     if name == DEFAULT:
         return Preset(name, DESCRIPTION, default)
     content = _load(FOLDER / f"{name}.yaml")
-    return Preset(name, content["description"], default | dict(flatten(content["settings"])), content.get("grid"))
+    own = {key: None for text in content["settings"]["perplexity"]["texts"] for key in _keys(text)}
+    default = {key: value for key, value in default.items() if not key.startswith(OF_TEXTS)}
+    return Preset(name, content["description"], default | own | dict(flatten(content["settings"])), content.get("grid"))
+
+
+def _keys(text: str) -> list[str]:
+    """Return the names of a text's settings."""
+    return [f"{OF_TEXTS}{text}.{name}" for name in Text.model_fields]
 
 
 def preset_table(*, as_json: bool = False) -> str:
@@ -94,6 +102,8 @@ def apply_preset(*, project: Project, name: str) -> str:
 def with_settings(text: str, settings: Settings) -> tuple[str, int]:
     """Set settings, by dotted name, in the text of a params.yaml; return the text and the number of changed settings.
 
+    If the settings name texts of the perplexity, texts with other names are removed.
+
     Comments stay, and so does the spelling of equal values. UserError if the result is not valid.
     """
     yaml = YAML()
@@ -106,7 +116,10 @@ def with_settings(text: str, settings: Settings) -> tuple[str, int]:
         raise UserError(f"params.yaml: not valid YAML: {yaml_problem(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"params.yaml: got {type(content).__name__}, expected a mapping of settings")
-    changed = [key for key, value in settings.items() if _set(content, key, value)]
+    named = (key.removeprefix(OF_TEXTS).partition(".")[0] for key in settings if key.startswith(OF_TEXTS))
+    texts = list(dict.fromkeys(named))
+    removed = _keep_texts(content, texts) if texts else []
+    changed = removed + [key for key, value in settings.items() if _set(content, key, value)]
     check_params(content)  # refuses a wrong `runtime` or an unknown setting before any write
     if not changed:
         return text, 0
@@ -117,6 +130,17 @@ def with_settings(text: str, settings: Settings) -> tuple[str, int]:
 
 def _load(file: Traversable) -> Settings:
     return YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+
+
+def _keep_texts(content: Settings, names: list[str]) -> list[str]:
+    """Remove the texts of the perplexity with other names, and return these. A renamed text keeps its comments."""
+    section: Any = section_of(content, "perplexity.texts.")[0]
+    old, new = [name for name in section if name not in names], [name for name in names if name not in section]
+    for name in old:
+        if new:
+            section.insert(list(section).index(name), new.pop(0), section[name])
+        del section[name]
+    return old
 
 
 def _set(content: Settings, name: str, value: Any) -> bool:

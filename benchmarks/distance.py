@@ -1,0 +1,144 @@
+"""Measure how far pruned and quantized models are from the dense one: SmolLM2-135M, all recipes without a training.
+
+    python benchmarks/distance.py --mirror DIR     35 models, about two hours on two quiet cores
+    python benchmarks/distance.py --mirror DIR --only fisher 50%     rows with all of these words
+
+DIR holds WikiText-2 and the five tasks laid out like the Hub, as `runtime.mirror` takes it. The study is that of
+two_models.py: `fisher` statistics of 32 windows of 2,048 tokens of WikiText-2's validation split. Of each model:
+perplexity and divergence on 16 windows of 1,024 tokens of WikiText-2's test split and of the embedded text, 200 items
+of each task, bytes, and of pruned models the layer error. Each row is written to results-distance.json at once, and a
+run goes on with the rows that are missing there.
+"""
+
+import argparse
+import csv
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ours
+from gguf_files import EMBEDDINGS, FORMATS, write_gguf
+from processes import HERE, Runner, say
+from two_models import Models, change
+
+from wanda_dvc.catalog import RECIPES, RECONSTRUCTIONS
+from wanda_dvc.report.chapters.structure import without_zeros
+
+TARGET = HERE / "results-distance.json"
+AMOUNTS = {
+    "50%": (0.5, "unstructured"),
+    "70%": (0.7, "unstructured"),
+    "2:4": (0.5, "2:4"),
+    "30%": (0.3, "unstructured"),
+}
+SETTINGS: dict[str, Any] = {
+    "perplexity": {"texts": {"wikitext2": {"source": "wikitext2"}}, "length": 1024, "windows": 16},
+    "tasks": {"source": "benchmark"},
+    "zero_shot": {"limit": 200},
+}
+DENSE = "dense"
+
+
+class Row(NamedTuple):
+    """One model: the dense one, a pruned one, or the dense one in a GGUF format."""
+
+    name: str
+    recipe: str = ""
+    amount: str = ""
+    format: str = ""
+
+
+def rows() -> Iterator[Row]:
+    """Yield all rows, those that most depends on first."""
+    recipes = [name for name, row in RECIPES.items() if not RECONSTRUCTIONS[row.reconstruction].trains]
+    yield Row(DENSE)
+    for amount in AMOUNTS:
+        yield from (Row(f"{recipe} {amount}", recipe, amount) for recipe in recipes)
+        if amount == "50%":
+            yield from (Row(f"GGUF {kind}", format=kind) for kind in FORMATS)
+
+
+class Study:
+    """The study, with its dense model measured."""
+
+    def __init__(self, models: Models) -> None:
+        self.models, self.root = models, models.study("smollm2-135m", 0)
+        change(self.root, SETTINGS)
+        (self.root / "prompts.txt").write_text("\n")  # no continuations
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        """Measure a model."""
+        if row.format:
+            return self._gguf(row.format)
+        return self._dense() if row.name == DENSE else self._pruned(row)
+
+    def _dense(self) -> dict[str, Any]:
+        for part in ("perplexity", "tasks"):
+            self.models.stage(self.root, "download", part)
+        took = self._evaluate("dense")
+        return {"bytes": _size(self.root / "models/dense"), **self._shown("dense"), "seconds": took}
+
+    def _pruned(self, row: Row) -> dict[str, Any]:
+        sparsity, pattern = AMOUNTS[row.amount]
+        change(self.root, {"recipe": row.recipe, "sparsity": sparsity, "pattern": pattern})
+        took = {stage: round(self.models.stage(self.root, stage), 1) for stage in ("mask", "apply")}
+        took |= self._evaluate("pruned")
+        with (self.root / "metrics/plots/sparsity.csv").open(encoding="utf-8") as file:
+            linears = list(csv.DictReader(file))
+        size = without_zeros(linears, _size(self.root / "models/dense"), pattern)
+        return {"recipe": row.recipe, "amount": row.amount, "bytes": size, **self._shown("pruned"), "seconds": took}
+
+    def _evaluate(self, model: str) -> dict[str, float]:
+        return {stage: round(self.models.stage(self.root, stage, model), 1) for stage in ("perplexity", "zero-shot")}
+
+    def _shown(self, model: str) -> dict[str, Any]:
+        found = self._json("show", "--json")["results"][model]
+        tasks = found.pop("zero_shot")
+        found["accuracies"] = {task: of["acc"] for task, of in tasks.items()}
+        found["flips"] = {task: of["flips"] for task, of in tasks.items() if "flips" in of}
+        return {key: value for key, value in found.items() if key != "continuations"}
+
+    def _gguf(self, kind: str) -> dict[str, Any]:
+        file = self.root / f"{kind}.gguf"
+        write_gguf(self.root / "models/dense", file, kind, EMBEDDINGS.get(kind))
+        began = time.perf_counter()
+        (_, found) = self._json("evaluate", str(file), "--json")
+        file.unlink()
+        found["flips"] = {task: {"acc": flips} for task, flips in found["flips"].items()}
+        found |= {"format": kind, "seconds": {"evaluate": round(time.perf_counter() - began, 1)}}
+        return {key: value for key, value in found.items() if key not in ("model", "continuations")}
+
+    def _json(self, *words: str) -> Any:
+        self.models.runner.run("wanda-dvc", *words, cwd=self.root)
+        said = (self.models.runner.work / "last.log").read_text(encoding="utf-8")
+        return json.loads(said[min(at for at in (said.find("\n{"), said.find("\n["), 0) if at >= 0) :])
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mirror", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=[], help="words of a row's name")
+    parser.add_argument("--work", type=Path, default=HERE / ".work" / "two-models")
+    asked = parser.parse_args()
+    work: Path = asked.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    study = Study(Models(Runner(work), asked.mirror.resolve()))
+    results = json.loads(TARGET.read_text()) if TARGET.is_file() else {"machine": {}, "rows": {}}
+    results["machine"] = {"cpu": ours.processor(), "date": time.strftime("%Y-%m-%d")}
+    for row in rows():
+        if row.name in results["rows"] or not ({*asked.only} <= {*row.name.split()} or row.name == DENSE):
+            continue
+        results["rows"][row.name] = found = study.measure(row)
+        TARGET.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        say(f"{row.name}: {found['texts']['wikitext2']['perplexity']}, {found['seconds']}")
+
+
+if __name__ == "__main__":
+    main()
