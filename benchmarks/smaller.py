@@ -123,9 +123,8 @@ class Smaller(Models):
             half.rename(fewer)
         study = fewer.with_name(f"{fewer.name}-seed-0")
         study.mkdir(exist_ok=True)
-        if not (study / "params.yaml").is_file():
-            shutil.copy(folder / "params.yaml", study)
-            change(study, {"model": str(fewer), "calibration": {"statistics": "gram"}})
+        shutil.copy(folder / "params.yaml", study)
+        change(study, {"model": str(fewer), "calibration": {"statistics": "gram"}})
         for part, where in (("model", "models/dense"), ("calibration", "data/calibration")):
             if not (study / where).is_dir():
                 self.stage(study, "download", part)

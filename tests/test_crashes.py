@@ -21,6 +21,7 @@ from command_line import wanda_dvc
 from conftest import save_tiny_model, write_params
 from filelock import FileLock
 
+from wanda_dvc.export.build import export
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import digest
@@ -237,6 +238,50 @@ def check_recovery(root: Path, killer: Killer, name: str, part: str | None) -> N
         body()
         assert outputs(root) == expected, f"killed at operation {at} of {points}"
         assert not leftovers(root), f"killed at operation {at} of {points}"
+
+
+# What DVC removes before it runs a stage, or a user before an export is repeated.
+REMOVED: dict[tuple[str, str | None], tuple[str, ...]] = {
+    ("download", "model"): ("models/dense",),
+    ("download", "calibration"): ("data/calibration",),
+    ("download", "perplexity"): ("data/perplexity",),
+    ("download", "tasks"): ("data/tasks",),
+    ("mask", None): ("masks", "weights"),
+    ("export", "huggingface"): ("exported",),
+    ("export", "packed"): ("exported",),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "part"), REMOVED, ids=["-".join(filter(None, one)) for one in REMOVED])
+def test_any_file_operation_without_earlier_outputs_is_a_crash_point_that_recovers(
+    root: Path, killer: Killer, name: str, part: str | None
+):
+    """The settings have `propagation: pruned`."""
+
+    def body() -> None:
+        if name == "export":
+            export(project=Project(root), experiment=None, target=root / "exported", format_name=str(part))
+        else:
+            run(name, project=Project(root), part=part)
+
+    def remove() -> None:
+        for out in REMOVED[name, part]:
+            shutil.rmtree(root / out, ignore_errors=True)
+
+    remove()
+    assert killer.run(root, -1, body)
+    expected, points = outputs(root), killer.count
+    assert points >= 3
+    for at in sorted(random.Random(name).sample(range(points), min(points, CRASHES))):
+        remove()
+        assert not killer.run(root, at, body), f"operation {at} did not happen"
+        remove()
+        body()
+        assert outputs(root) == expected, f"killed at operation {at} of {points}"
+        assert not leftovers(root), f"killed at operation {at} of {points}"
+    if name == "export":
+        remove()
 
 
 @pytest.mark.slow

@@ -44,10 +44,16 @@ def pruned(project: Callable[..., Project]) -> Project:
     return made
 
 
+def digest_of(model: Path) -> str:
+    """The digest of a model in protocols."""
+    made = read_format(model, "apply")
+    return digest({key: value for key, value in made.items() if key != "files" or model.name == "dense"})
+
+
 def measure(project: Project, which: str, perplexity: float | str, model: str | None = None) -> None:
     """As the stage writes it, for the model at hand or another one."""
     folder = project.model(which)
-    protocol = {"model": model or digest(read_format(folder, "apply")), "windows": 4, "length": 64}
+    protocol = {"model": model or digest_of(folder), "windows": 4, "length": 64, "rest": "dropped"}
     protocol |= {"dtype": "float32", "text": {"source": "embedded, test", "sha256": "0" * 64}}
     write_json(project.details(which, "perplexity/embedded"), {"protocol": protocol, "losses": []})
     write_json(project.metrics(which, "perplexity/embedded"), {"perplexity": perplexity})
@@ -64,15 +70,18 @@ def test_the_workspaces_model_is_what_apply_wrote(pruned: Project):
     target = pruned.root.parent / f"{pruned.root.name}-exported"
     files = {path.name for path in target.iterdir()}
     assert files == {path.name for path in pruned.model("pruned").iterdir()}
-    for name in files - {"README.md"}:
+    for name in files - {"README.md", "provenance.json"}:
         assert (target / name).read_bytes() == (pruned.model("pruned") / name).read_bytes()
+    made = read_format(pruned.model("pruned"), "apply")
+    assert made.pop("files").keys() == files - {"README.md", "provenance.json"}
+    assert json.loads((target / "provenance.json").read_text()) == made
 
 
 def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
     measure(pruned, "dense", 12.5)
     measure(pruned, "pruned", "diverged")
     write_json(pruned.metrics("pruned", "zero_shot"), {"piqa": {"acc": 0.5}})
-    answered = {"standard_errors": {"acc": 0.07}, "items": []}
+    answered = {"protocol": {"task": {"sha256": "0"}}, "standard_errors": {"acc": 0.07}, "items": []}
     write_json(pruned.details("pruned", "zero_shot"), {"tasks": {"piqa": answered}})
     card = exported(pruned)
     assert card.data.to_dict() == {
@@ -138,7 +147,7 @@ def test_the_card_counts_changed_answers(pruned: Project):
         items: list[Json] = [{"item": n, "answer": x, "acc": float(x == 0)} for n, x in enumerate(answers)]
         for item, answer in zip(items, by_length, strict=False):
             item |= {"answer_norm": answer, "acc_norm": float(answer == 0)}
-        protocol = {"model": digest(read_format(pruned.model(model), "apply")), "task": {"sha256": "0"}}
+        protocol = {"model": digest_of(pruned.model(model)), "task": {"sha256": "0"}}
         write_json(pruned.details(model, "zero_shot"), {"tasks": {"piqa": {"protocol": protocol, "items": items}}})
         write_json(pruned.metrics(model, "zero_shot"), {"piqa": {"acc": 0.5}})
     text = exported(pruned).text
@@ -150,13 +159,13 @@ def test_the_card_counts_changed_answers(pruned: Project):
 
 def test_the_card_shows_what_both_models_write(pruned: Project):
     for model, text, tokens in (("dense", "a cat\nsat", [1, 2, 3]), ("pruned", "a *dog*", [1] * 8)):
-        protocol = {"model": digest(read_format(pruned.model(model), "apply"))}
+        protocol = {"model": digest_of(pruned.model(model))}
         written = [{"prompt": "Once | upon", "text": text, "tokens": tokens}]
         write_json(pruned.details(model, "continuations"), {"protocol": protocol, "prompts": written})
     text = exported(pruned).text
     assert "## Continuations\n\nGreedy continuations, at most 8 tokens" in text
     assert "| Once \\| upon | a cat sat | a \\*dog\\* | 1 | 0 %, 80 % |" in text
-    skipped = {"protocol": {"model": digest(read_format(pruned.model("dense"), "apply"))}, "skipped": "too large"}
+    skipped = {"protocol": {"model": digest_of(pruned.model("dense"))}, "skipped": "too large"}
     write_json(pruned.details("dense", "continuations"), skipped)
     shutil.rmtree(pruned.root.parent / f"{pruned.root.name}-exported")
     assert "The dense model's were skipped: too large." in exported(pruned).text

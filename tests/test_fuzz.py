@@ -6,6 +6,8 @@ run is `WANDA_DVC_FUZZ_SECONDS=300 pytest tests/test_fuzz.py`, so many processor
 
 import json
 import os
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,12 +24,17 @@ from wanda_dvc.engine.checkpoint import Checkpoint, read_index
 from wanda_dvc.engine.config import read_config
 from wanda_dvc.engine.states import HiddenStates
 from wanda_dvc.errors import UserError
+from wanda_dvc.packed.directory import unpack_directory
+from wanda_dvc.packed.format import packing_of
 from wanda_dvc.params import read_params
-from wanda_dvc.reading import read_header, read_lines, read_object
+from wanda_dvc.reading import read_header, read_lines, read_object, read_text
+from wanda_dvc.sources.rows import ROWS, check_rows
 from wanda_dvc.stages.perplexity import _read
+from wanda_dvc.study.details import load_details
 from wanda_dvc.study.documents import Documents
 from wanda_dvc.study.provenance import KEYS, read_provenance
 from wanda_dvc.study.tensors import read_masks, read_stats
+from wanda_dvc.study.upgrade import _brought
 
 CORPUS = Path(__file__).parent / "corpus"
 SECONDS = float(os.environ.get("WANDA_DVC_FUZZ_SECONDS", "0"))
@@ -60,7 +67,48 @@ def progress(path: Path) -> None:
     HiddenStates.open(path.parent, [2, 3], 4, torch.float32, 3)
 
 
+def task_rows(path: Path) -> None:
+    """The rows of every known task, each by its own schema."""
+    for task in ROWS:
+        try:
+            assert check_rows(task, read_lines(path)) >= 0
+        except UserError as error:
+            assert str(path) in str(error) or task in str(error)  # noqa: PT017 - every one of them
+
+
+def packed(path: Path) -> None:
+    """A packed directory's configuration, on the right weights."""
+    shutil.copyfile(CORPUS / "packed_weights/right", path.with_name("model.safetensors"))
+    unpacked(path.parent)
+
+
+def packed_weights(path: Path) -> None:
+    """A packed directory's weights, with the right configuration."""
+    shutil.copyfile(CORPUS / "packed/right", path.with_name("config.json"))
+    unpacked(path.parent)
+
+
+def unpacked(folder: Path) -> None:
+    if packing_of(folder) is None:
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as target:
+        unpack_directory(folder, Path(target))
+        assert packing_of(Path(target)) is None
+
+
+def upgraded(place: str) -> Callable[[Path], object]:
+    """A file of an older study, brought to this version."""
+    return lambda path: _brought(place, read_text(path), [])
+
+
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # name of the file, what reads it
+    "task_rows": ("items.jsonl", task_rows),
+    "packed": ("config.json", packed),
+    "packed_weights": ("model.safetensors", packed_weights),
+    "upgrade_pipeline": ("dvc.yaml", upgraded("dvc.yaml")),
+    "upgrade_params": ("params.yaml", upgraded("params.yaml")),
+    "details": ("perplexity.json", load_details),
+    "details_of_tasks": ("zero_shot.json", load_details),
     "object": ("file.json", read_object),
     "lines": ("items.jsonl", lambda path: list(read_lines(path))),
     "index": ("model.safetensors.index.json", read_index),
@@ -134,13 +182,18 @@ def test_a_damaged_file_is_refused_or_read(reader: str, tmp_path: Path):
     kept = sorted((CORPUS / reader).iterdir())
     assert kept, "the corpus has no file of this reader"
 
+    checked = refused = 0
+
     def check(content: bytes) -> None:
+        nonlocal checked, refused
+        checked += 1
         with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
             path = Path(folder, name)
             path.write_bytes(content)
             try:
                 read(path)
             except UserError as error:
+                refused += 1
                 assert str(error).strip()  # noqa: PT017 - it may also be read
 
     originals = [path.read_bytes() for path in kept]
@@ -156,3 +209,4 @@ def test_a_damaged_file_is_refused_or_read(reader: str, tmp_path: Path):
         seed(number)(limits(given(damaged(originals))(check)))()
         if time.process_time() > end:
             break
+    sys.stderr.write(f"{reader}: {checked} files, {refused} refused\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import Case, artifacts, dotted, models, places, rows, settings, texts
+from cases import Case, artifacts, details, dotted, models, places, rows, settings, texts
 from command_line import wanda_dvc
 from conftest import ROOT, text_of, without_privilege, write_params
 from ruamel.yaml import YAML
@@ -25,6 +25,7 @@ from wanda_dvc.reading import read_lines
 from wanda_dvc.report import report
 from wanda_dvc.sources.rows import check_rows
 from wanda_dvc.stages.download import download
+from wanda_dvc.study.files import write_json
 from wanda_dvc.study.places import EMBEDDED
 from wanda_dvc.study.project import ITEMS, TRACKED, Project
 from wanda_dvc.study.provenance import describe, file_digest, write_provenance
@@ -189,6 +190,7 @@ RUNS: dict[str, Callable[[Project], object]] = {
     "perplexity": lambda made: stages.run("perplexity", project=made, part="dense"),
     "perplexity-pruned": lambda made: stages.run("perplexity", project=made, part="pruned"),
     "zero-shot": lambda made: stages.run("zero-shot", project=made, part="dense"),
+    "zero-shot-pruned": lambda made: stages.run("zero-shot", project=made, part="pruned"),
     "stats": lambda made: stats.stats(project=made, layer=None, as_json=False),
     "show": lambda made: show.show(project=made),
 }
@@ -232,6 +234,52 @@ def test_download_refuses_a_wrong_row(project: Make, tmp_path: Path):
     with pytest.raises(UserError, match=r"validation\.jsonl: line 1: label: found -1, expected .*; correct that row"):
         download(project=made, part="tasks")
     assert not (tmp_path / "data").exists()
+
+
+@pytest.fixture(scope="module")
+def measured(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The metrics and settings of a study with all details of its pruned model."""
+    root = tmp_path_factory.mktemp("measured")
+    for name in ("metrics", "masks", "models", "data"):
+        shutil.copytree(finished / name, root / name)
+    shutil.copyfile(finished / "params.yaml", root / "params.yaml")
+    for name, content in details.RIGHT.items():
+        write_json(details_of(Project(root), name), content)
+    write_json(Project(root).metrics("pruned", "zero_shot"), {"piqa": {"acc": 0.5}})
+    return root
+
+
+def details_of(made: Project, name: str) -> Path:
+    """The details of the pruned model, on the study's one text."""
+    (text,) = made.params.perplexity.texts
+    return made.details("pruned", f"perplexity/{text}" if name == "perplexity" else name)
+
+
+def test_details_that_a_stage_writes_are_shown(measured: Path):
+    shown = show.show(project=Project(measured))
+    assert "The largest is 0.1000, of a." in shown
+    assert "piqa" in show.show(project=Project(measured), as_json=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "says"),
+    details.WRONG,
+    ids=[f"{name} {place} {number}" for number, (name, place, _, _) in enumerate(details.WRONG)],
+)
+def test_damaged_details(name: str, place: details.Place, value: object, says: str, measured: Path):
+    """In one line that names the file: `show` in the form of a table and of JSON. The file is restored."""
+    path = details_of(Project(measured), name)
+    write_json(path, details.at(details.RIGHT[name], place, value))
+    try:
+        for as_json in (False, True):
+            with pytest.raises(UserError) as caught:
+                show.show(project=Project(measured), as_json=as_json)
+            assert str(caught.value).startswith(f"{path}: ")
+            assert says in str(caught.value)
+            assert "\n" not in str(caught.value)
+            assert "; run " in str(caught.value)
+    finally:
+        write_json(path, details.RIGHT[name])
 
 
 @pytest.mark.parametrize("name", places.PLACES)

@@ -56,6 +56,15 @@ def row_of(study: Project, sizes: dict[str, int] | None = None, *, name: str = "
     return Row(name, None, study, outs, [], study.times)
 
 
+def test_a_row_with_damaged_details_says_so(tmp_path: Path):
+    study = Project(tmp_path)
+    write_params(tmp_path, "org/model")
+    assert row_of(study).damage is None
+    write_json(study.details("pruned", "layer_error"), {"linears": {"a": {"error": "0.1"}}, "protocol": {"model": "m"}})
+    expected = "metrics/details/pruned/layer_error.json: linears.a.error: found '0.1', expected a valid number; run "
+    assert (row_of(study).damage or "").startswith(expected)
+
+
 # --- inference ---
 
 

@@ -19,6 +19,7 @@ from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.engine.blocks import find_block_units
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.config import read_config
+from wanda_dvc.engine.harness import load_task
 from wanda_dvc.engine.smaller import Removal, Smaller, find_units, smaller_parameters, write_smaller
 from wanda_dvc.engine.structure import find_blocks
 from wanda_dvc.errors import UserError
@@ -27,8 +28,10 @@ from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.pruning.units import Units, cheapest, highest, least_squares, spread, stay_of, summed
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
+from wanda_dvc.stages.download import download
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
+from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
@@ -363,6 +366,25 @@ def test_zeros_in_a_smaller_model_need_a_second_study(study: Callable[..., Proje
     assert load_json(second.metrics("pruned", "sparsity")) == {"sparsity": 0.5}
     weight = pruned.weight("model.layers.0.mlp.down_proj")
     assert ((weight.view(-1, 4) != 0).sum(dim=1) == 2).all()
+
+
+def test_lm_eval_answers_as_the_stage_does(study: Callable[..., Project]):
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    made = study(pattern="neurons", sparsity=0.25)
+    mask(project=made)
+    apply(project=made)
+    download(project=made, part="tasks")
+    zero_shot(project=made, model="pruned")
+    own = load_json(made.details("pruned", "zero_shot"))["tasks"]["piqa"]["items"]
+    model = HFLM(pretrained=str(made.model("pruned")), dtype="float32", device="cpu", batch_size=1)
+    task = read_provenance(made.data("tasks") / "piqa", "download tasks")
+    definition = load_task(task["definition"], task["role"], made.data("tasks") / "piqa" / "items.jsonl")
+    theirs = evaluate(model, {"piqa": definition}, limit=len(own))["samples"]["piqa"]
+    found = [[answer[0][0] for answer in one["resps"]] for one in sorted(theirs, key=lambda one: one["doc_id"])]
+    for item, values in zip(own, found, strict=True):
+        assert item["loglikelihoods"] == pytest.approx(values, abs=1e-3)
 
 
 def test_rounding_is_reported(study: Callable[..., Project], capsys: pytest.CaptureFixture[str]):

@@ -280,6 +280,22 @@ def test_an_unknown_setting_is_refused_and_nothing_is_written(earlier: Project):
     assert contents(earlier.root) == there
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("calibration.fisher", "null0"),
+        ("method", ["wanda"]),
+        ("calibration.text.source", 5),
+        ("calibration.text.source", []),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name: str, value: object):
+    with pytest.raises(
+        UserError, match=rf"^params.yaml: found .*{name}: .*, expected values of an earlier version; rest"
+    ):
+        _migrated(aged({name: value}), PARAMS, [])
+
+
 # --- files ---
 
 

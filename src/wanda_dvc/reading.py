@@ -137,6 +137,25 @@ def yaml_problem(error: Exception) -> str:
     return f"line {mark.line + 1}: {problem}" if problem and mark else " ".join(str(error).split())
 
 
+WORDS = {  # of pydantic, and in our messages
+    "Input should be": "expected",
+    "String should": "expected text that should",
+    "List should": "expected a list that should",
+    "Field required": "missing, expected a value",
+}
+
+
+def problems_of(error: Any, where: str, todo: str) -> Iterator[str]:
+    """Yield the problems of pydantic's ValidationError for a document, as lines."""
+    for problem in error.errors():
+        field = ".".join(map(str, problem["loc"]))
+        message = problem["msg"].removeprefix("Value error, ")
+        for words, ours in WORDS.items():
+            message = message.replace(words, ours)
+        found = "" if problem["type"] in ("missing", "value_error") else f" found {problem['input']!r:.60},"
+        yield f"{where}:{f' {field}:' if field else ''}{found} {message}; {todo}"
+
+
 def read_object(path: Path, todo: str = COPY) -> dict[str, Any]:
     """Read a JSON object."""
     return expect_object(parse_json(read_text(path, todo), str(path), todo), str(path), todo)

@@ -135,6 +135,8 @@ def _edited() -> Iterator[Case]:
         ("models/dense/model.safetensors", ("calibrate", "mask", "apply", "perplexity", "zero-shot")),
         ("models/dense/config.json", ("mask", "apply")),
         ("models/dense/tokenizer.json", ("calibrate", "perplexity", "zero-shot")),
+        ("models/pruned/model.safetensors", ("perplexity-pruned", "zero-shot-pruned")),
+        ("models/pruned/tokenizer.json", ("perplexity-pruned",)),
         ("data/calibration/text.txt", ("calibrate", "mask-paper")),
         ("data/perplexity/embedded/text.txt", ("perplexity",)),
         ("data/tasks/piqa/items.jsonl", ("zero-shot",)),

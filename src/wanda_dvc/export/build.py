@@ -14,6 +14,7 @@ from wanda_dvc.reading import check_place
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.apply import describe_pruned
 from wanda_dvc.study.card import card
+from wanda_dvc.study.details import load_details
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import TRACKED, Project, temporary_place
@@ -158,6 +159,6 @@ def _drop_metrics_of_others(study: Project) -> None:
     for model, whose in zip(MODELS, (digest(dense), digest(made_from)), strict=True):
         details = study.root / "metrics/details"
         for path in (details / model).rglob("*.json"):
-            if load_json(path).get("protocol", {}).get("model", whose) != whose:
+            if load_details(path).get("protocol", {}).get("model", whose) != whose:
                 (study.root / "metrics" / path.relative_to(details)).unlink(missing_ok=True)
                 path.unlink()

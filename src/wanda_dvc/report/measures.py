@@ -9,7 +9,8 @@ from wanda_dvc.engine.flips import Flips, of_task, total_flips
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import inference
 from wanda_dvc.report.inference import Estimate
-from wanda_dvc.study.files import Json, load_json, load_numbers
+from wanda_dvc.study.details import load_details
+from wanda_dvc.study.files import Json, load_numbers
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import measured_alike
 
@@ -47,10 +48,10 @@ class Measured:
         return cls(
             measures.pop("perplexity", None),
             measures,
-            load_json(study.details(model, on_text)),
+            load_details(study.details(model, on_text)),
             accuracies,
-            load_json(study.details(model, "zero_shot")).get("tasks", {}),
-            load_json(study.details(model, "continuations")),
+            load_details(study.details(model, "zero_shot")).get("tasks", {}),
+            load_details(study.details(model, "continuations")),
         )
 
     @classmethod
@@ -161,5 +162,5 @@ def repeated_share(tokens: Sequence[int]) -> float:
 
 def mean_layer_error(study: Project) -> float | None:
     """Return the mean layer error of a study's pruned linears; None if it was not measured."""
-    linears = load_json(study.details("pruned", "layer_error")).get("linears", {})
+    linears = load_details(study.details("pruned", "layer_error")).get("linears", {})
     return sum(measures["error"] for measures in linears.values()) / len(linears) if linears else None

@@ -18,7 +18,7 @@ from wanda_dvc.catalog import RECIPES, Recipe
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED
-from wanda_dvc.report.measures import Measured
+from wanda_dvc.report.measures import Measured, mean_layer_error
 from wanda_dvc.stages import times
 from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, Kind, list_experiments
 from wanda_dvc.study.files import Json, load_json
@@ -70,6 +70,15 @@ class Row:
     def settings(self) -> dict[str, Any]:
         """Every parameter but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
         return resolved(self.params)
+
+    @property
+    def damage(self) -> str | None:
+        """The first problem of the files of results, if any."""
+        try:
+            self.dense, self.pruned, mean_layer_error(self.study)  # reads them
+        except UserError as error:
+            return str(error.problems[0]).removeprefix(f"{self.study.root}/")
+        return None
 
     @cached_property
     def dense(self) -> Measured:
@@ -247,7 +256,8 @@ def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
     if not any((folder / "metrics/pruned").rglob("*.json")):
         return "; ".join(notes) or "no results"
     commit = None if candidate.rev == WORKSPACE else candidate.rev
-    return Row(candidate.name, commit, study, outs, missing, project.times, notes=notes)
+    row = Row(candidate.name, commit, study, outs, missing, project.times, notes=notes)
+    return row.damage or row
 
 
 def _take_workspace(project: Project, study: Project) -> list[str]:

@@ -1,20 +1,15 @@
 """Schemas of the rows of known tasks. A row outside them would crash lm-eval, or change accuracy without a message."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from wanda_dvc.errors import UserError, notice
+from wanda_dvc.reading import problems_of
 
 SHOWN = 5  # problems in one message
-WORDS = {  # of pydantic, and in our messages
-    "Input should be": "expected",
-    "String should": "expected text that should",
-    "List should": "expected a list that should",
-    "Field required": "missing, expected a value",
-}
 Text = Annotated[str, Field(min_length=1)]
 Binary = Annotated[int, Field(ge=0, le=1)]
 
@@ -157,7 +152,7 @@ def check_rows(task: str, rows: Iterable[tuple[str, Any]]) -> int:
         try:
             choices = schema.model_validate(row).choices_of()
         except ValidationError as error:
-            problems += _explain(error, where)
+            problems += problems_of(error, where, "correct that row")
             continue
         if len(set(choices)) < len(choices):
             odd.append(f"{_place(where)} with equal choices")
@@ -174,14 +169,3 @@ def check_rows(task: str, rows: Iterable[tuple[str, Any]]) -> int:
 def _place(where: str) -> str:
     """Return the line or row of a place."""
     return where.rpartition(": ")[2]
-
-
-def _explain(error: ValidationError, where: str) -> Iterator[str]:
-    """Yield the problems of one row."""
-    for problem in error.errors():
-        field = ".".join(map(str, problem["loc"]))
-        message = problem["msg"].removeprefix("Value error, ")
-        for words, ours in WORDS.items():
-            message = message.replace(words, ours)
-        found = "" if problem["type"] in ("missing", "value_error") else f" found {problem['input']!r:.60},"
-        yield f"{where}:{f' {field}:' if field else ''}{found} {message}; correct that row"

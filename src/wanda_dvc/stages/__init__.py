@@ -140,7 +140,7 @@ STAGES = {
         ),
         Stage(
             name="apply",
-            version=6,
+            version=7,
             about="Write the pruned model: models/pruned.",
             result="metrics/details/pruned/layer_error.json",  # models/pruned is not cached
             settings=("recipe", "reconstruction"),

@@ -24,9 +24,11 @@ from wanda_dvc.stages.running import progress, solving_device
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
+from wanda_dvc.study.provenance import PROVENANCE, digest, files_digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import SEALED, Grams, block_count, read_grams, read_masks, read_weights
 from wanda_dvc.study.unchanged import read_input
+
+CARD = "README.md"
 
 
 class Zeros(NamedTuple):
@@ -46,8 +48,11 @@ def apply(*, project: Project) -> None:
     reconstruction, windows = project.params.plan.reconstruction.name, limit()
     made_from = describe_pruned(project, reconstruction)
     with project.work(made_from) as work:
-        written = prune(project, work.fresh(), reconstruction)
+        folder = work.fresh()
+        written = prune(project, folder, reconstruction)
         zeros = written.zeros
+        files = {name: sha256 for name, sha256 in files_digest(folder).items() if name != CARD}
+        write_provenance(folder, made_from | {"files": files})
         work.publish(project.model("pruned"))
     losses = compare(project, made_from, windows, lambda name: Parts(project, name).made)
     write_json(project.metrics("pruned", "held_out"), {"held_out": losses} if losses else {})
@@ -217,7 +222,7 @@ def prune(study: Project, target: Path, reconstruction: str = "none") -> Written
 
     others = {name: weight for changed, _ in parts.changed for name, weight in changed.items() if name not in blocks}
     addresses = [checkpoint.find(name) for name in (*blocks, *others)]
-    without = (PROVENANCE, "README.md")
+    without = (PROVENANCE, CARD)
     if parts.structure is None:
         written = checkpoint.copy(target, addresses, pruned, without=without)
         for _ in progress(written, total=len(addresses), what="apply, weights"):
@@ -229,7 +234,7 @@ def prune(study: Project, target: Path, reconstruction: str = "none") -> Written
         for linear in blocks.keys() - found.keys():  # complete experts that went, or that a tensor holds together
             found[linear] = parts.make(checkpoint.find(linear))[1]
         result = Written({linear: found[linear] for linear in blocks}, sparsity, removed)
-    (target / "README.md").write_text(card(study, result.sparsity, removed=result.removed), encoding="utf-8")
+    (target / CARD).write_text(card(study, result.sparsity, removed=result.removed), encoding="utf-8")
     write_provenance(target, made_from)
     return result
 

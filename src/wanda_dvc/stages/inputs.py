@@ -35,8 +35,12 @@ MADE_BY = {"dense": "download model", "pruned": "apply"}
 
 
 def model_provenance(project: Project, model: str) -> Json:
-    """Return the provenance of models/dense or models/pruned."""
-    return read_input(project, project.model(model), MADE_BY[model])
+    """Return the provenance of models/dense or models/pruned, without the digests of the latter's files.
+
+    These follow from the rest. UserError if a file was changed.
+    """
+    content = read_input(project, project.model(model), MADE_BY[model])
+    return content if model == "dense" else {name: value for name, value in content.items() if name != "files"}
 
 
 def calibrated_with(params: Params) -> Json:

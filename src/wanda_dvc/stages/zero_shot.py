@@ -14,7 +14,8 @@ from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES, continuations
 from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite
 from wanda_dvc.stages.running import progress, record_details
-from wanda_dvc.study.files import Json, finite, load_json, write_csv, write_json
+from wanda_dvc.study.details import load_details
+from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.places import METRICS
 from wanda_dvc.study.project import ITEMS, Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
@@ -58,7 +59,7 @@ def _flips(project: Project, details: Json) -> Json:
 
     Empty without comparable answers of the dense model, and for the embedded questions, which are no benchmark.
     """
-    dense, found = load_json(project.details("dense", "zero_shot")).get("tasks", {}), Json()
+    dense, found = load_details(project.details("dense", "zero_shot")).get("tasks", {}), Json()
     for task, one in details.items():
         embedded = read_provenance(project.data("tasks") / task, "download tasks").get("samples")
         for metric in [] if embedded else ANSWERS:

@@ -256,7 +256,11 @@ def migrate(given: Settings, study: Settings) -> Settings:
         if name not in {*REMOVED, *(old for names in moved for old in names)}
     }
     for names in moved:
-        new |= MOVED[names](*(full[name] for name in names))
+        try:
+            new |= MOVED[names](*(full[name] for name in names))
+        except (AttributeError, TypeError, ValueError):  # a value of another type than any version wrote
+            found = ", ".join(f"{name}: {full[name]!r:.40}" for name in names if name in given)
+            raise UserError(f"{PARAMS}: found {found}, expected values of an earlier version; {RESTORE}") from None
     new |= {name: given[name] for name in REMOVED if name in given and given[name] not in REMOVED[name]}
     return _by_name(new, full)
 

@@ -9,6 +9,7 @@ from wanda_dvc.params import OTHER_SOURCE, SAME_SOURCE
 from wanda_dvc.reading import DIVERGED, is_there
 from wanda_dvc.report.measures import Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
+from wanda_dvc.study.details import load_details
 from wanda_dvc.study.files import Json, json_text, load_json, load_numbers
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.local import missing_sources
@@ -54,11 +55,11 @@ def show(*, project: Project, as_json: bool = False) -> str:
 def measured(project: Project, model: str) -> dict[str, tuple[Json, Json]]:
     """Return the metrics and the details of a model's perplexity on each text, then of each task; empty if missing."""
     answered = load_numbers(project.metrics(model, "zero_shot"))
-    details = load_json(project.details(model, "zero_shot")).get("tasks", {})
+    details = load_details(project.details(model, "zero_shot")).get("tasks", {})
     texts = {
         on_text(project, text): (
             load_numbers(project.metrics(model, f"perplexity/{text}")),
-            load_json(project.details(model, f"perplexity/{text}")),
+            load_details(project.details(model, f"perplexity/{text}")),
         )
         for text in project.params.perplexity.texts
     }
@@ -259,7 +260,7 @@ def _title(project: Project) -> list[str]:
 def _footnotes(project: Project) -> Iterator[str]:
     for problem in raised(load_numbers(project.metrics("pruned", "held_out"))):
         yield f"Warning: {problem}."
-    yield from _notes_on_layers(load_json(project.details("pruned", "layer_error")).get("linears", {}))
+    yield from _notes_on_layers(load_details(project.details("pruned", "layer_error")).get("linears", {}))
     names = project.params.tasks.names
     if any(load_json(project.data("tasks") / name / PROVENANCE).get("samples") for name in names):
         yield (
@@ -323,7 +324,7 @@ def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
         f"{linears[worst]['error']:.4f}, of {worst}. With the same masks and no reconstruction the mean is "
         f"{masked:.4f}."
     )
-    if raised := {name: measures["damping"] for name, measures in linears.items() if measures.get("raised")}:
+    if raised := {name: measures.get("damping", 0) for name, measures in linears.items() if measures.get("raised")}:
         most = max(raised, key=lambda name: raised[name])
         yield (
             f"The Gram matrices of {len(raised)} linears are not positive definite with the default damping. It was "

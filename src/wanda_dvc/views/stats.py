@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.inputs import stats_provenance
+from wanda_dvc.study.details import load_details
 from wanda_dvc.study.files import Json, json_text, load_json
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
@@ -196,7 +197,7 @@ def _layer_errors(project: Project) -> dict[str, float]:
     """Return the layer error of every linear; empty if it belongs to other masks or Gram matrices."""
     from wanda_dvc.stages.apply import describe_pruned
 
-    measured = load_json(project.details("pruned", "layer_error"))
+    measured = load_details(project.details("pruned", "layer_error"))
     if not measured.get("linears"):
         return {}
     try:
