@@ -60,7 +60,7 @@ def test_running_again_on_equal_inputs_changes_nothing_in_git(repository: Reposi
     }
     assert repository.run("git", "status", "--porcelain") == ""
     shown = repository.run("wanda-dvc", "show")
-    assert re.search(r"^\| perplexity-pruned +\| +[\d.]+ ", shown, flags=re.MULTILINE)
+    assert re.search(r"^\| perplexity-pruned@embedded +\| +[\d.]+ ", shown, flags=re.MULTILINE)
 
 
 def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
