@@ -234,7 +234,7 @@ PERPLEXITY: dict[str, Any] = {
 }  # fmt: skip
 PIQA: dict[str, Any] = {"task": {"sha256": "a"}, "limit": 4, "examples": 0}
 OTHERS: dict[str, list[dict[str, Any]]] = {
-    "perplexity": [{name: "b"} for name in ("tokens_sha256", "windows", "length", "rest")],
+    "perplexity": [{"tokens_sha256": "b"}, {"windows": 3}, {"length": 9}, {"rest": 4}],
     "piqa": [{"task": {"sha256": "b"}}, {"limit": 5}, {"examples": 1}],
 }
 
@@ -245,15 +245,15 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
 def test_only_what_was_measured_alike_is_compared(project: Make, measure: str, other: dict[str, Any] | str | None):
     made = project(tasks__names=["piqa"], tasks__source="benchmark")
     for model in ("dense", "pruned"):
-        of: dict[str, Any] = {"perplexity": {"protocol": PERPLEXITY}, "piqa": {"protocol": PIQA}}
+        of: dict[str, Any] = {"perplexity": {"protocol": PERPLEXITY}, "piqa": {"protocol": PIQA, "items": []}}
         if model == "dense" and isinstance(other, str):
             of[measure] = {}
         elif model == "dense":
-            of[measure] = {"protocol": of[measure]["protocol"] | (other or {})}
+            of[measure] |= {"protocol": of[measure]["protocol"] | (other or {})}
         write_json(made.metrics(model, "perplexity/embedded"), {"perplexity": 20.0})
         write_json(made.metrics(model, "zero_shot"), {"piqa": {"acc": 0.5}})
         write_json(made.details(model, "perplexity/embedded"), of["perplexity"])
-        write_json(made.details(model, "zero_shot"), {"tasks": {"piqa": of["piqa"]}})
+        write_json(made.details(model, "zero_shot"), {"tasks": {"piqa": of["piqa"]} if of["piqa"] else {}})
     compared = {row[0].partition(",")[0]: bool(row[3]) for row in comparison(made)[:3]}
     alike = {name: other is None or name != measure for name in ("perplexity", "piqa")}
     assert compared == alike | {"mean": alike["piqa"]}

@@ -60,7 +60,7 @@ def test_running_again_on_equal_inputs_changes_nothing_in_git(repository: Reposi
     }
     assert repository.run("git", "status", "--porcelain") == ""
     shown = repository.run("wanda-dvc", "show")
-    assert re.search(r"^\| perplexity-pruned +\| +[\d.]+ ", shown, flags=re.MULTILINE)
+    assert re.search(r"^\| perplexity-pruned@embedded +\| +[\d.]+ ", shown, flags=re.MULTILINE)
 
 
 def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
@@ -244,7 +244,10 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     own = contents(exported)
     card = own.pop("README.md").decode()
     del applied["README.md"]
-    assert own == applied
+    sealed = json.loads(applied.pop("provenance.json"))
+    assert sealed.pop("files")  # what stages check in models/pruned
+    assert json.loads(own["provenance.json"]) == sealed
+    assert {name: own[name] for name in own if name != "provenance.json"} == applied
     assert not any(path.is_symlink() for path in exported.rglob("*"))
     assert not any(str(tmp_path.parent).encode() in content for content in [card.encode(), *own.values()])
 

@@ -154,7 +154,7 @@ MIGRATIONS: list[tuple[Settings, Settings]] = [  # changes of the earlier settin
         | {"perplexity.texts.text.source": "/texts/mine.txt"},
     ),
     (
-        {"perplexity.text.source": "ptb", "perplexity.text.split": "validation"},
+        {"perplexity.text.source": "ptb", "perplexity.text.split": "validation", "perplexity.text.join": " "},
         {
             "perplexity.texts.ptb.source": "ptb",
             "perplexity.texts.ptb.split": "validation",

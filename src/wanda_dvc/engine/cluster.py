@@ -34,7 +34,8 @@ from wanda_dvc.machine import omp_threads, usable_cores
 CPU = torch.device("cpu")
 LOCAL = "local"
 THREADS = 4  # of a task without a GPU, if OMP_NUM_THREADS is not set
-SECONDS = 300  # for the first worker
+SECONDS = 300  # for a node of a cluster without one
+SECONDS_TO_START = 30  # for a free worker, until a stage says that it waits
 SECONDS_TO_ANSWER = 10  # for a cluster's port: Ray itself waits for minutes
 AHEAD = 2  # tasks per worker that run, or have unread results
 RETRIES = 3  # of a task after its process or node died
@@ -179,12 +180,15 @@ class Cluster(Jobs):
         return max(1, int(ray.cluster_resources().get(self._kind, 0)) // (1 if self._kind == "GPU" else self._threads))
 
     def open(self) -> None:
-        """Wait for a worker, and check whether all nodes have the files. UserError if no worker appears."""
-        if not ray.wait(self._first, timeout=SECONDS)[0]:
-            wanted = "a GPU" if self._kind == "GPU" else f"{self._threads} CPUs"
-            raise UserError(f"runtime.ray: no worker with {wanted} started within {SECONDS} s; look at `ray status`")
-        if self._address == LOCAL:
+        """Wait for a worker, and check whether all nodes have the files. UserError if the cluster has no worker."""
+        if self._address == LOCAL:  # it has this machine's files and cores
             return
+        if not ray.wait(self._first, timeout=SECONDS_TO_START)[0]:
+            wanted = "a GPU" if self._kind == "GPU" else f"{self._threads} CPU{'s' * (self._threads > 1)}"
+            notice(f"runtime.ray: waiting for a worker with {wanted}")
+            busy = ray.cluster_resources().get(self._kind, 0) >= (1 if self._kind == "GPU" else self._threads)
+            if not ray.wait(self._first, timeout=None if busy else SECONDS)[0]:  # others may use a worker for hours
+                raise UserError(f"runtime.ray: no node with {wanted} joined within {SECONDS} s; look at `ray status`")
         expected = [tasks.fingerprint(folder) for folder in self._folders]
         here = ray.get_runtime_context().get_node_id()
         nodes = [x["NodeID"] for x in alive_nodes() if x["Resources"].get(self._kind) or x["NodeID"] == here]
