@@ -498,6 +498,16 @@ def test_what_is_damaged_is_refused(damage: Damage, said: str, tmp_path: Path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_list_as_dtype_is_refused(tmp_path: Path):
+    """Transformers itself fails on it."""
+    _, target = packed(tmp_path)
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"]["weights"][NAME]["dtype"] = ["float32"]
+    (target / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"{NAME}: expected dtype and shape"):
+        unpack_directory(target, tmp_path / "back")
+
+
 def test_a_model_that_was_changed_in_memory_is_saved_with_new_checksums(tmp_path: Path):
     _, target = packed(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(target)

@@ -272,6 +272,12 @@ def test_a_missing_setting_comes_back_at_its_place_with_its_comment(name: str):
     assert _migrated(json.dumps(content), PARAMS, []) == PARAMS
 
 
+def test_a_key_that_is_no_text_is_refused(earlier: Project):
+    edit(earlier, "params.yaml", ("  limit: null", "  limit\n: null"))
+    with pytest.raises(UserError, match=r"params.yaml: None: no such setting; remove it"):
+        upgrade(project=earlier)
+
+
 def test_an_unknown_setting_is_refused_and_nothing_is_written(earlier: Project):
     edit(earlier, "params.yaml", ("sparsity:", "sparsty:"))
     there = contents(earlier.root)
@@ -372,7 +378,17 @@ def test_without_a_dvc_repository_it_says_so(older: Project):
     assert not (older.root / ".dvc").exists()
 
 
-@pytest.mark.parametrize(("place", "text"), [("dvc.yaml", "stages: ["), ("dvc.yaml", "- 1"), ("params.yaml", "a: [")])
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("dvc.yaml", "stages: ["),
+        ("dvc.yaml", "- 1"),
+        ("params.yaml", "a: ["),
+        ("params.yaml", "[" * 3000),
+        ("params.yaml", "a: " + "9" * 5000),
+    ],
+    ids=["half", "list", "half settings", "deep", "large"],
+)
 def test_a_file_that_cannot_be_read_is_refused(study: Project, place: str, text: str):
     write(study, place, text)
     with pytest.raises(UserError, match=rf"^{place}: .*; restore it from git"):

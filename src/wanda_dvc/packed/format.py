@@ -109,7 +109,7 @@ class Packing:
             raise UserError(f"{where}: quantization_config: crc32: expected a checksum of each tensor; {AGAIN}")
         found_weights = {}
         for name, entry in weights.items():
-            known = isinstance(entry, dict) and entry.get("dtype") in DTYPES
+            known = isinstance(entry, dict) and str(entry.get("dtype")) in DTYPES
             shape = entry.get("shape") if known else None
             if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
                 raise UserError(f"{where}: quantization_config: {name}: expected dtype and shape; {AGAIN}")

@@ -14,7 +14,7 @@ def flatten(content: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            yield f"{prefix}{key}", value  # a key of YAML may be any value
 
 
 def nested(settings: Mapping[str, Any]) -> Settings:

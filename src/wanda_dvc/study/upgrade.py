@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from wanda_dvc.catalog import NAMED_TEXTS, RECIPES, TEXTS
 from wanda_dvc.errors import UserError
@@ -300,8 +299,9 @@ def _settings_of(text: str) -> Settings:
     """Return the settings in the text of a params.yaml. UserError if it is not valid."""
     try:
         content = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise UserError(f"{PARAMS}: not valid YAML: {yaml_problem(error)}; {RESTORE}") from None
+    except Exception as error:  # for some texts the library raises any exception, as in `read_params`
+        problem = yaml_problem(error) or type(error).__name__
+        raise UserError(f"{PARAMS}: not valid YAML: {problem}; {RESTORE}") from None
     if not isinstance(content, dict):
         raise UserError(f"{PARAMS}: got {name_of(content)}, expected a mapping of settings; {RESTORE}")
     return dict(flatten(content))
