@@ -12,7 +12,7 @@ from wanda_dvc.params import settings
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.ran import Ran, stale_stages
+from wanda_dvc.study.ran import BY_TEXT, Ran, stale_stages
 from wanda_dvc.study.settings import flatten
 from wanda_dvc.views.show import show
 
@@ -109,6 +109,15 @@ def test_nothing_is_stale_where_nothing_was_edited(project: Callable[..., Projec
     shown = show(project=made)
     assert "Stale" not in shown
     assert "which has not run" not in shown
+
+
+def test_a_removed_text_is_not_stale(edited: Project):
+    """DVC keeps its stages in dvc.lock."""
+    stale, stages = Ran.of(edited).stale, Ran.of(edited).stages
+    removed = {name.replace("@embedded", "@ptb"): one for name, one in stages.items() if name.endswith("@embedded")}
+    assert {name.partition("@")[0] for name in removed} == set(BY_TEXT)
+    write(edited, stages | {name: one | {"deps": [{"path": "masks", "md5": "other"}]} for name, one in removed.items()})
+    assert Ran.of(edited).stale == stale
 
 
 def test_the_card_of_a_model_has_the_settings_that_made_it(edited: Project):

@@ -20,6 +20,7 @@ from wanda_dvc.study.provenance import PROVENANCE, read_provenance
 from wanda_dvc.study.settings import Settings, flatten, nested, resolved
 
 LOCK = "dvc.lock"
+BY_TEXT = ("download-perplexity", "perplexity-dense", "perplexity-pruned")  # stages that run once for each text
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,14 @@ class Ran:
 
     @property
     def stale(self) -> list[str]:
-        """Return the stages with results for other settings than `params.yaml`'s, in the lock's order."""
-        return stale_stages(self.stages, dict(flatten(self.asked.model_dump(mode="json"))))
+        """Return the stages with results for other settings than `params.yaml`'s, in the lock's order.
+
+        DVC keeps stages of removed texts in the lock; they are left out.
+        """
+        stale = stale_stages(self.stages, dict(flatten(self.asked.model_dump(mode="json"))))
+        parts = [(name, *name.partition("@")) for name in stale]
+        texts = self.asked.perplexity.texts
+        return [name for name, stage, _, text in parts if stage not in BY_TEXT or text in texts]
 
     @property
     def outdated(self) -> list[str]:
