@@ -25,7 +25,7 @@ from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE
-from wanda_dvc.study.ran import read_lock, stale_stages
+from wanda_dvc.study.ran import read_lock, stale_stages, without_removed_texts
 from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten, resolved
 from wanda_dvc.study.times import Ledger
@@ -248,8 +248,8 @@ def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
         of_another = out and name.startswith("metrics/") and name in outs and _md5(path) != out["md5"]
         if out is None or out["path"] in dropped or of_another:
             path.unlink()
-    if stale:
-        notes.append(f"not run on these parameters, and left out: {', '.join(sorted(stale))}")
+    if left_out := without_removed_texts(stale, params):
+        notes.append(f"not run on these parameters, and left out: {', '.join(sorted(left_out))}")
     notes += raised(load_json(study.metrics("pruned", "held_out")))
     # Missing masks/ need no note: only the key of a time depends on them.
     missing = [path for path in missing if path.startswith(TAKEN) and path not in dropped]

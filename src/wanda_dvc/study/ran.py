@@ -3,7 +3,7 @@
 `params.yaml` has the requested settings. Between an edit and the next `dvc repro`, no result has these settings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,9 @@ class Ran:
 
     @property
     def stale(self) -> list[str]:
-        """Return the stages with results for other settings than `params.yaml`'s, in the lock's order.
-
-        DVC keeps stages of removed texts in the lock; they are left out.
-        """
+        """Return the stages with results for other settings than `params.yaml`'s, in the lock's order."""
         stale = stale_stages(self.stages, dict(flatten(self.asked.model_dump(mode="json"))))
-        parts = [(name, *name.partition("@")) for name in stale]
-        texts = self.asked.perplexity.texts
-        return [name for name, stage, _, text in parts if stage not in BY_TEXT or text in texts]
+        return without_removed_texts(stale, self.asked)
 
     @property
     def outdated(self) -> list[str]:
@@ -114,6 +109,12 @@ def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
                     stale.add(name)
                     waiting = True
     return [name for name in stages if name in stale]
+
+
+def without_removed_texts(stages: Iterable[str], asked: Params) -> list[str]:
+    """Return the stages that `asked` has: DVC keeps the stages of removed texts in the lock."""
+    parts = [(name, *name.partition("@")) for name in stages]
+    return [name for name, stage, _, text in parts if stage not in BY_TEXT or text in asked.perplexity.texts]
 
 
 def _changed(section: Any, changes: Settings) -> Any:
