@@ -10,7 +10,6 @@ of each task, bytes, and of pruned models the layer error. Each row is written t
 run goes on with the rows that are missing there.
 """
 
-import argparse
 import csv
 import json
 import time
@@ -18,10 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ours
 from gguf_files import EMBEDDINGS, FORMATS, write_gguf
-from processes import HERE, Runner, say
-from two_models import Models, change
+from processes import HERE, say
+from two_models import Models, change, read_command_line, read_results, write_results
 
 from wanda_dvc.catalog import RECIPES, RECONSTRUCTIONS
 from wanda_dvc.report.chapters.structure import without_zeros
@@ -122,21 +120,13 @@ def _size(folder: Path) -> int:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mirror", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", default=[], help="words of a row's name")
-    parser.add_argument("--work", type=Path, default=HERE / ".work" / "two-models")
-    asked = parser.parse_args()
-    work: Path = asked.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    study = Study(Models(Runner(work), asked.mirror.resolve()))
-    results = json.loads(TARGET.read_text()) if TARGET.is_file() else {"machine": {}, "rows": {}}
-    results["machine"] = {"cpu": ours.processor(), "date": time.strftime("%Y-%m-%d")}
+    runner, mirror, only = read_command_line(__doc__)
+    study, results = Study(Models(runner, mirror)), read_results(TARGET, "rows")
     for row in rows():
-        if row.name in results["rows"] or not ({*asked.only} <= {*row.name.split()} or row.name == DENSE):
+        if row.name in results["rows"] or not (only <= {*row.name.split()} or row.name == DENSE):
             continue
         results["rows"][row.name] = found = study.measure(row)
-        TARGET.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_results(TARGET, results)
         say(f"{row.name}: {found['texts']['wikitext2']['perplexity']}, {found['seconds']}")
 
 

