@@ -59,7 +59,7 @@ def test_windows_are_those_of_the_reference():
         path = folder / "datasets/Salesforce/wikitext/wikitext-2-raw-v1" / f"{split}.jsonl"
         return join.join(json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines())
 
-    reference = load_file(folder / "reference/embedded/windows.safetensors")
+    reference = load_file(folder / "reference/windows.safetensors")
     test = tokenize(text("test", "\n\n"), tokenizer)
     assert (len(test), len(cut(test, length=2048, windows=None))) == (304986, 148)
     assert torch.equal(cut(test, length=2048, windows=16), reference["evaluation"].long())
