@@ -44,6 +44,7 @@ CHOICES: dict[str, dict[str, str]] = {
     "magnitude": {"recipe": "magnitude"},
     "magnitude-refit": {"recipe": "magnitude", "reconstruction": "least-squares"},
     "admm-pruned": {"recipe": "admm", "propagation": "pruned"},
+    "admm-corrected": {"recipe": "admm", "propagation": "corrected"},
     "block": {"recipe": "block"},
 }
 CLEAR = dict.fromkeys(("method", "group", "allocation", "reconstruction", "propagation"))
@@ -78,7 +79,7 @@ def rows() -> Iterator[Row]:
     for share in ("0.2", "0.1", "0.3"):
         for choice in ("flap-refit", "wanda-refit", "magnitude-refit", "admm-none"):
             yield Row(SMOLLM2, "neurons", share, choice)
-    for choice in ("admm-pruned", "block"):
+    for choice in ("admm-pruned", "admm-corrected", "block"):
         for share in ("0.2", "0.1", "0.3"):
             yield Row(SMOLLM2, "neurons", share, choice)
 
