@@ -76,11 +76,12 @@ def kept(folder: Path, key: tuple[object, ...], make: Callable[[Path], object]) 
 
 
 _made: dict[str, Path] = {}
+_SCRATCH = tempfile.gettempdir()  # before any test has another
 
 
 @cache
 def _kept_folder() -> str:
-    folder = tempfile.mkdtemp(prefix="wanda-dvc-models-")
+    folder = tempfile.mkdtemp(prefix="wanda-dvc-models-", dir=_SCRATCH)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

@@ -242,6 +242,7 @@ NOT_RUN = {
     "cd paper-table": "likewise",
     "dvc exp run -S runtime.ray=local -S sparsity=0.55": "test_cluster.py runs all stages as tasks",
     "wanda-dvc speed small-model": "starts two processes that load torch; test_speed.py and test_commands.py measure",
+    "wanda-dvc speed models/dense models/pruned": "likewise",
     "make gpu": "there is no GPU; test_cards.py runs the script on the CPU",
     "make gpu GPU=--device cpu --tiny": "likewise",
     "make test": "this is one of its tests",

@@ -44,7 +44,7 @@ def cells(table: str, label: str) -> list[str]:
 @pytest.mark.parametrize("given", ["dense", "packed"])
 def test_the_other_form_is_made_for_it_and_gone_afterwards(given: str, seen: list[Path], tmp_path: Path):
     folders = dict(zip(("dense", "packed"), packed(tmp_path), strict=True))
-    table = speed(folder=folders[given])
+    table = speed(folders=[folders[given]])
     assert cells(table, "load, s") == ["2.00", "1.00", "0.50 ×"]
     assert cells(table, "resident memory, GB") == ["3.00", "1.50", "0.50 ×"]
     assert cells(table, "time to first token, s") == ["0.50", "0.60", "1.20 ×"]
@@ -52,7 +52,7 @@ def test_the_other_form_is_made_for_it_and_gone_afterwards(given: str, seen: lis
     assert f"{folders[given]} is {given}" in table
     assert [folder == folders[form] for form, folder in zip(folders, seen, strict=True)].count(True) == 1
     assert not list((tmp_path / "scratch").iterdir())
-    content = json.loads(speed(folder=folders[given], as_json=True))
+    content = json.loads(speed(folders=[folders[given]], as_json=True))
     assert content["packed"] == {"stored_bytes": content["packed"]["stored_bytes"], **vars(FAST)}
     assert content["dense"]["stored_bytes"] > content["packed"]["stored_bytes"]
 
@@ -68,12 +68,25 @@ def test_what_stands_in_for_the_dense_directory_is_the_dense_directory(
         return SLOW
 
     monkeypatch.setattr(room, "measure", stand_in)
-    speed(folder=target)
+    speed(folders=[target])
     assert equal == [True, True]
 
 
+def test_two_directories_are_compared_as_they_are(seen: list[Path], tmp_path: Path):
+    dense, target = packed(tmp_path)
+    for first, second, ratio in ((dense, target, "1.50 ×"), (target, dense, "0.67 ×")):
+        seen.clear()
+        table = speed(folders=[first, second])
+        assert seen == [first, second]
+        assert [cell.strip() for cell in table.splitlines()[2].split("|")[2:-1]] == [str(first), str(second), "ratio"]
+        assert cells(table, "tokens a second")[-1] == ratio
+        assert json.loads(speed(folders=[first, second], as_json=True)).keys() >= {str(first), str(second)}
+    with pytest.raises(UserError, match="scratch: no config.json"):
+        speed(folders=[dense, tmp_path / "scratch"])
+
+
 def test_a_directory_without_zeros_is_measured_alone(seen: list[Path], tmp_path: Path):
-    table = speed(folder=save_tiny_model(tmp_path / "source", max_position_embeddings=192))
+    table = speed(folders=[save_tiny_model(tmp_path / "source", max_position_embeddings=192)])
     assert cells(table, "tokens a second") == ["10.0"]
     assert "too few zeros to be smaller without them: nothing to pack" in table
     assert len(seen) == 1
@@ -91,15 +104,15 @@ def test_a_model_is_measured_in_a_process_of_its_own(tmp_path: Path):
 
 def test_what_cannot_be_measured_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="no config.json, expected a model's directory"):
-        speed(folder=tmp_path)
+        speed(folders=[tmp_path])
     with pytest.raises(UserError, match="--device: got cpux, expected cpu or cuda"):
-        speed(folder=tmp_path, device="cpux")
+        speed(folders=[tmp_path], device="cpux")
     (tmp_path / "config.json").write_text('{"model_type": "foo"}')
     with pytest.raises(UserError, match="config.json: .*expected a configuration that transformers accepts"):
-        speed(folder=tmp_path)
+        speed(folders=[tmp_path])
     source = save_tiny_model(tmp_path / "source", max_position_embeddings=100)
     with pytest.raises(UserError, match=r"got 128 \+ 64, expected at most 100 for this model"):
-        speed(folder=source)
+        speed(folders=[source])
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device: got cuda"):
-            speed(folder=source, device="cuda")
+            speed(folders=[source], device="cuda")

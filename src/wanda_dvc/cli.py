@@ -363,16 +363,18 @@ def cost(  # noqa: PLR0913, PLR0917 - the options of the command
 
 @app.command(rich_help_panel=RESULT_PANEL)
 def speed(
-    directory: Annotated[Path, typer.Argument(help="A model's directory, dense or packed.")],
+    directories: Annotated[
+        list[Path], typer.Argument(help="One model's directory, measured dense and packed; or several, compared.")
+    ],
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens in.")] = 128,
     tokens: Annotated[int, typer.Option("--tokens", min=3, help="Tokens out.")] = 64,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model on this machine, dense and packed: loading, memory and tokens a second."""
+    """Measure a model on this machine, dense and packed, or several models: loading, memory and tokens a second."""
     from wanda_dvc.packed.speed import speed as table
 
-    typer.echo(table(folder=directory, prompt=prompt, tokens=tokens, device=device, as_json=as_json))
+    typer.echo(table(folders=directories, prompt=prompt, tokens=tokens, device=device, as_json=as_json))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

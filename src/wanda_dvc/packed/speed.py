@@ -1,11 +1,14 @@
-"""Measures load and generation speed of a model directory, dense and packed, with one sequence at a time."""
+"""Measures load and generation speed of a model directory, dense and packed, or of several directories.
+
+One sequence at a time.
+"""
 
 import gc
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from multiprocessing import get_context
@@ -33,39 +36,36 @@ class Speed:
     tokens_per_second: float  # after the first one; the median
 
 
-def speed(*, folder: Path, prompt: int, tokens: int, device: str, as_json: bool = False) -> str:
-    """Return load time, memory and speed of a directory, dense and packed: a table, or JSON.
+def speed(*, folders: Sequence[Path], prompt: int, tokens: int, device: str, as_json: bool = False) -> str:
+    """Return load time, memory and speed of several directories, or of one, dense and packed: a table, or JSON.
 
     The missing form is written into a temporary directory. If packing does not shrink a dense directory, only the dense
     form is measured.
     """
     machine = _machine(device)
-    _check(folder, prompt, tokens)
+    for folder in folders:
+        _check(folder, prompt, tokens)
     measured: dict[str, Speed] = {}
     stored: dict[str, int] = {}
-    with _both(folder) as (folders, said):
-        for form, place in folders.items():
+    several = len(folders) > 1
+    places = nullcontext(({str(folder): folder for folder in folders}, "")) if several else _both(folders[0])
+    with places as (forms, said):
+        for form, place in forms.items():
             notice(f"{form}: {place}")
             measured[form] = measure(place, prompt=prompt, tokens=tokens, device=device)
             stored[form] = sum(path.stat().st_size for path in place.glob("*.safetensors"))
     columns = {form: {"stored_bytes": stored[form], **asdict(found)} for form, found in measured.items()}
     if as_json:
-        how = {"directory": str(folder), **machine, "prompt_tokens": prompt, "tokens": tokens}
+        how = {"directory": str(folders[0]), **machine, "prompt_tokens": prompt, "tokens": tokens}
         return json_text({**how, **columns, "note": said})
-    headers = ["", *columns, *(["packed / dense"] if len(columns) > 1 else [])]
-    return "\n".join(
-        [
-            f"{', '.join(machine.values())}; one sequence, {prompt} tokens in, {tokens} out",
-            "",
-            tabulate(_rows(columns), headers, tablefmt="github", disable_numparse=True),
-            "",
-            said,
-        ]
-    )
+    headers = ["", *columns, *(["ratio" if several else "packed / dense"] if len(columns) == 2 else [])]
+    head = f"{', '.join(machine.values())}; one sequence, {prompt} tokens in, {tokens} out"
+    table = tabulate(_rows(columns), headers, tablefmt="github", disable_numparse=True)
+    return "\n".join([head, "", table, *(["", said] if said else [])])
 
 
 def _rows(columns: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
-    """Return a row per measure, with the ratio if there are two forms."""
+    """Return a row per measure, with the ratio if there are two columns."""
     for label, key, unit, digits in (
         ("weights on disk, GB", "stored_bytes", 1e9, 2),
         ("load, s", "load_seconds", 1, 2),
@@ -74,7 +74,7 @@ def _rows(columns: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
         ("tokens a second", "tokens_per_second", 1, 1),
     ):
         found = [column[key] for column in columns.values()]
-        ratio = [f"{found[1] / found[0]:.2f} ×"] if len(found) > 1 else []
+        ratio = [f"{found[1] / found[0]:.2f} ×"] if len(found) == 2 else []
         yield [label, *(f"{number / unit:,.{digits}f}" for number in found), *ratio]
 
 
