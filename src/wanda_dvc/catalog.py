@@ -240,7 +240,6 @@ class Structure:
     # The score of units in place of the method of a recipe that calibrates; the weights that stay then keep their
     # values, and statistics are the dense model's.
     method: str = ""
-    probed: int = 2  # models in float32 that the probe holds at once, each with one block
 
 
 STRUCTURES = {
@@ -278,7 +277,6 @@ STRUCTURES = {
             multiple=1,
             find="wanda_dvc.engine.experts:find_experts",
             method="reap",
-            probed=1,
         ),
         Structure(
             name="blocks",

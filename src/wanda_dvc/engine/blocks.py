@@ -5,7 +5,7 @@ probe compares each block of the smaller model with the same block of the full m
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -18,7 +18,7 @@ from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Source
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.smaller import CLOSE, TOKENS, Removal, Smaller, Stays, block_lists, refused
+from wanda_dvc.engine.smaller import Output, Removal, Stays, block_lists, probe, refused
 from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.units import Units, stay_of
@@ -84,6 +84,14 @@ class BlockRemoval(Removal):
         """Return the blocks that stay, of `count` blocks."""
         return [index for index, units in enumerate(self.sets.values()) if units.stay]
 
+    def outputs(self, model: Decoder, hidden: Tensor, row: Row, stays: Stays) -> Iterator[tuple[int, Output]]:
+        """Yield what each block that stays computes from the output of the one before it, by its new index."""
+        for new, old in enumerate(self.order(len(self.sets))):
+            with model.block(old, then=-1):
+                after = model.run(old, hidden, row)
+            yield new, Output(hidden, hidden, after)
+            hidden = after
+
     def names(self, where: Collection[str], stays: Stays) -> dict[str, str]:
         """Return the stored tensors of the smaller model, with consecutive blocks, and the source's tensor of each."""
         leaf = next(iter(self.sets)).rpartition(".")[0].rpartition(".")[2]
@@ -123,34 +131,3 @@ def find_block_units(source: Source, structure: Structure, share: Fraction) -> B
         stay=stay_of(len(blocks), share, structure.multiple),
         lists=block_lists(text, len(blocks)),
     )
-
-
-@torch.no_grad()
-def probe(source: Source, removal: BlockRemoval, stays: Stays) -> str:
-    """Return how a block of the smaller model differs from the same block of the full model; "" if all agree.
-
-    Some random tokens run through all blocks in float32.
-    """
-    tokens = torch.Generator().manual_seed(0)
-    try:
-        full, small = (
-            Decoder(one, dtype=torch.float32, device=torch.device("cpu"))
-            for one in (source, Smaller(source, removal, stays))
-        )
-        vocabulary = full.model.get_input_embeddings().weight.shape[0]
-        row = Row(torch.randint(vocabulary, (TOKENS,), generator=tokens))
-        hidden = full.embed(row)
-        for decoder in (full, small):
-            decoder.calls(row)  # they run the first block now; later it may be in use
-        for new, old in enumerate(removal.order(len(removal.sets))):
-            with full.block(old, then=-1):
-                wanted = full.run(old, hidden, row)
-            with small.block(new, then=-1):
-                found = small.run(new, hidden, row)
-            off, effect = (float(torch.linalg.vector_norm(x)) for x in (found - wanted, wanted - hidden))
-            if not off <= CLOSE * effect:
-                return f"block {old} computes something else as block {new} ({off / effect:.2g})"
-            hidden = wanted
-    except (UserError, RuntimeError, ValueError, IndexError) as error:
-        return f"a smaller model does not run ({' '.join(str(error).split())[:200]})"
-    return ""

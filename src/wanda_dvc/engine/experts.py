@@ -5,8 +5,8 @@ dimension changes with it are the experts' and the router's. A probe then compar
 whose router cannot choose the experts that go; a model that fails is refused.
 """
 
-import gc
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -20,8 +20,7 @@ from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Source
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import PRODUCTS
-from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.smaller import CLOSE, TOKENS, Cut, Removal, Smaller, Stays, changed, differences, refused
+from wanda_dvc.engine.smaller import Cut, Removal, Stays, changed, differences, probe, refused
 from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.engine.weights import set_parameter
 from wanda_dvc.errors import UserError
@@ -112,6 +111,10 @@ class ExpertRemoval(Removal):
                 old |= dict(zip(experts[number], experts[expert], strict=True))
         return old
 
+    def masked(self, model: Decoder, block: int, stays: Stays) -> AbstractContextManager[object]:
+        """Keep routers from choosing experts that go."""
+        return Unchoosable(model.model, self, stays)
+
 
 def find_experts(source: Source, structure: Structure, share: Fraction) -> ExpertRemoval:
     """Return the experts of a model, and how many stay. UserError if it has none, or its probe fails.
@@ -125,11 +128,21 @@ def find_experts(source: Source, structure: Structure, share: Fraction) -> Exper
         removal = replace(found.with_stay(stay), groups=groups)
         if removal.too_few:
             raise refused(structure, source, removal.too_few)
-        wrong = probe(source, removal if stay < number else removal.with_stay(number - groups))
+        probed = removal if stay < number else removal.with_stay(number - groups)
+        wrong = probe(source, probed, _last_of_each_group(probed))
         if not wrong:
             return removal
         problem = problem or wrong
     raise refused(structure, source, problem)
+
+
+def _last_of_each_group(removal: ExpertRemoval) -> Stays:
+    """Return the experts that stay in the probe. If routers choose from more groups, a smaller router has others."""
+    stays = {}
+    for name, units in removal.sets.items():
+        size, stay = units.total // removal.groups, units.stay // removal.groups
+        stays[name] = (torch.arange(size) >= size - stay).repeat(removal.groups)
+    return stays
 
 
 def _groups(source: Source, number: int) -> Iterator[int]:
@@ -207,53 +220,6 @@ def _readers(model: nn.Module, parts: Any, set_of: Mapping[str, str]) -> tuple[d
             if linear.part.expert is not None and parameter in set_of:
                 readers[name], expert_of[name] = set_of[parameter], linear.part.expert
     return readers, expert_of
-
-
-# --- the probe ---
-
-
-@torch.no_grad()
-def probe(source: Source, removal: ExpertRemoval) -> str:
-    """Return how a smaller model differs from the model that cannot choose the experts that go; "" if they agree.
-
-    A block of each kind runs some random tokens in float32, without the first experts of each group: if routers choose
-    from more groups than `removal` says, a smaller router has other groups.
-    """
-    stays = {}
-    for name, units in removal.sets.items():
-        size, stay = units.total // removal.groups, units.stay // removal.groups
-        stays[name] = (torch.arange(size) >= size - stay).repeat(removal.groups)
-    try:
-        hidden, row, outputs = _full_outputs(source, removal, stays)
-        gc.collect()  # one model at a time is in memory
-        small = Decoder(Smaller(source, removal, stays), dtype=torch.float32, device=torch.device("cpu"))
-        small.calls(row)  # it runs the first block now; later it may be in use
-        for index, (dense, masked) in outputs.items():
-            with small.block(index, then=-1):
-                found = small.run(index, hidden, row)
-            off, effect = (float(torch.linalg.vector_norm(x)) for x in (found - masked, masked - dense))
-            if not off <= CLOSE * max(effect, 1e-4 * float(torch.linalg.vector_norm(dense))):
-                return f"without them block {index} computes something else than a smaller block ({off:.2g})"
-    except (UserError, RuntimeError, ValueError, IndexError) as error:
-        return f"a smaller model does not run ({' '.join(str(error).split())[:200]})"
-    return ""
-
-
-def _full_outputs(
-    source: Source, removal: ExpertRemoval, stays: Stays
-) -> tuple[Tensor, Row, dict[int, tuple[Tensor, Tensor]]]:
-    """Return hidden states, their tokens, and a block's outputs of each kind: with all experts, and without some."""
-    full = Decoder(source, dtype=torch.float32, device=torch.device("cpu"))
-    vocabulary = full.model.get_input_embeddings().weight.shape[0]
-    row = Row(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
-    hidden, outputs = full.embed(row), {}
-    full.calls(row)
-    for index in full.one_of_each_kind:
-        with full.block(index, then=-1):
-            dense = full.run(index, hidden, row)
-            with Unchoosable(full.model, removal, stays):
-                outputs[index] = dense, full.run(index, hidden, row)
-    return hidden, row, outputs
 
 
 class Unchoosable(TorchFunctionMode):

@@ -280,9 +280,9 @@ def writing(linears: Linears, *, gram: bool = False, by_gradients: bool = False)
     return Memory(selection=9 * linear + solving + more)
 
 
-def probing(model: Sizes, models: int) -> Memory:
-    """Return the memory of the probe of a smaller model: models in float32, each with one block."""
-    return Memory(selection=4 * models * (model.rest + model.block))
+def probing(model: Sizes) -> Memory:
+    """Return the memory of the probe of a smaller model: a model in float32 with one block."""
+    return Memory(selection=4 * (model.rest + model.block))
 
 
 def propagating(walk: Memory, chosen: Memory, plan: "Plan", *, model: Sizes, dtype: str) -> Memory:

@@ -5,8 +5,10 @@ whose shapes change with it belong to the units. A probe then compares the small
 units' inputs; a structure that fails is refused.
 """
 
+import gc
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -44,6 +46,14 @@ class Cut(NamedTuple):
     dim: int
     units: str  # the set
     layout: tuple[int, ...]  # as `Units.layout`
+
+
+class Output(NamedTuple):
+    """What a block of the full model computes for the probe."""
+
+    input: Tensor
+    full: Tensor  # with all units; of a whole block that stays: its input
+    masked: Tensor  # without the units that go
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,23 @@ class Removal:
     def names(self, where: Collection[str], stays: Stays) -> dict[str, str]:
         """Return the stored tensors of the smaller model, and the source's tensor of each."""
         return {name: name for name in where}
+
+    def outputs(self, model: Decoder, hidden: Tensor, row: Row, stays: Stays) -> Iterator[tuple[int, "Output"]]:
+        """Yield what a block of each kind computes from hidden states, by its index in the smaller model."""
+        for index in model.one_of_each_kind:
+            with model.block(index, then=-1):
+                full = model.run(index, hidden, row)
+                with self.masked(model, index, stays):
+                    yield index, Output(hidden, full, model.run(index, hidden, row))
+
+    def masked(self, model: Decoder, block: int, stays: Stays) -> AbstractContextManager[object]:
+        """Zero the inputs of units that go in a loaded block, until it is unloaded."""
+        for name, linear in model.linears(block).items():
+            if name in self.readers:
+                along = self.along(cut := self.cut_of(name), stays)
+                set_parameter(linear.module, linear.leaf, linear.module.get_parameter(linear.leaf).clone())
+                linear.weight.mul_(along[:, None] if cut.dim == 0 else along)
+        return nullcontext()
 
     def along(self, cut: Cut, stays: Stays) -> Bool[Tensor, " size"]:
         """Return which places of a cut's dimension stay."""
@@ -389,7 +416,8 @@ def find_units(source: Source, structure: Structure, share: Fraction) -> Removal
     problem = ""
     for sections in (True, False) if found.has_sections else (True,):
         removal = found.removal(sections)
-        if not (problem := probe(source, removal)):
+        stays = _half(removal)
+        if not (problem := probe(source, removal.fitted(stays), stays)):
             return removal
     raise refused(structure, source, problem)
 
@@ -564,12 +592,8 @@ def refused(structure: Structure, source: Source, why: str) -> UserError:
 # --- the probe ---
 
 
-@torch.no_grad()
-def probe(source: Source, removal: Removal) -> str:
-    """Return how a smaller model differs from the model without the units' inputs; "" if the two agree.
-
-    A block of each kind runs some random tokens in float32, with random units removed.
-    """
+def _half(removal: Removal) -> Stays:
+    """Return random units that stay, half of each set."""
     generator = torch.Generator().manual_seed(0)
     stays = {}
     for name, units in removal.sets.items():
@@ -577,36 +601,37 @@ def probe(source: Source, removal: Removal) -> str:
         half = max(1, number // 2) * units.total // number  # for every share, because a wrong layout shows
         stays[name] = torch.zeros(units.total, dtype=torch.bool)
         stays[name][torch.randperm(units.total, generator=generator)[:half]] = True
-    removal = removal.fitted(stays)
+    return stays
+
+
+@torch.no_grad()
+def probe(source: Source, removal: Removal, stays: Stays) -> str:
+    """Return how a smaller model differs from the full model without the units that go; "" if the two agree.
+
+    Some random tokens run through blocks of both in float32. One of the models is in memory at a time.
+    """
     try:
-        full, small = (
-            Decoder(one, dtype=torch.float32, device=torch.device("cpu"))
-            for one in (source, Smaller(source, removal, stays))
-        )
+        full = _in_float32(source)
         vocabulary = full.model.get_input_embeddings().weight.shape[0]
-        row = Row(torch.randint(vocabulary, (TOKENS,), generator=generator))
+        row = Row(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
         hidden = full.embed(row)
-        for decoder in (full, small):
-            decoder.calls(row)  # they run the first block now; later it may be in use
-        for index in full.one_of_each_kind:
-            with full.block(index, then=-1):
-                dense = full.run(index, hidden, row)
-                _mask(full.linears(index), removal, stays)
-                masked = full.run(index, hidden, row)
-            with small.block(index, then=-1):
-                found = small.run(index, hidden, row)
-            off, effect = (float(torch.linalg.vector_norm(x)) for x in (found - masked, masked - dense))
-            if not off <= CLOSE * max(effect, 1e-4 * float(torch.linalg.vector_norm(dense))):
-                return f"without them block {index} computes something else than a smaller block ({off / effect:.2g})"
+        full.calls(row)  # it runs the first block now; later it may be in use
+        wanted = list(removal.outputs(full, hidden, row, stays))
+        del full
+        gc.collect()
+        small = _in_float32(Smaller(source, removal, stays))
+        small.calls(row)
+        for block, one in wanted:
+            with small.block(block, then=-1):
+                found = small.run(block, one.input, row)
+            sizes = (float(torch.linalg.vector_norm(x)) for x in (found - one.masked, one.masked - one.full, one.full))
+            off, effect, size = sizes
+            if not off <= CLOSE * max(effect, 1e-4 * size):
+                return f"its block {block} computes something else without them ({off:.2g})"
     except (UserError, RuntimeError, ValueError, IndexError) as error:
         return f"a smaller model does not run ({' '.join(str(error).split())[:200]})"
     return ""
 
 
-def _mask(linears: Mapping[str, Linear], removal: Removal, stays: Stays) -> None:
-    """Zero the inputs of removed units in a loaded block."""
-    for name, linear in linears.items():
-        if name in removal.readers:
-            along = removal.along(cut := removal.cut_of(name), stays)
-            set_parameter(linear.module, linear.leaf, linear.module.get_parameter(linear.leaf).clone())
-            linear.weight.mul_(along[:, None] if cut.dim == 0 else along)
+def _in_float32(source: Source) -> Decoder:
+    return Decoder(source, dtype=torch.float32, device=torch.device("cpu"))
