@@ -57,7 +57,7 @@ def page() -> str:
             ["`pattern`", "meaning"],
             [
                 ("unstructured", "zeros anywhere in a group of weights"),
-                ("n:m", "n of every m neighbours stay, such as `2:4`; `sparsity` is 1 − n/m"),
+                ("n:m", "n of every m neighbours stay, such as `2:4`; `sparsity` must be 1 − n/m, 0.5 for `2:4`"),
                 *((x.name, f"removes {x.about}; `sparsity` is their share, rounded") for x in STRUCTURES.values()),
             ],
         ),

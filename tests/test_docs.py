@@ -240,6 +240,8 @@ NOT_RUN = {
     "cd study": "likewise",
     "wanda-dvc init paper-table --preset paper": "test_init.py makes studies of presets",
     "cd paper-table": "likewise",
+    "wanda-dvc init second --model /data/smaller": "test_init.py begins studies",
+    "cd second": "the tests run in a study",
     "dvc exp run -S runtime.ray=local -S sparsity=0.55": "test_cluster.py runs all stages as tasks",
     "wanda-dvc speed small-model": "starts two processes that load torch; test_speed.py and test_commands.py measure",
     "wanda-dvc speed models/dense models/pruned": "likewise",
@@ -248,7 +250,7 @@ NOT_RUN = {
     "make test": "this is one of its tests",
     "dvc exp run -S model=Qwen/Qwen2.5-0.5B": "needs the Hub",
     "dvc exp run -S +perplexity.texts.ptb.source=ptb -S ~perplexity.texts.embedded": "needs the Hub",
-    "dvc exp run -S pattern=experts -S sparsity=0.25": "needs a mixture; test_experts.py prunes mixtures",
+    "dvc exp run --temp -S pattern=experts -S sparsity=0.25": "needs a mixture; test_experts.py prunes mixtures",
     "dvc push": "needs a remote; test_sharing.py pushes",
     "dvc queue start": "runs experiments in the background; test_pipeline.py runs a queue",
     "dvc queue kill NAME": "needs a worker that was killed; test_crashes.py kills stages",
@@ -259,8 +261,7 @@ NARROW = WIDE.replace("length=2048", "length=64")
 # What others are in a tiny study.
 AS_RUN = {
     # A tiny model's widths are no multiples of 4 without a fifth of its neurons.
-    "dvc exp run -S model=/data/smaller -S pattern=2:4 -S sparsity=0.5": "dvc exp run -S model=/data/smaller "
-    "-S pattern=unstructured -S sparsity=0.5",
+    "dvc exp run --temp -S pattern=2:4 -S sparsity=0.5": "dvc exp run --temp -S model=/data/smaller -S sparsity=0.5",
     "make repro": "dvc repro",
     "wanda-dvc report --model SmolLM2": "wanda-dvc report --model tiny",
     "wanda-dvc stats --layer 12": "wanda-dvc stats --layer 1",

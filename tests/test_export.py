@@ -95,7 +95,7 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
         f"0.3 requested, {measured:.6f} measured",
         "`wanda`",
         "`unstructured`",
-        "weights are compared within one output",
+        "weights are compared within one output's weights",
         "`dense`: each block was calibrated on the outputs of dense blocks",
         "3 windows of 64 tokens of calibration.txt, seed 0, float32",
         "| perplexity | 12.50 | diverged |",

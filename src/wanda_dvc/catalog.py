@@ -306,7 +306,7 @@ class Group:
 GROUPS = {
     group.name: group
     for group in (
-        Group(name="row", about="one output"),
+        Group(name="row", about="one output's weights"),
         Group(name="layer", about="the linear's matrix"),
         Group(
             name="fisher",
@@ -363,7 +363,7 @@ ALLOCATIONS = {
         Allocation(
             # Yin et al. 2024, arXiv 2310.05175
             name="owl",
-            about="blocks with more outlying Wanda scores lose less",
+            about="the more outlying Wanda scores a block has, the lower its sparsity",
             function="wanda_dvc.pruning.allocation:owl",
             rating="wanda_dvc.pruning.ratings:outlier_rating",
             needs="norms",
@@ -373,7 +373,7 @@ ALLOCATIONS = {
         Allocation(
             # layer sensitivity allocation, ICLR 2026, openreview.net/forum?id=xq3lza5IjN
             name="lsa",
-            about="blocks differ by the error of a greedy pruning of each",
+            about="the smaller a block's error after a greedy pruning, the lower its sparsity",
             function="wanda_dvc.pruning.allocation:lsa",
             rating="wanda_dvc.pruning.ratings:greedy_rating",
             needs="gram",
@@ -489,7 +489,7 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe(name="magnitude", about="removes the smallest weights of each row", method="magnitude"),
-        Recipe(name="wanda", about="the lowest |W| · ‖X‖₂ of each row go", method="wanda"),
+        Recipe(name="wanda", about="removes the lowest |W| · ‖X‖₂ of each row", method="wanda"),
         Recipe(
             name="wanda-refit",
             about="Wanda's masks; least squares gives the remaining weights new values",
