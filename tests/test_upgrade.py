@@ -333,6 +333,20 @@ def test_edits_of_an_earlier_pipeline_are_merged(earlier: Project):
     assert read(earlier) == expected
 
 
+def test_what_was_not_shared_is_not_shared_after_an_upgrade(earlier: Project):
+    """The text of the evaluation was an item of `download`; now it has a stage of its own."""
+    edit(earlier, "dvc.yaml", ("        - ${item.out}\n", "        - ${item.out}: { cache: false }\n"))
+    upgrade(project=earlier)
+    expected = PIPELINE
+    for out in ("        - ${item.out}", "        - data/perplexity/${key}"):
+        expected = expected.replace(f"{out}\n", f"{out}: {{ cache: false }}\n")
+    assert read(earlier) == expected
+    edit(earlier, "dvc.yaml", ("data/perplexity/${key}: { cache: false }", "data/perplexity/${key}"))
+    mine = read(earlier)
+    upgrade(project=earlier)
+    assert read(earlier) == mine
+
+
 def test_an_edit_of_what_this_version_changes_is_refused_and_nothing_is_written(earlier: Project):
     edit(earlier, "dvc.yaml", ("training, propagation, correction]", "training, propagation, correction, mine]"))
     line = next(n for n, line in enumerate(read(earlier).splitlines(), start=1) if "correction, mine]" in line)

@@ -32,6 +32,8 @@ from wanda_dvc.study.settings import Settings, flatten, nested
 PARAMS = "params.yaml"
 OWN = ("README.md", ".dvc/config")  # the user's from the first day
 SHARED = ("        - ${item.out}\n", "        - data/perplexity/${key}\n")
+PER_TEXT = "  download-perplexity:\n"  # newer than the first versions
+SHARING = re.compile(r"^        - \$\{item\.out\}(:.*\S)", re.MULTILINE)  # an edit of the first one
 CONFLICT = re.compile(r"^<{7} mine\n(.*?)^\|{7} base\n(.*?)^={7}\n(.*?)^>{7} new\n", re.MULTILINE | re.DOTALL)
 RESTORE = "restore it from git"
 TEXT = ("source", "config", "revision", "split", "column", "join")
@@ -103,7 +105,9 @@ def _brought(place: str, old: str, notes: list[str]) -> str:
             raise UserError(*conflicts)
         new = merged
         notes.append(f"{place}: {'kept as you have edited it' if new == old else 'your edits are kept'}.")
-    if place == PIPELINE and "push: false" in old and SHARED[0] in new:  # keeps private sources private
+    if place == PIPELINE and PER_TEXT not in old and (edited := SHARING.search(new)):  # what was private stays private
+        new = new.replace(SHARED[1], SHARED[1].replace("\n", f"{edited[1]}\n"))
+    if place == PIPELINE and "push: false" in old and SHARED[0] in new:  # likewise
         for out in SHARED:
             new = new.replace(out, out.replace("\n", ": { push: false }\n"))
         notes.append(f"{place}: download: `push: false` stays, so `dvc pull` needs --allow-missing (docs/sharing.md).")
