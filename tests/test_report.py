@@ -17,6 +17,7 @@ from conftest import ROOT, write_params
 from markdown_it import MarkdownIt
 from matplotlib.collections import LineCollection
 from repository import Repository
+from ruamel.yaml import YAML
 from scipy import stats
 
 from wanda_dvc.catalog import methods
@@ -384,6 +385,42 @@ def test_each_text_has_its_tables_and_its_kind(tmp_path: Path):
     assert "pictures/s0-perplexity.svg" in said
     assert "pictures/s0-other-perplexity.svg" in said
     assert "Perplexity on other: the first 4 windows of 64 tokens of /data/other.txt" in said
+
+
+def test_a_row_without_a_sections_first_text_has_no_figure_of_another(tmp_path: Path):
+    texts = {"embedded": {"source": "embedded"}, "other": {"source": "/data/other.txt"}}
+    rows = []
+    for name, loss, names in (("a", 2.5, ["embedded", "other"]), ("b", 3.5, ["other"]), ("c", 3.5, ["embedded"])):
+        root = tmp_path / name
+        root.mkdir()
+        write_results(root, "wanda" if name == "a" else "magnitude", 0.5, loss, 20, perplexity__texts=texts)
+        params = YAML().load(root / "params.yaml")
+        params["perplexity"]["texts"] = {text: texts[text] for text in names}
+        YAML().dump(params, root / "params.yaml")
+        project = Project(root)
+        for model in ("dense", "pruned"):
+            for file in (project.details, project.metrics):
+                shutil.copyfile(file(model, "perplexity/embedded"), file(model, "perplexity/other"))
+                if "other" not in names:
+                    file(model, "perplexity/other").unlink()
+                if "embedded" not in names:
+                    file(model, "perplexity/embedded").unlink()
+        rows.append(row_of(project, name=name))
+    said = re.sub(r" {2,}", " ", as_markdown(content(Collected(rows, [], [])), "pictures"))
+    lines = [line for line in said.splitlines() if line.startswith(r"| magnitude 50 % \[b\] | – |")]
+    assert lines
+    assert not [line for line in lines if "33.1" in line]
+    for name, text in (("b", "other"), ("c", "embedded")):  # on one text there is no other row of this label
+        assert f"- magnitude 50 % \\[{name}\\] against dense: 4.482 × the perplexity on {text}" in said
+    assert "| perplexity.texts." not in said
+
+
+def test_a_row_with_damaged_details_of_a_later_text_says_so(tmp_path: Path):
+    texts = {"embedded": {"source": "embedded"}, "other": {"source": "/data/other.txt"}}
+    write_results(tmp_path, "wanda", 0.5, 2.5, 20, perplexity__texts=texts)
+    assert row_of(Project(tmp_path)).damage is None
+    write_json(Project(tmp_path).details("pruned", "perplexity/other"), {"losses": "none"})
+    assert (row_of(Project(tmp_path)).damage or "").startswith("metrics/details/pruned/perplexity/other.json: ")
 
 
 def test_a_row_is_compared_with_its_own_dense_model(tmp_path: Path):

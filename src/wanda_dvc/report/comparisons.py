@@ -24,6 +24,11 @@ class Comparison(NamedTuple):
     mean: Estimate | None  # the first's mean accuracy over tasks minus the second's
     tasks: dict[str, Disagreement]
 
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The names of the experiments."""
+        return tuple(row.name for row in (self.first, self.second) if row)
+
     def tests(self) -> list[Estimate | Disagreement]:
         """Return every test."""
         return [test for test in (self.ratio, self.mean, *self.tasks.values()) if test]

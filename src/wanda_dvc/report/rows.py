@@ -75,7 +75,10 @@ class Row:
     def damage(self) -> str | None:
         """The first problem of the files of results, if any."""
         try:
-            self.dense, self.pruned, mean_layer_error(self.study)  # reads them
+            for text in self.params.perplexity.texts:
+                one = self.on(text)
+                one.dense, one.pruned  # reads them  # noqa: B018
+            mean_layer_error(self.study)
         except UserError as error:
             return str(error.problems[0]).removeprefix(f"{self.study.root}/")
         return None

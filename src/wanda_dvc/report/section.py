@@ -138,9 +138,9 @@ class Section:
         return compare(self._pairs(), self.tasks, self.dense)
 
     @property
-    def comparisons_by_name(self) -> dict[str, Comparison]:
-        """The comparisons by the names of their models."""
-        return {self.names(one): one for one in self.comparisons}
+    def comparisons_by_rows(self) -> dict[tuple[str, ...], Comparison]:
+        """The comparisons by the names of their experiments, which are the same on all texts."""
+        return {one.rows: one for one in self.comparisons}
 
     def against_dense(self, row: Row) -> Comparison:
         """The comparison of a row with the dense model."""
@@ -174,6 +174,7 @@ def sections(rows: list[Row]) -> list[Section]:
         Counter(_short(model) for model in {one.evaluation["model"] for one in found}),
     )
     for section in found:
+        section.rows = [row.on(section.texts[0]) for row in section.rows]  # a row's own first text may be another
         model = section.evaluation["model"]
         name = _short(model) if short[_short(model)] == 1 else model
         others = "; ".join(f"{key}={setting(section.evaluation.get(key))}" for key in differing if key != "model")

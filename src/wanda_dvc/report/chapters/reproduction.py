@@ -16,7 +16,10 @@ def content(section: Section) -> Content:
     headers = ["", "experiment", "commit", "its own parameters", "its own time", "peak anonymous memory", "machine"]
     origins = [[section.name(row), *_origin(row, section.varying)] for row in section.ordered]
     own = {*OF_PRUNING, *section.varying}
-    shared = [[key, code(setting(value))] for key, value in section.settings.items() if key not in own]
+    everywhere = set[str].intersection(*({*row.settings} for row in section.rows))  # rows may have other texts
+    shared = [
+        [key, code(setting(value))] for key, value in section.settings.items() if key in everywhere and key not in own
+    ]
     parts: Content = [
         table("The origin of each row.", headers, origins, numbers=False),
         table("The parameters that all rows share.", ["parameter", "value"], shared, numbers=False),

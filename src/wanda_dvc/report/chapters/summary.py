@@ -11,13 +11,13 @@ from wanda_dvc.report.section import Section
 def content(section: Section) -> Content:
     """A sentence for each comparison."""
     said = []
-    by_text = {text: on.comparisons_by_name for text in section.texts if (on := section.on(text))}
+    by_text = {text: on.comparisons_by_rows for text in section.texts if (on := section.on(text))}
     for comparison in section.comparisons:
         names = section.names(comparison)
         parts = [
-            _of_perplexity(found[names], section.name(comparison.second), section.about(text))
+            _of_perplexity(found[comparison.rows], section.name(comparison.second), section.about(text))
             for text, found in by_text.items()
-            if names in found
+            if comparison.rows in found
         ]
         if mean := comparison.mean:
             parts.append(f"{signed(mean.value)} points of mean accuracy ({_noise(mean)} noise)")
