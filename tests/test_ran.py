@@ -119,6 +119,29 @@ def test_a_removed_text_is_not_stale(edited: Project):
     write(edited, stages | {name: one | {"deps": [{"path": "masks", "md5": "other"}]} for name, one in removed.items()})
     assert Ran.of(edited).stale == stale
 
+    assert all("@ptb" not in name for name in Ran.of(edited).outdated)
+
+
+def test_an_edit_of_one_text_makes_only_its_own_stages_stale(project: Callable[..., Project]):
+    """`locate` reads the settings of all texts, and every `download` reads what it writes."""
+    made = project()
+    stages = lock(made)
+    stages["locate"]["outs"] = [{"path": "sources/model", "md5": "l"}, {"path": "sources/perplexity", "md5": "l"}]
+    stages["download@model"]["deps"] = [{"path": "sources/model", "md5": "l"}]
+    stages["download-perplexity@embedded"]["deps"] = [{"path": "sources/perplexity/embedded", "md5": "x"}]
+    write(made, stages)
+    assert Ran.of(made).stale == []
+    changed = project(perplexity__texts={"embedded": {"source": "embedded", "split": "train"}})
+    assert Ran.of(changed).stale == ["locate", "download-perplexity@embedded"]
+
+
+def test_a_text_that_was_never_measured_has_not_run(project: Callable[..., Project]):
+    lock(project())
+    two = project(perplexity__texts={"embedded": {"source": "embedded"}, "ptb": {"source": "ptb"}})
+    shown = show(project=two)
+    assert "perplexity.texts.ptb.source=ptb" in shown
+    assert "which has not run: `dvc repro` runs it." in shown
+
 
 def test_the_card_of_a_model_has_the_settings_that_made_it(edited: Project):
     target = edited.root / "exported"

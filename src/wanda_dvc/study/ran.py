@@ -50,7 +50,9 @@ class Ran:
     def unmet(self) -> dict[str, Any]:
         """Return the settings of params.yaml that differ from the current results'; `runtime` never counts."""
         ran, asked = resolved(self.params), resolved(self.asked)
-        return {key: value for key, value in asked.items() if ran[key] != value}
+        measured = {text for stage in self.stages for name, _, text in [stage.partition("@")] if name == BY_TEXT[-1]}
+        new = {f"perplexity.texts.{text}.source" for text in self.asked.perplexity.texts if text not in measured}
+        return {key: value for key, value in asked.items() if ran[key] != value or (measured and key in new)}
 
     @property
     def stale(self) -> list[str]:
@@ -61,7 +63,7 @@ class Ran:
     @property
     def outdated(self) -> list[str]:
         """Return the stages with inputs that changed after the run, for any `params.yaml`."""
-        return stale_stages(self.stages, {})
+        return without_removed_texts(stale_stages(self.stages, {}), self.asked)
 
 
 def read_lock(root: Path) -> Json:
@@ -88,7 +90,8 @@ def load_lock(text: str) -> Json:
 def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
     """Return the stages that ran on other settings than `asked`, or on inputs that changed later.
 
-    Settings are by dotted name; a setting missing in `asked` makes no stage stale.
+    Settings are by dotted name; a setting missing in `asked` makes no stage stale. `locate` makes no other stage stale
+    by its settings: it reads the settings of all texts, and each `download` has its own.
     """
     made = {out["path"]: (name, out.get("md5")) for name, stage in stages.items() for out in stage.get("outs", [])}
     stale = {
@@ -105,7 +108,7 @@ def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
                 if maker is None or name in stale:
                     continue
                 output = made.get(dep["path"])
-                if maker in stale or (output and output[1] != dep.get("md5")):
+                if (maker in stale and maker != "locate") or (output and output[1] != dep.get("md5")):
                     stale.add(name)
                     waiting = True
     return [name for name in stages if name in stale]
