@@ -48,6 +48,39 @@ def test_a_device_of_workers_is_not_asked_of_this_machine(study: Path, monkeypat
     assert "runtime.device" not in doctor(start=study)[0]
 
 
+def test_a_users_stage_is_none_of_ours(study: Path):
+    content = (study / "dvc.yaml").read_text(encoding="utf-8")
+    own = "  mask-plot: { cmd: python plot.py }\n  perplexity-table: { cmd: python table.py }\n"
+    (study / "dvc.yaml").write_text(content.replace("\nstages:\n", f"\nstages:\n{own}", 1), encoding="utf-8")
+    assert "✓" in row(doctor(start=study)[0], "dvc.yaml")
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_busy_cluster_is_not_waited_for(study: Path, monkeypatch: pytest.MonkeyPatch, busy: bool):
+    """Another experiment may hold all workers for hours."""
+    cluster = pytest.importorskip("wanda_dvc.engine.cluster")
+    opened: list[bool] = []
+
+    class Stub:
+        has_free, has_workers = not busy, True
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def counts(self) -> dict[str, int]:
+            return {"workers": 2, "nodes": 1}
+
+        def open(self) -> None:
+            opened.append(True)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(cluster, "Cluster", Stub)
+    write_params(study, study, runtime__ray="auto")
+    found = row(doctor(start=study)[0], "runtime.ray")
+    assert ("2 workers, 1 nodes, all in use: versions not compared" in found) == busy
+    assert opened == [True] * (not busy)
+
+
 @pytest.mark.parametrize(
     ("what", "harm", "todo"),
     [

@@ -179,15 +179,25 @@ class Cluster(Jobs):
         """The number of concurrent tasks: one per GPU, or one per group of CPUs as large as a task's thread count."""
         return max(1, int(ray.cluster_resources().get(self._kind, 0)) // (1 if self._kind == "GPU" else self._threads))
 
+    @property
+    def has_workers(self) -> bool:
+        """Whether the cluster has a node for a task, free or not."""
+        return ray.cluster_resources().get(self._kind, 0) >= (1 if self._kind == "GPU" else self._threads)
+
+    @property
+    def has_free(self) -> bool:
+        """Whether a worker has run a task, or does so within `SECONDS_TO_START`."""
+        return bool(ray.wait(self._first, timeout=SECONDS_TO_START)[0])
+
     def open(self) -> None:
         """Wait for a worker, and check whether all nodes have the files. UserError if the cluster has no worker."""
         if self._address == LOCAL:  # it has this machine's files and cores
             return
-        if not ray.wait(self._first, timeout=SECONDS_TO_START)[0]:
+        if not self.has_free:
             wanted = "a GPU" if self._kind == "GPU" else f"{self._threads} CPU{'s' * (self._threads > 1)}"
             notice(f"runtime.ray: waiting for a worker with {wanted}")
-            busy = ray.cluster_resources().get(self._kind, 0) >= (1 if self._kind == "GPU" else self._threads)
-            if not ray.wait(self._first, timeout=None if busy else SECONDS)[0]:  # others may use a worker for hours
+            busy = self.has_workers  # others may use a worker for hours
+            if not ray.wait(self._first, timeout=None if busy else SECONDS)[0]:
                 raise UserError(f"runtime.ray: no node with {wanted} joined within {SECONDS} s; look at `ray status`")
         expected = [tasks.fingerprint(folder) for folder in self._folders]
         here = ray.get_runtime_context().get_node_id()

@@ -161,8 +161,11 @@ def _workers(params: Params) -> Iterator[Check]:
     try:
         cluster = Cluster(address, device=params.runtime.device)
         with contextlib.closing(cluster):
-            cluster.open()
             found = ", ".join(f"{count} {what}" for what, count in cluster.counts().items())
+            if cluster.has_free or not cluster.has_workers:
+                cluster.open()
+            else:
+                found += ", all in use: versions not compared"
     except UserError as error:
         yield Check("runtime.ray", False, str(error), "check `ray status` on its head node")
         return
@@ -245,7 +248,9 @@ def _versions(project: Project) -> Iterator[Check]:
         stages = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["stages"]
         commands: dict[str, list[list[str]]] = {}
         for name, stage in stages.items():  # perplexity-dense is a part of perplexity
-            row = name if name in STAGES else name.rpartition("-")[0]
+            row, _, part = (name, "", "") if name in STAGES else name.rpartition("-")
+            if part and (row not in STAGES or part not in STAGES[row].parts):
+                continue  # the user's own
             commands.setdefault(row, []).append(str(stage.get("do", stage)["cmd"]).split())
     except (YAMLError, KeyError, TypeError, AttributeError) as error:
         yield Check("dvc.yaml", False, f"not readable: {' '.join(str(error).split())}", "restore it from git")
