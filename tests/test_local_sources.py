@@ -97,6 +97,20 @@ def test_an_experiment_elsewhere_sees_the_same_sources(start: Repository):
     text.write_text(before)
 
 
+def test_links_stay_where_a_source_is_missing_and_go_with_their_text(tmp_path: Path, project):
+    text = tmp_path / "a.txt"
+    text.write_text("text")
+    two = {"a": {"source": str(text)}, "embedded": {"source": "embedded"}}
+    made = project(perplexity__texts=two)
+    locate(project=made)
+    missing = project(perplexity__texts=two | {"z": {"source": str(tmp_path / "no.txt")}})
+    with pytest.raises(UserError, match="no.txt not found"):
+        locate(project=missing)
+    assert made.source("perplexity/a").resolve() == text
+    locate(project=project(perplexity__texts={"embedded": {"source": "embedded"}}))
+    assert [place.name for place in made.source("perplexity").iterdir()] == ["embedded"]
+
+
 def test_what_is_gone_is_named(tmp_path: Path, project):
     text = tmp_path / "a.txt"
     text.write_text("text")

@@ -849,9 +849,10 @@ def test_a_task_whose_examples_are_of_another_split_needs_none(tmp_path: Path):
 
 
 def test_a_task_without_an_accuracy_is_refused():
-    wanted = Tasks(source="benchmark", names=["cola"])
-    with pytest.raises(UserError, match="tasks.names: cola is measured by mcc, expected acc or acc_norm; remove it"):
-        find_tasks(wanted, None)
+    for name, measured in (("cola", "mcc"), ("leaderboard_musr_murder_mysteries", "acc_norm")):
+        wanted = Tasks(source="benchmark", names=[name])
+        with pytest.raises(UserError, match=f"tasks.names: {name} is measured by {measured}, expected acc; remove it"):
+            find_tasks(wanted, None)
 
 
 @pytest.mark.parametrize(

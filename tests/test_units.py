@@ -202,6 +202,13 @@ def test_a_family_that_cannot_be_smaller_is_refused_with_the_reason(pattern: str
         removal_of(save(family, tmp_path / "model"), pattern)
 
 
+def test_the_cost_of_a_configuration_that_cannot_be_smaller_is_not_known(tmp_path: Path):
+    """StableLM derives a head's width from their number, so its width must be a multiple of it."""
+    config = {"model_type": "stablelm", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert smaller_parameters(read_config(tmp_path), STRUCTURES["heads"], Fraction(1, 4)) is None
+
+
 def test_a_model_with_one_key_and_value_head_keeps_it(tmp_path: Path):
     with pytest.raises(UserError, match="num_key_value_heads is 1, expected one number for all blocks, 2 or more"):
         removal_of(save("llama", tmp_path / "model", num_key_value_heads=1), "heads")

@@ -52,7 +52,7 @@ class Output(NamedTuple):
     """What a block of the full model computes for the probe."""
 
     input: Tensor
-    full: Tensor  # with all units; of a whole block that stays: its input
+    full: Tensor  # with all units; of a block that stays: its input
     masked: Tensor  # without the units that go
 
 
@@ -391,7 +391,10 @@ def smaller_parameters(config: Any, structure: Structure, share: Fraction) -> in
                 changes |= {name: row[:stay] for name, row in block_lists(text, number).items()}
     if not changes:
         return None
-    model = build_empty(changed(config, changes), f"the configuration with {changes}")
+    try:
+        model = build_empty(changed(config, changes), f"the configuration with {changes}")
+    except UserError:
+        return None
     return sum(parameter.numel() for parameter in model.parameters())
 
 

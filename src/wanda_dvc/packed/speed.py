@@ -56,8 +56,8 @@ def speed(*, folders: Sequence[Path], prompt: int, tokens: int, device: str, as_
             stored[form] = sum(path.stat().st_size for path in place.glob("*.safetensors"))
     columns = {form: {"stored_bytes": stored[form], **asdict(found)} for form, found in measured.items()}
     if as_json:
-        how = {"directory": str(folders[0]), **machine, "prompt_tokens": prompt, "tokens": tokens}
-        return json_text({**how, **columns, "note": said})
+        how = {"directories": [*map(str, folders)], **machine, "prompt_tokens": prompt, "tokens": tokens}
+        return json_text({**how, "measured": columns, "note": said})
     headers = ["", *columns, *(["ratio" if several else "packed / dense"] if len(columns) == 2 else [])]
     head = f"{', '.join(machine.values())}; one sequence, {prompt} tokens in, {tokens} out"
     table = tabulate(_rows(columns), headers, tablefmt="github", disable_numparse=True)
@@ -105,6 +105,8 @@ def _check(folder: Path, prompt: int, tokens: int) -> None:
     most = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
     if most is not None and prompt + tokens > most:
         raise UserError(f"--prompt and --tokens: got {prompt} + {tokens}, expected at most {most} for this model")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: no .safetensors file, expected a model's directory with them")
 
 
 @contextmanager

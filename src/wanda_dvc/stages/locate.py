@@ -6,6 +6,9 @@ from wanda_dvc.study.project import Project, remove
 
 def locate(*, project: Project) -> None:
     """Settings → sources/model, sources/calibration, sources/perplexity/NAME and sources/tasks."""
-    remove(project.source("perplexity"))  # a text may have been removed
-    for part in sources(project.params):
+    parts = sources(project.params)
+    for part in parts:
         link_source(project, part)
+    for place in project.source("perplexity").iterdir():
+        if f"perplexity/{place.name}" not in parts:  # of a removed text
+            remove(place)

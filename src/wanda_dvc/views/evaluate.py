@@ -72,7 +72,7 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
             found.append(Evaluated(str(path), _size(path), own, flips))
             work.forget()
     if as_json:
-        return json_text([_record(one, tasks, measured) for one in found])
+        return json_text([_record(one, tasks, found[0]) for one in found])
     texts = list(project.params.perplexity.texts)
     of_texts = [what + (f", {text}" if len(texts) > 1 else "") for text in texts for what in ON_TEXT]
     return table(["model", "size, MB", *of_texts, "mean acc, %", *FLIPS], list(_rows(found, tasks)))
@@ -189,7 +189,7 @@ def _mean(measure: Any, form: str, factor: float = 1) -> str:
     return measure or "–" if isinstance(measure, str | None) else form.format(factor * measure["mean"])
 
 
-def _record(one: Evaluated, tasks: list[str], dense: Measured) -> Json:
+def _record(one: Evaluated, tasks: list[str], dense: Evaluated) -> Json:
     """Return a model's results as JSON."""
     return {
         "model": one.name,
@@ -198,5 +198,7 @@ def _record(one: Evaluated, tasks: list[str], dense: Measured) -> Json:
         "accuracy": one.measured.mean(tasks),
         "accuracies": one.measured.accuracies,
         "flips": {task: flips._asdict() for task, flips in one.flips.items()},
-        "continuations": [pair._asdict() for pair in one.measured.continued(dense)] if one.flips else [],
+        "continuations": [pair._asdict() for pair in one.measured.continued(dense.measured)]
+        if one is not dense
+        else [],
     }
