@@ -28,6 +28,7 @@ from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.packed.speed import measure
 from wanda_dvc.sources.models import read_model
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import files_digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import read_grams, read_stats
 
 TARGET = HERE / "results-smaller.json"
@@ -98,6 +99,7 @@ class Smaller(Models):
             took = self._prune(folder, row.pattern, row.amount, row.choice)
         if row.choice.startswith("flap"):
             flap(folder, refit=row.choice.endswith("-refit"))
+        sign(folder / "models/pruned")
         found = {**row._asdict(), **took, **sizes(folder / "models/pruned")}
         if row.pattern == "gguf":
             found["bytes"] = (self.runner.work / f"{row.amount}.gguf").stat().st_size
@@ -159,6 +161,11 @@ def place(folder: Path, other: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (target / name).unlink(missing_ok=True)
         shutil.copy(other / name, target)
+
+
+def sign(model: Path) -> None:
+    """Write the digests of a model's present files, which the stages check."""
+    write_provenance(model, {**read_provenance(model, "apply"), "files": files_digest(model)})
 
 
 @torch.no_grad()
