@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from test_report import write_results
 
 import wanda_dvc as wd
 from wanda_dvc.errors import UserError
-from wanda_dvc.study.experiments import Experiment, Kind
+from wanda_dvc.study.experiments import Experiment, Kind, _metrics, _settings
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import load_lock
 from wanda_dvc.views import experiments as listing
@@ -170,6 +171,17 @@ def test_the_command_prints_a_row_an_experiment(repository: Repository):
     said = repository.run("wanda-dvc", "list")
     for name in ("workspace", "main", "middling", "broken", "waiting"):
         assert f"| {name} " in said
+
+
+def test_a_study_below_the_root_of_its_repository_reads_its_own_files():
+    """DVC names the files of all studies from the root of the repository."""
+    content = {"params.yaml": {"data": {"sparsity": 0.5}}, "a/params.yaml": {"data": {"sparsity": 0.7}}}
+    measured = {name: {"data": {"of": name}} for name in ("metrics/x.json", "a/metrics/x.json", "ab/metrics/x.json")}
+    state = SimpleNamespace(data=SimpleNamespace(params=content, metrics=measured))
+    for below, sparsity in (("", 0.5), ("a/", 0.7)):
+        assert _settings(state, below) == {"sparsity": sparsity}
+        assert _metrics(state, below)["metrics/x.json"] == {"of": f"{below}metrics/x.json"}
+    assert _metrics(state, "a/").keys() == {"metrics/x.json"}
 
 
 @pytest.mark.parametrize("text", ["<<<<<<< HEAD\nschema: '2.0'\n=======\n", "[1]", "stages: [1]"])

@@ -67,7 +67,8 @@ def list_experiments(project: Project, *, locks: bool = False) -> list[Experimen
                 f"{project.root}: DVC can't list its experiments ({error}); one that was killed may still count as "
                 "running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
             ) from None
-        found = list(_experiments(states))
+        below = project.root.resolve().relative_to(Path(repo.root_dir).resolve()).as_posix()
+        found = list(_experiments(states, "" if below == "." else f"{below}/"))
         done = {one.rev for one in found if one.state == SUCCESS}
         found = [one for one in found if one.state == SUCCESS or one.rev not in done]
         if not locks:
@@ -76,12 +77,13 @@ def list_experiments(project: Project, *, locks: bool = False) -> list[Experimen
         return [one._replace(stages=stages[one.rev]) for one in found]
 
 
-def _experiments(states: list[Any]) -> Iterator[Experiment]:
+def _experiments(states: list[Any], below: str) -> Iterator[Experiment]:
+    """Yield the experiments of a study in a folder of the repository, such as `studies/a/`, or in its root."""
     workspace: Experiment | None = None
     for state in states:
         kind = Kind.WORKSPACE if state.rev == WORKSPACE else Kind.BRANCH if state.name else Kind.COMMIT
         name = state.name or (state.rev if kind is Kind.WORKSPACE else state.rev[:7])
-        own, metrics = _settings(state), _metrics(state)
+        own, metrics = _settings(state, below), _metrics(state, below)
         if kind is Kind.WORKSPACE:
             workspace = Experiment(name, state.rev, kind, SUCCESS, own, {}, metrics, {})
             continue
@@ -95,21 +97,23 @@ def _experiments(states: list[Any]) -> Iterator[Experiment]:
             running = (experiment.executor.state if experiment.executor else None) or SUCCESS
             if running == SUCCESS and last.data is None:
                 running = f"unreadable: {last.error.msg}"
-            title, settings = experiment.name or last.name or last.rev[:7], _settings(last)
+            title, settings = experiment.name or last.name or last.rev[:7], _settings(last, below)
             changes = _changes(own, settings)
-            yield Experiment(title, last.rev, Kind.EXPERIMENT, running, settings, changes, _metrics(last), {})
+            yield Experiment(title, last.rev, Kind.EXPERIMENT, running, settings, changes, _metrics(last, below), {})
     if workspace:
         yield workspace
 
 
-def _settings(state: Any) -> dict[str, Any]:
+def _settings(state: Any, below: str) -> dict[str, Any]:
     files = state.data.params if state.data else {}
-    return dict(flatten(files.get("params.yaml", {}).get("data") or {}))
+    return dict(flatten(files.get(f"{below}params.yaml", {}).get("data") or {}))
 
 
-def _metrics(state: Any) -> dict[str, Json]:
+def _metrics(state: Any, below: str) -> dict[str, Json]:
     files = state.data.metrics if state.data else {}
-    return {path: content.get("data") or {} for path, content in files.items()}
+    return {
+        path.removeprefix(below): content.get("data") or {} for path, content in files.items() if path.startswith(below)
+    }
 
 
 def _changes(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

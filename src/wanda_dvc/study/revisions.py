@@ -33,12 +33,15 @@ class Revision:
                 raise UserError(f"{root}: no git repository, expected one that knows {name}; run `git init`")
         except NotDvcRepoError:
             raise UserError(f"{project.root}: no DVC repository, expected one that knows {name}; {otherwise}") from None
-        except SCMError:
+        except SCMError as error:
+            if "mbiguous" in str(error):
+                raise UserError(f"{name}: {error}, expected one; name its commit (`dvc exp show --sha`)") from None
             raise UserError(
                 f"{name}: no experiment, commit, branch or tag of that name; `dvc exp list --all-commits` lists "
                 "the experiments"
             ) from None
-        return cls(name, files, project.root.resolve().relative_to(root.resolve()).as_posix().removeprefix("."))
+        below = project.root.resolve().relative_to(root.resolve()).as_posix()
+        return cls(name, files, "" if below == "." else below)
 
     @classmethod
     def exists(cls, project: Project, name: str) -> bool:
