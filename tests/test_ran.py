@@ -135,6 +135,28 @@ def test_an_edit_of_one_text_makes_only_its_own_stages_stale(project: Callable[.
     assert Ran.of(changed).stale == ["locate", "download-perplexity@embedded"]
 
 
+def test_a_setting_that_a_text_had_not_is_an_edit(project: Callable[..., Project]):
+    """`-S +perplexity.texts.ptb.source=ptb` writes no nulls into params.yaml and dvc.lock."""
+    texts = {"embedded": {"source": "embedded"}, "ptb": {"source": "ptb"}}
+    before = project(perplexity__texts=texts)
+    stages = lock(before)
+    source: dict[str, Any] = {"perplexity.texts.ptb.source": "ptb"}
+    stages["download-perplexity@ptb"] = stage("data/perplexity/ptb", None, **source)
+    stages["perplexity-pruned@ptb"] = stage("ptb", "data/perplexity/ptb")
+    for name in ("locate", "download-perplexity@embedded"):
+        stages[name]["params"] = {}
+    write(before, stages)
+    assert Ran.of(before).stale == []
+    assert Ran.of(before).unmet == {}
+    edited = project(perplexity__texts=texts | {"ptb": {"source": "ptb", "split": "validation"}})
+    assert Ran.of(edited).stale == ["download-perplexity@ptb", "perplexity-pruned@ptb"]
+    assert Ran.of(edited).unmet == {"perplexity.texts.ptb.split": "validation"}
+    one = project(perplexity__texts={"embedded": {"source": "embedded"}})
+    other: dict[str, Any] = {"perplexity.length": 7, "dtype": "bfloat16"}
+    write(one, stages | {"perplexity-pruned@ptb": stage("ptb", None, **other)})
+    assert Ran.of(one).params.model_dump() == one.params.model_dump()
+
+
 def test_a_text_that_was_never_measured_has_not_run(project: Callable[..., Project]):
     lock(project())
     two = project(perplexity__texts={"embedded": {"source": "embedded"}, "ptb": {"source": "ptb"}})

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from wanda_dvc.report.charts import Point, accuracies, curves, svg
 from wanda_dvc.report.comparisons import paired_mean
 from wanda_dvc.report.pages import Content, Picture, as_html, as_markdown, heading, table
 from wanda_dvc.report.rows import Collected, Note, Row, identity
-from wanda_dvc.report.section import differences, sections
+from wanda_dvc.report.section import Section, differences, sections
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import write_csv, write_json
 from wanda_dvc.study.local import sources
@@ -413,6 +414,20 @@ def test_a_row_without_a_sections_first_text_has_no_figure_of_another(tmp_path: 
     for name, text in (("b", "other"), ("c", "embedded")):  # on one text there is no other row of this label
         assert f"- magnitude 50 % \\[{name}\\] against dense: 4.482 × the perplexity on {text}" in said
     assert "| perplexity.texts." not in said
+
+
+def test_experiments_of_one_name_on_two_commits_have_their_own_figures(tmp_path: Path):
+    rows = []
+    for commit, sparsity, loss in (("a" * 40, 0.5, 2.5), ("b" * 40, 0.7, 3.5)):
+        (tmp_path / commit).mkdir()
+        write_results(tmp_path / commit, "wanda", sparsity, loss, 20)
+        rows.append(replace(row_of(Project(tmp_path / commit), name="same"), commit=commit))
+    said = as_markdown(content(Collected(rows, [], [])), "pictures")
+    assert "- wanda 50 % against dense: 1.649 × the perplexity" in said
+    assert "- wanda 70 % against dense: 4.482 × the perplexity" in said
+    twins = [replace(rows[0], commit=commit) for commit in ("a" * 40, "b" * 40)]
+    section = Section(twins, {})
+    assert [section.label(row) for row in twins] == ["wanda 50 % [same] [aaaaaaa]", "wanda 50 % [same] [bbbbbbb]"]
 
 
 def test_a_row_with_damaged_details_of_a_later_text_says_so(tmp_path: Path):

@@ -25,9 +25,9 @@ class Comparison(NamedTuple):
     tasks: dict[str, Disagreement]
 
     @property
-    def rows(self) -> tuple[str, ...]:
-        """The names of the experiments."""
-        return tuple(row.name for row in (self.first, self.second) if row)
+    def rows(self) -> tuple[tuple[str, str | None], ...]:
+        """The names and commits of the experiments: a name may be that of another one on another commit."""
+        return tuple((row.name, row.commit) for row in (self.first, self.second) if row)
 
     def tests(self) -> list[Estimate | Disagreement]:
         """Return every test."""

@@ -79,11 +79,14 @@ class Section:
     @cached_property
     def _labels(self) -> dict[int, str]:
         plain = [self.series(row) + ("" if ":" in row.pattern else f" {row.sparsity}") for row in self.rows]
-        twins = Counter(plain)
-        return {
-            id(row): f"{name} [{row.name}]" if twins[name] > 1 else name
-            for row, name in zip(self.rows, plain, strict=True)
-        }
+        labels = plain
+        for tag in (lambda row: row.name, lambda row: str(row.commit)[:7]):  # one name may be of several commits
+            twins = Counter(labels)
+            labels = [
+                f"{label} [{tag(row)}]" if twins[label] > 1 else label
+                for row, label in zip(self.rows, labels, strict=True)
+            ]
+        return {id(row): label for row, label in zip(self.rows, labels, strict=True)}
 
     def label(self, row: Row) -> str:
         """A row's name for a picture, followed by its experiment's name if another row has the same parameters."""
@@ -138,8 +141,8 @@ class Section:
         return compare(self._pairs(), self.tasks, self.dense)
 
     @property
-    def comparisons_by_rows(self) -> dict[tuple[str, ...], Comparison]:
-        """The comparisons by the names of their experiments, which are the same on all texts."""
+    def comparisons_by_rows(self) -> dict[tuple[tuple[str, str | None], ...], Comparison]:
+        """The comparisons by their experiments, which are the same on all texts."""
         return {one.rows: one for one in self.comparisons}
 
     def against_dense(self, row: Row) -> Comparison:

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params
+from wanda_dvc.params import Params, Text
 from wanda_dvc.reading import is_there, name_of, yaml_problem
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
@@ -20,6 +20,7 @@ from wanda_dvc.study.provenance import PROVENANCE, read_provenance
 from wanda_dvc.study.settings import Settings, flatten, nested, resolved
 
 LOCK = "dvc.lock"
+TEXTS = "perplexity.texts."
 BY_TEXT = ("download-perplexity", "perplexity-dense", "perplexity-pruned")  # stages that run once for each text
 
 
@@ -36,7 +37,8 @@ class Ran:
         """Read the last runs. Masks made without DVC record their own settings, which override the lock's."""
         stages = read_lock(project.root)
         asked = dict(flatten(project.params.model_dump(mode="json")))
-        ran = {key: value for stage in stages.values() for key, value in _settings(stage).items() if key in asked}
+        there = [stages[name] for name in without_removed_texts(stages, project.params)]
+        ran = {key: value for stage in there for key, value in _settings(stage).items() if key in asked}
         masks = read_provenance(project.masks, "mask") if is_there(project.masks / PROVENANCE) else Json()
         made = masks.get("params", {}) | {f"calibration.{key}": x for key, x in masks.get("calibration", {}).items()}
         made = {key: value for key, value in made.items() if key in asked}
@@ -51,7 +53,7 @@ class Ran:
         """Return the settings of params.yaml that differ from the current results'; `runtime` never counts."""
         ran, asked = resolved(self.params), resolved(self.asked)
         measured = {text for stage in self.stages for name, _, text in [stage.partition("@")] if name == BY_TEXT[-1]}
-        new = {f"perplexity.texts.{text}.source" for text in self.asked.perplexity.texts if text not in measured}
+        new = {f"{TEXTS}{text}.source" for text in self.asked.perplexity.texts if text not in measured}
         return {key: value for key, value in asked.items() if ran[key] != value or (measured and key in new)}
 
     @property
@@ -93,6 +95,7 @@ def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
     Settings are by dotted name; a setting missing in `asked` makes no stage stale. `locate` makes no other stage stale
     by its settings: it reads the settings of all texts, and each `download` has its own.
     """
+    asked = _complete(asked)
     made = {out["path"]: (name, out.get("md5")) for name, stage in stages.items() for out in stage.get("outs", [])}
     stale = {
         name
@@ -132,7 +135,13 @@ def _changed(section: Any, changes: Settings) -> Any:
 
 
 def _settings(stage: Json) -> dict[str, Any]:
-    return dict(flatten((stage.get("params") or {}).get("params.yaml") or {}))
+    return _complete(dict(flatten((stage.get("params") or {}).get("params.yaml") or {})))
+
+
+def _complete(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the nulls of each text, which params.yaml need not have."""
+    texts = {key.rpartition(".")[0] for key in asked if key.startswith(TEXTS)}
+    return {f"{text}.{field}": None for text in sorted(texts) for field in Text.model_fields} | dict(asked)
 
 
 def _maker(path: str, made: Mapping[str, tuple[str, Any]]) -> str | None:
