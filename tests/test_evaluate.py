@@ -24,7 +24,7 @@ from wanda_dvc.stages.download import download
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.project import Project
-from wanda_dvc.views.evaluate import evaluate
+from wanda_dvc.views.evaluate import _take_rope, evaluate
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -152,6 +152,33 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(study: Proje
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.gguf").rename(tmp_path / "folder/a.gguf")
     refused(tmp_path / "folder", "folder: a folder of GGUF files, expected one of safetensors; name a GGUF file itself")
+
+
+def test_a_gguf_file_without_all_weights_is_refused(study: Project, tmp_path: Path):
+    """Transformers would draw those of the other parts of a file at random."""
+    part = shutil.copytree(study.model("dense"), tmp_path / "part")
+    weights = load_file(part / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, part / "model.safetensors", {"format": "pt"})
+    write_gguf(part, tmp_path / "m-00001-of-00002.gguf", "F32")
+    with pytest.raises(UserError, match="00002.gguf: lacks model.layers.1.mlp.up_proj.weight, expected all weights"):
+        evaluate(project=study, paths=[tmp_path / "m-00001-of-00002.gguf"])
+
+
+def test_a_gguf_file_has_the_dense_models_rotary_scaling(study: Project, tmp_path: Path):
+    path = study.model("dense") / "config.json"
+    scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": scaling}))
+    (tmp_path / "config.json").write_text("{}")
+    _take_rope(study, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["rope_parameters"] == scaling
+
+
+def test_accuracies_over_other_items_are_not_compared(study: Project, tmp_path: Path):
+    path = study.root / "params.yaml"
+    path.write_text(path.read_text().replace("  limit: 4", "  limit: 2"))
+    with pytest.raises(UserError, match="zero-shot: piqa: the dense model answered other items.*; run `dvc repro`"):
+        evaluate(project=study, paths=[study.model("pruned")])
 
 
 def test_without_the_dense_models_results_it_says_what_to_run(study: Project):

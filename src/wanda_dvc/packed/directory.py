@@ -74,8 +74,11 @@ def pack_directory(source: Path, target: Path, linears: Collection[str] | None =
     return Sizes(count, dense, packed, sum(path.stat().st_size for path in target.iterdir() if path.is_file()))
 
 
-def unpack_directory(source: Path, target: Path) -> None:
-    """Write a packed model directory as its dense original; every weight is bit-identical."""
+def unpack_directory(source: Path, target: Path, *, without: Collection[str] = ()) -> None:
+    """Write a packed model directory as its dense original; every weight is bit-identical.
+
+    Other files are copied, except those named in `without`.
+    """
     packing, checkpoint = packing_of(source), Checkpoint(source)
     if packing is None:
         raise UserError(f"{source}: no packed directory, expected one of `wanda-dvc export --format packed`")
@@ -85,7 +88,7 @@ def unpack_directory(source: Path, target: Path) -> None:
         restored = partial(_restored, packing, checkpoint, name)
         pieces[name] = [Piece(name, STORED[dtype], [rows, columns], rows * columns * dtype.itemsize, restored)]
         pieces[name + KEEP] = []
-    rewrite(checkpoint, target, pieces, partial(_configured, None))
+    rewrite(checkpoint, target, pieces, partial(_configured, None), without=without)
 
 
 def find_packable(checkpoint: Checkpoint) -> dict[str, Address]:

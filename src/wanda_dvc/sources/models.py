@@ -123,7 +123,9 @@ def unpack(source: Path, out: Path) -> bool:
         return False
     from wanda_dvc.packed.directory import unpack_directory  # few models need the engine here
 
-    unpack_directory(source, out)
+    unpack_directory(
+        source, out, without=[path.name for path in source.iterdir() if not _matches(path.name, MODEL_FILES)]
+    )
     return True
 
 
@@ -268,9 +270,16 @@ def _dequantize(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
     )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers draws them at random
+        named = f"{missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else missing[0]
+        raise UserError(
+            f"{gguf.name}: lacks {named}, expected all weights of the model; a file in parts has to be merged "
+            "(`llama-gguf-split --merge`)"
+        )
     # transformers refuses to save models marked as quantized. This model no longer is.
     del model.config.quantization_config
     model.hf_quantizer = None

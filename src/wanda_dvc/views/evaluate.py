@@ -13,12 +13,20 @@ from typing import Any
 from wanda_dvc.engine.flips import Flips, total_flips
 from wanda_dvc.errors import UserError
 from wanda_dvc.report.measures import Measured
+from wanda_dvc.sources.models import GGUF
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
-from wanda_dvc.study.files import Json, json_text
+from wanda_dvc.study.files import Json, json_text, load_json, write_json
 from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import ITEMS, Project
-from wanda_dvc.study.provenance import PROVENANCE, TOKENIZER, describe, read_provenance, write_provenance
+from wanda_dvc.study.provenance import (
+    PROVENANCE,
+    TOKENIZER,
+    describe,
+    measured_alike,
+    read_provenance,
+    write_provenance,
+)
 from wanda_dvc.study.scaffold import PROMPTS
 
 ON_TEXT = ("perplexity", "divergence, nats", "agreement, %")
@@ -68,6 +76,7 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
                 perplexity(project=study, model="pruned", text=text)
             zero_shot(project=study, model="pruned")
             own = _on_texts(study, "pruned")
+            _check_items(measured, next(iter(own.values())), tasks)
             flips = {task: one for task in tasks if (one := next(iter(own.values())).flips(measured, task))}
             found.append(Evaluated(str(path), _size(path), own, flips))
             work.forget()
@@ -105,6 +114,17 @@ def _check_alike(project: Project, folder: Path, path: Path) -> None:
             raise UserError(f"{path}: {what} {mine}, expected {theirs} as in the dense model; name a variant of it")
 
 
+def _check_items(dense: Measured, own: Measured, tasks: list[str]) -> None:
+    """Raise UserError if the dense model answered other items: their accuracies cannot be compared."""
+    for task in tasks:
+        protocols = [one.tasks[task]["protocol"] for one in (dense, own)]
+        if not measured_alike(*protocols):
+            raise UserError(
+                f"zero-shot: {task}: the dense model answered other items or in another dtype, expected those of "
+                "params.yaml; run `dvc repro`"
+            )
+
+
 def _place(project: Project, path: Path, folder: Path, dense: Json) -> None:
     """Put a model into a study as its pruned one.
 
@@ -115,6 +135,8 @@ def _place(project: Project, path: Path, folder: Path, dense: Json) -> None:
     from wanda_dvc.sources.models import read_model
 
     sha256 = read_model(path, folder)
+    if path.suffix == GGUF:
+        _take_rope(project, folder)
     _check_alike(project, folder, path)
     own, its = load_tokenizer(folder), load_tokenizer(project.model("dense"))
     for what, text in _texts(project):
@@ -130,6 +152,13 @@ def _place(project: Project, path: Path, folder: Path, dense: Json) -> None:
             (folder / file.name).symlink_to(file.resolve())
     made_from = {"source": dense["source"], "sha256": dense["sha256"]}
     write_provenance(folder, describe("evaluated", model=made_from, params={}, masks="", sha256=sha256))
+
+
+def _take_rope(project: Project, folder: Path) -> None:
+    """Take the dense model's scaling of rotary positions, which transformers does not read from a GGUF file."""
+    own, dense = (load_json(place / "config.json") for place in (folder, project.model("dense")))
+    if (rope := dense.get("rope_parameters")) and own.get("rope_parameters") != rope:
+        write_json(folder / "config.json", own | {"rope_parameters": rope})
 
 
 def _texts(project: Project) -> Iterator[tuple[str, str]]:
