@@ -46,7 +46,7 @@ def test_one_setting_says_what_is_shared_and_gated_sources_need_it(tmp_path: Pat
     check_gated(study, "model", ())
     if expected is None:
         with pytest.raises(
-            UserError, match=r"dvc.yaml: download: model: org/gated is gated, and `dvc push` would share"
+            UserError, match=r"dvc.yaml: download: model: org/gated is gated or private, and `dvc push` would share"
         ):
             check_gated(study, "model", ("org/gated",))
     else:

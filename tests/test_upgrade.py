@@ -333,15 +333,16 @@ def test_edits_of_an_earlier_pipeline_are_merged(earlier: Project):
     assert read(earlier) == expected
 
 
-def test_what_was_not_shared_is_not_shared_after_an_upgrade(earlier: Project):
+@pytest.mark.parametrize("options", [" { cache: false }", " { push: false } # mine", "\n            cache: false"])
+def test_what_was_not_shared_is_not_shared_after_an_upgrade(earlier: Project, options: str):
     """The text of the evaluation was an item of `download`; now it has a stage of its own."""
-    edit(earlier, "dvc.yaml", ("        - ${item.out}\n", "        - ${item.out}: { cache: false }\n"))
+    edit(earlier, "dvc.yaml", ("        - ${item.out}\n", f"        - ${{item.out}}:{options}\n"))
     upgrade(project=earlier)
     expected = PIPELINE
     for out in ("        - ${item.out}", "        - data/perplexity/${key}"):
-        expected = expected.replace(f"{out}\n", f"{out}: {{ cache: false }}\n")
+        expected = expected.replace(f"{out}\n", f"{out}:{options}\n")
     assert read(earlier) == expected
-    edit(earlier, "dvc.yaml", ("data/perplexity/${key}: { cache: false }", "data/perplexity/${key}"))
+    edit(earlier, "dvc.yaml", (f"data/perplexity/${{key}}:{options}", "data/perplexity/${key}"))
     mine = read(earlier)
     upgrade(project=earlier)
     assert read(earlier) == mine

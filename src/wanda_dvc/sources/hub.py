@@ -26,7 +26,7 @@ class Repository:
     commit: str
     files: tuple[str, ...]
     where: str  # its setting
-    gated: bool = False
+    gated: bool = False  # or private
     license: str | None = None  # the Hub's name of the licence, from the model card
 
     def fetch(self, target: Path, *files: str) -> None:
@@ -54,7 +54,9 @@ def resolve(kind: str, name: str, revision: str | None, where: str) -> Repositor
         if info.gated:  # the list of files is public even so
             api.auth_check(name, repo_type=kind)
     files = tuple(file.rfilename for file in info.siblings or ())
-    return Repository(kind, name, str(info.sha), files, where, bool(info.gated), license_of(info.card_data))
+    return Repository(
+        kind, name, str(info.sha), files, where, bool(info.gated or info.private), license_of(info.card_data)
+    )
 
 
 def license_of(card: Any) -> str | None:

@@ -6,9 +6,11 @@ from wanda_dvc.study.project import Project, remove
 
 def locate(*, project: Project) -> None:
     """Settings → sources/model, sources/calibration, sources/perplexity/NAME and sources/tasks."""
-    parts = sources(project.params)
+    parts, texts = sources(project.params), project.source("perplexity")
+    if texts.is_symlink() or texts.is_file():  # of a study of one text
+        texts.unlink()
     for part in parts:
         link_source(project, part)
-    for place in project.source("perplexity").iterdir():
+    for place in texts.iterdir():
         if f"perplexity/{place.name}" not in parts:  # of a removed text
             remove(place)

@@ -42,6 +42,6 @@ def how_to_repeat(params: Params) -> tuple[str, str]:
 
 def _override(value: Any) -> str:
     """Format a value for `dvc exp run --set-param`."""
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z/][\w./@:\-]*|\d+:\d+", value):
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z/][\w./@:\-]*|\d+:\d+", value, re.ASCII):
         return f'"{value}"'
     return "null" if value is None else f"[{','.join(value)}]" if isinstance(value, list) else f"{value}"

@@ -48,8 +48,8 @@ def check_gated(project: Project, part: str, gated: tuple[str, ...]) -> None:
         stage, instance = _stage(part)
         out = "data/perplexity/${key}" if "/" in part else "${item.out}"
         raise UserError(
-            f"dvc.yaml: {stage}: {instance}: {', '.join(gated)} is gated, and `dvc push` would share it, expected a "
-            f"choice; write `- {out}: {{ cache: false }}` under `outs` to keep it on this machine, or "
+            f"dvc.yaml: {stage}: {instance}: {', '.join(gated)} is gated or private, and `dvc push` would share it, "
+            f"expected a choice; write `- {out}: {{ cache: false }}` under `outs` to keep it on this machine, or "
             "`{ cache: true }` where its licence lets you share it"
         )
 

@@ -38,7 +38,8 @@ def read_input(project: "Project", artifact: Path, made_by: str) -> Json:
             check_digest(file, sha256, made_by)
             news[str(file)] = look
     if news:
-        write_json(path, {name: look for name, look in (looks | news).items() if os.path.lexists(name)})
+        with contextlib.suppress(OSError):  # a read-only study, or another stage that writes it: only a cache
+            write_json(path, {name: look for name, look in (looks | news).items() if os.path.lexists(name)})
     return content
 
 

@@ -33,7 +33,7 @@ PARAMS = "params.yaml"
 OWN = ("README.md", ".dvc/config")  # the user's from the first day
 SHARED = ("        - ${item.out}\n", "        - data/perplexity/${key}\n")
 PER_TEXT = "  download-perplexity:\n"  # newer than the first versions
-SHARING = re.compile(r"^        - \$\{item\.out\}(:.*\S)", re.MULTILINE)  # an edit of the first one
+SHARING = re.compile(r"^        - \$\{item\.out\}(:.*(?:\n {10,}\S.*)*)", re.MULTILINE)  # an edit of the first one
 CONFLICT = re.compile(r"^<{7} mine\n(.*?)^\|{7} base\n(.*?)^={7}\n(.*?)^>{7} new\n", re.MULTILINE | re.DOTALL)
 RESTORE = "restore it from git"
 TEXT = ("source", "config", "revision", "split", "column", "join")

@@ -3,7 +3,10 @@
 The estimates are from stages/needs.py. They stop a stage only if the disk is clearly too small.
 """
 
+import contextlib
+import os
 import shutil
+from pathlib import Path
 
 from wanda_dvc.engine.sizes import Memory
 from wanda_dvc.errors import UserError, notice
@@ -40,7 +43,11 @@ def announce(*, project: Project, stage: str, part: str | None = None, text: str
 
 def disk(project: Project) -> int:
     """Return free bytes of disk. Unfinished work counts as free, because a resumed run reuses it."""
-    unfinished = sum(path.lstat().st_blocks * 512 for path in project.work_root.rglob("*") if not path.is_dir())
+    unfinished = 0
+    for folder, _, files in os.walk(project.work_root):
+        for name in files:
+            with contextlib.suppress(OSError):  # another run has removed it since
+                unfinished += Path(folder, name).lstat().st_blocks * 512
     return shutil.disk_usage(project.root).free + unfinished
 
 
