@@ -5,6 +5,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import wanda_dvc as wd
 from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.engine.blocks import find_block_units
-from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.config import read_config
 from wanda_dvc.engine.harness import load_task
 from wanda_dvc.engine.smaller import Removal, Smaller, find_units, smaller_parameters, write_smaller
@@ -26,7 +27,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.blocks import influence
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.pruning.units import Units, cheapest, highest, least_squares, spread, stay_of, summed
-from wanda_dvc.stages.apply import apply
+from wanda_dvc.stages.apply import _write_smaller, apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.inputs import calibration_windows
@@ -315,6 +316,35 @@ def test_a_model_without_a_block_skips_it(family: str, tmp_path: Path):
     with torch.no_grad():
         wanted, found = (model(input_ids=tokens, use_cache=False).logits for model in (full, small))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+
+
+def test_blocks_of_other_parts_of_a_model_keep_their_numbers(tmp_path: Path):
+    checkpoint = Checkpoint(save("llama", tmp_path / "model"))
+    removal = find_block_units(checkpoint, STRUCTURES["blocks"], Fraction(1, 3)).chosen(
+        checkpoint, torch.tensor([True, False, True])
+    )
+    tower = [f"vision_tower.encoder.layers.{number}.weight" for number in range(3)]
+    names = removal.names([*checkpoint.where, *tower], {})
+    assert [names[name] for name in tower] == tower
+    assert names["model.layers.1.mlp.up_proj.weight"] == "model.layers.2.mlp.up_proj.weight"
+
+
+def test_new_experts_that_one_tensor_holds_are_written(tmp_path: Path):
+    """A training of blocks changes them; heads go from other tensors."""
+    checkpoint, structure = Checkpoint(save("granitemoe", tmp_path / "model")), STRUCTURES["heads"]
+    removal = find_units(checkpoint, structure, Fraction(1, 2))
+    keeps = {}
+    for linear, name in removal.readers.items():
+        cut, units = removal.cut_of(linear), removal.sets[name]
+        along = removal.along(cut, {name: torch.arange(units.total) < units.stay})
+        keeps[linear] = torch.ones_like(checkpoint.weight(linear), dtype=torch.bool) & along
+        assert cut.dim == 1
+    parts: Any = SimpleNamespace(checkpoint=checkpoint, structure=structure, share=Fraction(1, 2), keeps=[keeps])
+    name = "model.layers.0.block_sparse_moe.input_linear.weight"
+    addresses = [Address(name, expert) for expert in range(checkpoint.entries[name].shape[0])]
+    (tmp_path / "smaller").mkdir()
+    _write_smaller(parts, tmp_path / "smaller", addresses, lambda address: checkpoint.read(address) + 1, ())
+    assert torch.equal(Checkpoint(tmp_path / "smaller").read(Address(name)), checkpoint.read(Address(name)) + 1)
 
 
 def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: Any, tmp_path: Path):

@@ -96,11 +96,14 @@ class BlockRemoval(Removal):
         """Return the stored tensors of the smaller model, with consecutive blocks, and the source's tensor of each."""
         leaf = next(iter(self.sets)).rpartition(".")[0].rpartition(".")[2]
         block = re.compile(rf"((?:^|\.){re.escape(leaf)}\.)(\d+)(?=\.)")
+        own = {
+            linear[: found.end(1)] for linear in self.readers if (found := block.search(linear))
+        }  # no vision tower's
         after = {old: new for new, old in enumerate(self.order(len(self.sets)))}
         names = {}
         for name in where:
             found = block.search(name)
-            if found is None:
+            if found is None or name[: found.end(1)] not in own:
                 names[name] = name
             elif (index := int(found[2])) in after or index >= len(self.sets):  # those after the last one predict more
                 number = after.get(index, index - len(self.sets) + self.stay)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, STRUCTURES
@@ -255,6 +256,9 @@ def _write_smaller(
     new = {(address.tensor, address.expert) for address in addresses}
 
     def read(address: Address) -> Tensor:
+        experts = range(sum(tensor == address.tensor and expert is not None for tensor, expert in new))
+        if address.expert is None and experts:  # one tensor holds all of them
+            return torch.stack([pruned(Address(address.tensor, expert)) for expert in experts])
         return pruned(address) if (address.tensor, address.expert) in new else parts.checkpoint.read(address)
 
     removal = removal.fitted(stays)
