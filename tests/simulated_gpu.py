@@ -306,6 +306,8 @@ class SimulatedDevice:
                 "torch.cuda.get_device_capability": lambda *_: (8, 0),
                 "torch.cuda.mem_get_info": lambda *_: (self.free, self.free),
                 "torch.cuda.max_memory_allocated": lambda *_: 0,
+                "torch.cuda.memory_reserved": lambda *_: 0,
+                "torch.cuda.memory_allocated": lambda *_: 0,
                 "torch.cuda.synchronize": lambda *_: None,
                 "torch.cuda.Stream": Stream,
                 "torch.cuda.stream": lambda _: contextlib.nullcontext(),

@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd
 from wanda_dvc.catalog import RECIPES
+from wanda_dvc.engine import questions
+from wanda_dvc.engine.states import HiddenStates
 from wanda_dvc.stages.apply import Parts, apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
@@ -210,6 +212,30 @@ def test_hidden_states_that_a_gpu_has_no_room_for_wait_on_the_host(tmp_path: Pat
     assert figure(project, "dense") == figure(bench.measured("cuda").project, "dense")
     assert device.traffic.to_device["engine.walk._together"] == BLOCKS * EVALUATED
     assert device.traffic.to_host["engine.states._save"] == (BLOCKS + 1) * EVALUATED
+
+
+def test_questions_are_answered_where_some_hidden_states_have_no_room(
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    project = bench.project(tmp_path / "study", "cuda", "wanda")
+    write_params(project.root, bench.model, **bench.texts, runtime__device="cuda", zero_shot__limit=40)
+    for part in ("model", "tasks"):
+        download(project=project, part=part)
+    found, rows = [], set[int]()
+
+    def some(states: HiddenStates, *, step: int) -> frozenset[int]:
+        rows.add(len(states.lengths))
+        return frozenset(range(0, len(states.lengths), step)) if step else frozenset()
+
+    monkeypatch.setattr(questions, "ROW", 1)  # of tokens: each question has a row, and a shard has several
+    for step in (0, 2, 1):
+        monkeypatch.setattr(HiddenStates, "stay", property(partial(some, step=step)))
+        shutil.rmtree(project.answers.folder, ignore_errors=True)
+        with SimulatedDevice("cuda").present():
+            zero_shot(project=project, model="dense")
+        found.append(load_json(project.details("dense", "zero_shot")))
+    assert min(rows) > 16
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

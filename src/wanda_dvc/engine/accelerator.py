@@ -26,8 +26,12 @@ def full_name(device: torch.device | str) -> str:
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Return the free bytes of a CUDA device. RuntimeError or AssertionError where there is no such device."""
-    return int(torch.cuda.mem_get_info(device)[0])
+    """Return the free bytes of a CUDA device. RuntimeError or AssertionError where there is no such device.
+
+    Memory that torch keeps for this process's next tensors is free.
+    """
+    free = int(torch.cuda.mem_get_info(device)[0])
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def peak_memory(device: torch.device | str) -> int:
@@ -37,8 +41,8 @@ def peak_memory(device: torch.device | str) -> int:
 
 def wait() -> None:
     """Wait until the CUDA devices of this process have finished, if there are any."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    for device in gpus():
+        torch.cuda.synchronize(device)
 
 
 class Copies:

@@ -132,7 +132,7 @@ def predict(
     chunk = max(1, min(LOGITS_AT_A_TIME // decoder.model.get_output_embeddings().weight.shape[0], length))
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
-        states = torch.stack([hidden[group[0][0]][group[0][1]] for group in part])[None]
+        states = torch.stack([hidden[group[0][0]][group[0][1]].to(decoder.device) for group in part])[None]
         ((_, logits),) = decoder.logits(states, torch.zeros(len(part), dtype=torch.long, device=decoder.device))
         logprobs = logits.float().log_softmax(dim=-1)
         likeliest = logprobs.argmax(dim=-1).tolist()
