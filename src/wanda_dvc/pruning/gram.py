@@ -120,7 +120,8 @@ def layer_errors(
         w = w.double()
         output += _energy(w, exact)
         errors = [error + _energy(w - v.double(), exact) for error, v in zip(errors, others, strict=True)]
-    return [error / output if error else 0.0 for error in errors]
+    # A linear of zeros has no relative error; after a training it may have an error.
+    return [error / output if error and output else float(error > 0) for error in errors]
 
 
 def _energy(weight: Float64[Tensor, "out in"], gram: Float64[Tensor, "in in"]) -> float:

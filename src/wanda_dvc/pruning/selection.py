@@ -66,7 +66,7 @@ def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tenso
     if sparsity == 0:
         return torch.ones_like(score, dtype=torch.bool)
     lowest_first = score.sort(dim=1, stable=True)
-    sums = lowest_first.values.double().cumsum(dim=1)
+    sums = lowest_first.values.cumsum(dim=1, dtype=torch.float64)
 
     def removed_of(alpha: float) -> Int[Tensor, "out 1"]:
         return (sums <= alpha * sums[:, -1:]).sum(dim=1, keepdim=True)

@@ -393,7 +393,8 @@ def _lower(matrix: Float[Tensor, "in in"]) -> Float[Tensor, "in in"] | None:
             corner, failed = torch.linalg.cholesky_ex(panel[: end - begin])
         if failed:
             return None
-        panel[end - begin :] = multiply(panel[end - begin :], _inverse_of_lower(corner).T)
+        if end < len(matrix):
+            panel[end - begin :] = multiply(panel[end - begin :], _inverse_of_lower(corner).T)
         panel[: end - begin] = corner
     return matrix.tril_()
 

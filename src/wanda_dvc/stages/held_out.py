@@ -23,6 +23,7 @@ from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import read_stats
+from wanda_dvc.study.unchanged import read_input
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,6 +46,15 @@ def compare(project: Project, made_from: Json, windows: int, reconstructed: Call
     plan = Plan.of_masks(made["params"], made_from["reconstruction"])
     if not (windows and plan.compared):
         return {}
+    text, expected = (
+        read_input(project, project.data("calibration"), "download calibration"),
+        made["calibration"]["text"],
+    )
+    if text["sha256"] != expected["sha256"]:
+        raise UserError(
+            f"masks/: calibrated on {expected['source']}, expected {text['source']}, the text in data/calibration; run "
+            "`dvc repro`, or `wanda-dvc calibrate` and `wanda-dvc mask`"
+        )
     rows = [Row(tokens) for tokens in held_out_windows(project, made["calibration"], windows)]
     if not rows:
         notice("apply: the calibration text has no held-out windows; the choices of the recipe were not compared")

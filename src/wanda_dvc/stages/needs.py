@@ -223,7 +223,7 @@ def _apply(on: Known) -> Need:
     written = Need(
         memory=_with_probe(on, writing(linears, gram=gram, by_gradients=plan.by_gradients)),
         disk=on.stored,
-        least=on.stored,
+        least=0 if plan.structure else on.stored,  # a smaller model takes less
         read=on.stored + grams,
         link=grams + gram * linears.count * (2 * linears.width + 1),  # weights in both directions, and masks
         work={"pruning": linears.pruning(plan.reconstruction, gram=gram) + solving},
@@ -306,7 +306,7 @@ def _walk(on: Known, text: str, windows: float, length: int, *, head: float = 0,
     return Need(
         memory=walking(model, dtype=on.params.dtype, length=length, device=on.device, text=read, **held),
         disk=waiting,
-        least=waiting,
+        least=0 if on.params.runtime.ray and not on.params.plan.trains else waiting,  # Ray's store may hold them
         read=model.stored,
         hidden=model.blocks * waiting,
         link=model.parameters * width,
