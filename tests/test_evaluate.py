@@ -25,6 +25,7 @@ from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.project import Project
 from wanda_dvc.views.evaluate import _take_rope, evaluate
+from wanda_dvc.views.show import show
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -179,6 +180,15 @@ def test_accuracies_over_other_items_are_not_compared(study: Project, tmp_path: 
     path.write_text(path.read_text().replace("  limit: 4", "  limit: 2"))
     with pytest.raises(UserError, match="zero-shot: piqa: the dense model answered other items.*; run `dvc repro`"):
         evaluate(project=study, paths=[study.model("pruned")])
+
+
+def test_show_says_which_results_are_of_another_model(study: Project):
+    """As after `mask` and `apply` by hand, which no dvc.lock knows."""
+    assert "measured on another" not in show(project=study)
+    path = study.model("pruned") / "provenance.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"masks": "other"}))
+    said = "perplexity, piqa: measured on another models/pruned than the one here; run `dvc repro`."
+    assert said in show(project=study)
 
 
 def test_without_the_dense_models_results_it_says_what_to_run(study: Project):

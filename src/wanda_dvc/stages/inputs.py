@@ -15,7 +15,7 @@ from wanda_dvc.pruning.patterns import check_pattern
 from wanda_dvc.stages.running import check_device, device_name, ending, own_device, record_details, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.provenance import read_provenance
+from wanda_dvc.study.provenance import MADE_BY, read_provenance
 from wanda_dvc.study.tensors import block_count, read_fisher, read_stats
 from wanda_dvc.study.unchanged import read_input
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 HEAD = "output head"
-MADE_BY = {"dense": "download model", "pruned": "apply"}
 
 
 def model_provenance(project: Project, model: str) -> Json:

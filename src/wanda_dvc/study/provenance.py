@@ -16,6 +16,7 @@ from wanda_dvc.study.files import Json, read_json, write_json
 
 FORMAT = 1
 PROVENANCE = "provenance.json"
+MADE_BY = {"dense": "download model", "pruned": "apply"}  # the command behind each model
 TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")  # its files
 
 # The keys of a provenance used by readers, by the command that makes the artifact.

@@ -15,7 +15,7 @@ from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.local import missing_sources
 from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import PROVENANCE, digest, measured_alike, read_provenance
+from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, digest, measured_alike, read_provenance
 from wanda_dvc.study.ran import Ran
 from wanda_dvc.study.times import machine_of
 
@@ -27,7 +27,7 @@ def show(*, project: Project, as_json: bool = False) -> str:
     """Return the last results, dense and pruned, with their settings: as a table, or as JSON."""
     ran = Ran.of(project)
     made = project.with_params(ran.params)
-    title, sources = _title(made), missing_sources(project)
+    title, sources = _title(made), [*missing_sources(project), *_of_other_models(made)]
     notes = list(_footnotes(made))
     if as_json:
         return json_text(
@@ -50,6 +50,17 @@ def show(*, project: Project, as_json: bool = False) -> str:
         _times(made),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _of_other_models(project: Project) -> Iterator[str]:
+    """Yield a sentence for each model whose results are of another one, as after a stage run by hand."""
+    for model in MODELS:
+        if is_there(project.model(model) / PROVENANCE):
+            content = read_provenance(project.model(model), MADE_BY[model])
+            own = digest({name: value for name, value in content.items() if model == "dense" or name != "files"})
+            every = {name: details for name, (_, details) in measured(project, model).items()}
+            if others := [name for name, one in every.items() if one.get("protocol", {}).get("model", own) != own]:
+                yield f"{', '.join(others)}: measured on another models/{model} than the one here; run `dvc repro`."
 
 
 def measured(project: Project, model: str) -> dict[str, tuple[Json, Json]]:
