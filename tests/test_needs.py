@@ -68,6 +68,7 @@ def test_sizes_are_those_of_the_checkpoint_and_need_no_weights(tmp_path: Path, t
         block=BLOCK,
         rest=REST,
         met=4 * PRUNABLE,
+        scored=0,
         pairs=4 * 32,
         head=260 * 32,
         hidden=32,

@@ -85,6 +85,7 @@ class Sizes(Linears):
     block: int  # the largest
     rest: int  # embeddings, norms and head
     met: int  # weights of linears that a token passes through: of experts, the chosen ones
+    scored: int  # heads whose attention holds the scores of all pairs of positions: without a fused implementation
     pairs: int  # query features of all blocks: each pair of tokens costs them twice, for q·k and for its share of v
     head: int  # weights, also of a tied head
     hidden: int
@@ -161,6 +162,7 @@ def count(model: Any, *, dtype: str) -> Sizes:
         block=max(counts),
         rest=parameters - sum(counts),
         met=int(sum(shape.numel() * (met_share if len(shape) == 3 else 1) for block in shapes for shape in block)),
+        scored=heads if model.config._attn_implementation == "eager" else 0,
         pairs=len(blocks) * heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)),
         head=head.numel(),
         hidden=text.hidden_size,
@@ -196,6 +198,8 @@ def walking(  # noqa: PLR0913 - the terms of the formula
     width = WIDTH[dtype]
     tokens = max(length, TOKENS_TOGETHER.get(device, 0))  # of several windows, if one does not fill a GPU
     activations = tokens * model.features * width + model.linear * width  # a matrix library packs the linear
+    # The scores of all pairs of positions: as they are, in float32 for the softmax, and its result.
+    activations += tokens * length * model.scored * (2 * width + 4)
     if statistics:
         activations += tokens * model.widest * 8  # the float32 copy of an input, and its square
     # float64 sums of a block's shards so far and of the next one, and a panel; written files take less. A cross
