@@ -76,6 +76,35 @@ def test_a_quota_of_a_control_group_limits_the_cores(
     assert machine.cores() == cores
 
 
+@pytest.mark.parametrize(
+    ("line", "files", "free"),
+    [
+        (
+            "0::/",
+            {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 5\ninactive_file 100\n"},
+            400,
+        ),
+        ("0::/", {"memory.max": "1000\n", "memory.current": "700\n"}, 300),
+        ("0::/", {"memory.max": "1000\n", "memory.current": "1200\n"}, 0),
+        ("0::/", {"memory.max": "1000\n"}, 1000),
+        (
+            "4:memory:/job",
+            {
+                "memory/job/memory.limit_in_bytes": "1000\n",
+                "memory/job/memory.usage_in_bytes": "700\n",
+                "memory/job/memory.stat": "inactive_file 5\ntotal_inactive_file 100\n",
+            },
+            400,
+        ),
+    ],
+)
+def test_free_memory_is_what_a_control_group_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, files: dict[str, str], free: int
+):
+    group(tmp_path, monkeypatch, line, files)
+    assert machine.free_memory() == free
+
+
 @pytest.mark.usefixtures("unset")
 def test_a_system_without_affinity_and_control_groups_counts_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "missing")

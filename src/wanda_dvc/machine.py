@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-MEMORY = ("memory.max", "memory.limit_in_bytes")  # of cgroup v2 and v1
+# Limit, use, and the part of it that the system may take back, of cgroup v2 and v1.
+MEMORY = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 QUOTAS = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))  # of cgroup v2 and v1: quota and period
 
 
@@ -33,15 +37,18 @@ def usable_cores() -> int:
 
 
 def free_memory() -> int:
-    """Return the free bytes of memory, at most the limit of this process's control groups."""
+    """Return the free bytes of memory, at most what this process's control groups leave."""
     import psutil
 
     limits = [int(psutil.virtual_memory().available)]
     for folder in _groups("memory"):
-        for name in MEMORY:
+        for limit, use, cache in MEMORY:
             with contextlib.suppress(OSError, ValueError):  # v2 writes `max` for no limit
-                limits.append(int((folder / name).read_text(encoding="utf-8")))
-    return min(limits)
+                limits.append(int((folder / limit).read_text(encoding="utf-8")))
+                limits[-1] -= int((folder / use).read_text(encoding="utf-8"))
+                lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+                limits[-1] += next((int(line.split()[1]) for line in lines if line.split()[:1] == [cache]), 0)
+    return max(0, min(limits))
 
 
 def _quotas() -> Iterator[int]:

@@ -17,6 +17,7 @@ from wanda_dvc import __version__
 from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import EXTRAS, UserError
 from wanda_dvc.params import Params, Text
+from wanda_dvc.reading import read_text
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.needs import NEEDS, Need, config_of, known
 from wanda_dvc.stages.running import device_name, free_memory
@@ -245,14 +246,14 @@ def _versions(project: Project) -> Iterator[Check]:
         yield Check("dvc.yaml", False, "missing", "run `wanda-dvc init --upgrade`, which writes it")
         return
     try:
-        stages = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["stages"]
+        stages = YAML(typ="safe", pure=True).load(read_text(path))["stages"]
         commands: dict[str, list[list[str]]] = {}
         for name, stage in stages.items():  # perplexity-dense is a part of perplexity
             row, _, part = (name, "", "") if name in STAGES else name.rpartition("-")
             if part and (row not in STAGES or part not in STAGES[row].parts):
                 continue  # the user's own
             commands.setdefault(row, []).append(str(stage.get("do", stage)["cmd"]).split())
-    except (YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (UserError, YAMLError, KeyError, TypeError, AttributeError) as error:
         yield Check("dvc.yaml", False, f"not readable: {' '.join(str(error).split())}", "restore it from git")
         return
     wrong = [
