@@ -1,6 +1,5 @@
 """The chapter on perplexity: a table of the recipes, and a picture against sparsity."""
 
-import itertools
 
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import charts
@@ -46,7 +45,8 @@ def _table(section: Section, about: str) -> str:
         for row in section.rows:
             if section.place(row) == place:
                 here.setdefault(row.recipe[-1], []).append(row)
-        for chosen in itertools.product(*here.values()):  # a line for each of several with the same parameters
+        for line in range(max(map(len, here.values()))):  # one for each of several with the same parameters
+            chosen = [rows[line % len(rows)] for rows in here.values()]
             values = {row.recipe[-1]: row.pruned.perplexity for row in chosen}
             names = [f" [{row.name}]" for row in chosen if len(here[row.recipe[-1]]) > 1]
             cells = [inline(place[1] + "".join(names)), number(section.dense.perplexity)]
