@@ -198,6 +198,8 @@ def test_the_cards_sparsity_and_layer_error_are_the_exported_models(pruned: Proj
         ("LICENSE.txt", "LLAMA 2 COMMUNITY\nLICENSE AGREEMENT", "llama2"),
         ("LICENSE", "Apache License\n Version 2.0", "apache-2.0"),
         ("LICENSE", "Whoever uses this owes me a beer.", "other"),
+        ("LICENSE", f"My own terms. {'You may not. ' * 20} Parts are under the Apache License.", "other"),
+        ("NOTICE", "Apache License", "other"),
     ],
 )
 def test_the_dense_models_licence_goes_with_it(pruned: Project, name: str, content: str, license: str | None):

@@ -11,6 +11,7 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import block_count, read_masks
 
+BEGINNING = 200  # characters of a licence, which name it
 # The Hub's name of a licence, by a phrase of its text.
 LICENSES = {
     "llama3.1": "LLAMA 3.1 COMMUNITY LICENSE",
@@ -163,9 +164,14 @@ def _license(folder: Path, dense: Json) -> tuple[str | None, str]:
     note = f"; the full text is in {names}" if files else ""
     if name := dense.get("license"):
         return name, f"{code(name)}, according to its own model card{note}."
-    for file in files:
-        text = " ".join(file.read_text(encoding="utf-8", errors="replace").split()).lower()
-        for name, phrase in LICENSES.items():
-            if phrase.lower() in text:
-                return name, f"{code(name)}, according to {code(file.name)}{note}."
+    licenses = [file for file in files if file.name.startswith("LICENSE")]
+    found = {_named(file) for file in licenses}
+    if len(found) == 1 and (name := found.pop()):  # several may be of different parts
+        return name, f"{code(name)}, according to {code(licenses[0].name)}{note}."
     return ("other", f"See {names}.") if files else (None, UNKNOWN_LICENSE)
+
+
+def _named(file: Path) -> str | None:
+    """Return the Hub's name of the licence that a file begins with; others may mention it."""
+    text = " ".join(file.read_text(encoding="utf-8", errors="replace").split())[:BEGINNING].lower()
+    return next((name for name, phrase in LICENSES.items() if phrase.lower() in text), None)

@@ -1,6 +1,5 @@
 """The chapter on perplexity: a table of the recipes, and a picture against sparsity."""
 
-
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import charts
 from wanda_dvc.report.charts import Point
