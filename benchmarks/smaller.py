@@ -46,6 +46,7 @@ CHOICES: dict[str, dict[str, str]] = {
     "magnitude-refit": {"recipe": "magnitude", "reconstruction": "least-squares"},
     "admm-pruned": {"recipe": "admm", "propagation": "pruned"},
     "admm-corrected": {"recipe": "admm", "propagation": "corrected"},
+    "wanda-refit-corrected": {"recipe": "wanda-refit", "propagation": "corrected"},
     "block": {"recipe": "block"},
 }
 CLEAR = dict.fromkeys(("method", "group", "allocation", "reconstruction", "propagation"))
@@ -73,14 +74,14 @@ def rows() -> Iterator[Row]:
     for blocks in (1, 2):
         yield Row(SMOLLM2, "blocks", f"{blocks / 30:.4f}", "admm")
         yield Row(SMOLLM2, f"{blocks}-blocks-and-neurons", "0.2", "admm")
-    for choice in ("admm", "wanda"):
+    for choice in ("admm", "wanda", "wanda-refit"):
         yield Row(GEMMA, "neurons", "0.2", choice)
     for kind in ("Q8_0", "Q5_0", "Q4_0"):
         yield Row(SMOLLM2, "gguf", kind, "dense")
     for share in ("0.2", "0.1", "0.3"):
         for choice in ("flap-refit", "wanda-refit", "magnitude-refit", "admm-none"):
             yield Row(SMOLLM2, "neurons", share, choice)
-    for choice in ("admm-pruned", "admm-corrected", "block"):
+    for choice in ("wanda-refit-corrected", "admm-pruned", "admm-corrected", "block"):
         for share in ("0.2", "0.1", "0.3"):
             yield Row(SMOLLM2, "neurons", share, choice)
 
@@ -224,7 +225,7 @@ def main() -> None:
         results["rows"][row.name] = models.measure_smaller(row)
         say(f"{row.name}: {results['rows'][row.name]['texts']}")
         write_results(TARGET, results)
-        if row.choice == "admm":
+        if row.choice in ("admm", "wanda-refit"):
             results["tokens_per_second"][row.name] = models.speed(row)
             write_results(TARGET, results)
 
