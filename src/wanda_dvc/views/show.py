@@ -1,10 +1,12 @@
 """The last results, dense and pruned side by side."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 
 from wanda_dvc.engine.flips import ANSWERS, Flips, total_flips
 from wanda_dvc.engine.intervals import mean_interval
+from wanda_dvc.errors import UserError
 from wanda_dvc.params import OTHER_SOURCE, SAME_SOURCE
 from wanda_dvc.reading import DIVERGED, is_there
 from wanda_dvc.report.measures import Measured, mean_layer_error, mean_repeated
@@ -55,7 +57,7 @@ def show(*, project: Project, as_json: bool = False) -> str:
 def _of_other_models(project: Project) -> Iterator[str]:
     """Yield a sentence for each model whose results are of another one, as after a stage run by hand."""
     for model in MODELS:
-        if is_there(project.model(model) / PROVENANCE):
+        with contextlib.suppress(UserError):  # a missing or damaged model is for the stages to refuse
             content = read_provenance(project.model(model), MADE_BY[model])
             own = digest({name: value for name, value in content.items() if model == "dense" or name != "files"})
             every = {name: details for name, (_, details) in measured(project, model).items()}
