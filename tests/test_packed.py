@@ -442,7 +442,6 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "the format before": (lambda _, config: config.update(format_version=1), "packed in format 1, expected 2; install"),
     "no format": (lambda _, config: config.pop("format_version"), "packed in format null"),
     "a list of weights": (lambda _, config: config.update(weights=[]), "no weights, expected those"),
-    "compressed": (lambda _, config: config.update(zip=True), "compressed with `--zip`, which is no longer supported"),
     "a shape of three": (lambda _, config: config["weights"][NAME].update(shape=[1, 2, 3]), f"{NAME}: expected dtype"),
     "an unknown dtype": (lambda _, config: config["weights"][NAME].update(dtype="int3"), f"{NAME}: expected dtype"),
     "another dtype": (

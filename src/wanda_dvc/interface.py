@@ -22,7 +22,6 @@ from wanda_dvc.plan import GRAM_DTYPE, WINDOWS_BACK
 from wanda_dvc.study.project import Project
 
 if TYPE_CHECKING:
-    import torch
     from jaxtyping import Bool, Int
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -183,6 +182,7 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
         >>> keep["model.layers.0.mlp.up_proj"].float().mean().item()
         0.5
     """
+    from wanda_dvc.engine.jobs import solving_device
     from wanda_dvc.pruning.choose import choose_block, targets_of
     from wanda_dvc.pruning.experts import choose_experts
     from wanda_dvc.pruning.patterns import check_pattern
@@ -229,7 +229,7 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
             if removal and removal.mixtures:
                 chosen |= pack_masks(choose_experts(weights, measured, removal.mixtures, method=plan.method))
                 continue
-            grams = stats.grams[block].on(_solving(source)) if stats.grams else {}
+            grams = stats.grams[block].on(solving_device(source.device)) if stats.grams else {}
             keep = choose_block(weights, measured, method=plan.method, targets=targets, grams=grams)
             chosen |= pack_masks(removal.spread(keep) if removal else keep)
     return chosen
@@ -315,6 +315,7 @@ def reconstruct(
     import torch
 
     from wanda_dvc.catalog import RECONSTRUCTIONS
+    from wanda_dvc.engine.jobs import solving_device
     from wanda_dvc.pruning.choose import prepared_linears, prune_linear
     from wanda_dvc.stages.running import progress
 
@@ -335,7 +336,7 @@ def reconstruct(
     gradients: Iterable[Mapping[str, Gram]] = stats.fisher_grams or itertools.repeat({})
     pairs = zip(stats.grams, gradients, strict=False)
     for grams, back in progress(pairs, total=len(stats.grams), what="reconstruct, blocks"):
-        for name, prepared in prepared_linears(grams, grams.on(_solving(source))):
+        for name, prepared in prepared_linears(grams, grams.on(solving_device(source.device))):
             if name not in keep:
                 continue
             pruned = prune_linear(
@@ -631,10 +632,3 @@ def _decoder(source: "Loaded", dtype: Dtype | None) -> "Decoder":
     if dtype is not None:
         _one_of("dtype", dtype, DTYPES)
     return Decoder(source, dtype=getattr(torch, dtype) if dtype else source.dtype, device=source.device)
-
-
-def _solving(source: "Loaded") -> "torch.device":
-    """Return the device for solvers: the model's CUDA device, or the host; other devices lack float64."""
-    import torch
-
-    return source.device if source.device.type == "cuda" else torch.device("cpu")

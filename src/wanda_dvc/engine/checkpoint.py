@@ -72,12 +72,12 @@ class Source(ABC):
     def read(self, address: Address) -> Tensor:
         """The tensor, or the expert's part of it, in the dtype that it is stored in."""
 
-    @abstractmethod
     def parameter(self, name: str, stored: Address | None) -> Tensor | None:
         """Return a parameter by the model's own name, if the source stores it as one tensor.
 
         `stored` is the address of that tensor.
         """
+        return None if stored is None else self.read(stored)
 
     def find(self, linear: str) -> Address:
         """Return the address of a linear's weight, or of another tensor by its name."""
@@ -172,10 +172,6 @@ class Checkpoint(Source):
         """The tensor, or the expert's part of it, in the dtype that it is stored in."""
         tensor = self._open(self.where[address.tensor]).get_tensor(address.tensor)
         return tensor if address.expert is None else tensor[address.expert]
-
-    def parameter(self, name: str, stored: Address | None) -> Tensor | None:
-        """Return a stored tensor, or None."""
-        return None if stored is None else self.read(stored)
 
     def bytes_at(self, path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
         """Yield the name, dtype, shape, first byte and length in the file of every tensor in one shard."""

@@ -262,10 +262,6 @@ class Smaller(Source):
             tensor = tensor.index_select(cut.dim, stays.nonzero()[:, 0])
         return tensor
 
-    def parameter(self, name: str, stored: Address | None) -> Tensor | None:
-        """Return a stored tensor, or None."""
-        return None if stored is None else self.read(stored)
-
     def rewritten(self, replaced: Collection[str]) -> set[str]:
         """Return the tensors of other shape or name than the source's, or with new values: the `replaced` ones."""
         changed = {cut.address.tensor for cut in self.removal.cuts}.union(replaced)

@@ -75,10 +75,6 @@ class Sent(Source):
         tensor = unpack(holder[address.tensor])
         return tensor if address.expert is None else tensor[address.expert]
 
-    def parameter(self, name: str, stored: Address | None) -> Tensor | None:
-        """Return a stored tensor, or None."""
-        return None if stored is None else self.read(stored)
-
 
 @dataclass(frozen=True)
 class Model:

@@ -98,8 +98,6 @@ class Packing:
             raise UserError(
                 f"{where}: packed in format {found}, expected {FORMAT}; install the wanda-dvc that wrote it, or {AGAIN}"
             )
-        if stored.get("zip"):  # only development versions compressed
-            raise UserError(f"{where}: compressed with `--zip`, which is no longer supported; {AGAIN}")
         weights = stored.get("weights")
         if not isinstance(weights, dict):
             raise UserError(f"{where}: quantization_config: no weights, expected those that are packed; {AGAIN}")
