@@ -96,9 +96,8 @@ class BlockRemoval(Removal):
         """Return the stored tensors of the smaller model, with consecutive blocks, and the source's tensor of each."""
         leaf = next(iter(self.sets)).rpartition(".")[0].rpartition(".")[2]
         block = re.compile(rf"((?:^|\.){re.escape(leaf)}\.)(\d+)(?=\.)")
-        own = {
-            linear[: found.end(1)] for linear in self.readers if (found := block.search(linear))
-        }  # no vision tower's
+        # Another part of the model, such as a vision tower, may have blocks of the same leaf name.
+        own = {linear[: found.end(1)] for linear in self.readers if (found := block.search(linear))}
         after = {old: new for new, old in enumerate(self.order(len(self.sets)))}
         names = {}
         for name in where:

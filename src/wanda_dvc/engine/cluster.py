@@ -177,12 +177,16 @@ class Cluster(Jobs):
     @property
     def workers(self) -> int:
         """The number of concurrent tasks: one per GPU, or one per group of CPUs as large as a task's thread count."""
-        return max(1, int(ray.cluster_resources().get(self._kind, 0)) // (1 if self._kind == "GPU" else self._threads))
+        return max(1, self._places)
 
     @property
     def has_workers(self) -> bool:
         """Whether the cluster has a node for a task, free or not."""
-        return ray.cluster_resources().get(self._kind, 0) >= (1 if self._kind == "GPU" else self._threads)
+        return self._places > 0
+
+    @property
+    def _places(self) -> int:
+        return int(ray.cluster_resources().get(self._kind, 0)) // (1 if self._kind == "GPU" else self._threads)
 
     @property
     def has_free(self) -> bool:

@@ -4,6 +4,7 @@ A reconstruction gives kept weights new values, solved for here, from stats/gram
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import lru_cache
@@ -254,11 +255,11 @@ def _write_smaller(
     assert removal
     stays = {name: stay for keeps in parts.keeps for name, stay in removal.stays(keeps).items()}
     new = {(address.tensor, address.expert) for address in addresses}
+    experts = Counter(address.tensor for address in addresses if address.expert is not None)
 
     def read(address: Address) -> Tensor:
-        experts = range(sum(tensor == address.tensor and expert is not None for tensor, expert in new))
-        if address.expert is None and experts:  # one tensor holds all of them
-            return torch.stack([pruned(Address(address.tensor, expert)) for expert in experts])
+        if address.expert is None and (count := experts[address.tensor]):  # one tensor holds all of them
+            return torch.stack([pruned(Address(address.tensor, expert)) for expert in range(count)])
         return pruned(address) if (address.tensor, address.expert) in new else parts.checkpoint.read(address)
 
     removal = removal.fitted(stays)

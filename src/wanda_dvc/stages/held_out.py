@@ -16,14 +16,13 @@ from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import WINDOWS_HELD_OUT, Plan
-from wanda_dvc.stages.inputs import held_out_windows, open_decoder
+from wanda_dvc.stages.inputs import check_text, held_out_windows, open_decoder
 from wanda_dvc.stages.mask import informed, keeps, read_share
 from wanda_dvc.study.files import Json, finite
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import read_stats
-from wanda_dvc.study.unchanged import read_input
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,15 +45,8 @@ def compare(project: Project, made_from: Json, windows: int, reconstructed: Call
     plan = Plan.of_masks(made["params"], made_from["reconstruction"])
     if not (windows and plan.compared):
         return {}
-    text, expected = (
-        read_input(project, project.data("calibration"), "download calibration"),
-        made["calibration"]["text"],
-    )
-    if text["sha256"] != expected["sha256"]:
-        raise UserError(
-            f"masks/: calibrated on {expected['source']}, expected {text['source']}, the text in data/calibration; run "
-            "`dvc repro`, or `wanda-dvc calibrate` and `wanda-dvc mask`"
-        )
+    todo = "`dvc repro`, or `wanda-dvc calibrate` and `wanda-dvc mask`"
+    check_text(project, made["calibration"]["text"], "masks/: calibrated on", todo)
     rows = [Row(tokens) for tokens in held_out_windows(project, made["calibration"], windows)]
     if not rows:
         notice("apply: the calibration text has no held-out windows; the choices of the recipe were not compared")

@@ -15,7 +15,7 @@ from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Checkpoint, Source
 from wanda_dvc.engine.jobs import JobInput
 from wanda_dvc.engine.memory import keep_freed_memory
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
 from wanda_dvc.pruning.blocks import choose_blocks
 from wanda_dvc.pruning.choose import (
@@ -40,6 +40,7 @@ from wanda_dvc.stages.inputs import (
     calibration_windows,
     check_fits,
     check_ready,
+    check_text,
     jobs,
     runner,
     statistics,
@@ -64,7 +65,6 @@ from wanda_dvc.study.tensors import (
     write_masks,
     write_weights,
 )
-from wanda_dvc.study.unchanged import read_input
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.runner import Change
@@ -377,13 +377,7 @@ def _propagate(  # noqa: PLR0913, PLR0917 - the inputs of masks
     """Follow the paper's procedure: each block is calibrated on the outputs of the blocks pruned before it."""
     # Text, windows and dtype come from stats/: the masks depend on stats/, and on no setting of calibration.
     measured_with = stats.provenance["params"]
-    text = read_input(project, project.data("calibration"), "download calibration")
-    expected = stats.provenance["text"]
-    if text["sha256"] != expected["sha256"]:
-        raise UserError(
-            f"stats/: measured on {expected['source']}, expected {text['source']}, the text in data/calibration; "
-            "run `dvc repro` or `wanda-dvc calibrate`"
-        )
+    check_text(project, stats.provenance["text"], "stats/: measured on", "`dvc repro` or `wanda-dvc calibrate`")
     check_ready(project, "dense")
     plan, windows = project.params.plan, calibration_windows(project, measured_with)
     masks, weights = work.part("masks"), work.part("weights")

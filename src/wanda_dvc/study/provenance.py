@@ -108,6 +108,11 @@ def write_provenance(artifact: Path, content: Json) -> None:
     write_json(artifact / PROVENANCE, content)
 
 
+def without_files(model: str, content: Json) -> Json:
+    """Return a model's provenance as results name it: without the digests of the pruned one's files."""
+    return content if model == "dense" else {name: value for name, value in content.items() if name != "files"}
+
+
 def measured_alike(one: Json | None, other: Json | None) -> bool:
     """Whether two protocols of a perplexity have the same windows, or two of a task the same items."""
     if one is None or other is None:

@@ -120,8 +120,8 @@ def _check_items(dense: Measured, own: Measured, tasks: list[str]) -> None:
         protocols = [one.tasks[task]["protocol"] for one in (dense, own)]
         if not measured_alike(*protocols):
             raise UserError(
-                f"zero-shot: {task}: the dense model answered other items or in another dtype, expected those of "
-                "params.yaml; run `dvc repro`"
+                f"zero-shot: {task}: the dense model answered other items, expected those of params.yaml; "
+                "run `dvc repro`"
             )
 
 

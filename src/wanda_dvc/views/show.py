@@ -17,7 +17,7 @@ from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.local import missing_sources
 from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, digest, measured_alike, read_provenance
+from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, digest, measured_alike, read_provenance, without_files
 from wanda_dvc.study.ran import Ran
 from wanda_dvc.study.times import machine_of
 
@@ -58,8 +58,7 @@ def _of_other_models(project: Project) -> Iterator[str]:
     """Yield a sentence for each model whose results are of another one, as after a stage run by hand."""
     for model in MODELS:
         with contextlib.suppress(UserError):  # a missing or damaged model is for the stages to refuse
-            content = read_provenance(project.model(model), MADE_BY[model])
-            own = digest({name: value for name, value in content.items() if model == "dense" or name != "files"})
+            own = digest(without_files(model, read_provenance(project.model(model), MADE_BY[model])))
             every = {name: details for name, (_, details) in measured(project, model).items()}
             if others := [name for name, one in every.items() if one.get("protocol", {}).get("model", own) != own]:
                 yield f"{', '.join(others)}: measured on another models/{model} than the one here; run `dvc repro`."
