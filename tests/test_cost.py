@@ -199,6 +199,10 @@ def test_a_pattern_of_units_says_what_is_left(tmp_path: Path):
     assert "pattern neurons, sparsity 0.2: the smaller model has 117.93 M parameters, 0.47 GB, 12.3 % less" in said
     content = json.loads(cost.cost(start=tmp_path, config=config, as_json=True))
     assert content["smaller"] == {"parameters": 117_926_208, "stored_bytes": 4 * 117_926_208}
+    heads = tmp_path / "config.json"
+    heads.write_text(json.dumps({"model_type": "stablelm", "num_hidden_layers": 2}))
+    write_params(tmp_path, CONFIGS, pattern="heads", sparsity=0.5)
+    assert "pattern heads, sparsity 0.5: only `wanda-dvc mask` knows" in cost.cost(start=tmp_path, config=heads)
     write_params(tmp_path, CONFIGS, pattern="unstructured", sparsity=0.5)
     assert json.loads(cost.cost(start=tmp_path, config=config, as_json=True))["smaller"] is None
 

@@ -210,6 +210,14 @@ def test_the_cost_of_a_configuration_that_cannot_be_smaller_is_not_known(tmp_pat
     assert smaller_parameters(read_config(tmp_path), STRUCTURES["heads"], Fraction(1, 4)) is None
 
 
+def test_wider_heads_instead_of_fewer_are_no_smaller_model(tmp_path: Path):
+    """StableLM derives a head's width from their number: with fewer heads it has as many parameters."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "stablelm", "num_hidden_layers": 2}))
+    config = read_config(tmp_path)
+    assert smaller_parameters(config, STRUCTURES["heads"], Fraction(1, 2)) is None
+    assert smaller_parameters(config, STRUCTURES["blocks"], Fraction(1, 2))
+
+
 def test_a_model_with_one_key_and_value_head_keeps_it(tmp_path: Path):
     with pytest.raises(UserError, match="num_key_value_heads is 1, expected one number for all blocks, 2 or more"):
         removal_of(save("llama", tmp_path / "model", num_key_value_heads=1), "heads")

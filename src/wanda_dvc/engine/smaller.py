@@ -388,10 +388,13 @@ def smaller_parameters(config: Any, structure: Structure, share: Fraction) -> in
     if not changes:
         return None
     try:
-        model = build_empty(changed(config, changes), f"the configuration with {changes}")
+        full, smaller = build_empty(config, "the configuration"), build_empty(changed(config, changes), f"{changes}")
     except UserError:
         return None
-    return sum(parameter.numel() for parameter in model.parameters())
+    before, after = (sum(parameter.numel() for parameter in model.parameters()) for model in (full, smaller))
+    if before == after and any(getattr(text, field, None) != changes.get(field) for field in structure.fields):
+        return None  # wider heads instead of fewer, for example
+    return after
 
 
 def block_lists(text: Any, blocks: int) -> dict[str, list[Any]]:

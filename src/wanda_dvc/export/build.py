@@ -12,7 +12,7 @@ from wanda_dvc.export.card import results
 from wanda_dvc.export.formats import DEFAULT, FORMATS
 from wanda_dvc.reading import check_place
 from wanda_dvc.stages import MODELS
-from wanda_dvc.stages.apply import describe_pruned
+from wanda_dvc.stages.apply import describe_pruned, reads_gradients, values_from
 from wanda_dvc.study.card import card
 from wanda_dvc.study.details import load_details
 from wanda_dvc.study.files import load_json, write_json
@@ -136,11 +136,14 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
         raise UserError(f"{experiment}: no params.yaml, expected an experiment of this study")
     revision.copy_all(LOCK, study)
     take("masks", "its masks are")
-    plan = study.params.plan
-    if plan.solves:
-        for part in ("weights", "stats/gram", *(["stats/fisher"] if plan.by_gradients else [])):
-            take(part, f"the statistics for reconstruction {plan.reconstruction.name} are")
-    wanted = read_provenance(study.masks, "mask")["model"]
+    made, reconstruction = read_provenance(study.masks, "mask"), Ran.of(study).params.plan.reconstruction.name
+    source = values_from(made, reconstruction)
+    parts = {"weights": ["weights"], "gram": ["stats/gram"]}.get(source or "", [])
+    if source == "gram" and reads_gradients(made, reconstruction):
+        parts.append("stats/fisher")
+    for part in parts:
+        take(part, f"what reconstruction {reconstruction} reads is")
+    wanted = made["model"]
     here = project.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:
         study.model("dense").parent.mkdir()
@@ -162,3 +165,5 @@ def _drop_metrics_of_others(study: Project) -> None:
             if load_details(path).get("protocol", {}).get("model", whose) != whose:
                 (study.root / "metrics" / path.relative_to(details)).unlink(missing_ok=True)
                 path.unlink()
+                if path.name == "layer_error.json":  # `apply` writes both
+                    study.metrics("pruned", "held_out").unlink(missing_ok=True)

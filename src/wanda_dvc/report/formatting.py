@@ -1,6 +1,7 @@
 """Formats numbers and settings for the report; `study.markup` formats perplexities and outside text."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from wanda_dvc.report.inference import Estimate
@@ -36,9 +37,10 @@ def interval(estimate: Estimate | None, shown: Callable[[float], str]) -> str:
 
 
 def setting(value: Any) -> str:
-    """Format a parameter's value as plain text."""
+    """Format a parameter's value as plain text. Of a local path only the last part is shown, as on the card."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, str):
-        return repr(value).strip("'") if value.strip() else repr(value)
+        value = Path(value).name if Path(value).is_absolute() else value
+        return value if value.strip() and value.isprintable() else repr(value)
     return "null" if value is None else f"{value}"

@@ -174,12 +174,12 @@ def sections(rows: list[Row]) -> list[Section]:
             found.append(Section([row], own, prefix=f"s{len(found)}-"))
     differing, short = (
         differences(found),
-        Counter(_short(model) for model in {one.evaluation["model"] for one in found}),
+        Counter(setting(model) for model in {one.evaluation["model"] for one in found}),
     )
     for section in found:
         section.rows = [row.on(section.texts[0]) for row in section.rows]  # a row's own first text may be another
         model = section.evaluation["model"]
-        name = _short(model) if short[_short(model)] == 1 else model
+        name = setting(model) if short[setting(model)] == 1 else model
         others = "; ".join(f"{key}={setting(section.evaluation.get(key))}" for key in differing if key != "model")
         full = f"{name} ({others})" if others else name
         mark = full if "model" in differing else others
@@ -192,8 +192,3 @@ def differences(sections: list[Section]) -> list[str]:
     every = [section.evaluation for section in sections]
     keys = dict.fromkeys(key for one in every for key in one)
     return [key for key in keys if len({repr(one[key]) for one in every if key in one}) > 1]
-
-
-def _short(model: str) -> str:
-    """Return a Hub id, or the last part of a directory."""
-    return model.rsplit("/", 1)[-1] if model.startswith("/") else model

@@ -92,12 +92,13 @@ def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: d
         f"One more experiment adds {_gb(kept)} GB to the cache ({'its masks' if kept < model.count else MORE})"
         + (f" and takes {_duration(again)}; the first one takes {first}." if pace else "."),
     ]
-    if left := _left(on):
-        lines.insert(
-            1,
-            f"pattern {params.pattern}, sparsity {params.sparsity:g}: the smaller model has {_count(left)} parameters, "
-            f"{_gb(left * model.width)} GB, {100 * (1 - left / model.parameters):.1f} % less",
-        )
+    if params.plan.structure:
+        left = _left(on)
+        about = "only `wanda-dvc mask` knows whether this configuration can express a smaller model"
+        if left:
+            share = 100 * (1 - left / model.parameters)
+            about = f"the smaller model has {_count(left)} parameters, {_gb(left * model.width)} GB, {share:.1f} % less"
+        lines.insert(1, f"pattern {params.pattern}, sparsity {params.sparsity:g}: {about}")
     if pace:
         rates = ", ".join(f"{kind} {rate / 1e9:,.3g}" for kind, rate in pace.items())
         lines.append(

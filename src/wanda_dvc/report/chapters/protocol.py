@@ -3,6 +3,7 @@
 from typing import Any
 
 from wanda_dvc.params import ALL
+from wanda_dvc.report.formatting import setting
 from wanda_dvc.report.pages import Content, bullets
 from wanda_dvc.report.section import Section
 from wanda_dvc.study.markup import inline
@@ -41,7 +42,7 @@ def _perplexity(section: Section, text: str, windows: str, one_calibration: bool
     return said + (f" {row.params.about_text(text)}." if one_calibration else "")
 
 
-def _text(settings: dict[str, Any], setting: str) -> str:
+def _text(settings: dict[str, Any], text: str) -> str:
     """Return the source of a text, and its split, if any."""
-    name, split = settings[f"{setting}.source"], settings[f"{setting}.split"]
-    return inline(name) + (f", {inline(split)}" if split else "")
+    name, split = settings[f"{text}.source"], settings[f"{text}.split"]
+    return inline(setting(name)) + (f", {inline(split)}" if split else "")

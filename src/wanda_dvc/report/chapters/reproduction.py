@@ -42,7 +42,7 @@ def _origin(row: Row, varying: list[str]) -> list[str]:
     return [
         inline(", ".join([row.name, *row.also])),
         row.commit[:10] if row.commit else "not committed",
-        inline(", ".join(f"{key}={value}" for key, value in settings.items())),
+        inline(", ".join(f"{key}={setting(value)}" for key, value in settings.items())),
         f"{seconds(mine)} s" if times else DASH,
         f"{max(peaks):.2f} GB" if peaks else DASH,
         inline("; ".join(sorted({machine_of(time) for time in times.values()}))),
