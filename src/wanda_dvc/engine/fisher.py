@@ -18,11 +18,7 @@ from wanda_dvc.engine.runner import report_resumed
 from wanda_dvc.engine.states import HiddenStates
 
 
-def block_order(blocks: int) -> list[int]:
-    """Return the order in which blocks run: forward, then backward."""
-    return [*range(blocks), *reversed(range(blocks))]
-
-
+@torch.no_grad()
 def backward(
     decoder: Decoder, rows: Sequence[Row], work: Path, *, gram: bool = False, kept: int = 0
 ) -> Iterator[tuple[int, Gradients]]:
@@ -42,78 +38,54 @@ def backward(
     Raises:
         UserError: A gradient is not finite.
     """
-    run, blocks = BackwardPass(decoder, rows, work, kept=kept), len(decoder.blocks)
-    report_resumed(run.finished - blocks, blocks, " of the backward pass")
+    decoder.check_tokens(rows)
+    for row in rows:
+        decoder.calls(row)
+    blocks, (before, gradients) = len(decoder.blocks), _open(decoder, rows, work, kept)
+    report_resumed(gradients.finished, blocks, " of the backward pass")
     try:
-        for index in run.order[run.finished :]:
+        if before[0].finished < 0:
+            before[0].write(decoder.embed(row)[0] for row in rows)
+            before[0].finish_block()
+        for index in range(sum(states.finished >= 0 for states in before) - 1, blocks):
+            with decoder.block(index, min(index + 1, blocks - 1)):  # the last one runs backward next
+                waiting = zip(before[index].before, rows, strict=True)
+                before[index + 1].write(decoder.run(index, x[None].to(decoder.device), row)[0] for x, row in waiting)
+            before[index + 1].finish_block()
+        if gradients.finished < 0:
+            gradients.write(loss_gradients(decoder, rows, before[-1].before))
+            gradients.finish_block()
+        for index in reversed(range(blocks - gradients.finished)):
             recorder = GradientRecorder(gram=gram)
-            with decoder.block(index, run.then):
-                run.advance(recorder)
-            if run.finished >= blocks:
-                recorder.check_finite(decoder.checkpoint, index)
-                yield index, recorder
-            run.finish_block()
+            with decoder.block(index, index - 1):
+                coming = zip(before[index].before, gradients.before, rows, strict=True)
+                gradients.write(back(decoder, index, coming, recorder))
+            recorder.check_finite(decoder.checkpoint, index)
+            yield index, recorder
+            gradients.finish_block()
     finally:
         decoder.forget_calls()
 
 
-class BackwardPass:
-    """Runs some rows forward and backward through all blocks; `finished` counts blocks in `block_order`."""
+def _open(decoder: Decoder, rows: Sequence[Row], folder: Path, kept: int) -> tuple[list[HiddenStates], HiddenStates]:
+    """Return the hidden states before each block and after the last one, and the gradients, as far as they are valid.
 
-    @torch.no_grad()
-    def __init__(self, decoder: Decoder, rows: Sequence[Row], folder: Path, *, kept: int) -> None:
-        """Resume from the files of an interrupted run, as `backward` does; with `kept` −1 start again."""
-        decoder.check_tokens(rows)
-        for row in rows:
-            decoder.calls(row)
-        lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
-        self.decoder, self.rows, self.order = decoder, rows, block_order(blocks)
-        width = decoder.model.config.get_text_config().hidden_size
-        places = {"device": decoder.device, "room": decoder.room() // (blocks + 3)}  # for each
-        self._before = [
-            HiddenStates.open(folder / f"before_{n:03d}", lengths, width, decoder.dtype, 0, **places)
-            for n in range(blocks + 1)
-        ]
-        self._gradients = HiddenStates.open(folder / "gradients", lengths, width, torch.float32, blocks, **places)
-        complete = 0 if kept == -1 else next((n for n, x in enumerate(self._before) if x.finished < 0), blocks + 1)
-        for states in self._before[complete:]:
-            states.finished = -1
-        if complete <= blocks or self._gradients.finished > kept:
-            self._gradients.finished = -1
-        if complete == 0:
-            self._before[0].write(decoder.embed(row)[0] for row in rows)
-            self._before[0].finish_block()
-        self.finished = max(0, complete - 1) + max(0, self._gradients.finished)
-
-    @property
-    def block(self) -> int:
-        """The next block."""
-        return self.order[self.finished]
-
-    @property
-    def then(self) -> int:
-        """The block after the next, or −1."""
-        return [*self.order, -1][self.finished + 1]
-
-    @torch.no_grad()
-    def advance(self, recorder: GradientRecorder) -> None:
-        """Run every row through the next block; in the backward half a recorder sees the gradients of outputs."""
-        decoder, index = self.decoder, self.block
-        if self.finished < len(decoder.blocks):
-            waiting = zip(self._before[index].before, self.rows, strict=True)
-            self._before[index + 1].write(decoder.run(index, x[None].to(decoder.device), row)[0] for x, row in waiting)
-            return
-        if self._gradients.finished < 0:
-            self._gradients.write(loss_gradients(decoder, self.rows, self._before[-1].before))
-            self._gradients.finish_block()
-        coming = zip(self._before[index].before, self._gradients.before, self.rows, strict=True)
-        self._gradients.write(back(decoder, index, coming, recorder))
-
-    def finish_block(self) -> None:
-        """Finish the block: its output files become the next block's input."""
-        blocks = len(self.decoder.blocks)
-        (self._before[self.finished + 1] if self.finished < blocks else self._gradients).finish_block()
-        self.finished += 1
+    They are valid up to the first incomplete ones. Gradients are not if the caller has fewer blocks than they had.
+    """
+    lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
+    width = decoder.model.config.get_text_config().hidden_size
+    places = {"device": decoder.device, "room": decoder.room() // (blocks + 3)}  # for each
+    before = [
+        HiddenStates.open(folder / f"before_{number:03d}", lengths, width, decoder.dtype, 0, **places)
+        for number in range(blocks + 1)
+    ]
+    gradients = HiddenStates.open(folder / "gradients", lengths, width, torch.float32, blocks, **places)
+    complete = next((number for number, states in enumerate(before) if states.finished < 0), len(before))
+    for states in before[complete:]:
+        states.finished = -1
+    if complete < len(before) or gradients.finished > kept:
+        gradients.finished = -1
+    return before, gradients
 
 
 def loss_gradients(
