@@ -37,7 +37,7 @@ def interval(estimate: Estimate | None, shown: Callable[[float], str]) -> str:
 
 
 def setting(value: Any) -> str:
-    """Format a parameter's value as plain text. Of a local path only the last part is shown, as on the card."""
+    """Format a parameter's value as plain text. Only the last part of a local path is shown."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, str):
