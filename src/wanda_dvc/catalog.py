@@ -235,6 +235,7 @@ class Structure:
     # of 64, which kernels like.
     multiple: int
     scaled: tuple[str, ...] = ()  # other fields of config.json that stay in proportion to the number of units
+    rounded: str  # what a share is rounded to, in messages
     grouped: bool = False  # a unit is several inputs of its reader, and the field has the number of units
     find: str = "wanda_dvc.engine.smaller:find_units"  # `module:function`: (source, Structure, share) → Removal
     # The score of units in place of the method of a recipe that calibrates; the weights that stay then keep their
@@ -260,6 +261,7 @@ STRUCTURES = {
             ),
             multiple=64,
         ),
+            rounded="widths that kernels like",
         Structure(
             name="heads",
             about="groups of query heads with their key and value head, the same number in all blocks",
@@ -267,6 +269,7 @@ STRUCTURES = {
             fields=("num_key_value_heads",),
             multiple=1,
             scaled=("num_attention_heads",),
+            rounded="complete groups",
             grouped=True,
         ),
         Structure(
@@ -276,6 +279,7 @@ STRUCTURES = {
             fields=("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
             multiple=1,
             find="wanda_dvc.engine.experts:find_experts",
+            rounded="complete experts",
             method="reap",
         ),
         Structure(
@@ -285,6 +289,7 @@ STRUCTURES = {
             fields=("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
             multiple=1,
             find="wanda_dvc.engine.blocks:find_block_units",
+            rounded="complete blocks",
             method="influence",
         ),
     )

@@ -43,15 +43,11 @@ class ExpertRemoval(Removal):
     groups: int  # groups of neighbouring experts that routers choose from, which stay equally large
     chosen: int | None  # experts a token, if the configuration names the number as most do
 
-    def about(self, share: Fraction) -> str:
-        """Describe the removal, and the rounding of the requested share."""
-        changes = ", ".join(f"{field} from {before} to {after}" for field, (before, after) in self.fields.items())
-        text = f"pattern {self.structure.name}: {changes}"
-        if self.groups > 1:
-            text += f", the same number from each of {self.groups} groups"
-        if abs(self.share - share) > 1e-9:
-            text += f"; rounded to complete experts: {self.share:.4g} instead of {float(share):g}"
-        return text
+    @property
+    def about_fields(self) -> str:
+        """The change of the number of experts, in words."""
+        from_each = f", the same number from each of {self.groups} groups" if self.groups > 1 else ""
+        return super().about_fields + from_each
 
     def fitted(self, stays: Stays) -> "ExpertRemoval":
         """Return the removal that leaves these experts. UserError if the configuration cannot express it."""

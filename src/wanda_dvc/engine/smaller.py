@@ -125,13 +125,17 @@ class Removal:
 
     def about(self, share: Fraction) -> str:
         """Describe the removal, and the rounding of the requested share."""
-        changes = ", ".join(f"{name} from {before} to {after}" for name, (before, after) in self.fields.items())
-        text = f"pattern {self.structure.name}: {changes}"
+        text = f"pattern {self.structure.name}: {self.about_fields}"
         if abs(self.share - share) > 1e-9:
-            text += f"; rounded to widths that kernels like: {self.share:.4g} instead of {float(share):g}"
+            text += f"; rounded to {self.structure.rounded}: {self.share:.4g} instead of {float(share):g}"
         return text
 
     @cached_property
+    @property
+    def about_fields(self) -> str:
+        """The changes of the numbers of units, in words."""
+        return ", ".join(f"{name} from {before} to {after}" for name, (before, after) in self.fields.items())
+
     def by_linear(self) -> dict[str, list[Cut]]:
         """The cuts of each linear, or other tensor, by its name in masks."""
         found: defaultdict[str, list[Cut]] = defaultdict(list)
