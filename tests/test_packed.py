@@ -51,6 +51,15 @@ def same(one: Tensor, other: Tensor) -> bool:
     )
 
 
+def pack_linear(linear: nn.Linear) -> PackedLinear:
+    """A packed linear by hand, without a directory."""
+    made = PackedLinear(linear.in_features, linear.out_features, bias=False, dtype=linear.weight.dtype)
+    values, made.weight_keep = pack(linear.weight.detach())
+    made.weight, made.bias = nn.Parameter(values, requires_grad=False), linear.bias
+    made.settle()
+    return made
+
+
 def sparse(rows: int, columns: int, dtype: torch.dtype, share: float, seed: int) -> Tensor:
     """A weight with a share of zeros, and numbers that a careless format would lose."""
     draw = torch.Generator().manual_seed(seed)
@@ -234,8 +243,8 @@ def test_what_was_loaded_can_be_saved_in_any_dtype_and_loaded_again(tmp_path: Pa
 def test_a_packed_linear_is_the_linear(bias: bool):
     linear = nn.Linear(19, 7, bias=bias)
     linear.weight.data.copy_(sparse(7, 19, torch.float32, 0.5, 0).nan_to_num_(0, 0, 0))
-    small, x = PackedLinear.of(linear), torch.randn(3, 2, 19, requires_grad=True)
-    wide = PackedLinear.of(nn.Linear(40, 30, bias=False))
+    small, x = pack_linear(linear), torch.randn(3, 2, 19, requires_grad=True)
+    wide = pack_linear(nn.Linear(40, 30, bias=False))
     with torch.no_grad():
         first = small(x)
         wide(torch.randn(9, 40))  # takes the same buffer

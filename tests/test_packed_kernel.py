@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_packed import packed, same, sparse
+from test_packed import pack_linear, packed, same, sparse
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -159,9 +159,9 @@ def test_a_packed_linear_takes_any_number_of_tokens(path: str, shape: tuple[int,
     linear, other, x = nn.Linear(19, 7), nn.Linear(19, 7), torch.randn(shape)
     with torch.no_grad():
         linear.weight[0], other.weight[-1] = 0, 0  # as many nonzeros, in other rows
-        small = PackedLinear.of(linear)
+        small = pack_linear(linear)
         torch.testing.assert_close(small(x), linear(x))
-        small.load_state_dict(PackedLinear.of(other).state_dict())
+        small.load_state_dict(pack_linear(other).state_dict())
         torch.testing.assert_close(small(x), other(x))
 
 
@@ -198,7 +198,7 @@ def test_without_a_kernel_a_model_is_dense_once_it_is_loaded(
     model.save_pretrained(tmp_path / "saved")
     assert same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
     linear = nn.Linear(19, 7)  # a packed linear by hand is expanded for each call
-    torch.testing.assert_close(PackedLinear.of(linear)(torch.ones(1, 19)), linear(torch.ones(1, 19)))
+    torch.testing.assert_close(pack_linear(linear)(torch.ones(1, 19)), linear(torch.ones(1, 19)))
 
 
 def test_a_model_with_a_kernel_is_the_dense_one(path: str, tmp_path: Path):

@@ -408,13 +408,12 @@ class Reconstruction:
     name: str  # as params.yaml writes it
     about: str
     # `module:function`: (weight [out, in], keep, Prepared[, the Gram matrix of its output's gradients]) → Solved; None:
-    # kept weights do not change.
+    # kept weights do not change. Where complete inputs go, `reconstruct` takes
+    # `pruning.units:least_squares` instead.
     function: str | None
     kept: str  # a model card's words on kept weights, and on weights outside linears
     by_gradients: bool = False  # whether it receives the Gram matrices of gradients
     trains: bool = False  # each block is then trained on its mask
-    # Likewise, for masks that remove complete inputs: (weight [out, in], keep, Prepared) → Solved.
-    of_inputs: str | None = None
 
 
 RECONSTRUCTIONS = {
@@ -431,7 +430,6 @@ RECONSTRUCTIONS = {
             name="least-squares",
             about="least squares by conjugate gradients: the output of each linear closest to the dense output",
             function="wanda_dvc.pruning.solvers:least_squares",
-            of_inputs="wanda_dvc.pruning.units:least_squares",
             kept="The other weights of each linear were solved for, so that its output on the calibration text comes "
             "near the dense one; nothing was trained. Embeddings, norms and output head are the dense model's, bit for "
             "bit.",
@@ -441,8 +439,6 @@ RECONSTRUCTIONS = {
             name="fisher",
             about="least squares, weighted by gradients of the loss; rows compensate for each other",
             function="wanda_dvc.pruning.solvers:fisher_least_squares",
-            # Where complete inputs go, the gradients cancel: one solution is the best for all outputs.
-            of_inputs="wanda_dvc.pruning.units:least_squares",
             kept="The other weights of each linear were solved for, so that the model's loss on the calibration text "
             "changes little; nothing was trained. Embeddings, norms and output head are the dense model's, bit for "
             "bit.",
@@ -453,7 +449,6 @@ RECONSTRUCTIONS = {
             name="sparsegpt",
             about="input by input: the weights to the right compensate for each removed weight",
             function="wanda_dvc.pruning.solvers:sparsegpt_update",
-            of_inputs="wanda_dvc.pruning.units:least_squares",  # the sweep is its approximation
             kept="The other weights of each linear were updated while weights were removed; nothing was trained. "
             "Embeddings, norms and output head are the dense model's, bit for bit.",
         ),
@@ -463,7 +458,6 @@ RECONSTRUCTIONS = {
             about="least squares, then a short training of each block towards the dense block's output (with "
             "`propagation` `corrected` or `pruned`)",
             function="wanda_dvc.pruning.solvers:least_squares",
-            of_inputs="wanda_dvc.pruning.units:least_squares",
             kept="Each block was then trained on the calibration text, so that its output comes near the dense block's."
             " Embeddings and output head are the dense model's, bit for bit.",
             trains=True,

@@ -128,7 +128,7 @@ def calibrate(
             back = run.backward(rows[:WINDOWS_BACK], gram=True)
             for number, came in progress(back, total=len(blocks), what="calibrate, blocks back"):
                 blocks[number] = blocks[number]._replace(fisher=came.sums)
-                gradients.insert(0, pack_gradients(came.grams, GRAM_DTYPE))
+                gradients.insert(0, pack_gradients(came.grams))
                 came.grams.clear()  # before the next block's arrive
     say_unreached("calibrate", {number: block.unreached() for number, block in enumerate(blocks)})
     name = str(decoder.dtype).removeprefix("torch.")

@@ -162,11 +162,6 @@ class Plan:
         """Whether a walk through pruned blocks keeps the Gram matrices of the current block."""
         return self.propagates and (self.method.needs == "gram" or self.solves)
 
-    @property
-    def selects_by_row(self) -> bool:
-        """Whether masks of some rows do not depend on the other rows."""
-        return self.method.selects_by_row(self.pattern, self.group)
-
     # --- the statistics that stages read ---
 
     @property

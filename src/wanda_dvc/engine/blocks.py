@@ -76,10 +76,6 @@ class BlockRemoval(Removal):
                 found[name] = found.get(name, torch.zeros(1, dtype=torch.bool)) | keeps[linear].any()
         return found
 
-    def spread(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the masks as they are: those of a block's linears agree already."""
-        return dict(keeps)
-
     def order(self, count: int) -> list[int]:
         """Return the blocks that stay, of `count` blocks."""
         return [index for index, units in enumerate(self.sets.values()) if units.stay]

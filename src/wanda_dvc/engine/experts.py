@@ -93,10 +93,6 @@ class ExpertRemoval(Removal):
                 stay[self.expert_of[linear]] |= keeps[linear].any()
         return found
 
-    def spread(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the masks as they are: those of an expert's linears agree already."""
-        return dict(keeps)
-
     def names(self, where: Collection[str], stays: Stays) -> dict[str, str]:
         """Return the stored tensors of the smaller model, with consecutive experts, and the source's tensor of each."""
         old = {name: name for name in where}

@@ -69,12 +69,12 @@ class Linear:
         return self.weight.shape[0 if self.transposed else 1]
 
 
-def empty_model(folder: Path, dtype: torch.dtype = torch.float32, *, tensors: int | None = None) -> Any:
-    """Build the model of a directory's config.json for inference, without weights (buffers are real).
+def empty_model(folder: Path, *, tensors: int | None = None) -> Any:
+    """Build the model of a directory's config.json for inference in float32, without weights (buffers are real).
 
     UserError if transformers builds no model, or the configuration has more blocks than there are `tensors`.
     """
-    return build_empty(read_config(folder), str(folder / "config.json"), dtype, tensors=tensors)
+    return build_empty(read_config(folder), str(folder / "config.json"), tensors=tensors)
 
 
 def build_empty(config: Any, where: str, dtype: torch.dtype = torch.float32, *, tensors: int | None = None) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Row
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's
+EPSILON = 1e-8  # the least norm of a token's target
 
 
 def train(  # noqa: PLR0913 - the settings of a training
@@ -52,11 +52,7 @@ def train(  # noqa: PLR0913 - the settings of a training
     def masked() -> dict[str, Tensor]:
         return {name: p * masks[name] if name in masks else p for name, p in trained.items()}
 
-    optimizer = torch.optim.Adam(
-        [{"params": [p], "scale": _scale(p.detach())} for p in trained.values()],
-        betas=BETAS,
-        eps=EPSILON,
-    )
+    optimizer = torch.optim.Adam([{"params": [p], "scale": _scale(p.detach())} for p in trained.values()])
     order = list(_order(len(rows), epochs, seed, index))
     with torch.enable_grad():
         for number, row in enumerate(order):

@@ -42,7 +42,15 @@ def walk(
     rows = as_rows(rows) * (1 + with_dense)
     own = range(len(rows) // 2 if with_dense else 0, len(rows))
     starts = frozenset(first + shard.start for first in (0, own.start) for shard in shards.cut(len(own)))
-    states = begin(decoder, rows, work, kept=kept)
+    decoder.check_tokens(rows)
+    states = _states(decoder, rows, work, decoder.room())
+    if kept is not None and states.finished > kept:
+        states.finished, states.not_finite = -1, None
+    for row in rows:
+        decoder.calls(row)
+    if states.finished < 0:
+        states.write(decoder.embed(row)[0] for row in rows)
+        states.finish_block()
     report_resumed(states.finished, len(decoder.blocks))
     try:
         for index in range(states.finished, len(decoder.blocks)):
@@ -51,24 +59,6 @@ def walk(
             states.finish_block()
     finally:
         decoder.forget_calls()
-
-
-@torch.no_grad()
-def begin(decoder: Decoder, rows: list[Row], work: Path, *, kept: int | None, room: int | None = None) -> HiddenStates:
-    """Return the hidden states of an earlier run in `work`, or the hidden states before the first block.
-
-    `kept` is `walk`'s. `room` limits their GPU memory in bytes; None: all available memory.
-    """
-    decoder.check_tokens(rows)
-    states = _states(decoder, rows, work, decoder.room() if room is None else room)
-    if kept is not None and states.finished > kept:
-        states.finished, states.not_finite = -1, None
-    for row in rows:
-        decoder.calls(row)
-    if states.finished < 0:
-        states.write(decoder.embed(row)[0] for row in rows)
-        states.finish_block()
-    return states
 
 
 def outputs(decoder: Decoder, rows: Rows, work: Path) -> list[Float[Tensor, "length width"]]:
@@ -146,11 +136,6 @@ class LocalStep(Step):
         return self.decoder.linears(self.index)
 
     @property
-    def weights(self) -> dict[str, Linear]:
-        """Return all weights of the block by stored name: its linears, then norms, biases and gates."""
-        return self.decoder.weights.of_block(self.index)
-
-    @property
     def dense(self) -> range:
         """The rows of the dense model, if the walk includes them."""
         return range(self.own.start)
@@ -195,7 +180,7 @@ class LocalStep(Step):
     @torch.no_grad()
     def replace(self, weights: Mapping[str, Tensor]) -> None:
         """Give this block other weights, oriented as stored, until the next step."""
-        own = self.weights
+        own = self.decoder.weights.of_block(self.index)
         for name, weight in weights.items():
             if weight.shape != own[name].weight.shape:
                 found, expected = list(weight.shape), list(own[name].weight.shape)

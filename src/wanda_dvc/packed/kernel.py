@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanda_dvc.engine.cache import user_cache
 from wanda_dvc.errors import UserError, notice
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -81,7 +80,7 @@ def _load() -> ctypes.CDLL:
     version = subprocess.run([compiler, *words[1:], "--version"], capture_output=True, text=True, check=True).stdout
     parts = (SOURCE.read_text(encoding="utf-8"), shlex.join(command), version, platform.machine())
     name = f"packed-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
-    cache = user_cache()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wanda-dvc"
     if (cache / name).is_file():
         return ctypes.CDLL(str(cache / name))
     with suppress(OSError):

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wanda_dvc.engine import accelerator
 from wanda_dvc.errors import UserError
-from wanda_dvc.packed.format import KEEP, METHOD, Packing, bits_shape, checksum, is_two_of_four, pack
+from wanda_dvc.packed.format import KEEP, METHOD, Packing, bits_shape, checksum, is_two_of_four
 from wanda_dvc.packed.kernel import MULTIPLIED, WIDTHS, expand, kernel, multiply, row_starts
 
 if TYPE_CHECKING:
@@ -49,16 +49,6 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
         self.starts: Tensor | None = None  # of the rows in `weight`, if there is a kernel
         self.register_load_state_dict_post_hook(lambda module, _: module.settle())
-
-    @classmethod
-    def of(cls, linear: nn.Linear) -> "PackedLinear":
-        """Pack a linear in memory."""
-        made = cls(linear.in_features, linear.out_features, bias=False, dtype=linear.weight.dtype)
-        values, bits = pack(linear.weight.detach().cpu())
-        made.weight = nn.Parameter(values.to(linear.weight.device), requires_grad=False)
-        made.weight_keep, made.bias = bits.to(linear.weight.device), linear.bias
-        made.settle()
-        return made
 
     def settle(self) -> None:
         """Compute the starts of the rows."""

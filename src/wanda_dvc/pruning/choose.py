@@ -18,7 +18,7 @@ from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.pruning.selection import keep_by_share, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
-from wanda_dvc.pruning.units import Units, highest, spread, summed
+from wanda_dvc.pruning.units import Units, highest, least_squares, spread, summed
 
 # Rows are scored in slices of about so many weights, which bounds memory. Smaller ones are slower: the threads wait for
 # the interpreter.
@@ -222,13 +222,14 @@ def reconstruct(  # noqa: PLR0913 - the linear, its statistics, and how it is st
     """Return the weights of one linear on its mask, oriented, typed and placed as `weight` is stored.
 
     `gradients` is the Gram matrix of the gradients of its output, if the reconstruction uses it and it exists.
-    With `of_inputs` the mask removes complete inputs.
+    With `of_inputs` the mask removes complete inputs. Then least squares has one solution that is the best for all
+    outputs: gradients cancel, and SparseGPT's sweep is its approximation.
     """
-    solve = function_of((reconstruction.of_inputs if of_inputs else reconstruction.function) or "")
+    solve: Callable[..., Solved] = least_squares if of_inputs else function_of(reconstruction.function or "")
     device, uses = prepared.gram.device, reconstruction.by_gradients and not of_inputs
     there = (oriented(x, transposed).to(device) for x in (weight, keep))
     further = [gradients.matrix().to(device) if gradients else None] if uses else []
-    solved: Solved = solve(*there, prepared, *further)
+    solved = solve(*there, prepared, *further)
     return replace(solved, keep=keep, weight=oriented(solved.weight, transposed).contiguous().to(weight))
 
 

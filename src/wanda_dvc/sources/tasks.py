@@ -17,7 +17,7 @@ from wanda_dvc.sources.rows import check_rows
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.places import EMBEDDED, TaskItems, in_mirror, task_definition, task_items
 from wanda_dvc.study.project import ITEMS
-from wanda_dvc.study.provenance import describe, digest, file_digest, write_provenance
+from wanda_dvc.study.provenance import describe, file_digest, write_provenance
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,13 @@ class TasksSource(Source):
         """The gated data sets."""
         return gated_names(*(items.origin for items in self.items.values()))
 
-    def write(self, out: Path, scratch: Path) -> str:
+    def write(self, out: Path, scratch: Path) -> None:
         """Write the items and the provenance of every task into a separate directory."""
-        samples, hashes = self.wanted.source == "embedded", {}
+        samples = self.wanted.source == "embedded"
         for name, items in self.items.items():
             folder = out / name
             folder.mkdir()
             items.write(name, folder / ITEMS)
-            hashes[name] = file_digest(folder / ITEMS)
             provenance = describe(
                 "task",
                 task=name,
@@ -86,10 +85,9 @@ class TasksSource(Source):
                 definition=items.definition,
                 role=items.role,
                 lm_eval=version("lm_eval"),
-                sha256=hashes[name],
+                sha256=file_digest(folder / ITEMS),
             )
             write_provenance(folder, provenance)
-        return digest(hashes)
 
 
 def find_tasks(wanted: Tasks, mirror: str | None) -> Source:

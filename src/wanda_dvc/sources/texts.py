@@ -46,28 +46,30 @@ class TextSource(Source):
         """The data set, if it is gated."""
         return gated_names(self.place)
 
-    def write(self, out: Path, scratch: Path) -> str:
+    def write(self, out: Path, scratch: Path) -> None:
         """Write the text as one file, or the documents as they are on the Hub."""
         column, path = self.dataset.column, self.place
         if isinstance(path, Repository):
             if not self.shard:
                 rows = load_rows(path, self.dataset.config, self.wanted.split or "")
-                return self._write_text(column_of(rows, column, f"{self.where}.column: {path.name}"), out)
+                self._write_text(column_of(rows, column, f"{self.where}.column: {path.name}"), out)
+                return
             path.fetch(scratch / "hub", self.shard)
             path = scratch / "hub" / self.shard
         if not self.shard:
-            return self._write_text(_jsonl_rows(path, column) if path.suffix == ".jsonl" else [read_text(path)], out)
+            self._write_text(_jsonl_rows(path, column) if path.suffix == ".jsonl" else [read_text(path)], out)
+            return
         with tempfile.TemporaryFile(dir=scratch) as lines:
             documents = Documents.unpack(path, column, lines)
             if not self.as_documents:
-                return self._write_text(list(documents), out)
+                self._write_text(list(documents), out)
+                return
             count = _check(documents)
         shutil.copyfile(path, out / DOCUMENTS)
         sha256 = file_digest(out / DOCUMENTS)
         write_provenance(out, describe("documents", **self._origin, column=column, rows=count, sha256=sha256))
-        return sha256
 
-    def _write_text(self, rows: list[str], out: Path) -> str:
+    def _write_text(self, rows: list[str], out: Path) -> None:
         joined = self.wanted.join.join(rows)
         if not joined.strip():
             raise UserError(f"{self.where} ({self.title}): empty, expected text; name another")
@@ -75,7 +77,6 @@ class TextSource(Source):
         (out / TEXT).write_bytes(content)
         sha256 = hashlib.sha256(content).hexdigest()
         write_provenance(out, describe("text", **self._origin, join=self.wanted.join, rows=len(rows), sha256=sha256))
-        return sha256
 
 
 def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_documents: bool = False) -> Source:

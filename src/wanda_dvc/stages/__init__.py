@@ -7,7 +7,7 @@ report and the tests of `dvc.yaml` loop over this table.
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wanda_dvc.errors import UserError, in_params
 
@@ -41,13 +41,10 @@ class Stage:
     computes: bool = True  # imports torch, which takes seconds
 
     @property
-    def _module(self) -> Any:
-        return importlib.import_module(f"wanda_dvc.stages.{self.name.replace('-', '_')}")
-
-    @property
     def function(self) -> Callable[..., None]:
         """The stage itself."""
-        function: Callable[..., None] = getattr(self._module, self.name.replace("-", "_"))
+        name = self.name.replace("-", "_")
+        function: Callable[..., None] = getattr(importlib.import_module(f"wanda_dvc.stages.{name}"), name)
         return function
 
     def key(self, study: "Project", part: str | None = None, text: str | None = None) -> str | None:

@@ -176,7 +176,8 @@ def _mask(on: Known) -> Need:
     if plan.records_grams or (plan.method.needs == "gram" and not plan.propagates):
         memory = writing(linears, gram=True, by_gradients=plan.masks_read_gradients)
     else:
-        memory = choosing(linears, threads=1 if on_card else cores(), by_row=plan.selects_by_row and not on_card)
+        by_row = plan.method.selects_by_row(plan.pattern, plan.group) and not on_card
+        memory = choosing(linears, threads=1 if on_card else cores(), by_row=by_row)
         if plan.allocation.needs == "gram":  # it rates all blocks before it prunes any
             memory = either(memory, writing(linears, gram=True))
     memory = _with_probe(on, memory)

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, overload
+from typing import IO
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import check_file, parse_json
@@ -42,13 +42,7 @@ class Documents(Sequence[str]):
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> str:  # type: ignore[override] # no slices
         begin, end = self.starts[index], self.starts[index + 1]
         self.lines.seek(begin)
         where = f"{self.shard}: line {index + 1}"

@@ -31,7 +31,6 @@ KEYS = {
     "apply": (*_MEASURED, "masks"),
     "perplexity dense": ("dense", "tokens_sha256", "dtype"),
 }
-OBJECTS, MAPPINGS = ("params",), dict
 # The kinds of artifact that a folder may hold, by its name; `stats --compare` reads folders with other names.
 KINDS: dict[str, tuple[Any, ...]] = {
     "dense": ("model",),
@@ -96,10 +95,10 @@ def check_keys(content: Json, made_by: str, where: str, todo: str) -> None:
         found: Any = content
         for word in key.split("."):
             found = found.get(word) if isinstance(found, dict) else None
-        if not isinstance(found, MAPPINGS if key in OBJECTS else str):
+        if not isinstance(found, dict if key == "params" else str):
             got = "nothing" if found is None else name_of(found)
             raise UserError(
-                f"{where}: {key}: found {got}, expected {'an object' if key in OBJECTS else 'text'}; {todo}"
+                f"{where}: {key}: found {got}, expected {'an object' if key == 'params' else 'text'}; {todo}"
             )
 
 

@@ -123,15 +123,15 @@ def write_fisher(folder: Path, block: int, sums: "Mapping[str, Tensor]", grams: 
     `write_grams`. Header: as of statistics; each matrix is one linear's, in its own orientation.
     """
     squares = {f"{name}.{SQUARED_GRADIENTS}": x for name, x in sums.items()}
-    packed = pack_gradients(grams, GRAM_DTYPE)
+    packed = pack_gradients(grams)
     _save(block_file(folder, block), packed.tensors | squares, packed.header)
 
 
-def pack_gradients(grams: "Mapping[str, Gram]", dtype: str) -> "Grams":
+def pack_gradients(grams: "Mapping[str, Gram]") -> "Grams":
     """Return the Gram matrices of one block's gradients in the form of `write_fisher`; `read_grams` reads them."""
     from wanda_dvc.pruning.statistics import BlockStats
 
-    return pack_grams(BlockStats({}, {name: [name] for name in grams}, []), grams, dtype)
+    return pack_grams(BlockStats({}, {name: [name] for name in grams}, []), grams, GRAM_DTYPE)
 
 
 def read_grams(folder: Path, block: int, device: "torch.device | None" = None) -> "Grams":
