@@ -6,7 +6,16 @@ from typing import Any
 
 from tabulate import tabulate
 
-from wanda_dvc.catalog import ALLOCATIONS, EMBEDDED_TEXT, GROUPS, RECIPES, RECONSTRUCTIONS, STRUCTURES, methods
+from wanda_dvc.catalog import (
+    ALLOCATIONS,
+    EMBEDDED_TEXT,
+    GROUPS,
+    RECIPES,
+    RECONSTRUCTIONS,
+    STRUCTURES,
+    Allocation,
+    methods,
+)
 from wanda_dvc.params import settings
 from wanda_dvc.stages import STAGES
 from wanda_dvc.study.presets import DEFAULT, read_preset
@@ -45,7 +54,7 @@ def page() -> str:
         for row in RECIPES.values()
     ]
     allocations = [
-        [f"`{row.name}`", row.about, f"{row.strength_text}: {row.strength_is}" if row.strengths else "–"]
+        [f"`{row.name}`", row.about, f"{_strengths(row)}: {row.strength_is}" if row.strengths else "–"]
         for row in ALLOCATIONS.values()
     ]
     sections = {
@@ -93,6 +102,10 @@ def _stages(name: str) -> list[str]:
             if reads and f"`{stage.name}`" not in found:
                 found.append(f"`{stage.name}`")
     return found
+
+
+def _strengths(row: Allocation) -> str:
+    return ", ".join(f"{value:g}" + f" up to {up_to}" * (up_to != "1") for up_to, value in row.strengths)
 
 
 def _meaning(field: object) -> str:

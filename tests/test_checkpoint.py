@@ -134,7 +134,7 @@ def test_weights_are_asked_for_one_at_a_time_in_the_order_of_the_file(tmp_path: 
 
     assert list(source.copy(tmp_path / "copy", addresses, weight)) == asked
     assert sorted(asked, key=str) == sorted(addresses, key=str)
-    begins = {name: begin for name, _, _, begin, _ in source.bytes_at(source.shards[0])}
+    begins = {name: entry.begin for name, entry in source.header(source.shards[0]).items()}
     places = [begins[address.tensor] + (address.expert or 0) * source.read(address).nbytes for address in asked]
     assert all(one < other for one, other in pairwise(places))
     written = zip(places, sizes[1:], strict=False)

@@ -48,7 +48,7 @@ def test_sizes_are_those_of_the_checkpoint_and_need_no_weights(tmp_path: Path, t
     shutil.copyfile(tiny / "config.json", tmp_path / "config.json")
     found = sizes.sizes(tmp_path)
     checkpoint = Checkpoint(tiny)
-    stored = [size for shard in checkpoint.shards for *_, size in checkpoint.bytes_at(shard)]
+    stored = [entry.length for entry in checkpoint.entries.values()]
     features = 4 * 32 + 2 * (32 + 16) + 3 * (32 + 48)
     squares, out_squares = 6 * 32**2 + 48**2, 3 * 32**2 + 2 * 16**2 + 2 * 48**2
     assert found == sizes.Sizes(

@@ -15,6 +15,7 @@ from typing import Literal
 from wanda_dvc.errors import UserError
 
 ENTRY_POINTS = "wanda_dvc.methods"
+Dtype = Literal["float32", "bfloat16", "float16"]  # in which a model runs
 STATISTICS = ("norms", "gram", "fisher")  # each includes those before it
 
 
@@ -234,8 +235,8 @@ class Structure:
     # Widths of up to so many are multiples of the largest power of two that is a 16th of the width or less; wider ones
     # of 64, which kernels like.
     multiple: int
-    scaled: tuple[str, ...] = ()  # other fields of config.json that stay in proportion to the number of units
     rounded: str  # what a share is rounded to, in messages
+    scaled: tuple[str, ...] = ()  # other fields of config.json that stay in proportion to the number of units
     grouped: bool = False  # a unit is several inputs of its reader, and the field has the number of units
     find: str = "wanda_dvc.engine.smaller:find_units"  # `module:function`: (source, Structure, share) → Removal
     # The score of units in place of the method of a recipe that calibrates; the weights that stay then keep their
@@ -260,16 +261,16 @@ STRUCTURES = {
                 "shared_intermediate_size",
             ),
             multiple=64,
-        ),
             rounded="widths that kernels like",
+        ),
         Structure(
             name="heads",
             about="groups of query heads with their key and value head, the same number in all blocks",
             units="groups of attention heads of each block",
             fields=("num_key_value_heads",),
             multiple=1,
-            scaled=("num_attention_heads",),
             rounded="complete groups",
+            scaled=("num_attention_heads",),
             grouped=True,
         ),
         Structure(
@@ -278,8 +279,8 @@ STRUCTURES = {
             units="routed experts of each block",
             fields=("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
             multiple=1,
-            find="wanda_dvc.engine.experts:find_experts",
             rounded="complete experts",
+            find="wanda_dvc.engine.experts:find_experts",
             method="reap",
         ),
         Structure(
@@ -288,8 +289,8 @@ STRUCTURES = {
             units="blocks",
             fields=("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
             multiple=1,
-            find="wanda_dvc.engine.blocks:find_block_units",
             rounded="complete blocks",
+            find="wanda_dvc.engine.blocks:find_block_units",
             method="influence",
         ),
     )
@@ -339,11 +340,6 @@ class Allocation:
     def strength(self, share: Fraction) -> float | None:
         """Return the allocation's default strength at a sparsity; None without a strength."""
         return next((value for up_to, value in self.strengths if share <= Fraction(up_to)), None)
-
-    @property
-    def strength_text(self) -> str:
-        """The strengths in words."""
-        return ", ".join(f"{value:g}" + f" up to {up_to}" * (up_to != "1") for up_to, value in self.strengths)
 
 
 ALLOCATIONS = {

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from wanda_dvc.catalog import RECIPES, STATISTICS, STRUCTURES
+from wanda_dvc.catalog import RECIPES, STATISTICS, STRUCTURES, Dtype
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import GRAM_DTYPE, WINDOWS_BACK
 from wanda_dvc.study.project import Project
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from wanda_dvc.pruning.gram import Gram
     from wanda_dvc.pruning.statistics import BlockStats
     from wanda_dvc.study.tensors import Grams
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -630,5 +627,5 @@ def _decoder(source: "Loaded", dtype: Dtype | None) -> "Decoder":
     from wanda_dvc.engine.decoder import Decoder
 
     if dtype is not None:
-        _one_of("dtype", dtype, DTYPES)
+        _one_of("dtype", dtype, get_args(Dtype))
     return Decoder(source, dtype=getattr(torch, dtype) if dtype else source.dtype, device=source.device)

@@ -33,7 +33,7 @@ def usable_cores() -> int:
     Schedulers (Slurm) and containers restrict a process by either. `os.cpu_count` counts all cores of the machine.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([affinity, *_quotas()])
+    return min([affinity, *(quota for folder in _groups("cpu") for quota in _quota(folder))])
 
 
 def free_memory() -> int:
@@ -51,12 +51,6 @@ def free_memory() -> int:
     return max(0, min(limits))
 
 
-def _quotas() -> Iterator[int]:
-    """Yield the CPU quotas of this process's control groups and of their parents, in cores, rounded up."""
-    for folder in _groups("cpu"):
-        yield from _quota(folder)
-
-
 def _groups(controller: str) -> Iterator[Path]:
     """Yield the folders of this process's control groups, and of their parents."""
     with contextlib.suppress(OSError, ValueError):
@@ -70,6 +64,7 @@ def _groups(controller: str) -> Iterator[Path]:
 
 
 def _quota(folder: Path) -> Iterator[int]:
+    """Yield a control group's CPU quota in cores, rounded up, if it has one."""
     for names in QUOTAS:
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
             quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()

@@ -6,7 +6,7 @@ Read as DVC reads it, YAML 1.2: in YAML 1.1 an unquoted `2:4` is the number 124.
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -30,6 +30,7 @@ from wanda_dvc.catalog import (
     STATISTICS,
     STRUCTURES,
     TEXTS,
+    Dtype,
     Package,
     methods,
 )
@@ -45,19 +46,12 @@ SAME_SOURCE, OTHER_SOURCE = "the calibration's source", "another source"  # of a
 ALL = "all"  # of `perplexity.windows`: every token, including a shorter last window
 
 
-def _method(name: str | None) -> str | None:
-    """Check a method's name against the catalog, which includes methods of installed packages."""
-    if name is not None and name not in methods():
-        raise PydanticCustomError("literal_error", "no such method", {"expected": _or(tuple(methods()))})
-    return name
-
-
-def _row_of(table: Mapping[str, object]) -> AfterValidator:
-    """Return a check of a name against a table of the catalog; None passes."""
+def _row_of(table: Mapping[str, object] | Callable[[], Mapping[str, object]]) -> AfterValidator:
+    """Return a check of a name against a table of the catalog, or a function that loads it; None passes."""
 
     def check(name: str | None) -> str | None:
-        if name is not None and name not in table:
-            raise PydanticCustomError("literal_error", "no such row", {"expected": _or(tuple(table))})
+        if name is not None and name not in (known := table() if callable(table) else table):
+            raise PydanticCustomError("literal_error", "no such row", {"expected": _or(tuple(known))})
         return name
 
     return AfterValidator(check)
@@ -217,7 +211,7 @@ class Params(_Section):
         description="`package:NAME==VERSION` with a GGUF file, an absolute directory of safetensors, or a Hub id, "
         "`ORG/NAME@REVISION`"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="dtype in which the model runs")
+    dtype: Dtype = Field(description="dtype in which the model runs")
     calibration: Calibration
     recipe: Annotated[str, _row_of(RECIPES)] = Field("wanda", description="how the model is pruned; see below")
     sparsity: float = Field(
@@ -227,7 +221,7 @@ class Params(_Section):
         UNSTRUCTURED,
         description="`unstructured`; `n:m`: n of every m neighbours stay; or units that are removed: see below",
     )
-    method: Annotated[str | None, AfterValidator(_method)] = Field(
+    method: Annotated[str | None, _row_of(methods)] = Field(
         None, description="how weights are scored; null, here and below: the recipe's own"
     )
     group: Annotated[str | None, _row_of(GROUPS)] = Field(

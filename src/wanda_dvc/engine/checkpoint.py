@@ -130,7 +130,7 @@ class Checkpoint(Source):
             if missing := [path.name for path in shards if not is_there(path)]:
                 raise UserError(f"{self.folder}: {INDEX} names {', '.join(missing)}, which is missing; copy it again")
             for name, path in where.items():
-                if name not in self._header(path):
+                if name not in self.header(path):
                     raise UserError(
                         f"{self.folder}: {INDEX} says that {path.name} holds {name}, which it does not; {AGAIN}"
                     )
@@ -140,19 +140,20 @@ class Checkpoint(Source):
             raise UserError(
                 f"{self.folder}: found {found}, expected {SINGLE} or {INDEX}; save the weights as safetensors first"
             )
-        return dict.fromkeys(self._header(self.folder / SINGLE), self.folder / SINGLE)
+        return dict.fromkeys(self.header(self.folder / SINGLE), self.folder / SINGLE)
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Dtype, shape and place in its file of each tensor."""
-        return {name: self._header(path)[name] for name, path in self.where.items()}
+        return {name: self.header(path)[name] for name, path in self.where.items()}
 
     @property
     def shards(self) -> list[Path]:
         """The files, sorted."""
         return sorted(set(self.where.values()))
 
-    def _header(self, path: Path) -> dict[str, Entry]:
+    def header(self, path: Path) -> dict[str, Entry]:
+        """Return dtype, shape and place of every tensor in one shard; an index may omit some."""
         if path not in self._headers:
             self._headers[path] = read_header(path)
         return self._headers[path]
@@ -172,11 +173,6 @@ class Checkpoint(Source):
         """The tensor, or the expert's part of it, in the dtype that it is stored in."""
         tensor = self._open(self.where[address.tensor]).get_tensor(address.tensor)
         return tensor if address.expert is None else tensor[address.expert]
-
-    def bytes_at(self, path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
-        """Yield the name, dtype, shape, first byte and length in the file of every tensor in one shard."""
-        for name, entry in self._header(path).items():
-            yield name, *entry
 
     # --- writing ---
 
@@ -206,7 +202,7 @@ class Checkpoint(Source):
 
         shutil.copytree(self.folder, target, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
         for shard, addresses in sorted(by_shard.items()):
-            begins = {name: begin for name, _, _, begin, _ in self.bytes_at(shard)}
+            begins = {name: entry.begin for name, entry in self.header(shard).items()}
             addresses.sort(key=lambda address: (begins[address.tensor], address.expert or 0))
             with (
                 shard.open("rb") as stored,

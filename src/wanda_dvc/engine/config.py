@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from wanda_dvc.catalog import STRUCTURES
 from wanda_dvc.errors import SettingError, UserError
 from wanda_dvc.reading import name_of, read_object
 
 MOST_LAYERS = 10_000  # transformers makes lists and modules of this length before any check of ours can run
 MOST = 2**27  # of any size; a vocabulary has about 2**18
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYERS = STRUCTURES["blocks"].fields
 SIZES = (
     *LAYERS, "hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "num_attention_heads",
     "n_head", "n_heads", "num_heads", "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
@@ -74,10 +75,16 @@ def _problems(stored: dict[str, Any], prefix: str = "") -> Iterator[str]:
         yield from _problems(stored["text_config"], "text_config.")
 
 
+def positions_of(config: Any) -> int | None:
+    """Return the maximum tokens of a text, if the configuration has a limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
+
+
 def check_length(place: Path, length: int, setting: str) -> None:
     """Raise SettingError if windows are longer than the model's number of positions."""
-    positions = getattr(read_config(place).get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and length > positions:
+    positions = positions_of(read_config(place))
+    if positions is not None and length > positions:
         raise SettingError(
             f"{setting}: got {length}, expected at most {positions}, the positions of the model in "
             f"{place}; set {setting}={positions} or less"

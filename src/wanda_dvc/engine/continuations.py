@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from wanda_dvc.engine.config import positions_of
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError
 
@@ -36,10 +37,10 @@ def continuations(
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=TOKENS, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
     )
-    positions, found = getattr(model.config.get_text_config(), "max_position_embeddings", None), []
+    positions, found = positions_of(model.config), []
     for number, prompt in enumerate(prompts, start=1):
         asked = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"]], device=device)
-        if isinstance(positions, int) and asked.shape[1] + TOKENS > positions:
+        if positions is not None and asked.shape[1] + TOKENS > positions:
             raise UserError(
                 f"{source}: prompt {number}: {asked.shape[1]} tokens, expected at most {positions - TOKENS}: the model "
                 f"has {positions} positions; shorten the prompt"

@@ -70,6 +70,12 @@ class Decoder:
         """Return the prunable weights of a block, by stored name; each expert has its own."""
         return self.weights.linears(index)
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens with a logit."""
+        size: int = self.model.get_output_embeddings().weight.shape[0]
+        return size
+
     def inputs(self) -> dict[str, int]:
         """The number of input features of every linear."""
         return {
@@ -188,8 +194,7 @@ class Decoder:
         return gradient
 
     def _chunks(self, length: int) -> Iterator[slice]:
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        chunk = max(1, LOGITS_AT_A_TIME // vocabulary)
+        chunk = max(1, LOGITS_AT_A_TIME // self.vocabulary)
         return (slice(start, min(start + chunk, length)) for start in range(0, length, chunk))
 
     def _logits(

@@ -205,7 +205,7 @@ def compare_windows(
 
 def check_vocabulary(decoder: Decoder, expected: int) -> None:
     """Raise UserError if a model's vocabulary is not the dense model's: their distributions are not comparable."""
-    found = vocabulary(decoder)
+    found = decoder.vocabulary
     if found != expected:
         raise UserError(
             f"{decoder.checkpoint}: a vocabulary of {found:,} tokens, expected the dense model's {expected:,}: the two "
@@ -215,8 +215,7 @@ def check_vocabulary(decoder: Decoder, expected: int) -> None:
 
 def vocabulary(decoder: Decoder) -> int:
     """Return the number of tokens with a logit."""
-    size: int = decoder.model.get_output_embeddings().weight.shape[0]
-    return size
+    return decoder.vocabulary
 
 
 # --- all windows ---

@@ -11,6 +11,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from wanda_dvc.engine.check import check_parts
 from wanda_dvc.engine.checkpoint import STORED, Address, Source
+from wanda_dvc.engine.config import positions_of
 from wanda_dvc.engine.structure import Linear, find_blocks, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import Entry
@@ -104,8 +105,7 @@ class Loaded(Source):
     @property
     def positions(self) -> int | None:
         """The maximum tokens of a window, if the configuration has a limit."""
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return positions if isinstance(positions, int) else None
+        return positions_of(self.config)
 
     @property
     def device(self) -> torch.device:

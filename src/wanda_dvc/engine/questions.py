@@ -129,7 +129,7 @@ def predict(
     length, predicted = asked
     tokens = [list(group) for _, group in groupby(sorted(predicted), key=itemgetter(0, 1))]
     # A chunk has at most the model's number of positions: some models look positions up even in the head.
-    chunk = max(1, min(LOGITS_AT_A_TIME // decoder.model.get_output_embeddings().weight.shape[0], length))
+    chunk = max(1, min(LOGITS_AT_A_TIME // decoder.vocabulary, length))
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
         states = torch.stack([hidden[group[0][0]][group[0][1]].to(decoder.device) for group in part])[None]

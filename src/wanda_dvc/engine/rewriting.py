@@ -55,9 +55,9 @@ def rewrite(  # noqa: PLR0913 - the directory, and what differs in its copy
     total = 0
     for shard in checkpoint.shards:
         here: list[Piece] = []
-        for name, dtype, shape, _, length in checkpoint.bytes_at(shard):
+        for name, entry in checkpoint.header(shard).items():
             if name in checkpoint.entries:  # an index may omit some
-                same = Piece(name, dtype, shape, length, partial(checkpoint.read, Address(name)))
+                same = Piece(name, entry.dtype, entry.shape, entry.length, partial(checkpoint.read, Address(name)))
                 here += pieces.get(name, [same])
         _write_shard(target / shard.name, here, progress)
         where |= dict.fromkeys((piece.name for piece in here), shard.name)

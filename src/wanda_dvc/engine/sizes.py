@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wanda_dvc.catalog import STRUCTURES
+
 if TYPE_CHECKING:
     from wanda_dvc.catalog import Method, Reconstruction
     from wanda_dvc.plan import Plan
@@ -147,11 +149,9 @@ def count(model: Any, *, dtype: str) -> Sizes:
     blocks = find_blocks(model)[1]
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     shapes = [weight_shapes(block) for block in blocks]
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((value for name in names if (value := getattr(text, name, None))), 1)
-    met_share = (
-        getattr(text, "num_experts_per_tok", None) or 1
-    ) / experts  # the share of experts that a token is sent to
+    experts = next((value for name in STRUCTURES["experts"].fields if (value := getattr(text, name, None))), 1)
+    # The share of experts that a token is sent to.
+    met_share = (getattr(text, "num_experts_per_tok", None) or 1) / experts
     heads = getattr(text, "num_attention_heads", None) or 0  # Mamba has none
     head = model.get_output_embeddings().weight
     matrices = [[(shape[-2], shape[-1]) for shape in block for _ in range(shape[:-2].numel())] for block in shapes]

@@ -37,6 +37,7 @@ TRIAL = 8  # the width of a trial for a field that the configuration leaves open
 TOKENS = 32  # of the probe
 CLOSE = 1e-2  # allowed difference in the probe, relative to the effect of the removed units
 Stays = Mapping[str, Bool[Tensor, " units"]]  # the units that stay, by set
+Dims = dict[tuple[Address, int], tuple[str, int]]  # by stored tensor and dimension: the set, and places of a unit
 
 
 class Cut(NamedTuple):
@@ -130,12 +131,12 @@ class Removal:
             text += f"; rounded to {self.structure.rounded}: {self.share:.4g} instead of {float(share):g}"
         return text
 
-    @cached_property
     @property
     def about_fields(self) -> str:
         """The changes of the numbers of units, in words."""
         return ", ".join(f"{name} from {before} to {after}" for name, (before, after) in self.fields.items())
 
+    @cached_property
     def by_linear(self) -> dict[str, list[Cut]]:
         """The cuts of each linear, or other tensor, by its name in masks."""
         found: defaultdict[str, list[Cut]] = defaultdict(list)
@@ -418,39 +419,19 @@ def find_units(source: Source, structure: Structure, share: Fraction) -> Removal
 
     A share that rounds to all units gives a removal without an effect.
     """
-    found = _found(source, structure, share)
-    problem = ""
-    for sections in (True, False) if found.has_sections else (True,):
-        removal = found.removal(sections)
+    found, dims = _found(source, structure, share)
+    several = any(size > sum(found.sets[name].layout) for name, size in dims.values())
+    # The places of a unit in a tensor with several of its parts: in several sections, or next to one another.
+    for sections in (True, False) if several else (True,):
+        cuts = (
+            Cut(address, dim, name, _sections(size, *found.sets[name].layout) if sections else (size,))
+            for (address, dim), (name, size) in dims.items()
+        )
+        removal = replace(found, cuts=tuple(cuts))
         stays = _half(removal)
         if not (problem := probe(source, removal.fitted(stays), stays)):
             return removal
     raise refused(structure, source, problem)
-
-
-@dataclass
-class _Found:
-    """The dimensions that hold units, before the layout of tensors with several units' parts is known."""
-
-    structure: Structure
-    sets: dict[str, Units]
-    readers: dict[str, str]
-    dims: dict[tuple[Address, int], tuple[str, int]]  # set, and places of a unit
-    numbers: dict[str, int]
-    field_of: dict[str, str]
-    others: dict[str, int]
-
-    @property
-    def has_sections(self) -> bool:
-        return any(size > sum(self.sets[name].layout) for name, size in self.dims.values())
-
-    def removal(self, sections: bool) -> Removal:
-        """Return the removal. A unit's places lie in several sections of a tensor, or next to one another."""
-        cuts = tuple(
-            Cut(address, dim, name, _sections(size, *self.sets[name].layout) if sections else (size,))
-            for (address, dim), (name, size) in self.dims.items()
-        )
-        return Removal(self.structure, self.sets, self.readers, cuts, self.numbers, self.field_of, self.others)
 
 
 def _sections(size: int, read: int) -> tuple[int, ...]:
@@ -480,7 +461,8 @@ def _others(structure: Structure, text: Any) -> dict[str, int]:
     return found
 
 
-def _found(source: Source, structure: Structure, share: Fraction) -> _Found:
+def _found(source: Source, structure: Structure, share: Fraction) -> tuple[Removal, Dims]:
+    """Return the removal without its cuts, and the dimensions to cut; their layout is not known yet."""
     config = source.config
     full = build_empty(config, source.config_name)
     parts = stored_parts(full, source)
@@ -559,7 +541,7 @@ def _sorted(  # noqa: PLR0913, PLR0917 - the dimensions, and the model that they
     dims: Mapping[tuple[Address, int], _Dim],
     linears: Mapping[str, Linear],
     others: dict[str, int],
-) -> _Found:
+) -> tuple[Removal, Dims]:
     """Sort dimensions into sets of units, by the modules that they belong to; one linear reads each set."""
     numbers = {found.field: found.number for found in dims.values()}
     stay = {field: stay_of(number, share, structure.multiple) for field, number in numbers.items()}
@@ -582,7 +564,7 @@ def _sorted(  # noqa: PLR0913, PLR0917 - the dimensions, and the model that they
         if name not in sets or size % sets[name].total or dim > 1:
             raise refused(structure, source, f"no linear reads those of {address.tensor}")
         found[address, dim] = name, size // sets[name].total
-    return _Found(structure, sets, readers, found, numbers, field_of, others)
+    return Removal(structure, sets, readers, (), numbers, field_of, others), found
 
 
 def _owner(address: Address) -> str:

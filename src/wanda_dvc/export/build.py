@@ -46,16 +46,15 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
         ran = Ran.of(study)
         _check_current(ran, experiment or "the workspace")
         study = study.with_params(ran.params)
-        written = stored.write(study, work.out, work.path / "dense")
+        metrics, storage = stored.write(study, work.out, work.path / "dense")
         _drop_metrics_of_others(study)
-        study.metrics("pruned", "sparsity").unlink(missing_ok=True)
-        write_json(study.metrics("pruned", "sparsity"), written.metrics)
+        write_json(study.metrics("pruned", "sparsity"), metrics)
         sections = results(study, ran.outdated)
         text = card(
             study,
-            written.metrics["sparsity"],
-            removed=written.metrics.get("removed_parameters"),
-            storage=written.storage,
+            metrics["sparsity"],
+            removed=metrics.get("removed_parameters"),
+            storage=storage,
             imports=stored.imports,
             results=sections,
             warnings=[f"The choice {problem}." for problem in raised(load_json(study.metrics("pruned", "held_out")))],

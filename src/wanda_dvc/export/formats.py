@@ -19,28 +19,21 @@ class Format:
 
     name: str
     about: str  # one line
-    write: "Callable[[Project, Path, Path], Written]"  # (study, empty directory, scratch)
+    # (study, empty directory, scratch) → the metrics of its sparsity, and the storage of zeros, for the model card.
+    write: "Callable[[Project, Path, Path], tuple[Json, str]]"
     imports: str = ""  # Python code required for loading, for the model card
 
 
-@dataclass(frozen=True)
-class Written:
-    """An exported model."""
-
-    metrics: "Json"  # as metrics/pruned/sparsity.json has them
-    storage: str  # the storage of zeros, for the model card
-
-
-def _write_dense(study: "Project", target: Path, _scratch: Path) -> Written:
+def _write_dense(study: "Project", target: Path, _scratch: Path) -> "tuple[Json, str]":
     """Write an ordinary Hugging Face directory, zeros included."""
     from wanda_dvc.stages.apply import prune
     from wanda_dvc.study.card import STORAGE
 
     written = prune(study, target, study.params.plan.reconstruction.name)
-    return Written(written.metrics, STORAGE if written.removed is None else "")
+    return written.metrics, STORAGE if written.removed is None else ""
 
 
-def _write_packed(study: "Project", target: Path, scratch: Path) -> Written:
+def _write_packed(study: "Project", target: Path, scratch: Path) -> "tuple[Json, str]":
     """Write a packed directory: the pruned linears without their zeros."""
     from wanda_dvc.packed.directory import pack_directory
     from wanda_dvc.stages.apply import prune
@@ -53,7 +46,7 @@ def _write_packed(study: "Project", target: Path, scratch: Path) -> Written:
     written = prune(study, scratch, study.params.plan.reconstruction.name)
     sizes = pack_directory(scratch, target, list(written.zeros))
     shutil.rmtree(scratch)
-    return Written(written.metrics, sizes.summary())
+    return written.metrics, sizes.summary()
 
 
 FORMATS = {

@@ -17,11 +17,10 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from tabulate import tabulate
-
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import processor
 from wanda_dvc.study.files import json_text
+from wanda_dvc.study.markup import table
 
 EXPORT = "wanda-dvc export --format packed"
 
@@ -60,8 +59,7 @@ def speed(*, folders: Sequence[Path], prompt: int, tokens: int, device: str, as_
         return json_text({**how, "measured": columns, "note": said})
     headers = ["", *columns, *(["ratio" if several else "packed / dense"] if len(columns) == 2 else [])]
     head = f"{', '.join(machine.values())}; one sequence, {prompt} tokens in, {tokens} out"
-    table = tabulate(_rows(columns), headers, tablefmt="github", disable_numparse=True)
-    return "\n".join([head, "", table, *(["", said] if said else [])])
+    return "\n".join([head, "", table(headers, [*_rows(columns)]), *(["", said] if said else [])])
 
 
 def _rows(columns: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
@@ -98,11 +96,11 @@ def _machine(device: str) -> dict[str, str]:
 
 def _check(folder: Path, prompt: int, tokens: int) -> None:
     """Raise for directories that cannot be measured."""
-    from wanda_dvc.engine.config import read_config
+    from wanda_dvc.engine.config import positions_of, read_config
 
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json, expected a model's directory")
-    most = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    most = positions_of(read_config(folder))
     if most is not None and prompt + tokens > most:
         raise UserError(f"--prompt and --tokens: got {prompt} + {tokens}, expected at most {most} for this model")
     if not any(folder.glob("*.safetensors")):

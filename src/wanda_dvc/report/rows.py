@@ -20,7 +20,7 @@ from wanda_dvc.params import Params
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED
 from wanda_dvc.report.measures import Measured, mean_layer_error
 from wanda_dvc.stages import times
-from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, Kind, list_experiments
+from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, Experiment, Kind, list_experiments
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
@@ -171,12 +171,6 @@ class Collected:
     notes: list[Note]
 
 
-class _Candidate(NamedTuple):
-    rev: str  # `workspace`, or a commit
-    name: str
-    kind: Kind
-
-
 def collect(*, project: Project, model: str | None, revs: list[str], work: Path) -> Collected:
     """Collect the rows of the workspace, branches, tags, and commits with experiments; or of `revs` alone.
 
@@ -209,21 +203,21 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
     return Collected(list(rows.values()), unfinished, notes)
 
 
-def _states(project: Project, revs: list[str]) -> tuple[list[_Candidate], list[Note]]:
+def _states(project: Project, revs: list[str]) -> tuple[list[Experiment], list[Note]]:
     """Return the revisions to read, and the unfinished and failed experiments."""
     if revs:
         opened = [(Revision.open(project, rev, otherwise="").files.repo.get_rev(), rev) for rev in revs]
-        return [_Candidate(commit, rev, Kind.EXPERIMENT) for commit, rev in opened], []
+        return [Experiment(rev, commit, Kind.EXPERIMENT, SUCCESS, {}, {}, {}, {}) for commit, rev in opened], []
     every = list_experiments(project)
     unfinished = []
     for one in every:
         changes = ", ".join(f"{key}={value}" for key, value in one.changes.items())
         if one.state != SUCCESS:
             unfinished.append(Note(one.name, one.state.lower() + (f" ({changes})" if changes else "")))
-    return [_Candidate(one.rev, one.name, one.kind) for one in every if one.state == SUCCESS], unfinished
+    return [one for one in every if one.state == SUCCESS], unfinished
 
 
-def _row(project: Project, candidate: _Candidate, folder: Path) -> Row | str:
+def _row(project: Project, candidate: Experiment, folder: Path) -> Row | str:
     """Return the row, or the reason for its exclusion as text."""
     study = Project(folder)
     folder.mkdir(parents=True)

@@ -2,6 +2,9 @@
 
 import shutil
 import subprocess
+from typing import get_args
+
+from wanda_dvc.catalog import Dtype
 
 
 def presets() -> list[str]:
@@ -24,4 +27,4 @@ def experiments() -> list[str]:
 
 def dtypes() -> list[str]:
     """Return the supported dtypes."""
-    return ["float32", "bfloat16", "float16"]
+    return list(get_args(Dtype))
