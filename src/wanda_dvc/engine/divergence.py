@@ -213,11 +213,6 @@ def check_vocabulary(decoder: Decoder, expected: int) -> None:
         )
 
 
-def vocabulary(decoder: Decoder) -> int:
-    """Return the number of tokens with a logit."""
-    return decoder.vocabulary
-
-
 # --- all windows ---
 
 

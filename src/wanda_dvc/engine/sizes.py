@@ -150,8 +150,8 @@ def count(model: Any, *, dtype: str) -> Sizes:
     counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     shapes = [weight_shapes(block) for block in blocks]
     experts = next((value for name in STRUCTURES["experts"].fields if (value := getattr(text, name, None))), 1)
-    # The share of experts that a token is sent to.
-    met_share = (getattr(text, "num_experts_per_tok", None) or 1) / experts
+    # The share of experts that a token is sent to; all of them if the configuration names no number.
+    met_share = (getattr(text, "num_experts_per_tok", None) or experts) / experts
     heads = getattr(text, "num_attention_heads", None) or 0  # Mamba has none
     head = model.get_output_embeddings().weight
     matrices = [[(shape[-2], shape[-1]) for shape in block for _ in range(shape[:-2].numel())] for block in shapes]

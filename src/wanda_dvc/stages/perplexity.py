@@ -19,7 +19,6 @@ from wanda_dvc.engine.divergence import (
     compare_windows,
     refer_windows,
     summarize,
-    vocabulary,
 )
 from wanda_dvc.engine.losses import from_losses, unmeasured
 from wanda_dvc.engine.rows import Row, as_rows
@@ -84,7 +83,7 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
         write_json(project.details(model, f"perplexity/{text}"), details | ({"not_finite": where} if where else {}))
         write_json(project.metrics(model, f"perplexity/{text}"), metrics)
         if model == "dense":
-            made = protocol | {"kind": "reference", "dense": measured["sha256"], "vocabulary": vocabulary(run.decoder)}
+            made = protocol | {"kind": "reference", "dense": measured["sha256"], "vocabulary": run.decoder.vocabulary}
             seal(work.out, made | {"top": TOP, "drawn": DRAWN}, parts="rows")
             work.publish(reference)
         else:
