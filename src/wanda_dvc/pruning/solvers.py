@@ -122,25 +122,24 @@ class Solved:
         return {name: value for name, value in diagnostics.items() if value is not None}
 
 
-def least_squares(  # noqa: PLR0913 - the problem, and constants of the method
+def least_squares(
     weight: Float[Tensor, "out in"],
     keep: Bool[Tensor, "out in"],
     prepared: Prepared,
     *,
-    start: Float[Tensor, "out in"] | None = None,
     steps: int = 10,
     damping: float = 0.01,
 ) -> Solved:
     """Return weights V on a mask with a small tr((W−V)(G+λI)(W−V)ᵀ), λ = damping · mean diagonal of G.
 
-    Conjugate gradients for all rows at once with Jacobi's preconditioner, from the masked dense weights or `start`.
+    Conjugate gradients for all rows at once with Jacobi's preconditioner, from the masked dense weights.
     Damping pulls weights towards the dense ones. A row keeps its start if its tr(ΔGΔᵀ) does not fall.
     """
     factor = prepared.preconditioned(damping)
     solved, unchanged = torch.empty(weight.shape, device=weight.device), 0
     for rows in _slices(weight):
         w, mask = weight[rows].float(), keep[rows]
-        first = (w if start is None else start[rows].float()) * mask
+        first = w * mask
         scaled = w / factor.scale, mask, first / factor.scale
         v = _conjugate_gradients(*scaled, lambda x: multiply(x, factor.matrix), _by_row, steps)
         unchanged += settle_rows(w, first, v.mul_(factor.scale), prepared, solved[rows])
@@ -225,8 +224,7 @@ def sparsegpt(  # noqa: PLR0913 - the target, and constants of the method
 
     Deviations: exact counts instead of a threshold with its ties; kept weights of dead features are not zeroed.
     """
-    choice = SparseGPTChoice(share, pattern, group)
-    return _sweep(weight, prepared, choice, damping=damping, block=block)
+    return _sweep(weight, prepared, None, share=share, pattern=pattern, group=group, damping=damping, block=block)
 
 
 def sparsegpt_update(
@@ -241,27 +239,20 @@ def sparsegpt_update(
     return _sweep(weight, prepared, keep, damping=damping, block=block)
 
 
-@dataclass(frozen=True)
-class SparseGPTChoice:
-    """The settings by which `sparsegpt` chooses a mask."""
-
-    share: Fraction
-    pattern: str
-    group: str
-
-
-def _sweep(
+def _sweep(  # noqa: PLR0913 - a mask or its target, and constants of the method
     weight: Float[Tensor, "out in"],
     prepared: Prepared,
-    by: SparseGPTChoice | Bool[Tensor, "out in"],
+    given: Bool[Tensor, "out in"] | None,
     *,
     damping: float,
     block: int,
+    share: Fraction = Fraction(0),
+    pattern: str = "unstructured",
+    group: str = "row",
 ) -> Solved:
-    """Sweep over the inputs as `sparsegpt` does; choose a mask on the way, or use the given one."""
+    """Sweep over the inputs as `sparsegpt` does; use the given mask, or choose one on the way."""
     factor = prepared.inverse_root(damping)
-    given, choice = (by, None) if isinstance(by, Tensor) else (None, by)
-    n_of_m = parse_pattern(choice.pattern) if choice else None
+    n_of_m = parse_pattern(pattern)
     block = max(1, block // n_of_m[1]) * n_of_m[1] if n_of_m else block
 
     def solve(w: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -270,9 +261,9 @@ def _sweep(
         for begin in range(0, len(w), block):
             end = min(begin + block, len(w))
             some, diagonal = w[begin:end], factor.scale[begin:end, None]
-            if choice and not n_of_m:
+            if given is None and not n_of_m:
                 score = (some / diagonal).square_().T.contiguous()
-                keep[begin:end] = _keep_in_block(score, begin, end, choice.share, choice.group).T
+                keep[begin:end] = _keep_in_block(score, begin, end, share, group).T
             errors = torch.empty_like(some)
             for j in range(end - begin):
                 if n_of_m and j % n_of_m[1] == 0:
@@ -284,8 +275,7 @@ def _sweep(
             w[end:].addmm_(factor.matrix[begin:end, end:].T, errors, alpha=-1)
         return keep.T, w.T
 
-    together = choice is not None and not n_of_m and choice.group != "row"
-    return _choose(weight, prepared, factor, solve, together=together)
+    return _choose(weight, prepared, factor, solve, together=not n_of_m and group != "row")
 
 
 def _keep_in_block(
