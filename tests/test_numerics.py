@@ -21,7 +21,7 @@ from wanda_dvc.engine.losses import window_loss
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.stages import run
-from wanda_dvc.stages.apply import measured_sparsity, prune
+from wanda_dvc.stages.apply import prune
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
@@ -172,7 +172,7 @@ def test_thirds_are_pruned_exactly(pattern: str, sparsity: float, project: Make,
         for keep in read_masks(made.masks, block).values():
             assert (keep.unflatten(1, (-1, m)).sum(dim=2) == n).all()
     written = prune(made, tmp_path / "pruned")
-    assert measured_sparsity(written.zeros) == pytest.approx(1 - n / m, abs=1e-12)
+    assert written.sparsity == pytest.approx(1 - n / m, abs=1e-12)
 
 
 # --- devices, lengths and no tasks ---

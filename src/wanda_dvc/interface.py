@@ -180,11 +180,9 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
         0.5
     """
     from wanda_dvc.engine.jobs import solving_device
-    from wanda_dvc.pruning.choose import choose_block, targets_of
-    from wanda_dvc.pruning.experts import choose_experts
     from wanda_dvc.pruning.patterns import check_pattern
     from wanda_dvc.pruning.ratings import allocate
-    from wanda_dvc.stages.mask import removal_of, with_chosen_blocks
+    from wanda_dvc.stages.mask import keeps, removal_of, with_chosen_blocks
     from wanda_dvc.stages.running import progress
     from wanda_dvc.study.tensors import Masks, pack_masks
 
@@ -216,19 +214,10 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
         )
         removal = removal_of(source, plan.structure, plan.share)
         removal = with_chosen_blocks(removal, source, stats.blocks, plan) if removal else None
-        units = removal.units if removal else None
         chosen = Masks({}, {})
         for block, measured in enumerate(progress(stats.blocks, total=len(stats.blocks), what="mask, blocks")):
-            targets = targets_of(measured, share=shares[block], pattern=pattern, group=plan.group, units=units)
-            if removal and removal.by_block:
-                chosen |= pack_masks(removal.all_or_none(weights, measured))
-                continue
-            if removal and removal.mixtures:
-                chosen |= pack_masks(choose_experts(weights, measured, removal.mixtures, method=plan.method))
-                continue
-            grams = stats.grams[block].on(solving_device(source.device)) if stats.grams else {}
-            keep = choose_block(weights, measured, method=plan.method, targets=targets, grams=grams)
-            chosen |= pack_masks(removal.spread(keep) if removal else keep)
+            grams = stats.grams[block].on(solving_device(source.device)) if stats.grams else None
+            chosen |= pack_masks(keeps(plan, weights, measured, shares[block], removal, grams=grams))
     return chosen
 
 

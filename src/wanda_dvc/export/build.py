@@ -156,7 +156,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
 
 def _drop_metrics_of_others(study: Project) -> None:
     """Drop a workspace's leftover metrics of another experiment. The details record the experiment of each."""
-    made_from = describe_pruned(study, study.params.plan.reconstruction.name)
+    made_from = describe_pruned(study)
     dense = read_provenance(study.model("dense"), "download model")
     for model, whose in zip(MODELS, (digest(dense), digest(made_from)), strict=True):
         details = study.root / "metrics/details"

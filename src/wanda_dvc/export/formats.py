@@ -29,7 +29,7 @@ def _write_dense(study: "Project", target: Path, _scratch: Path) -> "tuple[Json,
     from wanda_dvc.stages.apply import prune
     from wanda_dvc.study.card import STORAGE
 
-    written = prune(study, target, study.params.plan.reconstruction.name)
+    written = prune(study, target)
     return written.metrics, STORAGE if written.removed is None else ""
 
 
@@ -43,7 +43,7 @@ def _write_packed(study: "Project", target: Path, scratch: Path) -> "tuple[Json,
             f"--format: got packed with pattern {structure.name}, expected huggingface: the smaller model has no zeros "
             "to leave out"
         )
-    written = prune(study, scratch, study.params.plan.reconstruction.name)
+    written = prune(study, scratch)
     sizes = pack_directory(scratch, target, list(written.zeros))
     shutil.rmtree(scratch)
     return written.metrics, sizes.summary()

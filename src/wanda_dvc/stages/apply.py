@@ -47,11 +47,11 @@ class Zeros(NamedTuple):
 
 def apply(*, project: Project) -> None:
     """models/dense + masks/ + stats/ + weights/ → models/pruned."""
-    reconstruction, windows = project.params.plan.reconstruction.name, limit()
-    made_from = describe_pruned(project, reconstruction)
+    windows = limit()
+    made_from = describe_pruned(project)
     with project.work(made_from) as work:
         folder = work.fresh()
-        written = prune(project, folder, reconstruction)
+        written = prune(project, folder)
         zeros = written.zeros
         files = {name: sha256 for name, sha256 in files_digest(folder).items() if name != CARD}
         write_provenance(folder, made_from | {"files": files})
@@ -83,8 +83,9 @@ def apply(*, project: Project) -> None:
     )
 
 
-def describe_pruned(study: Project, reconstruction: str) -> Json:
+def describe_pruned(study: Project) -> Json:
     """Return the provenance of a study's pruned model. UserError if its parts do not match."""
+    reconstruction = study.params.plan.reconstruction.name
     dense, made = read_input(study, study.model("dense"), "download model"), read_provenance(study.masks, "mask")
     if made["model"]["sha256"] != dense["sha256"]:
         raise UserError(
@@ -210,9 +211,9 @@ class Written(NamedTuple):
         return {"sparsity": round(self.sparsity, 6)} | removed
 
 
-def prune(study: Project, target: Path, reconstruction: str = "none") -> Written:
+def prune(study: Project, target: Path) -> Written:
     """Write a study's pruned checkpoint, model card and provenance into an empty folder; return all measures."""
-    made_from, parts = describe_pruned(study, reconstruction), Parts(study, reconstruction)
+    made_from, parts = describe_pruned(study), Parts(study, study.params.plan.reconstruction.name)
     checkpoint, blocks = parts.checkpoint, parts.blocks
     found: dict[str, Zeros] = {}
 
@@ -230,7 +231,7 @@ def prune(study: Project, target: Path, reconstruction: str = "none") -> Written
         for _ in progress(written, total=len(addresses), what="apply, weights"):
             pass
         zeros = {linear: found[linear] for linear in blocks}
-        result = Written(zeros, measured_sparsity(zeros))
+        result = Written(zeros, sum(x.zero for x in zeros.values()) / sum(x.size for x in zeros.values()))
     else:
         sparsity, removed = _write_smaller(parts, target, addresses, pruned, without)
         for linear in blocks.keys() - found.keys():  # complete experts that went, or that a tensor holds together
@@ -271,8 +272,3 @@ def _write_smaller(
     )
     next(written, None)  # the line after the last tensor
     return removal.share, smaller.removed
-
-
-def measured_sparsity(zeros: dict[str, Zeros]) -> float:
-    """The fraction of the linears' weights that are zero."""
-    return sum(found.zero for found in zeros.values()) / sum(found.size for found in zeros.values())

@@ -18,11 +18,11 @@ from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import WINDOWS_HELD_OUT, Plan
 from wanda_dvc.stages.inputs import check_text, held_out_windows, open_decoder
 from wanda_dvc.stages.mask import informed, keeps, read_share
+from wanda_dvc.stages.running import solving_device
 from wanda_dvc.study.files import Json, finite
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
-from wanda_dvc.study.tensors import read_stats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,14 +85,14 @@ def limit() -> int:
 
 def _masks(project: Project, plan: Plan, made: Json) -> "Changes":
     """Return the masks of a plan, with the shares in the provenance of masks/ if it is uneven."""
-    checkpoint = Checkpoint(project.model("dense"))
+    checkpoint, device = Checkpoint(project.model("dense")), solving_device(project.params.runtime)
     if plan.method.competition == "solver":
         plan = replace(plan, method=methods()["wanda"])
 
     def change(block: int) -> "Change":
-        measured = informed(project, plan, block, read_stats(project.stats, block))
+        measured = informed(project, plan, block)
         share = plan.share if plan.allocation.name == "uniform" else read_share(made["sparsities"][block])
-        return keeps(project, plan, checkpoint.weight, measured, share), {}
+        return keeps(plan, checkpoint.weight, measured, share, device=device), {}
 
     return change
 

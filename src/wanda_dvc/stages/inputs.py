@@ -16,7 +16,7 @@ from wanda_dvc.stages.running import check_device, device_name, ending, own_devi
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import MADE_BY, read_provenance, without_files
-from wanda_dvc.study.tensors import block_count, read_fisher, read_stats
+from wanda_dvc.study.tensors import block_count, read_stats
 from wanda_dvc.study.unchanged import read_input
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.engine.jobs import Jobs
     from wanda_dvc.engine.runner import Runner
-    from wanda_dvc.pruning.statistics import BlockStats
 
 T = TypeVar("T")
 HEAD = "output head"
@@ -141,11 +140,6 @@ def tier_provenance(project: Project, folder: Path) -> Json:
             f"stats/{folder.name}: dtype: found {tier.get('dtype')}, expected {GRAM_DTYPE}; run `wanda-dvc calibrate`"
         )
     return tier
-
-
-def with_fisher(project: Project, block: int, measured: "BlockStats") -> "BlockStats":
-    """Return the statistics of a block with the Fisher tier of its linears."""
-    return measured._replace(fisher=read_fisher(project.fisher, block))
 
 
 def check_fits(project: Project, features: dict[str, int]) -> None:

@@ -45,7 +45,6 @@ from wanda_dvc.stages.inputs import (
     runner,
     statistics,
     tier_provenance,
-    with_fisher,
 )
 from wanda_dvc.stages.running import progress, say_unreached, solving_device
 from wanda_dvc.study.files import Json
@@ -57,6 +56,7 @@ from wanda_dvc.study.tensors import (
     finished_blocks,
     pack_grams,
     pack_masks,
+    read_fisher,
     read_grams,
     read_masks,
     read_stats,
@@ -155,8 +155,7 @@ def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequ
     def blocks() -> Iterator[tuple[BlockStats, Mapping[str, Gram]]]:
         for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks rated"):
             grams = read_grams(project.gram, block) if allocation.needs == "gram" else {}
-            measured = read_stats(project.stats, block)
-            yield with_fisher(project, block, measured) if allocation.needs == "fisher" else measured, grams
+            yield informed(project, plan, block), grams
 
     return allocate(
         checkpoint.weight,
@@ -184,28 +183,30 @@ def _written(share: Share) -> float | dict[str, float]:
 Weights = Callable[[str], Tensor]
 
 
-def informed(project: Project, plan: Plan, block: int, measured: BlockStats) -> BlockStats:
-    """Return the statistics of one block, with the Fisher tier if masks depend on it."""
-    return with_fisher(project, block, measured) if plan.masks_read_sums else measured
+def informed(project: Project, plan: Plan, block: int, measured: BlockStats | None = None) -> BlockStats:
+    """Return the statistics of one block, by default of stats/, with the Fisher tier if masks depend on it."""
+    measured = measured or read_stats(project.stats, block)
+    return measured._replace(fisher=read_fisher(project.fisher, block)) if plan.masks_read_sums else measured
 
 
-def keeps(  # noqa: PLR0913, PLR0917 - the block, and how its masks are chosen
-    project: Project,
+def keeps(  # noqa: PLR0913 - the block, and how its masks are chosen
     plan: Plan,
     weights: Weights,
     block: BlockStats,
     share: Share,
     removal: "Removal | None" = None,
+    *,
+    grams: Mapping[str, Gram] | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """Return the masks of one block's linears by their scores. `weights` reads a stored weight."""
-    device = solving_device(project.params.runtime)
+    """Return the masks of one block's linears. `weights` reads a stored weight, and solvers read `grams`."""
     if removal and removal.by_block:
         return removal.all_or_none(weights, block)
     if removal and removal.mixtures:
         return choose_experts(weights, block, removal.mixtures, method=plan.method, device=device)
     units = removal.units if removal else None
     targets = targets_of(block, share=share, pattern=plan.pattern, group=plan.group, units=units)
-    chosen = choose_block(weights, block, method=plan.method, targets=targets, device=device)
+    chosen = choose_block(weights, block, method=plan.method, targets=targets, grams=grams, device=device)
     return removal.spread(chosen) if removal else chosen
 
 
@@ -221,10 +222,10 @@ def _scored(
     removal: "Removal | None",
 ) -> Blocks:
     """Yield the masks of all blocks, in this process: each weight is read once, and networks are slower than disks."""
-    plan = project.params.plan
+    plan, device = project.params.plan, solving_device(project.params.runtime)
     for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks"):
-        measured = informed(project, plan, block, read_stats(project.stats, block))
-        yield block, measured, keeps(project, plan, checkpoint.weight, measured, shares[block], removal)
+        measured = informed(project, plan, block)
+        yield block, measured, keeps(plan, checkpoint.weight, measured, shares[block], removal, device=device)
 
 
 def _solved(  # noqa: PLR0913, PLR0917 - the inputs of solvers
@@ -240,14 +241,12 @@ def _solved(  # noqa: PLR0913, PLR0917 - the inputs of solvers
 
     def parts() -> Iterator[JobInput[Part]]:
         for block in blocks[finished:]:
-            measured = informed(project, plan, block, read_stats(project.stats, block))
-            grams: Mapping[str, Gram] = read_grams(project.gram, block) if plan.method.needs == "gram" else {}
+            measured, grams = informed(project, plan, block), read_grams(project.gram, block)
             yield from _parts(
                 plan, checkpoint, block, measured, grams, shares[block], stored=project.gram, removal=removal
             )
 
-    folders = [checkpoint.folder, project.gram] if plan.method.needs == "gram" else [checkpoint.folder]
-    with jobs(project, folders) as run:
+    with jobs(project, [checkpoint.folder, project.gram]) as run:
         made = run.each(solve, parts())
         for block in progress(blocks, total=stats.blocks, what="mask, blocks"):
             if block >= finished:
@@ -266,7 +265,7 @@ class Part:
     share: Share
     stats: BlockStats  # of this input alone
     weights: Mapping[str, Tensor] | Path  # as stored; or their checkpoint
-    grams: Mapping[str, Gram] | tuple[Path, int]  # of this input; or stats/gram and the block
+    grams: Grams | tuple[Path, int]  # of this input; or stats/gram and the block
     crosses: Mapping[str, Tensor]  # X_denseᵀX, likewise, if weights are corrected
     gradients: Mapping[str, Gram]  # of what its linears put out, by linear, where the reconstruction is given them
     units: Mapping[str, Units]  # that its linears read, where the pattern removes some
@@ -285,11 +284,9 @@ def solve(device: torch.device, part: Part) -> Made:
     plan, block = part.plan, part.stats
     read = _checkpoint(part.weights).weight if isinstance(part.weights, Path) else part.weights.__getitem__
     stored = {name: read(name).to(device) for names in block.readers.values() for name in names}  # copied once
-    grams, weights = part.grams, stored.__getitem__
-    if isinstance(grams, tuple):
-        grams = _grams(*grams).of(*block.readers)
-    if isinstance(grams, Grams):
-        grams = grams.on(device)
+    weights = stored.__getitem__
+    grams = part.grams if isinstance(part.grams, Grams) else _grams(*part.grams).of(*block.readers)
+    grams = grams.on(device)
     if plan.corrects:
         crosses = {name: cross.to(device) for name, cross in part.crosses.items()}
         aimed = aim_block(weights, block, grams=grams, crosses=crosses, strength=CORRECTION)
@@ -333,7 +330,7 @@ def _parts(  # noqa: PLR0913, PLR0917 - the inputs of solvers
     stored: Path | None = None,
     removal: "Removal | None" = None,
 ) -> Iterator[JobInput[Part]]:
-    """Yield the distinct inputs of a block. `stored` is the folder of its Gram matrices, if it exists."""
+    """Yield the distinct inputs of a block. `stored` is the folder of its Gram matrices, if they were read from one."""
     for source, names in measured.readers.items():
         stats = measured.of(source)
         if isinstance(grams, Grams):
@@ -344,9 +341,7 @@ def _parts(  # noqa: PLR0913, PLR0917 - the inputs of solvers
         back = gradients.of(*names) if gradients else {}
         units = {name: removal.units[name] for name in names if name in removal.units} if removal else {}
         complete = Part(plan, share, stats, {name: checkpoint.weight(name) for name in names}, own, cross, back, units)
-        named = replace(complete, weights=checkpoint.folder)
-        if stored and isinstance(grams, Grams):
-            named = replace(named, grams=(stored, block))
+        named = replace(complete, weights=checkpoint.folder, grams=(stored, block) if stored else own)
         yield JobInput(f"block {block}, input of {source}", complete, named)
 
 
@@ -380,7 +375,7 @@ def _propagate(  # noqa: PLR0913, PLR0917 - the inputs of masks
     check_text(project, stats.provenance["text"], "stats/: measured on", "`dvc repro` or `wanda-dvc calibrate`")
     check_ready(project, "dense")
     plan, windows = project.params.plan, calibration_windows(project, measured_with)
-    masks, weights = work.part("masks"), work.part("weights")
+    masks, weights, device = work.part("masks"), work.part("weights"), solving_device(project.params.runtime)
     kept = min(map(finished_blocks, [masks, weights] if plan.solves else [masks]))
 
     def changes(block: int) -> "Change":
@@ -397,18 +392,14 @@ def _propagate(  # noqa: PLR0913, PLR0917 - the inputs of masks
             recorded = step.record(gram=plan.records_grams, crosses=plan.corrects)
             measured = informed(project, plan, step.index, recorded.stats)
             unreached[step.index] = measured.unreached()
-            keep: Mapping[str, Tensor]
-            changed: dict[str, Tensor] = {}
-            diagnostics = Json()
             if plan.records_grams:
                 back = read_grams(project.fisher, step.index) if plan.masks_read_gradients else None
-                own = recorded.grams
                 parts = _parts(
                     plan,
                     checkpoint,
                     step.index,
                     measured,
-                    own,
+                    recorded.grams,
                     share,
                     crosses=recorded.crosses,
                     gradients=back,
@@ -416,8 +407,8 @@ def _propagate(  # noqa: PLR0913, PLR0917 - the inputs of masks
                 )
                 keep, changed, diagnostics = _together(run.each(solve, parts), removal)
             else:
-                chosen = keeps(project, plan, checkpoint.weight, measured, share, removal)
-                keep = pack_masks(chosen)  # Ray keeps it over all blocks
+                chosen = keeps(plan, checkpoint.weight, measured, share, removal, device=device)
+                keep, changed, diagnostics = Made(pack_masks(chosen), {}, {})  # Ray keeps the masks over all blocks
             if plan.trains:
                 trained = step.train(keep, changed, **TRAINING)
                 changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}

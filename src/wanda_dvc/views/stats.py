@@ -201,7 +201,7 @@ def _layer_errors(project: Project) -> dict[str, float]:
     if not measured.get("linears"):
         return {}
     try:
-        made_from = describe_pruned(project, project.params.plan.reconstruction.name)
+        made_from = describe_pruned(project)
     except UserError:
         return {}
     if measured["protocol"]["model"] != digest(made_from):
