@@ -22,7 +22,6 @@ from wanda_dvc.pruning.allocation import (
     settle,
     shift,
     slope,
-    uniform,
 )
 from wanda_dvc.pruning.selection import removed
 
@@ -40,7 +39,6 @@ def test_every_allocation_gives_up_exactly_what_is_asked_for(data, sparsity):
     values = data.draw(st.lists(FLOAT, min_size=len(sizes), max_size=len(sizes)))
     counts = [None if value < 1 else count_scores(value * torch.rand(5)) for value in values]
     for shares in (
-        uniform(sparsity, sizes),
         slope(sparsity, sizes, Fraction(3, 10)),
         owl(sparsity, sizes, values, spread=1),
         lsa(sparsity, sizes, values, spread=0.15),
@@ -76,7 +74,7 @@ def test_shares_by_hand():
     assert lsa(half, [1, 1], [3.0, 1.0], own("lsa", half)) == [Fraction("0.54"), Fraction("0.46")]
     assert lsa(Fraction("0.6"), [1, 1], [3.0, 1.0], own("lsa", Fraction("0.6"))) == [Fraction("0.7"), half]
     assert lsa(Fraction("0.7"), [1, 1], [3.0, 1.0], own("lsa", Fraction("0.7"))) == [Fraction("0.85"), Fraction("0.55")]
-    assert owl(half, three, [2.0, 2.0, 2.0], 0.08) == uniform(half, three) == [half] * 3
+    assert owl(half, three, [2.0, 2.0, 2.0], 0.08) == [half] * 3
     assert shift([Fraction(0), Fraction(1)], half, [3, 1]) == [Fraction(1, 3), Fraction(1)]
     with pytest.raises(ValueError, match="2 parts of 1 sizes at sparsity 1/2"):
         shift([half, half], half, [1])
@@ -110,7 +108,7 @@ def test_the_fisher_allocation_at_every_strength(sparsity: Fraction, strength: f
     assert sum(share * size for share, size in zip(shares, sizes, strict=True)) == sparsity * sum(sizes)
     assert max(abs(share - sparsity) for share in shares) <= strength + 1e-5
     if strength == 0:
-        assert shares == uniform(sparsity, sizes)
+        assert shares == [sparsity] * len(sizes)
 
 
 def test_the_fisher_allocation_has_no_unit():

@@ -112,10 +112,10 @@ def through(run: Runner, rows: torch.Tensor, *, with_dense: bool, kept: int = 0)
         yield dump(step.record(gram=True, crosses=with_dense))
         step.change(*made[step.index])
     if not with_dense:
-        yield str(list(run.head(window_losses, {0: 1, 3: 0, 18: 0}))).encode()
-        references = [reference for _, reference in run.head(refer_windows, {3: 0})]
+        yield str(list(run.head(window_losses, {0: 1, 3: 0, 18: 0}.get))).encode()
+        references = [reference for _, reference in run.head(refer_windows, {3: 0}.get)]
         yield b"".join(x.numpy().tobytes() for reference in references for x in reference)
-        yield str(list(run.head(compare_windows, {3: references}))).encode()
+        yield str(list(run.head(compare_windows, {3: references}.get))).encode()
         yield from map(dump_back, run.backward(rows[:3], gram=True))
 
 

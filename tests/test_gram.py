@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wanda_dvc.pruning.choose import prepare, prune_linear
-from wanda_dvc.pruning.gram import Gram, layer_errors, unpack
+from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.statistics import InputStats
 
 
@@ -60,8 +60,6 @@ def test_sums_of_shards_merge_to_those_of_all_tokens():
         merged.merge(gram.cpu())
     assert merged.count == direct.count
     torch.testing.assert_close(merged.upper.triu(), direct.upper.triu(), rtol=1e-14, atol=1e-12)
-    with pytest.raises(ValueError, match="Gram matrix of 2 features, expected 140"):
-        merged.merge(Gram.empty(2))
 
 
 @pytest.mark.parametrize("features", [1, 2, 5, 200])
@@ -76,11 +74,6 @@ def test_the_triangle_is_all_that_is_kept(features: int):
     assert torch.equal(again.matrix(), matrix)
     assert torch.equal(again.triangle(), packed)
     assert again.count == 9
-
-
-def test_a_length_that_is_no_triangles_is_refused():
-    with pytest.raises(ValueError, match=r"a packed triangle of 5 values, expected n\(n \+ 1\) / 2"):
-        unpack(torch.zeros(5))
 
 
 def test_without_tokens_every_feature_counts_alike():

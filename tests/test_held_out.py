@@ -16,7 +16,7 @@ from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.inputs import held_out_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.card import card
-from wanda_dvc.study.files import read_json, write_json
+from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import SEALED, read_fisher, seal, write_fisher
@@ -163,9 +163,7 @@ def test_an_interrupted_comparison_resumes_with_the_same_weights_alone(pruned: M
         sums = {name: 1 + torch.arange(len(x)).double() for name, x in read_fisher(project.fisher, block).items()}
         grams = {name: Gram(torch.diag(x), 1) for name, x in sums.items()}
         write_fisher(project.fisher, block, sums, grams)
-    made = {
-        name: x for name, x in read_json(project.gram / "provenance.json", "calibrate").items() if name not in SEALED
-    }
+    made = {name: x for name, x in load_json(project.gram / "provenance.json").items() if name not in SEALED}
     seal(project.fisher, made | {"kind": "fisher", "windows": 8})
     apply(project=project)
     resumed = losses(project)

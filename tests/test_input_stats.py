@@ -1,9 +1,8 @@
 """Statistics of inputs: sums that are right, stay right over many windows, and merge."""
 
-import pytest
 import torch
 
-from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.pruning.statistics import InputStats
 
 
 def test_sums_equal_those_in_float64():
@@ -46,18 +45,3 @@ def test_sums_of_shards_merge_to_those_of_all_tokens():
     torch.testing.assert_close(merged.sum, direct.sum, rtol=0, atol=1e-12)
     merged.merge(InputStats.empty(7))
     assert merged.count == direct.count
-
-
-def test_blocks_merge_only_where_their_inputs_are_the_same():
-    def block(*readers: str) -> BlockStats:
-        stats = InputStats.empty(3)
-        stats.add(torch.ones(2, 3))
-        return BlockStats({readers[0]: stats}, {readers[0]: list(readers)}, [])
-
-    both = block("q", "k")
-    both.merge(block("q", "k"))
-    assert (both.inputs["q"].count, both.inputs["q"].sum.tolist()) == (4, [4, 4, 4])
-    with pytest.raises(ValueError, match=r"statistics of the inputs \['up'\], expected \['q'\]"):
-        both.merge(block("up"))
-    with pytest.raises(ValueError, match="statistics of 2 features, expected 3"):
-        both.inputs["q"].merge(InputStats.empty(2))

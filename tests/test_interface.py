@@ -34,7 +34,7 @@ from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
-from wanda_dvc.study.files import read_json
+from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_file, read_masks
 
@@ -169,7 +169,7 @@ def test_statistics_and_perplexity_are_the_pipelines(pairs: Callable[[str], Pair
         squares = {f"{linear}.squared_gradients": x for linear, x in block.fisher.items()}
         assert same(stats.fisher_grams[number].tensors | squares, load_file(block_file(project.fisher, number)))
     perplexity(project=project, model="dense", text="embedded")
-    expected = read_json(project.metrics("dense", "perplexity/embedded"), "perplexity")["perplexity"]
+    expected = load_json(project.metrics("dense", "perplexity/embedded"))["perplexity"]
     assert wd.perplexity(pair.load(), pair.text, **pair.words) == expected
 
 
@@ -191,10 +191,10 @@ def test_masks_and_pruned_models_are_the_pipelines(
     sparsity = wd.prune(model, keep)
     expected = pruned_model(project)
     assert same(saved(model, tmp_path), expected)
-    assert round(sparsity, 6) == read_json(project.metrics("pruned", "sparsity"), "apply")["sparsity"]
+    assert round(sparsity, 6) == load_json(project.metrics("pruned", "sparsity"))["sparsity"]
     if choice == SOME[0]:
         perplexity(project=project, model="pruned", text="embedded")
-        found = read_json(project.metrics("pruned", "perplexity/embedded"), "perplexity")["perplexity"]
+        found = load_json(project.metrics("pruned", "perplexity/embedded"))["perplexity"]
         assert wd.perplexity(model, pair.text, **pair.words) == found
 
 
@@ -225,7 +225,7 @@ def test_reconstructed_models_and_layer_errors_are_the_pipelines(
     pipeline_masks(project)
     measures = wd.reconstruct(model, keep, pair.stats, reconstruction=reconstruction)
     assert same(saved(model, tmp_path), pruned_model(project))
-    assert measures == read_json(project.details("pruned", "layer_error"), "apply")["linears"]
+    assert measures == load_json(project.details("pruned", "layer_error"))["linears"]
 
 
 def test_one_calibration_serves_a_model_that_is_loaded_again(pairs: Callable[[str], Pair]):

@@ -31,7 +31,7 @@ from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.study.files import read_json, write_json
+from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_count, read_fisher, read_grams, read_masks, read_stats, read_weights
 from wanda_dvc.views.show import show
@@ -86,7 +86,7 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
     mask(project=made)
     apply(project=made)
     dense, pruned = Checkpoint(made.model("dense")), Checkpoint(made.model("pruned"))
-    measures = read_json(made.details("pruned", "layer_error"), "apply")["linears"]
+    measures = load_json(made.details("pruned", "layer_error"))["linears"]
     n, m = map(int, pattern.get("pattern", "0:0").split(":"))
     card = (made.model("pruned") / "README.md").read_text()
     assert RECONSTRUCTIONS[reconstruction].kept in card
@@ -120,7 +120,7 @@ def test_stats_shows_the_layer_errors_of_the_masks_at_hand(study: Make):
     assert not shown()  # nothing is pruned yet
     mask(project=made)
     apply(project=made)
-    measures = read_json(made.details("pruned", "layer_error"), "apply")["linears"]
+    measures = load_json(made.details("pruned", "layer_error"))["linears"]
     assert shown() == {name: one["error"] for name, one in measures.items()}
     made = study(sparsity=0.6)
     assert not shown()  # params.yaml has another reconstruction than what was measured
@@ -135,7 +135,7 @@ def test_show_says_where_the_damping_was_raised(study: Make):
     mask(project=made)
     apply(project=made)
     path, name = made.details("pruned", "layer_error"), "model.layers.1.mlp.up_proj"
-    content = read_json(path, "apply")
+    content = load_json(path)
     assert not any(
         measures["part"] < 1 or measures["raised"] or measures["dead"] for measures in content["linears"].values()
     )

@@ -27,7 +27,6 @@ from wanda_dvc.stages import PARTS
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import SOURCES, download
 from wanda_dvc.stages.inputs import calibration_windows
-from wanda_dvc.study import files
 from wanda_dvc.study.project import Project
 
 Make = Callable[..., Project]
@@ -391,7 +390,7 @@ def cloned_by(monkeypatch: pytest.MonkeyPatch, clone: Callable[[Path, Path], Non
         clone(source, target)
         names.append(Path(source).name)
 
-    monkeypatch.setattr(files, "reflink", noted)
+    monkeypatch.setattr("dvc_objects.fs.system.reflink", noted)
     return names
 
 

@@ -348,7 +348,7 @@ ALLOCATIONS = {
         Allocation(
             name="uniform",
             about="the same sparsity in every block",
-            function="wanda_dvc.pruning.allocation:uniform",
+            function="",  # without a strength, every part has the model's sparsity
             rating=None,
             needs="nothing",
         ),

@@ -382,7 +382,7 @@ def perplexity(
         run = LocalRunner(decoder, Path(folder))
         for step in progress(run.walk(rows), total=len(decoder.blocks), what="perplexity, blocks"):
             step.advance()
-        losses = list(run.head(window_losses, unmeasured(len(rows))))
+        losses = list(run.head(window_losses, unmeasured(len(rows)).get))
         where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
     say_not_finite("perplexity", where)
     found = from_losses(losses, [len(row.tokens) - 1 for row in rows])

@@ -332,9 +332,9 @@ class TaskRunner(Runner):
                 total.check_finite(self.decoder.checkpoint, index)
                 yield index, total
 
-    def head(self, function: Head[T, R], inputs: Mapping[int, T]) -> Iterator[R]:
+    def head(self, function: Head[T, R], inputs: Callable[[int], T | None]) -> Iterator[R]:
         """Apply a function to some shards' last hidden states."""
-        wanted = (inputs.get(number) for number in range(len(self._rows)))
+        wanted = map(inputs, range(len(self._rows)))
         for found in self.run("output head", tasks.head, (function,), self._last, wanted, returns=1)[1]:
             yield from found
 

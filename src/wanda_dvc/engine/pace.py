@@ -48,7 +48,7 @@ def measure(  # noqa: PLR0913 - the parameters of the measurement
             through = _seconds(step.record)
             summed = _seconds(partial(step.record, gram=True)) - through if gram else 0
             recorded = step.record(gram=gram)
-        head = _seconds(lambda: list(run.head(window_losses, unmeasured(windows))))
+        head = _seconds(lambda: list(run.head(window_losses, unmeasured(windows).get)))
     pace = {"blocks": one.walking(windows, length) / through, "head": 2 * tokens.numel() * one.head / head}
     first, names = next(iter(recorded.stats.readers.items()))
     stats, where, features = recorded.stats.of(first), solving_device(device), len(recorded.stats.inputs[first].sum)

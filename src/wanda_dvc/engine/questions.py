@@ -110,7 +110,7 @@ def loglikelihoods(
             (row, token, index, target) for token, target in zip(place.tokens, request.continuation, strict=True)
         )
     totals, greedy = [0.0] * len(requests), [True] * len(requests)
-    for index, value, likeliest in runner.head(predict, asked):
+    for index, value, likeliest in runner.head(predict, asked.get):
         totals[index] += value
         greedy[index] &= likeliest
     return list(zip(totals, greedy, strict=True))

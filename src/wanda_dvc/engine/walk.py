@@ -5,7 +5,7 @@ and an interrupted run resumes at the last finished block.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,15 +103,16 @@ class LocalRunner(Runner):
         """Run all rows forward and backward through all blocks."""
         return backward(self.decoder, as_rows(rows), self.work / "back", gram=gram, kept=kept)
 
-    def head(self, function: Head[T, R], inputs: Mapping[int, T]) -> Iterator[R]:
+    def head(self, function: Head[T, R], inputs: Callable[[int], T | None]) -> Iterator[R]:
         """Apply a function to some shards' last hidden states."""
         states = self._states  # if they fit on the GPU, they do not cross the link again
         done = states is not None and states.finished == len(self.decoder.blocks)
         hidden = states.before if states and done else outputs(self.decoder, self._rows, self.work)
         for number, shard in enumerate(shards.cut(len(self._rows))):
-            if number in inputs:
+            if (given := inputs(number)) is not None:
                 place = slice(shard.start, shard.stop)
-                yield from function(self.decoder, self._rows[place], hidden[place], inputs[number])
+                yield from function(self.decoder, self._rows[place], hidden[place], given)
+            del given  # before the next shard's is read
 
     def each(self, function: Job[T, R], inputs: Iterable[JobInput[T]]) -> Iterator[R]:
         """Apply a function to each input."""

@@ -108,14 +108,7 @@ def _check_current(ran: Ran, what: str) -> None:
 def _take_workspace(project: Project, study: Project) -> None:
     read_provenance(project.masks, "mask")
     read_provenance(project.model("dense"), "download model")
-    study.model("dense").parent.mkdir()
-    study.model("dense").symlink_to(project.model("dense"))
-    for name in ("masks", "stats", "weights"):
-        if (project.root / name).is_dir():
-            (study.root / name).symlink_to(project.root / name)
-    for name in ("params.yaml", LOCK):
-        if (project.root / name).is_file():
-            shutil.copyfile(project.root / name, study.root / name)
+    study.link_to(project, ("models/dense", "masks", "stats", "weights"), ("params.yaml", LOCK))
     if (project.root / "metrics").is_dir():
         shutil.copytree(project.root / "metrics", study.root / "metrics")
 

@@ -23,11 +23,6 @@ BIN = 19  # low bits of a float32 that do not change a score's bin: 16 bins an o
 MOST = 0.97  # largest share of a linear in the Fisher allocation: a linear without weights has no output
 
 
-def uniform(sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
-    """Return the same share for every part."""
-    return [sparsity] * len(sizes)
-
-
 def slope(sparsity: Fraction, sizes: Sequence[int], step: Fraction) -> list[Fraction]:
     """Return shares that rise by `step` from block to block: s + β(ℓ − (L−1)/2)."""
     return shift([step * block for block in range(len(sizes))], sparsity, sizes)

@@ -31,10 +31,8 @@ def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocati
     `blocks` yields the statistics of the `count` blocks, with Gram matrices or the Fisher tier where the allocation
     needs them. Without `strength` all shares are equal, and `blocks` is not read.
     """
-    function = function_of(allocation.function)
     if strength is None:
-        equal: list[Fraction] = function(share, range(count))
-        return equal
+        return [share] * count
     parts: list[list[str]] = []  # the linears of each
     groups: list[list[tuple[int, int]]] = []  # of each part's linears
     ratings: list[object] = []
@@ -55,7 +53,7 @@ def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocati
     words: list[object] = [ratings] if allocation.rating is not None else []
     words.append(Fraction(str(strength)) if allocation.rating is None else strength)
     sizes = [sum(number * size for number, size in linears) for linears in groups]
-    shares: list[Fraction] = settle(function(share, sizes, *words), share, groups)
+    shares = settle(function_of(allocation.function)(share, sizes, *words), share, groups)
     if not allocation.by_linear:
         return shares
     return [

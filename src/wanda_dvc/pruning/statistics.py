@@ -38,9 +38,7 @@ class InputStats:
         self.count += len(x)
 
     def merge(self, other: "InputStats") -> None:
-        """Add the sums of other tokens of the same input. ValueError where the number of features differs."""
-        if other.sum.shape != self.sum.shape:
-            raise ValueError(f"statistics of {len(other.sum)} features, expected {len(self.sum)}")
+        """Add the sums of other tokens of the same input."""
         self.sum_squares += other.sum_squares.to(self.sum_squares)
         self.sum += other.sum.to(self.sum)
         self.count += other.count
@@ -89,18 +87,6 @@ class BlockStats(NamedTuple):
     fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # the Fisher tier by linear, if it was measured and read
     outputs: Mapping[str, OutputStats] = {}  # by an expert's linear: its last one, which the gates multiply
     influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
-
-    def merge(self, other: "BlockStats") -> None:
-        """Add the statistics of other tokens through the same block. ValueError where its inputs differ."""
-        if (other.readers, other.transposed) != (self.readers, self.transposed):
-            raise ValueError(f"statistics of the inputs {list(other.readers)}, expected {list(self.readers)}")
-        for name, x in self.inputs.items():
-            x.merge(other.inputs[name])
-        for name, outputs in self.outputs.items():
-            if name in other.outputs:
-                outputs.merge(other.outputs[name])
-        if self.influence is not None and other.influence is not None:
-            self.influence.add_(other.influence)
 
     def of(self, name: str) -> "BlockStats":
         """Return the statistics of one distinct input alone."""

@@ -1,8 +1,6 @@
 """Fetch the model, the texts and the tasks. The only stage that may touch a network."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 from wanda_dvc.params import Params
 from wanda_dvc.sources import Source
@@ -14,47 +12,27 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import describe
 from wanda_dvc.study.sharing import check_gated, take_from_the_study
 
-
-@dataclass(frozen=True)
-class Part:
-    """A part to fetch: the setting of its source, and the place of its artifact."""
-
-    find: Callable[[Params, str], Source]  # by the settings and the text's name, "" for other parts
-    target: Callable[[Project, str], Path]
-
-
-SOURCES = {
-    "model": Part(
-        lambda params, _: find_model(params.model),
-        lambda project, _: project.model("dense"),
+# The source of each part, by the settings and the text's name, "" for other parts.
+SOURCES: dict[str, Callable[[Params, str], Source]] = {
+    "model": lambda params, _: find_model(params.model),
+    # Documents stay separate, because calibration draws windows within documents, as the Wanda authors do.
+    "calibration": lambda params, _: find_text(
+        "calibration.text", params.calibration.text.chosen, params.runtime.mirror, as_documents=True
     ),
-    "calibration": Part(
-        # Documents stay separate, because calibration draws windows within documents, as the Wanda authors do.
-        lambda params, _: find_text(
-            "calibration.text", params.calibration.text.chosen, params.runtime.mirror, as_documents=True
-        ),
-        lambda project, _: project.data("calibration"),
+    "perplexity": lambda params, text: find_text(
+        f"perplexity.texts.{text}", params.perplexity.texts[text].chosen, params.runtime.mirror
     ),
-    "perplexity": Part(
-        lambda params, text: find_text(
-            f"perplexity.texts.{text}", params.perplexity.texts[text].chosen, params.runtime.mirror
-        ),
-        lambda project, text: project.data(f"perplexity/{text}"),
-    ),
-    "tasks": Part(
-        lambda params, _: find_tasks(params.tasks, params.runtime.mirror),
-        lambda project, _: project.data("tasks"),
-    ),
+    "tasks": lambda params, _: find_tasks(params.tasks, params.runtime.mirror),
 }
 
 
 def download(*, project: Project, part: str, text: str = "") -> None:
     """Sources → models/dense, data/calibration, data/perplexity/NAME or data/tasks."""
-    row = SOURCES[part]
-    target, named = row.target(project, text), f"{part}/{text}" if text else part
+    named = f"{part}/{text}" if text else part
+    target = project.model("dense") if part == "model" else project.data(named)
     if take_from_the_study(project, named, target):
         return
-    source = row.find(project.params, text)
+    source = SOURCES[part](project.params, text)
     check_gated(project, named, source.gated)
     with project.work(describe(part, version=STAGES["download"].version, **source.key)) as work:
         source.write(work.fresh(), work.path)

@@ -6,6 +6,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,10 +170,10 @@ def _measure(run: Runner, rows: list[Row], work: Work, dense: Path | None, name:
     skipped = unmeasured(len(rows), len(kept))
     found: Iterator[tuple[float, Reference | Divergence]]
     if dense is None:
-        found = run.head(refer_windows, skipped)
+        found = run.head(refer_windows, skipped.get)
     else:
         check_vocabulary(run.decoder, read_provenance(dense, "perplexity dense")["vocabulary"])
-        found = run.head(compare_windows, References(dense, skipped, len(rows)))
+        found = run.head(compare_windows, partial(_references, dense, shards.cut(len(rows)), skipped))
     what = f"{name}, output head, windows"
     with (work.path / LOSSES).open("a", encoding="utf-8") as file:
         for loss, made in progress(found, total=len(rows) - len(kept), what=what):
@@ -185,24 +186,11 @@ def _measure(run: Runner, rows: list[Row], work: Work, dense: Path | None, name:
     return kept
 
 
-class References(Mapping[int, list[Reference]]):
-    """The references of each shard's unmeasured windows, read at access: one shard at a time is in memory."""
-
-    def __init__(self, folder: Path, skipped: Mapping[int, int], windows: int) -> None:
-        self._folder, self._skipped, self._shards = folder, skipped, shards.cut(windows)
-
-    def __getitem__(self, shard: int) -> list[Reference]:
-        windows = self._shards[shard][self._skipped[shard] :]
-        return [Reference(**read_window(self._folder, window)) for window in windows]
-
-    def __contains__(self, shard: object) -> bool:  # Mapping's own method would read the shard
-        return shard in self._skipped
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._skipped)
-
-    def __len__(self) -> int:
-        return len(self._skipped)
+def _references(folder: Path, windows: list[range], skipped: Mapping[int, int], shard: int) -> list[Reference] | None:
+    """Read the references of a shard's windows after the `skipped` ones; None of a shard that has no number there."""
+    if shard not in skipped:
+        return None
+    return [Reference(**read_window(folder, window)) for window in windows[shard][skipped[shard] :]]
 
 
 def _line(row: int, one: Measured) -> str:

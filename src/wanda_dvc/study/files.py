@@ -1,6 +1,7 @@
 """Writes JSON and CSV through temporary files and renames, and makes copies that share blocks."""
 
 import csv
+import io
 import json
 import math
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import DIVERGED, is_there, name_of, parse_json, read_bytes, read_object
+from wanda_dvc.reading import DIVERGED, is_there, name_of, read_object
 
 Json = dict[str, Any]
 
@@ -39,22 +40,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write CSV as `write_json` does. Floats have six significant digits, because later ones vary by machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(headers)
-        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-    temporary.replace(path)
-
-
-def read_json(path: Path, made_by: str) -> Any:
-    """Read an artifact's JSON. UserError, naming the command that writes it, if it is missing or not valid."""
-    if not is_there(path):
-        raise UserError(f"{path}: missing; run `dvc repro` or `wanda-dvc {made_by}` first")
-    return parse_json(
-        read_bytes(path, f"run `wanda-dvc {made_by}` again"), str(path), f"run `wanda-dvc {made_by}` again"
-    )
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(headers)
+    writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    write_text(path, text.getvalue())
 
 
 def load_json(path: Path) -> Json:
@@ -85,8 +75,10 @@ def copy_file(source: Path, target: Path) -> None:
     A reflink shares the blocks of the original until either file changes, so it takes no space. A hard link would
     expose the user's own file: DVC makes cached files read-only, and users overwrite their files in place.
     """
+    from dvc_objects.fs import system  # its import takes a fifth of a second
+
     try:
-        reflink(source, target)
+        system.reflink(source, target)
     except OSError:
         shutil.copyfile(source, target)
     else:
@@ -99,10 +91,3 @@ def link_file(source: Path, target: Path) -> None:
         target.hardlink_to(source)
     except OSError:
         copy_file(source, target)
-
-
-def reflink(source: Path, target: Path) -> None:
-    """Clone a file copy-on-write. OSError if the file system or the system does not support it."""
-    from dvc_objects.fs import system  # its import takes a fifth of a second
-
-    system.reflink(source, target)

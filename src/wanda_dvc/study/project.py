@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,16 @@ class Project:
         other = Project(self.root)
         other.__dict__["params"] = params
         return other
+
+    def link_to(self, other: "Project", folders: Sequence[str], files: Sequence[str]) -> None:
+        """Link to folders of another project, and copy some of its files, where they exist."""
+        for name in folders:
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            if (other.root / name).exists():
+                (self.root / name).symlink_to(other.root / name)
+        for name in files:
+            if (other.root / name).is_file():
+                shutil.copyfile(other.root / name, self.root / name)
 
     def model(self, which: str) -> Path:
         """Return the folder of the `dense` or the `pruned` model."""

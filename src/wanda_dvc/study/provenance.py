@@ -11,8 +11,8 @@ from typing import Any
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import expect_object, name_of
-from wanda_dvc.study.files import Json, read_json, write_json
+from wanda_dvc.reading import expect_object, is_there, name_of, parse_json, read_bytes
+from wanda_dvc.study.files import Json, write_json
 
 FORMAT = 1
 PROVENANCE = "provenance.json"
@@ -78,8 +78,11 @@ def read_provenance(artifact: Path, made_by: str) -> Json:
 
 def read_format(artifact: Path, made_by: str) -> Json:
     """Read a provenance of this format, with any keys."""
-    where, todo = str(artifact / PROVENANCE), f"run `wanda-dvc {made_by}` again"
-    content = expect_object(read_json(artifact / PROVENANCE, made_by), where, todo)
+    path, todo = artifact / PROVENANCE, f"run `wanda-dvc {made_by}` again"
+    if not is_there(path):
+        raise UserError(f"{path}: missing; run `dvc repro` or `wanda-dvc {made_by}` first")
+    where = str(path)
+    content = expect_object(parse_json(read_bytes(path, todo), where, todo), where, todo)
     if content.get("format") != FORMAT:
         raise UserError(f"{where}: format {content.get('format')}, expected {FORMAT}; {todo}")
     kinds = KINDS_BY_COMMAND.get(made_by) or KINDS.get(artifact.name, (content.get("kind"),))

@@ -102,18 +102,18 @@ def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
         for name, stage in stages.items()
         if any(key in asked and asked[key] != value for key, value in _settings(stage).items())
     }
-    waiting = True
-    while waiting:  # in any order, so repeat until no stage is added
-        waiting = False
-        for name, stage in stages.items():
-            for dep in stage.get("deps", []):
-                maker = _maker(dep["path"], made)
-                if maker is None or name in stale:
-                    continue
-                output = made.get(dep["path"])
-                if (maker in stale and maker != "locate") or (output and output[1] != dep.get("md5")):
-                    stale.add(name)
-                    waiting = True
+
+    def waits(stage: Json) -> bool:
+        """Whether an input of a stage is stale, or changed after the run."""
+        for dep in stage.get("deps", []):
+            path, output = dep["path"], made.get(dep["path"])
+            maker = next((name for out, (name, _) in made.items() if path == out or path.startswith(f"{out}/")), None)
+            if (maker in stale and maker != "locate") or (output and output[1] != dep.get("md5")):
+                return True
+        return False
+
+    while new := {name for name, stage in stages.items() if name not in stale and waits(stage)}:
+        stale |= new  # the lock has any order
     return [name for name in stages if name in stale]
 
 
@@ -142,10 +142,3 @@ def _complete(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings with the nulls of each text, which params.yaml need not have."""
     texts = {key.rpartition(".")[0] for key in asked if key.startswith(TEXTS)}
     return {f"{text}.{field}": None for text in sorted(texts) for field in Text.model_fields} | dict(asked)
-
-
-def _maker(path: str, made: Mapping[str, tuple[str, Any]]) -> str | None:
-    for out, (name, _) in made.items():
-        if path == out or path.startswith(f"{out}/"):
-            return name
-    return None

@@ -4,11 +4,9 @@ Each model takes the place of models/pruned in a copy of the study that consists
 and `zero-shot` measure it there.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from wanda_dvc.engine.flips import Flips, total_flips
 from wanda_dvc.errors import UserError
@@ -17,7 +15,7 @@ from wanda_dvc.sources.models import GGUF
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.files import Json, json_text, load_json, write_json
-from wanda_dvc.study.markup import number, table
+from wanda_dvc.study.markup import on_text, table
 from wanda_dvc.study.project import ITEMS, Project
 from wanda_dvc.study.provenance import (
     PROVENANCE,
@@ -28,6 +26,7 @@ from wanda_dvc.study.provenance import (
     write_provenance,
 )
 from wanda_dvc.study.scaffold import PROMPTS
+from wanda_dvc.views.experiments import mean
 
 ON_TEXT = ("perplexity", "divergence, nats", "agreement, %")
 FLIPS = ("changed answers, %", "right → wrong", "wrong → right", "wrong → wrong")
@@ -70,7 +69,8 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
     for path in paths:
         with project.work({"kind": "evaluate", "path": str(path.absolute())}) as work:
             work.forget()  # of an interrupted run; its finished blocks and answers are elsewhere
-            study = _study(project, work.path / "study")
+            study = Project(work.path / "study")
+            study.link_to(project, LINKED, ("params.yaml", PROMPTS))
             _place(project, path, study.model("pruned"), dense)
             for text in project.params.perplexity.texts:
                 perplexity(project=study, model="pruned", text=text)
@@ -169,18 +169,6 @@ def _texts(project: Project) -> Iterator[tuple[str, str]]:
         yield f"the task {task}", (project.data("tasks") / task / ITEMS).read_text(encoding="utf-8")
 
 
-def _study(project: Project, root: Path) -> Project:
-    """Return a copy of a study with links to the dense model, its results and the data."""
-    for place in LINKED:
-        (root / place).parent.mkdir(parents=True, exist_ok=True)
-        if (project.root / place).exists():
-            (root / place).symlink_to(project.root / place)
-    for name in ("params.yaml", PROMPTS):
-        if (project.root / name).is_file():
-            shutil.copyfile(project.root / name, root / name)
-    return Project(root)
-
-
 def _size(path: Path) -> int:
     """Return the bytes of a file, or of the files in a directory without their provenance."""
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.name != PROVENANCE]
@@ -206,16 +194,8 @@ def _rows(found: list[Evaluated], tasks: list[str]) -> Iterator[list[str]]:
 
 def _on_text(measured: Measured) -> list[str]:
     """Return the cells of a text, under `ON_TEXT`."""
-    return [
-        number(measured.perplexity),
-        _mean(measured.divergence.get("divergence"), "{:.4f}"),
-        _mean(measured.divergence.get("top1_agreement"), "{:.1f}", 100),
-    ]
-
-
-def _mean(measure: Any, form: str, factor: float = 1) -> str:
-    """Format the mean of a measure; `diverged` stays, and a dash means missing."""
-    return measure or "–" if isinstance(measure, str | None) else form.format(factor * measure["mean"])
+    divergence, agreement = (measured.divergence.get(name) for name in ("divergence", "top1_agreement"))
+    return on_text(measured.perplexity, mean(divergence), mean(agreement))
 
 
 def _record(one: Evaluated, tasks: list[str], dense: Evaluated) -> Json:

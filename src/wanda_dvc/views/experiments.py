@@ -14,7 +14,7 @@ from wanda_dvc.reading import DIVERGED
 from wanda_dvc.study.experiments import SUCCESS, Experiment, Kind, list_experiments
 from wanda_dvc.study.files import Json, json_text
 from wanda_dvc.study.held_out import raised
-from wanda_dvc.study.markup import number, table
+from wanda_dvc.study.markup import decimal, on_text, table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import stale_stages
 from wanda_dvc.study.settings import flatten
@@ -39,10 +39,10 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
             record["name"],
             record["state"],
             ", ".join(f"{key}={value}" for key, value in record["change"].items()) or "–",
-            *(cell for text in texts for cell in _on_text(record["texts"].get(text, {}))),
-            _shown(record["accuracy"], "{:.1f}", 100),
+            *(cell for text in texts for cell in on_text(**record["texts"].get(text, {}))),
+            decimal(record["accuracy"], "{:.1f}", 100),
             *([" / ".join(map(str, record["flips"].values())) or "–"] if flips else []),
-            *([_shown(record["removed_parameters"], "{:.1f}", 100)] if smaller else []),
+            *([decimal(record["removed_parameters"], "{:.1f}", 100)] if smaller else []),
         ]
         for record in records
     ]
@@ -72,20 +72,6 @@ def _about_texts(project: Project) -> str:
             source = ", ".join(word for word in (text.source, text.chosen.split) if word)
             lines.append(f"Perplexity in the workspace, {name}: on {source}. {project.params.about_text(name)}.")
     return "\n".join(lines)
-
-
-def _on_text(measured: Json) -> list[str]:
-    """Return the cells of a text, under `ON_TEXT`."""
-    return [
-        number(measured.get("perplexity")),
-        _shown(measured.get("divergence"), "{:.4f}"),
-        _shown(measured.get("agreement"), "{:.1f}", 100),
-    ]
-
-
-def _shown(value: float | str | None, form: str, factor: float = 1) -> str:
-    """Format a number; `diverged` stays, and a dash means missing."""
-    return value or "–" if isinstance(value, str | None) else form.format(factor * value)
 
 
 def results(project: Project) -> list[dict[str, Any]]:
@@ -118,8 +104,8 @@ def _record(one: Experiment) -> Json:
     texts = {
         path.removeprefix(FOLDER).removesuffix(".json"): {
             "perplexity": content.get("perplexity"),
-            "divergence": _mean(content.get("divergence")),
-            "agreement": _mean(content.get("top1_agreement")),
+            "divergence": mean(content.get("divergence")),
+            "agreement": mean(content.get("top1_agreement")),
         }
         for path, content in own.items()
         if path.startswith(FOLDER)
@@ -139,7 +125,7 @@ def _record(one: Experiment) -> Json:
     }
 
 
-def _mean(measure: Json | str | None) -> float | str | None:
+def mean(measure: Json | str | None) -> float | str | None:
     """Return the mean of a measure; `diverged` and None stay."""
     return measure["mean"] if isinstance(measure, dict) else measure
 
