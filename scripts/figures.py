@@ -9,7 +9,7 @@ without figures has no column.
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,14 +173,21 @@ def distances() -> dict[str, dict[str, Any]]:
     return json.loads(DISTANCE.read_text(encoding="utf-8"))["rows"] if DISTANCE.is_file() else {}
 
 
-def accuracy(row: dict[str, Any]) -> float:
-    """Return a model's mean accuracy over the tasks."""
-    return sum(row["accuracies"].values()) / len(row["accuracies"])
+# The tasks that the dense model answers better than a constant answer does.
+ANSWERED = {"piqa": "PIQA", "hellaswag": "HellaSwag", "arc_easy": "ARC-Easy"}
 
 
-def pairs(rows: dict[str, dict[str, Any]], predictor: str) -> list[tuple[float, float, dict[str, Any]]]:
+def accuracy(row: dict[str, Any], tasks: Collection[str] = ()) -> float:
+    """Return a model's mean accuracy over some tasks; by default over all."""
+    found = [value for task, value in row["accuracies"].items() if task in (tasks or row["accuracies"])]
+    return sum(found) / len(found)
+
+
+def pairs(
+    rows: dict[str, dict[str, Any]], predictor: str, tasks: Collection[str] = ()
+) -> list[tuple[float, float, dict[str, Any]]]:
     """Return of each pruned model with finite figures a measure, the mean accuracy, and the row."""
-    found = [(PREDICTORS[predictor](row), accuracy(row), row) for row in rows.values() if "recipe" in row]
+    found = [(PREDICTORS[predictor](row), accuracy(row, tasks), row) for row in rows.values() if "recipe" in row]
     return [(value, mean, row) for value, mean, row in found if isinstance(value, float)]
 
 
@@ -190,6 +197,11 @@ def rank_correlation(points: Sequence[tuple[float, float, Any]]) -> float:
 
     x, y, _ = zip(*points, strict=True)
     return float(spearmanr(x, y).statistic)
+
+
+def signed(value: float) -> str:
+    """Return a correlation with two decimals and a minus sign."""
+    return f"{value:.2f}".replace("-", "−")
 
 
 def distance(rows: dict[str, dict[str, Any]], key: str) -> str:
@@ -234,17 +246,20 @@ def _shown(measure: dict[str, float] | str | None, form: str, factor: float = 1)
 def correlations(rows: dict[str, dict[str, Any]]) -> str:
     """Return the rank correlations of the measures with the mean accuracy, over the pruned models."""
     found = {name: points for name in PREDICTORS if len(points := pairs(rows, name)) > 2}
-    lines = [[name, f"{rank_correlation(points):.2f}", str(len(points))] for name, points in found.items()]
+    lines = [
+        [name, *(signed(rank_correlation(one)) for one in (points, pairs(rows, name, ANSWERED))), str(len(points))]
+        for name, points in found.items()
+    ]
     if not lines:
         return NOT_MEASURED
-    return table(["measure", "rank correlation with the mean accuracy", "models"], lines)
+    return table(["measure", "mean of the five tasks", f"mean of {', '.join(ANSWERED.values())}", "models"], lines)
 
 
 def picture(rows: dict[str, dict[str, Any]]) -> str:
     """Return the picture's markup; empty before three models are measured."""
     if len(points := pairs(rows, "layer error")) < 3:
         return ""
-    said = ", ".join(f"{name} {rank_correlation(found):.2f}" for name in PREDICTORS if (found := pairs(rows, name)))
+    said = ", ".join(f"{name} {signed(rank_correlation(found))}" for name in PREDICTORS if (found := pairs(rows, name)))
     return PICTURE.format(count=len(points), said=said)
 
 

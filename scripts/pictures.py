@@ -12,7 +12,7 @@ import figures as measured
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from wanda_dvc.report.colours import DARK, LIGHT
 
@@ -152,7 +152,7 @@ def loss(colours: Colours) -> Figure:
 
 
 # The measures drawn against the mean accuracy, and the recipes' colours and markers.
-AGAINST = ("layer error", "perplexity, WikiText-2", "divergence, WikiText-2")
+AGAINST = ("layer error", "perplexity, WikiText-2", "divergence, embedded text")
 LOOKS = {
     "magnitude": METHODS["magnitude"],
     "wanda": METHODS["Wanda"],
@@ -180,12 +180,18 @@ def distance(colours: Colours) -> Figure:
                 axes.plot(x, y, marker, color=colours[colour], markersize=5, label=recipe)
         if "dense" in rows:
             axes.axhline(100 * measured.accuracy(rows["dense"]), color=colours["muted"], linestyle="--", linewidth=1.2)
-        title = f"rank correlation {measured.rank_correlation(points):.2f}" if len(points) > 2 else ""
+        title = f"rank correlation {measured.signed(measured.rank_correlation(points))}" if len(points) > 2 else ""
         axes.set_title(title, color=colours["ink"], fontsize=10)
         axes.set_xlabel(f"{name}, log scale", color=colours["ink"])
+        values = [value for value, *_ in points]
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 100 * min(values) else (1,)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.minorticks_off()
     panels[0].set_ylabel("mean accuracy, %", color=colours["ink"])
-    panels[0].legend(frameon=False, labelcolor=colours["ink"], loc="lower left", fontsize=8)
+    named = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    figure.legend(
+        named.values(), named, frameon=False, labelcolor=colours["ink"], loc="outside lower center", ncols=len(named)
+    )
     return figure
 
 

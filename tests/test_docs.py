@@ -559,7 +559,7 @@ def test_distances_from_the_dense_model_become_tables_and_a_picture(tmp_path: Pa
     ]
     assert "| diverged |" in found[-1]
     assert len(results.distance(results.distances(), "format").splitlines()) == 3
-    assert "| layer error | -1.00 | 4 |" in results.correlations(results.distances()).replace("−", "-")
+    assert "| layer error | −1.00 | −1.00 | 4 |" in results.correlations(results.distances())
     monkeypatch.setattr(pictures.measured, "DISTANCE", tmp_path / "rows.json")
     monkeypatch.setattr(pictures, "FIGURES", {"distance": pictures.distance})
     pictures.save(tmp_path / "drawn")
