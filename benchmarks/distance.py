@@ -12,6 +12,7 @@ run goes on with the rows that are missing there.
 
 import csv
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,7 +112,9 @@ class Study:
     def _json(self, *words: str) -> Any:
         self.models.runner.run("wanda-dvc", *words, cwd=self.root)
         said = (self.models.runner.work / "last.log").read_text(encoding="utf-8")
-        return json.loads(said[min(at for at in (said.find("\n{"), said.find("\n["), 0) if at >= 0) :])
+        start = re.search(r"^[{[]", said, re.MULTILINE)  # after the lines of standard error
+        assert start
+        return json.loads(said[start.start() :])
 
 
 def _size(folder: Path) -> int:

@@ -128,7 +128,7 @@ def test_two_repros_and_two_workers_with_a_report_meanwhile(start: Repository, t
         report(project=project, output=tmp_path / "report.html")
         experiments(project=project)
         looks += 1
-        time.sleep(1)
+        time.sleep(3)
     assert workers.communicate()[0] is not None
     for sparsity in (0.3, 0.7):
         start.run("dvc", "exp", "apply", f"s{sparsity}")

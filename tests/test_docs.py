@@ -252,6 +252,7 @@ NOT_RUN = {
     "dvc exp run -S +perplexity.texts.ptb.source=ptb -S ~perplexity.texts.embedded": "needs the Hub",
     "dvc exp run --temp -S pattern=experts -S sparsity=0.25": "needs a mixture; test_experts.py prunes mixtures",
     "dvc push": "needs a remote; test_sharing.py pushes",
+    "dvc exp run --temp -S pattern=2:4 -S sparsity=0.5": "test_units.py prunes a smaller model in a second study",
     "dvc queue start": "runs experiments in the background; test_pipeline.py runs a queue",
     "dvc queue kill NAME": "needs a worker that was killed; test_crashes.py kills stages",
 }
@@ -260,8 +261,6 @@ WIDE = "dvc exp run --temp -S calibration.length=2048 -S calibration.statistics=
 NARROW = WIDE.replace("length=2048", "length=64")
 # What others are in a tiny study.
 AS_RUN = {
-    # A tiny model's widths are no multiples of 4 without a fifth of its neurons.
-    "dvc exp run --temp -S pattern=2:4 -S sparsity=0.5": "dvc exp run --temp -S model=/data/smaller -S sparsity=0.5",
     "make repro": "dvc repro",
     "wanda-dvc report --model SmolLM2": "wanda-dvc report --model tiny",
     "wanda-dvc stats --layer 12": "wanda-dvc stats --layer 1",
@@ -269,6 +268,10 @@ AS_RUN = {
     "dvc exp run --queue -S tasks.names=[] -S perplexity.length=4096 -S method=wanda,magnitude": (
         "dvc exp run --temp -S recipe=paper -S perplexity.length=64 -S method=magnitude"
     ),
+    "dvc exp run --queue -S tasks.names=[] -S perplexity.length=4096 -S pattern=2:4,4:8 -S method=wanda,magnitude": (
+        "dvc exp run --queue -S tasks.names=[] -S pattern=2:4"
+    ),
+    "dvc exp run --queue -S sparsity=0.3,0.5,0.7 -S method=magnitude,wanda": "dvc exp run --queue -S sparsity=0.3,0.7",
     WIDE: NARROW,
     f"{WIDE} -S sparsity=0.3": f"{NARROW} -S sparsity=0.3",
 }
@@ -342,7 +345,7 @@ TO_RUN = to_run()
 
 
 # Pages of many experiments. The README has one of each kind of command; of every page the commands are checked above.
-LONG = {"docs/my-model.md", "docs/my-text.md", "docs/sweep.md", "docs/tutorials/dvc.md"}
+LONG = {"docs/my-model.md", "docs/my-text.md", "docs/sweep.md", "docs/tutorials/dvc.md", "docs/tutorials/ship.md"}
 
 
 @pytest.mark.pipeline

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.grids import cycled
 from test_families import ALL, MIXTURES, run, save, short_texts
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
@@ -108,8 +109,7 @@ def place(name: str) -> tuple[int, bool]:
     return int(name.split(".")[2]), "attention" in name
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
-@pytest.mark.parametrize("family", CHANGES)
+@pytest.mark.parametrize(("family", "implementation"), cycled(CHANGES, ["grouped_mm", "eager"]))
 def test_the_sums_are_those_of_an_oracle_that_sees_the_whole_model(family: str, implementation: str, tmp_path: Path):
     folder = save(family, tmp_path / "model", **CHANGES[family])
     found = recorded(folder, tmp_path / "work", implementation)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases.grids import cycled, thinned
+from cases.grids import cycled, full
 from conftest import TEXTS, kept, save_tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -197,6 +197,10 @@ RECURRENT: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     ),
 }
 ALL = FAMILIES | MIXTURES | RECURRENT
+# One of each way to store weights: apart, tied, transposed, joined, experts apart and in one tensor, and recurrent.
+WAYS = {"llama", "llama tied", "gpt2", "falcon", "phi3", "mixtral", "gpt_oss", "granitemoe", "deepseek_v3", "mamba"}
+# A law of the code around the engine holds for every family if it holds for every way; the others are `full`.
+BY_WAY = [family if family in WAYS else full(family) for family in ALL]
 KINDS = [(torch.float32, "1GB"), (torch.bfloat16, "30KB"), (torch.float16, "1GB")]
 
 
@@ -273,15 +277,21 @@ def test_the_engine_is_the_model_and_sees_what_its_linears_read(family: str, tmp
                 torch.testing.assert_close(x.sum_squares.float(), read[name], rtol=1e-4, atol=1e-5)
 
 
-# Every family in every kind (a kind each is enough for `make test`); the further mixtures in one kind each.
-RUNS = [*cycled(FAMILIES, KINDS), *((family, KINDS[index % 3]) for index, family in enumerate(MIXTURES | RECURRENT))]
+# Every family in every kind (of each way a kind is enough for `make test`); the further mixtures in one kind each.
+RUNS = [
+    row if row.values[0] in WAYS else full(*row.values)
+    for row in (
+        *cycled(FAMILIES, KINDS),
+        *(pytest.param(family, KINDS[index % 3]) for index, family in enumerate(MIXTURES | RECURRENT)),
+    )
+]
 
 
 # ALiBi (its bias is the distance in the row), attention outside transformers' registry, with sinks, or mixed with none.
 ONE_BY_ONE = {"bloom", "falcon", "gpt_oss", *RECURRENT}
 
 
-@pytest.mark.parametrize("family", thinned(ALL, 3))
+@pytest.mark.parametrize("family", [name if name in WAYS | ONE_BY_ONE else full(name) for name in ALL])
 def test_questions_get_the_models_own_answers(family: str, tmp_path: Path):
     """Packed into rows where the model allows it, longer than what a layer with a window sees; else one by one."""
     generator = torch.Generator().manual_seed(0)

@@ -168,7 +168,7 @@ def test_a_smaller_model_is_the_one_that_the_cpu_makes(bench: Bench, recipe: str
 
 
 def test_the_experts_that_go_are_those_that_go_on_the_cpu(tmp_path: Path, texts: dict[str, str]):
-    bench = Bench(save("qwen3_moe", tmp_path / "model"), tmp_path, texts)
+    bench = Bench(save("mixtral", tmp_path / "model"), tmp_path, texts)
     check_alike(*(bench.pruned(kind, "wanda experts").project for kind in ("cpu", "cuda")))
 
 
@@ -191,7 +191,7 @@ def test_questions_are_answered_as_on_the_cpu(bench: Bench, kind: str, recipe: s
         assert others == pytest.approx(values, abs=1e-3)
 
 
-SHORT = ("gpt2", "qwen3_moe")  # their weights are stored across, or are experts
+SHORT = ("gpt2", "mixtral")  # their weights are stored across, or are experts
 
 
 @pytest.mark.parametrize("family", [pytest.param(name, marks=() if name in SHORT else full) for name in ALL])

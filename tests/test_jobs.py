@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.grids import OF_WEIGHTS
+from cases.grids import OF_WEIGHTS, cycled
 from conftest import save_tiny_model, write_params
 from inline import Inline
 from test_families import save
@@ -88,8 +88,8 @@ def run(calibrated: Callable[[str], Project], texts: dict[str, str], monkeypatch
     return made
 
 
-def named(changes: Settings) -> str:
-    return "-".join(map(str, changes.values()))
+def named(value: Settings | int) -> str:
+    return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 
 def jobs(cluster: Inline) -> list[Any]:
@@ -98,14 +98,12 @@ def jobs(cluster: Inline) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", DENSE + PROPAGATED, ids=named)
-def test_tasks_give_the_bytes_of_one_process(run: Run, changes: Settings):
+@pytest.mark.parametrize(("changes", "workers"), cycled(DENSE + PROPAGATED, [1, 5]), ids=named)
+def test_tasks_give_the_bytes_of_one_process(run: Run, changes: Settings, workers: int):
     """However many run at once: that decides how many are begun ahead."""
-    expected = run(**changes)
-    for workers in (1, 5):
-        cluster = Inline(workers)
-        assert run(cluster, **changes) == expected
-        assert len(jobs(cluster)) == 2 * 4  # blocks, and distinct inputs of each
+    cluster = Inline(workers)
+    assert run(cluster, **changes) == run(**changes)
+    assert len(jobs(cluster)) == 2 * 4  # blocks, and distinct inputs of each
 
 
 @pytest.mark.slow

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases.grids import full
 from command_line import wanda_dvc
 from conftest import save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_families import ALL, save
+from test_families import ALL, BY_WAY, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -139,11 +138,7 @@ STAY_DENSE = {"gpt2", "openai-gpt", "falcon"}
 KINDS = [(torch.float32, "1GB"), (torch.bfloat16, "30KB"), (torch.float16, "1GB")]
 
 
-# One of each way to store weights: apart, tied, transposed, joined, experts apart and in one tensor, and recurrent.
-WAYS = {"llama", "llama tied", "gpt2", "falcon", "phi3", "mixtral", "gpt_oss", "granitemoe", "deepseek_v3", "mamba"}
-
-
-@pytest.mark.parametrize("family", [family if family in WAYS else full(family) for family in ALL])
+@pytest.mark.parametrize("family", BY_WAY)
 def test_every_family_comes_back_and_loads_with_the_same_logits(family: str, tmp_path: Path):
     """Each in one of the dtypes, whole or in shards. What cannot be packed stays dense."""
     dtype, shard = KINDS[list(ALL).index(family) % len(KINDS)]

@@ -79,9 +79,15 @@ def test_only_what_makes_no_sense_is_refused():
 
 
 @pytest.mark.parametrize(("pattern", "reconstruction", "propagation", "method"), thinned(COMBINATIONS, 4), ids=named)
-def test_masks_are_kept_patterns_exact_and_updates_applied(
-    study: Make, pattern: dict[str, Any], reconstruction: str, propagation: str, method: str
+def test_masks_are_kept_patterns_exact_and_updates_applied(  # noqa: PLR0913, PLR0917 - a grid's axes
+    study: Make,
+    pattern: dict[str, Any],
+    reconstruction: str,
+    propagation: str,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setenv("WANDA_DVC_HELD_OUT", "0")  # test_held_out.py compares
     made = study(method=method, reconstruction=reconstruction, propagation=propagation, **pattern)
     mask(project=made)
     apply(project=made)

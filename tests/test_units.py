@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from cases import grids
 from conftest import save_tiny_model, write_params
-from test_families import ALL, save
+from test_families import ALL, BY_WAY, WAYS, save
 from test_stages import fetch
 from transformers import AutoModelForCausalLM
 
@@ -51,7 +52,12 @@ REFUSED = {
 }
 UNKNOWN = ("gpt2",)  # null means a width, which only the model's code knows
 SHARES = {"neurons": "0.25", "heads": "0.5"}
-CASES = [(pattern, family) for pattern in REFUSED for family in ALL if family not in REFUSED[pattern]]
+CASES = [
+    (pattern, family) if pattern == "neurons" or family in WAYS else grids.full(pattern, family)
+    for pattern in REFUSED
+    for family in ALL
+    if family not in REFUSED[pattern]
+]
 
 
 @pytest.mark.parametrize(
@@ -301,10 +307,7 @@ def test_heads_go_with_their_key_and_value_head(choice: dict[str, str], study: C
     assert model.generate(torch.arange(3, 20)[None], max_new_tokens=3).shape[1] > 17
 
 
-BLOCKLESS: dict[str, str] = {}
-
-
-@pytest.mark.parametrize("family", [name for name in ALL if name not in BLOCKLESS])
+@pytest.mark.parametrize("family", BY_WAY)
 def test_a_model_without_a_block_skips_it(family: str, tmp_path: Path):
     folder = save(family, tmp_path / "model")
     checkpoint = Checkpoint(folder)
