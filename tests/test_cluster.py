@@ -257,15 +257,6 @@ def test_a_node_that_dies_costs_no_byte(
 
 
 @slow
-@pytest.mark.parametrize("workers", [2, 1])
-def test_fewer_workers_give_the_bytes_of_one_process(
-    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], workers: int
-):
-    set_nodes(nodes, workers)
-    assert list(through(on_cluster(tiny), rows, with_dense=False)) == expected[False]
-
-
-@slow
 def test_nodes_without_the_files_are_sent_the_weights(
     nodes: Any,
     tiny: Path,
@@ -281,6 +272,27 @@ def test_nodes_without_the_files_are_sent_the_weights(
     killed = kill_at(monkeypatch, nodes, "block 1, shard 9")
     assert list(through(run, rows, with_dense=True)) == expected[True]
     assert killed
+
+
+@slow
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_fewer_workers_give_the_bytes_of_one_process(
+    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], workers: int
+):
+    set_nodes(nodes, workers)
+    assert list(through(on_cluster(tiny), rows, with_dense=False)) == expected[False]
+
+
+@slow
+def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, project: Make, tmp_path: Path):
+    set_nodes(nodes, 1)
+    folder = save_tiny_model(tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    study = fetch(project(folder, runtime__ray="auto"), "model", "calibration")
+    with pytest.raises(UserError, match=r"^worker on \S+ \(node [0-9a-f]{8}\): .*block 2, output of .*: activations"):
+        calibrate(project=study)
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
@@ -318,18 +330,6 @@ def test_a_stage_waits_while_others_use_every_worker(nodes: Any, tiny: Path, mon
     set_nodes(nodes, 0)
     with pytest.raises(UserError, match="no node with 1 CPU joined"):
         on_cluster(tiny)
-
-
-@slow
-def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, project: Make, tmp_path: Path):
-    set_nodes(nodes, 1)
-    folder = save_tiny_model(tmp_path / "broken")
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    study = fetch(project(folder, runtime__ray="auto"), "model", "calibration")
-    with pytest.raises(UserError, match=r"^worker on \S+ \(node [0-9a-f]{8}\): .*block 2, output of .*: activations"):
-        calibrate(project=study)
 
 
 @slow

@@ -79,7 +79,7 @@ def test_only_what_makes_no_sense_is_refused():
 
 
 @pytest.mark.parametrize(("pattern", "reconstruction", "propagation", "method"), thinned(COMBINATIONS, 4), ids=named)
-def test_masks_are_kept_patterns_exact_and_updates_applied(  # noqa: PLR0913, PLR0917 - a grid's axes
+def test_masks_are_kept_patterns_exact_and_updates_applied(
     study: Make,
     pattern: dict[str, Any],
     reconstruction: str,

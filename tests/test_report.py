@@ -31,7 +31,7 @@ from wanda_dvc.report.chapters.run_time import runs
 from wanda_dvc.report.chapters.structure import by_block, stored_bytes
 from wanda_dvc.report.charts import Point, accuracies, curves, svg
 from wanda_dvc.report.comparisons import paired_mean
-from wanda_dvc.report.pages import Content, Picture, as_html, as_markdown, heading, table
+from wanda_dvc.report.pages import Content, Picture, as_html, as_markdown, heading, table, write
 from wanda_dvc.report.rows import Collected, Note, Row, identity
 from wanda_dvc.report.section import Section, differences, sections
 from wanda_dvc.stages import STAGES
@@ -909,21 +909,23 @@ def test_files_of_others_beside_the_report_stay(written: tuple[Repository, Path,
     report(project=project, output=output)
     assert [path.read_text() for path in foreign] == ["mine"] * 3
     assert sorted(pictures.glob("*.svg")) == [*drawn, foreign[-1]]
+    figure = curves({"a": [Point(30, 7.0)]}, y_label="y", level=None, log=False)
+    content = [heading(1, "study"), Picture(drawn[0].stem, "title", "description", figure)]
     for taken in (output, output.with_suffix(".md"), drawn[0]):
         before = taken.read_bytes()
         taken.write_text("mine")
         with pytest.raises(UserError, match=f"{taken.name}: found a file that `wanda-dvc report` did not write"):
-            report(project=project, output=output)
+            write(output, content)
         assert taken.read_text() == "mine"
         taken.unlink()
         taken.mkdir()
         with pytest.raises(UserError, match=f"{taken.name}: found a directory that"):
-            report(project=project, output=output)
+            write(output, content)
         taken.rmdir()
         (tmp_path / "another").write_bytes(before)
         taken.symlink_to(tmp_path / "another")
         with pytest.raises(UserError, match=f"{taken.name}: found a link that"):
-            report(project=project, output=output)
+            write(output, content)
         taken.unlink()
     pictures.rename(tmp_path / "moved")
     pictures.symlink_to(tmp_path / "moved")
