@@ -55,9 +55,7 @@ def nodes() -> Iterator[Any]:
     patience = {"RAY_agent_register_timeout_ms": "300000", "RAY_worker_register_timeout_seconds": "300"}
     # Ray looks for dead nodes twice a second instead of every three, and keeps the head's worker.
     soon = {"RAY_health_check_period_ms": "500", "RAY_num_workers_soft_limit": "1"}
-    # Nodes hold results of every size, as they hold a real model's; by default they return small ones at once.
-    held = {"RAY_max_direct_call_object_size": "0"}
-    os.environ |= patience | soon | held | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    os.environ |= patience | soon | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     started = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False} | agents())
     ray.init(address=started.address, log_to_driver=False, configure_logging=False)
     yield started
