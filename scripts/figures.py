@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ NOT_MEASURED = "Not measured yet."
 PICTURE = """<picture>
   <source media="(prefers-color-scheme: dark)" srcset="../pictures/distance-dark.svg">
   <source media="(prefers-color-scheme: light)" srcset="../pictures/distance-light.svg">
-  <img alt="Mean accuracy of {count} pruned models against layer error, perplexity and divergence. Rank correlations: \
+  <img alt="Accuracy and changed answers of {count} pruned models against three measures. Rank correlations: \
 {said}" src="../pictures/distance-light.svg">
 </picture>"""
 # A model's measures that may predict its accuracy: the name, and the value in a row.
@@ -173,8 +174,7 @@ def distances() -> dict[str, dict[str, Any]]:
     return json.loads(DISTANCE.read_text(encoding="utf-8"))["rows"] if DISTANCE.is_file() else {}
 
 
-# The tasks that the dense model answers better than a constant answer does.
-ANSWERED = {"piqa": "PIQA", "hellaswag": "HellaSwag", "arc_easy": "ARC-Easy"}
+THREE = ("piqa", "hellaswag", "arc_easy")  # the tasks that the dense model answers better than a constant answer does
 
 
 def accuracy(row: dict[str, Any], tasks: Collection[str] = ()) -> float:
@@ -183,12 +183,26 @@ def accuracy(row: dict[str, Any], tasks: Collection[str] = ()) -> float:
     return sum(found) / len(found)
 
 
+def changed(row: dict[str, Any]) -> float:
+    """Return the share of answers to the three tasks that differ from the dense model's."""
+    flips = [row["flips"][task]["acc"] for task in THREE]
+    return sum(one[key] for one in flips for key in ("lost", "gained", "swapped")) / sum(one["items"] for one in flips)
+
+
+OUTCOMES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "accuracy, five tasks": accuracy,
+    "accuracy, three tasks": partial(accuracy, tasks=THREE),
+    "changed answers, three tasks": changed,
+}
+
+
 def pairs(
-    rows: dict[str, dict[str, Any]], predictor: str, tasks: Collection[str] = ()
+    rows: dict[str, dict[str, Any]], predictor: str, outcome: str = "accuracy, three tasks"
 ) -> list[tuple[float, float, dict[str, Any]]]:
-    """Return of each pruned model with finite figures a measure, the mean accuracy, and the row."""
-    found = [(PREDICTORS[predictor](row), accuracy(row, tasks), row) for row in rows.values() if "recipe" in row]
-    return [(value, mean, row) for value, mean, row in found if isinstance(value, float)]
+    """Return of each pruned model with finite figures a measure, an outcome, and the row."""
+    models = [row for row in rows.values() if "recipe" in row]
+    found = [(PREDICTORS[predictor](row), OUTCOMES[outcome](row), row) for row in models]
+    return [(value, other, row) for value, other, row in found if isinstance(value, float)]
 
 
 def rank_correlation(points: Sequence[tuple[float, float, Any]]) -> float:
@@ -211,7 +225,7 @@ def distance(rows: dict[str, dict[str, Any]], key: str) -> str:
     lines = [_distance(name, row) for name, row in rows.items() if key in row or name == "dense"]
     heads = ["model", "MB"]
     heads += [f"{what}, {text}" for text in ("WikiText-2", "embedded") for what in ("perplexity", "divergence")]
-    heads += ["agreement, %", "mean acc, %", "changed answers, %", "→ wrong", "→ right"]
+    heads += ["agreement, WikiText-2, %", *(f"{name}, %" for name in OUTCOMES)]
     return table(
         heads + ["layer error"] * (key == "recipe"), [line if key == "recipe" else line[:-1] for line in lines]
     )
@@ -219,16 +233,13 @@ def distance(rows: dict[str, dict[str, Any]], key: str) -> str:
 
 def _distance(name: str, row: dict[str, Any]) -> list[str]:
     measured = [row["texts"][text] for text in ("wikitext2", "embedded")]
-    flips = [of["acc"] for of in row["flips"].values()]
-    items, lost, gained, swapped = (sum(one[key] for one in flips) for key in ("items", "lost", "gained", "swapped"))
     error = row.get("layer_error")
     return [
         name.replace("%", "\N{NO-BREAK SPACE}%"),
         f"{row['bytes'] / 1e6:.0f}",
         *(cell for one in measured for cell in (figure(one["perplexity"]), _shown(one.get("divergence"), "{:.3f}"))),
         _shown(measured[0].get("top1_agreement"), "{:.1f}", 100),
-        f"{100 * accuracy(row):.1f}",
-        *([f"{100 * (lost + gained + swapped) / items:.1f}", str(lost), str(gained)] if items else ["–"] * 3),
+        *(f"{100 * of(row):.1f}" if row["flips"] or of is not changed else "–" for of in OUTCOMES.values()),
         "–" if error is None else f"{error:.3f}",
     ]
 
@@ -244,15 +255,13 @@ def _shown(measure: dict[str, float] | str | None, form: str, factor: float = 1)
 
 
 def correlations(rows: dict[str, dict[str, Any]]) -> str:
-    """Return the rank correlations of the measures with the mean accuracy, over the pruned models."""
+    """Return the rank correlations of the measures with each outcome, over the pruned models."""
     found = {name: points for name in PREDICTORS if len(points := pairs(rows, name)) > 2}
     lines = [
-        [name, *(signed(rank_correlation(one)) for one in (points, pairs(rows, name, ANSWERED))), str(len(points))]
+        [name, *(signed(rank_correlation(pairs(rows, name, outcome))) for outcome in OUTCOMES), str(len(points))]
         for name, points in found.items()
     ]
-    if not lines:
-        return NOT_MEASURED
-    return table(["measure", "mean of the five tasks", f"mean of {', '.join(ANSWERED.values())}", "models"], lines)
+    return table(["measure", *OUTCOMES, "models"], lines) if lines else NOT_MEASURED
 
 
 def picture(rows: dict[str, dict[str, Any]]) -> str:

@@ -3,10 +3,12 @@
 It writes docs/pictures/NAME-{light,dark}.svg. They are drawn from the tables under docs/results/.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import figures as measured
 import matplotlib as mpl
@@ -165,33 +167,36 @@ LOOKS = {
 
 
 def distance(colours: Colours) -> Figure:
-    """Draw the mean accuracy of each pruned model against its layer error, perplexity and divergence."""
+    """Draw accuracy and changed answers of each pruned model against its layer error, perplexity and divergence."""
     rows = measured.distances()
-    figure = Figure(figsize=(8.2, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    for axes, name in zip(panels, AGAINST, strict=True):
+    figure = Figure(figsize=(8.2, 5.6), layout="constrained")
+    panels = figure.subplots(2, 3, sharex="col", sharey="row")
+    drawn = itertools.product(("accuracy, three tasks", "changed answers, three tasks"), AGAINST)
+    for axes, (outcome, name) in zip(panels.flat, drawn, strict=True):
         _plain(axes, colours)
         axes.set_xscale("log")
-        points = measured.pairs(rows, name)
+        points = measured.pairs(rows, name, outcome)
         for recipe, (colour, marker) in LOOKS.items():
             own = [(value, 100 * mean) for value, mean, row in points if row["recipe"] == recipe]
             if own:
                 x, y = zip(*own, strict=True)
                 axes.plot(x, y, marker, color=colours[colour], markersize=5, label=recipe)
-        if "dense" in rows:
-            axes.axhline(100 * measured.accuracy(rows["dense"]), color=colours["muted"], linestyle="--", linewidth=1.2)
+        if "dense" in rows and axes in panels[0]:
+            dense = 100 * measured.accuracy(rows["dense"], measured.THREE)
+            axes.axhline(dense, color=colours["muted"], linestyle="--", linewidth=1.2)
         title = f"rank correlation {measured.signed(measured.rank_correlation(points))}" if len(points) > 2 else ""
         axes.set_title(title, color=colours["ink"], fontsize=10)
-        axes.set_xlabel(f"{name}, log scale", color=colours["ink"])
+        if axes in panels[1]:
+            axes.set_xlabel(name, color=colours["ink"])
+        if axes in panels[:, 0]:
+            axes.set_ylabel(f"{outcome}, %", color=colours["ink"])
         values = [value for value, *_ in points]
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 100 * min(values) else (1,)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.minorticks_off()
-    panels[0].set_ylabel("mean accuracy, %", color=colours["ink"])
-    named = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
-    figure.legend(
-        named.values(), named, frameon=False, labelcolor=colours["ink"], loc="outside lower center", ncols=len(named)
-    )
+    named = dict(zip(*reversed(panels[0, 0].get_legend_handles_labels()), strict=True))
+    look: dict[str, Any] = {"frameon": False, "labelcolor": colours["ink"], "handletextpad": 0.2, "columnspacing": 1.2}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=len(named), **look)
     return figure
 
 

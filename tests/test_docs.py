@@ -530,12 +530,16 @@ def test_distances_from_the_dense_model_become_tables_and_a_picture(tmp_path: Pa
     def text(error: float) -> dict[str, Any]:
         return {"perplexity": 200 * error, "divergence": {"mean": 5 * error}, "top1_agreement": {"mean": 0.75}}
 
-    flips = {"items": 200, "lost": 20, "gained": 10, "swapped": 10}
+    def flips(error: float) -> dict[str, Any]:
+        of_task = {"acc": {"items": 200, "lost": 20, "gained": 10, "swapped": 100 * error}}
+        return dict.fromkeys((*results.THREE, "rte"), of_task)
+
     rows = {
         f"wanda {name}": {
-            "recipe": "wanda", "bytes": 3e8, "layer_error": error, "accuracies": {"piqa": mean, "rte": mean},
+            "recipe": "wanda", "bytes": 3e8, "layer_error": error,
+            "accuracies": dict.fromkeys((*results.THREE, "rte"), mean),
             "texts": dict.fromkeys(("wikitext2", "embedded"), text(error)),
-            "flips": {task: {"acc": flips} for task in ("piqa", "rte")},
+            "flips": flips(error),
         }
         for name, error, mean in (("30%", 0.1, 0.6), ("50%", 0.2, 0.5), ("70%", 0.4, 0.4))
     }  # fmt: skip
@@ -555,14 +559,13 @@ def test_distances_from_the_dense_model_become_tables_and_a_picture(tmp_path: Pa
         "0.500",
         "75.0",
         "60.0",
+        "60.0",
         "20.0",
-        "40",
-        "20",
         "0.100 |",
     ]
     assert "| diverged |" in found[-1]
     assert len(results.distance(results.distances(), "format").splitlines()) == 3
-    assert "| layer error | −1.00 | −1.00 | 4 |" in results.correlations(results.distances())
+    assert "| layer error | −1.00 | −1.00 | 1.00 | 4 |" in results.correlations(results.distances())
     monkeypatch.setattr(pictures.measured, "DISTANCE", tmp_path / "rows.json")
     monkeypatch.setattr(pictures, "FIGURES", {"distance": pictures.distance})
     pictures.save(tmp_path / "drawn")
