@@ -910,22 +910,22 @@ def test_files_of_others_beside_the_report_stay(written: tuple[Repository, Path,
     assert [path.read_text() for path in foreign] == ["mine"] * 3
     assert sorted(pictures.glob("*.svg")) == [*drawn, foreign[-1]]
     figure = curves({"a": [Point(30, 7.0)]}, y_label="y", level=None, log=False)
-    content = [heading(1, "study"), Picture(drawn[0].stem, "title", "description", figure)]
+    parts: Content = [heading(1, "study"), Picture(drawn[0].stem, "title", "description", figure)]
     for taken in (output, output.with_suffix(".md"), drawn[0]):
         before = taken.read_bytes()
         taken.write_text("mine")
         with pytest.raises(UserError, match=f"{taken.name}: found a file that `wanda-dvc report` did not write"):
-            write(output, content)
+            write(output, parts)
         assert taken.read_text() == "mine"
         taken.unlink()
         taken.mkdir()
         with pytest.raises(UserError, match=f"{taken.name}: found a directory that"):
-            write(output, content)
+            write(output, parts)
         taken.rmdir()
         (tmp_path / "another").write_bytes(before)
         taken.symlink_to(tmp_path / "another")
         with pytest.raises(UserError, match=f"{taken.name}: found a link that"):
-            write(output, content)
+            write(output, parts)
         taken.unlink()
     pictures.rename(tmp_path / "moved")
     pictures.symlink_to(tmp_path / "moved")
