@@ -67,6 +67,7 @@ def test_other_content_at_the_same_path_is_seen_and_reruns_what_depends_on_it(st
     save_tiny_model(start.model, num_hidden_layers=2, seed=7)  # the same names and sizes
     assert re.search(r"changed outs:\s+modified: +sources/model", start.run("dvc", "status", "locate"))
     assert start.repro_up_to("calibrate") == {"locate", "download@model", "calibrate"}
+    assert start.repro_up_to("calibrate") == set()
 
     text.write_text(text.read_text().replace("1", "2"))
     assert start.repro_up_to("calibrate") == {"locate", "download@calibration", "calibrate"}

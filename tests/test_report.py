@@ -389,6 +389,19 @@ def test_each_text_has_its_tables_and_its_kind(tmp_path: Path):
     assert "/data/" not in said  # a report is for others, as the card is
 
 
+def test_local_paths_are_shown_only_as_far_as_they_tell_rows_apart(tmp_path: Path):
+    def said(*sources: str) -> str:
+        folder, one = tmp_path / Path(sources[0]).stem, ("wanda", 0.5, 2.5, 20)
+        folder.mkdir()
+        return said_of(folder, *((one, {"calibration__text__source": source}) for source in sources))
+
+    assert "/data/" not in (text := said("/data/a/one.txt", "/data/b/two.txt"))
+    assert "calibration.text.source=one.txt" in text
+    text = said("/data/a/same.txt", "/data/b/same.txt")  # else both would be on one curve
+    assert "calibration.text.source=/data/a/same.txt" in text
+    assert "calibration.text.source=/data/b/same.txt" in text
+
+
 def test_a_row_without_a_sections_first_text_has_no_figure_of_another(tmp_path: Path):
     texts = {"embedded": {"source": "embedded"}, "other": {"source": "/data/other.txt"}}
     rows = []

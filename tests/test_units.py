@@ -23,7 +23,7 @@ from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.config import read_config
 from wanda_dvc.engine.harness import load_task
 from wanda_dvc.engine.smaller import Removal, Smaller, find_units, smaller_parameters, write_smaller
-from wanda_dvc.engine.structure import find_blocks
+from wanda_dvc.engine.structure import build_empty, find_blocks
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.blocks import influence
 from wanda_dvc.pruning.solvers import Prepared
@@ -180,8 +180,9 @@ def test_the_smaller_model_is_the_model_with_masked_weights(pattern: str, family
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "masked").eval()
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").eval()
     count = sum(x.numel() for x in small.parameters())
-    assert count < sum(x.numel() for x in full.parameters())
-    left = smaller_parameters(read_config(folder), STRUCTURES[pattern], Fraction(SHARES[pattern]))
+    every = sum(x.numel() for x in full.parameters())
+    assert count < every
+    left = smaller_parameters(read_config(folder), STRUCTURES[pattern], Fraction(SHARES[pattern]), every)
     assert left == count or (left is None and family in UNKNOWN)
     tokens = torch.randint(3, 256, (1, 40), generator=generator)
     with torch.no_grad():
@@ -213,15 +214,16 @@ def test_the_cost_of_a_configuration_that_cannot_be_smaller_is_not_known(tmp_pat
     """StableLM derives a head's width from their number, so its width must be a multiple of it."""
     config = {"model_type": "stablelm", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert smaller_parameters(read_config(tmp_path), STRUCTURES["heads"], Fraction(1, 4)) is None
+    assert smaller_parameters(read_config(tmp_path), STRUCTURES["heads"], Fraction(1, 4), 10**6) is None
 
 
 def test_wider_heads_instead_of_fewer_are_no_smaller_model(tmp_path: Path):
     """StableLM derives a head's width from their number: with fewer heads it has as many parameters."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "stablelm", "num_hidden_layers": 2}))
     config = read_config(tmp_path)
-    assert smaller_parameters(config, STRUCTURES["heads"], Fraction(1, 2)) is None
-    assert smaller_parameters(config, STRUCTURES["blocks"], Fraction(1, 2))
+    every = sum(x.numel() for x in build_empty(config, "it").parameters())
+    assert smaller_parameters(config, STRUCTURES["heads"], Fraction(1, 2), every) is None
+    assert smaller_parameters(config, STRUCTURES["blocks"], Fraction(1, 2), every)
 
 
 def test_a_model_with_one_key_and_value_head_keeps_it(tmp_path: Path):

@@ -376,9 +376,10 @@ def _text_key(config: Any) -> str | None:
     return None if text is config else next(key for key in config.to_dict() if getattr(config, key, None) is text)
 
 
-def smaller_parameters(config: Any, structure: Structure, share: Fraction) -> int | None:
+def smaller_parameters(config: Any, structure: Structure, share: Fraction, parameters: int) -> int | None:
     """Count the parameters of a smaller model by its configuration alone; None if the configuration cannot express it.
 
+    `parameters` counts those of the complete model.
     Only `mask` checks whether the model supports the pattern, and rounds experts to complete router groups.
     """
     text = config.get_text_config()
@@ -393,13 +394,12 @@ def smaller_parameters(config: Any, structure: Structure, share: Fraction) -> in
     if not changes:
         return None
     try:
-        full, smaller = build_empty(config, "the configuration"), build_empty(changed(config, changes), f"{changes}")
+        model = build_empty(changed(config, changes), f"the configuration with {changes}")
     except UserError:
         return None
-    before, after = (sum(parameter.numel() for parameter in model.parameters()) for model in (full, smaller))
-    if before == after and any(getattr(text, field, None) != changes.get(field) for field in structure.fields):
-        return None  # wider heads instead of fewer, for example
-    return after
+    left = sum(parameter.numel() for parameter in model.parameters())
+    removes = any(getattr(text, field) != changes[field] for field in structure.fields if field in changes)
+    return None if removes and left == parameters else left  # wider heads instead of fewer, for example
 
 
 def block_lists(text: Any, blocks: int) -> dict[str, list[Any]]:

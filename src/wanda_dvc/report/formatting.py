@@ -1,6 +1,6 @@
 """Formats numbers and settings for the report; `study.markup` formats perplexities and outside text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +44,9 @@ def setting(value: Any) -> str:
         value = Path(value).name if Path(value).is_absolute() else value
         return value if value.strip() and value.isprintable() else repr(value)
     return "null" if value is None else f"{value}"
+
+
+def distinct(value: Any, values: Iterable[Any]) -> str:
+    """Format one of several values, as `setting`; of a local path more than the last part if another one has that."""
+    text = setting(value)
+    return text if all(other == value or setting(other) != text for other in values) else f"{value}"

@@ -18,6 +18,7 @@ from wanda_dvc.catalog import RECIPES, Recipe
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED
+from wanda_dvc.report.formatting import setting
 from wanda_dvc.report.measures import Measured, mean_layer_error
 from wanda_dvc.stages import times
 from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, Experiment, Kind, list_experiments
@@ -211,7 +212,7 @@ def _states(project: Project, revs: list[str]) -> tuple[list[Experiment], list[N
     every = list_experiments(project)
     unfinished = []
     for one in every:
-        changes = ", ".join(f"{key}={value}" for key, value in one.changes.items())
+        changes = ", ".join(f"{key}={setting(value)}" for key, value in one.changes.items())
         if one.state != SUCCESS:
             unfinished.append(Note(one.name, one.state.lower() + (f" ({changes})" if changes else "")))
     return [one for one in every if one.state == SUCCESS], unfinished

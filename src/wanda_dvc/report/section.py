@@ -11,7 +11,7 @@ from wanda_dvc.params import OTHER_SOURCE, SAME_SOURCE
 from wanda_dvc.plan import CHOICES
 from wanda_dvc.report.charts import Point
 from wanda_dvc.report.comparisons import Comparison, compare
-from wanda_dvc.report.formatting import setting
+from wanda_dvc.report.formatting import distinct
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.report.rows import Row
 from wanda_dvc.study.markup import inline
@@ -71,9 +71,13 @@ class Section:
         keys = [key for key in every[0] if not key.startswith(OF_EVALUATION) and key not in OF_PRUNING]
         return [key for key in keys if len({repr(one[key]) for one in every}) > 1]
 
+    def value(self, row: Row, key: str) -> str:
+        """Return a row's parameter as text, different from the other rows' different values."""
+        return distinct(row.settings[key], (other.settings[key] for other in self.rows))
+
     def series(self, row: Row) -> str:
         """Return the name of a row's curve."""
-        variant = ", ".join(f"{key}={row.settings[key]}" for key in self.varying)
+        variant = ", ".join(f"{key}={self.value(row, key)}" for key in self.varying)
         return row.recipe[-1] + row.pattern + (f" ({variant})" if variant else "")
 
     @cached_property
@@ -102,7 +106,7 @@ class Section:
 
     def place(self, row: Row) -> tuple[float, str]:
         """Return the sparsity and other values shared by comparable rows of different recipes, in words."""
-        variant = "".join(f", {key}={row.settings[key]}" for key in self.varying)
+        variant = "".join(f", {key}={self.value(row, key)}" for key in self.varying)
         removed = "" if row.removed is None else f", {100 * row.removed:.1f} % of all parameters"
         return row.params.sparsity, f"{row.sparsity}{row.pattern}{removed}{variant}"
 
@@ -172,15 +176,15 @@ def sections(rows: list[Row]) -> list[Section]:
                 break
         else:
             found.append(Section([row], own, prefix=f"s{len(found)}-"))
-    differing, short = (
-        differences(found),
-        Counter(setting(model) for model in {one.evaluation["model"] for one in found}),
-    )
+    differing = differences(found)
+
+    def value(section: Section, key: str) -> str:
+        return distinct(section.evaluation.get(key), (one.evaluation.get(key) for one in found))
+
     for section in found:
         section.rows = [row.on(section.texts[0]) for row in section.rows]  # a row's own first text may be another
-        model = section.evaluation["model"]
-        name = setting(model) if short[setting(model)] == 1 else model
-        others = "; ".join(f"{key}={setting(section.evaluation.get(key))}" for key in differing if key != "model")
+        name = value(section, "model")
+        others = "; ".join(f"{key}={value(section, key)}" for key in differing if key != "model")
         full = f"{name} ({others})" if others else name
         mark = full if "model" in differing else others
         section.title, section.mark = inline(full), f" ({inline(mark)})" if mark else ""

@@ -116,7 +116,7 @@ def _left(on: Known) -> int | None:
     from wanda_dvc.engine.config import read_config
     from wanda_dvc.engine.smaller import smaller_parameters
 
-    return smaller_parameters(read_config(on.config), structure, on.params.plan.share)
+    return smaller_parameters(read_config(on.config), structure, on.params.plan.share, on.model.parameters)
 
 
 def _records(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: dict[str, float]) -> dict[str, Any]:

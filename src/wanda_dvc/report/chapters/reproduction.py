@@ -14,7 +14,7 @@ from wanda_dvc.study.times import machine_of
 def content(section: Section) -> Content:
     """Return the rows' origins, their shared parameters, and the commands to repeat them."""
     headers = ["", "experiment", "commit", "its own parameters", "its own time", "peak anonymous memory", "machine"]
-    origins = [[section.name(row), *_origin(row, section.varying)] for row in section.ordered]
+    origins = [[section.name(row), *_origin(section, row)] for row in section.ordered]
     own = {*OF_PRUNING, *section.varying}
     everywhere = set[str].intersection(*({*row.settings} for row in section.rows))  # rows may have other texts
     shared = [
@@ -32,17 +32,17 @@ def content(section: Section) -> Content:
     return parts
 
 
-def _origin(row: Row, varying: list[str]) -> list[str]:
+def _origin(section: Section, row: Row) -> list[str]:
     times, known = row.times(), runs(row.params.perplexity.texts)
     mine = sum(time["seconds"] for run, time in times.items() if known[run][1])
     peaks = [time["peak_anonymous_gb"] for time in times.values() if "peak_anonymous_gb" in time]
     given = row.params.model_dump(mode="json", include={"recipe", *CHOICES, "allocation_strength"})
     settings = {name: value for name, value in given.items() if value is not None}
-    settings |= {key: row.settings[key] for key in ("sparsity", "pattern", *varying)}
+    settings |= {key: section.value(row, key) for key in ("sparsity", "pattern", *section.varying)}
     return [
         inline(", ".join([row.name, *row.also])),
         row.commit[:10] if row.commit else "not committed",
-        inline(", ".join(f"{key}={setting(value)}" for key, value in settings.items())),
+        inline(", ".join(f"{key}={value}" for key, value in settings.items())),
         f"{seconds(mine)} s" if times else DASH,
         f"{max(peaks):.2f} GB" if peaks else DASH,
         inline("; ".join(sorted({machine_of(time) for time in times.values()}))),
