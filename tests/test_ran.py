@@ -1,18 +1,22 @@
 """Views and cards speak of what ran, by dvc.lock, and not of what params.yaml has been changed to since."""
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
+from wanda_dvc.catalog import RECIPES
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.build import export
 from wanda_dvc.params import settings
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import files_digest
 from wanda_dvc.study.ran import BY_TEXT, Ran, stale_stages
+from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten
 from wanda_dvc.views.show import show
 
@@ -82,6 +86,18 @@ def test_every_setting_is_that_of_the_last_run(project: Callable[..., Project]):
     assert ran.params.model_dump() == before.params.model_dump()
     assert set(ran.unmet) == {"model", "dtype", "zero_shot.limit", "calibration.seed"}
     assert set(ran.unmet) <= {name for name, _ in settings()}
+
+
+@pytest.mark.parametrize("other", RECIPES)
+def test_the_choices_of_an_edited_recipe_are_those_that_ran(project: Callable[..., Project], other: str):
+    """A copy of the settings kept the plan of params.yaml: `export` wrote other weights than `apply`."""
+    before = project(calibration__statistics="fisher", recipe=other)
+    lock(before)
+    for recipe in RECIPES:
+        edited = project(calibration__statistics="fisher", recipe=recipe)
+        assert edited.params.plan.described  # as the commands read it first
+        assert Ran.of(edited).params.plan == before.params.plan
+        assert Ran.of(edited).params.filled == before.params.filled
 
 
 def test_show_speaks_of_the_run_and_says_what_is_stale(edited: Project):
@@ -175,6 +191,30 @@ def test_the_card_of_a_model_has_the_settings_that_made_it(edited: Project):
     assert "-S calibration.samples=3" in recipe
     assert "other" not in recipe
     assert "rte" not in recipe
+
+
+def test_an_experiments_model_is_made_as_it_ran(project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch):
+    """Its commit may hold a params.yaml that was edited after the run: dvc.lock says what the model is made from."""
+    before = project(calibration__statistics="gram", recipe="wanda-refit")
+    for name, part in (("download", "model"), ("download", "calibration"), ("calibrate", None), ("mask", None)):
+        run(name, project=before, part=part)
+    lock(before)
+    applied = before.root.parent / "applied"
+    export(project=before, experiment=None, target=applied)
+    edited, taken = project(recipe="magnitude"), []
+
+    def copy_all(_revision: object, part: str, study: Project) -> bool:
+        source = edited.root / part
+        taken.append(part)
+        (study.root / part).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        return source.exists() and bool(copy(source, study.root / part))
+
+    monkeypatch.setattr(Revision, "open", classmethod(lambda cls, *_, **__: cls.__new__(cls)))
+    monkeypatch.setattr(Revision, "copy_all", copy_all)
+    export(project=edited, experiment="six", target=edited.root.parent / "six")
+    assert "stats/gram" in taken
+    assert files_digest(edited.root.parent / "six") == files_digest(applied)
 
 
 def test_masks_made_by_hand_have_their_own_settings(edited: Project, project: Callable[..., Project]):

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -283,7 +282,7 @@ class Params(_Section):
             )
         return "The calibration text has another source"
 
-    @cached_property
+    @property  # not cached: a copy with changes would keep the original's
     def plan(self) -> Plan:
         """The recipe, with separately set choices."""
         given = {name: getattr(self, name) for name in CHOICES}
