@@ -52,9 +52,9 @@ def test_each_experiment_has_its_state_and_only_its_own_numbers(repository: Repo
     assert states == {
         "workspace": "workspace",
         "main": "branch",
-        "middling": "Success",
-        "broken": "Failed",
-        "waiting": "Queued",
+        "middling": "success",
+        "broken": "failed",
+        "waiting": "queued",
     }
     assert {name: record["change"] for name, record in found.items()} == {
         "workspace": {},

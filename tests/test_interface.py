@@ -193,7 +193,8 @@ def test_masks_and_pruned_models_are_the_pipelines(
     assert same(saved(model, tmp_path), expected)
     assert round(sparsity, 6) == load_json(project.metrics("pruned", "sparsity"))["sparsity"]
     if choice == SOME[0]:
-        perplexity(project=project, model="pruned", text="embedded")
+        for one in ("dense", "pruned"):
+            perplexity(project=project, model=one, text="embedded")
         found = load_json(project.metrics("pruned", "perplexity/embedded"))["perplexity"]
         assert wd.perplexity(model, pair.text, **pair.words) == found
 

@@ -17,15 +17,15 @@ from test_stages import fetch
 from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd
-from wanda_dvc.catalog import STRUCTURES
+from wanda_dvc.catalog import STRUCTURES, methods
 from wanda_dvc.engine.blocks import find_block_units
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.config import read_config
 from wanda_dvc.engine.harness import load_task
-from wanda_dvc.engine.smaller import Removal, Smaller, find_units, smaller_parameters, write_smaller
+from wanda_dvc.engine.smaller import Removal, Smaller, block_lists, find_units, smaller_parameters, write_smaller
 from wanda_dvc.engine.structure import build_empty, find_blocks
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.blocks import influence
+from wanda_dvc.pruning.blocks import choose_blocks, influence
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.pruning.units import Units, cheapest, highest, least_squares, spread, stay_of, summed
 from wanda_dvc.stages.apply import _write_smaller, apply
@@ -148,8 +148,8 @@ def test_rows_that_keep_different_inputs_are_no_units():
 # --- families ---
 
 
-def removal_of(folder: Path, pattern: str = "neurons") -> Removal:
-    return find_units(Checkpoint(folder), STRUCTURES[pattern], Fraction(SHARES[pattern]))
+def removal_of(folder: Path, pattern: str = "neurons", share: str = "") -> Removal:
+    return find_units(Checkpoint(folder), STRUCTURES[pattern], Fraction(share or SHARES[pattern]))
 
 
 @pytest.mark.parametrize(("pattern", "family"), CASES)
@@ -226,9 +226,28 @@ def test_wider_heads_instead_of_fewer_are_no_smaller_model(tmp_path: Path):
     assert smaller_parameters(config, STRUCTURES["blocks"], Fraction(1, 2), every)
 
 
+def test_a_list_of_block_indices_is_no_list_with_an_entry_for_each_block():
+    """As `moe_layers` of Llama 4, where all blocks are mixtures."""
+    text: Any = SimpleNamespace(to_dict=lambda: {"moe_layers": [0, 1, 2], "layer_types": ["a", "b", "a"]})
+    assert block_lists(text, 3) == {"layer_types": ["a", "b", "a"]}
+
+
 def test_a_model_with_one_key_and_value_head_keeps_it(tmp_path: Path):
     with pytest.raises(UserError, match="num_key_value_heads is 1, expected one number for all blocks, 2 or more"):
         removal_of(save("llama", tmp_path / "model", num_key_value_heads=1), "heads")
+
+
+def test_a_share_without_a_configuration_is_refused_before_any_work(tmp_path: Path):
+    """Llama requires that the heads divide the width; `mask` and `apply` wrote a model that did not load."""
+    folder = save("llama", tmp_path / "model", hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
+    said = "sparsity: got 0.25, with .* num_key_value_heads 3, num_attention_heads 6.*expected 0.5, 0.75$"
+    with pytest.raises(UserError, match=said):
+        removal_of(folder, "heads", "0.25")
+    assert removal_of(folder, "heads", "0.75").changes["num_attention_heads"] == 2
+    assert smaller_parameters(read_config(folder), STRUCTURES["heads"], Fraction(1, 4), 10**6) is None
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(UserError, match=said):
+        wd.mask(model, wd.calibrate(model.eval(), torch.arange(3, 67).view(2, 32)), sparsity=0.25, pattern="heads")
 
 
 def test_a_model_that_mixes_its_neurons_fails_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -290,6 +309,12 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(
     errors = load_json(made.details("pruned", "layer_error"))["linears"]
     if plan.weights_come_from == "gram":
         assert all(one["error"] <= one["masked"] * (1 + 1e-6) for one in errors.values())
+        assert {name.rpartition(".")[2] for name, one in errors.items() if one["error"]} == {"down_proj"}
+    said = (made.model("pruned") / "README.md").read_text(encoding="utf-8")
+    assert "| allocation |" not in said
+    assert ("Hassibi" in said) == bool(plan.method.units)
+    assert (f"chosen by {plan.method.title}" in said) == (not plan.method.units)
+    assert ("linears that read removed units were solved for" in said) == (plan.solves and not plan.trains)
     model = AutoModelForCausalLM.from_pretrained(made.model("pruned")).eval()
     with torch.no_grad():
         assert model(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
@@ -376,6 +401,9 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: An
     assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] == 0.25
     gone = min(range(4), key=scores.__getitem__)
     assert f"| removed blocks, counted from 0 | {gone} |" in (made.model("pruned") / "README.md").read_text("utf-8")
+    nan = [read_stats(made.stats, block)._replace(influence=torch.tensor([torch.nan, 1])) for block in range(4)]
+    with pytest.raises(UserError, match="block 0: a score that is not finite"):
+        choose_blocks(dense.weight, nan, 3, method=methods()["influence"])
     # As a model in memory computes it: hidden states before and after each block.
     model = AutoModelForCausalLM.from_pretrained(made.model("dense")).eval()
     windows = calibration_windows(made)
@@ -504,6 +532,46 @@ def test_a_model_in_memory_gets_smaller_in_place(family: str, pattern: str, refi
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
         assert torch.equal(again(input_ids=tokens).logits, found)
+
+
+def test_masks_of_another_pattern_change_nothing(tmp_path: Path):
+    """`prune` returned the masks' sparsity, and no weight had gone."""
+    model = AutoModelForCausalLM.from_pretrained(save("mixtral", tmp_path / "model")).eval()
+    stats = wd.calibrate(model, torch.arange(3, 131).view(2, 64), statistics="gram")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for made in ("unstructured", *STRUCTURES):
+        keep = wd.mask(model, stats, recipe="magnitude", sparsity=0.5, pattern=made)
+        for other in STRUCTURES.keys() - {made}:
+            with pytest.raises(UserError, match=r"keep: .*(the mask of|masks keep)"):
+                wd.prune(model, keep, pattern=other)
+            with pytest.raises(UserError, match=r"keep: .*(the mask of|masks keep)"):
+                wd.reconstruct(model, keep, stats, pattern=other)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "family"), [("neurons", "llama"), ("heads", "phi3"), ("blocks", "llama"), ("experts", "mixtral")]
+)
+def test_a_smaller_model_in_memory_is_the_one_that_loads(pattern: str, family: str, tmp_path: Path):
+    """Also for what transformers keeps beside the weights: hooks, the choice of attention, numbers for losses."""
+    model = AutoModelForCausalLM.from_pretrained(save(family, tmp_path / "model")).eval()
+    tokens = torch.arange(3, 67).view(2, 32)
+    wanted = {"output_hidden_states": True, "output_attentions": True, "labels": tokens}
+    wanted |= {"output_router_logits": True} if pattern == "experts" else {}
+    model.set_attn_implementation("eager")
+    model(input_ids=tokens, **wanted)  # transformers installs its hooks
+    keep = wd.mask(model, wd.calibrate(model, tokens), sparsity=0.5, pattern=pattern)
+    wd.prune(model, keep, pattern=pattern)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager").eval()
+    found, loaded = model(input_ids=tokens, **wanted), again(input_ids=tokens, **wanted)
+    assert found.loss == loaded.loss
+    for name in ("hidden_states", "attentions"):
+        assert len(found[name]) == len(loaded[name]) > 0
+        assert all(torch.equal(*both) for both in zip(found[name], loaded[name], strict=True))
+    model.set_attn_implementation("sdpa")
+    used = {x.config._attn_implementation for x in model.modules() if hasattr(x, "config")}
+    assert used == {"sdpa"}
 
 
 def test_masks_that_keep_different_numbers_of_neurons_change_nothing(tmp_path: Path):

@@ -404,8 +404,7 @@ class Reconstruction:
     name: str  # as params.yaml writes it
     about: str
     # `module:function`: (weight [out, in], keep, Prepared[, the Gram matrix of its output's gradients]) → Solved; None:
-    # kept weights do not change. Where complete inputs go, `reconstruct` takes
-    # `pruning.units:least_squares` instead.
+    # kept weights do not change.
     function: str | None
     kept: str  # a model card's words on kept weights, and on weights outside linears
     by_gradients: bool = False  # whether it receives the Gram matrices of gradients
@@ -460,6 +459,14 @@ RECONSTRUCTIONS = {
         ),
     )
 }
+# Where complete inputs go, one solution is the best for all outputs, so all solvers become this one.
+SOLVED_UNITS = Reconstruction(
+    name="least-squares",
+    about="least squares: the output of each linear that reads removed units closest to the dense output",
+    function="wanda_dvc.pruning.units:least_squares",
+    kept="The linears that read removed units were solved for, so that their output on the calibration text comes near "
+    "the dense one; nothing was trained. Embeddings, norms and output head are the dense model's, bit for bit.",
+)
 
 
 # --- recipes ---

@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Prune language models with Wanda: calibrate once; prune, compare and ship as often as you like.\n\n"
+    help="Prune language models with Wanda: calibrate once, then prune, compare and ship.\n\n"
     "`dvc repro` and `dvc exp run -S sparsity=0.7` run the stages. You can run each by hand too.",
     epilog="Exit codes: 0: success; 1: a bug in wanda-dvc; 2: an error that you can fix, as the message explains; "
     "128 + n: stopped by signal n.",
@@ -30,10 +30,10 @@ STAGE_PANEL, RESULT_PANEL, STUDY_PANEL = "Stages, in the order of the pipeline",
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Text = Annotated[
-    str | None, typer.Argument(metavar="TEXT", help="A text of `perplexity.texts`; by default each of them.")
+    str | None, typer.Argument(metavar="TEXT", help="For perplexity: one of `perplexity.texts`; by default all.")
 ]
 Version = Annotated[
-    int | None, typer.Option("--version", help="Fail if this wanda-dvc computes another version of the stage.")
+    int | None, typer.Option("--version", help="For dvc.yaml: fail if this wanda-dvc has another version of the stage.")
 ]
 
 
@@ -46,7 +46,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def main(
     directory: Annotated[
-        Path | None, typer.Option("--directory", "-C", help="The project; by default the one that holds this folder.")
+        Path | None, typer.Option("--directory", "-C", help="The study; by default the one that holds this folder.")
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     _version: Annotated[
@@ -332,7 +332,7 @@ def export(
 @app.command(rich_help_panel=STUDY_PANEL)
 def cost(  # noqa: PLR0913, PLR0917 - the options of the command
     config: Annotated[
-        Path | None, typer.Argument(help="A config.json or a directory with one; by default the project's model.")
+        Path | None, typer.Argument(help="A config.json or a directory with one; by default the study's model.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Instead of params.yaml's.", autocompletion=completion.dtypes)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from wanda_dvc.catalog import Structure
     from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.engine.loaded import Loaded
+    from wanda_dvc.engine.smaller import Removal
     from wanda_dvc.plan import Plan
     from wanda_dvc.pruning.gram import Gram
     from wanda_dvc.pruning.statistics import BlockStats
@@ -46,8 +47,8 @@ class Stats:
             access; `.matrix()` is XᵀX, float32 [in, in].
         windows: The number of windows.
         length: Their tokens each.
-        statistics: `norms`, `gram` or `fisher`. With `fisher`, `blocks[0].fisher` has Σ (∂ℓ/∂y)² of each output of each
-            linear, float64 [out].
+        statistics: `norms`, `gram` or `fisher`. With `fisher`, `blocks[0].fisher` has Σ ‖x‖² (∂ℓ/∂y)² of each output of
+            each linear, float64 [out].
         dtype: The dtype in which the model ran.
         weights: A checksum of each tensor of the model, to detect another model.
         fisher_grams: The Gram matrices of the gradients by each linear's outputs, by block and linear, like `grams`;
@@ -242,7 +243,7 @@ def prune(
         The measured sparsity: the fraction of the weights of these linears that are zero or removed now.
 
     Raises:
-        UserError: A mask of no weight of this model, or of another shape or dtype.
+        UserError: A mask of no weight of this model, of another shape or dtype, or of another pattern's units.
 
     Example:
         >>> wd.prune(model, wd.mask(model, stats, sparsity=0.5))
@@ -253,7 +254,7 @@ def prune(
     source = _source(model)
     weights = _targets(source, keep)
     if (structure := _structure(pattern)) is not None:
-        _shrink(source, keep, structure)
+        _shrink(source, *_removed(source, keep, structure))
         kept = sum(int(keep[name].sum()) for name in weights)
         return 1 - kept / sum(weight.numel() for weight in weights.values())
     zeros = 0
@@ -317,6 +318,7 @@ def reconstruct(
         )
     source = _measured(model, stats)
     targets = _targets(source, keep)
+    removed = _removed(source, keep, structure) if structure else None
     made: dict[str, Tensor] = {}
     found: dict[str, dict[str, float]] = {}
     gradients: Iterable[Mapping[str, Gram]] = stats.fisher_grams or itertools.repeat({})
@@ -337,8 +339,8 @@ def reconstruct(
             made[name] = pruned.weight.cpu()
             if pruned.error is not None and pruned.masked is not None:
                 found[name] = {"error": pruned.error, "masked": pruned.masked} | pruned.solved
-    if structure:
-        _shrink(source, keep, structure, made)
+    if removed:
+        _shrink(source, *removed, made)
         return found
     with torch.no_grad():
         for name, weight in made.items():
@@ -367,7 +369,7 @@ def perplexity(
 
     Example:
         >>> wd.perplexity(model, tokens)
-        14.01
+        15.6137
     """
     from wanda_dvc.engine.losses import from_losses, unmeasured, window_losses
     from wanda_dvc.engine.rows import as_rows
@@ -556,29 +558,53 @@ def _structure(pattern: str) -> "Structure | None":
     return STRUCTURES.get(pattern)
 
 
-def _shrink(
-    source: "Loaded",
-    keep: "Mapping[str, Tensor]",
-    structure: "Structure",
-    values: "Mapping[str, Tensor] | None" = None,
-) -> None:
-    """Remove the units without a kept weight from a model in place; some linears get other values first."""
-    from wanda_dvc.engine.checkpoint import Address
-    from wanda_dvc.engine.smaller import Smaller, shrink
+def _removed(
+    source: "Loaded", keep: "Mapping[str, Tensor]", structure: "Structure"
+) -> "tuple[Removal, dict[str, Tensor]]":
+    """Return the units without a kept weight, and those that stay. UserError if masks do not say so of each unit."""
+    from wanda_dvc.engine.smaller import check_builds
     from wanda_dvc.stages.mask import removal_of
 
-    removal, values = removal_of(source, structure, Fraction(0)), values or {}
+    devices = {str(linear.weight.device) for linear in source.linears.values()}
+    if len(devices) > 1:
+        raise UserError(
+            f"model: got blocks on {', '.join(sorted(devices))}, expected one device to remove {structure.units}; load "
+            "the model on one, or run the pipeline"
+        )
+    removal, keep = removal_of(source, structure, Fraction(0)), {name: mask.cpu() for name, mask in keep.items()}
     assert removal
     if missing := [reader for reader in removal.readers if reader not in keep]:
         raise UserError(f"keep: no mask of {missing[0]}, expected those of all linears; call mask(model, stats)")
     stays = removal.stays(keep)
+    with _arguments():
+        removal = removal.fitted(stays)
+        check_builds(source, removal)
+    if wrong := [name for name, mask in keep.items() if not mask.equal(removal.mask(name, mask, stays))]:
+        raise UserError(
+            f"keep: the mask of {wrong[0]} removes other weights than those of complete {structure.units}; pass the "
+            "pattern of the masks"
+        )
+    return removal, stays
+
+
+def _shrink(
+    source: "Loaded",
+    removal: "Removal",
+    stays: "Mapping[str, Tensor]",
+    values: "Mapping[str, Tensor] | None" = None,
+) -> None:
+    """Remove units from a model in place; some linears get other values first."""
+    from wanda_dvc.engine.checkpoint import Address
+    from wanda_dvc.engine.smaller import Smaller, shrink
+
+    values = values or {}
 
     def read(address: Address) -> "Tensor":
         given = values.get(address.linear)
         return source.read(address) if given is None else given
 
     with _arguments():
-        shrink(source.model, Smaller(source, removal.fitted(stays), stays, read))
+        shrink(source.model, Smaller(source, removal, stays, read))
 
 
 def _windows(tokens: 'Int[Tensor, "windows length"]', source: "Loaded") -> 'Int[Tensor, "windows length"]':

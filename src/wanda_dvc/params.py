@@ -31,6 +31,7 @@ from wanda_dvc.catalog import (
     TEXTS,
     Dtype,
     Package,
+    Reconstruction,
     methods,
 )
 from wanda_dvc.errors import UserError
@@ -256,13 +257,22 @@ class Params(_Section):
     @property
     def filled(self) -> "Params":
         """Return the settings with nulls replaced by their values; a method need not be installed."""
-        choices, _ = fill(self.recipe, {name: getattr(self, name) for name in CHOICES}, self.pattern)
+        choices = self._choices
         strength = self.allocation_strength or ALLOCATIONS[choices["allocation"]].strength(self.share)
         update: dict[str, Any] = {**choices, "allocation_strength": strength, "sparsity": float(self.share)}
         texts = {name: text.filled for name, text in self.perplexity.texts.items()}
         update["calibration"] = self.calibration.model_copy(update={"text": self.calibration.text.filled})
         update["perplexity"] = self.perplexity.model_copy(update={"texts": texts})
         return self.model_copy(update=update)
+
+    @property
+    def chosen_reconstruction(self) -> Reconstruction:
+        """The rule for the weights that stay; unlike `plan`, it needs no installed method."""
+        return RECONSTRUCTIONS[self._choices["reconstruction"]]
+
+    @property
+    def _choices(self) -> dict[str, str]:
+        return fill(self.recipe, {name: getattr(self, name) for name in CHOICES}, self.pattern)[0]
 
     @property
     def items(self) -> int | None:

@@ -30,6 +30,7 @@ class BlockRemoval(Removal):
 
     stay: int
     lists: Mapping[str, list[Any]]  # the configuration's lists with an entry for each block
+    close = 1e-3  # the same weights run: a block that depends on the number of blocks differs a little
 
     @property
     def by_block(self) -> bool:
@@ -75,6 +76,10 @@ class BlockRemoval(Removal):
             if linear in keeps:
                 found[name] = found.get(name, torch.zeros(1, dtype=torch.bool)) | keeps[linear].any()
         return found
+
+    def mask(self, linear: str, keep: Tensor, stays: Stays) -> Tensor:
+        """Return the mask of a linear, shaped as `keep`, that removes these blocks and nothing else."""
+        return torch.full_like(keep, bool(stays[self.readers[linear]]))
 
     def order(self, count: int) -> list[int]:
         """Return the blocks that stay, of `count` blocks."""

@@ -73,6 +73,11 @@ class ExpertRemoval(Removal):
             return None
         return f"{CHOSEN} is {self.chosen}, expected at most the {left} experts that stay; set a lower sparsity"
 
+    def mask(self, linear: str, keep: Tensor, stays: Stays) -> Tensor:
+        """Return the mask of a linear, shaped as `keep`, that removes these experts and nothing else."""
+        expert = self.expert_of.get(linear)
+        return torch.full_like(keep, expert is None or bool(stays[self.readers[linear]][expert]))
+
     @cached_property
     def mixtures(self) -> Mapping[str, Mixture]:
         """The linears of each expert, by set."""
@@ -119,7 +124,7 @@ def find_experts(source: Source, structure: Structure, share: Fraction) -> Exper
         stay = min(number, groups * max(1, round(number * (1 - share) / groups)))
         removal = replace(found.with_stay(stay), groups=groups)
         if removal.too_few:
-            raise refused(structure, source, removal.too_few)
+            raise UserError(f"sparsity: {removal.too_few}")
         probed = removal if stay < number else removal.with_stay(number - groups)
         wrong = probe(source, probed, _last_of_each_group(probed))
         if not wrong:

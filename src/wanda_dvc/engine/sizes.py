@@ -284,9 +284,12 @@ def writing(linears: Linears, *, gram: bool = False, by_gradients: bool = False)
     return Memory(selection=9 * linear + solving + more)
 
 
-def probing(model: Sizes) -> Memory:
-    """Return the memory of the probe of a smaller model: a model in float32 with one block."""
-    return Memory(selection=4 * (model.rest + model.block))
+def probing(model: Sizes, *, copies: bool) -> Memory:
+    """Return the memory of the probe of a smaller model: a model in float32 with one block.
+
+    `copies`: and a copy of the weights that read the units, at most a third of the block.
+    """
+    return Memory(selection=4 * (model.rest + model.block + copies * model.block // 3))
 
 
 def propagating(walk: Memory, chosen: Memory, plan: "Plan", *, model: Sizes, dtype: str) -> Memory:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from transformers.utils import output_capturing
 
 from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, Source
@@ -36,6 +37,8 @@ from wanda_dvc.reading import DTYPES, Entry
 TRIAL = 8  # the width of a trial for a field that the configuration leaves open
 TOKENS = 32  # of the probe
 CLOSE = 1e-2  # allowed difference in the probe, relative to the effect of the removed units
+MOST_TRIALS = 256  # units for which all shares are tried
+CAPTURES = "_output_capturing_hooks_installed"  # where transformers notes its hooks
 Stays = Mapping[str, Bool[Tensor, " units"]]  # the units that stay, by set
 Dims = dict[tuple[Address, int], tuple[str, int]]  # by stored tensor and dimension: the set, and places of a unit
 
@@ -68,6 +71,7 @@ class Removal:
     numbers: dict[str, int]  # the configuration's fields with the numbers of units, before the removal
     field_of: dict[str, str]  # by set
     others: Mapping[str, int]  # the fields that `_companions` changes, before the removal
+    close = CLOSE
 
     @property
     def fields(self) -> dict[str, tuple[int, int]]:
@@ -87,7 +91,7 @@ class Removal:
                 )
         return replace(self, sets=sets)
 
-    @property
+    @cached_property
     def units(self) -> dict[str, Units]:
         """The units that go, by the linear that reads them."""
         return {linear: self.sets[name] for linear, name in self.readers.items()}
@@ -166,6 +170,10 @@ class Removal:
         stays = self.stays(keeps)
         return {linear: self._without(linear, keep, stays) for linear, keep in keeps.items()}
 
+    def mask(self, linear: str, keep: Tensor, stays: Stays) -> Tensor:
+        """Return the mask of a linear, shaped as `keep`, that removes these units and nothing else."""
+        return self._without(linear, torch.ones_like(keep), stays)
+
     def _without(self, linear: str, keep: Tensor, stays: Stays) -> Tensor:
         for cut in self.by_linear.get(linear, ()):
             if cut.units in stays:
@@ -187,10 +195,13 @@ class Removal:
 
     def masked(self, model: Decoder, block: int, stays: Stays) -> AbstractContextManager[object]:
         """Zero the inputs of units that go in a loaded block, until it is unloaded."""
+        own = set()  # experts share a parameter, which is copied once
         for name, linear in model.linears(block).items():
             if name in self.readers:
                 along = self.along(cut := self.cut_of(name), stays)
-                set_parameter(linear.module, linear.leaf, linear.module.get_parameter(linear.leaf).clone())
+                if (linear.module, linear.leaf) not in own:
+                    own.add((linear.module, linear.leaf))
+                    set_parameter(linear.module, linear.leaf, linear.module.get_parameter(linear.leaf).clone())
                 linear.weight.mul_(along[:, None] if cut.dim == 0 else along)
         return nullcontext()
 
@@ -342,9 +353,7 @@ def shrink(model: Any, smaller: Smaller) -> None:
     The smaller version's source is the model itself. Weights that stay complete are not copied. Hooks on the old blocks
     are lost. Memory: the smaller copies of all cut tensors, until all blocks are ready.
     """
-    config = smaller.config
-    config._attn_implementation = model.config._attn_implementation
-    new = build_empty(config, smaller.config_name, model.dtype)
+    new = build_empty(smaller.config, smaller.config_name, model.dtype)
     weights = Weights(new, smaller, device=model.get_input_embeddings().weight.device)
     where, blocks = find_blocks(model)
     old = [blocks[index] for index in smaller.removal.order(len(blocks))]
@@ -356,8 +365,28 @@ def shrink(model: Any, smaller: Smaller) -> None:
         block.train(model.training)
     parent, _, leaf = where.rpartition(".")
     model.get_submodule(parent)._modules[leaf] = nn.ModuleList(weights.blocks)
+    text = model.config.get_text_config()
     for field, value in smaller.removal.changes.items():
-        setattr(model.config.get_text_config(), field, value)
+        setattr(text, field, value)
+    configs = {id(new.config): model.config, id(new.config.get_text_config()): text}
+    for module in model.modules():
+        if (config := configs.get(id(getattr(module, "config", None)))) is not None:  # to follow later changes of it
+            module.config = config
+        if getattr(module, CAPTURES, False):  # the new blocks need the hooks too
+            _forget_captures(module)
+    for name, module in new.named_modules():  # such as the number of experts, for the loss of routers
+        if not f"{name}.".startswith(f"{where}."):
+            numbers = {key: value for key, value in vars(module).items() if type(value) is int}
+            vars(model.get_submodule(name)).update(numbers)
+
+
+def _forget_captures(model: nn.Module) -> None:
+    """Remove the hooks by which transformers returns hidden states and attentions; its next call installs them."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == output_capturing.__name__:
+                del module._forward_hooks[key]
+    delattr(model, CAPTURES)
 
 
 # --- configurations ---
@@ -395,7 +424,7 @@ def smaller_parameters(config: Any, structure: Structure, share: Fraction, param
         return None
     try:
         model = build_empty(changed(config, changes), f"the configuration with {changes}")
-    except UserError:
+    except Exception:  # each model's configuration raises exceptions of its own choice
         return None
     left = sum(parameter.numel() for parameter in model.parameters())
     removes = any(getattr(text, field) != changes[field] for field in structure.fields if field in changes)
@@ -407,7 +436,7 @@ def block_lists(text: Any, blocks: int) -> dict[str, list[Any]]:
     return {
         name: list(row)
         for name, row in text.to_dict().items()
-        if "layer" in name and isinstance(row, (list, tuple)) and len(row) == blocks
+        if "layer" in name and isinstance(row, (list, tuple)) and len(row) == blocks and row != [*range(blocks)]
     }
 
 
@@ -420,6 +449,7 @@ def find_units(source: Source, structure: Structure, share: Fraction) -> Removal
     A share that rounds to all units gives a removal without an effect.
     """
     found, dims = _found(source, structure, share)
+    check_builds(source, found)
     several = any(size > sum(found.sets[name].layout) for name, size in dims.values())
     # The places of a unit in a tensor with several of its parts: in several sections, or next to one another.
     for sections in (True, False) if several else (True,):
@@ -504,6 +534,36 @@ def _trial(source: Source, structure: Structure, fields: Mapping[str, int]) -> n
     except Exception as error:  # each model's configuration raises exceptions of its own choice
         raise refused(structure, source, f"transformers builds no model with {text} ({reason(error)})") from error
     return model
+
+
+def check_builds(source: Source, removal: Removal) -> None:
+    """Raise UserError if transformers builds no model with the removal's configuration, and name the shares that fit.
+
+    Some configurations require a width that is a multiple of the number of heads.
+    """
+    try:
+        _trial(source, removal.structure, removal.changes)
+    except UserError:
+        total = next(iter(removal.sets.values())).total
+        fit = [stay for stay in range(1, total) if total <= MOST_TRIALS and _is_valid(source, removal, stay)]
+        if not fit:
+            raise
+        expected = ", ".join(f"{1 - stay / total:.4g}" for stay in reversed(fit))
+        changes = ", ".join(f"{name} {value}" for name, value in removal.changes.items())
+        raise UserError(
+            f"sparsity: got {removal.share:.4g}, with which {source.config_name} would have {changes}, and "
+            f"transformers builds no such model; expected {expected}"
+        ) from None
+
+
+def _is_valid(source: Source, removal: Removal, stay: int) -> bool:
+    """Whether a configuration accepts another number of units that stay."""
+    sets = {name: units._replace(stay=stay) for name, units in removal.sets.items()}
+    try:
+        changed(source.config, replace(removal, sets=sets).changes)
+    except Exception:  # each model's configuration raises exceptions of its own choice
+        return False
+    return True
 
 
 class _Dim(NamedTuple):
@@ -614,7 +674,7 @@ def probe(source: Source, removal: Removal, stays: Stays) -> str:
                 found = small.run(block, one.input, row)
             sizes = (float(torch.linalg.vector_norm(x)) for x in (found - one.masked, one.masked - one.full, one.full))
             off, effect, size = sizes
-            if not off <= CLOSE * max(effect, 1e-4 * size):
+            if not off <= removal.close * max(effect, 1e-4 * size):
                 return f"its block {block} computes something else without them ({off:.2g})"
     except (UserError, RuntimeError, ValueError, IndexError) as error:
         return f"a smaller model does not run ({' '.join(str(error).split())[:200]})"

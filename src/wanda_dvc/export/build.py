@@ -128,7 +128,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
         raise UserError(f"{experiment}: no params.yaml, expected an experiment of this study")
     revision.copy_all(LOCK, study)
     take("masks", "its masks are")
-    made, reconstruction = read_provenance(study.masks, "mask"), Ran.of(study).params.plan.reconstruction.name
+    made, reconstruction = read_provenance(study.masks, "mask"), Ran.of(study).params.chosen_reconstruction.name
     source = values_from(made, reconstruction)
     parts = {"weights": ["weights"], "gram": ["stats/gram"]}.get(source or "", [])
     if source == "gram" and reads_gradients(made, reconstruction):

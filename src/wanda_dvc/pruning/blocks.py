@@ -1,5 +1,6 @@
 """The choice of the blocks that stay: a score of each block, and the highest scores."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -45,4 +46,7 @@ def choose_blocks(
             weight = oriented(weights(name), name in block.transposed).float()
             total += float(score(weight, block.inputs[source]).sum(dtype=torch.float64))
         scores.append(total)
+    for index, found in enumerate(scores):
+        if not math.isfinite(found):
+            raise UserError(f"block {index}: a score that is not finite; its weights or activations overflow")
     return highest(torch.tensor(scores, dtype=torch.float64), stay)

@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wanda_dvc.catalog import STRUCTURES, Method, Reconstruction
+from wanda_dvc.catalog import SOLVED_UNITS, STRUCTURES, Method, Reconstruction
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.pruning.selection import keep_by_share, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
-from wanda_dvc.pruning.units import Units, highest, least_squares, spread, summed
+from wanda_dvc.pruning.units import Units, highest, spread, summed
 
 # Rows are scored in slices of about so many weights, which bounds memory. Smaller ones are slower: the threads wait for
 # the interpreter.
@@ -225,7 +225,7 @@ def reconstruct(  # noqa: PLR0913 - the linear, its statistics, and how it is st
     With `of_inputs` the mask removes complete inputs. Then least squares has one solution that is the best for all
     outputs: gradients cancel, and SparseGPT's sweep is its approximation.
     """
-    solve: Callable[..., Solved] = least_squares if of_inputs else function_of(reconstruction.function or "")
+    solve = function_of((SOLVED_UNITS if of_inputs else reconstruction).function or "")
     device, uses = prepared.gram.device, reconstruction.by_gradients and not of_inputs
     there = (oriented(x, transposed).to(device) for x in (weight, keep))
     further = [gradients.matrix().to(device) if gradients else None] if uses else []
@@ -237,7 +237,7 @@ class Pruned(NamedTuple):
     """One linear of a pruned model, as its weight is stored."""
 
     weight: Tensor  # zero off the mask
-    error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix
+    error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix, or any row
     masked: float | None  # likewise, without a reconstruction
     solved: dict[str, float]  # solver diagnostics; {} without a solver
 
@@ -256,7 +256,7 @@ def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is s
     """Return one linear on its mask, and its layer errors.
 
     The kept weights get `values`, or `reconstruction` solves for them where the input has a Gram matrix; else they do
-    not change. `of_inputs` as in `reconstruct`.
+    not change. `of_inputs` as in `reconstruct`; then the errors are of the rows that stay, as nothing reads the others.
     """
     if prepared is None:
         return Pruned(masked(weight if values is None else values, keep), None, None, {})
@@ -278,9 +278,15 @@ def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is s
         )
         different.append(masked(one.weight, kept))
         solved = one.diagnostics
+    made = different[-1].to(weight.device)
     dense, *pruned = (oriented(w, transposed).float() for w in (there, *different))
+    if of_inputs:
+        rows = oriented(kept, transposed).any(dim=1)
+        if not rows.any():
+            return Pruned(made, None, None, solved)
+        dense, pruned = dense[rows], [one[rows] for one in pruned]
     errors = layer_errors(dense, pruned, prepared.gram, prepared.dead)
-    return Pruned(different[-1].to(weight.device), errors[-1], errors[0], solved)
+    return Pruned(made, errors[-1], errors[0], solved)
 
 
 def masked(weight: Tensor, keep: Tensor) -> Tensor:

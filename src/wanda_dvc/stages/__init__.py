@@ -137,7 +137,7 @@ STAGES = {
         ),
         Stage(
             name="apply",
-            version=7,
+            version=8,
             about="Write the pruned model: models/pruned.",
             result="metrics/details/pruned/layer_error.json",  # models/pruned is not cached
             settings=("recipe", "reconstruction"),

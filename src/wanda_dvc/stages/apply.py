@@ -85,7 +85,7 @@ def apply(*, project: Project) -> None:
 
 def describe_pruned(study: Project) -> Json:
     """Return the provenance of a study's pruned model. UserError if its parts do not match."""
-    reconstruction = study.params.plan.reconstruction.name
+    reconstruction = study.params.chosen_reconstruction.name
     dense, made = read_input(study, study.model("dense"), "download model"), read_provenance(study.masks, "mask")
     if made["model"]["sha256"] != dense["sha256"]:
         raise UserError(
@@ -213,7 +213,7 @@ class Written(NamedTuple):
 
 def prune(study: Project, target: Path) -> Written:
     """Write a study's pruned checkpoint, model card and provenance into an empty folder; return all measures."""
-    made_from, parts = describe_pruned(study), Parts(study, study.params.plan.reconstruction.name)
+    made_from, parts = describe_pruned(study), Parts(study, study.params.chosen_reconstruction.name)
     checkpoint, blocks = parts.checkpoint, parts.blocks
     found: dict[str, Zeros] = {}
 

@@ -208,7 +208,7 @@ def _mask(on: Known) -> Need:
 def _with_probe(on: Known, memory: Memory) -> Memory:
     """Return the larger need of a stage and of the probe that it begins with, for a pattern of units."""
     structure = on.params.plan.structure
-    return memory if structure is None else either(memory, probing(on.model))
+    return memory if structure is None else either(memory, probing(on.model, copies=not structure.method))
 
 
 def kept_bytes(on: Known) -> int:

@@ -4,7 +4,15 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from wanda_dvc.catalog import ALLOCATIONS, GROUPS, HUB_ID, STRUCTURES, methods
+from wanda_dvc.catalog import (
+    ALLOCATIONS,
+    GROUPS,
+    HUB_ID,
+    SOLVED_UNITS,
+    STRUCTURES,
+    Reconstruction,
+    methods,
+)
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.project import Project
@@ -86,8 +94,8 @@ def card(  # noqa: PLR0913 - the parts of a model card
         metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value),
         source=inline(dense["source"]),
         what=what_was_pruned(pattern, sparsity, removed),
-        method=_cited(masks["params"]["method"]),
-        kept=study.params.plan.reconstruction.kept,
+        method=_cited(masks["params"]["method"], of_units=pattern in STRUCTURES),
+        kept=_reconstruction(study, pattern).kept,
         sections="".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items()),
     )
 
@@ -107,9 +115,17 @@ def table(headers: list[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _cited(name: str) -> str:
+def _reconstruction(study: Project, pattern: str) -> Reconstruction:
+    """Return what gave the weights that stay their values."""
+    chosen = study.params.chosen_reconstruction
+    return SOLVED_UNITS if pattern in STRUCTURES and chosen.function and not chosen.trains else chosen
+
+
+def _cited(name: str, *, of_units: bool) -> str:
     """Return the title of a method, with its paper; for a method of a missing package, only the name."""
     method = methods().get(name)
+    if method and method.units and of_units:
+        return "the rise of the layer error after the others compensate (Hassibi and Stork 1993)"
     return f"{method.title} ([{method.citation}]({method.link}))" if method else inline(name)
 
 
@@ -126,14 +142,15 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
         yield "config.json", ", ".join(f"{field} {value}" for field, value in config.items())
         if gone := _removed_blocks(study):
             yield "removed blocks, counted from 0", ", ".join(map(str, gone))
-    allocation = ALLOCATIONS[params.get("allocation", "uniform")]
-    yield "allocation", f"{code(allocation.name)}: {allocation.about}"
+    if structure is None:
+        allocation = ALLOCATIONS[params.get("allocation", "uniform")]
+        yield "allocation", f"{code(allocation.name)}: {allocation.about}"
     yield "pattern", code(params["pattern"])
     compete = f"weights are compared within {GROUPS[params['group']].about}"
     yield "group", structure.units if structure else compete if ":" not in params["pattern"] else NEIGHBOURS
     propagation = params.get("propagation", "dense")
     yield "propagation", f"{code(propagation)}: {PROPAGATION[propagation]}"
-    reconstruction = study.params.plan.reconstruction
+    reconstruction = _reconstruction(study, params["pattern"])
     yield "weights that stay", f"{code(reconstruction.name)}: {reconstruction.about}"
     yield (
         "calibration",

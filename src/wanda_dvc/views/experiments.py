@@ -114,7 +114,7 @@ def _record(one: Experiment) -> Json:
     accuracies = [scores["acc"] for scores in answered.values() if "acc" in scores]
     return {
         "name": one.name,
-        "state": one.state.capitalize() if one.kind is Kind.EXPERIMENT else one.kind.name.lower(),
+        "state": one.state if one.kind is Kind.EXPERIMENT else one.kind.name.lower(),
         "change": dict(one.changes),
         "texts": texts,
         "accuracy": sum(accuracies) / len(accuracies) if accuracies and len(accuracies) == len(answered) else None,

@@ -252,8 +252,8 @@ def _title(project: Project) -> list[str]:
         group += f", propagation {made['propagation']}"
     if made.get("allocation", "uniform") != "uniform":
         group += f", allocation {made['allocation']}"
-    if project.params.plan.reconstruction.name != "none":
-        group += f", reconstruction {project.params.plan.reconstruction.name}"
+    if (reconstruction := project.params.chosen_reconstruction.name) != "none":
+        group += f", reconstruction {reconstruction}"
     lines = [
         f"{masks['model']['source']}: {made['method']}, sparsity {made.get('sparsity')}, "
         f"pattern {made['pattern']}{group}"
