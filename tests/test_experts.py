@@ -280,7 +280,7 @@ def test_the_lowest_scores_go_and_apply_writes_the_smaller_model(method: str | N
     made = mixture(method=method)
     said = run(made, "mask", "apply")
     assert "num_experts from 8 to 6" in said
-    assert ("method wanda of recipe wanda ignored" in said) == (method is None)
+    assert ("method wanda ignored (recipe wanda)" in said) == (method is None)
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
     assert (pruned.config.num_experts, pruned.config.shared_expert_intermediate_size) == (6, 24)
     params = read_provenance(made.masks, "mask")

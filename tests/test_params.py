@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, write_params
 from ruamel.yaml import YAML
 
-from wanda_dvc.catalog import RECIPES, STATISTICS
+from wanda_dvc.catalog import GROUPS, RECIPES, STATISTICS
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import CalibrationText, Params, Text, check_params, read_params, settings
 from wanda_dvc.plan import CHOICES
@@ -200,6 +200,9 @@ def test_a_pattern_leaves_out_what_it_excludes_and_says_so(recipe: str):
     assert (plan.group, plan.allocation.name) == ("row", "uniform")
     assert len(plan.left_out) == (row.group != "row") + (row.allocation != "uniform")
     assert asked(recipe).plan.left_out == ()
+    for group in GROUPS:
+        given = asked(recipe, "2:4", group=group).plan
+        assert (given.group, f"group {group}" in given.left_out) == ("row", group != "row")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -384,8 +384,8 @@ ALLOCATIONS = {
         Allocation(
             # Fisher information of outputs, as in K-FAC, Martens and Grosse 2015, arXiv 1503.05671
             name="fisher",
-            about="removes scores below one threshold for all linears; the score is |W| · ‖X‖₂ · the root of the "
-            "output's Fisher information",
+            about="removes scores below one threshold for all linears; the score is |W| · ‖X‖₂ · √(F / Σ‖X‖²), "
+            "with F the Fisher information of the row's weights",
             function="wanda_dvc.pruning.allocation:fisher",
             rating="wanda_dvc.pruning.ratings:fisher_rating",
             needs="fisher",

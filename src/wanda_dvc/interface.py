@@ -402,7 +402,7 @@ class Study:
 
     Example:
         >>> results = pandas.DataFrame(wd.Study("study").results())
-        >>> results.pivot_table("pruned.perplexity.embedded", "sparsity", "method")
+        >>> results.pivot_table("pruned.perplexity.embedded", "sparsity", "recipe")
     """
 
     def __init__(self, directory: str | Path = ".") -> None:

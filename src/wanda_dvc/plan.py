@@ -49,7 +49,7 @@ class Plan:
     propagation: str
     pattern: str
     share: Fraction  # of the pruned weights
-    left_out: tuple[str, ...] = ()  # choices of the recipe excluded by the pattern
+    left_out: tuple[str, ...] = ()  # choices excluded by the pattern: the recipe's, and any group
 
     @classmethod
     def of(
@@ -210,7 +210,7 @@ class Plan:
 
 
 def fill(recipe: str, given: Mapping[str, str | None], pattern: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return every choice by name, with missing choices from the recipe; and the recipe's excluded choices.
+    """Return every choice by name, with missing choices from the recipe; and the excluded choices.
 
     A pattern has its own groups and shares, so it excludes the recipe's group and allocation, and any group. Units do
     not compete by row or layer, but outputs may count by their gradients: group `fisher` stays. Experts have a score of
@@ -233,5 +233,6 @@ def fill(recipe: str, given: Mapping[str, str | None], pattern: str) -> tuple[di
         filled |= plain
     filled |= {name: value for name, value in given.items() if value is not None}
     if pattern != UNSTRUCTURED and not (by_outputs and GROUPS[filled["group"]].needs == "fisher"):
+        left_out += [f"group {group}"] if (group := given["group"]) and group != "row" else []
         filled["group"] = "row"
     return filled, tuple(left_out)

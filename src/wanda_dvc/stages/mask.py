@@ -84,8 +84,8 @@ def mask(*, project: Project) -> None:
     check_fits(project, stats.features)
     if plan.left_out:
         notice(
-            f"mask: pattern {plan.pattern} has choices of its own: {', '.join(plan.left_out)} of recipe "
-            f"{params.recipe} ignored"
+            f"mask: pattern {plan.pattern} has choices of its own: {', '.join(plan.left_out)} ignored (recipe "
+            f"{params.recipe})"
         )
     checkpoint = Checkpoint(project.model("dense"))
     removal = removal_of(checkpoint, plan.structure, plan.share)
