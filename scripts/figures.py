@@ -62,19 +62,21 @@ def others(methods: dict[str, Any]) -> list[str]:
 def other_text(row: dict[str, Any]) -> str:
     """Return the perplexity on the other text, with a mark where least squares took the place of the recipe's own."""
     substitute = row.get("other text, least-squares")
-    return f"{figure(substitute)}\N{NO-BREAK SPACE}³" if substitute is not None else figure(row["other text"])
+    return f"{figure(substitute)}\N{NO-BREAK SPACE}¹" if substitute is not None else figure(row["other text"])
 
 
 def readme(methods: dict[str, Any]) -> str:
     """Return the README's table: the recipes at three settings, on another text, on other models, and their times."""
     model, *_ = methods["models"]
+    elsewhere = distances()
     columns = ["50 %", "70 %", "2:4"]
     rows = []
     for row in methods["recipes"]:
         if row["readme"]:
             name = f"**`{row['recipe']}`**" if row.get("recommended") else f"`{row['recipe']}`"
             values = [figure(row[model][column]) for column in columns]
-            values.append(other_text(row))
+            distant = elsewhere.get(f"{row['recipe']} 50%", {}).get("texts", {}).get("embedded", {})
+            values.append(figure(distant.get("perplexity")))
             more = [figure(row[other]["50 %"]) for other in others(methods)]
             rows.append([name, *values, *more, methods["calibrate"][row["statistics"]], row["time"]])
     dense = [f"{methods['models'][other]['dense']:.2f}" for other in others(methods)]
@@ -114,7 +116,8 @@ def cases(methods: dict[str, Any]) -> str:
         settings = " ".join(f"-S {setting}" for setting in case["settings"].split())
         if (time := case.get("time")) is None:
             row = recipes[case["recipe"]]
-            time = f"{methods['calibrate'][case.get('statistics', row['statistics'])]} once, then {row['time']}"
+            took = row["time"].replace("³", "¹")
+            time = f"{methods['calibrate'][case.get('statistics', row['statistics'])]} once, then {took}"
         rows.append([case["case"], f"`dvc exp run --temp {settings}`", time])
     return table(["your case", "command", "time"], rows, left=3)
 
