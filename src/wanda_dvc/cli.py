@@ -226,7 +226,7 @@ def evaluate(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Measure other files of the study's model against the dense model, on the study's text and tasks."""
+    """Compare quantized or pruned files of the study's model with its dense model, on the study's texts and tasks."""
     from wanda_dvc.study.project import Project
 
     project = Project.find()
@@ -393,7 +393,7 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list it.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what failed runs left behind: work folders, locks' files, checkouts of killed experiments."""
+    """Remove what failed runs left behind: work folders, lock files, checkouts of killed experiments."""
     from wanda_dvc.study.project import Project
     from wanda_dvc.views.leftovers import clean as remove
 

@@ -209,7 +209,7 @@ class Params(_Section):
 
     model: str = Field(
         description="`package:NAME==VERSION` with a GGUF file, an absolute directory of safetensors, or a Hub id, "
-        "`ORG/NAME@REVISION`"
+        "`ORG/NAME[@REVISION]`"
     )
     dtype: Dtype = Field(description="dtype in which the model runs")
     calibration: Calibration

@@ -59,7 +59,7 @@ FORMATS = {
         ),
         Format(
             name="packed",
-            about="smaller: without the zeros; transformers loads it after `import wanda_dvc`",
+            about="without the zeros, so smaller; transformers loads it after `import wanda_dvc`",
             write=_write_packed,
             imports="import wanda_dvc  # pip install wanda-dvc: it registers the format\n",
         ),
