@@ -85,11 +85,6 @@ def _path(project: Project, place: str) -> Path:
 # --- files ---
 
 
-def shipped_ever() -> frozenset[str]:
-    """Return the digests of all files shipped by any version."""
-    return frozenset(json.loads((TEMPLATE / "known.json").read_text(encoding="utf-8")))
-
-
 def _brought(place: str, old: str, notes: list[str]) -> str:
     """Return the text of a file of the scaffold in this version. UserError if an edit conflicts with it."""
     new = FILES[place].read_text(encoding="utf-8")
@@ -99,7 +94,8 @@ def _brought(place: str, old: str, notes: list[str]) -> str:
         return _migrated(old, new, notes)
     if place.endswith("ignore"):
         return "\n".join([*old.splitlines(), *(line for line in new.splitlines() if line not in old.splitlines()), ""])
-    if old not in ("", new) and digest(old) not in shipped_ever():
+    shipped = json.loads((TEMPLATE / "known.json").read_text(encoding="utf-8"))  # digests of all versions' files
+    if old not in ("", new) and digest(old) not in shipped:
         merged = CONFLICT.sub(_only_comments, _merge(place, old, new))
         if conflicts := [*_conflicts(place, old, merged)]:
             raise UserError(*conflicts)
