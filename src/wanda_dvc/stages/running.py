@@ -36,28 +36,20 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def timed(project: Project, stage: Stage, part: str | None = None, text: str | None = None) -> Iterator[None]:
-    """Keep the time of a run, its machine, and its peak memory."""
-    with measured(project.params.runtime) as content:
-        yield
-    if key := stage.key(project, part, text):
-        project.times.write(stage.run_name(part, text), key, content)
+    """Keep the time of a run, its machine, and its peak memory.
 
-
-@contextlib.contextmanager
-def measured(runtime: Runtime) -> Iterator[Json]:
-    """Yield an object that receives seconds, memory, machine and device at the end.
-
-    Its seconds include the `earlier` seconds of runs with reused results, reported by the stage.
+    The seconds include the `earlier` seconds of runs with reused results, reported by the stage.
     """
     _details.clear()
-    began, content = time.perf_counter(), Json()
+    began = time.perf_counter()
     with AnonymousMemory() as memory:
-        yield content
-    content["seconds"] = round(time.perf_counter() - began + _details.pop("earlier", 0), 2)
+        yield
+    content: Json = {"seconds": round(time.perf_counter() - began + _details.pop("earlier", 0), 2)}
     if memory.peak:  # some systems do not say
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
-    content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(runtime)}
-    content |= _details
+    content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(project.params.runtime)} | _details
+    if key := stage.key(project, part, text):
+        project.times.write(stage.run_name(part, text), key, content)
 
 
 def record_details(content: Json) -> None:
