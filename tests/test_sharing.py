@@ -21,7 +21,7 @@ from wanda_dvc.sources.texts import TextSource
 from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PIPELINE
-from wanda_dvc.study.sharing import _same, cached, check_gated
+from wanda_dvc.study.sharing import cached, check_gated
 
 PRUNE = {"locate", "mask", "apply", "perplexity-pruned@embedded", "zero-shot@pruned"}
 DOWNLOADS = {"download@model", "download@calibration", "download-perplexity@embedded", "download@tasks"}
@@ -85,15 +85,6 @@ def test_a_gated_model_stops_at_the_download_before_a_file_is_fetched(tmp_path: 
     assert (fetched, list(tmp_path.glob("models*"))) == ([], [])
     run("download", project=with_outs(tmp_path, ": { cache: true }"), part="model")
     assert len(fetched) == 1
-
-
-def test_a_lock_without_a_texts_nulls_has_the_same_settings(project: Any):
-    """`-S +perplexity.texts.ptb.source=ptb` writes the source alone."""
-    params = project(perplexity__texts={"embedded": {"source": "embedded"}, "ptb": {"source": "ptb"}}).params
-    assert _same({"perplexity.texts.ptb": {"source": "ptb"}}, params)
-    assert _same({"perplexity.texts.ptb": {"source": "ptb", "split": None, "column": None}}, params)
-    assert not _same({"perplexity.texts.ptb": {"source": "ptb", "split": "train"}}, params)
-    assert not _same({"perplexity.texts.ptb": {"source": "c4"}}, params)
 
 
 def test_without_a_pipeline_nothing_is_shared(tmp_path: Path):
