@@ -415,16 +415,17 @@ def _text_conflicts(setting: str, text: Text) -> Iterator[str]:
 
 def read_params(path: Path) -> Params:
     """Read and check `params.yaml`. UserError with all its problems."""
+    text = read_text(path, "restore it from git")
+    return check_params(parse_yaml(text, path.name, "correct it, or restore it from git"))
+
+
+def parse_yaml(text: str, where: str, todo: str) -> Any:
+    """Parse YAML 1.2. UserError if it is not valid."""
     try:
-        content = YAML(typ="safe", pure=True).load(read_text(path, "restore it from git"))
-    except UserError:
-        raise
+        return YAML(typ="safe", pure=True).load(text)
     except Exception as error:  # for some texts the library raises any exception, RecursionError too
-        raise UserError(
-            f"{path.name}: not valid YAML: {yaml_problem(error) or type(error).__name__}; "
-            "correct it, or restore it from git"
-        ) from None
-    return check_params(content)
+        problem = yaml_problem(error) or type(error).__name__
+        raise UserError(f"{where}: not valid YAML: {problem}; {todo}") from None
 
 
 def check_params(content: object) -> Params:

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import CalibrationText, Params, Text
-from wanda_dvc.reading import is_there, name_of, yaml_problem
+from wanda_dvc.params import CalibrationText, Params, Text, parse_yaml
+from wanda_dvc.reading import is_there, name_of
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, read_provenance
@@ -76,17 +73,11 @@ def read_lock(root: Path) -> Json:
 
 def load_lock(text: str) -> Json:
     """Return the stages in the text of a `dvc.lock`. UserError if it is not a valid lock, as after a merge."""
-    try:
-        content = YAML(typ="safe", pure=True).load(text) or {}
-    except YAMLError as error:
-        problem = yaml_problem(error)
-    else:
-        if isinstance(content, dict) and isinstance(stages := content.get("stages") or {}, dict):
-            return stages
-        problem = f"got {name_of(content)}"
-    raise UserError(
-        f"{LOCK}: {problem}, expected what DVC writes; resolve the conflict of a merge, or restore the file from git"
-    )
+    todo = "expected what DVC writes; resolve the conflict of a merge, or restore the file from git"
+    content = parse_yaml(text, LOCK, todo) or {}
+    if isinstance(content, dict) and isinstance(stages := content.get("stages") or {}, dict):
+        return stages
+    raise UserError(f"{LOCK}: got {name_of(content)}, {todo}")
 
 
 def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:

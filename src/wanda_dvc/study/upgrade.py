@@ -14,13 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from wanda_dvc.catalog import NAMED_TEXTS, RECIPES, TEXTS
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import CalibrationText, Params, Text, settings
+from wanda_dvc.params import CalibrationText, Params, Text, parse_yaml, settings
 from wanda_dvc.plan import CHOICES
-from wanda_dvc.reading import name_of, read_text, yaml_problem
+from wanda_dvc.reading import name_of, read_text
 from wanda_dvc.study.files import Json, write_text
 from wanda_dvc.study.presets import OF_TEXTS, with_settings
 from wanda_dvc.study.project import Project
@@ -297,11 +295,7 @@ def _migrated(old: str, shipped: str, notes: list[str]) -> str:
 
 def _settings_of(text: str) -> Settings:
     """Return the settings in the text of a params.yaml. UserError if it is not valid."""
-    try:
-        content = YAML(typ="safe", pure=True).load(text)
-    except Exception as error:  # for some texts the library raises any exception, as in `read_params`
-        problem = yaml_problem(error) or type(error).__name__
-        raise UserError(f"{PARAMS}: not valid YAML: {problem}; {RESTORE}") from None
+    content = parse_yaml(text, PARAMS, RESTORE)
     if not isinstance(content, dict):
         raise UserError(f"{PARAMS}: got {name_of(content)}, expected a mapping of settings; {RESTORE}")
     return dict(flatten(content))
