@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -90,15 +90,15 @@ class Text(_Section):
         """Return the text with its source's own values in place of nulls."""
         named = TEXTS.get(self.source)
         on_hub = None if named else HUB_TEXT.fullmatch(self.source)
-        a_file = Path(self.source).is_absolute()
+        evaluated = None if Path(self.source).is_absolute() else named.evaluated if named else "test"
         return ChosenText(
             source=self.source,
             dataset=named.dataset if named else on_hub["dataset"] if on_hub else None,
             config=named.config if named else on_hub["config"] if on_hub else None,
             revision=on_hub["revision"] if on_hub else None,
-            split=self.split or (None if a_file else self._split),
+            split=self.split or evaluated,
             column=named.column if named else self.column or "text",
-            join=self._join,
+            join=named.join if named else "\n\n",
         )
 
     @property
@@ -106,16 +106,6 @@ class Text(_Section):
         """The text with nulls replaced by its source's own values."""
         chosen = self.chosen
         return self.model_copy(update={name: getattr(chosen, name) for name in type(self).model_fields})
-
-    @property
-    def _split(self) -> str:
-        named = TEXTS.get(self.source)
-        return named.evaluated if named else "test"
-
-    @property
-    def _join(self) -> str:
-        named = TEXTS.get(self.source)
-        return named.join if named else "\n\n"
 
 
 class CalibrationText(Text):
@@ -127,12 +117,11 @@ class CalibrationText(Text):
     )
 
     @property
-    def _split(self) -> str:
-        return "train"
-
-    @property
-    def _join(self) -> str:
-        return " " if self.join is None else self.join
+    def chosen(self) -> ChosenText:
+        """As `Text.chosen`, but with the calibration's own defaults of split and join."""
+        chosen = super().chosen
+        split = self.split or (None if chosen.split is None else "train")
+        return replace(chosen, split=split, join=" " if self.join is None else self.join)
 
 
 class Calibration(_Section):
