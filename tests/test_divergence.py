@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_model
@@ -158,10 +159,16 @@ def test_positions_that_go_together_do_not_matter(models: tuple[Path, Path], mon
 
 
 def test_the_interval_is_students():
-    losses, counts = [2.0, 2.5, 1.9, 2.2], [63, 63, 63, 12]
-    found, expected = mean_interval(losses, counts), perplexity_interval(losses, counts)
-    assert expected
-    assert [math.exp(found[key]) for key in ("mean", "low", "high")] == pytest.approx(list(expected[:3]), rel=1e-12)
+    losses, counts = np.array([2.0, 2.5, 1.9, 2.2]), np.array([63, 63, 63, 12])
+    share = counts / counts.sum()
+    mean = share @ losses
+    error = np.sqrt(share**2 @ (losses - mean) ** 2 * 4 / 3)
+    expected = [mean, *stats.t.interval(0.95, 3, mean, error)]
+    found = mean_interval(losses.tolist(), counts.tolist())
+    assert [found[key] for key in ("mean", "low", "high")] == pytest.approx(expected, rel=1e-12)
+    shown = perplexity_interval(losses.tolist(), counts.tolist())
+    assert shown
+    assert shown[:3] == pytest.approx(np.exp(expected), rel=1e-12)
     assert mean_interval([3.0], [5]) == {"mean": 3.0}
     plain = mean_interval([0.0, 1.0, 1.0], [1, 1, 1], within=(0, 1))
     assert plain["high"] == 1

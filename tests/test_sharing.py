@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import ROOT, save_tiny_model, write_params
@@ -11,17 +10,16 @@ from dvc.repo import Repo
 from repository import Repository as Study
 from repository import ran
 
-from wanda_dvc.catalog import NamedText
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks, Text
 from wanda_dvc.sources.hub import Repository
-from wanda_dvc.sources.models import HubModel
-from wanda_dvc.sources.tasks import Items, TasksSource
-from wanda_dvc.sources.texts import TextSource
+from wanda_dvc.sources.models import find_model
+from wanda_dvc.sources.tasks import find_tasks
+from wanda_dvc.sources.texts import find_text
 from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PIPELINE
-from wanda_dvc.study.sharing import _same, cached, check_gated
+from wanda_dvc.study.sharing import cached, check_gated
 
 PRUNE = {"locate", "mask", "apply", "perplexity-pruned@embedded", "zero-shot@pruned"}
 DOWNLOADS = {"download@model", "download@calibration", "download-perplexity@embedded", "download@tasks"}
@@ -57,43 +55,31 @@ GATED = Repository("dataset", "org/gated", "c" * 40, ("model.safetensors",), "wh
 OPEN = Repository("dataset", "org/open", "c" * 40, (), "where")
 
 
-def test_every_source_tells_what_is_gated():
-    text: dict[str, Any] = {"wanted": Text(source="org/gated").chosen, "where": "x", "title": "x"}
-    named = NamedText("org/gated", None, "text")
-    assert HubModel(GATED).gated == TextSource(**text, dataset=named, place=GATED).gated == ("org/gated",)
-    assert HubModel(OPEN).gated == TextSource(**text, dataset=named, place=Path("x")).gated == ()
-    tasks = Tasks(source="benchmark", names=["a", "b", "c"])
-    rows: dict[str, Any] = {
-        "role": "test",
-        "split": "test",
-        "dataset": "x",
-        "config": None,
-        "definition": "x",
-        "options": {},
-    }
-    items = dict(zip("abc", (Items(**rows, origin=origin) for origin in (GATED, OPEN, GATED)), strict=True))
-    assert TasksSource(tasks, items).gated == ("org/gated",)
+def test_every_source_tells_what_is_gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text, file = Text(source="org/gated").chosen, tmp_path / "a.txt"
+    file.write_text("a text", encoding="utf-8")
+    for origin, expected in ((GATED, ("org/gated",)), (OPEN, ())):
+        for part in ("models", "texts"):
+            monkeypatch.setattr(f"wanda_dvc.sources.{part}.resolve", lambda *_, origin=origin: origin)
+        assert find_model("org/gated").gated == find_text("calibration.text", text, None).gated == expected
+    assert find_text("calibration.text", Text(source=str(file)).chosen, None).gated == ()
+    origins = iter((GATED, OPEN, GATED))
+    monkeypatch.setattr("wanda_dvc.sources.tasks.resolve", lambda *_: next(origins))
+    tasks = Tasks(source="benchmark", names=["piqa", "hellaswag", "arc_easy"])
+    assert find_tasks(tasks, None).gated == ("org/gated",)
+    assert next(origins, None) is None
 
 
 def test_a_gated_model_stops_at_the_download_before_a_file_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_params(tmp_path, "org/gated")
     monkeypatch.setattr("wanda_dvc.sources.models.resolve", lambda *_: GATED)
     fetched: list[object] = []
-    monkeypatch.setattr(HubModel, "write", lambda *words: fetched.append(words))
+    monkeypatch.setattr("wanda_dvc.sources.models._write_hub", lambda *words: fetched.append(words))
     with pytest.raises(UserError, match="org/gated is gated"):
         run("download", project=with_outs(tmp_path, ""), part="model")
     assert (fetched, list(tmp_path.glob("models*"))) == ([], [])
     run("download", project=with_outs(tmp_path, ": { cache: true }"), part="model")
     assert len(fetched) == 1
-
-
-def test_a_lock_without_a_texts_nulls_has_the_same_settings(project: Any):
-    """`-S +perplexity.texts.ptb.source=ptb` writes the source alone."""
-    params = project(perplexity__texts={"embedded": {"source": "embedded"}, "ptb": {"source": "ptb"}}).params
-    assert _same({"perplexity.texts.ptb": {"source": "ptb"}}, params)
-    assert _same({"perplexity.texts.ptb": {"source": "ptb", "split": None, "column": None}}, params)
-    assert not _same({"perplexity.texts.ptb": {"source": "ptb", "split": "train"}}, params)
-    assert not _same({"perplexity.texts.ptb": {"source": "c4"}}, params)
 
 
 def test_without_a_pipeline_nothing_is_shared(tmp_path: Path):

@@ -611,6 +611,8 @@ def _windows(tokens: 'Int[Tensor, "windows length"]', source: "Loaded") -> 'Int[
     """Check token ids. Return them in the engine's form."""
     import torch
 
+    from wanda_dvc.engine.config import positions_of
+
     got = str(tokens.dtype) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
     if not got.startswith(("torch.int", "torch.uint")):
         raise UserError(f"tokens: got {got}, expected a tensor of whole numbers [windows, length]")
@@ -623,7 +625,7 @@ def _windows(tokens: 'Int[Tensor, "windows length"]', source: "Loaded") -> 'Int[
             f"tokens: got {list(tokens.shape)}, expected [windows, length] with a window and two tokens or more; "
             "one text is tokens[None]"
         )
-    if (positions := source.positions) is not None and tokens.shape[1] > positions:
+    if (positions := positions_of(source.config)) is not None and tokens.shape[1] > positions:
         raise UserError(f"tokens: got windows of {tokens.shape[1]}, expected at most the model's {positions} positions")
     tokens = tokens.detach().to("cpu", torch.long)
     least, most = int(tokens.min()), int(tokens.max())
@@ -643,4 +645,4 @@ def _decoder(source: "Loaded", dtype: Dtype | None) -> "Decoder":
 
     if dtype is not None:
         _one_of("dtype", dtype, get_args(Dtype))
-    return Decoder(source, dtype=getattr(torch, dtype) if dtype else source.dtype, device=source.device)
+    return Decoder(source, dtype=getattr(torch, dtype) if dtype else source.model.dtype, device=source.device)

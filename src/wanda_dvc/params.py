@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -91,15 +91,15 @@ class Text(_Section):
         """Return the text with its source's own values in place of nulls."""
         named = TEXTS.get(self.source)
         on_hub = None if named else HUB_TEXT.fullmatch(self.source)
-        a_file = Path(self.source).is_absolute()
+        evaluated = None if Path(self.source).is_absolute() else named.evaluated if named else "test"
         return ChosenText(
             source=self.source,
             dataset=named.dataset if named else on_hub["dataset"] if on_hub else None,
             config=named.config if named else on_hub["config"] if on_hub else None,
             revision=on_hub["revision"] if on_hub else None,
-            split=self.split or (None if a_file else self._split),
+            split=self.split or evaluated,
             column=named.column if named else self.column or "text",
-            join=self._join,
+            join=named.join if named else "\n\n",
         )
 
     @property
@@ -107,16 +107,6 @@ class Text(_Section):
         """The text with nulls replaced by its source's own values."""
         chosen = self.chosen
         return self.model_copy(update={name: getattr(chosen, name) for name in type(self).model_fields})
-
-    @property
-    def _split(self) -> str:
-        named = TEXTS.get(self.source)
-        return named.evaluated if named else "test"
-
-    @property
-    def _join(self) -> str:
-        named = TEXTS.get(self.source)
-        return named.join if named else "\n\n"
 
 
 class CalibrationText(Text):
@@ -128,12 +118,11 @@ class CalibrationText(Text):
     )
 
     @property
-    def _split(self) -> str:
-        return "train"
-
-    @property
-    def _join(self) -> str:
-        return " " if self.join is None else self.join
+    def chosen(self) -> ChosenText:
+        """As `Text.chosen`, but with the calibration's own defaults of split and join."""
+        chosen = super().chosen
+        split = self.split or (None if chosen.split is None else "train")
+        return replace(chosen, split=split, join=" " if self.join is None else self.join)
 
 
 class Calibration(_Section):
@@ -425,16 +414,17 @@ def _text_conflicts(setting: str, text: Text) -> Iterator[str]:
 
 def read_params(path: Path) -> Params:
     """Read and check `params.yaml`. UserError with all its problems."""
+    text = read_text(path, "restore it from git")
+    return check_params(parse_yaml(text, path.name, "correct it, or restore it from git"))
+
+
+def parse_yaml(text: str, where: str, todo: str) -> Any:
+    """Parse YAML 1.2. UserError if it is not valid."""
     try:
-        content = YAML(typ="safe", pure=True).load(read_text(path, "restore it from git"))
-    except UserError:
-        raise
+        return YAML(typ="safe", pure=True).load(text)
     except Exception as error:  # for some texts the library raises any exception, RecursionError too
-        raise UserError(
-            f"{path.name}: not valid YAML: {yaml_problem(error) or type(error).__name__}; "
-            "correct it, or restore it from git"
-        ) from None
-    return check_params(content)
+        problem = yaml_problem(error) or type(error).__name__
+        raise UserError(f"{where}: not valid YAML: {problem}; {todo}") from None
 
 
 def check_params(content: object) -> Params:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from wanda_dvc.engine.checkpoint import STORED, Checkpoint, Source
-from wanda_dvc.engine.structure import Part, empty_model, find_blocks, stored_parts
+from wanda_dvc.engine.structure import Part, build_empty, find_blocks, stored_parts
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError
 
@@ -19,7 +19,7 @@ def check_model(folder: Path) -> None:
         UserError: index, shards, configuration, weights or tokenizer are damaged, or do not match.
     """
     checkpoint = Checkpoint(folder)
-    model = empty_model(folder, tensors=len(checkpoint.where))
+    model = build_empty(checkpoint.config, checkpoint.config_name, tensors=len(checkpoint.where))
     find_blocks(model)
     check_parts(model, checkpoint, stored_parts(model, checkpoint))
     check_vocabulary(folder, load_tokenizer(folder), model.get_input_embeddings().weight.shape[0])

@@ -22,7 +22,7 @@ from wanda_dvc.engine.checkpoint import Checkpoint, Source
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.rows import Layout, Row
 from wanda_dvc.engine.shards import TOKENS_TOGETHER
-from wanda_dvc.engine.structure import Linear, build_empty
+from wanda_dvc.engine.structure import build_empty
 from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import products
@@ -49,7 +49,7 @@ class Decoder:
         self._takes_several: dict[Hashable, bool] = {}  # by kind of block
         self._uncalled: dict[Hashable, list[int]] = {}  # places among its linears, likewise
         self.weights = Weights(self.model, self.checkpoint, device=device)
-        self.blocks = self.weights.blocks
+        self.block, self.linears, self.blocks = self.weights.loaded, self.weights.linears, self.weights.blocks
         self._cache = CallCache(calls_bytes(device.type))
         self._checked: set[int] = set()  # lengths for which calls do not depend on the tokens
         self._stock_attention = self.model.config._attn_implementation
@@ -61,14 +61,6 @@ class Decoder:
     def one_of_each_kind(self) -> list[int]:
         """The first block of each kind, in order: a later block may read outputs of an earlier block."""
         return sorted({self._kind(index): index for index in reversed(range(len(self.blocks)))}.values())
-
-    def block(self, index: int, then: int | None = None) -> contextlib.AbstractContextManager[nn.Module]:
-        """`Weights.loaded`."""
-        return self.weights.loaded(index, then)
-
-    def linears(self, index: int) -> dict[str, Linear]:
-        """Return the prunable weights of a block, by stored name; each expert has its own."""
-        return self.weights.linears(index)
 
     @property
     def vocabulary(self) -> int:

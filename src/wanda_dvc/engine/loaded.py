@@ -11,7 +11,6 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from wanda_dvc.engine.check import check_parts
 from wanda_dvc.engine.checkpoint import STORED, Address, Source
-from wanda_dvc.engine.config import positions_of
 from wanda_dvc.engine.structure import Linear, find_blocks, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import Entry
@@ -103,20 +102,10 @@ class Loaded(Source):
         return len(embeddings.weight)
 
     @property
-    def positions(self) -> int | None:
-        """The maximum tokens of a window, if the configuration has a limit."""
-        return positions_of(self.config)
-
-    @property
     def device(self) -> torch.device:
         """The device of the model's embeddings, on which windows run."""
         embeddings: Any = self.model.get_input_embeddings()
         return embeddings.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the model's weights; of most weights, if it has several."""
-        return self.model.dtype
 
     def read(self, address: Address) -> Tensor:
         """Return a stored tensor as a view of its parameter."""

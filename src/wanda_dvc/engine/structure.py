@@ -69,16 +69,17 @@ class Linear:
         return self.weight.shape[0 if self.transposed else 1]
 
 
-def empty_model(folder: Path, *, tensors: int | None = None) -> Any:
-    """Build the model of a directory's config.json for inference in float32, without weights (buffers are real).
-
-    UserError if transformers builds no model, or the configuration has more blocks than there are `tensors`.
-    """
-    return build_empty(read_config(folder), str(folder / "config.json"), tensors=tensors)
+def empty_model(folder: Path) -> Any:
+    """`build_empty` of a directory's config.json."""
+    return build_empty(read_config(folder), str(folder / "config.json"))
 
 
 def build_empty(config: Any, where: str, dtype: torch.dtype = torch.float32, *, tensors: int | None = None) -> Any:
-    """Build the model of a configuration, as `empty_model`; `where` is the configuration's name in messages."""
+    """Build the model of a configuration for inference, without weights (buffers are real).
+
+    `where` is the configuration's name in messages. UserError if transformers builds no model, or the configuration
+    has more blocks than there are `tensors`.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights

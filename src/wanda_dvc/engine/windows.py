@@ -43,13 +43,13 @@ def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int
 
 def between(
     tokens: Int[Tensor, " tokens"], *, windows: int, samples: int, length: int, seed: int
-) -> list[Int[Tensor, " length"]]:
+) -> Int[Tensor, "windows length"]:
     """Return the first windows of the text without tokens of `draw`'s windows; fewer if the text is short."""
-    found, end = list[Tensor](), 0
+    found, end = list[int](), 0
     for start in [*_starts(tokens, samples=samples, length=length, seed=seed).sort().values.tolist(), len(tokens)]:
-        found += tokens[end:start].split(length)[: (start - end) // length] if start > end else ()
+        found += range(end, start - length + 1, length)
         end = max(end, start + length)
-    return found[:windows]
+    return tokens.unfold(0, length, 1)[found[:windows]]
 
 
 def _starts(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int) -> Int[Tensor, " samples"]:

@@ -227,16 +227,9 @@ def sparsegpt(  # noqa: PLR0913 - the target, and constants of the method
     return _sweep(weight, prepared, None, share=share, pattern=pattern, group=group, damping=damping, block=block)
 
 
-def sparsegpt_update(
-    weight: Float[Tensor, "out in"],
-    keep: Bool[Tensor, "out in"],
-    prepared: Prepared,
-    *,
-    damping: float = 0.01,
-    block: int = 128,
-) -> Solved:
+def sparsegpt_update(weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"], prepared: Prepared) -> Solved:
     """Return the weights of SparseGPT's sweep on a given mask; on SparseGPT's own mask, SparseGPT's weights."""
-    return _sweep(weight, prepared, keep, damping=damping, block=block)
+    return _sweep(weight, prepared, keep)
 
 
 def _sweep(  # noqa: PLR0913 - a mask or its target, and constants of the method
@@ -244,11 +237,11 @@ def _sweep(  # noqa: PLR0913 - a mask or its target, and constants of the method
     prepared: Prepared,
     given: Bool[Tensor, "out in"] | None,
     *,
-    damping: float,
-    block: int,
     share: Fraction = Fraction(0),
     pattern: str = "unstructured",
     group: str = "row",
+    damping: float = 0.01,
+    block: int = 128,
 ) -> Solved:
     """Sweep over the inputs as `sparsegpt` does; use the given mask, or choose one on the way."""
     factor = prepared.inverse_root(damping)

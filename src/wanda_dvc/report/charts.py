@@ -6,11 +6,10 @@ the reader's light or dark mode. Series also differ in marker and line style, fo
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from textwrap import wrap
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -26,6 +25,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 WIDTH = 5.2
 LEGEND = 72  # characters of a legend's line
 OF_SPARSITY = "sparsity of the linears"
+# The pictures' style, for any settings of matplotlib.
 LOOK: dict[Any, Any] = {
     "text.parse_math": False,  # a name with dollar signs is not a formula
     "svg.fonttype": "none", "font.size": 9, "text.color": INK,
@@ -34,8 +34,6 @@ LOOK: dict[Any, Any] = {
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": LINE, "grid.linewidth": 0.6,
     "xtick.color": INK, "ytick.color": INK, "legend.frameon": False, "legend.handlelength": 3,
 }  # fmt: skip
-
-P = ParamSpec("P")
 
 
 class Point(NamedTuple):
@@ -84,17 +82,6 @@ def standalone(picture: str) -> str:
 
 
 # --- shared by pictures ---
-
-
-def _drawn(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw a picture in the report's style, for any settings of matplotlib."""
-
-    @wraps(draw)
-    def in_our_look(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with mpl.rc_context(LOOK):
-            return draw(*args, **kwargs)
-
-    return in_our_look
 
 
 def _panels(count: int = 1, height: float = 3.1) -> tuple[Figure, list[Axes]]:
@@ -154,7 +141,7 @@ def _tick(value: float) -> str:
 # --- the report's pictures ---
 
 
-@_drawn
+@mpl.rc_context(LOOK)
 def curves(
     series: Series, *, y_label: str, x_label: str = OF_SPARSITY, level: tuple[str, float] | None = None, log: bool
 ) -> Figure:
@@ -199,7 +186,7 @@ def _mark_diverged(ax: Axes, x: float, label: str, index: int, *, left: bool) ->
     ax.annotate(f"{label} diverged", (x, 1), place, xycoords=edge, textcoords="offset points", **words)
 
 
-@_drawn
+@mpl.rc_context(LOOK)
 def by_block(
     series: Mapping[str, Sequence[tuple[int, float, float, float]]], *, y_label: str, top: float | None = None
 ) -> Figure:
@@ -216,7 +203,7 @@ def by_block(
     return _legend(figure)
 
 
-@_drawn
+@mpl.rc_context(LOOK)
 def accuracies(panels: Mapping[str, Series], tasks: list[str], dense: list[Point], order: list[str]) -> Figure:
     """Draw accuracy in percent by task, a panel for each sparsity; `x` is the task's index."""
     figure, grid = _panels(len(panels), height=2.6)

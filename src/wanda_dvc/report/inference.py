@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LEVEL = 0.95
+from wanda_dvc.engine.intervals import LEVEL, mean_interval
 
 
 class Estimate(NamedTuple):
@@ -31,8 +31,10 @@ def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate 
 
     `losses` are windows' means in nats. None if a loss is not finite, or for fewer than two.
     """
-    mean = _mean(np.asarray(losses, float), np.asarray(predictions, float))
-    return mean and Estimate(_exp(mean.value), _exp(mean.low), _exp(mean.high))
+    if len(losses) < 2 or not all(map(math.isfinite, losses)):
+        return None
+    mean = mean_interval(losses, predictions)
+    return Estimate(*(_exp(mean[end]) for end in ("mean", "low", "high")))
 
 
 def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:

@@ -144,11 +144,6 @@ class Section:
         """Each row against the dense model, then recipe against recipe, all else equal."""
         return compare(self._pairs(), self.tasks, self.dense)
 
-    @property
-    def comparisons_by_rows(self) -> dict[tuple[tuple[str, str | None], ...], Comparison]:
-        """The comparisons by their experiments, which are the same on all texts."""
-        return {one.rows: one for one in self.comparisons}
-
     def against_dense(self, row: Row) -> Comparison:
         """The comparison of a row with the dense model."""
         return next(one for one in self.comparisons if one.first is row and one.second is None)

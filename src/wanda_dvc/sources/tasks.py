@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,44 +54,6 @@ class Items(TaskItems):
                     ) from error
 
 
-@dataclass(frozen=True)
-class TasksSource(Source):
-    """The found items of every task."""
-
-    wanted: Tasks
-    items: dict[str, Items]
-
-    @property
-    def key(self) -> Json:
-        """The settings of the tasks."""
-        return {"tasks": self.wanted.model_dump(mode="json")}
-
-    @property
-    def gated(self) -> tuple[str, ...]:
-        """The gated data sets."""
-        return gated_names(*(items.origin for items in self.items.values()))
-
-    def write(self, out: Path, scratch: Path) -> None:
-        """Write the items and the provenance of every task into a separate directory."""
-        samples = self.wanted.source == "embedded"
-        for name, items in self.items.items():
-            folder = out / name
-            folder.mkdir()
-            items.write(name, folder / ITEMS)
-            provenance = describe(
-                "task",
-                task=name,
-                source="samples written for wanda-dvc" if samples else items.title,
-                revision=items.origin.commit if isinstance(items.origin, Repository) else None,
-                samples=samples,
-                definition=items.definition,
-                role=items.role,
-                lm_eval=version("lm_eval"),
-                sha256=file_digest(folder / ITEMS),
-            )
-            write_provenance(folder, provenance)
-
-
 def find_tasks(wanted: Tasks, mirror: str | None) -> Source:
     """Find the items of every task. UserError with the problems of all tasks."""
     definitions: dict[str, tuple[str, Json]] = {}
@@ -119,7 +83,8 @@ def find_tasks(wanted: Tasks, mirror: str | None) -> Source:
             problems += error.problems
     if problems:
         raise UserError(*problems)
-    return TasksSource(wanted, items)
+    gated = gated_names(*(one.origin for one in items.values()))
+    return Source({"tasks": wanted.model_dump(mode="json")}, partial(_write, items, wanted.source == "embedded"), gated)
 
 
 def _find_items(name: str, path: str, definition: Json, source: str, mirror: str | None) -> Items:
@@ -146,3 +111,23 @@ def _find_items(name: str, path: str, definition: Json, source: str, mirror: str
             )
         origin = resolve("dataset", found.dataset, revision, where)
     return Items(**vars(found), definition=path, options=options, origin=origin)
+
+
+def _write(items: Mapping[str, Items], samples: bool, out: Path, _: Path) -> None:
+    """Write the items and the provenance of every task into a separate directory."""
+    for name, one in items.items():
+        folder = out / name
+        folder.mkdir()
+        one.write(name, folder / ITEMS)
+        provenance = describe(
+            "task",
+            task=name,
+            source="samples written for wanda-dvc" if samples else one.title,
+            revision=one.origin.commit if isinstance(one.origin, Repository) else None,
+            samples=samples,
+            definition=one.definition,
+            role=one.role,
+            lm_eval=version("lm_eval"),
+            sha256=file_digest(folder / ITEMS),
+        )
+        write_provenance(folder, provenance)

@@ -20,7 +20,7 @@ from wanda_dvc.study.provenance import describe, file_digest, write_provenance
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSource(Source):
+class _Found:
     """A found text: a file on this machine, or a repository on the Hub."""
 
     wanted: ChosenText
@@ -32,19 +32,9 @@ class TextSource(Source):
     as_documents: bool = False  # whether documents stay separate instead of being joined
 
     @property
-    def key(self) -> Json:
-        """The settings of the text, and its commit."""
-        return {"text": asdict(self.wanted), "commit": self._origin["revision"]}
-
-    @property
-    def _origin(self) -> Json:
+    def origin(self) -> Json:
         """The source in the provenance."""
         return {"source": self.title, "revision": self.place.commit if isinstance(self.place, Repository) else None}
-
-    @property
-    def gated(self) -> tuple[str, ...]:
-        """The data set, if it is gated."""
-        return gated_names(self.place)
 
     def write(self, out: Path, scratch: Path) -> None:
         """Write the text as one file, or the documents as they are on the Hub."""
@@ -67,7 +57,7 @@ class TextSource(Source):
             count = _check(documents)
         shutil.copyfile(path, out / DOCUMENTS)
         sha256 = file_digest(out / DOCUMENTS)
-        write_provenance(out, describe("documents", **self._origin, column=column, rows=count, sha256=sha256))
+        write_provenance(out, describe("documents", **self.origin, column=column, rows=count, sha256=sha256))
 
     def _write_text(self, rows: list[str], out: Path) -> None:
         joined = self.wanted.join.join(rows)
@@ -76,7 +66,7 @@ class TextSource(Source):
         content = joined.encode("utf-8")
         (out / TEXT).write_bytes(content)
         sha256 = hashlib.sha256(content).hexdigest()
-        write_provenance(out, describe("text", **self._origin, join=self.wanted.join, rows=len(rows), sha256=sha256))
+        write_provenance(out, describe("text", **self.origin, join=self.wanted.join, rows=len(rows), sha256=sha256))
 
 
 def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_documents: bool = False) -> Source:
@@ -99,9 +89,10 @@ def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_docume
             raise UserError(f"{where}.source: {place} not found, expected a text file; correct the path")
         check_file(place, f"correct {setting}.source")
     dataset = found[0] if found else NamedText(title, None, wanted.column)
-    return TextSource(
+    text = _Found(
         wanted=wanted, where=where, dataset=dataset, title=title, place=place, shard=shard, as_documents=as_documents
     )
+    return Source({"text": asdict(wanted), "commit": text.origin["revision"]}, text.write, gated_names(place))
 
 
 def _check(documents: Documents) -> int:

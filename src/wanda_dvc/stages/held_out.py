@@ -16,7 +16,7 @@ from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.plan import WINDOWS_HELD_OUT, Plan
-from wanda_dvc.stages.inputs import check_text, held_out_windows, open_decoder
+from wanda_dvc.stages.inputs import calibration_windows, check_text, open_decoder
 from wanda_dvc.stages.mask import informed, keeps, read_share
 from wanda_dvc.stages.running import solving_device
 from wanda_dvc.study.files import Json, finite
@@ -47,7 +47,7 @@ def compare(project: Project, made_from: Json, windows: int, reconstructed: Call
         return {}
     todo = "`dvc repro`, or `wanda-dvc calibrate` and `wanda-dvc mask`"
     check_text(project, made["calibration"]["text"], "masks/: calibrated on", todo)
-    rows = [Row(tokens) for tokens in held_out_windows(project, made["calibration"], windows)]
+    rows = [Row(tokens) for tokens in calibration_windows(project, made["calibration"], held_out=windows)]
     if not rows:
         notice("apply: the calibration text has no held-out windows; the choices of the recipe were not compared")
         return {}

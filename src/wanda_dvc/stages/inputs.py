@@ -147,34 +147,25 @@ def check_fits(project: Project, features: dict[str, int]) -> None:
     check_pattern(Project(project.root).params.pattern, features)
 
 
-def calibration_windows(project: Project, measured_with: Json | None = None) -> "Int[Tensor, 'samples length']":
+def calibration_windows(
+    project: Project, measured_with: Json | None = None, *, held_out: int = 0
+) -> "Int[Tensor, 'windows length']":
     """Draw windows from data/calibration, with the dense model's tokenizer.
 
-    The settings are params.yaml's, or `measured_with`, the parameters of the statistics.
+    The settings are params.yaml's, or `measured_with`, the parameters of the statistics. With `held_out`, return at
+    most as many windows without tokens of the drawn windows instead.
     """
-    from wanda_dvc.engine.windows import draw, draw_from_documents, load_tokenizer, tokenize
+    from wanda_dvc.engine.windows import between, draw, draw_from_documents, load_tokenizer, tokenize
 
     wanted = measured_with or calibrated_with(project.params)
     words = {name: wanted[name] for name in ("samples", "length", "seed")}
     tokenizer = load_tokenizer(project.model("dense"))
     with project.documents("calibration") as documents:
         if documents is not None:
-            return draw_from_documents(documents, partial(tokenize, tokenizer=tokenizer), **words)
-    return draw(tokenize(project.text("calibration"), tokenizer), **words)
-
-
-def held_out_windows(project: Project, measured_with: Json, count: int) -> "list[Tensor]":
-    """Return the first windows of data/calibration without tokens of the measured windows; at most `count`."""
-    from wanda_dvc.engine.windows import between, draw_from_documents, load_tokenizer, tokenize
-
-    read_input(project, project.data("calibration"), "download calibration")
-    words = {name: measured_with[name] for name in ("samples", "length", "seed")}
-    tokenizer = load_tokenizer(project.model("dense"))
-    with project.documents("calibration") as documents:
-        if documents is not None:
-            drawn = draw_from_documents(documents, partial(tokenize, tokenizer=tokenizer), **words, held_out=count)
-            return list(drawn[words["samples"] :])
-    return between(tokenize(project.text("calibration"), tokenizer), windows=count, **words)
+            drawn = draw_from_documents(documents, partial(tokenize, tokenizer=tokenizer), **words, held_out=held_out)
+            return drawn[words["samples"] :] if held_out else drawn
+    tokens = tokenize(project.text("calibration"), tokenizer)
+    return between(tokens, windows=held_out, **words) if held_out else draw(tokens, **words)
 
 
 @contextlib.contextmanager

@@ -112,9 +112,8 @@ def mask(*, project: Project) -> None:
         if plan.propagates:
             _propagate(project, checkpoint, stats, shares, work, removal)
         else:
-            made = _solved if plan.method.competition == "solver" else _scored
             unreached = {}
-            for block, measured, chosen in made(project, checkpoint, stats, shares, finished_blocks(masks), removal):
+            for block, measured, chosen in _chosen(project, checkpoint, stats, shares, finished_blocks(masks), removal):
                 unreached[block] = measured.unreached()
                 write_masks(masks, block, chosen)
                 del chosen  # before the next block's masks arrive
@@ -210,34 +209,26 @@ def keeps(  # noqa: PLR0913 - the block, and how its masks are chosen
     return removal.spread(chosen) if removal else chosen
 
 
-Blocks = Iterator[tuple[int, BlockStats, Mapping[str, Tensor]]]  # the block, its statistics, and its masks
-
-
-def _scored(
-    project: Project,
-    checkpoint: Checkpoint,
-    stats: Statistics,
-    shares: Sequence[Share],
-    _: int,
-    removal: "Removal | None",
-) -> Blocks:
-    """Yield the masks of all blocks, in this process: each weight is read once, and networks are slower than disks."""
-    plan, device = project.params.plan, solving_device(project.params.runtime)
-    for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks"):
-        measured = informed(project, plan, block)
-        yield block, measured, keeps(plan, checkpoint.weight, measured, shares[block], removal, device=device)
-
-
-def _solved(  # noqa: PLR0913, PLR0917 - the inputs of solvers
+def _chosen(  # noqa: PLR0913, PLR0917 - the inputs of solvers
     project: Project,
     checkpoint: Checkpoint,
     stats: Statistics,
     shares: Sequence[Share],
     finished: int,
     removal: "Removal | None",
-) -> Blocks:
-    """Yield the masks of blocks not finished by an earlier run. Each distinct input is a job."""
+) -> Iterator[tuple[int, BlockStats, Mapping[str, Tensor]]]:
+    """Yield blocks with their statistics and masks.
+
+    Scores are computed in this process, for all blocks: each weight is read once, and networks are slower than disks.
+    For solvers each distinct input is a job, and blocks `finished` by an earlier run are left out.
+    """
     plan, blocks = project.params.plan, range(stats.blocks)
+    if plan.method.competition != "solver":
+        device = solving_device(project.params.runtime)
+        for block in progress(blocks, total=stats.blocks, what="mask, blocks"):
+            measured = informed(project, plan, block)
+            yield block, measured, keeps(plan, checkpoint.weight, measured, shares[block], removal, device=device)
+        return
 
     def parts() -> Iterator[JobInput[Part]]:
         for block in blocks[finished:]:

@@ -36,28 +36,20 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def timed(project: Project, stage: Stage, part: str | None = None, text: str | None = None) -> Iterator[None]:
-    """Keep the time of a run, its machine, and its peak memory."""
-    with measured(project.params.runtime) as content:
-        yield
-    if key := stage.key(project, part, text):
-        project.times.write(stage.run_name(part, text), key, content)
+    """Keep the time of a run, its machine, and its peak memory.
 
-
-@contextlib.contextmanager
-def measured(runtime: Runtime) -> Iterator[Json]:
-    """Yield an object that receives seconds, memory, machine and device at the end.
-
-    Its seconds include the `earlier` seconds of runs with reused results, reported by the stage.
+    The seconds include the `earlier` seconds of runs with reused results, reported by the stage.
     """
     _details.clear()
-    began, content = time.perf_counter(), Json()
+    began = time.perf_counter()
     with AnonymousMemory() as memory:
-        yield content
-    content["seconds"] = round(time.perf_counter() - began + _details.pop("earlier", 0), 2)
+        yield
+    content: Json = {"seconds": round(time.perf_counter() - began + _details.pop("earlier", 0), 2)}
     if memory.peak:  # some systems do not say
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
-    content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(runtime)}
-    content |= _details
+    content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(project.params.runtime)} | _details
+    if key := stage.key(project, part, text):
+        project.times.write(stage.run_name(part, text), key, content)
 
 
 def record_details(content: Json) -> None:
@@ -221,36 +213,25 @@ def watch_dvc(project: Project) -> None:
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
     """Yield the items with a progress bar on a terminal, else with a line a minute.
 
-    UserError between two items if the DVC process of `watch_dvc` has ended.
+    UserError between two items if the DVC process of `watch_dvc` has ended: DVC kills a queued experiment, but not its
+    stage. The stage would continue for a checkout that nobody reads, and the next run of the experiment would wait for
+    it.
     """
     from tqdm import tqdm
 
-    items = _while_wanted(items)
-    if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=what, file=sys.stderr)
-        return
+    bar = tqdm(items, total=total, desc=what, file=sys.stderr, disable=None)  # without a terminal: disabled
     began = said = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - said >= 60 or (done == total and now - began >= 10):
-            left = f", about {(now - began) / done * (total - done):.0f} s left" if done < total else ""
-            notice(f"{what}: {done} of {total}, {now - began:.0f} s{left}")
-            said = now
-
-
-def _while_wanted(items: Iterable[T]) -> Iterator[T]:
-    """Stop a stage after its DVC was killed.
-
-    DVC kills a queued experiment, but not its stage. The stage would continue for a checkout that nobody reads, and
-    the next run of the experiment would wait for it.
-    """
-    for item in items:
+    for done, item in enumerate(bar, start=1):
         if _parent not in {None, os.getppid()}:
             raise UserError(
                 "stopped: the DVC process that ran this stage has ended; run the stage again, and it resumes here"
             )
         yield item
+        now = time.monotonic()
+        if bar.disable and (now - said >= 60 or (done == total and now - began >= 10)):
+            left = f", about {(now - began) / done * (total - done):.0f} s left" if done < total else ""
+            notice(f"{what}: {done} of {total}, {now - began:.0f} s{left}")
+            said = now
 
 
 def say_unreached(stage: str, unreached: dict[int, set[str]]) -> None:

@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params, Text
-from wanda_dvc.reading import is_there, name_of, yaml_problem
+from wanda_dvc.params import CalibrationText, Params, Text, parse_yaml
+from wanda_dvc.reading import is_there, name_of
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, read_provenance
 from wanda_dvc.study.settings import Settings, flatten, nested, resolved
 
 LOCK = "dvc.lock"
-TEXTS = "perplexity.texts."
+TEXTS, CALIBRATION_TEXT = "perplexity.texts.", "calibration.text."
 BY_TEXT = ("download-perplexity", "perplexity-dense", "perplexity-pruned")  # stages that run once for each text
 
 
@@ -38,7 +35,7 @@ class Ran:
         stages = read_lock(project.root)
         asked = dict(flatten(project.params.model_dump(mode="json")))
         there = [stages[name] for name in without_removed_texts(stages, project.params)]
-        ran = {key: value for stage in there for key, value in _settings(stage).items() if key in asked}
+        ran = {key: value for stage in there for key, value in settings_of(stage).items() if key in asked}
         masks = read_provenance(project.masks, "mask") if is_there(project.masks / PROVENANCE) else Json()
         made = masks.get("params", {}) | {f"calibration.{key}": x for key, x in masks.get("calibration", {}).items()}
         made = {key: value for key, value in made.items() if key in asked}
@@ -76,17 +73,11 @@ def read_lock(root: Path) -> Json:
 
 def load_lock(text: str) -> Json:
     """Return the stages in the text of a `dvc.lock`. UserError if it is not a valid lock, as after a merge."""
-    try:
-        content = YAML(typ="safe", pure=True).load(text) or {}
-    except YAMLError as error:
-        problem = yaml_problem(error)
-    else:
-        if isinstance(content, dict) and isinstance(stages := content.get("stages") or {}, dict):
-            return stages
-        problem = f"got {name_of(content)}"
-    raise UserError(
-        f"{LOCK}: {problem}, expected what DVC writes; resolve the conflict of a merge, or restore the file from git"
-    )
+    todo = "expected what DVC writes; resolve the conflict of a merge, or restore the file from git"
+    content = parse_yaml(text, LOCK, todo) or {}
+    if isinstance(content, dict) and isinstance(stages := content.get("stages") or {}, dict):
+        return stages
+    raise UserError(f"{LOCK}: got {name_of(content)}, {todo}")
 
 
 def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
@@ -100,7 +91,7 @@ def stale_stages(stages: Json, asked: Mapping[str, Any]) -> list[str]:
     stale = {
         name
         for name, stage in stages.items()
-        if any(key in asked and asked[key] != value for key, value in _settings(stage).items())
+        if any(key in asked and asked[key] != value for key, value in settings_of(stage).items())
     }
 
     def waits(stage: Json) -> bool:
@@ -123,6 +114,14 @@ def without_removed_texts(stages: Iterable[str], asked: Params) -> list[str]:
     return [name for name, stage, _, text in parts if stage not in BY_TEXT or text in asked.perplexity.texts]
 
 
+def settings_of(stage: Json) -> dict[str, Any]:
+    """Return the settings of a stage's last run, by dotted name."""
+    listed = (stage.get("params") or {}).get("params.yaml") or {}
+    sections = {key: value for key, value in listed.items() if isinstance(value, dict)}
+    # A stage that lists a setting alone, such as `calibration.text.source`, reads no other of its section.
+    return dict(flatten(listed)) | _complete(dict(flatten(sections)))
+
+
 def _changed(section: Any, changes: Settings) -> Any:
     """Return settings with changes, nested; unchecked, because a named method may no longer be installed."""
     if isinstance(section, dict):  # the texts
@@ -134,11 +133,8 @@ def _changed(section: Any, changes: Settings) -> Any:
     return section.model_copy(update=update)
 
 
-def _settings(stage: Json) -> dict[str, Any]:
-    return _complete(dict(flatten((stage.get("params") or {}).get("params.yaml") or {})))
-
-
 def _complete(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings with the nulls of each text, which params.yaml need not have."""
-    texts = {key.rpartition(".")[0] for key in asked if key.startswith(TEXTS)}
-    return {f"{text}.{field}": None for text in sorted(texts) for field in Text.model_fields} | dict(asked)
+    texts = {key.rpartition(".")[0] for key in asked if key.startswith((TEXTS, CALIBRATION_TEXT))}
+    kinds = {text: Text if text.startswith(TEXTS) else CalibrationText for text in sorted(texts)}
+    return {f"{text}.{field}": None for text, kind in kinds.items() for field in kind.model_fields} | dict(asked)

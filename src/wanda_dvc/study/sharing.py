@@ -3,19 +3,17 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import Params
 from wanda_dvc.reading import read_text
 from wanda_dvc.study.files import link_file
 from wanda_dvc.study.local import local_sources
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.ran import read_lock
+from wanda_dvc.study.ran import read_lock, settings_of
+from wanda_dvc.study.settings import flatten
 
 
 def _stage(part: str) -> tuple[str, str]:
@@ -65,8 +63,9 @@ def take_from_the_study(project: Project, part: str, target: Path) -> bool:
         return False
     study = Project(Path(root) / project.root.absolute().relative_to(project.repository))
     stage = "@".join(_stage(part))
-    made = read_lock(study.root).get(stage, {}).get("params", {}).get("params.yaml", {})
-    if not _same(made, project.params) or part in local_sources(project.params):
+    made = settings_of(read_lock(study.root).get(stage, {}))
+    asked = dict(flatten(project.params.model_dump(mode="json")))
+    if not made or not made.items() <= asked.items() or part in local_sources(project.params):
         return False
     source = study.root / target.relative_to(project.root)
     if not source.is_dir() or not _as_locked(study, stage):
@@ -89,18 +88,3 @@ def _as_locked(study: Project, stage: str) -> bool:
             return not out.changed_checksum()
     except DvcException:
         return False
-
-
-def _same(made: object, params: Params) -> bool:
-    """Whether settings of a lock, by dotted name, equal the settings in `params`."""
-    if not isinstance(made, dict) or not made:
-        return False
-    for name, value in made.items():
-        found: Any = params
-        for word in name.split("."):
-            found = found[word] if isinstance(found, dict) else getattr(found, word)
-        if isinstance(found, BaseModel) and isinstance(value, dict):  # the lock may lack a text's nulls
-            found, value = found.model_dump(mode="json"), dict.fromkeys(type(found).model_fields) | value
-        if found != value:
-            return False
-    return True

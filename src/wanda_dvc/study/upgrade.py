@@ -14,13 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from wanda_dvc.catalog import NAMED_TEXTS, RECIPES, TEXTS
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import CalibrationText, Params, Text, settings
+from wanda_dvc.params import CalibrationText, Params, Text, parse_yaml, settings
 from wanda_dvc.plan import CHOICES
-from wanda_dvc.reading import name_of, read_text, yaml_problem
+from wanda_dvc.reading import name_of, read_text
 from wanda_dvc.study.files import Json, write_text
 from wanda_dvc.study.presets import OF_TEXTS, with_settings
 from wanda_dvc.study.project import Project
@@ -85,11 +83,6 @@ def _path(project: Project, place: str) -> Path:
 # --- files ---
 
 
-def shipped_ever() -> frozenset[str]:
-    """Return the digests of all files shipped by any version."""
-    return frozenset(json.loads((TEMPLATE / "known.json").read_text(encoding="utf-8")))
-
-
 def _brought(place: str, old: str, notes: list[str]) -> str:
     """Return the text of a file of the scaffold in this version. UserError if an edit conflicts with it."""
     new = FILES[place].read_text(encoding="utf-8")
@@ -99,7 +92,8 @@ def _brought(place: str, old: str, notes: list[str]) -> str:
         return _migrated(old, new, notes)
     if place.endswith("ignore"):
         return "\n".join([*old.splitlines(), *(line for line in new.splitlines() if line not in old.splitlines()), ""])
-    if old not in ("", new) and digest(old) not in shipped_ever():
+    shipped = json.loads((TEMPLATE / "known.json").read_text(encoding="utf-8"))  # digests of all versions' files
+    if old not in ("", new) and digest(old) not in shipped:
         merged = CONFLICT.sub(_only_comments, _merge(place, old, new))
         if conflicts := [*_conflicts(place, old, merged)]:
             raise UserError(*conflicts)
@@ -301,11 +295,7 @@ def _migrated(old: str, shipped: str, notes: list[str]) -> str:
 
 def _settings_of(text: str) -> Settings:
     """Return the settings in the text of a params.yaml. UserError if it is not valid."""
-    try:
-        content = YAML(typ="safe", pure=True).load(text)
-    except Exception as error:  # for some texts the library raises any exception, as in `read_params`
-        problem = yaml_problem(error) or type(error).__name__
-        raise UserError(f"{PARAMS}: not valid YAML: {problem}; {RESTORE}") from None
+    content = parse_yaml(text, PARAMS, RESTORE)
     if not isinstance(content, dict):
         raise UserError(f"{PARAMS}: got {name_of(content)}, expected a mapping of settings; {RESTORE}")
     return dict(flatten(content))

@@ -1,14 +1,13 @@
 """The last results, dense and pruned side by side."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 from wanda_dvc.engine.flips import ANSWERS, Flips, total_flips
-from wanda_dvc.engine.intervals import mean_interval
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import OTHER_SOURCE, SAME_SOURCE
 from wanda_dvc.reading import DIVERGED, is_there
+from wanda_dvc.report.formatting import interval
 from wanda_dvc.report.measures import Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.details import load_details
@@ -179,11 +178,8 @@ def divergence_rows(metrics: Json) -> list[list[str]]:
 
 def _perplexity(model: Measured) -> str:
     """Format a model's perplexity with its interval over windows, if its losses are known."""
-    value = number(model.perplexity)
-    if not isinstance(model.perplexity, float) or not model.losses or len(model.losses) < 2:
-        return value
-    ends = mean_interval(model.losses, model.predictions)
-    return f"{value} ({' to '.join(number(math.exp(min(ends[key], 700))) for key in ('low', 'high'))})"
+    value, ends = number(model.perplexity), model.perplexity_interval()
+    return f"{value} ({interval(ends, number)})" if ends else value
 
 
 def with_interval(measure: Json | str, form: str, factor: float = 1) -> str:

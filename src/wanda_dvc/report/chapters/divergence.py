@@ -34,7 +34,7 @@ def _on_text(section: Section, about: str) -> Content:
     if points := section.points(_divergence):
         figure = charts.curves(points, y_label="divergence, nats, log scale", level=None, log=True)
         parts.append(Picture(f"{section.prefix}divergence", f"Divergence against sparsity{title}", BARS, figure))
-    if points := section.points(_agreement):
+    if points := section.points(lambda row: _point(row, "top1_agreement", 100)):
         figure = charts.curves(points, y_label="top-1 agreement, %", level=None, log=False)
         parts.append(Picture(f"{section.prefix}agreement", f"Agreement against sparsity{title}", BARS, figure))
     return parts
@@ -63,10 +63,6 @@ def _divergence(row: Row) -> Point | None:
     """A point at the row's sparsity; None if it was not measured, or is 0, which a log scale does not have."""
     point = _point(row, "divergence", 1)
     return None if point and point.y == 0 else point
-
-
-def _agreement(row: Row) -> Point | None:
-    return _point(row, "top1_agreement", 100)
 
 
 def _point(row: Row, name: str, factor: float) -> Point | None:

@@ -11,7 +11,7 @@ from wanda_dvc.report.section import Section
 def content(section: Section) -> Content:
     """A sentence for each comparison."""
     said = []
-    by_text = {text: on.comparisons_by_rows for text in section.texts if (on := section.on(text))}
+    by_text = {text: {one.rows: one for one in section.on(text).comparisons} for text in section.texts}
     for comparison in section.comparisons:
         names = section.names(comparison)
         parts = [

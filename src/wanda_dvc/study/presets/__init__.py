@@ -58,14 +58,10 @@ def read_preset(name: str) -> Preset:
     if name == DEFAULT:
         return Preset(name, DESCRIPTION, default)
     content = _load(FOLDER / f"{name}.yaml")
-    own = {key: None for text in content["settings"]["perplexity"]["texts"] for key in _keys(text)}
+    texts = content["settings"]["perplexity"]["texts"]
+    own = {f"{OF_TEXTS}{text}.{name}": None for text in texts for name in Text.model_fields}
     default = {key: value for key, value in default.items() if not key.startswith(OF_TEXTS)}
     return Preset(name, content["description"], default | own | dict(flatten(content["settings"])), content.get("grid"))
-
-
-def _keys(text: str) -> list[str]:
-    """Return the names of a text's settings."""
-    return [f"{OF_TEXTS}{text}.{name}" for name in Text.model_fields]
 
 
 def preset_table(*, as_json: bool = False) -> str:
