@@ -1,6 +1,7 @@
 """`wanda-dvc evaluate`: other files of a model against a study's dense model."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_stages import prune, tree
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.export.build import export
 from wanda_dvc.packed.directory import pack_directory
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.stages.download import download
@@ -189,6 +191,32 @@ def test_show_says_which_results_are_of_another_model(study: Project):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"masks": "other"}))
     said = "perplexity, piqa: measured on another models/pruned than the one here; run `dvc repro`."
     assert said in show(project=study)
+
+
+def test_no_figure_of_another_experiment_is_shown_or_on_the_card(study: Project, tmp_path: Path):
+    """As after `git checkout` without `dvc checkout`: git has the metrics, DVC the masks and the details."""
+    for name, changes in (("perplexity/embedded", {"perplexity": 7654.25}), ("zero_shot", {"piqa": {"acc": 0.9876}})):
+        path = study.metrics("pruned", name)
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        said = show(project=study)
+        assert f"metrics/pruned/{name}.json: of another run than metrics/details; run `dvc checkout`." in said
+        export(project=study, experiment=None, target=tmp_path / name)
+        for page in (said, (tmp_path / name / "README.md").read_text(encoding="utf-8")):
+            assert not re.search(r"7,654|98\.8", page)
+    answers = json.loads(study.details("pruned", "zero_shot").read_text())
+    answers["tasks"]["piqa"]["protocol"]["model"] = "another"
+    study.details("pruned", "zero_shot").write_text(json.dumps(answers))
+    export(project=study, experiment=None, target=tmp_path / "of-another-model")
+    assert "piqa" not in (tmp_path / "of-another-model/README.md").read_text(encoding="utf-8").partition("Reproduce")[0]
+
+
+@pytest.mark.parametrize("key", ["model", "dtype"])
+def test_answers_of_another_dense_model_are_not_compared(study: Project, key: str):
+    answers = json.loads(study.details("dense", "zero_shot").read_text())
+    answers["tasks"]["piqa"]["protocol"][key] = "another"
+    study.details("dense", "zero_shot").write_text(json.dumps(answers))
+    with pytest.raises(UserError, match=f"piqa: answers of another {key}, .*run `dvc repro` or `wanda-dvc zero-shot d"):
+        evaluate(project=study, paths=[study.model("pruned")])
 
 
 def test_without_the_dense_models_results_it_says_what_to_run(study: Project):

@@ -72,6 +72,18 @@ def test_each_experiment_has_its_state_and_only_its_own_numbers(repository: Repo
     assert theirs[0]["revs"][0]["data"]["metrics"]["metrics/pruned/perplexity/embedded.json"]["data"]  # the branch's
 
 
+def test_a_workspaces_figure_is_the_one_that_dvc_lock_names(repository: Repository):
+    """After a stage by hand, or `git checkout` alone, another file lies there."""
+    path = repository.root / "metrics/pruned/perplexity/embedded.json"
+    before = path.read_bytes()
+    path.write_text(json.dumps({"perplexity": 999.0}))
+    try:
+        found = listed(repository)["workspace"]
+    finally:
+        path.write_bytes(before)
+    assert (found["texts"], found["stale"]) == ({}, True)
+
+
 def test_results_are_flat_records_with_the_same_keys(repository: Repository):
     found = {record["experiment"]: record for record in wd.Study(repository.root / "metrics").results()}
     assert {name: (record["state"], record["commit"] is None) for name, record in found.items()} == {

@@ -1,5 +1,6 @@
 """The Python interface gives the pipeline's masks and figures, to the bit, and leaves a model as it was."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -7,7 +8,7 @@ import math
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,43 @@ def test_reconstructed_models_and_layer_errors_are_the_pipelines(
     measures = wd.reconstruct(model, keep, pair.stats, reconstruction=reconstruction)
     assert same(saved(model, tmp_path), pruned_model(project))
     assert measures == load_json(project.details("pruned", "layer_error"))["linears"]
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+AROUND: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "bfloat16": lambda: _default_dtype(torch.bfloat16),
+    "float64": lambda: _default_dtype(torch.float64),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_results_do_not_depend_on_the_callers_modes(around: str, tmp_path: Path):
+    def everything(folder: Path, mode: contextlib.AbstractContextManager[Any]) -> dict[str, Any]:
+        model = AutoModelForCausalLM.from_pretrained(save_tiny_model(folder)).eval()
+        tokens = torch.randint(3, 250, (2, 64), generator=torch.Generator().manual_seed(0))
+        with mode:
+            stats = wd.calibrate(model, tokens, statistics="fisher")
+            keep = wd.mask(model, stats, recipe="fisher")
+            told = wd.reconstruct(model, keep, stats)
+            found = wd.perplexity(model, tokens)
+        grams = [x for one in (*stats.grams, *stats.fisher_grams) for x in one.tensors.values()]
+        return {"keep": dict(keep), "told": told, "found": found, "grams": grams, "model": model.state_dict()}
+
+    one, two = everything(tmp_path / "a", contextlib.nullcontext()), everything(tmp_path / "b", AROUND[around]())
+    assert one["found"] == two["found"]
+    assert one["told"] == two["told"]
+    assert same(one["keep"], two["keep"])
+    assert same(one["model"], two["model"])
+    assert all(torch.equal(*both) for both in zip(one["grams"], two["grams"], strict=True))
 
 
 def test_one_calibration_serves_a_model_that_is_loaded_again(pairs: Callable[[str], Pair]):

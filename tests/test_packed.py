@@ -1,10 +1,13 @@
 """The packed format: nothing is lost, transformers loads it, and what is damaged is refused."""
 
+import itertools
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from test_families import ALL, BY_WAY, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import wanda_dvc as wd
 from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.checkpoint import STORED, Address, Checkpoint
 from wanda_dvc.errors import UserError
@@ -34,7 +38,7 @@ from wanda_dvc.packed.format import (
     packing_of,
     unpack,
 )
-from wanda_dvc.packed.linear import PackedConfig, PackedLinear
+from wanda_dvc.packed.linear import PackedConfig, PackedLinear, PackedQuantizer
 from wanda_dvc.pruning.packing import pack_bits, unpack_bits
 from wanda_dvc.reading import DTYPES as WIDTHS
 from wanda_dvc.stages.download import download
@@ -254,6 +258,46 @@ def test_a_packed_linear_is_the_linear(bias: bool):
     assert same(x.grad, of_dense.grad)
     assert small(x.detach()).requires_grad is bias  # the kernel has no gradients, also none for a bias
     assert same(small.unpacked().weight.detach(), linear.weight.detach())
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_modes_of_autograd_come_in_any_order(kernel: bool, monkeypatch: pytest.MonkeyPatch):
+    """Without a kernel, as on a GPU, the buffer of one mode is written in another."""
+    linear = nn.Linear(64, 32)
+    modes = (torch.inference_mode, torch.no_grad, torch.enable_grad)
+    for order in itertools.permutations(modes):
+        monkeypatch.setattr("wanda_dvc.packed.linear._scratch", SimpleNamespace())
+        small, x = pack_linear(linear), torch.randn(9, 64)
+        small.starts = small.starts if kernel else None
+        for mode in order:
+            with mode():
+                torch.testing.assert_close(small(x), linear(x))
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("width", [32, 48])
+def test_inputs_of_another_width_are_refused(width: int, tokens: int):
+    with pytest.raises(RuntimeError):
+        pack_linear(nn.Linear(40, 16))(torch.randn(tokens, width))
+
+
+def test_a_packed_model_can_be_pickled_and_is_as_large_as_a_device_map_thinks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    thought: list[dict[str, int]] = []
+    before = PackedQuantizer._process_model_before_weight_loading
+
+    def noted(self: Any, model: Any, *given: Any, **words: Any) -> None:
+        before(self, model, *given, **words)
+        thought.append({name: x.numel() for name, x in model.state_dict().items()})
+
+    monkeypatch.setattr(PackedQuantizer, "_process_model_before_weight_loading", noted)
+    model = AutoModelForCausalLM.from_pretrained(packed(tmp_path)[1])
+    assert thought == [{name: x.numel() for name, x in model.state_dict().items()}]
+    again, tokens = pickle.loads(pickle.dumps(model)), torch.arange(9)[None]
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    with pytest.raises(UserError, match=r"^model: got quantized or packed weights, .*dequantize"):
+        wd.perplexity(model, tokens)
 
 
 # --- the plug-in ---

@@ -3,6 +3,7 @@
 import ast
 import html
 import itertools
+import json
 import math
 import re
 import shutil
@@ -587,6 +588,25 @@ def test_sections_are_called_by_what_they_differ_in(tmp_path: Path):
     text = said_of(tmp_path / "models", *((one, {"model": model}) for model in models))
     assert re.findall(r"^## (.*)$", text, re.MULTILINE)[:3] == ["/a/tiny", "/b/tiny", "small"]
     assert "### Summary (small)\n" in text
+
+
+def test_results_of_two_versions_of_a_stage_are_in_two_sections(tmp_path: Path):
+    rows = []
+    for number, (key, value) in enumerate({"version": 8, "limit": 10, "": 0}.items()):
+        study = Project(tmp_path / str(number))
+        study.root.mkdir()
+        write_results(study.root, "wanda", 0.5, 2.5, 20)
+        details = json.loads(study.details("pruned", "zero_shot").read_text())
+        known = {"version": 9, "limit": 48} | ({key: value} if key else {})
+        details["tasks"]["piqa"]["protocol"] |= known
+        write_json(study.details("pruned", "zero_shot"), details)
+        rows.append(row_of(study, name=f"row {number}"))
+    found = sections(rows)
+    assert [one.title for one in found] == [
+        "tiny (zero-shot --version=8; items of a task=48)",
+        "tiny (zero-shot --version=9; items of a task=10)",
+        "tiny (zero-shot --version=9; items of a task=48)",
+    ]
 
 
 def test_ids_are_unique_whatever_the_sections_are_called(tmp_path: Path):

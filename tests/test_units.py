@@ -386,7 +386,7 @@ def test_new_experts_that_one_tensor_holds_are_written(tmp_path: Path):
 
 
 def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: Any, tmp_path: Path):
-    made = fetch(project(pattern="blocks", sparsity=0.25, calibration__statistics="norms"), "model", "calibration")
+    made = fetch(project(pattern="blocks", sparsity=0.25, calibration__statistics="gram"), "model", "calibration")
     calibrate(project=made)
     mask(project=made)
     apply(project=made)
@@ -399,6 +399,7 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: An
             before, after = f"model.layers.{old}.{name}", f"model.layers.{new}.{name}"
             assert torch.equal(dense.weight(before), pruned.weight(after))
     assert load_json(made.metrics("pruned", "sparsity"))["sparsity"] == 0.25
+    assert load_json(made.details("pruned", "layer_error"))["linears"] == {}  # nothing else changes
     gone = min(range(4), key=scores.__getitem__)
     assert f"| removed blocks, counted from 0 | {gone} |" in (made.model("pruned") / "README.md").read_text("utf-8")
     nan = [read_stats(made.stats, block)._replace(influence=torch.tensor([torch.nan, 1])) for block in range(4)]

@@ -71,6 +71,25 @@ class Stats:
         )
 
 
+@contextlib.contextmanager
+def _plain() -> Iterator[None]:
+    """Undo the caller's default dtype, autocast and inference mode: they would change results, or fail."""
+    import torch
+
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            for device in ("cpu", "cuda", "mps"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@_plain()
 def calibrate(
     model: "PreTrainedModel",
     tokens: 'Int[Tensor, "windows length"]',
@@ -134,6 +153,7 @@ def calibrate(
     return Stats(blocks, grams, windows, length, statistics, name, source.fingerprint(), gradients)
 
 
+@_plain()
 def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
     model: "PreTrainedModel",
     stats: Stats,
@@ -222,6 +242,7 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
     return chosen
 
 
+@_plain()
 def prune(
     model: "PreTrainedModel",
     keep: 'Mapping[str, Bool[Tensor, "rows columns"]]',
@@ -265,6 +286,7 @@ def prune(
     return zeros / sum(weight.numel() for weight in weights.values())
 
 
+@_plain()
 def reconstruct(
     model: "PreTrainedModel",
     keep: 'Mapping[str, Bool[Tensor, "rows columns"]]',
@@ -348,6 +370,7 @@ def reconstruct(
     return found
 
 
+@_plain()
 def perplexity(
     model: "PreTrainedModel", tokens: 'Int[Tensor, "windows length"]', *, dtype: Dtype | None = None
 ) -> float:

@@ -14,7 +14,7 @@ from wanda_dvc.reading import check_place
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.apply import describe_pruned, reads_gradients, values_from
 from wanda_dvc.study.card import card
-from wanda_dvc.study.details import load_details
+from wanda_dvc.study.details import is_of, load_details
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import TRACKED, Project, temporary_place
@@ -154,7 +154,7 @@ def _drop_metrics_of_others(study: Project) -> None:
     for model, whose in zip(MODELS, (digest(dense), digest(made_from)), strict=True):
         details = study.root / "metrics/details"
         for path in (details / model).rglob("*.json"):
-            if load_details(path).get("protocol", {}).get("model", whose) != whose:
+            if not is_of(load_details(path), whose):
                 (study.root / "metrics" / path.relative_to(details)).unlink(missing_ok=True)
                 path.unlink()
                 if path.name == "layer_error.json":  # `apply` writes both

@@ -114,15 +114,19 @@ class Packing:
             found_weights[name] = (DTYPES[entry["dtype"]], (shape[0], shape[1]))
         return cls(found_weights, sums)
 
-    def check_files(self, shards: Iterable[Path]) -> None:
-        """Raise UserError if a tensor in a directory's safetensors files is missing or changed. Reads every file."""
+    def check_files(self, shards: Iterable[Path]) -> dict[str, int]:
+        """Return the number of values of each weight; read every safetensors file of a directory.
+
+        UserError if a tensor is missing or has changed.
+        """
         dtypes = {name: STORED[dtype] for name, (dtype, _) in self.weights.items()}
         dtypes |= {name + KEEP: "U8" for name in self.weights}
-        missing = dict(self.sums)
+        missing, sizes = dict(self.sums), dict[str, int]()
         for path in shards:
             with path.open("rb") as file:
                 for name, entry in read_header(path).items():
                     expected, dtype = missing.pop(name, None), dtypes.get(name, entry.dtype)
+                    sizes |= {name: entry.shape[0]} if name in self.weights else {}
                     if entry.dtype != dtype:
                         raise UserError(f"{path}: {name}: found {entry.dtype}, expected {dtype}; {AGAIN}")
                     if expected is not None and (found := _checksum(file, entry)) != expected:
@@ -132,6 +136,7 @@ class Packing:
                         )
         for name in missing:
             raise UserError(f"{path.parent}: no tensor {name}, which config.json names; {AGAIN}")
+        return sizes
 
     def check(self, name: str, values: Tensor, bits: Tensor, dtype: torch.dtype) -> None:
         """Raise UserError if two tensors do not belong to this weight in a dtype."""

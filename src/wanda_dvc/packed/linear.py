@@ -41,14 +41,16 @@ class PackedLinear(nn.Module):
     bias: nn.Parameter | None
     weight_keep: Tensor
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype | None = None, nonzeros: int = 0
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(nonzeros, dtype=dtype), requires_grad=False)
         self.register_buffer("weight_keep", torch.empty(bits_shape(out_features, in_features), dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
         self.starts: Tensor | None = None  # of the rows in `weight`, if there is a kernel
-        self.register_load_state_dict_post_hook(lambda module, _: module.settle())
+        self.register_load_state_dict_post_hook(_settle)
 
     def settle(self) -> None:
         """Compute the starts of the rows."""
@@ -64,6 +66,7 @@ class PackedLinear(nn.Module):
         """Whether to use the kernel, which has no gradients."""
         learns = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
         alike = x.device.type == self.weight.device.type == "cpu" and x.dtype == self.weight.dtype
+        alike &= x.shape[-1] == self.in_features
         return alike and x.dtype in MULTIPLIED and x.numel() <= FEW * self.in_features and not learns
 
     def dense(self, *, reuse: bool = False) -> Tensor:
@@ -72,7 +75,8 @@ class PackedLinear(nn.Module):
         buffers = vars(_scratch).setdefault("buffers", {}) if reuse else {}
         size, key = shape[0] * shape[1], (device, values.dtype)
         if key not in buffers or buffers[key].numel() < size:
-            buffers[key] = torch.empty(size, dtype=values.dtype, device=device)
+            with torch.inference_mode(False):  # else only a later inference mode could write into it
+                buffers[key] = torch.empty(size, dtype=values.dtype, device=device)
         out = buffers[key][:size].view(shape)
         if self.starts is not None and device.type == "cpu" and values.itemsize in WIDTHS:
             expand(values, self.weight_keep, self.starts, out)
@@ -91,6 +95,10 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Return a linear's description, with the number of nonzeros."""
         return f"in_features={self.in_features}, out_features={self.out_features}, nonzeros={self.weight.numel()}"
+
+
+def _settle(linear: PackedLinear, _: Any) -> None:  # of the module, so that a model can be pickled
+    linear.settle()
 
 
 @register_quantization_config(METHOD)
@@ -145,15 +153,19 @@ class PackedQuantizer(HfQuantizer):
     ) -> None:
         """Check the files, and make the linears of packed weights packed ones."""
         self.packing = self.quantization_config.packing
-        if checkpoint_files:
-            self.packing.check_files(map(Path, checkpoint_files))
+        # A device map counts the parameters before they are loaded.
+        sizes = self.packing.check_files(map(Path, checkpoint_files)) if checkpoint_files else {}
         for name, (_dtype, shape) in self.packing.weights.items():
             linear = model.get_submodule(name.removesuffix(".weight"))
             if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != shape:
                 raise UserError(f"config.json: quantization_config: {name}: {list(shape)} is no linear of this model")
             with torch.device("meta"):
                 packed = PackedLinear(
-                    linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=linear.weight.dtype
+                    linear.in_features,
+                    linear.out_features,
+                    bias=linear.bias is not None,
+                    dtype=linear.weight.dtype,
+                    nonzeros=sizes.get(name, 0),
                 )
             model.set_submodule(name.removesuffix(".weight"), packed)
         self.dtypes = {name: model.get_parameter(name).dtype for name in self.packing.weights}
@@ -168,6 +180,8 @@ class PackedQuantizer(HfQuantizer):
         for name in self.packing.weights:
             linear = cast("PackedLinear", model.get_submodule(name.removesuffix(".weight")))
             values = linear.weight.detach()
+            if values.is_meta:
+                raise UserError(f"{name}: not in memory, expected packed weights there; load without offloading")
             self.packing.check(name, values, linear.weight_keep, values.dtype)  # transformers may have converted them
             linear.weight = nn.Parameter(values.to(self.dtypes[name]), requires_grad=False)
             linear.settle()

@@ -237,7 +237,7 @@ class Pruned(NamedTuple):
     """One linear of a pruned model, as its weight is stored."""
 
     weight: Tensor  # zero off the mask
-    error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix, or any row
+    error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix
     masked: float | None  # likewise, without a reconstruction
     solved: dict[str, float]  # solver diagnostics; {} without a solver
 
@@ -256,7 +256,8 @@ def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is s
     """Return one linear on its mask, and its layer errors.
 
     The kept weights get `values`, or `reconstruction` solves for them where the input has a Gram matrix; else they do
-    not change. `of_inputs` as in `reconstruct`; then the errors are of the rows that stay, as nothing reads the others.
+    not change. `of_inputs` as in `reconstruct`; then the errors are of the rows that stay, as nothing reads the others,
+    and of linears that lose inputs or change.
     """
     if prepared is None:
         return Pruned(masked(weight if values is None else values, keep), None, None, {})
@@ -281,8 +282,9 @@ def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is s
     made = different[-1].to(weight.device)
     dense, *pruned = (oriented(w, transposed).float() for w in (there, *different))
     if of_inputs:
-        rows = oriented(kept, transposed).any(dim=1)
-        if not rows.any():
+        stays = oriented(kept, transposed)
+        rows = stays.any(dim=1)
+        if not rows.any() or (values is None and stays[rows].all()):
             return Pruned(made, None, None, solved)
         dense, pruned = dense[rows], [one[rows] for one in pruned]
     errors = layer_errors(dense, pruned, prepared.gram, prepared.dead)

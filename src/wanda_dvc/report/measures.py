@@ -9,8 +9,8 @@ from wanda_dvc.engine.flips import Flips, of_task, total_flips
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import inference
 from wanda_dvc.report.inference import Estimate
-from wanda_dvc.study.details import load_details
-from wanda_dvc.study.files import Json, load_numbers
+from wanda_dvc.study.details import load_details, load_measured
+from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import measured_alike
 
@@ -43,14 +43,15 @@ class Measured:
     def of(cls, study: Project, model: str, text: str = "") -> "Measured":
         """Read the metrics and the details of a study's model, on a text, by default the first one."""
         on_text = f"perplexity/{text or study.params.perplexity.first}"
-        accuracies = {task: of["acc"] for task, of in load_numbers(study.metrics(model, "zero_shot")).items()}
-        measures = load_numbers(study.metrics(model, on_text))
+        (measures, windows), (answered, answers) = (
+            load_measured(study.metrics(model, name), study.details(model, name)) for name in (on_text, "zero_shot")
+        )
         return cls(
             measures.pop("perplexity", None),
             measures,
-            load_details(study.details(model, on_text)),
-            accuracies,
-            load_details(study.details(model, "zero_shot")).get("tasks", {}),
+            windows,
+            {task: of["acc"] for task, of in answered.items()},
+            answers.get("tasks", {}),
             load_details(study.details(model, "continuations")),
         )
 

@@ -5,7 +5,6 @@ then all later stages are stale too. Outputs of a stale stage are not read.
 """
 
 import csv
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE
-from wanda_dvc.study.ran import read_lock, stale_stages, without_removed_texts
+from wanda_dvc.study.ran import md5, read_lock, stale_stages, without_removed_texts
 from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten, resolved
 from wanda_dvc.study.times import Ledger
@@ -135,13 +134,17 @@ class Row:
         return self.params.pattern if ":" in self.params.pattern else self.sparsity
 
     def inputs(self) -> dict[str, str]:
-        """The first digits of the known SHA-256 of the dense model, the tokens and each task."""
+        """The first digits of the known SHA-256 of the dense model, the tokens and each task; the stages' versions."""
         found = {"models/dense": load_json(self.study.model("dense") / PROVENANCE).get("sha256")}
         for text in self.params.perplexity.texts:
             protocol = self.on(text).pruned.windows.get("protocol", {})
             found[f"data/perplexity/{text}"] = protocol.get("tokens_sha256")
+            found["perplexity --version"] = protocol.get("version")
         found |= {f"data/tasks/{task}": self.pruned.digest(task) for task in self.params.tasks.names}
-        return {path: digest[:8] for path, digest in found.items() if digest}
+        for task in self.pruned.tasks.values():
+            found["zero-shot --version"] = task["protocol"].get("version")
+            found["items of a task"] = task["protocol"].get("limit")
+        return {path: str(value)[:8] for path, value in found.items() if value}
 
     def plot(self, name: str) -> list[dict[str, str]]:
         """The lines of a plot's CSV file; [] if it is missing."""
@@ -243,7 +246,7 @@ def _row(project: Project, candidate: Experiment, folder: Path) -> Row | str:
         if name in ("params.yaml", "dvc.lock"):
             continue
         out = outs.get(name) or next((outs[key] for key in outs if name.startswith(f"{key}/")), None)
-        of_another = out and name.startswith("metrics/") and name in outs and _md5(path) != out["md5"]
+        of_another = out and name.startswith("metrics/") and name in outs and md5(path) != out["md5"]
         if out is None or out["path"] in dropped or of_another:
             path.unlink()
     if left_out := without_removed_texts(stale, params):
@@ -280,7 +283,3 @@ def identity(row: Row) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()

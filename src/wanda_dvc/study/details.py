@@ -1,5 +1,6 @@
 """Reads metrics/details/*.json, and refuses content that no stage writes. Keys that no view reads are free."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED, problems_of
-from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.files import Json, load_json, load_numbers
 
 DROPPED = "dropped"  # the tokens after the last complete window
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -140,6 +141,38 @@ SHAPES: dict[str, tuple[type[Details], str]] = {  # and the stage that writes it
     "layer_error": (LayerError, "apply"),
     "continuations": (Continuations, "zero-shot"),
 }
+
+
+def is_of(content: Json, model: str) -> bool:
+    """Whether details are of a model, by its digest; unknown models match."""
+    every = [content, *content.get("tasks", {}).values()]
+    return all(one.get("protocol", {}).get("model", model) == model for one in every)
+
+
+def load_measured(metrics: Path, details: Path) -> tuple[Json, Json]:
+    """Read the metrics and the details of a perplexity or of the tasks; empty objects if missing.
+
+    Metrics that do not follow from their details are left out: after `git checkout` without `dvc checkout` the two are
+    of two experiments.
+    """
+    numbers, content = load_numbers(metrics), load_details(details)
+    if "tasks" in content:
+        return {task: one for task, one in numbers.items() if _agree(one, content["tasks"].get(task, {}))}, content
+    return numbers if _agree(numbers, content) else {}, content
+
+
+def _agree(numbers: Json, content: Json) -> bool:
+    """Whether the metrics of a text or a task follow from their details, as far as these are known."""
+    if items := content.get("items"):
+        return math.isclose(numbers["acc"], sum(item["acc"] for item in items) / len(items), abs_tol=1e-5)
+    losses, perplexity = content.get("losses"), numbers.get("perplexity")
+    if not losses or perplexity is None or DIVERGED in (perplexity, *losses):
+        return True
+    protocol = content["protocol"]
+    rest = [] if protocol["rest"] == DROPPED else [protocol["rest"] - 1]
+    counts = [protocol["length"] - 1] * protocol["windows"] + rest
+    mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    return math.isclose(math.log(perplexity), mean, abs_tol=1e-4)
 
 
 def load_details(path: Path) -> Json:

@@ -3,6 +3,7 @@
 `params.yaml` has the requested settings. Between an edit and the next `dvc repro`, no result has these settings.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,11 @@ class Ran:
     def outdated(self) -> list[str]:
         """Return the stages with inputs that changed after the run, for any `params.yaml`."""
         return without_removed_texts(stale_stages(self.stages, {}), self.asked)
+
+
+def md5(path: Path) -> str | None:
+    """Return a file's MD5, as `dvc.lock` has it; None if it is missing."""
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else None
 
 
 def read_lock(root: Path) -> Json:

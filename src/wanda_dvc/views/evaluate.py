@@ -21,6 +21,7 @@ from wanda_dvc.study.provenance import (
     PROVENANCE,
     TOKENIZER,
     describe,
+    digest,
     measured_alike,
     read_provenance,
     write_provenance,
@@ -65,6 +66,7 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
             f"zero-shot: no answers of the dense model to {', '.join(missing)}, expected the answers that "
             "others are compared with; run `dvc repro` or `wanda-dvc zero-shot dense`"
         )
+    _check_answers(project, measured, tasks, dense)
     found = [Evaluated("dense", _size(project.model("dense")), _on_texts(project, "dense"), {})]
     for path in paths:
         with project.work({"kind": "evaluate", "path": str(path.absolute())}) as work:
@@ -112,6 +114,18 @@ def _check_alike(project: Project, folder: Path, path: Path) -> None:
         mine, theirs = (getattr(config.get_text_config(), key, None) for config in (own, dense))
         if mine != theirs:
             raise UserError(f"{path}: {what} {mine}, expected {theirs} as in the dense model; name a variant of it")
+
+
+def _check_answers(project: Project, measured: Measured, tasks: list[str], dense: Json) -> None:
+    """Raise UserError if the dense model's answers are another model's, or in another dtype."""
+    expected = {"model": digest(dense), "dtype": project.params.dtype}
+    for task in tasks:
+        for key, value in expected.items():
+            if measured.tasks[task]["protocol"].get(key, value) != value:
+                raise UserError(
+                    f"zero-shot: {task}: answers of another {key}, expected the current dense model's in "
+                    f"{expected['dtype']}; run `dvc repro` or `wanda-dvc zero-shot dense`"
+                )
 
 
 def _check_items(dense: Measured, own: Measured, tasks: list[str]) -> None:

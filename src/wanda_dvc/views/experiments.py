@@ -7,6 +7,7 @@ queued experiment with the numbers of its base commit.
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError
@@ -16,7 +17,7 @@ from wanda_dvc.study.files import Json, json_text
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.markup import decimal, on_text, table
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.ran import stale_stages
+from wanda_dvc.study.ran import md5, stale_stages
 from wanda_dvc.study.settings import flatten
 
 NAMED = 10  # names in a sentence
@@ -28,7 +29,7 @@ FLIPS = "right → wrong / wrong → right"  # a column if real tasks were answe
 
 def experiments(*, project: Project, as_json: bool = False) -> str:
     """List the workspace, the branches and tags, and below each commit its experiments."""
-    records = [_record(one) for one in list_experiments(project, locks=True)]
+    records = [_record(one, project.root) for one in list_experiments(project, locks=True)]
     if as_json:
         return json_text(records)
     texts = list(dict.fromkeys(text for record in records for text in record["texts"])) or [""]
@@ -79,7 +80,7 @@ def results(project: Project) -> list[dict[str, Any]]:
     found = [
         {"experiment": one.name, "commit": None if one.kind is Kind.WORKSPACE else one.rev, "state": one.state}
         | dict(one.settings)
-        | dict(_figures(_own_metrics(one)))
+        | dict(_figures(_own_metrics(one, project.root)))
         for one in list_experiments(project, locks=True)
     ]
     keys = dict.fromkeys(key for record in found for key in record)
@@ -97,9 +98,9 @@ def _figures(metrics: Mapping[str, Json]) -> Iterator[tuple[str, Any]]:
             )
 
 
-def _record(one: Experiment) -> Json:
+def _record(one: Experiment, root: Path) -> Json:
     """Return one row; None for a number of another experiment."""
-    own = _own_metrics(one)
+    own = _own_metrics(one, root)
     answered = own.get("metrics/pruned/zero_shot.json", {})
     texts = {
         path.removeprefix(FOLDER).removesuffix(".json"): {
@@ -130,11 +131,13 @@ def mean(measure: Json | str | None) -> float | str | None:
     return measure["mean"] if isinstance(measure, dict) else measure
 
 
-def _own_metrics(one: Experiment) -> Mapping[str, Json]:
-    """Return the metrics measured with the experiment's settings, by `dvc.lock`."""
+def _own_metrics(one: Experiment, root: Path) -> Mapping[str, Json]:
+    """Return the metrics measured with the experiment's settings, by `dvc.lock`; `root` is the workspace's."""
     if one.state != SUCCESS:
         return {}
     stale = stale_stages(one.stages, one.settings)
     ran = {name: stage for name, stage in one.stages.items() if name not in stale}
-    measured = {out["path"] for stage in ran.values() for out in stage.get("outs", [])}
+    measured = {out["path"]: out.get("md5") for stage in ran.values() for out in stage.get("outs", [])}
+    if one.kind is Kind.WORKSPACE:  # a stage run by hand, or `git checkout`, leaves other files there
+        measured = {path: known for path, known in measured.items() if md5(root / path) == known}
     return {path: content for path, content in one.metrics.items() if path in measured}

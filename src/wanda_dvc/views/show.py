@@ -10,7 +10,7 @@ from wanda_dvc.reading import DIVERGED, is_there
 from wanda_dvc.report.formatting import interval
 from wanda_dvc.report.measures import Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
-from wanda_dvc.study.details import load_details
+from wanda_dvc.study.details import is_of, load_details, load_measured
 from wanda_dvc.study.files import Json, json_text, load_json, load_numbers
 from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.local import missing_sources
@@ -58,24 +58,25 @@ def _of_other_models(project: Project) -> Iterator[str]:
     for model in MODELS:
         with contextlib.suppress(UserError):  # a missing or damaged model is for the stages to refuse
             own = digest(without_files(model, read_provenance(project.model(model), MADE_BY[model])))
-            every = {name: details for name, (_, details) in measured(project, model).items()}
-            if others := [name for name, one in every.items() if one.get("protocol", {}).get("model", own) != own]:
+            every = measured(project, model)
+            if others := [name for name, (_, details) in every.items() if not is_of(details, own)]:
                 yield f"{', '.join(others)}: measured on another models/{model} than the one here; run `dvc repro`."
+        for name in ("zero_shot", *(f"perplexity/{text}" for text in project.params.perplexity.texts)):
+            metrics = project.metrics(model, name)
+            if load_numbers(metrics) != load_measured(metrics, project.details(model, name))[0]:
+                yield f"metrics/{model}/{name}.json: of another run than metrics/details; run `dvc checkout`."
 
 
 def measured(project: Project, model: str) -> dict[str, tuple[Json, Json]]:
     """Return the metrics and the details of a model's perplexity on each text, then of each task; empty if missing."""
-    answered = load_numbers(project.metrics(model, "zero_shot"))
-    details = load_details(project.details(model, "zero_shot")).get("tasks", {})
-    texts = {
-        on_text(project, text): (
-            load_numbers(project.metrics(model, f"perplexity/{text}")),
-            load_details(project.details(model, f"perplexity/{text}")),
-        )
-        for text in project.params.perplexity.texts
-    }
-    tasks = {task: (answered.get(task, {}), details.get(task, {})) for task in project.params.tasks.names}
-    return {**texts, **tasks}
+
+    def read(name: str) -> tuple[Json, Json]:
+        return load_measured(project.metrics(model, name), project.details(model, name))
+
+    answered, details = read("zero_shot")
+    given = details.get("tasks", {})
+    texts = {on_text(project, text): read(f"perplexity/{text}") for text in project.params.perplexity.texts}
+    return texts | {task: (answered.get(task, {}), given.get(task, {})) for task in project.params.tasks.names}
 
 
 def on_text(project: Project, text: str) -> str:
