@@ -251,6 +251,8 @@ class SimulatedDevice:
                 return Tensor.to(tensor, **words)
         if tensor.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError("gradients across the link are not simulated")
+        if words.get("dtype") is torch.float64 and not self.knows_float64:  # the device converts before it copies
+            raise TypeError(f"Cannot convert a tensor to float64: {self.device} does not support float64")
         blocks = not words.pop("non_blocking", False)
         with torch._C.DisableTorchFunction():
             made = Tensor.to(tensor.host if isinstance(tensor, OnDevice) else tensor, **words | {"copy": True})
@@ -273,7 +275,7 @@ class SimulatedDevice:
             return
         if not blocks and direction == "to_host":
             raise AssertionError("a copy to the host that does not block: nothing waits for it before it is read")
-        if not blocks and self.device.type == "cuda" and not getattr(source, "is_pinned_by_simulation", False):
+        if not blocks and direction == "to_device" and not getattr(source, "is_pinned_by_simulation", False):
             raise AssertionError("a copy to the device that does not block, from memory that is not pinned: it blocks")
         if by := caller():
             getattr(self.traffic, direction)[by] += 1

@@ -210,6 +210,18 @@ def test_no_figure_of_another_experiment_is_shown_or_on_the_card(study: Project,
     assert "piqa" not in (tmp_path / "of-another-model/README.md").read_text(encoding="utf-8").partition("Reproduce")[0]
 
 
+def test_answers_to_other_prompts_are_not_compared(study: Project):
+    """lm-eval's prompts change with its version."""
+    answers = json.loads(study.details("pruned", "zero_shot").read_text())
+    answers["tasks"]["piqa"]["protocol"]["libraries"]["lm_eval"] = "0.4.99"
+    study.details("pruned", "zero_shot").write_text(json.dumps(answers))
+    said = show(project=study)
+    assert "changed answers" not in said
+    named, note, _ = said.partition("`dvc repro` measures both models on the same windows and items")
+    assert note
+    assert "piqa" in named.splitlines()[-1]
+
+
 @pytest.mark.parametrize("key", ["model", "dtype"])
 def test_answers_of_another_dense_model_are_not_compared(study: Project, key: str):
     answers = json.loads(study.details("dense", "zero_shot").read_text())

@@ -1,6 +1,7 @@
 """The card of an exported model, and what export refuses. The model itself: test_pipeline.py."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -274,6 +275,22 @@ def repository(project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch)
         project(sparsity=0.25)
         dvc.experiments.save(name="undue-stay")
     return made
+
+
+@pytest.mark.parametrize("why", ["mount", "parent"])
+def test_a_directory_that_cannot_be_replaced_is_refused_before_any_work(
+    pruned: Project, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`export` built the model, and then could not put it there."""
+    target = tmp_path / "mounted"
+    target.mkdir()
+    if why == "mount":
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == target)
+    else:
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
+    with pytest.raises(UserError, match="mounted: cannot be replaced .*; name one inside it, such as .*/mounted/model"):
+        export(project=pruned, experiment=None, target=target)
 
 
 def test_an_experiment_without_a_directory_is_not_taken_for_one(repository: Project):

@@ -450,6 +450,7 @@ def test_mps_has_neither_float64_nor_pinned_memory():
         for call in (
             lambda: torch.ones(1, device="mps").double(),
             lambda: torch.zeros(1, dtype=torch.double).to("mps"),
+            lambda: torch.ones(1).to("mps").to("cpu", torch.double),
         ):
             with pytest.raises(TypeError, match="float64"):
                 call()

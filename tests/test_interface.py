@@ -246,6 +246,33 @@ AROUND: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
 }
 
 
+def test_products_are_exact_whatever_the_caller_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """TF32 cannot be seen on a CPU."""
+    seen, decoder = list[str](), interface._decoder
+
+    def noted(*given: Any) -> Any:
+        seen.append(torch.get_float32_matmul_precision())
+        return decoder(*given)
+
+    monkeypatch.setattr(interface, "_decoder", noted)
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model")).eval()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        wd.perplexity(model, torch.arange(3, 35)[None])
+        assert (seen, torch.get_float32_matmul_precision()) == (["highest"], "medium")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_weights_without_gradients_are_refused(tmp_path: Path):
+    config = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model")).config
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(wd.UserError, match=r"^model: got weights made in torch.inference_mode\(\)"):
+        wd.calibrate(model, torch.arange(3, 35)[None], statistics="fisher")
+    wd.calibrate(model, torch.arange(3, 35)[None])
+
+
 @pytest.mark.parametrize("around", AROUND)
 def test_results_do_not_depend_on_the_callers_modes(around: str, tmp_path: Path):
     def everything(folder: Path, mode: contextlib.AbstractContextManager[Any]) -> dict[str, Any]:

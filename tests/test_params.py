@@ -1,5 +1,6 @@
 """params.yaml: what is wrong is said, all of it, in one form."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -273,10 +274,11 @@ def test_a_name_and_a_hub_id_of_one_data_set_are_one_source(tmp_path: Path):
 @pytest.mark.parametrize(
     ("texts", "found", "expected"),
     [
-        ({"a/b": {"source": "ptb"}}, "got a/b", "expected a name of letters, digits, - and _"),
-        ({"a.b": {"source": "ptb"}}, "got a.b", "expected a name of letters, digits, - and _"),
-        ({"a@b": {"source": "ptb"}}, "got a@b", "expected a name of letters, digits, - and _"),
-        ({1: {"source": "ptb"}}, "got 1", "expected a name of letters, digits, - and _"),
+        ({"a/b": {"source": "ptb"}}, "got a/b", "expected a letter, then letters, digits, - and _"),
+        ({"a.b": {"source": "ptb"}}, "got a.b", "expected a letter, then letters, digits, - and _"),
+        ({"a@b": {"source": "ptb"}}, "got a@b", "expected a letter, then letters, digits, - and _"),
+        ({"1e3": {"source": "ptb"}}, "got 1e3", "expected a letter, then letters, digits, - and _"),
+        ({1: {"source": "ptb"}}, "got 1", "expected a letter, then letters, digits, - and _"),
         ({}, "got {}", "expected one or more texts, each by a name"),
         ([{"source": "ptb"}], "got [{'source': 'ptb'}]", "expected one or more texts, each by a name"),
     ],
@@ -287,6 +289,27 @@ def test_texts_have_names(texts: object, found: str, expected: str):
     with pytest.raises(UserError) as refused:
         check_params(content)
     assert refused.value.problems == (f"params.yaml: perplexity.texts: {found}, {expected}",)
+
+
+def test_names_that_are_one_folder_on_some_file_systems_are_refused():
+    content = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content["perplexity"]["texts"] = {"Ptb": {"source": "ptb"}, "ptb": {"source": "embedded"}}
+    with pytest.raises(UserError, match="perplexity.texts: got Ptb, expected names that differ in more than upper and"):
+        check_params(content)
+
+
+SPELLINGS = ["wikitext2", "Salesforce/wikitext:wikitext-2-raw-v1", "Salesforce/wikitext:wikitext-2-raw-v1@main"]
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.product(SPELLINGS, SPELLINGS)))
+def test_a_text_is_not_calibrated_on_in_any_spelling(one: str, other: str, tmp_path: Path):
+    texts = {"calibration__text__source": one, "calibration__text__split": "test"}
+    found = problems(tmp_path, **texts, perplexity__texts__embedded__source=other)
+    assert any("got the text that perplexity is measured on" in problem for problem in found)
+
+
+def test_a_setting_of_several_types_has_one_line(tmp_path: Path):
+    assert problems(tmp_path, perplexity__windows=0) == ["params.yaml: perplexity.windows: got 0, expected ≥ 1 or all"]
 
 
 def test_two_texts_of_one_name_are_refused_in_one_line(tmp_path: Path):

@@ -2,9 +2,11 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import RECIPES
@@ -12,9 +14,10 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.export.build import export
 from wanda_dvc.params import settings
 from wanda_dvc.stages import STAGES, run
+from wanda_dvc.stages.apply import describe_pruned
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import files_digest
+from wanda_dvc.study.provenance import files_digest, read_provenance
 from wanda_dvc.study.ran import BY_TEXT, Ran, settings_of, stale_stages
 from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten
@@ -241,7 +244,45 @@ def test_an_experiments_model_is_made_as_it_ran(project: Callable[..., Project],
     monkeypatch.setattr(Revision, "copy_all", copy_all)
     export(project=edited, experiment="six", target=edited.root.parent / "six")
     assert "stats/gram" in taken
+    earlier = ROOT / "src/wanda_dvc/study/template/earlier/2026-11/params.yaml"
+    shutil.copy(earlier, edited.root / "params.yaml")
+    with pytest.raises(UserError, match=r"^seven: its settings are not those of this version \(.*; export it with the"):
+        export(project=edited, experiment="seven", target=edited.root.parent / "seven")
     assert files_digest(edited.root.parent / "six") == files_digest(applied)
+
+
+@pytest.mark.parametrize(("locked", "by_hand"), [("wanda", "wanda-refit"), ("wanda-refit", "wanda"), (None, "admm")])
+@pytest.mark.parametrize("edited", ["wanda", "wanda-refit"])
+def test_weights_made_by_hand_have_their_own_reconstruction(
+    project: Callable[..., Project], locked: str | None, by_hand: str, edited: str
+):
+    """`export` wrote those of the lock, or of an edited params.yaml."""
+    made = project(calibration__statistics="gram", recipe=by_hand)
+    for name, part in (("download", "model"), ("download", "calibration")):
+        run(name, project=made, part=part)
+    for name in ("calibrate", "mask", "apply"):
+        run(name, project=made)
+    if locked:
+        lock(project(calibration__statistics="gram", recipe=locked))
+    changed = project(calibration__statistics="gram", recipe=edited)
+    wanted = read_provenance(changed.model("pruned"), "apply")["reconstruction"]
+    assert Ran.of(changed).params.chosen_reconstruction.name == wanted
+    export(project=changed, experiment=None, target=changed.root / "exported")
+    folders = changed.model("pruned"), changed.root / "exported"
+    one, other = ((folder / "model.safetensors").read_bytes() for folder in folders)
+    assert one == other
+
+
+def test_another_version_of_apply_gives_other_results_of_solved_weights(
+    project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+):
+    for recipe, differs in (("wanda", False), ("wanda-refit", True)):
+        made = project(calibration__statistics="gram", recipe=recipe)
+        for name, part in (("download", "model"), ("download", "calibration"), ("calibrate", None), ("mask", None)):
+            run(name, project=made, part=part)
+        before = describe_pruned(made)
+        monkeypatch.setitem(STAGES, "apply", replace(STAGES["apply"], version=STAGES["apply"].version + 1))
+        assert (describe_pruned(made) != before) == differs
 
 
 def test_masks_made_by_hand_have_their_own_settings(edited: Project, project: Callable[..., Project]):

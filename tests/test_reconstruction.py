@@ -15,12 +15,15 @@ from conftest import ROOT
 from ruamel.yaml import YAML
 from test_families import save
 from test_stages import tree
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECONSTRUCTIONS, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.loaded import Loaded
 from wanda_dvc.engine.recorder import CrossRecorder
+from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.training import train
 from wanda_dvc.engine.walk import walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
@@ -379,13 +382,44 @@ def test_a_training_is_the_same_twice_and_another_with_another_seed(study: Make,
     assert tree(made.weights) != first
 
 
+@pytest.mark.parametrize("scale", [1, 2**16])
+def test_a_training_in_float16_is_one_in_float32(scale: int):
+    """At the size of large models' hidden states, the loss's gradients are zeros in float16 without a factor."""
+
+    def error(dtype: torch.dtype) -> float:
+        torch.manual_seed(0)
+        shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+        model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)).eval()
+        for name, weight in model.model.named_parameters():
+            if weight.dim() > 1:
+                factor = 1000 if "o_proj" in name or "down_proj" in name else 10_000 if "embed" in name else 3
+                weight.data *= factor
+        decoder = Decoder(Loaded(model), dtype=dtype, device=torch.device("cpu"))
+        row = Row(torch.randint(64, (512,)))
+        hidden = decoder.embed(row)[0].detach()
+        decoder.calls(row)  # before a block is loaded
+        with decoder.block(0, then=-1):
+            with torch.no_grad():
+                target = decoder.run(0, hidden[None], row)[0].clone()
+            weights = {name: one.weight.clone() for name, one in decoder.weights.of_block(0).items()}
+            keeps = {name: one.weight.abs() > one.weight.abs().median() for name, one in decoder.linears(0).items()}
+            words: dict[str, Any] = {"rows": [row], "inputs": [hidden], "targets": [target], "rate": 0.02, "seed": 0}
+            trained = train(decoder, 0, keeps, **words, epochs=8, scale=scale)
+            assert trained.keys() == weights.keys()
+        found = [(trained[name] - weights[name] * keep).square().sum() for name, keep in keeps.items()]
+        return float(sum(found))
+
+    exact, rounded = error(torch.float32), error(torch.float16)
+    assert (abs(rounded / exact - 1) < 0.05) == (scale > 1)
+
+
 def test_a_training_does_what_its_formula_says(study: Make, monkeypatch: pytest.MonkeyPatch):
     """Against transformers' layer and a training written out: block 0, whose inputs are the embeddings."""
     rate, epochs = 0.05, 2
     starts = study(reconstruction="least-squares", propagation="pruned")
     mask(project=starts)
     start = read_weights(starts.weights, 0)[0]
-    monkeypatch.setattr("wanda_dvc.stages.mask.TRAINING", {"epochs": epochs, "rate": rate, "seed": 0})
+    monkeypatch.setattr("wanda_dvc.stages.mask.TRAINING", {"epochs": epochs, "rate": rate, "seed": 0, "scale": 1})
     made = study(reconstruction="block", propagation="pruned")
     mask(project=made)
     trained, keeps = read_weights(made.weights, 0)[0], read_masks(made.masks, 0)

@@ -73,11 +73,12 @@ class Stats:
 
 @contextlib.contextmanager
 def _plain() -> Iterator[None]:
-    """Undo the caller's default dtype, autocast and inference mode: they would change results, or fail."""
+    """Undo the caller's default dtype, autocast, TF32 and inference mode: they would change results, or fail."""
     import torch
 
-    dtype = torch.get_default_dtype()
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -87,6 +88,7 @@ def _plain() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
 
 
 @_plain()
@@ -130,6 +132,8 @@ def calibrate(
 
     _one_of("statistics", statistics, STATISTICS)
     source = _evaluating(model)
+    if statistics == "fisher" and any(parameter.is_inference() for parameter in model.parameters()):
+        raise UserError("model: got weights made in torch.inference_mode(), expected others; load it outside of it")
     rows = _windows(tokens, source)
     decoder = _decoder(source, dtype)
     blocks, grams = [], []

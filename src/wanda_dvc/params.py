@@ -6,6 +6,7 @@ Read as DVC reads it, YAML 1.2: in YAML 1.1 an unquoted `2:4` is the number 124.
 import difflib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -138,8 +139,8 @@ class Calibration(_Section):
 class Perplexity(_Section):
     """The texts that the model is measured on, and how they are cut."""
 
-    texts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$")], Text] = Field(
-        min_length=1, description="the texts by name, of letters, digits, - and _"
+    texts: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_\-]*$")], Text] = Field(
+        min_length=1, description="the texts by name: a letter, then letters, digits, - and _"
     )
     length: int = Field(ge=2, le=MOST, description="tokens a window; windows follow one another")
     windows: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
@@ -303,7 +304,10 @@ class Params(_Section):
             )
         calibration = self.calibration.text
         yield from _text_conflicts("calibration.text", calibration)
+        names = Counter(name.casefold() for name in self.perplexity.texts)
         for name, text in self.perplexity.texts.items():
+            if names[name.casefold()] > 1:  # one folder, on some file systems
+                yield _problem("perplexity.texts", name, "names that differ in more than upper and lower case")
             yield from _text_conflicts(f"perplexity.texts.{name}", text)
             if _place(calibration.chosen) == _place(text.chosen):
                 found = ", ".join(word for word in (text.source, text.chosen.split) if word)
@@ -434,7 +438,10 @@ def check_params(content: object) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise UserError(*(_explain(problem) for problem in error.errors())) from None
+        found: dict[tuple[int | str, ...], list[Any]] = {}
+        for problem in error.errors():
+            found.setdefault(_setting_of(problem["loc"]), []).append(problem)
+        raise UserError(*(_explain(where, problems) for where, problems in found.items())) from None
 
 
 def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -449,9 +456,11 @@ def settings(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[tupl
 
 
 def _place(text: ChosenText) -> tuple[str | None, ...]:
-    """Return the data set and split of a text; of a file its path without links."""
+    """Return the data set and split of a text, whatever its revision; of a file its path without links."""
+    if text.dataset:
+        return text.dataset, text.config, text.split
     source = os.path.realpath(text.source) if Path(text.source).is_absolute() else text.source
-    return source, text.dataset, text.config, text.split
+    return source, text.split
 
 
 def _problem(where: str, found: object, expected: str) -> str:
@@ -472,18 +481,25 @@ MAPPINGS = {
 NUMBER = re.compile(r"\s*[+-]?[\d._]+(e[+-]?\d+)?\s*", flags=re.I)  # also in quotes
 
 
-def _explain(error: Any) -> str:
-    """Convert a pydantic error to this project's form."""
-    where, kind, found = ".".join(str(part) for part in error["loc"]), error["type"], error["input"]
+def _setting_of(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Return the place of a pydantic error without the names of a union's types."""
+    known = {name.rpartition(".")[2] for name, _ in settings()}
+    return place[:-1] if len(place) > 1 and place[-2] in known and isinstance(place[-1], str) else place
+
+
+def _explain(place: tuple[int | str, ...], errors: list[Any]) -> str:
+    """Convert the pydantic errors of a setting to this project's form."""
+    error, *_ = errors
+    where, kind, found = ".".join(map(str, place)), error["type"], error["input"]
     if error["loc"][-1:] == ("[key]",):
-        return _problem("perplexity.texts", found, "a name of letters, digits, - and _")
+        return _problem("perplexity.texts", found, "a letter, then letters, digits, - and _")
     if kind == "extra_forbidden":
         return f"params.yaml: {where}: no such setting; {_hint(where)}"
     if kind == "missing":
         return f"params.yaml: {where}: missing"
     if kind in ("int_type", "float_type") and isinstance(found, str) and NUMBER.fullmatch(found):
         return _problem(where, f"'{found}', text", "a number; remove the quotes")
-    return _problem(where, found, _expected(error, where))
+    return _problem(where, found, _or(dict.fromkeys(_expected(one, where) for one in errors)))
 
 
 def _hint(where: str) -> str:

@@ -39,6 +39,12 @@ def peak_memory(device: torch.device | str) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
+def multiply_exactly() -> None:
+    """Turn off TF32, which some containers and notebooks turn on: it keeps 10 bits of each factor."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def wait() -> None:
     """Wait until the CUDA devices of this process have finished, if there are any."""
     for device in gpus():

@@ -22,7 +22,7 @@ from ray.util.serialization import register_serializer
 from torch import Tensor
 
 import wanda_dvc
-from wanda_dvc.engine import shards, tasks
+from wanda_dvc.engine import accelerator, shards, tasks
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.jobs import Job, JobInput, Jobs, R, T
 from wanda_dvc.engine.recorder import Gradients, Recorded, Sums
@@ -67,6 +67,7 @@ def run_task(threads: int, device: str, function: Callable[..., Any], *arguments
 
 def own_device(device: str) -> torch.device:
     """Return a task's device: the GPU assigned by Ray, by its index among the GPUs visible to the process."""
+    accelerator.multiply_exactly()
     given, seen = [str(number) for number in ray.get_gpu_ids()], os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "cpu" or not given:
         return CPU

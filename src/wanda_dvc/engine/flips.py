@@ -69,17 +69,23 @@ def flips(before: Sequence[Answer], after: Sequence[Answer]) -> Flips:
 def of_task(before: Json, after: Json, metric: str) -> Flips | None:
     """Count the answers to a task that differ between two models, from their details; `metric` is acc or acc_norm.
 
-    None without the answers to common items of the same task.
+    None without the answers to common items of the same task, asked by the same lm-eval.
     """
-    if _digest(before) != _digest(after):
+    prompts = {version for task in (before, after) if (version := _protocol(task).get("libraries", {}).get("lm_eval"))}
+    if len(prompts) > 1 or _digest(before) != _digest(after):
         return None
     own, other = _choices(after, metric), _choices(before, metric)
     shared = [item for item in own if item in other]
     return flips([other[item] for item in shared], [own[item] for item in shared]) if shared else None
 
 
+def _protocol(task: Json) -> Json:
+    found: Json = task.get("protocol", {})
+    return found
+
+
 def _digest(task: Json) -> str | None:
-    found: str | None = task.get("protocol", {}).get("task", {}).get("sha256")
+    found: str | None = _protocol(task).get("task", {}).get("sha256")
     return found
 
 

@@ -29,7 +29,9 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
         self.folder, self.has_prefix = folder, (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
         # lm-eval asks for a prefix with each text, and uses it for texts without a context.
         prefix = None if self.has_prefix else 0
+        decoder.model.tie_weights = lambda *_, **__: None  # lm-eval would replace a head that is stored by itself
         super().__init__(pretrained=decoder.model, tokenizer=tokenizer, trust_remote_code=False, prefix_token_id=prefix)
+        del decoder.model.tie_weights
         self.runner, self.what, self.progress = runner, what, progress
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:

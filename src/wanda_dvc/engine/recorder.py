@@ -16,7 +16,7 @@ from wanda_dvc.engine.structure import Linear
 from wanda_dvc.errors import FIX, UserError
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.products import multiply
-from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats
+from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats, in_sums
 
 
 class Recorded(NamedTuple):
@@ -227,7 +227,7 @@ class CrossRecorder(InputRecorder):
         super()._add(name, x)
         dense = self._dense.get(name)
         if dense is not None and len(dense) == len(x) == self._tokens:
-            product = multiply(dense.float().T, x.float()).to(self.stats[name].sum)  # in float64, if the device has it
+            product = in_sums(multiply(dense.float().T, x.float()), self.stats[name].sum)  # in float64
             self.crosses[name] = self.crosses[name].add_(product) if name in self.crosses else product
             self.crossed[name] = self.crossed.get(name, 0) + len(x)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Row
 
-EPSILON = 1e-8  # the least norm of a token's target
+EPSILON = 1e-8  # the least norm of a token's target, and of Adam
 
 
 def train(  # noqa: PLR0913 - the settings of a training
@@ -24,6 +24,7 @@ def train(  # noqa: PLR0913 - the settings of a training
     epochs: int,
     rate: float,
     seed: int,
+    scale: float,
 ) -> dict[str, Tensor]:
     """Train a loaded block to match `targets` with its outputs on some rows. Each row has an input and a target.
 
@@ -35,6 +36,8 @@ def train(  # noqa: PLR0913 - the settings of a training
     Its learning rate falls as a cosine to 0, from `rate` times the root mean square of a parameter's kept weights:
     models differ tenfold in scale. Pruned weights stay 0. The block runs in the dtype of the walk. As arXiv 2510.14444,
     and Transformer Matching in 3BASiL, except for the scales of tokens and parameters.
+
+    `scale` multiplies the loss, whose gradients would be zeros in float16. A power of two changes no other result.
 
     Memory in bytes: 24 for each parameter of the block, and autograd's copies for one row. The 24 are the parameter,
     its gradient, Adam's two moments, the masked parameter and its copy in the walk's dtype.
@@ -52,7 +55,8 @@ def train(  # noqa: PLR0913 - the settings of a training
     def masked() -> dict[str, Tensor]:
         return {name: p * masks[name] if name in masks else p for name, p in trained.items()}
 
-    optimizer = torch.optim.Adam([{"params": [p], "scale": _scale(p.detach())} for p in trained.values()])
+    groups = [{"params": [p], "scale": _scale(p.detach())} for p in trained.values()]
+    optimizer = torch.optim.Adam(groups, eps=EPSILON * scale)
     order = list(_order(len(rows), epochs, seed, index))
     with torch.enable_grad():
         for number, row in enumerate(order):
@@ -65,7 +69,7 @@ def train(  # noqa: PLR0913 - the settings of a training
             error = (out.float() - target).square().sum(-1)
             loss = (error / norm).sum() / norm.sum()
             optimizer.zero_grad()
-            loss.backward()
+            (loss * scale).backward()
             optimizer.step()
     made = {name: p.detach() for name, p in masked().items()}
     return {

@@ -43,7 +43,7 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
             _take_workspace(project, study)
         else:
             _take_experiment(project, study, experiment)
-        ran = Ran.of(study)
+        ran = Ran.of(study if experiment else project)
         _check_current(ran, experiment or "the workspace")
         study = study.with_params(ran.params)
         metrics, storage = stored.write(study, work.out, work.path / "dense")
@@ -85,6 +85,8 @@ def _check_target(project: Project, target: Path) -> None:
         raise UserError(f"{target}: inside {place.relative_to(root).parts[0]}/, which DVC or git tracks; name another")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: exists already, expected a new or empty directory; name another")
+    if target.exists() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK | os.X_OK)):
+        raise UserError(f"{target}: cannot be replaced by a new directory; name one inside it, such as {target}/model")
     if (temporary := temporary_place(target)).exists():
         raise UserError(
             f"{temporary}: exists already, expected a free name for the unfinished {target.name}; remove it, or name "
@@ -128,6 +130,13 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
         raise UserError(f"{experiment}: no params.yaml, expected an experiment of this study")
     revision.copy_all(LOCK, study)
     take("masks", "its masks are")
+    try:
+        study.params  # noqa: B018 - reads it
+    except UserError as error:
+        raise UserError(
+            f"{experiment}: its settings are not those of this version ({error.problems[0]}); export it with the "
+            "wanda-dvc that made it"
+        ) from None
     made, reconstruction = read_provenance(study.masks, "mask"), Ran.of(study).params.chosen_reconstruction.name
     source = values_from(made, reconstruction)
     parts = {"weights": ["weights"], "gram": ["stats/gram"]}.get(source or "", [])

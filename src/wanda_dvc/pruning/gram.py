@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
 from wanda_dvc.pruning import products
+from wanda_dvc.pruning.statistics import in_sums
 
 PANEL = 128  # rows of XᵀX computed at a time
 WEIGHTS_AT_A_TIME = 2**20  # the layer error takes rows in slices of about so many weights, to bound memory
@@ -35,7 +36,7 @@ class Gram:
         features = products.operand(x.float().T)
         for start in range(0, x.shape[1], PANEL):
             panel = products.multiply(features[start : start + PANEL], features[start:].T)
-            self.upper[start : start + PANEL, start:] += panel.to(self.upper)
+            self.upper[start : start + PANEL, start:] += in_sums(panel, self.upper)
         self.count += len(x)
 
     def merge(self, other: "Gram") -> None:

@@ -11,6 +11,11 @@ from torch import Tensor
 OUTLIER = 6  # times the median; as in Dettmers et al. 2022, arXiv 2208.07339, where 6 marks an outlier feature
 
 
+def in_sums(x: Tensor, total: Tensor) -> Tensor:
+    """Return a window's sums on the device and in the dtype of the total: the device first, as MPS has no float64."""
+    return x.to(total.device).to(total.dtype)
+
+
 @dataclass
 class InputStats:
     """Sums over all tokens of one distinct input, in float64. Sums of several shards merge.
@@ -32,9 +37,9 @@ class InputStats:
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Add one window."""
         numbers = x.float()
-        self.sum += numbers.sum(dim=0).to(self.sum)
+        self.sum += in_sums(numbers.sum(dim=0), self.sum)
         squares = numbers.square() if numbers is x else numbers.square_()  # a copy has room for them
-        self.sum_squares += squares.sum(dim=0).to(self.sum_squares)
+        self.sum_squares += in_sums(squares.sum(dim=0), self.sum_squares)
         self.count += len(x)
 
     def merge(self, other: "InputStats") -> None:

@@ -236,7 +236,7 @@ def _row(project: Project, candidate: Experiment, folder: Path) -> Row | str:
     try:
         params = study.params
     except UserError as error:
-        return str(error.problems[0])
+        return f"its settings are not those of this version ({error.problems[0]})"
     stages = read_lock(folder)
     outs = {out["path"]: out for stage in stages.values() for out in stage.get("outs", [])}
     notes, stale = [], stale_stages(stages, dict(flatten(params.model_dump(mode="json"))))

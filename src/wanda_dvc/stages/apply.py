@@ -20,6 +20,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.choose import prepare, prune_linear
 from wanda_dvc.pruning.packing import count_zeros
 from wanda_dvc.pruning.solvers import Prepared
+from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.held_out import compare, limit
 from wanda_dvc.stages.mask import removal_of
 from wanda_dvc.stages.running import progress, solving_device
@@ -118,6 +119,8 @@ def describe_pruned(study: Project) -> Json:
                 "expected them; run `dvc repro`, or `wanda-dvc calibrate` with the settings of the masks"
             )
         from_where |= {folder.name: digest(gram)} if source == "gram" else {}
+    if source == "gram":  # the weights follow from how `apply` solves, and so do their results
+        from_where["apply"] = str(STAGES["apply"].version)
     return described | {"kind": "model", "masks": digest(made), "reconstruction": reconstruction} | from_where
 
 

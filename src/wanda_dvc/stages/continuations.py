@@ -48,7 +48,8 @@ def continued(project: Project, model: str) -> Json:
     needed = generating(sizes(folder), dtype=params.dtype, tokens=longest + TOKENS).total
     if needed > (free := free_memory(device_name(params.runtime))):
         skipped = f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB were free"
-        notice(f"zero-shot {model}: no continuations: {skipped}")
+        again = f"`dvc repro --force --single-item zero-shot@{model}` writes them when there is more"
+        notice(f"zero-shot {model}: no continuations: {skipped}; {again}")
         return {"skipped": skipped}
     written = continuations(
         folder, prompts, dtype=getattr(torch, params.dtype), device=own_device(params.runtime), source=PROMPTS

@@ -283,8 +283,10 @@ def _zero_shot(on: Known) -> Need:
     tokens, positions = (sum(min(task[0], most) * task[place] for task in needed) for place in (1, 2))
     # Attention is within a question, and so small that packed rows overstate it.
     found = _walk(on, "tasks", tokens / ROW, ROW, head=positions, logits=True, packed=True)
-    # An estimate. The model runs once more, to test for support of several questions in a row.
-    return replace(found, least=0, link=2 * found.link)
+    # A block of each kind first runs in float32, to test for support of several questions in a row.
+    width = WIDTH[on.params.dtype]
+    tested = Memory(weights=4 * on.model.block + (on.model.block + on.model.rest) * width if width < 4 else 0)
+    return replace(found, least=0, link=2 * found.link, memory=either(found.memory, tested))
 
 
 NEEDS: dict[str, Callable[[Known], Need]] = {

@@ -171,8 +171,9 @@ def own_device(runtime: Runtime) -> "torch.device":
     """
     import torch
 
-    from wanda_dvc.engine.accelerator import gpus
+    from wanda_dvc.engine.accelerator import gpus, multiply_exactly
 
+    multiply_exactly()
     name = device_name(runtime)
     if runtime.ray is None:
         check_device(name)
