@@ -288,7 +288,7 @@ def smaller(results: dict[str, Any]) -> str:
                         model,
                         row["pattern"],
                         row["amount"],
-                        row["choice"],
+                        "influence" if row["pattern"] == "blocks" else row["choice"],
                         f"{100 * (1 - row['parameters'] / dense['parameters']):.1f} %",
                         *_texts(row),
                         f"{row['bytes'] / 1e6:.0f}",

@@ -10,6 +10,7 @@ from wanda_dvc.plan import CHOICES
 DERIVED = {
     "share": ("sparsity", "pattern"),
     "plan": ("recipe", *CHOICES, "allocation_strength", "sparsity", "pattern"),
+    "chosen_reconstruction": ("recipe", "reconstruction", "pattern"),
 }
 
 

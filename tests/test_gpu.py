@@ -263,14 +263,14 @@ def test_the_python_interface_takes_a_model_where_it_is(kind: str, tiny: Path):
 
 CALIBRATED = BLOCKS * WINDOWS  # shards of one window through a block
 PROBES, RECORDED = 3, 1  # rows that say how blocks are called, and how their linears are
-WEIGHTS = {"engine.weights._placed": PARAMETERS + OUTSIDE, "engine.weights._load_rest": BUFFERS}
+WEIGHTS = {"engine.accelerator.copy": PARAMETERS + OUTSIDE, "engine.weights._load_rest": BUFFERS}
 # How often what crosses in each stage, by the function that asks for it. Of a walk: each weight, each window's tokens
 # and each window's hidden states once. A window's loss is two numbers of its own.
 TO_DEVICE = {
     "calibrate": WEIGHTS
     | {
         # Forward for norms, forward and backward for gradients; the last block turns round where it is.
-        "engine.weights._placed": 3 * PARAMETERS - PARAMETERS // BLOCKS + OUTSIDE,
+        "engine.accelerator.copy": 3 * PARAMETERS - PARAMETERS // BLOCKS + OUTSIDE,
         "engine.decoder._record": 2 * WINDOWS + PROBES + RECORDED + 1,
         "engine.decoder.loss_gradient": WINDOWS,  # tokens
     },
@@ -363,7 +363,7 @@ def test_choices_are_compared_as_on_the_cpu(bench: Bench):
 def test_a_walk_moves_the_bytes_of_the_model_and_of_its_hidden_states(bench: Bench):
     study = bench.measured("cuda")
     traffic, weights = study.traffic["perplexity"], load_file(study.project.model("dense") / "model.safetensors")
-    assert traffic.bytes_to_device["engine.weights._placed"] == sum(x.nbytes for x in weights.values())
+    assert traffic.bytes_to_device["engine.accelerator.copy"] == sum(x.nbytes for x in weights.values())
     assert traffic.bytes_to_host["engine.states._save"] == EVALUATED * 64 * 32 * 4  # length, width, float32
 
 
@@ -371,7 +371,7 @@ def test_a_walk_moves_the_bytes_of_the_model_and_of_its_hidden_states(bench: Ben
 def test_zero_shot_reads_the_model_twice_and_its_questions_once(bench: Bench):
     """Once to see whether the model holds several questions in a row, once to ask."""
     traffic = bench.asked("cuda", "wanda").traffic["zero-shot"]
-    assert traffic.to_device["engine.weights._placed"] == 2 * PARAMETERS + OUTSIDE
+    assert traffic.to_device["engine.accelerator.copy"] == 2 * PARAMETERS + OUTSIDE
     assert traffic.to_host["engine.states._save"] == QUESTIONS_ROWS
 
 

@@ -440,13 +440,17 @@ def test_a_training_does_what_its_formula_says(study: Make, monkeypatch: pytest.
         parameters[name].data.copy_(weight)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     scales = {name: p.detach()[p != 0].square().mean().sqrt() for name, p in parameters.items()}
+
+    def loss(row: int) -> torch.Tensor:
+        norms = (targets[row] ** 2).sum(-1).sqrt()
+        return (((run(hidden[row]) - targets[row]) ** 2).sum(-1) / norms).sum() / norms.sum()
+
+    rate = min(rate, sum(loss(row).item() for row in range(len(windows))) / len(windows))
     first, second = ({name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     order = [row for _ in range(epochs) for row in torch.randperm(len(windows), generator=generator).tolist()]
     for step, row in enumerate(order):
-        norms = (targets[row] ** 2).sum(-1).sqrt()
-        errors = ((run(hidden[row]) - targets[row]) ** 2).sum(-1) / norms
-        gradients = torch.autograd.grad(errors.sum() / norms.sum(), list(parameters.values()))
+        gradients = torch.autograd.grad(loss(row), list(parameters.values()))
         falling = rate * (1 + math.cos(math.pi * step / len(order))) / 2
         for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
             gradient = gradient * keeps.get(name, torch.ones_like(p))
@@ -459,6 +463,40 @@ def test_a_training_does_what_its_formula_says(study: Make, monkeypatch: pytest.
         moved = (p.detach() - before[name]).norm()
         assert moved > 0
         assert (trained[name] - p.detach()).norm() < 0.02 * moved, name
+
+
+@pytest.mark.parametrize("scale", [1, 1e38])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "neurons"])
+def test_a_training_never_leaves_a_block_worse_than_it_was(
+    pattern: str, scale: float, study: Make, monkeypatch: pytest.MonkeyPatch
+):
+    """From least squares for neurons, a fixed rate led away. With gradients of infinity nothing changes."""
+    seen: list[tuple[float, float]] = []
+
+    def noted(decoder: Decoder, index: int, keeps: Any, **words: Any) -> Any:
+        weights = {name: one.weight.clone() for name, one in decoder.weights.of_block(index).items()}
+        made = train(decoder, index, keeps, **words)
+
+        def loss(values: Any) -> float:
+            own = decoder.weights.of_block(index)
+            names = {id(p): name for name, p in decoder.blocks[index].named_parameters()}
+            parameters = {names[id(own[x].module.get_parameter(own[x].leaf))]: values[x] for x in own}
+            found = []
+            with torch.no_grad():
+                for x, target, row in zip(words["inputs"], words["targets"], words["rows"], strict=True):
+                    out, norms = decoder.run(index, x[None], row, parameters)[0], target.norm(dim=-1)
+                    found.append(((out - target).square().sum(-1) / norms).sum() / norms.sum())
+            return float(sum(found)) / len(found)
+
+        seen.append((loss({x: weights[x] * keeps.get(x, 1) for x in weights}), loss(made)))
+        return made
+
+    monkeypatch.setattr("wanda_dvc.engine.walk.training.train", noted)
+    monkeypatch.setitem(TRAINING, "scale", scale)
+    mask(project=study(reconstruction="block", propagation="pruned", pattern=pattern, sparsity=0.5))
+    assert len(seen) == 2
+    assert all(after <= before for before, after in seen)
+    assert any(after < before for before, after in seen) == (scale == 1)
 
 
 def test_a_training_brings_the_block_nearer_to_the_dense_one(study: Make):

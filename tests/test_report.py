@@ -298,7 +298,8 @@ def write_results(
         }
         losses = [mean + x if math.isfinite(mean) else "diverged" for x in (-0.1, 0.0, 0.0, 0.1)]
         write_json(project.details(model, "perplexity/embedded"), {"protocol": protocol, "losses": losses})
-        value = float(f"{math.exp(mean):.6g}") if math.isfinite(mean) else "diverged"
+        weighted = mean + (0.1 * (rest - 1 - 63) / (3 * 63 + rest - 1) if rest else 0)  # the last loss counts less
+        value = float(f"{math.exp(weighted):.6g}") if math.isfinite(mean) else "diverged"
         apart = divergence_of(mean - 2.0) if model == "pruned" else {}
         write_json(project.metrics(model, "perplexity/embedded"), {"perplexity": value} | apart)
         wrong = 2 if model == "pruned" else 1

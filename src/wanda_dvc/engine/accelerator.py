@@ -62,9 +62,13 @@ class Copies:
         """Route this thread's copies through the stream."""
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def source(self, tensor: Tensor) -> Tensor:
-        """Return a host tensor in memory that allows asynchronous copies: pinned, on CUDA."""
-        return tensor.pin_memory() if self._stream is not None and tensor.device.type == "cpu" else tensor
+    def copy(self, tensor: Tensor, into: Tensor) -> Tensor:
+        """Copy a tensor into another, which is returned: from the host to CUDA through pinned memory, without waiting.
+
+        From other memory a copy has to end before its source is freed.
+        """
+        pinned = self._stream is not None and tensor.device.type == "cpu"
+        return into.copy_(tensor.pin_memory() if pinned else tensor, non_blocking=pinned)
 
     def finish(self, tensors: Iterable[Tensor]) -> None:
         """Make this thread's next computations wait for the started copies of these tensors."""

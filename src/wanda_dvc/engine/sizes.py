@@ -296,11 +296,11 @@ def propagating(walk: Memory, chosen: Memory, plan: "Plan", *, model: Sizes, dty
     """Return the memory of choosing masks during a walk: both, and a copy of the current block's weights.
 
     A solver receives a packed triangle and, for a correction, a cross product. A reconstruction gives a block new
-    weights. A training needs 24 bytes for each of the block's parameters instead of a solver's memory, and three times
+    weights. A training needs 28 bytes for each of the block's parameters instead of a solver's memory, and three times
     the activations of a window.
     """
     inputs = (2 * plan.records_grams + 4 * plan.corrects) * model.widest**2
-    weights = 24 * model.block if plan.trains else 0
+    weights = 28 * model.block if plan.trains else 0
     new = model.block * model.width if plan.solves else 0
     selection = max(chosen.selection + inputs, weights) + model.block * WIDTH[dtype] + new
     return replace(walk, selection=selection, activations=walk.activations * (3 if plan.trains else 1))

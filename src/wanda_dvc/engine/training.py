@@ -33,14 +33,16 @@ def train(  # noqa: PLR0913 - the settings of a training
     The loss is Σ (‖block(x) − target‖² / ‖target‖) / Σ ‖target‖ over a row's tokens. In the plain sum of squares, one
     token of massive activations may be nine tenths of a row. Relative to its own square it is one token of thousands,
     although all others attend to it. Adam takes one row a step, in an order drawn from the seed and the block's index.
-    Its learning rate falls as a cosine to 0, from `rate` times the root mean square of a parameter's kept weights:
-    models differ tenfold in scale. Pruned weights stay 0. The block runs in the dtype of the walk. As arXiv 2510.14444,
-    and Transformer Matching in 3BASiL, except for the scales of tokens and parameters.
+    Its learning rate falls as a cosine to 0, from a share of the root mean square of a parameter's kept weights: models
+    differ tenfold in scale. The share is the mean loss before the training, at most `rate`: a larger one leads away
+    from weights that are nearly right. If the mean loss does not fall, the weights stay as they were. Pruned weights
+    stay 0. The block runs in the dtype of the walk. As arXiv 2510.14444, and Transformer Matching in 3BASiL, except for
+    the scales of tokens and parameters.
 
     `scale` multiplies the loss, whose gradients would be zeros in float16. A power of two changes no other result.
 
-    Memory in bytes: 24 for each parameter of the block, and autograd's copies for one row. The 24 are the parameter,
-    its gradient, Adam's two moments, the masked parameter and its copy in the walk's dtype.
+    Memory in bytes: 28 for each parameter of the block, and autograd's copies for one row. The 28 are the parameter
+    before and now, its gradient, Adam's two moments, the masked parameter and its copy in the walk's dtype.
     """
     block, device, dtype = decoder.blocks[index], decoder.device, decoder.dtype
     names = {id(p): name for name, p in block.named_parameters()}
@@ -56,21 +58,31 @@ def train(  # noqa: PLR0913 - the settings of a training
         return {name: p * masks[name] if name in masks else p for name, p in trained.items()}
 
     groups = [{"params": [p], "scale": _scale(p.detach())} for p in trained.values()]
+
+    def loss_of(row: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        target, hidden = targets[row].to(device).float(), inputs[row][None].to(device)
+        out = decoder.run(index, hidden, rows[row], {name: p.to(dtype) for name, p in parameters.items()})[0]
+        norm = torch.linalg.vector_norm(target, dim=-1).clamp_min(EPSILON)
+        return ((out.float() - target).square().sum(-1) / norm).sum() / norm.sum()
+
+    def mean_loss() -> float:
+        with torch.no_grad():
+            parameters = masked()
+            return sum(loss_of(row, parameters).item() for row in range(len(rows))) / len(rows)
+
+    before, start = mean_loss(), {name: p.detach().clone() for name, p in trained.items()}
+    rate = min(rate, before)
     optimizer = torch.optim.Adam(groups, eps=EPSILON * scale)
     order = list(_order(len(rows), epochs, seed, index))
     with torch.enable_grad():
         for number, row in enumerate(order):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"] * (1 + math.cos(math.pi * number / len(order))) / 2
-            target, hidden = targets[row].to(device).float(), inputs[row][None].to(device)
-            parameters = {name: p.to(dtype) for name, p in masked().items()}
-            out = decoder.run(index, hidden, rows[row], parameters)[0]
-            norm = torch.linalg.vector_norm(target, dim=-1).clamp_min(EPSILON)
-            error = (out.float() - target).square().sum(-1)
-            loss = (error / norm).sum() / norm.sum()
             optimizer.zero_grad()
-            (loss * scale).backward()
+            (loss_of(row, masked()) * scale).backward()
             optimizer.step()
+    if not mean_loss() < before:  # also if it is not finite
+        trained = start
     made = {name: p.detach() for name, p in masked().items()}
     return {
         name: stored.part.of(made[names[id(stored.module.get_parameter(stored.leaf))]])

@@ -131,10 +131,7 @@ class Weights:
         if tensor.shape != parameter.shape:
             raise UserError(f"{self.checkpoint}: {name} is {list(tensor.shape)}, expected {list(parameter.shape)}")
         if (tensor.device, tensor.dtype) != (self.device, parameter.dtype):
-            source = self._copies.source(tensor)
-            # From other memory a copy has to end before its source is freed.
-            pinned = source.is_pinned()
-            tensor = empty_weight(parameter.shape, parameter.dtype, self.device).copy_(source, non_blocking=pinned)
+            tensor = self._copies.copy(tensor, empty_weight(parameter.shape, parameter.dtype, self.device))
         return tensor
 
     def _load_rest(self) -> None:

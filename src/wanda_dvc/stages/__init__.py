@@ -120,7 +120,7 @@ STAGES = {
         ),
         Stage(
             name="mask",
-            version=9,
+            version=10,
             about="Choose the weights to keep: masks/.",
             result="masks/provenance.json",
             settings=(

@@ -192,7 +192,7 @@ def _mask(on: Known) -> Need:
         return chosen
     # The pruned windows twice. A training also runs the dense ones, and three times as much for each epoch: forwards,
     # and twice backwards.
-    passes = 2 + plan.runs_dense * (1 + (plan.propagation == "corrected")) + plan.trains * 3 * TRAINING["epochs"]
+    passes = 2 + plan.runs_dense * (1 + (plan.propagation == "corrected")) + plan.trains * (3 * TRAINING["epochs"] + 2)
     walk = _recording(on, passes=passes, gram=plan.records_grams, crosses=plan.corrects)
     streams = 1 + plan.runs_dense
     return replace(

@@ -39,10 +39,10 @@ class Ran:
         ran = {key: value for stage in there for key, value in settings_of(stage).items() if key in asked}
         masks = read_provenance(project.masks, "mask") if is_there(project.masks / PROVENANCE) else Json()
         made = masks.get("params", {}) | {f"calibration.{key}": x for key, x in masks.get("calibration", {}).items()}
-        applied = is_there(project.model("pruned") / PROVENANCE)
-        pruned = read_provenance(project.model("pruned"), "apply") if applied else Json()
-        if masks and pruned.get("masks") == digest(masks):  # also if `apply` ran by hand
-            made["reconstruction"] = pruned["reconstruction"]
+        if masks and is_there(project.model("pruned") / PROVENANCE):
+            pruned = read_provenance(project.model("pruned"), "apply")
+            if pruned["masks"] == digest(masks):  # also if `apply` ran by hand
+                made["reconstruction"] = pruned["reconstruction"]
         made = {key: value for key, value in made.items() if key in asked}
         params: Params = _changed(project.params, nested(ran))
         flat = resolved(params)
