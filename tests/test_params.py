@@ -308,6 +308,13 @@ def test_a_text_is_not_calibrated_on_in_any_spelling(one: str, other: str, tmp_p
     assert any("got the text that perplexity is measured on" in problem for problem in found)
 
 
+def test_a_text_may_have_the_name_of_a_setting(tmp_path: Path):
+    content = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content["perplexity"]["texts"] = {"length": {"source": 7}}
+    with pytest.raises(UserError, match="perplexity.texts.length.source: got 7"):
+        check_params(content)
+
+
 def test_a_setting_of_several_types_has_one_line(tmp_path: Path):
     assert problems(tmp_path, perplexity__windows=0) == ["params.yaml: perplexity.windows: got 0, expected ≥ 1 or all"]
 

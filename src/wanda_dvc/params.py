@@ -483,8 +483,7 @@ NUMBER = re.compile(r"\s*[+-]?[\d._]+(e[+-]?\d+)?\s*", flags=re.I)  # also in qu
 
 def _setting_of(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """Return the place of a pydantic error without the names of a union's types."""
-    known = {name.rpartition(".")[2] for name, _ in settings()}
-    return place[:-1] if len(place) > 1 and place[-2] in known and isinstance(place[-1], str) else place
+    return place[:-1] if ".".join(map(str, place[:-1])) in dict(settings()) and isinstance(place[-1], str) else place
 
 
 def _explain(place: tuple[int | str, ...], errors: list[Any]) -> str:

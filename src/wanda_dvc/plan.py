@@ -25,8 +25,8 @@ from wanda_dvc.catalog import (
 
 UNSTRUCTURED = "unstructured"
 CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")  # the choices of a recipe
-# Of `reconstruction: block`: passes over the calibration windows; the learning rate at the first step, as a share of
-# the root mean square of a parameter's weights; the seed of the windows' order; the factor of the loss.
+# Of `reconstruction: block`: passes over the calibration windows; the highest learning rate, as a share of the root
+# mean square of a parameter's weights; the seed of the windows' order; the factor of the loss.
 # docs/decisions/0026-block-training.md.
 TRAINING: dict[str, Any] = {"epochs": 3, "rate": 0.02, "seed": 0, "scale": 2**16}
 # Of `propagation: corrected`: the step from the dense weights to the weights that give the dense outputs. With 1 they

@@ -36,7 +36,6 @@ from wanda_dvc.reading import DTYPES, Entry
 
 TRIAL = 8  # the width of a trial for a field that the configuration leaves open
 TOKENS = 32  # of the probe
-CLOSE = 1e-2  # allowed difference in the probe, relative to the effect of the removed units
 MOST_TRIALS = 256  # units for which all shares are tried
 CAPTURES = "_output_capturing_hooks_installed"  # where transformers notes its hooks
 Stays = Mapping[str, Bool[Tensor, " units"]]  # the units that stay, by set
@@ -71,7 +70,7 @@ class Removal:
     numbers: dict[str, int]  # the configuration's fields with the numbers of units, before the removal
     field_of: dict[str, str]  # by set
     others: Mapping[str, int]  # the fields that `_companions` changes, before the removal
-    close = CLOSE
+    close = 1e-2  # allowed difference in the probe, relative to the effect of the removed units
 
     @property
     def fields(self) -> dict[str, tuple[int, int]]:

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ def json_text(content: object) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write text to a temporary file, then rename it, as `write_json` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write the same
+    temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 

@@ -5,6 +5,7 @@ not exist elsewhere, and two branches conflicted in dvc.lock over seconds. A run
 experiments in any checkout find the times of their own runs.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,11 @@ class Ledger:
         return self.folder / f"{run}-{key[:32]}.json"
 
     def write(self, run: str, key: str, content: Json) -> None:
-        """Store an object."""
-        write_json(self._path(run, key), content)
+        """Store an object; other processes may store the same one at this moment."""
+        path = self._path(run, key)
+        own = path.with_name(f"{path.name}.{os.getpid()}")
+        write_json(own, content)
+        own.replace(path)
 
     def read(self, run: str, key: str) -> Json:
         """Return an object, or an empty one."""
