@@ -2,9 +2,7 @@
 
 import dataclasses
 import re
-import subprocess
 import sys
-import textwrap
 import tomllib
 from collections.abc import Callable
 from fractions import Fraction
@@ -26,6 +24,7 @@ from wanda_dvc.pruning.choose import Target, choose, function_of
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.stages import STAGES, Stage, run
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import read_masks, read_stats
 
 
@@ -109,29 +108,24 @@ def install(page: str, site: Path) -> None:
     (metadata / "entry_points.txt").write_text(f"[{group}]\n{''.join(lines)}")
 
 
-@pytest.mark.slow  # runs stages as processes
-def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Path):
+def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
     """Thirty lines and an entry point: params.yaml takes the method, and `mask` prunes with it."""
     site, study = tmp_path / "site", tmp_path / "study"
     site.mkdir()
     study.mkdir()
     install("docs/add-a-method.md", site)
     write_params(study, tiny, method="deviation")
-    code = textwrap.dedent(
-        """
-        import sys
-        from pathlib import Path
-        sys.path.insert(0, sys.argv[1])
-        from wanda_dvc.stages import run
-        from wanda_dvc.study.project import Project
-        project = Project(Path(sys.argv[2]))
+    monkeypatch.syspath_prepend(site)
+    project = Project(study)
+    methods.cache_clear()
+    try:
         for stage, part in (("download", "model"), ("download", "calibration"), ("calibrate", None), ("mask", None)):
             run(stage, project=project, part=part)
-        """
-    )
-    done = subprocess.run([sys.executable, "-c", code, site, study], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    project = Project(study)
+    finally:
+        sys.modules.pop("my_method", None)
+        monkeypatch.undo()
+        methods.cache_clear()
+    assert read_provenance(project.masks, "mask")["libraries"]["my-method"] == "1.0"
     keep = read_masks(project.masks, 1)["model.layers.1.mlp.up_proj"].numpy()
     x = read_stats(project.stats, 1).inputs["model.layers.1.mlp.gate_proj"]
     weight = (

@@ -6,7 +6,7 @@ that names a `Method`.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
 from importlib.metadata import entry_points
@@ -44,6 +44,7 @@ class Method:
     # Of a solver, for patterns that remove units: (weight [out, in], Prepared, Units) → the units that stay. A unit of
     # other methods scores the sum of the scores of the weights that read it.
     units: str = ""
+    package: str = ""  # the installed package that the method is from, if not this one
 
     def __post_init__(self) -> None:
         """Refuse a row with statistics that its function does not receive."""
@@ -180,7 +181,7 @@ def methods() -> dict[str, Method]:
             )
         if method.name in found:
             raise UserError(f"{where}: method {method.name} exists already, expected another name; rename it there")
-        found[method.name] = method
+        found[method.name] = replace(method, package=entry.dist.name if entry.dist else "")
     return found
 
 

@@ -97,7 +97,7 @@ def mask(*, project: Project) -> None:
     made_from = describe(
         "masks",
         version=STAGES["mask"].version,
-        libraries=("torch", "numpy", *(["transformers"] if plan.propagates or plan.structure else [])),
+        libraries=plan.libraries,
         model=stats.provenance["model"],
         stats=digest(stats.provenance),
         calibration={"text": stats.provenance["text"], **stats.provenance["params"]},
