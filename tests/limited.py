@@ -6,11 +6,11 @@ from typing import Any, cast
 from wanda_dvc.params import Params
 from wanda_dvc.plan import CHOICES
 
-# Properties of `Params`, and the settings that each follows from; a stage that depends on the first may read it.
+# Properties of `Params`, and the settings that each follows from; a stage that depends on all of them may read it.
 DERIVED = {
     "share": ("sparsity", "pattern"),
     "plan": ("recipe", *CHOICES, "allocation_strength", "sparsity", "pattern"),
-    "chosen_reconstruction": ("recipe", "reconstruction", "pattern"),
+    "chosen_reconstruction": ("recipe", "reconstruction"),  # and the pattern, which `apply` has from the masks
 }
 
 
@@ -28,8 +28,8 @@ class Limited:
 
     def _of(self, name: str, value: Any) -> Any:
         dotted = self._prefix + name
-        if name in DERIVED and DERIVED[name][0] in self._allowed:
-            self._read.update(set(DERIVED[name]).intersection(self._allowed))
+        if name in DERIVED and set(DERIVED[name]) <= set(self._allowed):
+            self._read.update(DERIVED[name])
             return value
         if dotted in self._allowed or dotted == "runtime":
             self._read.add(dotted)

@@ -177,4 +177,6 @@ def test_rounding_down_is_made_up_for(groups: list[list[tuple[int, int]]], spars
         return abs(pruned - sparsity * sum(sizes))
 
     assert off(settled) <= off(raw)
+    share = Fraction("0.499")
+    assert (removed(577, share), removed(577, settle([share], share, [[(4, 577)]])[0])) == (287, 288)  # of 287.9
     assert off(settled) <= max(n for part in groups for n, _ in part) * sum(map(len, groups))

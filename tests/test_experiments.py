@@ -165,9 +165,13 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
     assert "sparsity=0.9" in said
 
 
-def test_a_smaller_model_has_a_column_for_its_parameters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    path = "metrics/pruned/sparsity.json"
-    metrics, stages = {path: {"sparsity": 0.2, "removed_parameters": 0.123}}, {"apply": {"outs": [{"path": path}]}}
+def test_a_smaller_model_has_a_column_for_its_parameters_and_a_warning_its_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    path, held_out = "metrics/pruned/sparsity.json", "metrics/pruned/held_out.json"
+    metrics = {path: {"sparsity": 0.2, "removed_parameters": 0.123}}
+    metrics[held_out] = {"held_out": {"masks": {"uniform": 3.0, "allocation owl": 4.0}}}
+    stages = {"apply": {"outs": [{"path": path}, {"path": held_out}]}}
     small = Experiment("small", "rev", Kind.EXPERIMENT, "success", {}, {}, metrics, stages)
     plain = small._replace(name="plain", metrics={}, stages={})
     monkeypatch.setattr(listing, "list_experiments", lambda *_, **__: [small, plain])
@@ -175,6 +179,10 @@ def test_a_smaller_model_has_a_column_for_its_parameters(monkeypatch: pytest.Mon
     said = experiments(project=Project(tmp_path))
     assert "| parameters removed, %" in said
     assert [line.split("|")[-2].strip() for line in said.splitlines()[2:4]] == ["12.3", "–"]
+    assert said.splitlines()[-1] == (
+        "small: allocation owl raises the loss of held-out calibration windows from 3.0000 to 4.0000; "
+        "try the recipe without it."
+    )
     monkeypatch.setattr(listing, "list_experiments", lambda *_, **__: [plain])
     assert "removed" not in experiments(project=Project(tmp_path))
 

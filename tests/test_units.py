@@ -320,6 +320,27 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(
         assert model(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("recipe", ["magnitude", "wanda"])
+@pytest.mark.parametrize(
+    ("pattern", "reader", "units"), [("neurons", "mlp.down_proj", 48), ("heads", "self_attn.o_proj", 2)]
+)
+def test_the_units_with_the_lowest_scores_go(
+    recipe: str, pattern: str, reader: str, units: int, study: Callable[..., Project]
+):
+    """Units are scored by Σ|W| or Σ|W|·‖X‖ over the weights that read them."""
+    made = study(pattern=pattern, sparsity=0.5, recipe=recipe)
+    mask(project=made)
+    dense = Checkpoint(made.model("dense"))
+    for block in range(dense.config.num_hidden_layers):
+        name = f"model.layers.{block}.{reader}"
+        score, x = dense.read(dense.find(name)).abs().double().sum(dim=0), read_stats(made.stats, block).inputs[name]
+        score *= x.sum_squares.sqrt() if recipe == "wanda" else 1
+        gone = ~read_masks(made.masks, block)[name].any(dim=0).view(units, -1).any(dim=1)
+        assert set(gone.nonzero()[:, 0].tolist()) == set(
+            score.view(units, -1).sum(dim=1).argsort()[: units // 2].tolist()
+        )
+
+
 @pytest.mark.parametrize(
     "choice", [{"recipe": "wanda"}, {"recipe": "admm"}, {"recipe": "admm", "propagation": "pruned"}]
 )

@@ -49,6 +49,7 @@ class Zeros(NamedTuple):
 def apply(*, project: Project) -> None:
     """models/dense + masks/ + stats/ + weights/ → models/pruned."""
     windows = limit()
+    solving_device(project.params.runtime)  # refused before any file is read
     made_from = describe_pruned(project)
     with project.work(made_from) as work:
         folder = work.fresh()

@@ -38,8 +38,8 @@ def calibrate(*, project: Project) -> None:
 
     A tier that is not selected has no blocks.
     """
-    model = model_provenance(project, "dense")
     check_ready(project, "dense", project.params.calibration.length, "calibration.length")
+    model = model_provenance(project, "dense")
     text = read_input(project, project.data("calibration"), "download calibration")
     norms_from = describe(
         "stats",
