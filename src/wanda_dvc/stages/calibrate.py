@@ -13,7 +13,6 @@ from wanda_dvc.stages.inputs import (
     calibration_windows,
     check_fits,
     check_ready,
-    model_provenance,
     runner,
 )
 from wanda_dvc.stages.needs import back_windows
@@ -38,8 +37,7 @@ def calibrate(*, project: Project) -> None:
 
     A tier that is not selected has no blocks.
     """
-    check_ready(project, "dense", project.params.calibration.length, "calibration.length")
-    model = model_provenance(project, "dense")
+    model = check_ready(project, "dense", project.params.calibration.length, "calibration.length")
     text = read_input(project, project.data("calibration"), "download calibration")
     norms_from = describe(
         "stats",

@@ -104,18 +104,20 @@ def stats_provenance(project: Project, model: Json) -> Json:
     return stats
 
 
-def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> None:
-    """Check the device, the configuration and the length of windows before a model runs."""
+def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> Json:
+    """Check device, files, configuration and length of windows before a model runs; return the model's provenance."""
     from wanda_dvc.engine.config import check_length, read_config
 
     if project.params.runtime.ray is None:
         check_device(device_name(project.params.runtime))
     else:  # workers have their own devices
         importlib.import_module("ray")
+    provenance = model_provenance(project, model)
     if length is None:
         read_config(project.model(model))
     else:
         check_length(project.model(model), length, setting)
+    return provenance
 
 
 def say_not_finite(run: str, where: str | None) -> None:

@@ -29,7 +29,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import ALL
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite
+from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.project import Project, Work
@@ -50,8 +50,7 @@ class Measured(NamedTuple):
 
 def perplexity(*, project: Project, model: str, text: str) -> None:
     """models/{dense,pruned} + data/perplexity/TEXT, reference → metrics/{dense,pruned}/perplexity/TEXT.json."""
-    check_ready(project, model, project.params.perplexity.length, "perplexity.length")
-    measured = model_provenance(project, model)
+    measured = check_ready(project, model, project.params.perplexity.length, "perplexity.length")
     rows, described = windows_of(project, project.model(model), text)
     reference = project.reference(text)
     if model != "dense":
