@@ -74,7 +74,7 @@ def rows() -> Iterator[Row]:
     for blocks in (1, 2):
         yield Row(SMOLLM2, "blocks", f"{blocks / 30:.4f}", "admm")
         yield Row(SMOLLM2, f"{blocks}-blocks-and-neurons", "0.2", "admm")
-    for choice in ("admm", "wanda", "wanda-refit"):
+    for choice in ("admm", "wanda", "wanda-refit", "wanda-refit-corrected"):
         yield Row(GEMMA, "neurons", "0.2", choice)
     for kind in ("Q8_0", "Q5_0", "Q4_0"):
         yield Row(SMOLLM2, "gguf", kind, "dense")
