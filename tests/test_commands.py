@@ -62,7 +62,8 @@ def study(tmp_path_factory: pytest.TempPathFactory, tiny: Path, texts: dict[str,
 
 @pytest.fixture
 def there(study: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """The study, in which commands run; no process is started to measure a model."""
+    """The study, in which commands run and an earlier one has failed; no process is started to measure a model."""
+    (study.work_root / ("1" * 32)).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(study.root)
     monkeypatch.setattr(speed, "measure", speed.measure_here)
     return study
@@ -107,9 +108,13 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project
             assert [record["name"] for record in content] == first == ["workspace", "main"]
         case "stats":
             records = content["inputs"] if "--compare" in words else content
-            assert len(records) == len(rows)
+            assert [str(record["block"]) for record in records] == first
+            if "--layer" in words:
+                numbers = [[f"{record[key]:.4g}" for key in ("mean", "median", "max")] for record in records]
+                assert [[cell.strip() for cell in row.split("|")[4:7]] for row in rows] == numbers
         case "preset":
-            assert [record["name"] for record in content] == names()
+            listed = table.stdout.partition("\n\n")[0].splitlines()
+            assert [record["name"] for record in content] == [line.split()[0] for line in listed] == names()
         case "cost":
             assert [record["stage"] for record in content["stages"]] == first
         case "speed":
@@ -119,6 +124,7 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project
         case "doctor":
             assert [record["what"] for record in content["checks"]] == first
         case "clean":
+            assert content["places"]
             assert all(f"{place['path']}  " in table.stdout for place in content["places"])
 
 

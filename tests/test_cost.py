@@ -33,7 +33,7 @@ def need(tmp_path: Path, tiny: Path):
 
     def found(stage: str, **changes: Any) -> Need:
         shape = {"calibration__samples": 32, "calibration__length": 2048, "perplexity__length": 2048}
-        write_params(tmp_path, CONFIGS, **shape, perplexity__windows=16, **changes)
+        write_params(tmp_path, CONFIGS, **shape | {"perplexity__windows": 16} | changes)
         return NEEDS[stage](Known(params=Project(tmp_path).params, config=tiny))
 
     return found
@@ -90,6 +90,7 @@ def test_an_experiment_adds_weights_where_they_do_not_follow_from_its_masks(tmp_
 def test_parameters_are_those_of_the_models_cards(name: str, parameters: int, linears: int):
     config = CONFIGS / f"{name}.json"
     assert sizes(config).parameters == parameters
+    assert sizes(config).stored == parameters * (4 if name == "smollm2-135m" else 2)
     assert sizes(config).met == sizes(config).count == linears
 
 
@@ -266,8 +267,10 @@ def test_a_local_model_is_read_where_it_is_before_it_is_downloaded(tmp_path: Pat
     assert "7 windows of 64 to calibrate" in cost.cost(start=tmp_path)
 
 
-def test_fewer_windows_are_fewer_that_go_back(tmp_path: Path, tiny: Path):
-    write_params(tmp_path, tiny, calibration__samples=9, calibration__statistics="fisher")
+def test_fewer_windows_are_fewer_that_go_back(need, tmp_path: Path, tiny: Path):
+    four, nine = (need("calibrate", calibration__samples=n, calibration__statistics="fisher") for n in (4, 9))
+    assert 2 * four.work["head"] == nine.work["head"]  # of 4 and of 8: calibration runs the head on no other windows
+    write_params(tmp_path, tiny, calibration__samples=9)
     assert "4 windows of 64 to calibrate" in cost.cost(start=tmp_path, windows=4)
 
 

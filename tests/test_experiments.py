@@ -169,7 +169,7 @@ def test_a_smaller_model_has_a_column_for_its_parameters_and_a_warning_its_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     path, held_out = "metrics/pruned/sparsity.json", "metrics/pruned/held_out.json"
-    metrics = {path: {"sparsity": 0.2, "removed_parameters": 0.123}}
+    metrics: dict[str, Any] = {path: {"sparsity": 0.2, "removed_parameters": 0.123}}
     metrics[held_out] = {"held_out": {"masks": {"uniform": 3.0, "allocation owl": 4.0}}}
     stages = {"apply": {"outs": [{"path": path}, {"path": held_out}]}}
     small = Experiment("small", "rev", Kind.EXPERIMENT, "success", {}, {}, metrics, stages)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd
-from wanda_dvc.catalog import STRUCTURES, methods
+from wanda_dvc.catalog import RECIPES, STRUCTURES, methods
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.experts import ExpertRemoval, find_experts
@@ -377,7 +377,7 @@ def test_refused_combinations_give_the_reason(changes: dict[str, str], problem: 
     assert problem in str(refused.value)
 
 
-@pytest.mark.parametrize("recipe", ["wanda", "magnitude", "admm", "fisher", "block", "paper"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_that_calibrate_use_reap(recipe: str, project: Callable[..., Project]):
     plan = project(pattern="experts", sparsity=0.25, recipe=recipe).params.plan
     assert plan.method.name == ("magnitude" if recipe == "magnitude" else "reap")

@@ -1,14 +1,20 @@
 """Libraries that only some commands need: without one, a command says in one line what to run."""
 
+import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from command_line import process
 from conftest import ROOT, write_params
+from typer.main import get_command
 
+from wanda_dvc.cli import app
 from wanda_dvc.errors import EXTRAS
+from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import write_json
 from wanda_dvc.views.doctor import doctor
 
@@ -25,36 +31,57 @@ def test_pyproject_names_the_same_extras():
     assert not base & EXTRAS.keys()
 
 
-NEEDS = [
-    ("matplotlib", ["report"]),
-    ("ray", ["perplexity", "dense"]),
-    ("scipy", ["report"]),
-]
+def said(name: str) -> str:
+    return f"{name}: not installed, but this command needs it; run `pip install 'wanda-dvc[{EXTRAS[name]}]'`"
 
 
-@pytest.mark.parametrize(("name", "words"), NEEDS)
-def test_a_command_without_its_library_is_one_line_and_exit_2(tmp_path: Path, name: str, words: list[str]):
-    assert {name for name, _ in NEEDS} == EXTRAS.keys()
-    write_params(tmp_path, tmp_path, runtime__ray="local" if name == "ray" else None)
+@pytest.mark.parametrize("name", [name for name in EXTRAS if name != "ray"])
+def test_a_report_without_its_library_is_one_line_and_exit_2(tmp_path: Path, name: str):
+    write_params(tmp_path, tmp_path)
     made = {
         "model": {"source": "m", "sha256": "0"},
         "text": {"source": "t", "sha256": "0"},
         "params": {"dtype": "float32"},
     }
     write_json(tmp_path / "stats/norms/provenance.json", {"format": 1, **made})
-    done = process(*words, cwd=tmp_path, first=f"import sys; sys.modules[{name!r}] = None")
+    done = process("report", cwd=tmp_path, first=f"import sys; sys.modules[{name!r}] = None")
     assert (done.returncode, done.stdout) == (2, "")
-    said = f"{name}: not installed, but this command needs it; run `pip install 'wanda-dvc[{EXTRAS[name]}]'`\n"
-    assert done.stderr.endswith(said)
+    assert done.stderr.endswith(f"{said(name)}\n")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["preset"], ["init", "study"], ["doctor"], ["cost"]])
-def test_other_commands_need_none_of_them(tmp_path: Path, words: list[str]):
-    hidden = f"import sys; sys.modules.update(dict.fromkeys({sorted(EXTRAS)}))"
-    done = process(*words, cwd=tmp_path, first=hidden)
-    assert "not installed" not in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.returncode in (0, 2)
+# How a command ends in a project without outputs, by its words.
+ENDS = {
+    "--help": "", "show": "", "list": "no DVC repository", "stats": "missing", "evaluate model": "missing",
+    "init study": "", "preset": "", "export name folder": "no experiment", "cost": "", "speed model": "no config.json",
+    "doctor": "2", "clean": "",
+}  # fmt: skip
+EACH = """
+import json, sys
+sys.modules.update(dict.fromkeys(json.loads(sys.argv[1])))
+from typer.testing import CliRunner
+from wanda_dvc.cli import app
+from wanda_dvc.errors import explain
+for words in json.loads(sys.argv[2]):
+    error = CliRunner().invoke(app, words.split()).exception
+    print(json.dumps([*explain(error)] if isinstance(error, Exception) else [str(error or "")]))
+"""
+
+
+def test_only_reports_and_ray_need_them(tmp_path: Path, tiny: Path):
+    """One process runs every command but the stages, and at the end a stage that is to run on Ray."""
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert {words.split()[0] for words in [*ENDS, "report"]} == {"--help", *commands} - {*STAGES}
+    (tmp_path / "ray").mkdir()
+    write_params(tmp_path, tiny)
+    write_params(tmp_path / "ray", tiny, runtime__ray="local")
+    given = [json.dumps(sorted(EXTRAS)), json.dumps([*ENDS, "-C ray perplexity dense"])]
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, *given], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    *others, ray = map(json.loads, done.stdout.splitlines())
+    assert ray == [said("ray")]
+    for (words, end), found in zip(ENDS.items(), others, strict=True):
+        assert found == [end] or (end and end in found[0]), words
 
 
 def test_another_missing_module_is_a_bug(tmp_path: Path):

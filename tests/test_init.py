@@ -37,7 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-@pytest.mark.parametrize("place", FILES)
+@pytest.mark.parametrize("place", [name for name in FILES if name != "README.md"])
 def test_this_repository_is_such_a_study(place: str):
     """`wanda-dvc init --upgrade` in the repository writes these files, except params.yaml and README.md."""
     shipped, here = FILES[place].read_text(encoding="utf-8"), (ROOT / place).read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def test_this_repository_is_such_a_study(place: str):
         assert [line for line in here.splitlines() if line in shipped.splitlines()] == shipped.splitlines()
     elif place == "params.yaml":  # an experiment may have left other values
         assert re.findall(r"^[^#\n]*?:|#.*", here, re.MULTILINE) == re.findall(r"^[^#\n]*?:|#.*", shipped, re.MULTILINE)
-    elif place != "README.md":
+    else:
         assert here == shipped
 
 

@@ -208,6 +208,10 @@ def test_a_folder_without_statistics_is_refused(study: Project, tmp_path: Path):
         stats("--compare", "empty")
 
 
-def test_one_view_at_a_time(study: Project):
-    done = CliRunner().invoke(app, ["stats", "--recurring", "--layer", "1"])
+@pytest.mark.parametrize(
+    "words", ["--recurring --layer 1", "--compare stats --linear up_proj", "--compare stats --recurring"]
+)
+def test_one_view_at_a_time(study: Project, words: str):
+    done = CliRunner().invoke(app, ["stats", *words.split()])
     assert done.exit_code == 2
+    assert "exclude" in done.output

@@ -29,7 +29,6 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.plan import TRAINING
 from wanda_dvc.pruning import solvers
-from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.inputs import calibration_windows, open_decoder
@@ -589,7 +588,3 @@ def test_parts_that_do_not_belong_together_are_refused(study: Make, tmp_path: Pa
     (made.gram / "provenance.json").write_text(json.dumps(other))
     with pytest.raises(UserError, match="stats/gram: no Gram matrices of"):
         apply(project=made)
-
-
-def test_an_empty_gram_matrix_is_the_identity():
-    assert torch.equal(Gram.empty(3).matrix(), torch.eye(3))

@@ -72,6 +72,8 @@ def test_the_variant_equals_the_loops(weight, share):
     try:
         keep = keep_by_share(scores.magnitude(weight), float(share))
     except UserError:  # at the largest share too little goes
+        largest = oracle.keep_by_share(score, 1)
+        assert sum(row.count(False) for row in largest) < float(share) * weight.numel()
         return
     assert keep.tolist() == oracle.keep_by_share(score, float(share))
 
@@ -154,16 +156,6 @@ def test_the_number_removed_is_that_of_the_decimal(size, sparsity, expected):
 def test_ties_go_first_come_first():
     assert select(torch.ones(1, 5), share=Fraction("0.4")).tolist() == [[False, False, True, True, True]]
     assert keep_n_of_m(torch.ones(1, 4), 2, 4).tolist() == [[False, False, True, True]]
-
-
-@given(matrices(), SHARE)
-def test_other_devices_would_choose_the_same(weight, share):
-    """Where numpy is no choice, kthvalue finds the threshold: the same one."""
-    score = scores.magnitude(weight)
-    go = removed(weight.shape[1], share)
-    if go:
-        by_kth = torch.kthvalue(score, go, dim=1, keepdim=True).values
-        assert torch.equal(by_kth, score.sort(dim=1).values[:, go - 1 : go])
 
 
 @pytest.mark.parametrize("name", list(OF_WEIGHTS))

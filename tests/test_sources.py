@@ -600,20 +600,6 @@ def test_perplexity_on_c4_is_on_its_joined_documents(project: Make, hub: Hub):
     assert made.text("perplexity/embedded") == "one two é"
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (packed(["a"] * 99)[:-20], r"damaged \(.*\), expected lines of JSON, gzipped"),
-        (gzip.compress(b'{"body": "x"}\n', mtime=0), "line 1: no text `text`"),
-        (gzip.compress(b"", mtime=0), "no documents"),
-    ],
-)
-def test_a_shard_that_is_not_whole_is_refused(project: Make, hub: Hub, content: bytes, message: str):
-    hub.add("datasets/allenai/c4", **{SHARD.replace("/", "__"): content})
-    with pytest.raises(UserError, match=message):
-        download(project=project(calibration__text__source="c4"), part="calibration")
-
-
 # --- tasks ---
 
 

@@ -82,6 +82,8 @@ def cases() -> Iterator[Case]:
         "gz: empty", written(SHARD, gzip.compress(b"", mtime=0)), (SHARD, "no documents", "expected lines of JSON")
     )
     yield Case("gz: blanks", written(SHARD, gzip.compress(b"\n\n", mtime=0)), (SHARD, "no documents", "expected lines"))
+    packed = gzip.compress(b'{"body": "a"}\n', mtime=0)
+    yield Case("gz: another column", written(SHARD, packed), (f"{SHARD}: line 1", "no text `text`", "expected"))
     yield Case("gz: a folder", replaced_by_folder(SHARD), (SHARD, "found a folder", "expected a file"))
     yield Case("gz: a pipe", replaced_by_pipe(SHARD), (SHARD, "found a pipe", "expected a file"))
     for name, (content, found) in NO_OBJECTS.items():
