@@ -12,7 +12,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import EMBEDDED_ITEMS
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES, continuations
-from wanda_dvc.stages.inputs import HEAD, check_ready, model_provenance, runner, say_not_finite
+from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
 from wanda_dvc.stages.running import progress, record_details
 from wanda_dvc.study.details import load_details
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 def zero_shot(*, project: Project, model: str) -> None:
     """models/{dense,pruned} + data/tasks → metrics/{dense,pruned}/zero_shot.json, and continuations of prompts."""
-    check_ready(project, model)
-    protocols = {task: _protocol(project, model, task) for task in project.params.tasks.names}
+    measured = check_ready(project, model)
+    protocols = {task: _protocol(project, model, measured, task) for task in project.params.tasks.names}
     answered = {
         task: _kept(project, f"{model}-{task}", protocol, partial(_ask, project, model, task, protocol))
         for task, protocol in protocols.items()
@@ -69,14 +69,14 @@ def _flips(project: Project, details: Json) -> Json:
     return found
 
 
-def _protocol(project: Project, model: str, task: str) -> Json:
-    """Return the inputs that determine a task's results."""
+def _protocol(project: Project, model: str, measured: Json, task: str) -> Json:
+    """Return the inputs that determine a task's results. `measured` is the model's provenance."""
     items = read_input(project, project.data("tasks") / task, "download tasks")
     return describe(
         "zero-shot",
         version=STAGES["zero-shot"].version,
         libraries=("torch", "transformers", "lm_eval"),
-        model=digest(model_provenance(project, model)),
+        model=digest(measured),
         tokenizer_sha256=tokenizer_digest(project.model(model)),
         task={key: items[key] for key in ("task", "source", "role", "sha256", "lm_eval")},
         examples=0,
