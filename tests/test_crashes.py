@@ -252,12 +252,12 @@ def removed_before(name: str, part: str | None) -> list[str]:
         return ["exported"]
     stage = next(PIPELINE[one] for one in (f"{name}-{part}", name) if one in PIPELINE)
     one, each = stage.get("do", stage), stage.get("foreach")
-    known = {"${key}": part, "${item.out}": each[part].get("out")} if isinstance(each, dict) else {"${key}": "embedded"}
+    key, words = (part, each[part]) if isinstance(each, dict) else ("embedded", {})  # an instance for each text
     found: list[str] = []
     for out in [*one["outs"], *one.get("metrics", []), *one.get("plots", [])]:
         ((path, options),) = out.items() if isinstance(out, dict) else [(out, {})]
         if not options.get("persist"):
-            found.append(re.sub(r"\$\{.*?\}", lambda name: str(known[name[0]]), path))
+            found.append(path.replace("${key}", key).replace("${item.out}", words.get("out", "")))
     return found
 
 

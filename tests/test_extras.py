@@ -60,10 +60,12 @@ import json, sys
 sys.modules.update(dict.fromkeys(json.loads(sys.argv[1])))
 from typer.testing import CliRunner
 from wanda_dvc.cli import app
-from wanda_dvc.errors import explain
+from wanda_dvc.errors import explain, fixable
 for words in json.loads(sys.argv[2]):
-    error = CliRunner().invoke(app, words.split()).exception
-    print(json.dumps([*explain(error)] if isinstance(error, Exception) else [str(error or "")]))
+    done = CliRunner().invoke(app, words.split())
+    failed = isinstance(done.exception, Exception)
+    said = [*explain(done.exception)] if failed else [str(done.exception or "")]
+    print(json.dumps({"said": said, "bug": failed and not fixable(done.exception), "stdout": done.stdout}))
 """
 
 
@@ -79,9 +81,10 @@ def test_only_reports_and_ray_need_them(tmp_path: Path, tiny: Path):
         [sys.executable, "-c", EACH, *given], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     *others, ray = map(json.loads, done.stdout.splitlines())
-    assert ray == [said("ray")]
+    assert ray == {"said": [said("ray")], "bug": False, "stdout": ""}
     for (words, end), found in zip(ENDS.items(), others, strict=True):
-        assert found == [end] or (end and end in found[0]), words
+        assert not found["bug"], words
+        assert found["said"] == [end] or (end and end in found["said"][0]), words
 
 
 def test_another_missing_module_is_a_bug(tmp_path: Path):

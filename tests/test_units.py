@@ -320,25 +320,31 @@ def test_every_choice_gives_a_smaller_model_with_the_exact_share(
         assert model(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("recipe", ["magnitude", "wanda"])
+# The scores of |W| [out, in] and ‖X‖ [in], as the papers write them.
+SCORES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "magnitude": lambda w, _: w,
+    "wanda": lambda w, x: w * x,
+    "ria": lambda w, x: (w / w.sum(dim=0) + w / w.sum(dim=1, keepdim=True)) * x**0.5,
+}
+
+
+@pytest.mark.parametrize("method", [one.name for one in methods().values() if one.competition == "groups"])
 @pytest.mark.parametrize(
     ("pattern", "reader", "units"), [("neurons", "mlp.down_proj", 48), ("heads", "self_attn.o_proj", 2)]
 )
 def test_the_units_with_the_lowest_scores_go(
-    recipe: str, pattern: str, reader: str, units: int, study: Callable[..., Project]
+    method: str, pattern: str, reader: str, units: int, study: Callable[..., Project]
 ):
-    """Units are scored by Σ|W| or Σ|W|·‖X‖ over the weights that read them."""
-    made = study(pattern=pattern, sparsity=0.5, recipe=recipe)
+    """A unit's score is the sum over the weights that read it."""
+    made = study(pattern=pattern, sparsity=0.5, method=method)
     mask(project=made)
     dense = Checkpoint(made.model("dense"))
     for block in range(dense.config.num_hidden_layers):
         name = f"model.layers.{block}.{reader}"
-        score, x = dense.read(dense.find(name)).abs().double().sum(dim=0), read_stats(made.stats, block).inputs[name]
-        score *= x.sum_squares.sqrt() if recipe == "wanda" else 1
+        norm = read_stats(made.stats, block).inputs[name].sum_squares.sqrt()
+        score = SCORES[method](dense.read(dense.find(name)).abs().double(), norm).sum(dim=0).view(units, -1).sum(dim=1)
         gone = ~read_masks(made.masks, block)[name].any(dim=0).view(units, -1).any(dim=1)
-        assert set(gone.nonzero()[:, 0].tolist()) == set(
-            score.view(units, -1).sum(dim=1).argsort()[: units // 2].tolist()
-        )
+        assert set(gone.nonzero()[:, 0].tolist()) == set(score.argsort()[: units // 2].tolist())
 
 
 @pytest.mark.parametrize(
