@@ -1,6 +1,6 @@
 """Measure smaller dense models: neurons, blocks and both of SmolLM2-135M, and neurons of Gemma 3 270M.
 
-    python benchmarks/smaller.py --mirror DIR     the table, about four hours on two quiet cores
+    python benchmarks/smaller.py --mirror DIR     the table, several hours on two quiet cores
     python benchmarks/smaller.py --mirror DIR --only smollm2-135m neurons 0.2     rows with all of these words
 
 Models, windows, texts and studies are those of two_models.py. `flap` is the score of FLAP (An et al. 2023,
