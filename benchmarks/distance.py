@@ -4,7 +4,7 @@
     python benchmarks/distance.py --mirror DIR --only fisher 50%     rows with all of these words
 
 DIR holds WikiText-2 and the five tasks laid out like the Hub, as `runtime.mirror` takes it. The study is that of
-two_models.py: `fisher` statistics of 32 windows of 2,048 tokens of WikiText-2's validation split. Of each model:
+two_models.py: `gradients` statistics of 32 windows of 2,048 tokens of WikiText-2's validation split. Of each model:
 perplexity and divergence on 16 windows of 1,024 tokens of WikiText-2's test split and of the embedded text, 200 items
 of each task, bytes, and of pruned models the layer error. Each row is written to results-distance.json at once, and a
 run goes on with the rows that are missing there.

@@ -47,7 +47,7 @@ CHOICES: dict[str, dict[str, str]] = {
     "admm-pruned": {"recipe": "admm", "propagation": "pruned"},
     "admm-corrected": {"recipe": "admm", "propagation": "corrected"},
     "wanda-refit-corrected": {"recipe": "wanda-refit", "propagation": "corrected"},
-    "block": {"recipe": "block"},
+    "block": {"recipe": "blockwise"},
 }
 CLEAR = dict.fromkeys(("method", "group", "allocation", "reconstruction", "propagation"))
 

@@ -74,7 +74,7 @@ class Studies:
     def _measured(self) -> dict[str, Any]:
         """Return the settings of what is measured: sizes, texts, tasks and model."""
         changes: dict[str, Any] = {
-            "calibration.samples": self.sizes.samples,
+            "calibration.windows": self.sizes.samples,
             "calibration.length": self.sizes.length,
             "perplexity.length": self.sizes.length,
             "perplexity.windows": self.sizes.windows,
@@ -156,7 +156,7 @@ class Studies:
         say("making a random checkpoint")
         self.runner.run(sys.executable, HERE / "memory.py", "make", made, "--config", json.dumps(shape), *shard)
         shutil.copyfile(ROOT / "dvc.yaml", folder / "dvc.yaml")
-        changes = {"model": str(made), "dtype": "bfloat16", "calibration.samples": 2, "perplexity.windows": 2}
+        changes = {"model": str(made), "dtype": "bfloat16", "calibration.windows": 2, "perplexity.windows": 2}
         self.settings(folder, changes)
         self._download(folder, "model", "calibration", "perplexity")
         shutil.rmtree(made)

@@ -57,14 +57,14 @@ def rows() -> Iterator[Row]:
         for recipe in ("fisher", "admm", "wanda"):
             for model in models:
                 yield Row(model, recipe, sparsity, pattern)
-    for recipe in ("magnitude", "wanda-refit"):
+    for recipe in ("magnitude-rows", "wanda-refit"):
         for model in models:
             yield Row(model, recipe, 0.5)
     for seed in (1, 2):
         for model in models:
             yield Row(model, "fisher", 0.5, seed=seed)
     for model in models:
-        yield Row(model, "block", 0.5)
+        yield Row(model, "blockwise", 0.5)
 
 
 class Models:
@@ -113,7 +113,7 @@ class Models:
         shutil.copy(ROOT / "params.yaml", folder)  # an earlier version's may have other settings
         text = {"source": "wikitext2", "split": "validation"}
         settings: dict[str, Any] = {
-            "calibration": {"text": text, "samples": 32, "length": 2048, "seed": seed, "statistics": "fisher"},
+            "calibration": {"text": text, "windows": 32, "length": 2048, "seed": seed, "statistics": "gradients"},
             "perplexity": {"texts": {"wikitext2": {"source": "wikitext2"}}, "length": 2048, "windows": 16},
             "runtime": {"mirror": str(self.mirror)},
         }

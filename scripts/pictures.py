@@ -67,7 +67,7 @@ DRAWN = {
     "wanda-refit": "Wanda, least squares",
     "admm": "ADMM, least squares",
     "fisher": "ADMM, Fisher",
-    "block": "ADMM, block training",
+    "blockwise": "ADMM, block training",
 }
 SETTINGS = ("50 %", "60 %", "70 %", "2:4")
 
@@ -156,13 +156,13 @@ def loss(colours: Colours) -> Figure:
 # The measures drawn against the mean accuracy, and the recipes' colours and markers.
 AGAINST = ("layer error", "perplexity, WikiText-2", "divergence, embedded text")
 LOOKS = {
-    "magnitude": METHODS["magnitude"],
+    "magnitude-rows": METHODS["magnitude"],
     "wanda": METHODS["Wanda"],
     "wanda-refit": METHODS["Wanda, least squares"],
     "sparsegpt": ("ink", "v"),
     "admm": METHODS["ADMM, least squares"],
     "fisher": METHODS["ADMM, Fisher"],
-    "paper": ("blue", "x"),
+    "wanda-paper": ("blue", "x"),
 }
 
 

@@ -31,9 +31,9 @@ Every setting of `params.yaml`. A change reruns the stages named and those after
 
 
 STATISTICS = (
-    ("norms", "‖X_j‖₂ of each input feature", "`magnitude`, `wanda`, `paper`"),
+    ("norms", "‖X_j‖₂ of each input feature", "`magnitude`, `magnitude-rows`, `wanda`, `wanda-paper`"),
     ("gram", "also XᵀX of each distinct input", "`wanda-refit`, `sparsegpt`, `admm`"),
-    ("fisher", "also the gradients of eight windows", "`fisher`, `block`"),
+    ("gradients", "also the gradients of eight windows", "`fisher`, `blockwise`"),
 )
 PROPAGATIONS = (
     ("dense", "each block is calibrated on the outputs of dense blocks, which are cached"),

@@ -147,7 +147,7 @@ def text_of(part: str) -> str:
 def write_params(root: Path, folder: Path | str, **changes: Any) -> None:
     """The committed params.yaml, small enough for a tiny model; `changes` by dotted names with __ for the dots."""
     small = {
-        "model": str(folder), "calibration__samples": 3, "calibration__length": 64, "perplexity__length": 64,
+        "model": str(folder), "calibration__windows": 3, "calibration__length": 64, "perplexity__length": 64,
         "perplexity__windows": 4, "tasks__names": ["piqa"], "zero_shot__limit": 4,
     }  # fmt: skip
     (root / "params.yaml").write_text(_params(json.dumps(small | changes)), encoding="utf-8")
@@ -201,12 +201,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return settings
 
 
-CALIBRATION = {"calibration__statistics": "fisher", "calibration__samples": 4}
+CALIBRATION = {"calibration__statistics": "gradients", "calibration__windows": 4}
 
 
 @pytest.fixture(scope="session")
 def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Path:
-    """A project with Gram matrices and the Fisher tier of a tiny model."""
+    """A project with Gram matrices and the gradients tier of a tiny model."""
     from test_stages import fetch
 
     from wanda_dvc.stages.calibrate import calibrate

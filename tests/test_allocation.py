@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.pruning.allocation import (
     count_scores,
-    fisher,
     greedy_error,
     lsa,
     outlier_ratio,
     owl,
+    sensitivity,
     settle,
     shift,
     slope,
@@ -42,11 +42,11 @@ def test_every_allocation_gives_up_exactly_what_is_asked_for(data, sparsity):
         slope(sparsity, sizes, Fraction(3, 10)),
         owl(sparsity, sizes, values, spread=1),
         lsa(sparsity, sizes, values, spread=0.15),
-        fisher(sparsity, sizes, [None] * len(sizes), spread=0.5),
+        sensitivity(sparsity, sizes, [None] * len(sizes), spread=0.5),
     ):
         assert mean(shares, sizes) == sparsity
         assert all(0 <= share <= 1 for share in shares)
-    shares = fisher(sparsity, [5] * len(counts), counts, spread=0.5)
+    shares = sensitivity(sparsity, [5] * len(counts), counts, spread=0.5)
     assert mean(shares, [5] * len(counts)) == sparsity
     assert all(0 <= share <= 1 for share in shares)
 
@@ -81,40 +81,40 @@ def test_shares_by_hand():
 
 
 @pytest.mark.parametrize("sparsity", [Fraction("0.1"), Fraction("0.5"), Fraction("0.6")])
-def test_the_fisher_allocation_is_one_threshold_for_the_model(sparsity: Fraction):
+def test_the_sensitivity_allocation_is_one_threshold_for_the_model(sparsity: Fraction):
     generator = torch.Generator().manual_seed(0)
     scores = [scale * torch.rand(size, generator=generator) for scale, size in ((1, 4000), (1.5, 1000), (0.7, 2000))]
     threshold = torch.cat(scores).quantile(float(sparsity))
-    shares = fisher(sparsity, [len(x) for x in scores], list(map(count_scores, scores)), spread=1)
+    shares = sensitivity(sparsity, [len(x) for x in scores], list(map(count_scores, scores)), spread=1)
     for share, score in zip(shares, scores, strict=True):
         assert float(share) == pytest.approx((score <= threshold).float().mean().item(), abs=0.01)
 
 
-def test_the_fisher_allocation_keeps_within_its_spread():
+def test_the_sensitivity_allocation_keeps_within_its_spread():
     scores = [torch.rand(1000) * scale for scale in (1e-6, 1, 1e6)]
     counts = [*map(count_scores, scores), None]
-    shares = fisher(Fraction(1, 2), [1000] * 4, counts, spread=0.125)
+    shares = sensitivity(Fraction(1, 2), [1000] * 4, counts, spread=0.125)
     assert [float(share) for share in shares] == pytest.approx([0.625, 0.5, 0.375, 0.5], abs=0.01)
-    assert fisher(Fraction(1, 2), [1000] * 2, counts[::2], spread=0.5)[0] <= Fraction("0.971")
+    assert sensitivity(Fraction(1, 2), [1000] * 2, counts[::2], spread=0.5)[0] <= Fraction("0.971")
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.05, 0.2, 0.5])
 @pytest.mark.parametrize("sparsity", [Fraction(1, 3), Fraction(1, 2), Fraction("0.7")])
-def test_the_fisher_allocation_at_every_strength(sparsity: Fraction, strength: float):
+def test_the_sensitivity_allocation_at_every_strength(sparsity: Fraction, strength: float):
     """The mean is exact, no linear is farther from it than the strength, and strength 0 is uniform to the bit."""
     sizes = [1000, 4000, 2000, 1000]
     scores = [torch.rand(size) * scale for size, scale in zip(sizes, (1e-3, 0.5, 1, 1e3), strict=True)]
-    shares = fisher(sparsity, sizes, list(map(count_scores, scores)), strength)
+    shares = sensitivity(sparsity, sizes, list(map(count_scores, scores)), strength)
     assert sum(share * size for share, size in zip(shares, sizes, strict=True)) == sparsity * sum(sizes)
     assert max(abs(share - sparsity) for share in shares) <= strength + 1e-5
     if strength == 0:
         assert shares == [sparsity] * len(sizes)
 
 
-def test_the_fisher_allocation_has_no_unit():
+def test_the_sensitivity_allocation_has_no_unit():
     """Gradients, a loss or inputs that are 4 times as large change no share: a score's bins move all together."""
     scores = [torch.rand(1000) * scale for scale in (0.1, 1, 10)]
-    shares = [fisher(Fraction(1, 2), [1000] * 3, [count_scores(x * unit) for x in scores], 0.2) for unit in (1, 4)]
+    shares = [sensitivity(Fraction(1, 2), [1000] * 3, [count_scores(x * unit) for x in scores], 0.2) for unit in (1, 4)]
     assert shares[0] == shares[1]
 
 

@@ -39,7 +39,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
 def test_the_plain_procedure_prunes_the_same_weights(project: Callable[..., Project], method: str):
-    made = project(method=method, propagation="pruned", group="layer" if method == "magnitude" else "row")
+    made = project(method=method, propagation="pruned", group="linear" if method == "magnitude" else "row")
     for part in ("model", "calibration"):
         download(project=made, part=part, text=text_of(part))
     calibrate(project=made)

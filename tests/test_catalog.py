@@ -50,8 +50,8 @@ def settings_of(stage: Stage, part: str | None) -> list[str]:
 
 # With these a stage reads the settings too that mean nothing by default.
 FURTHER = {
-    "calibration__statistics": "fisher",
-    "recipe": "block",
+    "calibration__statistics": "gradients",
+    "recipe": "blockwise",
 }
 
 

@@ -100,7 +100,7 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
                 stacked[address.expert] = keep.numpy()
     made = {"kind": "masks", "format": 1, "model": {"source": "x", "sha256": "0"}}
     made |= {"params": {"method": "wanda", "sparsity": 0.5, "pattern": "unstructured", "group": "row"}}
-    made |= {"calibration": {"text": {"source": "x"}, "samples": 1, "length": 1, "seed": 0, "dtype": "float32"}}
+    made |= {"calibration": {"text": {"source": "x"}, "windows": 1, "length": 1, "seed": 0, "dtype": "float32"}}
     seal(tmp_path / "masks", made)
 
     study = Project(tmp_path / "study")

@@ -360,8 +360,8 @@ def run_stages(study: Project) -> dict[str, bytes]:
 def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
     nodes: Any, project: Make, monkeypatch: pytest.MonkeyPatch
 ):
-    tiers = {"calibration__statistics": "fisher", "calibration__samples": 20}
-    settings = tiers | {"propagation": "corrected", "reconstruction": "fisher"}
+    tiers = {"calibration__statistics": "gradients", "calibration__windows": 20}
+    settings = tiers | {"propagation": "corrected", "reconstruction": "output-weighted"}
     monkeypatch.setattr(questions, "ROW", 60)  # rows enough for every node
     study = fetch(project(**settings), "model", "calibration", "perplexity")
     download(project=study, part="tasks")

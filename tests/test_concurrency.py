@@ -47,7 +47,7 @@ def test_two_runs_of_one_stage_at_once_end_as_one(tmp_path: Path, tiny: Path, te
     assert outputs(tmp_path) == expected
 
 
-@pytest.mark.parametrize("statistics", ["norms", "fisher"])
+@pytest.mark.parametrize("statistics", ["norms", "gradients"])
 def test_what_another_checkout_calibrates_meanwhile_is_not_calibrated_again(
     project: Callable[..., Project], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics: str
 ):

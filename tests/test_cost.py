@@ -32,7 +32,7 @@ def need(tmp_path: Path, tiny: Path):
     """What a stage of the tiny model needs: 32 × 2,048 tokens to calibrate on, 16 × 2,048 to measure on."""
 
     def found(stage: str, **changes: Any) -> Need:
-        shape = {"calibration__samples": 32, "calibration__length": 2048, "perplexity__length": 2048}
+        shape = {"calibration__windows": 32, "calibration__length": 2048, "perplexity__length": 2048}
         write_params(tmp_path, CONFIGS, **shape | {"perplexity__windows": 16} | changes)
         return NEEDS[stage](Known(params=Project(tmp_path).params, config=tiny))
 
@@ -69,7 +69,7 @@ def test_a_small_models_parameters_are_not_nothing(tmp_path: Path):
 
 
 def test_an_experiment_adds_weights_where_they_do_not_follow_from_its_masks(tmp_path: Path):
-    trained = {"method": "admm", "reconstruction": "block", "propagation": "corrected"}
+    trained = {"method": "admm", "reconstruction": "blockwise", "propagation": "corrected"}
     for changes, added in (
         ({}, "0.81 GB to the cache (its masks)."),
         (trained, "14.29 GB to the cache (its masks and weights)."),
@@ -129,7 +129,7 @@ def test_a_recorded_statistic_adds_its_own_products_alone(need, tiny: Path):
     model = sizes(tiny)
     assert gram.work == {**once.work, "grams": 32 * 2048 * model.all_squares}
     assert gram.disk == once.disk + model.all_squares  # half of them, in float16
-    back = need("calibrate", calibration__statistics="fisher")
+    back = need("calibrate", calibration__statistics="gradients")
     assert back.work["blocks"] == once.work["blocks"] * (32 + 3 * 8) / 32
     assert back.work["head"] == 2 * (2 * 8 * 2048) * model.head
     assert back.read == 3 * once.read
@@ -249,7 +249,7 @@ def test_it_needs_no_weights_and_no_project(tmp_path: Path):
 def test_in_a_project_it_is_the_projects_model_and_settings(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    write_params(tmp_path, "org/name", calibration__samples=7)
+    write_params(tmp_path, "org/name", calibration__windows=7)
     with pytest.raises(UserError, match=r"models/dense: no config.json, .* fetch .*: `dvc repro download@model`"):
         cost.cost(start=tmp_path)
     (tmp_path / "models").mkdir()
@@ -263,14 +263,14 @@ def test_in_a_project_it_is_the_projects_model_and_settings(
 
 
 def test_a_local_model_is_read_where_it_is_before_it_is_downloaded(tmp_path: Path, tiny: Path):
-    write_params(tmp_path, tiny, calibration__samples=7)
+    write_params(tmp_path, tiny, calibration__windows=7)
     assert "7 windows of 64 to calibrate" in cost.cost(start=tmp_path)
 
 
 def test_fewer_windows_are_fewer_that_go_back(need, tmp_path: Path, tiny: Path):
-    four, nine = (need("calibrate", calibration__samples=n, calibration__statistics="fisher") for n in (4, 9))
+    four, nine = (need("calibrate", calibration__windows=n, calibration__statistics="gradients") for n in (4, 9))
     assert 2 * four.work["head"] == nine.work["head"]  # of 4 and of 8: calibration runs the head on no other windows
-    write_params(tmp_path, tiny, calibration__samples=9)
+    write_params(tmp_path, tiny, calibration__windows=9)
     assert "4 windows of 64 to calibrate" in cost.cost(start=tmp_path, windows=4)
 
 

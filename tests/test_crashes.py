@@ -79,9 +79,9 @@ def root(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> Pat
     """A study on two blocks in which everything has run once."""
     folder, model = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("model")
     save_tiny_model(model, num_hidden_layers=2)
-    small = {"calibration__samples": 2, "perplexity__windows": 2, "zero_shot__limit": 1}
-    pruning = {"calibration__statistics": "fisher", "reconstruction": "fisher", "propagation": "pruned"}
-    write_params(folder, model, group="fisher", **texts, **small, **pruning)
+    small = {"calibration__windows": 2, "perplexity__windows": 2, "zero_shot__limit": 1}
+    pruning = {"calibration__statistics": "gradients", "reconstruction": "output-weighted", "propagation": "pruned"}
+    write_params(folder, model, group="outputs", **texts, **small, **pruning)
     project = Project(folder)
     for stage in STAGES.values():
         for _, part, _ in stage.runs(["embedded"]):
@@ -314,7 +314,7 @@ def test_a_stage_that_is_stopped_says_what_is_kept_and_where_it_goes_on(
     tmp_path: Path, tiny: Path, number: signal.Signals
 ):
     """At once, whatever it computes; the next run tells from where it goes on and ends with the same bytes."""
-    write_params(tmp_path, tiny, calibration__samples=120)
+    write_params(tmp_path, tiny, calibration__windows=120)
     project = Project(tmp_path)
     for part in ("model", "calibration"):
         run("download", project=project, part=part)
@@ -361,12 +361,12 @@ def test_a_disk_that_fills_up_with_statistics_is_one_that_is_full(tmp_path: Path
 @pytest.mark.parametrize("limit", [20_000, pytest.param(200_000, marks=pytest.mark.full)])
 def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path, tiny: Path, limit: int):
     """`ulimit -f`: a file may not grow beyond; the earlier output stays as it is."""
-    write_params(tmp_path, tiny, calibration__samples=40)
+    write_params(tmp_path, tiny, calibration__windows=40)
     project = Project(tmp_path)
     for part in ("model", "calibration"):
         run("download", project=project, part=part)
     run("calibrate", project=project)
-    write_params(tmp_path, tiny, calibration__samples=41)
+    write_params(tmp_path, tiny, calibration__windows=41)
     before = outputs(tmp_path)
     code = (
         "import sys, signal, resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "

@@ -257,7 +257,7 @@ NOT_RUN = {
     "dvc queue kill NAME": "needs a worker that was killed; test_crashes.py kills stages",
 }
 TASKS = "dvc exp run -S tasks.names=[piqa,arc_easy]"
-WIDE = "dvc exp run --temp -S calibration.length=2048 -S calibration.statistics=fisher -S recipe=fisher"
+WIDE = "dvc exp run --temp -S calibration.length=2048 -S calibration.statistics=gradients -S recipe=fisher"
 NARROW = WIDE.replace("length=2048", "length=64")
 # What others are in a tiny study.
 AS_RUN = {
@@ -266,7 +266,7 @@ AS_RUN = {
     "wanda-dvc stats --layer 12": "wanda-dvc stats --layer 1",
     f"{TASKS} -S zero_shot.limit=200": f"{TASKS} -S zero_shot.limit=4",
     "dvc exp run --queue -S tasks.names=[] -S perplexity.length=4096 -S method=wanda,magnitude": (
-        "dvc exp run --temp -S recipe=paper -S perplexity.length=64 -S method=magnitude"
+        "dvc exp run --temp -S recipe=magnitude -S perplexity.length=64"
     ),
     "dvc exp run --queue -S tasks.names=[] -S perplexity.length=4096 -S pattern=2:4,4:8 -S method=wanda,magnitude": (
         "dvc exp run --queue -S tasks.names=[] -S pattern=2:4"
@@ -302,7 +302,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) ->
     """Without tasks and with short texts, which cost most of the time; the page on tasks brings its own."""
     folder = tmp_path_factory.mktemp("finished")
     model = save_tiny_model(folder / "tiny", num_hidden_layers=2)
-    settings = {"tasks__names": [], "calibration__samples": 4, **texts}
+    settings = {"tasks__names": [], "calibration__windows": 4, **texts}
     repository = Repository.new(folder / "study", model, settings=settings)
     shutil.copytree(ROOT / ".dvc/plots", repository.root / ".dvc/plots")
     repository.repro()
@@ -516,8 +516,8 @@ def test_the_figures_on_another_text_are_those_of_their_table():
         "wanda": "`wanda`",
         "wanda-refit": "`wanda`, `least-squares`",
         "admm": "`admm`, `least-squares`",
-        "fisher": "`admm`, `least-squares`, both `fisher`",
-        "block": "`admm`, `block`, `corrected`, both `fisher`",
+        "fisher": "`admm`, `least-squares`, `outputs`, `sensitivity`",
+        "blockwise": "`admm`, `blockwise`, `corrected`, `outputs`, `sensitivity`",
     }
     for row in json.loads(results.METHODS.read_text(encoding="utf-8"))["recipes"]:
         if row["recipe"] in names:

@@ -72,7 +72,7 @@ class Bench:
         """Return a study with a recipe, and with a pattern of units if a second word names one."""
         folder.mkdir(exist_ok=True)
         recipe, *pattern = recipe.split()
-        changes: dict[str, Any] = {"calibration__statistics": "fisher", "runtime__device": kind, "recipe": recipe}
+        changes: dict[str, Any] = {"calibration__statistics": "gradients", "runtime__device": kind, "recipe": recipe}
         changes |= {"pattern": pattern[0], "sparsity": 0.25} if pattern else {}
         write_params(folder, self.model, **self.texts | changes)
         return Project(folder)
@@ -138,7 +138,7 @@ def check_alike(host: Project, card: Project, *, masks: bool = True) -> None:
         for name, outputs in one.outputs.items():
             assert other.outputs[name].count == outputs.count
             assert float(other.outputs[name].sum) == pytest.approx(float(outputs.sum), rel=1e-4)
-        one_back, other_back = (read_fisher(project.fisher, block) for project in (host, card))
+        one_back, other_back = (read_fisher(project.gradients, block) for project in (host, card))
         assert one_back.keys() == other_back.keys()
         for name, sums in one_back.items():
             assert float((other_back[name] - sums).norm()) <= 1e-3 * float(sums.norm()), name
@@ -245,7 +245,7 @@ def test_the_python_interface_takes_a_model_where_it_is(kind: str, tiny: Path):
     def pruned(where: str) -> tuple[dict[str, torch.Tensor], float]:
         model: Any = AutoModelForCausalLM.from_pretrained(tiny, num_hidden_layers=2)
         model = model.to(where)
-        stats = wd.calibrate(model, tokens, statistics="fisher")
+        stats = wd.calibrate(model, tokens, statistics="gradients")
         assert not any(isinstance(x, OnDevice) for block in stats.blocks for x in block.fisher.values())
         keep = wd.mask(model, stats, recipe="wanda")
         wd.reconstruct(model, keep, stats)

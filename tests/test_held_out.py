@@ -49,18 +49,18 @@ def losses(project: Project) -> dict[str, dict[str, float]]:
     ("settings", "masks", "weights"),
     [
         ({"recipe": "wanda"}, [], []),
-        ({"recipe": "paper", "method": "magnitude"}, [], []),
+        ({"recipe": "wanda-paper", "method": "magnitude"}, [], []),
         ({"recipe": "admm"}, [], []),
         ({"recipe": "wanda", "allocation": "owl"}, ["uniform", "allocation owl"], []),
-        ({"recipe": "wanda", "group": "layer", "allocation": "lsa"}, ["uniform", "allocation lsa"], []),
-        ({"recipe": "wanda", "group": "fisher"}, ["uniform", "group fisher"], []),
-        ({"recipe": "fisher", "pattern": "2:4"}, [], ["least-squares", "reconstruction fisher"]),
+        ({"recipe": "wanda", "group": "linear", "allocation": "lsa"}, ["uniform", "allocation lsa"], []),
+        ({"recipe": "wanda", "group": "outputs"}, ["uniform", "group outputs"], []),
+        ({"recipe": "fisher", "pattern": "2:4"}, [], ["least-squares", "reconstruction output-weighted"]),
         (
             {"recipe": "fisher"},
-            ["uniform", "group fisher", "allocation fisher"],
-            ["least-squares", "reconstruction fisher"],
+            ["uniform", "group outputs", "allocation sensitivity"],
+            ["least-squares", "reconstruction output-weighted"],
         ),
-        ({"recipe": "block"}, ["uniform", "group fisher", "allocation fisher"], []),
+        ({"recipe": "blockwise"}, ["uniform", "group outputs", "allocation sensitivity"], []),
     ],
     ids=str,
 )
@@ -82,21 +82,21 @@ def test_the_losses_are_those_of_transformers(pruned: Make):
             return sum(model(input_ids=x[None], labels=x[None]).loss.item() for x in windows) / len(windows)
 
     assert len(windows) == 2
-    assert losses(project)["weights"]["reconstruction fisher"] == pytest.approx(loss(model), abs=2e-4)
-    project = pruned(recipe="wanda", group="fisher", allocation="fisher")
+    assert losses(project)["weights"]["reconstruction output-weighted"] == pytest.approx(loss(model), abs=2e-4)
+    project = pruned(recipe="wanda", group="outputs", allocation="sensitivity")
     model = AutoModelForCausalLM.from_pretrained(project.model("pruned"), dtype=torch.float32).eval()
-    assert losses(project)["masks"]["allocation fisher"] == pytest.approx(loss(model), abs=2e-4)
+    assert losses(project)["masks"]["allocation sensitivity"] == pytest.approx(loss(model), abs=2e-4)
 
 
 def test_a_choice_that_raises_the_loss_is_named_with_both_figures():
     assert not list(raised({}))
     assert not list(raised({"held_out": {}}))
     compared: dict[str, dict[str, float]] = {
-        "masks": {"uniform": 3.5, "group fisher": 3.4, "allocation fisher": 3.75},
+        "masks": {"uniform": 3.5, "group outputs": 3.4, "allocation sensitivity": 3.75},
         "weights": {"a": 2.0, "b": 2.0},
     }
     assert list(raised({"held_out": compared})) == [
-        "allocation fisher raises the loss of held-out calibration windows from 3.4000 to 3.7500; "
+        "allocation sensitivity raises the loss of held-out calibration windows from 3.4000 to 3.7500; "
         "try the recipe without it"
     ]
 
@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_is_written_and_warned_of(pruned: Make, monkey
 
 def test_an_interrupted_comparison_resumes_with_the_same_weights_alone(pruned: Make, monkeypatch: pytest.MonkeyPatch):
     """Another Fisher tier gives other weights on the same masks: hidden states of before do not count."""
-    project = pruned(recipe="admm", reconstruction="fisher")
+    project = pruned(recipe="admm", reconstruction="output-weighted")
     expected = losses(project)
     given = iter([[3.0]])
     monkeypatch.setattr("wanda_dvc.engine.losses.window_losses", lambda *_: next(given))
@@ -166,11 +166,11 @@ def test_an_interrupted_comparison_resumes_with_the_same_weights_alone(pruned: M
         apply(project=project)
     monkeypatch.undo()
     for block in range(2):
-        sums = {name: 1 + torch.arange(len(x)).double() for name, x in read_fisher(project.fisher, block).items()}
+        sums = {name: 1 + torch.arange(len(x)).double() for name, x in read_fisher(project.gradients, block).items()}
         grams = {name: Gram(torch.diag(x), 1) for name, x in sums.items()}
-        write_fisher(project.fisher, block, sums, grams)
+        write_fisher(project.gradients, block, sums, grams)
     made = {name: x for name, x in load_json(project.gram / "provenance.json").items() if name not in SEALED}
-    seal(project.fisher, made | {"kind": "fisher", "windows": 8})
+    seal(project.gradients, made | {"kind": "gradients", "windows": 8})
     apply(project=project)
     resumed = losses(project)
     shutil.rmtree(project.work_root)

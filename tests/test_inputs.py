@@ -134,8 +134,8 @@ def test_a_file_that_is_no_settings(name: str, tmp_path: Path):
 def test_a_dotted_name_at_the_top_is_named_with_its_place(tmp_path: Path):
     write_params(tmp_path, "org/model")
     with (tmp_path / "params.yaml").open("a", encoding="utf-8") as file:
-        file.write("calibration.samples: 3\n")
-    with pytest.raises(UserError, match=r"calibration.samples: no such setting; write it as samples below calibration"):
+        file.write("calibration.windows: 3\n")
+    with pytest.raises(UserError, match=r"calibration.windows: no such setting; write it as windows below calibration"):
         read_params(tmp_path / "params.yaml")
 
 
@@ -151,7 +151,7 @@ def test_a_key_that_is_there_twice_is_named_with_its_line(tmp_path: Path):
 def finished(tiny: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study whose stages have all run."""
     root = tmp_path_factory.mktemp("finished")
-    changes = {"calibration__statistics": "fisher", "perplexity__windows": 1, "zero_shot__limit": 1}
+    changes = {"calibration__statistics": "gradients", "perplexity__windows": 1, "zero_shot__limit": 1}
     write_params(root, tiny, **changes, **texts)
     made = Project(root)
     for part in ("model", "calibration", "perplexity"):
@@ -183,7 +183,7 @@ RUNS: dict[str, Callable[[Project], object]] = {
     "calibrate": lambda made: stages.run("calibrate", project=made),
     "mask": lambda made: stages.run("mask", project=made),
     "mask-fisher": lambda made: stages.run("mask", project=with_recipe(made, "fisher")),
-    "mask-paper": lambda made: stages.run("mask", project=with_recipe(made, "paper")),
+    "mask-paper": lambda made: stages.run("mask", project=with_recipe(made, "wanda-paper")),
     "apply": lambda made: stages.run("apply", project=made),
     "apply-fisher": lambda made: stages.run("apply", project=with_recipe(made, "fisher")),
     "apply-refit": lambda made: stages.run("apply", project=with_recipe(made, "wanda-refit")),

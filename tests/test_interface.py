@@ -54,18 +54,18 @@ MODELS: dict[str, tuple[Callable[[Path], Path], str]] = {
 CHOICES: list[dict[str, Any]] = [
     *({"method": method} | pattern for method in OF_WEIGHTS for pattern in PATTERNS),
     *({"allocation": allocation} for allocation in ALLOCATIONS),
-    {"allocation": "owl", "allocation_strength": 0.1, "group": "layer"},
+    {"allocation": "owl", "allocation_strength": 0.1, "group": "linear"},
     {"method": "wanda", "sparsity": 0.29},
     {"method": "wanda", "sparsity": 0},
 ]
 CHOICES = [choice for choice in CHOICES if allowed(**choice)]
 SOME: list[dict[str, Any]] = [
     {"method": "wanda"},
-    {"method": "ria", "group": "layer"},
+    {"method": "ria", "group": "linear"},
     {"method": "wanda-variant"},
     {"method": "sparsegpt", "pattern": "2:4"},
     {"method": "magnitude", "allocation": "owl"},
-    {"method": "wanda", "group": "fisher", "allocation": "fisher"},
+    {"method": "wanda", "group": "outputs", "allocation": "sensitivity"},
 ]
 
 
@@ -82,7 +82,7 @@ class Pair:
         self.tokens = calibration_windows(self.project)
         text = tokenize(self.project.text("perplexity/embedded"), load_tokenizer(self.source))
         self.text = cut(text, length=64, windows=3)
-        self.stats = wd.calibrate(self.load(), self.tokens, statistics="fisher", **self.words)
+        self.stats = wd.calibrate(self.load(), self.tokens, statistics="gradients", **self.words)
 
     @property
     def words(self) -> dict[str, Any]:
@@ -92,8 +92,8 @@ class Pair:
     def study(self, **changes: Any) -> Project:
         """The project with other settings."""
         small: dict[str, Any] = {
-            "calibration__statistics": "fisher",
-            "calibration__samples": 2,
+            "calibration__statistics": "gradients",
+            "calibration__windows": 2,
             "perplexity__windows": 3,
         }
         write_params(self.root, self.source, dtype=self.dtype, **self.texts | small | changes)
@@ -167,7 +167,7 @@ def test_statistics_and_perplexity_are_the_pipelines(pairs: Callable[[str], Pair
         assert len(tensors) == 3 * len(block.inputs) + 1 + len(block.outputs)
         assert same(stats.grams[number].tensors, load_file(block_file(project.gram, number)))
         squares = {f"{linear}.squared_gradients": x for linear, x in block.fisher.items()}
-        assert same(stats.fisher_grams[number].tensors | squares, load_file(block_file(project.fisher, number)))
+        assert same(stats.fisher_grams[number].tensors | squares, load_file(block_file(project.gradients, number)))
     perplexity(project=project, model="dense", text="embedded")
     expected = load_json(project.metrics("dense", "perplexity/embedded"))["perplexity"]
     assert wd.perplexity(pair.load(), pair.text, **pair.words) == expected
@@ -268,7 +268,7 @@ def test_weights_without_gradients_are_refused(tmp_path: Path):
     with torch.inference_mode():
         model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(wd.UserError, match=r"^model: got weights made in torch.inference_mode\(\)"):
-        wd.calibrate(model, torch.arange(3, 35)[None], statistics="fisher")
+        wd.calibrate(model, torch.arange(3, 35)[None], statistics="gradients")
     wd.calibrate(model, torch.arange(3, 35)[None])
 
 
@@ -278,7 +278,7 @@ def test_results_do_not_depend_on_the_callers_modes(around: str, tmp_path: Path)
         model = AutoModelForCausalLM.from_pretrained(save_tiny_model(folder)).eval()
         tokens = torch.randint(3, 250, (2, 64), generator=torch.Generator().manual_seed(0))
         with mode:
-            stats = wd.calibrate(model, tokens, statistics="fisher")
+            stats = wd.calibrate(model, tokens, statistics="gradients")
             keep = wd.mask(model, stats, recipe="fisher")
             told = wd.reconstruct(model, keep, stats)
             found = wd.perplexity(model, tokens)
@@ -529,7 +529,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     ),
     "recipe": (lambda m, p: wd.mask(m, p.stats, recipe="wands"), r"^recipe: got wands, expected magnitude, wanda"),
     "propagation": (
-        lambda m, p: wd.mask(m, p.stats, recipe="block"),
+        lambda m, p: wd.mask(m, p.stats, recipe="blockwise"),
         r"^recipe: got block with propagation corrected, expected one with propagation dense",
     ),
     "dtype": (
@@ -559,8 +559,8 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         r"^allocation: got even, expected uniform",
     ),
     "variant-group": (
-        lambda m, p: wd.mask(m, p.stats, method="wanda-variant", group="layer"),
-        r"^method: got wanda-variant with .* group layer",
+        lambda m, p: wd.mask(m, p.stats, method="wanda-variant", group="linear"),
+        r"^method: got wanda-variant with .* group linear",
     ),
     "variant-sparsity": (
         lambda m, p: wd.mask(m, p.stats, method="wanda-variant", sparsity=0.97),
@@ -579,16 +579,18 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         r"^stats: got statistics norms, expected gram \(allocation lsa\)",
     ),
     "no-fisher-group": (
-        lambda m, p: wd.mask(m, wd.calibrate(m, p.tokens), group="fisher"),
-        r"^stats: got statistics norms, expected fisher \(group fisher\)",
+        lambda m, p: wd.mask(m, wd.calibrate(m, p.tokens), group="outputs"),
+        r"^stats: got statistics norms, expected gradients \(group outputs\)",
     ),
     "no-fisher-allocation": (
-        lambda m, p: wd.mask(m, wd.calibrate(m, p.tokens), allocation="fisher"),
-        r"^stats: got statistics norms, expected fisher \(allocation fisher\)",
+        lambda m, p: wd.mask(m, wd.calibrate(m, p.tokens), allocation="sensitivity"),
+        r"^stats: got statistics norms, expected gradients \(allocation sensitivity\)",
     ),
     "no-gradients": (
-        lambda m, p: wd.reconstruct(m, {}, wd.calibrate(m, p.tokens, statistics="gram"), reconstruction="fisher"),
-        r"^reconstruction: got fisher and statistics gram, expected fisher; call calibrate",
+        lambda m, p: wd.reconstruct(
+            m, {}, wd.calibrate(m, p.tokens, statistics="gram"), reconstruction="output-weighted"
+        ),
+        r"^reconstruction: got output-weighted and statistics gram, expected gradients; call calibrate",
     ),
     "no-grams-reconstruct": (
         lambda m, p: wd.reconstruct(m, wd.mask(m, p.stats), wd.calibrate(m, p.tokens)),
@@ -599,7 +601,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         r"^reconstruction: got magic, expected none, least-squares",
     ),
     "trains": (
-        lambda m, p: wd.reconstruct(m, {}, p.stats, reconstruction="block"),
+        lambda m, p: wd.reconstruct(m, {}, p.stats, reconstruction="blockwise"),
         r"^reconstruction: got block, expected none, least-squares, fisher",
     ),
     "no-masks": (lambda m, p: wd.prune(m, {}), r"keep: got no masks"),

@@ -40,7 +40,7 @@ PROPAGATED: list[Settings] = [
         OF_WEIGHTS, itertools.cycle(itertools.product(SOLVED, ("corrected", "pruned"))), strict=False
     )
 ] + [{"method": name, "propagation": "pruned"} | pattern for name in SOLVERS for pattern in ({}, NEURONS)]
-CALIBRATION: Settings = {"calibration__statistics": "fisher", "calibration__samples": 3}
+CALIBRATION: Settings = {"calibration__statistics": "gradients", "calibration__windows": 3}
 
 
 @pytest.fixture(scope="module")

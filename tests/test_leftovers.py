@@ -128,12 +128,12 @@ def test_without_permission_nothing_is_lost_and_the_next_run_ends_well(
     study: Project, tiny: Path, texts: dict[str, str], closed: str
 ):
     """`calibrate` over what may not be written or read; then it may."""
-    write_params(study.root, tiny, calibration__samples=4, **texts)
+    write_params(study.root, tiny, calibration__windows=4, **texts)
     run("calibrate", project=Project(study.root))
     expected = outputs(study.root)
     write_params(study.root, tiny, **texts)
     run("calibrate", project=Project(study.root))
-    write_params(study.root, tiny, calibration__samples=4, **texts)
+    write_params(study.root, tiny, calibration__windows=4, **texts)
     clean(project=study)
     before = outputs(study.root)
     path = study.root / closed

@@ -46,13 +46,13 @@ WALKS: Runs = {
     "perplexity": ("perplexity", "dense", {}),
 }
 ADMM = {"method": "admm", "calibration__statistics": "gram"}
-BACK = {"calibration__statistics": "fisher"}
+BACK = {"calibration__statistics": "gradients"}
 SOLVES: Runs = {
     "the way back": ("calibrate", None, ADMM | BACK),
     "a solver's masks": ("mask", None, ADMM),
     "least squares": ("apply", None, ADMM | {"reconstruction": "least-squares"}),
-    "Fisher least squares": ("apply", None, ADMM | BACK | {"reconstruction": "fisher"}),
-    "trained": ("mask", None, ADMM | {"reconstruction": "block", "propagation": "corrected"}),
+    "Fisher least squares": ("apply", None, ADMM | BACK | {"reconstruction": "output-weighted"}),
+    "trained": ("mask", None, ADMM | {"reconstruction": "blockwise", "propagation": "corrected"}),
 }
 RATED = {"method": "wanda"}
 RATES: Runs = {name: ("mask", None, RATED | BACK | {"allocation": name}) for name in ALLOCATIONS}

@@ -152,8 +152,8 @@ def test_rows_that_are_chosen_apart_need_no_more_than_some(config_only: Callable
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for changes, scores in (
         ({}, 100),
-        ({"group": "layer"}, 32 * 48),
-        ({"group": "layer", "pattern": "2:4"}, 100),
+        ({"group": "linear"}, 32 * 48),
+        ({"group": "linear", "pattern": "2:4"}, 100),
         ({"method": "wanda-variant"}, 32 * 48),
     ):
         found = need(config_only(**changes), "mask").memory

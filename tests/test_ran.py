@@ -77,7 +77,7 @@ def edited(project: Callable[..., Project]) -> Project:
     for name, part in (("download", "model"), ("download", "calibration"), ("calibrate", None), ("mask", None)):
         run(name, project=made, part=part)
     lock(made)
-    return project("org/other", sparsity=0.7, calibration__samples=7, tasks__names=["rte"], runtime__device="cpu")
+    return project("org/other", sparsity=0.7, calibration__windows=7, tasks__names=["rte"], runtime__device="cpu")
 
 
 def test_every_setting_is_that_of_the_last_run(project: Callable[..., Project]):
@@ -97,10 +97,10 @@ def test_every_setting_is_that_of_the_last_run(project: Callable[..., Project]):
 @pytest.mark.parametrize("other", RECIPES)
 def test_the_choices_of_an_edited_recipe_are_those_that_ran(project: Callable[..., Project], other: str):
     """A copy of the settings kept the plan of params.yaml: `export` wrote other weights than `apply`."""
-    before = project(calibration__statistics="fisher", recipe=other)
+    before = project(calibration__statistics="gradients", recipe=other)
     lock(before)
     for recipe in RECIPES:
-        edited = project(calibration__statistics="fisher", recipe=recipe)
+        edited = project(calibration__statistics="gradients", recipe=recipe)
         assert edited.params.plan.described  # as the commands read it first
         assert Ran.of(edited).params.plan == before.params.plan
         assert Ran.of(edited).params.filled == before.params.filled
@@ -109,7 +109,7 @@ def test_the_choices_of_an_edited_recipe_are_those_that_ran(project: Callable[..
 def test_show_speaks_of_the_run_and_says_what_is_stale(edited: Project):
     shown = show(project=edited)
     assert "wanda, sparsity 0.3, pattern unstructured" in shown
-    assert "params.yaml has model=org/other, calibration.samples=7, sparsity=0.7, tasks.names=['rte']" in shown
+    assert "params.yaml has model=org/other, calibration.windows=7, sparsity=0.7, tasks.names=['rte']" in shown
     assert "Stale: locate, download@model, download@tasks, calibrate, mask, zero-shot@dense, zero-shot@pruned." in shown
     assert "embedded questions, mean acc %" in shown
 
@@ -221,7 +221,7 @@ def test_the_card_of_a_model_has_the_settings_that_made_it(edited: Project):
     card = (target / "README.md").read_text(encoding="utf-8")
     recipe = card[card.index("dvc exp run") :]
     assert "-S sparsity=0.3" in recipe
-    assert "-S calibration.samples=3" in recipe
+    assert "-S calibration.windows=3" in recipe
     assert "other" not in recipe
     assert "rte" not in recipe
 
@@ -234,7 +234,7 @@ def test_an_experiments_model_is_made_as_it_ran(project: Callable[..., Project],
     lock(before)
     applied = before.root.parent / "applied"
     export(project=before, experiment=None, target=applied)
-    edited, taken = project(recipe="magnitude"), []
+    edited, taken = project(recipe="magnitude-rows"), []
 
     def copy_all(_revision: object, part: str, study: Project) -> bool:
         source = edited.root / part

@@ -47,8 +47,8 @@ PATTERNS: tuple[dict[str, Any], ...] = (
     {"pattern": "2:4"},
     {"pattern": "4:8"},
     {"pattern": "3:4", "sparsity": 0.25},
-    {"group": "layer"},
-    {"group": "fisher"},
+    {"group": "linear"},
+    {"group": "outputs"},
 )
 
 
@@ -57,7 +57,7 @@ COMMITTED = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf
 
 def allowed(**changes: Any) -> bool:
     """Whether the settings can be asked for together."""
-    fisher = {"calibration": COMMITTED["calibration"] | {"statistics": "fisher"}}
+    fisher = {"calibration": COMMITTED["calibration"] | {"statistics": "gradients"}}
     try:
         Params.model_validate(COMMITTED | fisher | changes)
     except UserError:
@@ -139,7 +139,7 @@ def test_stats_shows_the_layer_errors_of_the_masks_at_hand(study: Make):
 
 
 def test_show_says_where_the_damping_was_raised(study: Make):
-    made = study(reconstruction="fisher")
+    made = study(reconstruction="output-weighted")
     mask(project=made)
     apply(project=made)
     path, name = made.details("pruned", "layer_error"), "model.layers.1.mlp.up_proj"
@@ -235,15 +235,18 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
             "propagation: got corrected with reconstruction none, expected a reconstruction",
         ),
         (
-            {"reconstruction": "block"},
+            {"reconstruction": "blockwise"},
             "reconstruction: got block with propagation dense, expected propagation corrected or pruned",
         ),
-        ({"allocation": "steep"}, "allocation: got steep, expected uniform, slope, owl, lsa or fisher"),
-        ({"allocation": "fisher", **NORMS}, r"got norms, expected fisher for recipe wanda \(allocation fisher\)"),
-        ({"group": "fisher", **NORMS}, r"got norms, expected fisher for recipe wanda \(group fisher\)"),
+        ({"allocation": "steep"}, "allocation: got steep, expected uniform, slope, owl, lsa or sensitivity"),
         (
-            {"reconstruction": "fisher", "calibration__statistics": "gram"},
-            r"got gram, expected fisher for recipe wanda \(reconstruction fisher\)",
+            {"allocation": "sensitivity", **NORMS},
+            r"got norms, expected gradients for recipe wanda \(allocation sensitivity\)",
+        ),
+        ({"group": "outputs", **NORMS}, r"got norms, expected gradients for recipe wanda \(group outputs\)"),
+        (
+            {"reconstruction": "output-weighted", "calibration__statistics": "gram"},
+            r"got gram, expected gradients for recipe wanda \(reconstruction output-weighted\)",
         ),
     ],
 )
@@ -257,9 +260,10 @@ def test_combinations_that_make_no_sense_are_refused(study: Make, changes: dict[
     [("group", "dense"), ("group", "pruned"), ("allocation", "dense"), ("allocation", "pruned"),
      ("reconstruction", "pruned")],
 )  # fmt: skip
-def test_a_fisher_tier_of_another_calibration_is_refused(study: Make, setting: str, propagation: str):
-    made = study(**{setting: "fisher"}, propagation=propagation)
-    provenance = made.fisher / "provenance.json"
+def test_gradients_of_another_calibration_than_the_norms_are_refused(study: Make, setting: str, propagation: str):
+    value = {"group": "outputs", "allocation": "sensitivity", "reconstruction": "output-weighted"}[setting]
+    made = study(**{setting: value}, propagation=propagation)
+    provenance = made.gradients / "provenance.json"
     content = json.loads(provenance.read_text())
     provenance.unlink()
     write_json(provenance, content | {"params": content["params"] | {"seed": 7}})
@@ -268,20 +272,20 @@ def test_a_fisher_tier_of_another_calibration_is_refused(study: Make, setting: s
 
 
 def test_gradients_of_another_calibration_are_refused(study: Make):
-    made = study(reconstruction="fisher")
+    made = study(reconstruction="output-weighted")
     mask(project=made)
     kept = made.gram.rename(made.root / "kept")
     calibrate(project=study(calibration__seed=1))
     shutil.rmtree(made.gram)
     kept.rename(made.gram)
-    study(reconstruction="fisher")
-    with pytest.raises(UserError, match="stats/fisher: no Gram matrices of .* and the calibration that masks/ name"):
+    study(reconstruction="output-weighted")
+    with pytest.raises(UserError, match="stats/gradients: no Gram matrices of .* and the calibration that masks/ name"):
         apply(project=made)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ria"])
 def test_rows_compete_by_score_times_worth(study: Make, method: str):
-    made = study(method=method, group="fisher")
+    made = study(method=method, group="outputs")
     mask(project=made)
     checkpoint = Checkpoint(made.model("dense"))
     score = importlib.import_module("wanda_dvc.pruning.scores")
@@ -308,8 +312,8 @@ def test_a_solver_of_a_package_need_not_know_how_rows_are_weighed(study: Make, m
         return admm(*words, group=group, **named)
 
     monkeypatch.setattr(solvers, "admm", listen)
-    mask(project=study(method="admm", group="fisher"))
-    assert set(heard) == {"layer"}
+    mask(project=study(method="admm", group="outputs"))
+    assert set(heard) == {"linear"}
 
 
 def test_where_nothing_is_removed_nothing_is_corrected(study: Make):
@@ -370,7 +374,7 @@ def test_only_inputs_of_every_token_have_a_cross_product(family: str, tmp_path: 
 
 
 def test_a_training_is_the_same_twice_and_another_with_another_seed(study: Make, monkeypatch: pytest.MonkeyPatch):
-    made = study(reconstruction="block", propagation="pruned")
+    made = study(reconstruction="blockwise", propagation="pruned")
     mask(project=made)
     first = tree(made.weights)
     shutil.rmtree(made.masks)
@@ -419,7 +423,7 @@ def test_a_training_does_what_its_formula_says(study: Make, monkeypatch: pytest.
     mask(project=starts)
     start = read_weights(starts.weights, 0)[0]
     monkeypatch.setattr("wanda_dvc.stages.mask.TRAINING", {"epochs": epochs, "rate": rate, "seed": 0, "scale": 1})
-    made = study(reconstruction="block", propagation="pruned")
+    made = study(reconstruction="blockwise", propagation="pruned")
     mask(project=made)
     trained, keeps = read_weights(made.weights, 0)[0], read_masks(made.masks, 0)
 
@@ -492,7 +496,7 @@ def test_a_training_never_leaves_a_block_worse_than_it_was(
 
     monkeypatch.setattr("wanda_dvc.engine.walk.training.train", noted)
     monkeypatch.setitem(TRAINING, "scale", scale)
-    mask(project=study(reconstruction="block", propagation="pruned", pattern=pattern, sparsity=0.5))
+    mask(project=study(reconstruction="blockwise", propagation="pruned", pattern=pattern, sparsity=0.5))
     assert len(seen) == 2
     assert all(after <= before for before, after in seen)
     assert any(after < before for before, after in seen) == (scale == 1)
@@ -501,12 +505,12 @@ def test_a_training_never_leaves_a_block_worse_than_it_was(
 def test_a_training_brings_the_block_nearer_to_the_dense_one(study: Make):
     """The last hidden state of the pruned model is nearer to the dense model's with training than without."""
     distances = {}
-    for reconstruction in ("none", "least-squares", "block"):
+    for reconstruction in ("none", "least-squares", "blockwise"):
         made = study(reconstruction=reconstruction, propagation="pruned")
         mask(project=made)
         apply(project=made)
         distances[reconstruction] = _distance(made)
-    assert distances["block"] < distances["least-squares"] < distances["none"]
+    assert distances["blockwise"] < distances["least-squares"] < distances["none"]
 
 
 def _distance(study: Project) -> float:
@@ -521,7 +525,7 @@ def _distance(study: Project) -> float:
 
 def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(study: Make, monkeypatch: pytest.MonkeyPatch):
     stage = importlib.import_module("wanda_dvc.stages.mask")
-    made = study(reconstruction="block", propagation="pruned")
+    made = study(reconstruction="blockwise", propagation="pruned")
     mask(project=made)
     complete = tree(made.masks), tree(made.weights)
     shutil.rmtree(made.masks)
@@ -543,14 +547,14 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(study: Make, mon
 
 def test_masks_that_were_chosen_with_another_reconstruction_are_refused(study: Make):
     """With `propagation: pruned` a reconstruction decides on the masks, and its weights are in weights/."""
-    mask(project=study(reconstruction="block", propagation="pruned"))
-    with pytest.raises(UserError, match="masks/: chosen with reconstruction block, expected least-squares"):
+    mask(project=study(reconstruction="blockwise", propagation="pruned"))
+    with pytest.raises(UserError, match="masks/: chosen with reconstruction blockwise, expected least-squares"):
         apply(project=study(reconstruction="least-squares", propagation="pruned"))
 
 
 def test_weights_of_a_run_before_are_not_taken(study: Make, tmp_path: Path):
     """`mask` killed between publishing masks/ and weights/ leaves the old weights/ beside the new masks."""
-    mask(project=study(reconstruction="block", propagation="pruned"))
+    mask(project=study(reconstruction="blockwise", propagation="pruned"))
     shutil.copytree(tmp_path / "weights", tmp_path / "old")
 
     def again(**changes: Any) -> Project:

@@ -184,7 +184,7 @@ def test_holm_rejects_step_by_step():
 
 
 def test_published_rows_are_compared_under_their_own_protocol_only():
-    study = read_preset("llama-2-7b").settings | {"sparsity": 0.5, "calibration.statistics": "fisher"}
+    study = read_preset("llama-2-7b").settings | {"sparsity": 0.5, "calibration.statistics": "gradients"}
 
     def matches(measure: str = "perplexity", **changes: object) -> set[float | str]:
         changed = study | {key.replace("__", "."): value for key, value in changes.items()}
@@ -195,10 +195,10 @@ def test_published_rows_are_compared_under_their_own_protocol_only():
 
     assert matches() == {5.114, 6.415}
     assert matches(method="magnitude") == {5.114, 11.832}
-    assert matches(method="magnitude", calibration__samples=1, propagation="dense") == {5.114, 11.832}
-    assert matches(calibration__samples=1) == {5.114}
+    assert matches(method="magnitude", calibration__windows=1, propagation="dense") == {5.114, 11.832}
+    assert matches(calibration__windows=1) == {5.114}
     assert matches(propagation="dense") == {5.114}
-    assert matches(reconstruction="block") == matches(allocation="owl") == {5.114}  # of plain Wanda alone
+    assert matches(reconstruction="blockwise") == matches(allocation="owl") == {5.114}  # of plain Wanda alone
     assert matches(perplexity__length=2048) == {5.47}  # a source that says nothing of the rest
     assert matches(perplexity__length=1024) == set()
     assert matches(model="/data/Llama-2-7b-hf") == {5.114, 6.415}
@@ -280,7 +280,7 @@ def write_results(
         )
     for part in sources(project.params):
         write_json(project.source(part), {"source": part})
-    for tier in (project.stats, project.gram, project.fisher):
+    for tier in (project.stats, project.gram, project.gradients):
         tier.mkdir(parents=True, exist_ok=True)
         seal(tier, {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
     write_csv(project.plots("divergence/embedded"), ["window", "divergence"], [[0, loss]])

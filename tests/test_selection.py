@@ -50,7 +50,7 @@ def test_rows_and_layer_equal_the_loops(weight, share):
     rows, columns = weight.shape
     by_row = select(scores.magnitude(weight), share=share, group="row")
     assert by_row.tolist() == oracle.keep_by_row(score, int(columns * share))
-    by_layer = select(scores.magnitude(weight), share=share, group="layer")
+    by_layer = select(scores.magnitude(weight), share=share, group="linear")
     assert by_layer.tolist() == oracle.keep_by_layer(score, int(rows * columns * share))
 
 
@@ -131,7 +131,7 @@ def test_what_is_kept_grows_as_sparsity_falls(weight, share):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("group", ["row", "layer"])
+@pytest.mark.parametrize("group", ["row", "linear"])
 def test_counts_are_exact_where_almost_every_score_is_tied(dtype, group):
     weight = torch.randn(64, 200, generator=torch.Generator().manual_seed(0)).mul(4).round().to(dtype)
     keep = select(scores.magnitude(weight), share=Fraction("0.37"), group=group)
@@ -171,7 +171,7 @@ def test_scores_of_slices_are_slices_of_scores_where_a_method_says_so(name, data
     assert torch.equal(torch.cat([score(rows, x) for rows in weight.split(size)]), score(weight, x))
 
 
-@pytest.mark.parametrize("group", ["row", "layer"])
+@pytest.mark.parametrize("group", ["row", "linear"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("name", [name for name, row in OF_WEIGHTS.items() if row.competition != "solver"])
 def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str, pattern: str, group: str):

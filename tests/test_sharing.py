@@ -104,7 +104,7 @@ def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, texts
     mine.run("git", "clone", "--quiet", str(mine.root), str(tmp_path / "theirs"))
     theirs = replace(mine, root=tmp_path / "theirs")
     assert "ERROR" not in theirs.run("dvc", "pull")  # and it ends with 0, as each `run` here
-    for folder in ("stats/norms", "stats/gram", "stats/fisher", "masks", "weights", "metrics/details"):
+    for folder in ("stats/norms", "stats/gram", "stats/gradients", "masks", "weights", "metrics/details"):
         assert (theirs.root / folder).is_dir()
     fetched = set() if options == "" else DOWNLOADS  # from the source, to the same bytes
     assert theirs.repro(sparsity=0.7) == PRUNE | fetched

@@ -25,7 +25,7 @@ from wanda_dvc.pruning.solvers import (
 )
 
 METHODS: dict[str, Callable[..., Solved]] = {"sparsegpt": sparsegpt, "admm": admm}
-TARGETS = [("unstructured", "row", "0.5"), ("unstructured", "layer", "0.37"), ("unstructured", "row", "0.7"),
+TARGETS = [("unstructured", "row", "0.5"), ("unstructured", "linear", "0.37"), ("unstructured", "row", "0.7"),
            ("2:4", "row", "0.5"), ("4:8", "row", "0.5"), ("1:3", "row", "0.6667"),
            ("20:30", "row", "0.3333")]  # fmt: skip
 HALF = Fraction(1, 2)
@@ -245,7 +245,7 @@ def test_sparsegpt_is_the_papers_algorithm(pattern, share):
     weight, gram = problem(out=8, features=64)
     keep, expected = paper_sparsegpt(weight, gram, share, pattern, block=16)
     name = "unstructured" if pattern is None else "{}:{}".format(*pattern)
-    solved = sparsegpt(weight, Prepared(gram), share=share, pattern=name, group="layer", block=16)
+    solved = sparsegpt(weight, Prepared(gram), share=share, pattern=name, group="linear", block=16)
     assert np.array_equal(solved.keep.numpy(), keep)
     changed = ~torch.from_numpy((expected == weight.double().numpy() * keep).all(1))
     assert changed.all()
@@ -468,7 +468,7 @@ def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("group", ["row", "layer"])
+@pytest.mark.parametrize("group", ["row", "linear"])
 def test_sparsegpts_counts_are_exact_over_all_blocks_together(group):
     """⌊16 · 0.37⌋ of each block would be too few."""
     weight, gram = problem()

@@ -555,7 +555,7 @@ def test_c4_is_drawn_as_the_authors_draw_it(
     made = project(
         calibration__text__source="c4",
         calibration__seed=seed,
-        calibration__samples=20,
+        calibration__windows=20,
         runtime__mirror=str(tmp_path / "mirror") if mirrored else None,
     )
     for part in ("model", "calibration"):

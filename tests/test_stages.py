@@ -213,7 +213,7 @@ def test_what_is_plotted_is_what_the_stages_found(project: Make):
     ("changes", "loops"),
     [
         ({"sparsity": 0.3}, lambda score: oracle.keep_by_row(score, int(len(score[0]) * 0.3))),
-        ({"group": "layer"}, lambda score: oracle.keep_by_layer(score, len(score) * len(score[0]) // 2)),
+        ({"group": "linear"}, lambda score: oracle.keep_by_layer(score, len(score) * len(score[0]) // 2)),
         ({"pattern": "2:4"}, lambda score: oracle.keep_n_of_m(score, 2, 4)),
     ],
 )
@@ -294,7 +294,7 @@ def test_statistics_cut_in_another_way_are_refused(project: Make):
     made = fetch(project())
     calibrate(project=made)
     with pytest.raises(UserError, match=r"stats/: measured with .*'samples': 3.* expected .*'samples': 4"):
-        mask(project=project(calibration__samples=4))
+        mask(project=project(calibration__windows=4))
 
 
 @pytest.mark.parametrize("name", list(OF_WEIGHTS))
@@ -529,7 +529,7 @@ def test_times_are_found_by_what_a_run_made_and_lie_in_no_output(project: Make):
     first = times(made, made.times)
     assert set(first) == {"calibrate"}
     assert first["calibrate"].keys() >= {"seconds", "machine", "device", "key"}
-    changed = project(calibration__samples=4)
+    changed = project(calibration__windows=4)
     calibrate(project=changed)
     assert times(changed, changed.times) == {}  # other statistics: nobody has timed them
     calibrate(project=project())
@@ -921,7 +921,7 @@ def test_stats_are_a_summary_of_the_norms(project: Make):
 
 
 def test_too_few_tokens_for_solvers_are_reported(project, capsys: pytest.CaptureFixture[str]):
-    made = fetch(project(calibration__statistics="gram", calibration__samples=4), "model", "calibration")
+    made = fetch(project(calibration__statistics="gram", calibration__windows=4), "model", "calibration")
     calibrate(project=made)
     shown = capsys.readouterr().err
     assert "calibrate: 4 windows of 64 make 256 tokens, expected 480 or more for solvers" in shown

@@ -265,18 +265,18 @@ def test_a_model_that_mixes_its_neurons_fails_the_probe(tmp_path: Path, monkeypa
 # --- stages ---
 
 CHOICES = [
-    {"recipe": "magnitude"},
+    {"recipe": "magnitude-rows"},
     {"recipe": "wanda"},
     {"recipe": "wanda", "method": "ria"},
     {"recipe": "wanda-refit"},
     {"recipe": "sparsegpt"},
     {"recipe": "admm"},
-    {"recipe": "admm", "group": "fisher"},
+    {"recipe": "admm", "group": "outputs"},
     {"recipe": "fisher"},
     {"recipe": "admm", "propagation": "pruned"},
     {"recipe": "admm", "propagation": "corrected"},
     {"recipe": "wanda", "propagation": "pruned"},
-    {"recipe": "block"},
+    {"recipe": "blockwise"},
 ]
 
 
@@ -503,7 +503,7 @@ def test_rounding_is_reported(study: Callable[..., Project], capsys: pytest.Capt
     [
         ({"allocation": "owl"}, "allocation: got owl, expected uniform: neurons gives every block the same sparsity"),
         ({"recipe": "wanda", "method": "wanda-variant"}, "method: got wanda-variant with pattern neurons"),
-        ({"recipe": "block", "propagation": "dense"}, "reconstruction: got block with propagation dense"),
+        ({"recipe": "blockwise", "propagation": "dense"}, "reconstruction: got block with propagation dense"),
         (
             {"pattern": "neuron"},
             "pattern: got neuron, expected `unstructured` or n:m, such as 2:4, or neurons",
@@ -569,7 +569,7 @@ def test_masks_of_another_pattern_change_nothing(tmp_path: Path):
     stats = wd.calibrate(model, torch.arange(3, 131).view(2, 64), statistics="gram")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     for made in ("unstructured", *STRUCTURES):
-        keep = wd.mask(model, stats, recipe="magnitude", sparsity=0.5, pattern=made)
+        keep = wd.mask(model, stats, recipe="magnitude-rows", sparsity=0.5, pattern=made)
         for other in STRUCTURES.keys() - {made}:
             with pytest.raises(UserError, match=r"keep: .*(the mask of|masks keep)"):
                 wd.prune(model, keep, pattern=other)

@@ -90,7 +90,7 @@ def test_it_runs_the_study_and_an_experiment(unpacked: Path, environment: dict[s
     (tmp_path / "around/code.py").write_text("")
     said = run("wanda-dvc", "init", "study", "--model", str(model), cwd=tmp_path / "around", environment=environment)
     study = tmp_path / "around/study"
-    small = {"calibration.samples": 2, "calibration.length": 64, "perplexity.length": 64, "perplexity.windows": 2}
+    small = {"calibration.windows": 2, "calibration.length": 64, "perplexity.length": 64, "perplexity.windows": 2}
     text, _ = with_settings(
         (study / "params.yaml").read_text(encoding="utf-8"), small | {"tasks.names": ["piqa"], "zero_shot.limit": 2}
     )

@@ -16,7 +16,7 @@ from wanda_dvc.errors import UserError
 
 ENTRY_POINTS = "wanda_dvc.methods"
 Dtype = Literal["float32", "bfloat16", "float16"]  # in which a model runs
-STATISTICS = ("norms", "gram", "fisher")  # each includes those before it
+STATISTICS = ("norms", "gram", "gradients")  # each includes those before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Method:
     # The function's input with the weights: nothing, the statistics of the linear's input, or its Gram matrix.
     needs: Literal["weights", "norms", "gram"]
     # experts: the function scores complete experts: (OutputStats) → score; with pattern `experts` alone.
-    # groups: every group (a row, a layer, m neighbours) loses the same number of lowest scores.
+    # groups: every group (a row, a linear, m neighbours) loses the same number of lowest scores.
     # rows: each row loses the same share of its total score, so rows lose different numbers of weights.
     # solver: the function chooses the mask itself, because it changes weights meanwhile.
     competition: Literal["groups", "rows", "solver", "experts", "blocks"]
@@ -307,18 +307,18 @@ class Group:
 
     name: str  # as params.yaml writes it
     about: str
-    needs: Literal["nothing", "fisher"] = "nothing"
+    needs: Literal["nothing", "gradients"] = "nothing"
 
 
 GROUPS = {
     group.name: group
     for group in (
         Group(name="row", about="one output's weights"),
-        Group(name="layer", about="the linear's matrix"),
+        Group(name="linear", about="the linear's weights"),
         Group(
-            name="fisher",
-            about="the linear's matrix; a row weighs more if the loss depends more on its output",
-            needs="fisher",
+            name="outputs",
+            about="the linear's weights; a row weighs more if the loss depends more on its output",
+            needs="gradients",
         ),
     )
 }
@@ -332,7 +332,7 @@ class Allocation:
     about: str
     function: str  # `module:function`: (sparsity, sizes of the parts[, ratings][, strength]) → the parts' shares
     rating: str | None  # `module:function`: (weights, BlockStats, Gram matrices) → a part's rating
-    needs: Literal["nothing", "norms", "gram", "fisher"]  # to rate the parts
+    needs: Literal["nothing", "norms", "gram", "gradients"]  # to rate the parts
     # The value of `allocation_strength: null`, by maximum sparsity; empty for allocations without a strength.
     strengths: tuple[tuple[str, float], ...] = ()
     strength_is: str = ""
@@ -384,12 +384,12 @@ ALLOCATIONS = {
         ),
         Allocation(
             # Fisher information of outputs, as in K-FAC, Martens and Grosse 2015, arXiv 1503.05671
-            name="fisher",
+            name="sensitivity",
             about="removes scores below one threshold for all linears; the score is |W| · ‖X‖₂ · √(F / Σ‖X‖²), "
             "with F the Fisher information of the row's weights",
-            function="wanda_dvc.pruning.allocation:fisher",
-            rating="wanda_dvc.pruning.ratings:fisher_rating",
-            needs="fisher",
+            function="wanda_dvc.pruning.allocation:sensitivity",
+            rating="wanda_dvc.pruning.ratings:sensitivity_rating",
+            needs="gradients",
             strengths=(("1", 0.2),),
             strength_is="the largest difference between a linear's sparsity and the model's; no sparsity is above 0.97",
             by_linear=True,
@@ -432,7 +432,7 @@ RECONSTRUCTIONS = {
         ),
         Reconstruction(
             # van der Ouderaa et al. 2024, LLM Surgeon, arXiv 2312.17244
-            name="fisher",
+            name="output-weighted",
             about="least squares, weighted by gradients of the loss; rows compensate for each other",
             function="wanda_dvc.pruning.solvers:fisher_least_squares",
             kept="The other weights of each linear were solved for, so that the model's loss on the calibration text "
@@ -450,7 +450,7 @@ RECONSTRUCTIONS = {
         ),
         Reconstruction(
             # arXiv 2510.14444
-            name="block",
+            name="blockwise",
             about="least squares, then a short training of each block towards the dense block's output (with "
             "`propagation` `corrected` or `pruned`)",
             function="wanda_dvc.pruning.solvers:least_squares",
@@ -484,14 +484,18 @@ class Recipe:
     allocation: str = "uniform"
     reconstruction: str = "none"
     propagation: str = "dense"
-    # The group of another method than the recipe's own, by method.
-    group_with: dict[str, str] = field(default_factory=dict)
 
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe(name="magnitude", about="removes the smallest weights of each row", method="magnitude"),
+        Recipe(
+            name="magnitude",
+            about="removes the smallest weights of each linear: the paper's magnitude baseline",
+            method="magnitude",
+            group="linear",
+        ),
+        Recipe(name="magnitude-rows", about="removes the smallest weights of each row", method="magnitude"),
         Recipe(name="wanda", about="removes the lowest |W| · ‖X‖₂ of each row", method="wanda"),
         Recipe(
             name="wanda-refit",
@@ -503,7 +507,7 @@ RECIPES = {
             name="sparsegpt",
             about="SparseGPT's masks and weights; its authors also have `propagation: pruned`",
             method="sparsegpt",
-            group="layer",
+            group="linear",
             reconstruction="sparsegpt",
         ),
         Recipe(
@@ -516,26 +520,24 @@ RECIPES = {
             name="fisher",
             about="ADMM; gradients of the loss decide masks, sparsities and new weights",
             method="admm",
-            group="fisher",
-            allocation="fisher",
-            reconstruction="fisher",
+            group="outputs",
+            allocation="sensitivity",
+            reconstruction="output-weighted",
         ),
         Recipe(
-            name="block",
+            name="blockwise",
             about="ADMM's masks; then a short training of each block towards the dense block's outputs",
             method="admm",
-            group="fisher",
-            allocation="fisher",
-            reconstruction="block",
+            group="outputs",
+            allocation="sensitivity",
+            reconstruction="blockwise",
             propagation="corrected",
         ),
         Recipe(
-            name="paper",
-            about="the paper's procedure: Wanda calibrated on pruned blocks; `method: magnitude` gives its magnitude "
-            "baseline, by layer",
+            name="wanda-paper",
+            about="the paper's procedure: Wanda calibrated on pruned blocks",
             method="wanda",
             propagation="pruned",
-            group_with={"magnitude": "layer"},
         ),
     )
 }

@@ -47,8 +47,8 @@ class Stats:
             access; `.matrix()` is XᵀX, float32 [in, in].
         windows: The number of windows.
         length: Their tokens each.
-        statistics: `norms`, `gram` or `fisher`. With `fisher`, `blocks[0].fisher` has Σ ‖x‖² (∂ℓ/∂y)² of each output of
-            each linear, float64 [out].
+        statistics: `norms`, `gram` or `gradients`. With `gradients`, `blocks[0].fisher` has Σ ‖x‖² (∂ℓ/∂y)² of each
+            output of each linear, float64 [out].
         dtype: The dtype in which the model ran.
         weights: A checksum of each tensor of the model, to detect another model.
         fisher_grams: The Gram matrices of the gradients by each linear's outputs, by block and linear, like `grams`;
@@ -96,7 +96,7 @@ def calibrate(
     model: "PreTrainedModel",
     tokens: 'Int[Tensor, "windows length"]',
     *,
-    statistics: Literal["norms", "gram", "fisher"] = "norms",
+    statistics: Literal["norms", "gram", "gradients"] = "norms",
     dtype: Dtype | None = None,
 ) -> Stats:
     """Measure the inputs of a model's linears, once for each distinct input.
@@ -110,7 +110,7 @@ def calibrate(
         model: A causal language model of transformers in evaluation mode, on any device.
         tokens: Token ids, whole numbers [windows, length], without padding. The paper uses 128 windows of 2,048.
         statistics: The tier of statistics, as the setting `calibration.statistics`. `norms`: the norm of each input
-            feature. `gram`: Gram matrices too, in² bytes for each distinct input of `in` features. `fisher`: also a
+            feature. `gram`: Gram matrices too, in² bytes for each distinct input of `in` features. `gradients`: also a
             backward pass of the first eight windows, one block at a time, for the Fisher information of each linear's
             outputs and the Gram matrices of their gradients, out² bytes for each linear of `out` outputs. The hidden
             states before every block are on disk meanwhile.
@@ -132,7 +132,7 @@ def calibrate(
 
     _one_of("statistics", statistics, STATISTICS)
     source = _evaluating(model)
-    if statistics == "fisher" and any(parameter.is_inference() for parameter in model.parameters()):
+    if statistics == "gradients" and any(parameter.is_inference() for parameter in model.parameters()):
         raise UserError("model: got weights made in torch.inference_mode(), expected others; load it outside of it")
     rows = _windows(tokens, source)
     decoder = _decoder(source, dtype)
@@ -145,7 +145,7 @@ def calibrate(
             blocks.append(measured)
             if statistics != "norms":
                 grams.append(pack_grams(measured, matrices, GRAM_DTYPE))
-        if statistics == "fisher":
+        if statistics == "gradients":
             back = run.backward(rows[:WINDOWS_BACK], gram=True)
             for number, came in progress(back, total=len(blocks), what="calibrate, blocks back"):
                 blocks[number] = blocks[number]._replace(fisher=came.sums)
@@ -166,7 +166,7 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
     sparsity: float = 0.5,
     pattern: str = "unstructured",
     method: str | None = None,
-    group: Literal["row", "layer", "fisher"] | None = None,
+    group: Literal["row", "linear", "outputs"] | None = None,
     allocation: str | None = None,
     allocation_strength: float | None = None,
 ) -> 'Mapping[str, Bool[Tensor, "rows columns"]]':
@@ -186,9 +186,9 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
             `prune` or `reconstruct` too.
         method: The score of weights: `magnitude`, `wanda`, `wanda-variant`, `ria`, or with Gram matrices `sparsegpt`
             and `admm`; or a method of an installed package.
-        group: The competing weights: a `row` (one output), the complete `layer`, or the complete layer with each row
-            weighted by its output's Fisher information (`fisher`).
-        allocation: The rule for the sparsities of blocks or linears: `uniform`, `slope`, `owl`, `lsa`, `fisher`.
+        group: The competing weights: a `row` (one output), the complete `linear`, or the complete linear with each
+            row weighted by its output's Fisher information (`outputs`).
+        allocation: The rule for the sparsities of blocks or linears: `uniform`, `slope`, `owl`, `lsa`, `sensitivity`.
         allocation_strength: The strength of the differences; None: the allocation's default.
 
     Returns:
@@ -309,7 +309,8 @@ def reconstruct(
         model: The dense model that `stats` were measured on; its parameters change in place.
         keep: Masks by linear, as returned by `mask`; linears without a mask do not change.
         stats: Statistics with Gram matrices: `calibrate(model, tokens, statistics="gram")`.
-        reconstruction: `least-squares`, `fisher` or `sparsegpt`; `none` only prunes, and returns the layer errors.
+        reconstruction: `least-squares`, `output-weighted` or `sparsegpt`; `none` only prunes, and returns the layer
+            errors.
         pattern: The pattern of the masks, as in `prune`.
 
     Returns:
@@ -318,8 +319,8 @@ def reconstruct(
         whether it was `raised`. Experts without tokens are only pruned, and missing here.
 
     Raises:
-        UserError: A wrong argument, statistics without Gram matrices (for `fisher` also of gradients) or of other
-            weights (such as an already pruned model's), or a mask that does not fit.
+        UserError: A wrong argument, statistics without Gram matrices (for `output-weighted` also of gradients) or of
+            other weights (such as an already pruned model's), or a mask that does not fit.
 
     Example:
         >>> diagnostics = wd.reconstruct(model, keep, stats)
@@ -336,7 +337,7 @@ def reconstruct(
     _one_of("reconstruction", reconstruction, [row.name for row in RECONSTRUCTIONS.values() if not row.trains])
     row = RECONSTRUCTIONS[reconstruction]
     structure = _structure(pattern)
-    needed = "fisher" if row.by_gradients and not structure else "gram"
+    needed = "gradients" if row.by_gradients and not structure else "gram"
     if STATISTICS.index(stats.statistics) < STATISTICS.index(needed):
         raise UserError(
             f"reconstruction: got {reconstruction} and statistics {stats.statistics}, expected {needed}; call "
@@ -440,7 +441,7 @@ class Study:
         """Return the study's experiments, branches, tags and workspace, a flat record each.
 
         All records have the same keys: `experiment`, `commit` (None: the workspace), `state` (`success`, `failed`,
-        `queued`, `running`, …), every setting by its dotted name, such as `calibration.samples`, and every figure by
+        `queued`, `running`, …), every setting by its dotted name, such as `calibration.windows`, and every figure by
         the model and its name: `dense.perplexity.embedded`, by text, `pruned.perplexity.embedded`,
         `pruned.perplexity.embedded.divergence.mean`, `pruned.perplexity.embedded.top1_agreement.mean`,
         `pruned.sparsity`, `pruned.zero_shot.piqa.acc`. None means not measured with these settings; a diverged
@@ -483,7 +484,7 @@ def _plan(stats: Stats, **given: Any) -> "Plan":
             "choices instead, or run it as a study"
         )
     content = nested(read_preset(DEFAULT).settings) | given | {"reconstruction": "none", "propagation": "dense"}
-    content["calibration"]["statistics"] = "fisher"
+    content["calibration"]["statistics"] = "gradients"
     with _arguments():
         plan = check_params(content).plan
     if STATISTICS.index(stats.statistics) < STATISTICS.index(plan.needs):

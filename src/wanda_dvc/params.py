@@ -130,10 +130,10 @@ class Calibration(_Section):
     """The text that the activations are measured on, and how it is cut."""
 
     text: CalibrationText
-    samples: int = Field(ge=1, le=MOST, description="number of windows, drawn at random")
+    windows: int = Field(ge=1, le=MOST, description="number of windows, drawn at random")
     length: int = Field(ge=2, le=MOST, description="tokens a window")
     seed: int = Field(ge=0, description="seed of the random draw")
-    statistics: Literal["norms", "gram", "fisher"] = Field("norms", description="what is measured; see below")
+    statistics: Literal["norms", "gram", "gradients"] = Field("norms", description="what is measured; see below")
 
 
 class Perplexity(_Section):

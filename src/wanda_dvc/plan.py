@@ -25,7 +25,7 @@ from wanda_dvc.catalog import (
 
 UNSTRUCTURED = "unstructured"
 CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")  # the choices of a recipe
-# Of `reconstruction: block`: passes over the calibration windows; the highest learning rate, as a share of the root
+# Of `reconstruction: blockwise`: passes over the calibration windows; the highest learning rate, as a share of the root
 # mean square of a parameter's weights; the seed of the windows' order; the factor of the loss.
 # docs/decisions/0026-block-training.md.
 TRAINING: dict[str, Any] = {"epochs": 3, "rate": 0.02, "seed": 0, "scale": 2**16}
@@ -91,7 +91,7 @@ class Plan:
 
         Two neighbours differ by one choice based on statistics. A part without such a choice is missing.
         """
-        found, weighs = {}, GROUPS[self.group].needs == "fisher" and self.pattern == UNSTRUCTURED
+        found, weighs = {}, GROUPS[self.group].needs == "gradients" and self.pattern == UNSTRUCTURED
         uniform = replace(self, allocation=ALLOCATIONS["uniform"], strength=None)
         masks = {"uniform": replace(uniform, group="row") if weighs else uniform}
         masks |= {f"group {self.group}": uniform} if weighs else {}
@@ -178,8 +178,8 @@ class Plan:
 
     @property
     def masks_read_sums(self) -> bool:
-        """Whether masks depend on the sums of stats/fisher."""
-        return "fisher" in (self.allocation.needs, GROUPS[self.group].needs)
+        """Whether masks depend on the sums of stats/gradients."""
+        return "gradients" in (self.allocation.needs, GROUPS[self.group].needs)
 
     @property
     def masks_read_gradients(self) -> bool:
@@ -187,8 +187,8 @@ class Plan:
         return self.propagates and self.by_gradients
 
     @property
-    def masks_read_fisher(self) -> bool:
-        """Whether masks depend on any part of stats/fisher."""
+    def masks_read_tier(self) -> bool:
+        """Whether masks depend on any part of stats/gradients."""
         return self.masks_read_sums or self.masks_read_gradients
 
     @property
@@ -198,7 +198,7 @@ class Plan:
 
     @cached_property
     def needs(self) -> str:
-        """The highest tier of statistics that stages read: norms, gram or fisher."""
+        """The highest tier of statistics that stages read: norms, gram or gradients."""
         return max((tier for _, tier in self.needing()), key=STATISTICS.index, default="norms")
 
     def needing(self) -> Iterator[tuple[str, str]]:
@@ -206,12 +206,12 @@ class Plan:
         by_method = self.method.needs == "gram" and not self.propagates
         if by_method:
             yield f"method {self.method.name}", "gram"
-        if GROUPS[self.group].needs == "fisher":
-            yield f"group {self.group}", "fisher"
-        if self.allocation.needs in ("gram", "fisher"):
+        if GROUPS[self.group].needs == "gradients":
+            yield f"group {self.group}", "gradients"
+        if self.allocation.needs in ("gram", "gradients"):
             yield f"allocation {self.allocation.name}", self.allocation.needs
         if self.by_gradients:
-            yield f"reconstruction {self.reconstruction.name}", "fisher"
+            yield f"reconstruction {self.reconstruction.name}", "gradients"
         elif self.weights_come_from == "gram":
             yield f"reconstruction {self.reconstruction.name}", "gram"
 
@@ -220,18 +220,16 @@ def fill(recipe: str, given: Mapping[str, str | None], pattern: str) -> tuple[di
     """Return every choice by name, with missing choices from the recipe; and the excluded choices.
 
     A pattern has its own groups and shares, so it excludes the recipe's group and allocation, and any group. Units do
-    not compete by row or layer, but outputs may count by their gradients: group `fisher` stays. Experts have a score of
-    their own, and the weights that stay do not change.
+    not compete by row or linear, but outputs may count by their gradients: group `outputs` stays. Experts have a score
+    of their own, and the weights that stay do not change.
     """
     row = RECIPES[recipe]
     filled: dict[str, str] = {name: getattr(row, name) for name in CHOICES}
-    if (method := given["method"]) and method != row.method:
-        filled["group"] = row.group_with.get(method, filled["group"])
     left_out: list[str] = []
     structure = STRUCTURES.get(pattern)
     by_outputs = structure is not None and not structure.method  # outputs may count by their gradients
     if pattern != UNSTRUCTURED:
-        weighs = by_outputs and GROUPS[filled["group"]].needs == "fisher"
+        weighs = by_outputs and GROUPS[filled["group"]].needs == "gradients"
         plain = {"group": filled["group"] if weighs else "row", "allocation": "uniform"}
         if structure and structure.method:
             scores = {"method": structure.method} if methods()[row.method].needs_inputs() else {}
@@ -239,7 +237,7 @@ def fill(recipe: str, given: Mapping[str, str | None], pattern: str) -> tuple[di
         left_out = [f"{name} {filled[name]}" for name in plain if not given[name] and filled[name] != plain[name]]
         filled |= plain
     filled |= {name: value for name, value in given.items() if value is not None}
-    if pattern != UNSTRUCTURED and not (by_outputs and GROUPS[filled["group"]].needs == "fisher"):
+    if pattern != UNSTRUCTURED and not (by_outputs and GROUPS[filled["group"]].needs == "gradients"):
         left_out += [f"group {group}"] if (group := given["group"]) and group != "row" else []
         filled["group"] = "row"
     return filled, tuple(left_out)

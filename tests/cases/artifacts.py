@@ -10,7 +10,7 @@ from typing import Any
 from cases import NO_OBJECTS, REMOVED, Case, dotted, removed, replaced_by_folder, replaced_by_pipe, written
 
 STATS, MASKS = "stats/norms/block_001.safetensors", "masks/block_001.safetensors"
-GRAM, FISHER = "stats/gram/block_001.safetensors", "stats/fisher/block_001.safetensors"
+GRAM, FISHER = "stats/gram/block_001.safetensors", "stats/gradients/block_001.safetensors"
 CHANGED = "not the file that its provenance names"
 
 
@@ -158,7 +158,7 @@ def _kinds() -> Iterator[Case]:
         ("data/tasks/piqa", "zero-shot"),
         ("stats/norms", "mask"),
         ("stats/gram", "mask-fisher"),
-        ("stats/fisher", "mask-fisher"),
+        ("stats/gradients", "mask-fisher"),
         ("stats/gram", "apply"),
         ("masks", "apply"),
         ("models/pruned", "perplexity-pruned"),
@@ -180,8 +180,8 @@ def _kinds() -> Iterator[Case]:
         return spoil
 
     for source, target, run in (
-        ("stats/gram", "stats/fisher", "mask-fisher"),
-        ("stats/fisher", "stats/gram", "mask-fisher"),
+        ("stats/gram", "stats/gradients", "mask-fisher"),
+        ("stats/gradients", "stats/gram", "mask-fisher"),
         ("stats/norms", "stats/gram", "mask-fisher"),
         ("stats/norms", "masks", "apply"),
         ("masks", "stats/norms", "mask"),
@@ -189,7 +189,7 @@ def _kinds() -> Iterator[Case]:
     ):
         found = f"{target}/provenance.json"
         yield Case(f"{run}: {source} as {target}", copied(source, target), (found, "expected"), run)
-    for folder in ("stats/gram", "stats/fisher"):
+    for folder in ("stats/gram", "stats/gradients"):
         for dtype in ("float32", "none", REMOVED):
             name = "removed" if dtype is REMOVED else str(dtype)
             spoiled = provenance(folder, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The Fisher tier: the sensitivity of a text's loss to each output of a block's linears.
+"""The gradients tier: the sensitivity of a text's loss to each output of a block's linears.
 
 Every row runs forward and then backward through all blocks, one block at a time. Files hold the hidden states before
 each block and the gradients between blocks, so an interrupted run resumes at the last finished block.

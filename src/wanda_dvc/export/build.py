@@ -141,7 +141,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     source = values_from(made, reconstruction)
     parts = {"weights": ["weights"], "gram": ["stats/gram"]}.get(source or "", [])
     if source == "gram" and reads_gradients(made, reconstruction):
-        parts.append("stats/fisher")
+        parts.append("stats/gradients")
     for part in parts:
         take(part, f"what reconstruction {reconstruction} reads is")
     wanted = made["model"]

@@ -20,7 +20,7 @@ OUTLIER = 5  # OWL's M for LLaMA
 STEPS = 40  # of a bisection
 GREEDY = 128  # inputs among which LSA drops half
 BIN = 19  # low bits of a float32 that do not change a score's bin: 16 bins an octave
-MOST = 0.97  # largest share of a linear in the Fisher allocation: a linear without weights has no output
+MOST = 0.97  # largest share of a linear in the sensitivity allocation: a linear without weights has no output
 
 
 def slope(sparsity: Fraction, sizes: Sequence[int], step: Fraction) -> list[Fraction]:
@@ -46,7 +46,7 @@ def lsa(sparsity: Fraction, sizes: Sequence[int], errors: Sequence[float], sprea
     return _spread(errors, 2 * spread, sparsity, sizes)
 
 
-def fisher(
+def sensitivity(
     sparsity: Fraction, sizes: Sequence[int], counts: Sequence[Int[Tensor, " bins"] | None], spread: float
 ) -> list[Fraction]:
     """Return each linear's share when the lowest scores of all linears together are pruned.

@@ -135,7 +135,7 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
                 stay = function_of(method.units)(there, prepared, target.units)
                 chosen[name] = oriented(spread(stay, target.units).expand(there.shape), across).contiguous()
                 continue
-            group = "row" if target.group == "row" else "layer"  # solvers ignore the row weights
+            group = "row" if target.group == "row" else "linear"  # solvers ignore the row weights
             solved = solve(there, prepared, share=target.share, pattern=target.pattern, group=group)
             chosen[name] = oriented(solved.keep, across).contiguous()
         return chosen
@@ -175,7 +175,7 @@ def removes_no_weight(target: Target) -> bool:
 
 def weighs(target: Target, block: BlockStats, name: str) -> bool:
     """Whether Fisher information weights a linear's rows; without any, all rows count alike."""
-    return target.group == "fisher" and not parse_pattern(target.pattern) and name in block.fisher
+    return target.group == "outputs" and not parse_pattern(target.pattern) and name in block.fisher
 
 
 def row_worth(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:

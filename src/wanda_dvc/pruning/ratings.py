@@ -28,7 +28,7 @@ def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocati
 ) -> Sequence[Share]:
     """Return the share of weights to prune, of each block or of each linear.
 
-    `blocks` yields the statistics of the `count` blocks, with Gram matrices or the Fisher tier where the allocation
+    `blocks` yields the statistics of the `count` blocks, with Gram matrices or the gradients tier where the allocation
     needs them. Without `strength` all shares are equal, and `blocks` is not read.
     """
     if strength is None:
@@ -72,7 +72,9 @@ def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mappi
     return outlier_ratio(scores)
 
 
-def fisher_rating(weights: Callable[[str], Tensor], block: BlockStats, _: Mapping[str, Gram]) -> list[Tensor | None]:
+def sensitivity_rating(
+    weights: Callable[[str], Tensor], block: BlockStats, _: Mapping[str, Gram]
+) -> list[Tensor | None]:
     """Return a histogram of each linear's scores; None without Fisher information.
 
     The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²). It divides a row's F_i among its weights in proportion to ‖X_j‖².

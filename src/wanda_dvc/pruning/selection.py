@@ -30,7 +30,7 @@ def select(
 ) -> Bool[Tensor, "out in"]:
     """Return `keep`: every group loses `share` of its weights.
 
-    Weights compete within a `row` (one output, the Wanda paper's choice) or the complete `layer`. With pattern `n:m`
+    Weights compete within a `row` (one output, the Wanda paper's choice) or the complete `linear`. With pattern `n:m`
     they compete within m neighbours along the input, for any `group`, and n stay.
     """
     if n_of_m := parse_pattern(pattern):

@@ -219,7 +219,7 @@ def sparsegpt(  # noqa: PLR0913 - the target, and constants of the method
 
     In blocks of 128 inputs, the weights with the lowest W²/U_jj² are pruned. Then, input by input, the inputs to the
     right compensate for the error. Weights compete within the block's part of a row, or in all rows of the block where
-    `group` is `layer`, as in the paper; the count up to each block's end is exact. With n:m they compete within m
+    `group` is `linear`, as in the paper; the count up to each block's end is exact. With n:m they compete within m
     neighbours, when the sweep reaches the first; a block is then the largest multiple of m up to 128, at least m.
 
     Deviations: exact counts instead of a threshold with its ties; kept weights of dead features are not zeroed.

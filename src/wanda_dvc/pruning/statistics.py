@@ -89,7 +89,7 @@ class BlockStats(NamedTuple):
     inputs: dict[str, InputStats]  # by distinct input, named after the first linear that reads it
     readers: dict[str, list[str]]  # the linears that read each
     transposed: list[str]  # linears whose weight is stored [in, out], as GPT-2's are
-    fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # the Fisher tier by linear, if it was measured and read
+    fisher: Mapping[str, Float64[Tensor, " out"]] = {}  # the gradients tier by linear, if it was measured and read
     outputs: Mapping[str, OutputStats] = {}  # by an expert's linear: its last one, which the gates multiply
     influence: Float64[Tensor, "2"] | None = None  # Σ (1 − cosine of the block's input and output), and tokens
 

@@ -34,7 +34,7 @@ TAKEN = ("metrics",)
 # Their hashes find the times of runs; they may be missing.
 MADE = (
     "stats/gram/provenance.json",
-    "stats/fisher/provenance.json",
+    "stats/gradients/provenance.json",
     "masks/provenance.json",
     "models/dense/provenance.json",
     "data/calibration/provenance.json",

@@ -107,11 +107,11 @@ STAGES = {
         ),
         Stage(
             name="calibrate",
-            version=10,
+            version=11,
             about="Measure the dense model's activations once: stats/.",
-            result="stats/[fg]*/provenance.json",  # of gram and fisher: with either it takes longer
+            result="stats/g*/provenance.json",  # of gram and gradients: with either it takes longer
             settings=(
-                "calibration.samples",
+                "calibration.windows",
                 "calibration.length",
                 "calibration.seed",
                 "calibration.statistics",
@@ -120,7 +120,7 @@ STAGES = {
         ),
         Stage(
             name="mask",
-            version=10,
+            version=11,
             about="Choose the weights to keep: masks/.",
             result="masks/provenance.json",
             settings=(
@@ -137,7 +137,7 @@ STAGES = {
         ),
         Stage(
             name="apply",
-            version=8,
+            version=9,
             about="Write the pruned model: models/pruned.",
             result="metrics/details/pruned/layer_error.json",  # models/pruned is not cached
             settings=("recipe", "reconstruction"),

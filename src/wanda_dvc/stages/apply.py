@@ -110,7 +110,7 @@ def describe_pruned(study: Project) -> Json:
         from_where = {"weights": digest(weights)}
     folders = [study.gram] if source == "gram" or block_count(study.gram, "calibrate") else []
     if source == "gram" and reads_gradients(made, reconstruction):
-        folders.append(study.fisher)
+        folders.append(study.gradients)
     for folder in folders:
         gram = read_provenance(folder, "calibrate")
         here = {"model": gram["model"], "calibration": {"text": gram["text"], **gram["params"]}}
@@ -159,8 +159,8 @@ class Parts:
         self.grams = [read_grams(study.gram, block, device) for block in range(block_count(study.gram, "calibrate"))]
         self.gradients: list[Grams] = []
         if self.source == "gram" and reads_gradients(described, reconstruction):
-            count = block_count(study.fisher, "calibrate")
-            self.gradients = [read_grams(study.fisher, block, device) for block in range(count)]
+            count = block_count(study.gradients, "calibrate")
+            self.gradients = [read_grams(study.gradients, block, device) for block in range(count)]
         self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}
         self._prepared = lru_cache(maxsize=2)(lambda block, source: prepare(self.grams[block][source], source))
 

@@ -1,6 +1,6 @@
 """Measure the dense model's activations once: the norm tier of each distinct input.
 
-Optional: the Gram tier, and the Fisher tier (the gradients by each linear's outputs).
+Optional: the Gram tier, and the gradients tier (the gradients by each linear's outputs).
 """
 
 from wanda_dvc.errors import notice
@@ -33,7 +33,7 @@ from wanda_dvc.study.unchanged import read_input
 
 
 def calibrate(*, project: Project) -> None:
-    """models/dense + data/calibration → stats/norms, stats/gram, stats/fisher.
+    """models/dense + data/calibration → stats/norms, stats/gram, stats/gradients.
 
     A tier that is not selected has no blocks.
     """
@@ -53,7 +53,7 @@ def calibrate(*, project: Project) -> None:
         project.work(norms_from | {"statistics": statistics}) as work,
         runner(project, "dense", work) as run,
     ):
-        norms, gram, fisher = work.part("norms"), work.part("gram"), work.part("fisher")
+        norms, gram, gradients = work.part("norms"), work.part("gram"), work.part("gradients")
         features = run.decoder.inputs()
         check_fits(project, features)
         if keeps_grams:
@@ -66,17 +66,18 @@ def calibrate(*, project: Project) -> None:
             if keeps_grams:
                 write_grams(gram, step.index, measured, grams)
         say_unreached("calibrate", {block: read_stats(norms, block).unreached() for block in blocks})
-        finished = finished_blocks(fisher, reversed(blocks))
+        finished = finished_blocks(gradients, reversed(blocks))
         if windows_back and finished < len(blocks):
             back = run.backward(windows[:windows_back], gram=True, kept=finished)
             for block, came in progress(back, total=len(blocks), what="calibrate, blocks back"):
-                write_fisher(fisher, block, came.sums, came.grams)
+                write_fisher(gradients, block, came.sums, came.grams)
                 came.grams.clear()  # before the next block's arrive; other frames hold them too
         seal(norms, norms_from)
         seal(gram, norms_from | {"kind": "gram", "dtype": GRAM_DTYPE if keeps_grams else "none"})
         seal(
-            fisher,
-            norms_from | {"kind": "fisher", "dtype": GRAM_DTYPE if windows_back else "none", "windows": windows_back},
+            gradients,
+            norms_from
+            | {"kind": "gradients", "dtype": GRAM_DTYPE if windows_back else "none", "windows": windows_back},
         )
         work.publish(project.stats.parent)
     _write_norms(project)
@@ -84,11 +85,11 @@ def calibrate(*, project: Project) -> None:
 
 def _check_tokens(calibration: Calibration, features: int) -> None:
     """Report too few calibration tokens for solvers, by the widest input of the model."""
-    if (tokens := calibration.samples * calibration.length) < TOKENS_A_FEATURE * features:
+    if (tokens := calibration.windows * calibration.length) < TOKENS_A_FEATURE * features:
         notice(
-            f"calibrate: {calibration.samples} windows of {calibration.length} make {tokens:,} tokens, expected "
+            f"calibrate: {calibration.windows} windows of {calibration.length} make {tokens:,} tokens, expected "
             f"{TOKENS_A_FEATURE * features:,} or more for solvers, {TOKENS_A_FEATURE} for each of {features:,} input "
-            "features; raise calibration.length or calibration.samples"
+            "features; raise calibration.length or calibration.windows"
         )
 
 

@@ -53,7 +53,7 @@ def calibrated_with(params: Params) -> Json:
     """Return the settings that determine the calibration windows and the run."""
     calibration = params.calibration
     return {
-        "samples": calibration.samples,
+        "windows": calibration.windows,
         "length": calibration.length,
         "seed": calibration.seed,
         "dtype": params.dtype,
@@ -127,11 +127,11 @@ def say_not_finite(run: str, where: str | None) -> None:
 
 
 def tier_provenance(project: Project, folder: Path) -> Json:
-    """Return the provenance of stats/gram or stats/fisher. UserError if it is empty, or of another run than norms."""
+    """Return the provenance of stats/gram or stats/gradients. UserError if empty, or of another run than norms."""
     tier, norms = read_provenance(folder, "calibrate"), read_provenance(project.stats, "calibrate")
     blocks = block_count(folder, "calibrate")
     wanted = Project(project.root).params.calibration.statistics  # for the message: no stage depends on it
-    also = "" if wanted in (folder.name, "fisher") else f" with calibration.statistics={folder.name}"
+    also = "" if wanted in (folder.name, "gradients") else f" with calibration.statistics={folder.name}"
     if not blocks or any(tier[name] != norms[name] for name in ("model", "text", "params")):
         raise UserError(
             f"stats/{folder.name}: found {blocks} blocks of {tier['model']['source']}, expected those of the run that "
@@ -160,7 +160,7 @@ def calibration_windows(
     from wanda_dvc.engine.windows import between, draw, draw_from_documents, load_tokenizer, tokenize
 
     wanted = measured_with or calibrated_with(project.params)
-    words = {name: wanted[name] for name in ("samples", "length", "seed")}
+    words = {"samples": wanted["windows"], "length": wanted["length"], "seed": wanted["seed"]}
     tokenizer = load_tokenizer(project.model("dense"))
     with project.documents("calibration") as documents:
         if documents is not None:

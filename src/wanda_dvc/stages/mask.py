@@ -103,7 +103,7 @@ def mask(*, project: Project) -> None:
         calibration={"text": stats.provenance["text"], **stats.provenance["params"]},
         params=plan.described,
         **({"gram": digest(tier_provenance(project, project.gram))} if plan.masks_read_gram else {}),
-        **({"fisher": digest(tier_provenance(project, project.fisher))} if plan.masks_read_fisher else {}),
+        **({"gradients": digest(tier_provenance(project, project.gradients))} if plan.masks_read_tier else {}),
         **({"config": removal.changes} if removal else {}),
         **({"sparsities": list(map(_written, shares))} if plan.allocation.name != "uniform" else {}),
     )
@@ -183,9 +183,9 @@ Weights = Callable[[str], Tensor]
 
 
 def informed(project: Project, plan: Plan, block: int, measured: BlockStats | None = None) -> BlockStats:
-    """Return the statistics of one block, by default of stats/, with the Fisher tier if masks depend on it."""
+    """Return the statistics of one block, by default of stats/, with the gradients tier if masks depend on it."""
     measured = measured or read_stats(project.stats, block)
-    return measured._replace(fisher=read_fisher(project.fisher, block)) if plan.masks_read_sums else measured
+    return measured._replace(fisher=read_fisher(project.gradients, block)) if plan.masks_read_sums else measured
 
 
 def keeps(  # noqa: PLR0913 - the block, and how its masks are chosen
@@ -384,7 +384,7 @@ def _propagate(  # noqa: PLR0913, PLR0917 - the inputs of masks
             measured = informed(project, plan, step.index, recorded.stats)
             unreached[step.index] = measured.unreached()
             if plan.records_grams:
-                back = read_grams(project.fisher, step.index) if plan.masks_read_gradients else None
+                back = read_grams(project.gradients, step.index) if plan.masks_read_gradients else None
                 parts = _parts(
                     plan,
                     checkpoint,

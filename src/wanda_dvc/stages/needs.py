@@ -144,11 +144,11 @@ def _measured(project: Project) -> Linears | None:
 
 def back_windows(calibration: Calibration) -> int:
     """Return the number of windows in the backward pass."""
-    return min(WINDOWS_BACK, calibration.samples) if calibration.statistics == "fisher" else 0
+    return min(WINDOWS_BACK, calibration.windows) if calibration.statistics == "gradients" else 0
 
 
 def _calibrate(on: Known) -> Need:
-    """Count all windows through all blocks, and with `fisher` the backward pass of some windows."""
+    """Count all windows through all blocks, and with `gradients` the backward pass of some windows."""
     calibration, model, dtype = on.params.calibration, on.model, on.params.dtype
     gram, windows, length = calibration.statistics != "norms", back_windows(calibration), calibration.length
     once = _recording(on, gram=gram)
@@ -319,7 +319,7 @@ def _walk(on: Known, text: str, windows: float, length: int, *, head: float = 0,
 
 def _recording(on: Known, *, passes: int = 1, gram: bool, crosses: bool = False) -> Need:
     """Count some passes of the calibration windows through all blocks; one pass sums statistics."""
-    windows, length = on.params.calibration.samples, on.params.calibration.length
+    windows, length = on.params.calibration.windows, on.params.calibration.length
     walk = _walk(on, "calibration", windows, length, statistics=True, gram=gram, crosses=crosses)
     # The upper triangle of XᵀX is half of its products; a cross product has no such half.
     grams = windows * length * on.model.all_squares * (gram + 2 * crosses)

@@ -154,7 +154,7 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
     yield "weights that stay", f"{code(reconstruction.name)}: {reconstruction.about}"
     yield (
         "calibration",
-        f"{calibration['samples']} windows of {calibration['length']} tokens of "
+        f"{calibration['windows']} windows of {calibration['length']} tokens of "
         f"{inline(calibration['text']['source'])}, seed {calibration['seed']}, {calibration['dtype']}",
     )
 

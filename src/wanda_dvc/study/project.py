@@ -126,9 +126,9 @@ class Project:
         return self.root / "stats" / "gram"
 
     @property
-    def fisher(self) -> Path:
-        """The folder of the Fisher tier."""
-        return self.root / "stats" / "fisher"
+    def gradients(self) -> Path:
+        """The folder of the gradients tier."""
+        return self.root / "stats" / "gradients"
 
     @property
     def masks(self) -> Path:

@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "pruned": ("model", "evaluated"),
     "calibration": ("text", "documents"),
     "norms": ("stats",),
-    **{name: (name,) for name in ("gram", "fisher", "masks", "weights")},
+    **{name: (name,) for name in ("gram", "gradients", "masks", "weights")},
 }
 # By the command that makes it, for folders named by the user or by a task.
 KINDS_BY_COMMAND = {"download perplexity": ("text",), "download tasks": ("task",), "perplexity dense": ("reference",)}

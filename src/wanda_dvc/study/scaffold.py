@@ -168,10 +168,10 @@ def _undo(folder: Path, new: Iterable[Path], had_git: bool) -> None:
 
 def _calibration(settings: Settings) -> str:
     """Return a sentence on the calibration, with the widest model for which it has enough tokens for solvers."""
-    text, samples, length = (settings[f"calibration.{name}"] for name in ("text.source", "samples", "length"))
+    text, windows, length = (settings[f"calibration.{name}"] for name in ("text.source", "windows", "length"))
     return (
-        f"Calibration: {samples} windows of {length} tokens of {text}. That is enough for solvers of up to "
-        f"{samples * length // TOKENS_A_FEATURE:,} input features; raise calibration.length for a wider model."
+        f"Calibration: {windows} windows of {length} tokens of {text}. That is enough for solvers of up to "
+        f"{windows * length // TOKENS_A_FEATURE:,} input features; raise calibration.length for a wider model."
     )
 
 

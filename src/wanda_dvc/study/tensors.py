@@ -117,7 +117,7 @@ def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str | No
 
 
 def write_fisher(folder: Path, block: int, sums: "Mapping[str, Tensor]", grams: "Mapping[str, Gram]") -> None:
-    """Write the Fisher tier of one block, for each linear with gradients.
+    """Write the gradients tier of one block, for each linear with gradients.
 
     Tensors: `LINEAR.squared_gradients` (float64 [out]), and the tensors of the gradients' Gram matrix, in the form of
     `write_grams`. Header: as of statistics; each matrix is one linear's, in its own orientation.

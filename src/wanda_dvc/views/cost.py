@@ -80,7 +80,7 @@ def _table(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds: d
     lines = [
         f"{_count(model.parameters)} parameters, {_count(model.met)} of them in the linears that a token meets; stored "
         f"in {model.dtype}, {_gb(model.stored)} GB; runs in {params.dtype} on {on.device}",
-        f"{params.calibration.samples} windows of {params.calibration.length} to calibrate, "
+        f"{params.calibration.windows} windows of {params.calibration.length} to calibrate, "
         f"{sum(tokens):,} tokens in windows of {params.perplexity.length} for perplexity"
         f"{f' on {len(tokens)} texts' if len(tokens) > 1 else ''}, {len(params.tasks.names)} tasks"
         + (f" × {params.items}" if params.items else ""),
@@ -153,7 +153,7 @@ def _settings(start: Path, dtype: str | None, windows: int | None, length: int |
         project = None
     params = project.params if project else check_params(nested(read_preset(DEFAULT).settings))
     content = params.model_dump()
-    for section, count in (("calibration", "samples"), ("perplexity", "windows")):
+    for section, count in (("calibration", "windows"), ("perplexity", "windows")):
         content[section] |= {count: windows} if windows else {}
         content[section] |= {"length": length} if length else {}
     return project, check_params(content | ({"dtype": dtype} if dtype else {}))

@@ -245,7 +245,7 @@ def _made(provenance: Json) -> Json:
 
 def _described(provenance: Json) -> str:
     params = provenance["params"]
-    return f"{params['samples']} windows of {params['length']} tokens of {provenance['text']['source']}"
+    return f"{params['windows']} windows of {params['length']} tokens of {provenance['text']['source']}"
 
 
 def _numbers(values: list[int]) -> str:

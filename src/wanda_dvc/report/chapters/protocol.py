@@ -27,7 +27,7 @@ def content(section: Section) -> Content:
         )
     if one_calibration:
         texts.append(
-            f"Calibration: {settings['calibration.samples']} windows of {settings['calibration.length']} tokens of "
+            f"Calibration: {settings['calibration.windows']} windows of {settings['calibration.length']} tokens of "
             f"{_text(settings, 'calibration.text')}, seed {settings['calibration.seed']}."
         )
     return [bullets(texts)]
