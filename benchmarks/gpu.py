@@ -51,9 +51,9 @@ from wanda_dvc.engine.recorder import Recorded  # noqa: E402
 from wanda_dvc.engine.rows import as_rows  # noqa: E402
 from wanda_dvc.engine.sizes import sizes, walking  # noqa: E402
 from wanda_dvc.engine.walk import LocalRunner, outputs  # noqa: E402
-from wanda_dvc.pruning.choose import Target, choose_block, prepared_linears, prune_linear  # noqa: E402
+from wanda_dvc.pruning.choose import choose_block, prepared_linears, prune_linear, reconstruct  # noqa: E402
 from wanda_dvc.pruning.gram import Gram  # noqa: E402
-from wanda_dvc.pruning.packing import pack_bits  # noqa: E402
+from wanda_dvc.pruning.selection import pack_bits  # noqa: E402
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": 10000.0, "rms_norm_eps": 1e-5,
@@ -218,8 +218,8 @@ def masks(
     decoder: Decoder, recorded: Recorded, name: str, pattern: str, device: torch.device | None
 ) -> dict[str, torch.Tensor]:
     """Return the masks of a block's linears at 50 %."""
-    method, target = methods()[name], Target(HALF, pattern)
-    return choose_block(decoder.checkpoint.weight, recorded.stats, method=method, targets=target, device=device)
+    words = {"method": methods()[name], "share": HALF, "pattern": pattern}
+    return choose_block(decoder.checkpoint.weight, recorded.stats, device=device, **words)
 
 
 def _solved_apart(bench: Bench, folder: Path, run: Run, reconstruction: str) -> float:
@@ -232,19 +232,15 @@ def _solved_apart(bench: Bench, folder: Path, run: Run, reconstruction: str) -> 
         gradients[name].add(torch.randn(64, len(keep), generator=torch.Generator().manual_seed(0)))
     for device in (torch.device("cpu"), bench.device):
         grams = {name: type(gram)(gram.upper.to(device), gram.count) for name, gram in recorded.grams.items()}
-        solved = (
-            prune_linear(
-                decoder.checkpoint.weight(name),
-                keeps[name],
-                prepared,
-                reconstruction=RECONSTRUCTIONS[reconstruction],
-                gradients=gradients.get(name),
-                transposed=name in recorded.stats.transposed,
-            )
-            for name, prepared in prepared_linears(recorded.stats, grams)
-            if name in keeps
-        )
-        errors.append([pruned.error or 0.0 for pruned in solved])
+        found = []
+        for name, prepared in prepared_linears(recorded.stats.readers, grams):
+            if prepared is None:
+                continue
+            weight, across = decoder.checkpoint.weight(name), name in recorded.stats.transposed
+            words = {"reconstruction": RECONSTRUCTIONS[reconstruction], "gradients": gradients.get(name)}
+            solved = reconstruct(weight, keeps[name], prepared, transposed=across, **words)
+            found.append(prune_linear(weight, keeps[name], prepared, solved.weight, transposed=across).error or 0.0)
+        errors.append(found)
     return max(abs(a / b - 1) for a, b in zip(*errors, strict=True) if b)
 
 

@@ -13,7 +13,6 @@ from wanda_dvc.catalog import (
     RECIPES,
     RECONSTRUCTIONS,
     STRUCTURES,
-    Allocation,
     methods,
 )
 from wanda_dvc.params import settings
@@ -54,7 +53,7 @@ def page() -> str:
         for row in RECIPES.values()
     ]
     allocations = [
-        [f"`{row.name}`", row.about, f"{_strengths(row)}: {row.strength_is}" if row.strengths else "–"]
+        [f"`{row.name}`", row.about, f"{row.strength:g}: {row.strength_is}" if row.strength else "–"]
         for row in ALLOCATIONS.values()
     ]
     sections = {
@@ -102,10 +101,6 @@ def _stages(name: str) -> list[str]:
             if reads and f"`{stage.name}`" not in found:
                 found.append(f"`{stage.name}`")
     return found
-
-
-def _strengths(row: Allocation) -> str:
-    return ", ".join(f"{value:g}" + f" up to {up_to}" * (up_to != "1") for up_to, value in row.strengths)
 
 
 def _meaning(field: object) -> str:

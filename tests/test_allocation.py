@@ -4,7 +4,6 @@ import weakref
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -14,14 +13,11 @@ from hypothesis import strategies as st
 from wanda_dvc.catalog import ALLOCATIONS
 from wanda_dvc.pruning.allocation import (
     count_scores,
-    greedy_error,
-    lsa,
     outlier_ratio,
     owl,
     sensitivity,
     settle,
     shift,
-    slope,
 )
 from wanda_dvc.pruning.selection import removed
 
@@ -39,9 +35,7 @@ def test_every_allocation_gives_up_exactly_what_is_asked_for(data, sparsity):
     values = data.draw(st.lists(FLOAT, min_size=len(sizes), max_size=len(sizes)))
     counts = [None if value < 1 else count_scores(value * torch.rand(5)) for value in values]
     for shares in (
-        slope(sparsity, sizes, Fraction(3, 10)),
         owl(sparsity, sizes, values, spread=1),
-        lsa(sparsity, sizes, values, spread=0.15),
         sensitivity(sparsity, sizes, [None] * len(sizes), spread=0.5),
     ):
         assert mean(shares, sizes) == sparsity
@@ -60,20 +54,9 @@ def test_a_shift_keeps_the_order_and_the_distances_of_what_is_inside(raw, sparsi
             assert other - one == b - a
 
 
-def own(allocation: str, sparsity: Fraction) -> Any:
-    """The strength that the catalog gives an allocation."""
-    strength = ALLOCATIONS[allocation].strength(sparsity)
-    return Fraction(str(strength)) if allocation == "slope" else strength
-
-
 def test_shares_by_hand():
     half, three = Fraction(1, 2), [1, 1, 1]
-    assert slope(half, three, own("slope", half)) == [Fraction("0.496"), half, Fraction("0.504")]
-    assert slope(half, three, -Fraction("0.1")) == [Fraction("0.6"), half, Fraction("0.4")]
-    assert owl(half, [1, 1], [3.0, 1.0], own("owl", half)) == [Fraction("0.42"), Fraction("0.58")]
-    assert lsa(half, [1, 1], [3.0, 1.0], own("lsa", half)) == [Fraction("0.54"), Fraction("0.46")]
-    assert lsa(Fraction("0.6"), [1, 1], [3.0, 1.0], own("lsa", Fraction("0.6"))) == [Fraction("0.7"), half]
-    assert lsa(Fraction("0.7"), [1, 1], [3.0, 1.0], own("lsa", Fraction("0.7"))) == [Fraction("0.85"), Fraction("0.55")]
+    assert owl(half, [1, 1], [3.0, 1.0], ALLOCATIONS["owl"].strength) == [Fraction("0.42"), Fraction("0.58")]
     assert owl(half, three, [2.0, 2.0, 2.0], 0.08) == [half] * 3
     assert shift([Fraction(0), Fraction(1)], half, [3, 1]) == [Fraction(1, 3), Fraction(1)]
     with pytest.raises(ValueError, match="2 parts of 1 sizes at sparsity 1/2"):
@@ -140,33 +123,11 @@ def test_outliers_are_counted_over_the_whole_block():
     assert outlier_ratio(lambda: [7 * score for score in scores], times=2) == pytest.approx(100 / 3)
 
 
-@pytest.mark.parametrize("features", [5, 128, 300])
-def test_the_greedy_error_is_that_of_the_weights_that_go(features):
-    """In loops, row by row and in float64; and it is the error of the mask that it finds."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, features, generator=generator) @ torch.randn(features, features, generator=generator)
-    weight = torch.randn(3, features, generator=generator)
-    gram = x.T @ x / 400
-    total = 0.0
-    for row in weight.double():
-        pruned: list[int] = []
-        for begin in range(0, features, 128):
-            inside = list(range(begin, min(begin + 128, features)))
-            for _ in range(len(inside) // 2):
-                left = torch.tensor([j for j in inside if j not in pruned])
-                cross = gram.double()[left][:, pruned] @ row[pruned] if pruned else torch.zeros(len(left)).double()
-                grows = row[left] ** 2 * gram.double()[left, left] + 2 * row[left] * cross
-                pruned.append(int(left[grows.argmin()]))
-        total += (row[pruned] @ gram.double()[pruned][:, pruned] @ row[pruned]).item()
-    assert greedy_error(weight, gram) == pytest.approx(total, rel=1e-3)
-    assert greedy_error(2 * weight, gram) == pytest.approx(4 * greedy_error(weight, gram), rel=1e-5)
-
-
 @given(st.lists(GROUPS, min_size=1, max_size=5), st.integers(0, 90).map(lambda percent: Fraction(percent, 100)))
 def test_rounding_down_is_made_up_for(groups: list[list[tuple[int, int]]], sparsity: Fraction):
     """All parts get the same constant, and what goes comes nearer to the sparsity."""
     sizes = [sum(number * size for number, size in part) for part in groups]
-    raw = slope(sparsity, sizes, Fraction("0.004"))
+    raw = shift([Fraction(4 * block, 1000) for block in range(len(sizes))], sparsity, sizes)
     settled = settle(raw, sparsity, groups)
     constants = {after - before for before, after in zip(raw, settled, strict=True) if after < 1}
     assert len(constants) <= 1

@@ -17,10 +17,10 @@ from limited import limited
 from safetensors.torch import load_file
 
 from wanda_dvc import catalog
-from wanda_dvc.catalog import STRUCTURES, Method, methods
+from wanda_dvc.catalog import STRUCTURES, Method, function_of, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
-from wanda_dvc.pruning.choose import Target, choose, function_of
+from wanda_dvc.pruning.choose import choose_by_score
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.stages import STAGES, Stage, run
 from wanda_dvc.study.project import Project
@@ -81,9 +81,9 @@ def halves(weight: torch.Tensor, _: InputStats) -> torch.Tensor:
 def test_scores_may_have_the_dtype_of_the_weight(dtype: torch.dtype, pattern: str):
     method = dataclasses.replace(methods()["magnitude"], function=f"{__name__}:halves")
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-    target = Target(Fraction(1, 2), pattern)
     given, expected = (
-        choose(weight, InputStats.empty(16), method=one, target=target) for one in (method, methods()["magnitude"])
+        choose_by_score(weight, InputStats.empty(16), method=one, share=Fraction(1, 2), pattern=pattern)
+        for one in (method, methods()["magnitude"])
     )
     assert torch.equal(given, expected)
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd
-from wanda_dvc.catalog import RECIPES, STRUCTURES, methods
+from wanda_dvc.catalog import RECIPES, STRUCTURES, function_of, methods
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.experts import ExpertRemoval, find_experts
@@ -24,8 +24,7 @@ from wanda_dvc.engine.smaller import Smaller, write_smaller
 from wanda_dvc.engine.walk import walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
-from wanda_dvc.pruning.choose import function_of
-from wanda_dvc.pruning.experts import reap
+from wanda_dvc.pruning.scores import reap
 from wanda_dvc.pruning.statistics import OutputStats
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import load_json

@@ -574,10 +574,6 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         lambda m, p: wd.mask(m, wd.calibrate(m, p.tokens), method="admm"),
         r"^stats: got statistics norms, expected gram \(method admm\); call calibrate",
     ),
-    "no-grams-allocation": (
-        lambda m, p: wd.mask(m, wd.calibrate(m, p.tokens), allocation="lsa"),
-        r"^stats: got statistics norms, expected gram \(allocation lsa\)",
-    ),
     "no-fisher-group": (
         lambda m, p: wd.mask(m, wd.calibrate(m, p.tokens), group="outputs"),
         r"^stats: got statistics norms, expected gradients \(group outputs\)",

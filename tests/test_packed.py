@@ -39,7 +39,7 @@ from wanda_dvc.packed.format import (
     unpack,
 )
 from wanda_dvc.packed.linear import PackedConfig, PackedLinear, PackedQuantizer
-from wanda_dvc.pruning.packing import pack_bits, unpack_bits
+from wanda_dvc.pruning.selection import pack_bits, unpack_bits
 from wanda_dvc.reading import DTYPES as WIDTHS
 from wanda_dvc.stages.download import download
 from wanda_dvc.study.project import Project

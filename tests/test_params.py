@@ -182,7 +182,7 @@ def test_equal_choices_are_one_plan_however_they_are_written(recipe: str, patter
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_choice_overrides_its_recipe_and_no_other(recipe: str, choice: str):
     row = RECIPES[recipe]
-    value = {"method": "ria", "group": "linear", "allocation": "slope", "reconstruction": "least-squares",
+    value = {"method": "ria", "group": "linear", "allocation": "owl", "reconstruction": "least-squares",
              "propagation": "pruned"}[choice]  # fmt: skip
     filled = asked(recipe, **{choice: value}).filled
     expected = {name: getattr(row, name) for name in CHOICES} | {choice: value}

@@ -87,9 +87,7 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
     reconstruction: str,
     propagation: str,
     method: str,
-    monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setenv("WANDA_DVC_HELD_OUT", "0")  # test_held_out.py compares
     made = study(method=method, reconstruction=reconstruction, propagation=propagation, **pattern)
     mask(project=made)
     apply(project=made)
@@ -227,8 +225,7 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
     ("changes", "message"),
     [
         ({"reconstruction": "least-squares", **NORMS}, r"expected gram for .* \(reconstruction least-squares\)"),
-        ({"allocation": "lsa", **NORMS}, r"got norms, expected gram for recipe wanda \(allocation lsa\); run `dvc"),
-        ({"allocation": "slope", "pattern": "2:4"}, "allocation: got slope, expected uniform"),
+        ({"allocation": "owl", "pattern": "2:4"}, "allocation: got owl, expected uniform"),
         ({"allocation_strength": 0.1}, "allocation_strength: got 0.1, expected null"),
         (
             {"propagation": "corrected"},
@@ -238,7 +235,7 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
             {"reconstruction": "blockwise"},
             "reconstruction: got block with propagation dense, expected propagation corrected or pruned",
         ),
-        ({"allocation": "steep"}, "allocation: got steep, expected uniform, slope, owl, lsa or sensitivity"),
+        ({"allocation": "steep"}, "allocation: got steep, expected uniform, owl or sensitivity"),
         (
             {"allocation": "sensitivity", **NORMS},
             r"got norms, expected gradients for recipe wanda \(allocation sensitivity\)",

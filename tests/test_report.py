@@ -312,7 +312,6 @@ def write_results(
         write_csv(project.plots(f"{model}/zero_shot"), ["task", "item", "acc"], [["piqa", 0, 1.0]])
         write_json(project.metrics(model, "zero_shot"), {"piqa": {"acc": count / 40}})
     write_json(project.metrics("pruned", "sparsity"), {"sparsity": sparsity})
-    write_json(project.metrics("pruned", "held_out"), {})
     write_json(project.details("pruned", "sparsity"), {})
     linears = {} if layer_error is None else {"q_proj": {"error": layer_error, "masked": layer_error}}
     write_json(
@@ -342,10 +341,10 @@ def said_of(tmp_path: Path, *experiments: tuple[tuple[Any, ...], dict[str, Any]]
 
 def test_an_allocation_is_measured_by_uniform(tmp_path: Path):
     """On the text, on the calibration's layer errors, and with a test of the difference; all else must be equal."""
-    sloping = {"allocation": "slope", "allocation_strength": 0.01, "layer_error": 0.04}
+    sloping = {"allocation": "owl", "allocation_strength": 0.01, "layer_error": 0.04}
     uniform = (("wanda", 0.5, 2.4, 20), {"layer_error": 0.05})
     said = said_of(tmp_path, uniform, (("wanda", 0.5, 2.5, 20), sloping))
-    between = "wanda (allocation=slope, allocation_strength=0.01) 50 % against wanda 50 %"
+    between = "wanda (allocation=owl, allocation_strength=0.01) 50 % against wanda 50 %"
     assert f"- {between}: 1.105 × the perplexity (beyond noise); " in said
     assert "; mean layer error 4.00 % instead of 5.00 %.\n" in said
     (tmp_path / "other").mkdir()

@@ -1,6 +1,7 @@
 """From score to mask: against loops, and the laws that no implementation may break."""
 
 from fractions import Fraction
+from typing import Any
 
 import oracle
 import pytest
@@ -9,13 +10,15 @@ from cases.grids import OF_WEIGHTS
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from simulated_gpu import SimulatedDevice
 
-from wanda_dvc.catalog import methods
+from wanda_dvc.catalog import function_of, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import scores
-from wanda_dvc.pruning.choose import Target, choose, function_of
+from wanda_dvc.pruning.choose import choose_by_score
 from wanda_dvc.pruning.selection import keep_by_share, keep_n_of_m, removed, select
 from wanda_dvc.pruning.statistics import InputStats
+from wanda_dvc.pruning.units import Units, places, summed
 
 # Few distinct values, so that ties, zeros and constant rows are the rule; and a huge one.
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 1e30])
@@ -95,6 +98,30 @@ def test_the_variant_says_what_it_cannot_reach():
         keep_by_share(torch.ones(2, 100), 0.95)
 
 
+@pytest.mark.parametrize("layout", [(3,), (1, 1), (8, 2), (64,)])
+def test_no_mask_depends_on_the_order_in_which_a_gpu_adds(monkeypatch: pytest.MonkeyPatch, layout: tuple[int, ...]):
+    """A float `cumsum` and `index_add_` have no fixed order on CUDA. Sums are those of a CPU, to the bit."""
+    units = Units(7, 3, layout)
+    score = torch.rand(33, 7 * sum(layout), generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(7).index_add_(0, places(units), score.sum(dim=0)), keep_by_share(score, 0.5)
+    device, ran = SimulatedDevice("cuda"), set[str]()
+    run = device.run
+
+    def noted(function: Any, args: Any, kwargs: Any) -> Any:
+        ran.add(function.overloadpacket.__name__)
+        return run(function, args, kwargs)
+
+    monkeypatch.setattr(device, "run", noted)
+    with device.present():
+        there = score.to(device.device)
+        found = summed(there, units).cpu(), keep_by_share(there, 0.5).cpu()
+    for one, other, host in zip(found, expected, (summed(score, units), keep_by_share(score, 0.5)), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(host, other)
+    assert not ran & {"cumsum", "index_add_"}
+    assert "sort" in ran
+
+
 @given(st.data())
 def test_wanda_equals_the_loops(data):
     weight = data.draw(matrices(st.integers(1, 8)))
@@ -158,15 +185,12 @@ def test_ties_go_first_come_first():
     assert keep_n_of_m(torch.ones(1, 4), 2, 4).tolist() == [[False, False, True, True]]
 
 
-@pytest.mark.parametrize("name", list(OF_WEIGHTS))
+@pytest.mark.parametrize("name", [name for name, row in OF_WEIGHTS.items() if row.scores_by_row])
 @given(data=st.data())
 def test_scores_of_slices_are_slices_of_scores_where_a_method_says_so(name, data):
     """Large matrices are scored in slices: a method with sums over columns that said so would be wrong on them."""
-    method = methods()[name]
-    if not method.scores_by_row:
-        return
     weight = data.draw(matrices())
-    score, x = function_of(method.function), of_norm(torch.arange(1.0, weight.shape[1] + 1))
+    score, x = function_of(methods()[name].function), of_norm(torch.arange(1.0, weight.shape[1] + 1))
     size = data.draw(st.integers(1, len(weight)))
     assert torch.equal(torch.cat([score(rows, x) for rows in weight.split(size)]), score(weight, x))
 
@@ -176,14 +200,14 @@ def test_scores_of_slices_are_slices_of_scores_where_a_method_says_so(name, data
 @pytest.mark.parametrize("name", [name for name, row in OF_WEIGHTS.items() if row.competition != "solver"])
 def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str, pattern: str, group: str):
     """Whatever a row of the catalog says, slicing changes no mask."""
-    method, target = methods()[name], Target(HALF, pattern, group)
+    words = {"method": methods()[name], "share": HALF, "pattern": pattern, "group": group}
     generator = torch.Generator().manual_seed(0)
     weight = (4 * torch.randn(13, 24, generator=generator)).round()  # some scores are equal
     x = of_norm(torch.randint(1, 4, (24,), generator=generator).float())
-    direct = choose(weight, x, method=method, target=target)
+    direct = choose_by_score(weight, x, **words)
     monkeypatch.setattr("wanda_dvc.pruning.choose.WEIGHTS_AT_A_TIME", 50)
-    assert torch.equal(choose(weight, x, method=method, target=target), direct)
-    if method.competition == "groups":
+    assert torch.equal(choose_by_score(weight, x, **words), direct)
+    if methods()[name].competition == "groups":
         assert direct.sum() == 13 * 12
 
 

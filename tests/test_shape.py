@@ -12,10 +12,10 @@ from conftest import ROOT, write_params
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
+from wanda_dvc.catalog import check_pattern
 from wanda_dvc.cli import app
 from wanda_dvc.errors import SettingError, UserError, in_params
 from wanda_dvc.params import settings
-from wanda_dvc.pruning.patterns import check_pattern
 from wanda_dvc.stages import STAGES, Stage
 from wanda_dvc.study.project import Project
 
@@ -33,7 +33,7 @@ def test_docs_dvc_yaml_modules_and_commands_name_the_same_stages_in_the_same_ord
     )
     assert table[: len(STAGES)] == list(STAGES)
     modules = {path.stem.replace("_", "-") for path in (ROOT / "src/wanda_dvc/stages").glob("*.py")}
-    assert modules - {"--init--", "continuations", "held-out", "inputs", "needs", "running"} == set(STAGES)
+    assert modules - {"--init--", "continuations", "inputs", "needs", "running"} == set(STAGES)
     commands = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
     assert commands[: len(STAGES)] == list(STAGES)
 

@@ -28,7 +28,7 @@ from wanda_dvc.engine.losses import from_losses
 from wanda_dvc.engine.walk import LocalRunner
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
-from wanda_dvc.pruning.choose import Target, choose_block
+from wanda_dvc.pruning.choose import choose_block
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.stages import PARTS, STAGES, running, times
@@ -304,8 +304,7 @@ def test_a_weight_that_is_stored_across_is_chosen_as_its_transpose_is(name: str)
     weights["stored_across"] = weights["linear"].T.contiguous()
     squares = torch.randint(1, 4, (24,), generator=generator).double() ** 2
     block = BlockStats({"x": InputStats(squares, squares, 1)}, {"x": list(weights)}, ["stored_across"])
-    targets = dict.fromkeys(weights, Target(Fraction(1, 2)))
-    keeps = choose_block(weights.__getitem__, block, method=methods()[name], targets=targets)
+    keeps = choose_block(weights.__getitem__, block, method=methods()[name], share=Fraction(1, 2))
     assert torch.equal(keeps["stored_across"].T, keeps["linear"])
     assert keeps["stored_across"].is_contiguous()
 
@@ -313,8 +312,8 @@ def test_a_weight_that_is_stored_across_is_chosen_as_its_transpose_is(name: str)
 def test_linears_of_a_block_give_up_different_shares():
     weights = {name: torch.randn(8, 20) for name in ("a", "b")}
     block = BlockStats({"x": InputStats(torch.ones(20).double(), torch.ones(20).double(), 1)}, {"x": ["a", "b"]}, [])
-    targets = {"a": Target(Fraction("0.29")), "b": Target(Fraction("0.7"))}
-    keeps = choose_block(weights.__getitem__, block, method=methods()["wanda"], targets=targets)
+    share = {"a": Fraction("0.29"), "b": Fraction("0.7")}
+    keeps = choose_block(weights.__getitem__, block, method=methods()["wanda"], share=share)
     assert {name: (~keep).sum(1).tolist() for name, keep in keeps.items()} == {"a": [5] * 8, "b": [14] * 8}
 
 

@@ -25,7 +25,8 @@ from wanda_dvc.engine.harness import load_task
 from wanda_dvc.engine.smaller import Removal, Smaller, block_lists, find_units, smaller_parameters, write_smaller
 from wanda_dvc.engine.structure import build_empty, find_blocks
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.blocks import choose_blocks, influence
+from wanda_dvc.pruning.choose import choose_blocks
+from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.pruning.units import Units, cheapest, highest, least_squares, spread, stay_of, summed
 from wanda_dvc.stages.apply import _write_smaller, apply
@@ -281,10 +282,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(choice.values()))
-def test_every_choice_gives_a_smaller_model_with_the_exact_share(
-    choice: dict[str, str], study: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("WANDA_DVC_HELD_OUT", "0")
+def test_every_choice_gives_a_smaller_model_with_the_exact_share(choice: dict[str, str], study: Callable[..., Project]):
     made = study(pattern="neurons", sparsity=0.25, **choice)
     mask(project=made)
     apply(project=made)

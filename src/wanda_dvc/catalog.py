@@ -5,14 +5,15 @@ table. A test imports every function. A package adds a method through an entry p
 that names a `Method`.
 """
 
+import importlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Literal
+from typing import Any, Literal
 
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import SettingError, UserError
 
 ENTRY_POINTS = "wanda_dvc.methods"
 Dtype = Literal["float32", "bfloat16", "float16"]  # in which a model runs
@@ -139,7 +140,7 @@ _METHODS = (
         citation="Lasby et al. 2025",
         link="https://arxiv.org/abs/2510.13999",
         about="of experts: mean over the tokens sent to it of gate · ‖output‖₂",
-        function="wanda_dvc.pruning.experts:reap",
+        function="wanda_dvc.pruning.scores:reap",
         needs="norms",
         competition="experts",
         scores_by_row=False,
@@ -150,7 +151,7 @@ _METHODS = (
         citation="Men et al. 2024",
         link="https://arxiv.org/abs/2403.03853",
         about="of blocks: mean over tokens of 1 − cosine of a block's input and output",
-        function="wanda_dvc.pruning.blocks:influence",
+        function="wanda_dvc.pruning.scores:influence",
         needs="norms",
         competition="blocks",
         scores_by_row=False,
@@ -330,17 +331,12 @@ class Allocation:
 
     name: str  # as params.yaml writes it
     about: str
-    function: str  # `module:function`: (sparsity, sizes of the parts[, ratings][, strength]) → the parts' shares
-    rating: str | None  # `module:function`: (weights, BlockStats, Gram matrices) → a part's rating
-    needs: Literal["nothing", "norms", "gram", "gradients"]  # to rate the parts
-    # The value of `allocation_strength: null`, by maximum sparsity; empty for allocations without a strength.
-    strengths: tuple[tuple[str, float], ...] = ()
+    function: str  # `module:function`: (sparsity, sizes of the parts, ratings, strength) → the parts' shares
+    rating: str  # `module:function`: (weights, BlockStats) → a part's rating
+    needs: Literal["nothing", "norms", "gradients"]  # to rate the parts
+    strength: float | None = None  # the value of `allocation_strength: null`; None: the allocation has no strength
     strength_is: str = ""
     by_linear: bool = False  # whether the parts are linears instead of blocks; a block then has a rating per linear
-
-    def strength(self, share: Fraction) -> float | None:
-        """Return the allocation's default strength at a sparsity; None without a strength."""
-        return next((value for up_to, value in self.strengths if share <= Fraction(up_to)), None)
 
 
 ALLOCATIONS = {
@@ -350,37 +346,18 @@ ALLOCATIONS = {
             name="uniform",
             about="the same sparsity in every block",
             function="",  # without a strength, every part has the model's sparsity
-            rating=None,
+            rating="",
             needs="nothing",
-        ),
-        Allocation(
-            name="slope",
-            about="the sparsity rises by the same amount from block to block",
-            function="wanda_dvc.pruning.allocation:slope",
-            rating=None,
-            needs="nothing",
-            strengths=(("1", 0.004),),
-            strength_is="rise a block",
         ),
         Allocation(
             # Yin et al. 2024, arXiv 2310.05175
             name="owl",
             about="the more outlying Wanda scores a block has, the lower its sparsity",
             function="wanda_dvc.pruning.allocation:owl",
-            rating="wanda_dvc.pruning.ratings:outlier_rating",
+            rating="wanda_dvc.pruning.allocation:outlier_rating",
             needs="norms",
-            strengths=(("1", 0.08),),
+            strength=0.08,
             strength_is="λ, half the range of sparsities",
-        ),
-        Allocation(
-            # layer sensitivity allocation, ICLR 2026, openreview.net/forum?id=xq3lza5IjN
-            name="lsa",
-            about="the smaller a block's error after a greedy pruning, the lower its sparsity",
-            function="wanda_dvc.pruning.allocation:lsa",
-            rating="wanda_dvc.pruning.ratings:greedy_rating",
-            needs="gram",
-            strengths=(("0.5", 0.04), ("0.6", 0.1), ("1", 0.15)),
-            strength_is="β, half the range of sparsities",
         ),
         Allocation(
             # Fisher information of outputs, as in K-FAC, Martens and Grosse 2015, arXiv 1503.05671
@@ -388,9 +365,9 @@ ALLOCATIONS = {
             about="removes scores below one threshold for all linears; the score is |W| · ‖X‖₂ · √(F / Σ‖X‖²), "
             "with F the Fisher information of the row's weights",
             function="wanda_dvc.pruning.allocation:sensitivity",
-            rating="wanda_dvc.pruning.ratings:sensitivity_rating",
+            rating="wanda_dvc.pruning.allocation:sensitivity_rating",
             needs="gradients",
-            strengths=(("1", 0.2),),
+            strength=0.2,
             strength_is="the largest difference between a linear's sparsity and the model's; no sparsity is above 0.97",
             by_linear=True,
         ),
@@ -590,3 +567,27 @@ TEXTS = {
 EMBEDDED_TEXT = "embedded"
 EMBEDDED_SPLITS = ("train", "test")
 NAMED_TEXTS = (EMBEDDED_TEXT, *TEXTS)
+
+
+def function_of(row: str) -> Callable[..., Any]:
+    """Return the function that a row of the catalog names as `module:function`."""
+    module, _, name = row.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def parse_pattern(pattern: str) -> tuple[int, int] | None:
+    """Return (2, 4) for `"2:4"`: 2 of every 4 neighbours stay. None for a pattern without neighbours."""
+    n, colon, m = pattern.partition(":")
+    return (int(n), int(m)) if colon else None
+
+
+def check_pattern(pattern: str, inputs: dict[str, int]) -> None:
+    """Raise SettingError where a linear's number of inputs is no multiple of m."""
+    if n_of_m := parse_pattern(pattern):
+        odd = [f"{name} has {size} inputs" for name, size in inputs.items() if size % n_of_m[1]]
+        if odd:
+            more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+            raise SettingError(
+                f"pattern: got {pattern}, but {odd[0]}{more}, expected a multiple of {n_of_m[1]}; choose another m"
+            )

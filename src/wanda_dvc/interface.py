@@ -188,7 +188,7 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
             and `admm`; or a method of an installed package.
         group: The competing weights: a `row` (one output), the complete `linear`, or the complete linear with each
             row weighted by its output's Fisher information (`outputs`).
-        allocation: The rule for the sparsities of blocks or linears: `uniform`, `slope`, `owl`, `lsa`, `sensitivity`.
+        allocation: The rule for the sparsities of blocks or linears: `uniform`, `owl`, `sensitivity`.
         allocation_strength: The strength of the differences; None: the allocation's default.
 
     Returns:
@@ -204,9 +204,9 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
         >>> keep["model.layers.0.mlp.up_proj"].float().mean().item()
         0.5
     """
+    from wanda_dvc.catalog import check_pattern
     from wanda_dvc.engine.jobs import solving_device
-    from wanda_dvc.pruning.patterns import check_pattern
-    from wanda_dvc.pruning.ratings import allocate
+    from wanda_dvc.pruning.allocation import allocate
     from wanda_dvc.stages.mask import keeps, removal_of, with_chosen_blocks
     from wanda_dvc.stages.running import progress
     from wanda_dvc.study.tensors import Masks, pack_masks
@@ -230,7 +230,7 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
         check_pattern(pattern, {name: linear.features for name, linear in source.linears.items()})
         shares = allocate(
             weights,
-            zip(stats.blocks, stats.grams or itertools.repeat({}), strict=False),
+            stats.blocks,
             len(stats.blocks),
             allocation=plan.allocation,
             share=plan.share,
@@ -328,9 +328,10 @@ def reconstruct(
     """
     import torch
 
-    from wanda_dvc.catalog import RECONSTRUCTIONS
+    from wanda_dvc.catalog import RECONSTRUCTIONS, SOLVED_UNITS
     from wanda_dvc.engine.jobs import solving_device
     from wanda_dvc.pruning.choose import prepared_linears, prune_linear
+    from wanda_dvc.pruning.choose import reconstruct as solve_linear
     from wanda_dvc.stages.running import progress
 
     _check_stats(stats)
@@ -351,21 +352,18 @@ def reconstruct(
     gradients: Iterable[Mapping[str, Gram]] = stats.fisher_grams or itertools.repeat({})
     pairs = zip(stats.grams, gradients, strict=False)
     for grams, back in progress(pairs, total=len(stats.grams), what="reconstruct, blocks"):
-        for name, prepared in prepared_linears(grams, grams.on(solving_device(source.device))):
+        for name, prepared in prepared_linears(grams.readers, grams.on(solving_device(source.device))):
             if name not in keep:
                 continue
-            pruned = prune_linear(
-                source.weight(name),
-                keep[name],
-                prepared,
-                reconstruction=row,
-                gradients=back.get(name),
-                transposed=name in grams.transposed,
-                of_inputs=structure is not None,
-            )
+            weight, across, new, solved = source.weight(name), name in grams.transposed, None, {}
+            if prepared is not None and row.function:
+                words = {"reconstruction": SOLVED_UNITS if structure else row, "gradients": back.get(name)}
+                one = solve_linear(weight, keep[name], prepared, transposed=across, **words)
+                new, solved = one.weight, one.diagnostics
+            pruned = prune_linear(weight, keep[name], prepared, new, transposed=across, of_inputs=structure is not None)
             made[name] = pruned.weight.cpu()
             if pruned.error is not None and pruned.masked is not None:
-                found[name] = {"error": pruned.error, "masked": pruned.masked} | pruned.solved
+                found[name] = {"error": pruned.error, "masked": pruned.masked} | solved
     if removed:
         _shrink(source, *removed, made)
         return found

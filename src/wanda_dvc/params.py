@@ -34,10 +34,10 @@ from wanda_dvc.catalog import (
     Package,
     Reconstruction,
     methods,
+    parse_pattern,
 )
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED, Plan, fill
-from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.reading import read_text, yaml_problem
 
 MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
@@ -248,7 +248,7 @@ class Params(_Section):
     def filled(self) -> "Params":
         """Return the settings with nulls replaced by their values; a method need not be installed."""
         choices = self._choices
-        strength = self.allocation_strength or ALLOCATIONS[choices["allocation"]].strength(self.share)
+        strength = self.allocation_strength or ALLOCATIONS[choices["allocation"]].strength
         update: dict[str, Any] = {**choices, "allocation_strength": strength, "sparsity": float(self.share)}
         texts = {name: text.filled for name, text in self.perplexity.texts.items()}
         update["calibration"] = self.calibration.model_copy(update={"text": self.calibration.text.filled})
@@ -356,7 +356,7 @@ class Params(_Section):
         yield from self._unit_conflicts()
         if plan.structure and plan.method.competition == "solver" and not plan.method.units:
             yield _problem("method", f"{plan.method.name} with pattern {self.pattern}", "a method that scores units")
-        if self.allocation_strength is not None and not plan.allocation.strengths:
+        if self.allocation_strength is not None and plan.allocation.strength is None:
             yield _problem(
                 "allocation_strength", self.allocation_strength, f"null: {plan.allocation.name} has no strength"
             )

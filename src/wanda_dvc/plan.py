@@ -4,7 +4,7 @@ Stages, views and provenance read a `Plan`; no other code checks the method or r
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from wanda_dvc.catalog import (
     GROUPS,
     RECIPES,
     RECONSTRUCTIONS,
+    SOLVED_UNITS,
     STATISTICS,
     STRUCTURES,
     Allocation,
@@ -35,7 +36,6 @@ CORRECTION = 0.5
 GRAM_DTYPE = "float16"  # of stored Gram matrices, scaled: as exact as float32 in every measured figure
 WINDOWS_BACK = 8  # windows of the backward pass; 16 gained 1 % once, in 2:4
 TOKENS_A_FEATURE = 10  # calibration tokens for each input feature; solvers overfit with fewer (docs/methods.md)
-WINDOWS_HELD_OUT = 2  # windows on which choices that statistics decide are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,45 +63,13 @@ class Plan:
             method=methods()[chosen["method"]],
             group=chosen["group"],
             allocation=allocation,
-            strength=allocation.strength(share) if strength is None else strength,
+            strength=allocation.strength if strength is None else strength,
             reconstruction=RECONSTRUCTIONS[chosen["reconstruction"]],
             propagation=chosen["propagation"],
             pattern=pattern,
             share=share,
             left_out=left_out,
         )
-
-    @classmethod
-    def of_masks(cls, described: Mapping[str, Any], reconstruction: str) -> "Plan":
-        """Return the plan of masks from their provenance (`described`), with a reconstruction."""
-        return cls(
-            method=methods()[described["method"]],
-            group=described["group"],
-            allocation=ALLOCATIONS[described["allocation"]],
-            strength=described["allocation_strength"],
-            reconstruction=RECONSTRUCTIONS[reconstruction],
-            propagation=described["propagation"],
-            pattern=described["pattern"],
-            share=Fraction(str(described["sparsity"])),
-        )
-
-    @property
-    def compared(self) -> dict[str, dict[str, "Plan"]]:
-        """The plans to compare on held-out windows, by part (masks, weights) and choice.
-
-        Two neighbours differ by one choice based on statistics. A part without such a choice is missing.
-        """
-        found, weighs = {}, GROUPS[self.group].needs == "gradients" and self.pattern == UNSTRUCTURED
-        uniform = replace(self, allocation=ALLOCATIONS["uniform"], strength=None)
-        masks = {"uniform": replace(uniform, group="row") if weighs else uniform}
-        masks |= {f"group {self.group}": uniform} if weighs else {}
-        masks |= {f"allocation {self.allocation.name}": self} if self.allocation.name != "uniform" else {}
-        if len(masks) > 1:
-            found["masks"] = masks
-        if self.by_gradients and self.weights_come_from == "gram":
-            plain = replace(self, reconstruction=RECONSTRUCTIONS["least-squares"])
-            found["weights"] = {"least-squares": plain, f"reconstruction {self.reconstruction.name}": self}
-        return found
 
     @property
     def described(self) -> dict[str, object]:
@@ -135,9 +103,14 @@ class Plan:
         return STRUCTURES.get(self.pattern)
 
     @property
+    def solver(self) -> Reconstruction:
+        """The solver of kept weights. Where complete inputs go, least squares has one solution for all outputs."""
+        return SOLVED_UNITS if self.structure else self.reconstruction
+
+    @property
     def by_gradients(self) -> bool:
         """Whether the Gram matrices of gradients determine kept weights."""
-        return self.reconstruction.by_gradients and self.structure is None
+        return self.solver.by_gradients
 
     @property
     def solves(self) -> bool:
@@ -174,7 +147,7 @@ class Plan:
     @property
     def masks_read_gram(self) -> bool:
         """Whether masks depend on stats/gram."""
-        return (self.method.needs == "gram" and not self.propagates) or self.allocation.needs == "gram"
+        return self.method.needs == "gram" and not self.propagates
 
     @property
     def masks_read_sums(self) -> bool:
@@ -203,13 +176,12 @@ class Plan:
 
     def needing(self) -> Iterator[tuple[str, str]]:
         """Yield each choice that needs more than norms, as `setting name`, with its tier of statistics."""
-        by_method = self.method.needs == "gram" and not self.propagates
-        if by_method:
+        if self.masks_read_gram:
             yield f"method {self.method.name}", "gram"
         if GROUPS[self.group].needs == "gradients":
             yield f"group {self.group}", "gradients"
-        if self.allocation.needs in ("gram", "gradients"):
-            yield f"allocation {self.allocation.name}", self.allocation.needs
+        if self.allocation.needs == "gradients":
+            yield f"allocation {self.allocation.name}", "gradients"
         if self.by_gradients:
             yield f"reconstruction {self.reconstruction.name}", "gradients"
         elif self.weights_come_from == "gram":

@@ -52,7 +52,7 @@ MEANT = [
     ("calibration.statistics", "hessian", ("calibration.statistics", "got hessian", "expected norms, gram or fisher")),
     ("recipe", "wandas", ("recipe", "got wandas", "expected magnitude, wanda,")),
     ("recipe", None, ("recipe", "got None", "expected string")),
-    ("allocation", "even", ("allocation", "got even", "expected uniform, slope, owl, lsa or fisher")),
+    ("allocation", "even", ("allocation", "got even", "expected uniform, owl or fisher")),
     ("allocation_strength", 1, ("allocation_strength", "got 1", "expected < 1")),
     ("reconstruction", "some", ("reconstruction", "got some", "expected none, least-squares,")),
     ("calibration.seed", -1, ("calibration.seed", "got -1", "expected ≥ 0")),

@@ -24,8 +24,7 @@ from wanda_dvc.engine.smaller import Cut, Removal, Stays, changed, differences, 
 from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.engine.weights import set_parameter
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.experts import Mixture
-from wanda_dvc.pruning.units import Units
+from wanda_dvc.pruning.units import Mixture, Units
 
 CHOSEN = "num_experts_per_tok"  # of config.json, in every family with experts so far; used in a message
 

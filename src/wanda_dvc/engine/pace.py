@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,7 +21,7 @@ from wanda_dvc.engine.sizes import Linears, count
 from wanda_dvc.engine.structure import build_empty
 from wanda_dvc.engine.walk import LocalRunner
 from wanda_dvc.engine.weights import set_parameter
-from wanda_dvc.pruning.choose import Target, choose_block, prepared_linears, prune_linear
+from wanda_dvc.pruning.choose import choose_block, prepared_linears, prune_linear, reconstruct
 from wanda_dvc.pruning.gram import Gram
 
 if TYPE_CHECKING:
@@ -57,9 +57,10 @@ def measure(  # noqa: PLR0913 - the parameters of the measurement
     grams = {first: Gram(recorded.grams[first].upper.to(where), recorded.grams[first].count)} if gram else {}
     # A score a weight, or a solver's work, is about as much for units. Complete blocks and experts have one score each,
     # which is less work than a score a weight.
-    target = Target(plan.share, "unstructured" if plan.structure else plan.pattern, plan.group)
+    words: dict[str, Any] = {"share": plan.share, "group": plan.group}
+    words["pattern"] = "unstructured" if plan.structure else plan.pattern
     method = plan.method if plan.method.competition not in ("blocks", "experts") else methods()["magnitude"]
-    choosing = partial(choose_block, weights, stats, method=method, targets=target, grams=grams, device=where)
+    choosing = partial(choose_block, weights, stats, method=method, grams=grams, device=where, **words)
     pace["choosing"] = linears.choosing(plan.method) / _seconds(choosing)
     keeps, own = choosing(), plan.reconstruction
     gradients = {name: Gram.empty(out, where) for name, out in rows.items()} if gram and plan.by_gradients else {}
@@ -67,9 +68,12 @@ def measure(  # noqa: PLR0913 - the parameters of the measurement
         back.add(torch.randn(length, len(back.upper), device=where))
 
     def prune() -> None:
-        for name, prepared in prepared_linears(stats, grams):
-            words: dict[str, Any] = {"gradients": gradients.get(name), "transposed": name in stats.transposed}
-            prune_linear(weights(name), keeps[name], prepared, reconstruction=own, **words)
+        for name, prepared in prepared_linears(stats.readers, grams):
+            weight, across, new = weights(name), name in stats.transposed, None
+            if prepared is not None and own.function:
+                given = {"reconstruction": own, "gradients": gradients.get(name), "transposed": across}
+                new = reconstruct(weight, keeps[name], prepared, **given).weight
+            prune_linear(weight, keeps[name], prepared, new, transposed=across)
 
     flops = linears.pruning(own, gram=gram) + gram * linears.solving(own)
     pace["pruning"] = flops / _seconds(prune)

@@ -29,9 +29,8 @@ from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.structure import Linear, build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.engine.weights import Weights, set_parameter
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.experts import Mixture
 from wanda_dvc.pruning.statistics import BlockStats
-from wanda_dvc.pruning.units import Units, places, spread, stay_of
+from wanda_dvc.pruning.units import Mixture, Units, places, spread, stay_of
 from wanda_dvc.reading import DTYPES, Entry
 
 TRIAL = 8  # the width of a trial for a field that the configuration leaves open

@@ -37,38 +37,20 @@ def draw(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int
             f"calibration text: {len(tokens)} tokens, expected more than {length} (calibration.length); "
             "take a longer text or shorter windows"
         )
-    starts = _starts(tokens, samples=samples, length=length, seed=seed)
-    return torch.stack([tokens[start : start + length] for start in starts.tolist()])
-
-
-def between(
-    tokens: Int[Tensor, " tokens"], *, windows: int, samples: int, length: int, seed: int
-) -> Int[Tensor, "windows length"]:
-    """Return the first windows of the text without tokens of `draw`'s windows; fewer if the text is short."""
-    found, end = list[int](), 0
-    for start in [*_starts(tokens, samples=samples, length=length, seed=seed).sort().values.tolist(), len(tokens)]:
-        found += range(end, start - length + 1, length)
-        end = max(end, start + length)
-    return tokens.unfold(0, length, 1)[found[:windows]]
-
-
-def _starts(tokens: Int[Tensor, " tokens"], *, samples: int, length: int, seed: int) -> Int[Tensor, " samples"]:
     rng = random.Random(seed)
-    return torch.tensor([rng.randint(0, len(tokens) - length - 1) for _ in range(samples)])
+    starts = [rng.randint(0, len(tokens) - length - 1) for _ in range(samples)]
+    return torch.stack([tokens[start : start + length] for start in starts])
 
 
-def draw_from_documents(  # noqa: PLR0913 - the documents, and the number and size of windows
+def draw_from_documents(
     documents: Sequence[str],
     tokens_of: Callable[[str], Tensor],
     *,
     samples: int,
     length: int,
     seed: int,
-    held_out: int = 0,
 ) -> Int[Tensor, "windows length"]:
     """Draw windows within documents, as the Wanda authors do from C4.
-
-    After the samples follow `held_out` windows, from documents without samples; fewer if no documents are left.
 
     For each sample, from one generator:
 
@@ -80,8 +62,7 @@ def draw_from_documents(  # noqa: PLR0913 - the documents, and the number and si
     word. And the search ends if no document is long enough.
     """
     extra = len(tokens_of("")) + 1
-    excluded: set[int] = set()  # too short, or not held out
-    drawn: set[int] = set()
+    excluded: set[int] = set()  # too short
     rng = random.Random(seed)
 
     def next_document() -> Tensor | None:
@@ -91,14 +72,12 @@ def draw_from_documents(  # noqa: PLR0913 - the documents, and the number and si
                 continue
             document = documents[index]
             if len(document.encode("utf-8")) + extra > length and len(tokens := tokens_of(document)) > length:
-                drawn.add(index)
                 return tokens
             excluded.add(index)
         return None
 
     windows: list[Tensor] = []
-    for number in range(samples + held_out):
-        excluded |= drawn if number >= samples else set()
+    for _ in range(samples):
         tokens = next_document()
         if tokens is None:
             break

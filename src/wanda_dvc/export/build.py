@@ -15,8 +15,7 @@ from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.apply import describe_pruned, reads_gradients, values_from
 from wanda_dvc.study.card import card
 from wanda_dvc.study.details import is_of, load_details
-from wanda_dvc.study.files import load_json, write_json
-from wanda_dvc.study.held_out import raised
+from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import TRACKED, Project, temporary_place
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.ran import LOCK, Ran
@@ -57,7 +56,6 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
             storage=storage,
             imports=stored.imports,
             results=sections,
-            warnings=[f"The choice {problem}." for problem in raised(load_json(study.metrics("pruned", "held_out")))],
         )
         (work.out / "README.md").write_text(text, encoding="utf-8")
         work.publish(target)
@@ -166,5 +164,3 @@ def _drop_metrics_of_others(study: Project) -> None:
             if not is_of(load_details(path), whose):
                 (study.root / "metrics" / path.relative_to(details)).unlink(missing_ok=True)
                 path.unlink()
-                if path.name == "layer_error.json":  # `apply` writes both
-                    study.metrics("pruned", "held_out").unlink(missing_ok=True)

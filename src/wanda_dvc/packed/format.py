@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wanda_dvc.engine.checkpoint import STORED
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.packing import pack_bits, unpack_bits
+from wanda_dvc.pruning.selection import pack_bits, unpack_bits
 from wanda_dvc.reading import Entry, name_of, read_header, read_object
 
 METHOD, FORMAT = "wanda-dvc", 2

@@ -6,26 +6,106 @@ as with a uniform share.
 """
 
 import bisect
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from wanda_dvc.catalog import Allocation
+from wanda_dvc.pruning.choose import WEIGHTS_AT_A_TIME, Share, function_of, oriented
+from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.selection import removed
+from wanda_dvc.pruning.statistics import BlockStats
 
 DIGITS = 10**6  # shares are rounded to so many parts before they are shifted
 OUTLIER = 5  # OWL's M for LLaMA
 STEPS = 40  # of a bisection
-GREEDY = 128  # inputs among which LSA drops half
 BIN = 19  # low bits of a float32 that do not change a score's bin: 16 bins an octave
 MOST = 0.97  # largest share of a linear in the sensitivity allocation: a linear without weights has no output
 
 
-def slope(sparsity: Fraction, sizes: Sequence[int], step: Fraction) -> list[Fraction]:
-    """Return shares that rise by `step` from block to block: s + β(ℓ − (L−1)/2)."""
-    return shift([step * block for block in range(len(sizes))], sparsity, sizes)
+def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocation
+    weights: Callable[[str], Tensor],
+    blocks: Iterable[BlockStats],
+    count: int,
+    *,
+    allocation: Allocation,
+    share: Fraction,
+    group: str,
+    strength: float | None,
+) -> Sequence[Share]:
+    """Return the share of weights to prune, of each block or of each linear.
+
+    `blocks` yields the statistics of the `count` blocks, with the gradients tier where the allocation needs it. Without
+    `strength` all shares are equal, and `blocks` is not read.
+    """
+    if strength is None:
+        return [share] * count
+    parts: list[list[str]] = []  # the linears of each
+    groups: list[list[tuple[int, int]]] = []  # of each part's linears
+    ratings: list[object] = []
+    ends: list[int] = []  # the parts up to each block's end
+    for measured in blocks:
+        linears: dict[str, tuple[int, int]] = {}
+        for source, names in measured.readers.items():
+            for name in names:
+                number, features = weights(name).numel(), len(measured.inputs[source].sum)
+                linears[name] = (number // features, features) if group == "row" else (1, number)
+        own = [[name] for name in linears] if allocation.by_linear else [list(linears)]
+        parts += own
+        groups += [[linears[name] for name in part] for part in own]
+        ends.append(len(parts))
+        rated = function_of(allocation.rating)(weights, measured)
+        ratings += rated if allocation.by_linear else [rated]
+    sizes = [sum(number * size for number, size in linears) for linears in groups]
+    shares = settle(function_of(allocation.function)(share, sizes, ratings, strength), share, groups)
+    if not allocation.by_linear:
+        return shares
+    return [
+        {parts[part][0]: shares[part] for part in range(begin, end)} for begin, end in itertools.pairwise([0, *ends])
+    ]
+
+
+def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats) -> float:
+    """Return the percentage of outliers among a block's Wanda scores, for OWL."""
+
+    def scores() -> Iterator[Tensor]:
+        for source, names in block.readers.items():
+            for name in names:
+                yield from _wanda_scores(weights, block, name, source)
+
+    return outlier_ratio(scores)
+
+
+def sensitivity_rating(weights: Callable[[str], Tensor], block: BlockStats) -> list[Tensor | None]:
+    """Return a histogram of each linear's scores; None without Fisher information.
+
+    The score is |W| · ‖X_j‖₂ · √(F_i / Σ_j ‖X_j‖²). It divides a row's F_i among its weights in proportion to ‖X_j‖².
+    """
+
+    def rate(name: str, source: str) -> Tensor | None:
+        if name not in block.fisher:
+            return None
+        total = block.inputs[source].norm.double().square().sum()
+        roots, counts = (block.fisher[name] / total).sqrt().float(), []
+        for scores in _wanda_scores(weights, block, name, source):
+            root, roots = roots[: len(scores)], roots[len(scores) :]
+            counts.append(count_scores(scores * root[:, None]))
+        return torch.stack(counts).sum(dim=0, dtype=torch.int32)
+
+    return [rate(name, source) for source, names in block.readers.items() for name in names]
+
+
+def _wanda_scores(
+    weights: Callable[[str], Tensor], block: BlockStats, name: str, source: str
+) -> Iterator[Float[Tensor, "rows in"]]:
+    """Yield a linear's Wanda scores in slices of rows, so that memory does not grow with the linear."""
+    weight = oriented(weights(name), name in block.transposed)
+    for rows in weight.split(max(1, WEIGHTS_AT_A_TIME // weight.shape[1])):
+        yield wanda(rows, block.inputs[source])
 
 
 def owl(sparsity: Fraction, sizes: Sequence[int], outliers: Sequence[float], spread: float) -> list[Fraction]:
@@ -34,16 +114,6 @@ def owl(sparsity: Fraction, sizes: Sequence[int], outliers: Sequence[float], spr
     The kept fraction is (D − min D) / (max D − min D) · 2λ, shifted; D is each block's `outlier_ratio`, λ the spread.
     """
     return _spread([-ratio for ratio in outliers], 2 * spread, sparsity, sizes)
-
-
-def lsa(sparsity: Fraction, sizes: Sequence[int], errors: Sequence[float], spread: float) -> list[Fraction]:
-    """Return LSA's shares: a part with a lower `greedy_error` keeps more. ICLR 2026.
-
-    https://openreview.net/forum?id=xq3lza5IjN. With I = 1 − E / ΣE, scaled to [0, 2β], the share is s + mean(I) − I;
-    β is the spread. A block's E is the mean over its linears. The paper averages shares over blocks, this function
-    over weights.
-    """
-    return _spread(errors, 2 * spread, sparsity, sizes)
 
 
 def sensitivity(
@@ -93,29 +163,6 @@ def outlier_ratio(scores: Callable[[], Iterable[Float[Tensor, "..."]]], times: f
     mean = sum(total for _, total in sums) / sum(count for count, _ in sums)
     above = sum((score > times * mean).sum().item() for score in scores())
     return 100 * above / sum(count for count, _ in sums)
-
-
-def greedy_error(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
-    """Return the error ‖(W−Ŵ)X‖² of dropping half of each row greedily: LSA's E.
-
-    In each slice of 128 inputs, the weight with the lowest ε is dropped, 64 times. ε is the increase of the error if
-    the weight is dropped next. It starts at G_jj w_j² and grows by 2 w_i w_j G_ij when w_i is dropped.
-    """
-    w, error = weight.float(), 0.0
-    growth = w.square().mul_(gram.diagonal())
-    for begin in range(0, w.shape[1], GREEDY):
-        end = min(begin + GREEDY, w.shape[1])
-        some, near, rising = w[:, begin:end], gram[begin:end, begin:end], growth[:, begin:end]
-        pruned = torch.zeros_like(some)
-        for _ in range((end - begin) // 2):
-            lowest = rising.argmin(dim=1, keepdim=True)
-            error += rising.gather(1, lowest).double().sum().item()
-            dropped = some.gather(1, lowest)
-            rising.addcmul_(some * dropped, near[lowest[:, 0]], value=2)
-            rising.scatter_(1, lowest, torch.inf)
-            pruned.scatter_(1, lowest, dropped)
-        growth[:, end:] += 2 * w[:, end:] * (pruned @ gram[begin:end, end:])
-    return error
 
 
 def shift(raw: Sequence[Fraction], sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:

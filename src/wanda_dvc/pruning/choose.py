@@ -1,79 +1,56 @@
 """Compute a block's masks, and the new values of the kept weights, from weights and statistics."""
 
-import importlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wanda_dvc.catalog import SOLVED_UNITS, STRUCTURES, Method, Reconstruction
+from wanda_dvc.catalog import STRUCTURES, Method, Reconstruction, function_of, parse_pattern
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.gram import Gram, layer_errors
-from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.pruning.selection import keep_by_share, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
-from wanda_dvc.pruning.statistics import BlockStats, InputStats
-from wanda_dvc.pruning.units import Units, highest, spread, summed
+from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats
+from wanda_dvc.pruning.units import Mixture, Units, highest, spread, summed
 
 # Rows are scored in slices of about so many weights, which bounds memory. Smaller ones are slower: the threads wait for
 # the interpreter.
 WEIGHTS_AT_A_TIME = 2**20
 
-
-@runtime_checkable
-class Readers(Protocol):
-    """The readers of each distinct input of a block; statistics and Gram matrices implement it."""
-
-    @property
-    def readers(self) -> dict[str, list[str]]:
-        """The linears that read each distinct input."""
-
-    @property
-    def transposed(self) -> list[str]:
-        """The linears whose weights are stored [in, out]."""
-
-
 Share = Fraction | Mapping[str, Fraction]  # of a block's weights that go, or of each of its linears'
+Weights = Callable[[str], Tensor]  # reads a linear's weight, as stored
 
 
-@dataclass(frozen=True)
-class Target:
-    """The share of weights to prune and the pattern, for one linear or for several with the same share."""
-
-    share: Fraction  # of the weights that go
-    pattern: str = "unstructured"
-    group: str = "row"
-    units: Units | None = None  # the units that the linear reads, if the pattern removes some of them
+# --- masks ---
 
 
-def function_of(row: str) -> Callable[..., Any]:
-    """Return the function that a row of the catalog names as `module:function`."""
-    module, _, name = row.partition(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return function
-
-
-def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is chosen
+def choose_by_score(  # noqa: PLR0913 - the linear, its statistics, and how its mask is chosen
     weight: Float[Tensor, "out in"],
     x: InputStats,
     *,
     method: Method,
-    target: Target,
-    name: str = "weight",
+    share: Fraction,
+    pattern: str = "unstructured",
+    group: str = "row",
+    units: Units | None = None,
     worth: Float[Tensor, " out"] | None = None,
+    name: str = "weight",
 ) -> Bool[Tensor, "out in"]:
-    """Return `keep` for one linear, on the weight's device; `worth` multiplies the scores of each row.
+    """Return `keep` for one linear, on the weight's device, by its scores.
 
-    Messages use `name`. Where rows do not compete, the host takes a slice of rows at a time: memory does not grow with
-    the linear. UserError where a score is not finite, or the target is out of reach.
+    `share` of the weights go, at places that `pattern` and `group` allow; with `units`, the inputs of some units go.
+    `worth` multiplies the scores of each row. Messages use `name`. Where rows do not compete, the host takes a slice of
+    rows at a time: memory does not grow with the linear. UserError where a score is not finite, or the share is out of
+    reach.
     """
     score = function_of(method.function)
-    by_row = method.selects_by_row(target.pattern, target.group) and not target.units and weight.device.type == "cpu"
+    by_row = method.selects_by_row(pattern, group) and not units and weight.device.type == "cpu"
     x = x.to(weight.device)
     rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1]) if by_row else len(weight)
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
@@ -84,73 +61,81 @@ def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is c
             scored = scored * worth.to(scored)[:, None]
         if not scored.amax().isfinite():
             raise UserError(f"{name}: scores that are not finite; its weights or the activations it reads overflow")
-        select_from = SELECTIONS[method.competition]
-        into.copy_(_by_unit(scored, target.units) if target.units else select_from(scored, target))
+        if units:
+            into.copy_(spread(highest(summed(scored, units), units.stay), units).expand(scored.shape))
+        elif method.competition == "rows":
+            into.copy_(keep_by_share(scored, float(share)))
+        else:
+            into.copy_(select(scored, share=share, pattern=pattern, group=group))
     return keep
 
 
-def _by_unit(score: Float[Tensor, "out in"], units: Units) -> Bool[Tensor, "out in"]:
-    """Keep the inputs of the units with the highest sums of scores."""
-    return spread(highest(summed(score, units), units.stay), units).expand(score.shape)
-
-
-SELECTIONS: Mapping[str, Callable[[Tensor, Target], Tensor]] = {
-    "groups": lambda score, target: select(score, share=target.share, pattern=target.pattern, group=target.group),
-    "rows": lambda score, target: keep_by_share(score, float(target.share)),
-}
+def choose_by_solver(  # noqa: PLR0913 - the linear, its statistics, and how its mask is chosen
+    weight: Float[Tensor, "out in"],
+    prepared: Prepared,
+    *,
+    method: Method,
+    share: Fraction,
+    pattern: str = "unstructured",
+    group: str = "row",
+    units: Units | None = None,
+    worth: Float[Tensor, " out"] | None = None,
+) -> Bool[Tensor, "out in"]:
+    """Return `keep` for one linear, on the device of its Gram matrix, by a solver; other arguments as by scores."""
+    weight = weight.to(prepared.gram.device)
+    if worth is not None:  # a row's problem is the same at every scale
+        weight = weight.float() * worth.to(weight.device)[:, None]
+    if units:
+        return spread(function_of(method.units)(weight, prepared, units), units).expand(weight.shape)
+    among = "row" if group == "row" else "linear"  # solvers ignore the row weights
+    solved: Solved = function_of(method.function)(weight, prepared, share=share, pattern=pattern, group=among)
+    return solved.keep
 
 
 def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks are chosen
-    weights: Callable[[str], Tensor],
+    weights: Weights,
     block: BlockStats,
     *,
     method: Method,
-    targets: Mapping[str, Target] | Target,
+    share: Share,
+    pattern: str = "unstructured",
+    group: str = "row",
+    units: Mapping[str, Units] | None = None,
     grams: Mapping[str, Gram] | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Tensor]:
     """Return the `keep` masks of one block's linears, oriented as their weights are stored.
 
-    `weights` reads a linear's stored weight. `targets` has an entry for each linear, or is the same for all. `grams`
-    holds the Gram matrix of each distinct input where the method needs it. Masks from scores are computed on `device`,
-    by default the weight's: one at a time on a GPU, in parallel on the host, with torch's number of threads. A solver
-    uses all of a device for one linear, and runs on the device of the Gram matrix.
+    `units` has those that go, by the linear that reads them; such a pattern keeps all weights of other linears. `grams`
+    has the Gram matrix of each distinct input where the method needs it. Masks from scores are computed on `device`, by
+    default the weight's: one at a time on a GPU, in parallel on the host, with torch's number of threads. A solver uses
+    all of a device for one linear, and runs on the device of the Gram matrix.
     """
-    if isinstance(targets, Target):
-        targets = {name: targets for names in block.readers.values() for name in names}
-    worths = {name: row_worth(block.fisher[name]) for name, one in targets.items() if weighs(one, block, name)}
-    if method.competition == "solver":
-        solve, chosen = function_of(method.function), {}
-        for name, prepared in prepared_linears(block, grams or {}):
-            across, target = name in block.transposed, targets[name]
-            if removes_no_weight(target):
-                chosen[name] = torch.ones(weights(name).shape, dtype=torch.bool)
-                continue
-            weight = oriented(weights(name), across)
-            prepared = prepared or prepare(Gram.empty(weight.shape[1]), name)
-            there = weight.to(prepared.gram.device)
-            if name in worths:  # a row's problem is the same at every scale
-                there = there.float() * worths[name].to(there.device)[:, None]
-            if target.units:
-                stay = function_of(method.units)(there, prepared, target.units)
-                chosen[name] = oriented(spread(stay, target.units).expand(there.shape), across).contiguous()
-                continue
-            group = "row" if target.group == "row" else "linear"  # solvers ignore the row weights
-            solved = solve(there, prepared, share=target.share, pattern=target.pattern, group=group)
-            chosen[name] = oriented(solved.keep, across).contiguous()
-        return chosen
+    weighs = group == "outputs" and not parse_pattern(pattern)  # without Fisher information all rows count alike
 
-    inputs = {source: x if device is None else x.to(device) for source, x in block.inputs.items()}
-
-    def keep(name: str, x: InputStats) -> Tensor:
-        across, weight = name in block.transposed, weights(name)
-        target, worth = targets[name], worths.get(name)
-        if removes_no_weight(target):
+    def keep(name: str, given: InputStats | Prepared | None) -> Tensor:
+        """Return a linear's mask, from the statistics of its input, or for a solver from its Gram matrix."""
+        weight, across = weights(name), name in block.transposed
+        if keeps_all(name, pattern, units):
             return torch.ones(weight.shape, dtype=torch.bool)
-        weight = weight if device is None else weight.to(device)
-        kept = choose(oriented(weight, across), x, method=method, target=target, name=name, worth=worth)
-        return oriented(kept, across).contiguous()
+        words: dict[str, Any] = {
+            "method": method,
+            "share": share[name] if isinstance(share, Mapping) else share,
+            "pattern": pattern,
+            "group": group,
+            "units": units.get(name) if units else None,
+            "worth": row_worth(block.fisher[name]) if weighs and name in block.fisher else None,
+        }
+        if isinstance(given, InputStats):
+            weight = oriented(weight if device is None else weight.to(device), across)
+            return oriented(choose_by_score(weight, given, name=name, **words), across).contiguous()
+        weight = oriented(weight, across)
+        given = given or prepare(Gram.empty(weight.shape[1]), name)  # an expert without tokens
+        return oriented(choose_by_solver(weight, given, **words), across).contiguous()
 
+    if method.competition == "solver":
+        return {name: keep(name, prepared) for name, prepared in prepared_linears(block.readers, grams or {})}
+    inputs = {source: x if device is None else x.to(device) for source, x in block.inputs.items()}
     threads = torch.get_num_threads() if device is None or device.type == "cpu" else 1
     with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy's partition releases the GIL
         jobs = {
@@ -159,23 +144,9 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
         return {name: job.result() for name, job in jobs.items()}
 
 
-def targets_of(
-    block: Readers, *, share: Share, pattern: str, group: str, units: Mapping[str, Units] | None = None
-) -> dict[str, Target]:
-    """Return the target of each linear of a block. `units` are those that go, by the linear that reads them."""
-    names, units = [name for names in block.readers.values() for name in names], units or {}
-    shares = {name: share[name] if isinstance(share, Mapping) else share for name in names}
-    return {name: Target(shares[name], pattern, group, units.get(name)) for name in names}
-
-
-def removes_no_weight(target: Target) -> bool:
+def keeps_all(name: str, pattern: str, units: Mapping[str, Units] | None) -> bool:
     """Whether the pattern removes units, and none that this linear reads."""
-    return target.pattern in STRUCTURES and target.units is None
-
-
-def weighs(target: Target, block: BlockStats, name: str) -> bool:
-    """Whether Fisher information weights a linear's rows; without any, all rows count alike."""
-    return target.group == "outputs" and not parse_pattern(target.pattern) and name in block.fisher
+    return pattern in STRUCTURES and name not in (units or {})
 
 
 def row_worth(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
@@ -184,9 +155,89 @@ def row_worth(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
     return (worth / worth.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
+def choose_blocks(
+    weights: Weights, blocks: Iterable[BlockStats], stay: int, *, method: Method
+) -> Bool[Tensor, " blocks"]:
+    """Return which blocks stay: those with the highest scores; of ties the first goes.
+
+    Without a score of blocks, a block's is the sum of its weights' scores.
+    """
+    score, scores = function_of(method.function), []
+    for block in blocks:
+        if method.competition == "blocks":
+            scores.append(score(block))
+            continue
+        linears = [(name, source) for source, names in block.readers.items() for name in names]
+        total = 0.0
+        for name, source in linears:
+            weight = oriented(weights(name), name in block.transposed).float()
+            total += float(score(weight, block.inputs[source]).sum(dtype=torch.float64))
+        scores.append(total)
+    for index, found in enumerate(scores):
+        if not math.isfinite(found):
+            raise UserError(f"block {index}: a score that is not finite; its weights or activations overflow")
+    return highest(torch.tensor(scores, dtype=torch.float64), stay)
+
+
+def choose_experts(
+    weights: Weights,
+    block: BlockStats,
+    mixtures: Mapping[str, Mixture],
+    *,
+    method: Method,
+    device: torch.device | None = None,
+) -> dict[str, Bool[Tensor, "rows columns"]]:
+    """Return the masks of one block's linears: all weights of an expert stay or go, all others stay.
+
+    The lowest scores of each mixture go, or of each of its groups; of ties the first goes. Without a score of experts,
+    an expert's is the sum of its weights' scores. UserError if the outputs of experts were not recorded.
+    """
+    sources = {name: source for source, names in block.readers.items() for name in names}
+    keeps = dict.fromkeys(sources, True)
+    for mixture in mixtures.values():
+        if mixture.experts[0][0] in sources:
+            scores = torch.tensor([_score(weights, block, sources, own, method, device) for own in mixture.experts])
+            stay = torch.cat([highest(x, mixture.stay // mixture.groups) for x in scores.chunk(mixture.groups)])
+            keeps |= {name: kept for own, kept in zip(mixture.experts, stay.tolist(), strict=True) for name in own}
+    return {name: torch.full(weights(name).shape, keep) for name, keep in keeps.items()}
+
+
+def _score(  # noqa: PLR0913, PLR0917 - the expert, its statistics, and how it is scored
+    weights: Weights,
+    block: BlockStats,
+    sources: Mapping[str, str],
+    linears: list[str],
+    method: Method,
+    device: torch.device | None,
+) -> float:
+    """Return the score of one expert."""
+    score = function_of(method.function)
+    if method.competition == "experts":
+        tokens = max(block.inputs[sources[name]].count for name in linears)
+        found = [block.outputs[name] for name in linears if name in block.outputs]
+        outputs = found[0] if found else OutputStats(torch.zeros((), dtype=torch.float64), 0)
+        if outputs.count != tokens or len(found) > 1:
+            raise UserError(
+                f"method: got {method.name}, but calibration saw {outputs.count} outputs with gates of {linears[0]} "
+                f"for {tokens} tokens, expected one for each; set method=wanda"
+            )
+        return float(score(outputs))
+    total = 0.0
+    for name in linears:
+        weight, x = oriented(weights(name), name in block.transposed), block.inputs[sources[name]]
+        weight = weight if device is None else weight.to(device)
+        total += float(score(weight, x.to(weight.device)).sum(dtype=torch.float32))
+    if not torch.tensor(total).isfinite():
+        raise UserError(f"{linears[0]}: scores that are not finite; weights or activations of its expert overflow")
+    return total
+
+
+# --- new values of kept weights ---
+
+
 def aim_block(
-    weights: Callable[[str], Tensor],
-    block: Readers,
+    weights: Weights,
+    block: BlockStats,
     *,
     grams: Mapping[str, Gram],
     crosses: Mapping[str, Tensor],
@@ -198,7 +249,7 @@ def aim_block(
     """
     aimed = {}
     sources = {name: source for source, names in block.readers.items() for name in names}
-    for name, prepared in prepared_linears(block, grams):
+    for name, prepared in prepared_linears(block.readers, grams):
         source, weight = sources[name], weights(name).float()
         if prepared is not None and source in crosses:
             across = name in block.transposed
@@ -217,18 +268,14 @@ def reconstruct(  # noqa: PLR0913 - the linear, its statistics, and how it is st
     reconstruction: Reconstruction,
     gradients: Gram | None = None,
     transposed: bool = False,
-    of_inputs: bool = False,
 ) -> Solved:
     """Return the weights of one linear on its mask, oriented, typed and placed as `weight` is stored.
 
     `gradients` is the Gram matrix of the gradients of its output, if the reconstruction uses it and it exists.
-    With `of_inputs` the mask removes complete inputs. Then least squares has one solution that is the best for all
-    outputs: gradients cancel, and SparseGPT's sweep is its approximation.
     """
-    solve = function_of((SOLVED_UNITS if of_inputs else reconstruction).function or "")
-    device, uses = prepared.gram.device, reconstruction.by_gradients and not of_inputs
+    solve, device = function_of(reconstruction.function or ""), prepared.gram.device
     there = (oriented(x, transposed).to(device) for x in (weight, keep))
-    further = [gradients.matrix().to(device) if gradients else None] if uses else []
+    further = [gradients.matrix().to(device) if gradients else None] if reconstruction.by_gradients else []
     solved = solve(*there, prepared, *further)
     return replace(solved, keep=keep, weight=oriented(solved.weight, transposed).contiguous().to(weight))
 
@@ -237,58 +284,39 @@ class Pruned(NamedTuple):
     """One linear of a pruned model, as its weight is stored."""
 
     weight: Tensor  # zero off the mask
-    error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix
-    masked: float | None  # likewise, without a reconstruction
-    solved: dict[str, float]  # solver diagnostics; {} without a solver
+    error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the calibration's inputs; None without their Gram matrix
+    masked: float | None  # likewise, without new values
 
 
 def prune_linear(  # noqa: PLR0913 - the linear, its statistics, and how it is stored
     weight: Tensor,
     keep: Tensor,
     prepared: Prepared | None,
-    *,
     values: Tensor | None = None,
-    reconstruction: Reconstruction | None = None,
-    gradients: Gram | None = None,
+    *,
     transposed: bool = False,
     of_inputs: bool = False,
 ) -> Pruned:
-    """Return one linear on its mask, and its layer errors.
+    """Return one linear on its mask, and its layer errors; `values` replace the kept weights.
 
-    The kept weights get `values`, or `reconstruction` solves for them where the input has a Gram matrix; else they do
-    not change. `of_inputs` as in `reconstruct`; then the errors are of the rows that stay, as nothing reads the others,
-    and of linears that lose inputs or change.
+    `of_inputs`: the mask removes complete inputs. The errors are then of the rows that stay, as nothing reads the
+    others, and of linears that lose inputs or change.
     """
+    keep = keep.to(weight.device)
+    plain = masked(weight, keep)
+    new = plain if values is None else masked(values.to(weight.device), keep)
     if prepared is None:
-        return Pruned(masked(weight if values is None else values, keep), None, None, {})
-    device, solved = prepared.gram.device, dict[str, float]()
-    there, kept = weight.to(device), keep.to(device)  # once: they cross the link to a GPU
-    plain = masked(there, kept)
-    different = [plain]
-    if values is not None:
-        different.append(masked(values.to(device), kept))
-    elif reconstruction is not None and reconstruction.function is not None:
-        one = reconstruct(
-            there,
-            kept,
-            prepared,
-            reconstruction=reconstruction,
-            gradients=gradients,
-            transposed=transposed,
-            of_inputs=of_inputs,
-        )
-        different.append(masked(one.weight, kept))
-        solved = one.diagnostics
-    made = different[-1].to(weight.device)
-    dense, *pruned = (oriented(w, transposed).float() for w in (there, *different))
+        return Pruned(new, None, None)
+    dense, *pruned = (oriented(w, transposed).to(prepared.gram.device).float() for w in (weight, plain, new))
     if of_inputs:
-        stays = oriented(kept, transposed)
+        stays = oriented(keep, transposed)
         rows = stays.any(dim=1)
-        if not rows.any() or (values is None and stays[rows].all()):
-            return Pruned(made, None, None, solved)
+        if not rows.any() or (stays[rows].all() and torch.equal(new, plain)):
+            return Pruned(new, None, None)
+        rows = rows.to(dense.device)
         dense, pruned = dense[rows], [one[rows] for one in pruned]
-    errors = layer_errors(dense, pruned, prepared.gram, prepared.dead)
-    return Pruned(made, errors[-1], errors[0], solved)
+    before, error = layer_errors(dense, pruned, prepared.gram, prepared.dead)
+    return Pruned(new, error, before)
 
 
 def masked(weight: Tensor, keep: Tensor) -> Tensor:
@@ -304,9 +332,11 @@ def prepare(gram: Gram, name: str) -> Prepared:
     return Prepared(gram.matrix(), f"{name}: Gram matrix")
 
 
-def prepared_linears(block: Readers, grams: Mapping[str, Gram]) -> Iterator[tuple[str, Prepared | None]]:
+def prepared_linears(
+    readers: Mapping[str, list[str]], grams: Mapping[str, Gram]
+) -> Iterator[tuple[str, Prepared | None]]:
     """Yield each linear with its Gram matrix, prepared once per distinct input; None for an input without tokens."""
-    for source, names in block.readers.items():
+    for source, names in readers.items():
         prepared = prepare(grams[source], source) if source in grams else None
         for name in names:
             yield name, prepared

@@ -1,9 +1,10 @@
-"""Scores: the importance of each weight. A score has the weight's shape; higher scores stay."""
+"""Scores: the importance of each weight, of the weight's shape, or of a complete expert or block; higher stays."""
 
 from jaxtyping import Float
 from torch import Tensor, finfo, float32
 
-from wanda_dvc.pruning.statistics import InputStats
+from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats
 
 
 def magnitude(weight: Float[Tensor, "out in"], x: InputStats | None = None) -> Float[Tensor, "out in"]:
@@ -29,3 +30,25 @@ def ria(weight: Float[Tensor, "out in"], x: InputStats) -> Float[Tensor, "out in
     tiny = finfo(float32).tiny  # all-zero rows and columns give 0 / 0
     of_input, of_output = size.sum(dim=0).clamp_(min=tiny), size.sum(dim=1, keepdim=True).clamp_(min=tiny)
     return (size / of_input).add_(size / of_output).mul_(x.norm.sqrt())
+
+
+def reap(outputs: OutputStats) -> float:
+    """Return REAP's score: the mean over the tokens sent to an expert of gate · ‖output‖₂; 0 without tokens.
+
+    Lasby et al. 2025, arXiv 2510.13999, equation 9. The norm is of the product that the model computes.
+    """
+    return float(outputs.sum) / outputs.count if outputs.count else 0.0
+
+
+def influence(block: BlockStats) -> float:
+    """Return a block's influence: the mean over tokens of 1 − cosine of its input and output.
+
+    Men et al. 2024, ShortGPT, arXiv 2403.03853. UserError if it was not measured.
+    """
+    if block.influence is None:
+        raise UserError(
+            "stats/: no influence of blocks, expected one number for each, as this version measures; run `dvc repro` "
+            "or `wanda-dvc calibrate`"
+        )
+    total, tokens = block.influence.tolist()
+    return total / tokens

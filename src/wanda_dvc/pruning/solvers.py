@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from wanda_dvc.catalog import parse_pattern
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.patterns import parse_pattern
 from wanda_dvc.pruning.products import add_product, multiply
 from wanda_dvc.pruning.selection import keep_highest, keep_n_of_m, removed, select
 

@@ -27,6 +27,14 @@ class Units(NamedTuple):
     layout: tuple[int, ...] = (1,)  # inputs of a unit in each section of the inputs: units follow one another in it
 
 
+class Mixture(NamedTuple):
+    """The experts that one router chooses from."""
+
+    experts: list[list[str]]  # the linears of each
+    stay: int
+    groups: int = 1  # neighbouring experts: the same number stays in each group
+
+
 def stay_of(width: int, share: Fraction, multiple: int) -> int:
     """Return the number of units that stay: the multiple nearest to width · (1 − share), at least one multiple.
 
@@ -52,9 +60,15 @@ def spread(stay: Bool[Tensor, " units"], units: Units) -> Bool[Tensor, " in"]:
 
 
 def summed(score: Float[Tensor, "out in"], units: Units) -> Float[Tensor, " units"]:
-    """Return each unit's score: the sum of the scores of all weights that read it."""
-    total = score.sum(dim=0, dtype=torch.float32)
-    return torch.zeros(units.total, device=score.device).index_add_(0, places(units).to(score.device), total)
+    """Return each unit's score: the sum of the scores of all weights that read it.
+
+    Inputs are added one after another: the order of `index_add_` is not fixed on CUDA.
+    """
+    total, found = score.sum(dim=0, dtype=torch.float32), torch.zeros(units.total, device=score.device)
+    for section in total.split([units.total * size for size in units.layout]):
+        for inputs in section.view(units.total, -1).T:
+            found += inputs
+    return found
 
 
 def highest(score: Float[Tensor, " units"], stay: int) -> Bool[Tensor, " units"]:

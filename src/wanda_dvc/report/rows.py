@@ -22,7 +22,6 @@ from wanda_dvc.report.measures import Measured, mean_layer_error
 from wanda_dvc.stages import times
 from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, Experiment, Kind, list_experiments
 from wanda_dvc.study.files import Json, load_json
-from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE
 from wanda_dvc.study.ran import md5, read_lock, stale_stages, without_removed_texts
@@ -101,7 +100,7 @@ class Row:
         """
         plan, known = self.params.plan, list(RECIPES.values())
         names = [name for name in CHOICES if plan.pattern == UNSTRUCTURED or name not in ("group", "allocation")]
-        strength = ["allocation_strength"] if plan.strength != plan.allocation.strength(plan.share) else []
+        strength = ["allocation_strength"] if plan.strength != plan.allocation.strength else []
         found = []
         for place, recipe in enumerate([*known, Recipe(name=plan.method.name, about="", method=plan.method.name)]):
             if recipe.method == plan.method.name:
@@ -251,7 +250,6 @@ def _row(project: Project, candidate: Experiment, folder: Path) -> Row | str:
             path.unlink()
     if left_out := without_removed_texts(stale, params):
         notes.append(f"not run on these parameters, and left out: {', '.join(sorted(left_out))}")
-    notes += raised(load_json(study.metrics("pruned", "held_out")))
     # Missing masks/ need no note: only the key of a time depends on them.
     missing = [path for path in missing if path.startswith(TAKEN) and path not in dropped]
     if not any((folder / "metrics/pruned").rglob("*.json")):

@@ -14,14 +14,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from wanda_dvc.catalog import RECONSTRUCTIONS, STRUCTURES
+from wanda_dvc.catalog import RECONSTRUCTIONS, SOLVED_UNITS, STRUCTURES
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.choose import prepare, prune_linear
-from wanda_dvc.pruning.packing import count_zeros
+from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
+from wanda_dvc.pruning.selection import count_zeros
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.held_out import compare, limit
 from wanda_dvc.stages.mask import removal_of
 from wanda_dvc.stages.running import progress, solving_device
 from wanda_dvc.study.card import card
@@ -48,7 +47,6 @@ class Zeros(NamedTuple):
 
 def apply(*, project: Project) -> None:
     """models/dense + masks/ + stats/ + weights/ → models/pruned."""
-    windows = limit()
     solving_device(project.params.runtime)  # refused before any file is read
     made_from = describe_pruned(project)
     with project.work(made_from) as work:
@@ -58,8 +56,6 @@ def apply(*, project: Project) -> None:
         files = {name: sha256 for name, sha256 in files_digest(folder).items() if name != CARD}
         write_provenance(folder, made_from | {"files": files})
         work.publish(project.model("pruned"))
-    losses = compare(project, made_from, windows, lambda name: Parts(project, name).made)
-    write_json(project.metrics("pruned", "held_out"), {"held_out": losses} if losses else {})
     write_json(project.metrics("pruned", "sparsity"), written.metrics)
     write_json(
         project.details("pruned", "sparsity"),
@@ -169,10 +165,6 @@ class Parts:
         block, source = self.blocks[linear], self._source.get(linear)
         return self._prepared(block, source) if source in (self.grams[block] if self.grams else ()) else None
 
-    def made(self, block: int) -> dict[str, Tensor]:
-        """Return the weights of a block's linears in the pruned model."""
-        return {linear: self.make(self.checkpoint.find(linear))[0] for linear in self.keeps[block]}
-
     def make(self, address: Address) -> tuple[Tensor, Zeros]:
         """Return one linear's weights in the pruned model, as stored, and its measures."""
         linear, weight = address.linear, self.checkpoint.read(address)
@@ -182,22 +174,24 @@ class Parts:
             raise UserError(
                 f"masks/: {linear} is {list(keep.shape)}, expected {list(weight.shape)}; run `wanda-dvc mask` again"
             )
-        values, solved = None, {}
+        dense = weight if prepared is None else weight.to(prepared.gram.device)  # once: it crosses the link to a GPU
+        keep = keep.to(dense.device)
+        transposed = bool(self.grams) and linear in self.grams[block].transposed
+        new, solved = None, Json()
         if self.source == "weights":
             weights, diagnostics = self.changed[block]
-            values, solved = weights.get(linear), diagnostics.get(linear, {})
-        made = prune_linear(
-            weight,
-            keep,
-            prepared,
-            values=values,
-            reconstruction=self.reconstruction if self.source == "gram" else None,
-            gradients=self.gradients[block].get(linear) if self.gradients else None,
-            transposed=bool(self.grams) and linear in self.grams[block].transposed,
-            of_inputs=self.structure is not None,
-        )
+            new, solved = weights.get(linear), diagnostics.get(linear, {})
+        elif self.source == "gram" and prepared is not None:
+            reconstruction = SOLVED_UNITS if self.structure else self.reconstruction
+            gradients = self.gradients[block].get(linear) if self.gradients else None
+            found = reconstruct(
+                dense, keep, prepared, reconstruction=reconstruction, gradients=gradients, transposed=transposed
+            )
+            new, solved = found.weight, found.diagnostics
+        of_inputs = self.structure is not None
+        made = prune_linear(dense, keep, prepared, new, transposed=transposed, of_inputs=of_inputs)
+        made = made._replace(weight=made.weight.to(weight.device))
         zero = count_zeros(made.weight)
-        solved = solved or made.solved
         return made.weight, Zeros(block, zero, weight.numel(), weight.nbytes, made.error, made.masked, solved)
 
 

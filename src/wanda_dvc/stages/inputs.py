@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from wanda_dvc.catalog import check_pattern
 from wanda_dvc.errors import FIX, UserError, notice
 from wanda_dvc.params import Params, Runtime
 from wanda_dvc.plan import GRAM_DTYPE
-from wanda_dvc.pruning.patterns import check_pattern
 from wanda_dvc.stages.running import check_device, device_name, ending, own_device, record_details, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
@@ -149,25 +149,20 @@ def check_fits(project: Project, features: dict[str, int]) -> None:
     check_pattern(Project(project.root).params.pattern, features)
 
 
-def calibration_windows(
-    project: Project, measured_with: Json | None = None, *, held_out: int = 0
-) -> "Int[Tensor, 'windows length']":
+def calibration_windows(project: Project, measured_with: Json | None = None) -> "Int[Tensor, 'windows length']":
     """Draw windows from data/calibration, with the dense model's tokenizer.
 
-    The settings are params.yaml's, or `measured_with`, the parameters of the statistics. With `held_out`, return at
-    most as many windows without tokens of the drawn windows instead.
+    The settings are params.yaml's, or `measured_with`, the parameters of the statistics.
     """
-    from wanda_dvc.engine.windows import between, draw, draw_from_documents, load_tokenizer, tokenize
+    from wanda_dvc.engine.windows import draw, draw_from_documents, load_tokenizer, tokenize
 
     wanted = measured_with or calibrated_with(project.params)
     words = {"samples": wanted["windows"], "length": wanted["length"], "seed": wanted["seed"]}
     tokenizer = load_tokenizer(project.model("dense"))
     with project.documents("calibration") as documents:
         if documents is not None:
-            drawn = draw_from_documents(documents, partial(tokenize, tokenizer=tokenizer), **words, held_out=held_out)
-            return drawn[words["samples"] :] if held_out else drawn
-    tokens = tokenize(project.text("calibration"), tokenizer)
-    return between(tokens, windows=held_out, **words) if held_out else draw(tokens, **words)
+            return draw_from_documents(documents, partial(tokenize, tokenizer=tokenizer), **words)
+    return draw(tokenize(project.text("calibration"), tokenizer), **words)
 
 
 @contextlib.contextmanager

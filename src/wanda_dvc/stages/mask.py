@@ -11,27 +11,25 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from wanda_dvc.catalog import Structure
+from wanda_dvc.catalog import Structure, function_of
 from wanda_dvc.engine.checkpoint import Checkpoint, Source
 from wanda_dvc.engine.jobs import JobInput
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
-from wanda_dvc.pruning.blocks import choose_blocks
+from wanda_dvc.pruning.allocation import allocate
 from wanda_dvc.pruning.choose import (
     Share,
     aim_block,
     choose_block,
-    function_of,
+    choose_blocks,
+    choose_experts,
+    keeps_all,
     masked,
     prepared_linears,
     reconstruct,
-    removes_no_weight,
-    targets_of,
 )
-from wanda_dvc.pruning.experts import choose_experts
 from wanda_dvc.pruning.gram import Gram
-from wanda_dvc.pruning.ratings import allocate
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import Units
 from wanda_dvc.stages import STAGES
@@ -151,10 +149,9 @@ def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequ
     plan = project.params.plan
     allocation = plan.allocation
 
-    def blocks() -> Iterator[tuple[BlockStats, Mapping[str, Gram]]]:
+    def blocks() -> Iterator[BlockStats]:
         for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks rated"):
-            grams = read_grams(project.gram, block) if allocation.needs == "gram" else {}
-            yield informed(project, plan, block), grams
+            yield informed(project, plan, block)
 
     return allocate(
         checkpoint.weight,
@@ -204,8 +201,17 @@ def keeps(  # noqa: PLR0913 - the block, and how its masks are chosen
     if removal and removal.mixtures:
         return choose_experts(weights, block, removal.mixtures, method=plan.method, device=device)
     units = removal.units if removal else None
-    targets = targets_of(block, share=share, pattern=plan.pattern, group=plan.group, units=units)
-    chosen = choose_block(weights, block, method=plan.method, targets=targets, grams=grams, device=device)
+    chosen = choose_block(
+        weights,
+        block,
+        method=plan.method,
+        share=share,
+        pattern=plan.pattern,
+        group=plan.group,
+        units=units,
+        grams=grams,
+        device=device,
+    )
     return removal.spread(chosen) if removal else chosen
 
 
@@ -282,8 +288,17 @@ def solve(device: torch.device, part: Part) -> Made:
         crosses = {name: cross.to(device) for name, cross in part.crosses.items()}
         aimed = aim_block(weights, block, grams=grams, crosses=crosses, strength=CORRECTION)
         weights = aimed.__getitem__
-    targets = targets_of(block, share=part.share, pattern=plan.pattern, group=plan.group, units=part.units)
-    chosen = choose_block(weights, block, method=plan.method, targets=targets, grams=grams, device=device)
+    chosen = choose_block(
+        weights,
+        block,
+        method=plan.method,
+        share=part.share,
+        pattern=plan.pattern,
+        group=plan.group,
+        units=part.units,
+        grams=grams,
+        device=device,
+    )
     solved = {}
     if plan.propagates and plan.solves:
         solved = {
@@ -291,13 +306,12 @@ def solve(device: torch.device, part: Part) -> Made:
                 weights(name),
                 chosen[name],
                 prepared,
-                reconstruction=plan.reconstruction,
+                reconstruction=plan.solver,
                 gradients=part.gradients.get(name),
                 transposed=name in block.transposed,
-                of_inputs=plan.structure is not None,
             )
-            for name, prepared in prepared_linears(block, grams)
-            if prepared is not None and (plan.corrects or not removes_no_weight(targets[name]))
+            for name, prepared in prepared_linears(block.readers, grams)
+            if prepared is not None and (plan.corrects or not keeps_all(name, plan.pattern, part.units))
         }
     changed = {name: one.weight.to("cpu", stored[name].dtype) for name, one in solved.items()}
     return Made(pack_masks(chosen), changed, {name: one.diagnostics for name, one in solved.items()})

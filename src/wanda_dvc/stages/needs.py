@@ -27,7 +27,7 @@ from wanda_dvc.engine.sizes import (
 )
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Calibration, Params
-from wanda_dvc.plan import GRAM_DTYPE, TRAINING, WINDOWS_BACK, WINDOWS_HELD_OUT
+from wanda_dvc.plan import GRAM_DTYPE, TRAINING, WINDOWS_BACK
 from wanda_dvc.stages.running import device_name
 from wanda_dvc.study.project import TEXT, Project
 from wanda_dvc.study.tensors import block_count, read_stats
@@ -221,31 +221,13 @@ def _apply(on: Known) -> Need:
     plan, linears, gram = on.params.plan, on.linears, on.params.calibration.statistics != "norms"
     grams = gram * _gram_bytes(linears.all_squares)
     solving = linears.solving(plan.reconstruction) if plan.weights_come_from == "gram" else 0
-    written = Need(
+    return Need(
         memory=_with_probe(on, writing(linears, gram=gram, by_gradients=plan.by_gradients)),
         disk=on.stored,
         least=0 if plan.structure else on.stored,  # a smaller model takes less
         read=on.stored + grams,
         link=grams + gram * linears.count * (2 * linears.width + 1),  # weights in both directions, and masks
         work={"pruning": linears.pruning(plan.reconstruction, gram=gram) + solving},
-    )
-    models = sum(map(len, plan.compared.values()))
-    if not models:
-        return written
-    # A few windows once for each model compared. A block has other weights, chosen or solved for while it is there.
-    windows, length = models * WINDOWS_HELD_OUT, on.params.calibration.length
-    walk = _walk(on, "calibration", windows, length, head=windows * length, logits=True)
-    chosen = choosing(linears, threads=cores(), by_row=False)
-    block = on.model.block * (WIDTH[on.params.dtype] + on.model.width)
-    selection = max(written.memory.selection, chosen.selection) + block
-    return replace(
-        written,
-        memory=either(written.memory, replace(walk.memory, selection=selection)),
-        disk=written.disk + walk.disk,
-        read=written.read + models * on.stored,
-        hidden=walk.hidden,
-        link=written.link + models * walk.link,
-        work=_sum(written.work, walk.work),
     )
 
 

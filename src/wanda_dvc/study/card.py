@@ -64,13 +64,12 @@ def card(  # noqa: PLR0913 - the parts of a model card
     storage: str = STORAGE,
     imports: str = "",
     results: Mapping[str, str] | None = None,
-    warnings: Iterable[str] = (),
 ) -> str:
     """Return the model card of a study's pruned model; `sparsity` is its measured sparsity.
 
     `removed` is the share of the model's weights that were removed with complete units; None: zeros are stored.
     `storage` describes the storage of zeros, and `imports` is Python code required for loading. `results` are more
-    sections, by title. `warnings` are sentences on limits of the model.
+    sections, by title.
     """
     masks = read_provenance(study.masks, "mask")
     dense = read_provenance(study.model("dense"), "download model")
@@ -87,7 +86,7 @@ def card(  # noqa: PLR0913 - the parts of a model card
         "Pruning": table(["what", "value"], _facts(study, masks, dense, sparsity)),
         **(results or {}),
         "Load the model": LOADING.format(imports=imports),
-        "Limits": " ".join([*([storage] if removed is None else []), _speed(pattern), *warnings]),
+        "Limits": " ".join([*([storage] if removed is None else []), _speed(pattern)]),
         "Licence of the dense model": license_text,
     }
     return CARD.format(

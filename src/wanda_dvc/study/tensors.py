@@ -245,7 +245,7 @@ def write_masks(folder: Path, block: int, keeps: "Mapping[str, Tensor]") -> None
 
 def pack_masks(keeps: "Mapping[str, Tensor]") -> "Masks":
     """Return `keep` masks in the form of `write_masks`, one bit a weight."""
-    from wanda_dvc.pruning.packing import pack_bits
+    from wanda_dvc.pruning.selection import pack_bits
 
     return Masks(
         {name: pack_bits(keep) for name, keep in keeps.items()}, {name: keep.shape[1] for name, keep in keeps.items()}
@@ -319,7 +319,7 @@ class Masks(Mapping[str, "Tensor"]):
         return Masks(self.packed | other.packed, self.columns | other.columns)
 
     def __getitem__(self, name: str) -> "Tensor":
-        from wanda_dvc.pruning.packing import unpack_bits
+        from wanda_dvc.pruning.selection import unpack_bits
 
         return unpack_bits(self.packed[name], self.columns[name])
 

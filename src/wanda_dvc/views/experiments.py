@@ -14,7 +14,6 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.study.experiments import SUCCESS, Experiment, Kind, list_experiments
 from wanda_dvc.study.files import Json, json_text
-from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.markup import decimal, on_text, table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import md5, stale_stages
@@ -60,8 +59,7 @@ def experiments(*, project: Project, as_json: bool = False) -> str:
     stale = [record["name"] for record in records if record["stale"]]
     named = ", ".join(stale[:NAMED]) + (f" and {len(stale) - NAMED} more" if len(stale) > NAMED else "")
     said = f"No numbers of stages that have not run on the current settings: {named}." if stale else ""
-    warnings = [f"{record['name']}: {problem}." for record in records for problem in record["warnings"]]
-    parts = (table(headers, rows), _about_texts(project), said, "\n".join(warnings))
+    parts = (table(headers, rows), _about_texts(project), said)
     return "\n\n".join(part for part in parts if part)
 
 
@@ -121,7 +119,6 @@ def _record(one: Experiment, root: Path) -> Json:
         "accuracy": sum(accuracies) / len(accuracies) if accuracies and len(accuracies) == len(answered) else None,
         "flips": {way: sum(one[way] for one in changed) for way in ("lost", "gained")} if changed else {},
         "removed_parameters": own.get("metrics/pruned/sparsity.json", {}).get("removed_parameters"),
-        "warnings": list(raised(own.get("metrics/pruned/held_out.json", {}))),
         "stale": one.state == SUCCESS and len(own) < len(one.metrics),
     }
 

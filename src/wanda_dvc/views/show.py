@@ -12,7 +12,6 @@ from wanda_dvc.report.measures import Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
 from wanda_dvc.study.details import is_of, load_details, load_measured
 from wanda_dvc.study.files import Json, json_text, load_json, load_numbers
-from wanda_dvc.study.held_out import raised
 from wanda_dvc.study.local import missing_sources
 from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project
@@ -267,8 +266,6 @@ def _title(project: Project) -> list[str]:
 
 
 def _footnotes(project: Project) -> Iterator[str]:
-    for problem in raised(load_numbers(project.metrics("pruned", "held_out"))):
-        yield f"Warning: {problem}."
     yield from _notes_on_layers(load_details(project.details("pruned", "layer_error")).get("linears", {}))
     names = project.params.tasks.names
     if any(load_json(project.data("tasks") / name / PROVENANCE).get("samples") for name in names):

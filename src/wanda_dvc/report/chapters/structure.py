@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 
-from wanda_dvc.pruning.patterns import parse_pattern
+from wanda_dvc.catalog import parse_pattern
 from wanda_dvc.report import charts
 from wanda_dvc.report.charts import Point
 from wanda_dvc.report.pages import Content, Picture, bullets, table
