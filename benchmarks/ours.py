@@ -17,7 +17,7 @@ def seconds_inside(folder: Path, *words: str) -> float:
     """Return the seconds of a project's last run of a stage, by the stage's own clock: without the process's start.
 
     Raises:
-        RuntimeError: the project holds no result of that run, or its time was not kept.
+        RuntimeError: the project holds no result of that run.
     """
     return float(_last(folder, *words)["seconds"])
 
@@ -29,7 +29,7 @@ def peak_inside(folder: Path, *words: str) -> float:
 
 def _last(folder: Path, *words: str) -> dict[str, Any]:
     project, run = Project(folder), "-".join(words[:2]) + "".join(f"@{text}" for text in words[2:])
-    known = times(project, project.times)
+    known = times(project)
     found = [time for name, time in known.items() if run in (name, name.partition("@")[0])]  # one text unless named
     if not found:
         raise RuntimeError(f"{folder}: no time of {run}, expected one of {', '.join(known) or 'none'}")

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from generation import measure
 from gguf_files import EMBEDDINGS, write_gguf
 from processes import HERE, say
 from safetensors.torch import save_file
@@ -25,10 +26,8 @@ from transformers import AutoModelForCausalLM
 from two_models import WINDOWS, Models, change, read_command_line, read_results, write_results
 
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.packed.speed import measure
 from wanda_dvc.sources.models import read_model
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import files_digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import read_grams, read_stats
 
 TARGET = HERE / "results-smaller.json"
@@ -100,7 +99,6 @@ class Smaller(Models):
             took = self._prune(folder, row.pattern, row.amount, row.choice)
         if row.choice.startswith("flap"):
             flap(folder, refit=row.choice.endswith("-refit"))
-        sign(folder / "models/pruned")
         found = {**row._asdict(), **took, **sizes(folder / "models/pruned")}
         if row.pattern == "gguf":
             found["bytes"] = (self.runner.work / f"{row.amount}.gguf").stat().st_size
@@ -151,7 +149,7 @@ class Smaller(Models):
         found: dict[str, list[float]] = {"dense": [], "pruned": []}
         for _ in range(TURNS):
             for model, rates in found.items():
-                one = measure(models / model, prompt=PROMPT, tokens=TOKENS, device="cpu")
+                one = measure(models / model, prompt=PROMPT, tokens=TOKENS)
                 rates.append(one.tokens_per_second)
         return {model: round(median(rates), 2) for model, rates in found.items()}
 
@@ -162,11 +160,6 @@ def place(folder: Path, other: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (target / name).unlink(missing_ok=True)
         shutil.copy(other / name, target)
-
-
-def sign(model: Path) -> None:
-    """Write the digests of a model's present files, which the stages check."""
-    write_provenance(model, {**read_provenance(model, "apply"), "files": files_digest(model)})
 
 
 @torch.no_grad()

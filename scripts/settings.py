@@ -17,7 +17,7 @@ from wanda_dvc.catalog import (
 )
 from wanda_dvc.params import settings
 from wanda_dvc.stages import STAGES
-from wanda_dvc.study.presets import DEFAULT, read_preset
+from wanda_dvc.study.settings import DEFAULT, read_preset
 
 TARGET = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """\
@@ -43,7 +43,7 @@ PROPAGATIONS = (
 
 def page() -> str:
     """Return the page."""
-    defaults = read_preset(DEFAULT).settings
+    defaults = read_preset(DEFAULT)
     rows = []
     for name, field in settings():
         default = defaults.get(name.replace("NAME", EMBEDDED_TEXT), field.default)

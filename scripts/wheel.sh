@@ -31,12 +31,13 @@ for setting in ${WHEEL_SETTINGS:-}; do
 import sys
 from pathlib import Path
 
-from wanda_dvc.study.presets import with_settings
+from ruamel.yaml import YAML
+
+from wanda_dvc.study.settings import nested, updated
 
 name, _, value = sys.argv[1].partition("=")
 path = Path("params.yaml")
-text, _ = with_settings(path.read_text(encoding="utf-8"), {name: int(value)})
-path.write_text(text, encoding="utf-8")
+YAML().dump(updated(YAML(typ="safe").load(path), nested({name: int(value)})), path)
 PY
 done
 wanda-dvc doctor

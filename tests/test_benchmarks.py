@@ -183,4 +183,4 @@ def test_the_seconds_inside_a_stage_are_those_of_its_last_run(project: Callable[
         ours.seconds_inside(made.root, "calibrate")
     with timed(made, STAGES["calibrate"]):
         calibrate(project=made)
-    assert ours.seconds_inside(made.root, "calibrate") == times(made, made.times)["calibrate"]["seconds"]
+    assert ours.seconds_inside(made.root, "calibrate") == times(made)["calibrate"]["seconds"]

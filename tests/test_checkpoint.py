@@ -79,7 +79,7 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
     (source / "inside").mkdir()
     (source / "inside" / "model.safetensors").write_bytes(b"no shard of this checkpoint")
     (source / "LICENSE").write_text("do what you like")
-    write_json(source / "provenance.json", {"kind": "model", "format": 1, "source": "x", "sha256": "0"})
+    write_json(source / "provenance.json", {"made_by": "download model", "source": "x", "sha256": "0"})
     generator = torch.Generator().manual_seed(0)
     keeps: dict[str, np.ndarray] = {}
     (tmp_path / "masks").mkdir()
@@ -98,7 +98,7 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
                     address.tensor, np.ones(checkpoint.read(Address(address.tensor)).shape, dtype=bool)
                 )
                 stacked[address.expert] = keep.numpy()
-    made = {"kind": "masks", "format": 1, "model": {"source": "x", "sha256": "0"}}
+    made = {"made_by": "mask", "model": {"source": "x", "sha256": "0"}}
     made |= {"params": {"method": "wanda", "sparsity": 0.5, "pattern": "unstructured", "group": "row"}}
     made |= {"calibration": {"text": {"source": "x"}, "windows": 1, "length": 1, "seed": 0, "dtype": "float32"}}
     seal(tmp_path / "masks", made)

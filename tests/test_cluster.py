@@ -366,7 +366,7 @@ def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
     study = fetch(project(**settings), "model", "calibration", "perplexity")
     download(project=study, part="tasks")
     expected = run_stages(study)
-    for name in (*MADE, study.answers.folder):
+    for name in (*MADE, study.answers):
         shutil.rmtree(study.root / name)
     # In `calibrate` the walk and the backward pass, in `mask` the walk and a solver, `perplexity`, `zero-shot`.
     names = ["block 2, shard 1", "backward pass, block 2, shard 1", "block 1, shard 1", "block 1, input of "]

@@ -15,13 +15,10 @@ from typer.testing import CliRunner
 
 from wanda_dvc.catalog import methods
 from wanda_dvc.cli import app
-from wanda_dvc.export.formats import FORMATS
-from wanda_dvc.packed import speed
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.running import timed
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.markup import number
-from wanda_dvc.study.presets import names, read_preset
 from wanda_dvc.study.project import Project
 
 # Every command but the stages: those that print a table have --json; the others write files and say which.
@@ -29,12 +26,9 @@ TABLES = {
     "show": ["show"],
     "list": ["list"],
     "stats": ["stats", "--layer", "1"],
-    "preset": ["preset"],
     "cost": ["cost"],
     "evaluate": ["evaluate", "models/pruned"],
-    "speed": ["speed", "models/pruned", "--prompt", "4", "--tokens", "3"],
     "doctor": ["doctor"],
-    "clean": ["clean", "--dry-run"],
 }
 MORE = {"recurring": ["stats", "--recurring"], "compare": ["stats", "--compare", "stats"]}
 WRITE = {"report", "export", "init"}
@@ -62,10 +56,9 @@ def study(tmp_path_factory: pytest.TempPathFactory, tiny: Path, texts: dict[str,
 
 @pytest.fixture
 def there(study: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """The study, in which commands run and an earlier one has failed; no process is started to measure a model."""
+    """The study, in which commands run and an earlier one has failed."""
     (study.work_root / ("1" * 32)).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(study.root)
-    monkeypatch.setattr(speed, "measure", speed.measure_here)
     return study
 
 
@@ -82,13 +75,10 @@ def test_every_command_is_a_stage_prints_a_table_or_writes_files():
     assert asked == set(TABLES)
 
 
-SLOW = {"speed"}  # times a packed and a dense model
-
-
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(words, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        pytest.param(words, id=name)
         for name, words in (TABLES | MORE).items()
         if name != "evaluate"  # tests/test_evaluate.py runs it on a study with tasks
     ],
@@ -112,20 +102,10 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project
             if "--layer" in words:
                 numbers = [[f"{record[key]:.4g}" for key in ("mean", "median", "max")] for record in records]
                 assert [[cell.strip() for cell in row.split("|")[4:7]] for row in rows] == numbers
-        case "preset":
-            listed = table.stdout.partition("\n\n")[0].splitlines()
-            assert [record["name"] for record in content] == [line.split()[0] for line in listed] == names()
         case "cost":
             assert [record["stage"] for record in content["stages"]] == first
-        case "speed":
-            assert first[-1] == "tokens a second"
-            found = content["measured"]
-            assert found["packed"]["stored_bytes"] < found["dense"]["stored_bytes"]
         case "doctor":
             assert [record["what"] for record in content["checks"]] == first
-        case "clean":
-            assert content["places"]
-            assert all(f"{place['path']}  " in table.stdout for place in content["places"])
 
 
 def test_show_as_json_holds_the_files_own_numbers(there: Project):
@@ -141,28 +121,11 @@ def test_show_as_json_holds_the_files_own_numbers(there: Project):
     assert any("Perplexity: 4 windows" in note for note in content["notes"])
 
 
-def test_a_preset_as_json_holds_its_settings(there: Project):
-    for record in printed(["preset"]):
-        assert record["settings"] == read_preset(record["name"]).settings
-    done = CliRunner().invoke(app, ["preset", "default", "--json"])
-    assert done.exit_code == 2
-    assert "omit NAME" in done.output
-
-
 def test_what_doctor_misses_is_told_by_its_exit_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     content = printed(["doctor"], code=2)
     assert content["missing"] == ["params.yaml"]
     assert [check["good"] for check in content["checks"] if check["what"] == "params.yaml"] == [False]
-
-
-def test_clean_as_json_says_what_it_removed(there: Project):
-    (there.work_root / ("0" * 32)).mkdir(parents=True)
-    listed = printed(["clean", "--dry-run"])
-    removed = printed(["clean"])
-    assert (listed["removed"], removed["removed"]) == (False, True)
-    assert f".dvc/tmp/wanda-dvc/{'0' * 32}" in {place["path"] for place in removed["places"]}
-    assert not (there.work_root / ("0" * 32)).exists()
 
 
 # --- exit codes ---
@@ -197,12 +160,11 @@ def completed(folder: Path, *words: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_the_shell_completes_parts_presets_formats_and_dtypes(study: Project, tmp_path: Path):
+def test_the_shell_completes_parts_presets_and_dtypes(study: Project, tmp_path: Path):
     assert completed(study.root, "download", "") == list(STAGES["download"].parts)
     assert completed(study.root, "perplexity", "p") == ["pruned"]
     assert completed(study.root, "zero-shot", "d") == ["dense"]
-    assert completed(study.root, "preset", "de") == ["default"]
-    assert completed(study.root, "export", "--format", "") == list(FORMATS)
+    assert completed(study.root, "init", "--preset", "de") == ["default"]
     assert completed(study.root, "cost", "--dtype", "b") == ["bfloat16"]
     assert completed(tmp_path, "zero-shot", "") == ["dense", "pruned"]
 

@@ -5,9 +5,7 @@ import random
 import shutil
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +16,6 @@ from conftest import save_tiny_model, write_params
 from repository import Repository, command_environment
 from test_crashes import outputs
 
-from wanda_dvc.engine import walk
-from wanda_dvc.engine.recorder import Recorded
-from wanda_dvc.engine.states import HiddenStates
 from wanda_dvc.report import report
 from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
@@ -45,36 +40,6 @@ def test_two_runs_of_one_stage_at_once_end_as_one(tmp_path: Path, tiny: Path, te
     said = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert outputs(tmp_path) == expected
-
-
-@pytest.mark.parametrize("statistics", ["norms", "gradients"])
-def test_what_another_checkout_calibrates_meanwhile_is_not_calibrated_again(
-    project: Callable[..., Project], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics: str
-):
-    """As two queued experiments of one repository that differ in sparsity."""
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "repository"))
-    first = project(calibration__statistics=statistics)
-    for part in ("model", "calibration"):
-        run("download", project=first, part=part)
-    second = Project(Path(shutil.copytree(tmp_path, tmp_path / "other")))
-    advanced: list[Path] = []
-    real = walk.LocalStep.record
-
-    def record(step: walk.LocalStep, **words: bool) -> Recorded:
-        assert isinstance(step.states, HiddenStates)
-        advanced.append(step.states.folder)
-        if len(advanced) == 1:
-            waiting.start()
-            while not list((tmp_path / "repository").rglob("*.next.lock")):
-                assert waiting.is_alive()
-        return real(step, **words)
-
-    monkeypatch.setattr(walk.LocalStep, "record", record)
-    waiting = threading.Thread(target=run, args=["calibrate"], kwargs={"project": second})
-    run("calibrate", project=first)
-    waiting.join()
-    assert len(advanced) == 4  # blocks
-    assert outputs(first.root / "stats") == outputs(second.root / "stats")
 
 
 def started(repository: Repository, *words: str, real: bool = False) -> subprocess.Popen[str]:

@@ -77,7 +77,7 @@ def test_a_stage_writes_the_same_bytes_again_and_runs_a_model_once(
     prompts.write_text("The sea\n")
     zero_shot(project=made, model="dense")
     assert load_json(place)["prompts"] == content["prompts"][1:]
-    shutil.rmtree(made.answers.folder)
+    shutil.rmtree(made.answers)
     prompts.write_text("To sit\nThe sea\n")
     zero_shot(project=made, model="dense")
     assert place.read_bytes() == first

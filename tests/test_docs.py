@@ -221,13 +221,13 @@ def test_every_python_block_compiles(page: str):
 # Where a command is not run, and why. A page stands for all of its commands.
 NOT_RUN = {
     "CONTRIBUTING.md": "makes the environment that the tests are running in, and runs them",
-    "docs/evaluate.md": "test_evaluate.py measures a directory, a packed one and GGUF files",
+    "docs/evaluate.md": "test_evaluate.py measures a directory and GGUF files",
     "docs/add-a-method.md": "test_catalog.py installs the page's package and prunes with it",
     "docs/results/better.md": "measures the real model for hours; the README and methods.md run these settings",
     "docs/results/default-grid/report.md": "measures the real model for an hour; the README runs these settings",
     "docs/results/reference.md": "measures the real model for hours; test_pipeline.py runs these settings",
     "docs/results/smollm2-135m.md": "measures the real model for hours; sweep.md queues these settings",
-    "docs/install.md": "test_wheel.py and scripts/wheel.sh install the wheel; test_init.py begins and upgrades studies",
+    "docs/install.md": "test_wheel.py and scripts/wheel.sh install the wheel; test_init.py begins studies",
     "docs/sharing.md": "test_sharing.py pushes, clones and pulls",
     "docs/python.md": "test_experiments.py runs it as one notebook",
     "python3 -m venv .venv": "test_wheel.py and scripts/wheel.sh install the wheel",
@@ -243,8 +243,6 @@ NOT_RUN = {
     "wanda-dvc init ../second --model /data/smaller": "test_init.py begins studies",
     "cd ../second": "the tests run in a study",
     "dvc exp run -S runtime.ray=local -S sparsity=0.55": "test_cluster.py runs all stages as tasks",
-    "wanda-dvc speed small-model": "starts two processes that load torch; test_speed.py and test_commands.py measure",
-    "wanda-dvc speed models/dense /data/smaller": "likewise",
     "make gpu": "there is no GPU; test_cards.py runs the script on the CPU",
     "make gpu GPU=--device cpu --tiny": "likewise",
     "make test": "this is one of its tests",
@@ -353,7 +351,6 @@ LONG = {"docs/my-model.md", "docs/my-text.md", "docs/sweep.md", "docs/tutorials/
     "page", [pytest.param(page, marks=pytest.mark.full if page in LONG else ()) for page in TO_RUN]
 )
 def test_the_commands_of_a_page_run_in_their_order(page: str, finished: Finished, tmp_path: Path):
-    """A preset names a model of gigabytes, so after it the study is the tiny one again."""
     repository = finished.copy(tmp_path / "study")
     values = placed(tmp_path, save_tiny_model(tmp_path / "another-tiny", seed=1, num_hidden_layers=2)) | {
         "NAME": finished.experiment
@@ -369,8 +366,6 @@ def test_the_commands_of_a_page_run_in_their_order(page: str, finished: Finished
         assert SAID.get(line, "") in said
         if line.startswith("dvc exp run") and "--queue" not in step:
             values["NAME"] = experiment(said)
-        elif line.startswith("wanda-dvc preset "):
-            repository.change()
 
 
 def experiment(said: str) -> str:

@@ -104,7 +104,7 @@ def test_a_busy_cluster_is_not_waited_for(study: Path, monkeypatch: pytest.Monke
             ),
             "without Salesforce/wikitext/wikitext-2-raw-v1/test.jsonl, baber/piqa/validation.jsonl",
         ),
-        ("dvc.yaml", lambda study: (study / "dvc.yaml").unlink(), "run `wanda-dvc init --upgrade`"),
+        ("dvc.yaml", lambda study: (study / "dvc.yaml").unlink(), "restore it from git"),
         (
             "dvc.yaml",
             lambda study: (study / "dvc.yaml").write_text(

@@ -20,7 +20,6 @@ from test_stages import prune, tree
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.build import export
-from wanda_dvc.packed.directory import pack_directory
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.perplexity import perplexity
@@ -77,12 +76,9 @@ def evaluated(study: Project, *paths: Path) -> Iterator[Any]:
     yield from others
 
 
-def test_a_directory_has_the_stages_figures_and_a_packed_one_has_the_same(study: Project, tmp_path: Path):
-    folder, packed = study.model("pruned"), tmp_path / "packed"
-    packed.mkdir()
-    pack_directory(folder, packed)
+def test_a_directory_has_the_stages_figures(study: Project):
     before = tree(study.root)
-    first, second = evaluated(study, folder, packed)
+    (first,) = evaluated(study, study.model("pruned"))
     left = {path: content for path, content in tree(study.root).items() if not path.startswith(".dvc/")}
     assert left == {path: content for path, content in before.items() if not path.startswith(".dvc/")}
     own, dense = Measured.of(study, "pruned"), Measured.of(study, "dense")
@@ -92,9 +88,6 @@ def test_a_directory_has_the_stages_figures_and_a_packed_one_has_the_same(study:
     assert first["accuracy"] == own.accuracies["piqa"]
     assert first["flips"] == {"piqa": flips._asdict()}
     assert first["continuations"] == [list_of(one._asdict()) for one in own.continued(dense)]
-    assert second["bytes"] < first["bytes"]
-    apart = {"model", "bytes"}
-    assert {k: v for k, v in first.items() if k not in apart} == {k: v for k, v in second.items() if k not in apart}
 
 
 def list_of(content: dict[str, Any]) -> Any:

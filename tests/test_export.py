@@ -20,18 +20,16 @@ from huggingface_hub import ModelCard
 from wanda_dvc.catalog import Method
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.build import experiment_and_directory, export
-from wanda_dvc.export.formats import FORMATS
 from wanda_dvc.params import Params
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import Json, write_json
-from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import digest, read_format
+from wanda_dvc.study.provenance import MADE_BY, digest, read_provenance
 from wanda_dvc.study.repeat import how_to_repeat
-from wanda_dvc.study.settings import flatten
+from wanda_dvc.study.settings import flatten, read_preset
 
 
 @pytest.fixture
@@ -47,8 +45,7 @@ def pruned(project: Callable[..., Project]) -> Project:
 
 def digest_of(model: Path) -> str:
     """The digest of a model in protocols."""
-    made = read_format(model, "apply")
-    return digest({key: value for key, value in made.items() if key != "files" or model.name == "dense"})
+    return digest(read_provenance(model, MADE_BY[model.name]))
 
 
 def measure(project: Project, which: str, perplexity: float | str, model: str | None = None) -> None:
@@ -73,8 +70,7 @@ def test_the_workspaces_model_is_what_apply_wrote(pruned: Project):
     assert files == {path.name for path in pruned.model("pruned").iterdir()}
     for name in files - {"README.md", "provenance.json"}:
         assert (target / name).read_bytes() == (pruned.model("pruned") / name).read_bytes()
-    made = read_format(pruned.model("pruned"), "apply")
-    assert made.pop("files").keys() == files - {"README.md", "provenance.json"}
+    made = read_provenance(pruned.model("pruned"), "apply")
     assert json.loads((target / "provenance.json").read_text()) == made
 
 
@@ -247,15 +243,6 @@ def test_without_masks_or_a_repository_it_says_what_to_run(project: Callable[...
         export(project=project(), experiment=None, target=tmp_path / "out")
 
 
-def test_an_unknown_format_is_refused_and_the_known_are_named(project: Callable[..., Project], tmp_path: Path):
-    with pytest.raises(
-        UserError, match="--format: got gguf, expected huggingface \\(a directory that transformers loads"
-    ):
-        export(project=project(), experiment=None, target=tmp_path / "out", format_name="gguf")
-    assert not (tmp_path / "out").exists()
-    assert [name for name, row in FORMATS.items() if name != row.name] == []
-
-
 @pytest.fixture
 def repository(project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch) -> Project:
     """A repository with a branch, a tag, and an experiment `undue-stay`; the current directory is its root."""
@@ -331,7 +318,7 @@ def test_the_command_on_the_card_runs_the_same_experiment(project: Callable[...,
         preset, command = how_to_repeat(params)[0].split("\n", 1)
         words = shlex.split(command.replace("\\\n", ""))
         overrides = OverridesParser.create().parse_overrides(words[words.index("-S") :][1::2])
-        got = read_preset(preset.split()[-1]).settings
+        got = read_preset(preset.split()[4])
         got |= {override.key_or_group: override.value() for override in overrides}
         got = {k: str(v) if hasattr(v, "with_quotes") else v for k, v in got.items()}
         wanted = {k: v for k, v in flatten(params.model_dump(mode="json")) if not k.startswith("runtime.")}

@@ -6,7 +6,6 @@ run is `WANDA_DVC_FUZZ_SECONDS=300 pytest tests/test_fuzz.py`, so many processor
 
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -24,17 +23,11 @@ from wanda_dvc.engine.checkpoint import Checkpoint, read_index
 from wanda_dvc.engine.config import read_config
 from wanda_dvc.engine.states import HiddenStates
 from wanda_dvc.errors import UserError
-from wanda_dvc.packed.directory import unpack_directory
-from wanda_dvc.packed.format import packing_of
 from wanda_dvc.params import read_params
-from wanda_dvc.reading import read_header, read_lines, read_object, read_text
-from wanda_dvc.sources.rows import ROWS, check_rows
+from wanda_dvc.reading import read_header, read_lines, read_object
 from wanda_dvc.stages.perplexity import _read
-from wanda_dvc.study.details import load_details
-from wanda_dvc.study.documents import Documents
-from wanda_dvc.study.provenance import KEYS, read_provenance
+from wanda_dvc.study.files import Documents
 from wanda_dvc.study.tensors import read_masks, read_stats
-from wanda_dvc.study.upgrade import _brought
 
 CORPUS = Path(__file__).parent / "corpus"
 SECONDS = float(os.environ.get("WANDA_DVC_FUZZ_SECONDS", "0"))
@@ -44,19 +37,6 @@ EXAMPLES = 60  # a reader, in a short run
 def documents(path: Path) -> None:
     with tempfile.TemporaryFile() as scratch:
         list(Documents.unpack(path, "text", scratch))
-
-
-def provenance(path: Path) -> list[str]:
-    """The stages whose provenance the file may be."""
-    accepted = []
-    for made_by in KEYS:
-        try:
-            read_provenance(path.parent, made_by)
-        except UserError as error:
-            assert str(path) in str(error)  # noqa: PT017 - every one of them
-        else:
-            accepted.append(made_by)
-    return accepted
 
 
 def checkpoint(path: Path) -> None:
@@ -72,58 +52,12 @@ def progress(path: Path) -> None:
     HiddenStates.open(path.parent, [2, 3], 4, torch.float32, 3)
 
 
-def task_rows(path: Path) -> list[str]:
-    """The tasks whose schema the rows fit."""
-    accepted = []
-    for task in ROWS:
-        try:
-            assert check_rows(task, read_lines(path)) >= 0
-        except UserError as error:
-            assert str(error).strip()  # noqa: PT017 - every one of them
-        else:
-            accepted.append(task)
-    return accepted
-
-
-def packed(path: Path) -> None:
-    """A packed directory's configuration, on the right weights."""
-    shutil.copyfile(CORPUS / "packed_weights/right", path.with_name("model.safetensors"))
-    unpacked(path.parent)
-
-
-def packed_weights(path: Path) -> None:
-    """A packed directory's weights, with the right configuration."""
-    shutil.copyfile(CORPUS / "packed/right", path.with_name("config.json"))
-    unpacked(path.parent)
-
-
-def unpacked(folder: Path) -> None:
-    if packing_of(folder) is None:
-        return
-    with tempfile.TemporaryDirectory(dir=folder) as target:
-        unpack_directory(folder, Path(target))
-        assert packing_of(Path(target)) is None
-
-
-def upgraded(place: str) -> Callable[[Path], object]:
-    """A file of an older study, brought to this version."""
-    return lambda path: _brought(place, read_text(path), [])
-
-
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # name of the file, what reads it
-    "task_rows": ("items.jsonl", task_rows),
-    "packed": ("config.json", packed),
-    "packed_weights": ("model.safetensors", packed_weights),
-    "upgrade_pipeline": ("dvc.yaml", upgraded("dvc.yaml")),
-    "upgrade_params": ("params.yaml", upgraded("params.yaml")),
-    "details": ("perplexity.json", load_details),
-    "details_of_tasks": ("zero_shot.json", load_details),
     "object": ("file.json", read_object),
     "lines": ("items.jsonl", lambda path: list(read_lines(path))),
     "index": ("model.safetensors.index.json", read_index),
     "header": ("file.safetensors", read_header),
     "checkpoint": ("model.safetensors", checkpoint),
-    "provenance": ("provenance.json", provenance),
     "stats": ("block_000.safetensors", lambda path: read_stats(path.parent, 0)),
     "masks": ("block_000.safetensors", lambda path: dict(read_masks(path.parent, 0))),
     "params": ("params.yaml", read_params),

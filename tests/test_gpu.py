@@ -226,7 +226,7 @@ def test_questions_are_answered_where_some_hidden_states_have_no_room(
     monkeypatch.setattr(questions, "ROW", 1)  # of tokens: each question has a row, and a shard has several
     for step in (0, 2, 1):
         monkeypatch.setattr(HiddenStates, "stay", property(partial(some, step=step)))
-        shutil.rmtree(project.answers.folder, ignore_errors=True)
+        shutil.rmtree(project.answers, ignore_errors=True)
         with SimulatedDevice("cuda").present():
             zero_shot(project=project, model="dense")
         found.append(load_json(project.details("dense", "zero_shot")))

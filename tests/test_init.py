@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 from command_line import process, wanda_dvc
 from conftest import ROOT
-from ruamel.yaml import YAML
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.study import scaffold
-from wanda_dvc.study.presets import names, read_preset
 from wanda_dvc.study.scaffold import FILES, init
-from wanda_dvc.study.settings import flatten
+from wanda_dvc.study.settings import flatten, preset_names, read_preset
 from wanda_dvc.views.doctor import doctor
 
 WRITTEN = {*FILES, ".dvc/.gitignore"}
@@ -39,7 +37,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("place", [name for name in FILES if name != "README.md"])
 def test_this_repository_is_such_a_study(place: str):
-    """`wanda-dvc init --upgrade` in the repository writes these files, except params.yaml and README.md."""
     shipped, here = FILES[place].read_text(encoding="utf-8"), (ROOT / place).read_text(encoding="utf-8")
     if place == ".gitignore":
         assert [line for line in here.splitlines() if line in shipped.splitlines()] == shipped.splitlines()
@@ -77,18 +74,16 @@ def test_it_needs_no_network_and_little_time_of_heavy_libraries(tmp_path: Path):
     assert done.stderr == ""
 
 
-def test_options_are_settings_and_comments_stay(tmp_path: Path):
+def test_options_and_presets_are_settings(tmp_path: Path):
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a"}\n')
-    for name in names():
+    for name in preset_names():
         study = tmp_path / name
         init(folder=study, preset=name, model="org/name@main", calibration=str(text), mirror=tmp_path)
-        written = (study / "params.yaml").read_text(encoding="utf-8")
-        assert re.findall(r"#.*", written) == re.findall(r"#.*", FILES["params.yaml"].read_text(encoding="utf-8"))
-        given = dict(flatten(YAML(typ="safe", pure=True).load(written)))
+        given = dict(flatten(read_params(study / "params.yaml").model_dump(mode="json")))
         named = {"model": "org/name@main", "calibration.text.source": str(text), "calibration.text.split": None}
         assert {key: value for key, value in given.items() if not key.startswith("runtime.")} == (
-            read_preset(name).settings | named
+            read_preset(name) | named
         )
         assert given["runtime.mirror"] == str(tmp_path)
 
@@ -137,7 +132,7 @@ def test_a_directory_with_anything_in_it_is_refused(tmp_path: Path):
     for name, message in (
         ("file", "file: a file, expected a directory; name another"),
         ("full", "full: holds folder, expected a new or an empty directory; name another"),
-        ("study", "`wanda-dvc init --upgrade` brings a study up to date"),
+        ("study", "study: holds .*, expected a new or an empty directory"),
     ):
         with pytest.raises(UserError, match=message):
             init(folder=tmp_path / name)
@@ -199,7 +194,7 @@ def test_a_failure_keeps_the_users_git(tmp_path: Path, monkeypatch: pytest.Monke
     before = contents(tmp_path)
     for around in (tmp_path, None):  # whatever git says of it
         monkeypatch.setattr(scaffold, "_repository_around", lambda _, root=around: root)
-        monkeypatch.setattr(scaffold, "_init_dvc", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(scaffold, "init_repository", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             init(folder=tmp_path)
         assert contents(tmp_path) == before

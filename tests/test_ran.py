@@ -3,10 +3,10 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import RECIPES
@@ -14,11 +14,11 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.export.build import export
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.stages.apply import describe_pruned
+from wanda_dvc.study.dvc import Revision
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import files_digest, read_provenance
 from wanda_dvc.study.ran import BY_TEXT, Ran, settings_of, stale_stages
-from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten
 from wanda_dvc.views.show import show
 
@@ -236,19 +236,19 @@ def test_an_experiments_model_is_made_as_it_ran(project: Callable[..., Project],
     export(project=before, experiment=None, target=applied)
     edited, taken = project(recipe="magnitude-rows"), []
 
-    def copy_all(_revision: object, part: str, study: Project) -> bool:
+    def copy_all(_revision: object, part: str, target: Path) -> bool:
         source = edited.root / part
         taken.append(part)
-        (study.root / part).parent.mkdir(parents=True, exist_ok=True)
+        (target / part).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if source.is_dir() else shutil.copy
-        return source.exists() and bool(copy(source, study.root / part))
+        return source.exists() and bool(copy(source, target / part))
 
     monkeypatch.setattr(Revision, "open", classmethod(lambda cls, *_, **__: cls.__new__(cls)))
     monkeypatch.setattr(Revision, "copy_all", copy_all)
     export(project=edited, experiment="six", target=edited.root.parent / "six")
     assert "stats/gram" in taken
-    earlier = ROOT / "src/wanda_dvc/study/template/earlier/2026-11/params.yaml"
-    shutil.copy(earlier, edited.root / "params.yaml")
+    with (edited.root / "params.yaml").open("a", encoding="utf-8") as file:
+        file.write("of_another_version: 1\n")
     with pytest.raises(UserError, match=r"^seven: its settings are not those of this version \(.*; export it with the"):
         export(project=edited, experiment="seven", target=edited.root.parent / "seven")
     assert files_digest(edited.root.parent / "six") == files_digest(applied)

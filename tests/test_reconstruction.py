@@ -289,7 +289,7 @@ def test_rows_compete_by_score_times_worth(study: Make, method: str):
     for block in range(2):
         measured, fisher, masks = (
             read_stats(made.stats, block),
-            read_fisher(made.fisher, block),
+            read_fisher(made.gradients, block),
             read_masks(made.masks, block),
         )
         for source, names in measured.readers.items():

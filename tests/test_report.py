@@ -28,21 +28,17 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
 from wanda_dvc.report import inference, report
 from wanda_dvc.report.chapters import content, published
-from wanda_dvc.report.chapters.run_time import runs
 from wanda_dvc.report.chapters.structure import by_block, stored_bytes
 from wanda_dvc.report.charts import Point, accuracies, curves, svg
 from wanda_dvc.report.comparisons import paired_mean
 from wanda_dvc.report.pages import Content, Picture, as_html, as_markdown, heading, table, write
 from wanda_dvc.report.rows import Collected, Note, Row, identity
 from wanda_dvc.report.section import Section, differences, sections
-from wanda_dvc.stages import STAGES
 from wanda_dvc.study.files import write_csv, write_json
 from wanda_dvc.study.local import sources
 from wanda_dvc.study.markup import inline
-from wanda_dvc.study.presets import read_preset
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import FORMAT
-from wanda_dvc.study.settings import nested, resolved
+from wanda_dvc.study.settings import nested, read_preset, resolved
 from wanda_dvc.study.tensors import seal
 
 
@@ -56,7 +52,7 @@ def found(pattern: str, text: str) -> str:
 def row_of(study: Project, sizes: dict[str, int] | None = None, *, name: str = "it") -> Row:
     """The row of a study on disk."""
     outs = {path: {"size": size} for path, size in (sizes or {}).items()}
-    return Row(name, None, study, outs, [], study.times)
+    return Row(name, None, study, outs, [])
 
 
 def test_a_row_with_damaged_details_says_so(tmp_path: Path):
@@ -184,7 +180,7 @@ def test_holm_rejects_step_by_step():
 
 
 def test_published_rows_are_compared_under_their_own_protocol_only():
-    study = read_preset("llama-2-7b").settings | {"sparsity": 0.5, "calibration.statistics": "gradients"}
+    study = read_preset("llama-2-7b") | {"sparsity": 0.5, "calibration.statistics": "gradients"}
 
     def matches(measure: str = "perplexity", **changes: object) -> set[float | str]:
         changed = study | {key.replace("__", "."): value for key, value in changes.items()}
@@ -236,16 +232,6 @@ def test_the_bytes_of_a_smaller_model_are_its_own(project: Callable[..., Project
 # --- what is set against what ---
 
 
-def keys_of(project: Project) -> dict[str, str]:
-    """The key of every run whose result a study holds."""
-    found = {
-        name: stage.key(project, part, text)
-        for stage in STAGES.values()
-        for name, part, text in stage.runs(["embedded"])
-    }
-    return {name: key for name, key in found.items() if key}
-
-
 def divergence_of(mean: float) -> dict[str, Any]:
     """Measures of a pruned model with this mean divergence."""
     names = ("divergence", "top1_agreement", "rms_probability_change")
@@ -282,7 +268,7 @@ def write_results(
         write_json(project.source(part), {"source": part})
     for tier in (project.stats, project.gram, project.gradients):
         tier.mkdir(parents=True, exist_ok=True)
-        seal(tier, {"format": FORMAT, "model": {"sha256": "model"}, "text": {"sha256": "text"}})
+        seal(tier, {"made_by": "calibrate", "model": {"sha256": "model"}, "text": {"sha256": "text"}})
     write_csv(project.plots("divergence/embedded"), ["window", "divergence"], [[0, loss]])
     write_csv(project.plots("perplexity/embedded"), ["window", "predictions", "dense", "pruned"], [[0, 63, 2.0, loss]])
     for folder in ("masks", "weights", "reference/embedded"):
@@ -322,10 +308,6 @@ def write_results(
     errors = [[block, "q_proj", sparsity / (2 + block), sparsity] for block in range(2)]
     write_csv(project.plots("layer_error"), ["block", "linear", "error", "masked"], errors)
     write_csv(project.plots("norms"), ["block"], [])
-    for run, key in keys_of(project).items():
-        seconds = loss if "pruned" in run and math.isfinite(loss) else 1.0
-        time = {"seconds": round(seconds, 2), "peak_anonymous_gb": 0.5, "machine": "test", "device": "cpu"}
-        project.times.write(run, key, time)
 
 
 def said_of(tmp_path: Path, *experiments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
@@ -623,16 +605,6 @@ def test_ids_are_unique_whatever_the_sections_are_called(tmp_path: Path):
     assert len(page.references) == 4  # each section, and what is excluded
 
 
-def test_runs_before_a_method_is_chosen_are_shared_and_those_of_the_dense_model():
-    known = runs(["embedded"])
-    shared = {name for name, (_, own) in known.items() if not own}
-    assert shared == {
-        "locate", "download-model", "download-calibration", "download-perplexity@embedded", "download-tasks",
-        "calibrate", "perplexity-dense@embedded", "zero-shot-dense",
-    }  # fmt: skip
-    assert list(dict.fromkeys(stage for stage, _ in known.values())) == list(STAGES)
-
-
 def test_no_method_is_known_by_name():
     """A method is a row of the catalog: the report's code names none."""
     found = set()
@@ -660,7 +632,7 @@ FILE = f"{HOSTILE.replace('/', '')}.txt"
 
 
 def hostile_content(tmp_path: Path) -> Content:
-    """The report of two experiments whose names, model, text, seeds and machine are markup."""
+    """The report of two experiments whose names, model, text and seeds are markup."""
     rows = []
     for number in (0, 1):
         root = tmp_path / str(number)
@@ -670,8 +642,6 @@ def hostile_content(tmp_path: Path) -> Content:
             perplexity__texts__embedded__source=f"/t/{FILE}",
         )  # fmt: skip
         row = row_of(Project(root), name=f"{number}{HOSTILE}")
-        for run, time in row.times().items():
-            row.ledger.write(run, time["key"], time | {"machine": HOSTILE})
         rows.append(row)
     unfinished = [Note(HOSTILE, f"queued (model={HOSTILE})")]
     return content(Collected(rows, unfinished, [Note(HOSTILE, "no results")]))

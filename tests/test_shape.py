@@ -93,7 +93,7 @@ for number, words in enumerate(json.loads(sys.argv[1])):
 @pytest.mark.slow  # processes with real imports
 def test_a_process_that_holds_torch_ends_as_one_without(tmp_path: Path):
     """It is not taken apart in the end, but all that it prints comes out, and its status is the same."""
-    commands = [["preset"], ["--help"], ["perplexity"], ["mask", "--no-such-option"]]
+    commands = [["--help"], ["perplexity"], ["mask", "--no-such-option"]]
     arguments = [sys.executable, "-c", HEAVY, json.dumps(commands), str(tmp_path)]
     codes = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for number, words in enumerate(commands):
@@ -107,7 +107,7 @@ def test_help_shows_the_panels_in_order():
     shown = CliRunner().invoke(app, ["--help"]).output
     panels = [shown.index(panel) for panel in ("Stages, in the order of the pipeline", "Results", "Studies")]
     assert panels == sorted(panels)
-    assert all(command in shown[panels[-1] :] for command in ("preset", "export", "doctor"))
+    assert all(command in shown[panels[-1] :] for command in ("init", "export", "doctor"))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_help_shows_the_panels_in_order():
         (
             ["mask", "--version", "99"],
             {},
-            f"dvc.yaml: mask: version 99, this wanda-dvc computes version {STAGES['mask'].version}",
+            f"dvc.yaml: mask: version 99, expected {STAGES['mask'].version}",
         ),
         (["mask"], {}, "models/dense/provenance.json: missing; run `dvc repro` or `wanda-dvc download model` first"),
         # DVC refuses it too, in words of its own, before any stage runs.

@@ -19,7 +19,6 @@ from wanda_dvc.sources.texts import find_text
 from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PIPELINE
-from wanda_dvc.study.sharing import cached, check_gated
 
 PRUNE = {"locate", "mask", "apply", "perplexity-pruned@embedded", "zero-shot@pruned"}
 DOWNLOADS = {"download@model", "download@calibration", "download-perplexity@embedded", "download@tasks"}
@@ -32,23 +31,6 @@ def with_outs(root: Path, options: str) -> Project:
         text = text.replace(f"{out}\n", f"{out}{options}\n")
     (root / PIPELINE).write_text(text, encoding="utf-8")
     return Project(root)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [("", None), (": { cache: false }", False), (": { cache: true }", True), (": { push: false }", False)],
-)
-def test_one_setting_says_what_is_shared_and_gated_sources_need_it(tmp_path: Path, options: str, expected: bool | None):
-    study = with_outs(tmp_path, options)
-    assert cached(study) is expected
-    check_gated(study, "model", ())
-    if expected is None:
-        with pytest.raises(
-            UserError, match=r"dvc.yaml: download: model: org/gated is gated or private, and `dvc push` would share"
-        ):
-            check_gated(study, "model", ("org/gated",))
-    else:
-        check_gated(study, "model", ("org/gated",))
 
 
 GATED = Repository("dataset", "org/gated", "c" * 40, ("model.safetensors",), "where", gated=True)
@@ -70,22 +52,16 @@ def test_every_source_tells_what_is_gated(tmp_path: Path, monkeypatch: pytest.Mo
     assert next(origins, None) is None
 
 
-def test_a_gated_model_stops_at_the_download_before_a_file_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_gated_model_is_fetched_with_a_line_that_says_what_is_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     write_params(tmp_path, "org/gated")
     monkeypatch.setattr("wanda_dvc.sources.models.resolve", lambda *_: GATED)
     fetched: list[object] = []
     monkeypatch.setattr("wanda_dvc.sources.models._write_hub", lambda *words: fetched.append(words))
-    with pytest.raises(UserError, match="org/gated is gated"):
-        run("download", project=with_outs(tmp_path, ""), part="model")
-    assert (fetched, list(tmp_path.glob("models*"))) == ([], [])
-    run("download", project=with_outs(tmp_path, ": { cache: true }"), part="model")
+    run("download", project=Project(tmp_path), part="model")
     assert len(fetched) == 1
-
-
-def test_without_a_pipeline_nothing_is_shared(tmp_path: Path):
-    check_gated(Project(tmp_path), "model", ("org/gated",))
-    (tmp_path / PIPELINE).write_text("stages: [")
-    assert cached(Project(tmp_path)) is None
+    assert "org/gated is gated or private, and `dvc push` shares it" in capsys.readouterr().err
 
 
 @pytest.mark.pipeline

@@ -42,7 +42,7 @@ from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study import tensors
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import file_digest, files_digest, read_provenance, tokenizer_digest, write_provenance
+from wanda_dvc.study.provenance import file_digest, tokenizer_digest
 from wanda_dvc.study.tensors import read_masks, read_stats, write_masks
 from wanda_dvc.views import show as results
 from wanda_dvc.views import stats
@@ -401,12 +401,12 @@ def test_a_stage_whose_dvc_has_ended_stops_and_loses_nothing(project: Make, monk
     monkeypatch.setattr(module, "write_stats", orphaned)
     monkeypatch.setattr(running, "_parent", None)  # restored after the test
     monkeypatch.setenv("DVC_STAGE", "calibrate")
-    running.watch_dvc(made)
+    running.watch_dvc()
     with pytest.raises(UserError, match="has ended"):
         calibrate(project=made)
     assert written == [0, 1]
     monkeypatch.delenv("DVC_STAGE")  # a stage that was started without DVC outlives its parent
-    running.watch_dvc(made)
+    running.watch_dvc()
     calibrate(project=made)
     assert written == [0, 1, 2, 3]
 
@@ -521,18 +521,13 @@ def test_the_memory_of_a_run_is_without_mapped_pages(tmp_path: Path):
     assert held.peak - start_again > 0.9 * size
 
 
-def test_times_are_found_by_what_a_run_made_and_lie_in_no_output(project: Make):
+def test_times_are_those_of_the_last_run_and_lie_in_no_output(project: Make):
     made = fetch(project(), "model", "calibration")
     with running.timed(made, STAGES["calibrate"]):
         calibrate(project=made)
-    first = times(made, made.times)
-    assert set(first) == {"calibrate"}
-    assert first["calibrate"].keys() >= {"seconds", "machine", "device", "key"}
-    changed = project(calibration__windows=4)
-    calibrate(project=changed)
-    assert times(changed, changed.times) == {}  # other statistics: nobody has timed them
-    calibrate(project=project())
-    assert times(made, made.times) == first
+    found = times(made)
+    assert set(found) == {"calibrate"}
+    assert found["calibrate"].keys() >= {"seconds", "machine", "device"}
     assert not (made.root / "metrics/times").exists()
 
 
@@ -692,11 +687,6 @@ def test_an_m_that_does_not_divide_the_inputs_is_refused_before_the_work(project
     assert not made.stats.exists()
 
 
-def note_new_files(model: Path) -> None:
-    """Write a model's new digests into its provenance, as if it had been downloaded so."""
-    write_provenance(model, read_provenance(model, "download model") | {"files": files_digest(model)})
-
-
 def test_weights_that_are_not_finite_are_refused(project: Make, tiny: Path, tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
@@ -711,7 +701,6 @@ def test_weights_that_are_not_finite_are_refused(project: Make, tiny: Path, tmp_
     shutil.copyfile(tmp_path / "broken/model.safetensors", made.model("dense") / "model.safetensors")
     with pytest.raises(UserError, match="not the file that its provenance names"):
         mask(project=made)
-    note_new_files(made.model("dense"))
     with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj: scores that are not finite"):
         mask(project=made)
 
@@ -806,13 +795,12 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: P
     made = fetch(project(), "model")
     if not named:
         name_no_tokens(made.model("dense"))
-    note_new_files(made.model("dense"))
     folder = made.data("tasks") / "piqa"
     folder.mkdir(parents=True)
     items = [{"goal": "To sit", "sol1": "take a chair.", "sol2": "take a cloud.", "label": 0}]
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items * 2))
     definition = {
-        "kind": "task",
+        "made_by": "download tasks",
         "task": "piqa",
         "source": "x",
         "role": "validation",
@@ -820,7 +808,7 @@ def test_zero_shot_asks_what_lm_eval_asks(project: Make, tiny: Path, tmp_path: P
         "lm_eval": "",
         "definition": "piqa/piqa.yaml",
     }
-    write_json(folder / "provenance.json", {"format": 1, **definition})
+    write_json(folder / "provenance.json", definition)
     zero_shot(project=made, model="dense")
     details = load_json(made.details("dense", "zero_shot"))["tasks"]["piqa"]
     answers = details["items"]

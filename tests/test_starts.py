@@ -10,8 +10,8 @@ import pytest
 from conftest import write_params
 from lm_eval.tasks._index import TaskIndex
 
+from wanda_dvc.sources import places
 from wanda_dvc.stages import STAGES, run
-from wanda_dvc.study import places
 from wanda_dvc.study.project import Project
 
 pytestmark = pytest.mark.slow  # stages as processes, with real imports
@@ -98,7 +98,7 @@ def test_a_task_is_found_in_the_file_that_the_whole_index_has(tmp_path: Path, mo
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.setattr("lm_eval.tasks.__file__", str(tmp_path / "__init__.py"))
-    monkeypatch.setattr("wanda_dvc.study.places._task_files", places._task_files.__wrapped__)
+    monkeypatch.setattr("wanda_dvc.sources.places._task_files", places._task_files.__wrapped__)
     index = TaskIndex.build([tmp_path])
     for name in ("one", "two", "few", "pair", "one.more", "none", "multiple_choice"):
         path = index[name].yaml_path if name in index else None

@@ -15,9 +15,10 @@ import pytest
 from conftest import ROOT, save_tiny_model
 from forks import commands
 from repository import command_environment, ran
+from ruamel.yaml import YAML
 
-from wanda_dvc.study.presets import with_settings
 from wanda_dvc.study.scaffold import FILES
+from wanda_dvc.study.settings import nested, updated
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,6 @@ def test_it_makes_a_study_outside_any_clone(unpacked: Path, environment: dict[st
     for place, file in FILES.items():
         if place != "params.yaml":
             assert (tmp_path / "study" / place).read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
-    assert "preset" in run("wanda-dvc", "preset", cwd=tmp_path, environment=environment)
-    assert "up to date" in run("wanda-dvc", "init", "--upgrade", cwd=tmp_path / "study", environment=environment)
 
 
 @pytest.mark.pipeline
@@ -91,10 +90,9 @@ def test_it_runs_the_study_and_an_experiment(unpacked: Path, environment: dict[s
     said = run("wanda-dvc", "init", "study", "--model", str(model), cwd=tmp_path / "around", environment=environment)
     study = tmp_path / "around/study"
     small = {"calibration.windows": 2, "calibration.length": 64, "perplexity.length": 64, "perplexity.windows": 2}
-    text, _ = with_settings(
-        (study / "params.yaml").read_text(encoding="utf-8"), small | {"tasks.names": ["piqa"], "zero_shot.limit": 2}
-    )
-    (study / "params.yaml").write_text(text, encoding="utf-8")
+    small |= {"tasks.names": ["piqa"], "zero_shot.limit": 2}
+    content = YAML(typ="safe").load(study / "params.yaml")
+    YAML().dump(updated(content, nested(small)), study / "params.yaml")
     named = re.findall(r"^  ((?:git|dvc|wanda-dvc) .*?)(?: {2,}#.*)?$", said, flags=re.MULTILINE)
     assert [command.partition(" ")[0] for command in named] == ["git", "dvc", "dvc", "wanda-dvc"]
     printed = [run("sh", "-c", command, cwd=study, environment=environment) for command in named]

@@ -1,33 +1,26 @@
 """Prune language models with Wanda, in a pipeline whose every step is kept, compared and repeated.
 
 The functions below work on a model that is in memory, as the pipeline's stages do on one on disk.
-Importing this package loads no library; the first call does. It also lets transformers load the packed format.
+Importing this package loads no library; the first call does.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from wanda_dvc.packed.plugin import register_later
-
 if TYPE_CHECKING:
     from wanda_dvc.errors import UserError
     from wanda_dvc.interface import Stats, Study, calibrate, mask, perplexity, prune, reconstruct
-    from wanda_dvc.packed.linear import PackedConfig
 
 __version__ = "0.1.0"
-__all__ = ["PackedConfig", "Stats", "Study", "UserError", "calibrate", "mask", "perplexity", "prune", "reconstruct"]
+__all__ = ["Stats", "Study", "UserError", "calibrate", "mask", "perplexity", "prune", "reconstruct"]
 
 
 def __getattr__(name: str) -> Any:
     """Load a public function on first access. AttributeError for any other name."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "packed.linear" if name == "PackedConfig" else "interface"
-    return getattr(importlib.import_module(f"wanda_dvc.{module}"), name)
+    return getattr(importlib.import_module("wanda_dvc.interface"), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-register_later()

@@ -11,8 +11,6 @@ import typer
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError, explain, fixable, notice
-from wanda_dvc.export.formats import DEFAULT as DEFAULT_FORMAT
-from wanda_dvc.export.formats import FORMATS
 from wanda_dvc.machine import cores
 from wanda_dvc.stages import STAGES, Stage
 from wanda_dvc.views import completion
@@ -78,7 +76,7 @@ def _run(name: str, version: int | None, part: str | None = None, text: str | No
     if text is not None and (part not in stage.by_text or text not in known):
         expected = ", ".join(known) if part in stage.by_text else f"none: {part} is no text"
         raise UserError(f"text: got {text}, expected {expected}")
-    watch_dvc(project)
+    watch_dvc()
     for one in [text] if text or part not in stage.by_text else known:
         label = stage.run_name(part, one)
         _prepare(label, network=stage.network)
@@ -222,7 +220,7 @@ def report(
 def evaluate(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="Directories of safetensors, packed directories, or GGUF files."),
+        typer.Argument(metavar="PATH...", help="Directories of safetensors, or GGUF files."),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -244,9 +242,12 @@ def evaluate(
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
-def init(  # noqa: PLR0913, PLR0917 - the options of the command
+def init(
     directory: Annotated[Path, typer.Argument(help="A new or an empty directory.")] = Path(),
-    preset: Annotated[str, typer.Option("--preset", help="Its settings; `preset` lists them.")] = "default",
+    preset: Annotated[
+        str,
+        typer.Option("--preset", help="Named settings; an unknown name lists them.", autocompletion=completion.presets),
+    ] = "default",
     model: Annotated[
         str | None, typer.Option("--model", help="A Hub id, a directory that starts with ./, ~ or /, or package:NAME.")
     ] = None,
@@ -256,42 +257,11 @@ def init(  # noqa: PLR0913, PLR0917 - the options of the command
     mirror: Annotated[
         Path | None, typer.Option("--mirror", help="A directory of data sets, for machines without internet.")
     ] = None,
-    upgrade: Annotated[
-        bool, typer.Option("--upgrade", help="Bring an older study's dvc.yaml, plots and settings to this version.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --upgrade: only show the difference.")] = False,
 ) -> None:
-    """Make a new study: pipeline, settings, git and DVC; or bring an older one to this version."""
-    from wanda_dvc.study.project import Project
+    """Make a new study: pipeline, settings, git and DVC."""
+    from wanda_dvc.study.scaffold import init as make
 
-    if upgrade:
-        from wanda_dvc.study.upgrade import upgrade as bring
-
-        if preset != "default" or model is not None or calibration is not None or mirror is not None:
-            raise typer.BadParameter("--upgrade keeps the settings; change them in params.yaml")
-        typer.echo(bring(project=Project.find(directory), dry_run=dry_run))
-    else:
-        from wanda_dvc.study.scaffold import init as make
-
-        if dry_run:
-            raise typer.BadParameter("--dry-run needs --upgrade")
-        typer.echo(make(folder=directory, preset=preset, model=model, calibration=calibration, mirror=mirror))
-
-
-@app.command(rich_help_panel=STUDY_PANEL)
-def preset(
-    name: Annotated[
-        str | None, typer.Argument(help="The preset; without it, all are listed.", autocompletion=completion.presets)
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write a preset's settings into params.yaml; they replace the model too."""
-    from wanda_dvc.study.presets import apply_preset, preset_table
-    from wanda_dvc.study.project import Project
-
-    if name is not None and as_json:
-        raise typer.BadParameter("--json lists all presets; omit NAME")
-    typer.echo(preset_table(as_json=as_json) if name is None else apply_preset(project=Project.find(), name=name))
+    typer.echo(make(folder=directory, preset=preset, model=model, calibration=calibration, mirror=mirror))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
@@ -304,14 +274,6 @@ def export(
             autocompletion=completion.experiments,
         ),
     ],
-    format_name: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="; ".join(f"{row.name}: {row.about}" for row in FORMATS.values()) + ".",
-            autocompletion=lambda: list(FORMATS),
-        ),
-    ] = DEFAULT_FORMAT,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
     from wanda_dvc.stages.running import AGAIN, stoppable
@@ -325,7 +287,7 @@ def export(
         from wanda_dvc.export.build import export as build
 
         experiment, target = experiment_and_directory(project, words)
-        said = build(project=project, experiment=experiment, target=target, format_name=format_name)
+        said = build(project=project, experiment=experiment, target=target)
     typer.echo(said)
 
 
@@ -361,22 +323,6 @@ def cost(  # noqa: PLR0913, PLR0917 - the options of the command
     typer.echo(found)
 
 
-@app.command(rich_help_panel=RESULT_PANEL)
-def speed(
-    directories: Annotated[
-        list[Path], typer.Argument(help="One model's directory, measured dense and packed; or several, compared.")
-    ],
-    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens in.")] = 128,
-    tokens: Annotated[int, typer.Option("--tokens", min=3, help="Tokens out.")] = 64,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """Measure a model on this machine, dense and packed, or several models: loading, memory and tokens a second."""
-    from wanda_dvc.packed.speed import speed as table
-
-    typer.echo(table(folders=directories, prompt=prompt, tokens=tokens, device=device, as_json=as_json))
-
-
 @app.command(rich_help_panel=STUDY_PANEL)
 def doctor(as_json: AsJson = False) -> None:
     """Check machine, libraries, settings and repository; exit 2 if something needed is missing."""
@@ -386,18 +332,6 @@ def doctor(as_json: AsJson = False) -> None:
     typer.echo(table)
     if not well:
         raise typer.Exit(2)
-
-
-@app.command(rich_help_panel=STUDY_PANEL)
-def clean(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list it.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Remove what failed runs left behind: work folders, lock files, checkouts of killed experiments."""
-    from wanda_dvc.study.project import Project
-    from wanda_dvc.views.leftovers import clean as remove
-
-    typer.echo(remove(project=Project.find(), dry_run=dry_run, as_json=as_json))
 
 
 def _check_directory() -> None:

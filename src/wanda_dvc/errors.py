@@ -13,6 +13,7 @@ from wanda_dvc import __version__
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
+NO_PLACE = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
 FIX = "set dtype=float32 or bfloat16, or fix the model's weights"  # where activations are not finite
 
 
@@ -55,7 +56,7 @@ def notice(text: str) -> None:
 def fixable(error: Exception) -> bool:
     """Whether the user can fix this error: a setting, a file, the disk or the memory."""
     system = _of_the_system(error)
-    of_machine = system is not None and system.errno in NO_ROOM | NO_PERMISSION | NO_MEMORY
+    of_machine = system is not None and system.errno in NO_ROOM | NO_PERMISSION | NO_MEMORY | NO_PLACE
     return isinstance(error, UserError) or of_machine or _lacks_memory(error) or _extra(error) is not None
 
 
@@ -74,6 +75,8 @@ def explain(error: Exception) -> Iterator[str]:
             f"{_file(system)}: {system.strerror}, expected permission to read and write; change it and run the "
             "command again: the earlier output and finished work are kept"
         )
+    elif system and system.errno in NO_PLACE:
+        yield f"{_file(system)}: {system.strerror}, expected a path for a file; name another"
     elif _lacks_memory(error) or (system and system.errno in NO_MEMORY):
         yield (
             f"memory: {' '.join(str(error).split()) or 'out of memory'}; `wanda-dvc cost` estimates the need; free "

@@ -471,8 +471,7 @@ def _plan(stats: Stats, **given: Any) -> "Plan":
     The reconstruction is an argument of another function, which checks its requirements.
     """
     from wanda_dvc.params import check_params
-    from wanda_dvc.study.presets import DEFAULT, read_preset
-    from wanda_dvc.study.settings import nested
+    from wanda_dvc.study.settings import DEFAULT, nested, read_preset
 
     _check_stats(stats)
     recipe = given["recipe"]
@@ -481,7 +480,7 @@ def _plan(stats: Stats, **given: Any) -> "Plan":
             f"recipe: got {row.name} with propagation {row.propagation}, expected one with propagation dense; pass its "
             "choices instead, or run it as a study"
         )
-    content = nested(read_preset(DEFAULT).settings) | given | {"reconstruction": "none", "propagation": "dense"}
+    content = nested(read_preset(DEFAULT)) | given | {"reconstruction": "none", "propagation": "dense"}
     content["calibration"]["statistics"] = "gradients"
     with _arguments():
         plan = check_params(content).plan

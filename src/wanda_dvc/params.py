@@ -38,7 +38,7 @@ from wanda_dvc.catalog import (
 )
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED, Plan, fill
-from wanda_dvc.reading import read_text, yaml_problem
+from wanda_dvc.reading import read_text
 
 MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
 ROUNDED = 1e-6  # the sparsity of 1:3 may be written 0.666667
@@ -427,7 +427,8 @@ def parse_yaml(text: str, where: str, todo: str) -> Any:
     try:
         return YAML(typ="safe", pure=True).load(text)
     except Exception as error:  # for some texts the library raises any exception, RecursionError too
-        problem = yaml_problem(error) or type(error).__name__
+        at, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+        problem = f"line {mark.line + 1}: {at}" if at and mark else type(error).__name__
         raise UserError(f"{where}: not valid YAML: {problem}; {todo}") from None
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from cases import (
-    NO_OBJECTS,
     REMOVED,
     Case,
     dotted,
@@ -109,25 +108,20 @@ def cases() -> Iterator[Case]:
 
 
 def _files() -> Iterator[Case]:
-    for name in ("config.json", SINGLE, "tokenizer.json", "tokenizer_config.json"):
-        yield Case(f"{name}: a folder", replaced_by_folder(name), (name, "found a folder", "expected a file"))
-        yield Case(f"{name}: a pipe", replaced_by_pipe(name), (name, "found a pipe", "expected a file"))
-        yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "a link to nowhere", "missing"))
-        yield Case(f"{name}: a link to itself", replaced_by_link(name, name), (name, "symbolic links", "expected"))
-    for name in ("vocab.json", "generation_config.json", "LICENSE", "chat_template.jinja", "merges.txt"):
-        yield Case(f"{name}: a folder", replaced_by_folder(name), (name, "found a folder", "expected a file"))
-        yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "a link to nowhere", "missing"))
-        yield Case(f"{name}: a pipe", replaced_by_pipe(name), (name, "found a pipe", "expected a file"))
+    for name in ("config.json", SINGLE, "tokenizer.json", "LICENSE"):
+        yield Case(f"{name}: a folder", replaced_by_folder(name), (name, "not a file", "expected a file"))
+        yield Case(f"{name}: a dangling link", replaced_by_link(name), (name, "a link to a missing file"))
+    for name in (SINGLE, "vocab.json"):
+        yield Case(f"{name}: a pipe", replaced_by_pipe(name), (name, "not a file", "expected a file"))
     yield Case("no config", removed("config.json"), ("no config.json", "expected a Hugging Face model"))
     yield Case("no weights", removed(SINGLE), ("found", "expected model.safetensors"))
     yield Case("no tokenizer", removed("tokenizer.json"), ("no tokenizer", "tokenizer.json"))
 
 
 def _configs() -> Iterator[Case]:
-    for name, (content, found) in NO_OBJECTS.items():
-        yield Case(f"config.json: {name}", written("config.json", content), ("config.json", found, "expected"))
+    yield Case("config.json: half", written("config.json", '{"a": '), ("config.json", "found no JSON", "expected"))
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
-        for value in ("32", -1, 0, 3.5, True, {"a": 1}, [0]):
+        for value in ("32", 0, True):
             yield Case(
                 f"config.json: {key} {value!r}",
                 config(**{key: value}),
@@ -188,12 +182,9 @@ def _configs() -> Iterator[Case]:
 
 
 def _indexes() -> Iterator[Case]:
-    for name, (content, found) in NO_OBJECTS.items():
-        yield Case(f"index: {name}", written(INDEX, content), (INDEX, found))
+    yield Case("index: half", written(INDEX, '{"a": '), (INDEX, "found no JSON"))
     for weight_map, found in (
-        (REMOVED, "found none"), ([], "found a list"), (3, "found a number"), ("a", "found text"),
-        ({}, "found no tensors"),
-        (True, "found true or false"), (["a.safetensors"], "found a list"),
+        (REMOVED, "found none"), ([], "found a list"), ({}, "found no tensors"),
     ):  # fmt: skip
         shown = "missing" if weight_map is REMOVED else repr(weight_map)
         yield Case(
@@ -201,15 +192,14 @@ def _indexes() -> Iterator[Case]:
             index(weight_map),
             (INDEX, f"weight_map: {found}", "expected the file of each"),
         )
-    for shard in (3, None, ["a.safetensors"], {"a": 1}, True):
+    for shard in (3, None):
         yield Case(
             f"index: shard {shard!r}",
             index({QUERY: shard}),
             (f"weight_map: {QUERY}", "found", "expected the name of a file"),
         )
     for outside in (
-        "../../../etc/passwd", "/etc/passwd", "a/../a.safetensors", "./a.safetensors", "..", ".", "", "a\\b", "a\0b",
-        "sub/a.safetensors", "a\nb", "x" * 300,
+        "../../../etc/passwd", "/etc/passwd", "..", "", "a\\b", "a\0b", "sub/a.safetensors",
     ):  # fmt: skip
         yield Case(
             f"index: shard {outside[:30]!r}",
@@ -222,12 +212,10 @@ def _indexes() -> Iterator[Case]:
         index({"more": "a.safetensors"}),
         ("a.safetensors holds more", "does not"),
     )
+    yield Case("index: a shard that is a folder", _after(index({QUERY: "b"}), replaced_by_folder("b")), ("not a file",))
+    yield Case("index: a shard that is a pipe", _after(index({QUERY: "b"}), replaced_by_pipe("b")), ("not a file",))
     yield Case(
-        "index: a shard that is a folder", _after(index({QUERY: "b"}), replaced_by_folder("b")), ("found a folder",)
-    )
-    yield Case("index: a shard that is a pipe", _after(index({QUERY: "b"}), replaced_by_pipe("b")), ("found a pipe",))
-    yield Case(
-        "index: a shard that is text", _after(index({QUERY: "b"}), written("b", "hello")), ("found 5 bytes", "expected")
+        "index: a shard that is text", _after(index({QUERY: "b"}), written("b", "hello")), ("damaged", "expected")
     )
 
 
@@ -240,63 +228,27 @@ def _after(*spoils: Callable[[Path], object]) -> Callable[[Path], object]:
 
 
 def _shards() -> Iterator[Case]:
-    whole = "incomplete safetensors file"
-    yield Case("shard: empty", written(SINGLE, b""), (SINGLE, whole, "found 0 bytes", "expected"))
-    yield Case("shard: seven bytes", written(SINGLE, b"1234567"), (SINGLE, whole, "found 7 bytes", "expected"))
-    yield Case("shard: a huge header", written(SINGLE, b"\xff" * 64), (SINGLE, whole, "expected header and data"))
-    yield Case("shard: one byte short", cut(SINGLE, lambda data: data[:-1]), (SINGLE, whole, "expected"))
-    yield Case("shard: one byte long", cut(SINGLE, lambda data: data + b"x"), (SINGLE, whole, "expected"))
-    yield Case("shard: half", cut(SINGLE, lambda data: data[: len(data) // 2]), (SINGLE, whole, "expected"))
-    yield Case("shard: a pickle", written(SINGLE, b"\x80\x02}q\x00." * 9), (SINGLE, whole, "expected"))
-    for name, (content, found) in NO_OBJECTS.items():
-        data = len(content).to_bytes(8, "little") + content
-        if name not in ("a huge number", "half a surrogate pair"):
-            yield Case(f"shard: header {name}", written(SINGLE, data), ("header", found, "expected"))
-    for dtype in (3, None, ["F32"]):
-        yield Case(
-            f"shard: dtype {dtype!r}", entry(QUERY, dtype=dtype), ("header", QUERY, "as dtype", "expected a name")
-        )
-    yield Case("shard: dtype of another size", entry(QUERY, dtype="F16"), (QUERY, "found 4096 bytes", "expected 2048"))
-    for shape in (3, None, [32, -1], [32, "32"], [32.0, 32], [True, 32], [2**70, 1], [1] * 65):
-        yield Case(
-            f"shard: shape {shape!r:.30}", entry(QUERY, shape=shape), (QUERY, "as shape", "expected a list of sizes")
-        )
-    yield Case("shard: shape too large", entry(QUERY, shape=[64, 32]), (QUERY, "found 4096 bytes", "expected 8192"))
+    for name, spoil in {
+        "empty": written(SINGLE, b""),
+        "a huge header": written(SINGLE, b"\xff" * 64),
+        "one byte short": cut(SINGLE, lambda data: data[:-1]),
+        "one byte long": cut(SINGLE, lambda data: data + b"x"),
+        "a pickle": written(SINGLE, b"\x80\x02}q\x00." * 9),
+        "another dtype": entry(QUERY, dtype="F16"),
+        "a negative size": entry(QUERY, shape=[32, -1]),
+        "overlapping tensors": entry(QUERY, data_offsets=[0, 4096]),
+        "past the end": entry(QUERY, data_offsets=[2**40, 2**40 + 4096]),
+    }.items():
+        yield Case(f"shard: {name}", spoil, (SINGLE, "damaged", "expected a safetensors file"))
     yield Case("shard: another shape", entry(QUERY, shape=[16, 64]), (QUERY, "is [16, 64]", "expected [32, 32]"))
-    for offsets in (3, None, [0], [8, 0], [0, 1, 2], [-8, 0], ["a", "b"]):
-        yield Case(
-            f"shard: offsets {offsets!r}",
-            entry(QUERY, data_offsets=offsets),
-            (QUERY, "as data_offsets", "expected the first"),
-        )
-    yield Case("shard: overlapping tensors", entry(QUERY, data_offsets=[0, 4096]), ("begins at byte", "expected"))
-    yield Case("shard: past the end", entry(QUERY, data_offsets=[2**40, 2**40 + 4096]), ("begins at byte", "expected"))
-    yield Case(
-        "shard: entry is a list", header(lambda e: e.update({QUERY: []})), (QUERY, "found a list", "expected an object")
-    )
-    yield Case("shard: no tensors", header(lambda entries: entries.clear()), (SINGLE, "expected"))
     yield Case("shard: a tensor missing", tensors(lambda t: t.pop(QUERY)), (f"no tensor for {QUERY}", "expected one"))
     yield Case("shard: embeddings missing", tensors(lambda t: t.pop(HEAD)), ("no tensor for", "expected one"))
-    for kind, name in (
-        ("int8", "I8"),
-        ("bool", "BOOL"),
-        ("uint8", "U8"),
-        ("int32", "I32"),
-        ("float8_e4m3fn", "F8_E4M3"),
-    ):
-        for tensor in (QUERY, "model.layers.3.mlp.down_proj.weight"):
-            yield Case(
-                f"shard: {tensor} in {name}",
-                stored_as(tensor, kind),
-                (f"{tensor} is {name}", "expected F32, F16, BF16"),
-            )
+    for kind, dtype in (("int8", "I8"), ("float8_e4m3fn", "F8_E4M3")):
+        yield Case(f"shard: {dtype}", stored_as(QUERY, kind), (f"{QUERY} is {dtype}", "expected F32, F16, BF16"))
 
 
 def _tokenizers() -> Iterator[Case]:
-    for name, (content, _) in NO_OBJECTS.items():
-        yield Case(
-            f"tokenizer.json: {name}", written("tokenizer.json", content), ("the tokenizer does not load", "expected")
-        )
+    yield Case("tokenizer.json: half", written("tokenizer.json", '{"a": '), ("the tokenizer does not load", "expected"))
     yield Case(
         "tokenizer.json: more ids than embeddings",
         tokenizer(lambda stored: stored["model"]["vocab"].update({"extra": 300})),

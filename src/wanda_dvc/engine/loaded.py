@@ -31,9 +31,7 @@ class Loaded(Source):
         self.model = model
         self._name = type(model).__name__
         if getattr(model, "hf_quantizer", None) is not None:
-            raise UserError(
-                "model: got quantized or packed weights, expected plain ones; call model.dequantize() first"
-            )
+            raise UserError("model: got quantized weights, expected plain ones; call model.dequantize() first")
         _check_plain(model)
         self._state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         if away := [name for name, tensor in self._state.items() if tensor.is_meta]:

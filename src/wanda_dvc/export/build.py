@@ -9,29 +9,24 @@ from pathlib import Path
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.card import results
-from wanda_dvc.export.formats import DEFAULT, FORMATS
 from wanda_dvc.reading import check_place
 from wanda_dvc.stages import MODELS
-from wanda_dvc.stages.apply import describe_pruned, reads_gradients, values_from
-from wanda_dvc.study.card import card
-from wanda_dvc.study.details import is_of, load_details
-from wanda_dvc.study.files import write_json
+from wanda_dvc.stages.apply import describe_pruned, prune, reads_gradients, values_from
+from wanda_dvc.study.card import STORAGE, card
+from wanda_dvc.study.details import is_of
+from wanda_dvc.study.dvc import Revision
+from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import TRACKED, Project, temporary_place
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
 from wanda_dvc.study.ran import LOCK, Ran
-from wanda_dvc.study.revisions import Revision
 from wanda_dvc.views.show import staleness
 
 
-def export(*, project: Project, experiment: str | None, target: Path, format_name: str = DEFAULT) -> str:
-    """Write the pruned model of an experiment into a new directory, in one of `FORMATS`.
+def export(*, project: Project, experiment: str | None, target: Path) -> str:
+    """Write the pruned model of an experiment into a new directory that transformers loads.
 
     The experiment is a name, commit, branch or tag; None is the workspace.
     """
-    if format_name not in FORMATS:
-        known = ", ".join(f"{row.name} ({row.about})" for row in FORMATS.values())
-        raise UserError(f"--format: got {format_name}, expected {known}")
-    stored = FORMATS[format_name]
     target = check_place(target)
     _check_target(project, target)
     with project.work({"kind": "export", "experiment": experiment}) as work:
@@ -45,16 +40,15 @@ def export(*, project: Project, experiment: str | None, target: Path, format_nam
         ran = Ran.of(study if experiment else project)
         _check_current(ran, experiment or "the workspace")
         study = study.with_params(ran.params)
-        metrics, storage = stored.write(study, work.out, work.path / "dense")
+        written = prune(study, work.out)
         _drop_metrics_of_others(study)
-        write_json(study.metrics("pruned", "sparsity"), metrics)
+        write_json(study.metrics("pruned", "sparsity"), written.metrics)
         sections = results(study, ran.outdated)
         text = card(
             study,
-            metrics["sparsity"],
-            removed=metrics.get("removed_parameters"),
-            storage=storage,
-            imports=stored.imports,
+            written.metrics["sparsity"],
+            removed=written.metrics.get("removed_parameters"),
+            storage=STORAGE if written.removed is None else "",
             results=sections,
         )
         (work.out / "README.md").write_text(text, encoding="utf-8")
@@ -69,7 +63,7 @@ def experiment_and_directory(project: Project, words: list[str]) -> tuple[str | 
     """Read `[EXPERIMENT] DIRECTORY`. UserError if the only word is an experiment's name."""
     *experiment, target = words
     a_path = target.startswith((f".{os.sep}", f"..{os.sep}", os.sep)) or target.endswith(os.sep)
-    if not experiment and not a_path and not Path(target).is_dir() and Revision.exists(project, target):
+    if not experiment and not a_path and not Path(target).is_dir() and Revision.exists(project.root, target):
         raise UserError(
             f"export: {target} is an experiment, commit, branch or tag, expected a directory after it; run `wanda-dvc "
             f"export {target} DIRECTORY`, or name a directory for the workspace's model `.{os.sep}{target}`"
@@ -115,18 +109,18 @@ def _take_workspace(project: Project, study: Project) -> None:
 
 def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     """Take an experiment out of git and the cache."""
-    revision = Revision.open(project, experiment, otherwise="`wanda-dvc export DIRECTORY` takes the workspace")
+    revision = Revision.open(project.root, experiment, otherwise="`wanda-dvc export DIRECTORY` takes the workspace")
 
     def take(part: str, what: str) -> None:
-        if not revision.copy_all(part, study):
+        if not revision.copy_all(part, study.root):
             raise UserError(
                 f"{experiment}: {what} not in DVC's cache, expected all of {part}/; `dvc pull --all-commits` fetches "
                 f"it from a remote that has it, `dvc exp apply {experiment}` and `dvc exp run` compute it again"
             )
 
-    if not revision.copy_all("params.yaml", study):
+    if not revision.copy_all("params.yaml", study.root):
         raise UserError(f"{experiment}: no params.yaml, expected an experiment of this study")
-    revision.copy_all(LOCK, study)
+    revision.copy_all(LOCK, study.root)
     take("masks", "its masks are")
     try:
         study.params  # noqa: B018 - reads it
@@ -150,8 +144,8 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     else:
         take("models/dense", f"its dense model ({wanted['source']}) is")
     for model in MODELS:
-        revision.copy_all(f"metrics/{model}", study)
-        revision.copy_all(f"metrics/details/{model}", study)
+        revision.copy_all(f"metrics/{model}", study.root)
+        revision.copy_all(f"metrics/details/{model}", study.root)
 
 
 def _drop_metrics_of_others(study: Project) -> None:
@@ -161,6 +155,6 @@ def _drop_metrics_of_others(study: Project) -> None:
     for model, whose in zip(MODELS, (digest(dense), digest(made_from)), strict=True):
         details = study.root / "metrics/details"
         for path in (details / model).rglob("*.json"):
-            if not is_of(load_details(path), whose):
+            if not is_of(load_json(path), whose):
                 (study.root / "metrics" / path.relative_to(details)).unlink(missing_ok=True)
                 path.unlink()

@@ -6,7 +6,6 @@ from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.stages import MODELS
 from wanda_dvc.study.card import table
-from wanda_dvc.study.details import load_details
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.markup import inline
 from wanda_dvc.study.project import Project
@@ -76,7 +75,7 @@ def _notes(study: Project, outdated: Sequence[str]) -> Iterator[str]:
         yield f"{not_compared(apart)} The notes below are on the pruned model."
     texts = list(params.perplexity.texts)
     for text in texts:
-        protocols = [load_details(study.details(model, f"perplexity/{text}")).get("protocol") for model in MODELS]
+        protocols = [load_json(study.details(model, f"perplexity/{text}")).get("protocol") for model in MODELS]
         if protocol := protocols[1] or protocols[0]:
             yield (
                 f"Perplexity{f' on {inline(text)}' if len(texts) > 1 else ''}: {protocol['windows']} windows of "

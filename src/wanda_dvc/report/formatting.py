@@ -9,11 +9,6 @@ from wanda_dvc.report.inference import Estimate
 DASH = "–"  # not measured, or not comparable
 
 
-def seconds(value: float) -> str:
-    """Format seconds with one decimal, rounded to hundredths first, so that the order of a sum has no effect."""
-    return f"{round(value, 2):,.1f}"
-
-
 def factor(value: float) -> str:
     """Format a ratio: three decimals below 10, no decimals from 1,000 on."""
     if value < 10:

@@ -9,8 +9,8 @@ from wanda_dvc.engine.flips import Flips, of_task, total_flips
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import inference
 from wanda_dvc.report.inference import Estimate
-from wanda_dvc.study.details import load_details, load_measured
-from wanda_dvc.study.files import Json
+from wanda_dvc.study.details import load_measured
+from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import measured_alike
 
@@ -52,7 +52,7 @@ class Measured:
             windows,
             {task: of["acc"] for task, of in answered.items()},
             answers.get("tasks", {}),
-            load_details(study.details(model, "continuations")),
+            load_json(study.details(model, "continuations")),
         )
 
     @classmethod
@@ -163,5 +163,5 @@ def repeated_share(tokens: Sequence[int]) -> float:
 
 def mean_layer_error(study: Project) -> float | None:
     """Return the mean layer error of a study's pruned linears; None if it was not measured."""
-    linears = load_details(study.details("pruned", "layer_error")).get("linears", {})
+    linears = load_json(study.details("pruned", "layer_error")).get("linears", {})
     return sum(measures["error"] for measures in linears.values()) / len(linears) if linears else None

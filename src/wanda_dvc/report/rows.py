@@ -1,4 +1,4 @@
-"""The experiments of a repository as rows: parameters, metrics, details and times.
+"""The experiments of a repository as rows: parameters, metrics and details.
 
 `dvc.lock` connects numbers with parameters. A stage is stale if it has not run on the current parameters or inputs;
 then all later stages are stale too. Outputs of a stale stage are not read.
@@ -19,27 +19,16 @@ from wanda_dvc.params import Params
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED
 from wanda_dvc.report.formatting import setting
 from wanda_dvc.report.measures import Measured, mean_layer_error
-from wanda_dvc.stages import times
+from wanda_dvc.study.dvc import Revision
 from wanda_dvc.study.experiments import SUCCESS, WORKSPACE, Experiment, Kind, list_experiments
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE
 from wanda_dvc.study.ran import md5, read_lock, stale_stages, without_removed_texts
-from wanda_dvc.study.revisions import Revision
 from wanda_dvc.study.settings import flatten, resolved
-from wanda_dvc.study.times import Ledger
 
 TAKEN = ("metrics",)
-# Their hashes find the times of runs; they may be missing.
-MADE = (
-    "stats/gram/provenance.json",
-    "stats/gradients/provenance.json",
-    "masks/provenance.json",
-    "models/dense/provenance.json",
-    "data/calibration/provenance.json",
-    "data/perplexity",
-    "data/tasks",
-)
+MADE = ("models/dense/provenance.json",)  # it may be missing
 
 
 @dataclass
@@ -51,7 +40,6 @@ class Row:
     study: Project  # holds the readable files
     outs: dict[str, Json]  # of each output in dvc.lock, by path: its hash and size
     missing: list[str]  # paths missing in the cache
-    ledger: Ledger  # the times of all runs in the repository
     also: list[str] = field(default_factory=list)  # other names of the same results
     notes: list[str] = field(default_factory=list)
     text: str = ""  # the text of its results; "": the first
@@ -150,13 +138,6 @@ class Row:
         path = self.study.plots(name)
         return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
 
-    def times(self) -> dict[str, Json]:
-        """By run, such as `perplexity-pruned`: seconds, machine, device, peak memory, and `key`.
-
-        Only of runs in this repository. Rows that share a run have the same key for it.
-        """
-        return times(self.study, self.ledger)
-
 
 class Note(NamedTuple):
     """The reason for the exclusion of an experiment, a branch or the workspace."""
@@ -209,7 +190,7 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
 def _states(project: Project, revs: list[str]) -> tuple[list[Experiment], list[Note]]:
     """Return the revisions to read, and the unfinished and failed experiments."""
     if revs:
-        opened = [(Revision.open(project, rev, otherwise="").files.repo.get_rev(), rev) for rev in revs]
+        opened = [(Revision.open(project.root, rev, otherwise="").commit, rev) for rev in revs]
         return [Experiment(rev, commit, Kind.EXPERIMENT, SUCCESS, {}, {}, {}, {}) for commit, rev in opened], []
     every = list_experiments(project)
     unfinished = []
@@ -227,11 +208,11 @@ def _row(project: Project, candidate: Experiment, folder: Path) -> Row | str:
     if candidate.rev == WORKSPACE:
         missing = _take_workspace(project, study)
     else:
-        revision = Revision.open(project, candidate.rev, otherwise="")
+        revision = Revision.open(project.root, candidate.rev, otherwise="")
         for part in ("params.yaml", "dvc.lock"):
-            if revision.take(part, study):
+            if revision.take(part, study.root):
                 return f"no {part}: nothing has run"
-        missing = [path for part in (*TAKEN, *MADE) for path in revision.take(part, study)]
+        missing = [path for part in (*TAKEN, *MADE) for path in revision.take(part, study.root)]
     try:
         params = study.params
     except UserError as error:
@@ -250,12 +231,11 @@ def _row(project: Project, candidate: Experiment, folder: Path) -> Row | str:
             path.unlink()
     if left_out := without_removed_texts(stale, params):
         notes.append(f"not run on these parameters, and left out: {', '.join(sorted(left_out))}")
-    # Missing masks/ need no note: only the key of a time depends on them.
     missing = [path for path in missing if path.startswith(TAKEN) and path not in dropped]
     if not any((folder / "metrics/pruned").rglob("*.json")):
         return "; ".join(notes) or "no results"
     commit = None if candidate.rev == WORKSPACE else candidate.rev
-    row = Row(candidate.name, commit, study, outs, missing, project.times, notes=notes)
+    row = Row(candidate.name, commit, study, outs, missing, notes=notes)
     return row.damage or row
 
 

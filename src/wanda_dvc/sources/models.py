@@ -49,9 +49,8 @@ def find_model(source: str) -> Source:
 
 
 def _write_provenance(out: Path, origin: Json, license: str | None = None, libraries: tuple[str, ...] = ()) -> None:
-    files = files_digest(out)
-    named = {"license": license} if license else {}
-    write_provenance(out, describe("model", libraries=libraries, **origin, **named, files=files, sha256=digest(files)))
+    named, sha256 = {"license": license} if license else {}, digest(files_digest(out))
+    write_provenance(out, describe("download model", libraries=libraries, **origin, **named, sha256=sha256))
 
 
 # --- from the Hub ---
@@ -62,9 +61,8 @@ def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> N
     from wanda_dvc.engine.check import check_model
 
     fetched = fetch_model(repository, scratch / "hub")
-    if not unpack(scratch / "hub", out):
-        for path in fetched:
-            link_file(path, out / path.name)  # a link, because a killed run must find the fetched file
+    for path in fetched:
+        link_file(path, out / path.name)  # a link, because a killed run must find the fetched file
     check_model(out)
     _write_provenance(out, key, repository.license)
 
@@ -101,20 +99,6 @@ def fetch_model(repository: Repository, target: Path) -> list[Path]:
     return [target / file for file in wanted]
 
 
-def unpack(source: Path, out: Path) -> bool:
-    """Write a packed model as the dense one; return whether it is packed."""
-    from wanda_dvc.packed.format import packing_of
-
-    if packing_of(source) is None:
-        return False
-    from wanda_dvc.packed.directory import unpack_directory  # few models need the engine here
-
-    unpack_directory(
-        source, out, without=[path.name for path in source.iterdir() if not _matches(path.name, MODEL_FILES)]
-    )
-    return True
-
-
 # --- from a local directory ---
 
 
@@ -123,12 +107,9 @@ def _write_local(folder: Path, out: Path, _: Path) -> None:
     from wanda_dvc.engine.check import check_model
 
     files = _files(folder)
-    if unpack(folder, out):
-        check_model(out)
-    else:
-        check_model(folder)
-        for path in files:
-            copy_file(path, out / path.name)
+    check_model(folder)
+    for path in files:
+        copy_file(path, out / path.name)
     # A provenance depends on no path.
     _write_provenance(out, {"source": folder.name}, _license_file(folder))
 
@@ -260,7 +241,7 @@ def _dequantize(gguf: Path, target: Path) -> None:
 def read_model(path: Path, out: Path) -> str:
     """Put a model of this machine into an empty folder, in the form that the stages read. Return a SHA-256 of it.
 
-    Of a directory of safetensors the files are linked; a packed directory is unpacked, a GGUF file dequantized.
+    Of a directory of safetensors the files are linked; a GGUF file dequantized.
 
     Raises:
         UserError: there is no complete decoder, or no known reader for its quantization.
@@ -283,9 +264,8 @@ def read_model(path: Path, out: Path) -> str:
     if any(path.glob(f"*{GGUF}")) and not is_there(path / "config.json"):
         raise UserError(f"{path}: a folder of GGUF files, expected one of safetensors; name a GGUF file itself")
     files = _files(path, "")
-    if not unpack(path, out):
-        for file in files:
-            (out / file.name).symlink_to(file.resolve())
+    for file in files:
+        (out / file.name).symlink_to(file.resolve())
     check_model(out)
     return digest({file.name: file_digest(file) for file in files})
 
@@ -331,11 +311,9 @@ def _not_a_decoder(folder: Path, stored: Json) -> str | None:
 
 
 def _quantized(config: Any) -> str | None:
-    """Return the reason to refuse quantized weights; None for unquantized weights and for the packed format."""
-    from wanda_dvc.packed.format import METHOD
-
+    """Return the reason to refuse quantized weights; None for unquantized weights."""
     how = config.get("quant_method", "an unnamed method") if isinstance(config, dict) else "an unnamed method"
-    if not config or how == METHOD:
+    if not config:
         return None
     return f"weights quantized by {how}, expected unquantized ones; name the original model"
 

@@ -15,9 +15,8 @@ from wanda_dvc.params import Tasks
 from wanda_dvc.reading import read_lines
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, gated_names, load_rows, resolve
-from wanda_dvc.sources.rows import check_rows
+from wanda_dvc.sources.places import EMBEDDED, TaskItems, in_mirror, task_definition, task_items
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.places import EMBEDDED, TaskItems, in_mirror, task_definition, task_items
 from wanda_dvc.study.project import ITEMS
 from wanda_dvc.study.provenance import describe, file_digest, write_provenance
 
@@ -35,15 +34,14 @@ class Items(TaskItems):
         """The name of the data set in the provenance."""
         return "/".join(part for part in (self.dataset, self.config) if part)
 
-    def write(self, task: str, target: Path) -> None:
+    def write(self, target: Path) -> None:
         """Check the items, and write them as JSON lines."""
         if isinstance(self.origin, Path):
-            if not check_rows(task, read_lines(self.origin)):
+            if not any(read_lines(self.origin)):
                 raise UserError(f"{self.origin}: no items, expected one a line; copy it again")
             shutil.copyfile(self.origin, target)
             return
         rows = load_rows(self.origin, self.config, self.split, **self.options)
-        check_rows(task, ((f"{self.origin.where}: row {number}", row) for number, row in enumerate(rows, start=1)))
         with target.open("w", encoding="utf-8", newline="\n") as file:
             for row in rows:
                 try:
@@ -118,9 +116,9 @@ def _write(items: Mapping[str, Items], samples: bool, out: Path, _: Path) -> Non
     for name, one in items.items():
         folder = out / name
         folder.mkdir()
-        one.write(name, folder / ITEMS)
+        one.write(folder / ITEMS)
         provenance = describe(
-            "task",
+            "download tasks",
             task=name,
             source="samples written for wanda-dvc" if samples else one.title,
             revision=one.origin.commit if isinstance(one.origin, Repository) else None,

@@ -12,9 +12,8 @@ from wanda_dvc.params import ChosenText
 from wanda_dvc.reading import check_file, is_there, name_of, read_lines, read_text
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, column_of, gated_names, load_rows, resolve
-from wanda_dvc.study.documents import Documents
-from wanda_dvc.study.files import Json
-from wanda_dvc.study.places import EMBEDDED, in_mirror, on_the_hub
+from wanda_dvc.sources.places import EMBEDDED, in_mirror, on_the_hub
+from wanda_dvc.study.files import Documents, Json
 from wanda_dvc.study.project import DOCUMENTS, TEXT
 from wanda_dvc.study.provenance import describe, file_digest, write_provenance
 
@@ -27,6 +26,7 @@ class _Found:
     where: str  # params.yaml: calibration.text
     dataset: NamedText
     title: str  # its name in the provenance
+    made_by: str  # the command, such as `download calibration`
     place: Path | Repository
     shard: str | None = None  # the file of gzipped documents used for the split
     as_documents: bool = False  # whether documents stay separate instead of being joined
@@ -57,7 +57,7 @@ class _Found:
             count = _check(documents)
         shutil.copyfile(path, out / DOCUMENTS)
         sha256 = file_digest(out / DOCUMENTS)
-        write_provenance(out, describe("documents", **self.origin, column=column, rows=count, sha256=sha256))
+        write_provenance(out, describe(self.made_by, **self.origin, column=column, rows=count, sha256=sha256))
 
     def _write_text(self, rows: list[str], out: Path) -> None:
         joined = self.wanted.join.join(rows)
@@ -65,8 +65,8 @@ class _Found:
             raise UserError(f"{self.where} ({self.title}): empty, expected text; name another")
         content = joined.encode("utf-8")
         (out / TEXT).write_bytes(content)
-        sha256 = hashlib.sha256(content).hexdigest()
-        write_provenance(out, describe("text", **self.origin, join=self.wanted.join, rows=len(rows), sha256=sha256))
+        made = {"join": self.wanted.join, "rows": len(rows), "sha256": hashlib.sha256(content).hexdigest()}
+        write_provenance(out, describe(self.made_by, **self.origin, **made))
 
 
 def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_documents: bool = False) -> Source:
@@ -90,7 +90,14 @@ def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_docume
         check_file(place, f"correct {setting}.source")
     dataset = found[0] if found else NamedText(title, None, wanted.column)
     text = _Found(
-        wanted=wanted, where=where, dataset=dataset, title=title, place=place, shard=shard, as_documents=as_documents
+        wanted=wanted,
+        where=where,
+        dataset=dataset,
+        title=title,
+        made_by=f"download {setting.partition('.')[0]}",
+        place=place,
+        shard=shard,
+        as_documents=as_documents,
     )
     return Source({"text": asdict(wanted), "commit": text.origin["revision"]}, text.write, gated_names(place))
 

@@ -14,7 +14,6 @@ from wanda_dvc.errors import UserError, in_params
 if TYPE_CHECKING:
     from wanda_dvc.study.files import Json
     from wanda_dvc.study.project import Project
-    from wanda_dvc.study.times import Ledger
 
 MODELS = ("dense", "pruned")
 
@@ -28,9 +27,6 @@ class Stage:
     # code change causes a rerun.
     version: int
     about: str
-    # A JSON file of a run's results, by part, below a study; its hash is the key of the run's time. "": no time is
-    # kept.
-    result: str | Mapping[str, str]
     settings: tuple[str, ...] = ()  # the settings that the stage reads, by dotted name: `params:` in dvc.yaml
     parts: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
@@ -46,17 +42,6 @@ class Stage:
         name = self.name.replace("-", "_")
         function: Callable[..., None] = getattr(importlib.import_module(f"wanda_dvc.stages.{name}"), name)
         return function
-
-    def key(self, study: "Project", part: str | None = None, text: str | None = None) -> str | None:
-        """Return the key of the run behind a study's result; None without a result."""
-        from wanda_dvc.study.files import load_json
-        from wanda_dvc.study.provenance import digest
-
-        result = self.result if isinstance(self.result, str) else self.result[part or ""]
-        where = result.format(part=part, text=text)
-        found = [load_json(path) for path in sorted(study.root.glob(where))] if where else []
-        made = [one for content in found for one in content.get("tasks", {"": content}).values()]
-        return digest([one.get("protocol", one) for one in made]) if found else None
 
     def settings_of(self, part: str | None) -> tuple[str, ...]:
         """Return the settings read by one run of the stage."""
@@ -80,7 +65,6 @@ STAGES = {
             name="locate",
             version=2,
             about="Link local models and texts into sources/, so that DVC notices changes.",
-            result="",
             settings=("model", "calibration.text.source", "perplexity.texts", "tasks.source"),
             computes=False,
         ),
@@ -88,12 +72,6 @@ STAGES = {
             name="download",
             version=1,
             about="Fetch the model, a text, or the tasks. Only this stage touches a network.",
-            result={
-                "model": "models/dense/provenance.json",
-                "calibration": "data/calibration/provenance.json",
-                "perplexity": "data/perplexity/{text}/provenance.json",
-                "tasks": "data/tasks/*/provenance.json",
-            },
             part_is="part",
             parts={
                 "model": ("model",),
@@ -109,7 +87,6 @@ STAGES = {
             name="calibrate",
             version=11,
             about="Measure the dense model's activations once: stats/.",
-            result="stats/g*/provenance.json",  # of gram and gradients: with either it takes longer
             settings=(
                 "calibration.windows",
                 "calibration.length",
@@ -122,7 +99,6 @@ STAGES = {
             name="mask",
             version=11,
             about="Choose the weights to keep: masks/.",
-            result="masks/provenance.json",
             settings=(
                 "recipe",
                 "sparsity",
@@ -139,14 +115,12 @@ STAGES = {
             name="apply",
             version=9,
             about="Write the pruned model: models/pruned.",
-            result="metrics/details/pruned/layer_error.json",  # models/pruned is not cached
             settings=("recipe", "reconstruction"),
         ),
         Stage(
             name="perplexity",
             version=4,
             about="Measure a model's perplexity on a text, and its divergence from the dense model.",
-            result="metrics/details/{part}/perplexity/{text}.json",
             settings=("perplexity.length", "perplexity.windows", "dtype"),
             part_is="model",
             parts=dict.fromkeys(MODELS, ()),
@@ -156,7 +130,6 @@ STAGES = {
             name="zero-shot",
             version=9,
             about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
-            result="metrics/details/{part}/zero_shot.json",
             settings=("tasks.names", "zero_shot.limit", "dtype"),
             part_is="model",
             parts=dict.fromkeys(MODELS, ()),
@@ -171,8 +144,8 @@ def check_version(stage: str, asked: int | None) -> None:
     computed = STAGES[stage].version
     if asked is not None and asked != computed:
         raise UserError(
-            f"dvc.yaml: {stage}: version {asked}, this wanda-dvc computes version {computed}; "
-            "run `wanda-dvc init --upgrade`, or install the wanda-dvc that it was written for"
+            f"dvc.yaml: {stage}: version {asked}, expected {computed}: the study is of another wanda-dvc; install that "
+            "one, or make a new study with `wanda-dvc init DIR` and copy your settings into its params.yaml"
         )
 
 
@@ -188,11 +161,9 @@ def run(stage: str, *, project: "Project", part: str | None = None, text: str | 
             row.function(project=project, **words)
 
 
-def times(study: "Project", ledger: "Ledger") -> "dict[str, Json]":
-    """Return the times of the runs behind a study's results, by run, each with its `key`."""
-    found = {}
-    for stage in STAGES.values():
-        for name, part, text in stage.runs(study.params.perplexity.texts):
-            if (key := stage.key(study, part, text)) and (content := ledger.read(name, key)):
-                found[name] = content | {"key": key}
-    return found
+def times(study: "Project") -> "dict[str, Json]":
+    """Return time, memory and machine of the last run of each stage in this checkout, by run."""
+    from wanda_dvc.study.files import load_json
+
+    names = [name for stage in STAGES.values() for name, _, _ in stage.runs(study.params.perplexity.texts)]
+    return {name: content for name in names if (content := load_json(study.time(name)))}

@@ -26,9 +26,8 @@ from wanda_dvc.stages.running import progress, solving_device
 from wanda_dvc.study.card import card
 from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import PROVENANCE, digest, files_digest, read_provenance, write_provenance
-from wanda_dvc.study.tensors import SEALED, Grams, block_count, read_grams, read_masks, read_weights
-from wanda_dvc.study.unchanged import read_input
+from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
+from wanda_dvc.study.tensors import Grams, block_count, read_grams, read_masks, read_weights
 
 CARD = "README.md"
 
@@ -53,8 +52,6 @@ def apply(*, project: Project) -> None:
         folder = work.fresh()
         written = prune(project, folder)
         zeros = written.zeros
-        files = {name: sha256 for name, sha256 in files_digest(folder).items() if name != CARD}
-        write_provenance(folder, made_from | {"files": files})
         work.publish(project.model("pruned"))
     write_json(project.metrics("pruned", "sparsity"), written.metrics)
     write_json(
@@ -84,7 +81,7 @@ def apply(*, project: Project) -> None:
 def describe_pruned(study: Project) -> Json:
     """Return the provenance of a study's pruned model. UserError if its parts do not match."""
     reconstruction = study.params.chosen_reconstruction.name
-    dense, made = read_input(study, study.model("dense"), "download model"), read_provenance(study.masks, "mask")
+    dense, made = read_provenance(study.model("dense"), "download model"), read_provenance(study.masks, "mask")
     if made["model"]["sha256"] != dense["sha256"]:
         raise UserError(
             f"masks/: made for {made['model']['source']}, expected {dense['source']}, the model in models/dense; "
@@ -97,11 +94,11 @@ def describe_pruned(study: Project) -> Json:
             "run `dvc repro` or `wanda-dvc mask`"
         )
     # Only the masks' records: with this run's library versions, equal models would have different bytes.
-    described = _unsealed(made)
+    described = {name: value for name, value in made.items() if name != "blocks"}
     source, from_where = values_from(made, reconstruction), {}
     if source == "weights":
         weights = read_provenance(study.weights, "mask")
-        if _unsealed(weights) | {"kind": "masks"} != described or weights.get("blocks") != made["blocks"]:
+        if weights != made:
             raise UserError("weights/: made with other masks, expected those in masks/; run `wanda-dvc mask` again")
         from_where = {"weights": digest(weights)}
     folders = [study.gram] if source == "gram" or block_count(study.gram, "calibrate") else []
@@ -118,7 +115,7 @@ def describe_pruned(study: Project) -> Json:
         from_where |= {folder.name: digest(gram)} if source == "gram" else {}
     if source == "gram":  # the weights follow from how `apply` solves, and so do their results
         from_where["apply"] = str(STAGES["apply"].version)
-    return described | {"kind": "model", "masks": digest(made), "reconstruction": reconstruction} | from_where
+    return described | {"made_by": "apply", "masks": digest(made), "reconstruction": reconstruction} | from_where
 
 
 def values_from(masks: Json, reconstruction: str) -> Literal["weights", "gram"] | None:
@@ -131,10 +128,6 @@ def values_from(masks: Json, reconstruction: str) -> Literal["weights", "gram"] 
 def reads_gradients(masks: Json, reconstruction: str) -> bool:
     """Whether a reconstruction reads the Gram matrices of gradients, by the provenance of masks/."""
     return RECONSTRUCTIONS[reconstruction].by_gradients and masks["params"]["pattern"] not in STRUCTURES
-
-
-def _unsealed(provenance: Json) -> Json:
-    return {name: value for name, value in provenance.items() if name not in SEALED}
 
 
 class Parts:

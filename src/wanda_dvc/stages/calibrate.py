@@ -19,7 +19,7 @@ from wanda_dvc.stages.needs import back_windows
 from wanda_dvc.stages.running import progress, say_unreached
 from wanda_dvc.study.files import write_csv
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import describe
+from wanda_dvc.study.provenance import describe, read_provenance
 from wanda_dvc.study.tensors import (
     block_count,
     finished_blocks,
@@ -29,7 +29,6 @@ from wanda_dvc.study.tensors import (
     write_grams,
     write_stats,
 )
-from wanda_dvc.study.unchanged import read_input
 
 
 def calibrate(*, project: Project) -> None:
@@ -38,9 +37,9 @@ def calibrate(*, project: Project) -> None:
     A tier that is not selected has no blocks.
     """
     model = check_ready(project, "dense", project.params.calibration.length, "calibration.length")
-    text = read_input(project, project.data("calibration"), "download calibration")
+    text = read_provenance(project.data("calibration"), "download calibration")
     norms_from = describe(
-        "stats",
+        "calibrate",
         version=STAGES["calibrate"].version,
         libraries=("torch", "transformers"),
         model={"source": model["source"], "sha256": model["sha256"]},
@@ -73,11 +72,10 @@ def calibrate(*, project: Project) -> None:
                 write_fisher(gradients, block, came.sums, came.grams)
                 came.grams.clear()  # before the next block's arrive; other frames hold them too
         seal(norms, norms_from)
-        seal(gram, norms_from | {"kind": "gram", "dtype": GRAM_DTYPE if keeps_grams else "none"})
+        seal(gram, norms_from | {"dtype": GRAM_DTYPE if keeps_grams else "none"})
         seal(
             gradients,
-            norms_from
-            | {"kind": "gradients", "dtype": GRAM_DTYPE if windows_back else "none", "windows": windows_back},
+            norms_from | {"dtype": GRAM_DTYPE if windows_back else "none", "windows": windows_back},
         )
         work.publish(project.stats.parent)
     _write_norms(project)

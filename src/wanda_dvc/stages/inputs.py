@@ -15,9 +15,8 @@ from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.stages.running import check_device, device_name, ending, own_device, record_details, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.provenance import MADE_BY, read_provenance, without_files
+from wanda_dvc.study.provenance import MADE_BY, read_provenance
 from wanda_dvc.study.tensors import block_count, read_stats
-from wanda_dvc.study.unchanged import read_input
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -33,16 +32,13 @@ HEAD = "output head"
 
 
 def model_provenance(project: Project, model: str) -> Json:
-    """Return the provenance of models/dense or models/pruned, without the digests of the latter's files.
-
-    These follow from the rest. UserError if a file was changed.
-    """
-    return without_files(model, read_input(project, project.model(model), MADE_BY[model]))
+    """Return the provenance of models/dense or models/pruned."""
+    return read_provenance(project.model(model), MADE_BY[model])
 
 
 def check_text(project: Project, expected: Json, found: str, todo: str) -> None:
     """Raise UserError if data/calibration is not the text `expected` by an artifact; `found` is what used that one."""
-    text = read_input(project, project.data("calibration"), "download calibration")
+    text = read_provenance(project.data("calibration"), "download calibration")
     if text["sha256"] != expected["sha256"]:
         raise UserError(
             f"{found} {expected['source']}, expected {text['source']}, the text in data/calibration; run {todo}"

@@ -93,7 +93,7 @@ def mask(*, project: Project) -> None:
         removal = with_chosen_blocks(removal, checkpoint, every, plan)
     shares = _shares(project, stats, checkpoint)
     made_from = describe(
-        "masks",
+        "mask",
         version=STAGES["mask"].version,
         libraries=plan.libraries,
         model=stats.provenance["model"],
@@ -118,7 +118,7 @@ def mask(*, project: Project) -> None:
             if plan.method.needs_inputs():
                 say_unreached("mask", unreached)
         seal(masks, made_from)
-        seal(weights, made_from | {"kind": "weights"})
+        seal(weights, made_from)
         work.publish(project.masks, project.weights)
 
 

@@ -35,7 +35,6 @@ from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 from wanda_dvc.study.tensors import read_window, seal, window_file, write_window
-from wanda_dvc.study.unchanged import read_input
 
 LOSSES = "losses.jsonl"
 SAME = ("length", "windows", "rest", "tokens_sha256")  # of the windows that two models are compared on
@@ -83,7 +82,11 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
         write_json(project.details(model, f"perplexity/{text}"), details | ({"not_finite": where} if where else {}))
         write_json(project.metrics(model, f"perplexity/{text}"), metrics)
         if model == "dense":
-            made = protocol | {"kind": "reference", "dense": measured["sha256"], "vocabulary": run.decoder.vocabulary}
+            made = protocol | {
+                "made_by": "perplexity dense",
+                "dense": measured["sha256"],
+                "vocabulary": run.decoder.vocabulary,
+            }
             seal(work.out, made | {"top": TOP, "drawn": DRAWN}, parts="rows")
             work.publish(reference)
         else:
@@ -111,7 +114,7 @@ def _plot(project: Project, name: str, predictions: list[int], columns: Mapping[
 
 def windows_of(project: Project, model: Path, text: str) -> tuple[list[Row], Json]:
     """Return the windows of a text, cut with a model's tokenizer, and their description for a protocol."""
-    source = read_input(project, project.data(f"perplexity/{text}"), "download perplexity")
+    source = read_provenance(project.data(f"perplexity/{text}"), "download perplexity")
     tokens = tokenize(project.text(f"perplexity/{text}"), load_tokenizer(model))
     length, count = project.params.perplexity.length, project.params.perplexity.windows
     windows = cut(tokens, length=length, windows=count if isinstance(count, int) else None)

@@ -16,8 +16,7 @@ from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores, processor
 from wanda_dvc.params import Runtime
 from wanda_dvc.stages import Stage
-from wanda_dvc.study.checkouts import note_runner
-from wanda_dvc.study.files import Json
+from wanda_dvc.study.files import Json, write_json
 from wanda_dvc.study.project import Project
 
 SAMPLES_A_SECOND = 20  # of a stage's memory
@@ -48,8 +47,7 @@ def timed(project: Project, stage: Stage, part: str | None = None, text: str | N
     if memory.peak:  # some systems do not say
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
     content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(project.params.runtime)} | _details
-    if key := stage.key(project, part, text):
-        project.times.write(stage.run_name(part, text), key, content)
+    write_json(project.time(stage.run_name(part, text)), content)
 
 
 def record_details(content: Json) -> None:
@@ -201,14 +199,13 @@ def check_device(device: str) -> None:
         raise UserError(f"params.yaml: runtime.device: got {device} on {found}, expected one it has; set auto or cpu")
 
 
-def watch_dvc(project: Project) -> None:
+def watch_dvc() -> None:
     """Make `progress` stop this process after its parent DVC has ended.
 
     Only the command line calls this: processes with the Python interface have other parents.
     """
     global _parent
     _parent = os.getppid() if "DVC_STAGE" in os.environ else None
-    note_runner(project)
 
 
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:

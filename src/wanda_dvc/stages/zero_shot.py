@@ -14,12 +14,11 @@ from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES, continuations
 from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
 from wanda_dvc.stages.running import progress, record_details
-from wanda_dvc.study.details import load_details
-from wanda_dvc.study.files import Json, finite, write_csv, write_json
-from wanda_dvc.study.places import METRICS
+from wanda_dvc.study.files import Json, finite, load_json, write_csv, write_json
 from wanda_dvc.study.project import ITEMS, Project, Work
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
-from wanda_dvc.study.unchanged import read_input
+
+METRICS = ("acc", "acc_norm")  # reported metrics of the tasks
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.runner import Step
@@ -59,7 +58,7 @@ def _flips(project: Project, details: Json) -> Json:
 
     Empty without comparable answers of the dense model, and for the embedded questions, which are no benchmark.
     """
-    dense, found = load_details(project.details("dense", "zero_shot")).get("tasks", {}), Json()
+    dense, found = load_json(project.details("dense", "zero_shot")).get("tasks", {}), Json()
     for task, one in details.items():
         embedded = read_provenance(project.data("tasks") / task, "download tasks").get("samples")
         for metric in [] if embedded else ANSWERS:
@@ -71,7 +70,7 @@ def _flips(project: Project, details: Json) -> Json:
 
 def _protocol(project: Project, model: str, measured: Json, task: str) -> Json:
     """Return the inputs that determine a task's results. `measured` is the model's provenance."""
-    items = read_input(project, project.data("tasks") / task, "download tasks")
+    items = read_provenance(project.data("tasks") / task, "download tasks")
     return describe(
         "zero-shot",
         version=STAGES["zero-shot"].version,
@@ -91,16 +90,16 @@ def _kept(project: Project, run: str, protocol: Json, make: Callable[[Work], Jso
 
     Reuses the results of an earlier run with this protocol, with its `seconds`; else runs the model and keeps results.
     """
-    run, key = f"zero-shot-{run}", digest(protocol)
+    path = project.answers / f"{run}-{digest(protocol)[:32]}.json"
     with project.work(protocol) as work:
         answered: Json = {}
         with contextlib.suppress(UserError):  # a damaged file is written again
-            answered = project.answers.read(run, key)
+            answered = load_json(path)
         if answered.get("details", {}).get("protocol") != protocol:
             began = time.perf_counter()
             answered = make(work)
             if "skipped" not in answered["details"]:  # another time there may be more memory
-                project.answers.write(run, key, answered | {"seconds": round(time.perf_counter() - began, 2)})
+                write_json(path, answered | {"seconds": round(time.perf_counter() - began, 2)})
         work.forget()
     return answered
 

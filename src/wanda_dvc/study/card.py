@@ -41,7 +41,7 @@ STORAGE = "Zeros are stored like any number: the files are no smaller than the d
 LOADING = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-{imports}
+
 where = "path/to/this/directory"  # or its id on the Hub
 model = AutoModelForCausalLM.from_pretrained(where)
 tokenizer = AutoTokenizer.from_pretrained(where)
@@ -56,20 +56,18 @@ CARD = """\
 {sections}"""
 
 
-def card(  # noqa: PLR0913 - the parts of a model card
+def card(
     study: Project,
     sparsity: float,
     *,
     removed: float | None = None,
     storage: str = STORAGE,
-    imports: str = "",
     results: Mapping[str, str] | None = None,
 ) -> str:
     """Return the model card of a study's pruned model; `sparsity` is its measured sparsity.
 
     `removed` is the share of the model's weights that were removed with complete units; None: zeros are stored.
-    `storage` describes the storage of zeros, and `imports` is Python code required for loading. `results` are more
-    sections, by title.
+    `storage` describes the storage of zeros. `results` are more sections, by title.
     """
     masks = read_provenance(study.masks, "mask")
     dense = read_provenance(study.model("dense"), "download model")
@@ -85,7 +83,7 @@ def card(  # noqa: PLR0913 - the parts of a model card
     sections = {
         "Pruning": table(["what", "value"], _facts(study, masks, dense, sparsity)),
         **(results or {}),
-        "Load the model": LOADING.format(imports=imports),
+        "Load the model": LOADING,
         "Limits": " ".join([*([storage] if removed is None else []), _speed(pattern)]),
         "Licence of the dense model": license_text,
     }

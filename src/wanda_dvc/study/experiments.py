@@ -3,10 +3,10 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from wanda_dvc.errors import UserError
+from wanda_dvc.study import dvc
 from wanda_dvc.study.files import Json, load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.ran import LOCK, load_lock, read_lock
@@ -40,35 +40,8 @@ def list_experiments(project: Project, *, locks: bool = False) -> list[Experimen
 
     Only `locks` reads their `stages`. UserError without a repository, or if DVC cannot list it.
     """
-    from dvc.exceptions import DvcException, NotDvcRepoError
-    from dvc.repo import Repo
-    from dvc.scm import NoSCM, SCMError
-
-    no_git = UserError(f"{project.root}: no git repository, expected one with experiments; run `git init`")
-    try:
-        repo = Repo(str(project.root))
-    except NotDvcRepoError:
-        raise UserError(
-            f"{project.root}: no DVC repository, expected one with experiments; `wanda-dvc show` needs none"
-        ) from None
-    except SCMError:  # stages run by hand leave .dvc/
-        raise no_git from None
-    if isinstance(repo.scm, NoSCM):
-        raise no_git
-    with repo:
-        try:
-            states = repo.experiments.show(all_branches=True, all_tags=True, all_commits=True)
-        except DvcException as error:
-            raise UserError(
-                f"{project.root}: DVC can't list its experiments ({error}); look at `dvc exp show`"
-            ) from None
-        except OSError as error:  # DVC reads files of an experiment that never started
-            raise UserError(
-                f"{project.root}: DVC can't list its experiments ({error}); one that was killed may still count as "
-                "running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
-            ) from None
-        below = project.root.resolve().relative_to(Path(repo.root_dir).resolve()).as_posix()
-        found = list(_experiments(states, "" if below == "." else f"{below}/"))
+    with dvc.repository(project.root, "`wanda-dvc show` needs none") as repo:
+        found = list(_experiments(dvc.states(project.root, repo), dvc.below(project.root, repo.root_dir)))
         done = {one.rev for one in found if one.state == SUCCESS}
         found = [one for one in found if one.state == SUCCESS or one.rev not in done]
         if not locks:
@@ -125,13 +98,13 @@ def _stages(project: Project, repo: Any, revs: list[str]) -> dict[str, Json]:
 
     A commit's stages never change, so they are kept as JSON: reading a lock as YAML takes a twentieth of a second.
     """
-    path = (project.root.resolve().relative_to(Path(repo.scm.root_dir).resolve()) / LOCK).as_posix()
+    path = dvc.below(project.root, repo.scm.root_dir) + LOCK
     kept: Json = {}
     with contextlib.suppress(UserError):  # a damaged file is written again
         kept = load_json(project.locks).get(path, {})
     kept = kept if isinstance(kept, dict) else {}
     found = {rev: read_lock(project.root) if rev == WORKSPACE else kept.get(rev) for rev in dict.fromkeys(revs)}
-    known = {rev: _stages_at(repo, rev, path) if stages is None else stages for rev, stages in found.items()}
+    known = {rev: _stages_at(project, repo, rev) if stages is None else stages for rev, stages in found.items()}
     commits = {rev: stages for rev, stages in known.items() if rev != WORKSPACE}
     if commits != kept:
         with contextlib.suppress(OSError, TypeError, ValueError):  # read-only folder; a user's stage with dates
@@ -139,9 +112,7 @@ def _stages(project: Project, repo: Any, revs: list[str]) -> dict[str, Json]:
     return known
 
 
-def _stages_at(repo: Any, rev: str, path: str) -> Json:
-    try:
-        content: str = repo.scm.get_fs(rev).read_text(path, encoding="utf-8")
-        return load_lock(content)
-    except (FileNotFoundError, UserError):  # a commit may have a lock with conflicts
-        return {}
+def _stages_at(project: Project, repo: Any, rev: str) -> Json:
+    with contextlib.suppress(UserError):  # a commit may have a lock with conflicts
+        return load_lock(dvc.text_at(project.root, repo, rev, LOCK) or "{}")
+    return {}

@@ -1,16 +1,21 @@
-"""Writes JSON and CSV through temporary files and renames, and makes copies that share blocks."""
+"""Files of a study: JSON and CSV through temporary files and renames, copies that share blocks, documents."""
 
 import csv
+import gzip
 import io
 import json
 import math
 import shutil
+import zlib
+from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import DIVERGED, is_there, name_of, read_object
+from wanda_dvc.reading import DIVERGED, check_file, is_there, parse_json, read_object
+from wanda_dvc.study.dvc import reflink
 
 Json = dict[str, Any]
 
@@ -52,34 +57,13 @@ def load_json(path: Path) -> Json:
     return read_object(path, "run the stage that writes it again") if is_there(path) else {}
 
 
-def load_numbers(path: Path) -> Json:
-    """Read a file of metrics; return an empty object if it is missing. UserError if a value is no number."""
-    content = load_json(path)
-    _check_numbers(content, str(path))
-    return content
-
-
-def _check_numbers(content: Json, where: str) -> None:
-    for name, value in content.items():
-        if isinstance(value, dict):
-            _check_numbers(value, f"{where}: {name}")
-        elif value != DIVERGED and not (isinstance(value, (int, float)) and math.isfinite(value)):
-            raise UserError(
-                f"{where}: {name}: found {name_of(value)}, expected a number; run the stage that writes it again"
-            )
-
-
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file to a new place: a reflink where the file system supports it, else its bytes.
 
     A reflink shares the blocks of the original until either file changes, so it takes no space. A hard link would
     expose the user's own file: DVC makes cached files read-only, and users overwrite their files in place.
     """
-    from dvc_objects.fs import system  # its import takes a fifth of a second
-
-    try:
-        system.reflink(source, target)
-    except OSError:
+    if not reflink(source, target):
         shutil.copyfile(source, target)
     else:
         target.chmod(target.stat().st_mode | 0o200)  # macOS clones the permissions too
@@ -91,3 +75,43 @@ def link_file(source: Path, target: Path) -> None:
         target.hardlink_to(source)
     except OSError:
         copy_file(source, target)
+
+
+@dataclass(frozen=True)
+class Documents(Sequence[str]):
+    """The documents of a gzipped file of JSON lines, read one at a time by index.
+
+    Gzip has no random access, so the lines are unpacked once to a scratch file. Only their offsets are in memory.
+    """
+
+    lines: IO[bytes]
+    starts: "array[int]"  # offsets, and the end of the last document
+    column: str
+    shard: Path
+
+    @classmethod
+    def unpack(cls, shard: Path, column: str, scratch: IO[bytes]) -> "Documents":
+        """Unpack a shard into a scratch file. UserError if the shard is damaged."""
+        starts, blank = array("q", [0]), 0
+        check_file(shard)
+        try:
+            with gzip.open(shard) as packed:
+                for line in packed:
+                    scratch.write(line)
+                    starts.append(starts[-1] + len(line))
+                    blank = 0 if line.strip() else blank + 1
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{shard}: damaged ({error}), expected lines of JSON, gzipped; fetch it again") from None
+        return cls(scratch, starts[: len(starts) - blank], column, shard)  # blank lines at the end are no documents
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override] # no slices
+        begin, end = self.starts[index], self.starts[index + 1]
+        self.lines.seek(begin)
+        where = f"{self.shard}: line {index + 1}"
+        row = parse_json(self.lines.read(end - begin), where)
+        if isinstance(row, dict) and isinstance(document := row.get(self.column), str):
+            return document
+        raise UserError(f"{where}: no text `{self.column}`, expected one in every line; copy it again")

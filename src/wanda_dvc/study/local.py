@@ -1,16 +1,21 @@
-"""Local sources of a study: DVC watches their content through the links in `sources/`.
+"""Sources on this machine: local ones, which DVC watches, and the study's own, for a queued experiment.
 
 `sources/<part>` is a link to the user's directory or file, or a note if the source is not local. DVC follows the link,
 and hashes a file again only after its inode, time or size has changed.
 """
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
-from wanda_dvc.study.files import write_json
+from wanda_dvc.study.dvc import is_as_locked, is_cached
+from wanda_dvc.study.files import link_file, write_json
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.ran import read_lock, settings_of
+from wanda_dvc.study.settings import flatten
 
 
 def sources(params: Params) -> dict[str, tuple[str, str]]:
@@ -56,3 +61,25 @@ def missing_sources(project: Project) -> Iterator[str]:
         link = project.source(part)
         if link.is_symlink() and not link.exists():
             yield f"{link.readlink()} ({part}) is missing: restore it, or name another in params.yaml."
+
+
+def take_from_the_study(project: Project, part: str, target: Path) -> bool:
+    """Link an uncached source into a queued experiment's checkout, from the study that queued it.
+
+    Return False if the study's source is from other settings, or differs from its dvc.lock. The study has resolved its
+    Hub branch to a commit, so the branch is not resolved again.
+    """
+    root, (kind, _, text) = os.environ.get("DVC_ROOT"), part.partition("/")
+    stage = f"download-{kind}@{text}" if text else f"download@{kind}"
+    if not root or Path(root).resolve() == project.repository.resolve() or is_cached(project.root, stage):
+        return False
+    study = Project(Path(root) / project.root.absolute().relative_to(project.repository))
+    made = settings_of(read_lock(study.root).get(stage, {}))
+    asked = dict(flatten(project.params.model_dump(mode="json")))
+    if not made or not made.items() <= asked.items() or part in local_sources(project.params):
+        return False
+    source = study.root / target.relative_to(project.root)
+    if not source.is_dir() or not is_as_locked(study.root, stage):
+        return False
+    shutil.copytree(source, target, copy_function=lambda here, there: link_file(Path(here), Path(there)))
+    return True

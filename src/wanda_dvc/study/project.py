@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,15 +13,12 @@ from pathlib import Path
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import Params, read_params
 from wanda_dvc.reading import is_there, read_text
-from wanda_dvc.study.documents import Documents
-from wanda_dvc.study.files import Json, copy_file
+from wanda_dvc.study.files import Documents, Json, copy_file
 from wanda_dvc.study.provenance import digest, read_provenance
-from wanda_dvc.study.times import Ledger
-from wanda_dvc.study.unchanged import DOCUMENTS, ITEMS, TEXT
 
 # The folders in a study that DVC or git tracks.
 TRACKED = (".dvc", ".git", "data", "masks", "metrics", "models", "reference", "sources", "stats", "weights")
-__all__ = ["DOCUMENTS", "ITEMS", "TEXT", "TRACKED", "Project", "Work"]
+TEXT, DOCUMENTS, ITEMS = "text.txt", "documents.json.gz", "items.jsonl"  # the files of data/
 
 
 @dataclass(frozen=True)
@@ -91,12 +87,7 @@ class Project:
         if not is_there(shard):
             yield None
             return
-        column = read_provenance(self.data(part), f"download {part}").get("column")
-        if not isinstance(column, str):
-            raise UserError(
-                f"{self.data(part)}: its provenance names no column, expected that of its documents; "
-                f"run `wanda-dvc download {part}` again"
-            )
+        column = read_provenance(self.data(part), f"download {part}")["column"]
         self.work_root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.work_root) as scratch:
             yield Documents.unpack(shard, column, scratch)
@@ -152,15 +143,17 @@ class Project:
         """Return the file of the protocol and each window's or item's result."""
         return self.root / "metrics" / "details" / which / f"{name}.json"
 
-    @property
-    def times(self) -> Ledger:
-        """The times of runs."""
-        return Ledger(self.work_root.with_name("wanda-dvc-times"))
+    def time(self, run: str) -> Path:
+        """Return the file with time, memory and machine of the last run of a stage in this checkout.
+
+        It is no output of the pipeline: outputs would differ between machines and runs.
+        """
+        return self.repository / ".dvc" / "tmp" / "wanda-dvc-times" / f"{run}.json"
 
     @property
-    def answers(self) -> Ledger:
-        """The zero-shot answers to each task, so that a run with one more task evaluates only the new task."""
-        return Ledger(self.work_root.with_name("wanda-dvc-answers"))
+    def answers(self) -> Path:
+        """The folder of zero-shot answers by task: a run with one more task evaluates only the new task."""
+        return self.work_root.with_name("wanda-dvc-answers")
 
     @property
     def locks(self) -> Path:
@@ -171,22 +164,11 @@ class Project:
         """Return the data file of a plot."""
         return self.root / "metrics" / "plots" / f"{name}.csv"
 
-    def idle_work(self) -> Iterator["Work"]:
-        """Yield unfinished work without a running process, one folder at a time, locked."""
-        from filelock import FileLock, Timeout
-
-        names = {path.name.partition(".")[0] for path in self.work_root.glob("*")}
-        for name in sorted(name for name in names if re.fullmatch("[0-9a-f]{32}", name)):
-            work = Work(self.work_root / name)
-            with contextlib.suppress(Timeout, PermissionError), FileLock(work.lock, timeout=0):
-                yield work
-
     @contextlib.contextmanager
     def work(self, made_from: Json) -> Iterator["Work"]:
         """Open a stage's unfinished work: one folder for each set of inputs, parameters and versions.
 
-        One process at a time works there. After waiting, a run finds the other run's published artifact, and only has
-        to publish it too.
+        One process at a time works there; another one waits.
         """
         from filelock import FileLock, Timeout
 
@@ -197,8 +179,7 @@ class Project:
             lock.acquire(timeout=0)
         except Timeout:
             notice("waiting for another run with the same inputs and parameters …")
-            with FileLock(work.next):
-                lock.acquire()
+            lock.acquire()
         try:
             yield work
         finally:
@@ -234,22 +215,19 @@ class Work:
     def publish(self, *targets: Path) -> None:
         """Publish the finished artifact and remove the rest; several artifacts are parts named as their places.
 
-        If another run waits for the work, a copy is published, and that run finds the finished artifact here.
         PermissionError, before any move, if an earlier artifact may not be removed.
         """
         for folder in (folder for target in targets for folder, _, _ in os.walk(target)):
             if not os.access(folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
-        awaited = self._is_awaited()
         for target in targets:
             made = self.part(target.name if len(targets) > 1 else "")
             remove(temporary := temporary_place(target))  # left by a killed run
-            if awaited or not _rename(made, target):
+            if not _rename(made, target):
                 shutil.copytree(made, temporary / "out", copy_function=lambda *places: copy_file(*map(Path, places)))
                 _rename(temporary / "out", target)
                 remove(temporary)
-        if not awaited:
-            self.forget()
+        self.forget()
 
     def forget(self) -> None:
         """Remove the work."""
@@ -259,24 +237,6 @@ class Work:
     def lock(self) -> Path:
         """The lock file of the working process. It stays after the work."""
         return self.path.with_suffix(".lock")
-
-    @property
-    def next(self) -> Path:
-        """The lock file of a process that waits for the work."""
-        return self.path.with_suffix(".next.lock")
-
-    def _is_awaited(self) -> bool:
-        from filelock import FileLock, Timeout
-
-        if not self.next.exists():
-            return False
-        with contextlib.suppress(Timeout), FileLock(self.next, timeout=0):
-            return False
-        return True
-
-    def leftovers(self) -> list[Path]:
-        """Return the leftovers of a run: its folder, also under its name during removal, and locks."""
-        return sorted(self.path.parent.glob(f"{self.path.name}*"))
 
 
 def remove(path: Path) -> None:

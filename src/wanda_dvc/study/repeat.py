@@ -9,8 +9,7 @@ from typing import Any
 from wanda_dvc.params import Params
 from wanda_dvc.study.local import sources
 from wanda_dvc.study.markup import code
-from wanda_dvc.study.presets import names, read_preset
-from wanda_dvc.study.settings import flatten
+from wanda_dvc.study.settings import flatten, preset_names, read_preset
 
 
 def how_to_repeat(params: Params) -> tuple[str, str]:
@@ -22,7 +21,7 @@ def how_to_repeat(params: Params) -> tuple[str, str]:
     for setting, source in sources(params).values():
         if Path(source).is_absolute():
             wanted[setting] = f"/path/to/{Path(source).name}"
-    presets = {name: read_preset(name).settings for name in names()}
+    presets = {name: read_preset(name) for name in preset_names()}
     changes = {
         name: {key: value for key, value in wanted.items() if key not in settings or settings[key] != value}
         for name, settings in presets.items()
@@ -36,7 +35,7 @@ def how_to_repeat(params: Params) -> tuple[str, str]:
             by_hand.append(code(f"{key}: {json.dumps(value, ensure_ascii=False)}"))  # DVC's -S has no escapes
         else:
             words.append(f"-S {shlex.quote(f'{new}{key}={_override(value)}')}")
-    commands = f"wanda-dvc preset {name}\n" + " \\\n    ".join(["dvc exp run", *words])
+    commands = f"wanda-dvc init study --preset {name} && cd study\n" + " \\\n    ".join(["dvc exp run", *words])
     return commands, f"\nafter setting {', '.join(by_hand)} in params.yaml.\n" if by_hand else ""
 
 

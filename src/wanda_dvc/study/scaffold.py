@@ -3,24 +3,27 @@
 The files are in `template/`. The wanda-dvc repository is also a study; a test keeps its files identical.
 """
 
-import contextlib
-import logging
+import io
 import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from ruamel.yaml import YAML
+from ruamel.yaml.representer import RoundTripRepresenter
+
 from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import UserError
+from wanda_dvc.params import Params, check_params
 from wanda_dvc.plan import TOKENS_A_FEATURE
 from wanda_dvc.reading import check_place
+from wanda_dvc.study.dvc import init_repository
 from wanda_dvc.study.files import write_text
-from wanda_dvc.study.presets import DEFAULT, PARAMS, read_preset, with_settings
-from wanda_dvc.study.settings import Settings
+from wanda_dvc.study.settings import DEFAULT, PARAMS, Settings, nested, preset_changes, updated
 
 TEMPLATE = files("wanda_dvc.study") / "template"
 PIPELINE, PROMPTS = "dvc.yaml", "prompts.txt"
@@ -56,8 +59,7 @@ def init(
     """
     folder = check_place(folder)
     _check_empty(folder)
-    settings = read_preset(preset).settings | _named(model, calibration, mirror)
-    params, _ = with_settings(PARAMS.read_text(encoding="utf-8"), settings)
+    params, settings = _settings(preset, nested(_named(model, calibration, mirror)))
     around = _repository_around(folder)
     had_git = (folder / ".git").exists()
     new = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -65,24 +67,42 @@ def init(
     try:
         if around is None:
             _git(folder, "init", "--quiet")
-        _init_dvc(folder, inside=around is not None and around != folder.resolve())
+        init_repository(folder, inside=around is not None and around != folder.resolve())
         for place, file in FILES.items():
-            write_text(folder / place, params if place == "params.yaml" else file.read_text(encoding="utf-8"))
+            write_text(folder / place, settings if place == "params.yaml" else file.read_text(encoding="utf-8"))
         _git(folder, "add", "--all", ".")
         commit = ("commit", "--quiet", "--message", "Begin a pruning study")
         committed = around is None and not git(folder, *commit).returncode  # experiments start from a commit
     except BaseException:
         _undo(folder, new, had_git)
         raise
-    return _said(folder, settings, around, committed)
+    return _said(folder, params, around, committed)
 
 
 def _check_empty(folder: Path) -> None:
     found = sorted(path.name for path in folder.iterdir() if path.name != ".git") if folder.is_dir() else []
     if found:
         shown = ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
-        how = "`wanda-dvc init --upgrade` brings a study up to date" if "params.yaml" in found else "name another"
-        raise UserError(f"{folder}: holds {shown}, expected a new or an empty directory; {how}")
+        raise UserError(f"{folder}: holds {shown}, expected a new or an empty directory; name another")
+
+
+class _Representer(RoundTripRepresenter):
+    """A YAML writer that spells null as `null`. ruamel's own writes nothing."""
+
+
+_Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
+
+
+def _settings(preset: str, own: Settings) -> tuple[Params, str]:
+    """Return the settings of a new study, and the text of its params.yaml. UserError if one is wrong."""
+    yaml = YAML()
+    yaml.Representer = _Representer
+    yaml.width = 2**16  # long comments stay on their lines
+    content = yaml.load(PARAMS.read_text(encoding="utf-8"))
+    updated(updated(content, preset_changes(preset)), own)
+    written = io.StringIO()
+    yaml.dump(content, written)
+    return check_params(content), written.getvalue()
 
 
 def _named(model: str | None, calibration: str | None, mirror: Path | None) -> Settings:
@@ -120,30 +140,6 @@ def _repository_around(folder: Path) -> Path | None:
     return None
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress DVC's message about a new repository."""
-    log = logging.getLogger("dvc")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-def _init_dvc(folder: Path, *, inside: bool) -> None:
-    """Make a separate DVC repository, also below another repository's root."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    try:
-        with quiet():
-            Repo.init(str(folder), subdir=inside).close()
-    except DvcException as error:
-        raise UserError(f"{folder}: DVC cannot make a repository here: {' '.join(str(error).split())}") from None
-
-
 def git(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run git in a folder, in English, because its answer is read. UserError without git."""
     if shutil.which("git") is None:
@@ -166,18 +162,14 @@ def _undo(folder: Path, new: Iterable[Path], had_git: bool) -> None:
         place.rmdir()
 
 
-def _calibration(settings: Settings) -> str:
-    """Return a sentence on the calibration, with the widest model for which it has enough tokens for solvers."""
-    text, windows, length = (settings[f"calibration.{name}"] for name in ("text.source", "windows", "length"))
-    return (
-        f"Calibration: {windows} windows of {length} tokens of {text}. That is enough for solvers of up to "
-        f"{windows * length // TOKENS_A_FEATURE:,} input features; raise calibration.length for a wider model."
-    )
-
-
-def _said(folder: Path, settings: Settings, around: Path | None, committed: bool) -> str:
-    where = os.path.relpath(folder)
-    lines = [f"{folder}: a study of {settings['model']}.", _calibration(settings)]
+def _said(folder: Path, params: Params, around: Path | None, committed: bool) -> str:
+    where, calibration = os.path.relpath(folder), params.calibration
+    features = calibration.windows * calibration.length // TOKENS_A_FEATURE
+    lines = [
+        f"{folder}: a study of {params.model}.",
+        f"Calibration: {calibration.windows} windows of {calibration.length} tokens of {calibration.text.source}. That "
+        f"is enough for solvers of up to {features:,} input features; raise calibration.length for a wider model.",
+    ]
     if around is not None:
         lines.append(f"It is a part of the git repository {around}, with a DVC repository of its own.")
     lines += ["", "Run next:"]

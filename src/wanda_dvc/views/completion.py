@@ -9,9 +9,9 @@ from wanda_dvc.catalog import Dtype
 
 def presets() -> list[str]:
     """Return the presets."""
-    from wanda_dvc.study.presets import names
+    from wanda_dvc.study.settings import preset_names
 
-    return names()
+    return preset_names()
 
 
 def experiments() -> list[str]:

@@ -144,14 +144,13 @@ def _records(on: Known, needs: dict[str, Need], pace: dict[str, float], seconds:
 
 
 def _settings(start: Path, dtype: str | None, windows: int | None, length: int | None) -> tuple[Project | None, Params]:
-    from wanda_dvc.study.presets import DEFAULT, read_preset
-    from wanda_dvc.study.settings import nested
+    from wanda_dvc.study.settings import DEFAULT, nested, read_preset
 
     try:
         project = Project.find(start)
     except UserError:
         project = None
-    params = project.params if project else check_params(nested(read_preset(DEFAULT).settings))
+    params = project.params if project else check_params(nested(read_preset(DEFAULT)))
     content = params.model_dump()
     for section, count in (("calibration", "windows"), ("perplexity", "windows")):
         content[section] |= {count: windows} if windows else {}

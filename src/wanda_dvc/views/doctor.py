@@ -18,17 +18,17 @@ from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.errors import EXTRAS, UserError
 from wanda_dvc.params import Params, Text
 from wanda_dvc.reading import read_text
+from wanda_dvc.sources.places import on_the_hub, task_definition, task_items
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.needs import NEEDS, Need, config_of, known
 from wanda_dvc.stages.running import device_name, free_memory
+from wanda_dvc.study.dvc import link_types
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.local import local_sources, sources
 from wanda_dvc.study.markup import table
-from wanda_dvc.study.places import on_the_hub, task_definition, task_items
 from wanda_dvc.study.project import Project
 from wanda_dvc.views.needs import disk
 
-LINKS = ("reflink", "hardlink", "symlink")
 SHOWN = ("torch", "transformers", "dvc", "lm-eval")
 
 
@@ -243,7 +243,7 @@ def _versions(project: Project) -> Iterator[Check]:
     """Check that `dvc.yaml` has all stages, in this wanda-dvc's versions."""
     path = project.root / "dvc.yaml"
     if not path.is_file():
-        yield Check("dvc.yaml", False, "missing", "run `wanda-dvc init --upgrade`, which writes it")
+        yield Check("dvc.yaml", False, "missing", "restore it from git")
         return
     try:
         stages = YAML(typ="safe", pure=True).load(read_text(path))["stages"]
@@ -263,29 +263,23 @@ def _versions(project: Project) -> Iterator[Check]:
         if words[-2:] != ["--version", str(stage.version)]
     ]
     found = "; ".join(wrong) or "names the stages that this wanda-dvc computes"
-    yield Check("dvc.yaml", not wrong, found, "run `wanda-dvc init --upgrade`, or install the wanda-dvc that it names")
+    yield Check(
+        "dvc.yaml", not wrong, found, "install the wanda-dvc that it names, or make a new study: `wanda-dvc init DIR`"
+    )
 
 
 def _repository(project: Project) -> Iterator[Check]:
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-    from dvc_objects.fs.generic import test_links as links_that_work
-
     git = shutil.which("git")
     inside = (
         git and not subprocess.run([git, "rev-parse"], cwd=project.root, capture_output=True, check=False).returncode
     )
     yield Check("git", bool(inside), "a repository" if inside else "none", "install git and run `git init`")
     try:
-        repository = Repo(str(project.root))
-    except DvcException as error:
-        yield Check("dvc", False, " ".join(str(error).split()), "run `dvc init`")
+        types, works = link_types(project.root)
+    except UserError as error:
+        yield Check("dvc", False, str(error), "run `dvc init`")
         return
-    with repository:
-        yield Check("dvc", True, "initialised")
-        cache = repository.cache.local
-        works = links_that_work(list(LINKS), cache.fs, cache.path, repository.fs, repository.root_dir)
-        types = repository.config["cache"].get("type") or ["reflink", "copy"]
+    yield Check("dvc", True, "initialised")
     first = next((kind for kind in types if kind in works), None)
     yield Check(
         "cache.type",

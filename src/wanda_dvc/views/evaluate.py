@@ -1,4 +1,4 @@
-"""Other files of a study's model against its dense model: directories of safetensors, packed ones, GGUF files.
+"""Other files of a study's model against its dense model: directories of safetensors, GGUF files.
 
 Each model takes the place of models/pruned in a copy of the study that consists of links, and the stages `perplexity`
 and `zero-shot` measure it there.
@@ -165,7 +165,7 @@ def _place(project: Project, path: Path, folder: Path, dense: Json) -> None:
         for file in project.model("dense").glob(pattern):
             (folder / file.name).symlink_to(file.resolve())
     made_from = {"source": dense["source"], "sha256": dense["sha256"]}
-    write_provenance(folder, describe("evaluated", model=made_from, params={}, masks="", sha256=sha256))
+    write_provenance(folder, describe("apply", model=made_from, params={}, masks="", evaluated=sha256))
 
 
 def _take_rope(project: Project, folder: Path) -> None:

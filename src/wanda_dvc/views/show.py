@@ -10,14 +10,13 @@ from wanda_dvc.reading import DIVERGED, is_there
 from wanda_dvc.report.formatting import interval
 from wanda_dvc.report.measures import Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
-from wanda_dvc.study.details import is_of, load_details, load_measured
-from wanda_dvc.study.files import Json, json_text, load_json, load_numbers
+from wanda_dvc.study.details import is_of, load_measured
+from wanda_dvc.study.files import Json, json_text, load_json
 from wanda_dvc.study.local import missing_sources
 from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, digest, measured_alike, read_provenance, without_files
+from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, digest, measured_alike, read_provenance
 from wanda_dvc.study.ran import Ran
-from wanda_dvc.study.times import machine_of
 
 HEADERS = ["", "dense", "pruned", "pruned / dense"]
 FLIPS = ["changed answers", "items", "right → wrong", "wrong → right", "wrong → wrong", "changed, %", "p"]
@@ -37,7 +36,7 @@ def show(*, project: Project, as_json: bool = False) -> str:
                 "stale": ran.stale,
                 "results": {model: _figures(made, model) for model in MODELS},
                 "notes": [*title, *sources, *notes],
-                "times": times(made, made.times),
+                "times": times(made),
             }
         )
     parts = [
@@ -56,13 +55,13 @@ def _of_other_models(project: Project) -> Iterator[str]:
     """Yield a sentence for each model whose results are of another one, as after a stage run by hand."""
     for model in MODELS:
         with contextlib.suppress(UserError):  # a missing or damaged model is for the stages to refuse
-            own = digest(without_files(model, read_provenance(project.model(model), MADE_BY[model])))
+            own = digest(read_provenance(project.model(model), MADE_BY[model]))
             every = measured(project, model)
             if others := [name for name, (_, details) in every.items() if not is_of(details, own)]:
                 yield f"{', '.join(others)}: measured on another models/{model} than the one here; run `dvc repro`."
         for name in ("zero_shot", *(f"perplexity/{text}" for text in project.params.perplexity.texts)):
             metrics = project.metrics(model, name)
-            if load_numbers(metrics) != load_measured(metrics, project.details(model, name))[0]:
+            if load_json(metrics) != load_measured(metrics, project.details(model, name))[0]:
                 yield f"metrics/{model}/{name}.json: of another run than metrics/details; run `dvc checkout`."
 
 
@@ -102,7 +101,7 @@ def _figures(project: Project, model: str) -> Json:
         for task in project.params.tasks.names
     }
     if model == "pruned":
-        figures |= {"sparsity": None} | load_numbers(project.metrics("pruned", "sparsity"))
+        figures |= {"sparsity": None} | load_json(project.metrics("pruned", "sparsity"))
         figures["layer_error"] = mean_layer_error(project)
         for (task, metric), one in _flips(project).items():
             figures["zero_shot"][task].setdefault("flips", {})[metric] = one._asdict()
@@ -134,7 +133,7 @@ def comparison(project: Project) -> list[list[str]]:
         rows.append([name, *shown, "" if name in apart else _ratio(*perplexities)])
         rows += divergence_rows(pruned[name][0])
     rows += _accuracy_rows(project, dense, pruned, apart)
-    error, measures = mean_layer_error(project), load_numbers(project.metrics("pruned", "sparsity"))
+    error, measures = mean_layer_error(project), load_json(project.metrics("pruned", "sparsity"))
     sparsity, removed = measures.get("sparsity"), measures.get("removed_parameters")
     if error is not None:
         rows.append(["layer error, mean", "–", f"{error:.4f}", ""])
@@ -266,7 +265,7 @@ def _title(project: Project) -> list[str]:
 
 
 def _footnotes(project: Project) -> Iterator[str]:
-    yield from _notes_on_layers(load_details(project.details("pruned", "layer_error")).get("linears", {}))
+    yield from _notes_on_layers(load_json(project.details("pruned", "layer_error")).get("linears", {}))
     names = project.params.tasks.names
     if any(load_json(project.data("tasks") / name / PROVENANCE).get("samples") for name in names):
         yield (
@@ -339,8 +338,8 @@ def _notes_on_layers(linears: dict[str, Json]) -> Iterator[str]:
 
 
 def _times(project: Project) -> str:
-    """Return a table of the runs behind the current results."""
-    known = times(project, project.times)
+    """Return a table of the last run of each stage in this checkout."""
+    known = times(project)
     if not known:
         return ""
     rows = []
@@ -348,8 +347,9 @@ def _times(project: Project) -> str:
         peak = time.get("peak_anonymous_gb")
         rows.append([run, f"{time['seconds']:.1f}", "–" if peak is None else f"{peak:.2f}"])
     rows.append(["all", f"{sum(time['seconds'] for time in known.values()):.1f}", ""])
-    machines = sorted({machine_of(time) for time in known.values()})
-    return f"{table(['stage', 'seconds', 'peak anonymous memory, GB'], rows)}\n\nMeasured on {'; '.join(machines)}."
+    machines = sorted({f"{time['machine']}, {time['device']}" for time in known.values()})
+    shown = table(["stage", "seconds", "peak anonymous memory, GB"], rows)
+    return f"{shown}\n\nThe last run of each stage here, on {'; '.join(machines)}."
 
 
 def _percent(share: float | None, error: float | None = None) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.inputs import stats_provenance
-from wanda_dvc.study.details import load_details
 from wanda_dvc.study.files import Json, json_text, load_json
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
@@ -117,14 +116,14 @@ def compare(*, project: Project, other: str, as_json: bool) -> str:
             return _compare(project.stats, folder, other, as_json)
     if path.exists():
         raise UserError(f"--compare: {other}: no statistics, expected a directory that `wanda-dvc calibrate` wrote")
-    from wanda_dvc.study.revisions import Revision
+    from wanda_dvc.study.dvc import Revision
 
     with project.work({"kind": "stats", "revision": other}) as work:
         work.forget()
         study = Project(work.path / "study")
         study.root.mkdir(parents=True)
-        revision = Revision.open(project, other, otherwise="`--compare DIRECTORY` needs none")
-        if missing := revision.take(project.stats.relative_to(project.root).as_posix(), study):
+        revision = Revision.open(project.root, other, otherwise="`--compare DIRECTORY` needs none")
+        if missing := revision.take(project.stats.relative_to(project.root).as_posix(), study.root):
             raise UserError(
                 f"{other}: {missing[0]} is not in DVC's cache, expected all of stats/norms; `dvc pull --all-commits` "
                 f"fetches it where a remote has it, `dvc exp apply {other}` and `dvc repro calibrate` compute it again"
@@ -197,7 +196,7 @@ def _layer_errors(project: Project) -> dict[str, float]:
     """Return the layer error of every linear; empty if it belongs to other masks or Gram matrices."""
     from wanda_dvc.stages.apply import describe_pruned
 
-    measured = load_details(project.details("pruned", "layer_error"))
+    measured = load_json(project.details("pruned", "layer_error"))
     if not measured.get("linears"):
         return {}
     try:

@@ -10,7 +10,6 @@ from wanda_dvc.report.chapters import (
     protocol,
     published,
     reproduction,
-    run_time,
     structure,
     summary,
     uncertainty,
@@ -32,7 +31,6 @@ CHAPTERS: dict[str, Callable[[Section], Content]] = {
     "Uncertainty": uncertainty.content,
     "Published results": published.content,
     "Structure and size": structure.content,
-    "Run time": run_time.content,
     "Reproduction": reproduction.content,
 }
 

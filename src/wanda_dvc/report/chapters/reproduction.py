@@ -1,19 +1,17 @@
 """The chapter on the origin of each row, and the commands to repeat it."""
 
 from wanda_dvc.plan import CHOICES
-from wanda_dvc.report.chapters.run_time import runs
-from wanda_dvc.report.formatting import DASH, seconds, setting
+from wanda_dvc.report.formatting import setting
 from wanda_dvc.report.pages import Content, bullets, fenced, table
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import OF_PRUNING, Section
 from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.repeat import how_to_repeat
-from wanda_dvc.study.times import machine_of
 
 
 def content(section: Section) -> Content:
     """Return the rows' origins, their shared parameters, and the commands to repeat them."""
-    headers = ["", "experiment", "commit", "its own parameters", "its own time", "peak anonymous memory", "machine"]
+    headers = ["", "experiment", "commit", "its own parameters"]
     origins = [[section.name(row), *_origin(section, row)] for row in section.ordered]
     own = {*OF_PRUNING, *section.varying}
     everywhere = set[str].intersection(*({*row.settings} for row in section.rows))  # rows may have other texts
@@ -33,9 +31,6 @@ def content(section: Section) -> Content:
 
 
 def _origin(section: Section, row: Row) -> list[str]:
-    times, known = row.times(), runs(row.params.perplexity.texts)
-    mine = sum(time["seconds"] for run, time in times.items() if known[run][1])
-    peaks = [time["peak_anonymous_gb"] for time in times.values() if "peak_anonymous_gb" in time]
     given = row.params.model_dump(mode="json", include={"recipe", *CHOICES, "allocation_strength"})
     settings = {name: value for name, value in given.items() if value is not None}
     settings |= {key: section.value(row, key) for key in ("sparsity", "pattern", *section.varying)}
@@ -43,7 +38,4 @@ def _origin(section: Section, row: Row) -> list[str]:
         inline(", ".join([row.name, *row.also])),
         row.commit[:10] if row.commit else "not committed",
         inline(", ".join(f"{key}={value}" for key, value in settings.items())),
-        f"{seconds(mine)} s" if times else DASH,
-        f"{max(peaks):.2f} GB" if peaks else DASH,
-        inline("; ".join(sorted({machine_of(time) for time in times.values()}))),
     ]

@@ -13,7 +13,6 @@ from wanda_dvc.params import ChosenText
 from wanda_dvc.reading import check_file, is_there
 from wanda_dvc.study.files import Json
 
-METRICS = ("acc", "acc_norm")  # reported metrics of the tasks
 EMBEDDED = Path(str(files("wanda_dvc"))) / "embedded"
 
 

@@ -1,1 +1,0 @@
-"""The packed format: pruned weights without their zeros, kernels that multiply them, and a speed test."""

@@ -1,0 +1,233 @@
+"""All uses of DVC's Python interface, most of it private: repositories, experiments, revisions, the cache.
+
+No other module imports DVC; tests/test_dvc.py holds the names that are used here.
+"""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from wanda_dvc.errors import UserError
+
+LINKS = ("reflink", "hardlink", "symlink")
+
+
+@contextlib.contextmanager
+def repository(root: Path, otherwise: str) -> Iterator[Any]:
+    """Open the study's DVC repository. UserError without one, with advice, or without git."""
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.repo import Repo
+    from dvc.scm import NoSCM, SCMError
+
+    no_git = UserError(f"{root}: no git repository, expected one with experiments; run `git init`")
+    try:
+        repo = Repo(str(root))
+    except NotDvcRepoError:
+        raise UserError(f"{root}: no DVC repository, expected one with experiments; {otherwise}") from None
+    except SCMError:  # stages run by hand leave .dvc/
+        raise no_git from None
+    with repo:
+        if isinstance(repo.scm, NoSCM):
+            raise no_git
+        yield repo
+
+
+def below(root: Path, repository: str) -> str:
+    """Return the study's folder in a repository, such as `studies/a/`; "" for its root."""
+    folder = root.resolve().relative_to(Path(repository).resolve()).as_posix()
+    return "" if folder == "." else f"{folder}/"
+
+
+def states(root: Path, repo: Any) -> list[Any]:
+    """Return the workspace, HEAD, branches, tags and commits with experiments, each with its experiments.
+
+    Other commits are left out: reading every commit takes minutes in a large repository. UserError if DVC cannot.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo.experiments.utils import exp_refs
+
+    try:
+        celery = repo.experiments.celery_queue
+        waiting = [*celery.iter_queued(), *celery.iter_active(), *(done.entry for done in celery.iter_failed())]
+        waiting += repo.experiments.tempdir_queue.iter_active()
+        bases = {ref.baseline_sha for ref in exp_refs(repo.scm)} | {entry.baseline_rev for entry in waiting}
+        found: list[Any] = repo.experiments.show(revs=["HEAD", *sorted(bases)], all_branches=True, all_tags=True)
+    except DvcException as error:
+        raise UserError(f"{root}: DVC can't list its experiments ({error}); look at `dvc exp show`") from None
+    except OSError as error:  # DVC reads files of an experiment that never started
+        raise UserError(
+            f"{root}: DVC can't list its experiments ({error}); one that was killed may still count as "
+            "running: `dvc queue status` names it, `dvc queue kill NAME` clears it"
+        ) from None
+    return found
+
+
+def text_at(root: Path, repo: Any, rev: str, name: str) -> str | None:
+    """Return the text of a study's file in a commit; None if the commit lacks it."""
+    try:
+        content: str = repo.scm.get_fs(rev).read_text(below(root, repo.scm.root_dir) + name, encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    return content
+
+
+@dataclass(frozen=True)
+class Revision:
+    """An experiment, commit, branch or tag, read out of git and DVC's cache. The workspace is only read."""
+
+    name: str
+    files: Any  # DVC's file system of that state
+    prefix: str  # of the project inside the repository
+
+    @classmethod
+    def open(cls, root: Path, name: str, *, otherwise: str) -> "Revision":
+        """Open a revision. UserError for an unknown name; `otherwise` is the advice without a repository."""
+        from dvc.api import DVCFileSystem
+        from dvc.scm import SCMError
+
+        with repository(root, otherwise) as repo:
+            around = repo.root_dir
+        try:
+            return cls(name, DVCFileSystem(around, rev=name), below(root, around))
+        except SCMError as error:
+            if "mbiguous" in str(error):
+                raise UserError(f"{name}: {error}, expected one; name its commit (`dvc exp show --sha`)") from None
+            raise UserError(
+                f"{name}: no experiment, commit, branch or tag of that name; `dvc exp list --all-commits` lists "
+                "the experiments"
+            ) from None
+
+    @classmethod
+    def exists(cls, root: Path, name: str) -> bool:
+        """Whether the study's repository has an experiment, commit, branch or tag of that name."""
+        try:
+            cls.open(root, name, otherwise="")
+        except UserError:
+            return False
+        return True
+
+    @property
+    def commit(self) -> str:
+        """The commit's name."""
+        return str(self.files.repo.get_rev())
+
+    @cached_property
+    def _cache(self) -> Any:
+        return self.files.repo.cache.local
+
+    def take(self, part: str, target: Path) -> list[str]:
+        """Take one file or folder into `target`, laid out like a project. Return the files that are missing.
+
+        Cached files become links into the cache, so that no space is taken.
+        """
+        from dvc.exceptions import DvcException
+        from dvc_data.index import DataIndexDirError  # the cache lacks a folder's list of files
+
+        lost = (OSError, DvcException, DataIndexDirError)
+        try:
+            found = self.files.find(self.prefix + part) or [self.prefix + part]
+        except lost:
+            return [part]
+        missing = []
+        for path in found:
+            within = Path(path.removeprefix("/")).relative_to(self.prefix or ".")
+            if ".." in within.parts:  # a list of files not written by DVC
+                missing.append(within.as_posix())
+                continue
+            place = target / within
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                md5 = self.files.info(path).get("md5")
+                cached = Path(self._cache.oid_to_path(md5)) if md5 else None
+                if cached and cached.is_file():
+                    place.symlink_to(cached)
+                else:
+                    self.files.get_file(path, str(place))
+            except lost:
+                place.unlink(missing_ok=True)
+                missing.append(within.as_posix())
+        return missing
+
+    def copy_all(self, part: str, target: Path) -> bool:
+        """Take a file or a complete folder, or nothing. Return whether it was complete."""
+        if self.take(part, target):
+            shutil.rmtree(target / part, ignore_errors=True)
+            return False
+        return True
+
+
+def init_repository(folder: Path, *, inside: bool) -> None:
+    """Make a DVC repository; with `inside`, below the root of a git repository."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    log = logging.getLogger("dvc")
+    level = log.level
+    log.setLevel(logging.WARNING)  # without DVC's message about a new repository
+    try:
+        Repo.init(str(folder), subdir=inside).close()
+    except DvcException as error:
+        raise UserError(f"{folder}: DVC cannot make a repository here: {' '.join(str(error).split())}") from None
+    finally:
+        log.setLevel(level)
+
+
+def reflink(source: Path, target: Path) -> bool:
+    """Make a file that shares the blocks of another one; return whether the file system supports it."""
+    from dvc_objects.fs import system  # its import takes a fifth of a second
+
+    try:
+        system.reflink(source, target)
+    except OSError:
+        return False
+    return True
+
+
+def is_cached(root: Path, stage: str) -> bool:
+    """Whether DVC caches, and so pushes, the one output of a study's stage."""
+    return _output(root, stage, lambda out: out.use_cache)
+
+
+def is_as_locked(root: Path, stage: str) -> bool:
+    """Whether the one output of a study's stage matches its dvc.lock.
+
+    `git checkout` and `dvc exp apply` change the lock, but not an uncached source.
+    """
+    return _output(root, stage, lambda out: not out.changed_checksum())  # DVC hashes a file only when it has changed
+
+
+def _output(root: Path, stage: str, ask: Callable[[Any], bool]) -> bool:
+    """Return an answer about the one output of a stage; False without the stage."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            (out,) = repo.stage.load_one(str(root / "dvc.yaml"), stage).outs
+            return bool(ask(out))
+    except DvcException:
+        return False
+
+
+def link_types(root: Path) -> tuple[list[str], list[str]]:
+    """Return the link types that the cache is configured for, and those that work between it and the study.
+
+    UserError without a repository.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc_objects.fs.generic import test_links as links_that_work
+
+    try:
+        repo = Repo(str(root))
+    except DvcException as error:
+        raise UserError(" ".join(str(error).split())) from None
+    with repo:
+        cache = repo.cache.local
+        works = links_that_work(list(LINKS), cache.fs, cache.path, repo.fs, repo.root_dir)
+        return repo.config["cache"].get("type") or ["reflink", "copy"], works
