@@ -12,6 +12,7 @@ from wanda_dvc.catalog import check_pattern
 from wanda_dvc.errors import FIX, UserError, notice
 from wanda_dvc.params import Params, Runtime
 from wanda_dvc.plan import GRAM_DTYPE
+from wanda_dvc.reading import check_file
 from wanda_dvc.stages.running import check_device, device_name, ending, own_device, record_details, solving_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
@@ -32,8 +33,11 @@ HEAD = "output head"
 
 
 def model_provenance(project: Project, model: str) -> Json:
-    """Return the provenance of models/dense or models/pruned."""
-    return read_provenance(project.model(model), MADE_BY[model])
+    """Return the provenance of models/dense or models/pruned. UserError if a file of it cannot be read."""
+    found = read_provenance(project.model(model), MADE_BY[model])
+    for file in project.model(model).iterdir():
+        check_file(file)  # transformers passes over a generation_config.json that it cannot read
+    return found
 
 
 def check_text(project: Project, expected: Json, found: str, todo: str) -> None:
