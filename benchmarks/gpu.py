@@ -4,7 +4,7 @@ make gpu                                        on the card of this machine
 PYTHONPATH=src python benchmarks/gpu.py --device cpu --tiny    the same code, where there is no card
 
 The models are random. Checks compare the card with the CPU on SmolLM2's shape in float32; times are of LLaMA-2-7B's
-shape in bfloat16, of a few blocks. The tables go into docs/cost.md. Exit 1 if a check fails.
+shape in bfloat16, of a few blocks. The tables go into docs/performance.md. Exit 1 if a check fails.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from wanda_dvc.engine.fisher import backward  # noqa: E402
 from wanda_dvc.engine.losses import window_loss  # noqa: E402
 from wanda_dvc.engine.recorder import Recorded  # noqa: E402
 from wanda_dvc.engine.rows import as_rows  # noqa: E402
-from wanda_dvc.engine.sizes import sizes, walking  # noqa: E402
+from wanda_dvc.engine.sizes import FIXED, sizes, walk  # noqa: E402
 from wanda_dvc.engine.walk import LocalRunner, outputs  # noqa: E402
 from wanda_dvc.pruning.choose import choose_block, prepared_linears, prune_linear, reconstruct  # noqa: E402
 from wanda_dvc.pruning.gram import Gram  # noqa: E402
@@ -185,10 +185,11 @@ def check(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[Check]:
     found = _fisher_apart(bench, folder, tokens[:2])
     yield Check("Fisher tier of two windows, largest relative difference of a linear's norm", found, 1e-3)
     if card.peak:
-        words = {"statistics": True, "gram": True, "logits": True}
-        formula = walking(sizes(folder), dtype="float32", length=tokens.shape[1], device="cuda", **words)
-        held = 2 * tokens.numel() * sizes(folder).hidden * 4  # hidden states, before and after a block
-        yield Check("peak memory of the card against the formula, GB", card.peak / 1e9, (formula.total + held) / 1e9)
+        model = sizes(folder)
+        found = walk(model, dtype="float32", length=tokens.shape[1], device="cuda")
+        formula = found.weights + found.activations + found.norms + found.grams + found.logits
+        formula += FIXED + 2 * tokens.numel() * model.hidden * 4  # hidden states, before and after a block
+        yield Check("peak memory of the card against the formula, GB", card.peak / 1e9, formula / 1e9)
 
 
 def _off(one: Run, other: Run) -> float:

@@ -30,7 +30,7 @@ def measure(root: Path, stage: str, part: str | None) -> dict[str, float]:
     return {
         "peak": sampler.peak - sampler.base,
         "imports": sampler.base,
-        "bound": wanted.memory.anonymous,
+        "bound": wanted.anonymous,
     }
 
 

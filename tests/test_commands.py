@@ -26,11 +26,9 @@ TABLES = {
     "show": ["show"],
     "list": ["list"],
     "stats": ["stats", "--layer", "1"],
-    "cost": ["cost"],
     "evaluate": ["evaluate", "models/pruned"],
     "doctor": ["doctor"],
 }
-MORE = {"recurring": ["stats", "--recurring"], "compare": ["stats", "--compare", "stats"]}
 WRITE = {"report", "export", "init"}
 
 
@@ -79,7 +77,7 @@ def test_every_command_is_a_stage_prints_a_table_or_writes_files():
     "words",
     [
         pytest.param(words, id=name)
-        for name, words in (TABLES | MORE).items()
+        for name, words in TABLES.items()
         if name != "evaluate"  # tests/test_evaluate.py runs it on a study with tasks
     ],
 )

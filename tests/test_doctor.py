@@ -1,5 +1,6 @@
 """The doctor finds what is missing, says what to do, and exits as it found."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,8 +11,11 @@ import pytest
 from command_line import wanda_dvc
 from conftest import ROOT, write_params
 from dvc.repo import Repo
+from test_machine import group
 
 from wanda_dvc.stages import STAGES
+from wanda_dvc.stages.needs import NEEDS, need
+from wanda_dvc.study.project import Project
 from wanda_dvc.views.doctor import doctor
 
 
@@ -93,17 +97,6 @@ def test_a_busy_cluster_is_not_waited_for(study: Path, monkeypatch: pytest.Monke
         ),
         ("runtime.device", lambda study: write_params(study, study, runtime__device="cuda:99"), "expected one of auto"),
         ("runtime.mirror", lambda study: write_params(study, study, runtime__mirror="/nowhere"), "is no directory"),
-        (
-            "runtime.mirror",
-            lambda study: write_params(
-                study,
-                study,
-                runtime__mirror=str(study),
-                perplexity__texts__embedded__source="wikitext2",
-                tasks__source="benchmark",
-            ),
-            "without Salesforce/wikitext/wikitext-2-raw-v1/test.jsonl, baber/piqa/validation.jsonl",
-        ),
         ("dvc.yaml", lambda study: (study / "dvc.yaml").unlink(), "restore it from git"),
         (
             "dvc.yaml",
@@ -169,15 +162,26 @@ def test_its_exit_says_it_too(study: Path):
 
 
 @pytest.mark.parametrize(("free", "well"), [(10**6, False), (10**12, True)])
-def test_the_stage_that_needs_most_is_named(
-    study: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, free: int, well: bool
-):
+def test_it_says_what_each_stage_needs(study: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, free: int, well: bool):
     """Too little memory is said; only with too little disk no stage can end well."""
     write_params(study, tiny)
+    (study / "models").mkdir()
+    (study / "models/dense").symlink_to(tiny)
     monkeypatch.setattr("wanda_dvc.views.doctor.free_memory", lambda _: free)
     table, ok = doctor(start=study)
     assert ok
-    assert f"{free / 1e9:.1f} GB free; zero-shot needs about 0.2 GB" in row(table, "memory")
+    assert re.search(r" free; needs about: calibrate 0.1 GB, .*, zero-shot 0.2 GB", row(table, "memory"))
     assert ("✓" in row(table, "memory")) == well
-    monkeypatch.setattr("wanda_dvc.views.doctor.disk", lambda _: free)
+    needs = json.loads(doctor(start=study, as_json=True)[0])["needs"]
+    assert needs.keys() == NEEDS.keys()
+    for stage, found in needs.items():
+        wanted = need(Project(study), stage)
+        assert found == {"memory_bytes": wanted.memory, "disk_bytes": wanted.disk}
+    monkeypatch.setattr("wanda_dvc.views.doctor.free_disk", lambda _: free // 100)
     assert doctor(start=study)[1] == well
+
+
+def test_a_quota_of_a_control_group_is_in_the_cores(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    group(tmp_path / "group", monkeypatch, "0::/", {"cpu.max": "300000 100000\n"})
+    assert "3 threads" in row(doctor(start=study)[0], "cpu")

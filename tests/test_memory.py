@@ -124,7 +124,7 @@ with AnonymousMemory(samples_a_second=300) as sampler:
 peak = sampler.peak - sampler.base
 hidden = 4 * before.content.nbytes  # of the shard, of which there are four at most: in Ray they are in its store
 # The driver has the sums of the shards so far.
-bound = needed.memory.anonymous - 2 * 8 * sizes(project.model("dense")).squares + hidden
+bound = needed.anonymous - 2 * 8 * sizes(project.model("dense")).squares + hidden
 (found / "worker").write_text(json.dumps({"peak": peak, "bound": bound}))
 """
 

@@ -270,13 +270,8 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert "six: no experiment, commit, branch or tag of that name" in repository.run(
         "wanda-dvc", "export", "six", str(tmp_path / "six"), check=False
     )
-    compared = json.loads(repository.run("wanda-dvc", "stats", "--compare", "two-of-four", "--json"))
-    assert {one["largest_change"] for one in compared["inputs"]} == {0}
     revision = repository.run("git", "rev-parse", "HEAD").strip()
     shutil.rmtree(repository.root / ".dvc/cache")
-    assert "is not in DVC's cache, expected all of stats/norms" in repository.run(
-        "wanda-dvc", "stats", "--compare", revision, check=False
-    )
     missing = repository.run("wanda-dvc", "export", revision, str(tmp_path / "missing"), check=False)
     assert f"{revision}: its masks are not in DVC's cache" in missing
     assert "`dvc pull --all-commits`" in missing

@@ -65,7 +65,6 @@ def _run(name: str, version: int | None, part: str | None = None, text: str | No
     from wanda_dvc.stages import run as run_stage
     from wanda_dvc.stages.running import stoppable, timed, watch_dvc
     from wanda_dvc.study.project import Project
-    from wanda_dvc.views.needs import announce
 
     stage = STAGES[name]
     if stage.parts and part not in stage.parts:
@@ -81,12 +80,14 @@ def _run(name: str, version: int | None, part: str | None = None, text: str | No
         label = stage.run_name(part, one)
         _prepare(label, network=stage.network)
         with stoppable(label):
-            announce(project=project, stage=name, part=part, text=one)
-            with timed(project, stage, part, one):
-                if stage.computes:
-                    import torch
+            if stage.computes:
+                import torch
 
-                    torch.set_num_threads(cores())
+                from wanda_dvc.stages.needs import announce
+
+                torch.set_num_threads(cores())
+                announce(project=project, stage=name, part=part, text=one)
+            with timed(project, stage, part, one):
                 run_stage(name, project=project, part=part, text=one)
 
 
@@ -162,32 +163,13 @@ def stats(
         str | None,
         typer.Option("--linear", help="Only this linear's input, by its last word (q_proj) or its full name."),
     ] = None,
-    recurring: Annotated[
-        bool, typer.Option("--recurring", help="Features that are outliers in several blocks.")
-    ] = False,
-    compare: Annotated[
-        str | None,
-        typer.Option(
-            "--compare",
-            help="Compare with the statistics of an experiment, a commit or a directory.",
-            autocompletion=completion.experiments,
-        ),
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the input norms by block and distinct input, with their outliers; of a pruned model the layer errors too."""
     from wanda_dvc.study.project import Project
-    from wanda_dvc.views import stats as views
+    from wanda_dvc.views.stats import stats as table
 
-    if sum((layer is not None or linear is not None, recurring, compare is not None)) > 1:
-        raise typer.BadParameter("--recurring, --compare, and --layer or --linear exclude each other; give one")
-    project = Project.find()
-    if compare is not None:
-        typer.echo(views.compare(project=project, other=compare, as_json=as_json))
-    elif recurring:
-        typer.echo(views.recurring(project=project, as_json=as_json))
-    else:
-        typer.echo(views.stats(project=project, layer=layer, linear=linear, as_json=as_json))
+    typer.echo(table(project=Project.find(), layer=layer, linear=linear, as_json=as_json))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -289,38 +271,6 @@ def export(
         experiment, target = experiment_and_directory(project, words)
         said = build(project=project, experiment=experiment, target=target)
     typer.echo(said)
-
-
-@app.command(rich_help_panel=STUDY_PANEL)
-def cost(  # noqa: PLR0913, PLR0917 - the options of the command
-    config: Annotated[
-        Path | None, typer.Argument(help="A config.json or a directory with one; by default the study's model.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Instead of params.yaml's.", autocompletion=completion.dtypes)
-    ] = None,
-    windows: Annotated[
-        int | None, typer.Option("--windows", min=1, help="Number of windows, for calibration and perplexity.")
-    ] = None,
-    length: Annotated[int | None, typer.Option("--length", min=1, help="Tokens a window.")] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Run one block of this shape on this machine, and extrapolate the times.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Estimate FLOPs, memory and disk of every stage from a config.json; no weights are needed."""
-    from wanda_dvc.views.cost import cost as table
-
-    found = table(
-        start=Path.cwd(),
-        config=config,
-        dtype=dtype,
-        windows=windows,
-        length=length,
-        measure=measure,
-        as_json=as_json,
-    )
-    typer.echo(found)
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

@@ -79,7 +79,7 @@ def explain(error: Exception) -> Iterator[str]:
         yield f"{_file(system)}: {system.strerror}, expected a path for a file; name another"
     elif _lacks_memory(error) or (system and system.errno in NO_MEMORY):
         yield (
-            f"memory: {' '.join(str(error).split()) or 'out of memory'}; `wanda-dvc cost` estimates the need; free "
+            f"memory: {' '.join(str(error).split()) or 'out of memory'}; `wanda-dvc doctor` estimates the need; free "
             "some, use shorter windows, or fewer threads (OMP_NUM_THREADS)"
         )
     elif (extra := _extra(error)) is not None:

@@ -242,7 +242,7 @@ class Cluster(Jobs):
         except RayError as error:
             raise UserError(
                 f"runtime.ray: {task.name}: its worker crashed, also in {RETRIES} retries "
-                f"({str(error).partition('.')[0]}); compare a worker's memory with `wanda-dvc cost`, and run the "
+                f"({str(error).partition('.')[0]}); compare a worker's memory with `wanda-dvc doctor`, and run the "
                 "stage again"
             ) from None
 

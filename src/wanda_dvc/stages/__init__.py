@@ -1,6 +1,6 @@
 """The table of stages, in the order of the pipeline: one row, one module, one command and one DVC name each.
 
-A row's module holds the stage's function; `needs` says what each stage needs. The command line, `cost`, `show`, the
+A row's module holds the stage's function; `needs` says what each stage needs. The command line, `doctor`, `show`, the
 report and the tests of `dvc.yaml` loop over this table.
 """
 

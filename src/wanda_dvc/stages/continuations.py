@@ -39,13 +39,13 @@ def continued(project: Project, model: str) -> Json:
     import torch
 
     from wanda_dvc.engine.continuations import TOKENS, continuations
-    from wanda_dvc.engine.sizes import generating, sizes
     from wanda_dvc.engine.windows import load_tokenizer, tokenize
+    from wanda_dvc.stages.needs import continuing, known
 
     folder, params, prompts = project.model(model), project.params, read_prompts(project)
     tokenizer = load_tokenizer(folder)
     longest = max((len(tokenize(prompt, tokenizer)) for prompt in prompts), default=0)
-    needed = generating(sizes(folder), dtype=params.dtype, tokens=longest + TOKENS).total
+    needed = continuing(known(project, model), longest + TOKENS)
     if needed > (free := free_memory(device_name(params.runtime))):
         skipped = f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB were free"
         again = f"`dvc repro --force --single-item zero-shot@{model}` writes them when there is more"

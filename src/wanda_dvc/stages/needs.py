@@ -1,145 +1,106 @@
-"""The needs of each stage: memory, disk, FLOPs and bytes, from the plan, the settings and a model's sizes.
+"""The peak memory and disk of each stage, one formula each; docs/cost.md explains them. And the line that says so.
 
-The line before a stage, `cost` and `doctor` read this table, so each formula is written once; docs/cost.md explains the
-formulas. Existing files give better numbers: `Known` holds these numbers.
+Memory is beyond the imports. Files that exist already, such as texts, make the numbers better.
 """
 
+import contextlib
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from wanda_dvc.engine.sizes import (
-    WIDTH,
-    Linears,
-    Memory,
-    Sizes,
-    choosing,
-    comparing,
-    differentiating,
-    either,
-    probing,
-    propagating,
-    reference_bytes,
-    sizes,
-    walking,
-    writing,
-)
+from wanda_dvc.engine import shards
+from wanda_dvc.engine.sizes import FIXED, WIDTH, Linears, Sizes, Walk, sizes, walk
+from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Calibration, Params
-from wanda_dvc.plan import GRAM_DTYPE, TRAINING, WINDOWS_BACK
-from wanda_dvc.stages.running import device_name
-from wanda_dvc.study.project import TEXT, Project
+from wanda_dvc.plan import GRAM_DTYPE, WINDOWS_BACK
+from wanda_dvc.pruning.choose import WEIGHTS_AT_A_TIME
+from wanda_dvc.pruning.gram import PANEL
+from wanda_dvc.stages.running import device_name, free_memory
+from wanda_dvc.study.project import ITEMS, TEXT, Project
 from wanda_dvc.study.tensors import block_count, read_stats
 
+SELECTION = 24  # bytes a weight: its score, the partition of the scores, and the count of ties
+TRAINED = 28  # bytes a parameter of a block that is trained
+TEXT_IN_MEMORY = 32  # bytes for each byte of a text while it is tokenized
 BYTES_A_TOKEN = 4  # of English text, about
-SAMPLES = 48  # items a task of `tasks.source: embedded`
-
-# Of lm-eval's tasks: the items of the split, the tokens of a question (its context once, then its choices) and the
-# positions at which it needs logits; means of the first 200 items with SmolLM2's tokenizer.
-TASKS = {
-    "piqa": (1838, 57.4, 44.6),
-    "hellaswag": (10042, 90.2, 60.4),
-    "arc_easy": (2376, 41.6, 14.4),
-    "boolq": (3270, 148.8, 1.0),
-    "rte": (277, 80.1, 1.0),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """The approximate needs of a stage, in bytes; 0 if nothing, or not known yet."""
+    """What a stage needs at its peak, in bytes; 0 if nothing, or not known yet."""
 
-    memory: Memory = field(default_factory=Memory)
-    disk: int = 0  # peak, including its outputs
-    least: int = 0  # with less free disk the stage would fail
-    read: int = 0  # from the disk
-    hidden: int = 0  # hidden states between blocks, written and read
-    link: int = 0  # weights and masks that cross the link to a GPU
-    work: Mapping[str, float] = field(default_factory=dict)  # FLOPs: of blocks, head, grams, choosing, pruning
+    memory: int = 0
+    mapped: int = 0  # of the memory: page cache, which the system may reclaim
+    disk: int = 0  # with its outputs
+    least: int = 0  # of disk, without which the stage would fail
+
+    @property
+    def anonymous(self) -> int:
+        """The memory without the page cache."""
+        return self.memory - self.mapped
 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """The data behind the needs of all stages."""
+    """What the formulas read."""
 
     params: Params
-    config: Path  # of the model: a config.json, or a directory with one
+    model: Path  # its directory
     device: str = "cpu"  # its kind
-    texts: Mapping[str, int] = field(default_factory=dict)  # bytes of existing texts: calibration, perplexity/NAME
-    files: int | None = None  # bytes of the model's directory
-    part: str | None = None  # of the stage; None: its largest
-    text: str | None = None  # of the perplexity; None: all
+    files: Mapping[str, int] = field(default_factory=dict)  # bytes of fetched data, by part: calibration, tasks, …
     measured: Linears | None = None  # of stats/: building a model takes seconds of imports
+    part: str | None = None  # of the stage; None: the part that needs most
+    text: str | None = None  # of the perplexity; None: each
 
     @cached_property
-    def model(self) -> Sizes:
+    def sizes(self) -> Sizes:
         """The model, counted."""
-        return sizes(self.config)
+        return sizes(self.model)
 
     @property
     def linears(self) -> Linears:
         """The linears, counted."""
-        return self.measured or self.model
+        return self.measured or self.sizes
 
-    @property
+    def walk(self, length: int) -> Walk:
+        """Return the memory of windows of `length` tokens through all blocks."""
+        return walk(self.sizes, dtype=self.params.dtype, length=length, device=self.device)
+
+    def states(self, tokens: int) -> int:
+        """Return the bytes of the hidden states of some tokens."""
+        return tokens * self.sizes.hidden * WIDTH[self.params.dtype]
+
     def stored(self) -> int:
-        """Bytes of the checkpoint."""
-        return self.model.stored if self.files is None else self.files
+        """Return the bytes of the model's directory."""
+        return sum(path.stat().st_size for path in self.model.iterdir() if path.is_file())
 
-    @property
-    def evaluated(self) -> list[str]:
-        """The texts of the perplexity evaluation."""
-        return [self.text] if self.text else list(self.params.perplexity.texts)
 
-    def tokens(self, text: str) -> int:
-        """Return the evaluated tokens of a text; 0 for all tokens of a text that is not downloaded yet."""
-        wanted, size = self.params.perplexity, self.texts.get(f"perplexity/{text}")
-        counts = [size // BYTES_A_TOKEN] if size is not None else []
-        counts += [wanted.windows * wanted.length] if isinstance(wanted.windows, int) else []
-        return min(counts, default=0)
+def known(project: Project, part: str | None = None, text: str | None = None) -> Known:
+    """Return what is known of a study: its settings, its model's configuration, the size of its texts."""
+    params = project.params
+    names = ["calibration", *(f"perplexity/{name}" for name in params.perplexity.texts)]
+    files = {name: project.data(name) / TEXT for name in names}
+    files |= {f"tasks/{name}": project.data("tasks") / name / ITEMS for name in params.tasks.names}
+    return Known(
+        params=params,
+        model=project.model(part or "dense"),
+        device=device_name(params.runtime).partition(":")[0],
+        files={name: path.stat().st_size for name, path in files.items() if path.is_file()},
+        part=part,
+        text=text,
+    )
 
 
 def need(project: Project, stage: str, part: str | None = None, text: str | None = None) -> Need:
-    """Return the needs of a study's stage, as exact as the existing files allow."""
-    folder = project.model(part or "dense")
-    if stage not in NEEDS or not (folder / "config.json").is_file():
+    """Return the needs of a study's stage; nothing without the configuration of its model."""
+    on = known(project, part, text)
+    if stage not in NEEDS or not (on.model / "config.json").is_file():
         return Need()
-    files = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    measured = _measured(project) if stage in ("mask", "apply") else None
-    on = replace(known(project.params, folder, project), files=files, part=part, text=text, measured=measured)
-    return NEEDS[stage](on)
-
-
-def known(params: Params, config: Path, project: Project | None) -> Known:
-    """Return the data from settings, a configuration and, if there is a study, its texts."""
-    import torch  # noqa: F401 - needed for the device's name
-
-    parts = ["calibration", *(f"perplexity/{name}" for name in params.perplexity.texts)] if project else []
-    texts = {part: file.stat().st_size for part in parts if project and (file := project.data(part) / TEXT).is_file()}
-    return Known(params=params, config=config, device=device_name(params.runtime).partition(":")[0], texts=texts)
-
-
-def config_of(project: Project) -> Path:
-    """Return the directory with the configuration of a study's model: a local model's own, else models/dense."""
-    local = Path(project.params.model)
-    return local if local.is_absolute() and local.is_dir() else project.model("dense")
-
-
-def _measured(project: Project) -> Linears | None:
-    from wanda_dvc.engine.checkpoint import Checkpoint
-
-    checkpoint, shapes, width = Checkpoint(project.model("dense")), [], 0
-    for block in range(block_count(project.stats, "calibrate")):
-        measured = read_stats(project.stats, block)
-        features = {name: len(measured.inputs[x].sum) for x, names in measured.readers.items() for name in names}
-        weights = {name: checkpoint.weight(name) for name in features}
-        shapes.append([(weight.numel() // features[name], features[name]) for name, weight in weights.items()])
-        width = next(iter(weights.values())).itemsize
-    return Linears.of(shapes, width) if shapes else None
-
-
-# --- the stages ---
+    return NEEDS[stage](replace(on, measured=_measured(project) if stage in ("mask", "apply") else None))
 
 
 def back_windows(calibration: Calibration) -> int:
@@ -148,127 +109,96 @@ def back_windows(calibration: Calibration) -> int:
 
 
 def _calibrate(on: Known) -> Need:
-    """Count all windows through all blocks, and with `gradients` the backward pass of some windows."""
-    calibration, model, dtype = on.params.calibration, on.model, on.params.dtype
-    gram, windows, length = calibration.statistics != "norms", back_windows(calibration), calibration.length
-    once = _recording(on, gram=gram)
-    once = replace(once, disk=once.disk + gram * _gram_bytes(model.all_squares))
-    if not windows:
-        return once
-    # Three passes: forward, then in each block forward again and back. Back costs one pass: weights get no gradients.
-    back = _walk(on, "calibration", 3 * windows, length, head=2 * windows * length)
-    states, gradients = (windows * length * model.hidden * WIDTH[kind] for kind in (dtype, "float32"))
-    memory = differentiating(model, dtype=dtype, length=length, workers=on.params.runtime.ray is not None)
-    return replace(
-        once,
-        memory=either(once.memory, memory),
-        disk=once.disk + _gram_bytes(model.all_output_squares) + states * (model.blocks + 1) + 2 * gradients,
-        read=3 * once.read,
-        hidden=once.hidden + back.hidden,
-        link=3 * once.link,
-        work=_sum(once.work, back.work, {"grams": windows * length * model.all_output_squares}),
-    )
+    """All windows through all blocks; with the gradients tier, some of them also backwards."""
+    calibration, model = on.params.calibration, on.sizes
+    length, windows, gram = calibration.length, back_windows(calibration), calibration.statistics != "norms"
+    held = on.walk(length)
+    memory = held.activations + held.norms + gram * held.grams + TEXT_IN_MEMORY * on.files.get("calibration", 0)
+    waiting = 2 * on.states(calibration.windows * length)  # two files that alternate
+    disk = waiting + gram * _gram_bytes(model.all_squares)
+    if windows:
+        # Gram matrices of gradients, their written form and the remains of packing; a worker sends larger ones.
+        sums = 16 if on.params.runtime.ray else 13
+        grams = sums * model.output_squares + (12 * PANEL + 8 * length) * model.widest
+        memory = max(memory, 3 * held.activations + 2 * held.logits + grams)
+        states, gradients = (windows * length * model.hidden * WIDTH[kind] for kind in (on.params.dtype, "float32"))
+        disk += _gram_bytes(model.all_output_squares) + states * (model.blocks + 1) + 2 * gradients
+    return _walked(on, held, memory, disk=disk, waiting=waiting)
 
 
 def _mask(on: Known) -> Need:
-    """Count a pass over weights and scores, or a solver's work; with `propagation: pruned` also runs of the blocks."""
-    plan, linears, on_card = on.params.plan, on.linears, on.device == "cuda"
+    """A block's masks and scores, or a solver; with `propagation`, during a walk through the pruned blocks."""
+    plan, linears = on.params.plan, on.linears
     if plan.records_grams or (plan.method.needs == "gram" and not plan.propagates):
-        memory = writing(linears, gram=True, by_gradients=plan.masks_read_gradients)
+        chosen = _solving(linears, by_gradients=plan.masks_read_gradients)
     else:
-        by_row = plan.method.selects_by_row(plan.pattern, plan.group) and not on_card
-        memory = choosing(linears, threads=1 if on_card else cores(), by_row=by_row)
-        if plan.allocation.needs == "gram":  # it rates all blocks before it prunes any
-            memory = either(memory, writing(linears, gram=True))
-    memory = _with_probe(on, memory)
-    chosen = Need(
-        memory=memory,
-        disk=kept_bytes(on),
-        read=on.stored + plan.masks_read_gram * _gram_bytes(linears.all_squares),
-        link=linears.count * (linears.width + 1),
-        work={"choosing": linears.choosing(plan.method)},
-    )
+        on_gpu = on.device == "cuda"
+        by_row = plan.method.selects_by_row(plan.pattern, plan.group) and not on_gpu
+        scores = min(linears.linear, WEIGHTS_AT_A_TIME) if by_row else linears.linear
+        chosen = linears.prunable + SELECTION * min((1 if on_gpu else cores()) * scores, linears.prunable)
+    chosen = max(chosen, _probing(on))
+    masks = linears.count // 8
     if not plan.propagates:
-        return chosen
-    # The pruned windows twice. A training also runs the dense ones, and three times as much for each epoch: forwards,
-    # and twice backwards.
-    passes = 2 + plan.runs_dense * (1 + (plan.propagation == "corrected")) + plan.trains * (3 * TRAINING["epochs"] + 2)
-    walk = _recording(on, passes=passes, gram=plan.records_grams, crosses=plan.corrects)
-    streams = 1 + plan.runs_dense
-    return replace(
-        walk,
-        memory=propagating(walk.memory, memory, plan, model=on.model, dtype=on.params.dtype),
-        disk=chosen.disk + streams * walk.disk,
-        least=streams * walk.least,
-        link=walk.link + chosen.link,
-        work=_sum(walk.work, chosen.work, {"pruning": linears.solving(plan.reconstruction)}),
-    )
-
-
-def _with_probe(on: Known, memory: Memory) -> Memory:
-    """Return the larger need of a stage and of the probe that it begins with, for a pattern of units."""
-    structure = on.params.plan.structure
-    return memory if structure is None else either(memory, probing(on.model, copies=not structure.method))
-
-
-def kept_bytes(on: Known) -> int:
-    """Return what an experiment adds to the cache: a bit for each weight of the linears, and weights/."""
-    return on.linears.count // 8 + (on.stored if on.params.plan.weights_come_from == "weights" else 0)
+        return Need(memory=FIXED + chosen, disk=masks)
+    model, length = on.sizes, on.params.calibration.length
+    held = on.walk(length)
+    window = held.activations + held.norms + plan.corrects * held.dense
+    sums = plan.records_grams * held.grams + plan.corrects * held.crosses
+    # A solver reads a packed triangle and, for a correction, a cross product. A training takes more than a solver.
+    chosen += (2 * plan.records_grams + 4 * plan.corrects) * model.widest**2
+    chosen = max(chosen, plan.trains * TRAINED * model.block)
+    # A copy of the pruned block's weights, and the new ones as they are stored.
+    weights = model.block * (WIDTH[on.params.dtype] + plan.solves * model.width)
+    memory = (3 if plan.trains else 1) * window + sums + chosen + weights
+    memory += TEXT_IN_MEMORY * on.files.get("calibration", 0)
+    waiting = (1 + plan.runs_dense) * 2 * on.states(on.params.calibration.windows * length)
+    made = masks + (on.stored() if plan.weights_come_from == "weights" else 0)
+    return _walked(on, held, memory, disk=waiting + made, waiting=waiting)
 
 
 def _apply(on: Known) -> Need:
-    """Count a linear in memory, and the files of another model; with Gram matrices, layer errors."""
-    plan, linears, gram = on.params.plan, on.linears, on.params.calibration.statistics != "norms"
-    grams = gram * _gram_bytes(linears.all_squares)
-    solving = linears.solving(plan.reconstruction) if plan.weights_come_from == "gram" else 0
-    return Need(
-        memory=_with_probe(on, writing(linears, gram=gram, by_gradients=plan.by_gradients)),
-        disk=on.stored,
-        least=0 if plan.structure else on.stored,  # a smaller model takes less
-        read=on.stored + grams,
-        link=grams + gram * linears.count * (2 * linears.width + 1),  # weights in both directions, and masks
-        work={"pruning": linears.pruning(plan.reconstruction, gram=gram) + solving},
-    )
+    """A linear, or a solver, while the linear before it is written; and the files of another model."""
+    plan, linears = on.params.plan, on.linears
+    gram = on.params.calibration.statistics != "norms"
+    memory = _solving(linears, by_gradients=plan.by_gradients) if gram else 9 * linears.linear
+    stored = on.stored()
+    least = 0 if plan.structure else stored  # a smaller model takes less
+    return Need(memory=FIXED + max(memory, _probing(on)), disk=stored, least=least)
 
 
 def _perplexity(on: Known) -> Need:
-    """Count the texts one after another; their references stay."""
-    texts = [_on_text(on, text) for text in on.evaluated]
-    references = sum(reference_bytes(on.tokens(text)) for text in on.evaluated) if on.part != "pruned" else 0
-    return Need(
-        memory=max((one.memory for one in texts), key=lambda memory: memory.total),
-        disk=max(one.disk for one in texts) + references,
-        least=max(one.least for one in texts) // 2,  # a token may take more bytes than expected
-        read=sum(one.read for one in texts),
-        hidden=sum(one.hidden for one in texts),
-        link=sum(one.link for one in texts),
-        work=_sum(*(one.work for one in texts)),
-    )
+    """The windows of one text after another; the dense model's predictions on all of them stay."""
+    from wanda_dvc.engine import divergence  # imports transformers
 
-
-def _on_text(on: Known, text: str) -> Need:
-    """Count all windows of a text through all blocks and the head, and the dense model's predictions."""
-    length, tokens = on.params.perplexity.length, on.tokens(text)
-    found = _walk(on, f"perplexity/{text}", tokens / length, length, head=tokens, logits=True)
-    return replace(
-        found, memory=comparing(found.memory, on.model, length=length, windows=tokens // length, device=on.device)
-    )
+    wanted, model, needs, kept = on.params.perplexity, on.sizes, [], 0
+    held = on.walk(wanted.length)
+    for text in [on.text] if on.text else wanted.texts:
+        size = on.files.get(f"perplexity/{text}", 0)
+        counts = [size // BYTES_A_TOKEN] if size else []
+        counts += [wanted.windows * wanted.length] if isinstance(wanted.windows, int) else []
+        tokens = min(counts, default=0)  # 0: of a text that is not fetched yet
+        shard = len(next(iter(shards.cut(tokens // wanted.length)), ())) * wanted.length
+        slices = min(divergence.AT_A_TIME.get(on.device, 0), wanted.length * model.vocabulary)
+        memory = held.activations + held.logits + TEXT_IN_MEMORY * size
+        memory += divergence.BYTES_A_TOKEN * shard + divergence.TEMPORARIES * slices
+        kept += 0 if on.part == "pruned" else divergence.BYTES_A_TOKEN * tokens
+        waiting = 2 * on.states(tokens)
+        needs.append(_walked(on, held, memory, disk=waiting, waiting=waiting // 2))  # a token may take more bytes
+    memory, disk = (max(getattr(one, name) for one in needs) for name in ("memory", "disk"))
+    return replace(needs[0], memory=memory, disk=disk + kept, least=max(one.least for one in needs))
 
 
 def _zero_shot(on: Known) -> Need:
-    """Count all questions of all tasks through all blocks, and the head at the tokens of choices."""
-    from wanda_dvc.engine.questions import ROW
+    """Packed rows of questions; before them a block of each kind in float32, to try several questions in a row."""
+    from wanda_dvc.engine.questions import ROW  # imports transformers
 
-    most = min(on.params.items or 10**9, SAMPLES if on.params.tasks.source == "embedded" else 10**9)
-    average = tuple(sum(column) / len(TASKS) for column in zip(*TASKS.values(), strict=True))
-    needed = [TASKS.get(name, average) for name in on.params.tasks.names]
-    tokens, positions = (sum(min(task[0], most) * task[place] for task in needed) for place in (1, 2))
-    # Attention is within a question, and so small that packed rows overstate it.
-    found = _walk(on, "tasks", tokens / ROW, ROW, head=positions, logits=True, packed=True)
-    # A block of each kind first runs in float32, to test for support of several questions in a row.
-    width = WIDTH[on.params.dtype]
-    tested = Memory(weights=4 * on.model.block + (on.model.block + on.model.rest) * width if width < 4 else 0)
-    return replace(found, least=0, link=2 * found.link, memory=either(found.memory, tested))
+    model, width, held = on.sizes, WIDTH[on.params.dtype], on.walk(ROW)
+    memory = held.weights + held.activations + held.logits + held.calls
+    tried = 4 * model.block + (model.block + model.rest) * width if width < 4 else 0
+    # At most: a file of items also has what no model reads.
+    tokens = sum(on.files.get(f"tasks/{name}", 0) for name in on.params.tasks.names) // BYTES_A_TOKEN
+    found = _walked(on, held, max(memory, tried) - held.weights, disk=2 * on.states(tokens))
+    return found if memory >= tried else replace(found, mapped=0)
 
 
 NEEDS: dict[str, Callable[[Known], Need]] = {
@@ -280,39 +210,91 @@ NEEDS: dict[str, Callable[[Known], Need]] = {
 }
 
 
-# --- their parts ---
+def continuing(on: Known, tokens: int) -> int:
+    """Return the memory of the complete model that continues a prompt up to a number of tokens, with its cache."""
+    model, held, width = on.sizes, on.walk(tokens), WIDTH[on.params.dtype]
+    cache = 2 * model.blocks * tokens * model.hidden * width  # keys and values; fewer with shared ones
+    return FIXED + model.parameters * width + held.activations + held.logits + cache
 
 
-def _walk(on: Known, text: str, windows: float, length: int, *, head: float = 0, **held: bool) -> Need:
-    """Count windows of a text through all blocks, and the head at some positions; `held` is for `sizes.walking`."""
-    model, width = on.model, WIDTH[on.params.dtype]
-    waiting = int(2 * windows * length * model.hidden * width)  # two files that alternate
-    read = on.texts.get(text, 0)
-    return Need(
-        memory=walking(model, dtype=on.params.dtype, length=length, device=on.device, text=read, **held),
-        disk=waiting,
-        least=0 if on.params.runtime.ray and not on.params.plan.trains else waiting,  # Ray's store may hold them
-        read=model.stored,
-        hidden=model.blocks * waiting,
-        link=model.parameters * width,
-        work={"blocks": model.walking(windows, length), "head": 2 * head * model.head},
-    )
+# --- the line before a stage ---
 
 
-def _recording(on: Known, *, passes: int = 1, gram: bool, crosses: bool = False) -> Need:
-    """Count some passes of the calibration windows through all blocks; one pass sums statistics."""
-    windows, length = on.params.calibration.windows, on.params.calibration.length
-    walk = _walk(on, "calibration", windows, length, statistics=True, gram=gram, crosses=crosses)
-    # The upper triangle of XᵀX is half of its products; a cross product has no such half.
-    grams = windows * length * on.model.all_squares * (gram + 2 * crosses)
-    work = {kind: passes * flops for kind, flops in walk.work.items()} | {"grams": grams}
-    return replace(walk, hidden=passes * walk.hidden, work=work)
+def announce(*, project: Project, stage: str, part: str | None = None, text: str | None = None) -> None:
+    """Print a stage's needs and what is free to stderr. UserError if the disk is clearly too small."""
+    try:
+        wanted = need(project, stage, part, text)
+    except (UserError, ValueError, KeyError, OSError):
+        return  # an invalid model: the stage reports it better, or does not need the model
+    device = device_name(project.params.runtime)
+    on = f" on {device}" if device.startswith("cuda") else ""
+    free = free_disk(project)
+    if wanted.least > free:
+        raise UserError(
+            f"{project.root}: {gigabytes(free)} of disk free, expected about {gigabytes(wanted.disk)} for {stage}; "
+            "free some space (`dvc gc --workspace` also deletes cached results of experiments), or use a larger disk"
+        )
+    amounts = [(wanted.memory, free_memory(device), f"memory{on}"), (wanted.disk, free, "disk")]
+    known = [(needed, there, what) for needed, there, what in amounts if needed]
+    if known:
+        needs = " and ".join(f"{gigabytes(needed)} of {what}" for needed, _, what in known)
+        found = " and ".join(f"{gigabytes(there)} of {what}" for _, there, what in known)
+        notice(f"{stage} needs about {needs}; free: {found}")
+
+
+def free_disk(project: Project) -> int:
+    """Return free bytes of disk. Unfinished work counts as free, because a resumed run reuses it."""
+    unfinished = 0
+    for folder, _, files in os.walk(project.work_root):
+        for name in files:
+            with contextlib.suppress(OSError):  # another run has removed it since
+                unfinished += Path(folder, name).lstat().st_blocks * 512
+    return shutil.disk_usage(project.root).free + unfinished
+
+
+def gigabytes(size: int) -> str:
+    """Return a number of bytes, readable."""
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{max(size / 1e6, 0.1):.1f} MB"
+
+
+# --- terms of the formulas ---
+
+
+def _walked(on: Known, held: Walk, memory: int, *, disk: int, waiting: int = 0) -> Need:
+    """Return the needs of a walk: its weights and other memory; `waiting` is the disk of its hidden states."""
+    mapped, least = held.weights if held.mapped else 0, 0 if on.params.runtime.ray else waiting  # Ray may hold them
+    return Need(memory=FIXED + held.weights + memory, mapped=mapped, disk=disk, least=least)
+
+
+def _solving(linears: Linears, *, by_gradients: bool = False) -> int:
+    """Solve for a linear, while the one before is written: 8 float32 copies and 5 matrices [f, f], at most."""
+    linear, square = linears.linear, linears.widest**2
+    return 9 * linear + 32 * linear + 20 * square + by_gradients * 20 * (linear + square)
+
+
+def _probing(on: Known) -> int:
+    """The probe of a smaller model: one block in float32, and a copy of the weights that read neurons or heads."""
+    structure = on.params.plan.structure
+    if structure is None:
+        return 0
+    copies = 0 if structure.method else on.sizes.block // 3  # at most
+    return 4 * (on.sizes.rest + on.sizes.block + copies)
 
 
 def _gram_bytes(squares: int) -> int:
-    """Return the maximum bytes of Gram matrices with a given count of numbers."""
+    """Return the bytes of stored triangles of Gram matrices, at most."""
     return squares // 2 * WIDTH[GRAM_DTYPE]
 
 
-def _sum(*works: Mapping[str, float]) -> Mapping[str, float]:
-    return {kind: sum(work.get(kind, 0) for work in works) for work in works for kind in work}
+def _measured(project: Project) -> Linears | None:
+    """Return the linears by stats/; None without it."""
+    from wanda_dvc.engine.checkpoint import Checkpoint
+
+    checkpoint, shapes, width = Checkpoint(project.model("dense")), [], 0
+    for block in range(block_count(project.stats, "calibrate")):
+        measured = read_stats(project.stats, block)
+        features = {name: len(measured.inputs[x].sum) for x, names in measured.readers.items() for name in names}
+        weights = {name: checkpoint.weight(name) for name in features}
+        shapes.append([(weight.numel() // features[name], features[name]) for name, weight in weights.items()])
+        width = next(iter(weights.values())).itemsize
+    return Linears.of(shapes, width) if shapes else None

@@ -1,1 +1,1 @@
-"""Views for use between runs: results, norms, needs, costs, the machine."""
+"""Views for use between runs: results, norms, statistics, the machine."""
