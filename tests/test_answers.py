@@ -105,16 +105,43 @@ def test_the_time_of_a_run_counts_the_answers_that_it_took_over(study: Project):
     assert 400 <= seconds() < 500  # of three tasks, and of the continuations
 
 
+CHANGED = [{"model": "another"}, {"dense": "another"}, {"dtype": "float64"}, {"limit": 3}, {"examples": 5}]
+CHANGED += [{"libraries": {"torch": "1.0"}}, {"libraries": {"lm_eval": "0.1"}}, {"task": {"sha256": "another"}}]
+
+
+@pytest.fixture
+def answered(project: Callable[..., Project]) -> Callable[..., tuple[Project, Json]]:
+    """Makes a study with the dense model's answers, whose protocol has some changes; returns the pruned model's too."""
+
+    def make(samples: bool = False, **changes: Any) -> tuple[Project, Json]:
+        made, words = project(), dict.fromkeys(("task", "source", "role", "sha256", "lm_eval", "definition"), "x")
+        write_provenance(made.data("tasks") / "piqa", {"made_by": "download tasks", "samples": samples, **words})
+        protocol = {"model": "x", "dense": "x", "task": {"sha256": "x"}, "dtype": "float32", "limit": 5, "examples": 0}
+
+        def details(*answers: int, **changes: Any) -> Json:
+            items = [{"item": i, "answer": one, "acc": float(one == 0)} for i, one in enumerate(answers)]
+            return {"piqa": {"protocol": protocol | changes, "items": items}}
+
+        write_json(made.details("dense", "zero_shot"), {"tasks": details(0, 0, 0, 1, 1, **changes)})
+        return made, details(0, 1, 1, 0, 2)
+
+    return make
+
+
 @pytest.mark.parametrize("samples", [True, False])
-def test_changed_answers_are_metrics_of_real_tasks(samples: bool, project: Callable[..., Project]):
+def test_changed_answers_are_metrics_of_real_tasks(samples: bool, answered: Callable[..., tuple[Project, Json]]):
     """`dvc metrics diff` shows them; the embedded questions are no benchmark."""
-    made, words = project(), dict.fromkeys(("task", "source", "role", "sha256", "lm_eval", "definition"), "x")
-    write_provenance(made.data("tasks") / "piqa", {"made_by": "download tasks", "samples": samples, **words})
-
-    def details(*answers: int) -> dict[str, Any]:
-        items = [{"item": i, "answer": one, "acc": float(one == 0)} for i, one in enumerate(answers)]
-        return {"piqa": {"protocol": {"task": {"sha256": "x"}}, "items": items}}
-
-    write_json(made.details("dense", "zero_shot"), {"tasks": details(0, 0, 0, 1, 1)})
     counts = {"piqa": {"flips": {"acc": {"lost": 2, "gained": 1, "swapped": 1}}}}
-    assert zero_shot._flips(made, details(0, 1, 1, 0, 2)) == ({} if samples else counts)
+    assert zero_shot._flips(*answered(samples)) == ({} if samples else counts)
+
+
+@pytest.mark.parametrize("change", CHANGED, ids=str)
+def test_answers_to_something_else_are_not_compared(
+    change: Json, answered: Callable[..., tuple[Project, Json]], capsys: pytest.CaptureFixture[str]
+):
+    """Another dense model, dtype, limit, item or version of a library; every dense model is another than the pruned."""
+    (key,) = change
+    found = zero_shot._flips(*answered(**change))
+    assert bool(found) is (key == "model")
+    said = f"piqa: not compared with the dense model's answers, which are of another {key}; run `dvc repro --force"
+    assert (said in capsys.readouterr().err) is (key != "model")

@@ -114,7 +114,7 @@ def test_repeated_4_grams_are_those_that_occurred_before(tokens: list[int], shar
 
 def continued(project: Project, model: str, *texts: tuple[str, list[int]], **changes: Any) -> None:
     """Continuations of a model, as the stage writes them."""
-    protocol = {"tokenizer_sha256": "0", "prompts_sha256": "0", "tokens": 40, "dtype": "float32"} | changes
+    protocol = {"prompts_sha256": "0", "tokens": 40, "dtype": "float32"} | changes
     prompts = [{"prompt": f"a | {n}", "text": text, "tokens": tokens} for n, (text, tokens) in enumerate(texts)]
     write_json(project.details(model, "continuations"), {"protocol": protocol, "prompts": prompts})
 

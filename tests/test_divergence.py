@@ -257,9 +257,18 @@ def test_a_reference_of_other_settings_or_another_model_is_refused(project: Make
         perplexity(project=project(perplexity__windows=3), model="pruned", text="embedded")
     provenance = made.reference("embedded") / "provenance.json"
     content = json.loads(provenance.read_text())
-    provenance.write_text(json.dumps(content | {"dense": "0" * 64}))
+
+    def measured_with(**changes: Any) -> None:
+        provenance.write_text(json.dumps(content | {"protocol": content["protocol"] | changes}))
+
+    measured_with(dense="0" * 64)
     with pytest.raises(UserError, match="reference/embedded: measured on another model, expected .*tiny"):
         perplexity(project=project(), model="pruned", text="embedded")
+    measured_with(libraries=content["protocol"]["libraries"] | {"torch": "1.0"})
+    with pytest.raises(UserError, match="measured with libraries .*1.0.*dvc repro --force --single-item perplexity-de"):
+        perplexity(project=project(), model="pruned", text="embedded")
+    measured_with(libraries={name: f"{x}+cu999" for name, x in content["protocol"]["libraries"].items()})
+    perplexity(project=project(), model="pruned", text="embedded")
     provenance.write_text(json.dumps(content | {"vocabulary": 300}))
     with pytest.raises(UserError, match="a vocabulary of 260 tokens, expected the dense model's 300"):
         perplexity(project=project(), model="pruned", text="embedded")

@@ -229,9 +229,10 @@ PERPLEXITY: dict[str, Any] = {
     "text": {"source": "a text", "sha256": "0" * 64},
 }  # fmt: skip
 PIQA: dict[str, Any] = {"task": {"sha256": "a"}, "limit": 4, "examples": 0}
+LIBRARIES: list[dict[str, Any]] = [{"dtype": "bfloat16"}, {"libraries": {"torch": "1"}}, {"dense": "another"}]
 OTHERS: dict[str, list[dict[str, Any]]] = {
-    "perplexity": [{"tokens_sha256": "b"}, {"windows": 3}, {"length": 9}, {"rest": 4}],
-    "piqa": [{"task": {"sha256": "b"}}, {"limit": 5}, {"examples": 1}],
+    "perplexity": [{"tokens_sha256": "b"}, {"windows": 3}, {"length": 9}, {"rest": 4}, *LIBRARIES],
+    "piqa": [{"task": {"sha256": "b"}}, {"limit": 5}, {"examples": 1}, {"libraries": {"lm_eval": "1"}}, *LIBRARIES],
 }
 
 

@@ -66,32 +66,19 @@ def flips(before: Sequence[Answer], after: Sequence[Answer]) -> Flips:
     return Flips(len(after), lost, gained, sum(one.choice != other.choice for one, other in wrong), p)
 
 
-def of_task(before: Json, after: Json, metric: str) -> Flips | None:
-    """Count the answers to a task that differ between two models, from their details; `metric` is acc or acc_norm.
+def of_items(before: Sequence[Json], after: Sequence[Json], metric: str) -> Flips | None:
+    """Count the answers to a task's items that differ between two models; `metric` is acc or acc_norm.
 
-    None without the answers to common items of the same task, asked by the same lm-eval.
+    None without common items. The caller checks that the two protocols may be compared.
     """
-    prompts = {version for task in (before, after) if (version := _protocol(task).get("libraries", {}).get("lm_eval"))}
-    if len(prompts) > 1 or _digest(before) != _digest(after):
-        return None
     own, other = _choices(after, metric), _choices(before, metric)
     shared = [item for item in own if item in other]
     return flips([other[item] for item in shared], [own[item] for item in shared]) if shared else None
 
 
-def _protocol(task: Json) -> Json:
-    found: Json = task.get("protocol", {})
-    return found
-
-
-def _digest(task: Json) -> str | None:
-    found: str | None = _protocol(task).get("task", {}).get("sha256")
-    return found
-
-
-def _choices(task: Json, metric: str) -> dict[Any, Answer]:
-    """Return each item's answer by a metric; empty if earlier versions did not keep it."""
-    key, items = ANSWERS[metric], task.get("items", [])
+def _choices(items: Sequence[Json], metric: str) -> dict[Any, Answer]:
+    """Return each item's answer by a metric that the task has."""
+    key = ANSWERS[metric]
     return {item["item"]: Answer(item[key], item[metric] > 0.5) for item in items if key in item and metric in item}
 
 

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from wanda_dvc.engine.flips import Flips, of_task, total_flips
+from wanda_dvc.engine.flips import Flips, of_items, total_flips
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report import inference
 from wanda_dvc.report.inference import Estimate
 from wanda_dvc.study.details import load_measured
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import measured_alike
+from wanda_dvc.study.protocol import comparable
 
 N = 4  # of the repeated n-grams in continuations
 
@@ -95,7 +95,7 @@ class Measured:
 
         None if one diverged, has other tokens, or has no losses.
         """
-        alike = measured_alike(self.windows.get("protocol"), other.windows.get("protocol"))
+        alike = comparable(self.windows.get("protocol"), other.windows.get("protocol"))
         if not alike or not self.losses or not other.losses:
             return None
         return inference.ratio(self.losses, other.losses, self.predictions)
@@ -119,7 +119,9 @@ class Measured:
 
         None without the answers to common items of the same task.
         """
-        return of_task(dense.tasks.get(task, {}), self.tasks.get(task, {}), metric)
+        if not self.same_protocol(dense, task):
+            return None
+        return of_items(dense.tasks[task]["items"], self.tasks[task]["items"], metric)
 
     def all_flips(self, dense: "Measured", tasks: Sequence[str]) -> Flips | None:
         """Count the answers to all tasks, by acc, that differ from the dense model's; None as for `flips`."""
@@ -128,15 +130,18 @@ class Measured:
     def continued(self, dense: "Measured") -> list[Continued]:
         """Return each prompt's continuations by the dense model and this one; empty if they are not comparable."""
         own, other = self.continuations, dense.continuations
-        keys = ("tokenizer_sha256", "prompts_sha256", "tokens", "dtype")
-        if any(own.get("protocol", {}).get(key) != other.get("protocol", {}).get(key) for key in keys):
+        if not comparable(own.get("protocol"), other.get("protocol")):
             return []
         pairs = zip(other.get("prompts", []), own.get("prompts", []), strict=False)  # one may be skipped
         return [_continued(before, after) for before, after in pairs]
 
+    def same_protocol(self, other: "Measured", task: str) -> bool:
+        """Whether both models' answers to a task are known and may be compared."""
+        return comparable(*(one.tasks.get(task, {}).get("protocol") for one in (self, other)))
+
     def same_items(self, other: "Measured", task: str) -> tuple[list[bool], list[bool]]:
-        """Return both models' answers to their common items; empty if their tasks differ."""
-        if self.digest(task) != other.digest(task):
+        """Return both models' answers to their common items; empty if their protocols differ."""
+        if not self.same_protocol(other, task):
             return [], []
         mine, theirs = self.answers(task), other.answers(task)
         shared = [item for item in mine if item in theirs]

@@ -119,7 +119,7 @@ STAGES = {
         ),
         Stage(
             name="perplexity",
-            version=4,
+            version=5,
             about="Measure a model's perplexity on a text, and its divergence from the dense model.",
             settings=("perplexity.length", "perplexity.windows", "dtype"),
             part_is="model",
@@ -128,7 +128,7 @@ STAGES = {
         ),
         Stage(
             name="zero-shot",
-            version=9,
+            version=10,
             about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
             settings=("tasks.names", "zero_shot.limit", "dtype"),
             part_is="model",

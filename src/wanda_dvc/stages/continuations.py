@@ -3,10 +3,10 @@
 from wanda_dvc.errors import notice
 from wanda_dvc.reading import is_there, read_text
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import model_provenance
 from wanda_dvc.stages.running import device_name, free_memory, own_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.protocol import dense_of
 from wanda_dvc.study.provenance import describe, digest, tokenizer_digest
 from wanda_dvc.study.scaffold import FILES, PROMPTS
 
@@ -18,15 +18,16 @@ def read_prompts(project: Project) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def protocol(project: Project, model: str) -> Json:
-    """Return the inputs that determine the continuations."""
+def protocol(project: Project, model: str, measured: Json) -> Json:
+    """Return the inputs that determine the continuations. `measured` is the model's provenance."""
     from wanda_dvc.engine.continuations import TOKENS
 
     return describe(
         "continuations",
         version=STAGES["zero-shot"].version,
         libraries=("torch", "transformers"),
-        model=digest(model_provenance(project, model)),
+        model=digest(measured),
+        dense=dense_of(model, measured),
         tokenizer_sha256=tokenizer_digest(project.model(model)),
         prompts_sha256=digest(read_prompts(project)),
         tokens=TOKENS,

@@ -33,11 +33,11 @@ from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.project import Project, Work
+from wanda_dvc.study.protocol import dense_of, differing
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 from wanda_dvc.study.tensors import read_window, seal, window_file, write_window
 
 LOSSES = "losses.jsonl"
-SAME = ("length", "windows", "rest", "tokens_sha256")  # of the windows that two models are compared on
 
 
 class Measured(NamedTuple):
@@ -51,19 +51,19 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
     """models/{dense,pruned} + data/perplexity/TEXT, reference → metrics/{dense,pruned}/perplexity/TEXT.json."""
     measured = check_ready(project, model, project.params.perplexity.length, "perplexity.length")
     rows, described = windows_of(project, project.model(model), text)
-    reference = project.reference(text)
-    if model != "dense":
-        described |= {"reference": digest(reference_of(project, text, described, measured["model"]))}
-    run_name = f"perplexity {model} {text}"
+    run_name, reference = f"perplexity {model} {text}", project.reference(text)
     protocol = describe(
         "perplexity",
         version=STAGES["perplexity"].version,
         libraries=("torch", "transformers"),
         model=digest(measured),
+        dense=dense_of(model, measured),
         tokenizer_sha256=tokenizer_digest(project.model(model)),
         **described,
         dtype=project.params.dtype,
     )
+    if model != "dense":
+        protocol |= {"reference": digest(_reference(project, text, protocol, measured["model"]["source"]))}
     with project.work(protocol) as work, runner(project, model, work) as run:
         for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{run_name}, blocks"):
             step.advance()
@@ -82,12 +82,8 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
         write_json(project.details(model, f"perplexity/{text}"), details | ({"not_finite": where} if where else {}))
         write_json(project.metrics(model, f"perplexity/{text}"), metrics)
         if model == "dense":
-            made = protocol | {
-                "made_by": "perplexity dense",
-                "dense": measured["sha256"],
-                "vocabulary": run.decoder.vocabulary,
-            }
-            seal(work.out, made | {"top": TOP, "drawn": DRAWN}, parts="rows")
+            made = {"protocol": protocol, "vocabulary": run.decoder.vocabulary, "top": TOP, "drawn": DRAWN}
+            seal(work.out, describe("perplexity dense", **made), parts="rows")
             work.publish(reference)
         else:
             _plot(project, f"perplexity/{text}", predictions, _losses(reference, details))
@@ -133,24 +129,24 @@ def windows_of(project: Project, model: Path, text: str) -> tuple[list[Row], Jso
     return as_rows(windows) if rest is None else [*as_rows(windows), Row(rest)], described
 
 
-def reference_of(project: Project, text: str, windows: Json, dense: Json) -> Json:
-    """Return the provenance of a text's reference. UserError if it is of other windows, another dtype or another model.
+def _reference(project: Project, text: str, protocol: Json, dense: str) -> Json:
+    """Return the provenance of a text's reference. UserError if it may not be compared with a pruned model's results.
 
-    `windows` is the description of the windows, and `dense` the model that the measured model was pruned from.
+    `protocol` is the pruned model's, and `dense` the name of its dense model.
     """
     found = read_provenance(project.reference(text), "perplexity dense")
-    again = "run `dvc repro` or `wanda-dvc perplexity dense`"
-    if found["dense"] != dense["sha256"]:
+    key = differing(found["protocol"], protocol)
+    if key == "dense":
         raise UserError(
-            f"reference/{text}: measured on another model, expected {dense['source']}, the dense model of "
-            f"models/pruned; {again}"
+            f"reference/{text}: measured on another model, expected {dense}, the dense model of models/pruned; "
+            "run `dvc repro` or `wanda-dvc perplexity dense`"
         )
-    for key, value in {**{key: windows[key] for key in SAME}, "dtype": project.params.dtype}.items():
-        if found.get(key) != value:
-            raise UserError(
-                f"reference/{text}: measured with {key} {found.get(key)}, expected {value}, as params.yaml and the "
-                f"model's tokenizer have it; {again}"
-            )
+    if key:
+        again = "`wanda-dvc perplexity dense`"
+        raise UserError(
+            f"reference/{text}: measured with {key} {found['protocol'].get(key)}, expected {protocol.get(key)}, as "
+            f"for the pruned model; run `dvc repro --force --single-item perplexity-dense@{text}` or {again}"
+        )
     return found
 
 

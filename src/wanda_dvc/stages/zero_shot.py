@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from wanda_dvc.engine.flips import ANSWERS, of_task
-from wanda_dvc.errors import UserError
+from wanda_dvc.engine.flips import ANSWERS, of_items
+from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import EMBEDDED_ITEMS
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES, continuations
@@ -16,6 +16,7 @@ from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
 from wanda_dvc.stages.running import progress, record_details
 from wanda_dvc.study.files import Json, finite, load_json, write_csv, write_json
 from wanda_dvc.study.project import ITEMS, Project, Work
+from wanda_dvc.study.protocol import dense_of, differing
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 
 METRICS = ("acc", "acc_norm")  # reported metrics of the tasks
@@ -32,7 +33,7 @@ def zero_shot(*, project: Project, model: str) -> None:
         task: _kept(project, f"{model}-{task}", protocol, partial(_ask, project, model, task, protocol))
         for task, protocol in protocols.items()
     }
-    protocol = continuations.protocol(project, model)
+    protocol = continuations.protocol(project, model, measured)
     written = _kept(
         project,
         f"{model}-continuations",
@@ -60,9 +61,18 @@ def _flips(project: Project, details: Json) -> Json:
     """
     dense, found = load_json(project.details("dense", "zero_shot")).get("tasks", {}), Json()
     for task, one in details.items():
-        embedded = read_provenance(project.data("tasks") / task, "download tasks").get("samples")
-        for metric in [] if embedded else ANSWERS:
-            if flips := of_task(dense.get(task, {}), one, metric):
+        samples = read_provenance(project.data("tasks") / task, "download tasks").get("samples")
+        if samples or task not in dense:
+            continue
+        before = dense[task]
+        if key := differing(before["protocol"], one["protocol"]):
+            notice(
+                f"zero-shot pruned: {task}: not compared with the dense model's answers, which are of another {key}; "
+                "run `dvc repro --force --single-item zero-shot@dense`, then this stage"
+            )
+            continue
+        for metric in ANSWERS:
+            if flips := of_items(before["items"], one["items"], metric):
                 counts = {name: getattr(flips, name) for name in ("lost", "gained", "swapped")}
                 found.setdefault(task, {}).setdefault("flips", {})[metric] = counts
     return found
@@ -76,8 +86,9 @@ def _protocol(project: Project, model: str, measured: Json, task: str) -> Json:
         version=STAGES["zero-shot"].version,
         libraries=("torch", "transformers", "lm_eval"),
         model=digest(measured),
+        dense=dense_of(model, measured),
         tokenizer_sha256=tokenizer_digest(project.model(model)),
-        task={key: items[key] for key in ("task", "source", "role", "sha256", "lm_eval")},
+        task={key: items[key] for key in ("task", "source", "role", "definition", "sha256", "lm_eval")},
         examples=0,
         # As `Params.items`, by the items that were downloaded.
         limit=project.params.zero_shot.limit or (EMBEDDED_ITEMS if items.get("samples") else None),

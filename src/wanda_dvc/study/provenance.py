@@ -52,14 +52,6 @@ def write_provenance(artifact: Path, content: Json) -> None:
     write_json(artifact / PROVENANCE, content)
 
 
-def measured_alike(one: Json | None, other: Json | None) -> bool:
-    """Whether two protocols of a perplexity have the same windows, or two of a task the same items and prompts."""
-    if one is None or other is None:
-        return False
-    prompts = {version for x in (one, other) if (version := x.get("libraries", {}).get("lm_eval"))}
-    keys = ("tokens_sha256", "windows", "length", "rest", "examples", "limit")
-    same_task = one.get("task", {}).get("sha256") == other.get("task", {}).get("sha256")
-    return same_task and len(prompts) < 2 and all(one.get(key) == other.get(key) for key in keys)
 
 
 def files_digest(folder: Path) -> dict[str, str]:

@@ -17,12 +17,12 @@ from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.files import Json, json_text, load_json, write_json
 from wanda_dvc.study.markup import on_text, table
 from wanda_dvc.study.project import ITEMS, Project
+from wanda_dvc.study.protocol import comparable
 from wanda_dvc.study.provenance import (
     PROVENANCE,
     TOKENIZER,
     describe,
     digest,
-    measured_alike,
     read_provenance,
     write_provenance,
 )
@@ -132,7 +132,7 @@ def _check_items(dense: Measured, own: Measured, tasks: list[str]) -> None:
     """Raise UserError if the dense model answered other items: their accuracies cannot be compared."""
     for task in tasks:
         protocols = [one.tasks[task]["protocol"] for one in (dense, own)]
-        if not measured_alike(*protocols):
+        if not comparable(*protocols):
             raise UserError(
                 f"zero-shot: {task}: the dense model answered other items, expected those of params.yaml; "
                 "run `dvc repro`"

@@ -15,7 +15,8 @@ from wanda_dvc.study.files import Json, json_text, load_json
 from wanda_dvc.study.local import missing_sources
 from wanda_dvc.study.markup import number, table
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, digest, measured_alike, read_provenance
+from wanda_dvc.study.protocol import comparable
+from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, digest, read_provenance
 from wanda_dvc.study.ran import Ran
 
 HEADERS = ["", "dense", "pruned", "pruned / dense"]
@@ -226,7 +227,7 @@ def measured_apart(project: Project) -> list[str]:
     for name in dense:
         (metrics, details), (others, theirs) = dense[name], pruned[name]
         protocols = details.get("protocol"), theirs.get("protocol")
-        if metrics and others and any(protocols) and not measured_alike(*protocols):
+        if metrics and others and any(protocols) and not comparable(*protocols):
             apart.append(name)
     return apart
 
@@ -278,7 +279,7 @@ def _footnotes(project: Project) -> Iterator[str]:
     texts = {text: on_text(project, text) for text in project.params.perplexity.texts}
     for text, on in texts.items():
         protocols = {model: of[on].get("protocol", {}) for model, of in details.items()}
-        alike = measured_alike(*(protocol or None for protocol in protocols.values()))
+        alike = comparable(*(protocol or None for protocol in protocols.values()))
         for model, protocol in [one for one in protocols.items() if one[1]][: 1 if alike else None]:
             yield (
                 f"Perplexity{f' on {text}' if len(texts) > 1 else ''}{'' if alike else f' of the {model} model'}: "
