@@ -45,8 +45,8 @@ from checkpoints import make_checkpoint  # noqa: E402 - after the stand-in
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods  # noqa: E402
 from wanda_dvc.engine.decoder import Decoder  # noqa: E402
+from wanda_dvc.engine.divergence import window_loss  # noqa: E402
 from wanda_dvc.engine.fisher import backward  # noqa: E402
-from wanda_dvc.engine.losses import window_loss  # noqa: E402
 from wanda_dvc.engine.recorder import Recorded  # noqa: E402
 from wanda_dvc.engine.rows import as_rows  # noqa: E402
 from wanda_dvc.engine.sizes import FIXED, sizes, walk  # noqa: E402

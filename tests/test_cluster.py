@@ -17,8 +17,7 @@ from test_stages import fetch
 
 from wanda_dvc.engine import questions
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.divergence import compare_windows, refer_windows
-from wanda_dvc.engine.losses import window_losses
+from wanda_dvc.engine.divergence import measure_windows, window_losses
 from wanda_dvc.engine.recorder import Gradients, Recorded
 from wanda_dvc.engine.runner import Change, Runner
 from wanda_dvc.engine.walk import LocalRunner
@@ -114,10 +113,10 @@ def through(run: Runner, rows: torch.Tensor, *, with_dense: bool, kept: int = 0)
         yield dump(step.record(gram=True, crosses=with_dense))
         step.change(*made[step.index])
     if not with_dense:
-        yield str(list(run.head(window_losses, {0: 1, 3: 0, 18: 0}.get))).encode()
-        references = [reference for _, reference in run.head(refer_windows, {3: 0}.get)]
+        yield str(list(run.head(window_losses, lambda shard: shard.start < 4))).encode()
+        references = [one for _, one in run.head(measure_windows, lambda shard: [None] if 3 in shard else None)]
         yield b"".join(x.numpy().tobytes() for reference in references for x in reference)
-        yield str(list(run.head(compare_windows, {3: references}.get))).encode()
+        yield str(list(run.head(measure_windows, lambda shard: references if 3 in shard else None))).encode()
         yield from map(dump_back, run.backward(rows[:3], gram=True))
 
 

@@ -16,7 +16,7 @@ from test_stages import fetch, tree
 
 from wanda_dvc.engine import divergence
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.divergence import Divergence, Reference, compare, refer, summarize
+from wanda_dvc.engine.divergence import Divergence, Reference, measure, summarize
 from wanda_dvc.engine.intervals import mean_interval
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.errors import UserError
@@ -65,8 +65,8 @@ def models(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_a_small_vocabulary_gives_the_divergence_of_float64(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(divergence, "TOP", 260)
-    loss, dense = refer(*through(models[0]), TOKENS)
-    other_loss, found = compare(*through(models[1]), TOKENS, dense)
+    loss, dense = measure(*through(models[0]), TOKENS)
+    other_loss, found = measure(*through(models[1]), TOKENS, dense)
     p, q = oracle(*models)
     targets = TOKENS[1:, None]
     assert dense.drawn.shape == (39, 0)
@@ -82,7 +82,7 @@ def test_drawn_tokens_estimate_the_tail_without_bias(models: tuple[Path, Path], 
     """The mean over all tokens of the tail, by their probability, is the divergence exactly."""
     monkeypatch.setattr(divergence, "TOP", 5)
     p, q = oracle(*models)
-    _, dense = refer(*through(models[0]), TOKENS)
+    _, dense = measure(*through(models[0]), TOKENS)
     top = dense.top.long()
     rest = p.scatter(1, top, -math.inf)
     weights = (rest - rest.logsumexp(1, keepdim=True)).exp()
@@ -99,7 +99,7 @@ def test_the_draw_follows_the_tail(models: tuple[Path, Path], monkeypatch: pytes
     """Systematic: of n draws, a token with probability π within the tail gets nπ, rounded down or up."""
     monkeypatch.setattr(divergence, "TOP", 5)
     monkeypatch.setattr(divergence, "DRAWN", 1000)
-    _, dense = refer(*through(models[0]), TOKENS)
+    _, dense = measure(*through(models[0]), TOKENS)
     p = oracle(models[0], models[0])[0]
     rest = p.scatter(1, dense.top.long(), -math.inf)
     expected = 1000 * (rest - rest.logsumexp(1, keepdim=True)).exp()
@@ -115,8 +115,8 @@ def test_a_model_against_itself_is_zero_to_the_bit(
 ):
     monkeypatch.setattr(divergence, "TOP", top)
     monkeypatch.setattr(divergence, "DRAWN", drawn)
-    loss, dense = refer(*through(models[0]), TOKENS)
-    assert compare(*through(models[0]), TOKENS, dense) == (loss, Divergence([0.0] * 39, 39, 0.0))
+    loss, dense = measure(*through(models[0]), TOKENS)
+    assert measure(*through(models[0]), TOKENS, dense) == (loss, Divergence([0.0] * 39, 39, 0.0))
 
 
 def test_no_divergence_is_negative_or_lost():
@@ -133,17 +133,17 @@ def test_no_divergence_is_negative_or_lost():
     tokens, hidden = torch.arange(30), torch.zeros(1, 30, 1)
     for scale in (0.1, 1.0, 30.0, 1000.0):
         logits = scale * torch.randn(30, 400, generator=generator)
-        dense: Reference = refer(Logits(logits), hidden, tokens)[1]
+        dense: Reference = measure(Logits(logits), hidden, tokens)[1]
         for change in (0.0, 1e-7, 1e-3, 1.0, 100.0):
             other = logits + change * torch.randn(30, 400, generator=generator)
-            found = compare(Logits(other), hidden, tokens, dense)[1]
+            found = measure(Logits(other), hidden, tokens, dense)[1]
             assert found.finite
             assert min(found.kl) >= 0
             p, q = logits[:-1].double().log_softmax(1), other[:-1].double().log_softmax(1)
             exact = float((p.exp() * (p - q)).sum(1).mean())
             assert math.fsum(found.kl) / 29 == pytest.approx(exact, rel=0.25, abs=1e-5)
         logits[3, 5] = math.nan
-        assert summarize([compare(Logits(logits), hidden, tokens, dense)[1]]) == dict.fromkeys(
+        assert summarize([measure(Logits(logits), hidden, tokens, dense)[1]]) == dict.fromkeys(
             ("divergence", "top1_agreement", "rms_probability_change"), "diverged"
         )
 
@@ -152,8 +152,8 @@ def test_positions_that_go_together_do_not_matter(models: tuple[Path, Path], mon
     found = []
     for size in (2**20, 260 * 7):
         monkeypatch.setitem(divergence.AT_A_TIME, "cpu", size)
-        dense = refer(*through(models[0]), TOKENS)
-        found.append((dense[1], compare(*through(models[1]), TOKENS, dense[1])))
+        dense = measure(*through(models[0]), TOKENS)
+        found.append((dense[1], measure(*through(models[1]), TOKENS, dense[1])))
     assert found[0][1] == found[1][1]
     assert all(torch.equal(one, other) for one, other in zip(found[0][0], found[1][0], strict=True))
 
@@ -228,8 +228,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
     perplexity(project=made, model="dense", text="embedded")
     perplexity(project=made, model="pruned", text="embedded")
     whole, reference = tree(made.root / "metrics"), tree(made.reference("embedded"))
-    name = "refer" if model == "dense" else "compare"
-    real, count = getattr(divergence, name), iter(range(100))
+    real, count = divergence.measure, iter(range(100))
 
     def killed(*words: Any) -> Any:
         if next(count) == finished:
@@ -237,7 +236,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
         return real(*words)
 
     with monkeypatch.context() as killing:
-        killing.setattr(divergence, name, killed)
+        killing.setattr(divergence, "measure", killed)
         if finished == 4:  # between the results and their publication
             killing.setattr("wanda_dvc.stages.perplexity.write_csv", killed)
             killing.setattr("wanda_dvc.stages.perplexity.write_json", lambda *_: killed(*[None] * 0))

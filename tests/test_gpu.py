@@ -273,8 +273,8 @@ TO_DEVICE = {
     "perplexity": WEIGHTS
     | {
         "engine.decoder._record": EVALUATED + PROBES,
-        "engine.losses.log_probabilities": EVALUATED,  # tokens
-        "engine.divergence.refer": EVALUATED,  # where the draw begins
+        "engine.divergence.log_probabilities": EVALUATED,  # tokens
+        "engine.divergence.measure": EVALUATED,  # where the draw begins
     },
 }
 FINITE = {"engine.walk._check_finite": CALIBRATED, "engine.recorder._not_finite": CALIBRATED}

@@ -397,7 +397,7 @@ def perplexity(
         >>> wd.perplexity(model, tokens)
         15.6137
     """
-    from wanda_dvc.engine.losses import from_losses, unmeasured, window_losses
+    from wanda_dvc.engine.divergence import from_losses, window_losses
     from wanda_dvc.engine.rows import as_rows
     from wanda_dvc.engine.walk import LocalRunner
     from wanda_dvc.stages.inputs import HEAD, say_not_finite
@@ -410,7 +410,7 @@ def perplexity(
         run = LocalRunner(decoder, Path(folder))
         for step in progress(run.walk(rows), total=len(decoder.blocks), what="perplexity, blocks"):
             step.advance()
-        losses = list(run.head(window_losses, unmeasured(len(rows)).get))
+        losses = list(run.head(window_losses, lambda _: True))
         where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
     say_not_finite("perplexity", where)
     found = from_losses(losses, [len(row.tokens) - 1 for row in rows])

@@ -284,6 +284,7 @@ class TaskRunner(Runner):
     cluster: Cluster
     not_finite: str | None = field(default=None, init=False)
     _model: Any = field(default=None, init=False)  # `tasks.Model`
+    _cut: list[range] = field(default_factory=list, init=False)  # the shards
     _rows: list[Any] = field(default_factory=list, init=False)  # of each shard
     _last: list[Any] = field(default_factory=list, init=False)  # each shard's hidden states after the last block
     _weights: dict[int, Any] = field(default_factory=dict, init=False)  # of the block at work, where they are sent
@@ -333,9 +334,9 @@ class TaskRunner(Runner):
                 total.check_finite(self.decoder.checkpoint, index)
                 yield index, total
 
-    def head(self, function: Head[T, R], inputs: Callable[[int], T | None]) -> Iterator[R]:
+    def head(self, function: Head[T, R], inputs: Callable[[range], T | None]) -> Iterator[R]:
         """Apply a function to some shards' last hidden states."""
-        wanted = map(inputs, range(len(self._rows)))
+        wanted = map(inputs, self._cut)
         for found in self.run("output head", tasks.head, (function,), self._last, wanted, returns=1)[1]:
             yield from found
 
@@ -384,7 +385,8 @@ class TaskRunner(Runner):
         notice(", ".join(f"{count} {what.removesuffix('s') if count == 1 else what}" for what, count in counts.items()))
         if self._model is None:
             self._model = self.keep(tasks.describe(self.decoder, self.folder, has_files=self.cluster.has_files))
-        self._rows, self.not_finite = [self.keep(rows[shard.start : shard.stop]) for shard in cut], None
+        self._cut, self.not_finite = cut, None
+        self._rows = [self.keep(rows[shard.start : shard.stop]) for shard in cut]
         return [self.cluster.begin(tasks.embed, self._model, shard)[0] for shard in self._rows]
 
 

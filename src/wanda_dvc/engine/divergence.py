@@ -1,4 +1,4 @@
-"""Compares a model's next-token distributions with the dense model's: divergence, agreement, true tokens.
+"""Measures a model's predictions of the next tokens: its loss, and its divergence from the dense model.
 
 A complete distribution is too large to keep. Of the dense model's, at each position, `Reference` keeps the most
 probable tokens, the mass of all others (the tail), and some tokens drawn from the tail. The rest is the other model's.
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.intervals import mean_interval
-from wanda_dvc.engine.losses import log_probabilities, total_loss
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
@@ -56,46 +55,78 @@ class Divergence(NamedTuple):
 # --- one window ---
 
 
-def refer(
-    decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
-) -> tuple[float, Reference]:
-    """Return the dense model's mean loss on a window, and its reference, on the host."""
-    # The offset of each position's draw; each window has the same, so that no order of windows matters.
-    offsets = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)).double()
-    losses, parts, place = [], [], 0
-    for log_p, targets in log_probabilities(decoder, hidden, tokens):
-        losses.append(total_loss(log_p, targets))
-        for some, wanted in _slices(log_p, targets):
-            own = offsets[place : place + len(some)].to(some.device)
-            parts.append(_reference(some, wanted, own))
-            place += len(some)
-    return _mean(losses, place), Reference(*_on_host(parts))
+def measure_windows(
+    decoder: Decoder,
+    rows: Sequence[Row],
+    hidden: Sequence[Float[Tensor, "_ width"]],
+    dense: Sequence[Reference | None],
+) -> Iterator[tuple[float, Reference | Divergence]]:
+    """Yield the loss of a shard's last windows, and their divergence from the references in `dense`.
+
+    Of the dense model, which has None there, their own references.
+    """
+    skipped = len(rows) - len(dense)
+    for row, states, one in zip(rows[skipped:], hidden[skipped:], dense, strict=True):
+        yield measure(decoder, states[None], row.tokens, one)
 
 
-def compare(
-    decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"], dense: Reference
-) -> tuple[float, Divergence]:
-    """Return a model's mean loss on a window, and its divergence from the dense model.
+def measure(
+    decoder: Decoder,
+    hidden: Float[Tensor, "1 length width"],
+    tokens: Int[Tensor, " length"],
+    dense: Reference | None = None,
+) -> tuple[float, Reference | Divergence]:
+    """Return a model's mean loss on a window, and its divergence from a reference, or its own reference.
+
+    `hidden` are the hidden states after the last block. The results are on the host.
 
     Raises:
         UserError: the model has another vocabulary than a token of the reference.
     """
-    losses, parts, place = [], [], 0
-    for log_q, targets in log_probabilities(decoder, hidden, tokens):
-        losses.append(total_loss(log_q, targets))
-        for some, wanted in _slices(log_q, targets):
-            end = place + len(some)
-            own = (dense.top[place:end].to(some.device), dense.drawn[place:end].to(some.device))
-            parts.append(_seen(some, wanted, *own))
-            place = end
-    top, tail, drawn, first, true = _on_host(parts)
-    kl = _kl((dense.top_log_p, dense.tail_log_p, dense.drawn_log_p), (top, tail, drawn))
-    change = dense.true_log_p.double().exp() - true.double().exp()
-    return _mean(losses, place), Divergence(
-        kl=[float(f"{value:.6g}") for value in kl.tolist()],
-        agreed=int((first == dense.first).sum()),
-        squared_change=float((change**2).sum()),
-    )
+    # The offset of each position's draw; each window has the same, so that no order of windows matters.
+    offsets = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)).double()
+    losses, parts, place = [], list[tuple[Tensor, ...]](), 0
+    for log_p, targets in log_probabilities(decoder, hidden, tokens):
+        losses.append(total_loss(log_p, targets))
+        for some, wanted in _slices(log_p, targets):
+            own = slice(place, place + len(some))
+            if dense is None:
+                parts.append(_reference(some, wanted, offsets[own].to(some.device)))
+            else:
+                parts.append(_seen(some, wanted, dense.top[own].to(some.device), dense.drawn[own].to(some.device)))
+            place = own.stop
+    columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+    return _mean(losses, place), Reference(*columns) if dense is None else _divergence(dense, columns)
+
+
+def window_loss(decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]) -> float:
+    """Return the mean cross-entropy, in nats, of all tokens but the first, each given the tokens before it."""
+    losses = [total_loss(log_p, targets) for log_p, targets in log_probabilities(decoder, hidden, tokens)]
+    return _mean(losses, len(tokens) - 1)
+
+
+def window_losses(
+    decoder: Decoder, rows: Sequence[Row], hidden: Sequence[Float[Tensor, "_ width"]], _: bool
+) -> Iterator[float]:
+    """Yield the loss of each window of a shard, from its hidden states after the last block."""
+    for row, states in zip(rows, hidden, strict=True):
+        yield window_loss(decoder, states[None], row.tokens)
+
+
+def log_probabilities(
+    decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
+) -> Iterator[tuple[Float32[Tensor, "chunk vocabulary"], Int[Tensor, " chunk"]]]:
+    """Yield the log-probabilities of all next tokens, and the text's own next tokens, by chunks of positions."""
+    tokens = tokens.to(decoder.device)
+    for positions, logits in decoder.logits(hidden, tokens):
+        targets = tokens[1:][positions.start : positions.stop]  # the last token predicts nothing
+        if len(targets):
+            yield logits[: len(targets)].float().log_softmax(-1), targets
+
+
+def total_loss(log_p: Float32[Tensor, "chunk vocabulary"], targets: Int[Tensor, " chunk"]) -> Float32[Tensor, ""]:
+    """Return the sum of the tokens' losses."""
+    return torch.nn.functional.nll_loss(log_p, targets, reduction="sum")
 
 
 def _slices(log_p: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -119,11 +150,24 @@ def _reference(
     first, true = log_p.argmax(-1), log_p.gather(-1, targets[:, None])[:, 0]
     top_log_p, top = log_p.topk(min(TOP, vocabulary), -1)
     tail = _tail(log_p, top)
-    cumulative = log_p.exp().cumsum(-1, dtype=torch.float64)
+    p = log_p.exp()
+    cumulative = sums_by_doubling(p) if p.is_cuda else p.cumsum(-1, dtype=torch.float64)
     steps = torch.arange(DRAWN if vocabulary > TOP else 0, device=log_p.device)
     wanted = (steps + offsets[:, None]) / DRAWN * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=vocabulary - 1)
     return top.int(), top_log_p, tail, drawn.int(), log_p.gather(-1, drawn), first.int(), true
+
+
+def sums_by_doubling(p: Float32[Tensor, "positions vocabulary"]) -> Float64[Tensor, "positions vocabulary"]:
+    """Return the sum of each row up to each entry, by log₂(vocabulary) additions of whole rows.
+
+    For GPUs: CUDA's `cumsum` of floats is not deterministic.
+    """
+    sums, step = p.double(), 1
+    while step < p.shape[1]:
+        sums[:, step:] += sums[:, :-step].clone()
+        step *= 2
+    return sums
 
 
 def _seen(
@@ -174,33 +218,20 @@ def _normalized(parts: Parts) -> Parts:
     return top - total, tail[:, None] - total, drawn - total
 
 
-def _on_host(parts: list[tuple[Tensor, ...]]) -> Iterator[Tensor]:
-    """Return the parts of all positions, joined."""
-    return (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+def _divergence(dense: Reference, seen: list[Tensor]) -> Divergence:
+    """Return the divergence of a model from the dense model, by the tensors that `_seen` returns, for all positions."""
+    top, tail, drawn, first, true = seen
+    kl = _kl((dense.top_log_p, dense.tail_log_p, dense.drawn_log_p), (top, tail, drawn))
+    change = dense.true_log_p.double().exp() - true.double().exp()
+    return Divergence(
+        kl=[float(f"{value:.6g}") for value in kl.tolist()],
+        agreed=int((first == dense.first).sum()),
+        squared_change=float((change**2).sum()),
+    )
 
 
 def _mean(losses: list[Tensor], predictions: int) -> float:
     return float(sum(torch.stack(losses).tolist())) / predictions
-
-
-# --- shards, for `Runner.head` ---
-
-
-def refer_windows(
-    decoder: Decoder, rows: Sequence[Row], hidden: Sequence[Float[Tensor, "_ width"]], skipped: int
-) -> Iterator[tuple[float, Reference]]:
-    """Yield the loss and the reference of each window but the first `skipped`."""
-    for row, states in list(zip(rows, hidden, strict=True))[skipped:]:
-        yield refer(decoder, states[None], row.tokens)
-
-
-def compare_windows(
-    decoder: Decoder, rows: Sequence[Row], hidden: Sequence[Float[Tensor, "_ width"]], dense: Sequence[Reference]
-) -> Iterator[tuple[float, Divergence]]:
-    """Yield the loss and the divergence of a shard's last windows: those with a reference in `dense`."""
-    skipped = len(rows) - len(dense)
-    for row, states, one in zip(rows[skipped:], hidden[skipped:], dense, strict=True):
-        yield compare(decoder, states[None], row.tokens, one)
 
 
 def check_vocabulary(decoder: Decoder, expected: int) -> None:
@@ -214,6 +245,19 @@ def check_vocabulary(decoder: Decoder, expected: int) -> None:
 
 
 # --- all windows ---
+
+
+def from_losses(losses: list[float], predictions: list[int]) -> float | str:
+    """Return exp(total loss / predictions), to six significant digits: later digits vary by machine.
+
+    `losses` are means per window. If all windows have one length, the result is the papers' exp(mean).
+    """
+    equal = len(set(predictions)) == 1  # avoids rounding by equal weights
+    weighted = losses if equal else [loss * count for loss, count in zip(losses, predictions, strict=True)]
+    mean = math.fsum(weighted) / (len(losses) if equal else sum(predictions))
+    if not mean < math.log(torch.finfo(torch.float64).max):
+        return DIVERGED
+    return float(f"{math.exp(mean):.6g}")
 
 
 def summarize(windows: Sequence[Divergence]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wanda_dvc.engine import shards
 from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder
 from wanda_dvc.engine.rows import Layout, Row
 from wanda_dvc.engine.runner import Runner, Step
@@ -17,7 +16,7 @@ from wanda_dvc.engine.runner import Runner, Step
 ROW = 2048  # tokens: large multiplications, small activations
 
 Progress = Callable[[Iterator[Step]], Iterable[Step]]
-Prediction = tuple[int, int, int, int]  # row, token, request, target
+Prediction = tuple[int, int, int]  # token of a row, request, target
 
 
 @dataclass(frozen=True)
@@ -102,15 +101,13 @@ def loglikelihoods(
     rows, places = pack(requests, tokens=ROW) if runner.decoder.holds_layouts else spread(requests)
     for step in progress(runner.walk(rows)):
         step.advance()
-    of_row = [(number, row) for number, shard in enumerate(shards.cut(len(rows))) for row in range(len(shard))]
-    asked: dict[int, tuple[int, list[Prediction]]] = {}
+    of_row: list[list[Prediction]] = [[] for _ in rows]
     for index, (place, request) in enumerate(zip(places, requests, strict=True)):
-        shard, row = of_row[place.row]
-        asked.setdefault(shard, (length, []))[1].extend(
-            (row, token, index, target) for token, target in zip(place.tokens, request.continuation, strict=True)
-        )
+        for token, target in zip(place.tokens, request.continuation, strict=True):
+            of_row[place.row].append((token, index, target))
+
     totals, greedy = [0.0] * len(requests), [True] * len(requests)
-    for index, value, likeliest in runner.head(predict, asked.get):
+    for index, value, likeliest in runner.head(predict, lambda shard: (length, of_row[shard.start : shard.stop])):
         totals[index] += value
         greedy[index] &= likeliest
     return list(zip(totals, greedy, strict=True))
@@ -120,14 +117,15 @@ def predict(
     decoder: Decoder,
     _rows: Sequence[Row],
     hidden: Sequence[Float[Tensor, "_ width"]],
-    asked: tuple[int, list[Prediction]],
+    asked: tuple[int, list[list[Prediction]]],
 ) -> Iterator[tuple[int, float, bool]]:
     """Yield each prediction's request, its target's log-probability, and whether the target is the likeliest token.
 
-    `asked` holds the model's number of positions and the predictions.
+    `asked` holds the model's number of positions and the predictions of each row.
     """
-    length, predicted = asked
-    tokens = [list(group) for _, group in groupby(sorted(predicted), key=itemgetter(0, 1))]
+    length, of_row = asked
+    predicted = sorted((row, *one) for row, every in enumerate(of_row) for one in every)
+    tokens = [list(group) for _, group in groupby(predicted, key=itemgetter(0, 1))]
     # A chunk has at most the model's number of positions: some models look positions up even in the head.
     chunk = max(1, min(LOGITS_AT_A_TIME // decoder.vocabulary, length))
     for start in range(0, len(tokens), chunk):

@@ -75,5 +75,8 @@ class Runner(Jobs):
         """Run all rows forward and backward, as `engine.fisher.backward`; yield each block, the last one first."""
 
     @abstractmethod
-    def head(self, function: Head[T, R], inputs: Callable[[int], T | None]) -> Iterator[R]:
-        """Apply a function to the last hidden states of the shards that it has an input for, in the shards' order."""
+    def head(self, function: Head[T, R], inputs: Callable[[range], T | None]) -> Iterator[R]:
+        """Apply a function to the last hidden states of the shards that it has an input for, in the shards' order.
+
+        `inputs` returns the input of a shard, by its rows, or None.
+        """

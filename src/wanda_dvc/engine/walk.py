@@ -103,13 +103,13 @@ class LocalRunner(Runner):
         """Run all rows forward and backward through all blocks."""
         return backward(self.decoder, as_rows(rows), self.work / "back", gram=gram, kept=kept)
 
-    def head(self, function: Head[T, R], inputs: Callable[[int], T | None]) -> Iterator[R]:
+    def head(self, function: Head[T, R], inputs: Callable[[range], T | None]) -> Iterator[R]:
         """Apply a function to some shards' last hidden states."""
         states = self._states  # if they fit on the GPU, they do not cross the link again
         done = states is not None and states.finished == len(self.decoder.blocks)
         hidden = states.before if states and done else outputs(self.decoder, self._rows, self.work)
-        for number, shard in enumerate(shards.cut(len(self._rows))):
-            if (given := inputs(number)) is not None:
+        for shard in shards.cut(len(self._rows)):
+            if (given := inputs(shard)) is not None:
                 place = slice(shard.start, shard.stop)
                 yield from function(self.decoder, self._rows[place], hidden[place], given)
             del given  # before the next shard's is read

@@ -1,27 +1,21 @@
 """Measure a model's perplexity on a text, and its divergence from the dense model, through the engine."""
 
-import contextlib
-import itertools
 import json
 import math
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wanda_dvc.engine import shards
 from wanda_dvc.engine.divergence import (
     DRAWN,
     TOP,
     Divergence,
     Reference,
     check_vocabulary,
-    compare_windows,
-    refer_windows,
+    from_losses,
+    measure_windows,
     summarize,
 )
-from wanda_dvc.engine.losses import from_losses, unmeasured
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.runner import Runner
 from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
@@ -37,7 +31,7 @@ from wanda_dvc.study.protocol import dense_of, differing
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 from wanda_dvc.study.tensors import read_window, seal, window_file, write_window
 
-LOSSES = "losses.jsonl"
+FINISHED = "windows.jsonl"  # the results of finished windows, a line each
 
 
 class Measured(NamedTuple):
@@ -67,8 +61,9 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
     with project.work(protocol) as work, runner(project, model, work) as run:
         for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{run_name}, blocks"):
             step.advance()
-        dense = reference if model != "dense" else None
-        windows = _measure(run, rows, work, dense, run_name)
+        if model != "dense":
+            check_vocabulary(run.decoder, read_provenance(reference, "perplexity dense")["vocabulary"])
+        windows = _measure(run, len(rows), work, reference if model != "dense" else None, run_name)
         losses, divergences = [one.loss for one in windows], [one.divergence for one in windows if one.divergence]
         where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
         say_not_finite(run_name, where)
@@ -153,71 +148,39 @@ def _reference(project: Project, text: str, protocol: Json, dense: str) -> Json:
 # --- results ---
 
 
-def _measure(run: Runner, rows: list[Row], work: Work, dense: Path | None, name: str) -> list[Measured]:
+def _measure(run: Runner, windows: int, work: Work, dense: Path | None, name: str) -> list[Measured]:
     """Return the results of each window, after the last block; write the dense model's references.
 
-    `dense` is the dense model's reference, for a pruned model.
+    `dense` is the folder of the dense model's references, for a pruned model.
     An interrupted run resumes at its last finished window.
     """
     work.path.mkdir(parents=True, exist_ok=True)  # workers leave nothing on this machine
-    kept = _read(work.path / LOSSES, len(rows), compared=dense is not None)
-    if dense is None:  # a reference is written before its line
-        written = itertools.takewhile(lambda window: window_file(work.out, window).is_file(), range(len(kept)))
-        kept = kept[: len(list(written))]
-    (work.path / LOSSES).write_text("".join(_line(row, one) for row, one in enumerate(kept)), encoding="utf-8")
-    skipped = unmeasured(len(rows), len(kept))
-    found: Iterator[tuple[float, Reference | Divergence]]
-    if dense is None:
-        found = run.head(refer_windows, skipped.get)
-    else:
-        check_vocabulary(run.decoder, read_provenance(dense, "perplexity dense")["vocabulary"])
-        found = run.head(compare_windows, partial(_references, dense, shards.cut(len(rows)), skipped))
-    what = f"{name}, output head, windows"
-    with (work.path / LOSSES).open("a", encoding="utf-8") as file:
-        for loss, made in progress(found, total=len(rows) - len(kept), what=what):
+    kept = _finished(work, dense)
+    done = len(kept)
+
+    def references(shard: range) -> list[Reference | None] | None:
+        """Return the references of a shard's unfinished windows; None if all are finished."""
+        rest = range(max(shard.start, done), shard.stop)
+        return [Reference(**read_window(dense, window)) if dense else None for window in rest] or None
+
+    found = run.head(measure_windows, references)
+    with (work.path / FINISHED).open("a", encoding="utf-8") as file:
+        for loss, made in progress(found, total=windows - done, what=f"{name}, output head, windows"):
             if isinstance(made, Reference):
                 write_window(work.out, len(kept), made._asdict())
-            one = Measured(loss, made if isinstance(made, Divergence) else None)
-            file.write(_line(len(kept), one))
+            kept.append(Measured(loss, made if isinstance(made, Divergence) else None))
+            file.write(json.dumps(kept[-1]) + "\n")
             file.flush()
-            kept.append(one)
     return kept
 
 
-def _references(folder: Path, windows: list[range], skipped: Mapping[int, int], shard: int) -> list[Reference] | None:
-    """Read the references of a shard's windows after the `skipped` ones; None of a shard that has no number there."""
-    if shard not in skipped:
-        return None
-    return [Reference(**read_window(folder, window)) for window in windows[shard][skipped[shard] :]]
-
-
-def _line(row: int, one: Measured) -> str:
-    """Return the line that stores a row's results, with a checksum, because a kill may truncate it."""
-    numbers: list[object] = [row, finite(one.loss)]
-    if one.divergence:
-        kl, agreed, change = one.divergence
-        numbers += [[finite(value) for value in kl], agreed, finite(change)]
-    content = json.dumps(numbers)
-    return f"{zlib.crc32(content.encode()):08x} {content}\n"
-
-
-def _read(path: Path, rows: int, *, compared: bool) -> list[Measured]:
-    """Return the finished results of an interrupted run, up to the first invalid line."""
-    found: list[Measured] = []
-    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
-    for line in lines[:rows]:
-        with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
-            row, loss, *more = json.loads(line.partition(" ")[2])
-            one = Measured(_number(loss), None)
-            if compared:
-                kl, agreed, change = more
-                one = Measured(one.loss, Divergence(list(map(_number, kl)), agreed, _number(change)))
-            if line == _line(row, one) and row == len(found):
-                found.append(one)
-                continue
-        break
-    return found
-
-
-def _number(value: float | str) -> float:
-    return math.nan if value == DIVERGED else float(value)
+def _finished(work: Work, dense: Path | None) -> list[Measured]:
+    """Return the finished results of an interrupted run, and remove a line that a kill cut off."""
+    path = work.path / FINISHED
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    lines = [line for line in lines if line.endswith("\n")]
+    if dense is None:  # a reference is written before its line, but may have been published already
+        lines = lines[: sum(window_file(work.out, window).is_file() for window in range(len(lines)))]
+    path.write_text("".join(lines), encoding="utf-8")
+    found = [json.loads(line) for line in lines]
+    return [Measured(loss, Divergence(*divergence) if divergence else None) for loss, divergence in found]
