@@ -1,6 +1,7 @@
 """`wanda-dvc evaluate`: other files of a model against a study's dense model."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -175,6 +176,17 @@ def test_accuracies_over_other_items_are_not_compared(study: Project, tmp_path: 
     path.write_text(path.read_text().replace("  limit: 4", "  limit: 2"))
     with pytest.raises(UserError, match="zero-shot: piqa: the dense model answered other items.*; run `dvc repro`"):
         evaluate(project=study, paths=[study.model("pruned")])
+
+
+def test_a_model_that_is_not_finite_has_diverged(study: Project, tmp_path: Path):
+    """Its answers are meaningless: a comparison with NaN chooses the first."""
+    folder = shutil.copytree(study.model("dense"), tmp_path / "nan")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (found,) = evaluated(study, folder)
+    assert found["texts"]["embedded"]["perplexity"] == found["accuracy"] == "diverged"
+    assert found["accuracies"] == found["flips"] == {}
 
 
 def test_show_says_which_results_are_of_another_model(study: Project):

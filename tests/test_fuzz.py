@@ -25,7 +25,6 @@ from wanda_dvc.engine.states import HiddenStates
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.reading import read_header, read_lines, read_object
-from wanda_dvc.stages.perplexity import _read
 from wanda_dvc.study.files import Documents
 from wanda_dvc.study.tensors import read_masks, read_stats
 
@@ -63,7 +62,6 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # name of the file
     "params": ("params.yaml", read_params),
     "documents": ("documents.json.gz", documents),
     "config": ("config.json", lambda path: read_config(path.parent)),
-    "losses": ("losses.jsonl", lambda path: _read(path, 3, compared=True)),
     "progress": ("progress.json", progress),
 }
 

@@ -21,7 +21,7 @@ from wanda_dvc.catalog import STRUCTURES, methods
 from wanda_dvc.engine.blocks import find_block_units
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.config import read_config
-from wanda_dvc.engine.harness import load_task
+from wanda_dvc.engine.items import load_task
 from wanda_dvc.engine.smaller import Removal, Smaller, block_lists, find_units, smaller_parameters, write_smaller
 from wanda_dvc.engine.structure import build_empty, find_blocks
 from wanda_dvc.errors import UserError

@@ -3,18 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
-from datasets import Dataset
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks._yaml_loader import load_yaml
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Progress, Request, loglikelihoods
 from wanda_dvc.engine.runner import Runner
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.reading import read_lines
 
 
 class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
@@ -53,20 +48,3 @@ class EngineLM(HFLM):  # type: ignore[misc] # it brings no types
             )
         asked = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
         return loglikelihoods(self.runner, asked, length=self.max_length, progress=self.progress)
-
-
-def load_task(definition: str, role: str, items: Path) -> Any:
-    """Return lm-eval's task on items from a file: its own YAML, with the split in that role alone."""
-    rows = [row for _, row in read_lines(items, "run `wanda-dvc download tasks` again")]
-    tasks = Path(lm_eval.tasks.__file__).parent
-    # Definitions may name Python files, and lm-eval runs them. So only lm-eval's own definitions are read.
-    if not (tasks / definition).resolve().is_relative_to(tasks.resolve()) or not (tasks / definition).is_file():
-        raise UserError(
-            f"{items.parent}: got the definition {definition}, expected one of lm-eval's; "
-            "run `wanda-dvc download tasks` again"
-        )
-    config = load_yaml(tasks / definition)
-    config |= {f"{name}_split": role if name == role else None for name in ("training", "validation", "test")}
-    config |= {"fewshot_split": None}  # lm-eval would look for the split, even without examples
-    config |= {"custom_dataset": lambda **_: {role: Dataset.from_list(rows)}, "num_fewshot": 0}
-    return ConfigurableTask(config=config)

@@ -50,7 +50,7 @@ class Measured:
             measures.pop("perplexity", None),
             measures,
             windows,
-            {task: of["acc"] for task, of in answered.items()},
+            {task: of["acc"] for task, of in answered.items() if of["acc"] != DIVERGED},
             answers.get("tasks", {}),
             load_json(study.details(model, "continuations")),
         )

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.catalog import HUB_ID
+from wanda_dvc.engine.items import load_task
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
-from wanda_dvc.reading import read_lines
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, gated_names, load_rows, resolve
 from wanda_dvc.sources.places import EMBEDDED, TaskItems, in_mirror, task_definition, task_items
@@ -37,8 +37,7 @@ class Items(TaskItems):
     def write(self, target: Path) -> None:
         """Check the items, and write them as JSON lines."""
         if isinstance(self.origin, Path):
-            if not any(read_lines(self.origin)):
-                raise UserError(f"{self.origin}: no items, expected one a line; copy it again")
+            load_task(self.definition, self.role, self.origin, todo="correct that file")
             shutil.copyfile(self.origin, target)
             return
         rows = load_rows(self.origin, self.config, self.split, **self.options)
@@ -50,6 +49,7 @@ class Items(TaskItems):
                     raise UserError(
                         f"{self.origin.where}: {self.title} has a value that JSON cannot hold ({error}); remove it"
                     ) from error
+        load_task(self.definition, self.role, target, name=f"{self.origin.where}: {self.title}", todo="remove the task")
 
 
 def find_tasks(wanted: Tasks, mirror: str | None) -> Source:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -14,7 +15,7 @@ from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES, continuations
 from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
 from wanda_dvc.stages.running import progress, record_details
-from wanda_dvc.study.files import Json, finite, load_json, write_csv, write_json
+from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.project import ITEMS, Project, Work
 from wanda_dvc.study.protocol import dense_of, differing
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
@@ -119,7 +120,8 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     """Run a task's questions through a model; return `details` and `metrics` in their written form."""
     from lm_eval.evaluator import evaluate
 
-    from wanda_dvc.engine.harness import EngineLM, load_task
+    from wanda_dvc.engine.harness import EngineLM
+    from wanda_dvc.engine.items import load_task
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every data set without a Hub id
     folder, what = project.data("tasks") / task, f"zero-shot {model} {task}"
@@ -133,8 +135,13 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
         language_model = EngineLM(run.decoder, project.model(model), run, what=what, progress=blocks)
         evaluated = evaluate(language_model, {task: definition}, limit=protocol["limit"])
         where = run.not_finite
-    result = evaluated["results"][task]
+    result, samples = evaluated["results"][task], evaluated["samples"][task]
     given = [metric for metric in METRICS if f"{metric},none" in result]
+    if where is None and not all(math.isfinite(value) for one in samples for value, _ in one["filtered_resps"]):
+        where = HEAD
+    if where:  # the answers are meaningless: a comparison with NaN chooses the first
+        details = {"protocol": protocol, "not_finite": where, "items": []}
+        return {"details": details, "metrics": dict.fromkeys(given, DIVERGED)}
     details: Json = {
         "protocol": protocol,
         "standard_errors": {
@@ -143,12 +150,8 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
             for metric in given
             if isinstance(error := result[f"{metric}_stderr,none"], float)
         },
-        "items": [_answer(sample, definition.doc_to_choice) for sample in evaluated["samples"][task]],
+        "items": [_answer(sample, definition.doc_to_choice) for sample in samples],
     }
-    if where is None and any(DIVERGED in item["loglikelihoods"] for item in details["items"]):
-        where = HEAD
-    if where:
-        details["not_finite"] = where
     return {"details": details, "metrics": {metric: round(result[f"{metric},none"], 6) for metric in given}}
 
 
@@ -160,7 +163,7 @@ def _answer(sample: dict[str, Any], choices_of: Callable[[Any], list[str]]) -> d
     values = [response[0] for response in sample["filtered_resps"]]
     content = {
         "item": sample["doc_id"],
-        "loglikelihoods": [finite(value) for value in values],
+        "loglikelihoods": values,
         "answer": max(range(len(values)), key=values.__getitem__),
     }
     if "acc_norm" in sample:

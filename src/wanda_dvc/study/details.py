@@ -1,6 +1,7 @@
 """Reads metrics and metrics/details/*.json."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from wanda_dvc.reading import DIVERGED
@@ -27,9 +28,17 @@ def load_measured(metrics: Path, details: Path) -> tuple[Json, Json]:
     return numbers if _agree(numbers, content) else {}, content
 
 
+def mean_accuracy(accuracies: Sequence[float | str | None]) -> float | str | None:
+    """Return the mean over tasks; `diverged` if the model diverged on one, and None unless each is known."""
+    if DIVERGED in accuracies:
+        return DIVERGED
+    known = [one for one in accuracies if isinstance(one, (int, float))]
+    return sum(known) / len(known) if known and len(known) == len(accuracies) else None
+
+
 def _agree(numbers: Json, content: Json) -> bool:
     """Whether the metrics of a text or a task follow from their details, as far as these are known."""
-    if items := content.get("items"):
+    if items := content.get("items"):  # none if the model diverged
         return math.isclose(numbers["acc"], sum(item["acc"] for item in items) / len(items), abs_tol=1e-5)
     losses, perplexity = content.get("losses"), numbers.get("perplexity")
     if not losses or perplexity is None or DIVERGED in (perplexity, *losses):

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from wanda_dvc.engine.flips import Flips, total_flips
 from wanda_dvc.errors import UserError
+from wanda_dvc.reading import DIVERGED
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.sources.models import GGUF
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.files import Json, json_text, load_json, write_json
-from wanda_dvc.study.markup import on_text, table
+from wanda_dvc.study.markup import decimal, on_text, table
 from wanda_dvc.study.project import ITEMS, Project
 from wanda_dvc.study.protocol import comparable
 from wanda_dvc.study.provenance import (
@@ -195,15 +196,21 @@ def _size(path: Path) -> int:
 def _rows(found: list[Evaluated], tasks: list[str]) -> Iterator[list[str]]:
     """Yield a row of the table for each model."""
     for one in found:
-        accuracy = one.measured.mean(tasks)
+        accuracy = _accuracy(one, tasks)
         changed = total_flips(list(one.flips.values()))
         yield [
             one.name,
             f"{one.size / 1e6:.1f}",
             *(cell for measured in one.texts.values() for cell in _on_text(measured)),
-            "–" if accuracy is None else f"{100 * accuracy:.1f}",
+            decimal(accuracy, "{:.1f}", 100),
             *([f"{100 * changed.share:.1f}", *map(str, changed[1:4])] if changed else ["–"] * 4),
         ]
+
+
+def _accuracy(one: Evaluated, tasks: list[str]) -> float | str | None:
+    """Return the mean accuracy over tasks; `diverged` if the model is not finite, None without tasks."""
+    diverged = any("not_finite" in one.measured.tasks.get(task, {}) for task in tasks)
+    return DIVERGED if diverged else one.measured.mean(tasks)
 
 
 def _on_text(measured: Measured) -> list[str]:
@@ -218,7 +225,7 @@ def _record(one: Evaluated, tasks: list[str], dense: Evaluated) -> Json:
         "model": one.name,
         "bytes": one.size,
         "texts": {text: {"perplexity": of.perplexity, **of.divergence} for text, of in one.texts.items()},
-        "accuracy": one.measured.mean(tasks),
+        "accuracy": _accuracy(one, tasks),
         "accuracies": one.measured.accuracies,
         "flips": {task: flips._asdict() for task, flips in one.flips.items()},
         "continuations": [pair._asdict() for pair in one.measured.continued(dense.measured)]

@@ -12,6 +12,7 @@ from typing import Any
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import DIVERGED
+from wanda_dvc.study.details import mean_accuracy
 from wanda_dvc.study.experiments import SUCCESS, Experiment, Kind, list_experiments
 from wanda_dvc.study.files import Json, json_text
 from wanda_dvc.study.markup import decimal, on_text, table
@@ -110,13 +111,13 @@ def _record(one: Experiment, root: Path) -> Json:
         if path.startswith(FOLDER)
     }
     changed = [scores["flips"]["acc"] for scores in answered.values() if "flips" in scores]
-    accuracies = [scores["acc"] for scores in answered.values() if "acc" in scores]
+    accuracies = [scores.get("acc") for scores in answered.values()]
     return {
         "name": one.name,
         "state": one.state if one.kind is Kind.EXPERIMENT else one.kind.name.lower(),
         "change": dict(one.changes),
         "texts": texts,
-        "accuracy": sum(accuracies) / len(accuracies) if accuracies and len(accuracies) == len(answered) else None,
+        "accuracy": mean_accuracy(accuracies),
         "flips": {way: sum(one[way] for one in changed) for way in ("lost", "gained")} if changed else {},
         "removed_parameters": own.get("metrics/pruned/sparsity.json", {}).get("removed_parameters"),
         "stale": one.state == SUCCESS and len(own) < len(one.metrics),

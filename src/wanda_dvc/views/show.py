@@ -10,7 +10,7 @@ from wanda_dvc.reading import DIVERGED, is_there
 from wanda_dvc.report.formatting import interval
 from wanda_dvc.report.measures import Measured, mean_layer_error, mean_repeated
 from wanda_dvc.stages import MODELS, times
-from wanda_dvc.study.details import is_of, load_measured
+from wanda_dvc.study.details import is_of, load_measured, mean_accuracy
 from wanda_dvc.study.files import Json, json_text, load_json
 from wanda_dvc.study.local import missing_sources
 from wanda_dvc.study.markup import number, table
@@ -149,7 +149,7 @@ def _accuracy_rows(
 ) -> list[list[str]]:
     """Return the accuracy of each task, and the mean; of the embedded questions, which are no benchmark, the mean."""
     tasks, embedded = project.params.tasks.names, project.params.tasks.source == "embedded"
-    rows, accuracies = [], list[list[float | None]]()
+    rows, accuracies = [], list[list[float | str | None]]()
     for task in tasks:
         both = [one[task][0].get("acc") for one in (dense, pruned)]
         errors = [one[task][1].get("standard_errors", {}).get("acc") for one in (dense, pruned)]
@@ -157,7 +157,7 @@ def _accuracy_rows(
         accuracies.append(both)
     if not tasks:
         return []
-    means = [None if None in one else sum(one) / len(one) for one in zip(*accuracies, strict=True)]
+    means = [mean_accuracy(list(one)) for one in zip(*accuracies, strict=True)]
     if embedded:
         return [["embedded questions, mean acc %", *map(_percent, means), ""]]
     return [*rows, ["mean, acc %", *map(_percent, means), "" if {*apart} & {*tasks} else _retained(*means)]]
@@ -353,8 +353,10 @@ def _times(project: Project) -> str:
     return f"{shown}\n\nThe last run of each stage here, on {'; '.join(machines)}."
 
 
-def _percent(share: float | None, error: float | None = None) -> str:
-    """Format an accuracy, with its standard error if known."""
+def _percent(share: float | str | None, error: float | None = None) -> str:
+    """Format an accuracy, with its standard error if known; `diverged` stays."""
+    if isinstance(share, str):
+        return share
     return "–" if share is None else f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
@@ -364,5 +366,6 @@ def _ratio(dense: float | str | None, pruned: float | str | None) -> str:
     return ""
 
 
-def _retained(dense: float | None, pruned: float | None) -> str:
-    return f"{100 * pruned / dense:.1f} % retained" if dense and pruned is not None else ""
+def _retained(dense: float | str | None, pruned: float | str | None) -> str:
+    known = isinstance(dense, (int, float)) and isinstance(pruned, (int, float))
+    return f"{100 * pruned / dense:.1f} % retained" if known and dense else ""
