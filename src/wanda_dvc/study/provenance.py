@@ -52,8 +52,6 @@ def write_provenance(artifact: Path, content: Json) -> None:
     write_json(artifact / PROVENANCE, content)
 
 
-
-
 def files_digest(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a folder but its provenance, by relative path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != PROVENANCE)
