@@ -169,29 +169,14 @@ def test_the_main_branch_is_recorded_as_its_commit(project: Make, hub: Hub, tiny
     assert "main" not in (made.model("dense") / "provenance.json").read_text()
 
 
-@pytest.mark.parametrize(
-    ("card", "expected"),
-    [({"license": "llama3.1"}, "llama3.1"), ({"license": ["mit", "other"]}, None), ({}, None), (None, None)],
-)
+@pytest.mark.parametrize(("card", "expected"), [({"license": "mit"}, "mit"), ({"license": ["mit", "x"]}, None)])
 def test_the_licence_of_a_model_is_the_one_that_its_card_names(
-    project: Make, hub: Hub, tiny: Path, tmp_path: Path, card: dict[str, Any] | None, expected: str | None
+    project: Make, hub: Hub, tiny: Path, card: dict[str, Any], expected: str | None
 ):
     hub.card = card
     hub.add("models/org/tiny", tiny)
-    download(project=(on_hub := project(model="org/tiny")), part="model")
-    source = shutil.copytree(tiny, tmp_path / "source")
-    if card is not None:
-        (source / "README.md").write_text(f"---\n{json.dumps(card)}\n---\nA card.\n", encoding="utf-8")
-    download(project=(local := project(model=source)), part="model")
-    for made in (on_hub, local):
-        assert provenance(made.model("dense")).get("license") == expected
-
-
-def test_front_matter_that_cannot_be_read_names_no_licence(project: Make, tiny: Path, tmp_path: Path):
-    source = shutil.copytree(tiny, tmp_path / "source")
-    (source / "README.md").write_text("---\nlicense: [a\n---\nA card that is none.\n", encoding="utf-8")
-    download(project=(made := project(model=source)), part="model")
-    assert "license" not in provenance(made.model("dense"))
+    download(project=(made := project(model="org/tiny")), part="model")
+    assert provenance(made.model("dense")).get("license") == expected
 
 
 def test_a_killed_download_fetches_no_finished_file_again(
@@ -262,7 +247,7 @@ def without(*names: str) -> Callable[[dict[str, bytes]], None]:
         (without("config.json"), "model: org/tiny has no config.json, expected a Hugging Face model"),
         (
             lambda files: files.update({"pytorch_model.bin": files.pop("model.safetensors")}),
-            r"model: org/tiny has its weights only as pickles \(pytorch_model.bin\), which wanda-dvc never opens",
+            r"model: org/tiny: found pytorch_model.bin, expected model.safetensors or .*\(pickles are never opened\)",
         ),
         (
             lambda files: files.update({"tiny.gguf": files.pop("model.safetensors")}),
@@ -285,9 +270,12 @@ def without(*names: str) -> Callable[[dict[str, bytes]], None]:
         ),
         (
             lambda files: files.update({"config.json": config(model_type="new", auto_map={"AutoConfig": "new.C"})}),
-            "config.json: new needs code of its own, which wanda-dvc never runs",
+            r"config.json: found new \(its own code is never run\), expected a causal decoder",
         ),
-        (lambda files: files.update({"config.json": b"{}"}), "config.json: no model_type"),
+        (
+            lambda files: files.update({"config.json": b"{}"}),
+            "config.json: found no model_type, expected a c",
+        ),
         (
             lambda files: files.update(
                 {"config.json": config(model_type="llama", quantization_config={"quant_method": "gptq"})}
@@ -319,32 +307,13 @@ def test_a_local_directory_must_be_a_decoder_too(project: Make, tiny: Path, tmp_
 @pytest.mark.parametrize(
     ("trouble", "token", "message"),
     [
-        (
-            "gated",
-            None,
-            "is gated, and no account is logged in; accept its conditions on its page on the Hub, org/tiny, then log "
-            "in with `hf auth login`",
-        ),
-        (
-            "gated",
-            "hf_x",
-            "is gated, and the account that is logged in has no access; accept its conditions on its page on the Hub",
-        ),
-        (
-            "unknown",
-            None,
-            "found no public (model|data set) org/tiny; correct its id or, if it is private, log in "
-            "with `hf auth login`",
-        ),
-        (
-            "unknown",
-            "hf_x",
-            "found no (model|data set) org/tiny that the account that is logged in may read; correct its id",
-        ),
-        ("revision", None, "org/tiny has no revision v2; name a commit, a tag or a branch of it"),
-        ("offline", None, "org/tiny is on the Hub, and HF_HUB_OFFLINE is set; unset it"),
-        ("no network", None, r"org/tiny is on the Hub, and the Hub cannot be reached \(ConnectError\)"),
-        ("down", None, r"org/tiny: the Hub answered 500 \(Service in pieces\); try again later"),
+        ("gated", None, "org/tiny: GatedRepoError: .*, or accept its conditions on the Hub and log in with `hf auth l"),
+        ("gated", "hf_x", "org/tiny: GatedRepoError: .*, or accept its conditions on the Hub and log in with `hf auth"),
+        ("unknown", None, "org/tiny: RepositoryNotFoundError: .*; correct its id, or .* log in with `hf auth login`"),
+        ("revision", None, "org/tiny at v2: RevisionNotFoundError: .*; name a commit, a tag or a branch of it"),
+        ("offline", None, "org/tiny: OfflineModeIsEnabled: .*; unset HF_HUB_OFFLINE, or name a directory, a file or a"),
+        ("no network", None, "org/tiny: ConnectError: .*; connect this machine and run again"),
+        ("down", None, "org/tiny: HfHubHTTPError: Service in pieces; try again later"),
     ],
 )
 def test_what_the_hub_refuses_is_told_apart(

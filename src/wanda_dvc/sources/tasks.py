@@ -35,48 +35,41 @@ class Items(TaskItems):
         return "/".join(part for part in (self.dataset, self.config) if part)
 
     def write(self, target: Path) -> None:
-        """Check the items, and write them as JSON lines."""
+        """Write the items as JSON lines. UserError for items without labels among their choices."""
         if isinstance(self.origin, Path):
             load_task(self.definition, self.role, self.origin, todo="correct that file")
             shutil.copyfile(self.origin, target)
             return
+        name = f"{self.origin.where}: {self.title}"
         rows = load_rows(self.origin, self.config, self.split, **self.options)
-        with target.open("w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                try:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                except TypeError as error:
-                    raise UserError(
-                        f"{self.origin.where}: {self.title} has a value that JSON cannot hold ({error}); remove it"
-                    ) from error
-        load_task(self.definition, self.role, target, name=f"{self.origin.where}: {self.title}", todo="remove the task")
+        try:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        except TypeError as error:
+            raise UserError(f"{name} has a value that JSON cannot hold ({error}); remove it") from error
+        target.write_text("".join(lines), encoding="utf-8", newline="\n")
+        load_task(self.definition, self.role, target, name=name, todo="remove the task")
 
 
 def find_tasks(wanted: Tasks, mirror: str | None) -> Source:
     """Find the items of every task. UserError with the problems of all tasks."""
-    definitions: dict[str, tuple[str, Json]] = {}
+    items: dict[str, Items] = {}
     problems: list[str] = []
-    for name in wanted.names:
-        found = task_definition(name)
-        if found and found[1].get("output_type") == "multiple_choice":
-            definitions[name] = found
-            given = [one.get("metric") for one in found[1].get("metric_list") or [{"metric": "acc"}]]
-            if "acc" not in given:
-                problems.append(
-                    f"params.yaml: tasks.names: {name} is measured by {', '.join(map(str, given))}, expected acc; "
-                    "remove it"
-                )
+    definitions = {name: task_definition(name) for name in wanted.names}
+    for name, found in definitions.items():
+        metrics = [one.get("metric") for one in found[1].get("metric_list") or [{"metric": "acc"}]] if found else []
+        if found is None or found[1].get("output_type") != "multiple_choice":
+            problem = f"is no multiple-choice task of lm-eval {version('lm_eval')}; `lm-eval ls tasks` lists them"
+        elif "acc" not in metrics:
+            problem = f"is measured by {', '.join(map(str, metrics))}, expected acc; remove it"
         else:
-            problems.append(
-                f"params.yaml: tasks.names: {name} is no multiple-choice task of lm-eval {version('lm_eval')}; "
-                "`lm-eval ls tasks` lists them"
-            )
+            continue
+        problems.append(f"params.yaml: tasks.names: {name} {problem}")
     if problems:  # reported before requests to the Hub
         raise UserError(*problems)
-    items: dict[str, Items] = {}
-    for name, (path, definition) in definitions.items():
+    for name, found in definitions.items():
+        assert found
         try:
-            items[name] = _find_items(name, path, definition, wanted.source, mirror)
+            items[name] = _find_items(name, *found, wanted.source, mirror)
         except UserError as error:
             problems += error.problems
     if problems:

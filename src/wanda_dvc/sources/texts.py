@@ -54,7 +54,9 @@ class _Found:
             if not self.as_documents:
                 self._write_text(list(documents), out)
                 return
-            count = _check(documents)
+            count = len(documents)
+            if not count or not documents[0]:  # reading the first checks that it is text
+                raise UserError(f"{path}: no documents, expected lines of JSON with `{column}`; copy it again")
         shutil.copyfile(path, out / DOCUMENTS)
         sha256 = file_digest(out / DOCUMENTS)
         write_provenance(out, describe(self.made_by, **self.origin, column=column, rows=count, sha256=sha256))
@@ -100,15 +102,6 @@ def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_docume
         as_documents=as_documents,
     )
     return Source({"text": asdict(wanted), "commit": text.origin["revision"]}, text.write, gated_names(place))
-
-
-def _check(documents: Documents) -> int:
-    """Count the documents. UserError without documents, or if the first is not text."""
-    if not documents or not documents[0]:
-        raise UserError(
-            f"{documents.shard}: no documents, expected lines of JSON with `{documents.column}`; copy it again"
-        )
-    return len(documents)
 
 
 def _jsonl_rows(path: Path, column: str) -> list[str]:
