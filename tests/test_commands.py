@@ -178,7 +178,7 @@ def test_the_shell_completes_experiments(study: Project):
         git("update-ref", f"refs/exps/{commit[:2]}/{commit[2:]}/{name}", commit)
     git("update-ref", "refs/exps/celery/stash", commit)
     try:
-        assert completed(study.root, "export", "sp") == ["sparse-30", "sparse-70"]
+        assert completed(study.root, "export", "--rev", "sp") == ["sparse-30", "sparse-70"]
         assert completed(study.root, "report", "--rev", "") == ["sparse-30", "sparse-70"]
         assert completed(study.root, "stats", "--compare", "sparse-7") == ["sparse-70"]
     finally:

@@ -5,21 +5,18 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cases.grids import OF_WEIGHTS
-from command_line import wanda_dvc
 from conftest import TEXTS, text_of
-from dvc.repo import Repo
 from huggingface_hub import ModelCard
 
 from wanda_dvc.catalog import Method
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.build import experiment_and_directory, export
+from wanda_dvc.export.build import export
 from wanda_dvc.params import Params
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
@@ -243,25 +240,6 @@ def test_without_masks_or_a_repository_it_says_what_to_run(project: Callable[...
         export(project=project(), experiment=None, target=tmp_path / "out")
 
 
-@pytest.fixture
-def repository(project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch) -> Project:
-    """A repository with a branch, a tag, and an experiment `undue-stay`; the current directory is its root."""
-    made = project()
-    for name in ("GIT_AUTHOR", "GIT_COMMITTER"):
-        monkeypatch.setenv(f"{name}_NAME", "test")
-        monkeypatch.setenv(f"{name}_EMAIL", "test@example.org")
-    monkeypatch.chdir(made.root)
-    (made.root / "dvc.yaml").write_text("stages: {}\n")
-    for words in (["init", "--quiet"], ["add", "params.yaml", "dvc.yaml"], ["commit", "--quiet", "--message", "x"]):
-        subprocess.run(["git", *words], check=True)
-    subprocess.run(["git", "branch", "six/seven"], check=True)
-    subprocess.run(["git", "tag", "v1"], check=True)
-    with Repo.init() as dvc:
-        project(sparsity=0.25)
-        dvc.experiments.save(name="undue-stay")
-    return made
-
-
 @pytest.mark.parametrize("why", ["mount", "parent"])
 def test_a_directory_that_cannot_be_replaced_is_refused_before_any_work(
     pruned: Project, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -276,34 +254,6 @@ def test_a_directory_that_cannot_be_replaced_is_refused_before_any_work(
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
     with pytest.raises(UserError, match="mounted: cannot be replaced .*; name one inside it, such as .*/mounted/model"):
         export(project=pruned, experiment=None, target=target)
-
-
-def test_an_experiment_without_a_directory_is_not_taken_for_one(repository: Project):
-    """`wanda-dvc export undue-stay` wrote the workspace's model into ./undue-stay."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    for name in ("undue-stay", "six/seven", "v1", commit, commit[:8]):
-        message = (
-            f"export: {name} is an experiment, commit, branch or tag, expected a directory after it; run `wanda-dvc "
-            f"export {name} DIRECTORY`, or name a directory for the workspace's model `./{name}`"
-        )
-        with pytest.raises(UserError, match=message):
-            experiment_and_directory(repository, [name])
-    done = wanda_dvc("export", "undue-stay", cwd=repository.root)
-    assert done.returncode == 2
-    assert "export: undue-stay is an experiment" in done.stderr
-    assert not Path("undue-stay").exists()
-
-
-def test_a_directorys_path_is_one(repository: Project, tmp_path: Path):
-    for word in ("out", "models/out", "./undue-stay", "undue-stay/", "../undue-stay", str(tmp_path / "undue-stay")):
-        assert experiment_and_directory(repository, [word]) == (None, Path(word))
-    assert experiment_and_directory(repository, ["undue-stay", "v1"]) == ("undue-stay", Path("v1"))
-    Path("undue-stay").mkdir()
-    assert experiment_and_directory(repository, ["undue-stay"]) == (None, Path("undue-stay"))
-
-
-def test_without_a_repository_every_word_is_a_directory(project: Callable[..., Project]):
-    assert experiment_and_directory(project(), ["undue-stay"]) == (None, Path("undue-stay"))
 
 
 def test_the_command_on_the_card_runs_the_same_experiment(project: Callable[..., Project]):

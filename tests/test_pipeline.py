@@ -225,7 +225,7 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     repository.run("dvc", "checkout")
     before, cached = contents(repository.root), repository.cached()
     exported = tmp_path / "exported"
-    repository.run("wanda-dvc", "export", "two-of-four", str(exported))
+    repository.run("wanda-dvc", "export", str(exported), "--rev", "two-of-four")
     assert contents(repository.root) == before
     assert repository.run("git", "status", "--porcelain") == ""
     assert repository.cached() == cached
@@ -234,7 +234,7 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     # The workspace has another model: the dense one comes out of the cache too.
     dense, away = repository.root / "models/dense", tmp_path / "away"
     dense.rename(away)
-    repository.run("wanda-dvc", "export", "two-of-four", str(tmp_path / "again"))
+    repository.run("wanda-dvc", "export", str(tmp_path / "again"), "--rev", "two-of-four")
     away.rename(dense)
     assert contents(tmp_path / "again") == contents(exported)
 
@@ -262,17 +262,12 @@ def test_export_builds_an_experiments_model_and_leaves_the_workspace(repository:
     assert f"{exported}: exists already, expected a new or empty directory" in repository.run(
         "wanda-dvc", "export", str(exported), check=False
     )
-    assert (
-        "export: two-of-four is an experiment, commit, branch or tag, expected a directory after it"
-        in repository.run("wanda-dvc", "export", "two-of-four", check=False)
-    )
-    assert not (repository.root / "two-of-four").exists()
     assert "six: no experiment, commit, branch or tag of that name" in repository.run(
-        "wanda-dvc", "export", "six", str(tmp_path / "six"), check=False
+        "wanda-dvc", "export", str(tmp_path / "six"), "--rev", "six", check=False
     )
     revision = repository.run("git", "rev-parse", "HEAD").strip()
     shutil.rmtree(repository.root / ".dvc/cache")
-    missing = repository.run("wanda-dvc", "export", revision, str(tmp_path / "missing"), check=False)
+    missing = repository.run("wanda-dvc", "export", str(tmp_path / "missing"), "--rev", revision, check=False)
     assert f"{revision}: its masks are not in DVC's cache" in missing
     assert "`dvc pull --all-commits`" in missing
     assert not (tmp_path / "missing").exists()

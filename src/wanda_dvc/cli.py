@@ -248,28 +248,25 @@ def init(
 
 @app.command(rich_help_panel=STUDY_PANEL)
 def export(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[EXPERIMENT] DIRECTORY",
-            help="An experiment, commit, branch or tag (by default the workspace), and a new or empty directory.",
+    directory: Annotated[Path, typer.Argument(help="A new or empty directory.")],
+    rev: Annotated[
+        str | None,
+        typer.Option(
+            "--rev",
+            help="An experiment, commit, branch or tag; by default the workspace.",
             autocompletion=completion.experiments,
         ),
-    ],
+    ] = None,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
     from wanda_dvc.stages.running import AGAIN, stoppable
     from wanda_dvc.study.project import Project
 
-    if len(words) > 2:
-        raise typer.BadParameter(f"got {len(words)} words, expected [EXPERIMENT] DIRECTORY")
     project = Project.find()
     with stoppable("export", AGAIN):
-        from wanda_dvc.export.build import experiment_and_directory
         from wanda_dvc.export.build import export as build
 
-        experiment, target = experiment_and_directory(project, words)
-        said = build(project=project, experiment=experiment, target=target)
+        said = build(project=project, experiment=rev, target=directory)
     typer.echo(said)
 
 

@@ -59,18 +59,6 @@ def export(*, project: Project, experiment: str | None, target: Path) -> str:
     return said
 
 
-def experiment_and_directory(project: Project, words: list[str]) -> tuple[str | None, Path]:
-    """Read `[EXPERIMENT] DIRECTORY`. UserError if the only word is an experiment's name."""
-    *experiment, target = words
-    a_path = target.startswith((f".{os.sep}", f"..{os.sep}", os.sep)) or target.endswith(os.sep)
-    if not experiment and not a_path and not Path(target).is_dir() and Revision.exists(project.root, target):
-        raise UserError(
-            f"export: {target} is an experiment, commit, branch or tag, expected a directory after it; run `wanda-dvc "
-            f"export {target} DIRECTORY`, or name a directory for the workspace's model `.{os.sep}{target}`"
-        )
-    return experiment[0] if experiment else None, Path(target)
-
-
 def _check_target(project: Project, target: Path) -> None:
     root, place = project.root.resolve(), target.resolve()
     if place.is_relative_to(root) and place.relative_to(root).parts[:1] in {(name,) for name in TRACKED}:
@@ -109,7 +97,9 @@ def _take_workspace(project: Project, study: Project) -> None:
 
 def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     """Take an experiment out of git and the cache."""
-    revision = Revision.open(project.root, experiment, otherwise="`wanda-dvc export DIRECTORY` takes the workspace")
+    revision = Revision.open(
+        project.root, experiment, otherwise="without --rev, `wanda-dvc export` takes the workspace"
+    )
 
     def take(part: str, what: str) -> None:
         if not revision.copy_all(part, study.root):

@@ -102,15 +102,6 @@ class Revision:
                 "the experiments"
             ) from None
 
-    @classmethod
-    def exists(cls, root: Path, name: str) -> bool:
-        """Whether the study's repository has an experiment, commit, branch or tag of that name."""
-        try:
-            cls.open(root, name, otherwise="")
-        except UserError:
-            return False
-        return True
-
     @property
     def commit(self) -> str:
         """The commit's name."""
