@@ -59,10 +59,10 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
     if model != "dense":
         protocol |= {"reference": digest(_reference(project, text, protocol, measured["model"]["source"]))}
     with project.work(protocol) as work, runner(project, model, work) as run:
-        for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{run_name}, blocks"):
-            step.advance()
         if model != "dense":
             check_vocabulary(run.decoder, read_provenance(reference, "perplexity dense")["vocabulary"])
+        for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{run_name}, blocks"):
+            step.advance()
         windows = _measure(run, len(rows), work, reference if model != "dense" else None, run_name)
         losses, divergences = [one.loss for one in windows], [one.divergence for one in windows if one.divergence]
         where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
@@ -131,18 +131,14 @@ def _reference(project: Project, text: str, protocol: Json, dense: str) -> Json:
     """
     found = read_provenance(project.reference(text), "perplexity dense")
     key = differing(found["protocol"], protocol)
+    if key is None:
+        return found
+    said = f"measured with {key} {found['protocol'].get(key)}, expected {protocol.get(key)}, as for the pruned model"
     if key == "dense":
-        raise UserError(
-            f"reference/{text}: measured on another model, expected {dense}, the dense model of models/pruned; "
-            "run `dvc repro` or `wanda-dvc perplexity dense`"
-        )
-    if key:
-        again = "`wanda-dvc perplexity dense`"
-        raise UserError(
-            f"reference/{text}: measured with {key} {found['protocol'].get(key)}, expected {protocol.get(key)}, as "
-            f"for the pruned model; run `dvc repro --force --single-item perplexity-dense@{text}` or {again}"
-        )
-    return found
+        said = f"measured on another model, expected {dense}, the dense model of models/pruned"
+    # DVC knows no versions of libraries, so it would not run the stage again.
+    again = f"dvc repro{f' --force --single-item perplexity-dense@{text}' if key == 'libraries' else ''}"
+    raise UserError(f"reference/{text}: {said}; run `{again}` or `wanda-dvc perplexity dense`")
 
 
 # --- results ---
