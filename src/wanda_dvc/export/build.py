@@ -97,9 +97,7 @@ def _take_workspace(project: Project, study: Project) -> None:
 
 def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     """Take an experiment out of git and the cache."""
-    revision = Revision.open(
-        project.root, experiment, otherwise="without --rev, the workspace is exported"
-    )
+    revision = Revision.open(project.root, experiment, otherwise="without --rev, the workspace is exported")
 
     def take(part: str, what: str) -> None:
         if not revision.copy_all(part, study.root):
