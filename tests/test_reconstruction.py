@@ -542,11 +542,13 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(study: Make, mon
     assert (tree(made.masks), tree(made.weights)) == complete
 
 
-def test_masks_that_were_chosen_with_another_reconstruction_are_refused(study: Make):
-    """With `propagation: pruned` a reconstruction decides on the masks, and its weights are in weights/."""
+def test_apply_follows_the_plan_of_the_masks(study: Make):
+    """Not params.yaml's, which may have changed since `mask`."""
     mask(project=study(reconstruction="blockwise", propagation="pruned"))
-    with pytest.raises(UserError, match="masks/: chosen with reconstruction blockwise, expected least-squares"):
-        apply(project=study(reconstruction="least-squares", propagation="pruned"))
+    apply(project=study(reconstruction="blockwise", propagation="pruned"))
+    expected = tree(study().model("pruned"))
+    apply(project=study(reconstruction="least-squares"))
+    assert tree(study().model("pruned")) == expected
 
 
 def test_weights_of_a_run_before_are_not_taken(study: Make, tmp_path: Path):

@@ -4,7 +4,7 @@ Stages, views and provenance read a `Plan`; no other code checks the method or r
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -71,9 +71,24 @@ class Plan:
             left_out=left_out,
         )
 
+    @classmethod
+    def read(cls, described: Mapping[str, Any]) -> "Plan":
+        """Return the plan that is `described` in the provenance of masks; its method need not be installed."""
+        name = described["method"]
+        return cls(
+            method=methods().get(name) or replace(methods()["wanda"], name=name),
+            group=described["group"],
+            allocation=ALLOCATIONS[described["allocation"]],
+            strength=described["allocation_strength"],
+            reconstruction=RECONSTRUCTIONS[described["reconstruction"]],
+            propagation=described["propagation"],
+            pattern=described["pattern"],
+            share=Fraction(str(described["sparsity"])),
+        )
+
     @property
     def described(self) -> dict[str, object]:
-        """The choices that determine masks, by the names of the settings, in the form of provenance."""
+        """The choices by the names of the settings, in the form of provenance; `read` reads them."""
         described: dict[str, object] = {
             "method": self.method.name,
             "sparsity": float(self.share),
@@ -82,9 +97,9 @@ class Plan:
             "propagation": self.propagation,
             "allocation": self.allocation.name,
             "allocation_strength": self.strength,
+            "reconstruction": self.reconstruction.name,
         }
-        if self.propagates:  # determines the next block's input
-            described["reconstruction"] = self.reconstruction.name
+        if self.propagates:  # new weights determine the next block's input
             described |= {"training": TRAINING} if self.reconstruction.trains else {}
             described |= {"correction": CORRECTION} if self.corrects else {}
         return described

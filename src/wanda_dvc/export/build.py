@@ -9,15 +9,16 @@ from pathlib import Path
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.card import results
+from wanda_dvc.plan import Plan
 from wanda_dvc.reading import check_place
 from wanda_dvc.stages import MODELS
-from wanda_dvc.stages.apply import describe_pruned, prune, reads_gradients, values_from
+from wanda_dvc.stages.apply import describe_pruned, prune
 from wanda_dvc.study.card import STORAGE, card
 from wanda_dvc.study.details import is_of
 from wanda_dvc.study.dvc import Revision
-from wanda_dvc.study.files import load_json, write_json
+from wanda_dvc.study.files import Json, load_json, write_json
 from wanda_dvc.study.project import TRACKED, Project, temporary_place
-from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
+from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
 from wanda_dvc.study.ran import LOCK, Ran
 from wanda_dvc.views.show import staleness
 
@@ -40,8 +41,10 @@ def export(*, project: Project, experiment: str | None, target: Path) -> str:
         ran = Ran.of(study if experiment else project)
         _check_current(ran, experiment or "the workspace")
         study = study.with_params(ran.params)
+        made_from = describe_pruned(study)
         written = prune(study, work.out)
-        _drop_metrics_of_others(study)
+        write_provenance(work.out, made_from)
+        _drop_metrics_of_others(study, made_from)
         write_json(study.metrics("pruned", "sparsity"), written.metrics)
         sections = results(study, ran.outdated)
         text = card(
@@ -117,13 +120,13 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
             f"{experiment}: its settings are not those of this version ({error.problems[0]}); export it with the "
             "wanda-dvc that made it"
         ) from None
-    made, reconstruction = read_provenance(study.masks, "mask"), Ran.of(study).params.chosen_reconstruction.name
-    source = values_from(made, reconstruction)
-    parts = {"weights": ["weights"], "gram": ["stats/gram"]}.get(source or "", [])
-    if source == "gram" and reads_gradients(made, reconstruction):
+    made = read_provenance(study.masks, "mask")
+    plan = Plan.read(made["params"])
+    parts = {"weights": ["weights"], "gram": ["stats/gram"]}.get(plan.weights_come_from or "", [])
+    if plan.weights_come_from == "gram" and plan.by_gradients:
         parts.append("stats/gradients")
     for part in parts:
-        take(part, f"what reconstruction {reconstruction} reads is")
+        take(part, f"what reconstruction {plan.reconstruction.name} reads is")
     wanted = made["model"]
     here = project.model("dense")
     if (here / PROVENANCE).is_file() and read_provenance(here, "download model")["sha256"] == wanted["sha256"]:
@@ -136,9 +139,8 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
         revision.copy_all(f"metrics/details/{model}", study.root)
 
 
-def _drop_metrics_of_others(study: Project) -> None:
+def _drop_metrics_of_others(study: Project, made_from: Json) -> None:
     """Drop a workspace's leftover metrics of another experiment. The details record the experiment of each."""
-    made_from = describe_pruned(study)
     dense = read_provenance(study.model("dense"), "download model")
     for model, whose in zip(MODELS, (digest(dense), digest(made_from)), strict=True):
         details = study.root / "metrics/details"

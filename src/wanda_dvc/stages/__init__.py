@@ -115,7 +115,6 @@ STAGES = {
             name="apply",
             version=9,
             about="Write the pruned model: models/pruned.",
-            settings=("recipe", "reconstruction"),
         ),
         Stage(
             name="perplexity",

@@ -6,17 +6,16 @@ A reconstruction gives kept weights new values, solved for here, from stats/gram
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wanda_dvc.catalog import RECONSTRUCTIONS, SOLVED_UNITS, STRUCTURES
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.errors import UserError
+from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
 from wanda_dvc.pruning.selection import count_zeros
 from wanda_dvc.pruning.solvers import Prepared
@@ -51,6 +50,7 @@ def apply(*, project: Project) -> None:
     with project.work(made_from) as work:
         folder = work.fresh()
         written = prune(project, folder)
+        write_provenance(folder, made_from)
         zeros = written.zeros
         work.publish(project.model("pruned"))
     write_json(project.metrics("pruned", "sparsity"), written.metrics)
@@ -80,31 +80,22 @@ def apply(*, project: Project) -> None:
 
 def describe_pruned(study: Project) -> Json:
     """Return the provenance of a study's pruned model. UserError if its parts do not match."""
-    reconstruction = study.params.chosen_reconstruction.name
     dense, made = read_provenance(study.model("dense"), "download model"), read_provenance(study.masks, "mask")
+    plan = Plan.read(made["params"])
     if made["model"]["sha256"] != dense["sha256"]:
         raise UserError(
             f"masks/: made for {made['model']['source']}, expected {dense['source']}, the model in models/dense; "
             "run `dvc repro` or `wanda-dvc mask`"
         )
-    chosen_with = made["params"].get("reconstruction", reconstruction)  # included if the masks depend on it
-    if chosen_with != reconstruction:
-        raise UserError(
-            f"masks/: chosen with reconstruction {chosen_with}, expected {reconstruction}, as params.yaml has it; "
-            "run `dvc repro` or `wanda-dvc mask`"
-        )
-    # Only the masks' records: with this run's library versions, equal models would have different bytes.
-    described = {name: value for name, value in made.items() if name != "blocks"}
-    source, from_where = values_from(made, reconstruction), {}
-    if source == "weights":
+    read: dict[str, str] = {}
+    if plan.weights_come_from == "weights":
         weights = read_provenance(study.weights, "mask")
         if weights != made:
             raise UserError("weights/: made with other masks, expected those in masks/; run `wanda-dvc mask` again")
-        from_where = {"weights": digest(weights)}
-    folders = [study.gram] if source == "gram" or block_count(study.gram, "calibrate") else []
-    if source == "gram" and reads_gradients(made, reconstruction):
-        folders.append(study.gradients)
-    for folder in folders:
+        read["weights"] = digest(weights)
+    solves = plan.weights_come_from == "gram"
+    folders = [study.gram] if solves or block_count(study.gram, "calibrate") else []  # of layer errors, too
+    for folder in [*folders, study.gradients] if solves and plan.by_gradients else folders:
         gram = read_provenance(folder, "calibrate")
         here = {"model": gram["model"], "calibration": {"text": gram["text"], **gram["params"]}}
         if any(here[name] != made[name] for name in here) or not block_count(folder, "calibrate"):
@@ -112,44 +103,29 @@ def describe_pruned(study: Project) -> Json:
                 f"stats/{folder.name}: no Gram matrices of {dense['source']} and the calibration that masks/ name, "
                 "expected them; run `dvc repro`, or `wanda-dvc calibrate` with the settings of the masks"
             )
-        from_where |= {folder.name: digest(gram)} if source == "gram" else {}
-    if source == "gram":  # the weights follow from how `apply` solves, and so do their results
-        from_where["apply"] = str(STAGES["apply"].version)
-    return described | {"made_by": "apply", "masks": digest(made), "reconstruction": reconstruction} | from_where
-
-
-def values_from(masks: Json, reconstruction: str) -> Literal["weights", "gram"] | None:
-    """Return the source of the kept weights, by the provenance of masks/; None: the dense model."""
-    if RECONSTRUCTIONS[reconstruction].function is None:
-        return None
-    return "weights" if "reconstruction" in masks["params"] else "gram"
-
-
-def reads_gradients(masks: Json, reconstruction: str) -> bool:
-    """Whether a reconstruction reads the Gram matrices of gradients, by the provenance of masks/."""
-    return RECONSTRUCTIONS[reconstruction].by_gradients and masks["params"]["pattern"] not in STRUCTURES
+        read |= {folder.name: digest(gram)} if solves else {}
+    if solves:  # the weights follow from how `apply` solves, and so do their results
+        read["apply"] = str(STAGES["apply"].version)
+    # Only the masks' records: with this run's library versions, equal models would have different bytes.
+    described = {name: value for name, value in made.items() if name != "blocks"}
+    return described | {"made_by": "apply", "masks": digest(made), "reconstruction": plan.reconstruction.name} | read
 
 
 class Parts:
     """The parts of a study's pruned model, read a linear at a time."""
 
-    def __init__(self, study: Project, reconstruction: str) -> None:
-        self.checkpoint = Checkpoint(study.model("dense"))
-        self.reconstruction = RECONSTRUCTIONS[reconstruction]
-        self.keeps = [read_masks(study.masks, block) for block in range(block_count(study.masks, "mask"))]
+    def __init__(self, study: Project) -> None:
+        self.plan = plan = Plan.read(read_provenance(study.masks, "mask")["params"])
+        self.checkpoint, device = Checkpoint(study.model("dense")), solving_device(study.params.runtime)
+        blocks = range(block_count(study.masks, "mask"))
+        self.keeps = [read_masks(study.masks, block) for block in blocks]
         self.blocks = {linear: block for block, keeps in enumerate(self.keeps) for linear in keeps}
-        described = read_provenance(study.masks, "mask")
-        self.structure = STRUCTURES.get(described["params"]["pattern"])
-        self.share = Fraction(str(described["params"]["sparsity"]))
-        self.source = values_from(described, reconstruction)
-        stored = block_count(study.weights, "mask") if self.source == "weights" else 0
-        self.changed = [read_weights(study.weights, block) for block in range(stored)]
-        device = solving_device(study.params.runtime)
+        self.changed, self.gradients = list[tuple[dict[str, Tensor], Json]](), list[Grams]()
+        if plan.weights_come_from == "weights":
+            self.changed = [read_weights(study.weights, block) for block in blocks]
+        elif plan.weights_come_from == "gram" and plan.by_gradients:
+            self.gradients = [read_grams(study.gradients, block, device) for block in blocks]
         self.grams = [read_grams(study.gram, block, device) for block in range(block_count(study.gram, "calibrate"))]
-        self.gradients: list[Grams] = []
-        if self.source == "gram" and reads_gradients(described, reconstruction):
-            count = block_count(study.gradients, "calibrate")
-            self.gradients = [read_grams(study.gradients, block, device) for block in range(count)]
         self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}
         self._prepared = lru_cache(maxsize=2)(lambda block, source: prepare(self.grams[block][source], source))
 
@@ -171,17 +147,18 @@ class Parts:
         keep = keep.to(dense.device)
         transposed = bool(self.grams) and linear in self.grams[block].transposed
         new, solved = None, Json()
-        if self.source == "weights":
+        if self.changed:
             weights, diagnostics = self.changed[block]
             new, solved = weights.get(linear), diagnostics.get(linear, {})
-        elif self.source == "gram" and prepared is not None:
-            reconstruction = SOLVED_UNITS if self.structure else self.reconstruction
+        elif self.plan.solves and prepared is not None:
             gradients = self.gradients[block].get(linear) if self.gradients else None
             found = reconstruct(
-                dense, keep, prepared, reconstruction=reconstruction, gradients=gradients, transposed=transposed
+                dense, keep, prepared, reconstruction=self.plan.solver, gradients=gradients, transposed=transposed
             )
             new, solved = found.weight, found.diagnostics
-        of_inputs = self.structure is not None
+            if not new.isfinite().all():
+                raise UserError(f"{linear}: new weights that are not finite in {new.dtype}; set reconstruction=none")
+        of_inputs = self.plan.structure is not None
         made = prune_linear(dense, keep, prepared, new, transposed=transposed, of_inputs=of_inputs)
         made = made._replace(weight=made.weight.to(weight.device))
         zero = count_zeros(made.weight)
@@ -203,8 +180,8 @@ class Written(NamedTuple):
 
 
 def prune(study: Project, target: Path) -> Written:
-    """Write a study's pruned checkpoint, model card and provenance into an empty folder; return all measures."""
-    made_from, parts = describe_pruned(study), Parts(study, study.params.chosen_reconstruction.name)
+    """Write a study's pruned checkpoint and model card into an empty folder; return all measures."""
+    parts = Parts(study)
     checkpoint, blocks = parts.checkpoint, parts.blocks
     found: dict[str, Zeros] = {}
 
@@ -217,7 +194,7 @@ def prune(study: Project, target: Path) -> Written:
     others = {name: weight for changed, _ in parts.changed for name, weight in changed.items() if name not in blocks}
     addresses = [checkpoint.find(name) for name in (*blocks, *others)]
     without = (PROVENANCE, CARD)
-    if parts.structure is None:
+    if parts.plan.structure is None:
         written = checkpoint.copy(target, addresses, pruned, without=without)
         for _ in progress(written, total=len(addresses), what="apply, weights"):
             pass
@@ -229,7 +206,6 @@ def prune(study: Project, target: Path) -> Written:
             found[linear] = parts.make(checkpoint.find(linear))[1]
         result = Written({linear: found[linear] for linear in blocks}, sparsity, removed)
     (target / CARD).write_text(card(study, result.sparsity, removed=result.removed), encoding="utf-8")
-    write_provenance(target, made_from)
     return result
 
 
@@ -243,7 +219,7 @@ def _write_smaller(
     """Write a checkpoint without the removed units; return the share of the units and of the weights that went."""
     from wanda_dvc.engine.smaller import Smaller, write_smaller  # imports transformers, which takes seconds
 
-    removal = removal_of(parts.checkpoint, parts.structure, parts.share)
+    removal = removal_of(parts.checkpoint, parts.plan.structure, parts.plan.share)
     assert removal
     stays = {name: stay for keeps in parts.keeps for name, stay in removal.stays(keeps).items()}
     new = {(address.tensor, address.expert) for address in addresses}

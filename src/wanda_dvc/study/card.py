@@ -8,6 +8,7 @@ from wanda_dvc.catalog import (
     ALLOCATIONS,
     GROUPS,
     HUB_ID,
+    RECONSTRUCTIONS,
     SOLVED_UNITS,
     STRUCTURES,
     Reconstruction,
@@ -92,7 +93,7 @@ def card(
         source=inline(dense["source"]),
         what=what_was_pruned(pattern, sparsity, removed),
         method=_cited(masks["params"]["method"], of_units=pattern in STRUCTURES),
-        kept=_reconstruction(study, pattern).kept,
+        kept=_reconstruction(masks).kept,
         sections="".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items()),
     )
 
@@ -112,9 +113,9 @@ def table(headers: list[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _reconstruction(study: Project, pattern: str) -> Reconstruction:
+def _reconstruction(masks: Json) -> Reconstruction:
     """Return what gave the weights that stay their values."""
-    chosen = study.params.chosen_reconstruction
+    chosen, pattern = RECONSTRUCTIONS[masks["params"]["reconstruction"]], masks["params"]["pattern"]
     return SOLVED_UNITS if pattern in STRUCTURES and chosen.function and not chosen.trains else chosen
 
 
@@ -147,7 +148,7 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
     yield "group", structure.units if structure else compete if ":" not in params["pattern"] else NEIGHBOURS
     propagation = params.get("propagation", "dense")
     yield "propagation", f"{code(propagation)}: {PROPAGATION[propagation]}"
-    reconstruction = _reconstruction(study, params["pattern"])
+    reconstruction = _reconstruction(masks)
     yield "weights that stay", f"{code(reconstruction.name)}: {reconstruction.about}"
     yield (
         "calibration",

@@ -14,7 +14,7 @@ from wanda_dvc.params import CalibrationText, Params, Text, parse_yaml
 from wanda_dvc.reading import is_there, name_of
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance
+from wanda_dvc.study.provenance import PROVENANCE, read_provenance
 from wanda_dvc.study.settings import Settings, flatten, nested, resolved
 
 LOCK = "dvc.lock"
@@ -39,10 +39,6 @@ class Ran:
         ran = {key: value for stage in there for key, value in settings_of(stage).items() if key in asked}
         masks = read_provenance(project.masks, "mask") if is_there(project.masks / PROVENANCE) else Json()
         made = masks.get("params", {}) | {f"calibration.{key}": x for key, x in masks.get("calibration", {}).items()}
-        if masks and is_there(project.model("pruned") / PROVENANCE):
-            pruned = read_provenance(project.model("pruned"), "apply")
-            if pruned["masks"] == digest(masks):  # also if `apply` ran by hand
-                made["reconstruction"] = pruned["reconstruction"]
         made = {key: value for key, value in made.items() if key in asked}
         params: Params = _changed(project.params, nested(ran))
         flat = resolved(params)
