@@ -1,26 +1,22 @@
-"""Pattern experts: the score of each expert, and models without some of them, on every mixture family."""
+"""Pattern experts: the score of each expert on every mixture family, and the stages."""
 
-import json
 from collections import defaultdict
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases.grids import cycled
-from test_families import ALL, MIXTURES, run, save, short_texts
-from torch.overrides import TorchFunctionMode
+from test_families import run, save, short_texts
+from test_units import EXPERTS, place
 from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd
-from wanda_dvc.catalog import RECIPES, STRUCTURES, function_of, methods
+from wanda_dvc.catalog import RECIPES, function_of, methods
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.experts import ExpertRemoval, find_experts
 from wanda_dvc.engine.recorder import Sums
-from wanda_dvc.engine.smaller import Smaller, write_smaller
 from wanda_dvc.engine.walk import walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
@@ -32,24 +28,7 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import read_masks, read_stats, write_masks
 
-# With more experts than the families' tests, so that some can go.
-CHANGES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 8},
-    "qwen3_moe": {},
-    "qwen2_moe": {"num_experts": 8},
-    "olmoe": {"num_experts": 8},
-    "deepseek_v3": {"n_routed_experts": 8},
-    "jamba": {"num_experts": 8},
-    "jamba mixed": {"num_experts": 8},
-    "granitemoe": {"num_local_experts": 8},
-    "gpt_oss": {"num_local_experts": 8},
-    "jetmoe": {"num_local_experts": 8},
-}
 TOKENS = torch.randint(3, 256, (2, 48), generator=torch.Generator().manual_seed(1))
-
-
-def test_every_mixture_is_here():
-    assert {*MIXTURES, "mixtral", "qwen3_moe", "jamba mixed"} == CHANGES.keys() <= ALL.keys()
 
 
 Norms = dict[str, dict[int, list[float]]]  # by mixture and expert, of each token
@@ -103,14 +82,9 @@ def recorded(folder: Path, work: Path, implementation: str) -> dict[str, OutputS
     return {name: x for step in walk(decoder, TOKENS, work) for name, x in step.record().stats.outputs.items()}
 
 
-def place(name: str) -> tuple[int, bool]:
-    """The block of a mixture, or of its expert's linear, and whether it is in its attention, as one of JetMoE's is."""
-    return int(name.split(".")[2]), "attention" in name
-
-
-@pytest.mark.parametrize(("family", "implementation"), cycled(CHANGES, ["grouped_mm", "eager"]))
+@pytest.mark.parametrize(("family", "implementation"), cycled(EXPERTS, ["grouped_mm", "eager"]))
 def test_the_sums_are_those_of_an_oracle_that_sees_the_whole_model(family: str, implementation: str, tmp_path: Path):
-    folder = save(family, tmp_path / "model", **CHANGES[family])
+    folder = save(family, tmp_path / "model", **EXPERTS[family])
     found = recorded(folder, tmp_path / "work", implementation)
     wanted = oracle(AutoModelForCausalLM.from_pretrained(folder).eval())
     assert sum(len(experts) for experts in wanted.values()) == len(found) > 0
@@ -138,123 +112,13 @@ def test_sums_of_shards_are_those_of_all_rows(tmp_path: Path):
         assert found[1][name][1] == count
 
 
-# --- families ---
-
-
-def removal_of(folder: Path, share: str = "0.25") -> ExpertRemoval:
-    return find_experts(Checkpoint(folder), STRUCTURES["experts"], Fraction(share))
-
-
-def some(removal: ExpertRemoval) -> dict[str, torch.Tensor]:
-    """Random experts that stay, in every mixture, the same number in each group."""
-    generator = torch.Generator().manual_seed(2)
-    stays = {}
-    for name, units in removal.sets.items():
-        size, stay = units.total // removal.groups, units.stay // removal.groups
-        orders = [torch.randperm(size, generator=generator) for _ in range(removal.groups)]
-        stays[name] = torch.cat([order < stay for order in orders])
-    return stays
-
-
-class NeverChosen(TorchFunctionMode):
-    """Logits of −∞ for some experts, in the order in which the model computes routers."""
-
-    def __init__(self, routers: list[torch.Tensor], stays: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.routers, self.stays = routers, stays
-        self.used = 0
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for router, stay in zip(self.routers, self.stays, strict=True):
-            if function is torch.nn.functional.linear and args[1].data_ptr() == router.data_ptr():
-                self.used += 1
-                return made.masked_fill(~stay, -torch.inf)
-        return made
-
-
-@pytest.mark.parametrize("family", CHANGES)
-def test_the_smaller_model_is_the_model_that_cannot_choose_the_experts(family: str, tmp_path: Path):
-    folder = save(family, tmp_path / "model", **CHANGES[family])
-    checkpoint, removal = Checkpoint(folder), removal_of(folder)
-    assert removal.groups == (2 if family == "deepseek_v3" else 1)
-    (before, after), *_ = removal.fields.values()
-    assert after == before * 3 // 4
-    stays = some(removal)
-    (tmp_path / "smaller").mkdir()
-    write_smaller(Smaller(checkpoint, removal, stays), tmp_path / "smaller")
-    full = AutoModelForCausalLM.from_pretrained(folder).eval()
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").eval()
-    assert sum(x.numel() for x in small.parameters()) < sum(x.numel() for x in full.parameters())
-    routers, gone = [], []
-    for name, parameter in full.named_parameters():
-        is_router = ("router" in name or "gate" in name) and not name.endswith("_bias")
-        if is_router and parameter.shape[0] == before and parameter.dim() == 2:
-            routers.append(parameter)
-            gone.append(next(stay for mixture, stay in stays.items() if place(mixture) == place(name)))
-    for name, buffer in full.named_buffers():
-        if buffer.shape == (before,):  # what DeepSeek adds to its scores
-            stay = next(stay for mixture, stay in stays.items() if place(mixture) == place(name))
-            buffer.masked_fill_(~stay, -torch.inf)
-    with torch.no_grad():
-        with NeverChosen(routers, gone) as mode:
-            wanted = full(input_ids=TOKENS).logits
-        assert mode.used == len(stays)
-        found = small(input_ids=TOKENS).logits
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
-    shared = [name for name in checkpoint.where if "shared" in name]
-    left = Checkpoint(tmp_path / "smaller")
-    assert bool(shared) == (family in ("qwen2_moe", "deepseek_v3"))
-    assert all(torch.equal(checkpoint.read(checkpoint.find(x)), left.read(left.find(x))) for x in shared)
-
-
-def test_the_number_keeps_the_name_that_config_json_has_for_it(tmp_path: Path):
-    """Qwen3's configuration on the Hub has `num_experts`; transformers 5 calls it `num_local_experts`."""
-    folder = save("qwen3_moe", tmp_path / "model")
-    config = load_json(folder / "config.json")
-    config["num_experts"] = config.pop("num_local_experts")
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    removal = removal_of(folder)
-    (tmp_path / "smaller").mkdir()
-    write_smaller(Smaller(Checkpoint(folder), removal, some(removal)), tmp_path / "smaller")
-    assert load_json(tmp_path / "smaller/config.json") == config | {"num_experts": 9}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
-    assert model.model.layers[0].mlp.experts.down_proj.shape[0] == 9
-
-
-def test_more_experts_a_token_than_stay_are_refused(tmp_path: Path):
-    folder = save("mixtral", tmp_path / "model", num_local_experts=8, num_experts_per_tok=3)
-    assert removal_of(folder, "0.6").fields == {"num_local_experts": (8, 3)}
-    with pytest.raises(UserError, match="num_experts_per_tok is 3, expected at most the 2 experts that stay"):
-        removal_of(folder, "0.75")
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_model_without_experts_is_refused(family: str, tmp_path: Path):
-    with pytest.raises(UserError, match="got experts, which .* does not support: its configuration has none"):
-        removal_of(save(family, tmp_path / "model"))
-
-
-def test_a_router_that_fails_the_probe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
-
-    def by_number(self: Any, hidden: torch.Tensor) -> Any:
-        logits = torch.nn.functional.linear(hidden.reshape(-1, self.hidden_dim), self.weight)
-        weights, index = (logits.softmax(dim=-1) * torch.arange(1, len(self.weight) + 1)).topk(self.top_k, dim=-1)
-        return logits, weights, index
-
-    monkeypatch.setattr(MixtralTopKRouter, "forward", by_number)
-    with pytest.raises(UserError, match="computes something else"):
-        removal_of(save("mixtral", tmp_path / "model", num_local_experts=8))
-
-
 # --- stages ---
 
 
 @pytest.fixture
 def mixture(project: Callable[..., Project], tmp_path: Path) -> Callable[..., Project]:
     def make(family: str = "qwen2_moe", **changes: Any) -> Project:
-        model = save(family, tmp_path / "dense", **CHANGES[family])
+        model = save(family, tmp_path / "dense", **EXPERTS[family])
         made = project(model=model, pattern="experts", sparsity=0.25, **short_texts(tmp_path), **changes)
         run(made, "download model", "download calibration", "calibrate")
         return made
@@ -388,7 +252,7 @@ def test_recipes_that_calibrate_use_reap(recipe: str, project: Callable[..., Pro
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_a_model_in_memory_gets_smaller_in_place(family: str, tmp_path: Path):
-    model = AutoModelForCausalLM.from_pretrained(save(family, tmp_path / "model", **CHANGES[family])).eval()
+    model = AutoModelForCausalLM.from_pretrained(save(family, tmp_path / "model", **EXPERTS[family])).eval()
     before = sum(x.numel() for x in model.parameters())
     stats = wd.calibrate(model, TOKENS)
     keep = wd.mask(model, stats, sparsity=0.25, pattern="experts")

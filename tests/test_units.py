@@ -1,7 +1,9 @@
 """Patterns that remove units: what stays is exact, and the smaller model is the model without the units."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -12,24 +14,25 @@ import pytest
 import torch
 from cases import grids
 from conftest import save_tiny_model, write_params
-from test_families import ALL, BY_WAY, WAYS, save
+from test_families import ALL, MIXTURES, WAYS, save
 from test_stages import fetch
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd
-from wanda_dvc.catalog import STRUCTURES, methods
-from wanda_dvc.engine.blocks import find_block_units
+from wanda_dvc.catalog import STRUCTURES, function_of, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.config import read_config
+from wanda_dvc.engine.finders import block_lists, confirmed
 from wanda_dvc.engine.items import load_task
-from wanda_dvc.engine.smaller import Removal, Smaller, block_lists, find_units, smaller_parameters, write_smaller
-from wanda_dvc.engine.structure import build_empty, find_blocks
+from wanda_dvc.engine.removal import Removal, Smaller
+from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_parts
+from wanda_dvc.engine.writer import new_tensors, write_model
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.choose import choose_blocks
 from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.pruning.units import Units, cheapest, highest, least_squares, spread, stay_of, summed
-from wanda_dvc.stages.apply import _write_smaller, apply
+from wanda_dvc.pruning.whole import Whole, choose_units
+from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.inputs import calibration_windows
@@ -50,15 +53,33 @@ REFUSED = {
         "olmoe": "does not run",
         "jetmoe": "no linear reads",
     },
+    "blocks": {},
+    "experts": dict.fromkeys(("llama", "gpt2"), "its configuration has none"),
 }
-UNKNOWN = ("gpt2",)  # null means a width, which only the model's code knows
-SHARES = {"neurons": "0.25", "heads": "0.5"}
+# With more experts than the families' tests, so that some can go.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 8},
+    "qwen3_moe": {},
+    "qwen2_moe": {"num_experts": 8},
+    "olmoe": {"num_experts": 8},
+    "deepseek_v3": {"n_routed_experts": 8},
+    "jamba": {"num_experts": 8},
+    "jamba mixed": {"num_experts": 8},
+    "granitemoe": {"num_local_experts": 8},
+    "gpt_oss": {"num_local_experts": 8},
+    "jetmoe": {"num_local_experts": 8},
+}
+SHARES = {"neurons": "0.25", "heads": "0.5", "blocks": "1/3", "experts": "0.25"}
 CASES = [
-    (pattern, family) if pattern == "neurons" or family in WAYS else grids.full(pattern, family)
-    for pattern in REFUSED
-    for family in ALL
+    (pattern, family) if pattern in ("neurons", "experts") or family in WAYS else grids.full(pattern, family)
+    for pattern in STRUCTURES
+    for family in (EXPERTS if pattern == "experts" else ALL)
     if family not in REFUSED[pattern]
 ]
+
+
+def test_every_mixture_is_here():
+    assert {*MIXTURES, "mixtral", "qwen3_moe", "jamba mixed"} == EXPERTS.keys() <= ALL.keys()
 
 
 @pytest.mark.parametrize(
@@ -148,83 +169,150 @@ def test_rows_that_keep_different_inputs_are_no_units():
 
 # --- families ---
 
+FINDERS: dict[str, Callable[..., Removal]] = {
+    structure.name: function_of(structure.find) for structure in STRUCTURES.values()
+}
 
-def removal_of(folder: Path, pattern: str = "neurons", share: str = "") -> Removal:
-    return find_units(Checkpoint(folder), STRUCTURES[pattern], Fraction(share or SHARES[pattern]))
+
+def removal_of(folder: Path, pattern: str, share: str = "") -> Removal:
+    return FINDERS[pattern](Checkpoint(folder), STRUCTURES[pattern], Fraction(share or SHARES[pattern]))
+
+
+def drawn(removal: Removal) -> Removal:
+    """Random units stay in each set, the same number in each group; the first blocks: others may depend on them."""
+    generator = torch.Generator().manual_seed(2)
+    stays = {}
+    for name, units in removal.sets.items():
+        groups = removal.whole[name].groups if name in removal.whole else 1
+        orders = [torch.randperm(units.total // groups, generator=generator) for _ in range(groups)]
+        orders = [torch.arange(units.total)] if removal.structure.name == "blocks" else orders
+        stays[name] = torch.cat([order < units.stay // groups for order in orders])
+    return removal.with_stays(stays)
+
+
+def write(smaller: Smaller, folder: Path, replaced: Collection[Address] = ()) -> Path:
+    """A smaller model, as `apply` writes it."""
+    checkpoint: Any = smaller.source
+    new = new_tensors(checkpoint, smaller.old, smaller.entries, smaller.read, replaced)
+    written = list(write_model(checkpoint, folder, new, smaller.removal.changes))
+    assert sorted(written) == sorted(one.name for one in new.values() if one)
+    return folder
+
+
+@contextlib.contextmanager
+def masked(folder: Path, removal: Removal) -> Iterator[Any]:
+    """The model with zeros in all weights of the units, as masks have them; biases stay."""
+    checkpoint = Checkpoint(folder)
+    keeps = {}
+    for cut in removal.cuts:
+        weight = checkpoint.read(cut.address)
+        if weight.dim() == 2 and not cut.address.tensor.endswith("bias"):
+            keeps[cut.address.linear] = torch.ones_like(weight, dtype=torch.bool)
+    for linear, cut in removal.readers.items():
+        along = spread(removal.stays[cut.units], removal.sets[cut.units])
+        keeps[linear] &= along if cut.dim == 1 else along[:, None]
+    keeps = replace(removal, stays={}).spread(keeps)  # from the masks of the readers alone
+    assert all(torch.equal(found, removal.stays[name]) for name, found in removal.stays_in(keeps).items())
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    parts = stored_parts(model, checkpoint)
+    where, blocks = find_blocks(model)
+    for index, block in enumerate(blocks):
+        for name, linear in stored_linears(block, f"{where}.{index}.", parts.__getitem__).items():
+            if name in keeps:
+                linear.weight.data.mul_(keeps[name])
+    yield model
+
+
+@contextlib.contextmanager
+def skipping(folder: Path, removal: Removal) -> Iterator[Any]:
+    """The model without some blocks in its list."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    where, blocks = find_blocks(model)
+    parent, _, leaf = where.rpartition(".")
+    kept = [block for block, stay in zip(blocks, removal.stays[where].tolist(), strict=True) if stay]
+    setattr(model.get_submodule(parent), leaf, torch.nn.ModuleList(kept))
+    model.config.get_text_config().num_hidden_layers = len(kept)
+    yield model
+
+
+class NeverChosen(TorchFunctionMode):
+    """Logits of −∞ for some experts, in the order in which the model computes routers."""
+
+    def __init__(self, routers: list[torch.Tensor], stays: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.routers, self.stays = routers, stays
+        self.used = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for router, stay in zip(self.routers, self.stays, strict=True):
+            if function is torch.nn.functional.linear and args[1].data_ptr() == router.data_ptr():
+                self.used += 1
+                return made.masked_fill(~stay, -torch.inf)
+        return made
+
+
+def place(name: str) -> tuple[int, bool]:
+    """The block of a mixture, or of its expert's linear, and whether it is in its attention, as one of JetMoE's is."""
+    return int(name.split(".")[2]), "attention" in name
+
+
+@contextlib.contextmanager
+def not_choosing(folder: Path, removal: Removal) -> Iterator[Any]:
+    """The model whose routers never choose some experts."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    total = next(iter(removal.sets.values())).total
+
+    def stay_of(name: str) -> torch.Tensor:
+        return next(stay for mixture, stay in removal.stays.items() if place(mixture) == place(name))
+
+    routers = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if ("router" in name or "gate" in name)
+        and parameter.dim() == 2
+        and parameter.shape[0] == total
+        and not name.endswith("_bias")
+    }
+    for name, buffer in model.named_buffers():
+        if buffer.shape == (total,):  # what DeepSeek adds to its scores
+            buffer.masked_fill_(~stay_of(name), -torch.inf)
+    with NeverChosen([*routers.values()], [stay_of(name) for name in routers]) as mode:
+        yield model
+    assert mode.used == len(removal.sets)
+
+
+ORACLES = {"neurons": masked, "heads": masked, "blocks": skipping, "experts": not_choosing}
 
 
 @pytest.mark.parametrize(("pattern", "family"), CASES)
-def test_the_smaller_model_is_the_model_with_masked_weights(pattern: str, family: str, tmp_path: Path):
-    folder = save(family, tmp_path / "model")
-    checkpoint, removal = Checkpoint(folder), removal_of(folder, pattern)
-    generator = torch.Generator().manual_seed(1)
-    stays = {}
-    for name, units in removal.sets.items():
-        stays[name] = torch.zeros(units.total, dtype=torch.bool)
-        stays[name][torch.randperm(units.total, generator=generator)[: units.stay]] = True
-    (tmp_path / "smaller").mkdir()
-    smaller = Smaller(checkpoint, removal, stays)
-    write_smaller(smaller, tmp_path / "smaller")
-    # All weights of the units are zero, as masks have them, and biases stay.
-    full = AutoModelForCausalLM.from_pretrained(folder).eval()
-    masked = {
-        cut.address.linear: torch.ones_like(checkpoint.read(cut.address), dtype=torch.bool)
-        for cut in removal.cuts
-        if len(checkpoint.read(cut.address).shape) == 2 and not cut.address.tensor.endswith("bias")
-    }
-    for linear, unit in removal.readers.items():
-        along = spread(stays[unit], removal.sets[unit])
-        masked[linear] &= along if removal.cut_of(linear).dim == 1 else along[:, None]
-    keeps = removal.spread(masked)
-    assert all(torch.equal(found, stays[unit]) for unit, found in removal.stays(keeps).items())
-    write_masked(checkpoint, tmp_path / "masked", keeps)
-    full = AutoModelForCausalLM.from_pretrained(tmp_path / "masked").eval()
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").eval()
-    count = sum(x.numel() for x in small.parameters())
-    every = sum(x.numel() for x in full.parameters())
-    assert count < every
-    left = smaller_parameters(read_config(folder), STRUCTURES[pattern], Fraction(SHARES[pattern]), every)
-    assert left == count or (left is None and family in UNKNOWN)
-    tokens = torch.randint(3, 256, (1, 40), generator=generator)
+def test_the_smaller_model_is_the_full_model_without_the_units(pattern: str, family: str, tmp_path: Path):
+    folder = save(family, tmp_path / "model", **(EXPERTS[family] if pattern == "experts" else {}))
+    checkpoint, found = Checkpoint(folder), removal_of(folder, pattern)
+    grouped = (pattern, family) == ("experts", "deepseek_v3")
+    assert {units.groups for units in found.whole.values()} <= {2 if grouped else 1}
+    removal = drawn(found)
+    left = Checkpoint(write(Smaller(checkpoint, confirmed(checkpoint, removal)), tmp_path / "smaller"))
+    small = AutoModelForCausalLM.from_pretrained(left.folder).eval()
+    tokens = torch.randint(3, 256, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        wanted, found = full(input_ids=tokens).logits, small(input_ids=tokens).logits
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
-    assert set(checkpoint.where) == set(Checkpoint(tmp_path / "smaller").where)
-
-
-def write_masked(checkpoint: Checkpoint, target: Path, keeps: dict[str, torch.Tensor]) -> None:
-    target.mkdir()
-    for _ in checkpoint.copy(
-        target,
-        [checkpoint.find(name) for name in keeps],
-        lambda address: checkpoint.read(address) * keeps[address.linear],
-    ):
-        pass
+        with ORACLES[pattern](folder, removal) as full:
+            wanted = full(input_ids=tokens, use_cache=False).logits
+        got = small(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+    every = build_empty(checkpoint.config, "it").parameters()
+    assert sum(x.numel() for x in small.parameters()) < sum(x.numel() for x in every)
+    shared = [name for name in checkpoint.where if "shared" in name and pattern == "experts"]
+    assert all(torch.equal(checkpoint.read(Address(name)), left.read(Address(name))) for name in shared)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "family"), [(pattern, family) for pattern in REFUSED for family in REFUSED[pattern]]
+    ("pattern", "family"), [(pattern, family) for pattern, families in REFUSED.items() for family in families]
 )
 def test_a_family_that_cannot_be_smaller_is_refused_with_the_reason(pattern: str, family: str, tmp_path: Path):
     why = REFUSED[pattern][family]
     with pytest.raises(UserError, match=f"pattern: got {pattern}, which .* does not support: .*{why}"):
         removal_of(save(family, tmp_path / "model"), pattern)
-
-
-def test_the_cost_of_a_configuration_that_cannot_be_smaller_is_not_known(tmp_path: Path):
-    """StableLM derives a head's width from their number, so its width must be a multiple of it."""
-    config = {"model_type": "stablelm", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert smaller_parameters(read_config(tmp_path), STRUCTURES["heads"], Fraction(1, 4), 10**6) is None
-
-
-def test_wider_heads_instead_of_fewer_are_no_smaller_model(tmp_path: Path):
-    """StableLM derives a head's width from their number: with fewer heads it has as many parameters."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "stablelm", "num_hidden_layers": 2}))
-    config = read_config(tmp_path)
-    every = sum(x.numel() for x in build_empty(config, "it").parameters())
-    assert smaller_parameters(config, STRUCTURES["heads"], Fraction(1, 2), every) is None
-    assert smaller_parameters(config, STRUCTURES["blocks"], Fraction(1, 2), every)
 
 
 def test_a_list_of_block_indices_is_no_list_with_an_entry_for_each_block():
@@ -241,14 +329,16 @@ def test_a_model_with_one_key_and_value_head_keeps_it(tmp_path: Path):
 def test_a_share_without_a_configuration_is_refused_before_any_work(tmp_path: Path):
     """Llama requires that the heads divide the width; `mask` and `apply` wrote a model that did not load."""
     folder = save("llama", tmp_path / "model", hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
-    said = "sparsity: got 0.25, with .* num_key_value_heads 3, num_attention_heads 6.*expected 0.5, 0.75$"
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=r"sparsity: got 0.25, with .* num_key_value_heads 3, num_attention_heads 6"):
         removal_of(folder, "heads", "0.25")
     assert removal_of(folder, "heads", "0.75").changes["num_attention_heads"] == 2
-    assert smaller_parameters(read_config(folder), STRUCTURES["heads"], Fraction(1, 4), 10**6) is None
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(UserError, match=said):
-        wd.mask(model, wd.calibrate(model.eval(), torch.arange(3, 67).view(2, 32)), sparsity=0.25, pattern="heads")
+
+
+def test_more_experts_a_token_than_stay_are_refused(tmp_path: Path):
+    folder = save("mixtral", tmp_path / "model", num_local_experts=8, num_experts_per_tok=3)
+    assert removal_of(folder, "experts", "0.6").numbers == {"num_local_experts": (8, 3)}
+    with pytest.raises(UserError, match="num_experts_per_tok is 3, expected at most the 2 experts that stay"):
+        removal_of(folder, "experts", "0.75")
 
 
 def test_a_model_that_mixes_its_neurons_fails_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -260,7 +350,64 @@ def test_a_model_that_mixes_its_neurons_fails_the_probe(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(LlamaMLP, "forward", mixing)
     with pytest.raises(UserError, match="computes something else"):
-        removal_of(save("llama", tmp_path / "model"))
+        removal_of(save("llama", tmp_path / "model"), "neurons")
+
+
+def test_a_router_that_fails_the_probe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+    def by_number(self: Any, hidden: torch.Tensor) -> Any:
+        logits = torch.nn.functional.linear(hidden.reshape(-1, self.hidden_dim), self.weight)
+        weights, index = (logits.softmax(dim=-1) * torch.arange(1, len(self.weight) + 1)).topk(self.top_k, dim=-1)
+        return logits, weights, index
+
+    monkeypatch.setattr(MixtralTopKRouter, "forward", by_number)
+    folder = save("mixtral", tmp_path / "model", **EXPERTS["mixtral"])
+    with pytest.raises(UserError, match="computes something else"):
+        confirmed(Checkpoint(folder), drawn(removal_of(folder, "experts")))
+
+
+def test_blocks_of_other_parts_of_a_model_keep_their_numbers(tmp_path: Path):
+    checkpoint = Checkpoint(save("llama", tmp_path / "model"))
+    removal = removal_of(checkpoint.folder, "blocks").with_stays({"model.layers": torch.tensor([True, False, True])})
+    tower = [f"vision_tower.encoder.layers.{number}.weight" for number in range(3)]
+    names = removal.names([*checkpoint.where, *tower])
+    assert [names[name] for name in tower] == tower
+    assert names["model.layers.1.mlp.up_proj.weight"] == "model.layers.2.mlp.up_proj.weight"
+
+
+def test_the_number_keeps_the_name_that_config_json_has_for_it(tmp_path: Path):
+    """Qwen3's configuration on the Hub has `num_experts`; transformers 5 calls it `num_local_experts`."""
+    folder = save("qwen3_moe", tmp_path / "model")
+    config = load_json(folder / "config.json")
+    config["num_experts"] = config.pop("num_local_experts")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write(Smaller(Checkpoint(folder), drawn(removal_of(folder, "experts"))), tmp_path / "smaller")
+    assert load_json(tmp_path / "smaller/config.json") == config | {"num_experts": 9}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    assert model.model.layers[0].mlp.experts.down_proj.shape[0] == 9
+
+
+def test_new_experts_that_one_tensor_holds_are_written(tmp_path: Path):
+    """A training of blocks changes them; heads go from other tensors."""
+    checkpoint = Checkpoint(save("granitemoe", tmp_path / "model"))
+    name = "model.layers.0.block_sparse_moe.input_linear.weight"
+    addresses = [Address(name, expert) for expert in range(checkpoint.entries[name].shape[0])]
+
+    def read(address: Address) -> torch.Tensor:
+        return checkpoint.read(address) + (address in addresses)
+
+    removal = drawn(removal_of(checkpoint.folder, "heads"))
+    write(Smaller(checkpoint, removal, read), tmp_path / "smaller", addresses)
+    assert torch.equal(Checkpoint(tmp_path / "smaller").read(Address(name)), checkpoint.read(Address(name)) + 1)
+
+
+def test_shards_and_their_index_hold_the_smaller_model(tmp_path: Path):
+    folder = save_tiny_model(tmp_path / "sharded", shard="20KB")
+    written = Checkpoint(write(Smaller(Checkpoint(folder), drawn(removal_of(folder, "neurons"))), tmp_path / "smaller"))
+    index = load_json(written.folder / "model.safetensors.index.json")
+    assert index["metadata"]["total_size"] == sum(entry.length for entry in written.entries.values())
+    AutoModelForCausalLM.from_pretrained(written.folder)
 
 
 # --- stages ---
@@ -359,57 +506,6 @@ def test_heads_go_with_their_key_and_value_head(choice: dict[str, str], study: C
     assert model.generate(torch.arange(3, 20)[None], max_new_tokens=3).shape[1] > 17
 
 
-@pytest.mark.parametrize("family", BY_WAY)
-def test_a_model_without_a_block_skips_it(family: str, tmp_path: Path):
-    folder = save(family, tmp_path / "model")
-    checkpoint = Checkpoint(folder)
-    removal = find_block_units(checkpoint, STRUCTURES["blocks"], Fraction(1, 3)).chosen(
-        checkpoint, torch.tensor([True, True, False])
-    )
-    stays = {name: torch.tensor([bool(units.stay)]) for name, units in removal.sets.items()}
-    (tmp_path / "smaller").mkdir()
-    write_smaller(Smaller(checkpoint, removal, stays), tmp_path / "smaller")
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").eval()
-    full = AutoModelForCausalLM.from_pretrained(folder).eval()
-    where, blocks = find_blocks(full)
-    parent, _, leaf = where.rpartition(".")
-    setattr(full.get_submodule(parent), leaf, torch.nn.ModuleList(blocks[:2]))
-    full.config.get_text_config().num_hidden_layers = 2
-    tokens = torch.randint(3, 256, (1, 24), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        wanted, found = (model(input_ids=tokens, use_cache=False).logits for model in (full, small))
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
-
-
-def test_blocks_of_other_parts_of_a_model_keep_their_numbers(tmp_path: Path):
-    checkpoint = Checkpoint(save("llama", tmp_path / "model"))
-    removal = find_block_units(checkpoint, STRUCTURES["blocks"], Fraction(1, 3)).chosen(
-        checkpoint, torch.tensor([True, False, True])
-    )
-    tower = [f"vision_tower.encoder.layers.{number}.weight" for number in range(3)]
-    names = removal.names([*checkpoint.where, *tower], {})
-    assert [names[name] for name in tower] == tower
-    assert names["model.layers.1.mlp.up_proj.weight"] == "model.layers.2.mlp.up_proj.weight"
-
-
-def test_new_experts_that_one_tensor_holds_are_written(tmp_path: Path):
-    """A training of blocks changes them; heads go from other tensors."""
-    checkpoint, structure = Checkpoint(save("granitemoe", tmp_path / "model")), STRUCTURES["heads"]
-    removal = find_units(checkpoint, structure, Fraction(1, 2))
-    keeps = {}
-    for linear, name in removal.readers.items():
-        cut, units = removal.cut_of(linear), removal.sets[name]
-        along = removal.along(cut, {name: torch.arange(units.total) < units.stay})
-        keeps[linear] = torch.ones_like(checkpoint.weight(linear), dtype=torch.bool) & along
-        assert cut.dim == 1
-    parts: Any = SimpleNamespace(checkpoint=checkpoint, structure=structure, share=Fraction(1, 2), keeps=[keeps])
-    name = "model.layers.0.block_sparse_moe.input_linear.weight"
-    addresses = [Address(name, expert) for expert in range(checkpoint.entries[name].shape[0])]
-    (tmp_path / "smaller").mkdir()
-    _write_smaller(parts, tmp_path / "smaller", addresses, lambda address: checkpoint.read(address) + 1, ())
-    assert torch.equal(Checkpoint(tmp_path / "smaller").read(Address(name)), checkpoint.read(Address(name)) + 1)
-
-
 def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: Any, tmp_path: Path):
     made = fetch(project(pattern="blocks", sparsity=0.25, calibration__statistics="gram"), "model", "calibration")
     calibrate(project=made)
@@ -428,8 +524,9 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: An
     gone = min(range(4), key=scores.__getitem__)
     assert f"| removed blocks, counted from 0 | {gone} |" in (made.model("pruned") / "README.md").read_text("utf-8")
     nan = [read_stats(made.stats, block)._replace(influence=torch.tensor([torch.nan, 1])) for block in range(4)]
-    with pytest.raises(UserError, match="block 0: a score that is not finite"):
-        choose_blocks(dense.weight, nan, 3, method=methods()["influence"])
+    blocks = {"model.layers": Whole([[next(iter(block.readers.values()))[0]] for block in nan], 3)}
+    with pytest.raises(UserError, match=r"layers.0.*: the score of its unit is not finite"):
+        choose_units(blocks, dense.weight, nan, method=methods()["influence"])
     # As a model in memory computes it: hidden states before and after each block.
     model = AutoModelForCausalLM.from_pretrained(made.model("dense")).eval()
     windows = calibration_windows(made)
@@ -512,18 +609,6 @@ def test_refused_combinations_give_the_reason(changes: dict[str, str], problem: 
     with pytest.raises(UserError) as refused:
         study(**{"pattern": "neurons", "sparsity": 0.25} | changes).params  # noqa: B018
     assert problem in str(refused.value)
-
-
-def test_shards_and_their_index_hold_the_smaller_model(study: Callable[..., Project], tmp_path: Path):
-    folder = save_tiny_model(tmp_path / "sharded", shard="20KB")
-    checkpoint, removal = Checkpoint(folder), removal_of(folder)
-    stays = {name: torch.arange(units.total) < units.stay for name, units in removal.sets.items()}
-    (tmp_path / "smaller").mkdir()
-    write_smaller(Smaller(checkpoint, removal, stays), tmp_path / "smaller")
-    index = json.loads((tmp_path / "smaller/model.safetensors.index.json").read_text(encoding="utf-8"))
-    written = Checkpoint(tmp_path / "smaller")
-    assert index["metadata"]["total_size"] == sum(entry.length for entry in written.entries.values())
-    AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
 
 
 # --- the Python interface ---

@@ -240,7 +240,7 @@ class Structure:
     rounded: str  # what a share is rounded to, in messages
     scaled: tuple[str, ...] = ()  # other fields of config.json that stay in proportion to the number of units
     grouped: bool = False  # a unit is several inputs of its reader, and the field has the number of units
-    find: str = "wanda_dvc.engine.smaller:find_units"  # `module:function`: (source, Structure, share) → Removal
+    find: str = "wanda_dvc.engine.finders:find_inputs"  # `module:function`: (source, Structure, share) → Removal
     # The score of units in place of the method of a recipe that calibrates; the weights that stay then keep their
     # values, and statistics are the dense model's.
     method: str = ""
@@ -282,7 +282,7 @@ STRUCTURES = {
             fields=("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
             multiple=1,
             rounded="complete experts",
-            find="wanda_dvc.engine.experts:find_experts",
+            find="wanda_dvc.engine.finders:find_experts",
             method="reap",
         ),
         Structure(
@@ -292,7 +292,7 @@ STRUCTURES = {
             fields=("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
             multiple=1,
             rounded="complete blocks",
-            find="wanda_dvc.engine.blocks:find_block_units",
+            find="wanda_dvc.engine.finders:find_block_units",
             method="influence",
         ),
     )

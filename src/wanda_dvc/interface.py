@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from wanda_dvc.catalog import Structure
     from wanda_dvc.engine.decoder import Decoder
     from wanda_dvc.engine.loaded import Loaded
-    from wanda_dvc.engine.smaller import Removal
+    from wanda_dvc.engine.removal import Removal
     from wanda_dvc.plan import Plan
     from wanda_dvc.pruning.gram import Gram
     from wanda_dvc.pruning.statistics import BlockStats
@@ -207,7 +207,7 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
     from wanda_dvc.catalog import check_pattern
     from wanda_dvc.engine.jobs import solving_device
     from wanda_dvc.pruning.allocation import allocate
-    from wanda_dvc.stages.mask import keeps, removal_of, with_chosen_blocks
+    from wanda_dvc.stages.mask import keeps, removal_of, with_chosen_units
     from wanda_dvc.stages.running import progress
     from wanda_dvc.study.tensors import Masks, pack_masks
 
@@ -238,7 +238,7 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
             strength=plan.strength,
         )
         removal = removal_of(source, plan.structure, plan.share)
-        removal = with_chosen_blocks(removal, source, stats.blocks, plan) if removal else None
+        removal = with_chosen_units(removal, source, stats.blocks, plan) if removal else None
         chosen = Masks({}, {})
         for block, measured in enumerate(progress(stats.blocks, total=len(stats.blocks), what="mask, blocks")):
             grams = stats.grams[block].on(solving_device(source.device)) if stats.grams else None
@@ -279,7 +279,7 @@ def prune(
     source = _source(model)
     weights = _targets(source, keep)
     if (structure := _structure(pattern)) is not None:
-        _shrink(source, *_removed(source, keep, structure))
+        _shrink(source, _removed(source, keep, structure))
         kept = sum(int(keep[name].sum()) for name in weights)
         return 1 - kept / sum(weight.numel() for weight in weights.values())
     zeros = 0
@@ -365,7 +365,7 @@ def reconstruct(
             if pruned.error is not None and pruned.masked is not None:
                 found[name] = {"error": pruned.error, "masked": pruned.masked} | solved
     if removed:
-        _shrink(source, *removed, made)
+        _shrink(source, removed, made)
         return found
     with torch.no_grad():
         for name, weight in made.items():
@@ -583,11 +583,9 @@ def _structure(pattern: str) -> "Structure | None":
     return STRUCTURES.get(pattern)
 
 
-def _removed(
-    source: "Loaded", keep: "Mapping[str, Tensor]", structure: "Structure"
-) -> "tuple[Removal, dict[str, Tensor]]":
+def _removed(source: "Loaded", keep: "Mapping[str, Tensor]", structure: "Structure") -> "Removal":
     """Return the units without a kept weight, and those that stay. UserError if masks do not say so of each unit."""
-    from wanda_dvc.engine.smaller import check_builds
+    from wanda_dvc.engine.finders import check_builds
     from wanda_dvc.stages.mask import removal_of
 
     devices = {str(linear.weight.device) for linear in source.linears.values()}
@@ -598,29 +596,29 @@ def _removed(
         )
     removal, keep = removal_of(source, structure, Fraction(0)), {name: mask.cpu() for name, mask in keep.items()}
     assert removal
-    if missing := [reader for reader in removal.readers if reader not in keep]:
+    whole = [name for units in removal.whole.values() for linears in units.members for name in linears]
+    if missing := [name for name in (*removal.readers, *whole) if name not in keep]:
         raise UserError(f"keep: no mask of {missing[0]}, expected those of all linears; call mask(model, stats)")
-    stays = removal.stays(keep)
     with _arguments():
-        removal = removal.fitted(stays)
+        removal = removal.with_stays(removal.stays_in(keep))
         check_builds(source, removal)
-    if wrong := [name for name, mask in keep.items() if not mask.equal(removal.mask(name, mask, stays))]:
+    if wrong := [name for name, mask in keep.items() if not mask.equal(removal.mask(name, mask))]:
         raise UserError(
             f"keep: the mask of {wrong[0]} removes other weights than those of complete {structure.units}; pass the "
             "pattern of the masks"
         )
-    return removal, stays
+    return removal
 
 
 def _shrink(
     source: "Loaded",
     removal: "Removal",
-    stays: "Mapping[str, Tensor]",
     values: "Mapping[str, Tensor] | None" = None,
 ) -> None:
     """Remove units from a model in place; some linears get other values first."""
     from wanda_dvc.engine.checkpoint import Address
-    from wanda_dvc.engine.smaller import Smaller, shrink
+    from wanda_dvc.engine.loaded import shrink
+    from wanda_dvc.engine.removal import Smaller
 
     values = values or {}
 
@@ -629,7 +627,7 @@ def _shrink(
         return source.read(address) if given is None else given
 
     with _arguments():
-        shrink(source.model, Smaller(source, removal, stays, read))
+        shrink(source.model, Smaller(source, removal, read))
 
 
 def _windows(tokens: 'Int[Tensor, "windows length"]', source: "Loaded") -> 'Int[Tensor, "windows length"]':

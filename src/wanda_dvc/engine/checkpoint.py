@@ -1,16 +1,12 @@
-"""The interface of model sources, and the only reader and writer of Hugging Face directories of safetensors."""
+"""The interface of model sources, and the only reader of Hugging Face directories of safetensors."""
 
 import re
-import shutil
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +19,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 AGAIN = "copy it again"
 PLAIN = re.compile(r"[^/\\\x00-\x1f]{1,255}")  # a name without a folder
-COPIED_AT_A_TIME = 2**20  # bytes
 # The supported dtypes of prunable weights, by safetensors' names.
 STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
@@ -167,67 +162,10 @@ class Checkpoint(Source):
                 raise UserError(f"{path}: incomplete safetensors file ({error}); copy it again") from None
         return self._files[path]
 
-    # --- reading ---
-
     def read(self, address: Address) -> Tensor:
         """The tensor, or the expert's part of it, in the dtype that it is stored in."""
         tensor = self._open(self.where[address.tensor]).get_tensor(address.tensor)
         return tensor if address.expert is None else tensor[address.expert]
-
-    # --- writing ---
-
-    def copy(
-        self,
-        target: Path,
-        replaced: Collection[Address],
-        weight: Callable[[Address], Tensor],
-        *,
-        without: Collection[str] = (),
-    ) -> Iterator[Address]:
-        """Copy the directory into `target`, with new values for some weights; yields each address once it is written.
-
-        Every file is written once, from beginning to end. Headers and other tensors are copied byte for byte. A thread
-        calls `weight` for the next new weight, in file order, while the previous one is written. So memory is bounded
-        by the two largest weights. Files named in `without` are left out.
-
-        Raises:
-            UserError: a new weight has another shape or dtype than the stored one.
-        """
-        by_shard: defaultdict[Path, list[Address]] = defaultdict(list)
-        for address in replaced:
-            by_shard[self.where[address.tensor]].append(address)
-
-        def left_out(folder: str, names: list[str]) -> set[str]:
-            return {name for name in names if name in without or Path(folder, name) in by_shard}
-
-        shutil.copytree(self.folder, target, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
-        for shard, addresses in sorted(by_shard.items()):
-            begins = {name: entry.begin for name, entry in self.header(shard).items()}
-            addresses.sort(key=lambda address: (begins[address.tensor], address.expert or 0))
-            with (
-                shard.open("rb") as stored,
-                (target / shard.relative_to(self.folder)).open("wb") as file,
-                ThreadPoolExecutor(max_workers=1) as maker,
-            ):
-                made = maker.submit(weight, addresses[0])
-                for address, following in zip_longest(addresses, addresses[1:]):
-                    new = self._fitting(made.result(), address)
-                    if following is not None:
-                        made = maker.submit(weight, following)
-                    _copy_up_to(begins[address.tensor] + (address.expert or 0) * new.nbytes, stored, file)
-                    file.write(new.cpu().contiguous().view(torch.uint8).numpy().data)
-                    yield address
-                _copy_up_to(shard.stat().st_size, stored, file)
-
-    def _fitting(self, new: Tensor, address: Address) -> Tensor:
-        """Return a new weight. UserError if its shape or dtype differs from the stored weight."""
-        old = self.read(address)
-        if (new.shape, new.dtype) != (old.shape, old.dtype):
-            raise UserError(
-                f"{address.linear}: its new weight is {list(new.shape)} in {new.dtype}, expected {list(old.shape)} in "
-                f"{old.dtype}, as {self.where[address.tensor]} stores it"
-            )
-        return new
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -244,10 +182,3 @@ def read_index(path: Path) -> dict[str, str]:
                 f"{path}: weight_map: {name}: found {shard!r}, expected the name of a file in this folder; {AGAIN}"
             )
     return shards
-
-
-def _copy_up_to(end: int, stored: BinaryIO, file: BinaryIO) -> None:
-    """Copy the bytes from the end of `file` up to `end`."""
-    stored.seek(file.tell())
-    while left := end - file.tell():
-        file.write(stored.read(min(left, COPIED_AT_A_TIME)))

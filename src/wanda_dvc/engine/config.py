@@ -75,6 +75,12 @@ def _problems(stored: dict[str, Any], prefix: str = "") -> Iterator[str]:
         yield from _problems(stored["text_config"], "text_config.")
 
 
+def text_key(config: Any) -> str | None:
+    """Return the key of a configuration's text part; None if all of it describes the text model."""
+    text = config.get_text_config()
+    return None if text is config else next(key for key in config.to_dict() if getattr(config, key, None) is text)
+
+
 def positions_of(config: Any) -> int | None:
     """Return the maximum tokens of a text, if the configuration has a limit."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)

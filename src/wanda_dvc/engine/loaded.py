@@ -4,16 +4,21 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import output_capturing
 
 from wanda_dvc.engine.check import check_parts
 from wanda_dvc.engine.checkpoint import STORED, Address, Source
-from wanda_dvc.engine.structure import Linear, find_blocks, stored_linears, stored_parts
+from wanda_dvc.engine.removal import Smaller
+from wanda_dvc.engine.structure import Linear, build_empty, find_blocks, stored_linears, stored_parts
+from wanda_dvc.engine.weights import Weights, set_parameter
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import Entry
+
+CAPTURES = "_output_capturing_hooks_installed"  # where transformers notes its hooks
 
 
 class Loaded(Source):
@@ -152,3 +157,45 @@ def _sum_of_bits(tensor: Tensor) -> int:
     bits = tensor.view(torch.int64 if wide else getattr(torch, f"int{8 * tensor.itemsize}"))
     rows = bits.sum(dim=-1, dtype=torch.int64).flatten() if bits.dim() > 1 else bits.long().flatten()
     return int((rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum())
+
+
+def shrink(model: Any, smaller: Smaller) -> None:
+    """Give a model in memory the blocks of its smaller version, in place, and a configuration to match.
+
+    The smaller version's source is the model itself. Weights that stay complete are not copied. Hooks on the old blocks
+    are lost. Memory: the smaller copies of all cut tensors, until all blocks are ready.
+    """
+    new = build_empty(smaller.config, smaller.config_name, model.dtype)
+    weights = Weights(new, smaller, device=model.get_input_embeddings().weight.device)
+    where, blocks = find_blocks(model)
+    old = [blocks[index] for index in smaller.removal.order(where, len(blocks))]
+    for index, block in enumerate(weights.blocks):
+        for name, tensor in weights.read_block(index).items():
+            before = old[index].get_parameter(name)
+            parameter = nn.Parameter(tensor.to(before.device, before.dtype), requires_grad=before.requires_grad)
+            set_parameter(block, name, parameter)
+        block.train(model.training)
+    parent, _, leaf = where.rpartition(".")
+    model.get_submodule(parent)._modules[leaf] = nn.ModuleList(weights.blocks)
+    text = model.config.get_text_config()
+    for field, value in smaller.removal.changes.items():
+        setattr(text, field, value)
+    configs = {id(new.config): model.config, id(new.config.get_text_config()): text}
+    for module in model.modules():
+        if (config := configs.get(id(getattr(module, "config", None)))) is not None:  # to follow later changes of it
+            module.config = config
+        if getattr(module, CAPTURES, False):  # the new blocks need the hooks too
+            _forget_captures(module)
+    for name, module in new.named_modules():  # such as the number of experts, for the loss of routers
+        if not f"{name}.".startswith(f"{where}."):
+            numbers = {key: value for key, value in vars(module).items() if type(value) is int}
+            vars(model.get_submodule(name)).update(numbers)
+
+
+def _forget_captures(model: nn.Module) -> None:
+    """Remove the hooks by which transformers returns hidden states and attentions; its next call installs them."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == output_capturing.__name__:
+                del module._forward_hooks[key]
+    delattr(model, CAPTURES)

@@ -1,7 +1,6 @@
 """Compute a block's masks, and the new values of the kept weights, from weights and statistics."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
@@ -16,8 +15,8 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.selection import keep_by_share, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
-from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats
-from wanda_dvc.pruning.units import Mixture, Units, highest, spread, summed
+from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.pruning.units import Units, highest, spread, summed
 
 # Rows are scored in slices of about so many weights, which bounds memory. Smaller ones are slower: the threads wait for
 # the interpreter.
@@ -153,86 +152,6 @@ def row_worth(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
     """Return F^¼ over its mean, float32. The score's formula asks for √F; F^¼ did better."""
     worth = fisher.double() ** 0.25
     return (worth / worth.mean().clamp_min(torch.finfo(torch.float64).tiny)).float()
-
-
-def choose_blocks(
-    weights: Weights, blocks: Iterable[BlockStats], stay: int, *, method: Method
-) -> Bool[Tensor, " blocks"]:
-    """Return which blocks stay: those with the highest scores; of ties the first goes.
-
-    Without a score of blocks, a block's is the sum of its weights' scores.
-    """
-    score, scores = function_of(method.function), []
-    for block in blocks:
-        if method.competition == "blocks":
-            scores.append(score(block))
-            continue
-        linears = [(name, source) for source, names in block.readers.items() for name in names]
-        total = 0.0
-        for name, source in linears:
-            weight = oriented(weights(name), name in block.transposed).float()
-            total += float(score(weight, block.inputs[source]).sum(dtype=torch.float64))
-        scores.append(total)
-    for index, found in enumerate(scores):
-        if not math.isfinite(found):
-            raise UserError(f"block {index}: a score that is not finite; its weights or activations overflow")
-    return highest(torch.tensor(scores, dtype=torch.float64), stay)
-
-
-def choose_experts(
-    weights: Weights,
-    block: BlockStats,
-    mixtures: Mapping[str, Mixture],
-    *,
-    method: Method,
-    device: torch.device | None = None,
-) -> dict[str, Bool[Tensor, "rows columns"]]:
-    """Return the masks of one block's linears: all weights of an expert stay or go, all others stay.
-
-    The lowest scores of each mixture go, or of each of its groups; of ties the first goes. Without a score of experts,
-    an expert's is the sum of its weights' scores. UserError if the outputs of experts were not recorded.
-    """
-    sources = {name: source for source, names in block.readers.items() for name in names}
-    keeps = dict.fromkeys(sources, True)
-    for mixture in mixtures.values():
-        if mixture.experts[0][0] in sources:
-            scores = torch.tensor([_score(weights, block, sources, own, method, device) for own in mixture.experts])
-            stay = torch.cat([highest(x, mixture.stay // mixture.groups) for x in scores.chunk(mixture.groups)])
-            keeps |= {name: kept for own, kept in zip(mixture.experts, stay.tolist(), strict=True) for name in own}
-    return {name: torch.full(weights(name).shape, keep) for name, keep in keeps.items()}
-
-
-def _score(  # noqa: PLR0913, PLR0917 - the expert, its statistics, and how it is scored
-    weights: Weights,
-    block: BlockStats,
-    sources: Mapping[str, str],
-    linears: list[str],
-    method: Method,
-    device: torch.device | None,
-) -> float:
-    """Return the score of one expert."""
-    score = function_of(method.function)
-    if method.competition == "experts":
-        tokens = max(block.inputs[sources[name]].count for name in linears)
-        found = [block.outputs[name] for name in linears if name in block.outputs]
-        outputs = found[0] if found else OutputStats(torch.zeros((), dtype=torch.float64), 0)
-        if outputs.count != tokens or len(found) > 1:
-            raise UserError(
-                f"method: got {method.name}, but calibration saw {outputs.count} outputs with gates of {linears[0]} "
-                f"for {tokens} tokens, expected one for each; set method=wanda"
-            )
-        return float(score(outputs))
-    total = 0.0
-    for name in linears:
-        weight, x = oriented(weights(name), name in block.transposed), block.inputs[sources[name]]
-        weight = weight if device is None else weight.to(device)
-        total += float(score(weight, x.to(weight.device)).sum(dtype=torch.float32))
-    if not torch.tensor(total).isfinite():
-        raise UserError(f"{linears[0]}: scores that are not finite; weights or activations of its expert overflow")
-    return total
-
-
-# --- new values of kept weights ---
 
 
 def aim_block(

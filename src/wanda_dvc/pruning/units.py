@@ -27,14 +27,6 @@ class Units(NamedTuple):
     layout: tuple[int, ...] = (1,)  # inputs of a unit in each section of the inputs: units follow one another in it
 
 
-class Mixture(NamedTuple):
-    """The experts that one router chooses from."""
-
-    experts: list[list[str]]  # the linears of each
-    stay: int
-    groups: int = 1  # neighbouring experts: the same number stays in each group
-
-
 def stay_of(width: int, share: Fraction, multiple: int) -> int:
     """Return the number of units that stay: the multiple nearest to width · (1 − share), at least one multiple.
 

@@ -3,17 +3,16 @@
 A reconstruction gives kept weights new values, solved for here, from stats/gram, or read from weights/.
 """
 
-import itertools
-from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+import operator
+from collections.abc import Callable
+from functools import lru_cache, reduce
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.engine.writer import new_tensors, write_model
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
@@ -27,6 +26,9 @@ from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import Grams, block_count, read_grams, read_masks, read_weights
+
+if TYPE_CHECKING:
+    from wanda_dvc.engine.removal import Smaller
 
 CARD = "README.md"
 
@@ -192,50 +194,36 @@ def prune(study: Project, target: Path) -> Written:
         return made
 
     others = {name: weight for changed, _ in parts.changed for name, weight in changed.items() if name not in blocks}
-    addresses = [checkpoint.find(name) for name in (*blocks, *others)]
-    without = (PROVENANCE, CARD)
-    if parts.plan.structure is None:
-        written = checkpoint.copy(target, addresses, pruned, without=without)
-        for _ in progress(written, total=len(addresses), what="apply, weights"):
-            pass
-        zeros = {linear: found[linear] for linear in blocks}
+    addresses = {checkpoint.find(name) for name in (*blocks, *others)}
+
+    def read(address: Address) -> Tensor:
+        return pruned(address) if address in addresses else checkpoint.read(address)
+
+    smaller = _without_units(parts, read)
+    if smaller is None:
+        names, entries, get, config = {x: x for x in checkpoint.where}, checkpoint.entries, read, {}
+    else:
+        names, entries, get, config = smaller.old, smaller.entries, smaller.read, smaller.removal.changes
+    new = new_tensors(checkpoint, names, entries, get, addresses)
+    written = write_model(checkpoint, target, new, config, without=(PROVENANCE, CARD))
+    for _ in progress(written, total=sum(one is not None for one in new.values()), what="apply, tensors"):
+        pass
+    for linear in blocks.keys() - found.keys():  # of complete experts or blocks that went
+        found[linear] = parts.make(checkpoint.find(linear))[1]
+    zeros = {linear: found[linear] for linear in blocks}
+    if smaller is None:
         result = Written(zeros, sum(x.zero for x in zeros.values()) / sum(x.size for x in zeros.values()))
     else:
-        sparsity, removed = _write_smaller(parts, target, addresses, pruned, without)
-        for linear in blocks.keys() - found.keys():  # complete experts that went, or that a tensor holds together
-            found[linear] = parts.make(checkpoint.find(linear))[1]
-        result = Written({linear: found[linear] for linear in blocks}, sparsity, removed)
+        result = Written(zeros, smaller.removal.share, smaller.removed)
     (target / CARD).write_text(card(study, result.sparsity, removed=result.removed), encoding="utf-8")
     return result
 
 
-def _write_smaller(
-    parts: Parts,
-    target: Path,
-    addresses: list[Address],
-    pruned: Callable[[Address], Tensor],
-    without: tuple[str, ...],
-) -> tuple[float, float]:
-    """Write a checkpoint without the removed units; return the share of the units and of the weights that went."""
-    from wanda_dvc.engine.smaller import Smaller, write_smaller  # imports transformers, which takes seconds
-
+def _without_units(parts: Parts, read: Callable[[Address], Tensor]) -> "Smaller | None":
+    """Return the view of a checkpoint without the units that masks remove; None if the pattern sets weights to zero."""
     removal = removal_of(parts.checkpoint, parts.plan.structure, parts.plan.share)
-    assert removal
-    stays = {name: stay for keeps in parts.keeps for name, stay in removal.stays(keeps).items()}
-    new = {(address.tensor, address.expert) for address in addresses}
-    experts = Counter(address.tensor for address in addresses if address.expert is not None)
+    if removal is None:
+        return None
+    from wanda_dvc.engine.removal import Smaller  # imports transformers, which takes seconds
 
-    def read(address: Address) -> Tensor:
-        if address.expert is None and (count := experts[address.tensor]):  # one tensor holds all of them
-            return torch.stack([pruned(Address(address.tensor, expert)) for expert in range(count)])
-        return pruned(address) if (address.tensor, address.expert) in new else parts.checkpoint.read(address)
-
-    removal = removal.fitted(stays)
-    smaller, tensors = Smaller(parts.checkpoint, removal, stays, read), {address.tensor for address in addresses}
-    names = smaller.rewritten(tensors)
-    written: Iterator[None] = progress(itertools.repeat(None, len(names)), total=len(names), what="apply, tensors")
-    write_smaller(
-        smaller, target, replaced=tensors, without=without, progress=lambda piece: piece.name in names and next(written)
-    )
-    next(written, None)  # the line after the last tensor
-    return removal.share, smaller.removed
+    return Smaller(parts.checkpoint, removal.with_stays(removal.stays_in(reduce(operator.or_, parts.keeps))), read)

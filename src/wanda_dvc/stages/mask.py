@@ -22,8 +22,6 @@ from wanda_dvc.pruning.choose import (
     Share,
     aim_block,
     choose_block,
-    choose_blocks,
-    choose_experts,
     keeps_all,
     masked,
     prepared_linears,
@@ -32,6 +30,7 @@ from wanda_dvc.pruning.choose import (
 from wanda_dvc.pruning.gram import Gram
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import Units
+from wanda_dvc.pruning.whole import choose_units
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import (
     Statistics,
@@ -65,8 +64,8 @@ from wanda_dvc.study.tensors import (
 )
 
 if TYPE_CHECKING:
+    from wanda_dvc.engine.removal import Removal
     from wanda_dvc.engine.runner import Change
-    from wanda_dvc.engine.smaller import Removal
 
 
 def mask(*, project: Project) -> None:
@@ -90,7 +89,7 @@ def mask(*, project: Project) -> None:
     if removal:
         notice(f"mask: {removal.about(plan.share)}")
         every = (read_stats(project.stats, block) for block in range(stats.blocks))
-        removal = with_chosen_blocks(removal, checkpoint, every, plan)
+        removal = with_chosen_units(removal, checkpoint, every, plan, device=solving_device(params.runtime))
     shares = _shares(project, stats, checkpoint)
     made_from = describe(
         "mask",
@@ -130,15 +129,21 @@ def removal_of(source: Source, structure: Structure | None, share: Fraction) -> 
     return found
 
 
-def with_chosen_blocks(removal: "Removal", source: Source, blocks: Iterable[BlockStats], plan: Plan) -> "Removal":
-    """Return a removal of blocks that says which blocks go, and any other removal as it is."""
-    if not removal.by_block:
+def with_chosen_units(
+    removal: "Removal",
+    source: Source,
+    blocks: Iterable[BlockStats],
+    plan: Plan,
+    *,
+    device: torch.device | None = None,
+) -> "Removal":
+    """Return a removal of complete linears with the units that stay, and any other removal as it is."""
+    if not removal.whole:
         return removal
-    from wanda_dvc.engine.blocks import BlockRemoval
+    from wanda_dvc.engine.finders import confirmed
 
-    assert isinstance(removal, BlockRemoval)
-    stays = choose_blocks(lambda name: source.weight(name).cpu(), blocks, removal.stay, method=plan.method)
-    return removal.chosen(source, stays)
+    stays = choose_units(removal.whole, source.weight, blocks, method=plan.method, device=device)
+    return confirmed(source, removal.with_stays(stays))
 
 
 def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequence[Share]:
@@ -196,10 +201,6 @@ def keeps(  # noqa: PLR0913 - the block, and how its masks are chosen
     device: torch.device | None = None,
 ) -> dict[str, Tensor]:
     """Return the masks of one block's linears. `weights` reads a stored weight, and solvers read `grams`."""
-    if removal and removal.by_block:
-        return removal.all_or_none(weights, block)
-    if removal and removal.mixtures:
-        return choose_experts(weights, block, removal.mixtures, method=plan.method, device=device)
     units = removal.units if removal else None
     chosen = choose_block(
         weights,

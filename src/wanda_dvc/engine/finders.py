@@ -1,0 +1,403 @@
+"""Finds the units of a model: which stored weights belong to its neurons, heads, blocks or experts.
+
+No family-specific code. A field of the configuration, such as `intermediate_size`, is changed for a trial: the weights
+whose shapes change with it belong to the units. Each finder has the row of the pattern and the share that goes, and
+returns a `Removal`. UserError if the model does not support the pattern.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from wanda_dvc.catalog import Structure
+from wanda_dvc.engine.checkpoint import Address, Source
+from wanda_dvc.engine.config import reason
+from wanda_dvc.engine.removal import Cut, Field, Numbered, Removal, Stays, changed, probe, refused
+from wanda_dvc.engine.structure import Linear, build_empty, find_blocks, stored_linears, stored_parts
+from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.units import Units, stay_of
+from wanda_dvc.pruning.whole import Whole
+
+TRIAL = 8  # the width of a trial for a field that the configuration leaves open
+CHOSEN = "num_experts_per_tok"  # of config.json, in every family with experts so far; used in a message
+
+
+def _linears(model: nn.Module, parts: Mapping[str, Any]) -> list[dict[str, Linear]]:
+    """Return the linears of each block by stored name."""
+    where, blocks = find_blocks(model)
+    return [stored_linears(block, f"{where}.{index}.", parts.__getitem__) for index, block in enumerate(blocks)]
+
+
+def _differences(full: nn.Module, other: nn.Module) -> Iterator[tuple[str, int, int, int]]:
+    """Yield each dimension of another size in a second model: the tensor, its place, its size and the other size."""
+    others = other.state_dict()
+    for name, tensor in full.state_dict(keep_vars=True).items():
+        shape = others[name].shape if name in others else ()
+        for place, (size, less) in enumerate(zip(tensor.shape, shape, strict=False)):
+            if size != less:
+                yield name, place, size, less
+
+
+def _build(source: Source, structure: Structure, fields: Mapping[str, Any]) -> nn.Module:
+    """Build the empty model of the configuration with other values in some fields."""
+    text = ", ".join(f"{name}={value}" for name, value in fields.items())
+    try:
+        model: nn.Module = build_empty(changed(source.config, fields), f"{source.config_name} with {text}")
+    except Exception as error:  # each model's configuration raises exceptions of its own choice
+        raise refused(structure, source, f"transformers builds no model with {text} ({reason(error)})") from error
+    return model
+
+
+def check_builds(source: Source, removal: Removal) -> None:
+    """Raise UserError if transformers builds no model with the removal's configuration.
+
+    Some configurations require a width that is a multiple of the number of heads.
+    """
+    try:
+        _build(source, removal.structure, removal.changes)
+    except UserError:
+        changes = ", ".join(f"{name} {value}" for name, value in removal.changes.items())
+        raise UserError(
+            f"sparsity: got {removal.share:.4g}, with which {source.config_name} would have {changes}, and "
+            "transformers builds no such model; set another sparsity"
+        ) from None
+
+
+# --- neurons and heads: inputs of a linear ---
+
+
+def find_inputs(source: Source, structure: Structure, share: Fraction) -> Removal:
+    """Return the neurons or heads of a model. A share that rounds to all units gives a removal without an effect."""
+    found, dims = _found(source, structure, share)
+    check_builds(source, found)
+    several = any(size > sum(found.sets[name].layout) for name, size in dims.values())
+    # The places of a unit in a tensor with several of its parts: in several sections, or next to one another.
+    for sections in (True, False) if several else (True,):
+        cuts = tuple(
+            Cut(address, dim, name, _sections(size, *found.sets[name].layout) if sections else (size,))
+            for (address, dim), (name, size) in dims.items()
+        )
+        removal = replace(found, cuts=cuts)
+        if not (problem := probe(source, removal.with_stays(_half(removal)))):
+            return removal
+    raise refused(structure, source, problem)
+
+
+def _sections(size: int, read: int) -> tuple[int, ...]:
+    """Return a unit's places in each section, if a tensor computes `size` places of a unit with `read` inputs.
+
+    Neurons: as many sections as the reader's, such as gate and up. Heads: queries as many as the reader's, then keys
+    and values.
+    """
+    more = size - read
+    if more <= 0:
+        return (size,)
+    return (1,) * size if read == 1 else (read, more // 2, more - more // 2)
+
+
+def _half(removal: Removal) -> Stays:
+    """Return random units that stay, half of each set: for every share, because a wrong layout shows."""
+    generator = torch.Generator().manual_seed(0)
+    stays = {}
+    for before, names in removal.fields.values():
+        for name in names:
+            if name not in stays:
+                total = removal.sets[name].total
+                half = max(1, before // 2) * total // before
+                stays[name] = torch.zeros(total, dtype=torch.bool)
+                stays[name][torch.randperm(total, generator=generator)[:half]] = True
+    return stays
+
+
+class _Dim(NamedTuple):
+    """A dimension of a stored tensor whose size follows a field of the configuration."""
+
+    size: int
+    number: int  # the field's value, or the value that null means
+    field: str
+
+
+Dims = dict[tuple[Address, int], tuple[str, int]]  # by stored tensor and dimension: the set, and places of a unit
+
+
+def _found(source: Source, structure: Structure, share: Fraction) -> tuple[Removal, Dims]:
+    """Return the removal without its cuts, and the dimensions to cut; their layout is not known yet."""
+    config = source.config
+    full = build_empty(config, source.config_name)
+    parts = stored_parts(full, source)
+    where, _ = find_blocks(full)
+    linears = {name: linear for block in _linears(full, parts) for name, linear in block.items()}
+    dims: dict[tuple[Address, int], _Dim] = {}
+    others = _others(structure, config.get_text_config())
+    for field in structure.fields:
+        value = getattr(config.get_text_config(), field, 0)
+        if value == 0:
+            continue
+        trial = TRIAL if value is None else value // 2 if isinstance(value, int) else 0
+        if not trial:
+            raise refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
+        other = _build(source, structure, {field: trial} | _companions(structure, others, value or 1, trial))
+        for name, place, size, less in _differences(full, other):
+            if not name.startswith(f"{where}.") or name not in parts:
+                raise refused(structure, source, f"{field} also determines {name}")
+            number = trial * size // less if value is None else value
+            module = full.get_submodule(name.rpartition(".")[0])
+            experts = next((len(x) for x in module.parameters(recurse=False) if x.dim() == 3), 0)
+            for address, dim, own in _stored(parts[name], place, experts, source):
+                if (own * trial) % number:
+                    raise refused(structure, source, f"{address.tensor} has {own} places for {number} of {field}")
+                dims[address, dim] = _Dim(own, number, field)
+    if not dims:
+        looked = ", ".join(structure.fields)
+        raise refused(structure, source, f"its configuration has no number of them (looked for {looked})")
+    return _sorted(source, structure, share, dims, linears, others)
+
+
+def _stored(parts: list[Any], place: int, experts: int, source: Source) -> Iterator[tuple[Address, int, int]]:
+    """Yield the stored tensors of a parameter's dimension: the address, the dimension there, and its size."""
+    for part in parts:
+        inside = part.expert is None and experts and source.entries[part.address.tensor].shape[0] == experts
+        for expert in range(experts) if inside else (part.address.expert,):
+            dim = place - (bool(experts) and (bool(inside) or part.expert is not None))
+            shape = source.entries[part.address.tensor].shape
+            yield Address(part.address.tensor, expert), dim, shape[dim + bool(inside)]
+
+
+def _sorted(  # noqa: PLR0913, PLR0917 - the dimensions, and the model that they belong to
+    source: Source,
+    structure: Structure,
+    share: Fraction,
+    dims: Mapping[tuple[Address, int], _Dim],
+    linears: Mapping[str, Linear],
+    others: Mapping[str, int],
+) -> tuple[Removal, Dims]:
+    """Sort dimensions into sets of units, by the modules that they belong to; one linear reads each set."""
+    numbers = {found.field: found.number for found in dims.values()}
+    sets: dict[str, Units] = {}
+    sets_of: dict[str, list[str]] = {field: [] for field in numbers}
+    readers: dict[str, Cut] = {}
+    for (address, dim), (size, number, field) in dims.items():
+        linear = linears.get(address.linear)
+        if linear is not None and dim == (0 if linear.transposed else 1):
+            name = _owner(address)
+            if name in sets:
+                raise refused(structure, source, f"several linears of {name} read them")
+            total = number if structure.grouped else size
+            stay = stay_of(number, share, structure.multiple)
+            sets[name] = Units(total, total * stay // number, (size // total,))
+            sets_of[field].append(name)
+            readers[address.linear] = Cut(address, dim, name, sets[name].layout)
+    found = {}
+    for (address, dim), (size, *_) in dims.items():
+        name = _owner(address)
+        if name not in sets or size % sets[name].total or dim > 1:
+            raise refused(structure, source, f"no linear reads those of {address.tensor}")
+        found[address, dim] = name, size // sets[name].total
+    fields = {field: Field(number, tuple(sets_of[field])) for field, number in numbers.items()}
+    scaled = {name: Field(others[name], fields[next(iter(fields))].sets) for name in structure.scaled if name in others}
+    removal = Removal(
+        structure=structure,
+        sets=sets,
+        fields=fields | scaled,
+        fixed={name: value for name, value in others.items() if name not in scaled},
+        lists={},
+        readers=readers,
+        whole={},
+        cuts=(),
+        numbered={},
+        routers=(),
+        close=1e-2,
+        stays={},
+    )
+    return removal, found
+
+
+def _owner(address: Address) -> str:
+    """Return the name of the module around the module of a tensor; an expert's has the expert's number."""
+    return address.linear.removesuffix(".bias").rpartition(".")[0]
+
+
+def _companions(structure: Structure, others: Mapping[str, int], before: int, after: int) -> dict[str, int]:
+    """Return the other fields of a configuration that change with a number of units."""
+    found = {name: others[name] * after // before for name in structure.scaled if name in others}
+    return found | {name: value for name, value in others.items() if name not in found}
+
+
+def _others(structure: Structure, text: Any) -> dict[str, int]:
+    """Return the fields that stay in proportion to the number of units, and the size of a head, which stays."""
+    found = {name: value for name in structure.scaled if (value := getattr(text, name, None))}
+    if found:
+        heads = next(iter(found.values()))
+        found["head_dim"] = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return found
+
+
+# --- blocks ---
+
+
+def find_block_units(source: Source, structure: Structure, share: Fraction) -> Removal:
+    """Return the blocks of a model, in one set. The probe needs to know which go: see `confirmed`."""
+    full = build_empty(source.config, source.config_name)
+    where, blocks = find_blocks(full)
+    linears, text = _linears(full, stored_parts(full, source)), source.config.get_text_config()
+    content, total = text.to_dict(), len(blocks)
+    fields = {name: Field(total, (where,)) for name in structure.fields if content.get(name) == total}
+    if not fields:
+        raise refused(structure, source, f"its configuration has no number of them ({', '.join(structure.fields)})")
+    block = re.compile(rf"((?:^|.*\.){re.escape(where.rpartition('.')[2])}\.)(\d+)(\..*)")
+    # Another part of the model, such as a vision tower, may have blocks of the same leaf name.
+    heads = {found[1] for names in linears for name in names if (found := block.fullmatch(name))}
+    numbered = {}
+    for name in source.where:
+        found = block.fullmatch(name)
+        if found and found[1] in heads:
+            numbered[name] = Numbered(where, int(found[2]), found[1], found[3])
+    stay = stay_of(total, share, structure.multiple)
+    return Removal(
+        structure=structure,
+        sets={where: Units(total, stay)},
+        fields=fields,
+        fixed={},
+        lists=block_lists(text, total),
+        readers={},
+        whole={where: Whole([[*names] for names in linears], stay, sums=torch.float64)},
+        cuts=(),
+        numbered=numbered,
+        routers=(),
+        close=1e-3,  # the same weights run: a block that depends on the number of blocks differs a little
+        stays={},
+    )
+
+
+def block_lists(text: Any, blocks: int) -> dict[str, list[Any]]:
+    """Return a configuration's lists with an entry for each block."""
+    return {
+        name: list(row)
+        for name, row in text.to_dict().items()
+        if "layer" in name and isinstance(row, (list, tuple)) and len(row) == blocks and row != [*range(blocks)]
+    }
+
+
+def confirmed(source: Source, removal: Removal) -> Removal:
+    """Return a removal of chosen units. UserError if the smaller model computes something else."""
+    if problem := probe(source, removal):
+        raise refused(removal.structure, source, problem)
+    return removal
+
+
+# --- experts ---
+
+
+def find_experts(source: Source, structure: Structure, share: Fraction) -> Removal:
+    """Return the routed experts of a model: the tensors whose size follows their number are theirs and the routers'.
+
+    If routers may choose from groups of experts, the probe says of how many; otherwise only `confirmed` probes. A share
+    that rounds to all experts gives a removal without an effect.
+    """
+    found, number, chosen = _found_experts(source, structure)
+    options, problem = _groups(source, number), ""
+    for groups in options:
+        stay = min(number, groups * max(1, round(number * (1 - share) / groups)))
+        if chosen is not None and stay < chosen:
+            raise UserError(
+                f"sparsity: {CHOSEN} is {chosen}, expected at most the {stay} experts that stay; set a lower sparsity"
+            )
+        removal = replace(
+            found,
+            sets={name: Units(number, stay) for name in found.sets},
+            whole={name: units._replace(stay=stay, groups=groups) for name, units in found.whole.items()},
+        )
+        # The last of each group stay: if routers choose from more groups, a smaller router has others.
+        size, kept = number // groups, (stay if stay < number else number - groups) // groups
+        stays = dict.fromkeys(found.sets, (torch.arange(size) >= size - kept).repeat(groups))
+        if len(options) == 1 or not (wrong := probe(source, removal.with_stays(stays))):
+            return removal
+        problem = problem or wrong
+    raise refused(structure, source, problem)
+
+
+def _groups(source: Source, number: int) -> list[int]:
+    """Return the possible numbers of groups that routers choose experts from: one, and fields of the configuration."""
+    text = source.config.get_text_config().to_dict()
+    return [1, *sorted({x for name, x in text.items() if "group" in name and type(x) is int and 1 < x < number})]
+
+
+def _found_experts(source: Source, structure: Structure) -> tuple[Removal, int, int | None]:
+    """Return the removal of no expert, their number, and how many a router chooses, if the configuration says it."""
+    config = source.config
+    full = build_empty(config, source.config_name)
+    parts = stored_parts(full, source)
+    content = config.get_text_config().to_dict()
+    fields = {name: x for name in structure.fields if type(x := content.get(name)) is int and x > 1}
+    if len(fields) != 1:
+        looked = ", ".join(structure.fields)
+        several = f"has several numbers of them ({', '.join(fields)})" if fields else f"has none (looked for {looked})"
+        raise refused(structure, source, f"its configuration {several}")
+    ((field, number),) = fields.items()
+    set_of, follows, routers = _tensors_of_experts(source, structure, full, field, number)
+    mixtures = sorted(set(set_of.values()))
+    cuts, numbered = [], {}
+    for name, dim in follows.items():
+        if name not in parts:
+            raise refused(structure, source, f"{field} also determines {name}")
+        for part in parts[name]:
+            tensor = part.address.tensor
+            if part.expert is None:
+                cuts.append(Cut(part.address, dim, set_of[name], (1,)))
+            else:  # the last such number in its name is the expert's
+                head, _, tail = tensor.rpartition(f".{part.expert}.")
+                numbered[tensor] = Numbered(set_of[name], part.expert, f"{head}.", f".{tail}")
+    members = {mixture: [list[str]() for _ in range(number)] for mixture in mixtures}
+    names = {id(module): name for name, module in full.named_modules()}
+    for block in _linears(full, parts):
+        for name, linear in block.items():
+            parameter = f"{names[id(linear.module)]}.{linear.leaf}"
+            if linear.part.expert is not None and parameter in follows:
+                members[set_of[parameter]][linear.part.expert].append(name)
+    removal = Removal(
+        structure=structure,
+        sets={mixture: Units(number, number) for mixture in mixtures},
+        fields={field: Field(number, tuple(mixtures))},
+        fixed={},
+        lists={},
+        readers={},
+        whole={mixture: Whole(linears, number) for mixture, linears in members.items()},
+        cuts=tuple(cuts),
+        numbered=numbered,
+        routers=routers,
+        close=1e-2,
+        stays={},
+    )
+    chosen = content.get(CHOSEN)
+    return removal, number, chosen if type(chosen) is int else None
+
+
+def _tensors_of_experts(
+    source: Source, structure: Structure, full: nn.Module, field: str, number: int
+) -> tuple[dict[str, str], dict[str, int], tuple[str, ...]]:
+    """Return the mixture of each tensor whose size follows their number, its dimension, and the tensors of routers."""
+    where, _ = find_blocks(full)
+    trial, tensors = number // 2, full.state_dict(keep_vars=True)
+    follows: dict[str, int] = {}
+    for name, place, size, less in _differences(full, _build(source, structure, {field: trial})):
+        fits = (size, less) == (number, trial) and (place == 0 or tensors[name].dim() < 3)
+        if not name.startswith(f"{where}.") or not fits or name in follows:
+            raise refused(structure, source, f"{field} also determines {name}")
+        follows[name] = place
+    # Experts are parameters of three dimensions; a mixture is all below the module around theirs.
+    owners = {name.rpartition(".")[0] for name in follows if tensors[name].dim() == 3}
+    mixtures = {owner.rpartition(".")[0] for owner in owners}
+    if not mixtures:
+        raise refused(structure, source, f"{field} determines no tensor of experts")
+    set_of = {}
+    for name in follows:
+        inside = [mixture for mixture in mixtures if name.startswith(f"{mixture}.")]
+        if not inside:
+            raise refused(structure, source, f"{field} also determines {name}")
+        set_of[name] = max(inside, key=len)
+    return set_of, follows, tuple(name for name in follows if name.rpartition(".")[0] not in owners)

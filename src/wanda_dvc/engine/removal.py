@@ -1,0 +1,415 @@
+"""What a pattern removes from a model, and a view of the model without it.
+
+A finder (engine/finders.py) makes the record. A probe then compares the smaller model with the full model that computes
+without the units; a structure that fails is refused. No family-specific code.
+"""
+
+import contextlib
+import gc
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from wanda_dvc.catalog import Structure
+from wanda_dvc.engine.checkpoint import Address, Source
+from wanda_dvc.engine.config import text_key
+from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.recorder import PRODUCTS
+from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.weights import set_parameter
+from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.units import Units, places, spread
+from wanda_dvc.pruning.whole import Whole
+from wanda_dvc.reading import Entry
+
+TOKENS = 32  # of the probe
+Stays = Mapping[str, Bool[Tensor, " units"]]  # the units that stay, by set
+
+
+class Cut(NamedTuple):
+    """A dimension of a stored tensor, or of an expert's part of it, that holds the units of a set."""
+
+    address: Address
+    dim: int
+    units: str  # the set
+    layout: tuple[int, ...]  # as `Units.layout`
+
+
+class Field(NamedTuple):
+    """A field of config.json: a number of units, or a number in proportion to it."""
+
+    before: int
+    sets: tuple[str, ...]  # that it counts the units of
+
+
+class Numbered(NamedTuple):
+    """A stored tensor of one unit, named HEAD UNIT TAIL."""
+
+    units: str  # the set
+    unit: int
+    head: str
+    tail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """The units that go, in sets from which the same share goes; a set is one MLP's neurons, for example.
+
+    Units are some inputs of the linears that read them (neurons, heads), or complete linears (blocks, experts).
+    """
+
+    structure: Structure
+    sets: Mapping[str, Units]
+    fields: Mapping[str, Field]
+    fixed: Mapping[str, int]  # fields that are written with their values, which may not follow from `fields`
+    lists: Mapping[str, list[Any]]  # fields with an entry for each unit of the only set
+    readers: Mapping[str, Cut]  # by linear: its inputs, which are units
+    whole: Mapping[str, Whole]  # the sets of units that are complete linears
+    cuts: tuple[Cut, ...]  # of all tensors
+    numbered: Mapping[str, Numbered]  # by stored name
+    routers: tuple[str, ...]  # the model's parameters and buffers by which experts are chosen
+    close: float  # the allowed difference in the probe, relative to the effect of the units that go
+    stays: Stays
+
+    def with_stays(self, stays: Stays) -> "Removal":
+        """Return the removal that leaves these units. UserError if sets or groups keep different numbers."""
+        sets = {name: units._replace(stay=int(stays[name].sum())) for name, units in self.sets.items()}
+        for field, (before, names) in self.fields.items():
+            shares = {Fraction(sets[name].stay, sets[name].total): name for name in names}
+            if len(shares) > 1 or not min(shares) or min(shares) * before % 1:
+                found = " and ".join(f"{sets[name].stay} in {name}" for name in shares.values())
+                raise UserError(
+                    f"keep: masks keep {found}, expected the same number everywhere, as {field} is one number for all"
+                )
+        for name, units in self.whole.items():
+            sizes = stays[name].view(units.groups, -1).sum(dim=1).tolist()
+            if len(set(sizes)) > 1:
+                raise UserError(f"keep: masks keep {sizes} experts of the groups of {name}, expected equal numbers")
+        return replace(self, sets=sets, stays=stays)
+
+    # --- config.json ---
+
+    @property
+    def numbers(self) -> dict[str, tuple[int, int]]:
+        """The numbers in the configuration, before and after."""
+        found = {}
+        for name, (before, names) in self.fields.items():
+            units = self.sets[names[0]]
+            found[name] = before, before * units.stay // units.total
+        return found
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The new values in the configuration."""
+        found: dict[str, Any] = {name: after for name, (_, after) in self.numbers.items()} | dict(self.fixed)
+        for name, row in self.lists.items():
+            ((stays),) = self.stays.values()
+            found[name] = [x for x, stay in zip(row, stays.tolist(), strict=True) if stay]
+        return found
+
+    @property
+    def share(self) -> float:
+        """The share of the units that go."""
+        return 1 - sum(units.stay for units in self.sets.values()) / sum(units.total for units in self.sets.values())
+
+    def about(self, share: Fraction) -> str:
+        """Describe the removal, and the rounding of the requested share."""
+        numbers = ", ".join(f"{name} from {before} to {after}" for name, (before, after) in self.numbers.items())
+        text = f"pattern {self.structure.name}: {numbers}"
+        if groups := max((units.groups for units in self.whole.values() if units.groups > 1), default=0):
+            text += f", the same number from each of {groups} groups"
+        if abs(self.share - share) > 1e-9:
+            text += f"; rounded to {self.structure.rounded}: {self.share:.4g} instead of {float(share):g}"
+        return text
+
+    # --- masks ---
+
+    @cached_property
+    def units(self) -> dict[str, Units]:
+        """The units that a linear reads, by linear."""
+        return {linear: self.sets[cut.units] for linear, cut in self.readers.items()}
+
+    @cached_property
+    def _cuts_of(self) -> dict[str, list[Cut]]:
+        """The cuts of each linear, or other tensor, by its name in masks."""
+        found: defaultdict[str, list[Cut]] = defaultdict(list)
+        for cut in self.cuts:
+            found[cut.address.linear].append(cut)
+        return dict(found)
+
+    @cached_property
+    def _unit_of(self) -> dict[str, tuple[str, int]]:
+        """The set and the unit of each linear that belongs to a unit."""
+        return {
+            linear: (name, unit)
+            for name, units in self.whole.items()
+            for unit, linears in enumerate(units.members)
+            for linear in linears
+        }
+
+    def stays_in(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the units that stay, by set, from the masks of the linears that read them, or that they are."""
+        found: dict[str, Tensor] = {}
+        for linear in keeps:
+            if linear in self.readers:
+                cut, units = self.readers[linear], self.units[linear]
+                found[cut.units] = torch.zeros(units.total, dtype=torch.bool)
+                found[cut.units][places(units)[keeps[linear].any(dim=1 - cut.dim)]] = True
+            elif linear in self._unit_of:
+                name, unit = self._unit_of[linear]
+                stay = found.setdefault(name, torch.zeros(self.sets[name].total, dtype=torch.bool))
+                stay[unit] |= keeps[linear].any()
+        return found
+
+    def spread(self, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return masks, on the host, without all weights of units that go, given the masks of the units' readers."""
+        keeps = {linear: keep.cpu() for linear, keep in keeps.items()}
+        stays = self.stays or self.stays_in({name: keep for name, keep in keeps.items() if name in self.readers})
+        return {linear: self._without(linear, keep, stays) for linear, keep in keeps.items()}
+
+    def mask(self, linear: str, keep: Tensor) -> Tensor:
+        """Return the mask of a linear, shaped as `keep`, that removes the units and nothing else."""
+        return self._without(linear, torch.ones_like(keep), self.stays)
+
+    def _without(self, linear: str, keep: Tensor, stays: Stays) -> Tensor:
+        if linear in self._unit_of:
+            name, unit = self._unit_of[linear]
+            return keep & stays[name][unit]
+        for cut in self._cuts_of.get(linear, ()):
+            if cut.units in stays:
+                along = self.along(cut, stays)
+                keep = keep & (along[:, None] if cut.dim == 0 else along)
+        return keep
+
+    def along(self, cut: Cut, stays: Stays) -> Bool[Tensor, " size"]:
+        """Return which places of a cut's dimension stay."""
+        return spread(stays[cut.units], self.sets[cut.units]._replace(layout=cut.layout))
+
+    # --- stored tensors ---
+
+    def names(self, where: Iterable[str]) -> dict[str, str]:
+        """Return the stored tensors of the smaller model, with consecutive units, and the source's tensor of each."""
+        names = {}
+        for name in where:
+            if name not in self.numbered:
+                names[name] = name
+                continue
+            units, unit, head, tail = self.numbered[name]
+            before = self.stays[units][:unit]
+            if self.stays[units][unit : unit + 1].all():  # also of a block after the last one, which predicts more
+                names[f"{head}{unit - int((~before).sum())}{tail}"] = name
+        return names
+
+    def order(self, blocks: str, count: int) -> list[int]:
+        """Return the blocks that stay, of `count` blocks in the list of this name."""
+        return self.stays[blocks].nonzero()[:, 0].tolist() if blocks in self.whole else [*range(count)]
+
+
+def refused(structure: Structure, source: Source, why: str) -> UserError:
+    """Return the error that a model does not support a pattern, with the reason."""
+    return UserError(f"pattern: got {structure.name}, which {source} does not support: {why}; choose another pattern")
+
+
+# --- the view ---
+
+
+class Smaller(Source):
+    """A model source without the units that go: smaller tensors, and a configuration to match.
+
+    `read` replaces the source's own reader, for example by one that returns new values.
+    """
+
+    def __init__(self, source: Source, removal: Removal, read: Callable[[Address], Tensor] | None = None) -> None:
+        self.source, self.removal = source, removal
+        self._read = read or source.read
+        self.old = removal.names(source.where)  # by stored name: the source's tensor
+        self._cuts: defaultdict[Address, list[Cut]] = defaultdict(list)
+        for cut in removal.cuts:
+            self._cuts[cut.address].append(cut)
+        self._experts = Counter(address.tensor for address in self._cuts if address.expert is not None)
+
+    def __str__(self) -> str:
+        return f"{self.source} without some {self.removal.structure.units}"
+
+    @property
+    def where(self) -> Mapping[str, object]:
+        """The file (or model) of each tensor."""
+        return {name: self.source.where[old] for name, old in self.old.items()}
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Dtype and shape of each tensor; places in files are the source's."""
+        return {name: self._entry(old, self.source.entries[old]) for name, old in self.old.items()}
+
+    def _entry(self, name: str, entry: Entry) -> Entry:
+        experts = self._experts[name]
+        shape = list(entry.shape)
+        for cut in self._cuts.get(Address(name, 0 if experts else None), ()):
+            shape[cut.dim + bool(experts)] = sum(cut.layout) * self.removal.sets[cut.units].stay
+        return entry._replace(shape=shape)
+
+    @property
+    def config(self) -> Any:
+        """The configuration with the new numbers of units."""
+        return changed(self.source.config, self.removal.changes)
+
+    @property
+    def config_name(self) -> str:
+        """The configuration's name in messages."""
+        changes = ", ".join(f"{field}={value}" for field, value in self.removal.changes.items())
+        return f"{self.source.config_name} with {changes}"
+
+    def read(self, address: Address) -> Tensor:
+        """Return the tensor, or the expert's part of it, without the units that go."""
+        old = self.old[address.tensor]
+        whole = self._cuts.get(Address(old), [])  # of an expert's part: some experts of the tensor go
+        if address.expert is not None:
+            kept = [self._kept(cut) for cut in whole]
+            expert = int(kept[0][address.expert]) if kept else address.expert
+            return self._cut(self._read(Address(old, expert)), self._cuts.get(Address(old, expert), []))
+        if experts := self._experts[old]:
+            return torch.stack([self.read(Address(address.tensor, expert)) for expert in range(experts)])
+        return self._cut(self._read(Address(old)), whole)
+
+    def _cut(self, tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:
+        """Return one of the source's tensors without the units that go."""
+        for cut in cuts:
+            tensor = tensor.index_select(cut.dim, self._kept(cut).to(tensor.device))
+        return tensor
+
+    def _kept(self, cut: Cut) -> Int[Tensor, " stay"]:
+        """Return the places of a cut's dimension that stay."""
+        return self.removal.along(cut, self.removal.stays).nonzero()[:, 0]
+
+    @property
+    def removed(self) -> float:
+        """The share of the stored weights that goes."""
+        left, every = (sum(torch.Size(x.shape).numel() for x in one.entries.values()) for one in (self, self.source))
+        return 1 - left / every
+
+
+def changed(config: Any, fields: Mapping[str, Any]) -> Any:
+    """Return a configuration with other values in some fields of its text part."""
+    content, inside = config.to_dict(), text_key(config)
+    (content[inside] if inside else content).update(fields)
+    return type(config).from_dict(content)
+
+
+# --- the probe ---
+
+
+@torch.no_grad()
+def probe(source: Source, removal: Removal) -> str:
+    """Return how a smaller model differs from the full model without the units that go; "" if the two agree.
+
+    Some random tokens run through blocks of both in float32: one of each kind, or all if blocks go. One of the models
+    is in memory at a time.
+    """
+    try:
+        full = _in_float32(source)
+        vocabulary = full.model.get_input_embeddings().weight.shape[0]
+        row = Row(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
+        hidden = full.embed(row)
+        full.calls(row)  # it runs the first block now; later it may be in use
+        where = full.weights.blocks_name
+        by_block = where in removal.whole
+        old = dict(enumerate(removal.order(where, len(full.blocks))))
+        wanted = []
+        for new in old if by_block else full.one_of_each_kind:
+            with full.block(old[new], then=-1):
+                dense = hidden if by_block else full.run(old[new], hidden, row)  # with the units
+                with _without_units(full, old[new], removal):
+                    wanted.append((new, hidden, dense, full.run(old[new], hidden, row)))
+            hidden = wanted[-1][-1] if by_block else hidden
+        del full
+        gc.collect()
+        small = _in_float32(Smaller(source, removal))
+        small.calls(row)
+        for block, hidden, dense, masked in wanted:
+            with small.block(block, then=-1):
+                found = small.run(block, hidden, row)
+            off, effect, size = (float(torch.linalg.vector_norm(x)) for x in (found - masked, masked - dense, dense))
+            if not off <= removal.close * max(effect, 1e-4 * size):
+                return f"its block {block} computes something else without them ({off:.2g})"
+    except (UserError, RuntimeError, ValueError, IndexError) as error:
+        return f"a smaller model does not run ({' '.join(str(error).split())[:200]})"
+    return ""
+
+
+def _in_float32(source: Source) -> Decoder:
+    return Decoder(source, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def _without_units(model: Decoder, block: int, removal: Removal) -> Iterator[None]:
+    """Keep a loaded block from using units that go: readers read zeros, and routers never choose experts that go.
+
+    Readers read zeros until the block is unloaded.
+    """
+    own = set()  # experts share a parameter, which is copied once
+    for name, linear in model.linears(block).items():
+        if name in removal.readers:
+            along = removal.along(cut := removal.readers[name], removal.stays)
+            if (linear.module, linear.leaf) not in own:
+                own.add((linear.module, linear.leaf))
+                set_parameter(linear.module, linear.leaf, linear.module.get_parameter(linear.leaf).clone())
+            linear.weight.mul_(along[:, None] if cut.dim == 0 else along)
+    with _Unchoosable(model.model, removal) if removal.routers else contextlib.nullcontext():
+        yield
+
+
+class _Unchoosable(TorchFunctionMode):
+    """Sets the logits of experts that go to −∞ in a loaded model, and what routers add to their scores."""
+
+    def __init__(self, model: nn.Module, removal: Removal) -> None:
+        super().__init__()
+        self.routers: dict[int, Tensor] = {}  # the experts that go, by the address of a router's weight
+        self.added: list[tuple[nn.Module, str, Tensor, Tensor]] = []  # with its value, and the experts that go
+        state = model.state_dict(keep_vars=True)
+        for name in removal.routers:
+            tensor = state[name]
+            mixture = max((x for x in removal.stays if name.startswith(f"{x}.")), key=len)
+            gone = ~removal.stays[mixture]
+            if tensor.is_meta:  # of a block that is not loaded
+                continue
+            if min(tensor.shape) > 1 and tensor.dim() == 2:
+                self.routers[tensor.data_ptr()] = gone
+            else:
+                owner, _, leaf = name.rpartition(".")
+                self.added.append((model.get_submodule(owner), leaf, tensor, gone))
+
+    def __enter__(self) -> Any:
+        """Replace what routers add to scores."""
+        for module, leaf, before, gone in self.added:
+            _set(module, leaf, before.masked_fill(gone, -torch.inf))
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        """Put it back."""
+        super().__exit__(*error)
+        for module, leaf, before, _ in self.added:
+            _set(module, leaf, before)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if len(args) >= 2 and function.__name__ in PRODUCTS:
+            for weight in args[:2]:
+                gone = self.routers.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
+                if gone is not None and made.shape[-1:] == gone.shape:
+                    return made.masked_fill(gone, -torch.inf)
+        return made
+
+
+def _set(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    if leaf in module._parameters:
+        set_parameter(module, leaf, tensor)
+    else:
+        setattr(module, leaf, tensor)
