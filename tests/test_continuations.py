@@ -11,11 +11,10 @@ import torch
 from test_stages import fetch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wanda_dvc.engine.continuations import TOKENS, continuations
+from wanda_dvc.engine.continuations import continuations
 from wanda_dvc.errors import UserError
 from wanda_dvc.report.measures import Measured, repeated_share
-from wanda_dvc.stages.continuations import read_prompts
-from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.stages.zero_shot import CONTINUED, read_prompts, zero_shot
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import FILES, PROMPTS
@@ -29,15 +28,15 @@ def greedy(folder: Path, prompt: str, end: int = 2) -> list[int]:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(prompt)["input_ids"]
     start = len(tokens)
-    while len(tokens) < start + TOKENS and (len(tokens) == start or tokens[-1] != end):
+    while len(tokens) < start + CONTINUED and (len(tokens) == start or tokens[-1] != end):
         with torch.no_grad():
             tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
     return tokens[start:]
 
 
 def written(folder: Path, *prompts: str) -> list[list[int]]:
-    found = continuations(folder, prompts, dtype=torch.float32, device=CPU, source="prompts.txt")
-    return [one.tokens for one in found]
+    found = continuations(folder, prompts, tokens=CONTINUED, dtype=torch.float32, device=CPU, source="prompts.txt")
+    return [one["tokens"] for one in found]
 
 
 def test_each_token_is_the_likeliest_one(tiny: Path):
@@ -94,7 +93,7 @@ def test_a_model_that_does_not_fit_in_memory_is_skipped_and_said(
 ):
     made = fetch(project(tasks__names=[]), "model")
     with monkeypatch.context() as small:
-        small.setattr("wanda_dvc.stages.continuations.free_memory", lambda _: 10**8)
+        small.setattr("wanda_dvc.stages.zero_shot.free_memory", lambda _: 10**8)
         zero_shot(project=made, model="dense")
     skipped = "the model needs 0.1 GB of memory, and 0.1 GB were free"
     assert load_json(made.details("dense", "continuations"))["skipped"] == skipped

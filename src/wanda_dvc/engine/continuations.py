@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -10,23 +10,14 @@ from wanda_dvc.engine.config import positions_of
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError
 
-TOKENS = 40  # of a continuation, at most
 
-
-class Continuation(NamedTuple):
-    """A model's continuation of a prompt."""
-
-    tokens: list[int]  # with the token that ends a text, if the model chose it
-    text: str
-
-
-def continuations(
-    folder: Path, prompts: Sequence[str], *, dtype: torch.dtype, device: torch.device, source: str
-) -> list[Continuation]:
-    """Continue each prompt by the likeliest token, up to `TOKENS` times; each prompt runs alone, without padding.
+def continuations(  # noqa: PLR0913 - the model, and how it continues
+    folder: Path, prompts: Sequence[str], *, tokens: int, dtype: torch.dtype, device: torch.device, source: str
+) -> list[dict[str, Any]]:
+    """Continue each prompt by the likeliest token, up to `tokens` times; each prompt runs alone, without padding.
 
     Of the model's own settings for generation only the end of a text counts: a penalty for repetitions would hide them.
-    `source` names the prompts' file in messages.
+    `source` names the prompts' file in messages. Return each `text` and its `tokens`, with the one that ends a text.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -35,17 +26,16 @@ def continuations(
     ends = model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=TOKENS, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
+        do_sample=False, max_new_tokens=tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
     )
     positions, found = positions_of(model.config), []
     for number, prompt in enumerate(prompts, start=1):
         asked = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"]], device=device)
-        if positions is not None and asked.shape[1] + TOKENS > positions:
+        if positions is not None and asked.shape[1] + tokens > positions:
             raise UserError(
-                f"{source}: prompt {number}: {asked.shape[1]} tokens, expected at most {positions - TOKENS}: the model "
+                f"{source}: prompt {number}: {asked.shape[1]} tokens, expected at most {positions - tokens}: the model "
                 f"has {positions} positions; shorten the prompt"
             )
-        written = model.generate(asked, attention_mask=torch.ones_like(asked))
-        tokens = written[0, asked.shape[1] :].tolist()
-        found.append(Continuation(tokens, tokenizer.decode(tokens, skip_special_tokens=True)))
+        written = model.generate(asked, attention_mask=torch.ones_like(asked))[0, asked.shape[1] :].tolist()
+        found.append({"text": tokenizer.decode(written, skip_special_tokens=True), "tokens": written})
     return found

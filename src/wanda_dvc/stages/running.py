@@ -35,15 +35,12 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def timed(project: Project, stage: Stage, part: str | None = None, text: str | None = None) -> Iterator[None]:
-    """Keep the time of a run, its machine, and its peak memory.
-
-    The seconds include the `earlier` seconds of runs with reused results, reported by the stage.
-    """
+    """Keep the time of a run, its machine, and its peak memory."""
     _details.clear()
     began = time.perf_counter()
     with AnonymousMemory() as memory:
         yield
-    content: Json = {"seconds": round(time.perf_counter() - began + _details.pop("earlier", 0), 2)}
+    content: Json = {"seconds": round(time.perf_counter() - began, 2)}
     if memory.peak:  # some systems do not say
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
     content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(project.params.runtime)} | _details

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 from wanda_dvc.engine.flips import ANSWERS, of_items
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import EMBEDDED_ITEMS
-from wanda_dvc.reading import DIVERGED
-from wanda_dvc.stages import STAGES, continuations
+from wanda_dvc.reading import DIVERGED, is_there, read_text
+from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
-from wanda_dvc.stages.running import progress, record_details
+from wanda_dvc.stages.running import device_name, free_memory, own_device, progress
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.project import ITEMS, Project, Work
 from wanda_dvc.study.protocol import dense_of, differing
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
+from wanda_dvc.study.scaffold import FILES, PROMPTS
 
 METRICS = ("acc", "acc_norm")  # reported metrics of the tasks
+CONTINUED = 40  # tokens of a continuation, at most
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.runner import Step
@@ -29,28 +30,20 @@ if TYPE_CHECKING:
 def zero_shot(*, project: Project, model: str) -> None:
     """models/{dense,pruned} + data/tasks → metrics/{dense,pruned}/zero_shot.json, and continuations of prompts."""
     measured = check_ready(project, model)
-    protocols = {task: _protocol(project, model, measured, task) for task in project.params.tasks.names}
-    answered = {
-        task: _kept(project, f"{model}-{task}", protocol, partial(_ask, project, model, task, protocol))
-        for task, protocol in protocols.items()
-    }
-    protocol = continuations.protocol(project, model, measured)
-    written = _kept(
-        project,
-        f"{model}-continuations",
-        protocol,
-        lambda _: {"details": {"protocol": protocol} | continuations.continued(project, model)},
-    )
-    record_details({"earlier": sum(one.get("seconds", 0) for one in (*answered.values(), written))})
-    write_json(project.details(model, "continuations"), written["details"])
+    answered: dict[str, Json] = {}
+    for task in project.params.tasks.names:
+        protocol = _protocol(project, model, measured, task)
+        answered[task] = _kept(project, f"{model}-{task}", protocol, partial(_ask, project, model, task, protocol))
+        say_not_finite(f"zero-shot {model} {task}", answered[task]["details"].get("not_finite"))
+    protocol = _protocol_of_prompts(project, model, measured)
+    written = _kept(project, f"{model}-continuations", protocol, partial(_continue, project, model, protocol))
     details = {task: one["details"] for task, one in answered.items()}
-    for task, one in details.items():
-        say_not_finite(f"zero-shot {model} {task}", one.get("not_finite"))
-    plotted = ([task, item["item"], item.get("acc", "")] for task, one in details.items() for item in one["items"])
+    changed = _flips(project, details) if model != "dense" else {}
+    plotted = [[task, item["item"], item["acc"]] for task, one in details.items() for item in one["items"]]
+    write_json(project.details(model, "continuations"), written["details"])
     write_json(project.details(model, "zero_shot"), {"tasks": details})
     write_csv(project.plots(f"{model}/zero_shot"), ["task", "item", "acc"], plotted)
     # Only numbers to compare: `dvc metrics diff` prints every number in here.
-    changed = _flips(project, details) if model != "dense" else {}
     metrics = {task: one["metrics"] | changed.get(task, {}) for task, one in answered.items()}
     write_json(project.metrics(model, "zero_shot"), metrics)
 
@@ -100,7 +93,7 @@ def _protocol(project: Project, model: str, measured: Json, task: str) -> Json:
 def _kept(project: Project, run: str, protocol: Json, make: Callable[[Work], Json]) -> Json:
     """Return the results of a model on a task or on the prompts: `details`, and `metrics` of a task.
 
-    Reuses the results of an earlier run with this protocol, with its `seconds`; else runs the model and keeps results.
+    Reuses the results of an earlier run with this protocol; else runs the model and keeps the results.
     """
     path = project.answers / f"{run}-{digest(protocol)[:32]}.json"
     with project.work(protocol) as work:
@@ -108,10 +101,9 @@ def _kept(project: Project, run: str, protocol: Json, make: Callable[[Work], Jso
         with contextlib.suppress(UserError):  # a damaged file is written again
             answered = load_json(path)
         if answered.get("details", {}).get("protocol") != protocol:
-            began = time.perf_counter()
             answered = make(work)
             if "skipped" not in answered["details"]:  # another time there may be more memory
-                write_json(path, answered | {"seconds": round(time.perf_counter() - began, 2)})
+                write_json(path, answered)
         work.forget()
     return answered
 
@@ -170,3 +162,51 @@ def _answer(sample: dict[str, Any], choices_of: Callable[[Any], list[str]]) -> d
         each = [value / len(choice) for value, choice in zip(values, choices_of(sample["doc"]), strict=True)]
         content["answer_norm"] = max(range(len(each)), key=each.__getitem__)
     return content | {"gold": sample["target"]} | {metric: sample[metric] for metric in METRICS if metric in sample}
+
+
+# --- continuations of prompts ---
+
+
+def read_prompts(project: Project) -> list[str]:
+    """Return the prompts of a study's prompts.txt, one a line; without the file, those of a new study."""
+    path = project.root / PROMPTS
+    text = read_text(path) if is_there(path) else FILES[PROMPTS].read_text(encoding="utf-8")
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _protocol_of_prompts(project: Project, model: str, measured: Json) -> Json:
+    """Return the inputs that determine the continuations. `measured` is the model's provenance."""
+    return describe(
+        "continuations",
+        version=STAGES["zero-shot"].version,
+        libraries=("torch", "transformers"),
+        model=digest(measured),
+        dense=dense_of(model, measured),
+        tokenizer_sha256=tokenizer_digest(project.model(model)),
+        prompts_sha256=digest(read_prompts(project)),
+        tokens=CONTINUED,
+        dtype=project.params.dtype,
+    )
+
+
+def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
+    """Return each prompt's continuation by a model; or the reason to skip them, if the memory is too small."""
+    import torch
+
+    from wanda_dvc.engine.continuations import continuations
+    from wanda_dvc.engine.windows import load_tokenizer, tokenize
+    from wanda_dvc.stages.needs import continuing, known
+
+    folder, params, prompts = project.model(model), project.params, read_prompts(project)
+    tokenizer = load_tokenizer(folder)
+    longest = max((len(tokenize(prompt, tokenizer)) for prompt in prompts), default=0)
+    needed = continuing(known(project, model), longest + CONTINUED)
+    if needed > (free := free_memory(device_name(params.runtime))):
+        skipped = f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB were free"
+        again = f"`dvc repro --force --single-item zero-shot@{model}` writes them when there is more"
+        notice(f"zero-shot {model}: no continuations: {skipped}; {again}")
+        return {"details": {"protocol": protocol, "skipped": skipped}}
+    dtype, device = getattr(torch, params.dtype), own_device(params.runtime)
+    written = continuations(folder, prompts, tokens=CONTINUED, dtype=dtype, device=device, source=PROMPTS)
+    pairs = zip(prompts, written, strict=True)
+    return {"details": {"protocol": protocol, "prompts": [{"prompt": one} | found for one, found in pairs]}}
