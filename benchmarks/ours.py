@@ -38,6 +38,8 @@ def _last(folder: Path, *words: str) -> dict[str, Any]:
 
 def windows(folder: Path, part: str) -> Any:
     """Return the windows [windows, length] that a project draws from the text of `calibration` or `perplexity`."""
+    import torch
+
     from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
     from wanda_dvc.stages.inputs import calibration_windows
 
@@ -47,7 +49,7 @@ def windows(folder: Path, part: str) -> Any:
     wanted = project.params.perplexity
     tokens = tokenize(project.text(f"{part}/{wanted.first}"), load_tokenizer(project.model("dense")))
     asked = wanted.windows if isinstance(wanted.windows, int) else None
-    return cut(tokens, length=wanted.length, windows=asked).numpy()
+    return torch.stack(cut(tokens, length=wanted.length, windows=asked)).numpy()
 
 
 def multiply(a: Any, b: Any) -> Any:

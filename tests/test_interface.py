@@ -81,7 +81,7 @@ class Pair:
         calibrate(project=self.project)
         self.tokens = calibration_windows(self.project)
         text = tokenize(self.project.text("perplexity/embedded"), load_tokenizer(self.source))
-        self.text = cut(text, length=64, windows=3)
+        self.text = torch.stack(cut(text, length=64, windows=3))
         self.stats = wd.calibrate(self.load(), self.tokens, statistics="gradients", **self.words)
 
     @property

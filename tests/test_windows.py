@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, shared
 
-from wanda_dvc.engine.windows import cut, draw, left_over, load_tokenizer, tokenize
+from wanda_dvc.engine.windows import cut, draw, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 
 
@@ -26,22 +26,24 @@ def test_draw_leaves_the_global_generator_alone():
 
 def test_cut_takes_whole_windows_in_order():
     windows = cut(torch.arange(25), length=10, windows=None)
-    assert windows.tolist() == [list(range(10)), list(range(10, 20))]
-    assert cut(torch.arange(25), length=10, windows=1).tolist() == [list(range(10))]
+    assert [window.tolist() for window in windows] == [list(range(10)), list(range(10, 20))]
+    assert [window.tolist() for window in cut(torch.arange(25), length=10, windows=1)] == [list(range(10))]
 
 
-def test_what_is_left_over_has_a_token_to_predict():
-    rest = left_over(torch.arange(23), length=10)
-    assert rest is not None
-    assert rest.tolist() == [20, 21, 22]
-    assert (left_over(torch.arange(21), length=10), left_over(torch.arange(20), length=10)) == (None, None)
+@pytest.mark.parametrize(("tokens", "lengths"), [(23, [10, 10, 3]), (21, [10, 10]), (20, [10, 10]), (7, [7]), (2, [2])])
+def test_all_tokens_make_a_shorter_last_window_that_has_a_token_to_predict(tokens: int, lengths: list[int]):
+    windows = cut(torch.arange(tokens), length=10, windows=None, all_tokens=True)
+    assert list(map(len, windows)) == lengths
+    assert torch.cat(windows).tolist() == list(range(sum(lengths)))
 
 
 def test_too_short_a_text_says_how_short():
     with pytest.raises(UserError, match=r"10 tokens, expected more than 10 \(calibration.length\)"):
         draw(torch.arange(10), samples=1, length=10, seed=0)
-    with pytest.raises(UserError, match="25 tokens make 2 windows of 10, expected 3 or more"):
-        cut(torch.arange(25), length=10, windows=3)
+    with pytest.raises(UserError, match="perplexity.texts.a: 25 tokens, expected 3 windows of 10 or more"):
+        cut(torch.arange(25), length=10, windows=3, name="perplexity.texts.a")
+    with pytest.raises(UserError, match="the text: 1 tokens, expected 2 tokens or more"):
+        cut(torch.arange(1), length=10, windows=None, all_tokens=True)
 
 
 def test_windows_are_those_of_the_reference():
@@ -62,6 +64,6 @@ def test_windows_are_those_of_the_reference():
     reference = load_file(folder / "reference/windows.safetensors")
     test = tokenize(text("test", "\n\n"), tokenizer)
     assert (len(test), len(cut(test, length=2048, windows=None))) == (304986, 148)
-    assert torch.equal(cut(test, length=2048, windows=16), reference["evaluation"].long())
+    assert torch.equal(torch.stack(cut(test, length=2048, windows=16)), reference["evaluation"].long())
     drawn = draw(tokenize(text("validation", " "), tokenizer), samples=32, length=2048, seed=0)
     assert torch.equal(drawn, reference["calibration"].long())

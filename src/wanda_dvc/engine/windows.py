@@ -91,19 +91,27 @@ def draw_from_documents(
     return torch.stack(windows)
 
 
-def cut(tokens: Int[Tensor, " tokens"], *, length: int, windows: int | None) -> Int[Tensor, "windows length"]:
-    """Cut the text into consecutive windows without overlap, at most `windows`; the rest is dropped."""
+def cut(
+    tokens: Int[Tensor, " tokens"],
+    *,
+    length: int,
+    windows: int | None,
+    all_tokens: bool = False,
+    name: str = "the text",
+) -> list[Int[Tensor, " length"]]:
+    """Cut a text into consecutive windows without overlap: `windows` of them, or all, and drop the rest.
+
+    With `all_tokens` the tokens after the last complete window are a shorter one, if they are at least two: the first
+    predicts nothing. UserError, with the name of the text, if it has too few tokens.
+    """
     complete = len(tokens) // length
-    if complete < (windows or 1):
+    found = list(tokens[: (windows or complete) * length].split(length)) if complete >= (windows or 1) else []
+    rest = tokens[complete * length :]
+    if all_tokens and len(rest) >= 2:
+        found.append(rest)
+    if not found:
+        wanted = "2 tokens" if all_tokens else f"{windows or 1} windows of {length}"
         raise UserError(
-            f"perplexity text: {len(tokens)} tokens make {complete} windows of {length}, expected {windows or 1} or "
-            "more; take a longer text, fewer or shorter windows"
+            f"{name}: {len(tokens)} tokens, expected {wanted} or more; take a longer text, fewer or shorter windows"
         )
-    count = windows or complete
-    return tokens[: count * length].view(count, length)
-
-
-def left_over(tokens: Int[Tensor, " tokens"], *, length: int) -> Int[Tensor, " rest"] | None:
-    """Return the tokens after the last window of `cut`, if at least two are left (the first predicts nothing)."""
-    rest = tokens[len(tokens) // length * length :]
-    return rest if len(rest) >= 2 else None
+    return found

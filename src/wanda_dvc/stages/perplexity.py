@@ -16,9 +16,9 @@ from wanda_dvc.engine.divergence import (
     measure_windows,
     summarize,
 )
-from wanda_dvc.engine.rows import Row, as_rows
+from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.runner import Runner
-from wanda_dvc.engine.windows import cut, left_over, load_tokenizer, tokenize
+from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import ALL
 from wanda_dvc.reading import DIVERGED
@@ -108,20 +108,26 @@ def windows_of(project: Project, model: Path, text: str) -> tuple[list[Row], Jso
     source = read_provenance(project.data(f"perplexity/{text}"), "download perplexity")
     tokens = tokenize(project.text(f"perplexity/{text}"), load_tokenizer(model))
     length, count = project.params.perplexity.length, project.params.perplexity.windows
-    windows = cut(tokens, length=length, windows=count if isinstance(count, int) else None)
-    rest = left_over(tokens, length=length) if count == ALL else None
+    windows = cut(
+        tokens,
+        length=length,
+        windows=count if isinstance(count, int) else None,
+        all_tokens=count == ALL,
+        name=f"perplexity.texts.{text}",
+    )
+    rest = len(windows[-1]) if len(windows[-1]) < length else None
     described = {
         "text": {key: source[key] for key in ("source", "join", "sha256")},
         "tokens": len(tokens),
         "tokens_sha256": digest(tokens.tolist()),
-        "windows": len(windows),
-        "length": windows.shape[1],
-        "rest": "dropped" if rest is None else len(rest),
+        "windows": len(windows) - (rest is not None),
+        "length": length,
+        "rest": rest or "dropped",
         "formula": "exp(mean over windows of the mean loss of its length − 1 predictions)"
         if rest is None
         else "exp(total loss of all predictions / their number); a window's first token is not predicted",
     }
-    return as_rows(windows) if rest is None else [*as_rows(windows), Row(rest)], described
+    return [Row(window) for window in windows], described
 
 
 def _reference(project: Project, text: str, protocol: Json, dense: str) -> Json:
