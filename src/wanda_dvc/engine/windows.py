@@ -98,7 +98,7 @@ def cut(
     windows: int | None,
     all_tokens: bool = False,
     name: str = "the text",
-) -> list[Int[Tensor, " length"]]:
+) -> list[Int[Tensor, " _"]]:
     """Cut a text into consecutive windows without overlap: `windows` of them, or all, and drop the rest.
 
     With `all_tokens` the tokens after the last complete window are a shorter one, if they are at least two: the first
