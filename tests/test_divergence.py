@@ -16,7 +16,7 @@ from test_stages import fetch, tree
 
 from wanda_dvc.engine import divergence
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.divergence import Divergence, Reference, measure, summarize
+from wanda_dvc.engine.divergence import Divergence, Reference, measure, summarize, sums_by_doubling
 from wanda_dvc.engine.intervals import mean_interval
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.errors import UserError
@@ -107,6 +107,13 @@ def test_the_draw_follows_the_tail(models: tuple[Path, Path], monkeypatch: pytes
         counts = dense.drawn[row].long().bincount(minlength=260)
         assert bool(((counts - expected[row]).abs() < 1.01).all())
         assert dense.drawn_log_p[row].tolist() == pytest.approx(p[row, dense.drawn[row].long()].tolist(), abs=1e-4)
+
+
+def test_sums_by_doubling_are_the_cumulative_sums():
+    """They take the place of CUDA's cumsum, which is not deterministic."""
+    for length in (1, 2, 63, 64, 1000):
+        p = torch.rand(3, length, generator=torch.Generator().manual_seed(length))
+        torch.testing.assert_close(sums_by_doubling(p), p.double().cumsum(-1), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize(("top", "drawn"), [(64, 64), (3, 2), (260, 64)])
@@ -220,7 +227,7 @@ def test_nothing_removed_is_no_divergence(project: Make):
     assert found["perplexity"] == load_json(made.metrics("dense", "perplexity/embedded"))["perplexity"]
 
 
-@pytest.mark.parametrize(("model", "finished"), [("dense", 4), ("pruned", 0), ("pruned", 2), ("pruned", 4)])
+@pytest.mark.parametrize(("model", "finished"), [("dense", 2), ("dense", 4), ("pruned", 2), ("pruned", 4)])
 def test_a_killed_run_ends_with_the_same_bytes(
     project: Make, monkeypatch: pytest.MonkeyPatch, model: str, finished: int
 ):
