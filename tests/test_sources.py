@@ -22,7 +22,6 @@ from transformers import BertConfig, T5Config
 
 from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import name_of
 from wanda_dvc.stages import PARTS
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import SOURCES, download
@@ -453,15 +452,6 @@ def test_texts_come_from_the_hub_at_a_commit(
     assert found["source"] == "/".join(part for part in (name, config) if part) + ", validation"
 
 
-@pytest.mark.parametrize("odd", [None, 0, [], {}])
-def test_a_row_of_the_hub_that_is_no_text_is_told(project: Make, data, odd: object):
-    data("org/prose", "good", "validation", [{"body": "one"}, {"body": odd}])
-    wanted = {"source": "org/prose:good", "split": "validation", "column": "body"}
-    made = project(**{f"calibration__text__{name}": value for name, value in wanted.items()})
-    with pytest.raises(UserError, match=f"column `body` holds {name_of(odd)}, expected text"):
-        download(project=made, part="calibration")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -589,5 +579,5 @@ def test_tasks_that_cannot_be_had_are_all_named(project: Make, hub: Hub):
     with pytest.raises(UserError) as caught:
         download(project=project(tasks__source="benchmark", tasks__names=["piqa", "rte"]), part="tasks")
     first, second = caught.value.problems
-    assert first.startswith("params.yaml: tasks.names: piqa: found no public data set baber/piqa;")
-    assert second.startswith("params.yaml: tasks.names: rte: found no public data set nyu-mll/glue")
+    assert first.startswith("params.yaml: tasks.names: piqa: baber/piqa: RepositoryNotFoundError: ")
+    assert second.startswith("params.yaml: tasks.names: rte: nyu-mll/glue: RepositoryNotFoundError: ")

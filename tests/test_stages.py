@@ -293,7 +293,7 @@ def test_propagation_pruned_is_the_papers_procedure(project: Make, tiny: Path, m
 def test_statistics_cut_in_another_way_are_refused(project: Make):
     made = fetch(project())
     calibrate(project=made)
-    with pytest.raises(UserError, match=r"stats/: measured with .*'samples': 3.* expected .*'samples': 4"):
+    with pytest.raises(UserError, match=r"stats/: measured with .*'windows': 3.* expected .*'windows': 4"):
         mask(project=project(calibration__windows=4))
 
 
