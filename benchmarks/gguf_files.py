@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.machine import cores
+from wanda_dvc.results.evaluate import evaluate
 from wanda_dvc.study.project import Project
-from wanda_dvc.views.evaluate import evaluate
 
 FORMATS = ("BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 EMBEDDINGS = dict.fromkeys(FORMATS[2:], "Q8_0")  # of tied embeddings llama.cpp keeps 6 bits, which `gguf` cannot

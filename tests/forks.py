@@ -38,7 +38,7 @@ IMPORTED = [
     "wanda_dvc.stages.perplexity",
     "wanda_dvc.stages.zero_shot",
     "wanda_dvc.views.doctor",
-    "wanda_dvc.views.experiments",
+    "wanda_dvc.results.listing",
     "wanda_dvc.views.stats",
     "transformers.models.llama.modeling_llama",
     "transformers.models.llama.tokenization_llama",

@@ -17,9 +17,9 @@ from repository import Repository, command_environment
 from test_crashes import outputs
 
 from wanda_dvc.report import report
+from wanda_dvc.results.listing import experiments
 from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
-from wanda_dvc.views.experiments import experiments
 
 KILLS = int(os.environ.get("WANDA_DVC_KILLS", "2"))  # seeds; 30 take ten minutes on two cores
 SEEDS = (1, 2)  # of calibration: the settings that alternate

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wanda_dvc.engine.continuations import continuations
 from wanda_dvc.errors import UserError
 from wanda_dvc.report.measures import Measured, repeated_share
+from wanda_dvc.results.show import show
 from wanda_dvc.stages.zero_shot import CONTINUED, read_prompts, zero_shot
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import FILES, PROMPTS
-from wanda_dvc.views.show import show
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from wanda_dvc.engine.divergence import Divergence, Reference, measure, summariz
 from wanda_dvc.engine.intervals import mean_interval
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.errors import UserError
-from wanda_dvc.report.inference import perplexity as perplexity_interval
+from wanda_dvc.results.inference import perplexity as perplexity_interval
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.mask import mask

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,13 +20,13 @@ from test_stages import prune, tree
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.export.build import export
-from wanda_dvc.report.measures import Measured
+from wanda_dvc.results.evaluate import _take_rope, evaluate
+from wanda_dvc.results.measures import Results, figures
+from wanda_dvc.results.show import show
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.project import Project
-from wanda_dvc.views.evaluate import _take_rope, evaluate
-from wanda_dvc.views.show import show
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -72,35 +71,38 @@ def study(measured: Project, tmp_path: Path) -> Project:
 def evaluated(study: Project, *paths: Path) -> Iterator[Any]:
     """The records of some paths, without the dense model's."""
     dense, *others = json.loads(evaluate(project=study, paths=paths, as_json=True))
-    expected = {"embedded": {"perplexity": Measured.of(study, "dense").perplexity}}
-    assert (dense["model"], dense["texts"]) == ("dense", expected)
+    assert (dense["model"], dense["results"]) == ("dense", figures(Results.of(study, "dense")))
     yield from others
 
 
 def test_a_directory_has_the_stages_figures(study: Project):
+    folder = study.model("pruned")
     before = tree(study.root)
-    (first,) = evaluated(study, study.model("pruned"))
+    (found,) = evaluated(study, folder)
     left = {path: content for path, content in tree(study.root).items() if not path.startswith(".dvc/")}
     assert left == {path: content for path, content in before.items() if not path.startswith(".dvc/")}
-    own, dense = Measured.of(study, "pruned"), Measured.of(study, "dense")
-    flips = own.flips(dense, "piqa")
-    assert flips
-    assert first["texts"] == {"embedded": {"perplexity": own.perplexity, **own.divergence}}
-    assert first["accuracy"] == own.accuracies["piqa"]
-    assert first["flips"] == {"piqa": flips._asdict()}
-    assert first["continuations"] == [list_of(one._asdict()) for one in own.continued(dense)]
-
-
-def list_of(content: dict[str, Any]) -> Any:
-    return json.loads(json.dumps(content))
+    own = figures(Results.of(study, "pruned", dense=Results.of(study, "dense")))
+    assert found["results"] == {name: value for name, value in own.items() if name not in ("sparsity", "layer_error")}
+    assert found["tests"][0]["measure"] == "perplexity"
 
 
 def test_the_dense_model_differs_in_nothing_from_itself(study: Project):
     (own,) = evaluated(study, study.model("dense"))
-    on_text = own["texts"]["embedded"]
-    assert (on_text["divergence"]["mean"], on_text["top1_agreement"]["mean"]) == (0, 1)
-    assert on_text["perplexity"] == Measured.of(study, "dense").perplexity
-    assert list(own["flips"]["piqa"].values())[1:4] == [0, 0, 0]
+    on_text = {name: own["results"][name]["embedded"]["value"] for name in ("divergence", "top1_agreement")}
+    assert on_text == {"divergence": 0, "top1_agreement": 1}
+    assert own["results"]["perplexity"] == figures(Results.of(study, "dense"))["perplexity"]
+    assert {test["value"] for test in own["tests"]} <= {0, 1}
+
+
+def test_messages_name_the_path_that_the_user_gave(study: Project, tmp_path: Path):
+    """Bug 16: they named a copy in the work folder."""
+    other = shutil.copytree(study.model("dense"), tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {"max_position_embeddings": 8}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as raised:
+        evaluate(project=study, paths=[other])
+    assert str(other) in str(raised.value)
+    assert "wanda-dvc/" not in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
@@ -114,9 +116,8 @@ def test_a_gguf_file_is_the_directory_of_its_dequantized_weights(study: Project,
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     own, same = evaluated(study, file, folder)
     assert own["bytes"] == file.stat().st_size
-    assert (own["texts"]["embedded"]["divergence"]["mean"] > 0) == (kind != "F32")
-    apart = {"model", "bytes"}
-    assert {k: v for k, v in own.items() if k not in apart} == {k: v for k, v in same.items() if k not in apart}
+    assert (own["results"]["divergence"]["embedded"]["value"] > 0) == (kind != "F32")
+    assert own["results"] == same["results"]
 
 
 def write_unknown_quantization(path: Path) -> None:
@@ -171,13 +172,6 @@ def test_a_gguf_file_has_the_dense_models_rotary_scaling(study: Project, tmp_pat
     assert json.loads((tmp_path / "config.json").read_text())["rope_parameters"] == scaling
 
 
-def test_accuracies_over_other_items_are_not_compared(study: Project, tmp_path: Path):
-    path = study.root / "params.yaml"
-    path.write_text(path.read_text().replace("  limit: 4", "  limit: 2"))
-    with pytest.raises(UserError, match="zero-shot: piqa: the dense model answered other items.*; run `dvc repro`"):
-        evaluate(project=study, paths=[study.model("pruned")])
-
-
 def test_a_model_that_is_not_finite_has_diverged(study: Project, tmp_path: Path):
     """Its answers are meaningless: a comparison with NaN chooses the first."""
     folder = shutil.copytree(study.model("dense"), tmp_path / "nan")
@@ -185,67 +179,36 @@ def test_a_model_that_is_not_finite_has_diverged(study: Project, tmp_path: Path)
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     (found,) = evaluated(study, folder)
-    assert found["texts"]["embedded"]["perplexity"] == found["accuracy"] == "diverged"
-    assert found["accuracies"] == found["flips"] == {}
+    assert found["results"]["perplexity"]["embedded"] == "diverged"
+    assert found["results"]["mean_acc"] == found["results"]["acc"]["piqa"] == "diverged"
+    assert found["tests"] == []
 
 
-def test_show_says_which_results_are_of_another_model(study: Project):
+def test_show_leaves_out_results_of_another_model(study: Project):
     """As after `mask` and `apply` by hand, which no dvc.lock knows."""
-    assert "measured on another" not in show(project=study)
-    path = study.model("pruned") / "provenance.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"masks": "other"}))
-    said = "perplexity, piqa: measured on another models/pruned than the one here; run `dvc repro`."
-    assert said in show(project=study)
+    assert "another models" not in show(project=study)
+    path = study.details("pruned", "perplexity/embedded")
+    details = json.loads(path.read_text())
+    details["protocol"]["model"] = "another"
+    path.write_text(json.dumps(details))
+    said = show(project=study)
+    assert "measured on another models/pruned than the one here: perplexity/embedded; run `dvc repro`." in said
+    assert "top-1 agreement" not in said
 
 
-def test_no_figure_of_another_experiment_is_shown_or_on_the_card(study: Project, tmp_path: Path):
-    """As after `git checkout` without `dvc checkout`: git has the metrics, DVC the masks and the details."""
-    for name, changes in (("perplexity/embedded", {"perplexity": 7654.25}), ("zero_shot", {"piqa": {"acc": 0.9876}})):
-        path = study.metrics("pruned", name)
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-        said = show(project=study)
-        assert f"metrics/pruned/{name}.json: of another run than metrics/details; run `dvc checkout`." in said
-        export(project=study, experiment=None, target=tmp_path / name)
-        for page in (said, (tmp_path / name / "README.md").read_text(encoding="utf-8")):
-            assert not re.search(r"7,654|98\.8", page)
+def test_no_figure_of_another_experiment_is_on_the_card(study: Project, tmp_path: Path):
     answers = json.loads(study.details("pruned", "zero_shot").read_text())
     answers["tasks"]["piqa"]["protocol"]["model"] = "another"
     study.details("pruned", "zero_shot").write_text(json.dumps(answers))
-    export(project=study, experiment=None, target=tmp_path / "of-another-model")
-    assert "piqa" not in (tmp_path / "of-another-model/README.md").read_text(encoding="utf-8").partition("Reproduce")[0]
-
-
-def test_answers_to_other_prompts_are_not_compared(study: Project):
-    """lm-eval's prompts change with its version."""
-    answers = json.loads(study.details("pruned", "zero_shot").read_text())
-    answers["tasks"]["piqa"]["protocol"]["libraries"]["lm_eval"] = "0.4.99"
-    study.details("pruned", "zero_shot").write_text(json.dumps(answers))
-    said = show(project=study)
-    assert "changed answers" not in said
-    named, note, _ = said.partition("`dvc repro` measures both models on the same windows and items")
-    assert note
-    assert "piqa" in named.splitlines()[-1]
-
-
-@pytest.mark.parametrize("key", ["model", "dtype"])
-def test_answers_of_another_dense_model_are_not_compared(study: Project, key: str):
-    answers = json.loads(study.details("dense", "zero_shot").read_text())
-    answers["tasks"]["piqa"]["protocol"][key] = "another"
-    study.details("dense", "zero_shot").write_text(json.dumps(answers))
-    with pytest.raises(UserError, match=f"piqa: answers of another {key}, .*run `dvc repro` or `wanda-dvc zero-shot d"):
-        evaluate(project=study, paths=[study.model("pruned")])
+    export(project=study, experiment=None, target=tmp_path / "exported")
+    results = (tmp_path / "exported/README.md").read_text(encoding="utf-8").partition("Reproduce")[0]
+    (row,) = [line for line in results.splitlines() if line.startswith("| piqa, acc, %")]
+    assert row.split("|")[3].strip() == "–"
 
 
 def test_without_the_dense_models_results_it_says_what_to_run(study: Project):
-    study.details("dense", "zero_shot").unlink()
-    with pytest.raises(
-        UserError, match="no answers of the dense model to piqa, .*; run `dvc repro` or `wanda-dvc zero"
-    ):
-        evaluate(project=study, paths=[study.model("pruned")])
-    shutil.rmtree(study.reference("embedded"))
-    with pytest.raises(
-        UserError, match="reference/embedded/provenance.json: .*run `dvc repro` or `wanda-dvc perplexity dense`"
-    ):
+    study.metrics("dense", "zero_shot").unlink()
+    with pytest.raises(UserError, match="metrics/dense: no results of the dense model on all texts and tasks"):
         evaluate(project=study, paths=[study.model("pruned")])
 
 
@@ -262,7 +225,7 @@ def test_the_command_prints_a_table_and_ends_with_2_for_a_missing_path(study: Pr
     done = wanda_dvc("evaluate", "models/pruned", cwd=study.root)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["dense", "models/pruned"]
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["dense", "models/pruned"]
     missing = wanda_dvc("evaluate", "nowhere", cwd=study.root)
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
     assert "nowhere: missing, expected" in missing.stderr

@@ -14,12 +14,13 @@ from test_report import write_results
 
 import wanda_dvc as wd
 from wanda_dvc.errors import UserError
-from wanda_dvc.study.experiments import Experiment, Kind, _metrics, _settings
+from wanda_dvc.results import listing
+from wanda_dvc.results.listing import experiments
+from wanda_dvc.results.show import show
+from wanda_dvc.results.states import Kind, State, _metrics, _settings
+from wanda_dvc.study import dvc
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.ran import load_lock
-from wanda_dvc.views import experiments as listing
-from wanda_dvc.views.experiments import experiments
-from wanda_dvc.views.show import show
+from wanda_dvc.study.runs import Runs
 
 pytestmark = pytest.mark.pipeline
 
@@ -41,7 +42,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     return repository
 
 
-def listed(repository: Repository) -> dict[str, dict[str, object]]:
+def listed(repository: Repository) -> dict[str, dict[str, Any]]:
     records = json.loads(experiments(project=Project(repository.root), as_json=True))
     return {record.pop("name"): record for record in records}
 
@@ -63,10 +64,10 @@ def test_each_experiment_has_its_state_and_only_its_own_numbers(repository: Repo
         "broken": {"pattern": "1:4"},
         "waiting": {"sparsity": 0.3},
     }
-    own = {name for name, record in found.items() if record["texts"]}
-    assert own == {"workspace", "main", "middling"}
-    assert own == {name for name, record in found.items() if record["accuracy"] is not None}
-    assert found["middling"]["texts"] != found["main"]["texts"] == found["workspace"]["texts"]
+    values: dict[str, Any] = {name: record["results"]["pruned"] for name, record in found.items()}
+    assert {name for name, one in values.items() if one} == {"workspace", "main", "middling"}
+    assert {name for name, one in values.items() if "mean_acc" in one} == {"workspace", "main", "middling"}
+    assert values["middling"] != values["main"] == values["workspace"]
     shown = json.loads(repository.run("dvc", "exp", "show", "--json", "--all-commits"))
     theirs = [one for state in shown for one in state["experiments"] or [] if one["name"] == "broken"]
     assert theirs[0]["revs"][0]["data"]["metrics"]["metrics/pruned/perplexity/embedded.json"]["data"]  # the branch's
@@ -81,7 +82,8 @@ def test_a_workspaces_figure_is_the_one_that_dvc_lock_names(repository: Reposito
         found = listed(repository)["workspace"]
     finally:
         path.write_bytes(before)
-    assert (found["texts"], found["stale"]) == ({}, True)
+    assert found["stale"]
+    assert "perplexity" not in found["results"]["pruned"]
 
 
 def test_results_are_flat_records_with_the_same_keys(repository: Repository):
@@ -99,9 +101,9 @@ def test_results_are_flat_records_with_the_same_keys(repository: Repository):
     )
     shown = listed(repository)
     for name, record in found.items():
-        texts: Any = shown[name]["texts"]
-        assert record["pruned.perplexity.embedded"] == texts.get("embedded", {}).get("perplexity")
-        assert (record["pruned.zero_shot.piqa.acc"] is None) == (shown[name]["accuracy"] is None)
+        pruned = shown[name]["results"]["pruned"]
+        assert record["pruned.perplexity.embedded"] == pruned.get("perplexity", {}).get("embedded", {}).get("value")
+        assert (record["pruned.acc.piqa"] is None) == ("acc" not in pruned)
         assert record["sparsity"] == (0.3 if name == "waiting" else 0.5)
         assert record["calibration.windows"] > 0
     assert found["middling"]["method"] == "magnitude"
@@ -148,16 +150,9 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
     before = path.read_text(encoding="utf-8")
     try:
         path.write_text(before.replace("sparsity: 0.5", "sparsity: 0.9"), encoding="utf-8")
-        assert listed(repository)["workspace"] == {
-            "state": "workspace",
-            "change": {"sparsity": 0.9},
-            "texts": {},
-            "accuracy": None,
-            "flips": {},
-            "removed_parameters": None,
-            "warnings": [],
-            "stale": True,
-        }
+        results = {"dense": {}, "pruned": {}}
+        expected = {"state": "workspace", "change": {"sparsity": 0.9}, "stale": True, "results": results}
+        assert listed(repository)["workspace"] == expected
         said = experiments(project=Project(repository.root))
     finally:
         path.write_text(before, encoding="utf-8")
@@ -165,19 +160,35 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
     assert "sparsity=0.9" in said
 
 
-def test_a_smaller_model_has_a_column_for_its_parameters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_measure_that_no_experiment_has_is_no_column(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     path = "metrics/pruned/sparsity.json"
-    metrics: dict[str, Any] = {path: {"sparsity": 0.2, "removed_parameters": 0.123}}
-    stages = {"apply": {"outs": [{"path": path}]}}
-    small = Experiment("small", "rev", Kind.EXPERIMENT, "success", {}, {}, metrics, stages)
-    plain = small._replace(name="plain", metrics={}, stages={})
-    monkeypatch.setattr(listing, "list_experiments", lambda *_, **__: [small, plain])
-    monkeypatch.setattr(listing, "stale_stages", lambda *_: set())
+    runs = Runs({"apply": {"outs": [{"path": path}]}})
+    metrics = {path: {"sparsity": 0.2, "removed_parameters": 0.123}}
+    small = State("small", "rev", Kind.EXPERIMENT, "success", {}, {}, metrics, runs)
+    plain = small._replace(name="plain", metrics={})
+    monkeypatch.setattr(listing, "list_states", lambda _: [small, plain])
     said = experiments(project=Project(tmp_path))
-    assert "| parameters removed, %" in said
-    assert [line.split("|")[-2].strip() for line in said.splitlines()[2:4]] == ["12.3", "–"]
-    monkeypatch.setattr(listing, "list_experiments", lambda *_, **__: [plain])
+    assert [line.split("|")[-2].strip() for line in said.splitlines()] == [
+        "parameters removed, %", "-----------------------", "12.3", "–",
+    ]  # fmt: skip
+    monkeypatch.setattr(listing, "list_states", lambda _: [plain])
     assert "removed" not in experiments(project=Project(tmp_path))
+
+
+def test_experiments_stand_side_by_side_with_paired_tests(repository: Repository):
+    said = show(project=Project(repository.root), names=["main", "middling"])
+    header = next(line for line in said.splitlines() if line.startswith("|"))
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == [
+        "", "dense", "main", "middling", "middling against main",
+    ]  # fmt: skip
+    row = next(line for line in said.splitlines() if line.startswith("| perplexity "))
+    assert "2.718 × " in row
+    assert row.rstrip(" |").endswith("*")
+    assert "main: /models/tiny: wanda, sparsity 0.5, pattern unstructured, group row" in said
+    found = json.loads(show(project=Project(repository.root), names=["middling"], as_json=True))
+    assert found["tests"]["middling"][0]["measure"] == "perplexity"
+    with pytest.raises(UserError, match="nothing: no experiment, commit, branch or tag of that name"):
+        show(project=Project(repository.root), names=["nothing"])
 
 
 def test_the_command_prints_a_row_an_experiment(repository: Repository):
@@ -197,21 +208,16 @@ def test_a_study_below_the_root_of_its_repository_reads_its_own_files():
     assert _metrics(state, "a/").keys() == {"metrics/x.json"}
 
 
-@pytest.mark.parametrize("text", ["<<<<<<< HEAD\nschema: '2.0'\n=======\n", "[1]", "stages: [1]"])
-def test_a_lock_that_is_none_is_said(text: str):
-    with pytest.raises(UserError, match=r"^dvc.lock: .* expected what DVC writes; resolve the conflict"):
-        load_lock(text)
-
-
 def test_what_a_commit_says_is_read_once(repository: Repository, monkeypatch: pytest.MonkeyPatch):
     kept, before = Project(repository.root).locks, listed(repository)
     read: list[str] = []
+    text_at = dvc.text_at
 
-    def reading(text: str) -> dict[str, object]:
-        read.append(text)
-        return load_lock(text)
+    def reading(root: Path, repo: object, rev: str, name: str) -> str | None:
+        read.append(rev)
+        return text_at(root, repo, rev, name)
 
-    monkeypatch.setattr("wanda_dvc.study.experiments.load_lock", reading)
+    monkeypatch.setattr("wanda_dvc.study.dvc.text_at", reading)
     assert listed(repository) == before
     assert not read
     for damaged in ("", "[]", '{"dvc.lock": []}', kept.read_text(encoding="utf-8")[:-9]):

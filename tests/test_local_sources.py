@@ -10,10 +10,10 @@ from repository import Repository, ran
 
 from wanda_dvc.engine.checkpoint import INDEX
 from wanda_dvc.errors import UserError
+from wanda_dvc.results.show import show
 from wanda_dvc.sources.models import MODEL_FILES
 from wanda_dvc.stages.locate import locate
 from wanda_dvc.study.local import missing_sources
-from wanda_dvc.views.show import show
 
 UP_TO_CALIBRATE = {"locate", "download@model", "download@calibration", "calibrate"}
 

@@ -29,6 +29,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.plan import TRAINING
 from wanda_dvc.pruning import solvers
+from wanda_dvc.results.show import show
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.inputs import calibration_windows, open_decoder
@@ -36,7 +37,6 @@ from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import block_count, read_fisher, read_grams, read_masks, read_stats, read_weights
-from wanda_dvc.views.show import show
 from wanda_dvc.views.stats import stats
 
 Make = Callable[..., Project]

@@ -26,7 +26,7 @@ from wanda_dvc.catalog import methods
 from wanda_dvc.engine import flips
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
-from wanda_dvc.report import inference, report
+from wanda_dvc.report import report
 from wanda_dvc.report.chapters import content, published
 from wanda_dvc.report.chapters.structure import by_block, stored_bytes
 from wanda_dvc.report.charts import Point, accuracies, curves, svg
@@ -34,6 +34,7 @@ from wanda_dvc.report.comparisons import paired_mean
 from wanda_dvc.report.pages import Content, Picture, as_html, as_markdown, heading, table, write
 from wanda_dvc.report.rows import Collected, Note, Row, identity
 from wanda_dvc.report.section import Section, differences, sections
+from wanda_dvc.results import inference
 from wanda_dvc.study.files import write_csv, write_json
 from wanda_dvc.study.local import sources
 from wanda_dvc.study.markup import inline

@@ -30,6 +30,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
 from wanda_dvc.pruning.choose import choose_block
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
+from wanda_dvc.results.show import show
 from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.stages import PARTS, STAGES, running, times
 from wanda_dvc.stages.apply import apply
@@ -44,7 +45,6 @@ from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import file_digest, tokenizer_digest
 from wanda_dvc.study.tensors import read_masks, read_stats, write_masks
-from wanda_dvc.views import show as results
 from wanda_dvc.views import stats
 
 Make = Callable[..., Project]
@@ -704,7 +704,7 @@ def test_a_perplexity_that_overflows_has_diverged(project: Make, losses: list[fl
     assert from_losses(losses, [63] * len(losses)) == "diverged"
     made = fetch(project(), "model")
     write_json(made.metrics("pruned", "perplexity/embedded"), {"perplexity": "diverged"})
-    assert "diverged" in results.show(project=made)
+    assert "diverged" in show(project=made)
 
 
 def name_no_tokens(folder: Path) -> None:
@@ -807,8 +807,8 @@ def test_a_single_item_has_no_standard_error(project: Make):
     download(project=made, part="tasks")
     zero_shot(project=made, model="dense")
     assert load_json(made.details("dense", "zero_shot"))["tasks"]["piqa"]["standard_errors"] == {}
-    (row,) = [line for line in results.show(project=made).splitlines() if line.startswith("| embedded questions")]
-    assert "±" not in row
+    (row,) = [line for line in show(project=made).splitlines() if line.startswith("| piqa, acc, %")]
+    assert "to" in row
 
 
 # --- results ---
@@ -816,14 +816,15 @@ def test_a_single_item_has_no_standard_error(project: Make):
 
 def test_show_says_whose_model_is_in_the_workspace(project: Make):
     made = prune(fetch(project(), "model", "calibration"))
-    assert "another experiment" not in results.show(project=made)
+    assert "another experiment" not in show(project=made)
     changed = project(sparsity=0.7)
-    assert "params.yaml has sparsity=0.7, which has not run" in results.show(project=changed)
+    assert "masks/ were made with other settings: sparsity=0.5; run `dvc repro`." in show(project=changed)
     mask(project=changed)  # as `dvc exp apply` leaves it: these masks, that model
-    shown = results.show(project=changed)
-    assert "models/pruned belongs to another experiment (wanda, sparsity 0.5, pattern unstructured)" in shown
+    shown = show(project=changed)
+    assert "models/pruned belongs to another experiment than masks/" in shown
+    assert "other settings" not in shown
     apply(project=changed)
-    assert "another experiment" not in results.show(project=changed)
+    assert "another experiment" not in show(project=changed)
 
 
 def test_stats_are_a_summary_of_the_norms(project: Make):

@@ -30,6 +30,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 Text = Annotated[
     str | None, typer.Argument(metavar="TEXT", help="For perplexity: one of `perplexity.texts`; by default all.")
 ]
+Experiments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[NAME]...", help="Experiments, branches, tags or commits.", autocompletion=completion.experiments
+    ),
+]
 Version = Annotated[
     int | None, typer.Option("--version", help="For dvc.yaml: fail if this wanda-dvc has another version of the stage.")
 ]
@@ -139,19 +145,19 @@ for _stage in STAGES.values():
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
-def show(as_json: AsJson = False) -> None:
-    """Show the last results: dense and pruned."""
+def show(names: Experiments = None, as_json: AsJson = False) -> None:
+    """Show the last results, dense and pruned; or those of experiments side by side, with paired tests."""
+    from wanda_dvc.results.show import show as table
     from wanda_dvc.study.project import Project
-    from wanda_dvc.views.show import show as table
 
-    typer.echo(table(project=Project.find(), as_json=as_json))
+    typer.echo(table(project=Project.find(), names=names or [], as_json=as_json))
 
 
 @app.command("list", rich_help_panel=RESULT_PANEL)
 def list_experiments(as_json: AsJson = False) -> None:
-    """List the experiments: state, change of settings, perplexity, divergence and mean accuracy."""
+    """List the experiments: state, change of settings, and the measures of the pruned models."""
+    from wanda_dvc.results.listing import experiments
     from wanda_dvc.study.project import Project
-    from wanda_dvc.views.experiments import experiments
 
     typer.echo(experiments(project=Project.find(), as_json=as_json))
 
@@ -214,8 +220,8 @@ def evaluate(
     _prepare("evaluate")
     import torch
 
+    from wanda_dvc.results.evaluate import evaluate as measure
     from wanda_dvc.stages.running import stoppable
-    from wanda_dvc.views.evaluate import evaluate as measure
 
     torch.set_num_threads(cores())
     with stoppable("evaluate"):

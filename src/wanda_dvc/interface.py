@@ -439,16 +439,15 @@ class Study:
         """Return the study's experiments, branches, tags and workspace, a flat record each.
 
         All records have the same keys: `experiment`, `commit` (None: the workspace), `state` (`success`, `failed`,
-        `queued`, `running`, …), every setting by its dotted name, such as `calibration.windows`, and every figure by
-        the model and its name: `dense.perplexity.embedded`, by text, `pruned.perplexity.embedded`,
-        `pruned.perplexity.embedded.divergence.mean`, `pruned.perplexity.embedded.top1_agreement.mean`,
-        `pruned.sparsity`, `pruned.zero_shot.piqa.acc`. None means not measured with these settings; a diverged
-        perplexity is infinity.
+        `queued`, `running`, …), every setting by its dotted name, such as `calibration.windows`, and every measure by
+        the model, its name, and its text or task: `dense.perplexity.embedded`, `pruned.perplexity.embedded`,
+        `pruned.divergence.embedded`, `pruned.top1_agreement.embedded`, `pruned.acc.piqa`, `pruned.mean_acc`,
+        `pruned.sparsity`. None means not measured with these settings; a diverged value is infinity.
 
         Raises:
             UserError: There is no git or DVC repository, or DVC cannot list its experiments.
         """
-        from wanda_dvc.views.experiments import results
+        from wanda_dvc.results.listing import results
 
         return results(self._project)
 

@@ -4,23 +4,19 @@ The experiment's files are copied from DVC's cache and git into the work folder.
 """
 
 import os
-import shutil
 from pathlib import Path
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.card import results
 from wanda_dvc.plan import Plan
 from wanda_dvc.reading import check_place
-from wanda_dvc.stages import MODELS
+from wanda_dvc.results.card import sections
+from wanda_dvc.results.experiments import at, made_with_others, workspace
 from wanda_dvc.stages.apply import describe_pruned, prune
 from wanda_dvc.study.card import STORAGE, card
-from wanda_dvc.study.details import is_of
 from wanda_dvc.study.dvc import Revision
-from wanda_dvc.study.files import Json, load_json, write_json
 from wanda_dvc.study.project import TRACKED, Project, temporary_place
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
-from wanda_dvc.study.ran import LOCK, Ran
-from wanda_dvc.views.show import staleness
+from wanda_dvc.study.runs import LOCK, Runs
 
 
 def export(*, project: Project, experiment: str | None, target: Path) -> str:
@@ -35,31 +31,33 @@ def export(*, project: Project, experiment: str | None, target: Path) -> str:
         study = Project(work.path / "study")
         study.root.mkdir(parents=True)
         if experiment is None:
+            found = workspace(project)
             _take_workspace(project, study)
         else:
+            found = at(project, experiment, study.root)
             _take_experiment(project, study, experiment)
-        ran = Ran.of(study if experiment else project)
-        _check_current(ran, experiment or "the workspace")
-        study = study.with_params(ran.params)
+        _check_current(Runs.read(study.root), experiment or "the workspace")
+        found.study = study = study.with_params(found.params)
+        if others := made_with_others(found):
+            raise UserError(f"{experiment or 'the workspace'}: {others[0].removesuffix('.')}")
         made_from = describe_pruned(study)
         written = prune(study, work.out)
         write_provenance(work.out, made_from)
-        _drop_metrics_of_others(study, made_from)
-        write_json(study.metrics("pruned", "sparsity"), written.metrics)
-        sections = results(study, ran.outdated)
+        found.dense.keep_of(digest(read_provenance(study.model("dense"), "download model")))
+        found.pruned.keep_of(digest(made_from))
+        found.pruned.metrics["sparsity"] = written.metrics
         text = card(
             study,
             written.metrics["sparsity"],
             removed=written.metrics.get("removed_parameters"),
             storage=STORAGE if written.removed is None else "",
-            results=sections,
+            results=sections(found),
         )
         (work.out / "README.md").write_text(text, encoding="utf-8")
         work.publish(target)
-    said = f"{target}: the pruned model of {experiment or 'the workspace'}; the model card is README.md"
-    if ran.unmet:
-        said += f"\nThe model and the model card are of the last run. {staleness(ran)}"
-    return said
+    return "\n".join(
+        [f"{target}: the pruned model of {experiment or 'the workspace'}, with a model card", *found.notes]
+    )
 
 
 def _check_target(project: Project, target: Path) -> None:
@@ -77,10 +75,10 @@ def _check_target(project: Project, target: Path) -> None:
         )
 
 
-def _check_current(ran: Ran, what: str) -> None:
+def _check_current(runs: Runs, what: str) -> None:
     """Raise UserError if the inputs of the masks have changed: no settings describe these masks."""
-    if "mask" in ran.outdated:
-        before = ", ".join(name for name in ran.outdated if name.startswith(("calibrate", "mask")))
+    if "mask" in runs.stale:
+        before = ", ".join(name for name in runs.stale if name.startswith(("calibrate", "mask")))
         raise UserError(
             f"{what}: dvc.lock: the inputs of {before} changed after the run, expected masks of the current model and "
             "statistics; run `dvc repro`"
@@ -94,12 +92,10 @@ def _take_workspace(project: Project, study: Project) -> None:
     read_provenance(project.masks, "mask")
     read_provenance(project.model("dense"), "download model")
     study.link_to(project, ("models/dense", "masks", "stats", "weights"), ("params.yaml", LOCK))
-    if (project.root / "metrics").is_dir():
-        shutil.copytree(project.root / "metrics", study.root / "metrics")
 
 
 def _take_experiment(project: Project, study: Project, experiment: str) -> None:
-    """Take an experiment out of git and the cache."""
+    """Take the files that `apply` reads out of git and the cache."""
     revision = Revision.open(project.root, experiment, otherwise="without --rev, the workspace is exported")
 
     def take(part: str, what: str) -> None:
@@ -109,17 +105,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
                 f"it from a remote that has it, `dvc exp apply {experiment}` and `dvc exp run` compute it again"
             )
 
-    if not revision.copy_all("params.yaml", study.root):
-        raise UserError(f"{experiment}: no params.yaml, expected an experiment of this study")
-    revision.copy_all(LOCK, study.root)
     take("masks", "its masks are")
-    try:
-        study.params  # noqa: B018 - reads it
-    except UserError as error:
-        raise UserError(
-            f"{experiment}: its settings are not those of this version ({error.problems[0]}); export it with the "
-            "wanda-dvc that made it"
-        ) from None
     made = read_provenance(study.masks, "mask")
     plan = Plan.read(made["params"])
     parts = {"weights": ["weights"], "gram": ["stats/gram"]}.get(plan.weights_come_from or "", [])
@@ -134,17 +120,3 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
         study.model("dense").symlink_to(here)
     else:
         take("models/dense", f"its dense model ({wanted['source']}) is")
-    for model in MODELS:
-        revision.copy_all(f"metrics/{model}", study.root)
-        revision.copy_all(f"metrics/details/{model}", study.root)
-
-
-def _drop_metrics_of_others(study: Project, made_from: Json) -> None:
-    """Drop a workspace's leftover metrics of another experiment. The details record the experiment of each."""
-    dense = read_provenance(study.model("dense"), "download model")
-    for model, whose in zip(MODELS, (digest(dense), digest(made_from)), strict=True):
-        details = study.root / "metrics/details"
-        for path in (details / model).rglob("*.json"):
-            if not is_of(load_json(path), whose):
-                (study.root / "metrics" / path.relative_to(details)).unlink(missing_ok=True)
-                path.unlink()

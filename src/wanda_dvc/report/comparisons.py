@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from wanda_dvc.engine.flips import Disagreement, mcnemar
-from wanda_dvc.report import inference
-from wanda_dvc.report.inference import Estimate
 from wanda_dvc.report.measures import Measured
 from wanda_dvc.report.rows import Row
+from wanda_dvc.results import inference
+from wanda_dvc.results.inference import Estimate
 
 ALPHA = 0.05
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.report.inference import Estimate
+from wanda_dvc.results.inference import Estimate
 
 DASH = "–"  # not measured, or not comparable
 

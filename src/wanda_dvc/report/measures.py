@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from wanda_dvc.engine.flips import Flips, of_items, total_flips
 from wanda_dvc.reading import DIVERGED
-from wanda_dvc.report import inference
-from wanda_dvc.report.inference import Estimate
+from wanda_dvc.results import inference
+from wanda_dvc.results.inference import Estimate
 from wanda_dvc.study.details import load_measured
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.project import Project

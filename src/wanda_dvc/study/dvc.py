@@ -93,7 +93,9 @@ class Revision:
         with repository(root, otherwise) as repo:
             around = repo.root_dir
         try:
-            return cls(name, DVCFileSystem(around, rev=name), below(root, around))
+            files = DVCFileSystem(around, rev=name)
+            files.repo.get_rev()  # an unknown name fails here, and not at the first file
+            return cls(name, files, below(root, around))
         except SCMError as error:
             if "mbiguous" in str(error):
                 raise UserError(f"{name}: {error}, expected one; name its commit (`dvc exp show --sha`)") from None

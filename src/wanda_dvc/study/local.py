@@ -14,7 +14,7 @@ from wanda_dvc.params import Params
 from wanda_dvc.study.dvc import is_as_locked, is_cached
 from wanda_dvc.study.files import link_file, write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.ran import read_lock, settings_of
+from wanda_dvc.study.runs import Runs, listed
 from wanda_dvc.study.settings import flatten
 
 
@@ -74,7 +74,7 @@ def take_from_the_study(project: Project, part: str, target: Path) -> bool:
     if not root or Path(root).resolve() == project.repository.resolve() or is_cached(project.root, stage):
         return False
     study = Project(Path(root) / project.root.absolute().relative_to(project.repository))
-    made = settings_of(read_lock(study.root).get(stage, {}))
+    made = dict(flatten(listed(Runs.read(study.root).stages.get(stage, {}))))
     asked = dict(flatten(project.params.model_dump(mode="json")))
     if not made or not made.items() <= asked.items() or part in local_sources(project.params):
         return False

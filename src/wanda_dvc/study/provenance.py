@@ -15,6 +15,7 @@ from wanda_dvc.reading import is_there, read_object
 from wanda_dvc.study.files import Json, write_json
 
 PROVENANCE = "provenance.json"
+INSTEAD = {"apply": "evaluate"}  # `evaluate` measures another model in the place of a pruned one
 MADE_BY = {"dense": "download model", "pruned": "apply"}  # the command behind each model
 TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")  # its files
 
@@ -42,7 +43,7 @@ def read_provenance(artifact: Path, made_by: str) -> Json:
     if not is_there(path):
         raise UserError(f"{path}: missing; run `dvc repro` or `wanda-dvc {made_by}` first")
     content = read_object(path, todo)
-    if content.get("made_by") != made_by:
+    if content.get("made_by") not in (made_by, INSTEAD.get(made_by)):
         raise UserError(f"{path}: made by {content.get('made_by')}, expected {made_by}; {todo}")
     return content
 

@@ -5,8 +5,8 @@ from wanda_dvc.report.formatting import setting
 from wanda_dvc.report.pages import Content, bullets, fenced, table
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import OF_PRUNING, Section
+from wanda_dvc.results.card import how_to_repeat
 from wanda_dvc.study.markup import code, inline
-from wanda_dvc.study.repeat import how_to_repeat
 
 
 def content(section: Section) -> Content:

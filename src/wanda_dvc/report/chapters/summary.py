@@ -2,10 +2,10 @@
 
 from wanda_dvc.report.comparisons import Comparison, beyond_noise
 from wanda_dvc.report.formatting import factor, percent, signed
-from wanda_dvc.report.inference import Estimate
 from wanda_dvc.report.measures import mean_layer_error
 from wanda_dvc.report.pages import Content, bullets
 from wanda_dvc.report.section import Section
+from wanda_dvc.results.inference import Estimate
 
 
 def content(section: Section) -> Content:

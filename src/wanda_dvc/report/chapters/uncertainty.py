@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from wanda_dvc.report import inference
 from wanda_dvc.report.comparisons import ALPHA, Comparison, beyond_noise
 from wanda_dvc.report.formatting import DASH, factor, interval, percent, signed
-from wanda_dvc.report.inference import Estimate
 from wanda_dvc.report.pages import Content, table
 from wanda_dvc.report.section import Section
+from wanda_dvc.results import inference
+from wanda_dvc.results.inference import Estimate
 from wanda_dvc.study.markup import inline, number
 
 

@@ -1,7 +1,7 @@
 """The chapter on zero-shot accuracy: by task, and as a share of the dense model's."""
 
 from wanda_dvc.engine.flips import ANSWERS, Flips
-from wanda_dvc.report import charts, inference
+from wanda_dvc.report import charts
 from wanda_dvc.report.charts import Point
 from wanda_dvc.report.comparisons import beyond_noise
 from wanda_dvc.report.formatting import DASH, percent
@@ -9,6 +9,7 @@ from wanda_dvc.report.measures import Measured
 from wanda_dvc.report.pages import Content, Picture, table
 from wanda_dvc.report.rows import Row
 from wanda_dvc.report.section import Section
+from wanda_dvc.results import inference
 from wanda_dvc.study.markup import inline
 
 

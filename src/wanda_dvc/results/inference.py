@@ -1,4 +1,4 @@
-"""Intervals and paired tests: pure functions of losses and answers. They load scipy, which is an extra, at first use.
+"""Intervals and paired tests: pure functions of losses and answers.
 
 Windows and items count as independent. Windows of one text are slightly dependent, so the interval of a single
 perplexity is somewhat too narrow. A paired ratio is less affected, because both models read the same windows.
@@ -6,20 +6,29 @@ perplexity is somewhat too narrow. A paired ratio is less affected, because both
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
 from wanda_dvc.engine.intervals import LEVEL, mean_interval
 
+ALPHA = 0.05  # p-values below it are beyond noise
+NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
+
 
 class Estimate(NamedTuple):
     """A value with its two-sided interval at `LEVEL`; a difference also has the p-value of no difference."""
 
     value: float
-    low: float
-    high: float
+    low: float = math.nan  # not known
+    high: float = math.nan
     p: float = math.nan
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """The two ends of the interval, if known."""
+        return None if math.isnan(self.low) else (self.low, self.high)
 
     def within(self, low: float, high: float) -> "Estimate":
         """Return the estimate with its interval cut to possible values; the coverage does not change."""
@@ -48,11 +57,11 @@ def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequenc
 
 def accuracy(right: Sequence[bool]) -> Estimate:
     """Return the fraction of correct answers, with Wilson's interval (Wilson 1927)."""
-    from scipy import stats
-
-    test = stats.binomtest(sum(right), len(right))
-    interval = test.proportion_ci(LEVEL, method="wilson")
-    return Estimate(test.statistic, interval.low, interval.high)
+    count, share = len(right), sum(right) / len(right)
+    spread = NORMAL**2 / count
+    middle = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return Estimate(share, (middle - half) / (1 + spread), (middle + half) / (1 + spread)).within(0, 1)
 
 
 def mean_of_tasks(tasks: Sequence[Sequence[float]]) -> Estimate | None:
@@ -102,10 +111,10 @@ def _mean(values: "np.ndarray", weights: "np.ndarray") -> Estimate | None:
 
 
 def _student(value: float, error: float, freedom: float) -> Estimate:
-    from scipy import stats
+    from scipy.special import stdtr, stdtrit
 
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
-    return Estimate(value, value - half, value + half, float(2 * stats.t.sf(abs(value) / error, freedom)))
+    half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
+    return Estimate(value, value - half, value + half, float(2 * stdtr(freedom, -abs(value) / error)))
 
 
 def _exp(x: float) -> float:

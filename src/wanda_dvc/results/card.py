@@ -1,4 +1,4 @@
-"""The commands that run an experiment again."""
+"""The results of a pruned model and the commands that repeat it, as sections of its model card."""
 
 import json
 import re
@@ -7,13 +7,43 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.params import Params
+from wanda_dvc.results.compare import side_by_side
+from wanda_dvc.results.experiments import Experiment
+from wanda_dvc.results.measures import continued
+from wanda_dvc.results.show import not_compared, notes
+from wanda_dvc.study.card import table
 from wanda_dvc.study.local import sources
-from wanda_dvc.study.markup import code
+from wanda_dvc.study.markup import code, inline
+from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.settings import flatten, preset_names, read_preset
+
+REPRODUCE = """\
+With wanda-dvc {version}, in a new study:
+
+```
+{commands}
+```
+{by_hand}"""
+
+
+def sections(experiment: Experiment) -> dict[str, str]:
+    """Return the sections on the results of an experiment, by their titles."""
+    models = {"dense": experiment.dense, "pruned": experiment.pruned}
+    headers, rows = side_by_side(models, base="dense")
+    said = [*experiment.notes, *not_compared(experiment.pruned, experiment.dense), *notes(experiment.params, models)]
+    found = {"Results": f"{table(headers, rows)}\n\n" + "\n".join(f"- {inline(note)}" for note in said)}
+    if pairs := continued(experiment.pruned, experiment.dense):
+        texts = [[inline(one.prompt), inline(one.dense), inline(one.own), str(one.equal)] for one in pairs]
+        about = "Greedy continuations: the two models' are equal for the given number of tokens."
+        found["Continuations"] = f"{about}\n\n{table(['prompt', 'dense', 'pruned', 'equal tokens'], texts)}"
+    commands, by_hand = how_to_repeat(experiment.params)
+    version = read_provenance(experiment.study.masks, "mask")["wanda_dvc"]
+    found["Reproduce"] = REPRODUCE.format(version=version, commands=commands, by_hand=by_hand).rstrip()
+    return found
 
 
 def how_to_repeat(params: Params) -> tuple[str, str]:
-    """Return the commands that run this experiment again, and the settings to write by hand.
+    """Return the commands that run an experiment again, and the settings to write by hand.
 
     The commands start from the preset with the fewest differences. Paths are local, so only their last part is kept.
     """

@@ -1,0 +1,86 @@
+"""Compares the results of models: who may be compared, and the paired tests of those that may.
+
+One function on protocols, `study.protocol.differing`, says whether values may be compared: the same windows or items,
+dtype, prompts, and versions of the libraries that computed them. `compare` makes the tests of all pairs of a table, and
+adjusts their p-values for the number of tests (Holm):
+
+    tests = compare([(pruned, dense), (other, dense)])
+    tests[0]["perplexity", "embedded"]   # an Estimate: value, low, high, and adjusted p
+    apart(pruned, dense)                 # what may not be compared, with the reason
+"""
+
+import math
+from collections.abc import Sequence
+
+from wanda_dvc.results.inference import Estimate, holm
+from wanda_dvc.results.measures import MEASURES, Measure, Results
+from wanda_dvc.study.protocol import differing
+
+DENSE = "dense"  # the name of the dense model in tables
+Tests = dict[tuple[str, str], Estimate]  # by a measure's name, and the text or task
+
+
+def _both(first: Results, second: Results) -> list[tuple[Measure, str]]:
+    """Return the measures with a paired test that both models have, on each text or task."""
+    tested = [measure for measure in MEASURES if measure.test]
+    return [(one, on) for one in tested for on in one.where(first) if on in one.where(second)]
+
+
+def reason(measure: Measure, first: Results, second: Results, on: str) -> str | None:
+    """Return why two models' values may not be compared: the first key that differs; None if they may."""
+    protocols, others = measure.protocols(first, on), measure.protocols(second, on)
+    if protocols.keys() != others.keys():
+        return "tasks"
+    for name, protocol in protocols.items():
+        other = others[name]
+        if protocol is None or other is None:
+            return "missing details"
+        if key := differing(protocol, other):
+            return key
+    return None
+
+
+def compare(pairs: Sequence[tuple[Results, Results]]) -> list[Tests]:
+    """Return the paired tests of each pair's first model against its second, with p-values adjusted for all tests."""
+    found: list[Tests] = []
+    for first, second in pairs:
+        tests: Tests = {}
+        for measure, on in _both(first, second):
+            test = measure.test(first, second, on) if measure.test and not reason(measure, first, second, on) else None
+            if test:
+                tests[measure.name, on] = test
+        found.append(tests)
+    known = [(tests, key) for tests in found for key, test in tests.items() if not math.isnan(test.p)]
+    for (tests, key), p in zip(known, holm([tests[key].p for tests, key in known]), strict=True):
+        tests[key] = tests[key]._replace(p=p)
+    return found
+
+
+def apart(first: Results, second: Results) -> dict[str, str]:
+    """Return the values of two models that may not be compared: the measure, and the key that differs."""
+    alone = len(first.texts) == 1
+    reasons = {one.heading(on, alone=alone): reason(one, first, second, on) for one, on in _both(first, second)}
+    return {name: key for name, key in reasons.items() if key}
+
+
+def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, tuple[Measure, str]]:
+    """Return the measures that a model has, each on its texts or tasks, by their heading; `brief`: of a short table."""
+    alone = len({text for one in models for text in one.texts}) <= 1
+    shown = [measure for measure in MEASURES if measure.brief or not brief]
+    return {measure.heading(on, alone=alone): (measure, on) for measure in shown for on in measure.where(*models)}
+
+
+def side_by_side(models: dict[str, Results], *, base: str) -> tuple[list[str], list[list[str]]]:
+    """Return the headers and rows of a table: a row for each measure, a column for each model.
+
+    A last column for each model but `base` and the dense one has its paired tests against `base`, if there are any.
+    """
+    others = [name for name in models if name not in (base, DENSE)]
+    tests = dict(zip(others, compare([(models[name], models[base]) for name in others]), strict=True))
+    others = [name for name in others if tests[name]]
+    rows = []
+    for heading, (measure, on) in headings(list(models.values()), brief=False).items():
+        values = [measure.text(measure.read(one, on)) for one in models.values()]
+        found = [measure.test_text(tests[name].get((measure.name, on))) for name in others]
+        rows.append([heading, *values, *found])
+    return ["", *models, *(f"{name} against {base}" for name in others)], rows

@@ -1,0 +1,166 @@
+"""`wanda-dvc evaluate`: other files of a study's model against its dense model: directories of safetensors, GGUF files.
+
+Each model takes the place of models/pruned in a study that links this study's texts, tasks and dense results, and the
+stages `perplexity` and `zero-shot` measure it there.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.results.compare import DENSE, apart, compare, headings
+from wanda_dvc.results.experiments import workspace
+from wanda_dvc.results.measures import Results, figures
+from wanda_dvc.sources.models import GGUF, read_model
+from wanda_dvc.stages.perplexity import perplexity
+from wanda_dvc.stages.zero_shot import zero_shot
+from wanda_dvc.study.files import json_text, load_json, write_json
+from wanda_dvc.study.markup import table
+from wanda_dvc.study.project import ITEMS, Project
+from wanda_dvc.study.provenance import PROVENANCE, TOKENIZER, describe, read_provenance, write_provenance
+from wanda_dvc.study.scaffold import PROMPTS
+
+LINKED = ("plan", "data", "reference", "models/dense", "metrics/dense", "metrics/details/dense")
+
+
+def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) -> str:
+    """Measure models against a study's dense model, on its texts and its tasks, and return a table or JSON.
+
+    Raises:
+        UserError: a path is missing or no model, or its architecture, vocabulary or tokenizer is not the dense model's.
+    """
+    for path in paths:
+        _check(project, path)
+    dense = workspace(project).dense
+    if dense.texts != list(project.params.perplexity.texts) or set(dense.tasks) != set(project.params.tasks.names):
+        raise UserError(
+            "metrics/dense: no results of the dense model on all texts and tasks of params.yaml, expected those that "
+            "others are compared with; run `dvc repro`"
+        )
+    with project.work({"kind": "evaluate", "paths": [str(path.absolute()) for path in paths]}) as work:
+        work.forget()  # of an interrupted run; its finished blocks and answers are elsewhere
+        models, sizes = {DENSE: dense}, [_size(project.model(DENSE))]
+        for place, path in enumerate(paths):
+            models[str(path)] = _measured(project, path, Project(work.path / str(place)), dense)
+            sizes.append(_size(path))
+        said = _as_json(models, sizes) if as_json else _as_table(models, sizes)
+        work.forget()
+    return said
+
+
+def _measured(project: Project, path: Path, study: Project, dense: Results) -> Results:
+    """Run the stages on a model in a new study. Messages name the user's path."""
+    study.root.mkdir(parents=True)
+    study.link_to(project, LINKED, ("params.yaml", PROMPTS))
+    try:
+        _place(project, path, study.model("pruned"))
+        for text in project.params.perplexity.texts:
+            perplexity(project=study, model="pruned", text=text)
+        zero_shot(project=study, model="pruned")
+    except UserError as error:
+        place = str(study.model("pruned"))
+        raise UserError(*(problem.replace(place, str(path)) for problem in error.problems)) from None
+    return Results.of(study, "pruned", dense=dense)
+
+
+# --- models ---
+
+
+def _check(project: Project, path: Path) -> None:
+    """Raise UserError for a missing path or another architecture, before any model runs."""
+    if not path.exists():
+        raise UserError(f"{path}: missing, expected a model's directory or a GGUF file; name one")
+    if (path / "config.json").is_file():
+        _check_alike(project, path, path)
+
+
+def _check_alike(project: Project, folder: Path, path: Path) -> None:
+    """Raise UserError if a configuration has another architecture or vocabulary than the dense model's."""
+    from wanda_dvc.engine.config import read_config
+
+    own, dense = (read_config(place) for place in (folder, project.model(DENSE)))
+    for what, key in (("architecture", "model_type"), ("vocabulary size", "vocab_size")):
+        mine, theirs = (getattr(config.get_text_config(), key, None) for config in (own, dense))
+        if mine != theirs:
+            raise UserError(f"{path}: {what} {mine}, expected {theirs} as in the dense model; name a variant of it")
+
+
+def _place(project: Project, path: Path, folder: Path) -> None:
+    """Put a model into a study as its pruned one.
+
+    Its tokenizer has to be the dense model's, by the token ids of the study's texts. The dense model's own files then
+    replace it, and the names of tokens that end a text.
+    """
+    from wanda_dvc.engine.windows import load_tokenizer
+
+    dense = project.model(DENSE)
+    sha256 = read_model(path, folder)
+    if path.suffix == GGUF:
+        _take_rope(project, folder)
+    _check_alike(project, folder, path)
+    own, its = load_tokenizer(folder), load_tokenizer(dense)
+    for what, text in _texts(project):
+        if own(text, verbose=False)["input_ids"] != its(text, verbose=False)["input_ids"]:
+            raise UserError(
+                f"{path}: its tokenizer gives other token ids for {what}, expected the dense model's, or the two "
+                "models' predictions cannot be compared; name a model with the dense model's tokenizer"
+            )
+    for pattern in (*TOKENIZER, "generation_config.json"):
+        for file in folder.glob(pattern):
+            file.unlink()
+        for file in dense.glob(pattern):
+            (folder / file.name).symlink_to(file.resolve())
+    found = read_provenance(dense, "download model")
+    compared = {"source": found["source"], "sha256": found["sha256"]}
+    write_provenance(folder, describe("evaluate", model=compared, sha256=sha256))
+
+
+def _take_rope(project: Project, folder: Path) -> None:
+    """Take the dense model's scaling of rotary positions, which transformers does not read from a GGUF file."""
+    own, dense = (load_json(place / "config.json") for place in (folder, project.model(DENSE)))
+    if (rope := dense.get("rope_parameters")) and own.get("rope_parameters") != rope:
+        write_json(folder / "config.json", own | {"rope_parameters": rope})
+
+
+def _texts(project: Project) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a study's evaluation with their names."""
+    for text in project.params.perplexity.texts:
+        yield f"the text {text}", project.text(f"perplexity/{text}")
+    for task in project.params.tasks.names:
+        yield f"the task {task}", (project.data("tasks") / task / ITEMS).read_text(encoding="utf-8")
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file, or of the files in a directory without their provenance."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.name != PROVENANCE]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+# --- results ---
+
+
+def _as_table(models: dict[str, Results], sizes: list[int]) -> str:
+    """Return a row for each model, a column for each brief measure; * marks a difference from the dense model."""
+    columns = headings(list(models.values()))
+    tests = compare([(one, models[DENSE]) for name, one in models.items() if name != DENSE])
+    rows = []
+    for name, size, test in zip(models, sizes, [{}, *tests], strict=True):
+        cells = []
+        for measure, on in columns.values():
+            marked = measure.marked(test.get((measure.name, on)))
+            cells.append(measure.text(measure.read(models[name], on), interval=False) + marked)
+        rows.append([name, f"{size / 1e6:.1f}", *cells])
+    others = {name: apart(one, models[DENSE]) for name, one in models.items() if name != DENSE}
+    notes = [f"{name}: not compared: {', '.join(found)}." for name, found in others.items() if found]
+    notes.append("*: differs from the dense model, p < 0.05, adjusted (Holm).")
+    return "\n\n".join([table(["model", "size, MB", *columns], rows), *notes])
+
+
+def _as_json(models: dict[str, Results], sizes: list[int]) -> str:
+    """Return every measure of each model, with the paired tests against the dense model."""
+    records = []
+    for (name, one), size in zip(models.items(), sizes, strict=True):
+        (tests,) = compare([(one, models[DENSE])]) if name != DENSE else [{}]
+        found = [{"measure": measure, "on": on, **test._asdict()} for (measure, on), test in tests.items()]
+        records.append({"model": name, "bytes": size, "results": figures(one), "tests": found})
+    return json_text(records)

@@ -1,0 +1,218 @@
+"""The experiments of a study: the workspace, and what git and DVC's cache have of experiments, branches, tags, commits.
+
+Results belong to the settings in `dvc.lock`. Results of other runs are left out, and the notes say so.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import Params
+from wanda_dvc.reading import is_there
+from wanda_dvc.results.measures import Results
+from wanda_dvc.results.states import SUCCESS, WORKSPACE, Kind, State, list_states
+from wanda_dvc.stages import MODELS
+from wanda_dvc.study.dvc import Revision
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, digest, read_provenance
+from wanda_dvc.study.runs import LOCK, Runs
+from wanda_dvc.study.settings import resolved
+
+SOME = 3  # names in a note
+
+
+@dataclass(eq=False)
+class Experiment:
+    """One set of settings and its results.
+
+    Attributes:
+        name: Of the experiment, branch, tag or commit; or `workspace`.
+        commit: None for the workspace.
+        study: A folder with its params.yaml, dvc.lock and metrics/; `study.params` are the settings of its results.
+        dense: The dense model's results.
+        pruned: The pruned model's results.
+        notes: Sentences on results that are missing, stale, or of another run.
+        also: Other names of the same results.
+        missing: Files that DVC's cache lacks.
+    """
+
+    name: str
+    commit: str | None
+    study: Project
+    dense: Results
+    pruned: Results
+    notes: list[str] = field(default_factory=list)
+    also: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def params(self) -> Params:
+        """The settings of its results."""
+        return self.study.params
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
+        return resolved(self.params)
+
+
+# --- reading one ---
+
+
+def workspace(project: Project) -> Experiment:
+    """Read the results of the workspace, where its files are."""
+    runs = Runs.read(project.root)
+    others = runs.others(project.root)
+    found = _experiment(project, WORKSPACE, None, runs, others)
+    if unmet := runs.unmet(project.params):
+        asked = ", ".join(f"{name}={value}" for name, value in unmet.items())
+        found.notes.append(f"params.yaml has {asked}, which has not run: `dvc repro` runs it.")
+    stale = {out["path"] for name in runs.stale for out in runs.stages[name].get("outs", [])}
+    if hidden := sorted(path for path in others - stale if path.endswith(".json")):
+        found.notes.append(
+            f"Left out, because dvc.lock has other results: {_some(hidden)}; run `dvc repro`, or `dvc checkout` after "
+            "`git checkout`."
+        )
+    found.notes += [*made_with_others(found), *_of_other_models(found)]
+    return found
+
+
+def made_with_others(experiment: Experiment) -> list[str]:
+    """Return a sentence if masks/ were made with other settings than the experiment's, as by a stage run by hand."""
+    if not is_there(experiment.study.masks / PROVENANCE):
+        return []
+    made, settings = read_provenance(experiment.study.masks, "mask")["params"], experiment.settings
+    others = [f"{key}={value}" for key, value in made.items() if settings.get(key, value) != value]
+    return [f"masks/ were made with other settings: {', '.join(others)}; run `dvc repro`."] if others else []
+
+
+def at(project: Project, name: str, folder: Path) -> Experiment:
+    """Read an experiment, branch, tag or commit into a new folder, as links into DVC's cache.
+
+    UserError for an unknown name, one without settings, or with those of another version.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    study, revision = Project(folder), Revision.open(project.root, name, otherwise="`wanda-dvc show` needs none")
+    for part in ("params.yaml", LOCK):
+        if revision.take(part, folder):
+            raise UserError(f"{name}: no {part}, expected an experiment of this study that has run; run `dvc repro`")
+    missing = revision.take("metrics", folder)
+    runs = Runs.read(folder)
+    found = _experiment(study, name, revision.commit, runs, runs.others(folder))
+    found.missing = missing
+    if missing:
+        found.notes.append(f"Not in DVC's cache, and so not read: {_some(missing)}; `dvc pull` may fetch it.")
+    return found
+
+
+def _experiment(study: Project, name: str, commit: str | None, runs: Runs, others: set[str]) -> Experiment:
+    made = study.with_params(runs.params(study.params))
+    dense = Results.of(made, "dense", left_out=others)
+    pruned = Results.of(made, "pruned", dense=dense, left_out=others)
+    notes = [f"Stale: {', '.join(runs.stale)}."] if runs.stale else []
+    return Experiment(name, commit, made, dense, pruned, notes)
+
+
+def _of_other_models(experiment: Experiment) -> Iterator[str]:
+    """Leave out results of other models than the workspace's, as after a stage run by hand; yield the reasons."""
+    study = experiment.study
+    for model, results in zip(MODELS, (experiment.dense, experiment.pruned), strict=True):
+        if not is_there(study.model(model) / PROVENANCE):
+            continue  # models/pruned is not cached
+        own = read_provenance(study.model(model), MADE_BY[model])
+        if model == "pruned" and own["masks"] != digest(read_provenance(study.masks, "mask")):
+            yield "models/pruned belongs to another experiment than masks/: `dvc repro` writes this one's."
+        elif others := results.keep_of(digest(own)):
+            named = ", ".join(others)
+            yield f"Left out, because measured on another models/{model} than the one here: {named}; run `dvc repro`."
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SOME]) + (f" and {len(names) - SOME} more" if len(names) > SOME else "")
+
+
+@contextlib.contextmanager
+def opened(project: Project, names: Sequence[str]) -> Iterator[list[Experiment]]:
+    """Read the named experiments, or the workspace without names; their files go with the context."""
+    if not names:
+        yield [workspace(project)]
+        return
+    with project.work({"kind": "show", "names": list(names)}) as work:
+        folders = [work.path / str(place) for place in range(len(names))]
+        pairs = zip(names, folders, strict=True)
+        yield [workspace(project) if name == WORKSPACE else at(project, name, folder) for name, folder in pairs]
+        work.forget()
+
+
+# --- reading many ---
+
+
+class Note(NamedTuple):
+    """The reason for the exclusion of an experiment, a branch or the workspace."""
+
+    name: str
+    text: str
+
+
+@dataclass
+class Collected:
+    """The experiments with results, and the excluded ones."""
+
+    experiments: list[Experiment]
+    unfinished: list[Note]  # queued, running, failed
+    notes: list[Note]
+
+
+def collect(*, project: Project, model: str | None, revs: list[str], work: Path) -> Collected:
+    """Collect the workspace, branches, tags, and commits with experiments; or `revs` alone. Equal results are one.
+
+    `model` selects by a part of the model's name. Files from the cache are placed in `work`.
+    """
+    named = [State(rev, rev, Kind.EXPERIMENT, SUCCESS, {}, {}, {}, Runs({})) for rev in revs]
+    found: dict[str, Experiment] = {}
+    collected = Collected([], [], [])
+    for state in sorted(named or list_states(project), key=lambda one: one.kind):
+        if state.state != SUCCESS:
+            changes = ", ".join(f"{key}={value}" for key, value in state.changes.items())
+            said = state.state.lower() + (f" ({changes})" if changes else "")
+            collected.unfinished.append(Note(state.name, said))
+            continue
+        one = _read(project, state, work / state.rev)
+        if isinstance(one, str):
+            if state.kind < Kind.COMMIT:  # an old commit without results needs no note
+                collected.notes.append(Note(state.name, one))
+        elif not model or model.lower() in one.params.model.lower():
+            key = json.dumps([one.settings, one.dense.metrics, one.pruned.metrics], sort_keys=True)
+            found[key] = _merged(found.get(key), one, named=state.kind < Kind.COMMIT)
+    collected.experiments = list(found.values())
+    return collected
+
+
+def _read(project: Project, state: State, folder: Path) -> Experiment | str:
+    """Return the experiment of a state, or the reason for its exclusion."""
+    try:
+        found = workspace(project) if state.rev == WORKSPACE else at(project, state.rev, folder)
+    except UserError as error:
+        return error.problems[0]
+    if not found.pruned.metrics:
+        return " ".join(found.notes) or "no results"
+    found.name = state.name
+    return found
+
+
+def _merged(known: Experiment | None, new: Experiment, *, named: bool) -> Experiment:
+    """Return one experiment for two with equal results: the first one's name, and the files with more details."""
+    if known is None:
+        return new
+    if named and new.name not in (known.name, *known.also):
+        known.also.append(new.name)
+    if len(new.missing) < len(known.missing):
+        new.name, new.commit, new.also = known.name, known.commit, known.also
+        return new
+    return known

@@ -1,0 +1,428 @@
+"""The measures of a model, as rows of one table, and the record of results that they read.
+
+`show`, `list`, the report, the model card, `evaluate` and `Study.results()` loop over `MEASURES`. To add a measure,
+let a stage write its number below metrics/ (`dvc metrics diff` then has it too), and add a function and a row here:
+
+    results = Results.of(project, "pruned", dense=Results.of(project, "dense"))
+    for measure in MEASURES:
+        for on in measure.where(results):         # texts, tasks, or "" for the whole model
+            estimate = measure.read(results, on)  # an Estimate, `diverged`, or None: not measured
+            measure.text(estimate)                # "7.39 (7.01 to 7.80)"
+
+`measure.protocols(results, on)` has everything that a value depends on, besides the model. Two values may be compared
+only if `results.compare.reason` finds no difference of their protocols.
+"""
+
+import itertools
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from wanda_dvc.engine.flips import mcnemar
+from wanda_dvc.reading import DIVERGED
+from wanda_dvc.results import inference
+from wanda_dvc.results.inference import Estimate
+from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.markup import DASH, number
+from wanda_dvc.study.project import Project
+
+Value = Estimate | str | None  # `diverged` if a number is not finite; None: not measured
+Protocols = dict[str, Json | None]  # by text or task; None: not known
+TEXT, TASK, MODEL = "text", "task", "model"  # what a measure is a property of, besides the model
+ON_TEXT = "perplexity/"
+N = 4  # of the repeated n-grams in continuations
+
+
+@dataclass(eq=False)
+class Results:
+    """The results of one model.
+
+    Attributes:
+        metrics: The numbers, by path below metrics/{model}, such as `perplexity/embedded`, `zero_shot`, `sparsity`.
+        texts: The texts of its perplexities, in the order of the settings.
+        dense: The results of the dense model that this pruned model is compared with; None for the dense model.
+        folder: The folder of details; None if there are none, as in `list`.
+        left_out: The details that are of another run, by path below `folder`.
+    """
+
+    metrics: Json
+    texts: list[str]
+    dense: "Results | None" = None
+    folder: Path | None = None
+    left_out: Collection[str] = ()
+    _details: Json = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, study: Project, model: str, *, dense: "Results | None" = None, left_out: Collection[str] = ()
+    ) -> "Results":
+        """Read the results of the `dense` or the `pruned` model of a study.
+
+        Args:
+            study: A study, or a folder with its params.yaml and metrics/.
+            model: `dense` or `pruned`.
+            dense: The dense model's results; for a pruned model.
+            left_out: Files of another run, by path below the study; `study.runs.Runs.others` finds them.
+        """
+        folder, details = study.root / "metrics" / model, f"metrics/details/{model}/"
+        metrics: Json = {}
+        for path in sorted(folder.rglob("*.json")):
+            if path.relative_to(study.root).as_posix() not in left_out:
+                metrics[path.relative_to(folder).with_suffix("").as_posix()] = load_json(path)
+        texts = [text for text in study.params.perplexity.texts if ON_TEXT + text in metrics]
+        others = {path[len(details) : -len(".json")] for path in left_out if path.startswith(details)}
+        return cls(metrics, texts, dense, study.root / details, others)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that the model answered."""
+        return list(self.metrics.get("zero_shot", {}))
+
+    def details(self, name: str) -> Json:
+        """Return the details of a file of metrics: its protocol, and each window's or item's result; {} if missing."""
+        if name not in self._details:
+            known = self.folder is not None and name not in self.left_out
+            self._details[name] = load_json(self.folder / f"{name}.json") if known and self.folder else {}
+        found: Json = self._details[name]
+        return found
+
+    def keep_of(self, model: str) -> list[str]:
+        """Leave out the results of another model than the one with this digest; return their names.
+
+        Results without details stay.
+        """
+        others = []
+        for name in ("layer_error", "continuations", *self.metrics):
+            details = self.details(name)
+            protocols = [one.get("protocol", {}) for one in details.get("tasks", {"": details}).values()]
+            if any(one.get("model", model) != model for one in protocols):
+                others.append(name)
+                self._details[name] = {}
+        self.metrics = {name: numbers for name, numbers in self.metrics.items() if name not in others}
+        self.texts = [text for text in self.texts if ON_TEXT + text in self.metrics]
+        return others
+
+    def answers(self, task: str) -> Json:
+        """Return the protocol and the items' answers of a task; {} if missing."""
+        found: Json = self.details("zero_shot").get("tasks", {}).get(task, {})
+        return found
+
+
+# --- readers: the results and a text, a task or "" → a value ---
+
+
+def perplexity(results: Results, text: str) -> Value:
+    """exp(mean loss), with a 95 % t interval over windows if their losses are known."""
+    value = results.metrics.get(ON_TEXT + text, {}).get("perplexity")
+    if value is None or value == DIVERGED:
+        return value
+    ends = inference.perplexity(*_losses(results, text))
+    return Estimate(value, *ends[1:3]) if ends else Estimate(value)
+
+
+def of_text(results: Results, text: str, *, name: str, part: str = "mean") -> Value:
+    """A measure that `perplexity` wrote beside the perplexity; one over windows has a mean and its interval."""
+    found = results.metrics.get(ON_TEXT + text, {}).get(name)
+    if not isinstance(found, dict):
+        return found if found is None or found == DIVERGED else Estimate(found)
+    ends = [found[end] for end in ("low", "high") if end in found and part == "mean"]
+    return Estimate(found[part], *ends)
+
+
+def accuracy(results: Results, task: str) -> Value:
+    """The fraction of items answered correctly, with Wilson's 95 % interval if the items are known."""
+    value = results.metrics.get("zero_shot", {}).get(task, {}).get("acc")
+    if value is None or value == DIVERGED:
+        return value
+    right = _right(results, task)
+    ends = inference.accuracy(right) if right else None
+    return Estimate(value, *ends[1:3]) if ends else Estimate(value)
+
+
+def mean_accuracy(results: Results, _: str) -> Value:
+    """The mean over tasks of the accuracy, with Welch's 95 % interval if all items are known."""
+    values = [accuracy(results, task) for task in results.tasks]
+    if not values or any(value is None or isinstance(value, str) for value in values):
+        return DIVERGED if DIVERGED in values else None
+    value = sum(one.value for one in values if isinstance(one, Estimate)) / len(values)
+    items = [_right(results, task) for task in results.tasks]
+    ends = inference.mean_accuracy(items) if all(items) else None
+    return Estimate(value, *ends[1:3]) if ends else Estimate(value)
+
+
+def changed(results: Results, _: str, *, way: str) -> Value:
+    """The number of answers that pruning changed in one way, over all tasks."""
+    scores = list(results.metrics.get("zero_shot", {}).values())
+    if results.dense and any(one.get("acc") == DIVERGED for one in scores):
+        return DIVERGED
+    counts = [one["flips"]["acc"] for one in scores if "flips" in one]
+    return Estimate(sum(one[way] for one in counts)) if counts else None
+
+
+def equal_tokens(results: Results, _: str) -> Value:
+    """The mean over prompts of the tokens before the continuation parts from the dense model's."""
+    if results.dense is None or not (pairs := continued(results, results.dense)):
+        return None
+    return Estimate(sum(pair.equal for pair in pairs) / len(pairs))
+
+
+def repeated(results: Results, _: str) -> Value:
+    """The mean over prompts of the share of 4-grams that occurred before (seq-rep-4, Welleck et al. 2020)."""
+    shares = [repeated_share(one["tokens"]) for one in results.details("continuations").get("prompts", [])]
+    return Estimate(sum(shares) / len(shares)) if shares else None
+
+
+def layer_error(results: Results, _: str) -> Value:
+    """The mean over linears of ‖(W−Ŵ)X‖² / ‖WX‖²; needs Gram matrices."""
+    linears = results.details("layer_error").get("linears", {})
+    return Estimate(sum(one["error"] for one in linears.values()) / len(linears)) if linears else None
+
+
+def of_sparsity(results: Results, _: str, *, name: str) -> Value:
+    """A number that `apply` measured on the pruned weights."""
+    value = results.metrics.get("sparsity", {}).get(name)
+    return None if value is None else Estimate(value)
+
+
+def _losses(results: Results, text: str) -> tuple[list[float], list[int]]:
+    """Return the windows' losses and numbers of predictions; nothing if one is not finite or they are missing."""
+    details = results.details(ON_TEXT + text)
+    losses = details.get("losses", [])
+    if not losses or DIVERGED in (*losses, results.metrics[ON_TEXT + text].get("perplexity")):
+        return [], []
+    protocol = details["protocol"]
+    predictions = [protocol["length"] - 1] * protocol["windows"]
+    return losses, predictions if protocol["rest"] == "dropped" else [*predictions, protocol["rest"] - 1]
+
+
+def _right(results: Results, task: str) -> list[bool]:
+    """Return by item whether the answer is correct; nothing if the items are missing."""
+    return [item["acc"] > 0.5 for item in results.answers(task).get("items", [])]
+
+
+# --- paired tests of a model against another one, on the same windows or items ---
+
+
+def ratio(first: Results, second: Results, text: str) -> Estimate | None:
+    """The first perplexity divided by the second, paired by window; None without finite losses."""
+    (losses, predictions), (others, _) = (_losses(one, text) for one in (first, second))
+    return inference.ratio(losses, others, predictions) if losses and others else None
+
+
+def difference(first: Results, second: Results, task: str) -> Estimate | None:
+    """The first accuracy minus the second, paired by item; its p-value is that of McNemar's exact test."""
+    right, others = _right(first, task), _right(second, task)
+    if not right or DIVERGED in (accuracy(first, task), accuracy(second, task)):
+        return None
+    found = _mean_difference([(right, others)])
+    value = sum(right) / len(right) - sum(others) / len(others)
+    return (found or Estimate(value))._replace(p=mcnemar(right, others).p)
+
+
+def mean_difference(first: Results, second: Results, _: str) -> Estimate | None:
+    """The first mean accuracy over tasks minus the second, paired by item; None without variance."""
+    if DIVERGED in (mean_accuracy(first, ""), mean_accuracy(second, "")):
+        return None
+    return _mean_difference([(_right(first, task), _right(second, task)) for task in first.tasks])
+
+
+def _mean_difference(tasks: Iterable[tuple[list[bool], list[bool]]]) -> Estimate | None:
+    differences = [[float(a) - float(b) for a, b in zip(*both, strict=True)] for both in tasks]
+    found = inference.mean_of_tasks(differences)
+    return found and found.within(-1, 1)
+
+
+# --- continuations ---
+
+
+@dataclass(frozen=True)
+class Continued:
+    """A prompt's continuations by a model and by the dense model."""
+
+    prompt: str
+    dense: str
+    own: str
+    equal: int  # tokens before the two part
+
+
+def continued(results: Results, dense: Results) -> list[Continued]:
+    """Return the continuations of each prompt; empty if one model's are missing or were skipped."""
+    own, other = (one.details("continuations").get("prompts", []) for one in (results, dense))
+    pairs = zip(other, own, strict=False)
+    return [Continued(a["prompt"], a["text"], b["text"], _equal(a["tokens"], b["tokens"])) for a, b in pairs]
+
+
+def _equal(tokens: list[int], others: list[int]) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, others, strict=False)))
+
+
+def repeated_share(tokens: list[int]) -> float:
+    """Return the share of 4-grams that occurred before: 1 − distinct / all."""
+    grams = [tuple(tokens[start : start + N]) for start in range(len(tokens) - N + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+# --- the protocols behind values ---
+
+
+def windows(results: Results, text: str) -> Protocols:
+    """The windows of a text."""
+    return {text: results.details(ON_TEXT + text).get("protocol")}
+
+
+def items(results: Results, task: str) -> Protocols:
+    """The items of a task, or of all tasks for ""."""
+    return {name: results.answers(name).get("protocol") for name in ([task] if task else results.tasks)}
+
+
+def nothing(_: Results, __: str) -> Protocols:
+    """The measure depends on the model alone, or is not compared between experiments."""
+    return {}
+
+
+# --- the table ---
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _count(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _tenths(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _factor(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:,.0f}"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A row of the table.
+
+    Attributes:
+        name: Its name in JSON.
+        title: Its name in tables.
+        unit: The unit of its formatted values.
+        read: Returns a model's value on a text, on a task, or on "".
+        form: Formats a number.
+        per: TEXT, TASK or MODEL.
+        better: `lower`, `higher`, or "" if neither is.
+        brief: Whether `list` and `evaluate` show it; the other views show every measure.
+        protocols: Returns what a value depends on besides the model.
+        test: The paired test of two models with equal protocols; None: the values are only shown.
+        form_test: Formats the test's value and interval.
+        unit_test: Follows the formatted value.
+    """
+
+    name: str
+    title: str
+    unit: str
+    read: Callable[[Results, str], Value]
+    form: Callable[[float], str] = "{:.4f}".format
+    per: str = MODEL
+    better: str = ""
+    brief: bool = False
+    protocols: Callable[[Results, str], Protocols] = nothing
+    test: Callable[[Results, Results, str], Estimate | None] | None = None
+    form_test: Callable[[float], str] = "{:.4f}".format
+    unit_test: str = ""
+
+    def where(self, *several: Results) -> list[str]:
+        """Return the texts or tasks of models with a value, or "" for a measure of the model itself."""
+        if self.per == MODEL:
+            names = [""]
+        else:
+            names = [name for one in several for name in (one.texts if self.per == TEXT else one.tasks)]
+        return [name for name in dict.fromkeys(names) if any(self.read(one, name) is not None for one in several)]
+
+    def heading(self, on: str, *, alone: bool = True) -> str:
+        """Return the title with its unit; with the name of the task, or of the text unless it is the only one."""
+        named = f"{on}, {self.title}" if self.per == TASK else self.title if alone else f"{self.title}, {on}"
+        return f"{named}, {self.unit}" if self.unit else named
+
+    def text(self, value: Value, *, interval: bool = True) -> str:
+        """Format a value, with its interval if known; `diverged` stays, and a dash means not measured."""
+        return _formatted(value, self.form) if interval or not isinstance(value, Estimate) else self.form(value.value)
+
+    def test_text(self, test: Estimate | None) -> str:
+        """Format a paired test; * marks an adjusted p-value below 0.05. Empty for a measure without one."""
+        return _formatted(test, self.form_test, self.unit_test) + self.marked(test) if self.test else ""
+
+    @staticmethod
+    def marked(test: Estimate | None) -> str:
+        """Return the mark of an adjusted p-value below 0.05."""
+        return " *" if beyond_noise(test) else ""
+
+
+def _formatted(value: Value, form: Callable[[float], str], unit: str = "") -> str:
+    if value is None or isinstance(value, str):
+        return value or DASH
+    return form(value.value) + unit + (f" ({form(value.low)} to {form(value.high)})" if value.ends else "")
+
+
+def beyond_noise(test: Estimate | None) -> bool:
+    """Whether a test's adjusted p-value is below 0.05."""
+    return test is not None and test.p < inference.ALPHA
+
+
+_text = partial(Measure, per=TEXT, protocols=windows)
+_items = partial(Measure, protocols=items)
+_divergence = partial(of_text, name="divergence")
+_agreement = partial(of_text, name="top1_agreement")
+_rms_change = partial(of_text, name="rms_probability_change")
+MEASURES: tuple[Measure, ...] = (
+    _text(
+        "perplexity", "perplexity", "", perplexity, number,
+        better="lower", brief=True, test=ratio, form_test=_factor, unit_test=" ×",
+    ),
+    _text("divergence", "divergence", "nats", _divergence, better="lower", brief=True),
+    _text("divergence_median", "divergence, median", "nats", partial(_divergence, part="median"), better="lower"),
+    _text("divergence_p99", "divergence, 99 %", "nats", partial(_divergence, part="p99"), better="lower"),
+    _text("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest"), better="lower"),
+    _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, better="higher", brief=True),
+    _text("rms_probability_change", "true token, RMS change", "points", _rms_change, _percent, better="lower"),
+    _items(
+        "acc", "acc", "%", accuracy, _percent,
+        per=TASK, better="higher", test=difference, form_test=_points, unit_test=" points",
+    ),
+    _items(
+        "mean_acc", "mean acc", "%", mean_accuracy, _percent,
+        better="higher", brief=True, test=mean_difference, form_test=_points, unit_test=" points",
+    ),
+    _items("lost", "right → wrong", "", partial(changed, way="lost"), _count, better="lower", brief=True),
+    _items("gained", "wrong → right", "", partial(changed, way="gained"), _count, brief=True),
+    _items("swapped", "wrong → wrong", "", partial(changed, way="swapped"), _count, better="lower"),
+    Measure("equal_tokens", "equal tokens of continuations", "", equal_tokens, _tenths, better="higher"),
+    Measure("repeated", "repeated 4-grams of continuations", "%", repeated, _percent, better="lower"),
+    Measure("layer_error", "layer error, mean", "", layer_error, better="lower"),
+    Measure("sparsity", "measured sparsity", "", partial(of_sparsity, name="sparsity")),
+    Measure(
+        "removed_parameters", "parameters removed", "%", partial(of_sparsity, name="removed_parameters"), _percent,
+        brief=True,
+    ),
+)  # fmt: skip
+
+
+def figures(results: Results) -> Json:
+    """Return every measure as JSON: its value, and `low` and `high` if known, by name, and by text or task."""
+    found: Json = {}
+    for measure in MEASURES:
+        values = {on: _figure(measure.read(results, on)) for on in measure.where(results)}
+        if values:
+            found[measure.name] = values[""] if measure.per == MODEL else values
+    return found
+
+
+def _figure(value: Value) -> object:
+    if not isinstance(value, Estimate):
+        return value
+    return {"value": value.value} | ({"low": value.low, "high": value.high} if value.ends else {})

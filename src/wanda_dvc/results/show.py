@@ -1,0 +1,145 @@
+"""`wanda-dvc show`: the results of the workspace, or of experiments side by side, with their paired tests."""
+
+from collections.abc import Iterator, Sequence
+
+from wanda_dvc.params import Params
+from wanda_dvc.reading import is_there
+from wanda_dvc.results.compare import DENSE, apart, compare, side_by_side
+from wanda_dvc.results.experiments import Experiment, opened
+from wanda_dvc.results.measures import Results, figures
+from wanda_dvc.stages import times
+from wanda_dvc.study.files import Json, json_text
+from wanda_dvc.study.local import missing_sources
+from wanda_dvc.study.markup import table
+from wanda_dvc.study.project import Project
+from wanda_dvc.study.provenance import PROVENANCE
+
+PRUNED = "pruned"
+
+
+def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False) -> str:
+    """Return the results of the workspace, dense and pruned; or of the named experiments, branches, tags or commits.
+
+    Every measure is a row. Paired tests compare each model with the first: the dense one, or the first of several
+    experiments.
+    """
+    with opened(project, names) as experiments:
+        first = experiments[0]
+        models = {DENSE: first.dense} | {one.name if names else PRUNED: one.pruned for one in experiments}
+        base = names[0] if len(names) > 1 else DENSE
+        if as_json:
+            return json_text(_record(experiments, models, base))
+        headers, rows = side_by_side(models, base=base)
+        compared = [(models[name], models[base]) for name in models if name not in (base, DENSE)]
+        parts = [
+            "\n".join(title(one, named=bool(names)) for one in experiments),
+            "\n".join(note for one in experiments for note in one.notes),
+            table(headers, rows),
+            *(note for pair in compared for note in not_compared(*pair)),
+            *notes(first.params, models),
+            "" if names else "\n".join(missing_sources(project)),
+            "" if names else _times(project),
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+
+def _record(experiments: list[Experiment], models: dict[str, Results], base: str) -> Json:
+    others = [name for name in models if name not in (base, DENSE)]
+    tests = compare([(models[name], models[base]) for name in others])
+    return {
+        "experiments": {one.name: {"settings": one.settings, "notes": one.notes} for one in experiments},
+        "results": {name: figures(one) for name, one in models.items()},
+        "base": base,
+        "tests": {
+            name: [{"measure": measure, "on": on, **test._asdict()} for (measure, on), test in of.items()]
+            for name, of in zip(others, tests, strict=True)
+        },
+    }
+
+
+def title(experiment: Experiment, *, named: bool) -> str:
+    """Describe the settings behind the results of an experiment in one line."""
+    described = describe(experiment.params)
+    if named:
+        return f"{experiment.name}: {described}"
+    if not is_there(experiment.study.masks / PROVENANCE):
+        return f"{experiment.params.model}: no masks yet; `dvc repro` makes them."
+    if not is_there(experiment.study.model(PRUNED) / PROVENANCE):
+        return f"{described}\nmodels/pruned is missing (DVC does not cache it): `dvc repro` writes it."
+    return described
+
+
+def describe(params: Params) -> str:
+    """Return the model and the settings of its pruning; the usual choices are left out."""
+    chosen = params.filled
+    usual = {"propagation": "dense", "allocation": "uniform", "reconstruction": "none"}
+    others = [f"{name} {value}" for name in usual if (value := getattr(chosen, name)) != usual[name]]
+    group = [f"group {chosen.group}"] if chosen.pattern == "unstructured" else []
+    words = [f"sparsity {chosen.sparsity:g}", f"pattern {chosen.pattern}", *group, *others]
+    return f"{params.model}: {chosen.method}, {', '.join(words)}"
+
+
+def not_compared(first: Results, second: Results) -> Iterator[str]:
+    """Yield a sentence on the values of two models that may not be compared."""
+    if found := apart(first, second):
+        named = ", ".join(f"{name} (different {key})" for name, key in found.items())
+        yield f"Not compared: {named}. `dvc repro` measures both models in the same way."
+
+
+def notes(params: Params, models: dict[str, Results]) -> Iterator[str]:
+    """Yield what a reader of the table has to know: the texts, the items, the tests, and limits of the values."""
+    every = list(models.values())
+    for text in dict.fromkeys(text for one in every for text in one.texts):
+        protocols = [one.details(f"perplexity/{text}").get("protocol") for one in every]
+        if protocol := next((one for one in protocols if one), None):
+            yield (
+                f"Perplexity on {text}: {protocol['windows']} windows of {protocol['length']} tokens of "
+                f"{protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}. "
+                f"{params.about_text(text)}."
+            )
+    if any(one.tasks for one in every):
+        limit = params.items
+        yield (
+            f"Zero-shot: no examples in the prompt, {f'the first {limit} items' if limit else 'all items'} of each "
+            f"task, {params.dtype}."
+        )
+        if params.tasks.source == "embedded":
+            yield (
+                "The tasks are samples written for wanda-dvc, not the benchmarks: they compare these models and "
+                "nothing else."
+            )
+    yield (
+        "In brackets: 95 % intervals over windows or items. *: a paired test on the same windows or items has "
+        "p < 0.05, adjusted for the number of tests (Holm). Divergence is KL(dense ‖ pruned) of the next token's "
+        "predictions."
+    )
+    for name, one in models.items():
+        yield from _limits(name, one)
+
+
+def _limits(name: str, results: Results) -> Iterator[str]:
+    """Yield sentences on a model that is not finite, was not continued, or whose Gram matrices needed more damping."""
+    every = [results.details(f"perplexity/{text}") for text in results.texts]
+    every += [results.answers(task) for task in results.tasks]
+    for where in dict.fromkeys(one["not_finite"] for one in every if "not_finite" in one):
+        yield f"{name}: activations are not finite from here on: {where}."
+    if skipped := results.details("continuations").get("skipped"):
+        yield f"No continuations by the {name} model: {skipped}."
+    linears = results.details("layer_error").get("linears", {})
+    raised = {linear: one["damping"] for linear, one in linears.items() if one.get("raised")}
+    if raised:
+        most = max(raised, key=lambda linear: raised[linear])
+        yield (
+            f"{name}: the Gram matrices of {len(raised)} linears are not positive definite with the default damping. "
+            f"It was raised, at most to {raised[most]:g} of the mean diagonal, for {most}."
+        )
+
+
+def _times(project: Project) -> str:
+    """Return a table of the last runs in this checkout."""
+    known = times(project)
+    if not known:
+        return ""
+    rows = [[run, f"{one['seconds']:.1f}", f"{one.get('peak_anonymous_gb', 0):.2f}"] for run, one in known.items()]
+    machines = sorted({f"{one['machine']}, {one['device']}" for one in known.values()})
+    return f"{table(['stage', 'seconds', 'peak anonymous memory, GB'], rows)}\n\nMeasured on {'; '.join(machines)}."

@@ -1,0 +1,113 @@
+"""The last runs of a study's stages, as `dvc.lock` has them: their settings, and which results are theirs.
+
+`params.yaml` has the requested settings. Between an edit and the next `dvc repro`, no result has these settings.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from wanda_dvc.errors import UserError
+from wanda_dvc.params import Params, check_params, parse_yaml
+from wanda_dvc.reading import name_of
+from wanda_dvc.study.files import Json
+from wanda_dvc.study.settings import flatten, nested, resolved
+
+LOCK = "dvc.lock"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The stages of a `dvc.lock`, by DVC's name; none before the first run."""
+
+    stages: Json
+
+    @classmethod
+    def read(cls, root: Path) -> "Runs":
+        """Read the lock of a study. UserError if it is not valid, as after a merge with conflicts."""
+        path = root / LOCK
+        return cls.parse(path.read_text(encoding="utf-8")) if path.is_file() else cls({})
+
+    @classmethod
+    def parse(cls, text: str) -> "Runs":
+        """Read the text of a lock."""
+        todo = "expected what DVC writes; resolve the conflict of a merge, or restore the file from git"
+        content = parse_yaml(text, LOCK, todo) or {}
+        if isinstance(content, dict) and isinstance(stages := content.get("stages") or {}, dict):
+            return cls(stages)
+        raise UserError(f"{LOCK}: got {name_of(content)}, {todo}")
+
+    @cached_property
+    def made(self) -> dict[str, str | None]:
+        """The MD5 of each output, by path."""
+        return {out["path"]: out.get("md5") for stage in self.stages.values() for out in stage.get("outs", [])}
+
+    @cached_property
+    def stale(self) -> list[str]:
+        """The stages with an input that is not the current output of the stage that makes it."""
+        return self.stale_for({})
+
+    def stale_for(self, asked: Mapping[str, Any]) -> list[str]:
+        """Return the stages that are stale, or ran with other settings than `asked`, by dotted name; {}: any."""
+        makers = {out["path"]: name for name, stage in self.stages.items() for out in stage.get("outs", [])}
+        stale = {name for name, stage in self.stages.items() if asked and _ran_with_others(stage, asked)}
+        before = -1
+        while before < len(stale):  # the lock has any order
+            before = len(stale)
+            for name, stage in self.stages.items():
+                for dep in stage.get("deps", []):
+                    path = dep["path"]
+                    maker = next((makers[out] for out in makers if path == out or path.startswith(f"{out}/")), None)
+                    if maker in stale or (path in self.made and self.made[path] != dep.get("md5")):
+                        stale.add(name)
+        return [name for name in self.stages if name in stale]
+
+    def params(self, asked: Params) -> Params:
+        """Return the settings of the current results; of stages that have not run, the requested ones.
+
+        UserError if this version cannot run them.
+        """
+        known = dict(flatten(asked.model_dump(mode="json")))
+        for name, stage in self.stages.items():
+            if name not in self.stale:
+                known |= {key: value for key, value in flatten(listed(stage)) if key in known}
+        return check_params(nested(known))
+
+    def unmet(self, asked: Params) -> dict[str, Any]:
+        """Return the requested settings that differ from the current results'; `runtime` and texts' order never do."""
+        ran, wanted = resolved(self.params(asked)), resolved(asked)
+        return {key: value for key, value in wanted.items() if ran.get(key) != value}
+
+    def others(self, root: Path) -> set[str]:
+        """Return the files below metrics/ that are no results of the current runs, by path below the study.
+
+        Such are the files of stale stages, and after `git checkout` without `dvc checkout` those of another commit.
+        """
+        if not self.stages:
+            return set()  # stages that ran without DVC
+        of_stale = {out["path"] for name in self.stale for out in self.stages[name].get("outs", [])}
+        paths = [path for path in (root / "metrics").rglob("*") if path.is_file()]
+        found = {path.relative_to(root).as_posix(): path for path in paths}
+        return {name for name, path in found.items() if name in of_stale or self.made.get(name) != md5(path)}
+
+
+def listed(stage: Json) -> Json:
+    """Return the settings of a stage's last run, as its `params` lists them: single settings or sections."""
+    return (stage.get("params") or {}).get("params.yaml") or {}
+
+
+def _ran_with_others(stage: Json, asked: Mapping[str, Any]) -> bool:
+    """Whether a stage's settings differ from `asked`; nulls may be left out of either."""
+    for key, value in listed(stage).items():
+        ran = {name: one for name, one in flatten({key: value}) if one is not None}
+        if ran != {name: one for name, one in asked.items() if f"{name}.".startswith(f"{key}.") and one is not None}:
+            return True
+    return False
+
+
+def md5(path: Path) -> str:
+    """Return a file's MD5, as `dvc.lock` has it."""
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
