@@ -12,9 +12,10 @@ run goes on with the rows that are missing there.
 
 import csv
 import json
+import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,7 @@ from gguf_files import EMBEDDINGS, FORMATS, write_gguf
 from processes import HERE, say
 from two_models import Models, change, read_command_line, read_results, write_results
 
-from wanda_dvc.catalog import RECIPES, RECONSTRUCTIONS
-from wanda_dvc.report.chapters.structure import without_zeros
+from wanda_dvc.catalog import RECIPES, RECONSTRUCTIONS, parse_pattern
 
 TARGET = HERE / "results-distance.json"
 AMOUNTS = {
@@ -115,6 +115,21 @@ class Study:
         start = re.search(r"^[{[]", said, re.MULTILINE)  # after the lines of standard error
         assert start
         return json.loads(said[start.start() :])
+
+
+def without_zeros(linears: Iterable[Mapping[str, str]], total: int, pattern: str) -> int:
+    """Return a model's bytes without zeros, from the lines of metrics/plots/sparsity.csv and the dense model's bytes.
+
+    Unstructured: each linear as one bit a weight, and the kept values. n:m: the kept values, each with ⌈log₂ m⌉ bits
+    for its place among m (as sparse tensor cores read 2:4). All other tensors are unchanged.
+    """
+    n_of_m = parse_pattern(pattern)
+    for line in linears:
+        weights, zeros, size = int(line["weights"]), int(line["zeros"]), int(line["bytes"])
+        kept = weights - zeros
+        places = kept * math.ceil(math.log2(n_of_m[1])) if n_of_m else weights
+        total += kept * (size // weights) + math.ceil(places / 8) - size
+    return total
 
 
 def _size(folder: Path) -> int:

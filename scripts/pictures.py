@@ -16,14 +16,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from wanda_dvc.report.colours import DARK, LIGHT
-
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
 PICTURES = ROOT / "docs/pictures"
 
 Colours = Mapping[str, str]
-MODES: dict[str, Colours] = {"light": LIGHT, "dark": DARK}
+COLOURS = {  # light, dark; Okabe and Ito's, dark enough for text, lighter in dark mode
+    "paper": ("#ffffff", "#161616"),
+    "shade": ("#f3f3f3", "#2a2d33"),
+    "ink": ("#1a1a1a", "#e8e8e8"),
+    "muted": ("#6b6b6b", "#a0a0a0"),
+    "line": ("#d5d5d5", "#404040"),
+    "blue": ("#0072b2", "#56b4e9"),
+    "orange": ("#d55e00", "#ff8c42"),
+    "green": ("#007a5a", "#2fc39a"),
+    "pink": ("#b4568c", "#e08fc0"),
+    "yellow": ("#8a6d00", "#f0c94a"),
+    "sky": ("#3f93c4", "#9ad4f5"),
+}
+MODES: dict[str, Colours] = {
+    mode: {name: pair[place] for name, pair in COLOURS.items()} for place, mode in enumerate(("light", "dark"))
+}
 
 Curve = list[tuple[float, float]]
 

@@ -29,7 +29,7 @@ ENTRIES = {"dvc": "dvc.cli:main", "wanda-dvc": "wanda_dvc.cli:run"}
 IMPORTED = [
     "wanda_dvc.engine.harness",
     "wanda_dvc.export.build",
-    "wanda_dvc.report",
+    "wanda_dvc.results.report",
     "wanda_dvc.stages.apply",
     "wanda_dvc.stages.calibrate",
     "wanda_dvc.stages.download",

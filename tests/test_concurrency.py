@@ -16,8 +16,8 @@ from conftest import save_tiny_model, write_params
 from repository import Repository, command_environment
 from test_crashes import outputs
 
-from wanda_dvc.report import report
 from wanda_dvc.results.listing import experiments
+from wanda_dvc.results.report import report
 from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
 

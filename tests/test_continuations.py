@@ -1,6 +1,5 @@
 """What the models write: greedy continuations of prompts, in the stage, the report and on the model card."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_dvc.engine.continuations import continuations
 from wanda_dvc.errors import UserError
-from wanda_dvc.report.measures import Measured, repeated_share
+from wanda_dvc.results.measures import Results, repeated_share
+from wanda_dvc.results.measures import continued as pairs_of
 from wanda_dvc.results.show import show
 from wanda_dvc.stages.zero_shot import CONTINUED, read_prompts, zero_shot
 from wanda_dvc.study.files import load_json, write_json
@@ -122,11 +122,6 @@ def test_two_models_continuations_are_set_side_by_side(project: Callable[..., Pr
     made = project()
     continued(made, "dense", ("a cat\nsat", [1, 2, 3, 4, 5]), ("same", [6, 7]))
     continued(made, "pruned", ("a *dog*", [1, 2, 9]), ("same", [6, 7]))
-    dense, pruned = (Measured.of(made, model) for model in ("dense", "pruned"))
-    first, second = pruned.continued(dense)
-    assert (first.dense, first.pruned, first.equal, first.tokens) == ("a cat\nsat", "a *dog*", 2, 5)
-    assert (second.equal, second.repeated) == (2, (0.0, 0.0))
-    assert "Greedy continuations of 2 prompts, at most 5 tokens: equal for 2, 2 tokens" in show(project=made)
-    assert json.loads(show(project=made, as_json=True))["results"]["pruned"]["continuations"][0]["equal"] == 2
-    continued(made, "pruned", ("a dog", [1, 2, 9]), dtype="bfloat16")
-    assert Measured.of(made, "pruned").continued(dense) == []
+    first, second = pairs_of(Results.of(made, "pruned"), Results.of(made, "dense"))
+    assert (first.dense, first.own, first.equal) == ("a cat\nsat", "a *dog*", 2)
+    assert second.equal == 2

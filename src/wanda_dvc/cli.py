@@ -194,7 +194,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the repository's experiments as one page: tables, pictures and intervals."""
-    from wanda_dvc.report import report as write
+    from wanda_dvc.results.report import report as write
     from wanda_dvc.stages.running import AGAIN, stoppable
     from wanda_dvc.study.project import Project
 
