@@ -1,4 +1,4 @@
-"""Readers of our own formats, and of what others wrote, on damaged files: a UserError, or a result; never a crash.
+"""Readers of what others wrote, and of unfinished work, on damaged files: a UserError, or a result; never a crash.
 
 The files in corpus/ are kept: one that is right for each reader, and every damaged one that a run has found. A long
 run is `WANDA_DVC_FUZZ_SECONDS=300 pytest tests/test_fuzz.py`, so many processor seconds for each reader.
@@ -26,7 +26,6 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.reading import read_header, read_lines, read_object
 from wanda_dvc.study.files import Documents
-from wanda_dvc.study.tensors import read_masks, read_stats
 
 CORPUS = Path(__file__).parent / "corpus"
 SECONDS = float(os.environ.get("WANDA_DVC_FUZZ_SECONDS", "0"))
@@ -57,8 +56,6 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # name of the file
     "index": ("model.safetensors.index.json", read_index),
     "header": ("file.safetensors", read_header),
     "checkpoint": ("model.safetensors", checkpoint),
-    "stats": ("block_000.safetensors", lambda path: read_stats(path.parent, 0)),
-    "masks": ("block_000.safetensors", lambda path: dict(read_masks(path.parent, 0))),
     "params": ("params.yaml", read_params),
     "documents": ("documents.json.gz", documents),
     "config": ("config.json", lambda path: read_config(path.parent)),
