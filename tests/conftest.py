@@ -38,7 +38,7 @@ from hypothesis import settings  # noqa: E402
 from parsing import parse_once  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
 
-from wanda_dvc.sources.places import EMBEDDED  # noqa: E402
+from wanda_dvc.sources import EMBEDDED  # noqa: E402
 from wanda_dvc.study.project import Project  # noqa: E402
 
 if TYPE_CHECKING:

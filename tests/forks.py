@@ -95,7 +95,7 @@ def serve(listener: socket.socket) -> None:
     from ruamel.yaml import YAML
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    from wanda_dvc.sources.places import task_definition
+    from wanda_dvc.sources.tasks import task_definition
 
     for name in IMPORTED:
         importlib.import_module(name)

@@ -22,7 +22,7 @@ from wanda_dvc.export.build import export
 from wanda_dvc.params import read_params
 from wanda_dvc.reading import read_object
 from wanda_dvc.results.report import report
-from wanda_dvc.sources.places import EMBEDDED
+from wanda_dvc.sources import EMBEDDED
 from wanda_dvc.stages.download import download
 from wanda_dvc.study.project import ITEMS, TRACKED, Project
 from wanda_dvc.study.provenance import describe, file_digest, write_provenance

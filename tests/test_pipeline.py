@@ -11,7 +11,7 @@ import pytest
 from conftest import save_tiny_model
 from repository import Repository, ran
 
-from wanda_dvc.sources.places import EMBEDDED
+from wanda_dvc.sources import EMBEDDED
 from wanda_dvc.study.markup import number
 
 pytestmark = pytest.mark.pipeline

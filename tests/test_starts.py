@@ -10,7 +10,7 @@ import pytest
 from conftest import write_params
 from lm_eval.tasks._index import TaskIndex
 
-from wanda_dvc.sources import places
+from wanda_dvc.sources import tasks
 from wanda_dvc.stages import STAGES, run
 from wanda_dvc.study.project import Project
 
@@ -98,9 +98,9 @@ def test_a_task_is_found_in_the_file_that_the_whole_index_has(tmp_path: Path, mo
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.setattr("lm_eval.tasks.__file__", str(tmp_path / "__init__.py"))
-    monkeypatch.setattr("wanda_dvc.sources.places._task_files", places._task_files.__wrapped__)
+    monkeypatch.setattr("wanda_dvc.sources.tasks._task_files", tasks._task_files.__wrapped__)
     index = TaskIndex.build([tmp_path])
     for name in ("one", "two", "few", "pair", "one.more", "none", "multiple_choice"):
         path = index[name].yaml_path if name in index else None
-        found = places.task_definition(name)
+        found = tasks.task_definition(name)
         assert (found and found[0]) == (path and path.relative_to(tmp_path).as_posix()), name

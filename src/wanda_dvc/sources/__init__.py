@@ -1,10 +1,13 @@
-"""The sources of `download`: a model, texts, tasks. Only `stages/download.py` imports this package."""
+"""The sources of `download`: a model, texts, tasks. `evaluate` also reads models here."""
 
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
 from wanda_dvc.study.files import Json
+
+EMBEDDED = Path(str(files("wanda_dvc"))) / "embedded"
 
 
 class Source(NamedTuple):

@@ -1,4 +1,4 @@
-"""The client of the Hub: resolves a revision to a commit, then fetches files or rows of the commit.
+"""The Hub, and a mirror with its layout. A revision is resolved to a commit, whose files or rows are fetched.
 
 A branch is resolved once. Every later request names the commit.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.reading import name_of
+from wanda_dvc.reading import check_file, is_there, name_of
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,21 @@ def column_of(rows: Any, column: str, where: str) -> list[str]:
     if odd := next((name_of(text) for text in texts if not isinstance(text, str)), None):
         raise UserError(f"{where}: column `{column}` holds {odd}, expected text")
     return texts
+
+
+def in_mirror(mirror: str | None, *parts: str) -> Path | None:
+    """Return a file in the mirror; None without a mirror. UserError if the mirror lacks the file."""
+    if mirror is None:
+        return None
+    path = Path(mirror, *parts)
+    if ".." in path.parts or not path.is_relative_to(mirror):
+        raise UserError(f"runtime.mirror: got {'/'.join(parts)}, expected a place inside {mirror}; correct the setting")
+    if is_there(path):
+        check_file(path)
+    else:
+        how = "as the Hub has it" if path.suffix == ".gz" else "as JSONL, one row a line"
+        raise UserError(f"runtime.mirror: {path} not found; put it there {how}, or set runtime.mirror to null")
+    return path
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """The items of the zero-shot tasks: samples, or the benchmarks from the mirror or the Hub."""
 
+import contextlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,22 @@ from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.engine.items import load_task
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
-from wanda_dvc.sources import Source
-from wanda_dvc.sources.hub import Repository, gated_names, load_rows, resolve
-from wanda_dvc.sources.places import EMBEDDED, TaskItems, in_mirror, task_definition, task_items
+from wanda_dvc.sources import EMBEDDED, Source
+from wanda_dvc.sources.hub import Repository, gated_names, in_mirror, load_rows, resolve
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import ITEMS
 from wanda_dvc.study.provenance import describe, file_digest, write_provenance
 
 
 @dataclass(frozen=True)
-class Items(TaskItems):
+class Items:
     """A task's items, in a file or in a commit of a data set on the Hub."""
 
     definition: str  # the task's file in lm-eval
+    role: str  # of the split, for lm-eval: test or validation
+    split: str
+    dataset: str
+    config: str | None
     options: dict[str, Any]  # for `datasets`, from the task's definition
     origin: Path | Repository
 
@@ -79,29 +84,57 @@ def find_tasks(wanted: Tasks, mirror: str | None) -> Source:
 
 
 def _find_items(name: str, path: str, definition: Json, source: str, mirror: str | None) -> Items:
-    """Find one task's items."""
+    """Find one task's items, by the file and the content of its definition."""
     where = f"params.yaml: tasks.names: {name}"
-    found = task_items(definition)
-    if found is None:
+    role = "test" if definition.get("test_split") else "validation"
+    dataset, config, split = (definition.get(key) for key in ("dataset_path", "dataset_name", f"{role}_split"))
+    if not dataset or not split or definition.get("custom_dataset"):
         raise UserError(f"{where}: its definition has no data set or no split; remove it")
     options = dict(definition.get("dataset_kwargs") or {})
     revision = options.pop("revision", None)
     for option in ("trust_remote_code", "streaming", "split"):  # a data set's code never runs
         options.pop(option, None)
+    place = [part for part in (dataset, config, f"{split}.jsonl") if part]
     origin: Path | Repository | None
     if source == "embedded":
-        origin = Path(EMBEDDED, "tasks", *found.place)
+        origin = Path(EMBEDDED, "tasks", *place)
         if not origin.is_file():
             raise UserError(f"{where}: no embedded samples; remove it, or set tasks.source to benchmark")
     else:
-        origin = in_mirror(mirror, *found.place)
+        origin = in_mirror(mirror, *place)
     if origin is None:
-        if not HUB_ID.fullmatch(found.dataset):
-            raise UserError(
-                f"{where}: got items of {found.dataset}, expected a data set on the Hub, ORG/NAME; remove it"
-            )
-        origin = resolve("dataset", found.dataset, revision, where)
-    return Items(**vars(found), definition=path, options=options, origin=origin)
+        if not HUB_ID.fullmatch(dataset):
+            raise UserError(f"{where}: got items of {dataset}, expected a data set on the Hub, ORG/NAME; remove it")
+        origin = resolve("dataset", dataset, revision, where)
+    return Items(path, role, split, dataset, config, options, origin)
+
+
+def task_definition(name: str) -> tuple[str, Json] | None:
+    """Return the file of an lm-eval task, relative to the tasks' folder, and its content; None for an unknown task.
+
+    Functions stay names in it. The file is lm-eval's index entry for the name. Indexing all 14,000 files takes 5 s, so
+    this indexes only files with the name in their text: every definition contains its task's name.
+    """
+    from lm_eval.tasks._index import Entry, TaskIndex
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    root, texts = _task_files()
+    named, index = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)".encode()), dict[str, Entry]()
+    for path in (path for path, text in texts.items() if named.search(text)):
+        with contextlib.suppress(Exception):  # lm-eval also skips unreadable files
+            TaskIndex.process_cfg(load_yaml(path, resolve_func=False), path, index)
+    found = index.get(name)
+    return (found.yaml_path.relative_to(root).as_posix(), found.cfg) if found and found.yaml_path else None
+
+
+@cache
+def _task_files() -> tuple[Path, dict[Path, bytes]]:
+    """Return the folder of lm-eval's tasks, and all definitions below it, in the order of lm-eval's index."""
+    import lm_eval.tasks
+    from lm_eval.tasks._index import TaskIndex
+
+    root = Path(lm_eval.tasks.__file__).parent
+    return root, {path: path.read_bytes() for path in TaskIndex._iter_yaml_files(root)}
 
 
 def _write(items: Mapping[str, Items], samples: bool, out: Path, _: Path) -> None:

@@ -6,30 +6,28 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from wanda_dvc.catalog import EMBEDDED_TEXT, NamedText
+from wanda_dvc.catalog import EMBEDDED_TEXT, TEXTS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import ChosenText
 from wanda_dvc.reading import check_file, is_there, name_of, read_lines, read_text
-from wanda_dvc.sources import Source
-from wanda_dvc.sources.hub import Repository, column_of, gated_names, load_rows, resolve
-from wanda_dvc.sources.places import EMBEDDED, in_mirror, on_the_hub
+from wanda_dvc.sources import EMBEDDED, Source
+from wanda_dvc.sources.hub import Repository, column_of, gated_names, in_mirror, load_rows, resolve
 from wanda_dvc.study.files import Documents, Json
 from wanda_dvc.study.project import DOCUMENTS, TEXT
 from wanda_dvc.study.provenance import describe, file_digest, write_provenance
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Found:
     """A found text: a file on this machine, or a repository on the Hub."""
 
     wanted: ChosenText
     where: str  # params.yaml: calibration.text
-    dataset: NamedText
     title: str  # its name in the provenance
     made_by: str  # the command, such as `download calibration`
     place: Path | Repository
-    shard: str | None = None  # the file of gzipped documents used for the split
-    as_documents: bool = False  # whether documents stay separate instead of being joined
+    shard: str | None  # the file of gzipped documents used for the split
+    as_documents: bool  # whether documents stay separate instead of being joined
 
     @property
     def origin(self) -> Json:
@@ -38,10 +36,10 @@ class _Found:
 
     def write(self, out: Path, scratch: Path) -> None:
         """Write the text as one file, or the documents as they are on the Hub."""
-        column, path = self.dataset.column, self.place
+        column, path = self.wanted.column, self.place
         if isinstance(path, Repository):
             if not self.shard:
-                rows = load_rows(path, self.dataset.config, self.wanted.split or "")
+                rows = load_rows(path, self.wanted.config, self.wanted.split or "")
                 self._write_text(column_of(rows, column, f"{self.where}.column: {path.name}"), out)
                 return
             path.fetch(scratch / "hub", self.shard)
@@ -73,16 +71,17 @@ class _Found:
 
 def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_documents: bool = False) -> Source:
     """Find the text of a setting, such as `calibration.text`."""
-    where, shard = f"params.yaml: {setting}", None
-    place: Path | Repository
-    if found := on_the_hub(wanted):
-        dataset, shard, inside = found
-        path = in_mirror(mirror, dataset.dataset, *inside)
-        if path and wanted.revision:
-            notice(f"{setting}: read from runtime.mirror ({path}); revision {wanted.revision} is ignored")
-        revision = wanted.revision or dataset.revision
-        place = path or resolve("dataset", dataset.dataset, revision, f"{where}.source")
-        title = f"{'/'.join(name for name in (dataset.dataset, dataset.config) if name)}, {wanted.split}"
+    where, named = f"params.yaml: {setting}", TEXTS.get(wanted.source)
+    shard = named.shards.get(wanted.split or "") if named else None
+    place: Path | Repository | None
+    if wanted.dataset:
+        inside = [shard] if shard else [name for name in (wanted.config, f"{wanted.split}.jsonl") if name]
+        place = in_mirror(mirror, wanted.dataset, *inside)
+        if place and wanted.revision:
+            notice(f"{setting}: read from runtime.mirror ({place}); revision {wanted.revision} is ignored")
+        revision = wanted.revision or (named.revision if named else None)
+        place = place or resolve("dataset", wanted.dataset, revision, f"{where}.source")
+        title = f"{'/'.join(name for name in (wanted.dataset, wanted.config) if name)}, {wanted.split}"
     elif wanted.source == EMBEDDED_TEXT:
         place, title = EMBEDDED / "text" / f"{wanted.split}.jsonl", f"embedded, {wanted.split}"
     else:
@@ -90,17 +89,8 @@ def find_text(setting: str, wanted: ChosenText, mirror: str | None, *, as_docume
         if not is_there(place):
             raise UserError(f"{where}.source: {place} not found, expected a text file; correct the path")
         check_file(place, f"correct {setting}.source")
-    dataset = found[0] if found else NamedText(title, None, wanted.column)
-    text = _Found(
-        wanted=wanted,
-        where=where,
-        dataset=dataset,
-        title=title,
-        made_by=f"download {setting.partition('.')[0]}",
-        place=place,
-        shard=shard,
-        as_documents=as_documents,
-    )
+    made_by = f"download {setting.partition('.')[0]}"
+    text = _Found(wanted, where, title, made_by, place, shard, as_documents)
     return Source({"text": asdict(wanted), "commit": text.origin["revision"]}, text.write, gated_names(place))
 
 
