@@ -101,8 +101,6 @@ def test_every_measure_is_read_and_formatted(here: Project):
         ["right → wrong", "–", "12", ""],
         ["wrong → right", "–", "2", ""],
         ["wrong → wrong", "–", "1", ""],
-        ["equal tokens of continuations", "–", "4.0", ""],
-        ["repeated 4-grams of continuations, %", "0.0", "20.0", ""],
         ["layer error, mean", "–", "0.2000", ""],
         ["measured sparsity", "–", "0.5000", ""],
     ]

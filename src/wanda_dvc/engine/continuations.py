@@ -13,11 +13,11 @@ from wanda_dvc.errors import UserError
 
 def continuations(  # noqa: PLR0913 - the model, and how it continues
     folder: Path, prompts: Sequence[str], *, tokens: int, dtype: torch.dtype, device: torch.device, source: str
-) -> list[dict[str, Any]]:
+) -> list[str]:
     """Continue each prompt by the likeliest token, up to `tokens` times; each prompt runs alone, without padding.
 
     Of the model's own settings for generation only the end of a text counts: a penalty for repetitions would hide them.
-    `source` names the prompts' file in messages. Return each `text` and its `tokens`, with the one that ends a text.
+    `source` names the prompts' file in messages.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -37,5 +37,5 @@ def continuations(  # noqa: PLR0913 - the model, and how it continues
                 f"has {positions} positions; shorten the prompt"
             )
         written = model.generate(asked, attention_mask=torch.ones_like(asked))[0, asked.shape[1] :].tolist()
-        found.append({"text": tokenizer.decode(written, skip_special_tokens=True), "tokens": written})
+        found.append(tokenizer.decode(written, skip_special_tokens=True))
     return found

@@ -33,9 +33,8 @@ def sections(experiment: Experiment) -> dict[str, str]:
     said = [*experiment.notes, *not_compared(experiment.pruned, experiment.dense), *notes(experiment.params, models)]
     found = {"Results": f"{table(headers, rows)}\n\n" + "\n".join(f"- {inline(note)}" for note in said)}
     if pairs := continued(experiment.pruned, experiment.dense):
-        texts = [[inline(one.prompt), inline(one.dense), inline(one.own), str(one.equal)] for one in pairs]
-        about = "Greedy continuations: the two models' are equal for the given number of tokens."
-        found["Continuations"] = f"{about}\n\n{table(['prompt', 'dense', 'pruned', 'equal tokens'], texts)}"
+        texts = [[inline(text) for text in pair] for pair in pairs]
+        found["Continuations"] = f"Each token is the likeliest one.\n\n{table(['prompt', 'dense', 'pruned'], texts)}"
     commands, by_hand = how_to_repeat(experiment.params)
     version = read_provenance(experiment.study.masks, "mask")["wanda_dvc"]
     found["Reproduce"] = REPRODUCE.format(version=version, commands=commands, by_hand=by_hand).rstrip()

@@ -13,7 +13,6 @@ let a stage write its number below metrics/ (`dvc metrics diff` then has it too)
 only if `results.compare.reason` finds no difference of their protocols.
 """
 
-import itertools
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +30,6 @@ Value = Estimate | str | None  # `diverged` if a number is not finite; None: not
 Protocols = dict[str, Json | None]  # by text or task; None: not known
 TEXT, TASK, MODEL = "text", "task", "model"  # what a measure is a property of, besides the model
 ON_TEXT = "perplexity/"
-N = 4  # of the repeated n-grams in continuations
 
 
 @dataclass(eq=False)
@@ -160,19 +158,6 @@ def changed(results: Results, _: str, *, way: str) -> Value:
     return Estimate(sum(one[way] for one in counts)) if counts else None
 
 
-def equal_tokens(results: Results, _: str) -> Value:
-    """The mean over prompts of the tokens before the continuation parts from the dense model's."""
-    if results.dense is None or not (pairs := continued(results, results.dense)):
-        return None
-    return Estimate(sum(pair.equal for pair in pairs) / len(pairs))
-
-
-def repeated(results: Results, _: str) -> Value:
-    """The mean over prompts of the share of 4-grams that occurred before (seq-rep-4, Welleck et al. 2020)."""
-    shares = [repeated_share(one["tokens"]) for one in results.details("continuations").get("prompts", [])]
-    return Estimate(sum(shares) / len(shares)) if shares else None
-
-
 def layer_error(results: Results, _: str) -> Value:
     """The mean over linears of ‖(W−Ŵ)X‖² / ‖WX‖²; needs Gram matrices."""
     linears = results.details("layer_error").get("linears", {})
@@ -236,31 +221,10 @@ def _mean_difference(tasks: Iterable[tuple[list[bool], list[bool]]]) -> Estimate
 # --- continuations ---
 
 
-@dataclass(frozen=True)
-class Continued:
-    """A prompt's continuations by a model and by the dense model."""
-
-    prompt: str
-    dense: str
-    own: str
-    equal: int  # tokens before the two part
-
-
-def continued(results: Results, dense: Results) -> list[Continued]:
-    """Return the continuations of each prompt; empty if one model's are missing or were skipped."""
+def continued(results: Results, dense: Results) -> list[tuple[str, str, str]]:
+    """Return each prompt with its continuations by the dense model and by this one; empty if one's are missing."""
     own, other = (one.details("continuations").get("prompts", []) for one in (results, dense))
-    pairs = zip(other, own, strict=False)
-    return [Continued(a["prompt"], a["text"], b["text"], _equal(a["tokens"], b["tokens"])) for a, b in pairs]
-
-
-def _equal(tokens: list[int], others: list[int]) -> int:
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, others, strict=False)))
-
-
-def repeated_share(tokens: list[int]) -> float:
-    """Return the share of 4-grams that occurred before: 1 − distinct / all."""
-    grams = [tuple(tokens[start : start + N]) for start in range(len(tokens) - N + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return [(a["prompt"], a["text"], b["text"]) for a, b in zip(other, own, strict=False)]
 
 
 # --- the protocols behind values ---
@@ -290,10 +254,6 @@ def _percent(value: float) -> str:
 
 def _count(value: float) -> str:
     return f"{value:.0f}"
-
-
-def _tenths(value: float) -> str:
-    return f"{value:.1f}"
 
 
 def _factor(value: float) -> str:
@@ -401,8 +361,6 @@ MEASURES: tuple[Measure, ...] = (
     _items("lost", "right → wrong", "", partial(changed, way="lost"), _count, better="lower", brief=True),
     _items("gained", "wrong → right", "", partial(changed, way="gained"), _count, brief=True),
     _items("swapped", "wrong → wrong", "", partial(changed, way="swapped"), _count, better="lower"),
-    Measure("equal_tokens", "equal tokens of continuations", "", equal_tokens, _tenths, better="higher"),
-    Measure("repeated", "repeated 4-grams of continuations", "%", repeated, _percent, better="lower"),
     Measure("layer_error", "layer error, mean", "", layer_error, better="lower"),
     Measure("sparsity", "measured sparsity", "", partial(of_sparsity, name="sparsity")),
     Measure(

@@ -208,5 +208,5 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
         return {"details": {"protocol": protocol, "skipped": skipped}}
     dtype, device = getattr(torch, params.dtype), own_device(params.runtime)
     written = continuations(folder, prompts, tokens=CONTINUED, dtype=dtype, device=device, source=PROMPTS)
-    pairs = zip(prompts, written, strict=True)
-    return {"details": {"protocol": protocol, "prompts": [{"prompt": one} | found for one, found in pairs]}}
+    pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, written, strict=True)]
+    return {"details": {"protocol": protocol, "prompts": pairs}}
