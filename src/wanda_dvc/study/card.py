@@ -20,15 +20,6 @@ from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import block_count, read_masks
 
-BEGINNING = 200  # characters of a licence, which name it
-# The Hub's name of a licence, by a phrase of its text.
-LICENSES = {
-    "llama3.1": "LLAMA 3.1 COMMUNITY LICENSE",
-    "llama3": "META LLAMA 3 COMMUNITY LICENSE",
-    "llama2": "LLAMA 2 COMMUNITY LICENSE",
-    "apache-2.0": "Apache License",
-    "mit": "MIT License",
-}
 UNKNOWN_LICENSE = (
     "Unknown: the files of the dense model name none. Find the licence, and comply with it, before you share the model."
 )
@@ -179,14 +170,4 @@ def _license(folder: Path, dense: Json) -> tuple[str | None, str]:
     note = f"; the full text is in {names}" if files else ""
     if name := dense.get("license"):
         return name, f"{code(name)}, according to its own model card{note}."
-    licenses = [file for file in files if file.name.startswith("LICENSE")]
-    found = {_named(file) for file in licenses}
-    if len(found) == 1 and (name := found.pop()):  # several may be of different parts
-        return name, f"{code(name)}, according to {code(licenses[0].name)}{note}."
     return ("other", f"See {names}.") if files else (None, UNKNOWN_LICENSE)
-
-
-def _named(file: Path) -> str | None:
-    """Return the Hub's name of the licence that a file begins with; others may mention it."""
-    text = " ".join(file.read_text(encoding="utf-8", errors="replace").split())[:BEGINNING].lower()
-    return next((name for name, phrase in LICENSES.items() if phrase.lower() in text), None)

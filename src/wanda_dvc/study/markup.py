@@ -32,20 +32,6 @@ def number(perplexity: float | str | None) -> str:
     return f"{perplexity:,.0f}" if perplexity < 1e7 else f"{perplexity:.2e}"
 
 
-def decimal(value: float | str | None, form: str, factor: float = 1) -> str:
-    """Format a number; `diverged` stays, and a dash means missing."""
-    return value or "–" if isinstance(value, str | None) else form.format(factor * value)
-
-
-def on_text(
-    perplexity: float | str | None = None,
-    divergence: float | str | None = None,
-    agreement: float | str | None = None,
-) -> list[str]:
-    """Return a model's results on a text as cells; divergence and agreement are means."""
-    return [number(perplexity), decimal(divergence, "{:.4f}"), decimal(agreement, "{:.1f}", 100)]
-
-
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a table for a terminal, which is also valid Markdown. Cells do not change: no number is parsed."""
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
