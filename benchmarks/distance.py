@@ -24,6 +24,7 @@ from processes import HERE, say
 from two_models import Models, change, read_command_line, read_results, write_results
 
 from wanda_dvc.catalog import RECIPES, RECONSTRUCTIONS, parse_pattern
+from wanda_dvc.study.files import load_json
 
 TARGET = HERE / "results-distance.json"
 AMOUNTS = {
@@ -93,11 +94,23 @@ class Study:
         return {stage: round(self.models.stage(self.root, stage, model), 1) for stage in ("perplexity", "zero-shot")}
 
     def _shown(self, model: str) -> dict[str, Any]:
-        found = self._json("show", "--json")["results"][model]
-        tasks = found.pop("zero_shot")
-        found["accuracies"] = {task: of["acc"] for task, of in tasks.items()}
-        found["flips"] = {task: of["flips"] for task, of in tasks.items() if "flips" in of}
-        return {key: value for key, value in found.items() if key != "continuations"}
+        folder = self.root / "metrics" / model
+        files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.json")}
+        found = self._numbers({name: load_json(path) for name, path in files.items()})
+        errors = load_json(self.root / f"metrics/details/{model}/layer_error.json").get("linears", {})
+        mean = sum(one["error"] for one in errors.values()) / len(errors) if errors else None
+        return found | ({} if mean is None else {"layer_error": mean})
+
+    def _numbers(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Return the measures on each text, and the accuracy and the changed answers of each task."""
+        texts = {name.removeprefix("perplexity/"): of for name, of in metrics.items() if name.startswith("perplexity/")}
+        tasks = metrics.get("zero_shot", {})
+        answered = load_json(self.root / "metrics/details/dense/zero_shot.json")["tasks"]
+        flips = {task: of["flips"] for task, of in tasks.items() if "flips" in of}
+        for task, by_metric in flips.items():
+            for counts in by_metric.values():
+                counts["items"] = len(answered[task]["items"])
+        return {"texts": texts, "accuracies": {task: of["acc"] for task, of in tasks.items()}, "flips": flips}
 
     def _gguf(self, kind: str) -> dict[str, Any]:
         file = self.root / f"{kind}.gguf"
@@ -105,9 +118,8 @@ class Study:
         began = time.perf_counter()
         (_, found) = self._json("evaluate", str(file), "--json")
         file.unlink()
-        found["flips"] = {task: {"acc": flips} for task, flips in found["flips"].items()}
-        found |= {"format": kind, "seconds": {"evaluate": round(time.perf_counter() - began, 1)}}
-        return {key: value for key, value in found.items() if key not in ("model", "continuations")}
+        seconds = {"evaluate": round(time.perf_counter() - began, 1)}
+        return {"bytes": found["bytes"], **self._numbers(found["metrics"]), "format": kind, "seconds": seconds}
 
     def _json(self, *words: str) -> Any:
         self.models.runner.run("wanda-dvc", *words, cwd=self.root)

@@ -91,7 +91,7 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project
     first = [row.split("|")[1].strip() for row in rows]
     match words[0]:
         case "show":
-            assert number(content["results"]["dense"]["texts"]["embedded"]["perplexity"]) in table.stdout
+            assert number(content["results"]["dense"]["perplexity"]["embedded"]["value"]) in table.stdout
         case "list":
             assert [record["name"] for record in content] == first == ["workspace", "main"]
         case "stats":
@@ -110,13 +110,13 @@ def test_show_as_json_holds_the_files_own_numbers(there: Project):
     content = printed(["show"])
     for model in ("dense", "pruned"):
         expected = load_json(there.metrics(model, "perplexity/embedded"))["perplexity"]
-        assert content["results"][model]["texts"]["embedded"]["perplexity"] == expected
-        assert content["results"][model]["zero_shot"] == {"piqa": {"standard_errors": {}}}
-    assert content["results"]["pruned"]["sparsity"] == load_json(there.metrics("pruned", "sparsity"))["sparsity"]
-    assert content["made_with"]["method"] in methods()
-    assert "runtime" not in content["made_with"]
+        assert content["results"][model]["perplexity"]["embedded"]["value"] == expected
+        assert "acc" not in content["results"][model]
+    expected = load_json(there.metrics("pruned", "sparsity"))["sparsity"]
+    assert content["results"]["pruned"]["sparsity"] == {"value": expected}
+    assert content["experiments"]["workspace"]["settings"]["method"] in methods()
+    assert content["tests"]["pruned"][0]["measure"] == "perplexity"
     assert content["times"]["calibrate"]["seconds"] > 0
-    assert any("Perplexity: 4 windows" in note for note in content["notes"])
 
 
 def test_what_doctor_misses_is_told_by_its_exit_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -157,10 +157,11 @@ def _as_table(models: dict[str, Results], sizes: list[int]) -> str:
 
 
 def _as_json(models: dict[str, Results], sizes: list[int]) -> str:
-    """Return every measure of each model, with the paired tests against the dense model."""
+    """Return every measure of each model, the paired tests against the dense model, and the stages' own numbers."""
     records = []
     for (name, one), size in zip(models.items(), sizes, strict=True):
         (tests,) = compare([(one, models[DENSE])]) if name != DENSE else [{}]
         found = [{"measure": measure, "on": on, **test._asdict()} for (measure, on), test in tests.items()]
-        records.append({"model": name, "bytes": size, "results": figures(one), "tests": found})
+        record = {"model": name, "bytes": size, "results": figures(one), "tests": found, "metrics": one.metrics}
+        records.append(record)
     return json_text(records)

@@ -25,6 +25,7 @@ from wanda_dvc.results.inference import Estimate
 from wanda_dvc.study.files import Json, load_json
 from wanda_dvc.study.markup import DASH, number
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.protocol import comparable
 
 Value = Estimate | str | None  # `diverged` if a number is not finite; None: not measured
 Protocols = dict[str, Json | None]  # by text or task; None: not known
@@ -223,8 +224,11 @@ def _mean_difference(tasks: Iterable[tuple[list[bool], list[bool]]]) -> Estimate
 
 def continued(results: Results, dense: Results) -> list[tuple[str, str, str]]:
     """Return each prompt with its continuations by the dense model and by this one; empty if one's are missing."""
-    own, other = (one.details("continuations").get("prompts", []) for one in (results, dense))
-    return [(a["prompt"], a["text"], b["text"]) for a, b in zip(other, own, strict=False)]
+    own, other = results.details("continuations"), dense.details("continuations")
+    if not comparable(own.get("protocol"), other.get("protocol")):
+        return []
+    pairs = zip(other.get("prompts", []), own.get("prompts", []), strict=False)  # one may be skipped
+    return [(a["prompt"], a["text"], b["text"]) for a, b in pairs]
 
 
 # --- the protocols behind values ---

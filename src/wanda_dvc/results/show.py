@@ -28,7 +28,7 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False) 
         models = {DENSE: first.dense} | {one.name if names else PRUNED: one.pruned for one in experiments}
         base = names[0] if len(names) > 1 else DENSE
         if as_json:
-            return json_text(_record(experiments, models, base))
+            return json_text(_record(experiments, models, base) | ({} if names else {"times": times(project)}))
         headers, rows = side_by_side(models, base=base)
         compared = [(models[name], models[base]) for name in models if name not in (base, DENSE)]
         parts = [
