@@ -18,7 +18,7 @@ FIX = "set dtype=float32 or bfloat16, or fix the model's weights"  # where activ
 
 
 # Optional libraries, by the extra of this package that installs them.
-EXTRAS = {"matplotlib": "report", "ray": "ray", "scipy": "report"}
+EXTRAS = {"matplotlib": "report", "ray": "ray"}
 
 
 class UserError(Exception):
