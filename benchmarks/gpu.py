@@ -50,7 +50,7 @@ from wanda_dvc.engine.fisher import backward  # noqa: E402
 from wanda_dvc.engine.recorder import Recorded  # noqa: E402
 from wanda_dvc.engine.rows import as_rows  # noqa: E402
 from wanda_dvc.engine.sizes import FIXED, sizes, walk  # noqa: E402
-from wanda_dvc.engine.walk import LocalRunner, outputs  # noqa: E402
+from wanda_dvc.engine.walk import Runner, outputs  # noqa: E402
 from wanda_dvc.engine.writer import new_tensors, write_model  # noqa: E402
 from wanda_dvc.pruning.choose import choose_block, prepared_linears, prune_linear, reconstruct  # noqa: E402
 from wanda_dvc.pruning.gram import Gram  # noqa: E402
@@ -135,7 +135,7 @@ class Bench:
         if on_card:
             torch.cuda.reset_peak_memory_stats(device)
         spent, recorded = [], []
-        steps = LocalRunner(decoder, work).walk(windows)
+        steps = Runner(decoder, work).walk(windows)
         for step in steps:
             self.wait()
             began = time.perf_counter()

@@ -1,50 +1,47 @@
-"""A cluster without Ray: tasks run in this process, when they are begun, and what they are given is pickled."""
+"""A cluster without Ray: units of work run in this process, on pickled copies of what they are given."""
 
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import torch
 
-from wanda_dvc.engine.cluster import Cluster, Task
+from wanda_dvc.engine.decoder import Decoder
+
+CPU = torch.device("cpu")
 
 
-@dataclass(eq=False)
-class Ref:
-    """Like Ray's, of a result or of an error."""
+@dataclass
+class Inline:
+    """Maps as a cluster does. `ran` has the name and the input of each unit of work."""
 
-    content: bytes
+    ran: list[tuple[str, Any]] = field(default_factory=list)
+    models: dict[str, Decoder] = field(default_factory=dict)
 
-    def hex(self) -> str:
-        return f"{id(self):x}"
+    def map(self, function: Callable[..., Any], inputs: Iterable[Any], what: str = "task") -> Iterator[Any]:
+        _opened[id(self)] = self
+        sent = pickle.dumps(function)
+        for number, one in enumerate(inputs):
+            self.ran.append((f"{what} {number}", one))
+            found = pickle.loads(sent)(CPU, pickle.loads(pickle.dumps(one)))
+            yield pickle.loads(pickle.dumps(list(found) if isinstance(found, Iterator) else found))
 
-
-class Inline(Cluster):
-    """Runs tasks at once. `ran` are their functions and arguments."""
-
-    def __init__(self, workers: int, *, has_files: bool = True) -> None:
-        self._workers, self.has_files = workers, has_files
-        self.ran: list[tuple[Any, ...]] = []
-
-    @property
-    def workers(self) -> int:
-        return self._workers
-
-    def begin(self, function: Callable[..., Any], *arguments: Any, num_returns: int = 1, **_: Any) -> list[Any]:
-        given = [pickle.loads(one.content) if isinstance(one, Ref) else one for one in arguments]
-        self.ran.append((function.__name__, *given))
-        found = function(torch.device("cpu"), *given)
-        return [self.put(one) for one in (found if num_returns > 1 else [found])]
-
-    def _get(self, task: Task) -> Any:
-        return pickle.loads(task.result.content)
-
-    def put(self, content: Any) -> Ref:
-        return Ref(pickle.dumps(content))
+    def opener(self, decoder: Decoder) -> Callable[[torch.device], Decoder]:
+        return partial(opened, id(self), uuid4().hex, decoder.checkpoint.folder, decoder.dtype)
 
     def counts(self) -> dict[str, int]:
-        return {"workers": self.workers, "nodes": 1}
+        return {"workers": 1, "nodes": 1}
 
-    def close(self) -> None:
-        pass
+
+_opened: dict[int, Inline] = {}
+
+
+def opened(cluster: int, opening: str, folder: Any, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """The worker's own model, and not the driver's."""
+    models = _opened[cluster].models
+    if opening not in models:
+        models[opening] = Decoder(folder, dtype=dtype, device=device)
+    return models[opening]

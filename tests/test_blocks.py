@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from wanda_dvc.engine import attention, structure
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import InputRecorder
+from wanda_dvc.engine.recorder import Recorded
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.walk import outputs, walk
 from wanda_dvc.engine.weights import Weights
@@ -32,12 +32,8 @@ def windows(length: int = 64) -> torch.Tensor:
     return torch.randint(0, 256, (3, length), generator=torch.Generator().manual_seed(1))
 
 
-def record(decoder: Decoder, tokens: torch.Tensor, work: Path) -> list[InputRecorder]:
-    recorders = []
-    for step in walk(decoder, tokens, work):
-        recorders.append(InputRecorder())
-        step.advance(recorders[-1])
-    return recorders
+def record(decoder: Decoder, tokens: torch.Tensor, work: Path) -> list[Recorded]:
+    return [step.record() for step in walk(decoder, tokens, work)]
 
 
 @pytest.fixture(params=VARIANTS)
@@ -114,7 +110,7 @@ def test_statistics_are_those_of_plain_hooks(checkpoint: Path, tmp_path: Path):
     recorders = record(Decoder(checkpoint, dtype=torch.float32, device=CPU), tokens, tmp_path / "work")
     found: dict[str, InputStats] = {}
     for recorder in recorders:
-        inputs, readers, *_ = recorder.of(recorder.linears).stats
+        inputs, readers, *_ = recorder.stats
         for source, names in readers.items():
             found |= dict.fromkeys(names, inputs[source])
     assert found.keys() == seen.keys()
@@ -129,8 +125,7 @@ def test_a_distinct_input_is_kept_once(tiny: Path, tmp_path: Path):
     recorders = record(Decoder(tiny, dtype=torch.float32, device=CPU), windows(), tmp_path)
     for block, recorder in enumerate(recorders):
         short = [
-            [name.removeprefix(f"model.layers.{block}.") for name in names]
-            for names in recorder.of(recorder.linears).stats.readers.values()
+            [name.removeprefix(f"model.layers.{block}.") for name in names] for names in recorder.stats.readers.values()
         ]
         assert short == [
             ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -147,7 +142,8 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, fin
     steps = walk(Decoder(tiny, dtype=torch.float32, device=CPU), tokens, tmp_path / "killed")
     for step in steps:
         if step.index == finished:
-            step.states.write([torch.full_like(step.states.before[0], torch.nan)])  # in the middle of its block
+            for name in ("-0000", "-0001-a.part"):  # in the middle of its block
+                (tmp_path / f"killed/own/{finished + 1:04d}{name}").write_bytes(b"torn")
             break
         step.advance()
     del steps
@@ -155,7 +151,9 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, fin
     rest = record(decoder, tokens, tmp_path / "killed")
     assert len(rest) == len(expected) - finished
     for one, other in zip(rest, expected[finished:], strict=True):
-        assert all(torch.equal(one.stats[name].sum_squares, other.stats[name].sum_squares) for name in other.stats)
+        assert all(
+            torch.equal(one.stats.inputs[name].sum_squares, x.sum_squares) for name, x in other.stats.inputs.items()
+        )
     for killed, not_killed in zip(*(outputs(decoder, tokens, tmp_path / x) for x in ("killed", "whole")), strict=True):
         assert torch.equal(killed, not_killed)
 
@@ -163,9 +161,9 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, fin
 def test_only_the_block_at_work_has_weights(tiny: Path, tmp_path: Path):
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     for step in walk(decoder, windows(), tmp_path):
+        step.advance()
         held = [any(not p.is_meta for p in block.parameters()) for block in decoder.blocks]
         assert held == [index == step.index for index in range(4)]
-        step.advance()
     assert all(p.is_meta for block in decoder.blocks for p in block.parameters())
 
 
@@ -180,18 +178,18 @@ def test_replaced_weights_are_used_until_the_block_is_done(tiny: Path, tmp_path:
         dense = [model(input_ids=row[None]) and final.pop()[0] for row in tokens]
     generator = torch.Generator().manual_seed(3)
     for step in walk(decoder, tokens, tmp_path / "replaced"):
-        if step.index in (1, 2):
-            down = f"model.layers.{step.index}.mlp.down_proj"
+        step.advance()
+        down = f"model.layers.{step.index}.mlp.down_proj"
+        if step.index == 1:
             new = torch.randn(32, 48, generator=generator)
             model.get_submodule(down).weight.data = new.clone()
-            step.replace({down: torch.full((32, 48), torch.nan)})
-            step.replace({down: new})  # the last one counts
+            step.change({}, {down: torch.full((32, 48), torch.nan)})
+            step.change({}, {down: new})  # the last one counts
         if step.index == 2:
             keep = torch.rand(32, 48, generator=generator) < 0.5
             model.get_submodule(down).weight.data *= keep
-            step.prune({down: keep})
-            assert torch.equal(step.linears[down].weight, new * keep)
-        step.advance()
+            step.change({down: keep}, {})
+            assert torch.equal(step.linears[down].weight, model.get_submodule(down).weight)
     with torch.no_grad():
         changed = [model(input_ids=row[None]) and final.pop()[0] for row in tokens]
     for ours, theirs in zip(outputs(decoder, tokens, tmp_path / "replaced"), changed, strict=True):
@@ -208,7 +206,7 @@ def test_a_new_weight_of_another_shape_is_refused(tiny: Path, tmp_path: Path):
     with pytest.raises(
         UserError, match=r"0.mlp.up_proj: its new weight is \[32\], expected \[48, 32\], as it is stored"
     ):
-        step.replace({"model.layers.0.mlp.up_proj": torch.ones(32)})
+        step.change({}, {"model.layers.0.mlp.up_proj": torch.ones(32)})
 
 
 def test_the_blocks_are_restored_whatever_happens(tiny: Path):

@@ -7,10 +7,12 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from conftest import save_tiny_model
+from inline import Inline
 from safetensors.torch import load_file, save_file
 from test_families import save
 from test_stages import fetch
@@ -18,9 +20,9 @@ from test_stages import fetch
 from wanda_dvc.engine import questions
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import measure_windows, window_losses
+from wanda_dvc.engine.fisher import backward
 from wanda_dvc.engine.recorder import Gradients, Recorded
-from wanda_dvc.engine.runner import Change, Runner
-from wanda_dvc.engine.walk import LocalRunner
+from wanda_dvc.engine.walk import Runner
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
@@ -32,11 +34,10 @@ from wanda_dvc.study.project import Project
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'wanda-dvc[ray]'")
 
-from inline import Inline, Ref  # noqa: E402 - they need ray
 from ray.util.placement_group import placement_group, remove_placement_group  # noqa: E402
 
 from wanda_dvc.engine import cluster  # noqa: E402
-from wanda_dvc.engine.cluster import AHEAD, Cluster, Task, TaskRunner, TaskStep, connect, own_device  # noqa: E402
+from wanda_dvc.engine.cluster import AHEAD, Cluster, connect, own_device  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
 slow = pytest.mark.slow  # a node takes seconds to start
@@ -89,13 +90,13 @@ def decoder(folder: Path) -> Decoder:
     return Decoder(folder, dtype=torch.float32, device=CPU)
 
 
-def on_cluster(folder: Path) -> TaskRunner:
-    cluster = Cluster("auto", device="cpu", folders=[folder])
-    cluster.open()
-    return TaskRunner(decoder=decoder(folder), folder=folder, cluster=cluster)
+def on_cluster(folder: Path, work: Path) -> Runner:
+    cluster = Cluster("auto", device="cpu")
+    cluster.open([folder])
+    return Runner(decoder(folder), work, cluster)
 
 
-def change(run: Runner, block: int) -> Change:
+def change(run: Runner, block: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A mask of every linear, and another norm."""
     keeps, weights = {}, {}
     with run.decoder.block(block):
@@ -109,7 +110,7 @@ def change(run: Runner, block: int) -> Change:
 def through(run: Runner, rows: torch.Tensor, *, with_dense: bool, kept: int = 0) -> Iterator[bytes]:
     """All bytes that stages write: of blocks that are measured and changed, of losses, and of a backward pass."""
     made = {block: change(run, block) for block in range(len(run.decoder.blocks))}
-    for step in run.walk(rows, with_dense=with_dense, changes=made.__getitem__, kept=kept):
+    for step in run.walk(rows, with_dense=with_dense, kept=kept):
         yield dump(step.record(gram=True, crosses=with_dense))
         step.change(*made[step.index])
     if not with_dense:
@@ -117,7 +118,7 @@ def through(run: Runner, rows: torch.Tensor, *, with_dense: bool, kept: int = 0)
         references = [one for _, one in run.head(measure_windows, lambda shard: [None] if 3 in shard else None)]
         yield b"".join(x.numpy().tobytes() for reference in references for x in reference)
         yield str(list(run.head(measure_windows, lambda shard: references if 3 in shard else None))).encode()
-        yield from map(dump_back, run.backward(rows[:3], gram=True))
+        yield from map(dump_back, backward(run, rows[:3], gram=True))
 
 
 def dump(found: Recorded) -> bytes:
@@ -137,30 +138,22 @@ def dump_back(came: tuple[int, Gradients]) -> bytes:
 @pytest.fixture(scope="module")
 def expected(tiny: Path, rows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[bytes]]:
     return {
-        with_dense: list(
-            through(LocalRunner(decoder(tiny), tmp_path_factory.mktemp("local")), rows, with_dense=with_dense)
-        )
+        with_dense: list(through(Runner(decoder(tiny), tmp_path_factory.mktemp("local")), rows, with_dense=with_dense))
         for with_dense in (False, True)
     }
 
 
-def inline(folder: Path, cluster: Inline) -> TaskRunner:
-    return TaskRunner(decoder=decoder(folder), folder=folder, cluster=cluster)
-
-
 @pytest.mark.parametrize("with_dense", [False, True])
 def test_tasks_give_the_bytes_of_one_process(
-    tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], with_dense: bool
+    tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], with_dense: bool, tmp_path: Path
 ):
-    """Where all nodes have the checkpoint, and where its weights are sent."""
-    for has_files in (True, False):
-        run = inline(tiny, Inline(2, has_files=has_files))
-        assert list(through(run, rows, with_dense=with_dense)) == expected[with_dense]
+    run = Runner(decoder(tiny), tmp_path, Inline())
+    assert list(through(run, rows, with_dense=with_dense)) == expected[with_dense]
 
 
 def test_tasks_give_the_sums_of_experts_of_one_process(rows: torch.Tensor, tmp_path: Path):
     folder = save("qwen3_moe", tmp_path / "model")
-    local, tasks = LocalRunner(decoder(folder), tmp_path / "local"), inline(folder, Inline(2))
+    local, tasks = (Runner(decoder(folder), tmp_path / name, run) for name, run in (("a", None), ("b", Inline())))
     found, wanted = ([step.record().stats for step in run.walk(rows)] for run in (tasks, local))
     assert all(block.outputs for block in wanted)
     for one, other in zip(found, wanted, strict=True):
@@ -170,34 +163,40 @@ def test_tasks_give_the_sums_of_experts_of_one_process(rows: torch.Tensor, tmp_p
 
 
 @pytest.mark.parametrize("with_dense", [False, True])
-def test_an_interrupted_run_goes_through_the_kept_blocks_without_recording(
-    tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], with_dense: bool
+def test_an_interrupted_run_of_tasks_resumes_at_its_block(
+    tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], with_dense: bool, tmp_path: Path
 ):
-    cluster = Inline(2)
-    assert list(through(inline(tiny, cluster), rows, with_dense=with_dense, kept=2)) == expected[with_dense][2:]
-    recorded = {words[2].index for words in cluster.ran if words[0] == "forward" and words[5]}
-    assert recorded == {2, 3}
+    """In this process too: the files are the same."""
+    killed = through(Runner(decoder(tiny), tmp_path / "killed", Inline()), rows, with_dense=with_dense)
+    assert [next(killed), next(killed)] == expected[with_dense][:2]
+    killed.close()
+    cluster = Inline()
+    for name, executor in (("cluster", cluster), ("here", None)):
+        work = Path(shutil.copytree(tmp_path / "killed", tmp_path / name))
+        run = Runner(decoder(tiny), work, executor)
+        assert list(through(run, rows, with_dense=with_dense, kept=1)) == expected[with_dense][1:]
+    assert not any(name.startswith("block 0, shard") for name, _ in cluster.ran)
 
 
-def test_an_interrupted_backward_pass_goes_back_through_the_kept_blocks(
-    tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]]
-):
-    found = [dump_back(came) for came in inline(tiny, Inline(2)).backward(rows[:3], gram=True, kept=2)]
-    assert found == expected[False][-2:]
+@pytest.mark.parametrize("workers", [1, 3])
+def test_few_inputs_are_taken_ahead(monkeypatch: pytest.MonkeyPatch, workers: int):
+    """So the driver holds a bounded number of results and inputs, however many there are."""
+    monkeypatch.setattr(Cluster, "__init__", lambda self: None)
+    monkeypatch.setattr(Cluster, "workers", workers)
+    monkeypatch.setattr(ray, "put", lambda x: x)
+    monkeypatch.setattr(ray, "get", lambda x: x)
+    cluster, taken = Cluster(), 0  # type: ignore[call-arg] # see above
+    cluster._settings, cluster._task = (1, "cpu"), mock.Mock(remote=lambda _, __, function, one: function(CPU, one))
 
+    def inputs() -> Iterator[int]:
+        nonlocal taken
+        while taken < 50:
+            taken += 1
+            yield taken
 
-def test_the_driver_holds_no_hidden_states(tiny: Path):
-    """But references, and two results a worker, however many windows there are."""
-    cluster = Inline(1)
-    run = inline(tiny, cluster)
-    step = next(iter(run.walk(torch.zeros(200, 4, dtype=torch.long))))
-    assert isinstance(step, TaskStep)
-    step.record()
-    assert all(isinstance(ref, Ref) for ref in [*step.before, *step.after])
-    begun = sum(words[0] == "forward" for words in cluster.ran)
-    results = step._through()
-    next(results)
-    assert sum(words[0] == "forward" for words in cluster.ran) == begun + AHEAD
+    for number, found in enumerate(cluster.map(lambda _, x: 2 * x, inputs()), start=1):
+        assert found == 2 * number
+        assert taken <= number + AHEAD * workers
 
 
 @pytest.mark.parametrize(("seen", "given", "number"), [(None, 3, 3), ("4,7", "7", 1), ("2", 2, 0)])
@@ -218,11 +217,11 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, nodes: Any, *names: str) -> list[st
     """Kill a node when the driver waits for each of some tasks. Return the tasks."""
     real, killed = Cluster._get, list[str]()
 
-    def get(self: Cluster, task: Task) -> Any:
-        if task.name in names and task.name not in killed:
-            killed.append(task.name)
+    def get(self: Cluster, result: Any, name: str) -> Any:
+        if name in names and name not in killed:
+            killed.append(name)
             nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
-        return real(self, task)
+        return real(self, result, name)
 
     monkeypatch.setattr(Cluster, "_get", get)
     return killed
@@ -233,51 +232,37 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, nodes: Any, *names: str) -> list[st
 
 @slow
 def test_five_workers_give_the_bytes_of_one_process(
-    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]]
+    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], tmp_path: Path
 ):
     set_nodes(nodes, 5)
-    assert list(through(on_cluster(tiny), rows, with_dense=False)) == expected[False]
-    assert list(through(on_cluster(tiny), rows, with_dense=True)) == expected[True]
+    for with_dense in (False, True):
+        run = on_cluster(tiny, tmp_path / str(with_dense))
+        assert list(through(run, rows, with_dense=with_dense)) == expected[with_dense]
 
 
 @slow
 def test_a_node_that_dies_costs_no_byte(
-    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], monkeypatch: pytest.MonkeyPatch
+    nodes: Any,
+    tiny: Path,
+    rows: torch.Tensor,
+    expected: dict[bool, list[bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    """Its tasks run again, and what it held is made again."""
+    """Its tasks run again."""
     set_nodes(nodes, 5)
-    names = ["block 2, shard 5", "output head, shard 3", "backward pass, block 1, shard 1"]
+    names = ["block 2, shard 5", "output head, shard 1", "backward pass, block 1, window 1"]
     killed = kill_at(monkeypatch, nodes, *names)
-    assert list(through(on_cluster(tiny), rows, with_dense=False)) == expected[False]
+    assert list(through(on_cluster(tiny, tmp_path), rows, with_dense=False)) == expected[False]
     assert killed == names
     assert len(nodes.worker_nodes) == 2
 
 
 @slow
-def test_nodes_without_the_files_are_sent_the_weights(
-    nodes: Any,
-    tiny: Path,
-    tmp_path: Path,
-    rows: torch.Tensor,
-    expected: dict[bool, list[bytes]],
-    monkeypatch: pytest.MonkeyPatch,
-):
-    """One of two nodes dies."""
-    set_nodes(nodes, 2)
-    run = on_cluster(tiny)
-    run.cluster.has_files, run.cluster.reader = False, ray.get_runtime_context().get_node_id()
-    killed = kill_at(monkeypatch, nodes, "block 1, shard 9")
-    assert list(through(run, rows, with_dense=True)) == expected[True]
-    assert killed
-
-
-@slow
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full)])
-def test_fewer_workers_give_the_bytes_of_one_process(
-    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], workers: int
-):
-    set_nodes(nodes, workers)
-    assert list(through(on_cluster(tiny), rows, with_dense=False)) == expected[False]
+def test_a_node_that_does_not_see_the_files_is_refused(nodes: Any, tmp_path: Path):
+    set_nodes(nodes, 1)
+    with pytest.raises(UserError, match=r"^worker on .*/missing: not found on this node, .* folder that all nodes"):
+        Cluster("auto", device="cpu").open([tmp_path / "missing"])
 
 
 @slow
@@ -308,7 +293,9 @@ def test_a_gpu_that_no_node_has_is_refused_before_a_task_starts(nodes: Any):
 
 
 @slow
-def test_a_stage_waits_while_others_use_every_worker(nodes: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_stage_waits_while_others_use_every_worker(
+    nodes: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Only a cluster without any worker is refused."""
     monkeypatch.setattr(cluster, "SECONDS_TO_START", 0)
     monkeypatch.setattr(cluster, "SECONDS", 0)
@@ -322,11 +309,11 @@ def test_a_stage_waits_while_others_use_every_worker(nodes: Any, tiny: Path, mon
         remove_placement_group(other)
 
     monkeypatch.setattr(cluster, "notice", free)
-    on_cluster(tiny)
+    on_cluster(tiny, tmp_path)
     assert said == ["runtime.ray: waiting for a worker with 1 CPU"]
     set_nodes(nodes, 0)
     with pytest.raises(UserError, match="no node with 1 CPU joined"):
-        on_cluster(tiny)
+        on_cluster(tiny, tmp_path)
 
 
 @slow
@@ -334,9 +321,8 @@ def test_a_stage_waits_while_others_use_every_worker(nodes: Any, tiny: Path, mon
 def test_a_task_that_kills_its_workers_ends_the_stage(nodes: Any):
     set_nodes(nodes, 1)
     cluster = Cluster("auto", device="cpu")
-    (ref,) = cluster.begin(lambda _: os._exit(1))
-    with pytest.raises(UserError, match=r"^runtime.ray: block 0, shard 1: its worker crashed, also in 3 retries \("):
-        list(cluster.results([Task(ref, "block 0, shard 1")]))
+    with pytest.raises(UserError, match=r"^runtime.ray: block 0, shard 0: its worker crashed, also in 3 retries \("):
+        list(cluster.map(lambda *_: os._exit(1), [None], "block 0, shard"))
 
 
 MADE = ("stats", "masks", "weights", "reference", "metrics")
@@ -368,17 +354,17 @@ def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
     for name in (*MADE, study.answers):
         shutil.rmtree(study.root / name)
     # In `calibrate` the walk and the backward pass, in `mask` the walk and a solver, `perplexity`, `zero-shot`.
-    names = ["block 2, shard 1", "backward pass, block 2, shard 1", "block 1, shard 1", "block 1, input of "]
+    names = ["block 2, shard 1", "backward pass, block 2, window 1", "block 1, shard 1", "block 1, solver "]
     names += ["output head, shard 1", "output head, shard 1", "block 2, shard 1"]
     real = Cluster._get
 
-    def get(self: Cluster, task: Task) -> Any:
+    def get(self: Cluster, result: Any, name: str) -> Any:
         """Kill a node when the driver waits for the next of these tasks, and add another one."""
-        if names and task.name.startswith(names[0]):
+        if names and name.startswith(names[0]):
             names.pop(0)
             set_nodes(nodes, 3)
             nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
-        return real(self, task)
+        return real(self, result, name)
 
     monkeypatch.setattr(Cluster, "_get", get)
     set_nodes(nodes, 3)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from wanda_dvc.engine.checkpoint import Checkpoint, read_index
 from wanda_dvc.engine.config import read_config
-from wanda_dvc.engine.states import HiddenStates
+from wanda_dvc.engine.states import HiddenStates, Progress
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.reading import read_header, read_lines, read_object
@@ -45,9 +45,11 @@ def checkpoint(path: Path) -> None:
 
 
 def progress(path: Path) -> None:
-    for step in (0, 1):
-        path.with_name(f"hidden_{step}.bin").write_bytes(bytes(80))
-    HiddenStates.open(path.parent, [2, 3], 4, torch.float32, 3)
+    states = HiddenStates(path.parent / "own", [[2], [3]], 4, torch.float32)
+    for boundary in range(4):
+        for shard, size in enumerate((2, 3)):
+            states.write(boundary, shard, torch.zeros(size, 4).split(1))
+    Progress.open(path.parent, {"own": states}, 3)
 
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # name of the file, what reads it

@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ from transformers import AutoModelForCausalLM
 
 import wanda_dvc as wd
 from wanda_dvc.catalog import RECIPES
-from wanda_dvc.engine import questions
-from wanda_dvc.engine.states import HiddenStates
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
@@ -198,40 +196,12 @@ def test_every_family_gives_what_the_cpu_gives(family: str, tmp_path: Path, text
 
 
 def test_hidden_states_that_a_gpu_has_no_room_for_wait_on_the_host(tmp_path: Path, bench: Bench):
-    """They cross at every block then, in both directions."""
     project = bench.project(tmp_path / "study", "cuda", "wanda")
     for part in ("model", "perplexity"):
         download(project=project, part=part, text=text_of(part))
-    device = SimulatedDevice("cuda", free=0)
-    with device.present():
+    with SimulatedDevice("cuda", free=0).present():
         perplexity(project=project, model="dense", text="embedded")
     assert figure(project, "dense") == figure(bench.measured("cuda").project, "dense")
-    assert device.traffic.to_device["engine.walk._together"] == BLOCKS * EVALUATED
-    assert device.traffic.to_host["engine.states._save"] == (BLOCKS + 1) * EVALUATED
-
-
-def test_questions_are_answered_where_some_hidden_states_have_no_room(
-    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
-):
-    project = bench.project(tmp_path / "study", "cuda", "wanda")
-    write_params(project.root, bench.model, **bench.texts, runtime__device="cuda", zero_shot__limit=40)
-    for part in ("model", "tasks"):
-        download(project=project, part=part)
-    found, rows = [], set[int]()
-
-    def some(states: HiddenStates, *, step: int) -> frozenset[int]:
-        rows.add(len(states.lengths))
-        return frozenset(range(0, len(states.lengths), step)) if step else frozenset()
-
-    monkeypatch.setattr(questions, "ROW", 1)  # of tokens: each question has a row, and a shard has several
-    for step in (0, 2, 1):
-        monkeypatch.setattr(HiddenStates, "stay", property(partial(some, step=step)))
-        shutil.rmtree(project.answers, ignore_errors=True)
-        with SimulatedDevice("cuda").present():
-            zero_shot(project=project, model="dense")
-        found.append(load_json(project.details("dense", "zero_shot")))
-    assert min(rows) > 16
-    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
@@ -253,72 +223,6 @@ def test_the_python_interface_takes_a_model_where_it_is(kind: str, tiny: Path):
     assert share == other == 0.5
     for name, weight in host.items():
         torch.testing.assert_close(card[name], weight, rtol=1e-3, atol=1e-3)
-
-
-# --- what crosses ---
-
-CALIBRATED = BLOCKS * WINDOWS  # shards of one window through a block
-PROBES, RECORDED = 3, 1  # rows that say how blocks are called, and how their linears are
-WEIGHTS = {"engine.accelerator.copy": PARAMETERS + OUTSIDE, "engine.weights._load_rest": BUFFERS}
-# How often what crosses in each stage, by the function that asks for it. Of a walk: each weight, each window's tokens
-# and each window's hidden states once. A window's loss is two numbers of its own.
-TO_DEVICE = {
-    "calibrate": WEIGHTS
-    | {
-        # Forward for norms, forward and backward for gradients; the last block turns round where it is.
-        "engine.accelerator.copy": 3 * PARAMETERS - PARAMETERS // BLOCKS + OUTSIDE,
-        "engine.decoder._record": 2 * WINDOWS + PROBES + RECORDED + 1,
-        "engine.decoder.loss_gradient": WINDOWS,  # tokens
-    },
-    "perplexity": WEIGHTS
-    | {
-        "engine.decoder._record": EVALUATED + PROBES,
-        "engine.divergence.log_probabilities": EVALUATED,  # tokens
-        "engine.divergence.measure": EVALUATED,  # where the draw begins
-    },
-}
-FINITE = {"engine.walk._check_finite": CALIBRATED, "engine.recorder._not_finite": CALIBRATED}
-TO_HOST = {
-    "calibrate": FINITE
-    | {
-        "pruning.statistics.to": 2 * INPUTS,
-        "study.tensors.pack_grams": 2 * (INPUTS + LINEARS),
-        "engine.recorder._finish": BLOCKS,
-        "engine.recorder.<dictcomp>": LINEARS,
-        # Hidden states at the end; for the backward pass before each block; gradients at the end.
-        "engine.states._save": (1 + (BLOCKS + 1) + 1) * WINDOWS,
-    },
-    "perplexity": {
-        "engine.walk._check_finite": BLOCKS,
-        "engine.states._save": EVALUATED,
-        "engine.divergence._mean": EVALUATED,
-        "engine.divergence.<genexpr>": 7 * EVALUATED,
-    },
-}
-
-
-@pytest.mark.parametrize("row", TO_DEVICE)
-def test_weights_and_hidden_states_cross_to_a_gpu_once(bench: Bench, row: str):
-    stage, _, recipe = row.partition(" ")
-    traffic = bench.pruned("cuda", recipe or "wanda").traffic[stage]
-    assert dict(traffic.to_device) == TO_DEVICE[row]
-    if row in TO_HOST:
-        assert dict(traffic.to_host) == TO_HOST[row]
-
-
-def test_a_walk_moves_the_bytes_of_the_model_and_of_its_hidden_states(bench: Bench):
-    study = bench.measured("cuda")
-    traffic, weights = study.traffic["perplexity"], load_file(study.project.model("dense") / "model.safetensors")
-    assert traffic.bytes_to_device["engine.accelerator.copy"] == sum(x.nbytes for x in weights.values())
-    assert traffic.bytes_to_host["engine.states._save"] == EVALUATED * 64 * 32 * 4  # length, width, float32
-
-
-@full
-def test_zero_shot_reads_the_model_twice_and_its_questions_once(bench: Bench):
-    """Once to see whether the model holds several questions in a row, once to ask."""
-    traffic = bench.asked("cuda", "wanda").traffic["zero-shot"]
-    assert traffic.to_device["engine.accelerator.copy"] == 2 * PARAMETERS + OUTSIDE
-    assert traffic.to_host["engine.states._save"] == QUESTIONS_ROWS
 
 
 # --- one module ---

@@ -27,7 +27,6 @@ from transformers import AutoModel, AutoModelForCausalLM
 import wanda_dvc as wd
 from wanda_dvc import interface
 from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS
-from wanda_dvc.engine import walk
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
@@ -357,13 +356,13 @@ def test_weights_are_borrowed_and_not_copied(pairs: Callable[[str], Pair], monke
     model = pair.load()
     own = {x.data_ptr() for x in model.parameters()}
     seen: list[int] = []
-    real = walk.LocalStep.advance
+    real = Weights.hold
 
-    def advance(step: walk.LocalStep, *args: Any, **words: Any) -> None:
-        seen.extend(x.data_ptr() for x in step.decoder.blocks[step.index].parameters())
-        real(step, *args, **words)
+    def hold(weights: Weights, index: int, *args: Any) -> None:
+        real(weights, index, *args)
+        seen.extend(x.data_ptr() for x in weights.blocks[index].parameters())
 
-    monkeypatch.setattr(walk.LocalStep, "advance", advance)
+    monkeypatch.setattr(Weights, "hold", hold)
     wd.calibrate(model, pair.tokens)
     assert seen
     assert set(seen) <= own

@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from cases.grids import OF_WEIGHTS, cycled
+from cases.grids import OF_WEIGHTS
 from conftest import save_tiny_model, write_params
 from inline import Inline
 from test_families import save
 from test_stages import fetch, tree
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods
-from wanda_dvc.engine.cluster import AHEAD
-from wanda_dvc.engine.jobs import JobInput, LocalJobs
 from wanda_dvc.stages import inputs
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.mask import mask
@@ -40,6 +37,9 @@ PROPAGATED: list[Settings] = [
         OF_WEIGHTS, itertools.cycle(itertools.product(SOLVED, ("corrected", "pruned"))), strict=False
     )
 ] + [{"method": name, "propagation": "pruned"} | pattern for name in SOLVERS for pattern in ({}, NEURONS)]
+TRAINED: list[Settings] = [
+    {"reconstruction": name, "propagation": "pruned"} for name, row in RECONSTRUCTIONS.items() if row.trains
+]
 CALIBRATION: Settings = {"calibration__statistics": "gradients", "calibration__windows": 3}
 
 
@@ -88,22 +88,21 @@ def run(calibrated: Callable[[str], Project], texts: dict[str, str], monkeypatch
     return made
 
 
-def named(value: Settings | int) -> str:
-    return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+def named(value: Settings) -> str:
+    return "-".join(map(str, value.values()))
 
 
-def jobs(cluster: Inline) -> list[Any]:
-    """The input of each job that was begun."""
-    return [words[1] for words in cluster.ran if words[0] == "solve"]
+def solved(cluster: Inline) -> list[str]:
+    """The solvers that ran."""
+    return [name for name, _ in cluster.ran if "solver" in name]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("changes", "workers"), cycled(DENSE + PROPAGATED, [1, 5]), ids=named)
-def test_tasks_give_the_bytes_of_one_process(run: Run, changes: Settings, workers: int):
-    """However many run at once: that decides how many are begun ahead."""
-    cluster = Inline(workers)
+@pytest.mark.parametrize("changes", [*DENSE, *PROPAGATED, *TRAINED], ids=named)
+def test_tasks_give_the_bytes_of_one_process(run: Run, changes: Settings):
+    cluster = Inline()
     assert run(cluster, **changes) == run(**changes)
-    assert len(jobs(cluster)) == 2 * 4  # blocks, and distinct inputs of each
+    assert len(solved(cluster)) in {0 if changes in TRAINED else 2 * 4, 2 * 4}  # blocks, and distinct inputs of each
 
 
 @pytest.mark.slow
@@ -111,23 +110,12 @@ def test_tasks_give_the_bytes_of_one_process(run: Run, changes: Settings, worker
 @pytest.mark.parametrize("model", ["gpt2", "qwen3_moe"])
 def test_stored_across_or_by_expert_a_weight_is_the_same(run: Run, model: str, changes: Settings):
     """Of twelve experts some have no token, and so no Gram matrix."""
-    assert run(Inline(2), model=model, **changes) == run(model=model, **changes)
+    assert run(Inline(), model=model, **changes) == run(model=model, **changes)
 
 
 @pytest.mark.parametrize("changes", [DENSE[0], PROPAGATED[0]], ids=named)
-def test_where_nodes_lack_the_files_jobs_have_all_that_they_read(run: Run, changes: Settings):
-    there, elsewhere = Inline(2), Inline(2, has_files=False)
-    assert run(there, **changes) == run(elsewhere, **changes) == run(**changes)
-    dense = "propagation" not in changes
-    for cluster, sent in ((there, False), (elsewhere, True)):
-        for part in jobs(cluster):
-            assert isinstance(part.weights, dict) == sent
-            assert isinstance(part.grams, tuple) == (dense and not sent)
-
-
-@pytest.mark.parametrize("changes", [DENSE[0], PROPAGATED[0]], ids=named)
-def test_a_killed_run_goes_on_from_its_finished_blocks(run: Run, monkeypatch: pytest.MonkeyPatch, changes: Settings):
-    expected, written, cluster = run(**changes), stage.write_masks, Inline(2)
+def test_a_killed_run_resumes_after_its_finished_blocks(run: Run, monkeypatch: pytest.MonkeyPatch, changes: Settings):
+    expected, written, cluster = run(**changes), stage.write_masks, Inline()
 
     def killed(folder: Path, block: int, *content: Any) -> None:
         if block == 1:
@@ -136,28 +124,7 @@ def test_a_killed_run_goes_on_from_its_finished_blocks(run: Run, monkeypatch: py
 
     monkeypatch.setattr(stage, "write_masks", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(Inline(2), **changes)
+        run(Inline(), **changes)
     monkeypatch.setattr(stage, "write_masks", written)
     assert run(cluster, again=False, **changes) == expected
-    assert len(jobs(cluster)) == 4  # of the second block alone
-
-
-def double(_: torch.device, asked: int) -> int:
-    return 2 * asked
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_few_jobs_are_taken_ahead(workers: int):
-    """So the driver holds a bounded number of Gram matrices, however many blocks there are."""
-    taken = 0
-
-    def asked() -> Iterator[JobInput[int]]:
-        nonlocal taken
-        for taken in range(1, 51):
-            yield JobInput(str(taken), taken, taken)
-
-    cluster = Inline(workers)
-    for number, found in enumerate(cluster.each(double, asked()), start=1):
-        assert found == 2 * number
-        assert taken <= number + AHEAD * workers
-    assert list(LocalJobs(torch.device("cpu")).each(double, asked())) == [2 * x for x in range(1, 51)]
+    assert len(solved(cluster)) == 4  # of the second block alone

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import window_losses
-from wanda_dvc.engine.walk import LocalRunner
+from wanda_dvc.engine.walk import Runner
 from wanda_dvc.pruning import products
 from wanda_dvc.pruning.gram import Gram
 
@@ -87,7 +87,7 @@ def test_a_gram_matrix_is_the_sum_of_its_products():
 def test_a_model_has_the_losses_of_its_own_forward_pass(tiny: Path, tmp_path: Path):
     """Attention is ours then, and so is its memory."""
     windows = torch.randint(0, 256, (3, 150), generator=torch.Generator().manual_seed(0))
-    run = LocalRunner(Decoder(tiny, dtype=torch.float32, device=torch.device("cpu")), tmp_path)
+    run = Runner(Decoder(tiny, dtype=torch.float32, device=torch.device("cpu")), tmp_path)
     assert run.decoder._ours_for_windows
     for step in run.walk(windows):
         step.advance()

@@ -14,7 +14,7 @@ from wanda_dvc.engine import calls, questions
 from wanda_dvc.engine import decoder as decoding
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods, pack, spread
-from wanda_dvc.engine.walk import LocalRunner
+from wanda_dvc.engine.walk import Runner
 
 CPU = torch.device("cpu")
 Drawn = list[tuple[tuple[int, ...], tuple[int, ...]]]
@@ -96,7 +96,7 @@ def test_they_are_the_models_own(
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     assert decoder.holds_layouts
     decoder.holds_layouts = together
-    ours = loglikelihoods(LocalRunner(decoder, tmp_path), asked, length=64, progress=quiet)
+    ours = loglikelihoods(Runner(decoder, tmp_path), asked, length=64, progress=quiet)
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     for request, (value, greedy) in zip(asked, ours, strict=True):
         tokens = torch.tensor(request.context + request.continuation)[-65:]
@@ -109,7 +109,7 @@ def test_they_are_the_models_own(
 
 def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, asked: list[Request]):
     expected = loglikelihoods(
-        LocalRunner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "whole"),
+        Runner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "whole"),
         asked,
         length=64,
         progress=quiet,
@@ -130,9 +130,9 @@ def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, asked: list[Request]):
 
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
     with pytest.raises(KeyboardInterrupt):
-        loglikelihoods(LocalRunner(decoder, tmp_path / "killed"), asked, length=64, progress=killed)
+        loglikelihoods(Runner(decoder, tmp_path / "killed"), asked, length=64, progress=killed)
     decoder = Decoder(tiny, dtype=torch.float32, device=CPU)
-    assert loglikelihoods(LocalRunner(decoder, tmp_path / "killed"), asked, length=64, progress=counted) == expected
+    assert loglikelihoods(Runner(decoder, tmp_path / "killed"), asked, length=64, progress=counted) == expected
     assert len(seen) == 2  # of four blocks
 
 
@@ -143,7 +143,7 @@ def test_more_choices_change_nothing_for_the_others(tiny: Path, tmp_path: Path, 
     first = [Request((5, 6, 7, 8), (9, 10, 11))]
     more = [*first, *(Request((5, 6, 7, 8), (20 + i, 30 + i)) for i in range(choices))]
     separate, together = (
-        loglikelihoods(LocalRunner(decoder, tmp_path / name), asked, length=64, progress=quiet)[0][0]
+        loglikelihoods(Runner(decoder, tmp_path / name), asked, length=64, progress=quiet)[0][0]
         for name, asked in (("alone", first), ("together", more))
     )
     assert together == pytest.approx(separate, abs=1e-4)
@@ -163,7 +163,7 @@ def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
 ):
     monkeypatch.setattr(questions, "ROW", 60)
     answers = loglikelihoods(
-        LocalRunner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "cached"),
+        Runner(Decoder(tiny, dtype=torch.float32, device=CPU), tmp_path / "cached"),
         many,
         length=64,
         progress=quiet,
@@ -188,7 +188,7 @@ def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
 
     sizes: list[int] = []
     monkeypatch.setattr(decoder, "_record", record)
-    assert loglikelihoods(LocalRunner(decoder, tmp_path / "bounded"), many, length=64, progress=watched) == answers
+    assert loglikelihoods(Runner(decoder, tmp_path / "bounded"), many, length=64, progress=watched) == answers
     assert len(sizes) == 4
     assert all(budget <= size <= budget + 6_000 for size in sizes)  # a row takes 5,220, and the last is there too
     assert decoder._cache.nbytes == 0  # freed before the logits

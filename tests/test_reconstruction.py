@@ -22,7 +22,7 @@ from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.loaded import Loaded
 from wanda_dvc.engine.recorder import CrossRecorder
-from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.training import train
 from wanda_dvc.engine.walk import walk
 from wanda_dvc.errors import UserError
@@ -322,7 +322,20 @@ def test_where_nothing_is_removed_nothing_is_corrected(study: Make):
         torch.testing.assert_close(pruned.read(Address(name)), dense.read(Address(name)), rtol=1e-3, atol=1e-4)
 
 
-def test_cross_products_are_those_of_both_windows_inputs(study: Make, tmp_path: Path):
+def cross(decoder: Decoder, recorder: CrossRecorder, dense: torch.Tensor, pruned: torch.Tensor) -> None:
+    """Record what the first block's linears read of each window, with another window's as the dense model's."""
+    for one, other in zip(as_rows(dense), as_rows(pruned), strict=True):
+        hidden = [decoder.embed(row) for row in (one, other)]
+        decoder.calls(one)
+        decoder.hold(0, -1)
+        with torch.no_grad(), recorder.recording(decoder.linears(0)):
+            with recorder.dense(len(one.tokens)):
+                decoder.run(0, hidden[0], one)
+            decoder.run(0, hidden[1], other)
+            recorder.end_window()
+
+
+def test_cross_products_are_those_of_both_windows_inputs(study: Make):
     """Against the inputs that hooks of our own see in transformers' whole model."""
     made = study()
     generator = torch.Generator().manual_seed(0)
@@ -337,11 +350,8 @@ def test_cross_products_are_those_of_both_windows_inputs(study: Make, tmp_path: 
         hook.remove()
         seen.append(inputs[0].flatten(0, 1))
     decoder = open_decoder(made, "dense")
-    steps = walk(decoder, torch.cat([dense, pruned]), tmp_path / "walk")
-    step = next(steps)  # whose block stays as long as `steps`
     recorder = CrossRecorder(gram=True)
-    step.advance(rows=range(3))
-    step.advance(recorder, rows=range(3, 6), dense=range(3))
+    cross(decoder, recorder, dense, pruned)
     name = "model.layers.0.mlp.down_proj"
     torch.testing.assert_close(recorder.crosses[name].float(), seen[0].T @ seen[1], rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(recorder.grams[name].matrix(), seen[1].T @ seen[1], rtol=1e-4, atol=1e-2)
@@ -354,18 +364,14 @@ def test_only_inputs_of_every_token_have_a_cross_product(family: str, tmp_path: 
     rows = torch.randint(3, 256, (48, 2), generator=torch.Generator().manual_seed(0))
     dense_alone = crossed = 0
     for width in (1, 24):  # rows in a shard: one that sees few experts, and one that sees all
-        steps = walk(decoder, rows[: 2 * width], tmp_path / str(width))
-        step = next(steps)  # whose block stays as long as `steps`
-        step.advance(rows=range(width))
         recorder = CrossRecorder(gram=True)
-        step.advance(recorder, rows=range(width, 2 * width), dense=range(width))
-        found = recorder.of(step.linears)
+        cross(decoder, recorder, rows[:width], rows[width : 2 * width])
+        found = recorder.of(decoder.linears(0))
         every = {name for name, x in found.stats.inputs.items() if x.count == 2 * width}
         assert found.crosses.keys() <= every
         assert {name for name in every if ".experts." not in name} <= found.crosses.keys()
         dense_alone += sum(x.count == 0 for x in found.stats.inputs.values())
         crossed += len(found.crosses)
-        del steps, step
     assert dense_alone
     assert crossed
 

@@ -25,7 +25,7 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import from_losses
 from wanda_dvc.engine.harness import EngineLM
 from wanda_dvc.engine.items import load_task
-from wanda_dvc.engine.walk import LocalRunner
+from wanda_dvc.engine.walk import Runner
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
 from wanda_dvc.pruning.choose import choose_block
@@ -519,10 +519,10 @@ def kill(*_: object) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda work: [path.unlink() for path in work.glob("hidden_*.bin")],
-        lambda work: [flip(path) for path in work.glob("hidden_*.bin")],
-        lambda work: [path.write_bytes(b"") for path in work.glob("hidden_*.bin")],
-        lambda work: [path.write_bytes(path.read_bytes() + b"more") for path in work.glob("hidden_*.bin")],
+        lambda work: [path.unlink() for path in work.glob("own/*")],
+        lambda work: [flip(path) for path in work.glob("own/*")],
+        lambda work: [path.write_bytes(b"") for path in work.glob("own/*")],
+        lambda work: [path.write_bytes(path.read_bytes() + b"more") for path in work.glob("own/*")],
         lambda work: (work / "progress.json").write_text("[]"),
         lambda work: (work / "progress.json").write_text('{"finished": 99}'),
         lambda work: (work / "progress.json").write_bytes(b"\xff\x00"),
@@ -719,7 +719,7 @@ def test_a_question_without_a_context_needs_a_token_that_begins_it(tiny: Path, t
     name_no_tokens(folder)
     decoder = Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     before = {name: id(parameter) for name, parameter in decoder.model.named_parameters(remove_duplicate=False)}
-    lm = EngineLM(decoder, folder, LocalRunner(decoder, tmp_path / "work"), what="", progress=lambda items: items)
+    lm = EngineLM(decoder, folder, Runner(decoder, tmp_path / "work"), what="", progress=lambda items: items)
     assert {name: id(x) for name, x in decoder.model.named_parameters(remove_duplicate=False)} == before
     with pytest.raises(UserError, match="the tokenizer has no bos_token and no eos_token, expected one"):
         lm.loglikelihood([SimpleNamespace(args=("Why?", " So")), SimpleNamespace(args=("", "So"))])

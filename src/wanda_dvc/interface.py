@@ -126,7 +126,8 @@ def calibrate(
         >>> stats = wd.calibrate(model, tokens, statistics="gram")
         >>> stats.blocks[0].inputs["model.layers.0.self_attn.q_proj"].norm  # ‖X_j‖₂ of each feature, [in]
     """
-    from wanda_dvc.engine.walk import LocalRunner
+    from wanda_dvc.engine.fisher import backward
+    from wanda_dvc.engine.walk import Runner
     from wanda_dvc.stages.running import progress, say_unreached
     from wanda_dvc.study.tensors import Grams, pack_gradients, pack_grams
 
@@ -139,14 +140,14 @@ def calibrate(
     blocks, grams = [], []
     gradients: list[Grams] = []
     with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as work:
-        run = LocalRunner(decoder, Path(work))
+        run = Runner(decoder, Path(work))
         for step in progress(run.walk(rows), total=len(decoder.blocks), what="calibrate, blocks"):
             measured, matrices, _ = step.record(gram=statistics != "norms")
             blocks.append(measured)
             if statistics != "norms":
                 grams.append(pack_grams(measured, matrices, GRAM_DTYPE))
         if statistics == "gradients":
-            back = run.backward(rows[:WINDOWS_BACK], gram=True)
+            back = backward(run, rows[:WINDOWS_BACK], gram=True)
             for number, came in progress(back, total=len(blocks), what="calibrate, blocks back"):
                 blocks[number] = blocks[number]._replace(fisher=came.sums)
                 gradients.insert(0, pack_gradients(came.grams))
@@ -205,7 +206,7 @@ def mask(  # noqa: PLR0913 - the pipeline's settings, by their names
         0.5
     """
     from wanda_dvc.catalog import check_pattern
-    from wanda_dvc.engine.jobs import solving_device
+    from wanda_dvc.engine.accelerator import solving_device
     from wanda_dvc.pruning.allocation import allocate
     from wanda_dvc.stages.mask import keeps, removal_of, with_chosen_units
     from wanda_dvc.stages.running import progress
@@ -329,7 +330,7 @@ def reconstruct(
     import torch
 
     from wanda_dvc.catalog import RECONSTRUCTIONS, SOLVED_UNITS
-    from wanda_dvc.engine.jobs import solving_device
+    from wanda_dvc.engine.accelerator import solving_device
     from wanda_dvc.pruning.choose import prepared_linears, prune_linear
     from wanda_dvc.pruning.choose import reconstruct as solve_linear
     from wanda_dvc.stages.running import progress
@@ -399,7 +400,7 @@ def perplexity(
     """
     from wanda_dvc.engine.divergence import from_losses, window_losses
     from wanda_dvc.engine.rows import as_rows
-    from wanda_dvc.engine.walk import LocalRunner
+    from wanda_dvc.engine.walk import Runner
     from wanda_dvc.stages.inputs import HEAD, say_not_finite
     from wanda_dvc.stages.running import progress
 
@@ -407,7 +408,7 @@ def perplexity(
     rows = as_rows(_windows(tokens, source))
     decoder = _decoder(source, dtype)
     with _arguments(), tempfile.TemporaryDirectory(prefix="wanda-dvc-") as folder:
-        run = LocalRunner(decoder, Path(folder))
+        run = Runner(decoder, Path(folder))
         for step in progress(run.walk(rows), total=len(decoder.blocks), what="perplexity, blocks"):
             step.advance()
         losses = list(run.head(window_losses, lambda _: True))

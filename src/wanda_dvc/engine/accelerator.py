@@ -45,6 +45,11 @@ def multiply_exactly() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def solving_device(device: torch.device) -> torch.device:
+    """Return the device for masks and solvers: a CUDA GPU or the host; other devices lack float64."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def wait() -> None:
     """Wait until the CUDA devices of this process have finished, if there are any."""
     for device in gpus():

@@ -102,6 +102,10 @@ class Checkpoint(Source):
     def __str__(self) -> str:
         return str(self.folder)
 
+    def __reduce__(self) -> tuple[type["Checkpoint"], tuple[Path]]:
+        """Another process opens the files again."""
+        return Checkpoint, (self.folder,)
+
     @property
     def config(self) -> Any:
         """The directory's config.json."""

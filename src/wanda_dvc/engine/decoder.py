@@ -16,12 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from wanda_dvc.engine import accelerator, attention, recorder
+from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.calls import Call, CallCache, calls_bytes, equal_calls
 from wanda_dvc.engine.checkpoint import Checkpoint, Source
 from wanda_dvc.engine.memory import keep_freed_memory
-from wanda_dvc.engine.rows import Layout, Row
-from wanda_dvc.engine.shards import TOKENS_TOGETHER
+from wanda_dvc.engine.rows import TOKENS_TOGETHER, Layout, Row
 from wanda_dvc.engine.structure import build_empty
 from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
@@ -47,9 +46,9 @@ class Decoder:
         self.model = build_empty(self.checkpoint.config, self.checkpoint.config_name, dtype)
         self.dtype, self.device = dtype, device
         self._takes_several: dict[Hashable, bool] = {}  # by kind of block
-        self._uncalled: dict[Hashable, list[int]] = {}  # places among its linears, likewise
         self.weights = Weights(self.model, self.checkpoint, device=device)
         self.block, self.linears, self.blocks = self.weights.loaded, self.weights.linears, self.weights.blocks
+        self.hold, self.release = self.weights.hold, self.weights.release
         self._cache = CallCache(calls_bytes(device.type))
         self._checked: set[int] = set()  # lengths for which calls do not depend on the tokens
         self._stock_attention = self.model.config._attn_implementation
@@ -150,18 +149,6 @@ class Decoder:
                 f"set dtype={found}"
             )
         return after
-
-    @torch.no_grad()
-    def uncalled(self, index: int) -> list[str]:
-        """Return the linears whose weights a block uses without calling their modules; tried once a kind of block."""
-        kind, linears = self._kind(index), self.linears(index)
-        if kind not in self._uncalled:
-            row = Row(torch.zeros(2, dtype=torch.long))
-            hidden, call = self._record(row, until=index)[-1]
-            with recorder.finding_uncalled(linears) as found, self._attending(row):
-                self.blocks[index](hidden, *call.args, **call.kwargs)
-            self._uncalled[kind] = [place for place, name in enumerate(linears) if name in found]
-        return [name for place, name in enumerate(linears) if place in self._uncalled[kind]]
 
     @torch.no_grad()
     def logits(

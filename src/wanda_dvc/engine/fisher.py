@@ -1,11 +1,13 @@
 """The gradients tier: the sensitivity of a text's loss to each output of a block's linears.
 
 Every row runs forward and then backward through all blocks, one block at a time. Files hold the hidden states before
-each block and the gradients between blocks, so an interrupted run resumes at the last finished block.
+each block and the gradients between blocks, so an interrupted run resumes at the last finished block. The unit of work
+is one block on one row.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,15 +15,12 @@ from torch import Tensor
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import GradientRecorder, Gradients
-from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.runner import report_resumed
-from wanda_dvc.engine.states import HiddenStates
+from wanda_dvc.engine.rows import Row, as_rows
+from wanda_dvc.engine.states import HiddenStates, Progress
+from wanda_dvc.engine.walk import Block, Opened, Rows, Runner, Shard, by_stream, embed, report_resumed, run_block
 
 
-@torch.no_grad()
-def backward(
-    decoder: Decoder, rows: Sequence[Row], work: Path, *, gram: bool = False, kept: int = 0
-) -> Iterator[tuple[int, Gradients]]:
+def backward(runner: Runner, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
     """Yield each block, the last one first, and by linear Σ ‖x‖² (∂ℓ/∂y)² over all tokens, [out].
 
     With `gram` also Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ by linear, [out, out]; its diagonal is the first sum.
@@ -31,97 +30,97 @@ def backward(
     as independent; K-FAC factors the same matrices (Martens and Grosse 2015, arXiv 1503.05671).
     Linears without a gradient, as in an expert without tokens, are missing.
 
-    Resumes after the last block that an interrupted run has finished in `work`. The caller has the results of the last
-    `kept` blocks; if more are finished, the backward half starts again. Memory: one block, and autograd's copies for
-    one row in it. Disk: the hidden states of all rows, once for each block.
+    Resumes after the last block that an interrupted run has finished in the runner's folder. The caller has the results
+    of the last `kept` blocks; if more are finished, the backward half starts again. Memory: one block, and autograd's
+    copies for one row in it. Disk: the hidden states of all rows, once for each block.
 
     Raises:
         UserError: A gradient is not finite.
     """
-    decoder.check_tokens(rows)
-    for row in rows:
-        decoder.calls(row)
-    blocks, (before, gradients) = len(decoder.blocks), _open(decoder, rows, work, kept)
-    report_resumed(gradients.finished, blocks, " of the backward pass")
+    decoder, blocks, folder = runner.decoder, runner.blocks, runner.work / "back"
+    every = [Shard(number, [row]) for number, row in enumerate(as_rows(rows))]
+    decoder.check_tokens(as_rows(rows))
+    room = decoder.room() // 2
+    before = runner.states(folder / "before", every, kept=blocks + 2, room=room)
+    gradients = runner.states(folder / "gradients", every, dtype=torch.float32, room=room)
+    forward = Progress.open(folder / "forward", {"own": before}, blocks)
+    back = Progress.open(folder / "backward", {"gradients": gradients}, blocks)
+    if forward.finished < blocks or back.finished > kept:
+        back.restart()
+    report_resumed(back.finished, blocks, " of the backward pass")
     try:
-        if before[0].finished < 0:
-            before[0].write(decoder.embed(row)[0] for row in rows)
-            before[0].finish_block()
-        for index in range(sum(states.finished >= 0 for states in before) - 1, blocks):
-            with decoder.block(index, min(index + 1, blocks - 1)):  # the last one runs backward next
-                waiting = zip(before[index].before, rows, strict=True)
-                before[index + 1].write(decoder.run(index, x[None].to(decoder.device), row)[0] for x, row in waiting)
-            before[index + 1].finish_block()
-        if gradients.finished < 0:
-            gradients.write(loss_gradients(decoder, rows, before[-1].before))
-            gradients.finish_block()
-        for index in reversed(range(blocks - gradients.finished)):
-            recorder = GradientRecorder(gram=gram)
-            with decoder.block(index, index - 1):
-                coming = zip(before[index].before, gradients.before, rows, strict=True)
-                gradients.write(back(decoder, index, coming, recorder))
-            recorder.check_finite(decoder.checkpoint, index)
-            yield index, recorder
-            gradients.finish_block()
+        if forward.finished < 0:
+            done = runner.map(partial(embed, runner.opened, {"own": before}), every, "embeddings, window")
+            forward.finish(by_stream(done))
+        for index in range(forward.finished, blocks):
+            block = Block(index, min(index + 1, blocks - 1), before)  # the last one runs backward next
+            done = runner.map(partial(run_block, runner.opened, block), every, f"block {index}, window")
+            forward.finish(by_stream(done))
+        if back.finished < 0:
+            turning = partial(turn, runner.opened, before, gradients)
+            back.finish({"gradients": list(runner.map(turning, every, "output head, window"))})
+        for index in reversed(range(blocks - back.finished)):
+            total, checksums = Gradients(), list[int]()
+            backing = partial(run_back, runner.opened, index, before, gradients, gram)
+            for one in runner.map(backing, every, f"backward pass, block {index}, window"):
+                total.merge(one.sums)
+                checksums.append(one.checksum)
+                del one  # before the next row's sums are there
+            total.check_finite(decoder.checkpoint, index)
+            yield index, total
+            back.finish({"gradients": checksums}, last=index == 0)
     finally:
+        decoder.release()
         decoder.forget_calls()
 
 
-def _open(decoder: Decoder, rows: Sequence[Row], folder: Path, kept: int) -> tuple[list[HiddenStates], HiddenStates]:
-    """Return the hidden states before each block and after the last one, and the gradients, as far as they are valid.
+class Back(NamedTuple):
+    """The result of one block's backward pass on one row."""
 
-    They are valid up to the first incomplete ones. Gradients are not if the caller has fewer blocks than they had.
-    """
-    lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
-    width = decoder.model.config.get_text_config().hidden_size
-    places = {"device": decoder.device, "room": decoder.room() // (blocks + 3)}  # for each
-    before = [
-        HiddenStates.open(folder / f"before_{number:03d}", lengths, width, decoder.dtype, 0, **places)
-        for number in range(blocks + 1)
-    ]
-    gradients = HiddenStates.open(folder / "gradients", lengths, width, torch.float32, blocks, **places)
-    complete = next((number for number, states in enumerate(before) if states.finished < 0), len(before))
-    for states in before[complete:]:
-        states.finished = -1
-    if complete < len(before) or gradients.finished > kept:
-        gradients.finished = -1
-    return before, gradients
+    sums: Gradients
+    checksum: int  # of the gradients by the hidden states before the block
 
 
-def loss_gradients(
-    decoder: Decoder, rows: Sequence[Row], last: Sequence[Float[Tensor, "_ width"]]
-) -> Iterator[Float[Tensor, "_ width"]]:
-    """Yield the gradient of each row's loss by its hidden states after the last block."""
-    for states, row in zip(last, rows, strict=True):
-        yield decoder.loss_gradient(states[None], row.tokens)[0]
+@torch.no_grad()
+def turn(opened: Opened, before: HiddenStates, gradients: HiddenStates, device: torch.device, shard: Shard) -> int:
+    """Write the gradient of a row's loss by its hidden states after the last block; return its checksum."""
+    model, (row,) = opened(device), shard.rows
+    (last,) = before.read(len(model.blocks), shard.number)
+    return gradients.write(0, shard.number, [model.loss_gradient(last[None], row.tokens)[0]])
 
 
-def back(
-    decoder: Decoder,
+@torch.no_grad()
+def run_back(  # noqa: PLR0913, PLR0917 - small values, and files
+    opened: Opened,
     index: int,
-    coming: Iterable[tuple[Float[Tensor, "_ width"], Float[Tensor, "_ width"], Row]],
-    recorder: GradientRecorder,
-) -> Iterator[Float[Tensor, "_ width"]]:
-    """Yield the gradient of each row's loss by its hidden states before a block.
-
-    `coming` has each row's hidden states and its gradient after the block. A recorder sees the gradients of outputs.
-    """
-    with recorder.recording(decoder.linears(index), decoder.uncalled(index)):
-        for states, gradient, row in coming:
-            yield _back(decoder, index, states, gradient, row)
+    before: HiddenStates,
+    gradients: HiddenStates,
+    gram: bool,
+    device: torch.device,
+    shard: Shard,
+) -> Back:
+    """Write the gradient of a row's loss by its hidden states before a block, from the gradient after the block."""
+    model, (row,), recorder = opened(device), shard.rows, GradientRecorder(gram=gram)
+    done = len(model.blocks) - 1 - index
+    model.calls(row)  # the first call runs the first block, which must not be loaded yet
+    model.hold(index, index - 1)
+    (states,), (after,) = before.read(index, shard.number), gradients.read(done, shard.number)
+    with recorder.recording(model.linears(index)):
+        checksum = gradients.write(done + 1, shard.number, [_back(model, index, states, after, row)])
+    return Back(recorder.only_sums(), checksum)
 
 
 def _back(
-    decoder: Decoder,
+    model: Decoder,
     index: int,
     before: Float[Tensor, "length width"],
     gradient: Float[Tensor, "length width"],
     row: Row,
 ) -> Float[Tensor, "length width"]:
     """Return the gradient of a row's loss by its hidden states before a block, from the gradient after it."""
-    hidden = before[None].to(decoder.device, copy=True).requires_grad_()
-    weights = {name: parameter.detach() for name, parameter in decoder.blocks[index].named_parameters()}
+    hidden = before[None].to(model.device, copy=True).requires_grad_()
+    weights = {name: parameter.detach() for name, parameter in model.blocks[index].named_parameters()}
     with torch.enable_grad():
-        out = decoder.run(index, hidden, row, weights)
+        out = model.run(index, hidden, row, weights)
     (back,) = torch.autograd.grad(out, hidden, gradient[None].to(out))
     return back[0].float()

@@ -7,7 +7,7 @@ from lm_eval.models.huggingface import HFLM
 
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Progress, Request, loglikelihoods
-from wanda_dvc.engine.runner import Runner
+from wanda_dvc.engine.walk import Runner
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError, notice
 

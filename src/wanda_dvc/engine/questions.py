@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder
 from wanda_dvc.engine.rows import Layout, Row
-from wanda_dvc.engine.runner import Runner, Step
+from wanda_dvc.engine.walk import Runner, Step
 
 ROW = 2048  # tokens: large multiplications, small activations
 

@@ -1,8 +1,8 @@
 """Records statistics of the inputs of a block's linears while the block runs."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -60,17 +60,9 @@ class Sums:
         if self.source.setdefault(linear, source) != source:
             raise UserError(f"{linear}: reads {self.source[linear]} in one window and {source} in another")
 
-    def cpu(self) -> "Sums":
-        """Return a copy in main memory."""
-        return Sums(
-            stats={name: x.cpu() for name, x in self.stats.items()},
-            grams={name: x.cpu() for name, x in self.grams.items()},
-            crosses={name: x.cpu() for name, x in self.crosses.items()},
-            crossed=self.crossed,
-            source=self.source,
-            outputs={name: x.cpu() for name, x in self.outputs.items()},
-            influence=self.influence,
-        )
+    def only_sums(self) -> "Sums":
+        """Return the sums without the model."""
+        return Sums(**{each.name: getattr(self, each.name) for each in fields(Sums)})
 
     def of(self, linears: dict[str, Linear]) -> Recorded:
         """Return the statistics of a block's inputs. An expert without tokens has inputs of no tokens."""
@@ -122,9 +114,13 @@ def _is_of_a_list(name: str) -> bool:
     return sum(word.isdigit() for word in name.split(".")) > 1
 
 
-def _weights(linears: dict[str, Linear]) -> dict[tuple[nn.Module, str, int | None], list[str]]:
-    """Group linears by their parameter. Linears that are rows of one parameter share its input."""
-    weights: dict[tuple[nn.Module, str, int | None], list[str]] = {}
+# Linears by their parameter: a module, its leaf and the expert. Linears that are rows of one parameter share its input.
+SharedBy = dict[tuple[nn.Module, str, int | None], list[str]]
+
+
+def _weights(linears: dict[str, Linear]) -> SharedBy:
+    """Group linears by their parameter."""
+    weights: SharedBy = {}
     for name, linear in linears.items():
         weights.setdefault((linear.module, linear.leaf, linear.part.expert), []).append(name)
     return weights
@@ -144,19 +140,19 @@ class InputRecorder(Sums):
     _routed: RoutedOutputs = field(default_factory=RoutedOutputs)
 
     @contextlib.contextmanager
-    def recording(self, linears: dict[str, Linear], uncalled: Collection[str] = ()) -> Iterator[None]:
-        """Record the inputs of these linears in every pass inside; modules of `uncalled` linears are never called."""
+    def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
+        """Record the inputs of these linears in every pass inside."""
         self.linears = linears
 
         def before(module: nn.Module, names: list[str]) -> Any:
             return module.register_forward_pre_hook(lambda _, args: self._read(names, args[0], None, ALL))
 
-        with _watching(linears, uncalled, before, self._read, self._routed):
+        with _watching(linears, before, self._read, self._routed):
             yield
 
-    def _read(self, names: list[str], x: Tensor, _: Tensor | None, tokens: slice, transposed: bool = False) -> None:
+    def _read(self, names: list[str], x: Tensor, _: Tensor | None, tokens: slice) -> None:
         """Add an input [..., in] of the linears that are rows of one weight."""
-        x = x.mT if transposed else x[tokens]
+        x = x[tokens]
         if not x.numel():  # a call of an expert without tokens; all empty tensors have one address
             return
         if x.shape[-1] != self.linears[names[0]].features:
@@ -252,9 +248,9 @@ class Gradients:
             self.sums[name] = self.sums[name] + sums if name in self.sums else sums
         _merge(self.grams, other.grams)
 
-    def cpu(self) -> "Gradients":
-        """Return a copy in main memory."""
-        return Gradients(sums=self.sums, grams={name: x.cpu() for name, x in self.grams.items()})
+    def only_sums(self) -> "Gradients":
+        """Return the sums without the model."""
+        return Gradients(sums=self.sums, grams=self.grams)
 
     def check_finite(self, model: object, block: int) -> None:
         """Raise UserError if a gradient was not finite."""
@@ -273,19 +269,19 @@ class GradientRecorder(Gradients):
     _tokens: dict[str, Tensor] = field(default_factory=dict)  # of the passes with a gradient, on the device
 
     @contextlib.contextmanager
-    def recording(self, linears: dict[str, Linear], uncalled: Collection[str] = ()) -> Iterator[None]:
-        """Record the gradients by the outputs of these linears, including `uncalled` ones, in every pass inside."""
+    def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
+        """Record the gradients by the outputs of these linears in every pass inside."""
         self.linears = linears
 
-        with _watching(linears, uncalled, _after(self._see), self._see):
+        with _watching(linears, _after(self._see), self._see):
             yield
         self._finish()
 
-    def _see(self, names: list[str], x: Tensor, y: Tensor | None, tokens: slice, transposed: bool = False) -> None:
+    def _see(self, names: list[str], x: Tensor, y: Tensor | None, tokens: slice) -> None:
         if y is not None and y.requires_grad:
 
             def rows(tensor: Tensor) -> Tensor:
-                return (tensor.detach().mT if transposed else tensor.detach()).flatten(0, -2)[tokens].float()
+                return tensor.detach().flatten(0, -2)[tokens].float()
 
             norms = vector_norm(rows(x), dim=1, keepdim=True)  # `Tensor.norm` warns on MPS
             y.register_hook(lambda gradient: self._add(names, rows(gradient).mul(norms)))
@@ -316,26 +312,9 @@ ALL = slice(None)
 PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
 
 
-# (names, x, y, tokens, turned=False): the linears that are rows of one weight, their input and output. `tokens` is the
-# slice of their tokens in both. With `transposed`, features are the first dimension of both.
-See = Callable[..., None]
-
-
-@contextlib.contextmanager
-def finding_uncalled(linears: dict[str, Linear]) -> Iterator[set[str]]:
-    """Collect the linears whose weights a pass inside uses without calling their modules."""
-    called: set[str] = set()
-    multiplied: set[str] = set()
-
-    def before(module: nn.Module, names: list[str]) -> Any:
-        return module.register_forward_pre_hook(lambda *_: called.update(names))
-
-    def see(names: list[str], *_: Any, **__: Any) -> None:
-        multiplied.update(names)
-
-    with _watching(linears, linears, before, see):
-        yield (found := set())
-    found |= {name for name in multiplied - called if linears[name].part.expert is None}
+# (names, x, y, tokens): the linears that are rows of one weight, their input and output, and the slice of their tokens
+# in both.
+See = Callable[[list[str], Tensor, Tensor, slice], None]
 
 
 @contextlib.contextmanager
@@ -343,13 +322,13 @@ def finding_not_finite(linears: dict[str, Linear]) -> Iterator[list[str]]:
     """Collect inputs and outputs of linears with non-finite values, in the order of the pass inside."""
     found: list[str] = []
 
-    def see(names: list[str], x: Tensor, y: Tensor, tokens: slice, transposed: bool = False) -> None:
+    def see(names: list[str], x: Tensor, y: Tensor, tokens: slice) -> None:
         what = ", ".join(names if len(names) < 3 else [f"{names[0]} and {len(names) - 1} more"])
         for side, tensor in (("input", x), ("output", y)):
             if not tensor[tokens].isfinite().all():
                 found.append(f"{side} of {what}")
 
-    with _watching(linears, (), _after(see), see):
+    with _watching(linears, _after(see), see):
         yield found
 
 
@@ -361,29 +340,18 @@ def _after(see: See) -> Callable[[nn.Module, list[str]], Any]:
 @contextlib.contextmanager
 def _watching(
     linears: dict[str, Linear],
-    uncalled: Collection[str],
     hook_on: Callable[[nn.Module, list[str]], Any],
     see: See,
     routed: RoutedOutputs | None = None,
 ) -> Iterator[None]:
-    """Watch these linears in passes inside: modules by hooks, experts and `uncalled` by their products.
+    """Watch these linears in passes inside: modules by hooks, experts by their products.
 
     `routed` follows the outputs of experts.
     """
-    hooks: list[Any] = []
-    experts: dict[tuple[nn.Module, str], dict[int, list[str]]] = {}
-    plain: list[tuple[nn.Parameter, list[str]]] = []
-    for (module, leaf, expert), names in _weights(linears).items():
-        if expert is not None:
-            experts.setdefault((module, leaf), {})[expert] = names
-            continue
-        hooks.append(hook_on(module, names))
-        if names[0] in uncalled:
-            plain.append((module.get_parameter(leaf), names))
-    watched = [(module.get_parameter(leaf), names) for (module, leaf), names in experts.items()]
+    weights = _weights(linears)
+    hooks = [hook_on(module, names) for (module, _, expert), names in weights.items() if expert is None]
     try:
-        products = _Products(watched, plain, see, routed if watched else None)
-        with products if watched or plain else contextlib.nullcontext():
+        with _Products(weights, see, routed) if len(hooks) < len(weights) else contextlib.nullcontext():
             yield
     finally:
         for hook in hooks:
@@ -391,22 +359,22 @@ def _watching(
 
 
 class _Products(TorchFunctionMode):
-    """Sees the inputs of weights that a model uses without calling a module; results do not change.
+    """Sees the inputs of experts that share a parameter, which has no module whose calls a hook could see.
 
-    Hooks need a module call, and a parameter of several experts has no module. Models pass the tokens and a view of the
-    parameter to torch functions: a `linear` or `matmul` for each expert, or one grouped product for all. Mamba
-    multiplies the weight of a linear itself, from the left.
+    Models pass the tokens and a view of the parameter to torch functions: a `linear` or `matmul` for each expert, or
+    one grouped product for all. Results do not change.
     """
 
-    def __init__(
-        self,
-        experts: list[tuple[nn.Parameter, dict[int, list[str]]]],
-        plain: list[tuple[nn.Parameter, list[str]]],
-        see: See,
-        routed: RoutedOutputs | None,
-    ) -> None:
+    def __init__(self, weights: SharedBy, see: See, routed: RoutedOutputs | None) -> None:
         super().__init__()
-        self.experts, self.plain, self.see, self.routed = experts, plain, see, routed
+        self.see, self.routed = see, routed
+        self._of: dict[int, list[str]] = {}  # the linears of one expert, by the address of its matrix
+        self._every: dict[int, list[list[str]]] = {}  # those of all experts, by the address of their parameter
+        for (module, leaf, expert), names in weights.items():
+            if expert is not None:
+                parameter = module.get_parameter(leaf)
+                self._of[parameter[expert].data_ptr()] = names
+                self._every.setdefault(parameter.data_ptr(), []).append(names)
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -415,20 +383,15 @@ class _Products(TorchFunctionMode):
         made = function(*args, **kwargs)
         if len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
             x, weight = args[:2]
-            if self.plain and function.__name__ in PRODUCTS:
-                self._look_for_plain(x, weight, made)
-            for parameter, names in self.experts:
-                offset = weight.data_ptr() - parameter.data_ptr()
-                if not 0 <= offset < parameter.nbytes:
-                    continue
-                if weight.dim() == 2:
-                    self._look(made, x, [(names[offset // (parameter.nbytes // len(parameter))], ALL)])
-                    return made
-                if kwargs.get("offs") is not None:  # tokens are sorted by expert: the end of each expert's tokens
-                    ends = kwargs["offs"].tolist()
-                    pairs = enumerate(zip([0, *ends], ends, strict=False))
-                    self._look(made, x, [(names[expert], slice(*pair)) for expert, pair in pairs if pair[1] > pair[0]])
-                    return made
+            if weight.dim() == 2 and (names := self._of.get(weight.data_ptr())):
+                self._look(made, x, [(names, ALL)])
+                return made
+            # Tokens are sorted by expert: the end of each expert's tokens.
+            if kwargs.get("offs") is not None and (every := self._every.get(weight.data_ptr())):
+                ends = kwargs["offs"].tolist()
+                pairs = zip(every, [0, *ends], ends, strict=False)
+                self._look(made, x, [(names, slice(start, end)) for names, start, end in pairs if end > start])
+                return made
         if self.routed:
             self.routed.follow(function, args, made)
         return made
@@ -440,10 +403,3 @@ class _Products(TorchFunctionMode):
         if self.routed:
             segments = [(names[0], *tokens.indices(len(made))[:2]) for names, tokens in parts]
             self.routed.begin(made, segments)
-
-    def _look_for_plain(self, x: Tensor, weight: Tensor, made: Tensor) -> None:
-        for parameter, names in self.plain:
-            if parameter.data_ptr() == weight.data_ptr():
-                self.see(names, x, made, ALL)
-            elif parameter.data_ptr() == x.data_ptr():
-                self.see(names, weight, made, ALL, transposed=True)

@@ -1,4 +1,8 @@
-"""Rows, the model's input: the tokens of one text, or of several questions one after another."""
+"""Rows, the model's input: the tokens of one text, or of several questions one after another. Shards of rows.
+
+The cut into shards depends only on the number of rows, and sums are merged in the shards' order. So sums are
+byte-identical for any assignment of shards to processes, and for any order of completion.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +13,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+# Tokens of several windows in one pass through a block, by kind of device: they fill a GPU. A pass depends on the data
+# alone, because last digits depend on its size; it never mixes two shards.
+TOKENS_TOGETHER = {"cuda": 8192}
+FEWEST, LONGEST = 16, 100  # preferred number of shards; rows of a shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,3 +67,9 @@ class Row:
 def as_rows(rows: Sequence[Row] | Int[Tensor, "samples length"]) -> list[Row]:
     """Return windows, or rows, as a list of rows."""
     return [Row(tokens) for tokens in rows] if isinstance(rows, Tensor) else list(rows)
+
+
+def shards(rows: int) -> list[range]:
+    """Return the shards of so many rows: 128 rows make 16 of 8, ten thousand 100 of 100. The last may be shorter."""
+    size = min(max(rows // FEWEST, 1), LONGEST)
+    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -1,15 +1,14 @@
-"""The hidden states of a walk and its progress, in files that survive a killed process."""
+"""Hidden states between blocks, in files that survive a killed process, and the progress of a walk."""
 
 import contextlib
-import itertools
 import json
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from jaxtyping import Float
@@ -17,154 +16,137 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 SAVED_EVERY = 60  # seconds, if a GPU holds all rows
+PROGRESS = "progress.json"
 
 
 @dataclass
 class HiddenStates:
-    """The hidden states of all rows before and after the current block, in two files that swap roles.
+    """The hidden states of all rows at the boundaries of blocks: boundary b is before block b, and after block b − 1.
 
-    Reads go through a memory map, so hidden states cost page cache instead of memory, and survive a killed process.
-    Writes use `write`: a full disk raises an error, and no page is faulted in. Files are not flushed, so after a power
-    cut their content is undefined; a checksum detects the damage.
+    A shard has a file for each of the last `kept` boundaries. Reads go through a memory map, so hidden states cost page
+    cache instead of memory. Files are not flushed, so after a power cut their content is undefined; checksums detect
+    the damage.
 
-    Rows stay on the device as long as there is room, the shortest first. If all rows fit, the files are written once a
-    minute and at the end: on a GPU, writing hidden states to disk takes longer than computing a block.
+    If the device has room for all rows, they also stay there; of two boundaries, files are then written once a minute
+    and at the end: on a GPU, writing hidden states to disk takes longer than computing a block.
     """
 
     folder: Path
-    lengths: list[int]  # of the rows
+    lengths: Sequence[Sequence[int]]  # of the rows of each shard
     width: int
     dtype: torch.dtype
-    blocks: int
-    finished: int = -1  # finished blocks; −1: before the embeddings
-    not_finite: str | None = None  # the place of the first non-finite states
+    kept: int = 2
     device: torch.device = CPU
-    room: int = 0  # device memory for them in bytes, before and after a block together
-    _file: int = field(default=1, init=False)  # of the states before the current block, if they are in a file
-    _before: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)  # rows that stay on the device
-    _after: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
-    _saved: float = field(default_factory=time.monotonic, init=False, repr=False)
-    _checksums: list[int] = field(default_factory=lambda: [0], init=False, repr=False)  # up to each row
+    room: int = 0  # device memory for them in bytes
+    _staying: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
-    @classmethod
-    def open(
-        cls, folder: Path, lengths: list[int], width: int, dtype: torch.dtype, blocks: int, **room: Any
-    ) -> "HiddenStates":
-        """Open the states in a folder, with the finished blocks of an interrupted run.
+    def __post_init__(self) -> None:
+        tokens = sum(map(sum, self.lengths))
+        self.stays = 0 < self.kept * tokens * self.width * self.dtype.itemsize <= self.room
+        self.waits = self.stays and self.kept == 2  # with its files
 
-        Progress counts only with complete and unchanged states. `room` sets `device` and `room`.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        states = cls(folder, lengths, width, dtype, blocks, **room)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
-            progress = load_progress(folder)
-            finished = int(progress["finished"])
-            if 0 <= finished <= blocks:
-                states._file = int(bool(progress["file"]))
-                checksum, size = _checksum_of(states._path(states._file))
-                if (checksum, size) == (progress["checksum"], sum(lengths) * width * dtype.itemsize):
-                    states.finished, states.not_finite = finished, not_finite(folder)
-        return states
+    def read(self, boundary: int, shard: int) -> list[Float[Tensor, "_ width"]]:
+        """Return the hidden states of a shard's rows: on the device, or views of a file."""
+        if (boundary, shard) in self._staying:
+            return self._staying[boundary, shard]
+        lengths, path = self.lengths[shard], str(self._path(boundary, shard))
+        mapped = torch.from_file(path, shared=True, size=sum(lengths) * self.width, dtype=self.dtype)
+        return list(mapped.view(sum(lengths), self.width).split(list(lengths)))
 
-    @cached_property
-    def stay(self) -> frozenset[int]:
-        """Return the rows on the device: the shortest, as long as there is room."""
-        by_length = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
-        ends = itertools.accumulate(2 * self.lengths[row] * self.width * self.dtype.itemsize for row in by_length)
-        return frozenset(row for row, end in zip(by_length, ends, strict=True) if end <= self.room)
+    def write(self, boundary: int, shard: int, rows: Iterable[Float[Tensor, "_ width"]]) -> int:
+        """Keep the hidden states of a shard's rows; return their checksum. OSError if the disk is full."""
+        self._staying.pop((boundary - self.kept, shard), None)
+        if self.stays:
+            rows = self._staying[boundary, shard] = [row.to(self.device, self.dtype) for row in rows]
+        return 0 if self.waits else self._save(boundary, shard, rows)
 
-    @property
-    def before(self) -> list[Float[Tensor, "length width"]]:
-        """Yield the hidden states of each row before the current block."""
-        return self._rows(self._file, self._before, range(len(self.lengths)))
+    def save(self, boundary: int) -> list[int]:
+        """Write the files of a boundary that wait; return their checksums."""
+        return [self._save(boundary, shard, self.read(boundary, shard)) for shard in range(len(self.lengths))]
 
-    def after(self, rows: range) -> list[Float[Tensor, "length width"]]:
-        """Return the hidden states of some rows after the current block, once written."""
-        return self._rows(1 - self._file, self._after, rows)
+    def drop(self, before: int) -> None:
+        """Remove the files of earlier boundaries, and those of interrupted writes."""
+        for path in self.folder.glob("*"):
+            if path.suffix == ".part" or int(path.name.partition("-")[0]) < before:
+                path.unlink(missing_ok=True)
 
-    def write(self, rows: Iterable[Float[Tensor, "length width"]], *, first: int = 0) -> None:
-        """Keep the hidden states after the current block, from one row on. OSError if the disk is full."""
-        if self._all_stay:
-            self._after |= {number: row.to(self.device, self.dtype) for number, row in enumerate(rows, first)}
-        else:
-            self._save(self._staying(rows, first), first)
+    def checksum(self, boundary: int, shard: int) -> int | None:
+        """Return the checksum of a file; None if it is missing or incomplete."""
+        checksum = size = 0
+        with contextlib.suppress(OSError), self._path(boundary, shard).open("rb") as file:
+            while content := file.read(2**24):
+                checksum, size = zlib.crc32(content, checksum), size + len(content)
+        return checksum if size == sum(self.lengths[shard]) * self.width * self.dtype.itemsize else None
 
-    def finish_block(self) -> None:
-        """Finish the current block: its output states become the next block's input states."""
-        self.finished += 1
-        self._before, self._after = self._after, {}
-        if self._all_stay:
-            if self.finished < self.blocks and time.monotonic() - self._saved < SAVED_EVERY:
-                return
-            self._save(self._before[number] for number in range(len(self.lengths)))
-            self._saved = time.monotonic()
-        self._file = 1 - self._file
-        part = self.folder / "progress.part"
-        progress: dict[str, int | str] = {
-            "finished": self.finished,
-            "file": self._file,
-            "checksum": self._checksums[-1],
-        }
-        if self.not_finite:
-            progress["not_finite"] = self.not_finite
-        part.write_text(json.dumps(progress), encoding="utf-8")
-        part.replace(self.folder / "progress.json")
-
-    @property
-    def _all_stay(self) -> bool:
-        return len(self.stay) == len(self.lengths) > 0
-
-    def _staying(self, rows: Iterable[Tensor], first: int) -> Iterator[Tensor]:
-        """Yield the rows, and keep the rows that stay on the device."""
-        for number, row in enumerate(rows, first):
-            if number in self.stay:
-                self._after[number] = row.to(self.device, self.dtype)
-            yield row
-
-    def _save(self, rows: Iterable[Tensor], first: int = 0) -> None:
-        """Write hidden states after the current block to their file, from one row on."""
-        path = self._path(1 - self._file)
-        path.touch()
-        if first == 0:
-            self._checksums = [0]
-        del self._checksums[first + 1 :]  # of rows that are written again
-        with path.open("r+b") as file:  # overwrites in place, so that the disk space stays allocated
-            file.seek(sum(self.lengths[:first]) * self.width * self.dtype.itemsize)
+    def _save(self, boundary: int, shard: int, rows: Iterable[Tensor]) -> int:
+        """Write a shard's file, and return its checksum. Another process may write the same bytes at the same time."""
+        path, checksum = self._path(boundary, shard), 0
+        if not self.waits:
+            self._path(boundary - self.kept, shard).unlink(missing_ok=True)
+        part = path.with_name(f"{path.name}-{uuid4().hex}.part")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
             for row in rows:
                 content = row.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data
-                self._checksums.append(zlib.crc32(content, self._checksums[-1]))
+                checksum = zlib.crc32(content, checksum)
                 file.write(content)
-            file.truncate()
+        part.replace(path)
+        return checksum
 
-    def _path(self, file: int) -> Path:
-        return self.folder / f"hidden_{file}.bin"
-
-    def _rows(self, file: int, staying: dict[int, Tensor], rows: range) -> list[Float[Tensor, "length width"]]:
-        """Return some rows, from the device or through the map of a file."""
-        if all(row in staying for row in rows):
-            return [staying[row] for row in rows]
-        lengths = self.lengths[: rows.stop]
-        tokens = sum(lengths)
-        mapped = torch.from_file(str(self._path(file)), shared=True, size=tokens * self.width, dtype=self.dtype)
-        waiting = mapped.view(tokens, self.width).split(lengths)
-        return [staying.get(row, waiting[row]) for row in rows]
+    def _path(self, boundary: int, shard: int) -> Path:
+        return self.folder / f"{boundary:04d}-{shard:04d}"
 
 
 @dataclass
-class ShardStates:
-    """The hidden states of a shard before and after a block, in memory: a task's input and output."""
+class Progress:
+    """The finished boundary of a walk's hidden states, in a file; −1 before the embeddings."""
 
-    before: list[Float[Tensor, "_ width"]]
-    not_finite: str | None = None
-    _after: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    folder: Path
+    streams: Mapping[str, HiddenStates]
+    finished: int = -1
+    not_finite: str | None = None  # the place of the first non-finite states
+    _checksums: dict[str, dict[str, list[int]]] = field(default_factory=dict, init=False)  # by stream and boundary
+    _saved: float = field(default_factory=time.monotonic, init=False)
 
-    def after(self, rows: range) -> list[Float[Tensor, "_ width"]]:
-        """Return the hidden states of some rows after the block, once written."""
-        return [self._after[row] for row in rows]
+    @classmethod
+    def open(cls, folder: Path, streams: Mapping[str, HiddenStates], last: int) -> "Progress":
+        """Return the progress of an interrupted run. It counts only with complete and unchanged hidden states."""
+        progress, found = cls(folder, streams), load_progress(folder)
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, AttributeError):
+            finished, checksums = int(found["finished"]), {name: dict(found["checksums"][name]) for name in streams}
+            complete = all(
+                [states.checksum(boundary, shard) for shard in range(len(states.lengths))]
+                == checksums[name][str(boundary)]
+                for name, states in streams.items()
+                for boundary in range(max(0, finished + 2 - states.kept), finished + 1)
+            )
+            if 0 <= finished <= last and complete:
+                progress.finished, progress.not_finite, progress._checksums = finished, not_finite(folder), checksums
+        return progress
 
-    def write(self, rows: Iterable[Float[Tensor, "_ width"]], *, first: int = 0) -> None:
-        """Keep the hidden states after the block, from one row on."""
-        self._after |= {number: row.cpu() for number, row in enumerate(rows, first)}
+    def restart(self) -> None:
+        """Forget the finished boundary."""
+        self.finished, self.not_finite, self._checksums = -1, None, {}
+
+    def finish(self, checksums: Mapping[str, list[int]], *, last: bool = False) -> None:
+        """Finish the next boundary, whose hidden states are written; keep the progress once all files are there."""
+        self.finished += 1
+        waiting = any(states.waits for states in self.streams.values())
+        if waiting and not last and time.monotonic() - self._saved < SAVED_EVERY:
+            return
+        for name, states in self.streams.items():
+            oldest = self.finished - states.kept + 2
+            kept = {number: x for number, x in self._checksums.get(name, {}).items() if int(number) >= oldest}
+            found = states.save(self.finished) if states.waits else checksums[name]
+            self._checksums[name] = kept | {str(self.finished): found}
+        self._saved = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / "progress.part"
+        content = {"finished": self.finished, "checksums": self._checksums, "not_finite": self.not_finite}
+        part.write_text(json.dumps(content), encoding="utf-8")
+        part.replace(self.folder / PROGRESS)
+        for states in self.streams.values():
+            states.drop(self.finished - states.kept + 1)
 
 
 def not_finite(work: Path) -> str | None:
@@ -176,15 +158,6 @@ def not_finite(work: Path) -> str | None:
 def load_progress(work: Path) -> dict[str, Any]:
     """Return the progress of an earlier run in `work`; empty if missing or of another format."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        progress = json.loads((work / "progress.json").read_text(encoding="utf-8"))
+        progress = json.loads((work / PROGRESS).read_text(encoding="utf-8"))
         return progress if isinstance(progress, dict) else {}
     return {}
-
-
-def _checksum_of(path: Path) -> tuple[int, int]:
-    """Return the checksum and the size of a file."""
-    checksum = size = 0
-    with path.open("rb") as file:
-        while content := file.read(2**24):
-            checksum, size = zlib.crc32(content, checksum), size + len(content)
-    return checksum, size

@@ -1,284 +1,383 @@
 """Runs many rows through all blocks, one block at a time.
 
-Between two blocks, files hold the hidden states of all rows. So neither the model nor the data has to fit in memory,
-and an interrupted run resumes at the last finished block.
+The unit of work is one block on one shard of rows: a function that reads the shard's hidden states from a file, writes
+the next ones to another, and returns sums. It is called in this process, or runs as a task of a Ray cluster whose nodes
+see the same files (`engine.executor`). Neither the model nor the data has to fit in memory, and an interrupted run
+resumes at the last finished block.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from wanda_dvc.engine import shards, training
+from wanda_dvc.engine import training
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.fisher import backward
-from wanda_dvc.engine.jobs import Job, JobInput, LocalJobs, R, T, solving_device
-from wanda_dvc.engine.recorder import CrossRecorder, Gradients, InputRecorder, Recorded, Sums, finding_not_finite
-from wanda_dvc.engine.rows import Row, as_rows
-from wanda_dvc.engine.runner import Changes, Head, Rows, Runner, Step, report_resumed
-from wanda_dvc.engine.states import HiddenStates, ShardStates, not_finite
+from wanda_dvc.engine.executor import Executor, Here
+from wanda_dvc.engine.recorder import CrossRecorder, InputRecorder, Recorded, Sums, finding_not_finite
+from wanda_dvc.engine.rows import Row, as_rows, shards
+from wanda_dvc.engine.states import HiddenStates, Progress, load_progress, not_finite
 from wanda_dvc.engine.structure import Linear
-from wanda_dvc.engine.weights import set_parameter
-from wanda_dvc.errors import FIX, UserError
+from wanda_dvc.engine.weights import Change
+from wanda_dvc.errors import FIX, UserError, notice
+
+T = TypeVar("T")
+R = TypeVar("R")
+Rows = Sequence[Row] | Int[Tensor, "samples length"]
+Opened = Callable[[torch.device], Decoder]  # the model on a device
+# Arguments, of one shard: the model, rows, their last hidden states, and an input of the function.
+Head = Callable[[Decoder, Sequence[Row], Sequence[Float[Tensor, "_ width"]], T], Iterator[R]]
+
+
+class Shard(NamedTuple):
+    """Some neighbouring rows."""
+
+    number: int
+    rows: list[Row]
+
+
+# --- units of work ---
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block to run, and the files of hidden states before and after it."""
+
+    index: int
+    then: int  # the block that follows, to read ahead
+    own: HiddenStates
+    dense: HiddenStates | None = None  # of the dense model, if its rows run too
+    change: Change | None = None  # of the block's weights
+    records: bool = False  # statistics of the inputs of its linears
+    gram: bool = False  # Gram matrices too
+    crosses: bool = False  # and products with the dense model's inputs
+
+    def load(self, model: Decoder, row: Row) -> None:
+        """Load the block, if it is not there."""
+        model.calls(row)  # the first call runs the first block, which must not be loaded yet
+        model.hold(self.index, self.then, self.change)
+
+
+class Done(NamedTuple):
+    """The result of one block on one shard."""
+
+    sums: Sums | None
+    checksums: dict[str, int]  # of the hidden states after the block, by stream
+    not_finite: str | None  # the place of the first non-finite hidden states
 
 
 @torch.no_grad()
-def walk(
-    decoder: Decoder, rows: Rows, work: Path, *, kept: int | None = None, with_dense: bool = False
-) -> Iterator["LocalStep"]:
-    """Yield a step for each block; its `advance` runs the rows through the block.
-
-    The walk resumes after the last finished block in `work` for these rows. The caller has the results of `kept` blocks
-    from an interrupted run; if more blocks are finished, the walk starts again. With `with_dense` each row runs twice:
-    `LocalStep.dense` are the rows of the dense model, without changes of blocks, and `LocalStep.own` the others.
-    """
-    if kept == len(decoder.blocks):
-        return
-    rows = as_rows(rows) * (1 + with_dense)
-    own = range(len(rows) // 2 if with_dense else 0, len(rows))
-    starts = frozenset(first + shard.start for first in (0, own.start) for shard in shards.cut(len(own)))
-    decoder.check_tokens(rows)
-    states = _states(decoder, rows, work, decoder.room())
-    if kept is not None and states.finished > kept:
-        states.finished, states.not_finite = -1, None
-    for row in rows:
-        decoder.calls(row)
-    if states.finished < 0:
-        states.write(decoder.embed(row)[0] for row in rows)
-        states.finish_block()
-    report_resumed(states.finished, len(decoder.blocks))
-    try:
-        for index in range(states.finished, len(decoder.blocks)):
-            with decoder.block(index):
-                yield LocalStep(decoder, index, rows, states, own, starts)
-            states.finish_block()
-    finally:
-        decoder.forget_calls()
+def embed(opened: Opened, streams: Mapping[str, HiddenStates], device: torch.device, shard: Shard) -> Done:
+    """Write a shard's hidden states before the first block."""
+    model = opened(device)
+    for row in shard.rows:
+        model.calls(row)
+    written = {
+        name: states.write(0, shard.number, (model.embed(row)[0] for row in shard.rows))
+        for name, states in streams.items()
+    }
+    return Done(None, written, None)
 
 
-def outputs(decoder: Decoder, rows: Rows, work: Path) -> list[Float[Tensor, "length width"]]:
-    """Return the hidden states after the last block of a finished `walk`: views of a file in `work`."""
-    states = _states(decoder, as_rows(rows), work)
-    if states.finished != len(decoder.blocks):
-        raise UserError(f"{work}: hidden states are incomplete, expected those after all blocks; run the stage again")
-    return states.before
+@torch.no_grad()
+def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) -> Done:
+    """Run a shard through a block: write its next hidden states, and those of the dense model if its rows run too."""
+    model, written = opened(device), dict[str, int]()
+    block.load(model, shard.rows[0])
+    before, dense = block.own.read(block.index, shard.number), list[Tensor]()
+    recorder = None
+    if block.records:
+        recorder = CrossRecorder(gram=block.gram) if block.crosses else InputRecorder(gram=block.gram)
+    passes = _Pass(model, block.index, shard.rows)
+    if block.dense is not None:
+        dense = block.dense.read(block.index, shard.number)
+        written["dense"] = block.dense.write(block.index + 1, shard.number, passes.through(dense))
+    with recorder.recording(model.linears(block.index)) if recorder else contextlib.nullcontext():
+        after = passes.through(before, recorder, dense if block.crosses else ())
+        written["own"] = block.own.write(block.index + 1, shard.number, after)
+    if recorder is None:
+        return Done(None, written, passes.not_finite)
+    if passes.not_finite:
+        raise UserError(
+            f"{model.checkpoint}: {passes.not_finite}: activations that are not finite, expected finite ones; {FIX}"
+        )
+    recorder.check_finite(block.index)
+    return Done(recorder.only_sums(), written, None)
 
 
-def _states(decoder: Decoder, rows: list[Row], work: Path, room: int = 0) -> HiddenStates:
-    width = decoder.model.config.get_text_config().hidden_size
-    lengths, blocks = [len(row.tokens) for row in rows], len(decoder.blocks)
-    return HiddenStates.open(work, lengths, width, decoder.dtype, blocks, device=decoder.device, room=room)
+def train_block(
+    opened: Opened, block: Block, rows: Sequence[Row], device: torch.device, settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Train a changed block on its masks (`engine.training`), towards the dense model's hidden states after it."""
+    assert block.change is not None
+    assert block.dense is not None
+    model = opened(device)
+    block.load(model, rows[0])
+    cut = range(len(block.own.lengths))
+    return training.train(
+        model,
+        block.index,
+        block.change.keeps,
+        rows=rows,
+        inputs=[x for shard in cut for x in block.own.read(block.index, shard)],
+        targets=[x for shard in cut for x in block.dense.read(block.index + 1, shard)],
+        **settings,
+    )
+
+
+def run_head(
+    opened: Opened, states: HiddenStates, function: Head[T, R], device: torch.device, shard: tuple[Shard, T]
+) -> Iterator[R]:
+    """Apply a function to a shard's hidden states after the last block."""
+    model, ((number, rows), given) = opened(device), shard
+    return function(model, rows, states.read(len(model.blocks), number), given)
 
 
 @dataclass
-class LocalRunner(Runner):
-    """Runs rows in this process."""
+class _Pass:
+    """Passes of a shard's rows through a loaded block."""
 
-    decoder: Decoder
+    model: Decoder
+    index: int
+    rows: list[Row]
+    not_finite: str | None = None  # the place of the first non-finite hidden states
+
+    def through(
+        self, before: Sequence[Tensor], recorder: InputRecorder | None = None, dense: Sequence[Tensor] = ()
+    ) -> Iterator[Float[Tensor, "length width"]]:
+        """Yield the rows' hidden states after the block. A recorder sees the inputs of its linears.
+
+        A `CrossRecorder` sees the matching row of `dense` first.
+        """
+        groups = [[number] for number in range(len(self.rows))] if dense else self._groups(before)
+        finite = list[Tensor]()
+        for group in groups:
+            row = self.rows[group[0]]
+            if dense and isinstance(recorder, CrossRecorder):
+                with recorder.dense(len(row.tokens)):
+                    self.model.run(self.index, self._together(dense, group), row)
+            given = self._together(before, group)
+            after = self.model.run(self.index, given, row)
+            finite += [torch.stack(x.aminmax()).isfinite().all() for x in after]  # in one pass
+            yield from after
+            if recorder:
+                recorder.see_block(given, after)
+                recorder.end_window()
+        if self.not_finite is None and finite:
+            found = torch.stack(finite).tolist()  # the host waits for a GPU here, once for all rows
+            if not all(found):
+                number = [number for group in groups for number in group][found.index(False)]
+                self.not_finite = self._first_not_finite(self._together(before, [number]), self.rows[number])
+
+    def _groups(self, before: Sequence[Tensor]) -> list[list[int]]:
+        """Return neighbours of one length, which run through the block together."""
+        groups: list[list[int]] = []
+        for number, row in enumerate(self.rows):
+            last = groups[-1] if groups else []
+            if last and len(last) < self.model.together(row) and self._length(last[0]) == self._length(number):
+                last.append(number)
+            else:
+                groups.append([number])
+        several = next((group for group in groups if len(group) > 1), None)
+        if several:
+            hidden = self._together(before, several[:2])
+            if not self.model.takes_several(self.index, hidden, self.rows[several[0]]):
+                return [[number] for number in range(len(self.rows))]
+        return groups
+
+    def _length(self, number: int) -> int:
+        return len(self.rows[number].tokens)
+
+    def _together(self, every: Sequence[Tensor], rows: list[int]) -> Float[Tensor, "rows length width"]:
+        """Return the hidden states of rows of one length, on the device."""
+        if len(rows) == 1:
+            return every[rows[0]][None].to(self.model.device)
+        return torch.stack([every[row].to(self.model.device) for row in rows])
+
+    def _first_not_finite(self, before: Float[Tensor, "1 length width"], row: Row) -> str:
+        """Run this row through the block once more; return the first module with a non-finite result."""
+        if not before.isfinite().all():
+            return "embeddings" if self.index == 0 else f"the blocks before block {self.index}"
+        with finding_not_finite(self.model.linears(self.index)) as found:
+            self.model.run(self.index, before, row)
+        return f"block {self.index}, {found[0] if found else 'after its linears'}"
+
+
+# --- the walk ---
+
+
+@dataclass
+class Runner:
+    """Runs the rows of one walk through a model, and other functions between its steps."""
+
+    decoder: Decoder  # in this process: the model's structure, and its weights outside blocks
     work: Path  # for the hidden states
-    _rows: list[Row] = field(default_factory=list, init=False)
-    _states: HiddenStates | None = field(default=None, init=False)  # of the walk, if it ran in this process
+    executor: Executor | None = None  # None: this process
+    rows: list[Row] = field(default_factory=list, init=False)
+    _own: HiddenStates | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        executor: Executor = self.executor or Here(self.decoder.device)
+        self.map, self.opened = executor.map, executor.opener(self.decoder)
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks."""
+        return len(self.decoder.blocks)
 
     @property
     def not_finite(self) -> str | None:
-        """The place of the first non-finite hidden states."""
+        """The place of the first non-finite hidden states, or None."""
         return not_finite(self.work)
 
-    def walk(
-        self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, changes: Changes | None = None
-    ) -> Iterator["LocalStep"]:
-        """Run all rows through all blocks. Without hidden states it starts again, and needs no changes."""
-        self._rows, self._states = as_rows(rows), None
-        for step in walk(self.decoder, self._rows, self.work, kept=kept, with_dense=with_dense):
-            assert isinstance(step.states, HiddenStates)
-            self._states = step.states
-            yield step
+    @property
+    def shards(self) -> list[Shard]:
+        """The rows, cut into shards."""
+        return [Shard(number, self.rows[cut.start : cut.stop]) for number, cut in enumerate(shards(len(self.rows)))]
 
-    def backward(self, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
-        """Run all rows forward and backward through all blocks."""
-        return backward(self.decoder, as_rows(rows), self.work / "back", gram=gram, kept=kept)
+    def states(
+        self, folder: Path, every: Sequence[Shard], *, dtype: torch.dtype | None = None, kept: int = 2, room: int = 0
+    ) -> HiddenStates:
+        """Return the files of hidden states of some shards, by default in the dtype of the walk."""
+        lengths = [[len(row.tokens) for row in shard.rows] for shard in every]
+        width = self.decoder.model.config.get_text_config().hidden_size
+        dtype, device = dtype or self.decoder.dtype, self.decoder.device
+        return HiddenStates(folder, lengths, width, dtype, kept=kept, device=device, room=room)
+
+    def walk(self, rows: Rows, *, kept: int | None = None, with_dense: bool = False) -> Iterator["Step"]:
+        """Yield a step for each block, whose methods run the rows through the block.
+
+        The walk resumes after the last finished block in `work` for these rows. The caller has the results of `kept`
+        blocks from an interrupted run; if more blocks are finished, the walk starts again. With `with_dense` each row
+        also runs through the dense model, without changes of blocks.
+        """
+        self.rows = as_rows(rows)
+        every, names = self.shards, ["own", "dense"] if with_dense else ["own"]
+        room = self.decoder.room() // len(names)
+        streams = {name: self.states(self.work / name, every, room=room) for name in names}
+        self._own = streams["own"]
+        if kept == self.blocks:
+            return
+        self.decoder.check_tokens(self.rows)
+        progress = Progress.open(self.work, streams, self.blocks)
+        if kept is not None and progress.finished > kept:
+            progress.restart()
+        if progress.finished < 0:
+            embedding = partial(embed, self.opened, streams)
+            progress.finish(by_stream(self.map(embedding, every, "embeddings, shard")))
+        report_resumed(progress.finished, self.blocks)
+        try:
+            for index in range(progress.finished, self.blocks):
+                step = Step(self, index, progress)
+                yield step
+                progress.finish(step.checksums, last=index == self.blocks - 1)
+        finally:
+            self.decoder.release()
+            self.decoder.forget_calls()
 
     def head(self, function: Head[T, R], inputs: Callable[[range], T | None]) -> Iterator[R]:
-        """Apply a function to some shards' last hidden states."""
-        states = self._states  # if they fit on the GPU, they do not cross the link again
-        done = states is not None and states.finished == len(self.decoder.blocks)
-        hidden = states.before if states and done else outputs(self.decoder, self._rows, self.work)
-        for shard in shards.cut(len(self._rows)):
-            if (given := inputs(shard)) is not None:
-                place = slice(shard.start, shard.stop)
-                yield from function(self.decoder, self._rows[place], hidden[place], given)
-            del given  # before the next shard's is read
+        """Apply a function to the last hidden states of the shards that it has an input for, in the shards' order.
 
-    def each(self, function: Job[T, R], inputs: Iterable[JobInput[T]]) -> Iterator[R]:
-        """Apply a function to each input."""
-        return LocalJobs(solving_device(self.decoder.device)).each(function, inputs)
+        `inputs` returns the input of a shard, by its rows, or None.
+        """
+        assert self._own is not None
+        heading = partial(run_head, self.opened, self._own, function)
+        for found in self.map(heading, self._with(inputs), "output head, shard"):
+            yield from found
+
+    def _with(self, inputs: Callable[[range], T | None]) -> Iterator[tuple[Shard, T]]:
+        for shard, rows in zip(self.shards, shards(len(self.rows)), strict=True):
+            given = inputs(rows)
+            if given is not None:
+                yield shard, given
+            del given  # before the next shard's is read
 
 
 @dataclass
-class LocalStep(Step):
-    """One block of a walk. Changes of its weights last until the next step; the checkpoint does not change."""
+class Step:
+    """One block of a walk of all rows. Every row must run through it before the next step; the last run counts."""
 
-    decoder: Decoder
+    runner: Runner
     index: int
-    rows: list[Row]
-    states: HiddenStates | ShardStates
-    own: range  # all rows, or those after the dense model's
-    starts: frozenset[int]  # the first row of each shard
-    _own: set[tuple[nn.Module, str]] = field(default_factory=set, init=False, repr=False)
+    progress: Progress
+    checksums: dict[str, list[int]] = field(default_factory=dict, init=False)
 
     @property
     def linears(self) -> dict[str, Linear]:
         """The block's prunable weights."""
-        return self.decoder.linears(self.index)
+        return self.runner.decoder.linears(self.index)
 
-    @property
-    def dense(self) -> range:
-        """The rows of the dense model, if the walk includes them."""
-        return range(self.own.start)
+    def advance(self) -> None:
+        """Run every row through the block."""
+        self._run(self._block())
 
     def record(self, *, gram: bool = False, crosses: bool = False) -> Recorded:
-        """Run every row through this block, shard by shard; return the statistics of its linears' inputs."""
-        if self.dense:
-            self.advance(rows=self.dense)
-        total = Sums()
-        for shard in shards.cut(len(self.own)):
-            total.merge(self.record_shard(shard, gram=gram, crosses=crosses))
-        return total.of(self.linears)
+        """Run every row through the block; return the statistics of its linears' inputs.
 
-    def record_shard(self, shard: range, *, gram: bool, crosses: bool) -> Sums:
-        """Run some of the own rows through this block; return the sums of its linears' inputs."""
-        recorder = CrossRecorder(gram=gram) if crosses else InputRecorder(gram=gram)
-        rows = range(self.own.start + shard.start, self.own.start + shard.stop)
-        self.advance(recorder, rows=rows, dense=shard if crosses else None)
-        return recorder
+        `gram` adds Gram matrices, and `crosses` the products with the dense model's inputs.
+        """
+        return self._run(self._block(records=True, gram=gram, crosses=crosses)).of(self.linears)
 
     def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Run every own row through this block once more, with `weights`; mask the weights of other linears."""
-        self.prune({name: keeps[name] for name in keeps if name not in weights})
-        self.replace(weights)
-        self.advance(rows=self.own)
+        """Run every own row through the block once more, with masked weights and the given new weights."""
+        self._run(self._block(dense=None, change=Change(keeps, weights)))
 
     def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
-        """Train the block on the masks, from other weights, which the block gets; return the trained weights."""
-        self.prune({name: keeps[name] for name in keeps if name not in weights})
-        self.replace(weights)
-        start = self.own.start
-        return training.train(
-            self.decoder,
-            self.index,
-            keeps,
-            rows=self.rows[start:],
-            inputs=self.states.before[start:],
-            targets=self.states.after(self.dense),
-            **settings,
+        """Train the block on the masks (`engine.training`), from the given weights; return its new weights."""
+        training = partial(
+            train_block, self.runner.opened, self._block(change=Change(keeps, weights)), self.runner.rows
         )
+        return next(self.runner.map(training, [settings], f"training of block {self.index}"))
 
-    @torch.no_grad()
-    def replace(self, weights: Mapping[str, Tensor]) -> None:
-        """Give this block other weights, oriented as stored, until the next step."""
-        own = self.decoder.weights.of_block(self.index)
-        for name, weight in weights.items():
-            if weight.shape != own[name].weight.shape:
-                found, expected = list(weight.shape), list(own[name].weight.shape)
-                raise UserError(f"{name}: its new weight is {found}, expected {expected}, as it is stored")
-            self._writable(own[name]).copy_(weight)
+    def _block(self, **changes: Any) -> Block:
+        words = {"then": self.index + 1} | dict(self.progress.streams) | changes
+        return Block(self.index, **words)
 
-    @torch.no_grad()
-    def prune(self, keeps: Mapping[str, Tensor]) -> None:
-        """Zero this block's weights outside the masks, until the next step."""
-        linears = self.linears
-        for name, keep in keeps.items():
-            self._writable(linears[name]).mul_(keep.to(self.decoder.device))
+    def _run(self, block: Block) -> Sums:
+        """Run every shard through the block. Return the sums of all shards, merged in their order."""
+        running, total, done = partial(run_block, self.runner.opened, block), Sums(), list[Done]()
+        for one in self.runner.map(running, self.runner.shards, f"block {self.index}, shard"):
+            self.progress.not_finite = self.progress.not_finite or one.not_finite
+            done.append(one._replace(sums=None))
+            if one.sums is not None:
+                total.merge(one.sums)
+            del one  # before the next shard's sums are there
+        self.checksums |= by_stream(done)
+        return total
 
-    def _writable(self, linear: Linear) -> Tensor:
-        """Return a linear's weight in a copy of its parameter: the original is a view, or needed by later walks."""
-        if (linear.module, linear.leaf) not in self._own:
-            self._own.add((linear.module, linear.leaf))
-            set_parameter(linear.module, linear.leaf, linear.module.get_parameter(linear.leaf).clone())
-        return linear.weight
 
-    @torch.no_grad()
-    def advance(
-        self, recorder: InputRecorder | None = None, *, rows: range | None = None, dense: range | None = None
-    ) -> None:
-        """Run every row through this block, or some; a recorder sees the inputs of the block's linears.
+def by_stream(done: Iterable[Done]) -> dict[str, list[int]]:
+    """Return the checksums of all shards, by stream."""
+    found: dict[str, list[int]] = {}
+    for one in done:
+        for name, checksum in one.checksums.items():
+            found.setdefault(name, []).append(checksum)
+    return found
 
-        Every row must advance, in order, before the next step; the last run counts. A
-        `CrossRecorder` sees the matching row of `dense` as the dense model's.
-        """
-        rows = range(len(self.rows)) if rows is None else rows
-        groups = [range(row, row + 1) for row in rows] if dense else self._groups(rows)
-        uncalled = self.decoder.uncalled(self.index) if recorder else ()
-        with recorder.recording(self.linears, uncalled) if recorder else contextlib.nullcontext():
-            self.states.write(self._outputs(recorder, groups, dense), first=rows.start)
-        if recorder:
-            recorder.check_finite(self.index)
 
-    def _groups(self, rows: range) -> list[range]:
-        """Yield neighbours of one length, to run through the block together."""
-        groups: list[range] = []
-        for number in rows:
-            row, last = self.rows[number], groups[-1] if groups else None
-            most = self.decoder.together(row)
-            fits = last and len(last) < most and len(self.rows[last.start].tokens) == len(row.tokens)
-            if last and fits and number not in self.starts:  # on a GPU, results depend on the composition of a batch
-                groups[-1] = range(last.start, number + 1)
-            else:
-                groups.append(range(number, number + 1))
-        several = next((group for group in groups if len(group) > 1), None)
-        if several:
-            hidden = self._together(self.states.before, several[:2])
-            if not self.decoder.takes_several(self.index, hidden, self.rows[several.start]):
-                return [range(number, number + 1) for number in rows]
-        return groups
+def report_resumed(kept: int, blocks: int, way: str = "") -> None:
+    """Report the number of blocks finished by an interrupted run, if any."""
+    if kept > 0:
+        notice(f"resuming after {kept} of {blocks} blocks{way}")
 
-    def _together(self, every: Sequence[Tensor], rows: range) -> Float[Tensor, "rows length width"]:
-        """Return the hidden states of rows of one length, on the device."""
-        if len(rows) == 1:
-            return every[rows.start][None].to(self.decoder.device)
-        return torch.stack([every[row].to(self.decoder.device) for row in rows])
 
-    def _outputs(
-        self, recorder: InputRecorder | None, groups: list[range], dense: range | None
-    ) -> Iterator[Float[Tensor, "length width"]]:
-        every, finite = self.states.before, list[Tensor]()
-        for place, group in enumerate(groups):
-            if dense is not None and isinstance(recorder, CrossRecorder):
-                number = dense[place]
-                with recorder.dense(len(self.rows[number].tokens)):
-                    self.decoder.run(self.index, self._together(every, range(number, number + 1)), self.rows[number])
-            before, row = self._together(every, group), self.rows[group.start]
-            after = self.decoder.run(self.index, before, row)
-            finite += [torch.stack(x.aminmax()).isfinite().all() for x in after]  # in one pass
-            yield from after
-            if recorder:
-                recorder.see_block(before, after)
-                recorder.end_window()
-        self._check_finite([number for group in groups for number in group], finite)
-        if recorder and self.states.not_finite:
-            raise UserError(
-                f"{self.decoder.checkpoint}: {self.states.not_finite}: activations that are not finite, "
-                f"expected finite ones; {FIX}"
-            )
+def walk(decoder: Decoder, rows: Rows, work: Path, **words: Any) -> Iterator[Step]:
+    """Yield a step for each block of a walk in this process (`Runner.walk`)."""
+    return Runner(decoder, work).walk(rows, **words)
 
-    def _check_finite(self, rows: list[int], finite: list[Tensor]) -> None:
-        """Keep the place of the first non-finite value. The host waits for a GPU here, once for all rows."""
-        if self.states.not_finite is None and rows:
-            found = torch.stack(finite).tolist()
-            if not all(found):
-                number = rows[found.index(False)]
-                before = self._together(self.states.before, range(number, number + 1))
-                self.states.not_finite = self._first_not_finite(before[0], self.rows[number])
 
-    def _first_not_finite(self, before: Float[Tensor, "length width"], row: Row) -> str:
-        """Run this row through the block once more; return the first module with a non-finite result."""
-        if not before.isfinite().all():
-            return "embeddings" if self.index == 0 else f"the blocks before block {self.index}"
-        with finding_not_finite(self.linears) as found:
-            self.decoder.run(self.index, before[None], row)
-        return f"block {self.index}, {found[0] if found else 'after its linears'}"
+def outputs(decoder: Decoder, rows: Rows, work: Path) -> list[Float[Tensor, "length width"]]:
+    """Return the hidden states after the last block of a finished `walk`: views of files in `work`."""
+    runner = Runner(decoder, work)
+    runner.rows = as_rows(rows)
+    if load_progress(work).get("finished") != runner.blocks:
+        raise UserError(f"{work}: hidden states are incomplete, expected those after all blocks; run the stage again")
+    every = runner.shards
+    states = runner.states(work / "own", every)
+    return [x for shard in every for x in states.read(runner.blocks, shard.number)]

@@ -1,9 +1,11 @@
 """The weights of a model: reads them from its checkpoint, converts them, and holds a block's weights while loaded."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,15 @@ from wanda_dvc.engine.checkpoint import Source
 from wanda_dvc.engine.memory import empty_weight
 from wanda_dvc.engine.structure import Linear, Part, find_blocks, find_linears, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
+
+
+@dataclass(frozen=True)
+class Change:
+    """Masks and new weights of one block, by linear. Two changes are equal if one is a copy of the other."""
+
+    keeps: Mapping[str, Tensor] = field(compare=False)
+    weights: Mapping[str, Tensor] = field(compare=False)  # oriented as stored
+    name: str = field(default_factory=lambda: uuid4().hex)
 
 
 class Weights:
@@ -32,6 +43,8 @@ class Weights:
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._copies = Copies(device)
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._held: tuple[int, int, Change | None] | None = None
+        self._holding = contextlib.ExitStack()
         self._load_rest()
 
     def parts(self, name: str) -> list[Part]:
@@ -86,6 +99,47 @@ class Weights:
             if then == index:
                 self._ahead = index, Future()
                 self._ahead[1].set_result(tensors)
+
+    def hold(self, index: int, then: int, change: Change | None = None) -> None:
+        """Keep a block loaded, with a change of its weights, until another block or change is held, or `release`.
+
+        The change applies to a copy of its parameters: the checkpoint and a model in memory stay as they are.
+        """
+        if self._held == (index, then, change):
+            return
+        if self._held != (index, then, None):
+            self.release()
+            self._holding.enter_context(self.loaded(index, then))
+        self._held = index, then, change
+        if change is not None:
+            self._apply(index, change)
+
+    def release(self) -> None:
+        """Empty the block that is held, if any."""
+        self._held = None
+        self._holding.close()
+
+    @torch.no_grad()
+    def _apply(self, index: int, change: Change) -> None:
+        """Zero the weights outside the masks; then set the new weights."""
+        copied: set[tuple[nn.Module, str]] = set()
+        every = self.of_block(index)
+
+        def writable(name: str) -> Tensor:
+            linear = every[name]
+            if (linear.module, linear.leaf) not in copied:
+                copied.add((linear.module, linear.leaf))
+                set_parameter(linear.module, linear.leaf, linear.module.get_parameter(linear.leaf).clone())
+            return linear.weight
+
+        for name in change.keeps:
+            if name not in change.weights:
+                writable(name).mul_(change.keeps[name].to(self.device))
+        for name, weight in change.weights.items():
+            if weight.shape != every[name].weight.shape:
+                found, expected = list(weight.shape), list(every[name].weight.shape)
+                raise UserError(f"{name}: its new weight is {found}, expected {expected}, as it is stored")
+            writable(name).copy_(weight)
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """Return a block's tensors from the checkpoint. On a GPU the current block does not wait for the copy."""

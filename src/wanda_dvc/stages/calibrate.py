@@ -67,7 +67,9 @@ def calibrate(*, project: Project) -> None:
         say_unreached("calibrate", {block: read_stats(norms, block).unreached() for block in blocks})
         finished = finished_blocks(gradients, reversed(blocks))
         if windows_back and finished < len(blocks):
-            back = run.backward(windows[:windows_back], gram=True, kept=finished)
+            from wanda_dvc.engine.fisher import backward  # imports transformers, which takes seconds
+
+            back = backward(run, windows[:windows_back], gram=True, kept=finished)
             for block, came in progress(back, total=len(blocks), what="calibrate, blocks back"):
                 write_fisher(gradients, block, came.sums, came.grams)
                 came.grams.clear()  # before the next block's arrive; other frames hold them too

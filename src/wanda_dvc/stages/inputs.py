@@ -13,7 +13,7 @@ from wanda_dvc.errors import FIX, UserError, notice
 from wanda_dvc.params import Params, Runtime
 from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.reading import check_file
-from wanda_dvc.stages.running import check_device, device_name, ending, own_device, record_details, solving_device
+from wanda_dvc.stages.running import check_device, device_name, ending, own_device, record_details
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import MADE_BY, read_provenance
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from wanda_dvc.engine.cluster import Cluster
     from wanda_dvc.engine.decoder import Decoder
-    from wanda_dvc.engine.jobs import Jobs
-    from wanda_dvc.engine.runner import Runner
+    from wanda_dvc.engine.executor import Executor
+    from wanda_dvc.engine.walk import Runner
 
 T = TypeVar("T")
 HEAD = "output head"
@@ -166,34 +166,27 @@ def calibration_windows(project: Project, measured_with: Json | None = None) -> 
 
 
 @contextlib.contextmanager
-def runner(
-    project: Project, model: str, work: Work, *, dtype: str | None = None, local: bool = False
-) -> "Iterator[Runner]":
-    """Open a runner of rows through one of the project's models: this process, or the cluster of params.yaml.
+def runner(project: Project, model: str, work: Work, *, dtype: str | None = None) -> "Iterator[Runner]":
+    """Open a runner of rows through one of the project's models: in this process, or on the cluster of params.yaml."""
+    from wanda_dvc.engine.walk import Runner
 
-    With `local` always this process.
-    """
     runtime = project.params.runtime
-    if runtime.ray is None or local:
-        from wanda_dvc.engine.walk import LocalRunner
-
-        yield LocalRunner(open_decoder(project, model, dtype=dtype), work.path)
+    if runtime.ray is None:
+        yield Runner(open_decoder(project, model, dtype=dtype), work.path)
         return
-    from wanda_dvc.engine.cluster import TaskRunner
-
-    folder, opening = project.model(model), partial(open_decoder, project, model, dtype=dtype, device="cpu")
-    with _cluster(runtime, [folder], meanwhile=opening) as (cluster, decoder):
-        yield TaskRunner(decoder=decoder, folder=folder, cluster=cluster)
+    opening = partial(open_decoder, project, model, dtype=dtype, device="cpu")
+    with _cluster(runtime, [project.model(model), project.work_root], meanwhile=opening) as (cluster, decoder):
+        yield Runner(decoder, work.path.absolute(), cluster)
 
 
 @contextlib.contextmanager
-def jobs(project: Project, folders: Sequence[Path]) -> "Iterator[Jobs]":
-    """Open a runner of jobs on some folders: this process, or the cluster of params.yaml."""
+def executor(project: Project, folders: Sequence[Path]) -> "Iterator[Executor]":
+    """Open what maps functions that read some folders: this process, or the cluster of params.yaml."""
     runtime = project.params.runtime
     if runtime.ray is None:
-        from wanda_dvc.engine.jobs import LocalJobs
+        from wanda_dvc.engine.executor import Here
 
-        yield LocalJobs(solving_device(runtime))
+        yield Here(own_device(runtime))
         return
     with _cluster(runtime, folders, meanwhile=lambda: None) as (cluster, _):
         yield cluster
@@ -206,13 +199,15 @@ def _cluster(runtime: Runtime, folders: Sequence[Path], *, meanwhile: Callable[[
 
     with ThreadPoolExecutor(1) as helper:  # Ray takes seconds to start; its processes end with this thread
         doing = helper.submit(meanwhile)
-        cluster = Cluster(runtime.ray or "", device=runtime.device, folders=folders)
+        cluster = Cluster(runtime.ray or "", device=runtime.device)
     with ending(cluster.stop):
         try:
             found = doing.result()
-            cluster.open()
+            cluster.open([folder.absolute() for folder in folders])
+            counts = cluster.counts()
+            notice("runtime.ray: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
             yield cluster, found
-            record_details(cluster.counts())
+            record_details(counts)
         finally:
             cluster.close()
 

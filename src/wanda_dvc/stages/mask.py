@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from wanda_dvc.catalog import Structure, function_of
+from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint, Source
-from wanda_dvc.engine.jobs import JobInput
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
@@ -38,7 +38,7 @@ from wanda_dvc.stages.inputs import (
     check_fits,
     check_ready,
     check_text,
-    jobs,
+    executor,
     runner,
     statistics,
     tier_provenance,
@@ -55,9 +55,7 @@ from wanda_dvc.study.tensors import (
     pack_masks,
     read_fisher,
     read_grams,
-    read_masks,
     read_stats,
-    read_weights,
     seal,
     write_masks,
     write_weights,
@@ -65,7 +63,6 @@ from wanda_dvc.study.tensors import (
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.removal import Removal
-    from wanda_dvc.engine.runner import Change
 
 
 def mask(*, project: Project) -> None:
@@ -237,15 +234,16 @@ def _chosen(  # noqa: PLR0913, PLR0917 - the inputs of solvers
             yield block, measured, keeps(plan, checkpoint.weight, measured, shares[block], removal, device=device)
         return
 
-    def parts() -> Iterator[JobInput[Part]]:
+    def parts() -> Iterator[Part]:
         for block in blocks[finished:]:
             measured, grams = informed(project, plan, block), read_grams(project.gram, block)
             yield from _parts(
                 plan, checkpoint, block, measured, grams, shares[block], stored=project.gram, removal=removal
             )
 
-    with jobs(project, [checkpoint.folder, project.gram]) as run:
-        made = run.each(solve, parts())
+    _grams.cache_clear()  # of an earlier run in this process
+    with executor(project, [checkpoint.folder, project.gram]) as run:
+        made = run.map(solve, parts(), "solver")
         for block in progress(blocks, total=stats.blocks, what="mask, blocks"):
             if block >= finished:
                 measured = read_stats(project.stats, block)
@@ -262,7 +260,7 @@ class Part:
     plan: Plan
     share: Share
     stats: BlockStats  # of this input alone
-    weights: Mapping[str, Tensor] | Path  # as stored; or their checkpoint
+    weights: Checkpoint
     grams: Grams | tuple[Path, int]  # of this input; or stats/gram and the block
     crosses: Mapping[str, Tensor]  # X_denseᵀX, likewise, if weights are corrected
     gradients: Mapping[str, Gram]  # of what its linears put out, by linear, where the reconstruction is given them
@@ -279,9 +277,10 @@ class Made(NamedTuple):
 
 def solve(device: torch.device, part: Part) -> Made:
     """Return masks and weights of the linears that read one distinct input of a block."""
-    plan, block = part.plan, part.stats
-    read = _checkpoint(part.weights).weight if isinstance(part.weights, Path) else part.weights.__getitem__
-    stored = {name: read(name).to(device) for names in block.readers.values() for name in names}  # copied once
+    plan, block, device = part.plan, part.stats, accelerator.solving_device(device)
+    stored = {
+        name: part.weights.weight(name).to(device) for names in block.readers.values() for name in names
+    }  # copied once
     weights = stored.__getitem__
     grams = part.grams if isinstance(part.grams, Grams) else _grams(*part.grams).of(*block.readers)
     grams = grams.on(device)
@@ -318,8 +317,6 @@ def solve(device: torch.device, part: Part) -> Made:
     return Made(pack_masks(chosen), changed, {name: one.diagnostics for name, one in solved.items()})
 
 
-# Only in tasks: a task's process belongs to one stage, and no file changes during a stage.
-_checkpoint = lru_cache(maxsize=1)(Checkpoint)
 _grams = lru_cache(maxsize=1)(read_grams)
 
 
@@ -335,7 +332,7 @@ def _parts(  # noqa: PLR0913, PLR0917 - the inputs of solvers
     gradients: Grams | None = None,
     stored: Path | None = None,
     removal: "Removal | None" = None,
-) -> Iterator[JobInput[Part]]:
+) -> Iterator[Part]:
     """Yield the distinct inputs of a block. `stored` is the folder of its Gram matrices, if they were read from one."""
     for source, names in measured.readers.items():
         stats = measured.of(source)
@@ -346,9 +343,7 @@ def _parts(  # noqa: PLR0913, PLR0917 - the inputs of solvers
         cross = {source: crosses[source].float()} if crosses and source in crosses else {}
         back = gradients.of(*names) if gradients else {}
         units = {name: removal.units[name] for name in names if name in removal.units} if removal else {}
-        complete = Part(plan, share, stats, {name: checkpoint.weight(name) for name in names}, own, cross, back, units)
-        named = replace(complete, weights=checkpoint.folder, grams=(stored, block) if stored else own)
-        yield JobInput(f"block {block}, input of {source}", complete, named)
+        yield Part(plan, share, stats, checkpoint, (stored, block) if stored else own, cross, back, units)
 
 
 def _together(parts: Iterable[Made], removal: "Removal | None") -> Made:
@@ -384,14 +379,10 @@ def _propagate(  # noqa: PLR0913, PLR0917 - the inputs of masks
     masks, weights, device = work.part("masks"), work.part("weights"), solving_device(project.params.runtime)
     kept = min(map(finished_blocks, [masks, weights] if plan.solves else [masks]))
 
-    def changes(block: int) -> "Change":
-        return read_masks(masks, block), read_weights(weights, block)[0] if plan.solves else {}
-
     unreached = {}
-    with runner(project, "dense", work, dtype=measured_with["dtype"], local=plan.trains) as run:
-        # A training takes one window a step, so it runs in this process.
+    with runner(project, "dense", work, dtype=measured_with["dtype"]) as run:
         # A training needs the dense block's outputs too, a correction its inputs.
-        steps = run.walk(windows, kept=kept, with_dense=plan.runs_dense, changes=changes)
+        steps = run.walk(windows, kept=kept, with_dense=plan.runs_dense)
         blocks = len(run.decoder.blocks)
         for step in progress(steps, total=blocks, what="mask, blocks calibrated and pruned"):
             share = shares[step.index]
@@ -411,7 +402,7 @@ def _propagate(  # noqa: PLR0913, PLR0917 - the inputs of masks
                     gradients=back,
                     removal=removal,
                 )
-                keep, changed, diagnostics = _together(run.each(solve, parts), removal)
+                keep, changed, diagnostics = _together(run.map(solve, parts, f"block {step.index}, solver"), removal)
             else:
                 chosen = keeps(plan, checkpoint.weight, measured, share, removal, device=device)
                 keep, changed, diagnostics = Made(pack_masks(chosen), {}, {})  # Ray keeps the masks over all blocks

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from wanda_dvc.engine import shards
+from wanda_dvc.engine.rows import shards
 from wanda_dvc.engine.sizes import FIXED, WIDTH, Linears, Sizes, Walk, sizes, walk
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
@@ -117,9 +117,8 @@ def _calibrate(on: Known) -> Need:
     waiting = 2 * on.states(calibration.windows * length)  # two files that alternate
     disk = waiting + gram * _gram_bytes(model.all_squares)
     if windows:
-        # Gram matrices of gradients, their written form and the remains of packing; a worker sends larger ones.
-        sums = 16 if on.params.runtime.ray else 13
-        grams = sums * model.output_squares + (12 * PANEL + 8 * length) * model.widest
+        # Gram matrices of gradients, of all rows so far and of one row.
+        grams = 16 * model.output_squares + (12 * PANEL + 8 * length) * model.widest
         memory = max(memory, 3 * held.activations + 2 * held.logits + grams)
         states, gradients = (windows * length * model.hidden * WIDTH[kind] for kind in (on.params.dtype, "float32"))
         disk += _gram_bytes(model.all_output_squares) + states * (model.blocks + 1) + 2 * gradients
@@ -177,7 +176,7 @@ def _perplexity(on: Known) -> Need:
         counts = [size // BYTES_A_TOKEN] if size else []
         counts += [wanted.windows * wanted.length] if isinstance(wanted.windows, int) else []
         tokens = min(counts, default=0)  # 0: of a text that is not fetched yet
-        shard = len(next(iter(shards.cut(tokens // wanted.length)), ())) * wanted.length
+        shard = len(next(iter(shards(tokens // wanted.length)), ())) * wanted.length
         slices = min(divergence.AT_A_TIME.get(on.device, 0), wanted.length * model.vocabulary)
         memory = held.activations + held.logits + TEXT_IN_MEMORY * size
         memory += divergence.BYTES_A_TOKEN * shard + divergence.TEMPORARIES * slices

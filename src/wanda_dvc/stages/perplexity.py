@@ -17,7 +17,7 @@ from wanda_dvc.engine.divergence import (
     summarize,
 )
 from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.runner import Runner
+from wanda_dvc.engine.walk import Runner
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import ALL

@@ -179,9 +179,9 @@ def own_device(runtime: Runtime) -> "torch.device":
 
 def solving_device(runtime: Runtime) -> "torch.device":
     """Return the device for masks and solvers. UserError if this machine does not have it."""
-    from wanda_dvc.engine import jobs
+    from wanda_dvc.engine import accelerator
 
-    return jobs.solving_device(own_device(runtime))
+    return accelerator.solving_device(own_device(runtime))
 
 
 def check_device(device: str) -> None:

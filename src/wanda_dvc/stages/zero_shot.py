@@ -24,7 +24,7 @@ METRICS = ("acc", "acc_norm")  # reported metrics of the tasks
 CONTINUED = 40  # tokens of a continuation, at most
 
 if TYPE_CHECKING:
-    from wanda_dvc.engine.runner import Step
+    from wanda_dvc.engine.walk import Step
 
 
 def zero_shot(*, project: Project, model: str) -> None:

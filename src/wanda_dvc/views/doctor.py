@@ -164,10 +164,7 @@ def _workers(params: Params) -> Iterator[Check]:
     try:
         with contextlib.closing(Cluster(address, device=params.runtime.device)) as cluster:
             found = ", ".join(f"{count} {what}" for what, count in cluster.counts().items())
-            if cluster.has_free or not cluster.has_workers:
-                cluster.open()
-            else:
-                found += ", all in use: versions not compared"
+            cluster.open()
     except UserError as error:
         yield Check("runtime.ray", False, str(error), "check `ray status` on its head node")
     else:
