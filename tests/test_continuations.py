@@ -9,10 +9,9 @@ import torch
 from test_stages import fetch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wanda_dvc.engine.continuations import continuations
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.show import show
-from wanda_dvc.stages.zero_shot import CONTINUED, read_prompts, zero_shot
+from wanda_dvc.stages.zero_shot import CONTINUED, continuations, read_prompts, zero_shot
 from wanda_dvc.study.files import load_json, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import FILES, PROMPTS
@@ -36,7 +35,7 @@ def text_of(folder: Path, tokens: list[int]) -> str:
 
 
 def written(folder: Path, *prompts: str) -> list[str]:
-    return continuations(folder, prompts, tokens=CONTINUED, dtype=torch.float32, device=CPU, source="prompts.txt")
+    return continuations(folder, prompts, dtype=torch.float32, device=CPU)
 
 
 def test_each_token_is_the_likeliest_one(tiny: Path):
@@ -69,7 +68,7 @@ def test_a_stage_writes_the_same_bytes_again_and_runs_a_model_once(
     assert [one["prompt"] for one in content["prompts"]] == ["To sit", "The sea"]
     assert content["prompts"][0]["text"] == text_of(made.model("dense"), greedy(made.model("dense"), "To sit"))
     with monkeypatch.context() as kept:
-        kept.setattr("wanda_dvc.engine.continuations.continuations", lambda *_, **__: 1 / 0)
+        kept.setattr("wanda_dvc.stages.zero_shot.continuations", lambda *_, **__: 1 / 0)
         zero_shot(project=made, model="dense")
         assert place.read_bytes() == first
     prompts.write_text("The sea\n")

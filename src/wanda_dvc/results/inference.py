@@ -89,6 +89,20 @@ def mean_accuracy(tasks: Sequence[Sequence[bool]]) -> Estimate | None:
     return found and found.within(0, 1)
 
 
+def mcnemar(right: Sequence[bool], others: Sequence[bool]) -> float:
+    """Return the p-value of McNemar's exact test on the same items: for equal models, disagreements are fair coins.
+
+    It is two-sided: the number of outcomes at least as uneven, in exact integers, over the number of all.
+    """
+    first = sum(a and not b for a, b in zip(right, others, strict=True))
+    coins = first + sum(b and not a for a, b in zip(right, others, strict=True))
+    uneven = ways = 1
+    for count in range(min(first, coins - first)):
+        ways = ways * (coins - count) // (count + 1)
+        uneven += ways
+    return min(1.0, 2 * uneven / 2**coins)
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """Return p-values adjusted by Holm (1979): comparing them with α bounds the error of all tests together."""
     order = sorted(range(len(p)), key=p.__getitem__)

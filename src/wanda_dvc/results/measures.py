@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from wanda_dvc.engine.flips import mcnemar
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.results import inference
 from wanda_dvc.results.inference import Estimate
@@ -203,7 +202,7 @@ def difference(first: Results, second: Results, task: str) -> Estimate | None:
         return None
     found = _mean_difference([(right, others)])
     value = sum(right) / len(right) - sum(others) / len(others)
-    return (found or Estimate(value))._replace(p=mcnemar(right, others).p)
+    return (found or Estimate(value))._replace(p=inference.mcnemar(right, others))
 
 
 def mean_difference(first: Results, second: Results, _: str) -> Estimate | None:

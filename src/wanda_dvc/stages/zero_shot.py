@@ -3,11 +3,11 @@
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanda_dvc.engine.flips import ANSWERS, of_items
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import EMBEDDED_ITEMS
 from wanda_dvc.reading import DIVERGED, is_there, read_text
@@ -20,10 +20,12 @@ from wanda_dvc.study.protocol import dense_of, differing
 from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
 from wanda_dvc.study.scaffold import FILES, PROMPTS
 
-METRICS = ("acc", "acc_norm")  # reported metrics of the tasks
+METRICS = {"acc": "answer", "acc_norm": "answer_norm"}  # the reported ones; an item's key of the chosen answer
 CONTINUED = 40  # tokens of a continuation, at most
 
 if TYPE_CHECKING:
+    import torch
+
     from wanda_dvc.engine.walk import Step
 
 
@@ -65,11 +67,22 @@ def _flips(project: Project, details: Json) -> Json:
                 "run `dvc repro --force --single-item zero-shot@dense`, then this stage"
             )
             continue
-        for metric in ANSWERS:
-            if flips := of_items(before["items"], one["items"], metric):
-                counts = {name: getattr(flips, name) for name in ("lost", "gained", "swapped")}
-                found.setdefault(task, {}).setdefault("flips", {})[metric] = counts
+        if before["items"] and one["items"]:  # none if a model diverged
+            metrics = [metric for metric in METRICS if metric in one["items"][0]]
+            found[task] = {"flips": {metric: count_flips(before["items"], one["items"], metric) for metric in metrics}}
     return found
+
+
+def count_flips(before: list[Json], after: list[Json], metric: str) -> dict[str, int]:
+    """Count the changed answers to the same items: right → wrong, wrong → right, and one wrong choice → another."""
+    counts = {"lost": 0, "gained": 0, "swapped": 0}
+    for one, other in zip(before, after, strict=True):
+        was_right, is_right = one[metric] > 0.5, other[metric] > 0.5
+        if was_right != is_right:
+            counts["lost" if was_right else "gained"] += 1
+        elif not was_right and one[METRICS[metric]] != other[METRICS[metric]]:
+            counts["swapped"] += 1
+    return counts
 
 
 def _protocol(project: Project, model: str, measured: Json, task: str) -> Json:
@@ -193,7 +206,6 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
     """Return each prompt's continuation by a model; or the reason to skip them, if the memory is too small."""
     import torch
 
-    from wanda_dvc.engine.continuations import continuations
     from wanda_dvc.engine.windows import load_tokenizer, tokenize
     from wanda_dvc.stages.needs import continuing, known
 
@@ -207,6 +219,38 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
         notice(f"zero-shot {model}: no continuations: {skipped}; {again}")
         return {"details": {"protocol": protocol, "skipped": skipped}}
     dtype, device = getattr(torch, params.dtype), own_device(params.runtime)
-    written = continuations(folder, prompts, tokens=CONTINUED, dtype=dtype, device=device, source=PROMPTS)
+    written = continuations(folder, prompts, dtype=dtype, device=device)
     pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, written, strict=True)]
     return {"details": {"protocol": protocol, "prompts": pairs}}
+
+
+def continuations(folder: Path, prompts: Sequence[str], *, dtype: "torch.dtype", device: "torch.device") -> list[str]:
+    """Continue each prompt by the likeliest token, by transformers' own generation: the complete model is in memory.
+
+    Each prompt runs alone, without padding. Of the model's own settings for generation only the end of a text counts: a
+    penalty for repetitions would hide them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from wanda_dvc.engine.config import positions_of
+    from wanda_dvc.engine.windows import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval().to(device)
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=CONTINUED, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
+    )
+    positions, found = positions_of(model.config), []
+    for number, prompt in enumerate(prompts, start=1):
+        asked = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"]], device=device)
+        if positions is not None and asked.shape[1] + CONTINUED > positions:
+            raise UserError(
+                f"{PROMPTS}: prompt {number}: {asked.shape[1]} tokens, expected at most {positions - CONTINUED}: the "
+                f"model has {positions} positions; shorten the prompt"
+            )
+        written = model.generate(asked, attention_mask=torch.ones_like(asked))[0, asked.shape[1] :].tolist()
+        found.append(tokenizer.decode(written, skip_special_tokens=True))
+    return found
