@@ -221,21 +221,6 @@ def test_gates_that_were_not_seen_refuse_reap_and_no_other_method(
     mask(project=made.with_params(check_params(made.params.model_dump() | {"method": "wanda"})))
 
 
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"method": "reap", "pattern": "unstructured"}, "method: got reap with pattern unstructured"),
-        ({"method": "admm"}, "method: got admm with pattern experts, expected reap, or a method without Gram matrices"),
-        ({"reconstruction": "least-squares"}, "reconstruction: got least-squares with pattern experts, expected none"),
-        ({"propagation": "pruned"}, "propagation: got pruned with pattern experts, expected dense"),
-    ],
-)
-def test_refused_combinations_give_the_reason(changes: dict[str, str], problem: str, project: Callable[..., Project]):
-    with pytest.raises(UserError) as refused:
-        project(**{"pattern": "experts", "sparsity": 0.25} | changes).params  # noqa: B018
-    assert problem in str(refused.value)
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_that_calibrate_use_reap(recipe: str, project: Callable[..., Project]):
     plan = project(pattern="experts", sparsity=0.25, recipe=recipe).params.plan

@@ -23,7 +23,6 @@ import wanda_dvc as wd
 from wanda_dvc.catalog import STRUCTURES, function_of, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.finders import block_lists, confirmed
-from wanda_dvc.engine.items import load_task
 from wanda_dvc.engine.removal import Removal, Smaller
 from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.engine.writer import new_tensors, write_model
@@ -34,10 +33,8 @@ from wanda_dvc.pruning.units import Units, cheapest, highest, least_squares, spr
 from wanda_dvc.pruning.whole import Whole, choose_units
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
-from wanda_dvc.stages.download import download
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
-from wanda_dvc.stages.zero_shot import zero_shot
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
@@ -569,45 +566,29 @@ def test_zeros_in_a_smaller_model_need_a_second_study(study: Callable[..., Proje
     assert ((weight.view(-1, 4) != 0).sum(dim=1) == 2).all()
 
 
-def test_lm_eval_answers_as_the_stage_does(study: Callable[..., Project]):
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    made = study(pattern="neurons", sparsity=0.25)
-    mask(project=made)
-    apply(project=made)
-    download(project=made, part="tasks")
-    zero_shot(project=made, model="pruned")
-    own = load_json(made.details("pruned", "zero_shot"))["tasks"]["piqa"]["items"]
-    model = HFLM(pretrained=str(made.model("pruned")), dtype="float32", device="cpu", batch_size=1)
-    task = read_provenance(made.data("tasks") / "piqa", "download tasks")
-    definition = load_task(task["definition"], task["role"], made.data("tasks") / "piqa" / "items.jsonl")
-    theirs = evaluate(model, {"piqa": definition}, limit=len(own))["samples"]["piqa"]
-    found = [[answer[0][0] for answer in one["resps"]] for one in sorted(theirs, key=lambda one: one["doc_id"])]
-    for item, values in zip(own, found, strict=True):
-        assert item["loglikelihoods"] == pytest.approx(values, abs=1e-3)
-
-
 def test_rounding_is_reported(study: Callable[..., Project], capsys: pytest.CaptureFixture[str]):
     mask(project=study(pattern="neurons", sparsity=0.27))
     assert "intermediate_size from 48 to 36; rounded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("changes", "problem"),
+    ("pattern", "changes", "problem"),
     [
-        ({"allocation": "owl"}, "allocation: got owl, expected uniform: neurons gives every block the same sparsity"),
-        ({"recipe": "wanda", "method": "wanda-variant"}, "method: got wanda-variant with pattern neurons"),
-        ({"recipe": "blockwise", "propagation": "dense"}, "reconstruction: got block with propagation dense"),
-        (
-            {"pattern": "neuron"},
-            "pattern: got neuron, expected `unstructured` or n:m, such as 2:4, or neurons",
-        ),
+        ("neurons", {"allocation": "owl"}, "allocation: got owl, expected uniform: neurons gives every block the same"),
+        ("neurons", {"method": "wanda-variant"}, "method: got wanda-variant with pattern neurons"),
+        ("neurons", {"recipe": "blockwise", "propagation": "dense"}, "reconstruction: got blockwise with propagation"),
+        ("neuron", {}, "pattern: got neuron, expected `unstructured` or n:m, such as 2:4, or neurons"),
+        ("unstructured", {"method": "reap"}, "method: got reap with pattern unstructured"),
+        ("experts", {"method": "admm"}, "method: got admm with pattern experts, expected reap, or a method without"),
+        ("experts", {"reconstruction": "least-squares"}, "reconstruction: got least-squares with pattern experts"),
+        ("experts", {"propagation": "pruned"}, "propagation: got pruned with pattern experts, expected dense"),
     ],
 )
-def test_refused_combinations_give_the_reason(changes: dict[str, str], problem: str, study: Callable[..., Project]):
+def test_refused_combinations_give_the_reason(
+    pattern: str, changes: dict[str, str], problem: str, project: Callable[..., Project]
+):
     with pytest.raises(UserError) as refused:
-        study(**{"pattern": "neurons", "sparsity": 0.25} | changes).params  # noqa: B018
+        project(pattern=pattern, sparsity=0.25, **changes).params  # noqa: B018
     assert problem in str(refused.value)
 
 

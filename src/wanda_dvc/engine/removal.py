@@ -367,49 +367,22 @@ def _without_units(model: Decoder, block: int, removal: Removal) -> Iterator[Non
 
 
 class _Unchoosable(TorchFunctionMode):
-    """Sets the logits of experts that go to −∞ in a loaded model, and what routers add to their scores."""
+    """Sets the logits of experts that go to −∞ in a loaded model, and the numbers that routers add to their scores."""
 
     def __init__(self, model: nn.Module, removal: Removal) -> None:
         super().__init__()
-        self.routers: dict[int, Tensor] = {}  # the experts that go, by the address of a router's weight
-        self.added: list[tuple[nn.Module, str, Tensor, Tensor]] = []  # with its value, and the experts that go
+        self.gone: dict[int, Tensor] = {}  # the experts that go, by the address of a router's tensor
         state = model.state_dict(keep_vars=True)
         for name in removal.routers:
-            tensor = state[name]
             mixture = max((x for x in removal.stays if name.startswith(f"{x}.")), key=len)
-            gone = ~removal.stays[mixture]
-            if tensor.is_meta:  # of a block that is not loaded
-                continue
-            if min(tensor.shape) > 1 and tensor.dim() == 2:
-                self.routers[tensor.data_ptr()] = gone
-            else:
-                owner, _, leaf = name.rpartition(".")
-                self.added.append((model.get_submodule(owner), leaf, tensor, gone))
-
-    def __enter__(self) -> Any:
-        """Replace what routers add to scores."""
-        for module, leaf, before, gone in self.added:
-            _set(module, leaf, before.masked_fill(gone, -torch.inf))
-        return super().__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        """Put it back."""
-        super().__exit__(*error)
-        for module, leaf, before, _ in self.added:
-            _set(module, leaf, before)
+            if not state[name].is_meta:  # of a block that is not loaded
+                self.gone[state[name].data_ptr()] = ~removal.stays[mixture]
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
-        if len(args) >= 2 and function.__name__ in PRODUCTS:
-            for weight in args[:2]:
-                gone = self.routers.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
-                if gone is not None and made.shape[-1:] == gone.shape:
-                    return made.masked_fill(gone, -torch.inf)
+        for tensor in args[:2] if isinstance(made, Tensor) else ():
+            gone = self.gone.get(tensor.data_ptr()) if isinstance(tensor, Tensor) else None
+            uses = gone is not None and (min(tensor.shape) == 1 or tensor.dim() == 1 or function.__name__ in PRODUCTS)
+            if uses and made.shape[-1:] == gone.shape:
+                return made.masked_fill(gone, -torch.inf)
         return made
-
-
-def _set(module: nn.Module, leaf: str, tensor: Tensor) -> None:
-    if leaf in module._parameters:
-        set_parameter(module, leaf, tensor)
-    else:
-        setattr(module, leaf, tensor)
