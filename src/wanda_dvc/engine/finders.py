@@ -141,7 +141,8 @@ def _found(source: Source, structure: Structure, share: Fraction) -> tuple[Remov
         trial = TRIAL if value is None else value // 2 if isinstance(value, int) else 0
         if not trial:
             raise refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
-        other = _build(source, structure, {field: trial} | _companions(structure, others, value or 1, trial))
+        scaled = {name: others[name] * trial // (value or 1) for name in structure.scaled if name in others}
+        other = _build(source, structure, {field: trial} | others | scaled)
         for name, place, size, less in _differences(full, other):
             if not name.startswith(f"{where}.") or name not in parts:
                 raise refused(structure, source, f"{field} also determines {name}")
@@ -199,20 +200,13 @@ def _sorted(  # noqa: PLR0913, PLR0917 - the dimensions, and the model that they
             raise refused(structure, source, f"no linear reads those of {address.tensor}")
         found[address, dim] = name, size // sets[name].total
     fields = {field: Field(number, tuple(sets_of[field])) for field, number in numbers.items()}
-    scaled = {name: Field(others[name], fields[next(iter(fields))].sets) for name in structure.scaled if name in others}
+    for name, value in others.items():
+        fields[name] = Field(value, next(iter(fields.values())).sets if name in structure.scaled else ())
     removal = Removal(
         structure=structure,
         sets=sets,
-        fields=fields | scaled,
-        fixed={name: value for name, value in others.items() if name not in scaled},
-        lists={},
+        fields=fields,
         readers=readers,
-        whole={},
-        cuts=(),
-        numbered={},
-        routers=(),
-        close=1e-2,
-        stays={},
     )
     return removal, found
 
@@ -220,12 +214,6 @@ def _sorted(  # noqa: PLR0913, PLR0917 - the dimensions, and the model that they
 def _owner(address: Address) -> str:
     """Return the name of the module around the module of a tensor; an expert's has the expert's number."""
     return address.linear.removesuffix(".bias").rpartition(".")[0]
-
-
-def _companions(structure: Structure, others: Mapping[str, int], before: int, after: int) -> dict[str, int]:
-    """Return the other fields of a configuration that change with a number of units."""
-    found = {name: others[name] * after // before for name in structure.scaled if name in others}
-    return found | {name: value for name, value in others.items() if name not in found}
 
 
 def _others(structure: Structure, text: Any) -> dict[str, int]:
@@ -262,15 +250,10 @@ def find_block_units(source: Source, structure: Structure, share: Fraction) -> R
         structure=structure,
         sets={where: Units(total, stay)},
         fields=fields,
-        fixed={},
         lists=block_lists(text, total),
-        readers={},
         whole={where: Whole([[*names] for names in linears], stay, sums=torch.float64)},
-        cuts=(),
         numbered=numbered,
-        routers=(),
         close=1e-3,  # the same weights run: a block that depends on the number of blocks differs a little
-        stays={},
     )
 
 
@@ -363,15 +346,10 @@ def _found_experts(source: Source, structure: Structure) -> tuple[Removal, int, 
         structure=structure,
         sets={mixture: Units(number, number) for mixture in mixtures},
         fields={field: Field(number, tuple(mixtures))},
-        fixed={},
-        lists={},
-        readers={},
         whole={mixture: Whole(linears, number) for mixture, linears in members.items()},
         cuts=tuple(cuts),
         numbered=numbered,
         routers=routers,
-        close=1e-2,
-        stays={},
     )
     chosen = content.get(CHOSEN)
     return removal, number, chosen if type(chosen) is int else None

@@ -8,7 +8,7 @@ import contextlib
 import gc
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ class Field(NamedTuple):
     """A field of config.json: a number of units, or a number in proportion to it."""
 
     before: int
-    sets: tuple[str, ...]  # that it counts the units of
+    sets: tuple[str, ...]  # that it counts the units of; (): it is written with its value, which may be a default
 
 
 class Numbered(NamedTuple):
@@ -69,25 +69,24 @@ class Removal:
     structure: Structure
     sets: Mapping[str, Units]
     fields: Mapping[str, Field]
-    fixed: Mapping[str, int]  # fields that are written with their values, which may not follow from `fields`
-    lists: Mapping[str, list[Any]]  # fields with an entry for each unit of the only set
-    readers: Mapping[str, Cut]  # by linear: its inputs, which are units
-    whole: Mapping[str, Whole]  # the sets of units that are complete linears
-    cuts: tuple[Cut, ...]  # of all tensors
-    numbered: Mapping[str, Numbered]  # by stored name
-    routers: tuple[str, ...]  # the model's parameters and buffers by which experts are chosen
-    close: float  # the allowed difference in the probe, relative to the effect of the units that go
-    stays: Stays
+    lists: Mapping[str, list[Any]] = field(default_factory=dict)  # fields with an entry for each unit of the only set
+    readers: Mapping[str, Cut] = field(default_factory=dict)  # by linear: its inputs, which are units
+    whole: Mapping[str, Whole] = field(default_factory=dict)  # the sets of units that are complete linears
+    cuts: tuple[Cut, ...] = ()  # of all tensors
+    numbered: Mapping[str, Numbered] = field(default_factory=dict)  # by stored name
+    routers: tuple[str, ...] = ()  # the model's parameters and buffers by which experts are chosen
+    close: float = 1e-2  # the allowed difference in the probe, relative to the effect of the units that go
+    stays: Stays = field(default_factory=dict)  # once they are chosen
 
     def with_stays(self, stays: Stays) -> "Removal":
         """Return the removal that leaves these units. UserError if sets or groups keep different numbers."""
         sets = {name: units._replace(stay=int(stays[name].sum())) for name, units in self.sets.items()}
-        for field, (before, names) in self.fields.items():
-            shares = {Fraction(sets[name].stay, sets[name].total): name for name in names}
-            if len(shares) > 1 or not min(shares) or min(shares) * before % 1:
-                found = " and ".join(f"{sets[name].stay} in {name}" for name in shares.values())
+        for name, (before, names) in self.fields.items():
+            shares = {Fraction(sets[one].stay, sets[one].total): one for one in names}
+            if names and (len(shares) > 1 or not min(shares) or min(shares) * before % 1):
+                found = " and ".join(f"{sets[one].stay} in {one}" for one in shares.values())
                 raise UserError(
-                    f"keep: masks keep {found}, expected the same number everywhere, as {field} is one number for all"
+                    f"keep: masks keep {found}, expected the same number everywhere, as {name} is one number for all"
                 )
         for name, units in self.whole.items():
             sizes = stays[name].view(units.groups, -1).sum(dim=1).tolist()
@@ -101,15 +100,15 @@ class Removal:
     def numbers(self) -> dict[str, tuple[int, int]]:
         """The numbers in the configuration, before and after."""
         found = {}
-        for name, (before, names) in self.fields.items():
-            units = self.sets[names[0]]
+        for name, (before, sets) in self.fields.items():
+            units = self.sets[sets[0]] if sets else Units(1, 1)
             found[name] = before, before * units.stay // units.total
         return found
 
     @property
     def changes(self) -> dict[str, Any]:
         """The new values in the configuration."""
-        found: dict[str, Any] = {name: after for name, (_, after) in self.numbers.items()} | dict(self.fixed)
+        found: dict[str, Any] = {name: after for name, (_, after) in self.numbers.items()}
         for name, row in self.lists.items():
             ((stays),) = self.stays.values()
             found[name] = [x for x, stay in zip(row, stays.tolist(), strict=True) if stay]
@@ -122,9 +121,10 @@ class Removal:
 
     def about(self, share: Fraction) -> str:
         """Describe the removal, and the rounding of the requested share."""
-        numbers = ", ".join(f"{name} from {before} to {after}" for name, (before, after) in self.numbers.items())
-        text = f"pattern {self.structure.name}: {numbers}"
-        if groups := max((units.groups for units in self.whole.values() if units.groups > 1), default=0):
+        changes = [f"{name} from {x} to {y}" for name, (x, y) in self.numbers.items() if self.fields[name].sets]
+        text = f"pattern {self.structure.name}: {', '.join(changes)}"
+        groups = max((units.groups for units in self.whole.values()), default=1)
+        if groups > 1:
             text += f", the same number from each of {groups} groups"
         if abs(self.share - share) > 1e-9:
             text += f"; rounded to {self.structure.rounded}: {self.share:.4g} instead of {float(share):g}"
@@ -382,7 +382,8 @@ class _Unchoosable(TorchFunctionMode):
         made = function(*args, **(kwargs or {}))
         for tensor in args[:2] if isinstance(made, Tensor) else ():
             gone = self.gone.get(tensor.data_ptr()) if isinstance(tensor, Tensor) else None
-            uses = gone is not None and (min(tensor.shape) == 1 or tensor.dim() == 1 or function.__name__ in PRODUCTS)
-            if uses and made.shape[-1:] == gone.shape:
+            if gone is None or made.shape[-1:] != gone.shape:
+                continue
+            if tensor.dim() == 1 or min(tensor.shape) == 1 or function.__name__ in PRODUCTS:
                 return made.masked_fill(gone, -torch.inf)
         return made
