@@ -284,6 +284,8 @@ def _not_a_decoder(folder: Path, stored: Json) -> str | None:
     from wanda_dvc.engine.config import read_config
 
     kind, named = stored.get("model_type"), stored.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        return f"architectures is {name_of(named)}, expected a list of names; copy the file again"
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
     if causal is None:
         code = " (its own code is never run)" if "auto_map" in stored else ""
