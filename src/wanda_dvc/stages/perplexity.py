@@ -56,14 +56,15 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
         **described,
         dtype=project.params.dtype,
     )
-    if model != "dense":
-        protocol |= {"reference": digest(_reference(project, text, protocol, measured["model"]["source"]))}
+    dense = None if model == "dense" else _reference(project, text, protocol, measured["model"]["source"])
+    if dense:
+        protocol |= {"reference": digest(dense)}
     with project.work(protocol) as work, runner(project, model, work) as run:
-        if model != "dense":
-            check_vocabulary(run.decoder, read_provenance(reference, "perplexity dense")["vocabulary"])
+        if dense:
+            check_vocabulary(run.decoder, dense["vocabulary"])
         for step in progress(run.walk(rows), total=len(run.decoder.blocks), what=f"{run_name}, blocks"):
             step.advance()
-        windows = _measure(run, len(rows), work, reference if model != "dense" else None, run_name)
+        windows = _measure(run, len(rows), work, reference if dense else None, run_name)
         losses, divergences = [one.loss for one in windows], [one.divergence for one in windows if one.divergence]
         where = run.not_finite or (None if all(map(math.isfinite, losses)) else HEAD)
         say_not_finite(run_name, where)
@@ -76,7 +77,7 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
             details["agreements"] = [one.agreed / len(one.kl) if one.finite else DIVERGED for one in divergences]
         write_json(project.details(model, f"perplexity/{text}"), details | ({"not_finite": where} if where else {}))
         write_json(project.metrics(model, f"perplexity/{text}"), metrics)
-        if model == "dense":
+        if dense is None:
             made = {"protocol": protocol, "vocabulary": run.decoder.vocabulary, "top": TOP, "drawn": DRAWN}
             seal(work.out, describe("perplexity dense", **made), parts="rows")
             work.publish(reference)
