@@ -120,15 +120,19 @@ def _files() -> Iterator[Case]:
 
 def _configs() -> Iterator[Case]:
     yield Case("config.json: half", written("config.json", '{"a": '), ("config.json", "found no JSON", "expected"))
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+    for key in ("hidden_size", "num_hidden_layers"):
         for value in ("32", 0, True):
             yield Case(
                 f"config.json: {key} {value!r}",
                 config(**{key: value}),
-                (key, "found", "expected a positive whole number"),
+                (key, "found", "expected a whole number from 1"),
             )
     one_of_many: list[tuple[str, object, tuple[str, ...]]] = [
-        ("num_hidden_layers", 10**9, ("num_hidden_layers", "found 1000000000", "expected at most 10,000")),
+        (
+            "num_hidden_layers",
+            10**9,
+            ("num_hidden_layers", "found 1000000000", "expected a whole number from 1 to 10,000"),
+        ),
         ("num_hidden_layers", 5000, ("num_hidden_layers", "found 5000", "expected at most")),
         ("num_hidden_layers", 5, ("no tensor for model.layers.4", "expected one by config.json")),
         ("num_hidden_layers", 3, ("has 3 blocks", "expected 4 or more", "model.layers.3")),
@@ -136,14 +140,14 @@ def _configs() -> Iterator[Case]:
         ("hidden_size", 33, ("config.json", "multiple of the number of attention heads", "expected")),
         ("hidden_size", None, ("config.json", "hidden_size", "expected")),
         ("num_attention_heads", 3, ("config.json", "expected")),
-        ("num_key_value_heads", 3, ("num_key_value_heads", "found 3", "expected a divisor of 4")),
-        ("head_dim", 0, ("head_dim", "found 0", "expected a positive whole number")),
+        ("num_key_value_heads", 3, ("is [16, 32]", "expected [24, 32]")),
+        ("head_dim", 0, ("head_dim", "found 0", "expected a whole number from 1")),
         ("head_dim", 16, ("expected", "by config.json")),
         ("intermediate_size", 64, ("expected", "by config.json")),
-        ("intermediate_size", 10**12, ("config.json", "expected at most 134,217,728")),
-        ("vocab_size", 10**13, ("config.json", "expected at most 134,217,728")),
-        ("hidden_size", 2**60, ("config.json", "hidden_size: found", "expected at most 134,217,728")),
-        ("vocab_size", 2**27 + 1, ("config.json", "expected at most 134,217,728")),
+        ("intermediate_size", 10**12, ("config.json", "expected a whole number from 1 to 134,217,728")),
+        ("vocab_size", 10**13, ("config.json", "expected a whole number from 1 to 134,217,728")),
+        ("hidden_size", 2**60, ("config.json", "hidden_size: found", "expected a whole number from 1 to 134,217,728")),
+        ("vocab_size", 2**27 + 1, ("config.json", "expected a whole number from 1 to 134,217,728")),
         ("vocab_size", 261, ("is [260, 32]", "expected [261, 32]")),
         ("hidden_act", "nope", ("config.json", "KeyError 'nope'", "expected")),
         ("hidden_act", 3, ("config.json", "hidden_act", "expected")),
@@ -151,14 +155,7 @@ def _configs() -> Iterator[Case]:
         ("rope_parameters", {"rope_type": "linear"}, ("config.json", "rope_parameters", "expected")),
         ("rope_parameters", 3, ("config.json", "rope_parameters", "expected")),
         ("rope_parameters", {"rope_type": "default", "rope_theta": "x"}, ("config.json", "expected")),
-        ("rope_parameters", {"rope_type": "linear", "factor": -1.0}, ("factor", "found -1.0", "expected a positive")),
-        ("rope_parameters", {"rope_type": "linear", "factor": "x"}, ("factor", "found text", "expected a positive")),
-        ("rope_scaling", {"type": "linear", "factor": 0}, ("rope_scaling.factor", "found 0", "expected a positive")),
-        ("dtype", "float99", ("dtype", "found text (float99)", "expected float32, float16, bfloat16")),
-        ("dtype", "int8", ("dtype", "found text (int8)", "expected float32, float16, bfloat16")),
-        ("dtype", 3, ("dtype", "found 3", "expected float32, float16, bfloat16")),
-        ("torch_dtype", "float8_e4m3fn", ("torch_dtype", "found text (float8_e4m3fn)", "expected float32")),
-        ("max_position_embeddings", -1, ("max_position_embeddings", "found -1", "expected a positive whole number")),
+        ("max_position_embeddings", -1, ("max_position_embeddings", "found -1", "expected a whole number from 1")),
         ("rms_norm_eps", "x", ("config.json", "rms_norm_eps", "expected")),
         ("tie_word_embeddings", "yes", ("config.json", "tie_word_embeddings", "expected")),
         ("tie_word_embeddings", False, ("no tensor for lm_head.weight", "expected one by config.json")),
@@ -174,7 +171,7 @@ def _configs() -> Iterator[Case]:
         ("model_type", "never-heard-of", ("config.json", "found never-heard-of", "expected a causal decoder")),
         ("model_type", "../../x", ("config.json", "found ../../x", "expected a causal decoder")),
         ("quantization_config", {"quant_method": "fp8"}, ("quantized by fp8", "expected unquantized ones")),
-        ("text_config", {"hidden_size": -1}, ("text_config.hidden_size", "found -1", "expected a positive")),
+        ("text_config", {"hidden_size": -1}, ("text_config.hidden_size", "found -1", "expected a whole number")),
     ]
     for setting, wrong, says in one_of_many:
         shown = "missing" if wrong is REMOVED else f"{wrong!r:.40}"
