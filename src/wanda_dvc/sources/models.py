@@ -13,7 +13,7 @@ from typing import Any
 
 from wanda_dvc.catalog import Package
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import check_file, is_there, read_object
+from wanda_dvc.reading import check_file, is_there, name_of, read_object
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.hub import Repository, gated_names, resolve
 from wanda_dvc.study.files import Json, copy_file, link_file
