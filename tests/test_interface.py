@@ -27,6 +27,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import wanda_dvc as wd
 from wanda_dvc import interface
 from wanda_dvc.catalog import ALLOCATIONS, RECONSTRUCTIONS
+from wanda_dvc.engine.weights import Weights
 from wanda_dvc.engine.windows import cut, load_tokenizer, tokenize
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT, shared
+from conftest import ROOT, script, shared
 from ruamel.yaml import YAML
 
 from wanda_dvc.errors import UserError
@@ -11,7 +11,7 @@ from wanda_dvc.params import check_params, settings
 from wanda_dvc.study.settings import FOLDER, flatten, nested, preset_names, read_preset
 
 SCHEMA = [name for name, _ in settings()]
-GRID = "dvc exp run --queue -S 'sparsity=0.3,0.5,0.7' -S 'method=magnitude,wanda' && dvc queue start"
+GRID = "dvc exp run --queue -S 'sparsity=0.3,0.5,0.7' -S 'recipe=magnitude-rows,wanda-paper' && dvc queue start"
 FIVE = ["piqa", "hellaswag", "arc_easy", "boolq", "rte"]
 
 
@@ -109,7 +109,7 @@ def test_the_studys_set_up_is_what_its_page_says():
         assert f"`propagation: {params.plan.propagation}`" in page
         grid = ("magnitude-rows", "wanda-paper")
         assert [check_params(nested(given) | {"recipe": name}).plan.group for name in grid] == ["row", "row"]
-        assert f"-S 'recipe={','.join(grid)}'" in (preset.grid or "")
+        assert f"-S 'recipe={','.join(grid)}'" in GRID
         perplexity = re.search(
             r'WikiText-2 raw test joined with `"\\n\\n"`, windows of ([\d,]+), the last one partial', page
         )
