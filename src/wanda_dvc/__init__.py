@@ -1,7 +1,7 @@
 """Prune language models with Wanda, in a pipeline whose every step is kept, compared and repeated.
 
-The functions below work on a model that is in memory, as the pipeline's stages do on one on disk.
-Importing this package loads no library; the first call does.
+The functions below run the pipeline's stages in a study of their own. Importing this package loads no library; the
+first call does.
 """
 
 import importlib
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wanda_dvc.errors import UserError
-    from wanda_dvc.interface import Stats, Study, calibrate, mask, perplexity, prune, reconstruct
+    from wanda_dvc.interface import Study, calibrate, mask, perplexity, prune
 
 __version__ = "0.1.0"
-__all__ = ["Stats", "Study", "UserError", "calibrate", "mask", "perplexity", "prune", "reconstruct"]
+__all__ = ["Study", "UserError", "calibrate", "mask", "perplexity", "prune"]
 
 
 def __getattr__(name: str) -> Any:

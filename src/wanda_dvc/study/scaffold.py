@@ -95,11 +95,22 @@ _Representer.add_representer(type(None), lambda self, _: self.represent_scalar("
 
 def _settings(preset: str, own: Settings) -> tuple[Params, str]:
     """Return the settings of a new study, and the text of its params.yaml. UserError if one is wrong."""
+    return _changed(PARAMS.read_text(encoding="utf-8"), preset_changes(preset), own)
+
+
+def change_settings(path: Path, changes: Settings) -> None:
+    """Set nested settings in a params.yaml, which keeps its comments. UserError, with all problems, if one is wrong."""
+    _, text = _changed(path.read_text(encoding="utf-8"), changes)
+    write_text(path, text)
+
+
+def _changed(text: str, *changes: Settings) -> tuple[Params, str]:
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.width = 2**16  # long comments stay on their lines
-    content = yaml.load(PARAMS.read_text(encoding="utf-8"))
-    updated(updated(content, preset_changes(preset)), own)
+    content = yaml.load(text)
+    for one in changes:
+        updated(content, one)
     written = io.StringIO()
     yaml.dump(content, written)
     return check_params(content), written.getvalue()
