@@ -12,7 +12,6 @@ from test_families import run, save, short_texts
 from test_units import EXPERTS, place
 from transformers import AutoModelForCausalLM
 
-import wanda_dvc as wd
 from wanda_dvc.catalog import RECIPES, function_of, methods
 from wanda_dvc.engine import rows
 from wanda_dvc.engine.checkpoint import Checkpoint
@@ -226,21 +225,3 @@ def test_recipes_that_calibrate_use_reap(recipe: str, project: Callable[..., Pro
     plan = project(pattern="experts", sparsity=0.25, recipe=recipe).params.plan
     assert plan.method.name == ("magnitude" if recipe == "magnitude" else "reap")
     assert (plan.reconstruction.name, plan.propagation, plan.needs) == ("none", "dense", "norms")
-
-
-# --- the Python interface ---
-
-
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
-def test_a_model_in_memory_gets_smaller_in_place(family: str, tmp_path: Path):
-    model = AutoModelForCausalLM.from_pretrained(save(family, tmp_path / "model", **EXPERTS[family])).eval()
-    before = sum(x.numel() for x in model.parameters())
-    stats = wd.calibrate(model, TOKENS)
-    keep = wd.mask(model, stats, sparsity=0.25, pattern="experts")
-    assert 0 < wd.prune(model, keep, pattern="experts") < 0.25
-    assert sum(x.numel() for x in model.parameters()) < before
-    assert model.generate(TOKENS[:1, :8], max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] > 8
-    model.save_pretrained(tmp_path / "saved")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
-    with torch.no_grad():
-        assert torch.equal(again(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)

@@ -17,11 +17,9 @@ import pytest
 import torch
 from conftest import ROOT, save_tiny_model, text_of, write_params
 from safetensors.torch import load_file
-from simulated_gpu import OnDevice, SimulatedDevice, Traffic
+from simulated_gpu import SimulatedDevice, Traffic
 from test_families import ALL, save
-from transformers import AutoModelForCausalLM
 
-import wanda_dvc as wd
 from wanda_dvc.catalog import RECIPES
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
@@ -202,27 +200,6 @@ def test_hidden_states_that_a_gpu_has_no_room_for_wait_on_the_host(tmp_path: Pat
     with SimulatedDevice("cuda", free=0).present():
         perplexity(project=project, model="dense", text="embedded")
     assert figure(project, "dense") == figure(bench.measured("cuda").project, "dense")
-
-
-@pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_the_python_interface_takes_a_model_where_it_is(kind: str, tiny: Path):
-    tokens = torch.randint(3, 256, (2, 32), generator=torch.Generator().manual_seed(0))
-
-    def pruned(where: str) -> tuple[dict[str, torch.Tensor], float]:
-        model: Any = AutoModelForCausalLM.from_pretrained(tiny, num_hidden_layers=2)
-        model = model.to(where)
-        stats = wd.calibrate(model, tokens, statistics="gradients")
-        assert not any(isinstance(x, OnDevice) for block in stats.blocks for x in block.fisher.values())
-        keep = wd.mask(model, stats, recipe="wanda")
-        wd.reconstruct(model, keep, stats)
-        return {name: x.cpu() for name, x in model.state_dict().items()}, wd.prune(model, keep)
-
-    host, share = pruned("cpu")
-    with SimulatedDevice(kind).present():
-        card, other = pruned(kind)
-    assert share == other == 0.5
-    for name, weight in host.items():
-        torch.testing.assert_close(card[name], weight, rtol=1e-3, atol=1e-3)
 
 
 # --- one module ---

@@ -49,7 +49,9 @@ def test_a_study_of_a_model_in_memory_gives_masks_a_model_and_figures(study: wd.
         mask = keep[linear] if (linear := name.removesuffix(".weight")) in keep else torch.tensor(True)
         assert torch.equal(pruned[name], weight * mask), name
     measured = wd.perplexity(study, "dense"), wd.perplexity(study)
-    files = [json.loads((study.path / f"metrics/{one}/perplexity/embedded.json").read_text()) for one in ("dense", "pruned")]
+    files = [
+        json.loads((study.path / f"metrics/{one}/perplexity/embedded.json").read_text()) for one in ("dense", "pruned")
+    ]
     assert list(measured) == [one["perplexity"] for one in files]
     assert measured[0] != measured[1]
     workspace = study.results()[0]

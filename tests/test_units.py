@@ -19,7 +19,6 @@ from test_stages import fetch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
-import wanda_dvc as wd
 from wanda_dvc.catalog import STRUCTURES, function_of, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.finders import block_lists, confirmed
@@ -524,21 +523,18 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: An
     blocks = {"model.layers": Whole([[next(iter(block.readers.values()))[0]] for block in nan], 3)}
     with pytest.raises(UserError, match=r"layers.0.*: the score of its unit is not finite"):
         choose_units(blocks, dense.weight, nan, method=methods()["influence"])
-    # As a model in memory computes it: hidden states before and after each block.
+    # As transformers computes it: hidden states before and after each block.
     model = AutoModelForCausalLM.from_pretrained(made.model("dense")).eval()
     windows = calibration_windows(made)
-    stats = wd.calibrate(model, windows)
-    assert [influence(block) for block in stats.blocks] == pytest.approx(scores)
     with torch.no_grad():
         states = model.model(input_ids=windows, output_hidden_states=True).hidden_states
     turned = [1 - torch.nn.functional.cosine_similarity(*pair, dim=-1) for pair in pairwise(states[:4])]
     assert [x.mean().item() for x in turned] == pytest.approx(scores[:3], rel=1e-4)
-    keep = wd.mask(model, stats, pattern="blocks", sparsity=0.25)
-    wd.prune(model, keep, pattern="blocks")
     small = AutoModelForCausalLM.from_pretrained(made.model("pruned")).eval()
+    del model.model.layers[gone]
     with torch.no_grad():
-        assert torch.equal(model(input_ids=windows).logits, small(input_ids=windows).logits)
-    assert model.generate(windows[:1, :8], max_new_tokens=3).shape[1] > 8
+        assert torch.equal(model(input_ids=windows, use_cache=False).logits, small(input_ids=windows).logits)
+    assert small.generate(windows[:1, :8], max_new_tokens=3).shape[1] > 8
 
 
 def test_a_share_that_rounds_to_all_neurons_changes_nothing(study: Callable[..., Project]):
@@ -590,88 +586,3 @@ def test_refused_combinations_give_the_reason(
     with pytest.raises(UserError) as refused:
         project(pattern=pattern, sparsity=0.25, **changes).params  # noqa: B018
     assert problem in str(refused.value)
-
-
-# --- the Python interface ---
-
-
-IN_MEMORY = [*((family, "neurons") for family in ("llama", "phi3", "gpt2", "mixtral", "gpt_oss")), ("phi3", "heads")]
-
-
-@pytest.mark.parametrize(("family", "pattern"), IN_MEMORY)
-@pytest.mark.parametrize("refit", [False, True])
-def test_a_model_in_memory_gets_smaller_in_place(family: str, pattern: str, refit: bool, tmp_path: Path):
-    model = AutoModelForCausalLM.from_pretrained(save(family, tmp_path / "model")).eval()
-    tokens = torch.randint(3, 256, (4, 48), generator=torch.Generator().manual_seed(0))
-    before = sum(x.numel() for x in model.parameters())
-    stats = wd.calibrate(model, tokens, statistics="gram")
-    keep = wd.mask(model, stats, recipe="admm", sparsity=float(SHARES[pattern]), pattern=pattern)
-    masked = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    if refit:
-        told = wd.reconstruct(model, keep, stats, pattern=pattern)
-        assert told.keys() == removal_of(tmp_path / "model", pattern).readers.keys()
-        assert wd.reconstruct(masked, keep, stats).keys() > told.keys()
-        assert all(one["error"] <= one["masked"] * (1 + 1e-6) for one in told.values())
-    else:
-        wd.prune(masked, keep)
-        assert 0 < wd.prune(model, keep, pattern=pattern) < 0.5
-    assert sum(x.numel() for x in model.parameters()) < before
-    assert model.generate(tokens[:1, :8], max_new_tokens=4, do_sample=False).shape[1] > 8
-    with torch.no_grad():
-        found, wanted = model(input_ids=tokens).logits, masked(input_ids=tokens).logits
-    if not refit:  # the refit of zeros is iterative
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
-    model.save_pretrained(tmp_path / "saved")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
-    with torch.no_grad():
-        assert torch.equal(again(input_ids=tokens).logits, found)
-
-
-def test_masks_of_another_pattern_change_nothing(tmp_path: Path):
-    """`prune` returned the masks' sparsity, and no weight had gone."""
-    model = AutoModelForCausalLM.from_pretrained(save("mixtral", tmp_path / "model")).eval()
-    stats = wd.calibrate(model, torch.arange(3, 131).view(2, 64), statistics="gram")
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    for made in ("unstructured", *STRUCTURES):
-        keep = wd.mask(model, stats, recipe="magnitude-rows", sparsity=0.5, pattern=made)
-        for other in STRUCTURES.keys() - {made}:
-            with pytest.raises(UserError, match=r"keep: .*(the mask of|masks keep)"):
-                wd.prune(model, keep, pattern=other)
-            with pytest.raises(UserError, match=r"keep: .*(the mask of|masks keep)"):
-                wd.reconstruct(model, keep, stats, pattern=other)
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("pattern", "family"), [("neurons", "llama"), ("heads", "phi3"), ("blocks", "llama"), ("experts", "mixtral")]
-)
-def test_a_smaller_model_in_memory_is_the_one_that_loads(pattern: str, family: str, tmp_path: Path):
-    """Also for what transformers keeps beside the weights: hooks, the choice of attention, numbers for losses."""
-    model = AutoModelForCausalLM.from_pretrained(save(family, tmp_path / "model")).eval()
-    tokens = torch.arange(3, 67).view(2, 32)
-    wanted = {"output_hidden_states": True, "output_attentions": True, "labels": tokens}
-    wanted |= {"output_router_logits": True} if pattern == "experts" else {}
-    model.set_attn_implementation("eager")
-    model(input_ids=tokens, **wanted)  # transformers installs its hooks
-    keep = wd.mask(model, wd.calibrate(model, tokens), sparsity=0.5, pattern=pattern)
-    wd.prune(model, keep, pattern=pattern)
-    model.save_pretrained(tmp_path / "saved")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager").eval()
-    found, loaded = model(input_ids=tokens, **wanted), again(input_ids=tokens, **wanted)
-    assert found.loss == loaded.loss
-    for name in ("hidden_states", "attentions"):
-        assert len(found[name]) == len(loaded[name]) > 0
-        assert all(torch.equal(*both) for both in zip(found[name], loaded[name], strict=True))
-    model.set_attn_implementation("sdpa")
-    used = {x.config._attn_implementation for x in model.modules() if hasattr(x, "config")}
-    assert used == {"sdpa"}
-
-
-def test_masks_that_keep_different_numbers_of_neurons_change_nothing(tmp_path: Path):
-    model = AutoModelForCausalLM.from_pretrained(save("llama", tmp_path / "model")).eval()
-    stats = wd.calibrate(model, torch.arange(3, 67).view(2, 32))
-    keep = dict(wd.mask(model, stats, sparsity=0.25, pattern="neurons"))
-    keep["model.layers.1.mlp.down_proj"] = torch.ones_like(keep["model.layers.1.mlp.down_proj"])
-    with pytest.raises(UserError, match="intermediate_size is one number for all"):
-        wd.prune(model, keep, pattern="neurons")
-    assert model.config.intermediate_size == 48
