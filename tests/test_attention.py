@@ -149,6 +149,37 @@ def test_where_it_differs_in_one_kind_of_block_the_stock_one_stays(tmp_path: Pat
     assert not Decoder(folder, dtype=torch.float32, device=torch.device("cpu"))._ours_for_windows
 
 
+def late(module: torch.nn.Module, *given: Any, **words: Any) -> tuple[Tensor, None]:
+    """Wrong above the first tile of queries."""
+    out, _ = attend(module, *given, **words)
+    return torch.cat([out[:, :128], out[:, 128:].flip(2)], dim=1), None
+
+
+def blind(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, _: Tensor, **words: Any) -> tuple[Tensor, None]:
+    """Ignores the sliding window."""
+    return attend(module, q, k, v, None, **words)
+
+
+def larger(module: torch.nn.Module, *given: Any, **words: Any) -> tuple[Tensor, None]:
+    """Wrong by a few percent, in some heads."""
+    out, _ = attend(module, *given, **words)
+    return out * torch.linspace(0.97, 1.03, out.shape[2])[:, None].to(out.dtype), None
+
+
+@pytest.mark.parametrize("wrong", [late, blind, larger])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_that_is_wrong_on_long_rows_or_a_little_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Any, dtype: torch.dtype
+):
+    monkeypatch.setattr(attention, "is_faster", lambda *_: True)
+    folder = save("gemma2", tmp_path / "model", sliding_window=200, max_position_embeddings=512)
+    decoder = Decoder(folder, dtype=dtype, device=torch.device("cpu"))
+    assert decoder._ours_for_windows
+    assert decoder.model.config.sliding_window == 200
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, wrong)
+    assert not Decoder(folder, dtype=dtype, device=torch.device("cpu"))._ours_for_windows
+
+
 def test_attention_with_more_than_a_mask_stays_the_models_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With sinks near nothing, no result on a short row would show that ours has none."""
     monkeypatch.setattr(attention, "is_faster", lambda *_: True)
