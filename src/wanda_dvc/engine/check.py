@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from wanda_dvc.engine.checkpoint import STORED, Checkpoint, Source
+from wanda_dvc.engine.checkpoint import STORED, Checkpoint
 from wanda_dvc.engine.structure import Part, build_empty, find_blocks, stored_parts
 from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError
@@ -25,7 +25,7 @@ def check_model(folder: Path) -> None:
     check_vocabulary(folder, load_tokenizer(folder), model.get_input_embeddings().weight.shape[0])
 
 
-def check_parts(model: nn.Module, checkpoint: Source, parts: Mapping[str, Sequence[Part]]) -> None:
+def check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, Sequence[Part]]) -> None:
     """Check that every parameter (of tied ones, at least one) is stored completely, in a supported dtype."""
     entries = checkpoint.entries
     aliases: dict[int, list[str]] = {}
@@ -52,7 +52,7 @@ def check_parts(model: nn.Module, checkpoint: Source, parts: Mapping[str, Sequen
                     )
 
 
-def missing(checkpoint: Source, parameter: str) -> UserError:
+def missing(checkpoint: Checkpoint, parameter: str) -> UserError:
     """Return the error for a parameter without a stored tensor."""
     return UserError(
         f"{checkpoint}: no tensor for {parameter}, expected one by config.json; the checkpoint is incomplete, or "

@@ -1,9 +1,7 @@
-"""The interface of model sources, and the only reader of Hugging Face directories of safetensors."""
+"""The only reader of Hugging Face directories of safetensors."""
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,64 +38,13 @@ class Address:
         return f"{owner}.{self.expert}.{leaf}"
 
 
-class Source(ABC):
-    """A model source: a directory, or a model in memory. `str` gives its name in messages."""
-
-    @property
-    @abstractmethod
-    def where(self) -> Mapping[str, object]:
-        """The file (or model) of each tensor, by the tensor's stored name."""
-
-    @property
-    @abstractmethod
-    def entries(self) -> Mapping[str, Entry]:
-        """Dtype and shape of each tensor."""
-
-    @property
-    @abstractmethod
-    def config(self) -> Any:
-        """The model's configuration, to build the model from."""
-
-    @property
-    @abstractmethod
-    def config_name(self) -> str:
-        """The configuration's name in messages."""
-
-    @abstractmethod
-    def read(self, address: Address) -> Tensor:
-        """The tensor, or the expert's part of it, in the dtype that it is stored in."""
-
-    def parameter(self, name: str, stored: Address | None) -> Tensor | None:
-        """Return a parameter by the model's own name, if the source stores it as one tensor.
-
-        `stored` is the address of that tensor.
-        """
-        return None if stored is None else self.read(stored)
-
-    def find(self, linear: str) -> Address:
-        """Return the address of a linear's weight, or of another tensor by its name."""
-        for name in (f"{linear}.weight", linear):
-            if name in self.where:
-                return Address(name)
-        owner, _, leaf = linear.rpartition(".")
-        owner, _, expert = owner.rpartition(".")
-        for name in (f"{owner}.{leaf}", f"{owner}.{leaf}.weight"):
-            if expert.isdecimal() and name in self.where:
-                return Address(name, int(expert))
-        raise UserError(f"{self}: no weight of {linear}, a linear of the statistics; run `dvc repro`")
-
-    def weight(self, linear: str) -> Tensor:
-        """Return a linear's weight, as stored."""
-        return self.read(self.find(linear))
-
-
-@dataclass(frozen=True)
-class Checkpoint(Source):
+class Checkpoint:
     """A model directory. Its tensors are views of the mapped file: cheap, and read-only by convention."""
 
-    folder: Path
-    _headers: dict[Path, dict[str, Entry]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _files: dict[Path, safe_open] = field(default_factory=dict, init=False, repr=False, compare=False)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._headers: dict[Path, dict[str, Entry]] = {}
+        self._files: dict[Path, safe_open] = {}
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -170,6 +117,22 @@ class Checkpoint(Source):
         """The tensor, or the expert's part of it, in the dtype that it is stored in."""
         tensor = self._open(self.where[address.tensor]).get_tensor(address.tensor)
         return tensor if address.expert is None else tensor[address.expert]
+
+    def find(self, linear: str) -> Address:
+        """Return the address of a linear's weight, or of another tensor by its name."""
+        for name in (f"{linear}.weight", linear):
+            if name in self.where:
+                return Address(name)
+        owner, _, leaf = linear.rpartition(".")
+        owner, _, expert = owner.rpartition(".")
+        for name in (f"{owner}.{leaf}", f"{owner}.{leaf}.weight"):
+            if expert.isdecimal() and name in self.where:
+                return Address(name, int(expert))
+        raise UserError(f"{self}: no weight of {linear}, a linear of the statistics; run `dvc repro`")
+
+    def weight(self, linear: str) -> Tensor:
+        """Return a linear's weight, as stored."""
+        return self.read(self.find(linear))
 
 
 def read_index(path: Path) -> dict[str, str]:

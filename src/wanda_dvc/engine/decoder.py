@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.calls import Call, CallCache, calls_bytes, equal_calls
-from wanda_dvc.engine.checkpoint import Checkpoint, Source
+from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.config import positions_of
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.engine.rows import TOKENS_TOGETHER, Layout, Row
@@ -42,7 +42,7 @@ class Decoder:
         UserError: the model's structure is not supported, or the checkpoint is incomplete.
     """
 
-    def __init__(self, source: Path | Source, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, source: Path | Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
         keep_freed_memory()
         self.checkpoint = Checkpoint(source) if isinstance(source, Path) else source
         self.model = build_empty(self.checkpoint.config, self.checkpoint.config_name, dtype)

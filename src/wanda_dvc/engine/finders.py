@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from wanda_dvc.catalog import Structure
-from wanda_dvc.engine.checkpoint import Address, Source
+from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.config import reason
 from wanda_dvc.engine.removal import Cut, Field, Numbered, Removal, Stays, changed, probe, refused
 from wanda_dvc.engine.structure import Linear, build_empty, find_blocks, stored_linears, stored_parts
@@ -43,7 +43,7 @@ def _differences(full: nn.Module, other: nn.Module) -> Iterator[tuple[str, int, 
                 yield name, place, size, less
 
 
-def _build(source: Source, structure: Structure, fields: Mapping[str, Any]) -> nn.Module:
+def _build(source: Checkpoint, structure: Structure, fields: Mapping[str, Any]) -> nn.Module:
     """Build the empty model of the configuration with other values in some fields."""
     text = ", ".join(f"{name}={value}" for name, value in fields.items())
     try:
@@ -53,28 +53,19 @@ def _build(source: Source, structure: Structure, fields: Mapping[str, Any]) -> n
     return model
 
 
-def check_builds(source: Source, removal: Removal) -> None:
-    """Raise UserError if transformers builds no model with the removal's configuration.
-
-    Some configurations require a width that is a multiple of the number of heads.
-    """
-    try:
-        _build(source, removal.structure, removal.changes)
-    except UserError:
-        changes = ", ".join(f"{name} {value}" for name, value in removal.changes.items())
-        raise UserError(
-            f"sparsity: got {removal.share:.4g}, with which {source.config_name} would have {changes}, and "
-            "transformers builds no such model; set another sparsity"
-        ) from None
-
-
 # --- neurons and heads: inputs of a linear ---
 
 
-def find_inputs(source: Source, structure: Structure, share: Fraction) -> Removal:
+def find_inputs(source: Checkpoint, structure: Structure, share: Fraction) -> Removal:
     """Return the neurons or heads of a model. A share that rounds to all units gives a removal without an effect."""
     found, dims = _found(source, structure, share)
-    check_builds(source, found)
+    try:  # some configurations require a width that is a multiple of the number of heads
+        _build(source, structure, found.changes)
+    except UserError:
+        raise UserError(
+            f"sparsity: got {found.share:.4g}, with which transformers builds no model of {source.config_name} "
+            f"({found.changes}); set another sparsity"
+        ) from None
     several = any(size > sum(found.sets[name].layout) for name, size in dims.values())
     # The places of a unit in a tensor with several of its parts: in several sections, or next to one another.
     for sections in (True, False) if several else (True,):
@@ -125,7 +116,7 @@ class _Dim(NamedTuple):
 Dims = dict[tuple[Address, int], tuple[str, int]]  # by stored tensor and dimension: the set, and places of a unit
 
 
-def _found(source: Source, structure: Structure, share: Fraction) -> tuple[Removal, Dims]:
+def _found(source: Checkpoint, structure: Structure, share: Fraction) -> tuple[Removal, Dims]:
     """Return the removal without its cuts, and the dimensions to cut; their layout is not known yet."""
     config = source.config
     full = build_empty(config, source.config_name)
@@ -159,7 +150,7 @@ def _found(source: Source, structure: Structure, share: Fraction) -> tuple[Remov
     return _sorted(source, structure, share, dims, linears, others)
 
 
-def _stored(parts: list[Any], place: int, experts: int, source: Source) -> Iterator[tuple[Address, int, int]]:
+def _stored(parts: list[Any], place: int, experts: int, source: Checkpoint) -> Iterator[tuple[Address, int, int]]:
     """Yield the stored tensors of a parameter's dimension: the address, the dimension there, and its size."""
     for part in parts:
         inside = part.expert is None and experts and source.entries[part.address.tensor].shape[0] == experts
@@ -170,7 +161,7 @@ def _stored(parts: list[Any], place: int, experts: int, source: Source) -> Itera
 
 
 def _sorted(  # noqa: PLR0913, PLR0917 - the dimensions, and the model that they belong to
-    source: Source,
+    source: Checkpoint,
     structure: Structure,
     share: Fraction,
     dims: Mapping[tuple[Address, int], _Dim],
@@ -228,7 +219,7 @@ def _others(structure: Structure, text: Any) -> dict[str, int]:
 # --- blocks ---
 
 
-def find_block_units(source: Source, structure: Structure, share: Fraction) -> Removal:
+def find_block_units(source: Checkpoint, structure: Structure, share: Fraction) -> Removal:
     """Return the blocks of a model, in one set. The probe needs to know which go: see `confirmed`."""
     full = build_empty(source.config, source.config_name)
     where, blocks = find_blocks(full)
@@ -266,7 +257,7 @@ def block_lists(text: Any, blocks: int) -> dict[str, list[Any]]:
     }
 
 
-def confirmed(source: Source, removal: Removal) -> Removal:
+def confirmed(source: Checkpoint, removal: Removal) -> Removal:
     """Return a removal of chosen units. UserError if the smaller model computes something else."""
     if problem := probe(source, removal):
         raise refused(removal.structure, source, problem)
@@ -276,7 +267,7 @@ def confirmed(source: Source, removal: Removal) -> Removal:
 # --- experts ---
 
 
-def find_experts(source: Source, structure: Structure, share: Fraction) -> Removal:
+def find_experts(source: Checkpoint, structure: Structure, share: Fraction) -> Removal:
     """Return the routed experts of a model: the tensors whose size follows their number are theirs and the routers'.
 
     If routers may choose from groups of experts, the probe says of how many; otherwise only `confirmed` probes. A share
@@ -304,13 +295,13 @@ def find_experts(source: Source, structure: Structure, share: Fraction) -> Remov
     raise refused(structure, source, problem)
 
 
-def _groups(source: Source, number: int) -> list[int]:
+def _groups(source: Checkpoint, number: int) -> list[int]:
     """Return the possible numbers of groups that routers choose experts from: one, and fields of the configuration."""
     text = source.config.get_text_config().to_dict()
     return [1, *sorted({x for name, x in text.items() if "group" in name and type(x) is int and 1 < x < number})]
 
 
-def _found_experts(source: Source, structure: Structure) -> tuple[Removal, int, int | None]:
+def _found_experts(source: Checkpoint, structure: Structure) -> tuple[Removal, int, int | None]:
     """Return the removal of no expert, their number, and how many a router chooses, if the configuration says it."""
     config = source.config
     full = build_empty(config, source.config_name)
@@ -356,7 +347,7 @@ def _found_experts(source: Source, structure: Structure) -> tuple[Removal, int, 
 
 
 def _tensors_of_experts(
-    source: Source, structure: Structure, full: nn.Module, field: str, number: int
+    source: Checkpoint, structure: Structure, full: nn.Module, field: str, number: int
 ) -> tuple[dict[str, str], dict[str, int], tuple[str, ...]]:
     """Return the mixture of each tensor whose size follows their number, its dimension, and the tensors of routers."""
     where, _ = find_blocks(full)

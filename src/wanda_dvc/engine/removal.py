@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wanda_dvc.catalog import Structure
-from wanda_dvc.engine.checkpoint import Address, Source
+from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.config import text_key
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import PRODUCTS
@@ -79,19 +80,8 @@ class Removal:
     stays: Stays = field(default_factory=dict)  # once they are chosen
 
     def with_stays(self, stays: Stays) -> "Removal":
-        """Return the removal that leaves these units. UserError if sets or groups keep different numbers."""
+        """Return the removal that leaves these units."""
         sets = {name: units._replace(stay=int(stays[name].sum())) for name, units in self.sets.items()}
-        for name, (before, names) in self.fields.items():
-            shares = {Fraction(sets[one].stay, sets[one].total): one for one in names}
-            if names and (len(shares) > 1 or not min(shares) or min(shares) * before % 1):
-                found = " and ".join(f"{sets[one].stay} in {one}" for one in shares.values())
-                raise UserError(
-                    f"keep: masks keep {found}, expected the same number everywhere, as {name} is one number for all"
-                )
-        for name, units in self.whole.items():
-            sizes = stays[name].view(units.groups, -1).sum(dim=1).tolist()
-            if len(set(sizes)) > 1:
-                raise UserError(f"keep: masks keep {sizes} experts of the groups of {name}, expected equal numbers")
         return replace(self, sets=sets, stays=stays)
 
     # --- config.json ---
@@ -138,7 +128,7 @@ class Removal:
         return {linear: self.sets[cut.units] for linear, cut in self.readers.items()}
 
     @cached_property
-    def _cuts_of(self) -> dict[str, list[Cut]]:
+    def cuts_of(self) -> Mapping[str, list[Cut]]:
         """The cuts of each linear, or other tensor, by its name in masks."""
         found: defaultdict[str, list[Cut]] = defaultdict(list)
         for cut in self.cuts:
@@ -173,21 +163,15 @@ class Removal:
         """Return masks, on the host, without all weights of units that go, given the masks of the units' readers."""
         keeps = {linear: keep.cpu() for linear, keep in keeps.items()}
         stays = self.stays or self.stays_in({name: keep for name, keep in keeps.items() if name in self.readers})
-        return {linear: self._without(linear, keep, stays) for linear, keep in keeps.items()}
-
-    def mask(self, linear: str, keep: Tensor) -> Tensor:
-        """Return the mask of a linear, shaped as `keep`, that removes the units and nothing else."""
-        return self._without(linear, torch.ones_like(keep), self.stays)
-
-    def _without(self, linear: str, keep: Tensor, stays: Stays) -> Tensor:
-        if linear in self._unit_of:
-            name, unit = self._unit_of[linear]
-            return keep & stays[name][unit]
-        for cut in self._cuts_of.get(linear, ()):
-            if cut.units in stays:
-                along = self.along(cut, stays)
-                keep = keep & (along[:, None] if cut.dim == 0 else along)
-        return keep
+        for linear, keep in keeps.items():
+            if linear in self._unit_of:
+                name, unit = self._unit_of[linear]
+                keeps[linear] = keep & stays[name][unit]
+            for cut in self.cuts_of.get(linear, ()):
+                if cut.units in stays:
+                    along = self.along(cut, stays)
+                    keeps[linear] = keeps[linear] & (along[:, None] if cut.dim == 0 else along)
+        return keeps
 
     def along(self, cut: Cut, stays: Stays) -> Bool[Tensor, " size"]:
         """Return which places of a cut's dimension stay."""
@@ -208,12 +192,8 @@ class Removal:
                 names[f"{head}{unit - int((~before).sum())}{tail}"] = name
         return names
 
-    def order(self, blocks: str, count: int) -> list[int]:
-        """Return the blocks that stay, of `count` blocks in the list of this name."""
-        return self.stays[blocks].nonzero()[:, 0].tolist() if blocks in self.whole else [*range(count)]
 
-
-def refused(structure: Structure, source: Source, why: str) -> UserError:
+def refused(structure: Structure, source: Checkpoint, why: str) -> UserError:
     """Return the error that a model does not support a pattern, with the reason."""
     return UserError(f"pattern: got {structure.name}, which {source} does not support: {why}; choose another pattern")
 
@@ -221,40 +201,40 @@ def refused(structure: Structure, source: Source, why: str) -> UserError:
 # --- the view ---
 
 
-class Smaller(Source):
-    """A model source without the units that go: smaller tensors, and a configuration to match.
+class Smaller(Checkpoint):
+    """A view of a checkpoint without the units that go: smaller tensors, and a configuration to match.
 
-    `read` replaces the source's own reader, for example by one that returns new values.
+    `read` replaces the checkpoint's own reader, for example by one that returns new values.
     """
 
-    def __init__(self, source: Source, removal: Removal, read: Callable[[Address], Tensor] | None = None) -> None:
+    def __init__(self, source: Checkpoint, removal: Removal, read: Callable[[Address], Tensor] | None = None) -> None:
+        super().__init__(source.folder)
         self.source, self.removal = source, removal
         self._read = read or source.read
         self.old = removal.names(source.where)  # by stored name: the source's tensor
-        self._cuts: defaultdict[Address, list[Cut]] = defaultdict(list)
-        for cut in removal.cuts:
-            self._cuts[cut.address].append(cut)
-        self._experts = Counter(address.tensor for address in self._cuts if address.expert is not None)
+        self._cuts = removal.cuts_of
+        experts = {cut.address for cut in removal.cuts if cut.address.expert is not None}
+        self._experts = Counter(address.tensor for address in experts)  # by the tensor that holds them
 
     def __str__(self) -> str:
         return f"{self.source} without some {self.removal.structure.units}"
 
-    @property
-    def where(self) -> Mapping[str, object]:
-        """The file (or model) of each tensor."""
+    @cached_property
+    def where(self) -> dict[str, Path]:
+        """The file of each tensor."""
         return {name: self.source.where[old] for name, old in self.old.items()}
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Dtype and shape of each tensor; places in files are the source's."""
-        return {name: self._entry(old, self.source.entries[old]) for name, old in self.old.items()}
-
-    def _entry(self, name: str, entry: Entry) -> Entry:
-        experts = self._experts[name]
-        shape = list(entry.shape)
-        for cut in self._cuts.get(Address(name, 0 if experts else None), ()):
-            shape[cut.dim + bool(experts)] = sum(cut.layout) * self.removal.sets[cut.units].stay
-        return entry._replace(shape=shape)
+        found = {}
+        for name, old in self.old.items():
+            entry, experts = self.source.entries[old], self._experts[old]
+            shape = list(entry.shape)
+            for cut in self._cuts.get(Address(old, 0 if experts else None).linear, ()):
+                shape[cut.dim + bool(experts)] = sum(cut.layout) * self.removal.sets[cut.units].stay
+            found[name] = entry._replace(shape=shape)
+        return found
 
     @property
     def config(self) -> Any:
@@ -270,11 +250,11 @@ class Smaller(Source):
     def read(self, address: Address) -> Tensor:
         """Return the tensor, or the expert's part of it, without the units that go."""
         old = self.old[address.tensor]
-        whole = self._cuts.get(Address(old), [])  # of an expert's part: some experts of the tensor go
+        whole = self._cuts.get(Address(old).linear, [])  # of an expert's part: some experts of the tensor go
         if address.expert is not None:
             kept = [self._kept(cut) for cut in whole]
             expert = int(kept[0][address.expert]) if kept else address.expert
-            return self._cut(self._read(Address(old, expert)), self._cuts.get(Address(old, expert), []))
+            return self._cut(self._read(Address(old, expert)), self._cuts.get(Address(old, expert).linear, []))
         if experts := self._experts[old]:
             return torch.stack([self.read(Address(address.tensor, expert)) for expert in range(experts)])
         return self._cut(self._read(Address(old)), whole)
@@ -307,7 +287,7 @@ def changed(config: Any, fields: Mapping[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def probe(source: Source, removal: Removal) -> str:
+def probe(source: Checkpoint, removal: Removal) -> str:
     """Return how a smaller model differs from the full model without the units that go; "" if the two agree.
 
     Some random tokens run through blocks of both in float32: one of each kind, or all if blocks go. One of the models
@@ -321,13 +301,13 @@ def probe(source: Source, removal: Removal) -> str:
         full.calls(row)  # it runs the first block now; later it may be in use
         where = full.weights.blocks_name
         by_block = where in removal.whole
-        old = dict(enumerate(removal.order(where, len(full.blocks))))
+        kept = removal.stays[where].nonzero()[:, 0].tolist() if by_block else range(len(full.blocks))
         wanted = []
-        for new in old if by_block else full.one_of_each_kind:
-            with full.block(old[new], then=-1):
-                dense = hidden if by_block else full.run(old[new], hidden, row)  # with the units
-                with _without_units(full, old[new], removal):
-                    wanted.append((new, hidden, dense, full.run(old[new], hidden, row)))
+        for new in range(len(kept)) if by_block else full.one_of_each_kind:
+            with full.block(kept[new], then=-1):
+                dense = hidden if by_block else full.run(kept[new], hidden, row)  # with the units
+                with _without_units(full, kept[new], removal):
+                    wanted.append((new, hidden, dense, full.run(kept[new], hidden, row)))
             hidden = wanted[-1][-1] if by_block else hidden
         del full
         gc.collect()
@@ -344,7 +324,7 @@ def probe(source: Source, removal: Removal) -> str:
     return ""
 
 
-def _in_float32(source: Source) -> Decoder:
+def _in_float32(source: Checkpoint) -> Decoder:
     return Decoder(source, dtype=torch.float32, device=torch.device("cpu"))
 
 

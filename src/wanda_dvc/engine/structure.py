@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from wanda_dvc.engine.checkpoint import Address, Source
+from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.config import read_config, reason
 from wanda_dvc.errors import UserError
 
@@ -192,7 +192,7 @@ def _is_transposed(module: nn.Module, *, experts: bool) -> bool:
     return bool(getattr(module, "is_transposed", False)) if experts else isinstance(module, Conv1D)
 
 
-def stored_parts(model: Any, checkpoint: Source) -> dict[str, list[Part]]:
+def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     """Map each parameter and buffer to its stored weights, by transformers' own rules.
 
     Stored names may differ from the model's: older checkpoints have other names (GPT-NeoX's `embed_out`), some lack
@@ -220,7 +220,7 @@ def stored_parts(model: Any, checkpoint: Source) -> dict[str, list[Part]]:
     return parts
 
 
-def _check_is_no_block(tensor: str, model: Any, checkpoint: Source) -> None:
+def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:
     """Raise UserError if a stored tensor belongs to a block after the model's last block.
 
     Blocks for multi-token prediction do not count; transformers or the configuration declares them.
@@ -238,7 +238,7 @@ def _check_is_no_block(tensor: str, model: Any, checkpoint: Source) -> None:
 
 
 def place_parts(
-    name: str, stored: list[tuple[str, str]], rule: WeightConverter, model: Any, checkpoint: Source
+    name: str, stored: list[tuple[str, str]], rule: WeightConverter, model: Any, checkpoint: Checkpoint
 ) -> list[Part]:
     """Return each stored tensor's place in a parameter. Tensors are given with their patterns in the rule.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wanda_dvc.engine.accelerator import Copies
 from wanda_dvc.engine.check import check_parts, missing
-from wanda_dvc.engine.checkpoint import Source
+from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.memory import empty_weight
 from wanda_dvc.engine.structure import Linear, Part, find_blocks, find_linears, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
@@ -33,7 +33,7 @@ class Weights:
     While a block is loaded, a thread reads the next block; on a GPU it copies through a separate CUDA stream.
     """
 
-    def __init__(self, model: Any, checkpoint: Source, *, device: torch.device) -> None:
+    def __init__(self, model: Any, checkpoint: Checkpoint, *, device: torch.device) -> None:
         """Read all weights outside blocks."""
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.blocks_name, self.blocks = find_blocks(model)
@@ -164,15 +164,13 @@ class Weights:
     def _read(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return tensors for parameters by full name, in the parameter's dtype, on the device.
 
-        On a CPU, a tensor stored as one piece in this dtype is a view of the file. A parameter of a
-        model in memory stays itself, in its own dtype and place. All others are copies.
+        On a CPU, a tensor stored as one piece in this dtype is a view of the file. All others are copies.
         """
         found = {}
         for name, parameter in parameters.items():
             parts = self.parts(name)
-            stored = parts[0].address if parts[0].is_complete else None
-            if (one := self.checkpoint.parameter(name, stored)) is not None:
-                found[name] = self._placed(one, parameter, name if stored is None else stored.tensor)
+            if parts[0].is_complete:
+                found[name] = self._placed(self.checkpoint.read(parts[0].address), parameter, parts[0].address.tensor)
                 continue
             weight = empty_weight(parameter.shape, parameter.dtype, self.device)
             for part in parts:

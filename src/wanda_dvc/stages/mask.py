@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wanda_dvc.catalog import Structure, function_of
 from wanda_dvc.engine import accelerator
-from wanda_dvc.engine.checkpoint import Checkpoint, Source
+from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
@@ -118,7 +118,7 @@ def mask(*, project: Project) -> None:
         work.publish(project.masks, project.weights)
 
 
-def removal_of(source: Source, structure: Structure | None, share: Fraction) -> "Removal | None":
+def removal_of(source: Checkpoint, structure: Structure | None, share: Fraction) -> "Removal | None":
     """Return the units that a pattern removes; None if it sets weights to zero."""
     if structure is None:
         return None
@@ -128,7 +128,7 @@ def removal_of(source: Source, structure: Structure | None, share: Fraction) -> 
 
 def with_chosen_units(
     removal: "Removal",
-    source: Source,
+    source: Checkpoint,
     blocks: Iterable[BlockStats],
     plan: Plan,
     *,
