@@ -229,14 +229,14 @@ def private(text: str) -> str:
 
 def protocol(section: Section) -> Content:
     """The texts, tasks, calibration and libraries of all results."""
-    params, experiments = section.first.params, list(section.experiments.values())
-    said = []
-    for name, text in params.perplexity.texts.items():
-        found = section.first.pruned.details(ON_TEXT + name).get("protocol", {})
-        windows = found.get("windows", params.perplexity.windows)
+    params, experiments, said = section.first.params, list(section.experiments.values()), list[str]()
+    readers = {text: one for one in reversed(experiments) for text in one.params.perplexity.texts}
+    for name, one in sorted(readers.items()):
+        found, text = one.pruned.details(ON_TEXT + name).get("protocol", {}), one.params.perplexity.texts[name]
+        windows = found.get("windows", one.params.perplexity.windows)
         said.append(
-            f"Perplexity on {inline(name)}: {windows} windows of {params.perplexity.length} tokens of "
-            f"{inline(shown(text.source))}; {params.dtype}. {params.about_text(name)}."
+            f"Perplexity on {inline(name)}: {windows} windows of {one.params.perplexity.length} tokens of "
+            f"{inline(shown(text.source))}; {one.params.dtype}. {one.params.about_text(name)}."
         )
     tasks, limit = ", ".join(params.tasks.names), params.items
     said.append(f"Zero-shot: {inline(tasks) or 'no tasks'}; {f'the first {limit} items' if limit else 'all items'}.")

@@ -2,9 +2,6 @@
 
 import shutil
 import subprocess
-from typing import get_args
-
-from wanda_dvc.catalog import Dtype
 
 
 def presets() -> list[str]:
@@ -23,8 +20,3 @@ def experiments() -> list[str]:
     # refs/exps/NN/COMMIT/NAME, with the base commit of the experiment NAME; other refs are internal to DVC.
     words = [ref.split("/") for ref in refs]
     return sorted({word[4] for word in words if len(word) == 5 and len(word[2]) == 2})
-
-
-def dtypes() -> list[str]:
-    """Return the supported dtypes."""
-    return list(get_args(Dtype))
