@@ -54,7 +54,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) -> 
         ("apply", None, "masks", "model", "masks/: made for tiny1"),
         ("apply", None, "stats", "text", "stats/gram: no Gram matrices of tiny0"),
         ("perplexity", "pruned", "reference", "model", "reference/embedded: measured on another model"),
-        ("perplexity", "pruned", "reference", "text", "reference/embedded: measured with tokens_sha256"),
+        ("perplexity", "pruned", "reference", "text", "reference/embedded: measured with tokens"),
         ("perplexity", "pruned", "models/dense>models/pruned", "own", "made by download model, expected apply"),
     ],
 )
