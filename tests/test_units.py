@@ -26,10 +26,19 @@ from wanda_dvc.engine.removal import Removal, Smaller
 from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.engine.writer import new_tensors, write_model
 from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.choose import choose_units
 from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.solvers import Prepared
-from wanda_dvc.pruning.units import Units, cheapest, highest, least_squares, spread, stay_of, summed
-from wanda_dvc.pruning.whole import Whole, choose_units
+from wanda_dvc.pruning.units import (
+    Units,
+    Whole,
+    cheapest,
+    highest,
+    least_squares,
+    spread,
+    stay_of,
+    summed,
+)
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.inputs import calibration_windows

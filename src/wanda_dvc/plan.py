@@ -165,6 +165,11 @@ class Plan:
         return self.method.needs == "gram" and not self.propagates
 
     @property
+    def solves_by_input(self) -> bool:
+        """Whether `mask` reads the Gram matrix of each distinct input, and solves for one input at a time."""
+        return self.masks_read_gram or self.records_grams
+
+    @property
     def masks_read_sums(self) -> bool:
         """Whether masks depend on the sums of stats/gradients."""
         return "gradients" in (self.allocation.needs, GROUPS[self.group].needs)

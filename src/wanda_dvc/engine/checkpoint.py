@@ -51,7 +51,7 @@ class Checkpoint:
 
     def __reduce__(self) -> tuple[type["Checkpoint"], tuple[Path]]:
         """Another process opens the files again."""
-        return Checkpoint, (self.folder,)
+        return Checkpoint, (self.folder.absolute(),)
 
     @property
     def config(self) -> Any:

@@ -20,8 +20,7 @@ from wanda_dvc.engine.config import reason
 from wanda_dvc.engine.removal import Cut, Field, Numbered, Removal, Stays, changed, probe, refused
 from wanda_dvc.engine.structure import Linear, build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.units import Units, stay_of
-from wanda_dvc.pruning.whole import Whole
+from wanda_dvc.pruning.units import Units, Whole, stay_of
 
 TRIAL = 8  # the width of a trial for a field that the configuration leaves open
 CHOSEN = "num_experts_per_tok"  # of config.json, in every family with experts so far; used in a message

@@ -27,8 +27,7 @@ from wanda_dvc.engine.recorder import PRODUCTS
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.weights import set_parameter
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.units import Units, places, spread
-from wanda_dvc.pruning.whole import Whole
+from wanda_dvc.pruning.units import Units, Whole, places, spread
 from wanda_dvc.reading import Entry
 
 TOKENS = 32  # of the probe

@@ -27,6 +27,15 @@ class Units(NamedTuple):
     layout: tuple[int, ...] = (1,)  # inputs of a unit in each section of the inputs: units follow one another in it
 
 
+class Whole(NamedTuple):
+    """A set of units that are complete linears: all blocks, or the experts that one router chooses from."""
+
+    members: list[list[str]]  # the linears of each unit
+    stay: int
+    groups: int = 1  # of neighbouring units: the same number stays in each
+    sums: torch.dtype = torch.float32  # of the scores of a linear's weights
+
+
 def stay_of(width: int, share: Fraction, multiple: int) -> int:
     """Return the number of units that stay: the multiple nearest to width · (1 − share), at least one multiple.
 

@@ -1,10 +1,10 @@
-"""Compute the `keep` masks: scores from weights and statistics, masks from scores."""
+"""Compute the `keep` masks, and new weights where they change the inputs of later blocks."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from wanda_dvc.catalog import Structure, function_of
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.checkpoint import Checkpoint
+from wanda_dvc.engine.executor import Executor, Here
 from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
@@ -22,15 +23,16 @@ from wanda_dvc.pruning.choose import (
     Share,
     aim_block,
     choose_block,
+    choose_units,
     keeps_all,
     masked,
     prepared_linears,
     reconstruct,
 )
 from wanda_dvc.pruning.gram import Gram
+from wanda_dvc.pruning.solvers import Solved
 from wanda_dvc.pruning.statistics import BlockStats
 from wanda_dvc.pruning.units import Units
-from wanda_dvc.pruning.whole import choose_units
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.inputs import (
     Statistics,
@@ -48,21 +50,22 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import describe, digest
 from wanda_dvc.study.tensors import (
-    Grams,
     Masks,
+    block_file,
     finished_blocks,
-    pack_grams,
     pack_masks,
     read_fisher,
     read_grams,
     read_stats,
     seal,
     write_masks,
+    write_recorded,
     write_weights,
 )
 
 if TYPE_CHECKING:
     from wanda_dvc.engine.removal import Removal
+    from wanda_dvc.engine.walk import Step
 
 
 def mask(*, project: Project) -> None:
@@ -72,23 +75,82 @@ def mask(*, project: Project) -> None:
     calibration inputs, and do not follow from the statistics of the dense model.
     """
     keep_freed_memory()
-    params, plan = project.params, project.params.plan
-    solving_device(params.runtime)  # refused before any file is read
+    plan, device = project.params.plan, solving_device(project.params.runtime)  # refused before any file is read
     stats = statistics(project)
     check_fits(project, stats.features)
     if plan.left_out:
         notice(
             f"mask: pattern {plan.pattern} has choices of its own: {', '.join(plan.left_out)} ignored (recipe "
-            f"{params.recipe})"
+            f"{project.params.recipe})"
         )
-    checkpoint = Checkpoint(project.model("dense"))
+    checkpoint, blocks = Checkpoint(project.model("dense")), range(stats.blocks)
     removal = removal_of(checkpoint, plan.structure, plan.share)
     if removal:
         notice(f"mask: {removal.about(plan.share)}")
-        every = (read_stats(project.stats, block) for block in range(stats.blocks))
-        removal = with_chosen_units(removal, checkpoint, every, plan, device=solving_device(params.runtime))
-    shares = _shares(project, stats, checkpoint)
-    made_from = describe(
+        every = (read_stats(project.stats, block) for block in blocks)
+        removal = with_chosen_units(removal, checkpoint, every, plan, device=device)
+    rated = (informed(project, plan, block) for block in blocks)
+    shares = allocate(
+        checkpoint.weight,
+        progress(rated, total=stats.blocks, what="mask, blocks rated"),
+        stats.blocks,
+        allocation=plan.allocation,
+        share=plan.share,
+        group=plan.group,
+        strength=plan.strength,
+    )
+    made_from = _describe(project, stats, shares, removal)
+
+    def parts(block: int, measured: BlockStats, grams: Path) -> list[Part]:
+        """Return the parts of a block; `grams` is the folder of its Gram matrices."""
+        units = removal.units if removal else {}
+        if not plan.solves_by_input:
+            return [Part(plan, checkpoint, block, measured, shares[block], units)]
+        alone = (measured.of(source) for source in measured.readers)
+        back = project.gradients.absolute() if plan.masks_read_gradients else None
+        return [Part(plan, checkpoint, block, own, shares[block], units, grams.absolute(), back) for own in alone]
+
+    with project.work(made_from) as work:
+        masks, weights, unreached = work.part("masks"), work.part("weights"), {}
+        stored = [masks, weights] if plan.weights_come_from == "weights" else [masks]
+        finished = min(map(finished_blocks, stored))
+        solved: Iterator[tuple[Made, Step | None]] = from_statistics(project, parts, blocks[finished:])
+        if plan.propagates:
+            solved = walked(project, stats, parts, work, finished)
+        what = "mask, blocks" + " calibrated and pruned" * plan.propagates
+        for made, step in progress(solved, total=stats.blocks - finished, what=what):
+            keep, changed = _finished(made, step, plan, checkpoint, removal)
+            if weights in stored:
+                write_weights(weights, made.block, changed, made.diagnostics)
+            write_masks(masks, made.block, keep)
+            if step:
+                step.change(keep, changed)
+            unreached[made.block] = made.unreached
+        if plan.propagates or plan.method.needs_inputs():
+            say_unreached("mask", unreached)  # of the blocks of this run
+        seal(masks, made_from)
+        seal(weights, made_from)
+        work.publish(project.masks, project.weights)
+
+
+def _finished(
+    made: "Made", step: "Step | None", plan: Plan, checkpoint: Checkpoint, removal: "Removal | None"
+) -> tuple[Masks, dict[str, Tensor]]:
+    """Return a block's masks and new weights after what concerns the complete block: removed units, and training."""
+    keep, changed = made.keeps, made.weights
+    if removal:  # of removed units, all weights go
+        keep = pack_masks(removal.spread(keep))
+        changed = {name: masked(weight, keep[name]) for name, weight in changed.items()}
+    if step and plan.trains:
+        trained = step.train(keep, changed, **TRAINING)
+        changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
+    return keep, changed
+
+
+def _describe(project: Project, stats: Statistics, shares: Sequence[Share], removal: "Removal | None") -> Json:
+    """Return the provenance of masks and weights."""
+    plan = project.params.plan
+    return describe(
         "mask",
         version=STAGES["mask"].version,
         libraries=plan.libraries,
@@ -101,21 +163,6 @@ def mask(*, project: Project) -> None:
         **({"config": removal.changes} if removal else {}),
         **({"sparsities": list(map(_written, shares))} if plan.allocation.name != "uniform" else {}),
     )
-    with project.work(made_from) as work:
-        masks, weights = work.part("masks"), work.part("weights")
-        if plan.propagates:
-            _propagate(project, checkpoint, stats, shares, work, removal)
-        else:
-            unreached = {}
-            for block, measured, chosen in _chosen(project, checkpoint, stats, shares, finished_blocks(masks), removal):
-                unreached[block] = measured.unreached()
-                write_masks(masks, block, chosen)
-                del chosen  # before the next block's masks arrive
-            if plan.method.needs_inputs():
-                say_unreached("mask", unreached)
-        seal(masks, made_from)
-        seal(weights, made_from)
-        work.publish(project.masks, project.weights)
 
 
 def removal_of(source: Checkpoint, structure: Structure | None, share: Fraction) -> "Removal | None":
@@ -143,34 +190,10 @@ def with_chosen_units(
     return confirmed(source, removal.with_stays(stays))
 
 
-def _shares(project: Project, stats: Statistics, checkpoint: Checkpoint) -> Sequence[Share]:
-    """Return the share of weights to prune, of each block or of each linear.
-
-    Ratings use the dense model's statistics.
-    """
-    plan = project.params.plan
-    allocation = plan.allocation
-
-    def blocks() -> Iterator[BlockStats]:
-        for block in progress(range(stats.blocks), total=stats.blocks, what="mask, blocks rated"):
-            yield informed(project, plan, block)
-
-    return allocate(
-        checkpoint.weight,
-        blocks(),
-        stats.blocks,
-        allocation=allocation,
-        share=plan.share,
-        group=plan.group,
-        strength=plan.strength,
-    )
-
-
-def read_share(written: float | Mapping[str, float]) -> Share:
-    """Return a block's share, or its linears' shares, from provenance."""
-    if isinstance(written, Mapping):
-        return {name: Fraction(x) for name, x in written.items()}
-    return Fraction(str(written))
+def informed(project: Project, plan: Plan, block: int, measured: BlockStats | None = None) -> BlockStats:
+    """Return the statistics of one block, by default of stats/, with the gradients tier if masks depend on it."""
+    measured = measured or read_stats(project.stats, block)
+    return measured._replace(fisher=read_fisher(project.gradients, block)) if plan.masks_read_sums else measured
 
 
 def _written(share: Share) -> float | dict[str, float]:
@@ -178,116 +201,46 @@ def _written(share: Share) -> float | dict[str, float]:
     return {name: float(x) for name, x in share.items()} if isinstance(share, Mapping) else float(share)
 
 
-Weights = Callable[[str], Tensor]
-
-
-def informed(project: Project, plan: Plan, block: int, measured: BlockStats | None = None) -> BlockStats:
-    """Return the statistics of one block, by default of stats/, with the gradients tier if masks depend on it."""
-    measured = measured or read_stats(project.stats, block)
-    return measured._replace(fisher=read_fisher(project.gradients, block)) if plan.masks_read_sums else measured
-
-
-def keeps(  # noqa: PLR0913 - the block, and how its masks are chosen
-    plan: Plan,
-    weights: Weights,
-    block: BlockStats,
-    share: Share,
-    removal: "Removal | None" = None,
-    *,
-    grams: Mapping[str, Gram] | None = None,
-    device: torch.device | None = None,
-) -> dict[str, Tensor]:
-    """Return the masks of one block's linears. `weights` reads a stored weight, and solvers read `grams`."""
-    units = removal.units if removal else None
-    chosen = choose_block(
-        weights,
-        block,
-        method=plan.method,
-        share=share,
-        pattern=plan.pattern,
-        group=plan.group,
-        units=units,
-        grams=grams,
-        device=device,
-    )
-    return removal.spread(chosen) if removal else chosen
-
-
-def _chosen(  # noqa: PLR0913, PLR0917 - the inputs of solvers
-    project: Project,
-    checkpoint: Checkpoint,
-    stats: Statistics,
-    shares: Sequence[Share],
-    finished: int,
-    removal: "Removal | None",
-) -> Iterator[tuple[int, BlockStats, Mapping[str, Tensor]]]:
-    """Yield blocks with their statistics and masks.
-
-    Scores are computed in this process, for all blocks: each weight is read once, and networks are slower than disks.
-    For solvers each distinct input is a job, and blocks `finished` by an earlier run are left out.
-    """
-    plan, blocks = project.params.plan, range(stats.blocks)
-    if plan.method.competition != "solver":
-        device = solving_device(project.params.runtime)
-        for block in progress(blocks, total=stats.blocks, what="mask, blocks"):
-            measured = informed(project, plan, block)
-            yield block, measured, keeps(plan, checkpoint.weight, measured, shares[block], removal, device=device)
-        return
-
-    def parts() -> Iterator[Part]:
-        for block in blocks[finished:]:
-            measured, grams = informed(project, plan, block), read_grams(project.gram, block)
-            yield from _parts(
-                plan, checkpoint, block, measured, grams, shares[block], stored=project.gram, removal=removal
-            )
-
-    _grams.cache_clear()  # of an earlier run in this process
-    with executor(project, [checkpoint.folder, project.gram]) as run:
-        made = run.map(solve, parts(), "solver")
-        for block in progress(blocks, total=stats.blocks, what="mask, blocks"):
-            if block >= finished:
-                measured = read_stats(project.stats, block)
-                yield block, measured, _together(itertools.islice(made, len(measured.readers)), removal).keeps
-
-
-# --- one distinct input ---
+# --- the unit of work ---
 
 
 @dataclass(frozen=True)
 class Part:
-    """One distinct input of a block, and all data for the masks and weights of its linears."""
+    """The linears that read one distinct input of a block, or, where scores choose masks, all of a block."""
 
     plan: Plan
+    checkpoint: Checkpoint
+    block: int
+    stats: BlockStats  # of these inputs
     share: Share
-    stats: BlockStats  # of this input alone
-    weights: Checkpoint
-    grams: Grams | tuple[Path, int]  # of this input; or stats/gram and the block
-    crosses: Mapping[str, Tensor]  # X_denseᵀX, likewise, if weights are corrected
-    gradients: Mapping[str, Gram]  # of what its linears put out, by linear, where the reconstruction is given them
-    units: Mapping[str, Units]  # that its linears read, where the pattern removes some
+    units: Mapping[str, Units]  # that go, by the linear that reads them
+    grams: Path | None = None  # the folder of the Gram matrices; None: scores alone
+    gradients: Path | None = None  # likewise of gradients, if the reconstruction reads them
 
 
 class Made(NamedTuple):
-    """Masks, and the weights on them, by linear."""
+    """Masks of some linears of a block, and their new weights if they are solved for here."""
 
+    block: int
     keeps: Masks
-    weights: dict[str, Tensor]  # in their stored dtypes
+    weights: dict[str, Tensor]  # by linear, in their stored dtypes
     diagnostics: Json  # solver diagnostics of each
+    unreached: set[str]  # experts without tokens
+
+
+Parts = Callable[[int, BlockStats, Path], list[Part]]
 
 
 def solve(device: torch.device, part: Part) -> Made:
-    """Return masks and weights of the linears that read one distinct input of a block."""
+    """Return masks, and new weights if later blocks depend on them, of a part's linears."""
     plan, block, device = part.plan, part.stats, accelerator.solving_device(device)
-    stored = {
-        name: part.weights.weight(name).to(device) for names in block.readers.values() for name in names
-    }  # copied once
-    weights = stored.__getitem__
-    grams = part.grams if isinstance(part.grams, Grams) else _grams(*part.grams).of(*block.readers)
-    grams = grams.on(device)
-    if plan.corrects:
-        crosses = {name: cross.to(device) for name, cross in part.crosses.items()}
-        aimed = aim_block(weights, block, grams=grams, crosses=crosses, strength=CORRECTION)
-        weights = aimed.__getitem__
+    weights, grams = part.checkpoint.weight, None
+    names = [name for names in block.readers.values() for name in names]
+    if part.grams is not None:
+        weights = {name: weights(name).to(device) for name in names}.__getitem__  # copied once
+        grams = read_grams(part.grams, part.block, device, of=block.readers)
+        if plan.corrects:
+            weights = aim_block(weights, block, grams=grams, crosses=grams.crosses, strength=CORRECTION).__getitem__
     chosen = choose_block(
         weights,
         block,
@@ -299,118 +252,78 @@ def solve(device: torch.device, part: Part) -> Made:
         grams=grams,
         device=device,
     )
-    solved = {}
-    if plan.propagates and plan.solves:
-        solved = {
-            name: reconstruct(
-                weights(name),
-                chosen[name],
-                prepared,
-                reconstruction=plan.solver,
-                gradients=part.gradients.get(name),
-                transposed=name in block.transposed,
-            )
-            for name, prepared in prepared_linears(block.readers, grams)
-            if prepared is not None and (plan.corrects or not keeps_all(name, plan.pattern, part.units))
-        }
-    changed = {name: one.weight.to("cpu", stored[name].dtype) for name, one in solved.items()}
-    return Made(pack_masks(chosen), changed, {name: one.diagnostics for name, one in solved.items()})
+    solved: dict[str, Solved] = {}
+    if grams is not None and plan.weights_come_from == "weights":
+        gradients: Mapping[str, Gram] = read_grams(part.gradients, part.block, of=names) if part.gradients else {}
+        for name, prepared in prepared_linears(block.readers, grams):
+            if prepared is not None and (plan.corrects or not keeps_all(name, plan.pattern, part.units)):
+                solved[name] = reconstruct(
+                    weights(name),
+                    chosen[name],
+                    prepared,
+                    reconstruction=plan.solver,
+                    gradients=gradients.get(name),
+                    transposed=name in block.transposed,
+                )
+    dtypes = {name: part.checkpoint.weight(name).dtype for name in solved}
+    changed = {name: one.weight.to("cpu", dtypes[name]) for name, one in solved.items()}
+    diagnostics = {name: one.diagnostics for name, one in solved.items()}
+    return Made(part.block, pack_masks(chosen), changed, diagnostics, block.unreached())
 
 
-_grams = lru_cache(maxsize=1)(read_grams)
-
-
-def _parts(  # noqa: PLR0913, PLR0917 - the inputs of solvers
-    plan: Plan,
-    checkpoint: Checkpoint,
-    block: int,
-    measured: BlockStats,
-    grams: Mapping[str, Gram],
-    share: Share,
-    *,
-    crosses: Mapping[str, Tensor] | None = None,
-    gradients: Grams | None = None,
-    stored: Path | None = None,
-    removal: "Removal | None" = None,
-) -> Iterator[Part]:
-    """Yield the distinct inputs of a block. `stored` is the folder of its Gram matrices, if they were read from one."""
-    for source, names in measured.readers.items():
-        stats = measured.of(source)
-        if isinstance(grams, Grams):
-            own = grams.of(source)
-        else:
-            own = pack_grams(stats, {source: grams[source]} if source in grams else {}, None)
-        cross = {source: crosses[source].float()} if crosses and source in crosses else {}
-        back = gradients.of(*names) if gradients else {}
-        units = {name: removal.units[name] for name in names if name in removal.units} if removal else {}
-        yield Part(plan, share, stats, checkpoint, (stored, block) if stored else own, cross, back, units)
-
-
-def _together(parts: Iterable[Made], removal: "Removal | None") -> Made:
-    """Merge the results of all distinct inputs of a block. Of removed units, all weights go."""
-    keeps, weights, diagnostics = Masks({}, {}), dict[str, Tensor](), Json()
-    for part in parts:
+def together(parts: Iterable[Made]) -> Made:
+    """Merge the results of all parts of a block."""
+    first, *others = parts
+    keeps, weights, diagnostics, unreached = first[1:]
+    for part in others:
         keeps |= part.keeps
         weights |= part.weights
         diagnostics |= part.diagnostics
-    if removal:
-        keeps = pack_masks(removal.spread(keeps))
-        weights = {name: masked(weight, keeps[name]) for name, weight in weights.items()}
-    return Made(keeps, weights, diagnostics)
+        unreached |= part.unreached
+    return Made(first.block, keeps, weights, diagnostics, unreached)
 
 
-# --- blocks calibrated on the outputs of pruned ones ---
+# --- the blocks ---
 
 
-def _propagate(  # noqa: PLR0913, PLR0917 - the inputs of masks
-    project: Project,
-    checkpoint: Checkpoint,
-    stats: Statistics,
-    shares: Sequence[Share],
-    work: Work,
-    removal: "Removal | None",
-) -> None:
-    """Follow the paper's procedure: each block is calibrated on the outputs of the blocks pruned before it."""
-    # Text, windows and dtype come from stats/: the masks depend on stats/, and on no setting of calibration.
-    measured_with = stats.provenance["params"]
+def from_statistics(project: Project, parts: Parts, blocks: Iterable[int]) -> Iterator[tuple[Made, None]]:
+    """Yield each block, from the statistics of the dense model.
+
+    Scores are computed in this process: each weight is read once, and networks are slower than disks.
+    """
+    plan = project.params.plan
+    every = [parts(block, informed(project, plan, block), project.gram) for block in blocks]
+    opened: AbstractContextManager[Executor] = nullcontext(Here(solving_device(project.params.runtime)))
+    if plan.solves_by_input:
+        opened = executor(project, [project.model("dense"), project.gram])
+    with opened as run:
+        made = run.map(solve, itertools.chain.from_iterable(every), "solver")
+        for own in every:
+            yield together(itertools.islice(made, len(own))), None
+
+
+def walked(
+    project: Project, stats: Statistics, parts: Parts, work: Work, finished: int
+) -> Iterator[tuple[Made, "Step"]]:
+    """Yield each block after the finished ones, calibrated on the outputs of the pruned blocks before it.
+
+    The caller changes the block at its step: the paper's procedure. Text, windows and dtype are those of stats/: masks
+    depend on stats/, and on no setting of calibration.
+    """
+    plan, measured_with = project.params.plan, stats.provenance["params"]
     check_text(project, stats.provenance["text"], "stats/: measured on", "`dvc repro` or `wanda-dvc calibrate`")
     check_ready(project, "dense")
-    plan, windows = project.params.plan, calibration_windows(project, measured_with)
-    masks, weights, device = work.part("masks"), work.part("weights"), solving_device(project.params.runtime)
-    kept = min(map(finished_blocks, [masks, weights] if plan.solves else [masks]))
-
-    unreached = {}
+    windows = calibration_windows(project, measured_with)
+    folder = work.path / "recorded"
+    folder.mkdir(exist_ok=True)
+    # A training needs the dense block's outputs too, a correction its inputs.
     with runner(project, "dense", work, dtype=measured_with["dtype"]) as run:
-        # A training needs the dense block's outputs too, a correction its inputs.
-        steps = run.walk(windows, kept=kept, with_dense=plan.runs_dense)
-        blocks = len(run.decoder.blocks)
-        for step in progress(steps, total=blocks, what="mask, blocks calibrated and pruned"):
-            share = shares[step.index]
+        for step in run.walk(windows, kept=finished, with_dense=plan.runs_dense):
             recorded = step.record(gram=plan.records_grams, crosses=plan.corrects)
-            measured = informed(project, plan, step.index, recorded.stats)
-            unreached[step.index] = measured.unreached()
             if plan.records_grams:
-                back = read_grams(project.gradients, step.index) if plan.masks_read_gradients else None
-                parts = _parts(
-                    plan,
-                    checkpoint,
-                    step.index,
-                    measured,
-                    recorded.grams,
-                    share,
-                    crosses=recorded.crosses,
-                    gradients=back,
-                    removal=removal,
-                )
-                keep, changed, diagnostics = _together(run.map(solve, parts, f"block {step.index}, solver"), removal)
-            else:
-                chosen = keeps(plan, checkpoint.weight, measured, share, removal, device=device)
-                keep, changed, diagnostics = Made(pack_masks(chosen), {}, {})  # Ray keeps the masks over all blocks
-            if plan.trains:
-                trained = step.train(keep, changed, **TRAINING)
-                changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
-            if plan.solves:
-                write_weights(weights, step.index, changed, diagnostics)
-            write_masks(masks, step.index, keep)
-            step.change(keep, changed)
-    say_unreached("mask", unreached)  # of the blocks calibrated by this run
+                write_recorded(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)
+            own = parts(step.index, informed(project, plan, step.index, recorded.stats), folder)
+            del recorded  # the next matrices need its memory
+            made = together(run.map(solve, own, f"block {step.index}, solver"))
+            block_file(folder, step.index).unlink(missing_ok=True)
+            yield made, step

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from wanda_dvc.pruning.statistics import BlockStats
 
 GRAM = ("norm", "triangle", "count")  # the tensors of a Gram matrix
+CROSS = "cross"
 SQUARED_GRADIENTS = "squared_gradients"
 OUTPUTS = "outputs"
 INFLUENCE = "influence"
@@ -78,29 +79,39 @@ def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[s
     row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the triangle are at most 1,
     so float16 holds each to 11 bits or to 6e-8. Header: as of statistics.
     """
-    packed = pack_grams(stats, grams, GRAM_DTYPE)
+    packed = pack_grams(stats, grams)
     _save(block_file(folder, block), packed.tensors, packed.header)
 
 
-def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]", dtype: str | None) -> "Grams":
-    """Return one block's Gram matrices in the form of `write_grams`: unpacking gives the precision of a file.
-
-    Without a dtype they stay on their device, unscaled, in float32: solvers give the same results as with `grams`.
-    """
+def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]") -> "Grams":
+    """Return one block's Gram matrices in the form of `write_grams`: unpacking gives the precision of a file."""
     import torch
 
     tensors: dict[str, Tensor] = {}
     for name, gram in grams.items():
-        if dtype is None:
-            tensors |= {f"{name}.triangle": gram.triangle(), f"{name}.count": torch.tensor(gram.count)}
-            continue
         norm, triangle = gram.scaled_triangle()
         tensors |= {
             f"{name}.norm": norm.cpu(),
-            f"{name}.triangle": triangle.to("cpu", getattr(torch, dtype)),
+            f"{name}.triangle": triangle.to("cpu", getattr(torch, GRAM_DTYPE)),
             f"{name}.count": torch.tensor(gram.count),
         }
     return Grams(tensors, stats.readers, stats.transposed)
+
+
+def write_recorded(
+    folder: Path, block: int, stats: "BlockStats", grams: "Mapping[str, Gram]", crosses: "Mapping[str, Tensor]"
+) -> None:
+    """Write the Gram matrices and cross products of one block, recorded in a walk; `read_grams` reads them.
+
+    Tensors, for each distinct input: `NAME.triangle` (float32: the upper triangle of XᵀX, row by row), `NAME.count`
+    (int64) and `NAME.cross` (float32 [in, in]), X_denseᵀX. Header: as of statistics.
+    """
+    import torch
+
+    tensors = {f"{name}.{CROSS}": cross.float().cpu() for name, cross in crosses.items()}
+    for name, gram in grams.items():
+        tensors |= {f"{name}.triangle": gram.triangle().cpu(), f"{name}.count": torch.tensor(gram.count)}
+    _save(block_file(folder, block), tensors, {"readers": stats.readers, "transposed": stats.transposed})
 
 
 def write_fisher(folder: Path, block: int, sums: "Mapping[str, Tensor]", grams: "Mapping[str, Gram]") -> None:
@@ -118,13 +129,18 @@ def pack_gradients(grams: "Mapping[str, Gram]") -> "Grams":
     """Return the Gram matrices of one block's gradients in the form of `write_fisher`; `read_grams` reads them."""
     from wanda_dvc.pruning.statistics import BlockStats
 
-    return pack_grams(BlockStats({}, {name: [name] for name in grams}, []), grams, GRAM_DTYPE)
+    return pack_grams(BlockStats({}, {name: [name] for name in grams}, []), grams)
 
 
-def read_grams(folder: Path, block: int, device: "torch.device | None" = None) -> "Grams":
-    """Read one block's Gram matrices, by distinct input or linear, onto a device, by default the host."""
+def read_grams(
+    folder: Path, block: int, device: "torch.device | None" = None, *, of: Iterable[str] | None = None
+) -> "Grams":
+    """Read one block's Gram matrices, by distinct input or linear, onto a device, by default the host.
+
+    `of` names the inputs or linears to read, by default all.
+    """
     path = block_file(folder, block)
-    tensors, header = _load(path, "calibrate", GRAM)
+    tensors, header = _load(path, "calibrate", (*GRAM, CROSS), of)
     _check_finite(path, tensors, "calibrate")
     return Grams(tensors, header["readers"], header["transposed"], device)
 
@@ -158,17 +174,16 @@ class Grams(Mapping[str, "Gram"]):
         """Return the matrices for another device."""
         return replace(self, device=device)
 
-    def of(self, *names: str) -> "Grams":
-        """Return the existing Gram matrices among some names."""
-        readers = {name: self.readers[name] for name in names if name in self.readers}
-        tensors = {kind: self.tensors[kind] for name in readers for kind in _kinds(name) if kind in self.tensors}
-        read = {linear for linears in readers.values() for linear in linears}
-        return Grams(tensors, readers, [x for x in self.transposed if x in read], self.device)
+    @property
+    def crosses(self) -> "dict[str, Tensor]":
+        """The cross products X_denseᵀX by distinct input, if they were recorded."""
+        found = {name: self.tensors.get(f"{name}.{CROSS}") for name in self.readers}
+        return {name: cross.to(self.device) for name, cross in found.items() if cross is not None}
 
     def __getitem__(self, name: str) -> "Gram":
         from wanda_dvc.pruning.gram import Gram
 
-        norm, triangle, count = map(self.tensors.get, _kinds(name))
+        norm, triangle, count = (self.tensors.get(f"{name}.{kind}") for kind in GRAM)
         if triangle is None or count is None:
             raise KeyError(name)
         triangle = triangle.to(self.device)
@@ -239,11 +254,6 @@ def write_window(folder: Path, window: int, tensors: "Mapping[str, Tensor]") -> 
 def read_window(folder: Path, window: int) -> "dict[str, Tensor]":
     """Read the reference of one evaluation window."""
     return _load(window_file(folder, window), "perplexity dense")[0]
-
-
-def _kinds(name: str) -> list[str]:
-    """Return the names of the tensors of a Gram matrix."""
-    return [f"{name}.{kind}" for kind in GRAM]
 
 
 def _check_finite(path: Path, tensors: "Mapping[str, Tensor]", made_by: str) -> None:
@@ -327,10 +337,13 @@ def _save(path: Path, tensors: "dict[str, Tensor]", header: Json) -> None:
     temporary.replace(path)
 
 
-def _load(path: Path, made_by: str, kinds: tuple[str, ...] | None = None) -> "tuple[dict[str, Tensor], Json]":
-    """Read the tensors and the header of a safetensors file; of `kinds`, the last words of names, or all.
+def _load(
+    path: Path, made_by: str, kinds: tuple[str, ...] | None = None, of: Iterable[str] | None = None
+) -> "tuple[dict[str, Tensor], Json]":
+    """Read the tensors and the header of a safetensors file.
 
-    UserError if the file is missing or damaged.
+    Of all tensors, named OWNER.KIND, those of some `kinds` and of some owners are read, by default all. UserError if
+    the file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -340,7 +353,11 @@ def _load(path: Path, made_by: str, kinds: tuple[str, ...] | None = None) -> "tu
         check_file(path)
         with safe_open(path, framework="pt") as file:
             header: Json = json.loads(file.metadata()["wanda_dvc"])
-            names = [x for x in file.keys() if kinds is None or x.rpartition(".")[2] in kinds]
-            return {name: file.get_tensor(name) for name in names}, header
+            found = {}
+            for name in file.keys():
+                owner, _, kind = name.rpartition(".")
+                if (kinds is None or kind in kinds) and (of is None or owner in of):
+                    found[name] = file.get_tensor(name)
+            return found, header
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"no tensors and header of ours ({error})", made_by) from None
