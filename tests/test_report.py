@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, write_params
-from dvc.repo import Repo
 from markdown_it import MarkdownIt
 from matplotlib.collections import LineCollection
 from repository import Repository
@@ -319,24 +318,15 @@ def test_the_page_is_the_golden_one(made: Callable[..., Experiment], tmp_path: P
     assert set(words.findall(plain)) == set(words.findall(body))
 
 
-def save(study: Repository, name: str) -> None:
-    """Take the results as those of a run; of outputs that no report reads, only the names are there."""
-    with Repo(str(study.root)) as repo:
-        paths = [Path(one.fs_path) for one in [*repo.index.outs, *repo.index.deps]]
-    for path in [path for path in paths if not path.exists()]:
-        write_json(path if path.suffix else path / "provenance.json", {})
-    study.save(name)
-
-
 @pytest.mark.pipeline
 def test_a_repository_is_reported(tmp_path: Path):
     """Of experiments in git and DVC's cache; an earlier commit's numbers, and those of edited settings, are not its."""
     root = tmp_path / "study"
     study = Repository.new(root, root)
     write_results(root, "wanda", 0.5, 2.5, 20)
-    save(study, "main")
+    study.save("main")
     write_results(root, "magnitude", 0.5, 3.5, 4)
-    save(study, "middling")
+    study.save("middling")
     study.run("git", "checkout", "--", ".")
     study.run("dvc", "checkout", "--force")
     output = tmp_path / "report.html"
