@@ -86,21 +86,15 @@ class Removal:
     # --- config.json ---
 
     @property
-    def numbers(self) -> dict[str, tuple[int, int]]:
-        """The numbers in the configuration, before and after."""
-        found = {}
+    def changes(self) -> dict[str, Any]:
+        """The new values in the configuration; those of lists once units are chosen."""
+        found: dict[str, Any] = {}
         for name, (before, sets) in self.fields.items():
             units = self.sets[sets[0]] if sets else Units(1, 1)
-            found[name] = before, before * units.stay // units.total
-        return found
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The new values in the configuration."""
-        found: dict[str, Any] = {name: after for name, (_, after) in self.numbers.items()}
-        for name, row in self.lists.items():
-            ((stays),) = self.stays.values()
-            found[name] = [x for x, stay in zip(row, stays.tolist(), strict=True) if stay]
+            found[name] = before * units.stay // units.total
+        for stays in self.stays.values() if self.lists else ():
+            for name, row in self.lists.items():
+                found[name] = [x for x, stay in zip(row, stays.tolist(), strict=True) if stay]
         return found
 
     @property
@@ -110,8 +104,9 @@ class Removal:
 
     def about(self, share: Fraction) -> str:
         """Describe the removal, and the rounding of the requested share."""
-        changes = [f"{name} from {x} to {y}" for name, (x, y) in self.numbers.items() if self.fields[name].sets]
-        text = f"pattern {self.structure.name}: {', '.join(changes)}"
+        after = self.changes
+        numbers = [f"{name} from {one.before} to {after[name]}" for name, one in self.fields.items() if one.sets]
+        text = f"pattern {self.structure.name}: {', '.join(numbers)}"
         groups = max((units.groups for units in self.whole.values()), default=1)
         if groups > 1:
             text += f", the same number from each of {groups} groups"
@@ -267,12 +262,6 @@ class Smaller(Checkpoint):
     def _kept(self, cut: Cut) -> Int[Tensor, " stay"]:
         """Return the places of a cut's dimension that stay."""
         return self.removal.along(cut, self.removal.stays).nonzero()[:, 0]
-
-    @property
-    def removed(self) -> float:
-        """The share of the stored weights that goes."""
-        left, every = (sum(torch.Size(x.shape).numel() for x in one.entries.values()) for one in (self, self.source))
-        return 1 - left / every
 
 
 def changed(config: Any, fields: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 A reconstruction gives kept weights new values, solved for here, from stats/gram, or read from weights/.
 """
 
+import math
 import operator
 from collections.abc import Callable
 from functools import lru_cache, reduce
@@ -214,7 +215,8 @@ def prune(study: Project, target: Path) -> Written:
     if smaller is None:
         result = Written(zeros, sum(x.zero for x in zeros.values()) / sum(x.size for x in zeros.values()))
     else:
-        result = Written(zeros, smaller.removal.share, smaller.removed)
+        left, every = (sum(math.prod(x.shape) for x in one.values()) for one in (entries, checkpoint.entries))
+        result = Written(zeros, smaller.removal.share, 1 - left / every)
     (target / CARD).write_text(card(study, result.sparsity, removed=result.removed), encoding="utf-8")
     return result
 
