@@ -19,11 +19,10 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
-from wanda_dvc.engine.calls import Call
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods
-from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.rows import Call, Row
 from wanda_dvc.engine.walk import Runner, outputs, walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.study.project import Project

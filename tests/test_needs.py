@@ -12,11 +12,11 @@ from conftest import ROOT, save_tiny_model, text_of
 from test_families import save
 from transformers import MambaConfig
 
-from wanda_dvc.engine.calls import calls_bytes
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME, Decoder
 from wanda_dvc.engine.divergence import BYTES_A_TOKEN, TEMPORARIES
 from wanda_dvc.engine.questions import ROW
+from wanda_dvc.engine.rows import calls_bytes
 from wanda_dvc.engine.sizes import FIXED, Sizes, sizes, walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import STAGES, needs

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from wanda_dvc.engine import calls, questions
 from wanda_dvc.engine import decoder as decoding
+from wanda_dvc.engine import questions
+from wanda_dvc.engine import rows as calls
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods, pack, spread
 from wanda_dvc.engine.walk import Runner

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from wanda_dvc.engine import accelerator, attention
-from wanda_dvc.engine.calls import Call, CallCache, calls_bytes, equal_calls
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.config import positions_of
-from wanda_dvc.engine.memory import keep_freed_memory
-from wanda_dvc.engine.rows import TOKENS_TOGETHER, Layout, Row
+from wanda_dvc.engine.rows import TOKENS_TOGETHER, Call, CallCache, Layout, Row, calls_bytes, equal_calls
 from wanda_dvc.engine.structure import build_empty
 from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
@@ -43,7 +41,7 @@ class Decoder:
     """
 
     def __init__(self, source: Path | Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
-        keep_freed_memory()
+        accelerator.keep_freed_memory()
         self.checkpoint = Checkpoint(source) if isinstance(source, Path) else source
         self.model = build_empty(self.checkpoint.config, self.checkpoint.config_name, dtype)
         self.dtype, self.device = dtype, device

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.engine.calls import calls_bytes
-from wanda_dvc.engine.rows import TOKENS_TOGETHER
+from wanda_dvc.engine.rows import TOKENS_TOGETHER, calls_bytes
 from wanda_dvc.pruning.gram import PANEL
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number

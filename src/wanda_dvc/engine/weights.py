@@ -10,10 +10,9 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from wanda_dvc.engine.accelerator import Copies
+from wanda_dvc.engine.accelerator import Copies, empty_weight
 from wanda_dvc.engine.check import check_parts, missing
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.memory import empty_weight
 from wanda_dvc.engine.structure import Linear, Part, find_blocks, find_linears, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
 

@@ -44,10 +44,6 @@ class Gram:
         self.upper += other.upper.to(self.upper)
         self.count += other.count
 
-    def cpu(self) -> "Gram":
-        """Return a copy in main memory."""
-        return Gram(self.upper.cpu(), self.count)
-
     @property
     def norm(self) -> Float[Tensor, " in"]:
         """‖X_j‖₂ over all tokens, float32; 1 for every feature if no token was seen."""

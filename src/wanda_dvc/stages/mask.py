@@ -13,9 +13,9 @@ from torch import Tensor
 
 from wanda_dvc.catalog import Structure, function_of
 from wanda_dvc.engine import accelerator
+from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.executor import Executor, Here
-from wanda_dvc.engine.memory import keep_freed_memory
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
 from wanda_dvc.pruning.allocation import allocate
