@@ -45,7 +45,7 @@ from checkpoints import make_checkpoint  # noqa: E402 - after the stand-in
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods  # noqa: E402
 from wanda_dvc.engine.decoder import Decoder  # noqa: E402
-from wanda_dvc.engine.divergence import window_loss  # noqa: E402
+from wanda_dvc.engine.divergence import measure  # noqa: E402
 from wanda_dvc.engine.fisher import backward  # noqa: E402
 from wanda_dvc.engine.recorder import Recorded  # noqa: E402
 from wanda_dvc.engine.rows import as_rows  # noqa: E402
@@ -146,7 +146,7 @@ class Bench:
             del found
         rows = as_rows(windows)
         hidden = outputs(decoder, rows, work)
-        losses = [window_loss(decoder, x[None], row.tokens) for x, row in zip(hidden, rows, strict=True)]
+        losses = [measure(decoder, x[None], row.tokens)[0] for x, row in zip(hidden, rows, strict=True)]
         peak = torch.cuda.max_memory_allocated(device) if on_card else 0
         return Run(recorded, losses, sum(spent[1:]) / max(1, len(spent) - 1), peak)  # the first block warms up
 

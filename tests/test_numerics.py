@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.divergence import window_loss
+from wanda_dvc.engine.divergence import measure
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.results.show import show
@@ -80,7 +80,7 @@ def test_a_head_is_tied_where_transformers_ties_it(tied: bool, head: str, tmp_pa
         step.advance()
     (hidden,) = outputs(decoder, [Row(tokens)], tmp_path / "work")
     with torch.no_grad():
-        assert window_loss(decoder, hidden[None], tokens) == pytest.approx(stock.loss.item(), rel=1e-6)
+        assert measure(decoder, hidden[None], tokens)[0] == pytest.approx(stock.loss.item(), rel=1e-6)
 
 
 # --- activations that are not finite ---

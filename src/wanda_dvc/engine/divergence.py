@@ -87,7 +87,7 @@ def measure(
     offsets = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)).double()
     losses, parts, place = [], list[tuple[Tensor, ...]](), 0
     for log_p, targets in log_probabilities(decoder, hidden, tokens):
-        losses.append(total_loss(log_p, targets))
+        losses.append(torch.nn.functional.nll_loss(log_p, targets, reduction="sum"))
         for some, wanted in _slices(log_p, targets):
             own = slice(place, place + len(some))
             if dense is None:
@@ -96,21 +96,8 @@ def measure(
                 parts.append(_seen(some, wanted, dense.top[own].to(some.device), dense.drawn[own].to(some.device)))
             place = own.stop
     columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
-    return _mean(losses, place), Reference(*columns) if dense is None else _divergence(dense, columns)
-
-
-def window_loss(decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]) -> float:
-    """Return the mean cross-entropy, in nats, of all tokens but the first, each given the tokens before it."""
-    losses = [total_loss(log_p, targets) for log_p, targets in log_probabilities(decoder, hidden, tokens)]
-    return _mean(losses, len(tokens) - 1)
-
-
-def window_losses(
-    decoder: Decoder, rows: Sequence[Row], hidden: Sequence[Float[Tensor, "_ width"]], _: bool
-) -> Iterator[float]:
-    """Yield the loss of each window of a shard, from its hidden states after the last block."""
-    for row, states in zip(rows, hidden, strict=True):
-        yield window_loss(decoder, states[None], row.tokens)
+    loss = float(sum(torch.stack(losses).tolist())) / place
+    return loss, Reference(*columns) if dense is None else _divergence(dense, columns)
 
 
 def log_probabilities(
@@ -122,11 +109,6 @@ def log_probabilities(
         targets = tokens[1:][positions.start : positions.stop]  # the last token predicts nothing
         if len(targets):
             yield logits[: len(targets)].float().log_softmax(-1), targets
-
-
-def total_loss(log_p: Float32[Tensor, "chunk vocabulary"], targets: Int[Tensor, " chunk"]) -> Float32[Tensor, ""]:
-    """Return the sum of the tokens' losses."""
-    return torch.nn.functional.nll_loss(log_p, targets, reduction="sum")
 
 
 def _slices(log_p: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -228,10 +210,6 @@ def _divergence(dense: Reference, seen: list[Tensor]) -> Divergence:
         agreed=int((first == dense.first).sum()),
         squared_change=float((change**2).sum()),
     )
-
-
-def _mean(losses: list[Tensor], predictions: int) -> float:
-    return float(sum(torch.stack(losses).tolist())) / predictions
 
 
 def check_vocabulary(decoder: Decoder, expected: int) -> None:

@@ -145,9 +145,9 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     if where is None and not all(math.isfinite(value) for one in samples for value, _ in one["filtered_resps"]):
         where = HEAD
     if where:  # the answers are meaningless: a comparison with NaN chooses the first
-        details = {"protocol": protocol, "not_finite": where, "items": []}
+        details: Json = {"protocol": protocol, "not_finite": where, "items": []}
         return {"details": details, "metrics": dict.fromkeys(given, DIVERGED)}
-    details: Json = {
+    details = {
         "protocol": protocol,
         "standard_errors": {
             # lm-eval returns a string instead of the error of a single item.
