@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,12 +79,12 @@ def write_grams(folder: Path, block: int, stats: "BlockStats", grams: "Mapping[s
     row, of XᵀX with every feature divided by its norm) and `NAME.count` (int64). Numbers in the triangle are at most 1,
     so float16 holds each to 11 bits or to 6e-8. Header: as of statistics.
     """
-    packed = pack_grams(stats, grams)
-    _save(block_file(folder, block), packed.tensors, packed.header)
+    header = {"readers": stats.readers, "transposed": stats.transposed}
+    _save(block_file(folder, block), _scaled(grams), header)
 
 
-def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]") -> "Grams":
-    """Return one block's Gram matrices in the form of `write_grams`: unpacking gives the precision of a file."""
+def _scaled(grams: "Mapping[str, Gram]") -> "dict[str, Tensor]":
+    """Return the tensors of Gram matrices in the form of `write_grams`."""
     import torch
 
     tensors: dict[str, Tensor] = {}
@@ -95,7 +95,7 @@ def pack_grams(stats: "BlockStats", grams: "Mapping[str, Gram]") -> "Grams":
             f"{name}.triangle": triangle.to("cpu", getattr(torch, GRAM_DTYPE)),
             f"{name}.count": torch.tensor(gram.count),
         }
-    return Grams(tensors, stats.readers, stats.transposed)
+    return tensors
 
 
 def write_recorded(
@@ -121,15 +121,8 @@ def write_fisher(folder: Path, block: int, sums: "Mapping[str, Tensor]", grams: 
     `write_grams`. Header: as of statistics; each matrix is one linear's, in its own orientation.
     """
     squares = {f"{name}.{SQUARED_GRADIENTS}": x for name, x in sums.items()}
-    packed = pack_gradients(grams)
-    _save(block_file(folder, block), packed.tensors | squares, packed.header)
-
-
-def pack_gradients(grams: "Mapping[str, Gram]") -> "Grams":
-    """Return the Gram matrices of one block's gradients in the form of `write_fisher`; `read_grams` reads them."""
-    from wanda_dvc.pruning.statistics import BlockStats
-
-    return pack_grams(BlockStats({}, {name: [name] for name in grams}, []), grams)
+    header = {"readers": {name: [name] for name in grams}, "transposed": []}
+    _save(block_file(folder, block), _scaled(grams) | squares, header)
 
 
 def read_grams(
@@ -155,7 +148,7 @@ def read_fisher(folder: Path, block: int) -> "dict[str, Tensor]":
 
 @dataclass(frozen=True, eq=False)
 class Grams(Mapping[str, "Gram"]):
-    """The Gram matrices of one block, in the form of `pack_grams`; each is unpacked at access.
+    """The Gram matrices of one block, as their file has them; each is unpacked at access.
 
     Inputs without tokens are missing.
     """
@@ -164,15 +157,6 @@ class Grams(Mapping[str, "Gram"]):
     readers: dict[str, list[str]]
     transposed: list[str]
     device: "torch.device | None" = None  # of the unpacked matrices
-
-    @property
-    def header(self) -> Json:
-        """The entries of a file's header."""
-        return {"readers": self.readers, "transposed": self.transposed}
-
-    def on(self, device: "torch.device") -> "Grams":
-        """Return the matrices for another device."""
-        return replace(self, device=device)
 
     @property
     def crosses(self) -> "dict[str, Tensor]":
