@@ -1,8 +1,8 @@
 """A GPU that exists only in Python: its tensors are on the host, and behave as if they were on a device of their own.
 
 `OnDevice` is a tensor subclass that holds a tensor of the host and reports the device's name. Operations that mix it
-with tensors of the host fail, as on CUDA. `SimulatedDevice` makes such tensors wherever a device is named, stands in
-for `torch.cuda`, and counts what crosses between host and device.
+with tensors of the host fail, as on CUDA. `SimulatedDevice` makes such tensors wherever a device is named, and stands
+in for `torch.cuda`.
 
 Torch's own C++ code takes the tensors for tensors of the CPU, so no compiler and no CUDA build is needed. It follows
 that kernels are the CPU's: their numerics, the order of streams, and memory are not simulated.
@@ -12,11 +12,8 @@ that kernels are the CPU's: their numerics, the order of streams, and memory are
 # mypy: disable-error-code="assignment,attr-defined,misc,override"
 
 import contextlib
-import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 from unittest import mock
@@ -28,20 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 GIGABYTE = 2**30
-# These give results whose size depends on values, so the host waits for the device.
-WAITING = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "_local_scalar_dense", "equal")
 MIXED = "Expected all tensors to be on the same device, but found at least two devices, {} and cpu!"
-
-
-@dataclass
-class Traffic:
-    """What crossed between host and device, by the function of wanda_dvc that asked for it."""
-
-    to_device: Counter[str] = field(default_factory=Counter)  # copies of tensors
-    to_host: Counter[str] = field(default_factory=Counter)
-    bytes_to_device: Counter[str] = field(default_factory=Counter)
-    bytes_to_host: Counter[str] = field(default_factory=Counter)
-    waits: Counter[str] = field(default_factory=Counter)  # of the host for one number, or for a size
 
 
 class OnDevice(Tensor):
@@ -158,8 +142,6 @@ class _Modes(TorchFunctionMode):
             made = function(*args, **kwargs)
             if isinstance(made, OnDevice):  # as ones_like of one
                 return made
-            if function in (torch.tensor, torch.as_tensor, torch.asarray):
-                self.owner.crossed("to_device", made)
             return OnDevice(made, self.owner)
         return function(*args, **kwargs)
 
@@ -169,7 +151,6 @@ class SimulatedDevice:
 
     def __init__(self, kind: str = "cuda", *, free: int = GIGABYTE) -> None:
         self.device, self.free, self.knows_float64 = torch.device(kind, 0), free, kind == "cuda"
-        self.traffic = Traffic()
 
     # --- what operations do ---
 
@@ -182,8 +163,6 @@ class SimulatedDevice:
         if indexed:
             self._take_indices(args[0], args[1])
         self._refuse_mixed((args[0], *args[2:]) if indexed else args, kwargs)
-        if name in WAITING:
-            self._wait()
         held: dict[int, OnDevice] = {}
 
         def host(x: Any) -> Any:
@@ -204,15 +183,10 @@ class SimulatedDevice:
         return on_device(made)
 
     def _take_indices(self, tensor: Tensor, indices: Any) -> None:
-        """Count indices of the host that cross to a tensor of the device. RuntimeError for the opposite."""
+        """Raise RuntimeError for indices on the device of a tensor of the host."""
         for index in indices:
-            if isinstance(index, Tensor):
-                if isinstance(index, OnDevice) and not isinstance(tensor, OnDevice):
-                    raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor")
-                if not isinstance(index, OnDevice) and isinstance(tensor, OnDevice):
-                    self.crossed("to_device", index)
-                if index.dtype is torch.bool:
-                    self._wait()
+            if isinstance(index, OnDevice) and not isinstance(tensor, OnDevice):
+                raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor")
 
     def _refuse_mixed(self, args: Any, kwargs: Any) -> None:
         """Raise RuntimeError for a tensor of the host, unless it is one number that is no part of a list."""
@@ -224,15 +198,15 @@ class SimulatedDevice:
 
     def _copy(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         if isinstance(target, OnDevice) and not isinstance(source, OnDevice):
-            self.crossed("to_device", target, blocks=not non_blocking, source=source)
+            self.crossed("to_device", blocks=not non_blocking, source=source)
         elif isinstance(source, OnDevice) and not isinstance(target, OnDevice):
-            self.crossed("to_host", target, blocks=not non_blocking)
+            self.crossed("to_host", blocks=not non_blocking)
         (target.host if isinstance(target, OnDevice) else target).copy_(
             source.host if isinstance(source, OnDevice) else source
         )
         return target
 
-    # --- what crosses ---
+    # --- between host and device ---
 
     def is_named(self, device: Any) -> bool:
         """Whether this is the device."""
@@ -256,7 +230,7 @@ class SimulatedDevice:
         blocks = not words.pop("non_blocking", False)
         with torch._C.DisableTorchFunction():
             made = Tensor.to(tensor.host if isinstance(tensor, OnDevice) else tensor, **words | {"copy": True})
-        self.crossed("to_device" if there else "to_host", made, blocks=blocks, source=tensor)
+        self.crossed("to_device" if there else "to_host", blocks=blocks, source=tensor)
         return OnDevice(made, self) if there else made
 
     def pinned(self, tensor: Tensor) -> Tensor:
@@ -267,23 +241,12 @@ class SimulatedDevice:
         made.is_pinned_by_simulation = True
         return made
 
-    def crossed(self, direction: str, made: Tensor, *, blocks: bool = True, source: Tensor | None = None) -> None:
-        """Count a copy between host and device; one number that is read is a wait."""
-        if not made.dim():
-            if direction == "to_host":
-                self._wait()
-            return
+    def crossed(self, direction: str, *, blocks: bool, source: Tensor | None = None) -> None:
+        """Check a copy that does not block."""
         if not blocks and direction == "to_host":
             raise AssertionError("a copy to the host that does not block: nothing waits for it before it is read")
-        if not blocks and direction == "to_device" and not getattr(source, "is_pinned_by_simulation", False):
+        if not blocks and not getattr(source, "is_pinned_by_simulation", False):
             raise AssertionError("a copy to the device that does not block, from memory that is not pinned: it blocks")
-        if by := caller():
-            getattr(self.traffic, direction)[by] += 1
-            getattr(self.traffic, f"bytes_{direction}")[by] += made.nbytes
-
-    def _wait(self) -> None:
-        if by := caller():
-            self.traffic.waits[by] += 1
 
     # --- the process ---
 
@@ -334,21 +297,6 @@ class SimulatedDevice:
                 return function(*args, **kwargs)
 
         return call
-
-
-def caller() -> str | None:
-    """The innermost function of wanda_dvc that is running, as `module.function`; None inside a check of types."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name.startswith("wanda_dvc."):
-            by = frame.f_back
-            while by.f_back is not None and by.f_globals.get("__name__") == "collections.abc":
-                by = by.f_back
-            checks = frame.f_code.co_name == "__getitem__" and "beartype" in by.f_code.co_filename
-            return None if checks else f"{name.removeprefix('wanda_dvc.')}.{frame.f_code.co_name}"
-        frame = frame.f_back
-    return "elsewhere"
 
 
 def _histogram(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,7 +7,7 @@ import ast
 import contextlib
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, save_tiny_model, text_of, write_params
 from safetensors.torch import load_file
-from simulated_gpu import SimulatedDevice, Traffic
+from simulated_gpu import SimulatedDevice
 from test_families import ALL, save
 
 from wanda_dvc.catalog import RECIPES
@@ -33,18 +33,7 @@ from wanda_dvc.study.tensors import block_count, read_fisher, read_masks, read_s
 
 full = pytest.mark.full
 # What `save_tiny_model` makes with so many blocks, and what goes through it.
-BLOCKS, WINDOWS, EVALUATED, QUESTIONS_ROWS = 2, 3, 4, 1
-LINEARS, INPUTS, PARAMETERS, OUTSIDE, BUFFERS = 7 * BLOCKS, 4 * BLOCKS, 9 * BLOCKS, 2, 2
-
-Traffics = dict[str, Traffic]
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study whose stages ran on one device, and what crossed in each."""
-
-    project: Project
-    traffic: Traffics
+BLOCKS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +43,6 @@ class Bench:
     model: Path
     root: Path
     texts: dict[str, str]
-
-    def stage(self, device: SimulatedDevice | None, traffic: Traffics, name: str, run: Callable[[], None]) -> None:
-        """Run one stage on a device; None: on the CPU."""
-        with device.present() if device else contextlib.nullcontext():
-            run()
-        if device:
-            traffic[name], device.traffic = device.traffic, Traffic()
 
     def project(self, folder: Path, kind: str, recipe: str) -> Project:
         """Return a study with a recipe, and with a pattern of units if a second word names one."""
@@ -72,38 +54,41 @@ class Bench:
         return Project(folder)
 
     @cache  # noqa: B019 - a bench lives as long as the tests of its model
-    def measured(self, kind: str) -> Study:
+    def measured(self, kind: str) -> Project:
         """Download, calibrate, and the dense model's perplexity."""
-        project, traffic = self.project(self.root / f"{kind}-measured", kind, "wanda"), Traffics()
+        project = self.project(self.root / f"{kind}-measured", kind, "wanda")
         for part in ("model", "calibration", "perplexity"):
             download(project=project, part=part, text=text_of(part))
-        device = None if kind == "cpu" else SimulatedDevice(kind)
-        self.stage(device, traffic, "calibrate", lambda: calibrate(project=project))
-        self.stage(device, traffic, "perplexity", lambda: perplexity(project=project, model="dense", text="embedded"))
-        return Study(project, traffic)
+        with present(kind):
+            calibrate(project=project)
+            perplexity(project=project, model="dense", text="embedded")
+        return project
 
     @cache  # noqa: B019
-    def pruned(self, kind: str, recipe: str) -> Study:
+    def pruned(self, kind: str, recipe: str) -> Project:
         """The same, then mask, apply and the pruned model's perplexity."""
         folder = self.root / f"{kind}-{recipe}"
-        shutil.copytree(self.measured(kind).project.root, folder, symlinks=True)
-        project, traffic = self.project(folder, kind, recipe), dict(self.measured(kind).traffic)
-        device = None if kind == "cpu" else SimulatedDevice(kind)
-        self.stage(device, traffic, "mask", lambda: mask(project=project))
-        self.stage(device, traffic, "apply", lambda: apply(project=project))
-        self.stage(
-            device, traffic, "perplexity pruned", lambda: perplexity(project=project, model="pruned", text="embedded")
-        )
-        return Study(project, traffic)
+        shutil.copytree(self.measured(kind).root, folder, symlinks=True)
+        project = self.project(folder, kind, recipe)
+        with present(kind):
+            mask(project=project)
+            apply(project=project)
+            perplexity(project=project, model="pruned", text="embedded")
+        return project
 
     @cache  # noqa: B019
-    def asked(self, kind: str, recipe: str) -> Study:
+    def asked(self, kind: str, recipe: str) -> Project:
         """The same, then zero-shot."""
-        study = self.pruned(kind, recipe)
-        device = None if kind == "cpu" else SimulatedDevice(kind)
-        download(project=study.project, part="tasks")
-        self.stage(device, study.traffic, "zero-shot", lambda: zero_shot(project=study.project, model="pruned"))
-        return study
+        project = self.pruned(kind, recipe)
+        download(project=project, part="tasks")
+        with present(kind):
+            zero_shot(project=project, model="pruned")
+        return project
+
+
+def present(kind: str) -> contextlib.AbstractContextManager[object]:
+    """Inside, this process has the device."""
+    return contextlib.nullcontext() if kind == "cpu" else SimulatedDevice(kind).present()
 
 
 @pytest.fixture(scope="module")
@@ -151,17 +136,17 @@ def check_alike(host: Project, card: Project, *, masks: bool = True) -> None:
     ],
 )
 def test_every_stage_of_every_recipe_gives_what_the_cpu_gives(bench: Bench, kind: str, recipe: str):
-    check_alike(bench.pruned("cpu", recipe).project, bench.pruned(kind, recipe).project)
+    check_alike(bench.pruned("cpu", recipe), bench.pruned(kind, recipe))
 
 
 @pytest.mark.parametrize("recipe", ["wanda neurons", "admm neurons", "admm heads", "wanda blocks"])
 def test_a_smaller_model_is_the_one_that_the_cpu_makes(bench: Bench, recipe: str):
-    check_alike(bench.pruned("cpu", recipe).project, bench.pruned("cuda", recipe).project)
+    check_alike(bench.pruned("cpu", recipe), bench.pruned("cuda", recipe))
 
 
 def test_the_experts_that_go_are_those_that_go_on_the_cpu(tmp_path: Path, texts: dict[str, str]):
     bench = Bench(save("mixtral", tmp_path / "model"), tmp_path, texts)
-    check_alike(*(bench.pruned(kind, "wanda experts").project for kind in ("cpu", "cuda")))
+    check_alike(*(bench.pruned(kind, "wanda experts") for kind in ("cpu", "cuda")))
 
 
 @pytest.mark.parametrize(
@@ -174,8 +159,7 @@ def test_the_experts_that_go_are_those_that_go_on_the_cpu(tmp_path: Path, texts:
 )
 def test_questions_are_answered_as_on_the_cpu(bench: Bench, kind: str, recipe: str):
     details = [
-        load_json(bench.asked(where, recipe).project.details("pruned", "zero_shot"))["tasks"]["piqa"]
-        for where in ("cpu", kind)
+        load_json(bench.asked(where, recipe).details("pruned", "zero_shot"))["tasks"]["piqa"] for where in ("cpu", kind)
     ]
     host, card = ([(item["answer"], item["loglikelihoods"]) for item in one["items"]] for one in details)
     for (answer, values), (other, others) in zip(host, card, strict=True):
@@ -190,7 +174,7 @@ SHORT = ("gpt2", "mixtral")  # their weights are stored across, or are experts
 def test_every_family_gives_what_the_cpu_gives(family: str, tmp_path: Path, texts: dict[str, str]):
     """Forward and backward, masks, least squares, and the perplexity of both models."""
     bench = Bench(save(family, tmp_path / "model"), tmp_path, texts)
-    check_alike(*(bench.pruned(kind, "wanda-refit").project for kind in ("cpu", "cuda")))
+    check_alike(*(bench.pruned(kind, "wanda-refit") for kind in ("cpu", "cuda")))
 
 
 def test_hidden_states_that_a_gpu_has_no_room_for_wait_on_the_host(tmp_path: Path, bench: Bench):
@@ -199,7 +183,7 @@ def test_hidden_states_that_a_gpu_has_no_room_for_wait_on_the_host(tmp_path: Pat
         download(project=project, part=part, text=text_of(part))
     with SimulatedDevice("cuda", free=0).present():
         perplexity(project=project, model="dense", text="embedded")
-    assert figure(project, "dense") == figure(bench.measured("cuda").project, "dense")
+    assert figure(project, "dense") == figure(bench.measured("cuda"), "dense")
 
 
 # --- one module ---
@@ -261,15 +245,6 @@ def test_the_simulated_device_refuses_what_a_gpu_refuses(device: SimulatedDevice
     with pytest.raises(AssertionError, match="memory that is not pinned"):
         torch.empty(2, 3, device="cuda").copy_(host, non_blocking=True)
     assert torch.equal((card + host.sum()).cpu(), host + 6)  # one number of the host is taken
-
-
-def test_the_simulated_device_counts_what_crosses(device: SimulatedDevice):
-    card = torch.ones(2, 3).to("cuda")
-    card.to("cuda"), card.to(torch.float64), card[0, [1, 2]]
-    assert (card.cpu().tolist(), float(card.sum())) == ([[1.0] * 3] * 2, 6.0)
-    traffic = device.traffic
-    assert (traffic.to_device.total(), traffic.bytes_to_device.total()) == (2, 24 + 16)  # the indices too
-    assert (traffic.to_host.total(), traffic.bytes_to_host.total(), traffic.waits.total()) == (1, 24, 1)
 
 
 def test_gradients_and_threads_see_the_simulated_device(device: SimulatedDevice):
