@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from wanda_dvc.results.pages import SIGN
+from wanda_dvc.study.markup import SIGN
 
 COLOURS = ("#0072b2", "#d55e00", "#007a5a", "#b4568c", "#8a6d00", "#3f93c4")  # Okabe and Ito's, dark enough for text
 MARKERS, DASHES = "osD^vPX*", ("-", "--", ":", "-.")

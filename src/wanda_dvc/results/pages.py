@@ -20,11 +20,11 @@ from tabulate import tabulate
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import check_place
 from wanda_dvc.study.files import write_text
+from wanda_dvc.study.markup import SIGN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIGN = "Written by wanda-dvc report"  # in each page
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
