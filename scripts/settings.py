@@ -8,7 +8,6 @@ from tabulate import tabulate
 
 from wanda_dvc.catalog import (
     ALLOCATIONS,
-    EMBEDDED_TEXT,
     GROUPS,
     RECIPES,
     RECONSTRUCTIONS,
@@ -23,12 +22,15 @@ TARGET = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """\
 # Settings
 
-Every setting of `params.yaml`. A change reruns the stages named and those after them; `runtime` reruns nothing.
+Every setting of `params.yaml`. Only `model` and the texts have to be there; all else has the default of this page.
+A change reruns `plan`, which takes a second, the stages named and those after them.
+`dvc exp run -S ++method=ria` adds a setting that the file does not have.
 `scripts/settings.py` writes this page from the schema.
 
 """
 
 
+TEXTS = ("calibration.text.", "perplexity.texts.NAME.")
 STATISTICS = (
     ("norms", "‖X_j‖₂ of each input feature", "`magnitude`, `magnitude-rows`, `wanda`, `wanda-paper`"),
     ("gram", "also XᵀX of each distinct input", "`wanda-refit`, `sparsegpt`, `admm`"),
@@ -46,8 +48,10 @@ def page() -> str:
     defaults = read_preset(DEFAULT)
     rows = []
     for name, field in settings():
-        default = defaults.get(name.replace("NAME", EMBEDDED_TEXT), field.default)
-        rows.append([f"`{name}`", f"`{_spelled(default)}`", ", ".join(_stages(name)) or "–", _meaning(field)])
+        if not name.startswith(TEXTS[1]):  # a text's settings are described once
+            default, leaf = _spelled(defaults.get(name, field.default)), name.rpartition(".")[2]
+            shown = f"`{name}`, `{TEXTS[1]}{leaf}`" if name.startswith(TEXTS[0]) else f"`{name}`"
+            rows.append([shown, f"`{default}`", ", ".join(_stages(name)) or "–", _meaning(field)])
     recipes = [
         [f"`{row.name}`", row.about, row.method, row.group, row.allocation, row.reconstruction, row.propagation]
         for row in RECIPES.values()
@@ -65,7 +69,7 @@ def page() -> str:
             ["`pattern`", "meaning"],
             [
                 ("unstructured", "zeros anywhere in a group of weights"),
-                ("n:m", "n of every m neighbours stay, such as `2:4`; `sparsity` must be 1 − n/m, 0.5 for `2:4`"),
+                ("n:m", "n of every m neighbours stay, such as `2:4`, which sets the sparsity to 1 − n/m"),
                 *((x.name, f"removes {x.about}; `sparsity` is their share, rounded") for x in STRUCTURES.values()),
             ],
         ),
@@ -80,7 +84,7 @@ def page() -> str:
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    quoted = [[f"`{row[0].strip('`')}`", *map(_cell, row[1:])] for row in rows]
+    quoted = [[row[0] if "`" in row[0] else f"`{row[0]}`", *map(_cell, row[1:])] for row in rows]
     return tabulate(quoted, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -96,8 +100,8 @@ def _stages(name: str) -> list[str]:
     """Return the stages that read a setting."""
     found = []
     for stage in STAGES.values():
-        for part in stage.parts or [None]:
-            reads = any(name == one or name.startswith(f"{one}.") for one in stage.settings_of(part))
+        for part in stage.parts.values():
+            reads = any(name == one or name.startswith(f"{one}.") for one in part.settings)
             if reads and f"`{stage.name}`" not in found:
                 found.append(f"`{stage.name}`")
     return found

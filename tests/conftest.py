@@ -4,6 +4,7 @@ Torch and transformers are imported where they are used: xdist's own process, wh
 """
 
 import atexit
+import contextlib
 import copy
 import ctypes
 import gc
@@ -38,6 +39,8 @@ from hypothesis import settings  # noqa: E402
 from parsing import parse_once  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
 
+from wanda_dvc.catalog import STATISTICS  # noqa: E402
+from wanda_dvc.errors import UserError  # noqa: E402
 from wanda_dvc.sources import EMBEDDED  # noqa: E402
 from wanda_dvc.study.project import Project  # noqa: E402
 
@@ -161,7 +164,7 @@ def _params(changes: str) -> str:
         *sections, leaf = name.split("__")
         target = params
         for section in sections if name not in params else []:
-            target = target[section]
+            target = target.setdefault(section, {})
         target[leaf if name not in params else name] = value
     for setting in TEXTS:
         section, *names = setting.split("__")
@@ -201,6 +204,23 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return settings
 
 
+def planned(project: Project) -> Project:
+    """The project after the stage `plan`; as it is if its settings or sources are refused."""
+    from wanda_dvc.stages.plan import plan
+
+    with contextlib.suppress(UserError):
+        plan(project=project)
+    return project
+
+
+def calibrate(*, project: Project) -> None:
+    """The stage `calibrate`, of every tier."""
+    from wanda_dvc.stages import calibrate as module
+
+    for tier in STATISTICS:
+        module.calibrate(project=project, tier=tier)
+
+
 CALIBRATION = {"calibration__statistics": "gradients", "calibration__windows": 4}
 
 
@@ -209,12 +229,10 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) 
     """A project with Gram matrices and the gradients tier of a tiny model."""
     from test_stages import fetch
 
-    from wanda_dvc.stages.calibrate import calibrate
-
     root = tmp_path_factory.mktemp("calibrated")
     model = save_tiny_model(tmp_path_factory.mktemp("source") / "tiny", num_hidden_layers=2)
     write_params(root, model, **CALIBRATION, **texts)
-    calibrate(project=fetch(Project(root), "model", "calibration"))
+    calibrate(project=fetch(planned(Project(root)), "model", "calibration"))
     return root
 
 
@@ -226,7 +244,7 @@ def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Callable[.
 
     def make(**changes: Any) -> Project:
         write_params(tmp_path, source, **CALIBRATION | texts | changes)
-        return Project(tmp_path)
+        return planned(Project(tmp_path))
 
     return make
 
@@ -237,7 +255,7 @@ def project(tmp_path: Path, tiny: Path, texts: dict[str, str]) -> Callable[..., 
 
     def make(model: Path | str = tiny, **changes: Any) -> Project:
         write_params(tmp_path, model, **texts | changes)
-        return Project(tmp_path)
+        return planned(Project(tmp_path))
 
     return make
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, text_of
+from conftest import ROOT, calibrate, text_of
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.stages import STAGES, times
-from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask

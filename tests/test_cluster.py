@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import calibrate, save_tiny_model
 from inline import Inline
 from safetensors.torch import load_file, save_file
 from test_families import save
@@ -25,7 +25,6 @@ from wanda_dvc.engine.recorder import Gradients, Recorded
 from wanda_dvc.engine.walk import Runner
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity

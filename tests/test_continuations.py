@@ -95,7 +95,7 @@ def test_a_model_that_does_not_fit_in_memory_is_skipped_and_said(
         zero_shot(project=made, model="dense")
     skipped = "the model needs 0.1 GB of memory, and 0.1 GB were free"
     assert load_json(made.details("dense", "continuations"))["skipped"] == skipped
-    again = "`dvc repro --force --single-item zero-shot@dense` writes them when there is more"
+    again = "`dvc repro --force --single-item zero-shot-dense` writes them when there is more"
     assert f"zero-shot dense: no continuations: {skipped}; {again}" in capsys.readouterr().err
     assert f"No continuations by the dense model: {skipped}." in show(project=made)
     zero_shot(project=made, model="dense")

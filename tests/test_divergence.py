@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import calibrate, save_tiny_model
 from scipy import stats
 from test_stages import fetch, tree
 
@@ -22,7 +22,6 @@ from wanda_dvc.engine.rows import Row
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.inference import perplexity as perplexity_interval
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.study.files import load_json

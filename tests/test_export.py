@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from cases.grids import OF_WEIGHTS
-from conftest import TEXTS, text_of
+from conftest import TEXTS, calibrate, text_of
 from huggingface_hub import ModelCard
 
 from wanda_dvc.catalog import Method
@@ -19,7 +19,6 @@ from wanda_dvc.export.build import export
 from wanda_dvc.params import Params
 from wanda_dvc.results.card import how_to_repeat
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import write_json

@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, save_tiny_model, text_of, write_params
+from conftest import ROOT, calibrate, save_tiny_model, text_of, write_params
 from safetensors.torch import load_file
 from simulated_gpu import SimulatedDevice
 from test_families import ALL, save
 
 from wanda_dvc.catalog import RECIPES
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity

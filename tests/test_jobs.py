@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 from cases.grids import OF_WEIGHTS
-from conftest import save_tiny_model, write_params
+from conftest import calibrate, save_tiny_model, write_params
 from inline import Inline
 from test_families import save
 from test_stages import fetch, tree
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods
 from wanda_dvc.stages import inputs
-from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.project import Project
 

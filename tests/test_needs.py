@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, save_tiny_model, text_of
+from conftest import ROOT, calibrate, save_tiny_model, text_of
 from test_families import save
 from transformers import MambaConfig
 
@@ -20,7 +20,6 @@ from wanda_dvc.engine.rows import calls_bytes
 from wanda_dvc.engine.sizes import FIXED, Sizes, sizes, walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages import STAGES, needs
-from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.needs import NEEDS, SELECTION, TEXT_IN_MEMORY, Need, continuing, known, need
 from wanda_dvc.study.project import Project

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases.grids import cycled
-from conftest import ROOT, save_tiny_model, text_of, write_params
+from conftest import ROOT, calibrate, save_tiny_model, text_of, write_params
 from repository import Repository
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -22,7 +22,6 @@ from wanda_dvc.params import read_params
 from wanda_dvc.results.show import show
 from wanda_dvc.stages import run
 from wanda_dvc.stages.apply import prune
-from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.stages.perplexity import perplexity
@@ -232,7 +231,7 @@ def test_no_tasks_means_perplexity_only(project: Make):
 def test_no_tasks_run_through_dvc_show_and_report(tmp_path: Path, tiny: Path, texts: dict[str, str]):
     repository = Repository.new(tmp_path / "study", tiny, settings=texts)
     ran = repository.repro(tasks__names=[])
-    assert {"perplexity-dense@embedded", "perplexity-pruned@embedded", "zero-shot@dense", "zero-shot@pruned"} <= ran
+    assert {"perplexity-dense@embedded", "perplexity-pruned@embedded", "zero-shot-dense", "zero-shot-pruned"} <= ran
     assert load_json(repository.root / "metrics/pruned/zero_shot.json") == {}
     repository.commit()
     assert "perplexity" in repository.run("wanda-dvc", "show")

@@ -16,11 +16,12 @@ from wanda_dvc.study.markup import number
 
 pytestmark = pytest.mark.pipeline
 
-DOWNLOADS = {"download@model", "download@calibration", "download-perplexity@embedded", "download@tasks"}
+DOWNLOADS = {"download-model", "download-calibration", "download-perplexity@embedded", "download-tasks"}
 PRUNE = {"mask", "apply"}
-EVALUATE = {"perplexity-pruned@embedded", "zero-shot@pruned"}
-BASELINE = {"perplexity-dense@embedded", "zero-shot@dense"}
-ALL = {"locate"} | DOWNLOADS | {"calibrate"} | PRUNE | EVALUATE | BASELINE
+EVALUATE = {"perplexity-pruned@embedded", "zero-shot-pruned"}
+BASELINE = {"perplexity-dense@embedded", "zero-shot-dense"}
+CALIBRATE = {"calibrate-norms", "calibrate-gram", "calibrate-gradients"}
+ALL = {"plan"} | DOWNLOADS | CALIBRATE | PRUNE | EVALUATE | BASELINE
 
 
 @pytest.fixture(scope="module")
@@ -63,40 +64,40 @@ def test_running_again_on_equal_inputs_changes_nothing_in_git(repository: Reposi
     assert re.search(r"^\| perplexity-pruned@embedded +\| +[\d.]+ ", shown, flags=re.MULTILINE)
 
 
-def test_runtime_reruns_nothing(repository: Repository, tmp_path: Path):
+def test_runtime_reruns_the_plan_alone(repository: Repository, tmp_path: Path):
     changes = {"device": "cpu", "mirror": str(tmp_path)}
-    assert repository.repro(**{f"runtime__{name}": value for name, value in changes.items()}) == set()
+    assert repository.repro(**{f"runtime__{name}": value for name, value in changes.items()}) == {"plan"}
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"method": "magnitude"}, PRUNE | EVALUATE),
-        ({"calibration__windows": 4}, {"calibrate"} | PRUNE | EVALUATE),
-        ({"calibration__text__join": "\n"}, {"download@calibration", "calibrate"} | PRUNE | EVALUATE),
+        ({"calibration__windows": 4}, CALIBRATE | PRUNE | EVALUATE),
+        ({"calibration__text__join": "\n"}, {"download-calibration"} | CALIBRATE | PRUNE | EVALUATE),
         ({"perplexity__length": 32}, {"perplexity-dense@embedded", "perplexity-pruned@embedded"}),
-        ({"zero_shot__limit": 3}, {"zero-shot@dense", "zero-shot@pruned"}),
+        ({"zero_shot__limit": 3}, {"zero-shot-dense", "zero-shot-pruned"}),
         (
             {"tasks__names": ["piqa"]},
-            {"download@tasks", "zero-shot@dense", "zero-shot@pruned"},
+            {"download-tasks", "zero-shot-dense", "zero-shot-pruned"},
         ),
-        ({"dtype": "bfloat16"}, {"calibrate"} | PRUNE | EVALUATE | BASELINE),
+        ({"dtype": "bfloat16"}, CALIBRATE | PRUNE | EVALUATE | BASELINE),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_change_reruns_what_depends_on_it(repository: Repository, changes: dict[str, object], expected: set[str]):
-    assert repository.repro(**changes) == expected
+    assert repository.repro(**changes) == {"plan"} | expected
 
 
 @pytest.mark.full  # the test of the fisher tier, which comes with Gram matrices, asks for most of this
 def test_gram_matrices_cost_a_pass_and_no_evaluation_and_solved_weights_are_not_cached(repository: Repository):
     """Norms, masks and Wanda's results stay; then another reconstruction adds its masks to the cache, and no model."""
     norms, masks = (contents(repository.root / name) for name in ("stats/norms", "masks"))
-    assert repository.repro(calibration__statistics="gram") == {"calibrate"} | PRUNE
+    assert repository.repro(calibration__statistics="gram") == {"plan", "calibrate-gram"} | PRUNE
     assert (contents(repository.root / "stats/norms"), contents(repository.root / "masks")) == (norms, masks)
     before = repository.cached()
     settings = {"calibration__statistics": "gram", "reconstruction": "least-squares"}
-    assert repository.repro(**settings) == PRUNE | EVALUATE
+    assert repository.repro(**settings) == {"plan"} | PRUNE | EVALUATE
     weights = (repository.model / "model.safetensors").stat().st_size
     assert repository.cached() - before < weights / 20  # metrics and details; the masks are Wanda's
     assert contents(repository.root / "masks") == masks
@@ -107,47 +108,65 @@ def test_gram_matrices_cost_a_pass_and_no_evaluation_and_solved_weights_are_not_
 
 def test_the_fisher_tier_costs_a_pass_and_no_evaluation_and_solved_weights_are_not_cached(repository: Repository):
     norms, masks = (contents(repository.root / name) for name in ("stats/norms", "masks"))
-    assert repository.repro(calibration__statistics="gradients") == {"calibrate", "mask", "apply"}
+    assert (
+        repository.repro(calibration__statistics="gradients")
+        == {"plan", "calibrate-gram", "calibrate-gradients"} | PRUNE
+    )
     assert (contents(repository.root / "stats/norms"), contents(repository.root / "masks")) == (norms, masks)
     before = repository.cached()
-    assert repository.repro(calibration__statistics="gradients", reconstruction="output-weighted") == PRUNE | EVALUATE
+    settings = {"calibration__statistics": "gradients", "reconstruction": "output-weighted"}
+    assert repository.repro(**settings) == {"plan"} | PRUNE | EVALUATE
     weights = (repository.model / "model.safetensors").stat().st_size
     assert repository.cached() - before < weights / 20  # metrics and details; the masks are Wanda's
     assert contents(repository.root / "masks") == masks
     shown = repository.run("wanda-dvc", "show")
     assert "reconstruction output-weighted" in shown
     assert "layer error, mean" in shown
-    assert repository.repro(calibration__statistics="gradients", recipe="fisher") == PRUNE | EVALUATE
+    assert repository.repro(recipe="fisher") == {"plan"} | PRUNE | EVALUATE
     assert contents(repository.root / "masks") != masks
+
+
+def test_a_recipe_alone_measures_what_it_reads_once(repository: Repository):
+    """To `fisher` and back to `wanda`, in the workspace, elsewhere and in the queue."""
+    norms = contents(repository.root / "stats/norms")
+    changed = {"plan", "calibrate-gram", "calibrate-gradients"} | PRUNE | EVALUATE
+    assert ran(repository.run("dvc", "exp", "run", "-S", "recipe=fisher")) == changed
+    assert contents(repository.root / "stats/norms") == norms
+    assert ran(repository.run("dvc", "exp", "run", "-S", "recipe=wanda")) == {"plan", "apply"}
+    assert ran(repository.run("dvc", "exp", "run", "--temp", "-S", "recipe=fisher")) == {"plan", "apply"}
+    sweep = ("-S", "recipe=wanda,admm,fisher", "-S", "sparsity=0.5,0.6")
+    repository.run("dvc", "exp", "run", "--queue", *sweep)
+    said = repository.run("dvc", "exp", "run", "--run-all", "--jobs", "1")
+    assert "calibrate" not in " ".join(re.findall(r"Running stage '([^']+)'", said))
 
 
 def test_another_model_reruns_all_but_the_texts_and_tasks(repository: Repository, tmp_path: Path):
     repository.model = save_tiny_model(tmp_path / "other", seed=5)
-    assert repository.repro(sparsity=0.5) == ALL - DOWNLOADS | {"download@model"}
+    assert repository.repro(sparsity=0.5) == ALL - DOWNLOADS | {"download-model"}
 
 
 def test_another_text_runs_its_own_stages_alone(repository: Repository, tmp_path: Path):
     (tmp_path / "more.txt").write_text("".join(f"The {number}th line. " for number in range(200)))
     setting = f"+perplexity.texts.more.source={tmp_path}/more.txt"
     own = {"download-perplexity@more", "perplexity-dense@more", "perplexity-pruned@more"}
-    assert ran(repository.run("dvc", "exp", "run", "--name", "two", "-S", setting)) == {"locate"} | own
+    assert ran(repository.run("dvc", "exp", "run", "--name", "two", "-S", setting)) == {"plan"} | own
     shown, listed = (repository.run("wanda-dvc", *words) for words in (("show",), ("list",)))
     assert re.search(r"perplexity, more +\| \d", shown)
     assert "The calibration text has another source." in shown
     assert "perplexity, more" in listed.replace("  ", " ")
-    assert repository.repro(sparsity=0.5) == {"locate"}  # the text is gone
+    assert repository.repro(sparsity=0.5) == {"plan"}  # the text is gone
     assert {path.name for path in (repository.root / "sources/perplexity").iterdir()} == {"embedded"}
 
 
 def test_coming_back_to_a_sparsity_runs_apply_alone_and_caches_no_model(repository: Repository):
     first = json.loads((repository.root / "metrics/pruned/perplexity/embedded.json").read_text())
     before = repository.cached()
-    assert repository.repro(sparsity=0.7) == PRUNE | EVALUATE
+    assert repository.repro(sparsity=0.7) == {"plan"} | PRUNE | EVALUATE
     added = repository.cached() - before
     weights = (repository.model / "model.safetensors").stat().st_size
     masks = sum(path.stat().st_size for path in (repository.root / "masks").iterdir())
     assert masks < added < masks + 100_000 < weights / 2  # masks, metrics and details
-    assert repository.repro(sparsity=0.5) == {"apply"}
+    assert repository.repro(sparsity=0.5) == {"plan", "apply"}
     assert json.loads((repository.root / "metrics/pruned/perplexity/embedded.json").read_text()) == first
     assert repository.repro() == set()
 
@@ -163,20 +182,22 @@ def test_a_clone_without_the_cache_calibrates_once_for_a_queue_of_two(start: Rep
     clone.run("dvc", "exp", "run", "--run-all")
     first, second = (ran(clone.run("dvc", "queue", "logs", name)) for name in names)
     assert first == ALL
-    assert second == {"locate"} | PRUNE | EVALUATE
+    assert second == {"plan"} | PRUNE | EVALUATE
 
 
 def test_a_stage_of_another_version_is_refused(repository: Repository):
     text = (repository.root / "dvc.yaml").read_text(encoding="utf-8")
-    (repository.root / "dvc.yaml").write_text(text.replace("wanda-dvc mask --version ", "wanda-dvc mask --version 9"))
-    assert "this wanda-dvc computes version" in repository.run("dvc", "repro", check=False)
+    (repository.root / "dvc.yaml").write_text(
+        text.replace("wanda-dvc mask --stage-version ", "wanda-dvc mask --stage-version 9")
+    )
+    assert "the study is of another wanda-dvc" in repository.run("dvc", "repro", check=False)
 
 
 def test_experiments(repository: Repository):
     """One in the workspace, two in the queue; compared, shown, applied."""
     assert (
         ran(repository.run("dvc", "exp", "run", "--name", "two-of-four", "--set-param", "pattern=2:4"))
-        == PRUNE | EVALUATE
+        == {"plan"} | PRUNE | EVALUATE
     )
     assert "pattern: 2:4" in (repository.root / "params.yaml").read_text()
     difference = repository.run("dvc", "metrics", "diff")
@@ -187,7 +208,7 @@ def test_experiments(repository: Repository):
 
     before = repository.cached()
     repository.run(
-        "dvc", "exp", "run", "--queue", "--set-param", "pattern=4:8", "--set-param", "method=magnitude,wanda"
+        "dvc", "exp", "run", "--queue", "--set-param", "pattern=4:8", "--set-param", "recipe=magnitude,wanda"
     )
     repository.run("dvc", "queue", "start")
     repository.run("dvc", "exp", "run", "--run-all")  # returns when the queue's worker has nothing left to do
@@ -200,7 +221,7 @@ def test_experiments(repository: Repository):
     names = {}
     for name, data in revisions:
         params = data["params"]["params.yaml"]["data"]
-        names[params["pattern"], params["method"] or params["recipe"]] = name
+        names[params["pattern"], params["recipe"]] = name
         assert data["metrics"]["metrics/pruned/sparsity.json"]["data"] == {"sparsity": 0.5}
     assert names.keys() >= {("2:4", "wanda"), ("4:8", "wanda"), ("4:8", "magnitude")}
 
@@ -208,7 +229,7 @@ def test_experiments(repository: Repository):
     shown_here = repository.run("wanda-dvc", "show")
     assert "magnitude, sparsity 0.5, pattern 4:8" in shown_here
     assert "models/pruned belongs to another experiment than masks/" in shown_here
-    assert repository.repro() == {"apply"}
+    assert repository.repro() == {"plan", "apply"}
     assert "another experiment" not in repository.run("wanda-dvc", "show")
 
 

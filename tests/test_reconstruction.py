@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import OF_WEIGHTS, cycled, named, pairs, thinned
-from conftest import ROOT
+from conftest import ROOT, calibrate
 from ruamel.yaml import YAML
 from test_families import save
 from test_stages import tree
@@ -30,7 +30,6 @@ from wanda_dvc.plan import TRAINING
 from wanda_dvc.pruning import solvers
 from wanda_dvc.results.show import show
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import load_json, write_json

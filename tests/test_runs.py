@@ -1,6 +1,5 @@
 """Results belong to the settings that ran, by dvc.lock, and not to what params.yaml has been changed to since."""
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,44 +9,35 @@ from wanda_dvc.catalog import RECIPES
 from wanda_dvc.errors import UserError
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.runs import Runs
-from wanda_dvc.study.settings import flatten
+from wanda_dvc.study.runs import Runs, md5
+from wanda_dvc.study.settings import flatten, nested
 
 
-def stage(out: str, dep: str | None = None, **asked: object) -> dict[str, Any]:
+def stage(out: str, *deps: str, **asked: object) -> dict[str, Any]:
     """A stage of a dvc.lock; a path's hash is the path."""
-    deps = [{"path": dep, "md5": dep}] if dep else []
-    return {"deps": deps, "params": {"params.yaml": asked}, "outs": [{"path": out, "md5": out}]}
+    read = [{"path": dep, "md5": dep} for dep in deps]
+    return {"deps": read, "params": {"params.yaml": asked}, "outs": [{"path": out, "md5": out}]}
 
 
 def runs(project: Project) -> Runs:
     """The runs of a study in which the masks were made with its settings."""
-    return Runs({"mask": stage("masks", "stats", **project.params.model_dump(mode="json"))})
+    plan = stage("plan", **project.params.model_dump(mode="json"))
+    masks = stage("masks", "stats/norms", "plan/mask.json")
+    masks["deps"][1]["md5"] = md5(project.root / "plan/mask.json")
+    calibrate = stage("stats/norms", "plan/calibrate/norms.json")
+    calibrate["deps"][0]["md5"] = md5(project.root / "plan/calibrate/norms.json")
+    return Runs({"plan": plan, "mask": masks, "apply": stage("models/pruned", "masks"), "calibrate-norms": calibrate})
 
 
-def test_what_ran_on_other_inputs_is_stale_and_so_is_what_follows():
-    stages = {
-        "perplexity": stage("metrics/pruned/perplexity/embedded.json", "models/pruned"),
-        "apply": stage("models/pruned", "masks"),
-        "mask": stage("masks", "stats/norms", sparsity=0.5),
-        "calibrate": stage("stats", dtype="float32"),
-    }
-    stages["calibrate"]["outs"] = [{"path": "stats/norms", "md5": "stats/norms"}]
-    assert Runs(stages).stale == []
-    assert Runs(stages).stale_for({"sparsity": 0.5, "dtype": "float32"}) == []
-    assert Runs(stages).stale_for({"sparsity": 0.7, "dtype": "float32"}) == ["perplexity", "apply", "mask"]
-    anew = stage("masks", "stats/norms")
-    anew["outs"][0]["md5"] = "other"
-    assert Runs(stages | {"mask": anew}).stale == ["perplexity", "apply"]
-
-
-def test_a_section_counts_as_a_whole_and_its_nulls_do_not():
-    """`-S +perplexity.texts.ptb.source=ptb` writes no nulls into params.yaml and dvc.lock."""
-    text: dict[str, Any] = {"perplexity.texts.ptb": {"source": "ptb", "split": None}}
-    one = Runs({"download-perplexity@ptb": stage("data/perplexity/ptb", **text)})
-    assert one.stale_for({"perplexity.texts.ptb.source": "ptb"}) == []
-    for other in ({"source": "c4"}, {"source": "ptb", "split": "test"}):
-        assert one.stale_for(dict(flatten({"perplexity": {"texts": {"ptb": other}}}))) == ["download-perplexity@ptb"]
+def test_what_ran_on_another_plan_or_other_inputs_is_stale_and_so_is_what_follows(project: Callable[..., Project]):
+    ran = runs(project(sparsity=0.5))
+    assert ran.stale == []
+    assert ran.stale_for(dict(flatten(project(sparsity=0.5).params.model_dump(mode="json")))) == []
+    other = dict(flatten(project(sparsity=0.7).params.model_dump(mode="json")))
+    assert ran.stale_for(other) == ["mask", "apply"]
+    assert Runs(ran.stages | {"plan": stage("plan", **nested(other))}).stale == ["mask", "apply"]  # `mask` has failed
+    anew = ran.stages["calibrate-norms"] | {"outs": [{"path": "stats/norms", "md5": "other"}]}
+    assert Runs(ran.stages | {"calibrate-norms": anew}).stale == ["mask", "apply"]
 
 
 @pytest.mark.parametrize("other", RECIPES)
@@ -56,11 +46,9 @@ def test_the_settings_are_those_that_ran(project: Callable[..., Project], other:
     ran = runs(before)
     edited = project(sparsity=0.5, calibration__seed=5, calibration__statistics="gradients")
     assert ran.params(edited.params) == before.params
-    unmet = {"sparsity": 0.5, "calibration.seed": 5, "dtype": "float32"}
+    unmet = {"sparsity": 0.5, "calibration.seed": 5, "dtype": "auto"}
     assert ran.unmet(edited.params).items() >= unmet.items()
     assert ran.unmet(before.params) == {}
-    stale = Runs(ran.stages | {"calibrate": {"outs": [{"path": "stats", "md5": "new"}]}})
-    assert stale.params(edited.params) == edited.params
 
 
 def test_files_of_another_run_are_named(project: Callable[..., Project]):
@@ -69,10 +57,10 @@ def test_files_of_another_run_are_named(project: Callable[..., Project]):
     names = [path.relative_to(study.root).as_posix() for path in paths]
     for path in paths:
         write_json(path, {"a": 1})
-    md5 = hashlib.md5(paths[0].read_bytes(), usedforsecurity=False).hexdigest()
+    own = md5(paths[0])
     stages: dict[str, Any] = {"apply": stage("models/pruned"), "zero-shot": stage(names[1], "models/pruned")}
-    stages["apply"]["outs"].append({"path": names[0], "md5": md5})
-    stages["zero-shot"]["outs"][0]["md5"] = md5
+    stages["apply"]["outs"].append({"path": names[0], "md5": own})
+    stages["zero-shot"]["outs"][0]["md5"] = own
     stages["perplexity"] = stage(names[2])
     assert Runs(stages).others(study.root) == {names[2]}
     stages["zero-shot"]["deps"][0]["md5"] = "older"

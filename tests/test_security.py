@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ROOT, save_tiny_model, text_of
+from conftest import ROOT, calibrate, save_tiny_model, text_of
 from repository import Repository
 
 from wanda_dvc.catalog import Package
@@ -27,7 +27,6 @@ from wanda_dvc.sources import models
 from wanda_dvc.sources.models import _gguf, find_model, read_model
 from wanda_dvc.stages import run
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.dvc import Revision

@@ -8,26 +8,21 @@ from pathlib import Path
 
 import pytest
 from command_line import process, wanda_dvc
-from conftest import ROOT, write_params
+from conftest import ROOT, script, write_params
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from wanda_dvc.catalog import check_pattern
 from wanda_dvc.cli import app
 from wanda_dvc.errors import SettingError, UserError, in_params
-from wanda_dvc.params import settings
-from wanda_dvc.stages import STAGES, Stage
+from wanda_dvc.params import check_params, settings
+from wanda_dvc.stages import STAGES
+from wanda_dvc.study.plans import planned
 from wanda_dvc.study.project import Project
-
-
-def row_of(name: str) -> Stage:
-    """The row of a stage of dvc.yaml, such as perplexity-dense."""
-    return STAGES[name if name in STAGES else name.rpartition("-")[0]]
+from wanda_dvc.study.settings import DEFAULT, nested, read_preset
 
 
 def test_docs_dvc_yaml_modules_and_commands_name_the_same_stages_in_the_same_order():
-    dvc = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    assert list(dict.fromkeys(row_of(name).name for name in dvc)) == list(STAGES)
     table = re.findall(
         r"^\| `([a-z-]+)`", (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8"), flags=re.MULTILINE
     )
@@ -35,43 +30,52 @@ def test_docs_dvc_yaml_modules_and_commands_name_the_same_stages_in_the_same_ord
     modules = {path.stem.replace("_", "-") for path in (ROOT / "src/wanda_dvc/stages").glob("*.py")}
     assert modules - {"--init--", "continuations", "inputs", "needs", "running"} == set(STAGES)
     commands = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
-    assert commands[: len(STAGES)] == list(STAGES)
+    assert commands[-len(STAGES) :] == list(STAGES)
 
 
-def test_dvc_yaml_asks_for_the_versions_that_the_code_computes():
-    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    for name, stage in stages.items():
-        command = stage.get("do", stage)["cmd"]
-        assert command.startswith(f"wanda-dvc {row_of(name).name}")
-        assert command.endswith(f"--version {row_of(name).version}")
+def test_dvc_yaml_follows_from_the_table_of_stages():
+    """`python scripts/pipeline.py` writes it, here and for a new study."""
+    pipeline = script("pipeline")
+    for path in pipeline.TARGETS:
+        assert path.read_text(encoding="utf-8") == pipeline.pipeline()
 
 
-@pytest.mark.parametrize("name", list(STAGES))
-def test_dvc_yaml_runs_a_stage_for_its_parts_on_its_settings(name: str):
-    """A setting that is missing there would leave a stale result; one too many would rerun for nothing."""
-    row, parts = STAGES[name], set[str]()
-    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    for entry, content in ((entry, content) for entry, content in stages.items() if row_of(entry) is row):
-        params = content.get("do", content).get("params", [])
-        instances = content.get("foreach", {None: {}})
-        if isinstance(instances, str):  # an instance for each text
-            part = entry.removeprefix(f"{name}-")
-            assert instances == "${perplexity.texts}"
-            assert part in row.by_text
-            instances, params = {part: {}}, [param.replace("${key}", "NAME") for param in params]
-        for part, words in instances.items():
-            filled = [words["params"] if param == "${item.params}" else param for param in params]
-            assert sorted(filled) == sorted(row.settings_of(part))
-        parts |= {part for part in instances if part}
-    assert parts == set(row.parts)
+def test_a_stage_reads_what_an_earlier_one_writes():
+    written = {"prompts.txt"}
+    for row in STAGES.values():
+        for part in row.parts.values():
+            for path in part.deps:
+                assert any(path == out or path.startswith(f"{out}/") for out in written), path
+            written |= {*part.outs, *part.uncached, *part.metrics}
 
 
-def test_every_setting_outside_runtime_belongs_to_a_stage():
-    read = {name for row in STAGES.values() for part in row.parts or [None] for name in row.settings_of(part)}
-    for name, _ in settings():
-        belongs = any(name == one or name.startswith(f"{one}.") for one in read)
-        assert belongs != name.startswith("runtime.")
-    assert not any(one.startswith("runtime") for one in read)
+@pytest.mark.parametrize("name", [name for name, _ in settings() if not name.startswith("runtime.")])
+def test_a_setting_reruns_the_stages_that_the_page_of_settings_names(name: str):
+    """Each stage depends on its file in plan/, which changes with these settings alone."""
+    texts = {"calibration.text.source": "org/prose", "perplexity.texts.embedded.source": "org/verse"}
+    content = read_preset(DEFAULT) | texts | {"recipe": "admm", "allocation": "owl"}
+    changed = content | {name.replace("NAME", "embedded"): OTHERS[name]}
+    changed |= {"allocation": None} if name == "pattern" else {}
+    one, two = (planned(check_params(nested(dict(content)))) for content in (content, changed))
+    files = {f"plan/{file}.json" for file in one if one[file] != two[file]}
+    for row in STAGES.values():
+        for part in row.parts.values():
+            if any(dep.replace("{text}", "embedded") in files for dep in part.deps):
+                assert any(name == x or name.startswith(f"{x}.") for x in part.settings), (row.name, name)
+    assert files
+
+
+OTHERS = {
+    "model": "org/other", "dtype": "bfloat16", "calibration.text.source": "wikitext2",
+    "calibration.text.split": "test", "calibration.text.column": "body", "calibration.text.join": "-",
+    "calibration.windows": 7, "calibration.length": 7, "calibration.seed": 7, "calibration.statistics": "gradients",
+    "recipe": "fisher", "sparsity": 0.7, "pattern": "2:4", "method": "ria", "group": "linear",
+    "allocation": "uniform",
+    "allocation_strength": 0.01, "reconstruction": "none", "propagation": "pruned",
+    "perplexity.texts.NAME.source": "ptb", "perplexity.texts.NAME.split": "train",
+    "perplexity.texts.NAME.column": "body", "perplexity.texts.NAME.join": "-", "perplexity.length": 7,
+    "perplexity.windows": 7, "tasks.source": "benchmark", "tasks.names": ["piqa"], "zero_shot.limit": 7,
+}  # fmt: skip
 
 
 # Torch is imported once; each command runs in a fork, and an end that is not at once shows in what it prints.
@@ -105,28 +109,32 @@ def test_a_process_that_holds_torch_ends_as_one_without(tmp_path: Path):
 
 def test_help_shows_the_panels_in_order():
     shown = CliRunner().invoke(app, ["--help"]).output
-    panels = [shown.index(panel) for panel in ("Stages, in the order of the pipeline", "Results", "Studies")]
+    panels = [shown.index(panel) for panel in ("Results", "Studies", "Stages, in the order of the pipeline")]
     assert panels == sorted(panels)
-    assert all(command in shown[panels[-1] :] for command in ("init", "export", "doctor"))
+    assert all(command in shown[panels[1] :] for command in ("init", "export", "doctor"))
 
 
 @pytest.mark.parametrize(
     ("words", "changes", "message"),
     [
-        (["mask"], {"sparsity": 1.5}, "params.yaml: sparsity: got 1.5, expected < 1"),
-        (["mask"], {"pattern": "4:2"}, "params.yaml: pattern: got 4:2, expected n:m with n < m"),
+        (["mask"], {"sparsity": 1.5}, "params.yaml: sparsity: found 1.5, expected less than 1"),
+        (
+            ["mask"],
+            {"pattern": "4:2"},
+            "params.yaml: pattern: found '4:2', expected unstructured, neurons, heads",
+        ),
         (["mask"], {"sparsety": 1}, "params.yaml: sparsety: no such setting; did you mean sparsity?"),
         (
-            ["mask", "--version", "99"],
+            ["mask", "--stage-version", "99"],
             {},
             f"dvc.yaml: mask: version 99, expected {STAGES['mask'].version}",
         ),
-        (["mask"], {}, "models/dense/provenance.json: missing; run `dvc repro` or `wanda-dvc download model` first"),
+        (["mask"], {}, "plan/download/model.json: missing; run `dvc repro` or `wanda-dvc plan` first"),
         # DVC refuses it too, in words of its own, before any stage runs.
-        (["show"], {"tasks__names": "piqa"}, "params.yaml: tasks.names: got piqa, expected a list, such as [piqa]"),
+        (["show"], {"tasks__names": "piqa"}, "params.yaml: tasks.names: found 'piqa', expected a valid list"),
         (["stats"], {}, "stats/norms/provenance.json: missing; run `dvc repro` or `wanda-dvc calibrate` first"),
-        (["perplexity", "thin"], {}, "got thin, expected dense, pruned"),
-        (["download", "weights"], {}, "got weights, expected model, calibration, perplexity, tasks"),
+        (["perplexity", "thin"], {}, "found thin, expected dense, pruned"),
+        (["download", "weights"], {}, "found weights, expected model, calibration, perplexity, tasks"),
     ],
 )
 def test_a_users_mistake_is_a_line_and_exit_2(
@@ -159,7 +167,6 @@ def test_git_ignores_every_out_that_dvc_keeps():
     content = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     outs = [out for stage in content.values() for out in stage.get("do", stage).get("outs", [])]
     paths = [path for out in outs for path in (out if isinstance(out, dict) else [out])]
-    paths += [item["out"] for item in content["download"]["foreach"].values()]
     named = {re.sub(r"\$\{.*?\}", "x", path) for path in paths} - {"x"}
     assert len(named) > 15
     lines = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()

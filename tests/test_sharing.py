@@ -20,8 +20,8 @@ from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PIPELINE
 
-PRUNE = {"locate", "mask", "apply", "perplexity-pruned@embedded", "zero-shot@pruned"}
-DOWNLOADS = {"download@model", "download@calibration", "download-perplexity@embedded", "download@tasks"}
+PRUNE = {"locate", "mask", "apply", "perplexity-pruned@embedded", "zero-shot-pruned"}
+DOWNLOADS = {"download-model", "download-calibration", "download-perplexity@embedded", "download-tasks"}
 
 
 def with_outs(root: Path, options: str) -> Project:
@@ -104,13 +104,13 @@ def queued(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     for name in ("study", "checkout"):
         Repo.init(str(tmp_path / name), no_scm=True).close()
     with Repo(str(study)) as repo:
-        (out,) = repo.stage.load_one(str(study / PIPELINE), "download@model").outs
+        (out,) = repo.stage.load_one(str(study / PIPELINE), "download-model").outs
         made = {
             "cmd": "wanda-dvc download model --version 1",
             "params": {"params.yaml": {"model": "org/name@main"}},
             "outs": [{"path": "models/dense", "hash": "md5", "md5": out.get_hash().value}],
         }
-    (study / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"download@model": made}}))
+    (study / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"download-model": made}}))
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "study"))
     return Project(checkout)
 

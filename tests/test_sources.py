@@ -17,14 +17,12 @@ import huggingface_hub
 import pytest
 import torch
 from cases.grids import cycled
-from conftest import save_tiny_model, text_of
+from conftest import calibrate, save_tiny_model, text_of
 from transformers import BertConfig, T5Config
 
 from wanda_dvc.engine.windows import draw_from_documents, load_tokenizer, tokenize
 from wanda_dvc.errors import UserError
-from wanda_dvc.stages import PARTS
-from wanda_dvc.stages.calibrate import calibrate
-from wanda_dvc.stages.download import SOURCES, download
+from wanda_dvc.stages.download import download
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.study.project import Project
 
@@ -128,10 +126,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 def provenance(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-
-
-def test_every_part_has_a_source():
-    assert tuple(SOURCES) == PARTS
 
 
 # --- models ---

@@ -16,7 +16,7 @@ import oracle
 import pytest
 import torch
 from cases.grids import OF_WEIGHTS, pairs, thinned
-from conftest import save_tiny_model, shared, text_of
+from conftest import calibrate, save_tiny_model, shared, text_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,7 +34,6 @@ from wanda_dvc.results.show import show
 from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.stages import PARTS, STAGES, running, times
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.inputs import calibration_windows, open_decoder
 from wanda_dvc.stages.mask import mask

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import grids
-from conftest import save_tiny_model, write_params
+from conftest import calibrate, save_tiny_model, write_params
 from test_families import ALL, MIXTURES, WAYS, save
 from test_stages import fetch
 from torch.overrides import TorchFunctionMode
@@ -40,7 +40,6 @@ from wanda_dvc.pruning.units import (
     summed,
 )
 from wanda_dvc.stages.apply import apply
-from wanda_dvc.stages.calibrate import calibrate
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import load_json

@@ -1,4 +1,4 @@
-"""The command line. No ideas in it: each command checks its words and calls a plain function."""
+"""The command line: thin commands that validate arguments and call a function."""
 
 import gc
 import os
@@ -11,7 +11,6 @@ import typer
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError, explain, fixable, notice
-from wanda_dvc.machine import cores
 from wanda_dvc.stages import STAGES, Stage
 from wanda_dvc.views import completion
 
@@ -28,7 +27,7 @@ STAGE_PANEL, RESULT_PANEL, STUDY_PANEL = "Stages, in the order of the pipeline",
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Text = Annotated[
-    str | None, typer.Argument(metavar="TEXT", help="For perplexity: one of `perplexity.texts`; by default all.")
+    str, typer.Argument(metavar="[TEXT]", help="One of `perplexity.texts`; by default all.", show_default=False)
 ]
 Experiments = Annotated[
     list[str] | None,
@@ -36,9 +35,7 @@ Experiments = Annotated[
         metavar="[NAME]...", help="Experiments, branches, tags or commits.", autocompletion=completion.experiments
     ),
 ]
-Version = Annotated[
-    int | None, typer.Option("--version", help="For dvc.yaml: fail if this wanda-dvc has another version of the stage.")
-]
+Version = Annotated[int | None, typer.Option("--stage-version", hidden=True)]  # for dvc.yaml
 
 
 def _show_version(wanted: bool) -> None:
@@ -65,36 +62,32 @@ def main(
     os.environ["WANDA_DVC_DEBUG"] = "1" if debug else ""
 
 
-def _run(name: str, version: int | None, part: str | None = None, text: str | None = None) -> None:
-    """Run one stage, timed; offline except for download; without progress bars except on a terminal."""
+def _run(name: str, version: int | None, part: str = "", text: str = "") -> None:
+    """Run one stage, or those of its parts and texts that are named; offline except for download."""
     from wanda_dvc.stages import check_version
     from wanda_dvc.stages import run as run_stage
+    from wanda_dvc.stages.needs import announce
     from wanda_dvc.stages.running import stoppable, timed, watch_dvc
     from wanda_dvc.study.project import Project
 
     stage = STAGES[name]
-    if stage.parts and part not in stage.parts:
-        raise UserError(f"{stage.part_is}: got {part}, expected {', '.join(stage.parts)}")
+    if part and part not in stage.parts:
+        raise UserError(f"{stage.part_is}: found {part}, expected {', '.join(stage.parts)}")
     check_version(name, version)
     project = Project.find()
     known = list(project.params.perplexity.texts)  # all that is wrong in params.yaml is said before anything starts
-    if text is not None and (part not in stage.by_text or text not in known):
-        expected = ", ".join(known) if part in stage.by_text else f"none: {part} is no text"
-        raise UserError(f"text: got {text}, expected {expected}")
+    by_text = bool(part) and stage.parts[part].by_text
+    if text and (not by_text or text not in known):
+        raise UserError(f"text: found {text}, expected {', '.join(known) if by_text else f'none: {part} is no text'}")
     watch_dvc()
-    for one in [text] if text or part not in stage.by_text else known:
-        label = stage.run_name(part, one)
+    for label, one, named in stage.runs(known):
+        if part not in ("", one) or text not in ("", named):
+            continue
         _prepare(label, network=stage.network)
         with stoppable(label):
-            if stage.computes:
-                import torch
-
-                from wanda_dvc.stages.needs import announce
-
-                torch.set_num_threads(cores())
-                announce(project=project, stage=name, part=part, text=one)
-            with timed(project, stage, part, one):
-                run_stage(name, project=project, part=part, text=one)
+            announce(project=project, stage=name, part=one, text=named)
+            with timed(project, stage, one, named):
+                run_stage(name, project=project, part=one, text=named)
 
 
 def _prepare(label: str, *, network: bool = False) -> None:
@@ -115,20 +108,21 @@ def _command(stage: Stage) -> Callable[..., None]:
     part = Annotated[
         str,
         typer.Argument(
-            metavar=stage.part_is.upper() or None,
-            help=" or ".join(stage.parts),
+            metavar=f"[{stage.part_is.upper()}]",
+            help=f"{' or '.join(stage.parts)}; by default all.",
+            show_default=False,
             autocompletion=lambda: list(stage.parts),
         ),
     ]
 
-    if stage.by_text:
+    if any(row.by_text for row in stage.parts.values()):
 
-        def command(part: part, text: Text = None, version: Version = None) -> None:
+        def command(part: part = "", text: Text = "", version: Version = None) -> None:
             _run(stage.name, version, part, text)
 
-    elif stage.parts:
+    elif stage.part_is:
 
-        def command(part: part, version: Version = None) -> None:  # type: ignore[misc]
+        def command(part: part = "", version: Version = None) -> None:  # type: ignore[misc]
             _run(stage.name, version, part)
 
     else:
@@ -138,10 +132,6 @@ def _command(stage: Stage) -> Callable[..., None]:
 
     command.__doc__ = stage.about
     return command
-
-
-for _stage in STAGES.values():
-    app.command(_stage.name, rich_help_panel=STAGE_PANEL)(_command(_stage))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -218,12 +208,9 @@ def evaluate(
     project = Project.find()
     project.params  # noqa: B018 - all problems of params.yaml are reported before anything starts
     _prepare("evaluate")
-    import torch
-
     from wanda_dvc.results.evaluate import evaluate as measure
     from wanda_dvc.stages.running import stoppable
 
-    torch.set_num_threads(cores())
     with stoppable("evaluate"):
         found = measure(project=project, paths=paths, as_json=as_json)
     typer.echo(found)
@@ -285,6 +272,10 @@ def doctor(as_json: AsJson = False) -> None:
     typer.echo(table)
     if not well:
         raise typer.Exit(2)
+
+
+for _stage in STAGES.values():  # last in --help
+    app.command(_stage.name, rich_help_panel=STAGE_PANEL)(_command(_stage))
 
 
 def _check_directory() -> None:

@@ -22,6 +22,7 @@ from wanda_dvc.catalog import (
     Reconstruction,
     Structure,
     methods,
+    parse_pattern,
 )
 
 UNSTRUCTURED = "unstructured"
@@ -73,7 +74,7 @@ class Plan:
 
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> "Plan":
-        """Return the plan that is `described` in the provenance of masks; its method need not be installed."""
+        """Return the plan that is `described`, stored or in a provenance; its method need not be installed."""
         name = described["method"]
         return cls(
             method=methods().get(name) or replace(methods()["wanda"], name=name),
@@ -83,7 +84,7 @@ class Plan:
             reconstruction=RECONSTRUCTIONS[described["reconstruction"]],
             propagation=described["propagation"],
             pattern=described["pattern"],
-            share=Fraction(str(described["sparsity"])),
+            share=share_of(described["pattern"], described["sparsity"]),
         )
 
     @property
@@ -207,29 +208,68 @@ class Plan:
         elif self.weights_come_from == "gram":
             yield f"reconstruction {self.reconstruction.name}", "gram"
 
+    def conflicts(self) -> Iterator[str]:
+        """Yield choices that exclude one another, or have no effect, as *setting: found, expected*."""
+        method, structure, pattern = self.method, self.structure, self.pattern
+        own = structure is not None and bool(structure.method)  # experts and blocks have scores of their own
+        if method.competition == "rows" and (pattern, self.group) != (UNSTRUCTURED, "row"):
+            yield (
+                f"method: found {method.name} with pattern {pattern} and group {self.group}, expected unstructured and "
+                "row: each row's scores decide how many of its weights go"
+            )
+        if method.competition in STRUCTURES and method.competition != pattern:
+            yield f"method: found {method.name} with pattern {pattern}, expected pattern {method.competition}"
+        if method.competition == "solver" and structure and (own or not method.units):
+            yield f"method: found {method.name} with pattern {pattern}, expected a method that scores {structure.name}"
+        if self.allocation.name != "uniform" and pattern != UNSTRUCTURED:
+            yield (
+                f"allocation: found {self.allocation.name} with pattern {pattern}, expected uniform: every block has "
+                "the same sparsity"
+            )
+        if own and self.solves:
+            yield f"reconstruction: found {self.reconstruction.name} with pattern {pattern}, expected none"
+        if own and self.propagation != "dense":
+            yield f"propagation: found {self.propagation} with pattern {pattern}, expected dense"
+        if self.propagation == "corrected" and not self.solves:
+            yield (
+                "propagation: found corrected with reconstruction none, expected a reconstruction; set "
+                "reconstruction=least-squares"
+            )
+        if self.trains and self.propagation == "dense":
+            yield (
+                f"reconstruction: found {self.reconstruction.name} with propagation dense, expected propagation "
+                "corrected or pruned, for outputs of pruned blocks; set propagation=corrected"
+            )
+
+
+def share_of(pattern: str, sparsity: float) -> Fraction:
+    """Return the share of pruned weights or units as an exact fraction.
+
+    A pattern n:m has its own: 1 − n/m. Else it is the exact decimal: 0.29 of 100 weights is 29, where floating point
+    gives 28.
+    """
+    n_of_m = parse_pattern(pattern)
+    return 1 - Fraction(*n_of_m) if n_of_m else Fraction(str(sparsity))
+
 
 def fill(recipe: str, given: Mapping[str, str | None], pattern: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return every choice by name, with missing choices from the recipe; and the excluded choices.
+    """Return every choice by name: those given, then the recipe's; and the choices that the pattern excludes.
 
-    A pattern has its own groups and shares, so it excludes the recipe's group and allocation, and any group. Units do
-    not compete by row or linear, but outputs may count by their gradients: group `outputs` stays. Experts have a score
-    of their own, and the weights that stay do not change.
+    A pattern has its own groups and shares. Units do not compete by row or linear, but outputs may count by their
+    gradients: group `outputs` stays. Experts and blocks have scores of their own, and the weights that stay do not
+    change.
     """
-    row = RECIPES[recipe]
-    filled: dict[str, str] = {name: getattr(row, name) for name in CHOICES}
-    left_out: list[str] = []
-    structure = STRUCTURES.get(pattern)
-    by_outputs = structure is not None and not structure.method  # outputs may count by their gradients
+    row, structure = RECIPES[recipe], STRUCTURES.get(pattern)
+    chosen: dict[str, str] = {name: getattr(row, name) for name in CHOICES}
     if pattern != UNSTRUCTURED:
-        weighs = by_outputs and GROUPS[filled["group"]].needs == "gradients"
-        plain = {"group": filled["group"] if weighs else "row", "allocation": "uniform"}
-        if structure and structure.method:
-            scores = {"method": structure.method} if methods()[row.method].needs_inputs() else {}
-            plain |= {"reconstruction": "none", "propagation": "dense"} | scores
-        left_out = [f"{name} {filled[name]}" for name in plain if not given[name] and filled[name] != plain[name]]
-        filled |= plain
-    filled |= {name: value for name, value in given.items() if value is not None}
-    if pattern != UNSTRUCTURED and not (by_outputs and GROUPS[filled["group"]].needs == "gradients"):
-        left_out += [f"group {group}"] if (group := given["group"]) and group != "row" else []
-        filled["group"] = "row"
-    return filled, tuple(left_out)
+        chosen["allocation"] = "uniform"
+    if structure and structure.method:
+        chosen |= {"reconstruction": "none", "propagation": "dense"}
+        if methods()[row.method].needs_inputs():
+            chosen["method"] = structure.method
+    chosen |= {name: value for name, value in given.items() if value is not None}
+    weighs = structure and not structure.method and GROUPS[chosen["group"]].needs == "gradients"
+    if pattern != UNSTRUCTURED and not weighs:
+        chosen["group"] = "row"
+    wanted = {name: given[name] or getattr(row, name) for name in CHOICES}
+    return chosen, tuple(f"{name} {wanted[name]}" for name in CHOICES if wanted[name] != chosen[name])

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from wanda_dvc.catalog import STRUCTURES
+from wanda_dvc.catalog import STRUCTURES, Dtype
 from wanda_dvc.errors import SettingError, UserError
 from wanda_dvc.reading import name_of, read_object
 
@@ -16,6 +16,7 @@ SIZES = (
     "n_head", "n_heads", "num_heads", "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
     "n_positions", "max_seq_len",
 )  # fmt: skip
+DTYPES = get_args(Dtype)  # in which a model may run
 TODO = "correct it, or copy the file again"
 
 
@@ -55,6 +56,19 @@ def text_key(config: Any) -> str | None:
     """Return the key of a configuration's text part; None if all of it describes the text model."""
     text = config.get_text_config()
     return None if text is config else next(key for key in config.to_dict() if getattr(config, key, None) is text)
+
+
+def dtype_of(model: Path, wanted: str) -> str:
+    """Return the dtype in which a model runs: the wanted one, or for `auto` that of its checkpoint."""
+    if wanted != "auto":
+        return wanted
+    stored = read_object(model / "config.json")
+    for config in (stored, stored.get("text_config")):
+        for name in ("dtype", "torch_dtype"):
+            found = str(config.get(name)).removeprefix("torch.") if isinstance(config, dict) else ""
+            if found in DTYPES:
+                return found
+    return DTYPES[0]
 
 
 def positions_of(config: Any) -> int | None:

@@ -1,15 +1,17 @@
-"""The table of stages, in the order of the pipeline: one row, one module, one command and one DVC name each.
+"""The table of stages, in the order of the pipeline: one row, one module and one command each.
 
-A row's module holds the stage's function; `needs` says what each stage needs. The command line, `doctor`, `show`, the
-report and the tests of `dvc.yaml` loop over this table.
+A row has all that `dvc.yaml` says of the stage; `pipeline` writes `dvc.yaml` from the rows. The command line, the views
+and the ignore files loop over this table too.
 """
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from wanda_dvc.catalog import STATISTICS
 from wanda_dvc.errors import UserError, in_params
+from wanda_dvc.study.plans import check_plan
 
 if TYPE_CHECKING:
     from wanda_dvc.study.files import Json
@@ -19,22 +21,30 @@ MODELS = ("dense", "pruned")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """One run of a stage in `dvc.yaml`: what it reads and writes, below a study; `{text}` is a text's name."""
+
+    settings: tuple[str, ...] = ()  # the settings that decide its results, by dotted name
+    deps: tuple[str, ...] = ()
+    outs: tuple[str, ...] = ()  # cached
+    uncached: tuple[str, ...] = ()  # not stored: links, and what follows from cached outputs
+    metrics: tuple[str, ...] = ()  # committed
+    plots: Mapping[str, Mapping[str, str]] | None = None  # cached, drawn by `dvc plots`, with their options
+    by_text: bool = False  # one run for each text of the perplexity
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of the pipeline."""
+    """One stage of the pipeline: one part, named "", or several."""
 
     name: str
     # A change of results raises the version, here and in dvc.yaml, and DVC reruns the stage and later stages. No other
     # code change causes a rerun.
     version: int
     about: str
-    settings: tuple[str, ...] = ()  # the settings that the stage reads, by dotted name: `params:` in dvc.yaml
-    parts: Mapping[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # the parts of the stage, and the settings that only one part reads
-    part_is: str = ""  # the name of that argument
-    by_text: tuple[str, ...] = ()  # the parts that run once for each text of the perplexity
+    parts: Mapping[str, Part]
+    part_is: str = ""  # the name of the argument
     network: bool = False
-    computes: bool = True  # imports torch, which takes seconds
 
     @property
     def function(self) -> Callable[..., None]:
@@ -43,30 +53,67 @@ class Stage:
         function: Callable[..., None] = getattr(importlib.import_module(f"wanda_dvc.stages.{name}"), name)
         return function
 
-    def settings_of(self, part: str | None) -> tuple[str, ...]:
-        """Return the settings read by one run of the stage."""
-        return self.settings + (self.parts[part] if part else ())
-
-    def runs(self, texts: Iterable[str]) -> Iterator[tuple[str, str | None, str | None]]:
-        """Yield the name, part and text of each run, such as `perplexity-dense@ptb`."""
-        for part in self.parts or [None]:
-            for text in texts if part in self.by_text else [None]:
-                yield self.run_name(part, text), part, text
-
-    def run_name(self, part: str | None = None, text: str | None = None) -> str:
-        """Return the name of one run."""
+    def run_name(self, part: str = "", text: str = "") -> str:
+        """Return the name of one run, here and in dvc.yaml, such as `perplexity-dense@ptb`."""
         return self.name + (f"-{part}" if part else "") + (f"@{text}" if text else "")
 
+    def runs(self, texts: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+        """Yield the name, part and text of each run."""
+        for part, row in self.parts.items():
+            for text in texts if row.by_text else [""]:
+                yield self.run_name(part, text), part, text
 
+
+def _perplexity(model: str, deps: tuple[str, ...] = (), **words: Any) -> Part:
+    details = f"metrics/details/{model}/perplexity/{{text}}.json"
+    reference = () if model == "pruned" else ("reference/{text}",)
+    return Part(
+        settings=("perplexity.length", "perplexity.windows", "dtype"),
+        deps=("plan/perplexity.json", f"models/{model}", "data/perplexity/{text}", *deps),
+        outs=(details, *reference),
+        metrics=(f"metrics/{model}/perplexity/{{text}}.json",),
+        by_text=True,
+        **words,
+    )
+
+
+def _zero_shot(model: str, reads: str) -> Part:
+    return Part(
+        settings=("tasks", "zero_shot.limit", "dtype"),
+        deps=("plan/zero-shot.json", f"models/{model}", "data/tasks", "prompts.txt", reads),
+        outs=(
+            f"metrics/details/{model}/zero_shot.json",
+            f"metrics/details/{model}/continuations.json",
+            f"metrics/plots/{model}/zero_shot.csv",
+        ),
+        metrics=(f"metrics/{model}/zero_shot.json",),
+    )
+
+
+def _calibrate(tier: str, *outs: str) -> Part:
+    return Part(
+        settings=("calibration", "dtype", *(("recipe", *CHOICES) if tier != "norms" else ())),
+        deps=(f"plan/calibrate/{tier}.json", "models/dense", "data/calibration"),
+        outs=(f"stats/{tier}", *outs),
+    )
+
+
+CHOICES = ("pattern", "method", "group", "allocation", "reconstruction", "propagation")
+STATS = tuple(f"stats/{tier}" for tier in STATISTICS)
 STAGES = {
     stage.name: stage
     for stage in (
         Stage(
-            name="locate",
-            version=2,
-            about="Link local models and texts into sources/, so that DVC notices changes.",
-            settings=("model", "calibration.text.source", "perplexity.texts", "tasks.source"),
-            computes=False,
+            name="plan",
+            version=1,
+            about="Check the settings, and write what each stage has to know of them: plan/, sources/.",
+            parts={
+                "": Part(
+                    outs=("plan",),
+                    # Links to local sources, or notes: DVC hashes what they lead to.
+                    uncached=("sources/model", "sources/calibration", "sources/perplexity", "sources/tasks"),
+                )
+            },
         ),
         Stage(
             name="download",
@@ -74,67 +121,106 @@ STAGES = {
             about="Fetch the model, a text, or the tasks. Only this stage touches a network.",
             part_is="part",
             parts={
-                "model": ("model",),
-                "calibration": ("calibration.text",),
-                "perplexity": ("perplexity.texts.NAME",),
-                "tasks": ("tasks",),
+                part: Part(
+                    settings=(setting,),
+                    deps=(f"plan/download/{name}.json", f"sources/{name}"),
+                    outs=(out,),
+                    by_text=part == "perplexity",
+                )
+                for part, name, setting, out in (
+                    ("model", "model", "model", "models/dense"),
+                    ("calibration", "calibration", "calibration.text", "data/calibration"),
+                    ("perplexity", "perplexity/{text}", "perplexity.texts.NAME", "data/perplexity/{text}"),
+                    ("tasks", "tasks", "tasks", "data/tasks"),
+                )
             },
-            by_text=("perplexity",),
             network=True,
-            computes=False,
         ),
         Stage(
             name="calibrate",
             version=11,
             about="Measure the dense model's activations once: stats/.",
-            settings=(
-                "calibration.windows",
-                "calibration.length",
-                "calibration.seed",
-                "calibration.statistics",
-                "dtype",
-            ),
+            part_is="tier",
+            parts={
+                "norms": _calibrate("norms", "metrics/plots/norms.csv"),
+                "gram": _calibrate("gram"),
+                "gradients": _calibrate("gradients"),
+            },
         ),
         Stage(
             name="mask",
             version=11,
             about="Choose the weights to keep: masks/.",
-            settings=(
-                "recipe",
-                "sparsity",
-                "pattern",
-                "method",
-                "group",
-                "allocation",
-                "allocation_strength",
-                "reconstruction",
-                "propagation",
-            ),
+            parts={
+                "": Part(
+                    settings=("recipe", "sparsity", *CHOICES, "allocation_strength"),
+                    # The text is for propagation: pruned, corrected.
+                    deps=("plan/mask.json", "models/dense", *STATS, "data/calibration"),
+                    outs=("masks", "weights"),  # weights has no blocks, but with a reconstruction and propagation
+                )
+            },
         ),
         Stage(
             name="apply",
             version=9,
             about="Write the pruned model: models/pruned.",
+            parts={
+                "": Part(
+                    deps=("models/dense", "masks", "stats/gram", "stats/gradients", "weights"),
+                    outs=(
+                        "metrics/details/pruned/sparsity.json",
+                        "metrics/details/pruned/layer_error.json",
+                        "metrics/plots/sparsity.csv",
+                        "metrics/plots/layer_error.csv",
+                    ),
+                    uncached=("models/pruned",),  # it follows from what is cached
+                    metrics=("metrics/pruned/sparsity.json",),
+                )
+            },
         ),
         Stage(
             name="perplexity",
             version=5,
             about="Measure a model's perplexity on a text, and its divergence from the dense model.",
-            settings=("perplexity.length", "perplexity.windows", "dtype"),
             part_is="model",
-            parts=dict.fromkeys(MODELS, ()),
-            by_text=MODELS,
+            # The dense model's run keeps its predictions; the pruned model is compared with them.
+            parts={
+                "dense": _perplexity("dense"),
+                "pruned": _perplexity(
+                    "pruned",
+                    deps=("reference/{text}",),
+                    plots={
+                        "metrics/plots/perplexity/{text}.csv": {
+                            "title": "Perplexity on {text}, ± one standard error over windows",
+                            "template": "perplexity",
+                            "x": "window",
+                            "y": "pruned",
+                        },
+                        "metrics/plots/divergence/{text}.csv": {
+                            "title": "Divergence from the dense model on {text} by window: mean KL(dense ‖ pruned), "
+                            "nats",
+                            "x": "window",
+                            "y": "divergence",
+                        },
+                    },
+                ),
+            },
         ),
         Stage(
             name="zero-shot",
             version=10,
             about="Measure a model's accuracy on the zero-shot tasks, and continue prompts.",
-            settings=("tasks.names", "zero_shot.limit", "dtype"),
             part_is="model",
-            parts=dict.fromkeys(MODELS, ()),
+            # The pruned model's answers are compared with the dense model's.
+            parts={
+                "dense": _zero_shot("dense", "models/dense/provenance.json"),
+                "pruned": _zero_shot("pruned", "metrics/details/dense/zero_shot.json"),
+            },
         ),
     )
 }
+
+
 PARTS = tuple(STAGES["download"].parts)
 
 
@@ -148,16 +234,20 @@ def check_version(stage: str, asked: int | None) -> None:
         )
 
 
-def run(stage: str, *, project: "Project", part: str | None = None, text: str | None = None) -> None:
-    """Run one stage on a project; a part that runs once for each text, on one of them or on all."""
+def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> None:
+    """Run one stage on a project; without a part or a text where it has some, on all of them.
+
+    UserError if the plan is not what params.yaml says: a stage that is run by hand must not give a wrong figure.
+    """
     row = STAGES[stage]
-    words = {row.part_is: part} if part else {}
-    with in_params():
-        if part in row.by_text:
-            for one in [text] if text else project.params.perplexity.texts:
-                row.function(project=project, **words, text=one)
-        else:
-            row.function(project=project, **words)
+    if stage != "plan":
+        check_plan(project.root, project.params)
+    for _, one, name in row.runs(project.params.perplexity.texts):
+        if part in ("", one) and text in ("", name):
+            words = {row.part_is: one} if one else {}
+            words |= {"text": name} if name else {}
+            with in_params():
+                row.function(project=project, **words)
 
 
 def times(study: "Project") -> "dict[str, Json]":

@@ -1,25 +1,18 @@
 """Measure the dense model's activations once: the norm tier of each distinct input.
 
-Optional: the Gram tier, and the gradients tier (the gradients by each linear's outputs).
+The plan may ask for the Gram tier too, and for the gradients by each linear's outputs.
 """
 
 from wanda_dvc.errors import notice
-from wanda_dvc.params import Calibration
-from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE
+from wanda_dvc.plan import GRAM_DTYPE, TOKENS_A_FEATURE, WINDOWS_BACK
 from wanda_dvc.pruning.statistics import summary
+from wanda_dvc.reading import is_there
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import (
-    calibrated_with,
-    calibration_windows,
-    check_fits,
-    check_ready,
-    runner,
-)
-from wanda_dvc.stages.needs import back_windows
+from wanda_dvc.stages.inputs import calibrated_with, calibration_windows, check_fits, check_ready, runner
 from wanda_dvc.stages.running import progress, say_unreached
-from wanda_dvc.study.files import write_csv
-from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import describe, read_provenance
+from wanda_dvc.study.files import Json, write_csv
+from wanda_dvc.study.project import Project, Work
+from wanda_dvc.study.provenance import PROVENANCE, describe, read_provenance
 from wanda_dvc.study.tensors import (
     block_count,
     finished_blocks,
@@ -31,65 +24,113 @@ from wanda_dvc.study.tensors import (
 )
 
 
-def calibrate(*, project: Project) -> None:
-    """models/dense + data/calibration → stats/norms, stats/gram, stats/gradients.
+def calibrate(*, project: Project, tier: str) -> None:
+    """models/dense + data/calibration → stats/norms, stats/gram or stats/gradients.
 
-    A tier that is not selected has no blocks.
+    A tier that nothing reads has no blocks. The tiers are stages of their own, so that each is measured once, whichever
+    recipe comes first.
     """
-    model = check_ready(project, "dense", project.params.calibration.length, "calibration.length")
+    measured = _is_measured(project, tier)
+    if measured:
+        check_ready(project, "dense", project.planned("calibrate/norms")["length"], "calibration.length")
+    made_from = _described(project, tier)
+    with project.work(made_from) as work:
+        if measured and not is_there(work.out / PROVENANCE):  # else measured with the norms
+            if tier == "gradients":
+                _backward(project, work)
+            else:
+                _forward(project, tier, work)
+        seal(work.out, made_from)
+        work.publish(project.root / "stats" / tier)
+    if tier == "norms":
+        _write_norms(project)
+
+
+def _is_measured(project: Project, tier: str) -> bool:
+    measured: bool = project.planned(f"calibrate/{tier}")["measured"]
+    return measured
+
+
+def _described(project: Project, tier: str) -> Json:
+    """Return the provenance of a tier."""
+    model = read_provenance(project.model("dense"), "download model")
     text = read_provenance(project.data("calibration"), "download calibration")
-    norms_from = describe(
+    params = calibrated_with(project)
+    described = describe(
         "calibrate",
         version=STAGES["calibrate"].version,
         libraries=("torch", "transformers"),
         model={"source": model["source"], "sha256": model["sha256"]},
         text={"source": text["source"], "sha256": text["sha256"]},
-        params=calibrated_with(project.params),
+        params=params,
     )
-    statistics, windows_back = project.params.calibration.statistics, back_windows(project.params.calibration)
-    keeps_grams = statistics != "norms"
-    with (
-        project.work(norms_from | {"statistics": statistics}) as work,
-        runner(project, "dense", work) as run,
-    ):
-        norms, gram, gradients = work.part("norms"), work.part("gram"), work.part("gradients")
+    if tier == "norms":
+        return described
+    described["dtype"] = GRAM_DTYPE if _is_measured(project, tier) else "none"
+    if tier == "gradients":
+        described["windows"] = min(WINDOWS_BACK, params["windows"]) if _is_measured(project, tier) else 0
+    return described
+
+
+def _forward(project: Project, tier: str, work: Work) -> None:
+    """Run all windows through all blocks, and write the norms or the Gram matrices of each distinct input.
+
+    If the plan asks for both, one pass measures both; the Gram matrices wait in their own unfinished work.
+    """
+    if tier == "gram":
+        _pass(project, None, work)
+    elif _is_measured(project, "gram"):
+        made_from = _described(project, "gram")
+        with project.work(made_from) as other:
+            _pass(project, work, other)
+            seal(other.out, made_from)
+    else:
+        _pass(project, work, None)
+
+
+def _pass(project: Project, norms: Work | None, gram: Work | None) -> None:
+    """Run all windows through all blocks. A killed run resumes after the blocks that all works have."""
+    works = [work for work in (norms, gram) if work]
+    with runner(project, "dense", works[0]) as run:
         features = run.decoder.inputs()
         check_fits(project, features)
-        if keeps_grams:
-            _check_tokens(project.params.calibration, max(features.values()))
-        windows, blocks = calibration_windows(project), range(len(run.decoder.blocks))
-        finished = min(map(finished_blocks, [norms, gram] if keeps_grams else [norms]))
-        for step in progress(run.walk(windows, kept=finished), total=len(blocks), what="calibrate, blocks"):
-            measured, grams, _ = step.record(gram=keeps_grams)
-            write_stats(norms, step.index, measured)
-            if keeps_grams:
-                write_grams(gram, step.index, measured, grams)
-        say_unreached("calibrate", {block: read_stats(norms, block).unreached() for block in blocks})
-        finished = finished_blocks(gradients, reversed(blocks))
-        if windows_back and finished < len(blocks):
-            from wanda_dvc.engine.fisher import backward  # imports transformers, which takes seconds
-
-            back = backward(run, windows[:windows_back], gram=True, kept=finished)
-            for block, came in progress(back, total=len(blocks), what="calibrate, blocks back"):
-                write_fisher(gradients, block, came.sums, came.grams)
-                came.grams.clear()  # before the next block's arrive; other frames hold them too
-        seal(norms, norms_from)
-        seal(gram, norms_from | {"dtype": GRAM_DTYPE if keeps_grams else "none"})
-        seal(
-            gradients,
-            norms_from | {"dtype": GRAM_DTYPE if windows_back else "none", "windows": windows_back},
-        )
-        work.publish(project.stats.parent)
-    _write_norms(project)
+        windows, blocks = calibration_windows(project), len(run.decoder.blocks)
+        if gram:
+            _check_tokens(windows.numel(), max(features.values()))
+        kept = min(finished_blocks(work.out) for work in works)
+        unreached = {}
+        for step in progress(run.walk(windows, kept=kept), total=blocks, what="calibrate, blocks"):
+            measured, grams, _ = step.record(gram=gram is not None)
+            unreached[step.index] = measured.unreached()
+            if norms:
+                write_stats(norms.out, step.index, measured)
+            if gram:
+                write_grams(gram.out, step.index, measured, grams)
+    if norms:
+        say_unreached("calibrate", unreached)  # of the blocks measured by this run
 
 
-def _check_tokens(calibration: Calibration, features: int) -> None:
+def _backward(project: Project, work: Work) -> None:
+    """Run some windows forward and back, and write the gradients by the outputs of each linear, last block first."""
+    from wanda_dvc.engine.fisher import backward  # imports transformers, which takes seconds
+
+    with runner(project, "dense", work) as run:
+        check_fits(project, run.decoder.inputs())
+        blocks = len(run.decoder.blocks)
+        kept = finished_blocks(work.out, reversed(range(blocks)))
+        back = backward(run, calibration_windows(project)[:WINDOWS_BACK], gram=True, kept=kept)
+        for block, came in progress(back, total=blocks, what="calibrate, blocks back"):
+            write_fisher(work.out, block, came.sums, came.grams)
+            came.grams.clear()  # before the next block's arrive; other frames hold them too
+
+
+def _check_tokens(tokens: int, features: int) -> None:
     """Report too few calibration tokens for solvers, by the widest input of the model."""
-    if (tokens := calibration.windows * calibration.length) < TOKENS_A_FEATURE * features:
+    if tokens < TOKENS_A_FEATURE * features:
         notice(
-            f"calibrate: {calibration.windows} windows of {calibration.length} make {tokens:,} tokens, expected "
-            f"{TOKENS_A_FEATURE * features:,} or more for solvers, {TOKENS_A_FEATURE} for each of {features:,} input "
-            "features; raise calibration.length or calibration.windows"
+            f"calibrate: {tokens:,} tokens, expected {TOKENS_A_FEATURE * features:,} or more for solvers, "
+            f"{TOKENS_A_FEATURE} for each of {features:,} input features; raise calibration.length or "
+            "calibration.windows"
         )
 
 

@@ -1,9 +1,7 @@
 """Fetch the model, the texts and the tasks. The only stage that may touch a network."""
 
-from collections.abc import Callable
-
 from wanda_dvc.errors import notice
-from wanda_dvc.params import Params
+from wanda_dvc.params import ChosenText, Tasks
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.models import find_model
 from wanda_dvc.sources.tasks import find_tasks
@@ -13,19 +11,6 @@ from wanda_dvc.study.local import take_from_the_study
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import describe
 
-# The source of each part, by the settings and the text's name, "" for other parts.
-SOURCES: dict[str, Callable[[Params, str], Source]] = {
-    "model": lambda params, _: find_model(params.model),
-    # Documents stay separate, because calibration draws windows within documents, as the Wanda authors do.
-    "calibration": lambda params, _: find_text(
-        "calibration.text", params.calibration.text.chosen, params.runtime.mirror, as_documents=True
-    ),
-    "perplexity": lambda params, text: find_text(
-        f"perplexity.texts.{text}", params.perplexity.texts[text].chosen, params.runtime.mirror
-    ),
-    "tasks": lambda params, _: find_tasks(params.tasks, params.runtime.mirror),
-}
-
 
 def download(*, project: Project, part: str, text: str = "") -> None:
     """Sources → models/dense, data/calibration, data/perplexity/NAME or data/tasks."""
@@ -33,7 +18,7 @@ def download(*, project: Project, part: str, text: str = "") -> None:
     target = project.model("dense") if part == "model" else project.data(named)
     if take_from_the_study(project, named, target):
         return
-    source = SOURCES[part](project.params, text)
+    source = _source(project, part, text)
     if source.gated:
         names = ", ".join(source.gated)
         notice(
@@ -42,3 +27,16 @@ def download(*, project: Project, part: str, text: str = "") -> None:
     with project.work(describe(f"download {part}", version=STAGES["download"].version, **source.key)) as work:
         source.write(work.fresh(), work.path)
         work.publish(target)
+
+
+def _source(project: Project, part: str, text: str) -> Source:
+    """Find the source of a part."""
+    mirror, planned = project.params.runtime.mirror, project.planned(f"download/{part}" + (f"/{text}" if text else ""))
+    if part == "model":
+        return find_model(planned["source"])
+    if part == "tasks":
+        return find_tasks(Tasks(**planned), mirror)
+    if part == "calibration":
+        # Documents stay separate, because calibration draws windows within documents, as the Wanda authors do.
+        return find_text("calibration.text", ChosenText(**planned), mirror, as_documents=True)
+    return find_text(f"perplexity.texts.{text}", ChosenText(**planned), mirror)

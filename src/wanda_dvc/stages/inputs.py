@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from wanda_dvc.catalog import check_pattern
 from wanda_dvc.errors import FIX, UserError, notice
-from wanda_dvc.params import Params, Runtime
+from wanda_dvc.params import Runtime
 from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.reading import check_file
 from wanda_dvc.stages.running import check_device, device_name, ending, own_device, record_details
@@ -49,15 +49,17 @@ def check_text(project: Project, expected: Json, found: str, todo: str) -> None:
         )
 
 
-def calibrated_with(params: Params) -> Json:
+def model_dtype(project: Project) -> str:
+    """Return the dtype in which a study's models run, by name."""
+    from wanda_dvc.engine.config import dtype_of
+
+    return dtype_of(project.model("dense"), project.planned("calibrate/norms")["dtype"])
+
+
+def calibrated_with(project: Project) -> Json:
     """Return the settings that determine the calibration windows and the run."""
-    calibration = params.calibration
-    return {
-        "windows": calibration.windows,
-        "length": calibration.length,
-        "seed": calibration.seed,
-        "dtype": params.dtype,
-    }
+    planned = project.planned("calibrate/norms")
+    return {name: planned[name] for name in ("windows", "length", "seed")} | {"dtype": model_dtype(project)}
 
 
 class Statistics(NamedTuple):
@@ -71,8 +73,7 @@ class Statistics(NamedTuple):
 def statistics(project: Project) -> Statistics:
     """Return the current statistics. UserError if they are another model's, or measured with other settings."""
     stats = stats_provenance(project, model_provenance(project, "dense"))
-    # All of params.yaml counts, not only this stage's settings: the check only finds that stats/ is stale.
-    expected = calibrated_with(Project(project.root).params)
+    expected = calibrated_with(project)
     if stats["params"] != expected:
         raise UserError(
             f"stats/: measured with {stats['params']}, expected {expected} as params.yaml has it; "
@@ -130,12 +131,10 @@ def tier_provenance(project: Project, folder: Path) -> Json:
     """Return the provenance of stats/gram or stats/gradients. UserError if empty, or of another run than norms."""
     tier, norms = read_provenance(folder, "calibrate"), read_provenance(project.stats, "calibrate")
     blocks = block_count(folder, "calibrate")
-    wanted = Project(project.root).params.calibration.statistics  # for the message: no stage depends on it
-    also = "" if wanted in (folder.name, "gradients") else f" with calibration.statistics={folder.name}"
     if not blocks or any(tier[name] != norms[name] for name in ("model", "text", "params")):
         raise UserError(
             f"stats/{folder.name}: found {blocks} blocks of {tier['model']['source']}, expected those of the run that "
-            f"measured stats/norms; run `dvc repro` or `wanda-dvc calibrate`{also}"
+            f"measured stats/norms; run `dvc repro`, or `wanda-dvc calibrate`"
         )
     if tier.get("dtype") != GRAM_DTYPE:
         raise UserError(
@@ -145,8 +144,8 @@ def tier_provenance(project: Project, folder: Path) -> Json:
 
 
 def check_fits(project: Project, features: dict[str, int]) -> None:
-    """Raise UserError if params.yaml's pattern does not fit the model; every stage calls this before its work."""
-    check_pattern(Project(project.root).params.pattern, features)
+    """Raise UserError if the pattern does not fit the model's linears."""
+    check_pattern(project.plan.pattern, features)
 
 
 def calibration_windows(project: Project, measured_with: Json | None = None) -> "Int[Tensor, 'windows length']":
@@ -156,7 +155,7 @@ def calibration_windows(project: Project, measured_with: Json | None = None) -> 
     """
     from wanda_dvc.engine.windows import draw, draw_from_documents, load_tokenizer, tokenize
 
-    wanted = measured_with or calibrated_with(project.params)
+    wanted = measured_with or calibrated_with(project)
     words = {"samples": wanted["windows"], "length": wanted["length"], "seed": wanted["seed"]}
     tokenizer = load_tokenizer(project.model("dense"))
     with project.documents("calibration") as documents:
@@ -222,7 +221,7 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
     from wanda_dvc.engine.attention import has_units
     from wanda_dvc.engine.decoder import Decoder
 
-    dtype = dtype or project.params.dtype
+    dtype = dtype or model_dtype(project)
     where = torch.device(device) if device else own_device(project.params.runtime)
     if where.type == "cpu" and device is None and not has_units(getattr(torch, dtype)):
         notice(

@@ -75,14 +75,9 @@ def mask(*, project: Project) -> None:
     calibration inputs, and do not follow from the statistics of the dense model.
     """
     keep_freed_memory()
-    plan, device = project.params.plan, solving_device(project.params.runtime)  # refused before any file is read
+    plan, device = project.plan, solving_device(project.params.runtime)  # refused before any file is read
     stats = statistics(project)
     check_fits(project, stats.features)
-    if plan.left_out:
-        notice(
-            f"mask: pattern {plan.pattern} has choices of its own: {', '.join(plan.left_out)} ignored (recipe "
-            f"{project.params.recipe})"
-        )
     checkpoint, blocks = Checkpoint(project.model("dense")), range(stats.blocks)
     removal = removal_of(checkpoint, plan.structure, plan.share)
     if removal:
@@ -149,7 +144,7 @@ def _finished(
 
 def _describe(project: Project, stats: Statistics, shares: Sequence[Share], removal: "Removal | None") -> Json:
     """Return the provenance of masks and weights."""
-    plan = project.params.plan
+    plan = project.plan
     return describe(
         "mask",
         version=STAGES["mask"].version,
@@ -291,7 +286,7 @@ def from_statistics(project: Project, parts: Parts, blocks: Iterable[int]) -> It
 
     Scores are computed in this process: each weight is read once, and networks are slower than disks.
     """
-    plan = project.params.plan
+    plan = project.plan
     every = [parts(block, informed(project, plan, block), project.gram) for block in blocks]
     opened: AbstractContextManager[Executor] = nullcontext(Here(solving_device(project.params.runtime)))
     if plan.solves_by_input:
@@ -310,7 +305,7 @@ def walked(
     The caller changes the block at its step: the paper's procedure. Text, windows and dtype are those of stats/: masks
     depend on stats/, and on no setting of calibration.
     """
-    plan, measured_with = project.params.plan, stats.provenance["params"]
+    plan, measured_with = project.plan, stats.provenance["params"]
     check_text(project, stats.provenance["text"], "stats/: measured on", "`dvc repro` or `wanda-dvc calibrate`")
     check_ready(project, "dense")
     windows = calibration_windows(project, measured_with)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from wanda_dvc.engine.config import dtype_of
 from wanda_dvc.engine.rows import shards
 from wanda_dvc.engine.sizes import FIXED, WIDTH, Linears, Sizes, Walk, sizes, walk
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
-from wanda_dvc.params import Calibration, Params
+from wanda_dvc.params import Params
 from wanda_dvc.plan import GRAM_DTYPE, WINDOWS_BACK
 from wanda_dvc.pruning.choose import WEIGHTS_AT_A_TIME
 from wanda_dvc.pruning.gram import PANEL
@@ -81,13 +82,15 @@ class Known:
 
 def known(project: Project, part: str | None = None, text: str | None = None) -> Known:
     """Return what is known of a study: its settings, its model's configuration, the size of its texts."""
-    params = project.params
+    params, model = project.params, project.model("pruned" if part == "pruned" else "dense")
+    if (model / "config.json").is_file():
+        params = params.model_copy(update={"dtype": dtype_of(model, params.dtype)})
     names = ["calibration", *(f"perplexity/{name}" for name in params.perplexity.texts)]
     files = {name: project.data(name) / TEXT for name in names}
     files |= {f"tasks/{name}": project.data("tasks") / name / ITEMS for name in params.tasks.names}
     return Known(
         params=params,
-        model=project.model(part or "dense"),
+        model=model,
         device=device_name(params.runtime).partition(":")[0],
         files={name: path.stat().st_size for name, path in files.items() if path.is_file()},
         part=part,
@@ -103,15 +106,11 @@ def need(project: Project, stage: str, part: str | None = None, text: str | None
     return NEEDS[stage](replace(on, measured=_measured(project) if stage in ("mask", "apply") else None))
 
 
-def back_windows(calibration: Calibration) -> int:
-    """Return the number of windows in the backward pass."""
-    return min(WINDOWS_BACK, calibration.windows) if calibration.statistics == "gradients" else 0
-
-
 def _calibrate(on: Known) -> Need:
     """All windows through all blocks; with the gradients tier, some of them also backwards."""
     calibration, model = on.params.calibration, on.sizes
-    length, windows, gram = calibration.length, back_windows(calibration), calibration.statistics != "norms"
+    length, gram = calibration.length, on.params.tier != "norms"
+    windows = min(WINDOWS_BACK, calibration.windows) if on.params.tier == "gradients" else 0
     held = on.walk(length)
     memory = held.activations + held.norms + gram * held.grams + TEXT_IN_MEMORY * on.files.get("calibration", 0)
     waiting = 2 * on.states(calibration.windows * length)  # two files that alternate
@@ -158,7 +157,7 @@ def _mask(on: Known) -> Need:
 def _apply(on: Known) -> Need:
     """A linear, or a solver, while the linear before it is written; and the files of another model."""
     plan, linears = on.params.plan, on.linears
-    gram = on.params.calibration.statistics != "norms"
+    gram = on.params.tier != "norms"
     memory = _solving(linears, by_gradients=plan.by_gradients) if gram else 9 * linears.linear
     stored = on.stored()
     least = 0 if plan.structure else stored  # a smaller model takes less

@@ -23,7 +23,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import ALL
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
+from wanda_dvc.stages.inputs import HEAD, check_ready, model_dtype, runner, say_not_finite
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.project import Project, Work
@@ -43,7 +43,7 @@ class Measured(NamedTuple):
 
 def perplexity(*, project: Project, model: str, text: str) -> None:
     """models/{dense,pruned} + data/perplexity/TEXT, reference → metrics/{dense,pruned}/perplexity/TEXT.json."""
-    measured = check_ready(project, model, project.params.perplexity.length, "perplexity.length")
+    measured = check_ready(project, model, project.planned("perplexity")["length"], "perplexity.length")
     rows, described = windows_of(project, project.model(model), text)
     run_name, reference = f"perplexity {model} {text}", project.reference(text)
     protocol = describe(
@@ -54,7 +54,7 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
         dense=dense_of(model, measured),
         tokenizer_sha256=tokenizer_digest(project.model(model)),
         **described,
-        dtype=project.params.dtype,
+        dtype=model_dtype(project),
     )
     dense = None if model == "dense" else _reference(project, text, protocol, measured["model"]["source"])
     if dense:
@@ -108,7 +108,8 @@ def windows_of(project: Project, model: Path, text: str) -> tuple[list[Row], Jso
     """Return the windows of a text, cut with a model's tokenizer, and their description for a protocol."""
     source = read_provenance(project.data(f"perplexity/{text}"), "download perplexity")
     tokens = tokenize(project.text(f"perplexity/{text}"), load_tokenizer(model))
-    length, count = project.params.perplexity.length, project.params.perplexity.windows
+    planned = project.planned("perplexity")
+    length, count = planned["length"], planned["windows"]
     windows = cut(
         tokens,
         length=length,

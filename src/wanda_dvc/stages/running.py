@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def timed(project: Project, stage: Stage, part: str | None = None, text: str | None = None) -> Iterator[None]:
+def timed(project: Project, stage: Stage, part: str = "", text: str = "") -> Iterator[None]:
     """Keep the time of a run, its machine, and its peak memory."""
     _details.clear()
     began = time.perf_counter()
@@ -144,9 +144,9 @@ def device_name(runtime: Runtime) -> str:
         return runtime.device
     if "torch" not in sys.modules:
         return "cpu"
-    from wanda_dvc.engine.accelerator import gpus
+    from wanda_dvc.engine import accelerator
 
-    return "cuda" if gpus() else "cpu"
+    return "cuda" if accelerator.gpus() else "mps" if accelerator.has_mps() else "cpu"
 
 
 def free_memory(device: str) -> int:
@@ -168,6 +168,7 @@ def own_device(runtime: Runtime) -> "torch.device":
 
     from wanda_dvc.engine.accelerator import gpus, multiply_exactly
 
+    torch.set_num_threads(cores())
     multiply_exactly()
     name = device_name(runtime)
     if runtime.ray is None:

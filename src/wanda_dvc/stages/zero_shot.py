@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.params import EMBEDDED_ITEMS
 from wanda_dvc.reading import DIVERGED, is_there, read_text
 from wanda_dvc.stages import STAGES
-from wanda_dvc.stages.inputs import HEAD, check_ready, runner, say_not_finite
+from wanda_dvc.stages.inputs import HEAD, check_ready, model_dtype, runner, say_not_finite
 from wanda_dvc.stages.running import device_name, free_memory, own_device, progress
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.project import ITEMS, Project, Work
@@ -33,7 +32,7 @@ def zero_shot(*, project: Project, model: str) -> None:
     """models/{dense,pruned} + data/tasks → metrics/{dense,pruned}/zero_shot.json, and continuations of prompts."""
     measured = check_ready(project, model)
     answered: dict[str, Json] = {}
-    for task in project.params.tasks.names:
+    for task in project.planned("zero-shot")["tasks"]:
         protocol = _protocol(project, model, measured, task)
         answered[task] = _kept(project, f"{model}-{task}", protocol, partial(_ask, project, model, task, protocol))
         say_not_finite(f"zero-shot {model} {task}", answered[task]["details"].get("not_finite"))
@@ -64,7 +63,7 @@ def _flips(project: Project, details: Json) -> Json:
         if key := differing(before["protocol"], one["protocol"]):
             notice(
                 f"zero-shot pruned: {task}: not compared with the dense model's answers, which are of another {key}; "
-                "run `dvc repro --force --single-item zero-shot@dense`, then this stage"
+                "run `dvc repro --force --single-item zero-shot-dense`, then this stage"
             )
             continue
         if before["items"] and one["items"]:  # none if a model diverged
@@ -97,9 +96,8 @@ def _protocol(project: Project, model: str, measured: Json, task: str) -> Json:
         tokenizer_sha256=tokenizer_digest(project.model(model)),
         task={key: items[key] for key in ("task", "source", "role", "definition", "sha256", "lm_eval")},
         examples=0,
-        # As `Params.items`, by the items that were downloaded.
-        limit=project.params.zero_shot.limit or (EMBEDDED_ITEMS if items.get("samples") else None),
-        dtype=project.params.dtype,
+        limit=project.planned("zero-shot")["limit"],
+        dtype=model_dtype(project),
     )
 
 
@@ -198,7 +196,7 @@ def _protocol_of_prompts(project: Project, model: str, measured: Json) -> Json:
         tokenizer_sha256=tokenizer_digest(project.model(model)),
         prompts_sha256=digest(read_prompts(project)),
         tokens=CONTINUED,
-        dtype=project.params.dtype,
+        dtype=model_dtype(project),
     )
 
 
@@ -209,16 +207,16 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
     from wanda_dvc.engine.windows import load_tokenizer, tokenize
     from wanda_dvc.stages.needs import continuing, known
 
-    folder, params, prompts = project.model(model), project.params, read_prompts(project)
+    folder, runtime, prompts = project.model(model), project.params.runtime, read_prompts(project)
     tokenizer = load_tokenizer(folder)
     longest = max((len(tokenize(prompt, tokenizer)) for prompt in prompts), default=0)
     needed = continuing(known(project, model), longest + CONTINUED)
-    if needed > (free := free_memory(device_name(params.runtime))):
+    if needed > (free := free_memory(device_name(runtime))):
         skipped = f"the model needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB were free"
-        again = f"`dvc repro --force --single-item zero-shot@{model}` writes them when there is more"
+        again = f"`dvc repro --force --single-item zero-shot-{model}` writes them when there is more"
         notice(f"zero-shot {model}: no continuations: {skipped}; {again}")
         return {"details": {"protocol": protocol, "skipped": skipped}}
-    dtype, device = getattr(torch, params.dtype), own_device(params.runtime)
+    dtype, device = getattr(torch, model_dtype(project)), own_device(runtime)
     written = continuations(folder, prompts, dtype=dtype, device=device)
     pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, written, strict=True)]
     return {"details": {"protocol": protocol, "prompts": pairs}}

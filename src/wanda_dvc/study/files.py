@@ -22,7 +22,12 @@ Json = dict[str, Any]
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON to a temporary file, then rename it. Readers never see half a file, and a link's target stays."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_file(content).decode())
+
+
+def json_file(content: object) -> bytes:
+    """Return the content of a JSON file."""
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def finite(number: float) -> float | str:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
+from wanda_dvc.reading import is_there
 from wanda_dvc.study.dvc import is_as_locked, is_cached
 from wanda_dvc.study.files import link_file, write_json
+from wanda_dvc.study.plans import PLAN
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.runs import Runs, listed
-from wanda_dvc.study.settings import flatten
 
 
 def sources(params: Params) -> dict[str, tuple[str, str]]:
@@ -41,6 +41,11 @@ def link_source(project: Project, part: str) -> None:
     """Make `sources/<part>`. UserError if the local source is missing."""
     place, (setting, named) = project.source(part), sources(project.params)[part]
     if not Path(named).is_absolute():
+        if (project.root / named).exists() and part != "tasks":
+            raise UserError(
+                f"params.yaml: {setting}: {named} is a place in this study, and would be fetched from the Hub; write "
+                f"its absolute path, {project.root / named}"
+            )
         write_json(place, {"source": named})
         return
     if not Path(named).exists():
@@ -69,17 +74,14 @@ def take_from_the_study(project: Project, part: str, target: Path) -> bool:
     Return False if the study's source is from other settings, or differs from its dvc.lock. The study has resolved its
     Hub branch to a commit, so the branch is not resolved again.
     """
-    root, (kind, _, text) = os.environ.get("DVC_ROOT"), part.partition("/")
-    stage = f"download-{kind}@{text}" if text else f"download@{kind}"
+    root, stage = os.environ.get("DVC_ROOT"), f"download-{part.replace('/', '@')}"
     if not root or Path(root).resolve() == project.repository.resolve() or is_cached(project.root, stage):
         return False
     study = Project(Path(root) / project.root.absolute().relative_to(project.repository))
-    made = dict(flatten(listed(Runs.read(study.root).stages.get(stage, {}))))
-    asked = dict(flatten(project.params.model_dump(mode="json")))
-    if not made or not made.items() <= asked.items() or part in local_sources(project.params):
+    if part in local_sources(project.params) or not is_there(study.root / PLAN):
         return False
-    source = study.root / target.relative_to(project.root)
-    if not source.is_dir() or not is_as_locked(study.root, stage):
+    source, name = study.root / target.relative_to(project.root), f"download/{part}"
+    if not source.is_dir() or study.planned(name) != project.planned(name) or not is_as_locked(study.root, stage):
         return False
     shutil.copytree(source, target, copy_function=lambda here, there: link_file(Path(here), Path(there)))
     return True

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import Params, read_params
+from wanda_dvc.plan import Plan
 from wanda_dvc.reading import is_there, read_text
 from wanda_dvc.study.files import Documents, Json, copy_file
+from wanda_dvc.study.plans import read_plan
 from wanda_dvc.study.provenance import digest, read_provenance
 
 # The folders in a study that DVC or git tracks.
-TRACKED = (".dvc", ".git", "data", "masks", "metrics", "models", "reference", "sources", "stats", "weights")
+TRACKED = (".dvc", ".git", "data", "masks", "metrics", "models", "plan", "reference", "sources", "stats", "weights")
 TEXT, DOCUMENTS, ITEMS = "text.txt", "documents.json.gz", "items.jsonl"  # the files of data/
 
 
@@ -43,6 +45,15 @@ class Project:
     def params(self) -> Params:
         """The settings, checked."""
         return read_params(self.root / "params.yaml")
+
+    def planned(self, name: str) -> Json:
+        """Return what a stage has to know of the settings, such as `calibrate/norms`: a file in `plan/`."""
+        return read_plan(self.root, name)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """How the model is pruned, as the stage `plan` stored it."""
+        return Plan.read(self.planned("mask"))
 
     def with_params(self, params: Params) -> "Project":
         """Return the project with other settings than its `params.yaml`."""
@@ -108,7 +119,7 @@ class Project:
 
     @property
     def stats(self) -> Path:
-        """The folder of the norm tier. The three tiers are published together, as the folder above."""
+        """The folder of the norm tier."""
         return self.root / "stats" / "norms"
 
     @property

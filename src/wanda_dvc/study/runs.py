@@ -3,6 +3,7 @@
 `params.yaml` has the requested settings. Between an edit and the next `dvc repro`, no result has these settings.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from typing import Any
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, check_params, parse_yaml
 from wanda_dvc.reading import name_of
-from wanda_dvc.study.files import Json
-from wanda_dvc.study.settings import flatten, nested, resolved
+from wanda_dvc.study.files import Json, json_file
+from wanda_dvc.study.plans import PLAN, planned
+from wanda_dvc.study.settings import nested, resolved
 
 LOCK = "dvc.lock"
 
@@ -51,9 +53,20 @@ class Runs:
         return self.stale_for({})
 
     def stale_for(self, asked: Mapping[str, Any]) -> list[str]:
-        """Return the stages that are stale, or ran with other settings than `asked`, by dotted name; {}: any."""
+        """Return the stages that are stale, or ran on another plan than `asked`, settings by dotted name.
+
+        {} stands for the settings of the stage `plan`'s last run.
+        """
         makers = {out["path"]: name for name, stage in self.stages.items() for out in stage.get("outs", [])}
-        stale = {name for name, stage in self.stages.items() if asked and _ran_with_others(stage, asked)}
+        plan: dict[str, str] = {}
+        with contextlib.suppress(UserError):  # settings of another version
+            plan = _plan(check_params(nested(asked) if asked else self.settings))
+        stale = {
+            name
+            for name, stage in self.stages.items()
+            for dep in stage.get("deps", [])
+            if plan.get(dep["path"], dep.get("md5")) != dep.get("md5")
+        }
         before = -1
         while before < len(stale):  # the lock has any order
             before = len(stale)
@@ -65,16 +78,19 @@ class Runs:
                         stale.add(name)
         return [name for name in self.stages if name in stale]
 
+    @property
+    def settings(self) -> Json:
+        """The settings of the stage `plan`'s last run; {} before the first."""
+        found: Json = (self.stages.get("plan", {}).get("params") or {}).get("params.yaml") or {}
+        return found
+
     def params(self, asked: Params) -> Params:
-        """Return the settings of the current results; of stages that have not run, the requested ones.
+        """Return the settings of the current results; before the first run, the requested ones.
 
         UserError if this version cannot run them.
         """
-        known = dict(flatten(asked.model_dump(mode="json")))
-        for name, stage in self.stages.items():
-            if name not in self.stale:
-                known |= {key: value for key, value in flatten(listed(stage)) if key in known}
-        return check_params(nested(known))
+        runtime = {"runtime": asked.runtime.model_dump(mode="json")}
+        return check_params(self.settings | runtime) if self.settings else asked
 
     def unmet(self, asked: Params) -> dict[str, Any]:
         """Return the requested settings that differ from the current results'; `runtime` and texts' order never do."""
@@ -94,18 +110,10 @@ class Runs:
         return {name for name, path in found.items() if name in of_stale or self.made.get(name) != md5(path)}
 
 
-def listed(stage: Json) -> Json:
-    """Return the settings of a stage's last run, as its `params` lists them: single settings or sections."""
-    return (stage.get("params") or {}).get("params.yaml") or {}
-
-
-def _ran_with_others(stage: Json, asked: Mapping[str, Any]) -> bool:
-    """Whether a stage's settings differ from `asked`; nulls may be left out of either."""
-    for key, value in listed(stage).items():
-        ran = {name: one for name, one in flatten({key: value}) if one is not None}
-        if ran != {name: one for name, one in asked.items() if f"{name}.".startswith(f"{key}.") and one is not None}:
-            return True
-    return False
+def _plan(params: Params) -> dict[str, str]:
+    """Return the MD5 of each file in plan/ for some settings."""
+    files = {f"{PLAN}/{name}.json": json_file(content) for name, content in planned(params).items()}
+    return {name: hashlib.md5(content, usedforsecurity=False).hexdigest() for name, content in files.items()}
 
 
 def md5(path: Path) -> str:

@@ -198,7 +198,7 @@ def _pipeline(project: Project) -> Iterator[Check]:
         wrong += [
             f"{stage.name} {words[-1]}, expected {stage.version}"
             for words in ours
-            if words[-2:] != ["--version", str(stage.version)]
+            if words[-2:] != ["--stage-version", str(stage.version)]
         ]
     found = "; ".join(dict.fromkeys(wrong)) or "has the stages of this wanda-dvc"
     yield Check("dvc.yaml", not wrong, found, "install the wanda-dvc that it names, or copy dvc.yaml from a new study")
