@@ -29,7 +29,7 @@ def test_its_diagonal_is_the_norm_tier():
     for window in inputs(3, 40, 130):
         gram.add(window)
         stats.add(window)
-    torch.testing.assert_close(gram.norm, stats.norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gram.upper.diagonal().sqrt().float(), stats.norm, rtol=1e-6, atol=0)
 
 
 def test_many_windows_lose_nothing():
@@ -78,7 +78,6 @@ def test_the_triangle_is_all_that_is_kept(features: int):
 
 def test_without_tokens_every_feature_counts_alike():
     assert torch.equal(Gram.empty(3).matrix(), torch.eye(3))
-    assert Gram.empty(3).norm.tolist() == [1, 1, 1]
 
 
 def test_the_layer_error_is_that_of_the_outputs():

@@ -35,6 +35,7 @@ from wanda_dvc.pruning.units import (
     cheapest,
     highest,
     least_squares,
+    places,
     spread,
     stay_of,
     summed,
@@ -125,6 +126,26 @@ def test_the_cheapest_unit_is_the_one_that_least_squares_misses_least(layout: tu
     without = [torch.arange(units.total) != unit for unit in range(units.total)]
     best = min(without, key=lambda one: rise(weight, x, spread(one, units)))
     assert torch.equal(stay, best)
+
+
+@pytest.mark.parametrize("layout", [(1,), (2, 2)])
+def test_the_units_that_go_together_are_the_cheapest_after_those_before_them(layout: tuple[int, ...]):
+    """In float64, by an inverse and a least squares of the inputs that are left, instead of updates of both."""
+    weight, x = linear(0, inputs=64, tokens=200)
+    units = Units(64 // sum(layout), 20 // sum(layout), layout)
+    gram = x.double().T @ x.double()
+    gram += 0.01 * gram.diagonal().mean() * torch.eye(64)
+    stay = torch.ones(units.total, dtype=torch.bool)
+    while (left := int(stay.sum()) - units.stay) > 0:
+        alive = spread(stay, units)
+        inverse = torch.linalg.inv(gram[alive][:, alive])
+        solved = weight.double() @ gram[:, alive] @ inverse
+        cost = torch.full((units.total,), torch.inf).double()
+        for unit in stay.nonzero()[:, 0]:
+            own = (places(units) == unit)[alive]
+            cost[unit] = (solved[:, own] @ torch.linalg.inv(inverse[own][:, own]) @ solved[:, own].T).trace()
+        stay[cost.argsort()[: min(16 // sum(layout), left)]] = False
+    assert torch.equal(cheapest(weight, Prepared(x.T @ x), units), stay)
 
 
 def test_units_that_go_one_after_another_cost_less_than_those_of_the_first_costs():

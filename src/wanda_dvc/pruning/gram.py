@@ -44,11 +44,6 @@ class Gram:
         self.upper += other.upper.to(self.upper)
         self.count += other.count
 
-    @property
-    def norm(self) -> Float[Tensor, " in"]:
-        """‖X_j‖₂ over all tokens, float32; 1 for every feature if no token was seen."""
-        return self.upper.diagonal().sqrt().float() if self.count else torch.ones_like(self.upper[0]).float()
-
     def matrix(self) -> Float[Tensor, "in in"]:
         """Return XᵀX, symmetric, float32. It is the identity if no token was seen: every feature then counts alike."""
         return unpack(self.triangle()) if self.count else torch.eye(len(self.upper), device=self.upper.device)
