@@ -10,7 +10,6 @@ from wanda_dvc.plan import CHOICES
 DERIVED = {
     "share": ("sparsity", "pattern"),
     "plan": ("recipe", *CHOICES, "allocation_strength", "sparsity", "pattern"),
-    "chosen_reconstruction": ("recipe", "reconstruction"),  # and the pattern, which `apply` has from the masks
 }
 
 

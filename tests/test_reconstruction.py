@@ -576,23 +576,3 @@ def test_weights_of_a_run_before_are_not_taken(study: Make, tmp_path: Path):
             assert torch.equal(pruned.weight(name), dense.weight(name) * keep)
     with pytest.raises(UserError, match="weights/: made with other masks, expected those in masks/"):
         apply(project=again(reconstruction="least-squares"))
-
-
-@pytest.mark.parametrize("reconstruction", ["none", "least-squares"])
-def test_gram_matrices_of_another_calibration_are_refused(study: Make, reconstruction: str):
-    """Layer errors and solved weights would be those of other inputs."""
-    made = study(reconstruction=reconstruction)
-    mask(project=made)
-    calibrate(project=study(reconstruction=reconstruction, calibration__seed=1))
-    with pytest.raises(UserError, match=r"stats/gram: no Gram matrices of .* and the calibration that masks/ name"):
-        apply(project=study(reconstruction=reconstruction))
-
-
-def test_parts_that_do_not_belong_together_are_refused(study: Make, tmp_path: Path):
-    made = study(reconstruction="least-squares")
-    mask(project=made)
-    other = json.loads((made.gram / "provenance.json").read_text())
-    other["model"]["sha256"] = "0" * 64
-    (made.gram / "provenance.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match="stats/gram: no Gram matrices of"):
-        apply(project=made)

@@ -32,7 +32,6 @@ from wanda_dvc.catalog import (
     TEXTS,
     Dtype,
     Package,
-    Reconstruction,
     methods,
     parse_pattern,
 )
@@ -324,11 +323,6 @@ class Params(_Section):
             "perplexity": self.perplexity.model_copy(update={"texts": texts}),
         }
         return self.model_copy(update=update)
-
-    @property
-    def chosen_reconstruction(self) -> Reconstruction:
-        """The rule for the weights that stay; unlike `plan`, it needs no installed method."""
-        return RECONSTRUCTIONS[self._choices["reconstruction"]]
 
     @property
     def _choices(self) -> dict[str, str]:
