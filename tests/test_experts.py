@@ -25,7 +25,7 @@ from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import load_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
-from wanda_dvc.study.tensors import read_masks, read_stats
+from wanda_dvc.study.tensors import read_masks, read_stats, write_masks
 
 TOKENS = torch.randint(3, 256, (2, 48), generator=torch.Generator().manual_seed(1))
 
@@ -181,6 +181,26 @@ def test_stages_on_other_ways_to_store_experts(family: str, mixture: Callable[..
     model = AutoModelForCausalLM.from_pretrained(made.model("pruned"))
     with torch.no_grad():
         assert model(input_ids=TOKENS).logits.isfinite().all()
+
+
+def test_an_interrupted_mask_gives_the_same_bytes(mixture: Callable[..., Project], monkeypatch: pytest.MonkeyPatch):
+    made = mixture()
+    run(made, "mask")
+    wanted = {path.name: path.read_bytes() for path in made.masks.iterdir()}
+    written: list[int] = []
+
+    def write(folder: Path, block: int, keeps: Any) -> None:
+        if written == [0]:
+            raise KeyboardInterrupt
+        written.append(block)
+        write_masks(folder, block, keeps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wanda_dvc.stages.mask.write_masks", write)
+        with pytest.raises(KeyboardInterrupt):
+            mask(project=made)
+    mask(project=made)
+    assert {path.name: path.read_bytes() for path in made.masks.iterdir()} == wanted
 
 
 def test_outputs_of_shards_merge():
