@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from wanda_dvc.catalog import ALLOCATIONS, GROUPS, RECONSTRUCTIONS, methods
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import CrossRecorder
+from wanda_dvc.engine.recorder import InputRecorder
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.training import train
 from wanda_dvc.engine.walk import walk
@@ -320,7 +320,7 @@ def test_where_nothing_is_removed_nothing_is_corrected(study: Make):
         torch.testing.assert_close(pruned.read(Address(name)), dense.read(Address(name)), rtol=1e-3, atol=1e-4)
 
 
-def cross(decoder: Decoder, recorder: CrossRecorder, dense: torch.Tensor, pruned: torch.Tensor) -> None:
+def cross(decoder: Decoder, recorder: InputRecorder, dense: torch.Tensor, pruned: torch.Tensor) -> None:
     """Record what the first block's linears read of each window, with another window's as the dense model's."""
     for one, other in zip(as_rows(dense), as_rows(pruned), strict=True):
         hidden = [decoder.embed(row) for row in (one, other)]
@@ -348,7 +348,7 @@ def test_cross_products_are_those_of_both_windows_inputs(study: Make):
         hook.remove()
         seen.append(inputs[0].flatten(0, 1))
     decoder = open_decoder(made, "dense")
-    recorder = CrossRecorder(gram=True)
+    recorder = InputRecorder(gram=True)
     cross(decoder, recorder, dense, pruned)
     name = "model.layers.0.mlp.down_proj"
     torch.testing.assert_close(recorder.crosses[name].float(), seen[0].T @ seen[1], rtol=1e-4, atol=1e-2)
@@ -362,7 +362,7 @@ def test_only_inputs_of_every_token_have_a_cross_product(family: str, tmp_path: 
     rows = torch.randint(3, 256, (48, 2), generator=torch.Generator().manual_seed(0))
     dense_alone = crossed = 0
     for width in (1, 24):  # rows in a shard: one that sees few experts, and one that sees all
-        recorder = CrossRecorder(gram=True)
+        recorder = InputRecorder(gram=True)
         cross(decoder, recorder, rows[:width], rows[width : 2 * width])
         found = recorder.of(decoder.linears(0))
         every = {name for name, x in found.stats.inputs.items() if x.count == 2 * width}

@@ -131,10 +131,16 @@ class InputRecorder(Sums):
     """Sums that grow while a block runs, kept once for each distinct input.
 
     Two linears share an input if, within one window, both receive the same memory in the same state.
+
+    For X_denseᵀX of each distinct input, [in, in], each window's dense row runs first, inside `dense`. Routed experts
+    have no X_denseᵀX: the dense row and this row may send different tokens to an expert.
     """
 
     gram: bool = False  # keep the Gram matrices too
     linears: dict[str, Linear] = field(default_factory=dict)
+    _dense: dict[str, Tensor] = field(default_factory=dict)  # the dense model's inputs in this window
+    _tokens: int = 0  # of the dense row
+    _is_dense: bool = False
     # Inputs are kept alive until the window ends, so that their addresses are not reused.
     _held: dict[tuple[Any, ...], tuple[str, Tensor]] = field(default_factory=dict)
     _routed: RoutedOutputs = field(default_factory=RoutedOutputs)
@@ -165,15 +171,34 @@ class InputRecorder(Sums):
             self._held[key] = (names[0], x)
             self._add(names[0], x.flatten(0, -2))
         source = self._held[key][0]
-        for name in names:
+        for name in names if not self._is_dense else ():  # only tokens of the dense row may reach an input
             self._reads(name, source)
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         """Add a distinct input to its statistics."""
+        if self._is_dense:
+            self._dense[name] = x
+            return
         where = x.device if x.is_cuda else "cpu"  # not every accelerator has float64
         self.stats.setdefault(name, InputStats.empty(x.shape[-1], where)).add(x)
         if self.gram:
             self.grams.setdefault(name, Gram.empty(x.shape[-1], where)).add(x)
+        dense = self._dense.get(name)
+        if dense is not None and len(dense) == len(x) == self._tokens:
+            product = in_sums(multiply(dense.float().T, x.float()), self.stats[name].sum)  # in float64
+            self.crosses[name] = self.crosses[name].add_(product) if name in self.crosses else product
+            self.crossed[name] = self.crossed.get(name, 0) + len(x)
+
+    @contextlib.contextmanager
+    def dense(self, tokens: int) -> Iterator[None]:
+        """Record the inputs of the row inside, of `tokens` tokens, as the dense model's."""
+        self._tokens, self._is_dense = tokens, True
+        try:
+            yield
+        finally:
+            self._is_dense = False
+            self._held.clear()
+            self._routed.end_window()
 
     def see_block(self, before: Float[Tensor, "rows length width"], after: Float[Tensor, "rows length width"]) -> None:
         """Add the influence of the block on some rows."""
@@ -186,46 +211,8 @@ class InputRecorder(Sums):
     def end_window(self) -> None:
         """Add the outputs of the window's experts, and release the window's inputs."""
         self._held.clear()
+        self._dense.clear()
         _merge(self.outputs, self._routed.end_window())
-
-
-@dataclass(kw_only=True)
-class CrossRecorder(InputRecorder):
-    """Also keeps X_denseᵀX of each distinct input, [in, in]: the dense model's input times this model's input.
-
-    Each window's dense row runs first, inside `dense`. Routed experts have no X_denseᵀX: the dense row and this row may
-    send different tokens to an expert.
-    """
-
-    _dense: dict[str, Tensor] = field(default_factory=dict)  # one window's inputs
-    _tokens: int = 0  # in the window
-    _is_dense: bool = False
-
-    @contextlib.contextmanager
-    def dense(self, tokens: int) -> Iterator[None]:
-        """Record the inputs of the row inside, of `tokens` tokens, as the dense model's."""
-        self._dense, self._tokens, self._is_dense = {}, tokens, True
-        try:
-            yield
-        finally:
-            self._is_dense = False
-            self._held.clear()
-            self._routed.end_window()
-
-    def _reads(self, linear: str, source: str) -> None:
-        if not self._is_dense:  # skips inputs that only tokens of the dense row reach
-            super()._reads(linear, source)
-
-    def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
-        if self._is_dense:
-            self._dense[name] = x
-            return
-        super()._add(name, x)
-        dense = self._dense.get(name)
-        if dense is not None and len(dense) == len(x) == self._tokens:
-            product = in_sums(multiply(dense.float().T, x.float()), self.stats[name].sum)  # in float64
-            self.crosses[name] = self.crosses[name].add_(product) if name in self.crosses else product
-            self.crossed[name] = self.crossed.get(name, 0) + len(x)
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from wanda_dvc.engine import training
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.executor import Executor, Here
-from wanda_dvc.engine.recorder import CrossRecorder, InputRecorder, Recorded, Sums, finding_not_finite
+from wanda_dvc.engine.recorder import InputRecorder, Recorded, Sums, finding_not_finite
 from wanda_dvc.engine.rows import Row, as_rows, shards
 from wanda_dvc.engine.states import HiddenStates, Progress, load_progress, not_finite
 from wanda_dvc.engine.structure import Linear
@@ -91,9 +91,7 @@ def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) 
     model, written = opened(device), dict[str, int]()
     block.load(model, shard.rows[0])
     before, dense = block.own.read(block.index, shard.number), list[Tensor]()
-    recorder = None
-    if block.records:
-        recorder = CrossRecorder(gram=block.gram) if block.crosses else InputRecorder(gram=block.gram)
+    recorder = InputRecorder(gram=block.gram) if block.records else None
     passes = _Pass(model, block.index, shard.rows)
     if block.dense is not None:
         dense = block.dense.read(block.index, shard.number)
@@ -151,15 +149,15 @@ class _Pass:
     def through(
         self, before: Sequence[Tensor], recorder: InputRecorder | None = None, dense: Sequence[Tensor] = ()
     ) -> Iterator[Float[Tensor, "length width"]]:
-        """Yield the rows' hidden states after the block. A recorder sees the inputs of its linears.
+        """Yield the rows' hidden states after the block.
 
-        A `CrossRecorder` sees the matching row of `dense` first.
+        A recorder sees the inputs of its linears; of each row, those of the matching row of `dense` first.
         """
         groups = [[number] for number in range(len(self.rows))] if dense else self._groups(before)
         finite = list[Tensor]()
         for group in groups:
             row = self.rows[group[0]]
-            if dense and isinstance(recorder, CrossRecorder):
+            if dense and recorder:
                 with recorder.dense(len(row.tokens)):
                     self.model.run(self.index, self._together(dense, group), row)
             given = self._together(before, group)
