@@ -296,7 +296,6 @@ class GradientRecorder(Gradients):
 
 
 ALL = slice(None)
-PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
 
 
 # (names, x, y, tokens): the linears that are rows of one weight, their input and output, and the slice of their tokens

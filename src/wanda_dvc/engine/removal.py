@@ -23,7 +23,6 @@ from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.config import text_key
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.recorder import PRODUCTS
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.weights import set_parameter
 from wanda_dvc.errors import UserError
@@ -31,6 +30,7 @@ from wanda_dvc.pruning.units import Units, Whole, places, spread
 from wanda_dvc.reading import Entry
 
 TOKENS = 32  # of the probe
+PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")  # by a router's weight
 Stays = Mapping[str, Bool[Tensor, " units"]]  # the units that stay, by set
 
 
