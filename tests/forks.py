@@ -33,7 +33,7 @@ IMPORTED = [
     "wanda_dvc.stages.apply",
     "wanda_dvc.stages.calibrate",
     "wanda_dvc.stages.download",
-    "wanda_dvc.stages.locate",
+    "wanda_dvc.stages.plan",
     "wanda_dvc.stages.mask",
     "wanda_dvc.stages.perplexity",
     "wanda_dvc.stages.zero_shot",

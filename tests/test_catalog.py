@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_params
-from limited import limited
 from safetensors.torch import load_file
 
 from wanda_dvc import catalog
@@ -22,37 +21,10 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.pruning.choose import choose_by_score
 from wanda_dvc.pruning.statistics import InputStats
-from wanda_dvc.stages import STAGES, Stage, run
+from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import read_provenance
 from wanda_dvc.study.tensors import read_masks, read_stats
-
-
-@pytest.mark.slow  # lm-eval's index and its evaluation take seconds
-def test_every_stage_reads_its_settings_and_no_others(project: Callable[..., Project]):
-    """With dvc.yaml's `params:` held to the rows, a setting that is missing or superfluous there is found."""
-    read: dict[tuple[str, str | None], set[str]] = {}
-    for changed in ({}, FURTHER):
-        for stage in STAGES.values():
-            for _, part, text in stage.runs(["embedded"]):
-                made, reads = project(**changed), read.setdefault((stage.name, part), set())
-                own = made.with_params(limited(made.params, settings_of(stage, part), reads))
-                run(stage.name, project=own, part=part, text=text)
-    for stage in STAGES.values():
-        for _, part, _ in stage.runs(["embedded"]):
-            assert read[stage.name, part] - {"runtime"} == set(settings_of(stage, part)), (stage.name, part)
-    assert len(read) == 1 + 4 + 3 + 2 + 2
-
-
-def settings_of(stage: Stage, part: str | None) -> list[str]:
-    return [setting.replace("NAME", "embedded") for setting in stage.settings_of(part)]
-
-
-# With these a stage reads the settings too that mean nothing by default.
-FURTHER = {
-    "calibration__statistics": "gradients",
-    "recipe": "blockwise",
-}
 
 
 @pytest.mark.parametrize("method", methods().values(), ids=methods())
@@ -119,7 +91,13 @@ def test_the_package_of_the_documentation_adds_a_method(tmp_path: Path, tiny: Pa
     project = Project(study)
     methods.cache_clear()
     try:
-        for stage, part in (("download", "model"), ("download", "calibration"), ("calibrate", None), ("mask", None)):
+        for stage, part in (
+            ("plan", ""),
+            ("download", "model"),
+            ("download", "calibration"),
+            ("calibrate", ""),
+            ("mask", ""),
+        ):
             run(stage, project=project, part=part)
     finally:
         sys.modules.pop("my_method", None)

@@ -39,15 +39,18 @@ def study(tmp_path_factory: pytest.TempPathFactory, tiny: Path, texts: dict[str,
     write_params(made.root, tiny, **texts)
     project = Project(made.root)
     for name, part in (
+        ("plan", ""),
         *(("download", part) for part in ("model", "calibration", "perplexity")),
-        ("calibrate", None),
-        ("mask", None),
-        ("apply", None),
+        ("calibrate", "norms"),
+        ("mask", ""),
+        ("apply", ""),
         ("perplexity", "dense"),
         ("perplexity", "pruned"),
     ):
         with timed(project, STAGES[name], part):
             run(name, project=project, part=part)
+    for tier in ("gram", "gradients"):
+        run("calibrate", project=project, part=tier)
     made.commit()
     return project
 

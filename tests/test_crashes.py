@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from cases.grids import thinned
 from command_line import wanda_dvc
@@ -378,14 +379,37 @@ def test_a_disk_that_is_full_is_told_and_nothing_is_lost(tmp_path: Path, tiny: P
 def test_a_command_that_keeps_nothing_says_so_when_it_is_stopped():
     """As `export` and `report`, which have no finished blocks."""
     script = (
-        "import os, signal, time\n"
+        "import os, pathlib, signal, time\n"
         "from wanda_dvc.stages.running import AGAIN, stoppable\n"
-        "with stoppable('export', AGAIN):\n"
+        "from wanda_dvc.study.project import Project\n"
+        "with stoppable(Project(pathlib.Path()), 'export', AGAIN):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(60)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (143, "export: stopped; run it again\n")
+
+
+def test_a_stage_ends_soon_after_the_dvc_process_that_ran_it():
+    """A killed DVC leaves its stage running, and that stage may be inside a multiplication."""
+    stage = (
+        "import os, pathlib, time\n"
+        "from wanda_dvc.stages.running import stoppable\n"
+        "from wanda_dvc.study.project import Project\n"
+        "with stoppable(Project(pathlib.Path()), 'mask'):\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(120)\n"
+    )
+    dvc = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {stage!r}])"
+    words, environment = [sys.executable, "-c", dvc], os.environ | {"DVC_STAGE": "mask"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        assert process.stdout
+        pid = int(process.stdout.readline())
+        process.kill()
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("closed", thinned(["stats", "stats/norms", ".", ".dvc/tmp/wanda-dvc"], 4))

@@ -101,7 +101,7 @@ def test_a_busy_cluster_is_not_waited_for(study: Path, monkeypatch: pytest.Monke
         (
             "dvc.yaml",
             lambda study: (study / "dvc.yaml").write_text(
-                (study / "dvc.yaml").read_text().replace("mask --version ", "mask --version 7")
+                (study / "dvc.yaml").read_text().replace("mask --stage-version ", "mask --stage-version 7")
             ),
             f"mask 7{STAGES['mask'].version}, expected {STAGES['mask'].version}",
         ),

@@ -350,43 +350,6 @@ def test_a_stage_run_twice_writes_the_same_bytes(project: Make):
     assert not [path for path in (made.root / ".dvc/tmp/wanda-dvc").iterdir() if path.is_dir()]  # leaves no work behind
 
 
-def test_a_stage_whose_dvc_has_ended_stops_and_loses_nothing(project: Make, monkeypatch: pytest.MonkeyPatch):
-    """As `dvc queue kill` leaves it: without its parent."""
-    from wanda_dvc.stages import calibrate as module
-    from wanda_dvc.stages import running
-
-    made = fetch(project())
-    written: list[int] = []
-    real = tensors.write_stats
-
-    def orphaned(folder, block, *rest):
-        written.append(block)
-        real(folder, block, *rest)
-        if block == 1:
-            monkeypatch.setattr("os.getppid", lambda: -1)
-
-    monkeypatch.setattr(module, "write_stats", orphaned)
-    monkeypatch.setattr(running, "_parent", None)  # restored after the test
-    monkeypatch.setenv("DVC_STAGE", "calibrate")
-    running.watch_dvc()
-    with pytest.raises(UserError, match="has ended"):
-        calibrate(project=made)
-    assert written == [0, 1]
-    monkeypatch.delenv("DVC_STAGE")  # a stage that was started without DVC outlives its parent
-    running.watch_dvc()
-    calibrate(project=made)
-    assert written == [0, 1, 2, 3]
-
-
-def test_a_library_call_in_another_pipelines_stage_watches_no_parent(monkeypatch: pytest.MonkeyPatch):
-    """As in a process that was forked after the import, so that its parent is another."""
-    from wanda_dvc.stages import running
-
-    monkeypatch.setenv("DVC_STAGE", "somebody's own")
-    monkeypatch.setattr("os.getppid", lambda: -1)
-    assert list(running.progress(range(3), total=3, what="theirs")) == [0, 1, 2]
-
-
 def test_work_lies_where_dvc_finds_its_repository(project: Make, tmp_path: Path):
     """A `.dvc` below the root of a study's repository would part the study from its cache."""
     made = project()

@@ -67,7 +67,7 @@ def _run(name: str, version: int | None, part: str = "", text: str = "") -> None
     from wanda_dvc.stages import check_version
     from wanda_dvc.stages import run as run_stage
     from wanda_dvc.stages.needs import announce
-    from wanda_dvc.stages.running import stoppable, timed, watch_dvc
+    from wanda_dvc.stages.running import stoppable, timed
     from wanda_dvc.study.project import Project
 
     stage = STAGES[name]
@@ -79,12 +79,11 @@ def _run(name: str, version: int | None, part: str = "", text: str = "") -> None
     by_text = bool(part) and stage.parts[part].by_text
     if text and (not by_text or text not in known):
         raise UserError(f"text: found {text}, expected {', '.join(known) if by_text else f'none: {part} is no text'}")
-    watch_dvc()
     for label, one, named in stage.runs(known):
         if part not in ("", one) or text not in ("", named):
             continue
         _prepare(label, network=stage.network)
-        with stoppable(label):
+        with stoppable(project, label):
             announce(project=project, stage=name, part=one, text=named)
             with timed(project, stage, one, named):
                 run_stage(name, project=project, part=one, text=named)
@@ -189,7 +188,7 @@ def report(
     from wanda_dvc.study.project import Project
 
     project = Project.find()
-    with stoppable("report", AGAIN):
+    with stoppable(project, "report", AGAIN):
         said = write(project=project, output=output, model=model, revs=rev)
     typer.echo(said)
 
@@ -211,7 +210,7 @@ def evaluate(
     from wanda_dvc.results.evaluate import evaluate as measure
     from wanda_dvc.stages.running import stoppable
 
-    with stoppable("evaluate"):
+    with stoppable(project, "evaluate"):
         found = measure(project=project, paths=paths, as_json=as_json)
     typer.echo(found)
 
@@ -256,7 +255,7 @@ def export(
     from wanda_dvc.study.project import Project
 
     project = Project.find()
-    with stoppable("export", AGAIN):
+    with stoppable(project, "export", AGAIN):
         from wanda_dvc.export.build import export as build
 
         said = build(project=project, experiment=rev, target=directory)

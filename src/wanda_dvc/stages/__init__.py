@@ -234,7 +234,7 @@ def check_version(stage: str, asked: int | None) -> None:
         )
 
 
-def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> None:
+def run(stage: str, *, project: "Project", part: str | None = None, text: str | None = None) -> None:
     """Run one stage on a project; without a part or a text where it has some, on all of them.
 
     UserError if the plan is not what params.yaml says: a stage that is run by hand must not give a wrong figure.
@@ -243,7 +243,7 @@ def run(stage: str, *, project: "Project", part: str = "", text: str = "") -> No
     if stage != "plan":
         check_plan(project.root, project.params)
     for _, one, name in row.runs(project.params.perplexity.texts):
-        if part in ("", one) and text in ("", name):
+        if part in (None, "", one) and text in (None, "", name):
             words = {row.part_is: one} if one else {}
             words |= {"text": name} if name else {}
             with in_params():

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from wanda_dvc.catalog import check_pattern
 from wanda_dvc.errors import FIX, UserError, notice
-from wanda_dvc.params import Runtime
 from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.reading import check_file
-from wanda_dvc.stages.running import check_device, device_name, ending, own_device, record_details
+from wanda_dvc.stages.running import check_device, device_name, own_device
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import MADE_BY, read_provenance
@@ -174,7 +173,7 @@ def runner(project: Project, model: str, work: Work, *, dtype: str | None = None
         yield Runner(open_decoder(project, model, dtype=dtype), work.path)
         return
     opening = partial(open_decoder, project, model, dtype=dtype, device="cpu")
-    with _cluster(runtime, [project.model(model), project.work_root], meanwhile=opening) as (cluster, decoder):
+    with _cluster(project, [project.model(model), project.work_root], meanwhile=opening) as (cluster, decoder):
         yield Runner(decoder, work.path.absolute(), cluster)
 
 
@@ -187,28 +186,30 @@ def executor(project: Project, folders: Sequence[Path]) -> "Iterator[Executor]":
 
         yield Here(own_device(runtime))
         return
-    with _cluster(runtime, folders, meanwhile=lambda: None) as (cluster, _):
+    with _cluster(project, folders, meanwhile=lambda: None) as (cluster, _):
         yield cluster
 
 
 @contextlib.contextmanager
-def _cluster(runtime: Runtime, folders: Sequence[Path], *, meanwhile: Callable[[], T]) -> "Iterator[tuple[Cluster, T]]":
+def _cluster(project: Project, folders: Sequence[Path], *, meanwhile: Callable[[], T]) -> "Iterator[tuple[Cluster, T]]":
     """Connect to the cluster in a thread, in parallel to other work."""
     from wanda_dvc.engine.cluster import Cluster
 
     with ThreadPoolExecutor(1) as helper:  # Ray takes seconds to start; its processes end with this thread
         doing = helper.submit(meanwhile)
+        runtime = project.params.runtime
         cluster = Cluster(runtime.ray or "", device=runtime.device)
-    with ending(cluster.stop):
-        try:
-            found = doing.result()
-            cluster.open([folder.absolute() for folder in folders])
-            counts = cluster.counts()
-            notice("runtime.ray: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
-            yield cluster, found
-            record_details(counts)
-        finally:
-            cluster.close()
+    project.run.ends.append(cluster.stop)
+    try:
+        found = doing.result()
+        cluster.open([folder.absolute() for folder in folders])
+        counts = cluster.counts()
+        notice("runtime.ray: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+        yield cluster, found
+        project.run.details.update(counts)
+    finally:
+        project.run.ends.remove(cluster.stop)
+        cluster.close()
 
 
 def open_decoder(project: Project, model: str, *, dtype: str | None = None, device: str | None = None) -> "Decoder":

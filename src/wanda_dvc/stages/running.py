@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,9 +24,7 @@ SAMPLES_A_SECOND = 20  # of a stage's memory
 KEPT = "finished blocks and windows are kept, and the next run resumes after them"
 AGAIN = "run it again"  # where no work is kept
 ENDING = 5  # seconds that workers have to end
-_details: Json = {}  # of the current run
-_ends: list[Callable[[], None]] = []
-_parent: int | None = None  # this stage stops when this process ends
+SECONDS_BETWEEN_LOOKS = 0.5  # at the parent process
 
 if TYPE_CHECKING:
     import torch
@@ -36,53 +35,43 @@ T = TypeVar("T")
 @contextlib.contextmanager
 def timed(project: Project, stage: Stage, part: str = "", text: str = "") -> Iterator[None]:
     """Keep the time of a run, its machine, and its peak memory."""
-    _details.clear()
+    project.run.details.clear()
     began = time.perf_counter()
     with AnonymousMemory() as memory:
         yield
     content: Json = {"seconds": round(time.perf_counter() - began, 2)}
     if memory.peak:  # some systems do not say
         content["peak_anonymous_gb"] = round(memory.peak / 1e9, 3)
-    content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(project.params.runtime)} | _details
-    write_json(project.time(stage.run_name(part, text)), content)
-
-
-def record_details(content: Json) -> None:
-    """Keep more about the current run, such as its number of workers."""
-    _details.update(content)
+    content |= {"machine": f"{processor()}, {cores()} cores", "device": device_name(project.params.runtime)}
+    write_json(project.time(stage.run_name(part, text)), content | project.run.details)
 
 
 @contextlib.contextmanager
-def ending(stop: Callable[[], None]) -> Iterator[None]:
-    """Call a function, for a few seconds at most, if the run is stopped inside the context."""
-    _ends.append(stop)
-    try:
-        yield
-    finally:
-        _ends.remove(stop)
-
-
-@contextlib.contextmanager
-def stoppable(run: str, kept: str = KEPT) -> Iterator[None]:
-    """End the process at once on Ctrl-C or SIGTERM, with a message about the kept work.
+def stoppable(project: Project, run: str, kept: str = KEPT) -> Iterator[None]:
+    """End the process at once on Ctrl-C or SIGTERM, or after the DVC process that started it has ended.
 
     No cleanup is needed: a later run can resume from the files on disk at any moment. A thread waits for the signal,
-    because the main thread may be inside a multiplication for seconds.
+    because the main thread may be inside a multiplication for seconds. A killed DVC leaves its stage running, and the
+    next run of the experiment would wait for it. Only the command line calls this.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
+    parent = os.getppid() if "DVC_STAGE" in os.environ else None
+
+    def end(why: str, code: int) -> None:
+        for stop in project.run.ends:
+            ending = threading.Thread(target=stop, daemon=True)
+            ending.start()
+            ending.join(ENDING)
+        notice(f"{run}: {why}; {kept}")
+        os._exit(code)
 
     def wait() -> None:
+        while not select.select([reader], [], [], SECONDS_BETWEEN_LOOKS)[0]:
+            if parent not in {None, os.getppid()}:
+                end("the DVC process that ran it has ended", 1)
         if number := reader.recv(1):
-            for stop in _ends:
-                end = threading.Thread(target=stop, daemon=True)
-                end.start()
-                end.join(ENDING)
-            notice(f"{run}: stopped; {kept}")
-            os._exit(128 + number[0])
+            end("stopped", 128 + number[0])
 
     thread = threading.Thread(target=wait, daemon=True)
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -197,31 +186,13 @@ def check_device(device: str) -> None:
         raise UserError(f"params.yaml: runtime.device: got {device} on {found}, expected one it has; set auto or cpu")
 
 
-def watch_dvc() -> None:
-    """Make `progress` stop this process after its parent DVC has ended.
-
-    Only the command line calls this: processes with the Python interface have other parents.
-    """
-    global _parent
-    _parent = os.getppid() if "DVC_STAGE" in os.environ else None
-
-
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
-    """Yield the items with a progress bar on a terminal, else with a line a minute.
-
-    UserError between two items if the DVC process of `watch_dvc` has ended: DVC kills a queued experiment, but not its
-    stage. The stage would continue for a checkout that nobody reads, and the next run of the experiment would wait for
-    it.
-    """
+    """Yield the items with a progress bar on a terminal, else with a line a minute."""
     from tqdm import tqdm
 
     bar = tqdm(items, total=total, desc=what, file=sys.stderr, disable=None)  # without a terminal: disabled
     began = said = time.monotonic()
     for done, item in enumerate(bar, start=1):
-        if _parent not in {None, os.getppid()}:
-            raise UserError(
-                "stopped: the DVC process that ran this stage has ended; run the stage again, and it resumes here"
-            )
         yield item
         now = time.monotonic()
         if bar.disable and (now - said >= 60 or (done == total and now - began >= 10)):

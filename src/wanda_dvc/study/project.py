@@ -5,8 +5,8 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +21,14 @@ from wanda_dvc.study.provenance import digest, read_provenance
 # The folders in a study that DVC or git tracks.
 TRACKED = (".dvc", ".git", "data", "masks", "metrics", "models", "plan", "reference", "sources", "stats", "weights")
 TEXT, DOCUMENTS, ITEMS = "text.txt", "documents.json.gz", "items.jsonl"  # the files of data/
+
+
+@dataclass(frozen=True)
+class Run:
+    """The current run of a stage: what is kept with its time, and what ends its workers if it is stopped."""
+
+    details: Json = field(default_factory=dict)
+    ends: list[Callable[[], None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,11 @@ class Project:
     def params(self) -> Params:
         """The settings, checked."""
         return read_params(self.root / "params.yaml")
+
+    @cached_property
+    def run(self) -> Run:
+        """The current run of a stage in this process."""
+        return Run()
 
     def planned(self, name: str) -> Json:
         """Return what a stage has to know of the settings, such as `calibrate/norms`: a file in `plan/`."""
