@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import cycled
-from test_families import run, save, short_texts
+from test_families import RECORDED, run, save, short_texts
 from test_units import EXPERTS, place
 from transformers import AutoModelForCausalLM
 
@@ -81,7 +81,9 @@ def recorded(folder: Path, work: Path, implementation: str) -> dict[str, OutputS
     return {name: x for step in walk(decoder, TOKENS, work) for name, x in step.record().stats.outputs.items()}
 
 
-@pytest.mark.parametrize(("family", "implementation"), cycled(EXPERTS, ["grouped_mm", "eager"]))
+@pytest.mark.parametrize(
+    ("family", "implementation"), cycled([family for family in EXPERTS if family in RECORDED], ["grouped_mm", "eager"])
+)
 def test_the_sums_are_those_of_an_oracle_that_sees_the_whole_model(family: str, implementation: str, tmp_path: Path):
     folder = save(family, tmp_path / "model", **EXPERTS[family])
     found = recorded(folder, tmp_path / "work", implementation)

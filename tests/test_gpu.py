@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, calibrate, save_tiny_model, text_of, write_params
 from safetensors.torch import load_file
 from simulated_gpu import SimulatedDevice
-from test_families import ALL, save
+from test_families import RECORDED, save
 
 from wanda_dvc.catalog import RECIPES
 from wanda_dvc.stages.apply import apply
@@ -169,7 +169,7 @@ def test_questions_are_answered_as_on_the_cpu(bench: Bench, kind: str, recipe: s
 SHORT = ("gpt2", "mixtral")  # their weights are stored across, or are experts
 
 
-@pytest.mark.parametrize("family", [pytest.param(name, marks=() if name in SHORT else full) for name in ALL])
+@pytest.mark.parametrize("family", [pytest.param(name, marks=() if name in SHORT else full) for name in RECORDED])
 def test_every_family_gives_what_the_cpu_gives(family: str, tmp_path: Path, texts: dict[str, str]):
     """Forward and backward, masks, least squares, and the perplexity of both models."""
     bench = Bench(save(family, tmp_path / "model"), tmp_path, texts)
