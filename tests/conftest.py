@@ -60,11 +60,6 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("short" if "not full" in config.getoption("markexpr") else "full")
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more process than cores: many tests wait for DVC's or Ray's processes."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_finish() -> None:
     """No collection, such as pytest's own at the end, walks the objects of the libraries that are imported now."""
     gc.freeze()
