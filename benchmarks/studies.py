@@ -187,8 +187,8 @@ class Studies:
         folder = self.under_dvc
         done = self.runner.run("dvc", "repro", *words, cwd=folder)
         said = (self.work / "last.log").read_text(errors="replace")
-        commands = re.findall(r"^> wanda-dvc (.*?) --version", said, flags=re.MULTILINE)
-        timed = [command.split() for command in commands if command != "locate"]  # it keeps no time
+        commands = re.findall(r"^> wanda-dvc (.*?) --stage-version", said, flags=re.MULTILINE)
+        timed = [command.split() for command in commands]
         return done | {"inside": sum(ours.seconds_inside(folder, *command) for command in timed), "ran": len(timed)}
 
     def forget_dvc(self) -> None:

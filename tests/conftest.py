@@ -143,6 +143,12 @@ def text_of(part: str) -> str:
 
 
 def write_params(root: Path, folder: Path | str, **changes: Any) -> None:
+    """A small params.yaml, and after it the stage `plan`."""
+    write_settings(root, folder, **changes)
+    planned(Project(root))
+
+
+def write_settings(root: Path, folder: Path | str, **changes: Any) -> None:
     """The committed params.yaml, small enough for a tiny model; `changes` by dotted names with __ for the dots."""
     small = {
         "model": str(folder), "calibration__windows": 3, "calibration__length": 64, "perplexity__length": 64,
@@ -227,7 +233,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) 
     root = tmp_path_factory.mktemp("calibrated")
     model = save_tiny_model(tmp_path_factory.mktemp("source") / "tiny", num_hidden_layers=2)
     write_params(root, model, **CALIBRATION, **texts)
-    calibrate(project=fetch(planned(Project(root)), "model", "calibration"))
+    calibrate(project=fetch(Project(root), "model", "calibration"))
     return root
 
 
@@ -239,7 +245,7 @@ def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Callable[.
 
     def make(**changes: Any) -> Project:
         write_params(tmp_path, source, **CALIBRATION | texts | changes)
-        return planned(Project(tmp_path))
+        return Project(tmp_path)
 
     return make
 
@@ -250,7 +256,7 @@ def project(tmp_path: Path, tiny: Path, texts: dict[str, str]) -> Callable[..., 
 
     def make(model: Path | str = tiny, **changes: Any) -> Project:
         write_params(tmp_path, model, **texts | changes)
-        return planned(Project(tmp_path))
+        return Project(tmp_path)
 
     return make
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import ROOT, write_params
+from conftest import ROOT, write_settings
 from dvc.repo import Repo
 from forks import commands
 
@@ -65,7 +65,7 @@ class Repository:
 
     def change(self, **changes: object) -> None:
         """Write params.yaml anew: the settings of this repository, and changes."""
-        write_params(self.root, self.model, **{**self.settings, **changes})
+        write_settings(self.root, self.model, **{**self.settings, **changes})
 
     def commit(self) -> None:
         """Commit all that git does not ignore."""

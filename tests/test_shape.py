@@ -129,7 +129,7 @@ def test_help_shows_the_panels_in_order():
             {},
             f"dvc.yaml: mask: version 99, expected {STAGES['mask'].version}",
         ),
-        (["mask"], {}, "plan/download/model.json: missing; run `dvc repro` or `wanda-dvc plan` first"),
+        (["mask"], {}, "models/dense/provenance.json: missing; run `dvc repro` or `wanda-dvc download model` first"),
         # DVC refuses it too, in words of its own, before any stage runs.
         (["show"], {"tasks__names": "piqa"}, "params.yaml: tasks.names: found 'piqa', expected a valid list"),
         (["stats"], {}, "stats/norms/provenance.json: missing; run `dvc repro` or `wanda-dvc calibrate` first"),

@@ -20,15 +20,16 @@ from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PIPELINE
 
-PRUNE = {"locate", "mask", "apply", "perplexity-pruned@embedded", "zero-shot-pruned"}
+PRUNE = {"plan", "mask", "apply", "perplexity-pruned@embedded", "zero-shot-pruned"}
 DOWNLOADS = {"download-model", "download-calibration", "download-perplexity@embedded", "download-tasks"}
 
 
 def with_outs(root: Path, options: str) -> Project:
     """A study whose dvc.yaml says this of the sources."""
     text = (ROOT / PIPELINE).read_text(encoding="utf-8")
-    for out in ("- ${item.out}", "- data/perplexity/${key}"):
-        text = text.replace(f"{out}\n", f"{out}{options}\n")
+    for out in ("models/dense", "data/calibration", "data/tasks", "data/perplexity/${key}"):
+        text = text.replace(f"outs:\n      - {out}\n", f"outs:\n      - {out}{options}\n")
+        text = text.replace(f"outs:\n        - {out}\n", f"outs:\n        - {out}{options}\n")
     (root / PIPELINE).write_text(text, encoding="utf-8")
     return Project(root)
 
@@ -106,8 +107,7 @@ def queued(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     with Repo(str(study)) as repo:
         (out,) = repo.stage.load_one(str(study / PIPELINE), "download-model").outs
         made = {
-            "cmd": "wanda-dvc download model --version 1",
-            "params": {"params.yaml": {"model": "org/name@main"}},
+            "cmd": "wanda-dvc download model --stage-version 1",
             "outs": [{"path": "models/dense", "hash": "md5", "md5": out.get_hash().value}],
         }
     (study / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"download-model": made}}))

@@ -24,14 +24,16 @@ MODELS = TORCH | {"accelerate", "scipy", "transformers"}  # transformers brings 
 QUESTIONS = {"datasets", "lm_eval", "numpy", "pandas", "pyarrow"}
 # Of those, what each run may import, in an order in which a process may have imported what the later ones need.
 MAY_IMPORT = {
-    "locate": set[str](),
+    "plan": set[str](),
     "download calibration": set[str](),
     "download perplexity": set[str](),
     "download tasks": QUESTIONS,
     "mask": TORCH,
     "apply": TORCH,
     "download model": MODELS,
-    "calibrate": MODELS,
+    "calibrate norms": MODELS,
+    "calibrate gram": MODELS,
+    "calibrate gradients": MODELS,
     "perplexity dense": MODELS,
     "perplexity pruned": MODELS,
     "zero-shot dense": MODELS | QUESTIONS,
