@@ -94,7 +94,7 @@ def test_json_is_all_that_is_printed_and_says_what_the_table_says(there: Project
     first = [row.split("|")[1].strip() for row in rows]
     match words[0]:
         case "show":
-            assert number(content["results"]["dense"]["perplexity"]["embedded"]["value"]) in table.stdout
+            assert number(content["models"]["dense"]["results"]["perplexity"]["embedded"]["value"]) in table.stdout
         case "list":
             assert [record["name"] for record in content] == first == ["workspace", "main"]
         case "stats":
@@ -113,12 +113,12 @@ def test_show_as_json_holds_the_files_own_numbers(there: Project):
     content = printed(["show"])
     for model in ("dense", "pruned"):
         expected = load_json(there.metrics(model, "perplexity/embedded"))["perplexity"]
-        assert content["results"][model]["perplexity"]["embedded"]["value"] == expected
-        assert "acc" not in content["results"][model]
+        assert content["models"][model]["results"]["perplexity"]["embedded"]["value"] == expected
+        assert "acc" not in content["models"][model]["results"]
     expected = load_json(there.metrics("pruned", "sparsity"))["sparsity"]
-    assert content["results"]["pruned"]["sparsity"] == {"value": expected}
+    assert content["models"]["pruned"]["results"]["sparsity"] == {"value": expected}
     assert content["experiments"]["workspace"]["settings"]["method"] in methods()
-    assert content["tests"]["pruned"][0]["measure"] == "perplexity"
+    assert content["models"]["pruned"]["tests"][0]["measure"] == "perplexity"
     assert content["times"]["calibrate"]["seconds"] > 0
 
 

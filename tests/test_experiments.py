@@ -185,7 +185,7 @@ def test_experiments_stand_side_by_side_with_paired_tests(repository: Repository
     assert row.rstrip(" |").endswith("*")
     assert "main: /models/tiny: wanda, sparsity 0.5, pattern unstructured, group row" in said
     found = json.loads(show(project=Project(repository.root), names=["middling"], as_json=True))
-    assert found["tests"]["middling"][0]["measure"] == "perplexity"
+    assert found["models"]["middling"]["tests"][0]["measure"] == "perplexity"
     with pytest.raises(UserError, match="nothing: no experiment, commit, branch or tag of that name"):
         show(project=Project(repository.root), names=["nothing"])
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from conftest import write_params
 
-from wanda_dvc.results.compare import apart, compare, side_by_side
+from wanda_dvc.results.compare import apart, compare, records, side_by_side
 from wanda_dvc.results.inference import Estimate
 from wanda_dvc.results.measures import MEASURES, Results, figures
-from wanda_dvc.study.files import Json, write_json
+from wanda_dvc.study.files import Json, json_text, write_json
 from wanda_dvc.study.project import Project
 
 WINDOWS = {
@@ -127,6 +127,21 @@ def test_metrics_without_details_are_shown_and_not_compared(here: Project):
     assert compare([(pruned, dense)])[0].keys() == {("acc", "piqa"), ("mean_acc", "")}
     assert apart(pruned, dense) == {"perplexity": "missing details"}
     assert figures(pruned)["perplexity"] == {"embedded": {"value": 12.1825}}
+
+
+def test_what_is_not_known_is_left_out_of_json(here: Project):
+    """JSON has no NaN: a test of accuracies without variance has no interval."""
+    dense, pruned = (write_results(here, model, 2.0, 40) for model in ("dense", "pruned"))
+    found = records({"dense": dense, "pruned": pruned}, base="dense")["pruned"]
+    assert {"measure": "acc", "on": "piqa", "value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0} in found["tests"]
+    pruned = write_results(here, "pruned", 2.0, 0)
+    tests = records({"dense": dense, "pruned": pruned}, base="dense")["pruned"]["tests"]
+    assert {key: value for key, value in tests[1].items() if key != "p"} == {
+        "measure": "acc",
+        "on": "piqa",
+        "value": -1.0,
+    }
+    json_text(tests)
 
 
 def test_p_values_are_adjusted_for_the_tests_of_all_pairs(here: Project):

@@ -10,10 +10,11 @@ adjusts their p-values for the number of tests (Holm):
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from wanda_dvc.results.inference import Estimate, holm
-from wanda_dvc.results.measures import MEASURES, Measure, Results
+from wanda_dvc.results.measures import MEASURES, Measure, Results, figures
+from wanda_dvc.study.files import Json
 from wanda_dvc.study.protocol import differing
 
 DENSE = "dense"  # the name of the dense model in tables
@@ -61,6 +62,21 @@ def apart(first: Results, second: Results) -> dict[str, str]:
     alone = len(first.texts) == 1
     reasons = {one.heading(on, alone=alone): reason(one, first, second, on) for one, on in _both(first, second)}
     return {name: key for name, key in reasons.items() if key}
+
+
+def records(models: Mapping[str, Results], *, base: str) -> Json:
+    """Return by model its measures, and its paired tests against `base`; the dense model and `base` have no tests."""
+    others = [name for name in models if name not in (base, DENSE)]
+    tests = dict(zip(others, compare([(models[name], models[base]) for name in others]), strict=True))
+    return {
+        name: {"results": figures(one), "tests": [_record(*key, test) for key, test in tests.get(name, {}).items()]}
+        for name, one in models.items()
+    }
+
+
+def _record(measure: str, on: str, test: Estimate) -> Json:
+    known = {key: value for key, value in test._asdict().items() if math.isfinite(value)}
+    return {"measure": measure, "on": on, **known}
 
 
 def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, tuple[Measure, str]]:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.compare import DENSE, apart, compare, headings
+from wanda_dvc.results.compare import DENSE, apart, compare, headings, records
 from wanda_dvc.results.experiments import workspace
-from wanda_dvc.results.measures import Results, figures
+from wanda_dvc.results.measures import Results
 from wanda_dvc.sources.models import GGUF, read_model
 from wanda_dvc.stages.perplexity import perplexity
 from wanda_dvc.stages.zero_shot import zero_shot
@@ -158,10 +158,10 @@ def _as_table(models: dict[str, Results], sizes: list[int]) -> str:
 
 def _as_json(models: dict[str, Results], sizes: list[int]) -> str:
     """Return every measure of each model, the paired tests against the dense model, and the stages' own numbers."""
-    records = []
-    for (name, one), size in zip(models.items(), sizes, strict=True):
-        (tests,) = compare([(one, models[DENSE])]) if name != DENSE else [{}]
-        found = [{"measure": measure, "on": on, **test._asdict()} for (measure, on), test in tests.items()]
-        record = {"model": name, "bytes": size, "results": figures(one), "tests": found, "metrics": one.metrics}
-        records.append(record)
-    return json_text(records)
+    found = records(models, base=DENSE)
+    return json_text(
+        [
+            {"model": name, "bytes": size, **found[name], "metrics": one.metrics}
+            for (name, one), size in zip(models.items(), sizes, strict=True)
+        ]
+    )

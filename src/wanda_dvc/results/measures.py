@@ -21,7 +21,7 @@ from pathlib import Path
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.results import inference
 from wanda_dvc.results.inference import Estimate
-from wanda_dvc.study.files import Json, load_json
+from wanda_dvc.study.files import Json, finite, load_json
 from wanda_dvc.study.markup import DASH, number
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.protocol import comparable
@@ -386,4 +386,5 @@ def figures(results: Results) -> Json:
 def _figure(value: Value) -> object:
     if not isinstance(value, Estimate):
         return value
-    return {"value": value.value} | ({"low": value.low, "high": value.high} if value.ends else {})
+    known = {"value": value.value} | ({"low": value.low, "high": value.high} if value.ends else {})
+    return {key: finite(number) for key, number in known.items()}

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from wanda_dvc.params import Params
 from wanda_dvc.reading import is_there
-from wanda_dvc.results.compare import DENSE, apart, compare, side_by_side
+from wanda_dvc.results.compare import DENSE, apart, records, side_by_side
 from wanda_dvc.results.experiments import Experiment, opened
-from wanda_dvc.results.measures import Results, figures
+from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import times
 from wanda_dvc.study.files import Json, json_text
 from wanda_dvc.study.local import missing_sources
@@ -28,7 +28,10 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False) 
         models = {DENSE: first.dense} | {one.name if names else PRUNED: one.pruned for one in experiments}
         base = names[0] if len(names) > 1 else DENSE
         if as_json:
-            return json_text(_record(experiments, models, base) | ({} if names else {"times": times(project)}))
+            made = {one.name: {"settings": one.settings, "notes": one.notes} for one in experiments}
+            record: Json = {"experiments": made}
+            record |= {"models": records(models, base=base), "base": base}
+            return json_text(record if names else record | {"times": times(project)})
         headers, rows = side_by_side(models, base=base)
         compared = [(models[name], models[base]) for name in models if name not in (base, DENSE)]
         parts = [
@@ -41,20 +44,6 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False) 
             "" if names else _times(project),
         ]
         return "\n\n".join(part for part in parts if part)
-
-
-def _record(experiments: list[Experiment], models: dict[str, Results], base: str) -> Json:
-    others = [name for name in models if name not in (base, DENSE)]
-    tests = compare([(models[name], models[base]) for name in others])
-    return {
-        "experiments": {one.name: {"settings": one.settings, "notes": one.notes} for one in experiments},
-        "results": {name: figures(one) for name, one in models.items()},
-        "base": base,
-        "tests": {
-            name: [{"measure": measure, "on": on, **test._asdict()} for (measure, on), test in of.items()]
-            for name, of in zip(others, tests, strict=True)
-        },
-    }
 
 
 def title(experiment: Experiment, *, named: bool) -> str:
