@@ -32,11 +32,16 @@ def zero_shot(*, project: Project, model: str) -> None:
     """models/{dense,pruned} + data/tasks → metrics/{dense,pruned}/zero_shot.json, and continuations of prompts."""
     measured = check_ready(project, model)
     answered: dict[str, Json] = {}
-    for task in project.planned("zero-shot")["tasks"]:
-        protocol = _protocol(project, model, measured, task)
+    planned = project.planned("zero-shot")
+    for task in planned["tasks"]:
+        items = read_provenance(project.data("tasks") / task, "download tasks")
+        asked = {key: items[key] for key in ("task", "source", "role", "definition", "sha256", "lm_eval")}
+        inputs = {"task": asked, "examples": 0, "limit": planned["limit"]}
+        protocol = _protocol(project, model, measured, "zero-shot", ("lm_eval",), **inputs)
         answered[task] = _kept(project, f"{model}-{task}", protocol, partial(_ask, project, model, task, protocol))
         say_not_finite(f"zero-shot {model} {task}", answered[task]["details"].get("not_finite"))
-    protocol = _protocol_of_prompts(project, model, measured)
+    inputs = {"prompts_sha256": digest(read_prompts(project)), "tokens": CONTINUED}
+    protocol = _protocol(project, model, measured, "continuations", **inputs)
     written = _kept(project, f"{model}-continuations", protocol, partial(_continue, project, model, protocol))
     details = {task: one["details"] for task, one in answered.items()}
     changed = _flips(project, details) if model != "dense" else {}
@@ -84,19 +89,18 @@ def count_flips(before: list[Json], after: list[Json], metric: str) -> dict[str,
     return counts
 
 
-def _protocol(project: Project, model: str, measured: Json, task: str) -> Json:
-    """Return the inputs that determine a task's results. `measured` is the model's provenance."""
-    items = read_provenance(project.data("tasks") / task, "download tasks")
+def _protocol(
+    project: Project, model: str, measured: Json, made_by: str, libraries: tuple[str, ...] = (), **inputs: Any
+) -> Json:
+    """Return the inputs that determine a task's results, or the continuations. `measured` is the model's provenance."""
     return describe(
-        "zero-shot",
+        made_by,
         version=STAGES["zero-shot"].version,
-        libraries=("torch", "transformers", "lm_eval"),
+        libraries=("torch", "transformers", *libraries),
         model=digest(measured),
         dense=dense_of(model, measured),
         tokenizer_sha256=tokenizer_digest(project.model(model)),
-        task={key: items[key] for key in ("task", "source", "role", "definition", "sha256", "lm_eval")},
-        examples=0,
-        limit=project.planned("zero-shot")["limit"],
+        **inputs,
         dtype=model_dtype(project),
     )
 
@@ -145,14 +149,11 @@ def _ask(project: Project, model: str, task: str, protocol: Json, work: Work) ->
     if where:  # the answers are meaningless: a comparison with NaN chooses the first
         details: Json = {"protocol": protocol, "not_finite": where, "items": []}
         return {"details": details, "metrics": dict.fromkeys(given, DIVERGED)}
+    # lm-eval returns a string instead of the error of a single item.
+    errors = {metric: result[f"{metric}_stderr,none"] for metric in given}
     details = {
         "protocol": protocol,
-        "standard_errors": {
-            # lm-eval returns a string instead of the error of a single item.
-            metric: round(error, 6)
-            for metric in given
-            if isinstance(error := result[f"{metric}_stderr,none"], float)
-        },
+        "standard_errors": {metric: round(x, 6) for metric, x in errors.items() if isinstance(x, float)},
         "items": [_answer(sample, definition.doc_to_choice) for sample in samples],
     }
     return {"details": details, "metrics": {metric: round(result[f"{metric},none"], 6) for metric in given}}
@@ -183,21 +184,6 @@ def read_prompts(project: Project) -> list[str]:
     path = project.root / PROMPTS
     text = read_text(path) if is_there(path) else FILES[PROMPTS].read_text(encoding="utf-8")
     return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def _protocol_of_prompts(project: Project, model: str, measured: Json) -> Json:
-    """Return the inputs that determine the continuations. `measured` is the model's provenance."""
-    return describe(
-        "continuations",
-        version=STAGES["zero-shot"].version,
-        libraries=("torch", "transformers"),
-        model=digest(measured),
-        dense=dense_of(model, measured),
-        tokenizer_sha256=tokenizer_digest(project.model(model)),
-        prompts_sha256=digest(read_prompts(project)),
-        tokens=CONTINUED,
-        dtype=model_dtype(project),
-    )
 
 
 def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
