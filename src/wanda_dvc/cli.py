@@ -216,7 +216,7 @@ def evaluate(
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
-def init(
+def init(  # noqa: PLR0913, PLR0917 - the options of the command
     directory: Annotated[Path, typer.Argument(help="A new or an empty directory.")] = Path(),
     preset: Annotated[
         str,
@@ -231,11 +231,24 @@ def init(
     mirror: Annotated[
         Path | None, typer.Option("--mirror", help="A directory of data sets, for machines without internet.")
     ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="How the model is pruned.")] = None,
+    sparsity: Annotated[float | None, typer.Option("--sparsity", help="Fraction of the weights that goes.")] = None,
+    pattern: Annotated[str | None, typer.Option("--pattern", help="Such as 2:4, or neurons.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="In which the model runs.")] = None,
 ) -> None:
     """Make a new study: pipeline, settings, git and DVC."""
     from wanda_dvc.study.scaffold import init as make
 
-    typer.echo(make(folder=directory, preset=preset, model=model, calibration=calibration, mirror=mirror))
+    given = {"recipe": recipe, "sparsity": sparsity, "pattern": pattern, "dtype": dtype}
+    said = make(
+        folder=directory,
+        preset=preset,
+        model=model,
+        calibration=calibration,
+        mirror=mirror,
+        settings={name: value for name, value in given.items() if value is not None},
+    )
+    typer.echo(said)
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

@@ -44,13 +44,14 @@ FILES: Mapping[str, Traversable] = {
 }
 
 
-def init(
+def init(  # noqa: PLR0913 - the options of the command
     *,
     folder: Path,
     preset: str = DEFAULT,
     model: str | None = None,
     calibration: str | None = None,
     mirror: Path | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> str:
     """Make a study in a new or empty directory, and return the next steps. Nothing is fetched.
 
@@ -59,7 +60,7 @@ def init(
     """
     folder = check_place(folder)
     _check_empty(folder)
-    params, settings = _settings(preset, nested(_named(model, calibration, mirror)))
+    params, text = _settings(preset, nested(_named(model, calibration, mirror) | dict(settings or {})))
     around = _repository_around(folder)
     had_git = (folder / ".git").exists()
     new = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -69,7 +70,7 @@ def init(
             _git(folder, "init", "--quiet")
         init_repository(folder, inside=around is not None and around != folder.resolve())
         for place, file in FILES.items():
-            write_text(folder / place, settings if place == "params.yaml" else file.read_text(encoding="utf-8"))
+            write_text(folder / place, text if place == "params.yaml" else file.read_text(encoding="utf-8"))
         _git(folder, "add", "--all", ".")
         commit = ("commit", "--quiet", "--message", "Begin a pruning study")
         committed = around is None and not git(folder, *commit).returncode  # experiments start from a commit
