@@ -18,7 +18,6 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
 from wanda_dvc.pruning.selection import count_zeros
-from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.stages import STAGES
 from wanda_dvc.stages.mask import removal_of
 from wanda_dvc.stages.running import progress, solving_device
@@ -40,7 +39,6 @@ class Zeros(NamedTuple):
     block: int
     zero: int
     size: int  # weights, zeros included
-    nbytes: int  # of all weights, zeros included
     error: float | None  # ‖(W−Ŵ)X‖² / ‖WX‖² on the dense model's inputs; None without their Gram matrix
     masked: float | None  # likewise, without a reconstruction
     solved: Json  # solver diagnostics
@@ -54,8 +52,8 @@ def apply(*, project: Project) -> None:
         folder = work.fresh()
         written = prune(project, folder)
         write_provenance(folder, made_from)
-        zeros = written.zeros
         work.publish(project.model("pruned"))
+    zeros = written.zeros
     write_json(project.metrics("pruned", "sparsity"), written.metrics)
     write_json(
         project.details("pruned", "sparsity"),
@@ -63,8 +61,8 @@ def apply(*, project: Project) -> None:
     )
     write_csv(
         project.plots("sparsity"),
-        ["block", "linear", "weights", "zeros", "sparsity", "bytes"],
-        ([x.block, linear, x.size, x.zero, x.zero / x.size, x.nbytes] for linear, x in zeros.items()),
+        ["block", "linear", "weights", "zeros", "sparsity"],
+        ([x.block, linear, x.size, x.zero, x.zero / x.size] for linear, x in zeros.items()),
     )
     measured = {linear: x for linear, x in zeros.items() if x.error is not None}
     write_json(
@@ -132,16 +130,12 @@ class Parts:
         self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}
         self._prepared = lru_cache(maxsize=2)(lambda block, source: prepare(self.grams[block][source], source))
 
-    def prepared(self, linear: str) -> "Prepared | None":
-        """Return the Gram matrix of a linear's input, or None."""
-        block, source = self.blocks[linear], self._source.get(linear)
-        return self._prepared(block, source) if source in (self.grams[block] if self.grams else ()) else None
-
     def make(self, address: Address) -> tuple[Tensor, Zeros]:
         """Return one linear's weights in the pruned model, as stored, and its measures."""
         linear, weight = address.linear, self.checkpoint.read(address)
         block = self.blocks[linear]
-        keep, prepared = self.keeps[block][linear], self.prepared(linear)
+        keep, source = self.keeps[block][linear], self._source.get(linear)
+        prepared = self._prepared(block, source) if self.grams and source in self.grams[block] else None
         if weight.shape != keep.shape:
             raise UserError(
                 f"masks/: {linear} is {list(keep.shape)}, expected {list(weight.shape)}; run `wanda-dvc mask` again"
@@ -165,7 +159,7 @@ class Parts:
         made = prune_linear(dense, keep, prepared, new, transposed=transposed, of_inputs=of_inputs)
         made = made._replace(weight=made.weight.to(weight.device))
         zero = count_zeros(made.weight)
-        return made.weight, Zeros(block, zero, weight.numel(), weight.nbytes, made.error, made.masked, solved)
+        return made.weight, Zeros(block, zero, weight.numel(), made.error, made.masked, solved)
 
 
 class Written(NamedTuple):

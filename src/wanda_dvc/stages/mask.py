@@ -21,6 +21,7 @@ from wanda_dvc.plan import CORRECTION, TRAINING, Plan
 from wanda_dvc.pruning.allocation import allocate
 from wanda_dvc.pruning.choose import (
     Share,
+    Weights,
     aim_block,
     choose_block,
     choose_units,
@@ -50,6 +51,7 @@ from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import Project, Work
 from wanda_dvc.study.provenance import describe, digest
 from wanda_dvc.study.tensors import (
+    Grams,
     Masks,
     block_file,
     finished_blocks,
@@ -106,7 +108,8 @@ def mask(*, project: Project) -> None:
         return [Part(plan, checkpoint, block, own, shares[block], units, grams.absolute(), back) for own in alone]
 
     with project.work(made_from) as work:
-        masks, weights, unreached = work.part("masks"), work.part("weights"), {}
+        masks, weights = work.part("masks"), work.part("weights")
+        unreached: dict[int, set[str]] = {}
         stored = [masks, weights] if plan.weights_come_from == "weights" else [masks]
         finished = min(map(finished_blocks, stored))
         solved: Iterator[tuple[Made, Step | None]] = from_statistics(project, parts, blocks[finished:])
@@ -229,7 +232,8 @@ Parts = Callable[[int, BlockStats, Path], list[Part]]
 def solve(device: torch.device, part: Part) -> Made:
     """Return masks, and new weights if later blocks depend on them, of a part's linears."""
     plan, block, device = part.plan, part.stats, accelerator.solving_device(device)
-    weights, grams = part.checkpoint.weight, None
+    weights: Weights = part.checkpoint.weight
+    grams: Grams | None = None
     names = [name for names in block.readers.values() for name in names]
     if part.grams is not None:
         weights = {name: weights(name).to(device) for name in names}.__getitem__  # copied once
