@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, calibrate, save_tiny_model, text_of, write_params
+from conftest import ROOT, calibrate, planned, save_tiny_model, text_of, write_params
 from safetensors.torch import load_file
 from simulated_gpu import SimulatedDevice
 from test_families import RECORDED, save
@@ -50,7 +50,7 @@ class Bench:
         changes: dict[str, Any] = {"calibration__statistics": "gradients", "runtime__device": kind, "recipe": recipe}
         changes |= {"pattern": pattern[0], "sparsity": 0.25} if pattern else {}
         write_params(folder, self.model, **self.texts | changes)
-        return Project(folder)
+        return planned(Project(folder))
 
     @cache  # noqa: B019 - a bench lives as long as the tests of its model
     def measured(self, kind: str) -> Project:
