@@ -41,7 +41,6 @@ from wanda_dvc.reading import read_text
 
 MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
 EMBEDDED_ITEMS = 10  # of each task, by default: they check the path, and are no benchmark
-SAME_SOURCE, OTHER_SOURCE = "the calibration's source", "another source"  # of a text of the perplexity
 ALL = "all"  # of `perplexity.windows`: every token, including a shorter last window
 AUTO = "auto"
 FILE = "params.yaml"
@@ -333,14 +332,10 @@ class Params(_Section):
         """The number of items of each task; None: all."""
         return self.zero_shot.limit or (EMBEDDED_ITEMS if self.tasks.source == EMBEDDED_TEXT else None)
 
-    def is_calibrations(self, name: str) -> bool:
-        """Whether a text of the perplexity has the calibration's source."""
-        one, other = self.calibration.text.chosen, self.perplexity.texts[name].chosen
-        return (one.dataset or one.source) == (other.dataset or other.source)
-
     def about_text(self, name: str) -> str:
         """Return a sentence on a text of the perplexity: whether it has the calibration's source."""
-        if self.is_calibrations(name):
+        one, other = self.calibration.text.chosen, self.perplexity.texts[name].chosen
+        if (one.dataset or one.source) == (other.dataset or other.source):
             return (
                 "The calibration text has the same source: on text from other sources, most of a solver's gain is lost"
             )

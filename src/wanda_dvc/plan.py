@@ -193,20 +193,10 @@ class Plan:
     @cached_property
     def needs(self) -> str:
         """The highest tier of statistics that stages read: norms, gram or gradients."""
-        return max((tier for _, tier in self.needing()), key=STATISTICS.index, default="norms")
-
-    def needing(self) -> Iterator[tuple[str, str]]:
-        """Yield each choice that needs more than norms, as `setting name`, with its tier of statistics."""
-        if self.masks_read_gram:
-            yield f"method {self.method.name}", "gram"
-        if GROUPS[self.group].needs == "gradients":
-            yield f"group {self.group}", "gradients"
-        if self.allocation.needs == "gradients":
-            yield f"allocation {self.allocation.name}", "gradients"
-        if self.by_gradients:
-            yield f"reconstruction {self.reconstruction.name}", "gradients"
-        elif self.weights_come_from == "gram":
-            yield f"reconstruction {self.reconstruction.name}", "gram"
+        tiers = [GROUPS[self.group].needs, self.allocation.needs, "gradients" if self.by_gradients else "norms"]
+        if not self.propagates and (self.method.needs == "gram" or self.solves):
+            tiers.append("gram")
+        return max((tier for tier in tiers if tier in STATISTICS), key=STATISTICS.index)
 
     def conflicts(self) -> Iterator[str]:
         """Yield choices that exclude one another, or have no effect, as *setting: found, expected*."""
