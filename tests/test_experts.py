@@ -219,7 +219,7 @@ def test_gates_that_were_not_seen_refuse_reap_and_no_other_method(
     made = mixture()
     with pytest.raises(UserError, match="calibration saw 0 outputs with gates of .*; set method=wanda"):
         mask(project=made)
-    mask(project=made.with_params(check_params(made.params.model_dump() | {"method": "wanda"})))
+    mask(project=planned(made.with_params(check_params(made.params.model_dump() | {"method": "wanda"}))))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

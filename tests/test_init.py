@@ -114,8 +114,8 @@ def test_what_an_option_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
     ("options", "message"),
     [
         ({"preset": "llama"}, "preset: got llama, expected default"),
-        ({"model": "no id"}, "model: got no id, expected `package:NAME==VERSION`"),
-        ({"calibration": "nothing"}, "calibration.text.source: got nothing, expected"),
+        ({"model": "no id"}, "model: found 'no id', expected `package:NAME==VERSION`"),
+        ({"calibration": "nothing"}, "calibration.text: found {'source': 'nothing'"),
     ],
 )
 def test_a_wrong_option_is_refused_and_nothing_is_written(tmp_path: Path, options, message: str):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXTS, save_tiny_model, text_of, write_params
+from conftest import TEXTS, planned, save_tiny_model, text_of, write_params
 from safetensors.torch import safe_open, save_file
 from test_inputs import tree
 
@@ -65,9 +65,11 @@ def test_an_artifact_of_other_inputs_is_refused(
     source, _, target = taken.partition(">")
     shutil.rmtree(root / (target or source))
     shutil.copytree(studies[of] / source, root / (target or source))
-    before, project = tree(root), Project(root)
+    project = Project(root)
     if stage == "mask-pruned":
         stage, project = "mask", project.with_params(project.params.model_copy(update={"propagation": "pruned"}))
+        planned(project)
+    before = tree(root)
     with pytest.raises(UserError, match=says):
         run(stage, project=project, part=part)
     assert tree(root) == before
@@ -96,7 +98,7 @@ def test_values_that_are_not_finite_are_refused_before_the_earlier_output_is_rep
     root = shutil.copytree(studies["own"], tmp_path / "study")
     project = Project(root)
     changes = {"recipe": recipe} if recipe != "paper-refit" else {"propagation": "pruned"}
-    project = project.with_params(project.params.model_copy(update=changes))
+    project = planned(project.with_params(project.params.model_copy(update=changes)))
     if recipe == "paper-refit":
         run("mask", project=project)
         run("apply", project=project)

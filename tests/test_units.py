@@ -581,14 +581,22 @@ def test_rounding_is_reported(study: Callable[..., Project], capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("pattern", "changes", "problem"),
     [
-        ("neurons", {"allocation": "owl"}, "allocation: got owl, expected uniform: neurons gives every block the same"),
-        ("neurons", {"method": "wanda-variant"}, "method: got wanda-variant with pattern neurons"),
-        ("neurons", {"recipe": "blockwise", "propagation": "dense"}, "reconstruction: got blockwise with propagation"),
-        ("neuron", {}, "pattern: got neuron, expected `unstructured` or n:m, such as 2:4, or neurons"),
-        ("unstructured", {"method": "reap"}, "method: got reap with pattern unstructured"),
-        ("experts", {"method": "admm"}, "method: got admm with pattern experts, expected reap, or a method without"),
-        ("experts", {"reconstruction": "least-squares"}, "reconstruction: got least-squares with pattern experts"),
-        ("experts", {"propagation": "pruned"}, "propagation: got pruned with pattern experts, expected dense"),
+        ("neurons", {"allocation": "owl"}, "allocation: found owl with pattern neurons, expected uniform"),
+        ("neurons", {"method": "wanda-variant"}, "method: found wanda-variant with pattern neurons"),
+        (
+            "neurons",
+            {"recipe": "blockwise", "propagation": "dense"},
+            "reconstruction: found blockwise with propagation",
+        ),
+        ("neuron", {}, "pattern: found 'neuron', expected unstructured, neurons, heads"),
+        ("unstructured", {"method": "reap"}, "method: found reap with pattern unstructured"),
+        (
+            "experts",
+            {"method": "admm"},
+            "method: found admm with pattern experts, expected a method that scores experts",
+        ),
+        ("experts", {"reconstruction": "least-squares"}, "reconstruction: found least-squares with pattern experts"),
+        ("experts", {"propagation": "pruned"}, "propagation: found pruned with pattern experts, expected dense"),
     ],
 )
 def test_refused_combinations_give_the_reason(
