@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import cycled
+from conftest import planned
 from test_families import RECORDED, run, save, short_texts
 from test_units import EXPERTS, place
 from transformers import AutoModelForCausalLM
