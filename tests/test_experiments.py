@@ -167,9 +167,8 @@ def test_a_measure_that_no_experiment_has_is_no_column(monkeypatch: pytest.Monke
     plain = small._replace(name="plain", metrics={})
     monkeypatch.setattr(listing, "list_states", lambda _: [small, plain])
     said = experiments(project=Project(tmp_path))
-    assert [line.split("|")[-2].strip() for line in said.splitlines()] == [
-        "parameters removed, %", "-----------------------", "12.3", "–",
-    ]  # fmt: skip
+    header, _, *rows = [line.split("|")[-2].strip() for line in said.splitlines()]
+    assert (header, rows) == ("parameters removed, %", ["12.3", "–"])
     monkeypatch.setattr(listing, "list_states", lambda _: [plain])
     assert "removed" not in experiments(project=Project(tmp_path))
 
