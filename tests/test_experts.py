@@ -139,7 +139,7 @@ def experts_left(masks: dict[str, torch.Tensor]) -> dict[tuple[str, ...], set[in
 @pytest.mark.parametrize("method", [None, "magnitude", "wanda", "ria"])
 def test_the_lowest_scores_go_and_apply_writes_the_smaller_model(method: str | None, mixture: Callable[..., Project]):
     made = mixture(method=method)
-    said = run(made, "mask", "apply")
+    said = run(made, "plan", "mask", "apply")
     assert "num_experts from 8 to 6" in said
     assert ("method wanda ignored (recipe wanda)" in said) == (method is None)
     dense, pruned = (Checkpoint(made.model(model)) for model in ("dense", "pruned"))
