@@ -16,6 +16,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,13 +143,17 @@ class Bench:
             found = step.record(gram=gram)
             self.wait()
             spent.append(time.perf_counter() - began)
-            recorded.append(Recorded(found.stats, {name: one.cpu() for name, one in found.grams.items()}, {}))
+            recorded.append(Recorded(found.stats, _on(torch.device("cpu"), found.grams), {}))
             del found
         rows = as_rows(windows)
         hidden = outputs(decoder, rows, work)
         losses = [measure(decoder, x[None], row.tokens)[0] for x, row in zip(hidden, rows, strict=True)]
         peak = torch.cuda.max_memory_allocated(device) if on_card else 0
         return Run(recorded, losses, sum(spent[1:]) / max(1, len(spent) - 1), peak)  # the first block warms up
+
+
+def _on(device: torch.device, grams: dict[str, Gram]) -> dict[str, Gram]:
+    return {name: Gram(gram.upper.to(device), gram.count) for name, gram in grams.items()}
 
 
 def model(folder: Path, shape: dict[str, Any], dtype: str) -> Path:
@@ -187,8 +192,8 @@ def check(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[Check]:
     yield Check("Fisher tier of two windows, largest relative difference of a linear's norm", found, 1e-3)
     if card.peak:
         model = sizes(folder)
-        found = walk(model, dtype="float32", length=tokens.shape[1], device="cuda")
-        formula = found.weights + found.activations + found.norms + found.grams + found.logits
+        memory = walk(model, dtype="float32", length=tokens.shape[1], device="cuda")
+        formula = memory.weights + memory.activations + memory.norms + memory.grams + memory.logits
         formula += FIXED + 2 * tokens.numel() * model.hidden * 4  # hidden states, before and after a block
         yield Check("peak memory of the card against the formula, GB", card.peak / 1e9, formula / 1e9)
 
@@ -220,8 +225,8 @@ def masks(
     decoder: Decoder, recorded: Recorded, name: str, pattern: str, device: torch.device | None
 ) -> dict[str, torch.Tensor]:
     """Return the masks of a block's linears at 50 %."""
-    words = {"method": methods()[name], "share": HALF, "pattern": pattern}
-    return choose_block(decoder.checkpoint.weight, recorded.stats, device=device, **words)
+    weights, method = decoder.checkpoint.weight, methods()[name]
+    return choose_block(weights, recorded.stats, method=method, share=HALF, pattern=pattern, device=device)
 
 
 def _solved_apart(bench: Bench, folder: Path, run: Run, reconstruction: str) -> float:
@@ -233,14 +238,19 @@ def _solved_apart(bench: Bench, folder: Path, run: Run, reconstruction: str) -> 
         gradients[name] = Gram.empty(len(keep))
         gradients[name].add(torch.randn(64, len(keep), generator=torch.Generator().manual_seed(0)))
     for device in (torch.device("cpu"), bench.device):
-        grams = {name: type(gram)(gram.upper.to(device), gram.count) for name, gram in recorded.grams.items()}
         found = []
-        for name, prepared in prepared_linears(recorded.stats.readers, grams):
+        for name, prepared in prepared_linears(recorded.stats.readers, _on(device, recorded.grams)):
             if prepared is None:
                 continue
             weight, across = decoder.checkpoint.weight(name), name in recorded.stats.transposed
-            words = {"reconstruction": RECONSTRUCTIONS[reconstruction], "gradients": gradients.get(name)}
-            solved = reconstruct(weight, keeps[name], prepared, transposed=across, **words)
+            solved = reconstruct(
+                weight,
+                keeps[name],
+                prepared,
+                reconstruction=RECONSTRUCTIONS[reconstruction],
+                gradients=gradients.get(name),
+                transposed=across,
+            )
             found.append(prune_linear(weight, keeps[name], prepared, solved.weight, transposed=across).error or 0.0)
         errors.append(found)
     return max(abs(a / b - 1) for a, b in zip(*errors, strict=True) if b)
@@ -250,7 +260,7 @@ def _fisher_apart(bench: Bench, folder: Path, tokens: torch.Tensor) -> float:
     found: list[dict[str, torch.Tensor]] = []
     for device in (torch.device("cpu"), bench.device):
         decoder = Decoder(folder, dtype=torch.float32, device=device)
-        came = backward(decoder, as_rows(tokens), bench.work / f"back{len(found)}")
+        came = backward(Runner(decoder, bench.work / f"back{len(found)}"), tokens)
         found.append({name: sums for _, block in came for name, sums in block.sums.items()})
     host, card = found
     return max(float((card[name] - sums).norm() / sums.norm()) for name, sums in host.items())
@@ -264,7 +274,7 @@ def times(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[st
         flops = 2.0 * tokens.numel() * sum(x.numel() for x in block.parameters() if x.dim() > 1)
         weights = [x for x in block.parameters() if x.dim() > 1]
         x = {size: torch.randn(TOGETHER, size, dtype=dtype, device=device) for _, size in (w.shape for w in weights)}
-        passes = [bench.seconds(lambda w=w: x[w.shape[1]] @ w.T) for w in weights]  # type: ignore[misc]
+        passes = [bench.seconds(partial(torch.matmul, x[w.shape[1]], w.T)) for w in weights]
         floor = sum(passes) * tokens.numel() / TOGETHER
     yield "linears alone, a block", f"{1e3 * floor:.1f} ms, {flops / floor / 1e12:.1f} TFLOP/s"
     plain = bench.run(folder, tokens, dtype)
@@ -282,8 +292,8 @@ def times(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[st
     addresses = [checkpoint.find(linear) for names in first.stats.readers.values() for linear in names]
     began = time.perf_counter()
     names = {name: name for name in checkpoint.where}
-    new = new_tensors(checkpoint, names, checkpoint.entries, checkpoint.read, addresses)  # type: ignore[arg-type]
-    for _ in write_model(checkpoint, bench.work / "copy", new, {}):  # type: ignore[arg-type]
+    new = new_tensors(checkpoint, names, checkpoint.entries, checkpoint.read, addresses)
+    for _ in write_model(checkpoint, bench.work / "copy", new, {}):
         pass
     written = sum(math.prod(entry.shape) for entry in checkpoint.entries.values()) * dtype.itemsize
     yield "writing a checkpoint", f"{written / 1e9 / (time.perf_counter() - began):.2f} GB/s"

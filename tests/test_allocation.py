@@ -55,8 +55,9 @@ def test_a_shift_keeps_the_order_and_the_distances_of_what_is_inside(raw, sparsi
 
 
 def test_shares_by_hand():
-    half, three = Fraction(1, 2), [1, 1, 1]
-    assert owl(half, [1, 1], [3.0, 1.0], ALLOCATIONS["owl"].strength) == [Fraction("0.42"), Fraction("0.58")]
+    half, three, strength = Fraction(1, 2), [1, 1, 1], ALLOCATIONS["owl"].strength
+    assert strength is not None
+    assert owl(half, [1, 1], [3.0, 1.0], strength) == [Fraction("0.42"), Fraction("0.58")]
     assert owl(half, three, [2.0, 2.0, 2.0], 0.08) == [half] * 3
     assert shift([Fraction(0), Fraction(1)], half, [3, 1]) == [Fraction(1, 3), Fraction(1)]
     with pytest.raises(ValueError, match="2 parts of 1 sizes at sparsity 1/2"):

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
                     address.tensor, np.ones(checkpoint.read(Address(address.tensor)).shape, dtype=bool)
                 )
                 stacked[address.expert] = keep.numpy()
-    made = {"made_by": "mask", "model": {"source": "x", "sha256": "0"}}
+    made: dict[str, Any] = {"made_by": "mask", "model": {"source": "x", "sha256": "0"}}
     made |= {"params": {"method": "wanda", "sparsity": 0.5, "pattern": "unstructured", "group": "row"}}
     made["params"] |= {"allocation": "uniform", "allocation_strength": None}
     made["params"] |= {"reconstruction": "none", "propagation": "dense"}

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +19,7 @@ from test_stages import fetch
 
 from wanda_dvc.engine import questions
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.divergence import measure_windows
+from wanda_dvc.engine.divergence import Reference, measure_windows
 from wanda_dvc.engine.fisher import backward
 from wanda_dvc.engine.recorder import Gradients, Recorded
 from wanda_dvc.engine.walk import Runner
@@ -106,7 +106,7 @@ def change(run: Runner, block: int) -> tuple[dict[str, torch.Tensor], dict[str, 
     return keeps, weights
 
 
-def through(run: Runner, rows: torch.Tensor, *, with_dense: bool, kept: int = 0) -> Iterator[bytes]:
+def through(run: Runner, rows: torch.Tensor, *, with_dense: bool, kept: int = 0) -> Generator[bytes, None, None]:
     """All bytes that stages write: of blocks that are measured and changed, of losses, and of a backward pass."""
     made = {block: change(run, block) for block in range(len(run.decoder.blocks))}
     for step in run.walk(rows, with_dense=with_dense, kept=kept):
@@ -114,7 +114,8 @@ def through(run: Runner, rows: torch.Tensor, *, with_dense: bool, kept: int = 0)
         step.change(*made[step.index])
     if not with_dense:
         yield str([loss for loss, _ in run.head(measure_windows, lambda shard: [None] * len(shard))]).encode()
-        references = [one for _, one in run.head(measure_windows, lambda shard: [None] if 3 in shard else None)]
+        measured = run.head(measure_windows, lambda shard: [None] if 3 in shard else None)
+        references = [one for _, one in measured if isinstance(one, Reference)]
         yield b"".join(x.numpy().tobytes() for reference in references for x in reference)
         yield str(list(run.head(measure_windows, lambda shard: references if 3 in shard else None))).encode()
         yield from map(dump_back, backward(run, rows[:3], gram=True))

@@ -44,6 +44,22 @@ def through(folder: Path, tokens: torch.Tensor = TOKENS) -> tuple[Decoder, torch
     return decoder, hidden
 
 
+def referenced(decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor = TOKENS) -> tuple[float, Reference]:
+    """The dense model's loss on a window, and its reference."""
+    loss, found = measure(decoder, hidden, tokens)
+    assert isinstance(found, Reference)
+    return loss, found
+
+
+def compared(
+    decoder: Decoder, hidden: torch.Tensor, dense: Reference, tokens: torch.Tensor = TOKENS
+) -> tuple[float, Divergence]:
+    """A model's loss on a window, and its divergence from a reference."""
+    loss, found = measure(decoder, hidden, tokens, dense)
+    assert isinstance(found, Divergence)
+    return loss, found
+
+
 def oracle(folder: Path, other: Path, tokens: torch.Tensor = TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
     """Both models' log-probabilities in float64, by transformers alone."""
     from transformers import AutoModelForCausalLM
@@ -64,8 +80,8 @@ def models(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_a_small_vocabulary_gives_the_divergence_of_float64(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(divergence, "TOP", 260)
-    loss, dense = measure(*through(models[0]), TOKENS)
-    other_loss, found = measure(*through(models[1]), TOKENS, dense)
+    loss, dense = referenced(*through(models[0]))
+    other_loss, found = compared(*through(models[1]), dense)
     p, q = oracle(*models)
     targets = TOKENS[1:, None]
     assert dense.drawn.shape == (39, 0)
@@ -81,7 +97,7 @@ def test_drawn_tokens_estimate_the_tail_without_bias(models: tuple[Path, Path], 
     """The mean over all tokens of the tail, by their probability, is the divergence exactly."""
     monkeypatch.setattr(divergence, "TOP", 5)
     p, q = oracle(*models)
-    _, dense = measure(*through(models[0]), TOKENS)
+    _, dense = referenced(*through(models[0]))
     top = dense.top.long()
     rest = p.scatter(1, top, -math.inf)
     weights = (rest - rest.logsumexp(1, keepdim=True)).exp()
@@ -98,7 +114,7 @@ def test_the_draw_follows_the_tail(models: tuple[Path, Path], monkeypatch: pytes
     """Systematic: of n draws, a token with probability π within the tail gets nπ, rounded down or up."""
     monkeypatch.setattr(divergence, "TOP", 5)
     monkeypatch.setattr(divergence, "DRAWN", 1000)
-    _, dense = measure(*through(models[0]), TOKENS)
+    _, dense = referenced(*through(models[0]))
     p = oracle(models[0], models[0])[0]
     rest = p.scatter(1, dense.top.long(), -math.inf)
     expected = 1000 * (rest - rest.logsumexp(1, keepdim=True)).exp()
@@ -121,8 +137,8 @@ def test_a_model_against_itself_is_zero_to_the_bit(
 ):
     monkeypatch.setattr(divergence, "TOP", top)
     monkeypatch.setattr(divergence, "DRAWN", drawn)
-    loss, dense = measure(*through(models[0]), TOKENS)
-    assert measure(*through(models[0]), TOKENS, dense) == (loss, Divergence([0.0] * 39, 39, 0.0))
+    loss, dense = referenced(*through(models[0]))
+    assert compared(*through(models[0]), dense) == (loss, Divergence([0.0] * 39, 39, 0.0))
 
 
 def test_no_divergence_is_negative_or_lost():
@@ -139,17 +155,17 @@ def test_no_divergence_is_negative_or_lost():
     tokens, hidden = torch.arange(30), torch.zeros(1, 30, 1)
     for scale in (0.1, 1.0, 30.0, 1000.0):
         logits = scale * torch.randn(30, 400, generator=generator)
-        dense: Reference = measure(Logits(logits), hidden, tokens)[1]
+        _, dense = referenced(Logits(logits), hidden, tokens)
         for change in (0.0, 1e-7, 1e-3, 1.0, 100.0):
             other = logits + change * torch.randn(30, 400, generator=generator)
-            found = measure(Logits(other), hidden, tokens, dense)[1]
+            _, found = compared(Logits(other), hidden, dense, tokens)
             assert found.finite
             assert min(found.kl) >= 0
             p, q = logits[:-1].double().log_softmax(1), other[:-1].double().log_softmax(1)
             exact = float((p.exp() * (p - q)).sum(1).mean())
             assert math.fsum(found.kl) / 29 == pytest.approx(exact, rel=0.25, abs=1e-5)
         logits[3, 5] = math.nan
-        assert summarize([measure(Logits(logits), hidden, tokens, dense)[1]]) == dict.fromkeys(
+        assert summarize([compared(Logits(logits), hidden, dense, tokens)[1]]) == dict.fromkeys(
             ("divergence", "top1_agreement", "rms_probability_change"), "diverged"
         )
 
@@ -158,8 +174,8 @@ def test_positions_that_go_together_do_not_matter(models: tuple[Path, Path], mon
     found = []
     for size in (2**20, 260 * 7):
         monkeypatch.setitem(divergence.AT_A_TIME, "cpu", size)
-        dense = measure(*through(models[0]), TOKENS)
-        found.append((dense[1], measure(*through(models[1]), TOKENS, dense[1])))
+        _, dense = referenced(*through(models[0]))
+        found.append((dense, compared(*through(models[1]), dense)))
     assert found[0][1] == found[1][1]
     assert all(torch.equal(one, other) for one, other in zip(found[0][0], found[1][0], strict=True))
 

@@ -149,7 +149,7 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
     before = path.read_text(encoding="utf-8")
     try:
         path.write_text(before.replace("sparsity: 0.5", "sparsity: 0.9"), encoding="utf-8")
-        results = {"dense": {}, "pruned": {}}
+        results: dict[str, Any] = {"dense": {}, "pruned": {}}
         expected = {"state": "workspace", "change": {"sparsity": 0.9}, "stale": True, "results": results}
         assert listed(repository)["workspace"] == expected
         said = experiments(project=Project(repository.root))

@@ -6,7 +6,6 @@ DVC and the stages are real processes here, because starting them is all that th
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import wanda_dvc as wd
 
 pytestmark = pytest.mark.pipeline
-SMALL: Mapping[str, Any] = {
+SMALL: dict[str, Any] = {
     "perplexity": {"length": 64, "windows": 4},
     "dtype": "float32",
 }

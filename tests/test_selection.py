@@ -200,7 +200,7 @@ def test_scores_of_slices_are_slices_of_scores_where_a_method_says_so(name, data
 @pytest.mark.parametrize("name", [name for name, row in OF_WEIGHTS.items() if row.competition != "solver"])
 def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str, pattern: str, group: str):
     """Whatever a row of the catalog says, slicing changes no mask."""
-    words = {"method": methods()[name], "share": HALF, "pattern": pattern, "group": group}
+    words: dict[str, Any] = {"method": methods()[name], "share": HALF, "pattern": pattern, "group": group}
     generator = torch.Generator().manual_seed(0)
     weight = (4 * torch.randn(13, 24, generator=generator)).round()  # some scores are equal
     x = of_norm(torch.randint(1, 4, (24,), generator=generator).float())

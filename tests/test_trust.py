@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEXTS, planned, save_tiny_model, text_of, write_params
-from safetensors.torch import safe_open, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_inputs import tree
 
 from wanda_dvc.errors import UserError

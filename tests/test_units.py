@@ -230,9 +230,9 @@ def masked(folder: Path, removal: Removal) -> Iterator[Any]:
     parts = stored_parts(model, checkpoint)
     where, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
-        for name, linear in stored_linears(block, f"{where}.{index}.", parts.__getitem__).items():
+        for name, stored in stored_linears(block, f"{where}.{index}.", parts.__getitem__).items():
             if name in keeps:
-                linear.weight.data.mul_(keeps[name])
+                stored.weight.data.mul_(keeps[name])
     yield model
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, save_tiny_model
@@ -89,7 +90,8 @@ def test_it_runs_the_study_and_an_experiment(unpacked: Path, environment: dict[s
     (tmp_path / "around/code.py").write_text("")
     said = run("wanda-dvc", "init", "study", "--model", str(model), cwd=tmp_path / "around", environment=environment)
     study = tmp_path / "around/study"
-    small = {"calibration.windows": 2, "calibration.length": 64, "perplexity.length": 64, "perplexity.windows": 2}
+    small: dict[str, Any] = {"calibration.windows": 2, "calibration.length": 64}
+    small |= {"perplexity.length": 64, "perplexity.windows": 2}
     small |= {"tasks.names": ["piqa"], "zero_shot.limit": 2}
     content = YAML(typ="safe").load(study / "params.yaml")
     YAML().dump(updated(content, nested(small)), study / "params.yaml")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -42,7 +42,7 @@ from wanda_dvc.reading import read_text
 MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
 EMBEDDED_ITEMS = 10  # of each task, by default: they check the path, and are no benchmark
 ALL = "all"  # of `perplexity.windows`: every token, including a shorter last window
-AUTO = "auto"
+AUTO: Final = "auto"
 FILE = "params.yaml"
 
 

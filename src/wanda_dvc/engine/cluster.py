@@ -169,7 +169,7 @@ class Cluster:
         self._threads = min(omp_threads() or THREADS, smallest)
         self._settings = self._threads, device if self._kind == "GPU" else "cpu"
         needs: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": self._threads}
-        self._task = ray.remote(run_task).options(max_retries=RETRIES, **needs)
+        self._task: Any = ray.remote(run_task).options(max_retries=RETRIES, **needs)
 
     @property
     def workers(self) -> int:

@@ -246,9 +246,9 @@ def protocol(section: Section) -> Content:
         calibration = {key: shown(value) for key, value in section.first.settings.items() if "calibration." in key}
         said.append(f"Calibration: {inline(', '.join(f'{key[12:]}={value}' for key, value in calibration.items()))}.")
     libraries: dict[str, str] = {}
-    for one in section.models.values():
-        protocols = [one.details(ON_TEXT + text).get("protocol", {}) for text in one.texts]
-        for found in [*protocols, *(one.answers(task).get("protocol", {}) for task in one.tasks)]:
+    for model in section.models.values():
+        protocols = [model.details(ON_TEXT + name).get("protocol", {}) for name in model.texts]
+        for found in [*protocols, *(model.answers(task).get("protocol", {}) for task in model.tasks)]:
             libraries |= found.get("libraries", {})
     if libraries:
         said.append(f"Libraries: {inline(', '.join(f'{name} {version}' for name, version in libraries.items()))}.")
@@ -276,13 +276,15 @@ def summary(section: Section) -> Content:
 
 def on_texts(section: Section) -> Content:
     """A table and a picture of each text."""
-    parts: Content = []
-    for text in dict.fromkeys(on for measure, on in section.columns.values() if measure.per == TEXT):
-        columns = section.only(lambda measure, on, text=text: measure.per == TEXT and on == text)
-        caption = f"On {inline(text)}; intervals over windows (t). Divergence is KL(dense ‖ pruned) of the predictions."
-        parts.append(_table(section, caption, columns))
-        parts += _curves(section, "perplexity", f"perplexity on {text}", lambda one, text=text: perplexity(one, text))
-    return parts
+    texts = dict.fromkeys(on for measure, on in section.columns.values() if measure.per == TEXT)
+    return [part for text in texts for part in _on_text(section, text)]
+
+
+def _on_text(section: Section, text: str) -> Content:
+    columns = section.only(lambda measure, on: measure.per == TEXT and on == text)
+    caption = f"On {inline(text)}; intervals over windows (t). Divergence is KL(dense ‖ pruned) of the predictions."
+    curves = _curves(section, "perplexity", f"perplexity on {text}", lambda one: perplexity(one, text))
+    return [_table(section, caption, columns), *curves]
 
 
 def zero_shot(section: Section) -> Content:

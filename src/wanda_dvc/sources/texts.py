@@ -65,7 +65,7 @@ class _Found:
             raise UserError(f"{self.where} ({self.title}): empty, expected text; name another")
         content = joined.encode("utf-8")
         (out / TEXT).write_bytes(content)
-        made = {"join": self.wanted.join, "rows": len(rows), "sha256": hashlib.sha256(content).hexdigest()}
+        made: Json = {"join": self.wanted.join, "rows": len(rows), "sha256": hashlib.sha256(content).hexdigest()}
         write_provenance(out, describe(self.made_by, **self.origin, **made))
 
 

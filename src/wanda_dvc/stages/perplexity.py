@@ -78,7 +78,7 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
         write_json(project.details(model, f"perplexity/{text}"), details | ({"not_finite": where} if where else {}))
         write_json(project.metrics(model, f"perplexity/{text}"), metrics)
         if dense is None:
-            made = {"protocol": protocol, "vocabulary": run.decoder.vocabulary, "top": TOP, "drawn": DRAWN}
+            made: Json = {"protocol": protocol, "vocabulary": run.decoder.vocabulary, "top": TOP, "drawn": DRAWN}
             seal(work.out, describe("perplexity dense", **made), parts="rows")
             work.publish(reference)
         else:
