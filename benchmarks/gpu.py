@@ -185,7 +185,7 @@ def check(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[Check]:
     ):
         found = _masks_apart(bench, folder, host, name, pattern)
         yield Check(f"masks from the same norms, {name} {pattern}, share that differs", found, bound)
-    for name in ("least-squares", "fisher"):
+    for name in ("least-squares", "output-weighted"):
         found = _solved_apart(bench, folder, host, name)
         yield Check(f"{name}, largest relative difference of a layer error", found, 1e-2)
     found = _fisher_apart(bench, folder, tokens[:2])

@@ -56,7 +56,7 @@ SOLVES: Runs = {
 }
 RATED = {"method": "wanda"}
 RATES: Runs = {name: ("mask", None, RATED | BACK | {"allocation": name}) for name in ALLOCATIONS}
-FIRST = ("the way back", "a solver's masks", "fisher")  # the most that calibration, a solver and ratings hold
+FIRST = ("the way back", "a solver's masks", "sensitivity")  # the most that calibration, a solver and ratings hold
 SHORT: Runs = {name: run for name, run in (SOLVES | RATES).items() if name in FIRST}
 LONG: Runs = {"the way back": SOLVES["the way back"]} | {
     name: run for name, run in (SOLVES | RATES).items() if name not in FIRST
