@@ -436,6 +436,13 @@ def work_of(made: Project) -> Path:
     return found
 
 
+def flip(path: Path) -> int:
+    """Change the last bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    return path.write_bytes(content)
+
+
 def kill(*_: object) -> None:
     raise KeyboardInterrupt
 
