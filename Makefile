@@ -13,10 +13,10 @@ repro: install ## create the environment, run the pipeline on the embedded defau
 	dvc repro
 	@wanda-dvc show
 
-test: install lint ## lint, and all laws on the rows of their grids that cover all pairs; about eight minutes on two cores
+test: install lint ## lint, and each law on one row of its grid; the oracles of what is computed on all rows
 	pytest -n $(CORES) --dist worksteal -m "not full"
 
-test-all: install lint ## the same on full grids, with more crashes and drawn examples, as each night
+test-all: install lint ## every law on its whole grid, with more crashes and drawn examples, on Ray too, as each night
 	WANDA_DVC_CRASHES=$${WANDA_DVC_CRASHES:-10} WANDA_DVC_KILLS=$${WANDA_DVC_KILLS:-3} pytest -n $(CORES) --dist worksteal
 
 test-fast: install ## without the slow tests and those on a real DVC repository; under three minutes on two cores

@@ -60,6 +60,23 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("short" if "not full" in config.getoption("markexpr") else "full")
 
 
+# Modules whose grids `make test` runs whole: the oracles of what is computed.
+WHOLE = {"test_divergence.py", "test_gram.py", "test_selection.py", "test_solvers.py"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `full` all rows of a test but one, the middle one of those that are not `full` already."""
+    rows: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.path.name not in WHOLE and not item.get_closest_marker("full"):
+            rows.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+    for every in rows.values():
+        for item in every:
+            if item is not every[len(every) // 2]:
+                item.add_marker(pytest.mark.full)
+
+
 def pytest_collection_finish() -> None:
     """No collection, such as pytest's own at the end, walks the objects of the libraries that are imported now."""
     gc.freeze()
@@ -240,7 +257,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]) 
 @pytest.fixture
 def study(calibrated: Path, texts: dict[str, str], tmp_path: Path) -> Callable[..., Project]:
     """A copy of `calibrated` with other settings; a second call changes them again."""
-    shutil.copytree(calibrated, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(calibrated, tmp_path, symlinks=True, dirs_exist_ok=True)
     source = Project(calibrated).params.model
 
     def make(**changes: Any) -> Project:

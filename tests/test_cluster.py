@@ -39,7 +39,12 @@ from wanda_dvc.engine import cluster  # noqa: E402
 from wanda_dvc.engine.cluster import AHEAD, Cluster, connect, own_device  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own warnings
-slow = pytest.mark.slow  # a node takes seconds to start
+
+
+def slow(test: Callable[..., None]) -> Any:
+    """A test on real nodes, whose processes take minutes to start on a busy machine."""
+    return pytest.mark.full(pytest.mark.slow(test))
+
 
 CPU = torch.device("cpu")
 Make = Callable[..., Project]
@@ -172,7 +177,7 @@ def test_an_interrupted_run_of_tasks_resumes_at_its_block(
     killed.close()
     cluster = Inline()
     for name, executor in (("cluster", cluster), ("here", None)):
-        work = Path(shutil.copytree(tmp_path / "killed", tmp_path / name))
+        work = Path(shutil.copytree(tmp_path / "killed", tmp_path / name, symlinks=True))
         run = Runner(decoder(tiny), work, executor)
         assert list(through(run, rows, with_dense=with_dense, kept=1)) == expected[with_dense][1:]
     assert not any(name.startswith("block 0, shard") for name, _ in cluster.ran)
@@ -316,8 +321,7 @@ def test_a_stage_waits_while_others_use_every_worker(
         on_cluster(tiny, tmp_path)
 
 
-@slow
-@pytest.mark.full  # each try starts a process
+@slow  # each try starts a process
 def test_a_task_that_kills_its_workers_ends_the_stage(nodes: Any):
     set_nodes(nodes, 1)
     cluster = Cluster("auto", device="cpu")
@@ -340,8 +344,7 @@ def run_stages(study: Project) -> dict[str, bytes]:
     return {str(path.relative_to(study.root)): path.read_bytes() for path in found}
 
 
-@slow
-@pytest.mark.full  # the tests above hold each kind of task to the bytes of one process
+@slow  # the tests above hold each kind of task to the bytes of one process
 def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
     nodes: Any, project: Make, monkeypatch: pytest.MonkeyPatch
 ):

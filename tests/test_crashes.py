@@ -205,7 +205,7 @@ def test_any_file_operation_is_a_crash_point_that_recovers(root: Path, killer: K
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", [name for name in STRUCTURES if name != "experts"])  # those: test_experts.py
 def test_a_smaller_model_recovers_from_any_crash(root: Path, killer: Killer, pattern: str, tmp_path: Path):
-    study = shutil.copytree(root, tmp_path / "study")
+    study = shutil.copytree(root, tmp_path / "study", symlinks=True)
     params = (study / "params.yaml").read_text(encoding="utf-8")
     params = re.sub("^pattern: .*", f"pattern: {pattern}", params, flags=re.MULTILINE)
     params = re.sub("^(group|reconstruction|propagation):.*", r"\1:", params, flags=re.MULTILINE)

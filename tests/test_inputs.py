@@ -287,7 +287,7 @@ def test_what_may_not_be_read_is_told_apart_from_what_is_not_there(
     command: str, finished: Path, tiny: Path, texts: dict[str, Any], reads: Reads, tmp_path: Path
 ):
     """Whatever file the stage reads, and whatever library opens it: its name, why, and exit 2."""
-    root = shutil.copytree(finished, tmp_path / "study")
+    root = shutil.copytree(finished, tmp_path / "study", symlinks=True)
     shutil.copytree(tiny, tmp_path / "tiny")
     shutil.copyfile(texts["calibration__text__source"], tmp_path / "text.txt")
     changes: dict[str, Any] = {"perplexity__windows": 1, "zero_shot__limit": 1}

@@ -15,7 +15,7 @@ from wanda_dvc.reading import is_there
 from wanda_dvc.study.dvc import is_as_locked, is_cached
 from wanda_dvc.study.files import link_file, write_json
 from wanda_dvc.study.plans import PLAN
-from wanda_dvc.study.project import Project
+from wanda_dvc.study.project import Project, remove
 
 
 def sources(params: Params) -> dict[str, tuple[str, str]]:
@@ -57,6 +57,8 @@ def link_source(project: Project, part: str) -> None:
     temporary = place.with_name(place.name + ".part")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(named)
+    if place.is_dir() and not place.is_symlink():  # in a copy of a study that followed links
+        remove(place)
     temporary.replace(place)
 
 
