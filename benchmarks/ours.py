@@ -14,26 +14,27 @@ __all__ = ["has_bf16_units", "multiply", "peak_inside", "processor", "seconds_in
 
 
 def seconds_inside(folder: Path, *words: str) -> float:
-    """Return the seconds of a project's last run of a stage, by the stage's own clock: without the process's start.
+    """Return the seconds of a project's last runs of a stage, by the stage's own clock: without processes' starts.
 
     Raises:
-        RuntimeError: the project holds no result of that run.
+        RuntimeError: the project holds no result of that stage.
     """
-    return float(_last(folder, *words)["seconds"])
+    return sum(float(run["seconds"]) for run in _last(folder, *words))
 
 
 def peak_inside(folder: Path, *words: str) -> float:
-    """Return the bytes of anonymous memory that the last run of a stage held at most, imports included."""
-    return float(_last(folder, *words)["peak_anonymous_gb"]) * 1e9
+    """Return the bytes of anonymous memory that the last runs of a stage held at most, imports included."""
+    return max(float(run["peak_anonymous_gb"]) for run in _last(folder, *words)) * 1e9
 
 
-def _last(folder: Path, *words: str) -> dict[str, Any]:
+def _last(folder: Path, *words: str) -> list[dict[str, Any]]:
+    """Return the last run of each part and text of a stage, or of those named."""
     project, run = Project(folder), "-".join(words[:2]) + "".join(f"@{text}" for text in words[2:])
     known = times(project)
-    found = [time for name, time in known.items() if run in (name, name.partition("@")[0])]  # one text unless named
+    found = [time for name, time in known.items() if name == run or name.startswith((f"{run}-", f"{run}@"))]
     if not found:
         raise RuntimeError(f"{folder}: no time of {run}, expected one of {', '.join(known) or 'none'}")
-    return found[0]
+    return found
 
 
 def windows(folder: Path, part: str) -> Any:

@@ -12,7 +12,9 @@ import torch
 from conftest import ROOT, calibrate, text_of
 from transformers import AutoModelForCausalLM
 
+from wanda_dvc.catalog import STATISTICS
 from wanda_dvc.stages import STAGES, times
+from wanda_dvc.stages import calibrate as stage
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.inputs import calibration_windows
 from wanda_dvc.stages.mask import mask
@@ -180,6 +182,8 @@ def test_the_seconds_inside_a_stage_are_those_of_its_last_run(project: Callable[
         download(project=made, part=part, text=text_of(part))
     with pytest.raises(RuntimeError, match="no time of calibrate, expected one of none"):
         ours.seconds_inside(made.root, "calibrate")
-    with timed(made, STAGES["calibrate"]):
-        calibrate(project=made)
-    assert ours.seconds_inside(made.root, "calibrate") == times(made)["calibrate"]["seconds"]
+    for tier in STATISTICS:
+        with timed(made, STAGES["calibrate"], tier):
+            stage.calibrate(project=made, tier=tier)
+    every = [times(made)[f"calibrate-{tier}"]["seconds"] for tier in STATISTICS]
+    assert ours.seconds_inside(made.root, "calibrate") == sum(every)

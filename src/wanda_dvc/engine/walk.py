@@ -96,8 +96,8 @@ def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) 
     if block.dense is not None:
         dense = block.dense.read(block.index, shard.number)
         written["dense"] = block.dense.write(block.index + 1, shard.number, passes.through(dense))
+    after = passes.through(before, recorder, dense if block.crosses else ())  # no trial run is recorded
     with recorder.recording(model.linears(block.index)) if recorder else contextlib.nullcontext():
-        after = passes.through(before, recorder, dense if block.crosses else ())
         written["own"] = block.own.write(block.index + 1, shard.number, after)
     if recorder is None:
         return Done(None, written, passes.not_finite)
@@ -149,11 +149,16 @@ class _Pass:
     def through(
         self, before: Sequence[Tensor], recorder: InputRecorder | None = None, dense: Sequence[Tensor] = ()
     ) -> Iterator[Float[Tensor, "length width"]]:
-        """Yield the rows' hidden states after the block.
+        """Try which rows run together, at once; then yield the rows' hidden states after the block.
 
         A recorder sees the inputs of its linears; of each row, those of the matching row of `dense` first.
         """
         groups = [[number] for number in range(len(self.rows))] if dense else self._groups(before)
+        return self._by_group(before, groups, recorder, dense)
+
+    def _by_group(
+        self, before: Sequence[Tensor], groups: list[list[int]], recorder: InputRecorder | None, dense: Sequence[Tensor]
+    ) -> Iterator[Float[Tensor, "length width"]]:
         finite = list[Tensor]()
         for group in groups:
             row = self.rows[group[0]]
