@@ -236,7 +236,7 @@ def protocol(section: Section) -> Content:
         windows = found.get("windows", one.params.perplexity.windows)
         said.append(
             f"Perplexity on {inline(name)}: {windows} windows of {one.params.perplexity.length} tokens of "
-            f"{inline(shown(text.source))}; {one.params.dtype}. {one.params.about_text(name)}."
+            f"{inline(shown(text.source))}; {found.get('dtype', one.params.dtype)}. {one.params.about_text(name)}."
         )
     tasks, limit = ", ".join(params.tasks.names), params.items
     said.append(f"Zero-shot: {inline(tasks) or 'no tasks'}; {f'the first {limit} items' if limit else 'all items'}.")

@@ -86,11 +86,11 @@ def notes(params: Params, models: dict[str, Results]) -> Iterator[str]:
                 f"{protocol['text']['source']} (sha256 {protocol['text']['sha256'][:12]}…), {protocol['dtype']}. "
                 f"{params.about_text(text)}."
             )
-    if any(one.tasks for one in every):
+    if asked := [one.answers(task).get("protocol", {}) for one in every for task in one.tasks]:
         limit = params.items
         yield (
             f"Zero-shot: no examples in the prompt, {f'the first {limit} items' if limit else 'all items'} of each "
-            f"task, {params.dtype}."
+            f"task, {asked[0].get('dtype', params.dtype)}."
         )
         if params.tasks.source == "embedded":
             yield (
