@@ -119,7 +119,7 @@ def test_show_as_json_holds_the_files_own_numbers(there: Project):
     assert content["models"]["pruned"]["results"]["sparsity"] == {"value": expected}
     assert content["experiments"]["workspace"]["settings"]["method"] in methods()
     assert content["models"]["pruned"]["tests"][0]["measure"] == "perplexity"
-    assert content["times"]["calibrate"]["seconds"] > 0
+    assert content["times"]["calibrate-norms"]["seconds"] > 0
 
 
 def test_what_doctor_misses_is_told_by_its_exit_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -161,12 +161,11 @@ def completed(folder: Path, *words: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_the_shell_completes_parts_presets_and_dtypes(study: Project, tmp_path: Path):
+def test_the_shell_completes_parts_and_presets(study: Project, tmp_path: Path):
     assert completed(study.root, "download", "") == list(STAGES["download"].parts)
     assert completed(study.root, "perplexity", "p") == ["pruned"]
     assert completed(study.root, "zero-shot", "d") == ["dense"]
     assert completed(study.root, "init", "--preset", "de") == ["default"]
-    assert completed(study.root, "cost", "--dtype", "b") == ["bfloat16"]
     assert completed(tmp_path, "zero-shot", "") == ["dense", "pruned"]
 
 
@@ -183,7 +182,7 @@ def test_the_shell_completes_experiments(study: Project):
     try:
         assert completed(study.root, "export", "--rev", "sp") == ["sparse-30", "sparse-70"]
         assert completed(study.root, "report", "--rev", "") == ["sparse-30", "sparse-70"]
-        assert completed(study.root, "stats", "--compare", "sparse-7") == ["sparse-70"]
+        assert completed(study.root, "show", "sparse-7") == ["sparse-70"]
     finally:
         for name in ("sparse-70", "sparse-30"):
             git("update-ref", "-d", f"refs/exps/{commit[:2]}/{commit[2:]}/{name}")
