@@ -48,11 +48,11 @@ def check_text(project: Project, expected: Json, found: str, todo: str) -> None:
         )
 
 
-def model_dtype(project: Project) -> str:
-    """Return the dtype in which a study's models run, by name."""
+def model_dtype(project: Project, model: str = "dense") -> str:
+    """Return the dtype in which a study's dense or pruned model runs, by name; `auto` is the dense checkpoint's."""
     from wanda_dvc.engine.config import dtype_of
 
-    return dtype_of(project.model("dense"), project.planned("calibrate/norms")["dtype"])
+    return dtype_of(project.model(model), project.planned("calibrate/norms")["dtype"])
 
 
 def calibrated_with(project: Project) -> Json:
@@ -222,7 +222,7 @@ def open_decoder(project: Project, model: str, *, dtype: str | None = None, devi
     from wanda_dvc.engine.attention import has_units
     from wanda_dvc.engine.decoder import Decoder
 
-    dtype = dtype or model_dtype(project)
+    dtype = dtype or model_dtype(project, model)
     where = torch.device(device) if device else own_device(project.params.runtime)
     if where.type == "cpu" and device is None and not has_units(getattr(torch, dtype)):
         notice(

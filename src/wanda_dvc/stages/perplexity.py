@@ -54,7 +54,7 @@ def perplexity(*, project: Project, model: str, text: str) -> None:
         dense=dense_of(model, measured),
         tokenizer_sha256=tokenizer_digest(project.model(model)),
         **described,
-        dtype=model_dtype(project),
+        dtype=model_dtype(project, model),
     )
     dense = None if model == "dense" else _reference(project, text, protocol, measured["model"]["source"])
     if dense:

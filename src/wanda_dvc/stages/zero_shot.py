@@ -101,7 +101,7 @@ def _protocol(
         dense=dense_of(model, measured),
         tokenizer_sha256=tokenizer_digest(project.model(model)),
         **inputs,
-        dtype=model_dtype(project),
+        dtype=model_dtype(project, model),
     )
 
 
@@ -202,7 +202,7 @@ def _continue(project: Project, model: str, protocol: Json, _: Work) -> Json:
         again = f"`dvc repro --force --single-item zero-shot-{model}` writes them when there is more"
         notice(f"zero-shot {model}: no continuations: {skipped}; {again}")
         return {"details": {"protocol": protocol, "skipped": skipped}}
-    dtype, device = getattr(torch, model_dtype(project)), own_device(runtime)
+    dtype, device = getattr(torch, model_dtype(project, model)), own_device(runtime)
     written = continuations(folder, prompts, dtype=dtype, device=device)
     pairs = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, written, strict=True)]
     return {"details": {"protocol": protocol, "prompts": pairs}}
