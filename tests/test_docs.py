@@ -255,7 +255,7 @@ NOT_RUN = {
     "dvc queue kill NAME": "needs a worker that was killed; test_crashes.py kills stages",
 }
 TASKS = "dvc exp run -S tasks.names=[piqa,arc_easy]"
-WIDE = "dvc exp run --temp -S calibration.length=2048 -S calibration.statistics=gradients -S recipe=fisher"
+WIDE = "dvc exp run --temp -S calibration.length=2048 -S recipe=fisher"
 NARROW = WIDE.replace("length=2048", "length=64")
 LONGER = "dvc exp run --queue -S tasks.names=[] -S perplexity.length=4096"
 # What others are in a tiny study.
@@ -263,12 +263,12 @@ AS_RUN = {
     "make repro": "dvc repro",
     "wanda-dvc report --model SmolLM2": "wanda-dvc report --model tiny",
     "wanda-dvc stats --layer 12": "wanda-dvc stats --layer 1",
-    f"{TASKS} -S zero_shot.limit=200": f"{TASKS} -S zero_shot.limit=4",
+    f"{TASKS} -S ++zero_shot.limit=200": f"{TASKS} -S ++zero_shot.limit=4",
     f"{LONGER} -S recipe=wanda-paper,magnitude": "dvc exp run --temp -S recipe=magnitude -S perplexity.length=64",
     f"{LONGER} -S pattern=2:4,4:8 -S recipe=wanda-paper,magnitude": (
         "dvc exp run --queue -S tasks.names=[] -S pattern=2:4"
     ),
-    "dvc exp run --queue -S sparsity=0.3,0.5,0.7 -S method=magnitude,wanda": "dvc exp run --queue -S sparsity=0.3,0.7",
+    "dvc exp run --queue -S sparsity=0.3,0.5,0.7 -S recipe=magnitude,wanda": "dvc exp run --queue -S sparsity=0.3,0.7",
     WIDE: NARROW,
     f"{WIDE} -S sparsity=0.3": f"{NARROW} -S sparsity=0.3",
 }

@@ -141,7 +141,7 @@ def _reference(
 
 
 def sums_by_doubling(p: Float32[Tensor, "positions vocabulary"]) -> Float64[Tensor, "positions vocabulary"]:
-    """Return the sum of each row up to each entry, by log₂(vocabulary) additions of whole rows.
+    """Return the sum of each row up to each entry, by log₂(vocabulary) additions of complete rows.
 
     For GPUs: CUDA's `cumsum` of floats is not deterministic.
     """

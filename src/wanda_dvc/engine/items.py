@@ -46,7 +46,7 @@ def load_task(definition: str, role: str, items: Path, *, name: str = "", todo: 
 
 
 def _rows(items: Path, name: str, todo: str) -> list[dict[str, Any]]:
-    """Read the items. UserError if there are none, or if one lacks a field of the first."""
+    """Read the items. UserError without items, or if one lacks a field of the first."""
     rows = [row for _, row in read_lines(items, todo)]
     if not rows:
         raise UserError(f"{name}: no items, expected one a line; {todo}")
@@ -57,7 +57,7 @@ def _rows(items: Path, name: str, todo: str) -> list[dict[str, Any]]:
 
 
 def _check_label(task: Any, item: Any, where: str, todo: str) -> None:
-    """Raise UserError if an item's label, or one of several, is none of its choices."""
+    """Raise UserError if an item's label, or one of several, is not among its choices."""
     choices = task.doc_to_choice(item)
     # With a context for each choice, such as WinoGrande's, lm-eval has the label in place of the text.
     found = task.doc_to_text(item) if task.multiple_input else task.doc_to_target(item)

@@ -59,7 +59,7 @@ class Block:
     crosses: bool = False  # and products with the dense model's inputs
 
     def load(self, model: Decoder, row: Row) -> None:
-        """Load the block, if it is not there."""
+        """Load the block, unless it is loaded."""
         model.calls(row)  # the first call runs the first block, which must not be loaded yet
         model.hold(self.index, self.then, self.change)
 

@@ -5,11 +5,11 @@ let a stage write its number below metrics/ (`dvc metrics diff` then has it too)
 
     results = Results.of(project, "pruned", dense=Results.of(project, "dense"))
     for measure in MEASURES:
-        for on in measure.where(results):         # texts, tasks, or "" for the whole model
+        for on in measure.where(results):         # texts, tasks, or "" for the model
             estimate = measure.read(results, on)  # an Estimate, `diverged`, or None: not measured
             measure.text(estimate)                # "7.39 (7.01 to 7.80)"
 
-`measure.protocols(results, on)` has everything that a value depends on, besides the model. Two values may be compared
+`measure.protocols(results, on)` has everything that a value depends on, except the model. Two values may be compared
 only if `results.compare.reason` finds no difference of their protocols.
 """
 
@@ -28,7 +28,7 @@ from wanda_dvc.study.protocol import comparable
 
 Value = Estimate | str | None  # `diverged` if a number is not finite; None: not measured
 Protocols = dict[str, Json | None]  # by text or task; None: not known
-TEXT, TASK, MODEL = "text", "task", "model"  # what a measure is a property of, besides the model
+TEXT, TASK, MODEL = "text", "task", "model"  # what a measure is a property of, apart from the model
 ON_TEXT = "perplexity/"
 
 
@@ -40,7 +40,7 @@ class Results:
         metrics: The numbers, by path below metrics/{model}, such as `perplexity/embedded`, `zero_shot`, `sparsity`.
         texts: The texts of its perplexities, in the order of the settings.
         dense: The results of the dense model that this pruned model is compared with; None for the dense model.
-        folder: The folder of details; None if there are none, as in `list`.
+        folder: The folder of details; None without details, as in `list`.
         left_out: The details that are of another run, by path below `folder`.
     """
 
@@ -120,7 +120,7 @@ def perplexity(results: Results, text: str) -> Value:
 
 
 def of_text(results: Results, text: str, *, name: str, part: str = "mean") -> Value:
-    """A measure that `perplexity` wrote beside the perplexity; one over windows has a mean and its interval."""
+    """A measure that `perplexity` wrote with the perplexity; one over windows has a mean and its interval."""
     found = results.metrics.get(ON_TEXT + text, {}).get(name)
     if not isinstance(found, dict):
         return found if found is None or found == DIVERGED else Estimate(found)
@@ -280,7 +280,7 @@ class Measure:
         per: TEXT, TASK or MODEL.
         better: `lower`, `higher`, or "" if neither is.
         brief: Whether `list` and `evaluate` show it; the other views show every measure.
-        protocols: Returns what a value depends on besides the model.
+        protocols: Returns what a value depends on apart from the model.
         test: The paired test of two models with equal protocols; None: the values are only shown.
         form_test: Formats the test's value and interval.
         unit_test: Follows the formatted value.

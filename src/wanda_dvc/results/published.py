@@ -75,7 +75,7 @@ def text_settings(params: Params, text: str) -> Settings:
 
 
 def comparisons(experiments: Sequence[tuple[str, Experiment]]) -> tuple[list[list[str]], str]:
-    """Return a table's rows, each published figure beside ours of the same protocol; and the nearest one in words."""
+    """Return a table's rows, each published figure next to ours of the same protocol; and the nearest one in words."""
     found: dict[tuple[str, ...], None] = {}
     others: list[tuple[int, str]] = []
     for source in sources():

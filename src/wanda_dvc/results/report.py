@@ -1,6 +1,6 @@
 """`wanda-dvc report`: the experiments of a repository as one page of tables and pictures.
 
-Experiments whose results may not be compared stand in sections of their own. Each chapter is a function of a section.
+Experiments whose results may not be compared are in sections of their own. Each chapter is a function of a section.
 """
 
 import csv
@@ -323,7 +323,7 @@ def paired(section: Section) -> Content:
 
 
 def of_published(section: Section) -> Content:
-    """Published figures of the same protocol beside ours."""
+    """Published figures of the same protocol next to ours."""
     rows, nearest = published.comparisons([(inline(name), one) for name, one in section.experiments.items()])
     caption = "Published figures of the same protocol; accuracies in percent."
     return [table(caption, published.HEADERS, rows) if rows else nearest]

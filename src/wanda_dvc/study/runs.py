@@ -55,7 +55,7 @@ class Runs:
     def stale_for(self, asked: Mapping[str, Any]) -> list[str]:
         """Return the stages that are stale, or ran on another plan than `asked`, settings by dotted name.
 
-        {} stands for the settings of the stage `plan`'s last run.
+        {} means the settings of the stage `plan`'s last run.
         """
         makers = {out["path"]: name for name, stage in self.stages.items() for out in stage.get("outs", [])}
         plan: dict[str, str] = {}

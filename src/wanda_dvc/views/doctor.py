@@ -182,7 +182,7 @@ def _sources(project: Project) -> Iterator[Check]:
 
 
 def _pipeline(project: Project) -> Iterator[Check]:
-    """Check that `dvc.yaml` has all stages, in this wanda-dvc's versions; stages of the user's own may stand there."""
+    """Check that `dvc.yaml` has all stages, in this wanda-dvc's versions; it may have stages of the user's own."""
     path = project.root / "dvc.yaml"
     try:
         stages = YAML(typ="safe", pure=True).load(read_text(path))["stages"]
