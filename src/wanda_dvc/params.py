@@ -30,7 +30,6 @@ from wanda_dvc.catalog import (
     STATISTICS,
     STRUCTURES,
     TEXTS,
-    Dtype,
     Package,
     methods,
     parse_pattern,
@@ -253,7 +252,7 @@ class Params(_Section):
         description="`package:NAME==VERSION` with a GGUF file, an absolute directory of safetensors, or a Hub id, "
         "`ORG/NAME[@REVISION]`"
     )
-    dtype: Dtype | Literal["auto"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         AUTO, description="dtype in which the model runs: `float32`, `bfloat16`, `float16`; `auto`: the checkpoint's"
     )
     calibration: Calibration

@@ -27,8 +27,8 @@ from wanda_dvc.study.tensors import (
 def calibrate(*, project: Project, tier: str) -> None:
     """models/dense + data/calibration → stats/norms, stats/gram or stats/gradients.
 
-    A tier that nothing reads has no blocks. The tiers are stages of their own, so that each is measured once, in any order
-    of recipes.
+    A tier that nothing reads has no blocks. The tiers are stages of their own, so that each is measured once, in any
+    order of recipes.
     """
     measured = _is_measured(project, tier)
     if measured:
