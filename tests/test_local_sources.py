@@ -87,12 +87,12 @@ def test_an_experiment_elsewhere_sees_the_same_sources(start: Repository):
     """Unchanged they fetch nothing there; changed they are fetched, and the workspace stays as it is."""
     start.repro_up_to(*sorted(CALIBRATE))
     start.commit()
-    said = start.run("dvc", "exp", "run", "--temp", "--set-param", "calibration.seed=3", *sorted(CALIBRATE))
+    said = start.run("dvc", "exp", "run", "--temp", "--set-param", "++calibration.seed=3", *sorted(CALIBRATE))
     assert ran(said) == {"plan"} | CALIBRATE
     text = start.model.with_name("text.txt")
     before = text.read_text()
     text.write_text(before + " 1")
-    said = start.run("dvc", "exp", "run", "--temp", "--set-param", "calibration.seed=4", *sorted(CALIBRATE))
+    said = start.run("dvc", "exp", "run", "--temp", "--set-param", "++calibration.seed=4", *sorted(CALIBRATE))
     assert ran(said) == {"plan", "download-calibration"} | CALIBRATE
     assert start.run("git", "status", "--porcelain") == ""
     text.write_text(before)
