@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CORES ?= logical
+SHORT := not full and not pipeline and not slow
 export PATH := $(abspath $(BIN)):$(PATH)
 # Containers set it. Each of the tests' processes would then compile the package and the tests again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -13,17 +14,17 @@ repro: install ## create the environment, run the pipeline on the embedded defau
 	dvc repro
 	@wanda-dvc show
 
-test: install lint ## lint, and each law on one row of its grid; the oracles of what is computed on all rows
-	pytest -n $(CORES) --dist worksteal -m "not full"
+test: install lint ## lint, and each law on one row of its grid; without the tests on a real DVC repository, which run each night
+	pytest -n $(CORES) --dist worksteal -m "$(SHORT)"
 
-test-all: install lint ## every law on its whole grid, with more crashes and drawn examples, on Ray too, as each night
+test-all: install lint ## every law on its whole grid, on real DVC repositories and on Ray, with more crashes and drawn examples, as each night
 	WANDA_DVC_CRASHES=$${WANDA_DVC_CRASHES:-10} WANDA_DVC_KILLS=$${WANDA_DVC_KILLS:-3} pytest -n $(CORES) --dist worksteal
 
-test-fast: install ## without the slow tests and those on a real DVC repository; under three minutes on two cores
-	pytest -n $(CORES) --dist worksteal -m "not full and not pipeline and not slow"
+test-fast: install ## the tests of `make test`, without lint
+	pytest -n $(CORES) --dist worksteal -m "$(SHORT)"
 
 coverage: install ## the tests of `make test`, with a table of the lines and branches that none reaches; fails below the floor in pyproject.toml
-	pytest -n $(CORES) --dist worksteal -m "not full" --cov --cov-report term
+	pytest -n $(CORES) --dist worksteal -m "$(SHORT)" --cov --cov-report term
 
 bench: install ## measure against the published procedure, stock lm-eval and the floor; ROWS="mask perplexity" for some rows
 	python benchmarks/bench.py $(ROWS) $(BENCH)
