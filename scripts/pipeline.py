@@ -1,6 +1,10 @@
-"""Write dvc.yaml, of this repository and of a new study, from the table of stages: python scripts/pipeline.py."""
+"""Write dvc.yaml and .gitignore, of this repository and of a new study, from the table of stages.
+
+python scripts/pipeline.py
+"""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from wanda_dvc.stages import STAGES, Part, Stage
 
 ROOT = Path(__file__).parent.parent
 TARGETS = (ROOT / "dvc.yaml", ROOT / "src/wanda_dvc/study/template/pipeline.yaml")
+IGNORES = (ROOT / ".gitignore", ROOT / "src/wanda_dvc/study/template/gitignore")
 HEAD = """\
 # The pipeline, written by wanda-dvc from its table of stages. `plan` reads params.yaml; the other stages read plan/.
 # `--stage-version` is the version of what a stage computes: a wanda-dvc that changes a stage's results raises it, and
@@ -105,6 +110,16 @@ def _entry(stage: Stage, name: str, part: Part) -> dict[str, Any]:
     return {"foreach": "${perplexity.texts}", "do": entry} if part.by_text else entry
 
 
+def ignored(text: str) -> str:
+    """Return the text of a .gitignore that names what the stages write, without the metrics."""
+    kept = [path for stage in STAGES.values() for part in stage.parts.values() for path in part.written]
+    folders = [re.match(r"metrics/(details|plots)|(?!metrics)\w+", path) for path in kept]
+    lines = dict.fromkeys(f"/{found[0]}/\n" for found in folders if found)
+    return re.sub(r"(?<=metrics themselves are committed\.\n)(/[a-z/]+/\n)+", "".join(lines), text)
+
+
 if __name__ == "__main__":
     for target in TARGETS:
         target.write_text(pipeline(), encoding="utf-8")
+    for target in IGNORES:
+        target.write_text(ignored(target.read_text(encoding="utf-8")), encoding="utf-8")

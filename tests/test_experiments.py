@@ -18,9 +18,9 @@ from wanda_dvc.results import listing
 from wanda_dvc.results.listing import experiments
 from wanda_dvc.results.show import show
 from wanda_dvc.results.states import Kind, State, _metrics, _settings
+from wanda_dvc.stages.runs import Runs
 from wanda_dvc.study import dvc
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.runs import Runs
 
 pytestmark = pytest.mark.pipeline
 

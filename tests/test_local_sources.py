@@ -11,8 +11,7 @@ from wanda_dvc.engine.checkpoint import INDEX
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.show import show
 from wanda_dvc.sources.models import MODEL_FILES
-from wanda_dvc.stages.plan import plan
-from wanda_dvc.study.local import missing_sources
+from wanda_dvc.stages.plan import missing_sources, plan
 
 CALIBRATE = {"calibrate-norms", "calibrate-gram", "calibrate-gradients"}
 UP_TO_CALIBRATE = {"plan", "download-model", "download-calibration"} | CALIBRATE

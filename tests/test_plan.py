@@ -9,9 +9,8 @@ from conftest import write_params, write_settings
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
-from wanda_dvc.stages import STAGES, run
+from wanda_dvc.stages import STAGES, planned, run
 from wanda_dvc.stages.plan import plan
-from wanda_dvc.study.plans import planned
 from wanda_dvc.study.project import Project
 
 Make = Callable[..., Project]

@@ -16,8 +16,7 @@ from wanda_dvc.catalog import check_pattern
 from wanda_dvc.cli import app
 from wanda_dvc.errors import SettingError, UserError, in_params
 from wanda_dvc.params import check_params, settings
-from wanda_dvc.stages import STAGES
-from wanda_dvc.study.plans import planned
+from wanda_dvc.stages import STAGES, planned
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.settings import DEFAULT, nested, read_preset
 
@@ -28,16 +27,18 @@ def test_docs_dvc_yaml_modules_and_commands_name_the_same_stages_in_the_same_ord
     )
     assert table[: len(STAGES)] == list(STAGES)
     modules = {path.stem.replace("_", "-") for path in (ROOT / "src/wanda_dvc/stages").glob("*.py")}
-    assert modules - {"--init--", "continuations", "inputs", "needs", "running"} == set(STAGES)
+    assert modules - {"--init--", "continuations", "inputs", "needs", "running", "runs"} == set(STAGES)
     commands = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
     assert commands[-len(STAGES) :] == list(STAGES)
 
 
-def test_dvc_yaml_follows_from_the_table_of_stages():
+def test_dvc_yaml_and_ignore_files_follow_from_the_table_of_stages():
     """`python scripts/pipeline.py` writes it, here and for a new study."""
     pipeline = script("pipeline")
     for path in pipeline.TARGETS:
         assert path.read_text(encoding="utf-8") == pipeline.pipeline()
+    for path in pipeline.IGNORES:
+        assert path.read_text(encoding="utf-8") == pipeline.ignored(path.read_text(encoding="utf-8"))
 
 
 def test_a_stage_reads_what_an_earlier_one_writes():
@@ -46,7 +47,7 @@ def test_a_stage_reads_what_an_earlier_one_writes():
         for part in row.parts.values():
             for path in part.deps:
                 assert any(path == out or path.startswith(f"{out}/") for out in written), path
-            written |= {*part.outs, *part.uncached, *part.metrics}
+            written |= set(part.written)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in settings() if not name.startswith("runtime.")])

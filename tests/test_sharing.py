@@ -1,16 +1,13 @@
 """A study shared with a team: what a second person gets, and what never leaves the machine."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, save_tiny_model, write_params
-from dvc.repo import Repo
 from repository import Repository as Study
 from repository import ran
 
-from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks, Text
 from wanda_dvc.sources.hub import Repository
 from wanda_dvc.sources.models import find_model
@@ -87,65 +84,3 @@ def test_a_clone_pulls_and_continues_without_a_calibration(tmp_path: Path, texts
     assert theirs.repro(sparsity=0.7) == PRUNE | fetched
     assert (theirs.root / "models/dense").is_dir()
     assert "calibrate" not in ran(theirs.run("dvc", "repro"))
-
-
-@pytest.fixture(params=[".", "studies/below"])
-def queued(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """The checkout of a queued experiment, whose study has fetched a model from the Hub. No Hub is there to ask.
-
-    The study is its DVC repository's root, or lies below it.
-    """
-    study, checkout = (tmp_path / name / request.param for name in ("study", "checkout"))
-    for root in (study, checkout):
-        root.mkdir(parents=True)
-        with_outs(root, ": { cache: false }")
-        write_params(root, "org/name@main")
-    (study / "models/dense").mkdir(parents=True)
-    (study / "models/dense/config.json").write_text("{}")
-    for name in ("study", "checkout"):
-        Repo.init(str(tmp_path / name), no_scm=True).close()
-    with Repo(str(study)) as repo:
-        (out,) = repo.stage.load_one(str(study / PIPELINE), "download-model").outs
-        made = {
-            "cmd": "wanda-dvc download model --stage-version 1",
-            "outs": [{"path": "models/dense", "hash": "md5", "md5": out.get_hash().value}],
-        }
-    (study / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"download-model": made}}))
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "study"))
-    return Project(checkout)
-
-
-def study_of(queued: Project) -> Path:
-    return Path(str(queued.root).replace("/checkout", "/study"))
-
-
-def test_a_queued_experiment_takes_what_is_not_cached_from_its_study(queued: Project):
-    run("download", project=queued, part="model")
-    ours, theirs = (root / "models/dense/config.json" for root in (queued.root, study_of(queued)))
-    assert ours.stat().st_ino == theirs.stat().st_ino  # no copy
-    assert [path.name for path in queued.model("dense").iterdir()] == ["config.json"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda checkout, study: write_params(checkout, "org/other"),
-        lambda checkout, study: with_outs(checkout, ""),
-        lambda checkout, study: (study / "dvc.lock").unlink(),
-        lambda checkout, study: (study / "models/dense").rename(study / "models/other"),
-        # As after `git checkout`: the lock is of one model, the folder of another.
-        lambda checkout, study: (study / "models/dense/config.json").write_text('{"of": "another"}'),
-    ],
-    ids=["another model", "cached", "nothing ran", "nothing there", "another model there"],
-)
-def test_otherwise_it_asks_the_source(queued: Project, change):
-    change(queued.root, study_of(queued))
-    with pytest.raises(UserError, match="OfflineModeIsEnabled: .*; unset HF_HUB_OFFLINE"):
-        run("download", project=Project(queued.root), part="model")
-    assert not queued.model("dense").exists()
-
-
-def test_the_study_itself_asks_the_source(queued: Project, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DVC_ROOT", str(queued.repository))
-    with pytest.raises(UserError, match="unset HF_HUB_OFFLINE"):
-        run("download", project=queued, part="model")

@@ -32,7 +32,7 @@ from wanda_dvc.pruning.choose import choose_block
 from wanda_dvc.pruning.statistics import BlockStats, InputStats
 from wanda_dvc.results.show import show
 from wanda_dvc.sources.tasks import find_tasks
-from wanda_dvc.stages import PARTS, STAGES, running, times
+from wanda_dvc.stages import STAGES, running, times
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.inputs import calibration_windows, open_decoder
@@ -50,7 +50,7 @@ Make = Callable[..., Project]
 
 
 def fetch(project: Project, *parts: str) -> Project:
-    for part in parts or PARTS:
+    for part in parts or STAGES["download"].parts:
         if part != "tasks":  # lm-eval's index takes seconds
             download(project=project, part=part, text=text_of(part))
     return project

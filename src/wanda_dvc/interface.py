@@ -6,15 +6,12 @@ weights and figures are the pipeline's. Keyword arguments are the settings of `p
 `calibration={"windows": 128}`.
 """
 
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wanda_dvc.errors import UserError, notice
+from wanda_dvc.errors import UserError
 from wanda_dvc.study.project import Project
 
 if TYPE_CHECKING:
@@ -219,28 +216,10 @@ def _change(study: Study, settings: Mapping[str, Any]) -> None:
 
 
 def _repro(study: Study, stage: str, part: str = "", text: str = "") -> None:
-    """Run a stage and those before it, as far as settings or inputs have changed; print their messages.
-
-    UserError with the messages of the stage that failed.
-    """
+    """Run a stage, or one part of it, and those before it, as far as settings or inputs have changed."""
     from wanda_dvc.stages import STAGES
+    from wanda_dvc.study.dvc import repro
 
     runs = STAGES[stage].runs(Project(study.path).params.perplexity.texts)
     names = [name for name, of, on in runs if part in ("", of) and text in ("", on)]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    command = [sys.executable, "-m", "dvc", "repro", *names]
-    said: list[str] = []  # by the current stage
-    with subprocess.Popen(
-        command, cwd=study.path, env=os.environ | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        encoding="utf-8", errors="replace",
-    ) as process:  # fmt: skip
-        assert process.stdout
-        for line in map(str.rstrip, process.stdout):
-            if line.startswith("> "):
-                said.clear()
-            elif line and not line.startswith(("Running stage", "Stage ", "Updating lock", "To track", "Use `dvc")):
-                said.append(line)
-                notice(line)
-    if process.returncode:
-        own = [line for line in said if not line.startswith(("ERROR:", "\tgit add"))]
-        raise UserError(*(own or said or [f"{study.path}: `dvc repro {' '.join(names)}` failed"]))
+    repro(study.path, names)

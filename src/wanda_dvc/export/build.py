@@ -11,12 +11,13 @@ from wanda_dvc.plan import Plan
 from wanda_dvc.reading import check_place
 from wanda_dvc.results.card import sections
 from wanda_dvc.results.experiments import at, made_with_others, workspace
+from wanda_dvc.stages import TRACKED
 from wanda_dvc.stages.apply import describe_pruned, prune
+from wanda_dvc.stages.runs import LOCK, Runs
 from wanda_dvc.study.card import STORAGE, card
 from wanda_dvc.study.dvc import Revision
-from wanda_dvc.study.project import TRACKED, Project, temporary_place
+from wanda_dvc.study.project import Project, temporary_place
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
-from wanda_dvc.study.runs import LOCK, Runs
 
 
 def export(*, project: Project, experiment: str | None, target: Path) -> str:

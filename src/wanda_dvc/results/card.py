@@ -12,10 +12,9 @@ from wanda_dvc.results.experiments import Experiment
 from wanda_dvc.results.measures import continued
 from wanda_dvc.results.show import not_compared, notes
 from wanda_dvc.study.card import table
-from wanda_dvc.study.local import sources
 from wanda_dvc.study.markup import code, inline
 from wanda_dvc.study.provenance import read_provenance
-from wanda_dvc.study.settings import flatten, preset_names, read_preset
+from wanda_dvc.study.settings import flatten, preset_names, read_preset, sources
 
 REPRODUCE = """\
 With wanda-dvc {version}, in a new study:

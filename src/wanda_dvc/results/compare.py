@@ -1,6 +1,6 @@
 """Compares the results of models: who may be compared, and the paired tests of those that may.
 
-One function on protocols, `study.protocol.differing`, says whether values may be compared: the same windows or items,
+One function on protocols, `study.provenance.differing`, says whether values may be compared: the same windows or items,
 dtype, prompts, and versions of the libraries that computed them. `compare` makes the tests of all pairs of a table, and
 adjusts their p-values for the number of tests (Holm):
 
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from wanda_dvc.results.inference import Estimate, holm
 from wanda_dvc.results.measures import MEASURES, Measure, Results, figures
 from wanda_dvc.study.files import Json
-from wanda_dvc.study.protocol import differing
+from wanda_dvc.study.provenance import differing
 
 DENSE = "dense"  # the name of the dense model in tables
 Tests = dict[tuple[str, str], Estimate]  # by a measure's name, and the text or task

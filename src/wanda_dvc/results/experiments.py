@@ -17,10 +17,10 @@ from wanda_dvc.reading import is_there
 from wanda_dvc.results.measures import Results
 from wanda_dvc.results.states import SUCCESS, WORKSPACE, Kind, State, list_states
 from wanda_dvc.stages import MODELS
+from wanda_dvc.stages.runs import LOCK, Runs
 from wanda_dvc.study.dvc import Revision
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, digest, read_provenance
-from wanda_dvc.study.runs import LOCK, Runs
 from wanda_dvc.study.settings import resolved
 
 SOME = 3  # names in a note

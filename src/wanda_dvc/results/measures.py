@@ -24,7 +24,7 @@ from wanda_dvc.results.inference import Estimate
 from wanda_dvc.study.files import Json, finite, load_json
 from wanda_dvc.study.markup import DASH, number
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.protocol import comparable
+from wanda_dvc.study.provenance import comparable
 
 Value = Estimate | str | None  # `diverged` if a number is not finite; None: not measured
 Protocols = dict[str, Json | None]  # by text or task; None: not known
@@ -61,7 +61,7 @@ class Results:
             study: A study, or a folder with its params.yaml and metrics/.
             model: `dense` or `pruned`.
             dense: The dense model's results; for a pruned model.
-            left_out: Files of another run, by path below the study; `study.runs.Runs.others` finds them.
+            left_out: Files of another run, by path below the study; `stages.runs.Runs.others` finds them.
         """
         folder, details = study.root / "metrics" / model, f"metrics/details/{model}/"
         metrics: Json = {}

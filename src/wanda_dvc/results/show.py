@@ -8,8 +8,8 @@ from wanda_dvc.results.compare import DENSE, apart, records, side_by_side
 from wanda_dvc.results.experiments import Experiment, opened
 from wanda_dvc.results.measures import Results
 from wanda_dvc.stages import times
+from wanda_dvc.stages.plan import missing_sources
 from wanda_dvc.study.files import Json, json_text
-from wanda_dvc.study.local import missing_sources
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from wanda_dvc.errors import UserError
 from wanda_dvc.results.measures import ON_TEXT, Results
 from wanda_dvc.stages import MODELS
+from wanda_dvc.stages.runs import LOCK, Runs, md5
 from wanda_dvc.study import dvc
 from wanda_dvc.study.files import Json, load_json, write_json
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.runs import LOCK, Runs, md5
 from wanda_dvc.study.settings import flatten
 
 WORKSPACE = "workspace"

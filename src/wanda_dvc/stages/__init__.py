@@ -1,19 +1,20 @@
 """The table of stages, in the order of the pipeline: one row, one module and one command each.
 
-A row has all that `dvc.yaml` says of the stage; `pipeline` writes `dvc.yaml` from the rows. The command line, the views
-and the ignore files loop over this table too.
+A row has all that `dvc.yaml` says of the stage, and what the stage has to know of the settings: its files in `plan/`.
+`scripts/pipeline.py` writes `dvc.yaml` and the ignore files from the rows. The command line and the views loop over
+this table too.
 """
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.catalog import STATISTICS
 from wanda_dvc.errors import UserError, in_params
-from wanda_dvc.study.plans import check_plan
 
 if TYPE_CHECKING:
+    from wanda_dvc.params import Params
     from wanda_dvc.study.files import Json
     from wanda_dvc.study.project import Project
 
@@ -32,6 +33,11 @@ class Part:
     plots: Mapping[str, Mapping[str, str]] | None = None  # cached, drawn by `dvc plots`, with their options
     by_text: bool = False  # one run for each text of the perplexity
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """What it writes."""
+        return (*self.outs, *self.uncached, *self.metrics, *(self.plots or ()))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -43,6 +49,9 @@ class Stage:
     version: int
     about: str
     parts: Mapping[str, Part]
+    # Its files in `plan/`, by path without `.json`. Stages depend on these files instead of `params.yaml`: the settings
+    # say what the user wants, never what a stage needs.
+    plan: "Callable[[Params], dict[str, Json]]" = lambda _: {}
     part_is: str = ""  # the name of the argument
     network: bool = False
 
@@ -98,6 +107,32 @@ def _calibrate(tier: str, *outs: str) -> Part:
     )
 
 
+def _plan_download(params: "Params") -> "dict[str, Json]":
+    texts = {f"download/perplexity/{name}": asdict(text.chosen) for name, text in params.perplexity.texts.items()}
+    return {
+        "download/model": {"source": params.model},
+        "download/calibration": asdict(params.calibration.text.chosen),
+        "download/tasks": params.tasks.model_dump(),
+        **texts,
+    }
+
+
+def _plan_calibrate(params: "Params") -> "dict[str, Json]":
+    calibration, measured = params.calibration, STATISTICS[: STATISTICS.index(params.tier) + 1]
+    drawn = {
+        "windows": calibration.windows,
+        "length": calibration.length,
+        "seed": calibration.seed,
+        "dtype": params.dtype,
+    }
+    return {f"calibrate/{tier}": drawn | {"measured": tier in measured} for tier in STATISTICS}
+
+
+def _plan_perplexity(params: "Params") -> "dict[str, Json]":
+    wanted = params.perplexity
+    return {"perplexity": {"length": wanted.length, "windows": wanted.windows, "dtype": params.dtype}}
+
+
 CHOICES = ("pattern", "method", "group", "allocation", "reconstruction", "propagation")
 STATS = tuple(f"stats/{tier}" for tier in STATISTICS)
 STAGES = {
@@ -134,6 +169,7 @@ STAGES = {
                     ("tasks", "tasks", "tasks", "data/tasks"),
                 )
             },
+            plan=_plan_download,
             network=True,
         ),
         Stage(
@@ -146,6 +182,7 @@ STAGES = {
                 "gram": _calibrate("gram"),
                 "gradients": _calibrate("gradients"),
             },
+            plan=_plan_calibrate,
         ),
         Stage(
             name="mask",
@@ -159,6 +196,7 @@ STAGES = {
                     outs=("masks", "weights"),  # weights has no blocks, but with a reconstruction and propagation
                 )
             },
+            plan=lambda params: {"mask": params.plan.described},
         ),
         Stage(
             name="apply",
@@ -205,6 +243,7 @@ STAGES = {
                     },
                 ),
             },
+            plan=_plan_perplexity,
         ),
         Stage(
             name="zero-shot",
@@ -216,12 +255,22 @@ STAGES = {
                 "dense": _zero_shot("dense", "models/dense/provenance.json"),
                 "pruned": _zero_shot("pruned", "metrics/details/dense/zero_shot.json"),
             },
+            plan=lambda params: {
+                "zero-shot": {"tasks": params.tasks.names, "limit": params.items, "dtype": params.dtype}
+            },
         ),
     )
 }
+# The folders in a study that DVC or git tracks.
+TRACKED = sorted(
+    {path.partition("/")[0] for stage in STAGES.values() for part in stage.parts.values() for path in part.written}
+    | {".dvc", ".git"}
+)
 
 
-PARTS = tuple(STAGES["download"].parts)
+def planned(params: "Params") -> "dict[str, Json]":
+    """Return the content of each file in `plan/`, by its path without `.json`."""
+    return {name: content for stage in STAGES.values() for name, content in stage.plan(params).items()}
 
 
 def check_version(stage: str, asked: int | None) -> None:
@@ -241,13 +290,25 @@ def run(stage: str, *, project: "Project", part: str | None = None, text: str | 
     """
     row = STAGES[stage]
     if stage != "plan":
-        check_plan(project.root, project.params)
+        _check_plan(project)
     for _, one, name in row.runs(project.params.perplexity.texts):
         if part in (None, "", one) and text in (None, "", name):
             words = {row.part_is: one} if one else {}
             words |= {"text": name} if name else {}
             with in_params():
                 row.function(project=project, **words)
+
+
+def _check_plan(project: "Project") -> None:
+    """Raise UserError if a study's `plan/` is not what its settings say now."""
+    for name, content in planned(project.params).items():
+        if (found := project.planned(name)) != content:
+            different = sorted(key for key in content.keys() | found.keys() if content.get(key) != found.get(key))
+            shown = ", ".join(f"{key} {found.get(key)}" for key in different)
+            raise UserError(
+                f"plan/{name}.json: found {shown}, expected {', '.join(str(content.get(x)) for x in different)} as "
+                "params.yaml has it now; run `dvc repro` or `wanda-dvc plan`"
+            )
 
 
 def times(study: "Project") -> "dict[str, Json]":

@@ -7,7 +7,6 @@ from wanda_dvc.sources.models import find_model
 from wanda_dvc.sources.tasks import find_tasks
 from wanda_dvc.sources.texts import find_text
 from wanda_dvc.stages import STAGES
-from wanda_dvc.study.local import take_from_the_study
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import describe
 
@@ -16,8 +15,6 @@ def download(*, project: Project, part: str, text: str = "") -> None:
     """Sources → models/dense, data/calibration, data/perplexity/NAME or data/tasks."""
     named = f"{part}/{text}" if text else part
     target = project.model("dense") if part == "model" else project.data(named)
-    if take_from_the_study(project, named, target):
-        return
     source = _source(project, part, text)
     if source.gated:
         names = ", ".join(source.gated)

@@ -27,8 +27,7 @@ from wanda_dvc.stages.inputs import HEAD, check_ready, model_dtype, runner, say_
 from wanda_dvc.stages.running import progress
 from wanda_dvc.study.files import Json, finite, write_csv, write_json
 from wanda_dvc.study.project import Project, Work
-from wanda_dvc.study.protocol import dense_of, differing
-from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
+from wanda_dvc.study.provenance import dense_of, describe, differing, digest, read_provenance, tokenizer_digest
 from wanda_dvc.study.tensors import read_window, seal, window_file, write_window
 
 FINISHED = "windows.jsonl"  # the results of finished windows, a line each

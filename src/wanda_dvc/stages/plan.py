@@ -1,26 +1,68 @@
-"""Check the settings, link the local sources, and write what each stage has to know of the others: no torch."""
+"""Check the settings, link the local sources, and write what each stage has to know of the others: no torch.
 
-from wanda_dvc.errors import notice
-from wanda_dvc.study.local import link_source, sources
-from wanda_dvc.study.plans import PLAN, write_plan
+`sources/<part>` is a link to the user's directory or file, or a note if the source is not local. DVC follows the link,
+and hashes a file again only after its inode, time or size has changed.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from wanda_dvc.errors import UserError, notice
+from wanda_dvc.stages import planned
+from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project, remove
+from wanda_dvc.study.settings import local_sources, sources
 
 
 def plan(*, project: Project) -> None:
     """params.yaml → plan/, sources/model, sources/calibration, sources/perplexity/NAME and sources/tasks."""
-    params = project.params
-    parts, texts = sources(params), project.source("perplexity")
-    for part in parts:
-        link_source(project, part)
+    params, texts = project.params, project.source("perplexity")
+    parts = sources(params)
+    for part, (setting, source) in parts.items():
+        _link_source(project, part, setting, source)
     for place in texts.iterdir():
         if f"perplexity/{place.name}" not in parts:  # of a removed text
             remove(place)
     _report(project)
-    folder = project.root / PLAN
-    remove(new := folder.with_name(f"{PLAN}.part"))
-    write_plan(new, params)
+    folder = project.root / "plan"
+    remove(new := folder.with_name("plan.part"))
+    for name, content in planned(params).items():
+        write_json(new / f"{name}.json", content)
     remove(folder)
     new.rename(folder)
+
+
+def _link_source(project: Project, part: str, setting: str, source: str) -> None:
+    """Make `sources/<part>`. UserError if the local source is missing."""
+    place = project.source(part)
+    if not Path(source).is_absolute():
+        if (project.root / source).exists() and part != "tasks":
+            raise UserError(
+                f"params.yaml: {setting}: {source} is a place in this study, and would be fetched from the Hub; write "
+                f"its absolute path, {project.root / source}"
+            )
+        write_json(place, {"source": source})
+        return
+    if not Path(source).exists():
+        raise UserError(
+            f"params.yaml: {setting}: {source} not found, expected a directory or a file of this machine; "
+            "name one that is there"
+        )
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(place.name + ".part")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(source)
+    if place.is_dir() and not place.is_symlink():  # in a copy of a study that followed links
+        remove(place)
+    temporary.replace(place)
+
+
+def missing_sources(project: Project) -> Iterator[str]:
+    """Yield a sentence for each linked local source that is missing now."""
+    for part in local_sources(project.params):
+        link = project.source(part)
+        if link.is_symlink() and not link.exists():
+            yield f"{link.readlink()} ({part}) is missing: restore it, or name another in params.yaml."
 
 
 def _report(project: Project) -> None:

@@ -15,8 +15,7 @@ from wanda_dvc.stages.inputs import HEAD, check_ready, model_dtype, runner, say_
 from wanda_dvc.stages.running import device_name, free_memory, own_device, progress
 from wanda_dvc.study.files import Json, load_json, write_csv, write_json
 from wanda_dvc.study.project import ITEMS, Project, Work
-from wanda_dvc.study.protocol import dense_of, differing
-from wanda_dvc.study.provenance import describe, digest, read_provenance, tokenizer_digest
+from wanda_dvc.study.provenance import dense_of, describe, differing, digest, read_provenance, tokenizer_digest
 from wanda_dvc.study.scaffold import FILES, PROMPTS
 
 METRICS = {"acc": "answer", "acc_norm": "answer_norm"}  # the reported ones; an item's key of the chosen answer

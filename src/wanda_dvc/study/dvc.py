@@ -1,18 +1,21 @@
-"""All uses of DVC's Python interface, most of it private: repositories, experiments, revisions, the cache.
+"""All uses of DVC: its command, and its Python interface, most of it private: repositories, experiments, the cache.
 
 No other module imports DVC; tests/test_dvc.py holds the names that are used here.
 """
 
 import contextlib
 import logging
+import os
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.errors import UserError
+from wanda_dvc.errors import UserError, notice
 
 LINKS = ("reflink", "hardlink", "symlink")
 
@@ -154,6 +157,29 @@ class Revision:
         return True
 
 
+def repro(root: Path, stages: Sequence[str]) -> None:
+    """Run stages of a study and those before them, as far as settings or inputs have changed; print their messages.
+
+    UserError with the messages of the stage that failed.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    said: list[str] = []  # by the current stage
+    with subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", *stages], cwd=root, env=os.environ | {"PATH": path},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+    ) as process:  # fmt: skip
+        assert process.stdout
+        for line in map(str.rstrip, process.stdout):
+            if line.startswith("> "):
+                said.clear()
+            elif line and not line.startswith(("Running stage", "Stage ", "Updating lock", "To track", "Use `dvc")):
+                said.append(line)
+                notice(line)
+    if process.returncode:
+        own = [line for line in said if not line.startswith(("ERROR:", "\tgit add"))]
+        raise UserError(*(own or said or [f"{root}: `dvc repro {' '.join(stages)}` failed"]))
+
+
 def init_repository(folder: Path, *, inside: bool) -> None:
     """Make a DVC repository; with `inside`, below the root of a git repository."""
     from dvc.exceptions import DvcException
@@ -179,32 +205,6 @@ def reflink(source: Path, target: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def is_cached(root: Path, stage: str) -> bool:
-    """Whether DVC caches, and so pushes, the one output of a study's stage."""
-    return _output(root, stage, lambda out: out.use_cache)
-
-
-def is_as_locked(root: Path, stage: str) -> bool:
-    """Whether the one output of a study's stage matches its dvc.lock.
-
-    `git checkout` and `dvc exp apply` change the lock, but not an uncached source.
-    """
-    return _output(root, stage, lambda out: not out.changed_checksum())  # DVC hashes a file only when it has changed
-
-
-def _output(root: Path, stage: str, ask: Callable[[Any], bool]) -> bool:
-    """Return an answer about the one output of a stage; False without the stage."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    try:
-        with Repo(str(root)) as repo:
-            (out,) = repo.stage.load_one(str(root / "dvc.yaml"), stage).outs
-            return bool(ask(out))
-    except DvcException:
-        return False
 
 
 def link_types(root: Path) -> tuple[list[str], list[str]]:

@@ -13,13 +13,10 @@ from pathlib import Path
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import Params, read_params
 from wanda_dvc.plan import Plan
-from wanda_dvc.reading import is_there, read_text
+from wanda_dvc.reading import is_there, read_object, read_text
 from wanda_dvc.study.files import Documents, Json, copy_file
-from wanda_dvc.study.plans import read_plan
 from wanda_dvc.study.provenance import digest, read_provenance
 
-# The folders in a study that DVC or git tracks.
-TRACKED = (".dvc", ".git", "data", "masks", "metrics", "models", "plan", "reference", "sources", "stats", "weights")
 TEXT, DOCUMENTS, ITEMS = "text.txt", "documents.json.gz", "items.jsonl"  # the files of data/
 
 
@@ -61,7 +58,10 @@ class Project:
 
     def planned(self, name: str) -> Json:
         """Return what a stage has to know of the settings, such as `calibrate/norms`: a file in `plan/`."""
-        return read_plan(self.root, name)
+        path, todo = self.root / "plan" / f"{name}.json", "run `dvc repro` or `wanda-dvc plan`"
+        if not is_there(path):
+            raise UserError(f"{path}: missing; {todo} first")
+        return read_object(path, todo)
 
     @cached_property
     def plan(self) -> Plan:

@@ -1,7 +1,7 @@
 """The provenance of an artifact: the command that made it, its inputs by digest, parameters and library versions.
 
 No provenance depends on time, host or path. Each names the digests of its inputs' provenance, so a stage can refuse
-inputs that do not belong together.
+inputs that do not belong together. Two results may be compared if their protocols say so.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ from wanda_dvc.study.files import Json, write_json
 PROVENANCE = "provenance.json"
 INSTEAD = {"apply": "evaluate"}  # `evaluate` measures another model in the place of a pruned one
 MADE_BY = {"dense": "download model", "pruned": "apply"}  # the command behind each model
+# Keys that may differ: the measured model, the reference that it is compared with, and the text: its tokens count.
+FREE = ("model", "reference", "wanda_dvc", "text")
 TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")  # its files
 
 
@@ -63,3 +65,31 @@ def tokenizer_digest(model: Path) -> str:
     """Return one SHA-256 of the files of a model's tokenizer."""
     files = sorted({path for pattern in TOKENIZER for path in model.glob(pattern)})
     return digest({path.name: file_digest(path) for path in files})
+
+
+# --- the protocol of a result: all inputs that determine it ---
+
+
+def dense_of(model: str, provenance: Json) -> str:
+    """Return the SHA-256 of the dense model, from its own provenance or from that of a model pruned from it."""
+    sha256: str = provenance["sha256"] if model == "dense" else provenance["model"]["sha256"]
+    return sha256
+
+
+def differing(one: Json, other: Json) -> str | None:
+    """Return the first key that makes two results incomparable; None if they may be compared.
+
+    Builds of one version of a library, such as `+cpu` and `+cu128` of torch, count as equal.
+    """
+    first, second = _comparable_part(one), _comparable_part(other)
+    return next((key for key in first | second if first.get(key) != second.get(key)), None)
+
+
+def comparable(one: Json | None, other: Json | None) -> bool:
+    """Whether two results may be compared, by their protocols; unknown protocols may not."""
+    return one is not None and other is not None and differing(one, other) is None
+
+
+def _comparable_part(protocol: Json) -> Json:
+    libraries = {name: version.partition("+")[0] for name, version in protocol.get("libraries", {}).items()}
+    return {key: value for key, value in protocol.items() if key not in FREE} | {"libraries": libraries}

@@ -1,7 +1,8 @@
-"""Settings by dotted names, such as `calibration.text.split`, and presets: named settings of a new study."""
+"""Settings by dotted names, such as `calibration.text.split`; presets: named settings of a new study; sources."""
 
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -74,3 +75,22 @@ def read_preset(name: str) -> Settings:
     """Return a value for every setting but `runtime`, by dotted name."""
     content = updated(YAML(typ="safe", pure=True).load(PARAMS.read_text(encoding="utf-8")), preset_changes(name))
     return dict(flatten(check_params(content).model_dump(mode="json", exclude={"runtime"})))
+
+
+def sources(params: Params) -> dict[str, tuple[str, str]]:
+    """Return by part of `download`, and by text as `perplexity/NAME`, the setting with its source, and the source."""
+    return {
+        "model": ("model", params.model),
+        "calibration": ("calibration.text.source", params.calibration.text.source),
+        **{
+            f"perplexity/{name}": (f"perplexity.texts.{name}.source", text.source)
+            for name, text in params.perplexity.texts.items()
+        },
+        "tasks": ("tasks.source", params.tasks.source),
+    }
+
+
+def local_sources(params: Params) -> dict[str, Path]:
+    """Return the directories and files named in the settings, by part."""
+    named = {part: Path(source) for part, (_, source) in sources(params).items()}
+    return {part: path for part, path in named.items() if path.is_absolute()}

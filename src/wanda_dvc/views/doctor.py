@@ -24,9 +24,9 @@ from wanda_dvc.stages.needs import NEEDS, Need, free_disk, gigabytes, need
 from wanda_dvc.stages.running import device_name, free_memory
 from wanda_dvc.study.dvc import link_types
 from wanda_dvc.study.files import json_text
-from wanda_dvc.study.local import local_sources, sources
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.settings import local_sources, sources
 
 SHOWN = ("torch", "transformers", "dvc", "lm-eval")
 

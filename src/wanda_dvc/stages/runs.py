@@ -14,8 +14,8 @@ from typing import Any
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params, check_params, parse_yaml
 from wanda_dvc.reading import name_of
+from wanda_dvc.stages import planned
 from wanda_dvc.study.files import Json, json_file
-from wanda_dvc.study.plans import PLAN, planned
 from wanda_dvc.study.settings import nested, resolved
 
 LOCK = "dvc.lock"
@@ -57,26 +57,22 @@ class Runs:
 
         {} means the settings of the stage `plan`'s last run.
         """
-        makers = {out["path"]: name for name, stage in self.stages.items() for out in stage.get("outs", [])}
-        plan: dict[str, str] = {}
+        now = dict(self.made)
         with contextlib.suppress(UserError):  # settings of another version
-            plan = _plan(check_params(nested(asked) if asked else self.settings))
-        stale = {
-            name
-            for name, stage in self.stages.items()
-            for dep in stage.get("deps", [])
-            if plan.get(dep["path"], dep.get("md5")) != dep.get("md5")
-        }
-        before = -1
-        while before < len(stale):  # the lock has any order
-            before = len(stale)
-            for name, stage in self.stages.items():
-                for dep in stage.get("deps", []):
-                    path = dep["path"]
-                    maker = next((makers[out] for out in makers if path == out or path.startswith(f"{out}/")), None)
-                    if maker in stale or (path in self.made and self.made[path] != dep.get("md5")):
-                        stale.add(name)
-        return [name for name in self.stages if name in stale]
+            now |= _plan(check_params(nested(asked) if asked else self.settings))
+        stale: set[str] = set()
+        outs: set[str] = set()  # of stale stages
+        while True:  # the lock has any order
+            found = {
+                name
+                for name, stage in self.stages.items()
+                for path, md5 in ((dep["path"], dep.get("md5")) for dep in stage.get("deps", []))
+                if now.get(path, md5) != md5 or any(path == out or path.startswith(f"{out}/") for out in outs)
+            }
+            if found == stale:
+                return [name for name in self.stages if name in stale]
+            stale = found
+            outs = {out["path"] for name in stale for out in self.stages[name].get("outs", [])}
 
     @property
     def settings(self) -> Json:
@@ -112,7 +108,7 @@ class Runs:
 
 def _plan(params: Params) -> dict[str, str]:
     """Return the MD5 of each file in plan/ for some settings."""
-    files = {f"{PLAN}/{name}.json": json_file(content) for name, content in planned(params).items()}
+    files = {f"plan/{name}.json": json_file(content) for name, content in planned(params).items()}
     return {name: hashlib.md5(content, usedforsecurity=False).hexdigest() for name, content in files.items()}
 
 
