@@ -13,6 +13,9 @@ from conftest import ROOT, write_settings
 from dvc.repo import Repo
 from forks import commands
 
+from wanda_dvc.study.plans import PLAN, write_plan
+from wanda_dvc.study.project import Project
+
 
 @dataclass
 class Repository:
@@ -47,9 +50,11 @@ class Repository:
         return repository
 
     def run(self, *words: str, check: bool = True) -> str:
-        """Run a command; its stdout and stderr."""
-        environment = command_environment(real=self.real, **self.imported_with)
-        done = subprocess.run(words, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
+        """Run a command, which may not ask and may not take forever; its stdout and stderr."""
+        done = subprocess.run(
+            words, cwd=self.root, env=command_environment(real=self.real, **self.imported_with), text=True, check=False,
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=1800,
+        )  # fmt: skip
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -75,8 +80,9 @@ class Repository:
     def save(self, name: str) -> None:
         """Take outs that were written by hand as those of a run: the commit of `main`, or an experiment.
 
-        Outs that are missing hold nothing.
+        Outs that are missing hold nothing; plan/ is that of the settings, or all results would be stale.
         """
+        write_plan(self.root / PLAN, Project(self.root).params)
         with Repo(str(self.root)) as repo:
             for path in [Path(one.fs_path) for one in (*repo.index.outs, *repo.index.deps)]:
                 if not path.exists():
