@@ -13,7 +13,8 @@ from conftest import ROOT, write_settings
 from dvc.repo import Repo
 from forks import commands
 
-from wanda_dvc.study.plans import PLAN, write_plan
+from wanda_dvc.stages import planned
+from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 
 
@@ -82,7 +83,8 @@ class Repository:
 
         Outs that are missing hold nothing; plan/ is that of the settings, or all results would be stale.
         """
-        write_plan(self.root / PLAN, Project(self.root).params)
+        for path, content in planned(Project(self.root).params).items():
+            write_json(self.root / f"plan/{path}.json", content)
         with Repo(str(self.root)) as repo:
             for path in [Path(one.fs_path) for one in (*repo.index.outs, *repo.index.deps)]:
                 if not path.exists():

@@ -23,7 +23,6 @@ from wanda_dvc.study.dvc import link_types
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.markup import table
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.settings import local_sources, sources
 
 SHOWN = ("torch", "transformers", "dvc", "lm-eval")
 
