@@ -45,6 +45,7 @@ except ImportError:
 from checkpoints import make_checkpoint  # noqa: E402 - after the stand-in
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods  # noqa: E402
+from wanda_dvc.engine.checkpoint import Changed  # noqa: E402
 from wanda_dvc.engine.decoder import Decoder  # noqa: E402
 from wanda_dvc.engine.divergence import measure  # noqa: E402
 from wanda_dvc.engine.fisher import backward  # noqa: E402
@@ -52,7 +53,7 @@ from wanda_dvc.engine.recorder import Recorded  # noqa: E402
 from wanda_dvc.engine.rows import as_rows  # noqa: E402
 from wanda_dvc.engine.sizes import FIXED, sizes, walk  # noqa: E402
 from wanda_dvc.engine.walk import Runner, outputs  # noqa: E402
-from wanda_dvc.engine.writer import new_tensors, write_model  # noqa: E402
+from wanda_dvc.engine.writer import write_model  # noqa: E402
 from wanda_dvc.pruning.choose import choose_block, prepared_linears, prune_linear, reconstruct  # noqa: E402
 from wanda_dvc.pruning.gram import Gram  # noqa: E402
 from wanda_dvc.pruning.selection import pack_bits  # noqa: E402
@@ -291,9 +292,7 @@ def times(bench: Bench, folder: Path, tokens: torch.Tensor) -> Iterator[tuple[st
         yield f"`mask`, {name} {pattern}, a block", f"{1e3 * bench.seconds(choose):.0f} ms"
     addresses = [checkpoint.find(linear) for names in first.stats.readers.values() for linear in names]
     began = time.perf_counter()
-    names = {name: name for name in checkpoint.where}
-    new = new_tensors(checkpoint, names, checkpoint.entries, checkpoint.read, addresses)
-    for _ in write_model(checkpoint, bench.work / "copy", new, {}):
+    for _ in write_model(Changed(checkpoint, checkpoint.read, addresses), bench.work / "copy"):
         pass
     written = sum(math.prod(entry.shape) for entry in checkpoint.entries.values()) * dtype.itemsize
     yield "writing a checkpoint", f"{written / 1e9 / (time.perf_counter() - began):.2f} GB/s"

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_families import save
 
-from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.writer import New, new_tensors, write_model
+from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint
+from wanda_dvc.engine.writer import write_model
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import prune
 from wanda_dvc.study.files import write_json
@@ -124,12 +124,6 @@ def test_the_pruned_model_is_the_copy_overwritten_byte_for_byte(kind: str, tmp_p
     assert list(found.items()) == list(zeros.items())  # in the order of the blocks, whatever the files'
 
 
-def replaced(
-    source: Checkpoint, addresses: list[Address], read: Callable[[Address], torch.Tensor]
-) -> dict[str, New | None]:
-    return new_tensors(source, {name: name for name in source.where}, source.entries, read, addresses)
-
-
 def test_weights_are_asked_for_one_at_a_time_in_the_order_of_the_file(tmp_path: Path):
     """So memory is bounded by two weights: what comes before the one before is written by then."""
     source = Checkpoint(save("granitemoe", tmp_path / "dense"))
@@ -142,7 +136,7 @@ def test_weights_are_asked_for_one_at_a_time_in_the_order_of_the_file(tmp_path: 
         asked.append(address)
         return source.read(address) + 1
 
-    written = list(write_model(source, tmp_path / "copy", replaced(source, addresses, weight), {}))
+    written = list(write_model(Changed(source, weight, addresses), tmp_path / "copy"))
     assert sorted(written) == sorted(stored)
     assert sorted(asked, key=str) == sorted(addresses, key=str)
     begins = {name: entry.begin for name, entry in source.header(source.shards[0]).items()}
@@ -164,7 +158,7 @@ def test_weights_are_asked_for_one_at_a_time_in_the_order_of_the_file(tmp_path: 
 def test_a_new_weight_must_be_stored_as_the_old_one(tiny: Path, tmp_path: Path, new: torch.Tensor, message: str):
     source, addresses = Checkpoint(tiny), [Address("model.layers.1.mlp.up_proj.weight")]
     with pytest.raises(UserError, match=message):
-        list(write_model(source, tmp_path / "copy", replaced(source, addresses, lambda _: new), {}))
+        list(write_model(Changed(source, lambda _: new, addresses), tmp_path / "copy"))
 
 
 @given(st.lists(words, min_size=2, max_size=4).map(".".join), st.none() | st.integers(0, 200))

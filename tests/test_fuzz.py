@@ -19,8 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from wanda_dvc.engine.checkpoint import Checkpoint, read_index
-from wanda_dvc.engine.config import read_config
+from wanda_dvc.engine.checkpoint import Checkpoint, read_config, read_index
 from wanda_dvc.engine.states import HiddenStates, Progress
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params

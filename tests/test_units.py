@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
@@ -24,7 +24,7 @@ from wanda_dvc.engine.checkpoint import Address, Checkpoint
 from wanda_dvc.engine.finders import block_lists, confirmed
 from wanda_dvc.engine.removal import Removal, Smaller
 from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_parts
-from wanda_dvc.engine.writer import new_tensors, write_model
+from wanda_dvc.engine.writer import write_model
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.choose import choose_units
 from wanda_dvc.pruning.scores import influence
@@ -203,12 +203,9 @@ def drawn(removal: Removal) -> Removal:
     return removal.with_stays(stays)
 
 
-def write(smaller: Smaller, folder: Path, replaced: Collection[Address] = ()) -> Path:
+def write(smaller: Smaller, folder: Path) -> Path:
     """A smaller model, as `apply` writes it."""
-    checkpoint: Any = smaller.source
-    new = new_tensors(checkpoint, smaller.old, smaller.entries, smaller.read, replaced)
-    written = list(write_model(checkpoint, folder, new, smaller.removal.changes))
-    assert sorted(written) == sorted(one.name for one in new.values() if one)
+    assert sorted(write_model(smaller, folder)) == sorted(name for name in smaller.new.values() if name)
     return folder
 
 
@@ -411,7 +408,7 @@ def test_new_experts_that_one_tensor_holds_are_written(tmp_path: Path):
         return checkpoint.read(address) + (address in addresses)
 
     removal = drawn(removal_of(checkpoint.folder, "heads"))
-    write(Smaller(checkpoint, removal, read), tmp_path / "smaller", addresses)
+    write(Smaller(checkpoint, removal, read, addresses), tmp_path / "smaller")
     assert torch.equal(Checkpoint(tmp_path / "smaller").read(Address(name)), checkpoint.read(Address(name)) + 1)
 
 

@@ -1,24 +1,28 @@
-"""The only reader of Hugging Face directories of safetensors."""
+"""The only reader of Hugging Face directories: config.json, and tensors in safetensors files."""
 
 import re
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wanda_dvc.errors import UserError
-from wanda_dvc.reading import Entry, check_file, is_there, name_of, read_header, read_object
+from wanda_dvc.catalog import STRUCTURES, Dtype
+from wanda_dvc.errors import SettingError, UserError
+from wanda_dvc.reading import COPY, Entry, check_file, is_there, name_of, read_header, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-AGAIN = "copy it again"
-PLAIN = re.compile(r"[^/\\\x00-\x1f]{1,255}")  # a name without a folder
+PLAIN = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,255}")  # a name without a folder
 # The supported dtypes of prunable weights, by safetensors' names.
 STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+MOST_LAYERS = 10_000  # transformers makes lists and modules of this length before any check of ours can run
+DTYPES = get_args(Dtype)  # in which a model may run
+TODO = "correct it, or copy the file again"
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,6 @@ class Checkpoint:
     @property
     def config(self) -> Any:
         """The directory's config.json."""
-        from wanda_dvc.engine.config import read_config  # mask and apply start without it
-
         return read_config(self.folder)
 
     @property
@@ -70,23 +72,18 @@ class Checkpoint:
         """The file of each tensor."""
         if not is_there(self.folder / "config.json"):
             raise UserError(f"{self.folder}: no config.json, expected a Hugging Face model directory; name one")
-        if is_there(self.folder / INDEX):
-            where = {name: self.folder / file for name, file in read_index(self.folder / INDEX).items()}
-            shards = sorted(set(where.values()))
-            if missing := [path.name for path in shards if not is_there(path)]:
-                raise UserError(f"{self.folder}: {INDEX} names {', '.join(missing)}, which is missing; copy it again")
-            for name, path in where.items():
-                if name not in self.header(path):
-                    raise UserError(
-                        f"{self.folder}: {INDEX} says that {path.name} holds {name}, which it does not; {AGAIN}"
-                    )
-            return where
-        if not is_there(self.folder / SINGLE):
-            found = ", ".join(sorted(path.name for path in self.folder.iterdir())) or "nothing"
-            raise UserError(
-                f"{self.folder}: found {found}, expected {SINGLE} or {INDEX}; save the weights as safetensors first"
-            )
-        return dict.fromkeys(self.header(self.folder / SINGLE), self.folder / SINGLE)
+        if not is_there(self.folder / INDEX):
+            if not is_there(self.folder / SINGLE):
+                found = ", ".join(sorted(path.name for path in self.folder.iterdir())) or "nothing"
+                raise UserError(
+                    f"{self.folder}: found {found}, expected {SINGLE} or {INDEX}; save the weights as safetensors first"
+                )
+            return dict.fromkeys(self.header(self.folder / SINGLE), self.folder / SINGLE)
+        where = {name: self.folder / file for name, file in read_index(self.folder / INDEX).items()}
+        for name, path in where.items():
+            if name not in self.header(path):
+                raise UserError(f"{self.folder}: {INDEX} says that {path.name} holds {name}, which it does not; {COPY}")
+        return where
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
@@ -135,17 +132,127 @@ class Checkpoint:
         return self.read(self.find(linear))
 
 
+class Changed(Checkpoint):
+    """A view of a checkpoint: `read` returns its tensors, with new values of the weights in `replaced`.
+
+    `engine.removal.Smaller` also has fewer and smaller tensors.
+    """
+
+    def __init__(
+        self, source: Checkpoint, read: Callable[[Address], Tensor], replaced: Collection[Address] = ()
+    ) -> None:
+        super().__init__(source.folder)
+        self.source, self._read = source, read
+        self._replaced = {address.tensor: address.expert is not None for address in replaced}
+        self.old = {name: name for name in source.where}  # by name in the view: the stored tensor
+        self.changes: dict[str, Any] = {}  # new values in the text part of config.json
+
+    @cached_property
+    def where(self) -> dict[str, Path]:
+        """The file of each tensor."""
+        return {name: self.source.where[old] for name, old in self.old.items()}
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Dtype, shape and length of each tensor; places in files are the source's."""
+        return {name: self.source.entries[old] for name, old in self.old.items()}
+
+    @cached_property
+    def new(self) -> dict[str, str | None]:
+        """The stored tensors that differ in the view, with their names in it; None: those that it leaves out."""
+        found: dict[str, str | None] = dict.fromkeys(self.source.where.keys() - self.old.values())
+        for name, old in self.old.items():
+            if old in self._replaced or name != old or self.entries[name].shape != self.source.entries[old].shape:
+                found[old] = name
+        return found
+
+    def read(self, address: Address) -> Tensor:
+        """Return the tensor, or the expert's part of it."""
+        return self._read(address)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor, or the parts of its experts in order, if those are replaced."""
+        by_expert = self._replaced.get(self.old[name], False)
+        for expert in range(self.entries[name].shape[0]) if by_expert else [None]:
+            yield self.read(Address(name, expert))
+
+
 def read_index(path: Path) -> dict[str, str]:
     """Read an index: the name of each tensor's shard. Every shard is a file in the folder of the index."""
     shards = read_object(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         found = "no tensors" if shards == {} else name_of(shards) if shards is not None else "none"
-        raise UserError(f"{path}: weight_map: found {found}, expected the file of each tensor; {AGAIN}")
+        raise UserError(f"{path}: weight_map: found {found}, expected the file of each tensor; {COPY}")
     for name, shard in shards.items():
-        if not isinstance(shard, str):
-            raise UserError(f"{path}: weight_map: {name}: found {name_of(shard)}, expected the name of a file; {AGAIN}")
-        if not PLAIN.fullmatch(shard) or shard in (".", ".."):
+        if not isinstance(shard, str) or not PLAIN.fullmatch(shard):
+            found = repr(shard) if isinstance(shard, str) else name_of(shard)
             raise UserError(
-                f"{path}: weight_map: {name}: found {shard!r}, expected the name of a file in this folder; {AGAIN}"
+                f"{path}: weight_map: {name}: found {found}, expected the name of a file in this folder; {COPY}"
             )
     return shards
+
+
+# --- config.json ---
+
+
+def read_config(place: Path) -> Any:
+    """Read a config.json, or the config.json in a directory. No remote code runs.
+
+    Raises:
+        UserError: transformers refuses it.
+    """
+    from transformers import AutoConfig
+
+    path = place if place.is_file() else place / "config.json"
+    stored = read_object(path)
+    for part in (stored, stored.get("text_config")):
+        for name in STRUCTURES["blocks"].fields if isinstance(part, dict) else ():
+            if isinstance(layers := part.get(name), int) and layers > MOST_LAYERS:
+                raise UserError(f"{path}: {name}: found {layers}, expected at most {MOST_LAYERS:,}; {TODO}")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # each model's class raises exceptions of its own choice
+        raise UserError(
+            f"{path}: {reason(error)}, expected a configuration that transformers accepts; {TODO}"
+        ) from error
+
+
+def text_key(config: Any) -> str | None:
+    """Return the key of a configuration's text part; None if all of it describes the text model."""
+    text = config.get_text_config()
+    return None if text is config else next(key for key in config.to_dict() if getattr(config, key, None) is text)
+
+
+def dtype_of(model: Path, wanted: str) -> str:
+    """Return the dtype in which a model runs: the wanted one, or for `auto` that of its checkpoint."""
+    if wanted != "auto":
+        return wanted
+    stored = read_object(model / "config.json")
+    for config in (stored, stored.get("text_config")):
+        for name in ("dtype", "torch_dtype"):
+            found = str(config.get(name)).removeprefix("torch.") if isinstance(config, dict) else ""
+            if found in DTYPES:
+                return found
+    return DTYPES[0]
+
+
+def positions_of(config: Any) -> int | None:
+    """Return the maximum tokens of a text, if the configuration has a limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
+
+
+def check_length(place: Path, length: int, setting: str) -> None:
+    """Raise SettingError if windows are longer than the model's number of positions."""
+    positions = positions_of(read_config(place))
+    if positions is not None and length > positions:
+        raise SettingError(
+            f"{setting}: got {length}, expected at most {positions}, the positions of the model in "
+            f"{place}; set {setting}={positions} or less"
+        )
+
+
+def reason(error: BaseException) -> str:
+    """Return a library's error as one short line, with its name if the text alone is too short."""
+    text = " ".join(str(error).split())[:300]
+    return text if len(text.split()) > 2 else f"{type(error).__name__} {text}".strip()

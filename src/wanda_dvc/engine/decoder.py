@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from wanda_dvc.engine import accelerator, attention
-from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.config import positions_of
+from wanda_dvc.engine.checkpoint import Checkpoint, positions_of
 from wanda_dvc.engine.rows import TOKENS_TOGETHER, Call, CallCache, Layout, Row, calls_bytes, equal_calls
 from wanda_dvc.engine.structure import build_empty
 from wanda_dvc.engine.weights import Weights

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from wanda_dvc.catalog import Structure
-from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.config import reason
+from wanda_dvc.engine.checkpoint import Address, Checkpoint, reason
 from wanda_dvc.engine.removal import Cut, Field, Numbered, Removal, Stays, changed, probe, refused
 from wanda_dvc.engine.structure import Linear, build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.errors import UserError

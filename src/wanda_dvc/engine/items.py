@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.engine.config import reason
+from wanda_dvc.engine.checkpoint import reason
 from wanda_dvc.errors import UserError
 from wanda_dvc.reading import read_lines
 

@@ -6,12 +6,12 @@ without the units; a structure that fails is refused. No family-specific code.
 
 import contextlib
 import gc
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wanda_dvc.catalog import Structure
-from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.config import text_key
+from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, text_key
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.weights import set_parameter
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.units import Units, Whole, places, spread
-from wanda_dvc.reading import Entry
+from wanda_dvc.reading import DTYPES, Entry
 
 TOKENS = 32  # of the probe
 PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")  # by a router's weight
@@ -195,18 +194,18 @@ def refused(structure: Structure, source: Checkpoint, why: str) -> UserError:
 # --- the view ---
 
 
-class Smaller(Checkpoint):
-    """A view of a checkpoint without the units that go: smaller tensors, and a configuration to match.
+class Smaller(Changed):
+    """A view of a checkpoint without the units that go: smaller tensors, and a configuration to match."""
 
-    `read` replaces the checkpoint's own reader, for example by one that returns new values.
-    """
-
-    def __init__(self, source: Checkpoint, removal: Removal, read: Callable[[Address], Tensor] | None = None) -> None:
-        super().__init__(source.folder)
-        self.source, self.removal = source, removal
-        self._read = read or source.read
-        self.old = removal.names(source.where)  # by stored name: the source's tensor
-        self._cuts = removal.cuts_of
+    def __init__(
+        self,
+        source: Checkpoint,
+        removal: Removal,
+        read: Callable[[Address], Tensor] | None = None,
+        replaced: Collection[Address] = (),
+    ) -> None:
+        super().__init__(source, read or source.read, replaced)
+        self.removal, self.changes, self.old = removal, removal.changes, removal.names(source.where)
         experts = {cut.address for cut in removal.cuts if cut.address.expert is not None}
         self._experts = Counter(address.tensor for address in experts)  # by the tensor that holds them
 
@@ -214,41 +213,36 @@ class Smaller(Checkpoint):
         return f"{self.source} without some {self.removal.structure.units}"
 
     @cached_property
-    def where(self) -> dict[str, Path]:
-        """The file of each tensor."""
-        return {name: self.source.where[old] for name, old in self.old.items()}
-
-    @cached_property
     def entries(self) -> dict[str, Entry]:
-        """Dtype and shape of each tensor; places in files are the source's."""
+        """Dtype, shape and length of each tensor; places in files are the source's."""
         found = {}
         for name, old in self.old.items():
             entry, experts = self.source.entries[old], self._experts[old]
             shape = list(entry.shape)
-            for cut in self._cuts.get(Address(old, 0 if experts else None).linear, ()):
+            for cut in self.removal.cuts_of.get(Address(old, 0 if experts else None).linear, ()):
                 shape[cut.dim + bool(experts)] = sum(cut.layout) * self.removal.sets[cut.units].stay
-            found[name] = entry._replace(shape=shape)
+            length = entry.length if shape == entry.shape else math.prod(shape) * DTYPES[entry.dtype]
+            found[name] = entry._replace(shape=shape, length=length)
         return found
 
     @property
     def config(self) -> Any:
         """The configuration with the new numbers of units."""
-        return changed(self.source.config, self.removal.changes)
+        return changed(self.source.config, self.changes)
 
     @property
     def config_name(self) -> str:
         """The configuration's name in messages."""
-        changes = ", ".join(f"{field}={value}" for field, value in self.removal.changes.items())
+        changes = ", ".join(f"{field}={value}" for field, value in self.changes.items())
         return f"{self.source.config_name} with {changes}"
 
     def read(self, address: Address) -> Tensor:
         """Return the tensor, or the expert's part of it, without the units that go."""
-        old = self.old[address.tensor]
-        whole = self._cuts.get(Address(old).linear, [])  # of an expert's part: some experts of the tensor go
+        old, cuts_of = self.old[address.tensor], self.removal.cuts_of
+        whole = cuts_of.get(Address(old).linear, [])  # of an expert's part: some experts of the tensor go
         if address.expert is not None:
-            kept = [self._kept(cut) for cut in whole]
-            expert = int(kept[0][address.expert]) if kept else address.expert
-            return self._cut(self._read(Address(old, expert)), self._cuts.get(Address(old, expert).linear, []))
+            expert = int(self._kept(whole[0])[address.expert]) if whole else address.expert
+            return self._cut(self._read(Address(old, expert)), cuts_of.get(Address(old, expert).linear, []))
         if experts := self._experts[old]:
             return torch.stack([self.read(Address(address.tensor, expert)) for expert in range(experts)])
         return self._cut(self._read(Address(old)), whole)

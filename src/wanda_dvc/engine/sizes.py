@@ -102,7 +102,7 @@ def walk(model: Sizes, *, dtype: str, length: int, device: str = "cpu") -> Walk:
 
 def sizes(config: Path) -> Sizes:
     """Count the model of a config.json, or of its directory. Windowed attention counts as full attention."""
-    from wanda_dvc.engine.config import read_config
+    from wanda_dvc.engine.checkpoint import read_config
     from wanda_dvc.engine.structure import empty_model, find_blocks, weight_shapes
 
     dtype = str(read_config(config).dtype or "float32").removeprefix("torch.")  # a model's default is float32

@@ -19,8 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.config import read_config, reason
+from wanda_dvc.engine.checkpoint import Address, Checkpoint, read_config, reason
 from wanda_dvc.errors import UserError
 
 _BUILDING = Lock()  # building an empty model replaces functions of torch, in all threads

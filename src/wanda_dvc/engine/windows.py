@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from wanda_dvc.engine.config import reason
+from wanda_dvc.engine.checkpoint import reason
 from wanda_dvc.errors import UserError
 
 

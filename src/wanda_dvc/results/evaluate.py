@@ -76,7 +76,7 @@ def _check(project: Project, path: Path) -> None:
 
 def _check_alike(project: Project, folder: Path, path: Path) -> None:
     """Raise UserError if a configuration has another architecture or vocabulary than the dense model's."""
-    from wanda_dvc.engine.config import read_config
+    from wanda_dvc.engine.checkpoint import read_config
 
     own, dense = (read_config(place) for place in (folder, project.model(DENSE)))
     for what, key in (("architecture", "model_type"), ("vocabulary size", "vocab_size")):

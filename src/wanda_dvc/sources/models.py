@@ -237,7 +237,7 @@ def read_model(path: Path, out: Path) -> str:
         UserError: there is no complete decoder, or no known reader for its quantization.
     """
     from wanda_dvc.engine.check import check_model
-    from wanda_dvc.engine.config import reason
+    from wanda_dvc.engine.checkpoint import reason
 
     out.mkdir(parents=True)
     if path.suffix == GGUF:
@@ -281,7 +281,7 @@ def _not_a_decoder(folder: Path, stored: Json) -> str | None:
     """Return the reason to refuse a config.json as a causal decoder; None for a decoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from wanda_dvc.engine.config import read_config
+    from wanda_dvc.engine.checkpoint import read_config
 
     kind, named = stored.get("model_type"), stored.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):

@@ -5,15 +5,14 @@ A reconstruction gives kept weights new values, solved for here, from stats/gram
 
 import math
 import operator
-from collections.abc import Callable
 from functools import lru_cache, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.writer import new_tensors, write_model
+from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint
+from wanda_dvc.engine.writer import write_model
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
@@ -26,9 +25,6 @@ from wanda_dvc.study.files import Json, write_csv, write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
 from wanda_dvc.study.tensors import Grams, block_count, read_grams, read_masks, read_weights
-
-if TYPE_CHECKING:
-    from wanda_dvc.engine.removal import Smaller
 
 CARD = "README.md"
 
@@ -194,32 +190,24 @@ def prune(study: Project, target: Path) -> Written:
     def read(address: Address) -> Tensor:
         return pruned(address) if address in addresses else checkpoint.read(address)
 
-    smaller = _without_units(parts, read)
-    if smaller is None:
-        names, entries, get, config = {x: x for x in checkpoint.where}, checkpoint.entries, read, {}
+    removal = removal_of(checkpoint, parts.plan.structure, parts.plan.share)
+    if removal is None:
+        view = Changed(checkpoint, read, addresses)
     else:
-        names, entries, get, config = smaller.old, smaller.entries, smaller.read, smaller.removal.changes
-    new = new_tensors(checkpoint, names, entries, get, addresses)
-    written = write_model(checkpoint, target, new, config, without=(PROVENANCE, CARD))
-    for _ in progress(written, total=sum(one is not None for one in new.values()), what="apply, tensors"):
+        from wanda_dvc.engine.removal import Smaller  # imports transformers, which takes seconds
+
+        stays = removal.stays_in(reduce(operator.or_, parts.keeps))
+        view = Smaller(checkpoint, removal.with_stays(stays), read, addresses)
+    written = write_model(view, target, without=(PROVENANCE, CARD))
+    for _ in progress(written, total=sum(name is not None for name in view.new.values()), what="apply, tensors"):
         pass
     for linear in blocks.keys() - found.keys():  # of complete experts or blocks that went
         found[linear] = parts.make(checkpoint.find(linear))[1]
     zeros = {linear: found[linear] for linear in blocks}
-    if smaller is None:
+    if removal is None:
         result = Written(zeros, sum(x.zero for x in zeros.values()) / sum(x.size for x in zeros.values()))
     else:
-        left, every = (sum(math.prod(x.shape) for x in one.values()) for one in (entries, checkpoint.entries))
-        result = Written(zeros, smaller.removal.share, 1 - left / every)
+        left, every = (sum(math.prod(x.shape) for x in one.entries.values()) for one in (view, checkpoint))
+        result = Written(zeros, removal.share, 1 - left / every)
     (target / CARD).write_text(card(study, result.sparsity, removed=result.removed), encoding="utf-8")
     return result
-
-
-def _without_units(parts: Parts, read: Callable[[Address], Tensor]) -> "Smaller | None":
-    """Return the view of a checkpoint without the units that masks remove; None if the pattern sets weights to zero."""
-    removal = removal_of(parts.checkpoint, parts.plan.structure, parts.plan.share)
-    if removal is None:
-        return None
-    from wanda_dvc.engine.removal import Smaller  # imports transformers, which takes seconds
-
-    return Smaller(parts.checkpoint, removal.with_stays(removal.stays_in(reduce(operator.or_, parts.keeps))), read)

@@ -50,7 +50,7 @@ def check_text(project: Project, expected: Json, found: str, todo: str) -> None:
 
 def model_dtype(project: Project, model: str = "dense") -> str:
     """Return the dtype in which a study's dense or pruned model runs, by name; `auto` is the dense checkpoint's."""
-    from wanda_dvc.engine.config import dtype_of
+    from wanda_dvc.engine.checkpoint import dtype_of
 
     return dtype_of(project.model(model), project.planned("calibrate/norms")["dtype"])
 
@@ -106,7 +106,7 @@ def stats_provenance(project: Project, model: Json) -> Json:
 
 def check_ready(project: Project, model: str, length: int | None = None, setting: str = "") -> Json:
     """Check device, files, configuration and length of windows before a model runs; return the model's provenance."""
-    from wanda_dvc.engine.config import check_length, read_config
+    from wanda_dvc.engine.checkpoint import check_length, read_config
 
     if project.params.runtime.ray is None:
         check_device(device_name(project.params.runtime))

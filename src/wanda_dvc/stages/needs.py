@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from wanda_dvc.engine.config import dtype_of
+from wanda_dvc.engine.checkpoint import Checkpoint, dtype_of
 from wanda_dvc.engine.rows import shards
 from wanda_dvc.engine.sizes import FIXED, WIDTH, Linears, Sizes, Walk, sizes, walk
 from wanda_dvc.errors import UserError, notice
@@ -286,8 +286,6 @@ def _gram_bytes(squares: int) -> int:
 
 def _measured(project: Project) -> Linears | None:
     """Return the linears by stats/; None without it."""
-    from wanda_dvc.engine.checkpoint import Checkpoint
-
     checkpoint, shapes, width = Checkpoint(project.model("dense")), [], 0
     for block in range(block_count(project.stats, "calibrate")):
         measured = read_stats(project.stats, block)

@@ -216,7 +216,7 @@ def continuations(folder: Path, prompts: Sequence[str], *, dtype: "torch.dtype",
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from wanda_dvc.engine.config import positions_of
+    from wanda_dvc.engine.checkpoint import positions_of
     from wanda_dvc.engine.windows import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
