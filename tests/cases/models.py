@@ -166,7 +166,7 @@ def _indexes() -> Iterator[Case]:
             index({QUERY: outside}),
             (QUERY, "found", "expected the name of a file in this folder"),
         )
-    yield Case("index: a shard that is not there", index({QUERY: "b.safetensors"}), ("names b.safetensors", "missing"))
+    yield Case("index: a shard that is not there", index({QUERY: "b.safetensors"}), ("b.safetensors: missing",))
     yield Case(
         "index: a tensor that its shard lacks",
         index({"more": "a.safetensors"}),
