@@ -57,7 +57,7 @@ def page() -> str:
         for row in RECIPES.values()
     ]
     allocations = [
-        [f"`{row.name}`", row.about, f"{row.strength:g}: {row.strength_is}" if row.strength else "–"]
+        [f"`{row.name}`", row.about, f"{row.strength:g}" if row.strength else "–"]
         for row in ALLOCATIONS.values()
     ]
     sections = {
@@ -74,7 +74,7 @@ def page() -> str:
             ],
         ),
         "Methods": _choices("method", methods()),
-        "Groups": _choices("group", GROUPS),
+        "Groups": _table(["`group`", "meaning"], GROUPS.items()),
         "Allocations": _table(["`allocation`", "sparsities", "`allocation_strength: null`"], allocations),
         "Reconstructions": _choices("reconstruction", RECONSTRUCTIONS),
         "Propagation": _table(["`propagation`", "calibration"], PROPAGATIONS),

@@ -185,7 +185,7 @@ def test_every_command_of_a_page_is_one_that_the_command_line_takes(page: str):
         ("dvc repro prune", "AssertionError"),
         ("dvc exp run -S sparsety=0.7", "no setting sparsety"),
         ("dvc exp run --queue -S 'sparsity=0.3,1.5'", "sparsity: found 1.5, expected less than 1"),
-        ("dvc exp run -S method=sparse", "method: found 'sparse'"),
+        ("dvc exp run -S method=sparse", 'method: found "sparse"'),
         ("make pruned", "the Makefile has bench"),
         ("python benchmarks/no.py", "AssertionError"),
     ],

@@ -147,9 +147,6 @@ def test_what_is_no_variant_of_the_model_is_refused_with_the_reason(study: Proje
     refused(tmp_path / "a.gguf", "a.gguf: .*, expected a GGUF file that transformers reads; name one of another quant")
     write_unknown_quantization(tmp_path / "b.gguf")
     refused(tmp_path / "b.gguf", "b.gguf: Dequantization for Q8_K is not yet implemented, expected a GGUF file that")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "a.gguf").rename(tmp_path / "folder/a.gguf")
-    refused(tmp_path / "folder", "folder: a folder of GGUF files, expected one of safetensors; name a GGUF file itself")
 
 
 def test_a_gguf_file_without_all_weights_is_refused(study: Project, tmp_path: Path):

@@ -118,7 +118,7 @@ def test_the_card_cites_the_methods_paper(project: Callable[..., Project], metho
         download(project=made, part=part, text=text_of(part))
     for stage in (calibrate, mask):
         stage(project=made)
-    assert f"chosen by {method.title} ([{method.citation}]({method.link}))" in " ".join(exported(made).text.split())
+    assert f"chosen by `{method.name}` ({method.paper})" in " ".join(exported(made).text.split())
 
 
 def test_masks_of_other_settings_are_not_exported(pruned: Project):

@@ -114,7 +114,7 @@ def test_what_an_option_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
     ("options", "message"),
     [
         ({"preset": "llama"}, "preset: got llama, expected default"),
-        ({"model": "no id"}, "model: found 'no id', expected `package:NAME==VERSION`"),
+        ({"model": "no id"}, 'model: found "no id", expected package:NAME==VERSION'),
         ({"calibration": "nothing"}, "calibration.text: found {'source': 'nothing'"),
     ],
 )

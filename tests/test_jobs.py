@@ -23,7 +23,7 @@ from wanda_dvc.study.project import Project
 stage: Any = importlib.import_module("wanda_dvc.stages.mask")
 Settings = dict[str, Any]
 
-SOLVERS = [name for name, method in methods().items() if method.competition == "solver"]
+SOLVERS = [name for name, method in methods().items() if method.needs == "gram"]
 NEURONS: Settings = {"pattern": "neurons", "sparsity": 0.25}
 DENSE: list[Settings] = [
     {"method": name} | pattern for name in SOLVERS for pattern in ({}, {"pattern": "2:4"}, NEURONS)

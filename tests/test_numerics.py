@@ -159,7 +159,7 @@ def test_magnitude_on_a_model_that_gives_nan_says_so(project: Make, tmp_path: Pa
 def test_a_pattern_decides_the_share_exactly(pattern: str, sparsity: float, tmp_path: Path):
     write_params(tmp_path, "org/model", pattern=pattern, sparsity=sparsity)
     n, m = map(int, pattern.split(":"))
-    assert read_params(tmp_path / "params.yaml").share == 1 - Fraction(n, m)
+    assert read_params(tmp_path / "params.yaml").plan.share == 1 - Fraction(n, m)
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("1:3", 0.666667), ("2:3", 0.333333)])

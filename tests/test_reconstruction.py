@@ -93,8 +93,8 @@ def test_masks_are_kept_patterns_exact_and_updates_applied(
     measures = load_json(made.details("pruned", "layer_error"))["linears"]
     n, m = map(int, pattern.get("pattern", "0:0").split(":"))
     card = (made.model("pruned") / "README.md").read_text()
-    assert RECONSTRUCTIONS[reconstruction].kept in card
-    assert m or f"compared within {GROUPS[pattern.get('group', 'row')].about} |" in card
+    assert f"`{reconstruction}`: {RECONSTRUCTIONS[reconstruction].about}" in card
+    assert m or f"compared within {GROUPS[pattern.get('group', 'row')]} |" in card
     moved = []
     for block in range(block_count(made.masks, "mask")):
         for name, keep in read_masks(made.masks, block).items():
@@ -229,7 +229,7 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
             {"reconstruction": "blockwise"},
             "reconstruction: found blockwise with propagation dense, expected propagation corrected or pruned",
         ),
-        ({"allocation": "steep"}, "allocation: found 'steep', expected uniform, owl, sensitivity"),
+        ({"allocation": "steep"}, 'allocation: found "steep", expected uniform, owl or sensitivity'),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(study: Make, changes: dict[str, Any], message: str):

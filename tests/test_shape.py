@@ -122,7 +122,7 @@ def test_help_shows_the_panels_in_order():
         (
             ["mask"],
             {"pattern": "4:2"},
-            "params.yaml: pattern: found '4:2', expected unstructured, neurons, heads",
+            'params.yaml: pattern: found "4:2", expected unstructured, n:m',
         ),
         (["mask"], {"sparsety": 1}, "params.yaml: sparsety: no such setting; did you mean sparsity?"),
         (
@@ -132,7 +132,7 @@ def test_help_shows_the_panels_in_order():
         ),
         (["mask"], {}, "models/dense/provenance.json: missing; run `dvc repro` or `wanda-dvc download model` first"),
         # DVC refuses it too, in words of its own, before any stage runs.
-        (["show"], {"tasks__names": "piqa"}, "params.yaml: tasks.names: found 'piqa', expected a valid list"),
+        (["show"], {"tasks__names": "piqa"}, 'params.yaml: tasks.names: found "piqa", expected a valid list'),
         (["stats"], {}, "stats/norms/provenance.json: missing; run `dvc repro` or `wanda-dvc calibrate` first"),
         (["perplexity", "thin"], {}, "found thin, expected dense, pruned"),
         (["download", "weights"], {}, "found weights, expected model, calibration, perplexity, tasks"),

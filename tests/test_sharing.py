@@ -8,11 +8,6 @@ from conftest import ROOT, save_tiny_model, write_params
 from repository import Repository as Study
 from repository import ran
 
-from wanda_dvc.params import Tasks, Text
-from wanda_dvc.sources.hub import Repository
-from wanda_dvc.sources.models import find_model
-from wanda_dvc.sources.tasks import find_tasks
-from wanda_dvc.sources.texts import find_text
 from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PIPELINE
@@ -29,37 +24,6 @@ def with_outs(root: Path, options: str) -> Project:
         text = text.replace(f"outs:\n        - {out}\n", f"outs:\n        - {out}{options}\n")
     (root / PIPELINE).write_text(text, encoding="utf-8")
     return Project(root)
-
-
-GATED = Repository("dataset", "org/gated", "c" * 40, ("model.safetensors",), "where", gated=True)
-OPEN = Repository("dataset", "org/open", "c" * 40, (), "where")
-
-
-def test_every_source_tells_what_is_gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    text, file = Text(source="org/gated").chosen, tmp_path / "a.txt"
-    file.write_text("a text", encoding="utf-8")
-    for origin, expected in ((GATED, ("org/gated",)), (OPEN, ())):
-        for part in ("models", "texts"):
-            monkeypatch.setattr(f"wanda_dvc.sources.{part}.resolve", lambda *_, origin=origin: origin)
-        assert find_model("org/gated").gated == find_text("calibration.text", text, None).gated == expected
-    assert find_text("calibration.text", Text(source=str(file)).chosen, None).gated == ()
-    origins = iter((GATED, OPEN, GATED))
-    monkeypatch.setattr("wanda_dvc.sources.tasks.resolve", lambda *_: next(origins))
-    tasks = Tasks(source="benchmark", names=["piqa", "hellaswag", "arc_easy"])
-    assert find_tasks(tasks, None).gated == ("org/gated",)
-    assert next(origins, None) is None
-
-
-def test_a_gated_model_is_fetched_with_a_line_that_says_what_is_shared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    write_params(tmp_path, "org/gated")
-    monkeypatch.setattr("wanda_dvc.sources.models.resolve", lambda *_: GATED)
-    fetched: list[object] = []
-    monkeypatch.setattr("wanda_dvc.sources.models._write_hub", lambda *words: fetched.append(words))
-    run("download", project=Project(tmp_path), part="model")
-    assert len(fetched) == 1
-    assert "org/gated is gated or private, and `dvc push` shares it" in capsys.readouterr().err
 
 
 @pytest.mark.pipeline

@@ -132,7 +132,7 @@ def test_text_files_and_mirrors(project: Make, tmp_path: Path):
             project(perplexity__texts__embedded__source="wikitext2", runtime__mirror=str(tmp_path / "mirror")),
             "perplexity",
         )
-    with pytest.raises(UserError, match="line 1: found body, expected a column `text`"):
+    with pytest.raises(UserError, match="line 1: found body, expected text in column `text`"):
         fetch(project(perplexity__texts__embedded__source=str(tmp_path / "b.jsonl")), "perplexity")
 
 

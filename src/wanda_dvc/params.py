@@ -4,12 +4,12 @@ Read as DVC reads it, YAML 1.2: in YAML 1.1 an unquoted `2:4` is the number 124.
 """
 
 import difflib
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -19,23 +19,21 @@ from ruamel.yaml import YAML
 
 from wanda_dvc.catalog import (
     ALLOCATIONS,
-    EMBEDDED_SPLITS,
-    EMBEDDED_TEXT,
+    EMBEDDED,
     GROUPS,
     HUB_ID,
     HUB_TEXT,
-    NAMED_TEXTS,
+    PACKAGE,
     RECIPES,
     RECONSTRUCTIONS,
     STATISTICS,
     STRUCTURES,
     TEXTS,
-    Package,
     methods,
     parse_pattern,
 )
 from wanda_dvc.errors import UserError
-from wanda_dvc.plan import CHOICES, UNSTRUCTURED, Plan, fill, share_of
+from wanda_dvc.plan import CHOICES, UNSTRUCTURED, Plan
 from wanda_dvc.reading import read_text
 
 MOST = 2**20  # windows of a calibration, and tokens of a window: far above any real study
@@ -45,7 +43,13 @@ AUTO: Final = "auto"
 FILE = "params.yaml"
 
 
-# --- values ---
+# --- values: the message for a refused one is the setting's description, or the text of `_refused` ---
+
+
+def _refused(*expected: str) -> PydanticCustomError:
+    *others, last = expected
+    words = f"{', '.join(others)} or {last}" if others else last
+    return PydanticCustomError("refused", "{words}", {"words": words})
 
 
 def _one_of(table: Mapping[str, object] | Callable[[], Mapping[str, object]]) -> AfterValidator:
@@ -54,38 +58,22 @@ def _one_of(table: Mapping[str, object] | Callable[[], Mapping[str, object]]) ->
     def check(name: str) -> str:
         known = table() if callable(table) else table
         if name not in known:
-            raise _expected(", ".join(known))
+            raise _refused(*known)
         return name
 
     return AfterValidator(check)
 
 
-def _expected(what: str) -> PydanticCustomError:
-    return PydanticCustomError("expected", "expected {what}", {"what": what})
-
-
 def _pattern(pattern: str) -> str:
     n_of_m = parse_pattern(pattern) if re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", pattern) else None
     if pattern not in {UNSTRUCTURED, *STRUCTURES} and not (n_of_m and n_of_m[0] < n_of_m[1]):
-        raise _expected(f"{UNSTRUCTURED}, {', '.join(STRUCTURES)}, or n:m with n < m, such as 2:4")
+        raise _refused(UNSTRUCTURED, "n:m with n < m", *STRUCTURES)
     return pattern
 
 
-def _model(source: str) -> str:
-    if not (Package.parse(source) or Path(source).is_absolute() or HUB_ID.fullmatch(source)):
-        raise _expected("`package:NAME==VERSION`, an absolute directory, or a Hub id, `ORG/NAME[@REVISION]`")
-    return source
-
-
-def _absolute(path: str) -> str:
-    if not Path(path).is_absolute():
-        raise _expected("an absolute path: queued experiments run in another directory")
-    return path
-
-
 def _windows(count: object) -> object:
-    if count is not None and count != ALL and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        raise _expected("a number, 1 or more, `all` or null")
+    if count not in (None, ALL) and (type(count) is not int or count < 1):
+        raise ValueError(count)
     return count
 
 
@@ -150,19 +138,18 @@ class Text(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Text":
         named, path = TEXTS.get(self.source), Path(self.source)
-        if self.source == EMBEDDED_TEXT or named:
-            splits = named.splits if named else EMBEDDED_SPLITS
-            if self.chosen.split not in splits:
-                raise _expected(f"split {' or '.join(splits)} of {self.source}")
-            if named and self.column not in (None, named.column):
-                raise _expected(f"column null: the text of {self.source} is {named.column}")
+        if named:
+            if self.chosen.split not in named.splits:
+                raise _refused(*(f"split {split}" for split in named.splits))
+            if self.column not in (None, named.column):
+                raise _refused(f"column null: the text of {self.source} is {named.column}")
         elif path.suffix in (".txt", ".jsonl") or path.is_absolute():
             if not path.is_absolute() or path.suffix not in (".txt", ".jsonl"):
-                raise _expected("a file that ends in .txt or .jsonl, by its absolute path")
+                raise _refused("a file that ends in .txt or .jsonl, by its absolute path")
             if self.split is not None:
-                raise _expected("split null: a file has none")
+                raise _refused("split null: a file has none")
         elif not HUB_TEXT.fullmatch(self.source):
-            raise _expected(f"{', '.join(NAMED_TEXTS)}, a Hub id (ORG/NAME[:CONFIG][@REVISION]) or an absolute path")
+            raise _refused(*TEXTS, "a Hub id (ORG/NAME[:CONFIG][@REVISION])", "an absolute path")
         return self
 
 
@@ -196,8 +183,8 @@ class Perplexity(_Section):
     length: int = Field(512, ge=2, le=MOST, description="tokens a window; windows follow one another")
     windows: Annotated[int | Literal["all"] | None, PlainValidator(_windows)] = Field(
         None,
-        description="number of windows; null: every complete window; `all`: every token, so that the last window "
-        "may be shorter",
+        description="number of windows, 1 or more; null: every complete window; `all`: every token, with a last window "
+        "that may be shorter",
     )
 
     @property
@@ -239,8 +226,9 @@ class Runtime(_Section):
         description="a Ray cluster that runs the windows: `local` (started on this machine), `auto`, `HOST:PORT` or "
         "`ray://HOST:PORT`; null: this process",
     )
-    mirror: Annotated[str, AfterValidator(_absolute)] | None = Field(
+    mirror: str | None = Field(
         None,
+        pattern="^/",
         description="absolute path of a directory laid out like the Hub, from which data sets are read instead",
     )
 
@@ -248,9 +236,10 @@ class Runtime(_Section):
 class Params(_Section):
     """All of `params.yaml`."""
 
-    model: Annotated[str, AfterValidator(_model)] = Field(
+    model: str = Field(
+        pattern=f"^({PACKAGE.pattern}|/.*|{HUB_ID.pattern})$",
         description="`package:NAME==VERSION` with a GGUF file, an absolute directory of safetensors, or a Hub id, "
-        "`ORG/NAME[@REVISION]`"
+        "`ORG/NAME[@REVISION]`",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         AUTO, description="dtype in which the model runs: `float32`, `bfloat16`, `float16`; `auto`: the checkpoint's"
@@ -291,15 +280,11 @@ class Params(_Section):
     runtime: Runtime = Runtime()
 
     @property
-    def share(self) -> Fraction:
-        """The sparsity as an exact fraction; a pattern n:m has its own."""
-        return share_of(self.pattern, self.sparsity)
-
-    @property
     def plan(self) -> Plan:
         """The recipe, with separately set choices."""
         given = {name: getattr(self, name) for name in CHOICES}
-        return Plan.of(self.recipe, given, strength=self.allocation_strength, pattern=self.pattern, share=self.share)
+        strength = self.allocation_strength
+        return Plan.of(self.recipe, given, strength=strength, pattern=self.pattern, sparsity=self.sparsity)
 
     @property
     def tier(self) -> str:
@@ -309,27 +294,18 @@ class Params(_Section):
 
     @property
     def filled(self) -> "Params":
-        """The settings with nulls replaced by their values; a method need not be installed."""
-        choices = self._choices
-        strength = self.allocation_strength or ALLOCATIONS[choices["allocation"]].strength
+        """The settings with nulls replaced by their values."""
+        chosen = self.plan.described
+        update = {name: chosen[name] for name in (*CHOICES, "allocation_strength", "sparsity")}
         texts = {name: _filled(text) for name, text in self.perplexity.texts.items()}
-        update: dict[str, Any] = {
-            **choices,
-            "allocation_strength": strength,
-            "sparsity": float(self.share),
-            "calibration": self.calibration.model_copy(update={"text": _filled(self.calibration.text)}),
-            "perplexity": self.perplexity.model_copy(update={"texts": texts}),
-        }
+        update["calibration"] = self.calibration.model_copy(update={"text": _filled(self.calibration.text)})
+        update["perplexity"] = self.perplexity.model_copy(update={"texts": texts})
         return self.model_copy(update=update)
-
-    @property
-    def _choices(self) -> dict[str, str]:
-        return fill(self.recipe, {name: getattr(self, name) for name in CHOICES}, self.pattern)[0]
 
     @property
     def items(self) -> int | None:
         """The number of items of each task; None: all."""
-        return self.zero_shot.limit or (EMBEDDED_ITEMS if self.tasks.source == EMBEDDED_TEXT else None)
+        return self.zero_shot.limit or (EMBEDDED_ITEMS if self.tasks.source == EMBEDDED else None)
 
     def about_text(self, name: str) -> str:
         """Return a sentence on a text of the perplexity: whether it has the calibration's source."""
@@ -410,24 +386,31 @@ def check_params(content: object) -> Params:
         raise UserError(*map(_problem, error.errors())) from None
 
 
-WORDS = {  # of pydantic, and in our messages
-    "Input should be": "expected",
-    "String should": "expected text that should",
-    "List should": "expected a list that should",
-    "Dictionary should": "expected a mapping that should",
-}
-
-
 def _problem(problem: Any) -> str:
-    """Return pydantic's description of a problem as a line of ours."""
-    where, message = ".".join(map(str, problem["loc"])), problem["msg"]
-    if problem["type"] == "extra_forbidden":
-        return f"{FILE}: {where}: no such setting; {_hint(where)}"
-    if problem["type"] == "missing":
-        return f"{FILE}: {where}: missing"
-    for words, ours in WORDS.items():
-        message = message.replace(words, ours)
-    return f"{FILE}: {where}: found {problem['input']!r:.200}, {message}"
+    """Return pydantic's description of a problem as *setting: found, expected*."""
+    setting = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    where, kind, found = f"{FILE}: {setting}" if setting else FILE, problem["type"], problem["input"]
+    if kind in ("extra_forbidden", "invalid_key"):
+        return f"{where}: no such setting; {_hint(setting)}"
+    if kind == "missing":
+        return f"{where}: missing"
+    expected = problem["msg"].removeprefix("Input should be ").replace("'", "")
+    if kind in ("model_type", "dict_type"):
+        expected = "settings, a name and a value each"
+    elif kind in ("value_error", "string_pattern_mismatch", "string_too_short", "string_too_long", "too_short"):
+        expected = _meaning(problem["loc"])
+    shown = json.dumps(found, ensure_ascii=False) if isinstance(found, str | bool | None) else repr(found)
+    return f"{where}: found {shown:.200}, expected {expected}"
+
+
+def _meaning(place: tuple[int | str, ...]) -> str:
+    """Return the description of a setting."""
+    model: Any = Params
+    meaning = ""
+    for word in place:
+        field = getattr(model, "model_fields", {}).get(word)
+        model, meaning = (field.annotation, field.description) if field else (Text, meaning)  # below `texts`: its name
+    return meaning.replace("`", "")
 
 
 def _hint(name: str) -> str:

@@ -6,16 +6,13 @@ Stages, views and provenance read a `Plan`; no other code checks the method or r
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
 from typing import Any
 
 from wanda_dvc.catalog import (
     ALLOCATIONS,
-    GROUPS,
     RECIPES,
     RECONSTRUCTIONS,
     SOLVED_UNITS,
-    STATISTICS,
     STRUCTURES,
     Allocation,
     Method,
@@ -55,27 +52,36 @@ class Plan:
 
     @classmethod
     def of(
-        cls, recipe: str, given: Mapping[str, str | None], *, strength: float | None, pattern: str, share: Fraction
+        cls, recipe: str, given: Mapping[str, str | None], *, strength: float | None, pattern: str, sparsity: float
     ) -> "Plan":
-        """Return the plan of a recipe and separately set choices."""
-        chosen, left_out = fill(recipe, given, pattern)
-        allocation = ALLOCATIONS[chosen["allocation"]]
-        return cls(
-            method=methods()[chosen["method"]],
-            group=chosen["group"],
-            allocation=allocation,
-            strength=allocation.strength if strength is None else strength,
-            reconstruction=RECONSTRUCTIONS[chosen["reconstruction"]],
-            propagation=chosen["propagation"],
-            pattern=pattern,
-            share=share,
-            left_out=left_out,
-        )
+        """Return the plan of a recipe and separately set choices.
+
+        A pattern has its own groups and shares. Units do not compete by row or linear, but outputs may count by their
+        gradients: group `outputs` stays. Experts and blocks have scores of their own, and the weights that stay do not
+        change.
+        """
+        row, structure = RECIPES[recipe], STRUCTURES.get(pattern)
+        chosen: dict[str, Any] = {name: getattr(row, name) for name in CHOICES}
+        if pattern != UNSTRUCTURED:
+            chosen["allocation"] = "uniform"
+        if structure and structure.method:
+            chosen |= {"reconstruction": "none", "propagation": "dense"}
+            if methods()[row.method].needs != "weights":
+                chosen["method"] = structure.method
+        chosen |= {name: value for name, value in given.items() if value is not None}
+        weighs = structure and not structure.method and chosen["group"] == "outputs"
+        if pattern != UNSTRUCTURED and not weighs:
+            chosen["group"] = "row"
+        wanted = {name: given[name] or getattr(row, name) for name in CHOICES}
+        left_out = tuple(f"{name} {wanted[name]}" for name in CHOICES if wanted[name] != chosen[name])
+        strength = ALLOCATIONS[chosen["allocation"]].strength if strength is None else strength
+        plan = cls.read(chosen | {"pattern": pattern, "sparsity": sparsity, "allocation_strength": strength})
+        return replace(plan, left_out=left_out)
 
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> "Plan":
         """Return the plan that is `described`, stored or in a provenance; its method need not be installed."""
-        name = described["method"]
+        name, pattern = described["method"], described["pattern"]
         return cls(
             method=methods().get(name) or replace(methods()["wanda"], name=name),
             group=described["group"],
@@ -83,8 +89,8 @@ class Plan:
             strength=described["allocation_strength"],
             reconstruction=RECONSTRUCTIONS[described["reconstruction"]],
             propagation=described["propagation"],
-            pattern=described["pattern"],
-            share=share_of(described["pattern"], described["sparsity"]),
+            pattern=pattern,
+            share=_share_of(pattern, described["sparsity"]),
         )
 
     @property
@@ -124,34 +130,19 @@ class Plan:
         return SOLVED_UNITS if self.structure else self.reconstruction
 
     @property
-    def by_gradients(self) -> bool:
-        """Whether the Gram matrices of gradients determine kept weights."""
-        return self.solver.by_gradients
-
-    @property
     def solves(self) -> bool:
         """Whether kept weights get new values."""
         return self.reconstruction.function is not None
 
     @property
-    def trains(self) -> bool:
-        """Whether each block is trained on its mask."""
-        return self.reconstruction.trains
-
-    @property
     def propagates(self) -> bool:
         """Whether masks depend on the outputs of pruned blocks instead of stats/."""
-        return self.propagation != "dense" and (self.method.needs_inputs() or self.solves)
+        return self.propagation != "dense" and (self.method.needs != "weights" or self.solves)
 
     @property
     def corrects(self) -> bool:
         """Whether target weights are corrected towards the dense model's outputs."""
         return self.propagation == "corrected" and self.solves
-
-    @property
-    def runs_dense(self) -> bool:
-        """Whether a walk through pruned blocks includes the dense model's windows."""
-        return self.propagates and (self.trains or self.corrects)
 
     @property
     def records_grams(self) -> bool:
@@ -173,66 +164,67 @@ class Plan:
     @property
     def masks_read_sums(self) -> bool:
         """Whether masks depend on the sums of stats/gradients."""
-        return "gradients" in (self.allocation.needs, GROUPS[self.group].needs)
+        return self.group == "outputs" or self.allocation.needs == "gradients"
 
     @property
     def masks_read_gradients(self) -> bool:
         """Whether masks depend on the Gram matrices of gradients, by the new weights of earlier blocks."""
-        return self.propagates and self.by_gradients
-
-    @property
-    def masks_read_tier(self) -> bool:
-        """Whether masks depend on any part of stats/gradients."""
-        return self.masks_read_sums or self.masks_read_gradients
+        return self.propagates and self.solver.by_gradients
 
     @property
     def weights_come_from(self) -> str | None:
         """The source of the kept weights: `weights`, `gram`, or None, the dense model."""
         return None if not self.solves else "weights" if self.propagates else "gram"
 
-    @cached_property
+    @property
     def needs(self) -> str:
         """The highest tier of statistics that stages read: norms, gram or gradients."""
-        tiers = [GROUPS[self.group].needs, self.allocation.needs, "gradients" if self.by_gradients else "norms"]
-        if not self.propagates and (self.method.needs == "gram" or self.solves):
-            tiers.append("gram")
-        return max((tier for tier in tiers if tier in STATISTICS), key=STATISTICS.index)
+        if self.masks_read_sums or self.solver.by_gradients:
+            return "gradients"
+        return "gram" if not self.propagates and (self.method.needs == "gram" or self.solves) else "norms"
 
     def conflicts(self) -> Iterator[str]:
         """Yield choices that exclude one another, or have no effect, as *setting: found, expected*."""
-        method, structure, pattern = self.method, self.structure, self.pattern
-        own = structure is not None and bool(structure.method)  # experts and blocks have scores of their own
-        if method.competition == "rows" and (pattern, self.group) != (UNSTRUCTURED, "row"):
-            yield (
-                f"method: found {method.name} with pattern {pattern} and group {self.group}, expected unstructured and "
-                "row: each row's scores decide how many of its weights go"
-            )
-        if method.competition in STRUCTURES and method.competition != pattern:
-            yield f"method: found {method.name} with pattern {pattern}, expected pattern {method.competition}"
-        if method.competition == "solver" and structure and (own or not method.units):
-            yield f"method: found {method.name} with pattern {pattern}, expected a method that scores {structure.name}"
-        if self.allocation.name != "uniform" and pattern != UNSTRUCTURED:
-            yield (
+        method, pattern, values = self.method, self.pattern, self.reconstruction.name
+        own = self.structure is not None and bool(self.structure.method)  # experts and blocks have scores of their own
+        of_method = f"method: found {method.name} with pattern {pattern}"
+        for conflict, text in (
+            (
+                method.competition == "rows" and (pattern, self.group) != (UNSTRUCTURED, "row"),
+                f"{of_method} and group {self.group}, expected unstructured and row: each row's scores decide how many "
+                "of its weights go",
+            ),
+            (
+                method.competition in STRUCTURES and method.competition != pattern,
+                f"{of_method}, expected pattern {method.competition}",
+            ),
+            (own and method.needs == "gram", f"{of_method}, expected a method that scores {pattern}"),
+            (
+                self.allocation.name != "uniform" and pattern != UNSTRUCTURED,
                 f"allocation: found {self.allocation.name} with pattern {pattern}, expected uniform: every block has "
-                "the same sparsity"
-            )
-        if own and self.solves:
-            yield f"reconstruction: found {self.reconstruction.name} with pattern {pattern}, expected none"
-        if own and self.propagation != "dense":
-            yield f"propagation: found {self.propagation} with pattern {pattern}, expected dense"
-        if self.propagation == "corrected" and not self.solves:
-            yield (
+                "the same sparsity",
+            ),
+            (own and self.solves, f"reconstruction: found {values} with pattern {pattern}, expected none"),
+            (
+                own and self.propagation != "dense",
+                f"propagation: found {self.propagation} with pattern {pattern}, expected dense",
+            ),
+            (
+                self.propagation == "corrected" and not self.solves,
                 "propagation: found corrected with reconstruction none, expected a reconstruction; set "
-                "reconstruction=least-squares"
-            )
-        if self.trains and self.propagation == "dense":
-            yield (
-                f"reconstruction: found {self.reconstruction.name} with propagation dense, expected propagation "
-                "corrected or pruned, for outputs of pruned blocks; set propagation=corrected"
-            )
+                "reconstruction=least-squares",
+            ),
+            (
+                self.reconstruction.trains and self.propagation == "dense",
+                f"reconstruction: found {values} with propagation dense, expected propagation corrected or pruned, for "
+                "outputs of pruned blocks; set propagation=corrected",
+            ),
+        ):
+            if conflict:
+                yield text
 
 
-def share_of(pattern: str, sparsity: float) -> Fraction:
+def _share_of(pattern: str, sparsity: float) -> Fraction:
     """Return the share of pruned weights or units as an exact fraction.
 
     A pattern n:m has its own: 1 − n/m. Else it is the exact decimal: 0.29 of 100 weights is 29, where floating point
@@ -240,26 +232,3 @@ def share_of(pattern: str, sparsity: float) -> Fraction:
     """
     n_of_m = parse_pattern(pattern)
     return 1 - Fraction(*n_of_m) if n_of_m else Fraction(str(sparsity))
-
-
-def fill(recipe: str, given: Mapping[str, str | None], pattern: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return every choice by name: those given, then the recipe's; and the choices that the pattern excludes.
-
-    A pattern has its own groups and shares. Units do not compete by row or linear, but outputs may count by their
-    gradients: group `outputs` stays. Experts and blocks have scores of their own, and the weights that stay do not
-    change.
-    """
-    row, structure = RECIPES[recipe], STRUCTURES.get(pattern)
-    chosen: dict[str, str] = {name: getattr(row, name) for name in CHOICES}
-    if pattern != UNSTRUCTURED:
-        chosen["allocation"] = "uniform"
-    if structure and structure.method:
-        chosen |= {"reconstruction": "none", "propagation": "dense"}
-        if methods()[row.method].needs_inputs():
-            chosen["method"] = structure.method
-    chosen |= {name: value for name, value in given.items() if value is not None}
-    weighs = structure and not structure.method and GROUPS[chosen["group"]].needs == "gradients"
-    if pattern != UNSTRUCTURED and not weighs:
-        chosen["group"] = "row"
-    wanted = {name: given[name] or getattr(row, name) for name in CHOICES}
-    return chosen, tuple(f"{name} {wanted[name]}" for name in CHOICES if wanted[name] != chosen[name])

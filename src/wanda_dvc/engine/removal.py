@@ -110,7 +110,7 @@ class Removal:
         if groups > 1:
             text += f", the same number from each of {groups} groups"
         if abs(self.share - share) > 1e-9:
-            text += f"; rounded to {self.structure.rounded}: {self.share:.4g} instead of {float(share):g}"
+            text += f"; rounded: {self.share:.4g} instead of {float(share):g}"
         return text
 
     # --- masks ---
@@ -210,7 +210,7 @@ class Smaller(Changed):
         self._experts = Counter(address.tensor for address in experts)  # by the tensor that holds them
 
     def __str__(self) -> str:
-        return f"{self.source} without some {self.removal.structure.units}"
+        return f"{self.source} without some {self.removal.structure.about}"
 
     @cached_property
     def entries(self) -> dict[str, Entry]:

@@ -110,7 +110,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
     made = read_provenance(study.masks, "mask")
     plan = Plan.read(made["params"])
     parts = {"weights": ["weights"], "gram": ["stats/gram"]}.get(plan.weights_come_from or "", [])
-    if plan.weights_come_from == "gram" and plan.by_gradients:
+    if plan.weights_come_from == "gram" and plan.solver.by_gradients:
         parts.append("stats/gradients")
     for part in parts:
         take(part, f"what reconstruction {plan.reconstruction.name} reads is")

@@ -17,7 +17,7 @@ from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.selection import keep_by_share, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats
-from wanda_dvc.pruning.units import Units, Whole, highest, spread, summed
+from wanda_dvc.pruning.units import Units, Whole, cheapest, highest, spread, summed
 
 # Rows are scored in slices of about so many weights, which bounds memory. Smaller ones are slower: the threads wait for
 # the interpreter.
@@ -86,7 +86,7 @@ def choose_by_solver(  # noqa: PLR0913 - the linear, its statistics, and how its
     if worth is not None:  # a row's problem is the same at every scale
         weight = weight.float() * worth.to(weight.device)[:, None]
     if units:
-        return spread(function_of(method.units)(weight, prepared, units), units).expand(weight.shape)
+        return spread(cheapest(weight, prepared, units), units).expand(weight.shape)
     among = "row" if group == "row" else "linear"  # solvers ignore the row weights
     solved: Solved = function_of(method.function)(weight, prepared, share=share, pattern=pattern, group=among)
     return solved.keep
@@ -133,7 +133,7 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
         given = given or prepare(Gram.empty(weight.shape[1]), name)  # an expert without tokens
         return oriented(choose_by_solver(weight, given, **words), across).contiguous()
 
-    if method.competition == "solver":
+    if method.needs == "gram":
         return {name: keep(name, prepared) for name, prepared in prepared_linears(block.readers, grams or {})}
     inputs = {source: x if device is None else x.to(device) for source, x in block.inputs.items()}
     threads = torch.get_num_threads() if device is None or device.type == "cpu" else 1

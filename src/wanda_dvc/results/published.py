@@ -46,7 +46,7 @@ class Source:
         if row["method"] != DENSE:
             own = {key: row[key] for key in ("method", "sparsity", "pattern", "group") if key in row}
             pruning = PLAIN | self.pruning | own
-            if not methods()[row["method"]].needs_inputs():
+            if methods()[row["method"]].needs == "weights":
                 pruning = {key: value for key, value in pruning.items() if not key.startswith(OF_INPUTS)}
             if pruning.get("pattern", "unstructured") != "unstructured":
                 pruning.pop("group", None)

@@ -17,4 +17,3 @@ class Source(NamedTuple):
     # Fetches it and writes the artifact, with its provenance, into an empty directory, the first. Files in the second
     # one survive an interruption. The next run with the same key finds them there.
     write: Callable[[Path, Path], None]
-    gated: tuple[str, ...] = ()  # the names of the gated repositories on the Hub, with access by licence

@@ -5,13 +5,14 @@ A branch is resolved once. Every later request names the commit.
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.reading import check_file, is_there, name_of
+from wanda_dvc.reading import check_file, is_there
+from wanda_dvc.study.files import Json
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,6 @@ class Repository:
     commit: str
     files: tuple[str, ...]
     where: str  # its setting
-    gated: bool = False  # or private
     license: str | None = None  # the Hub's name of the licence, from the model card
 
     def fetch(self, target: Path, *files: str) -> None:
@@ -52,16 +52,10 @@ def resolve(kind: str, name: str, revision: str | None, where: str) -> Repositor
             api.auth_check(name, repo_type=kind)
     files = tuple(file.rfilename for file in info.siblings or ())
     named = info.card_data.get("license") if info.card_data else None
-    gated = bool(info.gated or info.private)
-    return Repository(kind, name, str(info.sha), files, where, gated, named if isinstance(named, str) else None)
+    return Repository(kind, name, str(info.sha), files, where, named if isinstance(named, str) else None)
 
 
-def gated_names(*origins: object) -> tuple[str, ...]:
-    """Return the names of the gated repositories among some origins."""
-    return tuple(sorted({one.name for one in origins if isinstance(one, Repository) and one.gated}))
-
-
-def load_rows(repository: Repository, config: str | None, split: str, **options: Any) -> Any:
+def load_rows(repository: Repository, config: str | None, split: str, **options: Any) -> Iterable[Json]:
     """Load one split of a data set with `datasets`. UserError, with the existing names, for an unknown split."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -69,23 +63,14 @@ def load_rows(repository: Repository, config: str | None, split: str, **options:
     where, name = repository.where, repository.name
     with _user_errors(where, name):
         try:
-            return load_dataset(name, config, split=split, revision=repository.commit, **options)
+            found: Iterable[Json] = load_dataset(name, config, split=split, revision=repository.commit, **options)
         except ConnectionError:
             raise
         except (ValueError, KeyError, RuntimeError, DatasetsError, FileNotFoundError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             asked = f"config {config}, split {split}" if config else f"split {split}"
             raise UserError(f"{where}: {name}, {asked}: {reason}") from error
-
-
-def column_of(rows: Any, column: str, where: str) -> list[str]:
-    """Return one column of a data set's rows. UserError if it is missing or is not text."""
-    if column not in rows.column_names:
-        raise UserError(f"{where}: found {', '.join(rows.column_names)}, expected a column `{column}`")
-    texts = list(rows[column])
-    if odd := next((name_of(text) for text in texts if not isinstance(text, str)), None):
-        raise UserError(f"{where}: column `{column}` holds {odd}, expected text")
-    return texts
+    return found
 
 
 def in_mirror(mirror: str | None, *parts: str) -> Path | None:
@@ -95,40 +80,32 @@ def in_mirror(mirror: str | None, *parts: str) -> Path | None:
     path = Path(mirror, *parts)
     if ".." in path.parts or not path.is_relative_to(mirror):
         raise UserError(f"runtime.mirror: got {'/'.join(parts)}, expected a place inside {mirror}; correct the setting")
-    if is_there(path):
-        check_file(path)
-    else:
+    if not is_there(path):
         how = "as the Hub has it" if path.suffix == ".gz" else "as JSONL, one row a line"
         raise UserError(f"runtime.mirror: {path} not found; put it there {how}, or set runtime.mirror to null")
+    check_file(path)
     return path
 
 
 @contextlib.contextmanager
 def _user_errors(where: str, name: str) -> Iterator[None]:
     """Convert errors of the Hub's client into a UserError. Other errors, such as a full disk, pass through."""
-    from huggingface_hub import errors
+    from huggingface_hub import errors as hub
 
     try:
         yield
-    except (OSError, errors.HTTPError, errors.HFValidationError) as raised:  # type: ignore[attr-defined]
+    except (OSError, hub.HTTPError, hub.HFValidationError) as raised:  # type: ignore[attr-defined]
         # For several files the client raises LocalEntryNotFoundError, with the reason as its cause.
-        wrapped = isinstance(raised, errors.LocalEntryNotFoundError) and raised.__cause__ is not None
-        error = raised.__cause__ if wrapped else raised
-        match error:
-            case errors.GatedRepoError() | errors.RepositoryNotFoundError():
-                todo = "correct its id, or accept its conditions on the Hub and log in with `hf auth login`"
-            case errors.RevisionNotFoundError():
-                todo = "name a commit, a tag or a branch of it"
-            case errors.HFValidationError():
-                todo = "name ORG/NAME, as on the Hub"
-            case errors.HfHubHTTPError():
-                todo = "try again later, or log in with `hf auth login`"
-            case errors.OfflineModeIsEnabled():
-                todo = "unset HF_HUB_OFFLINE, or name a directory, a file or a runtime.mirror"
-            case errors.HTTPError() | ConnectionError() | TimeoutError() | errors.LocalEntryNotFoundError():  # type: ignore[attr-defined]
+        wrapped = isinstance(raised, hub.LocalEntryNotFoundError) and raised.__cause__ is not None
+        match error := raised.__cause__ if wrapped else raised:
+            case hub.RepositoryNotFoundError() | hub.RevisionNotFoundError() | hub.HFValidationError():
+                todo = "correct its id and revision, or accept its conditions on the Hub and log in: `hf auth login`"
+            case hub.HfHubHTTPError():
+                todo = "try again later, or log in: `hf auth login`"
+            case hub.HTTPError() | ConnectionError() | TimeoutError() | hub.LocalEntryNotFoundError():  # type: ignore[attr-defined]
                 todo = (
-                    "connect this machine and run again (finished files are kept), or name a directory, a file or a "
-                    "runtime.mirror"
+                    "unset HF_HUB_OFFLINE, connect this machine and run again (finished files are kept), or name a "
+                    "directory, a file or a runtime.mirror"
                 )
             case _:
                 raise

@@ -5,22 +5,23 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.catalog import Package
-from wanda_dvc.errors import UserError
-from wanda_dvc.reading import check_file, is_there, name_of, read_object
+from wanda_dvc.catalog import PACKAGE
+from wanda_dvc.errors import UserError, fixable
+from wanda_dvc.reading import check_file, is_there, read_object
 from wanda_dvc.sources import Source
-from wanda_dvc.sources.hub import Repository, gated_names, resolve
+from wanda_dvc.sources.hub import Repository, resolve
 from wanda_dvc.study.files import Json, copy_file, link_file
 from wanda_dvc.study.provenance import describe, digest, file_digest, files_digest, write_provenance
 
 SETTING = "params.yaml: model"
-PACKAGE, GGUF = "package:", ".gguf"
+GGUF = ".gguf"
 
 # The files for loading a model, apart from its weights, and the files to copy with it.
 MODEL_FILES = (
@@ -33,18 +34,16 @@ WEIGHTS = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth", "*.ckpt")
 
 def find_model(source: str) -> Source:
     """Find the model that the setting `model` names."""
-    if source.startswith(PACKAGE):
-        if not (package := Package.parse(source)):
-            raise UserError(f"{SETTING}: got {source}, expected {PACKAGE}NAME==VERSION")
-        pinned = {"wheel_sha256": package.sha256} if package.sha256 else {}
-        key = {"source": f"{PACKAGE}{package.requirement}", **pinned}
-        return Source(key, partial(_write_packaged, package, key))
+    if package := PACKAGE.fullmatch(source):
+        requirement, sha256 = f"{package['name']}=={package['version']}", package["sha256"]
+        key = {"source": f"package:{requirement}"} | ({"wheel_sha256": sha256} if sha256 else {})
+        return Source(key, partial(_write_packaged, requirement, sha256, key))
     if (folder := Path(source)).is_absolute():
         return Source({"source": str(folder)}, partial(_write_local, folder))
     name, _, revision = source.partition("@")
     repository = resolve("model", name, revision or None, SETTING)
     key = {"source": repository.name, "revision": repository.commit}
-    return Source(key, partial(_write_hub, repository, key), gated_names(repository))
+    return Source(key, partial(_write_hub, repository, key))
 
 
 def _write_provenance(out: Path, origin: Json, license: str | None = None, libraries: tuple[str, ...] = ()) -> None:
@@ -52,25 +51,12 @@ def _write_provenance(out: Path, origin: Json, license: str | None = None, libra
     write_provenance(out, describe("download model", libraries=libraries, **origin, **named, sha256=sha256))
 
 
-# --- from the Hub ---
-
-
 def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> None:
-    """Fetch the model's files, without a second copy of the weights in another format."""
+    """Fetch the model's files: small ones first, and no second copy of the weights in another format."""
     from wanda_dvc.engine.check import check_model
-
-    fetched = fetch_model(repository, scratch / "hub")
-    for path in fetched:
-        link_file(path, out / path.name)  # a link, because a killed run must find the fetched file
-    check_model(out)
-    _write_provenance(out, key, repository.license)
-
-
-def fetch_model(repository: Repository, target: Path) -> list[Path]:
-    """Fetch a model's files. Small files are checked before large files are requested."""
     from wanda_dvc.engine.checkpoint import INDEX, SINGLE, read_index
 
-    where = f"{repository.where}: {repository.name}"
+    where, target = f"{repository.where}: {repository.name}", scratch / "hub"
     here = [file for file in repository.files if "/" not in file]
     if "config.json" not in here:
         raise UserError(f"{where} has no config.json, expected a Hugging Face model")
@@ -89,25 +75,24 @@ def fetch_model(repository: Repository, target: Path) -> list[Path]:
         )
     wanted = [file for file in here if _matches(file, MODEL_FILES)] + weights
     repository.fetch(target, *wanted)
-    return [target / file for file in wanted]
-
-
-# --- from a local directory ---
+    for file in wanted:
+        link_file(target / file, out / file)  # a link, because a killed run must find the fetched file
+    check_model(out)
+    _write_provenance(out, key, repository.license)
 
 
 def _write_local(folder: Path, out: Path, _: Path) -> None:
     """Clone or copy the files of a directory of safetensors, after checking that it is a complete decoder."""
     from wanda_dvc.engine.check import check_model
 
-    files = _files(folder)
+    files = _files(folder, f"{SETTING}: ")
     check_model(folder)
     for path in files:
         copy_file(path, out / path.name)
-    # A provenance depends on no path.
-    _write_provenance(out, {"source": folder.name})
+    _write_provenance(out, {"source": folder.name})  # a provenance depends on no path
 
 
-def _files(source: Path, setting: str = f"{SETTING}: ") -> list[Path]:
+def _files(source: Path, setting: str = "") -> list[Path]:
     """Return a local model's files to copy. UserError if it is not a decoder with safetensors and a tokenizer."""
     from wanda_dvc.engine.checkpoint import INDEX, Checkpoint
 
@@ -125,28 +110,29 @@ def _files(source: Path, setting: str = f"{SETTING}: ") -> list[Path]:
 # --- from a package ---
 
 
-def _write_packaged(package: Package, key: Json, out: Path, scratch: Path) -> None:
+def _write_packaged(requirement: str, sha256: str | None, key: Json, out: Path, scratch: Path) -> None:
     """Dequantize the package's GGUF file."""
-    _dequantize(_gguf(package, scratch / "wheel"), out)
+    _dequantize(_gguf(requirement, sha256, scratch / "wheel"), out)
     _write_provenance(out, key, libraries=("torch", "transformers", "gguf"))
 
 
-def _gguf(package: Package, wheels: Path) -> Path:
+def _gguf(requirement: str, sha256: str | None, wheels: Path) -> Path:
     """Return the GGUF file of the installed package, else of its wheel. The package's code does not run.
 
     With a known hash the wheel is always downloaded: installed packages have no hash.
     """
+    name, _, version = requirement.partition("==")
     try:
-        installed = None if package.sha256 else distribution(package.name)
+        installed = None if sha256 else distribution(name)
     except PackageNotFoundError:
         installed = None
-    if installed and installed.version == package.version:
-        inside = _only(package, [str(file) for file in installed.files or ()])
+    if installed and installed.version == version:
+        inside = _only(requirement, map(str, installed.files or ()))
         return Path(str(installed.locate_file(inside)))
-    wheel = _wheel(package, wheels)
+    wheel = _wheel(requirement, sha256, wheels)
     try:
         with zipfile.ZipFile(wheel) as archive:
-            inside = _only(package, archive.namelist())
+            inside = _only(requirement, archive.namelist())
             target = wheels / Path(inside).name  # never at the archive's own path
             with archive.open(inside) as packed, target.open("wb") as file:
                 shutil.copyfileobj(packed, file)
@@ -157,47 +143,57 @@ def _gguf(package: Package, wheels: Path) -> Path:
     return target
 
 
-def _wheel(package: Package, folder: Path) -> Path:
+def _wheel(requirement: str, sha256: str | None, folder: Path) -> Path:
     """Download the package's wheel with pip. UserError if its hash differs from the setting."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    pip = [sys.executable, "-m", "pip", "download", *options, "--", package.requirement]
+    pip = [sys.executable, "-m", "pip", "download", *options, "--", requirement]
     shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # its progress bar
     done = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
         problem = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
-        raise UserError(f"{SETTING}: cannot download package {package.requirement} with pip: {problem}")
+        raise UserError(f"{SETTING}: cannot download package {requirement} with pip: {problem}")
     (wheel,) = folder.glob("*.whl")
-    if package.sha256 not in (None, found := file_digest(wheel)):
+    if sha256 not in (None, found := file_digest(wheel)):
         raise UserError(
-            f"{SETTING}: {wheel.name} has sha256 {found}, expected {package.sha256}; correct the hash, or ask "
-            "why the package index has another file"
+            f"{SETTING}: {wheel.name} has sha256 {found}, expected {sha256}; correct the hash, or ask why the package "
+            "index has another file"
         )
     return wheel
 
 
-def _only(package: Package, files: list[str]) -> str:
-    """Return the one GGUF file."""
+def _only(requirement: str, files: Iterable[str]) -> str:
+    """Return the one GGUF file of a package."""
     found = [file for file in files if file.endswith(GGUF)]
     if len(found) != 1:
         raise UserError(
-            f"{SETTING}: package {package.requirement}: found {len(found)} GGUF files, expected one; name "
-            "another package"
+            f"{SETTING}: package {requirement}: found {len(found)} GGUF files, expected one; name another package"
         )
     return found[0]
 
 
 def _dequantize(gguf: Path, target: Path) -> None:
-    """Write a GGUF file as an ordinary Hugging Face directory in float32."""
-    _check_counts(gguf)
+    """Write a GGUF file as an ordinary Hugging Face directory in float32. UserError if it is not read completely."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-    )
+    from wanda_dvc.engine.checkpoint import reason
+
+    words: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.float32, output_loading_info=True, **words
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **words)
+    except Exception as error:  # gguf and transformers raise exceptions of many classes
+        if fixable(error):
+            raise
+        raise UserError(
+            f"{gguf}: {reason(error)}, expected a GGUF file that transformers reads; name one of another quantization "
+            "or architecture"
+        ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random
         named = f"{missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else missing[0]
@@ -209,20 +205,7 @@ def _dequantize(gguf: Path, target: Path) -> None:
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     tokenizer.save_pretrained(target)
-
-
-def _check_counts(gguf: Path) -> None:
-    """Raise UserError if a GGUF file's header counts more tensors and keys than its bytes can hold."""
-    with gguf.open("rb") as file:
-        head = file.read(24)
-    counts = [int.from_bytes(head[begin : begin + 8], "little") for begin in (8, 16)]
-    if head.startswith(b"GGUF") and sum(counts) * 12 > gguf.stat().st_size:  # a name's length, and a type
-        raise UserError(
-            f"{gguf}: found a header of {counts[0]} tensors and {counts[1]} keys in {gguf.stat().st_size} bytes, "
-            "expected a complete GGUF file; copy it again"
-        )
 
 
 # --- from a path, for `evaluate` ---
@@ -231,75 +214,49 @@ def _check_counts(gguf: Path) -> None:
 def read_model(path: Path, out: Path) -> str:
     """Put a model of this machine into an empty folder, in the form that the stages read. Return a SHA-256 of it.
 
-    Of a directory of safetensors the files are linked; a GGUF file dequantized.
-
-    Raises:
-        UserError: there is no complete decoder, or no known reader for its quantization.
+    Of a directory of safetensors the files are linked; a GGUF file is dequantized. UserError if there is no complete
+    decoder, or no known reader for its quantization.
     """
     from wanda_dvc.engine.check import check_model
-    from wanda_dvc.engine.checkpoint import reason
 
     out.mkdir(parents=True)
     if path.suffix == GGUF:
         check_file(path, "name another")
-        try:
-            _dequantize(path, out)
-        except UserError:
-            raise
-        except Exception as error:  # gguf and transformers raise exceptions of many classes
-            raise UserError(
-                f"{path}: {reason(error)}, expected a GGUF file that transformers reads; name one of another "
-                "quantization or architecture"
-            ) from error
-        check_model(out)
-        return file_digest(path)
-    if any(path.glob(f"*{GGUF}")) and not is_there(path / "config.json"):
-        raise UserError(f"{path}: a folder of GGUF files, expected one of safetensors; name a GGUF file itself")
-    files = _files(path, "")
-    for file in files:
-        (out / file.name).symlink_to(file.resolve())
+        _dequantize(path, out)
+        files = {}
+    else:
+        files = {file.name: file for file in _files(path)}
+    for name, file in files.items():
+        (out / name).symlink_to(file.resolve())
     check_model(out)
-    return digest({file.name: file_digest(file) for file in files})
-
-
-# --- checks ---
+    return digest({name: file_digest(file) for name, file in files.items()}) if files else file_digest(path)
 
 
 def check_decoder(folder: Path, names: list[str], where: str) -> None:
     """Raise UserError unless config.json describes a causal decoder that transformers supports, not quantized.
 
-    `names` are the model's files; one of them must be a tokenizer.
+    One of the model's files, `names`, must be a tokenizer.
     """
-    stored = read_object(folder / "config.json")
-    if problem := _not_a_decoder(folder, stored):
-        raise UserError(f"{where}: config.json: {problem}")
-    if not any(_matches(name, TOKENIZERS) for name in names):
-        raise UserError(f"{where}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy one there")
-
-
-def _not_a_decoder(folder: Path, stored: Json) -> str | None:
-    """Return the reason to refuse a config.json as a causal decoder; None for a decoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from wanda_dvc.engine.checkpoint import read_config
 
-    kind, named = stored.get("model_type"), stored.get("architectures") or []
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        return f"architectures is {name_of(named)}, expected a list of names; copy the file again"
+    stored = read_object(folder / "config.json")
+    kind, problem = stored.get("model_type"), ""
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
-    if causal is None:
-        code = " (its own code is never run)" if "auto_map" in stored else ""
-        return f"found {kind or 'no model_type'}{code}, expected a causal decoder, such as llama or qwen3; name one"
-    config = read_config(folder)
+    config = read_config(folder) if causal else None
     # BERT and similar models can run as decoders. The stored architecture shows whether this model does.
-    known = causal if isinstance(causal, (tuple, list)) else (causal,)
-    encoder = getattr(config, "is_decoder", None) is False and not any(name in named for name in known)
-    if config.is_encoder_decoder or encoder:
-        return f"found {kind}, expected a causal decoder, such as llama or qwen3; name one"
-    if quantized := stored.get("quantization_config"):
-        how = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
-        return f"weights quantized by {how}, expected unquantized ones; name the original model"
-    return None
+    classes = causal if isinstance(causal, tuple | list) else (str(causal),)
+    named = any(name in str(stored.get("architectures")) for name in classes)
+    if config is None or config.is_encoder_decoder or (getattr(config, "is_decoder", None) is False and not named):
+        code = " (its own code is never run)" if "auto_map" in stored else ""
+        problem = f"found {kind or 'no model_type'}{code}, expected a causal decoder, such as llama or qwen3; name one"
+    elif quantized := stored.get("quantization_config"):
+        problem = f"weights quantized by {quantized!s:.80}, expected unquantized ones; name the original model"
+    if problem:
+        raise UserError(f"{where}: config.json: {problem}")
+    if not any(_matches(name, TOKENIZERS) for name in names):
+        raise UserError(f"{where}: no tokenizer (tokenizer.json, tokenizer.model or vocab.*); copy one there")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

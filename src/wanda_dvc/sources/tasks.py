@@ -5,87 +5,59 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wanda_dvc.catalog import HUB_ID
 from wanda_dvc.engine.items import load_task
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Tasks
 from wanda_dvc.sources import EMBEDDED, Source
-from wanda_dvc.sources.hub import Repository, gated_names, in_mirror, load_rows, resolve
+from wanda_dvc.sources.hub import Repository, in_mirror, load_rows, resolve
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.project import ITEMS
 from wanda_dvc.study.provenance import describe, file_digest, write_provenance
 
 
-@dataclass(frozen=True)
-class Items:
+class Items(NamedTuple):
     """A task's items, in a file or in a commit of a data set on the Hub."""
 
     definition: str  # the task's file in lm-eval
     role: str  # of the split, for lm-eval: test or validation
     split: str
-    dataset: str
     config: str | None
+    title: str  # of the data set, in the provenance
     options: dict[str, Any]  # for `datasets`, from the task's definition
     origin: Path | Repository
-
-    @property
-    def title(self) -> str:
-        """The name of the data set in the provenance."""
-        return "/".join(part for part in (self.dataset, self.config) if part)
-
-    def write(self, target: Path) -> None:
-        """Write the items as JSON lines. UserError for items without labels among their choices."""
-        if isinstance(self.origin, Path):
-            load_task(self.definition, self.role, self.origin, todo="correct that file")
-            shutil.copyfile(self.origin, target)
-            return
-        name = f"{self.origin.where}: {self.title}"
-        rows = load_rows(self.origin, self.config, self.split, **self.options)
-        try:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        except TypeError as error:
-            raise UserError(f"{name} has a value that JSON cannot hold ({error}); remove it") from error
-        target.write_text("".join(lines), encoding="utf-8", newline="\n")
-        load_task(self.definition, self.role, target, name=name, todo="remove the task")
 
 
 def find_tasks(wanted: Tasks, mirror: str | None) -> Source:
     """Find the items of every task. UserError with the problems of all tasks."""
     items: dict[str, Items] = {}
     problems: list[str] = []
-    definitions = {name: task_definition(name) for name in wanted.names}
-    for name, found in definitions.items():
-        metrics = [one.get("metric") for one in found[1].get("metric_list") or [{"metric": "acc"}]] if found else []
-        if found is None or found[1].get("output_type") != "multiple_choice":
-            problem = f"is no multiple-choice task of lm-eval {version('lm_eval')}; `lm-eval ls tasks` lists them"
-        elif "acc" not in metrics:
-            problem = f"is measured by {', '.join(map(str, metrics))}, expected acc; remove it"
-        else:
-            continue
-        problems.append(f"params.yaml: tasks.names: {name} {problem}")
-    if problems:  # reported before requests to the Hub
-        raise UserError(*problems)
-    for name, found in definitions.items():
-        assert found
+    for name in wanted.names:
         try:
-            items[name] = _find_items(name, *found, wanted.source, mirror)
+            items[name] = _find_items(name, wanted.source, mirror)
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(*problems)
-    gated = gated_names(*(one.origin for one in items.values()))
-    return Source({"tasks": wanted.model_dump(mode="json")}, partial(_write, items, wanted.source == "embedded"), gated)
+    return Source({"tasks": wanted.model_dump(mode="json")}, partial(_write, items, wanted.source == "embedded"))
 
 
-def _find_items(name: str, path: str, definition: Json, source: str, mirror: str | None) -> Items:
-    """Find one task's items, by the file and the content of its definition."""
+def _find_items(name: str, source: str, mirror: str | None) -> Items:
+    """Find one task's items, by its definition."""
     where = f"params.yaml: tasks.names: {name}"
+    path, definition = task_definition(name) or ("", {})
+    if definition.get("output_type") != "multiple_choice":
+        raise UserError(
+            f"{where} is no multiple-choice task of lm-eval {version('lm_eval')}; `lm-eval ls tasks` lists them"
+        )
+    metrics = [one.get("metric") for one in definition.get("metric_list") or [{"metric": "acc"}]]
+    if "acc" not in metrics:
+        raise UserError(f"{where} is measured by {', '.join(map(str, metrics))}, expected acc; remove it")
     role = "test" if definition.get("test_split") else "validation"
     dataset, config, split = (definition.get(key) for key in ("dataset_path", "dataset_name", f"{role}_split"))
     if not dataset or not split or definition.get("custom_dataset"):
@@ -95,18 +67,16 @@ def _find_items(name: str, path: str, definition: Json, source: str, mirror: str
     for option in ("trust_remote_code", "streaming", "split"):  # a data set's code never runs
         options.pop(option, None)
     place = [part for part in (dataset, config, f"{split}.jsonl") if part]
-    origin: Path | Repository | None
-    if source == "embedded":
-        origin = Path(EMBEDDED, "tasks", *place)
-        if not origin.is_file():
-            raise UserError(f"{where}: no embedded samples; remove it, or set tasks.source to benchmark")
-    else:
+    origin: Path | Repository | None = Path(EMBEDDED, "tasks", *place)
+    if source != "embedded":
         origin = in_mirror(mirror, *place)
+    elif not Path(EMBEDDED, "tasks", *place).is_file():
+        raise UserError(f"{where}: no embedded samples; remove it, or set tasks.source to benchmark")
     if origin is None:
         if not HUB_ID.fullmatch(dataset):
             raise UserError(f"{where}: got items of {dataset}, expected a data set on the Hub, ORG/NAME; remove it")
         origin = resolve("dataset", dataset, revision, where)
-    return Items(path, role, split, dataset, config, options, origin)
+    return Items(path, role, split, config, "/".join(place[:-1]), options, origin)
 
 
 def task_definition(name: str) -> tuple[str, Json] | None:
@@ -140,9 +110,20 @@ def _task_files() -> tuple[Path, dict[Path, bytes]]:
 def _write(items: Mapping[str, Items], samples: bool, out: Path, _: Path) -> None:
     """Write the items and the provenance of every task into a separate directory."""
     for name, one in items.items():
-        folder = out / name
-        folder.mkdir()
-        one.write(folder / ITEMS)
+        target = out / name / ITEMS
+        target.parent.mkdir()
+        if isinstance(one.origin, Path):
+            load_task(one.definition, one.role, one.origin, todo="correct that file")
+            shutil.copyfile(one.origin, target)
+        else:
+            where = f"{one.origin.where}: {one.title}"
+            rows = load_rows(one.origin, one.config, one.split, **one.options)
+            try:
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            except TypeError as error:
+                raise UserError(f"{where} has a value that JSON cannot hold ({error}); remove it") from error
+            target.write_text("".join(lines), encoding="utf-8", newline="\n")
+            load_task(one.definition, one.role, target, name=where, todo="remove the task")
         provenance = describe(
             "download tasks",
             task=name,
@@ -152,6 +133,6 @@ def _write(items: Mapping[str, Items], samples: bool, out: Path, _: Path) -> Non
             definition=one.definition,
             role=one.role,
             lm_eval=version("lm_eval"),
-            sha256=file_digest(folder / ITEMS),
+            sha256=file_digest(target),
         )
-        write_provenance(folder, provenance)
+        write_provenance(target.parent, provenance)

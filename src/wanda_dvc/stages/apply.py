@@ -92,7 +92,7 @@ def describe_pruned(study: Project) -> Json:
         read["weights"] = digest(weights)
     solves = plan.weights_come_from == "gram"
     folders = [study.gram] if solves or block_count(study.gram, "calibrate") else []  # of layer errors, too
-    for folder in [*folders, study.gradients] if solves and plan.by_gradients else folders:
+    for folder in [*folders, study.gradients] if solves and plan.solver.by_gradients else folders:
         gram = read_provenance(folder, "calibrate")
         here = {"model": gram["model"], "calibration": {"text": gram["text"], **gram["params"]}}
         if any(here[name] != made[name] for name in here) or not block_count(folder, "calibrate"):
@@ -120,7 +120,7 @@ class Parts:
         self.changed, self.gradients = list[tuple[dict[str, Tensor], Json]](), list[Grams]()
         if plan.weights_come_from == "weights":
             self.changed = [read_weights(study.weights, block) for block in blocks]
-        elif plan.weights_come_from == "gram" and plan.by_gradients:
+        elif plan.weights_come_from == "gram" and plan.solver.by_gradients:
             self.gradients = [read_grams(study.gradients, block, device) for block in blocks]
         self.grams = [read_grams(study.gram, block, device) for block in range(block_count(study.gram, "calibrate"))]
         self._source = {name: read for grams in self.grams for read, names in grams.readers.items() for name in names}

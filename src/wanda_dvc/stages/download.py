@@ -1,6 +1,5 @@
 """Fetch the model, the texts and the tasks. The only stage that may touch a network."""
 
-from wanda_dvc.errors import notice
 from wanda_dvc.params import ChosenText, Tasks
 from wanda_dvc.sources import Source
 from wanda_dvc.sources.models import find_model
@@ -16,11 +15,6 @@ def download(*, project: Project, part: str, text: str = "") -> None:
     named = f"{part}/{text}" if text else part
     target = project.model("dense") if part == "model" else project.data(named)
     source = _source(project, part, text)
-    if source.gated:
-        names = ", ".join(source.gated)
-        notice(
-            f"download: {names} is gated or private, and `dvc push` shares it; `cache: false` in dvc.yaml prevents it"
-        )
     with project.work(describe(f"download {part}", version=STAGES["download"].version, **source.key)) as work:
         source.write(work.fresh(), work.path)
         work.publish(target)

@@ -124,7 +124,7 @@ def mask(*, project: Project) -> None:
             if step:
                 step.change(keep, changed)
             unreached[made.block] = made.unreached
-        if plan.propagates or plan.method.needs_inputs():
+        if plan.propagates or plan.method.needs != "weights":
             say_unreached("mask", unreached)  # of the blocks of this run
         seal(masks, made_from)
         seal(weights, made_from)
@@ -139,7 +139,7 @@ def _finished(
     if removal:  # of removed units, all weights go
         keep = pack_masks(removal.spread(keep))
         changed = {name: masked(weight, keep[name]) for name, weight in changed.items()}
-    if step and plan.trains:
+    if step and plan.reconstruction.trains:
         trained = step.train(keep, changed, **TRAINING)
         changed = {name: weight.to(checkpoint.weight(name).dtype) for name, weight in trained.items()}
     return keep, changed
@@ -157,7 +157,11 @@ def _describe(project: Project, stats: Statistics, shares: Sequence[Share], remo
         calibration={"text": stats.provenance["text"], **stats.provenance["params"]},
         params=plan.described,
         **({"gram": digest(tier_provenance(project, project.gram))} if plan.masks_read_gram else {}),
-        **({"gradients": digest(tier_provenance(project, project.gradients))} if plan.masks_read_tier else {}),
+        **(
+            {"gradients": digest(tier_provenance(project, project.gradients))}
+            if (plan.masks_read_sums or plan.masks_read_gradients)
+            else {}
+        ),
         **({"config": removal.changes} if removal else {}),
         **({"sparsities": list(map(_written, shares))} if plan.allocation.name != "uniform" else {}),
     )
@@ -317,7 +321,7 @@ def walked(
     folder.mkdir(exist_ok=True)
     # A training needs the dense block's outputs too, a correction its inputs.
     with runner(project, "dense", work, dtype=measured_with["dtype"]) as run:
-        for step in run.walk(windows, kept=finished, with_dense=plan.runs_dense):
+        for step in run.walk(windows, kept=finished, with_dense=plan.corrects or plan.reconstruction.trains):
             recorded = step.record(gram=plan.records_grams, crosses=plan.corrects)
             if plan.records_grams:
                 write_recorded(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)

@@ -127,7 +127,7 @@ def _calibrate(on: Known) -> Need:
 def _mask(on: Known) -> Need:
     """A block's masks and scores, or a solver; with `propagation`, during a walk through the pruned blocks."""
     plan, linears = on.params.plan, on.linears
-    if plan.records_grams or (plan.method.needs == "gram" and not plan.propagates):
+    if plan.solves_by_input:
         chosen = _solving(linears, by_gradients=plan.masks_read_gradients)
     else:
         on_gpu = on.device == "cuda"
@@ -144,12 +144,14 @@ def _mask(on: Known) -> Need:
     sums = plan.records_grams * held.grams + plan.corrects * held.crosses
     # A solver reads a packed triangle and, for a correction, a cross product. A training takes more than a solver.
     chosen += (2 * plan.records_grams + 4 * plan.corrects) * model.widest**2
-    chosen = max(chosen, plan.trains * TRAINED * model.block)
+    chosen = max(chosen, plan.reconstruction.trains * TRAINED * model.block)
     # A copy of the pruned block's weights, and the new ones as they are stored.
     weights = model.block * (WIDTH[on.params.dtype] + plan.solves * model.width)
-    memory = (3 if plan.trains else 1) * window + sums + chosen + weights
+    memory = (3 if plan.reconstruction.trains else 1) * window + sums + chosen + weights
     memory += TEXT_IN_MEMORY * on.files.get("calibration", 0)
-    waiting = (1 + plan.runs_dense) * 2 * on.states(on.params.calibration.windows * length)
+    waiting = (
+        (1 + (plan.corrects or plan.reconstruction.trains)) * 2 * on.states(on.params.calibration.windows * length)
+    )
     made = masks + (on.stored() if plan.weights_come_from == "weights" else 0)
     return _walked(on, held, memory, disk=waiting + made, waiting=waiting)
 
@@ -158,7 +160,7 @@ def _apply(on: Known) -> Need:
     """A linear, or a solver, while the linear before it is written; and the files of another model."""
     plan, linears = on.params.plan, on.linears
     gram = on.params.tier != "norms"
-    memory = _solving(linears, by_gradients=plan.by_gradients) if gram else 9 * linears.linear
+    memory = _solving(linears, by_gradients=plan.solver.by_gradients) if gram else 9 * linears.linear
     stored = on.stored()
     least = 0 if plan.structure else stored  # a smaller model takes less
     return Need(memory=FIXED + max(memory, _probing(on)), disk=stored, least=least)

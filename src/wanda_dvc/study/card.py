@@ -84,7 +84,7 @@ def card(
         source=inline(dense["source"]),
         what=what_was_pruned(pattern, sparsity, removed),
         method=_cited(masks["params"]["method"], of_units=pattern in STRUCTURES),
-        kept=_reconstruction(masks).kept,
+        kept=_kept(_reconstruction(masks)),
         sections="".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items()),
     )
 
@@ -94,7 +94,7 @@ def what_was_pruned(pattern: str, sparsity: float, removed: float | None) -> str
     percent = round(100 * sparsity, 2)
     if removed is None:
         return f"{percent:g} % of the weights in the linear layers of the blocks are zero"
-    units = STRUCTURES[pattern].units
+    units = STRUCTURES[pattern].about
     return f"{percent:g} % of the {units} were removed, {round(100 * removed, 2):g} % of the model's parameters"
 
 
@@ -110,12 +110,27 @@ def _reconstruction(masks: Json) -> Reconstruction:
     return SOLVED_UNITS if pattern in STRUCTURES and chosen.function and not chosen.trains else chosen
 
 
+def _kept(reconstruction: Reconstruction) -> str:
+    """Return sentences on the weights that stay, and on the weights outside linears."""
+    if reconstruction.function is None:
+        return "Nothing was trained afterwards: all other weights are the dense model's, bit for bit."
+    if reconstruction.trains:
+        return (
+            "Each block was then trained on the calibration text, so that its output comes near the dense block's. "
+            "Embeddings and output head are the dense model's, bit for bit."
+        )
+    return (
+        "Linears that lose weights got new values for the others, solved for on the calibration text; nothing was "
+        "trained. Embeddings, norms and output head are the dense model's, bit for bit."
+    )
+
+
 def _cited(name: str, *, of_units: bool) -> str:
-    """Return the title of a method, with its paper; for a method of a missing package, only the name."""
+    """Return the name of a method, with its paper; for a method of a missing package, only the name."""
     method = methods().get(name)
-    if method and method.units and of_units:
+    if method and method.needs == "gram" and of_units:
         return "the rise of the layer error after the others compensate (Hassibi and Stork 1993)"
-    return f"{method.title} ([{method.citation}]({method.link}))" if method else inline(name)
+    return f"{code(name)} ({method.paper})" if method else inline(name)
 
 
 def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterator[tuple[str, str]]:
@@ -125,7 +140,7 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
     yield "sha256 of its files", f"{dense['sha256'][:12]}…"
     yield "method", code(params["method"])
     structure = STRUCTURES.get(params["pattern"])
-    of = structure.units if structure else "linear layers of all blocks"
+    of = structure.about if structure else "linear layers of all blocks"
     yield "sparsity", f"{params['sparsity']:g} requested, {measured:.6f} measured, of the {of}"
     if config := masks.get("config"):
         yield "config.json", ", ".join(f"{field} {value}" for field, value in config.items())
@@ -135,8 +150,8 @@ def _facts(study: Project, masks: Json, dense: Json, measured: float) -> Iterato
         allocation = ALLOCATIONS[params.get("allocation", "uniform")]
         yield "allocation", f"{code(allocation.name)}: {allocation.about}"
     yield "pattern", code(params["pattern"])
-    compete = f"weights are compared within {GROUPS[params['group']].about}"
-    yield "group", structure.units if structure else compete if ":" not in params["pattern"] else NEIGHBOURS
+    compete = f"weights are compared within {GROUPS[params['group']]}"
+    yield "group", structure.about if structure else compete if ":" not in params["pattern"] else NEIGHBOURS
     propagation = params.get("propagation", "dense")
     yield "propagation", f"{code(propagation)}: {PROPAGATION[propagation]}"
     reconstruction = _reconstruction(masks)
@@ -157,7 +172,7 @@ def _removed_blocks(study: Project) -> list[int]:
 def _speed(pattern: str) -> str:
     """Return a sentence on the speed of the pruned model."""
     if structure := STRUCTURES.get(pattern):
-        return f"The model is dense, with fewer {structure.units}; it runs like any other model of its family."
+        return f"The model is dense, with fewer {structure.about}; it runs like any other model of its family."
     if pattern == "unstructured":
         return "Unstructured sparsity does not speed up GPU inference."
     return f"A speed-up from {pattern} needs hardware and kernels for that pattern, which this model does not contain."
