@@ -5,14 +5,18 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wanda_dvc import __version__
 from wanda_dvc.errors import UserError, explain, fixable, notice
-from wanda_dvc.stages import STAGES, Stage
+from wanda_dvc.stages import STAGES, Stage, check_version
+from wanda_dvc.stages import run as run_stage
 from wanda_dvc.views import completion
+
+if TYPE_CHECKING:
+    from wanda_dvc.study.project import Project
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,19 +66,22 @@ def main(
     os.environ["WANDA_DVC_DEBUG"] = "1" if debug else ""
 
 
+def _project() -> "Project":
+    from wanda_dvc.study.project import Project  # the settings' library takes a moment, and `--help` needs none
+
+    return Project.find()
+
+
 def _run(name: str, version: int | None, part: str = "", text: str = "") -> None:
     """Run one stage, or those of its parts and texts that are named; offline except for download."""
-    from wanda_dvc.stages import check_version
-    from wanda_dvc.stages import run as run_stage
     from wanda_dvc.stages.needs import announce
     from wanda_dvc.stages.running import stoppable, timed
-    from wanda_dvc.study.project import Project
 
     stage = STAGES[name]
     if part and part not in stage.parts:
         raise UserError(f"{stage.part_is}: found {part}, expected {', '.join(stage.parts)}")
     check_version(name, version)
-    project = Project.find()
+    project = _project()
     known = list(project.params.perplexity.texts)  # all that is wrong in params.yaml is said before anything starts
     by_text = bool(part) and stage.parts[part].by_text
     if text and (not by_text or text not in known):
@@ -137,18 +144,16 @@ def _command(stage: Stage) -> Callable[..., None]:
 def show(names: Experiments = None, as_json: AsJson = False) -> None:
     """Show the last results, dense and pruned; or those of experiments side by side, with paired tests."""
     from wanda_dvc.results.show import show as table
-    from wanda_dvc.study.project import Project
 
-    typer.echo(table(project=Project.find(), names=names or [], as_json=as_json))
+    typer.echo(table(project=_project(), names=names or [], as_json=as_json))
 
 
 @app.command("list", rich_help_panel=RESULT_PANEL)
 def list_experiments(as_json: AsJson = False) -> None:
     """List the experiments: state, change of settings, and the measures of the pruned models."""
     from wanda_dvc.results.listing import experiments
-    from wanda_dvc.study.project import Project
 
-    typer.echo(experiments(project=Project.find(), as_json=as_json))
+    typer.echo(experiments(project=_project(), as_json=as_json))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -161,10 +166,9 @@ def stats(
     as_json: AsJson = False,
 ) -> None:
     """Show the input norms by block and distinct input, with their outliers; of a pruned model the layer errors too."""
-    from wanda_dvc.study.project import Project
     from wanda_dvc.views.stats import stats as table
 
-    typer.echo(table(project=Project.find(), layer=layer, linear=linear, as_json=as_json))
+    typer.echo(table(project=_project(), layer=layer, linear=linear, as_json=as_json))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -185,12 +189,10 @@ def report(
     """Write the repository's experiments as one page: tables, pictures and intervals."""
     from wanda_dvc.results.report import report as write
     from wanda_dvc.stages.running import AGAIN, stoppable
-    from wanda_dvc.study.project import Project
 
-    project = Project.find()
+    project = _project()
     with stoppable(project, "report", AGAIN):
-        said = write(project=project, output=output, model=model, revs=rev)
-    typer.echo(said)
+        typer.echo(write(project=project, output=output, model=model, revs=rev))
 
 
 @app.command(rich_help_panel=RESULT_PANEL)
@@ -202,17 +204,14 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Compare quantized or pruned files of the study's model with its dense model, on the study's texts and tasks."""
-    from wanda_dvc.study.project import Project
-
-    project = Project.find()
+    project = _project()
     project.params  # noqa: B018 - all problems of params.yaml are reported before anything starts
     _prepare("evaluate")
     from wanda_dvc.results.evaluate import evaluate as measure
     from wanda_dvc.stages.running import stoppable
 
     with stoppable(project, "evaluate"):
-        found = measure(project=project, paths=paths, as_json=as_json)
-    typer.echo(found)
+        typer.echo(measure(project=project, paths=paths, as_json=as_json))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
@@ -240,15 +239,10 @@ def init(  # noqa: PLR0913, PLR0917 - the options of the command
     from wanda_dvc.study.scaffold import init as make
 
     given = {"recipe": recipe, "sparsity": sparsity, "pattern": pattern, "dtype": dtype}
-    said = make(
-        folder=directory,
-        preset=preset,
-        model=model,
-        calibration=calibration,
-        mirror=mirror,
-        settings={name: value for name, value in given.items() if value is not None},
+    settings = {name: value for name, value in given.items() if value is not None}
+    typer.echo(
+        make(folder=directory, preset=preset, model=model, calibration=calibration, mirror=mirror, settings=settings)
     )
-    typer.echo(said)
 
 
 @app.command(rich_help_panel=STUDY_PANEL)
@@ -265,14 +259,12 @@ def export(
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
     from wanda_dvc.stages.running import AGAIN, stoppable
-    from wanda_dvc.study.project import Project
 
-    project = Project.find()
+    project = _project()
     with stoppable(project, "export", AGAIN):
         from wanda_dvc.export.build import export as build
 
-        said = build(project=project, experiment=rev, target=directory)
-    typer.echo(said)
+        typer.echo(build(project=project, experiment=rev, target=directory))
 
 
 @app.command(rich_help_panel=STUDY_PANEL)

@@ -15,8 +15,6 @@ NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
 NO_PLACE = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
 FIX = "set dtype=float32 or bfloat16, or fix the model's weights"  # where activations are not finite
-
-
 # Optional libraries, by the extra of this package that installs them.
 EXTRAS = {"matplotlib": "report", "ray": "ray"}
 
@@ -54,62 +52,44 @@ def notice(text: str) -> None:
 
 
 def fixable(error: Exception) -> bool:
-    """Whether the user can fix this error: a setting, a file, the disk or the memory."""
-    system = _of_the_system(error)
-    of_machine = system is not None and system.errno in NO_ROOM | NO_PERMISSION | NO_MEMORY | NO_PLACE
-    return isinstance(error, UserError) or of_machine or _lacks_memory(error) or _extra(error) is not None
+    """Whether the user can fix this error: a setting, a file, the disk, the memory or a missing library."""
+    return bool(_problems(error))
 
 
 def explain(error: Exception) -> Iterator[str]:
     """Yield the lines of an error for the user."""
-    system = _of_the_system(error)
-    if isinstance(error, UserError):
-        yield from error.problems
-    elif system and system.errno in NO_ROOM:
-        yield (
-            f"{_file(system)}: disk full ({system.strerror}); free some space and run the command again: the earlier "
-            "output and finished work are kept"
-        )
-    elif system and system.errno in NO_PERMISSION:
-        yield (
-            f"{_file(system)}: {system.strerror}, expected permission to read and write; change it and run the "
-            "command again: the earlier output and finished work are kept"
-        )
-    elif system and system.errno in NO_PLACE:
-        yield f"{_file(system)}: {system.strerror}, expected a path for a file; name another"
-    elif _lacks_memory(error) or (system and system.errno in NO_MEMORY):
-        yield (
-            f"memory: {' '.join(str(error).split()) or 'out of memory'}; `wanda-dvc doctor` estimates the need; free "
-            "some, use shorter windows, or fewer threads (OMP_NUM_THREADS)"
-        )
-    elif (extra := _extra(error)) is not None:
-        yield f"{extra[0]}: not installed, but this command needs it; run `pip install 'wanda-dvc[{extra[1]}]'`"
-    else:
-        yield f"wanda-dvc {__version__}: {type(error).__name__}: {error}"
-        yield "This is a bug in wanda-dvc; `wanda-dvc --debug …` prints the traceback."
-
-
-def _extra(error: Exception) -> tuple[str, str] | None:
-    """Return the missing library of an import and the extra that installs it; None for any other error."""
-    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    return (name, EXTRAS[name]) if name in EXTRAS else None
-
-
-def _of_the_system(error: Exception) -> OSError | None:
-    """Return the operating system's error, or None; of the errors of a folder's copy, the first."""
-    if isinstance(error, shutil.Error):
-        found = re.search(r"\[Errno (\d+)\] [^']*'([^']*)'", str(error.args[0]))
-        return OSError(int(found[1]), os.strerror(int(found[1])), found[2]) if found else None
-    return error if isinstance(error, OSError) else None
-
-
-def _file(error: OSError) -> str:
-    return str(error.filename2 or error.filename or "disk")
-
-
-def _lacks_memory(error: Exception) -> bool:
-    """Whether Python, torch's CPU allocator or a GPU ran out of memory, or the system out of threads."""
-    phrases = ("can't allocate memory", "out of memory", "can't start new thread")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in phrases)
+    yield from _problems(error) or (
+        f"wanda-dvc {__version__}: {type(error).__name__}: {error}",
+        "This is a bug in wanda-dvc; `wanda-dvc --debug …` prints the traceback.",
     )
+
+
+def _problems(error: Exception) -> tuple[str, ...]:  # noqa: PLR0911 - a return for each kind of error
+    """Return the lines of an error that the user can fix; of any other error none."""
+    if isinstance(error, UserError):
+        return error.problems
+    if isinstance(error, shutil.Error):  # of a folder's copy: the first of its errors
+        found = re.search(r"\[Errno (\d+)\] [^']*'([^']*)'", str(error.args[0]))
+        return _problems(OSError(int(found[1]), os.strerror(int(found[1])), found[2])) if found else ()
+    number = error.errno if isinstance(error, OSError) else None
+    where = f"{error.filename2 or error.filename or 'disk'}" if isinstance(error, OSError) else ""
+    said = " ".join(str(error.strerror if isinstance(error, OSError) else error).split())
+    again = "run the command again: the earlier output and finished work are kept"
+    if number in NO_ROOM:
+        return (f"{where}: disk full ({said}); free some space and {again}",)
+    if number in NO_PERMISSION:
+        return (f"{where}: {said}, expected permission to read and write; change it and {again}",)
+    if number in NO_PLACE:
+        return (f"{where}: {said}, expected a path for a file; name another",)
+    # Of Python, torch's CPU allocator and GPUs; threads are refused by the system.
+    phrases = ("can't allocate memory", "out of memory", "can't start new thread")
+    of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in phrases)
+    if isinstance(error, MemoryError) or of_torch or number in NO_MEMORY:
+        return (
+            f"memory: {said or 'out of memory'}; `wanda-dvc doctor` estimates the need; free some, use shorter "
+            "windows, or fewer threads (OMP_NUM_THREADS)",
+        )
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if name in EXTRAS:
+        return (f"{name}: not installed, but this command needs it; run `pip install 'wanda-dvc[{EXTRAS[name]}]'`",)
+    return ()

@@ -172,6 +172,11 @@ class Plan:
         return self.propagates and self.solver.by_gradients
 
     @property
+    def masks_read_tier(self) -> bool:
+        """Whether masks depend on any part of stats/gradients."""
+        return self.masks_read_sums or self.masks_read_gradients
+
+    @property
     def weights_come_from(self) -> str | None:
         """The source of the kept weights: `weights`, `gram`, or None, the dense model."""
         return None if not self.solves else "weights" if self.propagates else "gram"

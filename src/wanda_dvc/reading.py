@@ -77,8 +77,8 @@ def parse_json(text: str | bytes, where: str, todo: str = COPY) -> Any:
     return content
 
 
-def expect_object(content: object, where: str, todo: str = COPY) -> dict[str, Any]:
-    """Return a JSON object. UserError for any other value."""
+def _parse_object(text: str, where: str, todo: str) -> dict[str, Any]:
+    content = parse_json(text, where, todo)
     if not isinstance(content, dict):
         raise UserError(f"{where}: found {name_of(content)}, expected an object; {todo}")
     return content
@@ -91,7 +91,7 @@ def name_of(content: object) -> str:
 
 def read_object(path: Path, todo: str = COPY) -> dict[str, Any]:
     """Read a JSON object."""
-    return expect_object(parse_json(read_text(path, todo), str(path), todo), str(path), todo)
+    return _parse_object(read_text(path, todo), str(path), todo)
 
 
 def read_lines(path: Path, todo: str = "correct that line") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -103,7 +103,7 @@ def read_lines(path: Path, todo: str = "correct that line") -> Iterator[tuple[st
     lines = read_text(path).rstrip(" \t\r\n").split("\n")
     for number, line in enumerate(lines if lines != [""] else [], start=1):
         where = f"{path}: line {number}"
-        yield where, expect_object(parse_json(line, where, todo), where, todo)
+        yield where, _parse_object(line, where, todo)
 
 
 class Entry(NamedTuple):

@@ -157,11 +157,7 @@ def _describe(project: Project, stats: Statistics, shares: Sequence[Share], remo
         calibration={"text": stats.provenance["text"], **stats.provenance["params"]},
         params=plan.described,
         **({"gram": digest(tier_provenance(project, project.gram))} if plan.masks_read_gram else {}),
-        **(
-            {"gradients": digest(tier_provenance(project, project.gradients))}
-            if (plan.masks_read_sums or plan.masks_read_gradients)
-            else {}
-        ),
+        **({"gradients": digest(tier_provenance(project, project.gradients))} if plan.masks_read_tier else {}),
         **({"config": removal.changes} if removal else {}),
         **({"sparsities": list(map(_written, shares))} if plan.allocation.name != "uniform" else {}),
     )
