@@ -4,11 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, save_tiny_model, write_params
+from conftest import ROOT, save_tiny_model
 from repository import Repository as Study
 from repository import ran
 
-from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.scaffold import PIPELINE
 
