@@ -130,7 +130,7 @@ def test_a_directory_with_anything_in_it_is_refused(tmp_path: Path):
     init(folder=tmp_path / "study")
     before = contents(tmp_path)
     for name, message in (
-        ("file", "file: a file, expected a directory; name another"),
+        ("file", "file is no directory with permission to write, expected one; name another"),
         ("full", "full: holds folder, expected a new or an empty directory; name another"),
         ("study", "study: holds .*, expected a new or an empty directory"),
     ):

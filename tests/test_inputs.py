@@ -185,9 +185,9 @@ def finished(tiny: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPat
 PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "too long a name": (lambda root: root / ("x" * 300), "File name too long"),
     "too long for a .part": (lambda root: root / ("x" * 253), "File name too long"),
-    "below a file": (lambda root: made_file(root / "f") / "a/b", "is a file, expected a directory"),
-    "a dangling link": (lambda root: made_link(root / "l", root / "nowhere"), "a file, expected a directory"),
-    "a file": (lambda root: made_file(root / "f"), "a file, expected a directory"),
+    "below a file": (lambda root: made_file(root / "f") / "a/b", "/f is no directory"),
+    "a dangling link": (lambda root: made_link(root / "l", root / "nowhere"), "/l is no directory"),
+    "a file": (lambda root: made_file(root / "f"), "/f is no directory"),
 }
 
 

@@ -12,9 +12,7 @@ from conftest import ROOT, script, write_params
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from wanda_dvc.catalog import check_pattern
 from wanda_dvc.cli import app
-from wanda_dvc.errors import SettingError, UserError, in_params
 from wanda_dvc.params import check_params, settings
 from wanda_dvc.stages import STAGES, planned
 from wanda_dvc.study.project import Project
@@ -175,11 +173,7 @@ def test_git_ignores_every_out_that_dvc_keeps():
     assert [path for path in sorted(named) if not f"{path}/".startswith(folders)] == []
 
 
-def test_the_core_names_a_setting_and_the_edge_the_file():
-    with pytest.raises(SettingError, match="^pattern: got 5:10, but q has 32 inputs, expected a multiple of 10"):
-        check_pattern("5:10", {"q": 32})
-    with pytest.raises(UserError, match="^params.yaml: pattern: got 5:10"), in_params():
-        check_pattern("5:10", {"q": 32})
+def test_the_core_names_a_setting_and_no_file():
     for folder in ("pruning", "engine"):
         for module in (ROOT / "src/wanda_dvc" / folder).glob("*.py"):
             assert "params.yaml:" not in module.read_text(encoding="utf-8"), module

@@ -1,6 +1,5 @@
 """Messages for users: fixable errors, and notices."""
 
-import contextlib
 import errno
 import os
 import re
@@ -28,22 +27,6 @@ class UserError(Exception):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
-
-
-class SettingError(UserError):
-    """A setting's value that does not fit the current work, as *setting: found, expected, what to do*.
-
-    The raising code knows no file; `in_params` adds the setting's place.
-    """
-
-
-@contextlib.contextmanager
-def in_params() -> Iterator[None]:
-    """Add `params.yaml` to SettingErrors raised inside."""
-    try:
-        yield
-    except SettingError as error:
-        raise UserError(*(f"params.yaml: {problem}" for problem in error.problems)) from None
 
 
 def notice(text: str) -> None:

@@ -48,11 +48,8 @@ def check_place(path: Path) -> Path:
     path = path.absolute()
     is_there(path.with_name(f"{path.name}.part"))  # the longest name that is written
     nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-    if not nearest.is_dir():
-        where = "" if nearest == path else f"{nearest} is "
-        raise UserError(f"{path}: {where}a file, expected a directory; name another")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: no permission to write in {nearest}; change it, or name another")
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise UserError(f"{path}: {nearest} is no directory with permission to write, expected one; name another")
     return path
 
 

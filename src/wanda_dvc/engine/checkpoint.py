@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wanda_dvc.catalog import STRUCTURES, Dtype
-from wanda_dvc.errors import SettingError, UserError
+from wanda_dvc.errors import UserError
 from wanda_dvc.reading import COPY, Entry, check_file, is_there, name_of, read_header, read_object
 
 SINGLE = "model.safetensors"
@@ -243,10 +243,10 @@ def positions_of(config: Any) -> int | None:
 
 
 def check_length(place: Path, length: int, setting: str) -> None:
-    """Raise SettingError if windows are longer than the model's number of positions."""
+    """Raise UserError if windows are longer than the model's number of positions."""
     positions = positions_of(read_config(place))
     if positions is not None and length > positions:
-        raise SettingError(
+        raise UserError(
             f"{setting}: got {length}, expected at most {positions}, the positions of the model in "
             f"{place}; set {setting}={positions} or less"
         )

@@ -26,7 +26,7 @@ from torch import Tensor
 import wanda_dvc
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.errors import SettingError, UserError, explain, fixable, notice
+from wanda_dvc.errors import UserError, explain, fixable, notice
 from wanda_dvc.machine import omp_threads, usable_cores
 
 T = TypeVar("T")
@@ -142,7 +142,7 @@ def connect(address: str) -> None:
             "set local or null"
         )
         todo = "try it again, or set null" if address == LOCAL else todo
-        raise SettingError(
+        raise UserError(
             f"runtime.ray: {address}: Ray does not answer ({' '.join(str(error).split())}); {todo}"
         ) from None
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from wanda_dvc.catalog import parse_pattern
-from wanda_dvc.errors import SettingError
+from wanda_dvc.errors import UserError
 
 LARGEST_SHARE, SPARSITY_TOLERANCE = 0.8, 0.001  # of Wanda's variant, as in its authors' code
 COUNTED_AT_A_TIME = 2**20  # weights; a core's cache holds them
@@ -63,7 +63,7 @@ def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tenso
     Each row loses as many of its lowest scores as fit in α times the row's sum. Bisection finds α in [0, 0.8] such that
     the matrix's fraction removed is within 0.001 of `sparsity`, or as near as the matrix allows. Sun et al. 2024,
     arXiv 2306.11695, appendix, with the authors' bounds. Their code prunes all ties at a threshold; counts here are
-    exact. SettingError where α = 0.8 removes too little.
+    exact. UserError where α = 0.8 removes too little.
     """
     if sparsity == 0:
         return torch.ones_like(score, dtype=torch.bool)
@@ -76,7 +76,7 @@ def keep_by_share(score: Float[Tensor, "out in"], sparsity: float) -> Bool[Tenso
 
     low, high = 0.0, LARGEST_SHARE
     if (most := removed_of(high).sum().item() / score.numel()) < sparsity - SPARSITY_TOLERANCE:
-        raise SettingError(
+        raise UserError(
             f"sparsity: got {sparsity:g} of some linear with method wanda-variant, expected at most "
             f"{most:.3f}, which is what a share of {LARGEST_SHARE:g} of its scores removes; use method=wanda"
         )

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.catalog import STATISTICS
-from wanda_dvc.errors import UserError, in_params
+from wanda_dvc.errors import UserError
 
 if TYPE_CHECKING:
     from wanda_dvc.params import Params
@@ -295,8 +295,7 @@ def run(stage: str, *, project: "Project", part: str | None = None, text: str | 
         if part in (None, "", one) and text in (None, "", name):
             words = {row.part_is: one} if one else {}
             words |= {"text": name} if name else {}
-            with in_params():
-                row.function(project=project, **words)
+            row.function(project=project, **words)
 
 
 def _check_plan(project: "Project") -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from wanda_dvc.catalog import check_pattern
+from wanda_dvc.catalog import parse_pattern
 from wanda_dvc.errors import FIX, UserError, notice
 from wanda_dvc.plan import GRAM_DTYPE
 from wanda_dvc.reading import check_file
@@ -143,8 +143,14 @@ def tier_provenance(project: Project, folder: Path) -> Json:
 
 
 def check_fits(project: Project, features: dict[str, int]) -> None:
-    """Raise UserError if the pattern does not fit the model's linears."""
-    check_pattern(project.plan.pattern, features)
+    """Raise UserError if a linear's number of inputs is no multiple of the pattern's m; `features` are the inputs."""
+    pattern = project.plan.pattern
+    n_of_m = parse_pattern(pattern)
+    if n_of_m and (odd := [f"{name} has {size} inputs" for name, size in features.items() if size % n_of_m[1]]):
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise UserError(
+            f"pattern: got {pattern}, but {odd[0]}{more}, expected a multiple of {n_of_m[1]}; choose another m"
+        )
 
 
 def calibration_windows(project: Project, measured_with: Json | None = None) -> "Int[Tensor, 'windows length']":
