@@ -287,13 +287,6 @@ def test_texts_have_names(texts: object):
     assert problem.startswith("params.yaml: perplexity.texts")
 
 
-def test_names_that_are_one_folder_on_some_file_systems_are_refused():
-    content = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    content["perplexity"]["texts"] = {"Ptb": {"source": "ptb"}, "ptb": {"source": "embedded"}}
-    with pytest.raises(UserError, match="perplexity.texts: found Ptb, expected names that differ in"):
-        check_params(content)
-
-
 SPELLINGS = ["wikitext2", "Salesforce/wikitext:wikitext-2-raw-v1", "Salesforce/wikitext:wikitext-2-raw-v1@main"]
 
 

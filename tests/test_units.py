@@ -585,7 +585,7 @@ def test_rounding_is_reported(study: Callable[..., Project], capsys: pytest.Capt
         (
             "neurons",
             {"recipe": "blockwise", "propagation": "dense"},
-            "reconstruction: found blockwise with propagation",
+            "propagation: found dense with reconstruction blockwise",
         ),
         ("neuron", {}, 'pattern: found "neuron", expected unstructured, n:m with n < m, neurons, heads'),
         ("unstructured", {"method": "reap"}, "method: found reap with pattern unstructured"),

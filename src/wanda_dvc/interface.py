@@ -189,13 +189,10 @@ def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None",
     """Save a model in memory, with its tokenizer, into a folder that git ignores."""
     from transformers import PreTrainedModel
 
-    if hasattr(model, "merge_and_unload"):
-        raise UserError(
-            f"model: got {type(model).__name__}, an adapter of PEFT; merge it first: model = model.merge_and_unload()"
-        )
     if not isinstance(model, PreTrainedModel):
         raise UserError(
-            f"model: got {type(model).__name__}, expected a path, a Hub id or a causal language model of transformers"
+            f"model: got {type(model).__name__}, expected a path, a Hub id or a causal language model of transformers; "
+            "merge an adapter of PEFT first"
         )
     if tokenizer is None:
         raise UserError("tokenizer: missing; pass the tokenizer of the model in memory")

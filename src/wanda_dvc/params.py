@@ -7,7 +7,6 @@ import difflib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
-from wanda_dvc.catalog import (
-    ALLOCATIONS,
-    EMBEDDED,
-    GROUPS,
-    HUB_ID,
-    HUB_TEXT,
-    PACKAGE,
-    RECIPES,
-    RECONSTRUCTIONS,
-    STATISTICS,
-    STRUCTURES,
-    TEXTS,
-    methods,
-    parse_pattern,
-)
+from wanda_dvc import catalog
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import CHOICES, UNSTRUCTURED, Plan
 from wanda_dvc.reading import read_text
@@ -65,9 +50,9 @@ def _one_of(table: Mapping[str, object] | Callable[[], Mapping[str, object]]) ->
 
 
 def _pattern(pattern: str) -> str:
-    n_of_m = parse_pattern(pattern) if re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", pattern) else None
-    if pattern not in {UNSTRUCTURED, *STRUCTURES} and not (n_of_m and n_of_m[0] < n_of_m[1]):
-        raise _refused(UNSTRUCTURED, "n:m with n < m", *STRUCTURES)
+    n_of_m = catalog.parse_pattern(pattern) if re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", pattern) else None
+    if pattern not in {UNSTRUCTURED, *catalog.STRUCTURES} and not (n_of_m and n_of_m[0] < n_of_m[1]):
+        raise _refused(UNSTRUCTURED, "n:m with n < m", *catalog.STRUCTURES)
     return pattern
 
 
@@ -105,9 +90,7 @@ class Text(_Section):
         ".jsonl file by its absolute path"
     )
     split: str | None = Field(
-        None,
-        min_length=1,
-        description="split of the data set; null: `train` to calibrate, else `test`, of c4 `validation`",
+        None, min_length=1, description="split of the data set; null: `train` to calibrate, else `test` or `validation`"
     )
     column: str | None = Field(None, min_length=1, description="text column; null: `text`, or the named text's own")
     join: str | None = Field(
@@ -121,23 +104,22 @@ class Text(_Section):
     @property
     def chosen(self) -> ChosenText:
         """The text with its source's own values in place of nulls."""
-        named = TEXTS.get(self.source)
-        on_hub = None if named else HUB_TEXT.fullmatch(self.source)
-        split = self.default_split or (named.evaluated if named else "test")
-        join = self.default_join or (named.join if named else "\n\n")
+        on_hub, own = catalog.HUB_TEXT.fullmatch(self.source), self.column or "text"
+        other = catalog.NamedText(on_hub["dataset"] if on_hub else None, on_hub["config"] if on_hub else None, own)
+        named = catalog.TEXTS.get(self.source, other)
         return ChosenText(
             source=self.source,
-            dataset=named.dataset if named else on_hub["dataset"] if on_hub else None,
-            config=named.config if named else on_hub["config"] if on_hub else None,
+            dataset=named.dataset,
+            config=named.config,
             revision=on_hub["revision"] if on_hub else None,
-            split=None if Path(self.source).is_absolute() else self.split or split,
-            column=named.column if named else self.column or "text",
-            join=join if self.join is None else self.join,
+            split=None if Path(self.source).is_absolute() else self.split or self.default_split or named.evaluated,
+            column=named.column,
+            join=(self.default_join or named.join) if self.join is None else self.join,
         )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Text":
-        named, path = TEXTS.get(self.source), Path(self.source)
+        named, path = catalog.TEXTS.get(self.source), Path(self.source)
         if named:
             if self.chosen.split not in named.splits:
                 raise _refused(*(f"split {split}" for split in named.splits))
@@ -148,8 +130,8 @@ class Text(_Section):
                 raise _refused("a file that ends in .txt or .jsonl, by its absolute path")
             if self.split is not None:
                 raise _refused("split null: a file has none")
-        elif not HUB_TEXT.fullmatch(self.source):
-            raise _refused(*TEXTS, "a Hub id (ORG/NAME[:CONFIG][@REVISION])", "an absolute path")
+        elif not catalog.HUB_TEXT.fullmatch(self.source):
+            raise _refused(*catalog.TEXTS, "a Hub id (ORG/NAME[:CONFIG][@REVISION])", "an absolute path")
         return self
 
 
@@ -237,7 +219,7 @@ class Params(_Section):
     """All of `params.yaml`."""
 
     model: str = Field(
-        pattern=f"^({PACKAGE.pattern}|/.*|{HUB_ID.pattern})$",
+        pattern=f"^({catalog.PACKAGE.pattern}|/.*|{catalog.HUB_ID.pattern})$",
         description="`package:NAME==VERSION` with a GGUF file, an absolute directory of safetensors, or a Hub id, "
         "`ORG/NAME[@REVISION]`",
     )
@@ -245,7 +227,7 @@ class Params(_Section):
         AUTO, description="dtype in which the model runs: `float32`, `bfloat16`, `float16`; `auto`: the checkpoint's"
     )
     calibration: Calibration
-    recipe: Annotated[str, _one_of(RECIPES)] = Field("wanda", description="how the model is pruned; see below")
+    recipe: Annotated[str, _one_of(catalog.RECIPES)] = Field("wanda", description="how the model is pruned; see below")
     sparsity: float = Field(
         0.5,
         ge=0,
@@ -256,23 +238,17 @@ class Params(_Section):
         UNSTRUCTURED,
         description="`unstructured`; `n:m`: n of every m neighbours stay; or units that are removed: see below",
     )
-    method: Annotated[str, _one_of(methods)] | None = Field(
+    method: Annotated[str, _one_of(catalog.methods)] | None = Field(
         None, description="how weights are scored; null, here and below: the recipe's own"
     )
-    group: Annotated[str, _one_of(GROUPS)] | None = Field(
-        None, description="the weights that compete; n:m has groups of its own"
-    )
-    allocation: Annotated[str, _one_of(ALLOCATIONS)] | None = Field(
-        None, description="how the sparsities of blocks or linears differ"
-    )
-    allocation_strength: float | None = Field(
-        None, gt=0, lt=1, description="how far they differ; null: the allocation's own"
-    )
-    reconstruction: Annotated[str, _one_of(RECONSTRUCTIONS)] | None = Field(
-        None, description="new values for the weights that stay"
+    group: Annotated[str, _one_of(catalog.GROUPS)] | None = Field(None, description="the weights that compete")
+    allocation: Annotated[str, _one_of(catalog.ALLOCATIONS)] | None = Field(None, description="how sparsities differ")
+    allocation_strength: float | None = Field(None, gt=0, lt=1, description="how far sparsities differ")
+    reconstruction: Annotated[str, _one_of(catalog.RECONSTRUCTIONS)] | None = Field(
+        None, description="weights that stay"
     )
     propagation: Literal["dense", "pruned", "corrected"] | None = Field(
-        None, description="the outputs that each block is calibrated on"
+        None, description="outputs read by the calibration"
     )
     perplexity: Perplexity
     tasks: Tasks = Tasks()
@@ -290,7 +266,7 @@ class Params(_Section):
     def tier(self) -> str:
         """The highest tier of statistics to measure: what the plan reads, and at least `calibration.statistics`."""
         wanted = self.calibration.statistics
-        return max(self.plan.needs, STATISTICS[0] if wanted == AUTO else wanted, key=STATISTICS.index)
+        return max(self.plan.needs, catalog.STATISTICS[0] if wanted == AUTO else wanted, key=catalog.STATISTICS.index)
 
     @property
     def filled(self) -> "Params":
@@ -305,16 +281,14 @@ class Params(_Section):
     @property
     def items(self) -> int | None:
         """The number of items of each task; None: all."""
-        return self.zero_shot.limit or (EMBEDDED_ITEMS if self.tasks.source == EMBEDDED else None)
+        return self.zero_shot.limit or (EMBEDDED_ITEMS if self.tasks.source == catalog.EMBEDDED else None)
 
     def about_text(self, name: str) -> str:
         """Return a sentence on a text of the perplexity: whether it has the calibration's source."""
         one, other = self.calibration.text.chosen, self.perplexity.texts[name].chosen
-        if (one.dataset or one.source) == (other.dataset or other.source):
-            return (
-                "The calibration text has the same source: on text from other sources, most of a solver's gain is lost"
-            )
-        return "The calibration text has another source"
+        same = (one.dataset or one.source) == (other.dataset or other.source)
+        lost = "the same source: on text from other sources, most of a solver's gain is lost"
+        return f"The calibration text has {lost if same else 'another source'}"
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
@@ -326,22 +300,17 @@ class Params(_Section):
         """Yield problems of individually valid settings that conflict or have no effect."""
         plan = self.plan
         if self.allocation_strength is not None and plan.allocation.strength is None:
-            yield (
-                f"allocation_strength: found {self.allocation_strength}, expected null: {plan.allocation.name} has no "
-                "strength"
-            )
-        names = Counter(name.casefold() for name in self.perplexity.texts)
-        for name, text in self.perplexity.texts.items():
-            if names[name.casefold()] > 1:  # one folder, on some file systems
-                yield f"perplexity.texts: found {name}, expected names that differ in more than upper and lower case"
+            found = f"{self.allocation_strength} with allocation {plan.allocation.name}"
+            yield f"allocation_strength: found {found}, expected null: it has no strength"
+        for text in self.perplexity.texts.values():
             if _place(self.calibration.text.chosen) == _place(text.chosen):
                 found = ", ".join(word for word in (text.source, text.chosen.split) if word)
                 yield (
                     f"calibration.text: found the text that perplexity is measured on ({found}), expected another; "
                     "change its source or split"
                 )
-        if duplicates := [name for name, count in Counter(self.tasks.names).items() if count > 1]:
-            yield f"tasks.names: found {', '.join(duplicates)} twice, expected each task once"
+        if twice := sorted({name for name in self.tasks.names if self.tasks.names.count(name) > 1}):
+            yield f"tasks.names: found {', '.join(twice)} twice, expected each task once"
         device = self.runtime.device
         if self.runtime.ray is not None and device not in (AUTO, "cpu", "cuda"):
             expected = "auto or cpu: Ray has no MPS" if device == "mps" else "cuda: Ray gives each worker a GPU"

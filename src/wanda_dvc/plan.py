@@ -8,19 +8,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from wanda_dvc.catalog import (
-    ALLOCATIONS,
-    RECIPES,
-    RECONSTRUCTIONS,
-    SOLVED_UNITS,
-    STRUCTURES,
-    Allocation,
-    Method,
-    Reconstruction,
-    Structure,
-    methods,
-    parse_pattern,
-)
+from wanda_dvc import catalog
+from wanda_dvc.catalog import Allocation, Method, Reconstruction, Structure
 
 UNSTRUCTURED = "unstructured"
 CHOICES = ("method", "group", "allocation", "reconstruction", "propagation")  # the choices of a recipe
@@ -60,13 +49,13 @@ class Plan:
         gradients: group `outputs` stays. Experts and blocks have scores of their own, and the weights that stay do not
         change.
         """
-        row, structure = RECIPES[recipe], STRUCTURES.get(pattern)
+        row, structure = catalog.RECIPES[recipe], catalog.STRUCTURES.get(pattern)
         chosen: dict[str, Any] = {name: getattr(row, name) for name in CHOICES}
         if pattern != UNSTRUCTURED:
             chosen["allocation"] = "uniform"
         if structure and structure.method:
             chosen |= {"reconstruction": "none", "propagation": "dense"}
-            if methods()[row.method].needs != "weights":
+            if catalog.methods()[row.method].needs != "weights":
                 chosen["method"] = structure.method
         chosen |= {name: value for name, value in given.items() if value is not None}
         weighs = structure and not structure.method and chosen["group"] == "outputs"
@@ -74,7 +63,7 @@ class Plan:
             chosen["group"] = "row"
         wanted = {name: given[name] or getattr(row, name) for name in CHOICES}
         left_out = tuple(f"{name} {wanted[name]}" for name in CHOICES if wanted[name] != chosen[name])
-        strength = ALLOCATIONS[chosen["allocation"]].strength if strength is None else strength
+        strength = catalog.ALLOCATIONS[chosen["allocation"]].strength if strength is None else strength
         plan = cls.read(chosen | {"pattern": pattern, "sparsity": sparsity, "allocation_strength": strength})
         return replace(plan, left_out=left_out)
 
@@ -83,11 +72,11 @@ class Plan:
         """Return the plan that is `described`, stored or in a provenance; its method need not be installed."""
         name, pattern = described["method"], described["pattern"]
         return cls(
-            method=methods().get(name) or replace(methods()["wanda"], name=name),
+            method=catalog.methods().get(name) or replace(catalog.methods()["wanda"], name=name),
             group=described["group"],
-            allocation=ALLOCATIONS[described["allocation"]],
+            allocation=catalog.ALLOCATIONS[described["allocation"]],
             strength=described["allocation_strength"],
-            reconstruction=RECONSTRUCTIONS[described["reconstruction"]],
+            reconstruction=catalog.RECONSTRUCTIONS[described["reconstruction"]],
             propagation=described["propagation"],
             pattern=pattern,
             share=_share_of(pattern, described["sparsity"]),
@@ -122,12 +111,12 @@ class Plan:
     @property
     def structure(self) -> Structure | None:
         """The kind of units that the pattern removes; None: it sets weights to zero."""
-        return STRUCTURES.get(self.pattern)
+        return catalog.STRUCTURES.get(self.pattern)
 
     @property
     def solver(self) -> Reconstruction:
         """The solver of kept weights. Where complete inputs go, least squares has one solution for all outputs."""
-        return SOLVED_UNITS if self.structure else self.reconstruction
+        return catalog.SOLVED_UNITS if self.structure else self.reconstruction
 
     @property
     def solves(self) -> bool:
@@ -190,43 +179,26 @@ class Plan:
 
     def conflicts(self) -> Iterator[str]:
         """Yield choices that exclude one another, or have no effect, as *setting: found, expected*."""
-        method, pattern, values = self.method, self.pattern, self.reconstruction.name
-        own = self.structure is not None and bool(self.structure.method)  # experts and blocks have scores of their own
+        method, pattern, structure = self.method, self.pattern, self.structure
+        own = structure is not None and bool(structure.method)  # experts and blocks have scores of their own
         of_method = f"method: found {method.name} with pattern {pattern}"
-        for conflict, text in (
-            (
-                method.competition == "rows" and (pattern, self.group) != (UNSTRUCTURED, "row"),
-                f"{of_method} and group {self.group}, expected unstructured and row: each row's scores decide how many "
-                "of its weights go",
-            ),
-            (
-                method.competition in STRUCTURES and method.competition != pattern,
-                f"{of_method}, expected pattern {method.competition}",
-            ),
-            (own and method.needs == "gram", f"{of_method}, expected a method that scores {pattern}"),
-            (
-                self.allocation.name != "uniform" and pattern != UNSTRUCTURED,
-                f"allocation: found {self.allocation.name} with pattern {pattern}, expected uniform: every block has "
-                "the same sparsity",
-            ),
-            (own and self.solves, f"reconstruction: found {values} with pattern {pattern}, expected none"),
-            (
-                own and self.propagation != "dense",
-                f"propagation: found {self.propagation} with pattern {pattern}, expected dense",
-            ),
-            (
-                self.propagation == "corrected" and not self.solves,
-                "propagation: found corrected with reconstruction none, expected a reconstruction; set "
-                "reconstruction=least-squares",
-            ),
-            (
-                self.reconstruction.trains and self.propagation == "dense",
-                f"reconstruction: found {values} with propagation dense, expected propagation corrected or pruned, for "
-                "outputs of pruned blocks; set propagation=corrected",
-            ),
+        if method.competition == "rows" and (pattern, self.group) != (UNSTRUCTURED, "row"):
+            yield f"{of_method} and group {self.group}, expected unstructured and row: each row loses its own number"
+        if method.competition in catalog.STRUCTURES and method.competition != pattern:
+            yield f"{of_method}, expected pattern {method.competition}"
+        if own and method.needs == "gram":
+            yield f"{of_method}, expected a method that scores {pattern}"
+        for excluded, choice, found, expected in (
+            (pattern != UNSTRUCTURED, "allocation", self.allocation.name, "uniform"),
+            (own, "reconstruction", self.reconstruction.name, "none"),
+            (own, "propagation", self.propagation, "dense"),
         ):
-            if conflict:
-                yield text
+            if excluded and found != expected:
+                yield f"{choice}: found {found} with pattern {pattern}, expected {expected}"
+        if self.propagation == "corrected" and not self.solves:
+            yield "propagation: found corrected with reconstruction none, expected one, such as least-squares"
+        if self.reconstruction.trains and self.propagation == "dense":
+            yield f"propagation: found dense with reconstruction {self.reconstruction.name}, expected pruned, corrected"
 
 
 def _share_of(pattern: str, sparsity: float) -> Fraction:
@@ -235,5 +207,5 @@ def _share_of(pattern: str, sparsity: float) -> Fraction:
     A pattern n:m has its own: 1 − n/m. Else it is the exact decimal: 0.29 of 100 weights is 29, where floating point
     gives 28.
     """
-    n_of_m = parse_pattern(pattern)
+    n_of_m = catalog.parse_pattern(pattern)
     return 1 - Fraction(*n_of_m) if n_of_m else Fraction(str(sparsity))

@@ -97,17 +97,13 @@ def _user_errors(where: str, name: str) -> Iterator[None]:
     except (OSError, hub.HTTPError, hub.HFValidationError) as raised:  # type: ignore[attr-defined]
         # For several files the client raises LocalEntryNotFoundError, with the reason as its cause.
         wrapped = isinstance(raised, hub.LocalEntryNotFoundError) and raised.__cause__ is not None
-        match error := raised.__cause__ if wrapped else raised:
-            case hub.RepositoryNotFoundError() | hub.RevisionNotFoundError() | hub.HFValidationError():
-                todo = "correct its id and revision, or accept its conditions on the Hub and log in: `hf auth login`"
-            case hub.HfHubHTTPError():
-                todo = "try again later, or log in: `hf auth login`"
-            case hub.HTTPError() | ConnectionError() | TimeoutError() | hub.LocalEntryNotFoundError():  # type: ignore[attr-defined]
-                todo = (
-                    "unset HF_HUB_OFFLINE, connect this machine and run again (finished files are kept), or name a "
-                    "directory, a file or a runtime.mirror"
-                )
-            case _:
-                raise
+        error = raised.__cause__ if wrapped else raised
+        of_hub = (hub.HTTPError, hub.HFValidationError, hub.LocalEntryNotFoundError)  # type: ignore[attr-defined]
+        if not isinstance(error, (*of_hub, ConnectionError, TimeoutError)):
+            raise
         said = getattr(error, "server_message", None) or str(error).strip().partition("\n")[0]
-        raise UserError(f"{where}: {name}: {type(error).__name__}: {said:.200}; {todo}") from error
+        raise UserError(
+            f"{where}: {name}: {type(error).__name__}: {said:.200}; correct its id or revision, accept its conditions "
+            "on the Hub and log in (`hf auth login`), or unset HF_HUB_OFFLINE and connect this machine (finished files "
+            "are kept), or name a directory, a file or a runtime.mirror"
+        ) from error

