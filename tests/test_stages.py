@@ -127,7 +127,7 @@ def test_text_files_and_mirrors(project: Make, tmp_path: Path):
     )
     fetch(made, "calibration")
     assert made.text("calibration") == "x y"
-    with pytest.raises(UserError, match="test.jsonl not found; put it there as JSONL, one row a line"):
+    with pytest.raises(UserError, match="test.jsonl: missing, expected a file; put it there"):
         fetch(
             project(perplexity__texts__embedded__source="wikitext2", runtime__mirror=str(tmp_path / "mirror")),
             "perplexity",

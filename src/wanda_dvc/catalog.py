@@ -171,19 +171,15 @@ class Structure(Row):
     method: str = ""
 
 
+WIDTHS = (
+    "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "shared_intermediate_size",
+)  # fmt: skip
 STRUCTURES = _by_name(
     Structure(
         "neurons",
         "neurons of each MLP",
-        fields=(
-            "intermediate_size",
-            "ffn_dim",
-            "n_inner",
-            "ffn_hidden_size",
-            "moe_intermediate_size",
-            "shared_expert_intermediate_size",
-            "shared_intermediate_size",
-        ),
+        fields=WIDTHS,
         multiple=64,
     ),
     Structure(
@@ -228,7 +224,7 @@ class Allocation(Row):
     # `module:function`: (sparsity, sizes of the parts, ratings, strength) → the parts' shares; "": all equal
     function: str = ""
     rating: str = ""  # `module:function`: (weights, BlockStats) → a part's rating
-    needs: Literal["nothing", "norms", "gradients"] = "nothing"  # to rate the parts
+    by_gradients: bool = False  # whether the rating needs the gradients tier
     strength: float | None = None  # the value of `allocation_strength: null`; None: the allocation has no strength
     by_linear: bool = False  # whether the parts are linears instead of blocks; a block then has a rating per linear
 
@@ -240,7 +236,6 @@ ALLOCATIONS = _by_name(
         "the more outlying Wanda scores a block has, the lower its sparsity; strength is λ, half their range",
         function="wanda_dvc.pruning.allocation:owl",
         rating="wanda_dvc.pruning.allocation:outlier_rating",
-        needs="norms",
         strength=0.08,
     ),
     Allocation(  # Fisher information of outputs, as in K-FAC, Martens and Grosse 2015, arXiv 1503.05671
@@ -250,7 +245,7 @@ ALLOCATIONS = _by_name(
         "model's; no sparsity is above 0.97",
         function="wanda_dvc.pruning.allocation:sensitivity",
         rating="wanda_dvc.pruning.allocation:sensitivity_rating",
-        needs="gradients",
+        by_gradients=True,
         strength=0.2,
         by_linear=True,
     ),
@@ -264,13 +259,13 @@ class Reconstruction(Row):
     _: KW_ONLY
     # `module:function`: (weight [out, in], keep, Prepared[, the Gram matrix of its output's gradients]) → Solved; None:
     # kept weights do not change.
-    function: str | None
+    function: str | None = None
     by_gradients: bool = False  # whether it receives the Gram matrices of gradients
     trains: bool = False  # each block is then trained on its mask
 
 
 RECONSTRUCTIONS = _by_name(
-    Reconstruction("none", "unchanged", function=None),
+    Reconstruction("none", "unchanged"),
     Reconstruction(  # Meng et al. 2024, ALPS, arXiv 2406.07831
         "least-squares",
         "least squares by conjugate gradients: the output of each linear closest to the dense output",

@@ -30,9 +30,7 @@ app = typer.Typer(
 STAGE_PANEL, RESULT_PANEL, STUDY_PANEL = "Stages, in the order of the pipeline", "Results", "Studies"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Text = Annotated[
-    str, typer.Argument(metavar="[TEXT]", help="One of `perplexity.texts`; by default all.", show_default=False)
-]
+Text = Annotated[str, typer.Argument(metavar="[TEXT]", help="One of `perplexity.texts`; by default all.")]
 Experiments = Annotated[
     list[str] | None,
     typer.Argument(
@@ -40,6 +38,10 @@ Experiments = Annotated[
     ),
 ]
 Version = Annotated[int | None, typer.Option("--stage-version", hidden=True)]  # for dvc.yaml
+REV = typer.Option(
+    help="An experiment, commit, branch or tag instead of the workspace; a report takes several.",
+    autocompletion=completion.experiments,
+)
 
 
 def _show_version(wanted: bool) -> None:
@@ -51,18 +53,15 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def main(
     directory: Annotated[
-        Path | None, typer.Option("--directory", "-C", help="The study; by default the one that holds this folder.")
-    ] = None,
+        Path, typer.Option("--directory", "-C", exists=True, file_okay=False, help="The study, or a folder in it.")
+    ] = Path(),
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Find the project and set what all commands share."""
-    if directory is not None:
-        if not directory.is_dir():
-            raise typer.BadParameter(f"{directory} is no directory", param_hint="--directory")
-        os.chdir(directory)
+    os.chdir(directory)
     os.environ["WANDA_DVC_DEBUG"] = "1" if debug else ""
 
 
@@ -116,7 +115,6 @@ def _command(stage: Stage) -> Callable[..., None]:
         typer.Argument(
             metavar=f"[{stage.part_is.upper()}]",
             help=f"{' or '.join(stage.parts)}; by default all.",
-            show_default=False,
             autocompletion=lambda: list(stage.parts),
         ),
     ]
@@ -159,10 +157,7 @@ def list_experiments(as_json: AsJson = False) -> None:
 @app.command(rich_help_panel=RESULT_PANEL)
 def stats(
     layer: Annotated[int | None, typer.Option("--layer", help="Only this block, counted from 0.")] = None,
-    linear: Annotated[
-        str | None,
-        typer.Option("--linear", help="Only this linear's input, by its last word (q_proj) or its full name."),
-    ] = None,
+    linear: Annotated[str | None, typer.Option(help="Only this linear's input: q_proj, or its full name.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the input norms by block and distinct input, with their outliers; of a pruned model the layer errors too."""
@@ -177,14 +172,7 @@ def report(
         Path, typer.Option("--output", "-o", help="The HTML page; report.md and the pictures go to its folder.")
     ] = Path("report.html"),
     model: Annotated[str | None, typer.Option("--model", help="Only models whose name contains this.")] = None,
-    rev: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rev",
-            help="Only this experiment, branch, tag or commit; may be given several times.",
-            autocompletion=completion.experiments,
-        ),
-    ] = None,
+    rev: Annotated[list[str] | None, REV] = None,
 ) -> None:
     """Write the repository's experiments as one page: tables, pictures and intervals."""
     from wanda_dvc.results.report import report as write
@@ -197,10 +185,7 @@ def report(
 
 @app.command(rich_help_panel=RESULT_PANEL)
 def evaluate(
-    paths: Annotated[
-        list[Path],
-        typer.Argument(metavar="PATH...", help="Directories of safetensors, or GGUF files."),
-    ],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Directories of safetensors, or GGUF files.")],
     as_json: AsJson = False,
 ) -> None:
     """Compare quantized or pruned files of the study's model with its dense model, on the study's texts and tasks."""
@@ -222,13 +207,13 @@ def init(  # noqa: PLR0913, PLR0917 - the options of the command
         typer.Option("--preset", help="Named settings; an unknown name lists them.", autocompletion=completion.presets),
     ] = "default",
     model: Annotated[
-        str | None, typer.Option("--model", help="A Hub id, a directory that starts with ./, ~ or /, or package:NAME.")
+        str | None, typer.Option(help="A Hub id, a directory (./, ~ or /), or package:NAME==VERSION.")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option("--calibration", help="The text of the calibration: a name, a Hub id, or a file.")
+        str | None, typer.Option(help="The text of the calibration: a name, a Hub id, a file.")
     ] = None,
     mirror: Annotated[
-        Path | None, typer.Option("--mirror", help="A directory of data sets, for machines without internet.")
+        Path | None, typer.Option(help="A directory of data sets, for machines without internet.")
     ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="How the model is pruned.")] = None,
     sparsity: Annotated[float | None, typer.Option("--sparsity", help="Fraction of the weights that goes.")] = None,
@@ -248,14 +233,7 @@ def init(  # noqa: PLR0913, PLR0917 - the options of the command
 @app.command(rich_help_panel=STUDY_PANEL)
 def export(
     directory: Annotated[Path, typer.Argument(help="A new or empty directory.")],
-    rev: Annotated[
-        str | None,
-        typer.Option(
-            "--rev",
-            help="An experiment, commit, branch or tag; by default the workspace.",
-            autocompletion=completion.experiments,
-        ),
-    ] = None,
+    rev: Annotated[str | None, REV] = None,
 ) -> None:
     """Write any experiment's pruned model and its model card, ready to upload; the workspace does not change."""
     from wanda_dvc.stages.running import AGAIN, stoppable
@@ -282,14 +260,6 @@ for _stage in STAGES.values():  # last in --help
     app.command(_stage.name, rich_help_panel=STAGE_PANEL)(_command(_stage))
 
 
-def _check_directory() -> None:
-    """Raise UserError in a directory that was deleted: every relative path would fail."""
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        raise UserError("the current directory was deleted, expected an existing one; cd into it again") from None
-
-
 def run() -> None:
     """Run the command line and end the process: errors are lines, not tracebacks.
 
@@ -299,7 +269,6 @@ def run() -> None:
     # they come, and takes them apart in the end: two of the six seconds in which a stage does nothing.
     gc.set_threshold(100_000)
     try:
-        _check_directory()
         app()
     except SystemExit as end:  # how typer ends
         if "torch" not in sys.modules:

@@ -177,9 +177,9 @@ def perplexity(study: Study, model: str = "pruned", *, text: str = "", **setting
         raise UserError(f"model: got {model}, expected dense or pruned")
     _change(study, settings)
     project = Project(study.path)
-    text = text or project.params.perplexity.first
-    if text not in project.params.perplexity.texts:
-        raise UserError(f"text: got {text}, expected one of {', '.join(project.params.perplexity.texts)}")
+    texts = list(project.params.perplexity.texts)
+    if (text := text or texts[0]) not in texts:
+        raise UserError(f"text: got {text}, expected one of {', '.join(texts)}")
     _repro(study, "perplexity", model, text)
     found = load_json(project.metrics(model, f"perplexity/{text}"))["perplexity"]
     return found if isinstance(found, float) else float("inf")

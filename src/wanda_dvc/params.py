@@ -94,12 +94,9 @@ class Text(_Section):
     )
     column: str | None = Field(None, min_length=1, description="text column; null: `text`, or the named text's own")
     join: str | None = Field(
-        None,
-        description="string between two rows; null: a space to calibrate, else a blank line or the named text's "
-        "own. Calibration draws windows of c4 within one document",
+        None, description="string between two rows; null: a space to calibrate, else a blank line or the text's own"
     )
-    default_split: ClassVar[str | None] = None  # None: the named text's own
-    default_join: ClassVar[str | None] = None
+    calibrates: ClassVar[bool] = False
 
     @property
     def chosen(self) -> ChosenText:
@@ -107,14 +104,15 @@ class Text(_Section):
         on_hub, own = catalog.HUB_TEXT.fullmatch(self.source), self.column or "text"
         other = catalog.NamedText(on_hub["dataset"] if on_hub else None, on_hub["config"] if on_hub else None, own)
         named = catalog.TEXTS.get(self.source, other)
+        split, join = ("train", " ") if self.calibrates else (named.evaluated, named.join)
         return ChosenText(
             source=self.source,
             dataset=named.dataset,
             config=named.config,
             revision=on_hub["revision"] if on_hub else None,
-            split=None if Path(self.source).is_absolute() else self.split or self.default_split or named.evaluated,
+            split=None if Path(self.source).is_absolute() else self.split or split,
             column=named.column,
-            join=(self.default_join or named.join) if self.join is None else self.join,
+            join=join if self.join is None else self.join,
         )
 
     @model_validator(mode="after")
@@ -138,8 +136,7 @@ class Text(_Section):
 class CalibrationText(Text):
     """The text of a calibration."""
 
-    default_split: ClassVar[str | None] = "train"
-    default_join: ClassVar[str | None] = " "
+    calibrates: ClassVar[bool] = True
 
 
 class Calibration(_Section):
@@ -150,9 +147,7 @@ class Calibration(_Section):
     length: int = Field(512, ge=2, le=MOST, description="tokens a window")
     seed: int = Field(0, ge=0, description="seed of the random draw")
     statistics: Literal["auto", "norms", "gram", "gradients"] = Field(
-        AUTO,
-        description="what is measured; `auto`: what the recipe reads; a tier: at least that, so that no later "
-        "recipe calibrates again",
+        AUTO, description="what is measured; `auto`: what the recipe reads; a tier: at least that, for later recipes"
     )
 
 
@@ -164,15 +159,8 @@ class Perplexity(_Section):
     )
     length: int = Field(512, ge=2, le=MOST, description="tokens a window; windows follow one another")
     windows: Annotated[int | Literal["all"] | None, PlainValidator(_windows)] = Field(
-        None,
-        description="number of windows, 1 or more; null: every complete window; `all`: every token, with a last window "
-        "that may be shorter",
+        None, description="number of windows, 1 or more; null: every complete window; `all`: every token"
     )
-
-    @property
-    def first(self) -> str:
-        """The name of the first text: summaries of one number are about it."""
-        return next(iter(self.texts))
 
 
 class Tasks(_Section):
@@ -205,13 +193,10 @@ class Runtime(_Section):
     ray: str | None = Field(
         None,
         pattern=r"^(local|auto|(ray://)?[A-Za-z0-9._-]+:\d+)$",
-        description="a Ray cluster that runs the windows: `local` (started on this machine), `auto`, `HOST:PORT` or "
-        "`ray://HOST:PORT`; null: this process",
+        description="a Ray cluster: `local` (started here), `auto`, `HOST:PORT` or `ray://HOST:PORT`; null: none",
     )
     mirror: str | None = Field(
-        None,
-        pattern="^/",
-        description="absolute path of a directory laid out like the Hub, from which data sets are read instead",
+        None, pattern="^/", description="absolute path of a directory of data sets, laid out like the Hub"
     )
 
 
@@ -220,23 +205,16 @@ class Params(_Section):
 
     model: str = Field(
         pattern=f"^({catalog.PACKAGE.pattern}|/.*|{catalog.HUB_ID.pattern})$",
-        description="`package:NAME==VERSION` with a GGUF file, an absolute directory of safetensors, or a Hub id, "
-        "`ORG/NAME[@REVISION]`",
+        description="`package:NAME==VERSION` with a GGUF file, an absolute path, or a Hub id, `ORG/NAME[@REVISION]`",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         AUTO, description="dtype in which the model runs: `float32`, `bfloat16`, `float16`; `auto`: the checkpoint's"
     )
     calibration: Calibration
     recipe: Annotated[str, _one_of(catalog.RECIPES)] = Field("wanda", description="how the model is pruned; see below")
-    sparsity: float = Field(
-        0.5,
-        ge=0,
-        lt=1,
-        description="fraction of each linear's weights that is removed, or of the pattern's units; n:m has its own",
-    )
+    sparsity: float = Field(0.5, ge=0, lt=1, description="fraction of the weights or units that goes; n:m has its own")
     pattern: Annotated[str, AfterValidator(_pattern)] = Field(
-        UNSTRUCTURED,
-        description="`unstructured`; `n:m`: n of every m neighbours stay; or units that are removed: see below",
+        UNSTRUCTURED, description="`unstructured`; `n:m`: n of every m neighbours stay; or units to remove: see below"
     )
     method: Annotated[str, _one_of(catalog.methods)] | None = Field(
         None, description="how weights are scored; null, here and below: the recipe's own"

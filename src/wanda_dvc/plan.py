@@ -153,7 +153,7 @@ class Plan:
     @property
     def masks_read_sums(self) -> bool:
         """Whether masks depend on the sums of stats/gradients."""
-        return self.group == "outputs" or self.allocation.needs == "gradients"
+        return self.group == "outputs" or self.allocation.by_gradients
 
     @property
     def masks_read_gradients(self) -> bool:

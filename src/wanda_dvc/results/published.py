@@ -101,7 +101,7 @@ def _measures(one: Experiment, row: dict[str, Any]) -> list[tuple[str, str, str]
     """Return the measures that a published row and an experiment have, with their text or task, and a text."""
     texts = one.params.perplexity.texts if "perplexity" in row else []
     tasks = [task for task in one.params.tasks.names if task in row]
-    first = one.params.perplexity.first  # accuracies do not depend on it
+    first = next(iter(one.params.perplexity.texts))  # accuracies do not depend on it
     return [*(("perplexity", text, text) for text in texts), *((task, task, first) for task in tasks)]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_dvc.errors import UserError, notice
-from wanda_dvc.reading import check_file, is_there
+from wanda_dvc.reading import check_file
 from wanda_dvc.study.files import Json
 
 
@@ -46,8 +46,7 @@ def resolve(kind: str, name: str, revision: str | None, where: str) -> Repositor
 
     api = HfApi()
     with _user_errors(where, name if revision is None else f"{name} at {revision}"):
-        ask = api.model_info if kind == "model" else api.dataset_info
-        info: Any = ask(name, revision=revision)
+        info: Any = api.repo_info(name, repo_type=kind, revision=revision)
         if info.gated:  # the list of files is public even so
             api.auth_check(name, repo_type=kind)
     files = tuple(file.rfilename for file in info.siblings or ())
@@ -80,10 +79,7 @@ def in_mirror(mirror: str | None, *parts: str) -> Path | None:
     path = Path(mirror, *parts)
     if ".." in path.parts or not path.is_relative_to(mirror):
         raise UserError(f"runtime.mirror: got {'/'.join(parts)}, expected a place inside {mirror}; correct the setting")
-    if not is_there(path):
-        how = "as the Hub has it" if path.suffix == ".gz" else "as JSONL, one row a line"
-        raise UserError(f"runtime.mirror: {path} not found; put it there {how}, or set runtime.mirror to null")
-    check_file(path)
+    check_file(path, "put it there, .gz as the Hub has it, .jsonl with one row a line, or set runtime.mirror to null")
     return path
 
 

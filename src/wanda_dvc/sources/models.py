@@ -28,7 +28,6 @@ MODEL_FILES = (
     "merges.txt", "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*")
-WEIGHTS = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def find_model(source: str) -> Source:
@@ -57,8 +56,6 @@ def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> N
 
     where, target = f"{repository.where}: {repository.name}", scratch / "hub"
     here = [file for file in repository.files if "/" not in file]
-    if "config.json" not in here:
-        raise UserError(f"{where} has no config.json, expected a Hugging Face model")
     repository.fetch(target, "config.json")
     check_decoder(target, here, where)
     if INDEX in here:
@@ -67,10 +64,8 @@ def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> N
     elif SINGLE in here:
         weights = [SINGLE]
     else:
-        found = ", ".join(file for file in here if _matches(file, WEIGHTS)) or "no weights"
         raise UserError(
-            f"{where}: found {found}, expected {SINGLE} or {INDEX}; name another repository or revision (pickles are "
-            "never opened)"
+            f"{where}: found neither {SINGLE} nor {INDEX}, expected one (pickles are never opened); name another"
         )
     wanted = [file for file in here if _matches(file, MODEL_FILES)] + weights
     repository.fetch(target, *wanted)
@@ -215,13 +210,11 @@ def read_model(path: Path, out: Path) -> str:
     if path.suffix == GGUF:
         check_file(path, "name another")
         _dequantize(path, out)
-        files = {}
     else:
-        files = {file.name: file for file in _files(path)}
-    for name, file in files.items():
-        (out / name).symlink_to(file.resolve())
+        for file in _files(path):
+            (out / file.name).symlink_to(file.resolve())
     check_model(out)
-    return digest({name: file_digest(file) for name, file in files.items()}) if files else file_digest(path)
+    return file_digest(path) if path.suffix == GGUF else digest(files_digest(out))
 
 
 def check_decoder(folder: Path, names: list[str], where: str) -> None:

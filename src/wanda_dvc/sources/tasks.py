@@ -62,10 +62,8 @@ def _find_items(name: str, source: str, mirror: str | None) -> Items:
     dataset, config, split = (definition.get(key) for key in ("dataset_path", "dataset_name", f"{role}_split"))
     if not dataset or not split or definition.get("custom_dataset"):
         raise UserError(f"{where}: its definition has no data set or no split; remove it")
-    options = dict(definition.get("dataset_kwargs") or {})
-    revision = options.pop("revision", None)
-    for option in ("trust_remote_code", "streaming", "split"):  # a data set's code never runs
-        options.pop(option, None)
+    given, own = definition.get("dataset_kwargs") or {}, ("revision", "trust_remote_code", "streaming", "split")
+    options = {option: value for option, value in given.items() if option not in own}  # a data set's code never runs
     place = [part for part in (dataset, config, f"{split}.jsonl") if part]
     origin: Path | Repository | None = Path(EMBEDDED, "tasks", *place)
     if source != "embedded":
@@ -75,7 +73,7 @@ def _find_items(name: str, source: str, mirror: str | None) -> Items:
     if origin is None:
         if not HUB_ID.fullmatch(dataset):
             raise UserError(f"{where}: got items of {dataset}, expected a data set on the Hub, ORG/NAME; remove it")
-        origin = resolve("dataset", dataset, revision, where)
+        origin = resolve("dataset", dataset, given.get("revision"), where)
     return Items(path, role, split, config, "/".join(place[:-1]), options, origin)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from wanda_dvc.catalog import TEXTS
 from wanda_dvc.errors import UserError, notice
 from wanda_dvc.params import ChosenText
-from wanda_dvc.reading import check_file, is_there, read_lines, read_text
+from wanda_dvc.reading import check_file, read_lines, read_text
 from wanda_dvc.sources import EMBEDDED, Source
 from wanda_dvc.sources.hub import Repository, in_mirror, load_rows, resolve
 from wanda_dvc.study.files import Documents, Json
@@ -75,8 +75,6 @@ def _place(setting: str, wanted: ChosenText, mirror: str | None, shard: str | No
     if named:
         return EMBEDDED / "text" / f"{wanted.split}.jsonl", f"embedded, {wanted.split}"
     path = Path(wanted.source)
-    if not is_there(path):
-        raise UserError(f"{where}: {path} not found, expected a text file; correct the path")
     check_file(path, f"correct {setting}.source")
     return path, path.name
 
