@@ -51,8 +51,8 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ({"calibration.windows": 3}, "calibration.windows: no such setting; write it as windows below calibration"),
         (
             {"model": "some/where/else"},
-            'model: found "some/where/else", expected package:NAME==VERSION with a GGUF file, an absolute path, or a Hub '
-            "id, ORG/NAME[@REVISION]",
+            'model: found "some/where/else", expected package:NAME==VERSION with a GGUF file, an absolute path, or a '
+            "Hub id, ORG/NAME[@REVISION]",
         ),
         (
             {"runtime__device": "gpu"},
@@ -93,8 +93,8 @@ def problems(tmp_path: Path, **changes: object) -> list[str]:
         ),
         (
             {"perplexity__windows": 0},
-            "perplexity.windows: found 0, expected number of windows, 1 or more; null: every complete window; all: every "
-            "token",
+            "perplexity.windows: found 0, expected number of windows, 1 or more; null: every complete window; all: "
+            "every token",
         ),
         ({"tasks__names": ["piqa", "piqa"]}, "tasks.names: found piqa twice, expected each task once"),
         (
