@@ -57,8 +57,7 @@ def page() -> str:
         for row in RECIPES.values()
     ]
     allocations = [
-        [f"`{row.name}`", row.about, f"{row.strength:g}" if row.strength else "–"]
-        for row in ALLOCATIONS.values()
+        [f"`{row.name}`", row.about, f"{row.strength:g}" if row.strength else "–"] for row in ALLOCATIONS.values()
     ]
     sections = {
         "Recipes": _table(
