@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from wanda_dvc import catalog
 from wanda_dvc.catalog import STRUCTURES, Method, function_of, methods
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.choose import choose_by_score
+from wanda_dvc.pruning.choose import choose
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.stages import run
 from wanda_dvc.study.project import Project
@@ -45,7 +45,7 @@ def test_scores_may_have_the_dtype_of_the_weight(dtype: torch.dtype, pattern: st
     method = dataclasses.replace(methods()["magnitude"], function=f"{__name__}:halves")
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     given, expected = (
-        choose_by_score(weight, InputStats.empty(16), method=one, share=Fraction(1, 2), pattern=pattern)
+        choose(weight, InputStats.empty(16), method=one, share=Fraction(1, 2), pattern=pattern)
         for one in (method, methods()["magnitude"])
     )
     assert torch.equal(given, expected)

@@ -15,7 +15,7 @@ from simulated_gpu import SimulatedDevice
 from wanda_dvc.catalog import function_of, methods
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning import scores
-from wanda_dvc.pruning.choose import choose_by_score
+from wanda_dvc.pruning.choose import choose
 from wanda_dvc.pruning.selection import keep_by_share, keep_n_of_m, removed, select
 from wanda_dvc.pruning.statistics import InputStats
 from wanda_dvc.pruning.units import Units, places, summed
@@ -204,9 +204,9 @@ def test_masks_of_large_matrices_are_those_of_small_ones(monkeypatch, name: str,
     generator = torch.Generator().manual_seed(0)
     weight = (4 * torch.randn(13, 24, generator=generator)).round()  # some scores are equal
     x = of_norm(torch.randint(1, 4, (24,), generator=generator).float())
-    direct = choose_by_score(weight, x, **words)
+    direct = choose(weight, x, **words)
     monkeypatch.setattr("wanda_dvc.pruning.choose.WEIGHTS_AT_A_TIME", 50)
-    assert torch.equal(choose_by_score(weight, x, **words), direct)
+    assert torch.equal(choose(weight, x, **words), direct)
     if methods()[name].competition == "groups":
         assert direct.sum() == 13 * 12
 

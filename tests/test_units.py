@@ -31,7 +31,6 @@ from wanda_dvc.pruning.scores import influence
 from wanda_dvc.pruning.solvers import Prepared
 from wanda_dvc.pruning.units import (
     Units,
-    Whole,
     cheapest,
     least_squares,
     places,
@@ -196,10 +195,9 @@ def drawn(removal: Removal) -> Removal:
     generator = torch.Generator().manual_seed(2)
     stays = {}
     for name, units in removal.sets.items():
-        groups = removal.whole[name].groups if name in removal.whole else 1
-        orders = [torch.randperm(units.total // groups, generator=generator) for _ in range(groups)]
+        orders = [torch.randperm(units.total // units.groups, generator=generator) for _ in range(units.groups)]
         orders = [torch.arange(units.total)] if removal.structure.name == "blocks" else orders
-        stays[name] = torch.cat([order < units.stay // groups for order in orders])
+        stays[name] = torch.cat([order < units.stay // units.groups for order in orders])
     return removal.with_stays(stays)
 
 
@@ -300,7 +298,7 @@ def test_the_smaller_model_is_the_full_model_without_the_units(pattern: str, fam
     folder = save(family, tmp_path / "model", **(EXPERTS[family] if pattern == "experts" else {}))
     checkpoint, found = Checkpoint(folder), removal_of(folder, pattern)
     grouped = (pattern, family) == ("experts", "deepseek_v3")
-    assert {units.groups for units in found.whole.values()} <= {2 if grouped else 1}
+    assert {units.groups for units in found.sets.values()} <= {2 if grouped else 1}
     removal = drawn(found)
     left = Checkpoint(write(Smaller(checkpoint, confirmed(checkpoint, removal)), tmp_path / "smaller"))
     small = AutoModelForCausalLM.from_pretrained(left.folder).eval()
@@ -530,7 +528,7 @@ def test_the_block_of_least_influence_goes_and_others_are_renumbered(project: An
     gone = min(range(4), key=scores.__getitem__)
     assert f"| removed blocks, counted from 0 | {gone} |" in (made.model("pruned") / "README.md").read_text("utf-8")
     nan = [read_stats(made.stats, block)._replace(influence=torch.tensor([torch.nan, 1])) for block in range(4)]
-    blocks = {"model.layers": Whole([[next(iter(block.readers.values()))[0]] for block in nan], 3)}
+    blocks = {"model.layers": Units(4, 3, members=[[next(iter(block.readers.values()))[0]] for block in nan])}
     with pytest.raises(UserError, match=r"layers.0.*: the score of its unit is not finite"):
         choose_units(blocks, dense.weight, nan, method=methods()["influence"])
     # As transformers computes it: hidden states before and after each block.

@@ -86,7 +86,12 @@ def measure(
     # The offset of each position's draw; each window has the same, so that no order of windows matters.
     offsets = torch.rand(len(tokens), generator=torch.Generator().manual_seed(0)).double()
     losses, parts, place = [], list[tuple[Tensor, ...]](), 0
-    for log_p, targets in log_probabilities(decoder, hidden, tokens):
+    tokens = tokens.to(decoder.device)
+    for positions, logits in decoder.logits(hidden, tokens):
+        targets = tokens[1:][positions.start : positions.stop]
+        if not len(targets):  # the last token predicts nothing
+            continue
+        log_p = logits[: len(targets)].float().log_softmax(-1)
         losses.append(torch.nn.functional.nll_loss(log_p, targets, reduction="sum"))
         for some, wanted in _slices(log_p, targets):
             own = slice(place, place + len(some))
@@ -98,17 +103,6 @@ def measure(
     columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
     loss = float(sum(torch.stack(losses).tolist())) / place
     return loss, Reference(*columns) if dense is None else _divergence(dense, columns)
-
-
-def log_probabilities(
-    decoder: Decoder, hidden: Float[Tensor, "1 length width"], tokens: Int[Tensor, " length"]
-) -> Iterator[tuple[Float32[Tensor, "chunk vocabulary"], Int[Tensor, " chunk"]]]:
-    """Yield the log-probabilities of all next tokens, and the text's own next tokens, by chunks of positions."""
-    tokens = tokens.to(decoder.device)
-    for positions, logits in decoder.logits(hidden, tokens):
-        targets = tokens[1:][positions.start : positions.stop]  # the last token predicts nothing
-        if len(targets):
-            yield logits[: len(targets)].float().log_softmax(-1), targets
 
 
 def _slices(log_p: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

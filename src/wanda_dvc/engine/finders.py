@@ -17,15 +17,16 @@ from torch import nn
 from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Checkpoint, reason
 from wanda_dvc.engine.removal import Cut, Field, Numbered, Removal, Stays, changed, probe, refused
-from wanda_dvc.engine.structure import Linear, build_empty, find_blocks, stored_linears, stored_parts
+from wanda_dvc.engine.structure import Linear, Part, build_empty, find_blocks, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.units import Units, Whole, stay_of
+from wanda_dvc.pruning.units import Units, stay_of
 
 TRIAL = 8  # the width of a trial for a field that the configuration leaves open
-CHOSEN = "num_experts_per_tok"  # of config.json, in every family with experts so far; used in a message
+# Of config.json, in every family with experts so far: how many a token uses, and the groups that routers choose from.
+CHOSEN, GROUPS = "num_experts_per_tok", "n_group"
 
 
-def _linears(model: nn.Module, parts: Mapping[str, Any]) -> list[dict[str, Linear]]:
+def _linears(model: nn.Module, parts: Mapping[str, list[Part]]) -> list[dict[str, Linear]]:
     """Return the linears of each block by stored name."""
     where, blocks = find_blocks(model)
     return [stored_linears(block, f"{where}.{index}.", parts.__getitem__) for index, block in enumerate(blocks)]
@@ -54,27 +55,114 @@ def _build(source: Checkpoint, structure: Structure, fields: Mapping[str, Any]) 
 # --- neurons and heads: inputs of a linear ---
 
 
+class _Dim(NamedTuple):
+    """A dimension of a stored tensor whose size follows a field of the configuration."""
+
+    size: int
+    number: int  # the field's value, or the value that null means
+    field: str
+
+
 def find_inputs(source: Checkpoint, structure: Structure, share: Fraction) -> Removal:
     """Return the neurons or heads of a model. A share that rounds to all units gives a removal without an effect."""
-    found, dims = _found(source, structure, share)
+    full = build_empty(source.config, source.config_name)
+    parts, text = stored_parts(full, source), source.config.get_text_config()
+    # Fields that stay in proportion to the number of units, and the size of a head, which stays.
+    others = {name: value for name in structure.scaled if (value := getattr(text, name, None))}
+    if others:
+        others["head_dim"] = getattr(text, "head_dim", None) or text.hidden_size // next(iter(others.values()))
+    dims = _dims(source, structure, full, parts, others)
+    linears = {name: linear for block in _linears(full, parts) for name, linear in block.items()}
+    sets: dict[str, Units] = {}  # by the module around the modules of the tensors; one linear reads each
+    fields: dict[str, Field] = {}
+    readers: dict[str, Cut] = {}
+    for (address, dim), (size, number, field) in dims.items():
+        fields.setdefault(field, Field(number, ()))
+        linear = linears.get(address.linear)
+        if linear is not None and dim == (0 if linear.transposed else 1):
+            name = _owner(address)
+            if name in sets:
+                raise refused(structure, source, f"several linears of {name} read them")
+            total = number if structure.grouped else size
+            stay = stay_of(number, share, structure.multiple)
+            sets[name] = Units(total, total * stay // number, (size // total,))
+            fields[field] = Field(number, (*fields[field].sets, name))
+            readers[address.linear] = Cut(address, dim, name, sets[name].layout)
+    for (address, dim), (size, *_) in dims.items():
+        if (name := _owner(address)) not in sets or size % sets[name].total or dim > 1:
+            raise refused(structure, source, f"no linear reads those of {address.tensor}")
+    for name, value in others.items():
+        fields[name] = Field(value, next(iter(fields.values())).sets if name in structure.scaled else ())
+    removal = Removal(structure=structure, sets=sets, fields=fields, readers=readers)
     try:  # some configurations require a width that is a multiple of the number of heads
-        _build(source, structure, found.changes)
+        _build(source, structure, removal.changes)
     except UserError:
         raise UserError(
-            f"sparsity: got {found.share:.4g}, with which transformers builds no model of {source.config_name} "
-            f"({found.changes}); set another sparsity"
+            f"sparsity: got {removal.share:.4g}, with which transformers builds no model of {source.config_name} "
+            f"({removal.changes}); set another sparsity"
         ) from None
-    several = any(size > sum(found.sets[name].layout) for name, size in dims.values())
-    # The places of a unit in a tensor with several of its parts: in several sections, or next to one another.
+    return _with_cuts(source, removal, {place: size for place, (size, *_) in dims.items()})
+
+
+def _dims(
+    source: Checkpoint, structure: Structure, full: nn.Module, parts: Mapping[str, list[Part]], others: dict[str, int]
+) -> dict[tuple[Address, int], _Dim]:
+    """Return the dimensions of stored tensors that follow the fields of a structure; `others` change with them."""
+    (where, _), text = find_blocks(full), source.config.get_text_config()
+    dims: dict[tuple[Address, int], _Dim] = {}
+    for field in structure.fields:
+        value = getattr(text, field, 0)
+        if value == 0:
+            continue
+        trial = TRIAL if value is None else value // 2 if isinstance(value, int) else 0
+        if not trial:
+            raise refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
+        scaled = {name: others[name] * trial // (value or 1) for name in structure.scaled if name in others}
+        other = _build(source, structure, {field: trial} | others | scaled)
+        for name, place, size, less in _differences(full, other):
+            if not name.startswith(f"{where}.") or name not in parts:
+                raise refused(structure, source, f"{field} also determines {name}")
+            number = trial * size // less if value is None else value
+            module = full.get_submodule(name.rpartition(".")[0])
+            experts = next((len(x) for x in module.parameters(recurse=False) if x.dim() == 3), 0)
+            for address, dim, own in _stored(parts[name], place, experts, source):
+                if (own * trial) % number:
+                    raise refused(structure, source, f"{address.tensor} has {own} places for {number} of {field}")
+                dims[address, dim] = _Dim(own, number, field)
+    if not dims:
+        looked = ", ".join(structure.fields)
+        raise refused(structure, source, f"its configuration has no number of them (looked for {looked})")
+    return dims
+
+
+def _stored(parts: list[Part], place: int, experts: int, source: Checkpoint) -> Iterator[tuple[Address, int, int]]:
+    """Yield the stored tensors of a parameter's dimension: the address, the dimension there, and its size."""
+    for part in parts:
+        shape = source.entries[part.address.tensor].shape
+        inside = part.expert is None and experts > 0 and shape[0] == experts
+        for expert in range(experts) if inside else (part.address.expert,):
+            dim = place - (inside or (experts > 0 and part.expert is not None))
+            yield Address(part.address.tensor, expert), dim, shape[dim + inside]
+
+
+def _with_cuts(source: Checkpoint, found: Removal, sizes: Mapping[tuple[Address, int], int]) -> Removal:
+    """Return a removal with the cuts of dimensions of these sizes, laid out so that the smaller model passes the probe.
+
+    The places of a unit in a tensor with several of its parts: in several sections, or next to one another.
+    """
+    places = {place: size // found.sets[_owner(place[0])].total for place, size in sizes.items()}
+    read = {address: sum(found.sets[_owner(address)].layout) for address, _ in places}
+    several = any(size > read[address] for (address, _), size in places.items())
+    problem = ""
     for sections in (True, False) if several else (True,):
         cuts = tuple(
-            Cut(address, dim, name, _sections(size, *found.sets[name].layout) if sections else (size,))
-            for (address, dim), (name, size) in dims.items()
+            Cut(address, dim, _owner(address), _sections(size, read[address]) if sections else (size,))
+            for (address, dim), size in places.items()
         )
         removal = replace(found, cuts=cuts)
         if not (problem := probe(source, removal.with_stays(_half(removal)))):
             return removal
-    raise refused(structure, source, problem)
+    raise refused(found.structure, source, problem)
 
 
 def _sections(size: int, read: int) -> tuple[int, ...]:
@@ -103,115 +191,9 @@ def _half(removal: Removal) -> Stays:
     return stays
 
 
-class _Dim(NamedTuple):
-    """A dimension of a stored tensor whose size follows a field of the configuration."""
-
-    size: int
-    number: int  # the field's value, or the value that null means
-    field: str
-
-
-Dims = dict[tuple[Address, int], tuple[str, int]]  # by stored tensor and dimension: the set, and places of a unit
-
-
-def _found(source: Checkpoint, structure: Structure, share: Fraction) -> tuple[Removal, Dims]:
-    """Return the removal without its cuts, and the dimensions to cut; their layout is not known yet."""
-    config = source.config
-    full = build_empty(config, source.config_name)
-    parts = stored_parts(full, source)
-    where, _ = find_blocks(full)
-    linears = {name: linear for block in _linears(full, parts) for name, linear in block.items()}
-    dims: dict[tuple[Address, int], _Dim] = {}
-    others = _others(structure, config.get_text_config())
-    for field in structure.fields:
-        value = getattr(config.get_text_config(), field, 0)
-        if value == 0:
-            continue
-        trial = TRIAL if value is None else value // 2 if isinstance(value, int) else 0
-        if not trial:
-            raise refused(structure, source, f"{field} is {value}, expected one number for all blocks, 2 or more")
-        scaled = {name: others[name] * trial // (value or 1) for name in structure.scaled if name in others}
-        other = _build(source, structure, {field: trial} | others | scaled)
-        for name, place, size, less in _differences(full, other):
-            if not name.startswith(f"{where}.") or name not in parts:
-                raise refused(structure, source, f"{field} also determines {name}")
-            number = trial * size // less if value is None else value
-            module = full.get_submodule(name.rpartition(".")[0])
-            experts = next((len(x) for x in module.parameters(recurse=False) if x.dim() == 3), 0)
-            for address, dim, own in _stored(parts[name], place, experts, source):
-                if (own * trial) % number:
-                    raise refused(structure, source, f"{address.tensor} has {own} places for {number} of {field}")
-                dims[address, dim] = _Dim(own, number, field)
-    if not dims:
-        looked = ", ".join(structure.fields)
-        raise refused(structure, source, f"its configuration has no number of them (looked for {looked})")
-    return _sorted(source, structure, share, dims, linears, others)
-
-
-def _stored(parts: list[Any], place: int, experts: int, source: Checkpoint) -> Iterator[tuple[Address, int, int]]:
-    """Yield the stored tensors of a parameter's dimension: the address, the dimension there, and its size."""
-    for part in parts:
-        inside = part.expert is None and experts and source.entries[part.address.tensor].shape[0] == experts
-        for expert in range(experts) if inside else (part.address.expert,):
-            dim = place - (bool(experts) and (bool(inside) or part.expert is not None))
-            shape = source.entries[part.address.tensor].shape
-            yield Address(part.address.tensor, expert), dim, shape[dim + bool(inside)]
-
-
-def _sorted(  # noqa: PLR0913, PLR0917 - the dimensions, and the model that they belong to
-    source: Checkpoint,
-    structure: Structure,
-    share: Fraction,
-    dims: Mapping[tuple[Address, int], _Dim],
-    linears: Mapping[str, Linear],
-    others: Mapping[str, int],
-) -> tuple[Removal, Dims]:
-    """Sort dimensions into sets of units, by the modules that they belong to; one linear reads each set."""
-    numbers = {found.field: found.number for found in dims.values()}
-    sets: dict[str, Units] = {}
-    sets_of: dict[str, list[str]] = {field: [] for field in numbers}
-    readers: dict[str, Cut] = {}
-    for (address, dim), (size, number, field) in dims.items():
-        linear = linears.get(address.linear)
-        if linear is not None and dim == (0 if linear.transposed else 1):
-            name = _owner(address)
-            if name in sets:
-                raise refused(structure, source, f"several linears of {name} read them")
-            total = number if structure.grouped else size
-            stay = stay_of(number, share, structure.multiple)
-            sets[name] = Units(total, total * stay // number, (size // total,))
-            sets_of[field].append(name)
-            readers[address.linear] = Cut(address, dim, name, sets[name].layout)
-    found = {}
-    for (address, dim), (size, *_) in dims.items():
-        name = _owner(address)
-        if name not in sets or size % sets[name].total or dim > 1:
-            raise refused(structure, source, f"no linear reads those of {address.tensor}")
-        found[address, dim] = name, size // sets[name].total
-    fields = {field: Field(number, tuple(sets_of[field])) for field, number in numbers.items()}
-    for name, value in others.items():
-        fields[name] = Field(value, next(iter(fields.values())).sets if name in structure.scaled else ())
-    removal = Removal(
-        structure=structure,
-        sets=sets,
-        fields=fields,
-        readers=readers,
-    )
-    return removal, found
-
-
 def _owner(address: Address) -> str:
     """Return the name of the module around the module of a tensor; an expert's has the expert's number."""
     return address.linear.removesuffix(".bias").rpartition(".")[0]
-
-
-def _others(structure: Structure, text: Any) -> dict[str, int]:
-    """Return the fields that stay in proportion to the number of units, and the size of a head, which stays."""
-    found = {name: value for name in structure.scaled if (value := getattr(text, name, None))}
-    if found:
-        heads = next(iter(found.values()))
-        found["head_dim"] = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return found
 
 
 # --- blocks ---
@@ -237,10 +219,9 @@ def find_block_units(source: Checkpoint, structure: Structure, share: Fraction) 
     stay = stay_of(total, share, structure.multiple)
     return Removal(
         structure=structure,
-        sets={where: Units(total, stay)},
+        sets={where: Units(total, stay, members=[[*names] for names in linears])},
         fields=fields,
         lists=block_lists(text, total),
-        whole={where: Whole([[*names] for names in linears], stay, sums=torch.float64)},
         numbered=numbered,
         close=1e-3,  # the same weights run: a block that depends on the number of blocks differs a little
     )
@@ -268,51 +249,27 @@ def confirmed(source: Checkpoint, removal: Removal) -> Removal:
 def find_experts(source: Checkpoint, structure: Structure, share: Fraction) -> Removal:
     """Return the routed experts of a model: the tensors whose size follows their number are theirs and the routers'.
 
-    If routers may choose from groups of experts, the probe says of how many; otherwise only `confirmed` probes. A share
-    that rounds to all experts gives a removal without an effect.
+    If routers choose from groups of experts, the same number stays in each group. A share that rounds to all experts
+    gives a removal without an effect. The probe needs to know which go: see `confirmed`.
     """
-    found, number, chosen = _found_experts(source, structure)
-    options, problem = _groups(source, number), ""
-    for groups in options:
-        stay = min(number, groups * max(1, round(number * (1 - share) / groups)))
-        if chosen is not None and stay < chosen:
-            raise UserError(
-                f"sparsity: {CHOSEN} is {chosen}, expected at most the {stay} experts that stay; set a lower sparsity"
-            )
-        removal = replace(
-            found,
-            sets={name: Units(number, stay) for name in found.sets},
-            whole={name: units._replace(stay=stay, groups=groups) for name, units in found.whole.items()},
-        )
-        # The last of each group stay: if routers choose from more groups, a smaller router has others.
-        size, kept = number // groups, (stay if stay < number else number - groups) // groups
-        stays = dict.fromkeys(found.sets, (torch.arange(size) >= size - kept).repeat(groups))
-        if len(options) == 1 or not (wrong := probe(source, removal.with_stays(stays))):
-            return removal
-        problem = problem or wrong
-    raise refused(structure, source, problem)
-
-
-def _groups(source: Checkpoint, number: int) -> list[int]:
-    """Return the possible numbers of groups that routers choose experts from: one, and fields of the configuration."""
-    text = source.config.get_text_config().to_dict()
-    return [1, *sorted({x for name, x in text.items() if "group" in name and type(x) is int and 1 < x < number})]
-
-
-def _found_experts(source: Checkpoint, structure: Structure) -> tuple[Removal, int, int | None]:
-    """Return the removal of no expert, their number, and how many a router chooses, if the configuration says it."""
-    config = source.config
-    full = build_empty(config, source.config_name)
-    parts = stored_parts(full, source)
-    content = config.get_text_config().to_dict()
-    fields = {name: x for name in structure.fields if type(x := content.get(name)) is int and x > 1}
-    if len(fields) != 1:
+    full = build_empty(source.config, source.config_name)
+    parts, content = stored_parts(full, source), source.config.get_text_config().to_dict()
+    numbers = {name: x for name in structure.fields if type(x := content.get(name)) is int and x > 1}
+    if len(numbers) != 1:
         looked = ", ".join(structure.fields)
-        several = f"has several numbers of them ({', '.join(fields)})" if fields else f"has none (looked for {looked})"
+        several = (
+            f"has several numbers of them ({', '.join(numbers)})" if numbers else f"has none (looked for {looked})"
+        )
         raise refused(structure, source, f"its configuration {several}")
-    ((field, number),) = fields.items()
+    ((field, number),) = numbers.items()
+    groups, chosen = content.get(GROUPS), content.get(CHOSEN)
+    groups = groups if type(groups) is int and 1 < groups < number and number % groups == 0 else 1
+    stay = min(number, groups * max(1, round(number * (1 - share) / groups)))
+    if type(chosen) is int and stay < chosen:
+        raise UserError(
+            f"sparsity: {CHOSEN} is {chosen}, expected at most the {stay} experts that stay; set a lower sparsity"
+        )
     set_of, follows, routers = _tensors_of_experts(source, structure, full, field, number)
-    mixtures = sorted(set(set_of.values()))
     cuts, numbered = [], {}
     for name, dim in follows.items():
         if name not in parts:
@@ -324,6 +281,7 @@ def _found_experts(source: Checkpoint, structure: Structure) -> tuple[Removal, i
             else:  # the last such number in its name is the expert's
                 head, _, tail = tensor.rpartition(f".{part.expert}.")
                 numbered[tensor] = Numbered(set_of[name], part.expert, f"{head}.", f".{tail}")
+    mixtures = sorted(set(set_of.values()))
     members = {mixture: [list[str]() for _ in range(number)] for mixture in mixtures}
     names = {id(module): name for name, module in full.named_modules()}
     for block in _linears(full, parts):
@@ -331,17 +289,14 @@ def _found_experts(source: Checkpoint, structure: Structure) -> tuple[Removal, i
             parameter = f"{names[id(linear.module)]}.{linear.leaf}"
             if linear.part.expert is not None and parameter in follows:
                 members[set_of[parameter]][linear.part.expert].append(name)
-    removal = Removal(
+    return Removal(
         structure=structure,
-        sets={mixture: Units(number, number) for mixture in mixtures},
+        sets={mixture: Units(number, stay, members=members[mixture], groups=groups) for mixture in mixtures},
         fields={field: Field(number, tuple(mixtures))},
-        whole={mixture: Whole(linears, number) for mixture, linears in members.items()},
         cuts=tuple(cuts),
         numbered=numbered,
         routers=routers,
     )
-    chosen = content.get(CHOSEN)
-    return removal, number, chosen if type(chosen) is int else None
 
 
 def _tensors_of_experts(

@@ -25,7 +25,7 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Row
 from wanda_dvc.engine.weights import set_parameter
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.units import Units, Whole, places, spread
+from wanda_dvc.pruning.units import Units, places, spread
 from wanda_dvc.reading import DTYPES, Entry
 
 TOKENS = 32  # of the probe
@@ -70,7 +70,6 @@ class Removal:
     fields: Mapping[str, Field]
     lists: Mapping[str, list[Any]] = field(default_factory=dict)  # fields with an entry for each unit of the only set
     readers: Mapping[str, Cut] = field(default_factory=dict)  # by linear: its inputs, which are units
-    whole: Mapping[str, Whole] = field(default_factory=dict)  # the sets of units that are complete linears
     cuts: tuple[Cut, ...] = ()  # of all tensors
     numbered: Mapping[str, Numbered] = field(default_factory=dict)  # by stored name
     routers: tuple[str, ...] = ()  # the model's parameters and buffers by which experts are chosen
@@ -106,8 +105,7 @@ class Removal:
         after = self.changes
         numbers = [f"{name} from {one.before} to {after[name]}" for name, one in self.fields.items() if one.sets]
         text = f"pattern {self.structure.name}: {', '.join(numbers)}"
-        groups = max((units.groups for units in self.whole.values()), default=1)
-        if groups > 1:
+        if (groups := max(units.groups for units in self.sets.values())) > 1:
             text += f", the same number from each of {groups} groups"
         if abs(self.share - share) > 1e-9:
             text += f"; rounded: {self.share:.4g} instead of {float(share):g}"
@@ -133,7 +131,7 @@ class Removal:
         """The set and the unit of each linear that belongs to a unit."""
         return {
             linear: (name, unit)
-            for name, units in self.whole.items()
+            for name, units in self.sets.items()
             for unit, linears in enumerate(units.members)
             for linear in linears
         }
@@ -282,7 +280,7 @@ def probe(source: Checkpoint, removal: Removal) -> str:
         hidden = full.embed(row)
         full.calls(row)  # it runs the first block now; later it may be in use
         where = full.weights.blocks_name
-        by_block = where in removal.whole
+        by_block = where in removal.sets
         kept = removal.stays[where].nonzero()[:, 0].tolist() if by_block else range(len(full.blocks))
         wanted = []
         for new in range(len(kept)) if by_block else full.one_of_each_kind:

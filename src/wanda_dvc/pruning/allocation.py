@@ -44,8 +44,7 @@ def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocati
     """
     if strength is None:
         return [share] * count
-    parts: list[list[str]] = []  # the linears of each
-    groups: list[list[tuple[int, int]]] = []  # of each part's linears
+    parts: list[dict[str, tuple[int, int]]] = []  # the competing groups of each part's linears: number and size
     ratings: list[object] = []
     ends: list[int] = []  # the parts up to each block's end
     for measured in blocks:
@@ -54,19 +53,17 @@ def allocate(  # noqa: PLR0913 - the statistics, and the settings of an allocati
             for name in names:
                 number, features = weights(name).numel(), len(measured.inputs[source].sum)
                 linears[name] = (number // features, features) if group == "row" else (1, number)
-        own = [[name] for name in linears] if allocation.by_linear else [list(linears)]
-        parts += own
-        groups += [[linears[name] for name in part] for part in own]
+        parts += [{name: groups} for name, groups in linears.items()] if allocation.by_linear else [linears]
         ends.append(len(parts))
         rated = function_of(allocation.rating)(weights, measured)
         ratings += rated if allocation.by_linear else [rated]
-    sizes = [sum(number * size for number, size in linears) for linears in groups]
+    groups = [list(part.values()) for part in parts]
+    sizes = [sum(number * size for number, size in part) for part in groups]
     shares = settle(function_of(allocation.function)(share, sizes, ratings, strength), share, groups)
     if not allocation.by_linear:
         return shares
-    return [
-        {parts[part][0]: shares[part] for part in range(begin, end)} for begin, end in itertools.pairwise([0, *ends])
-    ]
+    of_linears = [(linear, share) for part, share in zip(parts, shares, strict=True) for linear in part]
+    return [dict(of_linears[begin:end]) for begin, end in itertools.pairwise([0, *ends])]
 
 
 def outlier_rating(weights: Callable[[str], Tensor], block: BlockStats) -> float:
@@ -113,7 +110,9 @@ def owl(sparsity: Fraction, sizes: Sequence[int], outliers: Sequence[float], spr
 
     The kept fraction is (D − min D) / (max D − min D) · 2λ, shifted; D is each block's `outlier_ratio`, λ the spread.
     """
-    return _spread([-ratio for ratio in outliers], 2 * spread, sparsity, sizes)
+    most = max(outliers)
+    scale = 2 * spread / (most - min(outliers)) if most > min(outliers) else 0.0
+    return shift([Fraction(round((most - ratio) * scale * DIGITS), DIGITS) for ratio in outliers], sparsity, sizes)
 
 
 def sensitivity(
@@ -210,13 +209,6 @@ def settle(
         low, high = (middle, high) if off(middle) < 0 else (low, middle)
     constant = min((low, high), key=lambda one: abs(off(one)))
     return [min(share + constant, Fraction(1)) for share in shares]
-
-
-def _spread(values: Sequence[float], width: float, sparsity: Fraction, sizes: Sequence[int]) -> list[Fraction]:
-    """Return shares that rise with the values, `width` from least to greatest; equal values give equal shares."""
-    low, high = min(values), max(values)
-    scale = width / (high - low) if high > low else 0.0
-    return shift([Fraction(round((value - low) * scale * DIGITS), DIGITS) for value in values], sparsity, sizes)
 
 
 def _mean(shares: Sequence[Fraction], sizes: Sequence[int]) -> Fraction:

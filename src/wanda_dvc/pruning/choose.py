@@ -1,11 +1,11 @@
 """Compute a block's masks, and the new values of the kept weights, from weights and statistics."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,7 +17,7 @@ from wanda_dvc.pruning.gram import Gram, layer_errors
 from wanda_dvc.pruning.selection import keep_by_share, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats
-from wanda_dvc.pruning.units import Units, Whole, cheapest, highest, spread, summed
+from wanda_dvc.pruning.units import Units, cheapest, highest, spread, summed
 
 # Rows are scored in slices of about so many weights, which bounds memory. Smaller ones are slower: the threads wait for
 # the interpreter.
@@ -30,9 +30,9 @@ Weights = Callable[[str], Tensor]  # reads a linear's weight, as stored
 # --- masks ---
 
 
-def choose_by_score(  # noqa: PLR0913 - the linear, its statistics, and how its mask is chosen
+def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is chosen
     weight: Float[Tensor, "out in"],
-    x: InputStats,
+    given: InputStats | Prepared,
     *,
     method: Method,
     share: Fraction,
@@ -42,16 +42,25 @@ def choose_by_score(  # noqa: PLR0913 - the linear, its statistics, and how its 
     worth: Float[Tensor, " out"] | None = None,
     name: str = "weight",
 ) -> Bool[Tensor, "out in"]:
-    """Return `keep` for one linear, on the weight's device, by its scores.
+    """Return `keep` for one linear: by the scores of its weights, on their device, or by a solver, on its matrix's.
 
-    `share` of the weights go, at places that `pattern` and `group` allow; with `units`, the inputs of some units go.
-    `worth` multiplies the scores of each row. Messages use `name`. Where rows do not compete, the host takes a slice of
-    rows at a time: memory does not grow with the linear. UserError where a score is not finite, or the share is out of
-    reach.
+    `given` are the statistics of the linear's input, or for a solver its Gram matrix. `share` of the weights go, at
+    places that `pattern` and `group` allow; with `units`, the inputs of some units go. `worth` multiplies the scores
+    of each row. Messages use `name`. Where rows do not compete, the host scores a slice of rows at a time: memory does
+    not grow with the linear. UserError where a score is not finite, or the share is out of reach.
     """
+    if isinstance(given, Prepared):
+        weight = weight.to(given.gram.device)
+        if worth is not None:  # a row's problem is the same at every scale
+            weight = weight.float() * worth.to(weight.device)[:, None]
+        if units:
+            return spread(cheapest(weight, given, units), units).expand(weight.shape)
+        among = "row" if group == "row" else "linear"  # solvers ignore the row weights
+        solved: Solved = function_of(method.function)(weight, given, share=share, pattern=pattern, group=among)
+        return solved.keep
     score = function_of(method.function)
     by_row = method.selects_by_row(pattern, group) and not units and weight.device.type == "cpu"
-    x = x.to(weight.device)
+    x = given.to(weight.device)
     rows_at_a_time = max(1, WEIGHTS_AT_A_TIME // weight.shape[1]) if by_row else len(weight)
     keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     for rows, into in zip(weight.split(rows_at_a_time), keep.split(rows_at_a_time), strict=True):
@@ -68,28 +77,6 @@ def choose_by_score(  # noqa: PLR0913 - the linear, its statistics, and how its 
         else:
             into.copy_(select(scored, share=share, pattern=pattern, group=group))
     return keep
-
-
-def choose_by_solver(  # noqa: PLR0913 - the linear, its statistics, and how its mask is chosen
-    weight: Float[Tensor, "out in"],
-    prepared: Prepared,
-    *,
-    method: Method,
-    share: Fraction,
-    pattern: str = "unstructured",
-    group: str = "row",
-    units: Units | None = None,
-    worth: Float[Tensor, " out"] | None = None,
-) -> Bool[Tensor, "out in"]:
-    """Return `keep` for one linear, on the device of its Gram matrix, by a solver; other arguments as by scores."""
-    weight = weight.to(prepared.gram.device)
-    if worth is not None:  # a row's problem is the same at every scale
-        weight = weight.float() * worth.to(weight.device)[:, None]
-    if units:
-        return spread(cheapest(weight, prepared, units), units).expand(weight.shape)
-    among = "row" if group == "row" else "linear"  # solvers ignore the row weights
-    solved: Solved = function_of(method.function)(weight, prepared, share=share, pattern=pattern, group=among)
-    return solved.keep
 
 
 def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks are chosen
@@ -118,20 +105,21 @@ def choose_block(  # noqa: PLR0913 - the weights, the statistics, and how masks 
         weight, across = weights(name), name in block.transposed
         if keeps_all(name, pattern, units):
             return torch.ones(weight.shape, dtype=torch.bool)
-        words: dict[str, Any] = {
-            "method": method,
-            "share": share[name] if isinstance(share, Mapping) else share,
-            "pattern": pattern,
-            "group": group,
-            "units": units.get(name) if units else None,
-            "worth": row_worth(block.fisher[name]) if weighs and name in block.fisher else None,
-        }
-        if isinstance(given, InputStats):
-            weight = oriented(weight if device is None else weight.to(device), across)
-            return oriented(choose_by_score(weight, given, name=name, **words), across).contiguous()
+        if isinstance(given, InputStats) and device is not None:
+            weight = weight.to(device)
         weight = oriented(weight, across)
-        given = given or prepare(Gram.empty(weight.shape[1]), name)  # an expert without tokens
-        return oriented(choose_by_solver(weight, given, **words), across).contiguous()
+        kept = choose(
+            weight,
+            given or prepare(Gram.empty(weight.shape[1]), name),  # an expert without tokens
+            method=method,
+            share=share[name] if isinstance(share, Mapping) else share,
+            pattern=pattern,
+            group=group,
+            units=units.get(name) if units else None,
+            worth=row_worth(block.fisher[name]) if weighs and name in block.fisher else None,
+            name=name,
+        )
+        return oriented(kept, across).contiguous()
 
     if method.needs == "gram":
         return {name: keep(name, prepared) for name, prepared in prepared_linears(block.readers, grams or {})}
@@ -156,7 +144,7 @@ def row_worth(fisher: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
 
 
 def choose_units(
-    sets: Mapping[str, Whole],
+    sets: Mapping[str, Units],
     weights: Weights,
     blocks: Iterable[BlockStats],
     *,
@@ -165,37 +153,45 @@ def choose_units(
 ) -> dict[str, Bool[Tensor, " units"]]:
     """Return the units of each set that stay: those with the highest scores; of ties the first goes.
 
-    Without a score of units, a unit's is the sum of its weights' scores. `weights` reads a linear's stored weight.
-    UserError if a score is not finite, or the outputs of experts were not recorded.
+    The units are complete linears: blocks or experts. Without a score of units, a unit's is the sum of its weights'
+    scores. `weights` reads a linear's stored weight. UserError if a score is not finite, or the outputs of experts were
+    not recorded.
     """
     scores: dict[str, list[float]] = {name: [] for name in sets}
+    score = function_of(method.function)
     for block in blocks:
-        sources = {name: source for source, names in block.readers.items() for name in names}
+        inputs = {name: block.inputs[source] for source, names in block.readers.items() for name in names}
         for name, units in sets.items():
             for linears in units.members:
-                if linears[0] not in sources:  # of another block
+                if linears[0] not in inputs:  # of another block
                     continue
                 if method.competition == "blocks":
-                    score = function_of(method.function)(block)
+                    found = score(block)
                 elif method.competition == "experts":
-                    score = function_of(method.function)(_outputs(block, linears, sources, method))
+                    found = score(_outputs(block, linears, inputs, method))
                 else:
-                    score = _summed(weights, block, linears, sources, method, units.sums, device)
-                if not math.isfinite(score):
+                    found = 0.0
+                    for linear in linears:
+                        weight = weights(linear) if device is None else weights(linear).to(device)
+                        weight = oriented(weight, linear in block.transposed)
+                        found += score(weight, inputs[linear].to(weight.device)).sum(dtype=torch.float64).item()
+                if not math.isfinite(found):
                     raise UserError(
                         f"{linears[0]}: the score of its unit is not finite; its weights or activations overflow"
                     )
-                scores[name].append(score)
+                scores[name].append(found)
     stays = {}
     for name, units in sets.items():
-        parts = torch.tensor(scores[name], dtype=units.sums).chunk(units.groups)
+        parts = torch.tensor(scores[name], dtype=torch.float64).chunk(units.groups)
         stays[name] = torch.cat([highest(part, units.stay // units.groups) for part in parts])
     return stays
 
 
-def _outputs(block: BlockStats, linears: list[str], sources: Mapping[str, str], method: Method) -> OutputStats:
+def _outputs(
+    block: BlockStats, linears: Sequence[str], inputs: Mapping[str, InputStats], method: Method
+) -> OutputStats:
     """Return the sums over the outputs of one expert. UserError if they do not cover all of its tokens."""
-    tokens = max(block.inputs[sources[name]].count for name in linears)
+    tokens = max(inputs[name].count for name in linears)
     found = [block.outputs[name] for name in linears if name in block.outputs]
     outputs = found[0] if found else OutputStats(torch.zeros((), dtype=torch.float64), 0)
     if outputs.count != tokens or len(found) > 1:
@@ -204,24 +200,6 @@ def _outputs(block: BlockStats, linears: list[str], sources: Mapping[str, str], 
             f"for {tokens} tokens, expected one for each; set method=wanda"
         )
     return outputs
-
-
-def _summed(  # noqa: PLR0913, PLR0917 - the unit, its statistics, and how weights are scored
-    weights: Weights,
-    block: BlockStats,
-    linears: list[str],
-    sources: Mapping[str, str],
-    method: Method,
-    sums: torch.dtype,
-    device: torch.device | None,
-) -> float:
-    """Return the sum of the scores of a unit's weights."""
-    total, score = 0.0, function_of(method.function)
-    for name in linears:
-        weight = oriented(weights(name), name in block.transposed)
-        weight = weight if device is None else weight.to(device)
-        total += float(score(weight, block.inputs[sources[name]].to(weight.device)).sum(dtype=sums))
-    return total
 
 
 # --- new values of kept weights ---

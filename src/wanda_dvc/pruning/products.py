@@ -32,7 +32,10 @@ def takes(a: Tensor, b: Tensor) -> bool:
 
 def onednn(a: Tensor, b: Tensor) -> Tensor:
     """Return a · b of two matrices in float32; autograd works."""
-    return _product(a, b.T)
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        made: Tensor = _Differentiable.apply(a, b.T)
+        return made
+    return _linear(a, b.T)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ class Linear(nn.Linear):
         if not _fits(x, weight):
             return nn.functional.linear(x, weight, bias)
         if torch.is_grad_enabled():
-            made = _product(x, weight)
+            made = onednn(x, weight.T)
             return made if bias is None else made + bias
         return _linear(x, weight, bias)
 
@@ -82,13 +85,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight = weight.contiguous()
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return made
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        made: Tensor = _Differentiable.apply(x, weight)
-        return made
-    return _linear(x, weight)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -25,6 +25,9 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.products import add_product, multiply
 from wanda_dvc.pruning.selection import keep_highest, keep_n_of_m, removed, select
 
+Weight = Float[Tensor, "out in"]
+Keep = Bool[Tensor, "out in"]  # True stays
+Square = Float[Tensor, "in in"]
 ROWS_AT_A_TIME = 256  # a slice fits a core's cache; accelerators take larger slices
 RAISE, FIRST_RAISE = 10, 1e-4  # growth factor of damping until G is positive definite, and the first value after 0
 MOST_DAMPING = 1e6
@@ -35,7 +38,7 @@ PANEL = 128  # rows of G that LAPACK factors at a time
 class Factor:
     """A factor or inverse of a Gram matrix, and the damping that made it possible."""
 
-    matrix: Float[Tensor, "in in"]
+    matrix: Square
     scale: Float[Tensor, " in"]
     damping: float  # of the mean of G's diagonal
     raised: bool  # whether it is above the requested damping
@@ -48,7 +51,7 @@ class Prepared:
     uncorrelated with them. Its weights are pruned first; kept ones do not change.
     """
 
-    def __init__(self, gram: Float[Tensor, "in in"], name: str = "Gram matrix") -> None:
+    def __init__(self, gram: Square, name: str = "Gram matrix") -> None:
         """Prepare XᵀX, symmetric; `name` is for messages. UserError where a value is not finite."""
         if not gram.isfinite().all():
             raise UserError(f"{name}: values that are not finite, expected sums of squares; the activations overflow")
@@ -107,8 +110,8 @@ class Prepared:
 class Solved:
     """A linear's mask and weights, and solver diagnostics."""
 
-    keep: Bool[Tensor, "out in"]
-    weight: Float[Tensor, "out in"]  # zero off the mask
+    keep: Keep
+    weight: Weight  # zero off the mask
     unchanged: int  # rows that keep their start, because the solver's error is not lower
     dead: int  # features that no token excites
     damping: float  # that was used
@@ -122,14 +125,7 @@ class Solved:
         return {name: value for name, value in diagnostics.items() if value is not None}
 
 
-def least_squares(
-    weight: Float[Tensor, "out in"],
-    keep: Bool[Tensor, "out in"],
-    prepared: Prepared,
-    *,
-    steps: int = 10,
-    damping: float = 0.01,
-) -> Solved:
+def least_squares(weight: Weight, keep: Keep, prepared: Prepared, *, steps: int = 10, damping: float = 0.01) -> Solved:
     """Return weights V on a mask with a small tr((W−V)(G+λI)(W−V)ᵀ), λ = damping · mean diagonal of G.
 
     Conjugate gradients for all rows at once with Jacobi's preconditioner, from the masked dense weights.
@@ -147,8 +143,8 @@ def least_squares(
 
 
 def fisher_least_squares(  # noqa: PLR0913 - the problem, and constants of the method
-    weight: Float[Tensor, "out in"],
-    keep: Bool[Tensor, "out in"],
+    weight: Weight,
+    keep: Keep,
     prepared: Prepared,
     gradients: Float[Tensor, "out out"] | None,
     *,
@@ -191,13 +187,7 @@ def fisher_least_squares(  # noqa: PLR0913 - the problem, and constants of the m
     return replace(plain, weight=found, unchanged=unchanged, part=part)
 
 
-def _part_of_the_way(
-    dense: Float[Tensor, "out in"],
-    masked: Float[Tensor, "out in"],
-    start: Float[Tensor, "out in"],
-    change: Float[Tensor, "out in"],
-    prepared: Prepared,
-) -> float:
+def _part_of_the_way(dense: Weight, masked: Weight, start: Weight, change: Weight, prepared: Prepared) -> float:
     """Return the largest step, up to 1, from `start` along a change; tr(ΔGΔᵀ) does not exceed `masked`'s."""
     toward = multiply(change, prepared.gram)
     square, along = _of_all(toward * change).item(), _of_all(toward * (dense - start)).item()
@@ -206,44 +196,26 @@ def _part_of_the_way(
 
 
 def sparsegpt(  # noqa: PLR0913 - the target, and constants of the method
-    weight: Float[Tensor, "out in"],
+    weight: Weight,
     prepared: Prepared,
-    *,
-    share: Fraction,
-    pattern: str = "unstructured",
-    group: str = "row",
-    damping: float = 0.01,
-    block: int = 128,
-) -> Solved:
-    """Return SparseGPT's mask and weights. Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
-
-    In blocks of 128 inputs, the weights with the lowest W²/U_jj² are pruned. Then, input by input, the inputs to the
-    right compensate for the error. Weights compete within the block's part of a row, or in all rows of the block where
-    `group` is `linear`, as in the paper; the count up to each block's end is exact. With n:m they compete within m
-    neighbours, when the sweep reaches the first; a block is then the largest multiple of m up to 128, at least m.
-
-    Deviations: exact counts instead of a threshold with its ties; kept weights of dead features are not zeroed.
-    """
-    return _sweep(weight, prepared, None, share=share, pattern=pattern, group=group, damping=damping, block=block)
-
-
-def sparsegpt_update(weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"], prepared: Prepared) -> Solved:
-    """Return the weights of SparseGPT's sweep on a given mask; on SparseGPT's own mask, SparseGPT's weights."""
-    return _sweep(weight, prepared, keep)
-
-
-def _sweep(  # noqa: PLR0913 - a mask or its target, and constants of the method
-    weight: Float[Tensor, "out in"],
-    prepared: Prepared,
-    given: Bool[Tensor, "out in"] | None,
     *,
     share: Fraction = Fraction(0),
     pattern: str = "unstructured",
     group: str = "row",
     damping: float = 0.01,
     block: int = 128,
+    given: Keep | None = None,
 ) -> Solved:
-    """Sweep over the inputs as `sparsegpt` does; use the given mask, or choose one on the way."""
+    """Return SparseGPT's mask and weights. Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1.
+
+    In blocks of 128 inputs, the weights with the lowest W²/U_jj² are pruned. Then, input by input, the inputs to the
+    right compensate for the error. Weights compete within the block's part of a row, or in all rows of the block where
+    `group` is `linear`, as in the paper; the count up to each block's end is exact. With n:m they compete within m
+    neighbours, when the sweep reaches the first; a block is then the largest multiple of m up to 128, at least m. A
+    `given` mask is used as it is.
+
+    Deviations: exact counts instead of a threshold with its ties; kept weights of dead features are not zeroed.
+    """
     factor = prepared.inverse_root(damping)
     n_of_m = parse_pattern(pattern)
     block = max(1, block // n_of_m[1]) * n_of_m[1] if n_of_m else block
@@ -271,6 +243,11 @@ def _sweep(  # noqa: PLR0913 - a mask or its target, and constants of the method
     return _choose(weight, prepared, factor, solve, together=not n_of_m and group != "row")
 
 
+def sparsegpt_update(weight: Weight, keep: Keep, prepared: Prepared) -> Solved:
+    """Return the weights of SparseGPT's sweep on a given mask; on SparseGPT's own mask, SparseGPT's weights."""
+    return sparsegpt(weight, prepared, given=keep)
+
+
 def _keep_in_block(
     score: Float[Tensor, "out block"], begin: int, end: int, share: Fraction, group: str
 ) -> Bool[Tensor, "out block"]:
@@ -282,7 +259,7 @@ def _keep_in_block(
 
 
 def admm(  # noqa: PLR0913 - the target, and constants of the method
-    weight: Float[Tensor, "out in"],
+    weight: Weight,
     prepared: Prepared,
     *,
     share: Fraction,
@@ -321,9 +298,7 @@ def admm(  # noqa: PLR0913 - the target, and constants of the method
     return _choose(weight, prepared, factor, solve, together=pattern == "unstructured" and group != "row")
 
 
-def _keep_part(
-    score: Float[Tensor, "out in"], part: Fraction, share: Fraction, pattern: str, group: str
-) -> Bool[Tensor, "out in"]:
+def _keep_part(score: Weight, part: Fraction, share: Fraction, pattern: str, group: str) -> Keep:
     """Return the mask with `part` of the pruned weights removed."""
     if n_of_m := parse_pattern(pattern):
         score = score.masked_fill(keep_n_of_m(score, *n_of_m), torch.inf)
@@ -332,13 +307,8 @@ def _keep_part(
 
 
 def corrected_target(
-    weight: Float[Tensor, "out in"],
-    prepared: Prepared,
-    cross: Float[Tensor, "in in"],
-    *,
-    strength: float = 1.0,
-    damping: float = 0.01,
-) -> Float[Tensor, "out in"]:
+    weight: Weight, prepared: Prepared, cross: Square, *, strength: float = 1.0, damping: float = 0.01
+) -> Weight:
     """Return target weights for a solver: with them, pruned inputs give the dense outputs.
 
     W̃ = W + αW(C − G)(G + λI)⁻¹, with G of the pruned inputs, C = X_denseᵀ X_pruned over the same tokens, α the
@@ -351,7 +321,7 @@ def corrected_target(
     return weight + strength * (off @ factor.matrix.T @ factor.matrix)
 
 
-def _cholesky(matrix: Float[Tensor, "in in"], damping: float, unit: float) -> tuple[Float[Tensor, "in in"], float]:
+def _cholesky(matrix: Square, damping: float, unit: float) -> tuple[Square, float]:
     """Return the lower factor of matrix + damping · unit · I, and the damping, raised until the factor exists.
 
     UserError where damping a million times the diagonal does not help.
@@ -366,7 +336,7 @@ def _cholesky(matrix: Float[Tensor, "in in"], damping: float, unit: float) -> tu
     raise UserError("Gram matrix: no factor at any damping, expected sums of squares; calibrate again")
 
 
-def _lower(matrix: Float[Tensor, "in in"]) -> Float[Tensor, "in in"] | None:
+def _lower(matrix: Square) -> Square | None:
     """Return L with LLᵀ = matrix, which is overwritten; None where it is not positive definite."""
     for begin, end in _panels(matrix):
         panel, before = matrix[begin:, begin:end], matrix[begin:, :begin]
@@ -382,7 +352,7 @@ def _lower(matrix: Float[Tensor, "in in"]) -> Float[Tensor, "in in"] | None:
     return matrix.tril_()
 
 
-def _inverse_of_lower(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+def _inverse_of_lower(lower: Square) -> Square:
     """Return L⁻¹."""
     inverse = torch.zeros_like(lower)
     for begin, end in _panels(lower):
@@ -396,7 +366,7 @@ def _inverse_of_lower(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     return inverse
 
 
-def _squared(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+def _squared(lower: Square) -> Square:
     """Return LᵀL."""
     square = torch.empty_like(lower)
     for begin, end in _panels(lower):
@@ -406,7 +376,7 @@ def _squared(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     return square
 
 
-def _panels(matrix: Float[Tensor, "in in"]) -> Iterator[tuple[int, int]]:
+def _panels(matrix: Square) -> Iterator[tuple[int, int]]:
     """Yield the bounds of each panel; on an accelerator one panel covers all."""
     size = PANEL if matrix.device.type == "cpu" else len(matrix)
     return ((begin, min(begin + size, len(matrix))) for begin in range(0, len(matrix), size))
@@ -423,13 +393,13 @@ def _one_thread() -> Iterator[None]:
 
 
 def _conjugate_gradients(  # noqa: PLR0913, PLR0917 - the problem, and how it is solved
-    dense: Float[Tensor, "out in"],
-    keep: Bool[Tensor, "out in"],
-    start: Float[Tensor, "out in"],
+    dense: Weight,
+    keep: Keep,
+    start: Weight,
     product: Callable[[Tensor], Tensor],
     total: Callable[[Tensor], Tensor],
     steps: int,
-) -> Float[Tensor, "out in"]:
+) -> Weight:
     """Minimize Σ (W−V) · A(W−V) on the mask, from `start`, and return V; `product` is the symmetric A.
 
     `total` sums over each independent problem: `_by_row` over each row, `_of_all` over the linear.
@@ -448,14 +418,14 @@ def _conjugate_gradients(  # noqa: PLR0913, PLR0917 - the problem, and how it is
     return v
 
 
-def factor_inverse(matrix: Float[Tensor, "in in"], damping: float, unit: float) -> tuple[Float[Tensor, "in in"], float]:
+def factor_inverse(matrix: Square, damping: float, unit: float) -> tuple[Square, float]:
     """Return (matrix + damping · unit · I)⁻¹, and the damping, raised until the matrix is positive definite."""
     lower, used = _cholesky(matrix, damping, unit)
     return _squared(_inverse_of_lower(lower)), used
 
 
 def _choose(
-    weight: Float[Tensor, "out in"],
+    weight: Weight,
     prepared: Prepared,
     factor: Factor,
     solve: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
@@ -473,37 +443,29 @@ def _choose(
     return Solved(keep, solved, unchanged, int(prepared.dead.sum()), factor.damping, factor.raised)
 
 
-def settle_rows(
-    dense: Float[Tensor, "out in"],
-    start: Float[Tensor, "out in"],
-    found: Float[Tensor, "out in"],
-    prepared: Prepared,
-    into: Float[Tensor, "out in"],
-) -> int:
+def settle_rows(dense: Weight, start: Weight, found: Weight, prepared: Prepared, into: Weight) -> int:
     """Write the solved rows, or `start` where their error is not lower; return the number of rows at `start`."""
     lower = _gain(dense, start, found, prepared) < 0
     into.copy_(torch.where(lower, found, start))
     return int((~lower).sum())
 
 
-def _gain(
-    dense: Float[Tensor, "out in"], start: Float[Tensor, "out in"], found: Float[Tensor, "out in"], prepared: Prepared
-) -> Float[Tensor, "out 1"]:
+def _gain(dense: Weight, start: Weight, found: Weight, prepared: Prepared) -> Float[Tensor, "out 1"]:
     """Return each row's tr(ΔGΔᵀ) minus the tr(ΔGΔᵀ) of `start`."""
     # The difference of two errors in one product, so that no digits cancel: dGdᵀ − eGeᵀ = (d − e)G(d + e)ᵀ.
     return multiply(start - found, prepared.gram).mul_(2 * dense - start - found).sum(dim=1, keepdim=True)
 
 
-def _by_row(x: Float[Tensor, "out in"]) -> Float[Tensor, "out 1"]:
+def _by_row(x: Weight) -> Float[Tensor, "out 1"]:
     return x.sum(dim=1, keepdim=True)
 
 
-def _of_all(x: Float[Tensor, "out in"]) -> Float64[Tensor, ""]:
+def _of_all(x: Weight) -> Float64[Tensor, ""]:
     """Return the sum, row by row, in an order independent of the number of threads."""
     return x.sum(dim=1).double().sum()
 
 
-def _slices(weight: Float[Tensor, "out in"], together: bool = False) -> Iterator[slice]:
+def _slices(weight: Weight, together: bool = False) -> Iterator[slice]:
     rows = len(weight)
     size = rows if together else ROWS_AT_A_TIME * (1 if weight.device.type == "cpu" else 64)
     return (slice(begin, begin + size) for begin in range(0, rows, size))

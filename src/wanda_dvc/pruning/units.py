@@ -5,6 +5,7 @@ neighbouring inputs of attention's last linear. Without its inputs a unit has no
 can go too.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -20,20 +21,13 @@ SIXTEENTH = 16  # a rounded width differs from the exact one by at most half of 
 
 
 class Units(NamedTuple):
-    """The units that a linear reads, and how many stay."""
+    """A set of units, and how many stay: inputs of the linear that reads them, or complete linears."""
 
     total: int
     stay: int
     layout: tuple[int, ...] = (1,)  # inputs of a unit in each section of the inputs: units follow one another in it
-
-
-class Whole(NamedTuple):
-    """A set of units that are complete linears: all blocks, or the experts that one router chooses from."""
-
-    members: list[list[str]]  # the linears of each unit
-    stay: int
+    members: Sequence[Sequence[str]] = ()  # the linears of each unit: a block's, or an expert's; (): units are inputs
     groups: int = 1  # of neighbouring units: the same number stays in each
-    sums: torch.dtype = torch.float32  # of the scores of a linear's weights
 
 
 def stay_of(width: int, share: Fraction, multiple: int) -> int:

@@ -180,11 +180,11 @@ def with_chosen_units(
     device: torch.device | None = None,
 ) -> "Removal":
     """Return a removal of complete linears with the units that stay, and any other removal as it is."""
-    if not removal.whole:
+    if removal.readers:
         return removal
     from wanda_dvc.engine.finders import confirmed
 
-    stays = choose_units(removal.whole, source.weight, blocks, method=plan.method, device=device)
+    stays = choose_units(removal.sets, source.weight, blocks, method=plan.method, device=device)
     return confirmed(source, removal.with_stays(stays))
 
 
