@@ -15,11 +15,9 @@ from test_report import write_results
 import wanda_dvc as wd
 from wanda_dvc.errors import UserError
 from wanda_dvc.results import listing
-from wanda_dvc.results.listing import experiments
+from wanda_dvc.results.listing import Kind, State, _metrics, _settings, experiments
+from wanda_dvc.results.measures import Results
 from wanda_dvc.results.show import show
-from wanda_dvc.results.states import Kind, State, _metrics, _settings
-from wanda_dvc.stages.runs import Runs
-from wanda_dvc.study import dvc
 from wanda_dvc.study.project import Project
 
 pytestmark = pytest.mark.pipeline
@@ -32,7 +30,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     repository = Repository.new(root, root)
     write_results(root, "wanda", 0.5, 2.5, 20)
     repository.save("main")
-    write_results(root, "magnitude", 0.5, 3.5, 4)
+    write_results(root, "magnitude-rows", 0.5, 3.5, 4)
     repository.save("middling")
     repository.run("git", "checkout", "--", ".")
     repository.run("dvc", "checkout", "--force")
@@ -60,7 +58,7 @@ def test_each_experiment_has_its_state_and_only_its_own_numbers(repository: Repo
     assert {name: record["change"] for name, record in found.items()} == {
         "workspace": {},
         "main": {},
-        "middling": {"method": "magnitude"},
+        "middling": {"recipe": "magnitude-rows"},
         "broken": {"pattern": "1:4"},
         "waiting": {"sparsity": 0.3},
     }
@@ -106,7 +104,7 @@ def test_results_are_flat_records_with_the_same_keys(repository: Repository):
         assert (record["pruned.acc.piqa"] is None) == ("acc" not in pruned)
         assert record["sparsity"] == (0.3 if name == "waiting" else 0.5)
         assert record["calibration.windows"] > 0
-    assert found["middling"]["method"] == "magnitude"
+    assert found["middling"]["recipe"] == "magnitude-rows"
     assert found["main"]["dense.perplexity.embedded"] > 0
     assert 0 < found["main"]["pruned.sparsity"] < 1
 
@@ -160,11 +158,9 @@ def test_an_edit_takes_the_workspaces_numbers_away(repository: Repository):
 
 
 def test_a_measure_that_no_experiment_has_is_no_column(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    path = "metrics/pruned/sparsity.json"
-    runs = Runs({"apply": {"outs": [{"path": path}]}})
-    metrics = {path: {"sparsity": 0.2, "removed_parameters": 0.123}}
-    small = State("small", "rev", Kind.EXPERIMENT, "success", {}, {}, metrics, runs)
-    plain = small._replace(name="plain", metrics={})
+    metrics = {"sparsity": {"sparsity": 0.2, "removed_parameters": 0.123}}
+    small = State("small", "rev", Kind.EXPERIMENT, results={"pruned": Results(metrics)})
+    plain = small._replace(name="plain", results={"pruned": Results({})})
     monkeypatch.setattr(listing, "list_states", lambda _: [small, plain])
     said = experiments(project=Project(tmp_path))
     header, _, *rows = [line.split("|")[-2].strip() for line in said.splitlines()]
@@ -182,7 +178,7 @@ def test_experiments_stand_side_by_side_with_paired_tests(repository: Repository
     row = next(line for line in said.splitlines() if line.startswith("| perplexity "))
     assert "2.718 × " in row
     assert row.rstrip(" |").endswith("*")
-    assert "main: /models/tiny: wanda, sparsity 0.5, pattern unstructured, group row" in said
+    assert "main: /models/tiny: wanda, sparsity 0.5, pattern unstructured" in said
     found = json.loads(show(project=Project(repository.root), names=["middling"], as_json=True))
     assert found["models"]["middling"]["tests"][0]["measure"] == "perplexity"
     with pytest.raises(UserError, match="nothing: no experiment, commit, branch or tag of that name"):
@@ -204,25 +200,3 @@ def test_a_study_below_the_root_of_its_repository_reads_its_own_files():
         assert _settings(state, below) == {"sparsity": sparsity}
         assert _metrics(state, below)["metrics/x.json"] == {"of": f"{below}metrics/x.json"}
     assert _metrics(state, "a/").keys() == {"metrics/x.json"}
-
-
-def test_what_a_commit_says_is_read_once(repository: Repository, monkeypatch: pytest.MonkeyPatch):
-    kept, before = Project(repository.root).locks, listed(repository)
-    read: list[str] = []
-    text_at = dvc.text_at
-
-    def reading(root: Path, repo: object, rev: str, name: str) -> str | None:
-        read.append(rev)
-        return text_at(root, repo, rev, name)
-
-    monkeypatch.setattr("wanda_dvc.study.dvc.text_at", reading)
-    assert listed(repository) == before
-    assert not read
-    for damaged in ("", "[]", '{"dvc.lock": []}', kept.read_text(encoding="utf-8")[:-9]):
-        kept.write_text(damaged, encoding="utf-8")
-        assert listed(repository) == before
-    assert len(read) % 4 == 0 < len(read)
-    kept.unlink()
-    kept.mkdir()  # nothing can be written there
-    assert listed(repository) == before
-    kept.rmdir()

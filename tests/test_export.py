@@ -2,29 +2,26 @@
 
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cases.grids import OF_WEIGHTS
-from conftest import TEXTS, calibrate, text_of
+from conftest import calibrate, text_of
 from huggingface_hub import ModelCard
 
 from wanda_dvc.catalog import Method
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.build import export
-from wanda_dvc.params import Params
-from wanda_dvc.results.card import how_to_repeat
+from wanda_dvc.export.build import export, settings_of
+from wanda_dvc.params import check_params, parse_yaml
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.download import download
 from wanda_dvc.stages.mask import mask
 from wanda_dvc.study.files import write_json
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import MADE_BY, digest, read_provenance
-from wanda_dvc.study.settings import flatten, read_preset
+from wanda_dvc.study.settings import resolved
 
 
 @pytest.fixture
@@ -82,11 +79,12 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
     text = " ".join(card.text.split())
     measured = json.loads(pruned.metrics("pruned", "sparsity").read_text())["sparsity"]
     for said in (
-        f"0.3 requested, {measured:.6f} measured",
+        "| sparsity | `0.3` |",
+        f"| measured sparsity | {measured:.6f} of the linear layers",
         "`wanda`",
         "`unstructured`",
-        "weights are compared within one output's weights",
-        "`dense`: each block was calibrated on the outputs of dense blocks",
+        "| group | `row` |",
+        "| propagation | `dense` |",
         "3 windows of 64 tokens of calibration.txt, seed 0, float32",
         "| perplexity | 12.50 | diverged |",
         "| mean acc, % | – | 50.0 |",
@@ -94,8 +92,8 @@ def test_the_card_says_what_was_done_and_what_it_costs(pruned: Project):
         "Unknown: the files of the dense model name none",
         "files are no smaller",
         "Unstructured sparsity does not speed up GPU inference",
-        "chosen by Wanda ([Sun et al. 2024](https://arxiv.org/abs/2306.11695))",
-        "-S sparsity=0.3",
+        "chosen by `wanda` ([Sun et al. 2024](https://arxiv.org/abs/2306.11695))",
+        "sparsity: 0.3",
     ):
         assert said in text
     assert str(pruned.root.parent) not in card.content
@@ -225,28 +223,13 @@ def test_a_directory_that_cannot_be_replaced_is_refused_before_any_work(
         export(project=pruned, experiment=None, target=target)
 
 
-def test_the_command_on_the_card_runs_the_same_experiment(project: Callable[..., Project]):
-    """Read as a shell and then as DVC reads it: the preset, overridden, is the experiment."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    embedded: dict[str, Any] = {f"{text}__source": "embedded" for text in TEXTS}
-    made = project(Path("/home/someone/models/tiny 7=b"), pattern="2:4", tasks__names=["piqa", "rte"], **embedded)
-    content = made.params.model_dump(mode="json")
-    for changes in ({}, {"model": "package:x==1"}, {"zero_shot": {"limit": None}}, {"dtype": "float16"}):
-        params = Params.model_validate(content | changes)
-        preset, command = how_to_repeat(params)[0].split("\n", 1)
-        words = shlex.split(command.replace("\\\n", ""))
-        overrides = OverridesParser.create().parse_overrides(words[words.index("-S") :][1::2])
-        got = read_preset(preset.split()[4])
-        got |= {override.key_or_group: override.value() for override in overrides}
-        got = {k: str(v) if hasattr(v, "with_quotes") else v for k, v in got.items()}
-        wanted = {k: v for k, v in flatten(params.model_dump(mode="json")) if not k.startswith("runtime.")}
-        if "/" in wanted["model"]:
-            wanted["model"] = "/path/to/tiny 7=b"
-        assert {k: getattr(v, "text", v) for k, v in got.items()} == wanted
-    other = content | {
-        "calibration": content["calibration"] | {"text": content["calibration"]["text"] | {"join": "\n"}}
-    }
-    assert how_to_repeat(Params.model_validate(other))[1] == (
-        '\nafter setting `calibration.text.join: "\\n"` in params.yaml.\n'
-    )
+def test_the_settings_on_the_card_are_the_experiments(project: Callable[..., Project]):
+    """But for local paths, of which the last part is kept."""
+    words = {"pattern": "2:4", "dtype": "float16", "calibration__text__join": "\n``` #"}
+    made = project(Path("/home/someone/models/tiny 7=b"), **words)
+    shown = settings_of(made.params)
+    assert "someone" not in shown
+    own, again = (resolved(params) for params in (made.params, check_params(parse_yaml(shown, "params.yaml", ""))))
+    changed = {key: (value, again[key]) for key, value in own.items() if again[key] != value}
+    assert changed.keys() == {"model", "calibration.text.source", "perplexity.texts.embedded.source"}
+    assert all(Path(new) == Path("/path/to") / Path(old).name for old, new in changed.values())

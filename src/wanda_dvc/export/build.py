@@ -3,21 +3,34 @@
 The experiment's files are copied from DVC's cache and git into the work folder. The workspace is only read.
 """
 
+import io
 import os
 from pathlib import Path
 
+from ruamel.yaml import YAML
+
 from wanda_dvc.errors import UserError
+from wanda_dvc.params import Params
 from wanda_dvc.plan import Plan
 from wanda_dvc.reading import check_place
-from wanda_dvc.results.card import sections
-from wanda_dvc.results.experiments import at, made_with_others, workspace
+from wanda_dvc.results.compare import side_by_side
+from wanda_dvc.results.experiments import Experiment, at, made_with_others, workspace
+from wanda_dvc.results.show import not_compared, notes
 from wanda_dvc.stages import TRACKED
 from wanda_dvc.stages.apply import describe_pruned, prune
 from wanda_dvc.stages.runs import LOCK, Runs
-from wanda_dvc.study.card import STORAGE, card
+from wanda_dvc.study.card import card
 from wanda_dvc.study.dvc import Revision
+from wanda_dvc.study.markup import inline, table
 from wanda_dvc.study.project import Project, temporary_place
-from wanda_dvc.study.provenance import PROVENANCE, digest, read_provenance, write_provenance
+from wanda_dvc.study.provenance import PROVENANCE, comparable, digest, read_provenance, write_provenance
+from wanda_dvc.study.settings import flatten, nested, sources
+
+REPRODUCE = """\
+With wanda-dvc {version}, `wanda-dvc init study`, these settings in `params.yaml`, and `dvc repro`:
+
+````yaml
+{settings}````"""
 
 
 def export(*, project: Project, experiment: str | None, target: Path) -> str:
@@ -47,13 +60,7 @@ def export(*, project: Project, experiment: str | None, target: Path) -> str:
         found.dense.keep_of(digest(read_provenance(study.model("dense"), "download model")))
         found.pruned.keep_of(digest(made_from))
         found.pruned.metrics["sparsity"] = written.metrics
-        text = card(
-            study,
-            written.metrics["sparsity"],
-            removed=written.metrics.get("removed_parameters"),
-            storage=STORAGE if written.removed is None else "",
-            results=sections(found),
-        )
+        text = card(study, written.metrics["sparsity"], removed=written.removed, results=sections(found))
         (work.out / "README.md").write_text(text, encoding="utf-8")
         work.publish(target)
     return "\n".join(
@@ -121,3 +128,36 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
         study.model("dense").symlink_to(here)
     else:
         take("models/dense", f"its dense model ({wanted['source']}) is")
+
+
+# --- the card ---
+
+
+def sections(experiment: Experiment) -> dict[str, str]:
+    """Return the sections on the results of an experiment, by their titles."""
+    models = {"dense": experiment.dense, "pruned": experiment.pruned}
+    said = [*experiment.notes, *not_compared(experiment.pruned, experiment.dense), *notes(experiment.params, models)]
+    results = table(*side_by_side(models, base="dense"))
+    found = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(note)}" for note in said)}
+    own, other = (results.details("continuations") for results in (experiment.pruned, experiment.dense))
+    if comparable(own.get("protocol"), other.get("protocol")):
+        pairs = zip(other.get("prompts", []), own.get("prompts", []), strict=False)  # one may be skipped
+        texts = [[inline(text) for text in (a["prompt"], a["text"], b["text"])] for a, b in pairs]
+        if texts:
+            shown = table(["prompt", "dense", "pruned"], texts)
+            found["Continuations"] = f"Each token is the likeliest one.\n\n{shown}"
+    version = read_provenance(experiment.study.masks, "mask")["wanda_dvc"]
+    found["Reproduce"] = REPRODUCE.format(version=version, settings=settings_of(experiment.params))
+    return found
+
+
+def settings_of(params: Params) -> str:
+    """Return a params.yaml with the given settings. Paths are local, so only their last part is kept."""
+    wanted = dict(flatten(params.model_dump(mode="json", exclude={"runtime"}, exclude_unset=True)))
+    for setting, source in sources(params).values():
+        if Path(source).is_absolute():
+            wanted[setting] = f"/path/to/{Path(source).name}"
+    text, yaml = io.StringIO(), YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.dump(nested(wanted), text)
+    return text.getvalue()

@@ -13,15 +13,16 @@ import math
 from collections.abc import Mapping, Sequence
 
 from wanda_dvc.results.inference import Estimate, holm
-from wanda_dvc.results.measures import MEASURES, Measure, Results, figures
+from wanda_dvc.results.measures import MEASURES, Measure, Results, figures, marked
 from wanda_dvc.study.files import Json
 from wanda_dvc.study.provenance import differing
 
 DENSE = "dense"  # the name of the dense model in tables
 Tests = dict[tuple[str, str], Estimate]  # by a measure's name, and the text or task
+Column = tuple[Measure, str]  # a measure, and a text, a task or ""
 
 
-def _both(first: Results, second: Results) -> list[tuple[Measure, str]]:
+def _both(first: Results, second: Results) -> list[Column]:
     """Return the measures with a paired test that both models have, on each text or task."""
     tested = [measure for measure in MEASURES if measure.test]
     return [(one, on) for one in tested for on in one.where(first) if on in one.where(second)]
@@ -47,7 +48,9 @@ def compare(pairs: Sequence[tuple[Results, Results]]) -> list[Tests]:
     for first, second in pairs:
         tests: Tests = {}
         for measure, on in _both(first, second):
-            test = measure.test(first, second, on) if measure.test and not reason(measure, first, second, on) else None
+            test = (
+                measure.test.run(first, second, on) if measure.test and not reason(measure, first, second, on) else None
+            )
             if test:
                 tests[measure.name, on] = test
         found.append(tests)
@@ -64,10 +67,15 @@ def apart(first: Results, second: Results) -> dict[str, str]:
     return {name: key for name, key in reasons.items() if key}
 
 
-def records(models: Mapping[str, Results], *, base: str) -> Json:
-    """Return by model its measures, and its paired tests against `base`; the dense model and `base` have no tests."""
+def against(models: Mapping[str, Results], base: str) -> dict[str, Tests]:
+    """Return the paired tests of each model but the dense one against `base`."""
     others = [name for name in models if name not in (base, DENSE)]
-    tests = dict(zip(others, compare([(models[name], models[base]) for name in others]), strict=True))
+    return dict(zip(others, compare([(models[name], models[base]) for name in others]), strict=True))
+
+
+def records(models: Mapping[str, Results], *, base: str) -> Json:
+    """Return by model its measures, and its paired tests against `base`."""
+    tests = against(models, base)
     return {
         name: {"results": figures(one), "tests": [_record(*key, test) for key, test in tests.get(name, {}).items()]}
         for name, one in models.items()
@@ -79,24 +87,31 @@ def _record(measure: str, on: str, test: Estimate) -> Json:
     return {"measure": measure, "on": on, **known}
 
 
-def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, tuple[Measure, str]]:
+def headings(models: Sequence[Results], *, brief: bool = True) -> dict[str, Column]:
     """Return the measures that a model has, each on its texts or tasks, by their heading; `brief`: of a short table."""
     alone = len({text for one in models for text in one.texts}) <= 1
     shown = [measure for measure in MEASURES if measure.brief or not brief]
     return {measure.heading(on, alone=alone): (measure, on) for measure in shown for on in measure.where(*models)}
 
 
-def side_by_side(models: dict[str, Results], *, base: str) -> tuple[list[str], list[list[str]]]:
+def cells(
+    results: Results, columns: Mapping[str, Column], *, interval: bool = True, tests: Tests | None = None
+) -> list[str]:
+    """Return a row of a table: a model's values; a `*` marks those that a test finds beyond noise."""
+    return [
+        measure.text(measure.read(results, on), interval=interval) + marked((tests or {}).get((measure.name, on)))
+        for measure, on in columns.values()
+    ]
+
+
+def side_by_side(models: Mapping[str, Results], *, base: str) -> tuple[list[str], list[list[str]]]:
     """Return the headers and rows of a table: a row for each measure, a column for each model.
 
     A last column for each model but `base` and the dense one has its paired tests against `base`, if there are any.
     """
-    others = [name for name in models if name not in (base, DENSE)]
-    tests = dict(zip(others, compare([(models[name], models[base]) for name in others]), strict=True))
-    others = [name for name in others if tests[name]]
+    tests = {name: found for name, found in against(models, base).items() if found}
     rows = []
     for heading, (measure, on) in headings(list(models.values()), brief=False).items():
         values = [measure.text(measure.read(one, on)) for one in models.values()]
-        found = [measure.test_text(tests[name].get((measure.name, on))) for name in others]
-        rows.append([heading, *values, *found])
-    return ["", *models, *(f"{name} against {base}" for name in others)], rows
+        rows.append([heading, *values, *(measure.test_text(one.get((measure.name, on))) for one in tests.values())])
+    return ["", *models, *(f"{name} against {base}" for name in tests)], rows

@@ -4,11 +4,11 @@ Each model takes the place of models/pruned in a study that links this study's t
 stages `perplexity` and `zero-shot` measure it there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.results.compare import DENSE, apart, compare, headings, records
+from wanda_dvc.results.compare import DENSE, against, apart, cells, headings, records
 from wanda_dvc.results.experiments import workspace
 from wanda_dvc.results.measures import Results
 from wanda_dvc.sources.models import GGUF, read_model
@@ -30,9 +30,12 @@ def evaluate(*, project: Project, paths: Sequence[Path], as_json: bool = False) 
         UserError: a path is missing or no model, or its architecture, vocabulary or tokenizer is not the dense model's.
     """
     for path in paths:
-        _check(project, path)
+        if not path.exists():
+            raise UserError(f"{path}: missing, expected a model's directory or a GGUF file; name one")
+        if (path / "config.json").is_file():
+            _check_alike(project, path, path)  # before any model runs
     dense = workspace(project).dense
-    if dense.texts != list(project.params.perplexity.texts) or set(dense.tasks) != set(project.params.tasks.names):
+    if set(dense.texts) != set(project.params.perplexity.texts) or set(dense.tasks) != set(project.params.tasks.names):
         raise UserError(
             "metrics/dense: no results of the dense model on all texts and tasks of params.yaml, expected those that "
             "others are compared with; run `dvc repro`"
@@ -66,14 +69,6 @@ def _measured(project: Project, path: Path, study: Project, dense: Results) -> R
 # --- models ---
 
 
-def _check(project: Project, path: Path) -> None:
-    """Raise UserError for a missing path or another architecture, before any model runs."""
-    if not path.exists():
-        raise UserError(f"{path}: missing, expected a model's directory or a GGUF file; name one")
-    if (path / "config.json").is_file():
-        _check_alike(project, path, path)
-
-
 def _check_alike(project: Project, folder: Path, path: Path) -> None:
     """Raise UserError if a configuration has another architecture or vocabulary than the dense model's."""
     from wanda_dvc.engine.checkpoint import read_config
@@ -99,7 +94,10 @@ def _place(project: Project, path: Path, folder: Path) -> None:
         _take_rope(project, folder)
     _check_alike(project, folder, path)
     own, its = load_tokenizer(folder), load_tokenizer(dense)
-    for what, text in _texts(project):
+    texts = {f"the text {text}": project.text(f"perplexity/{text}") for text in project.params.perplexity.texts}
+    for task in project.params.tasks.names:
+        texts[f"the task {task}"] = (project.data("tasks") / task / ITEMS).read_text(encoding="utf-8")
+    for what, text in texts.items():
         if own(text, verbose=False)["input_ids"] != its(text, verbose=False)["input_ids"]:
             raise UserError(
                 f"{path}: its tokenizer gives other token ids for {what}, expected the dense model's, or the two "
@@ -122,14 +120,6 @@ def _take_rope(project: Project, folder: Path) -> None:
         write_json(folder / "config.json", own | {"rope_parameters": rope})
 
 
-def _texts(project: Project) -> Iterator[tuple[str, str]]:
-    """Yield the texts of a study's evaluation with their names."""
-    for text in project.params.perplexity.texts:
-        yield f"the text {text}", project.text(f"perplexity/{text}")
-    for task in project.params.tasks.names:
-        yield f"the task {task}", (project.data("tasks") / task / ITEMS).read_text(encoding="utf-8")
-
-
 def _size(path: Path) -> int:
     """Return the bytes of a file, or of the files in a directory without their provenance."""
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.name != PROVENANCE]
@@ -141,17 +131,13 @@ def _size(path: Path) -> int:
 
 def _as_table(models: dict[str, Results], sizes: list[int]) -> str:
     """Return a row for each model, a column for each brief measure; * marks a difference from the dense model."""
-    columns = headings(list(models.values()))
-    tests = compare([(one, models[DENSE]) for name, one in models.items() if name != DENSE])
-    rows = []
-    for name, size, test in zip(models, sizes, [{}, *tests], strict=True):
-        cells = []
-        for measure, on in columns.values():
-            marked = measure.marked(test.get((measure.name, on)))
-            cells.append(measure.text(measure.read(models[name], on), interval=False) + marked)
-        rows.append([name, f"{size / 1e6:.1f}", *cells])
-    others = {name: apart(one, models[DENSE]) for name, one in models.items() if name != DENSE}
-    notes = [f"{name}: not compared: {', '.join(found)}." for name, found in others.items() if found]
+    columns, tests = headings(list(models.values())), against(models, DENSE)
+    rows = [
+        [name, f"{size / 1e6:.1f}", *cells(one, columns, interval=False, tests=tests.get(name))]
+        for (name, one), size in zip(models.items(), sizes, strict=True)
+    ]
+    found = {name: apart(one, models[DENSE]) for name, one in models.items()}
+    notes = [f"{name}: not compared: {', '.join(reasons)}." for name, reasons in found.items() if reasons]
     notes.append("*: differs from the dense model, p < 0.05, adjusted (Holm).")
     return "\n\n".join([table(["model", "size, MB", *columns], rows), *notes])
 

@@ -8,22 +8,22 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.reading import is_there
+from wanda_dvc.results.listing import SUCCESS, WORKSPACE, Kind, State, list_states
 from wanda_dvc.results.measures import Results
-from wanda_dvc.results.states import SUCCESS, WORKSPACE, Kind, State, list_states
 from wanda_dvc.stages import MODELS
 from wanda_dvc.stages.runs import LOCK, Runs
 from wanda_dvc.study.dvc import Revision
+from wanda_dvc.study.markup import some
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.provenance import MADE_BY, PROVENANCE, digest, read_provenance
 from wanda_dvc.study.settings import resolved
-
-SOME = 3  # names in a note
 
 
 @dataclass(eq=False)
@@ -38,7 +38,6 @@ class Experiment:
         pruned: The pruned model's results.
         notes: Sentences on results that are missing, stale, or of another run.
         also: Other names of the same results.
-        missing: Files that DVC's cache lacks.
     """
 
     name: str
@@ -48,14 +47,13 @@ class Experiment:
     pruned: Results
     notes: list[str] = field(default_factory=list)
     also: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
 
     @property
     def params(self) -> Params:
         """The settings of its results."""
         return self.study.params
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """Every setting but `runtime` and `recipe`, by dotted name, with nulls replaced by their values."""
         return resolved(self.params)
@@ -75,7 +73,7 @@ def workspace(project: Project) -> Experiment:
     stale = {out["path"] for name in runs.stale for out in runs.stages[name].get("outs", [])}
     if hidden := sorted(path for path in others - stale if path.endswith(".json")):
         found.notes.append(
-            f"Left out, because dvc.lock has other results: {_some(hidden)}; run `dvc repro`, or `dvc checkout` after "
+            f"Left out, because dvc.lock has other results: {some(hidden)}; run `dvc repro`, or `dvc checkout` after "
             "`git checkout`."
         )
     found.notes += [*made_with_others(found), *_of_other_models(found)]
@@ -105,9 +103,8 @@ def at(project: Project, name: str, folder: Path) -> Experiment:
     missing = revision.take("metrics", folder)
     runs = Runs.read(folder)
     found = _experiment(study, name, revision.commit, runs, runs.others(folder))
-    found.missing = missing
     if missing:
-        found.notes.append(f"Not in DVC's cache, and so not read: {_some(missing)}; `dvc pull` may fetch it.")
+        found.notes.append(f"Not in DVC's cache, and so not read: {some(missing)}; `dvc pull` may fetch it.")
     return found
 
 
@@ -131,10 +128,6 @@ def _of_other_models(experiment: Experiment) -> Iterator[str]:
         elif others := results.keep_of(digest(own)):
             named = ", ".join(others)
             yield f"Left out, because measured on another models/{model} than the one here: {named}; run `dvc repro`."
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SOME]) + (f" and {len(names) - SOME} more" if len(names) > SOME else "")
 
 
 @contextlib.contextmanager
@@ -168,15 +161,26 @@ class Collected:
     unfinished: list[Note]  # queued, running, failed
     notes: list[Note]
 
+    @property
+    def count(self) -> str:
+        """The numbers of experiments in words."""
+        return f"{len(self.experiments)} experiments, {len(self.unfinished)} unfinished or failed"
+
+    @property
+    def excluded(self) -> list[Note]:
+        """The excluded experiments and the results that are missing, each with its reason."""
+        notes = [Note(one.name, note) for one in self.experiments for note in one.notes]
+        return [*self.unfinished, *self.notes, *notes]
+
 
 def collect(*, project: Project, model: str | None, revs: list[str], work: Path) -> Collected:
     """Collect the workspace, branches, tags, and commits with experiments; or `revs` alone. Equal results are one.
 
     `model` selects by a part of the model's name. Files from the cache are placed in `work`.
     """
-    named = [State(rev, rev, Kind.EXPERIMENT, SUCCESS, {}, {}, {}, Runs({})) for rev in revs]
     found: dict[str, Experiment] = {}
     collected = Collected([], [], [])
+    named = [State(rev, rev, Kind.EXPERIMENT) for rev in revs]
     for state in sorted(named or list_states(project), key=lambda one: one.kind):
         if state.state != SUCCESS:
             changes = ", ".join(f"{key}={value}" for key, value in state.changes.items())
@@ -184,12 +188,15 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
             collected.unfinished.append(Note(state.name, said))
             continue
         one = _read(project, state, work / state.rev)
+        is_named = state.kind < Kind.COMMIT
         if isinstance(one, str):
-            if state.kind < Kind.COMMIT:  # an old commit without results needs no note
+            if is_named:  # an old commit without results needs no note
                 collected.notes.append(Note(state.name, one))
         elif not model or model.lower() in one.params.model.lower():
             key = json.dumps([one.settings, one.dense.metrics, one.pruned.metrics], sort_keys=True)
-            found[key] = _merged(found.get(key), one, named=state.kind < Kind.COMMIT)
+            first = found.setdefault(key, one)
+            if is_named and state.name not in (first.name, *first.also):
+                first.also.append(state.name)
     collected.experiments = list(found.values())
     return collected
 
@@ -204,15 +211,3 @@ def _read(project: Project, state: State, folder: Path) -> Experiment | str:
         return " ".join(found.notes) or "no results"
     found.name = state.name
     return found
-
-
-def _merged(known: Experiment | None, new: Experiment, *, named: bool) -> Experiment:
-    """Return one experiment for two with equal results: the first one's name, and the files with more details."""
-    if known is None:
-        return new
-    if named and new.name not in (known.name, *known.also):
-        known.also.append(new.name)
-    if len(new.missing) < len(known.missing):
-        new.name, new.commit, new.also = known.name, known.commit, known.also
-        return new
-    return known

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wanda_dvc.engine.intervals import LEVEL, mean_interval
+from wanda_dvc.engine.intervals import LEVEL
 
 ALPHA = 0.05  # p-values below it are beyond noise
 NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
@@ -40,10 +40,7 @@ def perplexity(losses: Sequence[float], predictions: Sequence[int]) -> Estimate 
 
     `losses` are windows' means in nats. None if a loss is not finite, or for fewer than two.
     """
-    if len(losses) < 2 or not all(map(math.isfinite, losses)):
-        return None
-    mean = mean_interval(losses, predictions)
-    return Estimate(*(_exp(mean[end]) for end in ("mean", "low", "high")))
+    return ratio(losses, [0.0] * len(losses), predictions)
 
 
 def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequence[int]) -> Estimate | None:
@@ -51,8 +48,16 @@ def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequenc
 
     None as for `perplexity`.
     """
-    mean = _mean(np.asarray(losses, float) - np.asarray(others, float), np.asarray(predictions, float))
-    return mean and Estimate(_exp(mean.value), _exp(mean.low), _exp(mean.high), mean.p)
+    values, share = np.subtract(losses, others), np.divide(predictions, sum(predictions))
+    if len(values) < 2 or not np.isfinite(values).all():
+        return None
+    mean = float(share @ values)
+    variance = float(share**2 @ (values - mean) ** 2) * len(values) / (len(values) - 1)
+    if variance == 0:
+        found = Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    else:
+        found = _student(mean, math.sqrt(variance), len(values) - 1)
+    return Estimate(*map(_exp, found[:3]), found.p)
 
 
 def accuracy(right: Sequence[bool]) -> Estimate:
@@ -92,15 +97,13 @@ def mean_accuracy(tasks: Sequence[Sequence[bool]]) -> Estimate | None:
 def mcnemar(right: Sequence[bool], others: Sequence[bool]) -> float:
     """Return the p-value of McNemar's exact test on the same items: for equal models, disagreements are fair coins.
 
-    It is two-sided: the number of outcomes at least as uneven, in exact integers, over the number of all.
+    It is two-sided: twice the probability of at least as uneven outcomes.
     """
+    from scipy.special import bdtr
+
     first = sum(a and not b for a, b in zip(right, others, strict=True))
-    coins = first + sum(b and not a for a, b in zip(right, others, strict=True))
-    uneven = ways = 1
-    for count in range(min(first, coins - first)):
-        ways = ways * (coins - count) // (count + 1)
-        uneven += ways
-    return min(1.0, 2 * uneven / 2**coins)
+    second = sum(b and not a for a, b in zip(right, others, strict=True))
+    return min(1.0, 2 * float(bdtr(min(first, second), first + second, 0.5)))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -111,17 +114,6 @@ def holm(p: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
         adjusted[index] = largest
     return adjusted
-
-
-def _mean(values: "np.ndarray", weights: "np.ndarray") -> Estimate | None:
-    if len(values) < 2 or not np.isfinite(values).all():
-        return None
-    share = weights / weights.sum()
-    mean = float(share @ values)
-    variance = float(share**2 @ (values - mean) ** 2) * len(values) / (len(values) - 1)
-    if variance == 0:
-        return Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0)
-    return _student(mean, math.sqrt(variance), len(values) - 1)
 
 
 def _student(value: float, error: float, freedom: float) -> Estimate:

@@ -1,52 +1,155 @@
-"""`wanda-dvc list`: the experiments of a repository as a table, and as flat records for a data frame.
+"""`wanda-dvc list`: the states of a repository as a table, and as flat records for a data frame.
 
-A number appears only with the settings of its measurement. `dvc exp show`, in contrast, fills the row of a failed or
-queued experiment with the numbers of its base commit.
+A state is an experiment, a branch, a tag, a commit or the workspace, as DVC lists them. A number appears only with the
+settings of its measurement. `dvc exp show`, in contrast, fills the row of a failed or queued experiment with the
+numbers of its base commit.
 """
 
+import contextlib
 import math
-from typing import Any
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Any, NamedTuple
 
-from wanda_dvc.results.compare import headings
+from wanda_dvc.errors import UserError
+from wanda_dvc.results.compare import cells, headings
 from wanda_dvc.results.inference import Estimate
-from wanda_dvc.results.measures import MEASURES, figures
-from wanda_dvc.results.states import SUCCESS, WORKSPACE, Kind, list_states
-from wanda_dvc.study.files import json_text
-from wanda_dvc.study.markup import DASH, table
+from wanda_dvc.results.measures import MEASURES, Results, figures
+from wanda_dvc.stages import MODELS
+from wanda_dvc.stages.runs import LOCK, Runs
+from wanda_dvc.study import dvc
+from wanda_dvc.study.files import Json, json_text
+from wanda_dvc.study.markup import DASH, some, table
 from wanda_dvc.study.project import Project
+from wanda_dvc.study.settings import flatten
 
-NAMED = 10  # names in a sentence
+WORKSPACE = "workspace"
+SUCCESS = "success"
+
+
+class Kind(IntEnum):
+    """The kind of a state. If states share results, the lowest kind names them."""
+
+    EXPERIMENT, BRANCH, WORKSPACE, COMMIT = range(4)  # a branch or a tag; a commit without either
+
+
+class State(NamedTuple):
+    """One state of the study: an experiment, a branch or tag, a commit, or the workspace."""
+
+    name: str
+    rev: str  # a commit, or `workspace`
+    kind: Kind
+    state: str = SUCCESS  # or the reason for missing results: `failed`, `queued`, `running`, `unreadable: …`
+    settings: Mapping[str, Any] = {}  # by dotted name
+    changes: Mapping[str, Any] = {}  # of the settings, against its base commit
+    stale: bool = False  # whether numbers of other settings are left out
+    results: Mapping[str, Results] = {}  # by model, without details
+
+
+def list_states(project: Project) -> list[State]:
+    """Return the workspace, branches, tags, commits with experiments, and all experiments, each before its own.
+
+    UserError without a repository, or if DVC cannot list it.
+    """
+    found = []
+    with dvc.repository(project.root, "`wanda-dvc show` needs none") as repo:
+        below, listed = dvc.below(project.root, repo.root_dir), dvc.states(project.root, repo)
+
+        def add(name: str, kind: Kind, state: Any, base: Any, running: str = SUCCESS) -> None:
+            settings, before = _settings(state, below), _settings(base, below)
+            changes = {key: value for key, value in settings.items() if before.get(key) != value}
+            every = _metrics(state, below) if running == SUCCESS else {}  # else they are the base commit's
+            own = _own(project, repo, state.rev, settings, every)
+            found.append(State(name, state.rev, kind, running, settings, changes, len(own) < len(every), _results(own)))
+
+        for place, state in enumerate(listed):
+            if state.rev == WORKSPACE:  # DVC lists it before its base commit
+                add(WORKSPACE, Kind.WORKSPACE, state, listed[min(place + 1, len(listed) - 1)])
+                continue
+            if state.name or state.experiments:  # results of a branch's older commits are not current
+                add(state.name or state.rev[:7], Kind.BRANCH if state.name else Kind.COMMIT, state, state)
+            for experiment in state.experiments or []:
+                last = experiment.revs[0]
+                running = (experiment.executor.state if experiment.executor else None) or SUCCESS
+                if running == SUCCESS and last.data is None:
+                    running = f"unreadable: {last.error.msg}"
+                add(experiment.name or last.name or last.rev[:7], Kind.EXPERIMENT, last, state, running)
+    done = {one.rev for one in found if one.state == SUCCESS}
+    return [one for one in found if one.state == SUCCESS or one.rev not in done]
+
+
+def _settings(state: Any, below: str) -> dict[str, Any]:
+    """Return the settings of a study in a folder of the repository, such as `studies/a/`, or in its root."""
+    files = state.data.params if state.data else {}
+    return dict(flatten(files.get(f"{below}params.yaml", {}).get("data") or {}))
+
+
+def _metrics(state: Any, below: str) -> dict[str, Json]:
+    """Return the metrics of the study, by path."""
+    files = state.data.metrics if state.data else {}
+    return {
+        path.removeprefix(below): content.get("data") or {} for path, content in files.items() if path.startswith(below)
+    }
+
+
+def _own(project: Project, repo: Any, rev: str, settings: Json, metrics: dict[str, Json]) -> dict[str, Json]:
+    """Return the metrics that were measured with the settings."""
+    if not metrics:
+        return {}
+    runs = Runs({})
+    with contextlib.suppress(UserError):  # a commit may have a lock with conflicts
+        text = dvc.text_at(project.root, repo, rev, LOCK) if rev != WORKSPACE else None
+        runs = Runs.read(project.root) if rev == WORKSPACE else Runs.parse(text or "{}")
+    stale = runs.stale_for(settings)
+    ran = [one for name, one in runs.stages.items() if name not in stale]
+    outs = {out["path"] for one in ran for out in one.get("outs", [])}
+    if rev == WORKSPACE:  # a stage run by hand, or `git checkout`, leaves other files there
+        outs -= runs.others(project.root)
+    return {path: content for path, content in metrics.items() if path in outs}
+
+
+def _results(metrics: dict[str, Json]) -> dict[str, Results]:
+    """Return the results of the two models, of metrics by path."""
+    folders = {model: f"metrics/{model}/" for model in MODELS}
+    names = {path: path.removesuffix(".json") for path in metrics}
+    return {
+        model: Results({names[path].removeprefix(folder): metrics[path] for path in names if path.startswith(folder)})
+        for model, folder in folders.items()
+    }
+
+
+# --- the table and the records ---
 
 
 def experiments(*, project: Project, as_json: bool = False) -> str:
     """List the workspace, the branches and tags, and below each commit its experiments: pruned models' measures."""
     states = list_states(project)
-    every = [one.results(project.root) for one in states]
     if as_json:
         records = [
             {
                 "name": one.name,
-                "state": one.state if one.kind is Kind.EXPERIMENT else one.kind.name.lower(),
+                "state": _shown(one),
                 "change": dict(one.changes),
-                "stale": one.stale(project.root),
-                "results": {model: figures(of) for model, of in results.items()},
+                "stale": one.stale,
+                "results": {model: figures(results) for model, results in one.results.items()},
             }
-            for one, results in zip(states, every, strict=True)
+            for one in states
         ]
         return json_text(records)
-    pruned = [results["pruned"] for results in every]
-    columns = headings(pruned)
+    columns = headings([one.results["pruned"] for one in states])
     rows = []
-    for state, one in zip(states, pruned, strict=True):
-        change = ", ".join(f"{key}={value}" for key, value in state.changes.items()) or DASH
-        shown = state.state if state.kind is Kind.EXPERIMENT else state.kind.name.lower()
-        values = [measure.text(measure.read(one, on), interval=False) for measure, on in columns.values()]
-        rows.append([state.name, shown, change, *values])
+    for one in states:
+        change = ", ".join(f"{key}={value}" for key, value in one.changes.items()) or DASH
+        rows.append([one.name, _shown(one), change, *cells(one.results["pruned"], columns, interval=False)])
     found = table(["experiment", "state", "change", *columns], rows)
-    if stale := [one.name for one in states if one.stale(project.root)]:
-        named = ", ".join(stale[:NAMED]) + (f" and {len(stale) - NAMED} more" if len(stale) > NAMED else "")
-        found += f"\n\nNo numbers of stages that have not run on the current settings: {named}."
+    if stale := [one.name for one in states if one.stale]:
+        found += f"\n\nNo numbers of stages that have not run on the current settings: {some(stale, 10)}."
     return found
+
+
+def _shown(one: State) -> str:
+    """Return the state of an experiment; of other states their kind."""
+    return one.state if one.kind is Kind.EXPERIMENT else one.kind.name.lower()
 
 
 def results(project: Project) -> list[dict[str, Any]]:
@@ -55,7 +158,7 @@ def results(project: Project) -> list[dict[str, Any]]:
     for state in list_states(project):
         commit = None if state.rev == WORKSPACE else state.rev
         record = {"experiment": state.name, "commit": commit, "state": state.state, **state.settings}
-        for model, one in state.results(project.root).items() if state.state == SUCCESS else ():
+        for model, one in state.results.items():
             for measure in MEASURES:
                 for on in measure.where(one):
                     value = measure.read(one, on)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from wanda_dvc.reading import DIVERGED
 from wanda_dvc.results import inference
@@ -24,11 +25,10 @@ from wanda_dvc.results.inference import Estimate
 from wanda_dvc.study.files import Json, finite, load_json
 from wanda_dvc.study.markup import DASH, number
 from wanda_dvc.study.project import Project
-from wanda_dvc.study.provenance import comparable
 
 Value = Estimate | str | None  # `diverged` if a number is not finite; None: not measured
-Protocols = dict[str, Json | None]  # by text or task; None: not known
-TEXT, TASK, MODEL = "text", "task", "model"  # what a measure is a property of, apart from the model
+TEXT, TASK, TASKS, MODEL = "text", "task", "all tasks", "model"  # what a value is measured on
+LINEAR, LOG = "linear", "log"
 ON_TEXT = "perplexity/"
 
 
@@ -38,14 +38,12 @@ class Results:
 
     Attributes:
         metrics: The numbers, by path below metrics/{model}, such as `perplexity/embedded`, `zero_shot`, `sparsity`.
-        texts: The texts of its perplexities, in the order of the settings.
         dense: The results of the dense model that this pruned model is compared with; None for the dense model.
         folder: The folder of details; None without details, as in `list`.
         left_out: The details that are of another run, by path below `folder`.
     """
 
     metrics: Json
-    texts: list[str]
     dense: "Results | None" = None
     folder: Path | None = None
     left_out: Collection[str] = ()
@@ -68,9 +66,13 @@ class Results:
         for path in sorted(folder.rglob("*.json")):
             if path.relative_to(study.root).as_posix() not in left_out:
                 metrics[path.relative_to(folder).with_suffix("").as_posix()] = load_json(path)
-        texts = [text for text in study.params.perplexity.texts if ON_TEXT + text in metrics]
         others = {path[len(details) : -len(".json")] for path in left_out if path.startswith(details)}
-        return cls(metrics, texts, dense, study.root / details, others)
+        return cls(metrics, dense, study.root / details, others)
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of its perplexities."""
+        return [name.removeprefix(ON_TEXT) for name in self.metrics if name.startswith(ON_TEXT)]
 
     @property
     def tasks(self) -> list[str]:
@@ -98,7 +100,6 @@ class Results:
                 others.append(name)
                 self._details[name] = {}
         self.metrics = {name: numbers for name, numbers in self.metrics.items() if name not in others}
-        self.texts = [text for text in self.texts if ON_TEXT + text in self.metrics]
         return others
 
     def answers(self, task: str) -> Json:
@@ -218,45 +219,11 @@ def _mean_difference(tasks: Iterable[tuple[list[bool], list[bool]]]) -> Estimate
     return found and found.within(-1, 1)
 
 
-# --- continuations ---
-
-
-def continued(results: Results, dense: Results) -> list[tuple[str, str, str]]:
-    """Return each prompt with its continuations by the dense model and by this one; empty if one's are missing."""
-    own, other = results.details("continuations"), dense.details("continuations")
-    if not comparable(own.get("protocol"), other.get("protocol")):
-        return []
-    pairs = zip(other.get("prompts", []), own.get("prompts", []), strict=False)  # one may be skipped
-    return [(a["prompt"], a["text"], b["text"]) for a, b in pairs]
-
-
-# --- the protocols behind values ---
-
-
-def windows(results: Results, text: str) -> Protocols:
-    """The windows of a text."""
-    return {text: results.details(ON_TEXT + text).get("protocol")}
-
-
-def items(results: Results, task: str) -> Protocols:
-    """The items of a task, or of all tasks for ""."""
-    return {name: results.answers(name).get("protocol") for name in ([task] if task else results.tasks)}
-
-
-def nothing(_: Results, __: str) -> Protocols:
-    """The measure depends on the model alone, or is not compared between experiments."""
-    return {}
-
-
 # --- the table ---
 
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def _count(value: float) -> str:
-    return f"{value:.0f}"
 
 
 def _factor(value: float) -> str:
@@ -265,6 +232,14 @@ def _factor(value: float) -> str:
 
 def _points(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "−")
+
+
+class Test(NamedTuple):
+    """A paired test of two models with equal protocols; `form` and `unit` are of its value and interval."""
+
+    run: Callable[[Results, Results, str], Estimate | None]
+    form: Callable[[float], str]
+    unit: str
 
 
 @dataclass(frozen=True)
@@ -277,13 +252,10 @@ class Measure:
         unit: The unit of its formatted values.
         read: Returns a model's value on a text, on a task, or on "".
         form: Formats a number.
-        per: TEXT, TASK or MODEL.
-        better: `lower`, `higher`, or "" if neither is.
+        per: TEXT, TASK, TASKS or MODEL.
         brief: Whether `list` and `evaluate` show it; the other views show every measure.
-        protocols: Returns what a value depends on apart from the model.
-        test: The paired test of two models with equal protocols; None: the values are only shown.
-        form_test: Formats the test's value and interval.
-        unit_test: Follows the formatted value.
+        test: None: the values are only shown.
+        drawn: The scale of the report's picture of it, LINEAR or LOG; "": no picture.
     """
 
     name: str
@@ -292,20 +264,21 @@ class Measure:
     read: Callable[[Results, str], Value]
     form: Callable[[float], str] = "{:.4f}".format
     per: str = MODEL
-    better: str = ""
     brief: bool = False
-    protocols: Callable[[Results, str], Protocols] = nothing
-    test: Callable[[Results, Results, str], Estimate | None] | None = None
-    form_test: Callable[[float], str] = "{:.4f}".format
-    unit_test: str = ""
+    test: Test | None = None
+    drawn: str = ""
+
+    def protocols(self, results: Results, on: str) -> dict[str, Json | None]:
+        """Return what a value depends on apart from the model, by text or task: its protocol, or None if unknown."""
+        if self.per == TEXT:
+            return {on: results.details(ON_TEXT + on).get("protocol")}
+        tasks = {TASK: [on], TASKS: results.tasks}.get(self.per, [])
+        return {task: results.answers(task).get("protocol") for task in tasks}
 
     def where(self, *several: Results) -> list[str]:
         """Return the texts or tasks of models with a value, or "" for a measure of the model itself."""
-        if self.per == MODEL:
-            names = [""]
-        else:
-            names = [name for one in several for name in (one.texts if self.per == TEXT else one.tasks)]
-        return [name for name in dict.fromkeys(names) if any(self.read(one, name) is not None for one in several)]
+        names = [on for one in several for on in {TEXT: one.texts, TASK: one.tasks}.get(self.per, [""])]
+        return [on for on in dict.fromkeys(names) if any(self.read(one, on) is not None for one in several)]
 
     def heading(self, on: str, *, alone: bool = True) -> str:
         """Return the title with its unit; with the name of the task, or of the text unless it is the only one."""
@@ -314,62 +287,49 @@ class Measure:
 
     def text(self, value: Value, *, interval: bool = True) -> str:
         """Format a value, with its interval if known; `diverged` stays, and a dash means not measured."""
-        return _formatted(value, self.form) if interval or not isinstance(value, Estimate) else self.form(value.value)
+        return _formatted(value, self.form, interval=interval)
 
     def test_text(self, test: Estimate | None) -> str:
         """Format a paired test; * marks an adjusted p-value below 0.05. Empty for a measure without one."""
-        return _formatted(test, self.form_test, self.unit_test) + self.marked(test) if self.test else ""
-
-    @staticmethod
-    def marked(test: Estimate | None) -> str:
-        """Return the mark of an adjusted p-value below 0.05."""
-        return " *" if beyond_noise(test) else ""
+        return _formatted(test, self.test.form, self.test.unit) + marked(test) if self.test else ""
 
 
-def _formatted(value: Value, form: Callable[[float], str], unit: str = "") -> str:
+def marked(test: Estimate | None) -> str:
+    """Return the mark of an adjusted p-value below 0.05."""
+    return " *" if test is not None and test.p < inference.ALPHA else ""
+
+
+def _formatted(value: Value, form: Callable[[float], str], unit: str = "", *, interval: bool = True) -> str:
     if value is None or isinstance(value, str):
         return value or DASH
-    return form(value.value) + unit + (f" ({form(value.low)} to {form(value.high)})" if value.ends else "")
+    return form(value.value) + unit + (f" ({form(value.low)} to {form(value.high)})" if interval and value.ends else "")
 
 
-def beyond_noise(test: Estimate | None) -> bool:
-    """Whether a test's adjusted p-value is below 0.05."""
-    return test is not None and test.p < inference.ALPHA
-
-
-_text = partial(Measure, per=TEXT, protocols=windows)
-_items = partial(Measure, protocols=items)
+_text = partial(Measure, per=TEXT)
+_tasks = partial(Measure, per=TASKS)
 _divergence = partial(of_text, name="divergence")
 _agreement = partial(of_text, name="top1_agreement")
 _rms_change = partial(of_text, name="rms_probability_change")
+_removed = partial(of_sparsity, name="removed_parameters")
 MEASURES: tuple[Measure, ...] = (
-    _text(
-        "perplexity", "perplexity", "", perplexity, number,
-        better="lower", brief=True, test=ratio, form_test=_factor, unit_test=" ×",
-    ),
-    _text("divergence", "divergence", "nats", _divergence, better="lower", brief=True),
-    _text("divergence_median", "divergence, median", "nats", partial(_divergence, part="median"), better="lower"),
-    _text("divergence_p99", "divergence, 99 %", "nats", partial(_divergence, part="p99"), better="lower"),
-    _text("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest"), better="lower"),
-    _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, better="higher", brief=True),
-    _text("rms_probability_change", "true token, RMS change", "points", _rms_change, _percent, better="lower"),
-    _items(
-        "acc", "acc", "%", accuracy, _percent,
-        per=TASK, better="higher", test=difference, form_test=_points, unit_test=" points",
-    ),
-    _items(
+    _text("perplexity", "perplexity", "", perplexity, number, brief=True, test=Test(ratio, _factor, " ×"), drawn=LOG),
+    _text("divergence", "divergence", "nats", _divergence, brief=True),
+    _text("divergence_median", "divergence, median", "nats", partial(_divergence, part="median")),
+    _text("divergence_p99", "divergence, 99 %", "nats", partial(_divergence, part="p99")),
+    _text("divergence_largest", "divergence, largest", "nats", partial(_divergence, part="largest")),
+    _text("top1_agreement", "top-1 agreement", "%", _agreement, _percent, brief=True),
+    _text("rms_probability_change", "true token, RMS change", "points", _rms_change, _percent),
+    Measure("acc", "acc", "%", accuracy, _percent, TASK, test=Test(difference, _points, " points")),
+    _tasks(
         "mean_acc", "mean acc", "%", mean_accuracy, _percent,
-        better="higher", brief=True, test=mean_difference, form_test=_points, unit_test=" points",
+        brief=True, test=Test(mean_difference, _points, " points"), drawn=LINEAR,
     ),
-    _items("lost", "right → wrong", "", partial(changed, way="lost"), _count, better="lower", brief=True),
-    _items("gained", "wrong → right", "", partial(changed, way="gained"), _count, brief=True),
-    _items("swapped", "wrong → wrong", "", partial(changed, way="swapped"), _count, better="lower"),
-    Measure("layer_error", "layer error, mean", "", layer_error, better="lower"),
+    _tasks("lost", "right → wrong", "", partial(changed, way="lost"), "{:.0f}".format, brief=True),
+    _tasks("gained", "wrong → right", "", partial(changed, way="gained"), "{:.0f}".format, brief=True),
+    _tasks("swapped", "wrong → wrong", "", partial(changed, way="swapped"), "{:.0f}".format),
+    Measure("layer_error", "layer error, mean", "", layer_error),
     Measure("sparsity", "measured sparsity", "", partial(of_sparsity, name="sparsity")),
-    Measure(
-        "removed_parameters", "parameters removed", "%", partial(of_sparsity, name="removed_parameters"), _percent,
-        brief=True,
-    ),
+    Measure("removed_parameters", "parameters removed", "%", _removed, _percent, brief=True),
 )  # fmt: skip
 
 
@@ -379,7 +339,7 @@ def figures(results: Results) -> Json:
     for measure in MEASURES:
         values = {on: _figure(measure.read(results, on)) for on in measure.where(results)}
         if values:
-            found[measure.name] = values[""] if measure.per == MODEL else values
+            found[measure.name] = values if measure.per in (TEXT, TASK) else values[""]
     return found
 
 

@@ -6,8 +6,7 @@ Content is blocks of Markdown and pictures. Outside text (a model's, task's or e
 
 import base64
 import os
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,12 +14,10 @@ from urllib.parse import quote
 
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
-from tabulate import tabulate
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.reading import check_place
 from wanda_dvc.study.files import write_text
-from wanda_dvc.study.markup import SIGN
+from wanda_dvc.study.markup import SIGN, inline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,11 +27,9 @@ PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>*{box-sizing:border-box}
 body{margin:0 auto;max-width:66rem;padding:1rem;color:#1a1a1a;font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.6rem}h2{margin-top:2.5rem;border-bottom:1px solid #d5d5d5}
 table{display:block;overflow-x:auto;border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;border-bottom:1px solid #d5d5d5;text-align:left;vertical-align:top;min-width:4rem}
-p:has(+table){color:#6b6b6b;font-size:.9rem;margin:1.5rem 0 .3rem}img{width:100%;max-width:44rem}
-code{font-size:.9em;background:#f3f3f3}@media print{body{padding:0;font-size:10pt}img,tr{break-inside:avoid}}
+h2{margin-top:2.5rem;border-bottom:1px solid #d5d5d5}img{width:100%;max-width:44rem}
 </style></head>
 <body>$body</body></html>
 """)
@@ -52,18 +47,7 @@ class Picture(NamedTuple):
 Content = list[str | Picture]  # a text is a block of Markdown
 
 
-def table(caption: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
-    """Return a table below its caption. The first column names the rows; `numbers` aligns the others to the right."""
-    align = ["left", *(["right" if numbers else "left"] * (len(headers) - 1))]
-    return f"{caption}\n\n{tabulate(rows, headers, tablefmt='pipe', disable_numparse=True, colalign=align)}"
-
-
-def bullets(items: Sequence[str]) -> str:
-    """Return a list."""
-    return "\n".join(f"- {item}" for item in items)
-
-
-def write(output: Path, content: Content) -> Path:
+def write(output: Path, title: str, content: Content) -> Path:
     """Write the HTML page, the Markdown next to it, and its pictures into `NAME_files/`; return the Markdown's path.
 
     Only an earlier report's files are replaced or removed; UserError if another file has one of these names.
@@ -72,14 +56,12 @@ def write(output: Path, content: Content) -> Path:
 
     markdown, folder = output.with_suffix(".md"), output.with_name(f"{output.stem}_files")
     drawn = {f"{part.name}.svg": svg(part.figure) for part in content if isinstance(part, Picture)}
-    check_place(folder)
     for path in [output, markdown, *(folder / name for name in drawn)]:
         if os.path.lexists(path) and not _is_ours(path):
             raise UserError(f"{path}: `wanda-dvc report` did not write it; move it, or choose another --output")
     for path in folder.glob("*.svg"):
         if _is_ours(path):
             path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn.items():
         write_text(folder / name, picture)
     place = quote(folder.name)
@@ -87,9 +69,9 @@ def write(output: Path, content: Content) -> Path:
         part if isinstance(part, str) else f"![{part.title}]({place}/{part.name}.svg)\n\n{part.description}"
         for part in content
     ]
-    text = "\n\n".join([*blocks, f"{SIGN}."]) + "\n"
+    text = "\n\n".join([f"# {inline(title)}", *blocks, f"{SIGN}."]) + "\n"
     write_text(markdown, text)
-    write_text(output, as_html(text, drawn))
+    write_text(output, as_html(text, title, drawn))
     return markdown
 
 
@@ -99,14 +81,11 @@ def _is_ours(path: Path) -> bool:
     return is_file and SIGN in path.read_text(encoding="utf-8", errors="replace")
 
 
-def as_html(markdown: str, drawn: Mapping[str, str]) -> str:
+def as_html(markdown: str, title: str, drawn: Mapping[str, str]) -> str:
     """Return the Markdown as one self-contained page; `drawn` has its pictures, as SVG, by file name."""
     parser = MarkdownIt("js-default")  # HTML in the Markdown stays text
-    tokens, title = parser.parse(markdown), ""
-    for before, token in pairwise(tokens):
-        if before.type == "heading_open" and before.tag == "h1":
-            title = "".join(child.content for child in token.children or [])
-        for image in [child for child in token.children or [] if child.type == "image"]:
-            picture = drawn[str(image.attrs["src"]).rpartition("/")[2]]
-            image.attrs["src"] = f"data:image/svg+xml;base64,{base64.b64encode(picture.encode()).decode()}"
+    tokens = parser.parse(markdown)
+    for image in [child for token in tokens for child in token.children or [] if child.type == "image"]:
+        picture = drawn[str(image.attrs["src"]).rpartition("/")[2]]
+        image.attrs["src"] = f"data:image/svg+xml;base64,{base64.b64encode(picture.encode()).decode()}"
     return PAGE.substitute(title=escapeHtml(title), body=parser.renderer.render(tokens, parser.options, {}))

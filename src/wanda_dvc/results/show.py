@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
+from wanda_dvc.catalog import RECIPES
 from wanda_dvc.params import Params
+from wanda_dvc.plan import CHOICES
 from wanda_dvc.reading import is_there
 from wanda_dvc.results.compare import DENSE, apart, records, side_by_side
 from wanda_dvc.results.experiments import Experiment, opened
@@ -48,24 +50,22 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False) 
 
 def title(experiment: Experiment, *, named: bool) -> str:
     """Describe the settings behind the results of an experiment in one line."""
-    described = describe(experiment.params)
+    params = experiment.params
+    described = f"{params.model}: {recipe(params)}, sparsity {params.filled.sparsity:g}, pattern {params.pattern}"
     if named:
         return f"{experiment.name}: {described}"
     if not is_there(experiment.study.masks / PROVENANCE):
-        return f"{experiment.params.model}: no masks yet; `dvc repro` makes them."
+        return f"{params.model}: no masks yet; `dvc repro` makes them."
     if not is_there(experiment.study.model(PRUNED) / PROVENANCE):
         return f"{described}\nmodels/pruned is missing (DVC does not cache it): `dvc repro` writes it."
     return described
 
 
-def describe(params: Params) -> str:
-    """Return the model and the settings of its pruning; the usual choices are left out."""
-    chosen = params.filled
-    usual = {"propagation": "dense", "allocation": "uniform", "reconstruction": "none"}
-    others = [f"{name} {value}" for name in usual if (value := getattr(chosen, name)) != usual[name]]
-    group = [f"group {chosen.group}"] if chosen.pattern == "unstructured" else []
-    words = [f"sparsity {chosen.sparsity:g}", f"pattern {chosen.pattern}", *group, *others]
-    return f"{params.model}: {chosen.method}, {', '.join(words)}"
+def recipe(params: Params) -> str:
+    """Return the recipe, with the choices that were set separately."""
+    usual = {name: getattr(RECIPES[params.recipe], name) for name in CHOICES} | {"allocation_strength": None}
+    own = [f"{name}={getattr(params, name)}" for name in usual if getattr(params, name) not in (None, usual[name])]
+    return f"{params.recipe} ({', '.join(own)})" if own else params.recipe
 
 
 def not_compared(first: Results, second: Results) -> Iterator[str]:
@@ -107,21 +107,13 @@ def notes(params: Params, models: dict[str, Results]) -> Iterator[str]:
 
 
 def _limits(name: str, results: Results) -> Iterator[str]:
-    """Yield sentences on a model that is not finite, was not continued, or whose Gram matrices needed more damping."""
+    """Yield sentences on a model that is not finite, or was not continued."""
     every = [results.details(f"perplexity/{text}") for text in results.texts]
     every += [results.answers(task) for task in results.tasks]
     for where in dict.fromkeys(one["not_finite"] for one in every if "not_finite" in one):
         yield f"{name}: activations are not finite from here on: {where}."
     if skipped := results.details("continuations").get("skipped"):
         yield f"No continuations by the {name} model: {skipped}."
-    linears = results.details("layer_error").get("linears", {})
-    raised = {linear: one["damping"] for linear, one in linears.items() if one.get("raised")}
-    if raised:
-        most = max(raised, key=lambda linear: raised[linear])
-        yield (
-            f"{name}: the Gram matrices of {len(raised)} linears are not positive definite with the default damping. "
-            f"It was raised, at most to {raised[most]:g} of the mean diagonal, for {most}."
-        )
 
 
 def _times(project: Project) -> str:

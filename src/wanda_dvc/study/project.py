@@ -179,11 +179,6 @@ class Project:
         """The folder of zero-shot answers by task: a run with one more task evaluates only the new task."""
         return self.work_root.with_name("wanda-dvc-answers")
 
-    @property
-    def locks(self) -> Path:
-        """The cache file of `dvc.lock`'s content at each listed commit."""
-        return self.work_root.with_name("wanda-dvc-locks.json")
-
     def plots(self, name: str) -> Path:
         """Return the data file of a plot."""
         return self.root / "metrics" / "plots" / f"{name}.csv"

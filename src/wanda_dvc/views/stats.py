@@ -1,5 +1,6 @@
 """The statistics as a table: the input norms, their outliers, and the layer errors of a pruned model."""
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from wanda_dvc.errors import UserError
@@ -21,7 +22,8 @@ def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | N
 
     Each input also lists the layer errors of its readers, if they were measured with these statistics.
     """
-    check(project)
+    model = load_json(project.model("dense") / PROVENANCE)  # if it exists, the statistics have to be its
+    stats_provenance(project, model or read_provenance(project.stats, "calibrate")["model"])
     blocks = block_count(project.stats, "calibrate")
     if layer is not None and not 0 <= layer < blocks:
         raise UserError(f"--layer: got {layer}, expected 0 to {blocks - 1}: the model has {blocks} blocks")
@@ -40,18 +42,16 @@ def stats(*, project: Project, layer: int | None, as_json: bool, linear: str | N
             record["layer_error"] = {name: errors[name] for name in record["linears"] if name in errors}
     if as_json:
         return json_text(records)
-    rows = [
-        [
-            record["block"],
-            ", ".join(map(_last_word, record["linears"])),
-            str(record["tokens"]),
-            *("–" if record[name] is None else f"{record[name]:.4g}" for name in ("mean", "median", "max")),
-            "–" if record["outliers"] is None else f"{100 * record['outliers']:.2f} %",
-            "  ".join(f"{feature['index']}: {feature['norm']:.4g}" for feature in record["largest"]),
-            *([", ".join(f"{100 * x:.2f} %" for x in record["layer_error"].values())] if errors else []),
-        ]
-        for record in records
-    ]
+    rows = []
+    for record in records:
+        linears = ", ".join(map(_last_word, record["linears"]))
+        numbers = ["–"] * 5
+        if record["tokens"]:
+            numbers = [f"{record[name]:.4g}" for name in ("mean", "median", "max")]
+            numbers.append(f"{100 * record['outliers']:.2f} %")
+            numbers.append("  ".join(f"{one['index']}: {one['norm']:.4g}" for one in record["largest"]))
+        found = [", ".join(f"{100 * x:.2f} %" for x in record["layer_error"].values())] if errors else []
+        rows.append([record["block"], linears, str(record["tokens"]), *numbers, *found])
     return table([*INPUTS, "layer error"] if errors else INPUTS, rows)
 
 
@@ -60,38 +60,20 @@ def _layer_errors(project: Project) -> dict[str, float]:
     from wanda_dvc.stages.apply import describe_pruned
 
     measured = load_json(project.details("pruned", "layer_error"))
-    if not measured.get("linears"):
-        return {}
-    try:
-        made_from = describe_pruned(project)
-    except UserError:
-        return {}
-    if measured["protocol"]["model"] != digest(made_from):
-        return {}
-    return {linear: measures["error"] for linear, measures in measured["linears"].items()}
-
-
-def check(project: Project) -> None:
-    """Raise UserError without statistics, or if they are of another model than models/dense (if it exists)."""
-    model = load_json(project.model("dense") / PROVENANCE)
-    stats_provenance(project, model or read_provenance(project.stats, "calibrate")["model"])
+    with contextlib.suppress(UserError):  # nothing is pruned
+        if measured.get("linears") and measured["protocol"]["model"] == digest(describe_pruned(project)):
+            return {linear: measures["error"] for linear, measures in measured["linears"].items()}
+    return {}
 
 
 def _summary(block: int, linears: list[str], x: "InputStats") -> dict[str, Any]:
     from wanda_dvc.pruning.statistics import summary
 
-    norm = x.norm
-    top = norm.topk(min(5, len(norm)))
-    known: dict[str, Any] = {
-        **summary(norm),
-        "largest": [
-            {"index": index, "norm": value}
-            for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        ],
-    }
-    nothing: dict[str, Any] = {name: [] if name == "largest" else None for name in known}
-    record = {"block": block, "linears": linears, "features": len(norm), "tokens": x.count}
-    return record | (known if x.count else nothing)
+    top = x.norm.topk(min(5, len(x.norm)))
+    largest = [{"index": int(index), "norm": float(value)} for value, index in zip(*top, strict=True)]
+    known = {**summary(x.norm), "largest": largest}
+    record = {"block": block, "linears": linears, "features": len(x.norm), "tokens": x.count}
+    return record | (known if x.count else dict.fromkeys(known))
 
 
 def _last_word(linear: str) -> str:
