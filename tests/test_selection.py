@@ -103,7 +103,7 @@ def test_no_mask_depends_on_the_order_in_which_a_gpu_adds(monkeypatch: pytest.Mo
     """A float `cumsum` and `index_add_` have no fixed order on CUDA. Sums are those of a CPU, to the bit."""
     units = Units(7, 3, layout)
     score = torch.rand(33, 7 * sum(layout), generator=torch.Generator().manual_seed(0))
-    expected = torch.zeros(7).index_add_(0, places(units), score.sum(dim=0)), keep_by_share(score, 0.5)
+    expected = torch.zeros(7).index_add_(0, places(7, layout), score.sum(dim=0)), keep_by_share(score, 0.5)
     device, ran = SimulatedDevice("cuda"), set[str]()
     run = device.run
 

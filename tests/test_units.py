@@ -121,7 +121,7 @@ def test_the_cheapest_unit_is_the_one_that_least_squares_misses_least(layout: tu
     units = Units(24 // sum(layout), 24 // sum(layout) - 1, layout)
     stay = cheapest(weight, Prepared(x.T @ x), units, damping=1e-7)
     without = [torch.arange(units.total) != unit for unit in range(units.total)]
-    best = min(without, key=lambda one: rise(weight, x, spread(one, units)))
+    best = min(without, key=lambda one: rise(weight, x, spread(one, layout)))
     assert torch.equal(stay, best)
 
 
@@ -134,12 +134,12 @@ def test_the_units_that_go_together_are_the_cheapest_after_those_before_them(lay
     gram += 0.01 * gram.diagonal().mean() * torch.eye(64)
     stay = torch.ones(units.total, dtype=torch.bool)
     while (left := int(stay.sum()) - units.stay) > 0:
-        alive = spread(stay, units)
+        alive = spread(stay, layout)
         inverse = torch.linalg.inv(gram[alive][:, alive])
         solved = weight.double() @ gram[:, alive] @ inverse
         cost = torch.full((units.total,), torch.inf).double()
         for unit in stay.nonzero()[:, 0]:
-            own = (places(units) == unit)[alive]
+            own = (places(units.total, layout) == unit)[alive]
             cost[unit] = (solved[:, own] @ torch.linalg.inv(inverse[own][:, own]) @ solved[:, own].T).trace()
         stay[cost.argsort()[: min(16 // sum(layout), left)]] = False
     assert torch.equal(cheapest(weight, Prepared(x.T @ x), units), stay)
@@ -217,7 +217,7 @@ def masked(folder: Path, removal: Removal) -> Iterator[Any]:
         if weight.dim() == 2 and not cut.address.tensor.endswith("bias"):
             keeps[cut.address.linear] = torch.ones_like(weight, dtype=torch.bool)
     for linear, cut in removal.readers.items():
-        along = spread(removal.stays[cut.units], removal.sets[cut.units])
+        along = spread(removal.stays[cut.units], cut.layout)
         keeps[linear] &= along if cut.dim == 1 else along[:, None]
     keeps = replace(removal, stays={}).spread(keeps)  # from the masks of the readers alone
     assert all(torch.equal(found, removal.stays[name]) for name, found in removal.stays_in(keeps).items())

@@ -4,14 +4,13 @@ A finder (engine/finders.py) makes the record. A probe then compares the smaller
 without the units; a structure that fails is refused. No family-specific code.
 """
 
-import contextlib
 import gc
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from wanda_dvc.catalog import Structure
 from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, text_key
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Row
-from wanda_dvc.engine.weights import set_parameter
+from wanda_dvc.engine.weights import Change
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.units import Units, places, spread
 from wanda_dvc.reading import DTYPES, Entry
@@ -143,7 +142,7 @@ class Removal:
             if linear in self.readers:
                 cut, units = self.readers[linear], self.units[linear]
                 found[cut.units] = torch.zeros(units.total, dtype=torch.bool)
-                found[cut.units][places(units)[keeps[linear].any(dim=1 - cut.dim)]] = True
+                found[cut.units][places(units.total, units.layout)[keeps[linear].any(dim=1 - cut.dim)]] = True
             elif linear in self._unit_of:
                 name, unit = self._unit_of[linear]
                 stay = found.setdefault(name, torch.zeros(self.sets[name].total, dtype=torch.bool))
@@ -160,13 +159,18 @@ class Removal:
                 keeps[linear] = keep & stays[name][unit]
             for cut in self.cuts_of.get(linear, ()):
                 if cut.units in stays:
-                    along = self.along(cut, stays)
+                    along = spread(stays[cut.units], cut.layout)
                     keeps[linear] = keeps[linear] & (along[:, None] if cut.dim == 0 else along)
         return keeps
 
-    def along(self, cut: Cut, stays: Stays) -> Bool[Tensor, " size"]:
-        """Return which places of a cut's dimension stay."""
-        return spread(stays[cut.units], self.sets[cut.units]._replace(layout=cut.layout))
+    def of_readers(self, linears: Iterable[str]) -> dict[str, Tensor]:
+        """Return masks of the linears that read units, in a form that broadcasts: True where an input stays."""
+        masks = {}
+        for linear in linears:
+            if cut := self.readers.get(linear):
+                along = spread(self.stays[cut.units], cut.layout)
+                masks[linear] = along[:, None] if cut.dim == 0 else along
+        return masks
 
     # --- stored tensors ---
 
@@ -253,7 +257,7 @@ class Smaller(Changed):
 
     def _kept(self, cut: Cut) -> Int[Tensor, " stay"]:
         """Return the places of a cut's dimension that stay."""
-        return self.removal.along(cut, self.removal.stays).nonzero()[:, 0]
+        return spread(self.removal.stays[cut.units], cut.layout).nonzero()[:, 0]
 
 
 def changed(config: Any, fields: Mapping[str, Any]) -> Any:
@@ -273,8 +277,9 @@ def probe(source: Checkpoint, removal: Removal) -> str:
     Some random tokens run through blocks of both in float32: one of each kind, or all if blocks go. One of the models
     is in memory at a time.
     """
+    in_float32 = partial(Decoder, dtype=torch.float32, device=torch.device("cpu"))
     try:
-        full = _in_float32(source)
+        full = in_float32(source)
         vocabulary = full.model.get_input_embeddings().weight.shape[0]
         row = Row(torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)))
         hidden = full.embed(row)
@@ -284,14 +289,17 @@ def probe(source: Checkpoint, removal: Removal) -> str:
         kept = removal.stays[where].nonzero()[:, 0].tolist() if by_block else range(len(full.blocks))
         wanted = []
         for new in range(len(kept)) if by_block else full.one_of_each_kind:
-            with full.block(kept[new], then=-1):
-                dense = hidden if by_block else full.run(kept[new], hidden, row)  # with the units
-                with _without_units(full, kept[new], removal):
-                    wanted.append((new, hidden, dense, full.run(kept[new], hidden, row)))
+            full.hold(kept[new], -1)
+            dense = hidden if by_block else full.run(kept[new], hidden, row)  # with the units
+            # Readers read zeros, and routers never choose experts that go.
+            full.hold(kept[new], -1, Change(removal.of_readers(full.linears(kept[new])), {}))
+            with _Unchoosable(full.model, removal):
+                wanted.append((new, hidden, dense, full.run(kept[new], hidden, row)))
             hidden = wanted[-1][-1] if by_block else hidden
+        full.release()
         del full
         gc.collect()
-        small = _in_float32(Smaller(source, removal))
+        small = in_float32(Smaller(source, removal))
         small.calls(row)
         for block, hidden, dense, masked in wanted:
             with small.block(block, then=-1):
@@ -302,28 +310,6 @@ def probe(source: Checkpoint, removal: Removal) -> str:
     except (UserError, RuntimeError, ValueError, IndexError) as error:
         return f"a smaller model does not run ({' '.join(str(error).split())[:200]})"
     return ""
-
-
-def _in_float32(source: Checkpoint) -> Decoder:
-    return Decoder(source, dtype=torch.float32, device=torch.device("cpu"))
-
-
-@contextlib.contextmanager
-def _without_units(model: Decoder, block: int, removal: Removal) -> Iterator[None]:
-    """Keep a loaded block from using units that go: readers read zeros, and routers never choose experts that go.
-
-    Readers read zeros until the block is unloaded.
-    """
-    own = set()  # experts share a parameter, which is copied once
-    for name, linear in model.linears(block).items():
-        if name in removal.readers:
-            along = removal.along(cut := removal.readers[name], removal.stays)
-            if (linear.module, linear.leaf) not in own:
-                own.add((linear.module, linear.leaf))
-                set_parameter(linear.module, linear.leaf, linear.module.get_parameter(linear.leaf).clone())
-            linear.weight.mul_(along[:, None] if cut.dim == 0 else along)
-    with _Unchoosable(model.model, removal) if removal.routers else contextlib.nullcontext():
-        yield
 
 
 class _Unchoosable(TorchFunctionMode):

@@ -54,7 +54,7 @@ def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is c
         if worth is not None:  # a row's problem is the same at every scale
             weight = weight.float() * worth.to(weight.device)[:, None]
         if units:
-            return spread(cheapest(weight, given, units), units).expand(weight.shape)
+            return spread(cheapest(weight, given, units), units.layout).expand(weight.shape)
         among = "row" if group == "row" else "linear"  # solvers ignore the row weights
         solved: Solved = function_of(method.function)(weight, given, share=share, pattern=pattern, group=among)
         return solved.keep
@@ -71,7 +71,7 @@ def choose(  # noqa: PLR0913 - the linear, its statistics, and how its mask is c
         if not scored.amax().isfinite():
             raise UserError(f"{name}: scores that are not finite; its weights or the activations it reads overflow")
         if units:
-            into.copy_(spread(highest(summed(scored, units), units.stay), units).expand(scored.shape))
+            into.copy_(spread(highest(summed(scored, units), units.stay), units.layout).expand(scored.shape))
         elif method.competition == "rows":
             into.copy_(keep_by_share(scored, float(share)))
         else:

@@ -44,14 +44,14 @@ def stay_of(width: int, share: Fraction, multiple: int) -> int:
     return min(width, nearest)
 
 
-def places(units: Units) -> Int[Tensor, " in"]:
+def places(total: int, layout: Sequence[int]) -> Int[Tensor, " in"]:
     """Return the unit of each input."""
-    return torch.cat([torch.arange(units.total).repeat_interleave(size) for size in units.layout])
+    return torch.cat([torch.arange(total).repeat_interleave(size) for size in layout])
 
 
-def spread(stay: Bool[Tensor, " units"], units: Units) -> Bool[Tensor, " in"]:
+def spread(stay: Bool[Tensor, " units"], layout: Sequence[int]) -> Bool[Tensor, " in"]:
     """Return which inputs stay."""
-    return stay[places(units).to(stay.device)]
+    return stay[places(len(stay), layout).to(stay.device)]
 
 
 def summed(score: Float[Tensor, "out in"], units: Units) -> Float[Tensor, " units"]:
@@ -88,7 +88,7 @@ def cheapest(
     root = prepared.inverse_root(damping).matrix
     inverse = multiply(root.T, root)
     w = weight.float().masked_fill(prepared.dead, 0)
-    unit_of = places(units).to(w.device)
+    unit_of = places(units.total, units.layout).to(w.device)
     inputs = unit_of.sort(stable=True).indices.view(units.total, -1)
     stay = torch.ones(units.total, dtype=torch.bool, device=w.device)
     at_a_time = max(1, TOGETHER // inputs.shape[1])
