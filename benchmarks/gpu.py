@@ -45,7 +45,7 @@ except ImportError:
 from checkpoints import make_checkpoint  # noqa: E402 - after the stand-in
 
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods  # noqa: E402
-from wanda_dvc.engine.checkpoint import Changed  # noqa: E402
+from wanda_dvc.engine.checkpoint import Changed, write_model  # noqa: E402
 from wanda_dvc.engine.decoder import Decoder  # noqa: E402
 from wanda_dvc.engine.divergence import measure  # noqa: E402
 from wanda_dvc.engine.fisher import backward  # noqa: E402
@@ -53,7 +53,6 @@ from wanda_dvc.engine.recorder import Recorded  # noqa: E402
 from wanda_dvc.engine.rows import as_rows  # noqa: E402
 from wanda_dvc.engine.sizes import FIXED, sizes, walk  # noqa: E402
 from wanda_dvc.engine.walk import Runner, outputs  # noqa: E402
-from wanda_dvc.engine.writer import write_model  # noqa: E402
 from wanda_dvc.pruning.choose import choose_block, prepared_linears, prune_linear, reconstruct  # noqa: E402
 from wanda_dvc.pruning.gram import Gram  # noqa: E402
 from wanda_dvc.pruning.selection import pack_bits  # noqa: E402

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_families import save
 
-from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint
-from wanda_dvc.engine.writer import write_model
+from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, write_model
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import prune
 from wanda_dvc.study.files import write_json

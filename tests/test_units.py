@@ -20,11 +20,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from wanda_dvc.catalog import STRUCTURES, function_of, methods
-from wanda_dvc.engine.checkpoint import Address, Checkpoint
+from wanda_dvc.engine.checkpoint import Address, Checkpoint, write_model
 from wanda_dvc.engine.finders import block_lists, confirmed
 from wanda_dvc.engine.removal import Removal, Smaller
 from wanda_dvc.engine.structure import build_empty, find_blocks, stored_linears, stored_parts
-from wanda_dvc.engine.writer import write_model
 from wanda_dvc.errors import UserError
 from wanda_dvc.pruning.choose import choose_units
 from wanda_dvc.pruning.scores import influence

@@ -126,8 +126,6 @@ def _dims(
             module = full.get_submodule(name.rpartition(".")[0])
             experts = next((len(x) for x in module.parameters(recurse=False) if x.dim() == 3), 0)
             for address, dim, own in _stored(parts[name], place, experts, source):
-                if (own * trial) % number:
-                    raise refused(structure, source, f"{address.tensor} has {own} places for {number} of {field}")
                 dims[address, dim] = _Dim(own, number, field)
     if not dims:
         looked = ", ".join(structure.fields)

@@ -52,30 +52,23 @@ def pack(requests: Sequence[Request], *, tokens: int) -> tuple[list[Row], list[P
         questions.setdefault(request.context, {}).setdefault(request.continuation[:-1], []).append(index)
     rows: list[Row] = []
     places: dict[int, Place] = {}
-    fed: list[int] = []
-    positions: list[int] = []
-    question: list[int] = []
-    choice: list[int] = []
+    row: list[tuple[int, int, int, int]] = []  # token, position, question and choice
 
     def end_row() -> None:
-        layout = Layout(*(torch.tensor(values) for values in (positions, question, choice)))
-        rows.append(Row(torch.tensor(fed), layout))
-        for values in (fed, positions, question, choice):
-            values.clear()
+        fed, *layout = torch.tensor(row).T.contiguous()
+        rows.append(Row(fed, Layout(*layout)))
+        row.clear()
 
     for number, (context, choices) in enumerate(questions.items()):
-        if fed and len(fed) + len(context) + sum(map(len, choices)) > tokens:
+        if row and len(row) + len(context) + sum(map(len, choices)) > tokens:
             end_row()
-        last = len(fed) + len(context) - 1
+        last = len(row) + len(context) - 1
         for place, (part, asked) in enumerate([(context, []), *choices.items()]):
-            start, behind = len(fed), 0 if place == 0 else len(context)
-            fed += part
-            positions += range(behind, behind + len(part))
-            question += [number] * len(part)
-            choice += [place] * len(part)
+            start, behind = len(row), 0 if place == 0 else len(context)
+            row += [(token, behind + at, number, place) for at, token in enumerate(part)]
             for index in asked:
-                places[index] = Place(len(rows), [last, *range(start, len(fed))])
-    if fed:
+                places[index] = Place(len(rows), [last, *range(start, len(row))])
+    if row:
         end_row()
     return rows, [places[index] for index in range(len(requests))]
 

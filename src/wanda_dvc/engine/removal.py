@@ -302,8 +302,8 @@ def probe(source: Checkpoint, removal: Removal) -> str:
         small = in_float32(Smaller(source, removal))
         small.calls(row)
         for block, hidden, dense, masked in wanted:
-            with small.block(block, then=-1):
-                found = small.run(block, hidden, row)
+            small.hold(block, -1)
+            found = small.run(block, hidden, row)
             off, effect, size = (float(torch.linalg.vector_norm(x)) for x in (found - masked, masked - dense, dense))
             if not off <= removal.close * max(effect, 1e-4 * size):
                 return f"its block {block} computes something else without them ({off:.2g})"

@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint
-from wanda_dvc.engine.writer import write_model
+from wanda_dvc.engine.checkpoint import Address, Changed, Checkpoint, write_model
 from wanda_dvc.errors import UserError
 from wanda_dvc.plan import Plan
 from wanda_dvc.pruning.choose import prepare, prune_linear, reconstruct
