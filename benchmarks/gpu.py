@@ -47,12 +47,10 @@ from checkpoints import make_checkpoint  # noqa: E402 - after the stand-in
 from wanda_dvc.catalog import RECONSTRUCTIONS, methods  # noqa: E402
 from wanda_dvc.engine.checkpoint import Changed, write_model  # noqa: E402
 from wanda_dvc.engine.decoder import Decoder  # noqa: E402
-from wanda_dvc.engine.divergence import measure  # noqa: E402
-from wanda_dvc.engine.fisher import backward  # noqa: E402
+from wanda_dvc.engine.divergence import measure_windows  # noqa: E402
 from wanda_dvc.engine.recorder import Recorded  # noqa: E402
-from wanda_dvc.engine.rows import as_rows  # noqa: E402
 from wanda_dvc.engine.sizes import FIXED, sizes, walk  # noqa: E402
-from wanda_dvc.engine.walk import Runner, outputs  # noqa: E402
+from wanda_dvc.engine.walk import Runner, backward  # noqa: E402
 from wanda_dvc.pruning.choose import choose_block, prepared_linears, prune_linear, reconstruct  # noqa: E402
 from wanda_dvc.pruning.gram import Gram  # noqa: E402
 from wanda_dvc.pruning.selection import pack_bits  # noqa: E402
@@ -74,7 +72,7 @@ LLAMA_7B = LLAMA | {
     "num_key_value_heads": 32, "vocab_size": 32000,
 }  # fmt: skip
 BLOCKS_7B = 32
-TOGETHER = 8192  # tokens a multiplication, as a card takes them
+TOGETHER = 8192  # tokens a multiplication: they fill a card
 HALF = Fraction(1, 2)
 
 
@@ -136,8 +134,8 @@ class Bench:
         if on_card:
             torch.cuda.reset_peak_memory_stats(device)
         spent, recorded = [], []
-        steps = Runner(decoder, work).walk(windows)
-        for step in steps:
+        runner = Runner(decoder, work)
+        for step in runner.walk(windows):
             self.wait()
             began = time.perf_counter()
             found = step.record(gram=gram)
@@ -145,9 +143,7 @@ class Bench:
             spent.append(time.perf_counter() - began)
             recorded.append(Recorded(found.stats, _on(torch.device("cpu"), found.grams), {}))
             del found
-        rows = as_rows(windows)
-        hidden = outputs(decoder, rows, work)
-        losses = [measure(decoder, x[None], row.tokens)[0] for x, row in zip(hidden, rows, strict=True)]
+        losses = [loss for loss, _ in runner.head(measure_windows, lambda shard: [None] * len(shard))]
         peak = torch.cuda.max_memory_allocated(device) if on_card else 0
         return Run(recorded, losses, sum(spent[1:]) / max(1, len(spent) - 1), peak)  # the first block warms up
 

@@ -306,3 +306,19 @@ def _drop_privilege() -> None:
     for kind in (0, 1, 2):  # effective, permitted, inheritable
         capabilities[kind] &= ~(1 << 1 | 1 << 2 | 1 << 3)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
     assert system.capset(header, capabilities) == 0
+
+
+def walk(decoder: Any, rows: Any, work: Path, **words: Any) -> Any:
+    """The steps of a walk in this process."""
+    from wanda_dvc.engine.walk import Runner
+
+    return Runner(decoder, work).walk(rows, **words)
+
+
+def outputs(decoder: Any, rows: Any, work: Path) -> "list[torch.Tensor]":
+    """The hidden states after the last block of a finished walk."""
+    from wanda_dvc.engine.walk import Runner
+
+    run = Runner(decoder, work)
+    assert not list(run.walk(rows))
+    return list(run.head(lambda _, __, hidden, ___: iter(hidden), lambda shard: 0))

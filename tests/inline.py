@@ -10,12 +10,13 @@ from uuid import uuid4
 import torch
 
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.rows import Executor
 
 CPU = torch.device("cpu")
 
 
 @dataclass
-class Inline:
+class Inline(Executor):
     """Maps as a cluster does. `ran` has the name and the input of each unit of work."""
 
     ran: list[tuple[str, Any]] = field(default_factory=list)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import outputs, save_tiny_model, walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -19,7 +19,6 @@ from wanda_dvc.engine import attention
 from wanda_dvc.engine.attention import attend, laid_out, visible
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.rows import Layout
-from wanda_dvc.engine.walk import outputs, walk
 
 MODULE = torch.nn.Module()
 
@@ -126,13 +125,6 @@ def test_in_bfloat16_a_cpu_with_units_for_it_takes_ours(tmp_path: Path, monkeypa
     stock, ours = ((hidden[name] - hidden["right"]).norm() for name in ("stock", "ours"))
     assert not torch.equal(hidden["ours"], hidden["stock"])
     assert ours < 1.5 * stock
-
-
-def test_where_ours_computes_something_else_the_stock_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention, "is_faster", lambda *_: True)
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, lambda m, q, *_, **__: (q.mT * 0, None))
-    folder = save_tiny_model(tmp_path / "model")
-    assert not Decoder(folder, dtype=torch.bfloat16, device=torch.device("cpu"))._ours_for_windows
 
 
 def test_where_it_differs_in_one_kind_of_block_the_stock_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

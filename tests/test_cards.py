@@ -2,23 +2,19 @@
 
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from cases.grids import full, thinned
-from conftest import ROOT
+from conftest import ROOT, outputs, walk
 from hypothesis import given
 from hypothesis import strategies as st
-from test_families import save
 from test_selection import matrices
 
-from wanda_dvc.engine import decoder as decoding
-from wanda_dvc.engine import states
+from wanda_dvc.engine import rows
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import Recorded
 from wanda_dvc.engine.rows import as_rows
-from wanda_dvc.engine.walk import Runner, outputs, walk
+from wanda_dvc.engine.walk import Runner
 from wanda_dvc.pruning.selection import above_by_numpy, above_by_torch
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -62,7 +58,7 @@ def test_a_kill_loses_what_was_not_saved_and_no_byte(
 ):
     _, hidden = run(tiny, tmp_path / "plain", windows())
     monkeypatch.setattr(Decoder, "room", lambda _: ROOMS[room])
-    monkeypatch.setattr(states, "SAVED_EVERY", seconds)
+    monkeypatch.setattr(rows, "SAVED_EVERY", seconds)
     steps = walk(Decoder(tiny, dtype=torch.float32, device=CPU), windows(), tmp_path / "killed")
     for step in steps:
         if step.index == 3:
@@ -72,36 +68,6 @@ def test_a_kill_loses_what_was_not_saved_and_no_byte(
     recorded, found = run(tiny, tmp_path / "killed", windows())
     assert len(recorded) == (blocks_left if room == "all" else 1)
     assert all(torch.equal(one, other) for one, other in zip(found, hidden, strict=True))
-
-
-@pytest.mark.parametrize(
-    "family", thinned(["mixtral", "llama", "gemma2", "bloom", *map(full, ["gpt2", "qwen3_moe"])], 4)
-)
-def test_windows_together_compute_what_each_does_alone(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = save(family, tmp_path / "model", num_hidden_layers=2)
-    tokens = windows(48)  # three a shard: two together, and one
-    recorded, hidden = run(folder, tmp_path / "alone", tokens)
-    monkeypatch.setattr(decoding, "TOKENS_TOGETHER", {"cpu": 64})
-    with mock.patch.object(Decoder, "run", autospec=True, side_effect=Decoder.run) as runs:
-        found, also = run(folder, tmp_path / "together", tokens)
-    assert 2 in {len(call.args[2]) for call in runs.call_args_list}
-    torch.testing.assert_close(torch.stack(also), torch.stack(hidden), rtol=1e-3, atol=1e-3)
-    for one, other in zip(found, recorded, strict=True):
-        assert one.stats.readers == other.stats.readers
-        for name, x in other.stats.inputs.items():
-            assert one.stats.inputs[name].count == x.count
-            torch.testing.assert_close(one.stats.inputs[name].sum_squares, x.sum_squares, rtol=1e-4, atol=1e-3)
-
-
-def test_a_block_that_mixes_rows_takes_one_at_a_time(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    _, hidden = run(tiny, tmp_path / "alone", windows(48))
-    monkeypatch.setattr(decoding, "TOKENS_TOGETHER", {"cpu": 64})
-    original = Decoder.run
-    monkeypatch.setattr(
-        Decoder, "run", lambda self, index, x, *words: original(self, index, x.mean(0, True).expand_as(x), *words)
-    )
-    _, also = run(tiny, tmp_path / "mixed", windows(48))
-    assert all(torch.equal(one, other) for one, other in zip(also, hidden, strict=True))
 
 
 @given(matrices(), st.data())

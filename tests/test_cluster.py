@@ -20,9 +20,8 @@ from test_stages import fetch
 from wanda_dvc.engine import questions
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.divergence import Reference, measure_windows
-from wanda_dvc.engine.fisher import backward
 from wanda_dvc.engine.recorder import Gradients, Recorded
-from wanda_dvc.engine.walk import Runner
+from wanda_dvc.engine.walk import Runner, backward
 from wanda_dvc.errors import UserError
 from wanda_dvc.stages.apply import apply
 from wanda_dvc.stages.download import download
@@ -191,7 +190,7 @@ def test_few_inputs_are_taken_ahead(monkeypatch: pytest.MonkeyPatch, workers: in
     monkeypatch.setattr(ray, "put", lambda x: x)
     monkeypatch.setattr(ray, "get", lambda x: x)
     cluster, taken = Cluster(), 0  # type: ignore[call-arg] # see above
-    cluster._settings, cluster._task = (1, "cpu"), mock.Mock(remote=lambda _, __, function, one: function(CPU, one))
+    cluster._expected, cluster._task = ({}, [], 1, "cpu"), mock.Mock(remote=lambda _, function, one: function(CPU, one))
 
     def inputs() -> Iterator[int]:
         nonlocal taken
@@ -236,16 +235,6 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, nodes: Any, *names: str) -> list[st
 
 
 @slow
-def test_five_workers_give_the_bytes_of_one_process(
-    nodes: Any, tiny: Path, rows: torch.Tensor, expected: dict[bool, list[bytes]], tmp_path: Path
-):
-    set_nodes(nodes, 5)
-    for with_dense in (False, True):
-        run = on_cluster(tiny, tmp_path / str(with_dense))
-        assert list(through(run, rows, with_dense=with_dense)) == expected[with_dense]
-
-
-@slow
 def test_a_node_that_dies_costs_no_byte(
     nodes: Any,
     tiny: Path,
@@ -256,7 +245,7 @@ def test_a_node_that_dies_costs_no_byte(
 ):
     """Its tasks run again."""
     set_nodes(nodes, 5)
-    names = ["block 2, shard 5", "output head, shard 1", "backward pass, block 1, window 1"]
+    names = ["block 2, shard 5", "output head, shard 1", "backward pass, block 1, shard 1"]
     killed = kill_at(monkeypatch, nodes, *names)
     assert list(through(on_cluster(tiny, tmp_path), rows, with_dense=False)) == expected[False]
     assert killed == names
@@ -278,7 +267,7 @@ def test_an_error_of_a_task_is_ours_with_the_nodes_name(nodes: Any, project: Mak
     weights["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     study = fetch(project(folder, runtime__ray="auto"), "model", "calibration")
-    with pytest.raises(UserError, match=r"^worker on \S+ \(node [0-9a-f]{8}\): .*block 2, output of .*: activations"):
+    with pytest.raises(UserError, match=r"^worker on \S+ \(node [0-9a-f]{8}\): .*block 2: activations"):
         calibrate(project=study)
 
 
@@ -357,7 +346,7 @@ def test_every_artifact_is_the_same_though_a_node_dies_in_every_stage(
     for name in (*MADE, study.answers):
         shutil.rmtree(study.root / name)
     # In `calibrate` the walk and the backward pass, in `mask` the walk and a solver, `perplexity`, `zero-shot`.
-    names = ["block 2, shard 1", "backward pass, block 2, window 1", "block 1, shard 1", "block 1, solver "]
+    names = ["block 2, shard 1", "backward pass, block 2, shard 1", "block 1, shard 1", "block 1, solver "]
     names += ["output head, shard 1", "output head, shard 1", "block 2, shard 1"]
     real = Cluster._get
 

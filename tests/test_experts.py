@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import cycled
-from conftest import planned
+from conftest import planned, walk
 from test_families import RECORDED, run, save, short_texts
 from test_units import EXPERTS, place
 from transformers import AutoModelForCausalLM
@@ -17,7 +17,6 @@ from wanda_dvc.catalog import RECIPES, function_of, methods
 from wanda_dvc.engine import rows
 from wanda_dvc.engine.checkpoint import Checkpoint
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.walk import walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
 from wanda_dvc.pruning.scores import reap

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from cases.grids import cycled, full
-from conftest import TEXTS, kept, save_tiny_model
+from conftest import TEXTS, kept, outputs, save_tiny_model, walk
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 
 from wanda_dvc.cli import app
 from wanda_dvc.engine.checkpoint import Address, Checkpoint
-from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.decoder import Call, Decoder
 from wanda_dvc.engine.questions import Request, loglikelihoods
-from wanda_dvc.engine.rows import Call, Row
-from wanda_dvc.engine.walk import Runner, outputs, walk
+from wanda_dvc.engine.rows import Row
+from wanda_dvc.engine.walk import Runner
 from wanda_dvc.errors import UserError
 from wanda_dvc.study.project import Project
 from wanda_dvc.study.tensors import read_masks

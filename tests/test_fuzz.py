@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from wanda_dvc.engine.checkpoint import Checkpoint, read_config, read_index
-from wanda_dvc.engine.states import HiddenStates, Progress
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import read_params
 from wanda_dvc.reading import read_header, read_lines, read_object
@@ -43,14 +41,6 @@ def checkpoint(path: Path) -> None:
         assert opened.entries[name].length >= 0
 
 
-def progress(path: Path) -> None:
-    states = HiddenStates(path.parent / "own", [[2], [3]], 4, torch.float32)
-    for boundary in range(4):
-        for shard, size in enumerate((2, 3)):
-            states.write(boundary, shard, torch.zeros(size, 4).split(1))
-    Progress.open(path.parent, {"own": states}, 3)
-
-
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # name of the file, what reads it
     "object": ("file.json", read_object),
     "lines": ("items.jsonl", lambda path: list(read_lines(path))),
@@ -60,7 +50,6 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # name of the file
     "params": ("params.yaml", read_params),
     "documents": ("documents.json.gz", documents),
     "config": ("config.json", lambda path: read_config(path.parent)),
-    "progress": ("progress.json", progress),
 }
 
 ODD: list[Any] = [

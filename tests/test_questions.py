@@ -177,7 +177,7 @@ def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
     def record(row, until):
         made = real(row, until)
         recorded.extend(
-            weakref.ref(x) for _, call in made for x in calls._flat([call])[0] if isinstance(x, torch.Tensor)
+            weakref.ref(x) for _, call in made for x in decoding._flat([call])[0] if isinstance(x, torch.Tensor)
         )
         return made
 
@@ -192,29 +192,21 @@ def test_recorded_calls_stay_within_their_budget_and_change_no_answer(
     assert loglikelihoods(Runner(decoder, tmp_path / "bounded"), many, length=64, progress=watched) == answers
     assert len(sizes) == 4
     assert all(budget <= size <= budget + 6_000 for size in sizes)  # a row takes 5,220, and the last is there too
-    assert decoder._cache.nbytes == 0  # freed before the logits
+    assert not decoder._calls  # freed before the logits
 
 
-def test_memory_that_calls_share_counts_once():
-    table = torch.zeros(10, 8)
-    shared = [calls.Call((table,), {"rotary": (table, table[:5])}), calls.Call((), {"rotary": table.T, "mask": None})]
-    assert calls.call_bytes(shared) == table.nbytes
-    assert calls.call_bytes([*shared, calls.Call((table.clone(),), {})]) == 2 * table.nbytes
+def test_calls_are_recorded_again_only_where_they_do_not_fit(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """60, 30 and 10 bytes fit into 100; 20 and 40 don't, and of those the last is there once more."""
+    monkeypatch.setattr(decoding, "calls_bytes", lambda _: 100)
+    decoder, recorded = Decoder(tiny, dtype=torch.float32, device=CPU), list[int]()
 
+    def record(row: decoding.Row) -> list[decoding.Call]:
+        recorded.append(len(row.tokens))
+        table = torch.zeros(len(row.tokens), dtype=torch.uint8)
+        return [decoding.Call((table,), {"shared": (table, table[:5])}), decoding.Call((), {"mask": None})]
 
-def test_calls_are_recorded_again_only_where_they_do_not_fit():
-    cache = calls.CallCache(100)
-    recorded: list[int] = []
-
-    def get(key: int) -> None:
-        def record() -> list[calls.Call]:
-            recorded.append(key)
-            return [calls.Call((torch.zeros(key, dtype=torch.uint8),), {})]
-
-        cache.get(key, record)
-
+    monkeypatch.setattr(decoder, "_record_calls", record)
     for _ in range(2):
-        for key in (60, 30, 20, 20, 40, 10):
-            get(key)
-    # 60, 30 and 10 fit; 20 and 40 don't, and of those the last is there once more.
+        for length in (60, 30, 20, 20, 40, 10):
+            decoder.calls(decoding.Row(torch.zeros(length, dtype=torch.long)))
     assert recorded == [60, 30, 20, 40, 10, 20, 40]

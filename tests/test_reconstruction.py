@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases.grids import OF_WEIGHTS, cycled, named, pairs, thinned
-from conftest import ROOT, calibrate
+from conftest import ROOT, calibrate, walk
 from ruamel.yaml import YAML
 from test_families import save
 from test_stages import tree
@@ -23,7 +23,6 @@ from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import InputRecorder
 from wanda_dvc.engine.rows import Row, as_rows
 from wanda_dvc.engine.training import train
-from wanda_dvc.engine.walk import walk
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
 from wanda_dvc.plan import TRAINING
@@ -337,8 +336,8 @@ def test_cross_products_are_those_of_both_windows_inputs(study: Make):
     recorder = InputRecorder(gram=True)
     cross(decoder, recorder, dense, pruned)
     name = "model.layers.0.mlp.down_proj"
-    torch.testing.assert_close(recorder.crosses[name].float(), seen[0].T @ seen[1], rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(recorder.grams[name].matrix(), seen[1].T @ seen[1], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(recorder.sums.crosses[name].float(), seen[0].T @ seen[1], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(recorder.sums.grams[name].matrix(), seen[1].T @ seen[1], rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -350,7 +349,7 @@ def test_only_inputs_of_every_token_have_a_cross_product(family: str, tmp_path: 
     for width in (1, 24):  # rows in a shard: one that sees few experts, and one that sees all
         recorder = InputRecorder(gram=True)
         cross(decoder, recorder, rows[:width], rows[width : 2 * width])
-        found = recorder.of(decoder.linears(0))
+        found = recorder.sums.of(decoder.linears(0))
         every = {name for name, x in found.stats.inputs.items() if x.count == 2 * width}
         assert found.crosses.keys() <= every
         assert {name for name in every if ".experts." not in name} <= found.crosses.keys()
@@ -389,7 +388,7 @@ def test_a_training_in_float16_is_one_in_float32(scale: int, tmp_path: Path):
         row = Row(torch.randint(64, (512,)))
         hidden = decoder.embed(row)[0].detach()
         decoder.calls(row)  # before a block is loaded
-        with decoder.block(0, then=-1):
+        with decoder.block(0):
             with torch.no_grad():
                 target = decoder.run(0, hidden[None], row)[0].clone()
             weights = {name: one.weight.clone() for name, one in decoder.weights.of_block(0).items()}

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import walk
 from hypothesis import given
 from hypothesis import strategies as st
 
 from wanda_dvc.engine import rows
 from wanda_dvc.engine.decoder import Decoder
 from wanda_dvc.engine.recorder import Sums
-from wanda_dvc.engine.walk import walk
 from wanda_dvc.errors import UserError
 
 CPU = torch.device("cpu")

@@ -519,7 +519,7 @@ def test_weights_that_are_not_finite_are_refused(project: Make, tiny: Path, tmp_
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tiny / name, tmp_path / "broken" / name)
     made = fetch(project(model=tmp_path / "broken", method="magnitude"))
-    with pytest.raises(UserError, match=r"block 1, output of model.layers.1.mlp.up_proj: activations that are not"):
+    with pytest.raises(UserError, match="block 1: activations that are not"):
         calibrate(project=made)
     made = fetch(project(method="magnitude"))
     calibrate(project=made)

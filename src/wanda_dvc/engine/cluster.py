@@ -12,25 +12,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.serialization import register_serializer
 from torch import Tensor
 
 import wanda_dvc
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.decoder import Decoder
+from wanda_dvc.engine.rows import Executor, R, T
 from wanda_dvc.errors import UserError, explain, fixable, notice
 from wanda_dvc.machine import omp_threads, usable_cores
 
-T = TypeVar("T")
-R = TypeVar("R")
 CPU = torch.device("cpu")
 LOCAL = "local"
 THREADS = 4  # of a task without a GPU, if OMP_NUM_THREADS is not set
@@ -52,11 +50,17 @@ ENVIRONMENT = {
 # --- on the nodes ---
 
 
-def run_task(threads: int, device: str, function: Callable[[torch.device, T], R], given: T) -> R | list[Any]:
+# What a task expects of its node: versions of libraries, folders, its threads and its device.
+Expected = tuple[dict[str, str], list[Path], int, str]
+
+
+def run_task(expected: Expected, function: Callable[[torch.device, T], R], given: T) -> R | list[Any]:
     """Run a function in this process; an iterator becomes a list. Errors name the node."""
     carry_tensors()
+    wanted, folders, threads, device = expected
     torch.set_num_threads(threads)
     try:
+        check_node(wanted, folders)
         found = function(own_device(device), given)
         return list(found) if isinstance(found, Iterator) else found
     except Exception as error:
@@ -98,7 +102,7 @@ def open_model(folder: Path, dtype: torch.dtype, opening: str, device: torch.dev
     return Decoder(folder, dtype=dtype, device=device)
 
 
-def check_node(wanted: Mapping[str, str], folders: Sequence[Path], _device: torch.device, _given: None) -> None:
+def check_node(wanted: Mapping[str, str], folders: Sequence[Path]) -> None:
     """Raise UserError if this node's versions differ from the driver's, or if it does not see a folder."""
     for name, found in versions().items():
         if found != wanted[name]:
@@ -114,6 +118,7 @@ def check_node(wanted: Mapping[str, str], folders: Sequence[Path], _device: torc
             )
 
 
+@lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Return the versions that must agree on all nodes."""
     python = ".".join(platform.python_version_tuple()[:2])
@@ -147,8 +152,8 @@ def connect(address: str) -> None:
         ) from None
 
 
-class Cluster:
-    """Maps functions over inputs as tasks of a cluster."""
+class Cluster(Executor):
+    """Maps units of work over inputs as tasks of a cluster."""
 
     def __init__(self, address: str, *, device: str) -> None:
         """`address` is `local`, or the Ray address of a running cluster."""
@@ -167,7 +172,8 @@ class Cluster:
             )
         smallest = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
         self._threads = min(omp_threads() or THREADS, smallest)
-        self._settings = self._threads, device if self._kind == "GPU" else "cpu"
+        self._device = device if self._kind == "GPU" else "cpu"
+        self._expected: Expected = versions(), [], self._threads, self._device
         needs: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": self._threads}
         self._task: Any = ray.remote(run_task).options(max_retries=RETRIES, **needs)
 
@@ -177,21 +183,18 @@ class Cluster:
         return int(ray.cluster_resources().get(self._kind, 0)) // (1 if self._kind == "GPU" else self._threads)
 
     def open(self, folders: Sequence[Path] = ()) -> None:
-        """Wait for a worker, and check every node's versions and folders. UserError if no worker joins."""
+        """Wait for a worker. Each task checks its node's versions and folders. UserError if no worker joins."""
         if self._address == LOCAL:  # it has this machine's files and cores
             return
-        checking = partial(check_node, versions(), folders)
-        first = self._task.remote(*self._settings, checking, None)
+        self._expected = versions(), [*folders], self._threads, self._device
+        first = self._task.remote(self._expected, lambda *_: None, None)
         if not ray.wait([first], timeout=SECONDS_TO_START)[0]:
             wanted = "a GPU" if self._kind == "GPU" else f"{self._threads} CPU{'s' * (self._threads > 1)}"
             notice(f"runtime.ray: waiting for a worker with {wanted}")
             # Others may use a worker for hours.
             if not ray.wait([first], timeout=None if self.workers else SECONDS)[0]:
                 raise UserError(f"runtime.ray: no node with {wanted} joined within {SECONDS} s; look at `ray status`")
-        for node in [node["NodeID"] for node in alive_nodes() if node["Resources"].get(self._kind)]:
-            here = NodeAffinitySchedulingStrategy(node_id=node, soft=True)  # on others if it has died
-            task = self._task.options(num_cpus=0, num_gpus=0, scheduling_strategy=here)
-            self._get(task.remote(*self._settings, checking, None), f"check of node {node[:8]}")
+        self._get(first, "first task")
 
     def opener(self, decoder: Decoder) -> Callable[[torch.device], Decoder]:
         """Return a function that opens a decoder's model in a worker, once."""
@@ -202,7 +205,7 @@ class Cluster:
         shared, most = ray.put(function), AHEAD * max(1, self.workers)
         waiting = deque[tuple[Any, str]]()
         for number, one in enumerate(inputs):
-            waiting.append((self._task.remote(*self._settings, shared, one), f"{what} {number}"))
+            waiting.append((self._task.remote(self._expected, shared, one), f"{what} {number}"))
             if len(waiting) >= most:
                 yield self._get(*waiting.popleft())
         while waiting:
@@ -232,7 +235,7 @@ class Cluster:
     def close(self) -> None:
         """Leave the cluster."""
         if self._ours:
-            ray.shutdown()
+            self.stop()
 
 
 def alive_nodes() -> list[dict[str, Any]]:

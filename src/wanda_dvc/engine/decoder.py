@@ -7,7 +7,8 @@ import contextlib
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableSequence, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten
 
 from wanda_dvc.engine import accelerator, attention
 from wanda_dvc.engine.checkpoint import Checkpoint, positions_of
-from wanda_dvc.engine.rows import TOKENS_TOGETHER, Call, CallCache, Layout, Row, calls_bytes, equal_calls
+from wanda_dvc.engine.rows import Layout, Row, calls_bytes
 from wanda_dvc.engine.structure import build_empty
 from wanda_dvc.engine.weights import Weights
 from wanda_dvc.errors import UserError
@@ -30,6 +32,36 @@ LOGITS_AT_A_TIME = 2**25  # elements; 128 MB in float32
 
 class _Stop(Exception):
     """Ends the model's own forward pass once the blocks' calls are recorded."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block, without the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def held(self) -> list[int]:
+        """Return the contents of its containers, by identity, to detect blocks that change a container."""
+        return [id(part) for value in (*self.args, *self.kwargs.values()) for part in _held(value)]
+
+
+def _held(value: Any) -> Iterator[Any]:
+    if isinstance(value, (Mapping, MutableSequence)):  # transformers has mappings that are not dicts
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield part
+            yield from _held(part)
+
+
+def _flat(calls: list[Call]) -> tuple[list[Any], Any]:
+    """Return the values in calls, and their nested structure."""
+    return tree_flatten([(call.args, call.kwargs) for call in calls])
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
 
 
 class Decoder:
@@ -44,11 +76,10 @@ class Decoder:
         self.checkpoint = Checkpoint(source) if isinstance(source, Path) else source
         self.model = build_empty(self.checkpoint.config, self.checkpoint.config_name, dtype)
         self.dtype, self.device = dtype, device
-        self._takes_several: dict[Hashable, bool] = {}  # by kind of block
         self.weights = Weights(self.model, self.checkpoint, device=device)
         self.block, self.linears, self.blocks = self.weights.loaded, self.weights.linears, self.weights.blocks
         self.hold, self.release = self.weights.hold, self.weights.release
-        self._cache = CallCache(calls_bytes(device.type))
+        self._calls: dict[int | Layout, tuple[list[Call], int]] = {}  # of all blocks, with their bytes, by row
         self._checked: set[int] = set()  # lengths for which calls do not depend on the tokens
         self._stock_attention = self.model.config._attn_implementation
         self._ours_for_windows = False
@@ -88,11 +119,20 @@ class Decoder:
 
     def calls(self, row: Row) -> list[Call]:
         """Return the arguments of every block for a row. They depend on its length or layout, not on its tokens."""
-        return self._cache.get(row.layout or len(row.tokens), partial(self._record_calls, row))
+        key = row.layout or len(row.tokens)
+        if key not in self._calls:
+            # A walk has the same rows in the same order for each block: the first ones stay, beside the current row.
+            if sum(size for _, size in self._calls.values()) > calls_bytes(self.device.type):
+                self._calls.popitem()
+            calls = self._record_calls(row)
+            storages = [value.untyped_storage() for value in _flat(calls)[0] if isinstance(value, Tensor)]
+            sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}  # shared memory counts once
+            self._calls[key] = calls, sum(sizes.values())
+        return self._calls[key][0]
 
     def forget_calls(self) -> None:
-        """Free the memory of the cached calls."""
-        self._cache.clear()
+        """Free the memory of the recorded calls."""
+        self._calls.clear()
 
     def room(self) -> int:
         """Return the GPU memory for hidden states in bytes: half of the memory left free by the blocks; 0 on a CPU."""
@@ -101,30 +141,14 @@ class Decoder:
         blocks = [sum(x.numel() for x in block.parameters()) * self.dtype.itemsize for block in self.blocks]
         return max(0, accelerator.free_memory(self.device) - 2 * max(blocks)) // 2
 
-    def together(self, row: Row) -> int:
-        """Return the number of rows per pass for this length: enough to fill a GPU, one on a CPU."""
-        alone = row.layout is not None or self.device.type not in TOKENS_TOGETHER
-        return 1 if alone else max(1, TOKENS_TOGETHER[self.device.type] // len(row.tokens))
-
-    @torch.no_grad()
-    def takes_several(self, index: int, hidden: Float[Tensor, "rows length width"], row: Row) -> bool:
-        """Whether a batch of rows gives the same results as single rows; tried once for each kind of block."""
-        kind = self._kind(index)
-        if kind not in self._takes_several:
-            alone = torch.cat([self.run(index, x[None], row) for x in hidden])
-            self._takes_several[kind] = False
-            with contextlib.suppress(TypeError, ValueError, RuntimeError):
-                self._takes_several[kind] = self._close(alone, self.run(index, hidden, row))
-        return self._takes_several[kind]
-
     def run(
         self,
         index: int,
-        hidden: Float[Tensor, "rows length width"],
+        hidden: Float[Tensor, "1 length width"],
         row: Row,
         parameters: dict[str, Tensor] | None = None,
-    ) -> Float[Tensor, "rows length width"]:
-        """Run one row, or several of one length, through a block, which must be inside `block`.
+    ) -> Float[Tensor, "1 length width"]:
+        """Run a row through a block, which must be held.
 
         `parameters`, if given, replace the block's own.
         """
@@ -199,11 +223,10 @@ class Decoder:
             choice=torch.tensor([0] * 8 + [1] * 2 + [2] * 3 + [0] * 7 + [1] * 2 + [2] * 2),
         )
         parts = [[*range(8), 8, 9], [*range(8), 10, 11, 12], [*range(13, 20), 20, 21], [*range(13, 20), 22, 23]]
-        try:
-            with self._windows_by(ours=False), self._seeing_few(4):
-                *alone, together = self._through([*(Row(tokens[part]) for part in parts), Row(tokens, layout)])
-        except (TypeError, ValueError, RuntimeError):  # attention of its own, incompatible with ours
+        found = self._tried([*(Row(tokens[part]) for part in parts), Row(tokens, layout)], ours=False, few=4)
+        if found is None:
             return False
+        *alone, together = found
         return self._close(torch.cat(alone), torch.cat([together[part] for part in parts]))
 
     @contextlib.contextmanager
@@ -289,7 +312,8 @@ class Decoder:
             return record(row)
         calls = record(Row(torch.zeros_like(row.tokens)))
         if len(row.tokens) not in self._checked:
-            if not equal_calls(calls, record(Row(torch.ones_like(row.tokens)))):
+            (values, shape), (others, other) = _flat(calls), _flat(record(Row(torch.ones_like(row.tokens))))
+            if shape != other or not all(map(_equal, values, others)):
                 raise UserError(
                     f"{self.checkpoint}: other arguments of its blocks than the hidden states depend on the tokens; "
                     "unsupported model structure"
@@ -301,7 +325,7 @@ class Decoder:
     def _extra_outputs(self) -> tuple[None, ...] | None:
         """Return the Nones after the hidden states in a block's output; None if the output is hidden states alone."""
         hidden, call = self._record(Row(torch.zeros(2, dtype=torch.long)), until=0)[0]
-        with self.block(0, then=0) as block:
+        with self.block(0) as block:
             out = block(hidden, *call.args, **call.kwargs)
         if not isinstance(out, (tuple, list)):
             return None
@@ -313,61 +337,48 @@ class Decoder:
         block = self.blocks[index]
         return type(block), tuple(name for name, _ in block.named_parameters()), tuple(types[index : index + 1])
 
-    @contextlib.contextmanager
-    def _windows_by(self, *, ours: bool) -> Iterator[None]:
-        """Run windows through our attention, or through the model's own, inside the context."""
-        before, self._ours_for_windows = self._ours_for_windows, ours
-        self._cache.clear()
-        try:
-            yield
-        finally:
-            self._ours_for_windows = before
-            self._cache.clear()
-
     def _attends_alike(self) -> bool:
         """Whether our attention and the model's own give the same results in each kind of block.
 
         The row is longer than a tile of our attention, and than the windows of the model's masks.
         """
         length = min(attention.QUERIES_AT_A_TIME * 5 // 4, positions_of(self.model.config) or sys.maxsize)
-        row, found = Row(torch.arange(length) % 7), list[Tensor]()
-        for ours in (False, True):
-            with self._windows_by(ours=ours), self._seeing_few(length // 3):
-                try:
-                    found += self._through([row])
-                except (TypeError, ValueError, RuntimeError, UserError):  # attention of its own, incompatible with ours
-                    return False
-        return self._close(*found)
-
-    @contextlib.contextmanager
-    def _seeing_few(self, tokens: int) -> Iterator[None]:
-        """Let masks with a sliding window, or with chunks, show at most so many tokens inside the context."""
-        config = self.model.config.get_text_config()
-        before = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
-        try:
-            for name, size in before.items():
-                if size is not None:
-                    setattr(config, name, min(size, tokens))
-            yield
-        finally:
-            for name, size in before.items():
-                if size is not None:
-                    setattr(config, name, size)
+        stock, ours = (
+            self._tried([Row(torch.arange(length) % 7)], ours=ours, few=length // 3) for ours in (False, True)
+        )
+        return stock is not None and ours is not None and self._close(stock[0], ours[0])
 
     @torch.no_grad()
-    def _through(self, rows: list[Row]) -> list[Float[Tensor, "_ width"]]:
-        """Run some rows through a block of each kind, one after another, in float32.
+    def _tried(self, rows: list[Row], *, ours: bool, few: int) -> list[Float[Tensor, "_ width"]] | None:
+        """Run some rows through a block of each kind, one after another, in float32; return None if that fails.
 
-        Over all blocks of a real model, the rounding of bfloat16 adds up to as much as wrong attention changes.
+        Windows go through our attention, or through the model's own. Masks with a sliding window, or with chunks, show
+        `few` tokens at most. Over all blocks of a real model, the rounding of bfloat16 adds up to as much as wrong
+        attention changes.
         """
-        for row in rows:
-            self.calls(row)
-        hidden = [self.embed(row).float() for row in rows]
-        for index in self.one_of_each_kind:
-            with self.block(index, then=-1) as block:
-                exact = {name: parameter.float() for name, parameter in block.named_parameters()}
-                hidden = [self.run(index, x, row, exact) for x, row in zip(hidden, rows, strict=True)]
-        return [x[0] for x in hidden]
+        config, before = self.model.config.get_text_config(), self._ours_for_windows
+        sizes = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
+        sizes = {name: size for name, size in sizes.items() if size is not None}
+        self._ours_for_windows = ours
+        self._calls.clear()
+        try:
+            for name, size in sizes.items():
+                setattr(config, name, min(size, few))
+            for row in rows:
+                self.calls(row)
+            hidden = [self.embed(row).float() for row in rows]
+            for index in self.one_of_each_kind:
+                with self.block(index) as block:
+                    exact = {name: parameter.float() for name, parameter in block.named_parameters()}
+                    hidden = [self.run(index, x, row, exact) for x, row in zip(hidden, rows, strict=True)]
+            return [x[0] for x in hidden]
+        except (TypeError, ValueError, RuntimeError, UserError):  # attention of its own, incompatible with ours
+            return None
+        finally:
+            for name, size in sizes.items():
+                setattr(config, name, size)
+            self._ours_for_windows = before
+            self._calls.clear()
 
     def _close(self, one: Tensor, other: Tensor) -> bool:
         """Whether two results for hidden states agree up to the rounding of their dtype."""

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -45,24 +45,21 @@ class Sums:
     def merge(self, other: "Sums") -> None:
         """Add the sums of other rows. UserError if a linear reads another input in those rows."""
         for linear, source in other.source.items():
-            self._reads(linear, source)
+            self.add_reader(linear, source)
         _merge(self.stats, other.stats)
         _merge(self.grams, other.grams)
-        _merge(self.outputs, other.outputs)
-        if other.influence is not None:
-            self.influence = other.influence if self.influence is None else self.influence + other.influence
         for name, cross in other.crosses.items():
             if self.crosses.setdefault(name, cross) is not cross:
                 self.crosses[name] += cross.to(self.crosses[name])
             self.crossed[name] = self.crossed.get(name, 0) + other.crossed[name]
+        _merge(self.outputs, other.outputs)
+        if other.influence is not None:
+            self.influence = other.influence if self.influence is None else self.influence + other.influence
 
-    def _reads(self, linear: str, source: str) -> None:
+    def add_reader(self, linear: str, source: str) -> None:
+        """Add a linear to the readers of an input. UserError if it reads another input."""
         if self.source.setdefault(linear, source) != source:
             raise UserError(f"{linear}: reads {self.source[linear]} in one window and {source} in another")
-
-    def only_sums(self) -> "Sums":
-        """Return the sums without the model."""
-        return Sums(**{each.name: getattr(self, each.name) for each in fields(Sums)})
 
     def of(self, linears: dict[str, Linear]) -> Recorded:
         """Return the statistics of a block's inputs. An expert without tokens has inputs of no tokens."""
@@ -127,7 +124,7 @@ def _weights(linears: dict[str, Linear]) -> SharedBy:
 
 
 @dataclass(kw_only=True)
-class InputRecorder(Sums):
+class InputRecorder:
     """Sums that grow while a block runs, kept once for each distinct input.
 
     Two linears share an input if, within one window, both receive the same memory in the same state.
@@ -137,7 +134,8 @@ class InputRecorder(Sums):
     """
 
     gram: bool = False  # keep the Gram matrices too
-    linears: dict[str, Linear] = field(default_factory=dict)
+    sums: Sums = field(default_factory=Sums)
+    _linears: dict[str, Linear] = field(default_factory=dict)
     _dense: dict[str, Tensor] = field(default_factory=dict)  # the dense model's inputs in this window
     _tokens: int = 0  # of the dense row
     _is_dense: bool = False
@@ -148,23 +146,18 @@ class InputRecorder(Sums):
     @contextlib.contextmanager
     def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
         """Record the inputs of these linears in every pass inside."""
-        self.linears = linears
-
-        def before(module: nn.Module, names: list[str]) -> Any:
-            return module.register_forward_pre_hook(lambda _, args: self._read(names, args[0], None, ALL))
-
-        with _watching(linears, before, self._read, self._routed):
+        self._linears = linears
+        with _watching(linears, self._read, self._routed):
             yield
 
-    def _read(self, names: list[str], x: Tensor, _: Tensor | None, tokens: slice) -> None:
+    def _read(self, names: list[str], x: Tensor, _: Tensor, tokens: slice) -> None:
         """Add an input [..., in] of the linears that are rows of one weight."""
-        x = x[tokens]
+        x, features = x[tokens], self._linears[names[0]].features
         if not x.numel():  # a call of an expert without tokens; all empty tensors have one address
             return
-        if x.shape[-1] != self.linears[names[0]].features:
+        if x.shape[-1] != features:
             raise UserError(
-                f"{names[0]}: given {x.shape[-1]} features, expected {self.linears[names[0]].features}; "
-                "unsupported model structure"
+                f"{names[0]}: given {x.shape[-1]} features, expected {features}; unsupported model structure"
             )
         key = (x.data_ptr(), x.shape, x.stride(), x._version)
         if key not in self._held:
@@ -172,22 +165,21 @@ class InputRecorder(Sums):
             self._add(names[0], x.flatten(0, -2))
         source = self._held[key][0]
         for name in names if not self._is_dense else ():  # only tokens of the dense row may reach an input
-            self._reads(name, source)
+            self.sums.add_reader(name, source)
 
     def _add(self, name: str, x: Float[Tensor, "tokens in"]) -> None:
         """Add a distinct input to its statistics."""
         if self._is_dense:
             self._dense[name] = x
             return
-        where = x.device if x.is_cuda else "cpu"  # not every accelerator has float64
-        self.stats.setdefault(name, InputStats.empty(x.shape[-1], where)).add(x)
+        sums, where = self.sums, x.device if x.is_cuda else "cpu"  # not every accelerator has float64
+        sums.stats.setdefault(name, InputStats.empty(x.shape[-1], where)).add(x)
         if self.gram:
-            self.grams.setdefault(name, Gram.empty(x.shape[-1], where)).add(x)
+            sums.grams.setdefault(name, Gram.empty(x.shape[-1], where)).add(x)
         dense = self._dense.get(name)
         if dense is not None and len(dense) == len(x) == self._tokens:
-            product = in_sums(multiply(dense.float().T, x.float()), self.stats[name].sum)  # in float64
-            self.crosses[name] = self.crosses[name].add_(product) if name in self.crosses else product
-            self.crossed[name] = self.crossed.get(name, 0) + len(x)
+            product = in_sums(multiply(dense.float().T, x.float()), sums.stats[name].sum)  # in float64
+            sums.merge(Sums(crosses={name: product}, crossed={name: len(x)}))
 
     @contextlib.contextmanager
     def dense(self, tokens: int) -> Iterator[None]:
@@ -200,19 +192,19 @@ class InputRecorder(Sums):
             self._held.clear()
             self._routed.end_window()
 
-    def see_block(self, before: Float[Tensor, "rows length width"], after: Float[Tensor, "rows length width"]) -> None:
-        """Add the influence of the block on some rows."""
+    def see_block(self, before: Float[Tensor, "1 length width"], after: Float[Tensor, "1 length width"]) -> None:
+        """Add the influence of the block on a row."""
         one, other = before.float(), after.float()
         cosine = torch.linalg.vecdot(one, other) / (vector_norm(one, dim=-1) * vector_norm(other, dim=-1))
         turned = 1 - cosine.nan_to_num()  # zeros turn into anything: a cosine of 0
         found = torch.tensor([float(turned.sum()), turned.numel()], dtype=torch.float64)
-        self.influence = found if self.influence is None else self.influence + found
+        self.sums.merge(Sums(influence=found))
 
     def end_window(self) -> None:
         """Add the outputs of the window's experts, and release the window's inputs."""
         self._held.clear()
         self._dense.clear()
-        _merge(self.outputs, self._routed.end_window())
+        _merge(self.sums.outputs, self._routed.end_window())
 
 
 @dataclass(kw_only=True)
@@ -235,10 +227,6 @@ class Gradients:
             self.sums[name] = self.sums[name] + sums if name in self.sums else sums
         _merge(self.grams, other.grams)
 
-    def only_sums(self) -> "Gradients":
-        """Return the sums without the model."""
-        return Gradients(sums=self.sums, grams=self.grams)
-
     def check_finite(self, model: object, block: int) -> None:
         """Raise UserError if a gradient was not finite."""
         if name := _not_finite(self.sums):
@@ -248,24 +236,32 @@ class Gradients:
 
 
 @dataclass(kw_only=True)
-class GradientRecorder(Gradients):
-    """Sums that grow during the backward passes of rows through a block."""
+class GradientRecorder:
+    """Sums that grow during the backward passes of rows through a block; `found` has them afterwards."""
 
     gram: bool = False  # keep the Gram matrices too
-    linears: dict[str, Linear] = field(default_factory=dict)
+    found: Gradients = field(default_factory=Gradients)
+    _linears: dict[str, Linear] = field(default_factory=dict)
     _tokens: dict[str, Tensor] = field(default_factory=dict)  # of the passes with a gradient, on the device
 
     @contextlib.contextmanager
     def recording(self, linears: dict[str, Linear]) -> Iterator[None]:
-        """Record the gradients by the outputs of these linears in every pass inside."""
-        self.linears = linears
+        """Record the gradients by the outputs of these linears in every pass inside.
 
-        with _watching(linears, _after(self._see), self._see):
+        Linears without a gradient then drop out, and the sums are in main memory.
+        """
+        self._linears = linears
+        with _watching(linears, self._see):
             yield
-        self._finish()
+        tokens = torch.stack(list(self._tokens.values())).tolist() if self._tokens else []
+        reached = {name: count for name, count in zip(self._tokens, tokens, strict=True) if count}
+        sums, grams = self.found.sums, self.found.grams
+        self.found = Gradients(sums={name: sums[name].cpu() for name in reached})
+        for name in reached if self.gram else ():
+            self.found.grams[name] = Gram(grams[name].upper, reached[name])
 
-    def _see(self, names: list[str], x: Tensor, y: Tensor | None, tokens: slice) -> None:
-        if y is not None and y.requires_grad:
+    def _see(self, names: list[str], x: Tensor, y: Tensor, tokens: slice) -> None:
+        if y.requires_grad:
 
             def rows(tensor: Tensor) -> Tensor:
                 return tensor.detach().flatten(0, -2)[tokens].float()
@@ -275,67 +271,35 @@ class GradientRecorder(Gradients):
 
     def _add(self, names: list[str], gradient: Float[Tensor, "tokens out"]) -> None:
         where = gradient.device if gradient.is_cuda else "cpu"  # not every accelerator has float64
-        sums = gradient.square().sum(dim=0).to(where).double()
+        sums, found = gradient.square().sum(dim=0).to(where).double(), self.found
         for name in names:
-            rows = slice(*(self.linears[name].part.rows or (None,)))
+            rows = slice(*(self._linears[name].part.rows or (None,)))
             own = sums[rows]
             count = own.any() * len(gradient)
             self._tokens[name] = self._tokens[name] + count if name in self._tokens else count
-            self.sums[name] = self.sums[name] + own if name in self.sums else own.clone()
+            found.sums[name] = found.sums[name] + own if name in found.sums else own.clone()
             if self.gram:
-                self.grams.setdefault(name, Gram.empty(len(own), where)).add(gradient[:, rows].to(where))
-
-    def _finish(self) -> None:
-        """Drop linears without a gradient, count the tokens of the others, and copy the sums to main memory."""
-        tokens = torch.stack(list(self._tokens.values())).tolist() if self._tokens else []
-        reached = {name: count for name, count in zip(self._tokens, tokens, strict=True) if count}
-        self.sums = {name: self.sums[name].cpu() for name in reached}
-        self.grams = {name: self.grams[name] for name in reached if name in self.grams}
-        for name, gram in self.grams.items():
-            gram.count = reached[name]
+                found.grams.setdefault(name, Gram.empty(len(own), where)).add(gradient[:, rows].to(where))
 
 
 ALL = slice(None)
-
-
 # (names, x, y, tokens): the linears that are rows of one weight, their input and output, and the slice of their tokens
 # in both.
 See = Callable[[list[str], Tensor, Tensor, slice], None]
 
 
 @contextlib.contextmanager
-def finding_not_finite(linears: dict[str, Linear]) -> Iterator[list[str]]:
-    """Collect inputs and outputs of linears with non-finite values, in the order of the pass inside."""
-    found: list[str] = []
-
-    def see(names: list[str], x: Tensor, y: Tensor, tokens: slice) -> None:
-        what = ", ".join(names if len(names) < 3 else [f"{names[0]} and {len(names) - 1} more"])
-        for side, tensor in (("input", x), ("output", y)):
-            if not tensor[tokens].isfinite().all():
-                found.append(f"{side} of {what}")
-
-    with _watching(linears, _after(see), see):
-        yield found
-
-
-def _after(see: See) -> Callable[[nn.Module, list[str]], Any]:
-    """Make module hooks that receive the input and output of a call."""
-    return lambda module, names: module.register_forward_hook(lambda _, args, out: see(names, args[0], out, ALL))
-
-
-@contextlib.contextmanager
-def _watching(
-    linears: dict[str, Linear],
-    hook_on: Callable[[nn.Module, list[str]], Any],
-    see: See,
-    routed: RoutedOutputs | None = None,
-) -> Iterator[None]:
-    """Watch these linears in passes inside: modules by hooks, experts by their products.
+def _watching(linears: dict[str, Linear], see: See, routed: RoutedOutputs | None = None) -> Iterator[None]:
+    """See the calls of these linears in passes inside: of modules by hooks, of experts by their products.
 
     `routed` follows the outputs of experts.
     """
     weights = _weights(linears)
-    hooks = [hook_on(module, names) for (module, _, expert), names in weights.items() if expert is None]
+
+    def watch(module: nn.Module, names: list[str]) -> Any:
+        return module.register_forward_hook(lambda _, args, out: see(names, args[0], out, ALL))
+
+    hooks = [watch(module, names) for (module, _, expert), names in weights.items() if expert is None]
     try:
         with _Products(weights, see, routed) if len(hooks) < len(weights) else contextlib.nullcontext():
             yield

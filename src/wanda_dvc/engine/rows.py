@@ -1,25 +1,34 @@
-"""Rows, the model's input: the tokens of one text, or of several questions one after another. Shards and calls.
+"""Rows, the model's input: the tokens of one text, or of several questions one after another; and their hidden states.
 
 The cut into shards depends only on the number of rows, and sums are merged in the shards' order. So sums are
 byte-identical for any assignment of shards to processes, and for any order of completion.
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
-from dataclasses import dataclass
+import contextlib
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from uuid import uuid4
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
-# Tokens of several windows in one pass through a block, by kind of device: they fill a GPU. A pass depends on the data
-# alone, because last digits depend on its size; it never mixes two shards.
-TOKENS_TOGETHER = {"cuda": 8192}
+T = TypeVar("T")
+R = TypeVar("R")
 FEWEST, LONGEST = 16, 100  # preferred number of shards; rows of a shard
+# Bytes of kept arguments of blocks, without those of the current row; a row takes 1 to 2 MB. Other rows' arguments are
+# recorded again for each block, in a few milliseconds: 2 % of a block of SmolLM2-135M on one CPU core, and about as
+# long as the block itself takes on a GPU (estimated).
+CALLS_BYTES = 2**26
+CALLS_BYTES_ON_GPU = 2**29
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,91 +86,172 @@ def shards(rows: int) -> list[range]:
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-# --- the call arguments of blocks, recorded once a row ---
-
-# Cache limit; a row takes 1 to 2 MB. An uncached row is recorded again for each block, in a few milliseconds: 2 % of a
-# block of SmolLM2-135M on one CPU core, and about as long as the block itself takes on a GPU (estimated).
-CALLS_BYTES = 2**26
-CALLS_BYTES_ON_GPU = 2**29
-
-
 def calls_bytes(device: str) -> int:
-    """Return the cache limit in bytes for a kind of device, without the current row's calls."""
+    """Return the limit in bytes of the kept arguments of blocks, for a kind of device."""
     return CALLS_BYTES_ON_GPU if device == "cuda" else CALLS_BYTES
 
 
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one block, without the hidden states."""
+class Shard(NamedTuple):
+    """Some neighbouring rows."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def held(self) -> list[int]:
-        """Return the contents of its containers, by identity, to detect blocks that change a container."""
-        return [id(part) for value in (*self.args, *self.kwargs.values()) for part in _held(value)]
+    number: int
+    rows: list[Row]
 
 
-class CallCache:
-    """The calls of all blocks, by the row's length or layout.
+class Executor:
+    """Maps units of work, functions of a device and an input, over inputs: in this process.
 
-    A walk runs every row once a block, always in the same order. So the first rows stay cached up to the limit, and
-    the others are recorded again each time. The last recorded calls are always available, at any size, because
-    windows of one length follow one another.
+    `engine.cluster` maps them as tasks of a Ray cluster. Inputs hold files' paths and small values.
     """
 
-    def __init__(self, budget: int) -> None:
-        self.budget, self.nbytes = budget, 0
-        self._cached: dict[int | Layout, list[Call]] = {}
-        self._last: tuple[int | Layout, list[Call]] | None = None
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
-    def get(self, key: int | Layout, record: Callable[[], list[Call]]) -> list[Call]:
-        """Return the calls of a row; `record` makes them if they are not cached."""
-        if key in self._cached:
-            return self._cached[key]
-        if self._last is not None and self._last[0] == key:
-            return self._last[1]
-        self._last = None  # freed before the next recording
-        calls = record()
-        size = call_bytes(calls)
-        if self.nbytes + size <= self.budget:
-            self._cached[key] = calls
-            self.nbytes += size
-        else:
-            self._last = key, calls
-        return calls
+    def map(self, function: Callable[[torch.device, T], R], inputs: Iterable[T], what: str = "task") -> Iterator[R]:
+        """Yield the function's result for each input, in order. A few inputs are taken from `inputs` ahead.
 
-    def clear(self) -> None:
-        """Drop all calls."""
-        self._cached.clear()
-        self._last, self.nbytes = None, 0
+        `what` names the inputs in messages, with their numbers.
+        """
+        return (function(self.device, one) for one in inputs)
+
+    def opener(self, decoder: Any) -> Callable[[torch.device], Any]:
+        """Return a function that returns the model of a decoder on a device, in the process of a unit of work."""
+        return lambda _: decoder
 
 
-def call_bytes(calls: list[Call]) -> int:
-    """Return the bytes of the tensors in calls; shared memory counts once."""
-    storages = [value.untyped_storage() for value in _flat(calls)[0] if isinstance(value, Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+# --- hidden states, and the progress of a walk ---
+
+CPU = torch.device("cpu")
+SAVED_EVERY = 60  # seconds, if a GPU holds all rows
+PROGRESS = "progress.json"
+CHECKSUM = 4  # bytes, at the end of a file
 
 
-def equal_calls(one: list[Call], other: list[Call]) -> bool:
-    """Whether two recordings pass the same values."""
-    (values, shape), (others, other_shape) = _flat(one), _flat(other)
-    return shape == other_shape and all(map(_equal, values, others))
+@dataclass
+class HiddenStates:
+    """The hidden states of all rows at the boundaries of blocks: boundary b is before block b, and after block b − 1.
+
+    A shard has a file for each of the last `kept` boundaries. Reads go through a memory map, so hidden states cost page
+    cache instead of memory. Files are not flushed, so after a power cut their content is undefined; a checksum at the
+    end of each file detects the damage.
+
+    If the device has room for all rows, they also stay there; of two boundaries, files are then written once a minute
+    and at the end: on a GPU, writing hidden states to disk takes longer than computing a block.
+    """
+
+    folder: Path
+    lengths: Sequence[Sequence[int]]  # of the rows of each shard
+    width: int
+    dtype: torch.dtype
+    kept: int = 2
+    device: torch.device = CPU
+    room: int = 0  # device memory for them in bytes
+    _staying: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tokens = sum(map(sum, self.lengths))
+        self.stays = 0 < self.kept * tokens * self.width * self.dtype.itemsize <= self.room
+        self.waits = self.stays and self.kept == 2  # with its files
+
+    def read(self, boundary: int, shard: int) -> list[Float[Tensor, "_ width"]]:
+        """Return the hidden states of a shard's rows: on the device, or views of a file."""
+        if (boundary, shard) in self._staying:
+            return self._staying[boundary, shard]
+        lengths, path = self.lengths[shard], str(self._path(boundary, shard))
+        mapped = torch.from_file(path, shared=True, size=sum(lengths) * self.width, dtype=self.dtype)
+        return list(mapped.view(sum(lengths), self.width).split(list(lengths)))
+
+    def write(self, boundary: int, shard: int, rows: Iterable[Float[Tensor, "_ width"]]) -> None:
+        """Keep the hidden states of a shard's rows. OSError if the disk is full."""
+        self._staying.pop((boundary - self.kept, shard), None)
+        if self.stays:
+            rows = self._staying[boundary, shard] = [row.to(self.device, self.dtype) for row in rows]
+        if not self.waits:
+            self._save(boundary, shard, rows)
+
+    def finish(self, boundary: int) -> None:
+        """Write the files of a boundary that wait."""
+        for shard in range(len(self.lengths)) if self.waits else ():
+            self._save(boundary, shard, self.read(boundary, shard))
+
+    def drop(self, boundary: int) -> None:
+        """Remove the files that the next block does not need after a boundary, and those of interrupted writes."""
+        for path in self.folder.glob("*"):
+            if path.suffix == ".part" or int(path.name.partition("-")[0]) < boundary - self.kept + 2:
+                path.unlink(missing_ok=True)
+
+    def is_complete(self, boundary: int) -> bool:
+        """Whether all files up to a boundary are there and unchanged."""
+        return all(
+            self._is_complete(each, shard)
+            for each in range(max(0, boundary - self.kept + 2), boundary + 1)
+            for shard in range(len(self.lengths))
+        )
+
+    def _is_complete(self, boundary: int, shard: int) -> bool:
+        try:
+            content = np.memmap(self._path(boundary, shard), np.uint8, "r")
+        except (OSError, ValueError):  # missing, or empty
+            return False
+        size = sum(self.lengths[shard]) * self.width * self.dtype.itemsize
+        return len(content) == size + CHECKSUM and _checksum(zlib.crc32(content[:size])) == content[size:].tobytes()
+
+    def _save(self, boundary: int, shard: int, rows: Iterable[Tensor]) -> None:
+        """Write a shard's file. Another process may write the same bytes at the same time."""
+        path, checksum = self._path(boundary, shard), 0
+        part = path.with_name(f"{path.name}-{uuid4().hex}.part")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            for row in rows:
+                content = row.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data
+                checksum = zlib.crc32(content, checksum)
+                file.write(content)
+            file.write(_checksum(checksum))
+        part.replace(path)
+
+    def _path(self, boundary: int, shard: int) -> Path:
+        return self.folder / f"{boundary:04d}-{shard:04d}"
 
 
-def _held(value: Any) -> Iterator[Any]:
-    if isinstance(value, (Mapping, MutableSequence)):  # transformers has mappings that are not dicts
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield part
-            yield from _held(part)
+def _checksum(value: int) -> bytes:
+    return value.to_bytes(CHECKSUM, "little")
 
 
-def _flat(calls: list[Call]) -> tuple[list[Any], Any]:
-    """Return the values in calls, and their nested structure."""
-    return tree_flatten([(call.args, call.kwargs) for call in calls])
+@dataclass
+class Progress:
+    """The finished boundary of a walk's hidden states, in a file; −1 before the embeddings."""
 
+    folder: Path
+    streams: Sequence[HiddenStates]
+    finished: int = -1
+    not_finite: str | None = None  # the first block with non-finite states
+    _saved: float = field(default_factory=time.monotonic, init=False)
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    return type(one) is type(other) and bool(one == other)
+    @classmethod
+    def open(cls, folder: Path, streams: Sequence[HiddenStates], last: int) -> "Progress":
+        """Return the progress of an interrupted run, if it ended at boundary `last` or earlier.
+
+        It counts only with complete and unchanged hidden states.
+        """
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            found = json.loads((folder / PROGRESS).read_bytes())
+            finished, not_finite = found["finished"], found["not_finite"]
+            if 0 <= finished <= last and all(states.is_complete(finished) for states in streams):
+                return cls(folder, streams, finished, not_finite)
+        return cls(folder, streams)
+
+    def finish(self, *, last: bool = False) -> None:
+        """Finish the next boundary, whose hidden states are written; keep the progress once all files are there."""
+        self.finished += 1
+        waiting = any(states.waits for states in self.streams)
+        if waiting and not last and time.monotonic() - self._saved < SAVED_EVERY:
+            return
+        for states in self.streams:
+            states.finish(self.finished)
+        self._saved = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / "progress.part"
+        part.write_text(json.dumps({"finished": self.finished, "not_finite": self.not_finite}), encoding="utf-8")
+        part.replace(self.folder / PROGRESS)
+        for states in self.streams:
+            states.drop(self.finished)

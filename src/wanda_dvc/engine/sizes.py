@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanda_dvc.engine.rows import TOKENS_TOGETHER, calls_bytes
+from wanda_dvc.engine.rows import calls_bytes
 from wanda_dvc.pruning.gram import PANEL
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes a number
@@ -84,18 +84,17 @@ def walk(model: Sizes, *, dtype: str, length: int, device: str = "cpu") -> Walk:
     from wanda_dvc.engine.decoder import LOGITS_AT_A_TIME  # imports transformers, which most of `mask` does not need
 
     width = WIDTH[dtype]
-    tokens = max(length, TOKENS_TOGETHER.get(device, 0))  # of several windows, if one does not fill a GPU
     # The scores of all pairs of positions: as they are, in float32 for the softmax, and its result.
-    scores = tokens * length * model.scored * (2 * width + 4)
+    scores = length**2 * model.scored * (2 * width + 4)
     return Walk(
         weights=(2 * model.block + model.rest) * width,
         mapped=device == "cpu" and dtype == model.dtype,
-        activations=(tokens * model.features + model.linear) * width + scores,  # a matrix library packs the linear
+        activations=(length * model.features + model.linear) * width + scores,  # a matrix library packs the linear
         logits=min(LOGITS_AT_A_TIME, length * model.vocabulary) * (width + 8),
-        norms=8 * tokens * model.widest,
+        norms=8 * length * model.widest,
         grams=16 * model.squares + 12 * PANEL * model.widest,
         crosses=16 * model.squares + 12 * model.widest**2,
-        dense=tokens * model.features * width,
+        dense=length * model.features * width,
         calls=calls_bytes(device),
     )
 
@@ -103,10 +102,11 @@ def walk(model: Sizes, *, dtype: str, length: int, device: str = "cpu") -> Walk:
 def sizes(config: Path) -> Sizes:
     """Count the model of a config.json, or of its directory. Windowed attention counts as full attention."""
     from wanda_dvc.engine.checkpoint import read_config
-    from wanda_dvc.engine.structure import empty_model, find_blocks, weight_shapes
+    from wanda_dvc.engine.structure import build_empty, find_blocks, weight_shapes
 
-    dtype = str(read_config(config).dtype or "float32").removeprefix("torch.")  # a model's default is float32
-    model: Any = empty_model(config)
+    stored = read_config(config)
+    dtype = str(stored.dtype or "float32").removeprefix("torch.")  # a model's default is float32
+    model: Any = build_empty(stored, str(config))
     text = model.config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())  # each once
     blocks = find_blocks(model)[1]

@@ -6,7 +6,7 @@ transformers' conversion rules.
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from wanda_dvc.engine.checkpoint import Address, Checkpoint, read_config, reason
+from wanda_dvc.engine.checkpoint import STORED, Address, Checkpoint, reason
+from wanda_dvc.engine.windows import load_tokenizer
 from wanda_dvc.errors import UserError
 
 _BUILDING = Lock()  # building an empty model replaces functions of torch, in all threads
@@ -68,16 +69,10 @@ class Linear:
         return self.weight.shape[0 if self.transposed else 1]
 
 
-def empty_model(folder: Path) -> Any:
-    """`build_empty` of a directory's config.json."""
-    return build_empty(read_config(folder), str(folder / "config.json"))
-
-
-def build_empty(config: Any, where: str, dtype: torch.dtype = torch.float32, *, tensors: int | None = None) -> Any:
+def build_empty(config: Any, where: str, dtype: torch.dtype = torch.float32) -> Any:
     """Build the model of a configuration for inference, without weights (buffers are real).
 
-    `where` is the configuration's name in messages. UserError if transformers builds no model, or the configuration
-    has more blocks than there are `tensors`.
+    `where` is the configuration's name in messages. UserError if transformers builds no model.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -86,12 +81,6 @@ def build_empty(config: Any, where: str, dtype: torch.dtype = torch.float32, *, 
 
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{where}: {config.model_type} is not a causal language model")
-    layers = config.get_text_config().num_hidden_layers
-    if tensors is not None and layers > tensors:
-        raise UserError(
-            f"{where}: num_hidden_layers: found {layers}, expected at most {tensors}, the tensors in "
-            "the checkpoint; copy both again"
-        )
     try:
         with _BUILDING, init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -191,11 +180,33 @@ def _is_transposed(module: nn.Module, *, experts: bool) -> bool:
     return bool(getattr(module, "is_transposed", False)) if experts else isinstance(module, Conv1D)
 
 
+def check_model(folder: Path) -> None:
+    """Check that a directory holds a complete model that the stages can run, with its tokenizer.
+
+    Raises:
+        UserError: index, shards, configuration, weights or tokenizer are damaged, or do not match.
+    """
+    checkpoint = Checkpoint(folder)
+    model = build_empty(checkpoint.config, checkpoint.config_name)
+    find_blocks(model)
+    stored_parts(model, checkpoint)
+    tokenizer, rows = load_tokenizer(folder), model.get_input_embeddings().weight.shape[0]
+    # Many models have a padding token without an embedding, and no text contains it.
+    added = set(tokenizer.get_added_vocab())
+    largest = max((number for token, number in tokenizer.get_vocab().items() if token not in added), default=0)
+    if largest >= rows:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {largest}, expected at most {rows - 1}: the model has {rows:,} "
+            "embeddings; copy the tokenizer that belongs to it"
+        )
+
+
 def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     """Map each parameter and buffer to its stored weights, by transformers' own rules.
 
     Stored names may differ from the model's: older checkpoints have other names (GPT-NeoX's `embed_out`), some lack
-    the base model's prefix, and each expert's matrix may be a separate tensor.
+    the base model's prefix, and each expert's matrix may be a separate tensor. UserError if a parameter is not stored
+    completely, or in an unsupported dtype; of tied ones, one is enough. No weight is read.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -216,7 +227,42 @@ def stored_parts(model: Any, checkpoint: Checkpoint) -> dict[str, list[Part]]:
         rule = next(rule for rule in converters if stored[0][0] in rule.source_patterns)
         if len(rule.target_patterns) == 1:
             parts[name] = place_parts(name, stored, rule, model, checkpoint)
+    _check_parts(model, checkpoint, parts)
     return parts
+
+
+def _check_parts(model: nn.Module, checkpoint: Checkpoint, parts: Mapping[str, Sequence[Part]]) -> None:
+    entries = checkpoint.entries
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    for names in aliases.values():
+        stored = [name for name in names if name in parts]
+        if not stored:
+            raise missing(checkpoint, names[0])
+        for name in stored:
+            for tensor in dict.fromkeys(part.address.tensor for part in parts[name]):
+                if (dtype := entries[tensor].dtype) not in STORED.values():
+                    usual = ", ".join([*STORED.values()][:3])
+                    raise UserError(
+                        f"{checkpoint.where[tensor]}: {tensor} is {dtype}, expected {usual}; "
+                        "name the model before it was quantized, or convert it"
+                    )
+            if parts[name][0].is_complete:
+                tensor, expected = parts[name][0].address.tensor, list(model.get_parameter(name).shape)
+                if entries[tensor].shape != expected:
+                    raise UserError(
+                        f"{checkpoint}: {tensor} is {entries[tensor].shape}, expected {expected} by "
+                        "config.json; copy both again"
+                    )
+
+
+def missing(checkpoint: Checkpoint, parameter: str) -> UserError:
+    """Return the error for a parameter without a stored tensor."""
+    return UserError(
+        f"{checkpoint}: no tensor for {parameter}, expected one by config.json; the checkpoint is incomplete, or "
+        "stores it in an unsupported form"
+    )
 
 
 def _check_is_no_block(tensor: str, model: Any, checkpoint: Checkpoint) -> None:

@@ -2,13 +2,14 @@
 
 The unit of work is one block on one shard of rows: a function that reads the shard's hidden states from a file, writes
 the next ones to another, and returns sums. It is called in this process, or runs as a task of a Ray cluster whose nodes
-see the same files (`engine.executor`). Neither the model nor the data has to fit in memory, and an interrupted run
-resumes at the last finished block.
+see the same files (`engine.rows.Executor`). Neither the model nor the data has to fit in memory, and an interrupted run
+resumes at the last finished block. For the gradients tier, the rows then run backward through all blocks.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,10 +20,8 @@ from torch import Tensor
 
 from wanda_dvc.engine import training
 from wanda_dvc.engine.decoder import Decoder
-from wanda_dvc.engine.executor import Executor, Here
-from wanda_dvc.engine.recorder import InputRecorder, Recorded, Sums, finding_not_finite
-from wanda_dvc.engine.rows import Row, as_rows, shards
-from wanda_dvc.engine.states import HiddenStates, Progress, load_progress, not_finite
+from wanda_dvc.engine.recorder import GradientRecorder, Gradients, InputRecorder, Recorded, Sums
+from wanda_dvc.engine.rows import Executor, HiddenStates, Progress, Row, Shard, as_rows, shards
 from wanda_dvc.engine.structure import Linear
 from wanda_dvc.engine.weights import Change
 from wanda_dvc.errors import FIX, UserError, notice
@@ -35,13 +34,6 @@ Opened = Callable[[torch.device], Decoder]  # the model on a device
 Head = Callable[[Decoder, Sequence[Row], Sequence[Float[Tensor, "_ width"]], T], Iterator[R]]
 
 
-class Shard(NamedTuple):
-    """Some neighbouring rows."""
-
-    number: int
-    rows: list[Row]
-
-
 # --- units of work ---
 
 
@@ -50,63 +42,89 @@ class Block:
     """A block to run, and the files of hidden states before and after it."""
 
     index: int
-    then: int  # the block that follows, to read ahead
     own: HiddenStates
     dense: HiddenStates | None = None  # of the dense model, if its rows run too
     change: Change | None = None  # of the block's weights
     records: bool = False  # statistics of the inputs of its linears
     gram: bool = False  # Gram matrices too
     crosses: bool = False  # and products with the dense model's inputs
+    writes: bool = True  # the hidden states after the block
 
     def load(self, model: Decoder, row: Row) -> None:
-        """Load the block, unless it is loaded."""
+        """Load the block, unless it is loaded; a thread reads the next one."""
         model.calls(row)  # the first call runs the first block, which must not be loaded yet
-        model.hold(self.index, self.then, self.change)
+        model.hold(self.index, self.index + 1, self.change)
 
 
 class Done(NamedTuple):
     """The result of one block on one shard."""
 
-    sums: Sums | None
-    checksums: dict[str, int]  # of the hidden states after the block, by stream
-    not_finite: str | None  # the place of the first non-finite hidden states
+    sums: Sums
+    is_finite: bool  # all hidden states are finite
 
 
 @torch.no_grad()
-def embed(opened: Opened, streams: Mapping[str, HiddenStates], device: torch.device, shard: Shard) -> Done:
+def embed(opened: Opened, streams: Sequence[HiddenStates], device: torch.device, shard: Shard) -> None:
     """Write a shard's hidden states before the first block."""
     model = opened(device)
     for row in shard.rows:
         model.calls(row)
-    written = {
-        name: states.write(0, shard.number, (model.embed(row)[0] for row in shard.rows))
-        for name, states in streams.items()
-    }
-    return Done(None, written, None)
+    for states in streams:
+        states.write(0, shard.number, (model.embed(row)[0] for row in shard.rows))
 
 
 @torch.no_grad()
 def run_block(opened: Opened, block: Block, device: torch.device, shard: Shard) -> Done:
     """Run a shard through a block: write its next hidden states, and those of the dense model if its rows run too."""
-    model, written = opened(device), dict[str, int]()
+    model, index, finite = opened(device), block.index, list[Tensor]()
     block.load(model, shard.rows[0])
-    before, dense = block.own.read(block.index, shard.number), list[Tensor]()
-    recorder = InputRecorder(gram=block.gram) if block.records else None
-    passes = _Pass(model, block.index, shard.rows)
+    before, dense = block.own.read(index, shard.number), list[Tensor]()
+    passing = partial(_through, model, index, shard.rows, finite)
     if block.dense is not None:
-        dense = block.dense.read(block.index, shard.number)
-        written["dense"] = block.dense.write(block.index + 1, shard.number, passes.through(dense))
-    after = passes.through(before, recorder, dense if block.crosses else ())  # no trial run is recorded
-    with recorder.recording(model.linears(block.index)) if recorder else contextlib.nullcontext():
-        written["own"] = block.own.write(block.index + 1, shard.number, after)
+        dense = block.dense.read(index, shard.number)
+        block.dense.write(index + 1, shard.number, passing(dense))
+    recorder = InputRecorder(gram=block.gram) if block.records else None
+    with recorder.recording(model.linears(index)) if recorder else contextlib.nullcontext():
+        after = passing(before, recorder, dense if block.crosses else ())
+        if block.writes:
+            block.own.write(index + 1, shard.number, after)
+        else:
+            deque(after, maxlen=0)
+    is_finite = all(torch.stack(finite).tolist())  # the host waits for a GPU here, once for all rows
     if recorder is None:
-        return Done(None, written, passes.not_finite)
-    if passes.not_finite:
+        return Done(Sums(), is_finite)
+    if not is_finite:
         raise UserError(
-            f"{model.checkpoint}: {passes.not_finite}: activations that are not finite, expected finite ones; {FIX}"
+            f"{model.checkpoint}: block {index}: activations that are not finite, expected finite ones; {FIX}"
         )
-    recorder.check_finite(block.index)
-    return Done(recorder.only_sums(), written, None)
+    recorder.sums.check_finite(index)
+    return Done(recorder.sums, is_finite)
+
+
+def _through(  # noqa: PLR0913, PLR0917 - a shard, and what watches it
+    model: Decoder,
+    index: int,
+    rows: Sequence[Row],
+    finite: list[Tensor],
+    before: Sequence[Tensor],
+    recorder: InputRecorder | None = None,
+    dense: Sequence[Tensor] = (),
+) -> Iterator[Float[Tensor, "length width"]]:
+    """Yield the rows' hidden states after a loaded block, and add to `finite` whether they are finite.
+
+    A recorder sees the inputs of the block's linears; of each row, those of the matching row of `dense` first.
+    """
+    for number, row in enumerate(rows):
+        if dense and recorder:
+            with recorder.dense(len(row.tokens)):
+                model.run(index, dense[number][None].to(model.device), row)
+        given = before[number][None].to(model.device)
+        after = model.run(index, given, row)
+        finite.append(torch.stack(after.aminmax()).isfinite().all())  # in one pass
+        yield after[0]
+        if recorder:
+            recorder.see_block(given, after)
+            recorder.end_window()
 
 
 def train_block(
@@ -137,81 +155,6 @@ def run_head(
     return function(model, rows, states.read(len(model.blocks), number), given)
 
 
-@dataclass
-class _Pass:
-    """Passes of a shard's rows through a loaded block."""
-
-    model: Decoder
-    index: int
-    rows: list[Row]
-    not_finite: str | None = None  # the place of the first non-finite hidden states
-
-    def through(
-        self, before: Sequence[Tensor], recorder: InputRecorder | None = None, dense: Sequence[Tensor] = ()
-    ) -> Iterator[Float[Tensor, "length width"]]:
-        """Try which rows run together, at once; then yield the rows' hidden states after the block.
-
-        A recorder sees the inputs of its linears; of each row, those of the matching row of `dense` first.
-        """
-        groups = [[number] for number in range(len(self.rows))] if dense else self._groups(before)
-        return self._by_group(before, groups, recorder, dense)
-
-    def _by_group(
-        self, before: Sequence[Tensor], groups: list[list[int]], recorder: InputRecorder | None, dense: Sequence[Tensor]
-    ) -> Iterator[Float[Tensor, "length width"]]:
-        finite = list[Tensor]()
-        for group in groups:
-            row = self.rows[group[0]]
-            if dense and recorder:
-                with recorder.dense(len(row.tokens)):
-                    self.model.run(self.index, self._together(dense, group), row)
-            given = self._together(before, group)
-            after = self.model.run(self.index, given, row)
-            finite += [torch.stack(x.aminmax()).isfinite().all() for x in after]  # in one pass
-            yield from after
-            if recorder:
-                recorder.see_block(given, after)
-                recorder.end_window()
-        if self.not_finite is None and finite:
-            found = torch.stack(finite).tolist()  # the host waits for a GPU here, once for all rows
-            if not all(found):
-                number = [number for group in groups for number in group][found.index(False)]
-                self.not_finite = self._first_not_finite(self._together(before, [number]), self.rows[number])
-
-    def _groups(self, before: Sequence[Tensor]) -> list[list[int]]:
-        """Return neighbours of one length, which run through the block together."""
-        groups: list[list[int]] = []
-        for number, row in enumerate(self.rows):
-            last = groups[-1] if groups else []
-            if last and len(last) < self.model.together(row) and self._length(last[0]) == self._length(number):
-                last.append(number)
-            else:
-                groups.append([number])
-        several = next((group for group in groups if len(group) > 1), None)
-        if several:
-            hidden = self._together(before, several[:2])
-            if not self.model.takes_several(self.index, hidden, self.rows[several[0]]):
-                return [[number] for number in range(len(self.rows))]
-        return groups
-
-    def _length(self, number: int) -> int:
-        return len(self.rows[number].tokens)
-
-    def _together(self, every: Sequence[Tensor], rows: list[int]) -> Float[Tensor, "rows length width"]:
-        """Return the hidden states of rows of one length, on the device."""
-        if len(rows) == 1:
-            return every[rows[0]][None].to(self.model.device)
-        return torch.stack([every[row].to(self.model.device) for row in rows])
-
-    def _first_not_finite(self, before: Float[Tensor, "1 length width"], row: Row) -> str:
-        """Run this row through the block once more; return the first module with a non-finite result."""
-        if not before.isfinite().all():
-            return "embeddings" if self.index == 0 else f"the blocks before block {self.index}"
-        with finding_not_finite(self.model.linears(self.index)) as found:
-            self.model.run(self.index, before, row)
-        return f"block {self.index}, {found[0] if found else 'after its linears'}"
-
-
 # --- the walk ---
 
 
@@ -222,11 +165,12 @@ class Runner:
     decoder: Decoder  # in this process: the model's structure, and its weights outside blocks
     work: Path  # for the hidden states
     executor: Executor | None = None  # None: this process
-    rows: list[Row] = field(default_factory=list, init=False)
-    _own: HiddenStates | None = field(default=None, init=False)
+    rows: list[Row] = field(init=False)
+    own: HiddenStates = field(init=False)  # of these rows
+    not_finite: str | None = field(default=None, init=False)  # the first block with non-finite hidden states
 
     def __post_init__(self) -> None:
-        executor: Executor = self.executor or Here(self.decoder.device)
+        executor = self.executor or Executor(self.decoder.device)
         self.map, self.opened = executor.map, executor.opener(self.decoder)
 
     @property
@@ -235,52 +179,55 @@ class Runner:
         return len(self.decoder.blocks)
 
     @property
-    def not_finite(self) -> str | None:
-        """The place of the first non-finite hidden states, or None."""
-        return not_finite(self.work)
-
-    @property
     def shards(self) -> list[Shard]:
         """The rows, cut into shards."""
         return [Shard(number, self.rows[cut.start : cut.stop]) for number, cut in enumerate(shards(len(self.rows)))]
 
     def states(
-        self, folder: Path, every: Sequence[Shard], *, dtype: torch.dtype | None = None, kept: int = 2, room: int = 0
+        self, name: str, *, dtype: torch.dtype | None = None, every: bool = False, share: int = 1
     ) -> HiddenStates:
-        """Return the files of hidden states of some shards, by default in the dtype of the walk."""
-        lengths = [[len(row.tokens) for row in shard.rows] for shard in every]
-        width = self.decoder.model.config.get_text_config().hidden_size
-        dtype, device = dtype or self.decoder.dtype, self.decoder.device
-        return HiddenStates(folder, lengths, width, dtype, kept=kept, device=device, room=room)
+        """Return the files of the rows' hidden states, by default in the dtype of the walk.
 
-    def walk(self, rows: Rows, *, kept: int | None = None, with_dense: bool = False) -> Iterator["Step"]:
+        They are those of two boundaries, or of `every` boundary, and may take a share, 1 / `share`, of the room on a
+        GPU.
+        """
+        return HiddenStates(
+            self.work / name,
+            [[len(row.tokens) for row in shard.rows] for shard in self.shards],
+            self.decoder.model.config.get_text_config().hidden_size,
+            dtype or self.decoder.dtype,
+            kept=self.blocks + 2 if every else 2,
+            device=self.decoder.device,
+            room=self.decoder.room() // share,
+        )
+
+    def walk(
+        self, rows: Rows, *, kept: int | None = None, with_dense: bool = False, every: bool = False
+    ) -> Iterator["Step"]:
         """Yield a step for each block, whose methods run the rows through the block.
 
         The walk resumes after the last finished block in `work` for these rows. The caller has the results of `kept`
         blocks from an interrupted run; if more blocks are finished, the walk starts again. With `with_dense` each row
-        also runs through the dense model, without changes of blocks.
+        also runs through the dense model, without changes of blocks. With `every` the files of all boundaries stay.
         """
         self.rows = as_rows(rows)
-        every, names = self.shards, ["own", "dense"] if with_dense else ["own"]
-        room = self.decoder.room() // len(names)
-        streams = {name: self.states(self.work / name, every, room=room) for name in names}
-        self._own = streams["own"]
+        names = ["own", "dense"] if with_dense else ["own"]
+        streams = {name: self.states(name, every=every, share=1 + (with_dense or every)) for name in names}
+        self.own = streams["own"]
         if kept == self.blocks:
             return
         self.decoder.check_tokens(self.rows)
-        progress = Progress.open(self.work, streams, self.blocks)
-        if kept is not None and progress.finished > kept:
-            progress.restart()
+        progress = Progress.open(self.work, [*streams.values()], self.blocks if kept is None else kept)
         if progress.finished < 0:
-            embedding = partial(embed, self.opened, streams)
-            progress.finish(by_stream(self.map(embedding, every, "embeddings, shard")))
+            deque(self.map(partial(embed, self.opened, progress.streams), self.shards, "embeddings, shard"), maxlen=0)
+            progress.finish()
         report_resumed(progress.finished, self.blocks)
         try:
             for index in range(progress.finished, self.blocks):
-                step = Step(self, index, progress)
-                yield step
-                progress.finish(step.checksums, last=index == self.blocks - 1)
+                yield Step(self, Block(index, **streams), progress)
+                progress.finish(last=index == self.blocks - 1)
         finally:
+            self.not_finite = progress.not_finite
             self.decoder.release()
             self.decoder.forget_calls()
 
@@ -289,8 +236,7 @@ class Runner:
 
         `inputs` returns the input of a shard, by its rows, or None.
         """
-        assert self._own is not None
-        heading = partial(run_head, self.opened, self._own, function)
+        heading = partial(run_head, self.opened, self.own, function)
         for found in self.map(heading, self._with(inputs), "output head, shard"):
             yield from found
 
@@ -307,9 +253,13 @@ class Step:
     """One block of a walk of all rows. Every row must run through it before the next step; the last run counts."""
 
     runner: Runner
-    index: int
+    block: Block
     progress: Progress
-    checksums: dict[str, list[int]] = field(default_factory=dict, init=False)
+
+    @property
+    def index(self) -> int:
+        """The block's number."""
+        return self.block.index
 
     @property
     def linears(self) -> dict[str, Linear]:
@@ -318,50 +268,36 @@ class Step:
 
     def advance(self) -> None:
         """Run every row through the block."""
-        self._run(self._block())
+        self._run(self.block)
 
-    def record(self, *, gram: bool = False, crosses: bool = False) -> Recorded:
+    def record(self, *, gram: bool = False, crosses: bool = False, changes: bool = False) -> Recorded:
         """Run every row through the block; return the statistics of its linears' inputs.
 
-        `gram` adds Gram matrices, and `crosses` the products with the dense model's inputs.
+        `gram` adds Gram matrices, and `crosses` the products with the dense model's inputs. With `changes` the own
+        rows' next hidden states are not written: `change` follows.
         """
-        return self._run(self._block(records=True, gram=gram, crosses=crosses)).of(self.linears)
+        block = replace(self.block, records=True, gram=gram, crosses=crosses, writes=not changes)
+        return self._run(block).of(self.linears)
 
     def change(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Run every own row through the block once more, with masked weights and the given new weights."""
-        self._run(self._block(dense=None, change=Change(keeps, weights)))
+        self._run(replace(self.block, dense=None, change=Change(keeps, weights)))
 
     def train(self, keeps: Mapping[str, Tensor], weights: Mapping[str, Tensor], **settings: Any) -> dict[str, Tensor]:
         """Train the block on the masks (`engine.training`), from the given weights; return its new weights."""
-        training = partial(
-            train_block, self.runner.opened, self._block(change=Change(keeps, weights)), self.runner.rows
-        )
-        return next(self.runner.map(training, [settings], f"training of block {self.index}"))
-
-    def _block(self, **changes: Any) -> Block:
-        words = {"then": self.index + 1} | dict(self.progress.streams) | changes
-        return Block(self.index, **words)
+        run, block = self.runner, replace(self.block, change=Change(keeps, weights))
+        training = partial(train_block, run.opened, block, run.rows)
+        return next(run.map(training, [settings], f"training of block {self.index}"))
 
     def _run(self, block: Block) -> Sums:
         """Run every shard through the block. Return the sums of all shards, merged in their order."""
-        running, total, done = partial(run_block, self.runner.opened, block), Sums(), list[Done]()
-        for one in self.runner.map(running, self.runner.shards, f"block {self.index}, shard"):
-            self.progress.not_finite = self.progress.not_finite or one.not_finite
-            done.append(one._replace(sums=None))
-            if one.sums is not None:
-                total.merge(one.sums)
-            del one  # before the next shard's sums are there
-        self.checksums |= by_stream(done)
+        running, total = partial(run_block, self.runner.opened, block), Sums()
+        for done in self.runner.map(running, self.runner.shards, f"block {self.index}, shard"):
+            if not done.is_finite:
+                self.progress.not_finite = self.progress.not_finite or f"block {self.index}"
+            total.merge(done.sums)
+            del done  # before the next shard's sums are there
         return total
-
-
-def by_stream(done: Iterable[Done]) -> dict[str, list[int]]:
-    """Return the checksums of all shards, by stream."""
-    found: dict[str, list[int]] = {}
-    for one in done:
-        for name, checksum in one.checksums.items():
-            found.setdefault(name, []).append(checksum)
-    return found
 
 
 def report_resumed(kept: int, blocks: int, way: str = "") -> None:
@@ -370,17 +306,93 @@ def report_resumed(kept: int, blocks: int, way: str = "") -> None:
         notice(f"resuming after {kept} of {blocks} blocks{way}")
 
 
-def walk(decoder: Decoder, rows: Rows, work: Path, **words: Any) -> Iterator[Step]:
-    """Yield a step for each block of a walk in this process (`Runner.walk`)."""
-    return Runner(decoder, work).walk(rows, **words)
+# --- the way back ---
 
 
-def outputs(decoder: Decoder, rows: Rows, work: Path) -> list[Float[Tensor, "length width"]]:
-    """Return the hidden states after the last block of a finished `walk`: views of files in `work`."""
-    runner = Runner(decoder, work)
-    runner.rows = as_rows(rows)
-    if load_progress(work).get("finished") != runner.blocks:
-        raise UserError(f"{work}: hidden states are incomplete, expected those after all blocks; run the stage again")
-    every = runner.shards
-    states = runner.states(work / "own", every)
-    return [x for shard in every for x in states.read(runner.blocks, shard.number)]
+def backward(runner: Runner, rows: Rows, *, gram: bool = False, kept: int = 0) -> Iterator[tuple[int, Gradients]]:
+    """Yield each block, the last one first, and by linear Σ ‖x‖² (∂ℓ/∂y)² over all tokens, [out].
+
+    With `gram` also Σ ‖x‖² (∂ℓ/∂y)(∂ℓ/∂y)ᵀ by linear, [out, out]; its diagonal is the first sum.
+
+    x and y are the linear's input and output at one token; ℓ = −Σ log p(token) over the row, with the text's own
+    tokens. The sum is, for each row of the weight, the trace of its empirical Fisher information, with the tokens taken
+    as independent; K-FAC factors the same matrices (Martens and Grosse 2015, arXiv 1503.05671).
+    Linears without a gradient, as in an expert without tokens, are missing.
+
+    Resumes after the last block that an interrupted run has finished in the runner's folder. The caller has the results
+    of the last `kept` blocks; if more are finished, the backward half starts again. Memory: one block, and autograd's
+    copies for one row in it. Disk: the hidden states of all rows, once for each block.
+
+    Raises:
+        UserError: A gradient is not finite.
+    """
+    decoder, blocks = runner.decoder, runner.blocks
+    for step in runner.walk(rows, every=True):
+        step.advance()
+    before, gradients = runner.own, runner.states("gradients", dtype=torch.float32, share=2)
+    back = Progress.open(runner.work / "back", [gradients], kept)
+    report_resumed(back.finished, blocks, " of the backward pass")
+    try:
+        if back.finished < 0:
+            turning = partial(turn, runner.opened, before, gradients)
+            deque(runner.map(turning, runner.shards, "output head back, shard"), maxlen=0)
+            back.finish()
+        for index in reversed(range(blocks - back.finished)):
+            total, backing = Gradients(), partial(run_back, runner.opened, Back(index, before, gradients, gram))
+            for sums in runner.map(backing, runner.shards, f"backward pass, block {index}, shard"):
+                total.merge(sums)
+                del sums  # before the next shard's are there
+            total.check_finite(decoder.checkpoint, index)
+            yield index, total
+            back.finish(last=index == 0)
+    finally:
+        decoder.release()
+        decoder.forget_calls()
+
+
+class Back(NamedTuple):
+    """A block to run backward, and its files."""
+
+    index: int
+    before: HiddenStates  # at all boundaries
+    gradients: HiddenStates  # of the loss by them, counted from the last boundary
+    gram: bool
+
+
+@torch.no_grad()
+def turn(opened: Opened, before: HiddenStates, gradients: HiddenStates, device: torch.device, shard: Shard) -> None:
+    """Write the gradients of each row's loss by its hidden states after the last block."""
+    model = opened(device)
+    last = before.read(len(model.blocks), shard.number)
+    pairs = zip(last, shard.rows, strict=True)
+    gradients.write(0, shard.number, (model.loss_gradient(x[None], row.tokens)[0] for x, row in pairs))
+
+
+@torch.no_grad()
+def run_back(opened: Opened, back: Back, device: torch.device, shard: Shard) -> Gradients:
+    """Write the gradients of each row's loss by its hidden states before a block, from those after the block."""
+    model, index, recorder = opened(device), back.index, GradientRecorder(gram=back.gram)
+    done = len(model.blocks) - 1 - index
+    model.calls(shard.rows[0])  # the first call runs the first block, which must not be loaded yet
+    model.hold(index, index - 1)
+    states, after = back.before.read(index, shard.number), back.gradients.read(done, shard.number)
+    rows = zip(states, after, shard.rows, strict=True)
+    with recorder.recording(model.linears(index)):
+        back.gradients.write(done + 1, shard.number, (_back(model, index, *row) for row in rows))
+    return recorder.found
+
+
+def _back(
+    model: Decoder,
+    index: int,
+    before: Float[Tensor, "length width"],
+    gradient: Float[Tensor, "length width"],
+    row: Row,
+) -> Float[Tensor, "length width"]:
+    """Return the gradient of a row's loss by its hidden states before a block, from the gradient after it."""
+    hidden = before[None].to(model.device, copy=True).requires_grad_()
+    weights = {name: parameter.detach() for name, parameter in model.blocks[index].named_parameters()}
+    with torch.enable_grad():
+        out = model.run(index, hidden, row, weights)
+    (back,) = torch.autograd.grad(out, hidden, gradient[None].to(out))
+    return back[0].float()

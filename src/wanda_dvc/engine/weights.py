@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from wanda_dvc.engine.accelerator import Copies, empty_weight
-from wanda_dvc.engine.check import check_parts, missing
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.structure import Linear, Part, find_blocks, find_linears, stored_linears, stored_parts
+from wanda_dvc.engine.structure import Linear, Part, find_blocks, find_linears, missing, stored_linears, stored_parts
 from wanda_dvc.errors import UserError
 
 
@@ -27,9 +26,9 @@ class Change:
 
 
 class Weights:
-    """Loads weights into an empty model. A block has weights while `loaded`, and is empty otherwise.
+    """Loads weights into an empty model. A block has weights while it is held, and is empty otherwise.
 
-    While a block is loaded, a thread reads the next block; on a GPU it copies through a separate CUDA stream.
+    While a block is held, a thread reads the next block; on a GPU it copies through a separate CUDA stream.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, *, device: torch.device) -> None:
@@ -37,13 +36,11 @@ class Weights:
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.blocks_name, self.blocks = find_blocks(model)
         self._parts = stored_parts(model, checkpoint)
-        check_parts(model, checkpoint, self._parts)
         self._empty = [dict(block.named_parameters()) for block in self.blocks]
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._copies = Copies(device)
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._held: tuple[int, int, Change | None] | None = None
-        self._holding = contextlib.ExitStack()
         self._load_rest()
 
     def parts(self, name: str) -> list[Part]:
@@ -80,43 +77,37 @@ class Weights:
         return linears
 
     @contextlib.contextmanager
-    def loaded(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
-        """Load one block's weights inside the context; the block is empty again afterwards.
-
-        `then` is the following block; None: the next index. If it is this block again, it is not read again.
-        """
-        tensors = self._take(index, index + 1 if then is None else then)
-        for name, tensor in tensors.items():
-            set_parameter(self.blocks[index], name, tensor)
-        if then != index:
-            tensors = {}  # frees a replaced parameter's memory at once
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """Hold one block inside the context."""
+        self.hold(index, -1)
         try:
             yield self.blocks[index]
         finally:
-            for name, parameter in self._empty[index].items():
-                set_parameter(self.blocks[index], name, parameter)
-            if then == index:
-                self._ahead = index, Future()
-                self._ahead[1].set_result(tensors)
+            self.release()
 
     def hold(self, index: int, then: int, change: Change | None = None) -> None:
-        """Keep a block loaded, with a change of its weights, until another block or change is held, or `release`.
+        """Load a block, with a change of its weights, until another block or change is held, or `release`.
 
-        The change applies to a copy of its parameters: the checkpoint and a model in memory stay as they are.
+        `then` is the block that follows; −1: none. The change applies to a copy of its parameters: the checkpoint stays
+        as it is.
         """
         if self._held == (index, then, change):
             return
         if self._held != (index, then, None):
             self.release()
-            self._holding.enter_context(self.loaded(index, then))
+            for name, tensor in self._take(index, then).items():
+                set_parameter(self.blocks[index], name, tensor)
         self._held = index, then, change
         if change is not None:
             self._apply(index, change)
 
     def release(self) -> None:
         """Empty the block that is held, if any."""
+        if self._held is not None:
+            index = self._held[0]
+            for name, parameter in self._empty[index].items():
+                set_parameter(self.blocks[index], name, parameter)
         self._held = None
-        self._holding.close()
 
     @torch.no_grad()
     def _apply(self, index: int, change: Change) -> None:
@@ -156,7 +147,7 @@ class Weights:
                 self._ahead = None  # frees its memory before the next read
             tensors = self.read_block(index)
         self._copies.finish(tensors.values())
-        if 0 <= then < len(self.blocks) and then != index and (self._ahead is None or self._ahead[0] != then):
+        if 0 <= then < len(self.blocks) and (self._ahead is None or self._ahead[0] != then):
             self._ahead = then, self._reader.submit(self.read_block, then)
         return tensors
 
@@ -168,22 +159,13 @@ class Weights:
         found = {}
         for name, parameter in parameters.items():
             parts = self.parts(name)
-            if parts[0].is_complete:
-                found[name] = self._placed(self.checkpoint.read(parts[0].address), parameter, parts[0].address.tensor)
-                continue
-            weight = empty_weight(parameter.shape, parameter.dtype, self.device)
-            for part in parts:
-                part.of(weight).copy_(self.checkpoint.read(part.address))
+            weight = self.checkpoint.read(parts[0].address)
+            if not parts[0].is_complete or (weight.device, weight.dtype) != (self.device, parameter.dtype):
+                weight = empty_weight(parameter.shape, parameter.dtype, self.device)
+                for part in parts:
+                    self._copies.copy(self.checkpoint.read(part.address), part.of(weight))
             found[name] = weight
         return found
-
-    def _placed(self, tensor: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
-        """Return a tensor in the dtype of a parameter, on the device."""
-        if tensor.shape != parameter.shape:
-            raise UserError(f"{self.checkpoint}: {name} is {list(tensor.shape)}, expected {list(parameter.shape)}")
-        if (tensor.device, tensor.dtype) != (self.device, parameter.dtype):
-            tensor = self._copies.copy(tensor, empty_weight(parameter.shape, parameter.dtype, self.device))
-        return tensor
 
     def _load_rest(self) -> None:
         """Load all weights outside blocks. A tied head is the embeddings' parameter, stored once or twice.
@@ -198,15 +180,14 @@ class Weights:
         for aliases in names.values():
             stored = [name for name in aliases if name in self._parts]
             empty = self.model.get_parameter(stored[0])
-            first, *others = (
-                nn.Parameter(tensor, requires_grad=False)
-                for tensor in self._read(dict.fromkeys(stored, empty)).values()
-            )
-            apart = {
-                name: tensor for name, tensor in zip(stored[1:], others, strict=True) if not torch.equal(tensor, first)
+            found = {
+                name: nn.Parameter(tensor, requires_grad=False)
+                for name, tensor in self._read(dict.fromkeys(stored, empty)).items()
             }
+            first = found[stored[0]]
             for alias in aliases:
-                set_parameter(self.model, alias, apart.get(alias, first))
+                own = found.get(alias, first)
+                set_parameter(self.model, alias, first if torch.equal(own, first) else own)
         for name, buffer in self.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
             if name in self._parts:  # few: the bias by which some routers balance their experts

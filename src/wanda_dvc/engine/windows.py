@@ -63,31 +63,22 @@ def draw_from_documents(
     """
     extra = len(tokens_of("")) + 1
     excluded: set[int] = set()  # too short
-    rng = random.Random(seed)
-
-    def next_document() -> Tensor | None:
-        while len(excluded) < len(documents):
-            index = rng.randint(0, len(documents) - 1)
-            if index in excluded:
-                continue
-            document = documents[index]
-            if len(document.encode("utf-8")) + extra > length and len(tokens := tokens_of(document)) > length:
-                return tokens
+    rng, windows = random.Random(seed), list[Tensor]()
+    while len(windows) < samples:
+        if len(excluded) == len(documents):
+            raise UserError(
+                f"calibration text: none of its {len(documents)} documents has more than {length} tokens "
+                "(calibration.length); take shorter windows or another text"
+            )
+        index = rng.randint(0, len(documents) - 1)
+        if index in excluded:
+            continue
+        document = documents[index]
+        if len(document.encode("utf-8")) + extra > length and len(tokens := tokens_of(document)) > length:
+            start = rng.randint(0, len(tokens) - length - 1)
+            windows.append(tokens[start : start + length])
+        else:
             excluded.add(index)
-        return None
-
-    windows: list[Tensor] = []
-    for _ in range(samples):
-        tokens = next_document()
-        if tokens is None:
-            break
-        start = rng.randint(0, len(tokens) - length - 1)
-        windows.append(tokens[start : start + length])
-    if len(windows) < samples:
-        raise UserError(
-            f"calibration text: none of its {len(documents)} documents has more than {length} tokens "
-            "(calibration.length); take shorter windows or another text"
-        )
     return torch.stack(windows)
 
 

@@ -51,8 +51,8 @@ def _write_provenance(out: Path, origin: Json, license: str | None = None, libra
 
 def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> None:
     """Fetch the model's files: small ones first, and no second copy of the weights in another format."""
-    from wanda_dvc.engine.check import check_model
     from wanda_dvc.engine.checkpoint import INDEX, SINGLE, read_index
+    from wanda_dvc.engine.structure import check_model
 
     where, target = f"{repository.where}: {repository.name}", scratch / "hub"
     here = [file for file in repository.files if "/" not in file]
@@ -77,7 +77,7 @@ def _write_hub(repository: Repository, key: Json, out: Path, scratch: Path) -> N
 
 def _write_local(folder: Path, out: Path, _: Path) -> None:
     """Clone or copy the files of a directory of safetensors, after checking that it is a complete decoder."""
-    from wanda_dvc.engine.check import check_model
+    from wanda_dvc.engine.structure import check_model
 
     files = _files(folder, f"{SETTING}: ")
     check_model(folder)
@@ -204,7 +204,7 @@ def read_model(path: Path, out: Path) -> str:
     Of a directory of safetensors the files are linked; a GGUF file is dequantized. UserError if there is no complete
     decoder, or no known reader for its quantization.
     """
-    from wanda_dvc.engine.check import check_model
+    from wanda_dvc.engine.structure import check_model
 
     out.mkdir(parents=True)
     if path.suffix == GGUF:

@@ -112,7 +112,7 @@ def _pass(project: Project, norms: Work | None, gram: Work | None) -> None:
 
 def _backward(project: Project, work: Work) -> None:
     """Run some windows forward and back, and write the gradients by the outputs of each linear, last block first."""
-    from wanda_dvc.engine.fisher import backward  # imports transformers, which takes seconds
+    from wanda_dvc.engine.walk import backward  # imports transformers, which takes seconds
 
     with runner(project, "dense", work) as run:
         check_fits(project, run.decoder.inputs())

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from wanda_dvc.engine.cluster import Cluster
     from wanda_dvc.engine.decoder import Decoder
-    from wanda_dvc.engine.executor import Executor
+    from wanda_dvc.engine.rows import Executor
     from wanda_dvc.engine.walk import Runner
 
 T = TypeVar("T")
@@ -188,9 +188,9 @@ def executor(project: Project, folders: Sequence[Path]) -> "Iterator[Executor]":
     """Open what maps functions that read some folders: this process, or the cluster of params.yaml."""
     runtime = project.params.runtime
     if runtime.ray is None:
-        from wanda_dvc.engine.executor import Here
+        from wanda_dvc.engine.rows import Executor
 
-        yield Here(own_device(runtime))
+        yield Executor(own_device(runtime))
         return
     with _cluster(project, folders, meanwhile=lambda: None) as (cluster, _):
         yield cluster

@@ -15,7 +15,7 @@ from wanda_dvc.catalog import Structure, function_of
 from wanda_dvc.engine import accelerator
 from wanda_dvc.engine.accelerator import keep_freed_memory
 from wanda_dvc.engine.checkpoint import Checkpoint
-from wanda_dvc.engine.executor import Executor, Here
+from wanda_dvc.engine.rows import Executor
 from wanda_dvc.errors import notice
 from wanda_dvc.plan import CORRECTION, TRAINING, Plan
 from wanda_dvc.pruning.allocation import allocate
@@ -292,7 +292,7 @@ def from_statistics(project: Project, parts: Parts, blocks: Iterable[int]) -> It
     """
     plan = project.plan
     every = [parts(block, informed(project, plan, block), project.gram) for block in blocks]
-    opened: AbstractContextManager[Executor] = nullcontext(Here(solving_device(project.params.runtime)))
+    opened: AbstractContextManager[Executor] = nullcontext(Executor(solving_device(project.params.runtime)))
     if plan.solves_by_input:
         opened = executor(project, [project.model("dense"), project.gram])
     with opened as run:
@@ -318,7 +318,7 @@ def walked(
     # A training needs the dense block's outputs too, a correction its inputs.
     with runner(project, "dense", work, dtype=measured_with["dtype"]) as run:
         for step in run.walk(windows, kept=finished, with_dense=plan.corrects or plan.reconstruction.trains):
-            recorded = step.record(gram=plan.records_grams, crosses=plan.corrects)
+            recorded = step.record(gram=plan.records_grams, crosses=plan.corrects, changes=True)
             if plan.records_grams:
                 write_recorded(folder, step.index, recorded.stats, recorded.grams, recorded.crosses)
             own = parts(step.index, informed(project, plan, step.index, recorded.stats), folder)
