@@ -185,16 +185,6 @@ def test_ties_go_first_come_first():
     assert keep_n_of_m(torch.ones(1, 4), 2, 4).tolist() == [[False, False, True, True]]
 
 
-@pytest.mark.parametrize("name", [name for name, row in OF_WEIGHTS.items() if row.scores_by_row])
-@given(data=st.data())
-def test_scores_of_slices_are_slices_of_scores_where_a_method_says_so(name, data):
-    """Large matrices are scored in slices: a method with sums over columns that said so would be wrong on them."""
-    weight = data.draw(matrices())
-    score, x = function_of(methods()[name].function), of_norm(torch.arange(1.0, weight.shape[1] + 1))
-    size = data.draw(st.integers(1, len(weight)))
-    assert torch.equal(torch.cat([score(rows, x) for rows in weight.split(size)]), score(weight, x))
-
-
 @pytest.mark.parametrize("group", ["row", "linear"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("name", [name for name, row in OF_WEIGHTS.items() if row.needs != "gram"])

@@ -436,18 +436,6 @@ def test_a_factor_is_made_once_for_all_linears_of_an_input():
     assert factors == list(prepared._factors.values())
 
 
-def test_factors_are_what_they_are_named_after():
-    _, gram = problem()
-    prepared, g = Prepared(gram), gram.double()
-    damped = g + 0.01 * g.diagonal().mean() * torch.eye(120, dtype=torch.float64)
-    upper = prepared.inverse_root(0.01).matrix.double()
-    assert torch.equal(upper, upper.triu())
-    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(120, dtype=torch.float64), rtol=0, atol=1e-3)
-    inverse = prepared.inverse(0.1, 1.0)
-    scaled = g / inverse.scale / inverse.scale[:, None] + 1.1 * torch.eye(120, dtype=torch.float64)
-    torch.testing.assert_close(inverse.matrix.double() @ scaled, torch.eye(120, dtype=torch.float64), rtol=0, atol=1e-4)
-
-
 def test_the_corrected_target_gives_the_dense_outputs_from_pruned_inputs():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 30, generator=generator).double()

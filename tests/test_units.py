@@ -577,13 +577,7 @@ def test_rounding_is_reported(study: Callable[..., Project], capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("pattern", "changes", "problem"),
     [
-        ("neurons", {"allocation": "owl"}, "allocation: found owl with pattern neurons, expected uniform"),
         ("neurons", {"method": "wanda-variant"}, "method: found wanda-variant with pattern neurons"),
-        (
-            "neurons",
-            {"recipe": "blockwise", "propagation": "dense"},
-            "propagation: found dense with reconstruction blockwise",
-        ),
         ("neuron", {}, 'pattern: found "neuron", expected unstructured, n:m with n < m, neurons, heads'),
         ("unstructured", {"method": "reap"}, "method: found reap with pattern unstructured"),
         (

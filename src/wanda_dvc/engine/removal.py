@@ -159,18 +159,13 @@ class Removal:
                 keeps[linear] = keep & stays[name][unit]
             for cut in self.cuts_of.get(linear, ()):
                 if cut.units in stays:
-                    along = spread(stays[cut.units], cut.layout)
-                    keeps[linear] = keeps[linear] & (along[:, None] if cut.dim == 0 else along)
+                    keeps[linear] = keeps[linear] & self.along(cut, stays)
         return keeps
 
-    def of_readers(self, linears: Iterable[str]) -> dict[str, Tensor]:
-        """Return masks of the linears that read units, in a form that broadcasts: True where an input stays."""
-        masks = {}
-        for linear in linears:
-            if cut := self.readers.get(linear):
-                along = spread(self.stays[cut.units], cut.layout)
-                masks[linear] = along[:, None] if cut.dim == 0 else along
-        return masks
+    def along(self, cut: Cut, stays: Stays) -> Tensor:
+        """Return which places of a cut's dimension stay, in a form that broadcasts over the tensor."""
+        stay = spread(stays[cut.units], cut.layout)
+        return stay[:, None] if cut.dim == 0 else stay
 
     # --- stored tensors ---
 
@@ -292,7 +287,9 @@ def probe(source: Checkpoint, removal: Removal) -> str:
             full.hold(kept[new], -1)
             dense = hidden if by_block else full.run(kept[new], hidden, row)  # with the units
             # Readers read zeros, and routers never choose experts that go.
-            full.hold(kept[new], -1, Change(removal.of_readers(full.linears(kept[new])), {}))
+            readers = full.linears(kept[new]).keys() & removal.readers.keys()
+            zeros = {linear: removal.along(removal.readers[linear], removal.stays) for linear in readers}
+            full.hold(kept[new], -1, Change(zeros, {}))
             with _Unchoosable(full.model, removal):
                 wanted.append((new, hidden, dense, full.run(kept[new], hidden, row)))
             hidden = wanted[-1][-1] if by_block else hidden
