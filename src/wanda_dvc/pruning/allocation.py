@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from wanda_dvc.catalog import Allocation, function_of
-from wanda_dvc.pruning.choose import WEIGHTS_AT_A_TIME, Share, oriented
+from wanda_dvc.pruning.choose import Share, oriented
+from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME
 from wanda_dvc.pruning.scores import wanda
 from wanda_dvc.pruning.selection import removed
 from wanda_dvc.pruning.statistics import BlockStats

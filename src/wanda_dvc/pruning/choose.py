@@ -13,15 +13,11 @@ from torch import Tensor
 
 from wanda_dvc.catalog import STRUCTURES, Method, Reconstruction, function_of, parse_pattern
 from wanda_dvc.errors import UserError
-from wanda_dvc.pruning.gram import Gram, layer_errors
+from wanda_dvc.pruning.gram import WEIGHTS_AT_A_TIME, Gram, layer_errors
 from wanda_dvc.pruning.selection import keep_by_share, select
 from wanda_dvc.pruning.solvers import Prepared, Solved, corrected_target
 from wanda_dvc.pruning.statistics import BlockStats, InputStats, OutputStats
 from wanda_dvc.pruning.units import Units, cheapest, highest, spread, summed
-
-# Rows are scored in slices of about so many weights, which bounds memory. Smaller ones are slower: the threads wait for
-# the interpreter.
-WEIGHTS_AT_A_TIME = 2**20
 
 Share = Fraction | Mapping[str, Fraction]  # of a block's weights that go, or of each of its linears'
 Weights = Callable[[str], Tensor]  # reads a linear's weight, as stored

@@ -10,8 +10,10 @@ from torch import Tensor
 from wanda_dvc.pruning import products
 from wanda_dvc.pruning.statistics import in_sums
 
-PANEL = 128  # rows of XᵀX computed at a time
-WEIGHTS_AT_A_TIME = 2**20  # the layer error takes rows in slices of about so many weights, to bound memory
+PANEL = 128  # rows of a Gram matrix computed at a time, or factored by LAPACK
+# Scores and layer errors take rows in slices of about so many weights, which bounds memory. In smaller slices the threads
+# wait for the interpreter.
+WEIGHTS_AT_A_TIME = 2**20
 
 
 @dataclass
@@ -33,7 +35,9 @@ class Gram:
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """Add one window."""
-        features = products.operand(x.float().T)
+        features = x.float().T
+        if products.takes(features, features):  # its row slices multiply faster so
+            features = features.contiguous()
         for start in range(0, x.shape[1], PANEL):
             panel = products.multiply(features[start : start + PANEL], features[start:].T)
             self.upper[start : start + PANEL, start:] += in_sums(panel, self.upper)

@@ -48,11 +48,6 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, alpha: float) -> Tensor:
     return total.add_(onednn(a, b), alpha=alpha) if takes(a, b) else total.addmm_(a, b, alpha=alpha)
 
 
-def operand(a: Tensor) -> Tensor:
-    """Return a matrix in a layout that makes products of its row slices fast."""
-    return a.contiguous() if takes(a, a) else a
-
-
 class Linear(nn.Linear):
     """A `torch.nn.Linear` that multiplies through oneDNN."""
 

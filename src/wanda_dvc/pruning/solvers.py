@@ -22,6 +22,7 @@ from torch import Tensor
 
 from wanda_dvc.catalog import parse_pattern
 from wanda_dvc.errors import UserError
+from wanda_dvc.pruning.gram import PANEL
 from wanda_dvc.pruning.products import add_product, multiply
 from wanda_dvc.pruning.selection import keep_highest, keep_n_of_m, removed, select
 
@@ -31,7 +32,6 @@ Square = Float[Tensor, "in in"]
 ROWS_AT_A_TIME = 256  # a slice fits a core's cache; accelerators take larger slices
 RAISE, FIRST_RAISE = 10, 1e-4  # growth factor of damping until G is positive definite, and the first value after 0
 MOST_DAMPING = 1e6
-PANEL = 128  # rows of G that LAPACK factors at a time
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from wanda_dvc.errors import UserError, notice
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
 from wanda_dvc.plan import GRAM_DTYPE, WINDOWS_BACK
-from wanda_dvc.pruning.choose import WEIGHTS_AT_A_TIME
-from wanda_dvc.pruning.gram import PANEL
+from wanda_dvc.pruning.gram import PANEL, WEIGHTS_AT_A_TIME
 from wanda_dvc.stages.running import device_name, free_memory
 from wanda_dvc.study.project import ITEMS, TEXT, Project
 from wanda_dvc.study.tensors import block_count, read_stats
