@@ -1,4 +1,7 @@
-"""Gram matrices: sums that are right, merge and pack; and the layer error against the outputs themselves."""
+"""Statistics of inputs: sums that are right, merge and pack; and the layer error against the outputs themselves."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,34 +35,52 @@ def test_its_diagonal_is_the_norm_tier():
     torch.testing.assert_close(gram.upper.diagonal().sqrt().float(), stats.norm, rtol=1e-6, atol=0)
 
 
-def test_many_windows_lose_nothing():
+def test_the_norm_tier_is_that_of_all_tokens():
+    windows = [inputs(50, 7) * 10**exponent for exponent in (0, 2, -2)]
+    stats = InputStats.empty(7)
+    for window in windows:
+        stats.add(window)
+    tokens = torch.cat(windows).double()
+    torch.testing.assert_close(stats.sum_squares, (tokens**2).sum(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats.sum, tokens.sum(0), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(stats.norm, tokens.norm(dim=0).float())
+    assert stats.count == 150
+
+
+SUMS: dict[Any, Callable[[Any], torch.Tensor]] = {Gram: lambda x: x.upper.triu(), InputStats: lambda x: x.sum_squares}
+
+
+@pytest.mark.parametrize("tier", SUMS)
+def test_many_windows_lose_nothing(tier: Any):
     """Sums kept in float32 would stop at 2²⁴: adding 1 changes them no more."""
-    gram = Gram(torch.full((1, 1), 2.0**24, dtype=torch.float64), 1)
-    gram.add(torch.ones(1, 1))
-    other = Gram.empty(1)
-    other.add(torch.ones(1, 1))
-    gram.merge(other)
-    assert gram.upper.item() == 2**24 + 2
+    many, one = tier.empty(1), tier.empty(1)
+    (many.upper if tier is Gram else many.sum_squares).fill_(2.0**24)
+    many.add(torch.ones(1, 1))
+    one.add(torch.ones(1, 1))
+    many.merge(one)
+    assert SUMS[tier](many).item() == 2**24 + 2
 
 
-def test_half_precision_does_not_overflow():
-    gram = Gram.empty(2)
-    gram.add(torch.full((100, 2), 60000.0, dtype=torch.float16))
-    torch.testing.assert_close(gram.upper.triu(), torch.full((2, 2), 3.6e11, dtype=torch.float64).triu())
+@pytest.mark.parametrize("tier", SUMS)
+def test_half_precision_does_not_overflow(tier: Any):
+    found = tier.empty(1)
+    found.add(torch.full((100, 1), 60000.0, dtype=torch.float16))
+    assert SUMS[tier](found).sqrt().float().item() == 6e5
 
 
-def test_sums_of_shards_merge_to_those_of_all_tokens():
+@pytest.mark.parametrize("tier", SUMS)
+def test_sums_of_shards_merge_to_those_of_all_tokens(tier: Any):
     windows = list(inputs(4, 50, 140))
-    direct, merged = Gram.empty(140), Gram.empty(140)
+    direct, merged = tier.empty(140), tier.empty(140)
     for window in windows:
         direct.add(window)
-    for shard in (windows[:1], windows[1:]):
-        gram = Gram.empty(140)
+    for shard in (windows[:1], windows[1:], []):
+        part = tier.empty(140)
         for window in shard:
-            gram.add(window)
-        merged.merge(gram)
-    assert merged.count == direct.count
-    torch.testing.assert_close(merged.upper.triu(), direct.upper.triu(), rtol=1e-14, atol=1e-12)
+            part.add(window)
+        merged.merge(part)
+    assert merged.count == direct.count == 200
+    torch.testing.assert_close(SUMS[tier](merged), SUMS[tier](direct), rtol=1e-14, atol=1e-12)
 
 
 @pytest.mark.parametrize("features", [1, 2, 5, 200])

@@ -11,8 +11,8 @@ from wanda_dvc.pruning import products
 from wanda_dvc.pruning.statistics import in_sums
 
 PANEL = 128  # rows of a Gram matrix computed at a time, or factored by LAPACK
-# Scores and layer errors take rows in slices of about so many weights, which bounds memory. In smaller slices the threads
-# wait for the interpreter.
+# Scores and layer errors take rows in slices of about so many weights, which bounds memory. With smaller slices the
+# threads wait for the interpreter.
 WEIGHTS_AT_A_TIME = 2**20
 
 
