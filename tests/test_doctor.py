@@ -54,7 +54,7 @@ def test_a_device_of_workers_is_not_asked_of_this_machine(study: Path, monkeypat
     [
         ("params.yaml", lambda study: write_params(study, study, sparsity=2.0), "found 2.0, expected less than 1"),
         ("params.yaml", lambda study: (study / "params.yaml").unlink(), "cd into one"),
-        ("runtime.device", lambda study: write_params(study, study, runtime__device="cuda:99"), "expected one of auto"),
+        ("runtime.device", lambda study: write_params(study, study, runtime__device="cuda:99"), "expected one it has"),
         ("dvc", lambda study: shutil.rmtree(study / ".dvc"), "run `dvc init`"),
         ("git", lambda study: shutil.rmtree(study / ".git"), "run `git init`"),
     ],

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from test_stages import prune, tree
 
 from wanda_dvc.errors import UserError
-from wanda_dvc.export.build import export
 from wanda_dvc.results.evaluate import _take_rope, evaluate
 from wanda_dvc.results.measures import Results, figures
 from wanda_dvc.results.show import show
@@ -191,16 +190,6 @@ def test_show_leaves_out_results_of_another_model(study: Project):
     said = show(project=study)
     assert "measured on another models/pruned than the one here: perplexity/embedded; run `dvc repro`." in said
     assert "top-1 agreement" not in said
-
-
-def test_no_figure_of_another_experiment_is_on_the_card(study: Project, tmp_path: Path):
-    answers = json.loads(study.details("pruned", "zero_shot").read_text())
-    answers["tasks"]["piqa"]["protocol"]["model"] = "another"
-    study.details("pruned", "zero_shot").write_text(json.dumps(answers))
-    export(project=study, experiment=None, target=tmp_path / "exported")
-    results = (tmp_path / "exported/README.md").read_text(encoding="utf-8").partition("Reproduce")[0]
-    (row,) = [line for line in results.splitlines() if line.startswith("| piqa, acc, %")]
-    assert row.split("|")[3].strip() == "–"
 
 
 def test_without_the_dense_models_results_it_says_what_to_run(study: Project):

@@ -185,12 +185,6 @@ def test_experiments_stand_side_by_side_with_paired_tests(repository: Repository
         show(project=Project(repository.root), names=["nothing"])
 
 
-def test_the_command_prints_a_row_an_experiment(repository: Repository):
-    said = repository.run("wanda-dvc", "list")
-    for name in ("workspace", "main", "middling", "broken", "waiting"):
-        assert f"| {name} " in said
-
-
 def test_a_study_below_the_root_of_its_repository_reads_its_own_files():
     """DVC names the files of all studies from the root of the repository."""
     content = {"params.yaml": {"data": {"sparsity": 0.5}}, "a/params.yaml": {"data": {"sparsity": 0.7}}}

@@ -141,46 +141,36 @@ def test_the_card_shows_what_both_models_write(pruned: Project):
     assert "No continuations by the dense model: too large." in exported(pruned).text
 
 
-def test_numbers_of_another_model_are_not_on_the_card(pruned: Project):
+def test_no_figure_of_another_model_is_on_the_card(pruned: Project):
+    """As after `mask` by hand, when `apply` had written its measures."""
     measure(pruned, "dense", 12.5)
     measure(pruned, "pruned", 99.75, model="another")
-    card = exported(pruned)
-    assert "12.50" in card.text
-    assert "99.75" not in card.text
+    write_json(pruned.metrics("pruned", "sparsity"), {"sparsity": 0.99})
+    protocol = {"model": "another"}
+    errors = {"protocol": protocol, "linears": {"x": {"error": 0.1111, "masked": 0.1111}}}
+    write_json(pruned.details("pruned", "layer_error"), errors)
+    write_json(pruned.metrics("pruned", "zero_shot"), {"piqa": {"acc": 0.8765}})
+    write_json(pruned.details("pruned", "zero_shot"), {"tasks": {"piqa": {"protocol": protocol, "items": []}}})
+    text = exported(pruned).text
+    assert "12.50" in text
+    assert not [figure for figure in ("99.75", "0.99", "0.1111", "87.6") if figure in text]
     assert "99.75" in pruned.metrics("pruned", "perplexity/embedded").read_text()
 
 
-def test_the_cards_sparsity_and_layer_error_are_the_exported_models(pruned: Project):
-    """`mask` ran by hand after `apply` had written its measures."""
-    write_json(pruned.metrics("pruned", "sparsity"), {"sparsity": 0.99})
-    errors = {"protocol": {"model": "another"}, "linears": {"x": {"error": 0.1111, "masked": 0.1111}}}
-    write_json(pruned.details("pruned", "layer_error"), errors)
-    card = exported(pruned)
-    assert "0.99" not in card.text
-    assert "0.1111" not in card.text
-    assert "0.99" in pruned.metrics("pruned", "sparsity").read_text()
-
-
-def test_the_dense_models_licence_goes_with_it(pruned: Project):
+def test_the_licence_and_the_base_model_are_the_dense_models(pruned: Project):
+    """The licence that its own card names comes first."""
     (pruned.model("dense") / "LICENSE").write_text("Whoever uses this owes me a beer.", encoding="utf-8")
     card = exported(pruned)
     assert card.data.to_dict()["license"] == "other"
     assert "See `LICENSE`." in card.text
-
-
-def test_the_licence_that_the_dense_models_own_card_names_comes_first(pruned: Project):
     path = pruned.model("dense") / "provenance.json"
-    write_json(path, json.loads(path.read_text()) | {"license": "llama3.1"})
-    (pruned.model("dense") / "LICENSE").write_text("Apache License\n Version 2.0", encoding="utf-8")
+    named = {"license": "llama3.1", "source": "meta-llama/Llama-2-7b-hf@main"}
+    write_json(path, json.loads(path.read_text()) | named)
+    shutil.rmtree(pruned.root.parent / f"{pruned.root.name}-exported")
     card = exported(pruned)
     assert card.data.to_dict()["license"] == "llama3.1"
+    assert card.data.to_dict()["base_model"] == "meta-llama/Llama-2-7b-hf"
     assert "`llama3.1`, according to its own model card; the full text is in `LICENSE`." in card.text
-
-
-def test_a_model_of_the_hub_is_named_as_the_base(pruned: Project):
-    path = pruned.model("dense") / "provenance.json"
-    write_json(path, json.loads(path.read_text()) | {"source": "meta-llama/Llama-2-7b-hf@main"})
-    assert exported(pruned).data.to_dict()["base_model"] == "meta-llama/Llama-2-7b-hf"
 
 
 def test_a_directory_that_holds_something_is_left_as_it_is(pruned: Project, tmp_path: Path):

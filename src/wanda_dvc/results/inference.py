@@ -57,7 +57,7 @@ def ratio(losses: Sequence[float], others: Sequence[float], predictions: Sequenc
         found = Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0)
     else:
         found = _student(mean, math.sqrt(variance), len(values) - 1)
-    return Estimate(*map(_exp, found[:3]), found.p)
+    return Estimate(_exp(found.value), _exp(found.low), _exp(found.high), found.p)
 
 
 def accuracy(right: Sequence[bool]) -> Estimate:

@@ -51,7 +51,7 @@ def list_states(project: Project) -> list[State]:
 
     UserError without a repository, or if DVC cannot list it.
     """
-    found = []
+    found: list[State] = []
     with dvc.repository(project.root, "`wanda-dvc show` needs none") as repo:
         below, listed = dvc.below(project.root, repo.root_dir), dvc.states(project.root, repo)
 

@@ -1,6 +1,6 @@
 """Published rows, and the comparison of experiments with published rows of the same protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -87,7 +87,8 @@ def comparisons(experiments: Mapping[str, Experiment]) -> list[list[str]]:
 
 def _figures(measure: str, published: float | str, own: Value) -> tuple[str, str, str]:
     """Format a published figure, ours and their ratio; accuracies in percent."""
-    form, scale = (number, 1) if measure == "perplexity" else ("{:.2f}".format, 100)
+    form: Callable[[float], str] = number if measure == "perplexity" else "{:.2f}".format
+    scale = 1 if measure == "perplexity" else 100
     value = scale * own.value if isinstance(own, Estimate) else own
     first, second = (form(one) if isinstance(one, float | int) else one or DASH for one in (published, value))
     both = isinstance(published, float | int) and isinstance(value, float)

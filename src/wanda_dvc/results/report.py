@@ -232,7 +232,7 @@ def against_sparsity(section: Section, heading: str, measure: Measure, on: str) 
     for one in sorted(experiments, key=lambda one: one.settings["sparsity"]):
         value = measure.read(one.pruned, on)
         if value is not None:
-            numbers = value[:3] if isinstance(value, Estimate) else [math.nan]
+            numbers = list(value[:3]) if isinstance(value, Estimate) else [math.nan]
             series.setdefault(curve(one, experiments), []).append(
                 charts.Point(100 * one.settings["sparsity"], *numbers)
             )

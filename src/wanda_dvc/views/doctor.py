@@ -18,7 +18,7 @@ from wanda_dvc.errors import EXTRAS, UserError
 from wanda_dvc.machine import cores
 from wanda_dvc.params import Params
 from wanda_dvc.stages.needs import NEEDS, Need, free_disk, gigabytes, need
-from wanda_dvc.stages.running import device_name, free_memory
+from wanda_dvc.stages.running import device_name, free_memory, own_device
 from wanda_dvc.study.dvc import link_types
 from wanda_dvc.study.files import json_text
 from wanda_dvc.study.markup import table
@@ -73,19 +73,17 @@ def _libraries() -> Iterator[Check]:
 
 
 def _machine(params: Params) -> Iterator[Check]:
-    """Show CPU and GPUs, and check that the device exists."""
+    """Show CPU and GPUs, and the device of the stages."""
     from wanda_dvc.engine import accelerator
 
     yield Check("cpu", True, f"{cores()} threads, {gigabytes(free_memory('cpu'))} of memory free")
-    gpus = accelerator.gpus()
-    for gpu in gpus:
+    for gpu in accelerator.gpus():
         yield Check(gpu, True, f"{accelerator.full_name(gpu)}, {gigabytes(free_memory(gpu))} free")
-    mps = ["mps"] if accelerator.has_mps() else []
-    known = {"auto", "cpu", *gpus, *mps, *(["cuda"] if gpus else [])}
-    device = params.runtime.device
     if params.runtime.ray is None:  # else the workers need it
-        todo = f"got {device}, expected one of {', '.join(sorted(known))}; change it in params.yaml"
-        yield Check("runtime.device", device in known, device, todo)
+        try:
+            yield Check("runtime.device", True, str(own_device(params.runtime)))
+        except UserError as error:
+            yield Check("runtime.device", False, str(error), "change it in params.yaml")
 
 
 def _room(project: Project, needs: dict[str, Need]) -> Iterator[Check]:
