@@ -13,7 +13,7 @@ let a stage write its number below metrics/ (`dvc metrics diff` then has it too)
 only if `results.compare.reason` finds no difference of their protocols.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -197,26 +197,21 @@ def ratio(first: Results, second: Results, text: str) -> Estimate | None:
 
 
 def difference(first: Results, second: Results, task: str) -> Estimate | None:
-    """The first accuracy minus the second, paired by item; its p-value is that of McNemar's exact test."""
-    right, others = _right(first, task), _right(second, task)
-    if not right or DIVERGED in (accuracy(first, task), accuracy(second, task)):
+    """The first accuracy minus the second, paired by item; for "" the mean over tasks.
+
+    The p-value of one task is that of McNemar's exact test. None without items, or without variance over tasks.
+    """
+    read = accuracy if task else mean_accuracy
+    pairs = [(_right(first, one), _right(second, one)) for one in ([task] if task else first.tasks)]
+    if DIVERGED in (read(first, task), read(second, task)) or not all(right for right, _ in pairs):
         return None
-    found = _mean_difference([(right, others)])
+    found = inference.mean_of_tasks([[float(a) - float(b) for a, b in zip(*both, strict=True)] for both in pairs])
+    found = found and found.within(-1, 1)
+    if not task:
+        return found
+    [(right, others)] = pairs
     value = sum(right) / len(right) - sum(others) / len(others)
     return (found or Estimate(value))._replace(p=inference.mcnemar(right, others))
-
-
-def mean_difference(first: Results, second: Results, _: str) -> Estimate | None:
-    """The first mean accuracy over tasks minus the second, paired by item; None without variance."""
-    if DIVERGED in (mean_accuracy(first, ""), mean_accuracy(second, "")):
-        return None
-    return _mean_difference([(_right(first, task), _right(second, task)) for task in first.tasks])
-
-
-def _mean_difference(tasks: Iterable[tuple[list[bool], list[bool]]]) -> Estimate | None:
-    differences = [[float(a) - float(b) for a, b in zip(*both, strict=True)] for both in tasks]
-    found = inference.mean_of_tasks(differences)
-    return found and found.within(-1, 1)
 
 
 # --- the table ---
@@ -282,7 +277,7 @@ class Measure:
 
     def heading(self, on: str, *, alone: bool = True) -> str:
         """Return the title with its unit; with the name of the task, or of the text unless it is the only one."""
-        named = f"{on}, {self.title}" if self.per == TASK else self.title if alone else f"{self.title}, {on}"
+        named = f"{on}, {self.title}" if self.per == TASK else self.title if alone or not on else f"{self.title}, {on}"
         return f"{named}, {self.unit}" if self.unit else named
 
     def text(self, value: Value, *, interval: bool = True) -> str:
@@ -322,7 +317,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure("acc", "acc", "%", accuracy, _percent, TASK, test=Test(difference, _points, " points")),
     _tasks(
         "mean_acc", "mean acc", "%", mean_accuracy, _percent,
-        brief=True, test=Test(mean_difference, _points, " points"), drawn=LINEAR,
+        brief=True, test=Test(difference, _points, " points"), drawn=LINEAR,
     ),
     _tasks("lost", "right → wrong", "", partial(changed, way="lost"), "{:.0f}".format, brief=True),
     _tasks("gained", "wrong → right", "", partial(changed, way="gained"), "{:.0f}".format, brief=True),
