@@ -15,7 +15,7 @@ from wanda_dvc.plan import Plan
 from wanda_dvc.reading import check_place
 from wanda_dvc.results.compare import side_by_side
 from wanda_dvc.results.experiments import Experiment, at, made_with_others, workspace
-from wanda_dvc.results.show import not_compared, notes
+from wanda_dvc.results.show import notes
 from wanda_dvc.stages import TRACKED
 from wanda_dvc.stages.apply import describe_pruned, prune
 from wanda_dvc.stages.runs import LOCK, Runs
@@ -136,7 +136,7 @@ def _take_experiment(project: Project, study: Project, experiment: str) -> None:
 def sections(experiment: Experiment) -> dict[str, str]:
     """Return the sections on the results of an experiment, by their titles."""
     models = {"dense": experiment.dense, "pruned": experiment.pruned}
-    said = [*experiment.notes, *not_compared(experiment.pruned, experiment.dense), *notes(experiment.params, models)]
+    said = [*experiment.notes, *notes(experiment.params, models)]
     results = table(*side_by_side(models, base="dense"))
     found = {"Results": f"{results}\n\n" + "\n".join(f"- {inline(note)}" for note in said)}
     own, other = (results.details("continuations") for results in (experiment.pruned, experiment.dense))

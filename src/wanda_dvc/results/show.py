@@ -35,13 +35,11 @@ def show(*, project: Project, names: Sequence[str] = (), as_json: bool = False) 
             record |= {"models": records(models, base=base), "base": base}
             return json_text(record if names else record | {"times": times(project)})
         headers, rows = side_by_side(models, base=base)
-        compared = [(models[name], models[base]) for name in models if name not in (base, DENSE)]
         parts = [
             "\n".join(title(one, named=bool(names)) for one in experiments),
             "\n".join(note for one in experiments for note in one.notes),
             table(headers, rows),
-            *(note for pair in compared for note in not_compared(*pair)),
-            *notes(first.params, models),
+            *notes(first.params, models, base=base),
             "" if names else "\n".join(missing_sources(project)),
             "" if names else _times(project),
         ]
@@ -68,16 +66,13 @@ def recipe(params: Params) -> str:
     return f"{params.recipe} ({', '.join(own)})" if own else params.recipe
 
 
-def not_compared(first: Results, second: Results) -> Iterator[str]:
-    """Yield a sentence on the values of two models that may not be compared."""
-    if found := apart(first, second):
-        named = ", ".join(f"{name} (different {key})" for name, key in found.items())
-        yield f"Not compared: {named}. `dvc repro` measures both models in the same way."
-
-
-def notes(params: Params, models: dict[str, Results]) -> Iterator[str]:
+def notes(params: Params, models: dict[str, Results], *, base: str = DENSE) -> Iterator[str]:
     """Yield what a reader of the table has to know: the texts, the items, the tests, and limits of the values."""
     every = list(models.values())
+    for name, one in models.items():
+        if base in models and name not in (base, DENSE) and (found := apart(one, models[base])):
+            named = ", ".join(f"{what} (different {key})" for what, key in found.items())
+            yield f"{name} not compared with {base}: {named}. `dvc repro` measures both models in the same way."
     for text in dict.fromkeys(text for one in every for text in one.texts):
         protocols = [one.details(f"perplexity/{text}").get("protocol") for one in every]
         if protocol := next((one for one in protocols if one), None):
