@@ -50,8 +50,6 @@ class Source:
             pruning = PLAIN | self.pruning | own
             if methods()[row["method"]].needs == "weights":
                 pruning = {key: value for key, value in pruning.items() if not key.startswith(OF_INPUTS)}
-            if pruning.get("pattern", "unstructured") != "unstructured":
-                pruning.pop("group", None)
             wanted = wanted | pruning
         return all(settings[key] in (value if isinstance(value, list) else [value]) for key, value in wanted.items())
 
