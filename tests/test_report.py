@@ -19,7 +19,7 @@ from wanda_dvc.errors import UserError
 from wanda_dvc.params import check_params
 from wanda_dvc.results import published
 from wanda_dvc.results.charts import Point, curves, svg
-from wanda_dvc.results.experiments import Collected, Experiment, Note
+from wanda_dvc.results.experiments import Collected, Experiment
 from wanda_dvc.results.measures import Results
 from wanda_dvc.results.pages import Content, Picture, as_html, write
 from wanda_dvc.results.report import page, report
@@ -74,7 +74,7 @@ def experiment(study: Project, name: str = "it", commit: str | None = None) -> E
     return Experiment(name, commit, study, dense, Results.of(study, "pruned", dense=dense))
 
 
-def said_of(*experiments: Experiment, notes: Sequence[Note] = ()) -> str:
+def said_of(*experiments: Experiment, notes: Sequence[tuple[str, str]] = ()) -> str:
     """The report of experiments as Markdown, with single spaces."""
     parts = page(Collected(list(experiments), [], list(notes)))
     return re.sub(r" {2,}", " ", "\n\n".join(part if isinstance(part, str) else f"![{part.title}]" for part in parts))
@@ -185,7 +185,7 @@ def test_no_local_path_is_published(made: Callable[..., Experiment]):
     one = made(**words, calibration__text__source="/home/me/a/same.txt")
     other = made(**words, calibration__text__source="/home/me/b/same.txt")
     one.notes.append("metrics of /home/me/study/metrics/x.json: damaged")
-    said = said_of(one, other, notes=[Note("waiting", "queued (model=/home/me/models/other)")])
+    said = said_of(one, other, notes=[("waiting", "queued (model=/home/me/models/other)")])
     assert "/home" not in said
     assert "me/" not in said
     for shown in ("## small", "source=a/same.txt", "source=b/same.txt", "x.json: damaged", "model=other"):
@@ -198,8 +198,8 @@ def hostile_page(made: Callable[..., Experiment]) -> Content:
     experiments = [made(model=f"/m/{plain}", perplexity__texts__embedded__source=f"/t/{plain}.txt") for _ in range(2)]
     for number, one in enumerate(experiments):
         one.name = f"{number}{HOSTILE}"
-    unfinished = [Note(HOSTILE, f"queued (sparsity={HOSTILE})")]
-    return page(Collected(experiments, unfinished, [Note(HOSTILE, "no results")]))
+    unfinished = [(HOSTILE, f"queued (sparsity={HOSTILE})")]
+    return page(Collected(experiments, unfinished, [(HOSTILE, "no results")]))
 
 
 def test_pages_show_names_as_they_are(made: Callable[..., Experiment], tmp_path: Path):
@@ -291,8 +291,8 @@ def test_the_page_is_the_golden_one(made: Callable[..., Experiment], tmp_path: P
         made("wanda", 0.7, 3.0, 23),
     ]
     experiments[0].also.append("main")
-    unfinished = [Note("waiting", "queued (sparsity=0.3)")]
-    parts = page(Collected(experiments, unfinished, [Note("lost", "no results")]))
+    unfinished = [("waiting", "queued (sparsity=0.3)")]
+    parts = page(Collected(experiments, unfinished, [("lost", "no results")]))
     output = tmp_path / "report.html"
     markdown = write(output, "Pruning study: study", parts).read_text(encoding="utf-8")
     found = re.sub(r"wanda-dvc \d[^ ]*\.", "wanda-dvc VERSION.", markdown)

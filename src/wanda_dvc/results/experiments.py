@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from wanda_dvc.errors import UserError
 from wanda_dvc.params import Params
@@ -146,20 +146,13 @@ def opened(project: Project, names: Sequence[str]) -> Iterator[list[Experiment]]
 # --- reading many ---
 
 
-class Note(NamedTuple):
-    """The reason for the exclusion of an experiment, a branch or the workspace."""
-
-    name: str
-    text: str
-
-
 @dataclass
 class Collected:
     """The experiments with results, and the excluded ones."""
 
     experiments: list[Experiment]
-    unfinished: list[Note]  # queued, running, failed
-    notes: list[Note]
+    unfinished: list[tuple[str, str]]  # queued, running, failed: the name and the reason
+    notes: list[tuple[str, str]]
 
     @property
     def count(self) -> str:
@@ -167,9 +160,9 @@ class Collected:
         return f"{len(self.experiments)} experiments, {len(self.unfinished)} unfinished or failed"
 
     @property
-    def excluded(self) -> list[Note]:
+    def excluded(self) -> list[tuple[str, str]]:
         """The excluded experiments and the results that are missing, each with its reason."""
-        notes = [Note(one.name, note) for one in self.experiments for note in one.notes]
+        notes = [(one.name, note) for one in self.experiments for note in one.notes]
         return [*self.unfinished, *self.notes, *notes]
 
 
@@ -185,13 +178,13 @@ def collect(*, project: Project, model: str | None, revs: list[str], work: Path)
         if state.state != SUCCESS:
             changes = ", ".join(f"{key}={value}" for key, value in state.changes.items())
             said = state.state.lower() + (f" ({changes})" if changes else "")
-            collected.unfinished.append(Note(state.name, said))
+            collected.unfinished.append((state.name, said))
             continue
         one = _read(project, state, work / state.rev)
         is_named = state.kind < Kind.COMMIT
         if isinstance(one, str):
             if is_named:  # an old commit without results needs no note
-                collected.notes.append(Note(state.name, one))
+                collected.notes.append((state.name, one))
         elif not model or model.lower() in one.params.model.lower():
             key = json.dumps([one.settings, one.dense.metrics, one.pruned.metrics], sort_keys=True)
             first = found.setdefault(key, one)
